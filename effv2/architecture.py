@@ -1,0 +1,229 @@
+"""EfficientNetV2 as data: stage tables, the functions that turn one table into another, the network of a table.
+
+A table is written as the paper (Tan & Le 2021, table 4) reads it, one stage between slashes:
+`block expansion kernel stride in_channels out_channels layers`, where the block is F (Fused-MBConv) or
+M (MBConv), and an M stage may end in `noSE` to go without squeeze-and-excitation.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import TYPE_CHECKING, Literal, cast
+
+from effv2.errors import InputError, nearest
+
+if TYPE_CHECKING:
+    from torchvision.models import EfficientNet
+
+Block = Literal["F", "M"]
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One row: `layers` blocks, of which the first has the stride and changes the channels."""
+
+    block: Block
+    expand_ratio: float
+    kernel: int
+    stride: int
+    in_channels: int
+    out_channels: int
+    layers: int
+    squeeze_excitation: bool = True
+
+    def __str__(self) -> str:
+        """Return the row in the notation of this module."""
+        numbers = (self.kernel, self.stride, self.in_channels, self.out_channels, self.layers)
+        words = [self.block, f"{self.expand_ratio:g}", *map(str, numbers)]
+        return " ".join(words if self.squeeze_excitation else [*words, "noSE"])
+
+
+@dataclass(frozen=True)
+class Table:
+    """The stages between the stem (its width is the first stage's input) and the head's `last_channels`."""
+
+    stages: tuple[Stage, ...]
+    last_channels: int = 1280
+
+    def __str__(self) -> str:
+        """Return the table in the notation of this module."""
+        return " / ".join(map(str, self.stages))
+
+
+def parse_table(text: str) -> Table:
+    """Read a table in the notation of this module; InputError says which row is wrong and why."""
+    stages = tuple(_parse_stage(row.split(), row.strip()) for row in text.split("/"))
+    for before, after in zip(stages, stages[1:], strict=False):
+        if before.out_channels != after.in_channels:
+            raise InputError(
+                f"model.table: the row {str(before)!r} gives {before.out_channels} channels, but the next "
+                f"row {str(after)!r} takes {after.in_channels}; make the two numbers equal."
+            )
+    return Table(stages)
+
+
+def _parse_stage(words: list[str], row: str) -> Stage:
+    form = "write `F|M expansion kernel stride in_channels out_channels layers [noSE]`"
+    squeeze_excitation = words[-1:] != ["noSE"]
+    if not squeeze_excitation:
+        words = words[:-1]
+    if len(words) != 7 or words[0] not in ("F", "M") or (words[0] == "F" and not squeeze_excitation):
+        raise InputError(f"model.table: the row {row!r} is not a stage; {form}.")
+    try:
+        ratio, numbers = float(words[1]), [int(word) for word in words[2:]]
+    except ValueError:
+        raise InputError(f"model.table: the row {row!r} holds something that is no number; {form}.") from None
+    kernel, stride = numbers[:2]
+    if not 1 <= ratio <= 64 or kernel % 2 == 0 or stride not in (1, 2) or not all(0 < n < 10_000 for n in numbers):
+        raise InputError(
+            f"model.table: the row {row!r} is out of bounds; expansion is 1 to 64, the kernel odd, "
+            "the stride 1 or 2, channels and layers are positive."
+        )
+    return Stage(cast(Block, words[0]), ratio, *numbers, squeeze_excitation=squeeze_excitation)
+
+
+def replace_blocks(table: Table, block: Block) -> Table:
+    """Make every stage of one block type; a Fused-MBConv has no squeeze-and-excitation to lose."""
+    stages = (
+        replace(stage, block=block, squeeze_excitation=stage.squeeze_excitation or block == "F")
+        for stage in table.stages
+    )
+    return replace(table, stages=tuple(stages))
+
+
+def halve_layers(table: Table) -> Table:
+    """Half the layers of every stage, rounded down, at least one."""
+    return replace(table, stages=tuple(replace(s, layers=max(1, s.layers // 2)) for s in table.stages))
+
+
+def scale_depth(table: Table, multiplier: float) -> Table:
+    """Multiply the layers of the MBConv stages, rounded up: torchvision's MBConvConfig(depth_mult=...).
+
+    Fused stages stay as they are: torchvision's FusedMBConvConfig has no multiplier, and the published
+    hyper-parameter check scaled the MBConv stages alone.
+    """
+    scaled = (
+        replace(s, layers=math.ceil(s.layers * multiplier)) if s.block == "M" else s for s in table.stages
+    )
+    return replace(table, stages=tuple(scaled))
+
+
+def scale_width(table: Table, multiplier: float) -> Table:
+    """Multiply the channels of every stage, rounded to multiples of 8 as in the EfficientNet paper.
+
+    The head keeps its width. A channel count never falls by more than a tenth through rounding.
+    """
+
+    def width(channels: int) -> int:
+        scaled = channels * multiplier
+        rounded = max(8, int(scaled + 4) // 8 * 8)
+        return rounded + 8 if rounded < 0.9 * scaled else rounded
+
+    if multiplier == 1:
+        return table
+    scaled = (
+        replace(s, in_channels=width(s.in_channels), out_channels=width(s.out_channels)) for s in table.stages
+    )
+    return replace(table, stages=tuple(scaled))
+
+
+EFFICIENTNET_V2_S = parse_table(
+    "F 1 3 1 24 24 2 / F 4 3 2 24 48 4 / F 4 3 2 48 64 4"
+    " / M 4 3 2 64 128 6 / M 6 3 1 128 160 9 / M 6 3 2 160 256 15"
+)
+EFFICIENTNET_V2_M = parse_table(
+    "F 1 3 1 24 24 3 / F 4 3 2 24 48 5 / F 4 3 2 48 80 5"
+    " / M 4 3 2 80 160 7 / M 6 3 1 160 176 14 / M 6 3 2 176 304 18 / M 6 3 1 304 512 5"
+)
+EFFICIENTNET_V2_L = parse_table(
+    "F 1 3 1 32 32 4 / F 4 3 2 32 64 7 / F 4 3 2 64 96 7"
+    " / M 4 3 2 96 192 10 / M 6 3 1 192 224 19 / M 6 3 2 224 384 25 / M 6 3 1 384 640 7"
+)
+
+# The five arms of the published ablation, the first being what the others are compared with.
+PUBLISHED_VARIANTS: dict[str, Table] = {
+    "default": EFFICIENTNET_V2_S,
+    "mbconv_only": replace_blocks(EFFICIENTNET_V2_S, "M"),
+    "fused_only": replace_blocks(EFFICIENTNET_V2_S, "F"),
+    "half_layers": halve_layers(EFFICIENTNET_V2_S),
+    "drop_one": parse_table("F 1 3 1 24 48 2 / F 4 3 2 48 64 4 / M 4 3 2 64 128 6 / M 6 3 2 128 256 15"),
+}
+
+# Every table that has a name. A new variant is one entry here.
+VARIANTS: dict[str, Table] = PUBLISHED_VARIANTS | {
+    "efficientnet_v2_m": EFFICIENTNET_V2_M,
+    "efficientnet_v2_l": EFFICIENTNET_V2_L,
+}
+
+
+def variant(name: str) -> Table:
+    """Return the table of that name; InputError names the nearest one."""
+    if name not in VARIANTS:
+        raise InputError(f"--variant {name}: no such variant; {nearest(name, list(VARIANTS))}.")
+    return VARIANTS[name]
+
+
+def build_model(
+    table: Table, num_classes: int, dropout: float = 0.2, stochastic_depth: float = 0.2
+) -> EfficientNet:
+    """Build torchvision's EfficientNet from `table`: images (N, 3, H, W) to logits (N, num_classes).
+
+    Batch norm has epsilon 1e-3 as in torchvision's EfficientNetV2; `dropout` is that before the classifier;
+    the probability of stochastic depth rises linearly from 0 to `stochastic_depth` at the last block.
+    Parameters are initialised from torch's global generator.
+    """
+    from torch import nn
+    from torchvision.models import EfficientNet
+
+    return EfficientNet(
+        [_block_config(stage) for stage in table.stages],
+        dropout=dropout,
+        stochastic_depth_prob=stochastic_depth,
+        num_classes=num_classes,
+        norm_layer=partial(nn.BatchNorm2d, eps=1e-3),
+        last_channel=table.last_channels,
+    )
+
+
+def _block_config(stage: Stage) -> object:
+    from torch import nn
+    from torchvision.models import efficientnet
+
+    shape = (
+        stage.expand_ratio,
+        stage.kernel,
+        stage.stride,
+        stage.in_channels,
+        stage.out_channels,
+        stage.layers,
+    )
+    if stage.block == "F":
+        return efficientnet.FusedMBConvConfig(*shape)
+    if stage.squeeze_excitation:
+        return efficientnet.MBConvConfig(*shape)
+    without = partial(efficientnet.MBConv, se_layer=lambda *_, **__: nn.Identity())
+    return efficientnet.MBConvConfig(*shape, block=without)
+
+
+def count_parameters(model: EfficientNet) -> int:
+    """Count the trainable numbers."""
+    return sum(parameter.numel() for parameter in model.parameters())
+
+
+def count_gflops(table: Table, num_classes: int, image_size: int) -> float:
+    """Count 10^9 multiply-accumulates of one forward pass of one image, as the paper and torchvision do.
+
+    Convolutions and matrix products are counted, element-wise work is not. Nothing is computed: the network
+    lives on torch's meta device.
+    """
+    import torch
+    from torch.utils.flop_counter import FlopCounterMode
+
+    with torch.device("meta"):
+        model = build_model(table, num_classes).eval()
+        image = torch.empty(1, 3, image_size, image_size)
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        model(image)
+    return counter.get_total_flops() / 2 / 1e9

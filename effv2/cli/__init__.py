@@ -1,0 +1,1 @@
+"""Commands: options to configuration to one call. Heavy packages are imported inside the commands."""

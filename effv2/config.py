@@ -1,0 +1,182 @@
+"""The training configuration: everything that decides a run, frozen, validated, hashed.
+
+Each field carries its meaning, unit and bounds; the command line takes its help and defaults from here.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+
+from effv2 import architecture
+
+Dataset = Literal["digits", "imagenette", "mnist", "birds", "folder"]
+Device = Literal["auto", "cpu", "cuda", "mps"]
+Precision = Literal["fp32", "bf16", "auto"]
+Scheduler = Literal["none", "plateau", "cosine", "onecycle"]
+
+Fraction = Annotated[float, Field(ge=0, lt=1)]
+Probability = Annotated[float, Field(ge=0, le=1)]
+
+
+class Group(BaseModel):
+    """Frozen, finite and free of unknown keys."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False, validate_default=True)
+
+
+class DataConfig(Group):
+    """Which images, how they are sampled and split."""
+
+    dataset: Dataset = Field("digits", description="The data set; `digits` needs neither files nor a network.")
+    dir: str = Field("", description="Folder of the data set (not for digits).")
+    download: bool = Field(False, description="Download imagenette or mnist into the folder if it isn't there.")
+    image_size: int = Field(32, ge=8, le=1024, description="Side of the square input in pixels.")
+    per_class: int = Field(0, ge=0, description="Images a class, 0 = all; with published sampling train + test.")
+    sampling: Literal["standard", "published"] = Field(
+        "standard", description="How samples are taken and split: our rule or that of the published notebooks."
+    )
+    test_fraction: Fraction = Field(0.2, gt=0, description="Share held out for testing where a set has no test part.")
+    validation_fraction: Fraction = Field(0.1, description="Share of the train part kept for validation, 0 = none.")
+    split_seed: int = Field(0, ge=0, lt=2**32, description="Seed of sampling and splits.")
+    normalise: Literal["none", "imagenet"] = Field(
+        "none", description="After scaling to [0, 1]: nothing, or ImageNet's mean and standard deviation."
+    )
+
+
+class AugmentConfig(Group):
+    """What is done to each training image, drawn for each sample apart. All off by default."""
+
+    crop: int = Field(0, ge=0, le=256, description="Pad by so many pixels (reflected) and crop at random.")
+    flip: bool = Field(False, description="Mirror left and right with probability 0.5.")
+    trivial_augment: bool = Field(False, description="TrivialAugment (Mueller & Hutter 2021), wide.")
+    erasing: Probability = Field(0.0, description="Probability of erasing a rectangle (Zhong et al. 2017).")
+    mixup: float = Field(0.0, ge=0, le=10, description="Alpha of mixup's Beta(alpha, alpha), 0 = off.")
+    cutmix: float = Field(0.0, ge=0, le=10, description="Alpha of CutMix's Beta; with mixup on, a coin decides.")
+
+
+class ModelConfig(Group):
+    """The network, from a named table or one's own."""
+
+    variant: str = Field("default", description="Name of the architecture variant.")
+    table: str = Field("", description="Own stage table, rows between slashes; `variant` is then only its name.")
+    depth_multiplier: float = Field(1.0, gt=0, le=10, description="Multiplies the layers of MBConv stages.")
+    width_multiplier: float = Field(1.0, gt=0, le=10, description="Multiplies the channels of all stages.")
+    dropout: Fraction = Field(0.2, description="Dropout before the classifier.")
+    stochastic_depth: Fraction = Field(0.2, description="Stochastic depth of the last block, rising from 0.")
+    outputs: int = Field(0, ge=0, le=100_000, description="Width of the head, 0 = the number of classes.")
+
+    @field_validator("table")
+    @classmethod
+    def _canonical_table(cls, text: str) -> str:
+        return str(architecture.parse_table(text)) if text.strip() else ""
+
+    @model_validator(mode="after")
+    def _known_variant(self) -> ModelConfig:
+        if not self.table:
+            architecture.variant(self.variant)
+        return self
+
+    def build_table(self) -> architecture.Table:
+        """Return the stage table that these fields describe; InputError for an unknown variant."""
+        table = architecture.parse_table(self.table) if self.table else architecture.variant(self.variant)
+        return architecture.scale_width(
+            architecture.scale_depth(table, self.depth_multiplier), self.width_multiplier
+        )
+
+
+class OptimiserConfig(Group):
+    """The loss and how a step follows from it."""
+
+    name: Literal["adam", "adamw", "sgd"] = Field("adamw", description="The optimiser.")
+    lr: float = Field(1e-3, gt=0, le=100, description="Peak learning rate.")
+    batch_size: int = Field(64, ge=2, le=65_536, description="Images a step.")
+    weight_decay: float = Field(
+        0.05, ge=0, le=10, description="Weight decay of weight matrices and kernels; biases and norms have none."
+    )
+    momentum: Fraction = Field(0.9, description="Momentum of SGD (Nesterov where above 0).")
+    clip_norm: float = Field(0.0, ge=0, description="Largest L2 norm of the gradient, 0 = unlimited.")
+    label_smoothing: Fraction = Field(0.0, description="Label smoothing (Szegedy et al. 2016).")
+    ema_decay: Fraction = Field(0.0, description="Decay a step of the averaged weights that are evaluated, 0 = off.")
+
+
+class ScheduleConfig(Group):
+    """How long and at which rate."""
+
+    name: Scheduler = Field("none", description="Learning rate schedule; plateau watches validation accuracy.")
+    epochs: int = Field(8, ge=1, le=100_000, description="Epochs at most.")
+    warmup_epochs: int = Field(0, ge=0, description="Epochs of linear warm-up (not for onecycle).")
+    plateau_factor: float = Field(0.1, gt=0, lt=1, description="Factor of ReduceLROnPlateau.")
+    plateau_patience: int = Field(10, ge=0, description="Epochs without gain that ReduceLROnPlateau waits for.")
+
+
+class StoppingConfig(Group):
+    """Early stopping on validation accuracy (on test accuracy where there is no validation split)."""
+
+    min_epochs: int = Field(0, ge=0, description="Epochs that are trained in any case.")
+    patience: int = Field(0, ge=0, description="Epochs without gain, counted from min_epochs on, 0 = never stop.")
+
+
+class EvaluationConfig(Group):
+    """What is measured after each epoch."""
+
+    train_set: bool = Field(
+        False, description="Evaluate the whole train set in eval mode instead of averaging over the steps."
+    )
+    batch_size: int = Field(256, ge=1, le=65_536, description="Images a forward pass.")
+
+
+class ExecutionConfig(Group):
+    """Where and how it is computed."""
+
+    device: Device = Field("auto", description="auto = cuda where there is one, then mps, then cpu.")
+    precision: Precision = Field("auto", description="auto = bf16 where it is the faster one, else fp32.")
+    channels_last: bool = Field(True, description="Memory format of images and kernels.")
+
+
+class TrainConfig(Group):
+    """All of it. Equal hashes mean equal runs on equal data, code and machine."""
+
+    data: DataConfig = DataConfig()
+    augment: AugmentConfig = AugmentConfig()
+    model: ModelConfig = ModelConfig()
+    optimiser: OptimiserConfig = OptimiserConfig()
+    schedule: ScheduleConfig = ScheduleConfig()
+    stopping: StoppingConfig = StoppingConfig()
+    evaluation: EvaluationConfig = EvaluationConfig()
+    execution: ExecutionConfig = ExecutionConfig()
+    seed: int = Field(0, ge=0, lt=2**32, description="Seed of order, augmentation, initialisation and dropout.")
+
+    def flat(self) -> dict[str, Any]:
+        """Return every field under its dotted name."""
+        flat: dict[str, Any] = {}
+        for name, value in self.model_dump().items():
+            if isinstance(value, dict):
+                flat |= {f"{name}.{key}": inner for key, inner in value.items()}
+            else:
+                flat[name] = value
+        return flat
+
+    def hash(self) -> str:
+        """Return 16 hexadecimal digits of SHA-256 over the canonical form.
+
+        The folder of the data and the wish to download are left out: where the images lie changes nothing,
+        and what they are is recorded by their own digest.
+        """
+        identity = {
+            key: value for key, value in self.flat().items() if key not in ("data.dir", "data.download")
+        }
+        return hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def field_of(dotted: str) -> tuple[Any, Any]:
+    """Return (pydantic FieldInfo, default) of a dotted name such as `optimiser.lr`."""
+    owner: type[BaseModel] = TrainConfig
+    *groups, name = dotted.split(".")
+    for group in groups:
+        owner = owner.model_fields[group].annotation  # type: ignore[assignment]
+    info = owner.model_fields[name]
+    return info, info.default

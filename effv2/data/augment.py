@@ -1,0 +1,124 @@
+"""Augmentation of a batch in memory, with a draw of its own for every sample.
+
+Images come as bytes (B, 3, H, W) in channels-last memory. Everything draws from torch's global generator,
+which the training loop seeds for each step.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from effv2.config import AugmentConfig
+
+# Share of the image that erasing removes, and its aspect ratio (Zhong et al. 2017; torchvision's defaults).
+ERASED_AREA = (0.02, 0.33)
+ERASED_RATIO = (0.3, 3.3)
+
+
+def augment_images(images: Tensor, config: AugmentConfig) -> Tensor:
+    """Crop, flip, TrivialAugment and erase; bytes in, bytes out, same shape."""
+    if config.crop:
+        images = random_crop(images, config.crop)
+    if config.flip:
+        images = random_flip(images)
+    if config.trivial_augment:
+        images = trivial_augment(images)
+    if config.erasing:
+        images = random_erasing(images, config.erasing)
+    return images
+
+
+def random_crop(images: Tensor, padding: int) -> Tensor:
+    """Shift each image by up to `padding` pixels both ways, the border filled by reflection."""
+    count, _, height, width = images.shape
+
+    def lines(length: int) -> Tensor:
+        shift = torch.randint(-padding, padding + 1, (count, 1))
+        line = torch.arange(length) + shift
+        return _reflect(line, length).to(images.device)
+
+    rows, columns = lines(height), lines(width)
+    sample = torch.arange(count, device=images.device)[:, None, None]
+    last = images.permute(0, 2, 3, 1)
+    return last[sample, rows[:, :, None], columns[:, None, :]].permute(0, 3, 1, 2)
+
+
+def _reflect(index: Tensor, length: int) -> Tensor:
+    """Fold indices outside [0, length) back, the edge pixel not repeated."""
+    period = 2 * (length - 1)
+    index = index.remainder(period)
+    return torch.minimum(index, period - index)
+
+
+def random_flip(images: Tensor) -> Tensor:
+    """Mirror each image with probability 0.5."""
+    mirrored = (torch.rand(len(images)) < 0.5).to(images.device)
+    return torch.where(mirrored[:, None, None, None], images.flip(3), images)
+
+
+def trivial_augment(images: Tensor) -> Tensor:
+    """Apply torchvision's TrivialAugmentWide to each image apart."""
+    from torchvision.transforms.v2 import TrivialAugmentWide
+
+    transform = TrivialAugmentWide()
+    changed = torch.stack([transform(image) for image in images])
+    return changed.contiguous(memory_format=torch.channels_last)
+
+
+def random_erasing(images: Tensor, probability: float) -> Tensor:
+    """Blacken a random rectangle of each image with the given probability."""
+    count, _, height, width = images.shape
+    area = torch.empty(count).uniform_(*ERASED_AREA) * height * width
+    low, high = ERASED_RATIO
+    ratio = torch.exp(torch.empty(count).uniform_(torch.tensor(low).log().item(), torch.tensor(high).log().item()))
+    chosen = torch.rand(count) < probability
+    heights = (area * ratio).sqrt().round().clamp(1, height) * chosen
+    widths = (area / ratio).sqrt().round().clamp(1, width)
+    inside = _rectangles(heights, widths, height, width).to(images.device)
+    return images.masked_fill(inside[:, None], 0)
+
+
+def mix_samples(inputs: Tensor, targets: Tensor, config: AugmentConfig) -> tuple[Tensor, Tensor]:
+    """Mix each sample with another of the batch by mixup or CutMix.
+
+    `inputs` are floats (B, 3, H, W), `targets` class probabilities (B, C); so are the results. With both on, a
+    coin decides for each sample. Mixup: Zhang et al. 2018; CutMix: Yun et al. 2019.
+    """
+    if not config.mixup and not config.cutmix:
+        return inputs, targets
+    count, _, height, width = inputs.shape
+    partner = torch.randperm(count).to(inputs.device)
+    cuts = torch.rand(count) < (0.5 if config.mixup and config.cutmix else float(config.cutmix > 0))
+
+    blend = _beta(config.mixup, count)
+    taken = 1 - _beta(config.cutmix, count)  # share of the image that the rectangle brings from the partner
+    heights = (taken.sqrt() * height).round() * cuts
+    widths = (taken.sqrt() * width).round()
+    inside = _rectangles(heights, widths, height, width)
+    share = torch.where(cuts, 1 - inside.flatten(1).float().mean(1), blend).to(inputs.device)
+
+    pixelwise = torch.where(cuts[:, None, None], 1 - inside.float(), blend[:, None, None])[:, None]
+    mixed = torch.lerp(inputs[partner], inputs, pixelwise.to(inputs.device))
+    return mixed, torch.lerp(targets[partner], targets, share[:, None])
+
+
+def _beta(alpha: float, count: int) -> Tensor:
+    return torch.distributions.Beta(alpha, alpha).sample((count,)) if alpha else torch.ones(count)
+
+
+def _rectangles(heights: Tensor, widths: Tensor, height: int, width: int) -> Tensor:
+    """Return masks (B, height, width) of rectangles of these sizes, uniformly placed inside the image."""
+
+    def span(sizes: Tensor, length: int) -> Tensor:
+        start = (torch.rand(len(sizes)) * (length - sizes + 1)).floor()[:, None]
+        line = torch.arange(length)
+        return (line >= start) & (line < start + sizes[:, None])
+
+    return span(heights, height)[:, :, None] & span(widths, width)[:, None, :]
+
+
+def one_hot(labels: Tensor, outputs: int, smoothing: float) -> Tensor:
+    """Return class probabilities (B, outputs), smoothed (Szegedy et al. 2016)."""
+    return F.one_hot(labels, outputs).float().mul_(1 - smoothing).add_(smoothing / outputs)

@@ -1,0 +1,58 @@
+"""Batches of a split: order, scaling, memory format. No worker processes: the pixels are in memory."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from effv2.config import DataConfig
+from effv2.data.dataset import Split
+from effv2.randomness import stream_seed
+
+# The usual statistics of ImageNet, as in torchvision's presets.
+IMAGENET_MEAN = (0.485, 0.456, 0.406)
+IMAGENET_STD = (0.229, 0.224, 0.225)
+
+
+def epoch_order(count: int, seed: int, epoch: int) -> Tensor:
+    """Return the shuffled positions of an epoch, a pure function of its arguments."""
+    generator = torch.Generator().manual_seed(stream_seed(seed, "order", epoch))
+    return torch.randperm(count, generator=generator)
+
+
+def batch_count(count: int, batch_size: int) -> int:
+    """Count the batches of an epoch. A last batch of one image is left out: batch norm can't train on it."""
+    full, rest = divmod(count, batch_size)
+    return full + (rest > 1)
+
+
+def training_batches(split: Split, order: Tensor, batch_size: int) -> Iterator[tuple[Tensor, Tensor]]:
+    """Yield (uint8 images (B, 3, H, W), labels (B)) in the given order."""
+    for step in range(batch_count(len(order), batch_size)):
+        positions = order[step * batch_size : (step + 1) * batch_size]
+        yield split.images(positions), split.labels[positions]
+
+
+def evaluation_batches(split: Split, batch_size: int) -> Iterator[tuple[Tensor, Tensor]]:
+    """Yield (uint8 images (B, 3, H, W), labels (B)) of every sample, in order."""
+    for positions in torch.arange(len(split)).split(batch_size):
+        yield split.images(positions), split.labels[positions]
+
+
+def normalisation(normalise: str) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """Return (mean, standard deviation) that are applied after scaling to [0, 1]."""
+    return (IMAGENET_MEAN, IMAGENET_STD) if normalise == "imagenet" else ((0.0,) * 3, (1.0,) * 3)
+
+
+def to_input(images: Tensor, config: DataConfig, channels_last: bool) -> Tensor:
+    """Turn bytes (B, 3, H, W) into the network's float32 input on the same device."""
+    memory_format = torch.channels_last if channels_last else torch.contiguous_format
+    scaled = images.to(torch.float32, memory_format=memory_format).div_(255)
+    if config.normalise == "none":
+        return scaled
+    mean, std = (
+        torch.tensor(numbers, device=images.device).view(3, 1, 1) for numbers in normalisation(config.normalise)
+    )
+    return scaled.sub_(mean).div_(std)

@@ -1,0 +1,165 @@
+"""From a DataConfig to decoded, split, digested data."""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from effv2.config import DataConfig
+from effv2.data import cache
+from effv2.data.images import Part
+from effv2.data.sources import Source, open_source
+from effv2.data.splits import (
+    Positions,
+    first_per_class,
+    published_split,
+    sample_per_class,
+    stratified_split,
+)
+from effv2.errors import InputError
+
+
+@dataclass(frozen=True)
+class Split:
+    """Samples of one use: rows of an array of decoded images.
+
+    `pixels` is uint8 (M, H, W, 3) and may be a file mapped into memory, shared by several splits; sample i is
+    pixels[rows[i]] with labels[i] (int64) and ids[i].
+    """
+
+    pixels: Tensor
+    rows: Tensor
+    labels: Tensor
+    ids: tuple[str, ...]
+    sha256: str
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    def images(self, positions: Tensor) -> Tensor:
+        """Return uint8 (B, 3, H, W) of the samples at `positions`, channels last in memory."""
+        return self.pixels[self.rows[positions]].permute(0, 3, 1, 2)
+
+    def digest(self) -> str:
+        """Hash pixels, selection, labels and ids."""
+        digest = hashlib.sha256(self.sha256.encode())
+        digest.update(self.rows.numpy().tobytes() + self.labels.numpy().tobytes())
+        digest.update("\0".join(self.ids).encode())
+        return digest.hexdigest()[:16]
+
+
+@dataclass(frozen=True)
+class Dataset:
+    """Class names and the splits; `location` says where the images came from."""
+
+    name: str
+    location: str
+    classes: tuple[str, ...]
+    train: Split
+    validation: Split | None
+    test: Split
+
+    @property
+    def splits(self) -> dict[str, Split]:
+        """Return the splits there are, by name."""
+        named = {"train": self.train, "validation": self.validation, "test": self.test}
+        return {name: split for name, split in named.items() if split is not None}
+
+    @property
+    def watched(self) -> Split:
+        """Return the split that schedules, stopping and selection watch: the test set if there is no other."""
+        return self.validation or self.test
+
+    def digest(self) -> str:
+        """Hash everything that a run sees of the data."""
+        text = "/".join([*self.classes, *(split.digest() for split in self.splits.values())])
+        return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def load_dataset(config: DataConfig, progress: cache.Progress | None = None) -> Dataset:
+    """Find, sample, decode and split; InputError for everything that is wrong with the folder."""
+    source = open_source(config)
+    load = _load_published if config.sampling == "published" else _load_standard
+    train, validation, test = load(config, source, progress)
+    if len(train) < 2:
+        raise InputError(f"--data-dir {config.dir}: fewer than 2 images are left to train on; add images.")
+    return Dataset(source.name, source.location, source.classes, train, validation, test)
+
+
+Splits = tuple[Split, Split | None, Split]
+
+
+class _DecodedPart:
+    """The samples at `positions` of a part, decoded, from which splits are cut."""
+
+    def __init__(
+        self, part: Part, positions: Positions, config: DataConfig, progress: cache.Progress | None
+    ) -> None:
+        self.part, self.positions = part, positions
+        self.decoded = cache.decode(part.take(positions).images, config.image_size, progress)
+        self.pixels = torch.from_numpy(self.decoded.pixels)
+
+    def split(self, positions: Positions) -> Split:
+        """Return the split of the samples at these positions of the part."""
+        chosen = self.part.take(positions)
+        rows = torch.from_numpy(np.searchsorted(self.positions, positions))
+        return Split(self.pixels, rows, torch.from_numpy(chosen.labels), chosen.ids, self.decoded.sha256)
+
+
+def _load_standard(config: DataConfig, source: Source, progress: cache.Progress | None) -> Splits:
+    """Hold out the test and validation images first, so that `per_class` never changes them."""
+
+    def carve(part: Part, positions: Positions, fraction: float, stream: str) -> tuple[Positions, Positions]:
+        labels = part.labels[positions]
+        kept, held = stratified_split(labels, fraction, source.classes, config.split_seed, stream)
+        return positions[kept], positions[held]
+
+    train = np.arange(len(source.train))
+    chosen: dict[str, tuple[Part, Positions]] = {}
+    if source.test is None:
+        train, test = carve(source.train, train, config.test_fraction, "test")
+        chosen["test"] = (source.train, test)
+    else:
+        chosen["test"] = (source.test, np.arange(len(source.test)))
+    if config.validation_fraction and source.validation is None:
+        train, validation = carve(source.train, train, config.validation_fraction, "validation")
+        chosen["validation"] = (source.train, validation)
+    elif config.validation_fraction and source.validation is not None:
+        chosen["validation"] = (source.validation, np.arange(len(source.validation)))
+    sampled = sample_per_class(
+        source.train.labels[train], config.per_class, source.classes, config.split_seed
+    )
+    chosen["train"] = (source.train, train[sampled])
+
+    # What comes from one part shares one cache entry: without per_class, whatever the split seed.
+    decoded = {}
+    for part in {id(part): part for part, _ in chosen.values()}.values():
+        needed = np.unique(np.concatenate([at for of, at in chosen.values() if of is part]))
+        decoded[id(part)] = _DecodedPart(part, needed, config, progress)
+    splits = {name: decoded[id(part)].split(positions) for name, (part, positions) in chosen.items()}
+    return splits["train"], splits.get("validation"), splits["test"]
+
+
+def _load_published(config: DataConfig, source: Source, progress: cache.Progress | None) -> Splits:
+    """Take the first images a class of the train folder, drop what isn't RGB, split 80/20 at random."""
+    if config.validation_fraction:
+        raise InputError(
+            f"data.validation_fraction {config.validation_fraction}: published sampling has no validation split; "
+            "set it to 0."
+        )
+
+    def halves(part: Part, first: int | None) -> tuple[Split, Split]:
+        positions = first_per_class(part.labels[:first], config.per_class, source.classes)
+        decoded = _DecodedPart(part, positions, config, progress)
+        coloured = positions[decoded.decoded.rgb]
+        kept, held = published_split(len(coloured), config.test_fraction, config.split_seed)
+        return decoded.split(coloured[kept]), decoded.split(coloured[held])
+
+    train, test = halves(source.train, source.published.first)
+    if source.published.test_from_test and source.test is not None:
+        _, test = halves(source.test, None)
+    return train, None, test

@@ -1,0 +1,125 @@
+"""A list of labelled images that can be opened one by one, from files or from an array."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+
+Labels = NDArray[np.int64]
+Bytes = NDArray[np.uint8]
+
+
+class Images(Protocol):
+    """What the cache needs to know of images."""
+
+    def __len__(self) -> int:
+        """Count the images."""
+
+    def open(self, index: int) -> Image.Image:
+        """Return one image, whole; OSError, ValueError or SyntaxError (Pillow) for a broken one."""
+
+    def where(self, index: int) -> str:
+        """Say where one image lies, for error messages."""
+
+    def stamp(self) -> str:
+        """Return a string that changes whenever the content may have changed, quickly."""
+
+    def digest(self) -> str:
+        """Hash the content; OSError where it can't be read."""
+
+    def take(self, positions: NDArray[np.int64]) -> Images:
+        """Return the images at `positions`."""
+
+
+@dataclass(frozen=True)
+class FileImages:
+    """Images in files; trusted to be unchanged while size and modification time are."""
+
+    paths: tuple[Path, ...]
+
+    def __len__(self) -> int:
+        return len(self.paths)
+
+    def open(self, index: int) -> Image.Image:
+        """Decode one file."""
+        with Image.open(self.paths[index]) as image:
+            image.load()
+            return image
+
+    def where(self, index: int) -> str:
+        """Return the path."""
+        return str(self.paths[index])
+
+    def stamp(self) -> str:
+        """Hash paths, sizes and modification times."""
+        digest = hashlib.sha256()
+        for path in self.paths:
+            status = path.stat()
+            digest.update(f"{os.path.abspath(path)}\0{status.st_size}\0{status.st_mtime_ns}\n".encode())  # noqa: PTH100
+        return digest.hexdigest()
+
+    def digest(self) -> str:
+        """Hash the bytes of the files, one after the other."""
+        digest = hashlib.sha256()
+        for path in self.paths:
+            digest.update(hashlib.sha256(path.read_bytes()).digest())
+        return digest.hexdigest()
+
+    def take(self, positions: NDArray[np.int64]) -> FileImages:
+        """Return the files at `positions`."""
+        return FileImages(tuple(self.paths[i] for i in positions))
+
+
+@dataclass(frozen=True)
+class ArrayImages:
+    """Greyscale images in an array (N, H, W) of bytes."""
+
+    pixels: Bytes
+    name: str
+
+    def __len__(self) -> int:
+        return len(self.pixels)
+
+    def open(self, index: int) -> Image.Image:
+        """Return one image with its grey channel copied to three, as the published notebooks did."""
+        return Image.fromarray(self.pixels[index]).convert("RGB")
+
+    def where(self, index: int) -> str:
+        """Return the position in the set."""
+        return f"{self.name} image {index}"
+
+    def stamp(self) -> str:
+        """Hash the pixels."""
+        return self.digest()
+
+    def digest(self) -> str:
+        """Hash the pixels."""
+        return hashlib.sha256(np.ascontiguousarray(self.pixels)).hexdigest()
+
+    def take(self, positions: NDArray[np.int64]) -> ArrayImages:
+        """Return the images at `positions`."""
+        return ArrayImages(self.pixels[positions], self.name)
+
+
+@dataclass(frozen=True)
+class Part:
+    """A labelled part of a source, in the order (class, file) of the published rule."""
+
+    images: Images
+    labels: Labels
+    ids: tuple[str, ...]
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    def take(self, positions: Any) -> Part:
+        """Return the samples at `positions`."""
+        positions = np.asarray(positions, dtype=np.int64)
+        return Part(self.images.take(positions), self.labels[positions], tuple(self.ids[i] for i in positions))

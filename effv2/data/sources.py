@@ -1,0 +1,216 @@
+"""Data sets by name: each a function from DataConfig to a Source. A new one is a function and an entry.
+
+Nothing is decoded here; a missing or malformed folder is answered with an InputError.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from effv2.config import DataConfig
+from effv2.data.images import ArrayImages, FileImages, Part
+from effv2.errors import InputError
+
+EXTENSIONS = (".jpg", ".jpeg", ".png", ".bmp", ".gif", ".webp", ".tif", ".tiff", ".ppm", ".pgm")
+# Names under which folders call their parts, in order of preference.
+TRAIN_NAMES = ("train", "training", "training_set")
+VALIDATION_NAMES = ("val", "valid", "validation", "validation_set")
+TEST_NAMES = ("test", "testing", "test_set")
+
+IMAGENETTE_NAMES = {
+    "n01440764": "tench",
+    "n02102040": "English springer",
+    "n02979186": "cassette player",
+    "n03000684": "chain saw",
+    "n03028079": "church",
+    "n03394916": "French horn",
+    "n03417042": "garbage truck",
+    "n03425413": "gas pump",
+    "n03445777": "golf ball",
+    "n03888257": "parachute",
+}
+BIRDS_PAGE = "https://www.kaggle.com/datasets/arjunbasandrai/25-indian-bird-species-with-226k-images"
+
+
+@dataclass(frozen=True)
+class PublishedSampling:
+    """What the published notebooks took of a set before their 80/20 splits."""
+
+    first: int | None = None  # only so many of the train part
+    test_from_test: bool = False  # test images are the 20 % of the test part, not of the train part
+
+
+@dataclass(frozen=True)
+class Source:
+    """A data set: class names and its parts. Without a test part, one is split off the train part."""
+
+    name: str
+    location: str
+    classes: tuple[str, ...]
+    train: Part
+    validation: Part | None = None
+    test: Part | None = None
+    published: PublishedSampling = PublishedSampling()
+
+
+def open_source(config: DataConfig) -> Source:
+    """Find the data set that `config` names."""
+    return SOURCES[config.dataset](config)
+
+
+def _digits(_config: DataConfig) -> Source:
+    from sklearn.datasets import load_digits
+
+    digits = load_digits()
+    pixels = np.rint(digits.images * (255 / 16)).astype(np.uint8)
+    labels = digits.target.astype(np.int64)
+    return Source("digits", "scikit-learn", _numerals(), _array_part(pixels, labels, "digits"))
+
+
+def _mnist(config: DataConfig) -> Source:
+    from torchvision.datasets import MNIST
+
+    root = _folder(config, "a folder that holds MNIST/raw with the four files of MNIST")
+    parts = []
+    for train in (True, False):
+        try:
+            found = MNIST(root, train=train, download=config.download)
+        except (RuntimeError, OSError, ValueError) as error:
+            raise InputError(
+                f"--data-dir {config.dir}: MNIST can't be read there ({_first_line(error)}); name the folder that "
+                "holds MNIST/raw/*-ubyte, or give --download to fetch it."
+            ) from error
+        name = "train" if train else "test"
+        parts.append(_array_part(found.data.numpy(), found.targets.numpy().astype(np.int64), name))
+    rule = PublishedSampling(first=20_000, test_from_test=True)
+    return Source("mnist", str(root), _numerals(), parts[0], None, parts[1], rule)
+
+
+def _imagenette(config: DataConfig) -> Source:
+    root = _folder(config, "a folder that holds imagenette2-160")
+    below = root / "imagenette2-160"
+    if config.download and not below.is_dir():
+        from torchvision.datasets import Imagenette
+
+        try:
+            Imagenette(root, split="train", size="160px", download=True)
+        except (RuntimeError, OSError) as error:
+            raise InputError(
+                f"--download: Imagenette can't be fetched ({_first_line(error)}); unpack imagenette2-160.tgz "
+                f"from https://github.com/fastai/imagenette into {root}."
+            ) from error
+    folder = below if below.is_dir() else root
+    if not all((folder / part).is_dir() for part in ("train", "val")):
+        raise InputError(
+            f"--data-dir {config.dir}: no imagenette2-160 with its folders train and val is there; name the folder "
+            "that holds it, or give --download to fetch it."
+        )
+    return _from_folders("imagenette", folder)
+
+
+def _birds(config: DataConfig) -> Source:
+    folder = _folder(config, f"the folder of the bird species, downloaded and unpacked from {BIRDS_PAGE}")
+    return _from_folders("birds", folder)
+
+
+def _any_folder(config: DataConfig) -> Source:
+    return _from_folders("folder", _folder(config, "a folder with one sub-folder of images per class"))
+
+
+SOURCES: dict[str, Callable[[DataConfig], Source]] = {
+    "digits": _digits,
+    "imagenette": _imagenette,
+    "mnist": _mnist,
+    "birds": _birds,
+    "folder": _any_folder,
+}
+
+
+def _folder(config: DataConfig, what: str) -> Path:
+    if not config.dir:
+        raise InputError(f"--data-dir: the data set {config.dataset!r} needs {what}; give its path.")
+    folder = Path(config.dir).expanduser()
+    if config.download:
+        folder.mkdir(parents=True, exist_ok=True)
+    if not folder.is_dir():
+        raise InputError(f"--data-dir {config.dir}: no such folder; give {what}.")
+    return folder.resolve()
+
+
+def _from_folders(name: str, folder: Path) -> Source:
+    """Read a tree of class folders, with or without a split into train, validation and test above them."""
+    train = _find(folder, TRAIN_NAMES)
+    if train is None:
+        classes = _class_folders(folder)
+        return Source(name, str(folder), tuple(classes), _file_part(folder, folder, classes))
+    validation, test = _find(folder, VALIDATION_NAMES), _find(folder, TEST_NAMES)
+    if test is None:  # a set with train and val alone uses val for testing, as Imagenette does
+        validation, test = None, validation
+    classes = _class_folders(train)
+    parts = []
+    for part in (validation, test):
+        if part is not None and (other := _class_folders(part)) != classes:
+            differing = ", ".join(sorted(set(classes) ^ set(other)))
+            raise InputError(
+                f"--data-dir {folder}: the folders {train.name} and {part.name} hold different classes "
+                f"({differing}); give both the same ones."
+            )
+        parts.append(part and _file_part(folder, part, classes))
+    names = tuple(IMAGENETTE_NAMES.get(c, c) for c in classes) if name == "imagenette" else tuple(classes)
+    return Source(name, str(folder), names, _file_part(folder, train, classes), *parts)
+
+
+def _find(folder: Path, names: tuple[str, ...]) -> Path | None:
+    return next((folder / name for name in names if (folder / name).is_dir()), None)
+
+
+def _class_folders(folder: Path) -> list[str]:
+    classes = sorted(e.name for e in os.scandir(folder) if e.is_dir() and not e.name.startswith("."))
+    if len(classes) < 2:
+        raise InputError(
+            f"--data-dir {folder}: holds {len(classes)} class folders, but at least 2 are needed; give a folder "
+            "with one sub-folder of images per class."
+        )
+    return classes
+
+
+def _file_part(root: Path, folder: Path, classes: list[str]) -> Part:
+    paths: list[Path] = []
+    labels: list[int] = []
+    for label, name in enumerate(classes):
+        files = sorted(_image_files(folder / name))
+        if not files:
+            raise InputError(
+                f"--data-dir {root}: the class folder {folder / name} holds no images "
+                f"({', '.join(EXTENSIONS)}); fill or remove it."
+            )
+        paths += files
+        labels += [label] * len(files)
+    ids = tuple(path.relative_to(root).as_posix() for path in paths)
+    return Part(FileImages(tuple(paths)), np.array(labels, dtype=np.int64), ids)
+
+
+def _image_files(folder: Path) -> Iterator[Path]:
+    """Walk one class folder at any depth, hidden files and links to folders left out."""
+    for place, folders, files in os.walk(folder):
+        folders[:] = [name for name in folders if not name.startswith(".")]
+        for name in files:
+            if name.lower().endswith(EXTENSIONS) and not name.startswith("."):
+                yield Path(place, name)
+
+
+def _array_part(pixels: np.ndarray, labels: np.ndarray, name: str) -> Part:
+    return Part(ArrayImages(pixels, name), labels, tuple(f"{name}/{i:05d}" for i in range(len(labels))))
+
+
+def _numerals() -> tuple[str, ...]:
+    return tuple(map(str, range(10)))
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().splitlines()[0].rstrip(".") if str(error).strip() else type(error).__name__

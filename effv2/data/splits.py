@@ -1,0 +1,68 @@
+"""Which samples train, validate and test: pure functions over labels and file order."""
+
+from __future__ import annotations
+
+import numpy as np
+from numpy.typing import NDArray
+
+from effv2.errors import InputError
+from effv2.randomness import stream_seed
+
+Positions = NDArray[np.int64]
+
+
+def first_per_class(labels: NDArray[np.int64], per_class: int, classes: tuple[str, ...]) -> Positions:
+    """Return the positions of the first `per_class` samples of each class (0 = all), in the given order."""
+    if not per_class:
+        return np.arange(len(labels))
+    _require(labels, per_class, classes)
+    chosen = [np.flatnonzero(labels == label)[:per_class] for label in range(len(classes))]
+    return np.sort(np.concatenate(chosen))
+
+
+def sample_per_class(
+    labels: NDArray[np.int64], per_class: int, classes: tuple[str, ...], split_seed: int
+) -> Positions:
+    """Return `per_class` positions of each class at random (0 = all), in the given order."""
+    if not per_class:
+        return np.arange(len(labels))
+    _require(labels, per_class, classes)
+    generator = np.random.default_rng(stream_seed(split_seed, "sample"))
+    chosen = [
+        generator.choice(np.flatnonzero(labels == label), per_class, replace=False)
+        for label in range(len(classes))
+    ]
+    return np.sort(np.concatenate(chosen))
+
+
+def published_split(count: int, fraction: float, split_seed: int) -> tuple[Positions, Positions]:
+    """Split as the published notebooks did: scikit-learn's train_test_split, shuffled, not stratified."""
+    from sklearn.model_selection import train_test_split
+
+    first, second = train_test_split(np.arange(count), test_size=fraction, random_state=split_seed)
+    return first, second
+
+
+def stratified_split(
+    labels: NDArray[np.int64], fraction: float, classes: tuple[str, ...], split_seed: int, stream: str
+) -> tuple[Positions, Positions]:
+    """Split `fraction` of each class off (at least one sample); both parts keep the given order."""
+    _require(labels, 2, classes)
+    generator = np.random.default_rng(stream_seed(split_seed, stream))
+    held = []
+    for label in range(len(classes)):
+        members = np.flatnonzero(labels == label)
+        count = min(len(members) - 1, max(1, round(fraction * len(members))))
+        held.append(generator.choice(members, count, replace=False))
+    second = np.sort(np.concatenate(held))
+    return np.setdiff1d(np.arange(len(labels)), second), second
+
+
+def _require(labels: NDArray[np.int64], least: int, classes: tuple[str, ...]) -> None:
+    counts = np.bincount(labels, minlength=len(classes))
+    if (label := int(counts.argmin())) is not None and counts[label] < least:
+        remedy = "lower --per-class or add images" if least > 2 else "add images or remove the class"
+        raise InputError(
+            f"--per-class {least}: the class {classes[label]!r} has only {counts[label]} images to take from, "
+            f"{least} are needed; {remedy}."
+        )

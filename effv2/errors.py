@@ -1,0 +1,25 @@
+"""The two ways in which a command ends badly on purpose.
+
+Anything else that escapes is a bug of ours and shows its traceback.
+"""
+
+
+class InputError(Exception):
+    """A wrong input: one sentence that names the option, its value and the remedy. Exit code 2."""
+
+
+class RunError(Exception):
+    """A fault while running (a loss that is no number, memory that is full). Exit code 1."""
+
+
+class Terminated(BaseException):
+    """SIGTERM arrived. Like KeyboardInterrupt not an Exception, so that nothing swallows it. Exit code 143."""
+
+
+def nearest(name: str, names: list[str]) -> str:
+    """Say which of `names` the user may have meant, and what there is: the tail of an error message."""
+    from difflib import get_close_matches
+
+    close = get_close_matches(name, names, n=1, cutoff=0.5)
+    hint = f"did you mean {close[0]!r}? " if close else ""
+    return f"{hint}Choose from: {', '.join(names)}"

@@ -1,0 +1,1 @@
+"""What tracked runs show: tables, figures, comparisons. Never trains."""

@@ -1,0 +1,49 @@
+"""Figures, in colours that survive colour blindness (Okabe & Ito 2008)."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from itertools import cycle
+
+import numpy as np
+from matplotlib.figure import Figure
+
+PALETTE = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
+STYLES = ("-", "--", "-.", ":")
+Curve = Mapping[int, float]
+
+
+def accuracy_curves(curves: Mapping[str, Sequence[Curve]], title: str) -> Figure:
+    """Draw accuracy over epochs: a line a name, the mean of its runs, with the range over runs as a band."""
+    figure = Figure(figsize=(7, 4.2), layout="constrained")
+    axes = figure.add_subplot()
+    for index, ((name, runs), colour) in enumerate(zip(curves.items(), cycle(PALETTE), strict=False)):
+        epochs = sorted(set.intersection(*(set(run) for run in runs)))
+        values = np.array([[run[epoch] for epoch in epochs] for run in runs])
+        style = STYLES[index // len(PALETTE) % len(STYLES)]
+        marker = "o" if len(epochs) == 1 else None
+        axes.plot(epochs, values.mean(0), style, color=colour, label=name, marker=marker)
+        if len(runs) > 1:
+            axes.fill_between(epochs, values.min(0), values.max(0), color=colour, alpha=0.15, linewidth=0)
+    axes.set(title=title, xlabel="epoch", ylabel="accuracy", ylim=(0, 1))
+    axes.grid(alpha=0.3)
+    axes.legend(loc="lower right")
+    return figure
+
+
+def confusion_figure(matrix: np.ndarray, columns: Sequence[str]) -> Figure:
+    """Draw a confusion matrix, rows being true classes and colours the share of the row."""
+    rows = columns[: len(matrix)]
+    side = min(14.0, 2.5 + 0.38 * len(columns))
+    figure = Figure(figsize=(side, side), layout="constrained")
+    axes = figure.add_subplot()
+    share = matrix / np.maximum(matrix.sum(1, keepdims=True), 1)
+    axes.imshow(share, cmap="Blues", vmin=0, vmax=1)
+    axes.set_xticks(range(len(columns)), columns, rotation=90)
+    axes.set_yticks(range(len(rows)), rows)
+    axes.set(xlabel="predicted", ylabel="true")
+    if len(columns) <= 30:
+        for (row, column), count in np.ndenumerate(matrix):
+            colour = "white" if share[row, column] > 0.5 else "black"
+            axes.text(column, row, str(count), ha="center", va="center", color=colour, fontsize=7)
+    return figure

@@ -1,0 +1,151 @@
+"""One tracked training run: data, network, loop and tracking wired together."""
+
+from __future__ import annotations
+
+import base64
+import io
+import tempfile
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import nn
+
+from effv2 import provenance
+from effv2.architecture import count_gflops, count_parameters
+from effv2.config import TrainConfig
+from effv2.data.batches import normalisation
+from effv2.data.dataset import Dataset, Split
+from effv2.evidence.run_artifacts import write_run_artifacts
+from effv2.execution import Execution, make_execution
+from effv2.serving.export import ServedNetwork, export_program, output_names
+from effv2.tracking.run import TrackedRun, start_run
+from effv2.training.evaluate import evaluate, single_image_latency
+from effv2.training.loop import EpochResult, Training
+from effv2.training.state import TrainState
+
+LogModel = Literal["best", "all", "none"]  # best = that of the study's best run alone
+OnEpoch = Callable[[EpochResult], None]
+OnStep = Callable[[int, int], None]
+
+
+@dataclass(frozen=True)
+class Labels:
+    """How a run is named and grouped in MLflow."""
+
+    name: str
+    study: str = ""
+    arm: str = ""
+    nested: bool = False
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """A finished run and its network, with the weights of the selected epoch."""
+
+    run: TrackedRun
+    config: TrainConfig
+    dataset: Dataset
+    network: nn.Module
+    watched_accuracy: float
+    summary: dict[str, float]
+
+    def log_model(self) -> None:
+        """Log the network, with its preprocessing, to the run; reopens the run if it has ended."""
+        outputs = self.config.model.outputs or len(self.dataset.classes)
+        served = ServedNetwork(
+            self.network, len(self.dataset.classes), *normalisation(self.config.data.normalise)
+        )
+        settings = {
+            "image_size": self.config.data.image_size,
+            "names": output_names(self.dataset.classes, outputs),
+        }
+        with tempfile.TemporaryDirectory() as name:
+            program = Path(name, "program.pt2")
+            export_program(served, self.config.data.image_size, program)
+            self.run.log_model(program, settings, _example(self.dataset.test), torch.__version__)
+
+
+def run_experiment(
+    config: TrainConfig,
+    dataset: Dataset,
+    experiment_id: str,
+    labels: Labels,
+    log_model: bool,
+    on_epoch: OnEpoch | None = None,
+    on_step: OnStep | None = None,
+) -> Outcome:
+    """Train `config` (resolved: no `auto`) on `dataset` in a run of its own."""
+    execution = make_execution(config.execution)
+    tags = {
+        "effv2.config_hash": config.hash(),
+        "effv2.data_digest": dataset.digest(),
+        "effv2.code_version": provenance.code_version(),
+        "effv2.study": labels.study,
+        "effv2.arm": labels.arm,
+        "effv2.variant": config.model.variant,
+        "effv2.seed": str(config.seed),
+    } | {f"effv2.machine.{name}": value for name, value in provenance.machine().items()}
+    with start_run(labels.name, experiment_id, tags, labels.nested) as run:
+        _log_start(run, config, dataset)
+        state = TrainState.create(config, dataset, execution)
+        for result in Training(config, dataset, state, execution, on_step):
+            run.log_metrics(result.metrics, step=result.epoch)
+            if on_epoch:
+                on_epoch(result)
+        if state.selected is not None:
+            state.evaluated.load_state_dict(state.selected)
+        summary = _log_end(run, config, dataset, execution, state)
+        outcome = Outcome(run, config, dataset, state.evaluated, state.progress.best_accuracy, summary)
+        if log_model:
+            outcome.log_model()
+    return outcome
+
+
+def _log_start(run: TrackedRun, config: TrainConfig, dataset: Dataset) -> None:
+    run.log_params(config.flat())
+    run.log_git(provenance.git_state())
+    for name, split in dataset.splits.items():
+        counts = np.bincount(split.labels.numpy(), minlength=len(dataset.classes)).tolist()
+        profile = {"images": len(split), "classes": dict(zip(dataset.classes, counts, strict=True))}
+        run.log_dataset(dataset.name, name, split.digest(), dataset.location, profile)
+
+
+def _log_end(
+    run: TrackedRun, config: TrainConfig, dataset: Dataset, execution: Execution, state: TrainState
+) -> dict[str, float]:
+    """Log and return the summary; log predictions and figures of the network as it now is: at the selected epoch."""
+    history, network = state.progress.history, state.evaluated
+    test = [metrics["test/accuracy"] for metrics in history]
+    best = int(np.argmax(test)) + 1
+    selected = len(test) if state.selected is None else state.progress.best_epoch
+    outputs = config.model.outputs or len(dataset.classes)
+    summary = {
+        "best/test_accuracy": test[best - 1],
+        "best/epoch": best,
+        "selected/test_accuracy": test[selected - 1],
+        "selected/epoch": selected,
+        "final/test_accuracy": test[-1],
+        "time/total_train_seconds": state.progress.train_seconds,
+        "inference/single_image_seconds": single_image_latency(network, config, execution),
+        "model/parameters": count_parameters(network),
+        "model/gflops": count_gflops(config.model.build_table(), outputs, config.data.image_size),
+    }
+    run.log_metrics(summary)
+    probabilities = evaluate(network, dataset.test, config, execution).probabilities
+    with tempfile.TemporaryDirectory() as name:
+        write_run_artifacts(Path(name), dataset, probabilities.numpy(), history)
+        run.log_folder(Path(name))
+    return summary
+
+
+def _example(split: Split) -> str:
+    """Return the split's first image as base64 of a PNG."""
+    pixels = split.images(torch.tensor([0]))[0].permute(1, 2, 0).contiguous().numpy()
+    buffer = io.BytesIO()
+    Image.fromarray(pixels).save(buffer, "PNG")
+    return base64.b64encode(buffer.getvalue()).decode()

@@ -1,0 +1,94 @@
+"""Where a result comes from: code, commit, machine, versions."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import platform
+import subprocess
+import sys
+from dataclasses import dataclass
+from importlib import metadata
+from pathlib import Path
+
+PACKAGE = Path(__file__).parent
+# The rooms that decide what a run computes; a change elsewhere voids no finished run.
+DECIDING = ("architecture.py", "randomness.py", "data", "training", "execution.py")
+RECORDED_PACKAGES = ("torch", "torchvision", "mlflow", "numpy", "pillow", "scikit-learn")
+PRINTABLE_DIFF_BYTES = 5_000_000
+
+
+@dataclass(frozen=True)
+class GitState:
+    """Commit of the sources, whether they differ from it, and how."""
+
+    commit: str
+    dirty: bool
+    diff: str
+
+
+def code_version() -> str:
+    """Hash the sources that decide a run, and torch's version."""
+    digest = hashlib.sha256(metadata.version("torch").encode())
+    for name in DECIDING:
+        place = PACKAGE / name
+        for path in sorted(place.rglob("*.py")) if place.is_dir() else [place]:
+            digest.update(f"{path.relative_to(PACKAGE).as_posix()}\0".encode() + path.read_bytes())
+    return digest.hexdigest()[:16]
+
+
+def git_state() -> GitState | None:
+    """Return the state of the checkout that the package runs from; None where it is no checkout."""
+    commit = _git("rev-parse", "HEAD")
+    if commit is None:
+        return None
+    changed = _git("status", "--porcelain") or ""
+    diff = (_git("diff", "HEAD") or "") if changed else ""
+    untracked = [line for line in changed.splitlines() if line.startswith("??")]
+    text = diff + ("\nUntracked files:\n" + "\n".join(untracked) if untracked else "")
+    return GitState(commit.strip(), bool(changed), text[:PRINTABLE_DIFF_BYTES])
+
+
+def machine() -> dict[str, str]:
+    """Return processor, cores, memory, accelerator, system and versions by plain names."""
+    import psutil
+    import torch
+
+    cuda = torch.cuda.is_available()
+    versions = {package: metadata.version(package) for package in RECORDED_PACKAGES}
+    return {
+        "processor": _processor(),
+        "cores": str(len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()),
+        "memory_gib": f"{psutil.virtual_memory().total / 2**30:.1f}",
+        "accelerator": torch.cuda.get_device_name() if cuda else "none",
+        "threads": str(torch.get_num_threads()),
+        "system": platform.platform(),
+        "python": sys.version.split()[0],
+    } | versions
+
+
+def _processor() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return platform.processor() or platform.machine()
+    names = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
+    return next(names, platform.machine())
+
+
+def _git(*words: str) -> str | None:
+    """Run git on the checkout around the package; None without git or a checkout."""
+    if not (PACKAGE.parent / ".git").exists():
+        return None
+    try:
+        done = subprocess.run(  # noqa: S603
+            ["git", "-C", str(PACKAGE.parent), *words],  # noqa: S607
+            capture_output=True,
+            text=True,
+            errors="replace",
+            timeout=30,
+            check=True,
+        )
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return done.stdout

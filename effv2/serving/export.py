@@ -1,0 +1,59 @@
+"""From a trained network to the one file that the served model runs: bytes in, class probabilities out."""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+OTHER = "other"
+
+
+def fold_probabilities(probabilities: Tensor, classes: int) -> Tensor:
+    """Sum what lies beyond the classes into one more column; (N, outputs) to (N, classes [+ 1])."""
+    if probabilities.shape[1] == classes:
+        return probabilities
+    return torch.cat([probabilities[:, :classes], probabilities[:, classes:].sum(1, keepdim=True)], 1)
+
+
+def fold_predictions(probabilities: Tensor, classes: int) -> Tensor:
+    """Return the argmax over all outputs (N), whatever lies beyond the classes being the column `classes`."""
+    return probabilities.argmax(1).clamp(max=classes)
+
+
+def output_names(classes: tuple[str, ...], outputs: int) -> list[str]:
+    """Name the columns of fold_probabilities: the classes and, where the head is wider, `other`."""
+    return [*classes, OTHER] if outputs > len(classes) else list(classes)
+
+
+class ServedNetwork(nn.Module):
+    """Scaling, normalisation, network and softmax: uint8 (N, 3, size, size) in."""
+
+    mean: Tensor
+    std: Tensor
+
+    def __init__(
+        self, network: nn.Module, classes: int, mean: tuple[float, ...], std: tuple[float, ...]
+    ) -> None:
+        super().__init__()
+        self.network, self.classes = network, classes
+        self.register_buffer("mean", torch.tensor(mean).view(3, 1, 1))
+        self.register_buffer("std", torch.tensor(std).view(3, 1, 1))
+
+    def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        """Return class probabilities (N, names) and the column of the prediction (N), the argmax over all."""
+        inputs = (images.float() / 255 - self.mean) / self.std
+        probabilities = F.softmax(self.network(inputs), 1)
+        return fold_probabilities(probabilities, self.classes), fold_predictions(probabilities, self.classes)
+
+
+def export_program(network: ServedNetwork, image_size: int, path: Path) -> None:
+    """Write `network` to `path` as a torch.export program with a free batch size. Nothing in it is a pickle."""
+    frozen = copy.deepcopy(network).cpu().to(memory_format=torch.contiguous_format).eval()  # type: ignore[call-overload]
+    example = torch.zeros(2, 3, image_size, image_size, dtype=torch.uint8)  # 2: a batch of 1 would be frozen in
+    program = torch.export.export(frozen, (example,), dynamic_shapes=({0: torch.export.Dim("batch")},))
+    program.example_inputs = None  # it would be stored as a pickle
+    torch.export.save(program, path)

@@ -1,0 +1,109 @@
+"""The served model, as MLflow loads it (models from code): this file, a torch.export program, a few settings.
+
+It answers without the rest of the package. A request holds images: base64 text over HTTP; from Python also
+bytes, paths (pathlib), PIL images and arrays. A plain string is never taken for a path: callers over HTTP could
+read the server's files.
+"""
+
+import base64
+import binascii
+import io
+import warnings
+from pathlib import Path
+from typing import Any
+
+import mlflow
+import numpy as np
+from mlflow.exceptions import MlflowException
+from mlflow.protos.databricks_pb2 import INVALID_PARAMETER_VALUE
+from mlflow.pyfunc import PythonModel
+from mlflow.pyfunc.model import PythonModelContext
+from PIL import Image
+
+
+# What Pillow and NumPy raise for something that is no image, or one that is too large to be honest.
+BROKEN = (
+    OSError,
+    ValueError,
+    SyntaxError,
+    TypeError,
+    Image.DecompressionBombWarning,
+    Image.DecompressionBombError,
+)
+
+
+class BadImage(MlflowException):
+    """An input that is no image: HTTP status 400."""
+
+    def __init__(self, position: int, reason: str) -> None:
+        self._text = f"Image {position} of the request can't be read: {reason}."
+        super().__init__(self._text, error_code=INVALID_PARAMETER_VALUE)
+
+    @property  # MLflow prefixes the whole request to a message it can write to
+    def message(self) -> str:
+        """Return the one sentence."""
+        return self._text
+
+    @message.setter
+    def message(self, _text: str) -> None:
+        pass
+
+
+class ImageClassifier(PythonModel):  # type: ignore[misc,unused-ignore]
+    """Images of any size and mode to class names and probabilities."""
+
+    def load_context(self, context: PythonModelContext) -> None:
+        """Load the program and the settings."""
+        import torch
+
+        self.settings: dict[str, Any] = context.model_config
+        self.network = torch.export.load(context.artifacts["program"]).module()
+
+    def predict(self, model_input: list[Any]) -> list[dict[str, Any]]:
+        """Return, for each image, `label`, its `probability`, and `probabilities` of all classes by name."""
+        import torch
+
+        size, names = self.settings["image_size"], self.settings["names"]
+        pixels = np.stack([to_pixels(_open(item, i), size) for i, item in enumerate(model_input)])
+        with torch.inference_mode():
+            table, predicted = self.network(torch.from_numpy(pixels).permute(0, 3, 1, 2).contiguous())
+        return [
+            {
+                "label": names[column],
+                "probability": row[column],
+                "probabilities": dict(zip(names, row, strict=True)),
+            }
+            for row, column in zip(table.tolist(), predicted.tolist(), strict=True)
+        ]
+
+
+def to_pixels(image: Image.Image, size: int) -> Any:
+    """Turn an image of any mode into RGB bytes (size, size, 3), exactly as in training."""
+    if image.mode.startswith("I;16"):  # Pillow would clip 16-bit greys at 255
+        image = Image.fromarray((np.asarray(image, dtype=np.uint16) >> 8).astype(np.uint8))
+    image = image.convert("RGB").resize((size, size), Image.Resampling.BILINEAR)
+    return np.asarray(image, dtype=np.uint8)
+
+
+def _open(item: Any, position: int) -> Image.Image:
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("error", Image.DecompressionBombWarning)
+            if isinstance(item, Image.Image):
+                return item
+            if isinstance(item, np.ndarray):
+                return Image.fromarray(item)
+            if isinstance(item, str):
+                item = base64.b64decode(item.partition("base64,")[2] or item, validate=True)
+            elif isinstance(item, Path):
+                item = item.read_bytes()
+            image = Image.open(io.BytesIO(item))
+            image.load()
+            return image
+    except binascii.Error:
+        raise BadImage(position, "it is not base64") from None
+    except BROKEN as error:
+        raise BadImage(position, type(error).__name__) from None
+
+
+mlflow.models.set_model(ImageClassifier())

@@ -1,0 +1,96 @@
+"""Run the arms of a study under one parent run, then compare them there."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+from effv2 import execution, provenance
+from effv2.config import DataConfig
+from effv2.data.dataset import Dataset, load_dataset
+from effv2.evidence.comparison import HISTORIES, Comparison
+from effv2.experiment import Labels, LogModel, Outcome, run_experiment
+from effv2.studies.files import Arm, Study
+from effv2.tracking.read import read_runs
+from effv2.tracking.run import TrackedRun, start_run
+from effv2.training.loop import EpochResult
+
+
+class Display(Protocol):
+    """What a study tells whoever watches."""
+
+    def decoding(self, done: int, total: int) -> None:
+        """Report decoded images."""
+
+    def run_started(self, name: str, epochs: int) -> None:
+        """Report the begin of a run."""
+
+    def step(self, step: int, steps: int) -> None:
+        """Report a step of an epoch."""
+
+    def epoch(self, result: EpochResult) -> None:
+        """Report a finished epoch."""
+
+
+@dataclass(frozen=True)
+class PreparedRun:
+    """A resolved arm and its loaded data."""
+
+    arm: Arm
+    dataset: Dataset
+
+
+def prepare(arms: Sequence[Arm], display: Display) -> list[PreparedRun]:
+    """Resolve `auto` and load every data set once, so that nothing wrong with them is found half-way."""
+    datasets: dict[DataConfig, Dataset] = {}
+    prepared = []
+    for arm in arms:
+        config = execution.resolve(arm.config)
+        if config.data not in datasets:
+            datasets[config.data] = load_dataset(config.data, display.decoding)
+        prepared.append(PreparedRun(Arm(arm.name, config), datasets[config.data]))
+    return prepared
+
+
+def run_ablation(
+    study: Study, runs: Sequence[PreparedRun], experiment_id: str, log_model: LogModel, display: Display
+) -> tuple[TrackedRun, Comparison]:
+    """Train every arm, one after the other; return the parent run and the comparison logged on it."""
+    tags = {"effv2.study": study.name, "effv2.code_version": provenance.code_version()}
+    with start_run(study.name, experiment_id, tags) as parent:
+        parent.log_params(
+            {
+                "study.name": study.name,
+                "study.arms": ",".join(dict.fromkeys(run.arm.name for run in runs)),
+                "study.seeds": ",".join(dict.fromkeys(str(run.arm.config.seed) for run in runs)),
+            }
+        )
+        parent.log_git(provenance.git_state())
+        best: Outcome | None = None
+        finished = []
+        for arm, dataset in ((run.arm, run.dataset) for run in runs):
+            labels = Labels(f"{arm.name}, seed {arm.config.seed}", study.name, arm.name, nested=True)
+            display.run_started(labels.name, arm.config.schedule.epochs)
+            outcome = run_experiment(
+                arm.config,
+                dataset,
+                experiment_id,
+                labels,
+                log_model == "all",
+                display.epoch,
+                display.step,
+            )
+            finished.append(outcome.run.run_id)
+            if best is None or outcome.watched_accuracy > best.watched_accuracy:
+                best = outcome
+        if best is not None and log_model == "best":
+            best.log_model()
+        comparison = Comparison.of(read_runs(finished, HISTORIES))
+        with tempfile.TemporaryDirectory() as folder:
+            comparison.write(Path(folder), study.name)
+            parent.log_folder(Path(folder))
+        parent.describe(f"{study.description}\n\n{comparison.markdown()}")
+    return parent, comparison

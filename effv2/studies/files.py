@@ -1,0 +1,94 @@
+"""Study files: one configuration, the arms that differ from it, the seeds of each arm."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from effv2.architecture import PUBLISHED_VARIANTS
+from effv2.config import TrainConfig
+from effv2.errors import InputError, nearest
+from effv2.studies.settings import Layer, build_config, read_document, validate
+
+Seed = Annotated[int, Field(ge=0, lt=2**32)]
+
+
+class StudyFile(BaseModel):
+    """The keys of a study file. `config` and each arm hold groups of TrainConfig."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    name: str = Field(pattern=r"^[\w.-]+$", max_length=80)
+    description: str = ""
+    config: dict[str, Any] | None = None
+    arms: dict[str, dict[str, Any] | None] = {}
+    baseline: str = ""
+    seeds: tuple[Seed, ...] = Field((0,), min_length=1)
+
+
+@dataclass(frozen=True)
+class Arm:
+    """A named configuration of a study, for one seed."""
+
+    name: str
+    config: TrainConfig
+
+
+@dataclass(frozen=True)
+class Study:
+    """A study read from its file, or the built-in ablation; layers keep where each value was written."""
+
+    name: str
+    description: str
+    base: Layer
+    arms: dict[str, Layer]
+    baseline: str
+    seeds: tuple[int, ...]
+
+    def config(self, options: Layer) -> TrainConfig:
+        """Return the one configuration of a study without arms."""
+        if self.arms:
+            raise InputError(
+                f"--study {self.name}: has arms ({', '.join(self.arms)}), which `train` doesn't know; use `ablate`."
+            )
+        return build_config([self.base, options])
+
+    def select(self, variant: str, options: Layer, seeds: tuple[int, ...]) -> list[Arm]:
+        """Return the runs of an ablation, seed by seed: all arms, or one and the baseline it is compared with.
+
+        Options change what all arms share; an arm's own differences stand above them.
+        """
+        if variant != "all" and variant not in self.arms:
+            raise InputError(f"--variant {variant}: no such arm; {nearest(variant, [*self.arms, 'all'])}.")
+        chosen = [name for name in self.arms if variant in ("all", name) or name == self.baseline]
+        configs = {name: build_config([self.base, options, self.arms[name]]) for name in chosen}
+        return [
+            Arm(name, configs[name].model_copy(update={"seed": seed}))
+            for seed in seeds or self.seeds
+            for name in chosen
+        ]
+
+
+def built_in_ablation() -> Study:
+    """Return the ablation of the five published variants under the default configuration (digits, quick)."""
+    arms = {name: Layer({"model": {"variant": name}}, lambda place: str(place)) for name in PUBLISHED_VARIANTS}
+    base = Layer({}, lambda place: ".".join(map(str, place)))
+    return Study("ablate", "The five published variants.", base, arms, "default", (0,))
+
+
+def read_study(path: Path) -> Study:
+    """Read a study file; InputError names the line of whatever is wrong, in every arm."""
+    document = read_document(path, "--study")
+    file = validate(StudyFile, document.values, document.where)
+    baseline = file.baseline or next(iter(file.arms), "")
+    if baseline and baseline not in file.arms:
+        raise InputError(f"{document.where(('baseline',))} {baseline}: is no arm; {nearest(baseline, list(file.arms))}.")
+    base = document.layer("config")
+    arms = {name: document.layer("arms", name) for name in file.arms}
+    study = Study(file.name, file.description, base, arms, baseline, file.seeds)
+    for arm in arms.values() or [Layer({}, base.where)]:
+        build_config([base, arm])
+    return study

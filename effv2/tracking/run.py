@@ -1,0 +1,132 @@
+"""One MLflow run: opened or adopted, filled, and ended with the status it deserves."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, nullcontext
+from pathlib import Path
+from typing import Any
+
+import mlflow
+import mlflow.pyfunc
+from mlflow.entities import Dataset as TrackedDataset
+from mlflow.entities import DatasetInput, InputTag
+
+from effv2.errors import Terminated
+from effv2.provenance import GitState
+from effv2.serving import image_classifier_path
+
+NOTE = "mlflow.note.content"  # the tag that the UI shows as the run's description
+LONGEST_NOTE = 16_000  # bytes that every SQL store takes
+
+
+class TrackedRun:
+    """Writes to one open run."""
+
+    def __init__(self, run_id: str, experiment_id: str) -> None:
+        self.run_id, self.experiment_id = run_id, experiment_id
+
+    def log_params(self, params: Mapping[str, Any]) -> None:
+        """Log parameters under dotted names, which never collide with those that `mlflow run` logs."""
+        mlflow.log_params(dict(params), run_id=self.run_id)
+
+    def log_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> None:
+        """Log metrics in one call, at `step` where they belong to an epoch."""
+        mlflow.log_metrics(dict(metrics), step=step, run_id=self.run_id)
+
+    def set_tags(self, tags: Mapping[str, str]) -> None:
+        """Set tags."""
+        mlflow.set_tags(dict(tags))
+
+    def describe(self, markdown: str) -> None:
+        """Set the description that the UI shows."""
+        mlflow.set_tag(NOTE, markdown[:LONGEST_NOTE])
+
+    def log_dataset(
+        self, name: str, context: str, digest: str, location: str, profile: Mapping[str, Any]
+    ) -> None:
+        """Record a data set that the run used as `context` (train, validation or test)."""
+        dataset = TrackedDataset(
+            name=name,
+            digest=digest,
+            source_type="local",
+            source=json.dumps({"uri": location}),
+            schema=None,
+            profile=json.dumps(dict(profile)),
+        )
+        tag = InputTag("mlflow.data.context", context)
+        mlflow.MlflowClient().log_inputs(self.run_id, [DatasetInput(dataset, [tag])])
+
+    def log_git(self, state: GitState | None) -> None:
+        """Record commit and dirty flag as tags, the uncommitted changes as an artifact."""
+        if state is None:
+            return
+        self.set_tags({"effv2.git_commit": state.commit, "effv2.git_dirty": str(state.dirty).lower()})
+        if state.dirty:
+            mlflow.log_text(state.diff, "source/uncommitted.diff", run_id=self.run_id)
+
+    def log_folder(self, folder: Path) -> None:
+        """Upload everything in `folder` as the run's artifacts."""
+        mlflow.log_artifacts(str(folder), run_id=self.run_id)
+
+    def log_model(self, program: Path, settings: Mapping[str, Any], example: str, torch_version: str) -> None:
+        """Log the served model: image in, class names and probabilities out, no pickle.
+
+        Opens the run again where it has ended. `program` is a torch.export file, `settings` what effv2/serving/image_classifier.py reads, `example` a
+        base64 image. The requirements are given, since inferring them takes MLflow several seconds.
+        """
+        active = mlflow.active_run()
+        is_open = active is not None and active.info.run_id == self.run_id
+        with nullcontext() if is_open else mlflow.start_run(self.run_id, nested=True):
+            mlflow.pyfunc.log_model(
+                name="model",
+                python_model=str(image_classifier_path()),
+                artifacts={"program": str(program)},
+                model_config=dict(settings),
+                input_example=[example],
+                pip_requirements=[
+                    f"mlflow=={mlflow.__version__}",
+                    f"torch=={torch_version.partition('+')[0]}",
+                    "numpy>=2.0",
+                    "pillow>=11",
+                ],
+            )
+
+
+@contextmanager
+def start_run(
+    name: str, experiment_id: str, tags: Mapping[str, str], nested: bool = False
+) -> Iterator[TrackedRun]:
+    """Open a run, or adopt the one that `mlflow run` made, and end it FINISHED, FAILED or KILLED.
+
+    A nested run becomes a child of the run that is open.
+    """
+    adopt = bool(os.environ.get("MLFLOW_RUN_ID")) and not nested
+    if adopt:
+        active = mlflow.start_run()
+        mlflow.set_tags({"mlflow.runName": name})
+    else:
+        active = mlflow.start_run(experiment_id=experiment_id, run_name=name, nested=nested)
+    status = "FINISHED"
+    try:
+        mlflow.set_tags(dict(tags) | {"effv2.pid": str(os.getpid())})
+        yield TrackedRun(active.info.run_id, active.info.experiment_id)
+    except (KeyboardInterrupt, Terminated):
+        status = "KILLED"
+        raise
+    except BaseException as error:
+        status = "FAILED"
+        mlflow.set_tag("effv2.error", f"{type(error).__name__}: {error}"[:5000])
+        raise
+    finally:
+        mlflow.end_run(status)
+
+
+def run_address(run_id: str, experiment_id: str) -> str:
+    """Say where the run can be seen: its page on a server, else the command that opens the UI on the store."""
+    uri = mlflow.get_tracking_uri()
+    if uri.startswith("http"):
+        return f"{uri.rstrip('/')}/#/experiments/{experiment_id}/runs/{run_id}"
+    return f"run {run_id}; see it with: mlflow ui --backend-store-uri {uri}"

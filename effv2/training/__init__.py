@@ -1,0 +1,1 @@
+"""The training loop, evaluation, schedules and stopping. Knows nothing of MLflow."""

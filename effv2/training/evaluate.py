@@ -1,0 +1,63 @@
+"""Loss, accuracy and class probabilities of a network on a split."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from effv2.config import TrainConfig
+from effv2.data.batches import evaluation_batches, to_input
+from effv2.data.dataset import Split
+from effv2.execution import Execution
+
+LATENCY_WARMUP, LATENCY_PASSES = 3, 11
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """Mean cross-entropy, fraction right, and float32 probabilities (N, outputs) in the split's order."""
+
+    loss: float
+    accuracy: float
+    probabilities: Tensor
+
+
+def evaluate(model: nn.Module, split: Split, config: TrainConfig, execution: Execution) -> Evaluation:
+    """Run `model` in eval mode over `split`, prediction being the argmax over all outputs.
+
+    The model's training flag is put back afterwards.
+    """
+    was_training = model.training
+    model.eval()
+    logits = []
+    with torch.inference_mode():
+        for images, _ in evaluation_batches(split, config.evaluation.batch_size):
+            inputs = to_input(execution.to_device(images), config.data, execution.channels_last)
+            with execution.autocast():
+                logits.append(model(inputs).float())
+        everything = torch.cat(logits).cpu()
+        loss = F.cross_entropy(everything, split.labels).item()
+        accuracy = (everything.argmax(1) == split.labels).double().mean().item()
+    model.train(was_training)
+    return Evaluation(loss, accuracy, everything.softmax(1).clone())
+
+
+def single_image_latency(model: nn.Module, config: TrainConfig, execution: Execution) -> float:
+    """Return the median seconds of a forward pass of one image, from bytes to logits on the host."""
+    size = config.data.image_size
+    image = torch.zeros(1, 3, size, size, dtype=torch.uint8)
+    seconds = []
+    model.eval()
+    with torch.inference_mode():
+        for _ in range(LATENCY_WARMUP + LATENCY_PASSES):
+            started = time.perf_counter()
+            inputs = to_input(execution.to_device(image), config.data, execution.channels_last)
+            with execution.autocast():
+                model(inputs).float().cpu()
+            seconds.append(time.perf_counter() - started)
+    return statistics.median(seconds[LATENCY_WARMUP:])

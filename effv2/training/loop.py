@@ -1,0 +1,148 @@
+"""The training loop: a generator of epoch results over a state that can be saved between any two."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from effv2.config import TrainConfig
+from effv2.data.augment import augment_images, mix_samples, one_hot
+from effv2.data.batches import batch_count, epoch_order, to_input, training_batches
+from effv2.data.dataset import Dataset
+from effv2.errors import RunError
+from effv2.execution import Execution
+from effv2.randomness import private_randomness, stream_seed
+from effv2.training.evaluate import evaluate
+from effv2.training.state import TrainState
+
+# On an accelerator the loss is looked at this seldom, since each look waits for the device.
+STEPS_BETWEEN_LOSS_CHECKS = 50
+
+OnStep = Callable[[int, int], None]
+Metrics = dict[str, float]
+
+
+@dataclass(frozen=True)
+class EpochResult:
+    """An epoch's number (from 1) and its metrics by the names they are logged under."""
+
+    epoch: int
+    metrics: Metrics
+
+
+@dataclass
+class Training:
+    """A training that goes on from `state`: iterate over it to train.
+
+    `on_step` is told (step of the epoch, steps an epoch). Seconds of training exclude evaluation and whatever
+    the caller does between two epochs.
+    """
+
+    config: TrainConfig
+    dataset: Dataset
+    state: TrainState
+    execution: Execution
+    on_step: OnStep | None = None
+
+    def __iter__(self) -> Iterator[EpochResult]:
+        """Train until the last epoch or early stopping, yielding after each epoch; RunError if it diverges."""
+        progress = self.state.progress
+        while progress.epoch < self.config.schedule.epochs and not progress.should_stop(self.config.stopping):
+            with private_randomness():
+                metrics = self._train_epoch(progress.epoch + 1)
+                metrics |= self._evaluate_epoch()
+            metrics["time/epoch_seconds"] = metrics["time/train_seconds"] + metrics["time/evaluate_seconds"]
+            progress.epoch += 1
+            progress.history.append(metrics)
+            watched = metrics.get("val/accuracy", metrics["test/accuracy"])
+            self.state.schedule.after_epoch(progress.epoch, watched)
+            if progress.note(watched) and self.dataset.validation is not None:
+                self.state.select()
+            yield EpochResult(progress.epoch, metrics)
+
+    def _train_epoch(self, epoch: int) -> Metrics:
+        order = epoch_order(len(self.dataset.train), self.config.seed, epoch)
+        batch_size, device = self.config.optimiser.batch_size, self.execution.device
+        steps = batch_count(len(order), batch_size)
+        check_every = 1 if device.type == "cpu" else STEPS_BETWEEN_LOSS_CHECKS
+        loss_sum = torch.zeros((), device=device)
+        right_sum = torch.zeros((), device=device, dtype=torch.int64)
+        seen = 0
+        started = time.perf_counter()
+        self.state.model.train()
+        for step, (images, labels) in enumerate(training_batches(self.dataset.train, order, batch_size), 1):
+            loss, right = self._train_step(images, labels)
+            loss_sum += loss * len(labels)
+            right_sum += right
+            seen += len(labels)
+            if (step % check_every == 0 or step == steps) and not math.isfinite(loss_sum.item()):
+                raise RunError(self._divergence(epoch, step))
+            if self.on_step:
+                self.on_step(step, steps)
+        seconds = time.perf_counter() - started
+        self.state.progress.train_seconds += seconds
+        return {
+            "train/loss": loss_sum.item() / seen,
+            "train/accuracy": right_sum.item() / seen,
+            "learning_rate": self.state.schedule.rate,
+            "time/train_seconds": seconds,
+            "throughput/train_images_per_second": seen / seconds,
+        }
+
+    def _train_step(self, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+        """Make one step; return its mean loss and how many were right, on the device."""
+        config, state, step = self.config, self.state, self.state.progress.step
+        torch.manual_seed(stream_seed(config.seed, "augmentation", step))
+        images = self.execution.to_device(augment_images(images, config.augment))
+        inputs = to_input(images, config.data, self.execution.channels_last)
+        labels = self.execution.to_device(labels)
+        outputs = config.model.outputs or len(self.dataset.classes)
+        targets = one_hot(labels, outputs, config.optimiser.label_smoothing)
+        inputs, targets = mix_samples(inputs, targets, config.augment)
+
+        torch.manual_seed(stream_seed(config.seed, "dropout", step))
+        state.schedule.before_step(step)
+        state.optimiser.zero_grad(set_to_none=True)
+        with self.execution.autocast():
+            logits = state.model(inputs)
+        logits = logits.float()
+        loss = F.cross_entropy(logits, targets)
+        loss.backward()
+        if config.optimiser.clip_norm:
+            nn.utils.clip_grad_norm_(state.model.parameters(), config.optimiser.clip_norm)
+        state.optimiser.step()
+        if state.averaged:
+            state.averaged.update_parameters(state.model)
+        state.progress.step += 1
+        return loss.detach(), (logits.detach().argmax(1) == labels).sum()
+
+    def _evaluate_epoch(self) -> Metrics:
+        """Evaluate test, validation and, the post's way, the whole train set, in eval mode."""
+        evaluated = {"test": self.dataset.test}
+        if self.dataset.validation is not None:
+            evaluated["val"] = self.dataset.validation
+        if self.config.evaluation.train_set:
+            evaluated["train"] = self.dataset.train
+        metrics: Metrics = {}
+        started = time.perf_counter()
+        for name, split in evaluated.items():
+            result = evaluate(self.state.evaluated, split, self.config, self.execution)
+            metrics |= {f"{name}/loss": result.loss, f"{name}/accuracy": result.accuracy}
+        seconds = time.perf_counter() - started
+        images = sum(map(len, evaluated.values()))
+        return metrics | {
+            "time/evaluate_seconds": seconds,
+            "throughput/evaluate_images_per_second": images / seconds,
+        }
+
+    def _divergence(self, epoch: int, step: int) -> str:
+        return (
+            f"The training loss is no longer a finite number at epoch {epoch}, step {step}, with a learning rate of "
+            f"{self.state.schedule.rate:g}; lower --lr or set optimiser.clip_norm."
+        )

@@ -1,0 +1,146 @@
+"""Everything that decides how a training goes on, in one object."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+from torch.optim.swa_utils import AveragedModel
+
+from effv2.architecture import build_model
+from effv2.config import OptimiserConfig, StoppingConfig, TrainConfig
+from effv2.data.batches import batch_count
+from effv2.data.dataset import Dataset
+from effv2.execution import Execution
+from effv2.randomness import private_randomness, stream_seed
+from effv2.training.schedules import Schedule
+
+
+@dataclass
+class Progress:
+    """Where the training stands, in plain values. Epochs and steps are those finished.
+
+    `history` holds the metrics of every finished epoch, by the names they are logged under.
+    """
+
+    epoch: int = 0
+    step: int = 0
+    train_seconds: float = 0.0
+    best_accuracy: float = -1.0
+    best_epoch: int = 0
+    history: list[dict[str, float]] = field(default_factory=list)
+
+    def note(self, accuracy: float) -> bool:
+        """Take the watched accuracy of the epoch just finished; say whether it is the best so far."""
+        if accuracy <= self.best_accuracy:
+            return False
+        self.best_accuracy, self.best_epoch = accuracy, self.epoch
+        return True
+
+    def should_stop(self, stopping: StoppingConfig) -> bool:
+        """Say whether patience has run out; it is counted from the best epoch, but not before min_epochs.
+
+        So a run that must last 150 epochs with a patience of 50 never ends before epoch 200: the published
+        runs stopped at 200 and later.
+        """
+        waited = self.epoch - max(self.best_epoch, stopping.min_epochs)
+        return 0 < stopping.patience <= waited
+
+
+@dataclass
+class TrainState:
+    """Network, averaged weights, optimiser, schedule and progress.
+
+    Random numbers need no state: each step seeds its own (see effv2.randomness). `selected` holds the weights
+    of the best epoch where a validation split chooses it.
+    """
+
+    model: nn.Module
+    averaged: AveragedModel | None
+    optimiser: Optimizer
+    schedule: Schedule
+    progress: Progress
+    selected: dict[str, Tensor] | None = None
+
+    @classmethod
+    def create(cls, config: TrainConfig, dataset: Dataset, execution: Execution) -> TrainState:
+        """Build a fresh state: weights from the seed's own stream, everything else at its beginning."""
+        outputs = config.model.outputs or len(dataset.classes)
+        with private_randomness():
+            torch.manual_seed(stream_seed(config.seed, "initialisation"))
+            built = build_model(
+                config.model.build_table(), outputs, config.model.dropout, config.model.stochastic_depth
+            )
+        model = execution.place(built)
+        optimiser = make_optimiser(config.optimiser, model)
+        schedule = Schedule(
+            config.schedule, optimiser, batch_count(len(dataset.train), config.optimiser.batch_size)
+        )
+        decay = config.optimiser.ema_decay
+        averaged = AveragedModel(model, multi_avg_fn=_ema(decay), use_buffers=True) if decay else None
+        return cls(model, averaged, optimiser, schedule, Progress())
+
+    @property
+    def evaluated(self) -> nn.Module:
+        """Return the network that is evaluated and kept: the averaged one where there is one."""
+        return self.averaged.module if self.averaged else self.model
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return all of it as tensors and plain values."""
+        return {
+            "model": self.model.state_dict(),
+            "averaged": self.averaged.state_dict() if self.averaged else None,
+            "optimiser": self.optimiser.state_dict(),
+            "schedule": self.schedule.state_dict(),
+            "progress": asdict(self.progress),
+            "selected": self.selected,
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Take over what state_dict returned."""
+        self.model.load_state_dict(state["model"])
+        if self.averaged:
+            self.averaged.load_state_dict(state["averaged"])
+        self.optimiser.load_state_dict(state["optimiser"])
+        self.schedule.load_state_dict(state["schedule"])
+        self.progress = Progress(**state["progress"])
+        self.selected = state["selected"]
+
+    def select(self) -> None:
+        """Keep a copy of the evaluated weights as the selected ones."""
+        self.selected = {name: value.detach().clone() for name, value in self.evaluated.state_dict().items()}
+
+
+def make_optimiser(config: OptimiserConfig, model: nn.Module) -> Optimizer:
+    """Build the optimiser, its whole step in one fused kernel. Norms and biases are not decayed."""
+    matrices = [p for p in model.parameters() if p.ndim > 1]
+    vectors = [p for p in model.parameters() if p.ndim <= 1]
+    groups = [
+        {"params": matrices, "weight_decay": config.weight_decay},
+        {"params": vectors, "weight_decay": 0.0},
+    ]
+    if config.name == "sgd":
+        nesterov = config.momentum > 0
+        return torch.optim.SGD(groups, lr=config.lr, momentum=config.momentum, nesterov=nesterov, fused=True)
+    kind = torch.optim.Adam if config.name == "adam" else torch.optim.AdamW
+    return kind(groups, lr=config.lr, fused=True)
+
+
+def _ema(decay: float) -> Callable[..., None]:
+    """Average exponentially, the decay rising from 0.1 as (1 + n) / (10 + n) so that the start is forgotten."""
+
+    @torch.no_grad()
+    def update(averaged: Any, current: Any, count: Tensor) -> None:
+        n = int(count)
+        weight = 1 - min(decay, (1 + n) / (10 + n))
+        for old, new in zip(averaged, current, strict=True):
+            if old.is_floating_point():
+                old.lerp_(new, weight)
+            else:
+                old.copy_(new)
+
+    return update
