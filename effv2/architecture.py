@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, replace
 from functools import partial
+from itertools import pairwise
 from typing import TYPE_CHECKING, Literal, cast
 
 from effv2.errors import InputError, nearest
@@ -55,7 +56,7 @@ class Table:
 def parse_table(text: str) -> Table:
     """Read a table in the notation of this module; InputError says which row is wrong and why."""
     stages = tuple(_parse_stage(row.split(), row.strip()) for row in text.split("/"))
-    for before, after in zip(stages, stages[1:], strict=False):
+    for before, after in pairwise(stages):
         if before.out_channels != after.in_channels:
             raise InputError(
                 f"model.table: the row {str(before)!r} gives {before.out_channels} channels, but the next "
@@ -72,16 +73,17 @@ def _parse_stage(words: list[str], row: str) -> Stage:
     if len(words) != 7 or words[0] not in ("F", "M") or (words[0] == "F" and not squeeze_excitation):
         raise InputError(f"model.table: the row {row!r} is not a stage; {form}.")
     try:
-        ratio, numbers = float(words[1]), [int(word) for word in words[2:]]
+        ratio = float(words[1])
+        kernel, stride, in_channels, out_channels, layers = numbers = [int(word) for word in words[2:]]
     except ValueError:
         raise InputError(f"model.table: the row {row!r} holds something that is no number; {form}.") from None
-    kernel, stride = numbers[:2]
     if not 1 <= ratio <= 64 or kernel % 2 == 0 or stride not in (1, 2) or not all(0 < n < 10_000 for n in numbers):
         raise InputError(
             f"model.table: the row {row!r} is out of bounds; expansion is 1 to 64, the kernel odd, "
             "the stride 1 or 2, channels and layers are positive."
         )
-    return Stage(cast(Block, words[0]), ratio, *numbers, squeeze_excitation=squeeze_excitation)
+    block = cast(Block, words[0])
+    return Stage(block, ratio, kernel, stride, in_channels, out_channels, layers, squeeze_excitation)
 
 
 def replace_blocks(table: Table, block: Block) -> Table:
@@ -104,9 +106,7 @@ def scale_depth(table: Table, multiplier: float) -> Table:
     Fused stages stay as they are: torchvision's FusedMBConvConfig has no multiplier, and the published
     hyper-parameter check scaled the MBConv stages alone.
     """
-    scaled = (
-        replace(s, layers=math.ceil(s.layers * multiplier)) if s.block == "M" else s for s in table.stages
-    )
+    scaled = (replace(s, layers=math.ceil(s.layers * multiplier)) if s.block == "M" else s for s in table.stages)
     return replace(table, stages=tuple(scaled))
 
 
@@ -123,15 +123,12 @@ def scale_width(table: Table, multiplier: float) -> Table:
 
     if multiplier == 1:
         return table
-    scaled = (
-        replace(s, in_channels=width(s.in_channels), out_channels=width(s.out_channels)) for s in table.stages
-    )
+    scaled = (replace(s, in_channels=width(s.in_channels), out_channels=width(s.out_channels)) for s in table.stages)
     return replace(table, stages=tuple(scaled))
 
 
 EFFICIENTNET_V2_S = parse_table(
-    "F 1 3 1 24 24 2 / F 4 3 2 24 48 4 / F 4 3 2 48 64 4"
-    " / M 4 3 2 64 128 6 / M 6 3 1 128 160 9 / M 6 3 2 160 256 15"
+    "F 1 3 1 24 24 2 / F 4 3 2 24 48 4 / F 4 3 2 48 64 4 / M 4 3 2 64 128 6 / M 6 3 1 128 160 9 / M 6 3 2 160 256 15"
 )
 EFFICIENTNET_V2_M = parse_table(
     "F 1 3 1 24 24 3 / F 4 3 2 24 48 5 / F 4 3 2 48 80 5"
@@ -165,9 +162,7 @@ def variant(name: str) -> Table:
     return VARIANTS[name]
 
 
-def build_model(
-    table: Table, num_classes: int, dropout: float = 0.2, stochastic_depth: float = 0.2
-) -> EfficientNet:
+def build_model(table: Table, num_classes: int, dropout: float = 0.2, stochastic_depth: float = 0.2) -> EfficientNet:
     """Build torchvision's EfficientNet from `table`: images (N, 3, H, W) to logits (N, num_classes).
 
     Batch norm has epsilon 1e-3 as in torchvision's EfficientNetV2; `dropout` is that before the classifier;
@@ -226,4 +221,4 @@ def count_gflops(table: Table, num_classes: int, image_size: int) -> float:
         image = torch.empty(1, 3, image_size, image_size)
     with FlopCounterMode(display=False) as counter, torch.no_grad():
         model(image)
-    return counter.get_total_flops() / 2 / 1e9
+    return float(counter.get_total_flops()) / 2 / 1e9

@@ -83,9 +83,7 @@ class ModelConfig(Group):
     def build_table(self) -> architecture.Table:
         """Return the stage table that these fields describe; InputError for an unknown variant."""
         table = architecture.parse_table(self.table) if self.table else architecture.variant(self.variant)
-        return architecture.scale_width(
-            architecture.scale_depth(table, self.depth_multiplier), self.width_multiplier
-        )
+        return architecture.scale_width(architecture.scale_depth(table, self.depth_multiplier), self.width_multiplier)
 
 
 class OptimiserConfig(Group):
@@ -166,9 +164,7 @@ class TrainConfig(Group):
         The folder of the data and the wish to download are left out: where the images lie changes nothing,
         and what they are is recorded by their own digest.
         """
-        identity = {
-            key: value for key, value in self.flat().items() if key not in ("data.dir", "data.download")
-        }
+        identity = {key: value for key, value in self.flat().items() if key not in ("data.dir", "data.download")}
         return hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:16]
 
 

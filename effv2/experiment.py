@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import base64
 import io
+import json
 import tempfile
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Literal, Protocol
 
 import numpy as np
 import torch
@@ -16,12 +16,12 @@ from PIL import Image
 from torch import nn
 
 from effv2 import provenance
-from effv2.architecture import count_gflops, count_parameters
+from effv2.architecture import build_model, count_gflops, count_parameters
 from effv2.config import TrainConfig
 from effv2.data.batches import normalisation
 from effv2.data.dataset import Dataset, Split
 from effv2.evidence.run_artifacts import write_run_artifacts
-from effv2.execution import Execution, make_execution
+from effv2.execution.device import Execution, make_execution
 from effv2.serving.export import ServedNetwork, export_program, output_names
 from effv2.tracking.run import TrackedRun, start_run
 from effv2.training.evaluate import evaluate, single_image_latency
@@ -29,8 +29,19 @@ from effv2.training.loop import EpochResult, Training
 from effv2.training.state import TrainState
 
 LogModel = Literal["best", "all", "none"]  # best = that of the study's best run alone
-OnEpoch = Callable[[EpochResult], None]
-OnStep = Callable[[int, int], None]
+
+
+class Display(Protocol):
+    """What a run tells whoever watches."""
+
+    def run_started(self, name: str, epochs: int) -> None:
+        """Report the begin of a run."""
+
+    def step(self, step: int, steps: int) -> None:
+        """Report a step of an epoch."""
+
+    def epoch(self, result: EpochResult) -> None:
+        """Report a finished epoch."""
 
 
 @dataclass(frozen=True)
@@ -38,6 +49,7 @@ class Labels:
     """How a run is named and grouped in MLflow."""
 
     name: str
+    experiment_id: str
     study: str = ""
     arm: str = ""
     nested: bool = False
@@ -56,29 +68,20 @@ class Outcome:
 
     def log_model(self) -> None:
         """Log the network, with its preprocessing, to the run; reopens the run if it has ended."""
-        outputs = self.config.model.outputs or len(self.dataset.classes)
-        served = ServedNetwork(
-            self.network, len(self.dataset.classes), *normalisation(self.config.data.normalise)
-        )
-        settings = {
-            "image_size": self.config.data.image_size,
-            "names": output_names(self.dataset.classes, outputs),
-        }
+        model, data, classes = self.config.model, self.config.data, self.dataset.classes
+        outputs = model.outputs or len(classes)
+        plain = build_model(model.build_table(), outputs)  # without the paths of the device it was trained on
+        plain.load_state_dict(self.network.state_dict())
+        served = ServedNetwork(plain, len(classes), *normalisation(data.normalise))
+        settings = {"image_size": data.image_size, "names": output_names(classes, outputs)}
         with tempfile.TemporaryDirectory() as name:
-            program = Path(name, "program.pt2")
-            export_program(served, self.config.data.image_size, program)
-            self.run.log_model(program, settings, _example(self.dataset.test), torch.__version__)
+            files = {"program": Path(name, "program.pt2"), "settings": Path(name, "settings.json")}
+            export_program(served, data.image_size, files["program"])
+            files["settings"].write_text(json.dumps(settings), encoding="utf-8")
+            self.run.log_model(files, _example(self.dataset.test), torch.__version__)
 
 
-def run_experiment(
-    config: TrainConfig,
-    dataset: Dataset,
-    experiment_id: str,
-    labels: Labels,
-    log_model: bool,
-    on_epoch: OnEpoch | None = None,
-    on_step: OnStep | None = None,
-) -> Outcome:
+def run_experiment(config: TrainConfig, dataset: Dataset, labels: Labels, display: Display, log_model: bool) -> Outcome:
     """Train `config` (resolved: no `auto`) on `dataset` in a run of its own."""
     execution = make_execution(config.execution)
     tags = {
@@ -90,13 +93,13 @@ def run_experiment(
         "effv2.variant": config.model.variant,
         "effv2.seed": str(config.seed),
     } | {f"effv2.machine.{name}": value for name, value in provenance.machine().items()}
-    with start_run(labels.name, experiment_id, tags, labels.nested) as run:
+    display.run_started(labels.name, config.schedule.epochs)
+    with start_run(labels.name, labels.experiment_id, tags, labels.nested) as run:
         _log_start(run, config, dataset)
         state = TrainState.create(config, dataset, execution)
-        for result in Training(config, dataset, state, execution, on_step):
+        for result in Training(config, dataset, state, execution, display.step):
             run.log_metrics(result.metrics, step=result.epoch)
-            if on_epoch:
-                on_epoch(result)
+            display.epoch(result)
         if state.selected is not None:
             state.evaluated.load_state_dict(state.selected)
         summary = _log_end(run, config, dataset, execution, state)

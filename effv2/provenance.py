@@ -13,7 +13,7 @@ from pathlib import Path
 
 PACKAGE = Path(__file__).parent
 # The rooms that decide what a run computes; a change elsewhere voids no finished run.
-DECIDING = ("architecture.py", "randomness.py", "data", "training", "execution.py")
+DECIDING = ("architecture.py", "randomness.py", "data", "training", "execution")
 RECORDED_PACKAGES = ("torch", "torchvision", "mlflow", "numpy", "pillow", "scikit-learn")
 PRINTABLE_DIFF_BYTES = 5_000_000
 
@@ -51,7 +51,6 @@ def git_state() -> GitState | None:
 
 def machine() -> dict[str, str]:
     """Return processor, cores, memory, accelerator, system and versions by plain names."""
-    import psutil
     import torch
 
     cuda = torch.cuda.is_available()
@@ -59,7 +58,7 @@ def machine() -> dict[str, str]:
     return {
         "processor": _processor(),
         "cores": str(len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()),
-        "memory_gib": f"{psutil.virtual_memory().total / 2**30:.1f}",
+        "memory_gib": f"{os.sysconf('SC_PAGE_SIZE') * os.sysconf('SC_PHYS_PAGES') / 2**30:.1f}",
         "accelerator": torch.cuda.get_device_name() if cuda else "none",
         "threads": str(torch.get_num_threads()),
         "system": platform.platform(),

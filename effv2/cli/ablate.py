@@ -30,9 +30,7 @@ from effv2.cli.options import (
 @log_model_option("all")
 @experiment_option
 @reports_errors
-def ablate(
-    variant: str, study: str, seeds: str, log_model: str, experiment: str, **options: str | None
-) -> None:
+def ablate(variant: str, study: str, seeds: str, log_model: str, experiment: str, **options: str | None) -> None:
     """Train architecture variants beside their baseline and compare them in MLflow.
 
     Without a study file: the five published variants of EfficientNetV2-S under one short protocol on
@@ -53,7 +51,7 @@ def ablate(
     from effv2.tracking.store import open_store
 
     with ConsoleDisplay() as display:
-        prepared = prepare(arms, display)
+        prepared = prepare(arms, display.decoding)
         experiment_id = open_store(experiment)
         parent, comparison = run_ablation(chosen, prepared, experiment_id, which, display)
     print_comparison(comparison)

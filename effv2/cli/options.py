@@ -72,9 +72,7 @@ def _config_option(name: str, dotted: str) -> Callable[[Command], Command]:
 
 def _limits(metadata: list[Any]) -> str:
     signs = {"ge": "≥", "gt": ">", "le": "≤", "lt": "<"}
-    found = {
-        sign: getattr(rule, name) for name, sign in signs.items() for rule in metadata if hasattr(rule, name)
-    }
+    found = {sign: getattr(rule, name) for name, sign in signs.items() for rule in metadata if hasattr(rule, name)}
     return ", ".join(f"{sign} {value}" for sign, value in found.items() if value != 2**32)
 
 

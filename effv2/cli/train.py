@@ -39,7 +39,7 @@ def train(study: str, log_model: str, experiment: str, **options: str | None) ->
 
     from effv2.cli.display import ConsoleDisplay
     from effv2.data.dataset import load_dataset
-    from effv2.execution import resolve
+    from effv2.execution.device import resolve
     from effv2.experiment import Labels, run_experiment
     from effv2.tracking.run import run_address
     from effv2.tracking.store import open_store
@@ -49,11 +49,8 @@ def train(study: str, log_model: str, experiment: str, **options: str | None) ->
         dataset = load_dataset(config.data, display.decoding)
         experiment_id = open_store(experiment)
         name = file.name if file else f"{config.model.variant}, seed {config.seed}"
-        display.run_started(name, config.schedule.epochs)
-        labels = Labels(name, file.name if file else "")
-        outcome = run_experiment(
-            config, dataset, experiment_id, labels, which != "none", display.epoch, display.step
-        )
+        labels = Labels(name, experiment_id, file.name if file else "")
+        outcome = run_experiment(config, dataset, labels, display, which != "none")
     last = outcome.summary
     click.echo(
         f"test accuracy {last['selected/test_accuracy']:.2%} at the selected epoch "

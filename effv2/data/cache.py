@@ -30,7 +30,7 @@ import PIL
 from numpy.typing import NDArray
 from PIL import Image
 
-from effv2.data.images import Bytes, Images
+from effv2.data.images import Bytes, Images, sha256_of
 from effv2.errors import InputError
 
 FORMAT = 1  # raise it when the decoding below changes
@@ -120,9 +120,7 @@ def _decode_all(images: Images, size: int, progress: Progress | None) -> list[tu
             if progress:
                 progress(done, len(images))
     if broken:
-        raise InputError(
-            f"--data-dir: {len(broken)} images can't be read; repair or remove them: {', '.join(broken)}."
-        )
+        raise InputError(f"--data-dir: {len(broken)} images can't be read; repair or remove them: {', '.join(broken)}.")
     return results
 
 
@@ -134,7 +132,7 @@ def _read(key: str) -> Decoded | None:
         pixels = cast(Bytes, np.load(entry / "pixels.npy", mmap_mode="c", allow_pickle=False))
     except (OSError, ValueError):
         return None
-    if len(index["rgb"]) != len(pixels) or hashlib.sha256(pixels).hexdigest() != index["sha256"]:
+    if len(index["rgb"]) != len(pixels) or sha256_of(pixels) != index["sha256"]:
         return None
     return Decoded(pixels, np.array(index["rgb"], dtype=bool), index["sha256"])
 
@@ -144,12 +142,11 @@ def _write(key: str, results: list[tuple[Bytes, bool]]) -> Decoded:
     entries.mkdir(parents=True, exist_ok=True)
     _sweep(entries)
     pixels = np.stack([pixels for pixels, _ in results])
-    rgb = [is_rgb for _, is_rgb in results]
+    rgb, sha256 = [is_rgb for _, is_rgb in results], sha256_of(pixels)
     building = Path(tempfile.mkdtemp(prefix="building-", dir=entries))
     try:
         np.save(building / "pixels.npy", pixels, allow_pickle=False)
-        index = {"rgb": rgb, "sha256": hashlib.sha256(pixels).hexdigest()}
-        (building / "index.json").write_text(json.dumps(index))
+        (building / "index.json").write_text(json.dumps({"rgb": rgb, "sha256": sha256}))
         if (entries / key).exists():  # the caller found that one broken, or another process was quicker
             shutil.rmtree(entries / key, ignore_errors=True)
         building.rename(entries / key)
@@ -157,7 +154,7 @@ def _write(key: str, results: list[tuple[Bytes, bool]]) -> Decoded:
         shutil.rmtree(building, ignore_errors=True)
         if not (entries / key).exists():
             raise
-    return Decoded(pixels, np.array(rgb, dtype=bool), index["sha256"])
+    return Decoded(pixels, np.array(rgb, dtype=bool), sha256)
 
 
 def _sweep(entries: Path) -> None:

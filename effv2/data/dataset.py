@@ -96,9 +96,7 @@ Splits = tuple[Split, Split | None, Split]
 class _DecodedPart:
     """The samples at `positions` of a part, decoded, from which splits are cut."""
 
-    def __init__(
-        self, part: Part, positions: Positions, config: DataConfig, progress: cache.Progress | None
-    ) -> None:
+    def __init__(self, part: Part, positions: Positions, config: DataConfig, progress: cache.Progress | None) -> None:
         self.part, self.positions = part, positions
         self.decoded = cache.decode(part.take(positions).images, config.image_size, progress)
         self.pixels = torch.from_numpy(self.decoded.pixels)
@@ -130,9 +128,7 @@ def _load_standard(config: DataConfig, source: Source, progress: cache.Progress 
         chosen["validation"] = (source.train, validation)
     elif config.validation_fraction and source.validation is not None:
         chosen["validation"] = (source.validation, np.arange(len(source.validation)))
-    sampled = sample_per_class(
-        source.train.labels[train], config.per_class, source.classes, config.split_seed
-    )
+    sampled = sample_per_class(source.train.labels[train], config.per_class, source.classes, config.split_seed)
     chosen["train"] = (source.train, train[sampled])
 
     # What comes from one part shares one cache entry: without per_class, whatever the split seed.

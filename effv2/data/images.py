@@ -16,6 +16,11 @@ Labels = NDArray[np.int64]
 Bytes = NDArray[np.uint8]
 
 
+def sha256_of(pixels: Bytes) -> str:
+    """Hash an array's bytes without copying them."""
+    return hashlib.sha256(np.ascontiguousarray(pixels).data).hexdigest()
+
+
 class Images(Protocol):
     """What the cache needs to know of images."""
 
@@ -101,7 +106,7 @@ class ArrayImages:
 
     def digest(self) -> str:
         """Hash the pixels."""
-        return hashlib.sha256(np.ascontiguousarray(self.pixels)).hexdigest()
+        return sha256_of(self.pixels)
 
     def take(self, positions: NDArray[np.int64]) -> ArrayImages:
         """Return the images at `positions`."""

@@ -152,7 +152,6 @@ def _from_folders(name: str, folder: Path) -> Source:
     if test is None:  # a set with train and val alone uses val for testing, as Imagenette does
         validation, test = None, validation
     classes = _class_folders(train)
-    parts = []
     for part in (validation, test):
         if part is not None and (other := _class_folders(part)) != classes:
             differing = ", ".join(sorted(set(classes) ^ set(other)))
@@ -160,9 +159,9 @@ def _from_folders(name: str, folder: Path) -> Source:
                 f"--data-dir {folder}: the folders {train.name} and {part.name} hold different classes "
                 f"({differing}); give both the same ones."
             )
-        parts.append(part and _file_part(folder, part, classes))
     names = tuple(IMAGENETTE_NAMES.get(c, c) for c in classes) if name == "imagenette" else tuple(classes)
-    return Source(name, str(folder), names, _file_part(folder, train, classes), *parts)
+    parts = [_file_part(folder, part, classes) if part else None for part in (validation, test)]
+    return Source(name, str(folder), names, _file_part(folder, train, classes), parts[0], parts[1])
 
 
 def _find(folder: Path, names: tuple[str, ...]) -> Path | None:

@@ -20,17 +20,14 @@ def first_per_class(labels: NDArray[np.int64], per_class: int, classes: tuple[st
     return np.sort(np.concatenate(chosen))
 
 
-def sample_per_class(
-    labels: NDArray[np.int64], per_class: int, classes: tuple[str, ...], split_seed: int
-) -> Positions:
+def sample_per_class(labels: NDArray[np.int64], per_class: int, classes: tuple[str, ...], split_seed: int) -> Positions:
     """Return `per_class` positions of each class at random (0 = all), in the given order."""
     if not per_class:
         return np.arange(len(labels))
     _require(labels, per_class, classes)
     generator = np.random.default_rng(stream_seed(split_seed, "sample"))
     chosen = [
-        generator.choice(np.flatnonzero(labels == label), per_class, replace=False)
-        for label in range(len(classes))
+        generator.choice(np.flatnonzero(labels == label), per_class, replace=False) for label in range(len(classes))
     ]
     return np.sort(np.concatenate(chosen))
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from pathlib import Path
 
 import torch
@@ -35,9 +34,7 @@ class ServedNetwork(nn.Module):
     mean: Tensor
     std: Tensor
 
-    def __init__(
-        self, network: nn.Module, classes: int, mean: tuple[float, ...], std: tuple[float, ...]
-    ) -> None:
+    def __init__(self, network: nn.Module, classes: int, mean: tuple[float, ...], std: tuple[float, ...]) -> None:
         super().__init__()
         self.network, self.classes = network, classes
         self.register_buffer("mean", torch.tensor(mean).view(3, 1, 1))
@@ -52,8 +49,7 @@ class ServedNetwork(nn.Module):
 
 def export_program(network: ServedNetwork, image_size: int, path: Path) -> None:
     """Write `network` to `path` as a torch.export program with a free batch size. Nothing in it is a pickle."""
-    frozen = copy.deepcopy(network).cpu().to(memory_format=torch.contiguous_format).eval()  # type: ignore[call-overload]
     example = torch.zeros(2, 3, image_size, image_size, dtype=torch.uint8)  # 2: a batch of 1 would be frozen in
-    program = torch.export.export(frozen, (example,), dynamic_shapes=({0: torch.export.Dim("batch")},))
+    program = torch.export.export(network.eval(), (example,), dynamic_shapes=({0: torch.export.Dim("batch")},))
     program.example_inputs = None  # it would be stored as a pickle
     torch.export.save(program, path)

@@ -1,4 +1,5 @@
-"""The served model, as MLflow loads it (models from code): this file, a torch.export program, a few settings.
+"""The served model, as MLflow loads it (models from code): this file, a torch.export program, a few
+settings (JSON: image_size in pixels, names of the columns).
 
 It answers without the rest of the package. A request holds images: base64 text over HTTP; from Python also
 bytes, paths (pathlib), PIL images and arrays. A plain string is never taken for a path: callers over HTTP could
@@ -8,6 +9,7 @@ read the server's files.
 import base64
 import binascii
 import io
+import json
 import warnings
 from pathlib import Path
 from typing import Any
@@ -16,10 +18,11 @@ import mlflow
 import numpy as np
 from mlflow.exceptions import MlflowException
 from mlflow.protos.databricks_pb2 import INVALID_PARAMETER_VALUE
-from mlflow.pyfunc import PythonModel
-from mlflow.pyfunc.model import PythonModelContext
+from mlflow.pyfunc.model import PythonModel, PythonModelContext
 from PIL import Image
 
+# The inputs of `predict` are deliberately of any type; MLflow would remark on it at every load.
+warnings.filterwarnings("ignore", message=".*Any type hint is inferred")
 
 # What Pillow and NumPy raise for something that is no image, or one that is too large to be honest.
 BROKEN = (
@@ -49,17 +52,17 @@ class BadImage(MlflowException):
         pass
 
 
-class ImageClassifier(PythonModel):  # type: ignore[misc,unused-ignore]
+class ImageClassifier(PythonModel):
     """Images of any size and mode to class names and probabilities."""
 
     def load_context(self, context: PythonModelContext) -> None:
         """Load the program and the settings."""
         import torch
 
-        self.settings: dict[str, Any] = context.model_config
+        self.settings: dict[str, Any] = json.loads(Path(context.artifacts["settings"]).read_text(encoding="utf-8"))
         self.network = torch.export.load(context.artifacts["program"]).module()
 
-    def predict(self, model_input: list[Any]) -> list[dict[str, Any]]:
+    def predict(self, model_input: list[Any]) -> list[dict[str, Any]]:  # type: ignore[override]
         """Return, for each image, `label`, its `probability`, and `probabilities` of all classes by name."""
         import torch
 

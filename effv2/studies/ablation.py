@@ -6,33 +6,17 @@ import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
 
-from effv2 import execution, provenance
+from effv2 import provenance
 from effv2.config import DataConfig
+from effv2.data.cache import Progress
 from effv2.data.dataset import Dataset, load_dataset
 from effv2.evidence.comparison import HISTORIES, Comparison
-from effv2.experiment import Labels, LogModel, Outcome, run_experiment
+from effv2.execution.device import resolve
+from effv2.experiment import Display, Labels, LogModel, Outcome, run_experiment
 from effv2.studies.files import Arm, Study
 from effv2.tracking.read import read_runs
 from effv2.tracking.run import TrackedRun, start_run
-from effv2.training.loop import EpochResult
-
-
-class Display(Protocol):
-    """What a study tells whoever watches."""
-
-    def decoding(self, done: int, total: int) -> None:
-        """Report decoded images."""
-
-    def run_started(self, name: str, epochs: int) -> None:
-        """Report the begin of a run."""
-
-    def step(self, step: int, steps: int) -> None:
-        """Report a step of an epoch."""
-
-    def epoch(self, result: EpochResult) -> None:
-        """Report a finished epoch."""
 
 
 @dataclass(frozen=True)
@@ -43,14 +27,14 @@ class PreparedRun:
     dataset: Dataset
 
 
-def prepare(arms: Sequence[Arm], display: Display) -> list[PreparedRun]:
+def prepare(arms: Sequence[Arm], decoding: Progress) -> list[PreparedRun]:
     """Resolve `auto` and load every data set once, so that nothing wrong with them is found half-way."""
     datasets: dict[DataConfig, Dataset] = {}
     prepared = []
     for arm in arms:
-        config = execution.resolve(arm.config)
+        config = resolve(arm.config)
         if config.data not in datasets:
-            datasets[config.data] = load_dataset(config.data, display.decoding)
+            datasets[config.data] = load_dataset(config.data, decoding)
         prepared.append(PreparedRun(Arm(arm.name, config), datasets[config.data]))
     return prepared
 
@@ -72,17 +56,8 @@ def run_ablation(
         best: Outcome | None = None
         finished = []
         for arm, dataset in ((run.arm, run.dataset) for run in runs):
-            labels = Labels(f"{arm.name}, seed {arm.config.seed}", study.name, arm.name, nested=True)
-            display.run_started(labels.name, arm.config.schedule.epochs)
-            outcome = run_experiment(
-                arm.config,
-                dataset,
-                experiment_id,
-                labels,
-                log_model == "all",
-                display.epoch,
-                display.step,
-            )
+            labels = Labels(f"{arm.name}, seed {arm.config.seed}", experiment_id, study.name, arm.name, nested=True)
+            outcome = run_experiment(arm.config, dataset, labels, display, log_model == "all")
             finished.append(outcome.run.run_id)
             if best is None or outcome.watched_accuracy > best.watched_accuracy:
                 best = outcome

@@ -11,7 +11,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from effv2.architecture import PUBLISHED_VARIANTS
 from effv2.config import TrainConfig
 from effv2.errors import InputError, nearest
-from effv2.studies.settings import Layer, build_config, read_document, validate
+from effv2.studies.settings import Layer, build_config, dotted, read_document, validate
 
 Seed = Annotated[int, Field(ge=0, lt=2**32)]
 
@@ -74,8 +74,8 @@ class Study:
 
 def built_in_ablation() -> Study:
     """Return the ablation of the five published variants under the default configuration (digits, quick)."""
-    arms = {name: Layer({"model": {"variant": name}}, lambda place: str(place)) for name in PUBLISHED_VARIANTS}
-    base = Layer({}, lambda place: ".".join(map(str, place)))
+    arms = {name: Layer({"model": {"variant": name}}, dotted) for name in PUBLISHED_VARIANTS}
+    base = Layer({}, dotted)
     return Study("ablate", "The five published variants.", base, arms, "default", (0,))
 
 
@@ -85,7 +85,9 @@ def read_study(path: Path) -> Study:
     file = validate(StudyFile, document.values, document.where)
     baseline = file.baseline or next(iter(file.arms), "")
     if baseline and baseline not in file.arms:
-        raise InputError(f"{document.where(('baseline',))} {baseline}: is no arm; {nearest(baseline, list(file.arms))}.")
+        raise InputError(
+            f"{document.where(('baseline',))} {baseline}: is no arm; {nearest(baseline, list(file.arms))}."
+        )
     base = document.layer("config")
     arms = {name: document.layer("arms", name) for name in file.arms}
     study = Study(file.name, file.description, base, arms, baseline, file.seeds)

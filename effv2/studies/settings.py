@@ -28,6 +28,11 @@ class Layer:
     where: Callable[[Place], str]
 
 
+def dotted(place: Place) -> str:
+    """Name a place by its keys alone."""
+    return ".".join(map(str, place))
+
+
 def option_layer(options: Mapping[str, str | None], fields: Mapping[str, str]) -> Layer:
     """Turn command line options into a layer; `fields` maps an option's name to its dotted field.
 
@@ -43,7 +48,7 @@ def option_layer(options: Mapping[str, str | None], fields: Mapping[str, str]) -
                 inner = inner.setdefault(group, {})
             inner[last] = text
             names[place] = f"--{name.replace('_', '-')}"
-    return Layer(values, lambda place: names.get(place, ".".join(map(str, place))))
+    return Layer(values, lambda place: names.get(place, dotted(place)))
 
 
 def build_config(layers: list[Layer]) -> TrainConfig:
@@ -114,7 +119,7 @@ class Document:
         while known and known not in self.lines:
             known = known[:-1]
         line = f", line {self.lines[known]}" if known else ""
-        return f"{self.path}{line}: {'.'.join(map(str, place))}"
+        return f"{self.path}{line}: {dotted(place)}"
 
     def layer(self, *place: str) -> Layer:
         """Return the mapping at `place` as a layer."""

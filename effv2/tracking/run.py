@@ -44,9 +44,7 @@ class TrackedRun:
         """Set the description that the UI shows."""
         mlflow.set_tag(NOTE, markdown[:LONGEST_NOTE])
 
-    def log_dataset(
-        self, name: str, context: str, digest: str, location: str, profile: Mapping[str, Any]
-    ) -> None:
+    def log_dataset(self, name: str, context: str, digest: str, location: str, profile: Mapping[str, Any]) -> None:
         """Record a data set that the run used as `context` (train, validation or test)."""
         dataset = TrackedDataset(
             name=name,
@@ -71,11 +69,11 @@ class TrackedRun:
         """Upload everything in `folder` as the run's artifacts."""
         mlflow.log_artifacts(str(folder), run_id=self.run_id)
 
-    def log_model(self, program: Path, settings: Mapping[str, Any], example: str, torch_version: str) -> None:
+    def log_model(self, files: Mapping[str, Path], example: str, torch_version: str) -> None:
         """Log the served model: image in, class names and probabilities out, no pickle.
 
-        Opens the run again where it has ended. `program` is a torch.export file, `settings` what effv2/serving/image_classifier.py reads, `example` a
-        base64 image. The requirements are given, since inferring them takes MLflow several seconds.
+        Opens the run again where it has ended. `files` are the artifacts that the serving file names, `example` is
+        a base64 image. The requirements are given, since inferring them takes MLflow several seconds.
         """
         active = mlflow.active_run()
         is_open = active is not None and active.info.run_id == self.run_id
@@ -83,8 +81,7 @@ class TrackedRun:
             mlflow.pyfunc.log_model(
                 name="model",
                 python_model=str(image_classifier_path()),
-                artifacts={"program": str(program)},
-                model_config=dict(settings),
+                artifacts={name: str(path) for name, path in files.items()},
                 input_example=[example],
                 pip_requirements=[
                     f"mlflow=={mlflow.__version__}",
@@ -96,9 +93,7 @@ class TrackedRun:
 
 
 @contextmanager
-def start_run(
-    name: str, experiment_id: str, tags: Mapping[str, str], nested: bool = False
-) -> Iterator[TrackedRun]:
+def start_run(name: str, experiment_id: str, tags: Mapping[str, str], nested: bool = False) -> Iterator[TrackedRun]:
     """Open a run, or adopt the one that `mlflow run` made, and end it FINISHED, FAILED or KILLED.
 
     A nested run becomes a child of the run that is open.

@@ -24,8 +24,9 @@ def open_store(experiment: str) -> str:
     An empty name leaves the choice to MLflow: that of `mlflow run`, of MLFLOW_EXPERIMENT_NAME or _ID, or
     `Default`. A database is created, and migrated, here and nowhere later.
     """
-    logging.getLogger("alembic").setLevel(logging.WARNING)
-    logging.getLogger("mlflow.store.db").setLevel(logging.WARNING)
+    for name in ("alembic", "mlflow"):
+        logging.getLogger(name).setLevel(logging.WARNING)
+    os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
     uri = mlflow.get_tracking_uri()
     try:
         with _environment(IMPATIENT):

@@ -13,7 +13,7 @@ from torch.nn import functional as F
 from effv2.config import TrainConfig
 from effv2.data.batches import evaluation_batches, to_input
 from effv2.data.dataset import Split
-from effv2.execution import Execution
+from effv2.execution.device import Execution
 
 LATENCY_WARMUP, LATENCY_PASSES = 3, 11
 

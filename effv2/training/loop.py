@@ -16,7 +16,7 @@ from effv2.data.augment import augment_images, mix_samples, one_hot
 from effv2.data.batches import batch_count, epoch_order, to_input, training_batches
 from effv2.data.dataset import Dataset
 from effv2.errors import RunError
-from effv2.execution import Execution
+from effv2.execution.device import Execution
 from effv2.randomness import private_randomness, stream_seed
 from effv2.training.evaluate import evaluate
 from effv2.training.state import TrainState

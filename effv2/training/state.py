@@ -15,7 +15,7 @@ from effv2.architecture import build_model
 from effv2.config import OptimiserConfig, StoppingConfig, TrainConfig
 from effv2.data.batches import batch_count
 from effv2.data.dataset import Dataset
-from effv2.execution import Execution
+from effv2.execution.device import Execution
 from effv2.randomness import private_randomness, stream_seed
 from effv2.training.schedules import Schedule
 
@@ -77,9 +77,7 @@ class TrainState:
             )
         model = execution.place(built)
         optimiser = make_optimiser(config.optimiser, model)
-        schedule = Schedule(
-            config.schedule, optimiser, batch_count(len(dataset.train), config.optimiser.batch_size)
-        )
+        schedule = Schedule(config.schedule, optimiser, batch_count(len(dataset.train), config.optimiser.batch_size))
         decay = config.optimiser.ema_decay
         averaged = AveragedModel(model, multi_avg_fn=_ema(decay), use_buffers=True) if decay else None
         return cls(model, averaged, optimiser, schedule, Progress())
