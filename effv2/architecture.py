@@ -13,7 +13,7 @@ from functools import partial
 from itertools import pairwise
 from typing import TYPE_CHECKING, Literal, cast
 
-from effv2.errors import InputError, nearest
+from effv2.errors import nearest
 
 if TYPE_CHECKING:
     from torchvision.models import EfficientNet
@@ -54,13 +54,13 @@ class Table:
 
 
 def parse_table(text: str) -> Table:
-    """Read a table in the notation of this module; InputError says which row is wrong and why."""
+    """Read a table in the notation of this module; ValueError says which row is wrong and why."""
     stages = tuple(_parse_stage(row.split(), row.strip()) for row in text.split("/"))
     for before, after in pairwise(stages):
         if before.out_channels != after.in_channels:
-            raise InputError(
-                f"model.table: the row {str(before)!r} gives {before.out_channels} channels, but the next "
-                f"row {str(after)!r} takes {after.in_channels}; make the two numbers equal."
+            raise ValueError(
+                f"the row {str(before)!r} gives {before.out_channels} channels, but the next "
+                f"row {str(after)!r} takes {after.in_channels}; make the two numbers equal"
             )
     return Table(stages)
 
@@ -71,16 +71,16 @@ def _parse_stage(words: list[str], row: str) -> Stage:
     if not squeeze_excitation:
         words = words[:-1]
     if len(words) != 7 or words[0] not in ("F", "M") or (words[0] == "F" and not squeeze_excitation):
-        raise InputError(f"model.table: the row {row!r} is not a stage; {form}.")
+        raise ValueError(f"the row {row!r} is not a stage; {form}")
     try:
         ratio = float(words[1])
         kernel, stride, in_channels, out_channels, layers = numbers = [int(word) for word in words[2:]]
     except ValueError:
-        raise InputError(f"model.table: the row {row!r} holds something that is no number; {form}.") from None
+        raise ValueError(f"the row {row!r} holds something that is no number; {form}") from None
     if not 1 <= ratio <= 64 or kernel % 2 == 0 or stride not in (1, 2) or not all(0 < n < 10_000 for n in numbers):
-        raise InputError(
-            f"model.table: the row {row!r} is out of bounds; expansion is 1 to 64, the kernel odd, "
-            "the stride 1 or 2, channels and layers are positive."
+        raise ValueError(
+            f"the row {row!r} is out of bounds; expansion is 1 to 64, the kernel odd, "
+            "the stride 1 or 2, channels and layers are positive"
         )
     block = cast(Block, words[0])
     return Stage(block, ratio, kernel, stride, in_channels, out_channels, layers, squeeze_excitation)
@@ -156,9 +156,9 @@ VARIANTS: dict[str, Table] = PUBLISHED_VARIANTS | {
 
 
 def variant(name: str) -> Table:
-    """Return the table of that name; InputError names the nearest one."""
+    """Return the table of that name; ValueError names the nearest one."""
     if name not in VARIANTS:
-        raise InputError(f"--variant {name}: no such variant; {nearest(name, list(VARIANTS))}.")
+        raise ValueError(f"no such variant; {nearest(name, list(VARIANTS))}")
     return VARIANTS[name]
 
 

@@ -9,7 +9,7 @@ import hashlib
 import json
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator
 
 from effv2 import architecture
 
@@ -61,8 +61,8 @@ class AugmentConfig(Group):
 class ModelConfig(Group):
     """The network, from a named table or one's own."""
 
-    variant: str = Field("default", description="Name of the architecture variant.")
     table: str = Field("", description="Own stage table, rows between slashes; `variant` is then only its name.")
+    variant: str = Field("default", description="Name of the architecture variant.")
     depth_multiplier: float = Field(1.0, gt=0, le=10, description="Multiplies the layers of MBConv stages.")
     width_multiplier: float = Field(1.0, gt=0, le=10, description="Multiplies the channels of all stages.")
     dropout: Fraction = Field(0.2, description="Dropout before the classifier.")
@@ -74,14 +74,15 @@ class ModelConfig(Group):
     def _canonical_table(cls, text: str) -> str:
         return str(architecture.parse_table(text)) if text.strip() else ""
 
-    @model_validator(mode="after")
-    def _known_variant(self) -> ModelConfig:
-        if not self.table:
-            architecture.variant(self.variant)
-        return self
+    @field_validator("variant")
+    @classmethod
+    def _known_variant(cls, name: str, info: ValidationInfo) -> str:
+        if not info.data.get("table"):
+            architecture.variant(name)
+        return name
 
     def build_table(self) -> architecture.Table:
-        """Return the stage table that these fields describe; InputError for an unknown variant."""
+        """Return the stage table that these fields describe."""
         table = architecture.parse_table(self.table) if self.table else architecture.variant(self.variant)
         return architecture.scale_width(architecture.scale_depth(table, self.depth_multiplier), self.width_multiplier)
 
@@ -135,6 +136,12 @@ class ExecutionConfig(Group):
     channels_last: bool = Field(True, description="Memory format of images and kernels.")
 
 
+class RandomConfig(Group):
+    """The one seed, from which every stream has its own."""
+
+    seed: int = Field(0, ge=0, lt=2**32, description="Seed of order, augmentation, initialisation and dropout.")
+
+
 class TrainConfig(Group):
     """All of it. Equal hashes mean equal runs on equal data, code and machine."""
 
@@ -146,17 +153,16 @@ class TrainConfig(Group):
     stopping: StoppingConfig = StoppingConfig()
     evaluation: EvaluationConfig = EvaluationConfig()
     execution: ExecutionConfig = ExecutionConfig()
-    seed: int = Field(0, ge=0, lt=2**32, description="Seed of order, augmentation, initialisation and dropout.")
+    random: RandomConfig = RandomConfig()
 
     def flat(self) -> dict[str, Any]:
         """Return every field under its dotted name."""
-        flat: dict[str, Any] = {}
-        for name, value in self.model_dump().items():
-            if isinstance(value, dict):
-                flat |= {f"{name}.{key}": inner for key, inner in value.items()}
-            else:
-                flat[name] = value
-        return flat
+        groups = self.model_dump()
+        return {f"{group}.{name}": value for group, fields in groups.items() for name, value in fields.items()}
+
+    def with_seed(self, seed: int) -> TrainConfig:
+        """Return this configuration for another seed."""
+        return self.model_copy(update={"random": RandomConfig(seed=seed)})
 
     def hash(self) -> str:
         """Return 16 hexadecimal digits of SHA-256 over the canonical form.
@@ -170,9 +176,7 @@ class TrainConfig(Group):
 
 def field_of(dotted: str) -> tuple[Any, Any]:
     """Return (pydantic FieldInfo, default) of a dotted name such as `optimiser.lr`."""
-    owner: type[BaseModel] = TrainConfig
-    *groups, name = dotted.split(".")
-    for group in groups:
-        owner = owner.model_fields[group].annotation  # type: ignore[assignment]
+    group, name = dotted.split(".")
+    owner: Any = TrainConfig.model_fields[group].annotation
     info = owner.model_fields[name]
     return info, info.default

@@ -91,7 +91,7 @@ def run_experiment(config: TrainConfig, dataset: Dataset, labels: Labels, displa
         "effv2.study": labels.study,
         "effv2.arm": labels.arm,
         "effv2.variant": config.model.variant,
-        "effv2.seed": str(config.seed),
+        "effv2.seed": str(config.random.seed),
     } | {f"effv2.machine.{name}": value for name, value in provenance.machine().items()}
     display.run_started(labels.name, config.schedule.epochs)
     with start_run(labels.name, labels.experiment_id, tags, labels.nested) as run:

@@ -40,7 +40,7 @@ ONE_RUN = {
     "stochastic_depth": "model.stochastic_depth",
     "depth_multiplier": "model.depth_multiplier",
     "width_multiplier": "model.width_multiplier",
-    "seed": "seed",
+    "seed": "random.seed",
 }
 
 

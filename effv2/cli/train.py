@@ -48,7 +48,7 @@ def train(study: str, log_model: str, experiment: str, **options: str | None) ->
     with ConsoleDisplay() as display:
         dataset = load_dataset(config.data, display.decoding)
         experiment_id = open_store(experiment)
-        name = file.name if file else f"{config.model.variant}, seed {config.seed}"
+        name = file.name if file else f"{config.model.variant}, seed {config.random.seed}"
         labels = Labels(name, experiment_id, file.name if file else "")
         outcome = run_experiment(config, dataset, labels, display, which != "none")
     last = outcome.summary

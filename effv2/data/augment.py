@@ -1,6 +1,6 @@
 """Augmentation of a batch in memory, with a draw of its own for every sample.
 
-Images come as bytes (B, 3, H, W) in channels-last memory. Everything draws from torch's global generator,
+Images are bytes (B, 3, H, W). Everything draws from torch's global generator,
 which the training loop seeds for each step.
 """
 
@@ -63,8 +63,7 @@ def trivial_augment(images: Tensor) -> Tensor:
     from torchvision.transforms.v2 import TrivialAugmentWide
 
     transform = TrivialAugmentWide()
-    changed = torch.stack([transform(image) for image in images])
-    return changed.contiguous(memory_format=torch.channels_last)
+    return torch.stack([transform(image) for image in images])
 
 
 def random_erasing(images: Tensor, probability: float) -> Tensor:

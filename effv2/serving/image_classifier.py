@@ -21,9 +21,6 @@ from mlflow.protos.databricks_pb2 import INVALID_PARAMETER_VALUE
 from mlflow.pyfunc.model import PythonModel, PythonModelContext
 from PIL import Image
 
-# The inputs of `predict` are deliberately of any type; MLflow would remark on it at every load.
-warnings.filterwarnings("ignore", message=".*Any type hint is inferred")
-
 # What Pillow and NumPy raise for something that is no image, or one that is too large to be honest.
 BROKEN = (
     OSError,

@@ -49,14 +49,16 @@ def run_ablation(
             {
                 "study.name": study.name,
                 "study.arms": ",".join(dict.fromkeys(run.arm.name for run in runs)),
-                "study.seeds": ",".join(dict.fromkeys(str(run.arm.config.seed) for run in runs)),
+                "study.seeds": ",".join(dict.fromkeys(str(run.arm.config.random.seed) for run in runs)),
             }
         )
         parent.log_git(provenance.git_state())
         best: Outcome | None = None
         finished = []
         for arm, dataset in ((run.arm, run.dataset) for run in runs):
-            labels = Labels(f"{arm.name}, seed {arm.config.seed}", experiment_id, study.name, arm.name, nested=True)
+            labels = Labels(
+                f"{arm.name}, seed {arm.config.random.seed}", experiment_id, study.name, arm.name, nested=True
+            )
             outcome = run_experiment(arm.config, dataset, labels, display, log_model == "all")
             finished.append(outcome.run.run_id)
             if best is None or outcome.watched_accuracy > best.watched_accuracy:

@@ -65,11 +65,7 @@ class Study:
             raise InputError(f"--variant {variant}: no such arm; {nearest(variant, [*self.arms, 'all'])}.")
         chosen = [name for name in self.arms if variant in ("all", name) or name == self.baseline]
         configs = {name: build_config([self.base, options, self.arms[name]]) for name in chosen}
-        return [
-            Arm(name, configs[name].model_copy(update={"seed": seed}))
-            for seed in seeds or self.seeds
-            for name in chosen
-        ]
+        return [Arm(name, configs[name].with_seed(seed)) for seed in seeds or self.seeds for name in chosen]
 
 
 def built_in_ablation() -> Study:

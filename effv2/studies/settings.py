@@ -74,10 +74,8 @@ def validate(model: type[Model], values: Mapping[str, Any], where: Callable[[Pla
         if first["type"] == "extra_forbidden":
             keys = _keys_at(model, place[:-1])
             raise InputError(f"{where(place)}: unknown key {place[-1]!r}; {nearest(str(place[-1]), keys)}.") from None
-        if isinstance(cause := first.get("ctx", {}).get("error"), InputError):
-            raise InputError(f"{where(place)}: {cause}") from None
         message = first["msg"].removeprefix("Value error, ")
-        value = "" if first["type"] == "missing" else f" {first['input']!r}"
+        value = "" if first["type"] == "missing" else f" {first['input']}"
         raise InputError(f"{where(place)}{value}: {message[0].lower()}{message[1:]}.") from None
 
 

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import json
 import os
+import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
 import mlflow
-import mlflow.pyfunc
 from mlflow.entities import Dataset as TrackedDataset
 from mlflow.entities import DatasetInput, InputTag
 
@@ -77,8 +77,12 @@ class TrackedRun:
         """
         active = mlflow.active_run()
         is_open = active is not None and active.info.run_id == self.run_id
-        with nullcontext() if is_open else mlflow.start_run(self.run_id, nested=True):
-            mlflow.pyfunc.log_model(
+        reopened = nullcontext() if is_open else mlflow.start_run(self.run_id, nested=True)
+        # MLflow remarks, past every filter, that the model's inputs are of any type; they are so on purpose.
+        with warnings.catch_warnings(record=True), reopened:
+            from mlflow import pyfunc
+
+            pyfunc.log_model(
                 name="model",
                 python_model=str(image_classifier_path()),
                 artifacts={name: str(path) for name, path in files.items()},

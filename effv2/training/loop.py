@@ -67,7 +67,7 @@ class Training:
             yield EpochResult(progress.epoch, metrics)
 
     def _train_epoch(self, epoch: int) -> Metrics:
-        order = epoch_order(len(self.dataset.train), self.config.seed, epoch)
+        order = epoch_order(len(self.dataset.train), self.config.random.seed, epoch)
         batch_size, device = self.config.optimiser.batch_size, self.execution.device
         steps = batch_count(len(order), batch_size)
         check_every = 1 if device.type == "cpu" else STEPS_BETWEEN_LOSS_CHECKS
@@ -98,7 +98,7 @@ class Training:
     def _train_step(self, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
         """Make one step; return its mean loss and how many were right, on the device."""
         config, state, step = self.config, self.state, self.state.progress.step
-        torch.manual_seed(stream_seed(config.seed, "augmentation", step))
+        torch.manual_seed(stream_seed(config.random.seed, "augmentation", step))
         images = self.execution.to_device(augment_images(images, config.augment))
         inputs = to_input(images, config.data, self.execution.channels_last)
         labels = self.execution.to_device(labels)
@@ -106,7 +106,7 @@ class Training:
         targets = one_hot(labels, outputs, config.optimiser.label_smoothing)
         inputs, targets = mix_samples(inputs, targets, config.augment)
 
-        torch.manual_seed(stream_seed(config.seed, "dropout", step))
+        torch.manual_seed(stream_seed(config.random.seed, "dropout", step))
         state.schedule.before_step(step)
         state.optimiser.zero_grad(set_to_none=True)
         with self.execution.autocast():

@@ -71,7 +71,7 @@ class TrainState:
         """Build a fresh state: weights from the seed's own stream, everything else at its beginning."""
         outputs = config.model.outputs or len(dataset.classes)
         with private_randomness():
-            torch.manual_seed(stream_seed(config.seed, "initialisation"))
+            torch.manual_seed(stream_seed(config.random.seed, "initialisation"))
             built = build_model(
                 config.model.build_table(), outputs, config.model.dropout, config.model.stochastic_depth
             )

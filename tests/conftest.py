@@ -1,0 +1,130 @@
+"""Stores, data and tiny networks for the tests. Real data is found through EFFV2_TEST_DATA."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from effv2.config import TrainConfig
+
+TINY_TABLE = "F 1 3 1 8 8 1 / M 2 3 2 8 16 2"
+OTHER_TINY_TABLE = "M 1 3 1 8 8 1 / M 2 3 2 8 16 1"
+TINY: dict[str, dict[str, Any]] = {
+    "data": {"image_size": 8, "per_class": 12},
+    "model": {"variant": "tiny", "table": TINY_TABLE},
+    "optimiser": {"batch_size": 32},
+    "schedule": {"epochs": 2},
+    "execution": {"device": "cpu", "precision": "fp32"},
+}
+TINY_STUDY = f"""
+name: tiny
+config:
+  data: {{image_size: 8, per_class: 12}}
+  schedule: {{epochs: 2}}
+  execution: {{device: cpu, precision: fp32}}
+arms:
+  default: {{model: {{variant: tiny, table: {TINY_TABLE}}}}}
+  other: {{model: {{variant: other, table: {OTHER_TINY_TABLE}}}}}
+"""
+
+
+def tiny_config(**groups: Any) -> TrainConfig:
+    """Return the tiny configuration with whole groups updated."""
+    merged: dict[str, Any] = {}
+    for name in TINY.keys() | groups.keys():
+        new = groups.get(name, {})
+        merged[name] = {**TINY.get(name, {}), **new} if isinstance(new, dict) else new
+    return TrainConfig.model_validate(merged)
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _isolated(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Keep caches and MLflow's settings of the user out of the tests."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("EFFV2_CACHE", str(tmp_path_factory.mktemp("cache")))
+        for name in [name for name in os.environ if name.startswith("MLFLOW_")]:
+            patch.delenv(name)
+        yield
+
+
+@pytest.fixture(scope="session")
+def template_database(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Create a migrated database once; a copy takes milliseconds."""
+    from mlflow import MlflowClient
+
+    path = tmp_path_factory.mktemp("template") / "mlflow.db"
+    MlflowClient(f"sqlite:///{path}").search_experiments()
+    return path
+
+
+@pytest.fixture
+def sqlite_store(template_database: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+    """Point MLflow at an empty sqlite store in the test's own folder, which becomes the working directory."""
+    uri = f"sqlite:///{tmp_path / 'mlflow.db'}"
+    shutil.copy(template_database, tmp_path / "mlflow.db")
+    yield from _use_store(uri, tmp_path, monkeypatch)
+
+
+@pytest.fixture
+def file_store(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+    """Point MLflow at an empty file store."""
+    monkeypatch.setenv("MLFLOW_ALLOW_FILE_STORE", "true")
+    yield from _use_store(f"file:{tmp_path / 'runs'}", tmp_path, monkeypatch)
+
+
+@pytest.fixture(params=["sqlite", "file"])
+def store(request: pytest.FixtureRequest) -> str:
+    """Run the test on both local stores."""
+    uri: str = request.getfixturevalue(f"{request.param}_store")
+    return uri
+
+
+def _use_store(uri: str, folder: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+    import mlflow
+
+    monkeypatch.chdir(folder)
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", uri)
+    yield uri
+    while mlflow.active_run():
+        mlflow.end_run()
+
+
+@pytest.fixture
+def tiny_study(tmp_path: Path) -> Path:
+    """Write a study of two tiny arms on digits."""
+    path = tmp_path / "tiny.yaml"
+    path.write_text(TINY_STUDY)
+    return path
+
+
+@pytest.fixture(scope="session")
+def real_data() -> Path:
+    """Return the folder of real data sets."""
+    folder = os.environ.get("EFFV2_TEST_DATA")
+    if not folder:
+        pytest.skip("EFFV2_TEST_DATA is not set: no real images to test with")
+    return Path(folder)
+
+
+def make_image_tree(root: Path, parts: tuple[str, ...] = ("",), classes: int = 3, images: int = 6) -> Path:
+    """Write a tree of class folders of small random images of several sizes and modes; return `root`."""
+    generator = np.random.default_rng(0)
+    modes = ("RGB", "L", "RGBA", "P")
+    for part in parts:
+        for label in range(classes):
+            folder = root / part / f"class {label}"
+            folder.mkdir(parents=True)
+            for index in range(images):
+                height, width = generator.integers(9, 30, 2)
+                pixels = generator.integers(0, 256, (height, width, 3), dtype=np.uint8)
+                mode = modes[index % len(modes)]
+                suffix = "png" if mode in ("RGBA", "P") else "jpg"
+                Image.fromarray(pixels).convert(mode).save(folder / f"{index}.{suffix}")
+    return root

@@ -1,0 +1,81 @@
+"""Augmentation draws for each sample apart and keeps what it must keep."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from effv2.config import AugmentConfig
+from effv2.data.augment import augment_images, mix_samples, one_hot, random_crop, random_erasing, random_flip
+
+
+def gradient_images(count: int = 16, size: int = 8) -> torch.Tensor:
+    """Return equal images whose pixels are all different, so that any move shows."""
+    image = torch.arange(3 * size * size, dtype=torch.uint8).view(1, size, size, 3)
+    return image.expand(count, -1, -1, -1).contiguous().permute(0, 3, 1, 2)
+
+
+def distinct(images: torch.Tensor) -> int:
+    return len({image.numpy().tobytes() for image in images})
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{"crop": 2}, {"flip": True}, {"trivial_augment": True}, {"erasing": 0.7}],
+    ids=lambda options: next(iter(options)),
+)
+def test_each_sample_is_drawn_apart_and_repeatably(options: dict[str, object]) -> None:
+    config = AugmentConfig.model_validate(options)
+    images = gradient_images()
+    torch.manual_seed(0)
+    first = augment_images(images, config)
+    torch.manual_seed(0)
+    assert torch.equal(first, augment_images(images, config))
+    assert distinct(first) > 1
+    assert first.shape == images.shape and first.dtype == torch.uint8
+    assert torch.equal(images, gradient_images())  # the cache is not written to
+
+
+@settings(max_examples=20, deadline=None)
+@given(st.integers(1, 6), st.integers(0, 1000))
+def test_crop_shows_a_window_of_the_reflected_image(padding: int, seed: int) -> None:
+    image = gradient_images(1)
+    padded = torch.nn.functional.pad(image.float(), (padding,) * 4, mode="reflect").to(torch.uint8)
+    torch.manual_seed(seed)
+    cropped = random_crop(image, padding)
+    windows = padded.unfold(2, 8, 1).unfold(3, 8, 1).permute(0, 2, 3, 1, 4, 5).reshape(-1, 3, 8, 8)
+    assert any(torch.equal(cropped[0], window) for window in windows)
+
+
+def test_flip_mirrors_some_and_leaves_some() -> None:
+    images = gradient_images(64)
+    flipped = random_flip(images)
+    mirrored = [torch.equal(after, before.flip(2)) for before, after in zip(images, flipped, strict=True)]
+    same = [torch.equal(after, before) for before, after in zip(images, flipped, strict=True)]
+    assert any(mirrored) and any(same) and sum(mirrored) + sum(same) == 64
+
+
+def test_erasing_removes_a_share_within_its_bounds() -> None:
+    images = torch.full((256, 3, 32, 32), 9, dtype=torch.uint8)
+    erased = (random_erasing(images, 1.0) == 0).float().mean((1, 2, 3))
+    assert erased.min() > 0.005 and erased.max() < 0.4
+
+
+@settings(max_examples=30, deadline=None)
+@given(st.sampled_from([(0.4, 0.0), (0.0, 1.0), (0.3, 0.3)]), st.integers(0, 1000))
+def test_mixing_keeps_pixels_and_targets_in_step(alphas: tuple[float, float], seed: int) -> None:
+    """With images that are constant in their class, the mean of a mixed image tells its mixed target."""
+    torch.manual_seed(seed)
+    labels = torch.arange(16) % 2
+    inputs = labels.float().view(-1, 1, 1, 1).expand(-1, 3, 8, 8)
+    mixed, targets = mix_samples(inputs, one_hot(labels, 2, 0.0), AugmentConfig(mixup=alphas[0], cutmix=alphas[1]))
+    assert torch.allclose(targets.sum(1), torch.ones(16), atol=1e-6)
+    assert torch.allclose(mixed.mean((1, 2, 3)), targets[:, 1], atol=1e-5)
+
+
+def test_smoothed_targets_are_torchs() -> None:
+    logits, labels = torch.randn(5, 7), torch.arange(5)
+    loss = torch.nn.functional.cross_entropy
+    assert torch.allclose(loss(logits, one_hot(labels, 7, 0.1)), loss(logits, labels, label_smoothing=0.1))

@@ -1,0 +1,278 @@
+"""The commands as users run them: what they log, how they end, what they answer to wrong input."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import signal
+import statistics
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+from click.testing import CliRunner, Result
+from mlflow import MlflowClient
+from mlflow.entities import Run
+
+from effv2.cli.ablate import ablate
+from effv2.cli.train import train
+from tests.conftest import TINY_TABLE
+
+ROOT = Path(__file__).parents[1]
+EPOCH_METRICS = {
+    "train/loss", "train/accuracy", "test/loss", "test/accuracy", "val/loss", "val/accuracy", "learning_rate",
+    "time/epoch_seconds", "time/train_seconds", "time/evaluate_seconds",
+    "throughput/train_images_per_second", "throughput/evaluate_images_per_second",
+}  # fmt: skip
+FINAL_METRICS = {
+    "best/test_accuracy", "best/epoch", "selected/test_accuracy", "selected/epoch", "final/test_accuracy",
+    "model/parameters", "model/gflops",
+}  # fmt: skip
+
+
+def all_runs() -> list[Run]:
+    client = MlflowClient()
+    experiments = [experiment.experiment_id for experiment in client.search_experiments()]
+    return list(client.search_runs(experiments, order_by=["start_time ASC"]))
+
+
+def invoke(command: Any, *words: str | Path) -> Result:
+    return CliRunner().invoke(command, [str(word) for word in words], catch_exceptions=False)
+
+
+def test_ablation_holds_everything(store: str, tiny_study: Path, tmp_path: Path) -> None:
+    result = invoke(ablate, "--study", tiny_study, "--variant", "other", "--seeds", "0,1", "--experiment", "tiny")
+    assert result.exit_code == 0, result.output
+    parent, *children = all_runs()
+    client = MlflowClient()
+    assert [run.data.tags["mlflow.runName"] for run in children] == [
+        f"{arm}, seed {seed}" for seed in (0, 1) for arm in ("default", "other")
+    ]
+    for run in (parent, *children):
+        assert run.info.status == "FINISHED"
+        assert client.get_experiment(run.info.experiment_id).name == "tiny"
+    for run in children:
+        tags, params, metrics = run.data.tags, run.data.params, run.data.metrics
+        assert tags["mlflow.parentRunId"] == parent.info.run_id
+        assert {f"effv2.{name}" for name in ("config_hash", "data_digest", "code_version", "pid")} <= tags.keys()
+        assert tags["effv2.study"] == "tiny" and tags["effv2.seed"] == params["random.seed"]
+        assert params["model.variant"] == tags["effv2.variant"] and params["data.image_size"] == "8"
+        assert all("." in name for name in params)
+        assert metrics.keys() >= EPOCH_METRICS | FINAL_METRICS
+        for name in EPOCH_METRICS:
+            assert [m.step for m in client.get_metric_history(run.info.run_id, name)] == [1, 2]
+        assert run.inputs and run.outputs
+        inputs = {item.tags[0].value: item.dataset for item in run.inputs.dataset_inputs}
+        assert inputs.keys() == {"train", "validation", "test"}
+        assert json.loads(inputs["train"].profile or "")["classes"]["3"] == 12
+        artifacts = {file.path for file in client.list_artifacts(run.info.run_id)}
+        assert artifacts >= {"predictions.csv", "per_class.csv", "confusion_matrix.csv", "curves.png"}
+        assert len(run.outputs.model_outputs) == 1
+    assert len({run.data.tags["effv2.config_hash"] for run in children}) == 4
+    assert "mlflow.note.content" in parent.data.tags
+    table = Path(client.download_artifacts(parent.info.run_id, "comparison.csv", str(tmp_path))).read_text()
+    best = {run.info.run_id: run.data.metrics["best/test_accuracy"] for run in children}
+    for line in table.splitlines()[1:]:
+        _, _, run_id, value, *_ = line.split(",")
+        assert float(value) == best[run_id]
+
+
+def test_same_command_twice_logs_the_same_numbers(sqlite_store: str, tiny_study: Path) -> None:
+    for _ in range(2):
+        assert invoke(ablate, "--study", tiny_study, "--variant", "default", "--log-model", "none").exit_code == 0
+    first, second = (run for run in all_runs() if "effv2.seed" in run.data.tags)
+    timed = ("time/", "throughput/", "inference/")
+    kept = [
+        {name: value for name, value in run.data.metrics.items() if not name.startswith(timed)}
+        for run in (first, second)
+    ]
+    assert kept[0] == kept[1] and len(kept[0]) > 10
+
+
+def test_only_the_best_model_is_kept_when_asked(sqlite_store: str, tiny_study: Path) -> None:
+    assert invoke(ablate, "--study", tiny_study, "--log-model", "best").exit_code == 0
+    _, *children = all_runs()
+    with_model = [run for run in children if run.outputs and run.outputs.model_outputs]
+    assert len(with_model) == 1
+    assert all(run.info.status == "FINISHED" for run in children)
+
+
+@pytest.mark.parametrize("fault", ["diverges", "interrupted"])
+def test_runs_that_end_badly_say_so(
+    sqlite_store: str, tiny_study: Path, fault: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if fault == "diverges":
+        text = tiny_study.read_text().replace("config:", "config:\n  optimiser: {name: sgd, momentum: 0.99, lr: 100}")
+        tiny_study.write_text(text.replace("epochs: 2", "epochs: 50"))
+        code, status, words = 1, "FAILED", "no longer a finite number"
+    else:
+        from effv2.training import loop
+
+        monkeypatch.setattr(loop, "evaluate", lambda *_: os.kill(os.getpid(), signal.SIGINT))
+        code, status, words = 130, "KILLED", "KILLED"
+    result = invoke(ablate, "--study", tiny_study)
+    assert result.exit_code == code and words in result.output
+    assert [run.info.status for run in all_runs()] == [status, status]
+
+
+def test_sigterm_leaves_no_run_running(sqlite_store: str, tiny_study: Path) -> None:
+    tiny_study.write_text(tiny_study.read_text().replace("epochs: 2", "epochs: 100000"))
+    command = [sys.executable, str(ROOT / "entry_points" / "ablate.py"), "--study", str(tiny_study)]
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as process:
+        deadline = time.monotonic() + 60
+        while not any("train/loss" in run.data.metrics for run in all_runs()):
+            assert time.monotonic() < deadline and process.poll() is None
+            time.sleep(0.1)
+        process.send_signal(signal.SIGTERM)
+        _, errors = process.communicate(timeout=20)
+    assert process.returncode == 143 and "KILLED" in errors and "Traceback" not in errors
+    assert [run.info.status for run in all_runs()] == ["KILLED", "KILLED"]
+
+
+@pytest.mark.parametrize("entry", ["train", "ablate"])
+def test_mlflow_run_adopts_its_run(sqlite_store: str, tiny_study: Path, entry: str, tmp_path: Path) -> None:
+    study = tmp_path / "one.yaml"
+    study.write_text(tiny_study.read_text().split("arms:")[0] + f"  model: {{variant: tiny, table: {TINY_TABLE}}}\n")
+    file = study if entry == "train" else tiny_study
+    words = ["-P", f"study={file}", "-P", "epochs=1", "-P", "image_size=9", "-P", "lr=1e-3"]
+    command = [sys.executable, "-m", "mlflow", "run", str(ROOT), "-e", entry, "--env-manager", "local", *words]
+    environment = os.environ | {"PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=120)
+    assert done.returncode == 0, done.stderr
+    adopted, *children = all_runs()
+    assert adopted.data.tags["mlflow.project.entryPoint"] == entry
+    assert len(children) == (0 if entry == "train" else 2)
+    assert adopted.data.tags["effv2.study"] == "tiny"
+    for run in (adopted, *children):
+        assert run.info.status == "FINISHED"
+    for run in children or [adopted]:
+        assert run.data.params["schedule.epochs"] == "1" and run.data.params["optimiser.lr"] == "0.001"
+
+
+def test_mlflow_run_fails_on_wrong_input_before_training(sqlite_store: str) -> None:
+    command = [sys.executable, "-m", "mlflow", "run", str(ROOT), "-e", "train", "--env-manager", "local"]
+    environment = os.environ | {"PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
+    done = subprocess.run(
+        [*command, "-P", "variant=drop_two"], capture_output=True, text=True, env=environment, timeout=120
+    )
+    assert done.returncode != 0
+    assert "--variant drop_two: no such variant; did you mean 'drop_one'?" in done.stderr + done.stdout
+    assert [run.info.status for run in all_runs()] == ["FAILED"]
+
+
+TRAIN_ERRORS = {
+    "--variant drop_two": "--variant drop_two: no such variant; did you mean 'drop_one'?",
+    "--dataset imagenet": "--dataset imagenet: input should be 'digits', 'imagenette'",
+    "--dataset folder": "--data-dir: the data set 'folder' needs a folder",
+    "--dataset birds": "kaggle.com",
+    "--dataset folder --data-dir /nowhere": "--data-dir /nowhere: no such folder",
+    "--dataset imagenette --data-dir .": "no imagenette2-160",
+    "--dataset mnist --data-dir .": "MNIST can't be read",
+    "--image-size 7": "--image-size 7: input should be greater than or equal to 8",
+    "--image-size big": "--image-size big: input should be a valid integer",
+    "--epochs 0": "--epochs 0",
+    "--batch-size 1": "--batch-size 1",
+    "--lr nan": "--lr nan",
+    "--lr -1": "--lr -1",
+    "--dropout 1.5": "--dropout 1.5",
+    "--per-class 9999": "--per-class 9999: the class",
+    "--scheduler step": "--scheduler step",
+    "--precision fp8": "--precision fp8",
+    "--seed -3": "--seed -3",
+    "--log-model some": "--log-model some",
+    "--study nowhere.yaml": "--study nowhere.yaml: can't be read",
+}
+ABLATE_ERRORS = {
+    "--variant drop_two": "--variant drop_two: no such arm; did you mean 'drop_one'?",
+    "--seeds 1,x": "--seeds 1,x",
+    "--seeds 1,1": "--seeds 1,1",
+}
+
+
+@pytest.mark.parametrize(
+    ("command", "words", "expected"),
+    [(train, words, text) for words, text in TRAIN_ERRORS.items()]
+    + [(ablate, words, text) for words, text in ABLATE_ERRORS.items()],
+)
+def test_wrong_input_is_one_sentence(sqlite_store: str, command: Any, words: str, expected: str) -> None:
+    result = invoke(command, *words.split())
+    assert result.exit_code == 2
+    (line,) = result.stderr.strip().splitlines()
+    assert line.startswith("Error: ") and expected in line and line.endswith(".")
+    assert not all_runs()
+
+
+STUDY_ERRORS = {
+    "config: {data: {image_sise: 32}}": r"line 2: config.data.image_sise: unknown key.*'image_size'",
+    "config:\n  optimiser:\n    lr: fast": r"line 4: config.optimiser.lr fast",
+    "arms:\n  a: {model: {variant: drop_two}}": r"line 3: arms.a.model.variant drop_two: .* did you mean 'drop_one'",
+    "arms: {a: {model: {table: F 1 3 1 24 24}}}": r"line 2: arms.a.model.table .*: the row .* is not a stage",
+    "sedes: [1]": r"line 2: sedes: unknown key.*'seeds'",
+    "seeds: [-1]": r"seeds.*-1",
+    "seeds: []": r"seeds",
+    "config: {data: [1}": r"line 2: not valid YAML",
+    "config: {}\nconfig: {}": r"line 3: the key 'config' stands twice \(first in line 2\)",
+    "config: 3": r"line 2: config",
+    "arms: {a: {}}\nbaseline: b": r"line 3: baseline b: is no arm",
+}
+
+
+@pytest.mark.parametrize(("text", "pattern"), STUDY_ERRORS.items())
+def test_wrong_study_files_name_the_line(sqlite_store: str, tmp_path: Path, text: str, pattern: str) -> None:
+    path = tmp_path / "study.yaml"
+    path.write_text(f"name: wrong\n{text}\n")
+    result = invoke(ablate, "--study", str(path))
+    assert result.exit_code == 2
+    (line,) = result.stderr.strip().splitlines()
+    assert re.search(rf"study\.yaml.*{pattern}", line), line
+    assert not all_runs()
+
+
+@pytest.mark.parametrize(
+    ("uri", "expected"),
+    [
+        ("http://127.0.0.1:9", "MLFLOW_TRACKING_URI http://127.0.0.1:9: the tracking store doesn't answer"),
+        ("file:runs", "MLFLOW_ALLOW_FILE_STORE=true"),
+        ("sqlite:////proc/nowhere/mlflow.db", "doesn't answer"),
+        ("nonsense://x", "doesn't answer"),
+    ],
+)
+def test_tracking_store_that_does_not_answer(
+    tiny_study: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, uri: str, expected: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", uri)
+    started = time.monotonic()
+    result = invoke(ablate, "--study", tiny_study)
+    assert result.exit_code == 2 and expected in result.stderr
+    assert len(result.stderr.strip().splitlines()) == 1
+    assert time.monotonic() - started < 15
+
+
+@pytest.mark.parametrize(
+    "words", [["entry_points/train.py"], ["entry_points/ablate.py"], ["-m", "effv2"], ["-m", "effv2", "train"]]
+)
+def test_help_is_immediate_and_complete(words: list[str]) -> None:
+    seconds = []
+    for _ in range(3):
+        started = time.perf_counter()
+        done = subprocess.run([sys.executable, *words, "--help"], cwd=ROOT, capture_output=True, text=True, check=True)
+        seconds.append(time.perf_counter() - started)
+    assert statistics.median(seconds) < 0.5
+    assert "Usage:" in done.stdout
+
+
+def test_mlproject_declares_exactly_the_options_of_each_command() -> None:
+    import yaml
+
+    project = yaml.safe_load((ROOT / "MLproject").read_text())
+    for name, command in (("train", train), ("ablate", ablate)):
+        entry = project["entry_points"][name]
+        options = {option.name for option in command.params}
+        assert set(entry["parameters"]) == options
+        for option in options:
+            assert f"--{option.replace('_', '-')} {{{option}}}" in entry["command"]

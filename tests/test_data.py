@@ -1,0 +1,240 @@
+"""Sampling, splits and the cache, on trees written here and on the real sets."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from PIL import Image
+from sklearn.model_selection import train_test_split
+
+from effv2.config import DataConfig
+from effv2.data import cache
+from effv2.data.batches import batch_count, epoch_order, evaluation_batches, to_input, training_batches
+from effv2.data.dataset import Dataset, load_dataset
+from effv2.data.images import FileImages
+from effv2.data.splits import stratified_split
+from effv2.errors import InputError
+from tests.conftest import make_image_tree
+
+
+def ids(dataset: Dataset) -> dict[str, set[str]]:
+    return {name: set(split.ids) for name, split in dataset.splits.items()}
+
+
+def mode_of(path: Path) -> str:
+    with Image.open(path) as image:
+        return image.mode
+
+
+@pytest.fixture
+def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("EFFV2_CACHE", str(tmp_path / "cache"))
+    return tmp_path / "cache"
+
+
+@given(st.lists(st.integers(2, 30), min_size=2, max_size=6), st.floats(0.01, 0.9), st.integers(0, 100), st.randoms())
+def test_stratified_split_partitions_every_class(
+    counts: list[int], fraction: float, seed: int, shuffler: st.DataObject
+) -> None:
+    labels = np.repeat(np.arange(len(counts)), counts)
+    shuffler.shuffle(labels)  # type: ignore[attr-defined]
+    classes = tuple(map(str, range(len(counts))))
+    kept, held = stratified_split(labels, fraction, classes, seed, "test")
+    assert sorted([*kept, *held]) == list(range(len(labels)))
+    for label, count in enumerate(counts):
+        taken = int((labels[held] == label).sum())
+        assert 1 <= taken < count and abs(taken - fraction * count) <= 1
+    again = stratified_split(labels, fraction, classes, seed, "test")
+    assert all(np.array_equal(a, b) for a, b in zip((kept, held), again, strict=True))
+
+
+def test_per_class_and_seed_change_training_alone() -> None:
+    whole = ids(load_dataset(DataConfig(image_size=8)))
+    few = ids(load_dataset(DataConfig(image_size=8, per_class=20)))
+    assert few["test"] == whole["test"] and few["validation"] == whole["validation"]
+    assert len(few["train"]) == 200 and few["train"] < whole["train"]
+    other = ids(load_dataset(DataConfig(image_size=8, split_seed=1)))
+    assert other["test"] != whole["test"]
+    for parts in (whole, few, other):
+        assert not (parts["train"] & parts["test"] or parts["train"] & parts["validation"])
+
+
+def test_published_rule_by_hand(tmp_path: Path) -> None:
+    root = make_image_tree(tmp_path / "set", ("train", "test"), classes=3, images=12)
+    config = DataConfig(
+        dataset="folder", dir=str(root), image_size=8, sampling="published", per_class=8,
+        validation_fraction=0, split_seed=42,
+    )  # fmt: skip
+    first = [path for folder in sorted((root / "train").iterdir()) for path in sorted(folder.iterdir())[:8]]
+    rgb = [f"train/{path.parent.name}/{path.name}" for path in first if mode_of(path) == "RGB"]
+    train, test = train_test_split(rgb, test_size=0.2, random_state=42)
+    dataset = load_dataset(config)
+    assert list(dataset.train.ids) == train and list(dataset.test.ids) == test
+    assert dataset.validation is None
+
+
+def test_folder_with_all_three_parts_and_with_none(tmp_path: Path) -> None:
+    three = make_image_tree(tmp_path / "three", ("train", "val", "test"))
+    dataset = load_dataset(DataConfig(dataset="folder", dir=str(three), image_size=8))
+    assert {name: len(split) for name, split in dataset.splits.items()} == {"train": 18, "validation": 18, "test": 18}
+    assert all(id_.startswith("val/") for id_ in dataset.splits["validation"].ids)
+    flat = make_image_tree(tmp_path / "flat", images=10)
+    dataset = load_dataset(DataConfig(dataset="folder", dir=str(flat), image_size=8))
+    assert {name: len(split) for name, split in dataset.splits.items()} == {"train": 21, "validation": 3, "test": 6}
+    assert dataset.classes == ("class 0", "class 1", "class 2")
+
+
+def test_decoding_is_pillows_in_every_mode(tmp_path: Path, own_cache: Path) -> None:
+    root = make_image_tree(tmp_path / "set")
+    paths = tuple(sorted(root.rglob("*.*")))
+    decoded = cache.decode(FileImages(paths), 8)
+    for path, pixels, rgb in zip(paths, decoded.pixels, decoded.rgb, strict=True):
+        with Image.open(path) as image:
+            assert np.array_equal(pixels, np.asarray(image.convert("RGB").resize((8, 8), Image.Resampling.BILINEAR)))
+            assert rgb == (image.mode == "RGB")
+
+
+def test_second_start_decodes_nothing_and_an_edit_is_seen(
+    tmp_path: Path, own_cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    root = make_image_tree(tmp_path / "set")
+    images = FileImages(tuple(sorted(root.rglob("*.*"))))
+    first = cache.decode(images, 8)
+    copy = FileImages(tuple(sorted(make_image_tree(tmp_path / "copy").rglob("*.*"))))
+    with monkeypatch.context() as patch:
+        patch.setattr(FileImages, "open", lambda *_: pytest.fail("decoded again"))
+        assert cache.decode(images, 8).sha256 == first.sha256
+        assert cache.decode(copy, 8).sha256 == first.sha256  # found by content, wherever it lies
+    Image.new("RGB", (9, 9), "red").save(images.paths[0])
+    assert cache.decode(images, 8).sha256 != first.sha256
+
+
+@pytest.mark.parametrize("damage", ["flip", "truncate", "no index"])
+def test_damaged_entry_is_rebuilt(tmp_path: Path, own_cache: Path, damage: str) -> None:
+    images = FileImages(tuple(sorted(make_image_tree(tmp_path / "set").rglob("*.*"))))
+    first = np.array(cache.decode(images, 8).pixels)
+    (pixels,) = own_cache.rglob("pixels.npy")
+    if damage == "flip":
+        content = bytearray(pixels.read_bytes())
+        content[-1] ^= 1
+        pixels.write_bytes(content)
+    elif damage == "truncate":
+        pixels.write_bytes(pixels.read_bytes()[:-10])
+    else:
+        pixels.with_name("index.json").unlink()
+    assert np.array_equal(cache.decode(images, 8).pixels, first)
+    assert json.loads(pixels.with_name("index.json").read_text())["sha256"] == cache.decode(images, 8).sha256
+
+
+def test_processes_that_build_at_once_agree(tmp_path: Path, own_cache: Path) -> None:
+    root = make_image_tree(tmp_path / "set", images=40)
+    script = (
+        "import sys; from effv2.config import DataConfig; from effv2.data.dataset import load_dataset\n"
+        "print(load_dataset(DataConfig(dataset='folder', dir=sys.argv[1], image_size=8)).digest())"
+    )
+    command = [sys.executable, "-c", script, str(root)]
+    running = [subprocess.Popen(command, stdout=subprocess.PIPE, text=True) for _ in range(3)]
+    digests = {process.communicate(timeout=120)[0] for process in running}
+    assert len(digests) == 1 and all(process.returncode == 0 for process in running)
+    assert len(list((own_cache / "entries").iterdir())) == 1
+
+
+def test_broken_images_are_named_all_at_once(tmp_path: Path, own_cache: Path) -> None:
+    root = make_image_tree(tmp_path / "set")
+    (root / "class 0" / "0.jpg").write_bytes(b"no image")
+    whole = (root / "class 1" / "0.jpg").read_bytes()
+    (root / "class 1" / "0.jpg").write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(InputError, match=r"2 images.*class 0/0\.jpg.*class 1/0\.jpg"):
+        load_dataset(DataConfig(dataset="folder", dir=str(root), image_size=8))
+    assert not list(own_cache.rglob("pixels.npy"))
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (lambda root: root / "nowhere", "no such folder"),
+        (lambda root: (root / "empty").mkdir() or root / "empty", "holds 0 class folders"),
+        (lambda root: (root / "class 3").mkdir() or root, r"class 3 holds no images"),
+        (lambda root: Path(), "needs a folder"),
+    ],
+)
+def test_wrong_folders_are_explained(tmp_path: Path, change: object, words: str) -> None:
+    folder = change(make_image_tree(tmp_path / "set"))  # type: ignore[operator]
+    text = "" if folder == Path() else str(folder)
+    with pytest.raises(InputError, match=rf"--data-dir.*{words}"):
+        load_dataset(DataConfig(dataset="folder", dir=text, image_size=8))
+
+
+def test_class_with_too_few_images_is_named(tmp_path: Path) -> None:
+    root = make_image_tree(tmp_path / "set", images=6)
+    for index in range(5):
+        next((root / "class 1").glob(f"{index}.*")).unlink()
+    with pytest.raises(InputError, match="'class 1' has only 1 images"):
+        load_dataset(DataConfig(dataset="folder", dir=str(root), image_size=8))
+    with pytest.raises(InputError, match="--per-class 500: the class"):
+        load_dataset(DataConfig(image_size=8, per_class=500))
+
+
+def test_different_classes_in_train_and_test_are_named(tmp_path: Path) -> None:
+    root = make_image_tree(tmp_path / "set", ("train", "test"))
+    (root / "test" / "class 2").rename(root / "test" / "class 9")
+    with pytest.raises(InputError, match=r"different classes \(class 2, class 9\)"):
+        load_dataset(DataConfig(dataset="folder", dir=str(root), image_size=8))
+
+
+def test_links_to_folders_are_not_followed(tmp_path: Path) -> None:
+    root = make_image_tree(tmp_path / "set")
+    (root / "class 0" / "loop").symlink_to(root, target_is_directory=True)
+    dataset = load_dataset(DataConfig(dataset="folder", dir=str(root), image_size=8))
+    assert sum(map(len, dataset.splits.values())) == 18
+
+
+def test_batches_hold_every_sample_once_in_channels_last() -> None:
+    dataset = load_dataset(DataConfig(image_size=8))
+    order = epoch_order(len(dataset.train), 0, 1)
+    assert not torch.equal(order, epoch_order(len(dataset.train), 0, 2))
+    labels = torch.cat([labels for _, labels in training_batches(dataset.train, order, 32)])
+    assert torch.equal(labels, dataset.train.labels[order])
+    images, _ = next(evaluation_batches(dataset.test, 7))
+    inputs = to_input(images, DataConfig(), channels_last=True)
+    assert inputs.is_contiguous(memory_format=torch.channels_last) and inputs.min() >= 0 and inputs.max() <= 1
+    normalised = to_input(images, DataConfig(normalise="imagenet"), channels_last=True)
+    assert torch.allclose(normalised[:, 0], (inputs[:, 0] - 0.485) / 0.229)
+    assert (batch_count(64, 32), batch_count(65, 32), batch_count(66, 32)) == (2, 2, 3)
+
+
+@pytest.mark.parametrize(
+    ("name", "folder", "per_class", "size", "counts"),
+    [
+        ("imagenette", "", 100, 32, (785, 197)),
+        ("birds", "indian-birds", 100, 32, None),
+        ("mnist", "", 0, 28, (16_000, 2_000)),
+    ],
+)
+def test_published_sampling_of_the_real_sets(
+    real_data: Path, name: str, folder: str, per_class: int, size: int, counts: tuple[int, int] | None
+) -> None:
+    values = {"dataset": name, "dir": str(real_data / folder), "image_size": size, "per_class": per_class}
+    rule = {"sampling": "published", "validation_fraction": 0, "split_seed": 42}
+    dataset = load_dataset(DataConfig.model_validate(values | rule))
+    if counts is not None:
+        assert (len(dataset.train), len(dataset.test)) == counts
+    assert not set(dataset.train.ids) & set(dataset.test.ids)
+    assert len(dataset.classes) == 10
+
+
+@pytest.mark.slow
+def test_published_imagenette_has_9296_rgb_images(real_data: Path) -> None:
+    config = DataConfig(
+        dataset="imagenette", dir=str(real_data), sampling="published", validation_fraction=0, split_seed=42
+    )
+    dataset = load_dataset(config)
+    assert len(dataset.train) + len(dataset.test) == 9_296

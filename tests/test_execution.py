@@ -1,0 +1,79 @@
+"""Fast paths equal torch's convolutions, forward and backward; `auto` is resolved by rule."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import nn
+
+from effv2.config import TrainConfig
+from effv2.errors import InputError
+from effv2.execution.device import resolve
+from effv2.execution.fast_paths import DepthwiseConv2d, PointwiseConv2d, use_fast_paths
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    kind=st.sampled_from(["pointwise", "depthwise", "depthwise, stride 2"]),
+    size=st.tuples(st.integers(1, 9), st.integers(1, 9)),
+    bias=st.booleans(),
+    channels_last=st.booleans(),
+)
+def test_fast_paths_equal_torchs_convolutions(
+    kind: str, size: tuple[int, int], bias: bool, channels_last: bool
+) -> None:
+    torch.manual_seed(0)
+    if kind == "pointwise":
+        plain = nn.Conv2d(16, 24, 1, bias=bias)
+    else:
+        plain = nn.Conv2d(16, 16, 3, stride=2 if "stride" in kind else 1, padding=1, groups=16, bias=bias)
+    fast = copy.deepcopy(plain)
+    use_fast_paths(fast)
+    assert type(fast) in (PointwiseConv2d, DepthwiseConv2d)
+    assert fast.state_dict().keys() == plain.state_dict().keys()
+    memory_format = torch.channels_last if channels_last else torch.contiguous_format
+    results = []
+    for conv in (plain, fast):
+        images = torch.randn(5, 16, *size, generator=torch.Generator().manual_seed(1))
+        images = images.contiguous(memory_format=memory_format).requires_grad_()
+        output = conv(images)
+        (output * torch.arange(output.numel()).view(output.shape).cos()).sum().backward()
+        results.append([output, images.grad, *(parameter.grad for parameter in conv.parameters())])
+    for expected, found in zip(*results, strict=True):
+        assert torch.allclose(expected, found, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    "conv",
+    [
+        nn.Conv2d(4, 4, 1, stride=2),
+        nn.Conv2d(4, 4, 1, groups=4),
+        nn.Conv2d(4, 4, 1, padding=1),
+        nn.Conv2d(4, 4, 3, padding=1),
+        nn.Conv2d(4, 4, 3, groups=4),
+        nn.Conv2d(4, 8, 3, padding=1, groups=4),
+        nn.Conv2d(4, 4, 5, padding=2, groups=4),
+        nn.Conv2d(4, 4, 3, padding=1, groups=4, padding_mode="reflect"),
+    ],
+    ids=str,
+)
+def test_other_convolutions_are_left_alone(conv: nn.Conv2d) -> None:
+    use_fast_paths(conv)
+    assert type(conv) is nn.Conv2d
+
+
+def test_device_that_is_not_there_is_refused() -> None:
+    if torch.cuda.is_available():
+        pytest.skip("this machine has CUDA")
+    with pytest.raises(InputError, match=r"--device cuda: not available.*cpu"):
+        resolve(TrainConfig.model_validate({"execution": {"device": "cuda"}}))
+
+
+def test_resolving_is_repeatable_and_leaves_no_auto() -> None:
+    resolved = resolve(TrainConfig())
+    assert "auto" not in (resolved.execution.device, resolved.execution.precision)
+    assert resolve(resolved) == resolved == resolve(TrainConfig())

@@ -1,0 +1,165 @@
+"""The logged model takes images, brings its preprocessing along, and is no pickle."""
+
+from __future__ import annotations
+
+import base64
+import csv
+import json
+import os
+import socket
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
+import zipfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from click.testing import CliRunner
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from mlflow import MlflowClient
+from PIL import Image
+
+from effv2.cli.train import train
+from effv2.data.cache import to_pixels
+from tests.conftest import TINY_TABLE, make_image_tree
+
+OUTPUTS = 7  # wider than the three classes: the rest is the column `other`
+
+
+@pytest.fixture
+def trained(sqlite_store: str, tmp_path: Path) -> tuple[Path, Path, list[dict[str, str]]]:
+    """Train on a folder set; return its folder, that of the model, and the logged predictions."""
+    root = make_image_tree(tmp_path / "set", ("train", "test"))
+    study = tmp_path / "study.yaml"
+    study.write_text(
+        f"name: served\nconfig:\n  data: {{image_size: 8, normalise: imagenet}}\n  model: {{variant: tiny, "
+        f"table: {TINY_TABLE}, outputs: {OUTPUTS}}}\n  schedule: {{epochs: 2}}\n"
+        "  execution: {device: cpu, precision: fp32}\n"
+    )
+    words = ["--study", str(study), "--dataset", "folder", "--data-dir", str(root)]
+    result = CliRunner().invoke(train, words, catch_exceptions=False)
+    assert result.exit_code == 0, result.output
+    client = MlflowClient()
+    (run,) = client.search_runs(["0"])
+    assert run.outputs
+    (output,) = run.outputs.model_outputs
+    location = client.get_logged_model(output.model_id).artifact_location
+    predictions = client.download_artifacts(run.info.run_id, "predictions.csv", str(tmp_path))
+    with Path(predictions).open(newline="", encoding="utf-8") as file:
+        rows = list(csv.DictReader(file))
+    return root, Path(location.removeprefix("file://")), rows
+
+
+@pytest.fixture
+def server(trained: tuple[Path, Path, list[dict[str, str]]]) -> Iterator[str]:
+    """Serve the model over HTTP without the training package on its path, pickles forbidden."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    command = [sys.executable, "-m", "mlflow", "models", "serve", "-m", str(trained[1]), "--env-manager", "local"]
+    environment = os.environ | {
+        "MLFLOW_ALLOW_PICKLE_DESERIALIZATION": "false",
+        "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
+    }
+    with subprocess.Popen(
+        [*command, "-p", str(port), "-h", "127.0.0.1"],
+        env=environment,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+        start_new_session=True,
+    ) as process:
+        address = f"http://127.0.0.1:{port}"
+        try:
+            for _ in range(300):
+                try:
+                    urllib.request.urlopen(f"{address}/ping", timeout=1).close()
+                    break
+                except OSError:
+                    assert process.poll() is None
+                    time.sleep(0.2)
+            yield address
+        finally:
+            os.killpg(process.pid, 15)
+            process.wait(20)
+
+
+def ask(address: str, images: list[str]) -> tuple[int, Any]:
+    body = json.dumps({"inputs": images}).encode()
+    request = urllib.request.Request(f"{address}/invocations", body, {"Content-Type": "application/json"})
+    try:
+        with urllib.request.urlopen(request, timeout=30) as answer:
+            return answer.status, json.load(answer)["predictions"]
+    except urllib.error.HTTPError as error:
+        with error:
+            return error.code, error.read().decode()
+
+
+def test_served_model_answers_files_as_training_saw_them(
+    trained: tuple[Path, Path, list[dict[str, str]]], server: str
+) -> None:
+    root, _, rows = trained
+    files = [base64.b64encode((root / row["id"]).read_bytes()).decode() for row in rows]
+    status, answers = ask(server, files)  # mixed sizes, modes and formats in one request
+    assert status == 200
+    for row, answer in zip(rows, answers, strict=True):
+        assert answer["label"] == row["predicted"]
+        assert list(answer["probabilities"]) == ["class 0", "class 1", "class 2", "other"]
+        assert sum(answer["probabilities"].values()) == pytest.approx(1, abs=1e-5)
+        if answer["label"] != "other":
+            assert answer["probability"] == pytest.approx(float(row["probability"]), abs=1e-5)
+    status, text = ask(server, [files[0], base64.b64encode(b"no image").decode()])
+    assert status == 400 and "Image 1 of the request can't be read" in text and files[0] not in text
+    status, text = ask(server, [str(root / rows[0]["id"])])
+    assert status == 400  # a path is never opened for a caller
+
+
+def test_nothing_in_the_model_is_a_pickle(trained: tuple[Path, Path, list[dict[str, str]]]) -> None:
+    names = []
+    for path in trained[1].rglob("*"):
+        names.append(path.name)
+        if zipfile.is_zipfile(path):
+            with zipfile.ZipFile(path) as archive:
+                names += archive.namelist()
+                heads = {name: archive.read(name)[:2] for name in archive.namelist()}
+            assert not [name for name, head in heads.items() if head in (b"\x80\x02", b"\x80\x04", b"\x80\x05")]
+    assert "program.pt2" in names
+    assert not [name for name in names if name.endswith((".pkl", ".pickle", ".pth"))]
+
+
+def test_model_loads_in_python_and_takes_what_notebooks_hold(
+    trained: tuple[Path, Path, list[dict[str, str]]],
+) -> None:
+    import mlflow.pyfunc
+
+    root, location, rows = trained
+    path = next(root / row["id"] for row in rows if row["id"].endswith("0.jpg"))
+    with Image.open(path) as image:
+        pixels = np.asarray(image)
+        model = mlflow.pyfunc.load_model(str(location))
+        answers = [model.predict([item])[0] for item in (image, path, path.read_bytes(), pixels)]
+    assert all(answer == answers[0] for answer in answers)
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    mode=st.sampled_from(["1", "L", "LA", "P", "RGB", "RGBA", "CMYK", "I;16", "I", "F"]),
+    size=st.tuples(st.integers(1, 40), st.integers(1, 40)),
+    seed=st.integers(0, 99),
+)
+def test_serving_and_training_prepare_images_alike(mode: str, size: tuple[int, int], seed: int) -> None:
+    from effv2.serving import image_classifier
+
+    generator = np.random.default_rng(seed)
+    grey = generator.integers(0, 65_536, size, dtype=np.uint16)
+    eight_bits = Image.fromarray((grey >> 8).astype(np.uint8))
+    image = Image.fromarray(grey) if mode == "I;16" else eight_bits.convert(mode)
+    ours, theirs = to_pixels(image, 8), image_classifier.to_pixels(image, 8)
+    assert ours.shape == (8, 8, 3) and np.array_equal(ours, theirs)
+    if mode == "I;16":
+        assert np.array_equal(ours, to_pixels(eight_bits, 8))

@@ -1,0 +1,246 @@
+"""The loop: repeatable to the last bit, resumable, true to its schedules and to its stopping rule."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch.optim.lr_scheduler import OneCycleLR, ReduceLROnPlateau
+
+from effv2.architecture import build_model
+from effv2.config import ScheduleConfig, StoppingConfig, TrainConfig
+from effv2.data.batches import to_input
+from effv2.data.dataset import Dataset, load_dataset
+from effv2.errors import RunError
+from effv2.execution.device import make_execution
+from effv2.training.evaluate import evaluate
+from effv2.training.loop import EpochResult, Training
+from effv2.training.schedules import Schedule, rate_factor
+from effv2.training.state import Progress, TrainState
+from tests.conftest import tiny_config
+
+EVERYTHING: dict[str, Any] = {
+    "augment": {"crop": 1, "flip": True, "trivial_augment": True, "erasing": 0.5, "mixup": 0.4, "cutmix": 1.0},
+    "optimiser": {"batch_size": 32, "label_smoothing": 0.1, "clip_norm": 1.0, "ema_decay": 0.9},
+    "schedule": {"epochs": 3, "name": "plateau", "plateau_patience": 0, "warmup_epochs": 1},
+    "evaluation": {"train_set": True},
+}
+
+
+def start(config: TrainConfig) -> tuple[Dataset, TrainState, Training]:
+    dataset, execution = load_dataset(config.data), make_execution(config.execution)
+    state = TrainState.create(config, dataset, execution)
+    return dataset, state, Training(config, dataset, state, execution)
+
+
+def numbers(results: Sequence[EpochResult]) -> list[dict[str, float]]:
+    """Return what must repeat: everything but the timings."""
+    timed = ("time/", "throughput/")
+    return [{k: v for k, v in result.metrics.items() if not k.startswith(timed)} for result in results]
+
+
+def equal(first: Any, second: Any) -> bool:
+    if isinstance(first, torch.Tensor):
+        return torch.equal(first, second)
+    if isinstance(first, dict):
+        return first.keys() == second.keys() and all(equal(first[k], second[k]) for k in first)
+    if isinstance(first, (list, tuple)):
+        return len(first) == len(second) and all(map(equal, first, second))
+    return bool(first == second)
+
+
+def test_same_seed_gives_the_same_bits_whatever_else_draws() -> None:
+    runs = []
+    for disturbance in (0, 123):
+        torch.manual_seed(disturbance)
+        _, state, training = start(tiny_config(**EVERYTHING))
+        results = []
+        for result in training:
+            torch.rand(disturbance)  # between epochs others may draw
+            results.append(result)
+        runs.append((numbers(results), state.model.state_dict(), state.evaluated.state_dict()))
+    assert runs[0][0] == runs[1][0]
+    assert equal(runs[0][1:], runs[1][1:])
+    _, state, training = start(tiny_config(**EVERYTHING, random={"seed": 1}))
+    assert numbers(list(training)) != runs[0][0]
+
+
+@pytest.mark.parametrize("schedule", ["plateau", "cosine", "onecycle", "none"])
+@pytest.mark.parametrize("optimiser", ["adamw", "sgd"])
+def test_state_saved_between_epochs_goes_on_exactly(schedule: str, optimiser: str) -> None:
+    everything = EVERYTHING | {
+        "schedule": {**EVERYTHING["schedule"], "name": schedule},
+        "optimiser": {**EVERYTHING["optimiser"], "name": optimiser, "lr": 0.01},
+    }
+    config = tiny_config(**everything)
+    _, whole, training = start(config)
+    expected = numbers(list(training))
+
+    _, first, training = start(config)
+    iterator = iter(training)
+    begun = [next(iterator)]
+    file = io.BytesIO()
+    torch.save(first.state_dict(), file)
+    file.seek(0)
+    _, second, training = start(config)
+    second.load_state_dict(torch.load(file, weights_only=True))
+    assert numbers([*begun, *training]) == expected
+    kept, again = whole.state_dict(), second.state_dict()
+    for state in (kept, again):
+        state["progress"] = numbers([EpochResult(0, metrics) for metrics in state["progress"]["history"]])
+    assert equal(kept, again)
+
+
+def test_a_few_epochs_learn_digits() -> None:
+    config = tiny_config(data={"image_size": 16, "per_class": 0}, schedule={"epochs": 6})
+    _, _, training = start(config)
+    results = list(training)
+    assert results[-1].metrics["test/accuracy"] > 0.7
+    assert results[-1].metrics["train/loss"] < results[0].metrics["train/loss"]
+
+
+def test_evaluation_is_the_plain_one_and_restores_the_mode() -> None:
+    config = tiny_config(model={"outputs": 13})
+    dataset, state, training = start(config)
+    list(training)
+    state.model.train()
+    found = evaluate(state.model, dataset.test, config, make_execution(config.execution))
+    assert state.model.training
+    plain = build_model(config.model.build_table(), 13)
+    plain.load_state_dict(state.model.state_dict())
+    plain.eval()
+    images = dataset.test.images(torch.arange(len(dataset.test)))
+    with torch.no_grad():
+        logits = plain(to_input(images, config.data, channels_last=False))
+    assert found.probabilities.shape == (len(dataset.test), 13)
+    assert torch.allclose(found.probabilities, logits.softmax(1), atol=1e-5)
+    assert found.accuracy == (logits.argmax(1) == dataset.test.labels).double().mean().item()
+    assert found.loss == pytest.approx(torch.nn.functional.cross_entropy(logits, dataset.test.labels).item(), rel=1e-4)
+
+
+def test_selected_weights_are_those_of_the_best_validation_epoch() -> None:
+    config = tiny_config(schedule={"epochs": 5}, optimiser={"lr": 0.02})
+    dataset, state, training = start(config)
+    for result in training:
+        if result.metrics["val/accuracy"] == max(m["val/accuracy"] for m in state.progress.history):
+            best = result
+            break
+    assert state.selected is not None and state.progress.best_epoch == best.epoch
+    list(training)
+    state.model.load_state_dict(state.selected)
+    found = evaluate(state.model, dataset.test, config, make_execution(config.execution))
+    assert found.accuracy == state.progress.history[state.progress.best_epoch - 1]["test/accuracy"]
+
+
+def test_diverging_loss_ends_with_an_explanation() -> None:
+    _, _, training = start(tiny_config(optimiser={"name": "sgd", "lr": 100, "momentum": 0.99}, schedule={"epochs": 30}))
+    with pytest.raises(RunError, match=r"no longer a finite number at epoch .* lower --lr"):
+        list(training)
+
+
+@given(st.lists(st.floats(0, 1), min_size=1, max_size=60), st.integers(0, 20), st.integers(1, 10))
+def test_stopping_follows_the_published_rule(accuracies: list[float], minimum: int, patience: int) -> None:
+    """Stop at the first epoch from minimum + patience on whose last `patience` epochs brought nothing better."""
+    progress, stopping = Progress(), StoppingConfig(min_epochs=minimum, patience=patience)
+    stopped = None
+    for epoch, accuracy in enumerate(accuracies, 1):
+        progress.epoch = epoch
+        progress.note(accuracy)
+        if progress.should_stop(stopping):
+            stopped = epoch
+            break
+    expected = next(
+        (
+            epoch
+            for epoch in range(minimum + patience, len(accuracies) + 1)
+            if max(accuracies[: epoch - patience], default=-1) >= max(accuracies[epoch - patience : epoch])
+            or epoch == patience == 0
+        ),
+        None,
+    )
+    assert stopped == expected
+
+
+def rates(config: ScheduleConfig, steps_per_epoch: int, accuracies: Sequence[float] = ()) -> list[float]:
+    optimiser = torch.optim.SGD([torch.zeros(1)], lr=0.5)
+    schedule, found = Schedule(config, optimiser, steps_per_epoch), []
+    for epoch in range(config.epochs):
+        for step in range(steps_per_epoch):
+            schedule.before_step(epoch * steps_per_epoch + step)
+            found.append(schedule.rate)
+        schedule.after_epoch(epoch + 1, accuracies[epoch] if accuracies else 0.0)
+    return found
+
+
+@given(st.integers(2, 12), st.integers(2, 20))
+def test_onecycle_is_torchs(epochs: int, steps: int) -> None:
+    optimiser = torch.optim.SGD([torch.zeros(1)], lr=0.5)
+    theirs = OneCycleLR(optimiser, 0.5, total_steps=epochs * steps, cycle_momentum=False)
+    expected = [theirs.get_last_lr()[0]]
+    for _ in range(epochs * steps - 1):
+        optimiser.step()
+        theirs.step()
+        expected.append(theirs.get_last_lr()[0])
+    assert rates(ScheduleConfig(name="onecycle", epochs=epochs), steps) == pytest.approx(expected)
+
+
+@given(st.lists(st.floats(0, 1), min_size=2, max_size=30), st.integers(0, 4))
+def test_plateau_is_torchs(accuracies: list[float], patience: int) -> None:
+    optimiser = torch.optim.SGD([torch.zeros(1)], lr=0.5)
+    theirs, expected = ReduceLROnPlateau(optimiser, mode="max", factor=0.1, patience=patience), []
+    for accuracy in accuracies:
+        expected.append(optimiser.param_groups[0]["lr"])
+        theirs.step(accuracy)
+    config = ScheduleConfig(name="plateau", epochs=len(accuracies), plateau_patience=patience)
+    assert rates(config, 1, accuracies) == expected
+
+
+@given(st.integers(1, 10), st.integers(1, 20), st.integers(0, 3))
+def test_cosine_warms_up_then_falls_to_nothing(epochs: int, steps: int, warmup: int) -> None:
+    config = ScheduleConfig(name="cosine", epochs=warmup + epochs, warmup_epochs=warmup)
+    factors = [rate_factor(config, step, steps) for step in range((warmup + epochs) * steps + 1)]
+    rising, falling = factors[: warmup * steps], factors[warmup * steps :]
+    assert rising == sorted(rising) and falling == sorted(falling, reverse=True)
+    assert max(factors) == falling[0] == 1 and falling[-1] == pytest.approx(0)
+
+
+def test_averaged_weights_trail_and_are_the_ones_evaluated() -> None:
+    config = tiny_config(optimiser={"ema_decay": 0.99})
+    dataset, state, training = start(config)
+    list(training)
+    assert state.evaluated is not state.model
+    assert not equal(dict(state.evaluated.named_parameters()), dict(state.model.named_parameters()))
+    found = evaluate(state.evaluated, dataset.test, config, make_execution(config.execution))
+    assert found.accuracy == state.progress.history[-1]["test/accuracy"]
+
+
+def test_last_batch_of_one_image_is_left_out() -> None:
+    config = tiny_config(optimiser={"batch_size": 119})  # 120 images: one would remain
+    dataset, state, training = start(config)
+    assert len(dataset.train) == 120
+    list(training)
+    assert state.progress.step == 2
+
+
+def test_train_set_evaluation_replaces_the_average_over_steps() -> None:
+    dataset, state, training = start(tiny_config(evaluation={"train_set": True}))
+    results = list(training)
+    config, execution = training.config, make_execution(training.config.execution)
+    assert results[-1].metrics["train/accuracy"] == evaluate(state.model, dataset.train, config, execution).accuracy
+
+
+def test_bf16_trains_too() -> None:
+    config = tiny_config(execution={"precision": "bf16"})
+    dataset, state, training = start(config)
+    assert all(parameter.dtype == torch.float32 for parameter in state.model.parameters())
+    plain = replace(make_execution(config.execution), bf16=False)
+    assert list(training)[-1].metrics["train/loss"] > 0
+    halves = evaluate(state.model, dataset.test, config, make_execution(config.execution)).probabilities
+    wholes = evaluate(state.model, dataset.test, config, plain).probabilities
+    assert not torch.equal(halves, wholes) and torch.allclose(halves, wholes, atol=0.05)
