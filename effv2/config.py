@@ -92,7 +92,7 @@ class OptimiserConfig(Group):
 
     name: Literal["adam", "adamw", "sgd"] = Field("adamw", description="The optimiser.")
     lr: float = Field(1e-3, gt=0, le=100, description="Peak learning rate.")
-    batch_size: int = Field(64, ge=2, le=65_536, description="Images a step.")
+    batch_size: int = Field(32, ge=2, le=65_536, description="Images a step.")
     weight_decay: float = Field(
         0.05, ge=0, le=10, description="Weight decay of weight matrices and kernels; biases and norms have none."
     )
@@ -105,8 +105,8 @@ class OptimiserConfig(Group):
 class ScheduleConfig(Group):
     """How long and at which rate."""
 
-    name: Scheduler = Field("none", description="Learning rate schedule; plateau watches validation accuracy.")
-    epochs: int = Field(8, ge=1, le=100_000, description="Epochs at most.")
+    name: Scheduler = Field("cosine", description="Learning rate schedule; plateau watches validation accuracy.")
+    epochs: int = Field(9, ge=1, le=100_000, description="Epochs at most.")
     warmup_epochs: int = Field(0, ge=0, description="Epochs of linear warm-up (not for onecycle).")
     plateau_factor: float = Field(0.1, gt=0, lt=1, description="Factor of ReduceLROnPlateau.")
     plateau_patience: int = Field(10, ge=0, description="Epochs without gain that ReduceLROnPlateau waits for.")
