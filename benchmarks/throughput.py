@@ -108,7 +108,7 @@ def main(data_dir: str, image_size: int, batch_size: int, variant: str, rounds: 
             {
                 "data": {"dataset": "imagenette", "dir": data_dir, "image_size": image_size},
                 "model": {"variant": variant, "outputs": 1000},
-                "optimiser": {"name": "adam", "lr": 1e-4, "batch_size": batch_size, "weight_decay": 0},
+                "optimiser": {"name": "adam", "lr": 1e-4, "batch_size": batch_size, "weight_decay": 0, "clip_norm": 0},
                 "execution": {"precision": "fp32"},
             }
         )

@@ -97,7 +97,7 @@ class OptimiserConfig(Group):
         0.05, ge=0, le=10, description="Weight decay of weight matrices and kernels; biases and norms have none."
     )
     momentum: Fraction = Field(0.9, description="Momentum of SGD (Nesterov where above 0).")
-    clip_norm: float = Field(0.0, ge=0, description="Largest L2 norm of the gradient, 0 = unlimited.")
+    clip_norm: float = Field(1.0, ge=0, description="Largest L2 norm of the gradient, 0 = unlimited.")
     label_smoothing: Fraction = Field(0.0, description="Label smoothing (Szegedy et al. 2016).")
     ema_decay: Fraction = Field(0.0, description="Decay a step of the averaged weights that are evaluated, 0 = off.")
 
@@ -106,7 +106,7 @@ class ScheduleConfig(Group):
     """How long and at which rate."""
 
     name: Scheduler = Field("cosine", description="Learning rate schedule; plateau watches validation accuracy.")
-    epochs: int = Field(9, ge=1, le=100_000, description="Epochs at most.")
+    epochs: int = Field(6, ge=1, le=100_000, description="Epochs at most.")
     warmup_epochs: int = Field(0, ge=0, description="Epochs of linear warm-up (not for onecycle).")
     plateau_factor: float = Field(0.1, gt=0, lt=1, description="Factor of ReduceLROnPlateau.")
     plateau_patience: int = Field(10, ge=0, description="Epochs without gain that ReduceLROnPlateau waits for.")

@@ -1,0 +1,26 @@
+"""Promises that take minutes: the README's first command as it stands. Run with -m slow."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from mlflow import MlflowClient
+
+ROOT = Path(__file__).parents[1]
+
+
+@pytest.mark.slow
+def test_quick_default_is_quick_and_learns(sqlite_store: str) -> None:
+    command = [sys.executable, "-m", "mlflow", "run", str(ROOT), "-e", "ablate", "-P", "variant=drop_one"]
+    environment = os.environ | {"PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
+    started = time.monotonic()
+    subprocess.run([*command, "--env-manager", "local"], env=environment, check=True, timeout=600)
+    seconds = time.monotonic() - started
+    runs = {run.data.tags["mlflow.runName"]: run for run in MlflowClient().search_runs(["0"])}
+    assert runs["default, seed 0"].data.metrics["selected/test_accuracy"] > 0.9
+    assert seconds < 180
