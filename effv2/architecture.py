@@ -162,6 +162,12 @@ def variant(name: str) -> Table:
     return VARIANTS[name]
 
 
+def make_table(name: str, own: str, depth_multiplier: float, width_multiplier: float) -> Table:
+    """Return `own` in the notation of this module, or else the table called `name`, with multipliers applied."""
+    table = parse_table(own) if own else variant(name)
+    return scale_width(scale_depth(table, depth_multiplier), width_multiplier)
+
+
 def build_model(table: Table, num_classes: int, dropout: float = 0.2, stochastic_depth: float = 0.2) -> EfficientNet:
     """Build torchvision's EfficientNet from `table`: images (N, 3, H, W) to logits (N, num_classes).
 

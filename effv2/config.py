@@ -83,8 +83,7 @@ class ModelConfig(Group):
 
     def build_table(self) -> architecture.Table:
         """Return the stage table that these fields describe."""
-        table = architecture.parse_table(self.table) if self.table else architecture.variant(self.variant)
-        return architecture.scale_width(architecture.scale_depth(table, self.depth_multiplier), self.width_multiplier)
+        return architecture.make_table(self.variant, self.table, self.depth_multiplier, self.width_multiplier)
 
 
 class OptimiserConfig(Group):
@@ -108,6 +107,14 @@ class ScheduleConfig(Group):
     name: Scheduler = Field("cosine", description="Learning rate schedule; plateau watches validation accuracy.")
     epochs: int = Field(6, ge=1, le=100_000, description="Epochs at most.")
     warmup_epochs: int = Field(0, ge=0, description="Epochs of linear warm-up (not for onecycle).")
+
+    @field_validator("warmup_epochs")
+    @classmethod
+    def _warmup_ends(cls, warmup: int, info: ValidationInfo) -> int:
+        if warmup and warmup >= info.data.get("epochs", warmup + 1):
+            raise ValueError("the warm-up must end before the last epoch; lower it or raise the epochs")
+        return warmup
+
     plateau_factor: float = Field(0.1, gt=0, lt=1, description="Factor of ReduceLROnPlateau.")
     plateau_patience: int = Field(10, ge=0, description="Epochs without gain that ReduceLROnPlateau waits for.")
 

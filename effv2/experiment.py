@@ -8,10 +8,11 @@ import json
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, Protocol
+from typing import Any, Literal, Protocol
 
 import numpy as np
 import torch
+import yaml
 from PIL import Image
 from torch import nn
 
@@ -20,7 +21,8 @@ from effv2.architecture import build_model, count_gflops, count_parameters
 from effv2.config import TrainConfig
 from effv2.data.batches import normalisation
 from effv2.data.dataset import Dataset, Split
-from effv2.evidence.run_artifacts import write_run_artifacts
+from effv2.errors import InputError
+from effv2.evidence.run_artifacts import Predictions, write_run_artifacts
 from effv2.execution.device import Execution, make_execution
 from effv2.serving.export import ServedNetwork, export_program, output_names
 from effv2.tracking.run import TrackedRun, start_run
@@ -109,13 +111,36 @@ def run_experiment(config: TrainConfig, dataset: Dataset, labels: Labels, displa
     return outcome
 
 
+def check(config: TrainConfig, dataset: Dataset) -> None:
+    """Refuse, before a run is created, what only configuration and data together show to be wrong."""
+    if 0 < config.model.outputs < len(dataset.classes):
+        raise InputError(
+            f"model.outputs {config.model.outputs}: the data has {len(dataset.classes)} classes; give at least as many "
+            "outputs, or 0."
+        )
+
+
+def study_text(config: TrainConfig) -> str:
+    """Write `config` as a study file that `train` runs as it is."""
+    groups = config.model_dump()
+    table = str(config.model.build_table())
+    command = "# mlflow run . -e train -P study=<this file>"
+    return f"{command}\n# Architecture: {table}\n" + yaml.safe_dump(
+        {"name": "again", "config": groups}, sort_keys=False
+    )
+
+
 def _log_start(run: TrackedRun, config: TrainConfig, dataset: Dataset) -> None:
     run.log_params(config.flat())
+    # Written first of all, so that an artifact store that refuses is noticed before anything is trained.
+    run.log_text(study_text(config), "study.yaml")
     run.log_git(provenance.git_state())
     for name, split in dataset.splits.items():
         counts = np.bincount(split.labels.numpy(), minlength=len(dataset.classes)).tolist()
-        profile = {"images": len(split), "classes": dict(zip(dataset.classes, counts, strict=True))}
-        run.log_dataset(dataset.name, name, split.digest(), dataset.location, profile)
+        profile: dict[str, Any] = {"images": len(split), "classes": dict(zip(dataset.classes, counts, strict=True))}
+        if name != "train":
+            profile["images_also_in_train"] = split.images_also_in(dataset.train)
+        run.log_dataset(dataset.name, name, split.digest, dataset.location, profile)
 
 
 def _log_end(
@@ -141,7 +166,9 @@ def _log_end(
     run.log_metrics(summary)
     probabilities = evaluate(network, dataset.test, config, execution).probabilities
     with tempfile.TemporaryDirectory() as name:
-        write_run_artifacts(Path(name), dataset, probabilities.numpy(), history)
+        test_set = dataset.test
+        predictions = Predictions(dataset.classes, test_set.ids, test_set.labels.numpy(), probabilities.numpy())
+        write_run_artifacts(Path(name), predictions, history)
         run.log_folder(Path(name))
     return summary
 

@@ -1,4 +1,4 @@
-"""Where a result comes from: code, commit, machine, versions."""
+"""Where a result comes from: code, commit, machine, versions. Read once a process: what is edited later did not run."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import platform
 import subprocess
 import sys
 from dataclasses import dataclass
+from functools import cache
 from importlib import metadata
 from pathlib import Path
 
@@ -27,6 +28,7 @@ class GitState:
     diff: str
 
 
+@cache
 def code_version() -> str:
     """Hash the sources that decide a run, and torch's version."""
     digest = hashlib.sha256(metadata.version("torch").encode())
@@ -37,6 +39,7 @@ def code_version() -> str:
     return digest.hexdigest()[:16]
 
 
+@cache
 def git_state() -> GitState | None:
     """Return the state of the checkout that the package runs from; None where it is no checkout."""
     commit = _git("rev-parse", "HEAD")
@@ -49,6 +52,7 @@ def git_state() -> GitState | None:
     return GitState(commit.strip(), bool(changed), text[:PRINTABLE_DIFF_BYTES])
 
 
+@cache
 def machine() -> dict[str, str]:
     """Return processor, cores, memory, accelerator, system and versions by plain names."""
     import torch

@@ -1,5 +1,11 @@
 """Entry point of MLproject: `ablate`."""
 
+import sys
+from pathlib import Path
+
+# This checkout's package, even where the environment was built from another clone.
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
 from effv2.cli.ablate import ablate
 
 if __name__ == "__main__":

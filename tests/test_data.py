@@ -19,7 +19,7 @@ from effv2.config import DataConfig
 from effv2.data import cache
 from effv2.data.batches import batch_count, epoch_order, evaluation_batches, to_input, training_batches
 from effv2.data.dataset import Dataset, load_dataset
-from effv2.data.images import FileImages
+from effv2.data.images import FileImages, sha256_of
 from effv2.data.splits import stratified_split
 from effv2.errors import InputError
 from tests.conftest import make_image_tree
@@ -27,6 +27,12 @@ from tests.conftest import make_image_tree
 
 def ids(dataset: Dataset) -> dict[str, set[str]]:
     return {name: set(split.ids) for name, split in dataset.splits.items()}
+
+
+def two_sets(folder: Path) -> Path:
+    for name in ("a", "b"):
+        make_image_tree(folder / name, ("Train", "Test"))
+    return folder
 
 
 def mode_of(path: Path) -> str:
@@ -61,6 +67,8 @@ def test_per_class_and_seed_change_training_alone() -> None:
     few = ids(load_dataset(DataConfig(image_size=8, per_class=20)))
     assert few["test"] == whole["test"] and few["validation"] == whole["validation"]
     assert len(few["train"]) == 200 and few["train"] < whole["train"]
+    digests = [load_dataset(DataConfig(image_size=8, per_class=n)).test.digest for n in (0, 20)]
+    assert digests[0] == digests[1]  # whatever else was decoded beside it
     other = ids(load_dataset(DataConfig(image_size=8, split_seed=1)))
     assert other["test"] != whole["test"]
     for parts in (whole, few, other):
@@ -111,13 +119,13 @@ def test_second_start_decodes_nothing_and_an_edit_is_seen(
     copy = FileImages(tuple(sorted(make_image_tree(tmp_path / "copy").rglob("*.*"))))
     with monkeypatch.context() as patch:
         patch.setattr(FileImages, "open", lambda *_: pytest.fail("decoded again"))
-        assert cache.decode(images, 8).sha256 == first.sha256
-        assert cache.decode(copy, 8).sha256 == first.sha256  # found by content, wherever it lies
+        assert np.array_equal(cache.decode(images, 8).pixels, first.pixels)
+        assert np.array_equal(cache.decode(copy, 8).pixels, first.pixels)  # found by content, wherever it lies
     Image.new("RGB", (9, 9), "red").save(images.paths[0])
-    assert cache.decode(images, 8).sha256 != first.sha256
+    assert not np.array_equal(cache.decode(images, 8).pixels, first.pixels)
 
 
-@pytest.mark.parametrize("damage", ["flip", "truncate", "no index"])
+@pytest.mark.parametrize("damage", ["flip", "truncate", "empty", "no index", "wrong index"])
 def test_damaged_entry_is_rebuilt(tmp_path: Path, own_cache: Path, damage: str) -> None:
     images = FileImages(tuple(sorted(make_image_tree(tmp_path / "set").rglob("*.*"))))
     first = np.array(cache.decode(images, 8).pixels)
@@ -128,10 +136,14 @@ def test_damaged_entry_is_rebuilt(tmp_path: Path, own_cache: Path, damage: str) 
         pixels.write_bytes(content)
     elif damage == "truncate":
         pixels.write_bytes(pixels.read_bytes()[:-10])
+    elif damage == "empty":
+        pixels.write_bytes(b"")
+    elif damage == "wrong index":
+        pixels.with_name("index.json").write_text("{}")
     else:
         pixels.with_name("index.json").unlink()
     assert np.array_equal(cache.decode(images, 8).pixels, first)
-    assert json.loads(pixels.with_name("index.json").read_text())["sha256"] == cache.decode(images, 8).sha256
+    assert json.loads(pixels.with_name("index.json").read_text())["sha256"] == sha256_of(first)
 
 
 def test_processes_that_build_at_once_agree(tmp_path: Path, own_cache: Path) -> None:
@@ -171,6 +183,38 @@ def test_wrong_folders_are_explained(tmp_path: Path, change: object, words: str)
     text = "" if folder == Path() else str(folder)
     with pytest.raises(InputError, match=rf"--data-dir.*{words}"):
         load_dataset(DataConfig(dataset="folder", dir=text, image_size=8))
+
+
+def test_parts_are_found_whatever_their_case(tmp_path: Path) -> None:
+    root = make_image_tree(tmp_path / "set", ("Training_Set", "TEST"))
+    dataset = load_dataset(DataConfig(dataset="folder", dir=str(root), image_size=8))
+    assert len(dataset.test) == 18 and dataset.classes == ("class 0", "class 1", "class 2")
+
+
+def test_cache_that_can_not_be_written_is_explained(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("EFFV2_CACHE", str(tmp_path / "file"))
+    with pytest.raises(InputError, match=r"EFFV2_CACHE .*file: can't be written"):
+        load_dataset(DataConfig(image_size=8))
+
+
+def test_published_sampling_without_rgb_images_is_explained(tmp_path: Path) -> None:
+    values = {"dataset": "folder", "dir": str(tmp_path / "set"), "sampling": "published", "validation_fraction": 0}
+    for path in make_image_tree(tmp_path / "set").rglob("*.*"):
+        with Image.open(path) as image:
+            grey = image.convert("L")
+        grey.save(path)
+    with pytest.raises(InputError, match="0 RGB images are left"):
+        load_dataset(DataConfig.model_validate(values))
+
+
+def test_images_shared_by_train_and_test_are_counted(tmp_path: Path) -> None:
+    root = make_image_tree(tmp_path / "set", ("train", "test"))  # different images
+    dataset = load_dataset(DataConfig(dataset="folder", dir=str(root), image_size=8))
+    assert dataset.test.images_also_in(dataset.train) == 0
+    (root / "test" / "class 0" / "0.jpg").write_bytes((root / "train" / "class 0" / "4.jpg").read_bytes())
+    dataset = load_dataset(DataConfig(dataset="folder", dir=str(root), image_size=8, validation_fraction=0))
+    assert dataset.test.images_also_in(dataset.train) == 1
 
 
 def test_class_with_too_few_images_is_named(tmp_path: Path) -> None:
@@ -215,18 +259,17 @@ def test_batches_hold_every_sample_once_in_channels_last() -> None:
     ("name", "folder", "per_class", "size", "counts"),
     [
         ("imagenette", "", 100, 32, (785, 197)),
-        ("birds", "indian-birds", 100, 32, None),
+        ("birds", "indian-birds", 100, 32, (800, 200)),
         ("mnist", "", 0, 28, (16_000, 2_000)),
     ],
 )
 def test_published_sampling_of_the_real_sets(
-    real_data: Path, name: str, folder: str, per_class: int, size: int, counts: tuple[int, int] | None
+    real_data: Path, name: str, folder: str, per_class: int, size: int, counts: tuple[int, int]
 ) -> None:
     values = {"dataset": name, "dir": str(real_data / folder), "image_size": size, "per_class": per_class}
     rule = {"sampling": "published", "validation_fraction": 0, "split_seed": 42}
     dataset = load_dataset(DataConfig.model_validate(values | rule))
-    if counts is not None:
-        assert (len(dataset.train), len(dataset.test)) == counts
+    assert (len(dataset.train), len(dataset.test)) == counts
     assert not set(dataset.train.ids) & set(dataset.test.ids)
     assert len(dataset.classes) == 10
 

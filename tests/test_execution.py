@@ -12,7 +12,7 @@ from torch import nn
 
 from effv2.config import TrainConfig
 from effv2.errors import InputError
-from effv2.execution.device import resolve
+from effv2.execution.device import resolve, resolve_study
 from effv2.execution.fast_paths import DepthwiseConv2d, PointwiseConv2d, use_fast_paths
 
 
@@ -77,3 +77,11 @@ def test_resolving_is_repeatable_and_leaves_no_auto() -> None:
     resolved = resolve(TrainConfig())
     assert "auto" not in (resolved.execution.device, resolved.execution.precision)
     assert resolve(resolved) == resolved == resolve(TrainConfig())
+
+
+def test_arms_of_a_study_share_the_precision() -> None:
+    sizes = [TrainConfig.model_validate({"data": {"image_size": size}}) for size in (32, 128)]
+    pinned = TrainConfig.model_validate({"execution": {"precision": "bf16"}})
+    first, second, third = resolve_study([*sizes, pinned])
+    assert first.execution.precision == second.execution.precision == resolve(sizes[0]).execution.precision
+    assert third.execution.precision == "bf16"

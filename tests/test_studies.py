@@ -111,6 +111,12 @@ def test_options_change_what_arms_share_and_empty_ones_nothing(tmp_path: Path) -
     assert a.data.dataset == "digits"
 
 
+def test_a_file_without_seeds_keeps_the_configurations_own(tmp_path: Path) -> None:
+    path = tmp_path / "study.yaml"
+    path.write_text("name: s\nconfig: {random: {seed: 5}}\narms: {a: {}}\n")
+    assert [arm.config.random.seed for arm in read_study(path).select("all", NO_OPTIONS, ())] == [5]
+
+
 def test_training_refuses_a_study_of_arms() -> None:
     with pytest.raises(InputError, match="use `ablate`"):
         read_study(SWEEPS / "ablate-digits.yaml").config(NO_OPTIONS)

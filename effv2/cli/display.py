@@ -5,6 +5,7 @@ from __future__ import annotations
 from types import TracebackType
 
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
@@ -50,10 +51,10 @@ class ConsoleDisplay:
         for task in (self._epochs, self._steps):
             if task is not None:
                 self._progress.remove_task(task)
-        self._epochs = self._progress.add_task(f"{name}: epochs", total=epochs, note="")
+        self._epochs = self._progress.add_task(f"{escape(name)}: epochs", total=epochs, note="")
         self._steps = self._progress.add_task("  steps", note="")
         if not self.console.is_terminal:
-            self.console.print(f"training {name}, at most {epochs} epochs", highlight=False)
+            self.console.print(f"training {name}, at most {epochs} epochs", highlight=False, markup=False)
 
     def step(self, step: int, steps: int) -> None:
         """Show a step of the epoch."""

@@ -17,6 +17,7 @@ import click
 from effv2.config import field_of
 from effv2.errors import InputError, RunError, Terminated
 
+ENDING_SIGNALS = [signal.SIGINT, signal.SIGTERM, *([signal.SIGHUP] if hasattr(signal, "SIGHUP") else [])]
 Command = TypeVar("Command", bound=Callable[..., Any])
 
 # Option names (as in MLproject) and the fields that they set.
@@ -117,7 +118,7 @@ def reports_errors(command: Command) -> Command:
 
     @wraps(command)
     def wrapped(*args: Any, **kwargs: Any) -> Any:
-        before = signal.signal(signal.SIGTERM, _terminate)
+        before = {number: signal.signal(number, _end) for number in ENDING_SIGNALS}
         try:
             return command(*args, **kwargs)
         except InputError as error:
@@ -125,19 +126,23 @@ def reports_errors(command: Command) -> Command:
         except RunError as error:
             _leave(f"Error: {error}", 1)
         except KeyboardInterrupt:
-            _leave("Interrupted; the run is marked KILLED.", 130)
+            _leave("Interrupted; runs that had begun are marked KILLED.", 130)
         except Terminated:
-            _leave("Terminated; the run is marked KILLED.", 143)
+            _leave("Terminated; runs that had begun are marked KILLED.", 143)
         finally:
-            signal.signal(signal.SIGTERM, before)
+            for number, handler in before.items():
+                signal.signal(number, handler)
 
     return wrapped  # type: ignore[return-value]
 
 
-def _terminate(_number: int, _frame: Any) -> NoReturn:
-    raise Terminated
+def _end(number: int, _frame: Any) -> NoReturn:
+    """Raise once; further signals are ignored, so that they don't cut short the marking of runs."""
+    for other in ENDING_SIGNALS:
+        signal.signal(other, signal.SIG_IGN)
+    raise KeyboardInterrupt if number == signal.SIGINT else Terminated
 
 
 def _leave(message: str, code: int) -> NoReturn:
-    click.echo(message, err=True)
+    click.echo(message.replace("\n", " "), err=True)
     sys.exit(code)

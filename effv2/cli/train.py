@@ -40,13 +40,14 @@ def train(study: str, log_model: str, experiment: str, **options: str | None) ->
     from effv2.cli.display import ConsoleDisplay
     from effv2.data.dataset import load_dataset
     from effv2.execution.device import resolve
-    from effv2.experiment import Labels, run_experiment
+    from effv2.experiment import Labels, check, run_experiment
     from effv2.tracking.run import run_address
     from effv2.tracking.store import open_store
 
     config = resolve(config)
     with ConsoleDisplay() as display:
         dataset = load_dataset(config.data, display.decoding)
+        check(config, dataset)
         experiment_id = open_store(experiment)
         name = file.name if file else f"{config.model.variant}, seed {config.random.seed}"
         labels = Labels(name, experiment_id, file.name if file else "")

@@ -21,9 +21,10 @@ import time
 import warnings
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import cast
+from typing import IO, Any, cast
 
 import numpy as np
 import PIL
@@ -48,17 +49,16 @@ Progress = Callable[[int, int], None]
 
 @dataclass(frozen=True)
 class Decoded:
-    """Pixels (N, size, size, 3), which images were stored as RGB, and the SHA-256 of the pixels."""
+    """Pixels (N, size, size, 3), and which of the images were stored as RGB."""
 
     pixels: Bytes
     rgb: NDArray[np.bool_]
-    sha256: str
 
 
 def cache_folder() -> Path:
     """Return EFFV2_CACHE, else the user's cache folder."""
     base = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
-    return Path(os.environ.get("EFFV2_CACHE") or Path(base, "effv2")).expanduser()
+    return Path(os.path.expanduser(os.environ.get("EFFV2_CACHE") or f"{base}/effv2"))  # noqa: PTH111 (never raises)
 
 
 def decode(images: Images, size: int, progress: Progress | None = None) -> Decoded:
@@ -72,10 +72,20 @@ def decode(images: Images, size: int, progress: Progress | None = None) -> Decod
     pointer = cache_folder() / "stamps" / stamp
     if pointer.is_file() and (found := _read(pointer.read_text())):
         return found
-    content = _sha256(f"{_digest(images)}/{settings}".encode())
-    found = _read(content) or _write(content, _decode_all(images, size, progress))
-    pointer.parent.mkdir(parents=True, exist_ok=True)
-    _replace_file(pointer, content)
+    content = _sha256(f"{images.digest()}/{settings}".encode())
+    found = _read(content)
+    try:
+        if found is None:
+            (cache_folder() / "entries").mkdir(parents=True, exist_ok=True)  # before the work, not after it
+            found = _write(content, _decode_all(images, size, progress))
+    except OSError as error:
+        raise InputError(
+            f"EFFV2_CACHE {cache_folder()}: can't be written ({error.strerror or error}); free space there or set "
+            "EFFV2_CACHE to another folder."
+        ) from error
+    with suppress(OSError):  # a cache that can only be read serves as well
+        pointer.parent.mkdir(parents=True, exist_ok=True)
+        _replace_file(pointer, content)
     return found
 
 
@@ -88,13 +98,6 @@ def to_pixels(image: Image.Image, size: int) -> Bytes:
         image = Image.fromarray((np.asarray(image, dtype=np.uint16) >> 8).astype(np.uint8))
     image = image.convert("RGB").resize((size, size), Image.Resampling.BILINEAR)
     return np.asarray(image, dtype=np.uint8)
-
-
-def _digest(images: Images) -> str:
-    try:
-        return images.digest()
-    except OSError as error:
-        raise InputError(f"--data-dir: {error.filename} can't be read ({error.strerror}); repair it.") from error
 
 
 def _decode_all(images: Images, size: int, progress: Progress | None) -> list[tuple[Bytes, bool]]:
@@ -129,24 +132,26 @@ def _read(key: str) -> Decoded | None:
     entry = cache_folder() / "entries" / key
     try:
         index = json.loads((entry / "index.json").read_text())
+        rgb, sha256 = np.array(index["rgb"], dtype=bool), index["sha256"]
         pixels = cast(Bytes, np.load(entry / "pixels.npy", mmap_mode="c", allow_pickle=False))
-    except (OSError, ValueError):
+    except (OSError, ValueError, EOFError, KeyError, TypeError):
         return None
-    if len(index["rgb"]) != len(pixels) or sha256_of(pixels) != index["sha256"]:
-        return None
-    return Decoded(pixels, np.array(index["rgb"], dtype=bool), index["sha256"])
+    return Decoded(pixels, rgb) if len(rgb) == len(pixels) and sha256_of(pixels) == sha256 else None
 
 
 def _write(key: str, results: list[tuple[Bytes, bool]]) -> Decoded:
     entries = cache_folder() / "entries"
-    entries.mkdir(parents=True, exist_ok=True)
     _sweep(entries)
     pixels = np.stack([pixels for pixels, _ in results])
-    rgb, sha256 = [is_rgb for _, is_rgb in results], sha256_of(pixels)
+    rgb = [is_rgb for _, is_rgb in results]
     building = Path(tempfile.mkdtemp(prefix="building-", dir=entries))
     try:
-        np.save(building / "pixels.npy", pixels, allow_pickle=False)
-        (building / "index.json").write_text(json.dumps({"rgb": rgb, "sha256": sha256}))
+        with (building / "pixels.npy").open("wb") as file:
+            np.save(file, pixels, allow_pickle=False)
+            _to_disk(file)
+        with (building / "index.json").open("w") as index:
+            json.dump({"rgb": rgb, "sha256": sha256_of(pixels)}, index)
+            _to_disk(index)
         if (entries / key).exists():  # the caller found that one broken, or another process was quicker
             shutil.rmtree(entries / key, ignore_errors=True)
         building.rename(entries / key)
@@ -154,14 +159,21 @@ def _write(key: str, results: list[tuple[Bytes, bool]]) -> Decoded:
         shutil.rmtree(building, ignore_errors=True)
         if not (entries / key).exists():
             raise
-    return Decoded(pixels, np.array(rgb, dtype=bool), sha256)
+    return Decoded(pixels, np.array(rgb, dtype=bool))
 
 
 def _sweep(entries: Path) -> None:
     """Remove what killed processes left half-built."""
     for path in entries.glob("building-*"):
-        if path.stat().st_mtime < time.time() - ABANDONED_SECONDS:
-            shutil.rmtree(path, ignore_errors=True)
+        with suppress(FileNotFoundError):  # finished by its process meanwhile
+            if path.stat().st_mtime < time.time() - ABANDONED_SECONDS:
+                shutil.rmtree(path, ignore_errors=True)
+
+
+def _to_disk(file: IO[Any]) -> None:
+    """Make sure that the content is on the disk before the folder is renamed."""
+    file.flush()
+    os.fsync(file.fileno())
 
 
 def _replace_file(path: Path, text: str) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 import torch
@@ -35,7 +36,6 @@ class Split:
     rows: Tensor
     labels: Tensor
     ids: tuple[str, ...]
-    sha256: str
 
     def __len__(self) -> int:
         return len(self.ids)
@@ -44,12 +44,22 @@ class Split:
         """Return uint8 (B, 3, H, W) of the samples at `positions`, channels last in memory."""
         return self.pixels[self.rows[positions]].permute(0, 3, 1, 2)
 
+    @cached_property
+    def image_hashes(self) -> list[bytes]:
+        """Return a hash of each sample's pixels."""
+        pixels = self.pixels.numpy()
+        return [hashlib.sha256(pixels[row].data).digest() for row in self.rows.tolist()]
+
+    @cached_property
     def digest(self) -> str:
-        """Hash pixels, selection, labels and ids."""
-        digest = hashlib.sha256(self.sha256.encode())
-        digest.update(self.rows.numpy().tobytes() + self.labels.numpy().tobytes())
+        """Hash pixels, labels and ids, in order; the same samples have the same digest wherever they lie."""
+        digest = hashlib.sha256(b"".join(self.image_hashes) + self.labels.numpy().tobytes())
         digest.update("\0".join(self.ids).encode())
         return digest.hexdigest()[:16]
+
+    def images_also_in(self, other: Split) -> int:
+        """Count the samples whose pixels, at this size, are those of a sample of `other`."""
+        return sum(map(set(other.image_hashes).__contains__, self.image_hashes))
 
 
 @dataclass(frozen=True)
@@ -69,24 +79,26 @@ class Dataset:
         named = {"train": self.train, "validation": self.validation, "test": self.test}
         return {name: split for name, split in named.items() if split is not None}
 
-    @property
-    def watched(self) -> Split:
-        """Return the split that schedules, stopping and selection watch: the test set if there is no other."""
-        return self.validation or self.test
-
     def digest(self) -> str:
         """Hash everything that a run sees of the data."""
-        text = "/".join([*self.classes, *(split.digest() for split in self.splits.values())])
+        text = "/".join([*self.classes, *(split.digest for split in self.splits.values())])
         return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
 def load_dataset(config: DataConfig, progress: cache.Progress | None = None) -> Dataset:
     """Find, sample, decode and split; InputError for everything that is wrong with the folder."""
-    source = open_source(config)
+    try:
+        source = open_source(config)
+    except OSError as error:
+        raise InputError(
+            f"--data-dir {config.dir}: {error.filename} can't be read ({error.strerror}); give yourself access."
+        ) from error
     load = _load_published if config.sampling == "published" else _load_standard
     train, validation, test = load(config, source, progress)
     if len(train) < 2:
         raise InputError(f"--data-dir {config.dir}: fewer than 2 images are left to train on; add images.")
+    if not test:
+        raise InputError(f"--data-dir {config.dir}: no image is left to test on; add images.")
     return Dataset(source.name, source.location, source.classes, train, validation, test)
 
 
@@ -105,7 +117,7 @@ class _DecodedPart:
         """Return the split of the samples at these positions of the part."""
         chosen = self.part.take(positions)
         rows = torch.from_numpy(np.searchsorted(self.positions, positions))
-        return Split(self.pixels, rows, torch.from_numpy(chosen.labels), chosen.ids, self.decoded.sha256)
+        return Split(self.pixels, rows, torch.from_numpy(chosen.labels), chosen.ids)
 
 
 def _load_standard(config: DataConfig, source: Source, progress: cache.Progress | None) -> Splits:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -37,7 +38,7 @@ class Images(Protocol):
         """Return a string that changes whenever the content may have changed, quickly."""
 
     def digest(self) -> str:
-        """Hash the content; OSError where it can't be read."""
+        """Hash the content."""
 
     def take(self, positions: NDArray[np.int64]) -> Images:
         """Return the images at `positions`."""
@@ -66,15 +67,18 @@ class FileImages:
         """Hash paths, sizes and modification times."""
         digest = hashlib.sha256()
         for path in self.paths:
-            status = path.stat()
-            digest.update(f"{os.path.abspath(path)}\0{status.st_size}\0{status.st_mtime_ns}\n".encode())  # noqa: PTH100
+            digest.update(os.fsencode(path.absolute()) + b"\0")
+            with suppress(OSError):  # what can't be read is reported when it is decoded
+                status = path.stat()
+                digest.update(f"{status.st_size} {status.st_mtime_ns}".encode())
         return digest.hexdigest()
 
     def digest(self) -> str:
         """Hash the bytes of the files, one after the other."""
         digest = hashlib.sha256()
         for path in self.paths:
-            digest.update(hashlib.sha256(path.read_bytes()).digest())
+            with suppress(OSError):
+                digest.update(hashlib.sha256(path.read_bytes()).digest())
         return digest.hexdigest()
 
     def take(self, positions: NDArray[np.int64]) -> FileImages:

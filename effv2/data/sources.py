@@ -6,8 +6,9 @@ Nothing is decoded here; a missing or malformed folder is answered with an Input
 from __future__ import annotations
 
 import os
+import tempfile
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -17,10 +18,10 @@ from effv2.data.images import ArrayImages, FileImages, Part
 from effv2.errors import InputError
 
 EXTENSIONS = (".jpg", ".jpeg", ".png", ".bmp", ".gif", ".webp", ".tif", ".tiff", ".ppm", ".pgm")
-# Names under which folders call their parts, in order of preference.
-TRAIN_NAMES = ("train", "training", "training_set")
-VALIDATION_NAMES = ("val", "valid", "validation", "validation_set")
-TEST_NAMES = ("test", "testing", "test_set")
+# Names that the parts of a set go by, whatever their case, in order of preference.
+TRAIN_NAMES = ("train", "training", "training_set", "train_set")
+VALIDATION_NAMES = ("val", "valid", "validation", "validation_set", "val_set")
+TEST_NAMES = ("test", "testing", "test_set", "testing_set")
 
 IMAGENETTE_NAMES = {
     "n01440764": "tench",
@@ -80,7 +81,7 @@ def _mnist(config: DataConfig) -> Source:
     for train in (True, False):
         try:
             found = MNIST(root, train=train, download=config.download)
-        except (RuntimeError, OSError, ValueError) as error:
+        except (RuntimeError, OSError, ValueError, AssertionError, KeyError, EOFError) as error:
             raise InputError(
                 f"--data-dir {config.dir}: MNIST can't be read there ({_first_line(error)}); name the folder that "
                 "holds MNIST/raw/*-ubyte, or give --download to fetch it."
@@ -97,8 +98,10 @@ def _imagenette(config: DataConfig) -> Source:
     if config.download and not below.is_dir():
         from torchvision.datasets import Imagenette
 
-        try:
-            Imagenette(root, split="train", size="160px", download=True)
+        try:  # unpacked beside its place, so that a kill leaves nothing that looks complete
+            with tempfile.TemporaryDirectory(dir=root) as place:
+                Imagenette(place, split="train", size="160px", download=True)
+                Path(place, below.name).rename(below)
         except (RuntimeError, OSError) as error:
             raise InputError(
                 f"--download: Imagenette can't be fetched ({_first_line(error)}); unpack imagenette2-160.tgz "
@@ -110,7 +113,13 @@ def _imagenette(config: DataConfig) -> Source:
             f"--data-dir {config.dir}: no imagenette2-160 with its folders train and val is there; name the folder "
             "that holds it, or give --download to fetch it."
         )
-    return _from_folders("imagenette", folder)
+    source = _from_folders("imagenette", folder)
+    if source.classes != tuple(IMAGENETTE_NAMES):
+        raise InputError(
+            f"--data-dir {config.dir}: these are not the ten classes of Imagenette; use --dataset folder for another "
+            "set."
+        )
+    return replace(source, classes=tuple(IMAGENETTE_NAMES.values()))
 
 
 def _birds(config: DataConfig) -> Source:
@@ -134,9 +143,9 @@ SOURCES: dict[str, Callable[[DataConfig], Source]] = {
 def _folder(config: DataConfig, what: str) -> Path:
     if not config.dir:
         raise InputError(f"--data-dir: the data set {config.dataset!r} needs {what}; give its path.")
-    folder = Path(config.dir).expanduser()
-    if config.download:
-        folder.mkdir(parents=True, exist_ok=True)
+    folder = Path(os.path.expanduser(config.dir))  # noqa: PTH111 (never raises)
+    if config.download and config.dataset in ("imagenette", "mnist") and not folder.exists():
+        folder.mkdir(parents=True)
     if not folder.is_dir():
         raise InputError(f"--data-dir {config.dir}: no such folder; give {what}.")
     return folder.resolve()
@@ -146,35 +155,52 @@ def _from_folders(name: str, folder: Path) -> Source:
     """Read a tree of class folders, with or without a split into train, validation and test above them."""
     train = _find(folder, TRAIN_NAMES)
     if train is None:
-        classes = _class_folders(folder)
-        return Source(name, str(folder), tuple(classes), _file_part(folder, folder, classes))
+        if _find(folder, (*VALIDATION_NAMES, *TEST_NAMES)):
+            raise InputError(
+                f"--data-dir {folder}: holds a part for testing but none named {TRAIN_NAMES[0]}; rename the training "
+                "part."
+            )
+        classes = _class_folders(folder, name)
+        return Source(name, str(folder), tuple(map(_text, classes)), _file_part(folder, folder, classes))
     validation, test = _find(folder, VALIDATION_NAMES), _find(folder, TEST_NAMES)
     if test is None:  # a set with train and val alone uses val for testing, as Imagenette does
         validation, test = None, validation
-    classes = _class_folders(train)
+    classes = _class_folders(train, name)
     for part in (validation, test):
-        if part is not None and (other := _class_folders(part)) != classes:
+        if part is not None and (other := _class_folders(part, name)) != classes:
             differing = ", ".join(sorted(set(classes) ^ set(other)))
             raise InputError(
                 f"--data-dir {folder}: the folders {train.name} and {part.name} hold different classes "
                 f"({differing}); give both the same ones."
             )
-    names = tuple(IMAGENETTE_NAMES.get(c, c) for c in classes) if name == "imagenette" else tuple(classes)
     parts = [_file_part(folder, part, classes) if part else None for part in (validation, test)]
-    return Source(name, str(folder), names, _file_part(folder, train, classes), parts[0], parts[1])
+    return Source(name, str(folder), tuple(map(_text, classes)), _file_part(folder, train, classes), parts[0], parts[1])
 
 
 def _find(folder: Path, names: tuple[str, ...]) -> Path | None:
-    return next((folder / name for name in names if (folder / name).is_dir()), None)
+    """Return the first sub-folder of that name that has sub-folders itself, and so is no class."""
+    found = {entry.name.lower(): Path(entry) for entry in os.scandir(folder) if entry.is_dir() and _folders(entry)}
+    return next((found[name] for name in names if name in found), None)
 
 
-def _class_folders(folder: Path) -> list[str]:
-    classes = sorted(e.name for e in os.scandir(folder) if e.is_dir() and not e.name.startswith("."))
+def _folders(place: str | os.PathLike[str]) -> list[str]:
+    return sorted(e.name for e in os.scandir(place) if e.is_dir() and not e.name.startswith("."))
+
+
+def _class_folders(folder: Path, name: str) -> list[str]:
+    classes = _folders(folder)
+    hint = f" (they come from {BIRDS_PAGE})" if name == "birds" else ""
     if len(classes) < 2:
         raise InputError(
             f"--data-dir {folder}: holds {len(classes)} class folders, but at least 2 are needed; give a folder "
-            "with one sub-folder of images per class."
+            f"with one sub-folder of images per class{hint}."
         )
+    parts = {*TRAIN_NAMES, *VALIDATION_NAMES, *TEST_NAMES}
+    for inside in classes:
+        if any(inner.lower() in parts for inner in _folders(folder / inside)):
+            raise InputError(
+                f"--data-dir {folder}: {inside} in it is a data set of its own, not a class; give the path of one set."
+            )
     return classes
 
 
@@ -190,17 +216,26 @@ def _file_part(root: Path, folder: Path, classes: list[str]) -> Part:
             )
         paths += files
         labels += [label] * len(files)
-    ids = tuple(path.relative_to(root).as_posix() for path in paths)
+    ids = tuple(_text(path.relative_to(root).as_posix()) for path in paths)
     return Part(FileImages(tuple(paths)), np.array(labels, dtype=np.int64), ids)
 
 
 def _image_files(folder: Path) -> Iterator[Path]:
     """Walk one class folder at any depth, hidden files and links to folders left out."""
-    for place, folders, files in os.walk(folder):
+
+    def refuse(error: OSError) -> None:
+        raise error
+
+    for place, folders, files in os.walk(folder, onerror=refuse):
         folders[:] = [name for name in folders if not name.startswith(".")]
         for name in files:
             if name.lower().endswith(EXTENSIONS) and not name.startswith("."):
                 yield Path(place, name)
+
+
+def _text(name: str) -> str:
+    """Make a file name printable whatever its bytes are."""
+    return os.fsencode(name).decode("utf-8", "backslashreplace")
 
 
 def _array_part(pixels: np.ndarray, labels: np.ndarray, name: str) -> Part:

@@ -15,7 +15,7 @@ def first_per_class(labels: NDArray[np.int64], per_class: int, classes: tuple[st
     """Return the positions of the first `per_class` samples of each class (0 = all), in the given order."""
     if not per_class:
         return np.arange(len(labels))
-    _require(labels, per_class, classes)
+    _require(labels, per_class, classes, f"--per-class {per_class}", "lower --per-class or add images")
     chosen = [np.flatnonzero(labels == label)[:per_class] for label in range(len(classes))]
     return np.sort(np.concatenate(chosen))
 
@@ -24,7 +24,7 @@ def sample_per_class(labels: NDArray[np.int64], per_class: int, classes: tuple[s
     """Return `per_class` positions of each class at random (0 = all), in the given order."""
     if not per_class:
         return np.arange(len(labels))
-    _require(labels, per_class, classes)
+    _require(labels, per_class, classes, f"--per-class {per_class}", "lower --per-class or add images")
     generator = np.random.default_rng(stream_seed(split_seed, "sample"))
     chosen = [
         generator.choice(np.flatnonzero(labels == label), per_class, replace=False) for label in range(len(classes))
@@ -36,6 +36,11 @@ def published_split(count: int, fraction: float, split_seed: int) -> tuple[Posit
     """Split as the published notebooks did: scikit-learn's train_test_split, shuffled, not stratified."""
     from sklearn.model_selection import train_test_split
 
+    if count < 2:
+        raise InputError(
+            f"data.sampling published: {count} RGB images are left to split, 2 are needed; published sampling drops "
+            "all others, so choose another set or sampling."
+        )
     first, second = train_test_split(np.arange(count), test_size=fraction, random_state=split_seed)
     return first, second
 
@@ -44,7 +49,7 @@ def stratified_split(
     labels: NDArray[np.int64], fraction: float, classes: tuple[str, ...], split_seed: int, stream: str
 ) -> tuple[Positions, Positions]:
     """Split `fraction` of each class off (at least one sample); both parts keep the given order."""
-    _require(labels, 2, classes)
+    _require(labels, 2, classes, f"--data-dir, split for {stream}", "add images or remove the class")
     generator = np.random.default_rng(stream_seed(split_seed, stream))
     held = []
     for label in range(len(classes)):
@@ -55,11 +60,11 @@ def stratified_split(
     return np.setdiff1d(np.arange(len(labels)), second), second
 
 
-def _require(labels: NDArray[np.int64], least: int, classes: tuple[str, ...]) -> None:
+def _require(labels: NDArray[np.int64], least: int, classes: tuple[str, ...], option: str, remedy: str) -> None:
     counts = np.bincount(labels, minlength=len(classes))
-    if (label := int(counts.argmin())) is not None and counts[label] < least:
-        remedy = "lower --per-class or add images" if least > 2 else "add images or remove the class"
+    label = int(counts.argmin())
+    if counts[label] < least:
         raise InputError(
-            f"--per-class {least}: the class {classes[label]!r} has only {counts[label]} images to take from, "
-            f"{least} are needed; {remedy}."
+            f"{option}: the class {classes[label]!r} has only {counts[label]} images to take from, {least} are "
+            f"needed; {remedy}."
         )

@@ -13,6 +13,11 @@ STYLES = ("-", "--", "-.", ":")
 Curve = Mapping[int, float]
 
 
+def plain(text: str) -> str:
+    """Keep matplotlib from reading a name as mathematics."""
+    return text.replace("$", r"\$")
+
+
 def accuracy_curves(curves: Mapping[str, Sequence[Curve]], title: str) -> Figure:
     """Draw accuracy over epochs: a line a name, the mean of its runs, with the range over runs as a band."""
     figure = Figure(figsize=(7, 4.2), layout="constrained")
@@ -22,7 +27,7 @@ def accuracy_curves(curves: Mapping[str, Sequence[Curve]], title: str) -> Figure
         values = np.array([[run[epoch] for epoch in epochs] for run in runs])
         style = STYLES[index // len(PALETTE) % len(STYLES)]
         marker = "o" if len(epochs) == 1 else None
-        axes.plot(epochs, values.mean(0), style, color=colour, label=name, marker=marker)
+        axes.plot(epochs, values.mean(0), style, color=colour, label=plain(name), marker=marker)
         if len(runs) > 1:
             axes.fill_between(epochs, values.min(0), values.max(0), color=colour, alpha=0.15, linewidth=0)
     axes.set(title=title, xlabel="epoch", ylabel="accuracy", ylim=(0, 1))
@@ -33,6 +38,7 @@ def accuracy_curves(curves: Mapping[str, Sequence[Curve]], title: str) -> Figure
 
 def confusion_figure(matrix: np.ndarray, columns: Sequence[str]) -> Figure:
     """Draw a confusion matrix, rows being true classes and colours the share of the row."""
+    columns = list(map(plain, columns))
     rows = columns[: len(matrix)]
     side = min(14.0, 2.5 + 0.38 * len(columns))
     figure = Figure(figsize=(side, side), layout="constrained")

@@ -4,30 +4,38 @@ from __future__ import annotations
 
 import csv
 from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from sklearn.metrics import confusion_matrix, precision_recall_fscore_support
 
-from effv2.data.dataset import Dataset
 from effv2.evidence.figures import accuracy_curves, confusion_figure
 from effv2.serving.export import output_names
 
 CURVES = {"train": "train/accuracy", "validation": "val/accuracy", "test": "test/accuracy"}
 
 
-def write_run_artifacts(
-    folder: Path, dataset: Dataset, probabilities: np.ndarray, history: list[dict[str, float]]
-) -> None:
-    """Write the files from test probabilities (N, outputs) and the metrics of each epoch.
+@dataclass(frozen=True)
+class Predictions:
+    """What a network says of a test set: N ids and true classes, and probabilities (N, outputs)."""
+
+    classes: Sequence[str]
+    ids: Sequence[str]
+    true: np.ndarray
+    probabilities: np.ndarray
+
+
+def write_run_artifacts(folder: Path, predictions: Predictions, history: Sequence[dict[str, float]]) -> None:
+    """Write the files from the predictions and the metrics of each epoch.
 
     The prediction is the argmax over all outputs; what lies beyond the classes is the column `other`.
     """
-    names = output_names(dataset.classes, probabilities.shape[1])
-    true = dataset.test.labels.numpy()
+    classes, true, probabilities = predictions.classes, predictions.true, predictions.probabilities
+    names = output_names(classes, probabilities.shape[1])
     argmax = probabilities.argmax(1)
-    predicted = np.minimum(argmax, len(dataset.classes))
+    predicted = np.minimum(argmax, len(classes))
     certainty = probabilities[np.arange(len(argmax)), argmax]
 
     write_csv(
@@ -35,17 +43,17 @@ def write_run_artifacts(
         ("id", "true", "predicted", "probability"),
         (
             (id_, names[t], names[p], f"{c:.6f}")
-            for id_, t, p, c in zip(dataset.test.ids, true, predicted, certainty, strict=True)
+            for id_, t, p, c in zip(predictions.ids, true, predicted, certainty, strict=True)
         ),
     )
-    matrix = confusion_matrix(true, predicted, labels=range(len(names)))[: len(dataset.classes)]
+    matrix = confusion_matrix(true, predicted, labels=range(len(names)))[: len(classes)]
     write_csv(
         folder / "confusion_matrix.csv",
         ("true", *names),
-        ((name, *row) for name, row in zip(dataset.classes, matrix.tolist(), strict=True)),
+        ((name, *row) for name, row in zip(classes, matrix.tolist(), strict=True)),
     )
     confusion_figure(matrix, names).savefig(folder / "confusion_matrix.png", dpi=120)
-    _write_per_class(folder / "per_class.csv", dataset.classes, true, predicted)
+    _write_per_class(folder / "per_class.csv", classes, true, predicted)
 
     curves = {
         name: [{epoch: metrics[key] for epoch, metrics in enumerate(history, 1)}]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
@@ -62,6 +63,16 @@ def resolve(config: TrainConfig) -> TrainConfig:
         precision = "bf16" if _bf16_is_faster(device, config.data.image_size) else "fp32"
     execution = config.execution.model_copy(update={"device": device, "precision": precision})
     return config.model_copy(update={"execution": execution})
+
+
+def resolve_study(configs: Sequence[TrainConfig]) -> list[TrainConfig]:
+    """Resolve the configs of a study; where the precision is `auto`, all take what the first of them got."""
+    resolved = [resolve(config) for config in configs]
+    free = [i for i, config in enumerate(configs) if config.execution.precision == "auto"]
+    for i in free:
+        shared = {"precision": resolved[free[0]].execution.precision}
+        resolved[i] = resolved[i].model_copy(update={"execution": resolved[i].execution.model_copy(update=shared)})
+    return resolved
 
 
 def make_execution(config: ExecutionConfig) -> Execution:

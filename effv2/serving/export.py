@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -23,9 +24,12 @@ def fold_predictions(probabilities: Tensor, classes: int) -> Tensor:
     return probabilities.argmax(1).clamp(max=classes)
 
 
-def output_names(classes: tuple[str, ...], outputs: int) -> list[str]:
+def output_names(classes: Sequence[str], outputs: int) -> list[str]:
     """Name the columns of fold_probabilities: the classes and, where the head is wider, `other`."""
-    return [*classes, OTHER] if outputs > len(classes) else list(classes)
+    other = OTHER
+    while other in classes:
+        other += "_"
+    return [*classes, other] if outputs > len(classes) else list(classes)
 
 
 class ServedNetwork(nn.Module):

@@ -64,7 +64,7 @@ class ImageClassifier(PythonModel):
         import torch
 
         size, names = self.settings["image_size"], self.settings["names"]
-        pixels = np.stack([to_pixels(_open(item, i), size) for i, item in enumerate(model_input)])
+        pixels = np.stack([_pixels(item, i, size) for i, item in enumerate(model_input)])
         with torch.inference_mode():
             table, predicted = self.network(torch.from_numpy(pixels).permute(0, 3, 1, 2).contiguous())
         return [
@@ -85,25 +85,28 @@ def to_pixels(image: Image.Image, size: int) -> Any:
     return np.asarray(image, dtype=np.uint8)
 
 
-def _open(item: Any, position: int) -> Image.Image:
+def _pixels(item: Any, position: int, size: int) -> Any:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("error", Image.DecompressionBombWarning)
-            if isinstance(item, Image.Image):
-                return item
-            if isinstance(item, np.ndarray):
-                return Image.fromarray(item)
-            if isinstance(item, str):
-                item = base64.b64decode(item.partition("base64,")[2] or item, validate=True)
-            elif isinstance(item, Path):
-                item = item.read_bytes()
-            image = Image.open(io.BytesIO(item))
-            image.load()
-            return image
+            return to_pixels(_open(item), size)
     except binascii.Error:
         raise BadImage(position, "it is not base64") from None
     except BROKEN as error:
         raise BadImage(position, type(error).__name__) from None
+
+
+def _open(item: Any) -> Image.Image:
+    if isinstance(item, Image.Image):
+        return item
+    if isinstance(item, np.ndarray):
+        return Image.fromarray(item)
+    if isinstance(item, str):
+        text = item.partition("base64,")[2] or item  # a data URL brings a head along
+        item = base64.b64decode("".join(text.split()), validate=True)
+    elif isinstance(item, Path):
+        item = item.read_bytes()
+    return Image.open(io.BytesIO(item))
 
 
 mlflow.models.set_model(ImageClassifier())

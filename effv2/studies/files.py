@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, field_validator
 
 from effv2.architecture import PUBLISHED_VARIANTS
 from effv2.config import TrainConfig
@@ -26,7 +27,22 @@ class StudyFile(BaseModel):
     config: dict[str, Any] | None = None
     arms: dict[str, dict[str, Any] | None] = {}
     baseline: str = ""
-    seeds: tuple[Seed, ...] = Field((0,), min_length=1)
+    seeds: tuple[Seed, ...] = ()
+
+    @field_validator("seeds")
+    @classmethod
+    def _different_seeds(cls, seeds: tuple[int, ...]) -> tuple[int, ...]:
+        if len(set(seeds)) < len(seeds):
+            raise ValueError("the same seed stands twice; remove one")
+        return seeds
+
+    @field_validator("arms")
+    @classmethod
+    def _plain_names(cls, arms: dict[str, Any]) -> dict[str, Any]:
+        for name in arms:
+            if not re.fullmatch(r"[A-Za-z0-9][\w.+-]*", name):
+                raise ValueError(f"the arm {name!r} must be named by letters, digits and . _ + - alone")
+        return arms
 
 
 @dataclass(frozen=True)
@@ -50,6 +66,8 @@ class Study:
 
     def config(self, options: Layer) -> TrainConfig:
         """Return the one configuration of a study without arms."""
+        if self.seeds:
+            raise InputError(f"--study {self.name}: has seeds, but `train` makes one run; give it --seed instead.")
         if self.arms:
             raise InputError(
                 f"--study {self.name}: has arms ({', '.join(self.arms)}), which `train` doesn't know; use `ablate`."
@@ -59,12 +77,18 @@ class Study:
     def select(self, variant: str, options: Layer, seeds: tuple[int, ...]) -> list[Arm]:
         """Return the runs of an ablation, seed by seed: all arms, or one and the baseline it is compared with.
 
+        Without seeds here or in the file, each arm has its configuration's own.
+
         Options change what all arms share; an arm's own differences stand above them.
         """
+        if not self.arms:
+            raise InputError(f"--study {self.name}: has no arms to compare; use `train`.")
         if variant != "all" and variant not in self.arms:
             raise InputError(f"--variant {variant}: no such arm; {nearest(variant, [*self.arms, 'all'])}.")
         chosen = [name for name in self.arms if variant in ("all", name) or name == self.baseline]
         configs = {name: build_config([self.base, options, self.arms[name]]) for name in chosen}
+        if not (seeds or self.seeds):
+            return [Arm(name, configs[name]) for name in chosen]
         return [Arm(name, configs[name].with_seed(seed)) for seed in seeds or self.seeds for name in chosen]
 
 
@@ -72,7 +96,7 @@ def built_in_ablation() -> Study:
     """Return the ablation of the five published variants under the default configuration (digits, quick)."""
     arms = {name: Layer({"model": {"variant": name}}, dotted) for name in PUBLISHED_VARIANTS}
     base = Layer({}, dotted)
-    return Study("ablate", "The five published variants.", base, arms, "default", (0,))
+    return Study("ablate", "The five published variants.", base, arms, "default", ())
 
 
 def read_study(path: Path) -> Study:

@@ -148,7 +148,10 @@ def read_document(path: Path, option: str) -> Document:
     if not isinstance(values, dict) or not all(isinstance(key, str) for key in values):
         raise InputError(f"{option} {path}: must be a mapping of keys to values; see sweeps/ for examples.")
     lines: dict[Place, int] = {}
-    _note_lines(root, (), lines, path)
+    try:
+        _note_lines(root, (), lines, path)
+    except RecursionError as error:
+        raise InputError(f"{option} {path}: a part of it contains itself; write it without aliases.") from error
     return Document(path, values, lines)
 
 

@@ -4,22 +4,26 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import warnings
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 import mlflow
 from mlflow.entities import Dataset as TrackedDataset
-from mlflow.entities import DatasetInput, InputTag
+from mlflow.entities import DatasetInput, InputTag, RunTag
+from mlflow.exceptions import MlflowException
 
 from effv2.errors import Terminated
 from effv2.provenance import GitState
 from effv2.serving import image_classifier_path
+from effv2.tracking.store import impatient, shown_uri
 
 NOTE = "mlflow.note.content"  # the tag that the UI shows as the run's description
-LONGEST_NOTE = 16_000  # bytes that every SQL store takes
+LONGEST_TAG = 8_000  # characters; MLflow cuts longer ones
+GENERATED_NAME = re.compile(r"[a-z]+-[a-z]+-\d+")  # what MLflow calls a run that nobody named
 
 
 class TrackedRun:
@@ -37,12 +41,15 @@ class TrackedRun:
         mlflow.log_metrics(dict(metrics), step=step, run_id=self.run_id)
 
     def set_tags(self, tags: Mapping[str, str]) -> None:
-        """Set tags."""
-        mlflow.set_tags(dict(tags))
+        """Set tags in one call."""
+        entities = [RunTag(name, value[:LONGEST_TAG]) for name, value in tags.items()]
+        mlflow.MlflowClient().log_batch(self.run_id, tags=entities)
 
     def describe(self, markdown: str) -> None:
-        """Set the description that the UI shows."""
-        mlflow.set_tag(NOTE, markdown[:LONGEST_NOTE])
+        """Set the description that the UI shows, cut at the last line that fits."""
+        if len(markdown) > LONGEST_TAG:
+            markdown = markdown[:LONGEST_TAG].rpartition("\n")[0]
+        self.set_tags({NOTE: markdown})
 
     def log_dataset(self, name: str, context: str, digest: str, location: str, profile: Mapping[str, Any]) -> None:
         """Record a data set that the run used as `context` (train, validation or test)."""
@@ -63,7 +70,11 @@ class TrackedRun:
             return
         self.set_tags({"effv2.git_commit": state.commit, "effv2.git_dirty": str(state.dirty).lower()})
         if state.dirty:
-            mlflow.log_text(state.diff, "source/uncommitted.diff", run_id=self.run_id)
+            self.log_text(state.diff, "source/uncommitted.diff")
+
+    def log_text(self, text: str, name: str) -> None:
+        """Store a text as an artifact."""
+        mlflow.log_text(text, name, run_id=self.run_id)
 
     def log_folder(self, folder: Path) -> None:
         """Upload everything in `folder` as the run's artifacts."""
@@ -75,11 +86,8 @@ class TrackedRun:
         Opens the run again where it has ended. `files` are the artifacts that the serving file names, `example` is
         a base64 image. The requirements are given, since inferring them takes MLflow several seconds.
         """
-        active = mlflow.active_run()
-        is_open = active is not None and active.info.run_id == self.run_id
-        reopened = nullcontext() if is_open else mlflow.start_run(self.run_id, nested=True)
         # MLflow remarks, past every filter, that the model's inputs are of any type; they are so on purpose.
-        with warnings.catch_warnings(record=True), reopened:
+        with warnings.catch_warnings(record=True), self._open():
             from mlflow import pyfunc
 
             pyfunc.log_model(
@@ -95,37 +103,66 @@ class TrackedRun:
                 ],
             )
 
+    @contextmanager
+    def _open(self) -> Iterator[None]:
+        """Make this the active run, reopening it where it has ended."""
+        active = mlflow.active_run()
+        if active is not None and active.info.run_id == self.run_id:
+            yield
+        else:
+            with _ending():
+                mlflow.start_run(self.run_id, nested=True)
+                yield
+
 
 @contextmanager
 def start_run(name: str, experiment_id: str, tags: Mapping[str, str], nested: bool = False) -> Iterator[TrackedRun]:
     """Open a run, or adopt the one that `mlflow run` made, and end it FINISHED, FAILED or KILLED.
 
-    A nested run becomes a child of the run that is open.
+    A nested run becomes a child of the run that is open. An adopted run keeps a name that the user gave it.
     """
     adopt = bool(os.environ.get("MLFLOW_RUN_ID")) and not nested
-    if adopt:
-        active = mlflow.start_run()
-        mlflow.set_tags({"mlflow.runName": name})
-    else:
-        active = mlflow.start_run(experiment_id=experiment_id, run_name=name, nested=nested)
+    with _ending():
+        if adopt:
+            active = mlflow.start_run()
+            if GENERATED_NAME.fullmatch(active.info.run_name or ""):
+                mlflow.set_tag("mlflow.runName", name)
+        else:
+            active = mlflow.start_run(experiment_id=experiment_id, run_name=name, nested=nested)
+        run = TrackedRun(active.info.run_id, active.info.experiment_id)
+        run.set_tags(dict(tags) | {"effv2.pid": str(os.getpid())})
+        yield run
+
+
+@contextmanager
+def _ending() -> Iterator[None]:
+    """End the run that is opened inside with the status that the way out of the block deserves."""
+    outer = mlflow.active_run()
     status = "FINISHED"
     try:
-        mlflow.set_tags(dict(tags) | {"effv2.pid": str(os.getpid())})
-        yield TrackedRun(active.info.run_id, active.info.experiment_id)
+        yield
     except (KeyboardInterrupt, Terminated):
         status = "KILLED"
         raise
     except BaseException as error:
         status = "FAILED"
-        mlflow.set_tag("effv2.error", f"{type(error).__name__}: {error}"[:5000])
+        if _opened(outer):
+            with impatient(), suppress(MlflowException, OSError):
+                mlflow.set_tag("effv2.error", f"{type(error).__name__}: {error}"[:LONGEST_TAG])
         raise
     finally:
-        mlflow.end_run(status)
+        if _opened(outer):
+            mlflow.end_run(status)
+
+
+def _opened(outer: mlflow.ActiveRun | None) -> bool:
+    active = mlflow.active_run()
+    return active is not None and (outer is None or active.info.run_id != outer.info.run_id)
 
 
 def run_address(run_id: str, experiment_id: str) -> str:
     """Say where the run can be seen: its page on a server, else the command that opens the UI on the store."""
-    uri = mlflow.get_tracking_uri()
+    uri = shown_uri()
     if uri.startswith("http"):
         return f"{uri.rstrip('/')}/#/experiments/{experiment_id}/runs/{run_id}"
     return f"run {run_id}; see it with: mlflow ui --backend-store-uri {uri}"

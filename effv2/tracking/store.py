@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import logging
 import os
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 
 import mlflow
 from mlflow import MlflowClient
+from mlflow.entities import Experiment
 from mlflow.exceptions import MlflowException
+from mlflow.tracking.fluent import _get_experiment_id
 from sqlalchemy.exc import SQLAlchemyError
 
 from effv2.errors import InputError
@@ -27,63 +30,74 @@ def open_store(experiment: str) -> str:
     for name in ("alembic", "mlflow"):
         logging.getLogger(name).setLevel(logging.WARNING)
     os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
-    uri = mlflow.get_tracking_uri()
     try:
-        with _environment(IMPATIENT):
-            return _experiment_id(MlflowClient(), experiment)
+        with impatient():
+            found = _experiment(MlflowClient(), experiment)
     except (MlflowException, SQLAlchemyError, OSError, ImportError) as error:
-        raise InputError(_explain(uri, error)) from error
+        raise InputError(_explain(error)) from error
+    if found.lifecycle_stage != "active":
+        raise InputError(f"--experiment {found.name}: that experiment was deleted; restore it or choose another one.")
+    return str(found.experiment_id)
 
 
-def _experiment_id(client: MlflowClient, name: str) -> str:
+def shown_uri() -> str:
+    """Return the tracking URI without a password in it."""
+    return _without_password(mlflow.get_tracking_uri())
+
+
+def _without_password(text: str) -> str:
+    return re.sub(r"(://[^/@:\s]*):[^@\s]*@", r"\1:***@", text)
+
+
+@contextmanager
+def impatient() -> Iterator[None]:
+    """Wait seconds, not minutes, for a server that is gone; the user's own settings stand."""
+    added = {name: value for name, value in IMPATIENT.items() if name not in os.environ}
+    os.environ.update(added)
+    try:
+        yield
+    finally:
+        for name in added:
+            os.environ.pop(name, None)
+
+
+def _experiment(client: MlflowClient, name: str) -> Experiment:
     adopted = os.environ.get("MLFLOW_RUN_ID")
     if adopted:
-        given = client.get_run(adopted).info.experiment_id
-        if name and client.get_experiment(given).name != name:
+        given = client.get_experiment(client.get_run(adopted).info.experiment_id)
+        if name and given.name != name:
             raise InputError(
                 f"--experiment {name}: `mlflow run` already opened a run in another experiment; give the name to "
                 "`mlflow run` itself, as --experiment-name."
             )
-        return str(given)
+        return given
     if not name:
-        from mlflow.tracking.fluent import _get_experiment_id
-
-        client.search_experiments(max_results=1)
-        return str(_get_experiment_id())
+        client.search_experiments(max_results=1)  # creates and migrates a database
+        return client.get_experiment(_get_experiment_id() or "0")
     found = client.get_experiment_by_name(name)
-    if found is not None and found.lifecycle_stage != "active":
-        raise InputError(f"--experiment {name}: that experiment was deleted; restore it or choose another name.")
     if found is not None:
-        return str(found.experiment_id)
+        return found
     try:
-        return str(client.create_experiment(name))
+        return client.get_experiment(client.create_experiment(name))
     except MlflowException:  # another process was quicker
         found = client.get_experiment_by_name(name)
         if found is None:
             raise
-        return str(found.experiment_id)
+        return found
 
 
-def _explain(uri: str, error: Exception) -> str:
+def _explain(error: Exception) -> str:
+    uri = shown_uri()
     if "MLFLOW_ALLOW_FILE_STORE" in str(error):
         return (
             f"MLFLOW_TRACKING_URI {uri}: MLflow keeps runs in plain files only where MLFLOW_ALLOW_FILE_STORE=true is "
             "set; set it, or use sqlite:///mlflow.db."
         )
-    reason = " ".join(str(error).split())[:200] or type(error).__name__
+    reason = _without_password(" ".join(str(error).split()))[:200].rstrip(".") or type(error).__name__
+    code = getattr(error, "error_code", "")
+    if code == "RESOURCE_DOES_NOT_EXIST" or (code == "INVALID_PARAMETER_VALUE" and "xperiment" in reason):
+        return f"--experiment: the tracking store refuses it ({reason}); correct the option or MLflow's variables."
     return (
         f"MLFLOW_TRACKING_URI {uri}: the tracking store doesn't answer ({reason}); start the server or correct the "
         "address."
     )
-
-
-@contextmanager
-def _environment(values: dict[str, str]) -> Iterator[None]:
-    before = {name: os.environ.get(name) for name in values}
-    os.environ.update({name: value for name, value in values.items() if before[name] is None})
-    try:
-        yield
-    finally:
-        for name, value in before.items():
-            if value is None:
-                os.environ.pop(name, None)

@@ -20,11 +20,16 @@ LATENCY_WARMUP, LATENCY_PASSES = 3, 11
 
 @dataclass(frozen=True)
 class Evaluation:
-    """Mean cross-entropy, fraction right, and float32 probabilities (N, outputs) in the split's order."""
+    """Mean cross-entropy, fraction right, and float32 logits (N, outputs) in the split's order."""
 
     loss: float
     accuracy: float
-    probabilities: Tensor
+    logits: Tensor
+
+    @property
+    def probabilities(self) -> Tensor:
+        """Return float32 probabilities (N, outputs)."""
+        return self.logits.softmax(1)
 
 
 def evaluate(model: nn.Module, split: Split, config: TrainConfig, execution: Execution) -> Evaluation:
@@ -44,7 +49,7 @@ def evaluate(model: nn.Module, split: Split, config: TrainConfig, execution: Exe
         loss = F.cross_entropy(everything, split.labels).item()
         accuracy = (everything.argmax(1) == split.labels).double().mean().item()
     model.train(was_training)
-    return Evaluation(loss, accuracy, everything.softmax(1).clone())
+    return Evaluation(loss, accuracy, everything)
 
 
 def single_image_latency(model: nn.Module, config: TrainConfig, execution: Execution) -> float:

@@ -54,9 +54,12 @@ class Training:
         """Train until the last epoch or early stopping, yielding after each epoch; RunError if it diverges."""
         progress = self.state.progress
         while progress.epoch < self.config.schedule.epochs and not progress.should_stop(self.config.stopping):
-            with private_randomness():
-                metrics = self._train_epoch(progress.epoch + 1)
-                metrics |= self._evaluate_epoch()
+            try:
+                with private_randomness():
+                    metrics = self._train_epoch(progress.epoch + 1)
+                    metrics |= self._evaluate_epoch()
+            except torch.OutOfMemoryError as error:
+                raise RunError("The device's memory is full; lower --batch-size or --image-size.") from error
             metrics["time/epoch_seconds"] = metrics["time/train_seconds"] + metrics["time/evaluate_seconds"]
             progress.epoch += 1
             progress.history.append(metrics)
@@ -82,7 +85,7 @@ class Training:
             right_sum += right
             seen += len(labels)
             if (step % check_every == 0 or step == steps) and not math.isfinite(loss_sum.item()):
-                raise RunError(self._divergence(epoch, step))
+                raise RunError(self._divergence("The training loss", epoch))
             if self.on_step:
                 self.on_step(step, steps)
         seconds = time.perf_counter() - started
@@ -133,6 +136,8 @@ class Training:
         started = time.perf_counter()
         for name, split in evaluated.items():
             result = evaluate(self.state.evaluated, split, self.config, self.execution)
+            if not math.isfinite(result.loss):
+                raise RunError(self._divergence(f"The {name} loss", self.state.progress.epoch + 1))
             metrics |= {f"{name}/loss": result.loss, f"{name}/accuracy": result.accuracy}
         seconds = time.perf_counter() - started
         images = sum(map(len, evaluated.values()))
@@ -141,8 +146,8 @@ class Training:
             "throughput/evaluate_images_per_second": images / seconds,
         }
 
-    def _divergence(self, epoch: int, step: int) -> str:
+    def _divergence(self, loss: str, epoch: int) -> str:
         return (
-            f"The training loss is no longer a finite number at epoch {epoch}, step {step}, with a learning rate of "
-            f"{self.state.schedule.rate:g}; lower --lr or set optimiser.clip_norm."
+            f"{loss} is no longer a finite number at epoch {epoch}, step {self.state.progress.step}, with a learning rate of "
+            f"{self.state.schedule.rate:g}; lower --lr or optimiser.clip_norm."
         )
