@@ -147,7 +147,8 @@ class Training:
         }
 
     def _divergence(self, loss: str, epoch: int) -> str:
+        progress, rate = self.state.progress, self.state.schedule.rate
         return (
-            f"{loss} is no longer a finite number at epoch {epoch}, step {self.state.progress.step}, with a learning rate of "
-            f"{self.state.schedule.rate:g}; lower --lr or optimiser.clip_norm."
+            f"{loss} is no longer a finite number at epoch {epoch}, step {progress.step}, with a learning rate of "
+            f"{rate:g}; lower --lr or optimiser.clip_norm."
         )
