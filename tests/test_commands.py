@@ -73,7 +73,9 @@ def test_ablation_holds_everything(store: str, tiny_study: Path, tmp_path: Path)
         assert artifacts >= {"study.yaml", "predictions.csv", "per_class.csv", "confusion_matrix.csv", "curves.png"}
         assert len(run.outputs.model_outputs) == 1
     assert len({run.data.tags["effv2.config_hash"] for run in children}) == 4
-    assert "mlflow.note.content" in parent.data.tags
+    assert "| test accuracy, best epoch |" in parent.data.tags["mlflow.note.content"]
+    mean = statistics.fmean(run.data.metrics["final/test_accuracy"] for run in children[::2])
+    assert parent.data.metrics["default/final/test_accuracy"] == pytest.approx(mean)
     table = Path(client.download_artifacts(parent.info.run_id, "comparison.csv", str(tmp_path))).read_text()
     best = {run.info.run_id: run.data.metrics["best/test_accuracy"] for run in children}
     for line in table.splitlines()[1:]:

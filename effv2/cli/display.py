@@ -74,12 +74,10 @@ class ConsoleDisplay:
 
 def print_comparison(comparison: Comparison) -> None:
     """Print a study's table: figures down, arms across, which fits a terminal."""
-    console = Console()
-    rows = comparison.rows()
+    titles, *figures = comparison.lines()
     table = Table()
-    table.add_column(comparison.header[0])
-    for row in rows:
-        table.add_column(row[0], justify="right")
-    for index, title in enumerate(comparison.header[1:], 1):
-        table.add_row(title, *(row[index] for row in rows))
-    console.print(table)
+    for index, title in enumerate(titles):
+        table.add_column(title, justify="right" if index else "left")
+    for cells in figures:
+        table.add_row(*cells)
+    Console().print(table)

@@ -14,6 +14,12 @@ from effv2.tracking.read import RunRecord
 TRAIN, TEST = "train/accuracy", "test/accuracy"
 HISTORIES = (TRAIN, TEST, "throughput/train_images_per_second", "throughput/evaluate_images_per_second")
 PEAK_SHARE = 0.95
+PARENT_METRICS = (
+    "best/test_accuracy",
+    "selected/test_accuracy",
+    "final/test_accuracy",
+    "time/total_train_seconds",
+)
 
 
 @dataclass(frozen=True)
@@ -97,10 +103,22 @@ class Comparison:
             return mean
         return f"{mean} ± {column.text(statistics.stdev(values))}"
 
+    def lines(self) -> Rows:
+        """Return the table with a line a figure and a column an arm, the titles first."""
+        return list(zip(self.header, *self.rows(), strict=True))
+
     def markdown(self) -> str:
-        """Return the table as Markdown."""
-        lines = [self.header, ("---",) * len(self.header), *self.rows()]
-        return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
+        """Return the lines as Markdown."""
+        titles, *figures = self.lines()
+        return "\n".join(f"| {' | '.join(cells)} |" for cells in (titles, ("---",) * len(titles), *figures))
+
+    def metrics(self) -> dict[str, float]:
+        """Return the mean over runs of each arm's main figures, for the parent run."""
+        return {
+            f"{arm}/{name}": statistics.fmean(record.metrics[name] for record in records)
+            for arm, records in self.arms.items()
+            for name in PARENT_METRICS
+        }
 
     def write(self, folder: Path, title: str) -> None:
         """Write the table (CSV with plain numbers a run, Markdown) and the figures of both curves."""

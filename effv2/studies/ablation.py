@@ -79,6 +79,7 @@ def run_ablation(
             with tempfile.TemporaryDirectory() as folder:
                 comparison.write(Path(folder), study.name)
                 parent.log_folder(Path(folder))
+            parent.log_metrics(comparison.metrics())
             parent.describe(f"{study.description}\n\n{comparison.markdown()}")
         if failed:
             raise RunError(f"{len(failed)} of {len(runs)} runs failed. {' '.join(failed)}")

@@ -40,8 +40,8 @@ class StudyFile(BaseModel):
     @classmethod
     def _plain_names(cls, arms: dict[str, Any]) -> dict[str, Any]:
         for name in arms:
-            if not re.fullmatch(r"[A-Za-z0-9][\w.+-]*", name):
-                raise ValueError(f"the arm {name!r} must be named by letters, digits and . _ + - alone")
+            if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_.-]*", name):
+                raise ValueError(f"the arm {name!r} must be named by letters, digits and . _ - alone")
         return arms
 
 
