@@ -62,7 +62,7 @@ class ModelConfig(Group):
     """The network, from a named table or one's own."""
 
     table: str = Field("", description="Own stage table, rows between slashes; `variant` is then only its name.")
-    variant: str = Field("default", description="Name of the architecture variant.")
+    variant: str = Field("default", description=f"The architecture: {', '.join(architecture.VARIANTS)}.")
     depth_multiplier: float = Field(1.0, gt=0, le=10, description="Multiplies the layers of MBConv stages.")
     width_multiplier: float = Field(1.0, gt=0, le=10, description="Multiplies the channels of all stages.")
     dropout: Fraction = Field(0.2, description="Dropout before the classifier.")
@@ -77,8 +77,11 @@ class ModelConfig(Group):
     @field_validator("variant")
     @classmethod
     def _known_variant(cls, name: str, info: ValidationInfo) -> str:
-        if not info.data.get("table"):
+        own = info.data.get("table")
+        if not own:
             architecture.variant(name)
+        elif name in architecture.VARIANTS and own != str(architecture.VARIANTS[name]):
+            raise ValueError("a table of your own needs a name of its own; set model.variant to a new one")
         return name
 
     def build_table(self) -> architecture.Table:

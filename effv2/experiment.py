@@ -6,7 +6,7 @@ import base64
 import io
 import json
 import tempfile
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
@@ -67,9 +67,10 @@ class Outcome:
     network: nn.Module
     watched_accuracy: float
     summary: dict[str, float]
+    model_address: str = ""
 
-    def log_model(self) -> None:
-        """Log the network, with its preprocessing, to the run; reopens the run if it has ended."""
+    def log_model(self) -> str:
+        """Log the network, with its preprocessing, to the run, reopened if it has ended; return its address."""
         model, data, classes = self.config.model, self.config.data, self.dataset.classes
         outputs = model.outputs or len(classes)
         plain = build_model(model.build_table(), outputs)  # without the paths of the device it was trained on
@@ -80,7 +81,7 @@ class Outcome:
             files = {"program": Path(name, "program.pt2"), "settings": Path(name, "settings.json")}
             export_program(served, data.image_size, files["program"])
             files["settings"].write_text(json.dumps(settings), encoding="utf-8")
-            self.run.log_model(files, _example(self.dataset.test), torch.__version__)
+            return self.run.log_model(files, _example(self.dataset.test), torch.__version__)
 
 
 def run_experiment(config: TrainConfig, dataset: Dataset, labels: Labels, display: Display, log_model: bool) -> Outcome:
@@ -106,9 +107,8 @@ def run_experiment(config: TrainConfig, dataset: Dataset, labels: Labels, displa
             state.evaluated.load_state_dict(state.selected)
         summary = _log_end(run, config, dataset, execution, state)
         outcome = Outcome(run, config, dataset, state.evaluated, state.progress.best_accuracy, summary)
-        if log_model:
-            outcome.log_model()
-    return outcome
+        address = outcome.log_model() if log_model else ""
+    return replace(outcome, model_address=address)
 
 
 def check(config: TrainConfig, dataset: Dataset) -> None:

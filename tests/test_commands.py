@@ -229,6 +229,8 @@ TRAIN_ERRORS = {
     "--scheduler step": "--scheduler step",
     "--precision fp8": "--precision fp8",
     "--seed -3": "--seed -3",
+    f"--experiment {'x' * 600}": "--experiment xxx",
+    "--data-dir /tmp": "--data-dir /tmp: digits come with scikit-learn",
     "--log-model some": "--log-model some",
     "--study nowhere.yaml": "--study nowhere.yaml: can't be read",
 }
@@ -265,6 +267,7 @@ def test_faults_in_data_are_found_before_a_run_is_created(sqlite_store: str, tmp
 
 
 STUDY_ERRORS = {
+    "arms: {a: {model: {variant: drop_one, table: F 1 3 1 8 8 1}}}": r"line 2: .*needs a name of its own",
     "description: a": r"has no arms to compare; use `train`",
     "seeds: [0, 0]\narms: {a: {}}": r"line 2: seeds.*the same seed stands twice",
     "arms: {'a[/x]': {}}": r"line 2: arms.*letters, digits",
@@ -301,7 +304,7 @@ def test_wrong_study_files_name_the_line(sqlite_store: str, tmp_path: Path, text
         ("http://127.0.0.1:9", "MLFLOW_TRACKING_URI http://127.0.0.1:9: the tracking store doesn't answer"),
         ("file:runs", "MLFLOW_ALLOW_FILE_STORE=true"),
         ("sqlite:////proc/nowhere/mlflow.db", "doesn't answer"),
-        ("nonsense://x", "doesn't answer"),
+        ("nonsense://x", "MLFLOW_TRACKING_URI nonsense://x: no such kind of store"),
         ("http://me:secret@127.0.0.1:9", "http://me:***@127.0.0.1:9"),
     ],
 )

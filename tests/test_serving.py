@@ -115,6 +115,7 @@ def test_served_model_answers_files_as_training_saw_them(
             assert answer["probability"] == pytest.approx(float(row["probability"]), abs=1e-5)
     status, text = ask(server, [files[0], base64.b64encode(b"no image").decode()])
     assert status == 400 and "Image 1 of the request can't be read" in text and files[0] not in text
+    assert ask(server, []) == (200, [])
     status, text = ask(server, [str(root / rows[0]["id"])])
     assert status == 400  # a path is never opened for a caller
 
@@ -143,7 +144,9 @@ def test_model_loads_in_python_and_takes_what_notebooks_hold(
         pixels = np.asarray(image)
         model = mlflow.pyfunc.load_model(str(location))
         answers = [model.predict([item])[0] for item in (image, path, path.read_bytes(), pixels)]
-    assert all(answer == answers[0] for answer in answers)
+        assert all(answer == answers[0] for answer in answers)
+        with pytest.raises(Exception, match="must hold bytes"):
+            model.predict([pixels / 255])
 
 
 @settings(max_examples=40, deadline=None)

@@ -57,4 +57,6 @@ def train(study: str, log_model: str, experiment: str, **options: str | None) ->
         f"test accuracy {last['selected/test_accuracy']:.2%} at the selected epoch "
         f"{last['selected/epoch']:.0f}, best {last['best/test_accuracy']:.2%}"
     )
+    if outcome.model_address:
+        click.echo(f"model {outcome.model_address}")
     click.echo(run_address(outcome.run.run_id, outcome.run.experiment_id))

@@ -64,7 +64,12 @@ def open_source(config: DataConfig) -> Source:
     return SOURCES[config.dataset](config)
 
 
-def _digits(_config: DataConfig) -> Source:
+def _digits(config: DataConfig) -> Source:
+    if config.dir:
+        raise InputError(
+            f"--data-dir {config.dir}: digits come with scikit-learn and take no folder; give --dataset, or leave the "
+            "folder out."
+        )
     from sklearn.datasets import load_digits
 
     digits = load_digits()

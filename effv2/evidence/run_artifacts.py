@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import warnings
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -52,7 +53,9 @@ def write_run_artifacts(folder: Path, predictions: Predictions, history: Sequenc
         ("true", *names),
         ((name, *row) for name, row in zip(classes, matrix.tolist(), strict=True)),
     )
-    confusion_figure(matrix, names).savefig(folder / "confusion_matrix.png", dpi=120)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Glyph")  # a class name in a script that the font lacks
+        confusion_figure(matrix, names).savefig(folder / "confusion_matrix.png", dpi=120)
     _write_per_class(folder / "per_class.csv", classes, true, predicted)
 
     curves = {

@@ -19,7 +19,7 @@ import numpy as np
 from mlflow.exceptions import MlflowException
 from mlflow.protos.databricks_pb2 import INVALID_PARAMETER_VALUE
 from mlflow.pyfunc.model import PythonModel, PythonModelContext
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 
 # What Pillow and NumPy raise for something that is no image, or one that is too large to be honest.
 BROKEN = (
@@ -63,6 +63,8 @@ class ImageClassifier(PythonModel):
         """Return, for each image, `label`, its `probability`, and `probabilities` of all classes by name."""
         import torch
 
+        if not model_input:
+            return []
         size, names = self.settings["image_size"], self.settings["names"]
         pixels = np.stack([_pixels(item, i, size) for i, item in enumerate(model_input)])
         with torch.inference_mode():
@@ -92,14 +94,18 @@ def _pixels(item: Any, position: int, size: int) -> Any:
             return to_pixels(_open(item), size)
     except binascii.Error:
         raise BadImage(position, "it is not base64") from None
+    except UnidentifiedImageError:
+        raise BadImage(position, "it is in no image format that Pillow knows") from None
     except BROKEN as error:
-        raise BadImage(position, type(error).__name__) from None
+        raise BadImage(position, str(error).rstrip(".") or type(error).__name__) from None
 
 
 def _open(item: Any) -> Image.Image:
     if isinstance(item, Image.Image):
         return item
     if isinstance(item, np.ndarray):
+        if item.dtype != np.uint8:
+            raise ValueError("an array must hold bytes (uint8)")
         return Image.fromarray(item)
     if isinstance(item, str):
         text = item.partition("base64,")[2] or item  # a data URL brings a head along

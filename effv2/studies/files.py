@@ -96,7 +96,9 @@ def built_in_ablation() -> Study:
     """Return the ablation of the five published variants under the default configuration (digits, quick)."""
     arms = {name: Layer({"model": {"variant": name}}, dotted) for name in PUBLISHED_VARIANTS}
     base = Layer({}, dotted)
-    return Study("ablate", "The five published variants.", base, arms, "default", ())
+    return Study(
+        "ablate", "Published variants of EfficientNetV2-S under one short protocol.", base, arms, "default", ()
+    )
 
 
 def read_study(path: Path) -> Study:

@@ -117,7 +117,7 @@ class Document:
         while known and known not in self.lines:
             known = known[:-1]
         line = f", line {self.lines[known]}" if known else ""
-        return f"{self.path}{line}: {dotted(place)}"
+        return f"--study {self.path}{line}: {dotted(place)}"
 
     def layer(self, *place: str) -> Layer:
         """Return the mapping at `place` as a layer."""
@@ -162,7 +162,7 @@ def _note_lines(node: yaml.Node | None, place: Place, lines: dict[Place, int], p
             line = key.start_mark.line + 1
             if inner in lines:
                 raise InputError(
-                    f"{path}, line {line}: the key {key.value!r} stands twice (first in line {lines[inner]}); "
+                    f"--study {path}, line {line}: the key {key.value!r} stands twice (first in line {lines[inner]}); "
                     "remove one."
                 )
             lines[inner] = line

@@ -80,8 +80,8 @@ class TrackedRun:
         """Upload everything in `folder` as the run's artifacts."""
         mlflow.log_artifacts(str(folder), run_id=self.run_id)
 
-    def log_model(self, files: Mapping[str, Path], example: str, torch_version: str) -> None:
-        """Log the served model: image in, class names and probabilities out, no pickle.
+    def log_model(self, files: Mapping[str, Path], example: str, torch_version: str) -> str:
+        """Log the served model: image in, class names and probabilities out, no pickle; return its address.
 
         Opens the run again where it has ended. `files` are the artifacts that the serving file names, `example` is
         a base64 image. The requirements are given, since inferring them takes MLflow several seconds.
@@ -90,7 +90,7 @@ class TrackedRun:
         with warnings.catch_warnings(record=True), self._open():
             from mlflow import pyfunc
 
-            pyfunc.log_model(
+            logged = pyfunc.log_model(
                 name="model",
                 python_model=str(image_classifier_path()),
                 artifacts={name: str(path) for name, path in files.items()},
@@ -102,6 +102,7 @@ class TrackedRun:
                     "pillow>=11",
                 ],
             )
+        return f"models:/{logged.model_id}"
 
     @contextmanager
     def _open(self) -> Iterator[None]:

@@ -34,7 +34,7 @@ def open_store(experiment: str) -> str:
         with impatient():
             found = _experiment(MlflowClient(), experiment)
     except (MlflowException, SQLAlchemyError, OSError, ImportError) as error:
-        raise InputError(_explain(error)) from error
+        raise InputError(_explain(error, experiment)) from error
     if found.lifecycle_stage != "active":
         raise InputError(f"--experiment {found.name}: that experiment was deleted; restore it or choose another one.")
     return str(found.experiment_id)
@@ -86,7 +86,7 @@ def _experiment(client: MlflowClient, name: str) -> Experiment:
         return found
 
 
-def _explain(error: Exception) -> str:
+def _explain(error: Exception, experiment: str) -> str:
     uri = shown_uri()
     if "MLFLOW_ALLOW_FILE_STORE" in str(error):
         return (
@@ -94,9 +94,13 @@ def _explain(error: Exception) -> str:
             "set; set it, or use sqlite:///mlflow.db."
         )
     reason = _without_password(" ".join(str(error).split()))[:200].rstrip(".") or type(error).__name__
+    if "Max retries exceeded" in str(error):
+        reason = "no connection"
+    if "unsupported URI" in str(error):
+        return f"MLFLOW_TRACKING_URI {uri}: no such kind of store; use sqlite:///FILE, http://HOST:PORT or a database."
     code = getattr(error, "error_code", "")
-    if code == "RESOURCE_DOES_NOT_EXIST" or (code == "INVALID_PARAMETER_VALUE" and "xperiment" in reason):
-        return f"--experiment: the tracking store refuses it ({reason}); correct the option or MLflow's variables."
+    if code == "RESOURCE_DOES_NOT_EXIST" or (code == "INVALID_PARAMETER_VALUE" and experiment):
+        return f"--experiment {experiment[:80]}: refused ({reason}); correct the option or MLflow's variables."
     return (
         f"MLFLOW_TRACKING_URI {uri}: the tracking store doesn't answer ({reason}); start the server or correct the "
         "address."
