@@ -59,9 +59,11 @@ def template_database(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Create a migrated database once; a copy takes milliseconds."""
     from mlflow import MlflowClient
 
-    path = tmp_path_factory.mktemp("template") / "mlflow.db"
-    MlflowClient(f"sqlite:///{path}").search_experiments()
-    return path
+    folder = tmp_path_factory.mktemp("template")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)  # the default experiment's artifacts go below the working directory
+        MlflowClient(f"sqlite:///{folder / 'mlflow.db'}").search_experiments()
+    return folder / "mlflow.db"
 
 
 @pytest.fixture

@@ -74,13 +74,19 @@ def run_ablation(
                 best = outcome
         if best is not None and log_model == "best":
             best.log_model()
-        comparison = Comparison.of(read_runs(finished, HISTORIES))
-        if finished:
-            with tempfile.TemporaryDirectory() as folder:
-                comparison.write(Path(folder), study.name)
-                parent.log_folder(Path(folder))
-            parent.log_metrics(comparison.metrics())
-            parent.describe(f"{study.description}\n\n{comparison.markdown()}")
+        comparison = _compare(parent, study, finished)
         if failed:
             raise RunError(f"{len(failed)} of {len(runs)} runs failed. {' '.join(failed)}")
     return parent, comparison
+
+
+def _compare(parent: TrackedRun, study: Study, finished: Sequence[str]) -> Comparison:
+    """Compare the finished runs on the parent: table, figures, description, metrics."""
+    comparison = Comparison.of(read_runs(finished, HISTORIES))
+    if finished:
+        with tempfile.TemporaryDirectory() as folder:
+            comparison.write(Path(folder), study.name)
+            parent.log_folder(Path(folder))
+        parent.log_metrics(comparison.metrics())
+        parent.describe(f"{study.description}\n\n{comparison.markdown()}")
+    return comparison
