@@ -156,6 +156,25 @@ def test_second_signal_does_not_cut_the_marking_short(
     assert [run.info.status for run in all_runs()] == ["KILLED", "KILLED"]
 
 
+def test_ignored_hangup_stays_ignored(sqlite_store: str, tiny_study: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As under nohup."""
+    from effv2.training import loop
+    from effv2.training.evaluate import evaluate
+
+    evaluated = evaluate
+
+    def hang_up(*args: Any) -> Any:
+        os.kill(os.getpid(), signal.SIGHUP)
+        return evaluated(*args)
+
+    monkeypatch.setattr(loop, "evaluate", hang_up)
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        assert invoke(ablate, "--study", tiny_study, "--log-model", "none").exit_code == 0
+    finally:
+        signal.signal(signal.SIGHUP, before)
+
+
 def test_one_failing_arm_does_not_cost_the_others(sqlite_store: str, tiny_study: Path) -> None:
     text = tiny_study.read_text().replace(
         "default: {model", "default: {optimiser: {name: sgd, lr: 100, momentum: 0.99, clip_norm: 0}, model"

@@ -125,7 +125,7 @@ def test_second_start_decodes_nothing_and_an_edit_is_seen(
     assert not np.array_equal(cache.decode(images, 8).pixels, first.pixels)
 
 
-@pytest.mark.parametrize("damage", ["flip", "truncate", "empty", "no index", "wrong index"])
+@pytest.mark.parametrize("damage", ["flip", "truncate", "empty", "no index", "wrong index", "stamp"])
 def test_damaged_entry_is_rebuilt(tmp_path: Path, own_cache: Path, damage: str) -> None:
     images = FileImages(tuple(sorted(make_image_tree(tmp_path / "set").rglob("*.*"))))
     first = np.array(cache.decode(images, 8).pixels)
@@ -138,6 +138,9 @@ def test_damaged_entry_is_rebuilt(tmp_path: Path, own_cache: Path, damage: str) 
         pixels.write_bytes(pixels.read_bytes()[:-10])
     elif damage == "empty":
         pixels.write_bytes(b"")
+    elif damage == "stamp":
+        for stamp in (own_cache / "stamps").iterdir():
+            stamp.write_bytes(b"\xff../..")
     elif damage == "wrong index":
         pixels.with_name("index.json").write_text("{}")
     else:

@@ -27,7 +27,7 @@ from effv2.cli.options import (
 @study_option
 @click.option("--seeds", default="", metavar="LIST", help="Seeds of every arm, as 0,1,2.  [default: 0, or the study's]")
 @config_options(SHARED)
-@log_model_option("all")
+@log_model_option
 @experiment_option
 @reports_errors
 def ablate(variant: str, study: str, seeds: str, log_model: str, experiment: str, **options: str | None) -> None:
@@ -41,7 +41,7 @@ def ablate(variant: str, study: str, seeds: str, log_model: str, experiment: str
     from effv2.studies.files import built_in_ablation, read_study
     from effv2.studies.settings import option_layer
 
-    which = parse_log_model(log_model, "all")
+    which = parse_log_model(log_model)
     chosen = read_study(Path(study)) if study else built_in_ablation()
     arms = chosen.select(variant or "all", option_layer(options, SHARED), parse_seeds(seeds))
 

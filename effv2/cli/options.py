@@ -88,21 +88,19 @@ experiment_option = click.option(
 )
 
 
-def log_model_option(default: str) -> Callable[[Command], Command]:
-    """Add --log-model."""
-    return click.option(
-        "--log-model",
-        default=default,
-        metavar="[best|all|none]",
-        help=f"Which runs log their model: the best of the study, all, none.  [default: {default}]",
-    )
+log_model_option = click.option(
+    "--log-model",
+    default="all",
+    metavar="[best|all|none]",
+    help="Which runs log their model: the best of the study, all, none.  [default: all]",
+)
 
 
-def parse_log_model(text: str, default: str) -> Any:
+def parse_log_model(text: str) -> Any:
     """Validate --log-model."""
     if text not in ("", "best", "all", "none"):
         raise InputError(f"--log-model {text}: no such choice; use best, all or none.")
-    return text or default
+    return text or "all"
 
 
 def parse_seeds(text: str) -> tuple[int, ...]:
@@ -118,7 +116,9 @@ def reports_errors(command: Command) -> Command:
 
     @wraps(command)
     def wrapped(*args: Any, **kwargs: Any) -> Any:
-        before = {number: signal.signal(number, _end) for number in ENDING_SIGNALS}
+        # A signal that is ignored stays so: nohup and background jobs of a shell ask for it.
+        heard = [number for number in ENDING_SIGNALS if signal.getsignal(number) is not signal.SIG_IGN]
+        before = {number: signal.signal(number, _end) for number in heard}
         try:
             return command(*args, **kwargs)
         except InputError as error:

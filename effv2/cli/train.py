@@ -19,7 +19,7 @@ from effv2.cli.options import (
 @click.command()
 @study_option
 @config_options(ONE_RUN | SHARED)
-@log_model_option("all")
+@log_model_option
 @experiment_option
 @reports_errors
 def train(study: str, log_model: str, experiment: str, **options: str | None) -> None:
@@ -33,25 +33,22 @@ def train(study: str, log_model: str, experiment: str, **options: str | None) ->
     from effv2.studies.settings import build_config, option_layer
 
     layer = option_layer(options, ONE_RUN | SHARED)
-    which = parse_log_model(log_model, "all")
+    which = parse_log_model(log_model)
     file = read_study(Path(study)) if study else None
     config = file.config(layer) if file else build_config([layer])
 
     from effv2.cli.display import ConsoleDisplay
-    from effv2.data.dataset import load_dataset
-    from effv2.execution.device import resolve
-    from effv2.experiment import Labels, check, run_experiment
+    from effv2.experiment import Labels, run_experiment
+    from effv2.studies.ablation import prepare
+    from effv2.studies.files import Arm
     from effv2.tracking.run import run_address
     from effv2.tracking.store import open_store
 
-    config = resolve(config)
+    name = file.name if file else f"{config.model.variant}, seed {config.random.seed}"
     with ConsoleDisplay() as display:
-        dataset = load_dataset(config.data, display.decoding)
-        check(config, dataset)
-        experiment_id = open_store(experiment)
-        name = file.name if file else f"{config.model.variant}, seed {config.random.seed}"
-        labels = Labels(name, experiment_id, file.name if file else "")
-        outcome = run_experiment(config, dataset, labels, display, which != "none")
+        (run,) = prepare([Arm(name, config)], display.decoding)
+        labels = Labels(name, open_store(experiment), file.name if file else "")
+        outcome = run_experiment(run.arm.config, run.dataset, labels, display, which != "none")
     last = outcome.summary
     click.echo(
         f"test accuracy {last['selected/test_accuracy']:.2%} at the selected epoch "

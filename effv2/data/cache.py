@@ -15,6 +15,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 import shutil
 import tempfile
 import time
@@ -70,7 +71,7 @@ def decode(images: Images, size: int, progress: Progress | None = None) -> Decod
     settings = f"{FORMAT}/{size}/Pillow {PIL.__version__}"
     stamp = _sha256(f"{images.stamp()}/{settings}".encode())
     pointer = cache_folder() / "stamps" / stamp
-    if pointer.is_file() and (found := _read(pointer.read_text())):
+    if found := _follow(pointer):
         return found
     content = _sha256(f"{images.digest()}/{settings}".encode())
     found = _read(content)
@@ -125,6 +126,15 @@ def _decode_all(images: Images, size: int, progress: Progress | None) -> list[tu
     if broken:
         raise InputError(f"--data-dir: {len(broken)} images can't be read; repair or remove them: {', '.join(broken)}.")
     return results
+
+
+def _follow(pointer: Path) -> Decoded | None:
+    """Return the entry that a stamp leads to; a damaged stamp leads nowhere."""
+    try:
+        key = pointer.read_text("ascii")
+    except (OSError, ValueError):
+        return None
+    return _read(key) if re.fullmatch("[0-9a-f]{64}", key) else None
 
 
 def _read(key: str) -> Decoded | None:

@@ -12,7 +12,8 @@ from effv2.evidence.run_artifacts import write_csv
 from effv2.tracking.read import RunRecord
 
 TRAIN, TEST = "train/accuracy", "test/accuracy"
-HISTORIES = (TRAIN, TEST, "throughput/train_images_per_second", "throughput/evaluate_images_per_second")
+TRAIN_RATE, EVALUATE_RATE = "throughput/train_images_per_second", "throughput/evaluate_images_per_second"
+HISTORIES = (TRAIN, TEST, TRAIN_RATE, EVALUATE_RATE)
 PEAK_SHARE = 0.95
 PARENT_METRICS = (
     "best/test_accuracy",
@@ -59,8 +60,8 @@ COLUMNS = (
     Column("test accuracy, last epoch", _metric("final/test_accuracy"), _percent),
     Column("epochs to 95 % of peak train accuracy", lambda r: epochs_to_peak_share(r.history[TRAIN]), _whole),
     Column("training, s", _metric("time/total_train_seconds"), lambda v: f"{v:.1f}"),
-    Column("training, images/s", _median_over_epochs(HISTORIES[2]), _whole),
-    Column("inference, images/s", _median_over_epochs(HISTORIES[3]), _whole),
+    Column("training, images/s", _median_over_epochs(TRAIN_RATE), _whole),
+    Column("inference, images/s", _median_over_epochs(EVALUATE_RATE), _whole),
     Column("one image, ms", lambda r: 1000 * r.metrics["inference/single_image_seconds"], lambda v: f"{v:.1f}"),
     Column("parameters", _metric("model/parameters"), _whole),
     Column("GFLOPs", _metric("model/gflops"), lambda v: f"{v:.3f}"),

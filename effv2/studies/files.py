@@ -103,7 +103,7 @@ def built_in_ablation() -> Study:
 
 def read_study(path: Path) -> Study:
     """Read a study file; InputError names the line of whatever is wrong, in every arm."""
-    document = read_document(path, "--study")
+    document = read_document(path)
     file = validate(StudyFile, document.values, document.where)
     baseline = file.baseline or next(iter(file.arms), "")
     if baseline and baseline not in file.arms:

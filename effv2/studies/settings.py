@@ -131,7 +131,7 @@ class Document:
         return Layer(values, lambda inner: self.where((*place, *inner)))
 
 
-def read_document(path: Path, option: str) -> Document:
+def read_document(path: Path) -> Document:
     """Read a YAML file of plain values; InputError for a missing, malformed or repetitive one."""
     try:
         text = path.read_text(encoding="utf-8")
@@ -139,19 +139,19 @@ def read_document(path: Path, option: str) -> Document:
         values = yaml.safe_load(text)
     except (OSError, UnicodeDecodeError) as error:
         reason = getattr(error, "strerror", None) or "it is not UTF-8 text"
-        raise InputError(f"{option} {path}: can't be read ({reason}); give the path of a study file.") from error
+        raise InputError(f"--study {path}: can't be read ({reason}); give the path of a study file.") from error
     except (yaml.YAMLError, ValueError, RecursionError) as error:
         mark = getattr(error, "problem_mark", None)
         line = f", line {mark.line + 1}" if mark else ""
         problem = getattr(error, "problem", None) or type(error).__name__
-        raise InputError(f"{option} {path}{line}: not valid YAML ({problem}); correct it.") from error
+        raise InputError(f"--study {path}{line}: not valid YAML ({problem}); correct it.") from error
     if not isinstance(values, dict) or not all(isinstance(key, str) for key in values):
-        raise InputError(f"{option} {path}: must be a mapping of keys to values; see sweeps/ for examples.")
+        raise InputError(f"--study {path}: must be a mapping of keys to values; see sweeps/ for examples.")
     lines: dict[Place, int] = {}
     try:
         _note_lines(root, (), lines, path)
     except RecursionError as error:
-        raise InputError(f"{option} {path}: a part of it contains itself; write it without aliases.") from error
+        raise InputError(f"--study {path}: a part of it contains itself; write it without aliases.") from error
     return Document(path, values, lines)
 
 
