@@ -142,7 +142,9 @@ class ExecutionConfig(Group):
     """Where and how it is computed."""
 
     device: Device = Field("auto", description="auto = cuda where there is one, then mps, then cpu.")
-    precision: Precision = Field("auto", description="auto = bf16 where it is the faster one, else fp32.")
+    precision: Precision = Field(
+        "auto", description="auto = bf16 where the device has it (on CPUs from 64 pixels on), else fp32."
+    )
     channels_last: bool = Field(True, description="Memory format of images and kernels.")
 
 
