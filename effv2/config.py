@@ -135,6 +135,9 @@ class EvaluationConfig(Group):
     train_set: bool = Field(
         False, description="Evaluate the whole train set in eval mode instead of averaging over the steps."
     )
+    test_set: bool = Field(
+        True, description="Evaluate the test set after each epoch; a search leaves it alone until its best is chosen."
+    )
     batch_size: int = Field(256, ge=1, le=65_536, description="Images a forward pass.")
 
 
@@ -176,14 +179,17 @@ class TrainConfig(Group):
         """Return this configuration for another seed."""
         return self.model_copy(update={"random": RandomConfig(seed=seed)})
 
-    def hash(self) -> str:
-        """Return 16 hexadecimal digits of SHA-256 over the canonical form.
+    def identity(self) -> dict[str, Any]:
+        """Return the fields that decide a run, under dotted names.
 
         The folder of the data and the wish to download are left out: where the images lie changes nothing,
         and what they are is recorded by their own digest.
         """
-        identity = {key: value for key, value in self.flat().items() if key not in ("data.dir", "data.download")}
-        return hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:16]
+        return {name: value for name, value in self.flat().items() if name not in ("data.dir", "data.download")}
+
+    def hash(self) -> str:
+        """Return 16 hexadecimal digits of SHA-256 over the identity."""
+        return hashlib.sha256(json.dumps(self.identity(), sort_keys=True).encode()).hexdigest()[:16]
 
 
 def field_of(dotted: str) -> tuple[Any, Any]:

@@ -12,6 +12,14 @@ class RunError(Exception):
     """A fault while running (a loss that is no number, memory that is full). Exit code 1."""
 
 
+class Diverged(RunError):
+    """A loss that is no finite number: another attempt would end alike."""
+
+
+class Abandoned(BaseException):
+    """The work was given to another process, since this one didn't answer for too long."""
+
+
 class Terminated(BaseException):
     """SIGTERM arrived. Like KeyboardInterrupt not an Exception, so that nothing swallows it. Exit code 143."""
 

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import base64
+import copy
 import io
 import json
+import math
 import tempfile
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -22,15 +25,16 @@ from effv2.config import TrainConfig
 from effv2.data.batches import normalisation
 from effv2.data.dataset import Dataset, Split
 from effv2.errors import InputError
-from effv2.evidence.run_artifacts import Predictions, write_run_artifacts
+from effv2.evidence.run_artifacts import Predictions, write_curves, write_predictions
 from effv2.execution.device import Execution, make_execution
 from effv2.serving.export import ServedNetwork, export_program, output_names
-from effv2.tracking.run import TrackedRun, start_run
+from effv2.tracking.read import Identity
+from effv2.tracking.run import OUTCOME, TrackedRun, start_run
 from effv2.training.evaluate import evaluate, single_image_latency
 from effv2.training.loop import EpochResult, Training
 from effv2.training.state import TrainState
 
-LogModel = Literal["best", "all", "none"]  # best = that of the study's best run alone
+WEIGHTS = "selected.pt"  # artifact: weights of the selected epoch, until the study's best run is known
 
 
 class Display(Protocol):
@@ -46,20 +50,35 @@ class Display(Protocol):
         """Report a finished epoch."""
 
 
+class Observer:
+    """What a study wants to know of a run, and to decide: nothing, for a run of its own."""
+
+    def started(self, run_id: str) -> None:
+        """Hear that the run is open."""
+
+    def stops(self, result: EpochResult) -> bool:
+        """Hear of an epoch; say whether to prune the run now."""
+        return False
+
+    def keeps_weights(self, accuracy: float) -> bool:
+        """Say whether the weights of a run that reached this accuracy must outlive its process."""
+        return False
+
+
 @dataclass(frozen=True)
 class Labels:
-    """How a run is named and grouped in MLflow."""
+    """How a run is named and grouped in MLflow; `parent` is the id of the run that it becomes a child of."""
 
     name: str
     experiment_id: str
     study: str = ""
     arm: str = ""
-    nested: bool = False
+    parent: str = ""
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """A finished run and its network, with the weights of the selected epoch."""
+    """A finished run and its network, with the weights of the selected epoch; of a pruned one, of its last."""
 
     run: TrackedRun
     config: TrainConfig
@@ -68,6 +87,7 @@ class Outcome:
     watched_accuracy: float
     summary: dict[str, float]
     model_address: str = ""
+    pruned: bool = False
 
     def log_model(self) -> str:
         """Log the network, with its preprocessing, to the run, reopened if it has ended; return its address."""
@@ -84,31 +104,84 @@ class Outcome:
             return self.run.log_model(files, _example(self.dataset.test), torch.__version__)
 
 
-def run_experiment(config: TrainConfig, dataset: Dataset, labels: Labels, display: Display, log_model: bool) -> Outcome:
+def identity(config: TrainConfig, dataset: Dataset) -> Identity:
+    """Return what decides the numbers of a run: equal identities on one machine mean equal runs."""
+    return Identity(config.hash(), dataset.digest(), provenance.code_version())
+
+
+def reached(summary: Mapping[str, float]) -> float:
+    """Return the watched accuracy at its best epoch from the metrics that a finished run logged."""
+    return summary["selected/val_accuracy"] if "selected/val_accuracy" in summary else summary["best/test_accuracy"]
+
+
+def run_experiment(
+    config: TrainConfig,
+    dataset: Dataset,
+    labels: Labels,
+    display: Display,
+    log_model: bool,
+    *,
+    observer: Observer = Observer(),  # noqa: B008 (it holds nothing)
+) -> Outcome:
     """Train `config` (resolved: no `auto`) on `dataset` in a run of its own."""
     execution = make_execution(config.execution)
-    tags = {
-        "effv2.config_hash": config.hash(),
-        "effv2.data_digest": dataset.digest(),
-        "effv2.code_version": provenance.code_version(),
-        "effv2.study": labels.study,
-        "effv2.arm": labels.arm,
-        "effv2.variant": config.model.variant,
-        "effv2.seed": str(config.random.seed),
-    } | {f"effv2.machine.{name}": value for name, value in provenance.machine().items()}
+    tags = (
+        identity(config, dataset).tags()
+        | {
+            "effv2.study": labels.study,
+            "effv2.arm": labels.arm,
+            "effv2.variant": config.model.variant,
+            "effv2.seed": str(config.random.seed),
+        }
+        | {f"effv2.machine.{name}": value for name, value in provenance.machine().items()}
+    )
     display.run_started(labels.name, config.schedule.epochs)
-    with start_run(labels.name, labels.experiment_id, tags, labels.nested) as run:
+    with start_run(labels.name, labels.experiment_id, tags, labels.parent) as run:
+        observer.started(run.run_id)
         _log_start(run, config, dataset)
         state = TrainState.create(config, dataset, execution)
         for result in Training(config, dataset, state, execution, display.step):
             run.log_metrics(result.metrics, step=result.epoch)
             display.epoch(result)
+            if observer.stops(result):
+                run.set_tags({OUTCOME: "pruned"})
+                return Outcome(
+                    run, config, dataset, state.evaluated, state.progress.best_accuracy, result.metrics, pruned=True
+                )
         if state.selected is not None:
             state.evaluated.load_state_dict(state.selected)
         summary = _log_end(run, config, dataset, execution, state)
         outcome = Outcome(run, config, dataset, state.evaluated, state.progress.best_accuracy, summary)
         address = outcome.log_model() if log_model else ""
+        if not log_model and observer.keeps_weights(outcome.watched_accuracy):
+            _keep_weights(outcome)
+        run.set_tags({OUTCOME: "complete"})
     return replace(outcome, model_address=address)
+
+
+def restore(run: TrackedRun, config: TrainConfig, dataset: Dataset) -> Outcome | None:
+    """Return the outcome of a finished run whose weights were kept; None where they weren't."""
+    with tempfile.TemporaryDirectory() as folder:
+        path = run.fetch(WEIGHTS, Path(folder))
+        if path is None:
+            return None
+        weights = torch.load(path, map_location="cpu", weights_only=True)
+    network = build_model(config.model.build_table(), config.model.outputs or len(dataset.classes))
+    network.load_state_dict(weights)
+    return Outcome(run, config, dataset, network, math.nan, {})
+
+
+def score_on_test(outcome: Outcome) -> float:
+    """Evaluate an outcome on the test set, which its run has not seen, and log to the run; return the accuracy."""
+    execution = make_execution(outcome.config.execution)
+    network = execution.place(copy.deepcopy(outcome.network))
+    return _log_test(outcome.run, outcome.config, outcome.dataset, execution, network)
+
+
+def _keep_weights(outcome: Outcome) -> None:
+    with tempfile.TemporaryDirectory() as folder:
+        torch.save(outcome.network.state_dict(), Path(folder, WEIGHTS))
+        outcome.run.log_folder(Path(folder))
 
 
 def check(config: TrainConfig, dataset: Dataset) -> None:
@@ -148,29 +221,42 @@ def _log_end(
 ) -> dict[str, float]:
     """Log and return the summary; log predictions and figures of the network as it now is: at the selected epoch."""
     history, network = state.progress.history, state.evaluated
-    test = [metrics["test/accuracy"] for metrics in history]
-    best = int(np.argmax(test)) + 1
-    selected = len(test) if state.selected is None else state.progress.best_epoch
+    selected = len(history) if state.selected is None else state.progress.best_epoch
     outputs = config.model.outputs or len(dataset.classes)
-    summary = {
-        "best/test_accuracy": test[best - 1],
-        "best/epoch": best,
-        "selected/test_accuracy": test[selected - 1],
+    summary: dict[str, float] = {}
+    if config.evaluation.test_set:
+        test = [metrics["test/accuracy"] for metrics in history]
+        best = int(np.argmax(test)) + 1
+        summary = {"best/test_accuracy": test[best - 1], "best/epoch": best, "final/test_accuracy": test[-1]}
+        summary["selected/test_accuracy"] = _log_test(run, config, dataset, execution, network)
+    if dataset.validation is not None:
+        summary["selected/val_accuracy"] = history[selected - 1]["val/accuracy"]
+    summary |= {
         "selected/epoch": selected,
-        "final/test_accuracy": test[-1],
         "time/total_train_seconds": state.progress.train_seconds,
         "inference/single_image_seconds": single_image_latency(network, config, execution),
         "model/parameters": count_parameters(network),
         "model/gflops": count_gflops(config.model.build_table(), outputs, config.data.image_size),
     }
     run.log_metrics(summary)
-    probabilities = evaluate(network, dataset.test, config, execution).probabilities
     with tempfile.TemporaryDirectory() as name:
-        test_set = dataset.test
-        predictions = Predictions(dataset.classes, test_set.ids, test_set.labels.numpy(), probabilities.numpy())
-        write_run_artifacts(Path(name), predictions, history)
+        write_curves(Path(name), history)
         run.log_folder(Path(name))
     return summary
+
+
+def _log_test(
+    run: TrackedRun, config: TrainConfig, dataset: Dataset, execution: Execution, network: nn.Module
+) -> float:
+    """Log the accuracy at the selected epoch on the test set, predictions and their tables; return the accuracy."""
+    test_set = dataset.test
+    result = evaluate(network, test_set, config, execution)
+    run.log_metrics({"selected/test_accuracy": result.accuracy})
+    predictions = Predictions(dataset.classes, test_set.ids, test_set.labels.numpy(), result.probabilities.numpy())
+    with tempfile.TemporaryDirectory() as name:
+        write_predictions(Path(name), predictions)
+        run.log_folder(Path(name))
+    return result.accuracy
 
 
 def _example(split: Split) -> str:

@@ -19,6 +19,8 @@ from mlflow import MlflowClient
 from mlflow.entities import Run
 
 from effv2.cli.ablate import ablate
+from effv2.cli.hparam_check import hparam_check
+from effv2.cli.search import search
 from effv2.cli.train import train
 from tests.conftest import TINY_TABLE, make_image_tree
 
@@ -32,6 +34,9 @@ FINAL_METRICS = {
     "best/test_accuracy", "best/epoch", "selected/test_accuracy", "selected/epoch", "final/test_accuracy",
     "model/parameters", "model/gflops",
 }  # fmt: skip
+
+
+COMMANDS = {"train": train, "ablate": ablate, "hparam-check": hparam_check, "search": search}
 
 
 def all_runs() -> list[Run]:
@@ -83,9 +88,12 @@ def test_ablation_holds_everything(store: str, tiny_study: Path, tmp_path: Path)
         assert float(value) == best[run_id]
 
 
-def test_same_command_twice_logs_the_same_numbers(sqlite_store: str, tiny_study: Path) -> None:
+def test_the_same_command_again_repeats_nothing_but_fresh_does(sqlite_store: str, tiny_study: Path) -> None:
+    words = ["--study", str(tiny_study), "--variant", "default", "--log-model", "none"]
     for _ in range(2):
-        assert invoke(ablate, "--study", tiny_study, "--variant", "default", "--log-model", "none").exit_code == 0
+        assert invoke(ablate, *words).exit_code == 0
+    assert len(all_runs()) == 2
+    assert invoke(ablate, *words, "--fresh").exit_code == 0
     first, second = (run for run in all_runs() if "effv2.seed" in run.data.tags)
     timed = ("time/", "throughput/", "inference/")
     kept = [
@@ -356,7 +364,7 @@ def test_mlproject_declares_exactly_the_options_of_each_command() -> None:
     import yaml
 
     project = yaml.safe_load((ROOT / "MLproject").read_text())
-    for name, command in (("train", train), ("ablate", ablate)):
+    for name, command in COMMANDS.items():
         entry = project["entry_points"][name]
         options = {option.name for option in command.params}
         assert set(entry["parameters"]) == options

@@ -10,7 +10,9 @@ import pytest
 from effv2.architecture import PUBLISHED_VARIANTS, parse_table
 from effv2.config import TrainConfig
 from effv2.errors import InputError
-from effv2.studies.files import built_in_ablation, read_study
+from effv2.studies.files import Study, built_in_ablation, read_study
+from effv2.studies.grid import Grid, make_grid
+from effv2.studies.plan import LoadedData
 from effv2.studies.settings import Layer, dotted, option_layer
 
 SWEEPS = Path(__file__).parents[1] / "sweeps"
@@ -44,15 +46,15 @@ def check(config: TrainConfig, expected: dict[str, Any]) -> None:
 @pytest.mark.parametrize(("dataset", "protocol"), ABLATIONS.items())
 def test_published_ablations(dataset: str, protocol: dict[str, int]) -> None:
     study = read_study(SWEEPS / f"ablate-{dataset}.yaml")
-    arms = study.select("all", NO_OPTIONS, ())
-    assert [arm.name for arm in arms] == list(PUBLISHED_VARIANTS) and study.baseline == "default"
+    arms = study.select("all", "variant")
+    assert arms == list(PUBLISHED_VARIANTS) and study.baseline == "default"
     for arm in arms:
         own = {
             "data.dataset": dataset, "data.image_size": protocol["size"], "data.per_class": protocol["per_class"],
             "optimiser.batch_size": protocol["batch"], "schedule.epochs": protocol["epochs"],
-            "model.outputs": 1000, "model.variant": arm.name, "stopping.patience": 0,
+            "model.outputs": 1000, "model.variant": arm, "stopping.patience": 0,
         }  # fmt: skip
-        check(arm.config, PUBLISHED | own)
+        check(study.arm(arm, NO_OPTIONS), PUBLISHED | own)
 
 
 @pytest.mark.parametrize("dataset", ["imagenette", "birds"])
@@ -67,9 +69,8 @@ def test_published_training_from_scratch(dataset: str, size: int) -> None:
 
 
 def test_component_ablation_changes_one_component_at_a_time() -> None:
-    arms = {
-        arm.name: arm.config for arm in read_study(SWEEPS / "ablate-components.yaml").select("all", NO_OPTIONS, (0,))
-    }
+    study = read_study(SWEEPS / "ablate-components.yaml")
+    arms = {name: study.arm(name, NO_OPTIONS) for name in study.arms}
     default = PUBLISHED_VARIANTS["default"]
     columns = ("kernel", "expand_ratio", "squeeze_excitation")
     for name, column in (("kernel_5", "kernel"), ("expansion_6", "expand_ratio"), ("expansion_half", "expand_ratio"),
@@ -92,12 +93,16 @@ def test_every_study_file_opens_with_its_command(path: Path) -> None:
     assert study.name == path.stem
 
 
+def make(study: Study, chosen: list[str], seeds: tuple[int, ...] = ()) -> Grid:
+    return make_grid("ablate", study, chosen, NO_OPTIONS, seeds=seeds, load=LoadedData(lambda done, total: None))
+
+
 def test_one_variant_brings_its_baseline_and_all_brings_all() -> None:
     study = built_in_ablation()
-    assert [arm.name for arm in study.select("drop_one", NO_OPTIONS, ())] == ["default", "drop_one"]
-    assert [arm.name for arm in study.select("default", NO_OPTIONS, ())] == ["default"]
-    runs = study.select("all", NO_OPTIONS, (3, 4))
-    assert [(arm.config.random.seed, arm.name) for arm in runs] == [(s, n) for s in (3, 4) for n in PUBLISHED_VARIANTS]
+    assert study.select("drop_one", "variant") == ["default", "drop_one"]
+    assert study.select("default", "variant") == ["default"]
+    grid = make(study, study.select("all", "variant"), (3, 4))
+    assert [*grid.wanted] == [(name, seed) for seed in (3, 4) for name in PUBLISHED_VARIANTS]
 
 
 def test_options_change_what_arms_share_and_empty_ones_nothing(tmp_path: Path) -> None:
@@ -105,7 +110,7 @@ def test_options_change_what_arms_share_and_empty_ones_nothing(tmp_path: Path) -
     path.write_text("name: s\nconfig: {schedule: {epochs: 9}}\narms: {a: {}, b: {optimiser: {lr: 0.5}}}\n")
     options = option_layer({"epochs": "3", "lr": "0.1", "dataset": ""}, {"epochs": "schedule.epochs",
                            "lr": "optimiser.lr", "dataset": "data.dataset"})  # fmt: skip
-    a, b = (arm.config for arm in read_study(path).select("all", options, ()))
+    a, b = (read_study(path).arm(name, options) for name in "ab")
     assert (a.schedule.epochs, b.schedule.epochs) == (3, 3)
     assert (a.optimiser.lr, b.optimiser.lr) == (0.1, 0.5)
     assert a.data.dataset == "digits"
@@ -114,7 +119,7 @@ def test_options_change_what_arms_share_and_empty_ones_nothing(tmp_path: Path) -
 def test_a_file_without_seeds_keeps_the_configurations_own(tmp_path: Path) -> None:
     path = tmp_path / "study.yaml"
     path.write_text("name: s\nconfig: {random: {seed: 5}}\narms: {a: {}}\n")
-    assert [arm.config.random.seed for arm in read_study(path).select("all", NO_OPTIONS, ())] == [5]
+    assert make(read_study(path), ["a"]).wanted == [("a", 5)]
 
 
 def test_training_refuses_a_study_of_arms() -> None:

@@ -2,18 +2,11 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import click
 
-from effv2.cli.options import (
-    SHARED,
-    config_options,
-    experiment_option,
-    log_model_option,
-    parse_log_model,
-    parse_seeds,
-    reports_errors,
-    study_option,
-)
+from effv2.cli.options import SHARED, config_options, reports_errors, seeds_option, study_option, study_options
 
 
 @click.command()
@@ -25,34 +18,28 @@ from effv2.cli.options import (
     "or what the study file names.  [default: all]",
 )
 @study_option
-@click.option("--seeds", default="", metavar="LIST", help="Seeds of every arm, as 0,1,2.  [default: 0, or the study's]")
+@seeds_option
 @config_options(SHARED)
-@log_model_option
-@experiment_option
+@study_options(log_model="all")
 @reports_errors
-def ablate(variant: str, study: str, seeds: str, log_model: str, experiment: str, **options: str | None) -> None:
+def ablate(variant: str, study: str, seeds: str, **options: Any) -> None:
     """Train architecture variants beside their baseline and compare them in MLflow.
 
     Without a study file: the five published variants of EfficientNetV2-S under one short protocol on
-    scikit-learn's digits.
+    scikit-learn's digits. The same command again goes on where the last one ended.
     """
     from pathlib import Path
 
+    from effv2.cli.options import parse_seeds, take_study_options
     from effv2.studies.files import built_in_ablation, read_study
     from effv2.studies.settings import option_layer
 
-    which = parse_log_model(log_model)
+    how = take_study_options(options, "all")
+    layer, wanted = option_layer(options, SHARED), parse_seeds(seeds)
     chosen = read_study(Path(study)) if study else built_in_ablation()
-    arms = chosen.select(variant or "all", option_layer(options, SHARED), parse_seeds(seeds))
+    names = chosen.select(variant or "all", "variant")
 
-    from effv2.cli.display import ConsoleDisplay, print_comparison
-    from effv2.studies.ablation import prepare, run_ablation
-    from effv2.tracking.run import run_address
-    from effv2.tracking.store import open_store
+    from effv2.cli.run import run_and_show
+    from effv2.studies.grid import make_grid
 
-    with ConsoleDisplay() as display:
-        prepared = prepare(arms, display.decoding)
-        experiment_id = open_store(experiment)
-        parent, comparison = run_ablation(chosen, prepared, experiment_id, which, display)
-    print_comparison(comparison)
-    click.echo(run_address(parent.run_id, parent.experiment_id))
+    run_and_show(lambda load: make_grid("ablate", chosen, names, layer, seeds=wanted, load=load), how)

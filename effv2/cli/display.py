@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 from types import TracebackType
+from typing import TYPE_CHECKING
 
 from rich.console import Console
 from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
-from effv2.evidence.comparison import Comparison
+from effv2.evidence.comparison import Rows
 from effv2.training.loop import EpochResult
+
+if TYPE_CHECKING:
+    from effv2.studies.engine import Standing
 
 
 class ConsoleDisplay:
@@ -26,7 +30,10 @@ class ConsoleDisplay:
             TextColumn("{task.fields[note]}"),
             console=self.console,
             disable=not self.console.is_terminal,
+            speed_estimate_period=3600,  # seconds: a run is long, so what is left follows from all that was done
         )
+        self._study: TaskID | None = None
+        self._told: set[str] = set()
         self._decoding: TaskID | None = None
         self._epochs: TaskID | None = None
         self._steps: TaskID | None = None
@@ -45,6 +52,32 @@ class ConsoleDisplay:
         if self._decoding is None:
             self._decoding = self._progress.add_task("decoding images", note="")
         self._progress.update(self._decoding, completed=done, total=total, visible=done < total)
+
+    def study_opened(self, address: str) -> None:
+        """Say where the study is to be seen."""
+        self.remark(address)
+        self._study = self._progress.add_task("study", note="")
+
+    def remark(self, text: str) -> None:
+        """Print a line above the progress."""
+        self.console.print(text, highlight=False, markup=False, soft_wrap=True)
+
+    def standing(self, standing: Standing) -> None:
+        """Show how far the study is; without a terminal, a line for each trial that has ended."""
+        if self._study is None:
+            return
+        words = [f"{standing.running} running"]
+        words += [f"{standing.pruned} pruned"] if standing.pruned else []
+        words += [f"{standing.failed} failed"] if standing.failed else []
+        words += [f"best {standing.best[1]:.2%} ({standing.best[0]})"] if standing.best else []
+        self._progress.update(
+            self._study, total=standing.total, completed=standing.progress, note=escape(", ".join(words))
+        )
+        fresh = [slot for slot in standing.ended if slot not in self._told]
+        self._told |= set(fresh)
+        for slot in fresh if not self.console.is_terminal else ():
+            place = list(standing.ended).index(slot) + 1
+            self.remark(f"[{place}/{standing.total}] {slot}: {standing.ended[slot]}")
 
     def run_started(self, name: str, epochs: int) -> None:
         """Show a new run in place of the last one."""
@@ -66,18 +99,17 @@ class ConsoleDisplay:
         if self._epochs is None:
             return
         metrics = result.metrics
-        words = [f"train {metrics['train/accuracy']:.1%}", f"test {metrics['test/accuracy']:.1%}"]
-        if "val/accuracy" in metrics:
-            words.insert(1, f"val {metrics['val/accuracy']:.1%}")
+        named = ((name, metrics.get(f"{name}/accuracy")) for name in ("train", "val", "test"))
+        words = [f"{name} {accuracy:.1%}" for name, accuracy in named if accuracy is not None]
         self._progress.update(self._epochs, completed=result.epoch, note=", ".join(words))
 
 
-def print_comparison(comparison: Comparison) -> None:
-    """Print a study's table: figures down, arms across, which fits a terminal."""
-    titles, *figures = comparison.lines()
+def print_table(rows: Rows) -> None:
+    """Print a table, its titles first."""
+    titles, *others = rows
     table = Table()
     for index, title in enumerate(titles):
         table.add_column(title, justify="right" if index else "left")
-    for cells in figures:
+    for cells in others:
         table.add_row(*cells)
     Console().print(table)

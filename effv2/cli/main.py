@@ -9,7 +9,12 @@ import click
 from effv2 import __version__
 
 # Sub-commands and the modules that hold them; a module is imported when its command is used.
-COMMANDS = {"train": "effv2.cli.train", "ablate": "effv2.cli.ablate"}
+COMMANDS = {
+    "train": "effv2.cli.train",
+    "ablate": "effv2.cli.ablate",
+    "hparam-check": "effv2.cli.hparam_check",
+    "search": "effv2.cli.search",
+}
 
 
 class LazyGroup(click.Group):

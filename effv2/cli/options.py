@@ -6,7 +6,6 @@ value was written. An empty text means 'not given': `mlflow run` passes every de
 
 from __future__ import annotations
 
-import signal
 import sys
 from collections.abc import Callable
 from functools import wraps
@@ -16,8 +15,9 @@ import click
 
 from effv2.config import field_of
 from effv2.errors import InputError, RunError, Terminated
+from effv2.signals import ending_signals
+from effv2.studies.options import DEFAULT_STORAGE, LogModel, StudyOptions
 
-ENDING_SIGNALS = [signal.SIGINT, signal.SIGTERM, *([signal.SIGHUP] if hasattr(signal, "SIGHUP") else [])]
 Command = TypeVar("Command", bound=Callable[..., Any])
 
 # Option names (as in MLproject) and the fields that they set.
@@ -88,19 +88,81 @@ experiment_option = click.option(
 )
 
 
-log_model_option = click.option(
-    "--log-model",
-    default="all",
-    metavar="[best|all|none]",
-    help="Which runs log their model: the best of the study, all, none.  [default: all]",
+seeds_option = click.option(
+    "--seeds", default="", metavar="LIST", help="Seeds of every arm, as 0,1,2.  [default: 0, or the study's]"
+)
+fresh_option = click.option(
+    "--fresh",
+    default="",
+    metavar="[true|false]",
+    is_flag=False,
+    flag_value="true",
+    help="Start over, repeating what was finished.  [default: false]",
 )
 
 
-def parse_log_model(text: str) -> Any:
+def log_model_option(default: LogModel) -> Callable[[Command], Command]:
+    """Add --log-model."""
+    text = f"Which runs log their model: the best of the study, all, none.  [default: {default}]"
+    return click.option("--log-model", default="", metavar="[best|all|none]", help=text)
+
+
+def study_options(log_model: LogModel) -> Callable[[Command], Command]:
+    """Add the options of every study: how it is run and where it is logged."""
+    options = (
+        click.option(
+            "--workers", default="", metavar="INTEGER", help="Processes that share the study here.  [default: 1; ≥ 1]"
+        ),
+        click.option(
+            "--storage",
+            default="",
+            metavar="URL",
+            help=f"Optuna's storage, which keeps the state of studies: sqlite:///FILE, or for several machines "
+            f"postgresql://USER@HOST/DATABASE.  [default: {DEFAULT_STORAGE}]",
+        ),
+        fresh_option,
+        log_model_option(log_model),
+        experiment_option,
+    )
+
+    def decorate(command: Command) -> Command:
+        for option in reversed(options):
+            command = option(command)
+        return command
+
+    return decorate
+
+
+def take_study_options(options: dict[str, Any], log_model: LogModel) -> StudyOptions:
+    """Take the options of every study out of a command's, validated; `log_model` is the command's default."""
+    return StudyOptions(
+        workers=parse_count("workers", options.pop("workers") or "1"),
+        storage=options.pop("storage") or DEFAULT_STORAGE,
+        fresh=parse_fresh(options.pop("fresh")),
+        log_model=parse_log_model(options.pop("log_model"), log_model),
+        experiment=options.pop("experiment"),
+    )
+
+
+def parse_count(option: str, text: str) -> int:
+    """Read a whole number from 1 on."""
+    if not text.isdecimal() or not 1 <= int(text) <= 100_000:
+        raise InputError(f"--{option} {text}: must be a whole number from 1 to 100,000.")
+    return int(text)
+
+
+def parse_fresh(text: str) -> bool:
+    """Read --fresh."""
+    if text not in ("", "true", "false"):
+        raise InputError(f"--fresh {text}: must be true or false.")
+    return text == "true"
+
+
+def parse_log_model(text: str, default: LogModel) -> Any:
     """Validate --log-model."""
     if text not in ("", "best", "all", "none"):
         raise InputError(f"--log-model {text}: no such choice; use best, all or none.")
-    return text or "all"
+    return text or default
 
 
 def parse_seeds(text: str) -> tuple[int, ...]:
@@ -116,31 +178,19 @@ def reports_errors(command: Command) -> Command:
 
     @wraps(command)
     def wrapped(*args: Any, **kwargs: Any) -> Any:
-        # A signal that is ignored stays so: nohup and background jobs of a shell ask for it.
-        heard = [number for number in ENDING_SIGNALS if signal.getsignal(number) is not signal.SIG_IGN]
-        before = {number: signal.signal(number, _end) for number in heard}
-        try:
-            return command(*args, **kwargs)
-        except InputError as error:
-            _leave(f"Error: {error}", 2)
-        except RunError as error:
-            _leave(f"Error: {error}", 1)
-        except KeyboardInterrupt:
-            _leave("Interrupted; runs that had begun are marked KILLED.", 130)
-        except Terminated:
-            _leave("Terminated; runs that had begun are marked KILLED.", 143)
-        finally:
-            for number, handler in before.items():
-                signal.signal(number, handler)
+        with ending_signals():
+            try:
+                return command(*args, **kwargs)
+            except InputError as error:
+                _leave(f"Error: {error}", 2)
+            except RunError as error:
+                _leave(f"Error: {error}", 1)
+            except KeyboardInterrupt:
+                _leave("Interrupted; runs that had begun are marked KILLED.", 130)
+            except Terminated:
+                _leave("Terminated; runs that had begun are marked KILLED.", 143)
 
     return wrapped  # type: ignore[return-value]
-
-
-def _end(number: int, _frame: Any) -> NoReturn:
-    """Raise once; further signals are ignored, so that they don't cut short the marking of runs."""
-    for other in ENDING_SIGNALS:
-        signal.signal(other, signal.SIG_IGN)
-    raise KeyboardInterrupt if number == signal.SIGINT else Terminated
 
 
 def _leave(message: str, code: int) -> NoReturn:

@@ -9,7 +9,9 @@ from effv2.cli.options import (
     SHARED,
     config_options,
     experiment_option,
+    fresh_option,
     log_model_option,
+    parse_fresh,
     parse_log_model,
     reports_errors,
     study_option,
@@ -19,10 +21,11 @@ from effv2.cli.options import (
 @click.command()
 @study_option
 @config_options(ONE_RUN | SHARED)
-@log_model_option
+@fresh_option
+@log_model_option("all")
 @experiment_option
 @reports_errors
-def train(study: str, log_model: str, experiment: str, **options: str | None) -> None:
+def train(study: str, fresh: str, log_model: str, experiment: str, **options: str | None) -> None:
     """Train one EfficientNetV2 and track it in MLflow.
 
     Without options: the default variant on scikit-learn's digits, a minute on two cores.
@@ -33,27 +36,38 @@ def train(study: str, log_model: str, experiment: str, **options: str | None) ->
     from effv2.studies.settings import build_config, option_layer
 
     layer = option_layer(options, ONE_RUN | SHARED)
-    which = parse_log_model(log_model)
+    which, over = parse_log_model(log_model, "all"), parse_fresh(fresh)
     file = read_study(Path(study)) if study else None
     config = file.config(layer) if file else build_config([layer])
 
     from effv2.cli.display import ConsoleDisplay
-    from effv2.experiment import Labels, run_experiment
-    from effv2.studies.ablation import prepare
-    from effv2.studies.files import Arm
-    from effv2.tracking.run import run_address
+    from effv2.data.dataset import load_dataset
+    from effv2.execution.device import resolve
+    from effv2.experiment import Labels, check, identity, run_experiment
+    from effv2.tracking.read import find_finished
+    from effv2.tracking.run import TrackedRun, point_adopted_run_to, run_address
     from effv2.tracking.store import open_store
 
     name = file.name if file else f"{config.model.variant}, seed {config.random.seed}"
     with ConsoleDisplay() as display:
-        (run,) = prepare([Arm(name, config)], display.decoding)
-        labels = Labels(name, open_store(experiment), file.name if file else "")
-        outcome = run_experiment(run.arm.config, run.dataset, labels, display, which != "none")
-    last = outcome.summary
-    click.echo(
-        f"test accuracy {last['selected/test_accuracy']:.2%} at the selected epoch "
-        f"{last['selected/epoch']:.0f}, best {last['best/test_accuracy']:.2%}"
-    )
-    if outcome.model_address:
-        click.echo(f"model {outcome.model_address}")
-    click.echo(run_address(outcome.run.run_id, outcome.run.experiment_id))
+        config = resolve(config)
+        dataset = load_dataset(config.data, display.decoding)
+        check(config, dataset)
+        experiment_id = open_store(experiment)
+        done = None if over else find_finished(identity(config, dataset), experiment_id)
+        if done is not None:
+            run, last, model = TrackedRun(done.run_id, experiment_id), done.metrics, ""
+            point_adopted_run_to(run)
+            click.echo("Finished before, with the same configuration, data and code; --fresh repeats it.")
+        else:
+            labels = Labels(name, experiment_id, file.name if file else "")
+            outcome = run_experiment(config, dataset, labels, display, which != "none")
+            run, last, model = outcome.run, outcome.summary, outcome.model_address
+    if "selected/test_accuracy" in last:
+        click.echo(
+            f"test accuracy {last['selected/test_accuracy']:.2%} at the selected epoch "
+            f"{last['selected/epoch']:.0f}, best {last['best/test_accuracy']:.2%}"
+        )
+    if model:
+        click.echo(f"model {model}")
+    click.echo(run_address(run.run_id, run.experiment_id))

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from effv2.evidence.figures import Curve, accuracy_curves
+from effv2.evidence.figures import Curve, accuracy_curves, bars
 from effv2.evidence.run_artifacts import write_csv
 from effv2.tracking.read import RunRecord
 
@@ -69,20 +69,17 @@ COLUMNS = (
 Rows = list[tuple[str, ...]]
 
 
+def markdown_table(rows: Rows) -> str:
+    """Write rows, the titles first, as Markdown."""
+    titles, *others = rows
+    return "\n".join(f"| {' | '.join(cells)} |" for cells in (titles, ("---",) * len(titles), *others))
+
+
 @dataclass(frozen=True)
 class Comparison:
-    """The runs of a study by arm, in the study's order."""
+    """The finished runs of a study by arm, in the study's order."""
 
     arms: dict[str, list[RunRecord]]
-
-    @classmethod
-    def of(cls, records: Sequence[RunRecord]) -> Comparison:
-        """Group finished runs by their arm."""
-        arms: dict[str, list[RunRecord]] = {}
-        for record in records:
-            if record.status == "FINISHED":
-                arms.setdefault(record.tags["effv2.arm"], []).append(record)
-        return cls(arms)
 
     @property
     def header(self) -> tuple[str, ...]:
@@ -110,8 +107,7 @@ class Comparison:
 
     def markdown(self) -> str:
         """Return the lines as Markdown."""
-        titles, *figures = self.lines()
-        return "\n".join(f"| {' | '.join(cells)} |" for cells in (titles, ("---",) * len(titles), *figures))
+        return markdown_table(self.lines())
 
     def metrics(self) -> dict[str, float]:
         """Return the mean over runs of each arm's main figures, for the parent run."""
@@ -137,3 +133,5 @@ class Comparison:
             curves = {arm: [r.history[metric] for r in records] for arm, records in self.arms.items()}
             figure = accuracy_curves(curves, f"{title}: {name} accuracy")
             figure.savefig(folder / f"{name}_accuracy.png", dpi=120)
+        seconds = {arm: [r.metrics["time/total_train_seconds"] for r in runs] for arm, runs in self.arms.items()}
+        bars(seconds, f"{title}: training", "seconds").savefig(folder / "training_seconds.png", dpi=120)

@@ -36,6 +36,23 @@ def accuracy_curves(curves: Mapping[str, Sequence[Curve]], title: str) -> Figure
     return figure
 
 
+def bars(values: Mapping[str, Sequence[float]], title: str, unit: str) -> Figure:
+    """Draw the mean of each name's values as a bar, their range as a line across its end."""
+    figure = Figure(figsize=(7, 1.2 + 0.34 * len(values)), layout="constrained")
+    axes = figure.add_subplot()
+    means = [float(np.mean(runs)) for runs in values.values()]
+    reach = [
+        [mean - min(runs) for mean, runs in zip(means, values.values(), strict=True)],
+        [max(runs) - mean for mean, runs in zip(means, values.values(), strict=True)],
+    ]
+    drawn = axes.barh(list(map(plain, values)), means, xerr=reach, color=PALETTE[0], ecolor="#555555")
+    axes.bar_label(drawn, fmt="%.3g", padding=4)
+    axes.invert_yaxis()
+    axes.set(title=title, xlabel=unit)
+    axes.margins(x=0.12)
+    return figure
+
+
 def confusion_figure(matrix: np.ndarray, columns: Sequence[str]) -> Figure:
     """Draw a confusion matrix, rows being true classes and colours the share of the row."""
     columns = list(map(plain, columns))

@@ -28,8 +28,18 @@ class Predictions:
     probabilities: np.ndarray
 
 
-def write_run_artifacts(folder: Path, predictions: Predictions, history: Sequence[dict[str, float]]) -> None:
-    """Write the files from the predictions and the metrics of each epoch.
+def write_curves(folder: Path, history: Sequence[dict[str, float]]) -> None:
+    """Draw accuracy by epoch from the metrics of each epoch."""
+    curves = {
+        name: [{epoch: metrics[key] for epoch, metrics in enumerate(history, 1)}]
+        for name, key in CURVES.items()
+        if key in history[0]
+    }
+    accuracy_curves(curves, "accuracy by epoch").savefig(folder / "curves.png", dpi=120)
+
+
+def write_predictions(folder: Path, predictions: Predictions) -> None:
+    """Write predictions, confusion matrix and per-class table.
 
     The prediction is the argmax over all outputs; what lies beyond the classes is the column `other`.
     """
@@ -57,13 +67,6 @@ def write_run_artifacts(folder: Path, predictions: Predictions, history: Sequenc
         warnings.filterwarnings("ignore", message="Glyph")  # a class name in a script that the font lacks
         confusion_figure(matrix, names).savefig(folder / "confusion_matrix.png", dpi=120)
     _write_per_class(folder / "per_class.csv", classes, true, predicted)
-
-    curves = {
-        name: [{epoch: metrics[key] for epoch, metrics in enumerate(history, 1)}]
-        for name, key in CURVES.items()
-        if key in history[0]
-    }
-    accuracy_curves(curves, "accuracy by epoch").savefig(folder / "curves.png", dpi=120)
 
 
 def _write_per_class(path: Path, classes: Sequence[str], true: np.ndarray, predicted: np.ndarray) -> None:

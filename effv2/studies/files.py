@@ -3,18 +3,56 @@
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Annotated, Any
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 from effv2.architecture import PUBLISHED_VARIANTS
 from effv2.config import TrainConfig
 from effv2.errors import InputError, nearest
-from effv2.studies.settings import Layer, build_config, dotted, read_document, validate
+from effv2.studies.settings import Document, Layer, Place, build_config, dotted, read_document, validate
 
+DEFAULT_TRIALS = 12
+SEARCHABLE = ("augment", "model", "optimiser")  # trials share everything else: data, length, machine
 Seed = Annotated[int, Field(ge=0, lt=2**32)]
+
+
+class Range(BaseModel):
+    """A range to search, bounds included."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+    low: float
+    high: float
+    log: bool = False
+
+    @model_validator(mode="after")
+    def _ordered(self) -> Range:
+        if not self.low < self.high:
+            raise ValueError("low must be below high")
+        if self.log and self.low <= 0:
+            raise ValueError("a log scale needs a low above 0")
+        return self
+
+
+DEFAULT_SPACE = {
+    "model.dropout": Range(low=0, high=0.6),
+    "model.stochastic_depth": Range(low=0, high=0.5),
+    "model.depth_multiplier": Range(low=0.1, high=1),
+}
+
+
+class SearchFile(BaseModel):
+    """The key `search` of a study file: how many trials over which fields, and when pruning may begin."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    trials: int = Field(DEFAULT_TRIALS, ge=1, le=100_000)
+    space: dict[str, Range] = DEFAULT_SPACE
+    prune: bool = True
 
 
 class StudyFile(BaseModel):
@@ -28,6 +66,8 @@ class StudyFile(BaseModel):
     arms: dict[str, dict[str, Any] | None] = {}
     baseline: str = ""
     seeds: tuple[Seed, ...] = ()
+    retries: int = Field(1, ge=0, le=100)
+    search: SearchFile | None = None
 
     @field_validator("seeds")
     @classmethod
@@ -45,12 +85,13 @@ class StudyFile(BaseModel):
         return arms
 
 
-@dataclass(frozen=True)
-class Arm:
-    """A named configuration of a study, for one seed."""
-
-    name: str
-    config: TrainConfig
+HPARAM_ARMS: dict[str, dict[str, Any]] = {
+    "default": {},
+    "depth": {"model": {"depth_multiplier": 0.1}},
+    "half_layers": {"model": {"variant": "half_layers"}},
+    "dropout": {"model": {"dropout": 0.6}},
+    "stochastic_depth": {"model": {"stochastic_depth": 0.5}},
+}
 
 
 @dataclass(frozen=True)
@@ -63,6 +104,8 @@ class Study:
     arms: dict[str, Layer]
     baseline: str
     seeds: tuple[int, ...]
+    retries: int = 1
+    search: SearchFile = field(default_factory=SearchFile)
 
     def config(self, options: Layer) -> TrainConfig:
         """Return the one configuration of a study without arms."""
@@ -74,31 +117,55 @@ class Study:
             )
         return build_config([self.base, options])
 
-    def select(self, variant: str, options: Layer, seeds: tuple[int, ...]) -> list[Arm]:
-        """Return the runs of an ablation, seed by seed: all arms, or one and the baseline it is compared with.
-
-        Without seeds here or in the file, each arm has its configuration's own.
+    def arm(self, name: str, options: Layer) -> TrainConfig:
+        """Return the configuration of an arm.
 
         Options change what all arms share; an arm's own differences stand above them.
         """
+        return build_config([self.base, options, self.arms[name]])
+
+    def select(self, name: str, option: str) -> list[str]:
+        """Return the names of all arms, or of one and the baseline it is compared with."""
         if not self.arms:
             raise InputError(f"--study {self.name}: has no arms to compare; use `train`.")
-        if variant != "all" and variant not in self.arms:
-            raise InputError(f"--variant {variant}: no such arm; {nearest(variant, [*self.arms, 'all'])}.")
-        chosen = [name for name in self.arms if variant in ("all", name) or name == self.baseline]
-        configs = {name: build_config([self.base, options, self.arms[name]]) for name in chosen}
-        if not (seeds or self.seeds):
-            return [Arm(name, configs[name]) for name in chosen]
-        return [Arm(name, configs[name].with_seed(seed)) for seed in seeds or self.seeds for name in chosen]
+        if name != "all" and name not in self.arms:
+            raise InputError(f"--{option} {name}: no such arm; {nearest(name, [*self.arms, 'all'])}.")
+        return [arm for arm in self.arms if name in ("all", arm) or arm == self.baseline]
+
+    def crossed(self, schedulers: Sequence[str]) -> Study:
+        """Return the study with each arm under each learning rate schedule; `none` goes without saying."""
+        arms = {
+            under(arm, scheduler): layer.with_value(("schedule", "name"), scheduler)
+            for scheduler in schedulers
+            for arm, layer in self.arms.items()
+        }
+        return replace(self, arms=arms)
+
+
+def _built_in(name: str, description: str, config: dict[str, Any], arms: dict[str, dict[str, Any]]) -> Study:
+    layers = {arm: Layer(values, dotted) for arm, values in arms.items()}
+    return Study(name, description, Layer(config, dotted), layers, "default" if arms else "", ())
 
 
 def built_in_ablation() -> Study:
     """Return the ablation of the five published variants under the default configuration (digits, quick)."""
-    arms = {name: Layer({"model": {"variant": name}}, dotted) for name in PUBLISHED_VARIANTS}
-    base = Layer({}, dotted)
-    return Study(
-        "ablate", "Published variants of EfficientNetV2-S under one short protocol.", base, arms, "default", ()
-    )
+    arms = {name: {"model": {"variant": name}} for name in PUBLISHED_VARIANTS}
+    return _built_in("ablate", "Published variants of EfficientNetV2-S under one short protocol.", {}, arms)
+
+
+def built_in_hparam_check() -> Study:
+    """Return the published hyper-parameter check, shortened to three epochs of digits.
+
+    ReduceLROnPlateau waits for no epoch there, since it would otherwise never act.
+    """
+    short = {"schedule": {"epochs": 3, "plateau_patience": 0}}
+    return _built_in("hparam-check", "Hyper-parameters of EfficientNetV2-S, one changed at a time.", short, HPARAM_ARMS)
+
+
+def built_in_search() -> Study:
+    """Return a short search over dropout, stochastic depth and depth multiplier on digits."""
+    short = {"schedule": {"epochs": 3}}
+    return _built_in("search", "Dropout, stochastic depth and depth multiplier of EfficientNetV2-S.", short, {})
 
 
 def read_study(path: Path) -> Study:
@@ -112,7 +179,32 @@ def read_study(path: Path) -> Study:
         )
     base = document.layer("config")
     arms = {name: document.layer("arms", name) for name in file.arms}
-    study = Study(file.name, file.description, base, arms, baseline, file.seeds)
+    search = file.search or SearchFile()
+    study = Study(file.name, file.description, base, arms, baseline, file.seeds, file.retries, search)
     for arm in arms.values() or [Layer({}, base.where)]:
         build_config([base, arm])
+    for name in search.space if file.search else ():
+        _check_searchable(name, search, base, document)
     return study
+
+
+def _check_searchable(name: str, search: SearchFile, base: Layer, document: Document) -> None:
+    """Refuse what can't be searched: an unknown field, a bound that the field doesn't take."""
+    numbers = [
+        field
+        for field, value in TrainConfig().flat().items()
+        if field.split(".")[0] in SEARCHABLE and type(value) in (int, float)
+    ]
+    place: Place = ("search", "space", name)
+    if name not in numbers:
+        raise InputError(f"{document.where(place)}: can't be searched; {nearest(name, numbers)}.")
+    for bound in ("low", "high"):
+        value = getattr(search.space[name], bound)
+        written = document.where((*place, bound))
+        layer = Layer({}, lambda _, written=written: written)  # type: ignore[misc]
+        build_config([base, layer.with_value(tuple(name.split(".")), value)])
+
+
+def under(arm: str, scheduler: str) -> str:
+    """Name an arm under a learning rate schedule."""
+    return arm if scheduler == "none" else f"{arm}_{scheduler}"

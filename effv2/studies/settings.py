@@ -27,6 +27,13 @@ class Layer:
     values: Mapping[str, Any]
     where: Callable[[Place], str]
 
+    def with_value(self, place: Place, value: Any) -> Layer:
+        """Return the layer with one more value, or another one."""
+        nested: Any = value
+        for step in reversed(place):
+            nested = {step: nested}
+        return Layer(_merge(self.values, nested), self.where)
+
 
 def dotted(place: Place) -> str:
     """Name a place by its keys alone."""

@@ -3,9 +3,25 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 
 from mlflow import MlflowClient
+from mlflow.entities import Run
+
+from effv2.tracking.run import OUTCOME
+
+
+@dataclass(frozen=True)
+class Identity:
+    """What decides the numbers of a run."""
+
+    config_hash: str
+    data_digest: str
+    code_version: str
+
+    def tags(self) -> dict[str, str]:
+        """Return it as tags of a run."""
+        return {f"effv2.{name}": value for name, value in asdict(self).items()}
 
 
 @dataclass(frozen=True)
@@ -21,6 +37,25 @@ class RunRecord:
     history: dict[str, dict[int, float]] = field(default_factory=dict)
 
 
+def find_finished(identity: Identity, experiment_id: str, parent: str = "") -> RunRecord | None:
+    """Return the last run of the experiment that was finished, not pruned, with this identity; None without one.
+
+    With `parent`, among the children of that run alone.
+    """
+    wanted = identity.tags() | ({"mlflow.parentRunId": parent} if parent else {})
+    condition = " and ".join(f"tags.`{name}` = '{value}'" for name, value in wanted.items())
+    found = MlflowClient().search_runs(
+        [experiment_id], f"attributes.status = 'FINISHED' and {condition}", order_by=["attributes.start_time DESC"]
+    )
+    return next((_record(run, {}) for run in found if run.data.tags.get(OUTCOME) == "complete"), None)
+
+
+def find_running(experiment_id: str, parent: str) -> list[str]:
+    """Return the ids of a run's children that are marked as running."""
+    condition = f"attributes.status = 'RUNNING' and tags.`mlflow.parentRunId` = '{parent}'"
+    return [run.info.run_id for run in MlflowClient().search_runs([experiment_id], condition)]
+
+
 def read_runs(run_ids: Iterable[str], histories: Iterable[str]) -> list[RunRecord]:
     """Read runs with the histories of the named metrics."""
     client = MlflowClient()
@@ -33,10 +68,10 @@ def read_runs(run_ids: Iterable[str], histories: Iterable[str]) -> list[RunRecor
             for name in names
             if name in run.data.metrics
         }
-        info = run.info
-        records.append(
-            RunRecord(
-                info.run_id, info.run_name, info.status, run.data.params, run.data.metrics, run.data.tags, history
-            )
-        )
+        records.append(_record(run, history))
     return records
+
+
+def _record(run: Run, history: dict[str, dict[int, float]]) -> RunRecord:
+    info, data = run.info, run.data
+    return RunRecord(info.run_id, info.run_name, info.status, data.params, data.metrics, data.tags, history)

@@ -13,14 +13,17 @@ from typing import Any
 
 import mlflow
 from mlflow.entities import Dataset as TrackedDataset
-from mlflow.entities import DatasetInput, InputTag, RunTag
+from mlflow.entities import DatasetInput, InputTag, RunInfo, RunTag
 from mlflow.exceptions import MlflowException
+from mlflow.store.artifact.artifact_repository_registry import get_artifact_repository
+from mlflow.tracking.context.registry import resolve_tags
 
-from effv2.errors import Terminated
+from effv2.errors import Abandoned, Terminated
 from effv2.provenance import GitState
 from effv2.serving import image_classifier_path
 from effv2.tracking.store import impatient, shown_uri
 
+OUTCOME = "effv2.outcome"  # tag: complete, pruned or failed
 NOTE = "mlflow.note.content"  # the tag that the UI shows as the run's description
 LONGEST_TAG = 8_000  # characters; MLflow cuts longer ones
 GENERATED_NAME = re.compile(r"[a-z]+-[a-z]+-\d+")  # what MLflow calls a run that nobody named
@@ -80,6 +83,33 @@ class TrackedRun:
         """Upload everything in `folder` as the run's artifacts."""
         mlflow.log_artifacts(str(folder), run_id=self.run_id)
 
+    def metrics(self) -> dict[str, float]:
+        """Return the last value of each metric."""
+        values: dict[str, float] = mlflow.MlflowClient().get_run(self.run_id).data.metrics
+        return values
+
+    def fetch(self, name: str, folder: Path) -> Path | None:
+        """Download an artifact into `folder`; None where the run has none of that name."""
+        client = mlflow.MlflowClient()
+        if name not in {file.path for file in client.list_artifacts(self.run_id)}:
+            return None
+        return Path(client.download_artifacts(self.run_id, name, str(folder)))
+
+    def discard(self, name: str) -> None:
+        """Delete an artifact where there is one and the store lets us."""
+        client = mlflow.MlflowClient()
+        if name in {file.path for file in client.list_artifacts(self.run_id)}:
+            with suppress(MlflowException, NotImplementedError, OSError):
+                get_artifact_repository(client.get_run(self.run_id).info.artifact_uri).delete_artifacts(name)  # type: ignore[no-untyped-call]
+
+    def set_status(self, status: str) -> None:
+        """Set the status of a run that isn't open in this process: RUNNING, FINISHED, FAILED or KILLED."""
+        client = mlflow.MlflowClient()
+        if status == "RUNNING":
+            client.update_run(self.run_id, status)
+        else:
+            client.set_terminated(self.run_id, status)
+
     def log_model(self, files: Mapping[str, Path], example: str, torch_version: str) -> str:
         """Log the served model: image in, class names and probabilities out, no pickle; return its address.
 
@@ -117,22 +147,64 @@ class TrackedRun:
 
 
 @contextmanager
-def start_run(name: str, experiment_id: str, tags: Mapping[str, str], nested: bool = False) -> Iterator[TrackedRun]:
-    """Open a run, or adopt the one that `mlflow run` made, and end it FINISHED, FAILED or KILLED.
+def start_run(name: str, experiment_id: str, tags: Mapping[str, str], parent: str = "") -> Iterator[TrackedRun]:
+    """Open a run, a child of `parent` where that is given, and end it FINISHED, FAILED or KILLED.
 
-    A nested run becomes a child of the run that is open. An adopted run keeps a name that the user gave it.
+    A run without a parent adopts the one that `mlflow run` made.
     """
-    adopt = bool(os.environ.get("MLFLOW_RUN_ID")) and not nested
     with _ending():
-        if adopt:
+        if parent:
+            active = mlflow.start_run(experiment_id=experiment_id, run_name=name, nested=True, parent_run_id=parent)
+        elif os.environ.get("MLFLOW_RUN_ID"):
             active = mlflow.start_run()
-            if GENERATED_NAME.fullmatch(active.info.run_name or ""):
-                mlflow.set_tag("mlflow.runName", name)
+            _name_adopted(active.info, name)
         else:
-            active = mlflow.start_run(experiment_id=experiment_id, run_name=name, nested=nested)
+            active = mlflow.start_run(experiment_id=experiment_id, run_name=name)
         run = TrackedRun(active.info.run_id, active.info.experiment_id)
         run.set_tags(dict(tags) | {"effv2.pid": str(os.getpid())})
         yield run
+
+
+def open_parent(name: str, experiment_id: str, tags: Mapping[str, str]) -> TrackedRun:
+    """Create the run of a study, or adopt the one that `mlflow run` made.
+
+    Several processes may work on a study, so its run belongs to none of them: whoever ends the study ends it.
+    """
+    client, adopted = mlflow.MlflowClient(), os.environ.pop("MLFLOW_RUN_ID", "")
+    if adopted:
+        info = client.get_run(adopted).info
+        _name_adopted(info, name)
+    else:
+        info = client.create_run(experiment_id, run_name=name, tags=resolve_tags()).info
+    run = TrackedRun(info.run_id, info.experiment_id)
+    run.set_tags(tags)
+    return run
+
+
+def find_run(run_id: str) -> TrackedRun | None:
+    """Return a run of the tracking store; None where it has none of that id, or the run was deleted."""
+    try:
+        info = mlflow.MlflowClient().get_run(run_id).info
+    except MlflowException as error:
+        if error.error_code == "RESOURCE_DOES_NOT_EXIST":
+            return None
+        raise
+    return TrackedRun(info.run_id, info.experiment_id) if info.lifecycle_stage == "active" else None
+
+
+def point_adopted_run_to(run: TrackedRun) -> None:
+    """Make the run that `mlflow run` opened, if it did, a pointer to the one that this command goes on with."""
+    adopted = os.environ.pop("MLFLOW_RUN_ID", "")
+    if adopted:
+        pointer = TrackedRun(adopted, run.experiment_id)
+        pointer.set_tags({"effv2.continues": run.run_id})
+        pointer.describe(f"This command went on with {run_address(run.run_id, run.experiment_id)}")
+
+
+def _name_adopted(info: RunInfo, name: str) -> None:
+    """Name a run that `mlflow run` made, unless the user did."""
+    if GENERATED_NAME.fullmatch(info.run_name or ""):
+        mlflow.MlflowClient().set_tag(info.run_id, "mlflow.runName", name)
 
 
 @contextmanager
@@ -142,14 +214,15 @@ def _ending() -> Iterator[None]:
     status = "FINISHED"
     try:
         yield
-    except (KeyboardInterrupt, Terminated):
+    except (KeyboardInterrupt, Terminated, Abandoned):
         status = "KILLED"
         raise
     except BaseException as error:
         status = "FAILED"
         if _opened(outer):
             with impatient(), suppress(MlflowException, OSError):
-                mlflow.set_tag("effv2.error", f"{type(error).__name__}: {error}"[:LONGEST_TAG])
+                said = f"{type(error).__name__}: {error}"[:LONGEST_TAG]
+                mlflow.set_tags({"effv2.error": said, OUTCOME: "failed"})
         raise
     finally:
         if _opened(outer):

@@ -40,6 +40,16 @@ def open_store(experiment: str) -> str:
     return str(found.experiment_id)
 
 
+def tracking_uri() -> str:
+    """Return the tracking URI, password and all, to hand on to a worker of ours."""
+    return mlflow.get_tracking_uri()
+
+
+def use_store(uri: str) -> None:
+    """Log to the store that the process which started this one logs to."""
+    mlflow.set_tracking_uri(uri)
+
+
 def shown_uri() -> str:
     """Return the tracking URI without a password in it."""
     return _without_password(mlflow.get_tracking_uri())

@@ -15,7 +15,7 @@ from effv2.config import TrainConfig
 from effv2.data.augment import augment_images, mix_samples, one_hot
 from effv2.data.batches import batch_count, epoch_order, to_input, training_batches
 from effv2.data.dataset import Dataset
-from effv2.errors import RunError
+from effv2.errors import Diverged, RunError
 from effv2.execution.device import Execution
 from effv2.randomness import private_randomness, stream_seed
 from effv2.training.evaluate import evaluate
@@ -36,6 +36,11 @@ class EpochResult:
     metrics: Metrics
 
 
+def watched_accuracy(metrics: Metrics) -> float:
+    """Return the accuracy that selects, stops and lowers the rate: of validation, of the test set without one."""
+    return metrics["val/accuracy"] if "val/accuracy" in metrics else metrics["test/accuracy"]
+
+
 @dataclass
 class Training:
     """A training that goes on from `state`: iterate over it to train.
@@ -51,7 +56,7 @@ class Training:
     on_step: OnStep | None = None
 
     def __iter__(self) -> Iterator[EpochResult]:
-        """Train until the last epoch or early stopping, yielding after each epoch; RunError if it diverges."""
+        """Train until the last epoch or early stopping, yielding after each epoch; Diverged, RunError."""
         progress = self.state.progress
         while progress.epoch < self.config.schedule.epochs and not progress.should_stop(self.config.stopping):
             try:
@@ -63,7 +68,7 @@ class Training:
             metrics["time/epoch_seconds"] = metrics["time/train_seconds"] + metrics["time/evaluate_seconds"]
             progress.epoch += 1
             progress.history.append(metrics)
-            watched = metrics.get("val/accuracy", metrics["test/accuracy"])
+            watched = watched_accuracy(metrics)
             self.state.schedule.after_epoch(progress.epoch, watched)
             if progress.note(watched) and self.dataset.validation is not None:
                 self.state.select()
@@ -85,7 +90,7 @@ class Training:
             right_sum += right
             seen += len(labels)
             if (step % check_every == 0 or step == steps) and not math.isfinite(loss_sum.item()):
-                raise RunError(self._divergence("The training loss", epoch))
+                raise Diverged(self._divergence("The training loss", epoch))
             if self.on_step:
                 self.on_step(step, steps)
         seconds = time.perf_counter() - started
@@ -127,7 +132,9 @@ class Training:
 
     def _evaluate_epoch(self) -> Metrics:
         """Evaluate test, validation and, the post's way, the whole train set, in eval mode."""
-        evaluated = {"test": self.dataset.test}
+        evaluated = {}
+        if self.config.evaluation.test_set:
+            evaluated["test"] = self.dataset.test
         if self.dataset.validation is not None:
             evaluated["val"] = self.dataset.validation
         if self.config.evaluation.train_set:
@@ -137,7 +144,7 @@ class Training:
         for name, split in evaluated.items():
             result = evaluate(self.state.evaluated, split, self.config, self.execution)
             if not math.isfinite(result.loss):
-                raise RunError(self._divergence(f"The {name} loss", self.state.progress.epoch + 1))
+                raise Diverged(self._divergence(f"The {name} loss", self.state.progress.epoch + 1))
             metrics |= {f"{name}/loss": result.loss, f"{name}/accuracy": result.accuracy}
         seconds = time.perf_counter() - started
         images = sum(map(len, evaluated.values()))

@@ -1,0 +1,59 @@
+"""The command `hparam-check`."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import click
+
+from effv2.cli.options import SHARED, config_options, reports_errors, seeds_option, study_option, study_options
+
+FIELDS = {name: field for name, field in SHARED.items() if name != "scheduler"}
+SCHEDULERS = {"both": ("none", "plateau"), "plateau": ("plateau",), "none": ("none",)}
+
+
+@click.command("hparam-check")
+@click.option(
+    "--check",
+    default="all",
+    metavar="NAME",
+    help="The change to train beside the default, or all: depth (depth multiplier 0.1), half_layers, dropout (0.6), "
+    "stochastic_depth (0.5), or what the study file names.  [default: all]",
+)
+@click.option(
+    "--scheduler",
+    default="both",
+    metavar="[both|plateau|none]",
+    help="With ReduceLROnPlateau, without, or both.  [default: both]",
+)
+@study_option
+@seeds_option
+@config_options(FIELDS)
+@study_options(log_model="all")
+@reports_errors
+def hparam_check(check: str, scheduler: str, study: str, seeds: str, **options: Any) -> None:
+    """Change one hyper-parameter at a time, with and without ReduceLROnPlateau, and compare in MLflow.
+
+    Without a study file: the published check shortened to three epochs a run on scikit-learn's digits; the full
+    protocols are sweeps/hparam-*.yaml. The same command again goes on where the last one ended.
+    """
+    from pathlib import Path
+
+    from effv2.cli.options import parse_seeds, take_study_options
+    from effv2.errors import InputError
+    from effv2.studies.files import built_in_hparam_check, read_study, under
+    from effv2.studies.settings import option_layer
+
+    if (scheduler or "both") not in SCHEDULERS:
+        raise InputError(f"--scheduler {scheduler}: no such choice; use both, plateau or none.")
+    how = take_study_options(options, "all")
+    layer, wanted = option_layer(options, FIELDS), parse_seeds(seeds)
+    plain = read_study(Path(study)) if study else built_in_hparam_check()
+    arms = plain.select(check or "all", "check")
+    names = [under(arm, schedule) for schedule in SCHEDULERS[scheduler or "both"] for arm in arms]
+    chosen = plain.crossed(SCHEDULERS["both"])
+
+    from effv2.cli.run import run_and_show
+    from effv2.studies.grid import make_grid
+
+    run_and_show(lambda load: make_grid("hparam-check", chosen, names, layer, seeds=wanted, load=load), how)

@@ -1,0 +1,45 @@
+"""The command `search`."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import click
+
+from effv2.cli.options import ONE_RUN, SHARED, config_options, reports_errors, study_option, study_options
+
+FIELDS = ONE_RUN | SHARED
+
+
+@click.command()
+@click.option(
+    "--trials", default="", metavar="INTEGER", help="Trials of the study in all.  [default: 12, or the study's]"
+)
+@study_option
+@config_options(FIELDS)
+@study_options(log_model="best")
+@reports_errors
+def search(trials: str, study: str, **options: Any) -> None:
+    """Search for the best hyper-parameters on the validation split, with Optuna; test the best once.
+
+    Without a study file: dropout, stochastic depth and depth multiplier on scikit-learn's digits. The same command
+    again goes on where the last one ended; with more trials, the search grows.
+    """
+    from dataclasses import replace
+    from pathlib import Path
+
+    from effv2.cli.options import parse_count, take_study_options
+    from effv2.studies.files import built_in_search, read_study
+    from effv2.studies.settings import option_layer
+
+    how = take_study_options(options, "best")
+    layer = option_layer(options, FIELDS)
+    chosen = read_study(Path(study)) if study else built_in_search()
+    if trials:
+        update = {"trials": parse_count("trials", trials)}
+        chosen = replace(chosen, search=chosen.search.model_copy(update=update))
+
+    from effv2.cli.run import run_and_show
+    from effv2.studies.search import make_search
+
+    run_and_show(lambda load: make_search(chosen, layer, load), how)

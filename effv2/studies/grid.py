@@ -1,0 +1,119 @@
+"""A fixed grid: arms by seeds, each trained once, then compared. What `ablate` and `hparam-check` run."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import optuna
+
+from effv2 import provenance
+from effv2.config import TrainConfig
+from effv2.evidence.comparison import HISTORIES, Comparison, Rows
+from effv2.execution.device import resolve_study
+from effv2.experiment import WEIGHTS, check, restore
+from effv2.studies.files import Study
+from effv2.studies.options import LogModel
+from effv2.studies.plan import LoadData, PlannedRun, Purpose, Trials, best_of, run_ids
+from effv2.studies.queue import RUN
+from effv2.studies.settings import Layer
+from effv2.tracking.read import read_runs
+from effv2.tracking.run import TrackedRun
+
+
+@dataclass(frozen=True)
+class Grid:
+    """The resolved arms of a study, all of them, and the (arm, seed) pairs that are wanted now."""
+
+    purpose: Purpose
+    arms: Mapping[str, TrainConfig]
+    data: Mapping[str, str]
+    wanted: Sequence[tuple[str, int]]
+    samples: bool = False
+
+    @cached_property
+    def slots(self) -> dict[str, dict[str, Any]]:
+        """Return a slot for each wanted pair."""
+        return {f"{arm}, seed {seed}": {"arm": arm, "seed": seed} for arm, seed in self.wanted}
+
+    @property
+    def epochs(self) -> int:
+        """Return the epochs of the longest arm."""
+        return max(config.schedule.epochs for config in self.arms.values())
+
+    def definition(self) -> dict[str, Any]:
+        """Return every arm, whichever are wanted; seeds are left out, so that a study may grow by some."""
+        arms = {arm: config.identity() for arm, config in self.arms.items()}
+        for flat in arms.values():
+            del flat["random.seed"]
+        return {"arms": arms, "data": dict(self.data), "code": provenance.code_version()}
+
+    def sampler(self, number: int) -> optuna.samplers.BaseSampler:
+        """Return one that never has to choose: all parameters are fixed."""
+        return optuna.samplers.RandomSampler(seed=number)
+
+    def pruner(self) -> optuna.pruners.BasePruner:
+        """Return one that never prunes."""
+        return optuna.pruners.NopPruner()
+
+    def run_of(self, slot: str, trial: optuna.Trial) -> PlannedRun:
+        """Return the run of the trial's arm and seed."""
+        arm = trial.suggest_categorical("arm", list(self.arms))
+        seed = trial.suggest_int("seed", 0, 2**32 - 1)
+        return PlannedRun(slot, arm, self.arms[arm].with_seed(seed))
+
+    def comparison(self, trials: Trials) -> Comparison:
+        """Compare all finished runs of the study, in the order of its arms."""
+        finished = {slot: trials[slot].params for slot in run_ids(trials)}
+        order = sorted(finished, key=lambda slot: finished[slot]["seed"])
+        records = dict(zip(order, read_runs((run_ids(trials)[slot] for slot in order), HISTORIES), strict=True))
+        by_arm = {arm: [records[slot] for slot in order if finished[slot]["arm"] == arm] for arm in self.arms}
+        return Comparison({arm: runs for arm, runs in by_arm.items() if runs})
+
+    def table(self, trials: Trials) -> Rows:
+        """Return the comparison, a line a figure and a column an arm."""
+        return self.comparison(trials).lines()
+
+    def publish(self, trials: Trials, parent: TrackedRun, log_model: LogModel, load: LoadData) -> None:
+        """Log the comparison on the parent, and the best run's model where it is wanted."""
+        if log_model == "best":
+            self._log_best_model(trials, parent, load)
+        comparison = self.comparison(trials)
+        if not comparison.arms:
+            return
+        with tempfile.TemporaryDirectory() as folder:
+            comparison.write(Path(folder), self.purpose.name)
+            parent.log_folder(Path(folder))
+        parent.log_metrics(comparison.metrics())
+        parent.describe(f"{self.purpose.description}\n\n{comparison.markdown()}")
+
+    def _log_best_model(self, trials: Trials, parent: TrackedRun, load: LoadData) -> None:
+        best = best_of(trials)
+        if best is not None:
+            config = self.arms[best.params["arm"]].with_seed(best.params["seed"])
+            run = TrackedRun(best.user_attrs[RUN], parent.experiment_id)
+            outcome = restore(run, config, load(config.data))
+            if outcome is not None:
+                outcome.log_model()
+        for run_id in run_ids(trials).values():
+            TrackedRun(run_id, parent.experiment_id).discard(WEIGHTS)
+
+
+def make_grid(
+    kind: str, study: Study, chosen: Sequence[str], options: Layer, *, seeds: Sequence[int], load: LoadData
+) -> Grid:
+    """Resolve `auto`, load every data set and check it, so that nothing wrong is found half-way.
+
+    `chosen` are the names of the wanted arms; `seeds` go before those of the study, those before its arms' own.
+    """
+    arms = dict(zip(study.arms, resolve_study([study.arm(name, options) for name in study.arms]), strict=True))
+    for config in arms.values():
+        check(config, load(config.data))
+    data = {name: load(config.data).digest() for name, config in arms.items()}
+    every = seeds or study.seeds
+    wanted = [(arm, seed) for seed in every for arm in chosen] or [(arm, arms[arm].random.seed) for arm in chosen]
+    return Grid(Purpose(kind, study.name, study.description, study.retries), arms, data, wanted)

@@ -1,0 +1,23 @@
+"""How a study is run and logged, whatever it studies. Imports nothing heavy: commands build it before they do."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+LogModel = Literal["best", "all", "none"]  # best = that of the study's best run alone
+DEFAULT_STORAGE = "sqlite:///optuna.db"
+
+
+@dataclass(frozen=True)
+class StudyOptions:
+    """Where the queue is, how many processes share it here, whether to start over, what is logged where.
+
+    An empty experiment leaves the choice to MLflow.
+    """
+
+    storage: str = DEFAULT_STORAGE
+    workers: int = 1
+    fresh: bool = False
+    log_model: LogModel = "all"
+    experiment: str = ""

@@ -1,0 +1,204 @@
+"""An Optuna study as a queue that ends with exactly as many trials as it has slots, whatever is killed.
+
+Each slot is enqueued once as a waiting trial. Workers claim, finish and give back trials under one lock that dies
+with its process. The trial of a worker that is gone waits again, in place, so that none is lost or copied. Work
+is done at least once: a worker killed between finishing and saying so leaves a finished run behind, which the next
+one finds by its identity.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, Literal, TypeVar
+
+import optuna
+from optuna.trial import FrozenTrial, TrialState
+
+from effv2.errors import Abandoned
+from effv2.studies.liveness import is_gone, this_process
+from effv2.studies.storage import HEARTBEAT_SECONDS, TRANSIENT, Storage, patient
+
+T = TypeVar("T")
+Params = Mapping[str, Any]
+# User attributes of a trial.
+SLOT, OWNER, RUN, ERROR, FAILURES, LOST, FINAL = "slot", "owner", "run_id", "error", "failures", "lost", "final"
+MOST_LOST = 5  # a trial whose workers died so often is given up: it may be what kills them
+# A worker on another machine is gone if its heartbeat stays out for so long after it was first found missing: after
+# an outage of the database every heartbeat is old for a moment.
+SECOND_LOOK_SECONDS = 2 * HEARTBEAT_SECONDS
+
+
+@dataclass(frozen=True)
+class Claim:
+    """A trial that this process works on, and the run that an earlier attempt left."""
+
+    trial_id: int
+    number: int
+    slot: str
+    previous_run: str
+
+
+class Queue:
+    """The slots of one study that are wanted here."""
+
+    def __init__(self, storage: Storage, study: str, retries: int, wanted: Mapping[str, Params]) -> None:
+        self.storage, self.study, self.retries, self.wanted = storage, study, retries, wanted
+        self.study_id = storage.optuna.get_study_id_from_name(study)
+        self._stale_since: dict[int, float] = {}
+
+    @patient
+    def fill(self) -> None:
+        """Enqueue the wanted slots that aren't there, and again those that failed for a reason that may have gone."""
+        with self.storage.lock(self.study):
+            there = self._by_slot()
+            study = optuna.load_study(study_name=self.study, storage=self.storage.optuna)
+            for slot, params in self.wanted.items():
+                trial = there.get(slot)
+                if trial is None:
+                    study.enqueue_trial(dict(params), {SLOT: slot})
+                elif trial.state == TrialState.FAIL and not trial.user_attrs.get(FINAL):
+                    study.enqueue_trial(dict(params) or trial.params, {SLOT: slot})
+
+    @patient
+    def claim(self) -> Claim | None:
+        """Take the first waiting trial, after freeing those whose worker is gone; None where none waits."""
+        with self.storage.lock(self.study):
+            trials = [trial for slot, trial in self._by_slot().items() if slot in self.wanted]
+            for trial in trials:  # left over where the answer to an earlier claim was lost
+                if trial.state == TrialState.RUNNING and self._owns(trial):
+                    return self._claim_of(trial)
+            freed = [trial for trial in self._gone(trials) if self._free(trial)]
+            waiting = [trial for trial in trials if trial.state == TrialState.WAITING] + freed
+            if not waiting:
+                return None
+            trial = min(waiting, key=lambda each: each.number)
+            storage, trial_id = self.storage.optuna, trial._trial_id
+            # Owner and heartbeat before the state: a running trial always has both.
+            storage.set_trial_user_attr(trial_id, OWNER, this_process())
+            storage.record_heartbeat(trial_id)
+            storage.set_trial_state_values(trial_id, TrialState.RUNNING)
+            return self._claim_of(trial)
+
+    @contextmanager
+    def heartbeat(self, claim: Claim) -> Iterator[threading.Event]:
+        """Keep the claim alive; the event is set when it was lost all the same."""
+        ended, lost = threading.Event(), threading.Event()
+
+        def beat() -> None:
+            while not ended.wait(HEARTBEAT_SECONDS):
+                try:
+                    self.storage.optuna.record_heartbeat(claim.trial_id)
+                    if not self._owns(self.storage.optuna.get_trial(claim.trial_id)):
+                        lost.set()
+                except TRANSIENT:
+                    continue  # the database is away; others look twice before they take the trial
+
+        thread = threading.Thread(target=beat, daemon=True)
+        thread.start()
+        try:
+            yield lost
+        finally:
+            ended.set()
+            thread.join()
+
+    @patient
+    def suggest(self, claim: Claim, sampler: optuna.samplers.BaseSampler, choose: Callable[[optuna.Trial], T]) -> T:
+        """Let `choose` suggest the parameters of a trial; those that were suggested before stay as they were."""
+        study = optuna.load_study(study_name=self.study, storage=self.storage.optuna, sampler=sampler)
+        return choose(optuna.Trial(study, claim.trial_id))
+
+    @patient
+    def note_run(self, claim: Claim, run_id: str) -> None:
+        """Record which run works on the trial."""
+        self.storage.optuna.set_trial_user_attr(claim.trial_id, RUN, run_id)
+
+    @patient
+    def report(self, claim: Claim, epoch: int, value: float) -> None:
+        """Record the value reached at an epoch."""
+        self.storage.optuna.set_trial_intermediate_value(claim.trial_id, epoch, value)
+
+    @patient
+    def prunes(self, claim: Claim, pruner: optuna.pruners.BasePruner) -> bool:
+        """Ask the pruner whether the trial should end, after a report."""
+        study = optuna.load_study(study_name=self.study, storage=self.storage.optuna, pruner=pruner)
+        return bool(pruner.prune(study, self.storage.optuna.get_trial(claim.trial_id)))
+
+    @patient
+    def finish(self, claim: Claim, state: Literal[TrialState.COMPLETE, TrialState.PRUNED], value: float) -> None:
+        """Tell the value of a trial; Abandoned if it is no longer ours."""
+        with self.storage.lock(self.study):
+            trial = self.storage.optuna.get_trial(claim.trial_id)
+            if not self._owns(trial):
+                raise Abandoned
+            if not trial.state.is_finished():
+                self.storage.optuna.set_trial_state_values(claim.trial_id, state, [value])
+
+    @patient
+    def fail(self, claim: Claim, error: str, final: bool) -> None:
+        """Let a failed trial wait again, or FAIL it where its retries are spent or another attempt would fail alike."""
+        with self.storage.lock(self.study):
+            trial = self.storage.optuna.get_trial(claim.trial_id)
+            if self._owns(trial) and trial.state == TrialState.RUNNING:
+                failures = trial.user_attrs.get(FAILURES, 0) + 1
+                again = failures <= self.retries and not final
+                attributes = {ERROR: error, FAILURES: failures, FINAL: final}
+                self._leave(claim.trial_id, TrialState.WAITING if again else TrialState.FAIL, attributes)
+
+    @patient
+    def release(self, claim: Claim) -> None:
+        """Give an unfinished trial back, as on Ctrl-C."""
+        with self.storage.lock(self.study):
+            trial = self.storage.optuna.get_trial(claim.trial_id)
+            if self._owns(trial) and trial.state == TrialState.RUNNING:
+                self._leave(claim.trial_id, TrialState.WAITING, {})
+
+    @patient
+    def trials(self) -> dict[str, FrozenTrial]:
+        """Return the study's trials by slot, those that were repeated after a failure once."""
+        return self._by_slot()
+
+    def unfinished(self) -> list[FrozenTrial]:
+        """Return the wanted trials that are not finished."""
+        return [trial for slot, trial in self.trials().items() if slot in self.wanted and not trial.state.is_finished()]
+
+    def _by_slot(self) -> dict[str, FrozenTrial]:
+        found = self.storage.optuna.get_all_trials(self.study_id, deepcopy=False)
+        return {trial.user_attrs[SLOT]: trial for trial in found if SLOT in trial.user_attrs}
+
+    def _claim_of(self, trial: FrozenTrial) -> Claim:
+        return Claim(trial._trial_id, trial.number, trial.user_attrs[SLOT], trial.user_attrs.get(RUN, ""))
+
+    def _owns(self, trial: FrozenTrial) -> bool:
+        return bool(trial.user_attrs.get(OWNER) == this_process())
+
+    def _gone(self, trials: list[FrozenTrial]) -> list[FrozenTrial]:
+        """Return the running trials whose worker is gone: seen on this machine, by heartbeat elsewhere."""
+        running = [trial for trial in trials if trial.state == TrialState.RUNNING]
+        if not running:
+            return []
+        now = time.monotonic()
+        stale = set(self.storage.optuna._get_stale_trial_ids(self.study_id))
+        self._stale_since = {trial_id: self._stale_since.get(trial_id, now) for trial_id in stale}
+        return [
+            trial
+            for trial in running
+            if is_gone(trial.user_attrs[OWNER])
+            or now - self._stale_since.get(trial._trial_id, now) >= SECOND_LOOK_SECONDS
+        ]
+
+    def _free(self, trial: FrozenTrial) -> bool:
+        """Let the trial of a gone worker wait again, or give it up; say whether it waits."""
+        lost = trial.user_attrs.get(LOST, 0) + 1
+        again = lost < MOST_LOST
+        attributes = {LOST: lost, ERROR: f"its worker was gone, {lost} times"}
+        self._leave(trial._trial_id, TrialState.WAITING if again else TrialState.FAIL, attributes)
+        return again
+
+    def _leave(self, trial_id: int, state: TrialState, attributes: dict[str, Any]) -> None:
+        for name, value in attributes.items():
+            self.storage.optuna.set_trial_user_attr(trial_id, name, value)
+        self.storage.optuna.set_trial_state_values(trial_id, state)

@@ -1,0 +1,196 @@
+"""A search for the best configuration: ranges sampled by TPE, runs pruned early, the best one tested once."""
+
+from __future__ import annotations
+
+import tempfile
+import warnings
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+import optuna
+from matplotlib import pyplot
+from optuna.visualization import matplotlib as plots
+
+from effv2 import provenance
+from effv2.config import TrainConfig, field_of
+from effv2.errors import InputError
+from effv2.evidence.comparison import Rows, markdown_table
+from effv2.evidence.run_artifacts import write_csv
+from effv2.execution.device import resolve
+from effv2.experiment import WEIGHTS, check, restore, score_on_test, study_text
+from effv2.randomness import stream_seed
+from effv2.studies.files import SearchFile, Study
+from effv2.studies.options import LogModel
+from effv2.studies.plan import LoadData, PlannedRun, Purpose, Trials, best_of, run_ids
+from effv2.studies.queue import RUN
+from effv2.studies.settings import Layer, build_config, dotted
+from effv2.tracking.run import TrackedRun
+
+RANDOM_TRIALS = 10  # before TPE has anything to go by
+SHOWN_TRIALS = 6
+FIGURES: dict[str, Callable[[optuna.Study], Any]] = {
+    "importance": plots.plot_param_importances,
+    "history": plots.plot_optimization_history,
+    "slice": plots.plot_slice,
+    "parallel_coordinate": plots.plot_parallel_coordinate,
+}
+
+
+@dataclass(frozen=True)
+class Search:
+    """A resolved base configuration and the ranges that are searched around it."""
+
+    purpose: Purpose
+    base: TrainConfig
+    search: SearchFile
+    data: str
+    samples: bool = True
+
+    @cached_property
+    def slots(self) -> dict[str, dict[str, Any]]:
+        """Return a slot a trial: the base's own values first, which the search is to beat, then free ones."""
+        own = {name: self.base.flat()[name] for name in self.search.space}
+        inside = all(limits.low <= own[name] <= limits.high for name, limits in self.search.space.items())
+        return {f"trial {number}": own if inside and not number else {} for number in range(self.search.trials)}
+
+    @property
+    def epochs(self) -> int:
+        """Return the epochs of a run at most."""
+        return self.base.schedule.epochs
+
+    def definition(self) -> dict[str, Any]:
+        """Return all but the number of trials, so that a search may grow."""
+        search = self.search.model_dump(exclude={"trials"})
+        return {"base": self.base.identity(), **search, "data": self.data, "code": provenance.code_version()}
+
+    def sampler(self, number: int) -> optuna.samplers.BaseSampler:
+        """Return TPE for one trial; its random numbers follow from the seed and the trial's number alone."""
+        seed = stream_seed(self.base.random.seed, "sampler", number) % 2**32
+        with warnings.catch_warnings():  # its options count as experimental in some versions
+            warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
+            return optuna.samplers.TPESampler(
+                seed=seed, n_startup_trials=RANDOM_TRIALS, multivariate=True, constant_liar=True
+            )
+
+    def pruner(self) -> optuna.pruners.BasePruner:
+        """Return asynchronous successive halving (Li et al. 2020)."""
+        if not self.search.prune:
+            return optuna.pruners.NopPruner()
+        return optuna.pruners.SuccessiveHalvingPruner(min_resource=1, reduction_factor=2)
+
+    def run_of(self, slot: str, trial: optuna.Trial) -> PlannedRun:
+        """Suggest a value for each range."""
+        values: dict[str, float] = {}
+        for name, limits in self.search.space.items():
+            if field_of(name)[0].annotation is int:
+                values[name] = trial.suggest_int(name, round(limits.low), round(limits.high), log=limits.log)
+            else:
+                values[name] = trial.suggest_float(name, limits.low, limits.high, log=limits.log)
+        return PlannedRun(slot, "", self.configuration(values))
+
+    def configuration(self, values: Mapping[str, float]) -> TrainConfig:
+        """Return the base with some fields changed."""
+        layer = Layer(self.base.model_dump(), dotted)
+        for name, value in values.items():
+            layer = layer.with_value(tuple(name.split(".")), value)
+        return build_config([layer])
+
+    def table(self, trials: Trials) -> Rows:
+        """Return the best trials, the best first, a line a figure as in every study."""
+        ranked = sorted(trials.items(), key=lambda item: (item[1].state.name, -(item[1].value or 0.0)))
+        shown = ranked[:SHOWN_TRIALS]
+        titles = ("", *(slot for slot, _ in shown))
+        named = {name: name.rpartition(".")[2].replace("_", " ") for name in self.search.space}
+        return [
+            titles,
+            ("state", *(trial.state.name.lower() for _, trial in shown)),
+            ("validation accuracy", *("" if trial.value is None else f"{trial.value:.2%}" for _, trial in shown)),
+            ("epochs", *(str(max(trial.intermediate_values, default=0)) for _, trial in shown)),
+            *((named[key], *(f"{t.params[key]:.4g}" if key in t.params else "" for _, t in shown)) for key in named),
+        ]
+
+    def publish(self, trials: Trials, parent: TrackedRun, log_model: LogModel, load: LoadData) -> None:
+        """Test the best trial, once; log its model and configuration, the trials and figures on the parent."""
+        best = best_of(trials)
+        with tempfile.TemporaryDirectory() as name:
+            folder = Path(name)
+            self._write_trials(trials, folder / "trials.csv")
+            if best is not None:
+                config = self.configuration(best.params)
+                run = TrackedRun(best.user_attrs[RUN], parent.experiment_id)
+                accuracy = self._test(run, config, log_model, load)
+                (folder / "best.yaml").write_text(study_text(_with_test(config, True)), encoding="utf-8")
+                _draw(trials, folder)
+                parent.set_tags({"effv2.best_run": run.run_id})
+                parent.log_metrics({"selected/val_accuracy": best.value or 0.0, "selected/test_accuracy": accuracy})
+            parent.log_folder(folder)
+        for run_id in run_ids(trials).values():
+            TrackedRun(run_id, parent.experiment_id).discard(WEIGHTS)
+        parent.describe(f"{self.purpose.description}\n\n{markdown_table(self.table(trials))}")
+
+    def _test(self, run: TrackedRun, config: TrainConfig, log_model: LogModel, load: LoadData) -> float:
+        """Return the run's accuracy on the test set, evaluated now unless it was before."""
+        known = run.metrics()
+        accuracy = known.get("selected/test_accuracy")
+        outcome = restore(run, config, load(config.data))
+        if outcome is None:
+            return accuracy if accuracy is not None else float("nan")
+        if accuracy is None:
+            accuracy = score_on_test(outcome)
+        if log_model == "best":
+            outcome.log_model()
+        return accuracy
+
+    def _write_trials(self, trials: Trials, path: Path) -> None:
+        names = list(self.search.space)
+        rows = (
+            (
+                slot,
+                trial.state.name.lower(),
+                trial.value,
+                max(trial.intermediate_values, default=0),
+                *(trial.params.get(name) for name in names),
+                trial.user_attrs.get(RUN),
+            )
+            for slot, trial in trials.items()
+        )
+        write_csv(path, ("trial", "state", "validation accuracy", "epochs", *names, "run_id"), rows)
+
+
+def _with_test(config: TrainConfig, evaluated: bool) -> TrainConfig:
+    evaluation = config.evaluation.model_copy(update={"test_set": evaluated})
+    return config.model_copy(update={"evaluation": evaluation})
+
+
+def _draw(trials: Trials, folder: Path) -> None:
+    """Draw Optuna's figures; one that the trials don't suffice for is left out."""
+    matplotlib.use("agg")
+    study = optuna.create_study(direction="maximize")
+    study.add_trials([trial for trial in trials.values() if trial.state.is_finished()])
+    for name, plot in FIGURES.items():
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            try:
+                axes = plot(study)
+            except (RuntimeError, ValueError):
+                continue
+            figure = getattr(axes, "figure", None) or axes.flat[0].figure
+            figure.savefig(folder / f"{name}.png", dpi=120, bbox_inches="tight")
+            pyplot.close(figure)
+
+
+def make_search(study: Study, options: Layer, load: LoadData) -> Search:
+    """Resolve `auto`, load the data and check that it can be searched on."""
+    config = _with_test(resolve(build_config([study.base, options])), False)
+    dataset = load(config.data)
+    check(config, dataset)
+    if dataset.validation is None:
+        raise InputError(
+            "data.validation_fraction 0: a search is judged on a validation split; give it a share, as 0.1."
+        )
+    purpose = Purpose("search", study.name, study.description, study.retries)
+    return Search(purpose, config, study.search, dataset.digest())

@@ -1,0 +1,186 @@
+"""Work on a study's queue until nothing is left: claim a trial, train its run, say how it ended."""
+
+from __future__ import annotations
+
+import os
+import random
+import signal
+import sys
+import threading
+import time
+import traceback
+from collections.abc import Callable
+from multiprocessing import connection, parent_process
+from typing import Literal
+
+import torch
+from optuna.trial import TrialState
+
+from effv2.errors import Abandoned, Diverged, RunError, Terminated
+from effv2.experiment import Display, Labels, Observer, identity, reached, run_experiment
+from effv2.signals import ending_signals
+from effv2.studies.plan import LoadData, LoadedData, best_of
+from effv2.studies.queue import Claim, Queue
+from effv2.studies.session import Session
+from effv2.studies.storage import StorageAway
+from effv2.tracking.read import Identity, RunRecord, find_finished, read_runs
+from effv2.tracking.run import OUTCOME, TrackedRun
+from effv2.tracking.store import use_store
+from effv2.training.loop import EpochResult, watched_accuracy
+
+POLL_SECONDS = 1.0  # between two looks at a queue whose last trials others work on
+ORPHAN_SECONDS = 60  # so long a worker may take to end after the process that started it
+
+
+class SilentDisplay:
+    """Shows nothing: what a worker process does is seen through the storage."""
+
+    def run_started(self, name: str, epochs: int) -> None:
+        """Show nothing."""
+
+    def step(self, step: int, steps: int) -> None:
+        """Show nothing."""
+
+    def epoch(self, result: EpochResult) -> None:
+        """Show nothing."""
+
+
+class TrialObserver(Observer):
+    """Reports a run's epochs to its trial, and lets the pruner decide."""
+
+    def __init__(self, session: Session, queue: Queue, claim: Claim, lost: threading.Event) -> None:
+        self.session, self.queue, self.claim, self.lost = session, queue, claim, lost
+        self.run_id = ""
+        self._best = -1.0
+
+    def started(self, run_id: str) -> None:
+        """Note the run on the trial, so that whoever takes the trial up knows of it."""
+        self.run_id = run_id
+        self.queue.note_run(self.claim, run_id)
+
+    def stops(self, result: EpochResult) -> bool:
+        """Report the best accuracy so far, which is what a trial is worth; ask the pruner."""
+        if self.lost.is_set():
+            raise Abandoned
+        self._best = max(self._best, watched_accuracy(result.metrics))
+        self.queue.report(self.claim, result.epoch, self._best)
+        plan = self.session.plan
+        if not plan.samples or result.epoch >= plan.epochs:
+            return False
+        return self.queue.prunes(self.claim, plan.pruner())
+
+    def keeps_weights(self, accuracy: float) -> bool:
+        """Keep what may turn out to be the best model of the study."""
+        if self.session.log_model != "best" and not self.session.plan.samples:
+            return False
+        best = best_of(self.queue.trials())
+        return best is None or accuracy > (best.value or 0.0)
+
+
+def work(session: Session, queue: Queue, load: LoadData, display: Display, changed: Callable[[], None]) -> None:
+    """Take trial after trial until all wanted ones are finished, here or elsewhere.
+
+    `changed` is called when a trial begins and when it ends. A run that fails is told to the queue and the rest
+    goes on.
+    """
+    while True:
+        claim = queue.claim()
+        changed()
+        if claim is None:
+            if not queue.unfinished():
+                return
+            time.sleep(POLL_SECONDS * random.uniform(0.5, 1.5))  # noqa: S311
+            continue
+        try:
+            _attempt(session, queue, claim, load, display)
+        except StorageAway:
+            raise
+        except (KeyboardInterrupt, Terminated):
+            queue.release(claim)
+            raise
+        except Abandoned:
+            continue
+        except RunError as error:
+            queue.fail(claim, str(error), final=isinstance(error, Diverged))
+        except Exception as error:  # a fault of ours or of a library costs one run, not the study
+            traceback.print_exc()
+            queue.fail(claim, f"{type(error).__name__}: {error}", final=False)
+        changed()
+
+
+def _attempt(session: Session, queue: Queue, claim: Claim, load: LoadData, display: Display) -> None:
+    """Train the run of a trial, unless a finished one with the same identity is there; tell how it ended."""
+    plan = session.plan
+    with queue.heartbeat(claim) as lost:
+        planned = queue.suggest(claim, plan.sampler(claim.number), lambda trial: plan.run_of(claim.slot, trial))
+        dataset = load(planned.config.data)
+        done = _done_before(session, claim, identity(planned.config, dataset))
+        if done is not None:
+            queue.note_run(claim, done.run_id)
+            queue.finish(claim, _state(done.tags[OUTCOME] == "pruned"), _value(done))
+            return
+        labels = Labels(planned.name, session.experiment_id, plan.purpose.name, planned.arm, session.parent_id)
+        observer = TrialObserver(session, queue, claim, lost)
+        outcome = run_experiment(
+            planned.config, dataset, labels, display, session.log_model == "all", observer=observer
+        )
+        try:
+            queue.finish(claim, _state(outcome.pruned), outcome.watched_accuracy)
+        except Abandoned:
+            outcome.run.set_status("KILLED")  # the run of the worker that has the trial now counts
+            raise
+
+
+def _done_before(session: Session, claim: Claim, wanted: Identity) -> RunRecord | None:
+    """Return a finished run that answers the trial: that of an earlier attempt, or of any study of the experiment.
+
+    An earlier attempt that its process left open is marked as killed.
+    """
+    for record in read_runs(filter(None, [claim.previous_run]), []):
+        if record.status == "FINISHED":
+            return record
+        if record.status == "RUNNING":
+            TrackedRun(record.run_id, session.experiment_id).set_status("KILLED")
+    return find_finished(wanted, session.experiment_id, session.parent_id if session.fresh else "")
+
+
+def _state(pruned: bool) -> Literal[TrialState.COMPLETE, TrialState.PRUNED]:
+    return TrialState.PRUNED if pruned else TrialState.COMPLETE
+
+
+def _value(record: RunRecord) -> float:
+    """Return what a finished run is worth; of a pruned one, its last epoch's watched accuracy."""
+    return watched_accuracy(record.metrics) if record.tags[OUTCOME] == "pruned" else reached(record.metrics)
+
+
+def worker_process(session: Session, threads: int) -> None:
+    """Work in a process of its own, which ends when the one that started it does."""
+    torch.set_num_threads(threads)
+    use_store(session.tracking_uri)
+    _end_with_parent()
+    with ending_signals():
+        queue = session.queue()
+        try:
+            work(session, queue, LoadedData(lambda done, total: None), SilentDisplay(), lambda: None)
+        except (KeyboardInterrupt, Terminated):
+            parent = parent_process()
+            if parent is not None and not parent.is_alive():
+                session.leave(queue, "KILLED")
+            sys.exit(1)
+        except StorageAway as error:
+            sys.exit(str(error))
+
+
+def _end_with_parent() -> None:
+    """Watch the process that started this one from a thread."""
+    parent = parent_process()
+    if parent is None:
+        return
+
+    def watch(sentinel: int) -> None:
+        connection.wait([sentinel])
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(ORPHAN_SECONDS)
+        os._exit(1)
+
+    threading.Thread(target=watch, args=[parent.sentinel], daemon=True).start()

@@ -1,0 +1,12 @@
+"""Entry point of MLproject: `hparam-check`."""
+
+import sys
+from pathlib import Path
+
+# This checkout's package, even where the environment was built from another clone.
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from effv2.cli.hparam_check import hparam_check
+
+if __name__ == "__main__":
+    hparam_check()
