@@ -10,7 +10,7 @@ import pytest
 from effv2.architecture import PUBLISHED_VARIANTS, parse_table
 from effv2.config import TrainConfig
 from effv2.errors import InputError
-from effv2.studies.files import Study, built_in_ablation, read_study
+from effv2.studies.files import Study, built_in_ablation, built_in_hparam_check, read_study
 from effv2.studies.grid import Grid, make_grid
 from effv2.studies.plan import LoadedData
 from effv2.studies.settings import Layer, dotted, option_layer
@@ -68,6 +68,36 @@ def test_published_training_from_scratch(dataset: str, size: int) -> None:
     check(read_study(SWEEPS / f"train-{dataset}-{size}.yaml").config(NO_OPTIONS), PUBLISHED | own)
 
 
+@pytest.mark.parametrize("dataset", ["imagenette", "birds"])
+@pytest.mark.parametrize("size", [32, 128])
+def test_published_hyper_parameter_check(dataset: str, size: int) -> None:
+    study = read_study(SWEEPS / f"hparam-{dataset}-{size}.yaml").crossed(["none", "plateau"])
+    changes: dict[str, dict[str, Any]] = {
+        "default": {},
+        "depth": {"model.depth_multiplier": 0.1},
+        "half_layers": {"model.variant": "half_layers"},
+        "dropout": {"model.dropout": 0.6},
+        "stochastic_depth": {"model.stochastic_depth": 0.5},
+    }
+    shared = {
+        "data.dataset": dataset, "data.image_size": size, "data.per_class": 100, "optimiser.batch_size": 128,
+        "schedule.epochs": 350, "stopping.min_epochs": 150, "stopping.patience": 50, "model.outputs": 0,
+        "model.variant": "default", "schedule.plateau_factor": 0.1, "schedule.plateau_patience": 10,
+    }  # fmt: skip
+    assert list(study.arms) == [*changes, *(f"{name}_plateau" for name in changes)] and study.baseline == "default"
+    for name, change in changes.items():
+        check(study.arm(name, NO_OPTIONS), PUBLISHED | shared | change)
+        check(study.arm(f"{name}_plateau", NO_OPTIONS), PUBLISHED | shared | change | {"schedule.name": "plateau"})
+
+
+def test_built_in_check_changes_the_same_things_as_the_published_one() -> None:
+    built_in, published = built_in_hparam_check(), read_study(SWEEPS / "hparam-imagenette-32.yaml")
+    assert {name: layer.values for name, layer in built_in.arms.items()} == {
+        name: layer.values for name, layer in published.arms.items()
+    }
+    assert built_in.arm("default", NO_OPTIONS).schedule.epochs == 3
+
+
 def test_component_ablation_changes_one_component_at_a_time() -> None:
     study = read_study(SWEEPS / "ablate-components.yaml")
     arms = {name: study.arm(name, NO_OPTIONS) for name in study.arms}
@@ -88,7 +118,7 @@ def test_component_ablation_changes_one_component_at_a_time() -> None:
 @pytest.mark.parametrize("path", sorted(SWEEPS.glob("*.yaml")), ids=lambda path: path.stem)
 def test_every_study_file_opens_with_its_command(path: Path) -> None:
     study, first = read_study(path), path.read_text().splitlines()[0]
-    entry = "ablate" if study.arms else "train"
+    entry = {"hparam": "hparam-check"}.get(path.stem.split("-")[0], path.stem.split("-")[0])
     assert first.startswith(f"# mlflow run . -e {entry} -P study=sweeps/{path.name}")
     assert study.name == path.stem
 

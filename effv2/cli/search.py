@@ -25,7 +25,6 @@ def search(trials: str, study: str, **options: Any) -> None:
     Without a study file: dropout, stochastic depth and depth multiplier on scikit-learn's digits. The same command
     again goes on where the last one ended; with more trials, the search grows.
     """
-    from dataclasses import replace
     from pathlib import Path
 
     from effv2.cli.options import parse_count, take_study_options
@@ -35,11 +34,9 @@ def search(trials: str, study: str, **options: Any) -> None:
     how = take_study_options(options, "best")
     layer = option_layer(options, FIELDS)
     chosen = read_study(Path(study)) if study else built_in_search()
-    if trials:
-        update = {"trials": parse_count("trials", trials)}
-        chosen = replace(chosen, search=chosen.search.model_copy(update=update))
+    number = parse_count("trials", trials) if trials else 0
 
     from effv2.cli.run import run_and_show
     from effv2.studies.search import make_search
 
-    run_and_show(lambda load: make_search(chosen, layer, load), how)
+    run_and_show(lambda load: make_search(chosen, layer, number, load), how)

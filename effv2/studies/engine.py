@@ -13,6 +13,7 @@ from typing import Any, Protocol
 
 import torch
 from optuna.study import StudyDirection
+from optuna.study._frozen import FrozenStudy
 from optuna.trial import FrozenTrial, TrialState
 
 from effv2 import provenance
@@ -24,7 +25,7 @@ from effv2.studies.plan import LoadData, Plan, best_of, digest
 from effv2.studies.queue import ERROR, Queue
 from effv2.studies.session import Session
 from effv2.studies.storage import TRANSIENT, Storage, open_storage, patient
-from effv2.studies.worker import work, worker_process
+from effv2.studies.worker import SilentDisplay, work, worker_process
 from effv2.tracking.run import TrackedRun, find_run, open_parent, point_adopted_run_to, run_address
 from effv2.tracking.store import shown_uri, tracking_uri
 
@@ -62,6 +63,19 @@ class View(Display, Protocol):
         """Report how far the study is."""
 
 
+class SilentView(SilentDisplay):
+    """Shows nothing."""
+
+    def study_opened(self, address: str) -> None:
+        """Show nothing."""
+
+    def remark(self, text: str) -> None:
+        """Show nothing."""
+
+    def standing(self, standing: Standing) -> None:
+        """Show nothing."""
+
+
 @dataclass(frozen=True)
 class Ending:
     """The run of a study, its table (titles first), and why runs failed, by slot."""
@@ -78,34 +92,23 @@ def run_study(plan: Plan, experiment_id: str, options: StudyOptions, load: LoadD
     """
     storage = open_storage(options.storage)
     try:
-        study = _open(plan, storage, experiment_id, options.fresh, view)
-    except TRANSIENT as error:
-        raise RunError(f"The storage went away as the study was opened ({error}); give the command again.") from error
-    session = Session(
-        plan=plan,
-        storage_url=storage.url,
-        study=study.name,
-        parent_id=study.parent.run_id,
-        experiment_id=study.parent.experiment_id,
-        tracking_uri=tracking_uri(),
-        fresh=study.fresh,
-        log_model=options.log_model,
-    )
-    queue = session.queue()
-    queue.fill()
-    parent = session.parent
-    view.study_opened(run_address(parent.run_id, parent.experiment_id))
-    view.standing(standing_of(plan, queue.trials()))
-    if queue.unfinished():
-        parent.set_status("RUNNING")
-        with _given_back(session, queue):
-            if options.workers == 1:
-                work(session, queue, load, view, lambda: view.standing(standing_of(plan, queue.trials())))
-            else:
-                _supervise(session, queue, options.workers, view)
-    else:
-        view.remark(f"All {len(plan.slots)} runs were finished before; --fresh repeats them.")
-    return _publish(session, queue, load)
+        session = _open(plan, storage, experiment_id, options, view)
+        queue = session.queue(storage)
+        queue.fill()
+        view.study_opened(run_address(session.parent_id, session.experiment_id))
+        view.standing(standing_of(plan, queue.trials()))
+        if queue.unfinished():
+            session.parent.set_status("RUNNING")
+            with _given_back(session, queue):
+                if options.workers == 1:
+                    work(session, queue, load, view, lambda: view.standing(standing_of(plan, queue.trials())))
+                else:
+                    _supervise(session, queue, options.workers, view)
+        else:
+            view.remark(f"All {len(plan.slots)} runs were finished before; --fresh repeats them.")
+        return _publish(session, queue, load)
+    finally:
+        storage.close()
 
 
 def standing_of(plan: Plan, trials: Mapping[str, FrozenTrial]) -> Standing:
@@ -136,51 +139,56 @@ def _words(trial: FrozenTrial) -> str:
     return f"{word} {trial.value or 0.0:.2%}"
 
 
-@dataclass(frozen=True)
-class OpenedStudy:
-    """A study in Optuna's storage and its run in MLflow; a fresh one repeats what was finished before it."""
+def _open(plan: Plan, storage: Storage, experiment_id: str, options: StudyOptions, view: View) -> Session:
+    """Open the newest study of this definition and the run that it had first, or create both."""
+    try:
+        with storage.lock("studies"):
+            study = _find_or_create(plan, storage, experiment_id, options.fresh, view)
+            attributes = study.user_attrs
+            parent = find_run(attributes[PARENT])
+    except TRANSIENT as error:
+        raise RunError(f"The storage went away as the study was opened ({error}); give the command again.") from error
+    if parent is None:
+        raise InputError(
+            f"--storage {storage.shown}: holds this study with the run {attributes[PARENT]}, which the tracking store "
+            f"{shown_uri()} doesn't have; correct MLFLOW_TRACKING_URI, or start over with --fresh."
+        )
+    point_adopted_run_to(parent)
+    return Session(
+        plan=plan,
+        storage_url=storage.url,
+        study=study.study_name,
+        parent_id=parent.run_id,
+        experiment_id=parent.experiment_id,
+        tracking_uri=tracking_uri(),
+        fresh=bool(attributes[FRESH]),
+        log_model=options.log_model,
+    )
 
-    name: str
-    parent: TrackedRun
-    fresh: bool
 
-
-def _open(plan: Plan, storage: Storage, experiment_id: str, fresh: bool, view: View) -> OpenedStudy:
-    """Open the newest study of this definition, or create one; start over if `fresh`."""
+def _find_or_create(plan: Plan, storage: Storage, experiment_id: str, fresh: bool, view: View) -> FrozenStudy:
     purpose = plan.purpose
     definition = plan.definition() | {"experiment": experiment_id}
-    name = f"{purpose.kind} {purpose.name} {digest(definition)}"
-    with storage.lock("studies"):
-        studies = sorted(storage.optuna.get_all_studies(), key=lambda study: study._study_id)
-        relatives = [study for study in studies if study.study_name.startswith(name.rpartition(" ")[0] + " ")]
-        begun = [study for study in relatives if PARENT in study.user_attrs]
-        same = [study for study in begun if study.study_name.partition("#")[0] == name]
-        if same and not fresh:
-            attributes = same[-1].user_attrs
-            parent = find_run(attributes[PARENT])
-            if parent is None:
-                raise InputError(
-                    f"--storage {storage.shown}: holds this study with the run {attributes[PARENT]}, which the "
-                    f"tracking store {shown_uri()} doesn't have; correct MLFLOW_TRACKING_URI, or give --fresh."
-                )
-            point_adopted_run_to(parent)
-            return OpenedStudy(same[-1].study_name, parent, bool(attributes[FRESH]))
-        if begun and not same:
-            changes = difference(begun[-1].user_attrs[DEFINITION], definition)
-            view.remark(f"Not the study {purpose.name} that was begun before: {changes}. What is the same is reused.")
-        return _create(plan, storage, f"{name}#{len(studies) + 1}", definition, fresh)
-
-
-def _create(plan: Plan, storage: Storage, name: str, definition: Mapping[str, Any], fresh: bool) -> OpenedStudy:
-    purpose = plan.purpose
+    kind = f"{purpose.kind} {purpose.name} "
+    name = f"{kind}{digest(definition)}"
+    studies = storage.optuna.get_all_studies()
+    begun = [study for study in studies if study.study_name.startswith(kind) and PARENT in study.user_attrs]
+    same = [study for study in begun if study.study_name.partition("#")[0] == name]
+    if same and not fresh:
+        return max(same, key=lambda study: study._study_id)
+    if begun and not same:
+        last = max(begun, key=lambda study: study._study_id)
+        changes = difference(last.user_attrs[DEFINITION], definition)
+        view.remark(f"Not the study {purpose.name} that was begun before: {changes}. What is the same is not repeated.")
+    name = f"{name}#{len(studies) + 1}"
     study_id = storage.optuna.create_new_study([StudyDirection.MAXIMIZE], name)
     tags = {"effv2.study": purpose.name, "effv2.code_version": provenance.code_version(), "effv2.queue": name}
-    parent = open_parent(purpose.name, definition["experiment"], tags)
+    parent = open_parent(purpose.name, experiment_id, tags)
     parent.log_params({"study.kind": purpose.kind, "study.name": purpose.name})
     parent.log_git(provenance.git_state())
     for attribute, value in {DEFINITION: definition, FRESH: fresh, PARENT: parent.run_id}.items():
         storage.optuna.set_study_user_attr(study_id, attribute, value)
-    return OpenedStudy(name, parent, fresh)
+    return next(study for study in storage.optuna.get_all_studies() if study._study_id == study_id)
 
 
 def difference(before: Mapping[str, Any], now: Mapping[str, Any]) -> str:

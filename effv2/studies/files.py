@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -105,10 +105,12 @@ class Study:
     baseline: str
     seeds: tuple[int, ...]
     retries: int = 1
-    search: SearchFile = field(default_factory=SearchFile)
+    search: SearchFile | None = None
 
     def config(self, options: Layer) -> TrainConfig:
         """Return the one configuration of a study without arms."""
+        if self.search:
+            raise InputError(f"--study {self.name}: describes a search, which `train` can't make; use `search`.")
         if self.seeds:
             raise InputError(f"--study {self.name}: has seeds, but `train` makes one run; give it --seed instead.")
         if self.arms:
@@ -179,16 +181,15 @@ def read_study(path: Path) -> Study:
         )
     base = document.layer("config")
     arms = {name: document.layer("arms", name) for name in file.arms}
-    search = file.search or SearchFile()
-    study = Study(file.name, file.description, base, arms, baseline, file.seeds, file.retries, search)
+    study = Study(file.name, file.description, base, arms, baseline, file.seeds, file.retries, file.search)
     for arm in arms.values() or [Layer({}, base.where)]:
         build_config([base, arm])
-    for name in search.space if file.search else ():
-        _check_searchable(name, search, base, document)
+    for name, limits in file.search.space.items() if file.search else ():
+        _check_searchable(name, limits, base, document)
     return study
 
 
-def _check_searchable(name: str, search: SearchFile, base: Layer, document: Document) -> None:
+def _check_searchable(name: str, limits: Range, base: Layer, document: Document) -> None:
     """Refuse what can't be searched: an unknown field, a bound that the field doesn't take."""
     numbers = [
         field
@@ -199,7 +200,7 @@ def _check_searchable(name: str, search: SearchFile, base: Layer, document: Docu
     if name not in numbers:
         raise InputError(f"{document.where(place)}: can't be searched; {nearest(name, numbers)}.")
     for bound in ("low", "high"):
-        value = getattr(search.space[name], bound)
+        value = getattr(limits, bound)
         written = document.where((*place, bound))
         layer = Layer({}, lambda _, written=written: written)  # type: ignore[misc]
         build_config([base, layer.with_value(tuple(name.split(".")), value)])

@@ -192,7 +192,7 @@ class Queue:
 
     def _free(self, trial: FrozenTrial) -> bool:
         """Let the trial of a gone worker wait again, or give it up; say whether it waits."""
-        lost = trial.user_attrs.get(LOST, 0) + 1
+        lost: int = trial.user_attrs.get(LOST, 0) + 1
         again = lost < MOST_LOST
         attributes = {LOST: lost, ERROR: f"its worker was gone, {lost} times"}
         self._leave(trial._trial_id, TrialState.WAITING if again else TrialState.FAIL, attributes)

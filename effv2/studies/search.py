@@ -183,8 +183,10 @@ def _draw(trials: Trials, folder: Path) -> None:
             pyplot.close(figure)
 
 
-def make_search(study: Study, options: Layer, load: LoadData) -> Search:
-    """Resolve `auto`, load the data and check that it can be searched on."""
+def make_search(study: Study, options: Layer, trials: int, load: LoadData) -> Search:
+    """Resolve `auto`, load the data and check that it can be searched on; `trials` 0 leaves their number as it is."""
+    if study.arms or study.seeds:
+        raise InputError(f"--study {study.name}: has arms or seeds, which a search doesn't know; use `ablate`.")
     config = _with_test(resolve(build_config([study.base, options])), False)
     dataset = load(config.data)
     check(config, dataset)
@@ -193,4 +195,6 @@ def make_search(study: Study, options: Layer, load: LoadData) -> Search:
             "data.validation_fraction 0: a search is judged on a validation split; give it a share, as 0.1."
         )
     purpose = Purpose("search", study.name, study.description, study.retries)
-    return Search(purpose, config, study.search, dataset.digest())
+    ranges = study.search or SearchFile()
+    ranges = ranges.model_copy(update={"trials": trials or ranges.trials})
+    return Search(purpose, config, ranges, dataset.digest())

@@ -9,7 +9,7 @@ from optuna.trial import TrialState
 from effv2.studies.options import LogModel
 from effv2.studies.plan import Plan
 from effv2.studies.queue import Queue
-from effv2.studies.storage import open_storage
+from effv2.studies.storage import Storage
 from effv2.tracking.read import find_running
 from effv2.tracking.run import TrackedRun
 
@@ -27,9 +27,9 @@ class Session:
     fresh: bool
     log_model: LogModel
 
-    def queue(self) -> Queue:
-        """Open the queue."""
-        return Queue(open_storage(self.storage_url), self.study, self.plan.purpose.retries, self.plan.slots)
+    def queue(self, storage: Storage) -> Queue:
+        """Return the queue of the study in its opened storage."""
+        return Queue(storage, self.study, self.plan.purpose.retries, self.plan.slots)
 
     @property
     def parent(self) -> TrackedRun:

@@ -22,7 +22,7 @@ from effv2.signals import ending_signals
 from effv2.studies.plan import LoadData, LoadedData, best_of
 from effv2.studies.queue import Claim, Queue
 from effv2.studies.session import Session
-from effv2.studies.storage import StorageAway
+from effv2.studies.storage import StorageAway, open_storage
 from effv2.tracking.read import Identity, RunRecord, find_finished, read_runs
 from effv2.tracking.run import OUTCOME, TrackedRun
 from effv2.tracking.store import use_store
@@ -159,7 +159,7 @@ def worker_process(session: Session, threads: int) -> None:
     use_store(session.tracking_uri)
     _end_with_parent()
     with ending_signals():
-        queue = session.queue()
+        queue = session.queue(open_storage(session.storage_url))
         try:
             work(session, queue, LoadedData(lambda done, total: None), SilentDisplay(), lambda: None)
         except (KeyboardInterrupt, Terminated):

@@ -1,0 +1,85 @@
+"""What the queue itself costs: trivial trials claimed and finished by several processes.
+
+    python benchmarks/queue_cost.py [--storage postgresql://USER@HOST/DATABASE] [--workers 4] [--trials 200]
+
+Prints the seconds that a worker spends between wanting a trial and having finished it, waiting for other workers
+included, and the trials a second of all workers together. Without --storage: sqlite in a folder that is removed
+afterwards.
+"""
+
+from __future__ import annotations
+
+import json
+import statistics
+import tempfile
+import time
+import uuid
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any
+
+import click
+from optuna.study import StudyDirection
+from optuna.trial import TrialState
+
+from effv2.studies.queue import Queue
+from effv2.studies.storage import open_storage
+
+
+def work(url: str, study: str, trials: int, results: Any, start: Any) -> None:
+    """Claim and finish trials until none is left, then put the seconds of each into `results`."""
+    queue = Queue(open_storage(url), study, 0, {str(number): {} for number in range(trials)})
+    seconds = []
+    start.wait()
+    while True:
+        began = time.perf_counter()
+        claim = queue.claim()
+        if claim is None:
+            break
+        queue.finish(claim, TrialState.COMPLETE, 0.5)
+        seconds.append(time.perf_counter() - began)
+    results.put(seconds)
+
+
+@click.command()
+@click.option("--storage", default="", help="Optuna's storage.  [default: a temporary sqlite file]")
+@click.option("--workers", default=4, show_default=True, help="Processes.")
+@click.option("--trials", default=200, show_default=True, help="Trials in all.")
+def main(storage: str, workers: int, trials: int) -> None:
+    """Measure and print one line of JSON."""
+    with tempfile.TemporaryDirectory() as folder:
+        url = storage or f"sqlite:///{Path(folder, 'optuna.db')}"
+        opened = open_storage(url)
+        study = f"queue benchmark {uuid.uuid4().hex}"
+        study_id = opened.optuna.create_new_study([StudyDirection.MAXIMIZE], study)
+        began = time.perf_counter()
+        Queue(opened, study, 0, {str(number): {} for number in range(trials)}).fill()
+        filled = time.perf_counter() - began
+        context = get_context("spawn")
+        results, start = context.Queue(), context.Barrier(workers + 1)
+        processes = [context.Process(target=work, args=(url, study, trials, results, start)) for _ in range(workers)]
+        for process in processes:
+            process.start()
+        start.wait()
+        began = time.perf_counter()
+        seconds = [second for _ in processes for second in results.get()]
+        elapsed = time.perf_counter() - began
+        for process in processes:
+            process.join()
+        assert len(seconds) == trials == len(opened.optuna.get_all_trials(study_id))  # noqa: S101
+        opened.optuna.delete_study(study_id)
+        opened.close()
+    figures = {
+        "storage": "sqlite" if url.startswith("sqlite") else "postgresql",
+        "workers": workers,
+        "trials": trials,
+        "median seconds a trial": round(statistics.median(seconds), 4),
+        "95th percentile": round(statistics.quantiles(seconds, n=20)[-1], 4),
+        "trials a second": round(trials / elapsed, 1),
+        "enqueueing, seconds a trial": round(filled / trials, 4),
+    }
+    print(json.dumps(figures))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,246 @@
+"""The engine of studies, with its processes and its databases killed for real."""
+
+from __future__ import annotations
+
+import csv
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from contextlib import closing, suppress
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from click.testing import CliRunner
+from mlflow import MlflowClient
+from mlflow.entities import Run
+from optuna.trial import FrozenTrial, TrialState
+
+from effv2.cli.ablate import ablate
+from effv2.studies.queue import OWNER, SLOT
+from effv2.studies.storage import Storage, open_storage
+from tests.conftest import OTHER_TINY_TABLE, TINY_TABLE
+
+ROOT = Path(__file__).parents[1]
+TWELVE = f"""
+name: twelve
+config:
+  data: {{image_size: 8}}
+  schedule: {{epochs: 4}}
+  execution: {{device: cpu, precision: fp32}}
+arms:
+  default: {{model: {{variant: tiny, table: {TINY_TABLE}}}}}
+  other: {{model: {{variant: other, table: {OTHER_TINY_TABLE}}}}}
+seeds: [0, 1, 2, 3, 4, 5]
+"""
+Table = list[tuple[str, ...]]
+
+
+def accuracies(folder: Path) -> Table:
+    """Return the parent's table as a set of (arm, seed, accuracies), the figures that no clock decides."""
+    (parent,) = (run for run in runs() if "mlflow.parentRunId" not in run.data.tags)
+    path = MlflowClient().download_artifacts(parent.info.run_id, "comparison.csv", str(folder))
+    with Path(path).open(encoding="utf-8") as file:
+        rows = csv.DictReader(file)
+        return [(row["variant"], row["seed"], *(row[name] for name in row if "accuracy," in name)) for row in rows]
+
+
+def runs() -> list[Run]:
+    return list(MlflowClient().search_runs(["0"], max_results=1000))
+
+
+def children(status: str) -> list[Run]:
+    return [run for run in runs() if "mlflow.parentRunId" in run.data.tags and run.info.status == status]
+
+
+def trials(storage: Storage) -> list[FrozenTrial]:
+    (study,) = storage.optuna.get_all_studies()
+    return storage.optuna.get_all_trials(study._study_id)
+
+
+@pytest.fixture
+def study(tmp_path: Path) -> Path:
+    path = tmp_path / "twelve.yaml"
+    path.write_text(TWELVE)
+    return path
+
+
+@pytest.fixture(scope="module")
+def undisturbed(template_database: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[[int], Table]:
+    """Return the table of the same study run in peace, on so many threads."""
+    known: dict[int, Table] = {}
+
+    def table(threads: int) -> Table:
+        if threads not in known:
+            folder = tmp_path_factory.mktemp("peace")
+            shutil.copy(template_database, folder / "mlflow.db")
+            (folder / "twelve.yaml").write_text(TWELVE)
+            before = torch.get_num_threads()
+            with pytest.MonkeyPatch.context() as patch:
+                patch.chdir(folder)
+                patch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{folder / 'mlflow.db'}")
+                torch.set_num_threads(threads)
+                words = ["--study", "twelve.yaml", "--log-model", "none"]
+                assert CliRunner().invoke(ablate, words, catch_exceptions=False).exit_code == 0
+                torch.set_num_threads(before)
+                known[threads] = accuracies(folder)
+        return known[threads]
+
+    return table
+
+
+def start(study: Path, storage: str, workers: int) -> subprocess.Popen[str]:
+    words = ["--study", study, "--storage", storage, "--workers", workers, "--log-model", "none"]
+    command = [sys.executable, str(ROOT / "entry_points" / "ablate.py"), *map(str, words)]
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+
+
+def wait_for(condition: Callable[[], Any], process: subprocess.Popen[str]) -> Any:
+    deadline = time.monotonic() + 120
+    while time.monotonic() < deadline:
+        with suppress(Exception):  # tables that aren't there yet, a database that was just killed
+            found = condition()
+            if found:
+                return found
+        if process.poll() is not None:
+            pytest.fail(f"ended too early: {process.communicate()[0]}")
+        time.sleep(0.05)
+    process.kill()
+    pytest.fail(f"waited in vain: {process.communicate()[0]}")
+
+
+def in_mid_epoch(storage: Storage, finished: int) -> int:
+    """Return the pid of a worker that has begun a second epoch, once so many trials are finished."""
+    found = trials(storage)
+    if sum(trial.state.is_finished() for trial in found) < finished:
+        return 0
+    begun = (trial for trial in found if trial.state == TrialState.RUNNING and trial.intermediate_values)
+    return next((int(trial.user_attrs[OWNER].split("/")[2]) for trial in begun), 0)
+
+
+def end(process: subprocess.Popen[str]) -> str:
+    said, _ = process.communicate(timeout=180)
+    assert process.returncode == 0, said
+    return said
+
+
+def check_twelve(storage: Storage, expected: Table, folder: Path) -> None:
+    found = trials(storage)
+    assert [trial.state for trial in found] == [TrialState.COMPLETE] * 12
+    assert len({trial.user_attrs[SLOT] for trial in found}) == 12
+    assert len(children("FINISHED")) == 12
+    assert len({(run.data.tags["effv2.arm"], run.data.tags["effv2.seed"]) for run in children("FINISHED")}) == 12
+    assert not [run for run in runs() if run.info.status == "RUNNING"]
+    assert accuracies(folder) == expected
+
+
+def test_a_killed_worker_and_a_killed_coordinator_cost_nothing(
+    sqlite_store: str, study: Path, tmp_path: Path, undisturbed: Callable[[int], Table]
+) -> None:
+    url = f"sqlite:///{tmp_path / 'optuna.db'}"
+    first = start(study, url, 2)
+    wait_for((tmp_path / "optuna.db").exists, first)
+    storage = open_storage(url)
+    os.kill(wait_for(lambda: in_mid_epoch(storage, 1), first), signal.SIGKILL)
+    wait_for(lambda: in_mid_epoch(storage, 4), first)
+    first.kill()
+    first.communicate(timeout=30)  # to the end of its workers, which share the pipe and end by themselves
+    assert children("KILLED") and not [run for run in runs() if run.info.status == "RUNNING"]
+    assert "[12/12]" in end(start(study, url, 2))
+    check_twelve(storage, undisturbed(max(1, torch.get_num_threads() // 2)), tmp_path)
+    storage.close()
+
+
+@pytest.fixture(scope="module")
+def cluster() -> Iterator[Cluster]:
+    """Start a PostgreSQL server of our own, as a user that may run one."""
+    found = shutil.which("initdb") or next(map(str, Path("/usr/lib/postgresql").glob("*/bin/initdb")), None)
+    if found is None:
+        pytest.skip("PostgreSQL is not installed: no server to test with")
+    folder = Path(tempfile.mkdtemp(prefix="effv2-postgresql-"))
+    user = "postgres" if os.getuid() == 0 else None
+    if user:
+        shutil.chown(folder, user)
+    cluster = Cluster(Path(found).resolve().parent, folder, user, free_port())
+    cluster.run("initdb", "--auth=trust", "--username=effv2", "-D", str(folder / "data"))
+    cluster.start()
+    yield cluster
+    cluster.run("pg_ctl", "-D", str(folder / "data"), "-m", "immediate", "stop")
+    shutil.rmtree(folder)
+
+
+class Cluster:
+    """A PostgreSQL server on a port of its own."""
+
+    def __init__(self, programs: Path, folder: Path, user: str | None, port: int) -> None:
+        self.programs, self.folder, self.user, self.port = programs, folder, user, port
+
+    def run(self, program: str, *words: str) -> None:
+        # Output to a file: a server that inherits a pipe would keep it open.
+        with Path(tempfile.gettempdir(), f"{self.folder.name}.log").open("ab") as log:
+            command = [str(self.programs / program), *words]
+            subprocess.run(command, check=True, stdout=log, stderr=log, user=self.user, cwd=self.folder, timeout=60)
+
+    def start(self) -> None:
+        options = f"-p {self.port} -k {self.folder} -c listen_addresses=127.0.0.1"
+        self.run("pg_ctl", "-D", str(self.folder / "data"), "-w", "-o", options, "start")
+
+    def crash(self) -> None:
+        """End every process of the server at once and start it again, as after a loss of power."""
+        self.run("pg_ctl", "-D", str(self.folder / "data"), "-m", "immediate", "stop")
+        time.sleep(1)
+        self.start()
+
+    def database(self, name: str) -> str:
+        self.run("createdb", "-h", "127.0.0.1", "-p", str(self.port), "-U", "effv2", name)
+        return f"postgresql://effv2@127.0.0.1:{self.port}/{name}"
+
+
+def free_port() -> int:
+    with closing(socket.socket()) as listener:
+        listener.bind(("127.0.0.1", 0))
+        port: int = listener.getsockname()[1]
+        return port
+
+
+@pytest.fixture
+def server(cluster: Cluster, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+    """Start an MLflow server on a PostgreSQL database and point MLflow at it."""
+    port, store = free_port(), cluster.database("mlflow").replace("postgresql:", "postgresql+psycopg:")
+    command = [sys.executable, "-m", "mlflow", "server", "--backend-store-uri", store, "--port", str(port)]
+    command += ["--artifacts-destination", str(tmp_path / "artifacts"), "--workers", "1"]
+    environment = os.environ | {"MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"}
+    with (tmp_path / "server.log").open("wb") as log:
+        process = subprocess.Popen(command, stdout=log, stderr=log, env=environment, start_new_session=True)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"http://127.0.0.1:{port}")
+    deadline = time.monotonic() + 60
+    while True:
+        assert time.monotonic() < deadline and process.poll() is None, (tmp_path / "server.log").read_text()
+        with suppress(OSError), closing(socket.create_connection(("127.0.0.1", port), timeout=1)):
+            break
+        time.sleep(0.2)
+    yield f"http://127.0.0.1:{port}"
+    os.killpg(process.pid, signal.SIGTERM)
+    process.wait(30)
+
+
+def test_four_workers_on_postgresql_survive_a_killed_worker_and_a_crashed_database(
+    server: str, cluster: Cluster, study: Path, tmp_path: Path, undisturbed: Callable[[int], Table]
+) -> None:
+    url = cluster.database("optuna")
+    process = start(study, url, 4)
+    storage = open_storage(url)
+    os.kill(wait_for(lambda: in_mid_epoch(storage, 1), process), signal.SIGKILL)
+    wait_for(lambda: in_mid_epoch(storage, 4), process)
+    cluster.crash()
+    end(process)
+    check_twelve(storage, undisturbed(max(1, torch.get_num_threads() // 4)), tmp_path)
+    storage.close()
