@@ -212,11 +212,14 @@ def test_mlflow_run_adopts_its_run(sqlite_store: str, tiny_study: Path, entry: s
     study.write_text(tiny_study.read_text().split("arms:")[0] + f"  model: {{variant: tiny, table: {TINY_TABLE}}}\n")
     file = study if entry == "train" else tiny_study
     words = ["-P", f"study={file}", "-P", "epochs=1", "-P", "image_size=9", "-P", "lr=1e-3"]
+    words += ["-P", f"storage=sqlite:///{tmp_path / 'optuna.db'}"] if entry == "ablate" else []
     command = [sys.executable, "-m", "mlflow", "run", str(ROOT), "-e", entry, "--env-manager", "local", *words]
     environment = os.environ | {"PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
-    done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=120)
-    assert done.returncode == 0, done.stderr
-    adopted, *children = all_runs()
+    for _ in range(2):
+        done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=120)
+        assert done.returncode == 0, done.stderr
+    adopted, *children, again = all_runs()
+    assert again.data.tags["effv2.continues"] == adopted.info.run_id and again.info.status == "FINISHED"
     assert adopted.data.tags["mlflow.project.entryPoint"] == entry
     assert len(children) == (0 if entry == "train" else 2)
     assert adopted.data.tags["effv2.study"] == "tiny"
@@ -261,23 +264,44 @@ TRAIN_ERRORS = {
     "--log-model some": "--log-model some",
     "--study nowhere.yaml": "--study nowhere.yaml: can't be read",
 }
+STORAGE = "no such kind of storage; use sqlite:///FILE or postgresql://USER@HOST/DATABASE"
 ABLATE_ERRORS = {
+    "--workers 0": "--workers 0: must be a whole number from 1",
+    "--fresh maybe": "--fresh maybe",
+    "--storage mysql://u:secret@h/d": f"--storage mysql://u:***@h/d: {STORAGE}",
+    "--storage sqlite://": STORAGE,
+    "--storage nonsense": "--storage nonsense: not an address",
+    "--storage sqlite:////proc/nowhere/optuna.db": "--storage sqlite:////proc/nowhere/optuna.db: can't be used",
+    "--storage postgresql://me:secret@127.0.0.1:9/db": "--storage postgresql://me:***@127.0.0.1:9/db: can't be",
     "--variant drop_two": "--variant drop_two: no such arm; did you mean 'drop_one'?",
     "--seeds 1,x": "--seeds 1,x",
     "--seeds 1,1": "--seeds 1,1",
 }
+HPARAM_ERRORS = {
+    "--check drop_out": "--check drop_out: no such arm; did you mean 'dropout'?",
+    "--scheduler cosine": "--scheduler cosine: no such choice; use both, plateau or none",
+}
+SEARCH_ERRORS = {"--trials 0": "--trials 0: must be a whole number from 1"}
 
 
 @pytest.mark.parametrize(
     ("command", "words", "expected"),
-    [(train, words, text) for words, text in TRAIN_ERRORS.items()]
-    + [(ablate, words, text) for words, text in ABLATE_ERRORS.items()],
+    [
+        (command, words, text)
+        for command, errors in (
+            (train, TRAIN_ERRORS),
+            (ablate, ABLATE_ERRORS),
+            (hparam_check, HPARAM_ERRORS),
+            (search, SEARCH_ERRORS),
+        )
+        for words, text in errors.items()
+    ],
 )
 def test_wrong_input_is_one_sentence(sqlite_store: str, command: Any, words: str, expected: str) -> None:
     result = invoke(command, *words.split())
     assert result.exit_code == 2
     (line,) = result.stderr.strip().splitlines()
-    assert line.startswith("Error: ") and expected in line and line.endswith(".")
+    assert line.startswith("Error: ") and expected in line and line.endswith(".") and "secret" not in line
     assert not all_runs()
 
 
@@ -311,6 +335,10 @@ STUDY_ERRORS = {
     "config: {}\nconfig: {}": r"line 3: the key 'config' stands twice \(first in line 2\)",
     "config: 3": r"line 2: config",
     "arms: {a: {}}\nbaseline: b": r"line 3: baseline b: is no arm",
+    "search: {space: {model.droput: {low: 0, high: 1}}}": r"line 2: search.space.model.droput: can't be searched; did",
+    "search: {space: {model.dropout: {low: 0, high: 2}}}": r"line 2: search.space.model.dropout.high 2.0: input should",
+    "search: {space: {model.dropout: {low: 1, high: 0}}}": r"line 2: search.space.model.dropout.*low must be below",
+    "search: {space: {optimiser.lr: {low: 0, high: 1, log: true}}}": r"line 2: .*a log scale needs a low above 0",
 }
 
 

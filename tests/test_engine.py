@@ -14,17 +14,24 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import closing, suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
+import sqlalchemy
 import torch
 from click.testing import CliRunner
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from mlflow import MlflowClient
 from mlflow.entities import Run
+from optuna.study import StudyDirection
 from optuna.trial import FrozenTrial, TrialState
 
 from effv2.cli.ablate import ablate
-from effv2.studies.queue import OWNER, SLOT
+from effv2.errors import Abandoned
+from effv2.studies import queue as queue_module
+from effv2.studies.liveness import is_gone, this_process
+from effv2.studies.queue import ERROR, MOST_LOST, OWNER, SLOT, Queue
 from effv2.studies.storage import Storage, open_storage
 from tests.conftest import OTHER_TINY_TABLE, TINY_TABLE
 
@@ -244,3 +251,121 @@ def test_four_workers_on_postgresql_survive_a_killed_worker_and_a_crashed_databa
     end(process)
     check_twelve(storage, undisturbed(max(1, torch.get_num_threads() // 4)), tmp_path)
     storage.close()
+
+
+@pytest.fixture
+def storage(tmp_path: Path) -> Iterator[Storage]:
+    opened = open_storage(f"sqlite:///{tmp_path / 'queue.db'}")
+    yield opened
+    opened.close()
+
+
+def make_queue(storage: Storage, slots: int = 3, retries: int = 1) -> Queue:
+    if "q" not in [study.study_name for study in storage.optuna.get_all_studies()]:
+        storage.optuna.create_new_study([StudyDirection.MAXIMIZE], "q")
+    queue = Queue(storage, "q", retries, {str(number): {} for number in range(slots)})
+    queue.fill()
+    return queue
+
+
+class Worker:
+    """A worker as the queue sees it: a process by name, which may be gone."""
+
+    gone: ClassVar[set[str]] = set()
+
+    def __init__(self, patch: pytest.MonkeyPatch, name: str) -> None:
+        self.patch, self.name = patch, name
+
+    def __enter__(self) -> None:
+        self.patch.setattr(queue_module, "this_process", lambda: self.name)
+        self.patch.setattr(queue_module, "is_gone", Worker.gone.__contains__)
+
+    def __exit__(self, *_: object) -> None:
+        self.patch.undo()
+
+
+@settings(max_examples=25, deadline=None)
+@given(st.lists(st.tuples(st.integers(0, 2), st.sampled_from(["work", "fail", "release", "die"])), max_size=12))
+def test_every_slot_is_finished_exactly_once_whatever_happens(events: list[tuple[int, str]]) -> None:
+    """Three workers claim, fail, give back and die in any order; the rest is then worked off."""
+    Worker.gone = set()
+    with tempfile.TemporaryDirectory() as folder, pytest.MonkeyPatch.context() as patch:
+        storage = open_storage(f"sqlite:///{folder}/queue.db")
+        queue = make_queue(storage, retries=100)
+        told: list[int] = []
+        for index, (number, event) in enumerate([*events, *[(3, "work")] * 3]):
+            with Worker(patch, f"{index}" if event == "die" else f"worker {number}"):
+                claim = queue.claim()
+                if event == "die":
+                    Worker.gone.add(f"{index}")
+                elif claim is not None and event == "work":
+                    queue.finish(claim, TrialState.COMPLETE, 0.5)
+                    told.append(claim.number)
+                elif claim is not None and event == "fail":
+                    queue.fail(claim, "for a test", final=False)
+                elif claim is not None:
+                    queue.release(claim)
+        assert sorted(told) == [0, 1, 2]
+        assert [trial.state for trial in queue.trials().values()] == [TrialState.COMPLETE] * 3
+        assert not queue.unfinished()
+        storage.close()
+
+
+def test_a_failed_trial_is_retried_as_often_as_the_study_says(storage: Storage) -> None:
+    queue = make_queue(storage, slots=1, retries=2)
+    attempts = 0
+    while (claim := queue.claim()) is not None:
+        attempts += 1
+        queue.fail(claim, "for a test", final=False)
+    assert attempts == 3 and queue.trials()["0"].state == TrialState.FAIL
+    queue.fill()  # the same command again: what failed may work now
+    again = queue.claim()
+    assert again is not None
+    queue.fail(again, "diverged", final=True)
+    queue.fill()
+    assert queue.claim() is None
+
+
+def test_a_trial_that_kills_its_workers_is_given_up(storage: Storage, monkeypatch: pytest.MonkeyPatch) -> None:
+    queue, Worker.gone = make_queue(storage, slots=1), set()
+    deaths = 0
+    while True:
+        with Worker(monkeypatch, f"{deaths}"):
+            if queue.claim() is None:
+                break
+        Worker.gone.add(f"{deaths}")
+        deaths += 1
+    assert deaths == MOST_LOST
+    assert "its worker was gone" in queue.trials()["0"].user_attrs[ERROR]
+
+
+def test_a_worker_on_a_lost_machine_is_replaced_and_may_not_finish(
+    storage: Storage, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    queue = make_queue(storage, slots=1)
+    claim = queue.claim()
+    assert claim is not None
+    with sqlalchemy.create_engine(storage.url).begin() as connection:
+        old = "UPDATE trial_heartbeats SET heartbeat = datetime(heartbeat, '-1 day')"
+        connection.execute(sqlalchemy.text(old))
+    with Worker(monkeypatch, "elsewhere/1/2/3/4"):
+        assert queue.claim() is None  # at first sight the database may just have been away
+        monkeypatch.setattr(queue_module, "SECOND_LOOK_SECONDS", 0)
+        taken = queue.claim()
+        assert taken is not None and taken.trial_id == claim.trial_id
+    with pytest.raises(Abandoned):
+        queue.finish(claim, TrialState.COMPLETE, 0.5)
+    queue.fail(claim, "no longer ours to say", final=True)
+    queue.release(claim)
+    assert queue.trials()["0"].state == TrialState.RUNNING
+
+
+def test_processes_of_this_machine_are_known_to_live_or_not() -> None:
+    assert not is_gone(this_process())
+    boot, space, _, started, unique = this_process().split("/")
+    with subprocess.Popen([sys.executable, "-c", "pass"]) as process:
+        process.wait()
+    assert is_gone(f"{boot}/{space}/{process.pid}/{started}/{unique}")
+    assert is_gone(f"{boot}/{space}/{os.getpid()}/1/{unique}")  # another process had this number before
+    assert not is_gone(f"another machine/{space}/{process.pid}/{started}/{unique}")
+    assert not is_gone(unique)

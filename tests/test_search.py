@@ -1,0 +1,124 @@
+"""Searches and hyper-parameter checks as users run them, and what happens when a command is given again."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from mlflow import MlflowClient
+from mlflow.entities import Run
+
+from effv2.cli.ablate import ablate
+from effv2.cli.hparam_check import hparam_check
+from effv2.cli.search import search
+from effv2.cli.train import train
+from tests.conftest import TINY_TABLE
+from tests.test_commands import all_runs, invoke
+
+TINY_SEARCH = f"""
+name: tiny-search
+config:
+  data: {{image_size: 8}}
+  model: {{variant: tiny, table: {TINY_TABLE}}}
+  schedule: {{epochs: 4}}
+  execution: {{device: cpu, precision: fp32}}
+search:
+  trials: 6
+  space:
+    model.dropout: {{low: 0, high: 0.6}}
+    optimiser.lr: {{low: 1e-4, high: 1e-1, log: true}}
+    optimiser.batch_size: {{low: 16, high: 64, log: true}}
+"""
+
+
+@pytest.fixture
+def tiny_search(tmp_path: Path) -> Path:
+    path = tmp_path / "search.yaml"
+    path.write_text(TINY_SEARCH)
+    return path
+
+
+def artifacts(run: Run) -> set[str]:
+    return {file.path for file in MlflowClient().list_artifacts(run.info.run_id)}
+
+
+def touching_the_test_set(children: list[Run]) -> list[Run]:
+    return [run for run in children if any("test" in name for name in run.data.metrics)]
+
+
+def test_search_touches_the_test_set_once_and_can_grow(sqlite_store: str, tiny_search: Path, tmp_path: Path) -> None:
+    result = invoke(search, "--study", tiny_search)
+    assert result.exit_code == 0, result.output
+    parent, *children = all_runs()
+    outcomes = [run.data.tags["effv2.outcome"] for run in children]
+    assert len(children) == 6 and set(outcomes) == {"complete", "pruned"}
+    assert {run.info.status for run in (parent, *children)} == {"FINISHED"}
+    complete = [run for run in children if run.data.tags["effv2.outcome"] == "complete"]
+    best = max(complete, key=lambda run: run.data.metrics["selected/val_accuracy"])
+    assert [run.info.run_id for run in touching_the_test_set(children)] == [best.info.run_id]
+    assert parent.data.tags["effv2.best_run"] == best.info.run_id
+    for name in ("selected/val_accuracy", "selected/test_accuracy"):
+        assert parent.data.metrics[name] == best.data.metrics[name]
+    assert artifacts(parent) >= {
+        "best.yaml", "trials.csv", "importance.png", "history.png", "slice.png", "parallel_coordinate.png",
+    }  # fmt: skip
+    assert [run for run in children if run.outputs and run.outputs.model_outputs] == [best]
+    assert not any("selected.pt" in artifacts(run) for run in children)
+
+    assert invoke(search, "--study", tiny_search).exit_code == 0 and len(all_runs()) == 7
+    assert invoke(search, "--study", tiny_search, "--trials", "8").exit_code == 0
+    grown, *children = all_runs()
+    assert len(children) == 8 and grown.info.run_id == parent.info.run_id
+
+    best_yaml = MlflowClient().download_artifacts(parent.info.run_id, "best.yaml", str(tmp_path))
+    assert invoke(train, "--study", best_yaml, "--log-model", "none").exit_code == 0
+    again, chosen = all_runs()[-1], MlflowClient().get_run(grown.data.tags["effv2.best_run"])
+    for name in ("selected/val_accuracy", "selected/test_accuracy"):
+        assert again.data.metrics[name] == chosen.data.metrics[name]
+
+
+def test_hparam_check_ends_with_the_three_figures(sqlite_store: str, tiny_study: Path) -> None:
+    text = tiny_study.read_text().replace("  other:", "  unused: {}\n  dropout:")
+    tiny_study.write_text(text)
+    assert invoke(hparam_check, "--study", tiny_study, "--check", "dropout", "--log-model", "none").exit_code == 0
+    parent, *children = all_runs()
+    assert [run.data.tags["effv2.arm"] for run in children] == [
+        "default", "dropout", "default_plateau", "dropout_plateau",
+    ]  # fmt: skip
+    assert [run.data.params["schedule.name"] for run in children] == ["none", "none", "plateau", "plateau"]
+    assert artifacts(parent) >= {"train_accuracy.png", "test_accuracy.png", "training_seconds.png", "comparison.csv"}
+    # The rest of the same study joins the same run.
+    words = ["--check", "all", "--scheduler", "plateau", "--log-model", "none"]
+    assert invoke(hparam_check, "--study", tiny_study, *words).exit_code == 0
+    same, *children = all_runs()
+    assert same.info.run_id == parent.info.run_id and children[-1].data.tags["effv2.arm"] == "unused_plateau"
+    assert len(children) == 5
+
+
+def test_a_changed_study_says_what_differs_and_repeats_only_that(sqlite_store: str, tiny_study: Path) -> None:
+    assert invoke(ablate, "--study", tiny_study, "--log-model", "none").exit_code == 0
+    text = tiny_study.read_text()
+    tiny_study.write_text(text.replace("other: {model", "other: {optimiser: {lr: 0.01}, model"))
+    result = invoke(ablate, "--study", tiny_study, "--log-model", "none")
+    assert "other: optimiser.lr was 0.001, is 0.01." in result.stderr
+    first, _, _, second, *added = all_runs()
+    assert first.info.run_id != second.info.run_id
+    assert [run.data.tags["effv2.arm"] for run in added] == ["other"]
+    assert {"default/final/test_accuracy", "other/final/test_accuracy"} <= second.data.metrics.keys()
+
+
+def test_train_again_repeats_only_when_fresh(sqlite_store: str, tiny_search: Path) -> None:
+    tiny_search.write_text(TINY_SEARCH.partition("search:")[0])
+    for _ in range(2):
+        result = invoke(train, "--study", tiny_search, "--log-model", "none")
+    assert "Finished before" in result.output and len(all_runs()) == 1
+    assert all_runs()[0].info.run_id in result.output
+    invoke(train, "--study", tiny_search, "--log-model", "none", "--fresh")
+    assert len(all_runs()) == 2
+
+
+def test_a_study_whose_run_is_gone_says_so(sqlite_store: str, tiny_study: Path) -> None:
+    assert invoke(ablate, "--study", tiny_study, "--log-model", "none").exit_code == 0
+    MlflowClient().delete_run(all_runs()[0].info.run_id)
+    result = invoke(ablate, "--study", tiny_study)
+    assert result.exit_code == 2 and "or start over with --fresh." in result.stderr
