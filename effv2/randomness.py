@@ -11,12 +11,28 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import torch
 
 
 def stream_seed(seed: int, stream: str, *position: int) -> int:
     """Return a 63-bit seed for `stream` at `position`; distinct arguments give unrelated seeds."""
     text = "/".join([str(seed), stream, *map(str, position)])
     return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big") >> 1
+
+
+def seed_generators(seed: int, device: torch.device) -> None:
+    """Seed the generators that are drawn from on `device`, the CPU's among them.
+
+    As torch.manual_seed, which formats a stack trace on each call where CUDA was never used.
+    """
+    import torch
+
+    torch.default_generator.manual_seed(seed)
+    if device.type != "cpu":
+        torch.manual_seed(seed)
 
 
 @contextmanager

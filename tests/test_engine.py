@@ -12,9 +12,9 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from contextlib import closing, suppress
+from contextlib import closing, contextmanager, suppress
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 import pytest
 import sqlalchemy
@@ -268,43 +268,37 @@ def make_queue(storage: Storage, slots: int = 3, retries: int = 1) -> Queue:
     return queue
 
 
-class Worker:
-    """A worker as the queue sees it: a process by name, which may be gone."""
-
-    gone: ClassVar[set[str]] = set()
-
-    def __init__(self, patch: pytest.MonkeyPatch, name: str) -> None:
-        self.patch, self.name = patch, name
-
-    def __enter__(self) -> None:
-        self.patch.setattr(queue_module, "this_process", lambda: self.name)
-        self.patch.setattr(queue_module, "is_gone", Worker.gone.__contains__)
-
-    def __exit__(self, *_: object) -> None:
-        self.patch.undo()
+@contextmanager
+def worker(name: str, gone: set[str]) -> Iterator[None]:
+    """Be a worker of that name, for whom those in `gone` have died."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(queue_module, "this_process", lambda: name)
+        patch.setattr(queue_module, "is_gone", gone.__contains__)
+        yield
 
 
 @settings(max_examples=25, deadline=None)
 @given(st.lists(st.tuples(st.integers(0, 2), st.sampled_from(["work", "fail", "release", "die"])), max_size=12))
 def test_every_slot_is_finished_exactly_once_whatever_happens(events: list[tuple[int, str]]) -> None:
     """Three workers claim, fail, give back and die in any order; the rest is then worked off."""
-    Worker.gone = set()
+    gone: set[str] = set()
     with tempfile.TemporaryDirectory() as folder, pytest.MonkeyPatch.context() as patch:
+        patch.setattr(queue_module, "MOST_LOST", 100)
         storage = open_storage(f"sqlite:///{folder}/queue.db")
         queue = make_queue(storage, retries=100)
         told: list[int] = []
         for index, (number, event) in enumerate([*events, *[(3, "work")] * 3]):
-            with Worker(patch, f"{index}" if event == "die" else f"worker {number}"):
+            with worker(f"{index}" if event == "die" else f"worker {number}", gone):
                 claim = queue.claim()
                 if event == "die":
-                    Worker.gone.add(f"{index}")
+                    gone.add(f"{index}")
                 elif claim is not None and event == "work":
                     queue.finish(claim, TrialState.COMPLETE, 0.5)
                     told.append(claim.number)
                 elif claim is not None and event == "fail":
                     queue.fail(claim, "for a test", final=False)
                 elif claim is not None:
-                    queue.release(claim)
+                    queue.release()
         assert sorted(told) == [0, 1, 2]
         assert [trial.state for trial in queue.trials().values()] == [TrialState.COMPLETE] * 3
         assert not queue.unfinished()
@@ -326,16 +320,15 @@ def test_a_failed_trial_is_retried_as_often_as_the_study_says(storage: Storage) 
     assert queue.claim() is None
 
 
-def test_a_trial_that_kills_its_workers_is_given_up(storage: Storage, monkeypatch: pytest.MonkeyPatch) -> None:
-    queue, Worker.gone = make_queue(storage, slots=1), set()
-    deaths = 0
+def test_a_trial_that_kills_its_workers_is_given_up(storage: Storage) -> None:
+    queue = make_queue(storage, slots=1)
+    gone: set[str] = set()
     while True:
-        with Worker(monkeypatch, f"{deaths}"):
+        with worker(f"{len(gone)}", gone):
             if queue.claim() is None:
                 break
-        Worker.gone.add(f"{deaths}")
-        deaths += 1
-    assert deaths == MOST_LOST
+        gone.add(f"{len(gone)}")
+    assert len(gone) == MOST_LOST
     assert "its worker was gone" in queue.trials()["0"].user_attrs[ERROR]
 
 
@@ -348,7 +341,7 @@ def test_a_worker_on_a_lost_machine_is_replaced_and_may_not_finish(
     with sqlalchemy.create_engine(storage.url).begin() as connection:
         old = "UPDATE trial_heartbeats SET heartbeat = datetime(heartbeat, '-1 day')"
         connection.execute(sqlalchemy.text(old))
-    with Worker(monkeypatch, "elsewhere/1/2/3/4"):
+    with worker("elsewhere", set()):
         assert queue.claim() is None  # at first sight the database may just have been away
         monkeypatch.setattr(queue_module, "SECOND_LOOK_SECONDS", 0)
         taken = queue.claim()
@@ -356,7 +349,7 @@ def test_a_worker_on_a_lost_machine_is_replaced_and_may_not_finish(
     with pytest.raises(Abandoned):
         queue.finish(claim, TrialState.COMPLETE, 0.5)
     queue.fail(claim, "no longer ours to say", final=True)
-    queue.release(claim)
+    queue.release()
     assert queue.trials()["0"].state == TrialState.RUNNING
 
 

@@ -149,12 +149,12 @@ class Queue:
                 self._leave(claim.trial_id, TrialState.WAITING if again else TrialState.FAIL, attributes)
 
     @patient
-    def release(self, claim: Claim) -> None:
-        """Give an unfinished trial back, as on Ctrl-C."""
+    def release(self) -> None:
+        """Give back what this process works on, as on Ctrl-C, even where it was told while claiming."""
         with self.storage.lock(self.study):
-            trial = self.storage.optuna.get_trial(claim.trial_id)
-            if self._owns(trial) and trial.state == TrialState.RUNNING:
-                self._leave(claim.trial_id, TrialState.WAITING, {})
+            for trial in self._by_slot().values():
+                if trial.state == TrialState.RUNNING and self._owns(trial):
+                    self._leave(trial._trial_id, TrialState.WAITING, {})
 
     @patient
     def trials(self) -> dict[str, FrozenTrial]:
@@ -164,6 +164,11 @@ class Queue:
     def unfinished(self) -> list[FrozenTrial]:
         """Return the wanted trials that are not finished."""
         return [trial for slot, trial in self.trials().items() if slot in self.wanted and not trial.state.is_finished()]
+
+    def deserted(self) -> bool:
+        """Say whether nobody works on the study, as far as can be seen."""
+        running = (trial for trial in self.trials().values() if trial.state == TrialState.RUNNING)
+        return all(is_gone(trial.user_attrs[OWNER]) for trial in running)
 
     def _by_slot(self) -> dict[str, FrozenTrial]:
         found = self.storage.optuna.get_all_trials(self.study_id, deepcopy=False)

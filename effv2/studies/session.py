@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from optuna.trial import TrialState
-
 from effv2.studies.options import LogModel
 from effv2.studies.plan import Plan
 from effv2.studies.queue import Queue
@@ -38,7 +36,7 @@ class Session:
 
     def leave(self, queue: Queue, status: str) -> None:
         """End the study's run, and children that a dead process left open, unless somebody still works on it."""
-        if any(trial.state == TrialState.RUNNING for trial in queue.trials().values()):
+        if not queue.deserted():
             return
         for run_id in find_running(self.experiment_id, self.parent_id):
             TrackedRun(run_id, self.experiment_id).set_status("KILLED")

@@ -81,8 +81,16 @@ def work(session: Session, queue: Queue, load: LoadData, display: Display, chang
     """Take trial after trial until all wanted ones are finished, here or elsewhere.
 
     `changed` is called when a trial begins and when it ends. A run that fails is told to the queue and the rest
-    goes on.
+    goes on. Told to end, this process gives back what it works on.
     """
+    try:
+        _work(session, queue, load, display, changed)
+    except (KeyboardInterrupt, Terminated):
+        queue.release()
+        raise
+
+
+def _work(session: Session, queue: Queue, load: LoadData, display: Display, changed: Callable[[], None]) -> None:
     while True:
         claim = queue.claim()
         changed()
@@ -94,9 +102,6 @@ def work(session: Session, queue: Queue, load: LoadData, display: Display, chang
         try:
             _attempt(session, queue, claim, load, display)
         except StorageAway:
-            raise
-        except (KeyboardInterrupt, Terminated):
-            queue.release(claim)
             raise
         except Abandoned:
             continue

@@ -17,7 +17,7 @@ from effv2.data.batches import batch_count, epoch_order, to_input, training_batc
 from effv2.data.dataset import Dataset
 from effv2.errors import Diverged, RunError
 from effv2.execution.device import Execution
-from effv2.randomness import private_randomness, stream_seed
+from effv2.randomness import private_randomness, seed_generators, stream_seed
 from effv2.training.evaluate import evaluate
 from effv2.training.state import TrainState
 
@@ -106,7 +106,7 @@ class Training:
     def _train_step(self, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
         """Make one step; return its mean loss and how many were right, on the device."""
         config, state, step = self.config, self.state, self.state.progress.step
-        torch.manual_seed(stream_seed(config.random.seed, "augmentation", step))
+        seed_generators(stream_seed(config.random.seed, "augmentation", step), self.execution.device)
         images = self.execution.to_device(augment_images(images, config.augment))
         inputs = to_input(images, config.data, self.execution.channels_last)
         labels = self.execution.to_device(labels)
@@ -114,7 +114,7 @@ class Training:
         targets = one_hot(labels, outputs, config.optimiser.label_smoothing)
         inputs, targets = mix_samples(inputs, targets, config.augment)
 
-        torch.manual_seed(stream_seed(config.random.seed, "dropout", step))
+        seed_generators(stream_seed(config.random.seed, "dropout", step), self.execution.device)
         state.schedule.before_step(step)
         state.optimiser.zero_grad(set_to_none=True)
         with self.execution.autocast():
