@@ -263,9 +263,7 @@ def storage(tmp_path: Path) -> Iterator[Storage]:
 def make_queue(storage: Storage, slots: int = 3, retries: int = 1) -> Queue:
     if "q" not in [study.study_name for study in storage.optuna.get_all_studies()]:
         storage.optuna.create_new_study([StudyDirection.MAXIMIZE], "q")
-    queue = Queue(storage, "q", retries, {str(number): {} for number in range(slots)})
-    queue.fill()
-    return queue
+    return Queue(storage, "q", retries, {str(number): {} for number in range(slots)})
 
 
 @contextmanager
@@ -312,11 +310,11 @@ def test_a_failed_trial_is_retried_as_often_as_the_study_says(storage: Storage) 
         attempts += 1
         queue.fail(claim, "for a test", final=False)
     assert attempts == 3 and queue.trials()["0"].state == TrialState.FAIL
-    queue.fill()  # the same command again: what failed may work now
+    queue.retry_failed()  # the same command again: what failed may work now
     again = queue.claim()
     assert again is not None
     queue.fail(again, "diverged", final=True)
-    queue.fill()
+    queue.retry_failed()
     assert queue.claim() is None
 
 

@@ -94,7 +94,7 @@ def run_study(plan: Plan, experiment_id: str, options: StudyOptions, load: LoadD
     try:
         session = _open(plan, storage, experiment_id, options, view)
         queue = session.queue(storage)
-        queue.fill()
+        queue.retry_failed()
         view.study_opened(run_address(session.parent_id, session.experiment_id))
         view.standing(standing_of(plan, queue.trials()))
         if queue.unfinished():

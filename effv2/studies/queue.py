@@ -1,9 +1,9 @@
 """An Optuna study as a queue that ends with exactly as many trials as it has slots, whatever is killed.
 
-Each slot is enqueued once as a waiting trial. Workers claim, finish and give back trials under one lock that dies
-with its process. The trial of a worker that is gone waits again, in place, so that none is lost or copied. Work
-is done at least once: a worker killed between finishing and saying so leaves a finished run behind, which the next
-one finds by its identity.
+Each slot is enqueued once, as a waiting trial, before it is worked on. Workers claim, finish and give back trials
+under one lock that dies with its process. The trial of a worker that is gone waits again, in place, so that none is
+lost or copied. Work is done at least once: a worker killed between finishing and saying so leaves a finished run
+behind, which the next one finds by its identity.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import islice
 from typing import Any, Literal, TypeVar
 
 import optuna
@@ -26,6 +27,7 @@ T = TypeVar("T")
 Params = Mapping[str, Any]
 # User attributes of a trial.
 SLOT, OWNER, RUN, ERROR, FAILURES, LOST, FINAL = "slot", "owner", "run_id", "error", "failures", "lost", "final"
+AHEAD = 8  # so many slots are enqueued at a time
 MOST_LOST = 5  # a trial whose workers died so often is given up: it may be what kills them
 # A worker on another machine is gone if its heartbeat stays out for so long after it was first found missing: after
 # an outage of the database every heartbeat is old for a moment.
@@ -51,28 +53,26 @@ class Queue:
         self._stale_since: dict[int, float] = {}
 
     @patient
-    def fill(self) -> None:
-        """Enqueue the wanted slots that aren't there, and again those that failed for a reason that may have gone."""
+    def retry_failed(self) -> None:
+        """Enqueue once more the wanted slots that failed for a reason that may have gone."""
         with self.storage.lock(self.study):
-            there = self._by_slot()
-            study = optuna.load_study(study_name=self.study, storage=self.storage.optuna)
-            for slot, params in self.wanted.items():
-                trial = there.get(slot)
-                if trial is None:
-                    study.enqueue_trial(dict(params), {SLOT: slot})
-                elif trial.state == TrialState.FAIL and not trial.user_attrs.get(FINAL):
-                    study.enqueue_trial(dict(params) or trial.params, {SLOT: slot})
+            for slot, trial in self._by_slot().items():
+                if slot in self.wanted and trial.state == TrialState.FAIL and not trial.user_attrs.get(FINAL):
+                    self._enqueue(slot, self.wanted[slot] or trial.params)
 
     @patient
     def claim(self) -> Claim | None:
         """Take the first waiting trial, after freeing those whose worker is gone; None where none waits."""
         with self.storage.lock(self.study):
-            trials = [trial for slot, trial in self._by_slot().items() if slot in self.wanted]
+            trials = self._wanted_trials()
             for trial in trials:  # left over where the answer to an earlier claim was lost
                 if trial.state == TrialState.RUNNING and self._owns(trial):
                     return self._claim_of(trial)
             freed = [trial for trial in self._gone(trials) if self._free(trial)]
             waiting = [trial for trial in trials if trial.state == TrialState.WAITING] + freed
+            if not waiting:
+                self._enqueue_some()
+                waiting = [trial for trial in self._wanted_trials() if trial.state == TrialState.WAITING]
             if not waiting:
                 return None
             trial = min(waiting, key=lambda each: each.number)
@@ -161,14 +161,28 @@ class Queue:
         """Return the study's trials by slot, those that were repeated after a failure once."""
         return self._by_slot()
 
-    def unfinished(self) -> list[FrozenTrial]:
-        """Return the wanted trials that are not finished."""
-        return [trial for slot, trial in self.trials().items() if slot in self.wanted and not trial.state.is_finished()]
+    def unfinished(self) -> list[str]:
+        """Return the wanted slots that are not finished."""
+        finished = {slot for slot, trial in self.trials().items() if trial.state.is_finished()}
+        return [slot for slot in self.wanted if slot not in finished]
 
     def deserted(self) -> bool:
         """Say whether nobody works on the study, as far as can be seen."""
         running = (trial for trial in self.trials().values() if trial.state == TrialState.RUNNING)
         return all(is_gone(trial.user_attrs[OWNER]) for trial in running)
+
+    def _enqueue_some(self) -> None:
+        """Enqueue the next slots that were never enqueued; all at once would slow every look at the queue."""
+        there = self._by_slot()
+        for slot in islice((slot for slot in self.wanted if slot not in there), AHEAD):
+            self._enqueue(slot, self.wanted[slot])
+
+    def _enqueue(self, slot: str, params: Params) -> None:
+        study = optuna.load_study(study_name=self.study, storage=self.storage.optuna)
+        study.enqueue_trial(dict(params), {SLOT: slot})
+
+    def _wanted_trials(self) -> list[FrozenTrial]:
+        return [trial for slot, trial in self._by_slot().items() if slot in self.wanted]
 
     def _by_slot(self) -> dict[str, FrozenTrial]:
         found = self.storage.optuna.get_all_trials(self.study_id, deepcopy=False)

@@ -29,7 +29,9 @@ def open_store(experiment: str) -> str:
     """
     for name in ("alembic", "mlflow"):
         logging.getLogger(name).setLevel(logging.WARNING)
+    # MLflow's own lines would run through our display; the study's address is printed once.
     os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
+    os.environ.setdefault("MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT", "true")
     try:
         with impatient():
             found = _experiment(MlflowClient(), experiment)
