@@ -27,11 +27,7 @@ def open_store(experiment: str) -> str:
     An empty name leaves the choice to MLflow: that of `mlflow run`, of MLFLOW_EXPERIMENT_NAME or _ID, or
     `Default`. A database is created, and migrated, here and nowhere later.
     """
-    for name in ("alembic", "mlflow"):
-        logging.getLogger(name).setLevel(logging.WARNING)
-    # MLflow's own lines would run through our display; the study's address is printed once.
-    os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
-    os.environ.setdefault("MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT", "true")
+    _quieten()
     try:
         with impatient():
             found = _experiment(MlflowClient(), experiment)
@@ -49,7 +45,16 @@ def tracking_uri() -> str:
 
 def use_store(uri: str) -> None:
     """Log to the store that the process which started this one logs to."""
+    _quieten()
     mlflow.set_tracking_uri(uri)
+
+
+def _quieten() -> None:
+    """Keep MLflow's own lines from running through our display."""
+    for name in ("alembic", "mlflow"):
+        logging.getLogger(name).setLevel(logging.WARNING)
+    os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
+    os.environ.setdefault("MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT", "true")
 
 
 def shown_uri() -> str:
