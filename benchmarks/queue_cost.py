@@ -36,7 +36,7 @@ def work(url: str, study: str, trials: int, results: Any, start: Any) -> None:
         claim = queue.claim()
         if claim is None:
             break
-        queue.finish(claim, TrialState.COMPLETE, 0.5)
+        queue.finish(claim, TrialState.COMPLETE, 0.5, "")
         seconds.append(time.perf_counter() - began)
     results.put(seconds)
 

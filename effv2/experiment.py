@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import base64
-import copy
 import io
 import json
-import math
 import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -144,38 +142,40 @@ def run_experiment(
             run.log_metrics(result.metrics, step=result.epoch)
             display.epoch(result)
             if observer.stops(result):
+                best = state.progress.best_accuracy
+                run.log_metrics({"selected/val_accuracy": best})
                 run.set_tags({OUTCOME: "pruned"})
-                return Outcome(
-                    run, config, dataset, state.evaluated, state.progress.best_accuracy, result.metrics, pruned=True
-                )
-        if state.selected is not None:
-            state.evaluated.load_state_dict(state.selected)
+                return Outcome(run, config, dataset, state.evaluated, best, result.metrics, pruned=True)
+        state.take_selected()
         summary = _log_end(run, config, dataset, execution, state)
         outcome = Outcome(run, config, dataset, state.evaluated, state.progress.best_accuracy, summary)
         address = outcome.log_model() if log_model else ""
-        if not log_model and observer.keeps_weights(outcome.watched_accuracy):
+        if observer.keeps_weights(outcome.watched_accuracy):
             _keep_weights(outcome)
         run.set_tags({OUTCOME: "complete"})
     return replace(outcome, model_address=address)
 
 
-def restore(run: TrackedRun, config: TrainConfig, dataset: Dataset) -> Outcome | None:
-    """Return the outcome of a finished run whose weights were kept; None where they weren't."""
+def restore(run: TrackedRun, config: TrainConfig, dataset: Dataset) -> Outcome:
+    """Return the outcome of a finished run, from the weights that it kept; trained again where it kept none."""
+    execution = make_execution(config.execution)
     with tempfile.TemporaryDirectory() as folder:
         path = run.fetch(WEIGHTS, Path(folder))
-        if path is None:
-            return None
-        weights = torch.load(path, map_location="cpu", weights_only=True)
-    network = build_model(config.model.build_table(), config.model.outputs or len(dataset.classes))
-    network.load_state_dict(weights)
-    return Outcome(run, config, dataset, network, math.nan, {})
+        weights = None if path is None else torch.load(path, map_location="cpu", weights_only=True)
+    state = TrainState.create(config, dataset, execution)
+    if weights is None:
+        for _ in Training(config, dataset, state, execution):
+            pass
+        state.take_selected()
+    else:
+        state.evaluated.load_state_dict(weights)
+    return Outcome(run, config, dataset, state.evaluated, state.progress.best_accuracy, {})
 
 
 def score_on_test(outcome: Outcome) -> float:
     """Evaluate an outcome on the test set, which its run has not seen, and log to the run; return the accuracy."""
     execution = make_execution(outcome.config.execution)
-    network = execution.place(copy.deepcopy(outcome.network))
-    return _log_test(outcome.run, outcome.config, outcome.dataset, execution, network)
+    return _log_test(outcome.run, outcome.config, outcome.dataset, execution, outcome.network)
 
 
 def _keep_weights(outcome: Outcome) -> None:
@@ -190,6 +190,11 @@ def check(config: TrainConfig, dataset: Dataset) -> None:
         raise InputError(
             f"model.outputs {config.model.outputs}: the data has {len(dataset.classes)} classes; give at least as many "
             "outputs, or 0."
+        )
+    if not config.evaluation.test_set and dataset.validation is None:
+        raise InputError(
+            "evaluation.test_set false: without a validation split nothing would be measured; give "
+            "data.validation_fraction a share, as 0.1."
         )
 
 

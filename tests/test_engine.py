@@ -291,7 +291,7 @@ def test_every_slot_is_finished_exactly_once_whatever_happens(events: list[tuple
                 if event == "die":
                     gone.add(f"{index}")
                 elif claim is not None and event == "work":
-                    queue.finish(claim, TrialState.COMPLETE, 0.5)
+                    queue.finish(claim, TrialState.COMPLETE, 0.5, "")
                     told.append(claim.number)
                 elif claim is not None and event == "fail":
                     queue.fail(claim, "for a test", final=False)
@@ -345,7 +345,7 @@ def test_a_worker_on_a_lost_machine_is_replaced_and_may_not_finish(
         taken = queue.claim()
         assert taken is not None and taken.trial_id == claim.trial_id
     with pytest.raises(Abandoned):
-        queue.finish(claim, TrialState.COMPLETE, 0.5)
+        queue.finish(claim, TrialState.COMPLETE, 0.5, "")
     queue.fail(claim, "no longer ours to say", final=True)
     queue.release()
     assert queue.trials()["0"].state == TrialState.RUNNING

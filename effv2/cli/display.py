@@ -16,6 +16,8 @@ from effv2.training.loop import EpochResult
 if TYPE_CHECKING:
     from effv2.studies.engine import Standing
 
+CELL_PADDING = 3  # characters: a space on both sides and a line
+
 
 class ConsoleDisplay:
     """Shows decoding, epochs and steps; a context manager, so that the terminal is left in order."""
@@ -105,11 +107,18 @@ class ConsoleDisplay:
 
 
 def print_table(rows: Rows) -> None:
-    """Print a table, its titles first."""
-    titles, *others = rows
-    table = Table()
-    for index, title in enumerate(titles):
-        table.add_column(title, justify="right" if index else "left")
-    for cells in others:
-        table.add_row(*cells)
-    Console().print(table)
+    """Print a table, its titles first; as several, one below the other, where the columns don't fit side by side."""
+    console = Console()
+    widths = [max(len(row[index]) for row in rows) + CELL_PADDING for index in range(len(rows[0]))]
+    columns = list(range(1, len(widths)))
+    while columns:
+        count = 1
+        while count < len(columns) and widths[0] + sum(widths[i] for i in columns[: count + 1]) < console.width:
+            count += 1
+        shown, columns = [0, *columns[:count]], columns[count:]
+        table = Table()
+        for index in shown:
+            table.add_column(rows[0][index], justify="right" if index else "left")
+        for row in rows[1:]:
+            table.add_row(*(row[index] for index in shown))
+        console.print(table)

@@ -29,7 +29,7 @@ SCHEDULERS = {"both": ("none", "plateau"), "plateau": ("plateau",), "none": ("no
 @study_option
 @seeds_option
 @config_options(FIELDS)
-@study_options(log_model="all")
+@study_options(log_model="best")
 @reports_errors
 def hparam_check(check: str, scheduler: str, study: str, seeds: str, **options: Any) -> None:
     """Change one hyper-parameter at a time, with and without ReduceLROnPlateau, and compare in MLflow.
@@ -46,7 +46,7 @@ def hparam_check(check: str, scheduler: str, study: str, seeds: str, **options: 
 
     if (scheduler or "both") not in SCHEDULERS:
         raise InputError(f"--scheduler {scheduler}: no such choice; use both, plateau or none.")
-    how = take_study_options(options, "all")
+    how = take_study_options(options, "best")
     layer, wanted = option_layer(options, FIELDS), parse_seeds(seeds)
     plain = read_study(Path(study)) if study else built_in_hparam_check()
     arms = plain.select(check or "all", "check")

@@ -63,7 +63,7 @@ def train(study: str, fresh: str, log_model: str, experiment: str, **options: st
             labels = Labels(name, experiment_id, file.name if file else "")
             outcome = run_experiment(config, dataset, labels, display, which != "none")
             run, last, model = outcome.run, outcome.summary, outcome.model_address
-    if "selected/test_accuracy" in last:
+    if "best/test_accuracy" in last:
         click.echo(
             f"test accuracy {last['selected/test_accuracy']:.2%} at the selected epoch "
             f"{last['selected/epoch']:.0f}, best {last['best/test_accuracy']:.2%}"

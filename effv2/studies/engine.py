@@ -5,8 +5,8 @@ from __future__ import annotations
 import multiprocessing
 import os
 import time
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from multiprocessing.context import SpawnProcess
 from typing import Any, Protocol
@@ -24,15 +24,16 @@ from effv2.studies.options import StudyOptions
 from effv2.studies.plan import LoadData, Plan, best_of, digest
 from effv2.studies.queue import ERROR, Queue
 from effv2.studies.session import Session
-from effv2.studies.storage import TRANSIENT, Storage, open_storage, patient
+from effv2.studies.storage import DATABASE_ERRORS, Storage, open_storage, patient, reason
 from effv2.studies.worker import SilentDisplay, work, worker_process
 from effv2.tracking.run import TrackedRun, find_run, open_parent, point_adopted_run_to, run_address
-from effv2.tracking.store import shown_uri, tracking_uri
+from effv2.tracking.store import TRACKING_ERRORS, impatient, shown_uri, tracking_uri
 
 FAIL = TrialState.FAIL
 # User attributes of Optuna's study.
 DEFINITION, PARENT, FRESH, PUBLISHED = "definition", "parent_run", "fresh", "published"
 WATCH_SECONDS = 0.5
+MOST_IN_VAIN = 3  # ends of workers, for each of them, in which no run was finished
 ENDING_SECONDS = 60  # so long workers may take to end once they were told
 
 
@@ -41,7 +42,6 @@ class Standing:
     """How far a study is; `progress` counts a running trial by the share of its epochs."""
 
     total: int
-    complete: int
     pruned: int
     failed: int
     running: int
@@ -94,19 +94,18 @@ def run_study(plan: Plan, experiment_id: str, options: StudyOptions, load: LoadD
     try:
         session = _open(plan, storage, experiment_id, options, view)
         queue = session.queue(storage)
-        queue.retry_failed()
-        view.study_opened(run_address(session.parent_id, session.experiment_id))
-        view.standing(standing_of(plan, queue.trials()))
-        if queue.unfinished():
-            session.parent.set_status("RUNNING")
-            with _given_back(session, queue):
-                if options.workers == 1:
-                    work(session, queue, load, view, lambda: view.standing(standing_of(plan, queue.trials())))
-                else:
-                    _supervise(session, queue, options.workers, view)
-        else:
-            view.remark(f"All {len(plan.slots)} runs were finished before; --fresh repeats them.")
-        return _publish(session, queue, load)
+        with _given_back(session, queue):
+            if queue.deserted():
+                queue.retry_failed()
+            view.study_opened(run_address(session.parent_id, session.experiment_id))
+            view.standing(standing_of(plan, queue.trials()))
+            if not queue.unfinished():
+                view.remark(f"All {len(plan.slots)} runs were finished before; --fresh repeats them.")
+            elif options.workers == 1:
+                work(session, queue, load, view, lambda: view.standing(standing_of(plan, queue.trials())))
+            else:
+                _supervise(session, queue, options.workers, view)
+            return _publish(session, queue, load)
     finally:
         storage.close()
 
@@ -122,7 +121,6 @@ def standing_of(plan: Plan, trials: Mapping[str, FrozenTrial]) -> Standing:
     order = sorted(finished, key=lambda slot: str(finished[slot].datetime_complete))
     return Standing(
         total=len(plan.slots),
-        complete=count[TrialState.COMPLETE],
         pruned=count[TrialState.PRUNED],
         failed=count[FAIL],
         running=len(running),
@@ -140,55 +138,72 @@ def _words(trial: FrozenTrial) -> str:
 
 
 def _open(plan: Plan, storage: Storage, experiment_id: str, options: StudyOptions, view: View) -> Session:
-    """Open the newest study of this definition and the run that it had first, or create both."""
-    try:
-        with storage.lock("studies"):
-            study = _find_or_create(plan, storage, experiment_id, options.fresh, view)
-            attributes = study.user_attrs
-            parent = find_run(attributes[PARENT])
-    except TRANSIENT as error:
-        raise RunError(f"The storage went away as the study was opened ({error}); give the command again.") from error
-    if parent is None:
-        raise InputError(
-            f"--storage {storage.shown}: holds this study with the run {attributes[PARENT]}, which the tracking store "
-            f"{shown_uri()} doesn't have; correct MLFLOW_TRACKING_URI, or start over with --fresh."
-        )
-    point_adopted_run_to(parent)
-    return Session(
-        plan=plan,
-        storage_url=storage.url,
-        study=study.study_name,
-        parent_id=parent.run_id,
-        experiment_id=parent.experiment_id,
-        tracking_uri=tracking_uri(),
-        fresh=bool(attributes[FRESH]),
-        log_model=options.log_model,
-    )
-
-
-def _find_or_create(plan: Plan, storage: Storage, experiment_id: str, fresh: bool, view: View) -> FrozenStudy:
+    """Open the newest study of this definition that the tracking store has a run of, or create both."""
     purpose = plan.purpose
     definition = plan.definition() | {"experiment": experiment_id}
     kind = f"{purpose.kind} {purpose.name} "
     name = f"{kind}{digest(definition)}"
-    studies = storage.optuna.get_all_studies()
-    begun = [study for study in studies if study.study_name.startswith(kind) and PARENT in study.user_attrs]
-    same = [study for study in begun if study.study_name.partition("#")[0] == name]
-    if same and not fresh:
-        return max(same, key=lambda study: study._study_id)
-    if begun and not same:
-        last = max(begun, key=lambda study: study._study_id)
-        changes = difference(last.user_attrs[DEFINITION], definition)
-        view.remark(f"Not the study {purpose.name} that was begun before: {changes}. What is the same is not repeated.")
-    name = f"{name}#{len(studies) + 1}"
-    study_id = storage.optuna.create_new_study([StudyDirection.MAXIMIZE], name)
+    try:
+        with storage.lock("studies"):
+            studies = sorted(storage.optuna.get_all_studies(), key=lambda study: -study._study_id)
+            begun = [study for study in studies if study.study_name.startswith(kind) and PARENT in study.user_attrs]
+            same = [study for study in begun if study.study_name.partition("#")[0] == name]
+            opened = None if options.fresh else _first_with_run(same, storage)
+            if opened is None:
+                if begun and not same:
+                    view.remark(
+                        f"Not the study {purpose.name} that was begun before: "
+                        f"{difference(begun[0].user_attrs[DEFINITION], definition)}. What is the same is not repeated."
+                    )
+                number = 1 + max((int(study.study_name.partition("#")[2] or 0) for study in same), default=0)
+                opened = _create(plan, storage, f"{name}#{number}", definition, options.fresh)
+    except DATABASE_ERRORS as error:
+        raise InputError(f"--storage {storage.shown}: can't be used ({reason(error)}); mend or restart it.") from error
+    study, parent, fresh = opened
+    point_adopted_run_to(parent)
+    return Session(
+        plan=plan,
+        storage_url=storage.url,
+        study=study,
+        parent_id=parent.run_id,
+        experiment_id=parent.experiment_id,
+        tracking_uri=tracking_uri(),
+        fresh=fresh,
+        log_model=options.log_model,
+    )
+
+
+Opened = tuple[str, TrackedRun, bool]  # a study's name in the storage, its run, whether it repeats what was finished
+
+
+def _first_with_run(studies: Sequence[FrozenStudy], storage: Storage) -> Opened | None:
+    """Return the first study whose run the tracking store has; None without studies, InputError without a run."""
+    for study in studies:
+        parent = find_run(study.user_attrs[PARENT])
+        if parent is not None:
+            return study.study_name, parent, bool(study.user_attrs[FRESH])
+    if studies:
+        raise InputError(
+            f"--storage {storage.shown}: holds this study with the run {studies[0].user_attrs[PARENT]}, which the "
+            f"tracking store {shown_uri()} doesn't have; correct MLFLOW_TRACKING_URI, or start over with --fresh."
+        )
+    return None
+
+
+def _create(plan: Plan, storage: Storage, name: str, definition: Mapping[str, Any], fresh: bool) -> Opened:
+    purpose = plan.purpose
     tags = {"effv2.study": purpose.name, "effv2.code_version": provenance.code_version(), "effv2.queue": name}
-    parent = open_parent(purpose.name, experiment_id, tags)
-    parent.log_params({"study.kind": purpose.kind, "study.name": purpose.name})
-    parent.log_git(provenance.git_state())
-    for attribute, value in {DEFINITION: definition, FRESH: fresh, PARENT: parent.run_id}.items():
-        storage.optuna.set_study_user_attr(study_id, attribute, value)
-    return next(study for study in storage.optuna.get_all_studies() if study._study_id == study_id)
+    parent = open_parent(purpose.name, definition["experiment"], tags)
+    try:
+        parent.log_params({"study.kind": purpose.kind, "study.name": purpose.name})
+        parent.log_git(provenance.git_state())
+        study_id = storage.optuna.create_new_study([StudyDirection.MAXIMIZE], name)
+        for attribute, value in {DEFINITION: definition, FRESH: fresh, PARENT: parent.run_id}.items():
+            storage.optuna.set_study_user_attr(study_id, attribute, value)
+    except BaseException:
+        parent.set_status("FAILED")
+        raise
+    return name, parent, fresh
 
 
 def difference(before: Mapping[str, Any], now: Mapping[str, Any]) -> str:
@@ -210,40 +225,44 @@ def _leaves(values: Mapping[str, Any], above: str = "") -> dict[str, Any]:
 
 @contextmanager
 def _given_back(session: Session, queue: Queue) -> Iterator[None]:
-    """Where this process is told to end, or can't go on, end the study's run too unless others work on it."""
+    """Where this process is told to end, or can't go on, give back its work and end the study's run with it."""
     try:
         yield
-    except (KeyboardInterrupt, Terminated):
-        session.leave(queue, "KILLED")
-        raise
-    except RunError:
-        session.leave(queue, "FAILED")
+    except BaseException as error:
+        told = isinstance(error, (KeyboardInterrupt, Terminated))
+        with impatient(), suppress(*TRACKING_ERRORS):  # which must not hide the reason
+            session.leave(queue, "KILLED" if told else "FAILED")
         raise
 
 
 def _supervise(session: Session, queue: Queue, workers: int, view: View) -> None:
-    """Start worker processes and watch until all wanted trials are finished; replace those that were killed."""
+    """Start worker processes and watch until all wanted trials are finished; replace those that end before."""
     context = multiprocessing.get_context("spawn")
     threads = max(1, torch.get_num_threads() // workers)
 
     def start(index: int) -> SpawnProcess:
+        process = context.Process(target=worker_process, args=(session, threads))
         with _own_accelerator(index):
-            process = context.Process(target=worker_process, args=(session, threads))
             process.start()
         return process
 
-    processes = [start(index) for index in range(workers)]
+    processes: list[SpawnProcess] = []
+    finished, in_vain = 0, 0
     try:
-        while queue.unfinished():
+        processes += map(start, range(workers))
+        while unfinished := queue.unfinished():
             view.standing(standing_of(session.plan, queue.trials()))
+            if len(session.plan.slots) - len(unfinished) > finished:
+                finished, in_vain = len(session.plan.slots) - len(unfinished), 0
             for index, process in enumerate(processes):
-                if (process.exitcode or 0) < 0:
-                    view.remark(
-                        f"A worker was killed (signal {-(process.exitcode or 0)}); another one takes its place."
-                    )
+                if process.exitcode is not None:
+                    in_vain += 1
+                    if in_vain > MOST_IN_VAIN * workers:
+                        raise RunError(
+                            "Workers end before they finish a run; see above why, and give the command again."
+                        )
+                    view.remark("A worker has ended too early; another one takes its place.")
                     processes[index] = start(index)
-            if all(process.exitcode is not None for process in processes) and queue.unfinished():
-                raise RunError("All workers ended before the study; see above why, and give the command again.")
             time.sleep(WATCH_SECONDS)
     finally:
         _stop(processes)
@@ -251,7 +270,7 @@ def _supervise(session: Session, queue: Queue, workers: int, view: View) -> None
 
 
 def _stop(processes: list[SpawnProcess]) -> None:
-    """Wait for workers to end by themselves where the study is over, tell them to where it isn't."""
+    """Tell workers to end, which give back what they work on, and see to it that they do."""
     for process in processes:
         process.terminate()
     deadline = time.monotonic() + ENDING_SECONDS
@@ -284,14 +303,14 @@ def _own_accelerator(index: int) -> Iterator[None]:
 def _publish(session: Session, queue: Queue, load: LoadData) -> Ending:
     """Publish the study unless another process just did, and end its run unless others go on with it."""
     storage, plan = queue.storage, session.plan
-    with storage.lock(session.study):
+    with storage.lock(f"publish {session.study}"):
         trials = queue.trials()
         finished = sorted(trial.number for trial in trials.values() if trial.state.is_finished())
-        attributes = storage.optuna.get_study_user_attrs(queue.study_id)
-        if attributes.get(PUBLISHED) != finished:
+        stands = {"trials": finished, "log_model": session.log_model}
+        if storage.optuna.get_study_user_attrs(queue.study_id).get(PUBLISHED) != stands:
             plan.publish(trials, session.parent, session.log_model, load)
-            storage.optuna.set_study_user_attr(queue.study_id, PUBLISHED, finished)
+            storage.optuna.set_study_user_attr(queue.study_id, PUBLISHED, stands)
         wanted = {slot: trial for slot, trial in trials.items() if slot in plan.slots}
         failed = {slot: str(trial.user_attrs.get(ERROR)) for slot, trial in wanted.items() if trial.state == FAIL}
-        session.leave(queue, "FAILED" if failed else "FINISHED")
+        session.end(queue, "FAILED" if failed else "FINISHED")
     return Ending(session.parent, plan.table(trials), failed)

@@ -136,6 +136,9 @@ class Study:
 
     def crossed(self, schedulers: Sequence[str]) -> Study:
         """Return the study with each arm under each learning rate schedule; `none` goes without saying."""
+        clash = {under(arm, scheduler) for scheduler in schedulers for arm in self.arms if scheduler != "none"}
+        if clash & self.arms.keys():
+            raise InputError(f"--study {self.name}: has an arm {min(clash & self.arms.keys())}; name it otherwise.")
         arms = {
             under(arm, scheduler): layer.with_value(("schedule", "name"), scheduler)
             for scheduler in schedulers

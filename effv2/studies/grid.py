@@ -13,12 +13,13 @@ import optuna
 
 from effv2 import provenance
 from effv2.config import TrainConfig
+from effv2.errors import InputError
 from effv2.evidence.comparison import HISTORIES, Comparison, Rows
 from effv2.execution.device import resolve_study
-from effv2.experiment import WEIGHTS, check, restore
+from effv2.experiment import check, restore
 from effv2.studies.files import Study
 from effv2.studies.options import LogModel
-from effv2.studies.plan import LoadData, PlannedRun, Purpose, Trials, best_of, run_ids
+from effv2.studies.plan import LoadData, PlannedRun, Purpose, Trials, best_of, discard_weights, run_ids
 from effv2.studies.queue import RUN
 from effv2.studies.settings import Layer
 from effv2.tracking.read import read_runs
@@ -62,7 +63,7 @@ class Grid:
 
     def run_of(self, slot: str, trial: optuna.Trial) -> PlannedRun:
         """Return the run of the trial's arm and seed."""
-        arm = trial.suggest_categorical("arm", list(self.arms))
+        arm = trial.suggest_categorical("arm", sorted(self.arms))  # one order, whatever that of the study file
         seed = trial.suggest_int("seed", 0, 2**32 - 1)
         return PlannedRun(slot, arm, self.arms[arm].with_seed(seed))
 
@@ -96,11 +97,9 @@ class Grid:
         if best is not None:
             config = self.arms[best.params["arm"]].with_seed(best.params["seed"])
             run = TrackedRun(best.user_attrs[RUN], parent.experiment_id)
-            outcome = restore(run, config, load(config.data))
-            if outcome is not None:
-                outcome.log_model()
-        for run_id in run_ids(trials).values():
-            TrackedRun(run_id, parent.experiment_id).discard(WEIGHTS)
+            if not run.has_model():
+                restore(run, config, load(config.data)).log_model()
+        discard_weights(trials, parent)
 
 
 def make_grid(
@@ -113,6 +112,8 @@ def make_grid(
     arms = dict(zip(study.arms, resolve_study([study.arm(name, options) for name in study.arms]), strict=True))
     for config in arms.values():
         check(config, load(config.data))
+        if not config.evaluation.test_set:
+            raise InputError("evaluation.test_set false: arms are compared on the test set; leave it true.")
     data = {name: load(config.data).digest() for name, config in arms.items()}
     every = seeds or study.seeds
     wanted = [(arm, seed) for seed in every for arm in chosen] or [(arm, arms[arm].random.seed) for arm in chosen]

@@ -24,7 +24,22 @@ def this_process() -> str:
 def is_gone(process: str) -> bool:
     """Say whether a process of this machine has ended; False for those that can't be seen from here."""
     *where, pid, started, _ = process.split("/") if process.count("/") == 4 else ("", "", "", "")
-    return "/".join(where) == _where() != "" and _started(int(pid)) != started
+    if "/".join(where) != _where() or not pid:
+        return False
+    return _started(int(pid)) != started and not _hidden(int(pid))
+
+
+def _hidden(pid: int) -> bool:
+    """Say whether a process lives that another user's rules keep from our sight."""
+    if (PROC / str(pid)).exists():
+        return False
+    try:
+        os.kill(pid, 0)
+    except PermissionError:
+        return True
+    except OSError:
+        return False
+    return False
 
 
 @cache

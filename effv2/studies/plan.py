@@ -15,8 +15,10 @@ from effv2.config import DataConfig, TrainConfig
 from effv2.data.cache import Progress
 from effv2.data.dataset import Dataset, load_dataset
 from effv2.evidence.comparison import Rows
+from effv2.experiment import WEIGHTS
 from effv2.studies.options import LogModel
 from effv2.studies.queue import RUN
+from effv2.tracking.read import read_runs
 from effv2.tracking.run import TrackedRun
 
 Trials = Mapping[str, FrozenTrial]  # by slot
@@ -94,6 +96,13 @@ def best_of(trials: Trials) -> FrozenTrial | None:
 def run_ids(trials: Trials) -> dict[str, str]:
     """Return the runs of the complete trials by slot."""
     return {slot: trial.user_attrs[RUN] for slot, trial in trials.items() if trial.state == TrialState.COMPLETE}
+
+
+def discard_weights(trials: Trials, parent: TrackedRun) -> None:
+    """Delete the weights that the study's own runs kept until its best was known."""
+    for record in read_runs(run_ids(trials).values(), []):
+        if record.tags.get("mlflow.parentRunId") == parent.run_id:
+            TrackedRun(record.run_id, parent.experiment_id).discard(WEIGHTS)
 
 
 class LoadedData:

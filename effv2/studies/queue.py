@@ -17,11 +17,12 @@ from itertools import islice
 from typing import Any, Literal, TypeVar
 
 import optuna
+from optuna.exceptions import UpdateFinishedTrialError
 from optuna.trial import FrozenTrial, TrialState
 
 from effv2.errors import Abandoned
 from effv2.studies.liveness import is_gone, this_process
-from effv2.studies.storage import HEARTBEAT_SECONDS, TRANSIENT, Storage, patient
+from effv2.studies.storage import DATABASE_ERRORS, GRACE_SECONDS, HEARTBEAT_SECONDS, Storage, patient
 
 T = TypeVar("T")
 Params = Mapping[str, Any]
@@ -49,8 +50,8 @@ class Queue:
 
     def __init__(self, storage: Storage, study: str, retries: int, wanted: Mapping[str, Params]) -> None:
         self.storage, self.study, self.retries, self.wanted = storage, study, retries, wanted
-        self.study_id = storage.optuna.get_study_id_from_name(study)
-        self._stale_since: dict[int, float] = {}
+        self.study_id = patient(storage.optuna.get_study_id_from_name)(study)
+        self._stale: dict[int, tuple[float, float]] = {}  # trial: when it was first and last seen without heartbeat
 
     @patient
     def retry_failed(self) -> None:
@@ -64,18 +65,20 @@ class Queue:
     def claim(self) -> Claim | None:
         """Take the first waiting trial, after freeing those whose worker is gone; None where none waits."""
         with self.storage.lock(self.study):
-            trials = self._wanted_trials()
-            for trial in trials:  # left over where the answer to an earlier claim was lost
+            trials = self._by_slot()
+            for trial in trials.values():  # left over where the answer to an earlier claim was lost
                 if trial.state == TrialState.RUNNING and self._owns(trial):
                     return self._claim_of(trial)
-            freed = [trial for trial in self._gone(trials) if self._free(trial)]
-            waiting = [trial for trial in trials if trial.state == TrialState.WAITING] + freed
+            gone = self._gone([trial for trial in trials.values() if trial.state == TrialState.RUNNING])
+            for trial in gone:
+                self._free(trial)
+            waiting = self._waiting()
             if not waiting:
                 self._enqueue_some()
-                waiting = [trial for trial in self._wanted_trials() if trial.state == TrialState.WAITING]
+                waiting = self._waiting()
             if not waiting:
                 return None
-            trial = min(waiting, key=lambda each: each.number)
+            trial = waiting[0]
             storage, trial_id = self.storage.optuna, trial._trial_id
             # Owner and heartbeat before the state: a running trial always has both.
             storage.set_trial_user_attr(trial_id, OWNER, this_process())
@@ -94,7 +97,7 @@ class Queue:
                     self.storage.optuna.record_heartbeat(claim.trial_id)
                     if not self._owns(self.storage.optuna.get_trial(claim.trial_id)):
                         lost.set()
-                except TRANSIENT:
+                except DATABASE_ERRORS:
                     continue  # the database is away; others look twice before they take the trial
 
         thread = threading.Thread(target=beat, daemon=True)
@@ -113,28 +116,36 @@ class Queue:
 
     @patient
     def note_run(self, claim: Claim, run_id: str) -> None:
-        """Record which run works on the trial."""
-        self.storage.optuna.set_trial_user_attr(claim.trial_id, RUN, run_id)
+        """Record which run works on the trial; Abandoned if the trial is no longer ours."""
+        with self._ours(claim):
+            self.storage.optuna.set_trial_user_attr(claim.trial_id, RUN, run_id)
 
     @patient
     def report(self, claim: Claim, epoch: int, value: float) -> None:
-        """Record the value reached at an epoch."""
-        self.storage.optuna.set_trial_intermediate_value(claim.trial_id, epoch, value)
+        """Record the value reached at an epoch; Abandoned if the trial is no longer ours."""
+        with self._ours(claim):
+            self.storage.optuna.set_trial_intermediate_value(claim.trial_id, epoch, value)
 
     @patient
-    def prunes(self, claim: Claim, pruner: optuna.pruners.BasePruner) -> bool:
-        """Ask the pruner whether the trial should end, after a report."""
+    def prunes(self, claim: Claim, epoch: int, pruner: optuna.pruners.BasePruner) -> bool:
+        """Ask the pruner whether the trial should end, after the report of an epoch."""
+        trial = self.storage.optuna.get_trial(claim.trial_id)
+        if (trial.last_step or 0) > epoch:  # an earlier attempt had come further, and was not pruned
+            return False
         study = optuna.load_study(study_name=self.study, storage=self.storage.optuna, pruner=pruner)
-        return bool(pruner.prune(study, self.storage.optuna.get_trial(claim.trial_id)))
+        return bool(pruner.prune(study, trial))
 
     @patient
-    def finish(self, claim: Claim, state: Literal[TrialState.COMPLETE, TrialState.PRUNED], value: float) -> None:
-        """Tell the value of a trial; Abandoned if it is no longer ours."""
+    def finish(
+        self, claim: Claim, state: Literal[TrialState.COMPLETE, TrialState.PRUNED], value: float, run_id: str
+    ) -> None:
+        """Tell a trial's value, and the run that reached it; Abandoned if the trial is no longer ours."""
         with self.storage.lock(self.study):
             trial = self.storage.optuna.get_trial(claim.trial_id)
             if not self._owns(trial):
                 raise Abandoned
-            if not trial.state.is_finished():
+            if not trial.state.is_finished():  # else the answer to an earlier attempt to tell was lost
+                self.storage.optuna.set_trial_user_attr(claim.trial_id, RUN, run_id)
                 self.storage.optuna.set_trial_state_values(claim.trial_id, state, [value])
 
     @patient
@@ -166,10 +177,22 @@ class Queue:
         finished = {slot for slot, trial in self.trials().items() if trial.state.is_finished()}
         return [slot for slot in self.wanted if slot not in finished]
 
+    @patient
     def deserted(self) -> bool:
         """Say whether nobody works on the study, as far as can be seen."""
-        running = (trial for trial in self.trials().values() if trial.state == TrialState.RUNNING)
-        return all(is_gone(trial.user_attrs[OWNER]) for trial in running)
+        running = [trial for trial in self._by_slot().values() if trial.state == TrialState.RUNNING]
+        stale = set(self.storage.optuna._get_stale_trial_ids(self.study_id)) if running else set()
+        return all(is_gone(trial.user_attrs[OWNER]) or trial._trial_id in stale for trial in running)
+
+    @contextmanager
+    def _ours(self, claim: Claim) -> Iterator[None]:
+        """Write to a trial that is ours and unfinished; Abandoned otherwise."""
+        if not self._owns(self.storage.optuna.get_trial(claim.trial_id)):
+            raise Abandoned
+        try:
+            yield
+        except UpdateFinishedTrialError:
+            raise Abandoned from None
 
     def _enqueue_some(self) -> None:
         """Enqueue the next slots that were never enqueued; all at once would slow every look at the queue."""
@@ -181,8 +204,10 @@ class Queue:
         study = optuna.load_study(study_name=self.study, storage=self.storage.optuna)
         study.enqueue_trial(dict(params), {SLOT: slot})
 
-    def _wanted_trials(self) -> list[FrozenTrial]:
-        return [trial for slot, trial in self._by_slot().items() if slot in self.wanted]
+    def _waiting(self) -> list[FrozenTrial]:
+        """Return the wanted trials that wait, the oldest first."""
+        found = (trial for slot, trial in self._by_slot().items() if slot in self.wanted)
+        return sorted((trial for trial in found if trial.state == TrialState.WAITING), key=lambda trial: trial.number)
 
     def _by_slot(self) -> dict[str, FrozenTrial]:
         found = self.storage.optuna.get_all_trials(self.study_id, deepcopy=False)
@@ -194,28 +219,24 @@ class Queue:
     def _owns(self, trial: FrozenTrial) -> bool:
         return bool(trial.user_attrs.get(OWNER) == this_process())
 
-    def _gone(self, trials: list[FrozenTrial]) -> list[FrozenTrial]:
+    def _gone(self, running: list[FrozenTrial]) -> list[FrozenTrial]:
         """Return the running trials whose worker is gone: seen on this machine, by heartbeat elsewhere."""
-        running = [trial for trial in trials if trial.state == TrialState.RUNNING]
         if not running:
             return []
         now = time.monotonic()
-        stale = set(self.storage.optuna._get_stale_trial_ids(self.study_id))
-        self._stale_since = {trial_id: self._stale_since.get(trial_id, now) for trial_id in stale}
-        return [
-            trial
-            for trial in running
-            if is_gone(trial.user_attrs[OWNER])
-            or now - self._stale_since.get(trial._trial_id, now) >= SECOND_LOOK_SECONDS
-        ]
+        before, self._stale = self._stale, {}
+        for trial_id in self.storage.optuna._get_stale_trial_ids(self.study_id):
+            first, last = before.get(trial_id, (now, now))
+            self._stale[trial_id] = (first if now - last <= GRACE_SECONDS else now, now)
+        missing = {trial_id for trial_id, (first, _) in self._stale.items() if now - first >= SECOND_LOOK_SECONDS}
+        return [trial for trial in running if is_gone(trial.user_attrs[OWNER]) or trial._trial_id in missing]
 
-    def _free(self, trial: FrozenTrial) -> bool:
-        """Let the trial of a gone worker wait again, or give it up; say whether it waits."""
+    def _free(self, trial: FrozenTrial) -> None:
+        """Let the trial of a gone worker wait again, or give it up."""
         lost: int = trial.user_attrs.get(LOST, 0) + 1
         again = lost < MOST_LOST
         attributes = {LOST: lost, ERROR: f"its worker was gone, {lost} times"}
         self._leave(trial._trial_id, TrialState.WAITING if again else TrialState.FAIL, attributes)
-        return again
 
     def _leave(self, trial_id: int, state: TrialState, attributes: dict[str, Any]) -> None:
         for name, value in attributes.items():

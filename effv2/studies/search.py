@@ -21,17 +21,19 @@ from effv2.errors import InputError
 from effv2.evidence.comparison import Rows, markdown_table
 from effv2.evidence.run_artifacts import write_csv
 from effv2.execution.device import resolve
-from effv2.experiment import WEIGHTS, check, restore, score_on_test, study_text
+from effv2.experiment import check, restore, score_on_test, study_text
 from effv2.randomness import stream_seed
 from effv2.studies.files import SearchFile, Study
 from effv2.studies.options import LogModel
-from effv2.studies.plan import LoadData, PlannedRun, Purpose, Trials, best_of, run_ids
+from effv2.studies.plan import LoadData, PlannedRun, Purpose, Trials, best_of, discard_weights
 from effv2.studies.queue import RUN
 from effv2.studies.settings import Layer, build_config, dotted
 from effv2.tracking.run import TrackedRun
 
 RANDOM_TRIALS = 10  # before TPE has anything to go by
 SHOWN_TRIALS = 6
+VALIDATION, TEST = "selected/val_accuracy", "selected/test_accuracy"
+LOOKS = "effv2.tested_runs"  # tag of the study's run: all trials that were looked at on the test set
 FIGURES: dict[str, Callable[[optuna.Study], Any]] = {
     "importance": plots.plot_param_importances,
     "history": plots.plot_optimization_history,
@@ -116,34 +118,36 @@ class Search:
     def publish(self, trials: Trials, parent: TrackedRun, log_model: LogModel, load: LoadData) -> None:
         """Test the best trial, once; log its model and configuration, the trials and figures on the parent."""
         best = best_of(trials)
+        looks: list[str] = []
         with tempfile.TemporaryDirectory() as name:
             folder = Path(name)
             self._write_trials(trials, folder / "trials.csv")
             if best is not None:
                 config = self.configuration(best.params)
                 run = TrackedRun(best.user_attrs[RUN], parent.experiment_id)
-                accuracy = self._test(run, config, log_model, load)
+                looks = self._test(run, config, parent, log_model, load)
                 (folder / "best.yaml").write_text(study_text(_with_test(config, True)), encoding="utf-8")
                 _draw(trials, folder)
-                parent.set_tags({"effv2.best_run": run.run_id})
-                parent.log_metrics({"selected/val_accuracy": best.value or 0.0, "selected/test_accuracy": accuracy})
             parent.log_folder(folder)
-        for run_id in run_ids(trials).values():
-            TrackedRun(run_id, parent.experiment_id).discard(WEIGHTS)
-        parent.describe(f"{self.purpose.description}\n\n{markdown_table(self.table(trials))}")
+        discard_weights(trials, parent)
+        more = f"\n\nThe search grew: {len(looks)} trials were looked at on the test set." if len(looks) > 1 else ""
+        parent.describe(f"{self.purpose.description}\n\n{markdown_table(self.table(trials))}{more}")
 
-    def _test(self, run: TrackedRun, config: TrainConfig, log_model: LogModel, load: LoadData) -> float:
-        """Return the run's accuracy on the test set, evaluated now unless it was before."""
+    def _test(
+        self, run: TrackedRun, config: TrainConfig, parent: TrackedRun, log_model: LogModel, load: LoadData
+    ) -> list[str]:
+        """Evaluate a run on the test set unless that was done before; return all runs that ever were."""
+        wants_model = log_model == "best" and not run.has_model()
         known = run.metrics()
-        accuracy = known.get("selected/test_accuracy")
-        outcome = restore(run, config, load(config.data))
-        if outcome is None:
-            return accuracy if accuracy is not None else float("nan")
-        if accuracy is None:
-            accuracy = score_on_test(outcome)
-        if log_model == "best":
-            outcome.log_model()
-        return accuracy
+        if wants_model or TEST not in known:
+            outcome = restore(run, config, load(config.data))
+            known[TEST] = score_on_test(outcome) if TEST not in known else known[TEST]
+            if wants_model:
+                outcome.log_model()
+        looks = list(dict.fromkeys([*filter(None, parent.tag(LOOKS).split(",")), run.run_id]))
+        parent.set_tags({"effv2.best_run": run.run_id, LOOKS: ",".join(looks)})
+        parent.log_metrics({VALIDATION: known[VALIDATION], TEST: known[TEST]})
+        return looks
 
     def _write_trials(self, trials: Trials, path: Path) -> None:
         names = list(self.search.space)

@@ -7,9 +7,9 @@ from dataclasses import dataclass
 from effv2.studies.options import LogModel
 from effv2.studies.plan import Plan
 from effv2.studies.queue import Queue
-from effv2.studies.storage import Storage
+from effv2.studies.storage import Storage, StorageAway, hurry, patient
 from effv2.tracking.read import find_running
-from effv2.tracking.run import TrackedRun
+from effv2.tracking.run import OUTCOME, TrackedRun
 
 
 @dataclass(frozen=True)
@@ -34,10 +34,30 @@ class Session:
         """Return the run of the study."""
         return TrackedRun(self.parent_id, self.experiment_id)
 
+    def end(self, queue: Queue, status: str) -> None:
+        """End the study's run, and children that a dead process left open, unless somebody still works on it.
+
+        Who claims a trial afterwards sets the study's run to RUNNING again.
+        """
+        patient(self._end)(queue, status)
+
+    def _end(self, queue: Queue, status: str) -> None:
+        with queue.storage.lock(self.study):  # nobody claims a trial meanwhile
+            if not queue.deserted():
+                return
+            for child in find_running(self.experiment_id, self.parent_id):
+                finished = child.tags.get(OUTCOME) == "complete"  # and was open only to be given its model
+                TrackedRun(child.run_id, self.experiment_id).set_status("FINISHED" if finished else "KILLED")
+            self.parent.set_status(status)
+
     def leave(self, queue: Queue, status: str) -> None:
-        """End the study's run, and children that a dead process left open, unless somebody still works on it."""
-        if not queue.deserted():
-            return
-        for run_id in find_running(self.experiment_id, self.parent_id):
-            TrackedRun(run_id, self.experiment_id).set_status("KILLED")
-        self.parent.set_status(status)
+        """Give back what this process works on and end the study's run, within seconds, as on the way out.
+
+        Where the storage is away, its trials are taken up for want of a heartbeat.
+        """
+        with hurry():
+            try:
+                queue.release()
+                self.end(queue, status)
+            except StorageAway:
+                self.parent.set_status(status)

@@ -18,7 +18,7 @@ from optuna.exceptions import StorageInternalError
 from optuna.storages import RDBStorage, get_storage
 from optuna.storages._heartbeat import BaseHeartbeat
 from sqlalchemy.engine import URL
-from sqlalchemy.exc import ArgumentError, DBAPIError, SQLAlchemyError
+from sqlalchemy.exc import ArgumentError, DBAPIError, InterfaceError, OperationalError, SQLAlchemyError
 
 from effv2.errors import InputError, RunError
 
@@ -26,7 +26,18 @@ HEARTBEAT_SECONDS = 10
 GRACE_SECONDS = 60  # without a heartbeat for so long, a worker that can't be seen from here counts as gone
 FORMS = "sqlite:///FILE or postgresql://USER@HOST/DATABASE"
 OUTAGE_SECONDS = 600  # so long a database may be away
-TRANSIENT = (StorageInternalError, DBAPIError)
+HURRY_SECONDS = 5  # so long on the way out
+# Seconds, and milliseconds for tcp_user_timeout. A peer whose machine died would otherwise be waited for for hours, and
+# the lock of a client that died with its machine be kept.
+POSTGRESQL_ARGUMENTS: dict[str, Any] = {
+    "connect_timeout": 10,
+    "keepalives_idle": 30,
+    "keepalives_interval": 10,
+    "keepalives_count": 3,
+    "tcp_user_timeout": 60_000,
+    "options": "-c tcp_keepalives_idle=30 -c tcp_keepalives_interval=10 -c tcp_keepalives_count=3",
+}
+DATABASE_ERRORS = (StorageInternalError, DBAPIError)
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -45,7 +56,7 @@ class Storage:
     def __init__(self, url: URL) -> None:
         self.url, self.shown = url.render_as_string(hide_password=False), url.render_as_string(hide_password=True)
         self._file = url.database if url.get_backend_name() == "sqlite" else None
-        arguments = {"timeout": 60} if self._file else {"connect_timeout": 10}  # seconds
+        arguments = {"timeout": 60} if self._file else POSTGRESQL_ARGUMENTS
         engine: dict[str, Any] = {"connect_args": arguments, "pool_pre_ping": True}
         self._locks = sqlalchemy.create_engine(url, **engine)
         with self.lock("tables"), warnings.catch_warnings():  # two processes that create them at once would fail
@@ -55,9 +66,12 @@ class Storage:
 
     @contextmanager
     def lock(self, name: str) -> Iterator[None]:
-        """Hold the lock of that name, on sqlite that of the file; not to be taken twice."""
+        """Hold the lock of that name, not to be taken twice.
+
+        On sqlite all names share the file's own lock, but for `publish`, which is held for long.
+        """
         if self._file:
-            with FileLock(f"{self._file}.lock"):
+            with FileLock(f"{self._file}.publish.lock" if name.startswith("publish ") else f"{self._file}.lock"):
                 yield
             return
         key = int.from_bytes(hashlib.sha256(f"effv2 {name}".encode()).digest()[:8], "big", signed=True)
@@ -95,38 +109,67 @@ def open_storage(url: str) -> Storage:
         ) from error
     except (SQLAlchemyError, StorageInternalError, OSError, RuntimeError) as error:
         raise InputError(
-            f"--storage {shown}: can't be used ({_reason(error)}); start the database or correct the address."
+            f"--storage {shown}: can't be used ({reason(error)}); start the database or correct the address."
         ) from error
 
 
-def _reason(error: Exception) -> str:
+def reason(error: Exception) -> str:
     """Return what the database said, in one line."""
     return " ".join(str(error.__cause__ or error).split())[:200].rstrip(".")
 
 
 class StorageAway(RunError):
-    """The database has been away for longer than we wait."""
+    """The database, or the tracking store, has been away for longer than we wait."""
+
+
+class _Patience:
+    seconds = float(OUTAGE_SECONDS)
+
+
+@contextmanager
+def hurry() -> Iterator[None]:
+    """Wait for a database only for seconds, as where the user wants the process to end."""
+    before, _Patience.seconds = _Patience.seconds, HURRY_SECONDS
+    try:
+        yield
+    finally:
+        _Patience.seconds = before
+
+
+def is_away(error: Exception) -> bool:
+    """Say whether an error means that the database can't be reached or is busy, rather than that it refuses."""
+    cause = error.__cause__ or error
+    return isinstance(cause, (OperationalError, InterfaceError)) or bool(getattr(cause, "connection_invalidated", 0))
 
 
 def patient(operation: Callable[P, R]) -> Callable[P, R]:
-    """Repeat an operation on the storage while the database is away; RunError after ten minutes.
+    """Repeat an operation on the storage while the database is away; StorageAway after ten minutes.
 
     The operation must be one that may be repeated, since the answer to the last attempt may just have been lost.
     """
 
     @wraps(operation)
     def repeated(*args: P.args, **kwargs: P.kwargs) -> R:
-        deadline, pause = time.monotonic() + OUTAGE_SECONDS, 0.05
+        began, pause = time.monotonic(), 0.05
         while True:
             try:
                 return operation(*args, **kwargs)
-            except TRANSIENT as error:
-                if time.monotonic() > deadline:
+            except DATABASE_ERRORS as error:
+                if not is_away(error):
+                    raise
+                waited = time.monotonic() - began
+                if waited > _Patience.seconds:
                     raise StorageAway(
-                        f"The storage has been away for {OUTAGE_SECONDS // 60} minutes ({_reason(error)}); start the "
-                        "database and give the same command again, which goes on from here."
+                        f"The storage has been away for {waited:.0f} seconds ({reason(error)}); start the database and "
+                        "give the same command again, which goes on from here."
                     ) from error
             time.sleep(pause * random.uniform(0.5, 1.5))  # noqa: S311
             pause = min(2 * pause, 5.0)
 
     return repeated
+
+
+@patient
+def reopen_storage(url: str) -> Storage:
+    """Open a storage that was open before, waiting for its database."""
+    return Storage(sqlalchemy.make_url(url))

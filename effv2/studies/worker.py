@@ -22,10 +22,10 @@ from effv2.signals import ending_signals
 from effv2.studies.plan import LoadData, LoadedData, best_of
 from effv2.studies.queue import Claim, Queue
 from effv2.studies.session import Session
-from effv2.studies.storage import StorageAway, open_storage
+from effv2.studies.storage import OUTAGE_SECONDS, StorageAway, hurry, reopen_storage
 from effv2.tracking.read import Identity, RunRecord, find_finished, read_runs
 from effv2.tracking.run import OUTCOME, TrackedRun
-from effv2.tracking.store import use_store
+from effv2.tracking.store import answers, shown_uri, use_store, wait_until_it_answers
 from effv2.training.loop import EpochResult, watched_accuracy
 
 POLL_SECONDS = 1.0  # between two looks at a queue whose last trials others work on
@@ -50,8 +50,7 @@ class TrialObserver(Observer):
 
     def __init__(self, session: Session, queue: Queue, claim: Claim, lost: threading.Event) -> None:
         self.session, self.queue, self.claim, self.lost = session, queue, claim, lost
-        self.run_id = ""
-        self._best = -1.0
+        self.best, self.run_id = 0.0, ""
 
     def started(self, run_id: str) -> None:
         """Note the run on the trial, so that whoever takes the trial up knows of it."""
@@ -62,35 +61,27 @@ class TrialObserver(Observer):
         """Report the best accuracy so far, which is what a trial is worth; ask the pruner."""
         if self.lost.is_set():
             raise Abandoned
-        self._best = max(self._best, watched_accuracy(result.metrics))
-        self.queue.report(self.claim, result.epoch, self._best)
+        self.best = max(self.best, watched_accuracy(result.metrics))
+        self.queue.report(self.claim, result.epoch, self.best)
         plan = self.session.plan
         if not plan.samples or result.epoch >= plan.epochs:
             return False
-        return self.queue.prunes(self.claim, plan.pruner())
+        return self.queue.prunes(self.claim, result.epoch, plan.pruner())
 
     def keeps_weights(self, accuracy: float) -> bool:
         """Keep what may turn out to be the best model of the study."""
         if self.session.log_model != "best" and not self.session.plan.samples:
             return False
         best = best_of(self.queue.trials())
-        return best is None or accuracy > (best.value or 0.0)
+        return best is None or accuracy >= (best.value or 0.0)
 
 
 def work(session: Session, queue: Queue, load: LoadData, display: Display, changed: Callable[[], None]) -> None:
     """Take trial after trial until all wanted ones are finished, here or elsewhere.
 
     `changed` is called when a trial begins and when it ends. A run that fails is told to the queue and the rest
-    goes on. Told to end, this process gives back what it works on.
+    goes on.
     """
-    try:
-        _work(session, queue, load, display, changed)
-    except (KeyboardInterrupt, Terminated):
-        queue.release()
-        raise
-
-
-def _work(session: Session, queue: Queue, load: LoadData, display: Display, changed: Callable[[], None]) -> None:
     while True:
         claim = queue.claim()
         changed()
@@ -108,29 +99,48 @@ def _work(session: Session, queue: Queue, load: LoadData, display: Display, chan
         except RunError as error:
             queue.fail(claim, str(error), final=isinstance(error, Diverged))
         except Exception as error:  # a fault of ours or of a library costs one run, not the study
+            if not answers():
+                _wait_for_tracking(queue)
+                continue
             traceback.print_exc()
             queue.fail(claim, f"{type(error).__name__}: {error}", final=False)
         changed()
+
+
+def _wait_for_tracking(queue: Queue) -> None:
+    """Give the trial back, which is not to blame, once the tracking store answers again."""
+    if not wait_until_it_answers(OUTAGE_SECONDS):
+        raise StorageAway(
+            f"The tracking store {shown_uri()} has been away for {OUTAGE_SECONDS} seconds; start it and give the same "
+            "command again, which goes on from here."
+        )
+    queue.release()
 
 
 def _attempt(session: Session, queue: Queue, claim: Claim, load: LoadData, display: Display) -> None:
     """Train the run of a trial, unless a finished one with the same identity is there; tell how it ended."""
     plan = session.plan
     with queue.heartbeat(claim) as lost:
+        session.parent.set_status("RUNNING")  # where somebody who left had ended it
         planned = queue.suggest(claim, plan.sampler(claim.number), lambda trial: plan.run_of(claim.slot, trial))
         dataset = load(planned.config.data)
         done = _done_before(session, claim, identity(planned.config, dataset))
         if done is not None:
-            queue.note_run(claim, done.run_id)
-            queue.finish(claim, _state(done.tags[OUTCOME] == "pruned"), _value(done))
+            queue.finish(claim, _state(done.tags[OUTCOME] == "pruned"), reached(done.metrics), done.run_id)
             return
         labels = Labels(planned.name, session.experiment_id, plan.purpose.name, planned.arm, session.parent_id)
         observer = TrialObserver(session, queue, claim, lost)
-        outcome = run_experiment(
-            planned.config, dataset, labels, display, session.log_model == "all", observer=observer
-        )
+        log_model = session.log_model == "all"
         try:
-            queue.finish(claim, _state(outcome.pruned), outcome.watched_accuracy)
+            outcome = run_experiment(planned.config, dataset, labels, display, log_model, observer=observer)
+        except Diverged:
+            if not plan.samples:
+                raise
+            # In a search an answer like any other: this is no place to look for the best.
+            queue.finish(claim, TrialState.PRUNED, observer.best, observer.run_id)
+            return
+        try:
+            queue.finish(claim, _state(outcome.pruned), outcome.watched_accuracy, outcome.run.run_id)
         except Abandoned:
             outcome.run.set_status("KILLED")  # the run of the worker that has the trial now counts
             raise
@@ -153,24 +163,25 @@ def _state(pruned: bool) -> Literal[TrialState.COMPLETE, TrialState.PRUNED]:
     return TrialState.PRUNED if pruned else TrialState.COMPLETE
 
 
-def _value(record: RunRecord) -> float:
-    """Return what a finished run is worth; of a pruned one, its last epoch's watched accuracy."""
-    return watched_accuracy(record.metrics) if record.tags[OUTCOME] == "pruned" else reached(record.metrics)
-
-
 def worker_process(session: Session, threads: int) -> None:
     """Work in a process of its own, which ends when the one that started it does."""
     torch.set_num_threads(threads)
     use_store(session.tracking_uri)
-    _end_with_parent()
+    queue: Queue | None = None
     with ending_signals():
-        queue = session.queue(open_storage(session.storage_url))
         try:
+            _end_with_parent()
+            queue = session.queue(reopen_storage(session.storage_url))
             work(session, queue, LoadedData(lambda done, total: None), SilentDisplay(), lambda: None)
         except (KeyboardInterrupt, Terminated):
             parent = parent_process()
-            if parent is not None and not parent.is_alive():
+            if parent is not None and not parent.is_alive():  # nobody else is left to do it
+                with hurry():
+                    queue = queue or session.queue(reopen_storage(session.storage_url))
                 session.leave(queue, "KILLED")
+            elif queue is not None:
+                with hurry():
+                    queue.release()
             sys.exit(1)
         except StorageAway as error:
             sys.exit(str(error))

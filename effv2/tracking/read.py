@@ -50,10 +50,10 @@ def find_finished(identity: Identity, experiment_id: str, parent: str = "") -> R
     return next((_record(run, {}) for run in found if run.data.tags.get(OUTCOME) == "complete"), None)
 
 
-def find_running(experiment_id: str, parent: str) -> list[str]:
-    """Return the ids of a run's children that are marked as running."""
+def find_running(experiment_id: str, parent: str) -> list[RunRecord]:
+    """Return a run's children that are marked as running."""
     condition = f"attributes.status = 'RUNNING' and tags.`mlflow.parentRunId` = '{parent}'"
-    return [run.info.run_id for run in MlflowClient().search_runs([experiment_id], condition)]
+    return [_record(run, {}) for run in MlflowClient().search_runs([experiment_id], condition)]
 
 
 def read_runs(run_ids: Iterable[str], histories: Iterable[str]) -> list[RunRecord]:

@@ -21,7 +21,7 @@ from mlflow.tracking.context.registry import resolve_tags
 from effv2.errors import Abandoned, Terminated
 from effv2.provenance import GitState
 from effv2.serving import image_classifier_path
-from effv2.tracking.store import impatient, shown_uri
+from effv2.tracking.store import TRACKING_ERRORS, impatient, shown_uri
 
 OUTCOME = "effv2.outcome"  # tag: complete, pruned or failed
 NOTE = "mlflow.note.content"  # the tag that the UI shows as the run's description
@@ -103,12 +103,26 @@ class TrackedRun:
                 get_artifact_repository(client.get_run(self.run_id).info.artifact_uri).delete_artifacts(name)  # type: ignore[no-untyped-call]
 
     def set_status(self, status: str) -> None:
-        """Set the status of a run that isn't open in this process: RUNNING, FINISHED, FAILED or KILLED."""
+        """Set the status of a run that isn't open in this process: RUNNING, FINISHED, FAILED or KILLED.
+
+        One that has it already keeps its end time.
+        """
         client = mlflow.MlflowClient()
+        if client.get_run(self.run_id).info.status == status:
+            return
         if status == "RUNNING":
             client.update_run(self.run_id, status)
         else:
             client.set_terminated(self.run_id, status)
+
+    def tag(self, name: str) -> str:
+        """Return a tag, empty where it isn't set."""
+        return str(mlflow.MlflowClient().get_run(self.run_id).data.tags.get(name, ""))
+
+    def has_model(self) -> bool:
+        """Say whether a model was logged."""
+        outputs = mlflow.MlflowClient().get_run(self.run_id).outputs
+        return bool(outputs and outputs.model_outputs)
 
     def log_model(self, files: Mapping[str, Path], example: str, torch_version: str) -> str:
         """Log the served model: image in, class names and probabilities out, no pickle; return its address.
@@ -136,14 +150,17 @@ class TrackedRun:
 
     @contextmanager
     def _open(self) -> Iterator[None]:
-        """Make this the active run, reopening it where it has ended."""
+        """Make this the active run, reopening it where it has ended: it keeps its status, whatever happens inside."""
         active = mlflow.active_run()
         if active is not None and active.info.run_id == self.run_id:
             yield
-        else:
-            with _ending():
-                mlflow.start_run(self.run_id, nested=True)
-                yield
+            return
+        status = mlflow.MlflowClient().get_run(self.run_id).info.status
+        mlflow.start_run(self.run_id, nested=True)
+        try:
+            yield
+        finally:
+            mlflow.end_run(status)
 
 
 @contextmanager
@@ -220,13 +237,17 @@ def _ending() -> Iterator[None]:
     except BaseException as error:
         status = "FAILED"
         if _opened(outer):
-            with impatient(), suppress(MlflowException, OSError):
+            with impatient(), suppress(*TRACKING_ERRORS):
                 said = f"{type(error).__name__}: {error}"[:LONGEST_TAG]
                 mlflow.set_tags({"effv2.error": said, OUTCOME: "failed"})
         raise
     finally:
         if _opened(outer):
-            mlflow.end_run(status)
+            if status == "FINISHED":
+                mlflow.end_run(status)
+            else:  # a store that is away must not hide why the run ends
+                with impatient(), suppress(*TRACKING_ERRORS):
+                    mlflow.end_run(status)
 
 
 def _opened(outer: mlflow.ActiveRun | None) -> bool:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import re
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -19,6 +20,9 @@ from effv2.errors import InputError
 
 # MLflow's own limits let a dead server block for minutes; a check may be impatient.
 IMPATIENT = {"MLFLOW_HTTP_REQUEST_MAX_RETRIES": "1", "MLFLOW_HTTP_REQUEST_TIMEOUT": "10"}
+
+WAIT_SECONDS = 2.0
+TRACKING_ERRORS = (MlflowException, SQLAlchemyError, OSError)  # a store that is away, or refuses
 
 
 def open_store(experiment: str) -> str:
@@ -47,6 +51,26 @@ def use_store(uri: str) -> None:
     """Log to the store that the process which started this one logs to."""
     _quieten()
     mlflow.set_tracking_uri(uri)
+
+
+def answers() -> bool:
+    """Say whether the tracking store answers now."""
+    try:
+        with impatient():
+            MlflowClient().search_experiments(max_results=1)
+    except TRACKING_ERRORS:
+        return False
+    return True
+
+
+def wait_until_it_answers(seconds: float) -> bool:
+    """Wait for the tracking store for so long at most; say whether it answers."""
+    deadline = time.monotonic() + seconds
+    while not answers():
+        if time.monotonic() > deadline:
+            return False
+        time.sleep(WAIT_SECONDS)
+    return True
 
 
 def _quieten() -> None:

@@ -108,6 +108,11 @@ class TrainState:
         self.progress = Progress(**state["progress"])
         self.selected = state["selected"]
 
+    def take_selected(self) -> None:
+        """Go back to the weights of the selected epoch; without a validation split it is the last one."""
+        if self.selected is not None:
+            self.evaluated.load_state_dict(self.selected)
+
     def select(self) -> None:
         """Keep a copy of the evaluated weights as the selected ones."""
         self.selected = {name: value.detach().clone() for name, value in self.evaluated.state_dict().items()}
