@@ -13,6 +13,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager, suppress
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
@@ -46,6 +47,7 @@ arms:
   default: {{model: {{variant: tiny, table: {TINY_TABLE}}}}}
   other: {{model: {{variant: other, table: {OTHER_TINY_TABLE}}}}}
 seeds: [0, 1, 2, 3, 4, 5]
+retries: 3
 """
 Table = list[tuple[str, ...]]
 
@@ -156,12 +158,40 @@ def test_a_killed_worker_and_a_killed_coordinator_cost_nothing(
     wait_for((tmp_path / "optuna.db").exists, first)
     storage = open_storage(url)
     os.kill(wait_for(lambda: in_mid_epoch(storage, 1), first), signal.SIGKILL)
-    wait_for(lambda: in_mid_epoch(storage, 4), first)
+    os.kill(wait_for(lambda: in_mid_epoch(storage, 3), first), signal.SIGTERM)
+    wait_for(lambda: in_mid_epoch(storage, 5), first)
     first.kill()
     first.communicate(timeout=30)  # to the end of its workers, which share the pipe and end by themselves
     assert children("KILLED") and not [run for run in runs() if run.info.status == "RUNNING"]
     assert "[12/12]" in end(start(study, url, 2))
     check_twelve(storage, undisturbed(max(1, torch.get_num_threads() // 2)), tmp_path)
+    storage.close()
+
+
+def claim_all(url: str, results: Any) -> None:
+    """Claim and finish trials of the queue `q` in a process of its own."""
+    queue = Queue(open_storage(url), "q", 0, {str(number): {} for number in range(24)})
+    claimed = []
+    while (claim := queue.claim()) is not None:
+        claimed.append(claim.slot)
+        queue.finish(claim, TrialState.COMPLETE, 0.5, "")
+    results.put(claimed)
+
+
+def test_processes_never_claim_the_same_trial(tmp_path: Path) -> None:
+    url = f"sqlite:///{tmp_path / 'queue.db'}"
+    storage = open_storage(url)
+    make_queue(storage, slots=24)
+    context = get_context("spawn")
+    results = context.Queue()
+    processes = [context.Process(target=claim_all, args=(url, results)) for _ in range(3)]
+    for process in processes:
+        process.start()
+    claimed = sorted(slot for _ in processes for slot in results.get(timeout=60))
+    for process in processes:
+        process.join(10)
+    assert claimed == sorted(map(str, range(24)))
+    assert len(trials(storage)) == 24
     storage.close()
 
 
@@ -217,36 +247,58 @@ def free_port() -> int:
         return port
 
 
+class Server:
+    """An MLflow server on a port of its own."""
+
+    def __init__(self, command: list[str], port: int, log: Path) -> None:
+        self.command, self.port, self.log = command, port, log
+
+    def start(self) -> None:
+        environment = os.environ | {"MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"}
+        with self.log.open("ab") as log:
+            self.process = subprocess.Popen(
+                self.command, stdout=log, stderr=log, env=environment, start_new_session=True
+            )
+        deadline = time.monotonic() + 60
+        while True:
+            assert time.monotonic() < deadline and self.process.poll() is None, self.log.read_text()
+            with suppress(OSError), closing(socket.create_connection(("127.0.0.1", self.port), timeout=1)):
+                return
+            time.sleep(0.2)
+
+    def stop(self) -> None:
+        os.killpg(self.process.pid, signal.SIGKILL)
+        self.process.wait()
+
+
 @pytest.fixture
-def server(cluster: Cluster, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+def server(cluster: Cluster, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Server]:
     """Start an MLflow server on a PostgreSQL database and point MLflow at it."""
     port, store = free_port(), cluster.database("mlflow").replace("postgresql:", "postgresql+psycopg:")
     command = [sys.executable, "-m", "mlflow", "server", "--backend-store-uri", store, "--port", str(port)]
     command += ["--artifacts-destination", str(tmp_path / "artifacts"), "--workers", "1"]
-    environment = os.environ | {"MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"}
-    with (tmp_path / "server.log").open("wb") as log:
-        process = subprocess.Popen(command, stdout=log, stderr=log, env=environment, start_new_session=True)
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("MLFLOW_TRACKING_URI", f"http://127.0.0.1:{port}")
-    deadline = time.monotonic() + 60
-    while True:
-        assert time.monotonic() < deadline and process.poll() is None, (tmp_path / "server.log").read_text()
-        with suppress(OSError), closing(socket.create_connection(("127.0.0.1", port), timeout=1)):
-            break
-        time.sleep(0.2)
-    yield f"http://127.0.0.1:{port}"
-    os.killpg(process.pid, signal.SIGTERM)
-    process.wait(30)
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "2")  # MLflow gives up on a server soon
+    server = Server(command, port, tmp_path / "server.log")
+    server.start()
+    yield server
+    server.stop()
 
 
-def test_four_workers_on_postgresql_survive_a_killed_worker_and_a_crashed_database(
-    server: str, cluster: Cluster, study: Path, tmp_path: Path, undisturbed: Callable[[int], Table]
+def test_four_workers_on_postgresql_survive_whatever_is_killed(
+    server: Server, cluster: Cluster, study: Path, tmp_path: Path, undisturbed: Callable[[int], Table]
 ) -> None:
+    """A worker, the MLflow server, and the database of both, one after the other."""
     url = cluster.database("optuna")
     process = start(study, url, 4)
     storage = open_storage(url)
     os.kill(wait_for(lambda: in_mid_epoch(storage, 1), process), signal.SIGKILL)
-    wait_for(lambda: in_mid_epoch(storage, 4), process)
+    wait_for(lambda: in_mid_epoch(storage, 3), process)
+    server.stop()
+    time.sleep(8)  # longer than MLflow repeats its calls
+    server.start()
+    wait_for(lambda: in_mid_epoch(storage, 6), process)
     cluster.crash()
     end(process)
     check_twelve(storage, undisturbed(max(1, torch.get_num_threads() // 4)), tmp_path)

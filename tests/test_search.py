@@ -69,6 +69,8 @@ def test_search_touches_the_test_set_once_and_can_grow(sqlite_store: str, tiny_s
     assert invoke(search, "--study", tiny_search, "--trials", "8").exit_code == 0
     grown, *children = all_runs()
     assert len(children) == 8 and grown.info.run_id == parent.info.run_id
+    looks = grown.data.tags["effv2.tested_runs"].split(",")  # one, unless the search found a better one as it grew
+    assert {run.info.run_id for run in touching_the_test_set(children)} == set(looks) and len(looks) <= 2
 
     best_yaml = MlflowClient().download_artifacts(parent.info.run_id, "best.yaml", str(tmp_path))
     assert invoke(train, "--study", best_yaml, "--log-model", "none").exit_code == 0
@@ -122,3 +124,42 @@ def test_a_study_whose_run_is_gone_says_so(sqlite_store: str, tiny_study: Path) 
     MlflowClient().delete_run(all_runs()[0].info.run_id)
     result = invoke(ablate, "--study", tiny_study)
     assert result.exit_code == 2 and "or start over with --fresh." in result.stderr
+
+
+def test_workers_share_a_search(sqlite_store: str, tiny_search: Path) -> None:
+    result = invoke(search, "--study", tiny_search, "--workers", "2", "--log-model", "all")
+    assert result.exit_code == 0, result.output
+    parent, *children = all_runs()
+    assert len(children) == 6 and {run.info.status for run in (parent, *children)} == {"FINISHED"}
+    (best,) = touching_the_test_set(children)
+    assert parent.data.metrics["selected/test_accuracy"] == best.data.metrics["selected/test_accuracy"]
+    for run in children:
+        assert bool(run.outputs and run.outputs.model_outputs) == (run.data.tags["effv2.outcome"] == "complete")
+        assert run.data.tags["mlflow.parentRunId"] == parent.info.run_id
+
+
+def test_a_best_run_without_weights_is_trained_again_for_its_model(sqlite_store: str, tiny_study: Path) -> None:
+    assert invoke(ablate, "--study", tiny_study, "--log-model", "none").exit_code == 0
+    assert invoke(ablate, "--study", tiny_study, "--log-model", "best").exit_code == 0
+    _, *children = all_runs()
+    assert len(children) == 2 and {run.info.status for run in children} == {"FINISHED"}
+    assert len([run for run in children if run.outputs and run.outputs.model_outputs]) == 1
+
+
+def test_the_order_of_arms_changes_nothing(sqlite_store: str, tiny_study: Path) -> None:
+    assert invoke(ablate, "--study", tiny_study, "--log-model", "none").exit_code == 0
+    *head, default, other = tiny_study.read_text().strip().splitlines()
+    tiny_study.write_text("\n".join([*head, other, default, "baseline: default"]))
+    assert invoke(ablate, "--study", tiny_study, "--log-model", "none", "--seeds", "0,1").exit_code == 0
+    assert len(all_runs()) == 5
+
+
+def test_a_diverging_trial_is_an_answer_of_a_search(sqlite_store: str, tiny_search: Path) -> None:
+    text = TINY_SEARCH.replace("low: 1e-4, high: 1e-1, log: true", "low: 99, high: 100")
+    sgd = "optimiser: {name: sgd, clip_norm: 0, momentum: 0.99}"
+    text = text.replace("schedule: {epochs: 4}", f"{sgd}\n  schedule: {{epochs: 30}}")
+    tiny_search.write_text(text.replace("trials: 6", "trials: 3\n  prune: false"))
+    assert invoke(search, "--study", tiny_search, "--log-model", "none").exit_code == 0
+    parent, *children = all_runs()
+    assert parent.info.status == "FINISHED" and len(children) == 3
+    assert "failed" in {run.data.tags["effv2.outcome"] for run in children}

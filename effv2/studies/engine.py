@@ -258,9 +258,7 @@ def _supervise(session: Session, queue: Queue, workers: int, view: View) -> None
                 if process.exitcode is not None:
                     in_vain += 1
                     if in_vain > MOST_IN_VAIN * workers:
-                        raise RunError(
-                            "Workers end before they finish a run; see above why, and give the command again."
-                        )
+                        raise RunError("Workers end before they finish a run; see above why, then go on.")
                     view.remark("A worker has ended too early; another one takes its place.")
                     processes[index] = start(index)
             time.sleep(WATCH_SECONDS)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import tempfile
 import warnings
 from collections.abc import Callable, Mapping
@@ -106,11 +107,14 @@ class Search:
         ranked = sorted(trials.items(), key=lambda item: (item[1].state.name, -(item[1].value or 0.0)))
         shown = ranked[:SHOWN_TRIALS]
         titles = ("", *(slot for slot, _ in shown))
+        best = best_of(trials)
+        tested = "" if best is None else f"{TrackedRun(best.user_attrs[RUN], '').metrics().get(TEST, math.nan):.2%}"
         named = {name: name.rpartition(".")[2].replace("_", " ") for name in self.search.space}
         return [
             titles,
             ("state", *(trial.state.name.lower() for _, trial in shown)),
             ("validation accuracy", *("" if trial.value is None else f"{trial.value:.2%}" for _, trial in shown)),
+            ("test accuracy", *(tested if trial is best else "" for _, trial in shown)),
             ("epochs", *(str(max(trial.intermediate_values, default=0)) for _, trial in shown)),
             *((named[key], *(f"{t.params[key]:.4g}" if key in t.params else "" for _, t in shown)) for key in named),
         ]
