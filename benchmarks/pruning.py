@@ -60,7 +60,8 @@ def main(seeds: int, trials: int, epochs: int) -> None:
 def search(folder: Path, text: str) -> tuple[float, int]:
     """Run a search in `folder`; return its best validation accuracy and the epochs of all its trials."""
     os.environ["MLFLOW_TRACKING_URI"] = f"sqlite:///{folder / 'mlflow.db'}"
-    from effv2.studies.engine import SilentView, run_study
+    from effv2.cli.display import ConsoleDisplay
+    from effv2.studies.engine import run_study
     from effv2.studies.files import read_study
     from effv2.studies.options import StudyOptions
     from effv2.studies.plan import LoadedData
@@ -75,7 +76,8 @@ def search(folder: Path, text: str) -> tuple[float, int]:
     os.chdir(folder)  # MLflow's artifacts lie below the working directory
     load = LoadedData(lambda done, total: None)
     options = StudyOptions(storage=storage, log_model="none")
-    run_study(make_search(read_study(path), Layer({}, dotted), 0, load), open_store(""), options, load, SilentView())
+    with ConsoleDisplay() as display:
+        run_study(make_search(read_study(path), Layer({}, dotted), 0, load), open_store(""), options, load, display)
     optuna = open_storage(storage).optuna
     (study,) = optuna.get_all_studies()
     trials = optuna.get_all_trials(study._study_id)

@@ -14,7 +14,7 @@ from effv2.evidence.comparison import Rows
 from effv2.training.loop import EpochResult
 
 if TYPE_CHECKING:
-    from effv2.studies.engine import Standing
+    from effv2.studies.standing import Standing
 
 CELL_PADDING = 3  # characters: a space on both sides and a line
 

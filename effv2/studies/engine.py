@@ -1,79 +1,33 @@
-"""Run a study to its end: open or continue it, start its workers, watch them, publish what came out."""
+"""Run a study to its end: open or continue it, have it worked on, publish what came out."""
 
 from __future__ import annotations
 
-import multiprocessing
-import os
-import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
-from multiprocessing.context import SpawnProcess
-from typing import Any, Protocol
+from typing import Any
 
-import torch
 from optuna.study import StudyDirection
 from optuna.study._frozen import FrozenStudy
-from optuna.trial import FrozenTrial, TrialState
+from optuna.trial import TrialState
 
 from effv2 import provenance
-from effv2.errors import InputError, RunError, Terminated
+from effv2.errors import InputError, Terminated
 from effv2.evidence.comparison import Rows
-from effv2.experiment import Display
 from effv2.studies.options import StudyOptions
-from effv2.studies.plan import LoadData, Plan, best_of, digest
+from effv2.studies.plan import LoadData, Plan, digest
 from effv2.studies.queue import ERROR, Queue
 from effv2.studies.session import Session
+from effv2.studies.standing import View, standing_of
 from effv2.studies.storage import DATABASE_ERRORS, Storage, open_storage, patient, reason
-from effv2.studies.worker import SilentDisplay, work, worker_process
+from effv2.studies.supervision import supervise
+from effv2.studies.worker import Worker
 from effv2.tracking.run import TrackedRun, find_run, open_parent, point_adopted_run_to, run_address
 from effv2.tracking.store import TRACKING_ERRORS, impatient, shown_uri, tracking_uri
 
 FAIL = TrialState.FAIL
 # User attributes of Optuna's study.
 DEFINITION, PARENT, FRESH, PUBLISHED = "definition", "parent_run", "fresh", "published"
-WATCH_SECONDS = 0.5
-MOST_IN_VAIN = 3  # ends of workers, for each of them, in which no run was finished
-ENDING_SECONDS = 60  # so long workers may take to end once they were told
-
-
-@dataclass(frozen=True)
-class Standing:
-    """How far a study is; `progress` counts a running trial by the share of its epochs."""
-
-    total: int
-    pruned: int
-    failed: int
-    running: int
-    progress: float
-    best: tuple[str, float] | None
-    ended: Mapping[str, str]  # slot to words, in the order of ending
-
-
-class View(Display, Protocol):
-    """What a study tells whoever watches."""
-
-    def study_opened(self, address: str) -> None:
-        """Report where the study's run is to be seen."""
-
-    def remark(self, text: str) -> None:
-        """Say something once."""
-
-    def standing(self, standing: Standing) -> None:
-        """Report how far the study is."""
-
-
-class SilentView(SilentDisplay):
-    """Shows nothing."""
-
-    def study_opened(self, address: str) -> None:
-        """Show nothing."""
-
-    def remark(self, text: str) -> None:
-        """Show nothing."""
-
-    def standing(self, standing: Standing) -> None:
-        """Show nothing."""
 
 
 @dataclass(frozen=True)
@@ -102,39 +56,12 @@ def run_study(plan: Plan, experiment_id: str, options: StudyOptions, load: LoadD
             if not queue.unfinished():
                 view.remark(f"All {len(plan.slots)} runs were finished before; --fresh repeats them.")
             elif options.workers == 1:
-                work(session, queue, load, view, lambda: view.standing(standing_of(plan, queue.trials())))
+                Worker(session, queue, load, view, lambda: view.standing(standing_of(plan, queue.trials()))).work()
             else:
-                _supervise(session, queue, options.workers, view)
+                supervise(session, queue, options.workers, view)
             return _publish(session, queue, load)
     finally:
         storage.close()
-
-
-def standing_of(plan: Plan, trials: Mapping[str, FrozenTrial]) -> Standing:
-    """Sum up the wanted trials."""
-    wanted = {slot: trial for slot, trial in trials.items() if slot in plan.slots}
-    count = {state: sum(trial.state == state for trial in wanted.values()) for state in TrialState}
-    running = [trial for trial in wanted.values() if trial.state == TrialState.RUNNING]
-    finished = {slot: trial for slot, trial in wanted.items() if trial.state.is_finished()}
-    shares = sum(max(trial.intermediate_values, default=0) / plan.epochs for trial in running)
-    best = best_of(wanted)
-    order = sorted(finished, key=lambda slot: str(finished[slot].datetime_complete))
-    return Standing(
-        total=len(plan.slots),
-        pruned=count[TrialState.PRUNED],
-        failed=count[FAIL],
-        running=len(running),
-        progress=len(finished) + min(shares, len(running)),
-        best=(next(slot for slot in wanted if wanted[slot] is best), best.value or 0.0) if best else None,
-        ended={slot: _words(finished[slot]) for slot in order},
-    )
-
-
-def _words(trial: FrozenTrial) -> str:
-    if trial.state == FAIL:
-        return f"failed: {trial.user_attrs.get(ERROR, 'no reason known')}"
-    word = "pruned at" if trial.state == TrialState.PRUNED else "reached"
-    return f"{word} {trial.value or 0.0:.2%}"
 
 
 def _open(plan: Plan, storage: Storage, experiment_id: str, options: StudyOptions, view: View) -> Session:
@@ -233,68 +160,6 @@ def _given_back(session: Session, queue: Queue) -> Iterator[None]:
         with impatient(), suppress(*TRACKING_ERRORS):  # which must not hide the reason
             session.leave(queue, "KILLED" if told else "FAILED")
         raise
-
-
-def _supervise(session: Session, queue: Queue, workers: int, view: View) -> None:
-    """Start worker processes and watch until all wanted trials are finished; replace those that end before."""
-    context = multiprocessing.get_context("spawn")
-    threads = max(1, torch.get_num_threads() // workers)
-
-    def start(index: int) -> SpawnProcess:
-        process = context.Process(target=worker_process, args=(session, threads))
-        with _own_accelerator(index):
-            process.start()
-        return process
-
-    processes: list[SpawnProcess] = []
-    finished, in_vain = 0, 0
-    try:
-        processes += map(start, range(workers))
-        while unfinished := queue.unfinished():
-            view.standing(standing_of(session.plan, queue.trials()))
-            if len(session.plan.slots) - len(unfinished) > finished:
-                finished, in_vain = len(session.plan.slots) - len(unfinished), 0
-            for index, process in enumerate(processes):
-                if process.exitcode is not None:
-                    in_vain += 1
-                    if in_vain > MOST_IN_VAIN * workers:
-                        raise RunError("Workers end before they finish a run; see above why, then go on.")
-                    view.remark("A worker has ended too early; another one takes its place.")
-                    processes[index] = start(index)
-            time.sleep(WATCH_SECONDS)
-    finally:
-        _stop(processes)
-    view.standing(standing_of(session.plan, queue.trials()))
-
-
-def _stop(processes: list[SpawnProcess]) -> None:
-    """Tell workers to end, which give back what they work on, and see to it that they do."""
-    for process in processes:
-        process.terminate()
-    deadline = time.monotonic() + ENDING_SECONDS
-    for process in processes:
-        process.join(max(0.0, deadline - time.monotonic()))
-        if process.exitcode is None:
-            process.kill()
-            process.join()
-
-
-@contextmanager
-def _own_accelerator(index: int) -> Iterator[None]:
-    """Let a process that is started inside see one of the visible GPUs, where there are several."""
-    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
-    devices = visible.split(",") if visible else list(map(str, range(torch.cuda.device_count())))
-    if len(devices) < 2:
-        yield
-        return
-    os.environ["CUDA_VISIBLE_DEVICES"] = devices[index % len(devices)]
-    try:
-        yield
-    finally:
-        if visible is None:
-            del os.environ["CUDA_VISIBLE_DEVICES"]
-        else:
-            os.environ["CUDA_VISIBLE_DEVICES"] = visible
 
 
 @patient

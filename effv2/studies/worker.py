@@ -10,6 +10,7 @@ import threading
 import time
 import traceback
 from collections.abc import Callable
+from dataclasses import dataclass
 from multiprocessing import connection, parent_process
 from typing import Literal
 
@@ -48,91 +49,103 @@ class SilentDisplay:
 class TrialObserver(Observer):
     """Reports a run's epochs to its trial, and lets the pruner decide."""
 
-    def __init__(self, session: Session, queue: Queue, claim: Claim, lost: threading.Event) -> None:
-        self.session, self.queue, self.claim, self.lost = session, queue, claim, lost
+    def __init__(self, worker: Worker, claim: Claim, lost: threading.Event) -> None:
+        self.worker, self.claim, self.lost = worker, claim, lost
         self.best, self.run_id = 0.0, ""
 
     def started(self, run_id: str) -> None:
         """Note the run on the trial, so that whoever takes the trial up knows of it."""
         self.run_id = run_id
-        self.queue.note_run(self.claim, run_id)
+        self.worker.queue.note_run(self.claim, run_id)
 
     def stops(self, result: EpochResult) -> bool:
         """Report the best accuracy so far, which is what a trial is worth; ask the pruner."""
         if self.lost.is_set():
             raise Abandoned
+        queue, plan = self.worker.queue, self.worker.session.plan
         self.best = max(self.best, watched_accuracy(result.metrics))
-        self.queue.report(self.claim, result.epoch, self.best)
-        plan = self.session.plan
+        queue.report(self.claim, result.epoch, self.best)
+        self.worker.changed()
         if not plan.samples or result.epoch >= plan.epochs:
             return False
-        return self.queue.prunes(self.claim, result.epoch, plan.pruner())
+        return queue.prunes(self.claim, result.epoch, plan.pruner())
 
     def keeps_weights(self, accuracy: float) -> bool:
         """Keep what may turn out to be the best model of the study."""
-        if self.session.log_model != "best" and not self.session.plan.samples:
+        session = self.worker.session
+        if session.log_model != "best" and not session.plan.samples:
             return False
-        best = best_of(self.queue.trials())
+        best = best_of(self.worker.queue.trials())
         return best is None or accuracy >= (best.value or 0.0)
 
 
-def work(session: Session, queue: Queue, load: LoadData, display: Display, changed: Callable[[], None]) -> None:
-    """Take trial after trial until all wanted ones are finished, here or elsewhere.
+@dataclass
+class Worker:
+    """Takes trial after trial until all wanted ones are finished, here or elsewhere.
 
-    `changed` is called when a trial begins and when it ends. A run that fails is told to the queue and the rest
-    goes on.
+    `changed` is called when a trial begins, after each of its epochs, and when it ends.
     """
-    while True:
-        claim = queue.claim()
-        changed()
-        if claim is None:
-            if not queue.unfinished():
+
+    session: Session
+    queue: Queue
+    load: LoadData
+    display: Display
+    changed: Callable[[], None]
+
+    def work(self) -> None:
+        """Work until nothing is left. A run that fails is told to the queue and the rest goes on."""
+        while True:
+            claim = self.queue.claim()
+            self.changed()
+            if claim is not None:
+                self._try(claim)
+                self.changed()
+            elif self.queue.unfinished():
+                time.sleep(POLL_SECONDS * random.uniform(0.5, 1.5))  # noqa: S311
+            else:
                 return
-            time.sleep(POLL_SECONDS * random.uniform(0.5, 1.5))  # noqa: S311
-            continue
+
+    def _try(self, claim: Claim) -> None:
         try:
-            _attempt(session, queue, claim, load, display)
+            with self.queue.heartbeat(claim) as lost:
+                self._attempt(claim, lost)
         except StorageAway:
             raise
         except Abandoned:
-            continue
+            pass
         except RunError as error:
-            queue.fail(claim, str(error), final=isinstance(error, Diverged))
+            self.queue.fail(claim, str(error), final=isinstance(error, Diverged))
         except Exception as error:  # a fault of ours or of a library costs one run, not the study
-            if not answers():
-                _wait_for_tracking(queue)
-                continue
-            traceback.print_exc()
-            queue.fail(claim, f"{type(error).__name__}: {error}", final=False)
-        changed()
+            if answers():
+                traceback.print_exc()
+                self.queue.fail(claim, f"{type(error).__name__}: {error}", final=False)
+            else:
+                self._wait_for_tracking()
 
+    def _wait_for_tracking(self) -> None:
+        """Give the trial back, which is not to blame, once the tracking store answers again."""
+        if not wait_until_it_answers(OUTAGE_SECONDS):
+            raise StorageAway(
+                f"The tracking store {shown_uri()} has been away for {OUTAGE_SECONDS} seconds; start it and give the "
+                "same command again, which goes on from here."
+            )
+        self.queue.release()
 
-def _wait_for_tracking(queue: Queue) -> None:
-    """Give the trial back, which is not to blame, once the tracking store answers again."""
-    if not wait_until_it_answers(OUTAGE_SECONDS):
-        raise StorageAway(
-            f"The tracking store {shown_uri()} has been away for {OUTAGE_SECONDS} seconds; start it and give the same "
-            "command again, which goes on from here."
-        )
-    queue.release()
-
-
-def _attempt(session: Session, queue: Queue, claim: Claim, load: LoadData, display: Display) -> None:
-    """Train the run of a trial, unless a finished one with the same identity is there; tell how it ended."""
-    plan = session.plan
-    with queue.heartbeat(claim) as lost:
+    def _attempt(self, claim: Claim, lost: threading.Event) -> None:
+        """Train the run of a trial, unless a finished one with the same identity is there; tell how it ended."""
+        session, queue, plan = self.session, self.queue, self.session.plan
         session.parent.set_status("RUNNING")  # where somebody who left had ended it
         planned = queue.suggest(claim, plan.sampler(claim.number), lambda trial: plan.run_of(claim.slot, trial))
-        dataset = load(planned.config.data)
-        done = _done_before(session, claim, identity(planned.config, dataset))
+        dataset = self.load(planned.config.data)
+        done = self._done_before(claim, identity(planned.config, dataset))
         if done is not None:
             queue.finish(claim, _state(done.tags[OUTCOME] == "pruned"), reached(done.metrics), done.run_id)
             return
         labels = Labels(planned.name, session.experiment_id, plan.purpose.name, planned.arm, session.parent_id)
-        observer = TrialObserver(session, queue, claim, lost)
+        observer = TrialObserver(self, claim, lost)
         log_model = session.log_model == "all"
         try:
-            outcome = run_experiment(planned.config, dataset, labels, display, log_model, observer=observer)
+            outcome = run_experiment(planned.config, dataset, labels, self.display, log_model, observer=observer)
         except Diverged:
             if not plan.samples:
                 raise
@@ -145,18 +158,18 @@ def _attempt(session: Session, queue: Queue, claim: Claim, load: LoadData, displ
             outcome.run.set_status("KILLED")  # the run of the worker that has the trial now counts
             raise
 
+    def _done_before(self, claim: Claim, wanted: Identity) -> RunRecord | None:
+        """Return a finished run that answers the trial: of an earlier attempt, or of any study of the experiment.
 
-def _done_before(session: Session, claim: Claim, wanted: Identity) -> RunRecord | None:
-    """Return a finished run that answers the trial: that of an earlier attempt, or of any study of the experiment.
-
-    An earlier attempt that its process left open is marked as killed.
-    """
-    for record in read_runs(filter(None, [claim.previous_run]), []):
-        if record.status == "FINISHED":
-            return record
-        if record.status == "RUNNING":
-            TrackedRun(record.run_id, session.experiment_id).set_status("KILLED")
-    return find_finished(wanted, session.experiment_id, session.parent_id if session.fresh else "")
+        An earlier attempt that its process left open is marked as killed.
+        """
+        session = self.session
+        for record in read_runs(filter(None, [claim.previous_run]), []):
+            if record.status == "FINISHED":
+                return record
+            if record.status == "RUNNING":
+                TrackedRun(record.run_id, session.experiment_id).set_status("KILLED")
+        return find_finished(wanted, session.experiment_id, session.parent_id if session.fresh else "")
 
 
 def _state(pruned: bool) -> Literal[TrialState.COMPLETE, TrialState.PRUNED]:
@@ -172,7 +185,7 @@ def worker_process(session: Session, threads: int) -> None:
         try:
             _end_with_parent()
             queue = session.queue(reopen_storage(session.storage_url))
-            work(session, queue, LoadedData(lambda done, total: None), SilentDisplay(), lambda: None)
+            Worker(session, queue, LoadedData(lambda done, total: None), SilentDisplay(), lambda: None).work()
         except (KeyboardInterrupt, Terminated):
             parent = parent_process()
             if parent is not None and not parent.is_alive():  # nobody else is left to do it
