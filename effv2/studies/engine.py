@@ -12,10 +12,10 @@ from optuna.study._frozen import FrozenStudy
 from optuna.trial import TrialState
 
 from effv2 import provenance
-from effv2.errors import InputError, Terminated
+from effv2.errors import InputError, RunError, Terminated
 from effv2.evidence.comparison import Rows
 from effv2.studies.options import StudyOptions
-from effv2.studies.plan import LoadData, Plan, digest
+from effv2.studies.plan import LoadData, Plan, digest, run_ids
 from effv2.studies.queue import ERROR, Queue
 from effv2.studies.session import Session
 from effv2.studies.standing import View, standing_of
@@ -23,7 +23,7 @@ from effv2.studies.storage import DATABASE_ERRORS, Storage, open_storage, patien
 from effv2.studies.supervision import supervise
 from effv2.studies.worker import Worker
 from effv2.tracking.run import TrackedRun, find_run, open_parent, point_adopted_run_to, run_address
-from effv2.tracking.store import TRACKING_ERRORS, impatient, shown_uri, tracking_uri
+from effv2.tracking.store import TRACKING_ERRORS, TrackingError, impatient, shown_uri, tracking_uri
 
 FAIL = TrialState.FAIL
 # User attributes of Optuna's study.
@@ -47,8 +47,8 @@ def run_study(plan: Plan, experiment_id: str, options: StudyOptions, load: LoadD
     storage = open_storage(options.storage)
     try:
         session = _open(plan, storage, experiment_id, options, view)
-        queue = session.queue(storage)
-        with _given_back(session, queue):
+        with _given_back(session, storage):
+            queue = session.queue(storage)
             if queue.deserted():
                 queue.retry_failed()
             view.study_opened(run_address(session.parent_id, session.experiment_id))
@@ -59,9 +59,17 @@ def run_study(plan: Plan, experiment_id: str, options: StudyOptions, load: LoadD
                 Worker(session, queue, load, view, lambda: view.standing(standing_of(plan, queue.trials()))).work()
             else:
                 supervise(session, queue, options.workers, view)
-            return _publish(session, queue, load)
+            return _publish(session, queue, load, view)
+    except TrackingError as error:
+        raise RunError(
+            f"The tracking store failed ({_line(error)}); mend it and give the same command again."
+        ) from error
     finally:
         storage.close()
+
+
+def _line(error: Exception) -> str:
+    return " ".join(str(error).split())[:200].rstrip(".")
 
 
 def _open(plan: Plan, storage: Storage, experiment_id: str, options: StudyOptions, view: View) -> Session:
@@ -82,7 +90,9 @@ def _open(plan: Plan, storage: Storage, experiment_id: str, options: StudyOption
                         f"Not the study {purpose.name} that was begun before: "
                         f"{difference(begun[0].user_attrs[DEFINITION], definition)}. What is the same is not repeated."
                     )
-                number = 1 + max((int(study.study_name.partition("#")[2] or 0) for study in same), default=0)
+                # Those whose creation was cut short are counted too.
+                taken = [study.study_name for study in studies if study.study_name.partition("#")[0] == name]
+                number = 1 + max((int(each.partition("#")[2]) for each in taken), default=0)
                 opened = _create(plan, storage, f"{name}#{number}", definition, options.fresh)
     except DATABASE_ERRORS as error:
         raise InputError(f"--storage {storage.shown}: can't be used ({reason(error)}); mend or restart it.") from error
@@ -120,15 +130,18 @@ def _first_with_run(studies: Sequence[FrozenStudy], storage: Storage) -> Opened 
 def _create(plan: Plan, storage: Storage, name: str, definition: Mapping[str, Any], fresh: bool) -> Opened:
     purpose = plan.purpose
     tags = {"effv2.study": purpose.name, "effv2.code_version": provenance.code_version(), "effv2.queue": name}
-    parent = open_parent(purpose.name, definition["experiment"], tags)
+    parent: TrackedRun | None = None
     try:
+        parent = open_parent(purpose.name, definition["experiment"], tags)
         parent.log_params({"study.kind": purpose.kind, "study.name": purpose.name})
         parent.log_git(provenance.git_state())
         study_id = storage.optuna.create_new_study([StudyDirection.MAXIMIZE], name)
         for attribute, value in {DEFINITION: definition, FRESH: fresh, PARENT: parent.run_id}.items():
             storage.optuna.set_study_user_attr(study_id, attribute, value)
-    except BaseException:
-        parent.set_status("FAILED")
+    except BaseException as error:
+        with suppress(*TRACKING_ERRORS), impatient():
+            if parent is not None:
+                parent.set_status(_status_of(error))
         raise
     return name, parent, fresh
 
@@ -151,19 +164,21 @@ def _leaves(values: Mapping[str, Any], above: str = "") -> dict[str, Any]:
 
 
 @contextmanager
-def _given_back(session: Session, queue: Queue) -> Iterator[None]:
+def _given_back(session: Session, storage: Storage) -> Iterator[None]:
     """Where this process is told to end, or can't go on, give back its work and end the study's run with it."""
     try:
         yield
     except BaseException as error:
-        told = isinstance(error, (KeyboardInterrupt, Terminated))
-        with impatient(), suppress(*TRACKING_ERRORS):  # which must not hide the reason
-            session.leave(queue, "KILLED" if told else "FAILED")
+        session.leave(storage, _status_of(error))
         raise
 
 
+def _status_of(error: BaseException) -> str:
+    return "KILLED" if isinstance(error, (KeyboardInterrupt, Terminated)) else "FAILED"
+
+
 @patient
-def _publish(session: Session, queue: Queue, load: LoadData) -> Ending:
+def _publish(session: Session, queue: Queue, load: LoadData, view: View) -> Ending:
     """Publish the study unless another process just did, and end its run unless others go on with it."""
     storage, plan = queue.storage, session.plan
     with storage.lock(f"publish {session.study}"):
@@ -173,7 +188,12 @@ def _publish(session: Session, queue: Queue, load: LoadData) -> Ending:
         if storage.optuna.get_study_user_attrs(queue.study_id).get(PUBLISHED) != stands:
             plan.publish(trials, session.parent, session.log_model, load)
             storage.optuna.set_study_user_attr(queue.study_id, PUBLISHED, stands)
-        wanted = {slot: trial for slot, trial in trials.items() if slot in plan.slots}
-        failed = {slot: str(trial.user_attrs.get(ERROR)) for slot, trial in wanted.items() if trial.state == FAIL}
+            if session.log_model == "all":
+                without = [each for each in run_ids(trials).values() if not TrackedRun(each, "").has_model()]
+                if without:
+                    view.remark(
+                        f"{len(without)} runs were finished before without a model; --fresh repeats them with it."
+                    )
+        failed = {slot: str(trial.user_attrs.get(ERROR)) for slot, trial in trials.items() if trial.state == FAIL}
         session.end(queue, "FAILED" if failed else "FINISHED")
-    return Ending(session.parent, plan.table(trials), failed)
+    return Ending(session.parent, plan.table(trials), {slot: failed[slot] for slot in failed if slot in plan.slots})

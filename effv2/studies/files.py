@@ -1,4 +1,4 @@
-"""Study files: one configuration, the arms that differ from it, the seeds of each arm."""
+"""Study files: one configuration, and the arms that differ from it with their seeds, or the ranges to search."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ DEFAULT_SPACE = {
 
 
 class SearchFile(BaseModel):
-    """The key `search` of a study file: how many trials over which fields, and when pruning may begin."""
+    """The key `search` of a study file: how many trials over which fields, and whether poor ones are pruned."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from itertools import islice
 from typing import Any, Literal, TypeVar
@@ -22,7 +22,7 @@ from optuna.trial import FrozenTrial, TrialState
 
 from effv2.errors import Abandoned
 from effv2.studies.liveness import is_gone, this_process
-from effv2.studies.storage import DATABASE_ERRORS, GRACE_SECONDS, HEARTBEAT_SECONDS, Storage, patient
+from effv2.studies.storage import DATABASE_ERRORS, GRACE_SECONDS, HEARTBEAT_SECONDS, HURRY_SECONDS, Storage, patient
 
 T = TypeVar("T")
 Params = Mapping[str, Any]
@@ -87,26 +87,22 @@ class Queue:
             return self._claim_of(trial)
 
     @contextmanager
-    def heartbeat(self, claim: Claim) -> Iterator[threading.Event]:
-        """Keep the claim alive; the event is set when it was lost all the same."""
-        ended, lost = threading.Event(), threading.Event()
+    def heartbeat(self, claim: Claim) -> Iterator[None]:
+        """Keep the claim alive."""
+        ended = threading.Event()
 
         def beat() -> None:
             while not ended.wait(HEARTBEAT_SECONDS):
-                try:
+                with suppress(*DATABASE_ERRORS):  # the database is away; others look twice before they take the trial
                     self.storage.optuna.record_heartbeat(claim.trial_id)
-                    if not self._owns(self.storage.optuna.get_trial(claim.trial_id)):
-                        lost.set()
-                except DATABASE_ERRORS:
-                    continue  # the database is away; others look twice before they take the trial
 
         thread = threading.Thread(target=beat, daemon=True)
         thread.start()
         try:
-            yield lost
+            yield
         finally:
             ended.set()
-            thread.join()
+            thread.join(HURRY_SECONDS)
 
     @patient
     def suggest(self, claim: Claim, sampler: optuna.samplers.BaseSampler, choose: Callable[[optuna.Trial], T]) -> T:
@@ -211,7 +207,12 @@ class Queue:
 
     def _by_slot(self) -> dict[str, FrozenTrial]:
         found = self.storage.optuna.get_all_trials(self.study_id, deepcopy=False)
-        return {trial.user_attrs[SLOT]: trial for trial in found if SLOT in trial.user_attrs}
+        by_slot: dict[str, FrozenTrial] = {}
+        for trial in found:
+            slot = trial.user_attrs.get(SLOT)
+            if slot is not None and (slot not in by_slot or by_slot[slot].state == TrialState.FAIL):
+                by_slot[slot] = trial
+        return by_slot
 
     def _claim_of(self, trial: FrozenTrial) -> Claim:
         return Claim(trial._trial_id, trial.number, trial.user_attrs[SLOT], trial.user_attrs.get(RUN, ""))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
 from dataclasses import dataclass
 
 from effv2.studies.options import LogModel
@@ -9,7 +10,8 @@ from effv2.studies.plan import Plan
 from effv2.studies.queue import Queue
 from effv2.studies.storage import Storage, StorageAway, hurry, patient
 from effv2.tracking.read import find_running
-from effv2.tracking.run import OUTCOME, TrackedRun
+from effv2.tracking.run import TrackedRun
+from effv2.tracking.store import impatient
 
 
 @dataclass(frozen=True)
@@ -42,22 +44,24 @@ class Session:
         patient(self._end)(queue, status)
 
     def _end(self, queue: Queue, status: str) -> None:
-        with queue.storage.lock(self.study):  # nobody claims a trial meanwhile
-            if not queue.deserted():
-                return
-            for child in find_running(self.experiment_id, self.parent_id):
-                finished = child.tags.get(OUTCOME) == "complete"  # and was open only to be given its model
-                TrackedRun(child.run_id, self.experiment_id).set_status("FINISHED" if finished else "KILLED")
-            self.parent.set_status(status)
-
-    def leave(self, queue: Queue, status: str) -> None:
-        """Give back what this process works on and end the study's run, within seconds, as on the way out.
-
-        Where the storage is away, its trials are taken up for want of a heartbeat.
-        """
-        with hurry():
-            try:
-                queue.release()
-                self.end(queue, status)
-            except StorageAway:
+        with queue.storage.lock(self.study), impatient():  # nobody claims a trial meanwhile
+            if queue.deserted():
+                for child in find_running(self.experiment_id, self.parent_id):
+                    TrackedRun(child.run_id, self.experiment_id).end_left_open()
                 self.parent.set_status(status)
+
+    def leave(self, storage: Storage, status: str) -> None:
+        """Give back what this process works on and end the study's run if it is open, within seconds, on the way out.
+
+        Where the storage is away, its trials are taken up for want of a heartbeat. Nothing hides the reason to leave.
+        """
+        with suppress(Exception), hurry(), impatient():
+            open_run = self.parent.is_running()
+            try:
+                queue = self.queue(storage)
+                queue.release()
+                if open_run:
+                    self.end(queue, status)
+            except StorageAway:
+                if open_run:
+                    self.parent.set_status(status)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import random
+import sqlite3
 import time
 import warnings
 from collections.abc import Callable, Iterator
@@ -13,7 +14,7 @@ from typing import Any, ParamSpec, TypeVar, cast
 
 import optuna
 import sqlalchemy
-from filelock import FileLock
+from filelock import FileLock, Timeout
 from optuna.exceptions import StorageInternalError
 from optuna.storages import RDBStorage, get_storage
 from optuna.storages._heartbeat import BaseHeartbeat
@@ -56,7 +57,8 @@ class Storage:
     def __init__(self, url: URL) -> None:
         self.url, self.shown = url.render_as_string(hide_password=False), url.render_as_string(hide_password=True)
         self._file = url.database if url.get_backend_name() == "sqlite" else None
-        arguments = {"timeout": 60} if self._file else POSTGRESQL_ARGUMENTS
+        ours = {name: value for name, value in POSTGRESQL_ARGUMENTS.items() if name not in url.query}
+        arguments = {"timeout": 60} if self._file else ours
         engine: dict[str, Any] = {"connect_args": arguments, "pool_pre_ping": True}
         self._locks = sqlalchemy.create_engine(url, **engine)
         with self.lock("tables"), warnings.catch_warnings():  # two processes that create them at once would fail
@@ -68,14 +70,22 @@ class Storage:
     def lock(self, name: str) -> Iterator[None]:
         """Hold the lock of that name, not to be taken twice.
 
-        On sqlite all names share the file's own lock, but for `publish`, which is held for long.
+        On sqlite all names share the file's own lock, but for `publish`, which may be held for long. StorageAway
+        where another process keeps a lock for longer than we wait for a database.
         """
+        long = name.startswith("publish ")
+        seconds = -1 if long else _Patience.seconds
         if self._file:
-            with FileLock(f"{self._file}.publish.lock" if name.startswith("publish ") else f"{self._file}.lock"):
-                yield
+            try:
+                with FileLock(f"{self._file}.publish.lock" if long else f"{self._file}.lock", timeout=seconds):
+                    yield
+            except Timeout as error:
+                raise StorageAway(f"Another process keeps {error.lock_file} locked; end it, then go on.") from error
             return
         key = int.from_bytes(hashlib.sha256(f"effv2 {name}".encode()).digest()[:8], "big", signed=True)
         with self._locks.begin() as connection:
+            if not long:
+                connection.execute(sqlalchemy.text(f"SET LOCAL lock_timeout = {round(1000 * seconds)}"))
             connection.execute(sqlalchemy.text("SELECT pg_advisory_xact_lock(:key)"), {"key": key})
             yield
 
@@ -139,6 +149,12 @@ def hurry() -> Iterator[None]:
 def is_away(error: Exception) -> bool:
     """Say whether an error means that the database can't be reached or is busy, rather than that it refuses."""
     cause = error.__cause__ or error
+    original = getattr(cause, "orig", None)
+    if isinstance(original, sqlite3.Error):
+        return "locked" in str(original) or "busy" in str(original)
+    state = getattr(original, "sqlstate", None)
+    if state:  # connection, resources, shutdown, a lock that isn't free, a conflict
+        return state[:2] in ("08", "53", "55", "57", "40")
     return isinstance(cause, (OperationalError, InterfaceError)) or bool(getattr(cause, "connection_invalidated", 0))
 
 
@@ -150,14 +166,17 @@ def patient(operation: Callable[P, R]) -> Callable[P, R]:
 
     @wraps(operation)
     def repeated(*args: P.args, **kwargs: P.kwargs) -> R:
-        began, pause = time.monotonic(), 0.05
+        pause, away_since = 0.05, float("inf")
         while True:
+            began = time.monotonic()
             try:
                 return operation(*args, **kwargs)
             except DATABASE_ERRORS as error:
                 if not is_away(error):
                     raise
-                waited = time.monotonic() - began
+                # An attempt that lasted had the database for most of that time.
+                away_since = min(away_since, began) if time.monotonic() - began < GRACE_SECONDS else time.monotonic()
+                waited = time.monotonic() - away_since
                 if waited > _Patience.seconds:
                     raise StorageAway(
                         f"The storage has been away for {waited:.0f} seconds ({reason(error)}); start the database and "

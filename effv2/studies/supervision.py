@@ -15,7 +15,7 @@ from effv2.errors import RunError
 from effv2.studies.queue import Queue
 from effv2.studies.session import Session
 from effv2.studies.standing import View, standing_of
-from effv2.studies.worker import worker_process
+from effv2.studies.worker import AWAY, worker_process
 
 WATCH_SECONDS = 0.5
 MOST_IN_VAIN = 3  # ends of workers, for each of them, in which no run was finished
@@ -28,7 +28,7 @@ def supervise(session: Session, queue: Queue, workers: int, view: View) -> None:
     threads = max(1, torch.get_num_threads() // workers)
 
     def start(index: int) -> SpawnProcess:
-        process = context.Process(target=worker_process, args=(session, threads))
+        process = context.Process(target=worker_process, args=(session, threads), daemon=True)
         with _own_accelerator(index):
             process.start()
         return process
@@ -42,6 +42,8 @@ def supervise(session: Session, queue: Queue, workers: int, view: View) -> None:
             if len(session.plan.slots) - len(unfinished) > finished:
                 finished, in_vain = len(session.plan.slots) - len(unfinished), 0
             for index, process in enumerate(processes):
+                if process.exitcode == AWAY:
+                    raise RunError("The storage or the tracking store is away; start it and give the command again.")
                 if process.exitcode is not None:
                     in_vain += 1
                     if in_vain > MOST_IN_VAIN * workers:

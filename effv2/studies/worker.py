@@ -10,6 +10,7 @@ import threading
 import time
 import traceback
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from multiprocessing import connection, parent_process
 from typing import Literal
@@ -21,15 +22,16 @@ from effv2.errors import Abandoned, Diverged, RunError, Terminated
 from effv2.experiment import Display, Labels, Observer, identity, reached, run_experiment
 from effv2.signals import ending_signals
 from effv2.studies.plan import LoadData, LoadedData, best_of
-from effv2.studies.queue import Claim, Queue
+from effv2.studies.queue import RUN, Claim, Queue
 from effv2.studies.session import Session
-from effv2.studies.storage import OUTAGE_SECONDS, StorageAway, hurry, reopen_storage
+from effv2.studies.storage import OUTAGE_SECONDS, Storage, StorageAway, hurry, reopen_storage
 from effv2.tracking.read import Identity, RunRecord, find_finished, read_runs
 from effv2.tracking.run import OUTCOME, TrackedRun
 from effv2.tracking.store import answers, shown_uri, use_store, wait_until_it_answers
 from effv2.training.loop import EpochResult, watched_accuracy
 
 POLL_SECONDS = 1.0  # between two looks at a queue whose last trials others work on
+AWAY = 3  # exit code of a worker that waited in vain for a database or the tracking store
 ORPHAN_SECONDS = 60  # so long a worker may take to end after the process that started it
 
 
@@ -49,8 +51,8 @@ class SilentDisplay:
 class TrialObserver(Observer):
     """Reports a run's epochs to its trial, and lets the pruner decide."""
 
-    def __init__(self, worker: Worker, claim: Claim, lost: threading.Event) -> None:
-        self.worker, self.claim, self.lost = worker, claim, lost
+    def __init__(self, worker: Worker, claim: Claim) -> None:
+        self.worker, self.claim = worker, claim
         self.best, self.run_id = 0.0, ""
 
     def started(self, run_id: str) -> None:
@@ -60,8 +62,6 @@ class TrialObserver(Observer):
 
     def stops(self, result: EpochResult) -> bool:
         """Report the best accuracy so far, which is what a trial is worth; ask the pruner."""
-        if self.lost.is_set():
-            raise Abandoned
         queue, plan = self.worker.queue, self.worker.session.plan
         self.best = max(self.best, watched_accuracy(result.metrics))
         queue.report(self.claim, result.epoch, self.best)
@@ -106,32 +106,33 @@ class Worker:
                 return
 
     def _try(self, claim: Claim) -> None:
-        try:
-            with self.queue.heartbeat(claim) as lost:
-                self._attempt(claim, lost)
-        except StorageAway:
-            raise
-        except Abandoned:
-            pass
-        except RunError as error:
-            self.queue.fail(claim, str(error), final=isinstance(error, Diverged))
-        except Exception as error:  # a fault of ours or of a library costs one run, not the study
-            if answers():
-                traceback.print_exc()
-                self.queue.fail(claim, f"{type(error).__name__}: {error}", final=False)
-            else:
-                self._wait_for_tracking()
+        with self.queue.heartbeat(claim):
+            try:
+                self._attempt(claim)
+            except StorageAway:
+                raise
+            except Abandoned:
+                pass
+            except RunError as error:
+                self.queue.fail(claim, str(error), final=isinstance(error, Diverged))
+            except Exception as error:  # a fault of ours or of a library costs one run, not the study
+                if answers():
+                    traceback.print_exc()
+                    self.queue.fail(claim, f"{type(error).__name__}: {error}", final=False)
+                else:
+                    self._wait_for_tracking()
 
     def _wait_for_tracking(self) -> None:
         """Give the trial back, which is not to blame, once the tracking store answers again."""
-        if not wait_until_it_answers(OUTAGE_SECONDS):
+        back = wait_until_it_answers(OUTAGE_SECONDS)
+        self.queue.release()
+        if not back:
             raise StorageAway(
                 f"The tracking store {shown_uri()} has been away for {OUTAGE_SECONDS} seconds; start it and give the "
                 "same command again, which goes on from here."
             )
-        self.queue.release()
 
-    def _attempt(self, claim: Claim, lost: threading.Event) -> None:
+    def _attempt(self, claim: Claim) -> None:
         """Train the run of a trial, unless a finished one with the same identity is there; tell how it ended."""
         session, queue, plan = self.session, self.queue, self.session.plan
         session.parent.set_status("RUNNING")  # where somebody who left had ended it
@@ -142,7 +143,7 @@ class Worker:
             queue.finish(claim, _state(done.tags[OUTCOME] == "pruned"), reached(done.metrics), done.run_id)
             return
         labels = Labels(planned.name, session.experiment_id, plan.purpose.name, planned.arm, session.parent_id)
-        observer = TrialObserver(self, claim, lost)
+        observer = TrialObserver(self, claim)
         log_model = session.log_model == "all"
         try:
             outcome = run_experiment(planned.config, dataset, labels, self.display, log_model, observer=observer)
@@ -155,7 +156,8 @@ class Worker:
         try:
             queue.finish(claim, _state(outcome.pruned), outcome.watched_accuracy, outcome.run.run_id)
         except Abandoned:
-            outcome.run.set_status("KILLED")  # the run of the worker that has the trial now counts
+            if queue.trials()[claim.slot].user_attrs.get(RUN) != outcome.run.run_id:
+                outcome.run.set_status("KILLED")  # the run of the worker that has the trial now counts
             raise
 
     def _done_before(self, claim: Claim, wanted: Identity) -> RunRecord | None:
@@ -165,10 +167,9 @@ class Worker:
         """
         session = self.session
         for record in read_runs(filter(None, [claim.previous_run]), []):
-            if record.status == "FINISHED":
+            complete = TrackedRun(record.run_id, session.experiment_id).end_left_open()
+            if record.status == "FINISHED" or complete:
                 return record
-            if record.status == "RUNNING":
-                TrackedRun(record.run_id, session.experiment_id).set_status("KILLED")
         return find_finished(wanted, session.experiment_id, session.parent_id if session.fresh else "")
 
 
@@ -177,27 +178,34 @@ def _state(pruned: bool) -> Literal[TrialState.COMPLETE, TrialState.PRUNED]:
 
 
 def worker_process(session: Session, threads: int) -> None:
-    """Work in a process of its own, which ends when the one that started it does."""
+    """Work in a process of its own, which ends when the one that started it does; exit code AWAY after an outage."""
     torch.set_num_threads(threads)
     use_store(session.tracking_uri)
-    queue: Queue | None = None
+    storage: Storage | None = None
     with ending_signals():
         try:
             _end_with_parent()
-            queue = session.queue(reopen_storage(session.storage_url))
+            storage = reopen_storage(session.storage_url)
+            queue = session.queue(storage)
             Worker(session, queue, LoadedData(lambda done, total: None), SilentDisplay(), lambda: None).work()
         except (KeyboardInterrupt, Terminated):
-            parent = parent_process()
-            if parent is not None and not parent.is_alive():  # nobody else is left to do it
-                with hurry():
-                    queue = queue or session.queue(reopen_storage(session.storage_url))
-                session.leave(queue, "KILLED")
-            elif queue is not None:
-                with hurry():
-                    queue.release()
+            _leave(session, storage)
             sys.exit(1)
         except StorageAway as error:
-            sys.exit(str(error))
+            _leave(session, storage)
+            print(error, file=sys.stderr)
+            sys.exit(AWAY)
+
+
+def _leave(session: Session, storage: Storage | None) -> None:
+    """Give back the work; end the study's run if the process that started this one, which would do it, is gone."""
+    parent = parent_process()
+    with suppress(Exception), hurry():
+        storage = storage or reopen_storage(session.storage_url)
+        if parent is None or parent.is_alive():
+            session.queue(storage).release()
+        else:
+            session.leave(storage, "KILLED")
 
 
 def _end_with_parent() -> None:

@@ -115,6 +115,18 @@ class TrackedRun:
         else:
             client.set_terminated(self.run_id, status)
 
+    def end_left_open(self) -> bool:
+        """End a run that its process left open: FINISHED if all was logged, which is returned, KILLED otherwise."""
+        run = mlflow.MlflowClient().get_run(self.run_id)
+        complete = run.data.tags.get(OUTCOME) == "complete"
+        if run.info.status == "RUNNING":
+            self.set_status("FINISHED" if complete else "KILLED")
+        return complete
+
+    def is_running(self) -> bool:
+        """Say whether the run is marked as running."""
+        return bool(mlflow.MlflowClient().get_run(self.run_id).info.status == "RUNNING")
+
     def tag(self, name: str) -> str:
         """Return a tag, empty where it isn't set."""
         return str(mlflow.MlflowClient().get_run(self.run_id).data.tags.get(name, ""))
@@ -155,6 +167,7 @@ class TrackedRun:
         if active is not None and active.info.run_id == self.run_id:
             yield
             return
+        self.end_left_open()
         status = mlflow.MlflowClient().get_run(self.run_id).info.status
         mlflow.start_run(self.run_id, nested=True)
         try:
@@ -188,11 +201,11 @@ def open_parent(name: str, experiment_id: str, tags: Mapping[str, str]) -> Track
     Several processes may work on a study, so its run belongs to none of them: whoever ends the study ends it.
     """
     client, adopted = mlflow.MlflowClient(), os.environ.pop("MLFLOW_RUN_ID", "")
-    if adopted:
-        info = client.get_run(adopted).info
-        _name_adopted(info, name)
-    else:
-        info = client.create_run(experiment_id, run_name=name, tags=resolve_tags()).info
+    if not adopted:
+        info = client.create_run(experiment_id, run_name=name, tags={**resolve_tags(), **tags}).info
+        return TrackedRun(info.run_id, info.experiment_id)
+    info = client.get_run(adopted).info
+    _name_adopted(info, name)
     run = TrackedRun(info.run_id, info.experiment_id)
     run.set_tags(tags)
     return run

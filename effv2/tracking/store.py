@@ -22,6 +22,7 @@ from effv2.errors import InputError
 IMPATIENT = {"MLFLOW_HTTP_REQUEST_MAX_RETRIES": "1", "MLFLOW_HTTP_REQUEST_TIMEOUT": "10"}
 
 WAIT_SECONDS = 2.0
+TrackingError = MlflowException
 TRACKING_ERRORS = (MlflowException, SQLAlchemyError, OSError)  # a store that is away, or refuses
 
 
