@@ -13,7 +13,7 @@ FIELDS = ONE_RUN | SHARED
 
 @click.command()
 @click.option(
-    "--trials", default="", metavar="INTEGER", help="Trials of the study in all.  [default: 10, or the study's]"
+    "--trials", default="", metavar="INTEGER", help="Trials of the study in all.  [default: 12, or the study's]"
 )
 @study_option
 @config_options(FIELDS)

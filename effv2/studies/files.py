@@ -15,7 +15,7 @@ from effv2.config import TrainConfig
 from effv2.errors import InputError, nearest
 from effv2.studies.settings import Document, Layer, Place, build_config, dotted, read_document, validate
 
-DEFAULT_TRIALS = 10
+DEFAULT_TRIALS = 12
 SEARCHABLE = ("augment", "model", "optimiser")  # trials share everything else: data, length, machine
 Seed = Annotated[int, Field(ge=0, lt=2**32)]
 

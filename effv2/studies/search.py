@@ -31,7 +31,7 @@ from effv2.studies.queue import RUN
 from effv2.studies.settings import Layer, build_config, dotted
 from effv2.tracking.run import TrackedRun
 
-RANDOM_TRIALS = 5  # before TPE has anything to go by
+RANDOM_TRIALS = 10  # before TPE has anything to go by
 SHOWN_TRIALS = 5
 VALIDATION, TEST = "selected/val_accuracy", "selected/test_accuracy"
 LOOKS = "effv2.tested_runs"  # tag of the study's run: all trials that were looked at on the test set
