@@ -198,14 +198,12 @@ def check(config: TrainConfig, dataset: Dataset) -> None:
         )
 
 
-def study_text(config: TrainConfig) -> str:
+def study_text(config: TrainConfig, name: str = "again") -> str:
     """Write `config` as a study file that `train` runs as it is."""
     groups = config.model_dump()
     table = str(config.model.build_table())
     command = "# mlflow run . -e train -P study=<this file>"
-    return f"{command}\n# Architecture: {table}\n" + yaml.safe_dump(
-        {"name": "again", "config": groups}, sort_keys=False
-    )
+    return f"{command}\n# Architecture: {table}\n" + yaml.safe_dump({"name": name, "config": groups}, sort_keys=False)
 
 
 def _log_start(run: TrackedRun, config: TrainConfig, dataset: Dataset) -> None:

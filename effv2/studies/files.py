@@ -51,7 +51,7 @@ class SearchFile(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     trials: int = Field(DEFAULT_TRIALS, ge=1, le=100_000)
-    space: dict[str, Range] = DEFAULT_SPACE
+    space: dict[str, Range] = Field(DEFAULT_SPACE, min_length=1)
     prune: bool = True
 
 
@@ -129,7 +129,8 @@ class Study:
     def select(self, name: str, option: str) -> list[str]:
         """Return the names of all arms, or of one and the baseline it is compared with."""
         if not self.arms:
-            raise InputError(f"--study {self.name}: has no arms to compare; use `train`.")
+            other = "search" if self.search else "train"
+            raise InputError(f"--study {self.name}: has no arms to compare; use `{other}`.")
         if name != "all" and name not in self.arms:
             raise InputError(f"--{option} {name}: no such arm; {nearest(name, [*self.arms, 'all'])}.")
         return [arm for arm in self.arms if name in ("all", arm) or arm == self.baseline]
@@ -182,6 +183,8 @@ def read_study(path: Path) -> Study:
         raise InputError(
             f"{document.where(('baseline',))} {baseline}: is no arm; {nearest(baseline, list(file.arms))}."
         )
+    if file.search and file.arms:
+        raise InputError(f"{document.where(('search',))}: a file has arms or a search, not both; remove one.")
     base = document.layer("config")
     arms = {name: document.layer("arms", name) for name in file.arms}
     study = Study(file.name, file.description, base, arms, baseline, file.seeds, file.retries, file.search)

@@ -106,7 +106,7 @@ class Search:
         """Return the best trials, the best first, a line a figure as in every study."""
         ranked = sorted(trials.items(), key=lambda item: (item[1].state.name, -(item[1].value or 0.0)))
         shown = ranked[:SHOWN_TRIALS]
-        titles = ("", *(slot for slot, _ in shown))
+        titles = (f"best {len(shown)} of {len(trials)}", *(slot for slot, _ in shown))
         best = best_of(trials)
         tested = "" if best is None else f"{TrackedRun(best.user_attrs[RUN], '').metrics().get(TEST, math.nan):.2%}"
         named = {name: name.rpartition(".")[2].replace("_", " ") for name in self.search.space}
@@ -130,7 +130,9 @@ class Search:
                 config = self.configuration(best.params)
                 run = TrackedRun(best.user_attrs[RUN], parent.experiment_id)
                 looks = self._test(run, config, parent, log_model, load)
-                (folder / "best.yaml").write_text(study_text(_with_test(config, True)), encoding="utf-8")
+                (folder / "best.yaml").write_text(
+                    study_text(_with_test(config, True), f"{self.purpose.name}-best"), encoding="utf-8"
+                )
                 _draw(trials, folder)
             parent.log_folder(folder)
         discard_weights(trials, parent)
@@ -194,14 +196,16 @@ def _draw(trials: Trials, folder: Path) -> None:
 def make_search(study: Study, options: Layer, trials: int, load: LoadData) -> Search:
     """Resolve `auto`, load the data and check that it can be searched on; `trials` 0 leaves their number as it is."""
     if study.arms or study.seeds:
-        raise InputError(f"--study {study.name}: has arms or seeds, which a search doesn't know; use `ablate`.")
+        raise InputError(
+            f"--study {study.name}: has arms or seeds, which a search doesn't know; use `ablate` or `hparam-check`."
+        )
     config = _with_test(resolve(build_config([study.base, options])), False)
     dataset = load(config.data)
-    check(config, dataset)
     if dataset.validation is None:
         raise InputError(
             "data.validation_fraction 0: a search is judged on a validation split; give it a share, as 0.1."
         )
+    check(config, dataset)
     purpose = Purpose("search", study.name, study.description, study.retries)
     ranges = study.search or SearchFile()
     ranges = ranges.model_copy(update={"trials": trials or ranges.trials})

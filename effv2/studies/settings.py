@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeVar, get_args
 
 import yaml
 from pydantic import BaseModel, ValidationError
@@ -90,7 +90,9 @@ def _keys_at(model: type[BaseModel], place: Place) -> list[str]:
     owner: Any = model
     for step in place:
         fields = getattr(owner, "model_fields", {})
-        owner = fields[step].annotation if step in fields else None
+        owner = fields[step].annotation if step in fields else None if fields else owner
+        # Of `X | None` and of a mapping to X, the model X.
+        owner = next((part for part in get_args(owner) if hasattr(part, "model_fields")), owner)
     return list(getattr(owner, "model_fields", {}))
 
 

@@ -10,6 +10,7 @@ import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import wraps
+from pathlib import Path
 from typing import Any, ParamSpec, TypeVar, cast
 
 import optuna
@@ -109,6 +110,8 @@ def open_storage(url: str) -> Storage:
     shown, backend = parsed.render_as_string(hide_password=True), parsed.get_backend_name()
     if backend not in ("sqlite", "postgresql") or parsed.database in (None, "", ":memory:"):
         raise InputError(f"--storage {shown}: no such kind of storage; use {FORMS}.")
+    if backend == "sqlite" and not Path(str(parsed.database)).absolute().parent.is_dir():
+        raise InputError(f"--storage {shown}: can't be used (no such folder); create it or correct the path.")
     if parsed.drivername == "postgresql":
         parsed = parsed.set(drivername="postgresql+psycopg")
     try:

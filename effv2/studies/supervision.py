@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import signal
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -29,7 +30,7 @@ def supervise(session: Session, queue: Queue, workers: int, view: View) -> None:
 
     def start(index: int) -> SpawnProcess:
         process = context.Process(target=worker_process, args=(session, threads), daemon=True)
-        with _own_accelerator(index):
+        with _own_accelerator(index), _deaf_to_the_keyboard():
             process.start()
         return process
 
@@ -66,6 +67,16 @@ def _stop(processes: list[SpawnProcess]) -> None:
         if process.exitcode is None:
             process.kill()
             process.join()
+
+
+@contextmanager
+def _deaf_to_the_keyboard() -> Iterator[None]:
+    """Let a process that is started inside ignore Ctrl-C, which reaches a whole group: this process ends it in order."""
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 @contextmanager

@@ -7,13 +7,16 @@ import os
 import re
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from pathlib import Path
 
 import mlflow
+from filelock import FileLock
 from mlflow import MlflowClient
 from mlflow.entities import Experiment
 from mlflow.exceptions import MlflowException
 from mlflow.tracking.fluent import _get_experiment_id
+from sqlalchemy.engine import make_url
 from sqlalchemy.exc import SQLAlchemyError
 
 from effv2.errors import InputError
@@ -34,7 +37,7 @@ def open_store(experiment: str) -> str:
     """
     _quieten()
     try:
-        with impatient():
+        with impatient(), _creation_lock():
             found = _experiment(MlflowClient(), experiment)
     except (MlflowException, SQLAlchemyError, OSError, ImportError) as error:
         raise InputError(_explain(error, experiment)) from error
@@ -52,6 +55,13 @@ def use_store(uri: str) -> None:
     """Log to the store that the process which started this one logs to."""
     _quieten()
     mlflow.set_tracking_uri(uri)
+
+
+def _creation_lock() -> AbstractContextManager[object]:
+    """Keep processes that start at once from migrating a new sqlite database together, which fails."""
+    address = make_url(uri) if (uri := mlflow.get_tracking_uri()).startswith("sqlite:") else None
+    file = Path(address.database) if address is not None and address.database else None
+    return FileLock(f"{file}.lock") if file is not None and os.access(file.parent, os.W_OK) else nullcontext()
 
 
 def answers() -> bool:
