@@ -71,7 +71,7 @@ def _stop(processes: list[SpawnProcess]) -> None:
 
 @contextmanager
 def _deaf_to_the_keyboard() -> Iterator[None]:
-    """Let a process that is started inside ignore Ctrl-C, which reaches a whole group: this process ends it in order."""
+    """Let a process started inside ignore Ctrl-C, which reaches a whole group: this one ends it in order."""
     before = signal.signal(signal.SIGINT, signal.SIG_IGN)
     try:
         yield
