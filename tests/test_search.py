@@ -119,11 +119,14 @@ def test_train_again_repeats_only_when_fresh(sqlite_store: str, tiny_search: Pat
     assert len(all_runs()) == 2
 
 
-def test_a_study_whose_run_is_gone_says_so(sqlite_store: str, tiny_study: Path) -> None:
+def test_a_study_whose_run_is_gone_begins_anew(sqlite_store: str, tiny_study: Path) -> None:
     assert invoke(ablate, "--study", tiny_study, "--log-model", "none").exit_code == 0
-    MlflowClient().delete_run(all_runs()[0].info.run_id)
-    result = invoke(ablate, "--study", tiny_study)
-    assert result.exit_code == 2 and "or start over with --fresh." in result.stderr
+    deleted = all_runs()[0].info.run_id
+    MlflowClient().delete_run(deleted)
+    result = invoke(ablate, "--study", tiny_study, "--log-model", "none")
+    assert result.exit_code == 0 and "has no run of this study: it begins anew there." in result.stderr
+    parents = [run for run in all_runs() if "mlflow.parentRunId" not in run.data.tags]
+    assert [run.info.run_id != deleted and run.info.status for run in parents] == ["FINISHED"]
 
 
 def test_workers_share_a_search(sqlite_store: str, tiny_search: Path) -> None:

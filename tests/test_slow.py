@@ -17,6 +17,7 @@ ROOT = Path(__file__).parents[1]
 @pytest.mark.slow
 def test_quick_default_is_quick_and_learns(sqlite_store: str) -> None:
     command = [sys.executable, "-m", "mlflow", "run", str(ROOT), "-e", "ablate", "-P", "variant=drop_one"]
+    command += ["-P", f"storage={sqlite_store.replace('mlflow.db', 'optuna.db')}"]
     environment = os.environ | {"PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
     started = time.monotonic()
     subprocess.run([*command, "--env-manager", "local"], env=environment, check=True, timeout=600)

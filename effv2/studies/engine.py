@@ -83,8 +83,10 @@ def _open(plan: Plan, storage: Storage, experiment_id: str, options: StudyOption
             studies = sorted(storage.optuna.get_all_studies(), key=lambda study: -study._study_id)
             begun = [study for study in studies if study.study_name.startswith(kind) and PARENT in study.user_attrs]
             same = [study for study in begun if study.study_name.partition("#")[0] == name]
-            opened = None if options.fresh else _first_with_run(same, storage)
+            opened = None if options.fresh else _first_with_run(same)
             if opened is None:
+                if same and not options.fresh:
+                    view.remark(f"The tracking store {shown_uri()} has no run of this study: it begins anew there.")
                 if begun and not same:
                     view.remark(
                         f"Not the study {purpose.name} that was begun before: "
@@ -113,17 +115,12 @@ def _open(plan: Plan, storage: Storage, experiment_id: str, options: StudyOption
 Opened = tuple[str, TrackedRun, bool]  # a study's name in the storage, its run, whether it repeats what was finished
 
 
-def _first_with_run(studies: Sequence[FrozenStudy], storage: Storage) -> Opened | None:
-    """Return the first study whose run the tracking store has; None without studies, InputError without a run."""
+def _first_with_run(studies: Sequence[FrozenStudy]) -> Opened | None:
+    """Return the first study whose run the tracking store has, and which wasn't deleted there."""
     for study in studies:
         parent = find_run(study.user_attrs[PARENT])
         if parent is not None:
             return study.study_name, parent, bool(study.user_attrs[FRESH])
-    if studies:
-        raise InputError(
-            f"--storage {storage.shown}: holds this study with the run {studies[0].user_attrs[PARENT]}, which the "
-            f"tracking store {shown_uri()} doesn't have; correct MLFLOW_TRACKING_URI, or start over with --fresh."
-        )
     return None
 
 
