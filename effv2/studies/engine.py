@@ -62,14 +62,10 @@ def run_study(plan: Plan, experiment_id: str, options: StudyOptions, load: LoadD
             return _publish(session, queue, load, view)
     except TrackingError as error:
         raise RunError(
-            f"The tracking store failed ({_line(error)}); mend it and give the same command again."
+            f"The tracking store failed ({reason(error)}); mend it and give the same command again."
         ) from error
     finally:
         storage.close()
-
-
-def _line(error: Exception) -> str:
-    return " ".join(str(error).split())[:200].rstrip(".")
 
 
 def _open(plan: Plan, storage: Storage, experiment_id: str, options: StudyOptions, view: View) -> Session:

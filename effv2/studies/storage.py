@@ -127,7 +127,7 @@ def open_storage(url: str) -> Storage:
 
 
 def reason(error: Exception) -> str:
-    """Return what the database said, in one line."""
+    """Return what a database or a server said, in one line."""
     return " ".join(str(error.__cause__ or error).split())[:200].rstrip(".")
 
 
