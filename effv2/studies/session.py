@@ -56,12 +56,11 @@ class Session:
         Where the storage is away, its trials are taken up for want of a heartbeat. Nothing hides the reason to leave.
         """
         with suppress(Exception), hurry(), impatient():
-            open_run = self.parent.is_running()
             try:
                 queue = self.queue(storage)
                 queue.release()
-                if open_run:
+                if self.parent.is_running():
                     self.end(queue, status)
             except StorageAway:
-                if open_run:
+                if self.parent.is_running():
                     self.parent.set_status(status)
