@@ -20,6 +20,7 @@ from effv2.data import cache
 from effv2.data.batches import batch_count, epoch_order, evaluation_batches, to_input, training_batches
 from effv2.data.dataset import Dataset, load_dataset
 from effv2.data.images import FileImages, sha256_of
+from effv2.data.preparation import Square
 from effv2.data.splits import stratified_split
 from effv2.errors import InputError
 from tests.conftest import make_image_tree
@@ -103,7 +104,7 @@ def test_folder_with_all_three_parts_and_with_none(tmp_path: Path) -> None:
 def test_decoding_is_pillows_in_every_mode(tmp_path: Path, own_cache: Path) -> None:
     root = make_image_tree(tmp_path / "set")
     paths = tuple(sorted(root.rglob("*.*")))
-    decoded = cache.decode(FileImages(paths), 8)
+    decoded = cache.decode(FileImages(paths), Square(8))
     for path, pixels, rgb in zip(paths, decoded.pixels, decoded.rgb, strict=True):
         with Image.open(path) as image:
             assert np.array_equal(pixels, np.asarray(image.convert("RGB").resize((8, 8), Image.Resampling.BILINEAR)))
@@ -115,20 +116,20 @@ def test_second_start_decodes_nothing_and_an_edit_is_seen(
 ) -> None:
     root = make_image_tree(tmp_path / "set")
     images = FileImages(tuple(sorted(root.rglob("*.*"))))
-    first = cache.decode(images, 8)
+    first = cache.decode(images, Square(8))
     copy = FileImages(tuple(sorted(make_image_tree(tmp_path / "copy").rglob("*.*"))))
     with monkeypatch.context() as patch:
         patch.setattr(FileImages, "open", lambda *_: pytest.fail("decoded again"))
-        assert np.array_equal(cache.decode(images, 8).pixels, first.pixels)
-        assert np.array_equal(cache.decode(copy, 8).pixels, first.pixels)  # found by content, wherever it lies
+        assert np.array_equal(cache.decode(images, Square(8)).pixels, first.pixels)
+        assert np.array_equal(cache.decode(copy, Square(8)).pixels, first.pixels)  # found by content, wherever it lies
     Image.new("RGB", (9, 9), "red").save(images.paths[0])
-    assert not np.array_equal(cache.decode(images, 8).pixels, first.pixels)
+    assert not np.array_equal(cache.decode(images, Square(8)).pixels, first.pixels)
 
 
 @pytest.mark.parametrize("damage", ["flip", "truncate", "empty", "no index", "wrong index", "stamp"])
 def test_damaged_entry_is_rebuilt(tmp_path: Path, own_cache: Path, damage: str) -> None:
     images = FileImages(tuple(sorted(make_image_tree(tmp_path / "set").rglob("*.*"))))
-    first = np.array(cache.decode(images, 8).pixels)
+    first = np.array(cache.decode(images, Square(8)).pixels)
     (pixels,) = own_cache.rglob("pixels.npy")
     if damage == "flip":
         content = bytearray(pixels.read_bytes())
@@ -145,7 +146,7 @@ def test_damaged_entry_is_rebuilt(tmp_path: Path, own_cache: Path, damage: str) 
         pixels.with_name("index.json").write_text("{}")
     else:
         pixels.with_name("index.json").unlink()
-    assert np.array_equal(cache.decode(images, 8).pixels, first)
+    assert np.array_equal(cache.decode(images, Square(8)).pixels, first)
     assert json.loads(pixels.with_name("index.json").read_text())["sha256"] == sha256_of(first)
 
 

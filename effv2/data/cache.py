@@ -1,6 +1,6 @@
-"""Decode and resize every image once.
+"""Decode and prepare every image once.
 
-An entry holds the pixels of a list of images at one size, and is found by content: the hash of the files'
+An entry holds the pixels of a list of images after one preparation, and is found by content: the hash of the files'
 bytes and of the settings. A second, quicker table leads from the files' names, sizes and modification times
 to that hash, so that a second start neither reads nor decodes a file. Entries appear by renaming a finished
 folder, so that several processes and a kill can only lose work, never leave half an entry.
@@ -12,6 +12,7 @@ folder, so that several processes and a kill can only lose work, never leave hal
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import os
@@ -20,12 +21,13 @@ import shutil
 import tempfile
 import time
 import warnings
-from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
+from collections import deque
+from collections.abc import Callable, Generator, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import closing, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any, cast
+from typing import TypeVar, cast
 
 import numpy as np
 import PIL
@@ -33,10 +35,12 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from effv2.data.images import Bytes, Images, sha256_of
+from effv2.data.preparation import Preparation
 from effv2.errors import InputError
 
-FORMAT = 1  # raise it when the decoding below changes
+FORMAT = 1  # raise it when what a preparation does changes
 ABANDONED_SECONDS = 24 * 3600
+AHEAD = 256  # images
 # What Pillow raises for a broken image, or one that is too large to be honest.
 BROKEN = (
     OSError,
@@ -50,9 +54,10 @@ Progress = Callable[[int, int], None]
 
 @dataclass(frozen=True)
 class Decoded:
-    """Pixels (N, size, size, 3), and which of the images were stored as RGB."""
+    """Pixels (N, size, size, 3), a file mapped into memory; their SHA-256; which of the images were stored as RGB."""
 
     pixels: Bytes
+    sha256: str
     rgb: NDArray[np.bool_]
 
 
@@ -62,13 +67,12 @@ def cache_folder() -> Path:
     return Path(os.path.expanduser(os.environ.get("EFFV2_CACHE") or f"{base}/effv2"))  # noqa: PTH111 (never raises)
 
 
-def decode(images: Images, size: int, progress: Progress | None = None) -> Decoded:
-    """Return `images` as RGB of size x size, from the cache where they are there.
+def decode(images: Images, preparation: Preparation, progress: Progress | None = None) -> Decoded:
+    """Return `images` as `preparation` makes them, from the cache where they are there.
 
-    Both sides are resized to `size` (bilinear with antialiasing), whatever the aspect ratio: the published
-    rule. InputError names every broken image at once.
+    InputError names every broken image at once.
     """
-    settings = f"{FORMAT}/{size}/Pillow {PIL.__version__}"
+    settings = f"{FORMAT}/{preparation}/Pillow {PIL.__version__}"
     stamp = _sha256(f"{images.stamp()}/{settings}".encode())
     pointer = cache_folder() / "stamps" / stamp
     if found := _follow(pointer):
@@ -78,7 +82,7 @@ def decode(images: Images, size: int, progress: Progress | None = None) -> Decod
     try:
         if found is None:
             (cache_folder() / "entries").mkdir(parents=True, exist_ok=True)  # before the work, not after it
-            found = _write(content, _decode_all(images, size, progress))
+            found = _write(content, images, preparation, progress)
     except OSError as error:
         raise InputError(
             f"EFFV2_CACHE {cache_folder()}: can't be written ({error.strerror or error}); free space there or set "
@@ -90,42 +94,50 @@ def decode(images: Images, size: int, progress: Progress | None = None) -> Decod
     return found
 
 
-def to_pixels(image: Image.Image, size: int) -> Bytes:
-    """Turn an image of any mode into RGB bytes (size, size, 3).
+def _prepared(images: Images, preparation: Preparation, progress: Progress | None) -> Generator[tuple[Bytes, bool]]:
+    """Yield pixels, and whether they were stored as RGB, in order; every failure is collected for the end.
 
-    The served model repeats these lines (it must not need this package); a test holds the two together.
+    Threads do it: Pillow lets go of the interpreter lock.
     """
-    if image.mode.startswith("I;16"):  # Pillow would clip 16-bit greys at 255
-        image = Image.fromarray((np.asarray(image, dtype=np.uint16) >> 8).astype(np.uint8))
-    image = image.convert("RGB").resize((size, size), Image.Resampling.BILINEAR)
-    return np.asarray(image, dtype=np.uint8)
-
-
-def _decode_all(images: Images, size: int, progress: Progress | None) -> list[tuple[Bytes, bool]]:
-    """Decode in threads (Pillow lets go of the interpreter lock) and collect every failure."""
 
     def one(index: int) -> tuple[Bytes, bool] | str:
         try:
             image = images.open(index)
-            return to_pixels(image, size), image.mode == "RGB"
+            return preparation(image), image.mode == "RGB"
         except BROKEN as error:
             return f"{images.where(index)} ({type(error).__name__})"
 
-    results: list[tuple[Bytes, bool]] = []
     broken: list[str] = []
     with warnings.catch_warnings(), ThreadPoolExecutor(os.cpu_count()) as pool:
         warnings.simplefilter("ignore")
         warnings.simplefilter("error", Image.DecompressionBombWarning)
-        for done, result in enumerate(pool.map(one, range(len(images))), 1):
+        for done, result in enumerate(_mapped(pool, one, len(images)), 1):
             if isinstance(result, str):
                 broken.append(result)
             else:
-                results.append(result)
+                yield result
             if progress:
                 progress(done, len(images))
     if broken:
         raise InputError(f"--data-dir: {len(broken)} images can't be read; repair or remove them: {', '.join(broken)}.")
-    return results
+
+
+Result = TypeVar("Result")
+
+
+def _mapped(pool: ThreadPoolExecutor, function: Callable[[int], Result], count: int) -> Iterator[Result]:
+    """Yield function(0), function(1) ... in order, never more than AHEAD of them waiting in memory."""
+    waiting: deque[Future[Result]] = deque()
+    try:
+        for index in range(count):
+            waiting.append(pool.submit(function, index))
+            if len(waiting) == AHEAD:
+                yield waiting.popleft().result()
+        while waiting:
+            yield waiting.popleft().result()
+    finally:
+        for future in waiting:
+            future.cancel()
 
 
 def _follow(pointer: Path) -> Decoded | None:
@@ -139,37 +151,50 @@ def _follow(pointer: Path) -> Decoded | None:
 
 def _read(key: str) -> Decoded | None:
     """Return the entry if it is whole: its pixels must have the checksum that was written with them."""
-    entry = cache_folder() / "entries" / key
+    found = _open(cache_folder() / "entries" / key)
+    return found if found is not None and sha256_of(found.pixels) == found.sha256 else None
+
+
+def _open(entry: Path) -> Decoded | None:
     try:
         index = json.loads((entry / "index.json").read_text())
-        rgb, sha256 = np.array(index["rgb"], dtype=bool), index["sha256"]
+        rgb, sha256 = np.array(index["rgb"], dtype=bool), str(index["sha256"])
         pixels = cast(Bytes, np.load(entry / "pixels.npy", mmap_mode="c", allow_pickle=False))
     except (OSError, ValueError, EOFError, KeyError, TypeError):
         return None
-    return Decoded(pixels, rgb) if len(rgb) == len(pixels) and sha256_of(pixels) == sha256 else None
+    return Decoded(pixels, sha256, rgb) if len(rgb) == len(pixels) else None
 
 
-def _write(key: str, results: list[tuple[Bytes, bool]]) -> Decoded:
+def _write(key: str, images: Images, preparation: Preparation, progress: Progress | None) -> Decoded:
+    """Build an entry, never all of it in memory; what a loss of power tears, the checksum tells."""
     entries = cache_folder() / "entries"
     _sweep(entries)
-    pixels = np.stack([pixels for pixels, _ in results])
-    rgb = [is_rgb for _, is_rgb in results]
     building = Path(tempfile.mkdtemp(prefix="building-", dir=entries))
     try:
-        with (building / "pixels.npy").open("wb") as file:
-            np.save(file, pixels, allow_pickle=False)
-            _to_disk(file)
-        with (building / "index.json").open("w") as index:
-            json.dump({"rgb": rgb, "sha256": sha256_of(pixels)}, index)
-            _to_disk(index)
+        digest, rgb = hashlib.sha256(), []
+        shape = (len(images), preparation.size, preparation.size, 3)
+        with (
+            (building / "pixels.npy").open("wb") as file,
+            closing(_prepared(images, preparation, progress)) as prepared,
+        ):
+            header = {"descr": "|u1", "fortran_order": False, "shape": shape}
+            np.lib.format.write_array_header_1_0(file, header)
+            for pixels, is_rgb in prepared:
+                content = np.ascontiguousarray(pixels).data
+                file.write(content)
+                digest.update(content)
+                rgb.append(is_rgb)
+        (building / "index.json").write_text(json.dumps({"rgb": rgb, "sha256": digest.hexdigest()}))
+        found = _open(building)  # a file that is mapped stays, whatever becomes of its name
         if (entries / key).exists():  # the caller found that one broken, or another process was quicker
             shutil.rmtree(entries / key, ignore_errors=True)
-        building.rename(entries / key)
-    except OSError:
+        with suppress(OSError):  # another process was quicker still
+            building.rename(entries / key)
+    finally:
         shutil.rmtree(building, ignore_errors=True)
-        if not (entries / key).exists():
-            raise
-    return Decoded(pixels, np.array(rgb, dtype=bool))
+    if found is None:
+        raise OSError(errno.EIO, "what was just written can't be read")
+    return found
 
 
 def _sweep(entries: Path) -> None:
@@ -178,12 +203,6 @@ def _sweep(entries: Path) -> None:
         with suppress(FileNotFoundError):  # finished by its process meanwhile
             if path.stat().st_mtime < time.time() - ABANDONED_SECONDS:
                 shutil.rmtree(path, ignore_errors=True)
-
-
-def _to_disk(file: IO[Any]) -> None:
-    """Make sure that the content is on the disk before the folder is renamed."""
-    file.flush()
-    os.fsync(file.fileno())
 
 
 def _replace_file(path: Path, text: str) -> None:

@@ -13,6 +13,7 @@ from torch import Tensor
 from effv2.config import DataConfig
 from effv2.data import cache
 from effv2.data.images import Part
+from effv2.data.preparation import Square
 from effv2.data.sources import Source, open_source
 from effv2.data.splits import (
     Positions,
@@ -110,7 +111,7 @@ class _DecodedPart:
 
     def __init__(self, part: Part, positions: Positions, config: DataConfig, progress: cache.Progress | None) -> None:
         self.part, self.positions = part, positions
-        self.decoded = cache.decode(part.take(positions).images, config.image_size, progress)
+        self.decoded = cache.decode(part.take(positions).images, Square(config.image_size), progress)
         self.pixels = torch.from_numpy(self.decoded.pixels)
 
     def split(self, positions: Positions) -> Split:
