@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Literal, cast
 from effv2.errors import nearest
 
 if TYPE_CHECKING:
+    from torch import nn
     from torchvision.models import EfficientNet
 
 Block = Literal["F", "M"]
@@ -208,7 +209,7 @@ def _block_config(stage: Stage) -> object:
     return efficientnet.MBConvConfig(*shape, block=without)
 
 
-def count_parameters(model: EfficientNet) -> int:
+def count_parameters(model: nn.Module) -> int:
     """Count the trainable numbers."""
     return sum(parameter.numel() for parameter in model.parameters())
 
@@ -216,15 +217,22 @@ def count_parameters(model: EfficientNet) -> int:
 def count_gflops(table: Table, num_classes: int, image_size: int) -> float:
     """Count 10^9 multiply-accumulates of one forward pass of one image, as the paper and torchvision do.
 
-    Convolutions and matrix products are counted, element-wise work is not. Nothing is computed: the network
-    lives on torch's meta device.
+    Convolutions and matrix products are counted, element-wise work is not.
     """
     import torch
-    from torch.utils.flop_counter import FlopCounterMode
 
     with torch.device("meta"):
         model = build_model(table, num_classes).eval()
-        image = torch.empty(1, 3, image_size, image_size)
+    return gflops_of(model, image_size)
+
+
+def gflops_of(model: nn.Module, image_size: int) -> float:
+    """Count as count_gflops, of any network in eval mode, on torch's meta device, where nothing is computed."""
+    import torch
+    from torch.utils.flop_counter import FlopCounterMode
+
+    shapes = {name: each.to("meta") for name, each in [*model.named_parameters(), *model.named_buffers()]}
+    image = torch.empty(1, 3, image_size, image_size, device="meta")
     with FlopCounterMode(display=False) as counter, torch.no_grad():
-        model(image)
+        torch.func.functional_call(model, shapes, image)
     return float(counter.get_total_flops()) / 2 / 1e9

@@ -192,9 +192,9 @@ class TrainConfig(Group):
         return hashlib.sha256(json.dumps(self.identity(), sort_keys=True).encode()).hexdigest()[:16]
 
 
-def field_of(dotted: str) -> tuple[Any, Any]:
+def field_of(dotted: str, config: type[Group] = TrainConfig) -> tuple[Any, Any]:
     """Return (pydantic FieldInfo, default) of a dotted name such as `optimiser.lr`."""
     group, name = dotted.split(".")
-    owner: Any = TrainConfig.model_fields[group].annotation
+    owner: Any = config.model_fields[group].annotation
     info = owner.model_fields[name]
     return info, info.default

@@ -3,6 +3,10 @@
 Anything else that escapes is a bug of ours and shows its traceback.
 """
 
+from __future__ import annotations
+
+from collections.abc import Sequence
+
 
 class InputError(Exception):
     """A wrong input: one sentence that names the option, its value and the remedy. Exit code 2."""
@@ -22,6 +26,14 @@ class Abandoned(BaseException):
 
 class Terminated(BaseException):
     """SIGTERM arrived. Like KeyboardInterrupt not an Exception, so that nothing swallows it. Exit code 143."""
+
+
+def close_names(name: str, names: Sequence[str]) -> str:
+    """Return up to three of `names` that the user may have meant, for an error message; empty if none is near."""
+    from difflib import get_close_matches
+
+    words = [repr(near) for near in get_close_matches(name, names, n=3, cutoff=0.5)]
+    return " or ".join(filter(None, (", ".join(words[:-1]), *words[-1:])))
 
 
 def nearest(name: str, names: list[str]) -> str:

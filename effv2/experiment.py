@@ -23,7 +23,7 @@ from effv2.config import TrainConfig
 from effv2.data.batches import normalisation
 from effv2.data.dataset import Dataset, Split
 from effv2.errors import InputError
-from effv2.evidence.run_artifacts import Predictions, write_curves, write_predictions
+from effv2.evidence.run_artifacts import argmax_over_all, write_curves, write_predictions
 from effv2.execution.device import Execution, make_execution
 from effv2.serving.export import ServedNetwork, export_program, output_names
 from effv2.tracking.read import Identity
@@ -255,7 +255,7 @@ def _log_test(
     test_set = dataset.test
     result = evaluate(network, test_set, config, execution)
     run.log_metrics({"selected/test_accuracy": result.accuracy})
-    predictions = Predictions(dataset.classes, test_set.ids, test_set.labels.numpy(), result.probabilities.numpy())
+    predictions = argmax_over_all(dataset.classes, test_set.ids, test_set.labels.numpy(), result.probabilities.numpy())
     with tempfile.TemporaryDirectory() as name:
         write_predictions(Path(name), predictions)
         run.log_folder(Path(name))

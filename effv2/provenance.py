@@ -29,10 +29,10 @@ class GitState:
 
 
 @cache
-def code_version() -> str:
-    """Hash the sources that decide a run, and torch's version."""
+def code_version(deciding: tuple[str, ...] = DECIDING) -> str:
+    """Hash the sources that decide a run, of training where no others are named, and torch's version."""
     digest = hashlib.sha256(metadata.version("torch").encode())
-    for name in DECIDING:
+    for name in deciding:
         place = PACKAGE / name
         for path in sorted(place.rglob("*.py")) if place.is_dir() else [place]:
             digest.update(f"{path.relative_to(PACKAGE).as_posix()}\0".encode() + path.read_bytes())

@@ -30,8 +30,8 @@ from optuna.trial import FrozenTrial, TrialState
 
 from effv2.cli.ablate import ablate
 from effv2.errors import Abandoned
+from effv2.liveness import is_gone, this_process
 from effv2.studies import queue as queue_module
-from effv2.studies.liveness import is_gone, this_process
 from effv2.studies.queue import ERROR, MOST_LOST, OWNER, SLOT, Queue
 from effv2.studies.storage import Storage, open_storage
 from tests.conftest import OTHER_TINY_TABLE, TINY_TABLE

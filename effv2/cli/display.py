@@ -37,6 +37,7 @@ class ConsoleDisplay:
         self._study: TaskID | None = None
         self._told: set[str] = set()
         self._decoding: TaskID | None = None
+        self._evaluating: TaskID | None = None
         self._epochs: TaskID | None = None
         self._steps: TaskID | None = None
 
@@ -53,7 +54,10 @@ class ConsoleDisplay:
         """Show decoded images."""
         if self._decoding is None:
             self._decoding = self._progress.add_task("decoding images", note="")
-        self._progress.update(self._decoding, completed=done, total=total, visible=done < total)
+        self._progress.update(self._decoding, completed=done, total=total)
+        if done == total:  # what is decoded next gets a bar, and an estimate, of its own
+            self._progress.remove_task(self._decoding)
+            self._decoding = None
 
     def study_opened(self, address: str) -> None:
         """Say where the study is to be seen."""
@@ -95,6 +99,17 @@ class ConsoleDisplay:
         """Show a step of the epoch."""
         if self._steps is not None:
             self._progress.update(self._steps, completed=step, total=steps)
+
+    def evaluating(self, name: str, done: int, total: int) -> None:
+        """Show evaluated images of a network; without a terminal, a line when it begins."""
+        if done == 0:
+            if self._evaluating is not None:
+                self._progress.remove_task(self._evaluating)
+            self._evaluating = self._progress.add_task(f"{escape(name)}: images", total=total, note="")
+            if not self.console.is_terminal:
+                self.remark(f"evaluating {name} on {total:,} images")
+        elif self._evaluating is not None:
+            self._progress.update(self._evaluating, completed=done)
 
     def epoch(self, result: EpochResult) -> None:
         """Show a finished epoch with its accuracies."""

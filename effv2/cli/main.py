@@ -14,6 +14,7 @@ COMMANDS = {
     "ablate": "effv2.cli.ablate",
     "hparam-check": "effv2.cli.hparam_check",
     "search": "effv2.cli.search",
+    "evaluate-pretrained": "effv2.cli.evaluate_pretrained",
 }
 
 

@@ -13,7 +13,7 @@ from typing import Any, Literal, NoReturn, TypeVar, get_args, get_origin
 
 import click
 
-from effv2.config import field_of
+from effv2.config import Group, TrainConfig, field_of
 from effv2.errors import InputError, RunError, Terminated
 from effv2.signals import ending_signals
 from effv2.studies.options import DEFAULT_STORAGE, LogModel, StudyOptions
@@ -45,19 +45,18 @@ ONE_RUN = {
 }
 
 
-def config_options(fields: dict[str, str]) -> Callable[[Command], Command]:
-    """Add an option for each field."""
+def config_options(fields: dict[str, str], config: type[Group] = TrainConfig) -> Callable[[Command], Command]:
+    """Add an option for each field of a configuration."""
 
     def decorate(command: Command) -> Command:
         for name, dotted in reversed(fields.items()):
-            command = _config_option(name, dotted)(command)
+            command = _config_option(name, *field_of(dotted, config))(command)
         return command
 
     return decorate
 
 
-def _config_option(name: str, dotted: str) -> Callable[[Command], Command]:
-    info, default = field_of(dotted)
+def _config_option(name: str, info: Any, default: Any) -> Callable[[Command], Command]:
     kind = info.annotation
     metavar = {int: "INTEGER", float: "NUMBER", str: "TEXT", bool: "[true|false]"}.get(kind, "TEXT")
     if get_origin(kind) is Literal:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -48,11 +48,17 @@ def normalisation(normalise: str) -> tuple[tuple[float, ...], tuple[float, ...]]
 
 def to_input(images: Tensor, config: DataConfig, channels_last: bool) -> Tensor:
     """Turn bytes (B, 3, H, W) into the network's float32 input on the same device."""
-    memory_format = torch.channels_last if channels_last else torch.contiguous_format
-    scaled = images.to(torch.float32, memory_format=memory_format).div_(255)
     if config.normalise == "none":
-        return scaled
-    mean, std = (
-        torch.tensor(numbers, device=images.device).view(3, 1, 1) for numbers in normalisation(config.normalise)
-    )
-    return scaled.sub_(mean).div_(std)
+        return _scaled(images, channels_last)
+    return normalised(images, normalisation(config.normalise), channels_last)
+
+
+def normalised(images: Tensor, statistics: tuple[Sequence[float], Sequence[float]], channels_last: bool) -> Tensor:
+    """Turn bytes (B, 3, H, W) into float32: scaled to [0, 1], less the mean, over the standard deviation."""
+    mean, std = (torch.tensor(numbers, device=images.device).view(3, 1, 1) for numbers in statistics)
+    return _scaled(images, channels_last).sub_(mean).div_(std)
+
+
+def _scaled(images: Tensor, channels_last: bool) -> Tensor:
+    memory_format = torch.channels_last if channels_last else torch.contiguous_format
+    return images.to(torch.float32, memory_format=memory_format).div_(255)

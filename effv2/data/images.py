@@ -43,6 +43,9 @@ class Images(Protocol):
     def take(self, positions: NDArray[np.int64]) -> Images:
         """Return the images at `positions`."""
 
+    def join(self, others: Any) -> Images:
+        """Return these images and then `others`, which must be of the same kind."""
+
 
 @dataclass(frozen=True)
 class FileImages:
@@ -85,6 +88,10 @@ class FileImages:
         """Return the files at `positions`."""
         return FileImages(tuple(self.paths[i] for i in positions))
 
+    def join(self, others: FileImages) -> FileImages:
+        """Return these files and then `others`."""
+        return FileImages(self.paths + others.paths)
+
 
 @dataclass(frozen=True)
 class ArrayImages:
@@ -116,6 +123,10 @@ class ArrayImages:
         """Return the images at `positions`."""
         return ArrayImages(self.pixels[positions], self.name)
 
+    def join(self, others: ArrayImages) -> ArrayImages:
+        """Return these images and then `others`."""
+        return ArrayImages(np.concatenate([self.pixels, others.pixels]), self.name)
+
 
 @dataclass(frozen=True)
 class Part:
@@ -132,3 +143,8 @@ class Part:
         """Return the samples at `positions`."""
         positions = np.asarray(positions, dtype=np.int64)
         return Part(self.images.take(positions), self.labels[positions], tuple(self.ids[i] for i in positions))
+
+    def join(self, other: Part) -> Part:
+        """Return these samples and then those of `other`."""
+        labels = np.concatenate([self.labels, other.labels])
+        return Part(self.images.join(other.images), labels, self.ids + other.ids)

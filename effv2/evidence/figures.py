@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from itertools import cycle
 
 import numpy as np
@@ -10,6 +11,7 @@ from matplotlib.figure import Figure
 
 PALETTE = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 STYLES = ("-", "--", "-.", ":")
+MARKERS = ("o", "s", "^", "D")
 Curve = Mapping[int, float]
 
 
@@ -50,6 +52,36 @@ def bars(values: Mapping[str, Sequence[float]], title: str, unit: str) -> Figure
     axes.invert_yaxis()
     axes.set(title=title, xlabel=unit)
     axes.margins(x=0.12)
+    return figure
+
+
+@dataclass(frozen=True)
+class CostPoint:
+    """A network's accuracy with its interval, as fractions, and what an image costs."""
+
+    accuracy: float
+    low: float
+    high: float
+    gflops: float
+    milliseconds: float
+
+
+def accuracy_against_cost(points: Mapping[str, CostPoint], title: str) -> Figure:
+    """Draw accuracy with its 95 % interval against arithmetic and against measured time, both an image."""
+    figure = Figure(figsize=(9, 4.2), layout="constrained")
+    left, right = figure.subplots(1, 2, sharey=True)
+    for index, ((name, point), colour) in enumerate(zip(points.items(), cycle(PALETTE), strict=False)):
+        reach = [[100 * (point.accuracy - point.low)], [100 * (point.high - point.accuracy)]]
+        marker = MARKERS[index // len(PALETTE) % len(MARKERS)]
+        for axes, cost in ((left, point.gflops), (right, point.milliseconds)):
+            drawn = {"fmt": marker, "color": colour, "capsize": 3, "label": plain(name)}
+            axes.errorbar(cost, 100 * point.accuracy, yerr=reach, **drawn)
+    for axes, unit in ((left, "GFLOPs an image (log)"), (right, "milliseconds an image (log)")):
+        axes.set(xscale="log", xlabel=unit)
+        axes.grid(alpha=0.3)
+    left.set_ylabel("accuracy, %")
+    figure.suptitle(title)
+    figure.legend(*left.get_legend_handles_labels(), loc="outside lower center", ncols=3)
     return figure
 
 

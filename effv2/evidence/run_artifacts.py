@@ -20,12 +20,29 @@ CURVES = {"train": "train/accuracy", "validation": "val/accuracy", "test": "test
 
 @dataclass(frozen=True)
 class Predictions:
-    """What a network says of a test set: N ids and true classes, and probabilities (N, outputs)."""
+    """What a network says of N images: ids, true classes (0 to K - 1) and predicted ones, with their probability.
+
+    A prediction beyond the K classes is K; `names` says what each is called, `columns` what 0 to K are.
+    """
 
     classes: Sequence[str]
+    columns: Sequence[str]
     ids: Sequence[str]
     true: np.ndarray
-    probabilities: np.ndarray
+    predicted: np.ndarray
+    names: Sequence[str]
+    probability: np.ndarray
+
+
+def argmax_over_all(
+    classes: Sequence[str], ids: Sequence[str], true: np.ndarray, probabilities: np.ndarray
+) -> Predictions:
+    """Return the predictions of a head whose first outputs are the classes: the argmax over all of them."""
+    columns = output_names(classes, probabilities.shape[1])
+    argmax = probabilities.argmax(1)
+    predicted = np.minimum(argmax, len(classes))
+    names = [columns[each] for each in predicted]
+    return Predictions(classes, columns, ids, true, predicted, names, probabilities[np.arange(len(argmax)), argmax])
 
 
 def write_curves(folder: Path, history: Sequence[dict[str, float]]) -> None:
@@ -39,34 +56,28 @@ def write_curves(folder: Path, history: Sequence[dict[str, float]]) -> None:
 
 
 def write_predictions(folder: Path, predictions: Predictions) -> None:
-    """Write predictions, confusion matrix and per-class table.
-
-    The prediction is the argmax over all outputs; what lies beyond the classes is the column `other`.
-    """
-    classes, true, probabilities = predictions.classes, predictions.true, predictions.probabilities
-    names = output_names(classes, probabilities.shape[1])
-    argmax = probabilities.argmax(1)
-    predicted = np.minimum(argmax, len(classes))
-    certainty = probabilities[np.arange(len(argmax)), argmax]
-
+    """Write predictions, confusion matrix and per-class table."""
+    classes, columns, true = predictions.classes, predictions.columns, predictions.true
     write_csv(
         folder / "predictions.csv",
         ("id", "true", "predicted", "probability"),
         (
-            (id_, names[t], names[p], f"{c:.6f}")
-            for id_, t, p, c in zip(predictions.ids, true, predicted, certainty, strict=True)
+            (id_, classes[t], name, f"{probability:.6f}")
+            for id_, t, name, probability in zip(
+                predictions.ids, true, predictions.names, predictions.probability, strict=True
+            )
         ),
     )
-    matrix = confusion_matrix(true, predicted, labels=range(len(names)))[: len(classes)]
+    matrix = confusion_matrix(true, predictions.predicted, labels=range(len(columns)))[: len(classes)]
     write_csv(
         folder / "confusion_matrix.csv",
-        ("true", *names),
+        ("true", *columns),
         ((name, *row) for name, row in zip(classes, matrix.tolist(), strict=True)),
     )
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="Glyph")  # a class name in a script that the font lacks
-        confusion_figure(matrix, names).savefig(folder / "confusion_matrix.png", dpi=120)
-    _write_per_class(folder / "per_class.csv", classes, true, predicted)
+        confusion_figure(matrix, columns).savefig(folder / "confusion_matrix.png", dpi=120)
+    _write_per_class(folder / "per_class.csv", classes, true, predictions.predicted)
 
 
 def _write_per_class(path: Path, classes: Sequence[str], true: np.ndarray, predicted: np.ndarray) -> None:

@@ -11,7 +11,7 @@ from typing import TypeVar
 import torch
 from torch import Tensor, nn
 
-from effv2.config import ExecutionConfig, TrainConfig
+from effv2.config import Device, ExecutionConfig, TrainConfig
 from effv2.errors import InputError
 from effv2.execution.fast_paths import use_fast_paths
 
@@ -52,18 +52,23 @@ def resolve(config: TrainConfig) -> TrainConfig:
 
     The choice is a rule, not a timing: the same command on the same machine always means the same run.
     """
-    device = config.execution.device
+    device = resolve_device(config.execution.device)
+    precision = config.execution.precision
+    if precision == "auto":
+        precision = "bf16" if _prefers_bf16(device, config.data.image_size) else "fp32"
+    execution = config.execution.model_copy(update={"device": device, "precision": precision})
+    return config.model_copy(update={"execution": execution})
+
+
+def resolve_device(device: Device) -> Device:
+    """Return what `auto` means on this machine; InputError for a device it lacks."""
     available = {"cpu": True, "cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
     if device == "auto":
         device = "cuda" if available["cuda"] else "mps" if available["mps"] else "cpu"
     if not available[device]:
         have = ", ".join(name for name, there in available.items() if there)
         raise InputError(f"--device {device}: not available to torch on this machine; use auto or {have}.")
-    precision = config.execution.precision
-    if precision == "auto":
-        precision = "bf16" if _prefers_bf16(device, config.data.image_size) else "fp32"
-    execution = config.execution.model_copy(update={"device": device, "precision": precision})
-    return config.model_copy(update={"execution": execution})
+    return device
 
 
 def resolve_study(configs: Sequence[TrainConfig]) -> list[TrainConfig]:

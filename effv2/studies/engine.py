@@ -12,7 +12,7 @@ from optuna.study._frozen import FrozenStudy
 from optuna.trial import TrialState
 
 from effv2 import provenance
-from effv2.errors import InputError, RunError, Terminated
+from effv2.errors import InputError, RunError
 from effv2.evidence.comparison import Rows
 from effv2.studies.options import StudyOptions
 from effv2.studies.plan import LoadData, Plan, digest, run_ids
@@ -22,7 +22,7 @@ from effv2.studies.standing import View, standing_of
 from effv2.studies.storage import DATABASE_ERRORS, Storage, open_storage, patient, reason
 from effv2.studies.supervision import supervise
 from effv2.studies.worker import Worker
-from effv2.tracking.run import TrackedRun, find_run, open_parent, point_adopted_run_to, run_address
+from effv2.tracking.run import TrackedRun, find_run, open_parent, point_adopted_run_to, run_address, status_after
 from effv2.tracking.store import TRACKING_ERRORS, TrackingError, impatient, shown_uri, tracking_uri
 
 FAIL = TrialState.FAIL
@@ -134,7 +134,7 @@ def _create(plan: Plan, storage: Storage, name: str, definition: Mapping[str, An
     except BaseException as error:
         with suppress(*TRACKING_ERRORS), impatient():
             if parent is not None:
-                parent.set_status(_status_of(error))
+                parent.set_status(status_after(error))
         raise
     return name, parent, fresh
 
@@ -162,12 +162,8 @@ def _given_back(session: Session, storage: Storage) -> Iterator[None]:
     try:
         yield
     except BaseException as error:
-        session.leave(storage, _status_of(error))
+        session.leave(storage, status_after(error))
         raise
-
-
-def _status_of(error: BaseException) -> str:
-    return "KILLED" if isinstance(error, (KeyboardInterrupt, Terminated)) else "FAILED"
 
 
 @patient

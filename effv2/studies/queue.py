@@ -21,7 +21,7 @@ from optuna.exceptions import UpdateFinishedTrialError
 from optuna.trial import FrozenTrial, TrialState
 
 from effv2.errors import Abandoned
-from effv2.studies.liveness import is_gone, this_process
+from effv2.liveness import is_gone, this_process
 from effv2.studies.storage import DATABASE_ERRORS, GRACE_SECONDS, HEARTBEAT_SECONDS, HURRY_SECONDS, Storage, patient
 
 T = TypeVar("T")

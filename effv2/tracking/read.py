@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field
 
 from mlflow import MlflowClient
@@ -43,17 +43,25 @@ def find_finished(identity: Identity, experiment_id: str, parent: str = "") -> R
     With `parent`, among the children of that run alone.
     """
     wanted = identity.tags() | ({"mlflow.parentRunId": parent} if parent else {})
-    condition = " and ".join(f"tags.`{name}` = '{value}'" for name, value in wanted.items())
-    found = MlflowClient().search_runs(
-        [experiment_id], f"attributes.status = 'FINISHED' and {condition}", order_by=["attributes.start_time DESC"]
-    )
+    found = _find(wanted, experiment_id, "attributes.status = 'FINISHED'")
     return next((_record(run, {}) for run in found if run.data.tags.get(OUTCOME) == "complete"), None)
+
+
+def find_unfinished(identity: Identity, experiment_id: str) -> list[RunRecord]:
+    """Return the runs of the experiment with this identity that are not finished, the newest first."""
+    found = _find(identity.tags(), experiment_id, "attributes.status != 'FINISHED'")
+    return [_record(run, {}) for run in found]
 
 
 def find_running(experiment_id: str, parent: str) -> list[RunRecord]:
     """Return a run's children that are marked as running."""
     condition = f"attributes.status = 'RUNNING' and tags.`mlflow.parentRunId` = '{parent}'"
     return [_record(run, {}) for run in MlflowClient().search_runs([experiment_id], condition)]
+
+
+def _find(tags: Mapping[str, str], experiment_id: str, condition: str) -> list[Run]:
+    wanted = " and ".join([condition, *(f"tags.`{name}` = '{value}'" for name, value in tags.items())])
+    return list(MlflowClient().search_runs([experiment_id], wanted, order_by=["attributes.start_time DESC"]))
 
 
 def read_runs(run_ids: Iterable[str], histories: Iterable[str]) -> list[RunRecord]:

@@ -91,7 +91,8 @@ class TrackedRun:
     def fetch(self, name: str, folder: Path) -> Path | None:
         """Download an artifact into `folder`; None where the run has none of that name."""
         client = mlflow.MlflowClient()
-        if name not in {file.path for file in client.list_artifacts(self.run_id)}:
+        above = name.rpartition("/")[0] or None
+        if name not in {file.path for file in client.list_artifacts(self.run_id, above)}:
             return None
         return Path(client.download_artifacts(self.run_id, name, str(folder)))
 
@@ -211,6 +212,24 @@ def open_parent(name: str, experiment_id: str, tags: Mapping[str, str]) -> Track
     return run
 
 
+@contextmanager
+def working_on(run: TrackedRun) -> Iterator[None]:
+    """Mark a run that isn't the active one as running inside, and end it as the way out of the block deserves."""
+    run.set_status("RUNNING")
+    try:
+        yield
+    except BaseException as error:
+        with impatient(), suppress(*TRACKING_ERRORS):  # a store that is away must not hide why the run ends
+            run.set_status(status_after(error))
+        raise
+    run.set_status("FINISHED")
+
+
+def status_after(error: BaseException) -> str:
+    """Return the status of a run that `error` ended."""
+    return "KILLED" if isinstance(error, (KeyboardInterrupt, Terminated, Abandoned)) else "FAILED"
+
+
 def find_run(run_id: str) -> TrackedRun | None:
     """Return a run of the tracking store; None where it has none of that id, or the run was deleted."""
     try:
@@ -244,12 +263,9 @@ def _ending() -> Iterator[None]:
     status = "FINISHED"
     try:
         yield
-    except (KeyboardInterrupt, Terminated, Abandoned):
-        status = "KILLED"
-        raise
     except BaseException as error:
-        status = "FAILED"
-        if _opened(outer):
+        status = status_after(error)
+        if status == "FAILED" and _opened(outer):
             with impatient(), suppress(*TRACKING_ERRORS):
                 said = f"{type(error).__name__}: {error}"[:LONGEST_TAG]
                 mlflow.set_tags({"effv2.error": said, OUTCOME: "failed"})

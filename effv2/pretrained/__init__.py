@@ -1,0 +1,1 @@
+"""Published weights: found and verified, evaluated with their own transforms, ranked with paired statistics."""

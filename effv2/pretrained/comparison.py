@@ -1,0 +1,164 @@
+"""Published networks evaluated under one parent run, and ranked there."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from effv2 import provenance
+from effv2.config import ExecutionConfig
+from effv2.errors import RunError
+from effv2.execution.device import make_execution, resolve_device
+from effv2.liveness import is_gone, this_process
+from effv2.pretrained.config import PretrainedConfig
+from effv2.pretrained.evaluation import (
+    STUDY,
+    Entry,
+    Session,
+    View,
+    code_version,
+    evaluate_one,
+    right_answers,
+    run_tags,
+    short_hash,
+)
+from effv2.pretrained.images import EvaluationImages, choose_images
+from effv2.pretrained.ranking import Evaluated, Ranking
+from effv2.pretrained.weights import Requested, find_weights, load_network
+from effv2.tracking.read import Identity, find_finished, find_running, find_unfinished, read_runs
+from effv2.tracking.run import OUTCOME, TrackedRun, open_parent, point_adopted_run_to, run_address, working_on
+from effv2.tracking.store import TrackingError, open_store
+
+PROCESS = "effv2.process"  # tag: the process that works on the run
+
+
+@dataclass(frozen=True)
+class Ending:
+    """The run of a comparison, its ranking where anything was evaluated, and why networks failed, by label."""
+
+    parent: TrackedRun
+    ranking: Ranking | None
+    failed: Mapping[str, str]
+
+
+def evaluate_pretrained(
+    requests: Sequence[Requested],
+    config: PretrainedConfig,
+    view: View,
+    *,
+    weights_dir: Path | None,
+    experiment: str,
+    fresh: bool,
+    show_downloads: bool,
+) -> Ending:
+    """Evaluate and rank networks; what was finished before with the same weights and images is not repeated.
+
+    InputError, before any run is created, for wrong images and weights; RunError if the tracking store fails.
+    """
+    images = choose_images(config.data)
+    device = resolve_device(config.execution.device)
+    precision = "bf16" if config.execution.precision == "bf16" else "fp32"
+    session = Session(config, images, make_execution(ExecutionConfig(device=device, precision=precision)), view)
+    files = [find_weights(requested, weights_dir, show_downloads) for requested in requests]
+    for requested, file in zip(requests, files, strict=True):
+        load_network(requested, file)  # so that what can't be loaded is known before anything is computed
+    entries = [session.entry(requested, file) for requested, file in zip(requests, files, strict=True)]
+    experiment_id = open_store(experiment)
+    try:
+        return _evaluate(session, entries, experiment_id, fresh)
+    except TrackingError as error:
+        raise RunError(f"The tracking store failed ({error}); mend it and give the same command again.") from error
+
+
+def _evaluate(session: Session, entries: Sequence[Entry], experiment_id: str, fresh: bool) -> Ending:
+    labels = [entry.requested.label for entry in entries]
+    deciding = [[entry.identity.config_hash, entry.identity.data_digest] for entry in entries]
+    identity = Identity(short_hash([labels, deciding]), short_hash(deciding), code_version())
+    runs = {} if fresh else _finished(entries, experiment_id)
+    finished = None if fresh else find_finished(identity, experiment_id)
+    if finished is not None and len(runs) == len(entries):
+        parent = TrackedRun(finished.run_id, experiment_id)
+        point_adopted_run_to(parent)
+        session.view.remark("Finished before, with the same weights, images and code; --fresh repeats it.")
+        return Ending(parent, _rank(session.images, runs, parent), {})
+
+    left = None if fresh else _left_behind(identity, experiment_id)
+    parent = left or _new_parent(session, identity, labels, experiment_id)
+    point_adopted_run_to(parent)
+    session.view.study_opened(run_address(parent.run_id, parent.experiment_id))
+    with working_on(parent):
+        failed = _evaluate_all(session, entries, parent, runs)
+        ranking = _rank(session.images, {label: runs[label] for label in labels if label in runs}, parent)
+        if ranking is not None:
+            _publish(ranking, parent)
+        if not failed:
+            parent.set_tags({OUTCOME: "complete"})
+    if failed:
+        parent.set_status("FAILED")
+    return Ending(parent, ranking, failed)
+
+
+def _evaluate_all(
+    session: Session, entries: Sequence[Entry], parent: TrackedRun, runs: dict[str, str]
+) -> dict[str, str]:
+    """Evaluate what `runs` lacks and add it there; return why networks failed: one doesn't cost the others."""
+    for left in find_running(parent.experiment_id, parent.run_id):
+        TrackedRun(left.run_id, parent.experiment_id).end_left_open()
+    failed: dict[str, str] = {}
+    for entry in entries:
+        label = entry.requested.label
+        if label in runs:
+            session.view.remark(f"{label} was evaluated before, with the same weights, images and code.")
+            continue
+        try:
+            runs[label] = evaluate_one(session, entry, parent)
+        except torch.OutOfMemoryError:
+            failed[label] = "out of memory; lower --batch-size"
+        except (RuntimeError, ValueError) as error:
+            failed[label] = " ".join(f"{type(error).__name__}: {error}".split())[:300]
+    return failed
+
+
+def _finished(entries: Sequence[Entry], experiment_id: str) -> dict[str, str]:
+    """Return the runs that evaluated the same before, by label."""
+    found = {entry.requested.label: find_finished(entry.identity, experiment_id) for entry in entries}
+    return {label: record.run_id for label, record in found.items() if record is not None}
+
+
+def _left_behind(identity: Identity, experiment_id: str) -> TrackedRun | None:
+    """Return the run of the same comparison that ended early, or whose process is gone; it is ours from now on."""
+    for record in find_unfinished(identity, experiment_id):
+        if record.status in ("FAILED", "KILLED") or is_gone(record.tags.get(PROCESS, "")):
+            run = TrackedRun(record.run_id, experiment_id)
+            run.set_tags({PROCESS: this_process()})
+            return run
+    return None
+
+
+def _new_parent(session: Session, identity: Identity, labels: Sequence[str], experiment_id: str) -> TrackedRun:
+    tags = run_tags(identity, session) | {"effv2.variant": ",".join(labels), PROCESS: this_process()}
+    parent = open_parent(STUDY, experiment_id, tags)
+    parent.log_params(session.config.flat() | {"study.kind": STUDY, "study.models": ",".join(labels)})
+    parent.log_git(provenance.git_state())
+    return parent
+
+
+def _rank(images: EvaluationImages, runs: Mapping[str, str], parent: TrackedRun) -> Ranking | None:
+    """Rank what the runs logged; None where nothing was."""
+    networks = {
+        label: Evaluated(record, right_answers(images, TrackedRun(record.run_id, parent.experiment_id)))
+        for label, record in zip(runs, read_runs(runs.values(), []), strict=True)
+    }
+    return Ranking(networks, images.basis, images.basis_origin) if networks else None
+
+
+def _publish(ranking: Ranking, parent: TrackedRun) -> None:
+    with tempfile.TemporaryDirectory() as folder:
+        ranking.write(Path(folder))
+        parent.log_folder(Path(folder))
+    parent.log_metrics(ranking.metrics())
+    parent.describe(ranking.markdown())

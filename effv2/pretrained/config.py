@@ -1,0 +1,46 @@
+"""What an evaluation of published weights is told, besides the weights: which images, and how it is computed."""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+from pydantic import Field
+
+from effv2.config import Device, Group, Precision
+
+
+class ImagesConfig(Group):
+    """Which images."""
+
+    dataset: Literal["imagenette", "folder"] = Field(
+        "imagenette", description="Imagenette, or any tree of class folders whose classes are ImageNet's."
+    )
+    dir: str = Field("", description="Folder of the data set.")
+    download: bool = Field(False, description="Download imagenette into the folder if it isn't there.")
+    per_class: int = Field(0, ge=0, description="For a quick look: test images a class, drawn at random, 0 = all.")
+    limit: int = Field(0, ge=0, description="For a quick look: test images in all, drawn at random, 0 = all.")
+    seed: int = Field(0, ge=0, lt=2**32, description="Seed of what is drawn.")
+
+
+class ComputeConfig(Group):
+    """Where and how it is computed."""
+
+    device: Device = Field("auto", description="auto = cuda where there is one, then mps, then cpu.")
+    precision: Precision = Field(
+        "fp32", description="bf16 also says what it changes; auto = fp32, since published figures are compared."
+    )
+    batch_size: int = Field(
+        0, ge=0, le=65_536, description="Images a forward pass, 0 = 128; on a CPU 8 of 224 pixels, or as many pixels."
+    )
+
+
+class PretrainedConfig(Group):
+    """All of it; params of the run under dotted names."""
+
+    data: ImagesConfig = ImagesConfig()
+    execution: ComputeConfig = ComputeConfig()
+
+    def flat(self) -> dict[str, Any]:
+        """Return every field under its dotted name."""
+        groups = self.model_dump()
+        return {f"{group}.{name}": value for group, fields in groups.items() for name, value in fields.items()}

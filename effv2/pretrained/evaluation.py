@@ -1,0 +1,217 @@
+"""One published network evaluated in a tracked run of its own."""
+
+from __future__ import annotations
+
+import csv
+import hashlib
+import json
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+import torchvision
+
+from effv2 import provenance
+from effv2.architecture import count_parameters, gflops_of
+from effv2.data.cache import Decoded, decode
+from effv2.errors import RunError
+from effv2.evidence.run_artifacts import Predictions, write_predictions
+from effv2.execution.device import Execution
+from effv2.pretrained.config import PretrainedConfig
+from effv2.pretrained.imagenet import class_names
+from effv2.pretrained.images import TEST, EvaluationImages
+from effv2.pretrained.measure import Network, all_logits, batch_size, bf16_differences, latency, scores
+from effv2.pretrained.ranking import FULL_BATCH, ONE_IMAGE
+from effv2.pretrained.weights import Requested, WeightsFile, load_network
+from effv2.serving.export import OTHER
+from effv2.tracking.read import Identity
+from effv2.tracking.run import OUTCOME, TrackedRun, start_run
+
+STUDY = "evaluate-pretrained"
+FULL_BATCH_IMAGES = 128
+# What decides an evaluation, besides its configuration, weights and images.
+DECIDING = (
+    "data",
+    "execution",
+    "evidence/statistics.py",
+    "pretrained/imagenet.py",
+    "pretrained/images.py",
+    "pretrained/measure.py",
+    "pretrained/weights.py",
+)
+
+
+class View(Protocol):
+    """What an evaluation tells whoever watches."""
+
+    def decoding(self, done: int, total: int) -> None:
+        """Report decoded images."""
+
+    def study_opened(self, address: str) -> None:
+        """Say where the comparison is to be seen."""
+
+    def evaluating(self, name: str, done: int, total: int) -> None:
+        """Report evaluated images of a network."""
+
+    def remark(self, text: str) -> None:
+        """Say something once."""
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A network to evaluate: its weights, the images as it wants them, and what decides its figures."""
+
+    requested: Requested
+    file: WeightsFile
+    decoded: Decoded
+    batch: int
+    identity: Identity
+
+
+@dataclass(frozen=True)
+class Session:
+    """What all networks of a comparison share."""
+
+    config: PretrainedConfig
+    images: EvaluationImages
+    execution: Execution
+    view: View
+
+    def entry(self, requested: Requested, file: WeightsFile) -> Entry:
+        """Decode the images as the weights want them, and name what decides the figures."""
+        decoded = decode(self.images.part.images, requested.preparation, self.view.decoding)
+        batch = batch_size(self.config.execution.batch_size, requested.preparation.size, self.execution)
+        deciding = {
+            "network": requested.network,
+            "weights": file.sha256,
+            "preparation": repr(requested.preparation),
+            "normalisation": requested.normalisation,
+            "device": self.execution.device.type,
+            "bf16": self.execution.bf16,
+            "batch": batch,
+            "torchvision": torchvision.__version__,
+        }
+        seen = [decoded.sha256, *self.images.part.ids, *map(str, self.images.outputs[self.images.part.labels])]
+        data = short_hash([*seen, self.images.tests])
+        return Entry(requested, file, decoded, batch, Identity(short_hash(deciding), data, code_version()))
+
+
+def evaluate_one(session: Session, entry: Entry, parent: TrackedRun) -> str:
+    """Evaluate a network in a run of its own; return the run's id."""
+    requested, images = entry.requested, session.images
+    tags = run_tags(entry.identity, session) | {"effv2.variant": requested.network}
+    with start_run(requested.label, parent.experiment_id, tags, parent.run_id) as run:
+        run.log_params(session.config.flat() | _params(entry))
+        run.log_git(provenance.git_state())
+        digest = entry.identity.data_digest
+        run.log_dataset(images.name, "test", digest, images.location, images.profile())
+        logits, figures = _measure(session, entry)
+        true = images.outputs[images.part.labels]
+        for name, members in images.sets.items():
+            found = scores(logits[members], true[members], images.outputs)
+            figures |= {f"{name}/{figure}": value for figure, value in found.items()}
+        run.log_metrics(figures | {f"published/{name}": value for name, value in requested.published.items()})
+        with tempfile.TemporaryDirectory() as folder:
+            for name in {TEST, images.basis}:
+                place = Path(folder) if name == TEST else Path(folder, name)
+                place.mkdir(exist_ok=True)
+                write_predictions(place, _predictions(images, logits, images.sets[name]))
+            run.log_folder(Path(folder))
+        run.set_tags({OUTCOME: "complete"})
+    return run.run_id
+
+
+def _params(entry: Entry) -> dict[str, Any]:
+    requested, preset = entry.requested, entry.requested.weights.transforms()
+    return {
+        "model.name": requested.network,
+        "weights.name": str(requested.weights) if requested.file is None else entry.file.path.name,
+        "weights.file": str(entry.file.path),
+        "weights.sha256": entry.file.sha256,
+        "weights.verified": entry.file.verified,
+        "weights.url": requested.weights.url if requested.file is None else "",
+        "transforms.of": str(requested.weights),
+        "transforms.resize": preset.resize_size[0],
+        "transforms.crop": preset.crop_size[0],
+        "transforms.interpolation": preset.interpolation.value,
+        "transforms.antialias": preset.antialias,
+        "transforms.mean": preset.mean,
+        "transforms.std": preset.std,
+        "evaluation.batch_size": entry.batch,
+    }
+
+
+def _measure(session: Session, entry: Entry) -> tuple[torch.Tensor, dict[str, float]]:
+    """Return logits of all images (N, 1000), and timings, size and what bf16 changes as metrics."""
+    requested = entry.requested
+    module = load_network(requested, entry.file)
+    figures: dict[str, float] = {
+        "model/parameters": count_parameters(module),
+        "model/gflops": gflops_of(module, requested.preparation.size),
+    }
+    network = Network.prepare(module, requested.normalisation, session.execution)
+    pixels, done = torch.from_numpy(entry.decoded.pixels), 0
+
+    def advance(more: int) -> None:
+        nonlocal done
+        done += more
+        session.view.evaluating(requested.label, done, len(pixels))
+
+    advance(0)
+    logits, seconds = all_logits(network, pixels, entry.batch, advance)
+    figures |= {
+        "throughput/evaluate_images_per_second": len(pixels) / seconds,
+        ONE_IMAGE: latency(network, pixels, 1),
+        FULL_BATCH: latency(network, pixels, FULL_BATCH_IMAGES),
+    }
+    if session.execution.bf16:
+        true = session.images.outputs[session.images.part.labels]
+        figures |= bf16_differences(network, pixels, logits, true, entry.batch)
+    return logits, figures
+
+
+def _predictions(images: EvaluationImages, logits: torch.Tensor, members: np.ndarray) -> Predictions:
+    """Return the top-1 predictions of a set over all 1000 classes, those of no class present as `other`."""
+    probability, predicted = logits[members].softmax(1).max(1)
+    column = np.full(logits.shape[1], len(images.outputs))
+    column[images.outputs] = np.arange(len(images.outputs))
+    return Predictions(
+        classes=images.classes,
+        columns=(*images.classes, OTHER),
+        ids=[images.part.ids[i] for i in members],
+        true=images.part.labels[members],
+        predicted=column[predicted.numpy()],
+        names=[class_names()[output] for output in predicted.tolist()],
+        probability=probability.numpy(),
+    )
+
+
+def right_answers(images: EvaluationImages, run: TrackedRun) -> np.ndarray:
+    """Return which images of the basis a run predicted right, in their order."""
+    name = "predictions.csv" if images.basis == TEST else f"{images.basis}/predictions.csv"
+    with tempfile.TemporaryDirectory() as folder:
+        path = run.fetch(name, Path(folder))
+        if path is None:
+            raise RunError(f"The run {run.run_id} has lost its artifact {name}; --fresh evaluates again.")
+        with path.open(newline="", encoding="utf-8") as file:
+            right = {row["id"]: row["true"] == row["predicted"] for row in csv.DictReader(file)}
+    return np.array([right[images.part.ids[i]] for i in images.sets[images.basis]])
+
+
+def run_tags(identity: Identity, session: Session) -> dict[str, str]:
+    """Return the tags of every run of a comparison."""
+    machine = {f"effv2.machine.{name}": value for name, value in provenance.machine().items()}
+    return identity.tags() | {"effv2.study": STUDY, "effv2.seed": str(session.config.data.seed)} | machine
+
+
+def short_hash(value: Any) -> str:
+    """Hash plain values to 16 hexadecimal digits."""
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def code_version() -> str:
+    """Hash the sources that decide an evaluation."""
+    return provenance.code_version(DECIDING)

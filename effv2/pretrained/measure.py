@@ -1,0 +1,118 @@
+"""A network over prepared images: logits, what they are worth, and how long they took."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from effv2.data.batches import normalised
+from effv2.data.images import Labels
+from effv2.evidence.statistics import calibration_error
+from effv2.execution.device import Execution
+from effv2.execution.folding import fold_batch_norm
+
+# On a CPU a pass over few images stays in caches and in memory that the process already has: 2 to 4 times the rate of
+# batches of 128 (benchmarks/pretrained.md).
+CPU_BATCH_PIXELS = 8 * 224**2
+OTHER_BATCH = 128
+TIMED_SECONDS, TIMED_PASSES = 1.0, 11
+COMPARED_IMAGES = 512  # that bf16 is compared with float32 on
+
+Statistics = tuple[Sequence[float], Sequence[float]]  # mean and standard deviation of a channel
+Advance = Callable[[int], None]  # told how many more images are done
+
+
+@dataclass(frozen=True)
+class Network:
+    """A network in its quickest exact form on its device; takes bytes (B, size, size, 3), gives float32 logits."""
+
+    module: nn.Module
+    statistics: Statistics
+    execution: Execution
+
+    @classmethod
+    def prepare(cls, module: nn.Module, statistics: Statistics, execution: Execution) -> Network:
+        """Fold batch norms and place `module`, which must be in eval mode and is changed."""
+        fold_batch_norm(module)
+        return cls(execution.place(module), statistics, execution)
+
+    def __call__(self, pixels: Tensor) -> Tensor:
+        """Return logits (B, outputs) on the CPU."""
+        images = self.execution.to_device(pixels).permute(0, 3, 1, 2)
+        inputs = normalised(images, self.statistics, self.execution.channels_last)
+        with torch.inference_mode(), self.execution.autocast():
+            logits: Tensor = self.module(inputs)
+        return logits.float().cpu()
+
+    def in_float32(self) -> Network:
+        """Return the same network without autocast."""
+        return replace(self, execution=replace(self.execution, bf16=False))
+
+
+def batch_size(wanted: int, size: int, execution: Execution) -> int:
+    """Return the images a pass: as wanted, or what suits the device at this image size."""
+    if wanted:
+        return wanted
+    return max(1, round(CPU_BATCH_PIXELS / size**2)) if execution.device.type == "cpu" else OTHER_BATCH
+
+
+def all_logits(network: Network, pixels: Tensor, batch: int, advance: Advance) -> tuple[Tensor, float]:
+    """Return logits (N, outputs) and the seconds of the passes, scaling and transfers included."""
+    logits, seconds = [], 0.0
+    for part in pixels.split(batch):
+        started = time.perf_counter()
+        logits.append(network(part))
+        seconds += time.perf_counter() - started
+        advance(len(part))
+    return torch.cat(logits), seconds
+
+
+def latency(network: Network, pixels: Tensor, batch: int) -> float:
+    """Return the median seconds of passes of `batch` images: as many passes as fit a second, 1 to 11, after a first."""
+    images = pixels[torch.arange(batch) % len(pixels)]
+    seconds: list[float] = []
+    while len(seconds) < TIMED_PASSES + 1 and sum(seconds) < TIMED_SECONDS:
+        started = time.perf_counter()
+        network(images)
+        seconds.append(time.perf_counter() - started)
+    return statistics.median(seconds[1:] or seconds)
+
+
+def scores(logits: Tensor, true: Labels, present: Labels) -> dict[str, float]:
+    """Return the figures of a set: `true` (N) and `present` (K) are outputs of the network.
+
+    top1_accuracy and top5_accuracy over all outputs, top1_present among those of the classes present alone, loss the
+    mean cross-entropy over all outputs, ece the calibration error of the top-1 prediction; accuracies as fractions.
+    """
+    targets = torch.from_numpy(true)
+    probability, predicted = logits.softmax(1).max(1)
+    right = predicted == targets
+    five = logits.topk(5, dim=1).indices.eq(targets[:, None]).any(1)
+    among_present = torch.from_numpy(present)[logits[:, present].argmax(1)] == targets
+    return {
+        "images": len(true),
+        "top1_accuracy": right.double().mean().item(),
+        "top1_present": among_present.double().mean().item(),
+        "top5_accuracy": five.double().mean().item(),
+        "loss": F.cross_entropy(logits, targets).item(),
+        "ece": calibration_error(probability.double().numpy(), right.numpy()),
+    }
+
+
+def bf16_differences(network: Network, pixels: Tensor, logits: Tensor, true: Labels, batch: int) -> dict[str, float]:
+    """Compare bf16 `logits` of all images with float32 ones of at most 512, evenly spaced: what bf16 changes."""
+    chosen = np.unique(np.linspace(0, len(pixels) - 1, min(len(pixels), COMPARED_IMAGES)).round().astype(int))
+    exact, _ = all_logits(network.in_float32(), pixels[chosen], batch, lambda _: None)
+    before, after = exact.argmax(1).numpy(), logits[chosen].argmax(1).numpy()
+    return {
+        "bf16/compared_images": len(chosen),
+        "bf16/top1_difference": float((after == true[chosen]).mean() - (before == true[chosen]).mean()),
+        "bf16/predictions_changed": float((after != before).mean()),
+    }

@@ -1,0 +1,223 @@
+"""Networks evaluated on the same images side by side: which is better than which, and how sure that is."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from itertools import combinations
+from pathlib import Path
+
+import numpy as np
+
+from effv2.evidence.comparison import Rows, markdown_table
+from effv2.evidence.figures import CostPoint, accuracy_against_cost
+from effv2.evidence.run_artifacts import write_csv
+from effv2.evidence.statistics import Paired, holm, mcnemar, wilson
+from effv2.pretrained.imagenet import Origin
+from effv2.pretrained.images import TEST
+from effv2.tracking.read import RunRecord
+
+LEVEL = 0.05
+LISTED_PAIRS = 6
+FIGURES = ("top1_accuracy", "top1_present", "top5_accuracy", "loss", "ece")
+ONE_IMAGE, FULL_BATCH = "inference/single_image_seconds", "inference/batch_128_seconds"
+IMAGES = {
+    Origin.UNSEEN: "images of ImageNet's validation set, which the weights were not fitted to",
+    Origin.SEEN: "images of ImageNet's training set",
+    Origin.UNKNOWN: "images of which the names don't tell whether they are ImageNet's",
+}
+CAUTION = {
+    Origin.UNSEEN: "",
+    Origin.SEEN: " Published weights were fitted to these images, so this says how well, not how well they predict.",
+    Origin.UNKNOWN: " Whether the weights were fitted to these images is not known.",
+}
+
+
+@dataclass(frozen=True)
+class Evaluated:
+    """A network's run, and which images of the basis (N) it got right, over all 1000 classes."""
+
+    record: RunRecord
+    right: np.ndarray
+
+
+@dataclass(frozen=True)
+class Pair:
+    """Two networks, the one with more right answers first, and Holm's correction of their test."""
+
+    better: str
+    worse: str
+    test: Paired
+    p: float
+
+    @property
+    def told_apart(self) -> bool:
+        """Say whether the difference is real at the 5 % level."""
+        return self.p < LEVEL
+
+
+@dataclass(frozen=True)
+class Ranking:
+    """Evaluated networks by label, and what they are ranked on: a set of images and where those come from."""
+
+    networks: Mapping[str, Evaluated]
+    basis: str
+    origin: Origin
+
+    @cached_property
+    def pairs(self) -> list[Pair]:
+        """Test every pair on the images of the basis, corrected for their number; the most accurate network first."""
+        order = sorted(self.networks, key=lambda label: -int(self.networks[label].right.sum()))
+        named = list(combinations(order, 2))
+        tests = [mcnemar(self.networks[a].right, self.networks[b].right) for a, b in named]
+        corrected = holm([test.p for test in tests])
+        return [Pair(a, b, test, p) for (a, b), test, p in zip(named, tests, corrected, strict=True)]
+
+    def sentence(self) -> str:
+        """Say which network is better than which, and of which pairs it can't be told."""
+        count = self._count(self.basis)
+        head = f"Top-1 over 1000 classes on {count:,} {IMAGES[self.origin]}"
+        if not self.pairs:
+            said = "one network alone, nothing to compare"
+        else:
+            head += f" (exact McNemar tests, Holm-corrected for {len(self.pairs)}, {LEVEL:.0%} level)"
+            said = "; ".join(filter(None, (self._told_apart(), self._not_told_apart())))
+        return f"{head}: {said}.{CAUTION[self.origin]}"
+
+    def _told_apart(self) -> str:
+        real = [pair for pair in self.pairs if pair.told_apart]
+        if len(real) > LISTED_PAIRS:
+            return f"{len(real)} of the {len(self.pairs)} pairs differ, see pairs.csv"
+        found: dict[str, list[str]] = {}
+        for pair in real:
+            found.setdefault(pair.better, []).append(f"{pair.worse} ({_p(pair.p)})")
+        return "; ".join(f"{better} is better than {_joined(worse)}" for better, worse in found.items())
+
+    def _not_told_apart(self) -> str:
+        others = [pair for pair in self.pairs if not pair.told_apart]
+        if len(others) > LISTED_PAIRS:
+            return f"of {len(others)} of the {len(self.pairs)} pairs it can't be told which is better, see pairs.csv"
+        words = [f"{pair.better} and {pair.worse} ({_p(pair.p)})" for pair in others]
+        return f"it can't be told which is better of {_joined(words)}" if words else ""
+
+    def lines(self) -> Rows:
+        """Return the table: a line a figure, a column a network, the titles first."""
+        titles = ("", *self.networks)
+        rows = [(name, *(cell(each.record) for each in self.networks.values())) for name, cell in self._figures()]
+        return [titles, *rows]
+
+    def _figures(self) -> list[tuple[str, Callable[[RunRecord], str]]]:
+        found: list[tuple[str, Callable[[RunRecord], str]]] = []
+        for name in self._sets():
+            images = f"{self._count(name):,} {self._words(name)}"
+            found += [
+                (f"top-1 of 1000, {images}", _proportion(name, "top1_accuracy")),
+                (f"top-1 among the classes present, {images}", _proportion(name, "top1_present")),
+            ]
+        on = self._words(self.basis)
+        return [
+            *found,
+            (f"top-5 of 1000, {on}", _percent(f"{self.basis}/top5_accuracy")),
+            (f"loss, {on}", _number(f"{self.basis}/loss", ".4f")),
+            (f"calibration error, {on}", _percent(f"{self.basis}/ece")),
+            ("published top-1, ImageNet's validation set", _percent("published/top1_accuracy")),
+            ("images/s", _number("throughput/evaluate_images_per_second", ",.1f")),
+            ("one image, ms", _number(ONE_IMAGE, ",.1f", 1000)),
+            ("128 images, ms", _number(FULL_BATCH, ",.0f", 1000)),
+            ("parameters", _number("model/parameters", ",.0f")),
+            ("GFLOPs (multiply-accumulates)", _number("model/gflops", ".3f")),
+            ("weights", lambda record: f"{record.params['weights.name']}, {record.params['weights.sha256'][:10]}"),
+            ("published file, verified", lambda record: record.params["weights.verified"].lower()),
+        ]
+
+    def _sets(self) -> list[str]:
+        """Return the sets of images, that of the ranking first."""
+        (first, *_) = self.networks.values()
+        found = [name.removesuffix("/images") for name in first.record.metrics if name.endswith("/images")]
+        return sorted(found, key=lambda name: (name != self.basis, name != TEST, name))
+
+    def _words(self, name: str) -> str:
+        """Name the images of a set."""
+        words = {"unseen": "unseen images", "seen": "images of ImageNet's training set", "unknown": "other images"}
+        if name == TEST and self.basis == TEST:
+            return {Origin.UNSEEN: "unseen images", Origin.SEEN: words["seen"]}.get(self.origin, "test images")
+        return words.get(name, "test images")
+
+    def _count(self, name: str) -> int:
+        (first, *_) = self.networks.values()
+        return int(first.record.metrics[f"{name}/images"])
+
+    def markdown(self) -> str:
+        """Return the sentence and the table."""
+        return f"{self.sentence()}\n\n{markdown_table(self.lines())}"
+
+    def metrics(self) -> dict[str, float]:
+        """Return each network's main figures, for the parent run."""
+        wanted = {f"{name}/{figure}" for name in (TEST, self.basis) for figure in FIGURES}
+        return {
+            f"{label}/{name}": value
+            for label, each in self.networks.items()
+            for name, value in each.record.metrics.items()
+            if name in wanted
+        }
+
+    def write(self, folder: Path) -> None:
+        """Write the table (Markdown, and CSV with plain numbers), the tests of all pairs and the figure."""
+        (folder / "ranking.md").write_text(f"# Published weights\n\n{self.markdown()}\n", encoding="utf-8")
+        names = sorted({name for each in self.networks.values() for name in each.record.metrics})
+        write_csv(
+            folder / "ranking.csv",
+            ("network", "run_id", "right", "images", "low", "high", *names),
+            (
+                (label, each.record.run_id, *self._basis(each), *(each.record.metrics.get(name, "") for name in names))
+                for label, each in self.networks.items()
+            ),
+        )
+        write_csv(
+            folder / "pairs.csv",
+            ("better", "worse", "only_better_right", "only_worse_right", "p", "p_holm", "told_apart"),
+            (
+                (one.better, one.worse, one.test.only_first, one.test.only_second, one.test.p, one.p, one.told_apart)
+                for one in self.pairs
+            ),
+        )
+        points = {label: self._point(each) for label, each in self.networks.items()}
+        title = f"top-1 of 1000, {self._count(self.basis):,} {self._words(self.basis)}"
+        accuracy_against_cost(points, title).savefig(folder / "accuracy_against_cost.png", dpi=120)
+
+    def _basis(self, each: Evaluated) -> tuple[int, int, float, float]:
+        right, count = int(each.right.sum()), len(each.right)
+        interval = wilson(right, count)
+        return right, count, interval.low, interval.high
+
+    def _point(self, each: Evaluated) -> CostPoint:
+        right, count, low, high = self._basis(each)
+        metrics = each.record.metrics
+        milliseconds = 1000 / metrics["throughput/evaluate_images_per_second"]
+        return CostPoint(right / count, low, high, metrics["model/gflops"], milliseconds)
+
+
+def _proportion(name: str, figure: str) -> Callable[[RunRecord], str]:
+    def cell(record: RunRecord) -> str:
+        value, count = record.metrics[f"{name}/{figure}"], int(record.metrics[f"{name}/images"])
+        interval = wilson(round(value * count), count)
+        return f"{value:.2%} ({interval.low:.2%} to {interval.high:.2%})"
+
+    return cell
+
+
+def _percent(name: str) -> Callable[[RunRecord], str]:
+    return lambda record: f"{record.metrics[name]:.2%}" if name in record.metrics else "none"
+
+
+def _number(name: str, form: str, factor: float = 1) -> Callable[[RunRecord], str]:
+    return lambda record: f"{factor * record.metrics[name]:{form}}"
+
+
+def _p(value: float) -> str:
+    return "p < 0.001" if value < 0.001 else f"p = {value:.3f}"
+
+
+def _joined(words: list[str]) -> str:
+    return " and ".join(filter(None, (", ".join(words[:-1]), words[-1])))

@@ -1,0 +1,256 @@
+"""torchvision's classification networks and their published weights: named, found, verified, loaded.
+
+torchvision checks the hash of a file only when it downloads it; here a published file is verified whatever way it came.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import pickle
+import re
+import shutil
+import socket
+import tempfile
+import zipfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any
+from urllib.error import URLError
+
+import torch
+from torch import nn
+from torchvision import models
+from torchvision.models import WeightsEnum
+
+from effv2.data.preparation import CentreCrop
+from effv2.errors import InputError, close_names, nearest
+
+PUBLISHED_HASH = re.compile(r"-([0-9a-f]{8,64})\.pth$")  # a head of the file's SHA-256, at the end of its name
+OUTPUTS = 1000
+SILENT_SECONDS = 20  # of a server, after which a download is given up
+# What torch and Python raise for a file that is no state dict, or not this network's.
+UNLOADABLE = (RuntimeError, pickle.UnpicklingError, zipfile.BadZipFile, EOFError, ValueError, KeyError, TypeError,
+              AttributeError, OSError)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Requested:
+    """One entry of --models: a network, the published weights whose transforms hold, the user's own file or None."""
+
+    text: str
+    network: str
+    weights: WeightsEnum
+    file: Path | None = None
+
+    @property
+    def label(self) -> str:
+        """Return a short name: the network, and what was asked for beyond its default weights."""
+        if self.file is not None:
+            stem = re.sub(r"[^A-Za-z0-9_. -]", "_", self.file.stem)
+            return stem if stem.startswith(self.network) else f"{self.network} {stem}"
+        return self.network if ":" not in self.text else f"{self.network}:{self.weights.name}"
+
+    @property
+    def preparation(self) -> CentreCrop:
+        """Return how the weights want an image resized and cropped."""
+        preset = self.weights.transforms()
+        return CentreCrop(preset.crop_size[0], preset.resize_size[0], preset.interpolation.value)
+
+    @property
+    def normalisation(self) -> tuple[list[float], list[float]]:
+        """Return the mean and standard deviation of a channel that the weights want removed."""
+        preset = self.weights.transforms()
+        return preset.mean, preset.std
+
+    @property
+    def published(self) -> dict[str, float]:
+        """Return the accuracies on ImageNet's validation set that torchvision publishes, as fractions."""
+        metrics = self.weights.meta["_metrics"].get("ImageNet-1K", {})
+        names = {"top1_accuracy": "acc@1", "top5_accuracy": "acc@5"}
+        return {name: metrics[key] / 100 for name, key in names.items() if key in metrics}
+
+
+@dataclass(frozen=True)
+class WeightsFile:
+    """A file of weights; `verified` if its SHA-256 begins as the published name says."""
+
+    path: Path
+    sha256: str
+    verified: bool
+
+
+@cache
+def network_names() -> tuple[str, ...]:
+    """Return the names of torchvision's classification networks."""
+    return tuple(models.list_models(module=models))
+
+
+def parse_models(text: str) -> list[Requested]:
+    """Read `name`, `name:WEIGHTS`, `name=file` or `name:WEIGHTS=file`, separated by commas.
+
+    InputError names the nearest networks or weights to a wrong one.
+    """
+    entries = [word.strip() for word in text.split(",") if word.strip()]
+    if not entries:
+        raise InputError(f"--models {text}: names no network; give some, separated by commas, as resnet50.")
+    found = [_parse(entry) for entry in entries]
+    for one in found:
+        twins = [other.text for other in found if (other.weights, other.file) == (one.weights, one.file)]
+        if len(twins) > 1:
+            raise InputError(f"--models {text}: {' and '.join(twins)} are the same weights; name each once.")
+        if [other.label for other in found].count(one.label) > 1:
+            raise InputError(f"--models {text}: two files would both be called {one.label!r}; rename one of them.")
+    return found
+
+
+def _parse(entry: str) -> Requested:
+    named, _, file = entry.partition("=")
+    network, _, name = (part.strip() for part in named.partition(":"))
+    if network not in network_names():
+        near = close_names(network, network_names()) or "'resnet50' or 'efficientnet_v2_s'"
+        raise InputError(
+            f"--models {entry}: torchvision has no classification network {network!r}; give one by its name, as {near}."
+        )
+    published = {each.name: each for each in models.get_model_weights(network) if _classifies(each)}
+    if name and name != "DEFAULT" and name not in published:
+        raise InputError(
+            f"--models {entry}: {network} has no published weights {name!r}; {nearest(name, list(published))}."
+        )
+    weights = models.get_model_weights(network).DEFAULT if name in ("", "DEFAULT") else published[name]
+    if "=" not in entry:
+        return Requested(entry, network, weights)
+    path = Path(os.path.expanduser(file.strip()))  # noqa: PTH111 (never raises)
+    if not path.is_file():
+        raise InputError(f"--models {entry}: {path} is no file; give the path of a state dict of {network}.")
+    return Requested(entry, network, weights, path.resolve())
+
+
+def _classifies(weights: WeightsEnum) -> bool:
+    return len(weights.meta.get("categories") or ()) == OUTPUTS
+
+
+def find_weights(requested: Requested, weights_dir: Path | None, progress: bool) -> WeightsFile:
+    """Find the file in `weights_dir`, in torchvision's cache, or download it there; hash and verify it.
+
+    A file of the user's own is hashed only. `progress` shows a download. InputError for a published file that isn't
+    what its name says, and for one that can't be had.
+    """
+    if requested.file is not None:
+        return WeightsFile(requested.file, _sha256(requested, requested.file), verified=False)
+    name = requested.weights.url.rpartition("/")[2]
+    cached = Path(torch.hub.get_dir()) / "checkpoints" / name
+    places = [cached] if weights_dir is None else [weights_dir / name, cached]
+    path = next((place for place in places if place.is_file()), None) or _download(requested, cached, progress)
+    sha256 = _sha256(requested, path)
+    published = PUBLISHED_HASH.search(name)
+    if published is None or not sha256.startswith(published[1]):
+        raise InputError(
+            f"--models {requested.text}: {path} is not the published file (its SHA-256 begins with {sha256[:10]}, not "
+            f"{published[1] if published else 'as published'}); delete it and fetch {requested.weights.url} again, or "
+            f"give it as {requested.network}={path} if it is your own."
+        )
+    return WeightsFile(path, sha256, verified=True)
+
+
+def _sha256(requested: Requested, path: Path) -> str:
+    digest = hashlib.sha256()
+    try:
+        with path.open("rb") as file:
+            while block := file.read(2**20):
+                digest.update(block)
+    except OSError as error:
+        raise InputError(
+            f"--models {requested.text}: {path} can't be read ({error.strerror}); give yourself access."
+        ) from error
+    return digest.hexdigest()
+
+
+def _download(requested: Requested, cached: Path, progress: bool) -> Path:
+    """Let torch fetch a published file, which appears under its name only when whole and verified."""
+    url, hash_head = requested.weights.url, PUBLISHED_HASH.search(requested.weights.url)
+    patience = socket.getdefaulttimeout()
+    try:
+        cached.parent.mkdir(parents=True, exist_ok=True)
+        socket.setdefaulttimeout(SILENT_SECONDS)
+        torch.hub.download_url_to_file(url, str(cached), hash_head[1] if hash_head else None, progress)
+    except (URLError, OSError, RuntimeError, ValueError) as error:
+        reason = getattr(error, "reason", None) or getattr(error, "strerror", None) or error
+        raise InputError(
+            f"--models {requested.text}: its weights can't be downloaded ({str(reason).rstrip('.')}); fetch {url} and "
+            f"put it into {cached.parent}, or into a folder that --weights-dir names."
+        ) from error
+    finally:
+        socket.setdefaulttimeout(patience)
+    return cached
+
+
+def load_network(requested: Requested, file: WeightsFile) -> nn.Module:
+    """Build the network as torchvision does with these weights, in eval mode on the CPU.
+
+    Keys that were renamed, auxiliary heads, image sizes of transformers: torchvision's own builders know. They load
+    from a hub folder in which the verified file alone lies, under its published name, and without running what a
+    pickle may hold (weights_only). InputError for a file that is no state dict of the network.
+    """
+    with tempfile.TemporaryDirectory() as hub, _only(Path(hub), file.path, requested.weights.url.rpartition("/")[2]):
+        try:
+            network: nn.Module = models.get_model(requested.network, weights=requested.weights, progress=False)
+        except UNLOADABLE as error:
+            raise InputError(
+                f"--models {requested.text}: {file.path} can't be loaded as weights of {requested.network} "
+                f"({_in_short(error)}); give a state dict of this network with {OUTPUTS} outputs, as torch.save "
+                "writes it."
+            ) from error
+    return network.eval().requires_grad_(False)
+
+
+@contextmanager
+def _only(hub: Path, path: Path, name: str) -> Iterator[None]:
+    """Let torch.hub find the file at `path`, as `name`, and nothing else; let torch.load refuse code."""
+    folder = hub / "checkpoints"
+    folder.mkdir()
+    try:
+        (folder / name).symlink_to(path.absolute())
+    except OSError:  # a system without links
+        shutil.copyfile(path, folder / name)
+    settings = {"TORCH_FORCE_WEIGHTS_ONLY_LOAD": "1", "TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD": None}
+    before_hub, before = torch.hub.get_dir(), {key: os.environ.get(key) for key in settings}
+    torch.hub.set_dir(hub)
+    _set_environment(settings)
+    try:
+        yield
+    finally:
+        torch.hub.set_dir(before_hub)
+        _set_environment(before)
+
+
+def _set_environment(values: dict[str, Any]) -> None:
+    for name, value in values.items():
+        if value is None:
+            os.environ.pop(name, None)
+        else:
+            os.environ[name] = value
+
+
+def _in_short(error: Exception) -> str:
+    """Say in a few words what torch says in many."""
+    text = str(error)
+    if isinstance(error, pickle.UnpicklingError) or "weights_only" in text.lower():
+        return "it holds more than tensors, or is damaged"
+    kinds = {"Missing key": "parameters are missing", "Unexpected key": "it has parameters of another network",
+             "size mismatch": "shapes differ", "PytorchStreamReader": "it is damaged or cut short"}  # fmt: skip
+    said = [words for mark, words in kinds.items() if mark in text]
+    return ", ".join(said) or " ".join(text.split())[:120].rstrip(".") or type(error).__name__
+
+
+def check_folder(weights_dir: str) -> Path | None:
+    """Read --weights-dir: empty, or a folder that is there."""
+    if not weights_dir:
+        return None
+    folder = Path(os.path.expanduser(weights_dir))  # noqa: PTH111 (never raises)
+    if not folder.is_dir():
+        raise InputError(f"--weights-dir {weights_dir}: no such folder; give the one that holds the files of weights.")
+    return folder

@@ -1,0 +1,457 @@
+"""Published weights: found, verified, evaluated as torchvision would, ranked; seeded networks and real weights."""
+
+from __future__ import annotations
+
+import csv
+import hashlib
+import math
+import os
+import re
+import threading
+from collections.abc import Iterator
+from functools import partial
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from click.testing import CliRunner, Result
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from mlflow import MlflowClient
+from mlflow.entities import Run
+from PIL import Image
+from torchvision import models
+from torchvision.datasets import Imagenette
+
+from effv2.cli.evaluate_pretrained import evaluate_pretrained
+from effv2.errors import InputError
+from effv2.evidence.statistics import calibration_error, holm, mcnemar, wilson
+from effv2.pretrained import comparison, evaluation
+from effv2.pretrained.imagenet import Origin, class_names, origin, outputs_of, wnids
+from effv2.pretrained.measure import scores
+from effv2.pretrained.ranking import Evaluated, Ranking
+from effv2.pretrained.weights import Requested, find_weights, network_names, parse_models
+from effv2.tracking.read import RunRecord
+
+SQUEEZENET = "weights/squeezenet1_1-imagenet-caffe-ndf.pth"
+BOOLEANS = st.lists(st.booleans(), min_size=1, max_size=40)
+
+
+def invoke(*words: str | Path) -> Result:
+    return CliRunner().invoke(evaluate_pretrained, [str(word) for word in words], catch_exceptions=False)
+
+
+def all_runs() -> list[Run]:
+    return list(MlflowClient().search_runs(["0"], order_by=["start_time ASC"]))
+
+
+def artifact(run: Run, name: str, folder: Path) -> list[dict[str, str]]:
+    path = MlflowClient().download_artifacts(run.info.run_id, name, str(folder))
+    with Path(path).open(newline="", encoding="utf-8") as file:
+        return list(csv.DictReader(file))
+
+
+def seeded_weights(path: Path, network: str, seed: int = 0) -> Path:
+    """Save a freshly initialised network as the published files are saved: a state dict."""
+    torch.manual_seed(seed)
+    torch.save(models.get_model(network, weights=None).state_dict(), path)
+    return path
+
+
+@pytest.fixture
+def few_images(tmp_path: Path) -> Path:
+    """Write four images a class of two classes, half of them named as ImageNet's validation images."""
+    generator = np.random.default_rng(0)
+    for folder in ("n01440764", "church"):
+        for index in range(4):
+            name = f"ILSVRC2012_val_{index:08d}" if index % 2 else f"n01440764_{index}"
+            path = tmp_path / "images" / folder / f"{name}.JPEG"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            height, width = generator.integers(30, 90, 2)
+            Image.fromarray(generator.integers(0, 256, (height, width, 3), dtype=np.uint8)).save(path, "JPEG")
+    return tmp_path / "images"
+
+
+@pytest.fixture
+def short_batches(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Time a full batch of 2 images, since 128 of them take long."""
+    monkeypatch.setattr(evaluation, "FULL_BATCH_IMAGES", 2)
+
+
+# Statistics, against computations that share nothing with them.
+
+
+@given(BOOLEANS, st.randoms())
+def test_wilson_solves_its_quadratic(right: list[bool], _random: Any) -> None:
+    """Both ends are where the score test is just at its 5 % level."""
+    count, share = len(right), sum(right) / len(right)
+    found = wilson(sum(right), count)
+    for end in (found.low, found.high):
+        if 0 < end < 1:
+            assert abs(share - end) / math.sqrt(end * (1 - end) / count) == pytest.approx(1.959964, rel=1e-5)
+    assert 0 <= found.low <= share <= found.high <= 1
+
+
+@given(st.lists(st.tuples(st.booleans(), st.booleans()), min_size=1, max_size=40))
+def test_mcnemar_counts_coins(pairs: list[tuple[bool, bool]]) -> None:
+    first, second = (np.array(side) for side in zip(*pairs, strict=True))
+    found = mcnemar(first, second)
+    b, c = sum(x and not y for x, y in pairs), sum(y and not x for x, y in pairs)
+    tail = sum(math.comb(b + c, k) for k in range(min(b, c) + 1)) / 2 ** (b + c)
+    assert (found.only_first, found.only_second) == (b, c)
+    assert found.p == pytest.approx(min(1, 2 * tail))
+    assert mcnemar(second, first).p == pytest.approx(found.p)
+
+
+@given(st.lists(st.floats(0, 1), min_size=1, max_size=12))
+def test_holm_rejects_as_his_steps_do(p_values: list[float]) -> None:
+    corrected = holm(p_values)
+    for level in (0.01, 0.05, 0.2):
+        rejected: set[int] = set()
+        for step, index in enumerate(sorted(range(len(p_values)), key=lambda i: p_values[i])):
+            if p_values[index] * (len(p_values) - step) >= level:
+                break
+            rejected.add(index)
+        assert {i for i, p in enumerate(corrected) if p < level} == rejected
+
+
+@given(st.lists(st.tuples(st.floats(0, 1), st.booleans()), min_size=1, max_size=60))
+def test_calibration_error_is_the_weighted_gap_of_each_bin(rows: list[tuple[float, bool]]) -> None:
+    gap = 0.0
+    for index in range(15):
+        low, high = np.linspace(0, 1, 16)[index : index + 2]
+        members = [(p, hit) for p, hit in rows if low < p <= high or (index == 0 and p == 0)]
+        gap += abs(sum(p for p, _ in members) - sum(hit for _, hit in members)) / len(rows)
+    confidence, right = (np.array(side, dtype=float) for side in zip(*rows, strict=True))
+    assert calibration_error(confidence, right) == pytest.approx(gap, abs=1e-12)
+
+
+def ranking(rights: dict[str, list[bool]], where: Origin = Origin.UNSEEN) -> Ranking:
+    count = len(next(iter(rights.values())))
+    record = RunRecord("0", "", "FINISHED", {}, {"eval/images": count}, {})
+    return Ranking({name: Evaluated(record, np.array(right)) for name, right in rights.items()}, "eval", where)
+
+
+def test_a_difference_is_claimed_only_where_it_is_real() -> None:
+    best, good = [True] * 30 + [False] * 2, [True] * 29 + [False] * 3
+    poor = [True] * 10 + [False] * 22
+    text = ranking({"poor": poor, "best": best, "good": good}).sentence()
+    assert "best is better than poor (p < 0.001); good is better than poor (p < 0.001)" in text
+    assert "it can't be told which is better of best and good (p = 1.000)" in text
+    assert "Holm-corrected for 3" in text and "32 images of ImageNet's validation set" in text
+    assert "how well, not how well they predict" in ranking({"a": best, "b": good}, Origin.SEEN).sentence()
+    assert "not known" in ranking({"a": best, "b": good}, Origin.UNKNOWN).sentence()
+    assert "nothing to compare" in ranking({"a": best}).sentence()
+
+
+def test_the_published_comparison_on_138_images_decides_nothing() -> None:
+    """116, 112 and 109 right, even if they differed in no more images than they must."""
+    rights = {name: [True] * right + [False] * (138 - right) for name, right in (("s", 116), ("r", 112), ("b", 109))}
+    assert "which is better of s and r" in ranking(rights).sentence()
+
+
+# Classes and names.
+
+
+def test_class_map_agrees_with_torchvision() -> None:
+    assert len(set(wnids())) == len(class_names()) == 1000 and list(wnids()) == sorted(wnids())
+    for wnid, names in Imagenette._WNID_TO_CLASS.items():
+        (output,) = outputs_of([wnid], "")
+        assert class_names()[output] == names[0]
+        assert outputs_of([names[0]], "") == output
+
+
+def test_origins_are_told_by_names() -> None:
+    assert origin("val/n01440764/ILSVRC2012_val_00000293.JPEG") is Origin.UNSEEN
+    assert origin("n01440764/n01440764_10026.JPEG") is Origin.SEEN
+    assert origin("n01440764/holiday.jpg") is origin("x/my_ILSVRC2012_val_00000293.JPEG") is Origin.UNKNOWN
+
+
+@given(st.sampled_from(network_names()))
+@settings(max_examples=20, deadline=None)
+def test_every_network_of_torchvision_is_known(name: str) -> None:
+    for weights in models.get_model_weights(name):
+        if weights.meta["categories"]:
+            (requested,) = parse_models(f"{name}:{weights.name}")
+            assert requested.weights is weights and requested.published["top1_accuracy"] > 0.5
+
+
+# Files of weights.
+
+
+@pytest.fixture
+def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Give torch a cache of its own, and no way to the network."""
+    monkeypatch.setattr(torch.hub, "_hub_dir", str(tmp_path / "hub"))
+    for name in ("http_proxy", "https_proxy"):
+        monkeypatch.setenv(name, "http://127.0.0.1:9")
+    monkeypatch.setenv("no_proxy", "127.0.0.1")
+    return tmp_path / "hub" / "checkpoints"
+
+
+@pytest.fixture
+def server(tmp_path: Path) -> Iterator[tuple[Path, str]]:
+    """Serve a folder over HTTP."""
+    folder = tmp_path / "served"
+    folder.mkdir()
+
+    class Quiet(SimpleHTTPRequestHandler):
+        def log_message(self, *_: Any) -> None:
+            pass
+
+    with ThreadingHTTPServer(("127.0.0.1", 0), partial(Quiet, directory=str(folder))) as served:
+        thread = threading.Thread(target=served.serve_forever)
+        thread.start()
+        yield folder, f"http://127.0.0.1:{served.server_port}"
+        served.shutdown()
+        thread.join()
+
+
+class Published:
+    """As much of torchvision's entry of published weights as finding the file needs."""
+
+    def __init__(self, url: str) -> None:
+        self.url = url
+
+
+def test_published_files_are_verified_however_they_came(hub: Path, server: tuple[Path, str], tmp_path: Path) -> None:
+    folder, address = server
+    content = b"weights"
+    name = f"net-{hashlib.sha256(content).hexdigest()[:8]}.pth"
+    (folder / name).write_bytes(content)
+    weights: Any = Published(f"{address}/{name}")
+    requested = Requested("resnet50", "resnet50", weights)
+    found = find_weights(requested, None, progress=False)
+    assert found.path == hub / name and found.verified and found.sha256 == hashlib.sha256(content).hexdigest()
+
+    own = tmp_path / "own"
+    own.mkdir()
+    (own / name).write_bytes(content)
+    assert find_weights(requested, own, progress=False).path == own / name
+    for place, weights_dir in ((own, own), (hub, None)):
+        (place / name).write_bytes(b"other")
+        with pytest.raises(InputError, match=rf"{name} is not the published file.*delete it and fetch {address}"):
+            find_weights(requested, weights_dir, progress=False)
+    (hub / name).unlink()
+    (folder / name).write_bytes(b"tampered")
+    with pytest.raises(InputError, match="can't be downloaded"):
+        find_weights(requested, None, progress=False)
+    assert not list(hub.iterdir())
+
+
+WRONG_INPUT = {
+    "--models resnt50": r"no classification network 'resnt50'; give one by its name, as 'resnet50'",
+    "--models resnet50:IMAGENET1K_V9": r"no published weights 'IMAGENET1K_V9'; did you mean 'IMAGENET1K_V2'\?",
+    "--models vgg16:IMAGENET1K_FEATURES": r"no published weights 'IMAGENET1K_FEATURES'",
+    "--models resnet50,resnet50:DEFAULT": r"are the same weights",
+    "--models resnet50=nowhere.pth": r"nowhere.pth is no file",
+    "--models ,": r"--models ,: names no network",
+    "--models resnet50": r"resnet50: its weights can't be downloaded \(.*fetch https://\S+/resnet50-11ad3fa6.pth and",
+    "--models squeezenet1_1=truncated.pth": r"truncated.pth can't be loaded as weights of \S+ \(it is damaged",
+    "--models squeezenet1_1=code.pth": r"code.pth can't be loaded .*holds more than tensors",
+    "--models resnet18=squeezenet.pth": r"squeezenet.pth can't be loaded as .* resnet18 \(parameters are missing",
+    "--models squeezenet1_1=squeezenet.pth --weights-dir /nowhere": r"--weights-dir /nowhere: no such folder",
+    "--models squeezenet1_1=squeezenet.pth --dataset mnist": r"--dataset mnist: input should be 'imagenette' or",
+    "--models squeezenet1_1=squeezenet.pth --dataset imagenette": r"no imagenette2-160",
+    "--models squeezenet1_1=squeezenet.pth --data-dir cats": r"the folder 'Persian' is no class of ImageNet "
+    r"\(did you mean 'Persian cat'",
+    "--models squeezenet1_1=squeezenet.pth --data-dir twins": r"church and n03028079 are the same class",
+    "--models squeezenet1_1=squeezenet.pth --data-dir broken": r"1 images can't be read.*tench/1.jpg",
+    "--models squeezenet1_1=squeezenet.pth --per-class 9": r"--per-class 9: the class",
+    "--models squeezenet1_1=squeezenet.pth --limit -1": r"--limit -1",
+    "--models squeezenet1_1=squeezenet.pth --precision fp8": r"--precision fp8",
+}
+
+
+class Code:
+    """Something that a pickle would run."""
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return (os.mkdir, ("was-run",))
+
+
+@pytest.fixture
+def wrong_files(tmp_path: Path, few_images: Path) -> Path:
+    whole = seeded_weights(tmp_path / "squeezenet.pth", "squeezenet1_1").read_bytes()
+    (tmp_path / "truncated.pth").write_bytes(whole[: len(whole) // 2])
+    torch.save({"weight": Code()}, tmp_path / "code.pth")
+    for name in ("cats/Persian", "cats/tench", "twins/church", "twins/n03028079", "broken/church", "broken/tench"):
+        (tmp_path / name).mkdir(parents=True)
+        Image.new("RGB", (40, 40)).save(tmp_path / name / "0.jpg")
+    (tmp_path / "broken/tench/1.jpg").write_bytes(b"no image")
+    return tmp_path
+
+
+@pytest.mark.usefixtures("hub", "sqlite_store")
+def test_wrong_input_is_one_sentence_before_anything_is_created(wrong_files: Path) -> None:
+    for words, expected in WRONG_INPUT.items():
+        given_ = words.split()
+        given_ += [] if "--dataset" in given_ else ["--dataset", "folder"]
+        given_ += [] if "--data-dir" in given_ else ["--data-dir", str(wrong_files / "images")]
+        result = invoke(*given_)
+        assert result.exit_code == 2, words
+        (line,) = result.stderr.strip().splitlines()
+        assert line.startswith("Error: ") and re.search(expected, line) and line.endswith("."), line
+    assert not (wrong_files / "was-run").exists() and not all_runs()
+
+
+# Images as the weights want them.
+
+
+@pytest.mark.parametrize("mode", ["RGB", "L", "CMYK", "RGBA", "P"])
+def test_images_are_prepared_exactly_as_torchvision_does(mode: str, tmp_path: Path) -> None:
+    generator = np.random.default_rng(1)
+    for text in ("resnet50", "efficientnet_b0", "efficientnet_v2_s", "inception_v3", "efficientnet_b1:IMAGENET1K_V1"):
+        (requested,) = parse_models(text)
+        for height, width in ((61, 90), (300, 200), (400, 401)):
+            pixels = Image.fromarray(generator.integers(0, 256, (height, width, 3), dtype=np.uint8)).convert(mode)
+            path = tmp_path / f"image.{'png' if mode in ('RGBA', 'P') else 'jpg'}"
+            pixels.save(path)
+            with Image.open(path) as image:
+                ours = torch.tensor(requested.preparation(image)).permute(2, 0, 1)
+                theirs = requested.weights.transforms()(image.convert("RGB"))
+            mean, std = (torch.tensor(numbers).view(3, 1, 1) for numbers in requested.normalisation)
+            assert torch.equal((ours / 255 - mean) / std, theirs)
+
+
+# Whole evaluations.
+
+
+def test_real_weights_predict_as_plain_pytorch_does(sqlite_store: str, real_data: Path, tmp_path: Path) -> None:
+    file = real_data / SQUEEZENET
+    result = invoke("--models", f"squeezenet1_1={file}", "--data-dir", real_data, "--limit", "60", "--seed", "3")
+    assert result.exit_code == 0, result.output
+    network = models.squeezenet1_1()
+    network.load_state_dict(torch.load(file, weights_only=True))
+    network.eval()
+    weights = models.SqueezeNet1_1_Weights.IMAGENET1K_V1
+    (child,) = [run for run in all_runs() if "mlflow.parentRunId" in run.data.tags]
+    rows = artifact(child, "predictions.csv", tmp_path)
+    assert len(rows) == 60
+    for row in rows:
+        with Image.open(real_data / "imagenette2-160" / row["id"]) as image, torch.inference_mode():
+            probabilities = network(weights.transforms()(image.convert("RGB"))[None]).softmax(1)[0]
+        assert weights.meta["categories"][int(probabilities.argmax())] == row["predicted"]
+        assert float(probabilities.max()) == pytest.approx(float(row["probability"]), abs=1e-5)
+    share = sum(row["true"] == row["predicted"] for row in rows) / 60
+    assert child.data.metrics["eval/top1_accuracy"] == pytest.approx(share)
+    assert child.data.params["weights.sha256"] == hashlib.sha256(file.read_bytes()).hexdigest()
+
+
+@pytest.mark.usefixtures("short_batches")
+def test_the_published_comparison_from_names_to_report(store: str, few_images: Path, tmp_path: Path) -> None:
+    named = ["efficientnet_v2_s", "efficientnet_b0", "resnet50"]
+    files = [seeded_weights(tmp_path / f"{name}.pth", name) for name in named]
+    models_ = ",".join(f"{name}={file}" for name, file in zip(named, files, strict=True))
+    result = invoke("--models", models_, "--dataset", "folder", "--data-dir", few_images)
+    assert result.exit_code == 0, result.output
+    parent, *children = all_runs()
+    assert [run.data.tags["mlflow.runName"] for run in children] == named
+    for run, name in zip(children, named, strict=True):
+        metrics, params = run.data.metrics, run.data.params
+        assert run.info.status == "FINISHED" and run.data.tags["mlflow.parentRunId"] == parent.info.run_id
+        meta = models.get_model_weights(name).DEFAULT.meta
+        assert metrics["model/parameters"] == meta["num_params"]
+        assert metrics["model/gflops"] == pytest.approx(meta["_ops"], abs=1e-3)
+        assert metrics["published/top1_accuracy"] == pytest.approx(meta["_metrics"]["ImageNet-1K"]["acc@1"] / 100)
+        assert (metrics["eval/images"], metrics["unseen/images"], metrics["seen/images"]) == (8, 4, 4)
+        for figure in ("top1_accuracy", "top1_present", "top5_accuracy", "loss", "ece"):
+            assert f"eval/{figure}" in metrics and f"unseen/{figure}" in metrics
+        assert metrics["inference/single_image_seconds"] > 0 and metrics["inference/batch_128_seconds"] > 0
+        assert metrics["throughput/evaluate_images_per_second"] > 0
+        assert params["weights.verified"] == "False" and params["transforms.crop"] == str(384 if "v2" in name else 224)
+        rows = artifact(run, "predictions.csv", tmp_path)
+        assert [row["true"] for row in rows] == ["church"] * 4 + ["tench"] * 4
+        assert len(artifact(run, "unseen/predictions.csv", tmp_path)) == 4
+    paths = {file.path for file in MlflowClient().list_artifacts(parent.info.run_id)}
+    assert paths >= {"ranking.md", "ranking.csv", "pairs.csv", "accuracy_against_cost.png"}
+    assert len(artifact(parent, "pairs.csv", tmp_path)) == 3
+    assert parent.data.metrics.keys() >= {f"{name}/eval/top1_accuracy" for name in named}
+    assert "on 4 images of ImageNet's validation set" in result.output
+    assert parent.info.status == "FINISHED" and "can't be told" in parent.data.tags["mlflow.note.content"]
+
+
+@pytest.mark.usefixtures("short_batches")
+def test_what_was_evaluated_is_not_repeated(sqlite_store: str, few_images: Path, tmp_path: Path) -> None:
+    first, second = (seeded_weights(tmp_path / f"{seed}.pth", "squeezenet1_1", seed) for seed in (1, 2))
+    images = ("--dataset", "folder", "--data-dir", few_images)
+    assert invoke("--models", f"squeezenet1_1={first}", *images).exit_code == 0
+    before = [run.info.run_id for run in all_runs()]
+    again = invoke("--models", f"squeezenet1_1={first}", *images)
+    assert again.exit_code == 0 and "Finished before" in again.stderr
+    assert [run.info.run_id for run in all_runs()] == before
+    both = f"squeezenet1_1={first},squeezenet1_1={second}"
+    assert invoke("--models", both, *images).exit_code == 0
+    assert len(all_runs()) == len(before) + 2  # a parent and the second network
+    assert invoke("--models", both, *images, "--fresh").exit_code == 0
+    assert len(all_runs()) == len(before) + 5
+
+
+@pytest.mark.usefixtures("short_batches")
+def test_an_interrupted_comparison_goes_on_in_its_runs(
+    sqlite_store: str, few_images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    files = [seeded_weights(tmp_path / f"{seed}.pth", "squeezenet1_1", seed) for seed in (1, 2)]
+    words = ["--models", ",".join(f"squeezenet1_1={file}" for file in files)]
+    words += ["--dataset", "folder", "--data-dir", str(few_images)]
+    calls = 0
+
+    def interrupted(*args: Any) -> dict[str, float]:
+        nonlocal calls
+        calls += 1
+        if calls > 3:  # three sets a network
+            raise KeyboardInterrupt
+        return scores(*args)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(evaluation, "scores", interrupted)
+        assert invoke(*words).exit_code == 130
+    assert [run.info.status for run in all_runs()] == ["KILLED", "FINISHED", "KILLED"]
+    assert invoke(*words).exit_code == 0
+    assert [run.info.status for run in all_runs()] == ["FINISHED", "FINISHED", "KILLED", "FINISHED"]
+
+
+@pytest.mark.usefixtures("short_batches")
+def test_one_network_that_fails_does_not_cost_the_others(
+    sqlite_store: str, few_images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    files = [seeded_weights(tmp_path / f"{seed}.pth", "squeezenet1_1", seed) for seed in (1, 2)]
+
+    def failing(session: Any, entry: Any, parent: Any) -> str:
+        if entry.requested.file == files[0]:
+            raise torch.OutOfMemoryError("no memory")
+        return evaluation.evaluate_one(session, entry, parent)
+
+    monkeypatch.setattr(comparison, "evaluate_one", failing)
+    words = ["--models", ",".join(f"squeezenet1_1={file}" for file in files)]
+    result = invoke(*words, "--dataset", "folder", "--data-dir", few_images)
+    assert result.exit_code == 1
+    assert "1 of 2 networks failed. squeezenet1_1 1: out of memory; lower --batch-size." in result.stderr
+    assert [run.info.status for run in all_runs()] == ["FAILED", "FINISHED"]
+
+
+@pytest.mark.usefixtures("short_batches")
+def test_bf16_says_what_it_changes(sqlite_store: str, few_images: Path, tmp_path: Path) -> None:
+    file = seeded_weights(tmp_path / "squeezenet1_1.pth", "squeezenet1_1")
+    words = ("--models", f"squeezenet1_1={file}", "--dataset", "folder", "--data-dir", few_images)
+    assert invoke(*words, "--precision", "bf16", "--limit", "6").exit_code == 0
+    metrics = all_runs()[-1].data.metrics
+    assert metrics["bf16/compared_images"] == 6 == metrics["eval/images"]
+    assert -1 <= metrics["bf16/top1_difference"] <= 1 and 0 <= metrics["bf16/predictions_changed"] <= 1
+
+
+@pytest.mark.network
+def test_published_weights_are_downloaded_and_as_good_as_published(
+    sqlite_store: str, real_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.hub, "_hub_dir", str(tmp_path / "hub"))
+    result = invoke("--models", "efficientnet_b0,squeezenet1_1", "--data-dir", real_data)
+    assert result.exit_code == 0, result.output
+    for run in all_runs()[1:]:
+        metrics = run.data.metrics
+        assert run.data.params["weights.verified"] == "True"
+        assert metrics["unseen/top1_accuracy"] == pytest.approx(metrics["published/top1_accuracy"], abs=0.12)
+    assert "efficientnet_b0 is better than squeezenet1_1" in result.output
