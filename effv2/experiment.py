@@ -255,7 +255,7 @@ def _log_test(
     test_set = dataset.test
     result = evaluate(network, test_set, config, execution)
     run.log_metrics({"selected/test_accuracy": result.accuracy})
-    predictions = argmax_over_all(dataset.classes, test_set.ids, test_set.labels.numpy(), result.probabilities.numpy())
+    predictions = argmax_over_all(dataset.classes, test_set.ids, test_set.labels.numpy(), result.logits.numpy())
     with tempfile.TemporaryDirectory() as name:
         write_predictions(Path(name), predictions)
         run.log_folder(Path(name))

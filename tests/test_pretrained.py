@@ -129,6 +129,16 @@ def test_calibration_error_is_the_weighted_gap_of_each_bin(rows: list[tuple[floa
     assert calibration_error(confidence, right) == pytest.approx(gap, abs=1e-12)
 
 
+@given(st.integers(0, 2**32 - 1), st.sampled_from([0.0, 1e-9, 1.0]))
+def test_what_is_right_over_all_classes_is_right_among_few_and_in_the_top_five(seed: int, spread: float) -> None:
+    """Also of an untrained network, whose logits are so close that their probabilities tie."""
+    generator = np.random.default_rng(seed)
+    logits = torch.from_numpy(generator.normal(0, spread, (40, 12)).astype(np.float32))
+    present = np.sort(generator.choice(12, 7, replace=False))
+    found = scores(logits, generator.choice(present, 40), present)
+    assert found["top1_accuracy"] <= min(found["top1_present"], found["top5_accuracy"])
+
+
 def ranking(rights: dict[str, list[bool]], where: Origin = Origin.UNSEEN) -> Ranking:
     count = len(next(iter(rights.values())))
     record = RunRecord("0", "", "FINISHED", {}, {"eval/images": count}, {})

@@ -8,6 +8,7 @@ from itertools import cycle
 
 import numpy as np
 from matplotlib.figure import Figure
+from matplotlib.ticker import LogLocator, NullLocator, StrMethodFormatter
 
 PALETTE = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 STYLES = ("-", "--", "-.", ":")
@@ -78,6 +79,9 @@ def accuracy_against_cost(points: Mapping[str, CostPoint], title: str) -> Figure
             axes.errorbar(cost, 100 * point.accuracy, yerr=reach, **drawn)
     for axes, unit in ((left, "GFLOPs an image (log)"), (right, "milliseconds an image (log)")):
         axes.set(xscale="log", xlabel=unit)
+        axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        axes.xaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
+        axes.xaxis.set_minor_locator(NullLocator())
         axes.grid(alpha=0.3)
     left.set_ylabel("accuracy, %")
     figure.suptitle(title)

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from scipy.special import softmax
 from sklearn.metrics import confusion_matrix, precision_recall_fscore_support
 
 from effv2.evidence.figures import accuracy_curves, confusion_figure
@@ -34,15 +35,15 @@ class Predictions:
     probability: np.ndarray
 
 
-def argmax_over_all(
-    classes: Sequence[str], ids: Sequence[str], true: np.ndarray, probabilities: np.ndarray
-) -> Predictions:
+def argmax_over_all(classes: Sequence[str], ids: Sequence[str], true: np.ndarray, logits: np.ndarray) -> Predictions:
     """Return the predictions of a head whose first outputs are the classes: the argmax over all of them."""
-    columns = output_names(classes, probabilities.shape[1])
-    argmax = probabilities.argmax(1)
+    columns = output_names(classes, logits.shape[1])
+    argmax = logits.argmax(1)  # not of probabilities: close logits tie there
     predicted = np.minimum(argmax, len(classes))
     names = [columns[each] for each in predicted]
-    return Predictions(classes, columns, ids, true, predicted, names, probabilities[np.arange(len(argmax)), argmax])
+    return Predictions(
+        classes, columns, ids, true, predicted, names, softmax(logits, 1)[np.arange(len(argmax)), argmax]
+    )
 
 
 def write_curves(folder: Path, history: Sequence[dict[str, float]]) -> None:

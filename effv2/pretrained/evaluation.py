@@ -23,7 +23,7 @@ from effv2.execution.device import Execution
 from effv2.pretrained.config import PretrainedConfig
 from effv2.pretrained.imagenet import class_names
 from effv2.pretrained.images import TEST, EvaluationImages
-from effv2.pretrained.measure import Network, all_logits, batch_size, bf16_differences, latency, scores
+from effv2.pretrained.measure import Network, all_logits, batch_size, bf16_differences, latency, scores, top1
 from effv2.pretrained.ranking import FULL_BATCH, ONE_IMAGE
 from effv2.pretrained.weights import Requested, WeightsFile, load_network
 from effv2.serving.export import OTHER
@@ -175,7 +175,7 @@ def _measure(session: Session, entry: Entry) -> tuple[torch.Tensor, dict[str, fl
 
 def _predictions(images: EvaluationImages, logits: torch.Tensor, members: np.ndarray) -> Predictions:
     """Return the top-1 predictions of a set over all 1000 classes, those of no class present as `other`."""
-    probability, predicted = logits[members].softmax(1).max(1)
+    predicted, probability = top1(logits[members])
     column = np.full(logits.shape[1], len(images.outputs))
     column[images.outputs] = np.arange(len(images.outputs))
     return Predictions(

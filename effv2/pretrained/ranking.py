@@ -121,7 +121,7 @@ class Ranking:
             (f"top-5 of 1000, {on}", _percent(f"{self.basis}/top5_accuracy")),
             (f"loss, {on}", _number(f"{self.basis}/loss", ".4f")),
             (f"calibration error, {on}", _percent(f"{self.basis}/ece")),
-            ("published top-1, ImageNet's validation set", _percent("published/top1_accuracy")),
+            ("top-1 that torchvision publishes", _percent("published/top1_accuracy")),
             ("images/s", _number("throughput/evaluate_images_per_second", ",.1f")),
             ("one image, ms", _number(ONE_IMAGE, ",.1f", 1000)),
             ("128 images, ms", _number(FULL_BATCH, ",.0f", 1000)),

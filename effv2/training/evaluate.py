@@ -1,4 +1,4 @@
-"""Loss, accuracy and class probabilities of a network on a split."""
+"""Loss, accuracy and logits of a network on a split."""
 
 from __future__ import annotations
 
@@ -25,11 +25,6 @@ class Evaluation:
     loss: float
     accuracy: float
     logits: Tensor
-
-    @property
-    def probabilities(self) -> Tensor:
-        """Return float32 probabilities (N, outputs)."""
-        return self.logits.softmax(1)
 
 
 def evaluate(model: nn.Module, split: Split, config: TrainConfig, execution: Execution) -> Evaluation:

@@ -1,0 +1,152 @@
+"""What evaluate-pretrained costs beside its bare forward passes and decoding, and beside a plain loop.
+
+    python benchmarks/pretrained.py --data-dir <folder of imagenette2-160>
+
+In one process, one after the other, in several rounds, on the test images of Imagenette and freshly initialised
+networks (time doesn't depend on the weights):
+
+floor    decoding and transforms in threads, then bare forward passes of the prepared network (see `form`)
+plain    torchvision's transforms in a DataLoader with 2 workers, batches of 128 (NCHW, float32) through its network
+effv2    a whole evaluation: cold cache, a tracked run on sqlite with all its metrics, tables and figures; without the
+         latency passes, which a plain loop doesn't make
+second   the same again for another network with the same preprocessing
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import statistics
+import tempfile
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import click
+import numpy as np
+import torch
+from torch.utils.data import DataLoader, Dataset
+from torchvision import models
+
+from effv2.config import ExecutionConfig
+from effv2.data.images import FileImages
+from effv2.execution.device import make_execution
+from effv2.pretrained import comparison, evaluation
+from effv2.pretrained.config import ImagesConfig, PretrainedConfig
+from effv2.pretrained.images import choose_images
+from effv2.pretrained.measure import Network, all_logits, batch_size
+from effv2.pretrained.weights import Requested, parse_models
+
+
+class Silent:
+    """A view that shows nothing."""
+
+    def decoding(self, done: int, total: int) -> None:
+        """Hear of decoded images."""
+
+    def study_opened(self, address: str) -> None:
+        """Hear of the run."""
+
+    def evaluating(self, name: str, done: int, total: int) -> None:
+        """Hear of evaluated images."""
+
+    def remark(self, text: str) -> None:
+        """Hear a remark."""
+
+
+class PlainImages(Dataset[torch.Tensor]):
+    """Images as anyone would load them."""
+
+    def __init__(self, requested: Requested, images: FileImages) -> None:
+        self.transforms, self.images = requested.weights.transforms(), images
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def __getitem__(self, index: int) -> torch.Tensor:
+        """Open and transform one."""
+        transformed: torch.Tensor = self.transforms(self.images.open(index).convert("RGB"))
+        return transformed
+
+
+def seconds_of(function: Callable[[], Any]) -> float:
+    """Return how long a call takes."""
+    started = time.perf_counter()
+    function()
+    return time.perf_counter() - started
+
+
+def floor(requested: Requested, images: FileImages) -> None:
+    """Decode, then pass batches through the network in effv2's form; nothing else."""
+    preparation = requested.preparation
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        pixels = np.stack(list(pool.map(lambda i: preparation(images.open(i)), range(len(images)))))
+    execution = make_execution(ExecutionConfig(device="cpu", precision="fp32"))
+    network = Network.prepare(models.get_model(requested.network).eval(), requested.normalisation, execution)
+    batch = batch_size(0, preparation.size, execution)
+    all_logits(network, torch.from_numpy(pixels), batch, lambda _: None)
+
+
+def plain(requested: Requested, images: FileImages) -> None:
+    """Evaluate as a short script would."""
+    network = models.get_model(requested.network).eval()
+    with torch.inference_mode():
+        for batch in DataLoader(PlainImages(requested, images), 128, num_workers=2):
+            network(batch).argmax(1)
+
+
+@click.command()
+@click.option("--data-dir", required=True, help="Folder that holds imagenette2-160.")
+@click.option("--network", default="squeezenet1_1", show_default=True, help="Network of torchvision.")
+@click.option("--images", default=3925, show_default=True, help="Test images.")
+@click.option("--plain-images", default=1024, show_default=True, help="Of them for the plain loop.")
+@click.option("--rounds", default=3, show_default=True, help="Rounds.")
+def main(data_dir: str, network: str, images: int, plain_images: int, rounds: int) -> None:
+    """Measure and print seconds and ratios."""
+    config = PretrainedConfig(data=ImagesConfig(dir=data_dir, limit=images))
+    (requested,) = parse_models(network)
+    files: Any = choose_images(config.data).part.images
+    fewer = files.take(np.arange(min(plain_images, len(files))))
+    seconds: dict[str, list[float]] = {"floor": [], "plain": [], "effv2": [], "second": []}
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        os.environ["MLFLOW_TRACKING_URI"] = f"sqlite:///{folder / 'mlflow.db'}"
+        os.chdir(folder)
+        weights = [folder / f"{network}-{i}.pth" for i in range(2)]
+        for i, path in enumerate(weights):
+            torch.manual_seed(i)
+            torch.save(models.get_model(network).state_dict(), path)
+
+        @mock.patch.object(evaluation, "latency", lambda *_: 0.0)
+        def evaluate(path: Path) -> None:
+            comparison.evaluate_pretrained(
+                parse_models(f"{network}={path}"),
+                config,
+                Silent(),
+                weights_dir=None,
+                experiment="",
+                fresh=True,
+                show_downloads=False,
+            )
+
+        os.environ["EFFV2_CACHE"] = str(folder / "warm-up")
+        evaluate(weights[0])  # imports, the store's tables
+        for round_ in range(rounds):
+            os.environ["EFFV2_CACHE"] = str(folder / str(round_))
+            seconds["floor"].append(seconds_of(lambda: floor(requested, files)))
+            seconds["effv2"].append(seconds_of(lambda: evaluate(weights[0])))
+            seconds["second"].append(seconds_of(lambda: evaluate(weights[1])))
+            seconds["plain"].append(seconds_of(lambda: plain(requested, fewer)) * len(files) / len(fewer))
+    for label, values in seconds.items():
+        click.echo(f"{label}: {statistics.median(values):.1f} s ({min(values):.1f} to {max(values):.1f})")
+    for over, label in (("floor", "effv2"), ("floor", "second"), ("plain", "effv2")):
+        ratios = [a / b for a, b in zip(seconds[label], seconds[over], strict=True)]
+        click.echo(f"{label} / {over}: {statistics.median(ratios):.2f} ({min(ratios):.2f} to {max(ratios):.2f})")
+    click.echo(json.dumps({"network": network, "images": len(files), "threads": torch.get_num_threads()} | seconds))
+
+
+if __name__ == "__main__":
+    main()
