@@ -129,6 +129,7 @@ def main(data_dir: str, network: str, images: int, plain_images: int, rounds: in
                 weights_dir=None,
                 experiment="",
                 fresh=True,
+                log_model="none",
                 show_downloads=False,
             )
 

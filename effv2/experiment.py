@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import base64
-import io
-import json
 import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -22,10 +19,11 @@ from effv2.architecture import build_model, count_gflops, count_parameters
 from effv2.config import TrainConfig
 from effv2.data.batches import normalisation
 from effv2.data.dataset import Dataset, Split
+from effv2.data.preparation import Square
 from effv2.errors import InputError
 from effv2.evidence.run_artifacts import argmax_over_all, write_curves, write_predictions
 from effv2.execution.device import Execution, make_execution
-from effv2.serving.export import ServedNetwork, export_program, output_names
+from effv2.serving.export import ServedNetwork, as_base64, output_names, write_served
 from effv2.tracking.read import Identity
 from effv2.tracking.run import OUTCOME, TrackedRun, start_run
 from effv2.training.evaluate import evaluate, single_image_latency
@@ -94,11 +92,8 @@ class Outcome:
         plain = build_model(model.build_table(), outputs)  # without the paths of the device it was trained on
         plain.load_state_dict(self.network.state_dict())
         served = ServedNetwork(plain, len(classes), *normalisation(data.normalise))
-        settings = {"image_size": data.image_size, "names": output_names(classes, outputs)}
         with tempfile.TemporaryDirectory() as name:
-            files = {"program": Path(name, "program.pt2"), "settings": Path(name, "settings.json")}
-            export_program(served, data.image_size, files["program"])
-            files["settings"].write_text(json.dumps(settings), encoding="utf-8")
+            files = write_served(Path(name), served, Square(data.image_size), output_names(classes, outputs))
             return self.run.log_model(files, _example(self.dataset.test), torch.__version__)
 
 
@@ -263,8 +258,5 @@ def _log_test(
 
 
 def _example(split: Split) -> str:
-    """Return the split's first image as base64 of a PNG."""
-    pixels = split.images(torch.tensor([0]))[0].permute(1, 2, 0).contiguous().numpy()
-    buffer = io.BytesIO()
-    Image.fromarray(pixels).save(buffer, "PNG")
-    return base64.b64encode(buffer.getvalue()).decode()
+    """Return the split's first image as a request holds it."""
+    return as_base64(Image.fromarray(split.images(torch.tensor([0]))[0].permute(1, 2, 0).contiguous().numpy()))

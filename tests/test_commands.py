@@ -19,6 +19,7 @@ from mlflow import MlflowClient
 from mlflow.entities import Run
 
 from effv2.cli.ablate import ablate
+from effv2.cli.evaluate_pretrained import evaluate_pretrained
 from effv2.cli.hparam_check import hparam_check
 from effv2.cli.search import search
 from effv2.cli.train import train
@@ -36,7 +37,13 @@ FINAL_METRICS = {
 }  # fmt: skip
 
 
-COMMANDS = {"train": train, "ablate": ablate, "hparam-check": hparam_check, "search": search}
+COMMANDS = {
+    "train": train,
+    "ablate": ablate,
+    "hparam-check": hparam_check,
+    "search": search,
+    "evaluate-pretrained": evaluate_pretrained,
+}
 
 
 def all_runs() -> list[Run]:
@@ -380,7 +387,8 @@ def test_tracking_store_that_does_not_answer(
 
 
 @pytest.mark.parametrize(
-    "words", [["entry_points/train.py"], ["entry_points/ablate.py"], ["-m", "effv2"], ["-m", "effv2", "train"]]
+    "words",
+    [["entry_points/train.py"], ["entry_points/evaluate_pretrained.py"], ["-m", "effv2"], ["-m", "effv2", "ablate"]],
 )
 def test_help_is_immediate_and_complete(words: list[str]) -> None:
     seconds = []

@@ -9,11 +9,13 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
+from torchvision import models
 
 from effv2.config import TrainConfig
 from effv2.errors import InputError
 from effv2.execution.device import resolve, resolve_study
 from effv2.execution.fast_paths import DepthwiseConv2d, PointwiseConv2d, use_fast_paths
+from effv2.execution.folding import fold_batch_norm
 
 
 @settings(max_examples=60, deadline=None)
@@ -85,3 +87,52 @@ def test_arms_of_a_study_share_the_precision() -> None:
     first, second, third = resolve_study([*sizes, pinned])
     assert first.execution.precision == second.execution.precision == resolve(sizes[0]).execution.precision
     assert third.execution.precision == "bf16"
+
+
+def counted(module: nn.Module, kind: type[nn.Module]) -> int:
+    return sum(isinstance(each, kind) for each in module.modules())
+
+
+@pytest.mark.parametrize(
+    ("name", "left"),
+    [("efficientnet_v2_s", 0), ("resnet50", 0), ("mobilenet_v3_small", 0), ("densenet121", 62), ("swin_t", 0)],
+)
+def test_folded_batch_norm_changes_rounding_alone(name: str, left: int) -> None:
+    """DenseNet's norms before a convolution stay; what of a network can be folded is."""
+    generator = torch.manual_seed(0)
+    network = models.get_model(name, weights=None).eval()
+    for module in network.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            module.running_mean = torch.randn(module.num_features, generator=generator) / 10
+            module.running_var = torch.rand(module.num_features, generator=generator) + 0.5
+            nn.init.uniform_(module.weight, 0.5, 1.5, generator)
+            nn.init.normal_(module.bias, 0, 0.1, generator)
+    images = torch.rand(2, 3, 64, 64, generator=generator)
+    with torch.inference_mode():
+        before = network(images)
+        fold_batch_norm(network)
+        after = network(images)
+    assert counted(network, nn.BatchNorm2d) == left
+    assert torch.allclose(before, after, atol=1e-5 * float(before.abs().max()))
+
+
+def test_a_batch_norm_whose_convolution_serves_others_too_is_left_alone() -> None:
+    class Shared(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv, self.norm = nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4)
+
+        def forward(self, images: torch.Tensor) -> torch.Tensor:
+            maps = self.conv(images)
+            output: torch.Tensor = self.norm(maps) + maps
+            return output
+
+    class Untraceable(nn.Sequential):
+        def forward(self, images: torch.Tensor) -> torch.Tensor:
+            for module in self if images.sum() > 0 else ():
+                images = module(images)
+            return images
+
+    for network in (Shared().eval(), Untraceable(nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4)).eval()):
+        fold_batch_norm(network)
+        assert counted(network, nn.BatchNorm2d) == 1

@@ -7,7 +7,11 @@ import hashlib
 import math
 import os
 import re
+import signal
+import subprocess
+import sys
 import threading
+import urllib.request
 from collections.abc import Iterator
 from functools import partial
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
@@ -36,6 +40,7 @@ from effv2.pretrained.ranking import Evaluated, Ranking
 from effv2.pretrained.weights import Requested, find_weights, network_names, parse_models
 from effv2.tracking.read import RunRecord
 
+ROOT = Path(__file__).parents[1]
 SQUEEZENET = "weights/squeezenet1_1-imagenet-caffe-ndf.pth"
 BOOLEANS = st.lists(st.booleans(), min_size=1, max_size=40)
 
@@ -199,6 +204,7 @@ def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     for name in ("http_proxy", "https_proxy"):
         monkeypatch.setenv(name, "http://127.0.0.1:9")
     monkeypatch.setenv("no_proxy", "127.0.0.1")
+    monkeypatch.setattr(urllib.request, "_opener", None)  # what urlopen makes of the proxies, once a process
     return tmp_path / "hub" / "checkpoints"
 
 
@@ -352,7 +358,7 @@ def test_real_weights_predict_as_plain_pytorch_does(sqlite_store: str, real_data
 
 
 @pytest.mark.usefixtures("short_batches")
-def test_the_published_comparison_from_names_to_report(store: str, few_images: Path, tmp_path: Path) -> None:
+def test_the_published_comparison_from_names_to_report(sqlite_store: str, few_images: Path, tmp_path: Path) -> None:
     named = ["efficientnet_v2_s", "efficientnet_b0", "resnet50"]
     files = [seeded_weights(tmp_path / f"{name}.pth", name) for name in named]
     models_ = ",".join(f"{name}={file}" for name, file in zip(named, files, strict=True))
@@ -400,28 +406,57 @@ def test_what_was_evaluated_is_not_repeated(sqlite_store: str, few_images: Path,
     assert len(all_runs()) == len(before) + 5
 
 
+CUT_SHORT = """
+import os, signal, sys
+from effv2.cli.evaluate_pretrained import evaluate_pretrained
+from effv2.pretrained import evaluation
+
+scores, calls = evaluation.scores, 0
+
+def cut_short(*args):
+    global calls
+    calls += 1
+    if calls > 3:  # three sets a network
+        os.kill(os.getpid(), {signal})
+    return scores(*args)
+
+evaluation.scores, evaluation.FULL_BATCH_IMAGES = cut_short, 2
+evaluate_pretrained(sys.argv[1:])
+"""
+
+
 @pytest.mark.usefixtures("short_batches")
-def test_an_interrupted_comparison_goes_on_in_its_runs(
-    sqlite_store: str, few_images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(
+    ("number", "code", "left"), [(signal.SIGTERM, 143, "KILLED"), (signal.SIGKILL, -signal.SIGKILL, "RUNNING")]
+)
+def test_a_comparison_that_was_cut_short_goes_on_in_its_run(
+    sqlite_store: str, few_images: Path, tmp_path: Path, number: int, code: int, left: str
 ) -> None:
     files = [seeded_weights(tmp_path / f"{seed}.pth", "squeezenet1_1", seed) for seed in (1, 2)]
     words = ["--models", ",".join(f"squeezenet1_1={file}" for file in files)]
     words += ["--dataset", "folder", "--data-dir", str(few_images)]
-    calls = 0
-
-    def interrupted(*args: Any) -> dict[str, float]:
-        nonlocal calls
-        calls += 1
-        if calls > 3:  # three sets a network
-            raise KeyboardInterrupt
-        return scores(*args)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(evaluation, "scores", interrupted)
-        assert invoke(*words).exit_code == 130
-    assert [run.info.status for run in all_runs()] == ["KILLED", "FINISHED", "KILLED"]
+    script = CUT_SHORT.format(signal=int(number))
+    done = subprocess.run([sys.executable, "-c", script, *words], capture_output=True, timeout=120)
+    assert done.returncode == code, done.stderr
+    assert [run.info.status for run in all_runs()] == [left, "FINISHED", left]
     assert invoke(*words).exit_code == 0
-    assert [run.info.status for run in all_runs()] == ["FINISHED", "FINISHED", "KILLED", "FINISHED"]
+    parent, *children = all_runs()
+    assert [run.info.status for run in (parent, *children)] == ["FINISHED", "FINISHED", "KILLED", "FINISHED"]
+    assert {run.data.tags["mlflow.parentRunId"] for run in children} == {parent.info.run_id}
+
+
+@pytest.mark.usefixtures("short_batches")
+def test_mlflow_run_adopts_its_run(sqlite_store: str, few_images: Path, tmp_path: Path) -> None:
+    file = seeded_weights(tmp_path / "squeezenet1_1.pth", "squeezenet1_1")
+    command = [sys.executable, "-m", "mlflow", "run", str(ROOT), "-e", "evaluate-pretrained", "--env-manager", "local"]
+    command += ["-P", f"models=squeezenet1_1={file}", "-P", "dataset=folder", "-P", f"data_dir={few_images}"]
+    environment = os.environ | {"PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=120)
+    assert done.returncode == 0, done.stderr
+    parent, child = all_runs()
+    assert parent.data.tags["mlflow.project.entryPoint"] == "evaluate-pretrained"
+    assert child.data.tags["mlflow.parentRunId"] == parent.info.run_id
+    assert {run.info.status for run in (parent, child)} == {"FINISHED"}
 
 
 @pytest.mark.usefixtures("short_batches")
@@ -451,6 +486,25 @@ def test_bf16_says_what_it_changes(sqlite_store: str, few_images: Path, tmp_path
     metrics = all_runs()[-1].data.metrics
     assert metrics["bf16/compared_images"] == 6 == metrics["eval/images"]
     assert -1 <= metrics["bf16/top1_difference"] <= 1 and 0 <= metrics["bf16/predictions_changed"] <= 1
+
+
+@pytest.mark.usefixtures("short_batches")
+def test_the_best_network_is_served_with_its_own_preprocessing(
+    sqlite_store: str, few_images: Path, tmp_path: Path
+) -> None:
+    import mlflow.pyfunc
+
+    files = [seeded_weights(tmp_path / f"{seed}.pth", "squeezenet1_1", seed) for seed in (1, 2)]
+    words = ["--models", ",".join(f"squeezenet1_1={file}" for file in files), "--dataset", "folder"]
+    result = invoke(*words, "--data-dir", few_images, "--log-model", "best")
+    assert result.exit_code == 0, result.output
+    outputs = [(run, run.outputs.model_outputs) for run in all_runs() if run.outputs]
+    ((run, (logged,)),) = [(run, logged) for run, logged in outputs if logged]
+    model = mlflow.pyfunc.load_model(f"models:/{logged.model_id}")
+    for row in artifact(run, "predictions.csv", tmp_path):
+        (answer,) = model.predict([few_images / row["id"]])
+        assert answer["label"] == row["predicted"]
+        assert answer["probability"] == pytest.approx(float(row["probability"]), abs=1e-5)
 
 
 @pytest.mark.network

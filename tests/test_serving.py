@@ -26,7 +26,7 @@ from mlflow import MlflowClient
 from PIL import Image
 
 from effv2.cli.train import train
-from effv2.data.preparation import Square
+from effv2.data.preparation import CentreCrop, Square
 from tests.conftest import TINY_TABLE, make_image_tree
 
 OUTPUTS = 7  # wider than the three classes: the rest is the column `other`
@@ -162,7 +162,9 @@ def test_serving_and_training_prepare_images_alike(mode: str, size: tuple[int, i
     grey = generator.integers(0, 65_536, size, dtype=np.uint16)
     eight_bits = Image.fromarray((grey >> 8).astype(np.uint8))
     image = Image.fromarray(grey) if mode == "I;16" else eight_bits.convert(mode)
-    ours, theirs = Square(8)(image), image_classifier.to_pixels(image, 8)
+    ours, theirs = Square(8)(image), image_classifier.to_pixels(image, {"image_size": 8})
     assert ours.shape == (8, 8, 3) and np.array_equal(ours, theirs)
+    cropped = {"image_size": 7, "shorter_side": 9, "interpolation": "BICUBIC"}
+    assert np.array_equal(CentreCrop(7, 9, "bicubic")(image), image_classifier.to_pixels(image, cropped))
     if mode == "I;16":
         assert np.array_equal(ours, Square(8)(eight_bits))

@@ -6,7 +6,15 @@ from typing import Any
 
 import click
 
-from effv2.cli.options import config_options, experiment_option, fresh_option, parse_fresh, reports_errors
+from effv2.cli.options import (
+    config_options,
+    experiment_option,
+    fresh_option,
+    log_model_option,
+    parse_fresh,
+    parse_log_model,
+    reports_errors,
+)
 from effv2.pretrained.config import PretrainedConfig
 
 # Option names (as in MLproject) and the fields that they set.
@@ -41,9 +49,12 @@ PUBLISHED_COMPARISON = "efficientnet_v2_s,efficientnet_b0,resnet50"
 )
 @config_options(FIELDS, PretrainedConfig)
 @fresh_option
+@log_model_option("none")
 @experiment_option
 @reports_errors
-def evaluate_pretrained(models: str, weights_dir: str, fresh: str, experiment: str, **options: Any) -> None:
+def evaluate_pretrained(
+    models: str, weights_dir: str, fresh: str, log_model: str, experiment: str, **options: Any
+) -> None:
     """Evaluate published ImageNet weights, each with its own transforms, and say which are really better.
 
     On Imagenette, or any folder whose classes are ImageNet's. Rankings rest on images that the weights were not fitted
@@ -51,7 +62,7 @@ def evaluate_pretrained(models: str, weights_dir: str, fresh: str, experiment: s
     """
     from effv2.studies.settings import option_layer, validate
 
-    over = parse_fresh(fresh)
+    over, which = parse_fresh(fresh), parse_log_model(log_model, "none")
     layer = option_layer(options, FIELDS)
     config = validate(PretrainedConfig, layer.values, layer.where)
 
@@ -70,6 +81,7 @@ def evaluate_pretrained(models: str, weights_dir: str, fresh: str, experiment: s
             weights_dir=folder,
             experiment=experiment,
             fresh=over,
+            log_model=which,
             show_downloads=display.console.is_terminal,
         )
     if ending.ranking is not None:

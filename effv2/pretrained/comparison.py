@@ -26,9 +26,13 @@ from effv2.pretrained.evaluation import (
     run_tags,
     short_hash,
 )
+from effv2.pretrained.evaluation import (
+    log_model as log_network,
+)
 from effv2.pretrained.images import EvaluationImages, choose_images
 from effv2.pretrained.ranking import Evaluated, Ranking
 from effv2.pretrained.weights import Requested, find_weights, load_network
+from effv2.studies.options import LogModel
 from effv2.tracking.read import Identity, find_finished, find_running, find_unfinished, read_runs
 from effv2.tracking.run import OUTCOME, TrackedRun, open_parent, point_adopted_run_to, run_address, working_on
 from effv2.tracking.store import TrackingError, open_store
@@ -53,6 +57,7 @@ def evaluate_pretrained(
     weights_dir: Path | None,
     experiment: str,
     fresh: bool,
+    log_model: LogModel,
     show_downloads: bool,
 ) -> Ending:
     """Evaluate and rank networks; what was finished before with the same weights and images is not repeated.
@@ -69,7 +74,10 @@ def evaluate_pretrained(
     entries = [session.entry(requested, file) for requested, file in zip(requests, files, strict=True)]
     experiment_id = open_store(experiment)
     try:
-        return _evaluate(session, entries, experiment_id, fresh)
+        ending = _evaluate(session, entries, experiment_id, fresh)
+        if ending.ranking is not None:
+            _log_models(session, entries, ending.ranking, log_model)
+        return ending
     except TrackingError as error:
         raise RunError(f"The tracking store failed ({error}); mend it and give the same command again.") from error
 
@@ -154,6 +162,18 @@ def _rank(images: EvaluationImages, runs: Mapping[str, str], parent: TrackedRun)
         for label, record in zip(runs, read_runs(runs.values(), []), strict=True)
     }
     return Ranking(networks, images.basis, images.basis_origin) if networks else None
+
+
+def _log_models(session: Session, entries: Sequence[Entry], ranking: Ranking, which: LogModel) -> None:
+    """Log the networks that are wanted to the runs that evaluated them, those that have none yet."""
+    wanted = {"all": ranking.order, "best": ranking.order[:1], "none": []}[which]
+    for entry in entries:
+        label = entry.requested.label
+        if label not in wanted:
+            continue
+        run = TrackedRun(ranking.networks[label].record.run_id, "")
+        if not run.has_model():
+            session.view.remark(f"model of {label}: {log_network(entry, session.images, run)}")
 
 
 def _publish(ranking: Ranking, parent: TrackedRun) -> None:

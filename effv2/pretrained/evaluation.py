@@ -26,7 +26,7 @@ from effv2.pretrained.images import TEST, EvaluationImages
 from effv2.pretrained.measure import Network, all_logits, batch_size, bf16_differences, latency, scores, top1
 from effv2.pretrained.ranking import FULL_BATCH, ONE_IMAGE
 from effv2.pretrained.weights import Requested, WeightsFile, load_network
-from effv2.serving.export import OTHER
+from effv2.serving.export import OTHER, ServedNetwork, as_base64, write_served
 from effv2.tracking.read import Identity
 from effv2.tracking.run import OUTCOME, TrackedRun, start_run
 
@@ -171,6 +171,16 @@ def _measure(session: Session, entry: Entry) -> tuple[torch.Tensor, dict[str, fl
         true = session.images.outputs[session.images.part.labels]
         figures |= bf16_differences(network, pixels, logits, true, entry.batch)
     return logits, figures
+
+
+def log_model(entry: Entry, images: EvaluationImages, run: TrackedRun) -> str:
+    """Log the network with its preprocessing to the run that evaluated it, ended or not; return its address."""
+    requested = entry.requested
+    module = load_network(requested, entry.file)
+    served = ServedNetwork(module, len(class_names()), *requested.normalisation)
+    with tempfile.TemporaryDirectory() as folder:
+        files = write_served(Path(folder), served, requested.preparation, class_names())
+        return run.log_model(files, as_base64(images.part.images.open(0)), torch.__version__)
 
 
 def _predictions(images: EvaluationImages, logits: torch.Tensor, members: np.ndarray) -> Predictions:

@@ -65,11 +65,15 @@ class Ranking:
     basis: str
     origin: Origin
 
+    @property
+    def order(self) -> list[str]:
+        """Return the networks, the most accurate one on the basis first."""
+        return sorted(self.networks, key=lambda label: -int(self.networks[label].right.sum()))
+
     @cached_property
     def pairs(self) -> list[Pair]:
-        """Test every pair on the images of the basis, corrected for their number; the most accurate network first."""
-        order = sorted(self.networks, key=lambda label: -int(self.networks[label].right.sum()))
-        named = list(combinations(order, 2))
+        """Test every pair on the images of the basis, corrected for their number."""
+        named = list(combinations(self.order, 2))
         tests = [mcnemar(self.networks[a].right, self.networks[b].right) for a, b in named]
         corrected = holm([test.p for test in tests])
         return [Pair(a, b, test, p) for (a, b), test, p in zip(named, tests, corrected, strict=True)]

@@ -2,12 +2,19 @@
 
 from __future__ import annotations
 
+import base64
+import io
+import json
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
+from PIL import Image
 from torch import Tensor, nn
 from torch.nn import functional as F
+
+from effv2.data.preparation import CentreCrop, Square
 
 OTHER = "other"
 
@@ -38,7 +45,7 @@ class ServedNetwork(nn.Module):
     mean: Tensor
     std: Tensor
 
-    def __init__(self, network: nn.Module, classes: int, mean: tuple[float, ...], std: tuple[float, ...]) -> None:
+    def __init__(self, network: nn.Module, classes: int, mean: Sequence[float], std: Sequence[float]) -> None:
         super().__init__()
         self.network, self.classes = network, classes
         self.register_buffer("mean", torch.tensor(mean).view(3, 1, 1))
@@ -49,6 +56,26 @@ class ServedNetwork(nn.Module):
         inputs = (images.float() / 255 - self.mean) / self.std
         probabilities = F.softmax(self.network(inputs), 1)
         return fold_probabilities(probabilities, self.classes), fold_predictions(probabilities, self.classes)
+
+
+def write_served(
+    folder: Path, network: ServedNetwork, preparation: Square | CentreCrop, names: Sequence[str]
+) -> dict[str, Path]:
+    """Write the files that the served model consists of, besides its code; return them by the names it knows."""
+    files = {"program": folder / "program.pt2", "settings": folder / "settings.json"}
+    settings: dict[str, Any] = {"image_size": preparation.size, "names": list(names)}
+    if isinstance(preparation, CentreCrop):
+        settings |= {"shorter_side": preparation.resize, "interpolation": preparation.interpolation.upper()}
+    export_program(network, preparation.size, files["program"])
+    files["settings"].write_text(json.dumps(settings), encoding="utf-8")
+    return files
+
+
+def as_base64(image: Image.Image) -> str:
+    """Return an image as a request holds it."""
+    buffer = io.BytesIO()
+    image.save(buffer, "PNG")
+    return base64.b64encode(buffer.getvalue()).decode()
 
 
 def export_program(network: ServedNetwork, image_size: int, path: Path) -> None:

@@ -1,5 +1,7 @@
-"""The served model, as MLflow loads it (models from code): this file, a torch.export program, a few
-settings (JSON: image_size in pixels, names of the columns).
+"""The served model, as MLflow loads it (models from code): this file, a torch.export program, a few settings.
+
+Settings (JSON): image_size in pixels, names of the columns; and, where the central square is taken of an image whose
+shorter side was resized, shorter_side in pixels and Pillow's name of the interpolation.
 
 It answers without the rest of the package. A request holds images: base64 text over HTTP; from Python also
 bytes, paths (pathlib), PIL images and arrays. A plain string is never taken for a path: callers over HTTP could
@@ -65,8 +67,8 @@ class ImageClassifier(PythonModel):
 
         if not model_input:
             return []
-        size, names = self.settings["image_size"], self.settings["names"]
-        pixels = np.stack([_pixels(item, i, size) for i, item in enumerate(model_input)])
+        names = self.settings["names"]
+        pixels = np.stack([_pixels(item, i, self.settings) for i, item in enumerate(model_input)])
         with torch.inference_mode():
             table, predicted = self.network(torch.from_numpy(pixels).permute(0, 3, 1, 2).contiguous())
         return [
@@ -79,19 +81,26 @@ class ImageClassifier(PythonModel):
         ]
 
 
-def to_pixels(image: Image.Image, size: int) -> Any:
-    """Turn an image of any mode into RGB bytes (size, size, 3), exactly as in training."""
+def to_pixels(image: Image.Image, settings: dict[str, Any]) -> Any:
+    """Turn an image of any mode into RGB bytes (image_size, image_size, 3), exactly as in training or evaluation."""
     if image.mode.startswith("I;16"):  # Pillow would clip 16-bit greys at 255
         image = Image.fromarray((np.asarray(image, dtype=np.uint16) >> 8).astype(np.uint8))
-    image = image.convert("RGB").resize((size, size), Image.Resampling.BILINEAR)
-    return np.asarray(image, dtype=np.uint8)
+    image, size = image.convert("RGB"), settings["image_size"]
+    if "shorter_side" not in settings:
+        return np.asarray(image.resize((size, size), Image.Resampling.BILINEAR), dtype=np.uint8)
+    side, (width, height) = settings["shorter_side"], image.size
+    longer = int(side * max(width, height) / min(width, height))
+    shape = (side, longer) if width <= height else (longer, side)
+    image = image.resize(shape, Image.Resampling[settings["interpolation"]])
+    left, top = (round((length - size) / 2) for length in shape)
+    return np.asarray(image.crop((left, top, left + size, top + size)), dtype=np.uint8)
 
 
-def _pixels(item: Any, position: int, size: int) -> Any:
+def _pixels(item: Any, position: int, settings: dict[str, Any]) -> Any:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("error", Image.DecompressionBombWarning)
-            return to_pixels(_open(item), size)
+            return to_pixels(_open(item), settings)
     except binascii.Error:
         raise BadImage(position, "it is not base64") from None
     except UnidentifiedImageError:
