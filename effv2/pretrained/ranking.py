@@ -23,7 +23,7 @@ LISTED_PAIRS = 6
 FIGURES = ("top1_accuracy", "top1_present", "top5_accuracy", "loss", "ece")
 ONE_IMAGE, FULL_BATCH = "inference/single_image_seconds", "inference/batch_128_seconds"
 IMAGES = {
-    Origin.UNSEEN: "images of ImageNet's validation set, which the weights were not fitted to",
+    Origin.UNSEEN: "images of ImageNet's validation set, to which published weights were not fitted",
     Origin.SEEN: "images of ImageNet's training set",
     Origin.UNKNOWN: "images of which the names don't tell whether they are ImageNet's",
 }
