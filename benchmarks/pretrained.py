@@ -47,9 +47,6 @@ class Silent:
     def decoding(self, done: int, total: int) -> None:
         """Hear of decoded images."""
 
-    def study_opened(self, address: str) -> None:
-        """Hear of the run."""
-
     def evaluating(self, name: str, done: int, total: int) -> None:
         """Hear of evaluated images."""
 

@@ -85,8 +85,10 @@ def evaluate_pretrained(
             show_downloads=display.console.is_terminal,
         )
     if ending.ranking is not None:
-        print_table(ending.ranking.lines())
+        print_table(ending.ranking.summary())
         click.echo(ending.ranking.sentence())
+    for label, address in ending.models.items():
+        click.echo(f"model of {label}: {address}")
     click.echo(run_address(ending.parent.run_id, ending.parent.experiment_id))
     if ending.failed:
         said = " ".join(f"{label}: {reason}." for label, reason in ending.failed.items())

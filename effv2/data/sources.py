@@ -163,7 +163,7 @@ def _from_folders(name: str, folder: Path) -> Source:
         if _find(folder, (*VALIDATION_NAMES, *TEST_NAMES)):
             raise InputError(
                 f"--data-dir {folder}: holds a part for testing but none named {TRAIN_NAMES[0]}; rename the training "
-                "part."
+                "part, or give the path of the part that is wanted."
             )
         classes = _class_folders(folder, name)
         return Source(name, str(folder), tuple(map(_text, classes)), _file_part(folder, folder, classes))

@@ -77,7 +77,7 @@ def accuracy_against_cost(points: Mapping[str, CostPoint], title: str) -> Figure
         for axes, cost in ((left, point.gflops), (right, point.milliseconds)):
             drawn = {"fmt": marker, "color": colour, "capsize": 3, "label": plain(name)}
             axes.errorbar(cost, 100 * point.accuracy, yerr=reach, **drawn)
-    for axes, unit in ((left, "GFLOPs an image (log)"), (right, "milliseconds an image (log)")):
+    for axes, unit in ((left, "GFLOPs an image (log)"), (right, "milliseconds an image, at full rate (log)")):
         axes.set(xscale="log", xlabel=unit)
         axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
         axes.xaxis.set_major_formatter(StrMethodFormatter("{x:g}"))

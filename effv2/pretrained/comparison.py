@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
@@ -40,13 +40,17 @@ from effv2.tracking.store import TrackingError, open_store
 PROCESS = "effv2.process"  # tag: the process that works on the run
 
 
+LONGEST_NAME = 200  # characters of a run's name
+
+
 @dataclass(frozen=True)
 class Ending:
-    """The run of a comparison, its ranking where anything was evaluated, and why networks failed, by label."""
+    """The run of a comparison, its ranking where anything was evaluated, why networks failed, models now logged."""
 
     parent: TrackedRun
     ranking: Ranking | None
     failed: Mapping[str, str]
+    models: Mapping[str, str] = field(default_factory=dict)
 
 
 def evaluate_pretrained(
@@ -75,9 +79,9 @@ def evaluate_pretrained(
     experiment_id = open_store(experiment)
     try:
         ending = _evaluate(session, entries, experiment_id, fresh)
-        if ending.ranking is not None:
-            _log_models(session, entries, ending.ranking, log_model)
-        return ending
+        if ending.ranking is None:
+            return ending
+        return replace(ending, models=_log_models(session, entries, ending.ranking, log_model))
     except TrackingError as error:
         raise RunError(f"The tracking store failed ({error}); mend it and give the same command again.") from error
 
@@ -97,7 +101,7 @@ def _evaluate(session: Session, entries: Sequence[Entry], experiment_id: str, fr
     left = None if fresh else _left_behind(identity, experiment_id)
     parent = left or _new_parent(session, identity, labels, experiment_id)
     point_adopted_run_to(parent)
-    session.view.study_opened(run_address(parent.run_id, parent.experiment_id))
+    session.view.remark(run_address(parent.run_id, parent.experiment_id))
     with working_on(parent):
         failed = _evaluate_all(session, entries, parent, runs)
         ranking = _rank(session.images, {label: runs[label] for label in labels if label in runs}, parent)
@@ -149,7 +153,8 @@ def _left_behind(identity: Identity, experiment_id: str) -> TrackedRun | None:
 
 def _new_parent(session: Session, identity: Identity, labels: Sequence[str], experiment_id: str) -> TrackedRun:
     tags = run_tags(identity, session) | {"effv2.variant": ",".join(labels), PROCESS: this_process()}
-    parent = open_parent(STUDY, experiment_id, tags)
+    name = f"{STUDY} {session.images.name}: {', '.join(labels)}"[:LONGEST_NAME]
+    parent = open_parent(name, experiment_id, tags)
     parent.log_params(session.config.flat() | {"study.kind": STUDY, "study.models": ",".join(labels)})
     parent.log_git(provenance.git_state())
     return parent
@@ -164,8 +169,9 @@ def _rank(images: EvaluationImages, runs: Mapping[str, str], parent: TrackedRun)
     return Ranking(networks, images.basis, images.basis_origin) if networks else None
 
 
-def _log_models(session: Session, entries: Sequence[Entry], ranking: Ranking, which: LogModel) -> None:
-    """Log the networks that are wanted to the runs that evaluated them, those that have none yet."""
+def _log_models(session: Session, entries: Sequence[Entry], ranking: Ranking, which: LogModel) -> dict[str, str]:
+    """Log the networks that are wanted to the runs that evaluated them, those that have none; return addresses."""
+    logged: dict[str, str] = {}
     wanted = {"all": ranking.order, "best": ranking.order[:1], "none": []}[which]
     for entry in entries:
         label = entry.requested.label
@@ -173,7 +179,8 @@ def _log_models(session: Session, entries: Sequence[Entry], ranking: Ranking, wh
             continue
         run = TrackedRun(ranking.networks[label].record.run_id, "")
         if not run.has_model():
-            session.view.remark(f"model of {label}: {log_network(entry, session.images, run)}")
+            logged[label] = log_network(entry, session.images, run)
+    return logged
 
 
 def _publish(ranking: Ranking, parent: TrackedRun) -> None:

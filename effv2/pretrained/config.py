@@ -17,8 +17,16 @@ class ImagesConfig(Group):
     )
     dir: str = Field("", description="Folder of the data set.")
     download: bool = Field(False, description="Download imagenette into the folder if it isn't there.")
-    per_class: int = Field(0, ge=0, description="For a quick look: test images a class, drawn at random, 0 = all.")
-    limit: int = Field(0, ge=0, description="For a quick look: test images in all, drawn at random, 0 = all.")
+    per_class: int = Field(
+        0,
+        ge=0,
+        description="For a quick look: so many test images a class, and as many of ImageNet's validation set; 0 = all.",
+    )
+    limit: int = Field(
+        0,
+        ge=0,
+        description="For a quick look: so many test images, and as many of ImageNet's validation set; 0 = all.",
+    )
     seed: int = Field(0, ge=0, lt=2**32, description="Seed of what is drawn.")
 
 

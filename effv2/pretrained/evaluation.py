@@ -50,9 +50,6 @@ class View(Protocol):
     def decoding(self, done: int, total: int) -> None:
         """Report decoded images."""
 
-    def study_opened(self, address: str) -> None:
-        """Say where the comparison is to be seen."""
-
     def evaluating(self, name: str, done: int, total: int) -> None:
         """Report evaluated images of a network."""
 

@@ -57,15 +57,21 @@ def outputs_of(folders: Sequence[str], location: str) -> Labels:
     InputError for a folder that means none, or two that mean the same.
     """
     known = {name: index for names in (class_names(), wnids()) for index, name in enumerate(names)}
+    plain = {_plain(name): index for name, index in known.items()}
     for folder in folders:
-        if folder not in known:
+        if _plain(folder) not in plain:
             hint = f" (did you mean {near}?)" if (near := close_names(folder, class_names())) else ""
             raise InputError(
                 f"--data-dir {location}: the folder {folder!r} is no class of ImageNet{hint}; name every class folder "
                 "by its WordNet id, as n01440764, or by torchvision's name of the class, as tench."
             )
-    found = [known[folder] for folder in folders]
-    twice = [folder for folder in folders if found.count(known[folder]) > 1]
+    found = [known.get(folder, plain[_plain(folder)]) for folder in folders]
+    twice = [folder for folder, output in zip(folders, found, strict=True) if found.count(output) > 1]
     if twice:
         raise InputError(f"--data-dir {location}: {' and '.join(twice)} are the same class of ImageNet; merge them.")
     return np.array(found, dtype=np.int64)
+
+
+def _plain(name: str) -> str:
+    """Return a name as French_horn means French horn."""
+    return name.replace("_", " ").casefold()

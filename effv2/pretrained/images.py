@@ -22,7 +22,7 @@ TEST = "eval"  # the set of all test images; the others are named by their origi
 
 @dataclass(frozen=True)
 class EvaluationImages:
-    """Test images, and behind them those of the training part that ImageNet held out.
+    """Test images, and behind them others that are of ImageNet's validation set.
 
     `part` holds files and labels 0 to K - 1; `outputs` (K) are the networks' outputs that the labels mean.
     """
@@ -39,32 +39,42 @@ class EvaluationImages:
         return tuple(class_names()[output] for output in self.outputs)
 
     @cached_property
+    def origins(self) -> list[Origin]:
+        """Return where each image comes from."""
+        return [origin(file) for file in self.part.ids]
+
+    @cached_property
     def sets(self) -> dict[str, Positions]:
         """Return the positions of the images of each set.
 
-        `eval`: the test images. By origin, where not all test images are of that one: `unseen`, of ImageNet's
-        validation set, here also those of the training part; `seen`, test images of ImageNet's training set;
-        `unknown`, the other test images.
+        `eval`: the test images. Then, where they aren't all of the test images: `unseen`, of ImageNet's validation set,
+        also those that came along from the training part; `seen`, test images of ImageNet's training set; `unknown`,
+        where the names of some don't tell, the test images that are not known to be seen.
         """
-        origins = np.array([origin(file).value for file in self.part.ids])
-        found = {TEST: np.arange(self.tests)}
-        for each in Origin:
-            members = np.flatnonzero(origins == each.value)
-            if each is not Origin.UNSEEN:
-                members = members[members < self.tests]
-            if len(members) and not np.array_equal(members, found[TEST]):
-                found[each.value] = members
-        return found
+        is_seen = np.array([each is Origin.SEEN for each in self.origins])
+        tests = np.arange(self.tests)
+        members = {
+            Origin.UNSEEN.value: np.flatnonzero([each is Origin.UNSEEN for each in self.origins]),
+            Origin.SEEN.value: tests[is_seen[: self.tests]],
+            Origin.UNKNOWN.value: tests[~is_seen[: self.tests]] if self._unknown else tests[:0],
+        }
+        others = {name: each for name, each in members.items() if len(each) and not np.array_equal(each, tests)}
+        return {TEST: tests} | others
+
+    @property
+    def _unknown(self) -> bool:
+        return Origin.UNKNOWN in self.origins[: self.tests]
 
     @property
     def basis(self) -> str:
         """Return the set that rankings rest on: images that the weights were not fitted to, as far as is known."""
-        return next((each.value for each in (Origin.UNSEEN, Origin.UNKNOWN) if each.value in self.sets), TEST)
+        wanted = Origin.UNKNOWN.value if self._unknown else Origin.UNSEEN.value
+        return wanted if wanted in self.sets else TEST
 
     @property
     def basis_origin(self) -> Origin:
-        """Return where the images of the basis come from."""
-        return origin(self.part.ids[self.sets[self.basis][0]])
+        """Return where the images of the basis come from; unknown if that holds for any of them."""
+        return Origin.UNKNOWN if self._unknown else self.origins[self.sets[self.basis][0]]
 
     def profile(self) -> dict[str, Any]:
         """Return the number of images of each set, and of each class."""
@@ -75,10 +85,10 @@ class EvaluationImages:
 
 
 def choose_images(config: ImagesConfig) -> EvaluationImages:
-    """Find the images: the test part of the set, or all of it where it has none.
+    """Find the images: the test part of the set, or all of it where it has none, and all of ImageNet's validation set.
 
-    Images of the training part that are of ImageNet's validation set come along, unless a quick look was asked for.
-    InputError for a folder that isn't there, or whose classes are not ImageNet's.
+    For a quick look, test images are drawn, and as many of the images of ImageNet's validation set. InputError for a
+    folder that isn't there, or whose classes are not ImageNet's.
     """
     try:
         source = open_source(DataConfig(dataset=config.dataset, dir=config.dir, download=config.download))
@@ -89,11 +99,25 @@ def choose_images(config: ImagesConfig) -> EvaluationImages:
     outputs = outputs_of(source.classes, config.dir)
     test = source.train if source.test is None else source.test
     chosen = sample_per_class(test.labels, config.per_class, source.classes, config.seed)
-    if 0 < config.limit < len(chosen):
-        generator = np.random.default_rng(stream_seed(config.seed, "limit"))
-        chosen = np.sort(generator.choice(chosen, config.limit, replace=False))
-    part = test.take(chosen)
-    if source.test is not None and not config.per_class and not config.limit:
-        held_out = [i for i, file in enumerate(source.train.ids) if origin(file) is Origin.UNSEEN]
-        part = part.join(source.train.take(held_out))
-    return EvaluationImages(source.name, source.location, part, outputs, len(chosen))
+    chosen = chosen[_draw(len(chosen), config, "limit")]
+    left = np.setdiff1d(np.arange(len(test)), chosen)
+    more = test.take([i for i in left if origin(test.ids[i]) is Origin.UNSEEN])
+    if source.test is not None:
+        more = more.join(
+            source.train.take([i for i, file in enumerate(source.train.ids) if origin(file) is Origin.UNSEEN])
+        )
+    if config.per_class:
+        generator = np.random.default_rng(stream_seed(config.seed, "unseen"))
+        mixed = generator.permutation(len(more))
+        firsts = [mixed[more.labels[mixed] == label][: config.per_class] for label in range(len(outputs))]
+        more = more.take(np.sort(np.concatenate(firsts)))
+    more = more.take(_draw(len(more), config, "unseen limit"))
+    return EvaluationImages(source.name, source.location, test.take(chosen).join(more), outputs, len(chosen))
+
+
+def _draw(count: int, config: ImagesConfig, stream: str) -> Positions:
+    """Return the positions of as many images as the limit allows, drawn at random, in order."""
+    if not 0 < config.limit < count:
+        return np.arange(count)
+    generator = np.random.default_rng(stream_seed(config.seed, stream))
+    return np.sort(generator.choice(count, config.limit, replace=False))

@@ -20,6 +20,7 @@ from effv2.tracking.read import RunRecord
 
 LEVEL = 0.05
 LISTED_PAIRS = 6
+FEW_IMAGES = 100
 FIGURES = ("top1_accuracy", "top1_present", "top5_accuracy", "loss", "ece")
 ONE_IMAGE, FULL_BATCH = "inference/single_image_seconds", "inference/batch_128_seconds"
 IMAGES = {
@@ -29,7 +30,8 @@ IMAGES = {
 }
 CAUTION = {
     Origin.UNSEEN: "",
-    Origin.SEEN: " Published weights were fitted to these images, so this says how well, not how well they predict.",
+    Origin.SEEN: " Published weights were fitted to these images: this says how well, and little of how they predict "
+    "others.",
     Origin.UNKNOWN: " Whether the weights were fitted to these images is not known.",
 }
 
@@ -87,7 +89,8 @@ class Ranking:
         else:
             head += f" (exact McNemar tests, Holm-corrected for {len(self.pairs)}, {LEVEL:.0%} level)"
             said = "; ".join(filter(None, (self._told_apart(), self._not_told_apart())))
-        return f"{head}: {said}.{CAUTION[self.origin]}"
+        few = f" So few images rarely decide; evaluate more than {FEW_IMAGES}." if count < FEW_IMAGES else ""
+        return f"{head}: {said}.{few}{CAUTION[self.origin]}"
 
     def _told_apart(self) -> str:
         real = [pair for pair in self.pairs if pair.told_apart]
@@ -105,11 +108,25 @@ class Ranking:
         words = [f"{pair.better} and {pair.worse} ({_p(pair.p)})" for pair in others]
         return f"it can't be told which is better of {_joined(words)}" if words else ""
 
+    def summary(self) -> Rows:
+        """Return a short table, a row a network, the most accurate first."""
+        basis = f"{self._count(self.basis):,} {self._words(self.basis)}"
+        rows = [
+            (
+                label,
+                _proportion(self.basis, "top1_accuracy")(record := self.networks[label].record),
+                _percent(f"{TEST}/top1_accuracy")(record),
+                _percent(f"{TEST}/top1_present")(record),
+                _number("throughput/evaluate_images_per_second", ",.1f")(record),
+            )
+            for label in self.order
+        ]
+        return [("network", f"top-1, {basis}", "top-1, test", "of classes present", "images/s"), *rows]
+
     def lines(self) -> Rows:
-        """Return the table: a line a figure, a column a network, the titles first."""
-        titles = ("", *self.networks)
-        rows = [(name, *(cell(each.record) for each in self.networks.values())) for name, cell in self._figures()]
-        return [titles, *rows]
+        """Return the whole table: a line a figure, a column a network, the most accurate first, titles before all."""
+        records = [self.networks[label].record for label in self.order]
+        return [("", *self.order), *((name, *map(cell, records)) for name, cell in self._figures())]
 
     def _figures(self) -> list[tuple[str, Callable[[RunRecord], str]]]:
         found: list[tuple[str, Callable[[RunRecord], str]]] = []
@@ -126,6 +143,7 @@ class Ranking:
             (f"loss, {on}", _number(f"{self.basis}/loss", ".4f")),
             (f"calibration error, {on}", _percent(f"{self.basis}/ece")),
             ("top-1 that torchvision publishes", _percent("published/top1_accuracy")),
+            *self._changes_by_bf16(),
             ("images/s", _number("throughput/evaluate_images_per_second", ",.1f")),
             ("one image, ms", _number(ONE_IMAGE, ",.1f", 1000)),
             ("128 images, ms", _number(FULL_BATCH, ",.0f", 1000)),
@@ -133,6 +151,15 @@ class Ranking:
             ("GFLOPs (multiply-accumulates)", _number("model/gflops", ".3f")),
             ("weights", lambda record: f"{record.params['weights.name']}, {record.params['weights.sha256'][:10]}"),
             ("published file, verified", lambda record: record.params["weights.verified"].lower()),
+        ]
+
+    def _changes_by_bf16(self) -> list[tuple[str, Callable[[RunRecord], str]]]:
+        """Return what bf16 changes, where it was used."""
+        if not any("bf16/top1_difference" in each.record.metrics for each in self.networks.values()):
+            return []
+        return [
+            ("bf16 less float32, top-1", _percent("bf16/top1_difference")),
+            ("bf16, predictions changed", _percent("bf16/predictions_changed")),
         ]
 
     def _sets(self) -> list[str]:
@@ -153,8 +180,9 @@ class Ranking:
         return int(first.record.metrics[f"{name}/images"])
 
     def markdown(self) -> str:
-        """Return the sentence and the table."""
-        return f"{self.sentence()}\n\n{markdown_table(self.lines())}"
+        """Return the sentence, the table and the runs, which may be children of other comparisons."""
+        runs = "\n".join(f"- {label}: run `{self.networks[label].record.run_id}`" for label in self.order)
+        return f"{self.sentence()}\n\n{markdown_table(self.lines())}\n\n{runs}"
 
     def metrics(self) -> dict[str, float]:
         """Return each network's main figures, for the parent run."""

@@ -68,7 +68,12 @@ class Requested:
 
     @property
     def published(self) -> dict[str, float]:
-        """Return the accuracies on ImageNet's validation set that torchvision publishes, as fractions."""
+        """Return the accuracies on ImageNet's validation set that torchvision publishes, as fractions.
+
+        None for a file of the user's own: nobody published what it reaches.
+        """
+        if self.file is not None:
+            return {}
         metrics = self.weights.meta["_metrics"].get("ImageNet-1K", {})
         names = {"top1_accuracy": "acc@1", "top5_accuracy": "acc@5"}
         return {name: metrics[key] / 100 for name, key in names.items() if key in metrics}
@@ -124,6 +129,8 @@ def _parse(entry: str) -> Requested:
     if "=" not in entry:
         return Requested(entry, network, weights)
     path = Path(os.path.expanduser(file.strip()))  # noqa: PTH111 (never raises)
+    if not file.strip():
+        raise InputError(f"--models {entry}: no file is named after the sign of equality; give its path.")
     if not path.is_file():
         raise InputError(f"--models {entry}: {path} is no file; give the path of a state dict of {network}.")
     return Requested(entry, network, weights, path.resolve())
