@@ -32,7 +32,8 @@ def close_names(name: str, names: Sequence[str]) -> str:
     """Return up to three of `names` that the user may have meant, for an error message; empty if none is near."""
     from difflib import get_close_matches
 
-    words = [repr(near) for near in get_close_matches(name, names, n=3, cutoff=0.5)]
+    folded = {each.casefold(): each for each in names}
+    words = [repr(folded[near]) for near in get_close_matches(name.casefold(), list(folded), n=3, cutoff=0.5)]
     return " or ".join(filter(None, (", ".join(words[:-1]), *words[-1:])))
 
 

@@ -39,7 +39,7 @@ from effv2.pretrained.imagenet import Origin, class_names, origin, outputs_of, w
 from effv2.pretrained.images import EvaluationImages, choose_images
 from effv2.pretrained.measure import scores
 from effv2.pretrained.ranking import Evaluated, Ranking
-from effv2.pretrained.weights import Requested, find_weights, network_names, parse_models
+from effv2.pretrained.weights import Requested, WeightsFile, find_all_weights, network_names, parse_models
 from effv2.tracking.read import RunRecord
 
 ROOT = Path(__file__).parents[1]
@@ -146,6 +146,29 @@ def test_what_is_right_over_all_classes_is_right_among_few_and_in_the_top_five(s
     assert found["top1_accuracy"] <= min(found["top1_present"], found["top5_accuracy"])
 
 
+def test_scores_are_those_of_a_plain_loop() -> None:
+    generator = np.random.default_rng(0)
+    logits, present = torch.from_numpy(generator.normal(0, 2, (60, 12)).astype(np.float32)), np.array([1, 4, 5, 9])
+    logits[0] = 0  # all tie: the first output is predicted
+    true = np.array([5, *generator.choice(present, 59)])
+    counts = {"top1_accuracy": 0, "top1_present": 0, "top5_accuracy": 0}
+    losses, confidences, hits = [], [], []
+    for row, target in zip(logits.double().tolist(), true.tolist(), strict=True):
+        order = sorted(range(12), key=lambda output: -row[output])
+        hits.append(order[0] == target)
+        counts["top1_accuracy"] += order[0] == target
+        counts["top5_accuracy"] += target in order[:5]
+        counts["top1_present"] += next(output for output in order if output in present) == target
+        probabilities = [math.exp(value) / sum(map(math.exp, row)) for value in row]
+        losses.append(-math.log(probabilities[target]))
+        confidences.append(probabilities[order[0]])
+    found = scores(logits, true, present)
+    assert found.pop("images") == 60
+    assert found.pop("loss") == pytest.approx(sum(losses) / 60, rel=1e-5)
+    assert found.pop("ece") == pytest.approx(calibration_error(np.array(confidences), np.array(hits)), abs=1e-6)
+    assert found == pytest.approx({name: count / 60 for name, count in counts.items()})
+
+
 def ranking(rights: dict[str, list[bool]], where: Origin = Origin.UNSEEN) -> Ranking:
     count = len(next(iter(rights.values())))
     record = RunRecord("0", "", "FINISHED", {}, {"eval/images": count}, {})
@@ -157,17 +180,24 @@ def test_a_difference_is_claimed_only_where_it_is_real() -> None:
     poor = [True] * 10 + [False] * 22
     text = ranking({"poor": poor, "best": best, "good": good}).sentence()
     assert "best is better than poor (p < 0.001); good is better than poor (p < 0.001)" in text
-    assert "it can't be told which is better of best and good (p = 1.000)" in text
+    assert "it can't be told which is better: best or good (p = 1.000)" in text
     assert "Holm-corrected for 3" in text and "32 images of ImageNet's validation set" in text
     assert "little of how they predict others" in ranking({"a": best, "b": good}, Origin.SEEN).sentence()
     assert "not known" in ranking({"a": best, "b": good}, Origin.UNKNOWN).sentence()
     assert "nothing to compare" in ranking({"a": best}).sentence()
 
 
+def test_many_networks_are_all_named() -> None:
+    rights = {str(count): [True] * count + [False] * (99 - count) for count in (99, 70, 40, 39, 5)}
+    text = ranking(rights).sentence()
+    assert "99 is better than 70, 40, 39 and 5; 70 is better than 40, 39 and 5; 40 is better than 5; 39" in text
+    assert "it can't be told which is better: 40 or 39." in text
+
+
 def test_the_published_comparison_on_138_images_decides_nothing() -> None:
     """116, 112 and 109 right, even if they differed in no more images than they must."""
     rights = {name: [True] * right + [False] * (138 - right) for name, right in (("s", 116), ("r", 112), ("b", 109))}
-    assert "which is better of s and r" in ranking(rights).sentence()
+    assert "which is better: s or r" in ranking(rights).sentence()
 
 
 # Classes and names.
@@ -178,7 +208,7 @@ def test_class_map_agrees_with_torchvision() -> None:
     for wnid, names in Imagenette._WNID_TO_CLASS.items():
         (output,) = outputs_of([wnid], "")
         assert class_names()[output] == names[0]
-        assert outputs_of([names[0]], "") == outputs_of([names[0].replace(" ", "_").upper()], "") == output
+        assert outputs_of([names[0]], "") == outputs_of([names[0].replace(" ", "_")], "") == output
     assert outputs_of(["Cardigan"], "") != outputs_of(["cardigan"], "")
 
 
@@ -204,6 +234,8 @@ def test_rankings_rest_on_what_is_not_known_to_be_seen(tmp_path: Path) -> None:
     """Also where one image of the validation set has strayed among one's own."""
     own = images_of(tmp_path / "a", {"tench": ["a.jpg", "b.jpg"], "church": ["c.jpg", UNSEEN]})
     assert own.basis == "eval" and own.basis_origin is Origin.UNKNOWN and len(own.sets["unseen"]) == 1
+    stray = images_of(tmp_path / "d", {"tench": [UNSEEN, SEEN], "church": [UNSEEN, "a.jpg"]})
+    assert stray.basis == "unseen" and stray.basis_origin is Origin.UNSEEN and len(stray.sets["unseen"]) == 2
     mixed = images_of(tmp_path / "b", {"tench": ["a.jpg", SEEN], "church": ["c.jpg"]})
     assert mixed.basis == "unknown" and len(mixed.sets["unknown"]) == 2 and mixed.basis_origin is Origin.UNKNOWN
     seen = images_of(tmp_path / "c", {"tench": [SEEN], "church": [SEEN]})
@@ -270,6 +302,11 @@ def server(tmp_path: Path) -> Iterator[tuple[Path, str]]:
         thread.join()
 
 
+def find_weights(requested: Requested, weights_dir: Path | None, progress: bool) -> WeightsFile:
+    (found,) = find_all_weights([requested], weights_dir, progress)
+    return found
+
+
 class Published:
     """As much of torchvision's entry of published weights as finding the file needs."""
 
@@ -307,11 +344,11 @@ WRONG_INPUT = {
     "--models resnet50:IMAGENET1K_V9": r"no published weights 'IMAGENET1K_V9'; did you mean 'IMAGENET1K_V2'\?",
     "--models vgg16:IMAGENET1K_FEATURES": r"no published weights 'IMAGENET1K_FEATURES'",
     "--models resnet50,resnet50:DEFAULT": r"are the same weights",
-    "--models resnet50=nowhere.pth": r"nowhere.pth is no file",
+    "--models resnet50=nowhere.pth": r"nowhere.pth is no file that can be read",
     "--models ,": r"--models ,: names no network",
     "--models resnet50": r"resnet50: its weights can't be downloaded \(.*fetch https://\S+/resnet50-11ad3fa6.pth and",
     "--models squeezenet1_1=truncated.pth": r"truncated.pth can't be loaded as weights of \S+ \(it is damaged",
-    "--models squeezenet1_1=code.pth": r"code.pth can't be loaded .*holds more than tensors",
+    "--models squeezenet1_1=code.pth": r"code.pth can't be loaded .*holds something else than tensors",
     "--models resnet18=squeezenet.pth": r"squeezenet.pth can't be loaded as .* resnet18 \(parameters are missing",
     "--models squeezenet1_1=squeezenet.pth --weights-dir /nowhere": r"--weights-dir /nowhere: no such folder",
     "--models squeezenet1_1=squeezenet.pth --dataset mnist": r"--dataset mnist: input should be 'imagenette' or",
@@ -429,9 +466,74 @@ def test_the_published_comparison_from_names_to_report(sqlite_store: str, few_im
     paths = {file.path for file in MlflowClient().list_artifacts(parent.info.run_id)}
     assert paths >= {"ranking.md", "ranking.csv", "pairs.csv", "accuracy_against_cost.png"}
     assert len(artifact(parent, "pairs.csv", tmp_path)) == 3
+    for row, run in zip(artifact(parent, "ranking.csv", tmp_path), children, strict=True):
+        assert (row["network"], row["run_id"], row["images"]) == (run.info.run_name, run.info.run_id, "4")
+        interval = wilson(round(4 * run.data.metrics["unseen/top1_accuracy"]), 4)
+        assert (float(row["low"]), float(row["high"])) == (interval.low, interval.high)
+        written = f"{run.data.metrics['unseen/top1_accuracy']:.2%} [{interval.low:.2%} to {interval.high:.2%}]"
+        assert written in parent.data.tags["mlflow.note.content"]
     assert parent.data.metrics.keys() >= {f"{name}/eval/top1_accuracy" for name in named}
     assert "on 4 images of ImageNet's validation set" in result.output
     assert parent.info.status == "FINISHED" and "can't be told" in parent.data.tags["mlflow.note.content"]
+
+
+@pytest.mark.usefixtures("short_batches")
+def test_only_the_same_weights_on_the_same_images_are_not_repeated(
+    sqlite_store: str, few_images: Path, tmp_path: Path, hub: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A published file is not the user's own of the same bytes: its name and that it was verified are told."""
+    own = seeded_weights(tmp_path / "mine.pth", "squeezenet1_1")
+    head = hashlib.sha256(own.read_bytes()).hexdigest()[:8]
+    published = models.SqueezeNet1_1_Weights.IMAGENET1K_V1
+    monkeypatch.setattr(published.value, "url", f"http://127.0.0.1:9/squeezenet1_1-{head}.pth")
+    hub.mkdir(parents=True)
+    (hub / f"squeezenet1_1-{head}.pth").write_bytes(own.read_bytes())
+    images = ("--dataset", "folder", "--data-dir", few_images)
+
+    def evaluated(*words: str | Path) -> list[Run]:
+        before = {run.info.run_id for run in all_runs()}
+        assert invoke(*words, *images).exit_code == 0
+        return [run for run in all_runs() if run.info.run_id not in before and "mlflow.parentRunId" in run.data.tags]
+
+    (mine,) = evaluated("--models", f"squeezenet1_1={own}")
+    (theirs,) = evaluated("--models", "squeezenet1_1")
+    assert (mine.data.params["weights.verified"], mine.data.params["weights.name"]) == ("False", "mine.pth")
+    assert (theirs.data.params["weights.verified"], theirs.data.params["weights.name"]) == ("True", str(published))
+    assert theirs.data.metrics["published/top1_accuracy"] == pytest.approx(0.58178)
+    assert not evaluated("--models", "squeezenet1_1")
+    assert len(evaluated("--models", "squeezenet1_1", "--precision", "bf16")) == 1
+    assert len(evaluated("--models", "squeezenet1_1", "--limit", "4")) == 1
+    image = next(few_images.rglob("*.JPEG"))
+    image.rename(image.with_name("other.JPEG"))
+    assert len(evaluated("--models", "squeezenet1_1")) == 1
+    Image.new("RGB", (40, 50), "red").save(image.with_name("other.JPEG"))
+    assert len(evaluated("--models", "squeezenet1_1")) == 1
+
+
+@pytest.mark.usefixtures("short_batches")
+def test_weights_that_are_no_numbers_fail_their_run(sqlite_store: str, few_images: Path, tmp_path: Path) -> None:
+    file = seeded_weights(tmp_path / "squeezenet1_1.pth", "squeezenet1_1")
+    torch.save({name: value * math.nan for name, value in torch.load(file, weights_only=True).items()}, file)
+    result = invoke("--models", f"squeezenet1_1={file}", "--dataset", "folder", "--data-dir", few_images)
+    assert result.exit_code == 1 and "not all finite numbers; the weights are damaged" in result.stderr
+    assert [run.info.status for run in all_runs()] == ["FAILED", "FAILED"]
+
+
+def test_a_batch_too_large_for_the_memory_costs_its_latency_alone(
+    sqlite_store: str, few_images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def latency(_network: Any, _pixels: Any, batch: int) -> float:
+        if batch > 1:
+            raise RuntimeError("DefaultCPUAllocator: can't allocate memory")
+        return 0.5
+
+    monkeypatch.setattr(evaluation, "latency", latency)
+    file = seeded_weights(tmp_path / "squeezenet1_1.pth", "squeezenet1_1")
+    result = invoke("--models", f"squeezenet1_1={file}", "--dataset", "folder", "--data-dir", few_images)
+    assert result.exit_code == 0 and "no memory to time 128 images at once" in result.stderr
+    metrics = all_runs()[-1].data.metrics
+    assert metrics["eval/images"] == 8 and metrics["inference/single_image_seconds"] == 0.5
+    assert "inference/batch_128_seconds" not in metrics
 
 
 @pytest.mark.usefixtures("short_batches")
@@ -490,6 +592,20 @@ def test_a_comparison_that_was_cut_short_goes_on_in_its_run(
 
 
 @pytest.mark.usefixtures("short_batches")
+def test_the_next_comparison_ends_what_a_killed_one_left_open(
+    sqlite_store: str, few_images: Path, tmp_path: Path
+) -> None:
+    first, second = (seeded_weights(tmp_path / f"{seed}.pth", "squeezenet1_1", seed) for seed in (1, 2))
+    images = ["--dataset", "folder", "--data-dir", str(few_images)]
+    killed = ["--models", f"squeezenet1_1={first},squeezenet1_1={second}", *images, "--fresh"]
+    script = CUT_SHORT.format(signal=int(signal.SIGKILL))
+    subprocess.run([sys.executable, "-c", script, *killed], capture_output=True, timeout=120)
+    assert [run.info.status for run in all_runs()] == ["RUNNING", "FINISHED", "RUNNING"]
+    assert invoke("--models", f"squeezenet1_1={second}", *images).exit_code == 0
+    assert [run.info.status for run in all_runs()] == ["KILLED", "FINISHED", "KILLED", "FINISHED", "FINISHED"]
+
+
+@pytest.mark.usefixtures("short_batches")
 def test_mlflow_run_adopts_its_run(sqlite_store: str, few_images: Path, tmp_path: Path) -> None:
     file = seeded_weights(tmp_path / "squeezenet1_1.pth", "squeezenet1_1")
     command = [sys.executable, "-m", "mlflow", "run", str(ROOT), "-e", "evaluate-pretrained", "--env-manager", "local"]
@@ -541,6 +657,9 @@ def test_the_best_network_is_served_with_its_own_preprocessing(
 
     files = [seeded_weights(tmp_path / f"{seed}.pth", "squeezenet1_1", seed) for seed in (1, 2)]
     words = ["--models", ",".join(f"squeezenet1_1={file}" for file in files), "--dataset", "folder"]
+    first = min(few_images.rglob("*.JPEG"))  # the example of a request, whatever its mode
+    with Image.open(first) as image:
+        image.convert("CMYK").save(first)
     result = invoke(*words, "--data-dir", few_images, "--log-model", "best")
     assert result.exit_code == 0, result.output
     outputs = [(run, run.outputs.model_outputs) for run in all_runs() if run.outputs]

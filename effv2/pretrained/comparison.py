@@ -7,8 +7,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-import torch
-
 from effv2 import provenance
 from effv2.config import ExecutionConfig
 from effv2.errors import RunError
@@ -16,29 +14,26 @@ from effv2.execution.device import make_execution, resolve_device
 from effv2.liveness import is_gone, this_process
 from effv2.pretrained.config import PretrainedConfig
 from effv2.pretrained.evaluation import (
+    PROCESS,
     STUDY,
     Entry,
     Session,
     View,
     code_version,
     evaluate_one,
+    log_network,
     right_answers,
     run_tags,
     short_hash,
 )
-from effv2.pretrained.evaluation import (
-    log_model as log_network,
-)
 from effv2.pretrained.images import EvaluationImages, choose_images
+from effv2.pretrained.measure import is_out_of_memory
 from effv2.pretrained.ranking import Evaluated, Ranking
-from effv2.pretrained.weights import Requested, find_weights, load_network
+from effv2.pretrained.weights import Requested, find_all_weights, load_network
 from effv2.studies.options import LogModel
-from effv2.tracking.read import Identity, find_finished, find_running, find_unfinished, read_runs
+from effv2.tracking.read import Identity, find_ended_early, find_finished, find_running_of_study, read_runs
 from effv2.tracking.run import OUTCOME, TrackedRun, open_parent, point_adopted_run_to, run_address, working_on
 from effv2.tracking.store import TrackingError, open_store
-
-PROCESS = "effv2.process"  # tag: the process that works on the run
-
 
 LONGEST_NAME = 200  # characters of a run's name
 
@@ -71,8 +66,10 @@ def evaluate_pretrained(
     images = choose_images(config.data)
     device = resolve_device(config.execution.device)
     precision = "bf16" if config.execution.precision == "bf16" else "fp32"
+    resolved = config.execution.model_copy(update={"device": device, "precision": precision})
+    config = config.model_copy(update={"execution": resolved})
     session = Session(config, images, make_execution(ExecutionConfig(device=device, precision=precision)), view)
-    files = [find_weights(requested, weights_dir, show_downloads) for requested in requests]
+    files = find_all_weights(requests, weights_dir, show_downloads)
     for requested, file in zip(requests, files, strict=True):
         load_network(requested, file)  # so that what can't be loaded is known before anything is computed
     entries = [session.entry(requested, file) for requested, file in zip(requests, files, strict=True)]
@@ -87,9 +84,11 @@ def evaluate_pretrained(
 
 
 def _evaluate(session: Session, entries: Sequence[Entry], experiment_id: str, fresh: bool) -> Ending:
+    _end_left_open(experiment_id)
     labels = [entry.requested.label for entry in entries]
     deciding = [[entry.identity.config_hash, entry.identity.data_digest] for entry in entries]
-    identity = Identity(short_hash([labels, deciding]), short_hash(deciding), code_version())
+    data = short_hash(sorted({entry.identity.data_digest for entry in entries}))
+    identity = Identity(short_hash([labels, deciding]), data, code_version())
     runs = {} if fresh else _finished(entries, experiment_id)
     finished = None if fresh else find_finished(identity, experiment_id)
     if finished is not None and len(runs) == len(entries):
@@ -118,8 +117,6 @@ def _evaluate_all(
     session: Session, entries: Sequence[Entry], parent: TrackedRun, runs: dict[str, str]
 ) -> dict[str, str]:
     """Evaluate what `runs` lacks and add it there; return why networks failed: one doesn't cost the others."""
-    for left in find_running(parent.experiment_id, parent.run_id):
-        TrackedRun(left.run_id, parent.experiment_id).end_left_open()
     failed: dict[str, str] = {}
     for entry in entries:
         label = entry.requested.label
@@ -128,10 +125,12 @@ def _evaluate_all(
             continue
         try:
             runs[label] = evaluate_one(session, entry, parent)
-        except torch.OutOfMemoryError:
-            failed[label] = "out of memory; lower --batch-size"
+        except RunError as error:
+            failed[label] = str(error)
         except (RuntimeError, ValueError) as error:
-            failed[label] = " ".join(f"{type(error).__name__}: {error}".split())[:300]
+            no_memory = isinstance(error, RuntimeError) and is_out_of_memory(error)
+            text = "out of memory; lower --batch-size" if no_memory else f"{type(error).__name__}: {error}"
+            failed[label] = " ".join(text.split())[:300]
     return failed
 
 
@@ -142,17 +141,24 @@ def _finished(entries: Sequence[Entry], experiment_id: str) -> dict[str, str]:
 
 
 def _left_behind(identity: Identity, experiment_id: str) -> TrackedRun | None:
-    """Return the run of the same comparison that ended early, or whose process is gone; it is ours from now on."""
-    for record in find_unfinished(identity, experiment_id):
-        if record.status in ("FAILED", "KILLED") or is_gone(record.tags.get(PROCESS, "")):
-            run = TrackedRun(record.run_id, experiment_id)
-            run.set_tags({PROCESS: this_process()})
-            return run
-    return None
+    """Return the run of the same comparison that ended early; it is ours from now on."""
+    record = find_ended_early(identity, experiment_id)
+    if record is None:
+        return None
+    run = TrackedRun(record.run_id, experiment_id)
+    run.set_tags({PROCESS: this_process()})
+    return run
+
+
+def _end_left_open(experiment_id: str) -> None:
+    """End the runs of comparisons whose process was killed and is seen to be gone."""
+    for record in find_running_of_study(experiment_id, STUDY):
+        if is_gone(record.tags.get(PROCESS, "")):
+            TrackedRun(record.run_id, experiment_id).end_left_open()
 
 
 def _new_parent(session: Session, identity: Identity, labels: Sequence[str], experiment_id: str) -> TrackedRun:
-    tags = run_tags(identity, session) | {"effv2.variant": ",".join(labels), PROCESS: this_process()}
+    tags = run_tags(identity, session) | {"effv2.variant": ",".join(labels)}
     name = f"{STUDY} {session.images.name}: {', '.join(labels)}"[:LONGEST_NAME]
     parent = open_parent(name, experiment_id, tags)
     parent.log_params(session.config.flat() | {"study.kind": STUDY, "study.models": ",".join(labels)})

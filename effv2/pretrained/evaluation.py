@@ -20,10 +20,20 @@ from effv2.data.cache import Decoded, decode
 from effv2.errors import RunError
 from effv2.evidence.run_artifacts import Predictions, write_predictions
 from effv2.execution.device import Execution
+from effv2.liveness import this_process
 from effv2.pretrained.config import PretrainedConfig
 from effv2.pretrained.imagenet import class_names
 from effv2.pretrained.images import TEST, EvaluationImages
-from effv2.pretrained.measure import Network, all_logits, batch_size, bf16_differences, latency, scores, top1
+from effv2.pretrained.measure import (
+    Network,
+    all_logits,
+    batch_size,
+    bf16_differences,
+    is_out_of_memory,
+    latency,
+    scores,
+    top1,
+)
 from effv2.pretrained.ranking import FULL_BATCH, ONE_IMAGE
 from effv2.pretrained.weights import Requested, WeightsFile, load_network
 from effv2.serving.export import OTHER, ServedNetwork, as_base64, write_served
@@ -31,12 +41,15 @@ from effv2.tracking.read import Identity
 from effv2.tracking.run import OUTCOME, TrackedRun, start_run
 
 STUDY = "evaluate-pretrained"
+PROCESS = "effv2.process"  # tag: the process that works on the run
 FULL_BATCH_IMAGES = 128
 # What decides an evaluation, besides its configuration, weights and images.
 DECIDING = (
     "data",
     "execution",
+    "evidence/run_artifacts.py",
     "evidence/statistics.py",
+    "pretrained/evaluation.py",
     "pretrained/imagenet.py",
     "pretrained/images.py",
     "pretrained/measure.py",
@@ -83,13 +96,14 @@ class Session:
         batch = batch_size(self.config.execution.batch_size, requested.preparation.size, self.execution)
         deciding = {
             "network": requested.network,
-            "weights": file.sha256,
+            "weights": [file.sha256, _weights_name(requested), file.verified],
             "preparation": repr(requested.preparation),
             "normalisation": requested.normalisation,
             "device": self.execution.device.type,
             "bf16": self.execution.bf16,
             "batch": batch,
             "torchvision": torchvision.__version__,
+            "machine": [provenance.machine()[name] for name in ("processor", "accelerator", "threads")],  # for speeds
         }
         seen = [decoded.sha256, *self.images.part.ids, *map(str, self.images.outputs[self.images.part.labels])]
         data = short_hash([*seen, self.images.tests])
@@ -105,7 +119,9 @@ def evaluate_one(session: Session, entry: Entry, parent: TrackedRun) -> str:
         run.log_git(provenance.git_state())
         digest = entry.identity.data_digest
         run.log_dataset(images.name, "test", digest, images.location, images.profile())
-        logits, figures = _measure(session, entry)
+        network, figures = _prepare(session, entry)
+        run.log_metrics(figures)
+        logits, figures = _evaluate(session, entry, network)
         true = images.outputs[images.part.labels]
         for name, members in images.sets.items():
             found = scores(logits[members], true[members], images.outputs)
@@ -117,15 +133,20 @@ def evaluate_one(session: Session, entry: Entry, parent: TrackedRun) -> str:
                 place.mkdir(exist_ok=True)
                 write_predictions(place, _predictions(images, logits, images.sets[name]))
             run.log_folder(Path(folder))
+        run.log_metrics(_latencies(session, entry, network))
         run.set_tags({OUTCOME: "complete"})
     return run.run_id
+
+
+def _weights_name(requested: Requested) -> str:
+    return str(requested.weights) if requested.file is None else requested.file.name
 
 
 def _params(entry: Entry) -> dict[str, Any]:
     requested, preset = entry.requested, entry.requested.weights.transforms()
     return {
         "model.name": requested.network,
-        "weights.name": str(requested.weights) if requested.file is None else entry.file.path.name,
+        "weights.name": _weights_name(requested),
         "weights.file": str(entry.file.path),
         "weights.sha256": entry.file.sha256,
         "weights.verified": entry.file.verified,
@@ -141,36 +162,50 @@ def _params(entry: Entry) -> dict[str, Any]:
     }
 
 
-def _measure(session: Session, entry: Entry) -> tuple[torch.Tensor, dict[str, float]]:
-    """Return logits of all images (N, 1000), and timings, size and what bf16 changes as metrics."""
+def _prepare(session: Session, entry: Entry) -> tuple[Network, dict[str, float]]:
+    """Return the network on its device, and its size as metrics."""
     requested = entry.requested
     module = load_network(requested, entry.file)
-    figures: dict[str, float] = {
+    size = {
         "model/parameters": count_parameters(module),
         "model/gflops": gflops_of(module, requested.preparation.size),
     }
-    network = Network.prepare(module, requested.normalisation, session.execution)
+    return Network.prepare(module, requested.normalisation, session.execution), size
+
+
+def _evaluate(session: Session, entry: Entry, network: Network) -> tuple[torch.Tensor, dict[str, float]]:
+    """Return logits of all images (N, 1000), the rate and what bf16 changes as metrics."""
     pixels, done = torch.from_numpy(entry.decoded.pixels), 0
 
     def advance(more: int) -> None:
         nonlocal done
         done += more
-        session.view.evaluating(requested.label, done, len(pixels))
+        session.view.evaluating(entry.requested.label, done, len(pixels))
 
     advance(0)
-    logits, seconds = all_logits(network, pixels, entry.batch, advance)
-    figures |= {
-        "throughput/evaluate_images_per_second": len(pixels) / seconds,
-        ONE_IMAGE: latency(network, pixels, 1),
-        FULL_BATCH: latency(network, pixels, FULL_BATCH_IMAGES),
-    }
+    logits, rate = all_logits(network, pixels, entry.batch, advance)
+    figures = {"throughput/evaluate_images_per_second": rate}
     if session.execution.bf16:
         true = session.images.outputs[session.images.part.labels]
         figures |= bf16_differences(network, pixels, logits, true, entry.batch)
     return logits, figures
 
 
-def log_model(entry: Entry, images: EvaluationImages, run: TrackedRun) -> str:
+def _latencies(session: Session, entry: Entry, network: Network) -> dict[str, float]:
+    """Return the seconds of one image and of a full batch, as far as the memory allows; timed last of all."""
+    pixels = torch.from_numpy(entry.decoded.pixels)
+    found: dict[str, float] = {}
+    for name, images in ((ONE_IMAGE, 1), (FULL_BATCH, FULL_BATCH_IMAGES)):
+        try:
+            found[name] = latency(network, pixels, images)
+        except RuntimeError as error:  # torch's of memory among them, on CPUs a plain one
+            if not is_out_of_memory(error):
+                raise
+            session.view.remark(f"{entry.requested.label}: no memory to time {images} images at once; left out.")
+    return found
+
+
+def log_network(entry: Entry, images: EvaluationImages, run: TrackedRun) -> str:
     """Log the network with its preprocessing to the run that evaluated it, ended or not; return its address."""
     requested = entry.requested
     module = load_network(requested, entry.file)
@@ -211,7 +246,8 @@ def right_answers(images: EvaluationImages, run: TrackedRun) -> np.ndarray:
 def run_tags(identity: Identity, session: Session) -> dict[str, str]:
     """Return the tags of every run of a comparison."""
     machine = {f"effv2.machine.{name}": value for name, value in provenance.machine().items()}
-    return identity.tags() | {"effv2.study": STUDY, "effv2.seed": str(session.config.data.seed)} | machine
+    own = {"effv2.study": STUDY, "effv2.seed": str(session.config.data.seed), PROCESS: this_process()}
+    return identity.tags() | own | machine
 
 
 def short_hash(value: Any) -> str:

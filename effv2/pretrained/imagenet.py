@@ -57,21 +57,16 @@ def outputs_of(folders: Sequence[str], location: str) -> Labels:
     InputError for a folder that means none, or two that mean the same.
     """
     known = {name: index for names in (class_names(), wnids()) for index, name in enumerate(names)}
-    plain = {_plain(name): index for name, index in known.items()}
-    for folder in folders:
-        if _plain(folder) not in plain:
-            hint = f" (did you mean {near}?)" if (near := close_names(folder, class_names())) else ""
+    names = [folder.replace("_", " ") for folder in folders]  # French_horn is French horn
+    for folder, name in zip(folders, names, strict=True):
+        if name not in known:
+            hint = f" (did you mean {near}?)" if (near := close_names(name, class_names())) else ""
             raise InputError(
                 f"--data-dir {location}: the folder {folder!r} is no class of ImageNet{hint}; name every class folder "
                 "by its WordNet id, as n01440764, or by torchvision's name of the class, as tench."
             )
-    found = [known.get(folder, plain[_plain(folder)]) for folder in folders]
+    found = [known[name] for name in names]
     twice = [folder for folder, output in zip(folders, found, strict=True) if found.count(output) > 1]
     if twice:
         raise InputError(f"--data-dir {location}: {' and '.join(twice)} are the same class of ImageNet; merge them.")
     return np.array(found, dtype=np.int64)
-
-
-def _plain(name: str) -> str:
-    """Return a name as French_horn means French horn."""
-    return name.replace("_", " ").casefold()

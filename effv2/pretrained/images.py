@@ -53,28 +53,31 @@ class EvaluationImages:
         """
         is_seen = np.array([each is Origin.SEEN for each in self.origins])
         tests = np.arange(self.tests)
+        some_unknown = Origin.UNKNOWN in self.origins[: self.tests]
         members = {
             Origin.UNSEEN.value: np.flatnonzero([each is Origin.UNSEEN for each in self.origins]),
             Origin.SEEN.value: tests[is_seen[: self.tests]],
-            Origin.UNKNOWN.value: tests[~is_seen[: self.tests]] if self._unknown else tests[:0],
+            Origin.UNKNOWN.value: tests[~is_seen[: self.tests]] if some_unknown else tests[:0],
         }
         others = {name: each for name, each in members.items() if len(each) and not np.array_equal(each, tests)}
         return {TEST: tests} | others
 
     @property
-    def _unknown(self) -> bool:
-        return Origin.UNKNOWN in self.origins[: self.tests]
-
-    @property
     def basis(self) -> str:
-        """Return the set that rankings rest on: images that the weights were not fitted to, as far as is known."""
-        wanted = Origin.UNKNOWN.value if self._unknown else Origin.UNSEEN.value
+        """Return the set that rankings rest on: images that the weights were not fitted to, as far as is known.
+
+        Those of ImageNet's validation set, unless more test images are of unknown origin.
+        """
+        wanted = self.basis_origin.value
         return wanted if wanted in self.sets else TEST
 
     @property
     def basis_origin(self) -> Origin:
         """Return where the images of the basis come from; unknown if that holds for any of them."""
-        return Origin.UNKNOWN if self._unknown else self.origins[self.sets[self.basis][0]]
+        unseen, unknown = self.origins.count(Origin.UNSEEN), self.origins[: self.tests].count(Origin.UNKNOWN)
+        if not unseen and not unknown:
+            return Origin.SEEN
+        return Origin.UNSEEN if unseen >= unknown else Origin.UNKNOWN
 
     def profile(self) -> dict[str, Any]:
         """Return the number of images of each set, and of each class."""

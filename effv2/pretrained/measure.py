@@ -14,6 +14,7 @@ from torch.nn import functional as F
 
 from effv2.data.batches import normalised
 from effv2.data.images import Labels
+from effv2.errors import RunError
 from effv2.evidence.statistics import calibration_error
 from effv2.execution.device import Execution
 from effv2.execution.folding import fold_batch_norm
@@ -64,14 +65,26 @@ def batch_size(wanted: int, size: int, execution: Execution) -> int:
 
 
 def all_logits(network: Network, pixels: Tensor, batch: int, advance: Advance) -> tuple[Tensor, float]:
-    """Return logits (N, outputs) and the seconds of the passes, scaling and transfers included."""
-    logits, seconds = [], 0.0
+    """Return logits (N, outputs), and images/s: of the median pass, the first left out, transfers included.
+
+    RunError for logits that are no finite numbers.
+    """
+    logits: list[Tensor] = []
+    rates: list[float] = []
     for part in pixels.split(batch):
         started = time.perf_counter()
         logits.append(network(part))
-        seconds += time.perf_counter() - started
+        rates.append(len(part) / (time.perf_counter() - started))
         advance(len(part))
-    return torch.cat(logits), seconds
+    everything = torch.cat(logits)
+    if not everything.isfinite().all():
+        raise RunError("its outputs are not all finite numbers; the weights are damaged, or need --precision fp32")
+    return everything, statistics.median(rates[1:] or rates)
+
+
+def is_out_of_memory(error: RuntimeError) -> bool:
+    """Say whether torch found no memory; its CPU allocator has no error class of its own."""
+    return isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)
 
 
 def latency(network: Network, pixels: Tensor, batch: int) -> float:
@@ -101,7 +114,9 @@ def scores(logits: Tensor, true: Labels, present: Labels) -> dict[str, float]:
     targets = torch.from_numpy(true)
     predicted, probability = top1(logits)
     right = predicted == targets
-    five = (logits > logits.gather(1, targets[:, None])).sum(1) < 5
+    own = logits.gather(1, targets[:, None])
+    ahead = (logits > own) | ((logits == own) & (torch.arange(logits.shape[1]) < targets[:, None]))  # as argmax ties
+    five = ahead.sum(1) < 5
     among_present = torch.from_numpy(present)[logits[:, present].argmax(1)] == targets
     return {
         "images": len(true),

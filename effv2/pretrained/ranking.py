@@ -19,7 +19,7 @@ from effv2.pretrained.images import TEST
 from effv2.tracking.read import RunRecord
 
 LEVEL = 0.05
-LISTED_PAIRS = 6
+PAIRS_WITH_P = 6  # with more pairs the p-values stand in pairs.csv alone
 FEW_IMAGES = 100
 FIGURES = ("top1_accuracy", "top1_present", "top5_accuracy", "loss", "ece")
 ONE_IMAGE, FULL_BATCH = "inference/single_image_seconds", "inference/batch_128_seconds"
@@ -93,20 +93,21 @@ class Ranking:
         return f"{head}: {said}.{few}{CAUTION[self.origin]}"
 
     def _told_apart(self) -> str:
-        real = [pair for pair in self.pairs if pair.told_apart]
-        if len(real) > LISTED_PAIRS:
-            return f"{len(real)} of the {len(self.pairs)} pairs differ, see pairs.csv"
-        found: dict[str, list[str]] = {}
-        for pair in real:
-            found.setdefault(pair.better, []).append(f"{pair.worse} ({_p(pair.p)})")
+        found = self._grouped([pair for pair in self.pairs if pair.told_apart])
         return "; ".join(f"{better} is better than {_joined(worse)}" for better, worse in found.items())
 
     def _not_told_apart(self) -> str:
-        others = [pair for pair in self.pairs if not pair.told_apart]
-        if len(others) > LISTED_PAIRS:
-            return f"of {len(others)} of the {len(self.pairs)} pairs it can't be told which is better, see pairs.csv"
-        words = [f"{pair.better} and {pair.worse} ({_p(pair.p)})" for pair in others]
-        return f"it can't be told which is better of {_joined(words)}" if words else ""
+        found = self._grouped([pair for pair in self.pairs if not pair.told_apart])
+        words = "; ".join(f"{one} or {_joined(others, 'or')}" for one, others in found.items())
+        return f"it can't be told which is better: {words}" if words else ""
+
+    def _grouped(self, pairs: list[Pair]) -> dict[str, list[str]]:
+        """Return the second networks of pairs by their first."""
+        found: dict[str, list[str]] = {}
+        for pair in pairs:
+            p = f" ({_p(pair.p)})" if len(self.pairs) <= PAIRS_WITH_P else ""
+            found.setdefault(pair.better, []).append(f"{pair.worse}{p}")
+        return found
 
     def summary(self) -> Rows:
         """Return a short table, a row a network, the most accurate first."""
@@ -121,7 +122,7 @@ class Ranking:
             )
             for label in self.order
         ]
-        return [("network", f"top-1, {basis}", "top-1, test", "of classes present", "images/s"), *rows]
+        return [("network", f"top-1 [95 % Wilson], {basis}", "top-1, test", "of classes present", "images/s"), *rows]
 
     def lines(self) -> Rows:
         """Return the whole table: a line a figure, a column a network, the most accurate first, titles before all."""
@@ -133,8 +134,8 @@ class Ranking:
         for name in self._sets():
             images = f"{self._count(name):,} {self._words(name)}"
             found += [
-                (f"top-1 of 1000, {images}", _proportion(name, "top1_accuracy")),
-                (f"top-1 among the classes present, {images}", _proportion(name, "top1_present")),
+                (f"top-1 of 1000 [95 % Wilson], {images}", _proportion(name, "top1_accuracy")),
+                (f"top-1 among the classes present [95 % Wilson], {images}", _proportion(name, "top1_present")),
             ]
         on = self._words(self.basis)
         return [
@@ -234,7 +235,7 @@ def _proportion(name: str, figure: str) -> Callable[[RunRecord], str]:
     def cell(record: RunRecord) -> str:
         value, count = record.metrics[f"{name}/{figure}"], int(record.metrics[f"{name}/images"])
         interval = wilson(round(value * count), count)
-        return f"{value:.2%} ({interval.low:.2%} to {interval.high:.2%})"
+        return f"{value:.2%} [{interval.low:.2%} to {interval.high:.2%}]"
 
     return cell
 
@@ -244,12 +245,12 @@ def _percent(name: str) -> Callable[[RunRecord], str]:
 
 
 def _number(name: str, form: str, factor: float = 1) -> Callable[[RunRecord], str]:
-    return lambda record: f"{factor * record.metrics[name]:{form}}"
+    return lambda record: f"{factor * record.metrics[name]:{form}}" if name in record.metrics else "none"
 
 
 def _p(value: float) -> str:
     return "p < 0.001" if value < 0.001 else f"p = {value:.3f}"
 
 
-def _joined(words: list[str]) -> str:
-    return " and ".join(filter(None, (", ".join(words[:-1]), words[-1])))
+def _joined(words: list[str], last: str = "and") -> str:
+    return f" {last} ".join(filter(None, (", ".join(words[:-1]), words[-1])))

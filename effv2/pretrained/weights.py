@@ -13,13 +13,13 @@ import shutil
 import socket
 import tempfile
 import zipfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
+from http.client import HTTPException
 from pathlib import Path
 from typing import Any
-from urllib.error import URLError
 
 import torch
 from torch import nn
@@ -31,6 +31,7 @@ from effv2.errors import InputError, close_names, nearest
 
 PUBLISHED_HASH = re.compile(r"-([0-9a-f]{8,64})\.pth$")  # a head of the file's SHA-256, at the end of its name
 OUTPUTS = 1000
+LONGEST_STEM = 60  # characters of a file's name in a label, which becomes part of the names of metrics
 SILENT_SECONDS = 20  # of a server, after which a download is given up
 # What torch and Python raise for a file that is no state dict, or not this network's.
 UNLOADABLE = (RuntimeError, pickle.UnpicklingError, zipfile.BadZipFile, EOFError, ValueError, KeyError, TypeError,
@@ -50,7 +51,7 @@ class Requested:
     def label(self) -> str:
         """Return a short name: the network, and what was asked for beyond its default weights."""
         if self.file is not None:
-            stem = re.sub(r"[^A-Za-z0-9_. -]", "_", self.file.stem)
+            stem = re.sub(r"[^A-Za-z0-9_. -]", "_", self.file.stem)[:LONGEST_STEM]
             return stem if stem.startswith(self.network) else f"{self.network} {stem}"
         return self.network if ":" not in self.text else f"{self.network}:{self.weights.name}"
 
@@ -70,7 +71,7 @@ class Requested:
     def published(self) -> dict[str, float]:
         """Return the accuracies on ImageNet's validation set that torchvision publishes, as fractions.
 
-        None for a file of the user's own: nobody published what it reaches.
+        Empty for a file of the user's own: nobody published what it reaches.
         """
         if self.file is not None:
             return {}
@@ -131,29 +132,55 @@ def _parse(entry: str) -> Requested:
     path = Path(os.path.expanduser(file.strip()))  # noqa: PTH111 (never raises)
     if not file.strip():
         raise InputError(f"--models {entry}: no file is named after the sign of equality; give its path.")
-    if not path.is_file():
-        raise InputError(f"--models {entry}: {path} is no file; give the path of a state dict of {network}.")
-    return Requested(entry, network, weights, path.resolve())
+    if not _is_file(path):
+        raise InputError(
+            f"--models {entry}: {path} is no file that can be read; give the path of a state dict of {network}."
+        )
+    return Requested(entry, network, weights, path.absolute())
 
 
 def _classifies(weights: WeightsEnum) -> bool:
     return len(weights.meta.get("categories") or ()) == OUTPUTS
 
 
-def find_weights(requested: Requested, weights_dir: Path | None, progress: bool) -> WeightsFile:
-    """Find the file in `weights_dir`, in torchvision's cache, or download it there; hash and verify it.
+def find_all_weights(requests: Sequence[Requested], weights_dir: Path | None, progress: bool) -> list[WeightsFile]:
+    """Find the files in `weights_dir`, in torchvision's cache, or download them there; hash and verify them.
 
-    A file of the user's own is hashed only. `progress` shows a download. InputError for a published file that isn't
-    what its name says, and for one that can't be had.
+    A file of the user's own is hashed only. `progress` shows downloads. InputError for a published file that isn't
+    what its name says, and for those that can't be had, all in one message.
     """
+    places = [_locate(requested, weights_dir) for requested in requests]
+    missing = [requested for requested, place in zip(requests, places, strict=True) if place is None]
+    for index, requested in enumerate(missing):
+        _download(requested, missing[index:], progress)
+    found = [place or _cached(requested) for requested, place in zip(requests, places, strict=True)]
+    return [_verified(requested, path) for requested, path in zip(requests, found, strict=True)]
+
+
+def _file_name(requested: Requested) -> str:
+    return str(requested.weights.url).rpartition("/")[2]
+
+
+def _cached(requested: Requested) -> Path:
+    return Path(torch.hub.get_dir()) / "checkpoints" / _file_name(requested)
+
+
+def _locate(requested: Requested, weights_dir: Path | None) -> Path | None:
     if requested.file is not None:
-        return WeightsFile(requested.file, _sha256(requested, requested.file), verified=False)
-    name = requested.weights.url.rpartition("/")[2]
-    cached = Path(torch.hub.get_dir()) / "checkpoints" / name
-    places = [cached] if weights_dir is None else [weights_dir / name, cached]
-    path = next((place for place in places if place.is_file()), None) or _download(requested, cached, progress)
+        return requested.file
+    places = [_cached(requested)] if weights_dir is None else [weights_dir / _file_name(requested), _cached(requested)]
+    return next((place for place in places if _is_file(place)), None)
+
+
+def _is_file(path: Path) -> bool:
+    return os.path.isfile(path)  # noqa: PTH113 (pathlib raises where a folder can't be entered)
+
+
+def _verified(requested: Requested, path: Path) -> WeightsFile:
     sha256 = _sha256(requested, path)
-    published = PUBLISHED_HASH.search(name)
+    if requested.file is not None:
+        return WeightsFile(path, sha256, verified=False)
+    published = PUBLISHED_HASH.search(path.name)
     if published is None or not sha256.startswith(published[1]):
         raise InputError(
             f"--models {requested.text}: {path} is not the published file (its SHA-256 begins with {sha256[:10]}, not "
@@ -176,23 +203,26 @@ def _sha256(requested: Requested, path: Path) -> str:
     return digest.hexdigest()
 
 
-def _download(requested: Requested, cached: Path, progress: bool) -> Path:
-    """Let torch fetch a published file, which appears under its name only when whole and verified."""
-    url, hash_head = requested.weights.url, PUBLISHED_HASH.search(requested.weights.url)
-    patience = socket.getdefaulttimeout()
+def _download(requested: Requested, missing: Sequence[Requested], progress: bool) -> None:
+    """Let torch fetch a published file, which appears under its name only when whole and verified.
+
+    Where that fails, the message names all files that are missing.
+    """
+    url, cached = requested.weights.url, _cached(requested)
+    hash_head, patience = PUBLISHED_HASH.search(url), socket.getdefaulttimeout()
     try:
         cached.parent.mkdir(parents=True, exist_ok=True)
         socket.setdefaulttimeout(SILENT_SECONDS)
         torch.hub.download_url_to_file(url, str(cached), hash_head[1] if hash_head else None, progress)
-    except (URLError, OSError, RuntimeError, ValueError) as error:
+    except (OSError, HTTPException, RuntimeError, ValueError) as error:
         reason = getattr(error, "reason", None) or getattr(error, "strerror", None) or error
+        urls = ", ".join(each.weights.url for each in missing)
         raise InputError(
-            f"--models {requested.text}: its weights can't be downloaded ({str(reason).rstrip('.')}); fetch {url} and "
-            f"put it into {cached.parent}, or into a folder that --weights-dir names."
+            f"--models {requested.text}: its weights can't be downloaded ({str(reason).rstrip('.')}); fetch {urls} and "
+            f"put what you fetched into {cached.parent}, or into a folder that --weights-dir names."
         ) from error
     finally:
         socket.setdefaulttimeout(patience)
-    return cached
 
 
 def load_network(requested: Requested, file: WeightsFile) -> nn.Module:
@@ -202,7 +232,7 @@ def load_network(requested: Requested, file: WeightsFile) -> nn.Module:
     from a hub folder in which the verified file alone lies, under its published name, and without running what a
     pickle may hold (weights_only). InputError for a file that is no state dict of the network.
     """
-    with tempfile.TemporaryDirectory() as hub, _only(Path(hub), file.path, requested.weights.url.rpartition("/")[2]):
+    with tempfile.TemporaryDirectory() as hub, _only(Path(hub), file.path, _file_name(requested)):
         try:
             network: nn.Module = models.get_model(requested.network, weights=requested.weights, progress=False)
         except UNLOADABLE as error:
@@ -245,8 +275,8 @@ def _set_environment(values: dict[str, Any]) -> None:
 def _in_short(error: Exception) -> str:
     """Say in a few words what torch says in many."""
     text = str(error)
-    if isinstance(error, pickle.UnpicklingError) or "weights_only" in text.lower():
-        return "it holds more than tensors, or is damaged"
+    if isinstance(error, (pickle.UnpicklingError, KeyError)) or "weights_only" in text.lower():
+        return "it holds something else than tensors, or is damaged"
     kinds = {"Missing key": "parameters are missing", "Unexpected key": "it has parameters of another network",
              "size mismatch": "shapes differ", "PytorchStreamReader": "it is damaged or cut short"}  # fmt: skip
     said = [words for mark, words in kinds.items() if mark in text]
@@ -258,6 +288,8 @@ def check_folder(weights_dir: str) -> Path | None:
     if not weights_dir:
         return None
     folder = Path(os.path.expanduser(weights_dir))  # noqa: PTH111 (never raises)
-    if not folder.is_dir():
-        raise InputError(f"--weights-dir {weights_dir}: no such folder; give the one that holds the files of weights.")
+    if not os.path.isdir(folder):  # noqa: PTH112 (as _is_file)
+        raise InputError(
+            f"--weights-dir {weights_dir}: no such folder that can be read; give the one that holds the files of weights."
+        )
     return folder

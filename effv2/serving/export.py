@@ -14,7 +14,7 @@ from PIL import Image
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from effv2.data.preparation import CentreCrop, Square
+from effv2.data.preparation import CentreCrop, Square, to_rgb
 
 OTHER = "other"
 
@@ -26,9 +26,12 @@ def fold_probabilities(probabilities: Tensor, classes: int) -> Tensor:
     return torch.cat([probabilities[:, :classes], probabilities[:, classes:].sum(1, keepdim=True)], 1)
 
 
-def fold_predictions(probabilities: Tensor, classes: int) -> Tensor:
-    """Return the argmax over all outputs (N), whatever lies beyond the classes being the column `classes`."""
-    return probabilities.argmax(1).clamp(max=classes)
+def fold_predictions(logits: Tensor, classes: int) -> Tensor:
+    """Return the argmax over all outputs (N), whatever lies beyond the classes being the column `classes`.
+
+    Of logits: close ones tie as probabilities.
+    """
+    return logits.argmax(1).clamp(max=classes)
 
 
 def output_names(classes: Sequence[str], outputs: int) -> list[str]:
@@ -54,8 +57,8 @@ class ServedNetwork(nn.Module):
     def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
         """Return class probabilities (N, names) and the column of the prediction (N), the argmax over all."""
         inputs = (images.float() / 255 - self.mean) / self.std
-        probabilities = F.softmax(self.network(inputs), 1)
-        return fold_probabilities(probabilities, self.classes), fold_predictions(probabilities, self.classes)
+        logits = self.network(inputs)
+        return fold_probabilities(F.softmax(logits, 1), self.classes), fold_predictions(logits, self.classes)
 
 
 def write_served(
@@ -74,7 +77,7 @@ def write_served(
 def as_base64(image: Image.Image) -> str:
     """Return an image as a request holds it."""
     buffer = io.BytesIO()
-    image.save(buffer, "PNG")
+    to_rgb(image).save(buffer, "PNG")  # PNG knows no CMYK
     return base64.b64encode(buffer.getvalue()).decode()
 
 

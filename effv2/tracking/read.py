@@ -47,10 +47,15 @@ def find_finished(identity: Identity, experiment_id: str, parent: str = "") -> R
     return next((_record(run, {}) for run in found if run.data.tags.get(OUTCOME) == "complete"), None)
 
 
-def find_unfinished(identity: Identity, experiment_id: str) -> list[RunRecord]:
-    """Return the runs of the experiment with this identity that are not finished, the newest first."""
+def find_ended_early(identity: Identity, experiment_id: str) -> RunRecord | None:
+    """Return the last run of the experiment with this identity that failed or was killed; None without one."""
     found = _find(identity.tags(), experiment_id, "attributes.status != 'FINISHED'")
-    return [_record(run, {}) for run in found]
+    return next((_record(run, {}) for run in found if run.info.status in ("FAILED", "KILLED")), None)
+
+
+def find_running_of_study(experiment_id: str, study: str) -> list[RunRecord]:
+    """Return the runs of that name of study that are marked as running."""
+    return [_record(run, {}) for run in _find({"effv2.study": study}, experiment_id, "attributes.status = 'RUNNING'")]
 
 
 def find_running(experiment_id: str, parent: str) -> list[RunRecord]:
