@@ -5,11 +5,12 @@
 In one process, one after the other, in several rounds, on the test images of Imagenette and freshly initialised
 networks (time doesn't depend on the weights):
 
-floor    decoding and transforms in threads, then bare forward passes of the prepared network (see `form`)
+floor    decoding and transforms in threads into one array, then bare forward passes of the network in effv2's form
 plain    torchvision's transforms in a DataLoader with 2 workers, batches of 128 (NCHW, float32) through its network
 effv2    a whole evaluation: cold cache, a tracked run on sqlite with all its metrics, tables and figures; without the
          latency passes, which a plain loop doesn't make
 second   the same again for another network with the same preprocessing
+command  the command in a process of its own: start-up, cold cache and latency passes included
 """
 
 from __future__ import annotations
@@ -17,10 +18,13 @@ from __future__ import annotations
 import json
 import os
 import statistics
+import subprocess
+import sys
 import tempfile
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -79,8 +83,13 @@ def seconds_of(function: Callable[[], Any]) -> float:
 def floor(requested: Requested, images: FileImages) -> None:
     """Decode, then pass batches through the network in effv2's form; nothing else."""
     preparation = requested.preparation
+    pixels = np.empty((len(images), preparation.size, preparation.size, 3), dtype=np.uint8)
+
+    def fill(index: int) -> None:
+        pixels[index] = preparation(images.open(index))
+
     with ThreadPoolExecutor(os.cpu_count()) as pool:
-        pixels = np.stack(list(pool.map(lambda i: preparation(images.open(i)), range(len(images)))))
+        list(pool.map(fill, range(len(images))))
     execution = make_execution(ExecutionConfig(device="cpu", precision="fp32"))
     network = Network.prepare(models.get_model(requested.network).eval(), requested.normalisation, execution)
     batch = batch_size(0, preparation.size, execution)
@@ -95,6 +104,30 @@ def plain(requested: Requested, images: FileImages) -> None:
             network(batch).argmax(1)
 
 
+@mock.patch.object(evaluation, "latency", lambda *_: 0.0)
+def evaluate(named: str, config: PretrainedConfig) -> None:
+    """Evaluate in this process, without the latency passes."""
+    comparison.evaluate_pretrained(
+        parse_models(named),
+        config,
+        Silent(),
+        weights_dir=None,
+        experiment="",
+        fresh=True,
+        log_model="none",
+        show_downloads=False,
+    )
+
+
+def report(seconds: dict[str, list[float]]) -> None:
+    """Print medians with their range, and ratios of pairs."""
+    for label, values in seconds.items():
+        click.echo(f"{label}: {statistics.median(values):.1f} s ({min(values):.1f} to {max(values):.1f})")
+    for over, label in (("floor", "effv2"), ("floor", "second"), ("plain", "effv2"), ("plain", "command")):
+        ratios = [a / b for a, b in zip(seconds[label], seconds[over], strict=True)]
+        click.echo(f"{label} / {over}: {statistics.median(ratios):.2f} ({min(ratios):.2f} to {max(ratios):.2f})")
+
+
 @click.command()
 @click.option("--data-dir", required=True, help="Folder that holds imagenette2-160.")
 @click.option("--network", default="squeezenet1_1", show_default=True, help="Network of torchvision.")
@@ -103,11 +136,12 @@ def plain(requested: Requested, images: FileImages) -> None:
 @click.option("--rounds", default=3, show_default=True, help="Rounds.")
 def main(data_dir: str, network: str, images: int, plain_images: int, rounds: int) -> None:
     """Measure and print seconds and ratios."""
+    data_dir = str(Path(data_dir).resolve())
     config = PretrainedConfig(data=ImagesConfig(dir=data_dir, limit=images))
     (requested,) = parse_models(network)
     files: Any = choose_images(config.data).part.images
     fewer = files.take(np.arange(min(plain_images, len(files))))
-    seconds: dict[str, list[float]] = {"floor": [], "plain": [], "effv2": [], "second": []}
+    seconds: dict[str, list[float]] = {"floor": [], "plain": [], "effv2": [], "second": [], "command": []}
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         os.environ["MLFLOW_TRACKING_URI"] = f"sqlite:///{folder / 'mlflow.db'}"
@@ -117,32 +151,20 @@ def main(data_dir: str, network: str, images: int, plain_images: int, rounds: in
             torch.manual_seed(i)
             torch.save(models.get_model(network).state_dict(), path)
 
-        @mock.patch.object(evaluation, "latency", lambda *_: 0.0)
-        def evaluate(path: Path) -> None:
-            comparison.evaluate_pretrained(
-                parse_models(f"{network}={path}"),
-                config,
-                Silent(),
-                weights_dir=None,
-                experiment="",
-                fresh=True,
-                log_model="none",
-                show_downloads=False,
-            )
-
         os.environ["EFFV2_CACHE"] = str(folder / "warm-up")
-        evaluate(weights[0])  # imports, the store's tables
+        evaluate(f"{network}={weights[0]}", config)  # imports, the store's tables
         for round_ in range(rounds):
             os.environ["EFFV2_CACHE"] = str(folder / str(round_))
             seconds["floor"].append(seconds_of(lambda: floor(requested, files)))
-            seconds["effv2"].append(seconds_of(lambda: evaluate(weights[0])))
-            seconds["second"].append(seconds_of(lambda: evaluate(weights[1])))
+            seconds["effv2"].append(seconds_of(lambda: evaluate(f"{network}={weights[0]}", config)))
+            seconds["second"].append(seconds_of(lambda: evaluate(f"{network}={weights[1]}", config)))
+            os.environ["EFFV2_CACHE"] = str(folder / f"{round_}, command")
+            words = ["--models", f"{network}={weights[0]}", "--data-dir", data_dir, "--limit", str(images), "--fresh"]
+            command = [sys.executable, "-m", "effv2", "evaluate-pretrained", *words]
+            run = partial(subprocess.run, command, check=True, capture_output=True)
+            seconds["command"].append(seconds_of(run))
             seconds["plain"].append(seconds_of(lambda: plain(requested, fewer)) * len(files) / len(fewer))
-    for label, values in seconds.items():
-        click.echo(f"{label}: {statistics.median(values):.1f} s ({min(values):.1f} to {max(values):.1f})")
-    for over, label in (("floor", "effv2"), ("floor", "second"), ("plain", "effv2")):
-        ratios = [a / b for a, b in zip(seconds[label], seconds[over], strict=True)]
-        click.echo(f"{label} / {over}: {statistics.median(ratios):.2f} ({min(ratios):.2f} to {max(ratios):.2f})")
+    report(seconds)
     click.echo(json.dumps({"network": network, "images": len(files), "threads": torch.get_num_threads()} | seconds))
 
 

@@ -119,7 +119,7 @@ def evaluate_one(session: Session, entry: Entry, parent: TrackedRun) -> str:
         run.log_git(provenance.git_state())
         digest = entry.identity.data_digest
         run.log_dataset(images.name, "test", digest, images.location, images.profile())
-        network, figures = _prepare(session, entry)
+        network, figures = _prepare(session, entry, run)
         run.log_metrics(figures)
         logits, figures = _evaluate(session, entry, network)
         true = images.outputs[images.part.labels]
@@ -162,10 +162,15 @@ def _params(entry: Entry) -> dict[str, Any]:
     }
 
 
-def _prepare(session: Session, entry: Entry) -> tuple[Network, dict[str, float]]:
-    """Return the network on its device, and its size as metrics."""
+def _prepare(session: Session, entry: Entry, run: TrackedRun) -> tuple[Network, dict[str, float]]:
+    """Return the network on its device, and its size as metrics.
+
+    What torchvision's builder does to inputs with these weights (inception_v3, googlenet) is logged: a network built
+    without them differs.
+    """
     requested = entry.requested
     module = load_network(requested, entry.file)
+    run.log_params({"model.transform_input": bool(getattr(module, "transform_input", False))})
     size = {
         "model/parameters": count_parameters(module),
         "model/gflops": gflops_of(module, requested.preparation.size),

@@ -290,6 +290,6 @@ def check_folder(weights_dir: str) -> Path | None:
     folder = Path(os.path.expanduser(weights_dir))  # noqa: PTH111 (never raises)
     if not os.path.isdir(folder):  # noqa: PTH112 (as _is_file)
         raise InputError(
-            f"--weights-dir {weights_dir}: no such folder that can be read; give the one that holds the files of weights."
+            f"--weights-dir {weights_dir}: no such folder that can be read; give the one with the files of weights."
         )
     return folder
