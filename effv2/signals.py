@@ -5,7 +5,7 @@ from __future__ import annotations
 import signal
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any, NoReturn
+from typing import Any
 
 from effv2.errors import Terminated
 
@@ -24,11 +24,40 @@ def ending_signals() -> Iterator[None]:
     try:
         yield
     finally:
+        _Heard.deferred, _Heard.number = False, None
         for number, handler in before.items():
             signal.signal(number, handler)
 
 
-def _end(number: int, _frame: Any) -> NoReturn:
+class _Heard:
+    """The ending signal that was heard, and whether it must wait."""
+
+    deferred = False
+    number: int | None = None
+
+
+@contextmanager
+def uninterrupted() -> Iterator[None]:
+    """Let what is done inside be done whole: an ending signal that arrives meanwhile is raised at the end.
+
+    One that was raised before is raised again: in a destructor or a callback, Python swallows what a handler raises.
+    """
+    _Heard.deferred = True
+    try:
+        yield
+    finally:
+        _Heard.deferred = False
+    _raise_heard()
+
+
+def _end(number: int, _frame: Any) -> None:
     for other in ENDING_SIGNALS:
         signal.signal(other, signal.SIG_IGN)
-    raise KeyboardInterrupt if number == signal.SIGINT else Terminated
+    _Heard.number = number
+    if not _Heard.deferred:
+        _raise_heard()
+
+
+def _raise_heard() -> None:
+    if _Heard.number is not None:
+        raise KeyboardInterrupt if _Heard.number == signal.SIGINT else Terminated

@@ -4,7 +4,11 @@ from __future__ import annotations
 
 import os
 import shutil
+import signal
+import subprocess
+import sys
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -44,9 +48,21 @@ def tiny_config(**groups: Any) -> TrainConfig:
     return TrainConfig.model_validate(merged)
 
 
+@contextmanager
+def running(*words: str | Path, **options: Any) -> Iterator[subprocess.Popen[str]]:
+    """Run Python with these words; it is killed if it still runs at the end, so that no failed test waits for it."""
+    with subprocess.Popen([sys.executable, *map(str, words)], text=True, **options) as process:
+        try:
+            yield process
+        finally:
+            process.kill()
+
+
 @pytest.fixture(autouse=True, scope="session")
 def _isolated(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    """Keep caches and MLflow's settings of the user out of the tests."""
+    """Keep caches, MLflow's settings and ignored signals of the user out of the tests."""
+    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # a suite in the background of a shell
+        signal.signal(signal.SIGINT, signal.default_int_handler)
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("EFFV2_CACHE", str(tmp_path_factory.mktemp("cache")))
         for name in [name for name in os.environ if name.startswith("MLFLOW_")]:

@@ -10,6 +10,7 @@ import statistics
 import subprocess
 import sys
 import time
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,9 @@ from effv2.cli.evaluate_pretrained import evaluate_pretrained
 from effv2.cli.hparam_check import hparam_check
 from effv2.cli.search import search
 from effv2.cli.train import train
-from tests.conftest import TINY_TABLE, make_image_tree
+from effv2.errors import Terminated
+from effv2.signals import ending_signals, uninterrupted
+from tests.conftest import TINY_TABLE, make_image_tree, running
 
 ROOT = Path(__file__).parents[1]
 EPOCH_METRICS = {
@@ -139,16 +142,24 @@ def test_runs_that_end_badly_say_so(
 
 def test_sigterm_leaves_no_run_running(sqlite_store: str, tiny_study: Path) -> None:
     tiny_study.write_text(tiny_study.read_text().replace("epochs: 2", "epochs: 100000"))
-    command = [sys.executable, str(ROOT / "entry_points" / "ablate.py"), "--study", str(tiny_study)]
-    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as process:
-        deadline = time.monotonic() + 60
+    with running(ROOT / "entry_points" / "ablate.py", "--study", tiny_study, stderr=subprocess.PIPE) as process:
         while not any("train/loss" in run.data.metrics for run in all_runs()):
-            assert time.monotonic() < deadline and process.poll() is None
+            assert process.poll() is None
             time.sleep(0.1)
         process.send_signal(signal.SIGTERM)
-        _, errors = process.communicate(timeout=20)
+        _, errors = process.communicate()
     assert process.returncode == 143 and "KILLED" in errors and "Traceback" not in errors
     assert [run.info.status for run in all_runs()] == ["KILLED", "KILLED"]
+
+
+def test_a_signal_that_python_swallowed_is_raised_after_the_step() -> None:
+    with ending_signals():
+        with suppress(Terminated):  # as in a destructor
+            os.kill(os.getpid(), signal.SIGTERM)
+        with pytest.raises(Terminated), uninterrupted():
+            pass
+    with uninterrupted():
+        pass
 
 
 def test_second_signal_does_not_cut_the_marking_short(

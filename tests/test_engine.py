@@ -12,7 +12,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from contextlib import closing, contextmanager, suppress
+from contextlib import ExitStack, closing, contextmanager, suppress
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
@@ -34,7 +34,7 @@ from effv2.liveness import is_gone, this_process
 from effv2.studies import queue as queue_module
 from effv2.studies.queue import ERROR, MOST_LOST, OWNER, SLOT, Queue
 from effv2.studies.storage import Storage, open_storage
-from tests.conftest import OTHER_TINY_TABLE, TINY_TABLE
+from tests.conftest import OTHER_TINY_TABLE, TINY_TABLE, running
 
 ROOT = Path(__file__).parents[1]
 TWELVE = f"""
@@ -105,10 +105,29 @@ def undisturbed(template_database: Path, tmp_path_factory: pytest.TempPathFactor
     return table
 
 
-def start(study: Path, storage: str, workers: int) -> subprocess.Popen[str]:
-    words = ["--study", study, "--storage", storage, "--workers", workers, "--log-model", "none"]
-    command = [sys.executable, str(ROOT / "entry_points" / "ablate.py"), *map(str, words)]
-    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+Start = Callable[[Path, str, int], "subprocess.Popen[str]"]
+
+
+@pytest.fixture
+def start() -> Iterator[Start]:
+    """Return what starts an ablation with (study, storage, workers)."""
+    with ExitStack() as stack:
+
+        def start_one(study: Path, storage: str, workers: int) -> subprocess.Popen[str]:
+            words: list[str | Path] = [
+                "--study",
+                study,
+                "--storage",
+                storage,
+                "--workers",
+                str(workers),
+                "--log-model",
+                "none",
+            ]
+            entry, pipe = ROOT / "entry_points" / "ablate.py", subprocess.PIPE
+            return stack.enter_context(running(entry, *words, stdout=pipe, stderr=subprocess.STDOUT))
+
+        yield start_one
 
 
 def wait_for(condition: Callable[[], Any], process: subprocess.Popen[str]) -> Any:
@@ -122,7 +141,7 @@ def wait_for(condition: Callable[[], Any], process: subprocess.Popen[str]) -> An
             pytest.fail(f"ended too early: {process.communicate()[0]}")
         time.sleep(0.05)
     process.kill()
-    pytest.fail(f"waited in vain: {process.communicate()[0]}")
+    pytest.fail(f"waited in vain: {process.communicate(timeout=30)[0]}")
 
 
 def in_mid_epoch(storage: Storage, finished: int) -> int:
@@ -151,7 +170,7 @@ def check_twelve(storage: Storage, expected: Table, folder: Path) -> None:
 
 
 def test_a_killed_worker_and_a_killed_coordinator_cost_nothing(
-    sqlite_store: str, study: Path, tmp_path: Path, undisturbed: Callable[[int], Table]
+    sqlite_store: str, study: Path, tmp_path: Path, undisturbed: Callable[[int], Table], start: Start
 ) -> None:
     url = f"sqlite:///{tmp_path / 'optuna.db'}"
     first = start(study, url, 2)
@@ -287,7 +306,7 @@ def server(cluster: Cluster, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
 
 
 def test_four_workers_on_postgresql_survive_whatever_is_killed(
-    server: Server, cluster: Cluster, study: Path, tmp_path: Path, undisturbed: Callable[[int], Table]
+    server: Server, cluster: Cluster, study: Path, tmp_path: Path, undisturbed: Callable[[int], Table], start: Start
 ) -> None:
     """A worker, the MLflow server, and the database of both, one after the other."""
     url = cluster.database("optuna")

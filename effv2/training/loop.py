@@ -18,6 +18,7 @@ from effv2.data.dataset import Dataset
 from effv2.errors import Diverged, RunError
 from effv2.execution.device import Execution
 from effv2.randomness import private_randomness, seed_generators, stream_seed
+from effv2.signals import uninterrupted
 from effv2.training.evaluate import evaluate
 from effv2.training.state import TrainState
 
@@ -85,7 +86,8 @@ class Training:
         started = time.perf_counter()
         self.state.model.train()
         for step, (images, labels) in enumerate(training_batches(self.dataset.train, order, batch_size), 1):
-            loss, right = self._train_step(images, labels)
+            with uninterrupted():
+                loss, right = self._train_step(images, labels)
             loss_sum += loss * len(labels)
             right_sum += right
             seen += len(labels)
