@@ -1,4 +1,4 @@
-"""The training loop: a generator of epoch results over a state that can be saved between any two."""
+"""The training loop: a generator of epoch results over a state that can be saved after any step."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from effv2.execution.device import Execution
 from effv2.randomness import private_randomness, seed_generators, stream_seed
 from effv2.signals import uninterrupted
 from effv2.training.evaluate import evaluate
-from effv2.training.state import TrainState
+from effv2.training.state import EpochSums, TrainState
 
 # On an accelerator the loss is looked at this seldom, since each look waits for the device.
 STEPS_BETWEEN_LOSS_CHECKS = 50
@@ -46,8 +46,8 @@ def watched_accuracy(metrics: Metrics) -> float:
 class Training:
     """A training that goes on from `state`: iterate over it to train.
 
-    `on_step` is told (step of the epoch, steps an epoch). Seconds of training exclude evaluation and whatever
-    the caller does between two epochs.
+    `on_step` is told (step of the epoch, steps an epoch), after which the state may be saved. Seconds of training
+    exclude evaluation, `on_step` and whatever the caller does between two epochs.
     """
 
     config: TrainConfig
@@ -68,6 +68,8 @@ class Training:
                 raise RunError("The device's memory is full; lower --batch-size or --image-size.") from error
             metrics["time/epoch_seconds"] = metrics["time/train_seconds"] + metrics["time/evaluate_seconds"]
             progress.epoch += 1
+            progress.train_seconds += metrics["time/train_seconds"]
+            self.state.sums = EpochSums.begin(self.execution.device)
             progress.history.append(metrics)
             watched = watched_accuracy(metrics)
             self.state.schedule.after_epoch(progress.epoch, watched)
@@ -76,33 +78,30 @@ class Training:
             yield EpochResult(progress.epoch, metrics)
 
     def _train_epoch(self, epoch: int) -> Metrics:
+        """Make the steps of the epoch that were not made yet."""
         order = epoch_order(len(self.dataset.train), self.config.random.seed, epoch)
-        batch_size, device = self.config.optimiser.batch_size, self.execution.device
+        batch_size, sums = self.config.optimiser.batch_size, self.state.sums
         steps = batch_count(len(order), batch_size)
-        check_every = 1 if device.type == "cpu" else STEPS_BETWEEN_LOSS_CHECKS
-        loss_sum = torch.zeros((), device=device)
-        right_sum = torch.zeros((), device=device, dtype=torch.int64)
-        seen = 0
-        started = time.perf_counter()
+        check_every = 1 if self.execution.device.type == "cpu" else STEPS_BETWEEN_LOSS_CHECKS
+        made = self.state.progress.step - self.state.progress.epoch * steps
+        batches = training_batches(self.dataset.train, order[made * batch_size :], batch_size)
         self.state.model.train()
-        for step, (images, labels) in enumerate(training_batches(self.dataset.train, order, batch_size), 1):
+        started = time.perf_counter()
+        for step, (images, labels) in enumerate(batches, made + 1):
             with uninterrupted():
-                loss, right = self._train_step(images, labels)
-            loss_sum += loss * len(labels)
-            right_sum += right
-            seen += len(labels)
-            if (step % check_every == 0 or step == steps) and not math.isfinite(loss_sum.item()):
+                sums.add(*self._train_step(images, labels), len(labels))
+            if (step % check_every == 0 or step == steps) and not math.isfinite(sums.loss.item()):
                 raise Diverged(self._divergence("The training loss", epoch))
+            sums.seconds += time.perf_counter() - started
             if self.on_step:
                 self.on_step(step, steps)
-        seconds = time.perf_counter() - started
-        self.state.progress.train_seconds += seconds
+            started = time.perf_counter()
         return {
-            "train/loss": loss_sum.item() / seen,
-            "train/accuracy": right_sum.item() / seen,
+            "train/loss": sums.loss.item() / sums.images,
+            "train/accuracy": sums.right.item() / sums.images,
             "learning_rate": self.state.schedule.rate,
-            "time/train_seconds": seconds,
-            "throughput/train_images_per_second": seen / seconds,
+            "time/train_seconds": sums.seconds,
+            "throughput/train_images_per_second": sums.images / sums.seconds,
         }
 
     def _train_step(self, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:

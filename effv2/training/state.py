@@ -52,11 +52,33 @@ class Progress:
 
 
 @dataclass
-class TrainState:
-    """Network, averaged weights, optimiser, schedule and progress.
+class EpochSums:
+    """What the steps of the running epoch add up to: loss (float32) and right answers, on the device, over images."""
 
-    Random numbers need no state: each step seeds its own (see effv2.randomness). `selected` holds the weights
-    of the best epoch where a validation split chooses it.
+    loss: Tensor
+    right: Tensor
+    images: int = 0
+    seconds: float = 0.0
+
+    @classmethod
+    def begin(cls, device: torch.device) -> EpochSums:
+        """Return the sums of no steps."""
+        return cls(torch.zeros((), device=device), torch.zeros((), device=device, dtype=torch.int64))
+
+    def add(self, loss: Tensor, right: Tensor, images: int) -> None:
+        """Add a step's mean loss and right answers."""
+        self.loss = self.loss + loss * images
+        self.right = self.right + right
+        self.images += images
+
+
+@dataclass
+class TrainState:
+    """Network, averaged weights, optimiser, schedule, progress and the sums of the running epoch.
+
+    It can be saved after any step. Random numbers need no state: each step seeds its own (see effv2.randomness), and
+    the order of an epoch follows from its number. `selected` holds the weights of the best epoch where a validation
+    split chooses it.
     """
 
     model: nn.Module
@@ -64,6 +86,7 @@ class TrainState:
     optimiser: Optimizer
     schedule: Schedule
     progress: Progress
+    sums: EpochSums
     selected: dict[str, Tensor] | None = None
 
     @classmethod
@@ -80,7 +103,7 @@ class TrainState:
         schedule = Schedule(config.schedule, optimiser, batch_count(len(dataset.train), config.optimiser.batch_size))
         decay = config.optimiser.ema_decay
         averaged = AveragedModel(model, multi_avg_fn=_ema(decay), use_buffers=True) if decay else None
-        return cls(model, averaged, optimiser, schedule, Progress())
+        return cls(model, averaged, optimiser, schedule, Progress(), EpochSums.begin(execution.device))
 
     @property
     def evaluated(self) -> nn.Module:
@@ -95,6 +118,7 @@ class TrainState:
             "optimiser": self.optimiser.state_dict(),
             "schedule": self.schedule.state_dict(),
             "progress": asdict(self.progress),
+            "sums": vars(self.sums).copy(),
             "selected": self.selected,
         }
 
@@ -106,6 +130,9 @@ class TrainState:
         self.optimiser.load_state_dict(state["optimiser"])
         self.schedule.load_state_dict(state["schedule"])
         self.progress = Progress(**state["progress"])
+        device = self.sums.loss.device
+        self.sums = EpochSums(**state["sums"])
+        self.sums.loss, self.sums.right = self.sums.loss.to(device), self.sums.right.to(device)
         self.selected = state["selected"]
 
     def take_selected(self) -> None:
