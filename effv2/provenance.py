@@ -39,6 +39,15 @@ def code_version(deciding: tuple[str, ...] = DECIDING) -> str:
     return digest.hexdigest()[:16]
 
 
+def sha256_of_file(path: Path) -> str:
+    """Hash the content of a file; OSError where it can't be read."""
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while block := file.read(2**20):
+            digest.update(block)
+    return digest.hexdigest()
+
+
 @cache
 def git_state() -> GitState | None:
     """Return the state of the checkout that the package runs from; None where it is no checkout."""

@@ -5,7 +5,6 @@ torchvision checks the hash of a file only when it downloads it; here a publishe
 
 from __future__ import annotations
 
-import hashlib
 import os
 import pickle
 import re
@@ -28,6 +27,7 @@ from torchvision.models import WeightsEnum
 
 from effv2.data.preparation import CentreCrop
 from effv2.errors import InputError, close_names, nearest
+from effv2.provenance import sha256_of_file
 
 PUBLISHED_HASH = re.compile(r"-([0-9a-f]{8,64})\.pth$")  # a head of the file's SHA-256, at the end of its name
 OUTPUTS = 1000
@@ -191,16 +191,12 @@ def _verified(requested: Requested, path: Path) -> WeightsFile:
 
 
 def _sha256(requested: Requested, path: Path) -> str:
-    digest = hashlib.sha256()
     try:
-        with path.open("rb") as file:
-            while block := file.read(2**20):
-                digest.update(block)
+        return sha256_of_file(path)
     except OSError as error:
         raise InputError(
             f"--models {requested.text}: {path} can't be read ({error.strerror}); give yourself access."
         ) from error
-    return digest.hexdigest()
 
 
 def _download(requested: Requested, missing: Sequence[Requested], progress: bool) -> None:

@@ -1,0 +1,142 @@
+"""Checkpoints on disk: appear whole or not at all, are verified before they are read, two kept.
+
+    <folder>/step-<step>-<head of the SHA-256 of the content>.pt
+
+The content is {"format", "identity", "state"}, loadable with weights_only: tensors and plain values alone.
+"""
+
+from __future__ import annotations
+
+import os
+import pickle
+import re
+import shutil
+import time
+from collections.abc import Callable, Mapping
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from effv2.errors import InputError
+from effv2.provenance import sha256_of_file
+
+FORMAT = 1  # raise it when what a state holds changes
+KEPT = 2
+BUILDING = ".building"  # a run is worked on by one process at a time
+NAME = re.compile(r"step-(\d+)-([0-9a-f]{16})\.pt")
+# A checkpoint is written no sooner than this many times the seconds that the last one took: at most 2 % of the time.
+LEAST_COSTS_BETWEEN = 50
+
+
+@dataclass(frozen=True)
+class Checkpoints:
+    """The checkpoints of one run; `identity` names what decides the run, and must be that of what is read."""
+
+    folder: Path
+    identity: Mapping[str, str]
+
+    def write(self, state: Mapping[str, Any], step: int) -> None:
+        """Write a checkpoint, then remove all but the last two; OSError leaves those there were."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        building = self.folder / BUILDING
+        try:
+            with building.open("wb") as file:
+                torch.save({"format": FORMAT, "identity": dict(self.identity), "state": dict(state)}, file)
+                file.flush()
+                os.fsync(file.fileno())
+            building.rename(self.folder / f"step-{step}-{_digest(building)}.pt")
+            _sync(self.folder)
+        except RuntimeError as error:  # what torch's writer makes of a disk that is full
+            cause = error.__context__
+            raise cause if isinstance(cause, OSError) else OSError(str(error)) from error
+        finally:
+            building.unlink(missing_ok=True)
+        for old in self._found()[:-KEPT]:
+            old.unlink(missing_ok=True)
+
+    def read(self) -> dict[str, Any] | None:
+        """Return the newest state that is whole, None without one; InputError for one of another identity."""
+        for path in reversed(self._found()):
+            content = _read(path)
+            if content is None:
+                continue
+            differing = [
+                f"{name} was {content['identity'].get(name)}, is {value}"
+                for name, value in self.identity.items()
+                if content["identity"].get(name) != value
+            ]
+            if differing:
+                raise InputError(
+                    f"--checkpoint-dir: {path} is of another run ({'; '.join(differing)}); remove it, or give another "
+                    "folder."
+                )
+            state: dict[str, Any] = content["state"]
+            return state
+        return None
+
+    def remove(self) -> None:
+        """Remove all, once the run has ended well."""
+        shutil.rmtree(self.folder, ignore_errors=True)
+
+    def _found(self) -> list[Path]:
+        """Return the checkpoints there are, by step."""
+        with suppress(OSError):
+            named = [(path, NAME.fullmatch(path.name)) for path in self.folder.iterdir()]
+            return [path for _, path in sorted((int(match[1]), path) for path, match in named if match)]
+        return []
+
+
+@dataclass
+class Pace:
+    """Decides when a checkpoint is due: seldom enough to cost little, often enough to lose little."""
+
+    longest_seconds: float
+    clock: Callable[[], float] = time.monotonic
+    cost: float = 0.0
+
+    def __post_init__(self) -> None:
+        self._last = self.clock()
+
+    def due(self, epoch_ended: bool) -> bool:
+        """Say whether to write one now: at the end of an epoch as soon as its cost allows, else after so long."""
+        waited = self.clock() - self._last
+        least = LEAST_COSTS_BETWEEN * self.cost
+        return waited >= (least if epoch_ended else max(least, self.longest_seconds))
+
+    def measure(self, write: Callable[[], None]) -> None:
+        """Write, and note what it cost."""
+        started = self.clock()
+        try:
+            write()
+        finally:
+            self._last = self.clock()
+            self.cost = self._last - started
+
+
+def _read(path: Path) -> dict[str, Any] | None:
+    """Return the content of a checkpoint; None where it is damaged, or of another format."""
+    match = NAME.fullmatch(path.name)
+    try:
+        if match is None or _digest(path) != match[2]:
+            return None
+        content: Any = torch.load(path, map_location="cpu", weights_only=True)
+    except (OSError, RuntimeError, pickle.UnpicklingError, ValueError, KeyError, EOFError):
+        return None
+    return content if isinstance(content, dict) and content.get("format") == FORMAT else None
+
+
+def _digest(path: Path) -> str:
+    return sha256_of_file(path)[:16]
+
+
+def _sync(folder: Path) -> None:
+    """Make sure that a rename is on the disk, where the system can open folders."""
+    with suppress(OSError):
+        handle = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)
