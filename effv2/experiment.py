@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -26,8 +26,10 @@ from effv2.execution.device import Execution, make_execution
 from effv2.serving.export import ServedNetwork, as_base64, output_names, write_served
 from effv2.tracking.read import Identity
 from effv2.tracking.run import OUTCOME, TrackedRun, start_run
+from effv2.training.checkpoint import Checkpoints, Keeper, Pace
 from effv2.training.evaluate import evaluate, single_image_latency
 from effv2.training.loop import EpochResult, Training
+from effv2.training.saving import Saving
 from effv2.training.state import TrainState
 
 WEIGHTS = "selected.pt"  # artifact: weights of the selected epoch, until the study's best run is known
@@ -38,6 +40,9 @@ class Display(Protocol):
 
     def run_started(self, name: str, epochs: int) -> None:
         """Report the begin of a run."""
+
+    def remark(self, text: str) -> None:
+        """Say something once."""
 
     def step(self, step: int, steps: int) -> None:
         """Report a step of an epoch."""
@@ -63,13 +68,17 @@ class Observer:
 
 @dataclass(frozen=True)
 class Labels:
-    """How a run is named and grouped in MLflow; `parent` is the id of the run that it becomes a child of."""
+    """How a run is named and grouped in MLflow.
+
+    `parent` is the id of the run that it becomes a child of, `continues` that of a run that ended early and goes on.
+    """
 
     name: str
     experiment_id: str
     study: str = ""
     arm: str = ""
     parent: str = ""
+    continues: str = ""
 
 
 @dataclass(frozen=True)
@@ -114,9 +123,13 @@ def run_experiment(
     display: Display,
     log_model: bool,
     *,
+    saving: Saving,
     observer: Observer = Observer(),  # noqa: B008 (it holds nothing)
 ) -> Outcome:
-    """Train `config` (resolved: no `auto`) on `dataset` in a run of its own."""
+    """Train `config` (resolved: no `auto`) on `dataset` in a run of its own, or go on with the run it left.
+
+    What its last checkpoint holds is not trained again, what was logged is not logged again.
+    """
     execution = make_execution(config.execution)
     tags = (
         identity(config, dataset).tags()
@@ -129,18 +142,22 @@ def run_experiment(
         | {f"effv2.machine.{name}": value for name, value in provenance.machine().items()}
     )
     display.run_started(labels.name, config.schedule.epochs)
-    with start_run(labels.name, labels.experiment_id, tags, labels.parent) as run:
+    with start_run(labels.name, labels.experiment_id, tags, labels.parent, labels.continues) as run:
         observer.started(run.run_id)
-        _log_start(run, config, dataset)
+        checkpoints = Checkpoints.of(run.run_id, saving, asdict(identity(config, dataset)))
         state = TrainState.create(config, dataset, execution)
-        for result in Training(config, dataset, state, execution, display.step):
-            run.log_metrics(result.metrics, step=result.epoch)
-            display.epoch(result)
-            if observer.stops(result):
-                best = state.progress.best_accuracy
-                run.log_metrics({"selected/val_accuracy": best})
-                run.set_tags({OUTCOME: "pruned"})
-                return Outcome(run, config, dataset, state.evaluated, best, result.metrics, pruned=True)
+        logged = _go_on(run, state, checkpoints.read(), display) if labels.continues else 0
+        if not logged:
+            _log_start(run, config, dataset)
+        keeper = Keeper(checkpoints, Pace(60 * saving.minutes), state, display.remark)
+        with keeper.last_one_on_the_way_out():
+            for result in Training(config, dataset, state, execution, _on_step(display, keeper)):
+                if result.epoch > logged:
+                    run.log_metrics(result.metrics, step=result.epoch)
+                display.epoch(result)
+                if observer.stops(result):
+                    return _pruned(run, config, dataset, state, keeper)
+                keeper.keep(epoch_ended=True)
         state.take_selected()
         summary = _log_end(run, config, dataset, execution, state)
         outcome = Outcome(run, config, dataset, state.evaluated, state.progress.best_accuracy, summary)
@@ -148,7 +165,37 @@ def run_experiment(
         if observer.keeps_weights(outcome.watched_accuracy):
             _keep_weights(outcome)
         run.set_tags({OUTCOME: "complete"})
+        checkpoints.remove()
     return replace(outcome, model_address=address)
+
+
+def _on_step(display: Display, keeper: Keeper) -> Callable[[int, int], None]:
+    def on_step(step: int, steps: int) -> None:
+        display.step(step, steps)
+        keeper.keep(epoch_ended=False)
+
+    return on_step
+
+
+def _pruned(run: TrackedRun, config: TrainConfig, dataset: Dataset, state: TrainState, keeper: Keeper) -> Outcome:
+    """End a run that isn't worth going on with."""
+    best = state.progress.best_accuracy
+    run.log_metrics({"selected/val_accuracy": best})
+    run.set_tags({OUTCOME: "pruned"})
+    keeper.checkpoints.remove()
+    return Outcome(run, config, dataset, state.evaluated, best, state.progress.history[-1], pruned=True)
+
+
+def _go_on(run: TrackedRun, state: TrainState, saved: dict[str, Any] | None, display: Display) -> int:
+    """Take over a checkpoint, log the epochs that it has finished and the run lacks; return the last one logged."""
+    logged = run.last_step("time/epoch_seconds")
+    if saved is not None:
+        state.load_state_dict(saved)
+    history = state.progress.history
+    for epoch, metrics in enumerate(history[logged:], logged + 1):
+        run.log_metrics(metrics, step=epoch)
+    display.remark(f"going on with the run {run.run_id} at epoch {len(history) + 1}")
+    return max(logged, len(history))
 
 
 def restore(run: TrackedRun, config: TrainConfig, dataset: Dataset) -> Outcome:

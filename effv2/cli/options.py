@@ -6,6 +6,7 @@ value was written. An empty text means 'not given': `mlflow run` passes every de
 
 from __future__ import annotations
 
+import math
 import sys
 from collections.abc import Callable
 from functools import wraps
@@ -17,6 +18,7 @@ from effv2.config import Group, TrainConfig, field_of
 from effv2.errors import InputError, RunError, Terminated
 from effv2.signals import ending_signals
 from effv2.studies.options import DEFAULT_STORAGE, LogModel, StudyOptions
+from effv2.training.saving import Saving
 
 Command = TypeVar("Command", bound=Callable[..., Any])
 
@@ -100,6 +102,32 @@ fresh_option = click.option(
 )
 
 
+checkpoint_dir_option = click.option(
+    "--checkpoint-dir",
+    default="",
+    metavar="FOLDER",
+    help=f"Folder for checkpoints, from which a run that was killed goes on.  [default: {Saving.folder}]",
+)
+checkpoint_minutes_option = click.option(
+    "--checkpoint-minutes",
+    default="",
+    metavar="NUMBER",
+    help="Minutes of training that a kill may cost at most; checkpoints never take more than 2 % of the time.  "
+    f"[default: {Saving.minutes:g}; ≥ 0]",
+)
+
+
+def parse_saving(folder: str, minutes: str) -> Saving:
+    """Read --checkpoint-dir and --checkpoint-minutes."""
+    try:
+        number = float(minutes or Saving.minutes)
+    except ValueError:
+        number = math.nan
+    if not 0 <= number < math.inf:
+        raise InputError(f"--checkpoint-minutes {minutes}: must be a number of minutes from 0.")
+    return Saving(folder or Saving.folder, number)
+
+
 def log_model_option(default: LogModel) -> Callable[[Command], Command]:
     """Add --log-model."""
     text = f"Which runs log their model: the best of the study, all, none.  [default: {default}]"
@@ -119,6 +147,8 @@ def study_options(log_model: LogModel) -> Callable[[Command], Command]:
             help=f"Optuna's storage, which keeps the state of studies: sqlite:///FILE, or for several machines "
             f"postgresql://USER@HOST/DATABASE.  [default: {DEFAULT_STORAGE}]",
         ),
+        checkpoint_dir_option,
+        checkpoint_minutes_option,
         fresh_option,
         log_model_option(log_model),
         experiment_option,
@@ -140,6 +170,7 @@ def take_study_options(options: dict[str, Any], log_model: LogModel) -> StudyOpt
         fresh=parse_fresh(options.pop("fresh")),
         log_model=parse_log_model(options.pop("log_model"), log_model),
         experiment=options.pop("experiment"),
+        saving=parse_saving(options.pop("checkpoint_dir"), options.pop("checkpoint_minutes")),
     )
 
 

@@ -7,12 +7,15 @@ import click
 from effv2.cli.options import (
     ONE_RUN,
     SHARED,
+    checkpoint_dir_option,
+    checkpoint_minutes_option,
     config_options,
     experiment_option,
     fresh_option,
     log_model_option,
     parse_fresh,
     parse_log_model,
+    parse_saving,
     reports_errors,
     study_option,
 )
@@ -21,6 +24,8 @@ from effv2.cli.options import (
 @click.command()
 @study_option
 @config_options(ONE_RUN | SHARED)
+@checkpoint_dir_option
+@checkpoint_minutes_option
 @fresh_option
 @log_model_option("all")
 @experiment_option
@@ -35,6 +40,7 @@ def train(study: str, fresh: str, log_model: str, experiment: str, **options: st
     from effv2.studies.files import read_study
     from effv2.studies.settings import build_config, option_layer
 
+    saving = parse_saving(options.pop("checkpoint_dir") or "", options.pop("checkpoint_minutes") or "")
     layer = option_layer(options, ONE_RUN | SHARED)
     which, over = parse_log_model(log_model, "all"), parse_fresh(fresh)
     file = read_study(Path(study)) if study else None
@@ -44,7 +50,7 @@ def train(study: str, fresh: str, log_model: str, experiment: str, **options: st
     from effv2.data.dataset import load_dataset
     from effv2.execution.device import resolve
     from effv2.experiment import Labels, check, identity, run_experiment
-    from effv2.tracking.read import find_finished
+    from effv2.tracking.read import find_ended_early, find_finished
     from effv2.tracking.run import TrackedRun, point_adopted_run_to, run_address
     from effv2.tracking.store import open_store
 
@@ -54,14 +60,18 @@ def train(study: str, fresh: str, log_model: str, experiment: str, **options: st
         dataset = load_dataset(config.data, display.decoding)
         check(config, dataset)
         experiment_id = open_store(experiment)
-        done = None if over else find_finished(identity(config, dataset), experiment_id)
+        wanted = identity(config, dataset)
+        done = None if over else find_finished(wanted, experiment_id)
+        left = None if over else find_ended_early(wanted, experiment_id)
         if done is not None:
             run, last, model = TrackedRun(done.run_id, experiment_id), done.metrics, ""
             point_adopted_run_to(run)
             click.echo("Finished before, with the same configuration, data and code; --fresh repeats it.")
         else:
-            labels = Labels(name, experiment_id, file.name if file else "")
-            outcome = run_experiment(config, dataset, labels, display, which != "none")
+            labels = Labels(name, experiment_id, file.name if file else "", continues=left.run_id if left else "")
+            if left is not None:
+                point_adopted_run_to(TrackedRun(left.run_id, experiment_id))
+            outcome = run_experiment(config, dataset, labels, display, which != "none", saving=saving)
             run, last, model = outcome.run, outcome.summary, outcome.model_address
     if "best/test_accuracy" in last:
         click.echo(

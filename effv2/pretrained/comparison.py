@@ -14,7 +14,6 @@ from effv2.execution.device import make_execution, resolve_device
 from effv2.liveness import is_gone, this_process
 from effv2.pretrained.config import PretrainedConfig
 from effv2.pretrained.evaluation import (
-    PROCESS,
     STUDY,
     Entry,
     Session,
@@ -32,7 +31,7 @@ from effv2.pretrained.ranking import Evaluated, Ranking
 from effv2.pretrained.weights import Requested, find_all_weights, load_network
 from effv2.studies.options import LogModel
 from effv2.tracking.read import Identity, find_ended_early, find_finished, find_running_of_study, read_runs
-from effv2.tracking.run import OUTCOME, TrackedRun, open_parent, point_adopted_run_to, run_address, working_on
+from effv2.tracking.run import OUTCOME, PROCESS, TrackedRun, open_parent, point_adopted_run_to, run_address, working_on
 from effv2.tracking.store import TrackingError, open_store
 
 LONGEST_NAME = 200  # characters of a run's name

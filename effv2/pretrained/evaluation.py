@@ -38,10 +38,9 @@ from effv2.pretrained.ranking import FULL_BATCH, ONE_IMAGE
 from effv2.pretrained.weights import Requested, WeightsFile, load_network
 from effv2.serving.export import OTHER, ServedNetwork, as_base64, write_served
 from effv2.tracking.read import Identity
-from effv2.tracking.run import OUTCOME, TrackedRun, start_run
+from effv2.tracking.run import OUTCOME, PROCESS, TrackedRun, start_run
 
 STUDY = "evaluate-pretrained"
-PROCESS = "effv2.process"  # tag: the process that works on the run
 FULL_BATCH_IMAGES = 128
 # What decides an evaluation, besides its configuration, weights and images.
 DECIDING = (

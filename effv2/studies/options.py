@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
+
+from effv2.training.saving import Saving
 
 LogModel = Literal["best", "all", "none"]  # best = that of the study's best run alone
 DEFAULT_STORAGE = "sqlite:///optuna.db"
@@ -21,3 +23,4 @@ class StudyOptions:
     fresh: bool = False
     log_model: LogModel = "all"
     experiment: str = ""
+    saving: Saving = field(default_factory=Saving)

@@ -12,6 +12,7 @@ from effv2.studies.storage import Storage, StorageAway, hurry, patient
 from effv2.tracking.read import find_running
 from effv2.tracking.run import TrackedRun
 from effv2.tracking.store import impatient
+from effv2.training.saving import Saving
 
 
 @dataclass(frozen=True)
@@ -26,6 +27,7 @@ class Session:
     tracking_uri: str
     fresh: bool
     log_model: LogModel
+    saving: Saving
 
     def queue(self, storage: Storage) -> Queue:
         """Return the queue of the study in its opened storage."""

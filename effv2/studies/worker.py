@@ -26,7 +26,7 @@ from effv2.studies.queue import RUN, Claim, Queue
 from effv2.studies.session import Session
 from effv2.studies.storage import OUTAGE_SECONDS, Storage, StorageAway, hurry, reopen_storage
 from effv2.tracking.read import Identity, RunRecord, find_finished, read_runs
-from effv2.tracking.run import OUTCOME, TrackedRun
+from effv2.tracking.run import OUTCOME, TrackedRun, find_run
 from effv2.tracking.store import answers, shown_uri, use_store, wait_until_it_answers
 from effv2.training.loop import EpochResult, watched_accuracy
 
@@ -45,6 +45,9 @@ class SilentDisplay:
         """Show nothing."""
 
     def epoch(self, result: EpochResult) -> None:
+        """Show nothing."""
+
+    def remark(self, text: str) -> None:
         """Show nothing."""
 
 
@@ -142,11 +145,20 @@ class Worker:
         if done is not None:
             queue.finish(claim, _state(done.tags[OUTCOME] == "pruned"), reached(done.metrics), done.run_id)
             return
-        labels = Labels(planned.name, session.experiment_id, plan.purpose.name, planned.arm, session.parent_id)
+        labels = Labels(
+            planned.name,
+            session.experiment_id,
+            plan.purpose.name,
+            planned.arm,
+            session.parent_id,
+            continues=self._left_of(claim),
+        )
         observer = TrialObserver(self, claim)
         log_model = session.log_model == "all"
         try:
-            outcome = run_experiment(planned.config, dataset, labels, self.display, log_model, observer=observer)
+            outcome = run_experiment(
+                planned.config, dataset, labels, self.display, log_model, saving=session.saving, observer=observer
+            )
         except Diverged:
             if not plan.samples:
                 raise
@@ -159,6 +171,11 @@ class Worker:
             if queue.trials()[claim.slot].user_attrs.get(RUN) != outcome.run.run_id:
                 outcome.run.set_status("KILLED")  # the run of the worker that has the trial now counts
             raise
+
+    def _left_of(self, claim: Claim) -> str:
+        """Return the run that an earlier attempt left, which goes on; empty where there is none in the store."""
+        left = find_run(claim.previous_run) if claim.previous_run else None
+        return left.run_id if left is not None else ""
 
     def _done_before(self, claim: Claim, wanted: Identity) -> RunRecord | None:
         """Return a finished run that answers the trial: of an earlier attempt, or of any study of the experiment.

@@ -19,11 +19,13 @@ from mlflow.store.artifact.artifact_repository_registry import get_artifact_repo
 from mlflow.tracking.context.registry import resolve_tags
 
 from effv2.errors import Abandoned, Terminated
+from effv2.liveness import this_process
 from effv2.provenance import GitState
 from effv2.serving import image_classifier_path
 from effv2.tracking.store import TRACKING_ERRORS, impatient, shown_uri
 
 OUTCOME = "effv2.outcome"  # tag: complete, pruned or failed
+PROCESS = "effv2.process"  # tag: the process that works on the run
 NOTE = "mlflow.note.content"  # the tag that the UI shows as the run's description
 LONGEST_TAG = 8_000  # characters; MLflow cuts longer ones
 GENERATED_NAME = re.compile(r"[a-z]+-[a-z]+-\d+")  # what MLflow calls a run that nobody named
@@ -82,6 +84,10 @@ class TrackedRun:
     def log_folder(self, folder: Path) -> None:
         """Upload everything in `folder` as the run's artifacts."""
         mlflow.log_artifacts(str(folder), run_id=self.run_id)
+
+    def last_step(self, name: str) -> int:
+        """Return the last step at which a metric was logged, 0 where it never was."""
+        return max((each.step for each in mlflow.MlflowClient().get_metric_history(self.run_id, name)), default=0)
 
     def metrics(self) -> dict[str, float]:
         """Return the last value of each metric."""
@@ -178,13 +184,17 @@ class TrackedRun:
 
 
 @contextmanager
-def start_run(name: str, experiment_id: str, tags: Mapping[str, str], parent: str = "") -> Iterator[TrackedRun]:
+def start_run(
+    name: str, experiment_id: str, tags: Mapping[str, str], parent: str = "", continues: str = ""
+) -> Iterator[TrackedRun]:
     """Open a run, a child of `parent` where that is given, and end it FINISHED, FAILED or KILLED.
 
-    A run without a parent adopts the one that `mlflow run` made.
+    With `continues`, the run of that id is opened again. A run without a parent adopts the one that `mlflow run` made.
     """
     with _ending():
-        if parent:
+        if continues:
+            active = mlflow.start_run(continues, nested=True)
+        elif parent:
             active = mlflow.start_run(experiment_id=experiment_id, run_name=name, nested=True, parent_run_id=parent)
         elif os.environ.get("MLFLOW_RUN_ID"):
             active = mlflow.start_run()
@@ -192,7 +202,7 @@ def start_run(name: str, experiment_id: str, tags: Mapping[str, str], parent: st
         else:
             active = mlflow.start_run(experiment_id=experiment_id, run_name=name)
         run = TrackedRun(active.info.run_id, active.info.experiment_id)
-        run.set_tags(dict(tags) | {"effv2.pid": str(os.getpid())})
+        run.set_tags(dict(tags) | {"effv2.pid": str(os.getpid()), PROCESS: this_process()})
         yield run
 
 

@@ -12,16 +12,18 @@ import pickle
 import re
 import shutil
 import time
-from collections.abc import Callable, Mapping
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from effv2.errors import InputError
+from effv2.errors import InputError, Terminated
 from effv2.provenance import sha256_of_file
+from effv2.training.saving import Saving
+from effv2.training.state import TrainState
 
 FORMAT = 1  # raise it when what a state holds changes
 KEPT = 2
@@ -37,6 +39,11 @@ class Checkpoints:
 
     folder: Path
     identity: Mapping[str, str]
+
+    @classmethod
+    def of(cls, run_id: str, saving: Saving, identity: Mapping[str, str]) -> Checkpoints:
+        """Return those of a run, in a folder of its own."""
+        return cls(Path(os.path.expanduser(saving.folder), run_id), identity)  # noqa: PTH111 (never raises)
 
     def write(self, state: Mapping[str, Any], step: int) -> None:
         """Write a checkpoint, then remove all but the last two; OSError leaves those there were."""
@@ -114,6 +121,44 @@ class Pace:
         finally:
             self._last = self.clock()
             self.cost = self._last - started
+
+
+@dataclass
+class Keeper:
+    """Writes the checkpoints of a training when they are due; a disk that refuses doesn't end the training."""
+
+    checkpoints: Checkpoints
+    pace: Pace
+    state: TrainState
+    remark: Callable[[str], None]
+    _told: bool = False
+
+    def keep(self, epoch_ended: bool) -> None:
+        """Write a checkpoint if one is due."""
+        if self.pace.due(epoch_ended):
+            self.write()
+
+    @contextmanager
+    def last_one_on_the_way_out(self) -> Iterator[None]:
+        """Write a checkpoint when the training is told to end."""
+        try:
+            yield
+        except (KeyboardInterrupt, Terminated):
+            self.write()
+            raise
+
+    def write(self) -> None:
+        """Write a checkpoint; say once if the disk refuses."""
+        step = self.state.progress.step
+        try:
+            self.pace.measure(lambda: self.checkpoints.write(self.state.state_dict(), step))
+        except OSError as error:
+            if not self._told:
+                self.remark(
+                    f"No checkpoint can be written to {self.checkpoints.folder} ({error.strerror or error}): training "
+                    "goes on, the last one that was stays. Free space there."
+                )
+            self._told = True
 
 
 def _read(path: Path) -> dict[str, Any] | None:

@@ -66,6 +66,13 @@ class Training:
                     metrics |= self._evaluate_epoch()
             except torch.OutOfMemoryError as error:
                 raise RunError("The device's memory is full; lower --batch-size or --image-size.") from error
+            self._end_epoch(metrics)
+            yield EpochResult(progress.epoch, metrics)
+
+    def _end_epoch(self, metrics: Metrics) -> None:
+        """Take an epoch's metrics into the state, all at once."""
+        progress = self.state.progress
+        with uninterrupted():
             metrics["time/epoch_seconds"] = metrics["time/train_seconds"] + metrics["time/evaluate_seconds"]
             progress.epoch += 1
             progress.train_seconds += metrics["time/train_seconds"]
@@ -75,7 +82,6 @@ class Training:
             self.state.schedule.after_epoch(progress.epoch, watched)
             if progress.note(watched) and self.dataset.validation is not None:
                 self.state.select()
-            yield EpochResult(progress.epoch, metrics)
 
     def _train_epoch(self, epoch: int) -> Metrics:
         """Make the steps of the epoch that were not made yet."""
