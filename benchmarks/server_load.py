@@ -17,7 +17,7 @@ from typing import Any
 import click
 
 from effv2.config import TrainConfig
-from effv2.tracking.run import start_run
+from effv2.tracking.run import TrackedRun, start_run
 from effv2.tracking.store import open_store
 
 EPOCH_METRICS = 13
@@ -30,7 +30,9 @@ def log_runs(runs: int, epochs: int, results: Any, start: Any) -> None:
     seconds = []
     start.wait()
     for number in range(runs):
-        with start_run(f"run {number}", experiment, {f"tag.{name}": "value" for name in range(20)}) as run:
+        tags = {f"tag.{name}": "value" for name in range(20)}
+        with start_run(f"run {number}", experiment, tags, remark=print) as opened:
+            run = TrackedRun(opened.run_id, experiment)  # past the outbox, to the server
             run.log_params(TrainConfig().flat())
             for epoch in range(1, epochs + 1):
                 began = time.perf_counter()

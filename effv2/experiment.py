@@ -24,7 +24,9 @@ from effv2.errors import InputError
 from effv2.evidence.run_artifacts import argmax_over_all, write_curves, write_predictions
 from effv2.execution.device import Execution, make_execution
 from effv2.serving.export import ServedNetwork, as_base64, output_names, write_served
+from effv2.tracking.outbox import PATIENCE
 from effv2.tracking.read import Identity
+from effv2.tracking.recovery import send
 from effv2.tracking.run import OUTCOME, TrackedRun, start_run
 from effv2.training.checkpoint import Checkpoints, Keeper, Pace
 from effv2.training.evaluate import evaluate, single_image_latency
@@ -94,8 +96,8 @@ class Outcome:
     model_address: str = ""
     pruned: bool = False
 
-    def log_model(self) -> str:
-        """Log the network, with its preprocessing, to the run, reopened if it has ended; return its address."""
+    def log_model(self) -> None:
+        """Log the network, with its preprocessing, to the run, which may have ended."""
         model, data, classes = self.config.model, self.config.data, self.dataset.classes
         outputs = model.outputs or len(classes)
         plain = build_model(model.build_table(), outputs)  # without the paths of the device it was trained on
@@ -103,7 +105,7 @@ class Outcome:
         served = ServedNetwork(plain, len(classes), *normalisation(data.normalise))
         with tempfile.TemporaryDirectory() as name:
             files = write_served(Path(name), served, Square(data.image_size), output_names(classes, outputs))
-            return self.run.log_model(files, _example(self.dataset.test), torch.__version__)
+            self.run.log_model(files, _example(self.dataset.test), torch.__version__)
 
 
 def identity(config: TrainConfig, dataset: Dataset) -> Identity:
@@ -125,10 +127,12 @@ def run_experiment(
     *,
     saving: Saving,
     observer: Observer = Observer(),  # noqa: B008 (it holds nothing)
+    patience: float = PATIENCE,
 ) -> Outcome:
     """Train `config` (resolved: no `auto`) on `dataset` in a run of its own, or go on with the run it left.
 
-    What its last checkpoint holds is not trained again, what was logged is not logged again.
+    What its last checkpoint holds is not trained again, what was logged is not logged again. At the end the tracking
+    store may be away for `patience` seconds: then TrackingAway is raised, and what it lacks waits in the outbox.
     """
     execution = make_execution(config.execution)
     tags = (
@@ -142,13 +146,24 @@ def run_experiment(
         | {f"effv2.machine.{name}": value for name, value in provenance.machine().items()}
     )
     display.run_started(labels.name, config.schedule.epochs)
-    with start_run(labels.name, labels.experiment_id, tags, labels.parent, labels.continues) as run:
+    if labels.continues:
+        send(labels.continues, display.remark)
+    with start_run(
+        labels.name,
+        labels.experiment_id,
+        tags,
+        parent=labels.parent,
+        continues=labels.continues,
+        remark=display.remark,
+        patience=patience,
+    ) as run:
         observer.started(run.run_id)
         checkpoints = Checkpoints.of(run.run_id, saving, asdict(identity(config, dataset)))
         state = TrainState.create(config, dataset, execution)
         logged = _go_on(run, state, checkpoints.read(), display) if labels.continues else 0
         if not logged:
             _log_start(run, config, dataset)
+        run.check()
         keeper = Keeper(checkpoints, Pace(60 * saving.minutes), state, display.remark)
         with keeper.last_one_on_the_way_out():
             for result in Training(config, dataset, state, execution, _on_step(display, keeper)):
@@ -161,12 +176,14 @@ def run_experiment(
         state.take_selected()
         summary = _log_end(run, config, dataset, execution, state)
         outcome = Outcome(run, config, dataset, state.evaluated, state.progress.best_accuracy, summary)
-        address = outcome.log_model() if log_model else ""
+        if log_model:
+            outcome.log_model()
         if observer.keeps_weights(outcome.watched_accuracy):
             _keep_weights(outcome)
         run.set_tags({OUTCOME: "complete"})
         checkpoints.remove()
-    return replace(outcome, model_address=address)
+    ended = TrackedRun(run.run_id, run.experiment_id)
+    return replace(outcome, run=ended, model_address=ended.model_address() if log_model else "")
 
 
 def _on_step(display: Display, keeper: Keeper) -> Callable[[int, int], None]:

@@ -11,8 +11,8 @@ from effv2.errors import RunError
 from effv2.studies.engine import run_study
 from effv2.studies.options import StudyOptions
 from effv2.studies.plan import LoadData, LoadedData, Plan
+from effv2.tracking.recovery import open_experiment
 from effv2.tracking.run import run_address
-from effv2.tracking.store import open_store
 
 SHOWN_FAILURES = 5
 
@@ -22,7 +22,7 @@ def run_and_show(make: Callable[[LoadData], Plan], options: StudyOptions) -> Non
     with ConsoleDisplay() as display:
         load = LoadedData(display.decoding)
         plan = make(load)
-        ending = run_study(plan, open_store(options.experiment), options, load, display)
+        ending = run_study(plan, open_experiment(options.experiment, display.remark), options, load, display)
     print_table(ending.table)
     click.echo(run_address(ending.parent.run_id, ending.parent.experiment_id))
     if ending.failed:

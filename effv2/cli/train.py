@@ -51,15 +51,15 @@ def train(study: str, fresh: str, log_model: str, experiment: str, **options: st
     from effv2.execution.device import resolve
     from effv2.experiment import Labels, check, identity, run_experiment
     from effv2.tracking.read import find_ended_early, find_finished
+    from effv2.tracking.recovery import open_experiment
     from effv2.tracking.run import TrackedRun, point_adopted_run_to, run_address
-    from effv2.tracking.store import open_store
 
     name = file.name if file else f"{config.model.variant}, seed {config.random.seed}"
     with ConsoleDisplay() as display:
         config = resolve(config)
         dataset = load_dataset(config.data, display.decoding)
         check(config, dataset)
-        experiment_id = open_store(experiment)
+        experiment_id = open_experiment(experiment, display.remark)
         wanted = identity(config, dataset)
         done = None if over else find_finished(wanted, experiment_id)
         left = None if over else find_ended_early(wanted, experiment_id)

@@ -37,6 +37,7 @@ from PIL import Image
 from effv2.data.images import Bytes, Images, sha256_of
 from effv2.data.preparation import Preparation
 from effv2.errors import InputError
+from effv2.places import cache_folder
 
 FORMAT = 1  # raise it when what a preparation does changes
 ABANDONED_SECONDS = 24 * 3600
@@ -59,12 +60,6 @@ class Decoded:
     pixels: Bytes
     sha256: str
     rgb: NDArray[np.bool_]
-
-
-def cache_folder() -> Path:
-    """Return EFFV2_CACHE, else the user's cache folder."""
-    base = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
-    return Path(os.path.expanduser(os.environ.get("EFFV2_CACHE") or f"{base}/effv2"))  # noqa: PTH111 (never raises)
 
 
 def decode(images: Images, preparation: Preparation, progress: Progress | None = None) -> Decoded:

@@ -11,7 +11,7 @@ from effv2 import provenance
 from effv2.config import ExecutionConfig
 from effv2.errors import RunError
 from effv2.execution.device import make_execution, resolve_device
-from effv2.liveness import is_gone, this_process
+from effv2.liveness import this_process
 from effv2.pretrained.config import PretrainedConfig
 from effv2.pretrained.evaluation import (
     STUDY,
@@ -30,9 +30,11 @@ from effv2.pretrained.measure import is_out_of_memory
 from effv2.pretrained.ranking import Evaluated, Ranking
 from effv2.pretrained.weights import Requested, find_all_weights, load_network
 from effv2.studies.options import LogModel
-from effv2.tracking.read import Identity, find_ended_early, find_finished, find_running_of_study, read_runs
-from effv2.tracking.run import OUTCOME, PROCESS, TrackedRun, open_parent, point_adopted_run_to, run_address, working_on
-from effv2.tracking.store import TrackingError, open_store
+from effv2.tracking.entries import PROCESS
+from effv2.tracking.read import Identity, find_ended_early, find_finished, read_runs
+from effv2.tracking.recovery import open_experiment
+from effv2.tracking.run import OUTCOME, TrackedRun, open_parent, point_adopted_run_to, run_address, working_on
+from effv2.tracking.store import TrackingError
 
 LONGEST_NAME = 200  # characters of a run's name
 
@@ -72,7 +74,7 @@ def evaluate_pretrained(
     for requested, file in zip(requests, files, strict=True):
         load_network(requested, file)  # so that what can't be loaded is known before anything is computed
     entries = [session.entry(requested, file) for requested, file in zip(requests, files, strict=True)]
-    experiment_id = open_store(experiment)
+    experiment_id = open_experiment(experiment, view.remark)
     try:
         ending = _evaluate(session, entries, experiment_id, fresh)
         if ending.ranking is None:
@@ -83,7 +85,6 @@ def evaluate_pretrained(
 
 
 def _evaluate(session: Session, entries: Sequence[Entry], experiment_id: str, fresh: bool) -> Ending:
-    _end_left_open(experiment_id)
     labels = [entry.requested.label for entry in entries]
     deciding = [[entry.identity.config_hash, entry.identity.data_digest] for entry in entries]
     data = short_hash(sorted({entry.identity.data_digest for entry in entries}))
@@ -149,13 +150,6 @@ def _left_behind(identity: Identity, experiment_id: str) -> TrackedRun | None:
     return run
 
 
-def _end_left_open(experiment_id: str) -> None:
-    """End the runs of comparisons whose process was killed and is seen to be gone."""
-    for record in find_running_of_study(experiment_id, STUDY):
-        if is_gone(record.tags.get(PROCESS, "")):
-            TrackedRun(record.run_id, experiment_id).end_left_open()
-
-
 def _new_parent(session: Session, identity: Identity, labels: Sequence[str], experiment_id: str) -> TrackedRun:
     tags = run_tags(identity, session) | {"effv2.variant": ",".join(labels)}
     name = f"{STUDY} {session.images.name}: {', '.join(labels)}"[:LONGEST_NAME]
@@ -183,7 +177,7 @@ def _log_models(session: Session, entries: Sequence[Entry], ranking: Ranking, wh
         if label not in wanted:
             continue
         run = TrackedRun(ranking.networks[label].record.run_id, "")
-        if not run.has_model():
+        if not run.model_address():
             logged[label] = log_network(entry, session.images, run)
     return logged
 

@@ -37,8 +37,9 @@ from effv2.pretrained.measure import (
 from effv2.pretrained.ranking import FULL_BATCH, ONE_IMAGE
 from effv2.pretrained.weights import Requested, WeightsFile, load_network
 from effv2.serving.export import OTHER, ServedNetwork, as_base64, write_served
+from effv2.tracking.entries import PROCESS
 from effv2.tracking.read import Identity
-from effv2.tracking.run import OUTCOME, PROCESS, TrackedRun, start_run
+from effv2.tracking.run import OUTCOME, TrackedRun, start_run
 
 STUDY = "evaluate-pretrained"
 FULL_BATCH_IMAGES = 128
@@ -113,11 +114,13 @@ def evaluate_one(session: Session, entry: Entry, parent: TrackedRun) -> str:
     """Evaluate a network in a run of its own; return the run's id."""
     requested, images = entry.requested, session.images
     tags = run_tags(entry.identity, session) | {"effv2.variant": requested.network}
-    with start_run(requested.label, parent.experiment_id, tags, parent.run_id) as run:
+    remark = session.view.remark
+    with start_run(requested.label, parent.experiment_id, tags, parent=parent.run_id, remark=remark) as run:
         run.log_params(session.config.flat() | _params(entry))
         run.log_git(provenance.git_state())
         digest = entry.identity.data_digest
         run.log_dataset(images.name, "test", digest, images.location, images.profile())
+        run.check()
         network, figures = _prepare(session, entry, run)
         run.log_metrics(figures)
         logits, figures = _evaluate(session, entry, network)
@@ -216,7 +219,8 @@ def log_network(entry: Entry, images: EvaluationImages, run: TrackedRun) -> str:
     served = ServedNetwork(module, len(class_names()), *requested.normalisation)
     with tempfile.TemporaryDirectory() as folder:
         files = write_served(Path(folder), served, requested.preparation, class_names())
-        return run.log_model(files, as_base64(images.part.images.open(0)), torch.__version__)
+        run.log_model(files, as_base64(images.part.images.open(0)), torch.__version__)
+    return run.model_address()
 
 
 def _predictions(images: EvaluationImages, logits: torch.Tensor, members: np.ndarray) -> Predictions:

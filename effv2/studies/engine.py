@@ -179,7 +179,7 @@ def _publish(session: Session, queue: Queue, load: LoadData, view: View) -> Endi
             plan.publish(trials, session.parent, session.log_model, load)
             storage.optuna.set_study_user_attr(queue.study_id, PUBLISHED, stands)
             if session.log_model == "all":
-                without = [each for each in run_ids(trials).values() if not TrackedRun(each, "").has_model()]
+                without = [each for each in run_ids(trials).values() if not TrackedRun(each, "").model_address()]
                 if without:
                     view.remark(
                         f"{len(without)} runs were finished before without a model; --fresh repeats them with it."

@@ -97,7 +97,7 @@ class Grid:
         if best is not None:
             config = self.arms[best.params["arm"]].with_seed(best.params["seed"])
             run = TrackedRun(best.user_attrs[RUN], parent.experiment_id)
-            if not run.has_model():
+            if not run.model_address():
                 restore(run, config, load(config.data)).log_model()
         discard_weights(trials, parent)
 

@@ -143,7 +143,7 @@ class Search:
         self, run: TrackedRun, config: TrainConfig, parent: TrackedRun, log_model: LogModel, load: LoadData
     ) -> list[str]:
         """Evaluate a run on the test set unless that was done before; return all runs that ever were."""
-        wants_model = log_model == "best" and not run.has_model()
+        wants_model = log_model == "best" and not run.model_address()
         known = run.metrics()
         if wants_model or TEST not in known:
             outcome = restore(run, config, load(config.data))

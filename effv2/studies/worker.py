@@ -25,7 +25,9 @@ from effv2.studies.plan import LoadData, LoadedData, best_of
 from effv2.studies.queue import RUN, Claim, Queue
 from effv2.studies.session import Session
 from effv2.studies.storage import OUTAGE_SECONDS, Storage, StorageAway, hurry, reopen_storage
+from effv2.tracking.outbox import TrackingAway
 from effv2.tracking.read import Identity, RunRecord, find_finished, read_runs
+from effv2.tracking.recovery import send
 from effv2.tracking.run import OUTCOME, TrackedRun, find_run
 from effv2.tracking.store import answers, shown_uri, use_store, wait_until_it_answers
 from effv2.training.loop import EpochResult, watched_accuracy
@@ -48,7 +50,8 @@ class SilentDisplay:
         """Show nothing."""
 
     def remark(self, text: str) -> None:
-        """Show nothing."""
+        """Say it past the display of the process that started this one."""
+        print(text, file=sys.stderr)
 
 
 class TrialObserver(Observer):
@@ -116,6 +119,9 @@ class Worker:
                 raise
             except Abandoned:
                 pass
+            except TrackingAway as error:
+                self.queue.release()
+                raise StorageAway(str(error)) from error
             except RunError as error:
                 self.queue.fail(claim, str(error), final=isinstance(error, Diverged))
             except Exception as error:  # a fault of ours or of a library costs one run, not the study
@@ -157,7 +163,14 @@ class Worker:
         log_model = session.log_model == "all"
         try:
             outcome = run_experiment(
-                planned.config, dataset, labels, self.display, log_model, saving=session.saving, observer=observer
+                planned.config,
+                dataset,
+                labels,
+                self.display,
+                log_model,
+                saving=session.saving,
+                observer=observer,
+                patience=OUTAGE_SECONDS,
             )
         except Diverged:
             if not plan.samples:
@@ -183,6 +196,8 @@ class Worker:
         An earlier attempt that its process left open is marked as killed.
         """
         session = self.session
+        if claim.previous_run:
+            send(claim.previous_run, self.display.remark)
         for record in read_runs(filter(None, [claim.previous_run]), []):
             complete = TrackedRun(record.run_id, session.experiment_id).end_left_open()
             if record.status == "FINISHED" or complete:

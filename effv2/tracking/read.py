@@ -53,11 +53,6 @@ def find_ended_early(identity: Identity, experiment_id: str) -> RunRecord | None
     return next((_record(run, {}) for run in found if run.info.status in ("FAILED", "KILLED")), None)
 
 
-def find_running_of_study(experiment_id: str, study: str) -> list[RunRecord]:
-    """Return the runs of that name of study that are marked as running."""
-    return [_record(run, {}) for run in _find({"effv2.study": study}, experiment_id, "attributes.status = 'RUNNING'")]
-
-
 def find_running(experiment_id: str, parent: str) -> list[RunRecord]:
     """Return a run's children that are marked as running."""
     condition = f"attributes.status = 'RUNNING' and tags.`mlflow.parentRunId` = '{parent}'"

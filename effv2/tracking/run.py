@@ -5,50 +5,61 @@ from __future__ import annotations
 import json
 import os
 import re
-import warnings
-from collections.abc import Iterator, Mapping
+import shutil
+import tempfile
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 import mlflow
-from mlflow.entities import Dataset as TrackedDataset
-from mlflow.entities import DatasetInput, InputTag, RunInfo, RunTag
+from mlflow.entities import RunInfo
 from mlflow.exceptions import MlflowException
-from mlflow.store.artifact.artifact_repository_registry import get_artifact_repository
 from mlflow.tracking.context.registry import resolve_tags
+from mlflow.tracking.fluent import _active_run_stack
 
-from effv2.errors import Abandoned, Terminated
+from effv2.errors import Abandoned, RunError, Terminated
 from effv2.liveness import this_process
 from effv2.provenance import GitState
-from effv2.serving import image_classifier_path
+from effv2.tracking import entries
+from effv2.tracking.entries import LONGEST_TAG, PROCESS, Entry, deliver
+from effv2.tracking.outbox import PATIENCE, Outbox
 from effv2.tracking.store import TRACKING_ERRORS, impatient, shown_uri
 
 OUTCOME = "effv2.outcome"  # tag: complete, pruned or failed
-PROCESS = "effv2.process"  # tag: the process that works on the run
 NOTE = "mlflow.note.content"  # the tag that the UI shows as the run's description
-LONGEST_TAG = 8_000  # characters; MLflow cuts longer ones
+EARLY_PATIENCE = 3.0  # seconds that a run which ends early waits for the store
 GENERATED_NAME = re.compile(r"[a-z]+-[a-z]+-\d+")  # what MLflow calls a run that nobody named
 
 
 class TrackedRun:
-    """Writes to one open run."""
+    """Writes to one run: at once, or through the outbox of the run that this process has open."""
 
-    def __init__(self, run_id: str, experiment_id: str) -> None:
-        self.run_id, self.experiment_id = run_id, experiment_id
+    def __init__(self, run_id: str, experiment_id: str, outbox: Outbox | None = None) -> None:
+        self.run_id, self.experiment_id, self._outbox = run_id, experiment_id, outbox
+
+    def _write(self, entry: Entry) -> None:
+        if self._outbox is None:
+            deliver(self.run_id, [entry])
+        else:
+            self._outbox.put(entry)
+
+    def check(self) -> None:
+        """Wait until the store has all that was written so far; RunError if it doesn't take it."""
+        if self._outbox is not None:
+            self._outbox.check()
 
     def log_params(self, params: Mapping[str, Any]) -> None:
         """Log parameters under dotted names, which never collide with those that `mlflow run` logs."""
-        mlflow.log_params(dict(params), run_id=self.run_id)
+        self._write(entries.params(params))
 
     def log_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> None:
-        """Log metrics in one call, at `step` where they belong to an epoch."""
-        mlflow.log_metrics(dict(metrics), step=step, run_id=self.run_id)
+        """Log metrics, at `step` where they belong to an epoch."""
+        self._write(entries.metrics(metrics, step))
 
     def set_tags(self, tags: Mapping[str, str]) -> None:
         """Set tags in one call."""
-        entities = [RunTag(name, value[:LONGEST_TAG]) for name, value in tags.items()]
-        mlflow.MlflowClient().log_batch(self.run_id, tags=entities)
+        self._write(entries.tags(tags))
 
     def describe(self, markdown: str) -> None:
         """Set the description that the UI shows, cut at the last line that fits."""
@@ -58,16 +69,9 @@ class TrackedRun:
 
     def log_dataset(self, name: str, context: str, digest: str, location: str, profile: Mapping[str, Any]) -> None:
         """Record a data set that the run used as `context` (train, validation or test)."""
-        dataset = TrackedDataset(
-            name=name,
-            digest=digest,
-            source_type="local",
-            source=json.dumps({"uri": location}),
-            schema=None,
-            profile=json.dumps(dict(profile)),
-        )
-        tag = InputTag("mlflow.data.context", context)
-        mlflow.MlflowClient().log_inputs(self.run_id, [DatasetInput(dataset, [tag])])
+        source, about = json.dumps({"uri": location}), json.dumps(dict(profile))
+        content = {"name": name, "digest": digest, "source": source, "profile": about, "context": context}
+        self._write(Entry("dataset", content))
 
     def log_git(self, state: GitState | None) -> None:
         """Record commit and dirty flag as tags, the uncommitted changes as an artifact."""
@@ -79,11 +83,26 @@ class TrackedRun:
 
     def log_text(self, text: str, name: str) -> None:
         """Store a text as an artifact."""
-        mlflow.log_text(text, name, run_id=self.run_id)
+        with tempfile.TemporaryDirectory() as folder:
+            path = Path(folder, name)
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text(text, encoding="utf-8")
+            self.log_folder(Path(folder))
 
     def log_folder(self, folder: Path) -> None:
         """Upload everything in `folder` as the run's artifacts."""
-        mlflow.log_artifacts(str(folder), run_id=self.run_id)
+        self._write(Entry("artifacts", {}, folder))
+
+    def log_file(self, path: Path, place: str) -> None:
+        """Upload a file as an artifact in the folder `place`."""
+        with tempfile.TemporaryDirectory(dir=path.parent, prefix=".") as folder:  # so that a link will do
+            target = Path(folder, place, path.name)
+            target.parent.mkdir(parents=True)
+            try:
+                target.hardlink_to(path)
+            except OSError:
+                shutil.copyfile(path, target)
+            self.log_folder(Path(folder))
 
     def last_step(self, name: str) -> int:
         """Return the last step at which a metric was logged, 0 where it never was."""
@@ -104,10 +123,7 @@ class TrackedRun:
 
     def discard(self, name: str) -> None:
         """Delete an artifact where there is one and the store lets us."""
-        client = mlflow.MlflowClient()
-        if name in {file.path for file in client.list_artifacts(self.run_id)}:
-            with suppress(MlflowException, NotImplementedError, OSError):
-                get_artifact_repository(client.get_run(self.run_id).info.artifact_uri).delete_artifacts(name)  # type: ignore[no-untyped-call]
+        self._write(Entry("discard", {"name": name}))
 
     def set_status(self, status: str) -> None:
         """Set the status of a run that isn't open in this process: RUNNING, FINISHED, FAILED or KILLED.
@@ -138,60 +154,40 @@ class TrackedRun:
         """Return a tag, empty where it isn't set."""
         return str(mlflow.MlflowClient().get_run(self.run_id).data.tags.get(name, ""))
 
-    def has_model(self) -> bool:
-        """Say whether a model was logged."""
-        outputs = mlflow.MlflowClient().get_run(self.run_id).outputs
-        return bool(outputs and outputs.model_outputs)
+    def model_address(self) -> str:
+        """Return the address of the model that was logged, empty where there is none."""
+        return entries.model_address(self.run_id)
 
-    def log_model(self, files: Mapping[str, Path], example: str, torch_version: str) -> str:
-        """Log the served model: image in, class names and probabilities out, no pickle; return its address.
+    def log_model(self, files: Mapping[str, Path], example: str, torch_version: str) -> None:
+        """Log the served model: image in, class names and probabilities out, no pickle. The run may have ended.
 
-        Opens the run again where it has ended. `files` are the artifacts that the serving file names, `example` is
-        a base64 image. The requirements are given, since inferring them takes MLflow several seconds.
+        `files`, all in one folder, are the artifacts that the serving file names, `example` is a base64 image.
         """
-        # MLflow remarks, past every filter, that the model's inputs are of any type; they are so on purpose.
-        with warnings.catch_warnings(record=True), self._open():
-            from mlflow import pyfunc
-
-            logged = pyfunc.log_model(
-                name="model",
-                python_model=str(image_classifier_path()),
-                artifacts={name: str(path) for name, path in files.items()},
-                input_example=[example],
-                pip_requirements=[
-                    f"mlflow=={mlflow.__version__}",
-                    f"torch=={torch_version.partition('+')[0]}",
-                    "numpy>=2.0",
-                    "pillow>=11",
-                ],
-            )
-        return f"models:/{logged.model_id}"
-
-    @contextmanager
-    def _open(self) -> Iterator[None]:
-        """Make this the active run, reopening it where it has ended: it keeps its status, whatever happens inside."""
-        active = mlflow.active_run()
-        if active is not None and active.info.run_id == self.run_id:
-            yield
-            return
-        self.end_left_open()
-        status = mlflow.MlflowClient().get_run(self.run_id).info.status
-        mlflow.start_run(self.run_id, nested=True)
-        try:
-            yield
-        finally:
-            mlflow.end_run(status)
+        (folder,) = {path.parent for path in files.values()}
+        names = {name: path.name for name, path in files.items()}
+        self._write(Entry("model", {"files": names, "example": example, "torch_version": torch_version}, folder))
 
 
 @contextmanager
 def start_run(
-    name: str, experiment_id: str, tags: Mapping[str, str], parent: str = "", continues: str = ""
+    name: str,
+    experiment_id: str,
+    tags: Mapping[str, str],
+    *,
+    parent: str = "",
+    continues: str = "",
+    remark: Callable[[str], None],
+    patience: float = PATIENCE,
 ) -> Iterator[TrackedRun]:
     """Open a run, a child of `parent` where that is given, and end it FINISHED, FAILED or KILLED.
 
     With `continues`, the run of that id is opened again. A run without a parent adopts the one that `mlflow run` made.
+    What the run writes goes through its outbox. The end waits `patience` seconds for a store that is away: then
+    TrackingAway is raised. RunError if the store refuses something for good.
     """
-    with _ending():
+    outer = mlflow.active_run()
+    outbox: Outbox | None = None
+    try:
         if continues:
             active = mlflow.start_run(continues, nested=True)
         elif parent:
@@ -201,9 +197,37 @@ def start_run(
             _name_adopted(active.info, name)
         else:
             active = mlflow.start_run(experiment_id=experiment_id, run_name=name)
-        run = TrackedRun(active.info.run_id, active.info.experiment_id)
+        outbox = Outbox(active.info.run_id, remark, patience)
+        run = TrackedRun(active.info.run_id, active.info.experiment_id, outbox)
         run.set_tags(dict(tags) | {"effv2.pid": str(os.getpid()), PROCESS: this_process()})
         yield run
+    except BaseException as error:
+        if _opened(outer):
+            with suppress(*TRACKING_ERRORS, RunError):  # a store that is away must not hide why the run ends
+                _end(outbox, status_after(error), error, EARLY_PATIENCE)
+        raise
+    _end(outbox, "FINISHED", None, patience)
+
+
+def _end(outbox: Outbox | None, status: str, error: BaseException | None, patience: float) -> None:
+    """End the active run: through its outbox, if it came that far, so that its status is the last that arrives."""
+    try:
+        if outbox is not None:
+            if status == "FAILED":
+                outbox.put(entries.tags({"effv2.error": f"{type(error).__name__}: {error}", OUTCOME: "failed"}))
+            outbox.put(Entry("status", {"status": status, "end_time": entries.milliseconds()}))
+            outbox.close(patience)
+        with impatient():
+            mlflow.end_run(status)
+    except BaseException:
+        _forget_active_run()
+        raise
+
+
+def _forget_active_run() -> None:
+    """Take the run off MLflow's stack without asking the store, which may take its time to be away."""
+    if stack := _active_run_stack.get():  # type: ignore[no-untyped-call]
+        stack.pop()
 
 
 def open_parent(name: str, experiment_id: str, tags: Mapping[str, str]) -> TrackedRun:
@@ -264,29 +288,6 @@ def _name_adopted(info: RunInfo, name: str) -> None:
     """Name a run that `mlflow run` made, unless the user did."""
     if GENERATED_NAME.fullmatch(info.run_name or ""):
         mlflow.MlflowClient().set_tag(info.run_id, "mlflow.runName", name)
-
-
-@contextmanager
-def _ending() -> Iterator[None]:
-    """End the run that is opened inside with the status that the way out of the block deserves."""
-    outer = mlflow.active_run()
-    status = "FINISHED"
-    try:
-        yield
-    except BaseException as error:
-        status = status_after(error)
-        if status == "FAILED" and _opened(outer):
-            with impatient(), suppress(*TRACKING_ERRORS):
-                said = f"{type(error).__name__}: {error}"[:LONGEST_TAG]
-                mlflow.set_tags({"effv2.error": said, OUTCOME: "failed"})
-        raise
-    finally:
-        if _opened(outer):
-            if status == "FINISHED":
-                mlflow.end_run(status)
-            else:  # a store that is away must not hide why the run ends
-                with impatient(), suppress(*TRACKING_ERRORS):
-                    mlflow.end_run(status)
 
 
 def _opened(outer: mlflow.ActiveRun | None) -> bool:

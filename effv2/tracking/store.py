@@ -97,6 +97,21 @@ def shown_uri() -> str:
     return _without_password(mlflow.get_tracking_uri())
 
 
+def store_name() -> str:
+    """Name the tracking store, the same from every working folder, without a password in it."""
+    uri = mlflow.get_tracking_uri()
+    if uri.startswith("sqlite:") and (file := make_url(uri).database):
+        return f"sqlite:///{Path(file).resolve()}"
+    return _without_password(uri)
+
+
+def reason(error: BaseException) -> str:
+    """Return why the store failed, in a few words."""
+    if "Max retries exceeded" in str(error):
+        return "no connection"
+    return _without_password(" ".join(str(error).split()))[:200].rstrip(".") or type(error).__name__
+
+
 def _without_password(text: str) -> str:
     return re.sub(r"(://[^/@:\s]*):[^@\s]*@", r"\1:***@", text)
 
@@ -145,15 +160,12 @@ def _explain(error: Exception, experiment: str) -> str:
             f"MLFLOW_TRACKING_URI {uri}: MLflow keeps runs in plain files only where MLFLOW_ALLOW_FILE_STORE=true is "
             "set; set it, or use sqlite:///mlflow.db."
         )
-    reason = _without_password(" ".join(str(error).split()))[:200].rstrip(".") or type(error).__name__
-    if "Max retries exceeded" in str(error):
-        reason = "no connection"
     if "unsupported URI" in str(error):
         return f"MLFLOW_TRACKING_URI {uri}: no such kind of store; use sqlite:///FILE, http://HOST:PORT or a database."
     code = getattr(error, "error_code", "")
     if code == "RESOURCE_DOES_NOT_EXIST" or (code == "INVALID_PARAMETER_VALUE" and experiment):
-        return f"--experiment {experiment[:80]}: refused ({reason}); correct the option or MLflow's variables."
+        return f"--experiment {experiment[:80]}: refused ({reason(error)}); correct the option or MLflow's variables."
     return (
-        f"MLFLOW_TRACKING_URI {uri}: the tracking store doesn't answer ({reason}); start the server or correct the "
-        "address."
+        f"MLFLOW_TRACKING_URI {uri}: the tracking store doesn't answer ({reason(error)}); start the server or correct "
+        "the address."
     )

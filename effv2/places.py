@@ -1,0 +1,17 @@
+"""Folders that outlive a command."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+
+def cache_folder() -> Path:
+    """Return EFFV2_CACHE, else the user's cache folder."""
+    base = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
+    return Path(os.path.expanduser(os.environ.get("EFFV2_CACHE") or f"{base}/effv2"))  # noqa: PTH111 (never raises)
+
+
+def outbox_folder() -> Path:
+    """Return where runs keep what the tracking store doesn't have yet."""
+    return cache_folder() / "outbox"

@@ -1,0 +1,181 @@
+"""What is written to a run, as plain data, and how the tracking store takes it."""
+
+from __future__ import annotations
+
+import time
+import warnings
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from itertools import groupby
+from pathlib import Path
+from typing import Any
+
+import mlflow
+from mlflow.entities import Dataset, DatasetInput, InputTag, LoggedModelStatus, Metric, Param, RunTag
+from mlflow.exceptions import MlflowException
+from mlflow.store.artifact.artifact_repository_registry import get_artifact_repository
+
+from effv2.serving import image_classifier_path
+
+VALUES = ("params", "metrics", "tags")  # kinds of which MLflow takes many in one call
+MOST_IN_A_CALL = {"params": 100, "metrics": 900, "tags": 100}  # the server refuses more
+PROCESS = "effv2.process"  # tag: the process that works on the run
+LONGEST_TAG = 8_000  # characters; MLflow cuts longer ones
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One thing written to a run.
+
+    `kind` is params, metrics, tags, dataset, artifacts, discard, model or status;
+    `content` is plain data that JSON holds;
+    `folder` has the files of artifacts and of a model.
+    """
+
+    kind: str
+    content: Mapping[str, Any]
+    folder: Path | None = None
+
+
+def params(values: Mapping[str, Any]) -> Entry:
+    """Return parameters; their values are kept as text, as MLflow keeps them."""
+    return Entry("params", {"values": {name: str(value) for name, value in values.items()}})
+
+
+def metrics(values: Mapping[str, float], step: int | None) -> Entry:
+    """Return metrics of one moment, at `step` where they belong to an epoch."""
+    numbers = {name: float(value) for name, value in values.items()}
+    return Entry("metrics", {"values": numbers, "step": step or 0, "timestamp": milliseconds()})
+
+
+def tags(values: Mapping[str, str]) -> Entry:
+    """Return tags, the longest cut."""
+    return Entry("tags", {"values": {name: value[:LONGEST_TAG] for name, value in values.items()}})
+
+
+def milliseconds() -> int:
+    """Return the time as MLflow counts it."""
+    return int(time.time() * 1000)
+
+
+def deliver(run_id: str, entries: Sequence[Entry], again: bool = False) -> None:
+    """Write entries to a run in their order.
+
+    With `again`, what an earlier attempt may have brought there is not written a second time.
+    """
+    if again:
+        entries = list(_without_known_metrics(run_id, entries))
+    for are_values, group in groupby(entries, key=lambda entry: entry.kind in VALUES):
+        if are_values:
+            _deliver_values(run_id, list(group))
+        else:
+            for entry in group:
+                _deliver_one(run_id, entry, again)
+
+
+def _without_known_metrics(run_id: str, entries: Iterable[Entry]) -> Iterator[Entry]:
+    """Yield the entries without the metrics that the run has: there is one value a metric and step."""
+    client = mlflow.MlflowClient()
+    known: dict[str, set[int]] = {}
+    for entry in entries:
+        if entry.kind != "metrics":
+            yield entry
+            continue
+        missing = {}
+        for name, value in entry.content["values"].items():
+            if name not in known:
+                known[name] = {each.step for each in client.get_metric_history(run_id, name)}
+            if entry.content["step"] not in known[name]:
+                missing[name] = value
+        yield Entry("metrics", {**entry.content, "values": missing})
+
+
+def _deliver_values(run_id: str, entries: Sequence[Entry]) -> None:
+    """Write params, metrics and tags in as few calls as the server's limits allow."""
+    found: dict[str, list[Any]] = {
+        "params": [Param(*item) for item in _merged(entries, "params").items()],
+        "tags": [RunTag(*item) for item in _merged(entries, "tags").items()],
+        "metrics": [
+            Metric(name, value, entry.content["timestamp"], entry.content["step"])
+            for entry in entries
+            if entry.kind == "metrics"
+            for name, value in entry.content["values"].items()
+        ],
+    }
+    client = mlflow.MlflowClient()
+    while any(found.values()):
+        now = {kind: items[: MOST_IN_A_CALL[kind]] for kind, items in found.items()}
+        client.log_batch(run_id, now["metrics"], now["params"], now["tags"])
+        found = {kind: items[MOST_IN_A_CALL[kind] :] for kind, items in found.items()}
+
+
+def _merged(entries: Iterable[Entry], kind: str) -> dict[str, str]:
+    """Return the values of a kind by name: the last one stands."""
+    return {name: value for entry in entries if entry.kind == kind for name, value in entry.content["values"].items()}
+
+
+def _deliver_one(run_id: str, entry: Entry, again: bool) -> None:
+    client, content = mlflow.MlflowClient(), entry.content
+    if entry.kind == "status":
+        client.set_terminated(run_id, content["status"], content["end_time"])
+    elif entry.kind == "dataset":
+        names = ("name", "digest", "source", "profile")
+        dataset = Dataset(source_type="local", **{name: content[name] for name in names})
+        client.log_inputs(run_id, [DatasetInput(dataset, [InputTag("mlflow.data.context", content["context"])])])
+    elif entry.kind == "artifacts" and entry.folder is not None:
+        client.log_artifacts(run_id, str(entry.folder), content.get("place") or None)
+    elif entry.kind == "discard":
+        _discard(run_id, content["name"])
+    elif entry.kind == "model" and entry.folder is not None and not (again and model_address(run_id)):
+        _log_model(run_id, entry.folder, content)
+
+
+def _discard(run_id: str, name: str) -> None:
+    """Delete an artifact where there is one and the store lets us."""
+    client = mlflow.MlflowClient()
+    above = name.rpartition("/")[0] or None
+    if name in {file.path for file in client.list_artifacts(run_id, above)}:
+        with suppress(MlflowException, NotImplementedError, OSError):
+            get_artifact_repository(client.get_run(run_id).info.artifact_uri).delete_artifacts(name)  # type: ignore[no-untyped-call]
+
+
+def model_address(run_id: str) -> str:
+    """Return the address of the model that was logged to a run, empty where none was, or not all of it."""
+    client = mlflow.MlflowClient()
+    outputs = client.get_run(run_id).outputs
+    for each in reversed(outputs.model_outputs if outputs else []):
+        if client.get_logged_model(each.model_id).status == LoggedModelStatus.READY:
+            return f"models:/{each.model_id}"
+    return ""
+
+
+def _log_model(run_id: str, folder: Path, content: Mapping[str, Any]) -> None:
+    """Log the served model: image in, class names and probabilities out, no pickle.
+
+    The requirements are given, since inferring them takes MLflow several seconds.
+    """
+    client = mlflow.MlflowClient()
+    before = client.get_run(run_id).info
+    mlflow.start_run(run_id, nested=True)
+    try:
+        # MLflow remarks, past every filter, that the model's inputs are of any type; they are so on purpose.
+        with warnings.catch_warnings(record=True):
+            from mlflow import pyfunc
+
+            pyfunc.log_model(
+                name="model",
+                python_model=str(image_classifier_path()),
+                artifacts={name: str(folder / file) for name, file in content["files"].items()},
+                input_example=[content["example"]],
+                pip_requirements=[
+                    f"mlflow=={mlflow.__version__}",
+                    f"torch=={content['torch_version'].partition('+')[0]}",
+                    "numpy>=2.0",
+                    "pillow>=11",
+                ],
+            )
+    finally:
+        mlflow.end_run(before.status)
+        if before.end_time:
+            client.set_terminated(run_id, before.status, before.end_time)

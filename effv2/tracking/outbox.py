@@ -1,0 +1,182 @@
+"""Everything a run writes goes to a local journal first, and from a thread of its own to the tracking store.
+
+Training never waits for the store. What it couldn't deliver is delivered by the next command (`tracking.recovery`).
+"""
+
+from __future__ import annotations
+
+import threading
+from collections import deque
+from collections.abc import Callable
+from contextlib import suppress
+from itertools import islice
+
+from mlflow.exceptions import MlflowException
+
+from effv2.errors import RunError
+from effv2.liveness import this_process
+from effv2.places import outbox_folder
+from effv2.tracking.entries import Entry, deliver
+from effv2.tracking.journal import Journal
+from effv2.tracking.store import TRACKING_ERRORS, WAIT_SECONDS, answers, reason, shown_uri, store_name
+
+PATIENCE = 120.0  # seconds that the end of a run waits for a store that is away
+MOST_AT_ONCE = 200  # entries
+REFUSALS = ("INVALID_PARAMETER_VALUE", "BAD_REQUEST", "RESOURCE_DOES_NOT_EXIST")  # a run that was deleted among them
+Remark = Callable[[str], None]
+
+
+class TrackingAway(RunError):
+    """The tracking store was away for longer than a run waits at its end; what it lacks is in the outbox."""
+
+
+class Outbox:
+    """Delivers the entries of one run, in order, each once.
+
+    `patience` is how many seconds the end of a run waits for a store that is away. `put` raises RunError where the
+    store has refused an entry for good.
+    """
+
+    def __init__(self, run_id: str, remark: Remark, patience: float) -> None:
+        self.run_id, self.patience, self._remark = run_id, patience, remark
+        self.folder = outbox_folder() / run_id
+        self._waiting: deque[Entry] = deque()
+        self._changed = threading.Condition()
+        self._trouble: Exception | None = None  # why the last attempt failed
+        self._refused: Exception | None = None
+        self._closing = False
+        self._told_of_disk = False
+        self._journal = self._open_journal()
+        self._thread = threading.Thread(target=self._deliver_all, name=f"outbox {run_id}", daemon=True)
+        self._thread.start()
+
+    def put(self, entry: Entry) -> None:
+        """Write an entry to the journal; it is delivered soon."""
+        with self._changed:
+            if self._refused is not None:
+                raise RunError(f"The tracking store refused what the run logged: {reason(self._refused)}.")
+            kept = self._keep(entry)
+            if kept is not None:
+                self._waiting.append(kept)
+                self._changed.notify_all()
+                return
+        # The disk is full: what has files can't wait for the thread, since they are gone when this returns.
+        if not self._wait(self.patience):
+            raise self._away()
+        deliver(self.run_id, [entry])
+
+    def check(self) -> None:
+        """Wait until everything is delivered; RunError at the first failure: before a training begins."""
+        with self._changed:
+            self._changed.wait_for(lambda: not self._waiting or self._trouble or self._refused)
+            trouble = self._refused or (self._trouble if self._waiting else None)
+        if trouble is not None:
+            raise RunError(
+                f"The tracking store {shown_uri()} doesn't take what the run logs ({reason(trouble)}); mend it and "
+                "give the same command again."
+            ) from trouble
+
+    def close(self, patience: float) -> None:
+        """Deliver the rest and let go of the journal; TrackingAway if the store is away for so many seconds."""
+        try:
+            delivered = self._wait(patience)
+        finally:
+            with self._changed:
+                self._closing = True
+                self._changed.notify_all()
+        if delivered:
+            self._thread.join()
+            if self._journal is not None:
+                self._journal.remove()
+            return
+        if self._journal is not None:
+            self._journal.close()
+        raise self._away()
+
+    def _wait(self, seconds: float) -> bool:
+        """Wait for so long at most until everything is delivered; say whether it is."""
+        with self._changed:
+            self._changed.wait_for(lambda: not self._waiting or self._refused, seconds)
+            if self._refused is not None:
+                raise RunError(f"The tracking store refused what the run logged: {reason(self._refused)}.")
+            return not self._waiting
+
+    def _away(self) -> TrackingAway:
+        what = f"The tracking store {shown_uri()} is away: {len(self._waiting)} entries of the run {self.run_id}"
+        if self._journal is None:
+            return TrackingAway(f"{what} are lost, since the disk was full too; give the same command again.")
+        return TrackingAway(f"{what} wait in {self.folder}; the next command sends them, or `effv2 sync`.")
+
+    def _open_journal(self) -> Journal | None:
+        try:
+            return Journal.create(self.folder, {"store": store_name(), "process": this_process()})
+        except OSError as error:
+            self._tell_of_disk(error)
+            return None
+
+    def _keep(self, entry: Entry) -> Entry | None:
+        """Return the entry as it can wait; None where the disk has no room for its files."""
+        if self._journal is not None:
+            try:
+                return self._journal.append(entry)
+            except OSError as error:
+                self._tell_of_disk(error)
+        return entry if entry.folder is None else None
+
+    def _tell_of_disk(self, error: OSError) -> None:
+        if not self._told_of_disk:
+            self._remark(
+                f"The outbox {self.folder} can't be written ({error.strerror or error}): what is logged would not "
+                "survive a kill while the tracking store is away. Free space there."
+            )
+        self._told_of_disk = True
+
+    def _deliver_all(self) -> None:
+        """Deliver what comes until the outbox is closed. Runs in the thread."""
+        while True:
+            with self._changed:
+                self._changed.wait_for(lambda: self._waiting or self._closing)
+                if self._closing:  # all is delivered, or nobody waits any longer
+                    return
+                batch = list(islice(self._waiting, MOST_AT_ONCE))
+            delivered = self._try(batch)
+            if delivered and self._journal is not None:
+                self._journal.delivered(batch)
+            with self._changed:
+                for _ in batch if delivered else []:
+                    self._waiting.popleft()
+                self._changed.notify_all()
+                if self._refused is not None:
+                    return
+                if not delivered:
+                    self._changed.wait_for(lambda: self._closing, WAIT_SECONDS)
+
+    def _try(self, batch: list[Entry]) -> bool:
+        """Deliver a batch; note why that failed, and tell of an outage at its begin and its end."""
+        try:
+            if self._trouble is not None and not answers():
+                return False
+            deliver(self.run_id, batch, again=self._trouble is not None)
+        except Exception as error:
+            if not isinstance(error, TRACKING_ERRORS) or _is_final(error):
+                self._refused = error
+            elif self._trouble is None:
+                self._say(
+                    f"The tracking store {shown_uri()} is away ({reason(error)}): the run goes on, what it logs waits "
+                    f"in {self.folder}."
+                )
+            self._trouble = error
+            return False
+        if self._trouble is not None:
+            self._say(f"The tracking store {shown_uri()} is back.")
+        self._trouble = None
+        return True
+
+    def _say(self, text: str) -> None:
+        with suppress(Exception):  # a terminal that was closed must not end the thread
+            self._remark(text)
+
+
+def _is_final(error: Exception) -> bool:
+    """Say whether the store understood and refused: trying again would not help."""
+    return isinstance(error, MlflowException) and error.error_code in REFUSALS

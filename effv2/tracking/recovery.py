@@ -1,0 +1,94 @@
+"""What dead processes left: entries that the tracking store lacks are sent, runs left open are marked KILLED."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import mlflow
+
+from effv2.liveness import is_gone
+from effv2.places import outbox_folder
+from effv2.tracking.entries import PROCESS, Entry, deliver
+from effv2.tracking.journal import Journal
+from effv2.tracking.outbox import MOST_AT_ONCE, REFUSALS
+from effv2.tracking.run import TrackedRun
+from effv2.tracking.store import TRACKING_ERRORS, TrackingError, open_store, reason, store_name
+
+Remark = Callable[[str], None]
+REFUSED = ".refused"  # suffix of a journal that the store wants nothing of
+
+
+def open_experiment(experiment: str, remark: Remark) -> str:
+    """Open the tracking store as `open_store` does, after which nothing is left in it by dead processes."""
+    experiment_id = open_store(experiment)
+    send_all(remark)
+    for run in mlflow.MlflowClient().search_runs([experiment_id], "attributes.status = 'RUNNING'"):
+        if is_gone(run.data.tags.get(PROCESS, "")):
+            TrackedRun(run.info.run_id, experiment_id).end_left_open()
+    return experiment_id
+
+
+@dataclass
+class Sent:
+    """How many journals were sent, and the stores (without passwords) that others wait for."""
+
+    journals: int = 0
+    waiting: tuple[str, ...] = ()
+
+
+def send_all(remark: Remark) -> Sent:
+    """Send what dead processes on this machine left for the tracking store in use."""
+    sent = Sent()
+    for folder in sorted(outbox_folder().glob("*")):
+        if folder.suffix != REFUSED and (folder / "journal").exists():
+            waiting = send(folder.name, remark)
+            sent = Sent(sent.journals + (not waiting), (*sent.waiting, *([waiting] if waiting else [])))
+    return sent
+
+
+def send(run_id: str, remark: Remark) -> str:
+    """Send the journal that a dead process left of a run; return the store that it still waits for, if it does."""
+    folder = outbox_folder() / run_id
+    journal = Journal.take_over(folder) if (folder / "journal").exists() else None
+    if journal is None:
+        return ""
+    header, entries, damaged = journal.read()
+    store = str(header.get("store", store_name()))
+    if store != store_name():
+        journal.close()
+        return store
+    try:
+        _deliver(run_id, str(header.get("process", "")), entries, journal)
+    except TRACKING_ERRORS as error:
+        journal.close()
+        if isinstance(error, TrackingError) and error.error_code in REFUSALS:
+            refused = folder.rename(_free(folder))
+            remark(f"The tracking store wants nothing of the run {run_id} ({reason(error)}); it is kept in {refused}.")
+            return ""
+        remark(f"What the run {run_id} had logged can't be sent ({reason(error)}); it stays in {folder}.")
+        return store
+    journal.remove()
+    remark(f"Sent what the run {run_id} had logged before its process ended.")
+    if damaged:
+        remark(f"{damaged} of its entries were damaged in {folder} and are left out.")
+    return ""
+
+
+def _deliver(run_id: str, process: str, entries: list[Entry], journal: Journal) -> None:
+    now = mlflow.MlflowClient().get_run(run_id).data.tags.get(PROCESS, "")
+    if process and now and now != process:  # another one went on with the run: what it says of it stands
+        entries = [entry for entry in entries if entry.kind == "metrics"]
+    for begin in range(0, len(entries), MOST_AT_ONCE):
+        some = entries[begin : begin + MOST_AT_ONCE]
+        deliver(run_id, some, again=True)
+        journal.delivered(some)
+
+
+def _free(folder: Path) -> Path:
+    """Return a name for a refused journal that isn't taken."""
+    number = 0
+    while (path := folder.with_name(f"{folder.name}-{number}{REFUSED}")).exists():
+        number += 1
+    return path
