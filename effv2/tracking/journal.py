@@ -135,17 +135,14 @@ def _acquire(folder: Path) -> BaseFileLock | None:
 
 
 def _copy(folder: Path, target: Path) -> None:
-    """Copy a folder of files, without their bytes where the file system can."""
+    """Copy a folder of files; unlike shutil.copytree, OSError says which one and why."""
     for source in sorted(folder.rglob("*")):
         place = target / source.relative_to(folder)
         if source.is_dir():
             place.mkdir(parents=True)
             continue
         place.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            os.link(source, place)
-        except OSError:
-            shutil.copyfile(source, place)
+        shutil.copyfile(source, place)
 
 
 def _checksums(folder: Path) -> dict[str, int]:

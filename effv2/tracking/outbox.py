@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import threading
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from itertools import islice
 
@@ -43,7 +43,8 @@ class Outbox:
         self._waiting: deque[Entry] = deque()
         self._changed = threading.Condition()
         self._trouble: Exception | None = None  # why the last attempt failed
-        self._refused: Exception | None = None
+        self._refusal: Exception | None = None  # the first that was for good
+        self._at_once = MOST_AT_ONCE
         self._closing = False
         self._told_of_disk = False
         self._journal = self._open_journal()
@@ -52,36 +53,45 @@ class Outbox:
 
     def put(self, entry: Entry) -> None:
         """Write an entry to the journal; it is delivered soon."""
+        self._raise_refusal()
         with self._changed:
-            if self._refused is not None:
-                raise RunError(f"The tracking store refused what the run logged: {reason(self._refused)}.")
             kept = self._keep(entry)
             if kept is not None:
                 self._waiting.append(kept)
                 self._changed.notify_all()
                 return
         # The disk is full: what has files can't wait for the thread, since they are gone when this returns.
-        if not self._wait(self.patience):
+        if not self.wait(self.patience):
             raise self._away()
         deliver(self.run_id, [entry])
 
     def check(self) -> None:
         """Wait until everything is delivered; RunError at the first failure: before a training begins."""
         with self._changed:
-            self._changed.wait_for(lambda: not self._waiting or self._trouble or self._refused)
-            trouble = self._refused or (self._trouble if self._waiting else None)
+            self._changed.wait_for(lambda: not self._waiting or self._trouble)
+            trouble = self._refusal or self._trouble
         if trouble is not None:
             raise RunError(
                 f"The tracking store {shown_uri()} doesn't take what the run logs ({reason(trouble)}); mend it and "
                 "give the same command again."
             ) from trouble
 
-    def close(self, patience: float) -> None:
-        """Deliver the rest and let go of the journal; TrackingAway if the store is away for so many seconds."""
-        try:
-            delivered = self._wait(patience)
-        finally:
-            with self._changed:
+    def wait(self, seconds: float) -> bool:
+        """Wait for so long at most until everything is delivered; say whether it is. RunError after a refusal."""
+        with self._changed:
+            self._changed.wait_for(lambda: not self._waiting, seconds)
+            delivered = not self._waiting
+        self._raise_refusal()
+        return delivered
+
+    def close(self, last: Sequence[Entry], patience: float) -> None:
+        """Deliver the last entries and let go of the journal; TrackingAway if that takes more than so many seconds."""
+        with self._changed:
+            self._waiting.extend(filter(None, map(self._keep, last)))
+            self._changed.notify_all()
+            try:
+                delivered = self._changed.wait_for(lambda: not self._waiting, patience)
+            finally:
                 self._closing = True
                 self._changed.notify_all()
         if delivered:
@@ -93,13 +103,9 @@ class Outbox:
             self._journal.close()
         raise self._away()
 
-    def _wait(self, seconds: float) -> bool:
-        """Wait for so long at most until everything is delivered; say whether it is."""
-        with self._changed:
-            self._changed.wait_for(lambda: not self._waiting or self._refused, seconds)
-            if self._refused is not None:
-                raise RunError(f"The tracking store refused what the run logged: {reason(self._refused)}.")
-            return not self._waiting
+    def _raise_refusal(self) -> None:
+        if self._refusal is not None:
+            raise RunError(f"The tracking store refused what the run logged ({reason(self._refusal)}).")
 
     def _away(self) -> TrackingAway:
         what = f"The tracking store {shown_uri()} is away: {len(self._waiting)} entries of the run {self.run_id}"
@@ -138,29 +144,31 @@ class Outbox:
                 self._changed.wait_for(lambda: self._waiting or self._closing)
                 if self._closing:  # all is delivered, or nobody waits any longer
                     return
-                batch = list(islice(self._waiting, MOST_AT_ONCE))
-            delivered = self._try(batch)
-            if delivered and self._journal is not None:
+                batch = list(islice(self._waiting, self._at_once))
+            done = self._try(batch)
+            if done and self._journal is not None:
                 self._journal.delivered(batch)
             with self._changed:
-                for _ in batch if delivered else []:
+                for _ in batch if done else []:
                     self._waiting.popleft()
                 self._changed.notify_all()
-                if self._refused is not None:
-                    return
-                if not delivered:
-                    self._changed.wait_for(lambda: self._closing, WAIT_SECONDS)
+                if not done:
+                    self._changed.wait_for(lambda: self._closing, WAIT_SECONDS if self._trouble else 0)
 
     def _try(self, batch: list[Entry]) -> bool:
-        """Deliver a batch; note why that failed, and tell of an outage at its begin and its end."""
+        """Deliver a batch, say whether it is done with; tell of an outage at its begin and its end."""
         try:
             if self._trouble is not None and not answers():
                 return False
-            deliver(self.run_id, batch, again=self._trouble is not None)
+            deliver(self.run_id, batch, again=self._trouble is not None or self._at_once == 1)
         except Exception as error:
             if not isinstance(error, TRACKING_ERRORS) or _is_final(error):
-                self._refused = error
-            elif self._trouble is None:
+                if len(batch) > 1:  # to find out which of them it is
+                    self._at_once = 1
+                    return False
+                self._refusal = self._refusal or error
+                return True
+            if self._trouble is None:
                 self._say(
                     f"The tracking store {shown_uri()} is away ({reason(error)}): the run goes on, what it logs waits "
                     f"in {self.folder}."

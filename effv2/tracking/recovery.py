@@ -38,22 +38,27 @@ class Sent:
     waiting: tuple[str, ...] = ()
 
 
+def left() -> list[str]:
+    """Return the runs that have a journal here, of dead processes and of living ones."""
+    found = outbox_folder().glob("*/journal")
+    return sorted(path.parent.name for path in found if path.parent.suffix != REFUSED)
+
+
 def send_all(remark: Remark) -> Sent:
     """Send what dead processes on this machine left for the tracking store in use."""
-    sent = Sent()
-    for folder in sorted(outbox_folder().glob("*")):
-        if folder.suffix != REFUSED and (folder / "journal").exists():
-            waiting = send(folder.name, remark)
-            sent = Sent(sent.journals + (not waiting), (*sent.waiting, *([waiting] if waiting else [])))
-    return sent
+    ends = [send(run_id, remark) for run_id in left()]
+    return Sent(ends.count(""), tuple(store for store in ends if store))
 
 
-def send(run_id: str, remark: Remark) -> str:
-    """Send the journal that a dead process left of a run; return the store that it still waits for, if it does."""
+def send(run_id: str, remark: Remark) -> str | None:
+    """Send the journal that a dead process left of a run, and remove it.
+
+    Return the store that it still waits for, an empty text if none; None where there is none, or its process lives.
+    """
     folder = outbox_folder() / run_id
     journal = Journal.take_over(folder) if (folder / "journal").exists() else None
     if journal is None:
-        return ""
+        return None
     header, entries, damaged = journal.read()
     store = str(header.get("store", store_name()))
     if store != store_name():

@@ -201,22 +201,22 @@ def start_run(
         run = TrackedRun(active.info.run_id, active.info.experiment_id, outbox)
         run.set_tags(dict(tags) | {"effv2.pid": str(os.getpid()), PROCESS: this_process()})
         yield run
+        delivered = outbox.wait(patience)
     except BaseException as error:
         if _opened(outer):
             with suppress(*TRACKING_ERRORS, RunError):  # a store that is away must not hide why the run ends
                 _end(outbox, status_after(error), error, EARLY_PATIENCE)
         raise
-    _end(outbox, "FINISHED", None, patience)
+    _end(outbox, "FINISHED", None, patience if delivered else 0)
 
 
 def _end(outbox: Outbox | None, status: str, error: BaseException | None, patience: float) -> None:
     """End the active run: through its outbox, if it came that far, so that its status is the last that arrives."""
     try:
         if outbox is not None:
-            if status == "FAILED":
-                outbox.put(entries.tags({"effv2.error": f"{type(error).__name__}: {error}", OUTCOME: "failed"}))
-            outbox.put(Entry("status", {"status": status, "end_time": entries.milliseconds()}))
-            outbox.close(patience)
+            said = entries.tags({"effv2.error": f"{type(error).__name__}: {error}", OUTCOME: "failed"})
+            ended = Entry("status", {"status": status, "end_time": entries.milliseconds()})
+            outbox.close([said, ended] if status == "FAILED" else [ended], patience)
         with impatient():
             mlflow.end_run(status)
     except BaseException:
