@@ -1,0 +1,110 @@
+"""A run that was killed goes on in the same MLflow run and ends with the numbers of one that was not, to the bit."""
+
+from __future__ import annotations
+
+import random
+import subprocess
+import time
+from pathlib import Path
+
+import mlflow
+import pytest
+import torch
+from click.testing import CliRunner
+from mlflow import MlflowClient
+from mlflow.entities import Run
+
+from effv2.cli.train import train
+from tests.conftest import TINY_TABLE, running
+
+ROOT = Path(__file__).parents[1]
+EVERYTHING = f"""
+name: everything
+config:
+  data: {{image_size: 16, per_class: 30}}
+  augment: {{crop: 2, flip: true, trivial_augment: true, erasing: 0.3, mixup: 0.4, cutmix: 0.5}}
+  model: {{variant: tiny, table: {TINY_TABLE}, dropout: 0.3, stochastic_depth: 0.5}}
+  optimiser: {{batch_size: 20, ema_decay: 0.95, label_smoothing: 0.1}}
+  schedule: {{name: plateau, plateau_patience: 2, epochs: EPOCHS}}
+  execution: {{device: cpu, precision: fp32}}
+"""
+TIMED = ("time/", "throughput/", "inference/")
+
+
+def all_runs(experiment: str) -> list[Run]:
+    found = MlflowClient().get_experiment_by_name(experiment)
+    return list(MlflowClient().search_runs([found.experiment_id])) if found else []
+
+
+def histories(run: Run) -> dict[str, list[tuple[int, float]]]:
+    """Return every value of every metric that isn't a time, in the order of their logging."""
+    names = [name for name in run.data.metrics if not name.startswith(TIMED)]
+    client = MlflowClient()
+    return {name: [(m.step, m.value) for m in client.get_metric_history(run.info.run_id, name)] for name in names}
+
+
+def weights(run: Run) -> dict[str, torch.Tensor]:
+    """Return what the model that a run logged consists of."""
+    assert run.outputs is not None
+    (output,) = run.outputs.model_outputs
+    folder = mlflow.artifacts.download_artifacts(f"models:/{output.model_id}")
+    return dict(torch.export.load(Path(folder, "artifacts", "program.pt2")).state_dict)
+
+
+def predictions(run: Run, folder: Path) -> str:
+    return Path(MlflowClient().download_artifacts(run.info.run_id, "predictions.csv", str(folder))).read_text()
+
+
+def check_equal(run: Run, expected: Run, folder: Path) -> None:
+    assert run.info.status == "FINISHED"
+    assert histories(run) == histories(expected)
+    epochs = [step for step, _ in histories(expected)["train/loss"]]
+    for name in ("time/epoch_seconds", "throughput/train_images_per_second"):
+        assert [each.step for each in MlflowClient().get_metric_history(run.info.run_id, name)] == epochs
+    ours, theirs = weights(run), weights(expected)
+    assert ours.keys() == theirs.keys() and all(torch.equal(ours[name], theirs[name]) for name in ours)
+    (folder / "a").mkdir()
+    (folder / "b").mkdir()
+    assert predictions(run, folder / "a") == predictions(expected, folder / "b")
+
+
+def kill(options: list[str], cache: Path, kills: int, longest: float) -> None:
+    """Kill so many processes, each a random time after it opened the run."""
+    moments = random.Random(0)  # noqa: S311
+    for _ in range(kills):
+        before = journals(cache)
+        with running(ROOT / "entry_points" / "train.py", *options, stderr=subprocess.PIPE) as process:
+            while journals(cache) in ({}, before):
+                assert process.poll() is None, process.communicate()[1]
+                time.sleep(0.01)
+            time.sleep(moments.uniform(0, longest))
+            assert process.poll() is None, process.communicate()[1]
+
+
+def journals(cache: Path) -> dict[Path, int]:
+    return {path: path.stat().st_mtime_ns for path in (cache / "outbox").glob("*/journal")}
+
+
+@pytest.mark.parametrize(
+    ("kills", "epochs"),
+    [
+        pytest.param(2, 30, id="twice"),
+        pytest.param(20, 300, id="twenty times", marks=[pytest.mark.slow, pytest.mark.timeout(1200)]),
+    ],
+)
+def test_kills_change_nothing(
+    sqlite_store: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kills: int, epochs: int
+) -> None:
+    study = tmp_path / "everything.yaml"
+    study.write_text(EVERYTHING.replace("EPOCHS", str(epochs)))
+    assert CliRunner().invoke(train, ["--study", str(study), "--experiment", "whole"]).exit_code == 0
+    (expected,) = all_runs("whole")
+    monkeypatch.setenv("EFFV2_CACHE", str(tmp_path / "cache"))
+    options = ["--study", str(study), "--checkpoint-dir", str(tmp_path / "checkpoints"), "--checkpoint-minutes", "0"]
+    kill(options, tmp_path / "cache", kills, expected.data.metrics["time/total_train_seconds"] / kills)
+    result = CliRunner().invoke(train, options, catch_exceptions=False)
+    assert result.exit_code == 0 and "going on with the run" in result.stderr
+    (run,) = all_runs("Default")
+    check_equal(run, expected, tmp_path)
+    assert not list((tmp_path / "checkpoints").iterdir())
+    assert not list((tmp_path / "cache" / "outbox").iterdir())
