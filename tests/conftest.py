@@ -18,6 +18,7 @@ from PIL import Image
 
 from effv2.config import TrainConfig
 
+ROOT = Path(__file__).parents[1]
 TINY_TABLE = "F 1 3 1 8 8 1 / M 2 3 2 8 16 2"
 OTHER_TINY_TABLE = "M 1 3 1 8 8 1 / M 2 3 2 8 16 1"
 TINY: dict[str, dict[str, Any]] = {

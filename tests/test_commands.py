@@ -26,9 +26,8 @@ from effv2.cli.search import search
 from effv2.cli.train import train
 from effv2.errors import Terminated
 from effv2.signals import ending_signals, uninterrupted
-from tests.conftest import TINY_TABLE, make_image_tree, running
+from tests.conftest import ROOT, TINY_TABLE, make_image_tree, running
 
-ROOT = Path(__file__).parents[1]
 EPOCH_METRICS = {
     "train/loss", "train/accuracy", "test/loss", "test/accuracy", "val/loss", "val/accuracy", "learning_rate",
     "time/epoch_seconds", "time/train_seconds", "time/evaluate_seconds",

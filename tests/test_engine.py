@@ -6,13 +6,12 @@ import csv
 import os
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, closing, contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
@@ -34,9 +33,9 @@ from effv2.liveness import is_gone, this_process
 from effv2.studies import queue as queue_module
 from effv2.studies.queue import ERROR, MOST_LOST, OWNER, SLOT, Queue
 from effv2.studies.storage import Storage, open_storage
-from tests.conftest import OTHER_TINY_TABLE, TINY_TABLE, running
+from tests.conftest import OTHER_TINY_TABLE, ROOT, TINY_TABLE, running
+from tests.servers import Server, free_port
 
-ROOT = Path(__file__).parents[1]
 TWELVE = f"""
 name: twelve
 config:
@@ -259,47 +258,12 @@ class Cluster:
         return f"postgresql://effv2@127.0.0.1:{self.port}/{name}"
 
 
-def free_port() -> int:
-    with closing(socket.socket()) as listener:
-        listener.bind(("127.0.0.1", 0))
-        port: int = listener.getsockname()[1]
-        return port
-
-
-class Server:
-    """An MLflow server on a port of its own."""
-
-    def __init__(self, command: list[str], port: int, log: Path) -> None:
-        self.command, self.port, self.log = command, port, log
-
-    def start(self) -> None:
-        environment = os.environ | {"MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"}
-        with self.log.open("ab") as log:
-            self.process = subprocess.Popen(
-                self.command, stdout=log, stderr=log, env=environment, start_new_session=True
-            )
-        deadline = time.monotonic() + 60
-        while True:
-            assert time.monotonic() < deadline and self.process.poll() is None, self.log.read_text()
-            with suppress(OSError), closing(socket.create_connection(("127.0.0.1", self.port), timeout=1)):
-                return
-            time.sleep(0.2)
-
-    def stop(self) -> None:
-        os.killpg(self.process.pid, signal.SIGKILL)
-        self.process.wait()
-
-
 @pytest.fixture
 def server(cluster: Cluster, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Server]:
     """Start an MLflow server on a PostgreSQL database and point MLflow at it."""
-    port, store = free_port(), cluster.database("mlflow").replace("postgresql:", "postgresql+psycopg:")
-    command = [sys.executable, "-m", "mlflow", "server", "--backend-store-uri", store, "--port", str(port)]
-    command += ["--artifacts-destination", str(tmp_path / "artifacts"), "--workers", "1"]
+    server = Server(cluster.database("mlflow").replace("postgresql:", "postgresql+psycopg:"), tmp_path)
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"http://127.0.0.1:{port}")
-    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "2")  # MLflow gives up on a server soon
-    server = Server(command, port, tmp_path / "server.log")
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", server.uri)
     server.start()
     yield server
     server.stop()

@@ -41,8 +41,8 @@ from effv2.pretrained.measure import scores
 from effv2.pretrained.ranking import Evaluated, Ranking
 from effv2.pretrained.weights import Requested, WeightsFile, find_all_weights, network_names, parse_models
 from effv2.tracking.read import RunRecord
+from tests.conftest import ROOT
 
-ROOT = Path(__file__).parents[1]
 SQUEEZENET = "weights/squeezenet1_1-imagenet-caffe-ndf.pth"
 BOOLEANS = st.lists(st.booleans(), min_size=1, max_size=40)
 

@@ -15,9 +15,8 @@ from mlflow import MlflowClient
 from mlflow.entities import Run
 
 from effv2.cli.train import train
-from tests.conftest import TINY_TABLE, running
+from tests.conftest import ROOT, TINY_TABLE, running
 
-ROOT = Path(__file__).parents[1]
 EVERYTHING = f"""
 name: everything
 config:

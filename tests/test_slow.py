@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from mlflow import MlflowClient
 
-ROOT = Path(__file__).parents[1]
+from tests.conftest import ROOT
 
 
 @pytest.mark.slow

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import mlflow
-from mlflow.entities import Dataset, DatasetInput, InputTag, LoggedModelStatus, Metric, Param, RunTag
+from mlflow.entities import Dataset, DatasetInput, InputTag, LoggedModel, LoggedModelStatus, Metric, Param, RunTag
 from mlflow.exceptions import MlflowException
 from mlflow.store.artifact.artifact_repository_registry import get_artifact_repository
 
@@ -142,12 +142,21 @@ def _discard(run_id: str, name: str) -> None:
 
 def model_address(run_id: str) -> str:
     """Return the address of the model that was logged to a run, empty where none was, or not all of it."""
-    client = mlflow.MlflowClient()
+    ready = [model for model in _models(run_id) if model.status == LoggedModelStatus.READY]
+    return f"models:/{ready[-1].model_id}" if ready else ""
+
+
+def _models(run_id: str) -> list[LoggedModel]:
+    """Return the models of a run that were not deleted."""
+    client, found = mlflow.MlflowClient(), []
     outputs = client.get_run(run_id).outputs
-    for each in reversed(outputs.model_outputs if outputs else []):
-        if client.get_logged_model(each.model_id).status == LoggedModelStatus.READY:
-            return f"models:/{each.model_id}"
-    return ""
+    for each in outputs.model_outputs if outputs else []:
+        try:
+            found.append(client.get_logged_model(each.model_id))
+        except MlflowException as error:
+            if error.error_code != "RESOURCE_DOES_NOT_EXIST":
+                raise
+    return found
 
 
 def _log_model(run_id: str, folder: Path, content: Mapping[str, Any]) -> None:
@@ -156,6 +165,9 @@ def _log_model(run_id: str, folder: Path, content: Mapping[str, Any]) -> None:
     The requirements are given, since inferring them takes MLflow several seconds.
     """
     client = mlflow.MlflowClient()
+    for model in _models(run_id):
+        if model.status == LoggedModelStatus.PENDING:  # an attempt that was cut short
+            client.finalize_logged_model(model.model_id, LoggedModelStatus.FAILED)
     before = client.get_run(run_id).info
     mlflow.start_run(run_id, nested=True)
     try:

@@ -33,11 +33,11 @@ class TrackingAway(RunError):
 class Outbox:
     """Delivers the entries of one run, in order, each once.
 
-    `patience` is how many seconds the end of a run waits for a store that is away. `put` raises RunError where the
-    store has refused an entry for good.
+    `patience` is how many seconds the end of a run waits for a store that is away; `continues` says that another
+    process began the run. `put` raises RunError where the store has refused an entry for good.
     """
 
-    def __init__(self, run_id: str, remark: Remark, patience: float) -> None:
+    def __init__(self, run_id: str, remark: Remark, patience: float, continues: bool = False) -> None:
         self.run_id, self.patience, self._remark = run_id, patience, remark
         self.folder = outbox_folder() / run_id
         self._waiting: deque[Entry] = deque()
@@ -45,6 +45,7 @@ class Outbox:
         self._trouble: Exception | None = None  # why the last attempt failed
         self._refusal: Exception | None = None  # the first that was for good
         self._at_once = MOST_AT_ONCE
+        self._continues = continues
         self._closing = False
         self._told_of_disk = False
         self._journal = self._open_journal()
@@ -160,7 +161,7 @@ class Outbox:
         try:
             if self._trouble is not None and not answers():
                 return False
-            deliver(self.run_id, batch, again=self._trouble is not None or self._at_once == 1)
+            deliver(self.run_id, batch, again=self._may_be_there(batch))
         except Exception as error:
             if not isinstance(error, TRACKING_ERRORS) or _is_final(error):
                 if len(batch) > 1:  # to find out which of them it is
@@ -179,6 +180,12 @@ class Outbox:
             self._say(f"The tracking store {shown_uri()} is back.")
         self._trouble = None
         return True
+
+    def _may_be_there(self, batch: list[Entry]) -> bool:
+        """Say whether an earlier attempt, of this process or of one that it goes on for, may have delivered some."""
+        if self._trouble is not None or self._at_once == 1:
+            return True
+        return self._continues and any(entry.kind == "model" or entry.content.get("step") == 0 for entry in batch)
 
     def _say(self, text: str) -> None:
         with suppress(Exception):  # a terminal that was closed must not end the thread

@@ -197,7 +197,7 @@ def start_run(
             _name_adopted(active.info, name)
         else:
             active = mlflow.start_run(experiment_id=experiment_id, run_name=name)
-        outbox = Outbox(active.info.run_id, remark, patience)
+        outbox = Outbox(active.info.run_id, remark, patience, bool(continues))
         run = TrackedRun(active.info.run_id, active.info.experiment_id, outbox)
         run.set_tags(dict(tags) | {"effv2.pid": str(os.getpid()), PROCESS: this_process()})
         yield run

@@ -1,0 +1,111 @@
+"""A real MLflow server that is away for a while, and trainers that are killed with it: every metric arrives once."""
+
+from __future__ import annotations
+
+import statistics
+import subprocess
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from click.testing import CliRunner
+from mlflow import MlflowClient
+from mlflow.entities import Metric, Run
+
+from effv2.cli.train import train
+from tests.conftest import ROOT, TINY_TABLE, running
+from tests.servers import Server
+
+STUDY = f"""
+name: outage
+config:
+  data: {{image_size: 32, per_class: 60}}
+  model: {{variant: tiny, table: {TINY_TABLE}}}
+  schedule: {{epochs: EPOCHS}}
+  execution: {{device: cpu, precision: fp32}}
+"""
+long = [pytest.mark.slow, pytest.mark.timeout(900)]
+
+
+@pytest.fixture
+def server(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Server]:
+    server = Server(f"sqlite:///{tmp_path / 'server.db'}", tmp_path)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", server.uri)
+    monkeypatch.setenv("EFFV2_CACHE", str(tmp_path / "cache"))
+    server.start()
+    yield server
+    server.stop()
+
+
+def make_study(folder: Path, epochs: int) -> Path:
+    study = folder / "outage.yaml"
+    study.write_text(STUDY.replace("EPOCHS", str(epochs)))
+    return study
+
+
+def only_run() -> Run | None:
+    runs = MlflowClient().search_runs(["0"])
+    assert len(runs) < 2
+    return runs[0] if runs else None
+
+
+def history(name: str) -> list[Metric]:
+    run = only_run()
+    return list(MlflowClient().get_metric_history(run.info.run_id, name)) if run else []
+
+
+def wait_for_epoch(epoch: int, process: subprocess.Popen[str]) -> None:
+    while len(history("train/loss")) < epoch:
+        assert process.poll() is None, process.communicate()[1]
+        time.sleep(0.1)
+
+
+def check_complete(epochs: int) -> None:
+    """Check that every metric of every epoch is there once, and that the run has ended well."""
+    run = only_run()
+    assert run is not None and run.info.status == "FINISHED"
+    of_epochs = [name for name in run.data.metrics if name.startswith(("train/", "test/", "val/", "time/epoch"))]
+    assert len(of_epochs) == 7
+    for name in of_epochs:
+        assert [each.step for each in history(name)] == list(range(1, epochs + 1)), name
+    assert len(history("best/test_accuracy")) == 1
+    assert len(run.outputs.model_outputs if run.outputs else []) == 1
+
+
+@pytest.mark.parametrize(("seconds", "epochs"), [(4, 60), pytest.param(60, 600, marks=long)])
+def test_an_outage_costs_no_metric_and_no_time(server: Server, tmp_path: Path, seconds: int, epochs: int) -> None:
+    with running(ROOT / "entry_points" / "train.py", "--study", make_study(tmp_path, epochs), stderr=-1) as process:
+        wait_for_epoch(epochs // 6, process)
+        began = time.time() * 1000
+        server.stop()
+        time.sleep(seconds)
+        ended = time.time() * 1000
+        server.start()
+        _, errors = process.communicate()
+    assert process.returncode == 0, errors
+    assert errors.count("is away") == 1 and errors.count("is back") == 1
+    check_complete(epochs)
+    times = history("time/epoch_seconds")
+    before = [each.value for each in times if each.timestamp < began][2:]
+    during = [each.value for each in times if began < each.timestamp < ended]
+    assert len(during) > 5
+    if seconds >= 60:
+        assert statistics.median(during) < 1.03 * statistics.median(before)
+
+
+@pytest.mark.parametrize(("seconds", "epochs"), [(3, 60), pytest.param(60, 600, marks=long)])
+def test_a_trainer_that_dies_with_the_server_loses_nothing(
+    server: Server, tmp_path: Path, seconds: int, epochs: int
+) -> None:
+    study = make_study(tmp_path, epochs)
+    with running(ROOT / "entry_points" / "train.py", "--study", study, stderr=-1) as process:
+        wait_for_epoch(epochs // 6, process)
+        server.stop()
+        time.sleep(seconds)
+        assert process.poll() is None
+    server.start()
+    result = CliRunner().invoke(train, ["--study", str(study)], catch_exceptions=False)
+    assert result.exit_code == 0 and "Sent what the run" in result.stderr and "going on with" in result.stderr
+    check_complete(epochs)
