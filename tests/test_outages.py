@@ -20,7 +20,7 @@ from tests.servers import Server
 STUDY = f"""
 name: outage
 config:
-  data: {{image_size: 32, per_class: 60}}
+  data: {{image_size: 16, per_class: 60}}
   model: {{variant: tiny, table: {TINY_TABLE}}}
   schedule: {{epochs: EPOCHS}}
   execution: {{device: cpu, precision: fp32}}
@@ -59,7 +59,7 @@ def history(name: str) -> list[Metric]:
 def wait_for_epoch(epoch: int, process: subprocess.Popen[str]) -> None:
     while len(history("train/loss")) < epoch:
         assert process.poll() is None, process.communicate()[1]
-        time.sleep(0.1)
+        time.sleep(0.5)
 
 
 def check_complete(epochs: int) -> None:
@@ -74,7 +74,7 @@ def check_complete(epochs: int) -> None:
     assert len(run.outputs.model_outputs if run.outputs else []) == 1
 
 
-@pytest.mark.parametrize(("seconds", "epochs"), [(4, 60), pytest.param(60, 600, marks=long)])
+@pytest.mark.parametrize(("seconds", "epochs"), [(3, 80), pytest.param(60, 600, marks=long)])
 def test_an_outage_costs_no_metric_and_no_time(server: Server, tmp_path: Path, seconds: int, epochs: int) -> None:
     with running(ROOT / "entry_points" / "train.py", "--study", make_study(tmp_path, epochs), stderr=-1) as process:
         wait_for_epoch(epochs // 6, process)
@@ -90,12 +90,12 @@ def test_an_outage_costs_no_metric_and_no_time(server: Server, tmp_path: Path, s
     times = history("time/epoch_seconds")
     before = [each.value for each in times if each.timestamp < began][2:]
     during = [each.value for each in times if began < each.timestamp < ended]
-    assert len(during) > 5
+    assert len(during) > 3
     if seconds >= 60:
         assert statistics.median(during) < 1.03 * statistics.median(before)
 
 
-@pytest.mark.parametrize(("seconds", "epochs"), [(3, 60), pytest.param(60, 600, marks=long)])
+@pytest.mark.parametrize(("seconds", "epochs"), [(3, 80), pytest.param(60, 600, marks=long)])
 def test_a_trainer_that_dies_with_the_server_loses_nothing(
     server: Server, tmp_path: Path, seconds: int, epochs: int
 ) -> None:
