@@ -18,7 +18,7 @@ from effv2.liveness import this_process
 from effv2.places import outbox_folder
 from effv2.tracking.entries import Entry, deliver
 from effv2.tracking.journal import Journal
-from effv2.tracking.store import TRACKING_ERRORS, WAIT_SECONDS, answers, reason, shown_uri, store_name
+from effv2.tracking.store import WAIT_SECONDS, answers, reason, shown_uri, store_name
 
 PATIENCE = 120.0  # seconds that the end of a run waits for a store that is away
 MOST_AT_ONCE = 200  # entries
@@ -46,6 +46,7 @@ class Outbox:
         self._refusal: Exception | None = None  # the first that was for good
         self._at_once = MOST_AT_ONCE
         self._continues = continues
+        self._checked = False
         self._closing = False
         self._told_of_disk = False
         self._journal = self._open_journal()
@@ -76,6 +77,7 @@ class Outbox:
                 f"The tracking store {shown_uri()} doesn't take what the run logs ({reason(trouble)}); mend it and "
                 "give the same command again."
             ) from trouble
+        self._checked = True
 
     def wait(self, seconds: float) -> bool:
         """Wait for so long at most until everything is delivered; say whether it is. RunError after a refusal."""
@@ -163,20 +165,20 @@ class Outbox:
                 return False
             deliver(self.run_id, batch, again=self._may_be_there(batch))
         except Exception as error:
-            if not isinstance(error, TRACKING_ERRORS) or _is_final(error):
+            if isinstance(error, MlflowException) and error.error_code in REFUSALS:  # trying again would not help
                 if len(batch) > 1:  # to find out which of them it is
                     self._at_once = 1
                     return False
                 self._refusal = self._refusal or error
                 return True
-            if self._trouble is None:
+            if self._trouble is None and self._checked:
                 self._say(
                     f"The tracking store {shown_uri()} is away ({reason(error)}): the run goes on, what it logs waits "
                     f"in {self.folder}."
                 )
             self._trouble = error
             return False
-        if self._trouble is not None:
+        if self._trouble is not None and self._checked:
             self._say(f"The tracking store {shown_uri()} is back.")
         self._trouble = None
         return True
@@ -190,8 +192,3 @@ class Outbox:
     def _say(self, text: str) -> None:
         with suppress(Exception):  # a terminal that was closed must not end the thread
             self._remark(text)
-
-
-def _is_final(error: Exception) -> bool:
-    """Say whether the store understood and refused: trying again would not help."""
-    return isinstance(error, MlflowException) and error.error_code in REFUSALS

@@ -16,6 +16,7 @@ from mlflow import MlflowClient
 from mlflow.entities import Experiment
 from mlflow.exceptions import MlflowException
 from mlflow.tracking.fluent import _get_experiment_id
+from mlflow.utils.file_utils import local_file_uri_to_path
 from sqlalchemy.engine import make_url
 from sqlalchemy.exc import SQLAlchemyError
 
@@ -25,6 +26,32 @@ from effv2.errors import InputError
 IMPATIENT = {"MLFLOW_HTTP_REQUEST_MAX_RETRIES": "1", "MLFLOW_HTTP_REQUEST_TIMEOUT": "10"}
 
 WAIT_SECONDS = 2.0
+# What the code and the text of an error look like, and what to say of the store: the first that is found.
+EXPLANATIONS = (
+    (
+        "MLFLOW_ALLOW_FILE_STORE",
+        "MLflow keeps runs in plain files only where MLFLOW_ALLOW_FILE_STORE=true is set; set it, or use "
+        "sqlite:///mlflow.db.",
+    ),
+    ("unsupported URI", "no such kind of store; use sqlite:///FILE, http://HOST:PORT or a database."),
+    (
+        "^UNAUTHENTICATED",
+        "the server doesn't know the user, or wants one; set MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD, or "
+        "MLFLOW_TRACKING_TOKEN.",
+    ),
+    (
+        "^PERMISSION_DENIED.*Invalid Host",
+        "the server doesn't answer under this name; start it with --allowed-hosts, or use an address that it allows.",
+    ),
+    ("^PERMISSION_DENIED", "the user may not do this ({reason}); ask whoever keeps the server."),
+    ("WRONG_VERSION_NUMBER|record layer failure", "the server speaks no TLS; use an http:// address."),
+    (
+        "SSLError",
+        "the server's certificate can't be verified; set MLFLOW_TRACKING_SERVER_CERT_PATH to that of the authority "
+        "which signed it, or correct the address.",
+    ),
+    ("", "the tracking store doesn't answer ({reason}); start the server or correct the address."),
+)
 TrackingError = MlflowException
 TRACKING_ERRORS = (MlflowException, SQLAlchemyError, OSError)  # a store that is away, or refuses
 
@@ -43,7 +70,22 @@ def open_store(experiment: str) -> str:
         raise InputError(_explain(error, experiment)) from error
     if found.lifecycle_stage != "active":
         raise InputError(f"--experiment {found.name}: that experiment was deleted; restore it or choose another one.")
+    _check_artifacts(found)
     return str(found.experiment_id)
+
+
+def _check_artifacts(experiment: Experiment) -> None:
+    """Refuse a folder for artifacts that can't be written; other places show it when a run's first one is logged."""
+    location = experiment.artifact_location
+    if "://" in location and not location.startswith("file://"):
+        return
+    folder = Path(local_file_uri_to_path(location)).absolute()  # type: ignore[no-untyped-call]
+    there = next(path for path in (folder, *folder.parents) if path.exists())
+    if not os.access(there, os.W_OK):
+        raise InputError(
+            f"--experiment {experiment.name}: the folder {there} can't be written, where its artifacts go; give it "
+            "other permissions, or choose another experiment."
+        )
 
 
 def tracking_uri() -> str:
@@ -109,6 +151,8 @@ def store_name() -> str:
 
 def reason(error: BaseException) -> str:
     """Return why the store failed, in a few words."""
+    if found := re.search(r"too many (\d+) error responses|HTTPError: (\d+)", str(error)):
+        return f"it answers with HTTP status {found[1] or found[2]}"
     if "Max retries exceeded" in str(error):
         return "no connection"
     return _without_password(" ".join(str(error).split()))[:200].rstrip(".") or type(error).__name__
@@ -156,18 +200,9 @@ def _experiment(client: MlflowClient, name: str) -> Experiment:
 
 
 def _explain(error: Exception, experiment: str) -> str:
-    uri = shown_uri()
-    if "MLFLOW_ALLOW_FILE_STORE" in str(error):
-        return (
-            f"MLFLOW_TRACKING_URI {uri}: MLflow keeps runs in plain files only where MLFLOW_ALLOW_FILE_STORE=true is "
-            "set; set it, or use sqlite:///mlflow.db."
-        )
-    if "unsupported URI" in str(error):
-        return f"MLFLOW_TRACKING_URI {uri}: no such kind of store; use sqlite:///FILE, http://HOST:PORT or a database."
-    code = getattr(error, "error_code", "")
+    uri, code = shown_uri(), str(getattr(error, "error_code", ""))
     if code == "RESOURCE_DOES_NOT_EXIST" or (code == "INVALID_PARAMETER_VALUE" and experiment):
         return f"--experiment {experiment[:80]}: refused ({reason(error)}); correct the option or MLflow's variables."
-    return (
-        f"MLFLOW_TRACKING_URI {uri}: the tracking store doesn't answer ({reason(error)}); start the server or correct "
-        "the address."
-    )
+    text = f"{code} {error}"
+    sentence = next(sentence for pattern, sentence in EXPLANATIONS if re.search(pattern, text, re.DOTALL))
+    return f"MLFLOW_TRACKING_URI {uri}: {sentence.format(reason=reason(error))}"
