@@ -23,6 +23,7 @@ from effv2.data.preparation import Square
 from effv2.errors import InputError
 from effv2.evidence.run_artifacts import argmax_over_all, write_curves, write_predictions
 from effv2.execution.device import Execution, make_execution
+from effv2.exhaustion import what_ran_out
 from effv2.serving.export import ServedNetwork, as_base64, output_names, write_served
 from effv2.tracking.outbox import PATIENCE
 from effv2.tracking.read import Identity
@@ -148,7 +149,7 @@ def run_experiment(
     display.run_started(labels.name, config.schedule.epochs)
     if labels.continues:
         send(labels.continues, display.remark)
-    with start_run(
+    opened = start_run(
         labels.name,
         labels.experiment_id,
         tags,
@@ -156,7 +157,8 @@ def run_experiment(
         continues=labels.continues,
         remark=display.remark,
         patience=patience,
-    ) as run:
+    )
+    with opened as run, what_ran_out():
         observer.started(run.run_id)
         checkpoints = Checkpoints.of(run.run_id, saving, asdict(identity(config, dataset)))
         state = TrainState.create(config, dataset, execution)

@@ -238,9 +238,18 @@ def test_different_classes_in_train_and_test_are_named(tmp_path: Path) -> None:
         load_dataset(DataConfig(dataset="folder", dir=str(root), image_size=8))
 
 
+@pytest.mark.parametrize("place", ["loop", "class 0/loop", "class 0/deeper/loop"])
+def test_links_to_a_folder_around_them_are_refused(tmp_path: Path, place: str) -> None:
+    root = make_image_tree(tmp_path / "set")
+    (root / place).parent.mkdir(exist_ok=True)
+    (root / place).symlink_to(root, target_is_directory=True)
+    with pytest.raises(InputError, match="loop can't be read .*symbolic links.*; mend or remove it"):
+        load_dataset(DataConfig(dataset="folder", dir=str(root), image_size=8))
+
+
 def test_links_to_folders_are_not_followed(tmp_path: Path) -> None:
     root = make_image_tree(tmp_path / "set")
-    (root / "class 0" / "loop").symlink_to(root, target_is_directory=True)
+    (root / "class 0" / "link").symlink_to(root / "class 1", target_is_directory=True)
     dataset = load_dataset(DataConfig(dataset="folder", dir=str(root), image_size=8))
     assert sum(map(len, dataset.splits.values())) == 18
 

@@ -5,7 +5,9 @@ Nothing is decoded here; a missing or malformed folder is answered with an Input
 
 from __future__ import annotations
 
+import errno
 import os
+import tarfile
 import tempfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
@@ -101,13 +103,11 @@ def _imagenette(config: DataConfig) -> Source:
     root = _folder(config, "a folder that holds imagenette2-160")
     below = root / "imagenette2-160"
     if config.download and not below.is_dir():
-        from torchvision.datasets import Imagenette
-
         try:  # unpacked beside its place, so that a kill leaves nothing that looks complete
             with tempfile.TemporaryDirectory(dir=root) as place:
-                Imagenette(place, split="train", size="160px", download=True)
+                _fetch_imagenette(Path(place))
                 Path(place, below.name).rename(below)
-        except (RuntimeError, OSError) as error:
+        except (RuntimeError, OSError, tarfile.TarError) as error:
             raise InputError(
                 f"--download: Imagenette can't be fetched ({_first_line(error)}); unpack imagenette2-160.tgz "
                 f"from https://github.com/fastai/imagenette into {root}."
@@ -125,6 +125,17 @@ def _imagenette(config: DataConfig) -> Source:
             "set."
         )
     return replace(source, classes=tuple(IMAGENETTE_NAMES.values()))
+
+
+def _fetch_imagenette(folder: Path) -> None:
+    """Download, verify and unpack the archive that torchvision names; nothing in it may leave the folder."""
+    from torchvision.datasets import Imagenette
+    from torchvision.datasets.utils import download_url
+
+    url, md5 = Imagenette._ARCHIVES["160px"]
+    download_url(url, folder, md5=md5)
+    with tarfile.open(folder / url.rpartition("/")[2]) as archive:
+        archive.extractall(folder, filter="data")
 
 
 def _birds(config: DataConfig) -> Source:
@@ -158,6 +169,15 @@ def _folder(config: DataConfig, what: str) -> Path:
 
 def _from_folders(name: str, folder: Path) -> Source:
     """Read a tree of class folders, with or without a split into train, validation and test above them."""
+    try:
+        return _read_tree(name, folder)
+    except OSError as error:
+        raise InputError(
+            f"--data-dir {folder}: {error.filename or folder} can't be read ({error.strerror}); mend or remove it."
+        ) from error
+
+
+def _read_tree(name: str, folder: Path) -> Source:
     train = _find(folder, TRAIN_NAMES)
     if train is None:
         if _find(folder, (*VALIDATION_NAMES, *TEST_NAMES)):
@@ -184,12 +204,23 @@ def _from_folders(name: str, folder: Path) -> Source:
 
 def _find(folder: Path, names: tuple[str, ...]) -> Path | None:
     """Return the first sub-folder of that name that has sub-folders itself, and so is no class."""
-    found = {entry.name.lower(): Path(entry) for entry in os.scandir(folder) if entry.is_dir() and _folders(entry)}
+    with os.scandir(folder) as entries:
+        found = {entry.name.lower(): Path(entry) for entry in entries if entry.is_dir() and _folders(entry)}
     return next((found[name] for name in names if name in found), None)
 
 
 def _folders(place: str | os.PathLike[str]) -> list[str]:
-    return sorted(e.name for e in os.scandir(place) if e.is_dir() and not e.name.startswith("."))
+    """Return the names of the folders in a folder. OSError for a link that leads back to a folder around it."""
+    with os.scandir(place) as entries:
+        found = sorted(entry.name for entry in entries if entry.is_dir() and not entry.name.startswith("."))
+    for name in found:
+        _refuse_loop(Path(place, name))
+    return found
+
+
+def _refuse_loop(path: Path) -> None:
+    if path.is_symlink() and path.parent.resolve().is_relative_to(path.resolve()):
+        raise OSError(errno.ELOOP, os.strerror(errno.ELOOP), str(path))
 
 
 def _class_folders(folder: Path, name: str) -> list[str]:
@@ -233,6 +264,8 @@ def _image_files(folder: Path) -> Iterator[Path]:
 
     for place, folders, files in os.walk(folder, onerror=refuse):
         folders[:] = [name for name in folders if not name.startswith(".")]
+        for name in folders:
+            _refuse_loop(Path(place, name))
         for name in files:
             if name.lower().endswith(EXTENSIONS) and not name.startswith("."):
                 yield Path(place, name)

@@ -11,6 +11,7 @@ from effv2 import provenance
 from effv2.config import ExecutionConfig
 from effv2.errors import RunError
 from effv2.execution.device import make_execution, resolve_device
+from effv2.exhaustion import is_out_of_memory
 from effv2.liveness import this_process
 from effv2.pretrained.config import PretrainedConfig
 from effv2.pretrained.evaluation import (
@@ -26,7 +27,6 @@ from effv2.pretrained.evaluation import (
     short_hash,
 )
 from effv2.pretrained.images import EvaluationImages, choose_images
-from effv2.pretrained.measure import is_out_of_memory
 from effv2.pretrained.ranking import Evaluated, Ranking
 from effv2.pretrained.weights import Requested, find_all_weights, load_network
 from effv2.studies.options import LogModel

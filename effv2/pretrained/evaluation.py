@@ -20,6 +20,7 @@ from effv2.data.cache import Decoded, decode
 from effv2.errors import RunError
 from effv2.evidence.run_artifacts import Predictions, write_predictions
 from effv2.execution.device import Execution
+from effv2.exhaustion import is_out_of_memory
 from effv2.liveness import this_process
 from effv2.pretrained.config import PretrainedConfig
 from effv2.pretrained.imagenet import class_names
@@ -29,7 +30,6 @@ from effv2.pretrained.measure import (
     all_logits,
     batch_size,
     bf16_differences,
-    is_out_of_memory,
     latency,
     scores,
     top1,

@@ -82,11 +82,6 @@ def all_logits(network: Network, pixels: Tensor, batch: int, advance: Advance) -
     return everything, statistics.median(rates[1:] or rates)
 
 
-def is_out_of_memory(error: RuntimeError) -> bool:
-    """Say whether torch found no memory; its CPU allocator has no error class of its own."""
-    return isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)
-
-
 def latency(network: Network, pixels: Tensor, batch: int) -> float:
     """Return the median seconds of passes of `batch` images: as many passes as fit a second, 1 to 11, after a first."""
     images = pixels[torch.arange(batch) % len(pixels)]

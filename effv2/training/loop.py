@@ -7,7 +7,6 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -15,7 +14,7 @@ from effv2.config import TrainConfig
 from effv2.data.augment import augment_images, mix_samples, one_hot
 from effv2.data.batches import batch_count, epoch_order, to_input, training_batches
 from effv2.data.dataset import Dataset
-from effv2.errors import Diverged, RunError
+from effv2.errors import Diverged
 from effv2.execution.device import Execution
 from effv2.randomness import private_randomness, seed_generators, stream_seed
 from effv2.signals import uninterrupted
@@ -60,12 +59,9 @@ class Training:
         """Train until the last epoch or early stopping, yielding after each epoch; Diverged, RunError."""
         progress = self.state.progress
         while progress.epoch < self.config.schedule.epochs and not progress.should_stop(self.config.stopping):
-            try:
-                with private_randomness():
-                    metrics = self._train_epoch(progress.epoch + 1)
-                    metrics |= self._evaluate_epoch()
-            except torch.OutOfMemoryError as error:
-                raise RunError("The device's memory is full; lower --batch-size or --image-size.") from error
+            with private_randomness():
+                metrics = self._train_epoch(progress.epoch + 1)
+                metrics |= self._evaluate_epoch()
             self._end_epoch(metrics)
             yield EpochResult(progress.epoch, metrics)
 
