@@ -35,6 +35,7 @@ from effv2.training.loop import EpochResult, Training
 from effv2.training.saving import Saving
 from effv2.training.state import TrainState
 
+UPLOADED = "checkpoints"  # folder of the artifacts: the last checkpoint, for other machines
 WEIGHTS = "selected.pt"  # artifact: weights of the selected epoch, until the study's best run is known
 
 
@@ -162,11 +163,13 @@ def run_experiment(
         observer.started(run.run_id)
         checkpoints = Checkpoints.of(run.run_id, saving, asdict(identity(config, dataset)))
         state = TrainState.create(config, dataset, execution)
-        logged = _go_on(run, state, checkpoints.read(), display) if labels.continues else 0
+        logged = _go_on(run, state, checkpoints, display) if labels.continues else 0
         if not logged:
             _log_start(run, config, dataset)
         run.check()
-        keeper = Keeper(checkpoints, Pace(60 * saving.minutes), state, display.remark)
+        upload = (lambda path: run.log_only(path, UPLOADED)) if saving.upload_minutes else None
+        pace = Pace(60 * saving.minutes)
+        keeper = Keeper(checkpoints, pace, state, display.remark, upload, 60 * saving.upload_minutes)
         with keeper.last_one_on_the_way_out():
             for result in Training(config, dataset, state, execution, _on_step(display, keeper)):
                 if result.epoch > logged:
@@ -184,6 +187,8 @@ def run_experiment(
             _keep_weights(outcome)
         run.set_tags({OUTCOME: "complete"})
         checkpoints.remove()
+        if saving.upload_minutes:
+            run.discard(UPLOADED)
     ended = TrackedRun(run.run_id, run.experiment_id)
     return replace(outcome, run=ended, model_address=ended.model_address() if log_model else "")
 
@@ -205,9 +210,15 @@ def _pruned(run: TrackedRun, config: TrainConfig, dataset: Dataset, state: Train
     return Outcome(run, config, dataset, state.evaluated, best, state.progress.history[-1], pruned=True)
 
 
-def _go_on(run: TrackedRun, state: TrainState, saved: dict[str, Any] | None, display: Display) -> int:
-    """Take over a checkpoint, log the epochs that it has finished and the run lacks; return the last one logged."""
+def _go_on(run: TrackedRun, state: TrainState, checkpoints: Checkpoints, display: Display) -> int:
+    """Take over a checkpoint, log the epochs that it has finished and the run lacks; return the last one logged.
+
+    Where this machine has none, it is that which another one uploaded.
+    """
     logged = run.last_step("time/epoch_seconds")
+    saved = checkpoints.read()
+    if saved is None and run.fetch_folder(UPLOADED, checkpoints.folder):
+        saved = checkpoints.read()
     if saved is not None:
         state.load_state_dict(saved)
     history = state.progress.history
@@ -236,7 +247,9 @@ def restore(run: TrackedRun, config: TrainConfig, dataset: Dataset) -> Outcome:
 def score_on_test(outcome: Outcome) -> float:
     """Evaluate an outcome on the test set, which its run has not seen, and log to the run; return the accuracy."""
     execution = make_execution(outcome.config.execution)
-    return _log_test(outcome.run, outcome.config, outcome.dataset, execution, outcome.network)
+    accuracy = _log_test(outcome.run, outcome.config, outcome.dataset, execution, outcome.network)
+    outcome.run.log_metrics({"selected/test_accuracy": accuracy})
+    return accuracy
 
 
 def _keep_weights(outcome: Outcome) -> None:
@@ -312,10 +325,9 @@ def _log_end(
 def _log_test(
     run: TrackedRun, config: TrainConfig, dataset: Dataset, execution: Execution, network: nn.Module
 ) -> float:
-    """Log the accuracy at the selected epoch on the test set, predictions and their tables; return the accuracy."""
+    """Log predictions on the test set at the selected epoch and their tables; return the accuracy."""
     test_set = dataset.test
     result = evaluate(network, test_set, config, execution)
-    run.log_metrics({"selected/test_accuracy": result.accuracy})
     predictions = argmax_over_all(dataset.classes, test_set.ids, test_set.labels.numpy(), result.logits.numpy())
     with tempfile.TemporaryDirectory() as name:
         write_predictions(Path(name), predictions)

@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import os
 import random
+import re
+import signal
 import subprocess
+import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import mlflow
 import pytest
@@ -15,6 +20,7 @@ from mlflow import MlflowClient
 from mlflow.entities import Run
 
 from effv2.cli.train import train
+from effv2.tracking.run import TrackedRun
 from tests.conftest import ROOT, TINY_TABLE, running
 
 EVERYTHING = f"""
@@ -44,9 +50,7 @@ def histories(run: Run) -> dict[str, list[tuple[int, float]]]:
 
 def weights(run: Run) -> dict[str, torch.Tensor]:
     """Return what the model that a run logged consists of."""
-    assert run.outputs is not None
-    (output,) = run.outputs.model_outputs
-    folder = mlflow.artifacts.download_artifacts(f"models:/{output.model_id}")
+    folder = mlflow.artifacts.download_artifacts(TrackedRun(run.info.run_id, "").model_address())
     return dict(torch.export.load(Path(folder, "artifacts", "program.pt2")).state_dict)
 
 
@@ -107,3 +111,62 @@ def test_kills_change_nothing(
     check_equal(run, expected, tmp_path)
     assert not list((tmp_path / "checkpoints").iterdir())
     assert not list((tmp_path / "cache" / "outbox").iterdir())
+
+
+SHORT = EVERYTHING.replace("EPOCHS", "6").replace("per_class: 30", "per_class: 12")
+DIES = """
+import os, signal, sys
+from mlflow import MlflowClient
+from effv2.cli.train import train
+def die(*_, **__):
+    os.kill(os.getpid(), signal.SIGKILL)
+MlflowClient.{where} = die
+train(sys.argv[1:])
+"""
+
+
+@pytest.mark.parametrize("where", ["log_model_artifacts", "set_terminated"])
+def test_what_a_kill_at_the_end_left_is_completed(
+    sqlite_store: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, where: str
+) -> None:
+    """While the model is uploaded, and when all but the status was logged."""
+    monkeypatch.setenv("EFFV2_CACHE", str(tmp_path / "cache"))
+    study = tmp_path / "short.yaml"
+    study.write_text(SHORT)
+    done = subprocess.run([sys.executable, "-c", DIES.format(where=where), "--study", str(study)], timeout=120)
+    assert done.returncode == -signal.SIGKILL
+    result = CliRunner().invoke(train, ["--study", str(study)], catch_exceptions=False)
+    assert result.exit_code == 0 and "Sent what the run" in result.stderr
+    (run,) = all_runs("Default")
+    assert run.info.status == "FINISHED"
+    assert len(history := histories(run)["best/test_accuracy"]) == 1, history
+    assert [step for step, _ in histories(run)["train/loss"]] == [1, 2, 3, 4, 5, 6]
+    assert weights(run)
+
+
+def test_another_machine_goes_on_from_the_checkpoint_that_was_uploaded(
+    sqlite_store: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from effv2.training import loop
+    from effv2.training.evaluate import evaluate
+
+    study = tmp_path / "short.yaml"
+    study.write_text(SHORT)
+    calls: list[int] = []
+
+    def interrupted(*args: Any) -> Any:
+        calls.append(1)
+        if len(calls) == 7:
+            os.kill(os.getpid(), signal.SIGINT)
+        return evaluate(*args)
+
+    monkeypatch.setattr(loop, "evaluate", interrupted)
+    words = ["--study", str(study), "--checkpoint-upload-minutes", "60"]
+    assert CliRunner().invoke(train, [*words, "--checkpoint-dir", str(tmp_path / "here")]).exit_code == 130
+    (run,) = all_runs("Default")
+    (uploaded,) = MlflowClient().list_artifacts(run.info.run_id, "checkpoints")
+    assert run.info.status == "KILLED" and re.fullmatch(r"checkpoints/step-\d+-\w{16}\.pt", uploaded.path)
+    result = CliRunner().invoke(train, [*words, "--checkpoint-dir", str(tmp_path / "there")], catch_exceptions=False)
+    assert result.exit_code == 0 and "going on with the run" in result.stderr and "at epoch 4" in result.stderr
+    (run,) = all_runs("Default")
+    assert run.info.status == "FINISHED" and not MlflowClient().list_artifacts(run.info.run_id, "checkpoints")

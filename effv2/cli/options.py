@@ -117,15 +117,36 @@ checkpoint_minutes_option = click.option(
 )
 
 
-def parse_saving(folder: str, minutes: str) -> Saving:
-    """Read --checkpoint-dir and --checkpoint-minutes."""
+checkpoint_upload_minutes_option = click.option(
+    "--checkpoint-upload-minutes",
+    default="",
+    metavar="NUMBER",
+    help="Minutes between checkpoints that are uploaded to the run's artifacts, so that another machine can go on; 0 = "
+    f"never.  [default: {Saving.upload_minutes:g}; ≥ 0]",
+)
+
+
+def saving_options(command: Command) -> Command:
+    """Add the options of checkpoints."""
+    return checkpoint_dir_option(checkpoint_minutes_option(checkpoint_upload_minutes_option(command)))
+
+
+def take_saving(options: dict[str, Any]) -> Saving:
+    """Take the options of checkpoints out of a command's, validated."""
+    folder = options.pop("checkpoint_dir") or Saving.folder
+    names = ("checkpoint_minutes", "checkpoint_upload_minutes")
+    minutes, upload_minutes = (_parse_minutes(name, options.pop(name) or "") for name in names)
+    return Saving(folder, Saving.minutes if minutes is None else minutes, upload_minutes or 0.0)
+
+
+def _parse_minutes(name: str, text: str) -> float | None:
     try:
-        number = float(minutes or Saving.minutes)
+        number = float(text) if text else None
     except ValueError:
         number = math.nan
-    if not 0 <= number < math.inf:
-        raise InputError(f"--checkpoint-minutes {minutes}: must be a number of minutes from 0.")
-    return Saving(folder or Saving.folder, number)
+    if number is not None and not 0 <= number < math.inf:
+        raise InputError(f"--{name.replace('_', '-')} {text}: must be a number of minutes from 0.")
+    return number
 
 
 def log_model_option(default: LogModel) -> Callable[[Command], Command]:
@@ -147,8 +168,7 @@ def study_options(log_model: LogModel) -> Callable[[Command], Command]:
             help=f"Optuna's storage, which keeps the state of studies: sqlite:///FILE, or for several machines "
             f"postgresql://USER@HOST/DATABASE.  [default: {DEFAULT_STORAGE}]",
         ),
-        checkpoint_dir_option,
-        checkpoint_minutes_option,
+        saving_options,
         fresh_option,
         log_model_option(log_model),
         experiment_option,
@@ -170,7 +190,7 @@ def take_study_options(options: dict[str, Any], log_model: LogModel) -> StudyOpt
         fresh=parse_fresh(options.pop("fresh")),
         log_model=parse_log_model(options.pop("log_model"), log_model),
         experiment=options.pop("experiment"),
-        saving=parse_saving(options.pop("checkpoint_dir"), options.pop("checkpoint_minutes")),
+        saving=take_saving(options),
     )
 
 

@@ -7,25 +7,23 @@ import click
 from effv2.cli.options import (
     ONE_RUN,
     SHARED,
-    checkpoint_dir_option,
-    checkpoint_minutes_option,
     config_options,
     experiment_option,
     fresh_option,
     log_model_option,
     parse_fresh,
     parse_log_model,
-    parse_saving,
     reports_errors,
+    saving_options,
     study_option,
+    take_saving,
 )
 
 
 @click.command()
 @study_option
 @config_options(ONE_RUN | SHARED)
-@checkpoint_dir_option
-@checkpoint_minutes_option
+@saving_options
 @fresh_option
 @log_model_option("all")
 @experiment_option
@@ -40,7 +38,7 @@ def train(study: str, fresh: str, log_model: str, experiment: str, **options: st
     from effv2.studies.files import read_study
     from effv2.studies.settings import build_config, option_layer
 
-    saving = parse_saving(options.pop("checkpoint_dir") or "", options.pop("checkpoint_minutes") or "")
+    saving = take_saving(options)
     layer = option_layer(options, ONE_RUN | SHARED)
     which, over = parse_log_model(log_model, "all"), parse_fresh(fresh)
     file = read_study(Path(study)) if study else None

@@ -8,7 +8,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from itertools import groupby
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 import mlflow
@@ -126,18 +126,22 @@ def _deliver_one(run_id: str, entry: Entry, again: bool) -> None:
     elif entry.kind == "artifacts" and entry.folder is not None:
         client.log_artifacts(run_id, str(entry.folder), content.get("place") or None)
     elif entry.kind == "discard":
-        _discard(run_id, content["name"])
+        _discard(run_id, content["name"], content.get("but", ""))
     elif entry.kind == "model" and entry.folder is not None and not (again and model_address(run_id)):
         _log_model(run_id, entry.folder, content)
 
 
-def _discard(run_id: str, name: str) -> None:
-    """Delete an artifact where there is one and the store lets us."""
+def _discard(run_id: str, name: str, but: str) -> None:
+    """Delete an artifact, or all in a folder but one, where there are some and the store lets us."""
     client = mlflow.MlflowClient()
     above = name.rpartition("/")[0] or None
-    if name in {file.path for file in client.list_artifacts(run_id, above)}:
-        with suppress(MlflowException, NotImplementedError, OSError):
-            get_artifact_repository(client.get_run(run_id).info.artifact_uri).delete_artifacts(name)  # type: ignore[no-untyped-call]
+    here = [file for file in client.list_artifacts(run_id, above) if file.path == name]
+    found = client.list_artifacts(run_id, name) if here and here[0].is_dir else here
+    repository = get_artifact_repository(client.get_run(run_id).info.artifact_uri)
+    for file in found:
+        if PurePosixPath(file.path).name != but:
+            with suppress(MlflowException, NotImplementedError, OSError):
+                repository.delete_artifacts(file.path)  # type: ignore[no-untyped-call]
 
 
 def model_address(run_id: str) -> str:

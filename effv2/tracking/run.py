@@ -93,16 +93,15 @@ class TrackedRun:
         """Upload everything in `folder` as the run's artifacts."""
         self._write(Entry("artifacts", {}, folder))
 
-    def log_file(self, path: Path, place: str) -> None:
-        """Upload a file as an artifact in the folder `place`."""
+    def log_only(self, path: Path, place: str) -> None:
+        """Upload a file to the folder `place` of the artifacts, then delete all others there."""
         with tempfile.TemporaryDirectory(dir=path.parent, prefix=".") as folder:  # so that a link will do
-            target = Path(folder, place, path.name)
-            target.parent.mkdir(parents=True)
             try:
-                target.hardlink_to(path)
+                Path(folder, path.name).hardlink_to(path)
             except OSError:
-                shutil.copyfile(path, target)
-            self.log_folder(Path(folder))
+                shutil.copyfile(path, Path(folder, path.name))
+            self._write(Entry("artifacts", {"place": place}, Path(folder)))
+        self._write(Entry("discard", {"name": place, "but": path.name}))
 
     def last_step(self, name: str) -> int:
         """Return the last step at which a metric was logged, 0 where it never was."""
@@ -121,8 +120,18 @@ class TrackedRun:
             return None
         return Path(client.download_artifacts(self.run_id, name, str(folder)))
 
+    def fetch_folder(self, name: str, folder: Path) -> bool:
+        """Download the artifacts in a folder of theirs into `folder`; False where there are none."""
+        client = mlflow.MlflowClient()
+        found = [file.path for file in client.list_artifacts(self.run_id, name) if not file.is_dir]
+        with tempfile.TemporaryDirectory() as place:
+            for path in found:
+                folder.mkdir(parents=True, exist_ok=True)
+                shutil.copy(client.download_artifacts(self.run_id, path, place), folder)
+        return bool(found)
+
     def discard(self, name: str) -> None:
-        """Delete an artifact where there is one and the store lets us."""
+        """Delete an artifact, or all in a folder of them, where there are some and the store lets us."""
         self._write(Entry("discard", {"name": name}))
 
     def set_status(self, status: str) -> None:

@@ -45,7 +45,7 @@ class Checkpoints:
         """Return those of a run, in a folder of its own."""
         return cls(Path(os.path.expanduser(saving.folder), run_id), identity)  # noqa: PTH111 (never raises)
 
-    def write(self, state: Mapping[str, Any], step: int) -> None:
+    def write(self, state: Mapping[str, Any], step: int) -> Path:
         """Write a checkpoint, then remove all but the last two; OSError leaves those there were."""
         self.folder.mkdir(parents=True, exist_ok=True)
         building = self.folder / BUILDING
@@ -54,7 +54,7 @@ class Checkpoints:
                 torch.save({"format": FORMAT, "identity": dict(self.identity), "state": dict(state)}, file)
                 file.flush()
                 os.fsync(file.fileno())
-            building.rename(self.folder / f"step-{step}-{_digest(building)}.pt")
+            written = building.rename(self.folder / f"step-{step}-{_digest(building)}.pt")
             _sync(self.folder)
         except RuntimeError as error:  # what torch's writer makes of a disk that is full
             cause = error.__context__
@@ -63,6 +63,7 @@ class Checkpoints:
             building.unlink(missing_ok=True)
         for old in self._found()[:-KEPT]:
             old.unlink(missing_ok=True)
+        return written
 
     def read(self) -> dict[str, Any] | None:
         """Return the newest state that is whole, None without one; InputError for one of another identity."""
@@ -125,13 +126,21 @@ class Pace:
 
 @dataclass
 class Keeper:
-    """Writes the checkpoints of a training when they are due; a disk that refuses doesn't end the training."""
+    """Writes the checkpoints of a training when they are due; a disk that refuses doesn't end the training.
+
+    `upload`, where there is one, is given a checkpoint every `upload_seconds`, and the last one on the way out.
+    """
 
     checkpoints: Checkpoints
     pace: Pace
     state: TrainState
     remark: Callable[[str], None]
+    upload: Callable[[Path], None] | None
+    upload_seconds: float
     _told: bool = False
+
+    def __post_init__(self) -> None:
+        self._uploaded = self.pace.clock()
 
     def keep(self, epoch_ended: bool) -> None:
         """Write a checkpoint if one is due."""
@@ -144,14 +153,13 @@ class Keeper:
         try:
             yield
         except (KeyboardInterrupt, Terminated):
-            self.write()
+            self.write(last=True)
             raise
 
-    def write(self) -> None:
+    def write(self, last: bool = False) -> None:
         """Write a checkpoint; say once if the disk refuses."""
-        step = self.state.progress.step
         try:
-            self.pace.measure(lambda: self.checkpoints.write(self.state.state_dict(), step))
+            self.pace.measure(lambda: self._write(last))
         except OSError as error:
             if not self._told:
                 self.remark(
@@ -159,6 +167,12 @@ class Keeper:
                     "goes on, the last one that was stays. Free space there."
                 )
             self._told = True
+
+    def _write(self, last: bool) -> None:
+        written = self.checkpoints.write(self.state.state_dict(), self.state.progress.step)
+        if self.upload and (last or self.pace.clock() - self._uploaded >= self.upload_seconds):
+            self.upload(written)
+            self._uploaded = self.pace.clock()
 
 
 def _read(path: Path) -> dict[str, Any] | None:
