@@ -172,10 +172,11 @@ def run_experiment(
         keeper = Keeper(checkpoints, pace, state, display.remark, upload, 60 * saving.upload_minutes)
         with keeper.last_one_on_the_way_out():
             for result in Training(config, dataset, state, execution, _on_step(display, keeper)):
+                stops = observer.stops(result)  # first, since it may turn out that the run is another process's now
                 if result.epoch > logged:
                     run.log_metrics(result.metrics, step=result.epoch)
                 display.epoch(result)
-                if observer.stops(result):
+                if stops:
                     return _pruned(run, config, dataset, state, keeper)
                 keeper.keep(epoch_ended=True)
         state.take_selected()

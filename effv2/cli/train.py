@@ -46,10 +46,11 @@ def train(study: str, fresh: str, log_model: str, experiment: str, **options: st
 
     from effv2.cli.display import ConsoleDisplay
     from effv2.data.dataset import load_dataset
+    from effv2.errors import RunError
     from effv2.execution.device import resolve
     from effv2.experiment import Labels, check, identity, run_experiment
-    from effv2.tracking.read import find_ended_early, find_finished
-    from effv2.tracking.recovery import open_experiment
+    from effv2.tracking.read import find_ended_early, find_finished, find_outdated
+    from effv2.tracking.recovery import is_busy, open_experiment
     from effv2.tracking.run import TrackedRun, point_adopted_run_to, run_address
 
     name = file.name if file else f"{config.model.variant}, seed {config.random.seed}"
@@ -66,8 +67,12 @@ def train(study: str, fresh: str, log_model: str, experiment: str, **options: st
             point_adopted_run_to(run)
             click.echo("Finished before, with the same configuration, data and code; --fresh repeats it.")
         else:
+            if not over and left is None and (outdated := find_outdated(wanted, experiment_id)) is not None:
+                display.remark("The run {} that ended early can't be gone on with: {}.".format(*outdated))
             labels = Labels(name, experiment_id, file.name if file else "", continues=left.run_id if left else "")
             if left is not None:
+                if is_busy(left.run_id):
+                    raise RunError(f"Another process works on the run {left.run_id}; wait for it, or give --fresh.")
                 point_adopted_run_to(TrackedRun(left.run_id, experiment_id))
             outcome = run_experiment(config, dataset, labels, display, which != "none", saving=saving)
             run, last, model = outcome.run, outcome.summary, outcome.model_address

@@ -27,7 +27,7 @@ from effv2.studies.session import Session
 from effv2.studies.storage import OUTAGE_SECONDS, Storage, StorageAway, hurry, reopen_storage
 from effv2.tracking.outbox import TrackingAway
 from effv2.tracking.read import Identity, RunRecord, find_finished, read_runs
-from effv2.tracking.recovery import send
+from effv2.tracking.recovery import is_busy, send
 from effv2.tracking.run import OUTCOME, TrackedRun, find_run
 from effv2.tracking.store import answers, shown_uri, use_store, wait_until_it_answers
 from effv2.training.loop import EpochResult, watched_accuracy
@@ -186,8 +186,11 @@ class Worker:
             raise
 
     def _left_of(self, claim: Claim) -> str:
-        """Return the run that an earlier attempt left, which goes on; empty where there is none in the store."""
-        left = find_run(claim.previous_run) if claim.previous_run else None
+        """Return the run that an earlier attempt left, which goes on; empty where none is in the store, or it is busy.
+
+        Busy is one whose process was only stopped for a while: it will find that the trial isn't its own any longer.
+        """
+        left = find_run(claim.previous_run) if claim.previous_run and not is_busy(claim.previous_run) else None
         return left.run_id if left is not None else ""
 
     def _done_before(self, claim: Claim, wanted: Identity) -> RunRecord | None:

@@ -53,6 +53,18 @@ def find_ended_early(identity: Identity, experiment_id: str) -> RunRecord | None
     return next((_record(run, {}) for run in found if run.info.status in ("FAILED", "KILLED")), None)
 
 
+def find_outdated(identity: Identity, experiment_id: str) -> tuple[str, str] | None:
+    """Return the last run that ended early with this configuration but other data or code, and how it differs."""
+    tags = identity.tags()
+    same = {"effv2.config_hash": tags["effv2.config_hash"]}
+    for run in _find(same, experiment_id, "attributes.status != 'FINISHED'"):
+        differing = [name for name, value in tags.items() if run.data.tags.get(name) != value]
+        if run.info.status in ("FAILED", "KILLED") and differing:
+            words = (f"{name[6:]} was {run.data.tags.get(name)}, is {tags[name]}" for name in differing)
+            return run.info.run_id, ", ".join(words)
+    return None
+
+
 def find_running(experiment_id: str, parent: str) -> list[RunRecord]:
     """Return a run's children that are marked as running."""
     condition = f"attributes.status = 'RUNNING' and tags.`mlflow.parentRunId` = '{parent}'"

@@ -81,6 +81,17 @@ def send(run_id: str, remark: Remark) -> str | None:
     return ""
 
 
+def is_busy(run_id: str) -> bool:
+    """Say whether a living process of this machine works on the run."""
+    folder = outbox_folder() / run_id
+    if not (folder / "journal").exists():
+        return False
+    journal = Journal.take_over(folder)
+    if journal is not None:
+        journal.close()
+    return journal is None
+
+
 def _deliver(run_id: str, process: str, entries: list[Entry], journal: Journal) -> None:
     now = mlflow.MlflowClient().get_run(run_id).data.tags.get(PROCESS, "")
     if process and now and now != process:  # another one went on with the run: what it says of it stands

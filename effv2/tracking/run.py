@@ -225,12 +225,21 @@ def _end(outbox: Outbox | None, status: str, error: BaseException | None, patien
         if outbox is not None:
             said = entries.tags({"effv2.error": f"{type(error).__name__}: {error}", OUTCOME: "failed"})
             ended = Entry("status", {"status": status, "end_time": entries.milliseconds()})
+            if isinstance(error, Abandoned) and _is_of_another(outbox.run_id):
+                outbox.close([], patience)
+                _forget_active_run()
+                return
             outbox.close([said, ended] if status == "FAILED" else [ended], patience)
         with impatient():
             mlflow.end_run(status)
     except BaseException:
         _forget_active_run()
         raise
+
+
+def _is_of_another(run_id: str) -> bool:
+    """Say whether another process went on with the run."""
+    return bool(mlflow.MlflowClient().get_run(run_id).data.tags.get(PROCESS) != this_process())
 
 
 def _forget_active_run() -> None:
