@@ -5,10 +5,13 @@ from __future__ import annotations
 import os
 import random
 import re
+import shutil
 import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +23,7 @@ from mlflow import MlflowClient
 from mlflow.entities import Run
 
 from effv2.cli.train import train
+from effv2.tracking import outbox
 from effv2.tracking.run import TrackedRun
 from tests.conftest import ROOT, TINY_TABLE, running
 
@@ -170,3 +174,34 @@ def test_another_machine_goes_on_from_the_checkpoint_that_was_uploaded(
     assert result.exit_code == 0 and "going on with the run" in result.stderr and "at epoch 4" in result.stderr
     (run,) = all_runs("Default")
     assert run.info.status == "FINISHED" and not MlflowClient().list_artifacts(run.info.run_id, "checkpoints")
+
+
+@pytest.fixture
+def full_disk(tmp_path: Path) -> Iterator[Path]:
+    """Mount a small file system that is full; whoever may not mount skips the test."""
+    folder = tmp_path / "full"
+    folder.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", "size=4m", "tmpfs", str(folder)]
+    if shutil.which("mount") is None or subprocess.run(mount, capture_output=True).returncode:
+        pytest.skip("this user may not mount a file system")
+    try:
+        with suppress(OSError), (folder / "filler").open("wb", buffering=0) as filler:
+            while True:
+                filler.write(bytes(4096))
+        yield folder
+    finally:
+        subprocess.run(["umount", str(folder)], check=True)
+
+
+def test_a_full_disk_costs_checkpoints_and_outbox_but_not_the_run(
+    sqlite_store: str, tmp_path: Path, full_disk: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    study = tmp_path / "short.yaml"
+    study.write_text(SHORT)
+    monkeypatch.setattr(outbox, "outbox_folder", lambda: full_disk / "outbox")
+    words = ["--study", str(study), "--checkpoint-dir", str(full_disk / "checkpoints"), "--checkpoint-minutes", "0"]
+    result = CliRunner().invoke(train, words, catch_exceptions=False)
+    assert result.exit_code == 0 and result.stderr.count("No space left on device") == 2
+    (run,) = all_runs("Default")
+    assert run.info.status == "FINISHED" and weights(run)
+    assert [step for step, _ in histories(run)["train/loss"]] == [1, 2, 3, 4, 5, 6]

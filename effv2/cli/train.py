@@ -52,6 +52,7 @@ def train(study: str, fresh: str, log_model: str, experiment: str, **options: st
     from effv2.tracking.read import find_ended_early, find_finished, find_outdated
     from effv2.tracking.recovery import is_busy, open_experiment
     from effv2.tracking.run import TrackedRun, point_adopted_run_to, run_address
+    from effv2.tracking.store import TrackingError, reason
 
     name = file.name if file else f"{config.model.variant}, seed {config.random.seed}"
     with ConsoleDisplay() as display:
@@ -74,7 +75,10 @@ def train(study: str, fresh: str, log_model: str, experiment: str, **options: st
                 if is_busy(left.run_id):
                     raise RunError(f"Another process works on the run {left.run_id}; wait for it, or give --fresh.")
                 point_adopted_run_to(TrackedRun(left.run_id, experiment_id))
-            outcome = run_experiment(config, dataset, labels, display, which != "none", saving=saving)
+            try:
+                outcome = run_experiment(config, dataset, labels, display, which != "none", saving=saving)
+            except TrackingError as error:
+                raise RunError(f"The tracking store failed ({reason(error)}); mend it and try again.") from error
             run, last, model = outcome.run, outcome.summary, outcome.model_address
     if "best/test_accuracy" in last:
         click.echo(

@@ -111,7 +111,10 @@ class Outbox:
             raise RunError(f"The tracking store refused what the run logged ({reason(self._refusal)}).")
 
     def _away(self) -> TrackingAway:
-        what = f"The tracking store {shown_uri()} is away: {len(self._waiting)} entries of the run {self.run_id}"
+        store = (
+            f"The tracking store {shown_uri()} is away, or takes nothing ({reason(self._trouble or TimeoutError())})"
+        )
+        what = f"{store}: {len(self._waiting)} entries of the run {self.run_id}"
         if self._journal is None:
             return TrackingAway(f"{what} are lost, since the disk was full too; give the same command again.")
         return TrackingAway(f"{what} wait in {self.folder}; the next command sends them, or `effv2 sync`.")
@@ -173,8 +176,8 @@ class Outbox:
                 return True
             if self._trouble is None and self._checked:
                 self._say(
-                    f"The tracking store {shown_uri()} is away ({reason(error)}): the run goes on, what it logs waits "
-                    f"in {self.folder}."
+                    f"The tracking store {shown_uri()} is away, or takes nothing ({reason(error)}): the run goes on, "
+                    f"what it logs waits in {self.folder}."
                 )
             self._trouble = error
             return False

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -26,7 +27,8 @@ def open_experiment(experiment: str, remark: Remark) -> str:
     send_all(remark)
     for run in mlflow.MlflowClient().search_runs([experiment_id], "attributes.status = 'RUNNING'"):
         if is_gone(run.data.tags.get(PROCESS, "")):
-            TrackedRun(run.info.run_id, experiment_id).end_left_open()
+            with suppress(*TRACKING_ERRORS):  # what matters more will fail next, and say so
+                TrackedRun(run.info.run_id, experiment_id).end_left_open()
     return experiment_id
 
 
@@ -66,7 +68,7 @@ def send(run_id: str, remark: Remark) -> str | None:
         return store
     try:
         _deliver(run_id, str(header.get("process", "")), entries, journal)
-    except TRACKING_ERRORS as error:
+    except Exception as error:  # one journal must not keep commands from their work
         journal.close()
         if isinstance(error, TrackingError) and error.error_code in REFUSALS:
             refused = folder.rename(_free(folder))

@@ -130,6 +130,7 @@ def _quieten() -> None:
     """Keep MLflow's own lines from running through our display."""
     for name in ("alembic", "mlflow"):
         logging.getLogger(name).setLevel(logging.WARNING)
+    logging.getLogger("mlflow.store.db.utils").setLevel(logging.CRITICAL)  # it prints the stack of what we tell
     os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
     # What a run writes is tried again by its outbox, which tells of an outage: minutes of silence before help nobody.
     os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "2")
@@ -155,6 +156,8 @@ def reason(error: BaseException) -> str:
         return f"it answers with HTTP status {found[1] or found[2]}"
     if "Max retries exceeded" in str(error):
         return "no connection"
+    if found := re.search(r"\(\w+\.\w+Error\) ([^\[\n]+)", str(error)):  # of a database, between SQL and addresses
+        return found[1].strip()
     return _without_password(" ".join(str(error).split()))[:200].rstrip(".") or type(error).__name__
 
 
