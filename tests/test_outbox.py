@@ -146,6 +146,7 @@ def test_journals_that_were_damaged_lose_what_was_damaged_and_no_more(open_run: 
     assert history(open_run.run_id, "loss") == [(1, 1.0), (3, 3.0)]
     assert not MlflowClient().list_artifacts(open_run.run_id)
     assert "2 of its entries were damaged" in said[-1]
+    assert MlflowClient().get_run(open_run.run_id).info.status == "KILLED"  # whoever held the journal is gone
 
 
 def test_what_another_process_says_of_the_run_meanwhile_stands(open_run: TrackedRun) -> None:

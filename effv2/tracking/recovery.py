@@ -95,13 +95,17 @@ def is_busy(run_id: str) -> bool:
 
 
 def _deliver(run_id: str, process: str, entries: list[Entry], journal: Journal) -> None:
+    """Deliver what a dead process left, and end its run if it is open: who held the journal's lock is gone."""
     now = mlflow.MlflowClient().get_run(run_id).data.tags.get(PROCESS, "")
-    if process and now and now != process:  # another one went on with the run: what it says of it stands
+    of_another = bool(process and now and now != process)  # which went on with the run: what it says of it stands
+    if of_another:
         entries = [entry for entry in entries if entry.kind == "metrics"]
     for begin in range(0, len(entries), MOST_AT_ONCE):
         some = entries[begin : begin + MOST_AT_ONCE]
         deliver(run_id, some, again=True)
         journal.delivered(some)
+    if not of_another:
+        TrackedRun(run_id, "").end_left_open()
 
 
 def _free(folder: Path) -> Path:

@@ -1,0 +1,124 @@
+"""What checkpoints and the outbox cost a training.
+
+    python benchmarks/safety_cost.py [--minutes 3]
+
+Trains the default network on digits at 32 pixels with averaged weights, checkpoints as by default and an MLflow server
+of its own, which is killed half-way. Prints one line of JSON: the share of the training time that writing checkpoints
+took; seconds and size of one; the milliseconds that logging an epoch took the training (median, 95th percentile,
+largest) with the server there and without; the median seconds of an epoch then.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import socket
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from contextlib import closing
+from pathlib import Path
+
+import click
+import numpy as np
+
+
+@click.command()
+@click.option("--minutes", default=3.0, show_default=True, help="Minutes of training, half of them without a server.")
+def main(minutes: float) -> None:
+    """Measure and print."""
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        os.chdir(folder)
+        with closing(socket.create_server(("127.0.0.1", 0))) as free:
+            port = free.getsockname()[1]
+        os.environ |= {"MLFLOW_TRACKING_URI": f"http://127.0.0.1:{port}", "EFFV2_CACHE": str(folder / "cache")}
+        command = [sys.executable, "-m", "mlflow", "server", "--backend-store-uri", f"sqlite:///{folder / 'm.db'}"]
+        command += ["--workers", "1", "--port", str(port)]
+        with Path(folder, "log").open("w") as log:
+            server = subprocess.Popen(command, stdout=log, stderr=log, start_new_session=True)  # noqa: S603
+        try:
+            print(json.dumps(measure(60 * minutes, server)))
+        finally:
+            stop(server)
+
+
+def stop(server: subprocess.Popen[bytes]) -> None:
+    """End a server with all its processes."""
+    if server.poll() is None:
+        os.killpg(server.pid, signal.SIGKILL)
+        server.wait()
+
+
+def measure(seconds: float, server: subprocess.Popen[bytes]) -> dict[str, object]:
+    """Train for so long; return the figures."""
+    from effv2.config import TrainConfig
+    from effv2.data.dataset import load_dataset
+    from effv2.execution.device import make_execution, resolve
+    from effv2.tracking.outbox import TrackingAway
+    from effv2.tracking.run import start_run
+    from effv2.tracking.store import open_store, wait_until_it_answers
+    from effv2.training.checkpoint import Checkpoints, Keeper, Pace
+    from effv2.training.loop import Training
+    from effv2.training.saving import Saving
+    from effv2.training.state import TrainState
+
+    config = resolve(TrainConfig.model_validate({"optimiser": {"ema_decay": 0.99}, "schedule": {"epochs": 100_000}}))
+    dataset, execution = load_dataset(config.data), make_execution(config.execution)
+    wait_until_it_answers(60)
+    state = TrainState.create(config, dataset, execution)
+    saving = Saving(folder="checkpoints")
+    costs: list[float] = []
+
+    class Timed(Pace):
+        def measure(self, write) -> None:  # type: ignore[no-untyped-def]
+            super().measure(write)
+            costs.append(self.cost)
+
+    logging: dict[bool, list[float]] = {True: [], False: []}
+    epochs: dict[bool, list[float]] = {True: [], False: []}
+    try:
+        with start_run("safety_cost", open_store(""), {}, remark=lambda text: None, patience=0.0) as run:
+            checkpoints = Checkpoints.of(run.run_id, saving, {})
+            keeper = Keeper(checkpoints, Timed(60 * saving.minutes), state, print, None, 0.0)
+            run.check()
+            began = time.perf_counter()
+            for result in Training(config, dataset, state, execution, lambda _step, _steps: keeper.keep(False)):
+                there = server.poll() is None
+                started = time.perf_counter()
+                run.log_metrics(result.metrics, step=result.epoch)
+                logging[there].append(1000 * (time.perf_counter() - started))
+                epochs[there].append(result.metrics["time/epoch_seconds"])
+                keeper.keep(epoch_ended=True)
+                gone = time.perf_counter() - began
+                if there and gone > seconds / 2:
+                    stop(server)
+                if gone > seconds:
+                    break
+            size = max(path.stat().st_size for path in checkpoints.folder.glob("*.pt"))
+    except TrackingAway:
+        pass
+    return {
+        "checkpoints": len(costs),
+        "checkpoint share of training": sum(costs) / state.progress.train_seconds,
+        "seconds a checkpoint": statistics.median(costs),
+        "megabytes a checkpoint": size / 1e6,
+        "logging an epoch, ms": {
+            "server there" if there else "server away": {
+                "median": statistics.median(values),
+                "p95": float(np.quantile(values, 0.95)),
+                "largest": max(values),
+            }
+            for there, values in logging.items()
+        },
+        "epoch seconds": {
+            ("there" if there else "away"): statistics.median(each[1:]) for there, each in epochs.items()
+        },
+    }
+
+
+if __name__ == "__main__":
+    main()
