@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol
@@ -20,12 +21,12 @@ from effv2.config import TrainConfig
 from effv2.data.batches import normalisation
 from effv2.data.dataset import Dataset, Split
 from effv2.data.preparation import Square
-from effv2.errors import InputError
+from effv2.errors import Diverged, InputError
 from effv2.evidence.run_artifacts import argmax_over_all, write_curves, write_predictions
 from effv2.execution.device import Execution, make_execution
 from effv2.exhaustion import what_ran_out
 from effv2.serving.export import ServedNetwork, as_base64, output_names, write_served
-from effv2.tracking.outbox import PATIENCE
+from effv2.tracking.outbox import PATIENCE, TrackingAway
 from effv2.tracking.read import Identity
 from effv2.tracking.recovery import send
 from effv2.tracking.run import OUTCOME, TrackedRun, start_run
@@ -60,6 +61,9 @@ class Observer:
 
     def started(self, run_id: str) -> None:
         """Hear that the run is open."""
+
+    def resumed(self, accuracy: float) -> None:
+        """Hear that the run goes on from its checkpoint, with the best watched accuracy so far (below 0: none)."""
 
     def stops(self, result: EpochResult) -> bool:
         """Hear of an epoch; say whether to prune the run now."""
@@ -148,8 +152,9 @@ def run_experiment(
         | {f"effv2.machine.{name}": value for name, value in provenance.machine().items()}
     )
     display.run_started(labels.name, config.schedule.epochs)
-    if labels.continues:
-        send(labels.continues, display.remark)
+    if labels.continues and (sending := send(labels.continues, display.remark)).end == "waits":
+        where = f": set MLFLOW_TRACKING_URI to {sending.store}" if sending.store else ""
+        raise TrackingAway(f"The run {labels.continues} can't go on before what it logged is sent{where}.")
     opened = start_run(
         labels.name,
         labels.experiment_id,
@@ -163,21 +168,23 @@ def run_experiment(
         observer.started(run.run_id)
         checkpoints = Checkpoints.of(run.run_id, saving, asdict(identity(config, dataset)))
         state = TrainState.create(config, dataset, execution)
-        logged = _go_on(run, state, checkpoints, display) if labels.continues else 0
+        logged = _go_on(run, state, checkpoints, display) if labels.continues else set[int]()
+        if labels.continues:
+            observer.resumed(state.progress.best_accuracy)
         if not logged:
             _log_start(run, config, dataset)
         run.check()
         upload = (lambda path: run.log_only(path, UPLOADED)) if saving.upload_minutes else None
         pace = Pace(60 * saving.minutes)
         keeper = Keeper(checkpoints, pace, state, display.remark, upload, 60 * saving.upload_minutes)
-        with keeper.last_one_on_the_way_out():
+        with keeper.last_one_on_the_way_out(), _none_after_divergence(checkpoints):
             for result in Training(config, dataset, state, execution, _on_step(display, keeper)):
                 stops = observer.stops(result)  # first, since it may turn out that the run is another process's now
-                if result.epoch > logged:
+                if result.epoch not in logged:
                     run.log_metrics(result.metrics, step=result.epoch)
                 display.epoch(result)
                 if stops:
-                    return _pruned(run, config, dataset, state, keeper)
+                    return _pruned(run, config, dataset, state, checkpoints)
                 keeper.keep(epoch_ended=True)
         state.take_selected()
         summary = _log_end(run, config, dataset, execution, state)
@@ -186,12 +193,22 @@ def run_experiment(
             outcome.log_model()
         if observer.keeps_weights(outcome.watched_accuracy):
             _keep_weights(outcome)
-        run.set_tags({OUTCOME: "complete"})
-        checkpoints.remove()
+        run.complete()
         if saving.upload_minutes:
             run.discard(UPLOADED)
+    checkpoints.remove()
     ended = TrackedRun(run.run_id, run.experiment_id)
     return replace(outcome, run=ended, model_address=ended.model_address() if log_model else "")
+
+
+@contextmanager
+def _none_after_divergence(checkpoints: Checkpoints) -> Iterator[None]:
+    """Remove the checkpoints of a training that diverges: it would again."""
+    try:
+        yield
+    except Diverged:
+        checkpoints.remove()
+        raise
 
 
 def _on_step(display: Display, keeper: Keeper) -> Callable[[int, int], None]:
@@ -202,31 +219,39 @@ def _on_step(display: Display, keeper: Keeper) -> Callable[[int, int], None]:
     return on_step
 
 
-def _pruned(run: TrackedRun, config: TrainConfig, dataset: Dataset, state: TrainState, keeper: Keeper) -> Outcome:
+def _pruned(
+    run: TrackedRun, config: TrainConfig, dataset: Dataset, state: TrainState, checkpoints: Checkpoints
+) -> Outcome:
     """End a run that isn't worth going on with."""
     best = state.progress.best_accuracy
     run.log_metrics({"selected/val_accuracy": best})
     run.set_tags({OUTCOME: "pruned"})
-    keeper.checkpoints.remove()
+    checkpoints.remove()
     return Outcome(run, config, dataset, state.evaluated, best, state.progress.history[-1], pruned=True)
 
 
-def _go_on(run: TrackedRun, state: TrainState, checkpoints: Checkpoints, display: Display) -> int:
-    """Take over a checkpoint, log the epochs that it has finished and the run lacks; return the last one logged.
+def _go_on(run: TrackedRun, state: TrainState, checkpoints: Checkpoints, display: Display) -> set[int]:
+    """Take over a checkpoint, log the epochs that it has finished and the run lacks; return all that are logged.
 
     Where this machine has none, it is that which another one uploaded.
     """
-    logged = run.last_step("time/epoch_seconds")
-    saved = checkpoints.read()
+    logged = run.steps("time/epoch_seconds")
+    saved = checkpoints.read(display.remark)
     if saved is None and run.fetch_folder(UPLOADED, checkpoints.folder):
-        saved = checkpoints.read()
+        saved = checkpoints.read(display.remark)
     if saved is not None:
         state.load_state_dict(saved)
-    history = state.progress.history
-    for epoch, metrics in enumerate(history[logged:], logged + 1):
-        run.log_metrics(metrics, step=epoch)
-    display.remark(f"going on with the run {run.run_id} at epoch {len(history) + 1}")
-    return max(logged, len(history))
+    for epoch, metrics in enumerate(state.progress.history, 1):
+        if epoch not in logged:
+            run.log_metrics(metrics, step=epoch)
+            logged.add(epoch)
+    display.remark(f"going on with the run {run.run_id} at epoch {state.progress.epoch + 1}")
+    return logged
+
+
+def discard_checkpoints(run_id: str, saving: Saving) -> None:
+    """Remove what is left of a run that was completed elsewhere, or while the tracking store was away."""
+    Checkpoints.of(run_id, saving, {}).remove()
 
 
 def restore(run: TrackedRun, config: TrainConfig, dataset: Dataset) -> Outcome:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -27,7 +28,7 @@ from tests.conftest import TINY_STUDY
 
 BAD_VALUES = ["x", "-1", "nan", "inf", "1e99", "null", "[]", "\x00", "ä" * 300, "../..", "0.5.5", "~", "$HOME"]
 PIECES = [b"", b"\n  ", b": ", b"- x", b"{", b"}", b"&a *a", b"\xff\x00", b"1e400", b"!!python/x", b"\t"]
-OPTIONS = [option.name or "" for option in train.params if option.name not in ("study", "experiment", "checkpoint_dir")]
+OPTIONS = [option.name or "" for option in train.params if option.name not in ("study", "experiment")]
 generated = settings(
     max_examples=250, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture]
 )
@@ -133,14 +134,16 @@ def test_trees_of_folders(tmp_path_factory: pytest.TempPathFactory, data: st.Dat
     places = [root]
     for _ in range(data.draw(st.integers(0, 12))):
         path = data.draw(st.sampled_from(places)) / data.draw(NAMES)
-        kind = data.draw(st.sampled_from(["folder", "folder", "image", "image", "link", "broken"]))
+        kind = data.draw(st.sampled_from(["folder", "folder", "image", "image", "link", "broken", "pipe"]))
         with suppress(OSError):
             if kind == "folder":
                 path.mkdir()
                 places.append(path)
+            elif kind == "pipe":
+                os.mkfifo(path)
             elif kind == "link":
                 path.symlink_to(data.draw(st.sampled_from([root, path, root / "a", Path("..")])))
-            else:
+            elif not path.exists():
                 path.write_bytes(image_bytes("PNG") if kind == "image" else b"no image")
     load(root)
 

@@ -31,10 +31,10 @@ def checkpoints(tmp_path: Path) -> Checkpoints:
 
 def test_the_last_two_are_kept_and_the_newest_is_read(checkpoints: Checkpoints) -> None:
     assert sorted(path.name.split("-")[1] for path in checkpoints.folder.iterdir()) == ["10", "100"]
-    found = checkpoints.read()
+    found = checkpoints.read(print)
     assert found is not None and found["step"] == 100 and torch.equal(found["weights"], state(100)["weights"])
     checkpoints.remove()
-    assert checkpoints.read() is None and not checkpoints.folder.exists()
+    assert checkpoints.read(print) is None and not checkpoints.folder.exists()
 
 
 @settings(suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None, max_examples=60)
@@ -48,9 +48,19 @@ def test_what_is_damaged_is_never_read(checkpoints: Checkpoints, data: st.DataOb
     else:
         del content[data.draw(st.integers(0, len(whole) - 1)) :]
     newest.write_bytes(content)
-    found = checkpoints.read()
+    found = checkpoints.read(print)
     newest.write_bytes(whole)
     assert found is not None and found["step"] == 10
+
+
+def test_a_new_checkpoint_outlives_damaged_ones_of_later_steps(checkpoints: Checkpoints) -> None:
+    for path in checkpoints.folder.iterdir():
+        path.write_bytes(b"damaged")
+    said: list[str] = []
+    assert checkpoints.read(said.append) is None and len(said) == 2 and "is damaged" in said[0]
+    checkpoints.write(state(5), 5)
+    found = checkpoints.read(print)
+    assert found is not None and found["step"] == 5 and len(list(checkpoints.folder.iterdir())) == 1
 
 
 def test_a_disk_that_is_full_costs_no_checkpoint(checkpoints: Checkpoints, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -71,7 +81,7 @@ def test_a_disk_that_is_full_costs_no_checkpoint(checkpoints: Checkpoints, monke
 def test_a_checkpoint_of_another_run_is_refused_with_what_differs(checkpoints: Checkpoints) -> None:
     other = Checkpoints(checkpoints.folder, IDENTITY | {"data_digest": "x"})
     with pytest.raises(InputError, match=r"is of another run \(data_digest was b, is x\); remove it"):
-        other.read()
+        other.read(print)
 
 
 @given(st.lists(st.tuples(st.floats(0, 100), st.booleans()), max_size=60), st.floats(0, 2), st.floats(0, 300))

@@ -75,8 +75,9 @@ def check_equal(run: Run, expected: Run, folder: Path) -> None:
     assert predictions(run, folder / "a") == predictions(expected, folder / "b")
 
 
-def kill(options: list[str], cache: Path, kills: int, longest: float) -> None:
-    """Kill so many processes, each a random time after it opened the run."""
+def kill(options: list[str], cache: Path, kills: int, longest: float) -> str:
+    """Kill so many processes, each a random time after it opened the run; return what they said."""
+    said = ""
     moments = random.Random(0)  # noqa: S311
     for _ in range(kills):
         before = journals(cache)
@@ -85,7 +86,10 @@ def kill(options: list[str], cache: Path, kills: int, longest: float) -> None:
                 assert process.poll() is None, process.communicate()[1]
                 time.sleep(0.01)
             time.sleep(moments.uniform(0, longest))
-            assert process.poll() is None, process.communicate()[1]
+            process.kill()
+            said += process.communicate()[1]
+        assert process.returncode == -signal.SIGKILL, said
+    return said
 
 
 def journals(cache: Path) -> dict[Path, int]:
@@ -108,9 +112,11 @@ def test_kills_change_nothing(
     (expected,) = all_runs("whole")
     monkeypatch.setenv("EFFV2_CACHE", str(tmp_path / "cache"))
     options = ["--study", str(study), "--checkpoint-dir", str(tmp_path / "checkpoints"), "--checkpoint-minutes", "0"]
-    kill(options, tmp_path / "cache", kills, expected.data.metrics["time/total_train_seconds"] / kills)
+    said = kill(options, tmp_path / "cache", kills, expected.data.metrics["time/total_train_seconds"] / kills)
     result = CliRunner().invoke(train, options, catch_exceptions=False)
-    assert result.exit_code == 0 and "going on with the run" in result.stderr
+    assert result.exit_code == 0
+    went_on = [int(epoch) for epoch in re.findall(r"going on with the run \w+ at epoch (\d+)", said + result.stderr)]
+    assert len(went_on) == kills and went_on[-1] > 1 and went_on == sorted(went_on)  # what was trained is not again
     (run,) = all_runs("Default")
     check_equal(run, expected, tmp_path)
     assert not list((tmp_path / "checkpoints").iterdir())

@@ -236,9 +236,9 @@ def reports_errors(command: Command) -> Command:
             except RunError as error:
                 _leave(f"Error: {error}", 1)
             except KeyboardInterrupt:
-                _leave("Interrupted; runs that had begun are marked KILLED.", 130)
+                _leave("Interrupted; runs that had begun end KILLED, and the same command goes on from here.", 130)
             except Terminated:
-                _leave("Terminated; runs that had begun are marked KILLED.", 143)
+                _leave("Terminated; runs that had begun end KILLED, and the same command goes on from here.", 143)
 
     return wrapped  # type: ignore[return-value]
 

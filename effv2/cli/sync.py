@@ -16,16 +16,17 @@ def sync() -> None:
     """
     from effv2.errors import RunError
     from effv2.tracking.recovery import left, send_all
-    from effv2.tracking.store import open_store, store_name
+    from effv2.tracking.store import open_store
 
     if not left():
         click.echo("Nothing is waiting.")
         return
     open_store("")
-    sent = send_all(click.echo)
-    for store in sorted(set(sent.waiting) - {store_name()}):
+    ends = send_all(click.echo)
+    for store in sorted({each.store for each in ends} - {""}):
         click.echo(f"Entries wait for another store: set MLFLOW_TRACKING_URI to {store} and sync again.")
-    if sent.waiting:
-        raise RunError(f"{len(sent.waiting)} runs still have entries in the outbox.")
-    if not sent.journals:
+    undone = sum(each.end in ("refused", "waits") for each in ends)
+    if undone:
+        raise RunError(f"The entries of {undone} runs were not sent, or not all of them.")
+    if all(each.end == "busy" for each in ends):
         click.echo("Nothing is waiting but what running processes send themselves.")

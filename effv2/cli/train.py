@@ -48,9 +48,9 @@ def train(study: str, fresh: str, log_model: str, experiment: str, **options: st
     from effv2.data.dataset import load_dataset
     from effv2.errors import RunError
     from effv2.execution.device import resolve
-    from effv2.experiment import Labels, check, identity, run_experiment
+    from effv2.experiment import Labels, check, discard_checkpoints, identity, run_experiment
     from effv2.tracking.read import find_ended_early, find_finished, find_outdated
-    from effv2.tracking.recovery import is_busy, open_experiment
+    from effv2.tracking.recovery import open_experiment
     from effv2.tracking.run import TrackedRun, point_adopted_run_to, run_address
     from effv2.tracking.store import TrackingError, reason
 
@@ -59,27 +59,26 @@ def train(study: str, fresh: str, log_model: str, experiment: str, **options: st
         config = resolve(config)
         dataset = load_dataset(config.data, display.decoding)
         check(config, dataset)
-        experiment_id = open_experiment(experiment, display.remark)
-        wanted = identity(config, dataset)
-        done = None if over else find_finished(wanted, experiment_id)
-        left = None if over else find_ended_early(wanted, experiment_id)
-        if done is not None:
-            run, last, model = TrackedRun(done.run_id, experiment_id), done.metrics, ""
-            point_adopted_run_to(run)
-            click.echo("Finished before, with the same configuration, data and code; --fresh repeats it.")
-        else:
-            if not over and left is None and (outdated := find_outdated(wanted, experiment_id)) is not None:
-                display.remark("The run {} that ended early can't be gone on with: {}.".format(*outdated))
-            labels = Labels(name, experiment_id, file.name if file else "", continues=left.run_id if left else "")
-            if left is not None:
-                if is_busy(left.run_id):
-                    raise RunError(f"Another process works on the run {left.run_id}; wait for it, or give --fresh.")
-                point_adopted_run_to(TrackedRun(left.run_id, experiment_id))
-            try:
+        try:
+            experiment_id = open_experiment(experiment, display.remark)
+            wanted = identity(config, dataset)
+            done = None if over else find_finished(wanted, experiment_id)
+            if done is not None:
+                run, last, model = TrackedRun(done.run_id, experiment_id), done.metrics, ""
+                point_adopted_run_to(run)
+                discard_checkpoints(run.run_id, saving)
+                click.echo("Finished before, with the same configuration, data and code; --fresh repeats it.")
+            else:
+                left = None if over else find_ended_early(wanted, experiment_id)
+                if left is not None:
+                    point_adopted_run_to(TrackedRun(left.run_id, experiment_id))
+                elif not over and (outdated := find_outdated(wanted, experiment_id)) is not None:
+                    display.remark("The run {} that ended early can't be gone on with: {}.".format(*outdated))
+                labels = Labels(name, experiment_id, file.name if file else "", continues=left.run_id if left else "")
                 outcome = run_experiment(config, dataset, labels, display, which != "none", saving=saving)
-            except TrackingError as error:
-                raise RunError(f"The tracking store failed ({reason(error)}); mend it and try again.") from error
-            run, last, model = outcome.run, outcome.summary, outcome.model_address
+                run, last, model = outcome.run, outcome.summary, outcome.model_address
+        except TrackingError as error:
+            raise RunError(f"The tracking store failed ({reason(error)}); mend it and try again.") from error
     if "best/test_accuracy" in last:
         click.echo(
             f"test accuracy {last['selected/test_accuracy']:.2%} at the selected epoch "

@@ -268,7 +268,10 @@ def _image_files(folder: Path) -> Iterator[Path]:
             _refuse_loop(Path(place, name))
         for name in files:
             if name.lower().endswith(EXTENSIONS) and not name.startswith("."):
-                yield Path(place, name)
+                path = Path(place, name)
+                if path.exists() and not path.is_file():  # a pipe or a device, which might never end
+                    raise OSError(errno.EINVAL, "not a regular file", str(path))
+                yield path
 
 
 def _text(name: str) -> str:

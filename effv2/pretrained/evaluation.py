@@ -39,7 +39,7 @@ from effv2.pretrained.weights import Requested, WeightsFile, load_network
 from effv2.serving.export import OTHER, ServedNetwork, as_base64, write_served
 from effv2.tracking.entries import PROCESS
 from effv2.tracking.read import Identity
-from effv2.tracking.run import OUTCOME, TrackedRun, start_run
+from effv2.tracking.run import TrackedRun, start_run
 
 STUDY = "evaluate-pretrained"
 FULL_BATCH_IMAGES = 128
@@ -136,7 +136,7 @@ def evaluate_one(session: Session, entry: Entry, parent: TrackedRun) -> str:
                 write_predictions(place, _predictions(images, logits, images.sets[name]))
             run.log_folder(Path(folder))
         run.log_metrics(_latencies(session, entry, network))
-        run.set_tags({OUTCOME: "complete"})
+        run.complete()
     return run.run_id
 
 

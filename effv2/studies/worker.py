@@ -19,7 +19,7 @@ import torch
 from optuna.trial import TrialState
 
 from effv2.errors import Abandoned, Diverged, RunError, Terminated
-from effv2.experiment import Display, Labels, Observer, identity, reached, run_experiment
+from effv2.experiment import Display, Labels, Observer, discard_checkpoints, identity, reached, run_experiment
 from effv2.signals import ending_signals
 from effv2.studies.plan import LoadData, LoadedData, best_of
 from effv2.studies.queue import RUN, Claim, Queue
@@ -65,6 +65,10 @@ class TrialObserver(Observer):
         """Note the run on the trial, so that whoever takes the trial up knows of it."""
         self.run_id = run_id
         self.worker.queue.note_run(self.claim, run_id)
+
+    def resumed(self, accuracy: float) -> None:
+        """Take over the best accuracy of the epochs that aren't trained again."""
+        self.best = max(self.best, accuracy)
 
     def stops(self, result: EpochResult) -> bool:
         """Report the best accuracy so far, which is what a trial is worth; ask the pruner."""
@@ -149,6 +153,7 @@ class Worker:
         dataset = self.load(planned.config.data)
         done = self._done_before(claim, identity(planned.config, dataset))
         if done is not None:
+            discard_checkpoints(done.run_id, session.saving)
             queue.finish(claim, _state(done.tags[OUTCOME] == "pruned"), reached(done.metrics), done.run_id)
             return
         labels = Labels(

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import re
 import time
 import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import suppress
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from itertools import groupby
 from pathlib import Path, PurePosixPath
@@ -21,6 +22,8 @@ from effv2.serving import image_classifier_path
 VALUES = ("params", "metrics", "tags")  # kinds of which MLflow takes many in one call
 MOST_IN_A_CALL = {"params": 100, "metrics": 900, "tags": 100}  # the server refuses more
 PROCESS = "effv2.process"  # tag: the process that works on the run
+REFUSALS = ("INVALID_PARAMETER_VALUE", "BAD_REQUEST")
+REFUSING_STATUS = (400, 413, 422)
 LONGEST_TAG = 8_000  # characters; MLflow cuts longer ones
 
 
@@ -52,6 +55,14 @@ def metrics(values: Mapping[str, float], step: int | None) -> Entry:
 def tags(values: Mapping[str, str]) -> Entry:
     """Return tags, the longest cut."""
     return Entry("tags", {"values": {name: value[:LONGEST_TAG] for name, value in values.items()}})
+
+
+def is_refusal(error: Exception) -> bool:
+    """Say whether the store understood and refused, so that trying again won't help; a run that was deleted too."""
+    if isinstance(error, MlflowException) and error.error_code in REFUSALS:
+        return True
+    status = getattr(getattr(error, "response", None), "status_code", 0)  # of an artifact
+    return status in REFUSING_STATUS or bool(re.search(r"error code (400|413|422)", str(error)))
 
 
 def milliseconds() -> int:
@@ -168,29 +179,35 @@ def _log_model(run_id: str, folder: Path, content: Mapping[str, Any]) -> None:
 
     The requirements are given, since inferring them takes MLflow several seconds.
     """
+    cut_short = [model.model_id for model in _models(run_id) if model.status != LoggedModelStatus.READY]
+    # MLflow remarks, past every filter, that the model's inputs are of any type; they are so on purpose. A model that
+    # an earlier attempt linked to the run is filled now; linking it again is refused.
+    with warnings.catch_warnings(record=True), nullcontext() if cut_short else _active(run_id):
+        from mlflow import pyfunc
+
+        pyfunc.log_model(
+            name="model",
+            model_id=cut_short[-1] if cut_short else None,
+            python_model=str(image_classifier_path()),
+            artifacts={name: str(folder / file) for name, file in content["files"].items()},
+            input_example=[content["example"]],
+            pip_requirements=[
+                f"mlflow=={mlflow.__version__}",
+                f"torch=={content['torch_version'].partition('+')[0]}",
+                "numpy>=2.0",
+                "pillow>=11",
+            ],
+        )
+
+
+@contextmanager
+def _active(run_id: str) -> Iterator[None]:
+    """Make a run the active one, which leaves it as it was."""
     client = mlflow.MlflowClient()
-    for model in _models(run_id):
-        if model.status == LoggedModelStatus.PENDING:  # an attempt that was cut short
-            client.finalize_logged_model(model.model_id, LoggedModelStatus.FAILED)
     before = client.get_run(run_id).info
     mlflow.start_run(run_id, nested=True)
     try:
-        # MLflow remarks, past every filter, that the model's inputs are of any type; they are so on purpose.
-        with warnings.catch_warnings(record=True):
-            from mlflow import pyfunc
-
-            pyfunc.log_model(
-                name="model",
-                python_model=str(image_classifier_path()),
-                artifacts={name: str(folder / file) for name, file in content["files"].items()},
-                input_example=[content["example"]],
-                pip_requirements=[
-                    f"mlflow=={mlflow.__version__}",
-                    f"torch=={content['torch_version'].partition('+')[0]}",
-                    "numpy>=2.0",
-                    "pillow>=11",
-                ],
-            )
+        yield
     finally:
         mlflow.end_run(before.status)
         if before.end_time:

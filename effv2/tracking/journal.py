@@ -26,6 +26,10 @@ from effv2.tracking.entries import Entry
 HEADER = "run"
 
 
+class Busy(Exception):
+    """The journal of a run is in use."""
+
+
 class Journal:
     """The journal of one run, held by this process until it is closed."""
 
@@ -36,12 +40,15 @@ class Journal:
 
     @classmethod
     def create(cls, folder: Path, header: Mapping[str, str]) -> Journal:
-        """Begin the journal of a run, its first line `header`; OSError if the disk refuses."""
-        (folder / "files").mkdir(parents=True, exist_ok=True)
+        """Begin the journal of a run, its first line `header`; OSError if the disk refuses, Busy if there is one."""
+        folder.mkdir(parents=True, exist_ok=True)
         lock = _acquire(folder)
         if lock is None:
-            raise OSError("another process works on this run")
-        (folder / "journal").unlink(missing_ok=True)
+            raise Busy("another process works on it; wait for that one")
+        if (folder / "journal").exists() and (folder / "journal").stat().st_size:
+            lock.release()
+            raise Busy(f"what it logged before waits in {folder}; try `effv2 sync`")
+        shutil.rmtree(folder / "files", ignore_errors=True)
         journal = cls(folder, lock)
         try:
             journal.append(Entry(HEADER, header))
@@ -119,6 +126,16 @@ class Journal:
         shutil.rmtree(self.folder, ignore_errors=True)
         self._lock.release()
 
+    def put_aside(self, suffix: str) -> Path:
+        """Keep the journal where nobody sends it, under a name that ends in `suffix`; return it."""
+        self._file.close()
+        number = 0
+        while (aside := self.folder.with_name(f"{self.folder.name}-{number}{suffix}")).exists():
+            number += 1
+        self.folder.rename(aside)
+        self._lock.release()
+        return aside
+
     def close(self) -> None:
         """Let go of the journal, for whoever delivers it."""
         self._file.close()
@@ -126,7 +143,7 @@ class Journal:
 
 
 def _acquire(folder: Path) -> BaseFileLock | None:
-    lock = FileLock(folder / "lock")
+    lock = FileLock(folder / "lock", thread_local=False)  # the outbox lets go of it in its thread
     try:
         lock.acquire(blocking=False)
     except Timeout:

@@ -11,18 +11,18 @@ from collections.abc import Callable, Sequence
 from contextlib import suppress
 from itertools import islice
 
-from mlflow.exceptions import MlflowException
-
 from effv2.errors import RunError
 from effv2.liveness import this_process
 from effv2.places import outbox_folder
-from effv2.tracking.entries import Entry, deliver
-from effv2.tracking.journal import Journal
+from effv2.tracking.entries import Entry, deliver, is_refusal
+from effv2.tracking.journal import Busy, Journal
 from effv2.tracking.store import WAIT_SECONDS, answers, reason, shown_uri, store_name
 
 PATIENCE = 120.0  # seconds that the end of a run waits for a store that is away
 MOST_AT_ONCE = 200  # entries
-REFUSALS = ("INVALID_PARAMETER_VALUE", "BAD_REQUEST", "RESOURCE_DOES_NOT_EXIST")  # a run that was deleted among them
+LAST_CALL = 1.0  # seconds that the call in progress has to come to an end
+LONGEST_WAIT = 15.0  # seconds between two attempts
+REFUSED = ".refused"  # suffix of a journal of which the store refused something
 Remark = Callable[[str], None]
 
 
@@ -41,6 +41,7 @@ class Outbox:
         self.run_id, self.patience, self._remark = run_id, patience, remark
         self.folder = outbox_folder() / run_id
         self._waiting: deque[Entry] = deque()
+        self._only_in_memory = 0  # how many of those, the last ones, the disk had no room for
         self._changed = threading.Condition()
         self._trouble: Exception | None = None  # why the last attempt failed
         self._refusal: Exception | None = None  # the first that was for good
@@ -57,15 +58,17 @@ class Outbox:
         """Write an entry to the journal; it is delivered soon."""
         self._raise_refusal()
         with self._changed:
-            kept = self._keep(entry)
-            if kept is not None:
-                self._waiting.append(kept)
-                self._changed.notify_all()
+            if self._take(entry):
                 return
         # The disk is full: what has files can't wait for the thread, since they are gone when this returns.
         if not self.wait(self.patience):
             raise self._away()
         deliver(self.run_id, [entry])
+
+    def holds(self, place: str) -> bool:
+        """Say whether artifacts for a folder of theirs wait."""
+        with self._changed:
+            return any(entry.content.get("place") == place for entry in self._waiting)
 
     def check(self) -> None:
         """Wait until everything is delivered; RunError at the first failure: before a training begins."""
@@ -90,50 +93,63 @@ class Outbox:
     def close(self, last: Sequence[Entry], patience: float) -> None:
         """Deliver the last entries and let go of the journal; TrackingAway if that takes more than so many seconds."""
         with self._changed:
-            self._waiting.extend(filter(None, map(self._keep, last)))
-            self._changed.notify_all()
+            for entry in last:
+                self._take(entry)
             try:
                 delivered = self._changed.wait_for(lambda: not self._waiting, patience)
             finally:
                 self._closing = True
                 self._changed.notify_all()
-        if delivered:
-            self._thread.join()
-            if self._journal is not None:
-                self._journal.remove()
-            return
-        if self._journal is not None:
-            self._journal.close()
-        raise self._away()
+        self._thread.join(None if delivered else LAST_CALL)
+        if not delivered:
+            raise self._away()  # the thread lets go of the journal when it is done with what it is about
+        if self._journal is not None and self._refusal is None:
+            self._journal.remove()
+        elif self._journal is not None:
+            self._journal.put_aside(REFUSED)
 
     def _raise_refusal(self) -> None:
         if self._refusal is not None:
             raise RunError(f"The tracking store refused what the run logged ({reason(self._refusal)}).")
 
     def _away(self) -> TrackingAway:
-        store = (
-            f"The tracking store {shown_uri()} is away, or takes nothing ({reason(self._trouble or TimeoutError())})"
-        )
-        what = f"{store}: {len(self._waiting)} entries of the run {self.run_id}"
-        if self._journal is None:
-            return TrackingAway(f"{what} are lost, since the disk was full too; give the same command again.")
-        return TrackingAway(f"{what} wait in {self.folder}; the next command sends them, or `effv2 sync`.")
+        why = reason(self._trouble) if self._trouble else "no answer yet"
+        what = f"The tracking store {shown_uri()} is away, or takes nothing ({why}): {len(self._waiting)} entries"
+        if self._only_in_memory:
+            return TrackingAway(
+                f"{what} of the run {self.run_id} wait, but the disk had no room for all; free space and give the "
+                "same command again, which goes on from the last checkpoint."
+            )
+        return TrackingAway(f"{what} of the run {self.run_id} wait in {self.folder}; `effv2 sync` sends them.")
 
     def _open_journal(self) -> Journal | None:
         try:
             return Journal.create(self.folder, {"store": store_name(), "process": this_process()})
+        except Busy as error:
+            raise RunError(f"The run {self.run_id} can't be worked on: {error}.") from error
         except OSError as error:
             self._tell_of_disk(error)
             return None
 
-    def _keep(self, entry: Entry) -> Entry | None:
-        """Return the entry as it can wait; None where the disk has no room for its files."""
-        if self._journal is not None:
+    def _take(self, entry: Entry) -> bool:
+        """Let an entry wait, in the journal where the disk has room; False where it has none for its files.
+
+        After one that waits in memory alone no other is written, so that the journal never has a gap.
+        """
+        if self._journal is not None and not self._only_in_memory:
             try:
-                return self._journal.append(entry)
+                self._waiting.append(self._journal.append(entry))
             except OSError as error:
                 self._tell_of_disk(error)
-        return entry if entry.folder is None else None
+            else:
+                self._changed.notify_all()
+                return True
+        if entry.folder is not None:
+            return False
+        self._only_in_memory += 1
+        self._waiting.append(entry)
+        self._changed.notify_all()
+        return True
 
     def _tell_of_disk(self, error: OSError) -> None:
         if not self._told_of_disk:
@@ -145,21 +161,26 @@ class Outbox:
 
     def _deliver_all(self) -> None:
         """Deliver what comes until the outbox is closed. Runs in the thread."""
+        pause = WAIT_SECONDS
         while True:
             with self._changed:
                 self._changed.wait_for(lambda: self._waiting or self._closing)
                 if self._closing:  # all is delivered, or nobody waits any longer
-                    return
+                    break
                 batch = list(islice(self._waiting, self._at_once))
             done = self._try(batch)
-            if done and self._journal is not None:
+            if done and self._journal is not None and self._refusal is None:
                 self._journal.delivered(batch)
             with self._changed:
                 for _ in batch if done else []:
                     self._waiting.popleft()
+                self._only_in_memory = min(self._only_in_memory, len(self._waiting))
                 self._changed.notify_all()
-                if not done:
-                    self._changed.wait_for(lambda: self._closing, WAIT_SECONDS if self._trouble else 0)
+                if not done and self._trouble is not None:
+                    self._changed.wait_for(lambda: self._closing, pause)
+            pause = WAIT_SECONDS if done else min(2 * pause, LONGEST_WAIT)
+        if self._waiting and self._journal is not None:
+            self._journal.close()
 
     def _try(self, batch: list[Entry]) -> bool:
         """Deliver a batch, say whether it is done with; tell of an outage at its begin and its end."""
@@ -168,7 +189,7 @@ class Outbox:
                 return False
             deliver(self.run_id, batch, again=self._may_be_there(batch))
         except Exception as error:
-            if isinstance(error, MlflowException) and error.error_code in REFUSALS:  # trying again would not help
+            if is_refusal(error):
                 if len(batch) > 1:  # to find out which of them it is
                     self._at_once = 1
                     return False

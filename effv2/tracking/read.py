@@ -10,6 +10,8 @@ from mlflow.entities import Run
 
 from effv2.tracking.run import OUTCOME
 
+PARENT = "mlflow.parentRunId"
+
 
 @dataclass(frozen=True)
 class Identity:
@@ -48,9 +50,13 @@ def find_finished(identity: Identity, experiment_id: str, parent: str = "") -> R
 
 
 def find_ended_early(identity: Identity, experiment_id: str) -> RunRecord | None:
-    """Return the last run of the experiment with this identity that failed or was killed; None without one."""
+    """Return the last run of the experiment with this identity that failed or was killed; None without one.
+
+    Those that belong to a study are left to it.
+    """
     found = _find(identity.tags(), experiment_id, "attributes.status != 'FINISHED'")
-    return next((_record(run, {}) for run in found if run.info.status in ("FAILED", "KILLED")), None)
+    ended = (run for run in found if run.info.status in ("FAILED", "KILLED") and PARENT not in run.data.tags)
+    return next((_record(run, {}) for run in ended), None)
 
 
 def find_outdated(identity: Identity, experiment_id: str) -> tuple[str, str] | None:
@@ -59,7 +65,7 @@ def find_outdated(identity: Identity, experiment_id: str) -> tuple[str, str] | N
     same = {"effv2.config_hash": tags["effv2.config_hash"]}
     for run in _find(same, experiment_id, "attributes.status != 'FINISHED'"):
         differing = [name for name, value in tags.items() if run.data.tags.get(name) != value]
-        if run.info.status in ("FAILED", "KILLED") and differing:
+        if run.info.status in ("FAILED", "KILLED") and differing and PARENT not in run.data.tags:
             words = (f"{name[6:]} was {run.data.tags.get(name)}, is {tags[name]}" for name in differing)
             return run.info.run_id, ", ".join(words)
     return None

@@ -5,20 +5,27 @@ from __future__ import annotations
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
-from pathlib import Path
+from typing import Literal
 
 import mlflow
 
 from effv2.liveness import is_gone
 from effv2.places import outbox_folder
-from effv2.tracking.entries import PROCESS, Entry, deliver
+from effv2.tracking.entries import PROCESS, Entry, deliver, is_refusal
 from effv2.tracking.journal import Journal
-from effv2.tracking.outbox import MOST_AT_ONCE, REFUSALS
+from effv2.tracking.outbox import MOST_AT_ONCE, REFUSED
 from effv2.tracking.run import TrackedRun
-from effv2.tracking.store import TRACKING_ERRORS, TrackingError, open_store, reason, store_name
+from effv2.tracking.store import TRACKING_ERRORS, open_store, reason, store_name
 
 Remark = Callable[[str], None]
-REFUSED = ".refused"  # suffix of a journal that the store wants nothing of
+
+
+@dataclass(frozen=True)
+class Sending:
+    """What became of a run's journal: there was none, its process lives, or it was sent, put aside, or waits."""
+
+    end: Literal["none", "busy", "sent", "refused", "waits"]
+    store: str = ""  # that it waits for, where that isn't the one in use
 
 
 def open_experiment(experiment: str, remark: Remark) -> str:
@@ -32,55 +39,48 @@ def open_experiment(experiment: str, remark: Remark) -> str:
     return experiment_id
 
 
-@dataclass
-class Sent:
-    """How many journals were sent, and the stores (without passwords) that others wait for."""
-
-    journals: int = 0
-    waiting: tuple[str, ...] = ()
-
-
 def left() -> list[str]:
     """Return the runs that have a journal here, of dead processes and of living ones."""
     found = outbox_folder().glob("*/journal")
     return sorted(path.parent.name for path in found if path.parent.suffix != REFUSED)
 
 
-def send_all(remark: Remark) -> Sent:
+def send_all(remark: Remark) -> list[Sending]:
     """Send what dead processes on this machine left for the tracking store in use."""
-    ends = [send(run_id, remark) for run_id in left()]
-    return Sent(ends.count(""), tuple(store for store in ends if store))
+    return [send(run_id, remark) for run_id in left()]
 
 
-def send(run_id: str, remark: Remark) -> str | None:
-    """Send the journal that a dead process left of a run, and remove it.
-
-    Return the store that it still waits for, an empty text if none; None where there is none, or its process lives.
-    """
+def send(run_id: str, remark: Remark) -> Sending:
+    """Send the journal that a dead process left of a run, and end the run, which nobody works on, if it is open."""
     folder = outbox_folder() / run_id
-    journal = Journal.take_over(folder) if (folder / "journal").exists() else None
-    if journal is None:
-        return None
-    header, entries, damaged = journal.read()
-    store = str(header.get("store", store_name()))
-    if store != store_name():
-        journal.close()
-        return store
+    if not (folder / "journal").exists():
+        return Sending("none")
     try:
-        _deliver(run_id, str(header.get("process", "")), entries, journal)
+        journal = Journal.take_over(folder)
+        if journal is None:
+            return Sending("busy")
+        header, entries, damaged = journal.read()
+        store = str(header.get("store", store_name()))
+        if store != store_name():
+            journal.close()
+            return Sending("waits", store)
+        try:
+            refusal = _deliver(run_id, str(header.get("process", "")), entries, journal)
+        except BaseException:
+            journal.close()
+            raise
     except Exception as error:  # one journal must not keep commands from their work
-        journal.close()
-        if isinstance(error, TrackingError) and error.error_code in REFUSALS:
-            refused = folder.rename(_free(folder))
-            remark(f"The tracking store wants nothing of the run {run_id} ({reason(error)}); it is kept in {refused}.")
-            return ""
         remark(f"What the run {run_id} had logged can't be sent ({reason(error)}); it stays in {folder}.")
-        return store
+        return Sending("waits")
+    if refusal is not None:
+        aside = journal.put_aside(REFUSED)
+        remark(f"The tracking store refused some of what the run {run_id} had logged ({reason(refusal)}): see {aside}.")
+        return Sending("refused")
     journal.remove()
     remark(f"Sent what the run {run_id} had logged before its process ended.")
     if damaged:
-        remark(f"{damaged} of its entries were damaged in {folder} and are left out.")
-    return ""
+        remark(f"{damaged} of its entries were damaged on the disk and are left out.")
+    return Sending("sent")
 
 
 def is_busy(run_id: str) -> bool:
@@ -94,23 +94,40 @@ def is_busy(run_id: str) -> bool:
     return journal is None
 
 
-def _deliver(run_id: str, process: str, entries: list[Entry], journal: Journal) -> None:
-    """Deliver what a dead process left, and end its run if it is open: who held the journal's lock is gone."""
+def _deliver(run_id: str, process: str, entries: list[Entry], journal: Journal) -> Exception | None:
+    """Deliver what a dead process left; return the first refusal, after which the rest was delivered all the same."""
     now = mlflow.MlflowClient().get_run(run_id).data.tags.get(PROCESS, "")
-    of_another = bool(process and now and now != process)  # which went on with the run: what it says of it stands
-    if of_another:
-        entries = [entry for entry in entries if entry.kind == "metrics"]
-    for begin in range(0, len(entries), MOST_AT_ONCE):
-        some = entries[begin : begin + MOST_AT_ONCE]
-        deliver(run_id, some, again=True)
-        journal.delivered(some)
-    if not of_another:
+    own = bool(process) and process == now  # else another one went on with the run: what that says of it stands
+    wanted = _without_old_discards(entries) if own else [entry for entry in entries if entry.kind == "metrics"]
+    refusal: Exception | None = None
+    for begin in range(0, len(wanted), MOST_AT_ONCE):
+        some = wanted[begin : begin + MOST_AT_ONCE]
+        refused = _deliver_some(run_id, some)
+        refusal = refusal or refused
+        if refusal is None:
+            journal.delivered(some)
+    if own and refusal is None:
         TrackedRun(run_id, "").end_left_open()
+    return refusal
 
 
-def _free(folder: Path) -> Path:
-    """Return a name for a refused journal that isn't taken."""
-    number = 0
-    while (path := folder.with_name(f"{folder.name}-{number}{REFUSED}")).exists():
-        number += 1
-    return path
+def _deliver_some(run_id: str, entries: list[Entry]) -> Exception | None:
+    """Deliver entries, one by one where the store refuses them together; return the first refusal."""
+    refusal: Exception | None = None
+    try:
+        deliver(run_id, entries, again=True)
+    except Exception as error:
+        if not is_refusal(error):
+            raise
+        if len(entries) == 1:
+            return error
+        for entry in entries:
+            refused = _deliver_some(run_id, [entry])
+            refusal = refusal or refused
+    return refusal
+
+
+def _without_old_discards(entries: list[Entry]) -> list[Entry]:
+    """Leave out all but the last discard of a name: an earlier one may name what came to stay since."""
+    last = {entry.content["name"]: entry for entry in entries if entry.kind == "discard"}
+    return [entry for entry in entries if entry.kind != "discard" or last[entry.content["name"]] is entry]

@@ -16,14 +16,14 @@ import mlflow
 from mlflow.entities import RunInfo
 from mlflow.exceptions import MlflowException
 from mlflow.tracking.context.registry import resolve_tags
-from mlflow.tracking.fluent import _active_run_stack
+from mlflow.tracking.fluent import _active_run_stack, run_id_to_system_metrics_monitor
 
 from effv2.errors import Abandoned, RunError, Terminated
 from effv2.liveness import this_process
 from effv2.provenance import GitState
 from effv2.tracking import entries
 from effv2.tracking.entries import LONGEST_TAG, PROCESS, Entry, deliver
-from effv2.tracking.outbox import PATIENCE, Outbox
+from effv2.tracking.outbox import PATIENCE, Outbox, TrackingAway
 from effv2.tracking.store import TRACKING_ERRORS, impatient, shown_uri
 
 OUTCOME = "effv2.outcome"  # tag: complete, pruned or failed
@@ -37,6 +37,7 @@ class TrackedRun:
 
     def __init__(self, run_id: str, experiment_id: str, outbox: Outbox | None = None) -> None:
         self.run_id, self.experiment_id, self._outbox = run_id, experiment_id, outbox
+        self.completed = False
 
     def _write(self, entry: Entry) -> None:
         if self._outbox is None:
@@ -93,8 +94,18 @@ class TrackedRun:
         """Upload everything in `folder` as the run's artifacts."""
         self._write(Entry("artifacts", {}, folder))
 
+    def complete(self) -> None:
+        """Say that all was logged: from here on the run ends FINISHED, whatever interrupts its delivery."""
+        self.set_tags({OUTCOME: "complete"})
+        self.completed = True
+
     def log_only(self, path: Path, place: str) -> None:
-        """Upload a file to the folder `place` of the artifacts, then delete all others there."""
+        """Upload a file to the folder `place` of the artifacts, then delete all others there.
+
+        While the one before still waits to be delivered, nothing is done.
+        """
+        if self._outbox is not None and self._outbox.holds(place):
+            return
         with tempfile.TemporaryDirectory(dir=path.parent, prefix=".") as folder:  # so that a link will do
             try:
                 Path(folder, path.name).hardlink_to(path)
@@ -103,9 +114,9 @@ class TrackedRun:
             self._write(Entry("artifacts", {"place": place}, Path(folder)))
         self._write(Entry("discard", {"name": place, "but": path.name}))
 
-    def last_step(self, name: str) -> int:
-        """Return the last step at which a metric was logged, 0 where it never was."""
-        return max((each.step for each in mlflow.MlflowClient().get_metric_history(self.run_id, name)), default=0)
+    def steps(self, name: str) -> set[int]:
+        """Return the steps at which a metric was logged."""
+        return {each.step for each in mlflow.MlflowClient().get_metric_history(self.run_id, name)}
 
     def metrics(self) -> dict[str, float]:
         """Return the last value of each metric."""
@@ -195,9 +206,11 @@ def start_run(
     TrackingAway is raised. RunError if the store refuses something for good.
     """
     outer = mlflow.active_run()
-    outbox: Outbox | None = None
+    outbox = Outbox(continues, remark, patience, continues=True) if continues else None  # refuses a run in use
+    run: TrackedRun | None = None
     try:
         if continues:
+            mlflow.MlflowClient().set_tag(continues, PROCESS, this_process())  # before it is RUNNING under a dead one
             active = mlflow.start_run(continues, nested=True)
         elif parent:
             active = mlflow.start_run(experiment_id=experiment_id, run_name=name, nested=True, parent_run_id=parent)
@@ -206,35 +219,52 @@ def start_run(
             _name_adopted(active.info, name)
         else:
             active = mlflow.start_run(experiment_id=experiment_id, run_name=name)
-        outbox = Outbox(active.info.run_id, remark, patience, bool(continues))
+        outbox = outbox or Outbox(active.info.run_id, remark, patience)
         run = TrackedRun(active.info.run_id, active.info.experiment_id, outbox)
         run.set_tags(dict(tags) | {"effv2.pid": str(os.getpid()), PROCESS: this_process()})
         yield run
         delivered = outbox.wait(patience)
     except BaseException as error:
-        if _opened(outer):
-            with suppress(*TRACKING_ERRORS, RunError):  # a store that is away must not hide why the run ends
-                _end(outbox, status_after(error), error, EARLY_PATIENCE)
+        complete = run is not None and run.completed and not isinstance(error, RunError)
+        with suppress(*TRACKING_ERRORS, RunError):  # a store that is away must not hide why the run ends
+            if _opened(outer):
+                _end(outbox, "FINISHED" if complete else status_after(error), error, EARLY_PATIENCE)
+            elif outbox is not None:
+                outbox.close([], 0)
         raise
     _end(outbox, "FINISHED", None, patience if delivered else 0)
 
 
 def _end(outbox: Outbox | None, status: str, error: BaseException | None, patience: float) -> None:
-    """End the active run: through its outbox, if it came that far, so that its status is the last that arrives."""
+    """End the active run: through its outbox, if it came that far, so that its status is the last that arrives.
+
+    One that ends early gets its status past what its outbox still holds.
+    """
+    active = mlflow.active_run()
+    assert active is not None  # noqa: S101
+    run_id = active.info.run_id
     try:
-        if outbox is not None:
-            said = entries.tags({"effv2.error": f"{type(error).__name__}: {error}", OUTCOME: "failed"})
-            ended = Entry("status", {"status": status, "end_time": entries.milliseconds()})
-            if isinstance(error, Abandoned) and _is_of_another(outbox.run_id):
-                outbox.close([], patience)
-                _forget_active_run()
-                return
-            outbox.close([said, ended] if status == "FAILED" else [ended], patience)
-        with impatient():
-            mlflow.end_run(status)
-    except BaseException:
+        if outbox is None:
+            _set_terminated(run_id, status)
+            return
+        said = entries.tags({"effv2.error": f"{type(error).__name__}: {error}", OUTCOME: "failed"})
+        ended = Entry("status", {"status": status, "end_time": entries.milliseconds()})
+        last = [said, ended] if status == "FAILED" else [ended]
+        if isinstance(error, Abandoned) and _is_of_another(run_id):
+            last = []
+        try:
+            outbox.close(last, patience)
+        except TrackingAway:
+            if error is not None and last:
+                _set_terminated(run_id, status)
+            raise
+    finally:
         _forget_active_run()
-        raise
+
+
+def _set_terminated(run_id: str, status: str) -> None:
+    with impatient(), suppress(*TRACKING_ERRORS):
+        mlflow.MlflowClient().set_terminated(run_id, status)
 
 
 def _is_of_another(run_id: str) -> bool:
@@ -245,7 +275,9 @@ def _is_of_another(run_id: str) -> bool:
 def _forget_active_run() -> None:
     """Take the run off MLflow's stack without asking the store, which may take its time to be away."""
     if stack := _active_run_stack.get():  # type: ignore[no-untyped-call]
-        stack.pop()
+        run_id = stack.pop().info.run_id
+        if (monitor := run_id_to_system_metrics_monitor.pop(run_id, None)) is not None:
+            monitor.finish()
 
 
 def open_parent(name: str, experiment_id: str, tags: Mapping[str, str]) -> TrackedRun:

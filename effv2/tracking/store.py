@@ -23,7 +23,8 @@ from sqlalchemy.exc import SQLAlchemyError
 from effv2.errors import InputError
 
 # MLflow's own limits let a dead server block for minutes; a check may be impatient.
-IMPATIENT = {"MLFLOW_HTTP_REQUEST_MAX_RETRIES": "1", "MLFLOW_HTTP_REQUEST_TIMEOUT": "10"}
+IMPATIENT = {"MLFLOW_HTTP_REQUEST_MAX_RETRIES": "1", "MLFLOW_HTTP_REQUEST_TIMEOUT": "4"}
+OF_THE_USER = frozenset(name for name in IMPATIENT if name in os.environ)
 
 WAIT_SECONDS = 2.0
 # What the code and the text of an error look like, and what to say of the store: the first that is found.
@@ -147,6 +148,8 @@ def store_name() -> str:
     uri = mlflow.get_tracking_uri()
     if uri.startswith("sqlite:") and (file := make_url(uri).database):
         return f"sqlite:///{Path(file).resolve()}"
+    if "://" not in uri or uri.startswith("file:"):
+        return Path(local_file_uri_to_path(uri)).resolve().as_uri()  # type: ignore[no-untyped-call]
     return _without_password(uri)
 
 
@@ -162,19 +165,23 @@ def reason(error: BaseException) -> str:
 
 
 def _without_password(text: str) -> str:
-    return re.sub(r"(://[^/@:\s]*):[^@\s]*@", r"\1:***@", text)
+    text = re.sub(r"(://[^/@:\s]*):[^@\s]*@", r"\1:***@", text)
+    return re.sub(r"(password=)[^&\s]*", r"\1***", text)
 
 
 @contextmanager
 def impatient() -> Iterator[None]:
     """Wait seconds, not minutes, for a server that is gone; the user's own settings stand."""
-    added = {name: value for name, value in IMPATIENT.items() if name not in os.environ}
-    os.environ.update(added)
+    before = {name: os.environ.get(name) for name in IMPATIENT if name not in OF_THE_USER}
+    os.environ.update({name: IMPATIENT[name] for name in before})
     try:
         yield
     finally:
-        for name in added:
-            os.environ.pop(name, None)
+        for name, value in before.items():
+            if value is None:
+                os.environ.pop(name, None)
+            else:
+                os.environ[name] = value
 
 
 def _experiment(client: MlflowClient, name: str) -> Experiment:

@@ -61,15 +61,19 @@ class Checkpoints:
             raise cause if isinstance(cause, OSError) else OSError(str(error)) from error
         finally:
             building.unlink(missing_ok=True)
-        for old in self._found()[:-KEPT]:
+        # Those of later steps were damaged, or this training wouldn't have come by here.
+        found = self._found()
+        before = found[: found.index(written)]
+        for old in set(found) - {written, *before[len(before) - KEPT + 1 :]}:
             old.unlink(missing_ok=True)
         return written
 
-    def read(self) -> dict[str, Any] | None:
+    def read(self, remark: Callable[[str], None]) -> dict[str, Any] | None:
         """Return the newest state that is whole, None without one; InputError for one of another identity."""
         for path in reversed(self._found()):
             content = _read(path)
             if content is None:
+                remark(f"{path} is damaged, or of another version, and is left out.")
                 continue
             differing = [
                 f"{name} was {content['identity'].get(name)}, is {value}"
