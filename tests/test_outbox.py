@@ -13,7 +13,7 @@ from mlflow import MlflowClient
 from mlflow.exceptions import MlflowException
 
 from effv2.cli.sync import sync
-from effv2.errors import RunError
+from effv2.errors import RunError, Terminated
 from effv2.places import outbox_folder
 from effv2.tracking import entries, outbox
 from effv2.tracking.entries import PROCESS, Entry
@@ -210,3 +210,65 @@ def test_a_full_disk_is_told_and_costs_nothing_while_the_store_is_there(
         run.log_folder(folder_of(tmp_path, "there"))
     assert len(said) == 1 and "No space left" in said[0]
     assert history(run.run_id, "loss") == [(1, 1.0)] and text_of(run.run_id, "table.csv") == "there"
+
+
+def test_a_run_that_was_complete_ends_finished_whatever_interrupts_its_end(sqlite_store: str) -> None:
+    with pytest.raises(Terminated), start_run("run", open_store(""), {}, remark=print) as run:
+        run.complete()
+        raise Terminated
+    assert MlflowClient().get_run(run.run_id).info.status == "FINISHED"
+
+
+def test_a_run_that_a_living_process_works_on_is_left_alone(open_run: TrackedRun) -> None:
+    journal = Journal.create(outbox_folder() / open_run.run_id, {})
+    opened = start_run("", open_run.experiment_id, {}, continues=open_run.run_id, remark=print)
+    with pytest.raises(RunError, match="another process works on it"), opened:
+        pass
+    journal.close()
+    run = MlflowClient().get_run(open_run.run_id)
+    assert run.info.status == "RUNNING" and run.data.tags[PROCESS] == "gone"
+
+
+def test_what_waits_of_a_run_is_never_written_over(open_run: TrackedRun) -> None:
+    folder = left_by_a_dead_process(open_run, entries.metrics({"loss": 1.0}, 1))
+    opened = start_run("", open_run.experiment_id, {}, continues=open_run.run_id, remark=print)
+    with pytest.raises(RunError, match="effv2 sync"), opened:
+        pass
+    assert (folder / "journal").stat().st_size
+    assert [each.end for each in send_all(print)] == ["sent"] and history(open_run.run_id, "loss") == [(1, 1.0)]
+
+
+def test_a_replay_deletes_nothing_that_came_to_stay(open_run: TrackedRun, tmp_path: Path) -> None:
+    discards = (Entry("discard", {"name": "checkpoints", "but": name}) for name in ("first", "second"))
+    left_by_a_dead_process(open_run, *discards)
+    (tmp_path / "second").write_text("the last one")
+    open_run.log_only(tmp_path / "second", "checkpoints")
+    send_all(print)
+    assert [file.path for file in MlflowClient().list_artifacts(open_run.run_id, "checkpoints")] == [
+        "checkpoints/second"
+    ]
+
+
+def test_a_disk_that_was_full_for_a_while_leaves_no_gap_in_the_journal(
+    sqlite_store: str, door: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    append, calls = Journal.append, []
+
+    def full_once(journal: Journal, entry: Entry) -> Entry:
+        calls.append(entry)
+        if len(calls) == 5:
+            raise OSError(28, "No space left on device")
+        return append(journal, entry)
+
+    monkeypatch.setattr(Journal, "append", full_once)
+    opened = start_run("run", open_store(""), {}, remark=print, patience=0.2)
+    with pytest.raises(TrackingAway, match="the disk had no room for all"), opened as run:
+        run.check()
+        door.shut = "before"
+        for epoch in range(1, 6):
+            run.log_metrics({"loss": 1.0}, step=epoch)
+        run.complete()
+    door.shut = ""
+    send_all(print)
+    assert [step for step, _ in history(run.run_id, "loss")] == [1, 2]
+    assert MlflowClient().get_run(run.run_id).info.status == "KILLED"  # to be gone on with, from its checkpoint
