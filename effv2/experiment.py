@@ -141,16 +141,6 @@ def run_experiment(
     store may be away for `patience` seconds: then TrackingAway is raised, and what it lacks waits in the outbox.
     """
     execution = make_execution(config.execution)
-    tags = (
-        identity(config, dataset).tags()
-        | {
-            "effv2.study": labels.study,
-            "effv2.arm": labels.arm,
-            "effv2.variant": config.model.variant,
-            "effv2.seed": str(config.random.seed),
-        }
-        | {f"effv2.machine.{name}": value for name, value in provenance.machine().items()}
-    )
     display.run_started(labels.name, config.schedule.epochs)
     if labels.continues and (sending := send(labels.continues, display.remark)).end == "waits":
         where = f": set MLFLOW_TRACKING_URI to {sending.store}" if sending.store else ""
@@ -158,7 +148,7 @@ def run_experiment(
     opened = start_run(
         labels.name,
         labels.experiment_id,
-        tags,
+        _tags(config, dataset, labels),
         parent=labels.parent,
         continues=labels.continues,
         remark=display.remark,
@@ -199,6 +189,17 @@ def run_experiment(
     checkpoints.remove()
     ended = TrackedRun(run.run_id, run.experiment_id)
     return replace(outcome, run=ended, model_address=ended.model_address() if log_model else "")
+
+
+def _tags(config: TrainConfig, dataset: Dataset, labels: Labels) -> dict[str, str]:
+    own = {
+        "effv2.study": labels.study,
+        "effv2.arm": labels.arm,
+        "effv2.variant": config.model.variant,
+        "effv2.seed": str(config.random.seed),
+    }
+    machine = {f"effv2.machine.{name}": value for name, value in provenance.machine().items()}
+    return identity(config, dataset).tags() | own | machine
 
 
 @contextmanager
