@@ -1,20 +1,27 @@
-"""Convolutions computed by a cheaper exact route on CPUs, in channels-last memory.
+"""Layers computed by a cheaper exact route on CPUs, in channels-last memory.
 
 oneDNN's convolutions carry an overhead that dominates on maps of a few pixels, which is where most layers of this
-network work when images are small. Each path below is the same sum in another order; anything it doesn't cover
-falls back to torch's own convolution. Parameters and their names stay as they are.
+network work when images are small, and some of its bfloat16 kernels are far slower than the float32 ones. Each path
+below is the same sum in another order; anything it doesn't cover falls back to torch's own layer. Parameters and their
+names stay as they are. What each gains is in docs/performance.md.
 
-| path | replaces | when | training rate, EfficientNetV2-S, 32x32, batch 128 |
-|---|---|---|---|
-| PointwiseConv2d | 1x1 convolution | at most 16 pixels a map | 1.17 times channels-last float32 |
-| DepthwiseConv2d | depthwise 3x3, padding 1 | 1x1 maps: only the centre tap meets the image | 1.38 times, together |
+| path | replaces | when |
+|---|---|---|
+| PointwiseConv2d | 1x1 convolution by a matrix product over pixels | at most 16 pixels a map |
+| DepthwiseConv2d, 1x1 | depthwise 3x3, padding 1, by its centre tap | maps of one pixel |
+| DepthwiseConv2d, 2x2 | the same by the taps that can meet the image, pixel by pixel | maps of 2x2 pixels |
+| DepthwiseConv2d, stride 2 | its input gradient alone, in float32 | bfloat16, larger maps, when training |
+| SqueezeExcitation | squeeze and excitation in one step backwards, without stored broadcasts | with SiLU and sigmoid |
 """
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torchvision.ops import SqueezeExcitation as PlainSqueezeExcitation
 
 LARGEST_POINTWISE_MAP = 16
 
@@ -31,21 +38,44 @@ class PointwiseConv2d(nn.Conv2d):
 
 
 class DepthwiseConv2d(nn.Conv2d):
-    """A depthwise 3x3 convolution that multiplies by the centre tap where there is one pixel."""
+    """A depthwise 3x3 convolution that leaves out the taps which only ever meet padding."""
 
     def forward(self, input: Tensor) -> Tensor:
         """Convolve (N, C, H, W)."""
-        if input.shape[2:] != (1, 1):
+        size, stride = tuple(input.shape[2:]), self.stride[0]
+        if size == (1, 1):
+            output = input * self.weight[:, 0, 1:2, 1:2]
+            return output if self.bias is None else output + self.bias.view(-1, 1, 1)
+        if size == (2, 2) and self.stride in ((1, 1), (2, 2)):
+            output = _DepthwiseOn2x2.apply(*_as_autocast(input, self.weight), stride)  # type: ignore[no-untyped-call]
+        elif self.stride == (2, 2) and torch.is_grad_enabled() and _is_bf16(input):
+            output = _DepthwiseStride2.apply(*_as_autocast(input, self.weight))  # type: ignore[no-untyped-call]
+        else:
             return super().forward(input)
-        output = input * self.weight[:, 0, 1:2, 1:2]
-        return output if self.bias is None else output + self.bias.view(-1, 1, 1)
+        return output if self.bias is None else output + self.bias.to(output.dtype).view(-1, 1, 1)
+
+
+class SqueezeExcitation(PlainSqueezeExcitation):
+    """Squeeze and excitation (Hu et al. 2018) with SiLU and sigmoid, differentiated by hand."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        """Scale the channels of (N, C, H, W)."""
+        if not torch.is_grad_enabled():
+            pooled = input.mean((2, 3))
+            hidden = F.silu(F.linear(pooled, self.fc1.weight.flatten(1), self.fc1.bias))
+            scale = F.linear(hidden, self.fc2.weight.flatten(1), self.fc2.bias).sigmoid()
+            return input * scale[:, :, None, None]
+        weights = self.fc1.weight.flatten(1), self.fc1.bias, self.fc2.weight.flatten(1), self.fc2.bias
+        return _SqueezeExcitation.apply(*_as_autocast(input, *weights))  # type: ignore[no-any-return, no-untyped-call]
 
 
 def use_fast_paths(model: nn.Module) -> None:
-    """Let the convolutions of `model` that have a fast path take it, in place."""
+    """Let the layers of `model` that have a fast path take it, in place."""
     for module in model.modules():
         if type(module) is nn.Conv2d and (path := _path(module)):
             module.__class__ = path
+        elif type(module) is PlainSqueezeExcitation and _is_usual(module):
+            module.__class__ = SqueezeExcitation
 
 
 def _path(conv: nn.Conv2d) -> type[nn.Conv2d] | None:
@@ -56,3 +86,117 @@ def _path(conv: nn.Conv2d) -> type[nn.Conv2d] | None:
     if conv.kernel_size == (3, 3) and conv.padding == (1, 1) and conv.groups == conv.in_channels == conv.out_channels:
         return DepthwiseConv2d
     return None
+
+
+def _is_usual(module: PlainSqueezeExcitation) -> bool:
+    return isinstance(module.activation, nn.SiLU) and isinstance(module.scale_activation, nn.Sigmoid)
+
+
+def _as_autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
+    """Return the tensors as autocast hands them to a convolution."""
+    if not torch.is_autocast_enabled("cpu"):
+        return tensors
+    dtype = torch.get_autocast_dtype("cpu")
+    return tuple(tensor.to(dtype) for tensor in tensors)
+
+
+def _is_bf16(input: Tensor) -> bool:
+    autocast = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else input.dtype
+    return autocast == torch.bfloat16
+
+
+def _taps(stride: int) -> Tensor:
+    """Return which of the nine taps leads from an input pixel to an output pixel, (outputs, 4), of a 2x2 map."""
+    side = 2 // stride
+    outputs = [(y, x) for y in range(side) for x in range(side)]
+    inputs = [(y, x) for y in range(2) for x in range(2)]
+    return torch.tensor([[3 * (i - y * stride + 1) + (j - x * stride + 1) for i, j in inputs] for y, x in outputs])
+
+
+TAPS = {stride: _taps(stride) for stride in (1, 2)}
+
+
+class _DepthwiseOn2x2(torch.autograd.Function):
+    """Depthwise 3x3, padding 1, of 2x2 maps."""
+
+    @staticmethod
+    def forward(ctx: Any, input: Tensor, weight: Tensor, stride: int) -> Tensor:
+        count, channels = input.shape[:2]
+        pixels = input.permute(0, 2, 3, 1).reshape(count, 4, channels)
+        factors = weight.reshape(channels, 9).t()[TAPS[stride]]  # (outputs, 4, channels)
+        output = pixels[:, :1] * factors[:, 0]
+        for pixel in range(1, 4):
+            output.addcmul_(pixels[:, pixel : pixel + 1], factors[:, pixel])
+        ctx.save_for_backward(pixels, factors)
+        ctx.stride, ctx.shape = stride, weight.shape
+        side = 2 // stride
+        return output.view(count, side, side, channels).permute(0, 3, 1, 2)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        pixels, factors = ctx.saved_tensors
+        count, _, channels = pixels.shape
+        gradient = gradients[0].permute(0, 2, 3, 1).reshape(count, -1, channels)
+        outputs = gradient.shape[1]
+        of_input = gradient[:, :1] * factors[0]
+        for output in range(1, outputs):
+            of_input.addcmul_(gradient[:, output : output + 1], factors[output])
+        of_taps = gradient.new_zeros(9, channels, dtype=torch.float32)
+        for output in range(outputs):
+            products = (gradient[:, output : output + 1] * pixels).sum(0, dtype=torch.float32)
+            of_taps.index_add_(0, TAPS[ctx.stride][output], products)
+        of_weight = of_taps.t().reshape(ctx.shape).to(factors.dtype)
+        return of_input.view(count, 2, 2, channels).permute(0, 3, 1, 2), of_weight, None
+
+
+class _DepthwiseStride2(torch.autograd.Function):
+    """Depthwise 3x3, padding 1, stride 2, in bfloat16 but for the input gradient."""
+
+    @staticmethod
+    def forward(ctx: Any, input: Tensor, weight: Tensor) -> Tensor:
+        ctx.save_for_backward(input, weight)
+        return F.conv2d(input, weight, None, 2, 1, 1, input.shape[1])
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        input, weight = ctx.saved_tensors
+        gradient = gradients[0]
+        of_input = of_weight = None
+        if ctx.needs_input_grad[0]:
+            of_input = _backward(gradient.float(), input.float(), weight.float(), (True, False, False))[0].to(input.dtype)
+        if ctx.needs_input_grad[1]:
+            of_weight = _backward(gradient, input, weight, (False, True, False))[1]
+        return of_input, of_weight
+
+
+def _backward(gradient: Tensor, input: Tensor, weight: Tensor, wanted: tuple[bool, bool, bool]) -> Any:
+    return torch.ops.aten.convolution_backward(
+        gradient, input, weight, [0], [2, 2], [1, 1], [1, 1], False, [0, 0], input.shape[1], wanted
+    )
+
+
+class _SqueezeExcitation(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, input: Tensor, weight1: Tensor, bias1: Tensor, weight2: Tensor, bias2: Tensor) -> Tensor:
+        pooled = input.mean((2, 3))
+        hidden = F.linear(pooled, weight1, bias1)
+        scale = F.linear(F.silu(hidden), weight2, bias2).sigmoid()
+        ctx.save_for_backward(input, pooled, hidden, scale, weight1, weight2)
+        return input * scale[:, :, None, None]
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        input, pooled, hidden, scale, weight1, weight2 = ctx.saved_tensors
+        gradient = gradients[0]
+        of_scale = (gradient * input).sum((2, 3)) * scale * (1 - scale)
+        gate = hidden.sigmoid()
+        of_hidden = (of_scale @ weight2) * gate * (1 + hidden * (1 - gate))
+        of_pooled = (of_hidden @ weight1) / (input.shape[2] * input.shape[3])
+        of_input = torch.addcmul(of_pooled[:, :, None, None], gradient, scale[:, :, None, None])
+        return (
+            of_input,
+            of_hidden.t() @ pooled,
+            of_hidden.sum(0),
+            of_scale.t() @ (hidden * gate),
+            of_scale.sum(0),
+        )
