@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import copy
+import os
+import subprocess
+import sys
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -10,43 +14,69 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 from torchvision import models
+from torchvision.ops import SqueezeExcitation
 
 from effv2.config import TrainConfig
 from effv2.errors import InputError
 from effv2.execution.device import resolve, resolve_study
-from effv2.execution.fast_paths import DepthwiseConv2d, PointwiseConv2d, use_fast_paths
+from effv2.execution.fast_paths import use_fast_paths
 from effv2.execution.folding import fold_batch_norm
 
+LAYERS: dict[str, Callable[[bool], nn.Module]] = {
+    "pointwise": lambda bias: nn.Conv2d(16, 24, 1, bias=bias),
+    "depthwise": lambda bias: nn.Conv2d(16, 16, 3, padding=1, groups=16, bias=bias),
+    "depthwise, stride 2": lambda bias: nn.Conv2d(16, 16, 3, stride=2, padding=1, groups=16, bias=bias),
+    "depthwise, uneven stride": lambda bias: nn.Conv2d(16, 16, 3, stride=(1, 2), padding=1, groups=16, bias=bias),
+    "squeeze-excitation": lambda _: SqueezeExcitation(16, 4, activation=nn.SiLU),
+}
 
-@settings(max_examples=60, deadline=None)
+
+@settings(max_examples=120, deadline=None)
 @given(
-    kind=st.sampled_from(["pointwise", "depthwise", "depthwise, stride 2"]),
-    size=st.tuples(st.integers(1, 9), st.integers(1, 9)),
+    kind=st.sampled_from(sorted(LAYERS)),
+    size=st.tuples(st.integers(1, 9), st.integers(1, 9)) | st.just((2, 2)),
     bias=st.booleans(),
     channels_last=st.booleans(),
+    bf16=st.booleans(),
 )
-def test_fast_paths_equal_torchs_convolutions(
-    kind: str, size: tuple[int, int], bias: bool, channels_last: bool
+def test_fast_paths_equal_torchs_layers(
+    kind: str, size: tuple[int, int], bias: bool, channels_last: bool, bf16: bool
 ) -> None:
     torch.manual_seed(0)
-    if kind == "pointwise":
-        plain = nn.Conv2d(16, 24, 1, bias=bias)
-    else:
-        plain = nn.Conv2d(16, 16, 3, stride=2 if "stride" in kind else 1, padding=1, groups=16, bias=bias)
+    plain = LAYERS[kind](bias)
     fast = copy.deepcopy(plain)
     use_fast_paths(fast)
-    assert type(fast) in (PointwiseConv2d, DepthwiseConv2d)
-    assert fast.state_dict().keys() == plain.state_dict().keys()
+    assert type(fast) is not type(plain) and fast.state_dict().keys() == plain.state_dict().keys()
     memory_format = torch.channels_last if channels_last else torch.contiguous_format
     results = []
-    for conv in (plain, fast):
+    for layer in (plain, fast):
         images = torch.randn(5, 16, *size, generator=torch.Generator().manual_seed(1))
         images = images.contiguous(memory_format=memory_format).requires_grad_()
-        output = conv(images)
-        (output * torch.arange(output.numel()).view(output.shape).cos()).sum().backward()
-        results.append([output, images.grad, *(parameter.grad for parameter in conv.parameters())])
+        with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
+            output = layer(images)
+            with torch.no_grad():
+                assert torch.allclose(layer(images), output, rtol=1e-5, atol=1e-5 if not bf16 else 2e-2)
+        (output.float() * torch.arange(output.numel()).view(output.shape).cos()).sum().backward()
+        results.append([output, images.grad, *(parameter.grad for parameter in layer.parameters())])
+    rtol, atol = (0.02, 0.1) if bf16 else (1e-4, 1e-4)
     for expected, found in zip(*results, strict=True):
-        assert torch.allclose(expected, found, rtol=1e-4, atol=1e-4)
+        assert expected.dtype == found.dtype and torch.allclose(expected, found, rtol=rtol, atol=atol)
+
+
+def test_squeeze_excitation_of_other_functions_is_left_alone() -> None:
+    layer = SqueezeExcitation(16, 4)
+    use_fast_paths(layer)
+    assert type(layer) is SqueezeExcitation
+
+
+def test_the_allocator_is_left_alone_where_the_user_says_so() -> None:
+    script = "import os; from effv2.execution.allocator import tune_allocator; tune_allocator()\n"
+    script += "print(os.environ.get('THP_MEM_ALLOC_ENABLE'))"
+    for setting, expected in (("system", "None"), ("", "1")):
+        environment = os.environ | {"EFFV2_ALLOCATOR": setting}
+        environment.pop("THP_MEM_ALLOC_ENABLE", None)
+        done = subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True, text=True)
+        assert done.stdout.strip() == (expected if sys.platform == "linux" else "None")
 
 
 @pytest.mark.parametrize(

@@ -16,6 +16,7 @@ import click
 
 from effv2.config import Group, TrainConfig, field_of
 from effv2.errors import InputError, RunError, Terminated
+from effv2.execution.allocator import tune_allocator
 from effv2.signals import ending_signals
 from effv2.studies.options import DEFAULT_STORAGE, LogModel, StudyOptions
 from effv2.training.saving import Saving
@@ -228,6 +229,7 @@ def reports_errors(command: Command) -> Command:
 
     @wraps(command)
     def wrapped(*args: Any, **kwargs: Any) -> Any:
+        tune_allocator()  # before torch is imported
         with ending_signals():
             try:
                 return command(*args, **kwargs)

@@ -43,30 +43,27 @@ class DepthwiseConv2d(nn.Conv2d):
     def forward(self, input: Tensor) -> Tensor:
         """Convolve (N, C, H, W)."""
         size, stride = tuple(input.shape[2:]), self.stride[0]
+        output: Tensor
         if size == (1, 1):
-            output = input * self.weight[:, 0, 1:2, 1:2]
-            return output if self.bias is None else output + self.bias.view(-1, 1, 1)
-        if size == (2, 2) and self.stride in ((1, 1), (2, 2)):
-            output = _DepthwiseOn2x2.apply(*_as_autocast(input, self.weight), stride)  # type: ignore[no-untyped-call]
+            input, weight = _as_autocast(input, self.weight)
+            output = input * weight[:, 0, 1:2, 1:2]
+        elif size == (2, 2) and self.stride in ((1, 1), (2, 2)):
+            output = _DepthwiseOn2x2.apply(*_as_autocast(input, self.weight), stride)
         elif self.stride == (2, 2) and torch.is_grad_enabled() and _is_bf16(input):
-            output = _DepthwiseStride2.apply(*_as_autocast(input, self.weight))  # type: ignore[no-untyped-call]
+            output = _DepthwiseStride2.apply(*_as_autocast(input, self.weight))
         else:
             return super().forward(input)
         return output if self.bias is None else output + self.bias.to(output.dtype).view(-1, 1, 1)
 
 
-class SqueezeExcitation(PlainSqueezeExcitation):
+class SqueezeExcitation(PlainSqueezeExcitation):  # type: ignore[misc]
     """Squeeze and excitation (Hu et al. 2018) with SiLU and sigmoid, differentiated by hand."""
 
     def forward(self, input: Tensor) -> Tensor:
         """Scale the channels of (N, C, H, W)."""
-        if not torch.is_grad_enabled():
-            pooled = input.mean((2, 3))
-            hidden = F.silu(F.linear(pooled, self.fc1.weight.flatten(1), self.fc1.bias))
-            scale = F.linear(hidden, self.fc2.weight.flatten(1), self.fc2.bias).sigmoid()
-            return input * scale[:, :, None, None]
         weights = self.fc1.weight.flatten(1), self.fc1.bias, self.fc2.weight.flatten(1), self.fc2.bias
-        return _SqueezeExcitation.apply(*_as_autocast(input, *weights))  # type: ignore[no-any-return, no-untyped-call]
+        output: Tensor = _SqueezeExcitation.apply(input, *_as_autocast(*weights))
+        return output
 
 
 def use_fast_paths(model: nn.Module) -> None:
@@ -163,7 +160,9 @@ class _DepthwiseStride2(torch.autograd.Function):
         gradient = gradients[0]
         of_input = of_weight = None
         if ctx.needs_input_grad[0]:
-            of_input = _backward(gradient.float(), input.float(), weight.float(), (True, False, False))[0].to(input.dtype)
+            of_input = _backward(gradient.float(), input.float(), weight.float(), (True, False, False))[0].to(
+                input.dtype
+            )
         if ctx.needs_input_grad[1]:
             of_weight = _backward(gradient, input, weight, (False, True, False))[1]
         return of_input, of_weight
@@ -176,9 +175,12 @@ def _backward(gradient: Tensor, input: Tensor, weight: Tensor, wanted: tuple[boo
 
 
 class _SqueezeExcitation(torch.autograd.Function):
+    """Squeeze and excitation, in the precision of its weights but for the map that is scaled."""
+
     @staticmethod
-    def forward(ctx: Any, input: Tensor, weight1: Tensor, bias1: Tensor, weight2: Tensor, bias2: Tensor) -> Tensor:
-        pooled = input.mean((2, 3))
+    def forward(ctx: Any, input: Tensor, *weights: Tensor) -> Tensor:
+        weight1, bias1, weight2, bias2 = weights
+        pooled = input.mean((2, 3)).to(weight1.dtype)
         hidden = F.linear(pooled, weight1, bias1)
         scale = F.linear(F.silu(hidden), weight2, bias2).sigmoid()
         ctx.save_for_backward(input, pooled, hidden, scale, weight1, weight2)
@@ -188,15 +190,10 @@ class _SqueezeExcitation(torch.autograd.Function):
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         input, pooled, hidden, scale, weight1, weight2 = ctx.saved_tensors
         gradient = gradients[0]
-        of_scale = (gradient * input).sum((2, 3)) * scale * (1 - scale)
+        of_scale = (gradient * input).sum((2, 3)).to(scale.dtype) * scale * (1 - scale)
         gate = hidden.sigmoid()
         of_hidden = (of_scale @ weight2) * gate * (1 + hidden * (1 - gate))
         of_pooled = (of_hidden @ weight1) / (input.shape[2] * input.shape[3])
-        of_input = torch.addcmul(of_pooled[:, :, None, None], gradient, scale[:, :, None, None])
-        return (
-            of_input,
-            of_hidden.t() @ pooled,
-            of_hidden.sum(0),
-            of_scale.t() @ (hidden * gate),
-            of_scale.sum(0),
-        )
+        of_input = torch.addcmul(of_pooled.to(input.dtype)[:, :, None, None], gradient, scale[:, :, None, None])
+        weights = of_hidden.t() @ pooled, of_hidden.sum(0), of_scale.t() @ (hidden * gate), of_scale.sum(0)
+        return of_input.to(input.dtype), *weights

@@ -19,6 +19,7 @@ import torch
 from optuna.trial import TrialState
 
 from effv2.errors import Abandoned, Diverged, RunError, Terminated
+from effv2.execution.allocator import tune_allocator
 from effv2.experiment import Display, Labels, Observer, discard_checkpoints, identity, reached, run_experiment
 from effv2.signals import ending_signals
 from effv2.studies.plan import LoadData, LoadedData, best_of
@@ -219,6 +220,7 @@ def _state(pruned: bool) -> Literal[TrialState.COMPLETE, TrialState.PRUNED]:
 
 def worker_process(session: Session, threads: int) -> None:
     """Work in a process of its own, which ends when the one that started it does; exit code AWAY after an outage."""
+    tune_allocator()
     torch.set_num_threads(threads)
     use_store(session.tracking_uri)
     storage: Storage | None = None
