@@ -44,7 +44,7 @@ def find_finished(identity: Identity, experiment_id: str, parent: str = "") -> R
 
     With `parent`, among the children of that run alone.
     """
-    wanted = identity.tags() | ({"mlflow.parentRunId": parent} if parent else {})
+    wanted = identity.tags() | ({PARENT: parent} if parent else {})
     found = _find(wanted, experiment_id, "attributes.status = 'FINISHED'")
     return next((_record(run, {}) for run in found if run.data.tags.get(OUTCOME) == "complete"), None)
 
@@ -73,7 +73,7 @@ def find_outdated(identity: Identity, experiment_id: str) -> tuple[str, str] | N
 
 def find_running(experiment_id: str, parent: str) -> list[RunRecord]:
     """Return a run's children that are marked as running."""
-    condition = f"attributes.status = 'RUNNING' and tags.`mlflow.parentRunId` = '{parent}'"
+    condition = f"attributes.status = 'RUNNING' and tags.`{PARENT}` = '{parent}'"
     return [_record(run, {}) for run in MlflowClient().search_runs([experiment_id], condition)]
 
 

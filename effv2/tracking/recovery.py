@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
 from typing import Literal
@@ -13,11 +12,9 @@ from effv2.liveness import is_gone
 from effv2.places import outbox_folder
 from effv2.tracking.entries import PROCESS, Entry, deliver, is_refusal
 from effv2.tracking.journal import Journal
-from effv2.tracking.outbox import MOST_AT_ONCE, REFUSED
+from effv2.tracking.outbox import MOST_AT_ONCE, REFUSED, Remark
 from effv2.tracking.run import TrackedRun
 from effv2.tracking.store import TRACKING_ERRORS, open_store, reason, store_name
-
-Remark = Callable[[str], None]
 
 
 @dataclass(frozen=True)
