@@ -19,10 +19,9 @@ SETTINGS = {
 
 
 def tune_allocator() -> None:
-    """Set glibc's allocator, and torch's use of huge pages; before torch's first tensor. Elsewhere nothing is done."""
+    """Set glibc's allocator, before torch's first tensor. Elsewhere nothing is done."""
     if os.environ.get("EFFV2_ALLOCATOR") == "system" or not sys.platform.startswith("linux"):
         return
-    os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
     if mallopt is not None:
         for parameter, value in SETTINGS.items():

@@ -1,7 +1,7 @@
 """Layers computed by a cheaper exact route on CPUs, in channels-last memory.
 
 oneDNN's convolutions carry an overhead that dominates on maps of a few pixels, which is where most layers of this
-network work when images are small, and some of its bfloat16 kernels are far slower than the float32 ones. Each path
+network work when images are small, and some kernels of oneDNN and torch are far slower than their neighbours. Each path
 below is the same sum in another order; anything it doesn't cover falls back to torch's own layer. Parameters and their
 names stay as they are. What each gains is in docs/performance.md.
 
@@ -10,8 +10,10 @@ names stay as they are. What each gains is in docs/performance.md.
 | PointwiseConv2d | 1x1 convolution by a matrix product over pixels | at most 16 pixels a map |
 | DepthwiseConv2d, 1x1 | depthwise 3x3, padding 1, by its centre tap | maps of one pixel |
 | DepthwiseConv2d, 2x2 | the same by the taps that can meet the image, pixel by pixel | maps of 2x2 pixels |
-| DepthwiseConv2d, stride 2 | its input gradient alone, in float32 | bfloat16, larger maps, when training |
+| DepthwiseConv2d, stride 2 | its gradients, by those in float32 | bfloat16, larger maps, when training |
 | SqueezeExcitation | squeeze and excitation in one step backwards, without stored broadcasts | with SiLU and sigmoid |
+| BatchNorm2d | its gradient, by that of channels filled up | channels that fill no whole vector, when training |
+| SiLU, not in place | an in-place SiLU, which must copy its input before it overwrites it | always |
 """
 
 from __future__ import annotations
@@ -24,6 +26,7 @@ from torch.nn import functional as F
 from torchvision.ops import SqueezeExcitation as PlainSqueezeExcitation
 
 LARGEST_POINTWISE_MAP = 16
+VECTOR = 16 if "AVX512" in torch.backends.cpu.get_cpu_capability() else 8  # float32 numbers
 
 
 class PointwiseConv2d(nn.Conv2d):
@@ -66,6 +69,21 @@ class SqueezeExcitation(PlainSqueezeExcitation):  # type: ignore[misc]
         return output
 
 
+class BatchNorm2d(nn.BatchNorm2d):
+    """Batch norm whose gradient is computed on whole vectors of channels: torch's kernel is slow on a remainder."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        """Normalise (N, C, H, W)."""
+        channels_last = input.is_contiguous(memory_format=torch.channels_last)
+        if not self.training or not torch.is_grad_enabled() or not channels_last:
+            return super().forward(input)
+        if self.num_batches_tracked is not None:
+            self.num_batches_tracked.add_(1)
+        settings = self.running_mean, self.running_var, self.momentum, self.eps
+        output: Tensor = _NarrowBatchNorm.apply(input, self.weight, self.bias, settings)
+        return output
+
+
 def use_fast_paths(model: nn.Module) -> None:
     """Let the layers of `model` that have a fast path take it, in place."""
     for module in model.modules():
@@ -73,6 +91,10 @@ def use_fast_paths(model: nn.Module) -> None:
             module.__class__ = path
         elif type(module) is PlainSqueezeExcitation and _is_usual(module):
             module.__class__ = SqueezeExcitation
+        elif type(module) is nn.BatchNorm2d and module.num_features % VECTOR and _has_everything(module):
+            module.__class__ = BatchNorm2d
+        elif type(module) is nn.SiLU:
+            module.inplace = False
 
 
 def _path(conv: nn.Conv2d) -> type[nn.Conv2d] | None:
@@ -87,6 +109,10 @@ def _path(conv: nn.Conv2d) -> type[nn.Conv2d] | None:
 
 def _is_usual(module: PlainSqueezeExcitation) -> bool:
     return isinstance(module.activation, nn.SiLU) and isinstance(module.scale_activation, nn.Sigmoid)
+
+
+def _has_everything(module: nn.BatchNorm2d) -> bool:
+    return module.affine and module.track_running_stats and module.momentum is not None
 
 
 def _as_autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
@@ -138,16 +164,15 @@ class _DepthwiseOn2x2(torch.autograd.Function):
         of_input = gradient[:, :1] * factors[0]
         for output in range(1, outputs):
             of_input.addcmul_(gradient[:, output : output + 1], factors[output])
+        of_pairs = (gradient[:, :, None] * pixels[:, None]).sum(0)  # (outputs, 4, channels)
         of_taps = gradient.new_zeros(9, channels, dtype=torch.float32)
-        for output in range(outputs):
-            products = (gradient[:, output : output + 1] * pixels).sum(0, dtype=torch.float32)
-            of_taps.index_add_(0, TAPS[ctx.stride][output], products)
+        of_taps.index_add_(0, TAPS[ctx.stride].flatten(), of_pairs.flatten(0, 1).float())
         of_weight = of_taps.t().reshape(ctx.shape).to(factors.dtype)
         return of_input.view(count, 2, 2, channels).permute(0, 3, 1, 2), of_weight, None
 
 
 class _DepthwiseStride2(torch.autograd.Function):
-    """Depthwise 3x3, padding 1, stride 2, in bfloat16 but for the input gradient."""
+    """Depthwise 3x3, padding 1, stride 2: forwards in bfloat16, backwards in float32."""
 
     @staticmethod
     def forward(ctx: Any, input: Tensor, weight: Tensor) -> Tensor:
@@ -157,21 +182,42 @@ class _DepthwiseStride2(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         input, weight = ctx.saved_tensors
-        gradient = gradients[0]
-        of_input = of_weight = None
-        if ctx.needs_input_grad[0]:
-            of_input = _backward(gradient.float(), input.float(), weight.float(), (True, False, False))[0].to(
-                input.dtype
-            )
-        if ctx.needs_input_grad[1]:
-            of_weight = _backward(gradient, input, weight, (False, True, False))[1]
-        return of_input, of_weight
+        wanted = [*ctx.needs_input_grad, False]
+        of_input, of_weight, _ = torch.ops.aten.convolution_backward(
+            gradients[0].float(), input.float(), weight.float(), None,
+            [2, 2], [1, 1], [1, 1], False, [0, 0], input.shape[1], wanted,
+        )  # fmt: skip
+        return tuple(None if found is None else found.to(input.dtype) for found in (of_input, of_weight))
 
 
-def _backward(gradient: Tensor, input: Tensor, weight: Tensor, wanted: tuple[bool, bool, bool]) -> Any:
-    return torch.ops.aten.convolution_backward(
-        gradient, input, weight, [0], [2, 2], [1, 1], [1, 1], False, [0, 0], input.shape[1], wanted
-    )
+class _NarrowBatchNorm(torch.autograd.Function):
+    """Batch norm in training mode, channels filled up backwards.
+
+    `settings` are the running mean and variance, their momentum, and epsilon.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, input: Tensor, weight: Tensor, bias: Tensor, settings: Any) -> Tensor:
+        mean, variance, momentum, eps = settings
+        output, batch_mean, batch_scale = torch.native_batch_norm(
+            input, weight, bias, mean, variance, True, momentum, eps
+        )
+        ctx.save_for_backward(input, weight, batch_mean, batch_scale)
+        ctx.eps = eps
+        return output
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        input, *vectors = ctx.saved_tensors
+        channels = input.shape[1]
+        missing = (0, -channels % VECTOR)
+        gradient, input = (F.pad(t.permute(0, 2, 3, 1), missing).permute(0, 3, 1, 2) for t in (gradients[0], input))
+        weight, mean, scale = (F.pad(vector, missing) for vector in vectors)
+        found = torch.ops.aten.native_batch_norm_backward(
+            gradient, input, weight, None, None, mean, scale, True, ctx.eps, [True, True, True]
+        )
+        of_input, of_weight, of_bias = (each[:, :channels] if each.dim() > 1 else each[:channels] for each in found)
+        return of_input.contiguous(memory_format=torch.channels_last), of_weight, of_bias, None
 
 
 class _SqueezeExcitation(torch.autograd.Function):
@@ -180,9 +226,9 @@ class _SqueezeExcitation(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, input: Tensor, *weights: Tensor) -> Tensor:
         weight1, bias1, weight2, bias2 = weights
-        pooled = input.mean((2, 3)).to(weight1.dtype)
+        pooled = _sum_of_pixels(input, input.shape[2] * input.shape[3]).to(weight1.dtype)
         hidden = F.linear(pooled, weight1, bias1)
-        scale = F.linear(F.silu(hidden), weight2, bias2).sigmoid()
+        scale = F.linear(F.silu(hidden), weight2, bias2).sigmoid_()
         ctx.save_for_backward(input, pooled, hidden, scale, weight1, weight2)
         return input * scale[:, :, None, None]
 
@@ -190,10 +236,15 @@ class _SqueezeExcitation(torch.autograd.Function):
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         input, pooled, hidden, scale, weight1, weight2 = ctx.saved_tensors
         gradient = gradients[0]
-        of_scale = (gradient * input).sum((2, 3)).to(scale.dtype) * scale * (1 - scale)
-        gate = hidden.sigmoid()
-        of_hidden = (of_scale @ weight2) * gate * (1 + hidden * (1 - gate))
+        of_scale = torch.ops.aten.sigmoid_backward(_sum_of_pixels(gradient * input, 1).to(scale.dtype), scale)
+        of_hidden = torch.ops.aten.silu_backward(of_scale @ weight2, hidden)
         of_pooled = (of_hidden @ weight1) / (input.shape[2] * input.shape[3])
         of_input = torch.addcmul(of_pooled.to(input.dtype)[:, :, None, None], gradient, scale[:, :, None, None])
-        weights = of_hidden.t() @ pooled, of_hidden.sum(0), of_scale.t() @ (hidden * gate), of_scale.sum(0)
+        weights = of_hidden.t() @ pooled, of_hidden.sum(0), of_scale.t() @ F.silu(hidden), of_scale.sum(0)
         return of_input.to(input.dtype), *weights
+
+
+def _sum_of_pixels(images: Tensor, divisor: int) -> Tensor:
+    """Sum (N, C, H, W) over the pixels and divide, (N, C): torch's pooling is quicker at it than its sums."""
+    size = images.shape[2:]
+    return (images if size == (1, 1) else F.avg_pool2d(images, size, divisor_override=divisor)).flatten(1)
