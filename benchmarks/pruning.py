@@ -77,7 +77,8 @@ def search(folder: Path, text: str) -> tuple[float, int]:
     load = LoadedData(lambda done, total: None)
     options = StudyOptions(storage=storage, log_model="none")
     with ConsoleDisplay() as display:
-        run_study(make_search(read_study(path), Layer({}, dotted), 0, load), open_store(""), options, load, display)
+        plan = make_search(read_study(path), Layer({}, dotted), 0, load, display.remark)
+        run_study(plan, open_store(""), options, load, display)
     optuna = open_storage(storage).optuna
     (study,) = optuna.get_all_studies()
     trials = optuna.get_all_trials(study._study_id)

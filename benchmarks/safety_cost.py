@@ -57,7 +57,8 @@ def measure(seconds: float, server: subprocess.Popen[bytes]) -> dict[str, object
     """Train for so long; return the figures."""
     from effv2.config import TrainConfig
     from effv2.data.dataset import load_dataset
-    from effv2.execution.device import make_execution, resolve
+    from effv2.execution.device import make_execution
+    from effv2.execution.resolve import resolve
     from effv2.tracking.outbox import TrackingAway
     from effv2.tracking.run import start_run
     from effv2.tracking.store import open_store, wait_until_it_answers
@@ -66,7 +67,9 @@ def measure(seconds: float, server: subprocess.Popen[bytes]) -> dict[str, object
     from effv2.training.saving import Saving
     from effv2.training.state import TrainState
 
-    config = resolve(TrainConfig.model_validate({"optimiser": {"ema_decay": 0.99}, "schedule": {"epochs": 100_000}}))
+    config = resolve(
+        TrainConfig.model_validate({"optimiser": {"ema_decay": 0.99}, "schedule": {"epochs": 100_000}}), print
+    )
     dataset, execution = load_dataset(config.data), make_execution(config.execution)
     wait_until_it_answers(60)
     state = TrainState.create(config, dataset, execution)

@@ -24,7 +24,8 @@ from effv2.architecture import build_model
 from effv2.config import TrainConfig
 from effv2.data.batches import epoch_order
 from effv2.data.dataset import Dataset, load_dataset
-from effv2.execution.device import make_execution, resolve
+from effv2.execution.device import make_execution
+from effv2.execution.resolve import resolve
 from effv2.training.loop import Training
 from effv2.training.state import TrainState
 
@@ -111,7 +112,8 @@ def main(data_dir: str, image_size: int, batch_size: int, variant: str, rounds: 
                 "optimiser": {"name": "adam", "lr": 1e-4, "batch_size": batch_size, "weight_decay": 0, "clip_norm": 0},
                 "execution": {"precision": "fp32"},
             }
-        )
+        ),
+        print,
     )
     dataset = load_dataset(config.data)
     measured = {"effv2": effv2_seconds(config, dataset), "plain NCHW float32": plain_seconds(config, dataset)}

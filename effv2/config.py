@@ -146,9 +146,13 @@ class ExecutionConfig(Group):
 
     device: Device = Field("auto", description="auto = cuda where there is one, then mps, then cpu.")
     precision: Precision = Field(
-        "auto", description="auto = bf16 where the device has it (on CPUs from 64 pixels on), else fp32."
+        "auto",
+        description="auto = bf16 where the device has it and, on CPUs, a short timing finds it faster; else fp32.",
     )
     channels_last: bool = Field(True, description="Memory format of images and kernels.")
+    compile: bool = Field(
+        False, description="Compile the blocks for training (torch.compile): a minute or two, once for a batch shape."
+    )
 
 
 class RandomConfig(Group):

@@ -23,6 +23,7 @@ from effv2.data.dataset import Dataset, Split
 from effv2.data.preparation import Square
 from effv2.errors import Diverged, InputError
 from effv2.evidence.run_artifacts import argmax_over_all, write_curves, write_predictions
+from effv2.execution.calibration import remembered
 from effv2.execution.device import Execution, make_execution
 from effv2.exhaustion import what_ran_out
 from effv2.serving.export import ServedNetwork, as_base64, output_names, write_served
@@ -158,6 +159,8 @@ def run_experiment(
         observer.started(run.run_id)
         checkpoints = Checkpoints.of(run.run_id, saving, asdict(identity(config, dataset)))
         state = TrainState.create(config, dataset, execution)
+        if execution.compiled:
+            display.remark("compiling the blocks: the first step takes a minute or two, unless it was done before")
         logged = _go_on(run, state, checkpoints, display) if labels.continues else set[int]()
         if labels.continues:
             observer.resumed(state.progress.best_accuracy)
@@ -199,7 +202,9 @@ def _tags(config: TrainConfig, dataset: Dataset, labels: Labels) -> dict[str, st
         "effv2.seed": str(config.random.seed),
     }
     machine = {f"effv2.machine.{name}": value for name, value in provenance.machine().items()}
-    return identity(config, dataset).tags() | own | machine
+    timed = remembered(config) if config.execution.device == "cpu" else None
+    calibration = {"effv2.calibration": str(timed)} if timed else {}
+    return identity(config, dataset).tags() | own | machine | calibration
 
 
 @contextmanager

@@ -254,6 +254,15 @@ def test_links_to_folders_are_not_followed(tmp_path: Path) -> None:
     assert sum(map(len, dataset.splits.values())) == 18
 
 
+def test_pixels_move_to_a_device_once_for_all_splits() -> None:
+    data = load_dataset(DataConfig(per_class=20))
+    moved = data.on(torch.device("meta"))
+    assert moved.train.pixels is moved.test.pixels and data.bytes == data.train.pixels.nbytes
+    batch = moved.train.images(torch.tensor([3, 1]))
+    assert batch.device.type == "meta" and batch.shape == (2, 3, 32, 32)
+    assert moved.train.labels.equal(data.train.labels) and data.train.pixels.device.type == "cpu"
+
+
 def test_batches_hold_every_sample_once_in_channels_last() -> None:
     dataset = load_dataset(DataConfig(image_size=8))
     order = epoch_order(len(dataset.train), 0, 1)

@@ -1,4 +1,4 @@
-"""Fast paths equal torch's convolutions, forward and backward; `auto` is resolved by rule."""
+"""Fast paths and the evaluation form equal torch's layers; what `auto` means is timed once and remembered."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 import torch
@@ -16,18 +17,25 @@ from torch import nn
 from torchvision import models
 from torchvision.ops import SqueezeExcitation
 
+from effv2.architecture import build_model, parse_table
 from effv2.config import TrainConfig
 from effv2.errors import InputError
-from effv2.execution.device import resolve, resolve_study
+from effv2.execution import calibration
+from effv2.execution.calibration import Calibration
+from effv2.execution.device import Execution, _use_tf32
 from effv2.execution.fast_paths import use_fast_paths
 from effv2.execution.folding import fold_batch_norm
+from effv2.execution.resolve import resolve, resolve_study
+from tests.conftest import tiny_config
 
+NARROW = 20  # channels that fill no whole vector
 LAYERS: dict[str, Callable[[bool], nn.Module]] = {
     "pointwise": lambda bias: nn.Conv2d(16, 24, 1, bias=bias),
     "depthwise": lambda bias: nn.Conv2d(16, 16, 3, padding=1, groups=16, bias=bias),
     "depthwise, stride 2": lambda bias: nn.Conv2d(16, 16, 3, stride=2, padding=1, groups=16, bias=bias),
     "depthwise, uneven stride": lambda bias: nn.Conv2d(16, 16, 3, stride=(1, 2), padding=1, groups=16, bias=bias),
     "squeeze-excitation": lambda _: SqueezeExcitation(16, 4, activation=nn.SiLU),
+    "batch norm": lambda _: nn.BatchNorm2d(NARROW, eps=1e-3),
 }
 
 
@@ -48,16 +56,18 @@ def test_fast_paths_equal_torchs_layers(
     use_fast_paths(fast)
     assert type(fast) is not type(plain) and fast.state_dict().keys() == plain.state_dict().keys()
     memory_format = torch.channels_last if channels_last else torch.contiguous_format
+    channels = NARROW if kind == "batch norm" else 16
     results = []
     for layer in (plain, fast):
-        images = torch.randn(5, 16, *size, generator=torch.Generator().manual_seed(1))
+        images = torch.randn(5, channels, *size, generator=torch.Generator().manual_seed(1))
         images = images.contiguous(memory_format=memory_format).requires_grad_()
         with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
             output = layer(images)
             with torch.no_grad():
                 assert torch.allclose(layer(images), output, rtol=1e-5, atol=1e-5 if not bf16 else 2e-2)
+                buffers = [buffer.clone() for buffer in layer.buffers()]
         (output.float() * torch.arange(output.numel()).view(output.shape).cos()).sum().backward()
-        results.append([output, images.grad, *(parameter.grad for parameter in layer.parameters())])
+        results.append([output, images.grad, *(parameter.grad for parameter in layer.parameters()), *buffers])
     rtol, atol = (0.02, 0.1) if bf16 else (1e-4, 1e-4)
     for expected, found in zip(*results, strict=True):
         assert expected.dtype == found.dtype and torch.allclose(expected, found, rtol=rtol, atol=atol)
@@ -69,14 +79,26 @@ def test_squeeze_excitation_of_other_functions_is_left_alone() -> None:
     assert type(layer) is SqueezeExcitation
 
 
-def test_the_allocator_is_left_alone_where_the_user_says_so() -> None:
-    script = "import os; from effv2.execution.allocator import tune_allocator; tune_allocator()\n"
-    script += "print(os.environ.get('THP_MEM_ALLOC_ENABLE'))"
-    for setting, expected in (("system", "None"), ("", "1")):
+ALLOCATING = """
+import resource, effv2.execution.allocator as allocator
+allocator.tune_allocator()
+import torch
+def allocate():
+    for _ in range(10):
+        torch.zeros(2**24)  # 64 MiB
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+print(-allocate() + allocate())
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="glibc's settings")
+def test_memory_is_faulted_in_once_unless_the_user_wants_the_systems_way() -> None:
+    faults = {}
+    for setting in ("system", ""):
         environment = os.environ | {"EFFV2_ALLOCATOR": setting}
-        environment.pop("THP_MEM_ALLOC_ENABLE", None)
-        done = subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True, text=True)
-        assert done.stdout.strip() == (expected if sys.platform == "linux" else "None")
+        done = subprocess.run([sys.executable, "-c", ALLOCATING], env=environment, capture_output=True, text=True)
+        faults[setting] = int(done.stdout)
+    assert faults[""] < 100 and faults["system"] > 1000
 
 
 @pytest.mark.parametrize(
@@ -98,25 +120,109 @@ def test_other_convolutions_are_left_alone(conv: nn.Conv2d) -> None:
     assert type(conv) is nn.Conv2d
 
 
+def test_an_in_place_silu_no_longer_overwrites_its_input() -> None:
+    layer, images = nn.SiLU(inplace=True), torch.ones(2)
+    use_fast_paths(layer)
+    assert layer(images)[0] != 1 and images.tolist() == [1, 1]
+
+
+def test_float32_means_float32_on_cuda_unless_bf16_is_wanted() -> None:
+    for wanted, expected in ((True, "tf32"), (False, "ieee")):
+        _use_tf32(wanted)
+        assert torch.backends.cuda.matmul.fp32_precision == torch.backends.cudnn.fp32_precision == expected
+
+
+def test_without_a_compiler_nothing_is_compiled(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    with pytest.raises(InputError, match=r"--compile true: the C\+\+ compiler no-such-compiler isn't there"):
+        resolve(tiny_config(execution={"compile": True}), print)
+
+
+@pytest.mark.slow
+def test_compiled_blocks_train_alike_and_are_kept_for_the_next_process(tmp_path: Path) -> None:
+    """Two full batches and an odd one, which runs uncompiled."""
+    seconds, losses = [], []
+    for compiled in (True, True, False):
+        script = COMPILED.replace("COMPILED", str(compiled))
+        environment = os.environ | {"EFFV2_CACHE": str(tmp_path)}
+        done = subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+        first, loss = map(float, done.stdout.split())
+        seconds.append(first)
+        losses.append(loss)
+    assert seconds[1] < seconds[0] / 2
+    assert losses[0] == losses[1] == pytest.approx(losses[2], rel=1e-4)
+
+
+COMPILED = """
+import time
+from effv2.data.dataset import load_dataset
+from effv2.execution.device import make_execution
+from effv2.training.loop import Training
+from effv2.training.state import TrainState
+from tests.conftest import tiny_config
+config = tiny_config(execution={"compile": COMPILED})
+data, execution = load_dataset(config.data), make_execution(config.execution)
+state = TrainState.create(config, data, execution)
+started, ends = time.perf_counter(), []
+*_, last = Training(config, data, state, execution, lambda step, steps: ends.append(time.perf_counter()))
+print(ends[0] - started, last.metrics["train/loss"])
+"""
+
+
 def test_device_that_is_not_there_is_refused() -> None:
     if torch.cuda.is_available():
         pytest.skip("this machine has CUDA")
     with pytest.raises(InputError, match=r"--device cuda: not available.*cpu"):
-        resolve(TrainConfig.model_validate({"execution": {"device": "cuda"}}))
+        resolve(TrainConfig.model_validate({"execution": {"device": "cuda"}}), print)
 
 
-def test_resolving_is_repeatable_and_leaves_no_auto() -> None:
-    resolved = resolve(TrainConfig())
-    assert "auto" not in (resolved.execution.device, resolved.execution.precision)
-    assert resolve(resolved) == resolved == resolve(TrainConfig())
+@pytest.fixture
+def bf16_processor(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("EFFV2_CACHE", str(tmp_path))
+    monkeypatch.setattr("effv2.execution.resolve._cpu_has_bf16", lambda: True)
 
 
-def test_arms_of_a_study_share_the_precision() -> None:
-    sizes = [TrainConfig.model_validate({"data": {"image_size": size}}) for size in (32, 128)]
-    pinned = TrainConfig.model_validate({"execution": {"precision": "bf16"}})
-    first, second, third = resolve_study([*sizes, pinned])
-    assert first.execution.precision == second.execution.precision == resolve(sizes[0]).execution.precision
-    assert third.execution.precision == "bf16"
+AUTO = {"device": "cpu", "precision": "auto"}
+
+
+@pytest.mark.usefixtures("bf16_processor")
+def test_auto_times_both_precisions_once_and_remembers() -> None:
+    config, remarks = tiny_config(execution=AUTO), list[str]()
+    resolved = resolve(config, remarks.append)
+    timed = calibration.remembered(config)
+    assert timed is not None and min(timed.fp32, timed.bf16) > 0
+    assert resolved.execution.precision == ("bf16" if timed.fp32 >= 1.1 * timed.bf16 else "fp32")
+    assert len(remarks) == 1 and "times as fast" in remarks[0]
+    assert resolve(config, remarks.append) == resolved == resolve(resolved, remarks.append) and len(remarks) == 1
+    assert calibration.remembered(tiny_config(execution=AUTO, optimiser={"batch_size": 16})) is None
+
+
+@pytest.mark.usefixtures("bf16_processor")
+def test_arms_of_a_study_share_the_precision(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(calibration, "_time_steps", lambda config: Calibration(config.data.image_size, 10))
+    small, large = (tiny_config(data={"image_size": size}, execution=AUTO) for size in (8, 16))
+    pinned = tiny_config(execution={"precision": "bf16"})
+    for order, expected in (([small, pinned, large], "fp32"), ([large, pinned, small], "bf16")):
+        found = [each.execution.precision for each in resolve_study(order, print)]
+        assert found == [expected, "bf16", expected]
+
+
+@pytest.mark.parametrize("bf16", [False, True])
+def test_the_evaluation_form_says_what_the_network_says_and_leaves_it_alone(bf16: bool) -> None:
+    torch.manual_seed(0)
+    execution = Execution(torch.device("cpu"), bf16, channels_last=True)
+    network = execution.place(build_model(parse_table("F 1 3 1 8 8 1 / M 2 3 2 8 16 2"), 5)).train()
+    images = torch.rand(64, 3, 16, 16).contiguous(memory_format=torch.channels_last)
+    with execution.autocast():
+        network(images)  # so that the norms have statistics
+    before = copy.deepcopy(network.state_dict())
+    form = execution.for_evaluation(network)
+    with torch.inference_mode(), execution.autocast():
+        expected, found = network.eval()(images).float(), form(images).float()
+    assert counted(form, nn.BatchNorm2d) == 0 and counted(network, nn.BatchNorm2d) > 0
+    assert torch.allclose(expected, found, rtol=0, atol=(0.02 if bf16 else 1e-5) * float(expected.abs().max()))
+    assert all(torch.equal(value, before[name]) for name, value in network.state_dict().items())
 
 
 def counted(module: nn.Module, kind: type[nn.Module]) -> int:

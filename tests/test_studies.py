@@ -124,7 +124,9 @@ def test_every_study_file_opens_with_its_command(path: Path) -> None:
 
 
 def make(study: Study, chosen: list[str], seeds: tuple[int, ...] = ()) -> Grid:
-    return make_grid("ablate", study, chosen, NO_OPTIONS, seeds=seeds, load=LoadedData(lambda done, total: None))
+    return make_grid(
+        "ablate", study, chosen, NO_OPTIONS, seeds=seeds, load=LoadedData(lambda done, total: None), remark=print
+    )
 
 
 def test_one_variant_brings_its_baseline_and_all_brings_all() -> None:

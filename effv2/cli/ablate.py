@@ -39,7 +39,9 @@ def ablate(variant: str, study: str, seeds: str, **options: Any) -> None:
     chosen = read_study(Path(study)) if study else built_in_ablation()
     names = chosen.select(variant or "all", "variant")
 
+    from functools import partial
+
     from effv2.cli.run import run_and_show
     from effv2.studies.grid import make_grid
 
-    run_and_show(lambda load: make_grid("ablate", chosen, names, layer, seeds=wanted, load=load), how)
+    run_and_show(partial(make_grid, "ablate", chosen, names, layer, seeds=wanted), how)

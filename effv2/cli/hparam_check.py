@@ -53,7 +53,9 @@ def hparam_check(check: str, scheduler: str, study: str, seeds: str, **options: 
     names = [under(arm, schedule) for schedule in SCHEDULERS[scheduler or "both"] for arm in arms]
     chosen = plain.crossed(SCHEDULERS["both"])
 
+    from functools import partial
+
     from effv2.cli.run import run_and_show
     from effv2.studies.grid import make_grid
 
-    run_and_show(lambda load: make_grid("hparam-check", chosen, names, layer, seeds=wanted, load=load), how)
+    run_and_show(partial(make_grid, "hparam-check", chosen, names, layer, seeds=wanted), how)

@@ -37,6 +37,7 @@ SHARED = {
     "scheduler": "schedule.name",
     "device": "execution.device",
     "precision": "execution.precision",
+    "compile": "execution.compile",
 }
 ONE_RUN = {
     "variant": "model.variant",

@@ -36,7 +36,9 @@ def search(trials: str, study: str, **options: Any) -> None:
     chosen = read_study(Path(study)) if study else built_in_search()
     number = parse_count("trials", trials) if trials else 0
 
+    from functools import partial
+
     from effv2.cli.run import run_and_show
     from effv2.studies.search import make_search
 
-    run_and_show(lambda load: make_search(chosen, layer, number, load), how)
+    run_and_show(partial(make_search, chosen, layer, number), how)

@@ -47,7 +47,7 @@ def train(study: str, fresh: str, log_model: str, experiment: str, **options: st
     from effv2.cli.display import ConsoleDisplay
     from effv2.data.dataset import load_dataset
     from effv2.errors import RunError
-    from effv2.execution.device import resolve
+    from effv2.execution.resolve import resolve
     from effv2.experiment import Labels, check, discard_checkpoints, identity, run_experiment
     from effv2.tracking.read import find_ended_early, find_finished, find_outdated
     from effv2.tracking.recovery import open_experiment
@@ -56,7 +56,7 @@ def train(study: str, fresh: str, log_model: str, experiment: str, **options: st
 
     name = file.name if file else f"{config.model.variant}, seed {config.random.seed}"
     with ConsoleDisplay() as display:
-        config = resolve(config)
+        config = resolve(config, display.remark)
         dataset = load_dataset(config.data, display.decoding)
         check(config, dataset)
         try:

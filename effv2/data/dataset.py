@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 import numpy as np
@@ -43,7 +43,7 @@ class Split:
 
     def images(self, positions: Tensor) -> Tensor:
         """Return uint8 (B, 3, H, W) of the samples at `positions`, channels last in memory."""
-        return self.pixels[self.rows[positions]].permute(0, 3, 1, 2)
+        return self.pixels[self.rows[positions].to(self.pixels.device)].permute(0, 3, 1, 2)
 
     @cached_property
     def image_hashes(self) -> list[bytes]:
@@ -79,6 +79,21 @@ class Dataset:
         """Return the splits there are, by name."""
         named = {"train": self.train, "validation": self.validation, "test": self.test}
         return {name: split for name, split in named.items() if split is not None}
+
+    @property
+    def bytes(self) -> int:
+        """Return the size of all pixels; an array that splits share counts once."""
+        return sum({id(split.pixels): split.pixels.nbytes for split in self.splits.values()}.values())
+
+    def on(self, device: torch.device) -> Dataset:
+        """Return the data set with its pixels on `device`, still shared by its splits; labels stay on the CPU."""
+        moved = {id(split.pixels): split.pixels.to(device) for split in self.splits.values()}
+
+        def there(split: Split) -> Split:
+            return replace(split, pixels=moved[id(split.pixels)])
+
+        validation = there(self.validation) if self.validation is not None else None
+        return replace(self, train=there(self.train), validation=validation, test=there(self.test))
 
     def digest(self) -> str:
         """Hash everything that a run sees of the data."""

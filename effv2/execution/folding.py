@@ -9,6 +9,8 @@ from __future__ import annotations
 from torch import fx, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
+from effv2.execution import fast_paths
+
 
 def fold_batch_norm(model: nn.Module) -> None:
     """Fold every batch norm that directly follows a convolution, in place; `model` must be in eval mode.
@@ -17,7 +19,7 @@ def fold_batch_norm(model: nn.Module) -> None:
     is left as it is. State dict and training are those of another network afterwards.
     """
     try:
-        graph = fx.Tracer().trace(model)
+        graph = _Tracer().trace(model)
     except Exception:
         return
     modules = dict(model.named_modules())
@@ -31,6 +33,13 @@ def fold_batch_norm(model: nn.Module) -> None:
         if once and isinstance(conv, nn.Conv2d) and isinstance(norm, nn.BatchNorm2d) and norm.track_running_stats:
             _replace(model, str(before.target), fuse_conv_bn_eval(conv, norm))
             _replace(model, str(node.target), nn.Identity())
+
+
+class _Tracer(fx.Tracer):
+    """Takes layers on a fast path as torch's own: as they are."""
+
+    def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
+        return type(m).__module__ == fast_paths.__name__ or super().is_leaf_module(m, module_qualified_name)
 
 
 def _replace(model: nn.Module, name: str, module: nn.Module) -> None:

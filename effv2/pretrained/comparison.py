@@ -10,7 +10,8 @@ from pathlib import Path
 from effv2 import provenance
 from effv2.config import ExecutionConfig
 from effv2.errors import RunError
-from effv2.execution.device import make_execution, resolve_device
+from effv2.execution.device import make_execution
+from effv2.execution.resolve import resolve_device
 from effv2.exhaustion import is_out_of_memory
 from effv2.liveness import this_process
 from effv2.pretrained.config import PretrainedConfig

@@ -15,7 +15,7 @@ from effv2 import provenance
 from effv2.config import TrainConfig
 from effv2.errors import InputError
 from effv2.evidence.comparison import HISTORIES, Comparison, Rows
-from effv2.execution.device import resolve_study
+from effv2.execution.resolve import Remark, resolve_study
 from effv2.experiment import check, restore
 from effv2.studies.files import Study
 from effv2.studies.options import LogModel
@@ -103,13 +103,21 @@ class Grid:
 
 
 def make_grid(
-    kind: str, study: Study, chosen: Sequence[str], options: Layer, *, seeds: Sequence[int], load: LoadData
+    kind: str,
+    study: Study,
+    chosen: Sequence[str],
+    options: Layer,
+    *,
+    seeds: Sequence[int],
+    load: LoadData,
+    remark: Remark,
 ) -> Grid:
     """Resolve `auto`, load every data set and check it, so that nothing wrong is found half-way.
 
     `chosen` are the names of the wanted arms; `seeds` go before those of the study, those before its arms' own.
     """
-    arms = dict(zip(study.arms, resolve_study([study.arm(name, options) for name in study.arms]), strict=True))
+    asked = [study.arm(name, options) for name in study.arms]
+    arms = dict(zip(study.arms, resolve_study(asked, remark), strict=True))
     for config in arms.values():
         check(config, load(config.data))
         if not config.evaluation.test_set:

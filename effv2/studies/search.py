@@ -21,7 +21,7 @@ from effv2.config import TrainConfig, field_of
 from effv2.errors import InputError
 from effv2.evidence.comparison import Rows, markdown_table
 from effv2.evidence.run_artifacts import write_csv
-from effv2.execution.device import resolve
+from effv2.execution.resolve import Remark, resolve
 from effv2.experiment import check, restore, score_on_test, study_text
 from effv2.randomness import stream_seed
 from effv2.studies.files import SearchFile, Study
@@ -193,13 +193,13 @@ def _draw(trials: Trials, folder: Path) -> None:
             pyplot.close(figure)
 
 
-def make_search(study: Study, options: Layer, trials: int, load: LoadData) -> Search:
+def make_search(study: Study, options: Layer, trials: int, load: LoadData, remark: Remark) -> Search:
     """Resolve `auto`, load the data and check that it can be searched on; `trials` 0 leaves their number as it is."""
     if study.arms or study.seeds:
         raise InputError(
             f"--study {study.name}: has arms or seeds, which a search doesn't know; use `ablate` or `hparam-check`."
         )
-    config = _with_test(resolve(build_config([study.base, options])), False)
+    config = _with_test(resolve(build_config([study.base, options]), remark), False)
     dataset = load(config.data)
     if dataset.validation is None:
         raise InputError(

@@ -28,22 +28,17 @@ class Evaluation:
 
 
 def evaluate(model: nn.Module, split: Split, config: TrainConfig, execution: Execution) -> Evaluation:
-    """Run `model` in eval mode over `split`, prediction being the argmax over all outputs.
-
-    The model's training flag is put back afterwards.
-    """
-    was_training = model.training
-    model.eval()
+    """Run the evaluation form of `model`, which is left as it is, over `split`; the argmax is over all outputs."""
+    form = execution.for_evaluation(model)
     logits = []
     with torch.inference_mode():
         for images, _ in evaluation_batches(split, config.evaluation.batch_size):
             inputs = to_input(execution.to_device(images), config.data, execution.channels_last)
             with execution.autocast():
-                logits.append(model(inputs).float())
+                logits.append(form(inputs).float())
         everything = torch.cat(logits).cpu()
         loss = F.cross_entropy(everything, split.labels).item()
         accuracy = (everything.argmax(1) == split.labels).double().mean().item()
-    model.train(was_training)
     return Evaluation(loss, accuracy, everything)
 
 

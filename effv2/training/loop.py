@@ -15,6 +15,7 @@ from effv2.data.augment import augment_images, mix_samples, one_hot
 from effv2.data.batches import batch_count, epoch_order, to_input, training_batches
 from effv2.data.dataset import Dataset
 from effv2.errors import Diverged
+from effv2.execution.compilation import eager
 from effv2.execution.device import Execution
 from effv2.randomness import private_randomness, seed_generators, stream_seed
 from effv2.signals import uninterrupted
@@ -54,6 +55,11 @@ class Training:
     state: TrainState
     execution: Execution
     on_step: OnStep | None = None
+
+    def __post_init__(self) -> None:
+        """Let the images lie on an accelerator for good where it has room, so that no step waits for them."""
+        if self.dataset.bytes <= self.execution.room_for_data():
+            self.dataset = self.dataset.on(self.execution.device)
 
     def __iter__(self) -> Iterator[EpochResult]:
         """Train until the last epoch or early stopping, yielding after each epoch; Diverged, RunError."""
@@ -120,7 +126,8 @@ class Training:
         seed_generators(stream_seed(config.random.seed, "dropout", step), self.execution.device)
         state.schedule.before_step(step)
         state.optimiser.zero_grad(set_to_none=True)
-        with self.execution.autocast():
+        odd = self.execution.compiled and len(inputs) != config.optimiser.batch_size
+        with self.execution.autocast(), eager(odd):
             logits = state.model(inputs)
         logits = logits.float()
         loss = F.cross_entropy(logits, targets)
