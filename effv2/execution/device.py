@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import TypeVar
@@ -13,7 +12,7 @@ from torch import Tensor, nn
 from effv2.config import ExecutionConfig
 from effv2.execution.compilation import compile_blocks
 from effv2.execution.fast_paths import use_fast_paths
-from effv2.execution.folding import fold_batch_norm
+from effv2.execution.folding import fold_batch_norm, sharing_copy
 
 Module = TypeVar("Module", bound=nn.Module)
 
@@ -40,16 +39,17 @@ class Execution:
         return model.to(self.device).to(memory_format=memory_format)
 
     def for_evaluation(self, model: nn.Module) -> nn.Module:
-        """Return a copy of a placed network for evaluation alone: the same up to rounding, and the quickest there is.
+        """Return a form of a placed network for evaluation alone: the same up to rounding, and the quickest there is.
 
         Batch norms are folded, and the weights are already in the precision that autocast would give them.
         """
-        copied = copy.deepcopy(model).eval()
-        fold_batch_norm(copied)
-        for module in copied.modules() if self.bf16 else ():
+        form = sharing_copy(model).eval()
+        fold_batch_norm(form)
+        for module in form.modules() if self.bf16 else ():
             if isinstance(module, (nn.Conv2d, nn.Linear)):
-                module.to(torch.bfloat16)
-        return copied
+                for name, parameter in list(module.named_parameters(recurse=False)):
+                    setattr(module, name, nn.Parameter(parameter.detach().bfloat16(), requires_grad=False))
+        return form
 
     def room_for_data(self) -> int:
         """Return how many bytes of images may lie on the device for good: half of what an accelerator has free."""

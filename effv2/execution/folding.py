@@ -6,10 +6,15 @@ Rates of channels-last float32 evaluation on two cores, batch 8: see benchmarks/
 
 from __future__ import annotations
 
+import copy
+from typing import TypeVar
+
 from torch import fx, nn
-from torch.nn.utils.fusion import fuse_conv_bn_eval
+from torch.nn.utils.fusion import fuse_conv_bn_weights
 
 from effv2.execution import fast_paths
+
+Module = TypeVar("Module", bound=nn.Module)
 
 
 def fold_batch_norm(model: nn.Module) -> None:
@@ -31,8 +36,21 @@ def fold_batch_norm(model: nn.Module) -> None:
         conv, norm = modules[str(before.target)], modules[str(node.target)]
         once = calls.count(str(before.target)) == calls.count(str(node.target)) == 1
         if once and isinstance(conv, nn.Conv2d) and isinstance(norm, nn.BatchNorm2d) and norm.track_running_stats:
-            _replace(model, str(before.target), fuse_conv_bn_eval(conv, norm))
+            _replace(model, str(before.target), _folded(conv, norm))
             _replace(model, str(node.target), nn.Identity())
+
+
+def sharing_copy(module: Module) -> Module:
+    """Return a copy whose parameters and buffers are the very tensors of `module`."""
+    return copy.deepcopy(module, {id(tensor): tensor for tensor in [*module.parameters(), *module.buffers()]})
+
+
+def _folded(conv: nn.Conv2d, norm: nn.BatchNorm2d) -> nn.Conv2d:
+    folded = sharing_copy(conv)
+    folded.weight, folded.bias = fuse_conv_bn_weights(
+        conv.weight, conv.bias, norm.running_mean, norm.running_var, norm.eps, norm.weight, norm.bias  # type: ignore[arg-type]
+    )
+    return folded
 
 
 class _Tracer(fx.Tracer):
