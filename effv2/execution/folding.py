@@ -47,9 +47,10 @@ def sharing_copy(module: Module) -> Module:
 
 def _folded(conv: nn.Conv2d, norm: nn.BatchNorm2d) -> nn.Conv2d:
     folded = sharing_copy(conv)
-    folded.weight, folded.bias = fuse_conv_bn_weights(
-        conv.weight, conv.bias, norm.running_mean, norm.running_var, norm.eps, norm.weight, norm.bias  # type: ignore[arg-type]
-    )
+    if norm.running_mean is not None and norm.running_var is not None:
+        statistics = norm.running_mean, norm.running_var, norm.eps
+        affine = norm.weight, norm.bias
+        folded.weight, folded.bias = fuse_conv_bn_weights(conv.weight, conv.bias, *statistics, *affine)
     return folded
 
 
