@@ -56,9 +56,9 @@ def train(study: str, fresh: str, log_model: str, experiment: str, **options: st
 
     name = file.name if file else f"{config.model.variant}, seed {config.random.seed}"
     with ConsoleDisplay() as display:
-        config = resolve(config, display.remark)
         dataset = load_dataset(config.data, display.decoding)
         check(config, dataset)
+        config = resolve(config, display.remark)  # may time something: not before all that can be wrong is checked
         try:
             experiment_id = open_experiment(experiment, display.remark)
             wanted = identity(config, dataset)

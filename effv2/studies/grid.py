@@ -112,16 +112,16 @@ def make_grid(
     load: LoadData,
     remark: Remark,
 ) -> Grid:
-    """Resolve `auto`, load every data set and check it, so that nothing wrong is found half-way.
+    """Load every data set and check it, so that nothing wrong is found half-way, then resolve `auto`.
 
     `chosen` are the names of the wanted arms; `seeds` go before those of the study, those before its arms' own.
     """
     asked = [study.arm(name, options) for name in study.arms]
-    arms = dict(zip(study.arms, resolve_study(asked, remark), strict=True))
-    for config in arms.values():
+    for config in asked:
         check(config, load(config.data))
         if not config.evaluation.test_set:
             raise InputError("evaluation.test_set false: arms are compared on the test set; leave it true.")
+    arms = dict(zip(study.arms, resolve_study(asked, remark), strict=True))
     data = {name: load(config.data).digest() for name, config in arms.items()}
     every = seeds or study.seeds
     wanted = [(arm, seed) for seed in every for arm in chosen] or [(arm, arms[arm].random.seed) for arm in chosen]

@@ -194,18 +194,19 @@ def _draw(trials: Trials, folder: Path) -> None:
 
 
 def make_search(study: Study, options: Layer, trials: int, load: LoadData, remark: Remark) -> Search:
-    """Resolve `auto`, load the data and check that it can be searched on; `trials` 0 leaves their number as it is."""
+    """Load the data, check that it can be searched on, resolve `auto`; `trials` 0 leaves their number as it is."""
     if study.arms or study.seeds:
         raise InputError(
             f"--study {study.name}: has arms or seeds, which a search doesn't know; use `ablate` or `hparam-check`."
         )
-    config = _with_test(resolve(build_config([study.base, options]), remark), False)
+    config = _with_test(build_config([study.base, options]), False)
     dataset = load(config.data)
     if dataset.validation is None:
         raise InputError(
             "data.validation_fraction 0: a search is judged on a validation split; give it a share, as 0.1."
         )
     check(config, dataset)
+    config = resolve(config, remark)
     purpose = Purpose("search", study.name, study.description, study.retries)
     ranges = study.search or SearchFile()
     ranges = ranges.model_copy(update={"trials": trials or ranges.trials})
