@@ -68,6 +68,11 @@ class ConsoleDisplay:
         """Print a line above the progress."""
         self.console.print(text, highlight=False, markup=False, soft_wrap=True)
 
+    def hint(self, text: str) -> None:
+        """Print a line that only somebody who waits at a terminal has use for."""
+        if self.console.is_terminal:
+            self.remark(text)
+
     def standing(self, standing: Standing) -> None:
         """Show how far the study is; without a terminal, a line for each trial that has ended."""
         if self._study is None:

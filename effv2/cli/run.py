@@ -21,7 +21,7 @@ def run_and_show(make: Callable[..., Plan], options: StudyOptions) -> None:
     """Make the plan (`make` is given `load` and `remark`), run it, print its table and where to look."""
     with ConsoleDisplay() as display:
         load = LoadedData(display.decoding)
-        plan = make(load=load, remark=display.remark)
+        plan = make(load=load, remark=display.hint)
         ending = run_study(plan, open_experiment(options.experiment, display.remark), options, load, display)
     print_table(ending.table)
     click.echo(run_address(ending.parent.run_id, ending.parent.experiment_id))

@@ -47,8 +47,7 @@ def train(study: str, fresh: str, log_model: str, experiment: str, **options: st
     from effv2.cli.display import ConsoleDisplay
     from effv2.data.dataset import load_dataset
     from effv2.errors import RunError
-    from effv2.execution.compilation import check_compiler
-    from effv2.execution.resolve import resolve, resolve_device
+    from effv2.execution.resolve import resolve
     from effv2.experiment import Labels, check, discard_checkpoints, identity, run_experiment
     from effv2.tracking.read import find_ended_early, find_finished, find_outdated
     from effv2.tracking.recovery import open_experiment
@@ -57,14 +56,11 @@ def train(study: str, fresh: str, log_model: str, experiment: str, **options: st
 
     name = file.name if file else f"{config.model.variant}, seed {config.random.seed}"
     with ConsoleDisplay() as display:
-        device = resolve_device(config.execution.device)
-        if config.execution.compile:
-            check_compiler(device)
         dataset = load_dataset(config.data, display.decoding)
         check(config, dataset)
+        config = resolve(config, display.hint)  # may time something: not before all that can be wrong is checked
         try:
             experiment_id = open_experiment(experiment, display.remark)
-            config = resolve(config, display.remark)  # may time something: not before all that can be wrong is checked
             wanted = identity(config, dataset)
             done = None if over else find_finished(wanted, experiment_id)
             if done is not None:
