@@ -7,6 +7,7 @@ For every image size and variant, in one process, all forms taking turns, a warm
 
     effv2     the `train` path: its loop with augmentation, checkpoints and progress, precision=auto
     fp32      the same with precision=fp32
+    compiled  the same as effv2 with compiled blocks
     post      the post's way: NCHW, float32, Adam, a DataLoader with 2 workers
     plain     channels last, float32, the images in memory
     plain16   the same under bfloat16 autocast
@@ -40,7 +41,7 @@ import click
 
 from effv2.execution.allocator import tune_allocator
 
-EFFV2 = ("effv2", "fp32", "floor")
+EFFV2 = ("effv2", "fp32", "compiled", "floor")
 FORMS = (*EFFV2, "post", "plain", "plain16", "timm")
 STEPS, EVALUATED = 4, 2048
 Form = tuple[Callable[[], float], Callable[[], float]]  # seconds a training step, seconds an evaluated image
@@ -68,7 +69,7 @@ class _Stop(Exception):
     """Ends effv2's loop after enough steps."""
 
 
-def make_config(case: Case, precision: str) -> Any:
+def make_config(case: Case, precision: str, compiled: bool = False) -> Any:
     """Return the resolved configuration: Imagenette, 1000 outputs as the post has them, AdamW without clipping."""
     from effv2.config import TrainConfig
     from effv2.execution.resolve import resolve
@@ -78,7 +79,7 @@ def make_config(case: Case, precision: str) -> Any:
         "model": {"variant": case.variant, "outputs": 1000},
         "optimiser": {"lr": 1e-4, "batch_size": case.batch, "clip_norm": 0},
         "schedule": {"epochs": 1000},
-        "execution": {"precision": precision},
+        "execution": {"precision": precision, "compile": compiled},
     }
     return resolve(TrainConfig.model_validate(groups), lambda text: click.echo(text, err=True))
 
@@ -119,7 +120,7 @@ def effv2_form(config: Any, dataset: Any, folder: Path) -> Form:
 
     def evaluate_some() -> float:
         started = time.perf_counter()
-        evaluate(state.evaluated, few, config, execution)
+        evaluate(execution.for_evaluation(state.evaluated), few, config, execution)
         return (time.perf_counter() - started) / EVALUATED
 
     return train, evaluate_some
@@ -242,11 +243,11 @@ def make_form(name: str, case: Case, folder: Path) -> Form:
     """Build a form with a network of its own."""
     from effv2.data.dataset import load_dataset
 
-    config = make_config(case, "auto" if name in ("effv2", "floor") else "fp32")
+    config = make_config(case, "fp32" if name == "fp32" else "auto", name == "compiled")
     dataset = load_dataset(config.data)
-    if name in ("effv2", "fp32"):
-        return effv2_form(config, dataset, folder / name)
-    return floor_form(config, dataset) if name == "floor" else loop_form(name, config, dataset)
+    if name == "floor":
+        return floor_form(config, dataset)
+    return effv2_form(config, dataset, folder / name) if name in EFFV2 else loop_form(name, config, dataset)
 
 
 def measure(case: Case, rounds: int) -> dict[str, Rates]:
@@ -340,9 +341,12 @@ def logging_an_epoch() -> float:
     return statistics.median(seconds)
 
 
-def table(found: dict[str, Rates], peaks: dict[str, float]) -> list[str]:
+def table(case: Case, found: dict[str, Rates], peaks: dict[str, float]) -> list[str]:
     """Return the rows of a Markdown table, each form beside its ratio to `plain` (median of the rounds' own ratios)."""
-    trained, evaluated = 9469, 9469 + 3925  # images of Imagenette
+    from effv2.data.dataset import load_dataset
+
+    dataset = load_dataset(make_config(case, "fp32").data)
+    trained, evaluated = len(dataset.train), len(dataset.train) + len(dataset.test)
 
     def cell(values: list[float], base: list[float]) -> str:
         ratio = statistics.median(a / b for a, b in zip(values, base, strict=True))
@@ -409,7 +413,7 @@ def main(data_dir: str, sizes: str, variants: str, out: str, **others: Any) -> N
             title = f"{case.size}x{case.size}, batch {case.batch}, {variant}"
             found[title] = measure(case, others["rounds"])
             peaks = {name: peak_gigabytes(name, case) for name in found[title]} if variant == "default" else {}
-            lines += [f"## {title}", "", *table(found[title], peaks), ""]
+            lines += [f"## {title}", "", *table(case, found[title], peaks), ""]
     more = {
         "start-up, seconds": start_up(data_dir, 5),
         "data cache, seconds": data_cache(data_dir, 32),

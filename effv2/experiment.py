@@ -279,7 +279,8 @@ def restore(run: TrackedRun, config: TrainConfig, dataset: Dataset) -> Outcome:
 def score_on_test(outcome: Outcome) -> float:
     """Evaluate an outcome on the test set, which its run has not seen, and log to the run; return the accuracy."""
     execution = make_execution(outcome.config.execution)
-    accuracy = _log_test(outcome.run, outcome.config, outcome.dataset, execution, outcome.network)
+    form = execution.for_evaluation(outcome.network)
+    accuracy = _log_test(outcome.run, outcome.config, outcome.dataset, execution, form)
     outcome.run.log_metrics({"selected/test_accuracy": accuracy})
     return accuracy
 
@@ -330,6 +331,7 @@ def _log_end(
 ) -> dict[str, float]:
     """Log and return the summary; log predictions and figures of the network as it now is: at the selected epoch."""
     history, network = state.progress.history, state.evaluated
+    form = execution.for_evaluation(network)
     selected = len(history) if state.selected is None else state.progress.best_epoch
     outputs = config.model.outputs or len(dataset.classes)
     summary: dict[str, float] = {}
@@ -337,13 +339,13 @@ def _log_end(
         test = [metrics["test/accuracy"] for metrics in history]
         best = int(np.argmax(test)) + 1
         summary = {"best/test_accuracy": test[best - 1], "best/epoch": best, "final/test_accuracy": test[-1]}
-        summary["selected/test_accuracy"] = _log_test(run, config, dataset, execution, network)
+        summary["selected/test_accuracy"] = _log_test(run, config, dataset, execution, form)
     if dataset.validation is not None:
         summary["selected/val_accuracy"] = history[selected - 1]["val/accuracy"]
     summary |= {
         "selected/epoch": selected,
         "time/total_train_seconds": state.progress.train_seconds,
-        "inference/single_image_seconds": single_image_latency(network, config, execution),
+        "inference/single_image_seconds": single_image_latency(form, config, execution),
         "model/parameters": count_parameters(network),
         "model/gflops": count_gflops(config.model.build_table(), outputs, config.data.image_size),
     }
@@ -354,12 +356,10 @@ def _log_end(
     return summary
 
 
-def _log_test(
-    run: TrackedRun, config: TrainConfig, dataset: Dataset, execution: Execution, network: nn.Module
-) -> float:
+def _log_test(run: TrackedRun, config: TrainConfig, dataset: Dataset, execution: Execution, form: nn.Module) -> float:
     """Log predictions on the test set at the selected epoch and their tables; return the accuracy."""
     test_set = dataset.test
-    result = evaluate(network, test_set, config, execution)
+    result = evaluate(form, test_set, config, execution)
     predictions = argmax_over_all(dataset.classes, test_set.ids, test_set.labels.numpy(), result.logits.numpy())
     with tempfile.TemporaryDirectory() as name:
         write_predictions(Path(name), predictions)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import tempfile
 from pathlib import Path
 
 
@@ -15,3 +16,11 @@ def cache_folder() -> Path:
 def outbox_folder() -> Path:
     """Return where runs keep what the tracking store doesn't have yet."""
     return cache_folder() / "outbox"
+
+
+def write_whole(path: Path, text: str) -> None:
+    """Write a small file so that it is seen whole or not at all, whoever else writes it; OSError."""
+    handle, name = tempfile.mkstemp(dir=path.parent)
+    with os.fdopen(handle, "w") as file:
+        file.write(text)
+    Path(name).replace(path)

@@ -322,6 +322,19 @@ def test_wrong_input_is_one_sentence(sqlite_store: str, command: Any, words: str
     assert not all_runs()
 
 
+def test_what_auto_chose_is_logged_with_its_reason(
+    sqlite_store: str, tiny_study: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("effv2.execution.resolve._cpu_has_bf16", lambda: True)
+    study = tmp_path / "auto.yaml"
+    study.write_text(tiny_study.read_text().replace("fp32", "auto").partition("arms:")[0])
+    words = ["--study", str(study), "--log-model", "none"]
+    assert invoke(train, *words).exit_code == 0
+    (run,) = all_runs()
+    assert run.data.params["execution.precision"] in ("fp32", "bf16")
+    assert re.fullmatch(r"a step in bf16 is [\d.]+ times as fast as in fp32", run.data.tags["effv2.calibration"])
+
+
 def test_faults_in_data_are_found_before_a_run_is_created(sqlite_store: str, tmp_path: Path) -> None:
     root = make_image_tree(tmp_path / "set")
     (root / "class 0" / "0.jpg").write_bytes(b"")

@@ -11,16 +11,17 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from torch import nn
 from torch.optim.lr_scheduler import OneCycleLR, ReduceLROnPlateau
 
 from effv2.architecture import build_model
 from effv2.config import ScheduleConfig, StoppingConfig, TrainConfig
 from effv2.data.batches import to_input
-from effv2.data.dataset import Dataset, load_dataset
+from effv2.data.dataset import Dataset, Split, load_dataset
 from effv2.errors import RunError, Terminated
 from effv2.execution.device import make_execution
 from effv2.randomness import stream_seed
-from effv2.training.evaluate import evaluate
+from effv2.training.evaluate import Evaluation, evaluate
 from effv2.training.loop import EpochResult, Training
 from effv2.training.schedules import Schedule, rate_factor
 from effv2.training.state import Progress, TrainState
@@ -32,6 +33,11 @@ EVERYTHING: dict[str, Any] = {
     "schedule": {"epochs": 3, "name": "plateau", "plateau_patience": 0, "warmup_epochs": 1},
     "evaluation": {"train_set": True},
 }
+
+
+def evaluated(model: nn.Module, split: Split, config: TrainConfig) -> Evaluation:
+    execution = make_execution(config.execution)
+    return evaluate(execution.for_evaluation(model), split, config, execution)
 
 
 def start(config: TrainConfig) -> tuple[Dataset, TrainState, Training]:
@@ -120,7 +126,7 @@ def test_evaluation_is_the_plain_one_and_restores_the_mode() -> None:
     dataset, state, training = start(config)
     list(training)
     state.model.train()
-    found = evaluate(state.model, dataset.test, config, make_execution(config.execution))
+    found = evaluated(state.model, dataset.test, config)
     assert state.model.training
     plain = build_model(config.model.build_table(), 13)
     plain.load_state_dict(state.model.state_dict())
@@ -142,7 +148,7 @@ def test_selected_weights_are_those_of_the_best_validation_epoch() -> None:
     assert state.progress.best_epoch == 1 + accuracies.index(max(accuracies))
     assert state.selected is not None
     state.model.load_state_dict(state.selected)
-    found = evaluate(state.model, dataset.test, config, make_execution(config.execution))
+    found = evaluated(state.model, dataset.test, config)
     assert found.accuracy == state.progress.history[state.progress.best_epoch - 1]["test/accuracy"]
 
 
@@ -223,7 +229,7 @@ def test_averaged_weights_trail_and_are_the_ones_evaluated() -> None:
     list(training)
     assert state.evaluated is not state.model
     assert not equal(dict(state.evaluated.named_parameters()), dict(state.model.named_parameters()))
-    found = evaluate(state.evaluated, dataset.test, config, make_execution(config.execution))
+    found = evaluated(state.evaluated, dataset.test, config)
     assert found.accuracy == state.progress.history[-1]["test/accuracy"]
 
 
@@ -238,8 +244,8 @@ def test_last_batch_of_one_image_is_left_out() -> None:
 def test_train_set_evaluation_replaces_the_average_over_steps() -> None:
     dataset, state, training = start(tiny_config(evaluation={"train_set": True}))
     results = list(training)
-    config, execution = training.config, make_execution(training.config.execution)
-    assert results[-1].metrics["train/accuracy"] == evaluate(state.model, dataset.train, config, execution).accuracy
+    found = evaluated(state.model, dataset.train, training.config)
+    assert results[-1].metrics["train/accuracy"] == found.accuracy
 
 
 def test_bf16_trains_too() -> None:
@@ -248,6 +254,6 @@ def test_bf16_trains_too() -> None:
     assert all(parameter.dtype == torch.float32 for parameter in state.model.parameters())
     plain = replace(make_execution(config.execution), bf16=False)
     assert list(training)[-1].metrics["train/loss"] > 0
-    halves = evaluate(state.model, dataset.test, config, make_execution(config.execution)).logits.softmax(1)
-    wholes = evaluate(state.model, dataset.test, config, plain).logits.softmax(1)
+    halves = evaluated(state.model, dataset.test, config).logits.softmax(1)
+    wholes = evaluate(plain.for_evaluation(state.model), dataset.test, config, plain).logits.softmax(1)
     assert not torch.equal(halves, wholes) and torch.allclose(halves, wholes, atol=0.05)

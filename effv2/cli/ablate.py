@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import click
@@ -38,8 +39,6 @@ def ablate(variant: str, study: str, seeds: str, **options: Any) -> None:
     layer, wanted = option_layer(options, SHARED), parse_seeds(seeds)
     chosen = read_study(Path(study)) if study else built_in_ablation()
     names = chosen.select(variant or "all", "variant")
-
-    from functools import partial
 
     from effv2.cli.run import run_and_show
     from effv2.studies.grid import make_grid

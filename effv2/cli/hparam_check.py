@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import click
@@ -52,8 +53,6 @@ def hparam_check(check: str, scheduler: str, study: str, seeds: str, **options: 
     arms = plain.select(check or "all", "check")
     names = [under(arm, schedule) for schedule in SCHEDULERS[scheduler or "both"] for arm in arms]
     chosen = plain.crossed(SCHEDULERS["both"])
-
-    from functools import partial
 
     from effv2.cli.run import run_and_show
     from effv2.studies.grid import make_grid

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import click
@@ -35,8 +36,6 @@ def search(trials: str, study: str, **options: Any) -> None:
     layer = option_layer(options, FIELDS)
     chosen = read_study(Path(study)) if study else built_in_search()
     number = parse_count("trials", trials) if trials else 0
-
-    from functools import partial
 
     from effv2.cli.run import run_and_show
     from effv2.studies.search import make_search

@@ -47,7 +47,7 @@ def train(study: str, fresh: str, log_model: str, experiment: str, **options: st
     from effv2.cli.display import ConsoleDisplay
     from effv2.data.dataset import load_dataset
     from effv2.errors import RunError
-    from effv2.execution.resolve import resolve
+    from effv2.execution.resolve import place, resolve
     from effv2.experiment import Labels, check, discard_checkpoints, identity, run_experiment
     from effv2.tracking.read import find_ended_early, find_finished, find_outdated
     from effv2.tracking.recovery import open_experiment
@@ -56,9 +56,10 @@ def train(study: str, fresh: str, log_model: str, experiment: str, **options: st
 
     name = file.name if file else f"{config.model.variant}, seed {config.random.seed}"
     with ConsoleDisplay() as display:
+        config = place(config)
         dataset = load_dataset(config.data, display.decoding)
         check(config, dataset)
-        config = resolve(config, display.hint)  # may time something: not before all that can be wrong is checked
+        config = resolve(config, display.hint)
         try:
             experiment_id = open_experiment(experiment, display.remark)
             wanted = identity(config, dataset)

@@ -37,7 +37,7 @@ from PIL import Image
 from effv2.data.images import Bytes, Images, sha256_of
 from effv2.data.preparation import Preparation
 from effv2.errors import InputError
-from effv2.places import cache_folder
+from effv2.places import cache_folder, write_whole
 
 FORMAT = 1  # raise it when what a preparation does changes
 ABANDONED_SECONDS = 24 * 3600
@@ -85,7 +85,7 @@ def decode(images: Images, preparation: Preparation, progress: Progress | None =
         ) from error
     with suppress(OSError):  # a cache that can only be read serves as well
         pointer.parent.mkdir(parents=True, exist_ok=True)
-        _replace_file(pointer, content)
+        write_whole(pointer, content)
     return found
 
 
@@ -198,13 +198,6 @@ def _sweep(entries: Path) -> None:
         with suppress(FileNotFoundError):  # finished by its process meanwhile
             if path.stat().st_mtime < time.time() - ABANDONED_SECONDS:
                 shutil.rmtree(path, ignore_errors=True)
-
-
-def _replace_file(path: Path, text: str) -> None:
-    handle, name = tempfile.mkstemp(dir=path.parent)
-    with os.fdopen(handle, "w") as file:
-        file.write(text)
-    Path(name).replace(path)
 
 
 def _sha256(data: bytes) -> str:

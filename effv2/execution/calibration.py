@@ -1,6 +1,6 @@
 """Which precision is the quicker for a network on this processor: timed once, remembered in the cache folder.
 
-<cache>/calibrations/<hash of network, input, torch and processor>.json    {"fp32": ..., "bf16": ...} seconds a step
+<cache>/calibrations/<hash of network, input, code and processor>.json    {"fp32": ..., "bf16": ...} seconds a step
 """
 
 from __future__ import annotations
@@ -9,7 +9,6 @@ import hashlib
 import json
 import os
 import statistics
-import tempfile
 import time
 from collections.abc import Callable
 from contextlib import suppress
@@ -24,7 +23,7 @@ from effv2 import provenance
 from effv2.architecture import build_model
 from effv2.config import TrainConfig
 from effv2.execution.device import Execution
-from effv2.places import cache_folder
+from effv2.places import cache_folder, write_whole
 from effv2.randomness import private_randomness
 
 # So much quicker bf16 must be to be chosen: below it the gain isn't worth the rounding, and noise may sway the choice.
@@ -60,7 +59,7 @@ def calibrate(config: TrainConfig, remark: Callable[[str], None]) -> Calibration
             if found := remembered(config):
                 return found
             found = _time_steps(config)
-            _write(path, found)
+            write_whole(path, json.dumps(asdict(found)))
     found = found or _time_steps(config)
     remark(f"Timed once on this processor: {found}.")
     return found
@@ -78,7 +77,7 @@ def _path(config: TrainConfig) -> Path:
     machine = provenance.machine()
     deciding = [str(config.model.build_table()), config.data.image_size, config.optimiser.batch_size]
     deciding += [config.execution.channels_last, os.environ.get("EFFV2_ALLOCATOR", "")]
-    deciding += [machine[name] for name in ("processor", "threads", "torch")]
+    deciding += [provenance.code_version(), machine["processor"], machine["threads"]]
     digest = hashlib.sha256(json.dumps(deciding).encode()).hexdigest()[:16]
     return cache_folder() / "calibrations" / f"{digest}.json"
 
@@ -104,10 +103,3 @@ def _time_steps(config: TrainConfig) -> Calibration:
                 if number:
                     seconds[bf16].append(time.perf_counter() - started)
     return Calibration(statistics.median(seconds[False]), statistics.median(seconds[True]))
-
-
-def _write(path: Path, calibration: Calibration) -> None:
-    handle, name = tempfile.mkstemp(dir=path.parent)
-    with os.fdopen(handle, "w") as file:
-        json.dump(asdict(calibration), file)
-    Path(name).replace(path)

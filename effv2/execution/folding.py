@@ -7,9 +7,9 @@ Rates of channels-last float32 evaluation on two cores, batch 8: see benchmarks/
 from __future__ import annotations
 
 import copy
-from typing import TypeVar
+from typing import TypeVar, cast
 
-from torch import fx, nn
+from torch import Tensor, fx, nn
 from torch.nn.utils.fusion import fuse_conv_bn_weights
 
 from effv2.execution import fast_paths
@@ -47,10 +47,8 @@ def sharing_copy(module: Module) -> Module:
 
 def _folded(conv: nn.Conv2d, norm: nn.BatchNorm2d) -> nn.Conv2d:
     folded = sharing_copy(conv)
-    if norm.running_mean is not None and norm.running_var is not None:
-        statistics = norm.running_mean, norm.running_var, norm.eps
-        affine = norm.weight, norm.bias
-        folded.weight, folded.bias = fuse_conv_bn_weights(conv.weight, conv.bias, *statistics, *affine)
+    statistics = cast(Tensor, norm.running_mean), cast(Tensor, norm.running_var), norm.eps
+    folded.weight, folded.bias = fuse_conv_bn_weights(conv.weight, conv.bias, *statistics, norm.weight, norm.bias)
     return folded
 
 

@@ -15,16 +15,25 @@ from effv2.execution.compilation import check_compiler
 Remark = Callable[[str], None]
 
 
-def resolve(config: TrainConfig, remark: Remark) -> TrainConfig:
-    """Return `config` with `auto` replaced by what this machine has; InputError for a device it lacks.
+def place(config: TrainConfig) -> TrainConfig:
+    """Return `config` with a device of this machine; InputError for a device or a compiler that it lacks.
 
-    On a processor with bfloat16 instructions the quicker precision is timed, once: what was found is remembered, so
-    that the same command on the same machine means the same run. `remark` is told when it is timed.
+    Quick, so that it comes before images are decoded.
     """
-    device, precision = resolve_device(config.execution.device), config.execution.precision
+    device = resolve_device(config.execution.device)
     if config.execution.compile:
         check_compiler(device)
-    placed = _with_execution(config, device=device)
+    return _with_execution(config, device=device)
+
+
+def resolve(config: TrainConfig, remark: Remark) -> TrainConfig:
+    """Return `config` with `auto` replaced by what this machine has; InputError as place.
+
+    On a processor with bfloat16 instructions the quicker precision is timed, once: what was found is remembered, so
+    that the same command on the same machine means the same run. `remark` is told when it is timed. It may take
+    seconds, so it comes after all that can be wrong was checked.
+    """
+    placed, precision = place(config), config.execution.precision
     if precision == "auto":
         precision = "bf16" if _prefers_bf16(placed, remark) else "fp32"
     return _with_execution(placed, precision=precision)

@@ -15,7 +15,7 @@ from effv2 import provenance
 from effv2.config import TrainConfig
 from effv2.errors import InputError
 from effv2.evidence.comparison import HISTORIES, Comparison, Rows
-from effv2.execution.resolve import Remark, resolve_study
+from effv2.execution.resolve import Remark, place, resolve_study
 from effv2.experiment import check, restore
 from effv2.studies.files import Study
 from effv2.studies.options import LogModel
@@ -116,7 +116,7 @@ def make_grid(
 
     `chosen` are the names of the wanted arms; `seeds` go before those of the study, those before its arms' own.
     """
-    asked = [study.arm(name, options) for name in study.arms]
+    asked = [place(study.arm(name, options)) for name in study.arms]
     for config in asked:
         check(config, load(config.data))
         if not config.evaluation.test_set:

@@ -21,7 +21,7 @@ from effv2.config import TrainConfig, field_of
 from effv2.errors import InputError
 from effv2.evidence.comparison import Rows, markdown_table
 from effv2.evidence.run_artifacts import write_csv
-from effv2.execution.resolve import Remark, resolve
+from effv2.execution.resolve import Remark, place, resolve
 from effv2.experiment import check, restore, score_on_test, study_text
 from effv2.randomness import stream_seed
 from effv2.studies.files import SearchFile, Study
@@ -199,7 +199,7 @@ def make_search(study: Study, options: Layer, trials: int, load: LoadData, remar
         raise InputError(
             f"--study {study.name}: has arms or seeds, which a search doesn't know; use `ablate` or `hparam-check`."
         )
-    config = _with_test(build_config([study.base, options]), False)
+    config = _with_test(place(build_config([study.base, options])), False)
     dataset = load(config.data)
     if dataset.validation is None:
         raise InputError(

@@ -27,9 +27,8 @@ class Evaluation:
     logits: Tensor
 
 
-def evaluate(model: nn.Module, split: Split, config: TrainConfig, execution: Execution) -> Evaluation:
-    """Run the evaluation form of `model`, which is left as it is, over `split`; the argmax is over all outputs."""
-    form = execution.for_evaluation(model)
+def evaluate(form: nn.Module, split: Split, config: TrainConfig, execution: Execution) -> Evaluation:
+    """Run a network in its evaluation form (Execution.for_evaluation) over `split`; the argmax is over all outputs."""
     logits = []
     with torch.inference_mode():
         for images, _ in evaluation_batches(split, config.evaluation.batch_size):
@@ -42,17 +41,16 @@ def evaluate(model: nn.Module, split: Split, config: TrainConfig, execution: Exe
     return Evaluation(loss, accuracy, everything)
 
 
-def single_image_latency(model: nn.Module, config: TrainConfig, execution: Execution) -> float:
-    """Return the median seconds of a forward pass of one image, from bytes to logits on the host."""
+def single_image_latency(form: nn.Module, config: TrainConfig, execution: Execution) -> float:
+    """Return the median seconds of one image through an evaluation form, from bytes to logits on the host."""
     size = config.data.image_size
     image = torch.zeros(1, 3, size, size, dtype=torch.uint8)
     seconds = []
-    model.eval()
     with torch.inference_mode():
         for _ in range(LATENCY_WARMUP + LATENCY_PASSES):
             started = time.perf_counter()
             inputs = to_input(execution.to_device(image), config.data, execution.channels_last)
             with execution.autocast():
-                model(inputs).float().cpu()
+                form(inputs).float().cpu()
             seconds.append(time.perf_counter() - started)
     return statistics.median(seconds[LATENCY_WARMUP:])

@@ -151,8 +151,9 @@ class Training:
             evaluated["train"] = self.dataset.train
         metrics: Metrics = {}
         started = time.perf_counter()
+        form = self.execution.for_evaluation(self.state.evaluated)
         for name, split in evaluated.items():
-            result = evaluate(self.state.evaluated, split, self.config, self.execution)
+            result = evaluate(form, split, self.config, self.execution)
             if not math.isfinite(result.loss):
                 raise Diverged(self._divergence(f"The {name} loss", self.state.progress.epoch + 1))
             metrics |= {f"{name}/loss": result.loss, f"{name}/accuracy": result.accuracy}
