@@ -61,12 +61,13 @@ def search(folder: Path, text: str) -> tuple[float, int]:
     """Run a search in `folder`; return its best validation accuracy and the epochs of all its trials."""
     os.environ["MLFLOW_TRACKING_URI"] = f"sqlite:///{folder / 'mlflow.db'}"
     from effv2.cli.display import ConsoleDisplay
+    from effv2.documents import dotted
     from effv2.studies.engine import run_study
     from effv2.studies.files import read_study
     from effv2.studies.options import StudyOptions
     from effv2.studies.plan import LoadedData
     from effv2.studies.search import make_search
-    from effv2.studies.settings import Layer, dotted
+    from effv2.studies.settings import Layer
     from effv2.studies.storage import open_storage
     from effv2.tracking.store import open_store
 

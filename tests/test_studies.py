@@ -9,11 +9,12 @@ import pytest
 
 from effv2.architecture import PUBLISHED_VARIANTS, parse_table
 from effv2.config import TrainConfig
+from effv2.documents import dotted
 from effv2.errors import InputError
 from effv2.studies.files import Study, built_in_ablation, built_in_hparam_check, read_study
 from effv2.studies.grid import Grid, make_grid
 from effv2.studies.plan import LoadedData
-from effv2.studies.settings import Layer, dotted, option_layer
+from effv2.studies.settings import Layer, option_layer
 
 SWEEPS = Path(__file__).parents[1] / "sweeps"
 NO_OPTIONS = Layer({}, dotted)

@@ -60,7 +60,8 @@ def evaluate_pretrained(
     On Imagenette, or any folder whose classes are ImageNet's. Rankings rest on images that the weights were not fitted
     to. The same command again goes on where the last one ended.
     """
-    from effv2.studies.settings import option_layer, validate
+    from effv2.documents import validate
+    from effv2.studies.settings import option_layer
 
     over, which = parse_fresh(fresh), parse_log_model(log_model, "none")
     layer = option_layer(options, FIELDS)

@@ -12,8 +12,9 @@ from pydantic import BaseModel, ConfigDict, Field, field_validator, model_valida
 
 from effv2.architecture import PUBLISHED_VARIANTS
 from effv2.config import TrainConfig
+from effv2.documents import Document, Place, dotted, read_document, validate
 from effv2.errors import InputError, nearest
-from effv2.studies.settings import Document, Layer, Place, build_config, dotted, read_document, validate
+from effv2.studies.settings import Layer, build_config, document_layer
 
 DEFAULT_TRIALS = 12
 SEARCHABLE = ("augment", "model", "optimiser")  # trials share everything else: data, length, machine
@@ -176,7 +177,7 @@ def built_in_search() -> Study:
 
 def read_study(path: Path) -> Study:
     """Read a study file; InputError names the line of whatever is wrong, in every arm."""
-    document = read_document(path)
+    document = read_document(path, "study")
     file = validate(StudyFile, document.values, document.where)
     baseline = file.baseline or next(iter(file.arms), "")
     if baseline and baseline not in file.arms:
@@ -185,8 +186,8 @@ def read_study(path: Path) -> Study:
         )
     if file.search and file.arms:
         raise InputError(f"{document.where(('search',))}: a file has arms or a search, not both; remove one.")
-    base = document.layer("config")
-    arms = {name: document.layer("arms", name) for name in file.arms}
+    base = document_layer(document, "config")
+    arms = {name: document_layer(document, "arms", name) for name in file.arms}
     study = Study(file.name, file.description, base, arms, baseline, file.seeds, file.retries, file.search)
     for arm in arms.values() or [Layer({}, base.where)]:
         build_config([base, arm])

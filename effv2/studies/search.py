@@ -18,6 +18,7 @@ from optuna.visualization import matplotlib as plots
 
 from effv2 import provenance
 from effv2.config import TrainConfig, field_of
+from effv2.documents import dotted
 from effv2.errors import InputError
 from effv2.evidence.comparison import Rows, markdown_table
 from effv2.evidence.run_artifacts import write_csv
@@ -28,7 +29,7 @@ from effv2.studies.files import SearchFile, Study
 from effv2.studies.options import LogModel
 from effv2.studies.plan import LoadData, PlannedRun, Purpose, Trials, best_of, discard_weights
 from effv2.studies.queue import RUN
-from effv2.studies.settings import Layer, build_config, dotted
+from effv2.studies.settings import Layer, build_config
 from effv2.tracking.run import TrackedRun
 
 RANDOM_TRIALS = 10  # before TPE has anything to go by
