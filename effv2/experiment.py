@@ -31,6 +31,7 @@ from effv2.tracking.outbox import PATIENCE, TrackingAway
 from effv2.tracking.read import Identity
 from effv2.tracking.recovery import send
 from effv2.tracking.run import OUTCOME, TrackedRun, start_run
+from effv2.tracking.tags import ARM, COMMAND
 from effv2.training.checkpoint import Checkpoints, Keeper, Pace
 from effv2.training.evaluate import evaluate, single_image_latency
 from effv2.training.loop import EpochResult, Training
@@ -197,14 +198,15 @@ def run_experiment(
 def _tags(config: TrainConfig, dataset: Dataset, labels: Labels) -> dict[str, str]:
     own = {
         "effv2.study": labels.study,
-        "effv2.arm": labels.arm,
+        ARM: labels.arm,
         "effv2.variant": config.model.variant,
         "effv2.seed": str(config.random.seed),
     }
     machine = {f"effv2.machine.{name}": value for name, value in provenance.machine().items()}
     timed = remembered(config) if config.execution.device == "cpu" else None
     calibration = {"effv2.calibration": str(timed)} if timed else {}
-    return identity(config, dataset).tags() | own | machine | calibration
+    command = {} if labels.parent else {COMMAND: provenance.command()}
+    return identity(config, dataset).tags() | own | machine | calibration | command
 
 
 @contextmanager

@@ -5,12 +5,17 @@ from __future__ import annotations
 import hashlib
 import os
 import platform
+import re
+import shlex
 import subprocess
 import sys
 from dataclasses import dataclass
 from functools import cache
 from importlib import metadata
 from pathlib import Path
+
+import click
+from click.core import ParameterSource
 
 PACKAGE = Path(__file__).parent
 # The rooms that decide what a run computes; a change elsewhere voids no finished run.
@@ -77,6 +82,29 @@ def machine() -> dict[str, str]:
         "system": platform.platform(),
         "python": sys.version.split()[0],
     } | versions
+
+
+def command() -> str:
+    """Return the command that this process runs, as it may be given again to go on; empty where it is none of ours.
+
+    Options that were left empty, as `mlflow run` leaves them, passwords, and the wish to start over are left out.
+    """
+    context = click.get_current_context(silent=True)
+    if context is None or context.command.name is None:
+        return ""
+    words = ["effv2", context.command.name]
+    for option in context.command.params:
+        value = context.params.get(str(option.name))
+        given = context.get_parameter_source(str(option.name)) == ParameterSource.COMMANDLINE
+        if given and value not in ("", None) and option.name != "fresh":
+            words += [option.opts[0], without_password(str(value))]
+    return shlex.join(words)
+
+
+def without_password(text: str) -> str:
+    """Return an address, or a text with addresses in it, without passwords."""
+    text = re.sub(r"(://[^/@:\s]*):[^@\s]*@", r"\1:***@", text)
+    return re.sub(r"(password=)[^&\s]*", r"\1***", text)
 
 
 def _processor() -> str:

@@ -79,7 +79,7 @@ def test_search_touches_the_test_set_once_and_can_grow(sqlite_store: str, tiny_s
         assert again.data.metrics[name] == chosen.data.metrics[name]
 
 
-def test_hparam_check_ends_with_the_three_figures(sqlite_store: str, tiny_study: Path) -> None:
+def test_hparam_check_ends_with_a_comparison(sqlite_store: str, tiny_study: Path) -> None:
     text = tiny_study.read_text().replace("  other:", "  unused: {}\n  dropout:")
     tiny_study.write_text(text)
     assert invoke(hparam_check, "--study", tiny_study, "--check", "dropout", "--log-model", "none").exit_code == 0
@@ -88,7 +88,7 @@ def test_hparam_check_ends_with_the_three_figures(sqlite_store: str, tiny_study:
         "default", "dropout", "default_plateau", "dropout_plateau",
     ]  # fmt: skip
     assert [run.data.params["schedule.name"] for run in children] == ["none", "none", "plateau", "plateau"]
-    assert artifacts(parent) >= {"train_accuracy.png", "test_accuracy.png", "training_seconds.png", "comparison.csv"}
+    assert artifacts(parent) >= {"report.html", "report.md", "figures", "comparison.csv"}
     # The rest of the same study joins the same run.
     words = ["--check", "all", "--scheduler", "plateau", "--log-model", "none"]
     assert invoke(hparam_check, "--study", tiny_study, *words).exit_code == 0

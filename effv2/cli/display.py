@@ -40,6 +40,7 @@ class ConsoleDisplay:
         self._evaluating: TaskID | None = None
         self._epochs: TaskID | None = None
         self._steps: TaskID | None = None
+        self._working: TaskID | None = None
 
     def __enter__(self) -> ConsoleDisplay:
         self._progress.start()
@@ -115,6 +116,12 @@ class ConsoleDisplay:
                 self.remark(f"evaluating {name} on {total:,} images")
         elif self._evaluating is not None:
             self._progress.update(self._evaluating, completed=done)
+
+    def working(self, text: str) -> None:
+        """Show what is being done, where it isn't known how much of it there is."""
+        if self._working is None:
+            self._working = self._progress.add_task(text, total=None, note="")
+        self._progress.update(self._working, description=escape(text))
 
     def epoch(self, result: EpochResult) -> None:
         """Show a finished epoch with its accuracies."""

@@ -15,6 +15,7 @@ COMMANDS = {
     "hparam-check": "effv2.cli.hparam_check",
     "search": "effv2.cli.search",
     "evaluate-pretrained": "effv2.cli.evaluate_pretrained",
+    "report": "effv2.cli.report",
     "sync": "effv2.cli.sync",
 }
 

@@ -9,11 +9,16 @@ from itertools import cycle
 import numpy as np
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, NullLocator, StrMethodFormatter
+from scipy import stats
+
+from effv2.evidence.statistics import CONFIDENCE, FEWEST
+
+Curve = Mapping[int, float]  # by epoch
 
 PALETTE = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 STYLES = ("-", "--", "-.", ":")
 MARKERS = ("o", "s", "^", "D")
-Curve = Mapping[int, float]
+CURVES = (5.2, 3.6)  # inches: legible on a phone, two side by side on a screen
 
 
 def plain(text: str) -> str:
@@ -21,27 +26,46 @@ def plain(text: str) -> str:
     return text.replace("$", r"\$")
 
 
-def accuracy_curves(curves: Mapping[str, Sequence[Curve]], title: str) -> Figure:
-    """Draw accuracy over epochs: a line a name, the mean of its runs, with the range over runs as a band."""
-    figure = Figure(figsize=(7, 4.2), layout="constrained")
+def accuracy_curves(
+    curves: Mapping[str, Sequence[Curve]], title: str, published: Mapping[str, Curve] | None = None
+) -> Figure:
+    """Draw accuracy over epochs: a line a name, the mean of its runs, with a band around it.
+
+    The band is the 95 % interval of the mean of three runs or more, the range of two. `published` curves of some of
+    the names are dotted behind them, as far as ours go.
+    """
+    figure = Figure(figsize=CURVES, layout="constrained")
     axes = figure.add_subplot()
     for index, ((name, runs), colour) in enumerate(zip(curves.items(), cycle(PALETTE), strict=False)):
         epochs = sorted(set.intersection(*(set(run) for run in runs)))
         values = np.array([[run[epoch] for epoch in epochs] for run in runs])
-        style = STYLES[index // len(PALETTE) % len(STYLES)]
+        style = STYLES[index % len(STYLES)]
         marker = "o" if len(epochs) == 1 else None
+        if published and name in published:
+            theirs = {epoch: value for epoch, value in published[name].items() if epoch <= max(epochs, default=0)}
+            axes.plot(list(theirs), list(theirs.values()), ":", color=colour, linewidth=1, alpha=0.8)
         axes.plot(epochs, values.mean(0), style, color=colour, label=plain(name), marker=marker)
         if len(runs) > 1:
-            axes.fill_between(epochs, values.min(0), values.max(0), color=colour, alpha=0.15, linewidth=0)
+            low, high = _band(values)
+            axes.fill_between(epochs, low, high, color=colour, alpha=0.15, linewidth=0)
     axes.set(title=title, xlabel="epoch", ylabel="accuracy", ylim=(0, 1))
     axes.grid(alpha=0.3)
-    axes.legend(loc="lower right")
+    axes.legend(loc="best", fontsize="small")
     return figure
+
+
+def _band(values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Return both ends of the band around the mean of runs (runs, epochs)."""
+    runs = len(values)
+    if runs < FEWEST:
+        return values.min(0), values.max(0)
+    reach = stats.t.ppf((1 + CONFIDENCE) / 2, runs - 1) * values.std(0, ddof=1) / np.sqrt(runs)
+    return values.mean(0) - reach, values.mean(0) + reach
 
 
 def bars(values: Mapping[str, Sequence[float]], title: str, unit: str) -> Figure:
     """Draw the mean of each name's values as a bar, their range as a line across its end."""
-    figure = Figure(figsize=(7, 1.2 + 0.34 * len(values)), layout="constrained")
+    figure = Figure(figsize=(CURVES[0], 1.2 + 0.34 * len(values)), layout="constrained")
     axes = figure.add_subplot()
     means = [float(np.mean(runs)) for runs in values.values()]
     reach = [
@@ -53,6 +77,27 @@ def bars(values: Mapping[str, Sequence[float]], title: str, unit: str) -> Figure
     axes.invert_yaxis()
     axes.set(title=title, xlabel=unit)
     axes.margins(x=0.12)
+    return figure
+
+
+def accuracy_against_time(
+    accuracies: Mapping[str, Sequence[float]], seconds: Mapping[str, Sequence[float]], title: str
+) -> Figure:
+    """Draw the mean accuracy of each name's runs against their mean training time, with the ranges of both."""
+    figure = Figure(figsize=CURVES, layout="constrained")
+    axes = figure.add_subplot()
+    shared = [name for name in accuracies if name in seconds]
+    for index, (name, colour) in enumerate(zip(shared, cycle(PALETTE), strict=False)):
+        across, up = np.array(seconds[name]), np.array(accuracies[name])
+        sideways, upright = ([[each.mean() - each.min()], [each.max() - each.mean()]] for each in (across, up))
+        marker = MARKERS[index % len(MARKERS)]
+        axes.errorbar(
+            across.mean(), up.mean(), yerr=upright, xerr=sideways, fmt=marker, color=colour, label=plain(name)
+        )
+    axes.set(title=title, xlabel="training, seconds", ylabel="test accuracy, best epoch")
+    axes.margins(0.15)
+    axes.grid(alpha=0.3)
+    axes.legend(loc="best", fontsize="small")
     return figure
 
 

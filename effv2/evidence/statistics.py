@@ -2,13 +2,23 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
+from bisect import bisect_left
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
+from scipy import stats
 from scipy.stats import binomtest
 
 CONFIDENCE = 0.95
+LEVEL = 0.05  # of every test, two-sided
+POWER = 0.8  # with which more runs are to decide
+FEWEST = 3  # runs that a verdict takes
+BOOTSTRAP_FROM = 20  # runs
+RESAMPLES = 9_999
+MOST_RUNS = 1_000  # that are worth naming
 CALIBRATION_BINS = 15
 
 
@@ -54,6 +64,200 @@ def holm(p_values: Sequence[float]) -> list[float]:
     found = np.empty(len(p_values))
     found[order] = corrected
     return [float(p) for p in found]
+
+
+def fisher(right: tuple[int, int], counts: tuple[int, int]) -> float:
+    """Return Fisher's exact two-sided p for two accuracies on images of which it isn't known who got which right."""
+    (a, b), (n, m) = right, counts
+    return float(stats.fisher_exact([[a, n - a], [b, m - b]]).pvalue)
+
+
+class Estimate(ABC):
+    """A mean, or the difference of two, and how sure it is.
+
+    Below 20 values by Student's t; from there on by the studentised bootstrap (Efron & Tibshirani 1993, ch. 12),
+    which doesn't ask them to be normal.
+    """
+
+    @property
+    @abstractmethod
+    def n(self) -> int:
+        """Return the number of values, that of the smaller sample where there are two."""
+
+    @property
+    @abstractmethod
+    def mean(self) -> float:
+        """Return the mean, or the difference of two."""
+
+    @property
+    @abstractmethod
+    def error(self) -> float:
+        """Return the standard error of the mean; NaN for one value."""
+
+    @property
+    @abstractmethod
+    def degrees(self) -> float:
+        """Return the degrees of freedom."""
+
+    @abstractmethod
+    def _resampled(self) -> np.ndarray:
+        """Return (mean of a resample - mean) / its standard error, the same ones at every call."""
+
+    @cached_property
+    def _pivots(self) -> np.ndarray:
+        return self._resampled()
+
+    def interval(self, confidence: float = CONFIDENCE) -> Interval | None:
+        """Return the confidence interval of the mean; None for one value."""
+        if self.n < 2:
+            return None
+        tail = (1 - confidence) / 2
+        if self.n < BOOTSTRAP_FROM or self.error == 0:
+            high = stats.t.ppf(1 - tail, self.degrees)
+            low = -high
+        else:
+            low, high = np.quantile(self._pivots, [tail, 1 - tail])
+        return Interval(self.mean - float(high) * self.error, self.mean - float(low) * self.error)
+
+    def p(self, edge: float) -> float:
+        """Return the two-sided p-value of the mean being `edge`; 1 for one value."""
+        if self.n < 2:
+            return 1.0
+        if self.error == 0:
+            return 1.0 if self.mean == edge else 0.0
+        t = (self.mean - edge) / self.error
+        if self.n < BOOTSTRAP_FROM:
+            return float(2 * stats.t.sf(abs(t), self.degrees))
+        above = (np.sum(self._pivots >= t) + 1) / (RESAMPLES + 1)
+        below = (np.sum(self._pivots <= t) + 1) / (RESAMPLES + 1)
+        return float(min(1.0, 2 * min(above, below)))
+
+
+@dataclass(frozen=True)
+class Sample(Estimate):
+    """Independent values of one quantity, one a run or a pair of runs.
+
+    `overlap` is the ratio of test to training images where the values come from repeated splits of one set, whose
+    training parts overlap: it widens the error of the mean as Nadeau & Bengio (2003) do; 0 for independent values.
+    """
+
+    values: tuple[float, ...]
+    overlap: float = 0.0
+
+    @property
+    def n(self) -> int:
+        """Return the number of values."""
+        return len(self.values)
+
+    @property
+    def mean(self) -> float:
+        """Return the mean."""
+        return float(np.mean(self.values))
+
+    @property
+    def deviation(self) -> float:
+        """Return the standard deviation; NaN for one value."""
+        return float(np.std(self.values, ddof=1)) if self.n > 1 else float("nan")
+
+    @property
+    def error(self) -> float:
+        """Return the standard error of the mean; NaN for one value."""
+        return self.deviation * float(np.sqrt(1 / self.n + self.overlap))
+
+    @property
+    def degrees(self) -> float:
+        """Return the degrees of freedom."""
+        return self.n - 1
+
+    def prediction(self, confidence: float = CONFIDENCE) -> Interval | None:
+        """Return the interval in which a single further run is expected (normal values); None for one value."""
+        if self.n < 2:
+            return None
+        reach = stats.t.ppf((1 + confidence) / 2, self.degrees) * self.deviation * np.sqrt(1 + 1 / self.n)
+        return Interval(self.mean - float(reach), self.mean + float(reach))
+
+    def _resampled(self) -> np.ndarray:
+        means, squares = _resamples(self.values, 0)
+        return _pivots(means - self.mean, squares)
+
+
+@dataclass(frozen=True)
+class Unpaired(Estimate):
+    """The difference of the means of two independent samples (Welch 1947)."""
+
+    first: Sample
+    second: Sample
+
+    @property
+    def n(self) -> int:
+        """Return the number of values of the smaller sample."""
+        return min(self.first.n, self.second.n)
+
+    @property
+    def mean(self) -> float:
+        """Return the difference of the means."""
+        return self.first.mean - self.second.mean
+
+    @property
+    def error(self) -> float:
+        """Return the standard error of the difference."""
+        return float(np.hypot(self.first.error, self.second.error))
+
+    @property
+    def degrees(self) -> float:
+        """Return Welch's degrees of freedom."""
+        if self.error == 0:
+            return self.first.degrees + self.second.degrees
+        parts = sum(each.error**4 / each.degrees for each in (self.first, self.second))
+        return float(self.error**4 / parts)
+
+    def _resampled(self) -> np.ndarray:
+        first, squares = _resamples(self.first.values, 0)
+        second, others = _resamples(self.second.values, 1)
+        return _pivots(first - second - self.mean, squares + others)
+
+
+def _resamples(values: Sequence[float], seed: int) -> tuple[np.ndarray, np.ndarray]:
+    """Return the means of resamples and the squares of their standard errors."""
+    known = np.asarray(values)
+    drawn = known[np.random.default_rng(seed).integers(0, len(known), (RESAMPLES, len(known)))]
+    return drawn.mean(1), drawn.var(1, ddof=1) / len(known)
+
+
+def _pivots(distances: np.ndarray, squares: np.ndarray) -> np.ndarray:
+    found: np.ndarray = distances[squares > 0] / np.sqrt(squares[squares > 0])
+    return found
+
+
+def power(effect: float, deviation: float, n: int, level: float = LEVEL) -> float:
+    """Return the probability that a two-sided t-test of `n` values tells their mean from one `effect` away from it."""
+    if n < 2:
+        return 0.0
+    limit, shift = stats.t.ppf(1 - level / 2, n - 1), abs(effect) / deviation * np.sqrt(n)
+    return float(stats.nct.sf(limit, n - 1, shift) + stats.nct.cdf(-limit, n - 1, shift))
+
+
+def runs_to_decide(effect: float, deviation: float, level: float = LEVEL) -> int | None:
+    """Return how many values tell a mean from one `effect` away with 80 % power; None for more than 1,000."""
+    found = range(FEWEST, MOST_RUNS + 1)
+    place = bisect_left(found, POWER, key=lambda n: power(effect, deviation, n, level)) if effect else len(found)
+    return found[place] if place < len(found) else None
+
+
+def more_to_decide(sample: Sample, edge: float, level: float = LEVEL) -> tuple[int, int | None] | None:
+    """Return from how many to how many more values are likely to tell the mean from `edge`; None: no telling.
+
+    As if the difference seen were the true one, for the ends of the standard deviation's 80 % interval (chi-square).
+    An upper end of None is more than 1,000.
+    """
+    if sample.n < 2 or sample.deviation == 0:
+        return None
+    degrees = sample.n - 1
+    ends = np.sqrt(degrees / stats.chi2.ppf([0.9, 0.1], degrees)) * sample.deviation
+    few, many = (runs_to_decide(sample.mean - edge, float(end), level) for end in ends)
+    if few is None:
+        return None
+    return max(1, few - sample.n), None if many is None else max(1, many - sample.n)
 
 
 def calibration_error(confidence: np.ndarray, right: np.ndarray, bins: int = CALIBRATION_BINS) -> float:

@@ -10,6 +10,7 @@ from pathlib import Path
 from effv2 import provenance
 from effv2.config import ExecutionConfig
 from effv2.errors import RunError
+from effv2.evidence.publication import report_on_study, where_to_look
 from effv2.execution.device import make_execution
 from effv2.execution.resolve import resolve_device
 from effv2.exhaustion import is_out_of_memory
@@ -36,6 +37,7 @@ from effv2.tracking.read import Identity, find_ended_early, find_finished, read_
 from effv2.tracking.recovery import open_experiment
 from effv2.tracking.run import OUTCOME, TrackedRun, open_parent, point_adopted_run_to, run_address, working_on
 from effv2.tracking.store import TrackingError
+from effv2.tracking.tags import COMMAND
 
 LONGEST_NAME = 200  # characters of a run's name
 
@@ -107,6 +109,7 @@ def _evaluate(session: Session, entries: Sequence[Entry], experiment_id: str, fr
         ranking = _rank(session.images, {label: runs[label] for label in labels if label in runs}, parent)
         if ranking is not None:
             _publish(ranking, parent)
+            report_on_study(parent, list(runs.values()))
         if not failed:
             parent.set_tags({OUTCOME: "complete"})
     if failed:
@@ -152,7 +155,7 @@ def _left_behind(identity: Identity, experiment_id: str) -> TrackedRun | None:
 
 
 def _new_parent(session: Session, identity: Identity, labels: Sequence[str], experiment_id: str) -> TrackedRun:
-    tags = run_tags(identity, session) | {"effv2.variant": ",".join(labels)}
+    tags = run_tags(identity, session) | {"effv2.variant": ",".join(labels), COMMAND: provenance.command()}
     name = f"{STUDY} {session.images.name}: {', '.join(labels)}"[:LONGEST_NAME]
     parent = open_parent(name, experiment_id, tags)
     parent.log_params(session.config.flat() | {"study.kind": STUDY, "study.models": ",".join(labels)})
@@ -188,4 +191,4 @@ def _publish(ranking: Ranking, parent: TrackedRun) -> None:
         ranking.write(Path(folder))
         parent.log_folder(Path(folder))
     parent.log_metrics(ranking.metrics())
-    parent.describe(ranking.markdown())
+    parent.describe(f"{where_to_look(parent)}\n\n{ranking.markdown()}")

@@ -14,6 +14,7 @@ from optuna.trial import TrialState
 from effv2 import provenance
 from effv2.errors import InputError, RunError
 from effv2.evidence.comparison import Rows
+from effv2.evidence.publication import report_on_study
 from effv2.studies.options import StudyOptions
 from effv2.studies.plan import LoadData, Plan, digest, run_ids
 from effv2.studies.queue import ERROR, Queue
@@ -24,6 +25,7 @@ from effv2.studies.supervision import supervise
 from effv2.studies.worker import Worker
 from effv2.tracking.run import TrackedRun, find_run, open_parent, point_adopted_run_to, run_address, status_after
 from effv2.tracking.store import TRACKING_ERRORS, TrackingError, impatient, shown_uri, tracking_uri
+from effv2.tracking.tags import COMMAND, PLANNED, as_tag, names_in
 
 FAIL = TrialState.FAIL
 # User attributes of Optuna's study.
@@ -96,6 +98,8 @@ def _open(plan: Plan, storage: Storage, experiment_id: str, options: StudyOption
         raise InputError(f"--storage {storage.shown}: can't be used ({reason(error)}); mend or restart it.") from error
     study, parent, fresh = opened
     point_adopted_run_to(parent)
+    planned = as_tag(dict.fromkeys([*names_in(parent.tag(PLANNED)), *plan.slots]))
+    parent.set_tags({COMMAND: provenance.command(), PLANNED: planned})
     return Session(
         plan=plan,
         storage_url=storage.url,
@@ -127,7 +131,8 @@ def _create(plan: Plan, storage: Storage, name: str, definition: Mapping[str, An
     parent: TrackedRun | None = None
     try:
         parent = open_parent(purpose.name, definition["experiment"], tags)
-        parent.log_params({"study.kind": purpose.kind, "study.name": purpose.name})
+        about = {"study.kind": purpose.kind, "study.name": purpose.name, "study.description": purpose.description}
+        parent.log_params(about)
         parent.log_git(provenance.git_state())
         study_id = storage.optuna.create_new_study([StudyDirection.MAXIMIZE], name)
         for attribute, value in {DEFINITION: definition, FRESH: fresh, PARENT: parent.run_id}.items():
@@ -177,6 +182,7 @@ def _publish(session: Session, queue: Queue, load: LoadData, view: View) -> Endi
         stands = {"trials": finished, "log_model": session.log_model}
         if storage.optuna.get_study_user_attrs(queue.study_id).get(PUBLISHED) != stands:
             plan.publish(trials, session.parent, session.log_model, load)
+            report_on_study(session.parent, list(run_ids(trials).values()))
             storage.optuna.set_study_user_attr(queue.study_id, PUBLISHED, stands)
             if session.log_model == "all":
                 without = [each for each in run_ids(trials).values() if not TrackedRun(each, "").model_address()]

@@ -14,7 +14,9 @@ import optuna
 from effv2 import provenance
 from effv2.config import TrainConfig
 from effv2.errors import InputError
-from effv2.evidence.comparison import HISTORIES, Comparison, Rows
+from effv2.evidence.comparison import Comparison, Rows
+from effv2.evidence.publication import where_to_look
+from effv2.evidence.quantities import HISTORIES
 from effv2.execution.resolve import Remark, place, resolve_study
 from effv2.experiment import check, restore
 from effv2.studies.files import Study
@@ -90,7 +92,8 @@ class Grid:
             comparison.write(Path(folder), self.purpose.name)
             parent.log_folder(Path(folder))
         parent.log_metrics(comparison.metrics())
-        parent.describe(f"{self.purpose.description}\n\n{comparison.markdown()}")
+        words = (comparison.sentence(), where_to_look(parent), self.purpose.description, comparison.markdown())
+        parent.describe("\n\n".join(words))
 
     def _log_best_model(self, trials: Trials, parent: TrackedRun, load: LoadData) -> None:
         best = best_of(trials)

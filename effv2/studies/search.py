@@ -21,6 +21,7 @@ from effv2.config import TrainConfig, field_of
 from effv2.documents import dotted
 from effv2.errors import InputError
 from effv2.evidence.comparison import Rows, markdown_table
+from effv2.evidence.publication import where_to_look
 from effv2.evidence.run_artifacts import write_csv
 from effv2.execution.resolve import Remark, place, resolve
 from effv2.experiment import check, restore, score_on_test, study_text
@@ -138,7 +139,8 @@ class Search:
             parent.log_folder(folder)
         discard_weights(trials, parent)
         more = f"\n\nThe search grew: {len(looks)} trials were looked at on the test set." if len(looks) > 1 else ""
-        parent.describe(f"{self.purpose.description}\n\n{markdown_table(self.table(trials))}{more}")
+        words = (where_to_look(parent), self.purpose.description, markdown_table(self.table(trials)) + more)
+        parent.describe("\n\n".join(words))
 
     def _test(
         self, run: TrackedRun, config: TrainConfig, parent: TrackedRun, log_model: LogModel, load: LoadData

@@ -18,13 +18,13 @@ from mlflow.exceptions import MlflowException
 from mlflow.store.artifact.artifact_repository_registry import get_artifact_repository
 
 from effv2.serving import image_classifier_path
+from effv2.tracking.tags import LONGEST_TAG
 
 VALUES = ("params", "metrics", "tags")  # kinds of which MLflow takes many in one call
 MOST_IN_A_CALL = {"params": 100, "metrics": 900, "tags": 100}  # the server refuses more
 PROCESS = "effv2.process"  # tag: the process that works on the run
 REFUSALS = ("INVALID_PARAMETER_VALUE", "BAD_REQUEST")
 REFUSING_STATUS = (400, 413, 422)
-LONGEST_TAG = 8_000  # characters; MLflow cuts longer ones
 
 
 @dataclass(frozen=True)

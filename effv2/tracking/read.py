@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+import json
+import tempfile
 from collections.abc import Iterable, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
+from pathlib import Path
 
 from mlflow import MlflowClient
 from mlflow.entities import Run
 
-from effv2.tracking.run import OUTCOME
+from effv2.tracking.run import OUTCOME, TrackedRun
+from effv2.tracking.tags import BORROWED, names_in
 
 PARENT = "mlflow.parentRunId"
+READERS = 8  # histories that are asked for at once: a server answers each in milliseconds, but after a while
 
 
 @dataclass(frozen=True)
@@ -27,8 +33,21 @@ class Identity:
 
 
 @dataclass(frozen=True)
+class Images:
+    """A data set of a run: its name, digest, number of images and names of classes, as far as they were logged."""
+
+    name: str
+    digest: str
+    images: int = 0
+    classes: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
 class RunRecord:
-    """A tracked run: parameters, last metrics and tags as logged; `history` maps a metric to {epoch: value}."""
+    """A tracked run: parameters, last metrics and tags as logged; `history` maps a metric to {epoch: value}.
+
+    `images` holds data sets by what they were used as: train, validation or test. Times are milliseconds since 1970.
+    """
 
     run_id: str
     name: str
@@ -37,6 +56,14 @@ class RunRecord:
     metrics: dict[str, float]
     tags: dict[str, str]
     history: dict[str, dict[int, float]] = field(default_factory=dict)
+    images: dict[str, Images] = field(default_factory=dict)
+    started: int = 0
+    ended: int = 0
+
+    @property
+    def parent(self) -> str:
+        """Return the id of the run that it is a child of, empty where it is none."""
+        return self.tags.get(PARENT, "")
 
 
 def find_finished(identity: Identity, experiment_id: str, parent: str = "") -> RunRecord | None:
@@ -85,19 +112,84 @@ def _find(tags: Mapping[str, str], experiment_id: str, condition: str) -> list[R
 def read_runs(run_ids: Iterable[str], histories: Iterable[str]) -> list[RunRecord]:
     """Read runs with the histories of the named metrics."""
     client = MlflowClient()
-    names = list(histories)
-    records = []
-    for run_id in run_ids:
-        run = client.get_run(run_id)
-        history = {
-            name: {m.step: m.value for m in client.get_metric_history(run_id, name)}
-            for name in names
-            if name in run.data.metrics
-        }
-        records.append(_record(run, history))
-    return records
+    return _with_histories([client.get_run(run_id) for run_id in run_ids], list(histories))
+
+
+def read_experiment(experiment_id: str, histories: Iterable[str], parent: str = "") -> list[RunRecord]:
+    """Read all runs of an experiment, the oldest first; or a study's run, its children, and those lent by others.
+
+    Histories are those of finished runs; the trials of a search, which may be thousands, have none.
+    """
+    client = MlflowClient()
+    condition = f"tags.`{PARENT}` = '{parent}'" if parent else ""
+    runs = [client.get_run(parent)] if parent else []
+    lent = names_in(runs[0].data.tags.get(BORROWED, "")) if parent else []
+    token: str | None = None
+    while True:
+        page = client.search_runs([experiment_id], condition, order_by=["start_time ASC"], page_token=token)
+        runs += page
+        token = page.token
+        if not token:
+            break
+    runs += map(client.get_run, lent)
+    searches = {run.info.run_id for run in runs if run.data.params.get("study.kind") == "search"}
+    read = [r for r in runs if r.info.status == "FINISHED" and r.data.tags.get(PARENT) not in searches]
+    found = {record.run_id: record for record in _with_histories(read, list(histories))}
+    return [found.get(run.info.run_id) or _record(run, {}) for run in runs]
+
+
+def experiment_name(experiment_id: str) -> str:
+    """Return the name of an experiment."""
+    return str(MlflowClient().get_experiment(experiment_id).name)
+
+
+def read_artifacts(run_id: str, names: Iterable[str]) -> dict[str, str]:
+    """Return the texts of those named artifacts that a run has."""
+    found: dict[str, str] = {}
+    run = TrackedRun(run_id, "")
+    with tempfile.TemporaryDirectory() as folder:
+        for name in names:
+            if (path := run.fetch(name, Path(folder))) is not None:
+                found[name] = path.read_text(encoding="utf-8")
+    return found
+
+
+def _with_histories(runs: list[Run], names: list[str]) -> list[RunRecord]:
+    client = MlflowClient()
+    wanted = [(run.info.run_id, name) for run in runs for name in names if name in run.data.metrics]
+    with ThreadPoolExecutor(READERS) as pool:
+        read = pool.map(lambda one: {m.step: m.value for m in client.get_metric_history(*one)}, wanted)
+        found = dict(zip(wanted, read, strict=True))
+    return [
+        _record(run, {name: found[run.info.run_id, name] for name in names if (run.info.run_id, name) in found})
+        for run in runs
+    ]
 
 
 def _record(run: Run, history: dict[str, dict[int, float]]) -> RunRecord:
     info, data = run.info, run.data
-    return RunRecord(info.run_id, info.run_name, info.status, data.params, data.metrics, data.tags, history)
+    return RunRecord(
+        run_id=info.run_id,
+        name=info.run_name,
+        status=info.status,
+        params=data.params,
+        metrics=data.metrics,
+        tags=data.tags,
+        history=history,
+        images=dict(_images(run)),
+        started=info.start_time or 0,
+        ended=info.end_time or 0,
+    )
+
+
+def _images(run: Run) -> Iterable[tuple[str, Images]]:
+    for logged in run.inputs.dataset_inputs if run.inputs else ():
+        context = next((tag.value for tag in logged.tags if tag.key == "mlflow.data.context"), "")
+        about, digest = logged.dataset, logged.dataset.digest
+        try:
+            profile = json.loads(about.profile or "{}")
+            count = profile.get("images", 0)
+            count = count if isinstance(count, int) else max(count.values())  # published networks have several sets
+            yield context, Images(about.name, digest, count, tuple(profile.get("classes", ())))
+        except (ValueError, TypeError, AttributeError, LookupError):  # logged by something else
+            yield context, Images(about.name, digest)

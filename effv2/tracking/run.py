@@ -22,9 +22,10 @@ from effv2.errors import Abandoned, RunError, Terminated
 from effv2.liveness import this_process
 from effv2.provenance import GitState
 from effv2.tracking import entries
-from effv2.tracking.entries import LONGEST_TAG, PROCESS, Entry, deliver
+from effv2.tracking.entries import PROCESS, Entry, deliver
 from effv2.tracking.outbox import PATIENCE, Outbox, TrackingAway
 from effv2.tracking.store import TRACKING_ERRORS, impatient, shown_uri
+from effv2.tracking.tags import LONGEST_TAG, REPORT
 
 OUTCOME = "effv2.outcome"  # tag: complete, pruned or failed
 NOTE = "mlflow.note.content"  # the tag that the UI shows as the run's description
@@ -292,6 +293,17 @@ def open_parent(name: str, experiment_id: str, tags: Mapping[str, str]) -> Track
     info = client.get_run(adopted).info
     _name_adopted(info, name)
     run = TrackedRun(info.run_id, info.experiment_id)
+    run.set_tags(tags)
+    return run
+
+
+def open_report_run(experiment_id: str) -> TrackedRun:
+    """Return the run of an experiment's report: the one that `mlflow run` opened, the last one, or a new one."""
+    client, tags = mlflow.MlflowClient(), {REPORT: "true", PROCESS: this_process()}
+    known = client.search_runs([experiment_id], f"tags.`{REPORT}` = 'true'", max_results=1)
+    if os.environ.get("MLFLOW_RUN_ID") or not known:
+        return open_parent("report", experiment_id, tags)
+    run = TrackedRun(known[0].info.run_id, experiment_id)
     run.set_tags(tags)
     return run
 

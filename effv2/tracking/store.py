@@ -21,6 +21,7 @@ from sqlalchemy.engine import make_url
 from sqlalchemy.exc import SQLAlchemyError
 
 from effv2.errors import InputError
+from effv2.provenance import without_password
 
 # MLflow's own limits let a dead server block for minutes; a check may be impatient.
 IMPATIENT = {"MLFLOW_HTTP_REQUEST_MAX_RETRIES": "1", "MLFLOW_HTTP_REQUEST_TIMEOUT": "4"}
@@ -140,7 +141,7 @@ def _quieten() -> None:
 
 def shown_uri() -> str:
     """Return the tracking URI without a password in it."""
-    return _without_password(mlflow.get_tracking_uri())
+    return without_password(mlflow.get_tracking_uri())
 
 
 def store_name() -> str:
@@ -150,7 +151,7 @@ def store_name() -> str:
         return f"sqlite:///{Path(file).resolve()}"
     if "://" not in uri or uri.startswith("file:"):
         return Path(local_file_uri_to_path(uri)).resolve().as_uri()  # type: ignore[no-untyped-call]
-    return _without_password(uri)
+    return without_password(uri)
 
 
 def reason(error: BaseException) -> str:
@@ -161,12 +162,7 @@ def reason(error: BaseException) -> str:
         return "no connection"
     if found := re.search(r"\(\w+\.\w+Error\) ([^\[\n]+)", str(error)):  # of a database, between SQL and addresses
         return found[1].strip()
-    return _without_password(" ".join(str(error).split()))[:200].rstrip(".") or type(error).__name__
-
-
-def _without_password(text: str) -> str:
-    text = re.sub(r"(://[^/@:\s]*):[^@\s]*@", r"\1:***@", text)
-    return re.sub(r"(password=)[^&\s]*", r"\1***", text)
+    return without_password(" ".join(str(error).split()))[:200].rstrip(".") or type(error).__name__
 
 
 @contextmanager

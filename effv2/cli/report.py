@@ -1,0 +1,53 @@
+"""The command `report`."""
+
+from __future__ import annotations
+
+import click
+
+from effv2.cli.options import experiment_option, reports_errors
+
+
+@click.command()
+@click.option(
+    "--export",
+    default="",
+    metavar="FOLDER",
+    help="Also write the report there, with its data as CSV and a manifest of their hashes.",
+)
+@click.option(
+    "--from-export",
+    default="",
+    metavar="FOLDER",
+    help="Read that export instead of the tracking server; needs --export for another folder.",
+)
+@click.option("--claims", default="", metavar="FILE", help="Claims of your own (YAML), beside the published ones.")
+@experiment_option
+@reports_errors
+def report(export: str, from_export: str, claims: str, experiment: str) -> None:
+    """Judge every published claim on the runs of an experiment, and show its studies beside them.
+
+    One page (HTML, and Markdown) is logged to the run of every study that it covers. It needs no network to be read.
+    """
+    from pathlib import Path
+
+    from effv2.errors import InputError
+    from effv2.evidence.claims import read_claims
+
+    judged = read_claims(Path(claims) if claims else None)
+    target, source = Path(export or ".").absolute(), Path(from_export or ".").absolute()
+    if from_export and (not export or target == source):
+        raise InputError(f"--from-export {from_export}: say with --export where the report is to go, another folder.")
+
+    from effv2.cli.display import ConsoleDisplay
+    from effv2.evidence.publication import publish, rebuild
+
+    with ConsoleDisplay() as display:
+        if from_export:
+            made = rebuild(source, judged, target, display)
+        else:
+            made, address = publish(experiment, judged, target if export else None, display)
+    click.echo(made.summary)
+    if not from_export:
+        click.echo(address)
+    if export:
+        click.echo(target / "report.html")

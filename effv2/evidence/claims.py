@@ -1,0 +1,323 @@
+"""Claims as data: what is said, on which runs it can be judged, and what would have to hold.
+
+`claims.yaml` beside this module holds the published ones; a file of the user's own adds to them. What each key
+means is told in docs/claims.md.
+"""
+
+from __future__ import annotations
+
+import csv
+import math
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from functools import cache
+from itertools import pairwise, product
+from pathlib import Path
+from typing import Annotated, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+from effv2.documents import Document, read_document, validate
+from effv2.errors import InputError, nearest
+from effv2.evidence.quantities import TEST, TRAIN, quantity
+from effv2.tracking.read import RunRecord
+
+PUBLISHED = Path(__file__).with_name("published")
+SHIPPED = PUBLISHED / "claims.yaml"
+CURVES = PUBLISHED / "curves.csv"
+Value = bool | int | float | str
+Settings = dict[str, Value]  # dotted parameters and the values they must have
+
+
+class Part(BaseModel):
+    """Frozen, finite and free of unknown keys."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+
+class Published(Part):
+    """The figures of the published runs, one run an arm, in the units of the metrics."""
+
+    figures: dict[str, dict[str, float]] = {}  # quantity: arm: value
+    test_images: int = Field(0, ge=0)
+
+
+class Protocol(Part):
+    """Which runs a claim is about: those that have the settings of `runs` and of an arm.
+
+    A setting that some arm names has TrainConfig's default, or that of `runs`, in an arm that doesn't name it.
+    """
+
+    runs: Settings = {}
+    arms: dict[str, Settings] = Field(min_length=1)
+    over: Literal["seeds", "images"] = "seeds"  # what varies: training, or the test images of a fixed network
+    command: str = ""
+    needs: str = ""  # what must be there first
+    nearest: str = ""  # a protocol with the same arms that comes close, shown where this one has no runs
+    published: Published = Published()
+
+    def settings(self, arm: str) -> Settings:
+        """Return all settings of an arm; of those that other arms alone name, the ones in `runs`."""
+        return self.runs | self.arms[arm]
+
+    def varied(self) -> set[str]:
+        """Return the settings in which arms differ."""
+        return {name for settings in self.arms.values() for name in settings}
+
+
+class Region(Part):
+    """Where a quantity is claimed to be: above or below an edge, or about a value, within so much of it."""
+
+    above: float | None = None
+    below: float | None = None
+    about: float | None = None
+    within: float | None = Field(None, gt=0)
+
+    @model_validator(mode="after")
+    def _one_region(self) -> Region:
+        given = [name for name in ("above", "below", "about") if getattr(self, name) is not None]
+        if len(given) > 1:
+            raise ValueError(f"give one of above, below and about, not {' and '.join(given)}")
+        if (self.about is None) != (self.within is None):
+            raise ValueError("about and within go together: a value, and how far from it is still about it")
+        return self
+
+    def edges(self) -> tuple[float, float] | None:
+        """Return the region's ends; None where no region was given."""
+        if self.about is not None and self.within is not None:
+            return self.about - self.within, self.about + self.within
+        if self.above is not None:
+            return self.above, math.inf
+        return None if self.below is None else (-math.inf, self.below)
+
+
+@dataclass(frozen=True)
+class Contrast:
+    """One thing that a claim says: a quantity of `arm`, less or over that of `against`, lies between two edges."""
+
+    protocol: str
+    metric: str
+    arm: str
+    low: float
+    high: float
+    against: str = ""
+    ratio: bool = False
+
+
+class Check(Region):
+    """What all kinds share."""
+
+    metric: str
+    protocol: str = ""  # the claim's, where none is given
+
+    def contrasts(self, protocol: str) -> Iterator[Contrast]:
+        """Return what the check says, one thing at a time."""
+        raise NotImplementedError
+
+
+class Level(Check):
+    """A quantity of one arm."""
+
+    kind: Literal["level"]
+    arm: str
+    metric: str = "best/test_accuracy"
+
+    @model_validator(mode="after")
+    def _has_region(self) -> Level:
+        if self.edges() is None:
+            raise ValueError("say where the level is: above, below, or about a value and within how much")
+        return self
+
+    def contrasts(self, protocol: str) -> Iterator[Contrast]:
+        """Return the one thing it says."""
+        yield Contrast(protocol, self.metric, self.arm, *(self.edges() or (-math.inf, math.inf)))
+
+
+class Difference(Check):
+    """A quantity of one arm less that of another; above 0 where nothing else is said."""
+
+    kind: Literal["difference"]
+    arm: str
+    against: str
+    metric: str = "best/test_accuracy"
+
+    def contrasts(self, protocol: str) -> Iterator[Contrast]:
+        """Return the one thing it says."""
+        low, high = self.edges() or (0, math.inf)
+        yield Contrast(protocol, self.metric, self.arm, low, high, self.against)
+
+
+class Convergence(Check):
+    """Epochs that one arm needs less those of another; below 0, which is sooner, where nothing else is said."""
+
+    kind: Literal["convergence"]
+    arm: str
+    against: str
+    metric: str = "epochs/to_95_percent"
+
+    def contrasts(self, protocol: str) -> Iterator[Contrast]:
+        """Return the one thing it says."""
+        low, high = self.edges() or (-math.inf, 0)
+        yield Contrast(protocol, self.metric, self.arm, low, high, self.against)
+
+
+class Speed(Check):
+    """A rate or a time of one arm over that of another; above 1 where nothing else is said."""
+
+    kind: Literal["speed"]
+    arm: str
+    against: str
+    metric: str = "rate/train"
+
+    @model_validator(mode="after")
+    def _positive(self) -> Speed:
+        if any(edge <= 0 for edge in self.edges() or () if math.isfinite(edge)):
+            raise ValueError("a ratio is above 0; give edges above 0")
+        return self
+
+    def contrasts(self, protocol: str) -> Iterator[Contrast]:
+        """Return the one thing it says."""
+        low, high = self.edges() or (1, math.inf)
+        yield Contrast(protocol, self.metric, self.arm, low, high, self.against, ratio=True)
+
+
+class Ordering(Check):
+    """Arms in falling order of a quantity, several that the claim doesn't tell apart in brackets."""
+
+    kind: Literal["ordering"]
+    order: list[str | list[str]] = Field(min_length=2)
+    metric: str = "best/test_accuracy"
+
+    @model_validator(mode="after")
+    def _no_region(self) -> Ordering:
+        if self.edges() is not None:
+            raise ValueError("an ordering says nothing but which is above which; leave the region out")
+        return self
+
+    def contrasts(self, protocol: str) -> Iterator[Contrast]:
+        """Return that each arm of a place is above each of the next place."""
+        places = [[place] if isinstance(place, str) else place for place in self.order]
+        for upper, lower in pairwise(places):
+            for first, second in product(upper, lower):
+                yield Contrast(protocol, self.metric, first, 0, math.inf, second)
+
+
+AnyCheck = Annotated[Level | Difference | Convergence | Speed | Ordering, Field(discriminator="kind")]
+
+
+class Claim(Part):
+    """A claim holds where all of its checks hold."""
+
+    words: str = Field(min_length=1)
+    source: str = ""
+    protocol: str | Protocol = ""
+    checks: list[AnyCheck] = Field(min_length=1)
+    note: str = ""
+
+
+class ClaimsFile(Part):
+    """The keys of a file of claims."""
+
+    protocols: dict[str, Protocol] = {}
+    claims: dict[str, Claim] = Field(min_length=1)
+
+
+@dataclass(frozen=True)
+class Claims:
+    """Claims by id, and the protocols that they name."""
+
+    protocols: Mapping[str, Protocol]
+    claims: Mapping[str, Claim]
+
+    def contrasts(self, id_: str) -> list[Contrast]:
+        """Return all that a claim says."""
+        own = id_ if isinstance(self.claims[id_].protocol, Protocol) else str(self.claims[id_].protocol)
+        return [each for check in self.claims[id_].checks for each in check.contrasts(check.protocol or own)]
+
+
+def family(id_: str) -> str:
+    """Return the letters that a claim's id begins with: its family, within which p-values are corrected."""
+    found = re.match(r"[A-Za-z]+", id_)
+    return found[0] if found else id_
+
+
+def read_claims(own: Path | None = None) -> Claims:
+    """Read the published claims and those of a file; InputError names the line of whatever is wrong."""
+    shipped = _shipped()
+    return shipped if own is None else _read(own, shipped)
+
+
+@cache
+def _shipped() -> Claims:
+    return _read(SHIPPED, Claims({}, {}))
+
+
+def _read(path: Path, before: Claims) -> Claims:
+    document = read_document(path, "claims")
+    file = validate(ClaimsFile, document.values, document.where)
+    for kind, names in (("protocols", before.protocols), ("claims", before.claims)):
+        for name in getattr(file, kind):
+            if name in names:
+                raise InputError(f"{document.where((kind, name))}: there is one of that name; choose another.")
+    inline = {id_: claim.protocol for id_, claim in file.claims.items() if isinstance(claim.protocol, Protocol)}
+    claims = Claims({**before.protocols, **file.protocols, **inline}, {**before.claims, **file.claims})
+    for name, protocol in file.protocols.items():
+        if protocol.nearest and protocol.nearest not in claims.protocols:
+            wrong = nearest(protocol.nearest, list(claims.protocols))
+            where = document.where(("protocols", name, "nearest"))
+            raise InputError(f"{where} {protocol.nearest}: no such protocol; {wrong}.")
+    for id_ in file.claims:
+        _check(id_, claims, document)
+    return claims
+
+
+def _check(id_: str, claims: Claims, document: Document) -> None:
+    """Refuse protocols and arms that there aren't, and what can't be judged over test images."""
+    place = ("claims", id_)
+    for contrast in claims.contrasts(id_):
+        protocol = claims.protocols.get(contrast.protocol)
+        if protocol is None:
+            wrong = nearest(contrast.protocol, list(claims.protocols))
+            raise InputError(f"{document.where((*place, 'protocol'))} {contrast.protocol}: no such protocol; {wrong}.")
+        for arm in filter(None, (contrast.arm, contrast.against)):
+            if arm not in protocol.arms:
+                raise InputError(
+                    f"{document.where((*place, 'checks'))}: the protocol {contrast.protocol} has no arm {arm}; "
+                    f"{nearest(arm, list(protocol.arms))}."
+                )
+        above_zero = (contrast.low, contrast.high) == (0, math.inf)
+        if protocol.over == "images" and contrast.against and not above_zero and not quantity(contrast.metric).fixed:
+            raise InputError(
+                f"{document.where((*place, 'checks'))}: on the same test images it can only be told which network is "
+                "better; leave the region out."
+            )
+
+
+@cache
+def published_runs() -> Mapping[str, Mapping[str, RunRecord]]:
+    """Return the post's training runs, as far as it published their curves, by protocol and arm; one run an arm."""
+    histories: dict[str, dict[str, dict[str, dict[int, float]]]] = {}
+    with CURVES.open(newline="", encoding="utf-8") as file:
+        for row in csv.DictReader(file):
+            of_arm = histories.setdefault(row["protocol"], {}).setdefault(row["arm"], {TRAIN: {}, TEST: {}})
+            for name, column in ((TRAIN, "train_accuracy_percent"), (TEST, "test_accuracy_percent")):
+                of_arm[name][int(row["epoch"])] = round(float(row[column]) / 100, 6)
+    return {
+        protocol: {arm: _as_run(arm, history) for arm, history in arms.items()} for protocol, arms in histories.items()
+    }
+
+
+def _as_run(arm: str, history: dict[str, dict[int, float]]) -> RunRecord:
+    test = history[TEST]
+    metrics = {"best/test_accuracy": max(test.values()), "final/test_accuracy": test[max(test)]}
+    return RunRecord("", arm, "FINISHED", {}, metrics, {}, history)
+
+
+def published_value(claims: Claims, contrast: Contrast, arm: str) -> float | None:
+    """Return the published figure of an arm: as it was printed, else from the published curve; None without one."""
+    printed = claims.protocols[contrast.protocol].published.figures.get(contrast.metric, {})
+    if arm in printed:
+        return printed[arm]
+    run = published_runs().get(contrast.protocol, {}).get(arm)
+    return None if run is None else quantity(contrast.metric).value(run)

@@ -1,0 +1,362 @@
+"""Claims judged: do their words agree with the published figures, and what do the runs decide?
+
+A claim says that quantities lie in regions. The words agree where each published figure does. The runs support it
+where the 95 % interval of each mean (paired by seeds where arms have them in common) lies in its region, contradict it
+where one lies outside, and leave it undecided otherwise; what counts is the p-value after Holm's correction within
+the family of the claim. Fewer than three runs decide nothing about training.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from enum import Enum
+from functools import partial
+
+import numpy as np
+
+from effv2.evidence.claims import Claim, Claims, Contrast, Protocol, family, published_value
+from effv2.evidence.quantities import Quantity, points, quantity
+from effv2.evidence.selection import Chosen, choose, complete, over_splits, overlap, pair_of
+from effv2.evidence.statistics import (
+    FEWEST,
+    LEVEL,
+    MOST_RUNS,
+    Estimate,
+    Interval,
+    Sample,
+    Unpaired,
+    fisher,
+    holm,
+    mcnemar,
+    more_to_decide,
+    wilson,
+)
+from effv2.tracking.read import RunRecord
+
+RightAnswers = Callable[[RunRecord], Mapping[str, bool]]  # by image, of a run's predictions of its test images
+
+
+class Verdict(str, Enum):
+    """What evidence says of a claim."""
+
+    SUPPORTED = "supported"
+    CONTRADICTED = "contradicted"
+    UNDECIDED = "undecided"
+    NOT_TESTED = "not tested here"
+
+
+class Words(str, Enum):
+    """Whether a claim's words agree with the figures that were published with them."""
+
+    CONSISTENT = "consistent"
+    CONTRADICTED = "contradicted"
+    NO_FIGURES = "no figures"
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One thing that a claim says, and what figures and runs say of it, in words.
+
+    `agrees` is None without published figures; `p` is that of the side on which the mean lies, None where runs are
+    too few; `corrected` is Holm's.
+    """
+
+    contrast: Contrast
+    says: str
+    published: str = ""
+    agrees: bool | None = None
+    evidence: str = ""
+    inside: bool | None = None
+    p: float | None = None
+    corrected: float | None = None
+    decided: bool = False  # without a test: a quantity that doesn't vary
+    more: str = ""
+    single: str = ""
+    runs: tuple[str, ...] = ()
+
+    @property
+    def verdict(self) -> Verdict:
+        """Return what the runs say of this one thing."""
+        if not self.runs:
+            return Verdict.NOT_TESTED
+        if not self.decided and (self.corrected is None or self.corrected >= LEVEL):
+            return Verdict.UNDECIDED
+        return Verdict.SUPPORTED if self.inside else Verdict.CONTRADICTED
+
+
+@dataclass(frozen=True)
+class Judgement:
+    """A claim and all that was found; `nearest` on other runs that come close, which decide nothing."""
+
+    id: str
+    claim: Claim
+    findings: Sequence[Finding]
+    nearest: Sequence[Finding] = ()
+    needs: str = ""
+    commands: Sequence[str] = ()
+
+    @property
+    def words(self) -> Words:
+        """Say whether the words agree with the published figures."""
+        known = [each.agrees for each in self.findings if each.agrees is not None]
+        if not known:
+            return Words.NO_FIGURES
+        return Words.CONSISTENT if all(known) else Words.CONTRADICTED
+
+    @property
+    def tested(self) -> bool:
+        """Say whether there are runs of our own."""
+        return any(each.runs for each in self.findings)
+
+    @property
+    def verdict(self) -> Verdict:
+        """Return what the evidence decides; where there are published figures alone, that is nothing."""
+        found = {each.verdict for each in self.findings}
+        if Verdict.CONTRADICTED in found:
+            return Verdict.CONTRADICTED
+        if found == {Verdict.SUPPORTED}:
+            return Verdict.SUPPORTED
+        return Verdict.UNDECIDED if self.tested or self.words != Words.NO_FIGURES else Verdict.NOT_TESTED
+
+
+def judge(claims: Claims, runs: Sequence[RunRecord], right: RightAnswers) -> list[Judgement]:
+    """Judge all claims on the runs there are, the oldest first."""
+    finished = complete(runs)
+    judge_one = partial(_finding, claims, finished, right)
+    found = {id_: [judge_one(contrast) for contrast in claims.contrasts(id_)] for id_ in claims.claims}
+    corrected = _corrected(found)
+    return [_judgement(id_, claims, corrected[id_], judge_one) for id_ in claims.claims]
+
+
+def _corrected(found: Mapping[str, Sequence[Finding]]) -> dict[str, list[Finding]]:
+    """Correct the p-values of each family of claims for their number. What several claims say is tested once."""
+    corrected: dict[Contrast, float] = {}
+    result: dict[str, list[Finding]] = {}
+    for letters in dict.fromkeys(map(family, found)):
+        members = {id_: each for id_, each in found.items() if family(id_) == letters}
+        tests = {each.contrast: each.p for findings in members.values() for each in findings if each.p is not None}
+        corrected = dict(zip(tests, holm(list(tests.values())), strict=True)) if tests else {}
+        for id_, findings in members.items():
+            result[id_] = [replace(each, corrected=corrected.get(each.contrast)) for each in findings]
+    return result
+
+
+def _judgement(
+    id_: str, claims: Claims, findings: Sequence[Finding], judge_one: Callable[[Contrast], Finding]
+) -> Judgement:
+    lacking = [each for each in findings if not each.runs]
+    protocols = {each.contrast.protocol: claims.protocols[each.contrast.protocol] for each in lacking}
+    nearest = [
+        judge_one(replace(each.contrast, protocol=near))
+        for each in lacking
+        if (near := claims.protocols[each.contrast.protocol].nearest)
+    ]
+    undecided = [each for each in findings if each.runs and each.verdict == Verdict.UNDECIDED]
+    wanted = protocols | {each.contrast.protocol: claims.protocols[each.contrast.protocol] for each in undecided}
+    return Judgement(
+        id_,
+        claims.claims[id_],
+        findings,
+        list({each.contrast: each for each in nearest if each.runs}.values()),
+        "; ".join(dict.fromkeys(filter(None, (each.needs for each in protocols.values())))),
+        list(dict.fromkeys(filter(None, (each.command for each in wanted.values())))),
+    )
+
+
+def _finding(claims: Claims, runs: Sequence[RunRecord], right: RightAnswers, contrast: Contrast) -> Finding:
+    protocol, what = claims.protocols[contrast.protocol], quantity(contrast.metric)
+    finding = _with_published(Finding(contrast, says(contrast, what)), claims, protocol, what)
+    arms = [arm for arm in (contrast.arm, contrast.against) if arm]
+    chosen = choose([run for run in runs if what.value(run) is not None], protocol, arms)
+    if not all(chosen.arms.values()):
+        return finding
+    used = tuple(run.run_id for of_arm in chosen.arms.values() for run in of_arm.values())
+    finding = replace(finding, runs=used)
+    if what.fixed:
+        return _on_fixed(finding, what, chosen)
+    if protocol.over == "images":
+        return _over_images(finding, what, chosen, right)
+    return _over_seeds(finding, what, chosen)
+
+
+def says(contrast: Contrast, what: Quantity) -> str:
+    """Say in words what a contrast says."""
+    text = _text(contrast, what)
+    if contrast.ratio:
+        head = f"{what.words}: {contrast.arm} / {contrast.against}"
+    elif contrast.against:
+        head = f"{what.words}: {contrast.arm} − {contrast.against}"
+    else:
+        head = f"{what.words}: {contrast.arm}"
+    if math.isinf(contrast.high):
+        return f"{head} above {text(contrast.low)}"
+    if math.isinf(contrast.low):
+        return f"{head} below {text(contrast.high)}"
+    return f"{head} from {text(contrast.low)} to {text(contrast.high)}"
+
+
+def _text(contrast: Contrast, what: Quantity) -> Callable[[float], str]:
+    """Return how values of a contrast are written."""
+    if contrast.ratio:
+        return lambda value: f"{value:.2f}"
+    if contrast.against and what.is_accuracy:
+        return lambda value: "0" if value == 0 else points(value)
+    if contrast.against:
+        return lambda value: "0" if value == 0 else f"{value:+.3g}"
+    return what.text
+
+
+def _combined(contrast: Contrast, first: float, second: float | None) -> float:
+    """Return the value of a contrast from those of its arms."""
+    if second is None:
+        return first
+    return first / second if contrast.ratio else first - second
+
+
+def _is_inside(contrast: Contrast, value: float) -> bool:
+    """Say whether a value lies in the claimed region; an open edge isn't part of it, those about a value are."""
+    low, high = contrast.low, contrast.high
+    return low < value < high if math.isinf(low) or math.isinf(high) else low <= value <= high
+
+
+def _with_published(finding: Finding, claims: Claims, protocol: Protocol, what: Quantity) -> Finding:
+    """Hold the words against the published figures, one run an arm."""
+    contrast = finding.contrast
+    arms = [arm for arm in (contrast.arm, contrast.against) if arm]
+    values = [published_value(claims, contrast, arm) for arm in arms]
+    known = [value for value in values if value is not None]
+    if len(known) < len(arms):
+        return finding
+    value = _combined(contrast, known[0], known[1] if contrast.against else None)
+    shown = " against ".join(map(what.text, known))
+    count = protocol.published.test_images
+    if count and contrast.against and what.is_accuracy and "train" not in contrast.metric:
+        right = [round(count * each) for each in known]
+        p = fisher((right[0], right[1]), (count, count))
+        shown += f" ({right[0]:,} and {right[1]:,} of {count:,} images right; Fisher's exact {p_text(p)})"
+    return replace(finding, published=shown, agrees=_is_inside(contrast, value))
+
+
+def p_text(p: float) -> str:
+    """Write a p-value."""
+    return "p < 0.001" if p < 0.001 else f"p = {p:.3f}" if p < 0.01 else f"p = {p:.2f}"
+
+
+def _on_fixed(finding: Finding, what: Quantity, chosen: Chosen) -> Finding:
+    """Judge a quantity that doesn't vary: one run of each arm decides."""
+    contrast = finding.contrast
+    values = [value for runs in chosen.arms.values() if (value := what.value(list(runs.values())[-1])) is not None]
+    value = _combined(contrast, values[0], values[1] if contrast.against else None)
+    text = " against ".join(map(what.text, values))
+    return replace(finding, evidence=f"{text}, the same in every run", inside=_is_inside(contrast, value), decided=True)
+
+
+def _over_images(finding: Finding, what: Quantity, chosen: Chosen, right: RightAnswers) -> Finding:
+    """Judge fixed networks on their test images: Wilson's interval of one, McNemar's exact test of two."""
+    contrast = finding.contrast
+    runs = [list(of_arm.values())[-1] for of_arm in chosen.arms.values()]
+    answers = [right(run) for run in runs]
+    shared = sorted(set.intersection(*(set(each) for each in answers)))
+    if not shared:
+        return replace(finding, evidence="the runs have no test images in common")
+    correct = [np.array([each[image] for image in shared]) for each in answers]
+    if contrast.against:
+        test = mcnemar(correct[0], correct[1])
+        shown = " against ".join(what.text(each.mean()) for each in correct)
+        text = f"{shown} on {len(shared):,} images; {test.only_first} and {test.only_second} right alone (McNemar)"
+        return replace(finding, evidence=text, inside=test.only_first > test.only_second, p=test.p)
+    value, interval = float(correct[0].mean()), wilson(int(correct[0].sum()), len(shared))
+    inside = contrast.low <= interval.low and interval.high <= contrast.high
+    outside = interval.high < contrast.low or interval.low > contrast.high
+    text = f"{what.text(value)} [{what.text(interval.low)} to {what.text(interval.high)}] on {len(shared):,} images"
+    return replace(finding, evidence=f"{text} (Wilson)", inside=inside, decided=inside or outside)
+
+
+def _over_seeds(finding: Finding, what: Quantity, chosen: Chosen) -> Finding:
+    """Judge trained networks: the interval of a mean, or of a mean difference, over runs."""
+    contrast = finding.contrast
+    estimate, kind = _estimate(contrast, what, chosen)
+    back = math.exp if contrast.ratio else float
+    text = partial(_apply, _text(contrast, what), back)
+    words = f"{text(estimate.mean)}, {kind}"
+    if (interval := estimate.interval()) is not None:
+        words = f"{text(estimate.mean)} [{text(interval.low)} to {text(interval.high)}], {kind}"
+    finding = replace(finding, evidence=words, inside=_is_inside(contrast, back(estimate.mean)))
+    if not contrast.against and isinstance(estimate, Sample) and (interval := estimate.prediction()) is not None:
+        finding = replace(finding, single=_single(contrast, what, interval))
+    if estimate.n < FEWEST:
+        return replace(finding, more=f"fewer than {FEWEST} runs decide nothing; {FEWEST - estimate.n} more at least")
+    edge = _binding_edge(contrast, back(estimate.mean), estimate)
+    more = _more(estimate, edge) if isinstance(estimate, Sample) else ""
+    return replace(finding, p=estimate.p(edge), more=more)
+
+
+def _apply(text: Callable[[float], str], back: Callable[[float], float], value: float) -> str:
+    return text(back(value))
+
+
+def _single(contrast: Contrast, what: Quantity, interval: Interval) -> str:
+    claimed = (contrast.low + contrast.high) / 2
+    text = f"a single run is expected from {what.text(interval.low)} to {what.text(interval.high)}"
+    if math.isinf(claimed):
+        return text
+    lies = "inside" if interval.low <= claimed <= interval.high else "outside"
+    return f"{text}; the claimed {what.text(claimed)} lies {lies}"
+
+
+def _estimate(contrast: Contrast, what: Quantity, chosen: Chosen) -> tuple[Estimate, str]:
+    """Return the mean that is judged, of logarithms for a ratio, and on what it rests, in words."""
+    scale = math.log if contrast.ratio else float
+    values = {
+        arm: {pair: scale(value) for pair, run in runs.items() if (value := what.value(run)) is not None}
+        for arm, runs in chosen.arms.items()
+    }
+    ratio, first = overlap(chosen), values[contrast.arm]
+    splits = len({pair[0] for runs in values.values() for pair in runs})
+    on = f" on {splits} splits" if splits > 1 else ""
+    if not contrast.against:
+        return Sample(tuple(over_splits(first)), ratio), f"{_count(len(first), 'run')}{on}"
+    second = values[contrast.against]
+    pairs = chosen.pairs()
+    if pairs:
+        differences = {pair: first[pair] - second[pair] for pair in pairs}
+        return Sample(tuple(over_splits(differences)), ratio), f"{_count(len(pairs), 'pair')}{on}"
+    both = [Sample(tuple(over_splits(each)), ratio) for each in (first, second)]
+    return Unpaired(*both), f"{len(first)} and {_count(len(second), 'run')}, not paired{on}"
+
+
+def _count(number: int, word: str) -> str:
+    return f"{number} {word}" if number == 1 else f"{number} {word}s"
+
+
+def _binding_edge(contrast: Contrast, value: float, estimate: Estimate) -> float:
+    """Return the edge that decides: the one that is harder to tell from the mean, on the scale of the estimate."""
+    edges = [edge for edge in (contrast.low, contrast.high) if math.isfinite(edge)]
+    scaled = [math.log(edge) if contrast.ratio else edge for edge in edges]
+    if _is_inside(contrast, value):
+        return max(scaled, key=estimate.p)
+    return min(scaled, key=lambda edge: abs(edge - estimate.mean))
+
+
+def _more(sample: Sample, edge: float) -> str:
+    """Say about how many more runs would decide; nothing where these do."""
+    if sample.p(edge) < LEVEL:
+        return ""
+    found = more_to_decide(sample, edge)
+    if found is None:
+        return f"more than {MOST_RUNS:,} further runs would be needed, if there is anything to decide"
+    few, many = found
+    return f"about {few:,} to {f'{many:,}' if many else f'more than {MOST_RUNS:,}'} more seeds would decide"
+
+
+def seeds_of(runs: Sequence[RunRecord]) -> list[str]:
+    """Return the seeds of runs, each once."""
+    return list(dict.fromkeys(pair_of(run)[1] for run in runs))
+
+
+def shown_families(judgements: Sequence[Judgement]) -> Iterator[tuple[str, list[Judgement]]]:
+    """Return judgements by family, in the order of the claims."""
+    for letters in dict.fromkeys(family(each.id) for each in judgements):
+        yield letters, [each for each in judgements if family(each.id) == letters]

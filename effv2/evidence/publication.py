@@ -1,0 +1,110 @@
+"""Reports made, logged to the runs of the studies that they are about, and exported."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Protocol
+
+from effv2.errors import InputError, RunError
+from effv2.evidence.claims import Claims, read_claims
+from effv2.evidence.report import HTML, Report, make_report
+from effv2.evidence.sections import studies_of
+from effv2.evidence.sources import Evidence, export, exported, tracked
+from effv2.tracking.read import read_experiment
+from effv2.tracking.recovery import open_experiment
+from effv2.tracking.run import TrackedRun, open_report_run, run_address, working_on
+from effv2.tracking.store import TrackingError, reason
+from effv2.tracking.tags import BORROWED, as_tag
+from effv2.tracking.views import artifact_link, save_views, view_links
+
+DATA = "data"  # folder of an export
+
+
+class View(Protocol):
+    """What making a report tells whoever watches."""
+
+    def remark(self, text: str) -> None:
+        """Say something once."""
+
+    def working(self, text: str) -> None:
+        """Say what is being done now."""
+
+
+def log_report(report: Report, run: TrackedRun) -> None:
+    """Log the page, its Markdown twin and figures as artifacts of a run."""
+    with tempfile.TemporaryDirectory() as folder:
+        report.write(Path(folder))
+        run.log_folder(Path(folder))
+
+
+def where_to_look(run: TrackedRun) -> str:
+    """Return links to the report on a run and to the views of its experiment, in Markdown."""
+    page = artifact_link(run.experiment_id, run.run_id, HTML)
+    return f"[Report]({page}) · {view_links(run.experiment_id)}"
+
+
+def report_on_study(parent: TrackedRun, used: Sequence[str]) -> None:
+    """Report on one study, which rests on the runs `used`, and log that to the study's run.
+
+    Claims that none of its runs can tell anything about are left out.
+    """
+    runs = read_experiment(parent.experiment_id, (), parent.run_id)
+    own = {run.run_id for run in runs if run.parent == parent.run_id}
+    parent.set_tags({BORROWED: as_tag(run_id for run_id in used if run_id not in own)})
+    evidence = tracked(parent.experiment_id, parent.run_id)
+    log_report(make_report(evidence, read_claims(), only_touched=True), parent)
+    save_views(parent.experiment_id)
+
+
+def publish(experiment: str, claims: Claims, target: Path | None, view: View) -> tuple[Report, str]:
+    """Report on a whole experiment; log that to a run of its own and to the run of every study; export to `target`.
+
+    Returns the report and where its run is to be seen. InputError before any run is created.
+    """
+    if target is not None:
+        _prepare(target)
+    experiment_id = open_experiment(experiment, view.remark)
+    try:
+        run = open_report_run(experiment_id)
+        with working_on(run):
+            view.working("reading runs")
+            evidence = tracked(run.experiment_id)
+            report = make_report(evidence, claims, progress=view.working)
+            parents = [study.parent.run_id for study in studies_of(evidence.runs) if study.parent is not None]
+            for place in [run, *(TrackedRun(run_id, run.experiment_id) for run_id in parents)]:
+                view.working("logging the report")
+                log_report(report, place)
+            save_views(run.experiment_id)
+            run.describe(f"{report.summary}.\n\n{where_to_look(run)}")
+            if target is not None:
+                view.working("exporting")
+                _write(report, evidence, target)
+    except TrackingError as error:
+        raise RunError(f"The tracking store failed ({reason(error)}); mend it and try again.") from error
+    return report, run_address(run.run_id, run.experiment_id)
+
+
+def rebuild(source: Path, claims: Claims, target: Path, view: View) -> Report:
+    """Make the report of an export again, without a tracking server, and write both to `target`."""
+    _prepare(target)
+    view.working("reading the export")
+    evidence = exported(source / DATA)
+    report = make_report(evidence, claims, progress=view.working)
+    _write(report, evidence, target)
+    return report
+
+
+def _prepare(target: Path) -> None:
+    try:
+        target.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=target):
+            pass
+    except OSError as error:
+        raise InputError(f"--export {target}: can't be written to ({error.strerror}); give another folder.") from error
+
+
+def _write(report: Report, evidence: Evidence, target: Path) -> None:
+    report.write(target)
+    export(evidence, target / DATA)

@@ -1,0 +1,136 @@
+"""The report: what was claimed and what the runs decide, then every study, as one HTML page and a Markdown twin."""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from jinja2 import Environment, PackageLoader, StrictUndefined, select_autoescape
+from markupsafe import Markup, escape
+
+from effv2.evidence.claims import Claims
+from effv2.evidence.judge import Finding, Judgement, Verdict, judge
+from effv2.evidence.judge import p_text as shown_p
+from effv2.evidence.sections import Section, section, studies_of
+from effv2.evidence.sources import Evidence
+from effv2.evidence.svg import as_file, inline
+
+HTML, MARKDOWN, FIGURES = "report.html", "report.md", "figures"
+Progress = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class Report:
+    """What came out in one sentence, a page, its Markdown twin and the figures that the twin shows, by file name."""
+
+    summary: str
+    html: str
+    markdown: str
+    figures: Mapping[str, str]
+
+    def write(self, folder: Path) -> None:
+        """Write all of it."""
+        (folder / FIGURES).mkdir(parents=True, exist_ok=True)
+        (folder / HTML).write_text(self.html, encoding="utf-8")
+        (folder / MARKDOWN).write_text(self.markdown, encoding="utf-8")
+        for name, svg in self.figures.items():
+            (folder / FIGURES / name).write_text(svg, encoding="utf-8")
+
+
+@dataclass(frozen=True)
+class Drawn:
+    """A section with its figures as SVG, by file name, and the words that name them."""
+
+    section: Section
+    figures: Mapping[str, tuple[str, str]]
+
+
+def make_report(
+    evidence: Evidence, claims: Claims, only_touched: bool = False, progress: Progress = lambda _: None
+) -> Report:
+    """Judge the claims on the evidence and write it up; with `only_touched`, those alone of which there are runs."""
+    progress("judging claims")
+    judgements = judge(claims, evidence.runs, evidence.right)
+    untouched = [each for each in judgements if not (each.tested or each.nearest)]
+    shown = [each for each in judgements if each not in untouched] if only_touched else judgements
+    drawn = []
+    for number, study in enumerate(studies_of(evidence.runs), 1):
+        made = section(study, claims)
+        progress(f"drawing {made.title}")
+        figures = {f"{number:02}-{_slug(name)}.svg": (name, as_file(f)) for name, f in made.figures.items()}
+        drawn.append(Drawn(made, figures))
+    values = {
+        "evidence": evidence,
+        "judgements": shown,
+        "left_out": len(judgements) - len(shown),
+        "summary": _summary(evidence, shown),
+        "sections": drawn,
+        "figures": FIGURES,
+    }
+    environment = _environment()
+    html = environment.get_template("report.html.j2").render(values)
+    markdown = environment.get_template("report.md.j2").render(values)
+    files = {name: svg for each in drawn for name, (_, svg) in each.figures.items()}
+    return Report(_summary(evidence, shown), html, re.sub(r"\n{3,}", "\n\n", markdown), files)
+
+
+def _summary(evidence: Evidence, judgements: Sequence[Judgement]) -> str:
+    counts = Counter(each.verdict for each in judgements)
+    words = ", ".join(f"{counts[verdict]} {verdict.value}" for verdict in Verdict)
+    runs = sum(bool(run.metrics) for run in evidence.runs)
+    return f"{runs} runs; of {len(judgements)} claims {words}"
+
+
+def _slug(text: str) -> str:
+    return re.sub(r"[^a-z0-9]+", "-", text.lower()).strip("-")
+
+
+def _environment() -> Environment:
+    environment = Environment(
+        loader=PackageLoader("effv2.evidence"),
+        autoescape=select_autoescape(["html", "html.j2"]),
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.filters |= {"cell": cell, "drawing": _drawing, "reason": reason, "numbers": numbers, "slug": _slug}
+    return environment
+
+
+def cell(text: object) -> str:
+    """Write a text into a cell of a Markdown table."""
+    return " ".join(str(text).replace("|", "\\|").replace("<", "&lt;").split())
+
+
+def _drawing(svg: str, label: str) -> Markup:
+    return Markup(inline(svg, str(escape(label))))  # noqa: S704 (our own SVG, the label escaped)
+
+
+def reason(judgement: Judgement) -> str:
+    """Say in one sentence why the evidence decides what it does."""
+    findings = judgement.findings
+    if judgement.tested:
+        counts = Counter(each.verdict for each in findings)
+        said = ", ".join(f"{counts[verdict]} {verdict.value}" for verdict in Verdict if counts[verdict])
+        text = f"of {len(findings)} things said {said}" if len(findings) > 1 else "; ".join(numbers(findings[0])[-1:])
+        more = [each.more for each in findings if each.verdict == Verdict.UNDECIDED and each.more]
+        return f"{text}; {more[0]}" if more and len(findings) > 1 else text
+    alone = judgement.verdict == Verdict.UNDECIDED
+    text = "the published figures alone, one run each; not tested here" if alone else ""
+    lacking = f"needs {judgement.needs}" if judgement.needs else "no such runs yet"
+    near = "; see the nearest evidence" if judgement.nearest else ""
+    return "; ".join(filter(None, (text, lacking))) + near
+
+
+def numbers(finding: Finding) -> list[str]:
+    """Return what there is to say in numbers of one thing that a claim says."""
+    said = [f"published: {finding.published}"] if finding.published else []
+    if finding.evidence:
+        p = f", {shown_p(finding.p)}" if finding.p is not None else ""
+        differs = finding.corrected is not None and finding.p is not None and finding.corrected != finding.p
+        corrected = f" ({shown_p(finding.corrected or 0.0)} after Holm)" if differs else ""
+        said.append(f"{finding.evidence}{p}{corrected}")
+    return [*said, *filter(None, (finding.single, finding.more))]

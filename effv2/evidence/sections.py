@@ -1,0 +1,280 @@
+"""The sections of a report: each study's runs as a table, figures, commands, and where they come from."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import partial
+
+from matplotlib.figure import Figure
+
+from effv2.evidence.claims import Claims, published_runs
+from effv2.evidence.comparison import NONE, Comparison, Rows
+from effv2.evidence.figures import accuracy_against_time, accuracy_curves, bars
+from effv2.evidence.quantities import TEST, TRAIN, percent, whole
+from effv2.evidence.selection import complete, is_like, pair_of
+from effv2.evidence.statistics import FEWEST, Sample, wilson
+from effv2.tracking.read import RunRecord
+from effv2.tracking.tags import ARM, BORROWED, COMMAND, PLANNED, names_in
+
+BEST_TRIALS = 5
+SINGLE_RUNS = "Single runs"
+# Where a report tells about them: what a tag is called, and how it is called there.
+ENVIRONMENT = {
+    "effv2.git_commit": "git commit",
+    "effv2.git_dirty": "uncommitted changes",
+    "effv2.code_version": "code version",
+    "effv2.data_digest": "data digest",
+    "effv2.machine.processor": "processor",
+    "effv2.machine.cores": "cores",
+    "effv2.machine.threads": "threads",
+    "effv2.machine.accelerator": "accelerator",
+    "effv2.machine.memory_gib": "memory, GiB",
+    "effv2.machine.system": "system",
+    "effv2.machine.python": "Python",
+    "effv2.machine.torch": "torch",
+    "effv2.machine.torchvision": "torchvision",
+    "effv2.machine.mlflow": "mlflow",
+}
+
+
+@dataclass(frozen=True)
+class Section:
+    """A study in a report. `table` has its titles first; figures are by the word that names their file.
+
+    `missing` says what there should be and isn't.
+    """
+
+    title: str
+    description: str = ""
+    run_id: str = ""
+    table: Rows = field(default_factory=list)
+    figures: Mapping[str, Figure] = field(default_factory=dict)
+    notes: Sequence[str] = ()
+    missing: str = ""
+    commands: Sequence[str] = ()
+    environment: Rows = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class Study:
+    """A study's own run and the runs that it rests on; those of no study have no parent."""
+
+    parent: RunRecord | None
+    runs: Sequence[RunRecord]
+
+    @property
+    def kind(self) -> str:
+        """Return which command made it."""
+        return "" if self.parent is None else self.parent.params.get("study.kind", "")
+
+
+def studies_of(runs: Sequence[RunRecord]) -> list[Study]:
+    """Return the studies of an experiment in the order of their beginning, then the training runs of none."""
+    by_id = {run.run_id: run for run in runs}
+    children: dict[str, list[RunRecord]] = {}
+    for run in runs:
+        children.setdefault(run.parent, []).append(run)
+    alone = children.pop("", [])
+    studies = []
+    for run in runs:
+        lent = [by_id[each] for each in names_in(run.tags.get(BORROWED, "")) if each in by_id]
+        if run.run_id in children or lent or "study.kind" in run.params:
+            studies.append(Study(run, [*children.get(run.run_id, []), *lent]))
+    parents = {study.parent.run_id for study in studies if study.parent is not None}
+    orphans = [run for parent, of_it in children.items() if parent not in parents for run in of_it]
+    single = [run for run in [*alone, *orphans] if run.run_id not in parents and run.metrics]
+    return [*studies, *([Study(None, single)] if single else [])]
+
+
+def section(study: Study, claims: Claims) -> Section:
+    """Return a study's section."""
+    fill: Callable[[Study, Section, Claims], Section]
+    fill = {"search": _of_search, "evaluate-pretrained": _of_networks}.get(study.kind, _of_arms)
+    parent = study.parent
+    title = SINGLE_RUNS if parent is None else parent.name
+    known = [study.parent] if study.parent is not None else []
+    empty = Section(
+        title=title,
+        description="" if parent is None else parent.params.get("study.description", ""),
+        run_id="" if parent is None else parent.run_id,
+        missing=_missing(study),
+        commands=list(dict.fromkeys(c for run in known or study.runs if (c := run.tags.get(COMMAND, "")))),
+        environment=list(_environment([*known, *study.runs])),
+    )
+    return fill(study, empty, claims)
+
+
+def _missing(study: Study) -> str:
+    parent = study.parent
+    if parent is None:
+        return ""
+    there = {run.name for run in study.runs if run.status == "FINISHED"}
+    lacking = [name for name in names_in(parent.tags.get(PLANNED, "")) if name not in there]
+    said = []
+    if lacking and parent.status == "RUNNING":
+        said.append("it is being worked on, or its process died")
+    if lacking:
+        more = f" and {len(lacking) - 6} more" if len(lacking) > 6 else ""
+        said.append(f"{len(lacking)} planned runs aren't finished: {', '.join(lacking[:6])}{more}")
+    if not study.runs:
+        said.append("it has no runs yet")
+    return "; ".join(said)
+
+
+def _environment(runs: Iterable[RunRecord]) -> Iterator[tuple[str, str]]:
+    known = list(runs)
+    for tag, words in ENVIRONMENT.items():
+        values = list(dict.fromkeys(run.tags[tag] for run in known if tag in run.tags))
+        if values:
+            yield words, ", ".join(values)
+    sets = dict.fromkeys(
+        f"{images.name}, {images.images:,} images of {len(images.classes)} classes, digest {images.digest}: {context}"
+        for run in known
+        for context, images in sorted(run.images.items())
+    )
+    if sets:
+        yield "data", "; ".join(sets)
+
+
+def arm_of(run: RunRecord) -> str:
+    """Return how a run's arm is called."""
+    return run.tags.get(ARM) or run.tags.get("effv2.study") or run.params.get("model.variant") or run.name
+
+
+def _of_arms(study: Study, empty: Section, claims: Claims) -> Section:
+    arms: dict[str, list[RunRecord]] = {}
+    for run in complete(study.runs):
+        if run.metrics:
+            arms.setdefault(arm_of(run), []).append(run)
+    if not arms:
+        return empty
+    comparison, title = Comparison(arms), empty.title
+    published, protocol = published_curves(arms, claims)
+    drawn: dict[str, Callable[[], Figure]] = {}
+    for name, metric in (("test accuracy", TEST), ("train accuracy", TRAIN)):
+        if curves := comparison.curves(metric):
+            theirs = {arm: run.history[metric] for arm, run in published.items()}
+            drawn[name] = partial(accuracy_curves, curves, f"{title}: {name}", theirs)
+    best, seconds = comparison.values("best/test_accuracy"), comparison.values("time/total_train_seconds")
+    if best and seconds:
+        drawn["accuracy against time"] = partial(accuracy_against_time, best, seconds, f"{title}: accuracy and time")
+    if seconds:
+        drawn["training time"] = partial(bars, seconds, f"{title}: training", "seconds")
+    figures = {name: draw() for name, draw in drawn.items()}
+    notes = list(_notes(arms, protocol))
+    return replace(empty, table=_with_intervals(comparison), figures=figures, notes=notes)
+
+
+def _with_intervals(comparison: Comparison) -> Rows:
+    """Return the table with a line a figure and a column an arm, and the intervals of the published metric."""
+    titles, *lines = comparison.lines()
+    best = comparison.values("best/test_accuracy")
+    cells = []
+    for arm in comparison.arms:
+        sample = Sample(tuple(best.get(arm, ())))
+        mean = sample.interval() if sample.n >= FEWEST else None
+        single = sample.prediction() if sample.n >= FEWEST else None
+        both = (mean, single)
+        cells.append([NONE if each is None else f"{percent(each.low)} to {percent(each.high)}" for each in both])
+    means, singles = zip(*cells, strict=True)
+    return [
+        titles,
+        *lines[:2],
+        ("95 % interval of that mean", *means),
+        ("where a single re-run is expected (95 %)", *singles),
+        *lines[2:],
+    ]
+
+
+def published_curves(arms: Mapping[str, Sequence[RunRecord]], claims: Claims) -> tuple[dict[str, RunRecord], str]:
+    """Return the published runs of arms that follow a published protocol, or come near it, and the protocol's name."""
+    known = published_runs()
+    for name, protocol in claims.protocols.items():
+        source = name if name in known else next((n for n in known if claims.protocols[n].nearest == name), "")
+        found = {
+            arm: known[source][theirs]
+            for arm, runs in arms.items()
+            for theirs in (known[source] if source else ())
+            if all(is_like(run, protocol, theirs) for run in runs)
+        }
+        if found:
+            return found, source
+    return {}, ""
+
+
+def _notes(arms: Mapping[str, Sequence[RunRecord]], protocol: str) -> Iterator[str]:
+    """Say what a reader of the table and the figures must know."""
+    runs = [run for of_arm in arms.values() for run in of_arm]
+    few = min(map(len, arms.values()))
+    if few < FEWEST:
+        yield f"An arm has {few} run{'' if few == 1 else 's'}: fewer than {FEWEST} decide nothing about training."
+    splits = {pair_of(run)[0] for run in runs} - {""}
+    if len(splits) == 1:
+        yield (
+            "All runs share one split of the data, so what is said holds for that split; give --split-seed another "
+            "value to repeat it on others, and the claims are judged over all of them."
+        )
+    if all(float(run.params.get("data.validation_fraction", "1")) == 0 for run in runs):
+        yield (
+            "The protocol has no validation split: the best epoch is the best on the test set itself, which flatters "
+            "every arm, and plateau and stopping watch the test set."
+        )
+    if protocol:
+        yield f"Dotted: the post's own curves ({protocol}), one run an arm."
+
+
+def _of_networks(study: Study, empty: Section, claims: Claims) -> Section:
+    """Return a table of published networks: accuracy on images they weren't fitted to, where those are known."""
+    rows: Rows = [("network", "top-1 of 1000 [95 % Wilson]", "among the classes present", "on", "images/s")]
+    for run in complete(study.runs):
+        basis = next((name for name in ("unseen", "eval") if f"{name}/top1_accuracy" in run.metrics), "")
+        if not basis:
+            continue
+        value = run.metrics[f"{basis}/top1_accuracy"]
+        count = int(run.metrics.get(f"{basis}/images", 0))
+        interval = wilson(round(value * count), count) if count else None
+        shown = percent(value) + (f" [{percent(interval.low)} to {percent(interval.high)}]" if interval else "")
+        present, rate = (
+            run.metrics.get(f"{basis}/top1_present"),
+            run.metrics.get("throughput/evaluate_images_per_second"),
+        )
+        images = f"{count:,} images" + (", not part of their training" if basis == "unseen" else "")
+        rows.append((run.name, shown, _shown(present, percent), images, _shown(rate, whole)))
+    return replace(empty, table=rows if len(rows) > 1 else [])
+
+
+def _shown(value: float | None, text: Callable[[float], str]) -> str:
+    return NONE if value is None else text(value)
+
+
+def _of_search(study: Study, empty: Section, claims: Claims) -> Section:
+    """Return the best trials of a search, and the test accuracy of the one that was chosen."""
+    trials = sorted(study.runs, key=lambda run: -run.metrics.get("selected/val_accuracy", -math.inf))
+    trials = [run for run in trials if "selected/val_accuracy" in run.metrics]
+    if not trials:
+        return empty
+    names = [
+        name
+        for name in trials[0].params
+        if "." in name and len({run.params.get(name) for run in trials}) > 1 and name != "random.seed"
+    ]
+    titles = (f"best {min(BEST_TRIALS, len(trials))} of {len(trials)}", *(run.name for run in trials[:BEST_TRIALS]))
+    lines = [
+        ("validation accuracy", *(percent(run.metrics["selected/val_accuracy"]) for run in trials[:BEST_TRIALS])),
+        (
+            "test accuracy",
+            *(_shown(run.metrics.get("selected/test_accuracy"), percent) for run in trials[:BEST_TRIALS]),
+        ),
+        *((name, *(_number(run.params.get(name, "")) for run in trials[:BEST_TRIALS])) for name in names),
+    ]
+    notes = ["Trials are chosen on validation; the test set is looked at by the best one alone, after it was chosen."]
+    return replace(empty, table=[titles, *lines], notes=notes)
+
+
+def _number(text: str) -> str:
+    try:
+        return f"{float(text):.4g}"
+    except ValueError:
+        return text

@@ -1,0 +1,24 @@
+"""Tags that tell a reader of runs what a study is made of."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable
+
+ARM = "effv2.arm"
+COMMAND = "effv2.command"  # of a study's run, and of a run of its own: the command that made it, as it was given
+PLANNED = "effv2.planned"  # of a study's run: the names of all runs that it is to have
+BORROWED = "effv2.borrowed"  # of a study's run: the ids of runs that were finished before, for other studies
+REPORT = "effv2.report"  # of the run that an experiment's report is logged to
+LONGEST_TAG = 8_000  # characters; MLflow cuts longer ones
+
+
+def as_tag(names: Iterable[str]) -> str:
+    """Write names as the value of a tag; none of them where they are too many for one."""
+    text = json.dumps(list(names))
+    return text if len(text) <= LONGEST_TAG else "[]"
+
+
+def names_in(tag: str) -> list[str]:
+    """Return the names that `as_tag` wrote."""
+    return list(map(str, json.loads(tag or "[]")))

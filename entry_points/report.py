@@ -1,0 +1,12 @@
+"""Entry point of MLproject: `report`."""
+
+import sys
+from pathlib import Path
+
+# This checkout's package, even where the environment was built from another clone.
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from effv2.cli.report import report
+
+if __name__ == "__main__":
+    report()
