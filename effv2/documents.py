@@ -26,7 +26,8 @@ def validate(model: type[Model], values: Mapping[str, Any], where: Callable[[Pla
     try:
         return model.model_validate(values)
     except ValidationError as error:
-        first = error.errors()[0]
+        # An unknown key is told first: it may be the missing one, misspelt.
+        first = min(error.errors(), key=lambda one: one["type"] != "extra_forbidden")
         place = first["loc"]
         if first["type"] == "extra_forbidden":
             keys = _keys_at(model, place[:-1])

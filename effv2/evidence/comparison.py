@@ -75,7 +75,8 @@ class Comparison:
             return "No accuracies yet."
         count = len(self.arms[best])
         runs = "1 run" if count == 1 else f"mean of {count} runs"
-        return f"Highest: **{best}**, {percent(means[best])} test accuracy at the best epoch ({runs}); the report says how sure that is."
+        accuracy = f"{percent(means[best])} test accuracy at the best epoch ({runs})"
+        return f"Highest: **{best}**, {accuracy}; the report says how sure that is."
 
     def values(self, name: str) -> dict[str, list[float]]:
         """Return a quantity of each arm's runs, as far as they have it."""

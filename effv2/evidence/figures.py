@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import cycle
+from typing import Any
 
 import numpy as np
 from matplotlib.figure import Figure
@@ -16,7 +17,7 @@ from effv2.evidence.statistics import CONFIDENCE, FEWEST
 Curve = Mapping[int, float]  # by epoch
 
 PALETTE = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
-STYLES = ("-", "--", "-.", ":")
+STYLES: tuple[Any, ...] = ("-", "--", "-.", (0, (5, 1, 1, 1, 1, 1)))  # dotted are published curves
 MARKERS = ("o", "s", "^", "D")
 CURVES = (5.2, 3.6)  # inches: legible on a phone, two side by side on a screen
 

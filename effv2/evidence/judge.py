@@ -18,7 +18,7 @@ import numpy as np
 
 from effv2.evidence.claims import Claim, Claims, Contrast, Protocol, family, published_value
 from effv2.evidence.quantities import Quantity, points, quantity
-from effv2.evidence.selection import Chosen, choose, complete, over_splits, overlap, pair_of
+from effv2.evidence.selection import Chosen, choose, complete, nearest_run, over_splits, overlap, pair_of
 from effv2.evidence.statistics import (
     FEWEST,
     LEVEL,
@@ -74,6 +74,7 @@ class Finding:
     decided: bool = False  # without a test: a quantity that doesn't vary
     more: str = ""
     single: str = ""
+    lacking: str = ""
     runs: tuple[str, ...] = ()
 
     @property
@@ -171,7 +172,11 @@ def _finding(claims: Claims, runs: Sequence[RunRecord], right: RightAnswers, con
     arms = [arm for arm in (contrast.arm, contrast.against) if arm]
     chosen = choose([run for run in runs if what.value(run) is not None], protocol, arms)
     if not all(chosen.arms.values()):
-        return finding
+        if chosen.apart:
+            words = f"runs of {' and of '.join(arms)} differ in more than that: in {chosen.apart}"
+            return replace(finding, lacking=words)
+        lacking = [nearest_run(runs, protocol, arm) for arm in arms]
+        return replace(finding, lacking="; ".join(filter(None, lacking)))
     used = tuple(run.run_id for of_arm in chosen.arms.values() for run in of_arm.values())
     finding = replace(finding, runs=used)
     if what.fixed:

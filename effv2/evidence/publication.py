@@ -17,7 +17,7 @@ from effv2.tracking.recovery import open_experiment
 from effv2.tracking.run import TrackedRun, open_report_run, run_address, working_on
 from effv2.tracking.store import TrackingError, reason
 from effv2.tracking.tags import BORROWED, as_tag
-from effv2.tracking.views import artifact_link, save_views, view_links
+from effv2.tracking.views import artifact_link, describe_experiment, save_views, view_links
 
 DATA = "data"  # folder of an export
 
@@ -39,6 +39,12 @@ def log_report(report: Report, run: TrackedRun) -> None:
         run.log_folder(Path(folder))
 
 
+def _show_in_ui(run: TrackedRun) -> None:
+    """Save the views of the run's experiment, and lead to them and to the report on the run from its description."""
+    save_views(run.experiment_id)
+    describe_experiment(run.experiment_id, where_to_look(run))
+
+
 def where_to_look(run: TrackedRun) -> str:
     """Return links to the report on a run and to the views of its experiment, in Markdown."""
     page = artifact_link(run.experiment_id, run.run_id, HTML)
@@ -55,7 +61,7 @@ def report_on_study(parent: TrackedRun, used: Sequence[str]) -> None:
     parent.set_tags({BORROWED: as_tag(run_id for run_id in used if run_id not in own)})
     evidence = tracked(parent.experiment_id, parent.run_id)
     log_report(make_report(evidence, read_claims(), only_touched=True), parent)
-    save_views(parent.experiment_id)
+    _show_in_ui(parent)
 
 
 def publish(experiment: str, claims: Claims, target: Path | None, view: View) -> tuple[Report, str]:
@@ -76,7 +82,7 @@ def publish(experiment: str, claims: Claims, target: Path | None, view: View) ->
             for place in [run, *(TrackedRun(run_id, run.experiment_id) for run_id in parents)]:
                 view.working("logging the report")
                 log_report(report, place)
-            save_views(run.experiment_id)
+            _show_in_ui(run)
             run.describe(f"{report.summary}.\n\n{where_to_look(run)}")
             if target is not None:
                 view.working("exporting")

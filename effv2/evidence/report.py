@@ -80,7 +80,8 @@ def make_report(
 def _summary(evidence: Evidence, judgements: Sequence[Judgement]) -> str:
     counts = Counter(each.verdict for each in judgements)
     words = ", ".join(f"{counts[verdict]} {verdict.value}" for verdict in Verdict)
-    runs = sum(bool(run.metrics) for run in evidence.runs)
+    parents = {run.parent for run in evidence.runs}
+    runs = sum(bool(run.metrics) and run.run_id not in parents for run in evidence.runs)
     return f"{runs} runs; of {len(judgements)} claims {words}"
 
 
@@ -120,7 +121,8 @@ def reason(judgement: Judgement) -> str:
         return f"{text}; {more[0]}" if more and len(findings) > 1 else text
     alone = judgement.verdict == Verdict.UNDECIDED
     text = "the published figures alone, one run each; not tested here" if alone else ""
-    lacking = f"needs {judgement.needs}" if judgement.needs else "no such runs yet"
+    near_misses = list(dict.fromkeys(each.lacking for each in findings if each.lacking))
+    lacking = f"needs {judgement.needs}" if judgement.needs else "; ".join(near_misses[:2]) or "no such runs yet"
     near = "; see the nearest evidence" if judgement.nearest else ""
     return "; ".join(filter(None, (text, lacking))) + near
 
@@ -133,4 +135,4 @@ def numbers(finding: Finding) -> list[str]:
         differs = finding.corrected is not None and finding.p is not None and finding.corrected != finding.p
         corrected = f" ({shown_p(finding.corrected or 0.0)} after Holm)" if differs else ""
         said.append(f"{finding.evidence}{p}{corrected}")
-    return [*said, *filter(None, (finding.single, finding.more))]
+    return [*said, *filter(None, (finding.single, finding.more, finding.lacking))]

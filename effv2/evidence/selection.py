@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import cache
+from itertools import product
 
 from effv2.config import TrainConfig
 from effv2.evidence.claims import Protocol, Value
@@ -16,7 +18,9 @@ SEED, SPLIT_SEED = "random.seed", "data.split_seed"
 FREE = {SEED, SPLIT_SEED, "data.dir", "data.download", "execution.device", "execution.compile"}
 FREE |= {"execution.channels_last"}
 PUBLISHED_OVERLAP = 0.25  # test over training images of the published split
+FEW = 2  # settings in which a run may differ to be near
 Pair = tuple[str, str]  # split seed, seed
+Rest = tuple[tuple[str, str], ...]  # all that a protocol leaves open, and what it is in some runs
 
 
 def complete(runs: Iterable[RunRecord]) -> list[RunRecord]:
@@ -26,13 +30,35 @@ def complete(runs: Iterable[RunRecord]) -> list[RunRecord]:
 
 def is_like(run: RunRecord, protocol: Protocol, arm: str) -> bool:
     """Say whether a run has the settings of an arm."""
+    return next(_unlike(run, protocol, arm), None) is None
+
+
+def _unlike(run: RunRecord, protocol: Protocol, arm: str) -> Iterator[tuple[str, Value]]:
+    """Return the settings of an arm that a run doesn't have."""
     settings = protocol.settings(arm)
-    defaults = {name: value for name, value in _defaults().items() if name in protocol.varied() - settings.keys()}
-    return all(_has(run, name, value) for name, value in settings.items()) and all(
-        name not in run.params or _has(run, name, value) for name, value in defaults.items()
-    )
+    for name, value in settings.items():
+        if not _has(run, name, value):
+            yield name, value
+    for name in sorted((protocol.varied() - settings.keys()) & run.params.keys() & _defaults().keys()):
+        if not _has(run, name, _defaults()[name]):
+            yield name, _defaults()[name]
 
 
+def nearest_run(runs: Sequence[RunRecord], protocol: Protocol, arm: str) -> str:
+    """Say in which few settings the runs that come nearest to an arm differ from it; empty where none comes near."""
+    unlike = [list(_unlike(run, protocol, arm)) for run in runs]
+    least = min(unlike, key=len, default=[])
+    if not 0 < len(least) <= FEW:
+        return ""
+    near = [run for run, each in zip(runs, unlike, strict=True) if each == least]
+    words = []
+    for name, value in least:
+        there = dict.fromkeys(run.params.get(name, "absent") or "empty" for run in near)
+        words.append(f"{name} is {' or '.join(list(there)[:4])}, not {value or 'empty'}")
+    return f"no run is like {arm}: in the nearest ones {', '.join(words)}"
+
+
+@cache
 def _defaults() -> dict[str, Value]:
     return TrainConfig().flat()
 
@@ -58,10 +84,13 @@ def pair_of(run: RunRecord) -> Pair:
 
 @dataclass(frozen=True)
 class Chosen:
-    """The runs of some arms that differ in nothing else but seeds, by arm and pair; how many were left aside."""
+    """The runs of some arms that differ in nothing else but seeds, by arm and pair.
+
+    `apart` names what else runs of the arms differ in, where that is why an arm has none.
+    """
 
     arms: Mapping[str, Mapping[Pair, RunRecord]]
-    aside: int
+    apart: str = ""
 
     def pairs(self) -> list[Pair]:
         """Return the pairs that all arms have."""
@@ -76,20 +105,32 @@ def choose(runs: Sequence[RunRecord], protocol: Protocol, arms: Sequence[str]) -
     (fixed networks differ in more than the protocol's settings: in weights and transforms).
     Of a run that was repeated the last one counts. `runs` are the oldest first.
     """
-    found: dict[tuple[tuple[str, str], ...], dict[str, dict[Pair, RunRecord]]] = {}
+    found: dict[Rest, dict[str, dict[Pair, RunRecord]]] = {}
     fixed = protocol.runs.keys() | protocol.varied() | FREE
+    if "model.variant" in fixed:
+        fixed.add("model.table")  # which goes by that name
     for run in runs:
         for arm in arms:
             if is_like(run, protocol, arm):
                 rest = () if protocol.over == "images" else tuple(_rest(run, fixed))
                 group = found.setdefault(rest, {})
                 group.setdefault(arm, {})[pair_of(run)] = run
-    groups = [Chosen({arm: group.get(arm, {}) for arm in arms}, 0) for group in found.values()]
-    if not groups:
-        return Chosen({arm: {} for arm in arms}, 0)
-    most = max(groups, key=lambda group: (len(group.pairs()), sum(map(len, group.arms.values()))))
-    count = sum(len(each) for group in groups for each in group.arms.values())
-    return Chosen(most.arms, count - sum(map(len, most.arms.values())))
+    groups = [Chosen({arm: group.get(arm, {}) for arm in arms}) for group in found.values()]
+    none = Chosen({arm: {} for arm in arms})
+    most = max(groups, key=lambda group: (len(group.pairs()), min(map(len, group.arms.values()))), default=none)
+    return most if all(most.arms.values()) else replace(none, apart=_apart(found, arms))
+
+
+def _apart(found: Mapping[Rest, Mapping[str, object]], arms: Sequence[str]) -> str:
+    """Name what the runs of two arms differ in, at least, where both have some."""
+    sides = [[dict(rest) for rest, group in found.items() if arm in group] for arm in arms]
+    if len(sides) < 2:
+        return ""
+    ways = [
+        [name for name in {**one, **other} if one.get(name) != other.get(name)]
+        for one, other in product(sides[0], sides[-1])
+    ]
+    return ", ".join(min(ways, key=lambda names: len(names), default=[]))
 
 
 def _rest(run: RunRecord, fixed: set[str]) -> Iterator[tuple[str, str]]:

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from functools import cached_property
 
 import numpy as np
-from scipy import stats
+from scipy import special, stats
 from scipy.stats import binomtest
 
 CONFIDENCE = 0.95
@@ -233,8 +233,9 @@ def power(effect: float, deviation: float, n: int, level: float = LEVEL) -> floa
     """Return the probability that a two-sided t-test of `n` values tells their mean from one `effect` away from it."""
     if n < 2:
         return 0.0
-    limit, shift = stats.t.ppf(1 - level / 2, n - 1), abs(effect) / deviation * np.sqrt(n)
-    return float(stats.nct.sf(limit, n - 1, shift) + stats.nct.cdf(-limit, n - 1, shift))
+    limit, shift = special.stdtrit(n - 1, 1 - level / 2), abs(effect) / deviation * np.sqrt(n)
+    below = np.nan_to_num(special.nctdtr(n - 1, shift, -limit))  # of a large shift it is nothing, and SciPy says NaN
+    return float(1 - special.nctdtr(n - 1, shift, limit) + below)
 
 
 def runs_to_decide(effect: float, deviation: float, level: float = LEVEL) -> int | None:

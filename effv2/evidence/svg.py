@@ -14,6 +14,7 @@ SETTINGS = {"svg.fonttype": "none", "svg.hashsalt": "effv2", "font.family": "san
 INK = re.compile(r"#(000000|262626|333333|555555)\b")  # text, axes and ticks
 FRAME = re.compile(r"#(b0b0b0|cccccc)\b")  # grid and legend
 PAPER = re.compile(r'<g id="patch_\d+">\s*<path [^>]*style="[^"]*fill: #ffffff[^"]*"/>\s*</g>')
+TAG = re.compile(r"<[^>]+>")
 NUMBER = re.compile(r"-?\d+\.\d{2,}")
 
 
@@ -22,7 +23,7 @@ def as_file(figure: Figure) -> str:
     text = io.StringIO()
     with matplotlib.rc_context(SETTINGS):  # type: ignore[arg-type]
         figure.savefig(text, format="svg", metadata={"Date": None, "Creator": None})
-    return NUMBER.sub(lambda found: f"{float(found[0]):.1f}", text.getvalue())
+    return TAG.sub(lambda tag: NUMBER.sub(lambda found: f"{float(found[0]):.1f}", tag[0]), text.getvalue())
 
 
 def inline(svg: str, label: str) -> str:

@@ -25,10 +25,9 @@ from effv2.tracking import entries
 from effv2.tracking.entries import PROCESS, Entry, deliver
 from effv2.tracking.outbox import PATIENCE, Outbox, TrackingAway
 from effv2.tracking.store import TRACKING_ERRORS, impatient, shown_uri
-from effv2.tracking.tags import LONGEST_TAG, REPORT
+from effv2.tracking.tags import LONGEST_TAG, NOTE, REPORT
 
 OUTCOME = "effv2.outcome"  # tag: complete, pruned or failed
-NOTE = "mlflow.note.content"  # the tag that the UI shows as the run's description
 EARLY_PATIENCE = 3.0  # seconds that a run which ends early waits for the store
 GENERATED_NAME = re.compile(r"[a-z]+-[a-z]+-\d+")  # what MLflow calls a run that nobody named
 

@@ -9,6 +9,7 @@ ARM = "effv2.arm"
 COMMAND = "effv2.command"  # of a study's run, and of a run of its own: the command that made it, as it was given
 PLANNED = "effv2.planned"  # of a study's run: the names of all runs that it is to have
 BORROWED = "effv2.borrowed"  # of a study's run: the ids of runs that were finished before, for other studies
+NOTE = "mlflow.note.content"  # what the UI shows as the description of a run, or of an experiment
 REPORT = "effv2.report"  # of the run that an experiment's report is logged to
 LONGEST_TAG = 8_000  # characters; MLflow cuts longer ones
 

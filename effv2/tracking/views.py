@@ -11,10 +11,11 @@ from typing import Any
 from mlflow import MlflowClient
 
 from effv2.tracking.store import shown_uri
-from effv2.tracking.tags import ARM
+from effv2.tracking.tags import ARM, NOTE
 
 KEY = "mlflow.sharedViewState."
 TABLE, CURVES = "effv2-table", "effv2-curves"
+VIEWS_OF_OURS = f"viewStateShareKey={TABLE}"
 NAMES = {TABLE: "Runs by best test accuracy", CURVES: "Curves of all arms"}
 BEST = "metrics.`best/test_accuracy`"
 COLUMNS = (
@@ -51,8 +52,16 @@ def save_views(experiment_id: str) -> None:
             client.set_experiment_tag(experiment_id, f"{KEY}{key}", json.dumps(value))
 
 
+def describe_experiment(experiment_id: str, words: str) -> None:
+    """Set the description of an experiment, unless the user wrote one."""
+    client = MlflowClient()
+    before = client.get_experiment(experiment_id).tags.get(NOTE, "")
+    if not before or VIEWS_OF_OURS in before:
+        client.set_experiment_tag(experiment_id, NOTE, words)
+
+
 def view_links(experiment_id: str) -> str:
-    """Return links to both views and to the last report, in Markdown, for the description of a run."""
+    """Return links to both views, in Markdown."""
     base = f"#/experiments/{experiment_id}/runs?workflowType=machine_learning"
     return (
         f"[{NAMES[TABLE]}]({base}&viewStateShareKey={TABLE}) · "

@@ -1,0 +1,372 @@
+"""What evidence decides: claims on published figures, on simulated studies, on runs that pair or don't."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from scipy import stats
+
+from effv2.config import TrainConfig
+from effv2.errors import InputError
+from effv2.evidence.claims import Claims, Protocol, published_runs, read_claims
+from effv2.evidence.judge import Verdict, Words, judge
+from effv2.evidence.quantities import TEST, TRAIN, quantity
+from effv2.evidence.selection import is_like
+from effv2.evidence.statistics import (
+    FEWEST,
+    LEVEL,
+    Sample,
+    Unpaired,
+    fisher,
+    more_to_decide,
+    power,
+    runs_to_decide,
+)
+from effv2.studies.files import read_study
+from effv2.studies.settings import Layer
+from effv2.tracking.read import Images, RunRecord
+from tests.conftest import ROOT
+
+METRIC = "selected/test_accuracy"
+numbers = itertools.count()
+
+
+def nothing(run: RunRecord) -> Mapping[str, bool]:
+    return {}
+
+
+def run(
+    accuracy: float, seed: object = 0, metric: str = METRIC, tags: Mapping[str, str] | None = None, **params: Any
+) -> RunRecord:
+    """Return a finished run as the tracking store would; `model__variant="a"` is the parameter model.variant."""
+    given_params = {name.replace("__", "."): str(value) for name, value in params.items()}
+    return RunRecord(
+        run_id=f"run {next(numbers)}",
+        name="a run",
+        status="FINISHED",
+        params={"random.seed": str(seed)} | given_params,
+        metrics={metric: accuracy},
+        tags=dict(tags or {}),
+    )
+
+
+def study(arms: Mapping[str, Sequence[float]], **params: Any) -> list[RunRecord]:
+    return [
+        run(accuracy, seed, model__variant=arm, **params)
+        for arm, values in arms.items()
+        for seed, accuracy in enumerate(values)
+    ]
+
+
+def claims_of(tmp_path: Path, text: str) -> Claims:
+    path = tmp_path / "claims.yaml"
+    path.write_text(text)
+    own = read_claims(path)
+    return Claims(own.protocols, {id_: own.claims[id_] for id_ in own.claims if id_ not in read_claims().claims})
+
+
+def two_arms(tmp_path: Path, check: str) -> Claims:
+    arms = "{a: {model.variant: a}, b: {model.variant: b}}"
+    text = f"claims: {{X1: {{words: so it is, protocol: {{arms: {arms}}}, checks: [{check}]}}}}"
+    return claims_of(tmp_path, text)
+
+
+ABOVE = f"{{kind: difference, metric: {METRIC}, arm: a, against: b}}"
+
+
+def verdict(claims: Claims, runs: Sequence[RunRecord]) -> Verdict:
+    (judgement,) = judge(claims, runs, nothing)
+    return judgement.verdict
+
+
+def test_the_posts_words_against_its_own_figures_and_single_runs() -> None:
+    found = {each.id: each for each in judge(read_claims(), [], nothing)}
+    assert set(found) == {
+        "T1", "T2", "T3", "T4", "T5", "P1", "H1", "H2", "H3", "H4", "H5", "H6", "H7", "H8",
+        "A1", "A2", "A3", "A4", "A5", "A6", "A7", "A8", "E1", "E2",
+    }  # fmt: skip
+    assert {id_: found[id_].words for id_ in ("A1", "A2", "A3", "P1")} == {
+        "A1": Words.CONTRADICTED, "A2": Words.CONTRADICTED, "A3": Words.CONTRADICTED, "P1": Words.CONSISTENT,
+    }  # fmt: skip
+    # One run decides nothing either way; where there isn't even one, nothing was tested.
+    for each in found.values():
+        nothing_known = each.words == Words.NO_FIGURES
+        assert each.verdict == (Verdict.NOT_TESTED if nothing_known else Verdict.UNDECIDED), each.id
+    assert all("not tested" in finding.verdict.value for each in found.values() for finding in each.findings)
+    # Its best on MNIST is fused_only: 1,958 against 1,943 of 2,000 right is no evidence either.
+    assert "1,943 and 1,958 of 2,000" in next(
+        f.published for f in found["A2"].findings if "fused_only" in f.published + f.says and "−" in f.says
+    )
+    assert fisher((1943, 1958), (2000, 2000)) == pytest.approx(0.15, abs=0.005)
+
+
+def test_published_curves_are_those_of_the_post() -> None:
+    best = {
+        (protocol, arm): quantity("best/test_accuracy").value(record)
+        for protocol, arms in published_runs().items()
+        for arm, record in arms.items()
+    }
+    assert best["ablation-imagenette", "drop_one"] == 0.5357 and best["ablation-imagenette", "default"] == 0.4997
+    assert best["ablation-mnist", "fused_only"] == 0.979 and best["ablation-birds", "mbconv_only"] == 0.074
+    assert best["scratch-birds-32", "default"] == 0.06 and best["scratch-birds-128", "default"] == 0.138
+    lengths = {
+        protocol: {len(each.history[TEST]) for each in arms.values()} for protocol, arms in published_runs().items()
+    }
+    assert lengths["ablation-imagenette"] == {100} and lengths["ablation-mnist"] == {5}
+    assert lengths["ablation-birds"] == {50} and lengths["scratch-birds-32"] == {350}
+
+
+FUSED = {"mbconv_only": "none", "default": "stages_1_to_3", "fused_1_to_5": "stages_1_to_5", "fused_only": "all"}
+
+
+@pytest.mark.parametrize(
+    ("sweep", "protocol"),
+    [(f"ablate-{name}.yaml", f"ablation-{name}") for name in ("imagenette", "mnist", "birds")]
+    + [
+        (f"hparam-{name}.yaml", f"scratch-{name}")
+        for name in ("imagenette-32", "imagenette-128", "birds-32", "birds-128")
+    ]
+    + [("fuse-stages.yaml", "fused-stages")],
+)
+def test_published_protocols_are_those_of_the_study_files(sweep: str, protocol: str) -> None:
+    claims, file = read_claims(), read_study(ROOT / "sweeps" / sweep)
+    chosen = file.crossed(("none", "plateau")) if sweep.startswith("hparam") else file
+    wanted = claims.protocols[protocol]
+    for arm in chosen.arms:
+        config = chosen.arm(arm, Layer({}, str))
+        birds = {"train": Images("birds", "", 1995, tuple(map(str, range(25))))}
+        params = {name: str(value) for name, value in config.flat().items()}
+        record = RunRecord("", "", "FINISHED", params, {}, {}, images=birds if "birds" in protocol else {})
+        found = [each for each in wanted.arms if is_like(record, wanted, each)]
+        assert found == [FUSED.get(arm, arm) if protocol == "fused-stages" else arm]
+
+
+@pytest.mark.parametrize("seeds", [3, 5, 10])
+def test_studies_without_an_effect_get_few_false_verdicts(tmp_path: Path, seeds: int) -> None:
+    order = f"{{kind: ordering, metric: {METRIC}, order: [a, [b, c, d]]}}"
+    arms = "{a: {model.variant: a}, b: {model.variant: b}, c: {model.variant: c}, d: {model.variant: d}}"
+    text = (
+        f"protocols: {{p: {{arms: {arms}}}}}\n"
+        f"claims:\n  X1: {{words: a is best, protocol: p, checks: [{order}]}}\n"
+        f"  Y1: {{words: a beats b, protocol: p, checks: [{ABOVE}]}}"
+    )
+    claims, random = claims_of(tmp_path, text), np.random.default_rng(seeds)
+    false = {"X1": 0, "Y1": 0}
+    for _ in range(1000):
+        luck = random.normal(0, 0.02, seeds)  # of a seed, which all arms share
+        values = {arm: 0.5 + luck + random.normal(0, 0.01, seeds) for arm in "abcd"}
+        for each in judge(claims, study({arm: list(map(float, v)) for arm, v in values.items()}), nothing):
+            false[each.id] += each.verdict != Verdict.UNDECIDED
+    assert max(false.values()) <= 64, false
+
+
+@pytest.mark.parametrize(("seeds", "effect"), [(3, 0.03), (5, 0.012), (10, 0.01), (10, 0.005)])
+def test_effects_are_found_as_often_as_predicted(tmp_path: Path, seeds: int, effect: float) -> None:
+    claims, random = two_arms(tmp_path, ABOVE), np.random.default_rng(0)
+    found = 0
+    for _ in range(1000):
+        base = random.normal(0.5, 0.03, seeds)
+        better = base + random.normal(effect, 0.01, seeds)
+        found += (
+            verdict(claims, study({"a": list(map(float, better)), "b": list(map(float, base))})) == Verdict.SUPPORTED
+        )
+    assert found / 1000 == pytest.approx(power(effect, 0.01, seeds), abs=0.05)
+
+
+def test_from_twenty_seeds_on_the_bootstrap_doesnt_ask_for_normal_values() -> None:
+    random = np.random.default_rng(0)
+    false = {"normal": 0, "skewed": 0}
+    for _ in range(300):
+        false["normal"] += Sample(tuple(random.normal(1, 1, 20))).p(1) < LEVEL
+        false["skewed"] += (
+            Unpaired(Sample(tuple(random.exponential(1, 25))), Sample(tuple(random.exponential(1, 25)))).p(0) < LEVEL
+        )
+    assert max(false.values()) <= 300 * 0.05 + 3 * np.sqrt(300 * 0.05 * 0.95), false
+
+
+samples = st.lists(st.floats(-1, 1), min_size=3, max_size=12).filter(lambda values: np.std(values) > 1e-3)
+
+
+@given(samples, st.floats(-1, 1))
+@settings(deadline=None, max_examples=50)
+def test_intervals_and_p_values_are_those_of_students_test(values: list[float], edge: float) -> None:
+    sample, (low, high) = (
+        Sample(tuple(values)),
+        stats.t.interval(0.95, len(values) - 1, np.mean(values), stats.sem(values)),
+    )
+    interval = sample.interval()
+    assert interval is not None and (interval.low, interval.high) == pytest.approx((low, high))
+    assert sample.p(edge) == pytest.approx(stats.ttest_1samp(values, edge).pvalue, abs=1e-9)
+    assert (sample.p(edge) < LEVEL) == (not low <= edge <= high) or sample.p(edge) == pytest.approx(LEVEL)
+    both = Unpaired(sample, Sample(tuple(edge + value / 2 for value in values)))
+    welch = stats.ttest_ind(values, [edge + value / 2 for value in values], equal_var=False)
+    assert both.p(0) == pytest.approx(welch.pvalue, abs=1e-9)
+
+
+@given(samples, st.lists(st.floats(-1, 1), min_size=12, max_size=12), st.randoms())
+@settings(deadline=None, max_examples=50)
+def test_what_a_seed_adds_to_both_arms_changes_nothing(
+    tmp_path_factory: pytest.TempPathFactory, effects: list[float], luck: list[float], random: Any
+) -> None:
+    claims = two_arms(tmp_path_factory.getbasetemp(), ABOVE)
+    plain = study({"a": effects, "b": [0.0] * len(effects)})
+    shared = luck[: len(effects)]
+    moved = study({"a": [e + s for e, s in zip(effects, shared, strict=True)], "b": shared})
+    random.shuffle(moved)  # nor does the order of the runs
+    swapped = study({"b": effects, "a": [0.0] * len(effects)})
+    opposite = {Verdict.SUPPORTED: Verdict.CONTRADICTED, Verdict.CONTRADICTED: Verdict.SUPPORTED}
+    first = verdict(claims, plain)
+    near_the_level = Sample(tuple(effects)).p(0) == pytest.approx(LEVEL, rel=1e-6)
+    assert near_the_level or verdict(claims, moved) == first
+    assert near_the_level or verdict(claims, swapped) == opposite.get(first, first)
+
+
+@pytest.mark.parametrize(
+    ("check", "values", "expected"),
+    [
+        ("{kind: level, metric: M, arm: a, about: 0.5, within: 0.05}", [0.50, 0.51, 0.50], Verdict.SUPPORTED),
+        ("{kind: level, metric: M, arm: a, about: 0.6, within: 0.05}", [0.50, 0.51, 0.50], Verdict.CONTRADICTED),
+        ("{kind: level, metric: M, arm: a, above: 0.4}", [0.50, 0.51], Verdict.UNDECIDED),
+        ("{kind: level, metric: M, arm: a, below: 0.4}", [0.50, 0.51, 0.50], Verdict.CONTRADICTED),
+        ("{kind: difference, metric: M, PAIR, about: 0.1, within: 0.02}", [0.50, 0.51, 0.50], Verdict.SUPPORTED),
+        ("{kind: difference, metric: M, PAIR, about: 0, within: 0.02}", [0.50, 0.51, 0.50], Verdict.CONTRADICTED),
+        ("{kind: difference, metric: M, arm: a, against: b}", [0.50, 0.30, 0.45], Verdict.UNDECIDED),
+        ("{kind: convergence, metric: M, arm: a, against: b}", [0.3, 0.31, 0.3], Verdict.SUPPORTED),
+        ("{kind: speed, metric: M, arm: a, against: b, above: 1.2}", [0.50, 0.51, 0.50], Verdict.SUPPORTED),
+        ("{kind: speed, metric: M, arm: a, against: b, below: 1}", [0.50, 0.51, 0.50], Verdict.CONTRADICTED),
+        ("{kind: speed, metric: M, PAIR, about: 1.25, within: 0.1}", [0.50, 0.51, 0.50], Verdict.SUPPORTED),
+        ("{kind: ordering, metric: M, order: [b, a]}", [0.50, 0.51, 0.50], Verdict.CONTRADICTED),
+    ],
+)  # fmt: skip
+def test_every_kind_of_claim(tmp_path: Path, check: str, values: list[float], expected: Verdict) -> None:
+    claims = two_arms(tmp_path, check.replace("M,", f"{METRIC},").replace("PAIR", "arm: a, against: b"))
+    assert verdict(claims, study({"a": values, "b": [0.400, 0.410, 0.401][: len(values)]})) == expected
+
+
+def test_fewer_than_three_runs_decide_nothing_and_one_network_is_judged_on_its_images(tmp_path: Path) -> None:
+    claims = two_arms(tmp_path, ABOVE)
+    for seeds in range(1, FEWEST):
+        assert verdict(claims, study({"a": [0.9] * seeds, "b": [0.1] * seeds})) == Verdict.UNDECIDED
+    published = read_claims()
+    p1 = Claims(published.protocols, {"P1": published.claims["P1"]})
+    networks = {"efficientnet_v2_s": 90, "resnet50": 70, "efficientnet_b0": 69}
+    runs = [run(0.5, metric="eval/top1_accuracy", data__dataset="imagenette", model__name=name) for name in networks]
+
+    def right(record: RunRecord) -> dict[str, bool]:
+        return {str(image): image < networks[record.params["model.name"]] for image in range(100)}
+
+    (judgement,) = judge(p1, runs, right)
+    first, second = judgement.findings
+    assert first.verdict == Verdict.SUPPORTED and first.p == pytest.approx(2 * 0.5**20)
+    assert second.verdict == Verdict.UNDECIDED and judgement.verdict == Verdict.UNDECIDED
+
+
+def test_runs_are_compared_only_where_they_differ_in_nothing_else(tmp_path: Path) -> None:
+    claims = two_arms(tmp_path, ABOVE)
+    high, low = [0.90, 0.91, 0.92], [0.50, 0.51, 0.49]
+    fitting = study({"a": high, "b": low}, optimiser__lr=0.1)
+    assert verdict(claims, fitting) == Verdict.SUPPORTED
+    assert verdict(claims, [*study({"a": low}, optimiser__lr=0.2), *fitting]) == Verdict.SUPPORTED
+    assert (
+        verdict(claims, study({"a": high}, optimiser__lr=0.1) + study({"b": low}, optimiser__lr=0.2))
+        != Verdict.SUPPORTED
+    )
+    pruned = [
+        run(0.1, seed, model__variant="a", optimiser__lr=0.1, tags={"effv2.outcome": "pruned"}) for seed in range(3)
+    ]
+    assert verdict(claims, [*fitting, *pruned]) == Verdict.SUPPORTED
+    # Of a run that was repeated the last one counts; runs that don't pair are compared all the same.
+    (judgement,) = judge(claims, [*study({"a": low}, optimiser__lr=0.1), *fitting], nothing)
+    assert "3 pairs" in judgement.findings[0].evidence
+    others = [run(value, seed + 10, model__variant="b", optimiser__lr=0.1) for seed, value in enumerate(low)]
+    (judgement,) = judge(claims, [*study({"a": high}, optimiser__lr=0.1), *others], nothing)
+    assert "not paired" in judgement.findings[0].evidence and judgement.verdict == Verdict.SUPPORTED
+
+
+def test_repeated_splits_count_once_each_and_widen_the_interval(tmp_path: Path) -> None:
+    claims, values = two_arms(tmp_path, ABOVE), [0.04, 0.01, 0.03, 0.02, 0.025]
+    one = study({"a": values, "b": [0.0] * 5}, data__split_seed=42)
+    several = [
+        run(value if arm == "a" else 0.0, seed, model__variant=arm, data__split_seed=split)
+        for split, value in enumerate(values)
+        for arm in "ab"
+        for seed in range(2)
+    ]
+    (on_one,), (on_several,) = judge(claims, one, nothing), judge(claims, several, nothing)
+    assert "10 pairs on 5 splits" in on_several.findings[0].evidence
+    assert (on_one.findings[0].p or 1) < (on_several.findings[0].p or 0)
+    corrected = Sample(tuple(values), overlap=0.25)  # Nadeau & Bengio's: 1/n and the ratio of test to training images
+    assert corrected.error == pytest.approx(np.std(values, ddof=1) * np.sqrt(1 / 5 + 0.25))
+    assert on_several.findings[0].p == pytest.approx(corrected.p(0))
+
+
+def test_how_many_more_seeds_would_decide() -> None:
+    sample = Sample((0.02, 0.01, -0.005, 0.015))
+    few, many = more_to_decide(sample, 0) or (0, 0)
+    assert 0 < few < (many or 1000)
+    assert power(sample.mean, sample.deviation, runs_to_decide(sample.mean, sample.deviation) or 0) >= 0.8
+    assert more_to_decide(Sample((0.01, -0.01, 0.0001)), 0) is None
+    assert power(10, 1, 5) == pytest.approx(1) and power(0, 1, 5) == pytest.approx(LEVEL)
+    prediction = sample.prediction()
+    random = np.random.default_rng(0)
+    inside = 0
+    for _ in range(1000):
+        drawn = random.normal(0, 1, 6)
+        prediction = Sample(tuple(drawn[:5])).prediction()
+        inside += prediction is not None and prediction.low <= drawn[5] <= prediction.high
+    assert inside / 1000 == pytest.approx(0.95, abs=0.02)
+
+
+def test_what_is_told_of_curves() -> None:
+    curve = {epoch: min(0.5, 0.05 * epoch) for epoch in range(1, 41)}
+    record = RunRecord("", "", "FINISHED", {}, {}, {}, {TRAIN: curve, TEST: curve})
+    expected = {
+        "best/train_accuracy": 0.5, "epochs/to_95_percent": 10, "level/test_accuracy": 0.5,
+        "gain/test_after_epoch_10": 0.5 - (0.45 + 0.5 + 0.5) / 3, "epochs/to_test_level": 9,
+    }  # fmt: skip
+    assert {name: quantity(name).value(record) for name in expected} == pytest.approx(expected)
+    short = RunRecord("", "", "FINISHED", {}, {}, {}, {TEST: {1: 0.1}})
+    assert quantity("gain/test_after_epoch_10").value(short) is None
+    assert quantity("best/train_accuracy").value(short) is None
+
+
+WRONG = {
+    "claims: {X1: {words: x, protocol: nowhere, checks: [CHECK]}}": "nowhere: no such protocol",
+    "claims: {X1: {words: x, protocol: ablation-mnist, checks: [CHECK]}}": "has no arm a",
+    "claims: {A1: {words: x, protocol: ablation-mnist, checks: [CHECK]}}": "there is one of that name",
+    "claims:\n  X1: {words: x, protocol: ablation-mnist, checks: [{kind: sorcery}]}": "line 2",
+    "claims:\n  X1:\n    wrods: x": "line 3",
+    "claims: {X1: {words: x, protocol: ablation-mnist, checks: [{kind: level, arm: default}]}}": "say where",
+    "claims: {X1: {words: x, protocol: ablation-mnist, checks: [{kind: level, arm: default, about: 1}]}}": "together",
+    "claims: {X1: {words: x, protocol: ablation-mnist, checks: [{kind: speed, arm: default, against: drop_one, "
+    "above: 0}]}}": "a ratio is above 0",
+    "claims: {X1: {words: x, protocol: pretrained-imagenette, checks: [{kind: difference, arm: resnet50, "
+    "against: efficientnet_b0, above: 0.1}]}}": "which network is better",
+    "protocols: {p: {arms: {a: {}}, nearest: nowhere}}\nclaims: {X1: {words: x, protocol: p, checks: [CHECK]}}":
+        "nowhere: no such protocol",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("text", WRONG)
+def test_wrong_claims_name_their_line(tmp_path: Path, text: str) -> None:
+    with pytest.raises(InputError) as caught:
+        claims_of(tmp_path, text.replace("CHECK", ABOVE))
+    assert "--claims" in str(caught.value) and WRONG[text] in str(caught.value), caught.value
+
+
+def test_a_setting_that_an_arm_leaves_out_has_its_default() -> None:
+    protocol = Protocol.model_validate({"arms": {"default": {}, "deep": {"model.depth_multiplier": 2}}})
+    params = {name: str(value) for name, value in TrainConfig().flat().items()}
+    plain = RunRecord("", "", "FINISHED", params, {}, {})
+    deep = RunRecord("", "", "FINISHED", params | {"model.depth_multiplier": "2.0"}, {}, {})
+    assert [[is_like(each, protocol, arm) for arm in protocol.arms] for each in (plain, deep)] == [
+        [True, False],
+        [False, True],
+    ]

@@ -1,0 +1,184 @@
+"""The report: what a study's end leaves, what `report` makes of an experiment, and of an export of it."""
+
+from __future__ import annotations
+
+import csv
+import hashlib
+import json
+import re
+import shutil
+from html.parser import HTMLParser
+from pathlib import Path
+
+import pytest
+from mlflow import MlflowClient
+from mlflow.entities import Metric, Param, RunTag
+
+from effv2.cli.ablate import ablate
+from effv2.cli.report import report
+from effv2.cli.train import train
+from effv2.tracking.tags import BORROWED
+from tests.test_commands import all_runs, invoke
+
+CLAIM = """
+claims:
+  M1:
+    words: The other network is better than the tiny one.
+    protocol:
+      runs: {data.dataset: digits, data.image_size: 8}
+      arms:
+        default: {model.variant: tiny}
+        other: {model.variant: OTHER}
+      command: effv2 ablate --study tiny.yaml --seeds 0,1,2
+    checks:
+      - {kind: difference, metric: selected/test_accuracy, arm: other, against: default}
+"""
+
+
+class Page(HTMLParser):
+    """What a page refers to, and whether its elements close."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.addresses: list[str] = []
+        self.open: list[str] = []
+        self.feed(text)
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.addresses += [value or "" for name, value in attrs if name in ("src", "href", "xlink:href")]
+        if tag not in ("meta", "br"):
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.addresses += [value or "" for name, value in attrs if name in ("src", "href", "xlink:href")]
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.open.pop() == tag
+
+
+def rows_of(markdown: str) -> dict[str, list[str]]:
+    """Return the cells of the verdict table by claim id."""
+    lines = [line.split(" | ") for line in markdown.splitlines() if re.match(r"\| [A-Z]\d+ \|", line)]
+    return {cells[0].strip("| "): cells for cells in lines}
+
+
+def artifact(run_id: str, name: str, folder: Path) -> str:
+    return Path(MlflowClient().download_artifacts(run_id, name, str(folder))).read_text(encoding="utf-8")
+
+
+def test_a_study_ends_with_a_report_and_views(sqlite_store: str, tiny_study: Path, tmp_path: Path) -> None:
+    words = ["--study", str(tiny_study), "--log-model", "none", "--experiment", "tiny"]
+    assert invoke(ablate, *words, "--seeds", "0,1").exit_code == 0
+    parent = all_runs()[0]
+    html = artifact(parent.info.run_id, "report.html", tmp_path)
+    markdown = artifact(parent.info.run_id, "report.md", tmp_path)
+    assert not Page(html).open and len(html) < 3_000_000
+    assert not [each for each in Page(html).addresses if not each.startswith("#")]  # nothing comes from elsewhere
+    assert "An arm has 2 runs" in html and "all planned" not in html and "Not complete" not in html
+    assert f"effv2 ablate --study {tiny_study} --seeds 0,1 --log-model none" in html
+    drawn = {file.path for file in MlflowClient().list_artifacts(parent.info.run_id, "figures")}
+    assert set(re.findall(r"\(figures/([\w.-]+)\)", markdown)) == {path.removeprefix("figures/") for path in drawn}
+    assert len(drawn) == 4 and html.count("<svg") == 4
+    # MLflow's UI: where to look stands first, in the experiment and on the run; both views are saved.
+    experiment = MlflowClient().get_experiment(parent.info.experiment_id)
+    saved = {name for name in experiment.tags if name.startswith("mlflow.sharedViewState.")}
+    assert saved == {"mlflow.sharedViewState.effv2-table", "mlflow.sharedViewState.effv2-curves"}
+    assert all(
+        "viewStateShareKey=effv2-curves" in tags["mlflow.note.content"] for tags in (experiment.tags, parent.data.tags)
+    )
+    assert parent.data.tags["mlflow.note.content"].startswith("Highest: **")
+    state = json.loads(json.loads(experiment.tags["mlflow.sharedViewState.effv2-table"])["state"])
+    assert state["orderByKey"] == "metrics.`best/test_accuracy`" and not state["orderByAsc"]
+    # A third seed joins; runs that another study finished before are lent to this one's report.
+    MlflowClient().set_experiment_tag(experiment.experiment_id, "mlflow.note.content", "The user's own words.")
+    tiny_study.write_text(tiny_study.read_text().replace("name: tiny", "name: second"))
+    assert invoke(ablate, *words, "--seeds", "0,1,2").exit_code == 0
+    second = next(run for run in all_runs() if run.data.params.get("study.name") == "second")
+    assert len(json.loads(second.data.tags[BORROWED])) == 4
+    assert "| runs | 3 | 3 |" in artifact(second.info.run_id, "report.md", tmp_path)
+    tags = MlflowClient().get_experiment(parent.info.experiment_id).tags
+    assert tags["mlflow.note.content"] == "The user's own words."
+
+
+def test_an_experiment_is_reported_exported_and_rebuilt(sqlite_store: str, tiny_study: Path, tmp_path: Path) -> None:
+    assert invoke(ablate, "--study", tiny_study, "--seeds", "0,1,2", "--log-model", "none").exit_code == 0
+    words = ["--image-size", "8", "--per-class", "12", "--epochs", "1", "--log-model", "none"]
+    assert invoke(train, *words).exit_code == 0
+    claims, out, again = tmp_path / "claims.yaml", tmp_path / "out", tmp_path / "again"
+    claims.write_text(CLAIM.replace("OTHER", "ohter"))
+    assert invoke(report, "--claims", claims, "--export", out).exit_code == 0
+    why = rows_of((out / "report.md").read_text())["M1"][4]
+    assert "no run is like other: in the nearest ones model.variant is tiny or other or default, not ohter" in why
+    claims.write_text(CLAIM.replace("OTHER", "other"))
+    result = invoke(report, "--claims", claims, "--export", out)
+    assert result.exit_code == 0 and "25 claims" in result.output, result.output
+    markdown = (out / "report.md").read_text()
+    verdicts = rows_of(markdown)
+    assert len(verdicts) == 25 and "not tested" not in verdicts["M1"][3]
+    assert [verdicts[id_][2] for id_ in ("A1", "A2", "A3", "P1")] == [*["contradicted"] * 3, "consistent"]
+    assert all("undecided" in verdicts[id_][3] for id_ in ("A2", "P1"))
+    assert "### Single runs" in markdown and "3 pairs" in markdown
+    # The page is on the study's run and on the report's own, which the next report takes again.
+    made = [run for run in all_runs() if "effv2.report" in run.data.tags]
+    parent = next(run for run in all_runs() if run.data.params.get("study.kind") == "ablate")
+    for run in (*made, parent):
+        assert artifact(run.info.run_id, "report.html", tmp_path) == (out / "report.html").read_text()
+    assert len(made) == 1 and made[0].info.status == "FINISHED"
+    # Every number is there, and hashed; the report follows from them alone.
+    hashes = json.loads((out / "data" / "manifest.json").read_text())["sha256"]
+    files = {path.relative_to(out / "data").as_posix() for path in (out / "data").rglob("*.csv")}
+    assert set(hashes) == files and len([name for name in files if "predictions" in name]) == 7
+    assert all(hashlib.sha256((out / "data" / name).read_bytes()).hexdigest() == hashes[name] for name in files)
+    with (out / "data" / "metrics.csv").open(newline="") as file:
+        known = {(row["run_id"], row["name"]): float(row["value"]) for row in csv.DictReader(file)}
+    assert known == {(run.info.run_id, name): value for run in all_runs() for name, value in run.data.metrics.items()}
+    moved = shutil.copytree(out, tmp_path / "elsewhere")
+    assert invoke(report, "--from-export", moved, "--claims", claims, "--export", again).exit_code == 0
+    for name in ("report.html", "report.md", "data/manifest.json"):
+        assert (again / name).read_bytes() == (out / name).read_bytes(), name
+    assert len(all_runs()) == 9
+    # What was changed is noticed.
+    (moved / "data" / "metrics.csv").write_text("run_id,name,value\n")
+    result = invoke(report, "--from-export", moved, "--export", tmp_path / "not")
+    assert result.exit_code == 2 and "metrics.csv is missing or was changed" in result.output
+
+
+def test_empty_and_half_finished_studies_say_what_is_missing(sqlite_store: str, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    assert invoke(report, "--export", out).exit_code == 0
+    markdown = (out / "report.md").read_text()
+    assert "mlflow run . -e ablate -P variant=drop_one" in markdown
+    assert len(rows_of(markdown)) == 24 and "mlflow run . -e ablate" in (out / "report.html").read_text()
+    client = MlflowClient()
+    run_id = client.create_run("0", run_name="half").info.run_id
+    tags = {
+        "effv2.planned": '["default, seed 0", "other, seed 0"]',
+        "effv2.command": "effv2 ablate --study <b>half.yaml",
+    }
+    client.log_batch(run_id, params=[Param("study.kind", "ablate")], tags=[RunTag(*each) for each in tags.items()])
+    child = client.create_run("0", run_name="default, seed 0", tags={"mlflow.parentRunId": run_id}).info.run_id
+    client.log_batch(child, [Metric("best/test_accuracy", 0.5, 0, 0)], [Param("model.variant", "default")])
+    client.set_terminated(child)
+    assert invoke(report, "--export", out).exit_code == 0
+    markdown, html = (out / "report.md").read_text(), (out / "report.html").read_text()
+    assert "1 planned runs aren't finished: other, seed 0" in markdown and "effv2 ablate --study" in markdown
+    assert "<b>half" not in html and not Page(html).open
+    assert invoke(report, "--export", out).exit_code == 0  # again, into the same folder
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["--claims", "nowhere.yaml"], "--claims nowhere.yaml: can't be read"),
+        (["--from-export", "x"], "say with --export where"),
+        (["--from-export", "x", "--export", "y"], "has no manifest.json"),
+        (["--export", "file"], "can't be written"),
+    ],
+)
+def test_wrong_input_is_told_before_anything_is_made(
+    sqlite_store: str, tmp_path: Path, words: list[str], said: str
+) -> None:
+    (tmp_path / "file").write_text("")
+    result = invoke(report, *words)
+    assert result.exit_code == 2 and said in result.output and result.output.count("\n") == 1
+    assert not all_runs()
