@@ -130,7 +130,8 @@ def _apart(found: Mapping[Rest, Mapping[str, object]], arms: Sequence[str]) -> s
         [name for name in {**one, **other} if one.get(name) != other.get(name)]
         for one, other in product(sides[0], sides[-1])
     ]
-    return ", ".join(min(ways, key=lambda names: len(names), default=[]))
+    fewest: list[str] = min(ways, key=len, default=[])
+    return ", ".join(fewest)
 
 
 def _rest(run: RunRecord, fixed: set[str]) -> Iterator[tuple[str, str]]:
