@@ -38,13 +38,29 @@ def validate(model: type[Model], values: Mapping[str, Any], where: Callable[[Pla
 
 
 def _keys_at(model: type[BaseModel], place: Place) -> list[str]:
-    owner: Any = model
+    """Return the keys that a mapping at `place` may have; names in mappings, and places in lists, are passed over."""
+    owners = [model]
     for step in place:
-        fields = getattr(owner, "model_fields", {})
-        owner = fields[step].annotation if step in fields else None if fields else owner
-        # Of `X | None` and of a mapping to X, the model X.
-        owner = next((part for part in get_args(owner) if hasattr(part, "model_fields")), owner)
-    return list(getattr(owner, "model_fields", {}))
+        inner = [each for one in owners if step in one.model_fields for each in _models_in(one, str(step))]
+        of_kind = [one for one in owners if step in _kinds(one)]
+        owners = inner or of_kind or owners
+    return list(dict.fromkeys(name for owner in owners for name in owner.model_fields))
+
+
+def _models_in(owner: type[BaseModel], field: str) -> list[type[BaseModel]]:
+    found: list[type[BaseModel]] = []
+    annotations: list[Any] = [owner.model_fields[field].annotation]
+    while annotations:
+        annotation = annotations.pop()
+        if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+            found.append(annotation)
+        annotations += get_args(annotation)
+    return found
+
+
+def _kinds(owner: type[BaseModel]) -> tuple[Any, ...]:
+    """Return the values of the field that tells one of several models."""
+    return get_args(owner.model_fields["kind"].annotation) if "kind" in owner.model_fields else ()
 
 
 @dataclass(frozen=True)
@@ -102,3 +118,7 @@ def _note_lines(node: yaml.Node | None, place: Place, lines: dict[Place, int], n
                 )
             lines[inner] = line
             _note_lines(value, inner, lines, named)
+    elif isinstance(node, yaml.SequenceNode):
+        for index, value in enumerate(node.value):
+            lines[(*place, index)] = value.start_mark.line + 1
+            _note_lines(value, (*place, index), lines, named)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Protocol
 
@@ -16,7 +16,7 @@ from effv2.tracking.read import read_experiment
 from effv2.tracking.recovery import open_experiment
 from effv2.tracking.run import TrackedRun, open_report_run, run_address, working_on
 from effv2.tracking.store import TrackingError, reason
-from effv2.tracking.tags import BORROWED, as_tag
+from effv2.tracking.tags import BORROWED, as_tag, lent
 from effv2.tracking.views import artifact_link, describe_experiment, save_views, view_links
 
 DATA = "data"  # folder of an export
@@ -51,14 +51,15 @@ def where_to_look(run: TrackedRun) -> str:
     return f"[Report]({page}) · {view_links(run.experiment_id)}"
 
 
-def report_on_study(parent: TrackedRun, used: Sequence[str]) -> None:
-    """Report on one study, which rests on the runs `used`, and log that to the study's run.
+def report_on_study(parent: TrackedRun, used: Mapping[str, str]) -> None:
+    """Report on one study, which rests on the runs `used`, by name, and log that to the study's run.
 
     Claims that none of its runs can tell anything about are left out.
     """
     runs = read_experiment(parent.experiment_id, (), parent.run_id)
     own = {run.run_id for run in runs if run.parent == parent.run_id}
-    parent.set_tags({BORROWED: as_tag(run_id for run_id in used if run_id not in own)})
+    borrowed = [lent(run_id, name) for name, run_id in used.items() if run_id not in own]
+    parent.set_tags({BORROWED: as_tag(borrowed)})
     evidence = tracked(parent.experiment_id, parent.run_id)
     log_report(make_report(evidence, read_claims(), only_touched=True), parent)
     _show_in_ui(parent)

@@ -16,7 +16,7 @@ from effv2.evidence.quantities import TEST, TRAIN, percent, whole
 from effv2.evidence.selection import complete, is_like, pair_of
 from effv2.evidence.statistics import FEWEST, Sample, wilson
 from effv2.tracking.read import RunRecord
-from effv2.tracking.tags import ARM, BORROWED, COMMAND, PLANNED, names_in
+from effv2.tracking.tags import ARM, BORROWED, COMMAND, PLANNED, lent_in, names_in
 
 BEST_TRIALS = 5
 SINGLE_RUNS = "Single runs"
@@ -79,13 +79,20 @@ def studies_of(runs: Sequence[RunRecord]) -> list[Study]:
     alone = children.pop("", [])
     studies = []
     for run in runs:
-        lent = [by_id[each] for each in names_in(run.tags.get(BORROWED, "")) if each in by_id]
+        names = lent_in(run.tags.get(BORROWED, ""))
+        lent = [_as_lent(by_id[each], name) for each, name in names.items() if each in by_id]
         if run.run_id in children or lent or "study.kind" in run.params:
             studies.append(Study(run, [*children.get(run.run_id, []), *lent]))
     parents = {study.parent.run_id for study in studies if study.parent is not None}
     orphans = [run for parent, of_it in children.items() if parent not in parents for run in of_it]
     single = [run for run in [*alone, *orphans] if run.run_id not in parents and run.metrics]
     return [*studies, *([Study(None, single)] if single else [])]
+
+
+def _as_lent(run: RunRecord, name: str) -> RunRecord:
+    """Return a run of another study as this one has it: under its name, in its arm."""
+    arm = name.rpartition(", seed ")[0]
+    return replace(run, name=name, tags=run.tags | ({ARM: arm} if arm else {}))
 
 
 def section(study: Study, claims: Claims) -> Section:

@@ -109,7 +109,7 @@ def _evaluate(session: Session, entries: Sequence[Entry], experiment_id: str, fr
         ranking = _rank(session.images, {label: runs[label] for label in labels if label in runs}, parent)
         if ranking is not None:
             _publish(ranking, parent)
-            report_on_study(parent, list(runs.values()))
+            report_on_study(parent, runs)
         if not failed:
             parent.set_tags({OUTCOME: "complete"})
     if failed:

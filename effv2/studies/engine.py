@@ -182,7 +182,7 @@ def _publish(session: Session, queue: Queue, load: LoadData, view: View) -> Endi
         stands = {"trials": finished, "log_model": session.log_model}
         if storage.optuna.get_study_user_attrs(queue.study_id).get(PUBLISHED) != stands:
             plan.publish(trials, session.parent, session.log_model, load)
-            report_on_study(session.parent, list(run_ids(trials).values()))
+            report_on_study(session.parent, run_ids(trials))
             storage.optuna.set_study_user_attr(queue.study_id, PUBLISHED, stands)
             if session.log_model == "all":
                 without = [each for each in run_ids(trials).values() if not TrackedRun(each, "").model_address()]

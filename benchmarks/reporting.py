@@ -1,4 +1,4 @@
-"""How long a report on many runs takes, and how large it is: `python -m benchmarks.report --runs 200`.
+"""How long a report on many runs takes, and how large it is: `python -m benchmarks.reporting --runs 200`.
 
 The runs are made up, five arms by ten seeds a study, 100 epochs each, in a sqlite store and, with --server, behind an
 MLflow server on it.
