@@ -274,10 +274,14 @@ def test_runs_are_compared_only_where_they_differ_in_nothing_else(tmp_path: Path
     fitting = study({"a": high, "b": low}, optimiser__lr=0.1)
     assert verdict(claims, fitting) == Verdict.SUPPORTED
     assert verdict(claims, [*study({"a": low}, optimiser__lr=0.2), *fitting]) == Verdict.SUPPORTED
-    assert (
-        verdict(claims, study({"a": high}, optimiser__lr=0.1) + study({"b": low}, optimiser__lr=0.2))
-        != Verdict.SUPPORTED
-    )
+    unlike = study({"a": high}, optimiser__lr=0.1) + study({"b": low}, optimiser__lr=0.2)
+    (judgement,) = judge(claims, unlike, nothing)
+    assert judgement.verdict == Verdict.NOT_TESTED and "in optimiser.lr" in judgement.findings[0].lacking
+    # What is no finite number, or isn't there, is no evidence.
+    broken = [run(float("nan"), 7, model__variant=arm, optimiser__lr=0.1) for arm in "ab"]
+    (judgement,) = judge(claims, [*fitting, *broken], nothing)
+    assert "3 pairs" in judgement.findings[0].evidence and judgement.verdict == Verdict.SUPPORTED
+    assert "the runs of a have no" in judge(claims, broken, nothing)[0].findings[0].lacking
     pruned = [
         run(0.1, seed, model__variant="a", optimiser__lr=0.1, tags={"effv2.outcome": "pruned"}) for seed in range(3)
     ]

@@ -18,7 +18,7 @@ import numpy as np
 
 from effv2.evidence.claims import Claim, Claims, Contrast, Protocol, family, published_value
 from effv2.evidence.quantities import Quantity, points, quantity
-from effv2.evidence.selection import Chosen, choose, complete, nearest_run, over_splits, overlap, pair_of
+from effv2.evidence.selection import Chosen, choose, complete, is_like, nearest_run, over_splits, overlap, pair_of
 from effv2.evidence.statistics import (
     FEWEST,
     LEVEL,
@@ -170,13 +170,12 @@ def _finding(claims: Claims, runs: Sequence[RunRecord], right: RightAnswers, con
     protocol, what = claims.protocols[contrast.protocol], quantity(contrast.metric)
     finding = _with_published(Finding(contrast, says(contrast, what)), claims, protocol, what)
     arms = [arm for arm in (contrast.arm, contrast.against) if arm]
-    chosen = choose([run for run in runs if what.value(run) is not None], protocol, arms)
+    values = ((run, what.value(run)) for run in runs)
+    # Of a ratio only positive values have a logarithm.
+    usable = [run for run, value in values if value is not None and (value > 0 or not contrast.ratio)]
+    chosen = choose(usable, protocol, arms)
     if not all(chosen.arms.values()):
-        if chosen.apart:
-            words = f"runs of {' and of '.join(arms)} differ in more than that: in {chosen.apart}"
-            return replace(finding, lacking=words)
-        lacking = [nearest_run(runs, protocol, arm) for arm in arms]
-        return replace(finding, lacking="; ".join(filter(None, lacking)))
+        return replace(finding, lacking=_lacking(runs, protocol, contrast, arms) or chosen.apart)
     used = tuple(run.run_id for of_arm in chosen.arms.values() for run in of_arm.values())
     finding = replace(finding, runs=used)
     if what.fixed:
@@ -184,6 +183,18 @@ def _finding(claims: Claims, runs: Sequence[RunRecord], right: RightAnswers, con
     if protocol.over == "images":
         return _over_images(finding, what, chosen, right)
     return _over_seeds(finding, what, chosen)
+
+
+def _lacking(runs: Sequence[RunRecord], protocol: Protocol, contrast: Contrast, arms: Sequence[str]) -> str:
+    """Say why there are no runs to judge by, where some come near."""
+    told = []
+    for arm in arms:
+        like = [run for run in runs if is_like(run, protocol, arm)]
+        if not like:
+            told.append(nearest_run(runs, protocol, arm))
+        elif all(quantity(contrast.metric).value(run) is None for run in like):
+            told.append(f"the runs of {arm} have no {contrast.metric}")
+    return "; ".join(filter(None, told))
 
 
 def says(contrast: Contrast, what: Quantity) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import statistics
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -44,13 +45,18 @@ def decimal(value: float) -> str:
 class Quantity:
     """A figure of a run: its name in words, how to take it, how to write it.
 
-    `value` gives None where the run lacks it. A `fixed` one doesn't vary from run to run: one decides.
+    A `fixed` one doesn't vary from run to run: one decides.
     """
 
     words: str
-    value: Callable[[RunRecord], float | None]
+    take: Callable[[RunRecord], float | None]
     text: Callable[[float], str] = decimal
     fixed: bool = False
+
+    def value(self, run: RunRecord) -> float | None:
+        """Return the figure of a run; None where the run lacks it, or it is no finite number."""
+        found = self.take(run)
+        return found if found is not None and math.isfinite(found) else None
 
     @property
     def is_accuracy(self) -> bool:

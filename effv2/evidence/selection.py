@@ -86,7 +86,7 @@ def pair_of(run: RunRecord) -> Pair:
 class Chosen:
     """The runs of some arms that differ in nothing else but seeds, by arm and pair.
 
-    `apart` names what else runs of the arms differ in, where that is why an arm has none.
+    `apart` says what else runs of the arms differ in, where that is why an arm has none.
     """
 
     arms: Mapping[str, Mapping[Pair, RunRecord]]
@@ -122,7 +122,7 @@ def choose(runs: Sequence[RunRecord], protocol: Protocol, arms: Sequence[str]) -
 
 
 def _apart(found: Mapping[Rest, Mapping[str, object]], arms: Sequence[str]) -> str:
-    """Name what the runs of two arms differ in, at least, where both have some."""
+    """Say what the runs of two arms differ in, at least, where both have some."""
     sides = [[dict(rest) for rest, group in found.items() if arm in group] for arm in arms]
     if len(sides) < 2:
         return ""
@@ -131,7 +131,8 @@ def _apart(found: Mapping[Rest, Mapping[str, object]], arms: Sequence[str]) -> s
         for one, other in product(sides[0], sides[-1])
     ]
     fewest: list[str] = min(ways, key=len, default=[])
-    return ", ".join(fewest)
+    names = " and of ".join(arms)
+    return f"runs of {names} differ in more than that: in {', '.join(fewest)}" if fewest else ""
 
 
 def _rest(run: RunRecord, fixed: set[str]) -> Iterator[tuple[str, str]]:
