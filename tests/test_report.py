@@ -168,6 +168,18 @@ def test_empty_and_half_finished_studies_say_what_is_missing(sqlite_store: str, 
     assert invoke(report, "--export", out).exit_code == 0  # again, into the same folder
 
 
+def test_the_run_that_mlflow_opened_gets_the_report(
+    sqlite_store: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    opened = MlflowClient().create_run("0", run_name="funny-fox-123").info.run_id
+    monkeypatch.setenv("MLFLOW_RUN_ID", opened)
+    assert invoke(report).exit_code == 0
+    (run,) = all_runs()
+    assert (run.info.run_name, run.info.status) == ("report", "FINISHED")
+    assert "not tested here" in artifact(opened, "report.md", tmp_path)
+    assert run.data.tags["mlflow.note.content"].startswith("0 runs; of 24 claims")
+
+
 @pytest.mark.parametrize(
     ("words", "said"),
     [

@@ -9,7 +9,7 @@ the family of the claim. Fewer than three runs decide nothing about training.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from enum import Enum
 from functools import partial
@@ -18,7 +18,7 @@ import numpy as np
 
 from effv2.evidence.claims import Claim, Claims, Contrast, Protocol, family, published_value
 from effv2.evidence.quantities import Quantity, points, quantity
-from effv2.evidence.selection import Chosen, choose, complete, is_like, nearest_run, over_splits, overlap, pair_of
+from effv2.evidence.selection import Chosen, choose, complete, is_like, nearest_run, over_splits, overlap
 from effv2.evidence.statistics import (
     FEWEST,
     LEVEL,
@@ -125,7 +125,14 @@ class Judgement:
 def judge(claims: Claims, runs: Sequence[RunRecord], right: RightAnswers) -> list[Judgement]:
     """Judge all claims on the runs there are, the oldest first."""
     finished = complete(runs)
-    judge_one = partial(_finding, claims, finished, right)
+    answers: dict[str, Mapping[str, bool]] = {}  # by run: each is read once, however many claims ask
+
+    def known(run: RunRecord) -> Mapping[str, bool]:
+        if run.run_id not in answers:
+            answers[run.run_id] = right(run)
+        return answers[run.run_id]
+
+    judge_one = partial(_finding, claims, finished, known)
     found = {id_: [judge_one(contrast) for contrast in claims.contrasts(id_)] for id_ in claims.claims}
     corrected = _corrected(found)
     return [_judgement(id_, claims, corrected[id_], judge_one) for id_ in claims.claims]
@@ -365,14 +372,3 @@ def _more(sample: Sample, edge: float) -> str:
         return f"more than {MOST_RUNS:,} further runs would be needed, if there is anything to decide"
     few, many = found
     return f"about {few:,} to {f'{many:,}' if many else f'more than {MOST_RUNS:,}'} more seeds would decide"
-
-
-def seeds_of(runs: Sequence[RunRecord]) -> list[str]:
-    """Return the seeds of runs, each once."""
-    return list(dict.fromkeys(pair_of(run)[1] for run in runs))
-
-
-def shown_families(judgements: Sequence[Judgement]) -> Iterator[tuple[str, list[Judgement]]]:
-    """Return judgements by family, in the order of the claims."""
-    for letters in dict.fromkeys(family(each.id) for each in judgements):
-        yield letters, [each for each in judgements if family(each.id) == letters]
