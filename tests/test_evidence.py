@@ -15,9 +15,10 @@ from scipy import stats
 
 from effv2.config import TrainConfig
 from effv2.errors import InputError
-from effv2.evidence.claims import Claims, Protocol, published_runs, read_claims
+from effv2.evidence.claims import Claims, Protocol, read_claims
 from effv2.evidence.judge import Verdict, Words, judge
 from effv2.evidence.quantities import TEST, TRAIN, quantity
+from effv2.evidence.reference import published_runs
 from effv2.evidence.selection import is_like
 from effv2.evidence.statistics import (
     FEWEST,

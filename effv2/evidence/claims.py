@@ -6,7 +6,6 @@ means is told in docs/claims.md.
 
 from __future__ import annotations
 
-import csv
 import math
 import re
 from collections.abc import Iterator, Mapping
@@ -20,12 +19,10 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from effv2.documents import Document, read_document, validate
 from effv2.errors import InputError, nearest
-from effv2.evidence.quantities import TEST, TRAIN, quantity
-from effv2.tracking.read import RunRecord
+from effv2.evidence.quantities import quantity
 
 PUBLISHED = Path(__file__).with_name("published")
 SHIPPED = PUBLISHED / "claims.yaml"
-CURVES = PUBLISHED / "curves.csv"
 Value = bool | int | float | str
 Settings = dict[str, Value]  # dotted parameters and the values they must have
 
@@ -292,32 +289,3 @@ def _check(id_: str, claims: Claims, document: Document) -> None:
                 f"{document.where((*place, 'checks'))}: on the same test images it can only be told which network is "
                 "better; leave the region out."
             )
-
-
-@cache
-def published_runs() -> Mapping[str, Mapping[str, RunRecord]]:
-    """Return the post's training runs, as far as it published their curves, by protocol and arm; one run an arm."""
-    histories: dict[str, dict[str, dict[str, dict[int, float]]]] = {}
-    with CURVES.open(newline="", encoding="utf-8") as file:
-        for row in csv.DictReader(file):
-            of_arm = histories.setdefault(row["protocol"], {}).setdefault(row["arm"], {TRAIN: {}, TEST: {}})
-            for name, column in ((TRAIN, "train_accuracy_percent"), (TEST, "test_accuracy_percent")):
-                of_arm[name][int(row["epoch"])] = round(float(row[column]) / 100, 6)
-    return {
-        protocol: {arm: _as_run(arm, history) for arm, history in arms.items()} for protocol, arms in histories.items()
-    }
-
-
-def _as_run(arm: str, history: dict[str, dict[int, float]]) -> RunRecord:
-    test = history[TEST]
-    metrics = {"best/test_accuracy": max(test.values()), "final/test_accuracy": test[max(test)]}
-    return RunRecord("", arm, "FINISHED", {}, metrics, {}, history)
-
-
-def published_value(claims: Claims, contrast: Contrast, arm: str) -> float | None:
-    """Return the published figure of an arm: as it was printed, else from the published curve; None without one."""
-    printed = claims.protocols[contrast.protocol].published.figures.get(contrast.metric, {})
-    if arm in printed:
-        return printed[arm]
-    run = published_runs().get(contrast.protocol, {}).get(arm)
-    return None if run is None else quantity(contrast.metric).value(run)

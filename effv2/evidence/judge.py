@@ -16,8 +16,9 @@ from functools import partial
 
 import numpy as np
 
-from effv2.evidence.claims import Claim, Claims, Contrast, Protocol, family, published_value
+from effv2.evidence.claims import Claim, Claims, Contrast, Protocol, family
 from effv2.evidence.quantities import Quantity, points, quantity
+from effv2.evidence.reference import published_value
 from effv2.evidence.selection import Chosen, choose, complete, is_like, nearest_run, over_splits, overlap
 from effv2.evidence.statistics import (
     FEWEST,

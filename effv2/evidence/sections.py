@@ -9,10 +9,11 @@ from functools import partial
 
 from matplotlib.figure import Figure
 
-from effv2.evidence.claims import Claims, published_runs
+from effv2.evidence.claims import Claims
 from effv2.evidence.comparison import NONE, Comparison, Rows
 from effv2.evidence.figures import accuracy_against_time, accuracy_curves, bars
 from effv2.evidence.quantities import TEST, TRAIN, percent, whole
+from effv2.evidence.reference import published_runs
 from effv2.evidence.selection import complete, is_like, pair_of
 from effv2.evidence.statistics import FEWEST, Sample, wilson
 from effv2.tracking.read import RunRecord
