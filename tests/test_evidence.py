@@ -134,7 +134,7 @@ FUSED = {"mbconv_only": "none", "default": "stages_1_to_3", "fused_1_to_5": "sta
         (f"hparam-{name}.yaml", f"scratch-{name}")
         for name in ("imagenette-32", "imagenette-128", "birds-32", "birds-128")
     ]
-    + [("fuse-stages.yaml", "fused-stages")],
+    + [("ablate-fused-stages.yaml", "fused-stages")],
 )
 def test_published_protocols_are_those_of_the_study_files(sweep: str, protocol: str) -> None:
     claims, file = read_claims(), read_study(ROOT / "sweeps" / sweep)

@@ -45,7 +45,7 @@ def accuracy_curves(
         if published and name in published:
             theirs = {epoch: value for epoch, value in published[name].items() if epoch <= max(epochs, default=0)}
             axes.plot(list(theirs), list(theirs.values()), ":", color=colour, linewidth=1, alpha=0.8)
-        axes.plot(epochs, values.mean(0), style, color=colour, label=plain(name), marker=marker)
+        axes.plot(epochs, values.mean(0), linestyle=style, color=colour, label=plain(name), marker=marker)
         if len(runs) > 1:
             low, high = _band(values)
             axes.fill_between(epochs, low, high, color=colour, alpha=0.15, linewidth=0)
