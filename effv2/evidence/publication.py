@@ -9,9 +9,10 @@ from typing import Protocol
 
 from effv2.errors import InputError, RunError
 from effv2.evidence.claims import Claims, read_claims
+from effv2.evidence.quantities import HISTORIES
 from effv2.evidence.report import HTML, Report, make_report
 from effv2.evidence.sections import studies_of
-from effv2.evidence.sources import Evidence, export, exported, tracked
+from effv2.evidence.sources import EXPORTED, Evidence, export, exported, tracked
 from effv2.tracking.read import read_experiment
 from effv2.tracking.recovery import open_experiment
 from effv2.tracking.run import TrackedRun, open_report_run, run_address, working_on
@@ -60,7 +61,7 @@ def report_on_study(parent: TrackedRun, used: Mapping[str, str]) -> None:
     own = {run.run_id for run in runs if run.parent == parent.run_id}
     borrowed = [lent(run_id, name) for name, run_id in used.items() if run_id not in own]
     parent.set_tags({BORROWED: as_tag(borrowed)})
-    evidence = tracked(parent.experiment_id, parent.run_id)
+    evidence = tracked(parent.experiment_id, parent=parent.run_id)
     log_report(make_report(evidence, read_claims(), only_touched=True), parent)
     _show_in_ui(parent)
 
@@ -77,7 +78,7 @@ def publish(experiment: str, claims: Claims, target: Path | None, view: View) ->
         run = open_report_run(experiment_id)
         with working_on(run):
             view.working("reading runs")
-            evidence = tracked(run.experiment_id)
+            evidence = tracked(run.experiment_id, HISTORIES if target is None else EXPORTED)
             report = make_report(evidence, claims, progress=view.working)
             parents = [study.parent.run_id for study in studies_of(evidence.runs) if study.parent is not None]
             for place in [run, *(TrackedRun(run_id, run.experiment_id) for run_id in parents)]:

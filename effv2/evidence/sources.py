@@ -6,6 +6,7 @@ import csv
 import io
 import json
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,7 @@ from effv2.evidence.quantities import HISTORIES
 from effv2.evidence.run_artifacts import write_csv
 from effv2.places import write_whole
 from effv2.provenance import sha256_of_file
-from effv2.tracking.read import PARENT, Images, RunRecord, experiment_name, read_artifacts, read_experiment
+from effv2.tracking.read import PARENT, READERS, Images, RunRecord, experiment_name, read_artifacts, read_experiment
 from effv2.tracking.views import ui_address
 
 EXPORTED = (*HISTORIES, "val/accuracy", "train/loss", "val/loss", "test/loss", "learning_rate")
@@ -46,10 +47,10 @@ class Evidence:
         return {row["id"]: row["true"] == row["predicted"] for row in csv.DictReader(io.StringIO(text))}
 
 
-def tracked(experiment_id: str, parent: str = "") -> Evidence:
+def tracked(experiment_id: str, histories: Sequence[str] = HISTORIES, parent: str = "") -> Evidence:
     """Return the evidence in the tracking store: of a whole experiment, or of one study, the run `parent`."""
     ui = f"{server}/#/experiments/{experiment_id}" if (server := ui_address()) else ""
-    read = read_experiment(experiment_id, EXPORTED, parent)
+    read = read_experiment(experiment_id, histories, parent)
     parents = {run.parent for run in read}
     runs = [run for run in read if run.run_id in parents or run.parent or any("." in name for name in run.params)]
     return Evidence(experiment_name(experiment_id), ui, runs, lambda run: read_artifacts(run.run_id, PREDICTIONS))
@@ -73,12 +74,14 @@ def export(evidence: Evidence, folder: Path) -> None:
     table("metrics.csv", ("run_id", "name", "value"), _pairs((run, run.metrics) for run in runs))
     table("epochs.csv", ("run_id", "name", "epoch", "value"), _epochs(runs))
     table("images.csv", ("run_id", "context", "name", "digest", "images", "classes"), _images(runs))
-    for run in runs:
-        for name, text in evidence.predictions(run).items() if run.status == "FINISHED" else ():
-            path = folder / "predictions" / run.run_id / name
-            path.parent.mkdir(parents=True, exist_ok=True)
-            path.write_text(text, encoding="utf-8", newline="")
-            written.append(path)
+    finished = [run for run in runs if run.status == "FINISHED"]
+    with ThreadPoolExecutor(READERS) as pool:
+        for run, texts in zip(finished, pool.map(evidence.predictions, finished), strict=True):
+            for name, text in texts.items():
+                path = folder / "predictions" / run.run_id / name
+                path.parent.mkdir(parents=True, exist_ok=True)
+                path.write_text(text, encoding="utf-8", newline="")
+                written.append(path)
     hashes = {path.relative_to(folder).as_posix(): sha256_of_file(path) for path in sorted(written)}
     about = {"effv2": __version__, "experiment": evidence.experiment, "ui": evidence.ui, "sha256": hashes}
     write_whole(folder / MANIFEST, json.dumps(about, indent=1) + "\n")

@@ -12,7 +12,7 @@ from pathlib import Path
 from mlflow import MlflowClient
 from mlflow.entities import Run
 
-from effv2.tracking.run import OUTCOME, TrackedRun
+from effv2.tracking.run import OUTCOME
 from effv2.tracking.tags import BORROWED, lent_in
 
 PARENT = "mlflow.parentRunId"
@@ -145,12 +145,15 @@ def experiment_name(experiment_id: str) -> str:
 
 def read_artifacts(run_id: str, names: Iterable[str]) -> dict[str, str]:
     """Return the texts of those named artifacts that a run has."""
-    found: dict[str, str] = {}
-    run = TrackedRun(run_id, "")
+    client, found = MlflowClient(), dict[str, str]()
+    there = {file.path for file in client.list_artifacts(run_id)}
     with tempfile.TemporaryDirectory() as folder:
         for name in names:
-            if (path := run.fetch(name, Path(folder))) is not None:
-                found[name] = path.read_text(encoding="utf-8")
+            above = name.rpartition("/")[0]
+            if above and above in there:
+                there |= {file.path for file in client.list_artifacts(run_id, above)}
+            if name in there:
+                found[name] = Path(client.download_artifacts(run_id, name, folder)).read_text(encoding="utf-8")
     return found
 
 
