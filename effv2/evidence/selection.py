@@ -53,7 +53,7 @@ def nearest_run(runs: Sequence[RunRecord], protocol: Protocol, arm: str) -> str:
     near = [run for run, each in zip(runs, unlike, strict=True) if each == least]
     words = []
     for name, value in least:
-        there = dict.fromkeys(run.params.get(name, "absent") or "empty" for run in near)
+        there = dict.fromkeys(run.params[name] or "empty" for run in near if name in run.params) or {"absent": None}
         words.append(f"{name} is {' or '.join(list(there)[:4])}, not {value or 'empty'}")
     return f"no run is like {arm}: in the nearest ones {', '.join(words)}"
 
