@@ -152,19 +152,21 @@ def test_empty_and_half_finished_studies_say_what_is_missing(sqlite_store: str, 
     assert "mlflow run . -e ablate -P variant=drop_one" in markdown
     assert len(rows_of(markdown)) == 24 and "mlflow run . -e ablate" in (out / "report.html").read_text()
     client = MlflowClient()
-    run_id = client.create_run("0", run_name="half").info.run_id
+    name = r"half $x$ | <i>é数\1"  # of a foreign run: nothing in it is taken for mathematics, markup or a pattern
+    run_id = client.create_run("0", run_name=name).info.run_id
     tags = {
         "effv2.planned": '["default, seed 0", "other, seed 0"]',
         "effv2.command": "effv2 ablate --study <b>half.yaml",
     }
     client.log_batch(run_id, params=[Param("study.kind", "ablate")], tags=[RunTag(*each) for each in tags.items()])
     child = client.create_run("0", run_name="default, seed 0", tags={"mlflow.parentRunId": run_id}).info.run_id
-    client.log_batch(child, [Metric("best/test_accuracy", 0.5, 0, 0)], [Param("model.variant", "default")])
+    values = {"best/test_accuracy": 0.5, "test/accuracy": 0.5, "time/total_train_seconds": 1.0}
+    client.log_batch(child, [Metric(key, value, 0, 1) for key, value in values.items()], [Param("model.variant", name)])
     client.set_terminated(child)
     assert invoke(report, "--export", out).exit_code == 0
     markdown, html = (out / "report.md").read_text(), (out / "report.html").read_text()
     assert "1 planned runs aren't finished: other, seed 0" in markdown and "effv2 ablate --study" in markdown
-    assert "<b>half" not in html and not Page(html).open
+    assert "<b>half" not in html and "<i>" not in html + markdown and not Page(html).open and html.count("<svg") == 3
     assert invoke(report, "--export", out).exit_code == 0  # again, into the same folder
 
 

@@ -49,7 +49,7 @@ def accuracy_curves(
         if len(runs) > 1:
             low, high = _band(values)
             axes.fill_between(epochs, low, high, color=colour, alpha=0.15, linewidth=0)
-    axes.set(title=title, xlabel="epoch", ylabel="accuracy", ylim=(0, 1))
+    axes.set(title=plain(title), xlabel="epoch", ylabel="accuracy", ylim=(0, 1))
     axes.grid(alpha=0.3)
     axes.legend(loc="best", fontsize="small")
     return figure
@@ -76,7 +76,7 @@ def bars(values: Mapping[str, Sequence[float]], title: str, unit: str) -> Figure
     drawn = axes.barh(list(map(plain, values)), means, xerr=reach, color=PALETTE[0], ecolor="#555555")
     axes.bar_label(drawn, fmt="%.3g", padding=4)
     axes.invert_yaxis()
-    axes.set(title=title, xlabel=unit)
+    axes.set(title=plain(title), xlabel=unit)
     axes.margins(x=0.12)
     return figure
 
@@ -95,7 +95,7 @@ def accuracy_against_time(
         axes.errorbar(
             across.mean(), up.mean(), yerr=upright, xerr=sideways, fmt=marker, color=colour, label=plain(name)
         )
-    axes.set(title=title, xlabel="training, seconds", ylabel="test accuracy, best epoch")
+    axes.set(title=plain(title), xlabel="training, seconds", ylabel="test accuracy, best epoch")
     axes.margins(0.15)
     axes.grid(alpha=0.3)
     axes.legend(loc="best", fontsize="small")
@@ -130,7 +130,7 @@ def accuracy_against_cost(points: Mapping[str, CostPoint], title: str) -> Figure
         axes.xaxis.set_minor_locator(NullLocator())
         axes.grid(alpha=0.3)
     left.set_ylabel("accuracy, %")
-    figure.suptitle(title)
+    figure.suptitle(plain(title))
     figure.legend(*left.get_legend_handles_labels(), loc="outside lower center", ncols=3)
     return figure
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import re
+import warnings
 
 import matplotlib
 from matplotlib.figure import Figure
@@ -21,7 +22,8 @@ NUMBER = re.compile(r"-?\d+\.\d{2,}")
 def as_file(figure: Figure) -> str:
     """Return the figure as an SVG file, the same for the same figure."""
     text = io.StringIO()
-    with matplotlib.rc_context(SETTINGS):  # type: ignore[arg-type]
+    with matplotlib.rc_context(SETTINGS), warnings.catch_warnings():  # type: ignore[arg-type]
+        warnings.filterwarnings("ignore", message="Glyph")  # a name in a script that the font lacks
         figure.savefig(text, format="svg", metadata={"Date": None, "Creator": None})
     return TAG.sub(lambda tag: NUMBER.sub(lambda found: f"{float(found[0]):.1f}", tag[0]), text.getvalue())
 
@@ -39,6 +41,6 @@ def inline(svg: str, label: str) -> str:
     body = re.sub(r'<g id="(?!m)[a-z0-9_]+">', "<g>", body)
     body = re.sub(r"font-family: [^;\"]*; ?", "", body)
     body = re.sub(r"<style.*?</style>", "", body, flags=re.DOTALL)
-    head = f'<svg role="img" aria-label="{label}"'
-    body = re.sub(r'^<svg [^>]*?viewBox="([^"]*)"[^>]*>', rf'{head} viewBox="\1">', body, count=1)
+    size = re.search(r'viewBox="[^"]*"', body)
+    body = f'<svg role="img" aria-label="{label}" {size[0] if size else ""}{body[body.index(">") :]}'
     return re.sub(r"\s*<metadata>.*?</metadata>", "", body, flags=re.DOTALL)
