@@ -307,6 +307,13 @@ def test_repeated_splits_count_once_each_and_widen_the_interval(tmp_path: Path) 
     (on_one,), (on_several,) = judge(claims, one, nothing), judge(claims, several, nothing)
     assert "10 pairs on 5 splits" in on_several.findings[0].evidence
     assert (on_one.findings[0].p or 1) < (on_several.findings[0].p or 0)
+    # One run on a second split takes nothing from five on the first; arms on different splits are compared unpaired.
+    more = [run(0.5, 9, model__variant=arm, data__split_seed=1) for arm in "ab"]
+    (judgement,) = judge(claims, [*one, *more], nothing)
+    assert judgement.findings[0].evidence == on_one.findings[0].evidence
+    apart = study({"a": values}, data__split_seed=1) + study({"b": [0.0, 0.001] * 2}, data__split_seed=2)
+    (judgement,) = judge(claims, apart, nothing)
+    assert "not paired" in judgement.findings[0].evidence
     corrected = Sample(tuple(values), overlap=0.25)  # Nadeau & Bengio's: 1/n and the ratio of test to training images
     assert corrected.error == pytest.approx(np.std(values, ddof=1) * np.sqrt(1 / 5 + 0.25))
     assert on_several.findings[0].p == pytest.approx(corrected.p(0))

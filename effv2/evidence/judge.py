@@ -9,6 +9,7 @@ the family of the claim. Fewer than three runs decide nothing about training.
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from enum import Enum
@@ -19,7 +20,7 @@ import numpy as np
 from effv2.evidence.claims import Claim, Claims, Contrast, Protocol, family
 from effv2.evidence.quantities import Quantity, points, quantity
 from effv2.evidence.reference import published_value
-from effv2.evidence.selection import Chosen, choose, complete, is_like, nearest_run, over_splits, overlap
+from effv2.evidence.selection import Chosen, Pair, choose, complete, is_like, nearest_run, over_splits, overlap
 from effv2.evidence.statistics import (
     FEWEST,
     LEVEL,
@@ -73,6 +74,8 @@ class Finding:
     p: float | None = None
     corrected: float | None = None
     decided: bool = False  # without a test: a quantity that doesn't vary
+    estimate: Estimate | None = None
+    edge: float = 0.0  # from which the mean is told
     more: str = ""
     single: str = ""
     lacking: str = ""
@@ -148,8 +151,24 @@ def _corrected(found: Mapping[str, Sequence[Finding]]) -> dict[str, list[Finding
         tests = {each.contrast: each.p for findings in members.values() for each in findings if each.p is not None}
         corrected = dict(zip(tests, holm(list(tests.values())), strict=True)) if tests else {}
         for id_, findings in members.items():
-            result[id_] = [replace(each, corrected=corrected.get(each.contrast)) for each in findings]
+            result[id_] = [_decided(each, corrected.get(each.contrast), len(tests)) for each in findings]
     return result
+
+
+def _decided(finding: Finding, corrected: float | None, tests: int) -> Finding:
+    """Return the finding with its corrected p-value and, where that doesn't decide, how many more runs are likely to.
+
+    Those must do with the level that the smallest of `tests` p-values has to reach.
+    """
+    finding = replace(finding, corrected=corrected)
+    if corrected is None or corrected < LEVEL or not isinstance(finding.estimate, Sample):
+        return finding
+    found = more_to_decide(finding.estimate, finding.edge, LEVEL / tests)
+    if found is None:
+        return replace(finding, more=f"more than {MOST_RUNS:,} further seeds would be needed, if there is a difference")
+    few, many = found
+    up_to = f"{many:,}" if many else f"more than {MOST_RUNS:,}"
+    return replace(finding, more=f"about {few:,} to {up_to} more seeds would decide")
 
 
 def _judgement(
@@ -313,8 +332,7 @@ def _over_seeds(finding: Finding, what: Quantity, chosen: Chosen) -> Finding:
     if estimate.n < FEWEST:
         return replace(finding, more=f"fewer than {FEWEST} runs decide nothing; {FEWEST - estimate.n} more at least")
     edge = _binding_edge(contrast, back(estimate.mean), estimate)
-    more = _more(estimate, edge) if isinstance(estimate, Sample) else ""
-    return replace(finding, p=estimate.p(edge), more=more)
+    return replace(finding, p=estimate.p(edge), estimate=estimate, edge=edge)
 
 
 def _apply(text: Callable[[float], str], back: Callable[[float], float], value: float) -> str:
@@ -337,18 +355,32 @@ def _estimate(contrast: Contrast, what: Quantity, chosen: Chosen) -> tuple[Estim
         arm: {pair: scale(value) for pair, run in runs.items() if (value := what.value(run)) is not None}
         for arm, runs in chosen.arms.items()
     }
-    ratio, first = overlap(chosen), values[contrast.arm]
-    splits = len({pair[0] for runs in values.values() for pair in runs})
+    values, splits = _on_splits(values)
+    ratio, first = overlap(chosen) if splits > 1 else 0.0, values[contrast.arm]
     on = f" on {splits} splits" if splits > 1 else ""
     if not contrast.against:
         return Sample(tuple(over_splits(first)), ratio), f"{_count(len(first), 'run')}{on}"
     second = values[contrast.against]
-    pairs = chosen.pairs()
-    if pairs:
+    pairs = [pair for pair in chosen.pairs() if pair in first]
+    if len(pairs) >= min(FEWEST, len(first), len(second)):
         differences = {pair: first[pair] - second[pair] for pair in pairs}
         return Sample(tuple(over_splits(differences)), ratio), f"{_count(len(pairs), 'pair')}{on}"
     both = [Sample(tuple(over_splits(each)), ratio) for each in (first, second)]
     return Unpaired(*both), f"{len(first)} and {_count(len(second), 'run')}, not paired{on}"
+
+
+def _on_splits(values: Mapping[str, dict[Pair, float]]) -> tuple[dict[str, dict[Pair, float]], int]:
+    """Return the values on splits that all arms have, and how many those are.
+
+    Fewer than three splits decide nothing, so that of two the one with most runs counts.
+    """
+    runs = Counter(pair[0] for of_arm in values.values() for pair in of_arm)
+    shared = set.intersection(*({pair[0] for pair in of_arm} for of_arm in values.values()))
+    if not shared:
+        return dict(values), 1
+    kept_splits = shared if len(shared) >= FEWEST else {max(sorted(shared), key=lambda split: runs[split])}
+    kept = {arm: {pair: v for pair, v in of_arm.items() if pair[0] in kept_splits} for arm, of_arm in values.items()}
+    return kept, len(kept_splits)
 
 
 def _count(number: int, word: str) -> str:
@@ -362,14 +394,3 @@ def _binding_edge(contrast: Contrast, value: float, estimate: Estimate) -> float
     if _is_inside(contrast, value):
         return max(scaled, key=estimate.p)
     return min(scaled, key=lambda edge: abs(edge - estimate.mean))
-
-
-def _more(sample: Sample, edge: float) -> str:
-    """Say about how many more runs would decide; nothing where these do."""
-    if sample.p(edge) < LEVEL:
-        return ""
-    found = more_to_decide(sample, edge)
-    if found is None:
-        return f"more than {MOST_RUNS:,} further runs would be needed, if there is anything to decide"
-    few, many = found
-    return f"about {few:,} to {f'{many:,}' if many else f'more than {MOST_RUNS:,}'} more seeds would decide"
