@@ -103,7 +103,7 @@ def _environment() -> Environment:
 
 def cell(text: object) -> str:
     """Write a text into a cell of a Markdown table."""
-    return " ".join(str(text).replace("|", "\\|").replace("<", "&lt;").split())
+    return " ".join(re.sub(r"<(?=[A-Za-z/!?])", "&lt;", str(text).replace("|", "\\|")).split())
 
 
 def _drawing(svg: str, label: str) -> Markup:
@@ -116,9 +116,9 @@ def reason(judgement: Judgement) -> str:
     if judgement.tested:
         counts = Counter(each.verdict for each in findings)
         said = ", ".join(f"{counts[verdict]} {verdict.value}" for verdict in Verdict if counts[verdict])
-        text = f"of {len(findings)} things said {said}" if len(findings) > 1 else "; ".join(numbers(findings[0])[-1:])
+        text = f"of {len(findings)} things said {said}" if len(findings) > 1 else _estimated(findings[0])
         more = [each.more for each in findings if each.verdict == Verdict.UNDECIDED and each.more]
-        return f"{text}; {more[0]}" if more and len(findings) > 1 else text
+        return f"{text}; {more[0]}" if more else text
     alone = judgement.verdict == Verdict.UNDECIDED
     text = "the published figures alone, one run each; not tested here" if alone else ""
     near_misses = list(dict.fromkeys(each.lacking for each in findings if each.lacking))
@@ -129,10 +129,13 @@ def reason(judgement: Judgement) -> str:
 
 def numbers(finding: Finding) -> list[str]:
     """Return what there is to say in numbers of one thing that a claim says."""
-    said = [f"published: {finding.published}"] if finding.published else []
-    if finding.evidence:
-        p = f", {shown_p(finding.p)}" if finding.p is not None else ""
-        differs = finding.corrected is not None and finding.p is not None and finding.corrected != finding.p
-        corrected = f" ({shown_p(finding.corrected or 0.0)} after Holm)" if differs else ""
-        said.append(f"{finding.evidence}{p}{corrected}")
-    return [*said, *filter(None, (finding.single, finding.more, finding.lacking))]
+    published = f"published: {finding.published}" if finding.published else ""
+    return list(filter(None, (published, _estimated(finding), finding.single, finding.more, finding.lacking)))
+
+
+def _estimated(finding: Finding) -> str:
+    """Return what the runs say, with its p-values."""
+    told = [shown_p(p) for p in (finding.p, finding.corrected) if p is not None]
+    if len(set(told)) > 1:
+        return f"{finding.evidence}, {told[0]} ({told[1]} after Holm)"
+    return ", ".join(filter(None, (finding.evidence, *told[:1])))

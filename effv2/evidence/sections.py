@@ -12,7 +12,7 @@ from matplotlib.figure import Figure
 from effv2.evidence.claims import Claims
 from effv2.evidence.comparison import NONE, Comparison, Rows
 from effv2.evidence.figures import accuracy_against_time, accuracy_curves, bars
-from effv2.evidence.quantities import TEST, TRAIN, percent, whole
+from effv2.evidence.quantities import QUANTITIES, TEST, TRAIN, percent, whole
 from effv2.evidence.reference import published_runs
 from effv2.evidence.selection import complete, is_like, pair_of
 from effv2.evidence.statistics import FEWEST, Sample, wilson
@@ -20,6 +20,8 @@ from effv2.tracking.read import RunRecord
 from effv2.tracking.tags import ARM, BORROWED, COMMAND, PLANNED, lent_in, names_in
 
 BEST_TRIALS = 5
+MOST_COLUMNS = 8
+SHORT = ("best/test_accuracy", "selected/test_accuracy", "time/total_train_seconds")
 SINGLE_RUNS = "Single runs"
 # Where a report tells about them: what a tag is called, and how it is called there.
 ENVIRONMENT = {
@@ -86,8 +88,13 @@ def studies_of(runs: Sequence[RunRecord]) -> list[Study]:
             studies.append(Study(run, [*children.get(run.run_id, []), *lent]))
     parents = {study.parent.run_id for study in studies if study.parent is not None}
     orphans = [run for parent, of_it in children.items() if parent not in parents for run in of_it]
-    single = [run for run in [*alone, *orphans] if run.run_id not in parents and run.metrics]
+    single = [run for run in [*alone, *orphans] if run.run_id not in parents and _is_told(run)]
     return [*studies, *([Study(None, single)] if single else [])]
+
+
+def _is_told(run: RunRecord) -> bool:
+    """Say whether a run has any of the figures that a table of arms has."""
+    return any(QUANTITIES[name].value(run) is not None for name in SHORT)
 
 
 def _as_lent(run: RunRecord, name: str) -> RunRecord:
@@ -154,7 +161,7 @@ def arm_of(run: RunRecord) -> str:
 def _of_arms(study: Study, empty: Section, claims: Claims) -> Section:
     arms: dict[str, list[RunRecord]] = {}
     for run in complete(study.runs):
-        if run.metrics:
+        if _is_told(run):
             arms.setdefault(arm_of(run), []).append(run)
     if not arms:
         return empty
@@ -177,6 +184,8 @@ def _of_arms(study: Study, empty: Section, claims: Claims) -> Section:
 
 def _with_intervals(comparison: Comparison) -> Rows:
     """Return the table with a line a figure and a column an arm, and the intervals of the published metric."""
+    if len(comparison.arms) > MOST_COLUMNS:
+        return _by_row(comparison)
     titles, *lines = comparison.lines()
     best = comparison.values("best/test_accuracy")
     cells = []
@@ -187,13 +196,15 @@ def _with_intervals(comparison: Comparison) -> Rows:
         both = (mean, single)
         cells.append([NONE if each is None else f"{percent(each.low)} to {percent(each.high)}" for each in both])
     means, singles = zip(*cells, strict=True)
-    return [
-        titles,
-        *lines[:2],
-        ("95 % interval of that mean", *means),
-        ("where a single re-run is expected (95 %)", *singles),
-        *lines[2:],
-    ]
+    intervals = [("95 % interval of that mean", *means), ("where a single re-run is expected (95 %)", *singles)]
+    return [titles, *(line for line in [*lines[:2], *intervals, *lines[2:]] if set(line[1:]) != {NONE})]
+
+
+def _by_row(comparison: Comparison) -> Rows:
+    """Return a short table with a line an arm, where there are too many for columns."""
+    kept = [comparison.header.index(QUANTITIES[name].words) for name in SHORT]
+    rows = [comparison.header, *comparison.rows()]
+    return [(row[0], row[1], *(row[index] for index in kept)) for row in rows]
 
 
 def published_curves(arms: Mapping[str, Sequence[RunRecord]], claims: Claims) -> tuple[dict[str, RunRecord], str]:
