@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from functools import cache
 from itertools import pairwise, product
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, ClassVar, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
@@ -131,40 +131,41 @@ class Level(Check):
         yield Contrast(protocol, self.metric, self.arm, *(self.edges() or (-math.inf, math.inf)))
 
 
-class Difference(Check):
+class Pairwise(Check):
+    """What kinds of two arms share; `otherwise` is the region where none is given."""
+
+    otherwise: ClassVar[tuple[float, float]] = (0, math.inf)
+    ratio: ClassVar[bool] = False
+    arm: str
+    against: str
+
+    def contrasts(self, protocol: str) -> Iterator[Contrast]:
+        """Return the one thing it says."""
+        low, high = self.edges() or self.otherwise
+        yield Contrast(protocol, self.metric, self.arm, low, high, self.against, self.ratio)
+
+
+class Difference(Pairwise):
     """A quantity of one arm less that of another; above 0 where nothing else is said."""
 
     kind: Literal["difference"]
-    arm: str
-    against: str
     metric: str = "best/test_accuracy"
 
-    def contrasts(self, protocol: str) -> Iterator[Contrast]:
-        """Return the one thing it says."""
-        low, high = self.edges() or (0, math.inf)
-        yield Contrast(protocol, self.metric, self.arm, low, high, self.against)
 
-
-class Convergence(Check):
+class Convergence(Pairwise):
     """Epochs that one arm needs less those of another; below 0, which is sooner, where nothing else is said."""
 
+    otherwise = (-math.inf, 0)
     kind: Literal["convergence"]
-    arm: str
-    against: str
     metric: str = "epochs/to_95_percent"
 
-    def contrasts(self, protocol: str) -> Iterator[Contrast]:
-        """Return the one thing it says."""
-        low, high = self.edges() or (-math.inf, 0)
-        yield Contrast(protocol, self.metric, self.arm, low, high, self.against)
 
-
-class Speed(Check):
+class Speed(Pairwise):
     """A rate or a time of one arm over that of another; above 1 where nothing else is said."""
 
+    otherwise = (1, math.inf)
+    ratio = True
     kind: Literal["speed"]
-    arm: str
-    against: str
     metric: str = "rate/train"
 
     @model_validator(mode="after")
@@ -172,11 +173,6 @@ class Speed(Check):
         if any(edge <= 0 for edge in self.edges() or () if math.isfinite(edge)):
             raise ValueError("a ratio is above 0; give edges above 0")
         return self
-
-    def contrasts(self, protocol: str) -> Iterator[Contrast]:
-        """Return the one thing it says."""
-        low, high = self.edges() or (1, math.inf)
-        yield Contrast(protocol, self.metric, self.arm, low, high, self.against, ratio=True)
 
 
 class Ordering(Check):
