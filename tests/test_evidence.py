@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ from effv2.evidence.claims import Claims, Protocol, read_claims
 from effv2.evidence.judge import Verdict, Words, judge
 from effv2.evidence.quantities import TEST, TRAIN, quantity
 from effv2.evidence.reference import published_runs
-from effv2.evidence.selection import is_like
+from effv2.evidence.selection import FREE, is_like
 from effv2.evidence.statistics import (
     FEWEST,
     LEVEL,
@@ -147,6 +148,10 @@ def test_published_protocols_are_those_of_the_study_files(sweep: str, protocol: 
         record = RunRecord("", "", "FINISHED", params, {}, {}, images=birds if "birds" in protocol else {})
         found = [each for each in wanted.arms if is_like(record, wanted, each)]
         assert found == [FUSED.get(arm, arm) if protocol == "fused-stages" else arm]
+        for name, value in params.items():  # nor does a run follow the protocol that differs in anything that decides
+            if name not in FREE and name != "model.table":
+                other = replace(record, params=params | {name: f"{value}1"})
+                assert not is_like(other, wanted, found[0]), name
 
 
 @pytest.mark.parametrize("seeds", [3, 5, 10])
@@ -258,7 +263,17 @@ def test_fewer_than_three_runs_decide_nothing_and_one_network_is_judged_on_its_i
     published = read_claims()
     p1 = Claims(published.protocols, {"P1": published.claims["P1"]})
     networks = {"efficientnet_v2_s": 90, "resnet50": 70, "efficientnet_b0": 69}
-    runs = [run(0.5, metric="eval/top1_accuracy", data__dataset="imagenette", model__name=name) for name in networks]
+    settings: dict[str, Any] = {
+        "data__dataset": "imagenette",
+        "data__per_class": 0,
+        "data__limit": 0,
+        "weights__verified": True,
+    }
+    arms = p1.protocols["pretrained-imagenette"].arms
+    runs = [
+        run(0.5, metric="eval/top1_accuracy", model__name=name, weights__name=arms[name]["weights.name"], **settings)
+        for name in networks
+    ]
 
     def right(record: RunRecord) -> dict[str, bool]:
         return {str(image): image < networks[record.params["model.name"]] for image in range(100)}
@@ -295,6 +310,27 @@ def test_runs_are_compared_only_where_they_differ_in_nothing_else(tmp_path: Path
     assert "not paired" in judgement.findings[0].evidence and judgement.verdict == Verdict.SUPPORTED
 
 
+def test_times_and_images_are_compared_where_they_can_be(tmp_path: Path) -> None:
+    speed = two_arms(tmp_path, "{kind: speed, metric: time/total_train_seconds, arm: a, against: b}")
+
+    def timed(arm: str, seconds: float, processor: str) -> list[RunRecord]:
+        tags = {"effv2.machine.processor": processor}
+        metric = "time/total_train_seconds"
+        return [run(seconds + seed, seed, metric, tags, model__variant=arm) for seed in range(3)]
+
+    assert verdict(speed, [*timed("a", 90, "old"), *timed("b", 60, "old")]) == Verdict.SUPPORTED
+    (judgement,) = judge(speed, [*timed("a", 90, "old"), *timed("b", 60, "new")], nothing)
+    assert judgement.verdict == Verdict.NOT_TESTED and "processor" in judgement.findings[0].lacking
+    claims = two_arms(tmp_path, ABOVE)
+    cats, dogs = ({"test": Images("folder", "", 9, names)} for names in (("cat", "lynx"), ("dog", "wolf")))
+    runs = study({"a": [0.90, 0.91, 0.92], "b": [0.51, 0.50, 0.52]})
+    assert verdict(claims, [replace(each, images=cats) for each in runs]) == Verdict.SUPPORTED
+    mixed = [replace(each, images=cats if each.params["model.variant"] == "a" else dogs) for each in runs]
+    assert verdict(claims, mixed) == Verdict.NOT_TESTED
+    other = [replace(each, tags={"effv2.data_digest": each.params["model.variant"]}) for each in runs]
+    assert verdict(claims, other) == Verdict.NOT_TESTED
+
+
 def test_repeated_splits_count_once_each_and_widen_the_interval(tmp_path: Path) -> None:
     claims, values = two_arms(tmp_path, ABOVE), [0.04, 0.01, 0.03, 0.02, 0.025]
     one = study({"a": values, "b": [0.0] * 5}, data__split_seed=42)
@@ -313,7 +349,7 @@ def test_repeated_splits_count_once_each_and_widen_the_interval(tmp_path: Path) 
     assert judgement.findings[0].evidence == on_one.findings[0].evidence
     apart = study({"a": values}, data__split_seed=1) + study({"b": [0.0, 0.001] * 2}, data__split_seed=2)
     (judgement,) = judge(claims, apart, nothing)
-    assert "not paired" in judgement.findings[0].evidence
+    assert judgement.verdict == Verdict.NOT_TESTED and "no split" in judgement.findings[0].lacking
     corrected = Sample(tuple(values), overlap=0.25)  # Nadeau & Bengio's: 1/n and the ratio of test to training images
     assert corrected.error == pytest.approx(np.std(values, ddof=1) * np.sqrt(1 / 5 + 0.25))
     assert on_several.findings[0].p == pytest.approx(corrected.p(0))
@@ -323,6 +359,13 @@ def test_how_many_more_seeds_would_decide() -> None:
     sample = Sample((0.02, 0.01, -0.005, 0.015))
     few, many = more_to_decide(sample, 0) or (0, 0)
     assert 0 < few < (many or 1000)
+    # On overlapping splits the error of a mean has an end, and below it nothing ever decides.
+    assert more_to_decide(Sample((0.031, -0.019, 0.011, -0.009, 0.016), 0.25), 0) is None
+    unpaired = more_to_decide(Unpaired(sample, Sample((0.0, 0.01, -0.01))), 0)
+    assert unpaired is not None and unpaired[0] > few
+    # Equal values show nothing of how much they vary: three are no evidence, six are.
+    assert Sample((0.01,) * 3).p(0) == 0.25 and more_to_decide(Sample((0.01,) * 3), 0) == (3, 3)
+    assert Sample((0.01,) * 6).p(0) < LEVEL and Sample((0.54 - 0.5,) * 6).p(0.04) == 1
     assert power(sample.mean, sample.deviation, runs_to_decide(sample.mean, sample.deviation) or 0) >= 0.8
     assert more_to_decide(Sample((0.01, -0.01, 0.0001)), 0) is None
     assert power(10, 1, 5) == pytest.approx(1) and power(0, 1, 5) == pytest.approx(LEVEL)
@@ -360,7 +403,7 @@ WRONG = {
     "claims: {X1: {words: x, protocol: ablation-mnist, checks: [{kind: speed, arm: default, against: drop_one, "
     "above: 0}]}}": "a ratio is above 0",
     "claims: {X1: {words: x, protocol: pretrained-imagenette, checks: [{kind: difference, arm: resnet50, "
-    "against: efficientnet_b0, above: 0.1}]}}": "which network is better",
+    "metric: eval/top1_accuracy, against: efficientnet_b0, above: 0.1}]}}": "which network is better",
     "protocols: {p: {arms: {a: {}}, nearest: nowhere}}\nclaims: {X1: {words: x, protocol: p, checks: [CHECK]}}":
         "nowhere: no such protocol",
 }  # fmt: skip

@@ -23,6 +23,7 @@ from effv2.evidence.quantities import quantity
 
 PUBLISHED = Path(__file__).with_name("published")
 SHIPPED = PUBLISHED / "claims.yaml"
+OF_ANSWERS = ("eval/top1_accuracy", "unseen/top1_accuracy")  # over images: what follows from right and wrong answers
 Value = bool | int | float | str
 Settings = dict[str, Value]  # dotted parameters and the values they must have
 
@@ -38,6 +39,14 @@ class Published(Part):
 
     figures: dict[str, dict[str, float]] = {}  # quantity: arm: value
     test_images: int = Field(0, ge=0)
+    unchecked: str = ""  # why the figures may be wrong, said wherever they are shown
+
+    @model_validator(mode="after")
+    def _fractions(self) -> Published:
+        for name, figures in self.figures.items():
+            if "accuracy" in name and not all(0 <= value <= 1 for value in figures.values()):
+                raise ValueError(f"{name} is a fraction: give 0.97, not 97")
+        return self
 
 
 class Protocol(Part):
@@ -50,7 +59,9 @@ class Protocol(Part):
     arms: dict[str, Settings] = Field(min_length=1)
     over: Literal["seeds", "images"] = "seeds"  # what varies: training, or the test images of a fixed network
     command: str = ""
+    others: Literal["same", "default"] = "same"  # settings that nobody names: alike in all runs, or TrainConfig's
     needs: str = ""  # what must be there first
+    assumed: str = ""  # what the source doesn't state, said with every claim
     nearest: str = ""  # a protocol with the same arms that comes close, shown where this one has no runs
     published: Published = Published()
 
@@ -209,11 +220,15 @@ class Claim(Part):
     note: str = ""
 
 
+Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$")]
+Id = Annotated[str, Field(pattern=r"^[A-Za-z]+[0-9]+$", description="Letters, its family, and a number.")]
+
+
 class ClaimsFile(Part):
     """The keys of a file of claims."""
 
-    protocols: dict[str, Protocol] = {}
-    claims: dict[str, Claim] = Field(min_length=1)
+    protocols: dict[Name, Protocol] = {}
+    claims: dict[Id, Claim] = Field(min_length=1)
 
 
 @dataclass(frozen=True)
@@ -279,9 +294,17 @@ def _check(id_: str, claims: Claims, document: Document) -> None:
                     f"{document.where((*place, 'checks'))}: the protocol {contrast.protocol} has no arm {arm}; "
                     f"{nearest(arm, list(protocol.arms))}."
                 )
-        above_zero = (contrast.low, contrast.high) == (0, math.inf)
-        if protocol.over == "images" and contrast.against and not above_zero and not quantity(contrast.metric).fixed:
-            raise InputError(
-                f"{document.where((*place, 'checks'))}: on the same test images it can only be told which network is "
-                "better; leave the region out."
-            )
+        if protocol.over == "images" and not quantity(contrast.metric).fixed:
+            _check_over_images(contrast, document.where((*place, "checks")))
+
+
+def _check_over_images(contrast: Contrast, where: str) -> None:
+    if contrast.metric not in OF_ANSWERS:
+        raise InputError(
+            f"{where}: on test images only {' and '.join(OF_ANSWERS)} can be judged, not {contrast.metric}."
+        )
+    if contrast.against and (contrast.low, contrast.high) != (0, math.inf):
+        raise InputError(
+            f"{where}: on the same test images it can only be told which network is better; leave the region out, and "
+            "name the better one as arm."
+        )

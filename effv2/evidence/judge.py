@@ -9,7 +9,6 @@ the family of the claim. Fewer than three runs decide nothing about training.
 from __future__ import annotations
 
 import math
-from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from enum import Enum
@@ -20,7 +19,7 @@ import numpy as np
 from effv2.evidence.claims import Claim, Claims, Contrast, Protocol, family
 from effv2.evidence.quantities import Quantity, points, quantity
 from effv2.evidence.reference import published_value
-from effv2.evidence.selection import Chosen, Pair, choose, complete, is_like, nearest_run, over_splits, overlap
+from effv2.evidence.selection import Chosen, choose, complete, over_splits
 from effv2.evidence.statistics import (
     FEWEST,
     LEVEL,
@@ -76,6 +75,7 @@ class Finding:
     decided: bool = False  # without a test: a quantity that doesn't vary
     estimate: Estimate | None = None
     edge: float = 0.0  # from which the mean is told
+    unit: str = "seed"  # what there would have to be more of
     more: str = ""
     single: str = ""
     lacking: str = ""
@@ -100,6 +100,7 @@ class Judgement:
     findings: Sequence[Finding]
     nearest: Sequence[Finding] = ()
     needs: str = ""
+    assumed: str = ""
     commands: Sequence[str] = ()
 
     @property
@@ -161,14 +162,17 @@ def _decided(finding: Finding, corrected: float | None, tests: int) -> Finding:
     Those must do with the level that the smallest of `tests` p-values has to reach.
     """
     finding = replace(finding, corrected=corrected)
-    if corrected is None or corrected < LEVEL or not isinstance(finding.estimate, Sample):
+    if corrected is None or corrected < LEVEL or finding.estimate is None:
         return finding
     found = more_to_decide(finding.estimate, finding.edge, LEVEL / tests)
     if found is None:
-        return replace(finding, more=f"more than {MOST_RUNS:,} further seeds would be needed, if there is a difference")
-    few, many = found
-    up_to = f"{many:,}" if many else f"more than {MOST_RUNS:,}"
-    return replace(finding, more=f"about {few:,} to {up_to} more seeds would decide")
+        more = f"more than {MOST_RUNS:,} further {finding.unit}s would be needed, if there is a difference"
+    else:
+        few, many = found
+        up_to = f"{many:,}" if many else f"more than {MOST_RUNS:,}"
+        number = f"about {few:,}" if few == many else f"about {few:,} to {up_to}"
+        more = f"{number} more {finding.unit}s would decide"
+    return replace(finding, more=more)
 
 
 def _judgement(
@@ -189,6 +193,7 @@ def _judgement(
         findings,
         list({each.contrast: each for each in nearest if each.runs}.values()),
         "; ".join(dict.fromkeys(filter(None, (each.needs for each in protocols.values())))),
+        " ".join(dict.fromkeys(claims.protocols[each.contrast.protocol].assumed for each in findings)).strip(),
         list(dict.fromkeys(filter(None, (each.command for each in wanted.values())))),
     )
 
@@ -197,31 +202,20 @@ def _finding(claims: Claims, runs: Sequence[RunRecord], right: RightAnswers, con
     protocol, what = claims.protocols[contrast.protocol], quantity(contrast.metric)
     finding = _with_published(Finding(contrast, says(contrast, what)), claims, protocol, what)
     arms = [arm for arm in (contrast.arm, contrast.against) if arm]
-    values = ((run, what.value(run)) for run in runs)
-    # Of a ratio only positive values have a logarithm.
-    usable = [run for run, value in values if value is not None and (value > 0 or not contrast.ratio)]
-    chosen = choose(usable, protocol, arms)
+    chosen = choose(runs, protocol, arms, what, positive=contrast.ratio)
     if not all(chosen.arms.values()):
-        return replace(finding, lacking=_lacking(runs, protocol, contrast, arms) or chosen.apart)
+        return replace(finding, lacking=chosen.why)
     used = tuple(run.run_id for of_arm in chosen.arms.values() for run in of_arm.values())
     finding = replace(finding, runs=used)
     if what.fixed:
         return _on_fixed(finding, what, chosen)
     if protocol.over == "images":
         return _over_images(finding, what, chosen, right)
-    return _over_seeds(finding, what, chosen)
-
-
-def _lacking(runs: Sequence[RunRecord], protocol: Protocol, contrast: Contrast, arms: Sequence[str]) -> str:
-    """Say why there are no runs to judge by, where some come near."""
-    told = []
-    for arm in arms:
-        like = [run for run in runs if is_like(run, protocol, arm)]
-        if not like:
-            told.append(nearest_run(runs, protocol, arm))
-        elif all(quantity(contrast.metric).value(run) is None for run in like):
-            told.append(f"the runs of {arm} have no {contrast.metric}")
-    return "; ".join(filter(None, told))
+    finding = _over_seeds(finding, what, chosen)
+    if chosen.left_out:
+        words = f"{finding.evidence}; {_count(chosen.left_out, 'run')} without a usable figure left out"
+        return replace(finding, evidence=words)
+    return finding
 
 
 def says(contrast: Contrast, what: Quantity) -> str:
@@ -270,7 +264,7 @@ def _with_published(finding: Finding, claims: Claims, protocol: Protocol, what: 
     arms = [arm for arm in (contrast.arm, contrast.against) if arm]
     values = [published_value(claims, contrast, arm) for arm in arms]
     known = [value for value in values if value is not None]
-    if len(known) < len(arms):
+    if len(known) < len(arms) or (contrast.ratio and not all(known)):
         return finding
     value = _combined(contrast, known[0], known[1] if contrast.against else None)
     shown = " against ".join(map(what.text, known))
@@ -279,6 +273,8 @@ def _with_published(finding: Finding, claims: Claims, protocol: Protocol, what: 
         right = [round(count * each) for each in known]
         p = fisher((right[0], right[1]), (count, count))
         shown += f" ({right[0]:,} and {right[1]:,} of {count:,} images right; Fisher's exact {p_text(p)})"
+    if protocol.published.unchecked:
+        shown += f" ({protocol.published.unchecked})"
     return replace(finding, published=shown, agrees=_is_inside(contrast, value))
 
 
@@ -290,7 +286,10 @@ def p_text(p: float) -> str:
 def _on_fixed(finding: Finding, what: Quantity, chosen: Chosen) -> Finding:
     """Judge a quantity that doesn't vary: one run of each arm decides."""
     contrast = finding.contrast
-    values = [value for runs in chosen.arms.values() if (value := what.value(list(runs.values())[-1])) is not None]
+    seen = [{what.value(run) for run in of_arm.values()} for of_arm in chosen.arms.values()]
+    values = [value for each in seen for value in each if value is not None]
+    if len(values) > len(seen):
+        return replace(finding, evidence=f"runs differ in it: {', '.join(map(what.text, sorted(values)))}")
     value = _combined(contrast, values[0], values[1] if contrast.against else None)
     text = " against ".join(map(what.text, values))
     return replace(finding, evidence=f"{text}, the same in every run", inside=_is_inside(contrast, value), decided=True)
@@ -327,12 +326,21 @@ def _over_seeds(finding: Finding, what: Quantity, chosen: Chosen) -> Finding:
     if (interval := estimate.interval()) is not None:
         words = f"{text(estimate.mean)} [{text(interval.low)} to {text(interval.high)}], {kind}"
     finding = replace(finding, evidence=words, inside=_is_inside(contrast, back(estimate.mean)))
-    if not contrast.against and isinstance(estimate, Sample) and (interval := estimate.prediction()) is not None:
+    if not contrast.against and (interval := _of_single_run(what, chosen)) is not None:
         finding = replace(finding, single=_single(contrast, what, interval))
+    unit = "split" if chosen.splits > 1 else "seed"
     if estimate.n < FEWEST:
-        return replace(finding, more=f"fewer than {FEWEST} runs decide nothing; {FEWEST - estimate.n} more at least")
+        lacking = _count(FEWEST - estimate.n, f"more {unit}")
+        return replace(finding, more=f"fewer than {FEWEST} runs decide nothing; {lacking} at least")
     edge = _binding_edge(contrast, back(estimate.mean), estimate)
-    return replace(finding, p=estimate.p(edge), estimate=estimate, edge=edge)
+    return replace(finding, p=estimate.p(edge), estimate=estimate, edge=edge, unit=unit)
+
+
+def _of_single_run(what: Quantity, chosen: Chosen) -> Interval | None:
+    """Return the interval in which a single further run is expected, on a split of its own where there are several."""
+    (of_arm,) = chosen.arms.values()
+    values = Sample(tuple(value for run in of_arm.values() if (value := what.value(run)) is not None))
+    return values.prediction(groups=chosen.splits if chosen.splits > 1 else values.n)
 
 
 def _apply(text: Callable[[float], str], back: Callable[[float], float], value: float) -> str:
@@ -355,32 +363,17 @@ def _estimate(contrast: Contrast, what: Quantity, chosen: Chosen) -> tuple[Estim
         arm: {pair: scale(value) for pair, run in runs.items() if (value := what.value(run)) is not None}
         for arm, runs in chosen.arms.items()
     }
-    values, splits = _on_splits(values)
-    ratio, first = overlap(chosen) if splits > 1 else 0.0, values[contrast.arm]
-    on = f" on {splits} splits" if splits > 1 else ""
+    first, ratio = values[contrast.arm], chosen.overlap
+    on = f" on {chosen.splits} splits" if chosen.splits > 1 else ""
     if not contrast.against:
         return Sample(tuple(over_splits(first)), ratio), f"{_count(len(first), 'run')}{on}"
     second = values[contrast.against]
-    pairs = [pair for pair in chosen.pairs() if pair in first]
+    pairs = chosen.pairs()
     if len(pairs) >= min(FEWEST, len(first), len(second)):
         differences = {pair: first[pair] - second[pair] for pair in pairs}
         return Sample(tuple(over_splits(differences)), ratio), f"{_count(len(pairs), 'pair')}{on}"
     both = [Sample(tuple(over_splits(each)), ratio) for each in (first, second)]
     return Unpaired(*both), f"{len(first)} and {_count(len(second), 'run')}, not paired{on}"
-
-
-def _on_splits(values: Mapping[str, dict[Pair, float]]) -> tuple[dict[str, dict[Pair, float]], int]:
-    """Return the values on splits that all arms have, and how many those are.
-
-    Fewer than three splits decide nothing, so that of two the one with most runs counts.
-    """
-    runs = Counter(pair[0] for of_arm in values.values() for pair in of_arm)
-    shared = set.intersection(*({pair[0] for pair in of_arm} for of_arm in values.values()))
-    if not shared:
-        return dict(values), 1
-    kept_splits = shared if len(shared) >= FEWEST else {max(sorted(shared), key=lambda split: runs[split])}
-    kept = {arm: {pair: v for pair, v in of_arm.items() if pair[0] in kept_splits} for arm, of_arm in values.items()}
-    return kept, len(kept_splits)
 
 
 def _count(number: int, word: str) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import tempfile
 from collections.abc import Mapping
 from pathlib import Path
@@ -10,9 +11,9 @@ from typing import Protocol
 from effv2.errors import InputError, RunError
 from effv2.evidence.claims import Claims, read_claims
 from effv2.evidence.quantities import HISTORIES
-from effv2.evidence.report import HTML, Report, make_report
+from effv2.evidence.report import FIGURES, HTML, Report, make_report
 from effv2.evidence.sections import studies_of
-from effv2.evidence.sources import EXPORTED, Evidence, export, exported, tracked
+from effv2.evidence.sources import EXPORTED, MANIFEST, Evidence, export, exported, tracked
 from effv2.tracking.read import read_experiment
 from effv2.tracking.recovery import open_experiment
 from effv2.tracking.run import TrackedRun, open_report_run, run_address, working_on
@@ -80,7 +81,7 @@ def publish(experiment: str, claims: Claims, target: Path | None, view: View) ->
             view.working("reading runs")
             evidence = tracked(run.experiment_id, HISTORIES if target is None else EXPORTED)
             report = make_report(evidence, claims, progress=view.working)
-            parents = [study.parent.run_id for study in studies_of(evidence.runs) if study.parent is not None]
+            parents = [study.parent.run_id for study in studies_of(evidence.runs) if study.parent and study.kind]
             for place in [run, *(TrackedRun(run_id, run.experiment_id) for run_id in parents)]:
                 view.working("logging the report")
                 log_report(report, place)
@@ -114,5 +115,8 @@ def _prepare(target: Path) -> None:
 
 
 def _write(report: Report, evidence: Evidence, target: Path) -> None:
+    if (target / DATA / MANIFEST).is_file():  # an earlier export, of which nothing may be left among this one
+        shutil.rmtree(target / DATA)
+        shutil.rmtree(target / FIGURES, ignore_errors=True)
     report.write(target)
     export(evidence, target / DATA)

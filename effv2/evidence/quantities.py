@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import statistics
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -19,6 +18,8 @@ HISTORIES = (TRAIN, TEST, TRAIN_RATE, EVALUATE_RATE, TRAIN_SECONDS)
 PEAK_SHARE = 0.95
 LEVEL_EPOCHS = 10  # the last ones, over which a level is averaged
 NEAR_LEVEL = 0.02
+LARGEST = 1e300  # databases keep infinity as the largest number there is
+TIMED = ("rate/", "time/", "inference/", "throughput/")
 
 
 def percent(value: float) -> str:
@@ -45,18 +46,19 @@ def decimal(value: float) -> str:
 class Quantity:
     """A figure of a run: its name in words, how to take it, how to write it.
 
-    A `fixed` one doesn't vary from run to run: one decides.
+    A `fixed` one doesn't vary from run to run: one decides. A `timed` one belongs to the machine that it was taken on.
     """
 
     words: str
     take: Callable[[RunRecord], float | None]
     text: Callable[[float], str] = decimal
     fixed: bool = False
+    timed: bool = False
 
     def value(self, run: RunRecord) -> float | None:
         """Return the figure of a run; None where the run lacks it, or it is no finite number."""
         found = self.take(run)
-        return found if found is not None and math.isfinite(found) else None
+        return found if found is not None and abs(found) < LARGEST else None
 
     @property
     def is_accuracy(self) -> bool:
@@ -66,8 +68,8 @@ class Quantity:
 
 def epochs_to_peak_share(curve: Curve, share: float = PEAK_SHARE) -> int:
     """Return the first epoch whose accuracy reaches `share` of the highest one."""
-    goal = share * max(curve.values())
-    return min(epoch for epoch, accuracy in curve.items() if accuracy >= goal)
+    best = max(curve.values())
+    return min(epoch for epoch, accuracy in curve.items() if accuracy >= min(best, share * best))
 
 
 def level(curve: Curve) -> float:
@@ -83,8 +85,10 @@ def epochs_to_level(curve: Curve) -> int:
     return epochs[int(away[-1]) + 1 if len(away) else 0]
 
 
-def gain_after(curve: Curve, epoch: int = 10) -> float:
-    """Return by how much the last ten epochs' mean exceeds that of the three around `epoch`."""
+def gain_after(curve: Curve, epoch: int = 10) -> float | None:
+    """Return by how much the last ten epochs' mean exceeds that of the three around `epoch`; None without those."""
+    if not {epoch - 1, epoch, epoch + 1} <= curve.keys():
+        return None
     return level(curve) - statistics.fmean(curve[each] for each in (epoch - 1, epoch, epoch + 1))
 
 
@@ -92,11 +96,11 @@ def _metric(name: str) -> Callable[[RunRecord], float | None]:
     return lambda run: run.metrics.get(name)
 
 
-def _of(name: str, figure: Callable[[Curve], float], epochs: int = 1) -> Callable[[RunRecord], float | None]:
+def _of(name: str, figure: Callable[[Curve], float | None], epochs: int = 1) -> Callable[[RunRecord], float | None]:
     """Return a figure of a metric's epochs, None where there are fewer of them."""
 
     def value(run: RunRecord) -> float | None:
-        curve = run.history.get(name, {})
+        curve = {epoch: value for epoch, value in run.history.get(name, {}).items() if abs(value) < LARGEST}
         return figure(curve) if len(curve) >= epochs else None
 
     return value
@@ -126,11 +130,13 @@ QUANTITIES: dict[str, Quantity] = {
         "epochs until test accuracy stays at its level", _of(TEST, epochs_to_level, 20), lambda value: f"{value:,.1f}"
     ),
     "time/total_train_seconds": Quantity(
-        "training, s", _metric("time/total_train_seconds"), lambda value: f"{value:,.1f}"
+        "training, s", _metric("time/total_train_seconds"), lambda value: f"{value:,.1f}", timed=True
     ),
-    "rate/train": Quantity("training, images/s", _of(TRAIN_RATE, _median), whole),
-    "rate/evaluate": Quantity("inference, images/s", _of(EVALUATE_RATE, _median), whole),
-    "inference/single_image_milliseconds": Quantity("one image, ms", _milliseconds, lambda value: f"{value:.1f}"),
+    "rate/train": Quantity("training, images/s", _of(TRAIN_RATE, _median), whole, timed=True),
+    "rate/evaluate": Quantity("inference, images/s", _of(EVALUATE_RATE, _median), whole, timed=True),
+    "inference/single_image_milliseconds": Quantity(
+        "one image, ms", _milliseconds, lambda value: f"{value:.1f}", timed=True
+    ),
     "model/parameters": Quantity("parameters", _metric("model/parameters"), whole, fixed=True),
     "model/gflops": Quantity("GFLOPs", _metric("model/gflops"), lambda value: f"{value:.3f}", fixed=True),
 }
@@ -139,4 +145,4 @@ QUANTITIES: dict[str, Quantity] = {
 def quantity(name: str) -> Quantity:
     """Return a named quantity; any other name is a logged metric's."""
     text = percent if "accuracy" in name or "top1" in name else decimal
-    return QUANTITIES.get(name) or Quantity(name, _metric(name), text)
+    return QUANTITIES.get(name) or Quantity(name, _metric(name), text, timed=name.startswith(TIMED))

@@ -103,7 +103,7 @@ def _environment() -> Environment:
 
 def cell(text: object) -> str:
     """Write a text into a cell of a Markdown table."""
-    return " ".join(re.sub(r"<(?=[A-Za-z/!?])", "&lt;", str(text).replace("|", "\\|")).split())
+    return " ".join(re.sub(r"<(?=[A-Za-z/!?])", "&lt;", re.sub(r"(\||(?<=\])\()", r"\\\1", str(text))).split())
 
 
 def _drawing(svg: str, label: str) -> Markup:

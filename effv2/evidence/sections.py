@@ -12,9 +12,9 @@ from matplotlib.figure import Figure
 from effv2.evidence.claims import Claims
 from effv2.evidence.comparison import NONE, Comparison, Rows
 from effv2.evidence.figures import accuracy_against_time, accuracy_curves, bars
-from effv2.evidence.quantities import QUANTITIES, TEST, TRAIN, percent, whole
+from effv2.evidence.quantities import LARGEST, QUANTITIES, TEST, TRAIN, percent, whole
 from effv2.evidence.reference import published_runs
-from effv2.evidence.selection import complete, is_like, pair_of
+from effv2.evidence.selection import complete, has, is_like, split_of
 from effv2.evidence.statistics import FEWEST, Sample, wilson
 from effv2.tracking.read import RunRecord
 from effv2.tracking.tags import ARM, BORROWED, COMMAND, PLANNED, lent_in, names_in
@@ -190,7 +190,8 @@ def _with_intervals(comparison: Comparison) -> Rows:
     best = comparison.values("best/test_accuracy")
     cells = []
     for arm in comparison.arms:
-        sample = Sample(tuple(best.get(arm, ())))
+        one_split = len({split_of(run) for run in comparison.arms[arm]}) == 1
+        sample = Sample(tuple(best.get(arm, ())) if one_split else ())
         mean = sample.interval() if sample.n >= FEWEST else None
         single = sample.prediction() if sample.n >= FEWEST else None
         both = (mean, single)
@@ -229,13 +230,12 @@ def _notes(arms: Mapping[str, Sequence[RunRecord]], protocol: str) -> Iterator[s
     few = min(map(len, arms.values()))
     if few < FEWEST:
         yield f"An arm has {few} run{'' if few == 1 else 's'}: fewer than {FEWEST} decide nothing about training."
-    splits = {pair_of(run)[0] for run in runs} - {""}
-    if len(splits) == 1:
+    if len({split_of(run) for run in runs}) == 1:
         yield (
             "All runs share one split of the data, so what is said holds for that split; give --split-seed another "
             "value to repeat it on others, and the claims are judged over all of them."
         )
-    if all(float(run.params.get("data.validation_fraction", "1")) == 0 for run in runs):
+    if all(has(run, "data.validation_fraction", 0) for run in runs):
         yield (
             "The protocol has no validation split: the best epoch is the best on the test set itself, which flatters "
             "every arm, and plateau and stopping watch the test set."
@@ -252,15 +252,16 @@ def _of_networks(study: Study, empty: Section, claims: Claims) -> Section:
         if not basis:
             continue
         value = run.metrics[f"{basis}/top1_accuracy"]
-        count = int(run.metrics.get(f"{basis}/images", 0))
-        interval = wilson(round(value * count), count) if count else None
+        images = run.metrics.get(f"{basis}/images", 0.0)
+        count = int(images) if 0 < images < LARGEST else 0
+        interval = wilson(round(value * count), count) if count and 0 <= value <= 1 else None
         shown = percent(value) + (f" [{percent(interval.low)} to {percent(interval.high)}]" if interval else "")
         present, rate = (
             run.metrics.get(f"{basis}/top1_present"),
             run.metrics.get("throughput/evaluate_images_per_second"),
         )
-        images = f"{count:,} images" + (", not part of their training" if basis == "unseen" else "")
-        rows.append((run.name, shown, _shown(present, percent), images, _shown(rate, whole)))
+        on = f"{count:,} images" + (", not part of their training" if basis == "unseen" else "")
+        rows.append((run.name, shown, _shown(present, percent), on, _shown(rate, whole)))
     return replace(empty, table=rows if len(rows) > 1 else [])
 
 

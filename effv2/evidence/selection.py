@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cache
@@ -9,17 +10,21 @@ from itertools import product
 
 from effv2.config import TrainConfig
 from effv2.evidence.claims import Protocol, Value
+from effv2.evidence.quantities import Quantity
+from effv2.evidence.statistics import FEWEST
 from effv2.tracking.read import RunRecord
 from effv2.tracking.run import OUTCOME
 
 CLASSES = "data.classes"  # no parameter, but may stand in a protocol like one: the number of classes in the data
-# What may differ between runs that are compared: what pairs them, where the images lie, how they are computed.
+# What may differ between runs that are compared: what pairs them, where the images lie and, but for times, how they
+# are computed.
 SEED, SPLIT_SEED = "random.seed", "data.split_seed"
-FREE = {SEED, SPLIT_SEED, "data.dir", "data.download", "execution.device", "execution.compile"}
-FREE |= {"execution.channels_last"}
+COMPUTED = {"execution.device", "execution.compile", "execution.channels_last", "evaluation.batch_size"}
+FREE = {SEED, SPLIT_SEED, "data.dir", "data.download", *COMPUTED}
+MACHINE = ("effv2.machine.processor", "effv2.machine.accelerator", "effv2.machine.threads")  # tags
 PUBLISHED_OVERLAP = 0.25  # test over training images of the published split
 FEW = 2  # settings in which a run may differ to be near
-Pair = tuple[str, str]  # split seed, seed
+Pair = tuple[str, str]  # split, seed
 Rest = tuple[tuple[str, str], ...]  # all that a protocol leaves open, and what it is in some runs
 
 
@@ -37,10 +42,11 @@ def _unlike(run: RunRecord, protocol: Protocol, arm: str) -> Iterator[tuple[str,
     """Return the settings of an arm that a run doesn't have."""
     settings = protocol.settings(arm)
     for name, value in settings.items():
-        if not _has(run, name, value):
+        if not has(run, name, value):
             yield name, value
-    for name in sorted((protocol.varied() - settings.keys()) & run.params.keys() & _defaults().keys()):
-        if not _has(run, name, _defaults()[name]):
+    others = _defaults().keys() - FREE if protocol.others == "default" else protocol.varied()
+    for name in sorted((others - settings.keys() - {"model.table"}) & run.params.keys() & _defaults().keys()):
+        if not has(run, name, _defaults()[name]):
             yield name, _defaults()[name]
 
 
@@ -63,7 +69,8 @@ def _defaults() -> dict[str, Value]:
     return TrainConfig().flat()
 
 
-def _has(run: RunRecord, name: str, value: Value) -> bool:
+def has(run: RunRecord, name: str, value: Value) -> bool:
+    """Say whether a run has a setting."""
     if name == CLASSES:
         return any(len(images.classes) == value for images in run.images.values())
     logged = run.params.get(name)
@@ -77,20 +84,29 @@ def _has(run: RunRecord, name: str, value: Value) -> bool:
         return False
 
 
-def pair_of(run: RunRecord) -> Pair:
-    """Return what makes two runs of different arms a pair: seeds of the split and of the training."""
-    return run.params.get(SPLIT_SEED, ""), run.params.get(SEED) or run.tags.get("effv2.seed") or run.run_id
+def split_of(run: RunRecord) -> str:
+    """Return which split of which images a run used: the seed, and the digest of the data where it was logged."""
+    return f"{run.params.get(SPLIT_SEED, '')} {run.tags.get('effv2.data_digest', '')}".strip()
+
+
+def seed_of(run: RunRecord) -> str:
+    """Return the seed of a run's training; its own id where none was logged, so that it pairs with no other."""
+    return run.params.get(SEED) or run.tags.get("effv2.seed") or run.run_id
 
 
 @dataclass(frozen=True)
 class Chosen:
-    """The runs of some arms that differ in nothing else but seeds, by arm and pair.
+    """The runs of some arms that differ in nothing else but seeds, by arm and pair; empty where there are none.
 
-    `apart` says what else runs of the arms differ in, where that is why an arm has none.
+    `splits` counts those that all arms have; `overlap` is the ratio of test to training images where there are
+    several, else 0; `left_out` the runs without the figure; `why` says why there are none, where some come near.
     """
 
     arms: Mapping[str, Mapping[Pair, RunRecord]]
-    apart: str = ""
+    splits: int = 1
+    overlap: float = 0.0
+    left_out: int = 0
+    why: str = ""
 
     def pairs(self) -> list[Pair]:
         """Return the pairs that all arms have."""
@@ -98,57 +114,90 @@ class Chosen:
         return [pair for pair in first if all(pair in other for other in others)]
 
 
-def choose(runs: Sequence[RunRecord], protocol: Protocol, arms: Sequence[str]) -> Chosen:
-    """Choose the runs of some arms of a protocol.
+def choose(
+    runs: Sequence[RunRecord], protocol: Protocol, arms: Sequence[str], what: Quantity, positive: bool
+) -> Chosen:
+    """Choose the runs of some arms of a protocol that have a quantity, `positive` where it must be.
 
     Where the protocol leaves something open in which runs differ, those are taken of which there are most pairs
     (fixed networks differ in more than the protocol's settings: in weights and transforms).
     Of a run that was repeated the last one counts. `runs` are the oldest first.
     """
-    found: dict[Rest, dict[str, dict[Pair, RunRecord]]] = {}
-    fixed = protocol.runs.keys() | protocol.varied() | FREE
-    if "model.variant" in fixed:
-        fixed.add("model.table")  # which goes by that name
-    for run in runs:
-        for arm in arms:
-            if is_like(run, protocol, arm):
-                rest = () if protocol.over == "images" else tuple(_rest(run, fixed))
-                group = found.setdefault(rest, {})
-                group.setdefault(arm, {})[pair_of(run)] = run
-    groups = [Chosen({arm: group.get(arm, {}) for arm in arms}) for group in found.values()]
+    like = {arm: [run for run in runs if is_like(run, protocol, arm)] for arm in arms}
+    having = {arm: [run for run in found if _usable(what.value(run), positive)] for arm, found in like.items()}
     none = Chosen({arm: {} for arm in arms})
-    most = max(groups, key=lambda group: (len(group.pairs()), min(map(len, group.arms.values()))), default=none)
-    return most if all(most.arms.values()) else replace(none, apart=_apart(found, arms))
+    if not all(having.values()):
+        told = [
+            f"the runs of {arm} have no {what.words} that can be used" if found else nearest_run(runs, protocol, arm)
+            for arm, found in like.items()
+            if not having[arm]
+        ]
+        return replace(none, why="; ".join(filter(None, told)))
+    groups: dict[Rest, dict[str, dict[Pair, RunRecord]]] = {}
+    varies_data = any(name.startswith("data.") for name in protocol.varied())
+    for arm, found in having.items():
+        for run in found:
+            rest = () if protocol.over == "images" else tuple(_rest(run, protocol, what))
+            of_arm = groups.setdefault(rest, {}).setdefault(arm, {})
+            pair = (run.params.get(SPLIT_SEED, "") if varies_data else split_of(run), seed_of(run))
+            of_arm.pop(pair, None)  # so that the last one stands last
+            of_arm[pair] = run
+    whole = [Chosen(group) for group in groups.values() if len(group) == len(set(arms))]
+    if not whole:
+        return replace(none, why=_apart(groups, arms))
+    most = max(whole, key=lambda group: (len(group.pairs()), min(map(len, group.arms.values()))))
+    left_out = sum(len(found) - len(having[arm]) for arm, found in like.items())
+    return most if protocol.over == "images" or what.fixed else _on_shared_splits(replace(most, left_out=left_out))
+
+
+def _usable(value: float | None, positive: bool) -> bool:
+    return value is not None and (value > 0 or not positive)
+
+
+def _on_shared_splits(chosen: Chosen) -> Chosen:
+    """Keep the splits that all arms have: an arm on other images says nothing of the difference.
+
+    Fewer than three splits decide nothing, so that of two the one with more runs counts.
+    """
+    shared = set.intersection(*({split for split, _ in of_arm} for of_arm in chosen.arms.values()))
+    if not shared:
+        return Chosen({arm: {} for arm in chosen.arms}, why="the arms have no split of the data in common")
+    if len(shared) < FEWEST:
+        runs = Counter(split for of_arm in chosen.arms.values() for split, _ in of_arm)
+        shared = {max(sorted(shared), key=lambda split: runs[split])}
+    arms = {
+        arm: {pair: run for pair, run in of_arm.items() if pair[0] in shared} for arm, of_arm in chosen.arms.items()
+    }
+    return replace(chosen, arms=arms, splits=len(shared), overlap=_overlap(arms) if len(shared) > 1 else 0.0)
 
 
 def _apart(found: Mapping[Rest, Mapping[str, object]], arms: Sequence[str]) -> str:
-    """Say what the runs of two arms differ in, at least, where both have some."""
+    """Say what the runs of two arms differ in, at least."""
     sides = [[dict(rest) for rest, group in found.items() if arm in group] for arm in arms]
-    if len(sides) < 2:
-        return ""
     ways = [
         [name for name in {**one, **other} if one.get(name) != other.get(name)]
         for one, other in product(sides[0], sides[-1])
     ]
     fewest: list[str] = min(ways, key=len, default=[])
-    names = " and of ".join(arms)
-    return f"runs of {names} differ in more than that: in {', '.join(fewest)}" if fewest else ""
+    return f"runs of {' and of '.join(arms)} differ in more than that: in {', '.join(fewest)}"
 
 
-def _rest(run: RunRecord, fixed: set[str]) -> Iterator[tuple[str, str]]:
-    """Return what the protocol leaves open: our other parameters, and which images they are."""
+def _rest(run: RunRecord, protocol: Protocol, what: Quantity) -> Iterator[tuple[str, str]]:
+    """Return what the protocol leaves open: our other parameters, which images they are, and of times the machine."""
+    fixed = (protocol.runs.keys() | protocol.varied() | FREE) - (COMPUTED if what.timed else set())
+    if "model.variant" in fixed:
+        fixed.add("model.table")  # which goes by that name
     for name, value in sorted(run.params.items()):
         if "." in name and name not in fixed and not name.startswith("study."):
             yield name, value
     for context, images in sorted(run.images.items()):
-        yield context, f"{images.name} {len(images.classes)}"
+        yield f"{context} images", f"{images.name}: {', '.join(images.classes)}"
+    for tag in MACHINE if what.timed else ():
+        yield tag, run.tags.get(tag, "")
 
 
-def overlap(chosen: Chosen) -> float:
-    """Return the ratio of test to training images where the runs have several splits, 0 where they have one."""
-    runs = [run for of_arm in chosen.arms.values() for run in of_arm.values()]
-    if len({pair_of(run)[0] for run in runs}) < 2:
-        return 0.0
+def _overlap(arms: Mapping[str, Mapping[Pair, RunRecord]]) -> float:
+    runs = [run for of_arm in arms.values() for run in of_arm.values()]
     counts = {name: run.images[name].images for run in runs for name in ("train", "test") if name in run.images}
     return counts["test"] / counts["train"] if counts.get("train") and counts.get("test") else PUBLISHED_OVERLAP
 

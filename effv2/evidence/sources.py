@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import json
+import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -23,6 +24,8 @@ from effv2.tracking.views import ui_address
 EXPORTED = (*HISTORIES, "val/accuracy", "train/loss", "val/loss", "test/loss", "learning_rate")
 PREDICTIONS = ("predictions.csv", "unseen/predictions.csv")
 MANIFEST = "manifest.json"
+TABLES = ("runs.csv", "params.csv", "tags.csv", "metrics.csv", "epochs.csv", "images.csv")
+LARGEST_FIELD = 10_000_000  # characters of a CSV field: thousands of class names
 # What says where the user's files lie, or who they are.
 PRIVATE = {"data.dir", "weights.file", "effv2.pid", "effv2.process", "effv2.queue"}
 KEPT = {PARENT}
@@ -44,7 +47,8 @@ class Evidence:
         """Return by image whether a run got it right; of published networks those they weren't fitted to, if known."""
         files = self.predictions(run)
         text = next((files[name] for name in reversed(PREDICTIONS) if name in files), "")
-        return {row["id"]: row["true"] == row["predicted"] for row in csv.DictReader(io.StringIO(text))}
+        rows = [row for row in csv.DictReader(io.StringIO(text)) if {"id", "true", "predicted"} <= row.keys()]
+        return {row["id"]: row["true"] == row["predicted"] for row in rows}
 
 
 def tracked(experiment_id: str, histories: Sequence[str] = HISTORIES, parent: str = "") -> Evidence:
@@ -127,6 +131,7 @@ def exported(folder: Path) -> Evidence:
         path = _inside(folder, name)
         if not path.is_file() or sha256_of_file(path) != wanted:
             raise InputError(f"--from-export {folder}: the file {name} is missing or was changed; export again.")
+    csv.field_size_limit(LARGEST_FIELD)
     params, tags = _texts(folder / "params.csv"), _texts(folder / "tags.csv")
     metrics, histories, images = _texts(folder / "metrics.csv"), _histories(folder), _exported_images(folder)
     runs = [
@@ -144,6 +149,8 @@ def exported(folder: Path) -> Evidence:
         )
         for row in _rows(folder / "runs.csv")
     ]
+    if not all(re.fullmatch(r"[\w-]+", run.run_id) for run in runs):
+        raise InputError(f"--from-export {folder}: runs.csv names a run that can't be one; export again.")
 
     def predictions(run: RunRecord) -> dict[str, str]:
         names = {name: f"predictions/{run.run_id}/{name}" for name in PREDICTIONS}
@@ -159,10 +166,13 @@ def exported(folder: Path) -> Evidence:
 def _manifest(folder: Path) -> dict[str, Any]:
     try:
         about = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
-        hashes = about["sha256"]
-        if not all(isinstance(about[name], str) for name in ("experiment", "ui")) or "runs.csv" not in hashes:
+        hashes, ui = about["sha256"], about["ui"]
+        texts = [about["experiment"], ui, *hashes, *hashes.values()]
+        if not all(isinstance(text, str) for text in texts) or not set(TABLES) <= hashes.keys():
             raise ValueError
-    except (OSError, ValueError, LookupError, TypeError) as error:
+        if ui and not ui.startswith(("http://", "https://")):
+            raise ValueError
+    except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
         raise InputError(
             f"--from-export {folder}: has no {MANIFEST} of an export; give a folder that --export wrote."
         ) from error

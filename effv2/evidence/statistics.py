@@ -18,6 +18,7 @@ POWER = 0.8  # with which more runs are to decide
 FEWEST = 3  # runs that a verdict takes
 BOOTSTRAP_FROM = 20  # runs
 RESAMPLES = 9_999
+TINY = 1e-12  # below which a difference is rounding
 MOST_RUNS = 1_000  # that are worth naming
 CALIBRATION_BINS = 15
 
@@ -99,6 +100,13 @@ class Estimate(ABC):
     def degrees(self) -> float:
         """Return the degrees of freedom."""
 
+    @property
+    @abstractmethod
+    def deviation(self) -> float:
+        """Return the standard deviation of one more value, or of the difference of one more of each; NaN for one."""
+
+    overlap: float
+
     @abstractmethod
     def _resampled(self) -> np.ndarray:
         """Return (mean of a resample - mean) / its standard error, the same ones at every call."""
@@ -112,7 +120,7 @@ class Estimate(ABC):
         if self.n < 2:
             return None
         tail = (1 - confidence) / 2
-        if self.n < BOOTSTRAP_FROM or self.error == 0:
+        if self.n < BOOTSTRAP_FROM or self.error < TINY:
             high = stats.t.ppf(1 - tail, self.degrees)
             low = -high
         else:
@@ -120,11 +128,14 @@ class Estimate(ABC):
         return Interval(self.mean - float(high) * self.error, self.mean - float(low) * self.error)
 
     def p(self, edge: float) -> float:
-        """Return the two-sided p-value of the mean being `edge`; 1 for one value."""
+        """Return the two-sided p-value of the mean being `edge`; 1 for one value.
+
+        Values that are all the same show nothing of how much they vary: then it is the sign test's.
+        """
         if self.n < 2:
             return 1.0
-        if self.error == 0:
-            return 1.0 if self.mean == edge else 0.0
+        if self.error < TINY:
+            return 1.0 if abs(self.mean - edge) < TINY else min(1.0, 2 * 0.5**self.n)
         t = (self.mean - edge) / self.error
         if self.n < BOOTSTRAP_FROM:
             return float(2 * stats.t.sf(abs(t), self.degrees))
@@ -169,11 +180,15 @@ class Sample(Estimate):
         """Return the degrees of freedom."""
         return self.n - 1
 
-    def prediction(self, confidence: float = CONFIDENCE) -> Interval | None:
-        """Return the interval in which a single further run is expected (normal values); None for one value."""
-        if self.n < 2:
+    def prediction(self, groups: int = 0, confidence: float = CONFIDENCE) -> Interval | None:
+        """Return the interval in which a single further value is expected (normal values); None for one value.
+
+        With values of so many `groups`, splits, only those are independent.
+        """
+        groups = groups or self.n
+        if groups < 2:
             return None
-        reach = stats.t.ppf((1 + confidence) / 2, self.degrees) * self.deviation * np.sqrt(1 + 1 / self.n)
+        reach = stats.t.ppf((1 + confidence) / 2, groups - 1) * self.deviation * np.sqrt(1 + 1 / groups)
         return Interval(self.mean - float(reach), self.mean + float(reach))
 
     def _resampled(self) -> np.ndarray:
@@ -187,6 +202,7 @@ class Unpaired(Estimate):
 
     first: Sample
     second: Sample
+    overlap = 0.0
 
     @property
     def n(self) -> int:
@@ -197,6 +213,11 @@ class Unpaired(Estimate):
     def mean(self) -> float:
         """Return the difference of the means."""
         return self.first.mean - self.second.mean
+
+    @property
+    def deviation(self) -> float:
+        """Return the standard deviation of the difference of one value of each."""
+        return float(np.hypot(self.first.deviation, self.second.deviation))
 
     @property
     def error(self) -> float:
@@ -229,36 +250,45 @@ def _pivots(distances: np.ndarray, squares: np.ndarray) -> np.ndarray:
     return found
 
 
-def power(effect: float, deviation: float, n: int, level: float = LEVEL) -> float:
+def power(effect: float, deviation: float, n: int, level: float = LEVEL, overlap: float = 0.0) -> float:
     """Return the probability that a two-sided t-test of `n` values tells their mean from one `effect` away from it."""
     if n < 2:
         return 0.0
-    limit, shift = special.stdtrit(n - 1, 1 - level / 2), abs(effect) / deviation * np.sqrt(n)
+    limit, shift = special.stdtrit(n - 1, 1 - level / 2), abs(effect) / (deviation * np.sqrt(1 / n + overlap))
     below = np.nan_to_num(special.nctdtr(n - 1, shift, -limit))  # of a large shift it is nothing, and SciPy says NaN
     return float(1 - special.nctdtr(n - 1, shift, limit) + below)
 
 
-def runs_to_decide(effect: float, deviation: float, level: float = LEVEL) -> int | None:
+def runs_to_decide(effect: float, deviation: float, level: float = LEVEL, overlap: float = 0.0) -> int | None:
     """Return how many values tell a mean from one `effect` away with 80 % power; None for more than 1,000."""
     found = range(FEWEST, MOST_RUNS + 1)
-    place = bisect_left(found, POWER, key=lambda n: power(effect, deviation, n, level)) if effect else len(found)
+
+    def reached(n: int) -> float:
+        return power(effect, deviation, n, level, overlap)
+
+    place = bisect_left(found, POWER, key=reached) if effect else len(found)
     return found[place] if place < len(found) else None
 
 
-def more_to_decide(sample: Sample, edge: float, level: float = LEVEL) -> tuple[int, int | None] | None:
+def more_to_decide(estimate: Estimate, edge: float, level: float = LEVEL) -> tuple[int, int | None] | None:
     """Return from how many to how many more values are likely to tell the mean from `edge`; None: no telling.
 
     As if the difference seen were the true one, for the ends of the standard deviation's 80 % interval (chi-square).
     An upper end of None is more than 1,000.
     """
-    if sample.n < 2 or sample.deviation == 0:
+    effect = estimate.mean - edge
+    few: int | None
+    many: int | None
+    if estimate.n < 2 or abs(effect) < TINY:
         return None
-    degrees = sample.n - 1
-    ends = np.sqrt(degrees / stats.chi2.ppf([0.9, 0.1], degrees)) * sample.deviation
-    few, many = (runs_to_decide(sample.mean - edge, float(end), level) for end in ends)
+    if estimate.error < TINY:  # so many equal ones that the sign test decides
+        few = many = int(np.ceil(1 - np.log2(level)))
+    else:
+        ends = np.sqrt(estimate.degrees / stats.chi2.ppf([0.9, 0.1], estimate.degrees)) * estimate.deviation
+        few, many = (runs_to_decide(effect, float(end), level, estimate.overlap) for end in ends)
     if few is None:
         return None
-    return max(1, few - sample.n), None if many is None else max(1, many - sample.n)
+    return max(1, few - estimate.n), None if many is None else max(1, many - estimate.n)
 
 
 def calibration_error(confidence: np.ndarray, right: np.ndarray, bins: int = CALIBRATION_BINS) -> float:

@@ -6,6 +6,7 @@ import json
 import tempfile
 from collections.abc import Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
@@ -153,7 +154,8 @@ def read_artifacts(run_id: str, names: Iterable[str]) -> dict[str, str]:
             if above and above in there:
                 there |= {file.path for file in client.list_artifacts(run_id, above)}
             if name in there:
-                found[name] = Path(client.download_artifacts(run_id, name, folder)).read_text(encoding="utf-8")
+                with suppress(UnicodeDecodeError):  # no file of ours
+                    found[name] = Path(client.download_artifacts(run_id, name, folder)).read_text(encoding="utf-8")
     return found
 
 

@@ -15,7 +15,7 @@ from effv2.tracking.tags import ARM, NOTE
 
 KEY = "mlflow.sharedViewState."
 TABLE, CURVES = "effv2-table", "effv2-curves"
-VIEWS_OF_OURS = f"viewStateShareKey={TABLE}"
+WRITTEN = "effv2.note"  # tag: the description as we wrote it
 NAMES = {TABLE: "Runs by best test accuracy", CURVES: "Curves of all arms"}
 BEST = "metrics.`best/test_accuracy`"
 COLUMNS = (
@@ -53,11 +53,12 @@ def save_views(experiment_id: str) -> None:
 
 
 def describe_experiment(experiment_id: str, words: str) -> None:
-    """Set the description of an experiment, unless the user wrote one."""
+    """Set the description of an experiment, unless the user wrote one, or something into ours."""
     client = MlflowClient()
-    before = client.get_experiment(experiment_id).tags.get(NOTE, "")
-    if not before or VIEWS_OF_OURS in before:
+    tags = client.get_experiment(experiment_id).tags
+    if tags.get(NOTE, "") in ("", tags.get(WRITTEN)):
         client.set_experiment_tag(experiment_id, NOTE, words)
+        client.set_experiment_tag(experiment_id, WRITTEN, words)
 
 
 def view_links(experiment_id: str) -> str:
