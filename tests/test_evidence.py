@@ -290,6 +290,9 @@ def test_runs_are_compared_only_where_they_differ_in_nothing_else(tmp_path: Path
     fitting = study({"a": high, "b": low}, optimiser__lr=0.1)
     assert verdict(claims, fitting) == Verdict.SUPPORTED
     assert verdict(claims, [*study({"a": low}, optimiser__lr=0.2), *fitting]) == Verdict.SUPPORTED
+    fewer = study({"a": low[:2], "b": high[:2]}, optimiser__lr=0.3)
+    (judgement,) = judge(claims, [*fitting, *fewer], nothing)
+    assert "4 runs left aside that differ from these in optimiser.lr" in judgement.findings[0].evidence
     unlike = study({"a": high}, optimiser__lr=0.1) + study({"b": low}, optimiser__lr=0.2)
     (judgement,) = judge(claims, unlike, nothing)
     assert judgement.verdict == Verdict.NOT_TESTED and "in optimiser.lr" in judgement.findings[0].lacking
@@ -346,7 +349,7 @@ def test_repeated_splits_count_once_each_and_widen_the_interval(tmp_path: Path) 
     # One run on a second split takes nothing from five on the first; arms on different splits are compared unpaired.
     more = [run(0.5, 9, model__variant=arm, data__split_seed=1) for arm in "ab"]
     (judgement,) = judge(claims, [*one, *more], nothing)
-    assert judgement.findings[0].evidence == on_one.findings[0].evidence
+    assert judgement.findings[0].evidence.startswith(f"{on_one.findings[0].evidence}; on one split alone, 2 runs")
     apart = study({"a": values}, data__split_seed=1) + study({"b": [0.0, 0.001] * 2}, data__split_seed=2)
     (judgement,) = judge(claims, apart, nothing)
     assert judgement.verdict == Verdict.NOT_TESTED and "no split" in judgement.findings[0].lacking
@@ -393,6 +396,10 @@ def test_what_is_told_of_curves() -> None:
 
 
 WRONG = {
+    "claims: {X1: {words: x, protocol: ablation-mnist, checks: [{kind: difference, arm: default, against: default}]}}":
+        "compared with itself",
+    "claims: {X1: {words: x, protocol: ablation-mnist, checks: [{kind: level, arm: default, above: 5}]}}": "a fraction",
+    "claims: {X 1: {words: x, protocol: ablation-mnist, checks: [CHECK]}}": "should match pattern",
     "claims: {X1: {words: x, protocol: nowhere, checks: [CHECK]}}": "nowhere: no such protocol",
     "claims: {X1: {words: x, protocol: ablation-mnist, checks: [CHECK]}}": "has no arm a",
     "claims: {A1: {words: x, protocol: ablation-mnist, checks: [CHECK]}}": "there is one of that name",

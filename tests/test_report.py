@@ -62,6 +62,10 @@ def rows_of(markdown: str) -> dict[str, list[str]]:
     return {cells[0].strip("| "): cells for cells in lines}
 
 
+def markdown_starts_with(id_: str, folder: Path) -> bool:
+    return next(iter(rows_of((folder / "report.md").read_text()))) == id_
+
+
 def artifact(run_id: str, name: str, folder: Path) -> str:
     return Path(MlflowClient().download_artifacts(run_id, name, str(folder))).read_text(encoding="utf-8")
 
@@ -74,7 +78,9 @@ def test_a_study_ends_with_a_report_and_views(sqlite_store: str, tiny_study: Pat
     markdown = artifact(parent.info.run_id, "report.md", tmp_path)
     assert not Page(html).open and len(html) < 3_000_000
     assert not [each for each in Page(html).addresses if not each.startswith("#")]  # nothing comes from elsewhere
-    assert "An arm has 2 runs" in html and "all planned" not in html and "Not complete" not in html
+    assert (
+        "An arm has 2 runs" in html and "No published claim is about these runs" in html and "Not complete" not in html
+    )
     assert f"effv2 ablate --study {tiny_study} --seeds 0,1 --log-model none" in html
     drawn = {file.path for file in MlflowClient().list_artifacts(parent.info.run_id, "figures")}
     assert set(re.findall(r"\(figures/([\w.-]+)\)", markdown)) == {path.removeprefix("figures/") for path in drawn}
@@ -97,7 +103,10 @@ def test_a_study_ends_with_a_report_and_views(sqlite_store: str, tiny_study: Pat
     assert sorted(lent_in(second.data.tags[BORROWED]).values()) == [
         "default, seed 0", "default, seed 1", "other, seed 0", "other, seed 1",
     ]  # fmt: skip
-    assert "| runs | 3 | 3 |" in artifact(second.info.run_id, "report.md", tmp_path)
+    markdown = artifact(second.info.run_id, "report.md", tmp_path)
+    assert (
+        "| runs | 3 | 3 |" in markdown and "| less default, test accuracy, selected epoch, paired [95 %] |" in markdown
+    )
     tags = MlflowClient().get_experiment(parent.info.experiment_id).tags
     assert tags["mlflow.note.content"] == "The user's own words."
 
@@ -114,6 +123,7 @@ def test_an_experiment_is_reported_exported_and_rebuilt(sqlite_store: str, tiny_
     claims.write_text(CLAIM.replace("OTHER", "other"))
     result = invoke(report, "--claims", claims, "--export", out)
     assert result.exit_code == 0 and "25 claims" in result.output, result.output
+    assert result.output.startswith("M1 ") and markdown_starts_with("M1", out)
     markdown = (out / "report.md").read_text()
     verdicts = rows_of(markdown)
     assert len(verdicts) == 25 and "not tested" not in verdicts["M1"][3]
@@ -129,13 +139,14 @@ def test_an_experiment_is_reported_exported_and_rebuilt(sqlite_store: str, tiny_
     # Every number is there, and hashed; the report follows from them alone.
     hashes = json.loads((out / "data" / "manifest.json").read_text())["sha256"]
     files = {path.relative_to(out / "data").as_posix() for path in (out / "data").rglob("*.csv")}
+    files.add("claims.yaml")
     assert set(hashes) == files and len([name for name in files if "predictions" in name]) == 7
     assert all(hashlib.sha256((out / "data" / name).read_bytes()).hexdigest() == hashes[name] for name in files)
     with (out / "data" / "metrics.csv").open(newline="") as file:
         known = {(row["run_id"], row["name"]): float(row["value"]) for row in csv.DictReader(file)}
     assert known == {(run.info.run_id, name): value for run in all_runs() for name, value in run.data.metrics.items()}
     moved = shutil.copytree(out, tmp_path / "elsewhere")
-    assert invoke(report, "--from-export", moved, "--claims", claims, "--export", again).exit_code == 0
+    assert invoke(report, "--from-export", moved, "--export", again).exit_code == 0
     for name in ("report.html", "report.md", "data/manifest.json"):
         assert (again / name).read_bytes() == (out / name).read_bytes(), name
     assert len(all_runs()) == 9
@@ -189,6 +200,7 @@ def test_the_run_that_mlflow_opened_gets_the_report(
         (["--from-export", "x"], "say with --export where"),
         (["--from-export", "x", "--export", "y"], "has no manifest.json"),
         (["--export", "file"], "can't be written"),
+        (["--experiment", "Defualt"], "no such experiment; did you mean 'Default'?"),
     ],
 )
 def test_wrong_input_is_told_before_anything_is_made(

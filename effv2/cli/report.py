@@ -31,9 +31,8 @@ def report(export: str, from_export: str, claims: str, experiment: str) -> None:
     from pathlib import Path
 
     from effv2.errors import InputError
-    from effv2.evidence.claims import read_claims
 
-    judged = read_claims(Path(claims) if claims else None)
+    own = Path(claims) if claims else None
     target, source = Path(export or ".").absolute(), Path(from_export or ".").absolute()
     if from_export and (not export or target == source):
         raise InputError(f"--from-export {from_export}: say with --export where the report is to go, another folder.")
@@ -43,10 +42,11 @@ def report(export: str, from_export: str, claims: str, experiment: str) -> None:
 
     with ConsoleDisplay() as display:
         if from_export:
-            made = rebuild(source, judged, target, display)
+            made = rebuild(source, own, target, display)
         else:
-            made, address = publish(experiment, judged, target if export else None, display)
-    click.echo(made.summary)
+            made, address = publish(experiment, own, target if export else None, display)
+    for line in (*made.own, made.summary):
+        click.echo(line)
     if not from_export:
         click.echo(address)
     if export:

@@ -150,6 +150,12 @@ class Pairwise(Check):
     arm: str
     against: str
 
+    @model_validator(mode="after")
+    def _two_arms(self) -> Pairwise:
+        if self.arm == self.against:
+            raise ValueError(f"{self.arm} is compared with itself; name another arm")
+        return self
+
     def contrasts(self, protocol: str) -> Iterator[Contrast]:
         """Return the one thing it says."""
         low, high = self.edges() or self.otherwise
@@ -195,6 +201,9 @@ class Ordering(Check):
 
     @model_validator(mode="after")
     def _no_region(self) -> Ordering:
+        arms = [arm for place in self.order for arm in ([place] if isinstance(place, str) else place)]
+        if len(set(arms)) < len(arms):
+            raise ValueError("an arm stands twice in the order; name each once")
         if self.edges() is not None:
             raise ValueError("an ordering says nothing but which is above which; leave the region out")
         return self
@@ -233,10 +242,11 @@ class ClaimsFile(Part):
 
 @dataclass(frozen=True)
 class Claims:
-    """Claims by id, and the protocols that they name."""
+    """Claims by id, those of the user's own first, and the protocols that they name."""
 
     protocols: Mapping[str, Protocol]
     claims: Mapping[str, Claim]
+    own: frozenset[str] = frozenset()
 
     def contrasts(self, id_: str) -> list[Contrast]:
         """Return all that a claim says."""
@@ -269,7 +279,8 @@ def _read(path: Path, before: Claims) -> Claims:
             if name in names:
                 raise InputError(f"{document.where((kind, name))}: there is one of that name; choose another.")
     inline = {id_: claim.protocol for id_, claim in file.claims.items() if isinstance(claim.protocol, Protocol)}
-    claims = Claims({**before.protocols, **file.protocols, **inline}, {**before.claims, **file.claims})
+    own = frozenset(file.claims) if before.claims else frozenset()
+    claims = Claims({**before.protocols, **file.protocols, **inline}, {**file.claims, **before.claims}, own)
     for name, protocol in file.protocols.items():
         if protocol.nearest and protocol.nearest not in claims.protocols:
             wrong = nearest(protocol.nearest, list(claims.protocols))
@@ -294,6 +305,12 @@ def _check(id_: str, claims: Claims, document: Document) -> None:
                     f"{document.where((*place, 'checks'))}: the protocol {contrast.protocol} has no arm {arm}; "
                     f"{nearest(arm, list(protocol.arms))}."
                 )
+        edges = [edge for edge in (contrast.low, contrast.high) if math.isfinite(edge)]
+        if quantity(contrast.metric).is_accuracy and not contrast.ratio and any(abs(edge) > 1 for edge in edges):
+            raise InputError(
+                f"{document.where((*place, 'checks'))}: {contrast.metric} is a fraction, a point is 0.01; give edges "
+                "between -1 and 1."
+            )
         if protocol.over == "images" and not quantity(contrast.metric).fixed:
             _check_over_images(contrast, document.where((*place, "checks")))
 

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 from matplotlib.figure import Figure
-from matplotlib.ticker import LogLocator, NullLocator, StrMethodFormatter
+from matplotlib.ticker import LogLocator, MaxNLocator, NullLocator, StrMethodFormatter
 from scipy import stats
 
 from effv2.evidence.statistics import CONFIDENCE, FEWEST
@@ -50,6 +50,7 @@ def accuracy_curves(
             low, high = _band(values)
             axes.fill_between(epochs, low, high, color=colour, alpha=0.15, linewidth=0)
     axes.set(title=plain(title), xlabel="epoch", ylabel="accuracy", ylim=(0, 1))
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.grid(alpha=0.3)
     axes.legend(loc="best", fontsize="small")
     return figure

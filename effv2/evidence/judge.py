@@ -32,6 +32,7 @@ from effv2.evidence.statistics import (
     holm,
     mcnemar,
     more_to_decide,
+    p_text,
     wilson,
 )
 from effv2.tracking.read import RunRecord
@@ -72,6 +73,7 @@ class Finding:
     inside: bool | None = None
     p: float | None = None
     corrected: float | None = None
+    tests: int = 1  # in its family
     decided: bool = False  # without a test: a quantity that doesn't vary
     estimate: Estimate | None = None
     edge: float = 0.0  # from which the mean is told
@@ -161,7 +163,7 @@ def _decided(finding: Finding, corrected: float | None, tests: int) -> Finding:
 
     Those must do with the level that the smallest of `tests` p-values has to reach.
     """
-    finding = replace(finding, corrected=corrected)
+    finding = replace(finding, corrected=corrected, tests=tests)
     if corrected is None or corrected < LEVEL or finding.estimate is None:
         return finding
     found = more_to_decide(finding.estimate, finding.edge, LEVEL / tests)
@@ -212,10 +214,7 @@ def _finding(claims: Claims, runs: Sequence[RunRecord], right: RightAnswers, con
     if protocol.over == "images":
         return _over_images(finding, what, chosen, right)
     finding = _over_seeds(finding, what, chosen)
-    if chosen.left_out:
-        words = f"{finding.evidence}; {_count(chosen.left_out, 'run')} without a usable figure left out"
-        return replace(finding, evidence=words)
-    return finding
+    return replace(finding, evidence="; ".join([finding.evidence, *chosen.aside]))
 
 
 def says(contrast: Contrast, what: Quantity) -> str:
@@ -278,11 +277,6 @@ def _with_published(finding: Finding, claims: Claims, protocol: Protocol, what: 
     return replace(finding, published=shown, agrees=_is_inside(contrast, value))
 
 
-def p_text(p: float) -> str:
-    """Write a p-value."""
-    return "p < 0.001" if p < 0.001 else f"p = {p:.3f}" if p < 0.01 else f"p = {p:.2f}"
-
-
 def _on_fixed(finding: Finding, what: Quantity, chosen: Chosen) -> Finding:
     """Judge a quantity that doesn't vary: one run of each arm decides."""
     contrast = finding.contrast
@@ -326,21 +320,16 @@ def _over_seeds(finding: Finding, what: Quantity, chosen: Chosen) -> Finding:
     if (interval := estimate.interval()) is not None:
         words = f"{text(estimate.mean)} [{text(interval.low)} to {text(interval.high)}], {kind}"
     finding = replace(finding, evidence=words, inside=_is_inside(contrast, back(estimate.mean)))
-    if not contrast.against and (interval := _of_single_run(what, chosen)) is not None:
-        finding = replace(finding, single=_single(contrast, what, interval))
+    if not contrast.against and isinstance(estimate, Sample):
+        values = [value for run in chosen.arms[contrast.arm].values() if (value := what.value(run)) is not None]
+        if (interval := estimate.prediction(Sample(tuple(values)).deviation)) is not None:
+            finding = replace(finding, single=_single(contrast, what, interval))
     unit = "split" if chosen.splits > 1 else "seed"
     if estimate.n < FEWEST:
         lacking = _count(FEWEST - estimate.n, f"more {unit}")
         return replace(finding, more=f"fewer than {FEWEST} runs decide nothing; {lacking} at least")
     edge = _binding_edge(contrast, back(estimate.mean), estimate)
     return replace(finding, p=estimate.p(edge), estimate=estimate, edge=edge, unit=unit)
-
-
-def _of_single_run(what: Quantity, chosen: Chosen) -> Interval | None:
-    """Return the interval in which a single further run is expected, on a split of its own where there are several."""
-    (of_arm,) = chosen.arms.values()
-    values = Sample(tuple(value for run in of_arm.values() if (value := what.value(run)) is not None))
-    return values.prediction(groups=chosen.splits if chosen.splits > 1 else values.n)
 
 
 def _apply(text: Callable[[float], str], back: Callable[[float], float], value: float) -> str:

@@ -9,11 +9,11 @@ from pathlib import Path
 from typing import Protocol
 
 from effv2.errors import InputError, RunError
-from effv2.evidence.claims import Claims, read_claims
+from effv2.evidence.claims import read_claims
 from effv2.evidence.quantities import HISTORIES
 from effv2.evidence.report import FIGURES, HTML, Report, make_report
 from effv2.evidence.sections import studies_of
-from effv2.evidence.sources import EXPORTED, MANIFEST, Evidence, export, exported, tracked
+from effv2.evidence.sources import CLAIMS, EXPORTED, MANIFEST, Evidence, export, exported, tracked
 from effv2.tracking.read import read_experiment
 from effv2.tracking.recovery import open_experiment
 from effv2.tracking.run import TrackedRun, open_report_run, run_address, working_on
@@ -67,14 +67,16 @@ def report_on_study(parent: TrackedRun, used: Mapping[str, str]) -> None:
     _show_in_ui(parent)
 
 
-def publish(experiment: str, claims: Claims, target: Path | None, view: View) -> tuple[Report, str]:
+def publish(experiment: str, own: Path | None, target: Path | None, view: View) -> tuple[Report, str]:
     """Report on a whole experiment; log that to a run of its own and to the run of every study; export to `target`.
 
-    Returns the report and where its run is to be seen. InputError before any run is created.
+    `own` is a file of claims that are judged beside the published ones. Returns the report and where its run is to be
+    seen. InputError before any run is created.
     """
+    claims = read_claims(own)
     if target is not None:
         _prepare(target)
-    experiment_id = open_experiment(experiment, view.remark)
+    experiment_id = open_experiment(experiment, view.remark, create=False)
     try:
         run = open_report_run(experiment_id)
         with working_on(run):
@@ -89,19 +91,25 @@ def publish(experiment: str, claims: Claims, target: Path | None, view: View) ->
             run.describe(f"{report.summary}.\n\n{where_to_look(run)}")
             if target is not None:
                 view.working("exporting")
-                _write(report, evidence, target)
+                _write(report, evidence, target, own)
     except TrackingError as error:
         raise RunError(f"The tracking store failed ({reason(error)}); mend it and try again.") from error
     return report, run_address(run.run_id, run.experiment_id)
 
 
-def rebuild(source: Path, claims: Claims, target: Path, view: View) -> Report:
-    """Make the report of an export again, without a tracking server, and write both to `target`."""
+def rebuild(source: Path, own: Path | None, target: Path, view: View) -> Report:
+    """Make the report of an export again, without a tracking server, and write both to `target`.
+
+    Where no file of claims is given, it is the one that was exported with it.
+    """
+    read_claims(own)
     _prepare(target)
     view.working("reading the export")
     evidence = exported(source / DATA)
-    report = make_report(evidence, claims, progress=view.working)
-    _write(report, evidence, target)
+    if own is None and (source / DATA / CLAIMS).is_file():
+        own = source / DATA / CLAIMS
+    report = make_report(evidence, read_claims(own), progress=view.working)
+    _write(report, evidence, target, own)
     return report
 
 
@@ -114,9 +122,10 @@ def _prepare(target: Path) -> None:
         raise InputError(f"--export {target}: can't be written to ({error.strerror}); give another folder.") from error
 
 
-def _write(report: Report, evidence: Evidence, target: Path) -> None:
+def _write(report: Report, evidence: Evidence, target: Path, own: Path | None) -> None:
+    text = None if own is None else own.read_text(encoding="utf-8")
     if (target / DATA / MANIFEST).is_file():  # an earlier export, of which nothing may be left among this one
         shutil.rmtree(target / DATA)
         shutil.rmtree(target / FIGURES, ignore_errors=True)
     report.write(target)
-    export(evidence, target / DATA)
+    export(evidence, target / DATA, text)

@@ -138,7 +138,9 @@ QUANTITIES: dict[str, Quantity] = {
         "one image, ms", _milliseconds, lambda value: f"{value:.1f}", timed=True
     ),
     "model/parameters": Quantity("parameters", _metric("model/parameters"), whole, fixed=True),
-    "model/gflops": Quantity("GFLOPs", _metric("model/gflops"), lambda value: f"{value:.3f}", fixed=True),
+    "model/gflops": Quantity(
+        "GFLOPs", _metric("model/gflops"), lambda value: f"{value:.3f}" if value >= 0.01 else f"{value:.2g}", fixed=True
+    ),
 }
 
 

@@ -13,9 +13,9 @@ from markupsafe import Markup, escape
 
 from effv2.evidence.claims import Claims
 from effv2.evidence.judge import Finding, Judgement, Verdict, judge
-from effv2.evidence.judge import p_text as shown_p
-from effv2.evidence.sections import Section, section, studies_of
+from effv2.evidence.sections import Section, sections_of
 from effv2.evidence.sources import Evidence
+from effv2.evidence.statistics import p_text
 from effv2.evidence.svg import as_file, inline
 
 HTML, MARKDOWN, FIGURES = "report.html", "report.md", "figures"
@@ -27,6 +27,7 @@ class Report:
     """What came out in one sentence, a page, its Markdown twin and the figures that the twin shows, by file name."""
 
     summary: str
+    own: Sequence[str]  # the verdicts of the user's own claims, a line each
     html: str
     markdown: str
     figures: Mapping[str, str]
@@ -57,8 +58,7 @@ def make_report(
     untouched = [each for each in judgements if not (each.tested or each.nearest)]
     shown = [each for each in judgements if each not in untouched] if only_touched else judgements
     drawn = []
-    for number, study in enumerate(studies_of(evidence.runs), 1):
-        made = section(study, claims)
+    for number, made in enumerate(sections_of(evidence.runs, claims), 1):
         progress(f"drawing {made.title}")
         figures = {f"{number:02}-{_slug(name)}.svg": (name, as_file(f)) for name, f in made.figures.items()}
         drawn.append(Drawn(made, figures))
@@ -66,6 +66,7 @@ def make_report(
         "evidence": evidence,
         "judgements": shown,
         "left_out": len(judgements) - len(shown),
+        "title": drawn[0].section.title if only_touched and drawn else evidence.experiment,
         "summary": _summary(evidence, shown),
         "sections": drawn,
         "figures": FIGURES,
@@ -74,15 +75,17 @@ def make_report(
     html = environment.get_template("report.html.j2").render(values)
     markdown = environment.get_template("report.md.j2").render(values)
     files = {name: svg for each in drawn for name, (_, svg) in each.figures.items()}
-    return Report(_summary(evidence, shown), html, re.sub(r"\n{3,}", "\n\n", markdown), files)
+    own = [f"{each.id} {each.verdict.value}: {reason(each)}" for each in shown if each.id in claims.own]
+    return Report(_summary(evidence, shown), own, html, re.sub(r"\n{3,}", "\n\n", markdown), files)
 
 
 def _summary(evidence: Evidence, judgements: Sequence[Judgement]) -> str:
     counts = Counter(each.verdict for each in judgements)
     words = ", ".join(f"{counts[verdict]} {verdict.value}" for verdict in Verdict)
+    said = f"of {len(judgements)} claims {words}" if judgements else "no published claim is about them"
     parents = {run.parent for run in evidence.runs}
     runs = sum(bool(run.metrics) and run.run_id not in parents for run in evidence.runs)
-    return f"{runs} runs; of {len(judgements)} claims {words}"
+    return f"{runs} runs; {said}"
 
 
 def _slug(text: str) -> str:
@@ -135,7 +138,7 @@ def numbers(finding: Finding) -> list[str]:
 
 def _estimated(finding: Finding) -> str:
     """Return what the runs say, with its p-values."""
-    told = [shown_p(p) for p in (finding.p, finding.corrected) if p is not None]
+    told = [p_text(p) for p in (finding.p, finding.corrected) if p is not None]
     if len(set(told)) > 1:
-        return f"{finding.evidence}, {told[0]} ({told[1]} after Holm)"
+        return f"{finding.evidence}, {told[0]} ({told[1]} after Holm for {finding.tests} tests)"
     return ", ".join(filter(None, (finding.evidence, *told[:1])))

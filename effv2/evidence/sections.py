@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -12,10 +13,10 @@ from matplotlib.figure import Figure
 from effv2.evidence.claims import Claims
 from effv2.evidence.comparison import NONE, Comparison, Rows
 from effv2.evidence.figures import accuracy_against_time, accuracy_curves, bars
-from effv2.evidence.quantities import LARGEST, QUANTITIES, TEST, TRAIN, percent, whole
+from effv2.evidence.quantities import LARGEST, QUANTITIES, TEST, TRAIN, percent, points, whole
 from effv2.evidence.reference import published_runs
-from effv2.evidence.selection import complete, has, is_like, split_of
-from effv2.evidence.statistics import FEWEST, Sample, wilson
+from effv2.evidence.selection import SPLIT_SEED, complete, has, is_like, seed_of, split_of
+from effv2.evidence.statistics import FEWEST, Sample, holm, p_text, wilson
 from effv2.tracking.read import RunRecord
 from effv2.tracking.tags import ARM, BORROWED, COMMAND, PLANNED, lent_in, names_in
 
@@ -101,6 +102,23 @@ def _as_lent(run: RunRecord, name: str) -> RunRecord:
     """Return a run of another study as this one has it: under its name, in its arm."""
     arm = name.rpartition(", seed ")[0]
     return replace(run, name=name, tags=run.tags | ({ARM: arm} if arm else {}))
+
+
+def sections_of(runs: Sequence[RunRecord], claims: Claims) -> list[Section]:
+    """Return the sections of all studies; those of one name also say their split, or which run they are."""
+    studies = studies_of(runs)
+    made = [section(study, claims) for study in studies]
+    titles = Counter(each.title for each in made)
+    return [
+        replace(each, title=f"{each.title} ({_apart(study)})") if titles[each.title] > 1 else each
+        for each, study in zip(made, studies, strict=True)
+    ]
+
+
+def _apart(study: Study) -> str:
+    splits = dict.fromkeys(run.params.get(SPLIT_SEED, "") for run in study.runs)
+    run_id = study.parent.run_id[:8] if study.parent else ""
+    return f"split {', '.join(splits)}, run {run_id}" if any(splits) else f"run {run_id}"
 
 
 def section(study: Study, claims: Claims) -> Section:
@@ -197,8 +215,40 @@ def _with_intervals(comparison: Comparison) -> Rows:
         both = (mean, single)
         cells.append([NONE if each is None else f"{percent(each.low)} to {percent(each.high)}" for each in both])
     means, singles = zip(*cells, strict=True)
+    differences = list(_differences(comparison))
     intervals = [("95 % interval of that mean", *means), ("where a single re-run is expected (95 %)", *singles)]
-    return [titles, *(line for line in [*lines[:2], *intervals, *lines[2:]] if set(line[1:]) != {NONE})]
+    return [titles, *(line for line in [*lines[:2], *intervals, *differences, *lines[2:]] if set(line[1:]) != {NONE})]
+
+
+def _differences(comparison: Comparison) -> Iterator[tuple[str, ...]]:
+    """Return lines that hold each arm against the first one, on the seeds that both have: difference and p-value.
+
+    What is compared is the accuracy that decides: at the epoch selected on validation, where there is a split for it,
+    else the published best epoch.
+    """
+    first, *others = comparison.arms
+    runs = [run for of_arm in comparison.arms.values() for run in of_arm]
+    validated = all("selected/val_accuracy" in run.metrics for run in runs)
+    what = QUANTITIES["selected/test_accuracy" if validated else "best/test_accuracy"]
+    values = {
+        arm: {(split_of(run), seed_of(run)): value for run in of_arm if (value := what.value(run)) is not None}
+        for arm, of_arm in comparison.arms.items()
+    }
+    samples = {}
+    for arm in others:
+        pairs = [pair for pair in values[arm] if pair in values[first]]
+        samples[arm] = Sample(tuple(values[arm][pair] - values[first][pair] for pair in pairs))
+    told = {arm: sample for arm, sample in samples.items() if sample.n >= FEWEST}
+    if not told:
+        return
+    corrected = dict(zip(told, holm([sample.p(0) for sample in told.values()]), strict=True))
+    cells = dict.fromkeys(comparison.arms, "") | {
+        arm: f"{points(sample.mean)} [{100 * each.low:+.2f} to {100 * each.high:+.2f}]"
+        for arm, sample in told.items()
+        if (each := sample.interval()) is not None
+    }
+    yield f"less {first}, {what.words}, paired [95 %]", *cells.values()
+    yield f"p of that, after Holm for {len(told)}", *(p_text(corrected[arm]) if arm in told else "" for arm in cells)
 
 
 def _by_row(comparison: Comparison) -> Rows:
@@ -226,6 +276,8 @@ def published_curves(arms: Mapping[str, Sequence[RunRecord]], claims: Claims) ->
 
 def _notes(arms: Mapping[str, Sequence[RunRecord]], protocol: str) -> Iterator[str]:
     """Say what a reader of the table and the figures must know."""
+    if max(map(len, arms.values())) > 1:
+        yield "± is the standard deviation over runs."
     runs = [run for of_arm in arms.values() for run in of_arm]
     few = min(map(len, arms.values()))
     if few < FEWEST:

@@ -6,7 +6,7 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cache
-from itertools import product
+from itertools import pairwise, product
 
 from effv2.config import TrainConfig
 from effv2.evidence.claims import Protocol, Value
@@ -98,14 +98,14 @@ def seed_of(run: RunRecord) -> str:
 class Chosen:
     """The runs of some arms that differ in nothing else but seeds, by arm and pair; empty where there are none.
 
-    `splits` counts those that all arms have; `overlap` is the ratio of test to training images where there are
-    several, else 0; `left_out` the runs without the figure; `why` says why there are none, where some come near.
+    `splits` counts those that all arms have; `overlap` is the ratio of test to other images where there are several,
+    else 0; `aside` says which runs were left aside; `why` why there are none, where some come near.
     """
 
     arms: Mapping[str, Mapping[Pair, RunRecord]]
     splits: int = 1
     overlap: float = 0.0
-    left_out: int = 0
+    aside: tuple[str, ...] = ()
     why: str = ""
 
     def pairs(self) -> list[Pair]:
@@ -146,8 +146,24 @@ def choose(
     if not whole:
         return replace(none, why=_apart(groups, arms))
     most = max(whole, key=lambda group: (len(group.pairs()), min(map(len, group.arms.values()))))
+    if protocol.over == "images" or what.fixed:
+        return most
     left_out = sum(len(found) - len(having[arm]) for arm, found in like.items())
-    return most if protocol.over == "images" or what.fixed else _on_shared_splits(replace(most, left_out=left_out))
+    aside = [f"{_runs(left_out)} without a usable figure left out"] if left_out else []
+    if len(whole) > 1:
+        kept = {run.run_id for of_arm in most.arms.values() for run in of_arm.values()}
+        others = {run.run_id for group in whole for of_arm in group.arms.values() for run in of_arm.values()} - kept
+        names = sorted({name for one, other in pairwise(map(dict, groups)) for name in _differing(one, other)})
+        aside.append(f"{_runs(len(others))} left aside that differ from these in {', '.join(names)}")
+    return _on_shared_splits(replace(most, aside=tuple(aside)))
+
+
+def _runs(count: int) -> str:
+    return "1 run" if count == 1 else f"{count} runs"
+
+
+def _differing(one: Mapping[str, str], other: Mapping[str, str]) -> list[str]:
+    return [name for name in {**one, **other} if one.get(name) != other.get(name)]
 
 
 def _usable(value: float | None, positive: bool) -> bool:
@@ -162,22 +178,25 @@ def _on_shared_splits(chosen: Chosen) -> Chosen:
     shared = set.intersection(*({split for split, _ in of_arm} for of_arm in chosen.arms.values()))
     if not shared:
         return Chosen({arm: {} for arm in chosen.arms}, why="the arms have no split of the data in common")
-    if len(shared) < FEWEST:
-        runs = Counter(split for of_arm in chosen.arms.values() for split, _ in of_arm)
-        shared = {max(sorted(shared), key=lambda split: runs[split])}
+    aside = list(chosen.aside)
+    if 1 < len(shared) < FEWEST:
+        runs = Counter(split for of_arm in chosen.arms.values() for split, _ in of_arm if split in shared)
+        most = max(sorted(shared), key=lambda split: runs[split])
+        aside.append(
+            f"on one split alone, {_runs(runs.total() - runs[most])} on another left aside: a third would count all"
+        )
+        shared = {most}
     arms = {
         arm: {pair: run for pair, run in of_arm.items() if pair[0] in shared} for arm, of_arm in chosen.arms.items()
     }
-    return replace(chosen, arms=arms, splits=len(shared), overlap=_overlap(arms) if len(shared) > 1 else 0.0)
+    overlap = _overlap(arms) if len(shared) > 1 else 0.0
+    return replace(chosen, arms=arms, splits=len(shared), overlap=overlap, aside=tuple(aside))
 
 
 def _apart(found: Mapping[Rest, Mapping[str, object]], arms: Sequence[str]) -> str:
     """Say what the runs of two arms differ in, at least."""
     sides = [[dict(rest) for rest, group in found.items() if arm in group] for arm in arms]
-    ways = [
-        [name for name in {**one, **other} if one.get(name) != other.get(name)]
-        for one, other in product(sides[0], sides[-1])
-    ]
+    ways = [_differing(one, other) for one, other in product(sides[0], sides[-1])]
     fewest: list[str] = min(ways, key=len, default=[])
     return f"runs of {' and of '.join(arms)} differ in more than that: in {', '.join(fewest)}"
 
@@ -197,9 +216,13 @@ def _rest(run: RunRecord, protocol: Protocol, what: Quantity) -> Iterator[tuple[
 
 
 def _overlap(arms: Mapping[str, Mapping[Pair, RunRecord]]) -> float:
-    runs = [run for of_arm in arms.values() for run in of_arm.values()]
-    counts = {name: run.images[name].images for run in runs for name in ("train", "test") if name in run.images}
-    return counts["test"] / counts["train"] if counts.get("train") and counts.get("test") else PUBLISHED_OVERLAP
+    """Return the ratio of test to other images of a split, from the share that was held out for testing."""
+    (run, *_) = (run for of_arm in arms.values() for run in of_arm.values())
+    try:
+        share = float(run.params.get("data.test_fraction", ""))
+    except ValueError:
+        return PUBLISHED_OVERLAP
+    return share / (1 - share) if 0 < share < 1 else PUBLISHED_OVERLAP
 
 
 def over_splits(values: Mapping[Pair, float]) -> list[float]:

@@ -23,7 +23,7 @@ from effv2.tracking.views import ui_address
 
 EXPORTED = (*HISTORIES, "val/accuracy", "train/loss", "val/loss", "test/loss", "learning_rate")
 PREDICTIONS = ("predictions.csv", "unseen/predictions.csv")
-MANIFEST = "manifest.json"
+MANIFEST, CLAIMS = "manifest.json", "claims.yaml"
 TABLES = ("runs.csv", "params.csv", "tags.csv", "metrics.csv", "epochs.csv", "images.csv")
 LARGEST_FIELD = 10_000_000  # characters of a CSV field: thousands of class names
 # What says where the user's files lie, or who they are.
@@ -60,8 +60,8 @@ def tracked(experiment_id: str, histories: Sequence[str] = HISTORIES, parent: st
     return Evidence(experiment_name(experiment_id), ui, runs, lambda run: read_artifacts(run.run_id, PREDICTIONS))
 
 
-def export(evidence: Evidence, folder: Path) -> None:
-    """Write the evidence as CSV files, and a manifest of their hashes."""
+def export(evidence: Evidence, folder: Path, claims: str | None = None) -> None:
+    """Write the evidence as CSV files, the text of a file of claims, and a manifest of their hashes."""
     folder.mkdir(parents=True, exist_ok=True)
     written: list[Path] = []
 
@@ -78,6 +78,9 @@ def export(evidence: Evidence, folder: Path) -> None:
     table("metrics.csv", ("run_id", "name", "value"), _pairs((run, run.metrics) for run in runs))
     table("epochs.csv", ("run_id", "name", "epoch", "value"), _epochs(runs))
     table("images.csv", ("run_id", "context", "name", "digest", "images", "classes"), _images(runs))
+    if claims is not None:
+        (folder / CLAIMS).write_text(claims, encoding="utf-8")
+        written.append(folder / CLAIMS)
     finished = [run for run in runs if run.status == "FINISHED"]
     with ThreadPoolExecutor(READERS) as pool:
         for run, texts in zip(finished, pool.map(evidence.predictions, finished), strict=True):

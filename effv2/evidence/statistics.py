@@ -180,16 +180,16 @@ class Sample(Estimate):
         """Return the degrees of freedom."""
         return self.n - 1
 
-    def prediction(self, groups: int = 0, confidence: float = CONFIDENCE) -> Interval | None:
+    def prediction(self, deviation: float | None = None, confidence: float = CONFIDENCE) -> Interval | None:
         """Return the interval in which a single further value is expected (normal values); None for one value.
 
-        With values of so many `groups`, splits, only those are independent.
+        `deviation` is that of single values, where these are means of several.
         """
-        groups = groups or self.n
-        if groups < 2:
+        if self.n < 2:
             return None
-        reach = stats.t.ppf((1 + confidence) / 2, groups - 1) * self.deviation * np.sqrt(1 + 1 / groups)
-        return Interval(self.mean - float(reach), self.mean + float(reach))
+        spread = np.hypot(self.deviation if deviation is None else deviation, self.error)
+        reach = float(stats.t.ppf((1 + confidence) / 2, self.degrees) * spread)
+        return Interval(self.mean - reach, self.mean + reach)
 
     def _resampled(self) -> np.ndarray:
         means, squares = _resamples(self.values, 0)
@@ -289,6 +289,11 @@ def more_to_decide(estimate: Estimate, edge: float, level: float = LEVEL) -> tup
     if few is None:
         return None
     return max(1, few - estimate.n), None if many is None else max(1, many - estimate.n)
+
+
+def p_text(p: float) -> str:
+    """Write a p-value."""
+    return "p < 0.001" if p < 0.001 else f"p = {p:.3f}" if p < 0.01 else f"p = {p:.2f}"
 
 
 def calibration_error(confidence: np.ndarray, right: np.ndarray, bins: int = CALIBRATION_BINS) -> float:

@@ -25,9 +25,9 @@ class Sending:
     store: str = ""  # that it waits for, where that isn't the one in use
 
 
-def open_experiment(experiment: str, remark: Remark) -> str:
+def open_experiment(experiment: str, remark: Remark, create: bool = True) -> str:
     """Open the tracking store as `open_store` does, after which nothing is left in it by dead processes."""
-    experiment_id = open_store(experiment)
+    experiment_id = open_store(experiment, create)
     send_all(remark)
     for run in mlflow.MlflowClient().search_runs([experiment_id], "attributes.status = 'RUNNING'"):
         if is_gone(run.data.tags.get(PROCESS, "")):

@@ -20,7 +20,7 @@ from mlflow.utils.file_utils import local_file_uri_to_path
 from sqlalchemy.engine import make_url
 from sqlalchemy.exc import SQLAlchemyError
 
-from effv2.errors import InputError
+from effv2.errors import InputError, nearest
 from effv2.provenance import without_password
 
 # MLflow's own limits let a dead server block for minutes; a check may be impatient.
@@ -58,16 +58,17 @@ TrackingError = MlflowException
 TRACKING_ERRORS = (MlflowException, SQLAlchemyError, OSError)  # a store that is away, or refuses
 
 
-def open_store(experiment: str) -> str:
+def open_store(experiment: str, create: bool = True) -> str:
     """Answer with the id of the experiment to log to; InputError if the store doesn't answer.
 
-    An empty name leaves the choice to MLflow: that of `mlflow run`, of MLFLOW_EXPERIMENT_NAME or _ID, or
-    `Default`. A database is created, and migrated, here and nowhere later.
+    Without `create`, an experiment of that name must be there. An empty name leaves the choice to MLflow: that of
+    `mlflow run`, of MLFLOW_EXPERIMENT_NAME or _ID, or `Default`. A database is created, and migrated, here and nowhere
+    later.
     """
     _quieten()
     try:
         with impatient(), _creation_lock():
-            found = _experiment(MlflowClient(), experiment)
+            found = _experiment(MlflowClient(), experiment, create)
     except (MlflowException, SQLAlchemyError, OSError, ImportError) as error:
         raise InputError(_explain(error, experiment)) from error
     if found.lifecycle_stage != "active":
@@ -180,7 +181,7 @@ def impatient() -> Iterator[None]:
                 os.environ[name] = value
 
 
-def _experiment(client: MlflowClient, name: str) -> Experiment:
+def _experiment(client: MlflowClient, name: str, create: bool) -> Experiment:
     adopted = os.environ.get("MLFLOW_RUN_ID")
     if adopted:
         given = client.get_experiment(client.get_run(adopted).info.experiment_id)
@@ -196,6 +197,9 @@ def _experiment(client: MlflowClient, name: str) -> Experiment:
     found = client.get_experiment_by_name(name)
     if found is not None:
         return found
+    if not create:
+        names = [each.name for each in client.search_experiments()]
+        raise InputError(f"--experiment {name}: no such experiment; {nearest(name, names)}.")
     try:
         return client.get_experiment(client.create_experiment(name))
     except MlflowException:  # another process was quicker
