@@ -372,7 +372,6 @@ def test_how_many_more_seeds_would_decide() -> None:
     assert power(sample.mean, sample.deviation, runs_to_decide(sample.mean, sample.deviation) or 0) >= 0.8
     assert more_to_decide(Sample((0.01, -0.01, 0.0001)), 0) is None
     assert power(10, 1, 5) == pytest.approx(1) and power(0, 1, 5) == pytest.approx(LEVEL)
-    prediction = sample.prediction()
     random = np.random.default_rng(0)
     inside = 0
     for _ in range(1000):

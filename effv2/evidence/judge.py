@@ -81,12 +81,12 @@ class Finding:
     more: str = ""
     single: str = ""
     lacking: str = ""
-    runs: tuple[str, ...] = ()
+    tested: bool = False  # on runs of our own
 
     @property
     def verdict(self) -> Verdict:
         """Return what the runs say of this one thing."""
-        if not self.runs:
+        if not self.tested:
             return Verdict.NOT_TESTED
         if not self.decided and (self.corrected is None or self.corrected >= LEVEL):
             return Verdict.UNDECIDED
@@ -116,7 +116,7 @@ class Judgement:
     @property
     def tested(self) -> bool:
         """Say whether there are runs of our own."""
-        return any(each.runs for each in self.findings)
+        return any(each.tested for each in self.findings)
 
     @property
     def verdict(self) -> Verdict:
@@ -147,12 +147,11 @@ def judge(claims: Claims, runs: Sequence[RunRecord], right: RightAnswers) -> lis
 
 def _corrected(found: Mapping[str, Sequence[Finding]]) -> dict[str, list[Finding]]:
     """Correct the p-values of each family of claims for their number. What several claims say is tested once."""
-    corrected: dict[Contrast, float] = {}
     result: dict[str, list[Finding]] = {}
     for letters in dict.fromkeys(map(family, found)):
         members = {id_: each for id_, each in found.items() if family(id_) == letters}
         tests = {each.contrast: each.p for findings in members.values() for each in findings if each.p is not None}
-        corrected = dict(zip(tests, holm(list(tests.values())), strict=True)) if tests else {}
+        corrected = dict(zip(tests, holm(list(tests.values())), strict=True))
         for id_, findings in members.items():
             result[id_] = [_decided(each, corrected.get(each.contrast), len(tests)) for each in findings]
     return result
@@ -180,20 +179,20 @@ def _decided(finding: Finding, corrected: float | None, tests: int) -> Finding:
 def _judgement(
     id_: str, claims: Claims, findings: Sequence[Finding], judge_one: Callable[[Contrast], Finding]
 ) -> Judgement:
-    lacking = [each for each in findings if not each.runs]
+    lacking = [each for each in findings if not each.tested]
     protocols = {each.contrast.protocol: claims.protocols[each.contrast.protocol] for each in lacking}
     nearest = [
         judge_one(replace(each.contrast, protocol=near))
         for each in lacking
         if (near := claims.protocols[each.contrast.protocol].nearest)
     ]
-    undecided = [each for each in findings if each.runs and each.verdict == Verdict.UNDECIDED]
+    undecided = [each for each in findings if each.tested and each.verdict == Verdict.UNDECIDED]
     wanted = protocols | {each.contrast.protocol: claims.protocols[each.contrast.protocol] for each in undecided}
     return Judgement(
         id_,
         claims.claims[id_],
         findings,
-        list({each.contrast: each for each in nearest if each.runs}.values()),
+        list({each.contrast: each for each in nearest if each.tested}.values()),
         "; ".join(dict.fromkeys(filter(None, (each.needs for each in protocols.values())))),
         " ".join(dict.fromkeys(claims.protocols[each.contrast.protocol].assumed for each in findings)).strip(),
         list(dict.fromkeys(filter(None, (each.command for each in wanted.values())))),
@@ -207,8 +206,7 @@ def _finding(claims: Claims, runs: Sequence[RunRecord], right: RightAnswers, con
     chosen = choose(runs, protocol, arms, what, positive=contrast.ratio)
     if not all(chosen.arms.values()):
         return replace(finding, lacking=chosen.why)
-    used = tuple(run.run_id for of_arm in chosen.arms.values() for run in of_arm.values())
-    finding = replace(finding, runs=used)
+    finding = replace(finding, tested=True)
     if what.fixed:
         return _on_fixed(finding, what, chosen)
     if protocol.over == "images":

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 import tempfile
 from collections.abc import Mapping
 from pathlib import Path
@@ -11,9 +10,9 @@ from typing import Protocol
 from effv2.errors import InputError, RunError
 from effv2.evidence.claims import read_claims
 from effv2.evidence.quantities import HISTORIES
-from effv2.evidence.report import FIGURES, HTML, Report, make_report
+from effv2.evidence.report import HTML, Report, make_report
 from effv2.evidence.sections import studies_of
-from effv2.evidence.sources import CLAIMS, EXPORTED, MANIFEST, Evidence, export, exported, tracked
+from effv2.evidence.sources import EXPORTED, Evidence, export, exported, remove_export, tracked
 from effv2.tracking.read import read_experiment
 from effv2.tracking.recovery import open_experiment
 from effv2.tracking.run import TrackedRun, open_report_run, run_address, working_on
@@ -106,8 +105,7 @@ def rebuild(source: Path, own: Path | None, target: Path, view: View) -> Report:
     _prepare(target)
     view.working("reading the export")
     evidence = exported(source / DATA)
-    if own is None and (source / DATA / CLAIMS).is_file():
-        own = source / DATA / CLAIMS
+    own = own or evidence.claims
     report = make_report(evidence, read_claims(own), progress=view.working)
     _write(report, evidence, target, own)
     return report
@@ -124,8 +122,6 @@ def _prepare(target: Path) -> None:
 
 def _write(report: Report, evidence: Evidence, target: Path, own: Path | None) -> None:
     text = None if own is None else own.read_text(encoding="utf-8")
-    if (target / DATA / MANIFEST).is_file():  # an earlier export, of which nothing may be left among this one
-        shutil.rmtree(target / DATA)
-        shutil.rmtree(target / FIGURES, ignore_errors=True)
+    remove_export(target / DATA)
     report.write(target)
     export(evidence, target / DATA, text)

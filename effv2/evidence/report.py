@@ -35,6 +35,8 @@ class Report:
     def write(self, folder: Path) -> None:
         """Write all of it."""
         (folder / FIGURES).mkdir(parents=True, exist_ok=True)
+        for left in (folder / FIGURES).glob("[0-9][0-9]-*.svg"):  # of an earlier report
+            left.unlink()
         (folder / HTML).write_text(self.html, encoding="utf-8")
         (folder / MARKDOWN).write_text(self.markdown, encoding="utf-8")
         for name, svg in self.figures.items():
@@ -62,12 +64,13 @@ def make_report(
         progress(f"drawing {made.title}")
         figures = {f"{number:02}-{_slug(name)}.svg": (name, as_file(f)) for name, f in made.figures.items()}
         drawn.append(Drawn(made, figures))
+    summary = _summary(evidence, shown)
     values = {
         "evidence": evidence,
         "judgements": shown,
         "left_out": len(judgements) - len(shown),
         "title": drawn[0].section.title if only_touched and drawn else evidence.experiment,
-        "summary": _summary(evidence, shown),
+        "summary": summary,
         "sections": drawn,
         "figures": FIGURES,
     }
@@ -76,7 +79,7 @@ def make_report(
     markdown = environment.get_template("report.md.j2").render(values)
     files = {name: svg for each in drawn for name, (_, svg) in each.figures.items()}
     own = [f"{each.id} {each.verdict.value}: {reason(each)}" for each in shown if each.id in claims.own]
-    return Report(_summary(evidence, shown), own, html, re.sub(r"\n{3,}", "\n\n", markdown), files)
+    return Report(summary, own, html, re.sub(r"\n{3,}", "\n\n", markdown), files)
 
 
 def _summary(evidence: Evidence, judgements: Sequence[Judgement]) -> str:

@@ -13,7 +13,7 @@ from matplotlib.figure import Figure
 from effv2.evidence.claims import Claims
 from effv2.evidence.comparison import NONE, Comparison, Rows
 from effv2.evidence.figures import accuracy_against_time, accuracy_curves, bars
-from effv2.evidence.quantities import LARGEST, QUANTITIES, TEST, TRAIN, percent, points, whole
+from effv2.evidence.quantities import EVALUATE_RATE, LARGEST, QUANTITIES, TEST, TRAIN, percent, points, whole
 from effv2.evidence.reference import published_runs
 from effv2.evidence.selection import SPLIT_SEED, complete, has, is_like, seed_of, split_of
 from effv2.evidence.statistics import FEWEST, Sample, holm, p_text, wilson
@@ -72,6 +72,19 @@ class Study:
     def kind(self) -> str:
         """Return which command made it."""
         return "" if self.parent is None else self.parent.params.get("study.kind", "")
+
+    def in_order(self) -> list[RunRecord]:
+        """Return the runs in the order in which they were planned, whichever worker was quicker."""
+        planned = names_in(self.parent.tags.get(PLANNED, "")) if self.parent else []
+        place = {name: index for index, name in enumerate(planned)}
+        return sorted(self.runs, key=lambda run: place.get(run.name, len(place)))
+
+    def baseline(self, arms: Iterable[str]) -> str:
+        """Return the arm that the others are held against: the study's own, else the first; empty without a study."""
+        if self.parent is None:
+            return ""
+        known, own = list(arms), self.parent.params.get("study.baseline", "")
+        return own if own in known else known[0]
 
 
 def studies_of(runs: Sequence[RunRecord]) -> list[Study]:
@@ -178,7 +191,7 @@ def arm_of(run: RunRecord) -> str:
 
 def _of_arms(study: Study, empty: Section, claims: Claims) -> Section:
     arms: dict[str, list[RunRecord]] = {}
-    for run in complete(study.runs):
+    for run in complete(study.in_order()):
         if _is_told(run):
             arms.setdefault(arm_of(run), []).append(run)
     if not arms:
@@ -197,10 +210,10 @@ def _of_arms(study: Study, empty: Section, claims: Claims) -> Section:
         drawn["training time"] = partial(bars, seconds, f"{title}: training", "seconds")
     figures = {name: draw() for name, draw in drawn.items()}
     notes = list(_notes(arms, protocol))
-    return replace(empty, table=_with_intervals(comparison), figures=figures, notes=notes)
+    return replace(empty, table=_with_intervals(comparison, study.baseline(arms)), figures=figures, notes=notes)
 
 
-def _with_intervals(comparison: Comparison) -> Rows:
+def _with_intervals(comparison: Comparison, baseline: str) -> Rows:
     """Return the table with a line a figure and a column an arm, and the intervals of the published metric."""
     if len(comparison.arms) > MOST_COLUMNS:
         return _by_row(comparison)
@@ -215,18 +228,18 @@ def _with_intervals(comparison: Comparison) -> Rows:
         both = (mean, single)
         cells.append([NONE if each is None else f"{percent(each.low)} to {percent(each.high)}" for each in both])
     means, singles = zip(*cells, strict=True)
-    differences = list(_differences(comparison))
+    differences = list(_differences(comparison, baseline)) if baseline else []
     intervals = [("95 % interval of that mean", *means), ("where a single re-run is expected (95 %)", *singles)]
     return [titles, *(line for line in [*lines[:2], *intervals, *differences, *lines[2:]] if set(line[1:]) != {NONE})]
 
 
-def _differences(comparison: Comparison) -> Iterator[tuple[str, ...]]:
-    """Return lines that hold each arm against the first one, on the seeds that both have: difference and p-value.
+def _differences(comparison: Comparison, baseline: str) -> Iterator[tuple[str, ...]]:
+    """Return lines that hold each arm against the baseline, on the seeds that both have: difference and p-value.
 
     What is compared is the accuracy that decides: at the epoch selected on validation, where there is a split for it,
     else the published best epoch.
     """
-    first, *others = comparison.arms
+    others = [arm for arm in comparison.arms if arm != baseline]
     runs = [run for of_arm in comparison.arms.values() for run in of_arm]
     validated = all("selected/val_accuracy" in run.metrics for run in runs)
     what = QUANTITIES["selected/test_accuracy" if validated else "best/test_accuracy"]
@@ -236,8 +249,8 @@ def _differences(comparison: Comparison) -> Iterator[tuple[str, ...]]:
     }
     samples = {}
     for arm in others:
-        pairs = [pair for pair in values[arm] if pair in values[first]]
-        samples[arm] = Sample(tuple(values[arm][pair] - values[first][pair] for pair in pairs))
+        pairs = [pair for pair in values[arm] if pair in values[baseline]]
+        samples[arm] = Sample(tuple(values[arm][pair] - values[baseline][pair] for pair in pairs))
     told = {arm: sample for arm, sample in samples.items() if sample.n >= FEWEST}
     if not told:
         return
@@ -247,7 +260,7 @@ def _differences(comparison: Comparison) -> Iterator[tuple[str, ...]]:
         for arm, sample in told.items()
         if (each := sample.interval()) is not None
     }
-    yield f"less {first}, {what.words}, paired [95 %]", *cells.values()
+    yield f"less {baseline}, {what.words}, paired [95 %]", *cells.values()
     yield f"p of that, after Holm for {len(told)}", *(p_text(corrected[arm]) if arm in told else "" for arm in cells)
 
 
@@ -308,10 +321,8 @@ def _of_networks(study: Study, empty: Section, claims: Claims) -> Section:
         count = int(images) if 0 < images < LARGEST else 0
         interval = wilson(round(value * count), count) if count and 0 <= value <= 1 else None
         shown = percent(value) + (f" [{percent(interval.low)} to {percent(interval.high)}]" if interval else "")
-        present, rate = (
-            run.metrics.get(f"{basis}/top1_present"),
-            run.metrics.get("throughput/evaluate_images_per_second"),
-        )
+        present = run.metrics.get(f"{basis}/top1_present")
+        rate = run.metrics.get(EVALUATE_RATE)
         on = f"{count:,} images" + (", not part of their training" if basis == "unseen" else "")
         rows.append((run.name, shown, _shown(present, percent), on, _shown(rate, whole)))
     return replace(empty, table=rows if len(rows) > 1 else [])

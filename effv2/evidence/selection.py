@@ -6,7 +6,7 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cache
-from itertools import pairwise, product
+from itertools import product
 
 from effv2.config import TrainConfig
 from effv2.evidence.claims import Protocol, Value
@@ -142,19 +142,19 @@ def choose(
             pair = (run.params.get(SPLIT_SEED, "") if varies_data else split_of(run), seed_of(run))
             of_arm.pop(pair, None)  # so that the last one stands last
             of_arm[pair] = run
-    whole = [Chosen(group) for group in groups.values() if len(group) == len(set(arms))]
+    whole = {rest: Chosen(group) for rest, group in groups.items() if len(group) == len(set(arms))}
     if not whole:
         return replace(none, why=_apart(groups, arms))
-    most = max(whole, key=lambda group: (len(group.pairs()), min(map(len, group.arms.values()))))
+    rest = max(whole, key=lambda each: (len(whole[each].pairs()), min(map(len, whole[each].arms.values()))))
+    most = whole.pop(rest)
     if protocol.over == "images" or what.fixed:
         return most
     left_out = sum(len(found) - len(having[arm]) for arm, found in like.items())
     aside = [f"{_runs(left_out)} without a usable figure left out"] if left_out else []
-    if len(whole) > 1:
-        kept = {run.run_id for of_arm in most.arms.values() for run in of_arm.values()}
-        others = {run.run_id for group in whole for of_arm in group.arms.values() for run in of_arm.values()} - kept
-        names = sorted({name for one, other in pairwise(map(dict, groups)) for name in _differing(one, other)})
-        aside.append(f"{_runs(len(others))} left aside that differ from these in {', '.join(names)}")
+    if whole:
+        count = sum(len(of_arm) for group in whole.values() for of_arm in group.arms.values())
+        names = sorted({name for other in whole for name in _differing(dict(rest), dict(other))})
+        aside.append(f"{_runs(count)} left aside that differ from these in {', '.join(names)}")
     return _on_shared_splits(replace(most, aside=tuple(aside)))
 
 

@@ -42,6 +42,7 @@ class Evidence:
     ui: str
     runs: Sequence[RunRecord]
     predictions: Callable[[RunRecord], Mapping[str, str]]
+    claims: Path | None = None  # those that were judged beside the published ones, in an export
 
     def right(self, run: RunRecord) -> dict[str, bool]:
         """Return by image whether a run got it right; of published networks those they weren't fitted to, if known."""
@@ -163,7 +164,18 @@ def exported(folder: Path) -> Evidence:
             if place in about["sha256"]
         }
 
-    return Evidence(about["experiment"], about["ui"], runs, predictions)
+    claims = folder / CLAIMS if CLAIMS in about["sha256"] else None
+    return Evidence(about["experiment"], about["ui"], runs, predictions, claims)
+
+
+def remove_export(folder: Path) -> None:
+    """Remove the files of an earlier export, so that none of them is left among those of the next; no others."""
+    try:
+        names = _manifest(folder)["sha256"]
+    except InputError:  # there is none
+        return
+    for name in (*names, MANIFEST):
+        _inside(folder, name).unlink(missing_ok=True)
 
 
 def _manifest(folder: Path) -> dict[str, Any]:

@@ -131,8 +131,8 @@ def _create(plan: Plan, storage: Storage, name: str, definition: Mapping[str, An
     parent: TrackedRun | None = None
     try:
         parent = open_parent(purpose.name, definition["experiment"], tags)
-        about = {"study.kind": purpose.kind, "study.name": purpose.name, "study.description": purpose.description}
-        parent.log_params(about)
+        about = {"kind": purpose.kind, "name": purpose.name, "description": purpose.description}
+        parent.log_params({f"study.{name}": text for name, text in (about | {"baseline": purpose.baseline}).items()})
         parent.log_git(provenance.git_state())
         study_id = storage.optuna.create_new_study([StudyDirection.MAXIMIZE], name)
         for attribute, value in {DEFINITION: definition, FRESH: fresh, PARENT: parent.run_id}.items():

@@ -128,4 +128,4 @@ def make_grid(
     data = {name: load(config.data).digest() for name, config in arms.items()}
     every = seeds or study.seeds
     wanted = [(arm, seed) for seed in every for arm in chosen] or [(arm, arms[arm].random.seed) for arm in chosen]
-    return Grid(Purpose(kind, study.name, study.description, study.retries), arms, data, wanted)
+    return Grid(Purpose(kind, study.name, study.description, study.retries, study.baseline), arms, data, wanted)

@@ -36,12 +36,13 @@ class PlannedRun:
 
 @dataclass(frozen=True)
 class Purpose:
-    """How a study is named and described, and how often a failed run is tried again."""
+    """How a study is named and described, how often failed runs are tried again, what arms are held against."""
 
     kind: str
     name: str
     description: str
     retries: int
+    baseline: str = ""
 
 
 class Plan(Protocol):

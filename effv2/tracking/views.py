@@ -10,6 +10,7 @@ from typing import Any
 
 from mlflow import MlflowClient
 
+from effv2.tracking.entries import milliseconds
 from effv2.tracking.store import shown_uri
 from effv2.tracking.tags import ARM, NOTE
 
@@ -41,13 +42,12 @@ FACETS = {
 
 
 def save_views(experiment_id: str) -> None:
-    """Save both views in the experiment, unless they are there."""
+    """Save both views in the experiment, unless they are there, maybe changed by somebody."""
     client = MlflowClient()
     experiment = client.get_experiment(experiment_id)
+    now = milliseconds()
     for key, state in ((TABLE, _table()), (CURVES, _curves())):
-        saved = experiment.tags.get(f"{KEY}{key}", "{}")
-        if json.loads(saved).get("state") != json.dumps(state):
-            now = experiment.last_update_time or experiment.creation_time or 0
+        if f"{KEY}{key}" not in experiment.tags:
             value = {"name": NAMES[key], "createdAt": now, "updatedAt": now, "state": json.dumps(state)}
             client.set_experiment_tag(experiment_id, f"{KEY}{key}", json.dumps(value))
 
