@@ -18,10 +18,12 @@ from mlflow import MlflowClient
 from mlflow.entities import Metric, Param, RunTag
 
 from effv2.config import TrainConfig
+from effv2.evidence.claims import read_claims
 from effv2.evidence.publication import publish
 from effv2.evidence.quantities import HISTORIES
 from tests.servers import Server
 
+PROTOCOL = read_claims().protocols["ablation-imagenette"]
 ARMS, SEEDS, EPOCHS = ("default", "mbconv_only", "fused_only", "half_layers", "drop_one"), 10, 100
 
 
@@ -43,7 +45,8 @@ def make_study(client: MlflowClient, number: int, random: np.random.Generator) -
         for seed in range(SEEDS):
             name = f"{arm}, seed {seed}"
             run_id = client.create_run("0", run_name=name, tags={"mlflow.parentRunId": parent}).info.run_id
-            values = TrainConfig().flat() | {"model.variant": arm, "random.seed": seed, "optimiser.lr": number + 1}
+            values = TrainConfig().flat() | PROTOCOL.runs | {"model.variant": arm, "random.seed": seed}
+            values |= {"optimiser.lr": 1e-4 * (number + 1)}  # one study follows the protocol, which has claims on it
             client.log_batch(run_id, params=[Param(key, str(value)) for key, value in values.items()])
             curve = 0.5 * (1 - np.exp(-np.arange(1, EPOCHS + 1) / 20)) + random.normal(0, 0.01, EPOCHS)
             metrics = [Metric(h, float(v), 0, e) for h in HISTORIES for e, v in enumerate(curve, 1)]
