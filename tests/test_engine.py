@@ -288,6 +288,24 @@ def test_four_workers_on_postgresql_survive_whatever_is_killed(
     storage.close()
 
 
+def test_a_connection_that_is_cut_within_a_query_is_waited_for(cluster: Cluster) -> None:
+    storage = open_storage(cluster.database("cut"))
+    queue = make_queue(storage)
+    assert queue.claim() is not None
+    cut: list[int] = []
+
+    def cut_once(connection: Any, cursor: Any, statement: str, *rest: Any) -> None:
+        if "FROM trials" in statement and not cut:
+            cut.append(connection.connection.dbapi_connection.info.backend_pid)
+            with storage._locks.begin() as other:
+                other.execute(sqlalchemy.text(f"SELECT pg_terminate_backend({cut[0]})"))
+
+    sqlalchemy.event.listen(storage._rdb.engine, "before_cursor_execute", cut_once)
+    assert {slot: trial.state for slot, trial in queue.trials().items()}["0"] == TrialState.RUNNING
+    assert cut
+    storage.close()
+
+
 @pytest.fixture
 def storage(tmp_path: Path) -> Iterator[Storage]:
     opened = open_storage(f"sqlite:///{tmp_path / 'queue.db'}")

@@ -20,7 +20,14 @@ from optuna.exceptions import StorageInternalError
 from optuna.storages import RDBStorage, get_storage
 from optuna.storages._heartbeat import BaseHeartbeat
 from sqlalchemy.engine import URL
-from sqlalchemy.exc import ArgumentError, DBAPIError, InterfaceError, OperationalError, SQLAlchemyError
+from sqlalchemy.exc import (
+    ArgumentError,
+    DBAPIError,
+    InterfaceError,
+    OperationalError,
+    PendingRollbackError,
+    SQLAlchemyError,
+)
 
 from effv2.errors import InputError, RunError
 
@@ -158,6 +165,8 @@ def is_away(error: Exception) -> bool:
     state = getattr(original, "sqlstate", None)
     if state:  # connection, resources, shutdown, a lock that isn't free, a conflict
         return state[:2] in ("08", "53", "55", "57", "40")
+    if isinstance(cause, PendingRollbackError):  # Optuna asked again within the transaction that was cut
+        return cause.code == "8s2b"
     return isinstance(cause, (OperationalError, InterfaceError)) or bool(getattr(cause, "connection_invalidated", 0))
 
 
