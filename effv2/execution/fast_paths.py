@@ -8,6 +8,7 @@ names stay as they are. What each gains is in docs/performance.md.
 | path | replaces | when |
 |---|---|---|
 | PointwiseConv2d | 1x1 convolution by a matrix product over pixels | at most 16 pixels a map |
+| DenseConv2d | 3x3 convolution, padding 1, by the taps that can meet the image | maps of 1x1 or 2x2 pixels |
 | DepthwiseConv2d, 1x1 | depthwise 3x3, padding 1, by its centre tap | maps of one pixel |
 | DepthwiseConv2d, 2x2 | the same by the taps that can meet the image, pixel by pixel | maps of 2x2 pixels |
 | DepthwiseConv2d, stride 2 | its gradients, by those in float32 | bfloat16, larger maps, when training |
@@ -38,6 +39,17 @@ class PointwiseConv2d(nn.Conv2d):
         if pixels > LARGEST_POINTWISE_MAP or not input.is_contiguous(memory_format=torch.channels_last):
             return super().forward(input)
         return F.linear(input.permute(0, 2, 3, 1), self.weight.flatten(1), self.bias).permute(0, 3, 1, 2)
+
+
+class DenseConv2d(nn.Conv2d):
+    """A dense 3x3 convolution that leaves out the taps which only ever meet padding."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        """Convolve (N, C, H, W)."""
+        if tuple(input.shape[2:]) not in ((1, 1), (2, 2)):
+            return super().forward(input)
+        output: Tensor = _DenseOnFewPixels.apply(*_as_autocast(input, self.weight), self.stride[0])
+        return output if self.bias is None else output + self.bias.to(output.dtype).view(-1, 1, 1)
 
 
 class DepthwiseConv2d(nn.Conv2d):
@@ -102,9 +114,11 @@ def _path(conv: nn.Conv2d) -> type[nn.Conv2d] | None:
         return None
     if conv.kernel_size == (1, 1) and conv.groups == 1 and conv.stride == (1, 1) and conv.padding == (0, 0):
         return PointwiseConv2d
-    if conv.kernel_size == (3, 3) and conv.padding == (1, 1) and conv.groups == conv.in_channels == conv.out_channels:
-        return DepthwiseConv2d
-    return None
+    if conv.kernel_size != (3, 3) or conv.padding != (1, 1):
+        return None
+    if conv.groups == 1 and conv.stride in ((1, 1), (2, 2)):
+        return DenseConv2d
+    return DepthwiseConv2d if conv.groups == conv.in_channels == conv.out_channels else None
 
 
 def _is_usual(module: PlainSqueezeExcitation) -> bool:
@@ -128,15 +142,53 @@ def _is_bf16(input: Tensor) -> bool:
     return autocast == torch.bfloat16
 
 
-def _taps(stride: int) -> Tensor:
-    """Return which of the nine taps leads from an input pixel to an output pixel, (outputs, 4), of a 2x2 map."""
-    side = 2 // stride
-    outputs = [(y, x) for y in range(side) for x in range(side)]
-    inputs = [(y, x) for y in range(2) for x in range(2)]
-    return torch.tensor([[3 * (i - y * stride + 1) + (j - x * stride + 1) for i, j in inputs] for y, x in outputs])
+def _taps(side: int, stride: int) -> Tensor:
+    """Return which of the nine taps leads from an input pixel to an output pixel, (outputs, inputs), of a tiny map."""
+    outputs = [(y, x) for y in range(0, side, stride) for x in range(0, side, stride)]
+    inputs = [(y, x) for y in range(side) for x in range(side)]
+    return torch.tensor([[3 * (i - y + 1) + (j - x + 1) for i, j in inputs] for y, x in outputs])
 
 
-TAPS = {stride: _taps(stride) for stride in (1, 2)}
+TAPS = {(side, stride): _taps(side, stride) for side in (1, 2) for stride in (1, 2)}
+
+
+class _DenseOnFewPixels(torch.autograd.Function):
+    """Dense 3x3, padding 1, of 1x1 or 2x2 maps, as one matrix product from all input to all output pixels."""
+
+    @staticmethod
+    def forward(ctx: Any, input: Tensor, weight: Tensor, stride: int) -> Tensor:
+        count, _, side, _ = input.shape
+        pixels, matrix = input.permute(0, 2, 3, 1).flatten(1), _between_pixels(weight, TAPS[side, stride])
+        ctx.save_for_backward(pixels, matrix)
+        ctx.side, ctx.stride, ctx.shape = side, stride, weight.shape
+        side = -(-side // stride)
+        return (pixels @ matrix.t()).view(count, side, side, len(weight)).permute(0, 3, 1, 2)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        pixels, matrix = ctx.saved_tensors
+        taps, side, (outputs, inputs, *_) = TAPS[ctx.side, ctx.stride], ctx.side, ctx.shape
+        gradient = gradients[0].permute(0, 2, 3, 1).flatten(1)
+        of_matrix = (gradient.t() @ pixels).view(len(taps), outputs, -1, inputs)
+        of_taps = pixels.new_zeros(outputs, 9, inputs, dtype=torch.float32 if side > 1 else None)
+        for output, row in enumerate(taps.tolist()):
+            for pixel, tap in enumerate(row):
+                of_taps[:, tap] += of_matrix[output, :, pixel]
+        of_weight = of_taps.to(matrix.dtype).view(outputs, 3, 3, inputs).permute(0, 3, 1, 2)
+        return (gradient @ matrix).view(len(pixels), side, side, inputs).permute(0, 3, 1, 2), of_weight, None
+
+
+def _between_pixels(weight: Tensor, taps: Tensor) -> Tensor:
+    """Return the matrix (output pixels x channels, input pixels x channels) that a kernel (O, I, 3, 3) stands for."""
+    of_taps = weight.permute(0, 2, 3, 1).flatten(1, 2)  # (O, 9, I)
+    if taps.numel() == 1:
+        return of_taps[:, int(taps)]
+    outputs, _, inputs = of_taps.shape
+    matrix = weight.new_empty(len(taps), outputs, len(taps[0]), inputs)
+    for output, row in enumerate(taps.tolist()):
+        for pixel, tap in enumerate(row):
+            matrix[output, :, pixel] = of_taps[:, tap]
+    return matrix.flatten(2).flatten(0, 1)
 
 
 class _DepthwiseOn2x2(torch.autograd.Function):
@@ -146,7 +198,7 @@ class _DepthwiseOn2x2(torch.autograd.Function):
     def forward(ctx: Any, input: Tensor, weight: Tensor, stride: int) -> Tensor:
         count, channels = input.shape[:2]
         pixels = input.permute(0, 2, 3, 1).reshape(count, 4, channels)
-        factors = weight.reshape(channels, 9).t()[TAPS[stride]]  # (outputs, 4, channels)
+        factors = weight.reshape(channels, 9).t()[TAPS[2, stride]]  # (outputs, 4, channels)
         output = pixels[:, :1] * factors[:, 0]
         for pixel in range(1, 4):
             output.addcmul_(pixels[:, pixel : pixel + 1], factors[:, pixel])
@@ -166,7 +218,7 @@ class _DepthwiseOn2x2(torch.autograd.Function):
             of_input.addcmul_(gradient[:, output : output + 1], factors[output])
         of_pairs = (gradient[:, :, None] * pixels[:, None]).sum(0)  # (outputs, 4, channels)
         of_taps = gradient.new_zeros(9, channels, dtype=torch.float32)
-        of_taps.index_add_(0, TAPS[ctx.stride].flatten(), of_pairs.flatten(0, 1).float())
+        of_taps.index_add_(0, TAPS[2, ctx.stride].flatten(), of_pairs.flatten(0, 1).float())
         of_weight = of_taps.t().reshape(ctx.shape).to(factors.dtype)
         return of_input.view(count, 2, 2, channels).permute(0, 3, 1, 2), of_weight, None
 
