@@ -1,10 +1,11 @@
 """Which form of a training step is the fastest: precision, fast paths, allocator. Each in a process of its own.
 
-    python benchmarks/training_forms.py [--image-size 32] [--batch-size 128] [--rounds 3]
+    python benchmarks/training_forms.py [--variant default] [--image-size 32] [--batch-size 128] [--rounds 3]
 
 One process after the other, every form once a round: warm-up, then steps (forward, backward, AdamW) of EfficientNetV2-S
-with 1000 outputs on random bytes in memory, channels last. Prints a Markdown table: images/s of training (median of all
-steps, spread of the rounds' medians), of evaluation, peak memory, and the gain over plain float32.
+(or another variant) with 1000 outputs on random bytes in memory, channels last. Prints a Markdown table: images/s of
+training (median of all steps, spread of the rounds' medians), of evaluation, peak memory, and the gain over plain
+float32.
 """
 
 from __future__ import annotations
@@ -32,7 +33,7 @@ FORMS = {
 BATCHES = 4
 
 
-def measure(form: str, size: int, batch: int) -> dict[str, Any]:
+def measure(form: str, variant: str, size: int, batch: int) -> dict[str, Any]:
     """Return the seconds of each step, of an evaluated batch, and the peak memory in GB of this process."""
     bf16, fast, allocator = FORMS[form]
     if allocator:
@@ -46,7 +47,7 @@ def measure(form: str, size: int, batch: int) -> dict[str, Any]:
     from effv2.execution.fast_paths import use_fast_paths
 
     torch.manual_seed(0)
-    model = build_model(VARIANTS["default"], 1000)
+    model = build_model(VARIANTS[variant], 1000)
     if fast:
         use_fast_paths(model)
     model = model.to(memory_format=torch.channels_last)
@@ -85,19 +86,20 @@ def measure(form: str, size: int, batch: int) -> dict[str, Any]:
 
 
 @click.command()
+@click.option("--variant", default="default", show_default=True, help="The architecture.")
 @click.option("--image-size", default=32, show_default=True, help="Side of the images in pixels.")
 @click.option("--batch-size", default=128, show_default=True, help="Images a step.")
 @click.option("--rounds", default=3, show_default=True, help="How often every form is measured.")
 @click.option("--form", default="", hidden=True)
-def main(image_size: int, batch_size: int, rounds: int, form: str) -> None:
+def main(variant: str, image_size: int, batch_size: int, rounds: int, form: str) -> None:
     """Measure and print a table."""
     if form:
-        click.echo(json.dumps(measure(form, image_size, batch_size)))
+        click.echo(json.dumps(measure(form, variant, image_size, batch_size)))
         return
     found: dict[str, list[dict[str, Any]]] = {name: [] for name in FORMS}
     for _ in range(rounds):
         for name, results in found.items():
-            words = ["--image-size", image_size, "--batch-size", batch_size, "--form", name]
+            words = ["--variant", variant, "--image-size", image_size, "--batch-size", batch_size, "--form", name]
             done = subprocess.run([sys.executable, __file__, *map(str, words)], capture_output=True, check=True)  # noqa: S603
             results.append(json.loads(done.stdout))
     click.echo("| form | training, images/s | times float32 | evaluation, images/s | times float32 | peak GB |")

@@ -13,7 +13,17 @@ from matplotlib.figure import Figure
 from effv2.evidence.claims import Claims
 from effv2.evidence.comparison import NONE, Comparison, Rows
 from effv2.evidence.figures import accuracy_against_time, accuracy_curves, bars
-from effv2.evidence.quantities import EVALUATE_RATE, LARGEST, QUANTITIES, TEST, TRAIN, percent, points, whole
+from effv2.evidence.quantities import (
+    EPOCH_SECONDS,
+    EVALUATE_RATE,
+    LARGEST,
+    QUANTITIES,
+    TEST,
+    TRAIN,
+    percent,
+    points,
+    whole,
+)
 from effv2.evidence.reference import published_runs
 from effv2.evidence.selection import SPLIT_SEED, complete, has, is_like, seed_of, split_of
 from effv2.evidence.statistics import FEWEST, Sample, holm, p_text, wilson
@@ -182,6 +192,14 @@ def _environment(runs: Iterable[RunRecord]) -> Iterator[tuple[str, str]]:
     )
     if sets:
         yield "data", "; ".join(sets)
+    epochs = [curve for run in known if (curve := run.history.get(EPOCH_SECONDS))]
+    if epochs:
+        yield "epochs took", f"{_duration(sum(map(sum, map(dict.values, epochs))))} in {len(epochs)} runs, in all"
+
+
+def _duration(seconds: float) -> str:
+    hours = seconds / 3600
+    return f"{hours:.1f} hours" if hours >= 1 else f"{60 * hours:.1f} minutes"
 
 
 def arm_of(run: RunRecord) -> str:
