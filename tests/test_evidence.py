@@ -20,6 +20,7 @@ from effv2.evidence.claims import Claims, Protocol, read_claims
 from effv2.evidence.judge import Verdict, Words, judge
 from effv2.evidence.quantities import TEST, TRAIN, quantity
 from effv2.evidence.reference import published_runs
+from effv2.evidence.sections import Study, section
 from effv2.evidence.selection import FREE, is_like
 from effv2.evidence.statistics import (
     FEWEST,
@@ -392,6 +393,21 @@ def test_what_is_told_of_curves() -> None:
     short = RunRecord("", "", "FINISHED", {}, {}, {}, {TEST: {1: 0.1}})
     assert quantity("gain/test_after_epoch_10").value(short) is None
     assert quantity("best/train_accuracy").value(short) is None
+
+
+@pytest.mark.parametrize("arms", [2, 9])
+def test_tables_hold_intervals_and_differences_however_many_arms_there_are(arms: int) -> None:
+    values = [0.2, 0.25, 0.31]
+    named = {f"arm{number}": [value + number / 100 for value in values] for number in range(arms)}
+    runs = [replace(each, tags={"effv2.arm": each.params["model.variant"]}) for each in study(named)]
+    parent = replace(run(0.0), params={"study.kind": "ablate", "study.baseline": "arm0"}, metrics={})
+    table = section(Study(parent, runs), read_claims()).table
+    lines = table if arms == 2 else list(zip(*table, strict=True))
+    found = {line[0]: line[2] for line in lines}  # of arm1
+    mean, deviation = np.mean(values) + 0.01, np.std(values, ddof=1)
+    low, high = stats.t(2, mean, deviation * np.sqrt(1 + 1 / 3)).interval(0.95)
+    assert found["where a single re-run is expected (95 %)"] == f"{100 * low:.2f} % to {100 * high:.2f} %"
+    assert found["less arm0, test accuracy, selected epoch, paired [95 %]"].startswith("+1.00 points")
 
 
 WRONG = {

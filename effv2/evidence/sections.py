@@ -11,7 +11,7 @@ from functools import partial
 from matplotlib.figure import Figure
 
 from effv2.evidence.claims import Claims
-from effv2.evidence.comparison import NONE, Comparison, Rows
+from effv2.evidence.comparison import COLUMNS, NONE, Comparison, Rows
 from effv2.evidence.figures import accuracy_against_time, accuracy_curves, bars
 from effv2.evidence.quantities import (
     EPOCH_SECONDS,
@@ -32,7 +32,8 @@ from effv2.tracking.tags import ARM, BORROWED, COMMAND, PLANNED, lent_in, names_
 
 BEST_TRIALS = 5
 MOST_COLUMNS = 8
-SHORT = ("best/test_accuracy", "selected/test_accuracy", "time/total_train_seconds")
+SHORT = ("best/test_accuracy", "selected/test_accuracy", "time/total_train_seconds")  # of many arms
+INTERVALS = ("best/test_accuracy", "selected/test_accuracy")
 SINGLE_RUNS = "Single runs"
 # Where a report tells about them: what a tag is called, and how it is called there.
 ENVIRONMENT = {
@@ -228,39 +229,55 @@ def _of_arms(study: Study, empty: Section, claims: Claims) -> Section:
         drawn["training time"] = partial(bars, seconds, f"{title}: training", "seconds")
     figures = {name: draw() for name, draw in drawn.items()}
     notes = list(_notes(arms, protocol))
-    return replace(empty, table=_with_intervals(comparison, study.baseline(arms)), figures=figures, notes=notes)
+    return replace(empty, table=_table(comparison, study.baseline(arms)), figures=figures, notes=notes)
 
 
-def _with_intervals(comparison: Comparison, baseline: str) -> Rows:
-    """Return the table with a line a figure and a column an arm, and the intervals of the published metric."""
-    if len(comparison.arms) > MOST_COLUMNS:
-        return _by_row(comparison)
-    titles, *lines = comparison.lines()
-    best = comparison.values("best/test_accuracy")
-    cells = []
-    for arm in comparison.arms:
-        one_split = len({split_of(run) for run in comparison.arms[arm]}) == 1
-        sample = Sample(tuple(best.get(arm, ())) if one_split else ())
-        mean = sample.interval() if sample.n >= FEWEST else None
-        single = sample.prediction() if sample.n >= FEWEST else None
-        both = (mean, single)
-        cells.append([NONE if each is None else f"{percent(each.low)} to {percent(each.high)}" for each in both])
-    means, singles = zip(*cells, strict=True)
-    differences = list(_differences(comparison, baseline)) if baseline else []
-    intervals = [("95 % interval of that mean", *means), ("where a single re-run is expected (95 %)", *singles)]
-    return [titles, *(line for line in [*lines[:2], *intervals, *differences, *lines[2:]] if set(line[1:]) != {NONE})]
+def _table(comparison: Comparison, baseline: str) -> Rows:
+    """Return the table with a line a figure and a column an arm, accuracies with their intervals.
 
-
-def _differences(comparison: Comparison, baseline: str) -> Iterator[tuple[str, ...]]:
-    """Return lines that hold each arm against the baseline, on the seeds that both have: difference and p-value.
-
-    What is compared is the accuracy that decides: at the epoch selected on validation, where there is a split for it,
-    else the published best epoch.
+    Many arms have a line each, and the main figures alone.
     """
-    others = [arm for arm in comparison.arms if arm != baseline]
+    decisive = _decisive(comparison)
+    titles, runs, *lines = comparison.lines()
+    main: Rows = [titles, runs]
+    others: Rows = []
+    for name, line in zip(COLUMNS, lines, strict=True):
+        shown = [line]
+        if name in INTERVALS:
+            shown += _intervals(comparison, name)
+        if name == decisive and baseline:
+            shown += _differences(comparison, baseline, name)
+        (main if name in SHORT else others).extend(each for each in shown if set(each[1:]) != {NONE})
+    return [*main, *others] if len(comparison.arms) <= MOST_COLUMNS else list(zip(*main, strict=True))
+
+
+def _decisive(comparison: Comparison) -> str:
+    """Return the accuracy that decides: under the published rules, without a validation split, the best epoch's.
+
+    Elsewhere it is the selected epoch's: the best one on validation, or the last.
+    """
     runs = [run for of_arm in comparison.arms.values() for run in of_arm]
     validated = all("selected/val_accuracy" in run.metrics for run in runs)
-    what = QUANTITIES["selected/test_accuracy" if validated else "best/test_accuracy"]
+    published = any(run.params.get("data.sampling") == "published" for run in runs)
+    return "best/test_accuracy" if published and not validated else "selected/test_accuracy"
+
+
+def _intervals(comparison: Comparison, name: str) -> Rows:
+    """Return lines with the intervals of a quantity's mean and of one more run, where there are runs enough."""
+    values, cells = comparison.values(name), []
+    for arm in comparison.arms:
+        one_split = len({split_of(run) for run in comparison.arms[arm]}) == 1
+        sample = Sample(tuple(values.get(arm, ())) if one_split else ())
+        found = (sample.interval(), sample.prediction()) if sample.n >= FEWEST else (None, None)
+        cells.append([NONE if each is None else f"{percent(each.low)} to {percent(each.high)}" for each in found])
+    means, singles = zip(*cells, strict=True)
+    return [("95 % interval of that mean", *means), ("where a single re-run is expected (95 %)", *singles)]
+
+
+def _differences(comparison: Comparison, baseline: str, name: str) -> Iterator[tuple[str, ...]]:
+    """Return lines that hold each arm against the baseline, on the seeds that both have: difference and p-value."""
+    others = [arm for arm in comparison.arms if arm != baseline]
+    what = QUANTITIES[name]
     values = {
         arm: {(split_of(run), seed_of(run)): value for run in of_arm if (value := what.value(run)) is not None}
         for arm, of_arm in comparison.arms.items()
@@ -280,13 +297,6 @@ def _differences(comparison: Comparison, baseline: str) -> Iterator[tuple[str, .
     }
     yield f"less {baseline}, {what.words}, paired [95 %]", *cells.values()
     yield f"p of that, after Holm for {len(told)}", *(p_text(corrected[arm]) if arm in told else "" for arm in cells)
-
-
-def _by_row(comparison: Comparison) -> Rows:
-    """Return a short table with a line an arm, where there are too many for columns."""
-    kept = [comparison.header.index(QUANTITIES[name].words) for name in SHORT]
-    rows = [comparison.header, *comparison.rows()]
-    return [(row[0], row[1], *(row[index] for index in kept)) for row in rows]
 
 
 def published_curves(arms: Mapping[str, Sequence[RunRecord]], claims: Claims) -> tuple[dict[str, RunRecord], str]:
