@@ -397,7 +397,7 @@ def test_what_is_told_of_curves() -> None:
 
 @pytest.mark.parametrize("arms", [2, 9])
 def test_tables_hold_intervals_and_differences_however_many_arms_there_are(arms: int) -> None:
-    values = [0.2, 0.25, 0.31]
+    values = [0.5, 0.52, 0.55]
     named = {f"arm{number}": [value + number / 100 for value in values] for number in range(arms)}
     runs = [replace(each, tags={"effv2.arm": each.params["model.variant"]}) for each in study(named)]
     parent = replace(run(0.0), params={"study.kind": "ablate", "study.baseline": "arm0"}, metrics={})

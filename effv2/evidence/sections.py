@@ -26,7 +26,7 @@ from effv2.evidence.quantities import (
 )
 from effv2.evidence.reference import published_runs
 from effv2.evidence.selection import SPLIT_SEED, complete, has, is_like, seed_of, split_of
-from effv2.evidence.statistics import FEWEST, Sample, holm, p_text, wilson
+from effv2.evidence.statistics import FEWEST, Interval, Sample, holm, p_text, wilson
 from effv2.tracking.read import RunRecord
 from effv2.tracking.tags import ARM, BORROWED, COMMAND, PLANNED, lent_in, names_in
 
@@ -269,9 +269,13 @@ def _intervals(comparison: Comparison, name: str) -> Rows:
         one_split = len({split_of(run) for run in comparison.arms[arm]}) == 1
         sample = Sample(tuple(values.get(arm, ())) if one_split else ())
         found = (sample.interval(), sample.prediction()) if sample.n >= FEWEST else (None, None)
-        cells.append([NONE if each is None else f"{percent(each.low)} to {percent(each.high)}" for each in found])
+        cells.append([NONE if each is None else _share(each) for each in found])
     means, singles = zip(*cells, strict=True)
     return [("95 % interval of that mean", *means), ("where a single re-run is expected (95 %)", *singles)]
+
+
+def _share(interval: Interval) -> str:
+    return f"{percent(max(0.0, interval.low))} to {percent(min(1.0, interval.high))}"
 
 
 def _differences(comparison: Comparison, baseline: str, name: str) -> Iterator[tuple[str, ...]]:
@@ -338,21 +342,21 @@ def _notes(arms: Mapping[str, Sequence[RunRecord]], protocol: str) -> Iterator[s
 
 
 def _of_networks(study: Study, empty: Section, claims: Claims) -> Section:
-    """Return a table of published networks: accuracy on images they weren't fitted to, where those are known."""
+    """Return a table of published networks: accuracy on images they weren't fitted to, where those are known, and all.
+
+    A line a network and set of images.
+    """
     rows: Rows = [("network", "top-1 of 1000 [95 % Wilson]", "among the classes present", "on", "images/s")]
     for run in complete(study.runs):
-        basis = next((name for name in ("unseen", "eval") if f"{name}/top1_accuracy" in run.metrics), "")
-        if not basis:
-            continue
-        value = run.metrics[f"{basis}/top1_accuracy"]
-        images = run.metrics.get(f"{basis}/images", 0.0)
-        count = int(images) if 0 < images < LARGEST else 0
-        interval = wilson(round(value * count), count) if count and 0 <= value <= 1 else None
-        shown = percent(value) + (f" [{percent(interval.low)} to {percent(interval.high)}]" if interval else "")
-        present = run.metrics.get(f"{basis}/top1_present")
-        rate = run.metrics.get(EVALUATE_RATE)
-        on = f"{count:,} images" + (", not part of their training" if basis == "unseen" else "")
-        rows.append((run.name, shown, _shown(present, percent), on, _shown(rate, whole)))
+        for basis, which in (("unseen", "images that it was not trained on"), ("eval", "test images")):
+            value, images = run.metrics.get(f"{basis}/top1_accuracy"), run.metrics.get(f"{basis}/images", 0.0)
+            if value is None:
+                continue
+            count = int(images) if 0 < images < LARGEST else 0
+            interval = wilson(round(value * count), count) if count and 0 <= value <= 1 else None
+            shown = percent(value) + (f" [{percent(interval.low)} to {percent(interval.high)}]" if interval else "")
+            present, rate = run.metrics.get(f"{basis}/top1_present"), run.metrics.get(EVALUATE_RATE)
+            rows.append((run.name, shown, _shown(present, percent), f"{count:,} {which}", _shown(rate, whole)))
     return replace(empty, table=rows if len(rows) > 1 else [])
 
 

@@ -51,7 +51,10 @@ def _unlike(run: RunRecord, protocol: Protocol, arm: str) -> Iterator[tuple[str,
 
 
 def nearest_run(runs: Sequence[RunRecord], protocol: Protocol, arm: str) -> str:
-    """Say in which few settings the runs that come nearest to an arm differ from it; empty where none comes near."""
+    """Say in which few settings the runs that come nearest to an arm differ from it; empty where none comes near.
+
+    A run that doesn't know a setting at all isn't near.
+    """
     unlike = [list(_unlike(run, protocol, arm)) for run in runs]
     least = min(unlike, key=len, default=[])
     if not 0 < len(least) <= FEW:
@@ -59,7 +62,9 @@ def nearest_run(runs: Sequence[RunRecord], protocol: Protocol, arm: str) -> str:
     near = [run for run, each in zip(runs, unlike, strict=True) if each == least]
     words = []
     for name, value in least:
-        there = dict.fromkeys(run.params[name] or "empty" for run in near if name in run.params) or {"absent": None}
+        there = dict.fromkeys(_logged(run, name) for run in near)
+        if "" in there:
+            return ""
         words.append(f"{name} is {' or '.join(list(there)[:4])}, not {value or 'empty'}")
     return f"no run is like {arm}: in the nearest ones {', '.join(words)}"
 
@@ -67,6 +72,13 @@ def nearest_run(runs: Sequence[RunRecord], protocol: Protocol, arm: str) -> str:
 @cache
 def _defaults() -> dict[str, Value]:
     return TrainConfig().flat()
+
+
+def _logged(run: RunRecord, name: str) -> str:
+    """Write what a run logged as a setting; empty where it has none of that name."""
+    if name == CLASSES:
+        return " and ".join(dict.fromkeys(str(len(images.classes)) for images in run.images.values()))
+    return run.params[name] or "empty" if name in run.params else ""
 
 
 def has(run: RunRecord, name: str, value: Value) -> bool:
