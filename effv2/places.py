@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-import tempfile
+import uuid
 from pathlib import Path
 
 
@@ -20,7 +20,6 @@ def outbox_folder() -> Path:
 
 def write_whole(path: Path, text: str) -> None:
     """Write a small file so that it is seen whole or not at all, whoever else writes it; OSError."""
-    handle, name = tempfile.mkstemp(dir=path.parent)
-    with os.fdopen(handle, "w") as file:
-        file.write(text)
-    Path(name).replace(path)
+    unfinished = path.parent / f".{uuid.uuid4().hex}"  # not by tempfile, which would hide it from other users for good
+    unfinished.write_text(text, encoding="utf-8")
+    unfinished.replace(path)

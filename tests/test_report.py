@@ -133,6 +133,7 @@ def test_an_experiment_is_reported_exported_and_rebuilt(sqlite_store: str, tiny_
     assert len(made) == 1 and made[0].info.status == "FINISHED"
     # Every number is there, and hashed; the report follows from them alone.
     hashes = json.loads((out / "data" / "manifest.json").read_text())["sha256"]
+    assert (out / "data" / "manifest.json").stat().st_mode == (out / "report.md").stat().st_mode
     files = {path.relative_to(out / "data").as_posix() for path in (out / "data").rglob("*.csv")}
     files.add("claims.yaml")
     assert set(hashes) == files and len([name for name in files if "predictions" in name]) == 7
