@@ -106,6 +106,16 @@ def test_a_study_ends_with_a_report_and_views(sqlite_store: str, tiny_study: Pat
     assert tags["mlflow.note.content"] == "The user's own words."
 
 
+def test_arms_may_be_compared_on_validation_alone(sqlite_store: str, tiny_study: Path, tmp_path: Path) -> None:
+    tiny_study.write_text(tiny_study.read_text().replace("config:", "config:\n  evaluation: {test_set: false}"))
+    assert invoke(ablate, "--study", tiny_study, "--log-model", "none", "--seeds", "0,1,2").exit_code == 0
+    parent, *children = all_runs()
+    assert not any("test" in name for run in (parent, *children) for name in run.data.metrics)
+    assert "validation accuracy at the best epoch (mean of 3 runs)" in parent.data.tags["mlflow.note.content"]
+    markdown = artifact(parent.info.run_id, "report.md", tmp_path)
+    assert "| less default, validation accuracy, best epoch, paired [95 %] |" in markdown
+
+
 def test_an_experiment_is_reported_exported_and_rebuilt(sqlite_store: str, tiny_study: Path, tmp_path: Path) -> None:
     assert invoke(ablate, "--study", tiny_study, "--seeds", "0,1,2", "--log-model", "none").exit_code == 0
     words = ["--image-size", "8", "--per-class", "12", "--epochs", "1", "--log-model", "none"]

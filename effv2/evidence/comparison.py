@@ -15,12 +15,14 @@ PARENT_METRICS = (
     "best/test_accuracy",
     "selected/test_accuracy",
     "final/test_accuracy",
+    "selected/val_accuracy",
     "time/total_train_seconds",
 )
 COLUMNS = (
     "best/test_accuracy",
     "selected/test_accuracy",
     "final/test_accuracy",
+    "selected/val_accuracy",
     "epochs/to_95_percent",
     "time/total_train_seconds",
     "rate/train",
@@ -68,14 +70,15 @@ class Comparison:
         return f"{mean} ± {what.text(statistics.stdev(values))}"
 
     def sentence(self) -> str:
-        """Say which arm has the highest mean of the published metric, and that it is no verdict."""
-        means = {arm: statistics.fmean(values) for arm, values in self.values("best/test_accuracy").items()}
+        """Say which arm has the highest mean of the published metric, or on validation, and that it is no verdict."""
+        tested = self.values("best/test_accuracy")
+        means = {arm: statistics.fmean(each) for arm, each in (tested or self.values("selected/val_accuracy")).items()}
         best = max(means, key=lambda arm: means[arm], default="")
         if not best:
             return "No accuracies yet."
         count = len(self.arms[best])
         runs = "1 run" if count == 1 else f"mean of {count} runs"
-        accuracy = f"{percent(means[best])} test accuracy at the best epoch ({runs})"
+        accuracy = f"{percent(means[best])} {'test' if tested else 'validation'} accuracy at the best epoch ({runs})"
         return f"Highest: **{best}**, {accuracy}; the report says how sure that is."
 
     def values(self, name: str) -> dict[str, list[float]]:

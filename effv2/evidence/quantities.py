@@ -119,6 +119,7 @@ QUANTITIES: dict[str, Quantity] = {
     "best/test_accuracy": Quantity("test accuracy, best epoch", _metric("best/test_accuracy"), percent),
     "selected/test_accuracy": Quantity("test accuracy, selected epoch", _metric("selected/test_accuracy"), percent),
     "final/test_accuracy": Quantity("test accuracy, last epoch", _metric("final/test_accuracy"), percent),
+    "selected/val_accuracy": Quantity("validation accuracy, best epoch", _metric("selected/val_accuracy"), percent),
     "best/train_accuracy": Quantity("train accuracy, best epoch", _of(TRAIN, lambda c: max(c.values())), percent),
     "level/train_accuracy": Quantity("train accuracy, mean of the last ten epochs", _of(TRAIN, level), percent),
     "level/test_accuracy": Quantity("test accuracy, mean of the last ten epochs", _of(TEST, level), percent),

@@ -32,7 +32,7 @@ from effv2.tracking.tags import ARM, BORROWED, COMMAND, PLANNED, lent_in, names_
 
 BEST_TRIALS = 5
 MOST_COLUMNS = 8
-SHORT = ("best/test_accuracy", "selected/test_accuracy", "time/total_train_seconds")  # of many arms
+SHORT = ("best/test_accuracy", "selected/test_accuracy", "selected/val_accuracy", "time/total_train_seconds")
 INTERVALS = ("best/test_accuracy", "selected/test_accuracy")
 SINGLE_RUNS = "Single runs"
 # Where a report tells about them: what a tag is called, and how it is called there.
@@ -243,7 +243,7 @@ def _table(comparison: Comparison, baseline: str) -> Rows:
     others: Rows = []
     for name, line in zip(COLUMNS, lines, strict=True):
         shown = [line]
-        if name in INTERVALS:
+        if name in INTERVALS or name == decisive:
             shown += _intervals(comparison, name)
         if name == decisive and baseline:
             shown += _differences(comparison, baseline, name)
@@ -254,10 +254,13 @@ def _table(comparison: Comparison, baseline: str) -> Rows:
 def _decisive(comparison: Comparison) -> str:
     """Return the accuracy that decides: under the published rules, without a validation split, the best epoch's.
 
-    Elsewhere it is the selected epoch's: the best one on validation, or the last.
+    Elsewhere it is the selected epoch's: the best one on validation, or the last. Where the test set was left alone, it
+    is that on validation.
     """
     runs = [run for of_arm in comparison.arms.values() for run in of_arm]
     validated = all("selected/val_accuracy" in run.metrics for run in runs)
+    if not comparison.values("selected/test_accuracy"):
+        return "selected/val_accuracy"
     published = any(run.params.get("data.sampling") == "published" for run in runs)
     return "best/test_accuracy" if published and not validated else "selected/test_accuracy"
 

@@ -13,7 +13,6 @@ import optuna
 
 from effv2 import provenance
 from effv2.config import TrainConfig
-from effv2.errors import InputError
 from effv2.evidence.comparison import Comparison, Rows
 from effv2.evidence.publication import where_to_look
 from effv2.evidence.quantities import HISTORIES
@@ -122,8 +121,6 @@ def make_grid(
     asked = [place(study.arm(name, options)) for name in study.arms]
     for config in asked:
         check(config, load(config.data))
-        if not config.evaluation.test_set:
-            raise InputError("evaluation.test_set false: arms are compared on the test set; leave it true.")
     arms = dict(zip(study.arms, resolve_study(asked, remark), strict=True))
     data = {name: load(config.data).digest() for name, config in arms.items()}
     every = seeds or study.seeds
