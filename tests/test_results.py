@@ -1,0 +1,20 @@
+"""The published results are what their exported data give."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+from effv2.cli.report import report
+from tests.conftest import ROOT
+from tests.test_commands import invoke
+
+RESULTS = ROOT / "docs" / "results"
+
+
+def test_the_published_report_follows_from_the_data_beside_it(tmp_path: Path) -> None:
+    assert invoke(report, "--from-export", RESULTS, "--export", tmp_path).exit_code == 0
+    published = (RESULTS / "report.md").read_text(encoding="utf-8")
+    assert (tmp_path / "report.md").read_text(encoding="utf-8") == published
+    shown = set(re.findall(r"\(figures/([\w.-]+)\)", published))
+    assert shown == {path.name for path in (RESULTS / "figures").iterdir()}
