@@ -100,7 +100,7 @@ def main(variant: str, image_size: int, batch_size: int, rounds: int, form: str)
     for _ in range(rounds):
         for name, results in found.items():
             words = ["--variant", variant, "--image-size", image_size, "--batch-size", batch_size, "--form", name]
-            done = subprocess.run([sys.executable, __file__, *map(str, words)], capture_output=True, check=True)  # noqa: S603
+            done = subprocess.run([sys.executable, __file__, *map(str, words)], stdout=subprocess.PIPE, check=True)  # noqa: S603
             results.append(json.loads(done.stdout))
     click.echo("| form | training, images/s | times float32 | evaluation, images/s | times float32 | peak GB |")
     click.echo("|---|---|---|---|---|---|")

@@ -21,5 +21,8 @@ def outbox_folder() -> Path:
 def write_whole(path: Path, text: str) -> None:
     """Write a small file so that it is seen whole or not at all, whoever else writes it; OSError."""
     unfinished = path.parent / f".{uuid.uuid4().hex}"  # not by tempfile, which would hide it from other users for good
-    unfinished.write_text(text, encoding="utf-8")
-    unfinished.replace(path)
+    try:
+        unfinished.write_text(text, encoding="utf-8")
+        unfinished.replace(path)
+    finally:
+        unfinished.unlink(missing_ok=True)

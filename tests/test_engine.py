@@ -32,7 +32,7 @@ from effv2.errors import Abandoned
 from effv2.liveness import is_gone, this_process
 from effv2.studies import queue as queue_module
 from effv2.studies.queue import ERROR, MOST_LOST, OWNER, SLOT, Queue
-from effv2.studies.storage import Storage, open_storage
+from effv2.studies.storage import Storage, StorageAway, _Patience, open_storage, reopen_storage
 from tests.conftest import OTHER_TINY_TABLE, ROOT, TINY_TABLE, running
 from tests.servers import Server, free_port
 
@@ -304,6 +304,13 @@ def test_a_connection_that_is_cut_within_a_query_is_waited_for(cluster: Cluster)
     assert {slot: trial.state for slot, trial in queue.trials().items()}["0"] == TrialState.RUNNING
     assert cut
     storage.close()
+
+
+def test_a_database_that_cannot_be_reached_is_waited_for_then_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("psycopg")
+    monkeypatch.setattr(_Patience, "seconds", 0.5)
+    with pytest.raises(StorageAway, match="The storage has been away for"):
+        reopen_storage("postgresql+psycopg://nobody@127.0.0.1:1/nothing")
 
 
 @pytest.fixture

@@ -395,19 +395,63 @@ def test_what_is_told_of_curves() -> None:
     assert quantity("best/train_accuracy").value(short) is None
 
 
+def tabulated(arms: int, values: Sequence[float], **params: Any) -> tuple[Sequence[tuple[str, ...]], dict[str, str]]:
+    """Return the table of a study, each arm a point above the one before, and what it says of the second."""
+    runs = []
+    for number in range(arms):
+        for seed, value in enumerate(values):
+            epochs = {"best/test_accuracy": value + number / 100 + 0.1, "selected/test_accuracy": value + number / 100}
+            one = run(0, seed, tags={"effv2.arm": f"arm{number}"}, **params)
+            runs.append(replace(one, metrics=epochs, history={"time/epoch_seconds": {1: 30.0, 2: 60.0}}))
+    parent = replace(run(0), params={"study.kind": "ablate", "study.baseline": "arm0"}, metrics={})
+    found = section(Study(parent, runs), read_claims())
+    assert ("epochs took", f"{1.5 * len(runs):.1f} minutes, finished runs: {len(runs)}") in found.environment
+    lines = found.table if arms <= 8 else list(zip(*found.table, strict=True))
+    return found.table, {line[0]: line[2] for line in lines}
+
+
 @pytest.mark.parametrize("arms", [2, 9])
-def test_tables_hold_intervals_and_differences_however_many_arms_there_are(arms: int) -> None:
+@pytest.mark.parametrize("rules", ["published", "standard"])
+def test_tables_hold_intervals_and_differences_however_many_arms_there_are(arms: int, rules: str) -> None:
     values = [0.5, 0.52, 0.55]
-    named = {f"arm{number}": [value + number / 100 for value in values] for number in range(arms)}
-    runs = [replace(each, tags={"effv2.arm": each.params["model.variant"]}) for each in study(named)]
-    parent = replace(run(0.0), params={"study.kind": "ablate", "study.baseline": "arm0"}, metrics={})
-    table = section(Study(parent, runs), read_claims()).table
-    lines = table if arms == 2 else list(zip(*table, strict=True))
-    found = {line[0]: line[2] for line in lines}  # of arm1
-    mean, deviation = np.mean(values) + 0.01, np.std(values, ddof=1)
-    low, high = stats.t(2, mean, deviation * np.sqrt(1 + 1 / 3)).interval(0.95)
-    assert found["where a single re-run is expected (95 %)"] == f"{100 * low:.2f} % to {100 * high:.2f} %"
-    assert found["less arm0, test accuracy, selected epoch, paired [95 %]"].startswith("+1.00 points")
+    table, told = tabulated(arms, values, data__sampling=rules)
+    assert len(table) == (arms + 1 if arms == 9 else len(told))
+    reach = stats.t(2).ppf(0.975) * np.std(values, ddof=1) * np.sqrt(1 + 1 / 3)
+    for words, more in (("best", 0.11), ("selected", 0.01)):
+        low, high = (100 * (np.mean(values) + more + sign * reach) for sign in (-1, 1))
+        assert (
+            told[f"a single re-run is expected (95 %), test accuracy, {words} epoch"] == f"{low:.2f} % to {high:.2f} %"
+        )
+    decisive = "best" if rules == "published" else "selected"
+    assert told[f"less arm0, test accuracy, {decisive} epoch, paired [95 %]"].startswith("+1.00 points")
+
+
+def test_intervals_of_shares_end_where_shares_do_and_equal_values_have_none() -> None:
+    _, told = tabulated(2, [0.0, 0.3, 0.8])
+    assert told["a single re-run is expected (95 %), test accuracy, selected epoch"] == "0.00 % to 100.00 %"
+    _, told = tabulated(2, [0.5, 0.5, 0.5])
+    assert not any(name.startswith("a single re-run") for name in told)
+
+
+def test_published_networks_have_a_line_for_unseen_images_and_one_for_all() -> None:
+    measured = {"unseen/top1_accuracy": 0.5, "unseen/images": 500.0, "seen/images": 3791.0}
+    network = replace(run(0), metrics=measured | {"eval/top1_accuracy": 0.6, "eval/images": 3925.0})
+    parent = replace(run(0), params={"study.kind": "evaluate-pretrained"}, metrics={})
+    _, *rows = section(Study(parent, [network]), read_claims()).table
+    assert [(row[1][:7], row[3]) for row in rows] == [
+        ("50.00 %", "500 images that it was not trained on"),
+        ("60.00 %", "3,925 test images, 3,791 of which it was trained on"),
+    ]
+
+
+def test_the_nearest_runs_are_those_that_know_the_setting(tmp_path: Path) -> None:
+    protocol = "{runs: {data.dataset: birds, data.classes: 25}, arms: {a: {model.variant: a}}}"
+    check = f"{{kind: level, metric: {METRIC}, arm: a, above: 0.5}}"
+    claims = claims_of(tmp_path, f"claims: {{X1: {{words: so, protocol: {protocol}, checks: [{check}]}}}}")
+    some = run(0.6, model__variant="a", data__dataset="birds")
+    ten = replace(some, images={"test": Images("birds", "1", 200, tuple("abcdefghij"))})
+    (judgement,) = judge(claims, [ten, some], nothing)
+    assert judgement.findings[0].lacking == "no run is like a: in the nearest ones data.classes is 10, not 25"
 
 
 WRONG = {

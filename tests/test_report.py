@@ -114,6 +114,11 @@ def test_arms_may_be_compared_on_validation_alone(sqlite_store: str, tiny_study:
     assert "validation accuracy at the best epoch (mean of 3 runs)" in parent.data.tags["mlflow.note.content"]
     markdown = artifact(parent.info.run_id, "report.md", tmp_path)
     assert "| less default, validation accuracy, best epoch, paired [95 %] |" in markdown
+    assert "The test set was left alone" in markdown and "validation-accuracy.svg" in markdown
+    assert "| none |" not in parent.data.tags["mlflow.note.content"]
+    tiny_study.write_text(tiny_study.read_text().replace("default: {", "default: {evaluation: {test_set: true}, "))
+    refused = invoke(ablate, "--study", tiny_study)
+    assert refused.exit_code == 2 and "evaluation.test_set: true in some arms" in refused.output
 
 
 def test_an_experiment_is_reported_exported_and_rebuilt(sqlite_store: str, tiny_study: Path, tmp_path: Path) -> None:

@@ -97,8 +97,8 @@ class Comparison:
         return found
 
     def lines(self) -> Rows:
-        """Return the table with a line a figure and a column an arm, the titles first."""
-        return list(zip(self.header, *self.rows(), strict=True))
+        """Return the table with a line a figure that any run has and a column an arm, the titles first."""
+        return [line for line in zip(self.header, *self.rows(), strict=True) if set(line[1:]) != {NONE}]
 
     def markdown(self) -> str:
         """Return the lines as Markdown."""

@@ -11,10 +11,10 @@ import numpy as np
 from effv2.evidence.figures import Curve
 from effv2.tracking.read import RunRecord
 
-TRAIN, TEST = "train/accuracy", "test/accuracy"
+TRAIN, TEST, VALIDATION = "train/accuracy", "test/accuracy", "val/accuracy"
 TRAIN_RATE, EVALUATE_RATE = "throughput/train_images_per_second", "throughput/evaluate_images_per_second"
 TRAIN_SECONDS, EPOCH_SECONDS = "time/train_seconds", "time/epoch_seconds"
-HISTORIES = (TRAIN, TEST, TRAIN_RATE, EVALUATE_RATE, TRAIN_SECONDS, EPOCH_SECONDS)
+HISTORIES = (TRAIN, TEST, VALIDATION, TRAIN_RATE, EVALUATE_RATE, TRAIN_SECONDS, EPOCH_SECONDS)
 PEAK_SHARE = 0.95
 LEVEL_EPOCHS = 10  # the last ones, over which a level is averaged
 NEAR_LEVEL = 0.02

@@ -20,13 +20,14 @@ from effv2.evidence.quantities import (
     QUANTITIES,
     TEST,
     TRAIN,
+    VALIDATION,
     percent,
     points,
     whole,
 )
 from effv2.evidence.reference import published_runs
 from effv2.evidence.selection import SPLIT_SEED, complete, has, is_like, seed_of, split_of
-from effv2.evidence.statistics import FEWEST, Interval, Sample, holm, p_text, wilson
+from effv2.evidence.statistics import FEWEST, TINY, Interval, Sample, holm, p_text, wilson
 from effv2.tracking.read import RunRecord
 from effv2.tracking.tags import ARM, BORROWED, COMMAND, PLANNED, lent_in, names_in
 
@@ -113,7 +114,7 @@ def studies_of(runs: Sequence[RunRecord]) -> list[Study]:
             studies.append(Study(run, [*children.get(run.run_id, []), *lent]))
     parents = {study.parent.run_id for study in studies if study.parent is not None}
     orphans = [run for parent, of_it in children.items() if parent not in parents for run in of_it]
-    single = [run for run in [*alone, *orphans] if run.run_id not in parents and _is_told(run)]
+    single = [run for run in complete([*alone, *orphans]) if run.run_id not in parents and _is_told(run)]
     return [*studies, *([Study(None, single)] if single else [])]
 
 
@@ -193,14 +194,14 @@ def _environment(runs: Iterable[RunRecord]) -> Iterator[tuple[str, str]]:
     )
     if sets:
         yield "data", "; ".join(sets)
-    epochs = [curve for run in known if (curve := run.history.get(EPOCH_SECONDS))]
-    if epochs:
-        yield "epochs took", f"{_duration(sum(map(sum, map(dict.values, epochs))))} in {len(epochs)} runs, in all"
+    took = [sum(curve.values()) for run in known if (curve := run.history.get(EPOCH_SECONDS))]
+    if took:
+        yield "epochs took", f"{_duration(sum(took))}, finished runs: {len(took)}"
 
 
 def _duration(seconds: float) -> str:
-    hours = seconds / 3600
-    return f"{hours:.1f} hours" if hours >= 1 else f"{60 * hours:.1f} minutes"
+    minutes = seconds / 60
+    return f"{minutes / 60:.1f} hours" if minutes >= 60 else f"{minutes:.1f} minutes"
 
 
 def arm_of(run: RunRecord) -> str:
@@ -218,9 +219,10 @@ def _of_arms(study: Study, empty: Section, claims: Claims) -> Section:
     comparison, title = Comparison(arms), empty.title
     published, protocol = published_curves(arms, claims)
     drawn: dict[str, Callable[[], Figure]] = {}
-    for name, metric in (("test accuracy", TEST), ("train accuracy", TRAIN)):
+    held_out = ("test accuracy", TEST) if comparison.curves(TEST) else ("validation accuracy", VALIDATION)
+    for name, metric in (held_out, ("train accuracy", TRAIN)):
         if curves := comparison.curves(metric):
-            theirs = {arm: run.history[metric] for arm, run in published.items()}
+            theirs = {arm: run.history[metric] for arm, run in published.items() if metric in run.history}
             drawn[name] = partial(accuracy_curves, curves, f"{title}: {name}", theirs)
     best, seconds = comparison.values("best/test_accuracy"), comparison.values("time/total_train_seconds")
     if best and seconds:
@@ -229,6 +231,8 @@ def _of_arms(study: Study, empty: Section, claims: Claims) -> Section:
         drawn["training time"] = partial(bars, seconds, f"{title}: training", "seconds")
     figures = {name: draw() for name, draw in drawn.items()}
     notes = list(_notes(arms, protocol))
+    if _decisive(comparison) == "selected/val_accuracy":
+        notes.append("The test set was left alone: this is validation at its best epoch, which flatters every arm.")
     return replace(empty, table=_table(comparison, study.baseline(arms)), figures=figures, notes=notes)
 
 
@@ -241,13 +245,15 @@ def _table(comparison: Comparison, baseline: str) -> Rows:
     titles, runs, *lines = comparison.lines()
     main: Rows = [titles, runs]
     others: Rows = []
-    for name, line in zip(COLUMNS, lines, strict=True):
+    names = {QUANTITIES[name].words: name for name in COLUMNS}
+    for line in lines:
+        name = names[line[0]]
         shown = [line]
         if name in INTERVALS or name == decisive:
             shown += _intervals(comparison, name)
         if name == decisive and baseline:
             shown += _differences(comparison, baseline, name)
-        (main if name in SHORT else others).extend(each for each in shown if set(each[1:]) != {NONE})
+        (main if name in SHORT else others).extend(shown)
     return [*main, *others] if len(comparison.arms) <= MOST_COLUMNS else list(zip(*main, strict=True))
 
 
@@ -267,14 +273,19 @@ def _decisive(comparison: Comparison) -> str:
 
 def _intervals(comparison: Comparison, name: str) -> Rows:
     """Return lines with the intervals of a quantity's mean and of one more run, where there are runs enough."""
-    values, cells = comparison.values(name), []
+    values, cells, words = comparison.values(name), [], QUANTITIES[name].words
     for arm in comparison.arms:
         one_split = len({split_of(run) for run in comparison.arms[arm]}) == 1
         sample = Sample(tuple(values.get(arm, ())) if one_split else ())
-        found = (sample.interval(), sample.prediction()) if sample.n >= FEWEST else (None, None)
+        told = sample.n >= FEWEST and sample.deviation > TINY  # equal values don't show how much they vary
+        found = (sample.interval(), sample.prediction()) if told else (None, None)
         cells.append([NONE if each is None else _share(each) for each in found])
     means, singles = zip(*cells, strict=True)
-    return [("95 % interval of that mean", *means), ("where a single re-run is expected (95 %)", *singles)]
+    lines = [
+        (f"95 % interval of the mean, {words}", *means),
+        (f"a single re-run is expected (95 %), {words}", *singles),
+    ]
+    return [line for line in lines if set(line[1:]) != {NONE}]
 
 
 def _share(interval: Interval) -> str:
@@ -282,7 +293,12 @@ def _share(interval: Interval) -> str:
 
 
 def _differences(comparison: Comparison, baseline: str, name: str) -> Iterator[tuple[str, ...]]:
-    """Return lines that hold each arm against the baseline, on the seeds that both have: difference and p-value."""
+    """Return lines that hold each arm against the baseline, on the seeds that both have: difference and p-value.
+
+    Nothing where there are several splits, whose runs don't count one by one; claims are judged over them.
+    """
+    if len({split_of(run) for of_arm in comparison.arms.values() for run in of_arm}) > 1:
+        return
     others = [arm for arm in comparison.arms if arm != baseline]
     what = QUANTITIES[name]
     values = {
@@ -351,7 +367,9 @@ def _of_networks(study: Study, empty: Section, claims: Claims) -> Section:
     """
     rows: Rows = [("network", "top-1 of 1000 [95 % Wilson]", "among the classes present", "on", "images/s")]
     for run in complete(study.runs):
-        for basis, which in (("unseen", "images that it was not trained on"), ("eval", "test images")):
+        seen = run.metrics.get("seen/images", 0)
+        every = "test images" + (f", {seen:,.0f} of which it was trained on" if seen else "")
+        for basis, which in (("unseen", "images that it was not trained on"), ("eval", every)):
             value, images = run.metrics.get(f"{basis}/top1_accuracy"), run.metrics.get(f"{basis}/images", 0.0)
             if value is None:
                 continue
@@ -359,7 +377,8 @@ def _of_networks(study: Study, empty: Section, claims: Claims) -> Section:
             interval = wilson(round(value * count), count) if count and 0 <= value <= 1 else None
             shown = percent(value) + (f" [{percent(interval.low)} to {percent(interval.high)}]" if interval else "")
             present, rate = run.metrics.get(f"{basis}/top1_present"), run.metrics.get(EVALUATE_RATE)
-            rows.append((run.name, shown, _shown(present, percent), f"{count:,} {which}", _shown(rate, whole)))
+            on = f"{count:,} {which}" if count else which
+            rows.append((run.name, shown, _shown(present, percent), on, _shown(rate, whole)))
     return replace(empty, table=rows if len(rows) > 1 else [])
 
 

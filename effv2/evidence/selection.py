@@ -55,17 +55,15 @@ def nearest_run(runs: Sequence[RunRecord], protocol: Protocol, arm: str) -> str:
 
     A run that doesn't know a setting at all isn't near.
     """
-    unlike = [list(_unlike(run, protocol, arm)) for run in runs]
-    least = min(unlike, key=len, default=[])
+    unlike = [(run, list(_unlike(run, protocol, arm))) for run in runs]
+    known = [(run, settings) for run, settings in unlike if all(_logged(run, name) for name, _ in settings)]
+    least = min((settings for _, settings in known), key=len, default=[])
     if not 0 < len(least) <= FEW:
         return ""
-    near = [run for run, each in zip(runs, unlike, strict=True) if each == least]
     words = []
     for name, value in least:
-        there = dict.fromkeys(_logged(run, name) for run in near)
-        if "" in there:
-            return ""
-        words.append(f"{name} is {' or '.join(list(there)[:4])}, not {value or 'empty'}")
+        there = dict.fromkeys(_logged(run, name) for run, settings in known if settings == least)
+        words.append(f"{name} is {' or '.join(list(there)[:4])}, not {'empty' if value == '' else value}")
     return f"no run is like {arm}: in the nearest ones {', '.join(words)}"
 
 
@@ -77,7 +75,7 @@ def _defaults() -> dict[str, Value]:
 def _logged(run: RunRecord, name: str) -> str:
     """Write what a run logged as a setting; empty where it has none of that name."""
     if name == CLASSES:
-        return " and ".join(dict.fromkeys(str(len(images.classes)) for images in run.images.values()))
+        return " and ".join(dict.fromkeys(str(len(each.classes)) for each in run.images.values() if each.classes))
     return run.params[name] or "empty" if name in run.params else ""
 
 

@@ -13,6 +13,7 @@ import optuna
 
 from effv2 import provenance
 from effv2.config import TrainConfig
+from effv2.errors import InputError
 from effv2.evidence.comparison import Comparison, Rows
 from effv2.evidence.publication import where_to_look
 from effv2.evidence.quantities import HISTORIES
@@ -121,6 +122,8 @@ def make_grid(
     asked = [place(study.arm(name, options)) for name in study.arms]
     for config in asked:
         check(config, load(config.data))
+    if len({config.evaluation.test_set for config in asked}) > 1:
+        raise InputError("evaluation.test_set: true in some arms and false in others; give all arms the same.")
     arms = dict(zip(study.arms, resolve_study(asked, remark), strict=True))
     data = {name: load(config.data).digest() for name, config in arms.items()}
     every = seeds or study.seeds

@@ -46,6 +46,7 @@ POSTGRESQL_ARGUMENTS: dict[str, Any] = {
     "tcp_user_timeout": 60_000,
     "options": "-c tcp_keepalives_idle=30 -c tcp_keepalives_interval=10 -c tcp_keepalives_count=3",
 }
+CUT_TRANSACTION = ("25P02", "25P03")  # Optuna asked again within the transaction; it was idle for too long
 DATABASE_ERRORS = (StorageInternalError, DBAPIError)
 
 P = ParamSpec("P")
@@ -158,13 +159,14 @@ def hurry() -> Iterator[None]:
 
 def is_away(error: Exception) -> bool:
     """Say whether an error means that the database can't be reached or is busy, rather than that it refuses."""
-    cause = error.__cause__ or error
+    # Optuna wraps what SQLAlchemy raises, and SQLAlchemy what the driver does.
+    cause = error.__cause__ or error if isinstance(error, StorageInternalError) else error
     original = getattr(cause, "orig", None)
     if isinstance(original, sqlite3.Error):
         return "locked" in str(original) or "busy" in str(original)
     state = getattr(original, "sqlstate", None)
     if state:  # connection, resources, shutdown, a lock that isn't free, a conflict
-        return state[:2] in ("08", "53", "55", "57", "40")
+        return state[:2] in ("08", "53", "55", "57", "40") or state in CUT_TRANSACTION
     if isinstance(cause, PendingRollbackError):  # Optuna asked again within the transaction that was cut
         return cause.code == "8s2b"
     return isinstance(cause, (OperationalError, InterfaceError)) or bool(getattr(cause, "connection_invalidated", 0))

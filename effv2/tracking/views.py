@@ -27,9 +27,9 @@ COLUMNS = (
     "metrics.`time/total_train_seconds`",
 )
 DRAWN = ("test/accuracy", "train/accuracy", "val/accuracy", "test/loss")
-# Runs that have a best test accuracy alone, which leaves out those of studies: sorted by it, they aren't folded away.
+# Training runs alone, without those of studies: sorted by a metric, they aren't folded away.
 FACETS = {
-    "searchFilter": f"{BEST} > 0",
+    "searchFilter": "metrics.`selected/epoch` > 0",
     "orderByKey": BEST,
     "orderByAsc": False,
     "startTime": "ALL",
