@@ -23,7 +23,7 @@ from effv2.errors import InputError
 from effv2.execution import calibration
 from effv2.execution.calibration import Calibration
 from effv2.execution.device import Execution, _use_tf32
-from effv2.execution.fast_paths import use_fast_paths
+from effv2.execution.fast_paths import FEWEST_IMAGES, use_fast_paths
 from effv2.execution.folding import fold_batch_norm
 from effv2.execution.resolve import resolve, resolve_study
 from tests.conftest import tiny_config
@@ -41,16 +41,17 @@ LAYERS: dict[str, Callable[[bool], nn.Module]] = {
 }
 
 
-@settings(max_examples=120, deadline=None)
+@settings(max_examples=150, deadline=None)
 @given(
     kind=st.sampled_from(sorted(LAYERS)),
     size=st.tuples(st.integers(1, 9), st.integers(1, 9)) | st.sampled_from([(1, 1), (2, 2)]),
     bias=st.booleans(),
     channels_last=st.booleans(),
     bf16=st.booleans(),
+    count=st.sampled_from([5, FEWEST_IMAGES]),
 )
 def test_fast_paths_equal_torchs_layers(
-    kind: str, size: tuple[int, int], bias: bool, channels_last: bool, bf16: bool
+    kind: str, size: tuple[int, int], bias: bool, channels_last: bool, bf16: bool, count: int
 ) -> None:
     """Torch's layer runs in float32: in bfloat16 its own gradients of taps that only meet padding can be garbage."""
     torch.manual_seed(0)
@@ -62,7 +63,7 @@ def test_fast_paths_equal_torchs_layers(
     channels = NARROW if kind == "batch norm" else 16
     results = []
     for layer, autocast in ((plain, False), (fast, bf16)):
-        images = torch.randn(5, channels, *size, generator=torch.Generator().manual_seed(1))
+        images = torch.randn(count, channels, *size, generator=torch.Generator().manual_seed(1))
         images = images.contiguous(memory_format=memory_format).requires_grad_()
         with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
             output = layer(images)
@@ -168,7 +169,8 @@ from effv2.execution.device import make_execution
 from effv2.training.loop import Training
 from effv2.training.state import TrainState
 from tests.conftest import tiny_config
-config = tiny_config(execution={"compile": COMPILED})
+table = "F 1 3 1 8 8 1 / F 2 3 2 8 16 2 / F 2 3 2 16 16 2 / M 2 3 1 16 16 1"  # maps of 4x4, 2x2 and 1x1 pixels
+config = tiny_config(execution={"compile": COMPILED}, model={"variant": "own", "table": table})
 data, execution = load_dataset(config.data), make_execution(config.execution)
 state = TrainState.create(config, data, execution)
 started, ends = time.perf_counter(), []

@@ -8,7 +8,7 @@ names stay as they are. What each gains is in docs/performance.md.
 | path | replaces | when |
 |---|---|---|
 | PointwiseConv2d | 1x1 convolution by a matrix product over pixels | at most 16 pixels a map |
-| DenseConv2d | 3x3 convolution, padding 1, by the taps that can meet the image | maps of 1x1 or 2x2 pixels |
+| DenseConv2d | 3x3 convolution, padding 1, by one matrix product | maps of one pixel; of 2x2 pixels from 8 images on |
 | DepthwiseConv2d, 1x1 | depthwise 3x3, padding 1, by its centre tap | maps of one pixel |
 | DepthwiseConv2d, 2x2 | the same by the taps that can meet the image, pixel by pixel | maps of 2x2 pixels |
 | DepthwiseConv2d, stride 2 | its gradients, by those in float32 | bfloat16, larger maps, when training |
@@ -27,6 +27,7 @@ from torch.nn import functional as F
 from torchvision.ops import SqueezeExcitation as PlainSqueezeExcitation
 
 LARGEST_POINTWISE_MAP = 16
+FEWEST_IMAGES = 8  # from which on a matrix between the pixels of 2x2 maps is worth building
 VECTOR = 16 if "AVX512" in torch.backends.cpu.get_cpu_capability() else 8  # float32 numbers
 
 
@@ -42,11 +43,12 @@ class PointwiseConv2d(nn.Conv2d):
 
 
 class DenseConv2d(nn.Conv2d):
-    """A dense 3x3 convolution that leaves out the taps which only ever meet padding."""
+    """A dense 3x3 convolution that leaves out the products with padding."""
 
     def forward(self, input: Tensor) -> Tensor:
         """Convolve (N, C, H, W)."""
-        if tuple(input.shape[2:]) not in ((1, 1), (2, 2)):
+        size = tuple(input.shape[2:])
+        if size != (1, 1) and (size != (2, 2) or len(input) < FEWEST_IMAGES):
             return super().forward(input)
         output: Tensor = _DenseOnFewPixels.apply(*_as_autocast(input, self.weight), self.stride[0])
         return output if self.bias is None else output + self.bias.to(output.dtype).view(-1, 1, 1)
@@ -142,14 +144,15 @@ def _is_bf16(input: Tensor) -> bool:
     return autocast == torch.bfloat16
 
 
-def _taps(side: int, stride: int) -> Tensor:
-    """Return which of the nine taps leads from an input pixel to an output pixel, (outputs, inputs), of a tiny map."""
+def _taps(side: int, stride: int) -> list[list[int]]:
+    """Return which of the nine taps leads from an input pixel to an output pixel, [output][input], of a tiny map."""
     outputs = [(y, x) for y in range(0, side, stride) for x in range(0, side, stride)]
     inputs = [(y, x) for y in range(side) for x in range(side)]
-    return torch.tensor([[3 * (i - y + 1) + (j - x + 1) for i, j in inputs] for y, x in outputs])
+    return [[3 * (i - y + 1) + (j - x + 1) for i, j in inputs] for y, x in outputs]
 
 
 TAPS = {(side, stride): _taps(side, stride) for side in (1, 2) for stride in (1, 2)}
+TAPS_ON_2X2 = {stride: torch.tensor(TAPS[2, stride]) for stride in (1, 2)}
 
 
 class _DenseOnFewPixels(torch.autograd.Function):
@@ -170,22 +173,23 @@ class _DenseOnFewPixels(torch.autograd.Function):
         taps, side, (outputs, inputs, *_) = TAPS[ctx.side, ctx.stride], ctx.side, ctx.shape
         gradient = gradients[0].permute(0, 2, 3, 1).flatten(1)
         of_matrix = (gradient.t() @ pixels).view(len(taps), outputs, -1, inputs)
-        of_taps = pixels.new_zeros(outputs, 9, inputs, dtype=torch.float32 if side > 1 else None)
-        for output, row in enumerate(taps.tolist()):
+        exact = torch.promote_types(pixels.dtype, torch.float32) if side > 1 else pixels.dtype
+        of_taps = pixels.new_zeros(outputs, 9, inputs, dtype=exact)
+        for output, row in enumerate(taps):
             for pixel, tap in enumerate(row):
                 of_taps[:, tap] += of_matrix[output, :, pixel]
         of_weight = of_taps.to(matrix.dtype).view(outputs, 3, 3, inputs).permute(0, 3, 1, 2)
         return (gradient @ matrix).view(len(pixels), side, side, inputs).permute(0, 3, 1, 2), of_weight, None
 
 
-def _between_pixels(weight: Tensor, taps: Tensor) -> Tensor:
+def _between_pixels(weight: Tensor, taps: list[list[int]]) -> Tensor:
     """Return the matrix (output pixels x channels, input pixels x channels) that a kernel (O, I, 3, 3) stands for."""
     of_taps = weight.permute(0, 2, 3, 1).flatten(1, 2)  # (O, 9, I)
-    if taps.numel() == 1:
-        return of_taps[:, int(taps)]
+    if taps == TAPS[1, 1]:
+        return of_taps[:, taps[0][0]]
     outputs, _, inputs = of_taps.shape
     matrix = weight.new_empty(len(taps), outputs, len(taps[0]), inputs)
-    for output, row in enumerate(taps.tolist()):
+    for output, row in enumerate(taps):
         for pixel, tap in enumerate(row):
             matrix[output, :, pixel] = of_taps[:, tap]
     return matrix.flatten(2).flatten(0, 1)
@@ -198,7 +202,7 @@ class _DepthwiseOn2x2(torch.autograd.Function):
     def forward(ctx: Any, input: Tensor, weight: Tensor, stride: int) -> Tensor:
         count, channels = input.shape[:2]
         pixels = input.permute(0, 2, 3, 1).reshape(count, 4, channels)
-        factors = weight.reshape(channels, 9).t()[TAPS[2, stride]]  # (outputs, 4, channels)
+        factors = weight.reshape(channels, 9).t()[TAPS_ON_2X2[stride]]  # (outputs, 4, channels)
         output = pixels[:, :1] * factors[:, 0]
         for pixel in range(1, 4):
             output.addcmul_(pixels[:, pixel : pixel + 1], factors[:, pixel])
@@ -218,7 +222,7 @@ class _DepthwiseOn2x2(torch.autograd.Function):
             of_input.addcmul_(gradient[:, output : output + 1], factors[output])
         of_pairs = (gradient[:, :, None] * pixels[:, None]).sum(0)  # (outputs, 4, channels)
         of_taps = gradient.new_zeros(9, channels, dtype=torch.float32)
-        of_taps.index_add_(0, TAPS[2, ctx.stride].flatten(), of_pairs.flatten(0, 1).float())
+        of_taps.index_add_(0, TAPS_ON_2X2[ctx.stride].flatten(), of_pairs.flatten(0, 1).float())
         of_weight = of_taps.t().reshape(ctx.shape).to(factors.dtype)
         return of_input.view(count, 2, 2, channels).permute(0, 3, 1, 2), of_weight, None
 
