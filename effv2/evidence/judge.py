@@ -336,6 +336,7 @@ def _apply(text: Callable[[float], str], back: Callable[[float], float], value: 
 
 def _single(contrast: Contrast, what: Quantity, interval: Interval) -> str:
     claimed = (contrast.low + contrast.high) / 2
+    interval = interval.of_share() if what.is_accuracy else interval
     text = f"a single run is expected from {what.text(interval.low)} to {what.text(interval.high)}"
     if math.isinf(claimed):
         return text

@@ -27,7 +27,7 @@ from effv2.evidence.quantities import (
 )
 from effv2.evidence.reference import published_runs
 from effv2.evidence.selection import SPLIT_SEED, complete, has, is_like, seed_of, split_of
-from effv2.evidence.statistics import FEWEST, TINY, Interval, Sample, holm, p_text, wilson
+from effv2.evidence.statistics import FEWEST, TINY, Sample, holm, p_text, wilson
 from effv2.tracking.read import RunRecord
 from effv2.tracking.tags import ARM, BORROWED, COMMAND, PLANNED, lent_in, names_in
 
@@ -279,17 +279,14 @@ def _intervals(comparison: Comparison, name: str) -> Rows:
         sample = Sample(tuple(values.get(arm, ())) if one_split else ())
         told = sample.n >= FEWEST and sample.deviation > TINY  # equal values don't show how much they vary
         found = (sample.interval(), sample.prediction()) if told else (None, None)
-        cells.append([NONE if each is None else _share(each) for each in found])
+        shares = [each and each.of_share() for each in found]
+        cells.append([f"{percent(each.low)} to {percent(each.high)}" if each else NONE for each in shares])
     means, singles = zip(*cells, strict=True)
     lines = [
         (f"95 % interval of the mean, {words}", *means),
         (f"a single re-run is expected (95 %), {words}", *singles),
     ]
     return [line for line in lines if set(line[1:]) != {NONE}]
-
-
-def _share(interval: Interval) -> str:
-    return f"{percent(max(0.0, interval.low))} to {percent(min(1.0, interval.high))}"
 
 
 def _differences(comparison: Comparison, baseline: str, name: str) -> Iterator[tuple[str, ...]]:

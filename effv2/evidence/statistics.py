@@ -30,6 +30,10 @@ class Interval:
     low: float
     high: float
 
+    def of_share(self) -> Interval:
+        """Return its part within [0, 1], where the quantity is a share."""
+        return Interval(max(0.0, self.low), min(1.0, self.high))
+
 
 @dataclass(frozen=True)
 class Paired:
