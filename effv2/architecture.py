@@ -169,17 +169,26 @@ def make_table(name: str, own: str, depth_multiplier: float, width_multiplier: f
     return scale_width(scale_depth(table, depth_multiplier), width_multiplier)
 
 
-def build_model(table: Table, num_classes: int, dropout: float = 0.2, stochastic_depth: float = 0.2) -> EfficientNet:
+def build_model(
+    table: Table,
+    num_classes: int,
+    dropout: float = 0.2,
+    stochastic_depth: float = 0.2,
+    zero_init_residual: bool = False,
+) -> EfficientNet:
     """Build torchvision's EfficientNet from `table`: images (N, 3, H, W) to logits (N, num_classes).
 
     Batch norm has epsilon 1e-3 as in torchvision's EfficientNetV2; `dropout` is that before the classifier;
     the probability of stochastic depth rises linearly from 0 to `stochastic_depth` at the last block.
-    Parameters are initialised from torch's global generator.
+    Parameters are initialised from torch's global generator. With `zero_init_residual` the last batch norm of every
+    residual branch begins with a weight of zero, so that each of these blocks begins as the identity (Goyal et al.
+    2017, section 5.1); all other parameters begin as they do without.
     """
     from torch import nn
     from torchvision.models import EfficientNet
+    from torchvision.models.efficientnet import FusedMBConv, MBConv
 
-    return EfficientNet(
+    model = EfficientNet(
         [_block_config(stage) for stage in table.stages],
         dropout=dropout,
         stochastic_depth_prob=stochastic_depth,
@@ -187,6 +196,11 @@ def build_model(table: Table, num_classes: int, dropout: float = 0.2, stochastic
         norm_layer=partial(nn.BatchNorm2d, eps=1e-3),
         last_channel=table.last_channels,
     )
+    if zero_init_residual:
+        for block in model.modules():
+            if isinstance(block, (FusedMBConv, MBConv)) and block.use_res_connect:
+                nn.init.zeros_(block.block[-1][1].weight)
+    return model
 
 
 def _block_config(stage: Stage) -> object:

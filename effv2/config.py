@@ -68,6 +68,7 @@ class ModelConfig(Group):
     dropout: Fraction = Field(0.2, description="Dropout before the classifier.")
     stochastic_depth: Fraction = Field(0.2, description="Stochastic depth of the last block, rising from 0.")
     outputs: int = Field(0, ge=0, le=100_000, description="Width of the head, 0 = the number of classes.")
+    zero_init_residual: bool = Field(False, description="Start residual branches at zero (Goyal et al. 2017).")
 
     @field_validator("table")
     @classmethod

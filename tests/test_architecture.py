@@ -115,6 +115,23 @@ def test_without_squeeze_excitation(size: int) -> None:
     assert model(torch.rand(2, 3, size, size)).shape == (2, 3)
 
 
+def test_zero_init_residual_begins_with_blocks_that_change_nothing() -> None:
+    table = parse_table("F 1 3 1 8 8 2 / F 4 3 2 8 16 2 / M 4 3 2 16 24 3")
+    usual, zeroed = (_seeded(table, zero_init_residual) for zero_init_residual in (False, True))
+    blocks = [each for each in zeroed.modules() if getattr(each, "use_res_connect", False)]
+    for block in blocks:
+        (width, *_) = [module.in_channels for module in block.modules() if isinstance(module, torch.nn.Conv2d)]
+        images = torch.rand(2, width, 8, 8)
+        assert torch.equal(block(images), images)
+    others = zip(usual.parameters(), zeroed.parameters(), strict=True)
+    assert sum(not torch.equal(one, other) for one, other in others) == len(blocks) == 2 + 1 + 2
+
+
+def _seeded(table: Table, zero_init_residual: bool) -> efficientnet.EfficientNet:
+    torch.manual_seed(0)
+    return build_model(table, 5, stochastic_depth=0, zero_init_residual=zero_init_residual)
+
+
 @pytest.mark.parametrize(
     ("text", "words"),
     [

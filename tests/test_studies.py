@@ -25,7 +25,7 @@ PUBLISHED: dict[str, Any] = {
     "augment.crop": 0, "augment.flip": False, "augment.trivial_augment": False, "augment.erasing": 0.0,
     "augment.mixup": 0.0, "augment.cutmix": 0.0,
     "model.dropout": 0.2, "model.stochastic_depth": 0.2, "model.table": "",
-    "model.depth_multiplier": 1.0, "model.width_multiplier": 1.0,
+    "model.depth_multiplier": 1.0, "model.width_multiplier": 1.0, "model.zero_init_residual": False,
     "optimiser.name": "adam", "optimiser.lr": 1e-4, "optimiser.weight_decay": 0.0, "optimiser.clip_norm": 0.0,
     "optimiser.label_smoothing": 0.0, "optimiser.ema_decay": 0.0,
     "schedule.name": "none", "schedule.warmup_epochs": 0,
@@ -119,7 +119,7 @@ def test_component_ablation_changes_one_component_at_a_time() -> None:
 @pytest.mark.parametrize("path", sorted(SWEEPS.glob("*.yaml")), ids=lambda path: path.stem)
 def test_every_study_file_opens_with_its_command(path: Path) -> None:
     study, first = read_study(path), path.read_text().splitlines()[0]
-    entry = {"hparam": "hparam-check"}.get(path.stem.split("-")[0], path.stem.split("-")[0])
+    entry = {"hparam": "hparam-check", "recipe": "ablate"}.get(path.stem.split("-")[0], path.stem.split("-")[0])
     assert first.startswith(f"# mlflow run . -e {entry} -P study=sweeps/{path.name}")
     assert study.name == path.stem
 

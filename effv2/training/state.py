@@ -92,11 +92,15 @@ class TrainState:
     @classmethod
     def create(cls, config: TrainConfig, dataset: Dataset, execution: Execution) -> TrainState:
         """Build a fresh state: weights from the seed's own stream, everything else at its beginning."""
-        outputs = config.model.outputs or len(dataset.classes)
+        network, outputs = config.model, config.model.outputs or len(dataset.classes)
         with private_randomness():
             torch.manual_seed(stream_seed(config.random.seed, "initialisation"))
             built = build_model(
-                config.model.build_table(), outputs, config.model.dropout, config.model.stochastic_depth
+                network.build_table(),
+                outputs,
+                network.dropout,
+                network.stochastic_depth,
+                network.zero_init_residual,
             )
         model = execution.place(built)
         optimiser = make_optimiser(config.optimiser, model)
