@@ -349,9 +349,10 @@ def _notes(arms: Mapping[str, Sequence[RunRecord]], protocol: str) -> Iterator[s
             "value to repeat it on others, and the claims are judged over all of them."
         )
     if all(has(run, "data.validation_fraction", 0) for run in runs):
+        watched = any(has(run, "schedule.name", "plateau") or not has(run, "stopping.patience", 0) for run in runs)
         yield (
             "The protocol has no validation split: the best epoch is the best on the test set itself, which flatters "
-            "every arm, and plateau and stopping watch the test set."
+            f"every arm{', and plateau and stopping watch the test set' if watched else ''}."
         )
     if protocol:
         yield f"Dotted: the post's own curves ({protocol}), one run an arm."
