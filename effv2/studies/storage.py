@@ -30,6 +30,7 @@ from sqlalchemy.exc import (
 )
 
 from effv2.errors import InputError, RunError
+from effv2.tracking.store import reason
 
 HEARTBEAT_SECONDS = 10
 GRACE_SECONDS = 60  # without a heartbeat for so long, a worker that can't be seen from here counts as gone
@@ -130,13 +131,9 @@ def open_storage(url: str) -> Storage:
         ) from error
     except (SQLAlchemyError, StorageInternalError, OSError, RuntimeError) as error:
         raise InputError(
-            f"--storage {shown}: can't be used ({reason(error)}); start the database or correct the address."
+            f"--storage {shown}: can't be used ({reason(error.__cause__ or error)}); start the database or correct the "
+            "address."
         ) from error
-
-
-def reason(error: Exception) -> str:
-    """Return what a database or a server said, in one line."""
-    return " ".join(str(error.__cause__ or error).split())[:200].rstrip(".")
 
 
 class StorageAway(RunError):
@@ -193,8 +190,8 @@ def patient(operation: Callable[P, R]) -> Callable[P, R]:
                 waited = time.monotonic() - away_since
                 if waited > _Patience.seconds:
                     raise StorageAway(
-                        f"The storage has been away for {waited:.0f} seconds ({reason(error)}); start the database and "
-                        "give the same command again, which goes on from here."
+                        f"The storage has been away for {waited:.0f} seconds ({reason(error.__cause__ or error)}); "
+                        "start the database and give the same command again, which goes on from here."
                     ) from error
             time.sleep(pause * random.uniform(0.5, 1.5))  # noqa: S311
             pause = min(2 * pause, 5.0)
