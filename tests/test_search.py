@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import optuna
 import pytest
 from mlflow import MlflowClient
 from mlflow.entities import Run
@@ -12,6 +13,10 @@ from effv2.cli.ablate import ablate
 from effv2.cli.hparam_check import hparam_check
 from effv2.cli.search import search
 from effv2.cli.train import train
+from effv2.config import TrainConfig
+from effv2.studies.files import SearchFile
+from effv2.studies.plan import Purpose
+from effv2.studies.search import Search
 from tests.conftest import TINY_TABLE
 from tests.test_commands import all_runs, invoke
 
@@ -24,6 +29,7 @@ config:
   execution: {{device: cpu, precision: fp32}}
 search:
   trials: 6
+  min_epochs: 2
   space:
     model.dropout: {{low: 0, high: 0.6}}
     optimiser.lr: {{low: 1e-4, high: 1e-1, log: true}}
@@ -52,6 +58,7 @@ def test_search_touches_the_test_set_once_and_can_grow(sqlite_store: str, tiny_s
     parent, *children = all_runs()
     outcomes = [run.data.tags["effv2.outcome"] for run in children]
     assert len(children) == 6 and set(outcomes) == {"complete", "pruned"}
+    assert min(len(MlflowClient().get_metric_history(run.info.run_id, "val/accuracy")) for run in children) == 2
     assert {run.info.status for run in (parent, *children)} == {"FINISHED"}
     complete = [run for run in children if run.data.tags["effv2.outcome"] == "complete"]
     best = max(complete, key=lambda run: run.data.metrics["selected/val_accuracy"])
@@ -155,6 +162,21 @@ def test_the_order_of_arms_changes_nothing(sqlite_store: str, tiny_study: Path) 
     tiny_study.write_text("\n".join([*head, other, default, "baseline: default"]))
     assert invoke(ablate, "--study", tiny_study, "--log-model", "none", "--seeds", "0,1").exit_code == 0
     assert len(all_runs()) == 5
+
+
+def test_a_trial_is_pruned_after_a_quarter_of_its_epochs_at_the_earliest() -> None:
+    config = TrainConfig.model_validate({"schedule": {"epochs": 30}})
+    pruner = Search(Purpose("search", "any", "", 0), config, SearchFile(), "").pruner()
+    study = optuna.create_study(direction="maximize", pruner=pruner)
+    pruned_at = []
+    for accuracy in (0.9, 0.8, 0.1, 0.1):
+        trial = study.ask()
+        for epoch in range(1, 31):
+            trial.report(accuracy, epoch)
+            if trial.should_prune():
+                pruned_at.append(epoch)
+                break
+    assert pruned_at == [7, 7, 7]
 
 
 def test_a_diverging_trial_is_an_answer_of_a_search(sqlite_store: str, tiny_search: Path) -> None:

@@ -47,13 +47,18 @@ DEFAULT_SPACE = {
 
 
 class SearchFile(BaseModel):
-    """The key `search` of a study file: how many trials over which fields, and whether poor ones are pruned."""
+    """The key `search` of a study file: how many trials over which fields, and how poor ones are pruned.
+
+    `min_epochs` is how many epochs each trial is given before it may be pruned; a quarter of all unless it is named.
+    It has to be long enough for a good trial to leave chance level, or the pruner chooses by noise.
+    """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     trials: int = Field(DEFAULT_TRIALS, ge=1, le=100_000)
     space: dict[str, Range] = Field(DEFAULT_SPACE, min_length=1)
     prune: bool = True
+    min_epochs: int | None = Field(None, ge=1)
 
 
 class StudyFile(BaseModel):

@@ -67,9 +67,14 @@ class Search:
         """Return the epochs of a run at most."""
         return self.base.schedule.epochs
 
+    @property
+    def min_epochs(self) -> int:
+        """Return how many epochs each trial is given before it may be pruned."""
+        return self.search.min_epochs or max(1, self.epochs // 4)
+
     def definition(self) -> dict[str, Any]:
         """Return all but the number of trials, so that a search may grow."""
-        search = self.search.model_dump(exclude={"trials"})
+        search = self.search.model_dump(exclude={"trials"}) | {"min_epochs": self.min_epochs}
         return {"base": self.base.identity(), **search, "data": self.data, "code": provenance.code_version()}
 
     def sampler(self, number: int) -> optuna.samplers.BaseSampler:
@@ -85,7 +90,7 @@ class Search:
         """Return asynchronous successive halving (Li et al. 2020)."""
         if not self.search.prune:
             return optuna.pruners.NopPruner()
-        return optuna.pruners.SuccessiveHalvingPruner(min_resource=1, reduction_factor=2)
+        return optuna.pruners.SuccessiveHalvingPruner(min_resource=self.min_epochs, reduction_factor=2)
 
     def run_of(self, slot: str, trial: optuna.Trial) -> PlannedRun:
         """Suggest a value for each range."""
