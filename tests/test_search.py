@@ -64,6 +64,8 @@ def test_search_touches_the_test_set_once_and_can_grow(sqlite_store: str, tiny_s
     best = max(complete, key=lambda run: run.data.metrics["selected/val_accuracy"])
     assert [run.info.run_id for run in touching_the_test_set(children)] == [best.info.run_id]
     assert parent.data.tags["effv2.best_run"] == best.info.run_id
+    report = Path(MlflowClient().download_artifacts(parent.info.run_id, "report.md", str(tmp_path)))
+    assert f"Trials: {len(complete)} complete, {6 - len(complete)} pruned" in report.read_text()
     for name in ("selected/val_accuracy", "selected/test_accuracy"):
         assert parent.data.metrics[name] == best.data.metrics[name]
     assert artifacts(parent) >= {

@@ -29,6 +29,7 @@ from effv2.evidence.reference import published_runs
 from effv2.evidence.selection import SPLIT_SEED, complete, has, is_like, seed_of, split_of
 from effv2.evidence.statistics import FEWEST, TINY, Sample, holm, p_text, wilson
 from effv2.tracking.read import RunRecord
+from effv2.tracking.run import OUTCOME
 from effv2.tracking.tags import ARM, BORROWED, COMMAND, PLANNED, lent_in, names_in
 
 BEST_TRIALS = 5
@@ -404,7 +405,15 @@ def _of_search(study: Study, empty: Section, claims: Claims) -> Section:
         ),
         *((name, *(_number(run.params.get(name, "")) for run in trials[:BEST_TRIALS])) for name in names),
     ]
-    notes = ["Trials are chosen on validation; the test set is looked at by the best one alone, after it was chosen."]
+    outcomes = Counter(run.tags.get(OUTCOME, "unknown") for run in study.runs if run.status == "FINISHED")
+    ended = ", ".join(f"{count} {outcome}" for outcome, count in sorted(outcomes.items()))
+    parent = study.parent
+    if parent is not None and parent.status == "FINISHED" and parent.ended > parent.started:
+        ended += f"; {_duration((parent.ended - parent.started) / 1000)} from its first start to its end"
+    notes = [
+        f"Trials: {ended}.",
+        "Trials are chosen on validation; the test set is looked at by the best one alone, after it was chosen.",
+    ]
     return replace(empty, table=[titles, *lines], notes=notes)
 
 
