@@ -8,6 +8,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -133,11 +134,13 @@ def test_an_in_place_silu_no_longer_overwrites_its_input() -> None:
 
 
 def test_float32_means_float32_on_cuda_unless_bf16_is_wanted() -> None:
-    matmul, convolutions = torch.backends.cuda.matmul.fp32_precision, torch.backends.cudnn.fp32_precision
+    settings: list[Any] = [torch.backends.cuda.matmul, torch.backends.cudnn, torch.backends.cudnn.conv]  # type: ignore[attr-defined]
+    before = [setting.fp32_precision for setting in settings]
     for wanted, expected in ((True, "tf32"), (False, "ieee")):
         _use_tf32(wanted)
-        assert torch.backends.cuda.matmul.fp32_precision == torch.backends.cudnn.fp32_precision == expected
-    torch.backends.cuda.matmul.fp32_precision, torch.backends.cudnn.fp32_precision = matmul, convolutions
+        assert {setting.fp32_precision for setting in settings} == {expected}
+    for setting, precision in zip(settings, before, strict=True):
+        setting.fp32_precision = precision
 
 
 def test_without_a_compiler_nothing_is_compiled(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,7 +1,7 @@
 """Augmentation of a batch in memory, with a draw of its own for every sample.
 
 Images are bytes (B, 3, H, W). Everything draws from torch's global generator,
-which the training loop seeds for each step.
+which the training loop seeds for each step, on the CPU; a GPU is sent the draws and not waited for.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ def random_crop(images: Tensor, padding: int) -> Tensor:
     def lines(length: int) -> Tensor:
         shift = torch.randint(-padding, padding + 1, (count, 1))
         line = torch.arange(length) + shift
-        return _reflect(line, length).to(images.device)
+        return _reflect(line, length).to(images.device, non_blocking=True)
 
     rows, columns = lines(height), lines(width)
     sample = torch.arange(count, device=images.device)[:, None, None]
@@ -54,7 +54,7 @@ def _reflect(index: Tensor, length: int) -> Tensor:
 
 def random_flip(images: Tensor) -> Tensor:
     """Mirror each image with probability 0.5."""
-    mirrored = (torch.rand(len(images)) < 0.5).to(images.device)
+    mirrored = (torch.rand(len(images)) < 0.5).to(images.device, non_blocking=True)
     return torch.where(mirrored[:, None, None, None], images.flip(3), images)
 
 
@@ -75,7 +75,7 @@ def random_erasing(images: Tensor, probability: float) -> Tensor:
     chosen = torch.rand(count) < probability
     heights = (area * ratio).sqrt().round().clamp(1, height) * chosen
     widths = (area / ratio).sqrt().round().clamp(1, width)
-    inside = _rectangles(heights, widths, height, width).to(images.device)
+    inside = _rectangles(heights, widths, height, width).to(images.device, non_blocking=True)
     return images.masked_fill(inside[:, None], 0)
 
 
@@ -88,7 +88,7 @@ def mix_samples(inputs: Tensor, targets: Tensor, config: AugmentConfig) -> tuple
     if not config.mixup and not config.cutmix:
         return inputs, targets
     count, _, height, width = inputs.shape
-    partner = torch.randperm(count).to(inputs.device)
+    partner = torch.randperm(count).to(inputs.device, non_blocking=True)
     cuts = torch.rand(count) < (0.5 if config.mixup and config.cutmix else float(config.cutmix > 0))
 
     blend = _beta(config.mixup, count)
@@ -96,10 +96,10 @@ def mix_samples(inputs: Tensor, targets: Tensor, config: AugmentConfig) -> tuple
     heights = (taken.sqrt() * height).round() * cuts
     widths = (taken.sqrt() * width).round()
     inside = _rectangles(heights, widths, height, width)
-    share = torch.where(cuts, 1 - inside.flatten(1).float().mean(1), blend).to(inputs.device)
+    share = torch.where(cuts, 1 - inside.flatten(1).float().mean(1), blend).to(inputs.device, non_blocking=True)
 
     pixelwise = torch.where(cuts[:, None, None], 1 - inside.float(), blend[:, None, None])[:, None]
-    mixed = torch.lerp(inputs[partner], inputs, pixelwise.to(inputs.device))
+    mixed = torch.lerp(inputs[partner], inputs, pixelwise.to(inputs.device, non_blocking=True))
     return mixed, torch.lerp(targets[partner], targets, share[:, None])
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import TypeVar
@@ -13,8 +14,10 @@ from effv2.config import ExecutionConfig
 from effv2.execution.compilation import compile_blocks
 from effv2.execution.fast_paths import use_fast_paths
 from effv2.execution.folding import fold_batch_norm, sharing_copy
+from effv2.execution.recording import Function, Recording
 
 Module = TypeVar("Module", bound=nn.Module)
+Forward = Callable[[Tensor], Tensor]
 
 
 @dataclass(frozen=True)
@@ -26,6 +29,7 @@ class Execution:
     channels_last: bool
     fast_paths: bool = True
     compiled: bool = False
+    recorded: bool = True
 
     def place(self, model: Module) -> Module:
         """Move a network to the device, in the memory format of its inputs, on the fast paths of the device."""
@@ -51,6 +55,26 @@ class Execution:
                     setattr(module, name, nn.Parameter(parameter.detach().bfloat16(), requires_grad=False))
         return form
 
+    def recording(self, function: Function, parameters: Iterable[nn.Parameter]) -> Function:
+        """Return the quickest form of `function`, which sets the gradients of `parameters`; see Recording."""
+        return Recording(function, parameters) if self._records else function
+
+    def following(self, model: nn.Module) -> Callable[[], Forward]:
+        """Return a function that gives, whenever the weights of `model` have changed, a form of it for evaluation.
+
+        What that one returns may be overwritten by its next call. Where work is recorded it reads the weights where
+        they lie, so that it is recorded once; elsewhere it is for_evaluation's.
+        """
+        if not self._records:
+            return lambda: self.for_evaluation(model)
+        form = sharing_copy(model).eval()
+        recording = Recording(lambda inputs: (form(inputs),))
+        return lambda: lambda inputs: recording(inputs)[0]
+
+    @property
+    def _records(self) -> bool:
+        return self.recorded and self.device.type == "cuda"
+
     def room_for_data(self) -> int:
         """Return how many bytes of images may lie on the device for good: half of what an accelerator has free."""
         return torch.cuda.mem_get_info(self.device)[0] // 2 if self.device.type == "cuda" else 0
@@ -75,3 +99,5 @@ def _use_tf32(wanted: bool) -> None:
     precision = "tf32" if wanted else "ieee"
     torch.backends.cuda.matmul.fp32_precision = precision
     torch.backends.cudnn.fp32_precision = precision
+    # With torch 2.11 convolutions keep a setting of their own: TF32.
+    torch.backends.cudnn.conv.fp32_precision = precision  # type: ignore[attr-defined]

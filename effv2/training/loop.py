@@ -60,6 +60,8 @@ class Training:
         """Let the images lie on an accelerator for good where it has room, so that no step waits for them."""
         if self.dataset.bytes <= self.execution.room_for_data():
             self.dataset = self.dataset.on(self.execution.device)
+        self._differentiate = self.execution.recording(self._differentiated, self.state.model.parameters())
+        self._evaluation_form = self.execution.following(self.state.evaluated)
 
     def __iter__(self) -> Iterator[EpochResult]:
         """Train until the last epoch or early stopping, yielding after each epoch; Diverged, RunError."""
@@ -124,20 +126,24 @@ class Training:
         inputs, targets = mix_samples(inputs, targets, config.augment)
 
         seed_generators(stream_seed(config.random.seed, "dropout", step), self.execution.device)
+        loss, right = self._differentiate(inputs, targets, labels)
         state.schedule.before_step(step)
-        state.optimiser.zero_grad(set_to_none=True)
-        odd = self.execution.compiled and len(inputs) != config.optimiser.batch_size
-        with self.execution.autocast(), eager(odd):
-            logits = state.model(inputs)
-        logits = logits.float()
-        loss = F.cross_entropy(logits, targets)
-        loss.backward()
         if config.optimiser.clip_norm:
             nn.utils.clip_grad_norm_(state.model.parameters(), config.optimiser.clip_norm)
         state.optimiser.step()
-        if state.averaged:
-            state.averaged.update_parameters(state.model)
+        state.average(config.optimiser.ema_decay)
         state.progress.step += 1
+        return loss, right
+
+    def _differentiated(self, inputs: Tensor, targets: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+        """Set the gradients of a batch; return its mean loss and how many were right."""
+        self.state.optimiser.zero_grad(set_to_none=True)
+        odd = self.execution.compiled and len(inputs) != self.config.optimiser.batch_size
+        with self.execution.autocast(), eager(odd):
+            logits = self.state.model(inputs)
+        logits = logits.float()
+        loss = F.cross_entropy(logits, targets)
+        loss.backward()
         return loss.detach(), (logits.detach().argmax(1) == labels).sum()
 
     def _evaluate_epoch(self) -> Metrics:
@@ -151,7 +157,7 @@ class Training:
             evaluated["train"] = self.dataset.train
         metrics: Metrics = {}
         started = time.perf_counter()
-        form = self.execution.for_evaluation(self.state.evaluated)
+        form = self._evaluation_form()
         for name, split in evaluated.items():
             result = evaluate(form, split, self.config, self.execution)
             if not math.isfinite(result.loss):

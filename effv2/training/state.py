@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
+from itertools import compress
 from typing import Any
 
 import torch
@@ -105,14 +105,30 @@ class TrainState:
         model = execution.place(built)
         optimiser = make_optimiser(config.optimiser, model)
         schedule = Schedule(config.schedule, optimiser, batch_count(len(dataset.train), config.optimiser.batch_size))
-        decay = config.optimiser.ema_decay
-        averaged = AveragedModel(model, multi_avg_fn=_ema(decay), use_buffers=True) if decay else None
+        averaged = AveragedModel(model, use_buffers=True) if config.optimiser.ema_decay else None
         return cls(model, averaged, optimiser, schedule, Progress(), EpochSums.begin(execution.device))
 
     @property
     def evaluated(self) -> nn.Module:
         """Return the network that is evaluated and kept: the averaged one where there is one."""
         return self.averaged.module if self.averaged else self.model
+
+    @torch.no_grad()
+    def average(self, decay: float) -> None:
+        """Let the averaged weights follow, the decay rising from 0.1 as (1 + n) / (10 + n): the start is forgotten.
+
+        AveragedModel's own update would wait for a GPU at each step.
+        """
+        if self.averaged is None:
+            return
+        n = int(self.averaged.n_averaged)
+        weight = 1 - min(decay, (1 + n) / (10 + n)) if n else 1.0
+        averaged, current = ([*module.parameters(), *module.buffers()] for module in (self.averaged.module, self.model))
+        smooth = [each.is_floating_point() for each in averaged]
+        torch._foreach_lerp_(list(compress(averaged, smooth)), list(compress(current, smooth)), weight)
+        counts = [not each for each in smooth]
+        torch._foreach_copy_(list(compress(averaged, counts)), list(compress(current, counts)))
+        self.averaged.n_averaged += 1
 
     def state_dict(self) -> dict[str, Any]:
         """Return all of it as tensors and plain values."""
@@ -162,19 +178,3 @@ def make_optimiser(config: OptimiserConfig, model: nn.Module) -> Optimizer:
         return torch.optim.SGD(groups, lr=config.lr, momentum=config.momentum, nesterov=nesterov, fused=True)
     kind = torch.optim.Adam if config.name == "adam" else torch.optim.AdamW
     return kind(groups, lr=config.lr, fused=True)
-
-
-def _ema(decay: float) -> Callable[..., None]:
-    """Average exponentially, the decay rising from 0.1 as (1 + n) / (10 + n) so that the start is forgotten."""
-
-    @torch.no_grad()
-    def update(averaged: Any, current: Any, count: Tensor) -> None:
-        n = int(count)
-        weight = 1 - min(decay, (1 + n) / (10 + n))
-        for old, new in zip(averaged, current, strict=True):
-            if old.is_floating_point():
-                old.lerp_(new, weight)
-            else:
-                old.copy_(new)
-
-    return update

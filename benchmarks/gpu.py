@@ -1,0 +1,78 @@
+"""What recording the work of a GPU gains: the training loop with it and without, in float32 and bfloat16.
+
+    python benchmarks/gpu.py [--variant default] [--image-size 32] [--batch-size 128]
+
+Each form trains on STEPS batches of random bytes that lie on the GPU and evaluates as many, an epoch; medians leave out
+the first WARM_UP epochs. Prints a Markdown table: images/s and their gain over float32 as written, peak memory.
+"""
+
+from __future__ import annotations
+
+import statistics
+from dataclasses import replace
+
+import click
+import torch
+
+from effv2.config import TrainConfig
+from effv2.data.dataset import Dataset, Split
+from effv2.execution.device import make_execution
+from effv2.training.loop import Training
+from effv2.training.state import TrainState
+
+STEPS, WARM_UP, EPOCHS = 16, 2, 5
+FORMS = {f"{precision}{how}": (precision, how) for precision in ("fp32", "bf16") for how in ("", ", recorded")}
+
+
+def random_split(images: int, size: int) -> Split:
+    """Return random bytes with random labels of ten classes."""
+    pixels = torch.randint(0, 256, (images, size, size, 3), dtype=torch.uint8)
+    return Split(pixels, torch.arange(images), torch.randint(0, 10, (images,)), tuple(map(str, range(images))))
+
+
+def measure(config: TrainConfig, recorded: bool) -> dict[str, float]:
+    """Return images/s of training and of evaluation, and the peak of memory in GB."""
+    execution = replace(make_execution(config.execution), recorded=recorded)
+    images, size = STEPS * config.optimiser.batch_size, config.data.image_size
+    classes = tuple(map(str, range(10)))
+    dataset = Dataset("random", "", classes, random_split(images, size), None, random_split(images, size))
+    torch.cuda.reset_peak_memory_stats()
+    state = TrainState.create(config, dataset, execution)
+    epochs = [result.metrics for result in Training(config, dataset, state, execution)][WARM_UP:]
+    rates = {
+        what: statistics.median(metrics[f"throughput/{what}_images_per_second"] for metrics in epochs)
+        for what in ("train", "evaluate")
+    }
+    return rates | {"peak": torch.cuda.max_memory_reserved() / 1e9}
+
+
+@click.command()
+@click.option("--variant", default="default", show_default=True, help="The architecture.")
+@click.option("--image-size", default=32, show_default=True, help="Side of the images in pixels.")
+@click.option("--batch-size", default=128, show_default=True, help="Images a step.")
+def main(variant: str, image_size: int, batch_size: int) -> None:
+    """Measure and print a table."""
+    click.echo(f"{torch.cuda.get_device_name()}, torch {torch.__version__}, {image_size}x{image_size}, {batch_size}\n")
+    click.echo("| form | training, images/s | times fp32 | evaluation, images/s | times fp32 | peak GB |")
+    click.echo("|---|---|---|---|---|---|")
+    base: dict[str, float] = {}
+    for name, (precision, how) in FORMS.items():
+        config = TrainConfig.model_validate(
+            {
+                "data": {"image_size": image_size, "validation_fraction": 0},
+                "model": {"variant": variant},
+                "optimiser": {"batch_size": batch_size},
+                "schedule": {"epochs": EPOCHS},
+                "evaluation": {"batch_size": batch_size},
+                "execution": {"device": "cuda", "precision": precision},
+            }
+        )
+        found = measure(config, bool(how))
+        base = base or found
+        cells = (f"{found[what]:.0f} | {found[what] / base[what]:.2f}" for what in ("train", "evaluate"))
+        click.echo(f"| {name} | {' | '.join(cells)} | {found['peak']:.2f} |")
+        torch.cuda.empty_cache()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,78 @@
+"""Work on a GPU recorded as CUDA graphs, one launch each instead of one a kernel.
+
+On small images the kernels of this network end sooner than Python launches them: a step is two thousand. A recording
+computes what its function does, bit for bit; what it gains is in docs/performance.md.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+# So often a shape is computed as written before it is recorded: libraries must have chosen their kernels by then.
+WARM_UP = 3
+
+Function = Callable[..., tuple[Tensor, ...]]
+
+
+@dataclass(frozen=True)
+class _Recorded:
+    """A graph, the tensors that it reads and writes, and the gradients that it leaves on the parameters."""
+
+    graph: torch.cuda.CUDAGraph
+    inputs: tuple[Tensor, ...]
+    outputs: tuple[Tensor, ...]
+    gradients: tuple[Tensor | None, ...]
+
+
+class Recording:
+    """A function of tensors on the current GPU that is recorded for each shape of its inputs, then replayed.
+
+    The function must consist of kernels alone, wait for none, and read nothing beside its inputs that is ever moved:
+    parameters and buffers are to be changed in place. Random draws follow the global generator's seed, as always. It
+    may set the gradients of `parameters`. What it returned is overwritten by the next call.
+    """
+
+    def __init__(self, function: Function, parameters: Iterable[nn.Parameter] = ()) -> None:
+        self._function, self._parameters = function, tuple(parameters)
+        self._stream, self._pool = torch.cuda.Stream(), torch.cuda.graph_pool_handle()
+        self._calls: Counter[tuple[torch.Size, ...]] = Counter()
+        self._recorded: dict[tuple[torch.Size, ...], _Recorded] = {}
+
+    def __call__(self, *inputs: Tensor) -> tuple[Tensor, ...]:
+        """Compute the function."""
+        shapes = tuple(each.shape for each in inputs)
+        self._calls[shapes] += 1
+        if self._calls[shapes] <= WARM_UP:
+            return self._as_written(inputs)
+        if shapes not in self._recorded:
+            self._recorded[shapes] = self._record(inputs)
+        found = self._recorded[shapes]
+        for kept, given in zip(found.inputs, inputs, strict=True):
+            kept.copy_(given)
+        found.graph.replay()
+        for parameter, gradient in zip(self._parameters, found.gradients, strict=True):
+            parameter.grad = gradient  # another shape may have left its own
+        return found.outputs
+
+    def _as_written(self, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        """Compute on the stream that will be recorded: autograd remembers where a gradient was first added up."""
+        current = torch.cuda.current_stream()
+        self._stream.wait_stream(current)
+        with torch.cuda.stream(self._stream):
+            outputs = self._function(*inputs)
+        current.wait_stream(self._stream)
+        return outputs
+
+    def _record(self, inputs: tuple[Tensor, ...]) -> _Recorded:
+        """Record without computing. All shapes share their memory, since none needs it once the next one runs."""
+        kept = tuple(each.clone() for each in inputs)
+        graph = torch.cuda.CUDAGraph()
+        # Other threads may use the GPU meanwhile.
+        with torch.cuda.graph(graph, self._pool, self._stream, capture_error_mode="thread_local"):
+            outputs = self._function(*kept)
+        return _Recorded(graph, kept, outputs, tuple(parameter.grad for parameter in self._parameters))

@@ -1,0 +1,98 @@
+"""What holds on a GPU too: the same network, the loop, exact resumption, whole runs. Skipped where there is none."""
+
+from __future__ import annotations
+
+import io
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from click.testing import CliRunner
+from mlflow import MlflowClient
+
+from effv2.architecture import VARIANTS, build_model
+from effv2.cli.train import train
+from effv2.errors import Terminated
+from effv2.execution.device import Execution
+from effv2.training.loop import EpochResult, Training
+from tests.conftest import TINY_TABLE, tiny_config
+from tests.test_training import EVERYTHING, equal, numbers, start
+
+pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU that torch sees")
+
+ON_CUDA: dict[str, Any] = {**EVERYTHING, "execution": {"device": "cuda", "precision": "fp32"}}
+# So long that both shapes of a batch, the last of an epoch being smaller, are recorded before the end.
+LONG: dict[str, Any] = {**ON_CUDA, "schedule": {**EVERYTHING["schedule"], "epochs": 8}}
+
+
+@pytest.mark.parametrize("bf16", [False, True])
+def test_network_computes_what_it_computes_on_the_cpu(bf16: bool) -> None:
+    torch.manual_seed(0)
+    plain = build_model(VARIANTS["default"], 10)
+    inputs = torch.rand(16, 3, 32, 32)
+    expected = plain.eval()(inputs)
+    execution = Execution(torch.device("cuda"), bf16, channels_last=True)
+    placed = execution.place(build_model(VARIANTS["default"], 10))
+    placed.load_state_dict(plain.state_dict())
+    form = execution.for_evaluation(placed)
+    with torch.inference_mode(), execution.autocast():
+        outputs = form(execution.to_device(inputs)).float().cpu()
+    error = (outputs - expected).norm() / expected.norm()
+    assert error < (3e-2 if bf16 else 1e-4)
+
+
+def test_training_follows_that_of_the_cpu() -> None:
+    expected = numbers(list(start(tiny_config(**EVERYTHING))[2]))
+    found = numbers(list(start(tiny_config(**ON_CUDA))[2]))
+    for ours, theirs in zip(found, expected, strict=True):
+        assert ours["train/loss"] == pytest.approx(theirs["train/loss"], rel=2e-2)
+
+
+def test_recorded_steps_are_those_as_written() -> None:
+    config = tiny_config(**LONG)
+    _, state, training = start(config)
+    recorded = numbers(list(training))
+    dataset, written, _ = start(config)
+    execution = replace(training.execution, recorded=False)
+    assert numbers(list(Training(config, dataset, written, execution))) == recorded
+    assert equal(written.model.state_dict(), state.model.state_dict())
+
+
+def test_state_saved_after_a_step_goes_on_exactly() -> None:
+    config = tiny_config(**LONG)
+    _, whole, training = start(config)
+    expected = numbers(list(training))
+    file = io.BytesIO()
+    _, first, training = start(config)
+
+    def save(_step: int, _steps: int) -> None:
+        if first.progress.step == whole.progress.step // 2:
+            torch.save(first.state_dict(), file)
+            raise Terminated
+
+    training.on_step = save
+    with pytest.raises(Terminated):
+        list(training)
+    file.seek(0)
+    _, second, training = start(config)
+    second.load_state_dict(torch.load(file, map_location="cpu", weights_only=True))
+    list(training)
+    assert numbers([EpochResult(0, metrics) for metrics in second.progress.history]) == expected
+    assert equal(whole.model.state_dict(), second.model.state_dict())
+
+
+def test_auto_is_the_gpu_and_its_run_is_logged_with_a_model(sqlite_store: str, tmp_path: Path) -> None:
+    study = tmp_path / "tiny.yaml"
+    study.write_text(
+        "name: tiny\nconfig:\n  data: {image_size: 8, per_class: 12}\n  schedule: {epochs: 2}\n"
+        f"  model: {{variant: tiny, table: {TINY_TABLE}}}\n"
+    )
+    done = CliRunner().invoke(train, ["--study", str(study)], catch_exceptions=False)
+    assert done.exit_code == 0, done.output
+    (run,) = MlflowClient().search_runs([e.experiment_id for e in MlflowClient().search_experiments()])
+    assert run.info.status == "FINISHED"
+    assert run.data.params["execution.device"] == "cuda"
+    assert run.data.tags["effv2.machine.accelerator"] == torch.cuda.get_device_name()
+    assert run.outputs is not None and run.outputs.model_outputs
