@@ -73,7 +73,7 @@ class Execution:
 
     @property
     def _records(self) -> bool:
-        return self.recorded and self.device.type == "cuda"
+        return self.recorded and not self.compiled and self.device.type == "cuda"
 
     def room_for_data(self) -> int:
         """Return how many bytes of images may lie on the device for good: half of what an accelerator has free."""
