@@ -20,7 +20,7 @@ from effv2.studies.plan import LoadData, Plan, digest, run_ids
 from effv2.studies.queue import ERROR, Queue
 from effv2.studies.session import Session
 from effv2.studies.standing import View, standing_of
-from effv2.studies.storage import DATABASE_ERRORS, Storage, open_storage, patient
+from effv2.studies.storage import DATABASE_ERRORS, Storage, open_storage, patient, why
 from effv2.studies.supervision import supervise
 from effv2.studies.worker import Worker
 from effv2.tracking.run import TrackedRun, find_run, open_parent, point_adopted_run_to, run_address, status_after
@@ -95,9 +95,7 @@ def _open(plan: Plan, storage: Storage, experiment_id: str, options: StudyOption
                 number = 1 + max((int(each.partition("#")[2]) for each in taken), default=0)
                 opened = _create(plan, storage, f"{name}#{number}", definition, options.fresh)
     except DATABASE_ERRORS as error:
-        raise InputError(
-            f"--storage {storage.shown}: can't be used ({reason(error.__cause__ or error)}); mend or restart it."
-        ) from error
+        raise InputError(f"--storage {storage.shown}: can't be used ({why(error)}); mend or restart it.") from error
     study, parent, fresh = opened
     point_adopted_run_to(parent)
     planned = as_tag(dict.fromkeys([*names_in(parent.tag(PLANNED)), *plan.slots]))

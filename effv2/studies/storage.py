@@ -131,8 +131,7 @@ def open_storage(url: str) -> Storage:
         ) from error
     except (SQLAlchemyError, StorageInternalError, OSError, RuntimeError) as error:
         raise InputError(
-            f"--storage {shown}: can't be used ({reason(error.__cause__ or error)}); start the database or correct the "
-            "address."
+            f"--storage {shown}: can't be used ({why(error)}); start the database or correct the address."
         ) from error
 
 
@@ -152,6 +151,11 @@ def hurry() -> Iterator[None]:
         yield
     finally:
         _Patience.seconds = before
+
+
+def why(error: BaseException) -> str:
+    """Return why the database failed, in a few words: those of what Optuna or SQLAlchemy wrapped."""
+    return reason(error.__cause__ or error)
 
 
 def is_away(error: Exception) -> bool:
@@ -190,7 +194,7 @@ def patient(operation: Callable[P, R]) -> Callable[P, R]:
                 waited = time.monotonic() - away_since
                 if waited > _Patience.seconds:
                     raise StorageAway(
-                        f"The storage has been away for {waited:.0f} seconds ({reason(error.__cause__ or error)}); "
+                        f"The storage has been away for {waited:.0f} seconds ({why(error)}); "
                         "start the database and give the same command again, which goes on from here."
                     ) from error
             time.sleep(pause * random.uniform(0.5, 1.5))  # noqa: S311
