@@ -24,7 +24,7 @@ from effv2.data.preparation import Square
 from effv2.errors import Diverged, InputError
 from effv2.evidence.run_artifacts import argmax_over_all, write_curves, write_predictions
 from effv2.execution.calibration import remembered
-from effv2.execution.device import Execution, make_execution
+from effv2.execution.device import Execution, Forward, make_execution
 from effv2.exhaustion import what_ran_out
 from effv2.serving.export import ServedNetwork, as_base64, output_names, write_served
 from effv2.tracking.outbox import PATIENCE, TrackingAway
@@ -281,7 +281,7 @@ def restore(run: TrackedRun, config: TrainConfig, dataset: Dataset) -> Outcome:
 def score_on_test(outcome: Outcome) -> float:
     """Evaluate an outcome on the test set, which its run has not seen, and log to the run; return the accuracy."""
     execution = make_execution(outcome.config.execution)
-    form = execution.for_evaluation(outcome.network)
+    form = execution.following(outcome.network)()
     accuracy = _log_test(outcome.run, outcome.config, outcome.dataset, execution, form)
     outcome.run.log_metrics({"selected/test_accuracy": accuracy})
     return accuracy
@@ -333,7 +333,7 @@ def _log_end(
 ) -> dict[str, float]:
     """Log and return the summary; log predictions and figures of the network as it now is: at the selected epoch."""
     history, network = state.progress.history, state.evaluated
-    form = execution.for_evaluation(network)
+    form = execution.following(network)()
     selected = len(history) if state.selected is None else state.progress.best_epoch
     outputs = config.model.outputs or len(dataset.classes)
     summary: dict[str, float] = {}
@@ -358,7 +358,7 @@ def _log_end(
     return summary
 
 
-def _log_test(run: TrackedRun, config: TrainConfig, dataset: Dataset, execution: Execution, form: nn.Module) -> float:
+def _log_test(run: TrackedRun, config: TrainConfig, dataset: Dataset, execution: Execution, form: Forward) -> float:
     """Log predictions on the test set at the selected epoch and their tables; return the accuracy."""
     test_set = dataset.test
     result = evaluate(form, test_set, config, execution)

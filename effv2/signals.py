@@ -41,13 +41,15 @@ def uninterrupted() -> Iterator[None]:
     """Let what is done inside be done whole: an ending signal that arrives meanwhile is raised at the end.
 
     One that was raised before is raised again: in a destructor or a callback, Python swallows what a handler raises.
+    Within another such block nothing is raised before the end of that one.
     """
-    _Heard.deferred = True
+    within, _Heard.deferred = _Heard.deferred, True
     try:
         yield
     finally:
-        _Heard.deferred = False
-    _raise_heard()
+        _Heard.deferred = within
+    if not within:
+        _raise_heard()
 
 
 def _end(number: int, _frame: Any) -> None:

@@ -161,6 +161,15 @@ def test_a_signal_that_python_swallowed_is_raised_after_the_step() -> None:
         pass
 
 
+def test_a_signal_waits_for_the_end_of_the_outermost_block() -> None:
+    done = False
+    with ending_signals(), pytest.raises(Terminated), uninterrupted():
+        with uninterrupted():
+            os.kill(os.getpid(), signal.SIGTERM)
+        done = True
+    assert done
+
+
 def test_second_signal_does_not_cut_the_marking_short(
     sqlite_store: str, tiny_study: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

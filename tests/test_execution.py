@@ -8,7 +8,6 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -134,13 +133,17 @@ def test_an_in_place_silu_no_longer_overwrites_its_input() -> None:
 
 
 def test_float32_means_float32_on_cuda_unless_bf16_is_wanted() -> None:
-    settings: list[Any] = [torch.backends.cuda.matmul, torch.backends.cudnn, torch.backends.cudnn.conv]  # type: ignore[attr-defined]
+    matmul, convolutions = torch.backends.cuda.matmul, torch.backends.cudnn.conv  # type: ignore[attr-defined]
+    settings = [torch.backends.cudnn, matmul, convolutions]
     before = [setting.fp32_precision for setting in settings]
-    for wanted, expected in ((True, "tf32"), (False, "ieee")):
-        _use_tf32(wanted)
-        assert {setting.fp32_precision for setting in settings} == {expected}
-    for setting, precision in zip(settings, before, strict=True):
-        setting.fp32_precision = precision
+    try:
+        for wanted, expected, other in ((True, "tf32", "ieee"), (False, "ieee", "tf32")):
+            convolutions.fp32_precision = other  # one of its own, which need not follow cudnn's
+            _use_tf32(wanted)
+            assert matmul.fp32_precision == convolutions.fp32_precision == expected
+    finally:
+        for setting, precision in zip(settings, before, strict=True):
+            setting.fp32_precision = precision
 
 
 def test_without_a_compiler_nothing_is_compiled(monkeypatch: pytest.MonkeyPatch) -> None:

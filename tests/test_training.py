@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import gc
 import io
+import weakref
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
@@ -111,6 +113,19 @@ def test_state_saved_after_any_step_goes_on_exactly(schedule: str, optimiser: st
         state["progress"] = numbers([EpochResult(0, metrics) for metrics in state["progress"]["history"]])
     assert again["progress"] == expected
     assert equal(kept, again)
+
+
+def test_a_training_that_is_over_is_freed_at_once() -> None:
+    gc.collect()
+    gc.disable()
+    try:
+        _, state, training = start(tiny_config())
+        list(training)
+        network = weakref.ref(state.model)
+        del state, training
+        assert network() is None
+    finally:
+        gc.enable()
 
 
 def test_a_few_epochs_learn_digits() -> None:

@@ -1,7 +1,7 @@
 """Augmentation of a batch in memory, with a draw of its own for every sample.
 
 Images are bytes (B, 3, H, W). Everything draws from torch's global generator,
-which the training loop seeds for each step, on the CPU; a GPU is sent the draws and not waited for.
+which the training loop seeds for each step, on the CPU; a GPU is sent the draws.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from effv2.config import AugmentConfig
+from effv2.data.transfer import send
 
 # Share of the image that erasing removes, and its aspect ratio (Zhong et al. 2017; torchvision's defaults).
 ERASED_AREA = (0.02, 0.33)
@@ -37,7 +38,7 @@ def random_crop(images: Tensor, padding: int) -> Tensor:
     def lines(length: int) -> Tensor:
         shift = torch.randint(-padding, padding + 1, (count, 1))
         line = torch.arange(length) + shift
-        return _reflect(line, length).to(images.device, non_blocking=True)
+        return send(_reflect(line, length), images.device)
 
     rows, columns = lines(height), lines(width)
     sample = torch.arange(count, device=images.device)[:, None, None]
@@ -54,7 +55,7 @@ def _reflect(index: Tensor, length: int) -> Tensor:
 
 def random_flip(images: Tensor) -> Tensor:
     """Mirror each image with probability 0.5."""
-    mirrored = (torch.rand(len(images)) < 0.5).to(images.device, non_blocking=True)
+    mirrored = send(torch.rand(len(images)) < 0.5, images.device)
     return torch.where(mirrored[:, None, None, None], images.flip(3), images)
 
 
@@ -75,7 +76,7 @@ def random_erasing(images: Tensor, probability: float) -> Tensor:
     chosen = torch.rand(count) < probability
     heights = (area * ratio).sqrt().round().clamp(1, height) * chosen
     widths = (area / ratio).sqrt().round().clamp(1, width)
-    inside = _rectangles(heights, widths, height, width).to(images.device, non_blocking=True)
+    inside = send(_rectangles(heights, widths, height, width), images.device)
     return images.masked_fill(inside[:, None], 0)
 
 
@@ -88,7 +89,7 @@ def mix_samples(inputs: Tensor, targets: Tensor, config: AugmentConfig) -> tuple
     if not config.mixup and not config.cutmix:
         return inputs, targets
     count, _, height, width = inputs.shape
-    partner = torch.randperm(count).to(inputs.device, non_blocking=True)
+    partner = send(torch.randperm(count), inputs.device)
     cuts = torch.rand(count) < (0.5 if config.mixup and config.cutmix else float(config.cutmix > 0))
 
     blend = _beta(config.mixup, count)
@@ -96,10 +97,10 @@ def mix_samples(inputs: Tensor, targets: Tensor, config: AugmentConfig) -> tuple
     heights = (taken.sqrt() * height).round() * cuts
     widths = (taken.sqrt() * width).round()
     inside = _rectangles(heights, widths, height, width)
-    share = torch.where(cuts, 1 - inside.flatten(1).float().mean(1), blend).to(inputs.device, non_blocking=True)
+    share = send(torch.where(cuts, 1 - inside.flatten(1).float().mean(1), blend), inputs.device)
 
     pixelwise = torch.where(cuts[:, None, None], 1 - inside.float(), blend[:, None, None])[:, None]
-    mixed = torch.lerp(inputs[partner], inputs, pixelwise.to(inputs.device, non_blocking=True))
+    mixed = torch.lerp(inputs[partner], inputs, send(pixelwise, inputs.device))
     return mixed, torch.lerp(targets[partner], targets, share[:, None])
 
 

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from effv2.config import DataConfig
 from effv2.data.dataset import Split
+from effv2.data.transfer import send
 from effv2.randomness import stream_seed
 
 # The usual statistics of ImageNet, as in torchvision's presets.
@@ -55,7 +56,7 @@ def to_input(images: Tensor, config: DataConfig, channels_last: bool) -> Tensor:
 
 def normalised(images: Tensor, statistics: tuple[Sequence[float], Sequence[float]], channels_last: bool) -> Tensor:
     """Turn bytes (B, 3, H, W) into float32: scaled to [0, 1], less the mean, over the standard deviation."""
-    mean, std = (torch.tensor(numbers).view(3, 1, 1).to(images.device, non_blocking=True) for numbers in statistics)
+    mean, std = (send(torch.tensor(numbers).view(3, 1, 1), images.device) for numbers in statistics)
     return _scaled(images, channels_last).sub_(mean).div_(std)
 
 

@@ -22,6 +22,7 @@ from effv2.data.splits import (
     sample_per_class,
     stratified_split,
 )
+from effv2.data.transfer import send
 from effv2.errors import InputError
 
 
@@ -43,7 +44,7 @@ class Split:
 
     def images(self, positions: Tensor) -> Tensor:
         """Return uint8 (B, 3, H, W) of the samples at `positions`, channels last in memory."""
-        return self.pixels[self.rows[positions].to(self.pixels.device, non_blocking=True)].permute(0, 3, 1, 2)
+        return self.pixels[send(self.rows[positions], self.pixels.device)].permute(0, 3, 1, 2)
 
     @cached_property
     def image_hashes(self) -> list[bytes]:

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from effv2.config import ExecutionConfig
+from effv2.data.transfer import send
 from effv2.execution.compilation import compile_blocks
 from effv2.execution.fast_paths import use_fast_paths
 from effv2.execution.folding import fold_batch_norm, sharing_copy
@@ -60,16 +61,22 @@ class Execution:
         return Recording(function, parameters) if self._records else function
 
     def following(self, model: nn.Module) -> Callable[[], Forward]:
-        """Return a function that gives, whenever the weights of `model` have changed, a form of it for evaluation.
+        """Return a function that gives a form of `model` for evaluation, to be called after the weights have changed.
 
-        What that one returns may be overwritten by its next call. Where work is recorded it reads the weights where
-        they lie, so that it is recorded once; elsewhere it is for_evaluation's.
+        What the form returns may be overwritten by its next call. Where work is recorded, the form reads the weights
+        where they lie, so that it is recorded once; elsewhere it is for_evaluation's.
         """
         if not self._records:
             return lambda: self.for_evaluation(model)
-        form = sharing_copy(model).eval()
-        recording = Recording(lambda inputs: (form(inputs),))
-        return lambda: lambda inputs: recording(inputs)[0]
+        plain = sharing_copy(model).eval()
+        recording = Recording(lambda inputs: (plain(inputs),))
+
+        def form(inputs: Tensor) -> Tensor:
+            # What a recording makes in inference mode couldn't be used outside of it, the generators' state neither.
+            with torch.inference_mode(False), torch.no_grad():
+                return recording(inputs)[0]
+
+        return lambda: form
 
     @property
     def _records(self) -> bool:
@@ -81,7 +88,7 @@ class Execution:
 
     def to_device(self, tensor: Tensor) -> Tensor:
         """Move a batch to the device."""
-        return tensor.to(self.device, non_blocking=True)
+        return send(tensor, self.device)
 
     def autocast(self) -> AbstractContextManager[None]:
         """Return the context in which forward passes run."""

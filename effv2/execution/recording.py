@@ -1,7 +1,7 @@
 """Work on a GPU recorded as CUDA graphs, one launch each instead of one a kernel.
 
-On small images the kernels of this network end sooner than Python launches them: a step is two thousand. A recording
-computes what its function does, bit for bit; what it gains is in docs/performance.md.
+On small images the kernels of this network end sooner than Python launches them: a step is two thousand. What a
+recording gains is in docs/performance.md.
 """
 
 from __future__ import annotations
@@ -12,6 +12,8 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
+
+from effv2.signals import uninterrupted
 
 # So often a shape is computed as written before it is recorded: libraries must have chosen their kernels by then.
 WARM_UP = 3
@@ -33,8 +35,9 @@ class Recording:
     """A function of tensors on the current GPU that is recorded for each shape of its inputs, then replayed.
 
     The function must consist of kernels alone, wait for none, and read nothing beside its inputs that is ever moved:
-    parameters and buffers are to be changed in place. Random draws follow the global generator's seed, as always. It
-    may set the gradients of `parameters`. What it returned is overwritten by the next call.
+    parameters and buffers are to be changed in place. It may set the gradients of `parameters`. Random draws follow the
+    global generator's seed, as always. Every call must come in the same modes (autocast, gradients, inference) and with
+    the same type and layout of inputs; what it returns and the gradients are good until the next call of any shape.
     """
 
     def __init__(self, function: Function, parameters: Iterable[nn.Parameter] = ()) -> None:
@@ -59,6 +62,10 @@ class Recording:
             parameter.grad = gradient  # another shape may have left its own
         return found.outputs
 
+    def __len__(self) -> int:
+        """Count the shapes that are recorded."""
+        return len(self._recorded)
+
     def _as_written(self, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
         """Compute on the stream that will be recorded: autograd remembers where a gradient was first added up."""
         current = torch.cuda.current_stream()
@@ -69,10 +76,10 @@ class Recording:
         return outputs
 
     def _record(self, inputs: tuple[Tensor, ...]) -> _Recorded:
-        """Record without computing. All shapes share their memory, since none needs it once the next one runs."""
+        """Record without computing. Shapes share the memory of what lies between their inputs and their results."""
         kept = tuple(each.clone() for each in inputs)
         graph = torch.cuda.CUDAGraph()
-        # Other threads may use the GPU meanwhile.
-        with torch.cuda.graph(graph, self._pool, self._stream, capture_error_mode="thread_local"):
+        # Other threads may use the GPU meanwhile. A signal must not leave a recording that never ends.
+        with uninterrupted(), torch.cuda.graph(graph, self._pool, self._stream, capture_error_mode="thread_local"):
             outputs = self._function(*kept)
         return _Recorded(graph, kept, outputs, tuple(parameter.grad for parameter in self._parameters))

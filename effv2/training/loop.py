@@ -17,6 +17,7 @@ from effv2.data.dataset import Dataset
 from effv2.errors import Diverged
 from effv2.execution.compilation import eager
 from effv2.execution.device import Execution
+from effv2.execution.recording import Function
 from effv2.randomness import private_randomness, seed_generators, stream_seed
 from effv2.signals import uninterrupted
 from effv2.training.evaluate import evaluate
@@ -42,6 +43,25 @@ def watched_accuracy(metrics: Metrics) -> float:
     return metrics["val/accuracy"] if "val/accuracy" in metrics else metrics["test/accuracy"]
 
 
+def differentiation(config: TrainConfig, state: TrainState, execution: Execution) -> Function:
+    """Return a function of (inputs, targets, labels) that sets the gradients of a batch.
+
+    It returns the mean loss and how many were right, on the device.
+    """
+
+    def differentiate(inputs: Tensor, targets: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+        state.optimiser.zero_grad(set_to_none=True)
+        odd = execution.compiled and len(inputs) != config.optimiser.batch_size
+        with execution.autocast(), eager(odd):
+            logits = state.model(inputs)
+        logits = logits.float()
+        loss = F.cross_entropy(logits, targets)
+        loss.backward()
+        return loss.detach(), (logits.detach().argmax(1) == labels).sum()
+
+    return differentiate
+
+
 @dataclass
 class Training:
     """A training that goes on from `state`: iterate over it to train.
@@ -60,7 +80,8 @@ class Training:
         """Let the images lie on an accelerator for good where it has room, so that no step waits for them."""
         if self.dataset.bytes <= self.execution.room_for_data():
             self.dataset = self.dataset.on(self.execution.device)
-        self._differentiate = self.execution.recording(self._differentiated, self.state.model.parameters())
+        differentiate = differentiation(self.config, self.state, self.execution)
+        self._differentiate = self.execution.recording(differentiate, self.state.model.parameters())
         self._evaluation_form = self.execution.following(self.state.evaluated)
 
     def __iter__(self) -> Iterator[EpochResult]:
@@ -134,17 +155,6 @@ class Training:
         state.average(config.optimiser.ema_decay)
         state.progress.step += 1
         return loss, right
-
-    def _differentiated(self, inputs: Tensor, targets: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-        """Set the gradients of a batch; return its mean loss and how many were right."""
-        self.state.optimiser.zero_grad(set_to_none=True)
-        odd = self.execution.compiled and len(inputs) != self.config.optimiser.batch_size
-        with self.execution.autocast(), eager(odd):
-            logits = self.state.model(inputs)
-        logits = logits.float()
-        loss = F.cross_entropy(logits, targets)
-        loss.backward()
-        return loss.detach(), (logits.detach().argmax(1) == labels).sum()
 
     def _evaluate_epoch(self) -> Metrics:
         """Evaluate test, validation and, the post's way, the whole train set, in eval mode."""
