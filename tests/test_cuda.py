@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -14,12 +13,11 @@ from mlflow import MlflowClient
 
 from effv2.architecture import VARIANTS, build_model
 from effv2.cli.train import train
-from effv2.errors import Terminated
 from effv2.execution.device import Execution
 from effv2.execution.recording import Recording
 from effv2.training.loop import EpochResult, Training
 from tests.conftest import TINY_TABLE, tiny_config
-from tests.test_training import EVERYTHING, equal, numbers, start
+from tests.test_training import EVERYTHING, equal, numbers, saved_after, start
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU that torch sees")
 
@@ -69,20 +67,8 @@ def test_state_saved_after_a_step_goes_on_exactly() -> None:
     config = tiny_config(**LONG)
     _, whole, training = start(config)
     expected = numbers(list(training))
-    file = io.BytesIO()
-    _, first, training = start(config)
-
-    def save(_step: int, _steps: int) -> None:
-        if first.progress.step == whole.progress.step // 2 + 2:  # within an epoch
-            torch.save(first.state_dict(), file)
-            raise Terminated
-
-    training.on_step = save
-    with pytest.raises(Terminated):
-        list(training)
-    file.seek(0)
     _, second, training = start(config)
-    second.load_state_dict(torch.load(file, map_location="cpu", weights_only=True))
+    second.load_state_dict(saved_after(config, whole.progress.step // 2 + 2))  # within an epoch
     list(training)
     assert numbers([EpochResult(0, metrics) for metrics in second.progress.history]) == expected
     assert equal(whole.model.state_dict(), second.model.state_dict())

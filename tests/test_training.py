@@ -64,6 +64,24 @@ def equal(first: Any, second: Any) -> bool:
     return bool(first == second)
 
 
+def saved_after(config: TrainConfig, step: int) -> dict[str, Any]:
+    """Train until `step` has been made, and return the state as it was saved, read again."""
+    file = io.BytesIO()
+    _, state, training = start(config)
+
+    def save(_step: int, _steps: int) -> None:
+        if state.progress.step == step:
+            torch.save(state.state_dict(), file)
+            raise Terminated
+
+    training.on_step = save
+    with pytest.raises(Terminated):
+        list(training)
+    file.seek(0)
+    saved: dict[str, Any] = torch.load(file, map_location="cpu", weights_only=True)
+    return saved
+
+
 def test_same_seed_gives_the_same_bits_whatever_else_draws() -> None:
     runs = []
     for disturbance in (0, 123):
@@ -92,21 +110,8 @@ def test_state_saved_after_any_step_goes_on_exactly(schedule: str, optimiser: st
     expected = numbers(list(training))
 
     steps = whole.progress.step
-    at = 1 + stream_seed(0, f"{schedule} {optimiser}") % steps
-    file = io.BytesIO()
-    _, first, training = start(config)
-
-    def save(_step: int, _steps: int) -> None:
-        if first.progress.step == at:
-            torch.save(first.state_dict(), file)
-            raise Terminated
-
-    training.on_step = save
-    with pytest.raises(Terminated):
-        list(training)
-    file.seek(0)
     _, second, training = start(config)
-    second.load_state_dict(torch.load(file, weights_only=True))
+    second.load_state_dict(saved_after(config, 1 + stream_seed(0, f"{schedule} {optimiser}") % steps))
     list(training)
     kept, again = whole.state_dict(), second.state_dict()
     for state in (kept, again):
