@@ -108,7 +108,9 @@ class OptimiserConfig(Group):
 class ScheduleConfig(Group):
     """How long and at which rate."""
 
-    name: Scheduler = Field("cosine", description="Learning rate schedule; plateau watches validation accuracy.")
+    name: Scheduler = Field(
+        "cosine", description="Learning rate schedule; plateau watches validation accuracy, test accuracy without it."
+    )
     epochs: int = Field(6, ge=1, le=100_000, description="Epochs at most.")
     warmup_epochs: int = Field(0, ge=0, description="Epochs of linear warm-up (not for onecycle).")
 
