@@ -18,6 +18,7 @@ import pytest
 from click.testing import CliRunner, Result
 from mlflow import MlflowClient
 from mlflow.entities import Run
+from mlflow.exceptions import MlflowException
 
 from effv2.cli.ablate import ablate
 from effv2.cli.evaluate_pretrained import evaluate_pretrained
@@ -25,6 +26,7 @@ from effv2.cli.hparam_check import hparam_check
 from effv2.cli.search import search
 from effv2.cli.train import train
 from effv2.errors import Terminated
+from effv2.experiment import run_experiment
 from effv2.signals import ending_signals, uninterrupted
 from tests.conftest import ROOT, TINY_TABLE, make_image_tree, running
 
@@ -219,6 +221,23 @@ def test_one_failing_arm_does_not_cost_the_others(sqlite_store: str, tiny_study:
     parent, *children = all_runs()
     assert [run.info.status for run in (parent, *children)] == ["FAILED", "FAILED", "FINISHED"]
     assert "comparison.csv" in {file.path for file in MlflowClient().list_artifacts(parent.info.run_id)}
+
+
+def test_a_store_that_fails_for_a_moment_costs_no_run(
+    sqlite_store: str, tiny_study: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from effv2.studies import worker
+
+    tiny_study.write_text(f"{tiny_study.read_text()}retries: 0\n")
+    failures = iter([MlflowException("database is locked")])
+
+    def interrupted(*args: Any, **kwargs: Any) -> Any:
+        for failure in failures:
+            raise failure
+        return run_experiment(*args, **kwargs)
+
+    monkeypatch.setattr(worker, "run_experiment", interrupted)
+    assert invoke(ablate, "--study", tiny_study).exit_code == 0
 
 
 def test_a_run_brings_the_study_file_that_repeats_it(sqlite_store: str, tiny_study: Path, tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -19,7 +20,7 @@ from effv2.tracking import entries, outbox
 from effv2.tracking.entries import PROCESS, Entry
 from effv2.tracking.journal import Journal
 from effv2.tracking.outbox import TrackingAway
-from effv2.tracking.recovery import open_experiment, send_all
+from effv2.tracking.recovery import is_busy, open_experiment, send_all
 from effv2.tracking.run import TrackedRun, start_run
 from effv2.tracking.store import open_store, store_name
 
@@ -115,6 +116,28 @@ def test_what_a_run_could_not_deliver_is_sent_by_sync(store: str, door: Store, t
     assert CliRunner().invoke(sync, catch_exceptions=False).output == "Nothing is waiting.\n"
 
 
+def test_a_call_that_succeeds_late_leaves_nothing_behind(sqlite_store: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    slow = threading.Event()
+    deliver = entries.deliver
+
+    def delivered_late(*args: Any, **kwargs: Any) -> None:
+        slow.wait(30)
+        deliver(*args, **kwargs)
+
+    opened = start_run("run", open_store(""), {}, remark=print, patience=0.1)
+    monkeypatch.setattr(outbox, "LAST_CALL", 0.0)
+    with pytest.raises(TrackingAway, match="effv2 sync"), opened as run:
+        run.check()
+        monkeypatch.setattr(outbox, "deliver", delivered_late)
+        run.log_metrics({"loss": 1.0}, step=1)
+    assert is_busy(run.run_id)
+    slow.set()
+    deadline = time.monotonic() + 30
+    while is_busy(run.run_id) and time.monotonic() < deadline:
+        time.sleep(0.01)
+    assert not is_busy(run.run_id)
+
+
 def left_by_a_dead_process(run: TrackedRun, *written: Entry, process: str = "gone") -> Path:
     """Write a journal as a process that was killed leaves it."""
     folder = outbox_folder() / run.run_id
@@ -129,6 +152,14 @@ def left_by_a_dead_process(run: TrackedRun, *written: Entry, process: str = "gon
 def open_run(sqlite_store: str) -> Iterator[TrackedRun]:
     run = MlflowClient().create_run(open_store(""), tags={PROCESS: "gone"})
     yield TrackedRun(run.info.run_id, run.info.experiment_id)
+
+
+def test_what_belongs_to_no_run_any_longer_is_put_aside(sqlite_store: str) -> None:
+    open_store("")
+    gone = TrackedRun("0" * 32, "0")
+    left_by_a_dead_process(gone, entries.metrics({"loss": 1.0}, 1))
+    assert [each.end for each in send_all(print)] == ["refused"]
+    assert send_all(print) == []
 
 
 def test_journals_that_were_damaged_lose_what_was_damaged_and_no_more(open_run: TrackedRun, tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import http.server
+import os
 import shutil
 import ssl
 import subprocess
@@ -15,7 +16,7 @@ import torch
 
 from effv2.errors import InputError, RunError
 from effv2.exhaustion import what_ran_out
-from effv2.tracking.store import open_store, shown_uri, store_name
+from effv2.tracking.store import IMPATIENT, impatient, open_store, shown_uri, store_name
 
 
 class Refusing(http.server.BaseHTTPRequestHandler):
@@ -91,6 +92,18 @@ def test_a_certificate_that_nobody_vouches_for(serve: Callable[..., None], tmp_p
     serve(200, b"{}", "https", certificate)
     with pytest.raises(InputError, match="certificate can't be verified; set MLFLOW_TRACKING_SERVER_CERT_PATH"):
         open_store("")
+
+
+def test_impatience_that_overlaps_ends_with_the_last(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in IMPATIENT:
+        monkeypatch.delenv(name, raising=False)
+    first, second = impatient(), impatient()
+    first.__enter__()
+    second.__enter__()
+    first.__exit__(None, None, None)
+    assert IMPATIENT.items() <= os.environ.items()
+    second.__exit__(None, None, None)
+    assert not IMPATIENT.keys() & os.environ.keys()
 
 
 def test_tls_where_there_is_none(serve: Callable[..., None]) -> None:

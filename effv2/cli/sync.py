@@ -16,12 +16,12 @@ def sync() -> None:
     """
     from effv2.errors import RunError
     from effv2.tracking.recovery import left, send_all
-    from effv2.tracking.store import open_store
+    from effv2.tracking.store import check_store
 
     if not left():
         click.echo("Nothing is waiting.")
         return
-    open_store("")
+    check_store()
     ends = send_all(click.echo)
     for store in sorted({each.store for each in ends} - {""}):
         click.echo(f"Entries wait for another store: set MLFLOW_TRACKING_URI to {store} and sync again.")

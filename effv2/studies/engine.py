@@ -20,11 +20,20 @@ from effv2.studies.plan import LoadData, Plan, digest, run_ids
 from effv2.studies.queue import ERROR, Queue
 from effv2.studies.session import Session
 from effv2.studies.standing import View, standing_of
-from effv2.studies.storage import DATABASE_ERRORS, Storage, open_storage, patient, why
+from effv2.studies.storage import DATABASE_ERRORS, OUTAGE_SECONDS, Storage, open_storage, patient, why
 from effv2.studies.supervision import supervise
 from effv2.studies.worker import Worker
+from effv2.tracking.entries import is_refusal
 from effv2.tracking.run import TrackedRun, find_run, open_parent, point_adopted_run_to, run_address, status_after
-from effv2.tracking.store import TRACKING_ERRORS, TrackingError, impatient, reason, shown_uri, tracking_uri
+from effv2.tracking.store import (
+    TRACKING_ERRORS,
+    TrackingError,
+    impatient,
+    reason,
+    shown_uri,
+    tracking_uri,
+    wait_until_it_answers,
+)
 from effv2.tracking.tags import COMMAND, PLANNED, as_tag, names_in
 
 FAIL = TrialState.FAIL
@@ -61,7 +70,7 @@ def run_study(plan: Plan, experiment_id: str, options: StudyOptions, load: LoadD
                 Worker(session, queue, load, view, lambda: view.standing(standing_of(plan, queue.trials()))).work()
             else:
                 supervise(session, queue, options.workers, view)
-            return _publish(session, queue, load, view)
+            return _publish_after_all(session, queue, load, view)
     except TrackingError as error:
         raise RunError(
             f"The tracking store failed ({reason(error)}); mend it and give the same command again."
@@ -170,6 +179,16 @@ def _given_back(session: Session, storage: Storage) -> Iterator[None]:
     except BaseException as error:
         session.leave(storage, status_after(error))
         raise
+
+
+def _publish_after_all(session: Session, queue: Queue, load: LoadData, view: View) -> Ending:
+    """Publish the study; once more where the tracking store fails for a while."""
+    try:
+        return _publish(session, queue, load, view)
+    except TrackingError as error:
+        if is_refusal(error) or not wait_until_it_answers(OUTAGE_SECONDS):
+            raise
+        return _publish(session, queue, load, view)
 
 
 @patient

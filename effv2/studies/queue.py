@@ -55,11 +55,11 @@ class Queue:
 
     @patient
     def retry_failed(self) -> None:
-        """Enqueue once more the wanted slots that failed for a reason that may have gone."""
+        """Enqueue once more the wanted slots that failed for a reason that may have gone; their runs go on."""
         with self.storage.lock(self.study):
             for slot, trial in self._by_slot().items():
                 if slot in self.wanted and trial.state == TrialState.FAIL and not trial.user_attrs.get(FINAL):
-                    self._enqueue(slot, self.wanted[slot] or trial.params)
+                    self._enqueue(slot, self.wanted[slot] or trial.params, trial.user_attrs.get(RUN, ""))
 
     @patient
     def claim(self) -> Claim | None:
@@ -196,9 +196,9 @@ class Queue:
         for slot in islice((slot for slot in self.wanted if slot not in there), AHEAD):
             self._enqueue(slot, self.wanted[slot])
 
-    def _enqueue(self, slot: str, params: Params) -> None:
+    def _enqueue(self, slot: str, params: Params, run_id: str = "") -> None:
         study = optuna.load_study(study_name=self.study, storage=self.storage.optuna)
-        study.enqueue_trial(dict(params), {SLOT: slot})
+        study.enqueue_trial(dict(params), {SLOT: slot, RUN: run_id} if run_id else {SLOT: slot})
 
     def _waiting(self) -> list[FrozenTrial]:
         """Return the wanted trials that wait, the oldest first."""

@@ -9,9 +9,10 @@ import sys
 import threading
 import time
 import traceback
+from collections import Counter
 from collections.abc import Callable
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from multiprocessing import connection, parent_process
 from typing import Literal
 
@@ -26,15 +27,17 @@ from effv2.studies.plan import LoadData, LoadedData, best_of
 from effv2.studies.queue import RUN, Claim, Queue
 from effv2.studies.session import Session
 from effv2.studies.storage import OUTAGE_SECONDS, Storage, StorageAway, hurry, reopen_storage
+from effv2.tracking.entries import is_refusal
 from effv2.tracking.outbox import TrackingAway
 from effv2.tracking.read import Identity, RunRecord, find_finished, read_runs
 from effv2.tracking.recovery import is_busy, send
 from effv2.tracking.run import OUTCOME, TrackedRun, find_run
-from effv2.tracking.store import answers, shown_uri, use_store, wait_until_it_answers
+from effv2.tracking.store import TrackingError, answers, shown_uri, use_store, wait_until_it_answers
 from effv2.training.loop import EpochResult, watched_accuracy
 
 POLL_SECONDS = 1.0  # between two looks at a queue whose last trials others work on
 AWAY = 3  # exit code of a worker that waited in vain for a database or the tracking store
+MOST_SETBACKS = 5  # so often a trial is given back because the tracking store failed, and answered again
 ORPHAN_SECONDS = 60  # so long a worker may take to end after the process that started it
 
 
@@ -102,6 +105,7 @@ class Worker:
     load: LoadData
     display: Display
     changed: Callable[[], None]
+    _setbacks: Counter[str] = field(default_factory=Counter)
 
     def work(self) -> None:
         """Work until nothing is left. A run that fails is told to the queue and the rest goes on."""
@@ -130,11 +134,18 @@ class Worker:
             except RunError as error:
                 self.queue.fail(claim, str(error), final=isinstance(error, Diverged))
             except Exception as error:  # a fault of ours or of a library costs one run, not the study
-                if answers():
+                if self._is_setback(error, claim) or not answers():
+                    self._wait_for_tracking()
+                else:
                     traceback.print_exc()
                     self.queue.fail(claim, f"{type(error).__name__}: {error}", final=False)
-                else:
-                    self._wait_for_tracking()
+
+    def _is_setback(self, error: Exception, claim: Claim) -> bool:
+        """Say whether the tracking store failed without refusing, as for a moment, and not too often for this trial."""
+        if not isinstance(error, TrackingError) or is_refusal(error):
+            return False
+        self._setbacks[claim.slot] += 1
+        return self._setbacks[claim.slot] <= MOST_SETBACKS
 
     def _wait_for_tracking(self) -> None:
         """Give the trial back, which is not to blame, once the tracking store answers again."""

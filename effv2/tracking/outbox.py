@@ -101,12 +101,8 @@ class Outbox:
                 self._closing = True
                 self._changed.notify_all()
         self._thread.join(None if delivered else LAST_CALL)
-        if not delivered:
-            raise self._away()  # the thread lets go of the journal when it is done with what it is about
-        if self._journal is not None and self._refusal is None:
-            self._journal.remove()
-        elif self._journal is not None:
-            self._journal.put_aside(REFUSED)
+        if self._thread.is_alive() or self._waiting:
+            raise self._away()
 
     def _raise_refusal(self) -> None:
         if self._refusal is not None:
@@ -160,7 +156,7 @@ class Outbox:
         self._told_of_disk = True
 
     def _deliver_all(self) -> None:
-        """Deliver what comes until the outbox is closed. Runs in the thread."""
+        """Deliver what comes until the outbox is closed, then let go of the journal. Runs in the thread."""
         pause = WAIT_SECONDS
         while True:
             with self._changed:
@@ -179,8 +175,18 @@ class Outbox:
                 if not done and self._trouble is not None:
                     self._changed.wait_for(lambda: self._closing, pause)
             pause = WAIT_SECONDS if done else min(2 * pause, LONGEST_WAIT)
-        if self._waiting and self._journal is not None:
+        self._let_go()
+
+    def _let_go(self) -> None:
+        """Leave the journal to the next command, or remove it, or put it aside, as what came of it asks."""
+        if self._journal is None:
+            return
+        if self._waiting:
             self._journal.close()
+        elif self._refusal is None:
+            self._journal.remove()
+        else:
+            self._journal.put_aside(REFUSED)
 
     def _try(self, batch: list[Entry]) -> bool:
         """Deliver a batch, say whether it is done with; tell of an outage at its begin and its end."""

@@ -14,7 +14,7 @@ from effv2.tracking.entries import PROCESS, Entry, deliver, is_refusal
 from effv2.tracking.journal import Journal
 from effv2.tracking.outbox import MOST_AT_ONCE, REFUSED, Remark
 from effv2.tracking.run import TrackedRun
-from effv2.tracking.store import TRACKING_ERRORS, open_store, reason, store_name
+from effv2.tracking.store import TRACKING_ERRORS, TrackingError, open_store, reason, store_name
 
 
 @dataclass(frozen=True)
@@ -93,7 +93,12 @@ def is_busy(run_id: str) -> bool:
 
 def _deliver(run_id: str, process: str, entries: list[Entry], journal: Journal) -> Exception | None:
     """Deliver what a dead process left; return the first refusal, after which the rest was delivered all the same."""
-    now = mlflow.MlflowClient().get_run(run_id).data.tags.get(PROCESS, "")
+    try:
+        now = mlflow.MlflowClient().get_run(run_id).data.tags.get(PROCESS, "")
+    except TrackingError as error:
+        if error.error_code != "RESOURCE_DOES_NOT_EXIST":
+            raise
+        return error  # the run was deleted for good, or its store begun anew
     own = bool(process) and process == now  # else another one went on with the run: what that says of it stands
     wanted = _without_old_discards(entries) if own else [entry for entry in entries if entry.kind == "metrics"]
     refusal: Exception | None = None

@@ -5,8 +5,9 @@ from __future__ import annotations
 import logging
 import os
 import re
+import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 
@@ -25,7 +26,8 @@ from effv2.provenance import without_password
 
 # MLflow's own limits let a dead server block for minutes; a check may be impatient.
 IMPATIENT = {"MLFLOW_HTTP_REQUEST_MAX_RETRIES": "1", "MLFLOW_HTTP_REQUEST_TIMEOUT": "4"}
-OF_THE_USER = frozenset(name for name in IMPATIENT if name in os.environ)
+RETRIES = "2"  # ours, which a worker process inherits
+OF_THE_USER = frozenset(name for name in IMPATIENT if os.environ.get(name) not in (None, RETRIES))
 
 WAIT_SECONDS = 2.0
 # What the code and the text of an error look like, and what to say of the store: the first that is found.
@@ -65,16 +67,29 @@ def open_store(experiment: str, create: bool = True) -> str:
     `mlflow run`, of MLFLOW_EXPERIMENT_NAME or _ID, or `Default`. A database is created, and migrated, here and nowhere
     later.
     """
-    _quieten()
-    try:
-        with impatient(), _creation_lock():
-            found = _experiment(MlflowClient(), experiment, create)
-    except (MlflowException, SQLAlchemyError, OSError, ImportError) as error:
-        raise InputError(_explain(error, experiment)) from error
+    with _opening(experiment):
+        found = _experiment(MlflowClient(), experiment, create)
     if found.lifecycle_stage != "active":
         raise InputError(f"--experiment {found.name}: that experiment was deleted; restore it or choose another one.")
     _check_artifacts(found)
     return str(found.experiment_id)
+
+
+def check_store() -> None:
+    """Do nothing where the store answers; InputError where it doesn't."""
+    with _opening(""):
+        MlflowClient().search_experiments(max_results=1)
+
+
+@contextmanager
+def _opening(experiment: str) -> Iterator[None]:
+    """Open the store inside, for an experiment or for none in particular, and explain what goes wrong."""
+    _quieten()
+    try:
+        with impatient(), _creation_lock():
+            yield
+    except (MlflowException, SQLAlchemyError, OSError, ImportError) as error:
+        raise InputError(_explain(error, experiment)) from error
 
 
 def _check_artifacts(experiment: Experiment) -> None:
@@ -83,7 +98,7 @@ def _check_artifacts(experiment: Experiment) -> None:
     if "://" in location and not location.startswith("file://"):
         return
     folder = Path(local_file_uri_to_path(location)).absolute()  # type: ignore[no-untyped-call]
-    there = next(path for path in (folder, *folder.parents) if path.exists())
+    there = next(path for path in (folder, *folder.parents) if os.path.exists(path))  # noqa: PTH110 (never raises)
     if not os.access(there, os.W_OK):
         raise InputError(
             f"--experiment {experiment.name}: the folder {there} can't be written, where its artifacts go; give it "
@@ -136,7 +151,7 @@ def _quieten() -> None:
     logging.getLogger("mlflow.store.db.utils").setLevel(logging.CRITICAL)  # it prints the stack of what we tell
     os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
     # What a run writes is tried again by its outbox, which tells of an outage: minutes of silence before help nobody.
-    os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "2")
+    os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", RETRIES)
     os.environ.setdefault("MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT", "true")
 
 
@@ -166,19 +181,32 @@ def reason(error: BaseException) -> str:
     return without_password(" ".join(str(error).split()))[:200].rstrip(".") or type(error).__name__
 
 
+class _Impatience:
+    """How many are impatient now, in any thread, and what held before the first of them was."""
+
+    lock = threading.Lock()
+    count = 0
+    before: Mapping[str, str | None] = {}
+
+
 @contextmanager
 def impatient() -> Iterator[None]:
     """Wait seconds, not minutes, for a server that is gone; the user's own settings stand."""
-    before = {name: os.environ.get(name) for name in IMPATIENT if name not in OF_THE_USER}
-    os.environ.update({name: IMPATIENT[name] for name in before})
+    with _Impatience.lock:
+        if _Impatience.count == 0:
+            _Impatience.before = {name: os.environ.get(name) for name in IMPATIENT if name not in OF_THE_USER}
+            os.environ.update({name: IMPATIENT[name] for name in _Impatience.before})
+        _Impatience.count += 1
     try:
         yield
     finally:
-        for name, value in before.items():
-            if value is None:
-                os.environ.pop(name, None)
-            else:
-                os.environ[name] = value
+        with _Impatience.lock:
+            _Impatience.count -= 1
+            for name, value in _Impatience.before.items() if _Impatience.count == 0 else ():
+                if value is None:
+                    os.environ.pop(name, None)
+                else:
+                    os.environ[name] = value
 
 
 def _experiment(client: MlflowClient, name: str, create: bool) -> Experiment:
