@@ -171,14 +171,16 @@ def run_experiment(
         upload = (lambda path: run.log_only(path, UPLOADED)) if saving.upload_minutes else None
         pace = Pace(60 * saving.minutes)
         keeper = Keeper(checkpoints, pace, state, display.remark, upload, 60 * saving.upload_minutes)
-        with keeper.last_one_on_the_way_out(), _none_after_divergence(checkpoints):
+        uploaded = bool(saving.upload_minutes or labels.continues)  # perhaps by the command that it goes on for
+        with keeper.last_one_on_the_way_out(), _none_after_divergence(run, checkpoints, uploaded):
             for result in Training(config, dataset, state, execution, _on_step(display, keeper)):
                 stops = observer.stops(result)  # first, since it may turn out that the run is another process's now
                 if result.epoch not in logged:
                     run.log_metrics(result.metrics, step=result.epoch)
                 display.epoch(result)
                 if stops:
-                    return _pruned(run, config, dataset, state, checkpoints)
+                    _forget(run, checkpoints, uploaded)
+                    return _pruned(run, config, dataset, state)
                 keeper.keep(epoch_ended=True)
         state.take_selected()
         summary = _log_end(run, config, dataset, execution, state)
@@ -188,7 +190,7 @@ def run_experiment(
         if observer.keeps_weights(outcome.watched_accuracy):
             _keep_weights(outcome)
         run.complete()
-        if saving.upload_minutes:
+        if uploaded:
             run.discard(UPLOADED)
     checkpoints.remove()
     ended = TrackedRun(run.run_id, run.experiment_id)
@@ -210,13 +212,20 @@ def _tags(config: TrainConfig, dataset: Dataset, labels: Labels) -> dict[str, st
 
 
 @contextmanager
-def _none_after_divergence(checkpoints: Checkpoints) -> Iterator[None]:
+def _none_after_divergence(run: TrackedRun, checkpoints: Checkpoints, uploaded: bool) -> Iterator[None]:
     """Remove the checkpoints of a training that diverges: it would again."""
     try:
         yield
     except Diverged:
-        checkpoints.remove()
+        _forget(run, checkpoints, uploaded)
         raise
+
+
+def _forget(run: TrackedRun, checkpoints: Checkpoints, uploaded: bool) -> None:
+    """Remove the checkpoints here, and those that were uploaded."""
+    checkpoints.remove()
+    if uploaded:
+        run.discard(UPLOADED)
 
 
 def _on_step(display: Display, keeper: Keeper) -> Callable[[int, int], None]:
@@ -227,14 +236,11 @@ def _on_step(display: Display, keeper: Keeper) -> Callable[[int, int], None]:
     return on_step
 
 
-def _pruned(
-    run: TrackedRun, config: TrainConfig, dataset: Dataset, state: TrainState, checkpoints: Checkpoints
-) -> Outcome:
+def _pruned(run: TrackedRun, config: TrainConfig, dataset: Dataset, state: TrainState) -> Outcome:
     """End a run that isn't worth going on with."""
     best = state.progress.best_accuracy
     run.log_metrics({"selected/val_accuracy": best})
     run.set_tags({OUTCOME: "pruned"})
-    checkpoints.remove()
     return Outcome(run, config, dataset, state.evaluated, best, state.progress.history[-1], pruned=True)
 
 

@@ -173,6 +173,16 @@ def test_broken_images_are_named_all_at_once(tmp_path: Path, own_cache: Path) ->
     assert not list(own_cache.rglob("pixels.npy"))
 
 
+def test_a_file_that_can_not_be_read_is_named_beside_decoded_ones(tmp_path: Path, own_cache: Path) -> None:
+    root = make_image_tree(tmp_path / "set")
+    config = DataConfig(dataset="folder", dir=str(root), image_size=8)
+    load_dataset(config)
+    (root / "class 0" / "9.jpg").symlink_to(tmp_path / "nowhere.jpg")
+    for _ in range(2):
+        with pytest.raises(InputError, match=r"1 images.*class 0/9\.jpg"):
+            load_dataset(config)
+
+
 @pytest.mark.parametrize(
     ("change", "words"),
     [

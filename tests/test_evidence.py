@@ -426,6 +426,24 @@ def test_tables_hold_intervals_and_differences_however_many_arms_there_are(arms:
     assert told[f"less arm0, test accuracy, {decisive} epoch, paired [95 %]"].startswith("+1.00 points")
 
 
+def test_arms_are_held_against_the_baseline_under_their_own_schedule() -> None:
+    means = {"default": 0.1, "dropout": 0.12, "default_plateau": 0.3, "dropout_plateau": 0.34}
+    runs = [
+        replace(
+            run(0, seed, tags={"effv2.arm": arm}, schedule__name="plateau" if "plateau" in arm else "none"),
+            metrics={"selected/test_accuracy": mean + seed / 1000},
+        )
+        for arm, mean in means.items()
+        for seed in range(3)
+    ]
+    parent = replace(run(0), params={"study.kind": "hparam-check", "study.baseline": "default"}, metrics={})
+    table = section(Study(parent, runs), read_claims()).table
+    told = {line[0]: [cell.partition(" ")[0] for cell in line[1:]] for line in table}
+    words = "test accuracy, selected epoch, paired [95 %]"
+    assert told[f"less default, {words}"] == ["", "+2.00", "+20.00", ""]
+    assert told[f"less default_plateau, {words}"] == ["", "", "", "+4.00"]
+
+
 def test_intervals_of_shares_end_where_shares_do_and_equal_values_have_none() -> None:
     _, told = tabulated(2, [0.0, 0.3, 0.8])
     assert told["a single re-run is expected (95 %), test accuracy, selected epoch"] == "0.00 % to 100.00 %"

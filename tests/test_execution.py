@@ -22,6 +22,7 @@ from effv2.config import TrainConfig
 from effv2.errors import InputError
 from effv2.execution import calibration
 from effv2.execution.calibration import Calibration
+from effv2.execution.compilation import check_compiler
 from effv2.execution.device import Execution, _use_tf32
 from effv2.execution.fast_paths import FEWEST_IMAGES, use_fast_paths
 from effv2.execution.folding import fold_batch_norm
@@ -150,6 +151,12 @@ def test_without_a_compiler_nothing_is_compiled(monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setenv("CXX", "no-such-compiler")
     with pytest.raises(InputError, match=r"--compile true: the C\+\+ compiler no-such-compiler isn't there"):
         resolve(tiny_config(execution={"compile": True}), print)
+
+
+def test_a_torch_too_old_to_compile_for_a_gpu_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch, "__version__", "2.10.1+cu130")
+    with pytest.raises(InputError, match=r"needs torch 2\.11 or newer, and this is 2\.10\.1"):
+        check_compiler("cuda")
 
 
 @pytest.mark.slow

@@ -161,6 +161,8 @@ def test_an_experiment_is_reported_exported_and_rebuilt(sqlite_store: str, tiny_
     for name in ("report.html", "report.md", "data/manifest.json"):
         assert (again / name).read_bytes() == (out / name).read_bytes(), name
     assert len(all_runs()) == 9
+    # An export isn't written over itself, whatever it is called.
+    assert invoke(report, "--from-export", moved, "--export", moved / ".." / moved.name).exit_code == 2
     # What was changed is noticed.
     (moved / "data" / "metrics.csv").write_text("run_id,name,value\n")
     result = invoke(report, "--from-export", moved, "--export", tmp_path / "not")

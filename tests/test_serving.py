@@ -120,6 +120,14 @@ def test_served_model_answers_files_as_training_saw_them(
     assert status == 400  # a path is never opened for a caller
 
 
+def test_an_image_too_long_to_be_enlarged_is_refused() -> None:
+    from effv2.serving import image_classifier
+
+    settings = {"image_size": 224, "shorter_side": 256, "interpolation": "BILINEAR"}
+    with pytest.raises(ValueError, match="1x1500 pixels is too long"):
+        image_classifier.to_pixels(Image.new("RGB", (1, 1500)), settings)
+
+
 def test_nothing_in_the_model_is_a_pickle(trained: tuple[Path, Path, list[dict[str, str]]]) -> None:
     names = []
     for path in trained[1].rglob("*"):

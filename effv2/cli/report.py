@@ -33,7 +33,7 @@ def report(export: str, from_export: str, claims: str, experiment: str) -> None:
     from effv2.errors import InputError
 
     own = Path(claims) if claims else None
-    target, source = Path(export or ".").absolute(), Path(from_export or ".").absolute()
+    target, source = Path(export or ".").resolve(), Path(from_export or ".").resolve()
     if from_export and (not export or target == source):
         raise InputError(f"--from-export {from_export}: say with --export where the report is to go, another folder.")
 

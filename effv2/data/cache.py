@@ -70,7 +70,7 @@ def decode(images: Images, preparation: Preparation, progress: Progress | None =
     settings = f"{FORMAT}/{preparation}/Pillow {PIL.__version__}"
     stamp = _sha256(f"{images.stamp()}/{settings}".encode())
     pointer = cache_folder() / "stamps" / stamp
-    if found := _follow(pointer):
+    if (found := _follow(pointer)) and len(found.rgb) == len(images):
         return found
     content = _sha256(f"{images.digest()}/{settings}".encode())
     found = _read(content)

@@ -77,11 +77,14 @@ class FileImages:
         return digest.hexdigest()
 
     def digest(self) -> str:
-        """Hash the bytes of the files, one after the other."""
+        """Hash the bytes of the files, one after the other; one that can't be read has a hash of its own."""
         digest = hashlib.sha256()
         for path in self.paths:
-            with suppress(OSError):
-                digest.update(hashlib.sha256(path.read_bytes()).digest())
+            try:
+                content = path.read_bytes()
+            except OSError:  # reported when it is decoded
+                content = b"unreadable\0" + os.fsencode(path)
+            digest.update(hashlib.sha256(content).digest())
         return digest.hexdigest()
 
     def take(self, positions: NDArray[np.int64]) -> FileImages:

@@ -291,33 +291,43 @@ def _intervals(comparison: Comparison, name: str) -> Rows:
 
 
 def _differences(comparison: Comparison, baseline: str, name: str) -> Iterator[tuple[str, ...]]:
-    """Return lines that hold each arm against the baseline, on the seeds that both have: difference and p-value.
+    """Return lines that hold each arm against its baseline, on the seeds that both have: difference and p-value.
 
     Nothing where there are several splits, whose runs don't count one by one; claims are judged over them.
     """
     if len({split_of(run) for of_arm in comparison.arms.values() for run in of_arm}) > 1:
         return
-    others = [arm for arm in comparison.arms if arm != baseline]
+    against = {arm: _baseline_of(arm, comparison, baseline) for arm in comparison.arms if arm != baseline}
     what = QUANTITIES[name]
     values = {
         arm: {(split_of(run), seed_of(run)): value for run in of_arm if (value := what.value(run)) is not None}
         for arm, of_arm in comparison.arms.items()
     }
     samples = {}
-    for arm in others:
-        pairs = [pair for pair in values[arm] if pair in values[baseline]]
-        samples[arm] = Sample(tuple(values[arm][pair] - values[baseline][pair] for pair in pairs))
+    for arm, other in against.items():
+        pairs = [pair for pair in values[arm] if pair in values[other]]
+        samples[arm] = Sample(tuple(values[arm][pair] - values[other][pair] for pair in pairs))
     told = {arm: sample for arm, sample in samples.items() if sample.n >= FEWEST}
-    if not told:
-        return
     corrected = dict(zip(told, holm([sample.p(0) for sample in told.values()]), strict=True))
-    cells = dict.fromkeys(comparison.arms, "") | {
-        arm: f"{points(sample.mean)} [{100 * each.low:+.2f} to {100 * each.high:+.2f}]"
-        for arm, sample in told.items()
-        if (each := sample.interval()) is not None
-    }
-    yield f"less {baseline}, {what.words}, paired [95 %]", *cells.values()
-    yield f"p of that, after Holm for {len(told)}", *(p_text(corrected[arm]) if arm in told else "" for arm in cells)
+    for other in dict.fromkeys(against[arm] for arm in told):
+        cells = dict.fromkeys(comparison.arms, "") | {
+            arm: f"{points(sample.mean)} [{100 * each.low:+.2f} to {100 * each.high:+.2f}]"
+            for arm, sample in told.items()
+            if against[arm] == other and (each := sample.interval()) is not None
+        }
+        yield f"less {other}, {what.words}, paired [95 %]", *cells.values()
+        shown = [p_text(corrected[arm]) if arm in told and against[arm] == other else "" for arm in cells]
+        yield f"p of that, after Holm for {len(told)}", *shown
+
+
+def _baseline_of(arm: str, comparison: Comparison, baseline: str) -> str:
+    """Return the arm that one is held against: the baseline under its own learning rate schedule, if there is one.
+
+    So that two arms of a check with and without plateau differ in one thing; the baseline's own arms in the schedule.
+    """
+    schedules = {run.params.get("schedule.name", "") for run in comparison.arms[arm]}
+    found = [name for schedule in schedules if (name := f"{baseline}_{schedule}") in comparison.arms and name != arm]
+    return found[0] if len(found) == 1 else baseline
 
 
 def published_curves(arms: Mapping[str, Sequence[RunRecord]], claims: Claims) -> tuple[dict[str, RunRecord], str]:

@@ -17,11 +17,18 @@ from torchvision.models.efficientnet import FusedMBConv, MBConv
 from effv2.errors import InputError
 from effv2.places import cache_folder
 
+FIRST_ON_CUDA = (2, 11)  # before, the compiler refuses the settings of TF32 that this package makes
 CODES = 256  # compiled forms of torchvision's one block function: as many as a network has different blocks
 
 
 def check_compiler(device: str) -> None:
-    """InputError where a CPU network can't be compiled for want of a C++ compiler."""
+    """InputError where a network can't be compiled: for want of a C++ compiler, or of a torch that can."""
+    release = tuple(map(int, torch.__version__.split(".")[:2]))
+    if device == "cuda" and release < FIRST_ON_CUDA:
+        raise InputError(
+            f"--compile true: on a GPU it needs torch 2.11 or newer, and this is {torch.__version__}; update it, or "
+            "give false."
+        )
     compiler = os.environ.get("CXX", "g++")
     if device == "cpu" and shutil.which(compiler) is None:
         raise InputError(

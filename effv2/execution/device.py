@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from typing import TypeVar
 
@@ -89,6 +89,18 @@ class Execution:
     def to_device(self, tensor: Tensor) -> Tensor:
         """Move a batch to the device."""
         return send(tensor, self.device)
+
+    @contextmanager
+    def exact(self) -> Iterator[None]:
+        """Let what is computed inside without autocast be computed in float32 itself."""
+        on_cuda = self.device.type == "cuda"
+        if on_cuda:
+            _use_tf32(False)
+        try:
+            yield
+        finally:
+            if on_cuda:
+                _use_tf32(self.bf16)
 
     def autocast(self) -> AbstractContextManager[None]:
         """Return the context in which forward passes run."""

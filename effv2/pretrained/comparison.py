@@ -131,9 +131,10 @@ def _evaluate_all(
             runs[label] = evaluate_one(session, entry, parent)
         except RunError as error:
             failed[label] = str(error)
-        except (RuntimeError, ValueError) as error:
-            no_memory = isinstance(error, RuntimeError) and is_out_of_memory(error)
-            text = "out of memory; lower --batch-size" if no_memory else f"{type(error).__name__}: {error}"
+        except (RuntimeError, MemoryError, ValueError, OSError) as error:
+            text = (
+                "out of memory; lower --batch-size" if is_out_of_memory(error) else f"{type(error).__name__}: {error}"
+            )
             failed[label] = " ".join(text.split())[:300]
     return failed
 

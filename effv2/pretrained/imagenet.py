@@ -18,8 +18,6 @@ import numpy as np
 from effv2.data.images import Labels
 from effv2.errors import InputError, close_names
 
-WNID = re.compile(r"n\d{8}")
-
 
 class Origin(Enum):
     """Where an image comes from, as ImageNet's own file names tell."""

@@ -126,7 +126,8 @@ def scores(logits: Tensor, true: Labels, present: Labels) -> dict[str, float]:
 def bf16_differences(network: Network, pixels: Tensor, logits: Tensor, true: Labels, batch: int) -> dict[str, float]:
     """Compare bf16 `logits` of all images with float32 ones of at most 512, evenly spaced: what bf16 changes."""
     chosen = np.unique(np.linspace(0, len(pixels) - 1, min(len(pixels), COMPARED_IMAGES)).round().astype(int))
-    exact, _ = all_logits(network.in_float32(), pixels[chosen], batch, lambda _: None)
+    with network.execution.exact():
+        exact, _ = all_logits(network.in_float32(), pixels[chosen], batch, lambda _: None)
     before, after = exact.argmax(1).numpy(), logits[chosen].argmax(1).numpy()
     return {
         "bf16/compared_images": len(chosen),

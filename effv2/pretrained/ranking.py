@@ -13,12 +13,11 @@ import numpy as np
 from effv2.evidence.comparison import Rows, markdown_table
 from effv2.evidence.figures import CostPoint, accuracy_against_cost
 from effv2.evidence.run_artifacts import write_csv
-from effv2.evidence.statistics import Paired, holm, mcnemar, wilson
+from effv2.evidence.statistics import LEVEL, Paired, holm, mcnemar, p_text, wilson
 from effv2.pretrained.imagenet import Origin
 from effv2.pretrained.images import TEST
 from effv2.tracking.read import RunRecord
 
-LEVEL = 0.05
 PAIRS_WITH_P = 6  # with more pairs the p-values stand in pairs.csv alone
 FEW_IMAGES = 100
 FIGURES = ("top1_accuracy", "top1_present", "top5_accuracy", "loss", "ece")
@@ -105,7 +104,7 @@ class Ranking:
         """Return the second networks of pairs by their first."""
         found: dict[str, list[str]] = {}
         for pair in pairs:
-            p = f" ({_p(pair.p)})" if len(self.pairs) <= PAIRS_WITH_P else ""
+            p = f" ({p_text(pair.p)})" if len(self.pairs) <= PAIRS_WITH_P else ""
             found.setdefault(pair.better, []).append(f"{pair.worse}{p}")
         return found
 
@@ -246,10 +245,6 @@ def _percent(name: str) -> Callable[[RunRecord], str]:
 
 def _number(name: str, form: str, factor: float = 1) -> Callable[[RunRecord], str]:
     return lambda record: f"{factor * record.metrics[name]:{form}}" if name in record.metrics else "none"
-
-
-def _p(value: float) -> str:
-    return "p < 0.001" if value < 0.001 else f"p = {value:.3f}"
 
 
 def _joined(words: list[str], last: str = "and") -> str:

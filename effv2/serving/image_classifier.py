@@ -23,6 +23,7 @@ from mlflow.protos.databricks_pb2 import INVALID_PARAMETER_VALUE
 from mlflow.pyfunc.model import PythonModel, PythonModelContext
 from PIL import Image, UnidentifiedImageError
 
+LONGEST = 100  # times its width that an image may be high, or the other way round: it is enlarged as a whole
 # What Pillow and NumPy raise for something that is no image, or one that is too large to be honest.
 BROKEN = (
     OSError,
@@ -90,6 +91,8 @@ def to_pixels(image: Image.Image, settings: dict[str, Any]) -> Any:
         return np.asarray(image.resize((size, size), Image.Resampling.BILINEAR), dtype=np.uint8)
     side, (width, height) = settings["shorter_side"], image.size
     longer = int(side * max(width, height) / min(width, height))
+    if longer > LONGEST * side:
+        raise ValueError(f"an image of {width}x{height} pixels is too long for its width")
     shape = (side, longer) if width <= height else (longer, side)
     image = image.resize(shape, Image.Resampling[settings["interpolation"]])
     left, top = (round((length - size) / 2) for length in shape)

@@ -102,7 +102,7 @@ def run_ids(trials: Trials) -> dict[str, str]:
 def discard_weights(trials: Trials, parent: TrackedRun) -> None:
     """Delete the weights that the study's own runs kept until its best was known."""
     for record in read_runs(run_ids(trials).values(), []):
-        if record.tags.get("mlflow.parentRunId") == parent.run_id:
+        if record.parent == parent.run_id:
             TrackedRun(record.run_id, parent.experiment_id).discard(WEIGHTS)
 
 

@@ -114,7 +114,7 @@ def open_storage(url: str) -> Storage:
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     try:
         parsed = sqlalchemy.make_url(url)
-    except ArgumentError:
+    except (ArgumentError, ValueError):  # the latter for a port that is no number
         raise InputError(f"--storage {url}: not an address; use {FORMS}.") from None
     shown, backend = parsed.render_as_string(hide_password=True), parsed.get_backend_name()
     if backend not in ("sqlite", "postgresql") or parsed.database in (None, "", ":memory:"):
