@@ -166,7 +166,7 @@ def run_experiment(
         if labels.continues:
             observer.resumed(state.progress.best_accuracy)
         if not logged:
-            _log_start(run, config, dataset)
+            _log_start(run, config, dataset, run.params() if labels.continues else {})
         run.check()
         upload = (lambda path: run.log_only(path, UPLOADED)) if saving.upload_minutes else None
         pace = Pace(60 * saving.minutes)
@@ -321,8 +321,9 @@ def study_text(config: TrainConfig, name: str = "again") -> str:
     return f"{command}\n# Architecture: {table}\n" + yaml.safe_dump({"name": name, "config": groups}, sort_keys=False)
 
 
-def _log_start(run: TrackedRun, config: TrainConfig, dataset: Dataset) -> None:
-    run.log_params(config.flat())
+def _log_start(run: TrackedRun, config: TrainConfig, dataset: Dataset, known: Mapping[str, str]) -> None:
+    # What was logged stays: the folder of the data may be another one now, and the store would refuse it.
+    run.log_params({name: value for name, value in config.flat().items() if name not in known})
     # Written first of all, so that an artifact store that refuses is noticed before anything is trained.
     run.log_text(study_text(config), "study.yaml")
     run.log_git(provenance.git_state())

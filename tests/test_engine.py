@@ -369,11 +369,13 @@ def test_a_failed_trial_is_retried_as_often_as_the_study_says(storage: Storage) 
     while (claim := queue.claim()) is not None:
         attempts += 1
         queue.note_run(claim, "its run")
+        queue.report(claim, 1, 0.5)
         queue.fail(claim, "for a test", final=False)
     assert attempts == 3 and queue.trials()["0"].state == TrialState.FAIL
     queue.retry_failed()  # the same command again: what failed may work now
     again = queue.claim()
     assert again is not None and again.previous_run == "its run"
+    assert queue.trials()["0"].intermediate_values == {1: 0.5}
     queue.fail(again, "diverged", final=True)
     queue.retry_failed()
     assert queue.claim() is None

@@ -129,13 +129,12 @@ def test_a_call_that_succeeds_late_leaves_nothing_behind(sqlite_store: str, monk
     with pytest.raises(TrackingAway, match="effv2 sync"), opened as run:
         run.check()
         monkeypatch.setattr(outbox, "deliver", delivered_late)
-        run.log_metrics({"loss": 1.0}, step=1)
     assert is_busy(run.run_id)
     slow.set()
     deadline = time.monotonic() + 30
-    while is_busy(run.run_id) and time.monotonic() < deadline:
-        time.sleep(0.01)
-    assert not is_busy(run.run_id)
+    while (outbox_folder() / run.run_id).exists() and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert not (outbox_folder() / run.run_id).exists()
 
 
 def left_by_a_dead_process(run: TrackedRun, *written: Entry, process: str = "gone") -> Path:

@@ -25,7 +25,7 @@ from mlflow.entities import Run
 from effv2.cli.train import train
 from effv2.tracking import outbox
 from effv2.tracking.run import TrackedRun
-from tests.conftest import ROOT, TINY_TABLE, running
+from tests.conftest import ROOT, TINY_TABLE, make_image_tree, running
 
 EVERYTHING = f"""
 name: everything
@@ -182,6 +182,28 @@ def test_another_machine_goes_on_from_the_checkpoint_that_was_uploaded(
     assert result.exit_code == 0 and "going on with the run" in result.stderr and "at epoch 4" in result.stderr
     (run,) = all_runs("Default")
     assert run.info.status == "FINISHED" and not MlflowClient().list_artifacts(run.info.run_id, "checkpoints")
+
+
+def test_a_run_that_ended_in_its_first_epoch_goes_on_with_its_images_elsewhere(
+    sqlite_store: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from effv2.training import loop
+
+    root = make_image_tree(tmp_path / "here")
+    study = tmp_path / "moved.yaml"
+    study.write_text(
+        "name: moved\nconfig:\n  data: {dataset: folder, image_size: 8, validation_fraction: 0}\n"
+        f"  model: {{variant: tiny, table: {TINY_TABLE}}}\n  schedule: {{epochs: 1}}\n"
+        "  execution: {device: cpu, precision: fp32}\n"
+    )
+    words = ["--study", str(study), "--data-dir"]
+    with monkeypatch.context() as patch:
+        patch.setattr(loop, "evaluate", lambda *_: os.kill(os.getpid(), signal.SIGINT))
+        assert CliRunner().invoke(train, [*words, str(root)]).exit_code == 130
+    result = CliRunner().invoke(train, [*words, str(root.rename(tmp_path / "there"))], catch_exceptions=False)
+    assert result.exit_code == 0 and "going on with the run" in result.stderr, result.output
+    (run,) = all_runs("Default")
+    assert run.info.status == "FINISHED" and run.data.params["data.dir"] == str(root)
 
 
 @pytest.fixture

@@ -16,6 +16,7 @@ import torch
 
 from effv2.errors import InputError, RunError
 from effv2.exhaustion import what_ran_out
+from effv2.tracking import store
 from effv2.tracking.store import IMPATIENT, impatient, open_store, shown_uri, store_name
 
 
@@ -95,6 +96,7 @@ def test_a_certificate_that_nobody_vouches_for(serve: Callable[..., None], tmp_p
 
 
 def test_impatience_that_overlaps_ends_with_the_last(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(store, "OF_THE_USER", frozenset())
     for name in IMPATIENT:
         monkeypatch.delenv(name, raising=False)
     first, second = impatient(), impatient()

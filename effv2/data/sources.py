@@ -133,7 +133,7 @@ def _fetch_imagenette(folder: Path) -> None:
     from torchvision.datasets.utils import download_url
 
     if not hasattr(tarfile, "data_filter"):
-        raise RuntimeError("this Python is too old to unpack archives safely, update it to 3.10.12 or newer")
+        raise RuntimeError("this Python is too old to unpack archives safely, update it to 3.10.12, 3.11.4 or newer")
     url, md5 = Imagenette._ARCHIVES["160px"]
     download_url(url, folder, md5=md5)
     with tarfile.open(folder / url.rpartition("/")[2]) as archive:

@@ -28,6 +28,7 @@ T = TypeVar("T")
 Params = Mapping[str, Any]
 # User attributes of a trial.
 SLOT, OWNER, RUN, ERROR, FAILURES, LOST, FINAL = "slot", "owner", "run_id", "error", "failures", "lost", "final"
+RUNG = "completed_rung_"  # system attributes in which successive halving keeps a trial's values
 AHEAD = 8  # so many slots are enqueued at a time
 MOST_LOST = 5  # a trial whose workers died so often is given up: it may be what kills them
 # A worker on another machine is gone if its heartbeat stays out for so long after it was first found missing: after
@@ -59,7 +60,8 @@ class Queue:
         with self.storage.lock(self.study):
             for slot, trial in self._by_slot().items():
                 if slot in self.wanted and trial.state == TrialState.FAIL and not trial.user_attrs.get(FINAL):
-                    self._enqueue(slot, self.wanted[slot] or trial.params, trial.user_attrs.get(RUN, ""))
+                    self._enqueue(slot, self.wanted[slot] or trial.params)
+                    self._take_over(self._by_slot()[slot]._trial_id, trial)
 
     @patient
     def claim(self) -> Claim | None:
@@ -196,9 +198,20 @@ class Queue:
         for slot in islice((slot for slot in self.wanted if slot not in there), AHEAD):
             self._enqueue(slot, self.wanted[slot])
 
-    def _enqueue(self, slot: str, params: Params, run_id: str = "") -> None:
+    def _enqueue(self, slot: str, params: Params) -> None:
         study = optuna.load_study(study_name=self.study, storage=self.storage.optuna)
-        study.enqueue_trial(dict(params), {SLOT: slot, RUN: run_id} if run_id else {SLOT: slot})
+        study.enqueue_trial(dict(params), {SLOT: slot})
+
+    def _take_over(self, trial_id: int, failed: FrozenTrial) -> None:
+        """Give a trial the run of the one that it tries again, and what was reported and asked of the pruner of it."""
+        storage = self.storage.optuna
+        if run_id := failed.user_attrs.get(RUN):
+            storage.set_trial_user_attr(trial_id, RUN, run_id)
+        for epoch, value in failed.intermediate_values.items():
+            storage.set_trial_intermediate_value(trial_id, epoch, value)
+        for name, value in failed.system_attrs.items():
+            if name.startswith(RUNG):
+                storage.set_trial_system_attr(trial_id, name, value)
 
     def _waiting(self) -> list[FrozenTrial]:
         """Return the wanted trials that wait, the oldest first."""

@@ -32,12 +32,21 @@ from effv2.tracking.outbox import TrackingAway
 from effv2.tracking.read import Identity, RunRecord, find_finished, read_runs
 from effv2.tracking.recovery import is_busy, send
 from effv2.tracking.run import OUTCOME, TrackedRun, find_run
-from effv2.tracking.store import TrackingError, answers, shown_uri, use_store, wait_until_it_answers
+from effv2.tracking.store import (
+    WAIT_SECONDS,
+    TrackingError,
+    answers,
+    reason,
+    shown_uri,
+    use_store,
+    wait_until_it_answers,
+)
 from effv2.training.loop import EpochResult, watched_accuracy
 
 POLL_SECONDS = 1.0  # between two looks at a queue whose last trials others work on
 AWAY = 3  # exit code of a worker that waited in vain for a database or the tracking store
 MOST_SETBACKS = 5  # so often a trial is given back because the tracking store failed, and answered again
+FOR_GOOD = ("PERMISSION_DENIED", "UNAUTHENTICATED", "RESOURCE_DOES_NOT_EXIST")  # codes of no failure for a moment
 ORPHAN_SECONDS = 60  # so long a worker may take to end after the process that started it
 
 
@@ -141,11 +150,15 @@ class Worker:
                     self.queue.fail(claim, f"{type(error).__name__}: {error}", final=False)
 
     def _is_setback(self, error: Exception, claim: Claim) -> bool:
-        """Say whether the tracking store failed without refusing, as for a moment, and not too often for this trial."""
-        if not isinstance(error, TrackingError) or is_refusal(error):
+        """Say, after a pause, whether the tracking store failed as for a moment, and not too often for this trial."""
+        if not isinstance(error, TrackingError) or is_refusal(error) or error.error_code in FOR_GOOD:
             return False
         self._setbacks[claim.slot] += 1
-        return self._setbacks[claim.slot] <= MOST_SETBACKS
+        if self._setbacks[claim.slot] > MOST_SETBACKS:
+            return False
+        self.display.remark(f"The tracking store failed ({reason(error)}); the run goes on when it answers.")
+        time.sleep(WAIT_SECONDS * self._setbacks[claim.slot])
+        return True
 
     def _wait_for_tracking(self) -> None:
         """Give the trial back, which is not to blame, once the tracking store answers again."""
@@ -218,7 +231,8 @@ class Worker:
         session = self.session
         if claim.previous_run:
             send(claim.previous_run, self.display.remark)
-        for record in read_runs(filter(None, [claim.previous_run]), []):
+        there = find_run(claim.previous_run) if claim.previous_run else None
+        for record in read_runs([there.run_id] if there else [], []):
             complete = TrackedRun(record.run_id, session.experiment_id).end_left_open()
             if record.status == "FINISHED" or complete:
                 return record

@@ -59,8 +59,14 @@ class Journal:
 
     @classmethod
     def take_over(cls, folder: Path) -> Journal | None:
-        """Return the journal that a dead process left; None while its process lives."""
+        """Return the journal that a dead process left; None while its process lives; FileNotFoundError for none."""
+        if not (folder / "journal").exists():
+            raise FileNotFoundError(folder / "journal")
         lock = _acquire(folder)
+        if lock is not None and not (folder / "journal").exists():  # removed meanwhile, and the lock made anew
+            shutil.rmtree(folder, ignore_errors=True)
+            lock.release()
+            raise FileNotFoundError(folder / "journal")
         return None if lock is None else cls(folder, lock)
 
     def append(self, entry: Entry) -> Entry:
@@ -132,8 +138,10 @@ class Journal:
         number = 0
         while (aside := self.folder.with_name(f"{self.folder.name}-{number}{suffix}")).exists():
             number += 1
-        self.folder.rename(aside)
-        self._lock.release()
+        try:
+            self.folder.rename(aside)
+        finally:
+            self._lock.release()
         return aside
 
     def close(self) -> None:

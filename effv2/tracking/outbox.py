@@ -101,7 +101,7 @@ class Outbox:
                 self._closing = True
                 self._changed.notify_all()
         self._thread.join(None if delivered else LAST_CALL)
-        if self._thread.is_alive() or self._waiting:
+        if self._waiting:
             raise self._away()
 
     def _raise_refusal(self) -> None:
@@ -181,12 +181,13 @@ class Outbox:
         """Leave the journal to the next command, or remove it, or put it aside, as what came of it asks."""
         if self._journal is None:
             return
-        if self._waiting:
-            self._journal.close()
-        elif self._refusal is None:
-            self._journal.remove()
-        else:
-            self._journal.put_aside(REFUSED)
+        with suppress(OSError):
+            if self._waiting:
+                self._journal.close()
+            elif self._refusal is None:
+                self._journal.remove()
+            else:
+                self._journal.put_aside(REFUSED)
 
     def _try(self, batch: list[Entry]) -> bool:
         """Deliver a batch, say whether it is done with; tell of an outage at its begin and its end."""

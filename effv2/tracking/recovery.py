@@ -82,10 +82,10 @@ def send(run_id: str, remark: Remark) -> Sending:
 
 def is_busy(run_id: str) -> bool:
     """Say whether a living process of this machine works on the run."""
-    folder = outbox_folder() / run_id
-    if not (folder / "journal").exists():
+    try:
+        journal = Journal.take_over(outbox_folder() / run_id)
+    except FileNotFoundError:
         return False
-    journal = Journal.take_over(folder)
     if journal is not None:
         journal.close()
     return journal is None

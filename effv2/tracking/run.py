@@ -114,6 +114,10 @@ class TrackedRun:
             self._write(Entry("artifacts", {"place": place}, Path(folder)))
         self._write(Entry("discard", {"name": place, "but": path.name}))
 
+    def params(self) -> dict[str, str]:
+        """Return the parameters that were logged."""
+        return dict(mlflow.MlflowClient().get_run(self.run_id).data.params)
+
     def steps(self, name: str) -> set[int]:
         """Return the steps at which a metric was logged."""
         return {each.step for each in mlflow.MlflowClient().get_metric_history(self.run_id, name)}

@@ -26,8 +26,7 @@ from effv2.provenance import without_password
 
 # MLflow's own limits let a dead server block for minutes; a check may be impatient.
 IMPATIENT = {"MLFLOW_HTTP_REQUEST_MAX_RETRIES": "1", "MLFLOW_HTTP_REQUEST_TIMEOUT": "4"}
-RETRIES = "2"  # ours, which a worker process inherits
-OF_THE_USER = frozenset(name for name in IMPATIENT if os.environ.get(name) not in (None, RETRIES))
+OF_THE_USER = frozenset(name for name in IMPATIENT if name in os.environ)
 
 WAIT_SECONDS = 2.0
 # What the code and the text of an error look like, and what to say of the store: the first that is found.
@@ -151,7 +150,7 @@ def _quieten() -> None:
     logging.getLogger("mlflow.store.db.utils").setLevel(logging.CRITICAL)  # it prints the stack of what we tell
     os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
     # What a run writes is tried again by its outbox, which tells of an outage: minutes of silence before help nobody.
-    os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", RETRIES)
+    os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "2")
     os.environ.setdefault("MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT", "true")
 
 
