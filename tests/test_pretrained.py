@@ -180,7 +180,7 @@ def test_a_difference_is_claimed_only_where_it_is_real() -> None:
     poor = [True] * 10 + [False] * 22
     text = ranking({"poor": poor, "best": best, "good": good}).sentence()
     assert "best is better than poor (p < 0.001); good is better than poor (p < 0.001)" in text
-    assert "it can't be told which is better: best or good (p = 1.000)" in text
+    assert "it can't be told which is better: best or good (p = 1.00)" in text
     assert "Holm-corrected for 3" in text and "32 images of ImageNet's validation set" in text
     assert "little of how they predict others" in ranking({"a": best, "b": good}, Origin.SEEN).sentence()
     assert "not known" in ranking({"a": best, "b": good}, Origin.UNKNOWN).sentence()
