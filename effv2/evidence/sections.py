@@ -323,7 +323,7 @@ def _differences(comparison: Comparison, baseline: str, name: str) -> Iterator[t
 def _baseline_of(arm: str, comparison: Comparison, baseline: str) -> str:
     """Return the arm that one is held against: the baseline under its own learning rate schedule, if there is one.
 
-    So that two arms of a check with and without plateau differ in one thing; the baseline's own arms in the schedule.
+    So the two differ in one thing alone. The baseline itself under another schedule is held against the baseline.
     """
     schedules = {run.params.get("schedule.name", "") for run in comparison.arms[arm]}
     found = [name for schedule in schedules if (name := f"{baseline}_{schedule}") in comparison.arms and name != arm]

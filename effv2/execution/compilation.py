@@ -17,7 +17,7 @@ from torchvision.models.efficientnet import FusedMBConv, MBConv
 from effv2.errors import InputError
 from effv2.places import cache_folder
 
-FIRST_ON_CUDA = (2, 11)  # before, the compiler refuses the settings of TF32 that this package makes
+FIRST_ON_CUDA = (2, 11)  # reported to refuse our settings of TF32 before (pytorch issue 166387); not tried
 CODES = 256  # compiled forms of torchvision's one block function: as many as a network has different blocks
 
 

@@ -1,6 +1,6 @@
 """Work on a GPU recorded as CUDA graphs, one launch each instead of one a kernel.
 
-On small images the kernels of this network end sooner than Python launches them: a step is two thousand. What a
+On small images most of a step of this network is spent on launching its many short kernels from Python. What a
 recording gains is in docs/performance.md.
 """
 

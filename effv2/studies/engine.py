@@ -23,7 +23,7 @@ from effv2.studies.standing import View, standing_of
 from effv2.studies.storage import DATABASE_ERRORS, OUTAGE_SECONDS, Storage, open_storage, patient, why
 from effv2.studies.supervision import supervise
 from effv2.studies.worker import Worker
-from effv2.tracking.entries import is_refusal
+from effv2.tracking.entries import may_pass
 from effv2.tracking.run import TrackedRun, find_run, open_parent, point_adopted_run_to, run_address, status_after
 from effv2.tracking.store import (
     TRACKING_ERRORS,
@@ -186,7 +186,7 @@ def _publish_after_all(session: Session, queue: Queue, load: LoadData, view: Vie
     try:
         return _publish(session, queue, load, view)
     except TrackingError as error:
-        if is_refusal(error) or not wait_until_it_answers(OUTAGE_SECONDS):
+        if not may_pass(error) or not wait_until_it_answers(OUTAGE_SECONDS):
             raise
         return _publish(session, queue, load, view)
 

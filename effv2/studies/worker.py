@@ -27,14 +27,13 @@ from effv2.studies.plan import LoadData, LoadedData, best_of
 from effv2.studies.queue import RUN, Claim, Queue
 from effv2.studies.session import Session
 from effv2.studies.storage import OUTAGE_SECONDS, Storage, StorageAway, hurry, reopen_storage
-from effv2.tracking.entries import is_refusal
+from effv2.tracking.entries import may_pass
 from effv2.tracking.outbox import TrackingAway
 from effv2.tracking.read import Identity, RunRecord, find_finished, read_runs
 from effv2.tracking.recovery import is_busy, send
 from effv2.tracking.run import OUTCOME, TrackedRun, find_run
 from effv2.tracking.store import (
     WAIT_SECONDS,
-    TrackingError,
     answers,
     reason,
     shown_uri,
@@ -46,7 +45,6 @@ from effv2.training.loop import EpochResult, watched_accuracy
 POLL_SECONDS = 1.0  # between two looks at a queue whose last trials others work on
 AWAY = 3  # exit code of a worker that waited in vain for a database or the tracking store
 MOST_SETBACKS = 5  # so often a trial is given back because the tracking store failed, and answered again
-FOR_GOOD = ("PERMISSION_DENIED", "UNAUTHENTICATED", "RESOURCE_DOES_NOT_EXIST")  # codes of no failure for a moment
 ORPHAN_SECONDS = 60  # so long a worker may take to end after the process that started it
 
 
@@ -151,11 +149,9 @@ class Worker:
 
     def _is_setback(self, error: Exception, claim: Claim) -> bool:
         """Say, after a pause, whether the tracking store failed as for a moment, and not too often for this trial."""
-        if not isinstance(error, TrackingError) or is_refusal(error) or error.error_code in FOR_GOOD:
+        if not may_pass(error) or self._setbacks[claim.slot] == MOST_SETBACKS:
             return False
         self._setbacks[claim.slot] += 1
-        if self._setbacks[claim.slot] > MOST_SETBACKS:
-            return False
         self.display.remark(f"The tracking store failed ({reason(error)}); the run goes on when it answers.")
         time.sleep(WAIT_SECONDS * self._setbacks[claim.slot])
         return True

@@ -25,6 +25,7 @@ MOST_IN_A_CALL = {"params": 100, "metrics": 900, "tags": 100}  # the server refu
 PROCESS = "effv2.process"  # tag: the process that works on the run
 REFUSALS = ("INVALID_PARAMETER_VALUE", "BAD_REQUEST")
 REFUSING_STATUS = (400, 413, 422)
+NO_ACCESS = ("PERMISSION_DENIED", "UNAUTHENTICATED")
 
 
 @dataclass(frozen=True)
@@ -63,6 +64,18 @@ def is_refusal(error: Exception) -> bool:
         return True
     status = getattr(getattr(error, "response", None), "status_code", 0)  # of an artifact
     return status in REFUSING_STATUS or bool(re.search(r"error code (400|413|422)", str(error)))
+
+
+def is_missing(error: Exception) -> bool:
+    """Say whether the store has no run, model or experiment of that id."""
+    return isinstance(error, MlflowException) and error.error_code == "RESOURCE_DOES_NOT_EXIST"
+
+
+def may_pass(error: Exception) -> bool:
+    """Say whether the store failed in a way that it may not when it is asked again."""
+    if not isinstance(error, MlflowException) or is_refusal(error) or is_missing(error):
+        return False
+    return error.error_code not in NO_ACCESS
 
 
 def milliseconds() -> int:
@@ -169,7 +182,7 @@ def _models(run_id: str) -> list[LoggedModel]:
         try:
             found.append(client.get_logged_model(each.model_id))
         except MlflowException as error:
-            if error.error_code != "RESOURCE_DOES_NOT_EXIST":
+            if not is_missing(error):
                 raise
     return found
 

@@ -10,7 +10,7 @@ import mlflow
 
 from effv2.liveness import is_gone
 from effv2.places import outbox_folder
-from effv2.tracking.entries import PROCESS, Entry, deliver, is_refusal
+from effv2.tracking.entries import PROCESS, Entry, deliver, is_missing, is_refusal
 from effv2.tracking.journal import Journal
 from effv2.tracking.outbox import MOST_AT_ONCE, REFUSED, Remark
 from effv2.tracking.run import TrackedRun
@@ -96,7 +96,7 @@ def _deliver(run_id: str, process: str, entries: list[Entry], journal: Journal) 
     try:
         now = mlflow.MlflowClient().get_run(run_id).data.tags.get(PROCESS, "")
     except TrackingError as error:
-        if error.error_code != "RESOURCE_DOES_NOT_EXIST":
+        if not is_missing(error):
             raise
         return error  # the run was deleted for good, or its store begun anew
     own = bool(process) and process == now  # else another one went on with the run: what that says of it stands

@@ -22,7 +22,7 @@ from effv2.errors import Abandoned, RunError, Terminated
 from effv2.liveness import this_process
 from effv2.provenance import GitState
 from effv2.tracking import entries
-from effv2.tracking.entries import PROCESS, Entry, deliver
+from effv2.tracking.entries import PROCESS, Entry, deliver, is_missing
 from effv2.tracking.outbox import PATIENCE, Outbox, TrackingAway
 from effv2.tracking.store import TRACKING_ERRORS, impatient, shown_uri
 from effv2.tracking.tags import LONGEST_TAG, NOTE, REPORT
@@ -334,7 +334,7 @@ def find_run(run_id: str) -> TrackedRun | None:
     try:
         info = mlflow.MlflowClient().get_run(run_id).info
     except MlflowException as error:
-        if error.error_code == "RESOURCE_DOES_NOT_EXIST":
+        if is_missing(error):
             return None
         raise
     return TrackedRun(info.run_id, info.experiment_id) if info.lifecycle_stage == "active" else None
