@@ -41,13 +41,13 @@ class Reached(RunError):
 @pytest.fixture
 def no_training(sqlite_store: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Stop where training would begin."""
-    from effv2 import experiment
+    from effv2.experiment import alone
     from effv2.studies import engine
 
     def reached(*_: Any, **__: Any) -> None:
         raise Reached("reached")
 
-    monkeypatch.setattr(experiment, "run_experiment", reached)
+    monkeypatch.setattr(alone, "run_experiment", reached)
     monkeypatch.setattr(engine, "_open", reached)
 
 

@@ -26,7 +26,7 @@ from effv2.cli.hparam_check import hparam_check
 from effv2.cli.search import search
 from effv2.cli.train import train
 from effv2.errors import Terminated
-from effv2.experiment import run_experiment
+from effv2.experiment.run import run_experiment
 from effv2.signals import ending_signals, uninterrupted
 from tests.conftest import ROOT, TINY_TABLE, make_image_tree, running
 

@@ -48,10 +48,11 @@ def train(study: str, fresh: str, log_model: str, experiment: str, **options: st
     from effv2.data.dataset import load_dataset
     from effv2.errors import RunError
     from effv2.execution.resolve import place, resolve
-    from effv2.experiment import Labels, check, discard_checkpoints, identity, run_experiment
-    from effv2.tracking.read import find_ended_early, find_finished, find_outdated
+    from effv2.experiment.alone import train_once
+    from effv2.experiment.labels import Labels
+    from effv2.experiment.run import check
     from effv2.tracking.recovery import open_experiment
-    from effv2.tracking.run import TrackedRun, point_adopted_run_to, run_address
+    from effv2.tracking.run import run_address
     from effv2.tracking.store import TrackingError, reason
 
     name = file.name if file else f"{config.model.variant}, seed {config.random.seed}"
@@ -61,30 +62,17 @@ def train(study: str, fresh: str, log_model: str, experiment: str, **options: st
         check(config, dataset)
         config = resolve(config, display.hint)
         try:
-            experiment_id = open_experiment(experiment, display.remark)
-            wanted = identity(config, dataset)
-            done = None if over else find_finished(wanted, experiment_id)
-            if done is not None:
-                run, last, model = TrackedRun(done.run_id, experiment_id), done.metrics, ""
-                point_adopted_run_to(run)
-                discard_checkpoints(run.run_id, saving)
-                click.echo("Finished before, with the same configuration, data and code; --fresh repeats it.")
-            else:
-                left = None if over else find_ended_early(wanted, experiment_id)
-                if left is not None:
-                    point_adopted_run_to(TrackedRun(left.run_id, experiment_id))
-                elif not over and (outdated := find_outdated(wanted, experiment_id)) is not None:
-                    display.remark("The run {} that ended early can't be gone on with: {}.".format(*outdated))
-                labels = Labels(name, experiment_id, file.name if file else "", continues=left.run_id if left else "")
-                outcome = run_experiment(config, dataset, labels, display, which != "none", saving=saving)
-                run, last, model = outcome.run, outcome.summary, outcome.model_address
+            labels = Labels(name, open_experiment(experiment, display.remark), file.name if file else "")
+            ended = train_once(config, dataset, labels, display, which != "none", saving=saving, fresh=over)
         except TrackingError as error:
             raise RunError(f"The tracking store failed ({reason(error)}); mend it and try again.") from error
-    if "best/test_accuracy" in last:
+    if ended.before:
+        click.echo("Finished before, with the same configuration, data and code; --fresh repeats it.")
+    if "best/test_accuracy" in ended.metrics:
         click.echo(
-            f"test accuracy {last['selected/test_accuracy']:.2%} at the selected epoch "
-            f"{last['selected/epoch']:.0f}, best {last['best/test_accuracy']:.2%}"
+            f"test accuracy {ended.metrics['selected/test_accuracy']:.2%} at the selected epoch "
+            f"{ended.metrics['selected/epoch']:.0f}, best {ended.metrics['best/test_accuracy']:.2%}"
         )
-    if model:
-        click.echo(f"model {model}")
-    click.echo(run_address(run.run_id, run.experiment_id))
+    if ended.model_address:
+        click.echo(f"model {ended.model_address}")
+    click.echo(run_address(ended.run.run_id, ended.run.experiment_id))

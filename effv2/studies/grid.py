@@ -18,7 +18,8 @@ from effv2.evidence.comparison import Comparison, Rows
 from effv2.evidence.publication import where_to_look
 from effv2.evidence.quantities import HISTORIES
 from effv2.execution.resolve import Remark, place, resolve_study
-from effv2.experiment import check, restore
+from effv2.experiment.outcome import restore
+from effv2.experiment.run import check
 from effv2.studies.files import Study
 from effv2.studies.options import LogModel
 from effv2.studies.plan import LoadData, PlannedRun, Purpose, Trials, best_of, discard_weights, run_ids

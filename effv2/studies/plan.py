@@ -15,7 +15,7 @@ from effv2.config import DataConfig, TrainConfig
 from effv2.data.cache import Progress
 from effv2.data.dataset import Dataset, load_dataset
 from effv2.evidence.comparison import Rows
-from effv2.experiment import WEIGHTS
+from effv2.experiment.outcome import WEIGHTS
 from effv2.studies.options import LogModel
 from effv2.studies.queue import RUN
 from effv2.tracking.read import read_runs

@@ -24,7 +24,9 @@ from effv2.evidence.comparison import Rows, markdown_table
 from effv2.evidence.publication import where_to_look
 from effv2.evidence.run_artifacts import write_csv
 from effv2.execution.resolve import Remark, place, resolve
-from effv2.experiment import check, restore, score_on_test, study_text
+from effv2.experiment.outcome import restore, score_on_test
+from effv2.experiment.records import study_text
+from effv2.experiment.run import check
 from effv2.randomness import stream_seed
 from effv2.studies.files import SearchFile, Study
 from effv2.studies.options import LogModel

@@ -8,7 +8,7 @@ from typing import Protocol
 
 from optuna.trial import FrozenTrial, TrialState
 
-from effv2.experiment import Display
+from effv2.experiment.watching import Display
 from effv2.studies.plan import Plan, best_of
 from effv2.studies.queue import ERROR
 

@@ -21,7 +21,10 @@ from optuna.trial import TrialState
 
 from effv2.errors import Abandoned, Diverged, RunError, Terminated
 from effv2.execution.allocator import tune_allocator
-from effv2.experiment import Display, Labels, Observer, discard_checkpoints, identity, reached, run_experiment
+from effv2.experiment.labels import Labels, identity
+from effv2.experiment.outcome import reached
+from effv2.experiment.run import discard_checkpoints, run_experiment
+from effv2.experiment.watching import Display, Observer
 from effv2.signals import ending_signals
 from effv2.studies.plan import LoadData, LoadedData, best_of
 from effv2.studies.queue import RUN, Claim, Queue

@@ -1,0 +1,1 @@
+"""One tracked training run: data, network, loop and tracking wired together."""

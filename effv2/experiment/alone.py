@@ -1,0 +1,56 @@
+"""A run that belongs to no study: found finished, gone on with where it ended early, or begun."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+
+from effv2.config import TrainConfig
+from effv2.data.dataset import Dataset
+from effv2.experiment.labels import Labels, identity
+from effv2.experiment.run import discard_checkpoints, run_experiment
+from effv2.experiment.watching import Display
+from effv2.tracking.read import find_ended_early, find_finished, find_outdated
+from effv2.tracking.run import TrackedRun, point_adopted_run_to
+from effv2.training.saving import Saving
+
+
+@dataclass(frozen=True)
+class Ended:
+    """A finished run and its last metrics; `model_address` is empty where no model was logged now."""
+
+    run: TrackedRun
+    metrics: Mapping[str, float]
+    model_address: str = ""
+    before: bool = False  # by an earlier command, and not repeated
+
+
+def train_once(
+    config: TrainConfig,
+    dataset: Dataset,
+    labels: Labels,
+    display: Display,
+    log_model: bool,
+    *,
+    saving: Saving,
+    fresh: bool,
+) -> Ended:
+    """Return the finished run of this identity; where there is none, or `fresh` is wished, train it.
+
+    One that ended early goes on; one that can't, since data or code have changed, is named.
+    """
+    wanted = identity(config, dataset)
+    done = None if fresh else find_finished(wanted, labels.experiment_id)
+    if done is not None:
+        run = TrackedRun(done.run_id, labels.experiment_id)
+        point_adopted_run_to(run)
+        discard_checkpoints(run.run_id, saving)
+        return Ended(run, done.metrics, before=True)
+    left = None if fresh else find_ended_early(wanted, labels.experiment_id)
+    if left is not None:
+        point_adopted_run_to(TrackedRun(left.run_id, labels.experiment_id))
+        labels = replace(labels, continues=left.run_id)
+    elif not fresh and (outdated := find_outdated(wanted, labels.experiment_id)) is not None:
+        display.remark("The run {} that ended early can't be gone on with: {}.".format(*outdated))
+    outcome = run_experiment(config, dataset, labels, display, log_model, saving=saving)
+    return Ended(outcome.run, outcome.summary, outcome.model_address)

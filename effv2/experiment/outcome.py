@@ -1,0 +1,93 @@
+"""A finished run with its network: its model, and what a study does with the best of them."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from PIL import Image
+from torch import nn
+
+from effv2.architecture import build_model
+from effv2.config import TrainConfig
+from effv2.data.batches import normalisation
+from effv2.data.dataset import Dataset, Split
+from effv2.data.preparation import Square
+from effv2.execution.device import make_execution
+from effv2.experiment.records import log_test
+from effv2.serving.export import ServedNetwork, as_base64, output_names, write_served
+from effv2.tracking.run import TrackedRun
+from effv2.training.loop import Training
+from effv2.training.state import TrainState
+
+WEIGHTS = "selected.pt"  # artifact: weights of the selected epoch, until the study's best run is known
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """A finished run and its network, with the weights of the selected epoch; of a pruned one, of its last."""
+
+    run: TrackedRun
+    config: TrainConfig
+    dataset: Dataset
+    network: nn.Module
+    watched_accuracy: float
+    summary: dict[str, float]
+    model_address: str = ""
+    pruned: bool = False
+
+    def log_model(self) -> None:
+        """Log the network, with its preprocessing, to the run, which may have ended."""
+        model, data, classes = self.config.model, self.config.data, self.dataset.classes
+        outputs = model.outputs or len(classes)
+        plain = build_model(model.build_table(), outputs)  # without the paths of the device it was trained on
+        plain.load_state_dict(self.network.state_dict())
+        served = ServedNetwork(plain, len(classes), *normalisation(data.normalise))
+        with tempfile.TemporaryDirectory() as name:
+            files = write_served(Path(name), served, Square(data.image_size), output_names(classes, outputs))
+            self.run.log_model(files, _example(self.dataset.test), torch.__version__)
+
+
+def reached(summary: Mapping[str, float]) -> float:
+    """Return the watched accuracy at its best epoch from the metrics that a finished run logged."""
+    return summary["selected/val_accuracy"] if "selected/val_accuracy" in summary else summary["best/test_accuracy"]
+
+
+def restore(run: TrackedRun, config: TrainConfig, dataset: Dataset) -> Outcome:
+    """Return the outcome of a finished run, from the weights that it kept; trained again where it kept none."""
+    execution = make_execution(config.execution)
+    with tempfile.TemporaryDirectory() as folder:
+        path = run.fetch(WEIGHTS, Path(folder))
+        weights = None if path is None else torch.load(path, map_location="cpu", weights_only=True)
+    state = TrainState.create(config, dataset, execution)
+    if weights is None:
+        for _ in Training(config, dataset, state, execution):
+            pass
+        state.take_selected()
+    else:
+        state.evaluated.load_state_dict(weights)
+    return Outcome(run, config, dataset, state.evaluated, state.progress.best_accuracy, {})
+
+
+def score_on_test(outcome: Outcome) -> float:
+    """Evaluate an outcome on the test set, which its run has not seen, and log to the run; return the accuracy."""
+    execution = make_execution(outcome.config.execution)
+    form = execution.following(outcome.network)()
+    accuracy = log_test(outcome.run, outcome.config, outcome.dataset, execution, form)
+    outcome.run.log_metrics({"selected/test_accuracy": accuracy})
+    return accuracy
+
+
+def keep_weights(outcome: Outcome) -> None:
+    """Log the weights of the selected epoch, so that they outlive the process that trained them."""
+    with tempfile.TemporaryDirectory() as folder:
+        torch.save(outcome.network.state_dict(), Path(folder, WEIGHTS))
+        outcome.run.log_folder(Path(folder))
+
+
+def _example(split: Split) -> str:
+    """Return the split's first image as a request holds it."""
+    return as_base64(Image.fromarray(split.images(torch.tensor([0]))[0].permute(1, 2, 0).contiguous().numpy()))

@@ -1,0 +1,85 @@
+"""What a run logs before its first epoch and after its last."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import yaml
+
+from effv2 import provenance
+from effv2.architecture import count_gflops, count_parameters
+from effv2.config import TrainConfig
+from effv2.data.dataset import Dataset
+from effv2.evidence.run_artifacts import argmax_over_all, write_curves, write_predictions
+from effv2.execution.device import Execution, Forward
+from effv2.tracking.run import TrackedRun
+from effv2.training.evaluate import evaluate, single_image_latency
+from effv2.training.state import TrainState
+
+
+def study_text(config: TrainConfig, name: str = "again") -> str:
+    """Write `config` as a study file that `train` runs as it is."""
+    groups = config.model_dump()
+    table = str(config.model.build_table())
+    command = "# mlflow run . -e train -P study=<this file>"
+    return f"{command}\n# Architecture: {table}\n" + yaml.safe_dump({"name": name, "config": groups}, sort_keys=False)
+
+
+def log_start(run: TrackedRun, config: TrainConfig, dataset: Dataset, known: Mapping[str, str]) -> None:
+    """Log parameters, study file, commit and data sets; of a run that goes on, not what is `known` of it."""
+    # What was logged stays: the folder of the data may be another one now, and the store would refuse it.
+    run.log_params({name: value for name, value in config.flat().items() if name not in known})
+    # Written first of all, so that an artifact store that refuses is noticed before anything is trained.
+    run.log_text(study_text(config), "study.yaml")
+    run.log_git(provenance.git_state())
+    for name, split in dataset.splits.items():
+        counts = np.bincount(split.labels.numpy(), minlength=len(dataset.classes)).tolist()
+        profile: dict[str, Any] = {"images": len(split), "classes": dict(zip(dataset.classes, counts, strict=True))}
+        if name != "train":
+            profile["images_also_in_train"] = split.images_also_in(dataset.train)
+        run.log_dataset(dataset.name, name, split.digest, dataset.location, profile)
+
+
+def log_end(
+    run: TrackedRun, config: TrainConfig, dataset: Dataset, execution: Execution, state: TrainState
+) -> dict[str, float]:
+    """Log and return the summary; log predictions and figures of the network as it now is: at the selected epoch."""
+    history, network = state.progress.history, state.evaluated
+    form = execution.following(network)()
+    selected = len(history) if state.selected is None else state.progress.best_epoch
+    outputs = config.model.outputs or len(dataset.classes)
+    summary: dict[str, float] = {}
+    if config.evaluation.test_set:
+        test = [metrics["test/accuracy"] for metrics in history]
+        best = int(np.argmax(test)) + 1
+        summary = {"best/test_accuracy": test[best - 1], "best/epoch": best, "final/test_accuracy": test[-1]}
+        summary["selected/test_accuracy"] = log_test(run, config, dataset, execution, form)
+    if dataset.validation is not None:
+        summary["selected/val_accuracy"] = history[selected - 1]["val/accuracy"]
+    summary |= {
+        "selected/epoch": selected,
+        "time/total_train_seconds": state.progress.train_seconds,
+        "inference/single_image_seconds": single_image_latency(form, config, execution),
+        "model/parameters": count_parameters(network),
+        "model/gflops": count_gflops(config.model.build_table(), outputs, config.data.image_size),
+    }
+    run.log_metrics(summary)
+    with tempfile.TemporaryDirectory() as name:
+        write_curves(Path(name), history)
+        run.log_folder(Path(name))
+    return summary
+
+
+def log_test(run: TrackedRun, config: TrainConfig, dataset: Dataset, execution: Execution, form: Forward) -> float:
+    """Log predictions on the test set at the selected epoch and their tables; return the accuracy."""
+    test_set = dataset.test
+    result = evaluate(form, test_set, config, execution)
+    predictions = argmax_over_all(dataset.classes, test_set.ids, test_set.labels.numpy(), result.logits.numpy())
+    with tempfile.TemporaryDirectory() as name:
+        write_predictions(Path(name), predictions)
+        run.log_folder(Path(name))
+    return result.accuracy
