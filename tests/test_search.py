@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import os
+import signal
 from pathlib import Path
 
 import optuna
 import pytest
+from click.testing import CliRunner
 from mlflow import MlflowClient
+from mlflow.cli import gc
 from mlflow.entities import Run
 
 from effv2.cli.ablate import ablate
@@ -17,6 +21,7 @@ from effv2.config import TrainConfig
 from effv2.studies.files import SearchFile
 from effv2.studies.plan import Purpose
 from effv2.studies.search import Search
+from effv2.training import loop
 from tests.conftest import TINY_TABLE
 from tests.test_commands import all_runs, invoke
 
@@ -136,6 +141,20 @@ def test_a_study_whose_run_is_gone_begins_anew(sqlite_store: str, tiny_study: Pa
     assert result.exit_code == 0 and "has no run of this study: it begins anew there." in result.stderr
     parents = [run for run in all_runs() if "mlflow.parentRunId" not in run.data.tags]
     assert [run.info.run_id != deleted and run.info.status for run in parents] == ["FINISHED"]
+
+
+def test_a_trial_whose_run_was_deleted_for_good_begins_anew(
+    sqlite_store: str, tiny_study: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    words: tuple[str | Path, ...] = ("--study", tiny_study, "--variant", "default")
+    with monkeypatch.context() as patch:
+        patch.setattr(loop, "evaluate", lambda *_: os.kill(os.getpid(), signal.SIGINT))
+        assert invoke(ablate, *words).exit_code == 130
+    (deleted,) = (run.info.run_id for run in all_runs() if "mlflow.parentRunId" in run.data.tags)
+    MlflowClient().delete_run(deleted)
+    assert CliRunner().invoke(gc, ["--backend-store-uri", sqlite_store, "--run-ids", deleted]).exit_code == 0
+    assert invoke(ablate, *words).exit_code == 0
+    assert [run.info.run_id != deleted and run.info.status for run in all_runs()] == ["FINISHED", "FINISHED"]
 
 
 def test_workers_share_a_search(sqlite_store: str, tiny_search: Path) -> None:
