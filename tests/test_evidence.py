@@ -20,7 +20,7 @@ from effv2.evidence.claims import Claims, Protocol, read_claims
 from effv2.evidence.judge import Verdict, Words, judge
 from effv2.evidence.quantities import TEST, TRAIN, quantity
 from effv2.evidence.reference import published_runs
-from effv2.evidence.sections import Study, section
+from effv2.evidence.sections import section
 from effv2.evidence.selection import FREE, is_like
 from effv2.evidence.statistics import (
     FEWEST,
@@ -32,6 +32,7 @@ from effv2.evidence.statistics import (
     power,
     runs_to_decide,
 )
+from effv2.evidence.study import Study
 from effv2.studies.files import read_study
 from effv2.studies.settings import Layer
 from effv2.tracking.read import Images, RunRecord

@@ -11,8 +11,8 @@ from effv2.errors import InputError, RunError
 from effv2.evidence.claims import read_claims
 from effv2.evidence.quantities import HISTORIES
 from effv2.evidence.report import HTML, Report, make_report
-from effv2.evidence.sections import studies_of
 from effv2.evidence.sources import EXPORTED, Evidence, export, exported, remove_export, tracked
+from effv2.evidence.study import studies_of
 from effv2.tracking.read import read_experiment
 from effv2.tracking.recovery import open_experiment
 from effv2.tracking.run import TrackedRun, open_report_run, run_address, working_on
