@@ -36,18 +36,19 @@ from effv2.studies.storage import Storage, StorageAway, _Patience, open_storage,
 from tests.conftest import OTHER_TINY_TABLE, ROOT, TINY_TABLE, running
 from tests.servers import Server, free_port
 
-EIGHT = f"""
-name: eight
+SMALL = f"""
+name: small
 config:
   data: {{image_size: 8, per_class: 40}}
-  schedule: {{epochs: 4}}
+  schedule: {{epochs: 8}}
   execution: {{device: cpu, precision: fp32}}
 arms:
   default: {{model: {{variant: tiny, table: {TINY_TABLE}}}}}
   other: {{model: {{variant: other, table: {OTHER_TINY_TABLE}}}}}
-seeds: [0, 1, 2, 3]
+seeds: [0, 1, 2, 3, 4]
 retries: 3
 """
+EPOCHS, RUNS = 8, 10  # of it; more runs than are enqueued at a time
 Table = list[tuple[str, ...]]
 
 
@@ -75,8 +76,8 @@ def trials(storage: Storage) -> list[FrozenTrial]:
 
 @pytest.fixture
 def study(tmp_path: Path) -> Path:
-    path = tmp_path / "eight.yaml"
-    path.write_text(EIGHT)
+    path = tmp_path / "small.yaml"
+    path.write_text(SMALL)
     return path
 
 
@@ -89,13 +90,13 @@ def undisturbed(template_database: Path, tmp_path_factory: pytest.TempPathFactor
         if threads not in known:
             folder = tmp_path_factory.mktemp("peace")
             shutil.copy(template_database, folder / "mlflow.db")
-            (folder / "eight.yaml").write_text(EIGHT)
+            (folder / "small.yaml").write_text(SMALL)
             before = torch.get_num_threads()
             with pytest.MonkeyPatch.context() as patch:
                 patch.chdir(folder)
                 patch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{folder / 'mlflow.db'}")
                 torch.set_num_threads(threads)
-                words = ["--study", "eight.yaml", "--log-model", "none"]
+                words = ["--study", "small.yaml", "--log-model", "none"]
                 assert CliRunner().invoke(ablate, words, catch_exceptions=False).exit_code == 0
                 torch.set_num_threads(before)
                 known[threads] = accuracies(folder)
@@ -148,7 +149,8 @@ def in_mid_epoch(storage: Storage, finished: int) -> int:
     found = trials(storage)
     if sum(trial.state.is_finished() for trial in found) < finished:
         return 0
-    begun = (trial for trial in found if trial.state == TrialState.RUNNING and trial.intermediate_values)
+    running = (trial for trial in found if trial.state == TrialState.RUNNING)
+    begun = (trial for trial in running if 0 < len(trial.intermediate_values) < EPOCHS)
     return next((int(trial.user_attrs[OWNER].split("/")[2]) for trial in begun), 0)
 
 
@@ -158,12 +160,12 @@ def end(process: subprocess.Popen[str]) -> str:
     return said
 
 
-def check_eight(storage: Storage, expected: Table, folder: Path) -> None:
+def check_small(storage: Storage, expected: Table, folder: Path) -> None:
     found = trials(storage)
-    assert [trial.state for trial in found] == [TrialState.COMPLETE] * 8
-    assert len({trial.user_attrs[SLOT] for trial in found}) == 8
-    assert len(children("FINISHED")) == 8
-    assert len({(run.data.tags["effv2.arm"], run.data.tags["effv2.seed"]) for run in children("FINISHED")}) == 8
+    assert [trial.state for trial in found] == [TrialState.COMPLETE] * RUNS
+    assert len({trial.user_attrs[SLOT] for trial in found}) == RUNS
+    assert len(children("FINISHED")) == RUNS
+    assert len({(run.data.tags["effv2.arm"], run.data.tags["effv2.seed"]) for run in children("FINISHED")}) == RUNS
     assert not [run for run in runs() if run.info.status == "RUNNING"]
     assert accuracies(folder) == expected
 
@@ -181,8 +183,8 @@ def test_a_killed_worker_and_a_killed_coordinator_cost_nothing(
     first.kill()
     first.communicate(timeout=30)  # to the end of its workers, which share the pipe and end by themselves
     assert children("KILLED") and not [run for run in runs() if run.info.status == "RUNNING"]
-    assert "[8/8]" in end(start(study, url, 2))
-    check_eight(storage, undisturbed(max(1, torch.get_num_threads() // 2)), tmp_path)
+    assert f"[{RUNS}/{RUNS}]" in end(start(study, url, 2))
+    check_small(storage, undisturbed(max(1, torch.get_num_threads() // 2)), tmp_path)
     storage.close()
 
 
@@ -284,7 +286,7 @@ def test_four_workers_on_postgresql_survive_whatever_is_killed(
     wait_for(lambda: in_mid_epoch(storage, 4), process)
     cluster.crash()
     end(process)
-    check_eight(storage, undisturbed(max(1, torch.get_num_threads() // 4)), tmp_path)
+    check_small(storage, undisturbed(max(1, torch.get_num_threads() // 4)), tmp_path)
     storage.close()
 
 

@@ -99,7 +99,7 @@ def journals(cache: Path) -> dict[Path, int]:
 @pytest.mark.parametrize(
     ("kills", "epochs"),
     [
-        pytest.param(2, 20, id="twice"),
+        pytest.param(2, 30, id="twice"),
         pytest.param(20, 300, id="twenty times", marks=[pytest.mark.slow, pytest.mark.timeout(1200)]),
     ],
 )

@@ -66,7 +66,7 @@ def train(study: str, fresh: str, log_model: str, experiment: str, **options: st
             ended = train_once(config, dataset, labels, display, which != "none", saving=saving, fresh=over)
         except TrackingError as error:
             raise RunError(f"The tracking store failed ({reason(error)}); mend it and try again.") from error
-    if ended.before:
+    if ended.was_finished:
         click.echo("Finished before, with the same configuration, data and code; --fresh repeats it.")
     if "best/test_accuracy" in ended.metrics:
         click.echo(

@@ -8,13 +8,13 @@ from functools import partial
 from matplotlib.figure import Figure
 
 from effv2.evidence.claims import Claims
-from effv2.evidence.comparison import COLUMNS, NONE, Comparison, Rows
+from effv2.evidence.comparison import COLUMNS, NONE, Comparison, Rows, Told
 from effv2.evidence.figures import accuracy_against_time, accuracy_curves, bars
 from effv2.evidence.quantities import QUANTITIES, TEST, TRAIN, VALIDATION, percent, points
 from effv2.evidence.reference import published_runs
 from effv2.evidence.selection import complete, has, is_like, seed_of, split_of
 from effv2.evidence.statistics import FEWEST, TINY, Sample, holm, p_text
-from effv2.evidence.study import MAIN, Study, Told, arm_of, has_figures
+from effv2.evidence.study import MAIN, Study, arm_of, has_figures
 from effv2.tracking.read import RunRecord
 
 MOST_COLUMNS = 8
@@ -30,7 +30,7 @@ def tell_arms(study: Study, title: str, claims: Claims) -> Told:
     if not arms:
         return Told()
     comparison = Comparison(arms)
-    published, protocol = published_curves(arms, claims)
+    published, protocol = _published_curves(arms, claims)
     drawn: dict[str, Callable[[], Figure]] = {}
     held_out = ("test accuracy", TEST) if comparison.curves(TEST) else ("validation accuracy", VALIDATION)
     for name, metric in (held_out, ("train accuracy", TRAIN)):
@@ -142,7 +142,7 @@ def _baseline_of(arm: str, comparison: Comparison, baseline: str) -> str:
     return found[0] if len(found) == 1 else baseline
 
 
-def published_curves(arms: Mapping[str, Sequence[RunRecord]], claims: Claims) -> tuple[dict[str, RunRecord], str]:
+def _published_curves(arms: Mapping[str, Sequence[RunRecord]], claims: Claims) -> tuple[dict[str, RunRecord], str]:
     """Return the published runs of arms that follow a published protocol, or come near it, and the protocol's name."""
     known = published_runs()
     for name, protocol in claims.protocols.items():

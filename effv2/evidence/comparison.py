@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import statistics
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
+
+from matplotlib.figure import Figure
 
 from effv2.evidence.figures import Curve
 from effv2.evidence.quantities import QUANTITIES, Quantity, percent
@@ -33,6 +36,15 @@ COLUMNS = (
 )
 NONE = "none"  # in a cell: the runs lack the figure
 Rows = list[tuple[str, ...]]
+
+
+@dataclass(frozen=True)
+class Told:
+    """What is told of a study: a table with its titles first, figures by the word that names their file, notes."""
+
+    table: Rows = field(default_factory=list)
+    figures: Mapping[str, Figure] = field(default_factory=dict)
+    notes: Sequence[str] = ()
 
 
 def markdown_table(rows: Rows) -> str:

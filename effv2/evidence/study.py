@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
 
-from matplotlib.figure import Figure
-
-from effv2.evidence.comparison import Rows
 from effv2.evidence.quantities import QUANTITIES
 from effv2.evidence.selection import complete
 from effv2.tracking.read import RunRecord
@@ -41,15 +38,6 @@ class Study:
             return ""
         known, own = list(arms), self.parent.params.get("study.baseline", "")
         return own if own in known else known[0]
-
-
-@dataclass(frozen=True)
-class Told:
-    """What is told of a study: a table with its titles first, figures by the word that names their file, notes."""
-
-    table: Rows = field(default_factory=list)
-    figures: Mapping[str, Figure] = field(default_factory=dict)
-    notes: Sequence[str] = ()
 
 
 def studies_of(runs: Sequence[RunRecord]) -> list[Study]:

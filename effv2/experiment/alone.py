@@ -1,4 +1,4 @@
-"""A run that belongs to no study: found finished, gone on with where it ended early, or begun."""
+"""The run of the command `train`: found finished, gone on with where it ended early, or begun."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ from effv2.training.saving import Saving
 
 
 @dataclass(frozen=True)
-class Ended:
+class TrainedOnce:
     """A finished run and its last metrics; `model_address` is empty where no model was logged now."""
 
     run: TrackedRun
     metrics: Mapping[str, float]
     model_address: str = ""
-    before: bool = False  # by an earlier command, and not repeated
+    was_finished: bool = False  # by an earlier command: nothing was trained
 
 
 def train_once(
@@ -34,8 +34,8 @@ def train_once(
     *,
     saving: Saving,
     fresh: bool,
-) -> Ended:
-    """Return the finished run of this identity; where there is none, or `fresh` is wished, train it.
+) -> TrainedOnce:
+    """Return the finished run of this identity; where there is none, or with `fresh`, train it.
 
     One that ended early goes on; one that can't, since data or code have changed, is named.
     """
@@ -45,7 +45,7 @@ def train_once(
         run = TrackedRun(done.run_id, labels.experiment_id)
         point_adopted_run_to(run)
         discard_checkpoints(run.run_id, saving)
-        return Ended(run, done.metrics, before=True)
+        return TrainedOnce(run, done.metrics, was_finished=True)
     left = None if fresh else find_ended_early(wanted, labels.experiment_id)
     if left is not None:
         point_adopted_run_to(TrackedRun(left.run_id, labels.experiment_id))
@@ -53,4 +53,4 @@ def train_once(
     elif not fresh and (outdated := find_outdated(wanted, labels.experiment_id)) is not None:
         display.remark("The run {} that ended early can't be gone on with: {}.".format(*outdated))
     outcome = run_experiment(config, dataset, labels, display, log_model, saving=saving)
-    return Ended(outcome.run, outcome.summary, outcome.model_address)
+    return TrainedOnce(outcome.run, outcome.summary, outcome.model_address)

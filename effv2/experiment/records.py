@@ -30,7 +30,7 @@ def study_text(config: TrainConfig, name: str = "again") -> str:
 
 
 def log_start(run: TrackedRun, config: TrainConfig, dataset: Dataset, known: Mapping[str, str]) -> None:
-    """Log parameters, study file, commit and data sets; of a run that goes on, not what is `known` of it."""
+    """Log parameters but those `known`, which a run that goes on has, study file, commit and data sets."""
     # What was logged stays: the folder of the data may be another one now, and the store would refuse it.
     run.log_params({name: value for name, value in config.flat().items() if name not in known})
     # Written first of all, so that an artifact store that refuses is noticed before anything is trained.

@@ -88,8 +88,9 @@ def run_experiment(
         with _none_after_divergence(run, checkpoints, uploaded), keeper.last_one_on_the_way_out():
             pruned = _train(run, training, keeper, logged=logged, display=display, observer=observer)
         if pruned:
+            outcome = _pruned(run, config, dataset, state)
             _forget(run, checkpoints, uploaded)
-            return _pruned(run, config, dataset, state)
+            return outcome
         state.take_selected()
         summary = log_end(run, config, dataset, execution, state)
         outcome = Outcome(run, config, dataset, state.evaluated, state.progress.best_accuracy, summary)
