@@ -36,19 +36,20 @@ from effv2.studies.storage import Storage, StorageAway, _Patience, open_storage,
 from tests.conftest import OTHER_TINY_TABLE, ROOT, TINY_TABLE, running
 from tests.servers import Server, free_port
 
+EPOCHS, SEEDS = 8, [0, 1, 2, 3, 4]
+RUNS = 2 * len(SEEDS)  # more than are enqueued at a time
 SMALL = f"""
 name: small
 config:
   data: {{image_size: 8, per_class: 40}}
-  schedule: {{epochs: 8}}
+  schedule: {{epochs: {EPOCHS}}}
   execution: {{device: cpu, precision: fp32}}
 arms:
   default: {{model: {{variant: tiny, table: {TINY_TABLE}}}}}
   other: {{model: {{variant: other, table: {OTHER_TINY_TABLE}}}}}
-seeds: [0, 1, 2, 3, 4]
+seeds: {SEEDS}
 retries: 3
 """
-EPOCHS, RUNS = 8, 10  # of it; more runs than are enqueued at a time
 Table = list[tuple[str, ...]]
 
 

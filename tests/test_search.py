@@ -153,8 +153,8 @@ def test_a_trial_whose_run_was_deleted_for_good_begins_anew(
         assert invoke(ablate, *words).exit_code == 130
     (deleted,) = (run.info.run_id for run in all_runs() if "mlflow.parentRunId" in run.data.tags)
     MlflowClient().delete_run(deleted)
-    words_of_gc = ["gc", "--backend-store-uri", sqlite_store, "--run-ids", deleted]
-    subprocess.run([sys.executable, "-m", "mlflow", *words_of_gc], check=True, timeout=120)
+    gc = ["gc", "--backend-store-uri", sqlite_store, "--run-ids", deleted]
+    subprocess.run([sys.executable, "-m", "mlflow", *gc], check=True, timeout=120)
     with pytest.raises(MlflowException, match="not found"):
         MlflowClient().get_run(deleted)
     assert invoke(ablate, *words).exit_code == 0

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from functools import partial
+from collections.abc import Iterator, Mapping, Sequence
 
 from matplotlib.figure import Figure
 
@@ -31,18 +30,17 @@ def tell_arms(study: Study, title: str, claims: Claims) -> Told:
         return Told()
     comparison = Comparison(arms)
     published, protocol = _published_curves(arms, claims)
-    drawn: dict[str, Callable[[], Figure]] = {}
+    figures: dict[str, Figure] = {}
     held_out = ("test accuracy", TEST) if comparison.curves(TEST) else ("validation accuracy", VALIDATION)
     for name, metric in (held_out, ("train accuracy", TRAIN)):
         if curves := comparison.curves(metric):
             theirs = {arm: run.history[metric] for arm, run in published.items() if metric in run.history}
-            drawn[name] = partial(accuracy_curves, curves, f"{title}: {name}", theirs)
+            figures[name] = accuracy_curves(curves, f"{title}: {name}", theirs)
     best, seconds = comparison.values("best/test_accuracy"), comparison.values("time/total_train_seconds")
     if best and seconds:
-        drawn["accuracy against time"] = partial(accuracy_against_time, best, seconds, f"{title}: accuracy and time")
+        figures["accuracy against time"] = accuracy_against_time(best, seconds, f"{title}: accuracy and time")
     if seconds:
-        drawn["training time"] = partial(bars, seconds, f"{title}: training", "seconds")
-    figures = {name: draw() for name, draw in drawn.items()}
+        figures["training time"] = bars(seconds, f"{title}: training", "seconds")
     notes = list(_notes(arms, protocol))
     if _decisive(comparison) == "selected/val_accuracy":
         notes.append("The test set was left alone: this is validation at its best epoch, which flatters every arm.")

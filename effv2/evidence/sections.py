@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 
 from matplotlib.figure import Figure
 
@@ -49,14 +49,14 @@ class Section:
     """
 
     title: str
-    description: str = ""
-    run_id: str = ""
-    table: Rows = field(default_factory=list)
-    figures: Mapping[str, Figure] = field(default_factory=dict)
-    notes: Sequence[str] = ()
-    missing: str = ""
-    commands: Sequence[str] = ()
-    environment: Rows = field(default_factory=list)
+    description: str
+    run_id: str
+    table: Rows
+    figures: Mapping[str, Figure]
+    notes: Sequence[str]
+    missing: str
+    commands: Sequence[str]
+    environment: Rows
 
 
 def sections_of(runs: Sequence[RunRecord], claims: Claims) -> list[Section]:
