@@ -169,6 +169,41 @@ def test_an_experiment_is_reported_exported_and_rebuilt(sqlite_store: str, tiny_
     assert result.exit_code == 2 and "metrics.csv is missing or was changed" in result.output
 
 
+def test_exports_of_several_stores_are_joined(sqlite_store: str, tiny_study: Path, tmp_path: Path) -> None:
+    early, late, other = (tmp_path / name for name in ("early", "late", "other"))
+    words = ["--log-model", "none", "--experiment", "tiny"]
+    for seeds, folder in (("0", early), ("0,1", late)):
+        assert invoke(ablate, "--study", tiny_study, "--seeds", seeds, *words).exit_code == 0
+        assert invoke(report, "--experiment", "tiny", "--export", folder).exit_code == 0
+    words = ["--image-size", "8", "--per-class", "12", "--epochs", "1", "--log-model", "none"]
+    assert invoke(train, *words, "--experiment", "other").exit_code == 0
+    claims = tmp_path / "claims.yaml"
+    claims.write_text(CLAIM)
+    assert invoke(report, "--experiment", "other", "--export", other, "--claims", claims).exit_code == 0
+
+    def joined(*folders: Path) -> Path:
+        out = tmp_path / "+".join(folder.name for folder in folders)
+        result = invoke(report, "--from-export", ",".join(map(str, folders)), "--export", out)
+        assert result.exit_code == 0, result.output
+        return out
+
+    def runs(folder: Path) -> set[str]:
+        with (folder / "data" / "runs.csv").open(newline="") as file:
+            return {row["run_id"] for row in csv.DictReader(file)}
+
+    # Of a run that is in two exports it is the later one's that counts.
+    for name in ("report.md", "data/manifest.json"):
+        assert (joined(early, late) / name).read_bytes() == (late / name).read_bytes(), name
+    both = joined(other, late)
+    assert runs(both) == runs(other) | runs(late) and not runs(other) & runs(late)
+    assert "M1" in rows_of((both / "report.md").read_text())
+    assert len(list((both / "data" / "predictions").iterdir())) == 5
+    claims.write_text(CLAIM.replace("M1", "M2"))
+    assert invoke(report, "--experiment", "tiny", "--export", late, "--claims", claims).exit_code == 0
+    result = invoke(report, "--from-export", f"{other},{late}", "--export", tmp_path / "not")
+    assert result.exit_code == 2 and "judged with other claims" in result.output
+
+
 def test_empty_and_half_finished_studies_say_what_is_missing(sqlite_store: str, tmp_path: Path) -> None:
     out = tmp_path / "out"
     assert invoke(report, "--export", out).exit_code == 0

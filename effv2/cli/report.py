@@ -17,8 +17,8 @@ from effv2.cli.options import experiment_option, reports_errors
 @click.option(
     "--from-export",
     default="",
-    metavar="FOLDER",
-    help="Read that export instead of the tracking server; needs --export for another folder.",
+    metavar="FOLDER,...",
+    help="Read that export, or several as one, instead of the tracking server; needs --export for another folder.",
 )
 @click.option("--claims", default="", metavar="FILE", help="Claims of your own (YAML), beside the published ones.")
 @experiment_option
@@ -33,8 +33,9 @@ def report(export: str, from_export: str, claims: str, experiment: str) -> None:
     from effv2.errors import InputError
 
     own = Path(claims) if claims else None
-    target, source = Path(export or ".").resolve(), Path(from_export or ".").resolve()
-    if from_export and (not export or target == source):
+    target = Path(export or ".").resolve()
+    sources = [Path(folder.strip() or ".").resolve() for folder in from_export.split(",")]
+    if from_export and (not export or target in sources):
         raise InputError(f"--from-export {from_export}: say with --export where the report is to go, another folder.")
 
     from effv2.cli.display import ConsoleDisplay
@@ -42,7 +43,7 @@ def report(export: str, from_export: str, claims: str, experiment: str) -> None:
 
     with ConsoleDisplay() as display:
         if from_export:
-            made = rebuild(source, own, target, display)
+            made = rebuild(sources, own, target, display)
         else:
             made, address = publish(experiment, own, target if export else None, display)
     for line in (*made.own, made.summary):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Protocol
 
@@ -11,7 +11,7 @@ from effv2.errors import InputError, RunError
 from effv2.evidence.claims import read_claims
 from effv2.evidence.quantities import HISTORIES
 from effv2.evidence.report import HTML, Report, make_report
-from effv2.evidence.sources import EXPORTED, Evidence, export, exported, remove_export, tracked
+from effv2.evidence.sources import EXPORTED, Evidence, export, joined, remove_export, tracked
 from effv2.evidence.study import studies_of
 from effv2.tracking.read import read_experiment
 from effv2.tracking.recovery import open_experiment
@@ -96,15 +96,15 @@ def publish(experiment: str, own: Path | None, target: Path | None, view: View) 
     return report, run_address(run.run_id, run.experiment_id)
 
 
-def rebuild(source: Path, own: Path | None, target: Path, view: View) -> Report:
-    """Make the report of an export again, without a tracking server, and write both to `target`.
+def rebuild(sources: Sequence[Path], own: Path | None, target: Path, view: View) -> Report:
+    """Make the report of an export again, or one of several, without a tracking server, and write both to `target`.
 
-    Where no file of claims is given, it is the one that was exported with it.
+    Where no file of claims is given, it is the one that was exported with them.
     """
     read_claims(own)
     _prepare(target)
-    view.working("reading the export")
-    evidence = exported(source / DATA)
+    view.working("reading what was exported")
+    evidence = joined([source / DATA for source in sources])
     own = own or evidence.claims
     report = make_report(evidence, read_claims(own), progress=view.working)
     _write(report, evidence, target, own)

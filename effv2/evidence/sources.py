@@ -128,6 +128,27 @@ def _images(runs: Sequence[RunRecord]) -> Iterator[Sequence[Any]]:
             yield run.run_id, context, images.name, images.digest, images.images, json.dumps(images.classes)
 
 
+def joined(folders: Sequence[Path]) -> Evidence:
+    """Return the evidence in several exports as if one store held it: a run that is in two is that of the later one.
+
+    InputError for a missing or altered file, and where exports were judged with different files of claims.
+    """
+    parts = [exported(folder) for folder in folders]
+    holders = {run.run_id: part for part in parts for run in part.runs}
+    runs = [run for part in parts for run in part.runs if holders[run.run_id] is part]
+    claims = {path.read_bytes(): path for part in parts if (path := part.claims)}
+    if len(claims) > 1:
+        raise InputError(f"--from-export {folders[0]}: others were judged with other claims; give those with --claims.")
+    addresses = {part.ui for part in parts}
+    return Evidence(
+        experiment=parts[0].experiment,
+        ui=addresses.pop() if len(addresses) == 1 else "",
+        runs=sorted(runs, key=lambda run: run.started),
+        predictions=lambda run: holders[run.run_id].predictions(run),
+        claims=next(iter(claims.values()), None),
+    )
+
+
 def exported(folder: Path) -> Evidence:
     """Return the evidence in an export; InputError for a missing or altered file."""
     about = _manifest(folder)
