@@ -445,11 +445,14 @@ def test_arms_are_held_against_the_baseline_under_their_own_schedule() -> None:
     assert told[f"less default_plateau, {words}"] == ["", "", "", "+4.00"]
 
 
-def test_intervals_of_shares_end_where_shares_do_and_equal_values_have_none() -> None:
+def test_intervals_end_where_values_do_and_equal_values_have_none(tmp_path: Path) -> None:
     _, told = tabulated(2, [0.0, 0.3, 0.8])
     assert told["a single re-run is expected (95 %), test accuracy, selected epoch"] == "0.00 % to 100.00 %"
     _, told = tabulated(2, [0.5, 0.5, 0.5])
     assert not any(name.startswith("a single re-run") for name in told)
+    claims = two_arms(tmp_path, f"{{kind: level, metric: {METRIC}, arm: a, about: 0.2, within: 0.1}}")
+    (judgement,) = judge(claims, study({"a": [0.0, 0.3, 0.8]}), nothing)
+    assert "[0.00 % to 100.00 %], 3 runs" in judgement.findings[0].evidence
 
 
 def test_published_networks_have_a_line_for_unseen_images_and_one_for_all() -> None:

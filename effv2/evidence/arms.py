@@ -84,18 +84,18 @@ def _decisive(comparison: Comparison) -> str:
 
 def _intervals(comparison: Comparison, name: str) -> Rows:
     """Return lines with the intervals of a quantity's mean and of one more run, where there are runs enough."""
-    values, cells, words = comparison.values(name), [], QUANTITIES[name].words
+    values, cells, what = comparison.values(name), [], QUANTITIES[name]
     for arm in comparison.arms:
         one_split = len({split_of(run) for run in comparison.arms[arm]}) == 1
         sample = Sample(tuple(values.get(arm, ())) if one_split else ())
         told = sample.n >= FEWEST and sample.deviation > TINY  # equal values don't show how much they vary
         found = (sample.interval(), sample.prediction()) if told else (None, None)
-        shares = [each and each.of_share() for each in found]
-        cells.append([f"{percent(each.low)} to {percent(each.high)}" if each else NONE for each in shares])
+        inside = [each and each.within(what.possible) for each in found]
+        cells.append([f"{percent(each.low)} to {percent(each.high)}" if each else NONE for each in inside])
     means, singles = zip(*cells, strict=True)
     lines = [
-        (f"95 % interval of the mean, {words}", *means),
-        (f"a single re-run is expected (95 %), {words}", *singles),
+        (f"95 % interval of the mean, {what.words}", *means),
+        (f"a single re-run is expected (95 %), {what.words}", *singles),
     ]
     return [line for line in lines if set(line[1:]) != {NONE}]
 

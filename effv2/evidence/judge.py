@@ -316,6 +316,7 @@ def _over_seeds(finding: Finding, what: Quantity, chosen: Chosen) -> Finding:
     text = partial(_apply, _text(contrast, what), back)
     words = f"{text(estimate.mean)}, {kind}"
     if (interval := estimate.interval()) is not None:
+        interval = interval if contrast.against else interval.within(what.possible)
         words = f"{text(estimate.mean)} [{text(interval.low)} to {text(interval.high)}], {kind}"
     finding = replace(finding, evidence=words, inside=_is_inside(contrast, back(estimate.mean)))
     if not contrast.against and isinstance(estimate, Sample):
@@ -336,7 +337,7 @@ def _apply(text: Callable[[float], str], back: Callable[[float], float], value: 
 
 def _single(contrast: Contrast, what: Quantity, interval: Interval) -> str:
     claimed = (contrast.low + contrast.high) / 2
-    interval = interval.of_share() if what.is_accuracy else interval
+    interval = interval.within(what.possible)
     text = f"a single run is expected from {what.text(interval.low)} to {what.text(interval.high)}"
     if math.isinf(claimed):
         return text

@@ -104,10 +104,9 @@ def rebuild(sources: Sequence[Path], own: Path | None, target: Path, view: View)
     read_claims(own)
     _prepare(target)
     view.working("reading what was exported")
-    evidence = joined([source / DATA for source in sources])
-    own = own or evidence.claims
-    report = make_report(evidence, read_claims(own), progress=view.working)
-    _write(report, evidence, target, own)
+    evidence = joined([source / DATA for source in sources], own)
+    report = make_report(evidence, read_claims(evidence.claims), progress=view.working)
+    _write(report, evidence, target, evidence.claims)
     return report
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import statistics
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -9,6 +10,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from effv2.evidence.figures import Curve
+from effv2.evidence.statistics import Interval
 from effv2.tracking.read import RunRecord
 
 TRAIN, TEST, VALIDATION = "train/accuracy", "test/accuracy", "val/accuracy"
@@ -54,6 +56,7 @@ class Quantity:
     text: Callable[[float], str] = decimal
     fixed: bool = False
     timed: bool = False
+    least: float = -math.inf  # that it can be
 
     def value(self, run: RunRecord) -> float | None:
         """Return the figure of a run; None where the run lacks it, or it is no finite number."""
@@ -64,6 +67,11 @@ class Quantity:
     def is_accuracy(self) -> bool:
         """Say whether it is a fraction, whose differences are percentage points."""
         return self.text is percent
+
+    @property
+    def possible(self) -> Interval:
+        """Return where its values can lie."""
+        return Interval(0, 1) if self.is_accuracy else Interval(self.least, math.inf)
 
 
 def epochs_to_peak_share(curve: Curve, share: float = PEAK_SHARE) -> int:
@@ -125,10 +133,16 @@ QUANTITIES: dict[str, Quantity] = {
     "level/test_accuracy": Quantity("test accuracy, mean of the last ten epochs", _of(TEST, level), percent),
     "gain/test_after_epoch_10": Quantity("gain in test accuracy after epoch 10", _of(TEST, gain_after, 21), points),
     "epochs/to_95_percent": Quantity(
-        "epochs to 95 % of peak train accuracy", _of(TRAIN, epochs_to_peak_share), lambda value: f"{value:,.1f}"
+        "epochs to 95 % of peak train accuracy",
+        _of(TRAIN, epochs_to_peak_share),
+        lambda value: f"{value:,.1f}",
+        least=1,
     ),
     "epochs/to_test_level": Quantity(
-        "epochs until test accuracy stays at its level", _of(TEST, epochs_to_level, 20), lambda value: f"{value:,.1f}"
+        "epochs until test accuracy stays at its level",
+        _of(TEST, epochs_to_level, 20),
+        lambda value: f"{value:,.1f}",
+        least=1,
     ),
     "time/total_train_seconds": Quantity(
         "training, s", _metric("time/total_train_seconds"), lambda value: f"{value:,.1f}", timed=True

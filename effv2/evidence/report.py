@@ -84,7 +84,9 @@ def make_report(
 
 def _summary(evidence: Evidence, judgements: Sequence[Judgement]) -> str:
     counts = Counter(each.verdict for each in judgements)
-    words = ", ".join(f"{counts[verdict]} {verdict.value}" for verdict in Verdict)
+    untested = sum(each.verdict == Verdict.UNDECIDED and not each.tested for each in judgements)
+    aside = {Verdict.UNDECIDED: f" ({untested} of them on the published figures alone)"} if untested else {}
+    words = ", ".join(f"{counts[verdict]} {verdict.value}{aside.get(verdict, '')}" for verdict in Verdict)
     said = f"of {len(judgements)} claims {words}" if judgements else "no published claim is about them"
     parents = {run.parent for run in evidence.runs}
     runs = sum(bool(run.metrics) and run.run_id not in parents for run in evidence.runs)

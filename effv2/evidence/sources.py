@@ -128,15 +128,16 @@ def _images(runs: Sequence[RunRecord]) -> Iterator[Sequence[Any]]:
             yield run.run_id, context, images.name, images.digest, images.images, json.dumps(images.classes)
 
 
-def joined(folders: Sequence[Path]) -> Evidence:
+def joined(folders: Sequence[Path], own: Path | None) -> Evidence:
     """Return the evidence in several exports as if one store held it: a run that is in two is that of the later one.
 
-    InputError for a missing or altered file, and where exports were judged with different files of claims.
+    Its claims are those in `own`, else the exported ones. InputError for a missing or altered file, and where claims
+    that were exported differ.
     """
     parts = [exported(folder) for folder in folders]
     holders = {run.run_id: part for part in parts for run in part.runs}
     runs = [run for part in parts for run in part.runs if holders[run.run_id] is part]
-    claims = {path.read_bytes(): path for part in parts if (path := part.claims)}
+    claims = {path.read_bytes(): path for path in ([own] if own else [part.claims for part in parts]) if path}
     if len(claims) > 1:
         raise InputError(f"--from-export {folders[0]}: others were judged with other claims; give those with --claims.")
     addresses = {part.ui for part in parts}

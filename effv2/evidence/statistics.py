@@ -30,9 +30,9 @@ class Interval:
     low: float
     high: float
 
-    def of_share(self) -> Interval:
-        """Return its part within [0, 1], where the quantity is a share."""
-        return Interval(max(0.0, self.low), min(1.0, self.high))
+    def within(self, other: Interval) -> Interval:
+        """Return its part within another, as that of all values that a quantity can have."""
+        return Interval(max(self.low, other.low), min(self.high, other.high))
 
 
 @dataclass(frozen=True)
@@ -296,8 +296,8 @@ def more_to_decide(estimate: Estimate, edge: float, level: float = LEVEL) -> tup
 
 
 def p_text(p: float) -> str:
-    """Write a p-value."""
-    return "p < 0.001" if p < 0.001 else f"p = {p:.3f}" if p < 0.01 else f"p = {p:.2f}"
+    """Write a p-value, so that one below the level of the tests is seen to be."""
+    return "p < 0.001" if p < 0.001 else f"p = {p:.3f}" if p < 0.1 else f"p = {p:.2f}"
 
 
 def calibration_error(confidence: np.ndarray, right: np.ndarray, bins: int = CALIBRATION_BINS) -> float:
