@@ -1,4 +1,4 @@
-"""The report: what a study's end leaves, what `report` makes of an experiment, and of an export of it."""
+"""The report: what a study's end leaves, what `report` makes of an experiment, and of exports."""
 
 from __future__ import annotations
 
@@ -171,7 +171,7 @@ def test_an_experiment_is_reported_exported_and_rebuilt(sqlite_store: str, tiny_
     assert result.exit_code == 2 and "metrics.csv is missing or was changed" in result.output
 
 
-def test_exports_of_several_stores_are_joined(sqlite_store: str, tmp_path: Path) -> None:
+def test_exports_of_several_experiments_are_joined(sqlite_store: str, tmp_path: Path) -> None:
     early, late, other, joined = (tmp_path / name for name in ("early", "late", "other", "joined"))
     claims = tmp_path / "claims.yaml"
     claims.write_text(CLAIM)
@@ -184,9 +184,11 @@ def test_exports_of_several_stores_are_joined(sqlite_store: str, tmp_path: Path)
     assert invoke(train, *words, "--experiment", "other").exit_code == 0
     claims.write_text(CLAIM.replace("M1", "M2"))
     assert invoke(report, "--experiment", "other", "--claims", claims, "--export", other).exit_code == 0
-    sources = ["--from-export", f"{early},{late},{other}"]
+    sources = ["--from-export", f"{other}, {early},{late},"]
     result = invoke(report, *sources, "--export", joined)
-    assert result.exit_code == 2 and "judged with other claims" in result.output
+    assert result.exit_code == 2 and "claims.yaml differ; say with --claims" in result.output
+    assert not joined.exists()
+    assert invoke(report, *sources, "--export", late).exit_code == 2  # nor over any of them
     result = invoke(report, *sources, "--export", joined, "--claims", claims)
     assert result.exit_code == 0, result.output
 
@@ -195,7 +197,10 @@ def test_exports_of_several_stores_are_joined(sqlite_store: str, tmp_path: Path)
         return {(str(path.relative_to(folder)), line) for path in tables for line in path.read_text().splitlines()}
 
     assert rows(joined) == rows(late) | rows(other)
-    assert rows(early) - rows(late)  # the run that went on, of which the later export counts
+    assert rows(early) - rows(late)  # the run that went on, of which the export named last counts
+    order = [(folder / "data" / "runs.csv").read_text().splitlines()[1:] for folder in (late, other, joined)]
+    assert order[2] == order[0] + order[1]  # the oldest first
+    assert json.loads((joined / "data" / "manifest.json").read_text())["experiment"] == "other, one"
 
 
 def test_empty_and_half_finished_studies_say_what_is_missing(sqlite_store: str, tmp_path: Path) -> None:
@@ -244,6 +249,7 @@ def test_the_run_that_mlflow_opened_gets_the_report(
     [
         (["--claims", "nowhere.yaml"], "--claims nowhere.yaml: can't be read"),
         (["--from-export", "x"], "say with --export where"),
+        (["--from-export", " ,"], "names no folder"),
         (["--from-export", "x", "--export", "y"], "has no manifest.json"),
         (["--export", "file"], "can't be written"),
         (["--experiment", "Defualt"], "no such experiment; did you mean 'Default'?"),
@@ -255,4 +261,4 @@ def test_wrong_input_is_told_before_anything_is_made(
     (tmp_path / "file").write_text("")
     result = invoke(report, *words)
     assert result.exit_code == 2 and said in result.output and result.output.count("\n") == 1
-    assert not all_runs()
+    assert not all_runs() and not Path("y").exists()

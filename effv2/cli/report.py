@@ -17,8 +17,9 @@ from effv2.cli.options import experiment_option, reports_errors
 @click.option(
     "--from-export",
     default="",
-    metavar="FOLDER,...",
-    help="Read that export, or several as one, instead of the tracking server; needs --export for another folder.",
+    metavar="LIST",
+    help="Read these exports, folders separated by commas, as one, instead of the tracking server; a run in several is "
+    "that of the last. Needs --export for another folder.",
 )
 @click.option("--claims", default="", metavar="FILE", help="Claims of your own (YAML), beside the published ones.")
 @experiment_option
@@ -34,21 +35,23 @@ def report(export: str, from_export: str, claims: str, experiment: str) -> None:
 
     own = Path(claims) if claims else None
     target = Path(export or ".").resolve()
-    sources = [Path(folder.strip() or ".").resolve() for folder in from_export.split(",")]
-    if from_export and (not export or target in sources):
+    sources = [Path(word.strip()).expanduser().resolve() for word in from_export.split(",") if word.strip()]
+    if from_export and not sources:
+        raise InputError(f"--from-export {from_export}: names no folder; give some, separated by commas.")
+    if sources and (not export or target in sources):
         raise InputError(f"--from-export {from_export}: say with --export where the report is to go, another folder.")
 
     from effv2.cli.display import ConsoleDisplay
     from effv2.evidence.publication import publish, rebuild
 
     with ConsoleDisplay() as display:
-        if from_export:
+        if sources:
             made = rebuild(sources, own, target, display)
         else:
             made, address = publish(experiment, own, target if export else None, display)
     for line in (*made.own, made.summary):
         click.echo(line)
-    if not from_export:
+    if not sources:
         click.echo(address)
     if export:
         click.echo(target / "report.html")

@@ -119,6 +119,11 @@ class Judgement:
         return any(each.tested for each in self.findings)
 
     @property
+    def on_published_alone(self) -> bool:
+        """Say whether it is undecided for want of runs of our own: published single runs are all there is."""
+        return not self.tested and self.words != Words.NO_FIGURES
+
+    @property
     def verdict(self) -> Verdict:
         """Return what the evidence decides; where there are published figures alone, that is nothing."""
         found = {each.verdict for each in self.findings}
@@ -126,7 +131,7 @@ class Judgement:
             return Verdict.CONTRADICTED
         if found == {Verdict.SUPPORTED}:
             return Verdict.SUPPORTED
-        return Verdict.UNDECIDED if self.tested or self.words != Words.NO_FIGURES else Verdict.NOT_TESTED
+        return Verdict.UNDECIDED if self.tested or self.on_published_alone else Verdict.NOT_TESTED
 
 
 def judge(claims: Claims, runs: Sequence[RunRecord], right: RightAnswers) -> list[Judgement]:

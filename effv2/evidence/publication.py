@@ -99,14 +99,18 @@ def publish(experiment: str, own: Path | None, target: Path | None, view: View) 
 def rebuild(sources: Sequence[Path], own: Path | None, target: Path, view: View) -> Report:
     """Make the report of an export again, or one of several, without a tracking server, and write both to `target`.
 
-    Where no file of claims is given, it is the one that was exported with them.
+    Where no file of claims is given, it is the one that was exported with them. InputError before anything is made.
     """
-    read_claims(own)
-    _prepare(target)
     view.working("reading what was exported")
-    evidence = joined([source / DATA for source in sources], own)
-    report = make_report(evidence, read_claims(evidence.claims), progress=view.working)
-    _write(report, evidence, target, evidence.claims)
+    evidence = joined([source / DATA for source in sources])
+    if own is None and len(evidence.claims) > 1:
+        files = " and ".join(map(str, evidence.claims))
+        raise InputError(f"--from-export: {files} differ; say with --claims which claims to judge.")
+    own = own or next(iter(evidence.claims), None)
+    claims = read_claims(own)
+    _prepare(target)
+    report = make_report(evidence, claims, progress=view.working)
+    _write(report, evidence, target, own)
     return report
 
 

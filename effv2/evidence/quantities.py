@@ -39,6 +39,11 @@ def whole(value: float) -> str:
     return f"{value:,.0f}"
 
 
+def tenths(value: float) -> str:
+    """Write a number to a tenth."""
+    return f"{value:,.1f}"
+
+
 def decimal(value: float) -> str:
     """Write a number to three digits."""
     return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.3g}"
@@ -49,6 +54,7 @@ class Quantity:
     """A figure of a run: its name in words, how to take it, how to write it.
 
     A `fixed` one doesn't vary from run to run: one decides. A `timed` one belongs to the machine that it was taken on.
+    `least` is the lowest value that it can have.
     """
 
     words: str
@@ -56,7 +62,7 @@ class Quantity:
     text: Callable[[float], str] = decimal
     fixed: bool = False
     timed: bool = False
-    least: float = -math.inf  # that it can be
+    least: float = -math.inf
 
     def value(self, run: RunRecord) -> float | None:
         """Return the figure of a run; None where the run lacks it, or it is no finite number."""
@@ -70,8 +76,8 @@ class Quantity:
 
     @property
     def possible(self) -> Interval:
-        """Return where its values can lie."""
-        return Interval(0, 1) if self.is_accuracy else Interval(self.least, math.inf)
+        """Return where its values can lie, as far as that is known."""
+        return Interval(0, 1) if self.is_accuracy else Interval(0 if self.timed else self.least, math.inf)
 
 
 def epochs_to_peak_share(curve: Curve, share: float = PEAK_SHARE) -> int:
@@ -135,18 +141,16 @@ QUANTITIES: dict[str, Quantity] = {
     "epochs/to_95_percent": Quantity(
         "epochs to 95 % of peak train accuracy",
         _of(TRAIN, epochs_to_peak_share),
-        lambda value: f"{value:,.1f}",
+        tenths,
         least=1,
     ),
     "epochs/to_test_level": Quantity(
         "epochs until test accuracy stays at its level",
         _of(TEST, epochs_to_level, 20),
-        lambda value: f"{value:,.1f}",
+        tenths,
         least=1,
     ),
-    "time/total_train_seconds": Quantity(
-        "training, s", _metric("time/total_train_seconds"), lambda value: f"{value:,.1f}", timed=True
-    ),
+    "time/total_train_seconds": Quantity("training, s", _metric("time/total_train_seconds"), tenths, timed=True),
     "rate/train": Quantity("training, images/s", _of(TRAIN_RATE, _median), whole, timed=True),
     "rate/evaluate": Quantity("inference, images/s", _of(EVALUATE_RATE, _median), whole, timed=True),
     "inference/single_image_milliseconds": Quantity(

@@ -84,8 +84,8 @@ def make_report(
 
 def _summary(evidence: Evidence, judgements: Sequence[Judgement]) -> str:
     counts = Counter(each.verdict for each in judgements)
-    untested = sum(each.verdict == Verdict.UNDECIDED and not each.tested for each in judgements)
-    aside = {Verdict.UNDECIDED: f" ({untested} of them on the published figures alone)"} if untested else {}
+    alone = sum(each.on_published_alone for each in judgements)
+    aside = {Verdict.UNDECIDED: f" ({alone} of them on the published figures alone)"} if alone else {}
     words = ", ".join(f"{counts[verdict]} {verdict.value}{aside.get(verdict, '')}" for verdict in Verdict)
     said = f"of {len(judgements)} claims {words}" if judgements else "no published claim is about them"
     parents = {run.parent for run in evidence.runs}
@@ -127,8 +127,7 @@ def reason(judgement: Judgement) -> str:
         text = f"of {len(findings)} things said {said}" if len(findings) > 1 else _estimated(findings[0])
         more = [each.more for each in findings if each.verdict == Verdict.UNDECIDED and each.more]
         return f"{text}; {more[0]}" if more else text
-    alone = judgement.verdict == Verdict.UNDECIDED
-    text = "the published figures alone, one run each; not tested here" if alone else ""
+    text = "the published figures alone, one run each; not tested here" if judgement.on_published_alone else ""
     near_misses = list(dict.fromkeys(each.lacking for each in findings if each.lacking))
     lacking = f"needs {judgement.needs}" if judgement.needs else "; ".join(near_misses[:2]) or "no such runs yet"
     near = "; see the nearest evidence" if judgement.nearest else ""

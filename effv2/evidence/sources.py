@@ -1,4 +1,4 @@
-"""Where evidence comes from: the tracking store, or an export of it, which says the same without the store."""
+"""Where evidence comes from: the tracking store, or exports of some, which say the same without the store."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ class Evidence:
     ui: str
     runs: Sequence[RunRecord]
     predictions: Callable[[RunRecord], Mapping[str, str]]
-    claims: Path | None = None  # those that were judged beside the published ones, in an export
+    claims: Sequence[Path] = ()  # exported: what was judged beside the published ones, several where exports differ
 
     def right(self, run: RunRecord) -> dict[str, bool]:
         """Return by image whether a run got it right; of published networks those they weren't fitted to, if known."""
@@ -128,25 +128,21 @@ def _images(runs: Sequence[RunRecord]) -> Iterator[Sequence[Any]]:
             yield run.run_id, context, images.name, images.digest, images.images, json.dumps(images.classes)
 
 
-def joined(folders: Sequence[Path], own: Path | None) -> Evidence:
-    """Return the evidence in several exports as if one store held it: a run that is in two is that of the later one.
+def joined(folders: Sequence[Path]) -> Evidence:
+    """Return the evidence in exports as if one store held it; of a run in several, that of the one named last.
 
-    Its claims are those in `own`, else the exported ones. InputError for a missing or altered file, and where claims
-    that were exported differ.
+    Of several exports no run leads to its page, as their stores differ. InputError for a missing or altered file.
     """
     parts = [exported(folder) for folder in folders]
-    holders = {run.run_id: part for part in parts for run in part.runs}
-    runs = [run for part in parts for run in part.runs if holders[run.run_id] is part]
-    claims = {path.read_bytes(): path for path in ([own] if own else [part.claims for part in parts]) if path}
-    if len(claims) > 1:
-        raise InputError(f"--from-export {folders[0]}: others were judged with other claims; give those with --claims.")
-    addresses = {part.ui for part in parts}
+    if len(parts) == 1:
+        return parts[0]
+    held = {run.run_id: (run, part) for part in parts for run in part.runs}
     return Evidence(
-        experiment=parts[0].experiment,
-        ui=addresses.pop() if len(addresses) == 1 else "",
-        runs=sorted(runs, key=lambda run: run.started),
-        predictions=lambda run: holders[run.run_id].predictions(run),
-        claims=next(iter(claims.values()), None),
+        experiment=", ".join(dict.fromkeys(part.experiment for part in parts)),
+        ui="",
+        runs=sorted((run for run, _ in held.values()), key=lambda run: run.started),
+        predictions=lambda run: held[run.run_id][1].predictions(run),
+        claims=tuple({path.read_bytes(): path for part in parts for path in part.claims}.values()),
     )
 
 
@@ -186,7 +182,7 @@ def exported(folder: Path) -> Evidence:
             if place in about["sha256"]
         }
 
-    claims = folder / CLAIMS if CLAIMS in about["sha256"] else None
+    claims = [folder / CLAIMS] if CLAIMS in about["sha256"] else []
     return Evidence(about["experiment"], about["ui"], runs, predictions, claims)
 
 

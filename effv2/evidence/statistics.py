@@ -25,14 +25,15 @@ CALIBRATION_BINS = 15
 
 @dataclass(frozen=True)
 class Interval:
-    """A confidence interval."""
+    """Values from one to another, as a confidence interval has."""
 
     low: float
     high: float
 
     def within(self, other: Interval) -> Interval:
-        """Return its part within another, as that of all values that a quantity can have."""
-        return Interval(max(self.low, other.low), min(self.high, other.high))
+        """Return its part within another, as that of all values that a quantity can have; itself if there is none."""
+        low, high = max(self.low, other.low), min(self.high, other.high)
+        return Interval(low, high) if low <= high else self
 
 
 @dataclass(frozen=True)
@@ -296,7 +297,7 @@ def more_to_decide(estimate: Estimate, edge: float, level: float = LEVEL) -> tup
 
 
 def p_text(p: float) -> str:
-    """Write a p-value, so that one below the level of the tests is seen to be."""
+    """Write a p-value, to three digits where it is near the level of the tests or below it."""
     return "p < 0.001" if p < 0.001 else f"p = {p:.3f}" if p < 0.1 else f"p = {p:.2f}"
 
 
