@@ -8,6 +8,7 @@ from typing import Any
 import click
 
 from effv2.cli.options import SHARED, config_options, reports_errors, seeds_option, study_option, study_options
+from effv2.studies.options import SHORT_EPOCHS
 
 FIELDS = {name: field for name, field in SHARED.items() if name != "scheduler"}
 SCHEDULERS = {"both": ("none", "plateau"), "plateau": ("plateau",), "none": ("none",)}
@@ -29,7 +30,7 @@ SCHEDULERS = {"both": ("none", "plateau"), "plateau": ("plateau",), "none": ("no
 )
 @study_option
 @seeds_option
-@config_options(FIELDS)
+@config_options(FIELDS, defaults={"epochs": SHORT_EPOCHS})
 @study_options(log_model="best")
 @reports_errors
 def hparam_check(check: str, scheduler: str, study: str, seeds: str, **options: Any) -> None:

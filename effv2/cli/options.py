@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import wraps
 from typing import Any, Literal, NoReturn, TypeVar, get_args, get_origin
 
@@ -49,12 +49,15 @@ ONE_RUN = {
 }
 
 
-def config_options(fields: dict[str, str], config: type[Group] = TrainConfig) -> Callable[[Command], Command]:
-    """Add an option for each field of a configuration."""
+def config_options(
+    fields: dict[str, str], config: type[Group] = TrainConfig, defaults: Mapping[str, Any] | None = None
+) -> Callable[[Command], Command]:
+    """Add an option for each field of a configuration; `defaults` are those of the command, where it has its own."""
 
     def decorate(command: Command) -> Command:
         for name, dotted in reversed(fields.items()):
-            command = _config_option(name, *field_of(dotted, config))(command)
+            info, default = field_of(dotted, config)
+            command = _config_option(name, info, (defaults or {}).get(name, default))(command)
         return command
 
     return decorate

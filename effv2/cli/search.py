@@ -8,6 +8,7 @@ from typing import Any
 import click
 
 from effv2.cli.options import ONE_RUN, SHARED, config_options, reports_errors, study_option, study_options
+from effv2.studies.options import SHORT_EPOCHS
 
 FIELDS = ONE_RUN | SHARED
 
@@ -17,7 +18,7 @@ FIELDS = ONE_RUN | SHARED
     "--trials", default="", metavar="INTEGER", help="Trials of the study in all.  [default: 12, or the study's]"
 )
 @study_option
-@config_options(FIELDS)
+@config_options(FIELDS, defaults={"epochs": SHORT_EPOCHS})
 @study_options(log_model="best")
 @reports_errors
 def search(trials: str, study: str, **options: Any) -> None:

@@ -14,6 +14,7 @@ from effv2.architecture import PUBLISHED_VARIANTS
 from effv2.config import TrainConfig
 from effv2.documents import Document, Place, dotted, read_document, validate
 from effv2.errors import InputError, nearest
+from effv2.studies.options import SHORT_EPOCHS
 from effv2.studies.settings import Layer, build_config, document_layer
 
 DEFAULT_TRIALS = 12
@@ -170,13 +171,13 @@ def built_in_hparam_check() -> Study:
 
     ReduceLROnPlateau waits for no epoch there, since it would otherwise never act.
     """
-    short = {"schedule": {"epochs": 3, "plateau_patience": 0}}
+    short = {"schedule": {"epochs": SHORT_EPOCHS, "plateau_patience": 0}}
     return _built_in("hparam-check", "Hyper-parameters of EfficientNetV2-S, one changed at a time.", short, HPARAM_ARMS)
 
 
 def built_in_search() -> Study:
     """Return a short search over dropout, stochastic depth and depth multiplier on digits."""
-    short = {"schedule": {"epochs": 3}}
+    short = {"schedule": {"epochs": SHORT_EPOCHS}}
     return _built_in("search", "Dropout, stochastic depth and depth multiplier of EfficientNetV2-S.", short, {})
 
 

@@ -9,6 +9,7 @@ from effv2.training.saving import Saving
 
 LogModel = Literal["best", "all", "none"]  # best = that of the study's best run alone
 DEFAULT_STORAGE = "sqlite:///optuna.db"
+SHORT_EPOCHS = 3  # of a run of hparam-check and search without a study file
 
 
 @dataclass(frozen=True)
