@@ -25,6 +25,7 @@ from effv2.evidence.selection import FREE, is_like
 from effv2.evidence.statistics import (
     FEWEST,
     LEVEL,
+    Interval,
     Sample,
     Unpaired,
     fisher,
@@ -453,6 +454,8 @@ def test_intervals_end_where_values_do_and_equal_values_have_none(tmp_path: Path
     claims = two_arms(tmp_path, f"{{kind: level, metric: {METRIC}, arm: a, about: 0.2, within: 0.1}}")
     (judgement,) = judge(claims, study({"a": [0.0, 0.3, 0.8]}), nothing)
     assert "[0.00 % to 100.00 %], 3 runs" in judgement.findings[0].evidence
+    gap = Interval(-0.08, -0.04)  # of a metric that is called an accuracy and is none
+    assert gap.within(quantity("accuracy_gap").possible) == gap
 
 
 def test_published_networks_have_a_line_for_unseen_images_and_one_for_all() -> None:
