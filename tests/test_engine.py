@@ -146,13 +146,14 @@ def wait_for(condition: Callable[[], Any], process: subprocess.Popen[str]) -> An
 
 
 def in_mid_epoch(storage: Storage, finished: int) -> int:
-    """Return the pid of a worker that has begun a second epoch, once so many trials are finished."""
+    """Return the pid of a worker that lives and has begun a second epoch, once so many trials are finished."""
     found = trials(storage)
     if sum(trial.state.is_finished() for trial in found) < finished:
         return 0
     running = (trial for trial in found if trial.state == TrialState.RUNNING)
-    begun = (trial for trial in running if 0 < len(trial.intermediate_values) < EPOCHS)
-    return next((int(trial.user_attrs[OWNER].split("/")[2]) for trial in begun), 0)
+    begun = (trial.user_attrs[OWNER] for trial in running if 0 < len(trial.intermediate_values) < EPOCHS)
+    # The trial of a killed worker stands as running until another worker looks for work.
+    return next((int(owner.split("/")[2]) for owner in begun if not is_gone(owner)), 0)
 
 
 def end(process: subprocess.Popen[str]) -> str:
