@@ -17,10 +17,11 @@ from scipy import stats
 from effv2.config import TrainConfig
 from effv2.errors import InputError
 from effv2.evidence.claims import Claims, Protocol, read_claims
+from effv2.evidence.comparison import Comparison
 from effv2.evidence.judge import Verdict, Words, judge
 from effv2.evidence.quantities import TEST, TRAIN, quantity
 from effv2.evidence.reference import published_runs
-from effv2.evidence.sections import section
+from effv2.evidence.sections import Section, section
 from effv2.evidence.selection import FREE, is_like
 from effv2.evidence.statistics import (
     FEWEST,
@@ -37,6 +38,7 @@ from effv2.evidence.study import Study
 from effv2.studies.files import read_study
 from effv2.studies.settings import Layer
 from effv2.tracking.read import Images, RunRecord
+from effv2.tracking.tags import COMMAND, LONGEST_TAG, LOOKS, PLANNED, as_tags, names_in
 from tests.conftest import ROOT
 
 METRIC = "selected/test_accuracy"
@@ -204,7 +206,7 @@ samples = st.lists(st.floats(-1, 1), min_size=3, max_size=12).filter(lambda valu
 
 
 @given(samples, st.floats(-1, 1))
-@settings(deadline=None, max_examples=50)
+@settings(max_examples=50)
 def test_intervals_and_p_values_are_those_of_students_test(values: list[float], edge: float) -> None:
     sample, (low, high) = (
         Sample(tuple(values)),
@@ -220,7 +222,7 @@ def test_intervals_and_p_values_are_those_of_students_test(values: list[float], 
 
 
 @given(samples, st.lists(st.floats(-1, 1), min_size=12, max_size=12), st.randoms())
-@settings(deadline=None, max_examples=50)
+@settings(max_examples=50)
 def test_what_a_seed_adds_to_both_arms_changes_nothing(
     tmp_path_factory: pytest.TempPathFactory, effects: list[float], luck: list[float], random: Any
 ) -> None:
@@ -353,6 +355,10 @@ def test_repeated_splits_count_once_each_and_widen_the_interval(tmp_path: Path) 
     more = [run(0.5, 9, model__variant=arm, data__split_seed=1) for arm in "ab"]
     (judgement,) = judge(claims, [*one, *more], nothing)
     assert judgement.findings[0].evidence.startswith(f"{on_one.findings[0].evidence}; on one split alone, 2 runs")
+    # Splits on which the arms have no seed in common aren't counted beside one that has all the pairs.
+    single = [run(0.5, seed, model__variant=arm, data__split_seed=s) for s in (1, 2) for arm, seed in ("a0", "b1")]
+    (judgement,) = judge(claims, [*one, *single], nothing)
+    assert judgement.findings[0].evidence.startswith(f"{on_one.findings[0].evidence}; 4 runs on splits without pairs")
     apart = study({"a": values}, data__split_seed=1) + study({"b": [0.0, 0.001] * 2}, data__split_seed=2)
     (judgement,) = judge(claims, apart, nothing)
     assert judgement.verdict == Verdict.NOT_TESTED and "no split" in judgement.findings[0].lacking
@@ -426,6 +432,54 @@ def test_tables_hold_intervals_and_differences_however_many_arms_there_are(arms:
         )
     decisive = "best" if rules == "published" else "selected"
     assert told[f"less arm0, test accuracy, {decisive} epoch, paired [95 %]"].startswith("+1.00 points")
+
+
+def test_the_highest_arm_is_the_one_by_the_accuracy_that_decides() -> None:
+    best, selected = {"a": 0.985, "b": 0.984}, {"a": 0.975, "b": 0.983}
+    for rules, highest in (("published", "a"), ("standard", "b")):
+        arms = {
+            arm: [replace(run(0, data__sampling=rules), metrics={**metrics})]
+            for arm in "ab"
+            for metrics in [{"best/test_accuracy": best[arm], "selected/test_accuracy": selected[arm]}]
+        }
+        assert Comparison(arms).sentence().startswith(f"Highest: **{highest}**")
+
+
+def test_single_runs_are_repeats_only_where_nothing_but_seeds_differs() -> None:
+    alone = [run(0.5, seed, model__variant="a", optimiser__lr=lr) for lr in (0.1, 0.01) for seed in range(3)]
+    titles, runs, *_ = section(Study(None, alone), read_claims()).table
+    assert titles[1:] == ("a, optimiser.lr 0.1", "a, optimiser.lr 0.01") and runs[1:] == ("3", "3")
+    titles, *_ = section(Study(None, alone[:3]), read_claims()).table
+    assert titles[1:] == ("a",)
+
+
+def test_a_study_says_what_it_lacks_and_why() -> None:
+    error = {"effv2.error": "Diverged: no number"}
+    done, gone, open_, diverged = (
+        replace(run(0.5, 0, "selected/val_accuracy", error), name=f"trial {number}", status=status)
+        for number, status in enumerate(["FINISHED", "KILLED", "RUNNING", "FAILED"])
+    )
+    runs = [done, gone, open_, diverged]
+    tags = as_tags(PLANNED, [each.name for each in runs]) | {COMMAND: "effv2 search --fresh", LOOKS: "x,y"}
+
+    def told(kind: str, runs: Sequence[RunRecord]) -> Section:
+        return section(Study(replace(run(0), params={"study.kind": kind}, tags=tags), runs), read_claims())
+
+    assert told("ablate", runs).missing == (
+        "it is being worked on, or its process died; 1 run failed: trial 3 (Diverged: no number); 2 runs planned but "
+        "not finished: trial 1, trial 2. The command below, without --fresh, goes on with it."
+    )
+    finished = [replace(each, name=f"trial {number}") for number, each in enumerate([done, done, done])]
+    assert "failed" in told("ablate", [*finished, diverged]).missing
+    search = told("search", [*finished, diverged])
+    assert not search.missing and "by 2, each the best one when" in search.notes[-1]
+
+
+@given(st.lists(st.text(min_size=1, max_size=300), max_size=60))
+def test_lists_of_any_length_are_kept_in_tags(names: list[str]) -> None:
+    tags = as_tags(PLANNED, names)
+    assert names_in({**as_tags(PLANNED, ["x" * 300] * 99), **tags}, PLANNED) == names
+    assert all(len(text) <= LONGEST_TAG for text in tags.values())
 
 
 def test_arms_are_held_against_the_baseline_under_their_own_schedule() -> None:

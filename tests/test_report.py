@@ -17,7 +17,7 @@ from mlflow.entities import Metric, Param, RunTag
 from effv2.cli.ablate import ablate
 from effv2.cli.report import report
 from effv2.cli.train import train
-from effv2.tracking.tags import BORROWED, lent_in
+from effv2.tracking.tags import lent_in
 from tests.test_commands import all_runs, invoke
 
 CLAIM = """
@@ -33,6 +33,9 @@ claims:
     checks:
       - {kind: difference, metric: selected/test_accuracy, arm: other, against: default}
 """
+# A run without a study, of a small network of the variant `default`.
+OF_THE_DEFAULT = ["--depth-multiplier", "0.1", "--width-multiplier", "0.1", "--precision", "fp32"]
+OF_THE_DEFAULT += ["--image-size", "8", "--per-class", "12", "--epochs", "1", "--log-model", "none"]
 
 
 class Page(HTMLParser):
@@ -96,7 +99,7 @@ def test_a_study_ends_with_a_report_and_views(sqlite_store: str, tiny_study: Pat
     tiny_study.write_text(tiny_study.read_text().replace("name: tiny", "name: second\nbaseline: other"))
     assert invoke(ablate, *words, "--seeds", "0,1,2").exit_code == 0
     second = next(run for run in all_runs() if run.data.params.get("study.name") == "second")
-    assert sorted(lent_in(second.data.tags[BORROWED]).values()) == [
+    assert sorted(lent_in(second.data.tags).values()) == [
         "default, seed 0", "default, seed 1", "other, seed 0", "other, seed 1",
     ]  # fmt: skip
     markdown = artifact(second.info.run_id, "report.md", tmp_path)
@@ -111,7 +114,7 @@ def test_arms_may_be_compared_on_validation_alone(sqlite_store: str, tiny_study:
     assert invoke(ablate, "--study", tiny_study, "--log-model", "none", "--seeds", "0,1,2").exit_code == 0
     parent, *children = all_runs()
     assert not any("test" in name for run in (parent, *children) for name in run.data.metrics)
-    assert "validation accuracy at the best epoch (mean of 3 runs)" in parent.data.tags["mlflow.note.content"]
+    assert "validation accuracy, best epoch (mean of 3 runs)" in parent.data.tags["mlflow.note.content"]
     markdown = artifact(parent.info.run_id, "report.md", tmp_path)
     assert "| less default, validation accuracy, best epoch, paired [95 %] |" in markdown
     assert "The test set was left alone" in markdown and "validation-accuracy.svg" in markdown
@@ -123,8 +126,7 @@ def test_arms_may_be_compared_on_validation_alone(sqlite_store: str, tiny_study:
 
 def test_an_experiment_is_reported_exported_and_rebuilt(sqlite_store: str, tiny_study: Path, tmp_path: Path) -> None:
     assert invoke(ablate, "--study", tiny_study, "--seeds", "0,1,2", "--log-model", "none").exit_code == 0
-    words = ["--image-size", "8", "--per-class", "12", "--epochs", "1", "--log-model", "none"]
-    assert invoke(train, *words).exit_code == 0
+    assert invoke(train, *OF_THE_DEFAULT).exit_code == 0
     claims, out, again = tmp_path / "claims.yaml", tmp_path / "out", tmp_path / "again"
     claims.write_text(CLAIM.replace("OTHER", "ohter"))
     assert invoke(report, "--claims", claims, "--export", out).exit_code == 0
@@ -175,13 +177,12 @@ def test_exports_of_several_experiments_are_joined(sqlite_store: str, tmp_path: 
     early, late, other, joined = (tmp_path / name for name in ("early", "late", "other", "joined"))
     claims = tmp_path / "claims.yaml"
     claims.write_text(CLAIM)
-    words = ["--image-size", "8", "--per-class", "12", "--epochs", "1", "--log-model", "none"]
-    assert invoke(train, *words, "--experiment", "one").exit_code == 0
+    assert invoke(train, *OF_THE_DEFAULT, "--experiment", "one").exit_code == 0
     assert invoke(report, "--experiment", "one", "--claims", claims, "--export", early).exit_code == 0
     (run,) = (run for run in all_runs() if "effv2.report" not in run.data.tags)
     MlflowClient().log_metric(run.info.run_id, "test/loss", 0.5, step=2)  # it goes on
     assert invoke(report, "--experiment", "one", "--claims", claims, "--export", late).exit_code == 0
-    assert invoke(train, *words, "--experiment", "other").exit_code == 0
+    assert invoke(train, *OF_THE_DEFAULT, "--experiment", "other").exit_code == 0
     claims.write_text(CLAIM.replace("M1", "M2"))
     assert invoke(report, "--experiment", "other", "--claims", claims, "--export", other).exit_code == 0
     sources = ["--from-export", f"{other}, {early},{late},"]
@@ -223,13 +224,18 @@ def test_empty_and_half_finished_studies_say_what_is_missing(sqlite_store: str, 
     client.set_terminated(child)
     assert invoke(report, "--export", out).exit_code == 0
     markdown, html = (out / "report.md").read_text(), (out / "report.html").read_text()
-    assert "1 planned runs aren't finished: other, seed 0" in markdown and "effv2 ablate --study" in markdown
+    assert (
+        "1 run planned but not finished: other, seed 0. The command below goes on with it." in markdown
+        and "effv2 ablate --study" in markdown
+    )
     assert "<b>half" not in html and "<i>" not in html + markdown and not Page(html).open and html.count("<svg") == 3
     # Again into the same folder: nothing is left of the report before, and what is somebody else's stays.
-    (out / "data" / "mine.txt").write_text("mine")
+    mine = [out / "data" / "mine.txt", out / "figures" / "01-overview.svg"]
+    for path in mine:
+        path.write_text("mine")
     client.delete_run(child)
     assert invoke(report, "--export", out).exit_code == 0
-    assert not list((out / "figures").iterdir()) and (out / "data" / "mine.txt").read_text() == "mine"
+    assert list((out / "figures").iterdir()) == mine[1:] and {path.read_text() for path in mine} == {"mine"}
 
 
 def test_the_run_that_mlflow_opened_gets_the_report(

@@ -11,7 +11,7 @@ from effv2.evidence.comparison import COLUMNS, NONE, Comparison, Rows, Told
 from effv2.evidence.figures import accuracy_against_time, accuracy_curves, bars
 from effv2.evidence.quantities import QUANTITIES, TEST, TRAIN, VALIDATION, percent, points
 from effv2.evidence.reference import published_runs
-from effv2.evidence.selection import complete, has, is_like, seed_of, split_of
+from effv2.evidence.selection import FREE, complete, has, is_like, seed_of, split_of
 from effv2.evidence.statistics import FEWEST, TINY, Sample, holm, p_text
 from effv2.evidence.study import MAIN, Study, arm_of, has_figures
 from effv2.tracking.read import RunRecord
@@ -28,6 +28,8 @@ def tell_arms(study: Study, title: str, claims: Claims) -> Told:
             arms.setdefault(arm_of(run), []).append(run)
     if not arms:
         return Told()
+    if study.parent is None:
+        arms = _by_settings(arms)
     comparison = Comparison(arms)
     published, protocol = _published_curves(arms, claims)
     figures: dict[str, Figure] = {}
@@ -42,9 +44,24 @@ def tell_arms(study: Study, title: str, claims: Claims) -> Told:
     if seconds:
         figures["training time"] = bars(seconds, f"{title}: training", "seconds")
     notes = list(_notes(arms, protocol))
-    if _decisive(comparison) == "selected/val_accuracy":
+    if comparison.decisive == "selected/val_accuracy":
         notes.append("The test set was left alone: this is validation at its best epoch, which flatters every arm.")
     return Told(_table(comparison, study.baseline(arms)), figures, notes)
+
+
+def _by_settings(arms: Mapping[str, Sequence[RunRecord]]) -> dict[str, list[RunRecord]]:
+    """Part the runs of each arm that differ in more than seeds: nobody planned them as repeats of each other."""
+    parted: dict[str, list[RunRecord]] = {}
+    for arm, runs in arms.items():
+        settings = [
+            {name: value for name, value in run.params.items() if "." in name and name not in FREE} for run in runs
+        ]
+        names = dict.fromkeys(name for one in settings for name in one)
+        differing = [name for name in names if len({one.get(name) for one in settings}) > 1]
+        for run, one in zip(runs, settings, strict=True):
+            words = (f"{name} {one.get(name, NONE) or 'empty'}" for name in differing)
+            parted.setdefault(", ".join((arm, *words)), []).append(run)
+    return parted
 
 
 def _table(comparison: Comparison, baseline: str) -> Rows:
@@ -52,7 +69,7 @@ def _table(comparison: Comparison, baseline: str) -> Rows:
 
     Many arms have a line each, and the main figures alone.
     """
-    decisive = _decisive(comparison)
+    decisive = comparison.decisive
     titles, runs, *lines = comparison.lines()
     main: Rows = [titles, runs]
     others: Rows = []
@@ -66,20 +83,6 @@ def _table(comparison: Comparison, baseline: str) -> Rows:
             shown += _differences(comparison, baseline, name)
         (main if name in MAIN else others).extend(shown)
     return [*main, *others] if len(comparison.arms) <= MOST_COLUMNS else list(zip(*main, strict=True))
-
-
-def _decisive(comparison: Comparison) -> str:
-    """Return the accuracy that decides: under the published rules, without a validation split, the best epoch's.
-
-    Elsewhere it is the selected epoch's: the best one on validation, or the last. Where the test set was left alone, it
-    is that on validation.
-    """
-    runs = [run for of_arm in comparison.arms.values() for run in of_arm]
-    validated = all("selected/val_accuracy" in run.metrics for run in runs)
-    if not comparison.values("selected/test_accuracy"):
-        return "selected/val_accuracy"
-    published = any(run.params.get("data.sampling") == "published" for run in runs)
-    return "best/test_accuracy" if published and not validated else "selected/test_accuracy"
 
 
 def _intervals(comparison: Comparison, name: str) -> Rows:

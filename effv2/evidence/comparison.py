@@ -81,16 +81,29 @@ class Comparison:
             return mean
         return f"{mean} ± {what.text(statistics.stdev(values))}"
 
+    @property
+    def decisive(self) -> str:
+        """Return the accuracy that decides: under the published rules, without a validation split, the best epoch's.
+
+        Elsewhere it is the selected epoch's: the best one on validation, or the last. Where the test set was left
+        alone, it is that on validation.
+        """
+        runs = [run for of_arm in self.arms.values() for run in of_arm]
+        validated = all("selected/val_accuracy" in run.metrics for run in runs)
+        if not self.values("selected/test_accuracy"):
+            return "selected/val_accuracy"
+        published = any(run.params.get("data.sampling") == "published" for run in runs)
+        return "best/test_accuracy" if published and not validated else "selected/test_accuracy"
+
     def sentence(self) -> str:
-        """Say which arm has the highest mean of the published metric, or on validation, and that it is no verdict."""
-        tested = self.values("best/test_accuracy")
-        means = {arm: statistics.fmean(each) for arm, each in (tested or self.values("selected/val_accuracy")).items()}
+        """Say which arm has the highest mean of the accuracy that decides, and that it is no verdict."""
+        means = {arm: statistics.fmean(each) for arm, each in self.values(self.decisive).items()}
         best = max(means, key=lambda arm: means[arm], default="")
         if not best:
             return "No accuracies yet."
         count = len(self.arms[best])
         runs = "1 run" if count == 1 else f"mean of {count} runs"
-        accuracy = f"{percent(means[best])} {'test' if tested else 'validation'} accuracy at the best epoch ({runs})"
+        accuracy = f"{percent(means[best])} {QUANTITIES[self.decisive].words} ({runs})"
         return f"Highest: **{best}**, {accuracy}; the report says how sure that is."
 
     def values(self, name: str) -> dict[str, list[float]]:

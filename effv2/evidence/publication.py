@@ -17,7 +17,7 @@ from effv2.tracking.read import read_experiment
 from effv2.tracking.recovery import open_experiment
 from effv2.tracking.run import TrackedRun, open_report_run, run_address, working_on
 from effv2.tracking.store import TrackingError, reason
-from effv2.tracking.tags import BORROWED, as_tag, lent
+from effv2.tracking.tags import BORROWED, as_tags, lent
 from effv2.tracking.views import artifact_link, describe_experiment, save_views, view_links
 
 DATA = "data"  # folder of an export
@@ -60,7 +60,7 @@ def report_on_study(parent: TrackedRun, used: Mapping[str, str]) -> None:
     runs = read_experiment(parent.experiment_id, (), parent.run_id)
     own = {run.run_id for run in runs if run.parent == parent.run_id}
     borrowed = [lent(run_id, name) for name, run_id in used.items() if run_id not in own]
-    parent.set_tags({BORROWED: as_tag(borrowed)})
+    parent.set_tags(as_tags(BORROWED, borrowed))
     evidence = tracked(parent.experiment_id, parent=parent.run_id)
     log_report(make_report(evidence, read_claims(), only_touched=True), parent)
     _show_in_ui(parent)

@@ -33,10 +33,11 @@ class Report:
     figures: Mapping[str, str]
 
     def write(self, folder: Path) -> None:
-        """Write all of it."""
+        """Write all of it, in the place of the figures that an earlier report shows there."""
         (folder / FIGURES).mkdir(parents=True, exist_ok=True)
-        for left in (folder / FIGURES).glob("[0-9][0-9]-*.svg"):  # of an earlier report
-            left.unlink()
+        earlier = (folder / MARKDOWN).read_text(encoding="utf-8") if (folder / MARKDOWN).is_file() else ""
+        for name in re.findall(rf"\]\({FIGURES}/(\d+-[a-z0-9-]+\.svg)\)", earlier):
+            (folder / FIGURES / name).unlink(missing_ok=True)
         (folder / HTML).write_text(self.html, encoding="utf-8")
         (folder / MARKDOWN).write_text(self.markdown, encoding="utf-8")
         for name, svg in self.figures.items():

@@ -6,6 +6,7 @@ import math
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from textwrap import shorten
 
 from matplotlib.figure import Figure
 
@@ -18,9 +19,10 @@ from effv2.evidence.statistics import wilson
 from effv2.evidence.study import Study, studies_of
 from effv2.tracking.read import RunRecord
 from effv2.tracking.run import OUTCOME
-from effv2.tracking.tags import COMMAND, PLANNED, names_in
+from effv2.tracking.tags import COMMAND, LOOKS, PLANNED, names_in
 
 BEST_TRIALS = 5
+MOST_NAMED, LONGEST_REASON = 6, 150  # of the runs that a study lacks; characters
 SINGLE_RUNS = "Single runs"
 # Where a report tells about them: what a tag is called, and how it is called there.
 ENVIRONMENT = {
@@ -45,7 +47,7 @@ ENVIRONMENT = {
 class Section:
     """A study in a report. `table` has its titles first; figures are by the word that names their file.
 
-    `missing` says what there should be and isn't.
+    `missing` says in sentences what there should be and isn't.
     """
 
     title: str
@@ -98,20 +100,35 @@ def section(study: Study, claims: Claims) -> Section:
 
 
 def _missing(study: Study) -> str:
+    """Say what a study lacks: runs that failed, unless it is a search, where that is an answer, and planned ones."""
     parent = study.parent
     if parent is None:
         return ""
     there = {run.name for run in study.runs if run.status == "FINISHED"}
-    lacking = [name for name in names_in(parent.tags.get(PLANNED, "")) if name not in there]
+    failed = {
+        run.name: f"{run.name} ({shorten(run.tags.get('effv2.error', 'no reason known'), LONGEST_REASON)})"
+        for run in study.runs
+        if run.status == "FAILED" and run.name not in there
+    }
+    lacking = [name for name in names_in(parent.tags, PLANNED) if name not in there | failed.keys()]
     said = []
-    if lacking and parent.status == "RUNNING":
+    if any(run.status == "RUNNING" for run in study.runs):
         said.append("it is being worked on, or its process died")
+    if failed and study.kind != "search":
+        said.append(_some("failed", list(failed.values())))
     if lacking:
-        more = f" and {len(lacking) - 6} more" if len(lacking) > 6 else ""
-        said.append(f"{len(lacking)} planned runs aren't finished: {', '.join(lacking[:6])}{more}")
+        said.append(_some("planned but not finished", lacking))
     if not study.runs:
         said.append("it has no runs yet")
-    return "; ".join(said)
+    if lacking and (command := parent.tags.get(COMMAND, "")):
+        without = ", without --fresh," if "--fresh" in command.split() else ""
+        return f"{'; '.join(said)}. The command below{without} goes on with it."
+    return f"{'; '.join(said)}." if said else ""
+
+
+def _some(words: str, names: Sequence[str]) -> str:
+    more = f" and {len(names) - MOST_NAMED} more" if len(names) > MOST_NAMED else ""
+    return f"{len(names)} {'run' if len(names) == 1 else 'runs'} {words}: {', '.join(names[:MOST_NAMED])}{more}"
 
 
 def _environment(runs: Iterable[RunRecord]) -> Iterator[tuple[str, str]]:
@@ -183,14 +200,16 @@ def _tell_search(study: Study, title: str, claims: Claims) -> Told:
         ),
         *((name, *(_number(run.params.get(name, "")) for run in trials[:BEST_TRIALS])) for name in names),
     ]
-    outcomes = Counter(run.tags.get(OUTCOME, "unknown") for run in study.runs if run.status == "FINISHED")
+    outcomes = Counter(run.tags.get(OUTCOME, "unknown") for run in study.runs if run.status in ("FINISHED", "FAILED"))
     ended = ", ".join(f"{count} {outcome}" for outcome, count in sorted(outcomes.items()))
     parent = study.parent
     if parent is not None and parent.status == "FINISHED" and parent.ended > parent.started:
         ended += f"; {_duration((parent.ended - parent.started) / 1000)} from its first start to its end"
+    looks = len(parent.tags.get(LOOKS, "").split(",")) if parent is not None else 1
+    seen = "the best one alone" if looks == 1 else f"{looks}, each the best one when the search had come that far"
     notes = [
         f"Trials: {ended}.",
-        "Trials are chosen on validation; the test set is looked at by the best one alone, after it was chosen.",
+        f"Trials are chosen on validation; the test set is looked at by {seen}, after it was chosen.",
     ]
     return Told([titles, *lines], notes=notes)
 

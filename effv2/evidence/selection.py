@@ -183,12 +183,17 @@ def _usable(value: float | None, positive: bool) -> bool:
 def _on_shared_splits(chosen: Chosen) -> Chosen:
     """Keep the splits that all arms have: an arm on other images says nothing of the difference.
 
-    Fewer than three splits decide nothing, so that of two the one with more runs counts.
+    Where there are pairs enough to be judged by them, those that have pairs. Fewer than three splits decide nothing,
+    so that of two the one with more runs counts.
     """
     shared = set.intersection(*({split for split, _ in of_arm} for of_arm in chosen.arms.values()))
+    paired = {split for split, _ in pairs} if len(pairs := chosen.pairs()) >= FEWEST else shared
     if not shared:
         return Chosen({arm: {} for arm in chosen.arms}, why="the arms have no split of the data in common")
     aside = list(chosen.aside)
+    if unpaired := sum(split in shared - paired for of_arm in chosen.arms.values() for split, _ in of_arm):
+        aside.append(f"{_runs(unpaired)} on splits without pairs left aside")
+        shared = paired
     if 1 < len(shared) < FEWEST:
         runs = Counter(split for of_arm in chosen.arms.values() for split, _ in of_arm if split in shared)
         most = max(sorted(shared), key=lambda split: runs[split])

@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from effv2.evidence.quantities import QUANTITIES
 from effv2.evidence.selection import complete
 from effv2.tracking.read import RunRecord
-from effv2.tracking.tags import ARM, BORROWED, PLANNED, lent_in, names_in
+from effv2.tracking.tags import ARM, PLANNED, lent_in, names_in
 
 # A table of arms has these figures first; a run that has none of them isn't told of.
 MAIN = ("best/test_accuracy", "selected/test_accuracy", "selected/val_accuracy", "time/total_train_seconds")
@@ -28,7 +28,7 @@ class Study:
 
     def in_order(self) -> list[RunRecord]:
         """Return the runs in the order in which they were planned, whichever worker was quicker."""
-        planned = names_in(self.parent.tags.get(PLANNED, "")) if self.parent else []
+        planned = names_in(self.parent.tags, PLANNED) if self.parent else []
         place = {name: index for index, name in enumerate(planned)}
         return sorted(self.runs, key=lambda run: place.get(run.name, len(place)))
 
@@ -49,7 +49,7 @@ def studies_of(runs: Sequence[RunRecord]) -> list[Study]:
     alone = children.pop("", [])
     studies = []
     for run in runs:
-        names = lent_in(run.tags.get(BORROWED, ""))
+        names = lent_in(run.tags)
         lent = [_as_lent(by_id[each], name) for each, name in names.items() if each in by_id]
         if run.run_id in children or lent or "study.kind" in run.params:
             studies.append(Study(run, [*children.get(run.run_id, []), *lent]))

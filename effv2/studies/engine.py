@@ -34,7 +34,7 @@ from effv2.tracking.store import (
     tracking_uri,
     wait_until_it_answers,
 )
-from effv2.tracking.tags import COMMAND, PLANNED, as_tag, names_in
+from effv2.tracking.tags import COMMAND, PLANNED, as_tags, names_in
 
 FAIL = TrialState.FAIL
 # User attributes of Optuna's study.
@@ -107,8 +107,8 @@ def _open(plan: Plan, storage: Storage, experiment_id: str, options: StudyOption
         raise InputError(f"--storage {storage.shown}: can't be used ({why(error)}); mend or restart it.") from error
     study, parent, fresh = opened
     point_adopted_run_to(parent)
-    planned = as_tag(dict.fromkeys([*names_in(parent.tag(PLANNED)), *plan.slots]))
-    parent.set_tags({COMMAND: provenance.command(), PLANNED: planned})
+    planned = dict.fromkeys([*names_in(parent.tags(), PLANNED), *plan.slots])
+    parent.set_tags({COMMAND: provenance.command()} | as_tags(PLANNED, planned))
     return Session(
         plan=plan,
         storage_url=storage.url,

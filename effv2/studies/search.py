@@ -34,11 +34,11 @@ from effv2.studies.plan import LoadData, PlannedRun, Purpose, Trials, best_of, d
 from effv2.studies.queue import RUN
 from effv2.studies.settings import Layer, build_config
 from effv2.tracking.run import TrackedRun
+from effv2.tracking.tags import LOOKS
 
 RANDOM_TRIALS = 10  # before TPE has anything to go by
 SHOWN_TRIALS = 5
 VALIDATION, TEST = "selected/val_accuracy", "selected/test_accuracy"
-LOOKS = "effv2.tested_runs"  # tag of the study's run: all trials that were looked at on the test set
 FIGURES: dict[str, Callable[[optuna.Study], Any]] = {
     "importance": plots.plot_param_importances,
     "history": plots.plot_optimization_history,
@@ -160,7 +160,7 @@ class Search:
             known[TEST] = score_on_test(outcome) if TEST not in known else known[TEST]
             if wants_model:
                 outcome.log_model()
-        looks = list(dict.fromkeys([*filter(None, parent.tag(LOOKS).split(",")), run.run_id]))
+        looks = list(dict.fromkeys([*filter(None, parent.tags().get(LOOKS, "").split(",")), run.run_id]))
         parent.set_tags({"effv2.best_run": run.run_id, LOOKS: ",".join(looks)})
         parent.log_metrics({VALIDATION: known[VALIDATION], TEST: known[TEST]})
         return looks

@@ -14,7 +14,7 @@ from mlflow import MlflowClient
 from mlflow.entities import Run
 
 from effv2.tracking.run import OUTCOME
-from effv2.tracking.tags import BORROWED, lent_in
+from effv2.tracking.tags import lent_in
 
 PARENT = "mlflow.parentRunId"
 READERS = 8  # histories that are asked for at once: a server answers each in milliseconds, but after a while
@@ -124,7 +124,7 @@ def read_experiment(experiment_id: str, histories: Iterable[str], parent: str = 
     client = MlflowClient()
     condition = f"tags.`{PARENT}` = '{parent}'" if parent else ""
     runs = [client.get_run(parent)] if parent else []
-    lent = lent_in(runs[0].data.tags.get(BORROWED, "")) if parent else {}
+    lent = lent_in(runs[0].data.tags) if parent else {}
     token: str | None = None
     while True:
         page = client.search_runs([experiment_id], condition, order_by=["start_time ASC"], page_token=token)

@@ -174,9 +174,9 @@ class TrackedRun:
         """Say whether the run is marked as running."""
         return bool(mlflow.MlflowClient().get_run(self.run_id).info.status == "RUNNING")
 
-    def tag(self, name: str) -> str:
-        """Return a tag, empty where it isn't set."""
-        return str(mlflow.MlflowClient().get_run(self.run_id).data.tags.get(name, ""))
+    def tags(self) -> dict[str, str]:
+        """Return the tags."""
+        return dict(mlflow.MlflowClient().get_run(self.run_id).data.tags)
 
     def model_address(self) -> str:
         """Return the address of the model that was logged, empty where there is none."""
