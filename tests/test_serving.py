@@ -6,6 +6,7 @@ import base64
 import csv
 import json
 import os
+import shutil
 import socket
 import subprocess
 import sys
@@ -26,17 +27,30 @@ from mlflow import MlflowClient
 from PIL import Image
 
 from effv2.cli.train import train
+from effv2.data.images import FileImages
 from effv2.data.preparation import CentreCrop, Square
 from tests.conftest import TINY_TABLE, make_image_tree
 
 OUTPUTS = 7  # wider than the three classes: the rest is the column `other`
 
 
-@pytest.fixture
-def trained(sqlite_store: str, tmp_path: Path) -> tuple[Path, Path, list[dict[str, str]]]:
+Trained = tuple[Path, Path, list[dict[str, str]]]
+
+
+@pytest.fixture(scope="module")
+def trained(template_database: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Trained]:
     """Train on a folder set; return its folder, that of the model, and the logged predictions."""
-    root = make_image_tree(tmp_path / "set", ("train", "test"))
-    study = tmp_path / "study.yaml"
+    folder = tmp_path_factory.mktemp("served")
+    shutil.copy(template_database, folder / "mlflow.db")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        patch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{folder / 'mlflow.db'}")
+        yield train_in(folder)
+
+
+def train_in(folder: Path) -> Trained:
+    root = make_image_tree(folder / "set", ("train", "test"))
+    study = folder / "study.yaml"
     study.write_text(
         f"name: served\nconfig:\n  data: {{image_size: 8, normalise: imagenet}}\n  model: {{variant: tiny, "
         f"table: {TINY_TABLE}, outputs: {OUTPUTS}}}\n  schedule: {{epochs: 2}}\n"
@@ -50,14 +64,14 @@ def trained(sqlite_store: str, tmp_path: Path) -> tuple[Path, Path, list[dict[st
     assert run.outputs
     (output,) = run.outputs.model_outputs
     location = client.get_logged_model(output.model_id).artifact_location
-    predictions = client.download_artifacts(run.info.run_id, "predictions.csv", str(tmp_path))
+    predictions = client.download_artifacts(run.info.run_id, "predictions.csv", str(folder))
     with Path(predictions).open(newline="", encoding="utf-8") as file:
         rows = list(csv.DictReader(file))
     return root, Path(location.removeprefix("file://")), rows
 
 
 @pytest.fixture
-def server(trained: tuple[Path, Path, list[dict[str, str]]]) -> Iterator[str]:
+def server(trained: Trained) -> Iterator[str]:
     """Serve the model over HTTP without the training package on its path, pickles forbidden."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
@@ -76,12 +90,13 @@ def server(trained: tuple[Path, Path, list[dict[str, str]]]) -> Iterator[str]:
     ) as process:
         address = f"http://127.0.0.1:{port}"
         try:
-            for _ in range(300):
+            deadline = time.monotonic() + 180
+            while True:
                 try:
                     urllib.request.urlopen(f"{address}/ping", timeout=1).close()
                     break
                 except OSError:
-                    assert process.poll() is None
+                    assert process.poll() is None and time.monotonic() < deadline
                     time.sleep(0.2)
             yield address
         finally:
@@ -100,9 +115,7 @@ def ask(address: str, images: list[str]) -> tuple[int, Any]:
             return error.code, error.read().decode()
 
 
-def test_served_model_answers_files_as_training_saw_them(
-    trained: tuple[Path, Path, list[dict[str, str]]], server: str
-) -> None:
+def test_served_model_answers_files_as_training_saw_them(trained: Trained, server: str) -> None:
     root, _, rows = trained
     files = [base64.b64encode((root / row["id"]).read_bytes()).decode() for row in rows]
     status, answers = ask(server, files)  # mixed sizes, modes and formats in one request
@@ -128,7 +141,17 @@ def test_an_image_too_long_to_be_enlarged_is_refused() -> None:
         image_classifier.to_pixels(Image.new("RGB", (1, 1500)), settings)
 
 
-def test_nothing_in_the_model_is_a_pickle(trained: tuple[Path, Path, list[dict[str, str]]]) -> None:
+def test_postscript_is_run_by_nobody(tmp_path: Path) -> None:
+    from effv2.serving import image_classifier
+
+    content = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 8 8\n%%EndComments\n"
+    (tmp_path / "program.jpg").write_bytes(content)
+    for opened in (lambda: image_classifier._open(content), lambda: FileImages((tmp_path / "program.jpg",)).open(0)):
+        with pytest.raises(ValueError, match="PostScript is a program"):
+            opened()
+
+
+def test_nothing_in_the_model_is_a_pickle(trained: Trained) -> None:
     names = []
     for path in trained[1].rglob("*"):
         names.append(path.name)
@@ -141,9 +164,7 @@ def test_nothing_in_the_model_is_a_pickle(trained: tuple[Path, Path, list[dict[s
     assert not [name for name in names if name.endswith((".pkl", ".pickle", ".pth"))]
 
 
-def test_model_loads_in_python_and_takes_what_notebooks_hold(
-    trained: tuple[Path, Path, list[dict[str, str]]],
-) -> None:
+def test_model_loads_in_python_and_takes_what_notebooks_hold(trained: Trained) -> None:
     import mlflow.pyfunc
 
     root, location, rows = trained
@@ -157,7 +178,7 @@ def test_model_loads_in_python_and_takes_what_notebooks_hold(
             model.predict([pixels / 255])
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(
     mode=st.sampled_from(["1", "L", "LA", "P", "RGB", "RGBA", "CMYK", "I;16", "I", "F"]),
     size=st.tuples(st.integers(1, 40), st.integers(1, 40)),

@@ -127,7 +127,10 @@ def _open(item: Any) -> Image.Image:
         item = base64.b64decode("".join(text.split()), validate=True)
     elif isinstance(item, Path):
         item = item.read_bytes()
-    return Image.open(io.BytesIO(item))
+    image = Image.open(io.BytesIO(item))
+    if image.format == "EPS":
+        raise ValueError("PostScript is a program, which Pillow would have run by another one")
+    return image
 
 
 mlflow.models.set_model(ImageClassifier())
