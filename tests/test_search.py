@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import os
 import signal
 import subprocess
@@ -95,7 +96,8 @@ def test_search_touches_the_test_set_once_and_can_grow(sqlite_store: str, tiny_s
 
 
 def test_hparam_check_ends_with_a_comparison(sqlite_store: str, tiny_study: Path) -> None:
-    text = tiny_study.read_text().replace("  other:", "  unused: {}\n  dropout:")
+    unused = f"  unused: {{model: {{variant: tiny, table: {TINY_TABLE}}}, optimiser: {{lr: 0.01}}}}"
+    text = tiny_study.read_text().replace("  other:", f"{unused}\n  dropout:")
     tiny_study.write_text(text)
     assert invoke(hparam_check, "--study", tiny_study, "--check", "dropout", "--log-model", "none").exit_code == 0
     parent, *children = all_runs()
@@ -124,14 +126,22 @@ def test_a_changed_study_says_what_differs_and_repeats_only_that(sqlite_store: s
     assert {"default/final/test_accuracy", "other/final/test_accuracy"} <= second.data.metrics.keys()
 
 
-def test_train_again_repeats_only_when_fresh(sqlite_store: str, tiny_search: Path) -> None:
+def test_train_again_repeats_only_when_fresh(
+    sqlite_store: str, tiny_search: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     tiny_search.write_text(TINY_SEARCH.partition("search:")[0])
     for _ in range(2):
         result = invoke(train, "--study", tiny_search, "--log-model", "none")
     assert "Finished before" in result.output and len(all_runs()) == 1
-    assert all_runs()[0].info.run_id in result.output
-    invoke(train, "--study", tiny_search, "--log-model", "none", "--fresh")
-    assert len(all_runs()) == 2
+    assert all_runs()[0].info.run_id in result.output and "without a model" not in result.output
+    assert "but without a model; --fresh repeats it" in invoke(train, "--study", tiny_search).output
+    # A fresh one that ended early is what is gone on with, not the older one.
+    with monkeypatch.context() as patch:
+        patch.setattr(loop, "evaluate", lambda *_: os.kill(os.getpid(), signal.SIGINT))
+        assert invoke(train, "--study", tiny_search, "--fresh").exit_code == 130
+    result = invoke(train, "--study", tiny_search, "--log-model", "none")
+    assert "going on with the run" in result.stderr and len(all_runs()) == 2
+    assert {run.info.status for run in all_runs()} == {"FINISHED"}
 
 
 def test_a_study_whose_run_is_gone_begins_anew(sqlite_store: str, tiny_study: Path) -> None:
@@ -147,7 +157,7 @@ def test_a_study_whose_run_is_gone_begins_anew(sqlite_store: str, tiny_study: Pa
 def test_a_trial_whose_run_was_deleted_for_good_begins_anew(
     sqlite_store: str, tiny_study: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    words: tuple[str | Path, ...] = ("--study", tiny_study, "--variant", "default")
+    words: tuple[str | Path, ...] = ("--study", tiny_study, "--variant", "default", "--log-model", "none")
     with monkeypatch.context() as patch:
         patch.setattr(loop, "evaluate", lambda *_: os.kill(os.getpid(), signal.SIGINT))
         assert invoke(ablate, *words).exit_code == 130
@@ -159,6 +169,19 @@ def test_a_trial_whose_run_was_deleted_for_good_begins_anew(
         MlflowClient().get_run(deleted)
     assert invoke(ablate, *words).exit_code == 0
     assert [run.info.status for run in all_runs()] == ["FINISHED", "FINISHED"]
+
+
+def test_a_trial_of_an_earlier_search_brings_its_epochs_along(
+    sqlite_store: str, tiny_search: Path, tmp_path: Path
+) -> None:
+    for high in ("0.6", "0.7"):
+        tiny_search.write_text(TINY_SEARCH.replace("high: 0.6", f"high: {high}"))
+        assert invoke(search, "--study", tiny_search, "--trials", "1", "--log-model", "none").exit_code == 0
+    first, trained, second = all_runs()
+    for parent in (first, second):
+        table = Path(MlflowClient().download_artifacts(parent.info.run_id, "trials.csv", str(tmp_path))).read_text()
+        (row,) = csv.DictReader(table.splitlines())
+        assert (row["epochs"], row["run_id"]) == ("4", trained.info.run_id)
 
 
 def test_workers_share_a_search(sqlite_store: str, tiny_search: Path) -> None:

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from mlflow.entities import Experiment
 
 from effv2.errors import InputError, RunError
 from effv2.exhaustion import what_ran_out
@@ -93,6 +94,14 @@ def test_a_certificate_that_nobody_vouches_for(serve: Callable[..., None], tmp_p
     serve(200, b"{}", "https", certificate)
     with pytest.raises(InputError, match="certificate can't be verified; set MLFLOW_TRACKING_SERVER_CERT_PATH"):
         open_store("")
+
+
+@pytest.mark.parametrize("location", ["mlflow-artifacts:/1", "dbfs:/runs/1", "s3://bucket/1"])
+def test_artifacts_that_a_server_keeps_need_no_folder_here(location: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(os, "access", lambda *_: False)
+    store._check_artifacts(Experiment("1", "kept elsewhere", location, "active"))
+    with pytest.raises(InputError, match="can't be written, where its artifacts go"):
+        store._check_artifacts(Experiment("1", "kept here", "file:///runs/1", "active"))
 
 
 def test_impatience_that_overlaps_ends_with_the_last(monkeypatch: pytest.MonkeyPatch) -> None:

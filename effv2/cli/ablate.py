@@ -37,7 +37,7 @@ def ablate(variant: str, study: str, seeds: str, **options: Any) -> None:
 
     how = take_study_options(options, "all")
     layer, wanted = option_layer(options, SHARED), parse_seeds(seeds)
-    chosen = read_study(Path(study)) if study else built_in_ablation()
+    chosen = read_study(Path(study).expanduser()) if study else built_in_ablation()
     names = chosen.select(variant or "all", "variant")
 
     from effv2.cli.run import run_and_show

@@ -50,7 +50,7 @@ def hparam_check(check: str, scheduler: str, study: str, seeds: str, **options: 
         raise InputError(f"--scheduler {scheduler}: no such choice; use both, plateau or none.")
     how = take_study_options(options, "best")
     layer, wanted = option_layer(options, FIELDS), parse_seeds(seeds)
-    plain = read_study(Path(study)) if study else built_in_hparam_check()
+    plain = read_study(Path(study).expanduser()) if study else built_in_hparam_check()
     arms = plain.select(check or "all", "check")
     names = [under(arm, schedule) for schedule in SCHEDULERS[scheduler or "both"] for arm in arms]
     chosen = plain.crossed(SCHEDULERS["both"])

@@ -10,7 +10,7 @@ import math
 import sys
 from collections.abc import Callable, Mapping
 from functools import wraps
-from typing import Any, Literal, NoReturn, TypeVar, get_args, get_origin
+from typing import Any, Literal, TypeVar, get_args, get_origin
 
 import click
 
@@ -228,6 +228,9 @@ def parse_seeds(text: str) -> tuple[int, ...]:
     return tuple(map(int, words))
 
 
+GOES_ON = "runs that had begun end KILLED, and the same command goes on from here."
+
+
 def reports_errors(command: Command) -> Command:
     """Turn our errors and signals into one sentence and their exit code: 2, 1, 130 or 143."""
 
@@ -238,17 +241,16 @@ def reports_errors(command: Command) -> Command:
             try:
                 return command(*args, **kwargs)
             except InputError as error:
-                _leave(f"Error: {error}", 2)
+                message, code = f"Error: {error}", 2
             except RunError as error:
-                _leave(f"Error: {error}", 1)
+                message, code = f"Error: {error}", 1
             except KeyboardInterrupt:
-                _leave("Interrupted; runs that had begun end KILLED, and the same command goes on from here.", 130)
+                message, code = f"Interrupted; {GOES_ON}", 130
             except Terminated:
-                _leave("Terminated; runs that had begun end KILLED, and the same command goes on from here.", 143)
+                message, code = f"Terminated; {GOES_ON}", 143
+            if kwargs.get("fresh") == "true":  # which would begin anew once more
+                message = message.replace("same command", "same command without --fresh")
+            click.echo(message.replace("\n", " "), err=True)
+            sys.exit(code)
 
     return wrapped  # type: ignore[return-value]
-
-
-def _leave(message: str, code: int) -> NoReturn:
-    click.echo(message.replace("\n", " "), err=True)
-    sys.exit(code)

@@ -33,8 +33,8 @@ def report(export: str, from_export: str, claims: str, experiment: str) -> None:
 
     from effv2.errors import InputError
 
-    own = Path(claims) if claims else None
-    target = Path(export or ".").resolve()
+    own = Path(claims).expanduser() if claims else None
+    target = Path(export or ".").expanduser().resolve()
     sources = [Path(word.strip()).expanduser().resolve() for word in from_export.split(",") if word.strip()]
     if from_export and not sources:
         raise InputError(f"--from-export {from_export}: names no folder; give some, separated by commas.")

@@ -35,7 +35,7 @@ def search(trials: str, study: str, **options: Any) -> None:
 
     how = take_study_options(options, "best")
     layer = option_layer(options, FIELDS)
-    chosen = read_study(Path(study)) if study else built_in_search()
+    chosen = read_study(Path(study).expanduser()) if study else built_in_search()
     number = parse_count("trials", trials) if trials else 0
 
     from effv2.cli.run import run_and_show

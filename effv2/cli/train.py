@@ -41,7 +41,7 @@ def train(study: str, fresh: str, log_model: str, experiment: str, **options: st
     saving = take_saving(options)
     layer = option_layer(options, ONE_RUN | SHARED)
     which, over = parse_log_model(log_model, "all"), parse_fresh(fresh)
-    file = read_study(Path(study)) if study else None
+    file = read_study(Path(study).expanduser()) if study else None
     config = file.config(layer) if file else build_config([layer])
 
     from effv2.cli.display import ConsoleDisplay
@@ -67,7 +67,8 @@ def train(study: str, fresh: str, log_model: str, experiment: str, **options: st
         except TrackingError as error:
             raise RunError(f"The tracking store failed ({reason(error)}); mend it and try again.") from error
     if ended.was_finished:
-        click.echo("Finished before, with the same configuration, data and code; --fresh repeats it.")
+        without = ", but without a model" if which != "none" and not ended.model_address else ""
+        click.echo(f"Finished before, with the same configuration, data and code{without}; --fresh repeats it.")
     if "best/test_accuracy" in ended.metrics:
         click.echo(
             f"test accuracy {ended.metrics['selected/test_accuracy']:.2%} at the selected epoch "

@@ -17,7 +17,7 @@ from effv2.training.saving import Saving
 
 @dataclass(frozen=True)
 class TrainedOnce:
-    """A finished run and its last metrics; `model_address` is empty where no model was logged now."""
+    """A finished run and its last metrics; `model_address` is empty where it has no model."""
 
     run: TrackedRun
     metrics: Mapping[str, float]
@@ -37,16 +37,17 @@ def train_once(
 ) -> TrainedOnce:
     """Return the finished run of this identity; where there is none, or with `fresh`, train it.
 
-    One that ended early goes on; one that can't, since data or code have changed, is named.
+    One that ended early goes on, unless a later one was finished; one that can't, since data or code have changed, is
+    named.
     """
     wanted = identity(config, dataset)
     done = None if fresh else find_finished(wanted, labels.experiment_id)
-    if done is not None:
+    left = None if fresh else find_ended_early(wanted, labels.experiment_id)
+    if done is not None and (left is None or left.started < done.started):
         run = TrackedRun(done.run_id, labels.experiment_id)
         point_adopted_run_to(run)
         discard_checkpoints(run.run_id, saving)
-        return TrainedOnce(run, done.metrics, was_finished=True)
-    left = None if fresh else find_ended_early(wanted, labels.experiment_id)
+        return TrainedOnce(run, done.metrics, run.model_address(), was_finished=True)
     if left is not None:
         point_adopted_run_to(TrackedRun(left.run_id, labels.experiment_id))
         labels = replace(labels, continues=left.run_id)

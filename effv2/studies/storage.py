@@ -30,6 +30,7 @@ from sqlalchemy.exc import (
 )
 
 from effv2.errors import InputError, RunError
+from effv2.provenance import without_password
 from effv2.tracking.store import reason
 
 HEARTBEAT_SECONDS = 10
@@ -115,7 +116,7 @@ def open_storage(url: str) -> Storage:
     try:
         parsed = sqlalchemy.make_url(url)
     except (ArgumentError, ValueError):  # the latter for a port that is no number
-        raise InputError(f"--storage {url}: not an address; use {FORMS}.") from None
+        raise InputError(f"--storage {without_password(url)}: not an address; use {FORMS}.") from None
     shown, backend = parsed.render_as_string(hide_password=True), parsed.get_backend_name()
     if backend not in ("sqlite", "postgresql") or parsed.database in (None, "", ":memory:"):
         raise InputError(f"--storage {shown}: no such kind of storage; use {FORMS}.")

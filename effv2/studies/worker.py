@@ -178,6 +178,8 @@ class Worker:
         done = self._done_before(claim, identity(planned.config, dataset))
         if done is not None:
             discard_checkpoints(done.run_id, session.saving)
+            if epochs := TrackedRun(done.run_id, session.experiment_id).steps("train/loss"):
+                queue.report(claim, max(epochs), reached(done.metrics))
             queue.finish(claim, _state(done.tags[OUTCOME] == "pruned"), reached(done.metrics), done.run_id)
             return
         labels = Labels(

@@ -94,7 +94,7 @@ def _opening(experiment: str) -> Iterator[None]:
 def _check_artifacts(experiment: Experiment) -> None:
     """Refuse a folder for artifacts that can't be written; other places show it when a run's first one is logged."""
     location = experiment.artifact_location
-    if "://" in location and not location.startswith("file://"):
+    if re.match(r"(?!file:)[a-z][a-z0-9+.-]+:", location):  # the server's own have one slash: mlflow-artifacts:/1
         return
     folder = Path(local_file_uri_to_path(location)).absolute()  # type: ignore[no-untyped-call]
     there = next(path for path in (folder, *folder.parents) if os.path.exists(path))  # noqa: PTH110 (never raises)
