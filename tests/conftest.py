@@ -14,11 +14,14 @@ from typing import Any
 
 import numpy as np
 import pytest
+from hypothesis import settings
 from PIL import Image
 
 from effv2.config import TrainConfig
 
 ROOT = Path(__file__).parents[1]
+settings.register_profile("effv2", deadline=None)  # another process may hold the machine for a moment
+settings.load_profile("effv2")
 TINY_TABLE = "F 1 3 1 8 8 1 / M 2 3 2 8 16 2"
 OTHER_TINY_TABLE = "M 1 3 1 8 8 1 / M 2 3 2 8 16 1"
 TINY: dict[str, dict[str, Any]] = {
@@ -89,6 +92,17 @@ def sqlite_store(template_database: Path, tmp_path: Path, monkeypatch: pytest.Mo
     uri = f"sqlite:///{tmp_path / 'mlflow.db'}"
     shutil.copy(template_database, tmp_path / "mlflow.db")
     yield from _use_store(uri, tmp_path, monkeypatch)
+
+
+@pytest.fixture(scope="session")
+def empty_database(template_database: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return shutil.copy(template_database, tmp_path_factory.mktemp("empty") / "mlflow.db")
+
+
+@pytest.fixture
+def empty_store(empty_database: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+    """Point MLflow at a store that tests share, since nothing is created in it; opening one takes a moment."""
+    yield from _use_store(f"sqlite:///{empty_database}", tmp_path, monkeypatch)
 
 
 @pytest.fixture

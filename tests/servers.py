@@ -34,7 +34,7 @@ class Server:
             self.process = subprocess.Popen(
                 self.command, stdout=log, stderr=log, env=environment, start_new_session=True
             )
-        deadline = time.monotonic() + 60
+        deadline = time.monotonic() + 120
         while True:
             assert time.monotonic() < deadline and self.process.poll() is None, self.log.read_text()
             with suppress(OSError), closing(socket.create_connection(("127.0.0.1", self.port), timeout=1)):

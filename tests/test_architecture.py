@@ -107,7 +107,7 @@ def test_gflops_are_those_torchvision_publishes() -> None:
     assert count_gflops(VARIANTS["default"], 1000, 384) == pytest.approx(published, abs=5e-4)
 
 
-@settings(max_examples=5, deadline=None)
+@settings(max_examples=5)
 @given(st.integers(8, 40))
 def test_without_squeeze_excitation(size: int) -> None:
     model = build_model(parse_table("F 1 3 1 8 8 1 / M 4 3 2 8 16 2 noSE"), 3).eval()

@@ -38,7 +38,7 @@ def test_each_sample_is_drawn_apart_and_repeatably(options: dict[str, object]) -
     assert torch.equal(images, gradient_images())  # the cache is not written to
 
 
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=20)
 @given(st.integers(1, 6), st.integers(0, 1000))
 def test_crop_shows_a_window_of_the_reflected_image(padding: int, seed: int) -> None:
     image = gradient_images(1)
@@ -63,7 +63,7 @@ def test_erasing_removes_a_share_within_its_bounds() -> None:
     assert erased.min() > 0.005 and erased.max() < 0.4
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(st.sampled_from([(0.4, 0.0), (0.0, 1.0), (0.3, 0.3)]), st.integers(0, 1000))
 def test_mixing_keeps_pixels_and_targets_in_step(alphas: tuple[float, float], seed: int) -> None:
     """With images that are constant in their class, the mean of a mixed image tells its mixed target."""

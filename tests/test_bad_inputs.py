@@ -29,9 +29,7 @@ from tests.conftest import TINY_STUDY
 BAD_VALUES = ["x", "-1", "nan", "inf", "1e99", "null", "[]", "\x00", "ä" * 300, "../..", "0.5.5", "~", "$HOME"]
 PIECES = [b"", b"\n  ", b": ", b"- x", b"{", b"}", b"&a *a", b"\xff\x00", b"1e400", b"!!python/x", b"\t"]
 OPTIONS = [option.name or "" for option in train.params if option.name not in ("study", "experiment")]
-generated = settings(
-    max_examples=250, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture]
-)
+generated = settings(max_examples=250, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture])
 
 
 class Reached(RunError):

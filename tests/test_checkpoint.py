@@ -37,7 +37,7 @@ def test_the_last_two_are_kept_and_the_newest_is_read(checkpoints: Checkpoints) 
     assert checkpoints.read(print) is None and not checkpoints.folder.exists()
 
 
-@settings(suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None, max_examples=60)
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture], max_examples=60)
 @given(data=st.data())
 def test_what_is_damaged_is_never_read(checkpoints: Checkpoints, data: st.DataObject) -> None:
     newest = max(checkpoints.folder.iterdir(), key=lambda path: int(path.name.split("-")[1]))

@@ -42,7 +42,7 @@ LAYERS: dict[str, Callable[[bool], nn.Module]] = {
 }
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(
     kind=st.sampled_from(sorted(LAYERS)),
     size=st.tuples(st.integers(1, 9), st.integers(1, 9)) | st.integers(1, 9).map(lambda side: (side, side)),
@@ -112,7 +112,7 @@ def test_memory_is_faulted_in_once_unless_the_user_wants_the_systems_way() -> No
         environment = os.environ | {"EFFV2_ALLOCATOR": setting}
         done = subprocess.run([sys.executable, "-c", ALLOCATING], env=environment, capture_output=True, text=True)
         faults[setting] = int(done.stdout)
-    assert faults[""] < 100 and faults["system"] > 1000
+    assert faults[""] < 100 and faults["system"] > 200
 
 
 @pytest.mark.parametrize(

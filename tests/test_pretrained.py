@@ -33,7 +33,7 @@ from torchvision.datasets import Imagenette
 from effv2.cli.evaluate_pretrained import evaluate_pretrained
 from effv2.errors import InputError
 from effv2.evidence.statistics import calibration_error, holm, mcnemar, wilson
-from effv2.pretrained import comparison, evaluation
+from effv2.pretrained import comparison, evaluation, measure
 from effv2.pretrained.config import ImagesConfig
 from effv2.pretrained.imagenet import Origin, class_names, origin, outputs_of, wnids
 from effv2.pretrained.images import EvaluationImages, choose_images
@@ -84,8 +84,9 @@ def few_images(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def short_batches(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Time a full batch of 2 images, since 128 of them take long."""
+    """Time a full batch of 2 images, since 128 of them take long, and time it once."""
     monkeypatch.setattr(evaluation, "FULL_BATCH_IMAGES", 2)
+    monkeypatch.setattr(measure, "TIMED_PASSES", 1)
 
 
 # Statistics, against computations that share nothing with them.
@@ -262,7 +263,7 @@ def test_a_quick_look_draws_as_many_unseen_images(tmp_path: Path) -> None:
 
 
 @given(st.sampled_from(network_names()))
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=20)
 def test_every_network_of_torchvision_is_known(name: str) -> None:
     for weights in models.get_model_weights(name):
         if weights.meta["categories"]:
@@ -417,6 +418,7 @@ def test_images_are_prepared_exactly_as_torchvision_does(mode: str, tmp_path: Pa
 # Whole evaluations.
 
 
+@pytest.mark.usefixtures("short_batches")
 def test_real_weights_predict_as_plain_pytorch_does(sqlite_store: str, real_data: Path, tmp_path: Path) -> None:
     file = real_data / SQUEEZENET
     result = invoke("--models", f"squeezenet1_1={file}", "--data-dir", real_data, "--limit", "60", "--seed", "3")
@@ -555,7 +557,7 @@ def test_what_was_evaluated_is_not_repeated(sqlite_store: str, few_images: Path,
 CUT_SHORT = """
 import os, signal, sys
 from effv2.cli.evaluate_pretrained import evaluate_pretrained
-from effv2.pretrained import evaluation
+from effv2.pretrained import evaluation, measure
 
 scores, calls = evaluation.scores, 0
 
@@ -566,7 +568,7 @@ def cut_short(*args):
         os.kill(os.getpid(), {signal})
     return scores(*args)
 
-evaluation.scores, evaluation.FULL_BATCH_IMAGES = cut_short, 2
+evaluation.scores, evaluation.FULL_BATCH_IMAGES, measure.TIMED_PASSES = cut_short, 2, 1
 evaluate_pretrained(sys.argv[1:])
 """
 
@@ -605,11 +607,10 @@ def test_the_next_comparison_ends_what_a_killed_one_left_open(
     assert [run.info.status for run in all_runs()] == ["KILLED", "FINISHED", "KILLED", "FINISHED", "FINISHED"]
 
 
-@pytest.mark.usefixtures("short_batches")
 def test_mlflow_run_adopts_its_run(sqlite_store: str, few_images: Path, tmp_path: Path) -> None:
-    file = seeded_weights(tmp_path / "squeezenet1_1.pth", "squeezenet1_1")
+    file = seeded_weights(tmp_path / "shufflenet_v2_x0_5.pth", "shufflenet_v2_x0_5")
     command = [sys.executable, "-m", "mlflow", "run", str(ROOT), "-e", "evaluate-pretrained", "--env-manager", "local"]
-    command += ["-P", f"models=squeezenet1_1={file}", "-P", "dataset=folder", "-P", f"data_dir={few_images}"]
+    command += ["-P", f"models=shufflenet_v2_x0_5={file}", "-P", "dataset=folder", "-P", f"data_dir={few_images}"]
     environment = os.environ | {"PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
     done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=120)
     assert done.returncode == 0, done.stderr

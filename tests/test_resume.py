@@ -38,6 +38,7 @@ config:
   execution: {{device: cpu, precision: fp32}}
 """
 TIMED = ("time/", "throughput/", "inference/")
+long = [pytest.mark.slow, pytest.mark.timeout(1200)]
 
 
 def all_runs(experiment: str) -> list[Run]:
@@ -75,14 +76,14 @@ def check_equal(run: Run, expected: Run, folder: Path) -> None:
     assert predictions(run, folder / "a") == predictions(expected, folder / "b")
 
 
-def kill(options: list[str], cache: Path, kills: int, longest: float) -> str:
-    """Kill so many processes, each a random time after it opened the run; return what they said."""
+def kill(options: list[str], folder: Path, first: str, kills: int, longest: float) -> str:
+    """Kill so many processes, each a random time after its first file of that pattern; return what they said."""
     said = ""
     moments = random.Random(0)  # noqa: S311
     for _ in range(kills):
-        before = journals(cache)
+        before = written(folder, first)
         with running(ROOT / "entry_points" / "train.py", *options, stderr=subprocess.PIPE) as process:
-            while journals(cache) in ({}, before):
+            while written(folder, first) in ({}, before):
                 assert process.poll() is None, process.communicate()[1]
                 time.sleep(0.01)
             time.sleep(moments.uniform(0, longest))
@@ -92,19 +93,23 @@ def kill(options: list[str], cache: Path, kills: int, longest: float) -> str:
     return said
 
 
-def journals(cache: Path) -> dict[Path, int]:
-    return {path: path.stat().st_mtime_ns for path in (cache / "outbox").glob("*/journal")}
+def written(folder: Path, pattern: str) -> dict[Path, int]:
+    found = {}
+    for path in folder.glob(pattern):
+        with suppress(FileNotFoundError):  # removed just now
+            found[path] = path.stat().st_mtime_ns
+    return found
 
 
 @pytest.mark.parametrize(
-    ("kills", "epochs"),
+    ("first", "kills", "epochs"),
     [
-        pytest.param(2, 30, id="twice"),
-        pytest.param(20, 300, id="twenty times", marks=[pytest.mark.slow, pytest.mark.timeout(1200)]),
+        pytest.param("checkpoints/*/step-*", 2, 30, id="twice, while it trains"),
+        pytest.param("cache/outbox/*/journal", 20, 300, id="twenty times", marks=long),
     ],
 )
 def test_kills_change_nothing(
-    sqlite_store: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kills: int, epochs: int
+    sqlite_store: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, first: str, kills: int, epochs: int
 ) -> None:
     study = tmp_path / "everything.yaml"
     study.write_text(EVERYTHING.replace("EPOCHS", str(epochs)))
@@ -112,7 +117,7 @@ def test_kills_change_nothing(
     (expected,) = all_runs("whole")
     monkeypatch.setenv("EFFV2_CACHE", str(tmp_path / "cache"))
     options = ["--study", str(study), "--checkpoint-dir", str(tmp_path / "checkpoints"), "--checkpoint-minutes", "0"]
-    said = kill(options, tmp_path / "cache", kills, expected.data.metrics["time/total_train_seconds"] / kills)
+    said = kill(options, tmp_path, first, kills, expected.data.metrics["time/total_train_seconds"] / kills)
     result = CliRunner().invoke(train, options, catch_exceptions=False)
     assert result.exit_code == 0
     went_on = [int(epoch) for epoch in re.findall(r"going on with the run \w+ at epoch (\d+)", said + result.stderr)]
@@ -171,13 +176,13 @@ def test_another_machine_goes_on_from_the_checkpoint_that_was_uploaded(
         return evaluate(*args)
 
     monkeypatch.setattr(loop, "evaluate", interrupted)
-    words = ["--study", str(study), "--checkpoint-upload-minutes", "60"]
+    words = ["--study", str(study), "--checkpoint-upload-minutes", "60", "--log-model", "none"]
     assert CliRunner().invoke(train, [*words, "--checkpoint-dir", str(tmp_path / "here")]).exit_code == 130
     (run,) = all_runs("Default")
     (uploaded,) = MlflowClient().list_artifacts(run.info.run_id, "checkpoints")
     assert run.info.status == "KILLED" and re.fullmatch(r"checkpoints/step-\d+-\w{16}\.pt", uploaded.path)
     # It needn't upload itself; what was uploaded isn't needed any longer.
-    words = ["--study", str(study), "--checkpoint-dir", str(tmp_path / "there")]
+    words = ["--study", str(study), "--checkpoint-dir", str(tmp_path / "there"), "--log-model", "none"]
     result = CliRunner().invoke(train, words, catch_exceptions=False)
     assert result.exit_code == 0 and "going on with the run" in result.stderr and "at epoch 4" in result.stderr
     (run,) = all_runs("Default")
@@ -196,7 +201,7 @@ def test_a_run_that_ended_in_its_first_epoch_goes_on_with_its_images_elsewhere(
         f"  model: {{variant: tiny, table: {TINY_TABLE}}}\n  schedule: {{epochs: 1}}\n"
         "  execution: {device: cpu, precision: fp32}\n"
     )
-    words = ["--study", str(study), "--data-dir"]
+    words = ["--study", str(study), "--log-model", "none", "--data-dir"]
     with monkeypatch.context() as patch:
         patch.setattr(loop, "evaluate", lambda *_: os.kill(os.getpid(), signal.SIGINT))
         assert CliRunner().invoke(train, [*words, str(root)]).exit_code == 130
