@@ -96,7 +96,7 @@ def sqlite_store(template_database: Path, tmp_path: Path, monkeypatch: pytest.Mo
 
 @pytest.fixture(scope="session")
 def empty_database(template_database: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return shutil.copy(template_database, tmp_path_factory.mktemp("empty") / "mlflow.db")
+    return Path(shutil.copy(template_database, tmp_path_factory.mktemp("empty") / "mlflow.db"))
 
 
 @pytest.fixture
