@@ -28,6 +28,11 @@ class Terminated(BaseException):
     """SIGTERM arrived. Like KeyboardInterrupt not an Exception, so that nothing swallows it. Exit code 143."""
 
 
+def going_on(text: str, fresh: bool) -> str:
+    """Say rightly how to go on with what was begun with --fresh, which would begin anew once more."""
+    return text.replace("same command", "same command without --fresh") if fresh else text
+
+
 def close_names(name: str, names: Sequence[str]) -> str:
     """Return up to three of `names` that the user may have meant, for an error message; empty if none is near."""
     from difflib import get_close_matches

@@ -10,7 +10,12 @@ from pathlib import Path
 def cache_folder() -> Path:
     """Return EFFV2_CACHE, else the user's cache folder."""
     base = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
-    return Path(os.path.expanduser(os.environ.get("EFFV2_CACHE") or f"{base}/effv2"))  # noqa: PTH111 (never raises)
+    return expanded(os.environ.get("EFFV2_CACHE") or f"{base}/effv2")
+
+
+def expanded(path: str) -> Path:
+    """Return a path that a user gave; unlike Path.expanduser, a ~ that nobody is behind stays as it is."""
+    return Path(os.path.expanduser(path))  # noqa: PTH111
 
 
 def outbox_folder() -> Path:

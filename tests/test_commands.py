@@ -262,8 +262,9 @@ def test_mlflow_run_adopts_its_run(
     study = tmp_path / "one.yaml"
     study.write_text(tiny_study.read_text().partition("arms:")[0] + TINY_MODEL)
     file = study if entry == "train" else tiny_study
-    words = {"study": str(file), "epochs": "1", "image-size": "9", "lr": "1e-3", "log-model": "none"}
-    words |= {"storage": f"sqlite:///{tmp_path / 'optuna.db'}"} if entry == "ablate" else {}
+    words = {"study": str(file), "epochs": "1", "image-size": "9", "lr": "1e-3"}
+    alone = entry == "train"  # with its model, which a study's runs log likewise
+    words |= {} if alone else {"storage": f"sqlite:///{tmp_path / 'optuna.db'}", "log-model": "none"}
     command = [sys.executable, "-m", "mlflow", "run", str(ROOT), "-e", entry, "--env-manager", "local"]
     for name, value in words.items():
         command += ["-P", f"{name.replace('-', '_')}={value}"]
@@ -279,7 +280,7 @@ def test_mlflow_run_adopts_its_run(
     adopted, *children, again = all_runs()
     assert again.data.tags["effv2.continues"] == adopted.info.run_id
     assert adopted.data.tags["mlflow.project.entryPoint"] == entry
-    assert len(children) == (0 if entry == "train" else 2)
+    assert len(children) == (0 if alone else 2) and bool(adopted.outputs and adopted.outputs.model_outputs) == alone
     assert adopted.data.tags["effv2.study"] == "tiny"
     for run in (adopted, *children):
         assert run.info.status == "FINISHED"
@@ -321,6 +322,7 @@ TRAIN_ERRORS = {
     "--data-dir /tmp": "--data-dir /tmp: digits come with scikit-learn",
     "--log-model some": "--log-model some",
     "--study nowhere.yaml": "--study nowhere.yaml: can't be read",
+    "--study ~nobody_of_that_name/x.yaml": "--study ~nobody_of_that_name/x.yaml: can't be read",
     "--study ~/nowhere.yaml": f"--study {Path.home()}/nowhere.yaml: can't be read",
 }
 STORAGE = "no such kind of storage; use sqlite:///FILE or postgresql://USER@HOST/DATABASE"

@@ -357,6 +357,11 @@ def test_repeated_splits_count_once_each_and_widen_the_interval(tmp_path: Path) 
     assert judgement.findings[0].evidence.startswith(f"{on_one.findings[0].evidence}; on one split alone, 2 runs")
     # Splits on which the arms have no seed in common aren't counted beside one that has all the pairs.
     single = [run(0.5, seed, model__variant=arm, data__split_seed=s) for s in (1, 2) for arm, seed in ("a0", "b1")]
+    pairs = study({"a": values[:3], "b": [0.0] * 3}, data__split_seed=3)
+    many = [run(0.5, f"{arm}{seed}", model__variant=arm, data__split_seed=4) for arm in "ab" for seed in range(4)]
+    both = [run(0.5, 9, model__variant=arm, data__split_seed=4) for arm in "ab"]
+    (judgement,) = judge(claims, [*pairs, *many, *both], nothing)
+    assert "3 pairs; on one split alone" in judgement.findings[0].evidence
     (judgement,) = judge(claims, [*one, *single], nothing)
     assert judgement.findings[0].evidence.startswith(f"{on_one.findings[0].evidence}; 4 runs on splits without pairs")
     apart = study({"a": values}, data__split_seed=1) + study({"b": [0.0, 0.001] * 2}, data__split_seed=2)
@@ -447,10 +452,14 @@ def test_the_highest_arm_is_the_one_by_the_accuracy_that_decides() -> None:
 
 def test_single_runs_are_repeats_only_where_nothing_but_seeds_differs() -> None:
     alone = [run(0.5, seed, model__variant="a", optimiser__lr=lr) for lr in (0.1, 0.01) for seed in range(3)]
-    titles, runs, *_ = section(Study(None, alone), read_claims()).table
-    assert titles[1:] == ("a, optimiser.lr 0.1", "a, optimiser.lr 0.01") and runs[1:] == ("3", "3")
-    titles, *_ = section(Study(None, alone[:3]), read_claims()).table
-    assert titles[1:] == ("a",)
+    found = section(Study(None, alone), read_claims())
+    assert found.table[0][1:] == ("a (1)", "a (2)") and found.table[1][1:] == ("3", "3")
+    assert list(found.notes[:2]) == ["a (1): optimiser.lr 0.1.", "a (2): optimiser.lr 0.01."]
+    cats, dogs = ({"test": Images("folder", "", 9, names)} for names in (("cat", "lynx"), ("dog", "wolf")))
+    others = [replace(alone[0], images=cats), replace(alone[1], images=dogs)]
+    assert section(Study(None, others), read_claims()).table[0][1:] == ("a (1)", "a (2)")
+    again = replace(alone[0], run_id="with --fresh")
+    assert section(Study(None, [*alone[:3], again]), read_claims()).table[1][1:] == ("3",)
 
 
 def test_a_study_says_what_it_lacks_and_why() -> None:
@@ -460,19 +469,24 @@ def test_a_study_says_what_it_lacks_and_why() -> None:
         for number, status in enumerate(["FINISHED", "KILLED", "RUNNING", "FAILED"])
     )
     runs = [done, gone, open_, diverged]
-    tags = as_tags(PLANNED, [each.name for each in runs]) | {COMMAND: "effv2 search --fresh", LOOKS: "x,y"}
+    tags = as_tags(PLANNED, [each.name for each in runs]) | {COMMAND: "effv2 search", LOOKS: "x,y"}
 
     def told(kind: str, runs: Sequence[RunRecord]) -> Section:
         return section(Study(replace(run(0), params={"study.kind": kind}, tags=tags), runs), read_claims())
 
     assert told("ablate", runs).missing == (
         "it is being worked on, or its process died; 1 run failed: trial 3 (Diverged: no number); 2 runs planned but "
-        "not finished: trial 1, trial 2. The command below, without --fresh, goes on with it."
+        "not finished: trial 1, trial 2. The command below goes on with it."
     )
     finished = [replace(each, name=f"trial {number}") for number, each in enumerate([done, done, done])]
-    assert "failed" in told("ablate", [*finished, diverged]).missing
+    assert told("ablate", [*finished, diverged]).missing == "1 run failed: trial 3 (Diverged: no number)."
     search = told("search", [*finished, diverged])
     assert not search.missing and "by 2, each the best one when" in search.notes[-1]
+    full = replace(diverged, tags={"effv2.error": "RunError: The disk is full."})
+    assert told("search", [*finished, full]).missing.endswith(
+        "(RunError: The disk is full.). The command below goes on with it."
+    )
+    assert told("search", [replace(diverged, metrics={})]).notes == ["Trials: 1 unknown."]
 
 
 @given(st.lists(st.text(min_size=1, max_size=300), max_size=60))

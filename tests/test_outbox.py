@@ -90,7 +90,7 @@ def test_an_outage_costs_nothing_and_is_told_once(store: str, door: Store, tmp_p
         run.set_tags({"a": "b"})
         time.sleep(0.3)
         door.shut = ""
-    assert statistics.median(seconds) < 0.05
+    assert statistics.median(seconds) < 0.05 and max(seconds) < 2
     assert [text.partition(" is ")[2][:4] for text in said] == ["away", "back"]
     assert history(run.run_id, "loss") == [(1, 3.0), *((epoch, 4.0 - epoch) for epoch in range(2, 7))]
     assert history(run.run_id, "accuracy") == [(epoch, 0.1 * epoch) for epoch in range(2, 7)]

@@ -539,7 +539,9 @@ def test_a_batch_too_large_for_the_memory_costs_its_latency_alone(
 
 
 @pytest.mark.usefixtures("short_batches")
-def test_what_was_evaluated_is_not_repeated(sqlite_store: str, few_images: Path, tmp_path: Path) -> None:
+def test_what_was_evaluated_is_not_repeated(
+    sqlite_store: str, few_images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     first, second = (seeded_weights(tmp_path / f"{seed}.pth", "squeezenet1_1", seed) for seed in (1, 2))
     images = ("--dataset", "folder", "--data-dir", few_images)
     assert invoke("--models", f"squeezenet1_1={first}", *images).exit_code == 0
@@ -552,6 +554,18 @@ def test_what_was_evaluated_is_not_repeated(sqlite_store: str, few_images: Path,
     assert len(all_runs()) == len(before) + 2  # a parent and the second network
     assert invoke("--models", both, *images, "--fresh").exit_code == 0
     assert len(all_runs()) == len(before) + 5
+
+    # What --fresh began is gone on with, and takes nothing from those before it.
+    def interrupted(session: Any, entry: Any, parent: Any) -> str:
+        if entry.requested.file == second:
+            raise KeyboardInterrupt
+        return evaluation.evaluate_one(session, entry, parent)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(comparison, "evaluate_one", interrupted)
+        assert invoke("--models", both, *images, "--fresh").exit_code == 130
+    assert invoke("--models", both, *images).exit_code == 0
+    assert len(all_runs()) == len(before) + 8 and {run.info.status for run in all_runs()} == {"FINISHED"}
 
 
 CUT_SHORT = """

@@ -154,8 +154,8 @@ def test_a_study_whose_run_is_gone_begins_anew(sqlite_store: str, tiny_study: Pa
     assert [run.info.run_id != deleted and run.info.status for run in parents] == ["FINISHED"]
 
 
-def test_a_trial_whose_run_was_deleted_for_good_begins_anew(
-    sqlite_store: str, tiny_study: Path, monkeypatch: pytest.MonkeyPatch
+def test_a_trial_whose_run_was_deleted_begins_anew(
+    sqlite_store: str, tiny_study: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     words: tuple[str | Path, ...] = ("--study", tiny_study, "--variant", "default", "--log-model", "none")
     with monkeypatch.context() as patch:
@@ -169,6 +169,13 @@ def test_a_trial_whose_run_was_deleted_for_good_begins_anew(
         MlflowClient().get_run(deleted)
     assert invoke(ablate, *words).exit_code == 0
     assert [run.info.status for run in all_runs()] == ["FINISHED", "FINISHED"]
+    MlflowClient().delete_run(all_runs()[1].info.run_id)
+    repeated = invoke(ablate, *words)
+    assert repeated.exit_code == 0 and "1 finished runs were deleted from the tracking store" in repeated.stderr
+    parent, again = all_runs()
+    assert {run.info.status for run in (parent, again)} == {"FINISHED"}
+    table = Path(MlflowClient().download_artifacts(parent.info.run_id, "comparison.csv", str(tmp_path))).read_text()
+    assert again.info.run_id in table and len(table.splitlines()) == 2
 
 
 def test_a_trial_of_an_earlier_search_brings_its_epochs_along(

@@ -141,14 +141,30 @@ def test_an_image_too_long_to_be_enlarged_is_refused() -> None:
         image_classifier.to_pixels(Image.new("RGB", (1, 1500)), settings)
 
 
-def test_postscript_is_run_by_nobody(tmp_path: Path) -> None:
+POSTSCRIPT = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 8 8\n%%EndComments\n"
+
+
+def iptc(record: int, dataset: int, content: bytes) -> bytes:
+    return bytes([0x1C, record, dataset]) + len(content).to_bytes(2, "big") + content
+
+
+IPTC = (
+    iptc(3, 20, b"\0\x08")
+    + iptc(3, 30, b"\0\x08")
+    + iptc(3, 60, b"\1\0")
+    + iptc(3, 120, b"\5")
+    + iptc(8, 10, POSTSCRIPT)
+)
+
+
+@pytest.mark.parametrize("content", [POSTSCRIPT, IPTC], ids=["as it is", "in IPTC"])
+def test_postscript_is_run_by_nobody(tmp_path: Path, content: bytes) -> None:
     from effv2.serving import image_classifier
 
-    content = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 8 8\n%%EndComments\n"
     (tmp_path / "program.jpg").write_bytes(content)
-    with pytest.raises(ValueError, match="PostScript is a program"):
+    with pytest.raises(ValueError, match="is a program"):
         image_classifier._open(content)
-    with pytest.raises(ValueError, match="PostScript is a program"):
+    with pytest.raises(ValueError, match="is a program"):
         FileImages((tmp_path / "program.jpg",)).open(0)
 
 

@@ -39,10 +39,9 @@ def hparam_check(check: str, scheduler: str, study: str, seeds: str, **options: 
     Without a study file: the published check shortened to three epochs a run on scikit-learn's digits; the full
     protocols are sweeps/hparam-*.yaml. The same command again goes on where the last one ended.
     """
-    from pathlib import Path
-
     from effv2.cli.options import parse_seeds, take_study_options
     from effv2.errors import InputError
+    from effv2.places import expanded
     from effv2.studies.files import built_in_hparam_check, read_study, under
     from effv2.studies.settings import option_layer
 
@@ -50,7 +49,7 @@ def hparam_check(check: str, scheduler: str, study: str, seeds: str, **options: 
         raise InputError(f"--scheduler {scheduler}: no such choice; use both, plateau or none.")
     how = take_study_options(options, "best")
     layer, wanted = option_layer(options, FIELDS), parse_seeds(seeds)
-    plain = read_study(Path(study).expanduser()) if study else built_in_hparam_check()
+    plain = read_study(expanded(study)) if study else built_in_hparam_check()
     arms = plain.select(check or "all", "check")
     names = [under(arm, schedule) for schedule in SCHEDULERS[scheduler or "both"] for arm in arms]
     chosen = plain.crossed(SCHEDULERS["both"])

@@ -15,7 +15,7 @@ from typing import Any, Literal, TypeVar, get_args, get_origin
 import click
 
 from effv2.config import Group, TrainConfig, field_of
-from effv2.errors import InputError, RunError, Terminated
+from effv2.errors import InputError, RunError, Terminated, going_on
 from effv2.execution.allocator import tune_allocator
 from effv2.signals import ending_signals
 from effv2.studies.options import DEFAULT_STORAGE, LogModel, StudyOptions
@@ -228,7 +228,7 @@ def parse_seeds(text: str) -> tuple[int, ...]:
     return tuple(map(int, words))
 
 
-GOES_ON = "runs that had begun end KILLED, and the same command goes on from here."
+GOES_ON = "runs that had begun end KILLED, and the same command goes on with them."
 
 
 def reports_errors(command: Command) -> Command:
@@ -248,9 +248,7 @@ def reports_errors(command: Command) -> Command:
                 message, code = f"Interrupted; {GOES_ON}", 130
             except Terminated:
                 message, code = f"Terminated; {GOES_ON}", 143
-            if kwargs.get("fresh") == "true":  # which would begin anew once more
-                message = message.replace("same command", "same command without --fresh")
-            click.echo(message.replace("\n", " "), err=True)
+            click.echo(going_on(message, kwargs.get("fresh") == "true").replace("\n", " "), err=True)
             sys.exit(code)
 
     return wrapped  # type: ignore[return-value]

@@ -29,13 +29,12 @@ def report(export: str, from_export: str, claims: str, experiment: str) -> None:
 
     One page (HTML, and Markdown) is logged to the run of every study that it covers. It needs no network to be read.
     """
-    from pathlib import Path
-
     from effv2.errors import InputError
+    from effv2.places import expanded
 
-    own = Path(claims).expanduser() if claims else None
-    target = Path(export or ".").expanduser().resolve()
-    sources = [Path(word.strip()).expanduser().resolve() for word in from_export.split(",") if word.strip()]
+    own = expanded(claims) if claims else None
+    target = expanded(export or ".").resolve()
+    sources = [expanded(word.strip()).resolve() for word in from_export.split(",") if word.strip()]
     if from_export and not sources:
         raise InputError(f"--from-export {from_export}: names no folder; give some, separated by commas.")
     if sources and (not export or target in sources):

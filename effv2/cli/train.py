@@ -33,15 +33,14 @@ def train(study: str, fresh: str, log_model: str, experiment: str, **options: st
 
     Without options: the default variant on scikit-learn's digits, a minute on two cores.
     """
-    from pathlib import Path
-
+    from effv2.places import expanded
     from effv2.studies.files import read_study
     from effv2.studies.settings import build_config, option_layer
 
     saving = take_saving(options)
     layer = option_layer(options, ONE_RUN | SHARED)
     which, over = parse_log_model(log_model, "all"), parse_fresh(fresh)
-    file = read_study(Path(study).expanduser()) if study else None
+    file = read_study(expanded(study)) if study else None
     config = file.config(layer) if file else build_config([layer])
 
     from effv2.cli.display import ConsoleDisplay
@@ -65,7 +64,9 @@ def train(study: str, fresh: str, log_model: str, experiment: str, **options: st
             labels = Labels(name, open_experiment(experiment, display.remark), file.name if file else "")
             ended = train_once(config, dataset, labels, display, which != "none", saving=saving, fresh=over)
         except TrackingError as error:
-            raise RunError(f"The tracking store failed ({reason(error)}); mend it and try again.") from error
+            raise RunError(
+                f"The tracking store failed ({reason(error)}); mend it and give the same command again."
+            ) from error
     if ended.was_finished:
         without = ", but without a model" if which != "none" and not ended.model_address else ""
         click.echo(f"Finished before, with the same configuration, data and code{without}; --fresh repeats it.")

@@ -59,8 +59,8 @@ class FileImages:
     def open(self, index: int) -> Image.Image:
         """Decode one file."""
         with Image.open(self.paths[index]) as image:
-            if image.format == "EPS":
-                raise ValueError("PostScript is a program, which Pillow would have run by another one")
+            if image.format in ("EPS", "IPTC"):
+                raise ValueError("PostScript, or what may hold it, is a program that Pillow would have run")
             image.load()
             return image
 

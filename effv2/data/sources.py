@@ -18,6 +18,7 @@ import numpy as np
 from effv2.config import DataConfig
 from effv2.data.images import ArrayImages, FileImages, Part
 from effv2.errors import InputError
+from effv2.places import expanded
 
 EXTENSIONS = (".jpg", ".jpeg", ".png", ".bmp", ".gif", ".webp", ".tif", ".tiff", ".ppm", ".pgm")
 # Names that the parts of a set go by, whatever their case, in order of preference.
@@ -161,7 +162,7 @@ SOURCES: dict[str, Callable[[DataConfig], Source]] = {
 def _folder(config: DataConfig, what: str) -> Path:
     if not config.dir:
         raise InputError(f"--data-dir: the data set {config.dataset!r} needs {what}; give its path.")
-    folder = Path(os.path.expanduser(config.dir))  # noqa: PTH111 (never raises)
+    folder = expanded(config.dir)
     if config.download and config.dataset in ("imagenette", "mnist") and not folder.exists():
         folder.mkdir(parents=True)
     if not folder.is_dir():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from textwrap import shorten
 
 from matplotlib.figure import Figure
 
@@ -11,12 +12,13 @@ from effv2.evidence.comparison import COLUMNS, NONE, Comparison, Rows, Told
 from effv2.evidence.figures import accuracy_against_time, accuracy_curves, bars
 from effv2.evidence.quantities import QUANTITIES, TEST, TRAIN, VALIDATION, percent, points
 from effv2.evidence.reference import published_runs
-from effv2.evidence.selection import FREE, complete, has, is_like, seed_of, split_of
+from effv2.evidence.selection import FREE, Pair, complete, has, is_like, seed_of, split_of
 from effv2.evidence.statistics import FEWEST, TINY, Sample, holm, p_text
 from effv2.evidence.study import MAIN, Study, arm_of, has_figures
 from effv2.tracking.read import RunRecord
 
 MOST_COLUMNS = 8
+LONGEST_SETTING = 80  # characters of it that are shown
 INTERVALS = ("best/test_accuracy", "selected/test_accuracy")
 
 
@@ -28,8 +30,9 @@ def tell_arms(study: Study, title: str, claims: Claims) -> Told:
             arms.setdefault(arm_of(run), []).append(run)
     if not arms:
         return Told()
+    parts: list[str] = []
     if study.parent is None:
-        arms = _by_settings(arms)
+        arms, parts = _parted(arms)
     comparison = Comparison(arms)
     published, protocol = _published_curves(arms, claims)
     figures: dict[str, Figure] = {}
@@ -43,25 +46,39 @@ def tell_arms(study: Study, title: str, claims: Claims) -> Told:
         figures["accuracy against time"] = accuracy_against_time(best, seconds, f"{title}: accuracy and time")
     if seconds:
         figures["training time"] = bars(seconds, f"{title}: training", "seconds")
-    notes = list(_notes(arms, protocol))
+    notes = [*parts, *_notes(arms, protocol)]
     if comparison.decisive == "selected/val_accuracy":
         notes.append("The test set was left alone: this is validation at its best epoch, which flatters every arm.")
     return Told(_table(comparison, study.baseline(arms)), figures, notes)
 
 
-def _by_settings(arms: Mapping[str, Sequence[RunRecord]]) -> dict[str, list[RunRecord]]:
-    """Part the runs of each arm that differ in more than seeds: nobody planned them as repeats of each other."""
+def _parted(arms: Mapping[str, Sequence[RunRecord]]) -> tuple[dict[str, list[RunRecord]], list[str]]:
+    """Part single runs of one name that differ in more than seeds; return also in what the parts differ.
+
+    Nobody planned them as repeats of each other. Of a seed that was repeated the last run counts.
+    """
     parted: dict[str, list[RunRecord]] = {}
+    notes: list[str] = []
     for arm, runs in arms.items():
-        settings = [
-            {name: value for name, value in run.params.items() if "." in name and name not in FREE} for run in runs
-        ]
-        names = dict.fromkeys(name for one in settings for name in one)
-        differing = [name for name in names if len({one.get(name) for one in settings}) > 1]
-        for run, one in zip(runs, settings, strict=True):
-            words = (f"{name} {one.get(name, NONE) or 'empty'}" for name in differing)
-            parted.setdefault(", ".join((arm, *words)), []).append(run)
-    return parted
+        groups: dict[frozenset[tuple[str, str]], dict[Pair, RunRecord]] = {}
+        for run in runs:
+            groups.setdefault(frozenset(_settings(run)), {})[split_of(run), seed_of(run)] = run
+        shared = frozenset.intersection(*groups)
+        for number, (settings, of_it) in enumerate(groups.items(), 1):
+            name = arm if len(groups) == 1 else f"{arm} ({number})"
+            parted[name] = list(of_it.values())
+            if own := sorted(settings - shared):
+                words = ", ".join(f"{key} {shorten(value, LONGEST_SETTING) or 'empty'}" for key, value in own)
+                notes.append(f"{name}: {words}.")
+    return parted, notes
+
+
+def _settings(run: RunRecord) -> Iterator[tuple[str, str]]:
+    """Return what runs that repeat each other have in common."""
+    yield from ((name, value) for name, value in run.params.items() if "." in name and name not in FREE)
+    yield from (
+        (f"{context} images", f"{each.name}: {', '.join(each.classes)}") for context, each in run.images.items()
+    )
 
 
 def _table(comparison: Comparison, baseline: str) -> Rows:

@@ -35,7 +35,9 @@ class Report:
     def write(self, folder: Path) -> None:
         """Write all of it, in the place of the figures that an earlier report shows there."""
         (folder / FIGURES).mkdir(parents=True, exist_ok=True)
-        earlier = (folder / MARKDOWN).read_text(encoding="utf-8") if (folder / MARKDOWN).is_file() else ""
+        earlier = (
+            (folder / MARKDOWN).read_text(encoding="utf-8", errors="replace") if (folder / MARKDOWN).is_file() else ""
+        )
         for name in re.findall(rf"\]\({FIGURES}/(\d+-[a-z0-9-]+\.svg)\)", earlier):
             (folder / FIGURES / name).unlink(missing_ok=True)
         (folder / HTML).write_text(self.html, encoding="utf-8")

@@ -100,30 +100,26 @@ def section(study: Study, claims: Claims) -> Section:
 
 
 def _missing(study: Study) -> str:
-    """Say what a study lacks: runs that failed, unless it is a search, where that is an answer, and planned ones."""
+    """Say what a study lacks: runs that failed, and planned ones. One that diverged is an answer to a search."""
     parent = study.parent
     if parent is None:
         return ""
     there = {run.name for run in study.runs if run.status == "FINISHED"}
-    failed = {
-        run.name: f"{run.name} ({shorten(run.tags.get('effv2.error', 'no reason known'), LONGEST_REASON)})"
-        for run in study.runs
-        if run.status == "FAILED" and run.name not in there
-    }
-    lacking = [name for name in names_in(parent.tags, PLANNED) if name not in there | failed.keys()]
+    reasons = {run.name: run.tags.get("effv2.error", "no reason known") for run in study.runs if run.status == "FAILED"}
+    diverged = {name for name, reason in reasons.items() if reason.startswith("Diverged:")}
+    failed = [name for name in reasons if name not in there and (name not in diverged or study.kind != "search")]
+    lacking = [name for name in names_in(parent.tags, PLANNED) if name not in there | reasons.keys()]
     said = []
     if any(run.status == "RUNNING" for run in study.runs):
         said.append("it is being worked on, or its process died")
-    if failed and study.kind != "search":
-        said.append(_some("failed", list(failed.values())))
+    if failed:
+        said.append(_some("failed", [f"{name} ({shorten(reasons[name], LONGEST_REASON)})" for name in failed]))
     if lacking:
         said.append(_some("planned but not finished", lacking))
     if not study.runs:
         said.append("it has no runs yet")
-    if lacking and (command := parent.tags.get(COMMAND, "")):
-        without = ", without --fresh," if "--fresh" in command.split() else ""
-        return f"{'; '.join(said)}. The command below{without} goes on with it."
-    return f"{'; '.join(said)}." if said else ""
+    goes_on = " The command below goes on with it." if COMMAND in parent.tags else ""
+    return f"{'; '.join(said)}.{goes_on if lacking or set(failed) - diverged else ''}" if said else ""
 
 
 def _some(words: str, names: Sequence[str]) -> str:
@@ -184,8 +180,10 @@ def _tell_search(study: Study, title: str, claims: Claims) -> Told:
     """Tell of the best trials of a search, and the test accuracy of the one that was chosen."""
     trials = sorted(study.runs, key=lambda run: -run.metrics.get("selected/val_accuracy", -math.inf))
     trials = [run for run in trials if "selected/val_accuracy" in run.metrics]
+    outcomes = Counter(run.tags.get(OUTCOME, "unknown") for run in study.runs if run.status in ("FINISHED", "FAILED"))
+    ended = ", ".join(f"{count} {outcome}" for outcome, count in sorted(outcomes.items()))
     if not trials:
-        return Told()
+        return Told(notes=[f"Trials: {ended}."] if ended else [])
     names = [
         name
         for name in trials[0].params
@@ -200,8 +198,6 @@ def _tell_search(study: Study, title: str, claims: Claims) -> Told:
         ),
         *((name, *(_number(run.params.get(name, "")) for run in trials[:BEST_TRIALS])) for name in names),
     ]
-    outcomes = Counter(run.tags.get(OUTCOME, "unknown") for run in study.runs if run.status in ("FINISHED", "FAILED"))
-    ended = ", ".join(f"{count} {outcome}" for outcome, count in sorted(outcomes.items()))
     parent = study.parent
     if parent is not None and parent.status == "FINISHED" and parent.ended > parent.started:
         ended += f"; {_duration((parent.ended - parent.started) / 1000)} from its first start to its end"

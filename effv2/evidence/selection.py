@@ -184,7 +184,7 @@ def _on_shared_splits(chosen: Chosen) -> Chosen:
     """Keep the splits that all arms have: an arm on other images says nothing of the difference.
 
     Where there are pairs enough to be judged by them, those that have pairs. Fewer than three splits decide nothing,
-    so that of two the one with more runs counts.
+    so that of two the one with more pairs, or runs, counts.
     """
     shared = set.intersection(*({split for split, _ in of_arm} for of_arm in chosen.arms.values()))
     paired = {split for split, _ in pairs} if len(pairs := chosen.pairs()) >= FEWEST else shared
@@ -196,7 +196,8 @@ def _on_shared_splits(chosen: Chosen) -> Chosen:
         shared = paired
     if 1 < len(shared) < FEWEST:
         runs = Counter(split for of_arm in chosen.arms.values() for split, _ in of_arm if split in shared)
-        most = max(sorted(shared), key=lambda split: runs[split])
+        counts = Counter(split for split, _ in pairs) if len(pairs) >= FEWEST else runs
+        most = max(sorted(shared), key=lambda split: counts[split])
         aside.append(
             f"on one split alone, {_runs(runs.total() - runs[most])} on another left aside: a third would count all"
         )

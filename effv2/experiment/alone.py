@@ -37,13 +37,13 @@ def train_once(
 ) -> TrainedOnce:
     """Return the finished run of this identity; where there is none, or with `fresh`, train it.
 
-    One that ended early goes on, unless a later one was finished; one that can't, since data or code have changed, is
-    named.
+    One that ended early goes on, unless it had begun before another was finished; one that can't, since data or code
+    have changed, is named.
     """
     wanted = identity(config, dataset)
     done = None if fresh else find_finished(wanted, labels.experiment_id)
     left = None if fresh else find_ended_early(wanted, labels.experiment_id)
-    if done is not None and (left is None or left.started < done.started):
+    if done is not None and (left is None or left.started < done.ended):
         run = TrackedRun(done.run_id, labels.experiment_id)
         point_adopted_run_to(run)
         discard_checkpoints(run.run_id, saving)

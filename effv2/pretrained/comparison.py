@@ -33,13 +33,14 @@ from effv2.pretrained.ranking import Evaluated, Ranking
 from effv2.pretrained.weights import Requested, find_all_weights, load_network
 from effv2.studies.options import LogModel
 from effv2.tracking.entries import PROCESS
-from effv2.tracking.read import Identity, find_ended_early, find_finished, read_runs
+from effv2.tracking.read import Identity, RunRecord, find_ended_early, find_finished, read_runs
 from effv2.tracking.recovery import open_experiment
 from effv2.tracking.run import OUTCOME, TrackedRun, open_parent, point_adopted_run_to, run_address, working_on
 from effv2.tracking.store import TrackingError
 from effv2.tracking.tags import COMMAND
 
 LONGEST_NAME = 200  # characters of a run's name
+FRESH = "effv2.fresh"  # tag of a comparison that takes no runs of others
 
 
 @dataclass(frozen=True)
@@ -92,16 +93,23 @@ def _evaluate(session: Session, entries: Sequence[Entry], experiment_id: str, fr
     deciding = [[entry.identity.config_hash, entry.identity.data_digest] for entry in entries]
     data = short_hash(sorted({entry.identity.data_digest for entry in entries}))
     identity = Identity(short_hash([labels, deciding]), data, code_version())
-    runs = {} if fresh else _finished(entries, experiment_id)
     finished = None if fresh else find_finished(identity, experiment_id)
-    if finished is not None and len(runs) == len(entries):
+    left = None if fresh else find_ended_early(identity, experiment_id)
+    if left is not None and finished is not None and left.started < finished.ended:
+        left = None
+    among = left.run_id if left is not None and FRESH in left.tags else ""
+    runs = {} if fresh else _finished(entries, experiment_id, among)
+    if left is None and finished is not None and len(runs) == len(entries):
         parent = TrackedRun(finished.run_id, experiment_id)
         point_adopted_run_to(parent)
         session.view.remark("Finished before, with the same weights, images and code; --fresh repeats it.")
         return Ending(parent, _rank(session.images, runs, parent), {})
 
-    left = None if fresh else _left_behind(identity, experiment_id)
-    parent = left or _new_parent(session, identity, labels, experiment_id)
+    parent = (
+        _new_parent(session, identity, labels, experiment_id, fresh)
+        if left is None
+        else _taken_over(left, experiment_id)
+    )
     point_adopted_run_to(parent)
     session.view.remark(run_address(parent.run_id, parent.experiment_id))
     with working_on(parent):
@@ -139,24 +147,24 @@ def _evaluate_all(
     return failed
 
 
-def _finished(entries: Sequence[Entry], experiment_id: str) -> dict[str, str]:
-    """Return the runs that evaluated the same before, by label."""
-    found = {entry.requested.label: find_finished(entry.identity, experiment_id) for entry in entries}
+def _finished(entries: Sequence[Entry], experiment_id: str, parent: str) -> dict[str, str]:
+    """Return the runs that evaluated the same before, by label; those of one comparison where `parent` is given."""
+    found = {entry.requested.label: find_finished(entry.identity, experiment_id, parent) for entry in entries}
     return {label: record.run_id for label, record in found.items() if record is not None}
 
 
-def _left_behind(identity: Identity, experiment_id: str) -> TrackedRun | None:
-    """Return the run of the same comparison that ended early; it is ours from now on."""
-    record = find_ended_early(identity, experiment_id)
-    if record is None:
-        return None
-    run = TrackedRun(record.run_id, experiment_id)
+def _taken_over(left: RunRecord, experiment_id: str) -> TrackedRun:
+    """Return the run of the same comparison that ended early, which is ours from now on."""
+    run = TrackedRun(left.run_id, experiment_id)
     run.set_tags({PROCESS: this_process()})
     return run
 
 
-def _new_parent(session: Session, identity: Identity, labels: Sequence[str], experiment_id: str) -> TrackedRun:
+def _new_parent(
+    session: Session, identity: Identity, labels: Sequence[str], experiment_id: str, fresh: bool
+) -> TrackedRun:
     tags = run_tags(identity, session) | {"effv2.variant": ",".join(labels), COMMAND: provenance.command()}
+    tags |= {FRESH: "true"} if fresh else {}
     name = f"{STUDY} {session.images.name}: {', '.join(labels)}"[:LONGEST_NAME]
     parent = open_parent(name, experiment_id, tags)
     parent.log_params(session.config.flat() | {"study.kind": STUDY, "study.models": ",".join(labels)})

@@ -27,6 +27,7 @@ from torchvision.models import WeightsEnum
 
 from effv2.data.preparation import CentreCrop
 from effv2.errors import InputError, close_names, nearest
+from effv2.places import expanded
 from effv2.provenance import sha256_of_file
 
 PUBLISHED_HASH = re.compile(r"-([0-9a-f]{8,64})\.pth$")  # a head of the file's SHA-256, at the end of its name
@@ -129,7 +130,7 @@ def _parse(entry: str) -> Requested:
     weights = models.get_model_weights(network).DEFAULT if name in ("", "DEFAULT") else published[name]
     if "=" not in entry:
         return Requested(entry, network, weights)
-    path = Path(os.path.expanduser(file.strip()))  # noqa: PTH111 (never raises)
+    path = expanded(file.strip())
     if not file.strip():
         raise InputError(f"--models {entry}: no file is named after the sign of equality; give its path.")
     if not _is_file(path):
@@ -283,7 +284,7 @@ def check_folder(weights_dir: str) -> Path | None:
     """Read --weights-dir: empty, or a folder that is there."""
     if not weights_dir:
         return None
-    folder = Path(os.path.expanduser(weights_dir))  # noqa: PTH111 (never raises)
+    folder = expanded(weights_dir)
     if not os.path.isdir(folder):  # noqa: PTH112 (as _is_file)
         raise InputError(
             f"--weights-dir {weights_dir}: no such folder that can be read; give the one with the files of weights."

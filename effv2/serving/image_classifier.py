@@ -128,8 +128,8 @@ def _open(item: Any) -> Image.Image:
     elif isinstance(item, Path):
         item = item.read_bytes()
     image = Image.open(io.BytesIO(item))
-    if image.format == "EPS":
-        raise ValueError("PostScript is a program, which Pillow would have run by another one")
+    if image.format in ("EPS", "IPTC"):
+        raise ValueError("PostScript, or what may hold it, is a program that Pillow would have run")
     return image
 
 

@@ -16,14 +16,15 @@ from effv2.errors import InputError, RunError
 from effv2.evidence.comparison import Rows
 from effv2.evidence.publication import report_on_study
 from effv2.studies.options import StudyOptions
-from effv2.studies.plan import LoadData, Plan, digest, run_ids
-from effv2.studies.queue import ERROR, Queue
+from effv2.studies.plan import LoadData, Plan, Trials, digest, run_ids
+from effv2.studies.queue import ERROR, RUN, Queue
 from effv2.studies.session import Session
 from effv2.studies.standing import View, standing_of
 from effv2.studies.storage import DATABASE_ERRORS, OUTAGE_SECONDS, Storage, open_storage, patient, why
 from effv2.studies.supervision import supervise
 from effv2.studies.worker import Worker
 from effv2.tracking.entries import may_pass
+from effv2.tracking.read import known_runs
 from effv2.tracking.run import TrackedRun, find_run, open_parent, point_adopted_run_to, run_address, status_after
 from effv2.tracking.store import (
     TRACKING_ERRORS,
@@ -62,6 +63,8 @@ def run_study(plan: Plan, experiment_id: str, options: StudyOptions, load: LoadD
             queue = session.queue(storage)
             if queue.deserted():
                 queue.retry_failed()
+                if repeated := queue.repeat(_lost(queue.trials(), experiment_id)):
+                    view.remark(f"{repeated} finished runs were deleted from the tracking store: they are repeated.")
             view.study_opened(run_address(session.parent_id, session.experiment_id))
             view.standing(standing_of(plan, queue.trials()))
             if not queue.unfinished():
@@ -120,6 +123,14 @@ def _open(plan: Plan, storage: Storage, experiment_id: str, options: StudyOption
         log_model=options.log_model,
         saving=options.saving,
     )
+
+
+def _lost(trials: Trials, experiment_id: str) -> set[str]:
+    """Return the runs of finished trials that somebody has deleted since."""
+    finished = {
+        trial.user_attrs[RUN] for trial in trials.values() if trial.state.is_finished() and RUN in trial.user_attrs
+    }
+    return finished - known_runs(experiment_id) if finished else set()
 
 
 Opened = tuple[str, TrackedRun, bool]  # a study's name in the storage, its run, whether it repeats what was finished
@@ -197,6 +208,8 @@ def _publish(session: Session, queue: Queue, load: LoadData, view: View) -> Endi
     storage, plan = queue.storage, session.plan
     with storage.lock(f"publish {session.study}"):
         trials = queue.trials()
+        lost = _lost(trials, session.experiment_id)  # of slots that aren't wanted now
+        trials = {slot: trial for slot, trial in trials.items() if trial.user_attrs.get(RUN) not in lost}
         finished = sorted(trial.number for trial in trials.values() if trial.state.is_finished())
         stands = {"trials": finished, "log_model": session.log_model}
         if storage.optuna.get_study_user_attrs(queue.study_id).get(PUBLISHED) != stands:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from itertools import islice
@@ -62,6 +62,19 @@ class Queue:
                 if slot in self.wanted and trial.state == TrialState.FAIL and not trial.user_attrs.get(FINAL):
                     self._enqueue(slot, self.wanted[slot] or trial.params)
                     self._take_over(self._by_slot()[slot]._trial_id, trial)
+
+    @patient
+    def repeat(self, lost: Collection[str]) -> int:
+        """Enqueue once more the wanted slots that were finished by runs which are no longer there; say how many."""
+        with self.storage.lock(self.study):
+            again = [
+                (slot, trial)
+                for slot, trial in self._by_slot().items()
+                if slot in self.wanted and trial.state.is_finished() and trial.user_attrs.get(RUN) in lost
+            ]
+            for slot, trial in again:
+                self._enqueue(slot, self.wanted[slot] or trial.params)
+        return len(again)
 
     @patient
     def claim(self) -> Claim | None:
@@ -167,7 +180,7 @@ class Queue:
 
     @patient
     def trials(self) -> dict[str, FrozenTrial]:
-        """Return the study's trials by slot, those that were repeated after a failure once."""
+        """Return the study's trials by slot, of those that were repeated the last."""
         return self._by_slot()
 
     def unfinished(self) -> list[str]:
@@ -222,8 +235,7 @@ class Queue:
         found = self.storage.optuna.get_all_trials(self.study_id, deepcopy=False)
         by_slot: dict[str, FrozenTrial] = {}
         for trial in found:
-            slot = trial.user_attrs.get(SLOT)
-            if slot is not None and (slot not in by_slot or by_slot[slot].state == TrialState.FAIL):
+            if (slot := trial.user_attrs.get(SLOT)) is not None:
                 by_slot[slot] = trial
         return by_slot
 

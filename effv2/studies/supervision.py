@@ -44,7 +44,9 @@ def supervise(session: Session, queue: Queue, workers: int, view: View) -> None:
                 finished, in_vain = len(session.plan.slots) - len(unfinished), 0
             for index, process in enumerate(processes):
                 if process.exitcode == AWAY:
-                    raise RunError("The storage or the tracking store is away; start it and give the command again.")
+                    raise RunError(
+                        "The storage or the tracking store is away; start it and give the same command again."
+                    )
                 if process.exitcode is not None:
                     in_vain += 1
                     if in_vain > MOST_IN_VAIN * workers:

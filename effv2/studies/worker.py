@@ -19,7 +19,7 @@ from typing import Literal
 import torch
 from optuna.trial import TrialState
 
-from effv2.errors import Abandoned, Diverged, RunError, Terminated
+from effv2.errors import Abandoned, Diverged, RunError, Terminated, going_on
 from effv2.execution.allocator import tune_allocator
 from effv2.experiment.labels import Labels, identity
 from effv2.experiment.outcome import reached
@@ -261,7 +261,7 @@ def worker_process(session: Session, threads: int) -> None:
             sys.exit(1)
         except StorageAway as error:
             _leave(session, storage)
-            print(error, file=sys.stderr)
+            print(going_on(str(error), session.fresh), file=sys.stderr)
             sys.exit(AWAY)
 
 

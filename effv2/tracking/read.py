@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import tempfile
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field
@@ -125,18 +125,28 @@ def read_experiment(experiment_id: str, histories: Iterable[str], parent: str = 
     condition = f"tags.`{PARENT}` = '{parent}'" if parent else ""
     runs = [client.get_run(parent)] if parent else []
     lent = lent_in(runs[0].data.tags) if parent else {}
-    token: str | None = None
-    while True:
-        page = client.search_runs([experiment_id], condition, order_by=["start_time ASC"], page_token=token)
-        runs += page
-        token = page.token
-        if not token:
-            break
+    runs += _all_runs(experiment_id, condition)
     runs += map(client.get_run, lent)
     searches = {run.info.run_id for run in runs if run.data.params.get("study.kind") == "search"}
     read = [r for r in runs if r.info.status == "FINISHED" and r.data.tags.get(PARENT) not in searches]
     found = {record.run_id: record for record in _with_histories(read, list(histories))}
     return [found.get(run.info.run_id) or _record(run, {}) for run in runs]
+
+
+def known_runs(experiment_id: str) -> set[str]:
+    """Return the ids of the experiment's runs but for those that were deleted."""
+    return {run.info.run_id for run in _all_runs(experiment_id)}
+
+
+def _all_runs(experiment_id: str, condition: str = "") -> Iterator[Run]:
+    """Yield runs of an experiment, the oldest first, however many there are."""
+    token: str | None = None
+    while True:
+        page = MlflowClient().search_runs([experiment_id], condition, order_by=["start_time ASC"], page_token=token)
+        yield from page
+        token = page.token
+        if not token:
+            break
 
 
 def experiment_name(experiment_id: str) -> str:

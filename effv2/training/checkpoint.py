@@ -21,6 +21,7 @@ from typing import Any
 import torch
 
 from effv2.errors import InputError, Terminated
+from effv2.places import expanded
 from effv2.provenance import sha256_of_file
 from effv2.training.saving import Saving
 from effv2.training.state import TrainState
@@ -43,7 +44,7 @@ class Checkpoints:
     @classmethod
     def of(cls, run_id: str, saving: Saving, identity: Mapping[str, str]) -> Checkpoints:
         """Return those of a run, in a folder of its own."""
-        return cls(Path(os.path.expanduser(saving.folder), run_id), identity)  # noqa: PTH111 (never raises)
+        return cls(expanded(saving.folder) / run_id, identity)
 
     def write(self, state: Mapping[str, Any], step: int) -> Path:
         """Write a checkpoint, then remove all but the last two; OSError leaves those there were."""
