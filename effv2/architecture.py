@@ -83,6 +83,8 @@ def _parse_stage(words: list[str], row: str) -> Stage:
             f"the row {row!r} is out of bounds; expansion is 1 to 64, the kernel odd, "
             "the stride 1 or 2, channels and layers are positive"
         )
+    if in_channels % 8 or out_channels % 8:  # torchvision would build others
+        raise ValueError(f"the row {row!r} has channels that are no multiples of 8, as the network needs them")
     block = cast(Block, words[0])
     return Stage(block, ratio, kernel, stride, in_channels, out_channels, layers, squeeze_excitation)
 
@@ -179,7 +181,8 @@ def build_model(
     """Build torchvision's EfficientNet from `table`: images (N, 3, H, W) to logits (N, num_classes).
 
     Batch norm has epsilon 1e-3 as in torchvision's EfficientNetV2; `dropout` is that before the classifier;
-    the probability of stochastic depth rises linearly from 0 to `stochastic_depth` at the last block.
+    the probability of stochastic depth rises linearly from 0 at the first of n blocks to (n - 1) / n of
+    `stochastic_depth` at the last, as in torchvision.
     Parameters are initialised from torch's global generator. With `zero_init_residual` the last batch norm of every
     residual branch begins with a weight of zero, so that each of these blocks begins as the identity (Goyal et al.
     2017, section 5.1); all other parameters begin as they do without.

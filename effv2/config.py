@@ -66,7 +66,7 @@ class ModelConfig(Group):
     depth_multiplier: float = Field(1.0, gt=0, le=10, description="Multiplies the layers of MBConv stages.")
     width_multiplier: float = Field(1.0, gt=0, le=10, description="Multiplies the channels of all stages.")
     dropout: Fraction = Field(0.2, description="Dropout before the classifier.")
-    stochastic_depth: Fraction = Field(0.2, description="Stochastic depth of the last block, rising from 0.")
+    stochastic_depth: Fraction = Field(0.2, description="Probability of stochastic depth, to which it rises from 0.")
     outputs: int = Field(0, ge=0, le=100_000, description="Width of the head, 0 = the number of classes.")
     zero_init_residual: bool = Field(False, description="Start residual branches at zero (Goyal et al. 2017).")
 

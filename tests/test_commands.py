@@ -403,6 +403,7 @@ STUDY_ERRORS = {
     "config: {data: {image_sise: 32}}": r"line 2: config.data.image_sise: unknown key.*'image_size'",
     "config:\n  optimiser:\n    lr: fast": r"line 4: config.optimiser.lr fast",
     "arms:\n  a: {model: {variant: drop_two}}": r"line 3: arms.a.model.variant drop_two: .* did you mean 'drop_one'",
+    "arms: {a: {model: {table: M 1 3 1 24 20 1}}}": r"line 2: arms.a.model.table .*: the row .* multiples of 8",
     "arms: {a: {model: {table: F 1 3 1 24 24}}}": r"line 2: arms.a.model.table .*: the row .* is not a stage",
     "sedes: [1]": r"line 2: sedes: unknown key.*'seeds'",
     "seeds: [-1]": r"seeds.*-1",

@@ -160,7 +160,9 @@ def test_processes_that_build_at_once_agree(tmp_path: Path, own_cache: Path) -> 
     running = [subprocess.Popen(command, stdout=subprocess.PIPE, text=True) for _ in range(3)]
     digests = {process.communicate(timeout=120)[0] for process in running}
     assert len(digests) == 1 and all(process.returncode == 0 for process in running)
-    assert len(list((own_cache / "entries").iterdir())) == 1
+    (entry,) = (own_cache / "entries").iterdir()
+    (tmp_path / "as usual").mkdir()
+    assert entry.stat().st_mode == (tmp_path / "as usual").stat().st_mode  # other users may read it
 
 
 def test_broken_images_are_named_all_at_once(tmp_path: Path, own_cache: Path) -> None:
@@ -239,6 +241,15 @@ def test_class_with_too_few_images_is_named(tmp_path: Path) -> None:
         load_dataset(DataConfig(dataset="folder", dir=str(root), image_size=8))
     with pytest.raises(InputError, match="--per-class 500: the class"):
         load_dataset(DataConfig(image_size=8, per_class=500))
+
+
+def test_what_is_no_part_beside_a_training_part_is_named(tmp_path: Path) -> None:
+    for other in ("dev", "bus"):  # another name for validation; a class beside one called train
+        root = make_image_tree(tmp_path / other, ("train", other))
+        with pytest.raises(
+            InputError, match=f"train is the training part by its name, but {other} beside it is no part"
+        ):
+            load_dataset(DataConfig(dataset="folder", dir=str(root), image_size=8))
 
 
 def test_different_classes_in_train_and_test_are_named(tmp_path: Path) -> None:

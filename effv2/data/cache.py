@@ -18,8 +18,8 @@ import json
 import os
 import re
 import shutil
-import tempfile
 import time
+import uuid
 import warnings
 from collections import deque
 from collections.abc import Callable, Generator, Iterator
@@ -164,7 +164,8 @@ def _write(key: str, images: Images, preparation: Preparation, progress: Progres
     """Build an entry, never all of it in memory; what a loss of power tears, the checksum tells."""
     entries = cache_folder() / "entries"
     _sweep(entries)
-    building = Path(tempfile.mkdtemp(prefix="building-", dir=entries))
+    building = entries / f"building-{uuid.uuid4().hex}"
+    building.mkdir()  # not by tempfile, which would hide it from other users for good
     try:
         digest, rgb = hashlib.sha256(), []
         shape = (len(images), preparation.size, preparation.size, 3)

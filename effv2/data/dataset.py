@@ -104,12 +104,7 @@ class Dataset:
 
 def load_dataset(config: DataConfig, progress: cache.Progress | None = None) -> Dataset:
     """Find, sample, decode and split; InputError for everything that is wrong with the folder."""
-    try:
-        source = open_source(config)
-    except OSError as error:
-        raise InputError(
-            f"--data-dir {config.dir}: {error.filename} can't be read ({error.strerror}); give yourself access."
-        ) from error
+    source = open_source(config)
     load = _load_published if config.sampling == "published" else _load_standard
     train, validation, test = load(config, source, progress)
     if len(train) < 2:

@@ -25,6 +25,7 @@ EXTENSIONS = (".jpg", ".jpeg", ".png", ".bmp", ".gif", ".webp", ".tif", ".tiff",
 TRAIN_NAMES = ("train", "training", "training_set", "train_set")
 VALIDATION_NAMES = ("val", "valid", "validation", "validation_set", "val_set")
 TEST_NAMES = ("test", "testing", "test_set", "testing_set")
+PARTS = {*TRAIN_NAMES, *VALIDATION_NAMES, *TEST_NAMES}
 
 IMAGENETTE_NAMES = {
     "n01440764": "tench",
@@ -63,8 +64,13 @@ class Source:
 
 
 def open_source(config: DataConfig) -> Source:
-    """Find the data set that `config` names."""
-    return SOURCES[config.dataset](config)
+    """Find the data set that `config` names; InputError where it isn't there or can't be read."""
+    try:
+        return SOURCES[config.dataset](config)
+    except OSError as error:
+        raise InputError(
+            f"--data-dir {config.dir}: {error.filename} can't be read ({error.strerror}); give yourself access."
+        ) from error
 
 
 def _digits(config: DataConfig) -> Source:
@@ -190,6 +196,11 @@ def _read_tree(name: str, folder: Path) -> Source:
             )
         classes = _class_folders(folder, name)
         return Source(name, str(folder), tuple(map(_text, classes)), _file_part(folder, folder, classes))
+    if others := [name for name in _folders(folder) if name.lower() not in PARTS and _folders(folder / name)]:
+        raise InputError(
+            f"--data-dir {folder}: {train.name} is the training part by its name, but {', '.join(others)} beside it is "
+            f"no part; rename parts to {VALIDATION_NAMES[0]} or {TEST_NAMES[0]}, or the class {train.name} otherwise."
+        )
     validation, test = _find(folder, VALIDATION_NAMES), _find(folder, TEST_NAMES)
     if test is None:  # a set with train and val alone uses val for testing, as Imagenette does
         validation, test = None, validation
@@ -234,9 +245,8 @@ def _class_folders(folder: Path, name: str) -> list[str]:
             f"--data-dir {folder}: holds {len(classes)} class folders, but at least 2 are needed; give a folder "
             f"with one sub-folder of images per class{hint}."
         )
-    parts = {*TRAIN_NAMES, *VALIDATION_NAMES, *TEST_NAMES}
     for inside in classes:
-        if any(inner.lower() in parts for inner in _folders(folder / inside)):
+        if any(inner.lower() in PARTS for inner in _folders(folder / inside)):
             raise InputError(
                 f"--data-dir {folder}: {inside} in it is a data set of its own, not a class; give the path of one set."
             )

@@ -18,7 +18,7 @@ from effv2.experiment.watching import Display, Observer
 from effv2.tracking.outbox import PATIENCE, TrackingAway
 from effv2.tracking.recovery import send
 from effv2.tracking.run import OUTCOME, TrackedRun, start_run
-from effv2.training.checkpoint import Checkpoints, Keeper, Pace
+from effv2.training.checkpoint import Checkpoints, Keeper, Pace, newest_step
 from effv2.training.loop import Training
 from effv2.training.saving import Saving
 from effv2.training.state import TrainState
@@ -145,11 +145,14 @@ def _send_what_it_logged(run_id: str, display: Display) -> None:
 def _go_on(run: TrackedRun, state: TrainState, checkpoints: Checkpoints, display: Display) -> set[int]:
     """Take over a checkpoint, log the epochs that it has finished and the run lacks; return all that are logged.
 
-    Where this machine has none, it is that which another one uploaded.
+    Where another machine has uploaded one that came further than those here, it is that one.
     """
     logged = run.steps("time/epoch_seconds")
+    uploaded = newest_step(run.names_in(UPLOADED))
+    if uploaded > checkpoints.newest():
+        run.fetch_folder(UPLOADED, checkpoints.folder)
     saved = checkpoints.read(display.remark)
-    if saved is None and run.fetch_folder(UPLOADED, checkpoints.folder):
+    if saved is None and uploaded >= 0 and run.fetch_folder(UPLOADED, checkpoints.folder):  # those here are damaged
         saved = checkpoints.read(display.remark)
     if saved is not None:
         state.load_state_dict(saved)

@@ -12,7 +12,6 @@ from effv2.config import DataConfig
 from effv2.data.images import Labels, Part
 from effv2.data.sources import open_source
 from effv2.data.splits import Positions, sample_per_class
-from effv2.errors import InputError
 from effv2.pretrained.config import ImagesConfig
 from effv2.pretrained.imagenet import Origin, class_names, origin, outputs_of
 from effv2.randomness import stream_seed
@@ -93,12 +92,7 @@ def choose_images(config: ImagesConfig) -> EvaluationImages:
     For a quick look, test images are drawn, and as many of the images of ImageNet's validation set. InputError for a
     folder that isn't there, or whose classes are not ImageNet's.
     """
-    try:
-        source = open_source(DataConfig(dataset=config.dataset, dir=config.dir, download=config.download))
-    except OSError as error:
-        raise InputError(
-            f"--data-dir {config.dir}: {error.filename} can't be read ({error.strerror}); give yourself access."
-        ) from error
+    source = open_source(DataConfig(dataset=config.dataset, dir=config.dir, download=config.download))
     outputs = outputs_of(source.classes, config.dir)
     test = source.train if source.test is None else source.test
     chosen = sample_per_class(test.labels, config.per_class, source.classes, config.seed)

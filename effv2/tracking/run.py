@@ -9,7 +9,7 @@ import shutil
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 import mlflow
@@ -135,14 +135,18 @@ class TrackedRun:
             return None
         return Path(client.download_artifacts(self.run_id, name, str(folder)))
 
+    def names_in(self, place: str) -> list[str]:
+        """Return the names of the artifacts in a folder of theirs."""
+        found = mlflow.MlflowClient().list_artifacts(self.run_id, place)
+        return [PurePosixPath(file.path).name for file in found if not file.is_dir]
+
     def fetch_folder(self, name: str, folder: Path) -> bool:
         """Download the artifacts in a folder of theirs into `folder`; False where there are none."""
-        client = mlflow.MlflowClient()
-        found = [file.path for file in client.list_artifacts(self.run_id, name) if not file.is_dir]
+        client, found = mlflow.MlflowClient(), self.names_in(name)
         with tempfile.TemporaryDirectory() as place:
-            for path in found:
+            for each in found:
                 folder.mkdir(parents=True, exist_ok=True)
-                shutil.copy(client.download_artifacts(self.run_id, path, place), folder)
+                shutil.copy(client.download_artifacts(self.run_id, f"{name}/{each}", place), folder)
         return bool(found)
 
     def discard(self, name: str) -> None:

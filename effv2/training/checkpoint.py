@@ -12,7 +12,7 @@ import pickle
 import re
 import shutil
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -69,6 +69,10 @@ class Checkpoints:
             old.unlink(missing_ok=True)
         return written
 
+    def newest(self) -> int:
+        """Return the step of the newest one, -1 without any."""
+        return newest_step(path.name for path in self._found())
+
     def read(self, remark: Callable[[str], None]) -> dict[str, Any] | None:
         """Return the newest state that is whole, None without one; InputError for one of another identity."""
         for path in reversed(self._found()):
@@ -100,6 +104,11 @@ class Checkpoints:
             named = [(path, NAME.fullmatch(path.name)) for path in self.folder.iterdir()]
             return [path for _, path in sorted((int(match[1]), path) for path, match in named if match)]
         return []
+
+
+def newest_step(names: Iterable[str]) -> int:
+    """Return the highest step of checkpoints with these names, -1 without any."""
+    return max((int(match[1]) for name in names if (match := NAME.fullmatch(name))), default=-1)
 
 
 @dataclass

@@ -43,15 +43,15 @@ def watched_accuracy(metrics: Metrics) -> float:
     return metrics["val/accuracy"] if "val/accuracy" in metrics else metrics["test/accuracy"]
 
 
-def differentiation(config: TrainConfig, state: TrainState, execution: Execution) -> Function:
+def differentiation(state: TrainState, execution: Execution, batch_size: int) -> Function:
     """Return a function of (inputs, targets, labels) that sets the gradients of a batch.
 
-    It returns the mean loss and how many were right, on the device.
+    It returns the mean loss and how many were right, on the device. Batches of `batch_size` images are worth compiling.
     """
 
     def differentiate(inputs: Tensor, targets: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
         state.optimiser.zero_grad(set_to_none=True)
-        odd = execution.compiled and len(inputs) != config.optimiser.batch_size
+        odd = execution.compiled and len(inputs) != batch_size
         with execution.autocast(), eager(odd):
             logits = state.model(inputs)
         logits = logits.float()
@@ -80,7 +80,8 @@ class Training:
         """Let the images lie on an accelerator for good where it has room, so that no step waits for them."""
         if self.dataset.bytes <= self.execution.room_for_data():
             self.dataset = self.dataset.on(self.execution.device)
-        differentiate = differentiation(self.config, self.state, self.execution)
+        usual = min(self.config.optimiser.batch_size, len(self.dataset.train))
+        differentiate = differentiation(self.state, self.execution, usual)
         self._differentiate = self.execution.recording(differentiate, self.state.model.parameters())
         self._evaluation_form = self.execution.following(self.state.evaluated)
 
@@ -182,7 +183,8 @@ class Training:
 
     def _divergence(self, loss: str, epoch: int) -> str:
         progress, rate = self.state.progress, self.state.schedule.rate
+        clip = "optimiser.clip_norm" if self.config.optimiser.clip_norm else "set optimiser.clip_norm"
         return (
             f"{loss} is no longer a finite number at epoch {epoch}, step {progress.step}, with a learning rate of "
-            f"{rate:g}; lower --lr or optimiser.clip_norm."
+            f"{rate:g}; lower --lr or {clip}."
         )

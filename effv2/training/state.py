@@ -44,8 +44,8 @@ class Progress:
     def should_stop(self, stopping: StoppingConfig) -> bool:
         """Say whether patience has run out; it is counted from the best epoch, but not before min_epochs.
 
-        So a run that must last 150 epochs with a patience of 50 never ends before epoch 200: the published
-        runs stopped at 200 and later.
+        So a run that must last 150 epochs with a patience of 50 never ends before epoch 200, as the post says of its
+        own. Of its logs, birds_128 ends at 201; birds_32 has all 350, though its best test epoch is 74.
         """
         waited = self.epoch - max(self.best_epoch, stopping.min_epochs)
         return 0 < stopping.patience <= waited
