@@ -246,10 +246,14 @@ def test_class_with_too_few_images_is_named(tmp_path: Path) -> None:
 def test_what_is_no_part_beside_a_training_part_is_named(tmp_path: Path) -> None:
     for other in ("dev", "bus"):  # another name for validation; a class beside one called train
         root = make_image_tree(tmp_path / other, ("train", other))
+        (root / "mlruns" / "1").mkdir(parents=True)  # what a command in that folder leaves there
+        config = DataConfig(dataset="folder", dir=str(root), image_size=8)
         with pytest.raises(
             InputError, match=f"train is the training part by its name, but {other} beside it is no part"
         ):
-            load_dataset(DataConfig(dataset="folder", dir=str(root), image_size=8))
+            load_dataset(config)
+        (root / other).rename(root / "val")
+        assert load_dataset(config).classes == ("class 0", "class 1", "class 2")
 
 
 def test_different_classes_in_train_and_test_are_named(tmp_path: Path) -> None:

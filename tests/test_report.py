@@ -17,7 +17,8 @@ from mlflow.entities import Metric, Param, RunTag
 from effv2.cli.ablate import ablate
 from effv2.cli.report import report
 from effv2.cli.train import train
-from effv2.tracking.tags import lent_in
+from effv2.tracking.read import read_experiment
+from effv2.tracking.tags import BORROWED, lent, lent_in
 from tests.test_commands import all_runs, invoke
 
 CLAIM = """
@@ -102,6 +103,9 @@ def test_a_study_ends_with_a_report_and_views(sqlite_store: str, tiny_study: Pat
     assert sorted(lent_in(second.data.tags).values()) == [
         "default, seed 0", "default, seed 1", "other, seed 0", "other, seed 1",
     ]  # fmt: skip
+    deleted_since = json.dumps([lent("0" * 32, "other, seed 0")])
+    MlflowClient().set_tag(second.info.run_id, BORROWED, deleted_since)
+    assert len(read_experiment(experiment.experiment_id, (), second.info.run_id)) == 3
     markdown = artifact(second.info.run_id, "report.md", tmp_path)
     assert "| runs | 3 | 3 |" in markdown and "| variant | default | other |" in markdown
     assert "| less other, test accuracy, selected epoch, paired [95 %] |" in markdown  # the study's baseline

@@ -196,15 +196,17 @@ def _read_tree(name: str, folder: Path) -> Source:
             )
         classes = _class_folders(folder, name)
         return Source(name, str(folder), tuple(map(_text, classes)), _file_part(folder, folder, classes))
-    if others := [name for name in _folders(folder) if name.lower() not in PARTS and _folders(folder / name)]:
-        raise InputError(
-            f"--data-dir {folder}: {train.name} is the training part by its name, but {', '.join(others)} beside it is "
-            f"no part; rename parts to {VALIDATION_NAMES[0]} or {TEST_NAMES[0]}, or the class {train.name} otherwise."
-        )
     validation, test = _find(folder, VALIDATION_NAMES), _find(folder, TEST_NAMES)
     if test is None:  # a set with train and val alone uses val for testing, as Imagenette does
         validation, test = None, validation
     classes = _class_folders(train, name)
+    # A part under another name, or classes of which one is called train; not what just lies there, as MLflow's files.
+    others = [each for each in _folders(folder) if each.lower() not in PARTS]
+    if others := [each for each in others if not set(classes).isdisjoint(_folders(folder / each))]:
+        raise InputError(
+            f"--data-dir {folder}: {train.name} is the training part by its name, but {', '.join(others)} beside it is "
+            f"no part; rename parts to {VALIDATION_NAMES[0]} or {TEST_NAMES[0]}, or the class {train.name} otherwise."
+        )
     for part in (validation, test):
         if part is not None and (other := _class_folders(part, name)) != classes:
             differing = ", ".join(sorted(set(classes) ^ set(other)))

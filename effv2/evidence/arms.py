@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from textwrap import shorten
 
 from matplotlib.figure import Figure
 
@@ -18,7 +17,7 @@ from effv2.evidence.study import MAIN, Study, arm_of, has_figures
 from effv2.tracking.read import RunRecord
 
 MOST_COLUMNS = 8
-LONGEST_SETTING = 80  # characters of it that are shown
+LONGEST_END = 100  # characters that are shown of either end of a setting
 INTERVALS = ("best/test_accuracy", "selected/test_accuracy")
 
 
@@ -68,9 +67,13 @@ def _parted(arms: Mapping[str, Sequence[RunRecord]]) -> tuple[dict[str, list[Run
             name = arm if len(groups) == 1 else f"{arm} ({number})"
             parted[name] = list(of_it.values())
             if own := sorted(settings - shared):
-                words = ", ".join(f"{key} {shorten(value, LONGEST_SETTING) or 'empty'}" for key, value in own)
+                words = ", ".join(f"{key} {_short(value) or 'empty'}" for key, value in own)
                 notes.append(f"{name}: {words}.")
     return parted, notes
+
+
+def _short(value: str) -> str:
+    return value if len(value) <= 2 * LONGEST_END else f"{value[:LONGEST_END]} … {value[-LONGEST_END:]}"
 
 
 def _settings(run: RunRecord) -> Iterator[tuple[str, str]]:

@@ -118,7 +118,7 @@ def _missing(study: Study) -> str:
         said.append(_some("planned but not finished", lacking))
     if not study.runs:
         said.append("it has no runs yet")
-    goes_on = " The command below goes on with it." if COMMAND in parent.tags else ""
+    goes_on = " The command below goes on with it." if parent.tags.get(COMMAND) else ""
     return f"{'; '.join(said)}.{goes_on if lacking or set(failed) - diverged else ''}" if said else ""
 
 

@@ -196,7 +196,8 @@ def _on_shared_splits(chosen: Chosen) -> Chosen:
         shared = paired
     if 1 < len(shared) < FEWEST:
         runs = Counter(split for of_arm in chosen.arms.values() for split, _ in of_arm if split in shared)
-        counts = Counter(split for split, _ in pairs) if len(pairs) >= FEWEST else runs
+        of_pairs = Counter(split for split, _ in pairs)
+        counts = of_pairs if max(of_pairs.values(), default=0) >= FEWEST else runs
         most = max(sorted(shared), key=lambda split: counts[split])
         aside.append(
             f"on one split alone, {_runs(runs.total() - runs[most])} on another left aside: a third would count all"

@@ -130,7 +130,10 @@ def _lost(trials: Trials, experiment_id: str) -> set[str]:
     finished = {
         trial.user_attrs[RUN] for trial in trials.values() if trial.state.is_finished() and RUN in trial.user_attrs
     }
-    return finished - known_runs(experiment_id) if finished else set()
+    # Asked for once more, one by one: a deletion meanwhile may hide a run between two pages of the list.
+    return (
+        {run_id for run_id in finished - known_runs(experiment_id) if find_run(run_id) is None} if finished else set()
+    )
 
 
 Opened = tuple[str, TrackedRun, bool]  # a study's name in the storage, its run, whether it repeats what was finished

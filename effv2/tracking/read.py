@@ -12,7 +12,9 @@ from pathlib import Path
 
 from mlflow import MlflowClient
 from mlflow.entities import Run
+from mlflow.exceptions import MlflowException
 
+from effv2.tracking.entries import is_missing
 from effv2.tracking.run import OUTCOME
 from effv2.tracking.tags import lent_in
 
@@ -126,7 +128,7 @@ def read_experiment(experiment_id: str, histories: Iterable[str], parent: str = 
     runs = [client.get_run(parent)] if parent else []
     lent = lent_in(runs[0].data.tags) if parent else {}
     runs += _all_runs(experiment_id, condition)
-    runs += map(client.get_run, lent)
+    runs += _still_there(lent)
     searches = {run.info.run_id for run in runs if run.data.params.get("study.kind") == "search"}
     read = [r for r in runs if r.info.status == "FINISHED" and r.data.tags.get(PARENT) not in searches]
     found = {record.run_id: record for record in _with_histories(read, list(histories))}
@@ -147,6 +149,19 @@ def _all_runs(experiment_id: str, condition: str = "") -> Iterator[Run]:
         token = page.token
         if not token:
             break
+
+
+def _still_there(run_ids: Iterable[str]) -> Iterator[Run]:
+    """Yield those of the runs that nobody has deleted."""
+    for run_id in run_ids:
+        try:
+            run = MlflowClient().get_run(run_id)
+        except MlflowException as error:
+            if not is_missing(error):
+                raise
+        else:
+            if run.info.lifecycle_stage == "active":
+                yield run
 
 
 def experiment_name(experiment_id: str) -> str:
