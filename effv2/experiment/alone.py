@@ -42,8 +42,8 @@ def train_once(
     """
     wanted = identity(config, dataset)
     done = None if fresh else find_finished(wanted, labels.experiment_id)
-    left = None if fresh else find_ended_early(wanted, labels.experiment_id)
-    if done is not None and (left is None or left.started < done.ended):
+    left = None if fresh else find_ended_early(wanted, labels.experiment_id, done)
+    if done is not None and left is None:
         run = TrackedRun(done.run_id, labels.experiment_id)
         point_adopted_run_to(run)
         discard_checkpoints(run.run_id, saving)

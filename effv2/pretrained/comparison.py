@@ -94,9 +94,7 @@ def _evaluate(session: Session, entries: Sequence[Entry], experiment_id: str, fr
     data = short_hash(sorted({entry.identity.data_digest for entry in entries}))
     identity = Identity(short_hash([labels, deciding]), data, code_version())
     finished = None if fresh else find_finished(identity, experiment_id)
-    left = None if fresh else find_ended_early(identity, experiment_id)
-    if left is not None and finished is not None and left.started < finished.ended:
-        left = None
+    left = None if fresh else find_ended_early(identity, experiment_id, finished)
     among = left.run_id if left is not None and FRESH in left.tags else ""
     runs = {} if fresh else _finished(entries, experiment_id, among)
     if left is None and finished is not None and len(runs) == len(entries):

@@ -79,14 +79,15 @@ def find_finished(identity: Identity, experiment_id: str, parent: str = "") -> R
     return next((_record(run, {}) for run in found if run.data.tags.get(OUTCOME) == "complete"), None)
 
 
-def find_ended_early(identity: Identity, experiment_id: str) -> RunRecord | None:
+def find_ended_early(identity: Identity, experiment_id: str, done: RunRecord | None) -> RunRecord | None:
     """Return the last run of the experiment with this identity that failed or was killed; None without one.
 
-    Those that belong to a study are left to it.
+    Those that belong to a study are left to it, and those that had begun before `done` was finished aren't wanted.
     """
     found = _find(identity.tags(), experiment_id, "attributes.status != 'FINISHED'")
     ended = (run for run in found if run.info.status in ("FAILED", "KILLED") and PARENT not in run.data.tags)
-    return next((_record(run, {}) for run in ended), None)
+    last = next((_record(run, {}) for run in ended), None)
+    return None if last is not None and done is not None and last.started < done.ended else last
 
 
 def find_outdated(identity: Identity, experiment_id: str) -> tuple[str, str] | None:
