@@ -187,16 +187,42 @@ class TrainConfig(Group):
         return self.model_copy(update={"random": RandomConfig(seed=seed)})
 
     def identity(self) -> dict[str, Any]:
-        """Return the fields that decide a run, under dotted names.
+        """Return what decides a run: the fields under dotted names, and the resolved stage table.
 
-        The folder of the data and the wish to download are left out: where the images lie changes nothing,
-        and what they are is recorded by their own digest.
+        Left out are the folder of the data and the wish to download, since what the images are is recorded by their
+        own digest, and any field added later at its default, at which a run computes what it did without the field.
         """
-        return {name: value for name, value in self.flat().items() if name not in ("data.dir", "data.download")}
+        values = {name: value for name, value in self.flat().items() if name not in NO_IDENTITY}
+        decided = {
+            name: value
+            for name, value in values.items()
+            if name in FIRST_FIELDS or value != field_of(name, type(self))[1]
+        }
+        table = self.model.build_table()
+        return decided | {"model.stages": f"{table} / {table.last_channels}"}
 
     def hash(self) -> str:
         """Return 16 hexadecimal digits of SHA-256 over the identity."""
         return hashlib.sha256(json.dumps(self.identity(), sort_keys=True).encode()).hexdigest()[:16]
+
+
+NO_IDENTITY = ("data.dir", "data.download")
+# The fields that every identity holds. One added later need not be listed, but its default must then stay.
+FIRST_FIELDS = {
+    f"{group}.{name}"
+    for group, names in {
+        "data": "dataset image_size per_class sampling test_fraction validation_fraction split_seed normalise",
+        "augment": "crop flip trivial_augment erasing mixup cutmix",
+        "model": "table variant depth_multiplier width_multiplier dropout stochastic_depth outputs zero_init_residual",
+        "optimiser": "name lr batch_size weight_decay momentum clip_norm label_smoothing ema_decay",
+        "schedule": "name epochs warmup_epochs plateau_factor plateau_patience",
+        "stopping": "min_epochs patience",
+        "evaluation": "train_set test_set batch_size",
+        "execution": "device precision channels_last compile",
+        "random": "seed",
+    }.items()
+    for name in names.split()
+}
 
 
 def field_of(dotted: str, config: type[Group] = TrainConfig) -> tuple[Any, Any]:

@@ -38,8 +38,8 @@ from effv2.data.images import Bytes, Images, sha256_of
 from effv2.data.preparation import Preparation
 from effv2.errors import InputError
 from effv2.places import cache_folder, write_whole
+from effv2.provenance import VERSIONS
 
-FORMAT = 1  # raise it when what a preparation does changes
 ABANDONED_SECONDS = 24 * 3600
 AHEAD = 256  # images
 # What Pillow raises for a broken image, or one that is too large to be honest.
@@ -67,7 +67,7 @@ def decode(images: Images, preparation: Preparation, progress: Progress | None =
 
     InputError names every broken image at once.
     """
-    settings = f"{FORMAT}/{preparation}/Pillow {PIL.__version__}"
+    settings = f"{VERSIONS['decoding']}/{preparation}/Pillow {PIL.__version__}"
     stamp = _sha256(f"{images.stamp()}/{settings}".encode())
     pointer = cache_folder() / "stamps" / stamp
     if (found := _follow(pointer)) and len(found.rgb) == len(images):

@@ -43,18 +43,6 @@ from effv2.tracking.run import TrackedRun, start_run
 
 STUDY = "evaluate-pretrained"
 FULL_BATCH_IMAGES = 128
-# What decides an evaluation, besides its configuration, weights and images.
-DECIDING = (
-    "data",
-    "execution",
-    "evidence/run_artifacts.py",
-    "evidence/statistics.py",
-    "pretrained/evaluation.py",
-    "pretrained/imagenet.py",
-    "pretrained/images.py",
-    "pretrained/measure.py",
-    "pretrained/weights.py",
-)
 
 
 class View(Protocol):
@@ -264,5 +252,5 @@ def short_hash(value: Any) -> str:
 
 
 def code_version() -> str:
-    """Hash the sources that decide an evaluation."""
-    return provenance.code_version(DECIDING)
+    """Return the versions of what decides an evaluation."""
+    return provenance.code_version(provenance.OF_EVALUATION)

@@ -1,0 +1,143 @@
+"""Runs are known again after edits that change no number, and by no edit that does."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from pydantic import Field, create_model
+
+from effv2 import architecture, config
+from effv2.config import TrainConfig
+from effv2.data import splits
+from effv2.data.dataset import load_dataset
+from effv2.provenance import VERSIONS
+from tests.conftest import tiny_config
+from tests.recorded import RECORDED, ROOT, changed, code, definitions, differing, numbers
+
+HOW = (
+    "If results are equal, confirm it with `python -m tests.recorded`, which compares them; "
+    "if they differ, raise the number in effv2.provenance.VERSIONS first."
+)
+AUGMENT = ROOT / "effv2" / "data" / "augment.py"
+
+
+@pytest.fixture(scope="module")
+def recorded() -> dict[str, Any]:
+    content: dict[str, Any] = json.loads(RECORDED.read_text())
+    return content
+
+
+def test_code_that_decides_results_is_as_recorded(recorded: dict[str, Any]) -> None:
+    assert recorded["versions"] == VERSIONS, f"Record what the new versions compute: {HOW}"
+    assert not changed(recorded["code"], code()), HOW
+
+
+def test_results_are_as_recorded(recorded: dict[str, Any]) -> None:
+    assert not differing(recorded["numbers"], numbers()), HOW
+
+
+@pytest.mark.parametrize(
+    ("old", "new"),
+    [
+        pytest.param('"""Mirror each', '"""Turn each', id="a docstring"),
+        pytest.param("    mirrored = send", "    # A coin for each.\n    mirrored = send", id="a comment"),
+        pytest.param("mirrored", "turned", id="a local name"),
+        pytest.param("def random_flip(images: Tensor) -> Tensor:", "def random_flip(images):", id="annotations"),
+        pytest.param(
+            "\n\ndef random_flip", "\n\ndef invert(x):\n    return 255 - x\n\n\ndef random_flip", id="a function"
+        ),
+    ],
+)
+def test_edits_that_change_no_number_need_no_version(old: str, new: str) -> None:
+    source = AUGMENT.read_text()
+    assert old in source
+    before, now = definitions(source), definitions(source.replace(old, new))
+    assert before.items() <= now.items()
+
+
+@pytest.mark.parametrize(
+    ("old", "new"),
+    [
+        pytest.param("torch.rand(len(images)) < 0.5", "torch.rand(len(images)) < 0.6", id="a number"),
+        pytest.param("ERASED_AREA = (0.02, 0.33)", "ERASED_AREA = (0.02, 0.4)", id="a constant"),
+        pytest.param("images.flip(3), images", "images, images.flip(3)", id="an order"),
+        pytest.param("def random_flip", "def random_mirror", id="a definition that is gone"),
+    ],
+)
+def test_edits_of_arithmetic_are_refused(old: str, new: str) -> None:
+    source = AUGMENT.read_text()
+    assert old in source
+    assert changed({"batches": definitions(source)}, {"batches": definitions(source.replace(old, new))})
+
+
+def test_comments_in_every_file_leave_finished_runs_found(sqlite_store: str, tmp_path: Path, tiny_study: Path) -> None:
+    package = Path(shutil.copytree(ROOT / "effv2", tmp_path / "copy" / "effv2"))
+
+    def command(*words: str) -> str:
+        where = {**os.environ, "PYTHONPATH": str(package.parent)}
+        done = subprocess.run(
+            [sys.executable, "-m", "effv2", *words], cwd=tmp_path, env=where, text=True, capture_output=True
+        )
+        assert done.returncode == 0, done.stderr
+        return done.stdout + done.stderr
+
+    ablate = ("ablate", "--study", str(tiny_study), "--variant", "other", "--log-model", "none")
+    assert "finished before" not in command(*ablate)
+    for path in package.rglob("*.py"):
+        path.write_text(path.read_text() + "\n# A comment.\n")
+    assert "All 2 runs were finished before" in command(*ablate)
+    single = tmp_path / "single.yaml"
+    arm = yaml.safe_load(tiny_study.read_text())
+    model = arm["arms"]["other"]["model"]
+    single.write_text(yaml.safe_dump({"name": "single", "config": {**arm["config"], "model": model}}))
+    assert "Finished before" in command("train", "--study", str(single), "--log-model", "none")
+
+
+def test_an_entry_added_to_a_table_is_no_change_and_one_that_differs_is() -> None:
+    table = "KINDS = {'a': 1, 'b': 2}"
+    assert definitions(table).items() <= definitions("KINDS = {'a': 1, 'b': 2, 'c': 3}").items()
+    assert changed({"": definitions(table)}, {"": definitions("KINDS = {'a': 1, 'b': 3}")})
+
+
+def test_changed_table_of_a_variant_is_another_configuration(monkeypatch: pytest.MonkeyPatch) -> None:
+    before = TrainConfig().hash()
+    stages = architecture.VARIANTS["default"].stages
+    longer = architecture.Table((*stages[:-1], replace(stages[-1], layers=16)))
+    monkeypatch.setitem(architecture.VARIANTS, "added", longer)
+    assert TrainConfig().hash() == before
+    monkeypatch.setitem(architecture.VARIANTS, "default", longer)
+    assert TrainConfig().hash() != before
+
+
+def test_added_field_is_left_out_of_the_identity_at_its_default() -> None:
+    grown = create_model("OptimiserConfig", __base__=config.OptimiserConfig, beta=(float, Field(0.9)))
+    model = create_model("TrainConfig", __base__=TrainConfig, optimiser=(grown, grown()))
+    assert model().hash() == TrainConfig().hash()
+    assert model.model_validate({"optimiser": {"beta": 0.5}}).hash() != TrainConfig().hash()
+
+
+def test_fields_that_every_identity_holds_are_as_they_were() -> None:
+    assert TrainConfig().hash() == "e94ea176d41059fa"
+    assert set(TrainConfig().flat()) >= config.FIRST_FIELDS
+
+
+def test_another_split_is_other_data(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    data = tiny_config().data
+    before = load_dataset(data).digest()
+    draw = splits.stratified_split
+
+    def other(*arguments: object) -> object:
+        kept, held = draw(*arguments)  # type: ignore[arg-type]
+        return kept[1:], held
+
+    monkeypatch.setattr("effv2.data.dataset.stratified_split", other)
+    assert load_dataset(data).digest() != before
