@@ -130,6 +130,9 @@ class StoppingConfig(Group):
 
     min_epochs: int = Field(0, ge=0, description="Epochs that are trained in any case.")
     patience: int = Field(0, ge=0, description="Epochs without gain, counted from min_epochs on, 0 = never stop.")
+    best_since: Literal["start", "min_epochs"] = Field(
+        "start", description="The gain is over the best of all epochs, or of those from min_epochs on."
+    )
 
 
 class EvaluationConfig(Group):

@@ -16,13 +16,13 @@ from scipy import stats
 
 from effv2.config import TrainConfig
 from effv2.errors import InputError
-from effv2.evidence.claims import Claims, Protocol, read_claims
+from effv2.evidence.claims import FREE, Claims, Protocol, read_claims
 from effv2.evidence.comparison import Comparison
 from effv2.evidence.judge import Verdict, Words, judge
 from effv2.evidence.quantities import TEST, TRAIN, quantity
 from effv2.evidence.reference import published_runs
 from effv2.evidence.sections import Section, section
-from effv2.evidence.selection import FREE, is_like
+from effv2.evidence.selection import is_like
 from effv2.evidence.statistics import (
     FEWEST,
     LEVEL,
@@ -35,11 +35,10 @@ from effv2.evidence.statistics import (
     runs_to_decide,
 )
 from effv2.evidence.study import Study
-from effv2.studies.files import read_study
+from effv2.studies.files import open_study
 from effv2.studies.settings import Layer
 from effv2.tracking.read import Images, RunRecord
 from effv2.tracking.tags import COMMAND, LONGEST_TAG, LOOKS, PLANNED, as_tags, names_in
-from tests.conftest import ROOT
 
 METRIC = "selected/test_accuracy"
 numbers = itertools.count()
@@ -96,7 +95,7 @@ def verdict(claims: Claims, runs: Sequence[RunRecord]) -> Verdict:
 def test_the_posts_words_against_its_own_figures_and_single_runs() -> None:
     found = {each.id: each for each in judge(read_claims(), [], nothing)}
     assert set(found) == {
-        "T1", "T2", "T3", "T4", "T5", "P1", "H1", "H2", "H3", "H4", "H5", "H6", "H7", "H8",
+        "T1", "T2", "T3", "T4", "T5", "P1", "F1", "H1", "H2", "H3", "H4", "H5", "H6", "H7", "H8",
         "A1", "A2", "A3", "A4", "A5", "A6", "A7", "A8", "E1", "E2",
     }  # fmt: skip
     assert {id_: found[id_].words for id_ in ("A1", "A2", "A3", "P1")} == {
@@ -120,43 +119,61 @@ def test_published_curves_are_those_of_the_post() -> None:
         for protocol, arms in published_runs().items()
         for arm, record in arms.items()
     }
-    assert best["ablation-imagenette", "drop_one"] == 0.5357 and best["ablation-imagenette", "default"] == 0.4997
-    assert best["ablation-mnist", "fused_only"] == 0.979 and best["ablation-birds", "mbconv_only"] == 0.074
-    assert best["scratch-birds-32", "default"] == 0.06 and best["scratch-birds-128", "default"] == 0.138
+    assert best["ablate-imagenette", "drop_one"] == 0.5357 and best["ablate-imagenette", "default"] == 0.4997
+    assert best["ablate-mnist", "fused_only"] == 0.979 and best["ablate-birds", "mbconv_only"] == 0.074
+    assert best["train-birds-32", "default"] == 0.06 and best["train-birds-128", "default"] == 0.138
     lengths = {
         protocol: {len(each.history[TEST]) for each in arms.values()} for protocol, arms in published_runs().items()
     }
-    assert lengths["ablation-imagenette"] == {100} and lengths["ablation-mnist"] == {5}
-    assert lengths["ablation-birds"] == {50} and lengths["scratch-birds-32"] == {350}
+    assert lengths["ablate-imagenette"] == {100} and lengths["ablate-mnist"] == {5}
+    assert lengths["ablate-birds"] == {50} and lengths["train-birds-32"] == {350}
 
 
-FUSED = {"mbconv_only": "none", "default": "stages_1_to_3", "fused_1_to_5": "stages_1_to_5", "fused_only": "all"}
+def logged(config: TrainConfig, **changes: str) -> dict[str, str]:
+    """Return the parameters that a run of a configuration logs."""
+    return {name: str(value) for name, value in config.flat().items()} | changes
 
 
-@pytest.mark.parametrize(
-    ("sweep", "protocol"),
-    [(f"ablate-{name}.yaml", f"ablation-{name}") for name in ("imagenette", "mnist", "birds")]
-    + [
-        (f"hparam-{name}.yaml", f"scratch-{name}")
-        for name in ("imagenette-32", "imagenette-128", "birds-32", "birds-128")
-    ]
-    + [("ablate-fused-stages.yaml", "fused-stages")],
-)
-def test_published_protocols_are_those_of_the_study_files(sweep: str, protocol: str) -> None:
-    claims, file = read_claims(), read_study(ROOT / "sweeps" / sweep)
-    chosen = file.crossed(("none", "plateau")) if sweep.startswith("hparam") else file
-    wanted = claims.protocols[protocol]
-    for arm in chosen.arms:
-        config = chosen.arm(arm, Layer({}, str))
-        birds = {"train": Images("birds", "", 1995, tuple(map(str, range(25))))}
-        params = {name: str(value) for name, value in config.flat().items()}
-        record = RunRecord("", "", "FINISHED", params, {}, {}, images=birds if "birds" in protocol else {})
-        found = [each for each in wanted.arms if is_like(record, wanted, each)]
-        assert found == [FUSED.get(arm, arm) if protocol == "fused-stages" else arm]
-        for name, value in params.items():  # nor does a run follow the protocol that differs in anything that decides
-            if name not in FREE and name != "model.table":
-                other = replace(record, params=params | {name: f"{value}1"})
-                assert not is_like(other, wanted, found[0]), name
+@pytest.mark.parametrize("name", ["ablate-mnist", "hparam-imagenette-32", "train-birds-128"])
+def test_a_claim_on_a_study_is_about_runs_of_its_arms_and_of_nothing_that_differs(name: str) -> None:
+    study, protocol = open_study(name), read_claims().protocols[name]
+    images = {"train": Images("birds", "", 1995, tuple(map(str, range(25))))} if "birds" in name else {}
+    for arm in protocol.arms:
+        config = study.arm(arm, Layer({}, str)) if study.arms else study.config(Layer({}, str))
+        record = RunRecord("", "", "FINISHED", logged(config), {}, {}, images=images)
+        assert [each for each in protocol.arms if is_like(record, protocol, each)] == [arm]
+        for setting, value in record.params.items():
+            if setting not in FREE:
+                other = replace(record, params=record.params | {setting: f"{value}1"})
+                assert not is_like(other, protocol, arm), setting
+    assert study.command in protocol.command and protocol.command != study.command
+
+
+def test_runs_older_than_a_setting_count_as_they_were() -> None:
+    """The published runs logged no stopping.best_since; what they did is its default."""
+    config = open_study("ablate-mnist").arm("default", Layer({}, str))
+    params = {name: value for name, value in logged(config).items() if name != "stopping.best_since"}
+    record, protocol = RunRecord("", "", "FINISHED", params, {}, {}), read_claims().protocols["ablate-mnist"]
+    assert is_like(record, protocol, "default")
+    assert not is_like(replace(record, params=params | {"stopping.best_since": "min_epochs"}), protocol, "default")
+
+
+def test_settings_that_a_claim_leaves_free_may_differ(tmp_path: Path) -> None:
+    check = "{kind: difference, arm: drop_one, against: default, metric: best/test_accuracy}"
+    text = f"claims: {{X1: {{words: x, study: ablate-mnist, free: [schedule.epochs], checks: [{check}]}}}}"
+    claims = claims_of(tmp_path, text)
+    (contrast,) = claims.contrasts("X1")
+    config = open_study("ablate-mnist").arm("default", Layer({}, str))
+    record = RunRecord("", "", "FINISHED", logged(config, **{"schedule.epochs": "7"}), {}, {})
+    assert is_like(record, claims.protocols[contrast.protocol], "default")
+    assert not is_like(record, claims.protocols["ablate-mnist"], "default")
+
+
+def test_arms_of_a_protocol_may_be_those_of_other_studies() -> None:
+    protocol = read_claims().protocols["resolution-imagenette"]
+    for arm, size in (("small", 32), ("large", 128)):
+        record = RunRecord("", "", "", logged(open_study(f"train-imagenette-{size}").config(Layer({}, str))), {}, {})
+        assert [each for each in protocol.arms if is_like(record, protocol, each)] == [arm]
 
 
 @pytest.mark.parametrize("seeds", [3, 5, 10])
@@ -274,9 +291,15 @@ def test_fewer_than_three_runs_decide_nothing_and_one_network_is_judged_on_its_i
         "data__limit": 0,
         "weights__verified": True,
     }
-    arms = p1.protocols["pretrained-imagenette"].arms
+    arms = {arm: p1.protocols["pretrained-imagenette"].own(arm) for arm in networks}
     runs = [
-        run(0.5, metric="eval/top1_accuracy", model__name=name, weights__name=arms[name]["weights.name"], **settings)
+        run(
+            0.5,
+            metric="eval/top1_accuracy",
+            model__name=name,
+            weights__name=arms[name]["weights.name"],
+            **settings,
+        )
         for name in networks
     ]
 
@@ -548,23 +571,25 @@ def test_the_nearest_runs_are_those_that_know_the_setting(tmp_path: Path) -> Non
 
 
 WRONG = {
-    "claims: {X1: {words: x, protocol: ablation-mnist, checks: [{kind: difference, arm: default, against: default}]}}":
+    "claims: {X1: {words: x, study: ablate-mnist, checks: [{kind: difference, arm: default, against: default}]}}":
         "compared with itself",
-    "claims: {X1: {words: x, protocol: ablation-mnist, checks: [{kind: level, arm: default, above: 5}]}}": "a fraction",
-    "claims: {X 1: {words: x, protocol: ablation-mnist, checks: [CHECK]}}": "should match pattern",
+    "claims: {X1: {words: x, study: ablate-mnist, checks: [{kind: level, arm: default, above: 5}]}}": "a fraction",
+    "claims: {X 1: {words: x, study: ablate-mnist, checks: [CHECK]}}": "should match pattern",
     "claims: {X1: {words: x, protocol: nowhere, checks: [CHECK]}}": "nowhere: no such protocol",
-    "claims: {X1: {words: x, protocol: ablation-mnist, checks: [CHECK]}}": "has no arm a",
-    "claims: {A1: {words: x, protocol: ablation-mnist, checks: [CHECK]}}": "there is one of that name",
-    "claims:\n  X1: {words: x, protocol: ablation-mnist, checks: [{kind: sorcery}]}": "line 2",
+    "claims: {X1: {words: x, study: ablate-mnist, checks: [CHECK]}}": "has no arm a",
+    "claims: {A1: {words: x, study: ablate-mnist, checks: [CHECK]}}": "there is one of that name",
+    "claims:\n  X1: {words: x, study: ablate-mnist, checks: [{kind: sorcery}]}": "line 2",
     "claims:\n  X1:\n    wrods: x": "line 3",
-    "claims: {X1: {words: x, protocol: ablation-mnist, checks: [{kind: level, arm: default}]}}": "say where",
-    "claims: {X1: {words: x, protocol: ablation-mnist, checks: [{kind: level, arm: default, about: 1}]}}": "together",
-    "claims: {X1: {words: x, protocol: ablation-mnist, checks: [{kind: speed, arm: default, against: drop_one, "
+    "claims: {X1: {words: x, study: ablate-mnist, checks: [{kind: level, arm: default}]}}": "say where",
+    "claims: {X1: {words: x, study: ablate-mnist, checks: [{kind: level, arm: default, about: 1}]}}": "together",
+    "claims: {X1: {words: x, study: ablate-mnist, checks: [{kind: speed, arm: default, against: drop_one, "
     "above: 0}]}}": "a ratio is above 0",
     "claims: {X1: {words: x, protocol: pretrained-imagenette, checks: [{kind: difference, arm: resnet50, "
     "metric: eval/top1_accuracy, against: efficientnet_b0, above: 0.1}]}}": "which network is better",
     "protocols: {p: {arms: {a: {}}, nearest: nowhere}}\nclaims: {X1: {words: x, protocol: p, checks: [CHECK]}}":
-        "nowhere: no such protocol",
+        "nowhere: no file and no study of that name",
+    "claims: {X1: {words: x, study: ablate-mnits, checks: [CHECK]}}": "did you mean 'ablate-mnist'",
+    "claims: {X1: {words: x, study: ablate-mnist, free: [data.sizes], checks: [CHECK]}}": "free data.sizes: no setting",
 }  # fmt: skip
 
 

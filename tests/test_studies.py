@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 import pytest
 
@@ -11,92 +10,61 @@ from effv2.architecture import PUBLISHED_VARIANTS, parse_table
 from effv2.config import TrainConfig
 from effv2.documents import dotted
 from effv2.errors import InputError
-from effv2.studies.files import Study, built_in_ablation, built_in_hparam_check, read_study
+from effv2.studies.files import SWEEPS, Sources, Study, built_in_ablation, open_study, read_study
 from effv2.studies.grid import Grid, make_grid
 from effv2.studies.plan import LoadedData
 from effv2.studies.settings import Layer, option_layer
+from tests import protocols
 
-SWEEPS = Path(__file__).parents[1] / "sweeps"
 NO_OPTIONS = Layer({}, dotted)
-# Everything that the published notebooks did not do, and what all of them did.
-PUBLISHED: dict[str, Any] = {
-    "data.sampling": "published", "data.validation_fraction": 0.0, "data.test_fraction": 0.2, "data.split_seed": 42,
-    "data.normalise": "none",
-    "augment.crop": 0, "augment.flip": False, "augment.trivial_augment": False, "augment.erasing": 0.0,
-    "augment.mixup": 0.0, "augment.cutmix": 0.0,
-    "model.dropout": 0.2, "model.stochastic_depth": 0.2, "model.table": "",
-    "model.depth_multiplier": 1.0, "model.width_multiplier": 1.0, "model.zero_init_residual": False,
-    "optimiser.name": "adam", "optimiser.lr": 1e-4, "optimiser.weight_decay": 0.0, "optimiser.clip_norm": 0.0,
-    "optimiser.label_smoothing": 0.0, "optimiser.ema_decay": 0.0,
-    "schedule.name": "none", "schedule.warmup_epochs": 0,
-    "evaluation.train_set": True, "execution.precision": "fp32",
-}  # fmt: skip
-ABLATIONS = {
-    "imagenette": {"size": 32, "per_class": 0, "batch": 128, "epochs": 100},
-    "mnist": {"size": 28, "per_class": 0, "batch": 32, "epochs": 5},
-    "birds": {"size": 32, "per_class": 100, "batch": 128, "epochs": 50},
-    "digits": {"size": 28, "per_class": 0, "batch": 32, "epochs": 20},
-}
+PUBLISHED = [name for name in sorted(path.stem for path in SWEEPS.glob("*.yaml")) if open_study(name).sources.stated]
 
 
-def check(config: TrainConfig, expected: dict[str, Any]) -> None:
-    flat = config.flat()
-    assert {name: flat[name] for name in expected} == expected
-
-
-@pytest.mark.parametrize(("dataset", "protocol"), ABLATIONS.items())
-def test_published_ablations(dataset: str, protocol: dict[str, int]) -> None:
-    study = read_study(SWEEPS / f"ablate-{dataset}.yaml")
-    arms = study.select("all", "variant")
-    assert arms == list(PUBLISHED_VARIANTS) and study.baseline == "default"
-    for arm in arms:
-        own = {
-            "data.dataset": dataset, "data.image_size": protocol["size"], "data.per_class": protocol["per_class"],
-            "optimiser.batch_size": protocol["batch"], "schedule.epochs": protocol["epochs"],
-            "model.outputs": 1000, "model.variant": arm, "stopping.patience": 0,
-        }  # fmt: skip
-        check(study.arm(arm, NO_OPTIONS), PUBLISHED | own)
-
-
-@pytest.mark.parametrize("dataset", ["imagenette", "birds"])
-@pytest.mark.parametrize("size", [32, 128])
-def test_published_training_from_scratch(dataset: str, size: int) -> None:
-    own = {
-        "data.dataset": dataset, "data.image_size": size, "data.per_class": 100, "optimiser.batch_size": 128,
-        "schedule.epochs": 350, "stopping.min_epochs": 150, "stopping.patience": 50, "model.outputs": 0,
-        "model.variant": "default",
-    }  # fmt: skip
-    check(read_study(SWEEPS / f"train-{dataset}-{size}.yaml").config(NO_OPTIONS), PUBLISHED | own)
-
-
-@pytest.mark.parametrize("dataset", ["imagenette", "birds"])
-@pytest.mark.parametrize("size", [32, 128])
-def test_published_hyper_parameter_check(dataset: str, size: int) -> None:
-    study = read_study(SWEEPS / f"hparam-{dataset}-{size}.yaml").crossed(["none", "plateau"])
-    changes: dict[str, dict[str, Any]] = {
-        "default": {},
-        "depth": {"model.depth_multiplier": 0.1},
-        "half_layers": {"model.variant": "half_layers"},
-        "dropout": {"model.dropout": 0.6},
-        "stochastic_depth": {"model.stochastic_depth": 0.5},
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_every_setting_of_a_published_protocol_has_one_source(name: str) -> None:
+    study, flat = open_study(name), TrainConfig().flat()
+    sourced = [each for kind in Sources.model_fields for each in study.sources.settings(kind)]
+    assert len(sourced) == len(set(sourced))
+    unknown = {each for each in sourced if each not in flat} - {"arms", "data.order"}
+    assert not unknown
+    written = {f"{group}.{key}" for group, keys in study.base.values.items() for key in keys}
+    assert written <= set(sourced)
+    assert {each for each in sourced if each in flat} >= {
+        "model.dropout",
+        "model.stochastic_depth",
+        "evaluation.train_set",
     }
-    shared = {
-        "data.dataset": dataset, "data.image_size": size, "data.per_class": 100, "optimiser.batch_size": 128,
-        "schedule.epochs": 350, "stopping.min_epochs": 150, "stopping.patience": 50, "model.outputs": 0,
-        "model.variant": "default", "schedule.plateau_factor": 0.1, "schedule.plateau_patience": 10,
-    }  # fmt: skip
-    assert list(study.arms) == [*changes, *(f"{name}_plateau" for name in changes)] and study.baseline == "default"
-    for name, change in changes.items():
-        check(study.arm(name, NO_OPTIONS), PUBLISHED | shared | change)
-        check(study.arm(f"{name}_plateau", NO_OPTIONS), PUBLISHED | shared | change | {"schedule.name": "plateau"})
 
 
-def test_built_in_check_changes_the_same_things_as_the_published_one() -> None:
-    built_in, published = built_in_hparam_check(), read_study(SWEEPS / "hparam-imagenette-32.yaml")
-    assert {name: layer.values for name, layer in built_in.arms.items()} == {
-        name: layer.values for name, layer in published.arms.items()
-    }
-    assert built_in.arm("default", NO_OPTIONS).schedule.epochs == 3
+def test_protocols_in_the_docs_are_those_of_the_study_files() -> None:
+    page = protocols.PAGE.read_text()
+    assert page == protocols.filled(page), "write them anew: python -m tests.protocols"
+
+
+def test_hyper_parameter_check_crosses_each_change_with_plateau() -> None:
+    for name in ("hparam-digits", "hparam-imagenette-32", "hparam-imagenette-128", "hparam-birds-32"):
+        study = open_study(name)
+        plain = study.select_checks("all", "none")
+        assert study.select_checks("all", "plateau") == [f"{arm}_plateau" for arm in plain]
+        assert study.select_checks("all", "both") == [*plain, *study.select_checks("all", "plateau")]
+        for arm in plain:
+            without, under = (study.arm(each, NO_OPTIONS).flat() for each in (arm, f"{arm}_plateau"))
+            assert without["schedule.name"] == "none" and under == without | {"schedule.name": "plateau"}
+    assert study.select_checks("dropout", "both") == ["default", "dropout", "default_plateau", "dropout_plateau"]
+    assert study.select_checks("dropout", "none") == ["default", "dropout"]
+    with pytest.raises(InputError, match=r"--check droput: no such arm; did you mean 'dropout'"):
+        study.select_checks("droput", "both")
+
+
+def test_a_study_is_found_by_name_and_by_path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert open_study("ablate-mnist").name == "ablate-mnist"
+    (tmp_path / "ablate-mnist").write_text("name: mine\nconfig: {}\n")
+    assert open_study("ablate-mnist").name == open_study(str(tmp_path / "ablate-mnist")).name == "mine"
+    with pytest.raises(InputError, match=r"--study ablate-mnits: no file and no study .* did you mean 'ablate-mnist'"):
+        open_study("ablate-mnits")
+    with pytest.raises(InputError, match=r"--study sweeps/ablate-mnist.yaml: can't be read"):
+        open_study("sweeps/ablate-mnist.yaml")
 
 
 def test_component_ablation_changes_one_component_at_a_time() -> None:
@@ -120,7 +88,7 @@ def test_component_ablation_changes_one_component_at_a_time() -> None:
 def test_every_study_file_opens_with_its_command(path: Path) -> None:
     study, first = read_study(path), path.read_text().splitlines()[0]
     entry = {"hparam": "hparam-check", "recipe": "ablate"}.get(path.stem.split("-")[0], path.stem.split("-")[0])
-    assert first.startswith(f"# mlflow run . -e {entry} -P study=sweeps/{path.name}")
+    assert first.startswith(f"# mlflow run . -e {entry} -P study={path.stem}")
     assert study.name == path.stem
 
 

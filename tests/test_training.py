@@ -7,6 +7,7 @@ import io
 import weakref
 from collections.abc import Sequence
 from dataclasses import replace
+from itertools import pairwise
 from typing import Any
 
 import pytest
@@ -20,9 +21,13 @@ from effv2.architecture import build_model
 from effv2.config import ScheduleConfig, StoppingConfig, TrainConfig
 from effv2.data.batches import to_input
 from effv2.data.dataset import Dataset, Split, load_dataset
+from effv2.documents import dotted
 from effv2.errors import RunError, Terminated
+from effv2.evidence.reference import published_runs
 from effv2.execution.device import make_execution
 from effv2.randomness import stream_seed
+from effv2.studies.files import open_study
+from effv2.studies.settings import Layer
 from effv2.training.evaluate import Evaluation, evaluate
 from effv2.training.loop import EpochResult, Training
 from effv2.training.schedules import Schedule, rate_factor
@@ -178,30 +183,71 @@ def test_diverging_loss_ends_with_an_explanation() -> None:
         list(training)
 
 
-@given(st.lists(st.floats(0, 1), min_size=1, max_size=60), st.integers(0, 20), st.integers(1, 10))
-def test_stopping_follows_the_published_rule(accuracies: list[float], minimum: int, patience: int) -> None:
-    """Stop at the first epoch from minimum + patience on whose last `patience` epochs brought nothing better."""
-    progress, stopping = Progress(), StoppingConfig(min_epochs=minimum, patience=patience)
-    stopped = None
-    for epoch, accuracy in enumerate(accuracies, 1):
-        progress.epoch = epoch
-        progress.note(accuracy)
+def stops_at(accuracies: Sequence[float], stopping: StoppingConfig, epochs: int) -> int:
+    """Return the epoch with which a training with these test accuracies ends."""
+    progress = Progress()
+    for progress.epoch, accuracy in enumerate(accuracies[:epochs], 1):
+        progress.history.append({"test/accuracy": accuracy})
         if progress.should_stop(stopping):
-            stopped = epoch
             break
+    return progress.epoch
+
+
+@given(st.lists(st.floats(0, 1), min_size=1, max_size=60), st.integers(0, 20), st.integers(1, 10), st.booleans())
+def test_stopping_follows_its_rule(accuracies: list[float], minimum: int, patience: int, late: bool) -> None:
+    """Stop at the first epoch from minimum + patience on whose last `patience` epochs brought nothing better."""
+    stopping = StoppingConfig(min_epochs=minimum, patience=patience, best_since="min_epochs" if late else "start")
+    first = max(minimum, 1) - 1 if late else 0
     expected = next(
         (
             epoch
-            for epoch in range(minimum + patience, len(accuracies) + 1)
-            if max(accuracies[: epoch - patience], default=-1) >= max(accuracies[epoch - patience : epoch])
+            for epoch in range(max(minimum, 1) + patience if late else minimum + patience, len(accuracies) + 1)
+            if max(accuracies[first : epoch - patience], default=-1) >= max(accuracies[epoch - patience : epoch])
         ),
-        None,
+        len(accuracies),
     )
-    assert stopped == expected
+    assert stops_at(accuracies, stopping, len(accuracies)) == expected
 
 
-def rates(config: ScheduleConfig, steps_per_epoch: int, accuracies: Sequence[float] = ()) -> list[float]:
-    optimiser = torch.optim.SGD([torch.zeros(1)], lr=0.5)
+def changes(rates: Sequence[float]) -> list[int]:
+    return [epoch for epoch, (before, now) in enumerate(pairwise(rates), 1) if now != before]
+
+
+@pytest.mark.parametrize(
+    ("study", "reductions", "length"),
+    [("train-birds-128", [44, 57, 68, 79], 201), ("train-birds-32", [13, 24, 35, 46], 350)],
+)
+def test_published_birds_logs_are_replayed(study: str, reductions: list[int], length: int) -> None:
+    """The post's own test accuracies lower the rate and end the training at the epochs that its logs show."""
+    published = published_runs()[study]["default"].history["test/accuracy"]
+    accuracies = [published[epoch] for epoch in sorted(published)]
+    config = open_study(study).config(Layer({}, dotted))
+    followed = [*accuracies, *[0.0] * (config.schedule.epochs - len(accuracies))]
+    found = rates(config.schedule, 1, followed, config.optimiser.lr)[: len(accuracies)]
+    assert changes(found) == reductions
+    assert found[0] == 1e-4 and found[-1] == pytest.approx(1e-8)
+    assert stops_at([*accuracies, *[0.0] * 350], config.stopping, config.schedule.epochs) == length == len(accuracies)
+
+
+@pytest.mark.parametrize("best_since", ["start", "min_epochs"])
+def test_no_stopping_rule_of_the_post_gives_the_length_of_its_log_of_birds_at_32(best_since: Any) -> None:
+    published = published_runs()["train-birds-32"]["default"].history["test/accuracy"]
+    accuracies = [published[epoch] for epoch in sorted(published)]
+    stopping = StoppingConfig(min_epochs=151, patience=50, best_since=best_since)
+    assert stops_at(accuracies, stopping, 350) < 350
+
+
+def test_hyper_parameter_check_counts_the_best_epoch_from_the_minimum_on() -> None:
+    """As the published figure: its curves end 50 epochs after their first highest point from epoch 151 on."""
+    stopping = open_study("hparam-imagenette-128").arm("default", Layer({}, dotted)).stopping
+    accuracies = [0.34 if epoch == 9 else 0.29 if epoch == 154 else 0.26 for epoch in range(1, 351)]
+    assert stops_at(accuracies, stopping, 350) == 204
+
+
+def rates(
+    config: ScheduleConfig, steps_per_epoch: int, accuracies: Sequence[float] = (), lr: float = 0.5
+) -> list[float]:
+    optimiser = torch.optim.SGD([torch.zeros(1)], lr=lr)
     schedule, found = Schedule(config, optimiser, steps_per_epoch), []
     for epoch in range(config.epochs):
         for step in range(steps_per_epoch):

@@ -30,13 +30,12 @@ def ablate(variant: str, study: str, seeds: str, **options: Any) -> None:
     scikit-learn's digits. The same command again goes on where the last one ended.
     """
     from effv2.cli.options import parse_seeds, take_study_options
-    from effv2.places import expanded
-    from effv2.studies.files import built_in_ablation, read_study
+    from effv2.studies.files import built_in_ablation, open_study
     from effv2.studies.settings import option_layer
 
     how = take_study_options(options, "all")
     layer, wanted = option_layer(options, SHARED), parse_seeds(seeds)
-    chosen = read_study(expanded(study)) if study else built_in_ablation()
+    chosen = open_study(study) if study else built_in_ablation()
     names = chosen.select(variant or "all", "variant")
 
     from effv2.cli.run import run_and_show

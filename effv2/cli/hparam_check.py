@@ -11,7 +11,7 @@ from effv2.cli.options import SHARED, config_options, reports_errors, seeds_opti
 from effv2.studies.options import SHORT_EPOCHS
 
 FIELDS = {name: field for name, field in SHARED.items() if name != "scheduler"}
-SCHEDULERS = {"both": ("none", "plateau"), "plateau": ("plateau",), "none": ("none",)}
+SCHEDULERS = ("both", "plateau", "none")
 
 
 @click.command("hparam-check")
@@ -36,23 +36,21 @@ SCHEDULERS = {"both": ("none", "plateau"), "plateau": ("plateau",), "none": ("no
 def hparam_check(check: str, scheduler: str, study: str, seeds: str, **options: Any) -> None:
     """Change one hyper-parameter at a time, with and without ReduceLROnPlateau, and compare in MLflow.
 
-    Without a study file: the published check shortened to three epochs a run on scikit-learn's digits; the full
-    protocols are sweeps/hparam-*.yaml. The same command again goes on where the last one ended.
+    Without a study: hparam-digits, the published check shortened to three epochs a run on scikit-learn's digits; the
+    full protocols are the studies hparam-*. The same command again resumes where the last one ended.
     """
     from effv2.cli.options import parse_seeds, take_study_options
     from effv2.errors import InputError
-    from effv2.places import expanded
-    from effv2.studies.files import built_in_hparam_check, read_study, under
+    from effv2.studies.files import open_study
     from effv2.studies.settings import option_layer
 
-    if (scheduler or "both") not in SCHEDULERS:
+    schedule = scheduler or "both"
+    if schedule not in SCHEDULERS:
         raise InputError(f"--scheduler {scheduler}: no such choice; use both, plateau or none.")
     how = take_study_options(options, "best")
     layer, wanted = option_layer(options, FIELDS), parse_seeds(seeds)
-    plain = read_study(expanded(study)) if study else built_in_hparam_check()
-    arms = plain.select(check or "all", "check")
-    names = [under(arm, schedule) for schedule in SCHEDULERS[scheduler or "both"] for arm in arms]
-    chosen = plain.crossed(SCHEDULERS["both"])
+    chosen = open_study(study or "hparam-digits")
+    names = chosen.select_checks(check or "all", schedule)
 
     from effv2.cli.run import run_and_show
     from effv2.studies.grid import make_grid

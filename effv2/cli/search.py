@@ -28,13 +28,12 @@ def search(trials: str, study: str, **options: Any) -> None:
     again goes on where the last one ended; with more trials, the search grows.
     """
     from effv2.cli.options import parse_count, take_study_options
-    from effv2.places import expanded
-    from effv2.studies.files import built_in_search, read_study
+    from effv2.studies.files import built_in_search, open_study
     from effv2.studies.settings import option_layer
 
     how = take_study_options(options, "best")
     layer = option_layer(options, FIELDS)
-    chosen = read_study(expanded(study)) if study else built_in_search()
+    chosen = open_study(study) if study else built_in_search()
     number = parse_count("trials", trials) if trials else 0
 
     from effv2.cli.run import run_and_show

@@ -33,14 +33,13 @@ def train(study: str, fresh: str, log_model: str, experiment: str, **options: st
 
     Without options: the default variant on scikit-learn's digits, a minute on two cores.
     """
-    from effv2.places import expanded
-    from effv2.studies.files import read_study
+    from effv2.studies.files import open_study
     from effv2.studies.settings import build_config, option_layer
 
     saving = take_saving(options)
     layer = option_layer(options, ONE_RUN | SHARED)
     which, over = parse_log_model(log_model, "all"), parse_fresh(fresh)
-    file = read_study(expanded(study)) if study else None
+    file = open_study(study) if study else None
     config = file.config(layer) if file else build_config([layer])
 
     from effv2.cli.display import ConsoleDisplay

@@ -6,12 +6,12 @@ from collections.abc import Iterator, Mapping, Sequence
 
 from matplotlib.figure import Figure
 
-from effv2.evidence.claims import Claims
+from effv2.evidence.claims import FREE, Claims
 from effv2.evidence.comparison import COLUMNS, NONE, Comparison, Rows, Told
 from effv2.evidence.figures import accuracy_against_time, accuracy_curves, bars
 from effv2.evidence.quantities import QUANTITIES, TEST, TRAIN, VALIDATION, percent, points
 from effv2.evidence.reference import published_runs
-from effv2.evidence.selection import FREE, Pair, complete, has, is_like, seed_of, split_of
+from effv2.evidence.selection import Pair, complete, has, is_like, seed_of, split_of
 from effv2.evidence.statistics import FEWEST, TINY, Sample, holm, p_text
 from effv2.evidence.study import MAIN, Study, arm_of, has_figures
 from effv2.tracking.read import RunRecord

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
 from itertools import pairwise, product
@@ -17,15 +18,21 @@ from typing import Annotated, ClassVar, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-from effv2.documents import Document, read_document, validate
+from effv2.documents import Document, dotted, read_document, validate
 from effv2.errors import InputError, nearest
 from effv2.evidence.quantities import quantity
+from effv2.studies.files import Published, Settings, open_study
+from effv2.studies.settings import Layer
 
 PUBLISHED = Path(__file__).with_name("published")
 SHIPPED = PUBLISHED / "claims.yaml"
+ONLY_ARM = "default"  # of a study that has no arms
 OF_ANSWERS = ("eval/top1_accuracy", "unseen/top1_accuracy")  # over images: what follows from right and wrong answers
-Value = bool | int | float | str
-Settings = dict[str, Value]  # dotted parameters and the values they must have
+SEED, SPLIT_SEED = "random.seed", "data.split_seed"
+# What may differ between runs that are compared: what pairs them, where the images lie and, but for times, how they
+# are computed.
+COMPUTED = {"execution.device", "execution.compile", "execution.channels_last", "evaluation.batch_size"}
+FREE = {SEED, SPLIT_SEED, "data.dir", "data.download", *COMPUTED}
 
 
 class Part(BaseModel):
@@ -34,29 +41,15 @@ class Part(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
 
-class Published(Part):
-    """The figures of the published runs, one run an arm, in the units of the metrics."""
-
-    figures: dict[str, dict[str, float]] = {}  # quantity: arm: value
-    test_images: int = Field(0, ge=0)
-    unchecked: str = ""  # why the figures may be wrong, said wherever they are shown
-
-    @model_validator(mode="after")
-    def _fractions(self) -> Published:
-        for name, figures in self.figures.items():
-            if "accuracy" in name and not all(0 <= value <= 1 for value in figures.values()):
-                raise ValueError(f"{name} is a fraction: give 0.97, not 97")
-        return self
-
-
 class Protocol(Part):
     """Which runs a claim is about: those that have the settings of `runs` and of an arm.
 
-    A setting that some arm names has TrainConfig's default, or that of `runs`, in an arm that doesn't name it.
+    A setting that some arm names has TrainConfig's default, or that of `runs`, in an arm that doesn't name it. Instead
+    of settings an arm may name a study that has one arm alone, or `study/arm`.
     """
 
     runs: Settings = {}
-    arms: dict[str, Settings] = Field(min_length=1)
+    arms: dict[str, Settings | str] = Field(min_length=1)
     over: Literal["seeds", "images"] = "seeds"  # what varies: training, or the test images of a fixed network
     command: str = ""
     others: Literal["same", "default"] = "same"  # settings that nobody names: alike in all runs, or TrainConfig's
@@ -64,14 +57,72 @@ class Protocol(Part):
     assumed: str = ""  # what the source doesn't state, said with every claim
     nearest: str = ""  # a protocol with the same arms that comes close, shown where this one has no runs
     published: Published = Published()
+    study: str = ""  # of which it is the protocol, and under whose name the published curves stand
+
+    def own(self, arm: str) -> Settings:
+        """Return the settings that an arm names."""
+        named = self.arms[arm]
+        return named if isinstance(named, dict) else _settings_of(named)
 
     def settings(self, arm: str) -> Settings:
         """Return all settings of an arm; of those that other arms alone name, the ones in `runs`."""
-        return self.runs | self.arms[arm]
+        return self.runs | self.own(arm)
 
     def varied(self) -> set[str]:
         """Return the settings in which arms differ."""
-        return {name for settings in self.arms.values() for name in settings}
+        return {name for arm in self.arms for name in self.own(arm)}
+
+
+def study_protocols(name: str, free: Sequence[str] = ()) -> dict[str, Protocol]:
+    """Return the protocol of a study, without the settings that are left `free`, and that of its nearest runs."""
+    study = open_study(name)
+    arms = {arm: _settings_of(f"{name}/{arm}") for arm in study.arms or [ONLY_ARM]}
+    first = next(iter(arms.values()))
+    shared = {key: value for key, value in first.items() if all(arm[key] == value for arm in arms.values())}
+    if unknown := next((key for key in free if key not in first), ""):
+        raise InputError(f"free {unknown}: no setting of the study; {nearest(unknown, list(first))}.")
+    published = study.published
+    runs = {key: value for key, value in (shared | published.runs).items() if key not in free}
+    own = {
+        arm: {key: value for key, value in settings.items() if key not in shared and key not in free}
+        for arm, settings in arms.items()
+    }
+    title = _title(name, free)
+    near = f"{title}, but {', '.join(f'{key} {value}' for key, value in published.nearest.items())}"
+    protocol = Protocol(
+        runs=runs,
+        arms=own,
+        command=_with_seeds(study.command),
+        needs=published.needs,
+        assumed=study.assumptions(),
+        nearest=near if published.nearest else "",
+        published=Published.model_validate(published.model_dump(include=set(Published.model_fields))),
+        study=name,
+    )
+    found = {title: protocol}
+    if published.nearest:
+        found[near] = Protocol(runs=runs | published.nearest, arms=own, command=protocol.command)
+    return found
+
+
+def _with_seeds(command: str) -> str:
+    if " -e train " in command:
+        return f"{command} -P seed=0; then seeds 1 and 2"
+    return command and f"{command} -P seeds=0,1,2"
+
+
+@cache
+def _settings_of(place: str) -> Settings:
+    """Return what decides the runs of a study's arm: each setting that has one value and isn't free by its nature."""
+    name, _, arm = place.partition("/")
+    study = open_study(name)
+    if not study.arms and arm in ("", ONLY_ARM):
+        config = study.config(Layer({}, dotted))
+    elif arm in study.arms:
+        config = study.arm(arm, Layer({}, dotted))
+    else:
+        raise InputError(f"{place}: no such arm; {nearest(arm, list(study.arms) or [ONLY_ARM])}.")
+    return {key: value for key, value in config.flat().items() if key not in FREE and value != "auto"}
 
 
 class Region(Part):
@@ -117,7 +168,8 @@ class Check(Region):
     """What all kinds share."""
 
     metric: str
-    protocol: str = ""  # the claim's, where none is given
+    protocol: str = ""  # the claim's, where neither is given
+    study: str = ""
 
     def contrasts(self, protocol: str) -> Iterator[Contrast]:
         """Return what the check says, one thing at a time."""
@@ -220,10 +272,15 @@ AnyCheck = Annotated[Level | Difference | Convergence | Speed | Ordering, Field(
 
 
 class Claim(Part):
-    """A claim holds where all of its checks hold."""
+    """A claim holds where all of its checks hold. It is about the arms of a study, or of a protocol of its own.
+
+    Runs may differ from the study in the settings that are `free`.
+    """
 
     words: str = Field(min_length=1)
     source: str = ""
+    study: str = ""
+    free: list[str] = []
     protocol: str | Protocol = ""
     checks: list[AnyCheck] = Field(min_length=1)
     note: str = ""
@@ -250,8 +307,18 @@ class Claims:
 
     def contrasts(self, id_: str) -> list[Contrast]:
         """Return all that a claim says."""
-        own = id_ if isinstance(self.claims[id_].protocol, Protocol) else str(self.claims[id_].protocol)
-        return [each for check in self.claims[id_].checks for each in check.contrasts(check.protocol or own)]
+        claim = self.claims[id_]
+        own = id_ if isinstance(claim.protocol, Protocol) else claim.protocol or _title(claim.study, claim.free)
+        return [
+            each
+            for check in claim.checks
+            for each in check.contrasts(check.protocol or _title(check.study, claim.free) or own)
+        ]
+
+
+def _title(study: str, free: Sequence[str]) -> str:
+    """Return the name of a study's protocol."""
+    return f"{study}, free: {', '.join(free)}" if study and free else study
 
 
 def family(id_: str) -> str:
@@ -278,17 +345,35 @@ def _read(path: Path, before: Claims) -> Claims:
         for name in getattr(file, kind):
             if name in names:
                 raise InputError(f"{document.where((kind, name))}: there is one of that name; choose another.")
+    studies: dict[str, Protocol] = {}
+    for id_, claim in file.claims.items():
+        places = {("study",): claim.study} | {("checks", i, "study"): each.study for i, each in enumerate(claim.checks)}
+        for place, name in places.items():
+            if name:
+                with _said_at(document.where(("claims", id_, *place))):
+                    studies |= study_protocols(name, claim.free)
+    for name, protocol in file.protocols.items():
+        if protocol.nearest and protocol.nearest not in {**before.protocols, **file.protocols}:
+            with _said_at(document.where(("protocols", name, "nearest"))):
+                studies |= study_protocols(protocol.nearest)
+        for arm in protocol.arms:
+            with _said_at(document.where(("protocols", name, "arms", arm))):
+                protocol.own(arm)
     inline = {id_: claim.protocol for id_, claim in file.claims.items() if isinstance(claim.protocol, Protocol)}
     own = frozenset(file.claims) if before.claims else frozenset()
-    claims = Claims({**before.protocols, **file.protocols, **inline}, {**file.claims, **before.claims}, own)
-    for name, protocol in file.protocols.items():
-        if protocol.nearest and protocol.nearest not in claims.protocols:
-            wrong = nearest(protocol.nearest, list(claims.protocols))
-            where = document.where(("protocols", name, "nearest"))
-            raise InputError(f"{where} {protocol.nearest}: no such protocol; {wrong}.")
+    claims = Claims({**before.protocols, **studies, **file.protocols, **inline}, {**file.claims, **before.claims}, own)
     for id_ in file.claims:
         _check(id_, claims, document)
     return claims
+
+
+@contextmanager
+def _said_at(where: str) -> Iterator[None]:
+    """Let an error of a study say where in the claims it is named."""
+    try:
+        yield
+    except InputError as error:
+        raise InputError(f"{where}: {str(error).removeprefix('--')}") from error
 
 
 def _check(id_: str, claims: Claims, document: Document) -> None:

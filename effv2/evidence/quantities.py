@@ -134,6 +134,7 @@ QUANTITIES: dict[str, Quantity] = {
     "selected/test_accuracy": Quantity("test accuracy, selected epoch", _metric("selected/test_accuracy"), percent),
     "final/test_accuracy": Quantity("test accuracy, last epoch", _metric("final/test_accuracy"), percent),
     "selected/val_accuracy": Quantity("validation accuracy, best epoch", _metric("selected/val_accuracy"), percent),
+    "first/test_accuracy": Quantity("test accuracy, first epoch", _of(TEST, lambda c: c[min(c)]), percent),
     "best/train_accuracy": Quantity("train accuracy, best epoch", _of(TRAIN, lambda c: max(c.values())), percent),
     "level/train_accuracy": Quantity("train accuracy, mean of the last ten epochs", _of(TRAIN, level), percent),
     "level/test_accuracy": Quantity("test accuracy, mean of the last ten epochs", _of(TEST, level), percent),
@@ -151,6 +152,7 @@ QUANTITIES: dict[str, Quantity] = {
         least=1,
     ),
     "time/total_train_seconds": Quantity("training, s", _metric("time/total_train_seconds"), tenths, timed=True),
+    "time/epoch_seconds": Quantity("an epoch, s", _of(EPOCH_SECONDS, _median), decimal, timed=True),
     "rate/train": Quantity("training, images/s", _of(TRAIN_RATE, _median), whole, timed=True),
     "rate/evaluate": Quantity("inference, images/s", _of(EVALUATE_RATE, _median), whole, timed=True),
     "inference/single_image_milliseconds": Quantity(

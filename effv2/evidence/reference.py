@@ -15,11 +15,11 @@ CURVES = PUBLISHED / "curves.csv"
 
 @cache
 def published_runs() -> Mapping[str, Mapping[str, RunRecord]]:
-    """Return the post's training runs, as far as it published their curves, by protocol and arm; one run an arm."""
+    """Return the post's training runs, as far as it published their curves, by study and arm; one run an arm."""
     histories: dict[str, dict[str, dict[str, dict[int, float]]]] = {}
     with CURVES.open(newline="", encoding="utf-8") as file:
         for row in csv.DictReader(file):
-            of_arm = histories.setdefault(row["protocol"], {}).setdefault(row["arm"], {TRAIN: {}, TEST: {}})
+            of_arm = histories.setdefault(row["study"], {}).setdefault(row["arm"], {TRAIN: {}, TEST: {}})
             for name, column in ((TRAIN, "train_accuracy_percent"), (TEST, "test_accuracy_percent")):
                 of_arm[name][int(row["epoch"])] = round(float(row[column]) / 100, 6)
     return {
@@ -35,8 +35,9 @@ def _as_run(arm: str, history: dict[str, dict[int, float]]) -> RunRecord:
 
 def published_value(claims: Claims, contrast: Contrast, arm: str) -> float | None:
     """Return the published figure of an arm: as it was printed, else from the published curve; None without one."""
-    printed = claims.protocols[contrast.protocol].published.figures.get(contrast.metric, {})
+    protocol = claims.protocols[contrast.protocol]
+    printed = protocol.published.figures.get(contrast.metric, {})
     if arm in printed:
         return printed[arm]
-    run = published_runs().get(contrast.protocol, {}).get(arm)
+    run = published_runs().get(protocol.study, {}).get(arm)
     return None if run is None else quantity(contrast.metric).value(run)

@@ -11,10 +11,10 @@ from textwrap import shorten
 from matplotlib.figure import Figure
 
 from effv2.evidence.arms import tell_arms
-from effv2.evidence.claims import Claims
+from effv2.evidence.claims import SPLIT_SEED, Claims
 from effv2.evidence.comparison import NONE, Rows, Told
 from effv2.evidence.quantities import EPOCH_SECONDS, EVALUATE_RATE, LARGEST, percent, whole
-from effv2.evidence.selection import SPLIT_SEED, complete
+from effv2.evidence.selection import complete
 from effv2.evidence.statistics import wilson
 from effv2.evidence.study import Study, studies_of
 from effv2.tracking.read import RunRecord

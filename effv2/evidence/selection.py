@@ -8,19 +8,17 @@ from dataclasses import dataclass, replace
 from functools import cache
 from itertools import product
 
-from effv2.config import TrainConfig
-from effv2.evidence.claims import Protocol, Value
+from effv2.config import FIRST_FIELDS, TrainConfig
+from effv2.evidence.claims import COMPUTED, FREE, SEED, SPLIT_SEED, Protocol
 from effv2.evidence.quantities import Quantity
 from effv2.evidence.statistics import FEWEST
+from effv2.studies.files import Value
 from effv2.tracking.read import RunRecord
 from effv2.tracking.run import OUTCOME
 
 CLASSES = "data.classes"  # no parameter, but may stand in a protocol like one: the number of classes in the data
 # What may differ between runs that are compared: what pairs them, where the images lie and, but for times, how they
 # are computed.
-SEED, SPLIT_SEED = "random.seed", "data.split_seed"
-COMPUTED = {"execution.device", "execution.compile", "execution.channels_last", "evaluation.batch_size"}
-FREE = {SEED, SPLIT_SEED, "data.dir", "data.download", *COMPUTED}
 MACHINE = ("effv2.machine.processor", "effv2.machine.accelerator", "effv2.machine.threads")  # tags
 PUBLISHED_OVERLAP = 0.25  # test over training images of the published split
 FEW = 2  # settings in which a run may differ to be near
@@ -76,14 +74,21 @@ def _logged(run: RunRecord, name: str) -> str:
     """Write what a run logged as a setting; empty where it has none of that name."""
     if name == CLASSES:
         return " and ".join(dict.fromkeys(str(len(each.classes)) for each in run.images.values() if each.classes))
-    return run.params[name] or "empty" if name in run.params else ""
+    return _param(run, name) or "empty" if _param(run, name) is not None else ""
+
+
+def _param(run: RunRecord, name: str) -> str | None:
+    """Return what a run logged as a parameter; of one that it is older than, what it did without it: the default."""
+    if name not in run.params and name in _defaults() and name not in FIRST_FIELDS:
+        return str(_defaults()[name])
+    return run.params.get(name)
 
 
 def has(run: RunRecord, name: str, value: Value) -> bool:
     """Say whether a run has a setting."""
     if name == CLASSES:
         return any(len(images.classes) == value for images in run.images.values())
-    logged = run.params.get(name)
+    logged = _param(run, name)
     if logged is None:
         return False
     if isinstance(value, (bool, str)):

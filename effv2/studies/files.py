@@ -1,25 +1,34 @@
-"""Study files: one configuration, and the arms that differ from it with their seeds, or the ranges to search."""
+"""Study files: one configuration, and the arms that differ from it with their seeds, or the ranges to search.
+
+Those in `sweeps/` travel with the package and are found by name. One of a published protocol also says where each
+setting is from, and what was published with it: the claims, the reports and docs/protocols.md take both from there.
+"""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
+import effv2
 from effv2.architecture import PUBLISHED_VARIANTS
 from effv2.config import TrainConfig
 from effv2.documents import Document, Place, dotted, read_document, validate
 from effv2.errors import InputError, nearest
+from effv2.places import expanded
 from effv2.studies.options import SHORT_EPOCHS
 from effv2.studies.settings import Layer, build_config, document_layer
 
 DEFAULT_TRIALS = 12
 SEARCHABLE = ("augment", "model", "optimiser")  # trials share everything else: data, length, machine
+PLATEAU = "_plateau"  # ends the name of an arm that is another one under ReduceLROnPlateau
+SWEEPS = Path(effv2.__file__).with_name("sweeps")
 Seed = Annotated[int, Field(ge=0, lt=2**32)]
+Value = bool | int | float | str
+Settings = dict[str, Value]  # dotted parameters and the values that they have
 
 
 class Range(BaseModel):
@@ -62,6 +71,54 @@ class SearchFile(BaseModel):
     min_epochs: int | None = Field(None, ge=1)
 
 
+class Sources(BaseModel):
+    """Where each setting of a published protocol is from: settings, or a word for something else, to the place.
+
+    Settings that share a source stand in one key, separated by commas.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    stated: dict[str, str] = {}  # in the text or the code that were published
+    shown: dict[str, str] = {}  # by a log or a figure, from which it follows
+    inferred: dict[str, str] = {}  # from them, less surely
+    assumed: dict[str, str] = {}  # for want of anything better
+
+    def settings(self, kind: str) -> list[str]:
+        """Return what is stated, shown, inferred or assumed, one by one."""
+        keys: dict[str, str] = getattr(self, kind)
+        return [name for key in keys for name in key.split(", ")]
+
+
+class Published(BaseModel):
+    """The figures of published runs, one run an arm, in the units of the metrics."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+    figures: dict[str, dict[str, float]] = {}  # quantity: arm: value
+    test_images: int = Field(0, ge=0)
+    unchecked: str = ""  # why the figures may be wrong, said wherever they are shown
+
+    @model_validator(mode="after")
+    def _fractions(self) -> Published:
+        for name, figures in self.figures.items():
+            if "accuracy" in name and not all(0 <= value <= 1 for value in figures.values()):
+                raise ValueError(f"{name} is a fraction: give 0.97, not 97")
+        return self
+
+
+class PublishedStudy(Published):
+    """What was published of a study, and which runs are judged by it.
+
+    `runs` are parameters that they must have besides those of the file, `needs` what must be there first. Runs that
+    differ in the settings of `nearest` come close: they are shown, and decide nothing.
+    """
+
+    runs: Settings = {}
+    needs: str = ""
+    nearest: Settings = {}
+
+
 class StudyFile(BaseModel):
     """The keys of a study file. `config` and each arm hold groups of TrainConfig."""
 
@@ -75,6 +132,8 @@ class StudyFile(BaseModel):
     seeds: tuple[Seed, ...] = ()
     retries: int = Field(1, ge=0, le=100)
     search: SearchFile | None = None
+    protocol: Sources = Sources()
+    published: PublishedStudy = PublishedStudy()
 
     @field_validator("seeds")
     @classmethod
@@ -92,13 +151,7 @@ class StudyFile(BaseModel):
         return arms
 
 
-HPARAM_ARMS: dict[str, dict[str, Any]] = {
-    "default": {},
-    "depth": {"model": {"depth_multiplier": 0.1}},
-    "half_layers": {"model": {"variant": "half_layers"}},
-    "dropout": {"model": {"dropout": 0.6}},
-    "stochastic_depth": {"model": {"stochastic_depth": 0.5}},
-}
+NO_SOURCES, NOT_PUBLISHED = Sources(), PublishedStudy()
 
 
 @dataclass(frozen=True)
@@ -113,6 +166,19 @@ class Study:
     seeds: tuple[int, ...]
     retries: int = 1
     search: SearchFile | None = None
+    sources: Sources = NO_SOURCES
+    published: PublishedStudy = NOT_PUBLISHED
+    command: str = ""  # that the file opens with
+
+    def assumptions(self) -> str:
+        """Name the settings that are inferred or assumed, with their values; empty where no protocol was published."""
+        config = build_config([self.base]).flat()
+        words = []
+        for kind in ("inferred", "assumed"):
+            names = [f"{name} {config[name]}" for name in self.sources.settings(kind) if name in config]
+            if names:
+                words.append(f"{kind.capitalize()}: {', '.join(names)}.")
+        return " ".join([*words, "docs/protocols.md says why."]) if words else ""
 
     def config(self, options: Layer) -> TrainConfig:
         """Return the one configuration of a study without arms."""
@@ -142,17 +208,18 @@ class Study:
             raise InputError(f"--{option} {name}: no such arm; {nearest(name, [*self.arms, 'all'])}.")
         return [arm for arm in self.arms if name in ("all", arm) or arm == self.baseline]
 
-    def crossed(self, schedulers: Sequence[str]) -> Study:
-        """Return the study with each arm under each learning rate schedule; `none` goes without saying."""
-        clash = {under(arm, scheduler) for scheduler in schedulers for arm in self.arms if scheduler != "none"}
-        if clash & self.arms.keys():
-            raise InputError(f"--study {self.name}: has an arm {min(clash & self.arms.keys())}; name it otherwise.")
-        arms = {
-            under(arm, scheduler): layer.with_value(("schedule", "name"), scheduler)
-            for scheduler in schedulers
-            for arm, layer in self.arms.items()
-        }
-        return replace(self, arms=arms)
+    def select_checks(self, name: str, scheduler: str) -> list[str]:
+        """Return the names of the baseline and the change called `name`, or all, under each wanted schedule."""
+        plain = list(dict.fromkeys(arm.removesuffix(PLATEAU) for arm in self.arms))
+        if self.arms and name not in (*plain, "all"):
+            raise InputError(f"--check {name}: no such arm; {nearest(name, [*plain, 'all'])}.")
+        wanted = [arm for arm in self.select("all", "check") if scheduler in ("both", self._schedule(arm))]
+        if not wanted:
+            raise InputError(f"--scheduler {scheduler}: no arm of --study {self.name} has it; use both.")
+        return [arm for arm in wanted if name == "all" or arm.removesuffix(PLATEAU) in (name, self.baseline)]
+
+    def _schedule(self, arm: str) -> str:
+        return "plateau" if arm.endswith(PLATEAU) else "none"
 
 
 def _built_in(name: str, description: str, config: dict[str, Any], arms: dict[str, dict[str, Any]]) -> Study:
@@ -166,19 +233,21 @@ def built_in_ablation() -> Study:
     return _built_in("ablate", "Published variants of EfficientNetV2-S under one short protocol.", {}, arms)
 
 
-def built_in_hparam_check() -> Study:
-    """Return the published hyper-parameter check, shortened to three epochs of digits.
-
-    ReduceLROnPlateau waits for no epoch there, since it would otherwise never act.
-    """
-    short = {"schedule": {"epochs": SHORT_EPOCHS, "plateau_patience": 0}}
-    return _built_in("hparam-check", "Hyper-parameters of EfficientNetV2-S, one changed at a time.", short, HPARAM_ARMS)
-
-
 def built_in_search() -> Study:
     """Return a short search over dropout, stochastic depth and depth multiplier on digits."""
     short = {"schedule": {"epochs": SHORT_EPOCHS}}
     return _built_in("search", "Dropout, stochastic depth and depth multiplier of EfficientNetV2-S.", short, {})
+
+
+def open_study(name: str) -> Study:
+    """Read the study file at a path, or that of a name in `sweeps/`; InputError as read_study."""
+    path, own = expanded(name), SWEEPS / f"{name}.yaml"
+    if path.is_file() or not re.fullmatch(r"[\w-]+", name):
+        return read_study(path)
+    if not own.is_file():
+        known = sorted(each.stem for each in SWEEPS.glob("*.yaml"))
+        raise InputError(f"--study {name}: no file and no study of that name; {nearest(name, known)}.")
+    return read_study(own)
 
 
 def read_study(path: Path) -> Study:
@@ -194,7 +263,20 @@ def read_study(path: Path) -> Study:
         raise InputError(f"{document.where(('search',))}: a file has arms or a search, not both; remove one.")
     base = document_layer(document, "config")
     arms = {name: document_layer(document, "arms", name) for name in file.arms}
-    study = Study(file.name, file.description, base, arms, baseline, file.seeds, file.retries, file.search)
+    first = path.read_text(encoding="utf-8").partition("\n")[0]
+    study = Study(
+        file.name,
+        file.description,
+        base,
+        arms,
+        baseline,
+        file.seeds,
+        file.retries,
+        file.search,
+        file.protocol,
+        file.published,
+        first.removeprefix("# ") if first.startswith("# mlflow run") else "",
+    )
     for arm in arms.values() or [Layer({}, base.where)]:
         build_config([base, arm])
     for name, limits in file.search.space.items() if file.search else ():
@@ -217,8 +299,3 @@ def _check_searchable(name: str, limits: Range, base: Layer, document: Document)
         written = document.where((*place, bound))
         layer = Layer({}, lambda _, written=written: written)  # type: ignore[misc]
         build_config([base, layer.with_value(tuple(name.split(".")), value)])
-
-
-def under(arm: str, scheduler: str) -> str:
-    """Name an arm under a learning rate schedule."""
-    return arm if scheduler == "none" else f"{arm}_{scheduler}"

@@ -43,7 +43,8 @@ from effv2.tracking.store import (
     use_store,
     wait_until_it_answers,
 )
-from effv2.training.loop import EpochResult, watched_accuracy
+from effv2.training.loop import EpochResult
+from effv2.training.state import watched_accuracy
 
 POLL_SECONDS = 1.0  # between two looks at a queue whose last trials others work on
 AWAY = 3  # exit code of a worker that waited in vain for a database or the tracking store

@@ -21,7 +21,7 @@ from effv2.execution.recording import Function
 from effv2.randomness import private_randomness, seed_generators, stream_seed
 from effv2.signals import uninterrupted
 from effv2.training.evaluate import evaluate
-from effv2.training.state import EpochSums, TrainState
+from effv2.training.state import EpochSums, TrainState, watched_accuracy
 
 # On an accelerator the loss is looked at this seldom, since each look waits for the device.
 STEPS_BETWEEN_LOSS_CHECKS = 50
@@ -36,11 +36,6 @@ class EpochResult:
 
     epoch: int
     metrics: Metrics
-
-
-def watched_accuracy(metrics: Metrics) -> float:
-    """Return the accuracy that selects, stops and lowers the rate: of validation, of the test set without one."""
-    return metrics["val/accuracy"] if "val/accuracy" in metrics else metrics["test/accuracy"]
 
 
 def differentiation(state: TrainState, execution: Execution, batch_size: int) -> Function:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from itertools import compress
 from typing import Any
@@ -42,13 +43,21 @@ class Progress:
         return True
 
     def should_stop(self, stopping: StoppingConfig) -> bool:
-        """Say whether patience has run out; it is counted from the best epoch, but not before min_epochs.
+        """Say whether `patience` epochs brought no better watched accuracy, all of them after `min_epochs`.
 
-        So a run that must last 150 epochs with a patience of 50 never ends before epoch 200, as the post says of its
-        own. Of its logs, birds_128 ends at 201; birds_32 has all 350, though its best test epoch is 74.
+        Better than all before or, with best_since min_epochs, than those from min_epochs on (docs/protocols.md).
         """
-        waited = self.epoch - max(self.best_epoch, stopping.min_epochs)
-        return 0 < stopping.patience <= waited
+        if not stopping.patience or self.epoch < stopping.min_epochs + stopping.patience:
+            return False
+        first = stopping.min_epochs if stopping.best_since == "min_epochs" else 1
+        watched = [watched_accuracy(metrics) for metrics in self.history[max(first, 1) - 1 :]]
+        best_epoch = max(first, 1) + watched.index(max(watched))
+        return self.epoch - max(best_epoch, stopping.min_epochs) >= stopping.patience
+
+
+def watched_accuracy(metrics: Mapping[str, float]) -> float:
+    """Return the accuracy that selects, stops and lowers the rate: of validation, of the test set without one."""
+    return metrics["val/accuracy"] if "val/accuracy" in metrics else metrics["test/accuracy"]
 
 
 @dataclass
