@@ -32,7 +32,7 @@ def table(name: str) -> str:
     return "\n".join(lines)
 
 
-WORDS = {"arms": "the arms", "data.order": "the order of the files"}
+WORDS = {"arms": "the arms", "data.order": "the order of the files", "figures": "which arms the figures show"}
 
 
 def filled(page: str) -> str:

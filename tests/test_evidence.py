@@ -153,9 +153,11 @@ def test_runs_older_than_a_setting_count_as_they_were() -> None:
     """The published runs logged no stopping.best_since; what they did is its default."""
     config = open_study("ablate-mnist").arm("default", Layer({}, str))
     params = {name: value for name, value in logged(config).items() if name != "stopping.best_since"}
-    record, protocol = RunRecord("", "", "FINISHED", params, {}, {}), read_claims().protocols["ablate-mnist"]
+    record = RunRecord("", "", "FINISHED", params, {}, {"effv2.config_hash": "0"})
+    protocol = read_claims().protocols["ablate-mnist"]
     assert is_like(record, protocol, "default")
     assert not is_like(replace(record, params=params | {"stopping.best_since": "min_epochs"}), protocol, "default")
+    assert not is_like(replace(record, tags={}), protocol, "default")  # a run from elsewhere
 
 
 def test_settings_that_a_claim_leaves_free_may_differ(tmp_path: Path) -> None:

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import shutil
+import subprocess
+import sys
+import zipfile
 from pathlib import Path
 
 import pytest
@@ -15,6 +19,7 @@ from effv2.studies.grid import Grid, make_grid
 from effv2.studies.plan import LoadedData
 from effv2.studies.settings import Layer, option_layer
 from tests import protocols
+from tests.conftest import ROOT
 
 NO_OPTIONS = Layer({}, dotted)
 PUBLISHED = [name for name in sorted(path.stem for path in SWEEPS.glob("*.yaml")) if open_study(name).sources.stated]
@@ -25,7 +30,7 @@ def test_every_setting_of_a_published_protocol_has_one_source(name: str) -> None
     study, flat = open_study(name), TrainConfig().flat()
     sourced = [each for kind in Sources.model_fields for each in study.sources.settings(kind)]
     assert len(sourced) == len(set(sourced))
-    unknown = {each for each in sourced if each not in flat} - {"arms", "data.order"}
+    unknown = {each for each in sourced if each not in flat} - protocols.WORDS.keys()
     assert not unknown
     written = {f"{group}.{key}" for group, keys in study.base.values.items() for key in keys}
     assert written <= set(sourced)
@@ -65,6 +70,18 @@ def test_a_study_is_found_by_name_and_by_path(tmp_path: Path, monkeypatch: pytes
         open_study("ablate-mnits")
     with pytest.raises(InputError, match=r"--study sweeps/ablate-mnist.yaml: can't be read"):
         open_study("sweeps/ablate-mnist.yaml")
+
+
+def test_an_installed_package_holds_the_studies(tmp_path: Path) -> None:
+    project = tmp_path / "project"
+    shutil.copytree(ROOT / "effv2", project / "effv2")
+    for name in ("pyproject.toml", "README.md", "LICENSE"):
+        shutil.copy(ROOT / name, project)
+    build = [sys.executable, "-m", "pip", "wheel", "--no-deps", "--no-build-isolation", "--wheel-dir", str(tmp_path)]
+    subprocess.run([*build, str(project)], check=True, capture_output=True)
+    (wheel,) = tmp_path.glob("*.whl")
+    held = {Path(name).stem for name in zipfile.ZipFile(wheel).namelist() if name.startswith("effv2/sweeps/")}
+    assert held == {path.stem for path in SWEEPS.glob("*.yaml")}
 
 
 def test_component_ablation_changes_one_component_at_a_time() -> None:

@@ -88,13 +88,14 @@ def study_protocols(name: str, free: Sequence[str] = ()) -> dict[str, Protocol]:
         for arm, settings in arms.items()
     }
     title = _title(name, free)
-    near = f"{title}, but {', '.join(f'{key} {value}' for key, value in published.nearest.items())}"
+    near = f"{title}, nearest"
+    differing = ", ".join(f"{key} {value}" for key, value in published.nearest.items())
     protocol = Protocol(
         runs=runs,
         arms=own,
         command=_with_seeds(study.command),
         needs=published.needs,
-        assumed=study.assumptions(),
+        assumed=" ".join([study.assumptions(), f"The nearest runs have {differing}." if differing else ""]).strip(),
         nearest=near if published.nearest else "",
         published=Published.model_validate(published.model_dump(include=set(Published.model_fields))),
         study=name,
@@ -361,10 +362,19 @@ def _read(path: Path, before: Claims) -> Claims:
                 protocol.own(arm)
     inline = {id_: claim.protocol for id_, claim in file.claims.items() if isinstance(claim.protocol, Protocol)}
     own = frozenset(file.claims) if before.claims else frozenset()
-    claims = Claims({**before.protocols, **studies, **file.protocols, **inline}, {**file.claims, **before.claims}, own)
+    own_protocols = {name: _with_assumptions(protocol) for name, protocol in file.protocols.items()}
+    claims = Claims({**before.protocols, **studies, **own_protocols, **inline}, {**file.claims, **before.claims}, own)
     for id_ in file.claims:
         _check(id_, claims, document)
     return claims
+
+
+def _with_assumptions(protocol: Protocol) -> Protocol:
+    """Let a protocol whose arms are those of studies say what the first of them assumes."""
+    named = next((arm for arm in protocol.arms.values() if isinstance(arm, str)), "")
+    if protocol.assumed or not named:
+        return protocol
+    return protocol.model_copy(update={"assumed": open_study(named.partition("/")[0]).assumptions()})
 
 
 @contextmanager

@@ -199,7 +199,7 @@ def _judgement(
         findings,
         list({each.contrast: each for each in nearest if each.tested}.values()),
         "; ".join(dict.fromkeys(filter(None, (each.needs for each in protocols.values())))),
-        " ".join(dict.fromkeys(claims.protocols[each.contrast.protocol].assumed for each in findings)).strip(),
+        next(filter(None, (claims.protocols[each.contrast.protocol].assumed for each in findings)), ""),
         list(dict.fromkeys(filter(None, (each.command for each in wanted.values())))),
     )
 

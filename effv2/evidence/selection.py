@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from functools import cache
 from itertools import product
 
-from effv2.config import FIRST_FIELDS, TrainConfig
+from effv2.config import TrainConfig
 from effv2.evidence.claims import COMPUTED, FREE, SEED, SPLIT_SEED, Protocol
 from effv2.evidence.quantities import Quantity
 from effv2.evidence.statistics import FEWEST
@@ -20,6 +20,7 @@ CLASSES = "data.classes"  # no parameter, but may stand in a protocol like one: 
 # What may differ between runs that are compared: what pairs them, where the images lie and, but for times, how they
 # are computed.
 MACHINE = ("effv2.machine.processor", "effv2.machine.accelerator", "effv2.machine.threads")  # tags
+CONFIG_HASH = "effv2.config_hash"  # tag of every training run of ours
 PUBLISHED_OVERLAP = 0.25  # test over training images of the published split
 FEW = 2  # settings in which a run may differ to be near
 Pair = tuple[str, str]  # split, seed
@@ -78,8 +79,8 @@ def _logged(run: RunRecord, name: str) -> str:
 
 
 def _param(run: RunRecord, name: str) -> str | None:
-    """Return what a run logged as a parameter; of one that it is older than, what it did without it: the default."""
-    if name not in run.params and name in _defaults() and name not in FIRST_FIELDS:
+    """Return what a run of ours logged as a parameter; of a setting that is younger than the run, its default."""
+    if name not in run.params and name in _defaults() and CONFIG_HASH in run.tags:
         return str(_defaults()[name])
     return run.params.get(name)
 
