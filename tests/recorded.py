@@ -46,7 +46,11 @@ DECIDING: dict[str, dict[str, tuple[str, ...]]] = {
     "execution": {
         f"execution/{name}.py": () for name in ("compilation", "device", "fast_paths", "folding", "recording")
     },
-    "evaluation": {"pretrained/images.py": (), "pretrained/measure.py": ()},
+    "evaluation": {
+        "pretrained/images.py": (),
+        "pretrained/measure.py": (),
+        "evidence/statistics.py": ("calibration_error",),
+    },
 }
 Code = dict[str, dict[str, str]]  # version: "file definition": digest
 TOLERANCE = 1e-3  # of losses: processors and releases of torch round differently, and steps enlarge it
