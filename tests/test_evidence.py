@@ -171,6 +171,21 @@ def test_settings_that_a_claim_leaves_free_may_differ(tmp_path: Path) -> None:
     assert not is_like(record, claims.protocols["ablate-mnist"], "default")
 
 
+def test_a_claim_may_name_a_study_file_of_ones_own(tmp_path: Path) -> None:
+    path = tmp_path / "mine.yaml"
+    path.write_text("name: mine\nconfig: {schedule: {epochs: 2}}\narms: {a: {}, b: {model: {dropout: 0.5}}}\n")
+    check = "{kind: difference, arm: b, against: a}"
+    text = f"protocols: {{p: {{arms: {{a: {path}/a, b: {path}/b}}}}}}\nclaims:\n"
+    text += f"  X1: {{words: x, study: {path}, checks: [{check}]}}\n"
+    text += f"  Y1: {{words: y, protocol: p, checks: [{check}]}}"
+    claims = claims_of(tmp_path, text)
+    record = RunRecord("", "", "FINISHED", logged(open_study(str(path)).arm("b", Layer({}, str))), {}, {})
+    for id_ in ("X1", "Y1"):
+        (contrast,) = claims.contrasts(id_)
+        protocol = claims.protocols[contrast.protocol]
+        assert is_like(record, protocol, "b") and not is_like(record, protocol, "a")
+
+
 def test_arms_of_a_protocol_may_be_those_of_other_studies() -> None:
     protocol = read_claims().protocols["resolution-imagenette"]
     for arm, size in (("small", 32), ("large", 128)):

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
@@ -21,7 +21,7 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 from effv2.documents import Document, dotted, read_document, validate
 from effv2.errors import InputError, nearest
 from effv2.evidence.quantities import quantity
-from effv2.studies.files import Published, Settings, open_study
+from effv2.studies.files import Published, Settings, Study, open_study
 from effv2.studies.settings import Layer
 
 PUBLISHED = Path(__file__).with_name("published")
@@ -60,9 +60,9 @@ class Protocol(Part):
     study: str = ""  # of which it is the protocol, and under whose name the published curves stand
 
     def own(self, arm: str) -> Settings:
-        """Return the settings that an arm names."""
+        """Return the settings that an arm names, once those of studies are resolved."""
         named = self.arms[arm]
-        return named if isinstance(named, dict) else _settings_of(named)
+        return named if isinstance(named, dict) else {}
 
     def settings(self, arm: str) -> Settings:
         """Return all settings of an arm; of those that other arms alone name, the ones in `runs`."""
@@ -76,7 +76,7 @@ class Protocol(Part):
 def study_protocols(name: str, free: Sequence[str] = ()) -> dict[str, Protocol]:
     """Return the protocol of a study, without the settings that are left `free`, and that of its nearest runs."""
     study = open_study(name)
-    arms = {arm: _settings_of(f"{name}/{arm}") for arm in study.arms or [ONLY_ARM]}
+    arms = {arm: _settings_of(study, arm) for arm in study.arms or [ONLY_ARM]}
     first = next(iter(arms.values()))
     shared = {key: value for key, value in first.items() if all(arm[key] == value for arm in arms.values())}
     if unknown := next((key for key in free if key not in first), ""):
@@ -112,18 +112,30 @@ def _with_seeds(command: str) -> str:
     return command and f"{command} -P seeds=0,1,2"
 
 
-@cache
-def _settings_of(place: str) -> Settings:
+def _settings_of(study: Study, arm: str) -> Settings:
     """Return what decides the runs of a study's arm: each setting that has one value and isn't free by its nature."""
-    name, _, arm = place.partition("/")
-    study = open_study(name)
     if not study.arms and arm in ("", ONLY_ARM):
         config = study.config(Layer({}, dotted))
     elif arm in study.arms:
         config = study.arm(arm, Layer({}, dotted))
     else:
-        raise InputError(f"{place}: no such arm; {nearest(arm, list(study.arms) or [ONLY_ARM])}.")
+        raise InputError(f"study {study.name}: has no arm {arm!r}; {nearest(arm, list(study.arms) or [ONLY_ARM])}.")
     return {key: value for key, value in config.flat().items() if key not in FREE and value != "auto"}
+
+
+def _resolved(protocol: Protocol, where: Callable[[str], str]) -> Protocol:
+    """Return a protocol with the settings of the study arms that it names, and with what the first of them assumes."""
+    arms: dict[str, Settings | str] = dict(protocol.arms)
+    assumed = protocol.assumed
+    for arm, named in protocol.arms.items():
+        if isinstance(named, str):
+            with _said_at(where(arm)):
+                whole = "/" not in named or named.endswith((".yaml", ".yml"))
+                name, _, of_study = (named, "", "") if whole else named.rpartition("/")
+                study = open_study(name)
+                arms[arm] = _settings_of(study, of_study)
+                assumed = assumed or study.assumptions()
+    return protocol.model_copy(update={"arms": arms, "assumed": assumed})
 
 
 class Region(Part):
@@ -357,24 +369,20 @@ def _read(path: Path, before: Claims) -> Claims:
         if protocol.nearest and protocol.nearest not in {**before.protocols, **file.protocols}:
             with _said_at(document.where(("protocols", name, "nearest"))):
                 studies |= study_protocols(protocol.nearest)
-        for arm in protocol.arms:
-            with _said_at(document.where(("protocols", name, "arms", arm))):
-                protocol.own(arm)
-    inline = {id_: claim.protocol for id_, claim in file.claims.items() if isinstance(claim.protocol, Protocol)}
     own = frozenset(file.claims) if before.claims else frozenset()
-    own_protocols = {name: _with_assumptions(protocol) for name, protocol in file.protocols.items()}
-    claims = Claims({**before.protocols, **studies, **own_protocols, **inline}, {**file.claims, **before.claims}, own)
+    protocols = {
+        name: _resolved(protocol, lambda arm, name=name: document.where(("protocols", name, "arms", arm)))  # type: ignore[misc]
+        for name, protocol in file.protocols.items()
+    }
+    inline = {
+        id_: _resolved(claim.protocol, lambda arm, id_=id_: document.where(("claims", id_, "protocol", "arms", arm)))  # type: ignore[misc]
+        for id_, claim in file.claims.items()
+        if isinstance(claim.protocol, Protocol)
+    }
+    claims = Claims({**before.protocols, **studies, **protocols, **inline}, {**file.claims, **before.claims}, own)
     for id_ in file.claims:
         _check(id_, claims, document)
     return claims
-
-
-def _with_assumptions(protocol: Protocol) -> Protocol:
-    """Let a protocol whose arms are those of studies say what the first of them assumes."""
-    named = next((arm for arm in protocol.arms.values() if isinstance(arm, str)), "")
-    if protocol.assumed or not named:
-        return protocol
-    return protocol.model_copy(update={"assumed": open_study(named.partition("/")[0]).assumptions()})
 
 
 @contextmanager
