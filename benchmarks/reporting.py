@@ -23,7 +23,7 @@ from effv2.evidence.publication import publish
 from effv2.evidence.quantities import HISTORIES
 from tests.servers import Server
 
-PROTOCOL = read_claims().protocols["ablation-imagenette"]
+PROTOCOL = read_claims().protocols["ablate-imagenette"]
 ARMS, SEEDS, EPOCHS = ("default", "mbconv_only", "fused_only", "half_layers", "drop_one"), 10, 100
 
 

@@ -23,7 +23,7 @@ PACKAGE = Path(__file__).parent
 # Splits, labels and pixels need no number here: the digest of the data holds them.
 VERSIONS = {"decoding": 1, "network": 1, "batches": 1, "training": 1, "execution": 1, "evaluation": 1}
 OF_TRAINING = ("network", "batches", "training", "execution")
-OF_EVALUATION = ("decoding", "execution", "evaluation")
+OF_EVALUATION = ("decoding", "batches", "execution", "evaluation")
 RECORDED_PACKAGES = ("torch", "torchvision", "mlflow", "numpy", "pillow", "scikit-learn")
 PRINTABLE_DIFF_BYTES = 5_000_000
 

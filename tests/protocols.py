@@ -27,12 +27,9 @@ def table(name: str) -> str:
         for keys, source in getattr(study.sources, kind).items():
             names = keys.split(", ")
             values = ", ".join(f"{config[key]}" or "none" for key in names if key in config)
-            named = ", ".join(f"`{key}`" if key in config else WORDS[key] for key in names)
+            named = ", ".join(f"`{key}`" if key in config else key for key in names)
             lines.append(f"| {named} | {values} | {kind} | {source} |")
     return "\n".join(lines)
-
-
-WORDS = {"arms": "the arms", "data.order": "the order of the files", "figures": "which arms the figures show"}
 
 
 def filled(page: str) -> str:

@@ -2,9 +2,10 @@
 
     python -m tests.recorded
 
-records both again. That confirms that changed code gives equal results: where they differ it refuses, until the commit
-raises the number of what changed in effv2.provenance.VERSIONS. Additions don't count, nor do comments, docstrings,
-annotations, the words of errors and the names of local variables.
+records both again. For each version in effv2.provenance.VERSIONS whose code changed, its numbers must then be equal to
+those recorded, or the version must have been raised. Additions don't count, nor do comments, docstrings, annotations,
+the words of exceptions and the names of local variables. The numbers come from small trainings in float32 on the CPU.
+They don't cover bfloat16, GPUs, compiled blocks, TrivialAugment, early stopping and evaluations of weights.
 """
 
 from __future__ import annotations
@@ -22,10 +23,10 @@ import numpy as np
 import torch
 from PIL import Image
 
-from effv2.config import AugmentConfig, DataConfig, TrainConfig
+from effv2.config import FIRST_FIELDS, NO_IDENTITY, AugmentConfig, DataConfig, TrainConfig
 from effv2.data.augment import augment_images
 from effv2.data.batches import epoch_order
-from effv2.data.dataset import load_dataset
+from effv2.data.dataset import Split, load_dataset
 from effv2.data.preparation import CentreCrop, Square
 from effv2.execution.device import make_execution
 from effv2.provenance import VERSIONS
@@ -34,11 +35,19 @@ from effv2.training.state import TrainState
 
 ROOT = Path(__file__).parents[1]
 RECORDED = Path(__file__).with_suffix(".json")
-# The modules behind each version. Of architecture the network alone: its tables are part of a run's configuration.
+# The modules behind each version, and which of their definitions, all where none is named. Stage tables are part of a
+# run's configuration; which images there are, and how they are split, is part of the digest of its data.
 DECIDING: dict[str, dict[str, tuple[str, ...]]] = {
     "decoding": {"data/images.py": (), "data/preparation.py": ()},
-    "network": {"architecture.py": ("build_model", "_block_config", "Stage", "Table")},
-    "batches": {"data/augment.py": (), "data/batches.py": (), "data/transfer.py": ()},
+    "network": {
+        "architecture.py": ("build_model", "_block_config", "Stage", "Table", "count_parameters", "gflops_of"),
+    },
+    "batches": {
+        "data/augment.py": (),
+        "data/batches.py": (),
+        "data/dataset.py": ("Split", "Dataset"),
+        "data/transfer.py": (),
+    },
     "training": {
         "randomness.py": (),
         **{f"training/{name}.py": () for name in ("evaluate", "loop", "schedules", "state")},
@@ -47,10 +56,21 @@ DECIDING: dict[str, dict[str, tuple[str, ...]]] = {
         f"execution/{name}.py": () for name in ("compilation", "device", "fast_paths", "folding", "recording")
     },
     "evaluation": {
-        "pretrained/images.py": (),
-        "pretrained/measure.py": (),
+        **{f"pretrained/{name}.py": () for name in ("evaluation", "images", "imagenet", "measure", "weights")},
+        "evidence/run_artifacts.py": (),
         "evidence/statistics.py": ("calibration_error",),
     },
+}
+# Modules of the rooms above in which nothing decides a result, or nothing that the digest of the data doesn't hold.
+EXEMPT = {
+    "data/cache.py",
+    "data/sources.py",
+    "data/splits.py",
+    "execution/allocator.py",
+    "execution/calibration.py",
+    "execution/resolve.py",
+    "training/checkpoint.py",
+    "training/saving.py",
 }
 Code = dict[str, dict[str, str]]  # version: "file definition": digest
 TOLERANCE = 1e-3  # of losses: processors and releases of torch round differently, and steps enlarge it
@@ -77,33 +97,65 @@ def changed(before: Code, now: Code) -> dict[str, list[str]]:
 
 
 def definitions(source: str) -> dict[str, str]:
-    """Return a digest of each function, method, class attribute, module constant and entry of a module's tables."""
-    return {
-        name: hashlib.sha256(ast.dump(_Canonical().visit(node)).encode()).hexdigest()[:12]
-        for name, node in _named(ast.parse(source).body, "")
-    }
+    """Return a digest of each function, method, class, import, entry of a table, and other statement of a module."""
+    found: dict[str, str] = {}
+    for name, node in _named(ast.parse(source).body, ""):
+        again = sum(each.partition("#")[0] == name for each in found)
+        text = "\n".join(_written(_Canonical().visit(each)) for each in node)
+        found[f"{name}#{again}" if again else name] = hashlib.sha256(text.encode()).hexdigest()[:12]
+    return found
 
 
-def _named(body: list[ast.stmt], owner: str) -> Iterator[tuple[str, ast.AST]]:
+def _named(body: list[ast.stmt], owner: str) -> Iterator[tuple[str, list[ast.AST]]]:
     for node in body:
         if isinstance(node, ast.ClassDef):
-            heading = ast.ClassDef(node.name, node.bases, node.keywords, [ast.Pass()], node.decorator_list)
-            yield f"{owner}{node.name}", heading
+            yield f"{owner}{node.name}", [*node.bases, *node.keywords, *node.decorator_list, _order(node)]
             yield from _named(node.body, f"{owner}{node.name}.")
         elif isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)):
-            yield f"{owner}{node.name}", node
+            yield f"{owner}{node.name}", [node]
         elif isinstance(node, (ast.Assign, ast.AnnAssign)):
-            (target,) = node.targets if isinstance(node, ast.Assign) else (node.target,)
-            name = f"{owner}{ast.unparse(target)}"
+            targets = node.targets if isinstance(node, ast.Assign) else [node.target]
+            name = f"{owner}{' = '.join(map(ast.unparse, targets))}"
             if isinstance(node.value, ast.Dict) and not owner:
                 for key, value in zip(node.value.keys, node.value.values, strict=True):
-                    yield f"{name}[{ast.unparse(key) if key else '**'}]", value
+                    yield f"{name}[{ast.unparse(key) if key else '**'}]", [value]
             else:
-                yield name, node.value or ast.Pass()
+                yield name, [node.value] if node.value else []
+        elif isinstance(node, (ast.Import, ast.ImportFrom)):
+            for alias in node.names:
+                origin = f"{getattr(node, 'module', '')} {alias.name}"
+                yield f"{owner}import {alias.asname or alias.name}", [ast.Constant(origin)]
+        elif not (isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant)) and not _for_types(node):
+            yield f"{owner}{ast.unparse(node)}", [node]
+
+
+def _order(node: ast.ClassDef) -> ast.AST:
+    """Return the fields and special methods of a class in order, of one with bases all members: those may override."""
+    names = [
+        each.name if isinstance(each, ast.FunctionDef) else ast.unparse(each.target)
+        for each in node.body
+        if isinstance(each, (ast.FunctionDef, ast.AnnAssign))
+    ]
+    fields = {ast.unparse(each.target) for each in node.body if isinstance(each, ast.AnnAssign)}
+    return ast.Constant(" ".join(name for name in names if node.bases or name in fields or name.startswith("__")))
+
+
+def _for_types(node: ast.stmt) -> bool:
+    return isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING"
+
+
+def _written(node: Any) -> str:
+    """Write a tree without what is empty, so that releases of Python with more kinds of fields write the same."""
+    if isinstance(node, list):
+        return f"[{' '.join(map(_written, node))}]"
+    if not isinstance(node, ast.AST):
+        return repr(node)
+    fields = ((name, value) for name, value in ast.iter_fields(node) if value not in (None, []) and name != "kind")
+    return f"({type(node).__name__} {' '.join(f'{name}={_written(value)}' for name, value in fields)})"
 
 
 class _Canonical(ast.NodeTransformer):
-    """Leaves what decides a result: no docstring, annotation, or words of an error; local names by their order."""
+    """Leaves what decides a result: no docstring, annotation, or words of an exception; local names by their order."""
 
     def __init__(self) -> None:
         self._locals: dict[str, str] = {}
@@ -114,34 +166,49 @@ class _Canonical(ast.NodeTransformer):
         if outermost:
             self._locals = {name: f"local {number}" for number, name in enumerate(_local_names(node))}
         node.returns = None
-        if ast.get_docstring(node, clean=False) is not None:
-            node.body = node.body[1:] or [ast.Pass()]
+        node.body = self._without_docstring(node)
         node.name = self._locals.get(node.name, node.name)
         self.generic_visit(node)
-        if outermost:
-            self._inside = False
+        self._inside = not outermost
         return node
 
+    def visit_ClassDef(self, node: ast.ClassDef) -> ast.AST:
+        node.body = self._without_docstring(node)
+        return self.generic_visit(node)
+
+    @staticmethod
+    def _without_docstring(node: ast.FunctionDef | ast.ClassDef) -> list[ast.stmt]:
+        return node.body if ast.get_docstring(node, clean=False) is None else node.body[1:] or [ast.Pass()]
+
     def visit_arg(self, node: ast.arg) -> ast.AST:
-        return ast.arg(self._locals.get(node.arg, node.arg))
+        return ast.arg(node.arg)
 
     def visit_Name(self, node: ast.Name) -> ast.AST:
         return ast.Name(self._locals.get(node.id, node.id), node.ctx)
+
+    def visit_ExceptHandler(self, node: ast.ExceptHandler) -> ast.AST:
+        node.name = self._locals.get(node.name or "", node.name)
+        return self.generic_visit(node)
 
     def visit_AnnAssign(self, node: ast.AnnAssign) -> ast.AST:
         return self.generic_visit(ast.Assign([node.target], node.value or ast.Constant(None)))
 
     def visit_Raise(self, node: ast.Raise) -> ast.AST:
-        return ast.Raise()
+        return ast.Raise(node.exc.func if isinstance(node.exc, ast.Call) else node.exc)
+
+    def visit_Assert(self, node: ast.Assert) -> ast.AST:
+        return ast.Assert(self.visit(node.test))
 
 
 def _local_names(function: ast.AST) -> list[str]:
-    """Return parameters, variables and inner functions in the order of their appearance, globals left out."""
+    """Return variables and inner functions in the order of their appearance; not parameters, which callers may name."""
     names: dict[str, None] = {}
     shared: set[str] = set()
     for node in ast.walk(function):
         if isinstance(node, ast.arg):
-            names[node.arg] = None
+            shared.add(node.arg)
+        elif isinstance(node, ast.ExceptHandler) and node.name:
+            names[node.name] = None
         elif isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store):
             names[node.id] = None
         elif isinstance(node, ast.FunctionDef) and node is not function:
@@ -151,9 +218,27 @@ def _local_names(function: ast.AST) -> list[str]:
     return [name for name in names if name not in shared]
 
 
+# Which versions a number depends on: it may differ where one of them was raised. Splits have their own digest.
+TRAINED = ("network", "batches", "training", "execution")
+DEPENDS = {
+    "square": ("decoding",),
+    "centre crop": ("decoding",),
+    "images": ("batches",),
+    "augmented": ("batches",),
+    "order": ("batches",),
+    "standard split": (),
+    "published split": (),
+}
+
+
 def numbers() -> dict[str, Any]:
     """Return what a few small computations give: digests, which are exact anywhere, and losses."""
     return {**_exact(), **_losses()}
+
+
+def defaults() -> dict[str, Any]:
+    """Return the defaults of the settings that identities leave out at their default: these must stay."""
+    return {name: value for name, value in TrainConfig().flat().items() if name not in FIRST_FIELDS | set(NO_IDENTITY)}
 
 
 def _exact() -> dict[str, str]:
@@ -172,7 +257,14 @@ def _exact() -> dict[str, str]:
         "standard split": DataConfig(image_size=8, per_class=20),
         "published split": DataConfig(image_size=8, per_class=20, sampling="published", validation_fraction=0),
     }
-    arrays = {**prepared, "augmented": augmented.numpy(), "order": epoch_order(50, seed=3, epoch=2).numpy()}
+    split = Split(images.permute(0, 2, 3, 1), torch.arange(16).flip(0), torch.zeros(16), tuple(map(str, range(16))))
+    batch = split.images(torch.tensor([3, 1]))
+    arrays = {
+        **prepared,
+        "images": batch.numpy(),
+        "augmented": augmented.numpy(),
+        "order": epoch_order(50, seed=3, epoch=2).numpy(),
+    }
     return {name: _digest(array) for name, array in arrays.items()} | {
         name: load_dataset(config).digest() for name, config in splits.items()
     }
@@ -227,13 +319,43 @@ def differing(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
     return [name for name, old in before.items() if name not in now or not same(old, now[name])]
 
 
+def refusals(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
+    """Say why what is now can't be recorded: results that differ, or may, without a version that says so."""
+    old, new = before["versions"], now["versions"]
+    raised = {version for version in new if new[version] > old.get(version, 0)}
+    said = [
+        f"{version} was {old[version]}: versions only rise" for version in old if new.get(version, 0) < old[version]
+    ]
+    said += [
+        f"the default of {name} was {value}: settings that identities leave out must keep theirs"
+        for name, value in before["defaults"].items()
+        if now["defaults"].get(name) != value
+    ]
+    others = differing(before["numbers"], now["numbers"])
+    for version in changed(before["code"], now["code"]).keys() - raised:
+        about = {name for name in before["numbers"] if version in DEPENDS.get(name, TRAINED)}
+        if found := sorted(about.intersection(others)):
+            said.append(
+                f"{version} changed, and so did {', '.join(found)}: raise {version}, or record it by itself first"
+            )
+    for name in others:
+        versions = DEPENDS.get(name, TRAINED)
+        if versions and not raised.intersection(versions):
+            said.append(f"{name} differs: raise what changed of {', '.join(versions)}")
+    return said
+
+
 def main() -> None:
-    """Record anew, unless results differ without a version that says so."""
-    before = json.loads(RECORDED.read_text()) if RECORDED.exists() else {"versions": {}, "code": {}, "numbers": {}}
-    now: dict[str, Any] = {"versions": VERSIONS, "code": code(), "numbers": numbers()}
-    if before["versions"] == VERSIONS and (found := differing(before["numbers"], now["numbers"])):
-        sys.exit(f"Other results than before ({', '.join(found)}): raise what changed in effv2.provenance.VERSIONS.")
+    """Record anew, unless results differ without a version that says so; losses that are equal stay as they were."""
+    now: dict[str, Any] = {"versions": VERSIONS, "defaults": defaults(), "code": code(), "numbers": numbers()}
+    before: dict[str, Any] = json.loads(RECORDED.read_text()) if RECORDED.exists() else now
+    if said := refusals(before, now):
+        sys.exit("Not recorded. " + ". ".join(said) + ".")
+    equal = before["numbers"].keys() - set(differing(before["numbers"], now["numbers"]))
+    now["numbers"] |= {name: before["numbers"][name] for name in equal if name in now["numbers"]}
     RECORDED.write_text(json.dumps(now, indent=1) + "\n")
+    for version, names in changed(before["code"], now["code"]).items():
+        sys.stdout.write(f"{version}: confirmed {', '.join(names)}\n")
 
 
 if __name__ == "__main__":

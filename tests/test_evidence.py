@@ -157,7 +157,11 @@ def test_runs_older_than_a_setting_count_as_they_were() -> None:
     protocol = read_claims().protocols["ablate-mnist"]
     assert is_like(record, protocol, "default")
     assert not is_like(replace(record, params=params | {"stopping.best_since": "min_epochs"}), protocol, "default")
-    assert not is_like(replace(record, tags={}), protocol, "default")  # a run from elsewhere
+    # A run from elsewhere, or an evaluation, which never had these settings, is none of them.
+    assert not is_like(replace(record, tags={}), protocol, "default")
+    evaluation = {"data.dataset": "imagenette", "model.name": "resnet50"}
+    anything = Protocol(arms={"default": {"model.variant": "default"}})
+    assert not is_like(replace(record, params=evaluation), anything, "default")
 
 
 def test_settings_that_a_claim_leaves_free_may_differ(tmp_path: Path) -> None:
@@ -171,15 +175,20 @@ def test_settings_that_a_claim_leaves_free_may_differ(tmp_path: Path) -> None:
     assert not is_like(record, claims.protocols["ablate-mnist"], "default")
 
 
-def test_a_claim_may_name_a_study_file_of_ones_own(tmp_path: Path) -> None:
-    path = tmp_path / "mine.yaml"
-    path.write_text("name: mine\nconfig: {schedule: {epochs: 2}}\narms: {a: {}, b: {model: {dropout: 0.5}}}\n")
+def test_a_claim_may_name_a_study_file_beside_it(tmp_path: Path) -> None:
+    (tmp_path / "mine.yaml").write_text(
+        "name: mine\nconfig: {schedule: {epochs: 2}}\n"
+        "arms: {a: {}, b: {model: {dropout: 0.5}}, c: {execution: {precision: bf16}}}\n"
+    )
     check = "{kind: difference, arm: b, against: a}"
-    text = f"protocols: {{p: {{arms: {{a: {path}/a, b: {path}/b}}}}}}\nclaims:\n"
-    text += f"  X1: {{words: x, study: {path}, checks: [{check}]}}\n"
+    text = "protocols: {p: {arms: {a: mine.yaml/a, b: mine.yaml/b}}}\nclaims:\n"
+    text += f"  X1: {{words: x, study: mine.yaml, checks: [{check}]}}\n"
     text += f"  Y1: {{words: y, protocol: p, checks: [{check}]}}"
     claims = claims_of(tmp_path, text)
-    record = RunRecord("", "", "FINISHED", logged(open_study(str(path)).arm("b", Layer({}, str))), {}, {})
+    assert set(claims.files) == {"claims.yaml", "mine.yaml"}
+    record = RunRecord(
+        "", "", "FINISHED", logged(open_study(str(tmp_path / "mine.yaml")).arm("b", Layer({}, str))), {}, {}
+    )
     for id_ in ("X1", "Y1"):
         (contrast,) = claims.contrasts(id_)
         protocol = claims.protocols[contrast.protocol]
@@ -605,6 +614,9 @@ WRONG = {
     "metric: eval/top1_accuracy, against: efficientnet_b0, above: 0.1}]}}": "which network is better",
     "protocols: {p: {arms: {a: {}}, nearest: nowhere}}\nclaims: {X1: {words: x, protocol: p, checks: [CHECK]}}":
         "nowhere: no file and no study of that name",
+    "claims: {X1: {words: x, protocol: p, free: [data.sizes], checks: [CHECK]}}": "free goes with a study",
+    "claims: {X1: {words: x, checks: [CHECK]}}": "give a study or a protocol",
+    "claims: {X1: {words: x, study: ../mine.yaml, checks: [CHECK]}}": "should match pattern",
     "claims: {X1: {words: x, study: ablate-mnits, checks: [CHECK]}}": "did you mean 'ablate-mnist'",
     "claims: {X1: {words: x, study: ablate-mnist, free: [data.sizes], checks: [CHECK]}}": "free data.sizes: no setting",
 }  # fmt: skip

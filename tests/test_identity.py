@@ -21,7 +21,19 @@ from effv2.data import splits
 from effv2.data.dataset import load_dataset
 from effv2.provenance import VERSIONS
 from tests.conftest import tiny_config
-from tests.recorded import RECORDED, ROOT, changed, code, definitions, differing, numbers
+from tests.recorded import (
+    DECIDING,
+    EXEMPT,
+    RECORDED,
+    ROOT,
+    changed,
+    code,
+    defaults,
+    definitions,
+    differing,
+    numbers,
+    refusals,
+)
 
 HOW = (
     "If results are equal, confirm it with `python -m tests.recorded`, which compares them; "
@@ -39,6 +51,45 @@ def recorded() -> dict[str, Any]:
 def test_code_that_decides_results_is_as_recorded(recorded: dict[str, Any]) -> None:
     assert recorded["versions"] == VERSIONS, f"Record what the new versions compute: {HOW}"
     assert not changed(recorded["code"], code()), HOW
+    assert defaults() == recorded["defaults"], f"Settings added later are left out at their default. {HOW}"
+
+
+def test_every_module_of_the_deciding_rooms_is_recorded_or_exempt() -> None:
+    listed = {file for files in DECIDING.values() for file in files}
+    package = ROOT / "effv2"
+    rooms = (package / room for room in ("data", "training", "execution"))
+    found = {path.relative_to(package).as_posix() for room in rooms for path in room.glob("[!_]*.py")}
+    assert found == {file for file in listed if file.startswith(("data/", "training/", "execution/"))} | EXEMPT
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        pytest.param({"numbers": {"augmented": "other"}}, "augmented differs", id="another number"),
+        pytest.param(
+            {"numbers": {"augmented": "x"}, "versions": {"training": 2}}, "augmented differs", id="another version"
+        ),
+        pytest.param({"numbers": {"augmented": "other"}, "versions": {"batches": 2}}, "", id="its version"),
+        pytest.param({"versions": {"batches": 0}}, "versions only rise", id="a lower version"),
+        pytest.param({"defaults": {"stopping.best_since": "min_epochs"}}, "must keep theirs", id="a default"),
+        pytest.param({"code": {"batches": {"data/augment.py random_flip": "other"}}}, "", id="equal numbers"),
+        pytest.param(
+            {
+                "code": {"training": {"training/loop.py Training": "x"}},
+                "numbers": {"sgd, onecycle, zero start": [1.0] * 4},
+                "versions": {"batches": 2},
+            },
+            "training changed",
+            id="code whose numbers another version hides",
+        ),
+    ],
+)  # fmt: skip
+def test_what_differs_is_recorded_only_with_its_version(
+    recorded: dict[str, Any], change: dict[str, Any], said: str
+) -> None:
+    now = {key: {**value, **change.get(key, {})} for key, value in recorded.items()}
+    now["code"] = {v: {**recorded["code"][v], **change.get("code", {}).get(v, {})} for v in recorded["code"]}
+    assert bool(said) == bool(refusals(recorded, now)) and said in " ".join(refusals(recorded, now))
 
 
 def test_results_are_as_recorded(recorded: dict[str, Any]) -> None:
@@ -71,6 +122,8 @@ def test_edits_that_change_no_number_need_no_version(old: str, new: str) -> None
         pytest.param("ERASED_AREA = (0.02, 0.33)", "ERASED_AREA = (0.02, 0.4)", id="a constant"),
         pytest.param("images.flip(3), images", "images, images.flip(3)", id="an order"),
         pytest.param("def random_flip", "def random_mirror", id="a definition that is gone"),
+        pytest.param("from effv2.data.transfer import send", "from effv2.data.other import send", id="an import"),
+        pytest.param("(images: Tensor, probability", "(probability: float, images", id="the order of parameters"),
     ],
 )
 def test_edits_of_arithmetic_are_refused(old: str, new: str) -> None:

@@ -49,7 +49,7 @@ def hparam_check(check: str, scheduler: str, study: str, seeds: str, **options: 
         raise InputError(f"--scheduler {scheduler}: no such choice; use both, plateau or none.")
     how = take_study_options(options, "best")
     layer, wanted = option_layer(options, FIELDS), parse_seeds(seeds)
-    chosen = open_study(study or "hparam-digits")
+    chosen = open_study(study or "hparam-digits").with_plateau()
     names = chosen.select_checks(check or "all", schedule)
 
     from effv2.cli.run import run_and_show

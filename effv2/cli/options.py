@@ -84,7 +84,10 @@ def _limits(metadata: list[Any]) -> str:
 
 
 study_option = click.option(
-    "--study", default="", metavar="FILE", help="Study file (YAML) whose settings the options then change."
+    "--study",
+    default="",
+    metavar="NAME",
+    help="Study whose settings the options then change: the path of a file (YAML), or a name, as ablate-mnist.",
 )
 experiment_option = click.option(
     "--experiment",

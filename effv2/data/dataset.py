@@ -165,7 +165,7 @@ def _load_standard(config: DataConfig, source: Source, progress: cache.Progress 
 
 
 def _load_published(config: DataConfig, source: Source, progress: cache.Progress | None) -> Splits:
-    """Take the first images a class of the train folder, drop what isn't RGB, split 80/20 at random."""
+    """Take the first images a class of the train folder and split 80/20, what isn't RGB dropped before or after."""
     if config.validation_fraction:
         raise InputError(
             f"data.validation_fraction {config.validation_fraction}: published sampling has no validation split; "
@@ -175,9 +175,11 @@ def _load_published(config: DataConfig, source: Source, progress: cache.Progress
     def halves(part: Part, first: int | None) -> tuple[Split, Split]:
         positions = first_per_class(part.labels[:first], config.per_class, source.classes)
         decoded = _DecodedPart(part, positions, config, progress)
-        coloured = positions[decoded.decoded.rgb]
-        kept, held = published_split(len(coloured), config.test_fraction, config.split_seed)
-        return decoded.split(coloured[kept]), decoded.split(coloured[held])
+        rgb = decoded.decoded.rgb
+        split = np.arange(len(positions)) if source.published.split_first else np.flatnonzero(rgb)
+        parts = published_split(len(split), config.test_fraction, config.split_seed)
+        kept, held = (positions[at[rgb[at]]] for at in (split[part] for part in parts))
+        return decoded.split(kept), decoded.split(held)
 
     train, test = halves(source.train, source.published.first)
     if source.published.test_from_test and source.test is not None:

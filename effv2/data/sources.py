@@ -48,6 +48,7 @@ class PublishedSampling:
 
     first: int | None = None  # only so many of the train part
     test_from_test: bool = False  # test images are the 20 % of the test part, not of the train part
+    split_first: bool = False  # what isn't RGB is dropped after the split, not before
 
 
 @dataclass(frozen=True)
@@ -149,7 +150,7 @@ def _fetch_imagenette(folder: Path) -> None:
 
 def _birds(config: DataConfig) -> Source:
     folder = _folder(config, f"the folder of the bird species, downloaded and unpacked from {BIRDS_PAGE}")
-    return _from_folders("birds", folder)
+    return replace(_from_folders("birds", folder), published=PublishedSampling(split_first=True))
 
 
 def _any_folder(config: DataConfig) -> Source:

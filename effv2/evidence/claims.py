@@ -8,9 +8,9 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cache
 from itertools import pairwise, product
 from pathlib import Path
@@ -18,14 +18,17 @@ from typing import Annotated, ClassVar, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-from effv2.documents import Document, dotted, read_document, validate
+from effv2.documents import Document, Place, dotted, read_document, validate
 from effv2.errors import InputError, nearest
 from effv2.evidence.quantities import quantity
 from effv2.studies.files import Published, Settings, Study, open_study
 from effv2.studies.settings import Layer
 
 PUBLISHED = Path(__file__).with_name("published")
-SHIPPED = PUBLISHED / "claims.yaml"
+EXPORTED_AS = "claims.yaml"  # name of a file of claims in an export
+SHIPPED = PUBLISHED / EXPORTED_AS
+# A shipped study's name, or a file's beside the claims, so that an export can take it along.
+StudyName = Annotated[str, Field(pattern=r"^[\w.-]*$")]
 ONLY_ARM = "default"  # of a study that has no arms
 OF_ANSWERS = ("eval/top1_accuracy", "unseen/top1_accuracy")  # over images: what follows from right and wrong answers
 SEED, SPLIT_SEED = "random.seed", "data.split_seed"
@@ -64,6 +67,10 @@ class Protocol(Part):
         named = self.arms[arm]
         return named if isinstance(named, dict) else {}
 
+    def studies(self) -> list[str]:
+        """Return the studies that its arms name."""
+        return [named.partition("/")[0] for named in self.arms.values() if isinstance(named, str)]
+
     def settings(self, arm: str) -> Settings:
         """Return all settings of an arm; of those that other arms alone name, the ones in `runs`."""
         return self.runs | self.own(arm)
@@ -73,12 +80,12 @@ class Protocol(Part):
         return {name for arm in self.arms for name in self.own(arm)}
 
 
-def study_protocols(name: str, free: Sequence[str] = ()) -> dict[str, Protocol]:
+def study_protocols(name: str, free: Sequence[str], folder: Path) -> dict[str, Protocol]:
     """Return the protocol of a study, without the settings that are left `free`, and that of its nearest runs."""
-    study = open_study(name)
+    study = open_study(name, folder)
     arms = {arm: _settings_of(study, arm) for arm in study.arms or [ONLY_ARM]}
     first = next(iter(arms.values()))
-    shared = {key: value for key, value in first.items() if all(arm[key] == value for arm in arms.values())}
+    shared = {key: value for key, value in first.items() if all(arm.get(key) == value for arm in arms.values())}
     if unknown := next((key for key in free if key not in first), ""):
         raise InputError(f"free {unknown}: no setting of the study; {nearest(unknown, list(first))}.")
     published = study.published
@@ -89,20 +96,21 @@ def study_protocols(name: str, free: Sequence[str] = ()) -> dict[str, Protocol]:
     }
     title = _title(name, free)
     near = f"{title}, nearest"
-    differing = ", ".join(f"{key} {value}" for key, value in published.nearest.items())
+    nearest_runs = {key: value for key, value in published.nearest.items() if key not in free}
+    differing = ", ".join(f"{key} {value}" for key, value in nearest_runs.items())
     protocol = Protocol(
         runs=runs,
         arms=own,
         command=_with_seeds(study.command),
         needs=published.needs,
-        assumed=" ".join([study.assumptions(), f"The nearest runs have {differing}." if differing else ""]).strip(),
-        nearest=near if published.nearest else "",
+        assumed=study.assumptions(),
+        nearest=near if nearest_runs else "",
         published=Published.model_validate(published.model_dump(include=set(Published.model_fields))),
         study=name,
     )
     found = {title: protocol}
-    if published.nearest:
-        found[near] = Protocol(runs=runs | published.nearest, arms=own, command=protocol.command)
+    if nearest_runs:
+        found[near] = Protocol(runs=runs | nearest_runs, arms=own, assumed=f"{near}: {differing}.")
     return found
 
 
@@ -123,16 +131,15 @@ def _settings_of(study: Study, arm: str) -> Settings:
     return {key: value for key, value in config.flat().items() if key not in FREE and value != "auto"}
 
 
-def _resolved(protocol: Protocol, where: Callable[[str], str]) -> Protocol:
+def _resolved(protocol: Protocol, document: Document, place: Place) -> Protocol:
     """Return a protocol with the settings of the study arms that it names, and with what the first of them assumes."""
     arms: dict[str, Settings | str] = dict(protocol.arms)
     assumed = protocol.assumed
     for arm, named in protocol.arms.items():
         if isinstance(named, str):
-            with _said_at(where(arm)):
-                whole = "/" not in named or named.endswith((".yaml", ".yml"))
-                name, _, of_study = (named, "", "") if whole else named.rpartition("/")
-                study = open_study(name)
+            with _said_at(document.where((*place, "arms", arm))):
+                name, _, of_study = named.partition("/")
+                study = open_study(name, document.path.parent)
                 arms[arm] = _settings_of(study, of_study)
                 assumed = assumed or study.assumptions()
     return protocol.model_copy(update={"arms": arms, "assumed": assumed})
@@ -182,7 +189,7 @@ class Check(Region):
 
     metric: str
     protocol: str = ""  # the claim's, where neither is given
-    study: str = ""
+    study: StudyName = ""
 
     def contrasts(self, protocol: str) -> Iterator[Contrast]:
         """Return what the check says, one thing at a time."""
@@ -292,11 +299,19 @@ class Claim(Part):
 
     words: str = Field(min_length=1)
     source: str = ""
-    study: str = ""
+    study: StudyName = ""
     free: list[str] = []
     protocol: str | Protocol = ""
     checks: list[AnyCheck] = Field(min_length=1)
     note: str = ""
+
+    @model_validator(mode="after")
+    def _one_protocol(self) -> Claim:
+        if bool(self.study) == bool(self.protocol):
+            raise ValueError("give a study or a protocol, one of the two: the runs that the claim is about")
+        if self.free and not self.study:
+            raise ValueError("free goes with a study: what a protocol doesn't name is free")
+        return self
 
 
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$")]
@@ -317,6 +332,7 @@ class Claims:
     protocols: Mapping[str, Protocol]
     claims: Mapping[str, Claim]
     own: frozenset[str] = frozenset()
+    files: Mapping[str, Path] = field(default_factory=dict)  # the user's own by name: claims, studies that they name
 
     def contrasts(self, id_: str) -> list[Contrast]:
         """Return all that a claim says."""
@@ -358,28 +374,30 @@ def _read(path: Path, before: Claims) -> Claims:
         for name in getattr(file, kind):
             if name in names:
                 raise InputError(f"{document.where((kind, name))}: there is one of that name; choose another.")
+    folder = path.parent
     studies: dict[str, Protocol] = {}
     for id_, claim in file.claims.items():
         places = {("study",): claim.study} | {("checks", i, "study"): each.study for i, each in enumerate(claim.checks)}
         for place, name in places.items():
             if name:
                 with _said_at(document.where(("claims", id_, *place))):
-                    studies |= study_protocols(name, claim.free)
+                    studies |= study_protocols(name, claim.free, folder)
     for name, protocol in file.protocols.items():
         if protocol.nearest and protocol.nearest not in {**before.protocols, **file.protocols}:
             with _said_at(document.where(("protocols", name, "nearest"))):
-                studies |= study_protocols(protocol.nearest)
+                studies |= study_protocols(protocol.nearest, (), folder)
+    inline = {id_: claim.protocol for id_, claim in file.claims.items() if isinstance(claim.protocol, Protocol)}
     own = frozenset(file.claims) if before.claims else frozenset()
-    protocols = {
-        name: _resolved(protocol, lambda arm, name=name: document.where(("protocols", name, "arms", arm)))  # type: ignore[misc]
-        for name, protocol in file.protocols.items()
+    resolved = {
+        name: _resolved(protocol, document, (kind, name, *within))
+        for kind, within, protocols in (("protocols", (), file.protocols), ("claims", ("protocol",), inline))
+        for name, protocol in protocols.items()
     }
-    inline = {
-        id_: _resolved(claim.protocol, lambda arm, id_=id_: document.where(("claims", id_, "protocol", "arms", arm)))  # type: ignore[misc]
-        for id_, claim in file.claims.items()
-        if isinstance(claim.protocol, Protocol)
-    }
-    claims = Claims({**before.protocols, **studies, **protocols, **inline}, {**file.claims, **before.claims}, own)
+    named = [protocol.study for protocol in studies.values()]
+    named += [study for protocol in (*file.protocols.values(), *inline.values()) for study in protocol.studies()]
+    beside = {name: folder / name for name in named if name and (folder / name).is_file()}
+    files = {EXPORTED_AS: path} | beside if own else {}
+    claims = Claims({**before.protocols, **studies, **resolved}, {**file.claims, **before.claims}, own, files)
     for id_ in file.claims:
         _check(id_, claims, document)
     return claims

@@ -191,15 +191,17 @@ def _judgement(
         for each in lacking
         if (near := claims.protocols[each.contrast.protocol].nearest)
     ]
+    close = list({each.contrast: each for each in nearest if each.tested}.values())
+    shown = [claims.protocols[each.contrast.protocol].assumed for each in (*findings, *close)]
     undecided = [each for each in findings if each.tested and each.verdict == Verdict.UNDECIDED]
     wanted = protocols | {each.contrast.protocol: claims.protocols[each.contrast.protocol] for each in undecided}
     return Judgement(
         id_,
         claims.claims[id_],
         findings,
-        list({each.contrast: each for each in nearest if each.tested}.values()),
+        close,
         "; ".join(dict.fromkeys(filter(None, (each.needs for each in protocols.values())))),
-        next(filter(None, (claims.protocols[each.contrast.protocol].assumed for each in findings)), ""),
+        " ".join(filter(None, dict.fromkeys(shown))),
         list(dict.fromkeys(filter(None, (each.command for each in wanted.values())))),
     )
 

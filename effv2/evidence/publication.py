@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Protocol
 
 from effv2.errors import InputError, RunError
-from effv2.evidence.claims import read_claims
+from effv2.evidence.claims import Claims, read_claims
 from effv2.evidence.quantities import HISTORIES
 from effv2.evidence.report import HTML, Report, make_report
 from effv2.evidence.sources import EXPORTED, Evidence, export, joined, remove_export, tracked
@@ -90,7 +90,7 @@ def publish(experiment: str, own: Path | None, target: Path | None, view: View) 
             run.describe(f"{report.summary}.\n\n{where_to_look(run)}")
             if target is not None:
                 view.working("exporting")
-                _write(report, evidence, target, own)
+                _write(report, evidence, target, claims)
     except TrackingError as error:
         raise RunError(f"The tracking store failed ({reason(error)}); mend it and try again.") from error
     return report, run_address(run.run_id, run.experiment_id)
@@ -110,7 +110,7 @@ def rebuild(sources: Sequence[Path], own: Path | None, target: Path, view: View)
     claims = read_claims(own)
     _prepare(target)
     report = make_report(evidence, claims, progress=view.working)
-    _write(report, evidence, target, own)
+    _write(report, evidence, target, claims)
     return report
 
 
@@ -123,8 +123,8 @@ def _prepare(target: Path) -> None:
         raise InputError(f"--export {target}: can't be written to ({error.strerror}); give another folder.") from error
 
 
-def _write(report: Report, evidence: Evidence, target: Path, own: Path | None) -> None:
-    text = None if own is None else own.read_text(encoding="utf-8")
+def _write(report: Report, evidence: Evidence, target: Path, claims: Claims) -> None:
+    own = {name: path.read_text(encoding="utf-8") for name, path in claims.files.items()}
     remove_export(target / DATA)
     report.write(target)
-    export(evidence, target / DATA, text)
+    export(evidence, target / DATA, own)

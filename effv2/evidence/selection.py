@@ -17,10 +17,8 @@ from effv2.tracking.read import RunRecord
 from effv2.tracking.run import OUTCOME
 
 CLASSES = "data.classes"  # no parameter, but may stand in a protocol like one: the number of classes in the data
-# What may differ between runs that are compared: what pairs them, where the images lie and, but for times, how they
-# are computed.
 MACHINE = ("effv2.machine.processor", "effv2.machine.accelerator", "effv2.machine.threads")  # tags
-CONFIG_HASH = "effv2.config_hash"  # tag of every training run of ours
+CONFIG_HASH = "effv2.config_hash"  # tag of every run of ours
 PUBLISHED_OVERLAP = 0.25  # test over training images of the published split
 FEW = 2  # settings in which a run may differ to be near
 Pair = tuple[str, str]  # split, seed
@@ -79,8 +77,8 @@ def _logged(run: RunRecord, name: str) -> str:
 
 
 def _param(run: RunRecord, name: str) -> str | None:
-    """Return what a run of ours logged as a parameter; of a setting that is younger than the run, its default."""
-    if name not in run.params and name in _defaults() and CONFIG_HASH in run.tags:
+    """Return what a run logged as a parameter; a training of ours has the default of a setting younger than itself."""
+    if name not in run.params and name in _defaults() and CONFIG_HASH in run.tags and "optimiser.name" in run.params:
         return str(_defaults()[name])
     return run.params.get(name)
 

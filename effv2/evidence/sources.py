@@ -14,6 +14,7 @@ from typing import Any
 
 from effv2 import __version__
 from effv2.errors import InputError
+from effv2.evidence.claims import EXPORTED_AS
 from effv2.evidence.quantities import HISTORIES
 from effv2.evidence.run_artifacts import write_csv
 from effv2.places import write_whole
@@ -23,7 +24,7 @@ from effv2.tracking.views import ui_address
 
 EXPORTED = (*HISTORIES, "val/accuracy", "train/loss", "val/loss", "test/loss", "learning_rate")
 PREDICTIONS = ("predictions.csv", "unseen/predictions.csv")
-MANIFEST, CLAIMS = "manifest.json", "claims.yaml"
+MANIFEST = "manifest.json"
 TABLES = ("runs.csv", "params.csv", "tags.csv", "metrics.csv", "epochs.csv", "images.csv")
 LARGEST_FIELD = 10_000_000  # characters of a CSV field: thousands of class names
 # What says where the user's files lie, or who they are.
@@ -61,8 +62,8 @@ def tracked(experiment_id: str, histories: Sequence[str] = HISTORIES, parent: st
     return Evidence(experiment_name(experiment_id), ui, runs, lambda run: read_artifacts(run.run_id, PREDICTIONS))
 
 
-def export(evidence: Evidence, folder: Path, claims: str | None = None) -> None:
-    """Write the evidence as CSV files, the text of a file of claims, and a manifest of their hashes."""
+def export(evidence: Evidence, folder: Path, own: Mapping[str, str]) -> None:
+    """Write the evidence as CSV files, the texts of the user's `own` files by name, and a manifest of their hashes."""
     folder.mkdir(parents=True, exist_ok=True)
     written: list[Path] = []
 
@@ -79,9 +80,9 @@ def export(evidence: Evidence, folder: Path, claims: str | None = None) -> None:
     table("metrics.csv", ("run_id", "name", "value"), _pairs((run, run.metrics) for run in runs))
     table("epochs.csv", ("run_id", "name", "epoch", "value"), _epochs(runs))
     table("images.csv", ("run_id", "context", "name", "digest", "images", "classes"), _images(runs))
-    if claims is not None:
-        (folder / CLAIMS).write_text(claims, encoding="utf-8")
-        written.append(folder / CLAIMS)
+    for name, text in own.items():
+        (folder / name).write_text(text, encoding="utf-8")
+        written.append(folder / name)
     finished = [run for run in runs if run.status == "FINISHED"]
     with ThreadPoolExecutor(READERS) as pool:
         for run, texts in zip(finished, pool.map(evidence.predictions, finished), strict=True):
@@ -182,7 +183,7 @@ def exported(folder: Path) -> Evidence:
             if place in about["sha256"]
         }
 
-    claims = [folder / CLAIMS] if CLAIMS in about["sha256"] else []
+    claims = [folder / EXPORTED_AS] if EXPORTED_AS in about["sha256"] else []
     return Evidence(about["experiment"], about["ui"], runs, predictions, claims)
 
 

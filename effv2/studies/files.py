@@ -7,7 +7,7 @@ setting is from, and what was published with it: the claims, the reports and doc
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -175,10 +175,10 @@ class Study:
         config = build_config([self.base]).flat()
         words = []
         for kind in ("inferred", "assumed"):
-            names = [f"{name} {config[name]}" for name in self.sources.settings(kind) if name in config]
+            names = [f"{name} {config[name]}" if name in config else name for name in self.sources.settings(kind)]
             if names:
-                words.append(f"{kind.capitalize()}: {', '.join(names)}.")
-        return " ".join([*words, "docs/protocols.md says why."]) if words else ""
+                words.append(f"{kind} are {', '.join(names)}")
+        return f"In {self.name} {'; '.join(words)} (docs/protocols.md)." if words else ""
 
     def config(self, options: Layer) -> TrainConfig:
         """Return the one configuration of a study without arms."""
@@ -216,10 +216,22 @@ class Study:
         wanted = [arm for arm in self.select("all", "check") if scheduler in ("both", self._schedule(arm))]
         if not wanted:
             raise InputError(f"--scheduler {scheduler}: no arm of --study {self.name} has it; use both.")
-        return [arm for arm in wanted if name == "all" or arm.removesuffix(PLATEAU) in (name, self.baseline)]
+        kept = (name, self.baseline.removesuffix(PLATEAU))
+        return [arm for arm in wanted if name == "all" or arm.removesuffix(PLATEAU) in kept]
+
+    def with_plateau(self) -> Study:
+        """Return the study with each arm also under ReduceLROnPlateau, unless it has such arms of its own."""
+        if "plateau" in map(self._schedule, self.arms):
+            return self
+        plain, under = (
+            {arm + end: layer.with_value(("schedule", "name"), name) for arm, layer in self.arms.items()}
+            for name, end in (("none", ""), ("plateau", PLATEAU))
+        )
+        return replace(self, arms=plain | under)
 
     def _schedule(self, arm: str) -> str:
-        return "plateau" if arm.endswith(PLATEAU) else "none"
+        name = self.arm(arm, Layer({}, dotted)).schedule.name
+        return name if name == "plateau" else "none"
 
 
 def _built_in(name: str, description: str, config: dict[str, Any], arms: dict[str, dict[str, Any]]) -> Study:
@@ -239,9 +251,9 @@ def built_in_search() -> Study:
     return _built_in("search", "Dropout, stochastic depth and depth multiplier of EfficientNetV2-S.", short, {})
 
 
-def open_study(name: str) -> Study:
-    """Read the study file at a path, or that of a name in `sweeps/`; InputError as read_study."""
-    path, own = expanded(name), SWEEPS / f"{name}.yaml"
+def open_study(name: str, folder: Path = Path()) -> Study:
+    """Read the study file at a path from `folder`, or that of a name in `sweeps/`; InputError as read_study."""
+    path, own = folder / expanded(name), SWEEPS / f"{name}.yaml"
     if path.is_file() or not re.fullmatch(r"[\w-]+", name):
         return read_study(path)
     if not own.is_file():
