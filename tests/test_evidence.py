@@ -185,7 +185,7 @@ def test_a_claim_may_name_a_study_file_beside_it(tmp_path: Path) -> None:
     text += f"  X1: {{words: x, study: mine.yaml, checks: [{check}]}}\n"
     text += f"  Y1: {{words: y, protocol: p, checks: [{check}]}}"
     claims = claims_of(tmp_path, text)
-    assert set(claims.files) == {"claims.yaml", "mine.yaml"}
+    assert set(read_claims(tmp_path / "claims.yaml").files) == {"claims.yaml", "mine.yaml"}
     record = RunRecord(
         "", "", "FINISHED", logged(open_study(str(tmp_path / "mine.yaml")).arm("b", Layer({}, str))), {}, {}
     )

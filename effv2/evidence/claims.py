@@ -85,13 +85,14 @@ def study_protocols(name: str, free: Sequence[str], folder: Path) -> dict[str, P
     study = open_study(name, folder)
     arms = {arm: _settings_of(study, arm) for arm in study.arms or [ONLY_ARM]}
     first = next(iter(arms.values()))
+    decided = set.intersection(*map(set, arms.values()))  # not `auto` in any
     shared = {key: value for key, value in first.items() if all(arm.get(key) == value for arm in arms.values())}
     if unknown := next((key for key in free if key not in first), ""):
         raise InputError(f"free {unknown}: no setting of the study; {nearest(unknown, list(first))}.")
     published = study.published
     runs = {key: value for key, value in (shared | published.runs).items() if key not in free}
     own = {
-        arm: {key: value for key, value in settings.items() if key not in shared and key not in free}
+        arm: {key: value for key, value in settings.items() if key in decided - shared.keys() - set(free)}
         for arm, settings in arms.items()
     }
     title = _title(name, free)
