@@ -76,15 +76,20 @@ def test_per_class_and_seed_change_training_alone() -> None:
         assert not (parts["train"] & parts["test"] or parts["train"] & parts["validation"])
 
 
-def test_published_rule_by_hand(tmp_path: Path) -> None:
+@pytest.mark.parametrize("name", ["folder", "birds"])
+def test_published_rule_by_hand(tmp_path: Path, name: Any) -> None:
+    """What isn't RGB is dropped before the split, of birds after it, as in the post's notebooks."""
     root = make_image_tree(tmp_path / "set", ("train", "test"), classes=3, images=12)
     config = DataConfig(
-        dataset="folder", dir=str(root), image_size=8, sampling="published", per_class=8,
+        dataset=name, dir=str(root), image_size=8, sampling="published", per_class=8,
         validation_fraction=0, split_seed=42,
     )  # fmt: skip
     first = [path for folder in sorted((root / "train").iterdir()) for path in sorted(folder.iterdir())[:8]]
-    rgb = [f"train/{path.parent.name}/{path.name}" for path in first if mode_of(path) == "RGB"]
-    train, test = train_test_split(rgb, test_size=0.2, random_state=42)
+    rgb = {f"train/{path.parent.name}/{path.name}": mode_of(path) == "RGB" for path in first}
+    taken = [id_ for id_ in rgb if name == "birds" or rgb[id_]]
+    train, test = (
+        [id_ for id_ in part if rgb[id_]] for part in train_test_split(taken, test_size=0.2, random_state=42)
+    )
     dataset = load_dataset(config)
     assert list(dataset.train.ids) == train and list(dataset.test.ids) == test
     assert dataset.validation is None
