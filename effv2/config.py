@@ -195,11 +195,11 @@ class TrainConfig(Group):
         Left out are the folder of the data and the wish to download, since what the images are is recorded by their
         own digest, and any field added later at its default, at which a run computes what it did without the field.
         """
-        values = {name: value for name, value in self.flat().items() if name not in NO_IDENTITY}
+        values, defaults = self.flat(), type(self)().flat()
         decided = {
             name: value
             for name, value in values.items()
-            if name in FIRST_FIELDS or value != field_of(name, type(self))[1]
+            if name not in NO_IDENTITY and (name in FIRST_FIELDS or value != defaults[name])
         }
         table = self.model.build_table()
         return decided | {"model.stages": f"{table} / {table.last_channels}"}

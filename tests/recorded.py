@@ -5,7 +5,8 @@
 records both again. For each version in effv2.provenance.VERSIONS whose code changed, its numbers must then be equal to
 those recorded, or the version must have been raised. Additions don't count, nor do comments, docstrings, annotations,
 the words of exceptions and the names of local variables. The numbers come from small trainings in float32 on the CPU.
-They don't cover bfloat16, GPUs, compiled blocks, TrivialAugment, early stopping and evaluations of weights.
+They don't cover bfloat16, GPUs, compiled blocks, TrivialAugment, folded batch norms, what a run logs at its end, and
+evaluations of weights: there, equal digests of the code are all that is checked.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from __future__ import annotations
 import ast
 import hashlib
 import json
+import math
 import sys
 import tempfile
 from collections.abc import Iterator, Mapping
@@ -23,15 +25,26 @@ import numpy as np
 import torch
 from PIL import Image
 
-from effv2.config import FIRST_FIELDS, NO_IDENTITY, AugmentConfig, DataConfig, TrainConfig
+from effv2.architecture import build_model, count_parameters, parse_table
+from effv2.config import (
+    FIRST_FIELDS,
+    NO_IDENTITY,
+    AugmentConfig,
+    DataConfig,
+    ScheduleConfig,
+    StoppingConfig,
+    TrainConfig,
+)
 from effv2.data.augment import augment_images
-from effv2.data.batches import epoch_order
-from effv2.data.dataset import Split, load_dataset
+from effv2.data.batches import batch_count, epoch_order, normalisation, normalised
+from effv2.data.dataset import Dataset, Split, load_dataset
 from effv2.data.preparation import CentreCrop, Square
 from effv2.execution.device import make_execution
 from effv2.provenance import VERSIONS
+from effv2.training.evaluate import evaluate
 from effv2.training.loop import Training
-from effv2.training.state import TrainState
+from effv2.training.schedules import Schedule
+from effv2.training.state import Progress, TrainState
 
 ROOT = Path(__file__).parents[1]
 RECORDED = Path(__file__).with_suffix(".json")
@@ -51,6 +64,9 @@ DECIDING: dict[str, dict[str, tuple[str, ...]]] = {
     "training": {
         "randomness.py": (),
         **{f"training/{name}.py": () for name in ("evaluate", "loop", "schedules", "state")},
+        "experiment/records.py": ("log_end", "log_test"),
+        "experiment/run.py": ("run_experiment", "_train", "_go_on"),
+        "evidence/run_artifacts.py": (),
     },
     "execution": {
         f"execution/{name}.py": () for name in ("compilation", "device", "fast_paths", "folding", "recording")
@@ -82,51 +98,61 @@ def code(root: Path = ROOT / "effv2") -> Code:
     for version, files in DECIDING.items():
         for file, wanted in files.items():
             for name, digest in definitions((root / file).read_text()).items():
-                if not wanted or name.partition(".")[0] in wanted:
+                if not wanted or name.partition(".")[0] in wanted or STATEMENT in name:
                     found.setdefault(version, {})[f"{file} {name}"] = digest
     return found
 
 
 def changed(before: Code, now: Code) -> dict[str, list[str]]:
-    """Return the recorded definitions that are gone or differ, by version; what was added doesn't count."""
+    """Return the recorded definitions that are gone or differ, and added statements that are none, by version."""
     differing = {
-        version: [name for name, digest in names.items() if now.get(version, {}).get(name) != digest]
-        for version, names in before.items()
+        version: [name for name in before.get(version, {}) if names.get(name) != before[version][name]]
+        + [name for name in names if STATEMENT in name and name not in before.get(version, {})]
+        for version, names in {**{version: {} for version in before}, **now}.items()
     }
     return {version: names for version, names in differing.items() if names}
 
 
 def definitions(source: str) -> dict[str, str]:
-    """Return a digest of each function, method, class, import, entry of a table, and other statement of a module."""
-    found: dict[str, str] = {}
-    for name, node in _named(ast.parse(source).body, ""):
-        again = sum(each.partition("#")[0] == name for each in found)
-        text = "\n".join(_written(_Canonical().visit(each)) for each in node)
-        found[f"{name}#{again}" if again else name] = hashlib.sha256(text.encode()).hexdigest()[:12]
-    return found
+    """Return a digest for each name that a module or a class defines, and for each other statement in them."""
+    found: dict[str, list[str]] = {}
+    for name, nodes in _named(ast.parse(source).body, ""):
+        found.setdefault(name, []).extend(_written(_Canonical().visit(node)) for node in nodes)
+    return {name: hashlib.sha256("\n".join(texts).encode()).hexdigest()[:12] for name, texts in found.items()}
 
 
 def _named(body: list[ast.stmt], owner: str) -> Iterator[tuple[str, list[ast.AST]]]:
+    """Yield what stands behind each name; a name that is defined twice comes twice."""
     for node in body:
         if isinstance(node, ast.ClassDef):
             yield f"{owner}{node.name}", [*node.bases, *node.keywords, *node.decorator_list, _order(node)]
             yield from _named(node.body, f"{owner}{node.name}.")
         elif isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)):
             yield f"{owner}{node.name}", [node]
-        elif isinstance(node, (ast.Assign, ast.AnnAssign)):
-            targets = node.targets if isinstance(node, ast.Assign) else [node.target]
-            name = f"{owner}{' = '.join(map(ast.unparse, targets))}"
-            if isinstance(node.value, ast.Dict) and not owner:
-                for key, value in zip(node.value.keys, node.value.values, strict=True):
-                    yield f"{name}[{ast.unparse(key) if key else '**'}]", [value]
-            else:
-                yield name, [node.value] if node.value else []
         elif isinstance(node, (ast.Import, ast.ImportFrom)):
             for alias in node.names:
                 origin = f"{getattr(node, 'module', '')} {alias.name}"
-                yield f"{owner}import {alias.asname or alias.name}", [ast.Constant(origin)]
+                yield f"{owner}{alias.asname or alias.name}", [ast.Constant(origin)]
+        elif isinstance(node, (ast.Assign, ast.AnnAssign)) and _names(node):
+            for name in _names(node):
+                if isinstance(node.value, ast.Dict) and not owner:
+                    for key, value in zip(node.value.keys, node.value.values, strict=True):
+                        yield f"{name}[{ast.unparse(key) if key else '**'}]", [value]
+                else:
+                    yield f"{owner}{name}", [node.value] if node.value else [ast.Pass()]
         elif not (isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant)) and not _for_types(node):
-            yield f"{owner}{ast.unparse(node)}", [node]
+            yield f"{STATEMENT}{owner} {ast.unparse(node)}", [node]
+
+
+STATEMENT = "statement "  # begins the name of what defines nothing, which can't be added without a word
+
+
+def _names(node: ast.Assign | ast.AnnAssign) -> list[str]:
+    """Return the names that an assignment defines; none where it assigns to anything else, as an attribute."""
+    targets = node.targets if isinstance(node, ast.Assign) else [node.target]
+    flat = [part for each in targets for part in (each.elts if isinstance(each, ast.Tuple) else [each])]
+    names = [each.id for each in flat if isinstance(each, ast.Name)]
+    return names if len(names) == len(flat) else []
 
 
 def _order(node: ast.ClassDef) -> ast.AST:
@@ -221,11 +247,10 @@ def _local_names(function: ast.AST) -> list[str]:
 # Which versions a number depends on: it may differ where one of them was raised. Splits have their own digest.
 TRAINED = ("network", "batches", "training", "execution")
 DEPENDS = {
-    "square": ("decoding",),
-    "centre crop": ("decoding",),
-    "images": ("batches",),
-    "augmented": ("batches",),
-    "order": ("batches",),
+    **dict.fromkeys(("square", "square of 16 bits", "centre crop"), ("decoding",)),
+    **dict.fromkeys(("images", "augmented", "normalised", "batches", "order"), ("batches",)),
+    **dict.fromkeys(("rates under plateau", "stops"), ("training",)),
+    "parameters without squeeze-and-excitation": ("network",),
     "standard split": (),
     "published split": (),
 }
@@ -247,27 +272,56 @@ def _exact() -> dict[str, str]:
     torch.manual_seed(0)
     augmented = augment_images(images, AugmentConfig(crop=2, flip=True, erasing=0.5))
     with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder, "image.png")
-        Image.fromarray(generator.integers(0, 256, (13, 17, 4), dtype=np.uint8)).save(path)
-        prepared = {
-            "square": Square(8)(Image.open(path)),
-            "centre crop": CentreCrop(8, 10, "bilinear")(Image.open(path)),
+        coloured, deep = Path(folder, "image.png"), Path(folder, "deep.png")
+        Image.fromarray(generator.integers(0, 256, (13, 17, 4), dtype=np.uint8)).save(coloured)
+        Image.fromarray(generator.integers(0, 65536, (13, 17), dtype=np.uint16)).save(deep)
+        arrays = {
+            "square": Square(8)(Image.open(coloured)),
+            "square of 16 bits": Square(8)(Image.open(deep)),
+            "centre crop": CentreCrop(8, 10, "bilinear")(Image.open(coloured)),
         }
+    split = Split(images.permute(0, 2, 3, 1), torch.arange(16).flip(0), torch.zeros(16), tuple(map(str, range(16))))
+    scaled = normalised(images, normalisation("imagenet"), channels_last=False)
+    accuracies = [0.1, 0.3, 0.2, 0.3, 0.1, 0.2, 0.31, 0.3, 0.2, 0.1]
+    table = parse_table("F 1 3 1 8 8 1 / M 2 3 2 8 16 2 noSE")
+    arrays |= {
+        "augmented": augmented.numpy(),
+        "images": split.images(torch.tensor([3, 1])).numpy(),
+        "normalised": (scaled * 1000).round().to(torch.int32).numpy(),
+        "batches": np.array([batch_count(count, 16) for count in (15, 16, 17, 18, 785)]),
+        "order": epoch_order(50, seed=3, epoch=2).numpy(),
+        "rates under plateau": np.array(_rates(accuracies)),
+        "stops": np.array([_stop(accuracies, since) for since in ("start", "min_epochs")]),
+        "parameters without squeeze-and-excitation": np.array(count_parameters(build_model(table, 10))),
+    }
     splits = {
         "standard split": DataConfig(image_size=8, per_class=20),
         "published split": DataConfig(image_size=8, per_class=20, sampling="published", validation_fraction=0),
     }
-    split = Split(images.permute(0, 2, 3, 1), torch.arange(16).flip(0), torch.zeros(16), tuple(map(str, range(16))))
-    batch = split.images(torch.tensor([3, 1]))
-    arrays = {
-        **prepared,
-        "images": batch.numpy(),
-        "augmented": augmented.numpy(),
-        "order": epoch_order(50, seed=3, epoch=2).numpy(),
-    }
     return {name: _digest(array) for name, array in arrays.items()} | {
         name: load_dataset(config).digest() for name, config in splits.items()
     }
+
+
+def _rates(accuracies: list[float]) -> list[int]:
+    """Return the exponent of ten of the rate after each epoch, under plateau with a patience of one."""
+    optimiser = torch.optim.SGD([torch.zeros(1)], lr=1.0)
+    schedule = Schedule(ScheduleConfig(name="plateau", plateau_patience=1), optimiser, 1)
+    rates = []
+    for epoch, accuracy in enumerate(accuracies, 1):
+        schedule.after_epoch(epoch, accuracy)
+        rates.append(round(math.log10(schedule.rate)))
+    return rates
+
+
+def _stop(accuracies: list[float], since: Any) -> int:
+    """Return the epoch with which a training with these accuracies stops."""
+    progress, rule = Progress(), StoppingConfig(min_epochs=3, patience=2, best_since=since)
+    for progress.epoch, accuracy in enumerate(accuracies, 1):
+        progress.history.append({"test/accuracy": accuracy})
+        if progress.should_stop(rule):
+            break
+    return progress.epoch
 
 
 def _digest(array: np.ndarray[Any, Any]) -> str:
@@ -275,11 +329,11 @@ def _digest(array: np.ndarray[Any, Any]) -> str:
 
 
 def _losses() -> dict[str, list[float]]:
-    """Return the losses of short trainings, each with its own optimiser, schedule and kinds of block."""
+    """Return the losses of short trainings on random images, each with its own optimiser, schedule and settings."""
     table = "F 1 3 1 8 8 1 / F 2 3 2 8 16 1 / M 4 3 2 16 24 2"
-    shared = {"data": {"image_size": 16, "per_class": 12}, "execution": {"device": "cpu", "precision": "fp32"}}
+    shared = {"data": {"image_size": 16}, "execution": {"device": "cpu", "precision": "fp32"}}
     trainings: Mapping[str, dict[str, Any]] = {
-        "adamw, cosine, all augmentation": {
+        "adamw, cosine, augmented, averaged": {
             "augment": {"crop": 2, "flip": True, "erasing": 0.3, "mixup": 0.4, "cutmix": 0.5},
             "optimiser": {"batch_size": 32, "ema_decay": 0.9, "label_smoothing": 0.1},
             "schedule": {"epochs": 2, "warmup_epochs": 1},
@@ -292,7 +346,7 @@ def _losses() -> dict[str, list[float]]:
         },
         "sgd, onecycle, zero start": {
             "optimiser": {"name": "sgd", "lr": 0.05, "batch_size": 32},
-            "schedule": {"name": "onecycle", "epochs": 2},
+            "schedule": {"name": "onecycle", "epochs": 3},
             "zero_init_residual": True,
         },
     }
@@ -302,10 +356,26 @@ def _losses() -> dict[str, list[float]]:
         groups = {key: value for key, value in settings.items() if isinstance(value, dict)}
         model |= {"variant": "recorded", "table": table}
         config = TrainConfig.model_validate(shared | groups | {"model": model})
-        dataset, execution = load_dataset(config.data), make_execution(config.execution)
-        results = Training(config, dataset, TrainState.create(config, dataset, execution), execution)
-        found[name] = [round(each.metrics[f"{of}/loss"], 6) for each in results for of in ("train", "test")]
+        dataset, execution = _random_images(), make_execution(config.execution)
+        state = TrainState.create(config, dataset, execution)
+        results = Training(config, dataset, state, execution)
+        losses = [each.metrics[f"{of}/loss"] for each in results for of in ("train", "val")]
+        state.take_selected()
+        last = evaluate(execution.for_evaluation(state.evaluated), dataset.test, config, execution)
+        found[name] = [round(loss, 6) for loss in (*losses, last.loss)]
     return found
+
+
+def _random_images() -> Dataset:
+    """Return three splits of random images, so that losses depend on no data set."""
+    generator = torch.Generator().manual_seed(0)
+
+    def split(count: int) -> Split:
+        pixels = torch.randint(0, 256, (count, 16, 16, 3), dtype=torch.uint8, generator=generator)
+        labels = torch.randint(0, 10, (count,), generator=generator)
+        return Split(pixels, torch.arange(count), labels, tuple(map(str, range(count))))
+
+    return Dataset("random", "", tuple(map(str, range(10))), split(120), split(40), split(40))
 
 
 def differing(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:

@@ -27,8 +27,8 @@ from effv2.studies.settings import Layer
 PUBLISHED = Path(__file__).with_name("published")
 EXPORTED_AS = "claims.yaml"  # name of a file of claims in an export
 SHIPPED = PUBLISHED / EXPORTED_AS
-# A shipped study's name, or a file's beside the claims, so that an export can take it along.
-StudyName = Annotated[str, Field(pattern=r"^[\w.-]*$")]
+# A shipped study's name, or that of a file beside the claims, which an export takes along beside its own.
+StudyName = Annotated[str, Field(pattern=r"^([\w-]*|[\w.-]+\.ya?ml)$")]
 ONLY_ARM = "default"  # of a study that has no arms
 OF_ANSWERS = ("eval/top1_accuracy", "unseen/top1_accuracy")  # over images: what follows from right and wrong answers
 SEED, SPLIT_SEED = "random.seed", "data.split_seed"
@@ -128,7 +128,8 @@ def _settings_of(study: Study, arm: str) -> Settings:
     elif arm in study.arms:
         config = study.arm(arm, Layer({}, dotted))
     else:
-        raise InputError(f"study {study.name}: has no arm {arm!r}; {nearest(arm, list(study.arms) or [ONLY_ARM])}.")
+        wrong = f"has no arm {arm!r}" if arm else "has several arms, so name one, as study/arm"
+        raise InputError(f"study {study.name}: {wrong}; {nearest(arm, list(study.arms) or [ONLY_ARM])}.")
     return {key: value for key, value in config.flat().items() if key not in FREE and value != "auto"}
 
 
@@ -397,6 +398,10 @@ def _read(path: Path, before: Claims) -> Claims:
     named = [protocol.study for protocol in studies.values()]
     named += [study for protocol in (*file.protocols.values(), *inline.values()) for study in protocol.studies()]
     beside = {name: folder / name for name in named if name and (folder / name).is_file()}
+    if EXPORTED_AS in beside:
+        raise InputError(
+            f"--claims {path}: names a study in {EXPORTED_AS}, as exports call the claims; rename its file."
+        )
     files = {EXPORTED_AS: path} | beside if own else {}
     claims = Claims({**before.protocols, **studies, **resolved}, {**file.claims, **before.claims}, own, files)
     for id_ in file.claims:

@@ -227,6 +227,10 @@ class Study:
             {arm + end: layer.with_value(("schedule", "name"), name) for arm, layer in self.arms.items()}
             for name, end in (("none", ""), ("plateau", PLATEAU))
         )
+        if clash := plain.keys() & under.keys():
+            raise InputError(
+                f"--study {self.name}: has an arm {min(clash)} without ReduceLROnPlateau; name it otherwise."
+            )
         return replace(self, arms=plain | under)
 
     def _schedule(self, arm: str) -> str:
