@@ -9,9 +9,8 @@ from __future__ import annotations
 
 import re
 
-from effv2.documents import dotted
 from effv2.studies.files import Sources, open_study
-from effv2.studies.settings import Layer, build_config
+from effv2.studies.settings import build_config
 from tests.conftest import ROOT
 
 PAGE = ROOT / "docs" / "protocols.md"
@@ -21,7 +20,7 @@ TABLE = re.compile(r"<!-- ([\w-]+) -->\n.*?<!-- end -->", re.DOTALL)
 def table(name: str) -> str:
     """Return the settings of a study as a Markdown table: setting, value, how it is known, from where."""
     study = open_study(name)
-    config = build_config([study.base, Layer({}, dotted)]).flat()
+    config = build_config([study.base]).flat()
     lines = ["| setting | value | known | from |", "|---|---|---|---|"]
     for kind in Sources.model_fields:
         for keys, source in getattr(study.sources, kind).items():

@@ -16,6 +16,7 @@ from effv2.documents import dotted
 from effv2.errors import InputError
 from effv2.studies.files import SWEEPS, Sources, Study, built_in_ablation, open_study, read_study
 from effv2.studies.grid import Grid, make_grid
+from effv2.studies.options import SHORT_EPOCHS
 from effv2.studies.plan import LoadedData
 from effv2.studies.settings import Layer, option_layer
 from tests import protocols
@@ -56,6 +57,7 @@ def test_hyper_parameter_check_crosses_each_change_with_plateau() -> None:
             assert without["schedule.name"] == "none" and under == without | {"schedule.name": "plateau"}
     assert study.select_checks("dropout", "both") == ["default", "dropout", "default_plateau", "dropout_plateau"]
     assert study.select_checks("dropout", "none") == ["default", "dropout"]
+    assert open_study("hparam-digits").arm("default", NO_OPTIONS).schedule.epochs == SHORT_EPOCHS  # as --help says
     with pytest.raises(InputError, match=r"--check droput: no such arm; did you mean 'dropout'"):
         study.select_checks("droput", "both")
 

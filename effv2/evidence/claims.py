@@ -84,17 +84,14 @@ def study_protocols(name: str, free: Sequence[str], folder: Path) -> dict[str, P
     """Return the protocol of a study, without the settings that are left `free`, and that of its nearest runs."""
     study = open_study(name, folder)
     arms = {arm: _settings_of(study, arm) for arm in study.arms or [ONLY_ARM]}
-    first = next(iter(arms.values()))
-    decided = set.intersection(*map(set, arms.values()))  # not `auto` in any
-    shared = {key: value for key, value in first.items() if all(arm.get(key) == value for arm in arms.values())}
-    if unknown := next((key for key in free if key not in first), ""):
+    first, published = next(iter(arms.values())), study.published
+    if unknown := next((key for key in free if key not in first | published.runs), ""):
         raise InputError(f"free {unknown}: no setting of the study; {nearest(unknown, list(first))}.")
-    published = study.published
-    runs = {key: value for key, value in (shared | published.runs).items() if key not in free}
-    own = {
-        arm: {key: value for key, value in settings.items() if key in decided - shared.keys() - set(free)}
-        for arm, settings in arms.items()
-    }
+    kept = set.intersection(*map(set, arms.values())) - set(free)  # what is `auto` in an arm is free too
+    shared = {key for key in kept if all(arm[key] == first[key] for arm in arms.values())}
+    runs = {key: value for key, value in first.items() if key in shared}
+    runs |= {key: value for key, value in published.runs.items() if key not in free}
+    own = {arm: {key: each[key] for key in each if key in kept - shared} for arm, each in arms.items()}
     title = _title(name, free)
     near = f"{title}, nearest"
     nearest_runs = {key: value for key, value in published.nearest.items() if key not in free}
@@ -106,7 +103,7 @@ def study_protocols(name: str, free: Sequence[str], folder: Path) -> dict[str, P
         needs=published.needs,
         assumed=study.assumptions(),
         nearest=near if nearest_runs else "",
-        published=Published.model_validate(published.model_dump(include=set(Published.model_fields))),
+        published=published,
         study=name,
     )
     found = {title: protocol}

@@ -49,9 +49,9 @@ class Progress:
         """
         if not stopping.patience or self.epoch < stopping.min_epochs + stopping.patience:
             return False
-        first = stopping.min_epochs if stopping.best_since == "min_epochs" else 1
-        watched = [watched_accuracy(metrics) for metrics in self.history[max(first, 1) - 1 :]]
-        best_epoch = max(first, 1) + watched.index(max(watched))
+        first = max(1, stopping.min_epochs) if stopping.best_since == "min_epochs" else 1
+        watched = [watched_accuracy(metrics) for metrics in self.history[first - 1 :]]
+        best_epoch = first + watched.index(max(watched))
         return self.epoch - max(best_epoch, stopping.min_epochs) >= stopping.patience
 
 
