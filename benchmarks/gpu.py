@@ -18,7 +18,7 @@ from dataclasses import replace
 import click
 import torch
 
-from effv2.config import TrainConfig
+from effv2.config.schema import TrainConfig
 from effv2.data.dataset import Dataset, Split
 from effv2.execution.device import make_execution
 from effv2.training.loop import Training

@@ -22,7 +22,7 @@ tune_allocator()
 
 import torch  # noqa: E402
 
-from effv2.config import TrainConfig  # noqa: E402
+from effv2.config.schema import TrainConfig  # noqa: E402
 from effv2.data.dataset import load_dataset  # noqa: E402
 from effv2.execution.device import Execution  # noqa: E402
 from effv2.training.loop import Training  # noqa: E402

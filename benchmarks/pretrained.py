@@ -35,7 +35,8 @@ import torch
 from torch.utils.data import DataLoader, Dataset
 from torchvision import models
 
-from effv2.config import ExecutionConfig
+from effv2.config.schema import ExecutionConfig
+from effv2.core.reporter import Reporter
 from effv2.data.images import FileImages
 from effv2.execution.device import make_execution
 from effv2.pretrained import comparison, evaluation
@@ -43,19 +44,6 @@ from effv2.pretrained.config import ImagesConfig, PretrainedConfig
 from effv2.pretrained.images import choose_images
 from effv2.pretrained.measure import Network, all_logits, batch_size
 from effv2.pretrained.weights import Requested, parse_models
-
-
-class Silent:
-    """A view that shows nothing."""
-
-    def decoding(self, done: int, total: int) -> None:
-        """Hear of decoded images."""
-
-    def evaluating(self, name: str, done: int, total: int) -> None:
-        """Hear of evaluated images."""
-
-    def remark(self, text: str) -> None:
-        """Hear a remark."""
 
 
 class PlainImages(Dataset[torch.Tensor]):
@@ -110,7 +98,7 @@ def evaluate(named: str, config: PretrainedConfig) -> None:
     comparison.evaluate_pretrained(
         parse_models(named),
         config,
-        Silent(),
+        Reporter(),
         weights_dir=None,
         experiment="",
         fresh=True,

@@ -62,14 +62,14 @@ def main(seeds: int, trials: int, epochs: int) -> None:
 def search(folder: Path, text: str) -> tuple[float, int]:
     """Run a search in `folder`; return its best validation accuracy and the epochs of all its trials."""
     os.environ["MLFLOW_TRACKING_URI"] = f"sqlite:///{folder / 'mlflow.db'}"
-    from effv2.cli.display import ConsoleDisplay
-    from effv2.documents import dotted
+    from effv2.cli.console import ConsoleReporter
+    from effv2.config.documents import dotted
+    from effv2.config.layers import Layer
+    from effv2.config.options import StudyOptions
     from effv2.studies.engine import run_study
     from effv2.studies.files import read_study
-    from effv2.studies.options import StudyOptions
     from effv2.studies.plan import LoadedData
     from effv2.studies.search import make_search
-    from effv2.studies.settings import Layer
     from effv2.studies.storage import open_storage
     from effv2.tracking.store import open_store
 
@@ -79,9 +79,9 @@ def search(folder: Path, text: str) -> tuple[float, int]:
     os.chdir(folder)  # MLflow's artifacts lie below the working directory
     load = LoadedData(lambda done, total: None)
     options = StudyOptions(storage=storage, log_model="none")
-    with ConsoleDisplay() as display:
-        plan = make_search(read_study(path), Layer({}, dotted), 0, load, display.remark)
-        run_study(plan, open_store(""), options, load, display)
+    with ConsoleReporter() as reporter:
+        plan = make_search(read_study(path), Layer({}, dotted), 0, load, reporter.message)
+        run_study(plan, open_store(""), options, load, reporter)
     optuna = open_storage(storage).optuna
     (study,) = optuna.get_all_studies()
     trials = optuna.get_all_trials(study._study_id)

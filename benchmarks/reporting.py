@@ -17,7 +17,8 @@ import numpy as np
 from mlflow import MlflowClient
 from mlflow.entities import Metric, Param, RunTag
 
-from effv2.config import TrainConfig
+from effv2.config.schema import TrainConfig
+from effv2.core.reporter import Reporter
 from effv2.evidence.claims import read_claims
 from effv2.evidence.publication import publish
 from effv2.evidence.quantities import HISTORIES
@@ -25,16 +26,6 @@ from tests.servers import Server
 
 PROTOCOL = read_claims().protocols["ablate-imagenette"]
 ARMS, SEEDS, EPOCHS = ("default", "mbconv_only", "fused_only", "half_layers", "drop_one"), 10, 100
-
-
-class Quiet:
-    """Shows nothing."""
-
-    def remark(self, text: str) -> None:
-        """Say nothing."""
-
-    def working(self, text: str) -> None:
-        """Say nothing."""
 
 
 def make_study(client: MlflowClient, number: int, random: np.random.Generator) -> None:
@@ -83,7 +74,7 @@ def main() -> None:
 def measure() -> None:
     """Report on the experiment."""
     begun = time.monotonic()
-    report, _ = publish("", None, Path("out"), Quiet())
+    report, _ = publish("", None, Path("out"), Reporter())
     seconds = time.monotonic() - begun
     print(f"{report.summary}\n{seconds:.1f} s, page {len(report.html.encode()) / 1e6:.2f} MB")
 

@@ -55,7 +55,7 @@ def stop(server: subprocess.Popen[bytes]) -> None:
 
 def measure(seconds: float, server: subprocess.Popen[bytes]) -> dict[str, object]:
     """Train for so long; return the figures."""
-    from effv2.config import TrainConfig
+    from effv2.config.schema import TrainConfig
     from effv2.data.dataset import load_dataset
     from effv2.execution.device import make_execution
     from effv2.execution.resolve import resolve
@@ -84,7 +84,7 @@ def measure(seconds: float, server: subprocess.Popen[bytes]) -> dict[str, object
     logging: dict[bool, list[float]] = {True: [], False: []}
     epochs: dict[bool, list[float]] = {True: [], False: []}
     try:
-        with start_run("safety_cost", open_store(""), {}, remark=lambda text: None, patience=0.0) as run:
+        with start_run("safety_cost", open_store(""), {}, message=lambda text: None, patience=0.0) as run:
             checkpoints = Checkpoints.of(run.run_id, saving, {})
             keeper = Keeper(checkpoints, Timed(60 * saving.minutes), state, print, None, 0.0)
             run.check()

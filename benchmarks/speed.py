@@ -71,7 +71,7 @@ class _Stop(Exception):
 
 def make_config(case: Case, precision: str, compiled: bool = False) -> Any:
     """Return the resolved configuration: Imagenette, 1000 outputs as the post has them, AdamW without clipping."""
-    from effv2.config import TrainConfig
+    from effv2.config.schema import TrainConfig
     from effv2.execution.resolve import resolve
 
     groups = {
@@ -86,7 +86,7 @@ def make_config(case: Case, precision: str, compiled: bool = False) -> Any:
 
 def effv2_form(config: Any, dataset: Any, folder: Path) -> Form:
     """The training loop as `train` runs it."""
-    from effv2.cli.display import ConsoleDisplay
+    from effv2.cli.console import ConsoleReporter
     from effv2.execution.device import make_execution
     from effv2.training.checkpoint import Checkpoints, Keeper, Pace
     from effv2.training.evaluate import evaluate
@@ -96,14 +96,14 @@ def effv2_form(config: Any, dataset: Any, folder: Path) -> Form:
 
     execution, saving = make_execution(config.execution), Saving(folder=str(folder))
     state = TrainState.create(config, dataset, execution)
-    display = ConsoleDisplay()
-    display.run_started("speed", config.schedule.epochs)
+    reporter = ConsoleReporter()
+    reporter.run_started("speed", config.schedule.epochs)
     pace = Pace(60 * saving.minutes)
     keeper = Keeper(Checkpoints.of("speed", saving, {}), pace, state, print, None, 0.0)
     marks: list[float] = []
 
     def on_step(step: int, steps: int) -> None:
-        display.step(step, steps)
+        reporter.step(step, steps)
         keeper.keep(epoch_ended=False)
         marks.append(time.perf_counter())
         if len(marks) > STEPS:
@@ -279,7 +279,7 @@ import os, sys
 from effv2.cli import display
 def step(self, step, steps):
     os._exit(0)
-display.ConsoleDisplay.step = step
+reporter.ConsoleReporter.step = step
 from effv2.cli.main import main
 sys.argv = ["effv2", "train", *sys.argv[1:]]
 main()
@@ -310,7 +310,9 @@ def start_up(data_dir: str, rounds: int) -> dict[str, float]:
 
 def data_cache(data_dir: str, size: int) -> dict[str, float]:
     """Return the seconds of loading the data set with an empty cache and with a full one."""
-    script = "import sys, time\nfrom effv2.config import DataConfig\nfrom effv2.data.dataset import load_dataset\n"
+    script = (
+        "import sys, time\nfrom effv2.config.schema import DataConfig\nfrom effv2.data.dataset import load_dataset\n"
+    )
     script += "config = DataConfig(dataset='imagenette', dir=sys.argv[1], image_size=int(sys.argv[2]))\n"
     script += "started = time.perf_counter()\nload_dataset(config)\nprint(time.perf_counter() - started)\n"
     with tempfile.TemporaryDirectory() as folder:
@@ -331,7 +333,7 @@ def logging_an_epoch() -> float:
     with tempfile.TemporaryDirectory() as folder:
         before = mlflow.get_tracking_uri()
         mlflow.set_tracking_uri(f"sqlite:///{folder}/mlflow.db")
-        with start_run("speed", open_store(""), {}, remark=lambda text: None, patience=10.0) as run:
+        with start_run("speed", open_store(""), {}, message=lambda text: None, patience=10.0) as run:
             for epoch in range(30):
                 started = time.perf_counter()
                 run.log_metrics({f"metric/{i}": epoch / (i + 1) for i in range(12)}, step=epoch)

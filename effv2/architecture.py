@@ -13,7 +13,7 @@ from functools import partial
 from itertools import pairwise
 from typing import TYPE_CHECKING, Literal, cast
 
-from effv2.errors import nearest
+from effv2.core.errors import nearest
 
 if TYPE_CHECKING:
     from torch import nn

@@ -17,7 +17,7 @@ import pytest
 from hypothesis import settings
 from PIL import Image
 
-from effv2.config import TrainConfig
+from effv2.config.schema import TrainConfig
 
 ROOT = Path(__file__).parents[1]
 settings.register_profile("effv2", deadline=None)  # another process may hold the machine for a moment

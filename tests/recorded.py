@@ -2,11 +2,11 @@
 
     python -m tests.recorded
 
-records both again. For each version in effv2.provenance.VERSIONS whose code changed, its numbers must then be equal to
-those recorded, or the version must have been raised. Additions don't count, nor do comments, docstrings, annotations,
-the words of exceptions and the names of local variables. The numbers come from small trainings in float32 on the CPU.
-They don't cover bfloat16, GPUs, compiled blocks, TrivialAugment, folded batch norms, what a run logs at its end, and
-evaluations of weights: there, equal digests of the code are all that is checked.
+records both again. For each version in effv2.core.provenance.VERSIONS whose code changed, its numbers must then be
+equal to those recorded, or the version must have been raised. Additions don't count, nor do comments, docstrings,
+annotations, the words of exceptions and the names of local variables. The numbers come from small trainings in float32
+on the CPU. They don't cover bfloat16, GPUs, compiled blocks, TrivialAugment, folded batch norms, what a run logs at its
+end, and evaluations of weights: there, equal digests of the code are all that is checked.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ import torch
 from PIL import Image
 
 from effv2.architecture import build_model, count_parameters, parse_table
-from effv2.config import (
+from effv2.config.schema import (
     FIRST_FIELDS,
     NO_IDENTITY,
     AugmentConfig,
@@ -35,12 +35,12 @@ from effv2.config import (
     StoppingConfig,
     TrainConfig,
 )
+from effv2.core.provenance import VERSIONS
 from effv2.data.augment import augment_images
 from effv2.data.batches import batch_count, epoch_order, normalisation, normalised
 from effv2.data.dataset import Dataset, Split, load_dataset
 from effv2.data.preparation import CentreCrop, Square
 from effv2.execution.device import make_execution
-from effv2.provenance import VERSIONS
 from effv2.training.evaluate import evaluate
 from effv2.training.loop import Training
 from effv2.training.schedules import Schedule
@@ -62,14 +62,14 @@ DECIDING: dict[str, dict[str, tuple[str, ...]]] = {
         "data/transfer.py": (),
     },
     "training": {
-        "randomness.py": (),
+        "core/randomness.py": (),
         **{f"training/{name}.py": () for name in ("evaluate", "loop", "schedules", "state")},
-        "experiment/records.py": ("log_end", "log_test"),
-        "experiment/run.py": ("run_experiment", "_train", "_go_on"),
+        "run/records.py": ("log_end", "log_test"),
+        "run/run.py": ("run_experiment", "_train", "_go_on"),
         "evidence/run_artifacts.py": (),
     },
     "execution": {
-        f"execution/{name}.py": () for name in ("compilation", "device", "fast_paths", "folding", "recording")
+        f"execution/{name}.py": () for name in ("compilation", "device", "fast_paths", "folding", "cuda_graphs")
     },
     "evaluation": {
         **{f"pretrained/{name}.py": () for name in ("evaluation", "images", "imagenet", "measure", "weights")},

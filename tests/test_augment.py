@@ -7,7 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from effv2.config import AugmentConfig
+from effv2.config.schema import AugmentConfig
 from effv2.data.augment import augment_images, mix_samples, one_hot, random_crop, random_erasing, random_flip
 
 

@@ -21,9 +21,9 @@ from PIL import Image
 
 from effv2.cli.ablate import ablate
 from effv2.cli.train import train
-from effv2.config import DataConfig
+from effv2.config.schema import DataConfig
+from effv2.core.errors import InputError, RunError
 from effv2.data.dataset import load_dataset
-from effv2.errors import InputError, RunError
 from tests.conftest import TINY_STUDY
 
 BAD_VALUES = ["x", "-1", "nan", "inf", "1e99", "null", "[]", "\x00", "ä" * 300, "../..", "0.5.5", "~", "$HOME"]
@@ -39,7 +39,7 @@ class Reached(RunError):
 @pytest.fixture
 def no_training(sqlite_store: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Stop where training would begin."""
-    from effv2.experiment import alone
+    from effv2.run import alone
     from effv2.studies import engine
 
     def reached(*_: Any, **__: Any) -> None:

@@ -11,7 +11,7 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from effv2.errors import InputError
+from effv2.core.errors import InputError
 from effv2.training.checkpoint import Checkpoints, Pace
 
 IDENTITY = {"config_hash": "a", "data_digest": "b", "code_version": "c"}

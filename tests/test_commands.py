@@ -25,9 +25,9 @@ from effv2.cli.evaluate_pretrained import evaluate_pretrained
 from effv2.cli.hparam_check import hparam_check
 from effv2.cli.search import search
 from effv2.cli.train import train
-from effv2.errors import Terminated
-from effv2.experiment.run import run_experiment
-from effv2.signals import ending_signals, uninterrupted
+from effv2.core.errors import Terminated
+from effv2.core.signals import ending_signals, uninterrupted
+from effv2.run.run import run_experiment
 from tests.conftest import ROOT, TINY_TABLE, make_image_tree, running
 
 EPOCH_METRICS = {

@@ -8,7 +8,7 @@ from typing import Any
 from hypothesis import given
 from hypothesis import strategies as st
 
-from effv2.config import TrainConfig
+from effv2.config.schema import TrainConfig
 from tests.conftest import tiny_config
 
 CHANGES: dict[str, st.SearchStrategy[Any]] = {

@@ -13,8 +13,8 @@ from mlflow import MlflowClient
 
 from effv2.architecture import VARIANTS, build_model
 from effv2.cli.train import train
+from effv2.execution.cuda_graphs import Recording
 from effv2.execution.device import Execution
-from effv2.execution.recording import Recording
 from effv2.training.loop import EpochResult, Training
 from tests.conftest import TINY_TABLE, tiny_config
 from tests.test_training import EVERYTHING, equal, numbers, saved_after, start

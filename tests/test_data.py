@@ -16,14 +16,14 @@ from hypothesis import strategies as st
 from PIL import Image
 from sklearn.model_selection import train_test_split
 
-from effv2.config import DataConfig
+from effv2.config.schema import DataConfig
+from effv2.core.errors import InputError
 from effv2.data import cache
 from effv2.data.batches import batch_count, epoch_order, evaluation_batches, to_input, training_batches
 from effv2.data.dataset import Dataset, load_dataset
 from effv2.data.images import FileImages, sha256_of
 from effv2.data.preparation import Square
 from effv2.data.splits import stratified_split
-from effv2.errors import InputError
 from tests.conftest import make_image_tree
 
 
@@ -159,7 +159,7 @@ def test_damaged_entry_is_rebuilt(tmp_path: Path, own_cache: Path, damage: str) 
 def test_processes_that_build_at_once_agree(tmp_path: Path, own_cache: Path) -> None:
     root = make_image_tree(tmp_path / "set", images=40)
     script = (
-        "import sys; from effv2.config import DataConfig; from effv2.data.dataset import load_dataset\n"
+        "import sys; from effv2.config.schema import DataConfig; from effv2.data.dataset import load_dataset\n"
         "print(load_dataset(DataConfig(dataset='folder', dir=sys.argv[1], image_size=8)).digest())"
     )
     command = [sys.executable, "-c", script, str(root)]

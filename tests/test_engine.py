@@ -28,8 +28,8 @@ from optuna.study import StudyDirection
 from optuna.trial import FrozenTrial, TrialState
 
 from effv2.cli.ablate import ablate
-from effv2.errors import Abandoned
-from effv2.liveness import is_gone, this_process
+from effv2.core.errors import Abandoned
+from effv2.core.processes import is_gone, this_process
 from effv2.studies import queue as queue_module
 from effv2.studies.queue import ERROR, MOST_LOST, OWNER, SLOT, Queue
 from effv2.studies.storage import Storage, StorageAway, _Patience, open_storage, reopen_storage

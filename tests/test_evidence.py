@@ -14,8 +14,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import stats
 
-from effv2.config import TrainConfig
-from effv2.errors import InputError
+from effv2.config.layers import Layer
+from effv2.config.schema import TrainConfig
+from effv2.core.errors import InputError
 from effv2.evidence.claims import FREE, Claims, Protocol, read_claims
 from effv2.evidence.comparison import Comparison
 from effv2.evidence.judge import Verdict, Words, judge
@@ -36,7 +37,6 @@ from effv2.evidence.statistics import (
 )
 from effv2.evidence.study import Study
 from effv2.studies.files import open_study
-from effv2.studies.settings import Layer
 from effv2.tracking.read import Images, RunRecord
 from effv2.tracking.tags import COMMAND, LONGEST_TAG, LOOKS, PLANNED, as_tags, names_in
 

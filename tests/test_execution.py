@@ -18,8 +18,8 @@ from torchvision import models
 from torchvision.ops import SqueezeExcitation
 
 from effv2.architecture import build_model, parse_table
-from effv2.config import TrainConfig
-from effv2.errors import InputError
+from effv2.config.schema import TrainConfig
+from effv2.core.errors import InputError
 from effv2.execution import calibration
 from effv2.execution.calibration import Calibration
 from effv2.execution.compilation import check_compiler

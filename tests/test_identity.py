@@ -15,11 +15,12 @@ import pytest
 import yaml
 from pydantic import Field, create_model
 
-from effv2 import architecture, config
-from effv2.config import TrainConfig
+from effv2 import architecture
+from effv2.config import schema
+from effv2.config.schema import TrainConfig
+from effv2.core.provenance import VERSIONS
 from effv2.data import splits
 from effv2.data.dataset import load_dataset
-from effv2.provenance import VERSIONS
 from tests.conftest import tiny_config
 from tests.recorded import (
     DECIDING,
@@ -37,7 +38,7 @@ from tests.recorded import (
 
 HOW = (
     "If results are equal, confirm it with `python -m tests.recorded`, which compares them; "
-    "if they differ, raise the number in effv2.provenance.VERSIONS first."
+    "if they differ, raise the number in effv2.core.provenance.VERSIONS first."
 )
 AUGMENT = ROOT / "effv2" / "data" / "augment.py"
 
@@ -175,7 +176,7 @@ def test_changed_table_of_a_variant_is_another_configuration(monkeypatch: pytest
 
 
 def test_added_field_is_left_out_of_the_identity_at_its_default() -> None:
-    grown = create_model("OptimiserConfig", __base__=config.OptimiserConfig, beta=(float, Field(0.9)))
+    grown = create_model("OptimiserConfig", __base__=schema.OptimiserConfig, beta=(float, Field(0.9)))
     model = create_model("TrainConfig", __base__=TrainConfig, optimiser=(grown, grown()))
     assert model().hash() == TrainConfig().hash()
     assert model.model_validate({"optimiser": {"beta": 0.5}}).hash() != TrainConfig().hash()
@@ -184,7 +185,7 @@ def test_added_field_is_left_out_of_the_identity_at_its_default() -> None:
 def test_fields_that_every_identity_holds_are_as_they_were() -> None:
     """Another hash of the defaults voids the finished runs of whoever takes the defaults: change it with them alone."""
     assert TrainConfig().hash() == "e94ea176d41059fa"
-    assert set(TrainConfig().flat()) >= config.FIRST_FIELDS
+    assert set(TrainConfig().flat()) >= schema.FIRST_FIELDS
 
 
 def test_another_split_is_other_data(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -15,15 +15,16 @@ from mlflow import MlflowClient
 from mlflow.exceptions import MlflowException
 
 from effv2.cli.sync import sync
-from effv2.errors import RunError, Terminated
-from effv2.places import outbox_folder
+from effv2.core.errors import RunError, Terminated
+from effv2.core.paths import outbox_folder
 from effv2.tracking import entries, outbox
-from effv2.tracking.entries import PROCESS, Entry
+from effv2.tracking.entries import Entry
 from effv2.tracking.journal import Journal
 from effv2.tracking.outbox import TrackingAway
 from effv2.tracking.recovery import is_busy, open_experiment, send_all
 from effv2.tracking.run import TrackedRun, start_run
 from effv2.tracking.store import open_store, store_name
+from effv2.tracking.tags import PROCESS
 
 
 @pytest.fixture(autouse=True)
@@ -76,7 +77,7 @@ def text_of(run_id: str, name: str) -> str:
 @pytest.mark.parametrize("shut", ["before", "after"])
 def test_an_outage_costs_nothing_and_is_told_once(store: str, door: Store, tmp_path: Path, shut: str) -> None:
     said: list[str] = []
-    with start_run("run", open_store(""), {}, remark=said.append) as run:
+    with start_run("run", open_store(""), {}, message=said.append) as run:
         run.log_metrics({"loss": 3.0}, step=1)
         run.check()
         door.shut = shut
@@ -101,7 +102,7 @@ def test_an_outage_costs_nothing_and_is_told_once(store: str, door: Store, tmp_p
 
 
 def test_what_a_run_could_not_deliver_is_sent_by_sync(store: str, door: Store, tmp_path: Path) -> None:
-    opened = start_run("run", open_store(""), {}, remark=print, patience=0.2)
+    opened = start_run("run", open_store(""), {}, message=print, patience=0.2)
     with pytest.raises(TrackingAway, match="effv2 sync"), opened as run:
         run.check()
         door.shut = "after"
@@ -125,7 +126,7 @@ def test_a_call_that_succeeds_late_leaves_nothing_behind(sqlite_store: str, monk
         slow.wait(30)
         deliver(*args, **kwargs)
 
-    opened = start_run("run", open_store(""), {}, remark=print, patience=1.0)
+    opened = start_run("run", open_store(""), {}, message=print, patience=1.0)
     monkeypatch.setattr(outbox, "LAST_CALL", 0.0)
     with pytest.raises(TrackingAway, match="effv2 sync"), opened as run:
         run.check()
@@ -220,7 +221,7 @@ def test_the_journal_of_a_run_that_was_deleted_is_put_aside(open_run: TrackedRun
 
 
 def test_what_the_store_refuses_ends_the_run(sqlite_store: str) -> None:
-    with pytest.raises(RunError, match="refused"), start_run("run", open_store(""), {}, remark=print) as run:
+    with pytest.raises(RunError, match="refused"), start_run("run", open_store(""), {}, message=print) as run:
         run.log_params({"x" * 300: "a name that is too long"})
         for _ in range(100):
             run.log_metrics({"loss": 1.0})
@@ -236,7 +237,7 @@ def test_a_full_disk_is_told_and_costs_nothing_while_the_store_is_there(
 
     monkeypatch.setattr(Journal, "append", full)
     said: list[str] = []
-    with start_run("run", open_store(""), {}, remark=said.append) as run:
+    with start_run("run", open_store(""), {}, message=said.append) as run:
         run.log_metrics({"loss": 1.0}, step=1)
         run.log_folder(folder_of(tmp_path, "there"))
     assert len(said) == 1 and "No space left" in said[0]
@@ -244,7 +245,7 @@ def test_a_full_disk_is_told_and_costs_nothing_while_the_store_is_there(
 
 
 def test_a_run_that_was_complete_ends_finished_whatever_interrupts_its_end(sqlite_store: str) -> None:
-    with pytest.raises(Terminated), start_run("run", open_store(""), {}, remark=print) as run:
+    with pytest.raises(Terminated), start_run("run", open_store(""), {}, message=print) as run:
         run.complete()
         raise Terminated
     assert MlflowClient().get_run(run.run_id).info.status == "FINISHED"
@@ -252,7 +253,7 @@ def test_a_run_that_was_complete_ends_finished_whatever_interrupts_its_end(sqlit
 
 def test_a_run_that_a_living_process_works_on_is_left_alone(open_run: TrackedRun) -> None:
     journal = Journal.create(outbox_folder() / open_run.run_id, {})
-    opened = start_run("", open_run.experiment_id, {}, continues=open_run.run_id, remark=print)
+    opened = start_run("", open_run.experiment_id, {}, continues=open_run.run_id, message=print)
     with pytest.raises(RunError, match="another process works on it"), opened:
         pass
     journal.close()
@@ -262,7 +263,7 @@ def test_a_run_that_a_living_process_works_on_is_left_alone(open_run: TrackedRun
 
 def test_what_waits_of_a_run_is_never_written_over(open_run: TrackedRun) -> None:
     folder = left_by_a_dead_process(open_run, entries.metrics({"loss": 1.0}, 1))
-    opened = start_run("", open_run.experiment_id, {}, continues=open_run.run_id, remark=print)
+    opened = start_run("", open_run.experiment_id, {}, continues=open_run.run_id, message=print)
     with pytest.raises(RunError, match="effv2 sync"), opened:
         pass
     assert (folder / "journal").stat().st_size
@@ -292,7 +293,7 @@ def test_a_disk_that_was_full_for_a_while_leaves_no_gap_in_the_journal(
         return append(journal, entry)
 
     monkeypatch.setattr(Journal, "append", full_once)
-    opened = start_run("run", open_store(""), {}, remark=print, patience=0.2)
+    opened = start_run("run", open_store(""), {}, message=print, patience=0.2)
     with pytest.raises(TrackingAway, match="the disk had no room for all"), opened as run:
         run.check()
         door.shut = "before"

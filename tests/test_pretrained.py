@@ -31,7 +31,7 @@ from torchvision import models
 from torchvision.datasets import Imagenette
 
 from effv2.cli.evaluate_pretrained import evaluate_pretrained
-from effv2.errors import InputError
+from effv2.core.errors import InputError
 from effv2.evidence.statistics import calibration_error, holm, mcnemar, wilson
 from effv2.pretrained import comparison, evaluation, measure
 from effv2.pretrained.config import ImagesConfig

@@ -19,7 +19,7 @@ from effv2.cli.ablate import ablate
 from effv2.cli.hparam_check import hparam_check
 from effv2.cli.search import search
 from effv2.cli.train import train
-from effv2.config import TrainConfig
+from effv2.config.schema import TrainConfig
 from effv2.studies.files import SearchFile
 from effv2.studies.plan import Purpose
 from effv2.studies.search import Search

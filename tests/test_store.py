@@ -15,8 +15,8 @@ import pytest
 import torch
 from mlflow.entities import Experiment
 
-from effv2.errors import InputError, RunError
-from effv2.exhaustion import what_ran_out
+from effv2.core.errors import InputError, RunError
+from effv2.core.resources import what_ran_out
 from effv2.tracking import store
 from effv2.tracking.store import IMPATIENT, impatient, open_store, shown_uri, store_name
 

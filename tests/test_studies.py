@@ -11,14 +11,14 @@ from pathlib import Path
 import pytest
 
 from effv2.architecture import PUBLISHED_VARIANTS, parse_table
-from effv2.config import TrainConfig
-from effv2.documents import dotted
-from effv2.errors import InputError
+from effv2.config.documents import dotted
+from effv2.config.layers import Layer, option_layer
+from effv2.config.options import SHORT_EPOCHS
+from effv2.config.schema import TrainConfig
+from effv2.core.errors import InputError
 from effv2.studies.files import SWEEPS, Sources, Study, built_in_ablation, open_study, read_study
 from effv2.studies.grid import Grid, make_grid
-from effv2.studies.options import SHORT_EPOCHS
 from effv2.studies.plan import LoadedData
-from effv2.studies.settings import Layer, option_layer
 from tests import protocols
 from tests.conftest import ROOT
 
@@ -112,7 +112,7 @@ def test_every_study_file_opens_with_its_command(path: Path) -> None:
 
 def make(study: Study, chosen: list[str], seeds: tuple[int, ...] = ()) -> Grid:
     return make_grid(
-        "ablate", study, chosen, NO_OPTIONS, seeds=seeds, load=LoadedData(lambda done, total: None), remark=print
+        "ablate", study, chosen, NO_OPTIONS, seeds=seeds, load=LoadedData(lambda done, total: None), message=print
     )
 
 

@@ -18,16 +18,16 @@ from torch import nn
 from torch.optim.lr_scheduler import OneCycleLR, ReduceLROnPlateau
 
 from effv2.architecture import build_model
-from effv2.config import ScheduleConfig, StoppingConfig, TrainConfig
+from effv2.config.documents import dotted
+from effv2.config.layers import Layer
+from effv2.config.schema import ScheduleConfig, StoppingConfig, TrainConfig
+from effv2.core.errors import RunError, Terminated
+from effv2.core.randomness import stream_seed
 from effv2.data.batches import to_input
 from effv2.data.dataset import Dataset, Split, load_dataset
-from effv2.documents import dotted
-from effv2.errors import RunError, Terminated
 from effv2.evidence.reference import published_runs
 from effv2.execution.device import make_execution
-from effv2.randomness import stream_seed
 from effv2.studies.files import open_study
-from effv2.studies.settings import Layer
 from effv2.training.evaluate import Evaluation, evaluate
 from effv2.training.loop import EpochResult, Training
 from effv2.training.schedules import Schedule, rate_factor

@@ -30,8 +30,8 @@ def ablate(variant: str, study: str, seeds: str, **options: Any) -> None:
     scikit-learn's digits. The same command again goes on where the last one ended.
     """
     from effv2.cli.options import parse_seeds, take_study_options
+    from effv2.config.layers import option_layer
     from effv2.studies.files import built_in_ablation, open_study
-    from effv2.studies.settings import option_layer
 
     how = take_study_options(options, "all")
     layer, wanted = option_layer(options, SHARED), parse_seeds(seeds)

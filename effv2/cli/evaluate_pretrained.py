@@ -60,30 +60,30 @@ def evaluate_pretrained(
     On Imagenette, or any folder whose classes are ImageNet's. Rankings rest on images that the weights were not fitted
     to. The same command again goes on where the last one ended.
     """
-    from effv2.documents import validate
-    from effv2.studies.settings import option_layer
+    from effv2.config.documents import validate
+    from effv2.config.layers import option_layer
 
     over, which = parse_fresh(fresh), parse_log_model(log_model, "none")
     layer = option_layer(options, FIELDS)
     config = validate(PretrainedConfig, layer.values, layer.where)
 
-    from effv2.cli.display import ConsoleDisplay, print_table
-    from effv2.errors import RunError
+    from effv2.cli.console import ConsoleReporter, print_table
+    from effv2.core.errors import RunError
     from effv2.pretrained import comparison, weights
     from effv2.tracking.run import run_address
 
     requests = weights.parse_models(models or PUBLISHED_COMPARISON)
     folder = weights.check_folder(weights_dir)
-    with ConsoleDisplay() as display:
+    with ConsoleReporter() as reporter:
         ending = comparison.evaluate_pretrained(
             requests,
             config,
-            display,
+            reporter,
             weights_dir=folder,
             experiment=experiment,
             fresh=over,
             log_model=which,
-            show_downloads=display.console.is_terminal,
+            show_downloads=reporter.console.is_terminal,
         )
     if ending.ranking is not None:
         print_table(ending.ranking.summary())

@@ -8,7 +8,7 @@ from typing import Any
 import click
 
 from effv2.cli.options import SHARED, config_options, reports_errors, seeds_option, study_option, study_options
-from effv2.studies.options import SHORT_EPOCHS
+from effv2.config.options import SHORT_EPOCHS
 
 FIELDS = {name: field for name, field in SHARED.items() if name != "scheduler"}
 SCHEDULERS = ("both", "plateau", "none")
@@ -40,9 +40,9 @@ def hparam_check(check: str, scheduler: str, study: str, seeds: str, **options: 
     full protocols are the studies hparam-*. The same command again resumes where the last one ended.
     """
     from effv2.cli.options import parse_seeds, take_study_options
-    from effv2.errors import InputError
+    from effv2.config.layers import option_layer
+    from effv2.core.errors import InputError
     from effv2.studies.files import open_study
-    from effv2.studies.settings import option_layer
 
     schedule = scheduler or "both"
     if schedule not in SCHEDULERS:

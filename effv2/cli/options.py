@@ -1,4 +1,4 @@
-"""Options shared by the commands. Help, defaults and bounds come from effv2.config, the one place of both.
+"""Options shared by the commands. Help, defaults and bounds come from effv2.config.schema, the one place of both.
 
 Every value is taken as text and validated with the configuration, so that an error reads the same wherever the
 value was written. An empty text means 'not given': `mlflow run` passes every declared parameter.
@@ -14,11 +14,11 @@ from typing import Any, Literal, TypeVar, get_args, get_origin
 
 import click
 
-from effv2.config import Group, TrainConfig, field_of
-from effv2.errors import InputError, RunError, Terminated, going_on
+from effv2.config.options import DEFAULT_STORAGE, LogModel, StudyOptions
+from effv2.config.schema import Group, TrainConfig, field_of
+from effv2.core.errors import InputError, RunError, Terminated, going_on
+from effv2.core.signals import ending_signals
 from effv2.execution.allocator import tune_allocator
-from effv2.signals import ending_signals
-from effv2.studies.options import DEFAULT_STORAGE, LogModel, StudyOptions
 from effv2.training.saving import Saving
 
 Command = TypeVar("Command", bound=Callable[..., Any])

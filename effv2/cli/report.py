@@ -29,8 +29,8 @@ def report(export: str, from_export: str, claims: str, experiment: str) -> None:
 
     One page (HTML, and Markdown) is logged to the run of every study that it covers. It needs no network to be read.
     """
-    from effv2.errors import InputError
-    from effv2.places import expanded
+    from effv2.core.errors import InputError
+    from effv2.core.paths import expanded
 
     own = expanded(claims) if claims else None
     target = expanded(export or ".").resolve()
@@ -40,14 +40,14 @@ def report(export: str, from_export: str, claims: str, experiment: str) -> None:
     if sources and (not export or target in sources):
         raise InputError(f"--from-export {from_export}: say with --export where the report is to go, another folder.")
 
-    from effv2.cli.display import ConsoleDisplay
+    from effv2.cli.console import ConsoleReporter
     from effv2.evidence.publication import publish, rebuild
 
-    with ConsoleDisplay() as display:
+    with ConsoleReporter() as reporter:
         if sources:
-            made = rebuild(sources, own, target, display)
+            made = rebuild(sources, own, target, reporter)
         else:
-            made, address = publish(experiment, own, target if export else None, display)
+            made, address = publish(experiment, own, target if export else None, reporter)
     for line in (*made.own, made.summary):
         click.echo(line)
     if not sources:

@@ -6,10 +6,10 @@ from collections.abc import Callable
 
 import click
 
-from effv2.cli.display import ConsoleDisplay, print_table
-from effv2.errors import RunError
+from effv2.cli.console import ConsoleReporter, print_table
+from effv2.config.options import StudyOptions
+from effv2.core.errors import RunError
 from effv2.studies.engine import run_study
-from effv2.studies.options import StudyOptions
 from effv2.studies.plan import LoadedData, Plan
 from effv2.tracking.recovery import open_experiment
 from effv2.tracking.run import run_address
@@ -18,11 +18,11 @@ SHOWN_FAILURES = 5
 
 
 def run_and_show(make: Callable[..., Plan], options: StudyOptions) -> None:
-    """Make the plan (`make` is given `load` and `remark`), run it, print its table and where to look."""
-    with ConsoleDisplay() as display:
-        load = LoadedData(display.decoding)
-        plan = make(load=load, remark=display.hint)
-        ending = run_study(plan, open_experiment(options.experiment, display.remark), options, load, display)
+    """Make the plan (`make` is given `load` and `message`), run it, print its table and where to look."""
+    with ConsoleReporter() as reporter:
+        load = LoadedData(reporter.decoding)
+        plan = make(load=load, message=reporter.hint)
+        ending = run_study(plan, open_experiment(options.experiment, reporter.message), options, load, reporter)
     print_table(ending.table)
     click.echo(run_address(ending.parent.run_id, ending.parent.experiment_id))
     if ending.failed:

@@ -8,7 +8,7 @@ from typing import Any
 import click
 
 from effv2.cli.options import ONE_RUN, SHARED, config_options, reports_errors, study_option, study_options
-from effv2.studies.options import SHORT_EPOCHS
+from effv2.config.options import SHORT_EPOCHS
 
 FIELDS = ONE_RUN | SHARED
 
@@ -28,8 +28,8 @@ def search(trials: str, study: str, **options: Any) -> None:
     again goes on where the last one ended; with more trials, the search grows.
     """
     from effv2.cli.options import parse_count, take_study_options
+    from effv2.config.layers import option_layer
     from effv2.studies.files import built_in_search, open_study
-    from effv2.studies.settings import option_layer
 
     how = take_study_options(options, "best")
     layer = option_layer(options, FIELDS)

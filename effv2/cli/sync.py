@@ -14,7 +14,7 @@ def sync() -> None:
 
     Every other command does so too when it begins. Exit code 1 if something still waits.
     """
-    from effv2.errors import RunError
+    from effv2.core.errors import RunError
     from effv2.tracking.recovery import left, send_all
     from effv2.tracking.store import check_store
 

@@ -33,8 +33,8 @@ def train(study: str, fresh: str, log_model: str, experiment: str, **options: st
 
     Without options: the default variant on scikit-learn's digits, a minute on two cores.
     """
+    from effv2.config.layers import build_config, option_layer
     from effv2.studies.files import open_study
-    from effv2.studies.settings import build_config, option_layer
 
     saving = take_saving(options)
     layer = option_layer(options, ONE_RUN | SHARED)
@@ -42,26 +42,26 @@ def train(study: str, fresh: str, log_model: str, experiment: str, **options: st
     file = open_study(study) if study else None
     config = file.config(layer) if file else build_config([layer])
 
-    from effv2.cli.display import ConsoleDisplay
+    from effv2.cli.console import ConsoleReporter
+    from effv2.core.errors import RunError
     from effv2.data.dataset import load_dataset
-    from effv2.errors import RunError
     from effv2.execution.resolve import place, resolve
-    from effv2.experiment.alone import train_once
-    from effv2.experiment.labels import Labels
-    from effv2.experiment.run import check
+    from effv2.run.alone import train_once
+    from effv2.run.labels import Labels
+    from effv2.run.run import check
     from effv2.tracking.recovery import open_experiment
     from effv2.tracking.run import run_address
     from effv2.tracking.store import TrackingError, reason
 
     name = file.name if file else f"{config.model.variant}, seed {config.random.seed}"
-    with ConsoleDisplay() as display:
+    with ConsoleReporter() as reporter:
         config = place(config)
-        dataset = load_dataset(config.data, display.decoding)
+        dataset = load_dataset(config.data, reporter.decoding)
         check(config, dataset)
-        config = resolve(config, display.hint)
+        config = resolve(config, reporter.hint)
         try:
-            labels = Labels(name, open_experiment(experiment, display.remark), file.name if file else "")
-            ended = train_once(config, dataset, labels, display, which != "none", saving=saving, fresh=over)
+            labels = Labels(name, open_experiment(experiment, reporter.message), file.name if file else "")
+            ended = train_once(config, dataset, labels, reporter, which != "none", saving=saving, fresh=over)
         except TrackingError as error:
             raise RunError(
                 f"The tracking store failed ({reason(error)}); mend it and give the same command again."

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from effv2.config import AugmentConfig
+from effv2.config.schema import AugmentConfig
 from effv2.data.transfer import send
 
 # Share of the image that erasing removes, and its aspect ratio (Zhong et al. 2017; torchvision's defaults).

@@ -7,10 +7,10 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 
-from effv2.config import DataConfig
+from effv2.config.schema import DataConfig
+from effv2.core.randomness import stream_seed
 from effv2.data.dataset import Split
 from effv2.data.transfer import send
-from effv2.randomness import stream_seed
 
 # The usual statistics of ImageNet, as in torchvision's presets.
 IMAGENET_MEAN = (0.485, 0.456, 0.406)

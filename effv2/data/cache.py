@@ -34,11 +34,11 @@ import PIL
 from numpy.typing import NDArray
 from PIL import Image
 
+from effv2.core.errors import InputError
+from effv2.core.paths import cache_folder, write_whole
+from effv2.core.provenance import VERSIONS
 from effv2.data.images import Bytes, Images, sha256_of
 from effv2.data.preparation import Preparation
-from effv2.errors import InputError
-from effv2.places import cache_folder, write_whole
-from effv2.provenance import VERSIONS
 
 ABANDONED_SECONDS = 24 * 3600
 AHEAD = 256  # images

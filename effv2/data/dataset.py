@@ -10,7 +10,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from effv2.config import DataConfig
+from effv2.config.schema import DataConfig
+from effv2.core.errors import InputError
 from effv2.data import cache
 from effv2.data.images import Part
 from effv2.data.preparation import Square
@@ -23,7 +24,6 @@ from effv2.data.splits import (
     stratified_split,
 )
 from effv2.data.transfer import send
-from effv2.errors import InputError
 
 
 @dataclass(frozen=True)

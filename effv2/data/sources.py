@@ -15,10 +15,10 @@ from pathlib import Path
 
 import numpy as np
 
-from effv2.config import DataConfig
+from effv2.config.schema import DataConfig
+from effv2.core.errors import InputError
+from effv2.core.paths import expanded
 from effv2.data.images import ArrayImages, FileImages, Part
-from effv2.errors import InputError
-from effv2.places import expanded
 
 EXTENSIONS = (".jpg", ".jpeg", ".png", ".bmp", ".gif", ".webp", ".tif", ".tiff", ".ppm", ".pgm")
 # Names that the parts of a set go by, whatever their case, in order of preference.

@@ -5,8 +5,8 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
-from effv2.errors import InputError
-from effv2.randomness import stream_seed
+from effv2.core.errors import InputError
+from effv2.core.randomness import stream_seed
 
 Positions = NDArray[np.int64]
 

@@ -18,11 +18,11 @@ from typing import Annotated, ClassVar, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-from effv2.documents import Document, Place, dotted, read_document, validate
-from effv2.errors import InputError, nearest
+from effv2.config.documents import Document, Place, dotted, read_document, validate
+from effv2.config.layers import Layer
+from effv2.core.errors import InputError, nearest
 from effv2.evidence.quantities import quantity
 from effv2.studies.files import Published, Settings, Study, open_study
-from effv2.studies.settings import Layer
 
 PUBLISHED = Path(__file__).with_name("published")
 EXPORTED_AS = "claims.yaml"  # name of a file of claims in an export
@@ -31,11 +31,11 @@ SHIPPED = PUBLISHED / EXPORTED_AS
 StudyName = Annotated[str, Field(pattern=r"^([\w-]*|[\w.-]+\.ya?ml)$")]
 ONLY_ARM = "default"  # of a study that has no arms
 OF_ANSWERS = ("eval/top1_accuracy", "unseen/top1_accuracy")  # over images: what follows from right and wrong answers
-SEED, SPLIT_SEED = "random.seed", "data.split_seed"
+SEED_SETTING, SPLIT_SEED = "random.seed", "data.split_seed"
 # What may differ between runs that are compared: what pairs them, where the images lie and, but for times, how they
 # are computed.
 COMPUTED = {"execution.device", "execution.compile", "execution.channels_last", "evaluation.batch_size"}
-FREE = {SEED, SPLIT_SEED, "data.dir", "data.download", *COMPUTED}
+FREE = {SEED_SETTING, SPLIT_SEED, "data.dir", "data.download", *COMPUTED}
 
 
 class Part(BaseModel):

@@ -13,6 +13,7 @@ from effv2.evidence.figures import Curve
 from effv2.evidence.quantities import QUANTITIES, Quantity, percent
 from effv2.evidence.run_artifacts import write_csv
 from effv2.tracking.read import RunRecord
+from effv2.tracking.tags import SEED
 
 PARENT_METRICS = (
     "best/test_accuracy",
@@ -144,7 +145,7 @@ class Comparison:
             folder / "comparison.csv",
             ("variant", "seed", "run_id", *(what.words for what in quantities)),
             (
-                (arm, record.tags["effv2.seed"], record.run_id, *(what.value(record) for what in quantities))
+                (arm, record.tags[SEED], record.run_id, *(what.value(record) for what in quantities))
                 for arm, records in self.arms.items()
                 for record in records
             ),

@@ -5,9 +5,9 @@ from __future__ import annotations
 import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Protocol
 
-from effv2.errors import InputError, RunError
+from effv2.core.errors import InputError, RunError
+from effv2.core.reporter import Reporter
 from effv2.evidence.claims import Claims, read_claims
 from effv2.evidence.quantities import HISTORIES
 from effv2.evidence.report import HTML, Report, make_report
@@ -21,16 +21,6 @@ from effv2.tracking.tags import BORROWED, as_tags, lent
 from effv2.tracking.views import artifact_link, describe_experiment, save_views, view_links
 
 DATA = "data"  # folder of an export
-
-
-class View(Protocol):
-    """What making a report tells whoever watches."""
-
-    def remark(self, text: str) -> None:
-        """Say something once."""
-
-    def working(self, text: str) -> None:
-        """Say what is being done now."""
 
 
 def log_report(report: Report, run: TrackedRun) -> None:
@@ -66,7 +56,7 @@ def report_on_study(parent: TrackedRun, used: Mapping[str, str]) -> None:
     _show_in_ui(parent)
 
 
-def publish(experiment: str, own: Path | None, target: Path | None, view: View) -> tuple[Report, str]:
+def publish(experiment: str, own: Path | None, target: Path | None, reporter: Reporter) -> tuple[Report, str]:
     """Report on a whole experiment; log that to a run of its own and to the run of every study; export to `target`.
 
     `own` is a file of claims that are judged beside the published ones. Returns the report and where its run is to be
@@ -75,33 +65,33 @@ def publish(experiment: str, own: Path | None, target: Path | None, view: View) 
     claims = read_claims(own)
     if target is not None:
         _prepare(target)
-    experiment_id = open_experiment(experiment, view.remark, create=False)
+    experiment_id = open_experiment(experiment, reporter.message, create=False)
     try:
         run = open_report_run(experiment_id)
         with working_on(run):
-            view.working("reading runs")
+            reporter.working("reading runs")
             evidence = tracked(run.experiment_id, HISTORIES if target is None else EXPORTED)
-            report = make_report(evidence, claims, progress=view.working)
+            report = make_report(evidence, claims, progress=reporter.working)
             parents = [study.parent.run_id for study in studies_of(evidence.runs) if study.parent and study.kind]
             for place in [run, *(TrackedRun(run_id, run.experiment_id) for run_id in parents)]:
-                view.working("logging the report")
+                reporter.working("logging the report")
                 log_report(report, place)
             _show_in_ui(run)
             run.describe(f"{report.summary}.\n\n{where_to_look(run)}")
             if target is not None:
-                view.working("exporting")
+                reporter.working("exporting")
                 _write(report, evidence, target, claims)
     except TrackingError as error:
         raise RunError(f"The tracking store failed ({reason(error)}); mend it and try again.") from error
     return report, run_address(run.run_id, run.experiment_id)
 
 
-def rebuild(sources: Sequence[Path], own: Path | None, target: Path, view: View) -> Report:
+def rebuild(sources: Sequence[Path], own: Path | None, target: Path, reporter: Reporter) -> Report:
     """Make the report of an export again, or one of several, without a tracking server, and write both to `target`.
 
     Where no file of claims is given, it is the one that was exported with them. InputError before anything is made.
     """
-    view.working("reading what was exported")
+    reporter.working("reading what was exported")
     evidence = joined([source / DATA for source in sources])
     if own is None and len(evidence.claims) > 1:
         files = " and ".join(map(str, evidence.claims))
@@ -109,7 +99,7 @@ def rebuild(sources: Sequence[Path], own: Path | None, target: Path, view: View)
     own = own or next(iter(evidence.claims), None)
     claims = read_claims(own)
     _prepare(target)
-    report = make_report(evidence, claims, progress=view.working)
+    report = make_report(evidence, claims, progress=reporter.working)
     _write(report, evidence, target, claims)
     return report
 

@@ -18,18 +18,28 @@ from effv2.evidence.selection import complete
 from effv2.evidence.statistics import wilson
 from effv2.evidence.study import Study, studies_of
 from effv2.tracking.read import RunRecord
-from effv2.tracking.run import OUTCOME
-from effv2.tracking.tags import COMMAND, LOOKS, PLANNED, names_in
+from effv2.tracking.tags import (
+    CODE_VERSION,
+    COMMAND,
+    DATA_DIGEST,
+    ERROR,
+    GIT_COMMIT,
+    GIT_DIRTY,
+    LOOKS,
+    OUTCOME,
+    PLANNED,
+    names_in,
+)
 
 BEST_TRIALS = 5
 MOST_NAMED, LONGEST_REASON = 6, 150  # of the runs that a study lacks; characters
 SINGLE_RUNS = "Single runs"
 # Where a report tells about them: what a tag is called, and how it is called there.
 ENVIRONMENT = {
-    "effv2.git_commit": "git commit",
-    "effv2.git_dirty": "uncommitted changes",
-    "effv2.code_version": "code version",
-    "effv2.data_digest": "data digest",
+    GIT_COMMIT: "git commit",
+    GIT_DIRTY: "uncommitted changes",
+    CODE_VERSION: "code version",
+    DATA_DIGEST: "data digest",
     "effv2.machine.processor": "processor",
     "effv2.machine.cores": "cores",
     "effv2.machine.threads": "threads",
@@ -105,7 +115,7 @@ def _missing(study: Study) -> str:
     if parent is None:
         return ""
     there = {run.name for run in study.runs if run.status == "FINISHED"}
-    reasons = {run.name: run.tags.get("effv2.error", "no reason known") for run in study.runs if run.status == "FAILED"}
+    reasons = {run.name: run.tags.get(ERROR, "no reason known") for run in study.runs if run.status == "FAILED"}
     diverged = {name for name, reason in reasons.items() if reason.startswith("Diverged:")}
     failed = [name for name in reasons if name not in there and (name not in diverged or study.kind != "search")]
     lacking = [name for name in names_in(parent.tags, PLANNED) if name not in there | reasons.keys()]

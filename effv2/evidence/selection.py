@@ -8,17 +8,16 @@ from dataclasses import dataclass, replace
 from functools import cache
 from itertools import product
 
-from effv2.config import TrainConfig
-from effv2.evidence.claims import COMPUTED, FREE, SEED, SPLIT_SEED, Protocol
+from effv2.config.schema import TrainConfig
+from effv2.evidence.claims import COMPUTED, FREE, SEED_SETTING, SPLIT_SEED, Protocol
 from effv2.evidence.quantities import Quantity
 from effv2.evidence.statistics import FEWEST
 from effv2.studies.files import Value
 from effv2.tracking.read import RunRecord
-from effv2.tracking.run import OUTCOME
+from effv2.tracking.tags import CONFIG_HASH, DATA_DIGEST, OUTCOME, SEED
 
 CLASSES = "data.classes"  # no parameter, but may stand in a protocol like one: the number of classes in the data
 MACHINE = ("effv2.machine.processor", "effv2.machine.accelerator", "effv2.machine.threads")  # tags
-CONFIG_HASH = "effv2.config_hash"  # tag of every run of ours
 PUBLISHED_OVERLAP = 0.25  # test over training images of the published split
 FEW = 2  # settings in which a run may differ to be near
 Pair = tuple[str, str]  # split, seed
@@ -100,12 +99,12 @@ def has(run: RunRecord, name: str, value: Value) -> bool:
 
 def split_of(run: RunRecord) -> str:
     """Return which split of which images a run used: the seed, and the digest of the data where it was logged."""
-    return f"{run.params.get(SPLIT_SEED, '')} {run.tags.get('effv2.data_digest', '')}".strip()
+    return f"{run.params.get(SPLIT_SEED, '')} {run.tags.get(DATA_DIGEST, '')}".strip()
 
 
 def seed_of(run: RunRecord) -> str:
     """Return the seed of a run's training; its own id where none was logged, so that it pairs with no other."""
-    return run.params.get(SEED) or run.tags.get("effv2.seed") or run.run_id
+    return run.params.get(SEED_SETTING) or run.tags.get(SEED) or run.run_id
 
 
 @dataclass(frozen=True)

@@ -13,13 +13,14 @@ from pathlib import Path
 from typing import Any
 
 from effv2 import __version__
-from effv2.errors import InputError
+from effv2.core.errors import InputError
+from effv2.core.paths import write_whole
+from effv2.core.provenance import sha256_of_file
 from effv2.evidence.claims import EXPORTED_AS
 from effv2.evidence.quantities import HISTORIES
 from effv2.evidence.run_artifacts import write_csv
-from effv2.places import write_whole
-from effv2.provenance import sha256_of_file
-from effv2.tracking.read import PARENT, READERS, Images, RunRecord, experiment_name, read_artifacts, read_experiment
+from effv2.tracking.read import READERS, Images, RunRecord, experiment_name, read_artifacts, read_experiment
+from effv2.tracking.tags import PARENT, PID, PROCESS, QUEUE
 from effv2.tracking.views import ui_address
 
 EXPORTED = (*HISTORIES, "val/accuracy", "train/loss", "val/loss", "test/loss", "learning_rate")
@@ -28,7 +29,7 @@ MANIFEST = "manifest.json"
 TABLES = ("runs.csv", "params.csv", "tags.csv", "metrics.csv", "epochs.csv", "images.csv")
 LARGEST_FIELD = 10_000_000  # characters of a CSV field: thousands of class names
 # What says where the user's files lie, or who they are.
-PRIVATE = {"data.dir", "weights.file", "effv2.pid", "effv2.process", "effv2.queue"}
+PRIVATE = {"data.dir", "weights.file", PID, PROCESS, QUEUE}
 KEPT = {PARENT}
 
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from effv2.evidence.quantities import QUANTITIES
 from effv2.evidence.selection import complete
 from effv2.tracking.read import RunRecord
-from effv2.tracking.tags import ARM, PLANNED, lent_in, names_in
+from effv2.tracking.tags import ARM, PLANNED, STUDY, lent_in, names_in
 
 # A table of arms has these figures first; a run that has none of them isn't told of.
 MAIN = ("best/test_accuracy", "selected/test_accuracy", "selected/val_accuracy", "time/total_train_seconds")
@@ -72,4 +72,4 @@ def _as_lent(run: RunRecord, name: str) -> RunRecord:
 
 def arm_of(run: RunRecord) -> str:
     """Return how a run's arm is called."""
-    return run.tags.get(ARM) or run.tags.get("effv2.study") or run.params.get("model.variant") or run.name
+    return run.tags.get(ARM) or run.tags.get(STUDY) or run.params.get("model.variant") or run.name

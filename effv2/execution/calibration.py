@@ -19,12 +19,12 @@ import torch
 from filelock import FileLock
 from torch.nn import functional as F
 
-from effv2 import provenance
 from effv2.architecture import build_model
-from effv2.config import TrainConfig
+from effv2.config.schema import TrainConfig
+from effv2.core import provenance
+from effv2.core.paths import cache_folder, write_whole
+from effv2.core.randomness import private_randomness
 from effv2.execution.device import Execution
-from effv2.places import cache_folder, write_whole
-from effv2.randomness import private_randomness
 
 # So much quicker bf16 must be to be chosen: below it the gain isn't worth the rounding, and noise may sway the choice.
 WORTHWHILE = 1.1
@@ -48,7 +48,7 @@ class Calibration:
         return f"a step in bf16 is {self.fp32 / self.bf16:.2f} times as fast as in fp32"
 
 
-def calibrate(config: TrainConfig, remark: Callable[[str], None]) -> Calibration:
+def calibrate(config: TrainConfig, message: Callable[[str], None]) -> Calibration:
     """Return what is remembered for the network and input of `config`; timed first where there is nothing."""
     if found := remembered(config):
         return found
@@ -61,7 +61,7 @@ def calibrate(config: TrainConfig, remark: Callable[[str], None]) -> Calibration
             found = _time_steps(config)
             write_whole(path, json.dumps(asdict(found)))
     found = found or _time_steps(config)
-    remark(f"Timed once on this processor: {found}.")
+    message(f"Timed once on this processor: {found}.")
     return found
 
 

@@ -14,8 +14,8 @@ import torch
 from torch import nn
 from torchvision.models.efficientnet import FusedMBConv, MBConv
 
-from effv2.errors import InputError
-from effv2.places import cache_folder
+from effv2.core.errors import InputError
+from effv2.core.paths import cache_folder
 
 FIRST_ON_CUDA = (2, 11)  # reported to refuse our settings of TF32 before (pytorch issue 166387); not tried
 CODES = 256  # compiled forms of torchvision's one block function: as many as a network has different blocks

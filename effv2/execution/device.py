@@ -10,12 +10,12 @@ from typing import TypeVar
 import torch
 from torch import Tensor, nn
 
-from effv2.config import ExecutionConfig
+from effv2.config.schema import ExecutionConfig
 from effv2.data.transfer import send
 from effv2.execution.compilation import compile_blocks
+from effv2.execution.cuda_graphs import Function, Recording
 from effv2.execution.fast_paths import use_fast_paths
 from effv2.execution.folding import fold_batch_norm, sharing_copy
-from effv2.execution.recording import Function, Recording
 
 Module = TypeVar("Module", bound=nn.Module)
 Forward = Callable[[Tensor], Tensor]

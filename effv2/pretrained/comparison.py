@@ -7,20 +7,21 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from effv2 import provenance
-from effv2.config import ExecutionConfig
-from effv2.errors import RunError
+from effv2.config.options import LogModel
+from effv2.config.schema import ExecutionConfig
+from effv2.core import provenance
+from effv2.core.errors import RunError
+from effv2.core.processes import this_process
+from effv2.core.reporter import Reporter
+from effv2.core.resources import is_out_of_memory
 from effv2.evidence.publication import report_on_study, where_to_look
 from effv2.execution.device import make_execution
 from effv2.execution.resolve import resolve_device
-from effv2.exhaustion import is_out_of_memory
-from effv2.liveness import this_process
 from effv2.pretrained.config import PretrainedConfig
 from effv2.pretrained.evaluation import (
-    STUDY,
+    KIND,
     Entry,
     Session,
-    View,
     code_version,
     evaluate_one,
     log_network,
@@ -31,16 +32,13 @@ from effv2.pretrained.evaluation import (
 from effv2.pretrained.images import EvaluationImages, choose_images
 from effv2.pretrained.ranking import Evaluated, Ranking
 from effv2.pretrained.weights import Requested, find_all_weights, load_network
-from effv2.studies.options import LogModel
-from effv2.tracking.entries import PROCESS
 from effv2.tracking.read import Identity, RunRecord, find_ended_early, find_finished, read_runs
 from effv2.tracking.recovery import open_experiment
-from effv2.tracking.run import OUTCOME, TrackedRun, open_parent, point_adopted_run_to, run_address, working_on
+from effv2.tracking.run import TrackedRun, open_parent, point_adopted_run_to, run_address, working_on
 from effv2.tracking.store import TrackingError
-from effv2.tracking.tags import COMMAND
+from effv2.tracking.tags import COMMAND, FRESH, OUTCOME, PROCESS, VARIANT
 
 LONGEST_NAME = 200  # characters of a run's name
-FRESH = "effv2.fresh"  # tag of a comparison that takes no runs of others
 
 
 @dataclass(frozen=True)
@@ -56,7 +54,7 @@ class Ending:
 def evaluate_pretrained(
     requests: Sequence[Requested],
     config: PretrainedConfig,
-    view: View,
+    reporter: Reporter,
     *,
     weights_dir: Path | None,
     experiment: str,
@@ -73,12 +71,12 @@ def evaluate_pretrained(
     precision = "bf16" if config.execution.precision == "bf16" else "fp32"
     resolved = config.execution.model_copy(update={"device": device, "precision": precision})
     config = config.model_copy(update={"execution": resolved})
-    session = Session(config, images, make_execution(ExecutionConfig(device=device, precision=precision)), view)
+    session = Session(config, images, make_execution(ExecutionConfig(device=device, precision=precision)), reporter)
     files = find_all_weights(requests, weights_dir, show_downloads)
     for requested, file in zip(requests, files, strict=True):
         load_network(requested, file)  # so that what can't be loaded is known before anything is computed
     entries = [session.entry(requested, file) for requested, file in zip(requests, files, strict=True)]
-    experiment_id = open_experiment(experiment, view.remark)
+    experiment_id = open_experiment(experiment, reporter.message)
     try:
         ending = _evaluate(session, entries, experiment_id, fresh)
         if ending.ranking is None:
@@ -100,7 +98,7 @@ def _evaluate(session: Session, entries: Sequence[Entry], experiment_id: str, fr
     if left is None and finished is not None and len(runs) == len(entries):
         parent = TrackedRun(finished.run_id, experiment_id)
         point_adopted_run_to(parent)
-        session.view.remark("Finished before, with the same weights, images and code; --fresh repeats it.")
+        session.reporter.message("Finished before, with the same weights, images and code; --fresh repeats it.")
         return Ending(parent, _rank(session.images, runs, parent), {})
 
     parent = (
@@ -109,7 +107,7 @@ def _evaluate(session: Session, entries: Sequence[Entry], experiment_id: str, fr
         else _taken_over(left, experiment_id)
     )
     point_adopted_run_to(parent)
-    session.view.remark(run_address(parent.run_id, parent.experiment_id))
+    session.reporter.message(run_address(parent.run_id, parent.experiment_id))
     with working_on(parent):
         failed = _evaluate_all(session, entries, parent, runs)
         ranking = _rank(session.images, {label: runs[label] for label in labels if label in runs}, parent)
@@ -131,7 +129,7 @@ def _evaluate_all(
     for entry in entries:
         label = entry.requested.label
         if label in runs:
-            session.view.remark(f"{label} was evaluated before, with the same weights, images and code.")
+            session.reporter.message(f"{label} was evaluated before, with the same weights, images and code.")
             continue
         try:
             runs[label] = evaluate_one(session, entry, parent)
@@ -161,11 +159,11 @@ def _taken_over(left: RunRecord, experiment_id: str) -> TrackedRun:
 def _new_parent(
     session: Session, identity: Identity, labels: Sequence[str], experiment_id: str, fresh: bool
 ) -> TrackedRun:
-    tags = run_tags(identity, session) | {"effv2.variant": ",".join(labels), COMMAND: provenance.command()}
+    tags = run_tags(identity, session) | {VARIANT: ",".join(labels), COMMAND: provenance.command()}
     tags |= {FRESH: "true"} if fresh else {}
-    name = f"{STUDY} {session.images.name}: {', '.join(labels)}"[:LONGEST_NAME]
+    name = f"{KIND} {session.images.name}: {', '.join(labels)}"[:LONGEST_NAME]
     parent = open_parent(name, experiment_id, tags)
-    parent.log_params(session.config.flat() | {"study.kind": STUDY, "study.models": ",".join(labels)})
+    parent.log_params(session.config.flat() | {"study.kind": KIND, "study.models": ",".join(labels)})
     parent.log_git(provenance.git_state())
     return parent
 

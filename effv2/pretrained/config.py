@@ -6,7 +6,7 @@ from typing import Any, Literal
 
 from pydantic import Field
 
-from effv2.config import Device, Group, Precision
+from effv2.config.schema import Device, Group, Precision
 
 
 class ImagesConfig(Group):

@@ -8,20 +8,21 @@ import json
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import torch
 import torchvision
 
-from effv2 import provenance
 from effv2.architecture import count_parameters, gflops_of
+from effv2.core import provenance
+from effv2.core.errors import RunError
+from effv2.core.processes import this_process
+from effv2.core.reporter import Reporter
+from effv2.core.resources import is_out_of_memory
 from effv2.data.cache import Decoded, decode
-from effv2.errors import RunError
 from effv2.evidence.run_artifacts import Predictions, write_predictions
 from effv2.execution.device import Execution
-from effv2.exhaustion import is_out_of_memory
-from effv2.liveness import this_process
 from effv2.pretrained.config import PretrainedConfig
 from effv2.pretrained.imagenet import class_names
 from effv2.pretrained.images import TEST, EvaluationImages
@@ -37,25 +38,12 @@ from effv2.pretrained.measure import (
 from effv2.pretrained.ranking import FULL_BATCH, ONE_IMAGE
 from effv2.pretrained.weights import Requested, WeightsFile, load_network
 from effv2.serving.export import OTHER, ServedNetwork, as_base64, write_served
-from effv2.tracking.entries import PROCESS
 from effv2.tracking.read import Identity
 from effv2.tracking.run import TrackedRun, start_run
+from effv2.tracking.tags import PROCESS, SEED, STUDY, VARIANT
 
-STUDY = "evaluate-pretrained"
+KIND = "evaluate-pretrained"
 FULL_BATCH_IMAGES = 128
-
-
-class View(Protocol):
-    """What an evaluation tells whoever watches."""
-
-    def decoding(self, done: int, total: int) -> None:
-        """Report decoded images."""
-
-    def evaluating(self, name: str, done: int, total: int) -> None:
-        """Report evaluated images of a network."""
-
-    def remark(self, text: str) -> None:
-        """Say something once."""
 
 
 @dataclass(frozen=True)
@@ -76,11 +64,11 @@ class Session:
     config: PretrainedConfig
     images: EvaluationImages
     execution: Execution
-    view: View
+    reporter: Reporter
 
     def entry(self, requested: Requested, file: WeightsFile) -> Entry:
         """Decode the images as the weights want them, and name what decides the figures."""
-        decoded = decode(self.images.part.images, requested.preparation, self.view.decoding)
+        decoded = decode(self.images.part.images, requested.preparation, self.reporter.decoding)
         batch = batch_size(self.config.execution.batch_size, requested.preparation.size, self.execution)
         deciding = {
             "network": requested.network,
@@ -101,9 +89,9 @@ class Session:
 def evaluate_one(session: Session, entry: Entry, parent: TrackedRun) -> str:
     """Evaluate a network in a run of its own; return the run's id."""
     requested, images = entry.requested, session.images
-    tags = run_tags(entry.identity, session) | {"effv2.variant": requested.network}
-    remark = session.view.remark
-    with start_run(requested.label, parent.experiment_id, tags, parent=parent.run_id, remark=remark) as run:
+    tags = run_tags(entry.identity, session) | {VARIANT: requested.network}
+    message = session.reporter.message
+    with start_run(requested.label, parent.experiment_id, tags, parent=parent.run_id, message=message) as run:
         run.log_params(session.config.flat() | _params(entry))
         run.log_git(provenance.git_state())
         digest = entry.identity.data_digest
@@ -175,7 +163,7 @@ def _evaluate(session: Session, entry: Entry, network: Network) -> tuple[torch.T
     def advance(more: int) -> None:
         nonlocal done
         done += more
-        session.view.evaluating(entry.requested.label, done, len(pixels))
+        session.reporter.evaluating(entry.requested.label, done, len(pixels))
 
     advance(0)
     logits, rate = all_logits(network, pixels, entry.batch, advance)
@@ -196,7 +184,7 @@ def _latencies(session: Session, entry: Entry, network: Network) -> dict[str, fl
         except RuntimeError as error:  # torch's of memory among them, on CPUs a plain one
             if not is_out_of_memory(error):
                 raise
-            session.view.remark(f"{entry.requested.label}: no memory to time {images} images at once; left out.")
+            session.reporter.message(f"{entry.requested.label}: no memory to time {images} images at once; left out.")
     return found
 
 
@@ -242,7 +230,7 @@ def right_answers(images: EvaluationImages, run: TrackedRun) -> np.ndarray:
 def run_tags(identity: Identity, session: Session) -> dict[str, str]:
     """Return the tags of every run of a comparison."""
     machine = {f"effv2.machine.{name}": value for name, value in provenance.machine().items()}
-    own = {"effv2.study": STUDY, "effv2.seed": str(session.config.data.seed), PROCESS: this_process()}
+    own = {STUDY: KIND, SEED: str(session.config.data.seed), PROCESS: this_process()}
     return identity.tags() | own | machine
 
 

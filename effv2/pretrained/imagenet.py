@@ -15,8 +15,8 @@ from pathlib import PurePath
 
 import numpy as np
 
+from effv2.core.errors import InputError, close_names
 from effv2.data.images import Labels
-from effv2.errors import InputError, close_names
 
 
 class Origin(Enum):

@@ -8,13 +8,13 @@ from typing import Any
 
 import numpy as np
 
-from effv2.config import DataConfig
+from effv2.config.schema import DataConfig
+from effv2.core.randomness import stream_seed
 from effv2.data.images import Labels, Part
 from effv2.data.sources import open_source
 from effv2.data.splits import Positions, sample_per_class
 from effv2.pretrained.config import ImagesConfig
 from effv2.pretrained.imagenet import Origin, class_names, origin, outputs_of
-from effv2.randomness import stream_seed
 
 TEST = "eval"  # the set of all test images; the others are named by their origin
 

@@ -12,9 +12,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from effv2.core.errors import RunError
 from effv2.data.batches import normalised
 from effv2.data.images import Labels
-from effv2.errors import RunError
 from effv2.evidence.statistics import calibration_error
 from effv2.execution.device import Execution
 from effv2.execution.folding import fold_batch_norm

@@ -11,15 +11,16 @@ from optuna.study import StudyDirection
 from optuna.study._frozen import FrozenStudy
 from optuna.trial import TrialState
 
-from effv2 import provenance
-from effv2.errors import InputError, RunError
+from effv2.config.options import StudyOptions
+from effv2.core import provenance
+from effv2.core.errors import InputError, RunError
+from effv2.core.reporter import Reporter
 from effv2.evidence.comparison import Rows
 from effv2.evidence.publication import report_on_study
-from effv2.studies.options import StudyOptions
 from effv2.studies.plan import LoadData, Plan, Trials, digest, run_ids
+from effv2.studies.progress import progress_of
 from effv2.studies.queue import ERROR, RUN, Queue
 from effv2.studies.session import Session
-from effv2.studies.standing import View, standing_of
 from effv2.studies.storage import DATABASE_ERRORS, OUTAGE_SECONDS, Storage, open_storage, patient, why
 from effv2.studies.supervision import supervise
 from effv2.studies.worker import Worker
@@ -35,7 +36,7 @@ from effv2.tracking.store import (
     tracking_uri,
     wait_until_it_answers,
 )
-from effv2.tracking.tags import COMMAND, PLANNED, as_tags, names_in
+from effv2.tracking.tags import CODE_VERSION, COMMAND, PLANNED, QUEUE, STUDY, as_tags, names_in
 
 FAIL = TrialState.FAIL
 # User attributes of Optuna's study.
@@ -51,29 +52,33 @@ class Ending:
     failed: Mapping[str, str]
 
 
-def run_study(plan: Plan, experiment_id: str, options: StudyOptions, load: LoadData, view: View) -> Ending:
+def run_study(plan: Plan, experiment_id: str, options: StudyOptions, load: LoadData, reporter: Reporter) -> Ending:
     """Run what of the study isn't finished, then publish all of it.
 
     The same call on several machines, with one PostgreSQL storage and one tracking server, shares the work.
     """
     storage = open_storage(options.storage)
     try:
-        session = _open(plan, storage, experiment_id, options, view)
+        session = _open(plan, storage, experiment_id, options, reporter)
         with _given_back(session, storage):
             queue = session.queue(storage)
             if queue.deserted():
                 queue.retry_failed()
                 if repeated := queue.repeat(_lost(queue.trials(), experiment_id)):
-                    view.remark(f"{repeated} finished runs were deleted from the tracking store: they are repeated.")
-            view.study_opened(run_address(session.parent_id, session.experiment_id))
-            view.standing(standing_of(plan, queue.trials()))
+                    reporter.message(
+                        f"{repeated} finished runs were deleted from the tracking store: they are repeated."
+                    )
+            reporter.study_opened(run_address(session.parent_id, session.experiment_id))
+            reporter.study_progress(progress_of(plan, queue.trials()))
             if not queue.unfinished():
-                view.remark(f"All {len(plan.slots)} runs were finished before; --fresh repeats them.")
+                reporter.message(f"All {len(plan.slots)} runs were finished before; --fresh repeats them.")
             elif options.workers == 1:
-                Worker(session, queue, load, view, lambda: view.standing(standing_of(plan, queue.trials()))).work()
+                Worker(
+                    session, queue, load, reporter, lambda: reporter.study_progress(progress_of(plan, queue.trials()))
+                ).work()
             else:
-                supervise(session, queue, options.workers, view)
-            return _publish_after_all(session, queue, load, view)
+                supervise(session, queue, options.workers, reporter)
+            return _publish_after_all(session, queue, load, reporter)
     except TrackingError as error:
         raise RunError(
             f"The tracking store failed ({reason(error)}); mend it and give the same command again."
@@ -82,7 +87,7 @@ def run_study(plan: Plan, experiment_id: str, options: StudyOptions, load: LoadD
         storage.close()
 
 
-def _open(plan: Plan, storage: Storage, experiment_id: str, options: StudyOptions, view: View) -> Session:
+def _open(plan: Plan, storage: Storage, experiment_id: str, options: StudyOptions, reporter: Reporter) -> Session:
     """Open the newest study of this definition that the tracking store has a run of, or create both."""
     purpose = plan.purpose
     definition = plan.definition() | {"experiment": experiment_id}
@@ -96,9 +101,11 @@ def _open(plan: Plan, storage: Storage, experiment_id: str, options: StudyOption
             opened = None if options.fresh else _first_with_run(same)
             if opened is None:
                 if same and not options.fresh:
-                    view.remark(f"The tracking store {shown_uri()} has no run of this study: it begins anew there.")
+                    reporter.message(
+                        f"The tracking store {shown_uri()} has no run of this study: it begins anew there."
+                    )
                 if begun and not same:
-                    view.remark(
+                    reporter.message(
                         f"Not the study {purpose.name} that was begun before: "
                         f"{difference(begun[0].user_attrs[DEFINITION], definition)}. What is the same is not repeated."
                     )
@@ -150,7 +157,7 @@ def _first_with_run(studies: Sequence[FrozenStudy]) -> Opened | None:
 
 def _create(plan: Plan, storage: Storage, name: str, definition: Mapping[str, Any], fresh: bool) -> Opened:
     purpose = plan.purpose
-    tags = {"effv2.study": purpose.name, "effv2.code_version": provenance.code_version(), "effv2.queue": name}
+    tags = {STUDY: purpose.name, CODE_VERSION: provenance.code_version(), QUEUE: name}
     parent: TrackedRun | None = None
     try:
         parent = open_parent(purpose.name, definition["experiment"], tags)
@@ -195,18 +202,18 @@ def _given_back(session: Session, storage: Storage) -> Iterator[None]:
         raise
 
 
-def _publish_after_all(session: Session, queue: Queue, load: LoadData, view: View) -> Ending:
+def _publish_after_all(session: Session, queue: Queue, load: LoadData, reporter: Reporter) -> Ending:
     """Publish the study; once more where the tracking store fails for a while."""
     try:
-        return _publish(session, queue, load, view)
+        return _publish(session, queue, load, reporter)
     except TrackingError as error:
         if not may_pass(error) or not wait_until_it_answers(OUTAGE_SECONDS):
             raise
-        return _publish(session, queue, load, view)
+        return _publish(session, queue, load, reporter)
 
 
 @patient
-def _publish(session: Session, queue: Queue, load: LoadData, view: View) -> Ending:
+def _publish(session: Session, queue: Queue, load: LoadData, reporter: Reporter) -> Ending:
     """Publish the study unless another process just did, and end its run unless others go on with it."""
     storage, plan = queue.storage, session.plan
     with storage.lock(f"publish {session.study}"):
@@ -222,7 +229,7 @@ def _publish(session: Session, queue: Queue, load: LoadData, view: View) -> Endi
             if session.log_model == "all":
                 without = [each for each in run_ids(trials).values() if not TrackedRun(each, "").model_address()]
                 if without:
-                    view.remark(
+                    reporter.message(
                         f"{len(without)} runs were finished before without a model; --fresh repeats them with it."
                     )
         failed = {slot: str(trial.user_attrs.get(ERROR)) for slot, trial in trials.items() if trial.state == FAIL}

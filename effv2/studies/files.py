@@ -15,12 +15,12 @@ from pydantic import BaseModel, ConfigDict, Field, field_validator, model_valida
 
 import effv2
 from effv2.architecture import PUBLISHED_VARIANTS
-from effv2.config import TrainConfig
-from effv2.documents import Document, Place, dotted, read_document, validate
-from effv2.errors import InputError, nearest
-from effv2.places import expanded
-from effv2.studies.options import SHORT_EPOCHS
-from effv2.studies.settings import Layer, build_config, document_layer
+from effv2.config.documents import Document, Place, dotted, read_document, validate
+from effv2.config.layers import Layer, build_config, document_layer
+from effv2.config.options import SHORT_EPOCHS
+from effv2.config.schema import TrainConfig
+from effv2.core.errors import InputError, nearest
+from effv2.core.paths import expanded
 
 DEFAULT_TRIALS = 12
 SEARCHABLE = ("augment", "model", "optimiser")  # trials share everything else: data, length, machine

@@ -11,20 +11,21 @@ from typing import Any
 
 import optuna
 
-from effv2 import provenance
-from effv2.config import TrainConfig
-from effv2.errors import InputError
+from effv2.config.layers import Layer
+from effv2.config.options import LogModel
+from effv2.config.schema import TrainConfig
+from effv2.core import provenance
+from effv2.core.errors import InputError
+from effv2.core.reporter import Message
 from effv2.evidence.comparison import Comparison, Rows
 from effv2.evidence.publication import where_to_look
 from effv2.evidence.quantities import HISTORIES
-from effv2.execution.resolve import Remark, place, resolve_study
-from effv2.experiment.outcome import restore
-from effv2.experiment.run import check
+from effv2.execution.resolve import place, resolve_study
+from effv2.run.outcome import restore
+from effv2.run.run import check
 from effv2.studies.files import Study
-from effv2.studies.options import LogModel
 from effv2.studies.plan import LoadData, PlannedRun, Purpose, Trials, best_of, discard_weights, run_ids
 from effv2.studies.queue import RUN
-from effv2.studies.settings import Layer
 from effv2.tracking.read import read_runs
 from effv2.tracking.run import TrackedRun
 
@@ -114,7 +115,7 @@ def make_grid(
     *,
     seeds: Sequence[int],
     load: LoadData,
-    remark: Remark,
+    message: Message,
 ) -> Grid:
     """Load every data set and check it, so that nothing wrong is found half-way, then resolve `auto`.
 
@@ -125,7 +126,7 @@ def make_grid(
         check(config, load(config.data))
     if len({config.evaluation.test_set for config in asked}) > 1:
         raise InputError("evaluation.test_set: true in some arms and false in others; give all arms the same.")
-    arms = dict(zip(study.arms, resolve_study(asked, remark), strict=True))
+    arms = dict(zip(study.arms, resolve_study(asked, message), strict=True))
     data = {name: load(config.data).digest() for name, config in arms.items()}
     every = seeds or study.seeds
     wanted = [(arm, seed) for seed in every for arm in chosen] or [(arm, arms[arm].random.seed) for arm in chosen]

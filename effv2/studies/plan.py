@@ -11,12 +11,12 @@ from typing import Any, Protocol
 import optuna
 from optuna.trial import FrozenTrial, TrialState
 
-from effv2.config import DataConfig, TrainConfig
+from effv2.config.options import LogModel
+from effv2.config.schema import DataConfig, TrainConfig
 from effv2.data.cache import Progress
 from effv2.data.dataset import Dataset, load_dataset
 from effv2.evidence.comparison import Rows
-from effv2.experiment.outcome import WEIGHTS
-from effv2.studies.options import LogModel
+from effv2.run.outcome import WEIGHTS
 from effv2.studies.queue import RUN
 from effv2.tracking.read import read_runs
 from effv2.tracking.run import TrackedRun

@@ -20,8 +20,8 @@ import optuna
 from optuna.exceptions import UpdateFinishedTrialError
 from optuna.trial import FrozenTrial, TrialState
 
-from effv2.errors import Abandoned
-from effv2.liveness import is_gone, this_process
+from effv2.core.errors import Abandoned
+from effv2.core.processes import is_gone, this_process
 from effv2.studies.storage import DATABASE_ERRORS, GRACE_SECONDS, HEARTBEAT_SECONDS, HURRY_SECONDS, Storage, patient
 
 T = TypeVar("T")

@@ -16,25 +16,26 @@ import optuna
 from matplotlib import pyplot
 from optuna.visualization import matplotlib as plots
 
-from effv2 import provenance
-from effv2.config import TrainConfig, field_of
-from effv2.documents import dotted
-from effv2.errors import InputError
+from effv2.config.documents import dotted
+from effv2.config.layers import Layer, build_config
+from effv2.config.options import LogModel
+from effv2.config.schema import TrainConfig, field_of
+from effv2.core import provenance
+from effv2.core.errors import InputError
+from effv2.core.randomness import stream_seed
+from effv2.core.reporter import Message
 from effv2.evidence.comparison import Rows, markdown_table
 from effv2.evidence.publication import where_to_look
 from effv2.evidence.run_artifacts import write_csv
-from effv2.execution.resolve import Remark, place, resolve
-from effv2.experiment.outcome import restore, score_on_test
-from effv2.experiment.records import study_text
-from effv2.experiment.run import check
-from effv2.randomness import stream_seed
+from effv2.execution.resolve import place, resolve
+from effv2.run.outcome import restore, score_on_test
+from effv2.run.records import study_text
+from effv2.run.run import check
 from effv2.studies.files import SearchFile, Study
-from effv2.studies.options import LogModel
 from effv2.studies.plan import LoadData, PlannedRun, Purpose, Trials, best_of, discard_weights
 from effv2.studies.queue import RUN
-from effv2.studies.settings import Layer, build_config
 from effv2.tracking.run import TrackedRun
-from effv2.tracking.tags import LOOKS
+from effv2.tracking.tags import BEST_RUN, LOOKS
 
 RANDOM_TRIALS = 10  # before TPE has anything to go by
 SHOWN_TRIALS = 5
@@ -161,7 +162,7 @@ class Search:
             if wants_model:
                 outcome.log_model()
         looks = list(dict.fromkeys([*filter(None, parent.tags().get(LOOKS, "").split(",")), run.run_id]))
-        parent.set_tags({"effv2.best_run": run.run_id, LOOKS: ",".join(looks)})
+        parent.set_tags({BEST_RUN: run.run_id, LOOKS: ",".join(looks)})
         parent.log_metrics({VALIDATION: known[VALIDATION], TEST: known[TEST]})
         return looks
 
@@ -203,7 +204,7 @@ def _draw(trials: Trials, folder: Path) -> None:
             pyplot.close(figure)
 
 
-def make_search(study: Study, options: Layer, trials: int, load: LoadData, remark: Remark) -> Search:
+def make_search(study: Study, options: Layer, trials: int, load: LoadData, message: Message) -> Search:
     """Load the data, check that it can be searched on, resolve `auto`; `trials` 0 leaves their number as it is."""
     if study.arms or study.seeds:
         raise InputError(
@@ -216,7 +217,7 @@ def make_search(study: Study, options: Layer, trials: int, load: LoadData, remar
             "data.validation_fraction 0: a search is judged on a validation split; give it a share, as 0.1."
         )
     check(config, dataset)
-    config = resolve(config, remark)
+    config = resolve(config, message)
     purpose = Purpose("search", study.name, study.description, study.retries)
     ranges = study.search or SearchFile()
     ranges = ranges.model_copy(update={"trials": trials or ranges.trials})

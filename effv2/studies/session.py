@@ -5,7 +5,7 @@ from __future__ import annotations
 from contextlib import suppress
 from dataclasses import dataclass
 
-from effv2.studies.options import LogModel
+from effv2.config.options import LogModel
 from effv2.studies.plan import Plan
 from effv2.studies.queue import Queue
 from effv2.studies.storage import Storage, StorageAway, hurry, patient

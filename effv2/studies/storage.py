@@ -29,8 +29,8 @@ from sqlalchemy.exc import (
     SQLAlchemyError,
 )
 
-from effv2.errors import InputError, RunError
-from effv2.provenance import without_password
+from effv2.core.errors import InputError, RunError
+from effv2.core.provenance import without_password
 from effv2.tracking.store import reason
 
 HEARTBEAT_SECONDS = 10

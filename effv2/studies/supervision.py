@@ -12,10 +12,11 @@ from multiprocessing.context import SpawnProcess
 
 import torch
 
-from effv2.errors import RunError
+from effv2.core.errors import RunError
+from effv2.core.reporter import Reporter
+from effv2.studies.progress import progress_of
 from effv2.studies.queue import Queue
 from effv2.studies.session import Session
-from effv2.studies.standing import View, standing_of
 from effv2.studies.worker import AWAY, worker_process
 
 WATCH_SECONDS = 0.5
@@ -23,7 +24,7 @@ MOST_IN_VAIN = 3  # ends of workers, for each of them, in which no run was finis
 ENDING_SECONDS = 60  # so long workers may take to end once they were told
 
 
-def supervise(session: Session, queue: Queue, workers: int, view: View) -> None:
+def supervise(session: Session, queue: Queue, workers: int, reporter: Reporter) -> None:
     """Start worker processes and watch until all wanted trials are finished; replace those that end before."""
     context = multiprocessing.get_context("spawn")
     threads = max(1, torch.get_num_threads() // workers)
@@ -39,7 +40,7 @@ def supervise(session: Session, queue: Queue, workers: int, view: View) -> None:
     try:
         processes += map(start, range(workers))
         while unfinished := queue.unfinished():
-            view.standing(standing_of(session.plan, queue.trials()))
+            reporter.study_progress(progress_of(session.plan, queue.trials()))
             if len(session.plan.slots) - len(unfinished) > finished:
                 finished, in_vain = len(session.plan.slots) - len(unfinished), 0
             for index, process in enumerate(processes):
@@ -51,12 +52,12 @@ def supervise(session: Session, queue: Queue, workers: int, view: View) -> None:
                     in_vain += 1
                     if in_vain > MOST_IN_VAIN * workers:
                         raise RunError("Workers end before they finish a run; see above why, then go on.")
-                    view.remark("A worker has ended too early; another one takes its place.")
+                    reporter.message("A worker has ended too early; another one takes its place.")
                     processes[index] = start(index)
             time.sleep(WATCH_SECONDS)
     finally:
         _stop(processes)
-    view.standing(standing_of(session.plan, queue.trials()))
+    reporter.study_progress(progress_of(session.plan, queue.trials()))
 
 
 def _stop(processes: list[SpawnProcess]) -> None:

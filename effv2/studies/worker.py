@@ -19,13 +19,14 @@ from typing import Literal
 import torch
 from optuna.trial import TrialState
 
-from effv2.errors import Abandoned, Diverged, RunError, Terminated, going_on
+from effv2.core.errors import Abandoned, Diverged, RunError, Terminated, going_on
+from effv2.core.reporter import Reporter
+from effv2.core.signals import ending_signals
 from effv2.execution.allocator import tune_allocator
-from effv2.experiment.labels import Labels, identity
-from effv2.experiment.outcome import reached
-from effv2.experiment.run import discard_checkpoints, run_experiment
-from effv2.experiment.watching import Display, Observer
-from effv2.signals import ending_signals
+from effv2.run.labels import Labels, identity
+from effv2.run.outcome import reached
+from effv2.run.run import discard_checkpoints, run_experiment
+from effv2.run.watching import Observer
 from effv2.studies.plan import LoadData, LoadedData, best_of
 from effv2.studies.queue import RUN, Claim, Queue
 from effv2.studies.session import Session
@@ -34,7 +35,7 @@ from effv2.tracking.entries import may_pass
 from effv2.tracking.outbox import TrackingAway
 from effv2.tracking.read import Identity, RunRecord, find_finished, read_runs
 from effv2.tracking.recovery import is_busy, send
-from effv2.tracking.run import OUTCOME, TrackedRun, find_run
+from effv2.tracking.run import TrackedRun, find_run
 from effv2.tracking.store import (
     WAIT_SECONDS,
     answers,
@@ -43,6 +44,7 @@ from effv2.tracking.store import (
     use_store,
     wait_until_it_answers,
 )
+from effv2.tracking.tags import OUTCOME
 from effv2.training.loop import EpochResult
 from effv2.training.state import watched_accuracy
 
@@ -52,20 +54,11 @@ MOST_SETBACKS = 5  # so often a trial is given back because the tracking store f
 ORPHAN_SECONDS = 60  # so long a worker may take to end after the process that started it
 
 
-class SilentDisplay:
-    """Shows nothing: what a worker process does is seen through the storage."""
+class WorkerReporter(Reporter):
+    """Says what must be known, and nothing else: what a worker process does is seen through the storage."""
 
-    def run_started(self, name: str, epochs: int) -> None:
-        """Show nothing."""
-
-    def step(self, step: int, steps: int) -> None:
-        """Show nothing."""
-
-    def epoch(self, result: EpochResult) -> None:
-        """Show nothing."""
-
-    def remark(self, text: str) -> None:
-        """Say it past the display of the process that started this one."""
+    def message(self, text: str) -> None:
+        """Say it past the progress of the process that started this one."""
         print(text, file=sys.stderr)
 
 
@@ -114,7 +107,7 @@ class Worker:
     session: Session
     queue: Queue
     load: LoadData
-    display: Display
+    reporter: Reporter
     changed: Callable[[], None]
     _setbacks: Counter[str] = field(default_factory=Counter)
 
@@ -156,7 +149,7 @@ class Worker:
         if not may_pass(error) or self._setbacks[claim.slot] == MOST_SETBACKS:
             return False
         self._setbacks[claim.slot] += 1
-        self.display.remark(f"The tracking store failed ({reason(error)}); the run goes on when it answers.")
+        self.reporter.message(f"The tracking store failed ({reason(error)}); the run goes on when it answers.")
         time.sleep(WAIT_SECONDS * self._setbacks[claim.slot])
         return True
 
@@ -198,7 +191,7 @@ class Worker:
                 planned.config,
                 dataset,
                 labels,
-                self.display,
+                self.reporter,
                 log_model,
                 saving=session.saving,
                 observer=observer,
@@ -232,7 +225,7 @@ class Worker:
         """
         session = self.session
         if claim.previous_run:
-            send(claim.previous_run, self.display.remark)
+            send(claim.previous_run, self.reporter.message)
         there = find_run(claim.previous_run) if claim.previous_run else None
         for record in read_runs([there.run_id] if there else [], []):
             complete = TrackedRun(record.run_id, session.experiment_id).end_left_open()
@@ -256,7 +249,7 @@ def worker_process(session: Session, threads: int) -> None:
             _end_with_parent()
             storage = reopen_storage(session.storage_url)
             queue = session.queue(storage)
-            Worker(session, queue, LoadedData(lambda done, total: None), SilentDisplay(), lambda: None).work()
+            Worker(session, queue, LoadedData(lambda done, total: None), WorkerReporter(), lambda: None).work()
         except (KeyboardInterrupt, Terminated):
             _leave(session, storage)
             sys.exit(1)

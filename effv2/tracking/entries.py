@@ -18,11 +18,10 @@ from mlflow.exceptions import MlflowException
 from mlflow.store.artifact.artifact_repository_registry import get_artifact_repository
 
 from effv2.serving import image_classifier_path
-from effv2.tracking.tags import LONGEST_TAG
+from effv2.tracking.tags import DATA_CONTEXT, LONGEST_TAG
 
 VALUES = ("params", "metrics", "tags")  # kinds of which MLflow takes many in one call
 MOST_IN_A_CALL = {"params": 100, "metrics": 900, "tags": 100}  # the server refuses more
-PROCESS = "effv2.process"  # tag: the process that works on the run
 REFUSALS = ("INVALID_PARAMETER_VALUE", "BAD_REQUEST")
 REFUSING_STATUS = (400, 413, 422)
 NO_ACCESS = ("PERMISSION_DENIED", "UNAUTHENTICATED")
@@ -146,7 +145,7 @@ def _deliver_one(run_id: str, entry: Entry, again: bool) -> None:
     elif entry.kind == "dataset":
         names = ("name", "digest", "source", "profile")
         dataset = Dataset(source_type="local", **{name: content[name] for name in names})
-        client.log_inputs(run_id, [DatasetInput(dataset, [InputTag("mlflow.data.context", content["context"])])])
+        client.log_inputs(run_id, [DatasetInput(dataset, [InputTag(DATA_CONTEXT, content["context"])])])
     elif entry.kind == "artifacts" and entry.folder is not None:
         client.log_artifacts(run_id, str(entry.folder), content.get("place") or None)
     elif entry.kind == "discard":

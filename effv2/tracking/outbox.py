@@ -7,13 +7,14 @@ from __future__ import annotations
 
 import threading
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import suppress
 from itertools import islice
 
-from effv2.errors import RunError
-from effv2.liveness import this_process
-from effv2.places import outbox_folder
+from effv2.core.errors import RunError
+from effv2.core.paths import outbox_folder
+from effv2.core.processes import this_process
+from effv2.core.reporter import Message
 from effv2.tracking.entries import Entry, deliver, is_refusal
 from effv2.tracking.journal import Busy, Journal
 from effv2.tracking.store import WAIT_SECONDS, answers, reason, shown_uri, store_name
@@ -23,7 +24,6 @@ MOST_AT_ONCE = 200  # entries
 LAST_CALL = 1.0  # seconds that the call in progress has to come to an end
 LONGEST_WAIT = 15.0  # seconds between two attempts
 REFUSED = ".refused"  # suffix of a journal of which the store refused something
-Remark = Callable[[str], None]
 
 
 class TrackingAway(RunError):
@@ -37,8 +37,8 @@ class Outbox:
     process began the run. `put` raises RunError where the store has refused an entry for good.
     """
 
-    def __init__(self, run_id: str, remark: Remark, patience: float, continues: bool = False) -> None:
-        self.run_id, self.patience, self._remark = run_id, patience, remark
+    def __init__(self, run_id: str, message: Message, patience: float, continues: bool = False) -> None:
+        self.run_id, self.patience, self._remark = run_id, patience, message
         self.folder = outbox_folder() / run_id
         self._waiting: deque[Entry] = deque()
         self._only_in_memory = 0  # how many of those, the last ones, the disk had no room for

@@ -15,10 +15,8 @@ from mlflow.entities import Run
 from mlflow.exceptions import MlflowException
 
 from effv2.tracking.entries import is_missing
-from effv2.tracking.run import OUTCOME
-from effv2.tracking.tags import lent_in
+from effv2.tracking.tags import CONFIG_HASH, DATA_CONTEXT, OUTCOME, PARENT, lent_in
 
-PARENT = "mlflow.parentRunId"
 READERS = 8  # histories that are asked for at once: a server answers each in milliseconds, but after a while
 
 
@@ -93,7 +91,7 @@ def find_ended_early(identity: Identity, experiment_id: str, done: RunRecord | N
 def find_outdated(identity: Identity, experiment_id: str) -> tuple[str, str] | None:
     """Return the last run that ended early with this configuration but other data or code, and how it differs."""
     tags = identity.tags()
-    same = {"effv2.config_hash": tags["effv2.config_hash"]}
+    same = {CONFIG_HASH: tags[CONFIG_HASH]}
     for run in _find(same, experiment_id, "attributes.status != 'FINISHED'"):
         differing = [name for name, value in tags.items() if run.data.tags.get(name) != value]
         if run.info.status in ("FAILED", "KILLED") and differing and PARENT not in run.data.tags:
@@ -215,7 +213,7 @@ def _record(run: Run, history: dict[str, dict[int, float]]) -> RunRecord:
 
 def _images(run: Run) -> Iterable[tuple[str, Images]]:
     for logged in run.inputs.dataset_inputs if run.inputs else ():
-        context = next((tag.value for tag in logged.tags if tag.key == "mlflow.data.context"), "")
+        context = next((tag.value for tag in logged.tags if tag.key == DATA_CONTEXT), "")
         about, digest = logged.dataset, logged.dataset.digest
         try:
             profile = json.loads(about.profile or "{}")

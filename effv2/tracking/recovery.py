@@ -8,13 +8,15 @@ from typing import Literal
 
 import mlflow
 
-from effv2.liveness import is_gone
-from effv2.places import outbox_folder
-from effv2.tracking.entries import PROCESS, Entry, deliver, is_missing, is_refusal
+from effv2.core.paths import outbox_folder
+from effv2.core.processes import is_gone
+from effv2.core.reporter import Message
+from effv2.tracking.entries import Entry, deliver, is_missing, is_refusal
 from effv2.tracking.journal import Journal
-from effv2.tracking.outbox import MOST_AT_ONCE, REFUSED, Remark
+from effv2.tracking.outbox import MOST_AT_ONCE, REFUSED
 from effv2.tracking.run import TrackedRun
 from effv2.tracking.store import TRACKING_ERRORS, TrackingError, open_store, reason, store_name
+from effv2.tracking.tags import PROCESS
 
 
 @dataclass(frozen=True)
@@ -25,10 +27,10 @@ class Sending:
     store: str = ""  # that it waits for, where that isn't the one in use
 
 
-def open_experiment(experiment: str, remark: Remark, create: bool = True) -> str:
+def open_experiment(experiment: str, message: Message, create: bool = True) -> str:
     """Open the tracking store as `open_store` does, after which nothing is left in it by dead processes."""
     experiment_id = open_store(experiment, create)
-    send_all(remark)
+    send_all(message)
     for run in mlflow.MlflowClient().search_runs([experiment_id], "attributes.status = 'RUNNING'"):
         if is_gone(run.data.tags.get(PROCESS, "")):
             with suppress(*TRACKING_ERRORS):  # what matters more will fail next, and say so
@@ -42,12 +44,12 @@ def left() -> list[str]:
     return sorted(path.parent.name for path in found if path.parent.suffix != REFUSED)
 
 
-def send_all(remark: Remark) -> list[Sending]:
+def send_all(message: Message) -> list[Sending]:
     """Send what dead processes on this machine left for the tracking store in use."""
-    return [send(run_id, remark) for run_id in left()]
+    return [send(run_id, message) for run_id in left()]
 
 
-def send(run_id: str, remark: Remark) -> Sending:
+def send(run_id: str, message: Message) -> Sending:
     """Send the journal that a dead process left of a run, and end the run, which nobody works on, if it is open."""
     folder = outbox_folder() / run_id
     if not (folder / "journal").exists():
@@ -67,16 +69,18 @@ def send(run_id: str, remark: Remark) -> Sending:
             journal.close()
             raise
     except Exception as error:  # one journal must not keep commands from their work
-        remark(f"What the run {run_id} had logged can't be sent ({reason(error)}); it stays in {folder}.")
+        message(f"What the run {run_id} had logged can't be sent ({reason(error)}); it stays in {folder}.")
         return Sending("waits")
     if refusal is not None:
         aside = journal.put_aside(REFUSED)
-        remark(f"The tracking store refused some of what the run {run_id} had logged ({reason(refusal)}): see {aside}.")
+        message(
+            f"The tracking store refused some of what the run {run_id} had logged ({reason(refusal)}): see {aside}."
+        )
         return Sending("refused")
     journal.remove()
-    remark(f"Sent what the run {run_id} had logged before its process ended.")
+    message(f"Sent what the run {run_id} had logged before its process ended.")
     if damaged:
-        remark(f"{damaged} of its entries were damaged on the disk and are left out.")
+        message(f"{damaged} of its entries were damaged on the disk and are left out.")
     return Sending("sent")
 
 

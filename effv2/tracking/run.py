@@ -18,16 +18,27 @@ from mlflow.exceptions import MlflowException
 from mlflow.tracking.context.registry import resolve_tags
 from mlflow.tracking.fluent import _active_run_stack, run_id_to_system_metrics_monitor
 
-from effv2.errors import Abandoned, RunError, Terminated
-from effv2.liveness import this_process
-from effv2.provenance import GitState
+from effv2.core.errors import Abandoned, RunError, Terminated
+from effv2.core.processes import this_process
+from effv2.core.provenance import GitState
 from effv2.tracking import entries
-from effv2.tracking.entries import PROCESS, Entry, deliver, is_missing
+from effv2.tracking.entries import Entry, deliver, is_missing
 from effv2.tracking.outbox import PATIENCE, Outbox, TrackingAway
 from effv2.tracking.store import TRACKING_ERRORS, impatient, shown_uri
-from effv2.tracking.tags import LONGEST_TAG, NOTE, REPORT
+from effv2.tracking.tags import (
+    CONTINUES,
+    ERROR,
+    GIT_COMMIT,
+    GIT_DIRTY,
+    LONGEST_TAG,
+    NOTE,
+    OUTCOME,
+    PID,
+    PROCESS,
+    REPORT,
+    RUN_NAME,
+)
 
-OUTCOME = "effv2.outcome"  # tag: complete, pruned or failed
 EARLY_PATIENCE = 3.0  # seconds that a run which ends early waits for the store
 GENERATED_NAME = re.compile(r"[a-z]+-[a-z]+-\d+")  # what MLflow calls a run that nobody named
 
@@ -78,7 +89,7 @@ class TrackedRun:
         """Record commit and dirty flag as tags, the uncommitted changes as an artifact."""
         if state is None:
             return
-        self.set_tags({"effv2.git_commit": state.commit, "effv2.git_dirty": str(state.dirty).lower()})
+        self.set_tags({GIT_COMMIT: state.commit, GIT_DIRTY: str(state.dirty).lower()})
         if state.dirty:
             self.log_text(state.diff, "source/uncommitted.diff")
 
@@ -204,7 +215,7 @@ def start_run(
     *,
     parent: str = "",
     continues: str = "",
-    remark: Callable[[str], None],
+    message: Callable[[str], None],
     patience: float = PATIENCE,
 ) -> Iterator[TrackedRun]:
     """Open a run, a child of `parent` where that is given, and end it FINISHED, FAILED or KILLED.
@@ -214,7 +225,7 @@ def start_run(
     TrackingAway is raised. RunError if the store refuses something for good.
     """
     outer = mlflow.active_run()
-    outbox = Outbox(continues, remark, patience, continues=True) if continues else None  # refuses a run in use
+    outbox = Outbox(continues, message, patience, continues=True) if continues else None  # refuses a run in use
     run: TrackedRun | None = None
     try:
         if continues:
@@ -227,9 +238,9 @@ def start_run(
             _name_adopted(active.info, name)
         else:
             active = mlflow.start_run(experiment_id=experiment_id, run_name=name)
-        outbox = outbox or Outbox(active.info.run_id, remark, patience)
+        outbox = outbox or Outbox(active.info.run_id, message, patience)
         run = TrackedRun(active.info.run_id, active.info.experiment_id, outbox)
-        run.set_tags(dict(tags) | {"effv2.pid": str(os.getpid()), PROCESS: this_process()})
+        run.set_tags(dict(tags) | {PID: str(os.getpid()), PROCESS: this_process()})
         yield run
         delivered = outbox.wait(patience)
     except BaseException as error:
@@ -255,7 +266,7 @@ def _end(outbox: Outbox | None, status: str, error: BaseException | None, patien
         if outbox is None:
             _set_terminated(run_id, status)
             return
-        said = entries.tags({"effv2.error": f"{type(error).__name__}: {error}", OUTCOME: "failed"})
+        said = entries.tags({ERROR: f"{type(error).__name__}: {error}", OUTCOME: "failed"})
         ended = Entry("status", {"status": status, "end_time": entries.milliseconds()})
         last = [said, ended] if status == "FAILED" else [ended]
         if isinstance(error, Abandoned) and _is_of_another(run_id):
@@ -349,14 +360,14 @@ def point_adopted_run_to(run: TrackedRun) -> None:
     adopted = os.environ.pop("MLFLOW_RUN_ID", "")
     if adopted:
         pointer = TrackedRun(adopted, run.experiment_id)
-        pointer.set_tags({"effv2.continues": run.run_id})
+        pointer.set_tags({CONTINUES: run.run_id})
         pointer.describe(f"This command went on with {run_address(run.run_id, run.experiment_id)}")
 
 
 def _name_adopted(info: RunInfo, name: str) -> None:
     """Name a run that `mlflow run` made, unless the user did."""
     if GENERATED_NAME.fullmatch(info.run_name or ""):
-        mlflow.MlflowClient().set_tag(info.run_id, "mlflow.runName", name)
+        mlflow.MlflowClient().set_tag(info.run_id, RUN_NAME, name)
 
 
 def _opened(outer: mlflow.ActiveRun | None) -> bool:

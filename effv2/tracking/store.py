@@ -21,8 +21,8 @@ from mlflow.utils.file_utils import local_file_uri_to_path
 from sqlalchemy.engine import make_url
 from sqlalchemy.exc import SQLAlchemyError
 
-from effv2.errors import InputError, nearest
-from effv2.provenance import without_password
+from effv2.core.errors import InputError, nearest
+from effv2.core.provenance import without_password
 
 # MLflow's own limits let a dead server block for minutes; a check may be impatient.
 IMPATIENT = {"MLFLOW_HTTP_REQUEST_MAX_RETRIES": "1", "MLFLOW_HTTP_REQUEST_TIMEOUT": "4"}
@@ -144,7 +144,7 @@ def wait_until_it_answers(seconds: float) -> bool:
 
 
 def _quieten() -> None:
-    """Keep MLflow's own lines from running through our display."""
+    """Keep MLflow's own lines from running through our reporter."""
     for name in ("alembic", "mlflow"):
         logging.getLogger(name).setLevel(logging.WARNING)
     logging.getLogger("mlflow.store.db.utils").setLevel(logging.CRITICAL)  # it prints the stack of what we tell

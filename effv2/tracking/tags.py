@@ -1,4 +1,4 @@
-"""Tags that tell a reader of runs what a study is made of."""
+"""The names of all tags that are written or read here, and lists of names kept in tags."""
 
 from __future__ import annotations
 
@@ -6,16 +6,41 @@ import json
 from collections.abc import Iterable, Mapping
 from itertools import count
 
-ARM = "effv2.arm"
-COMMAND = "effv2.command"  # of a study's run, and of a run of its own: the command that made it, as it was given
-PLANNED = "effv2.planned"  # of a study's run: the names of all runs that it is to have
-BORROWED = "effv2.borrowed"  # of a study's run: runs that were finished before, for other studies, as `lent` says
+# MLflow's own.
+PARENT = "mlflow.parentRunId"
+RUN_NAME = "mlflow.runName"
 NOTE = "mlflow.note.content"  # what the UI shows as the description of a run, or of an experiment
-LOOKS = "effv2.tested_runs"  # of a search's run: all trials that were looked at on the test set, separated by commas
+DATA_CONTEXT = "mlflow.data.context"  # of a data set of a run: train, validation or test
+# What a run is known by.
+CONFIG_HASH = "effv2.config_hash"
+DATA_DIGEST = "effv2.data_digest"
+CODE_VERSION = "effv2.code_version"
+# What it is, who works on it, and how it ended.
+STUDY = "effv2.study"
+ARM = "effv2.arm"
+VARIANT = "effv2.variant"
+SEED = "effv2.seed"
+COMMAND = "effv2.command"  # of a study's run, and of a run of its own: the command that made it, as it was given
+PID = "effv2.pid"
+PROCESS = "effv2.process"  # the process that works on the run
+OUTCOME = "effv2.outcome"  # complete, pruned or failed
+ERROR = "effv2.error"
+CONTINUES = "effv2.continues"  # of a run that `mlflow run` opened: the run that was resumed instead
+# Where it was computed.
+GIT_COMMIT = "effv2.git_commit"
+GIT_DIRTY = "effv2.git_dirty"
+MACHINE = "effv2.machine."  # and what of the machine it is, as processor
+CALIBRATION = "effv2.calibration"
+# Of a study's run.
+QUEUE = "effv2.queue"  # the name of the study in Optuna's storage
+PLANNED = "effv2.planned"  # the names of all runs that it is to have
+BORROWED = "effv2.borrowed"  # runs that were finished before, for other studies, as `lent` says
+BEST_RUN = "effv2.best_run"
+LOOKS = "effv2.tested_runs"  # of a search: all trials that were looked at on the test set, separated by commas
+FRESH = "effv2.fresh"  # of a comparison that takes no runs of others
 REPORT = "effv2.report"  # of the run that an experiment's report is logged to
+WRITTEN = "effv2.note"  # of an experiment: the description as we wrote it
 LONGEST_TAG = 8_000  # characters; MLflow cuts longer ones
-
-
 MORE = ""  # the last name in a tag, where the list goes on in the next one
 
 

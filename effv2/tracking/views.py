@@ -12,11 +12,10 @@ from mlflow import MlflowClient
 
 from effv2.tracking.entries import milliseconds
 from effv2.tracking.store import shown_uri
-from effv2.tracking.tags import ARM, NOTE
+from effv2.tracking.tags import ARM, NOTE, WRITTEN
 
 KEY = "mlflow.sharedViewState."
 TABLE, CURVES = "effv2-table", "effv2-curves"
-WRITTEN = "effv2.note"  # tag: the description as we wrote it
 NAMES = {TABLE: "Runs by best test accuracy", CURVES: "Curves of all arms"}
 BEST = "metrics.`best/test_accuracy`"
 COLUMNS = (

@@ -20,9 +20,9 @@ from typing import Any
 
 import torch
 
-from effv2.errors import InputError, Terminated
-from effv2.places import expanded
-from effv2.provenance import sha256_of_file
+from effv2.core.errors import InputError, Terminated
+from effv2.core.paths import expanded
+from effv2.core.provenance import sha256_of_file
 from effv2.training.saving import Saving
 from effv2.training.state import TrainState
 
@@ -73,12 +73,12 @@ class Checkpoints:
         """Return the step of the newest one, -1 without any."""
         return newest_step(path.name for path in self._found())
 
-    def read(self, remark: Callable[[str], None]) -> dict[str, Any] | None:
+    def read(self, message: Callable[[str], None]) -> dict[str, Any] | None:
         """Return the newest state that is whole, None without one; InputError for one of another identity."""
         for path in reversed(self._found()):
             content = _read(path)
             if content is None:
-                remark(f"{path} is damaged, or of another version, and is left out.")
+                message(f"{path} is damaged, or of another version, and is left out.")
                 continue
             differing = [
                 f"{name} was {content['identity'].get(name)}, is {value}"
@@ -148,7 +148,7 @@ class Keeper:
     checkpoints: Checkpoints
     pace: Pace
     state: TrainState
-    remark: Callable[[str], None]
+    message: Callable[[str], None]
     upload: Callable[[Path], None] | None
     upload_seconds: float
     _told: bool = False
@@ -176,7 +176,7 @@ class Keeper:
             self.pace.measure(lambda: self._write(last))
         except OSError as error:
             if not self._told:
-                self.remark(
+                self.message(
                     f"No checkpoint can be written to {self.checkpoints.folder} ({error.strerror or error}): training "
                     "goes on, the last one that was stays. Free space there."
                 )

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from effv2.config import TrainConfig
+from effv2.config.schema import TrainConfig
 from effv2.data.batches import evaluation_batches, to_input
 from effv2.data.dataset import Split
 from effv2.execution.device import Execution, Forward

@@ -10,16 +10,16 @@ from dataclasses import dataclass
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from effv2.config import TrainConfig
+from effv2.config.schema import TrainConfig
+from effv2.core.errors import Diverged
+from effv2.core.randomness import private_randomness, seed_generators, stream_seed
+from effv2.core.signals import uninterrupted
 from effv2.data.augment import augment_images, mix_samples, one_hot
 from effv2.data.batches import batch_count, epoch_order, to_input, training_batches
 from effv2.data.dataset import Dataset
-from effv2.errors import Diverged
 from effv2.execution.compilation import eager
+from effv2.execution.cuda_graphs import Function
 from effv2.execution.device import Execution
-from effv2.execution.recording import Function
-from effv2.randomness import private_randomness, seed_generators, stream_seed
-from effv2.signals import uninterrupted
 from effv2.training.evaluate import evaluate
 from effv2.training.state import EpochSums, TrainState, watched_accuracy
 

@@ -16,7 +16,7 @@ from typing import Any
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import ReduceLROnPlateau
 
-from effv2.config import ScheduleConfig
+from effv2.config.schema import ScheduleConfig
 
 
 def rate_factor(config: ScheduleConfig, step: int, steps_per_epoch: int) -> float:

@@ -13,11 +13,11 @@ from torch.optim import Optimizer
 from torch.optim.swa_utils import AveragedModel
 
 from effv2.architecture import build_model
-from effv2.config import OptimiserConfig, StoppingConfig, TrainConfig
+from effv2.config.schema import OptimiserConfig, StoppingConfig, TrainConfig
+from effv2.core.randomness import private_randomness, stream_seed
 from effv2.data.batches import batch_count
 from effv2.data.dataset import Dataset
 from effv2.execution.device import Execution
-from effv2.randomness import private_randomness, stream_seed
 from effv2.training.schedules import Schedule
 
 
@@ -85,7 +85,7 @@ class EpochSums:
 class TrainState:
     """Network, averaged weights, optimiser, schedule, progress and the sums of the running epoch.
 
-    It can be saved after any step. Random numbers need no state: each step seeds its own (see effv2.randomness), and
+    It can be saved after any step. Random numbers need no state: each step seeds its own (effv2.core.randomness), and
     the order of an epoch follows from its number. `selected` holds the weights of the best epoch where a validation
     split chooses it.
     """

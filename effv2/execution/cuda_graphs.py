@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from effv2.signals import uninterrupted
+from effv2.core.signals import uninterrupted
 
 # So often a shape is computed as written before it is recorded: libraries must have chosen their kernels by then.
 WARM_UP = 3

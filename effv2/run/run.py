@@ -6,18 +6,20 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, replace
 
-from effv2.config import TrainConfig
+from effv2.config.schema import TrainConfig
+from effv2.core.errors import Diverged, InputError
+from effv2.core.reporter import Reporter
+from effv2.core.resources import what_ran_out
 from effv2.data.dataset import Dataset
-from effv2.errors import Diverged, InputError
 from effv2.execution.device import make_execution
-from effv2.exhaustion import what_ran_out
-from effv2.experiment.labels import Labels, identity, run_tags
-from effv2.experiment.outcome import Outcome, keep_weights
-from effv2.experiment.records import log_end, log_start
-from effv2.experiment.watching import Display, Observer
+from effv2.run.labels import Labels, identity, run_tags
+from effv2.run.outcome import Outcome, keep_weights
+from effv2.run.records import log_end, log_start
+from effv2.run.watching import Observer
 from effv2.tracking.outbox import PATIENCE, TrackingAway
 from effv2.tracking.recovery import send
-from effv2.tracking.run import OUTCOME, TrackedRun, start_run
+from effv2.tracking.run import TrackedRun, start_run
+from effv2.tracking.tags import OUTCOME
 from effv2.training.checkpoint import Checkpoints, Keeper, Pace, newest_step
 from effv2.training.loop import Training
 from effv2.training.saving import Saving
@@ -44,7 +46,7 @@ def run_experiment(
     config: TrainConfig,
     dataset: Dataset,
     labels: Labels,
-    display: Display,
+    reporter: Reporter,
     log_model: bool,
     *,
     saving: Saving,
@@ -57,16 +59,16 @@ def run_experiment(
     store may be away for `patience` seconds: then TrackingAway is raised, and what it lacks waits in the outbox.
     """
     execution = make_execution(config.execution)
-    display.run_started(labels.name, config.schedule.epochs)
+    reporter.run_started(labels.name, config.schedule.epochs)
     if labels.continues:
-        _send_what_it_logged(labels.continues, display)
+        _send_what_it_logged(labels.continues, reporter)
     opened = start_run(
         labels.name,
         labels.experiment_id,
         run_tags(config, dataset, labels),
         parent=labels.parent,
         continues=labels.continues,
-        remark=display.remark,
+        message=reporter.message,
         patience=patience,
     )
     uploaded = bool(saving.upload_minutes or labels.continues)  # perhaps by the command that it goes on for
@@ -75,18 +77,18 @@ def run_experiment(
         checkpoints = Checkpoints.of(run.run_id, saving, asdict(identity(config, dataset)))
         state = TrainState.create(config, dataset, execution)
         if execution.compiled:
-            display.remark("compiling the blocks: the first step takes a minute or two, unless it was done before")
+            reporter.message("compiling the blocks: the first step takes a minute or two, unless it was done before")
         logged = set[int]()
         if labels.continues:
-            logged = _go_on(run, state, checkpoints, display)
+            logged = _go_on(run, state, checkpoints, reporter)
             observer.resumed(state.progress.best_accuracy)
         if not logged:
             log_start(run, config, dataset, run.params() if labels.continues else {})
         run.check()
-        keeper = _keeper(run, state, checkpoints, saving, display)
-        training = Training(config, dataset, state, execution, _on_step(display, keeper))
+        keeper = _keeper(run, state, checkpoints, saving, reporter)
+        training = Training(config, dataset, state, execution, _on_step(reporter, keeper))
         with _none_after_divergence(run, checkpoints, uploaded), keeper.last_one_on_the_way_out():
-            pruned = _train(run, training, keeper, logged=logged, display=display, observer=observer)
+            pruned = _train(run, training, keeper, logged=logged, reporter=reporter, observer=observer)
         if pruned:
             outcome = _pruned(run, config, dataset, state)
             _forget(run, checkpoints, uploaded)
@@ -107,42 +109,42 @@ def run_experiment(
 
 
 def _train(
-    run: TrackedRun, training: Training, keeper: Keeper, *, logged: set[int], display: Display, observer: Observer
+    run: TrackedRun, training: Training, keeper: Keeper, *, logged: set[int], reporter: Reporter, observer: Observer
 ) -> bool:
     """Train, log the epochs that aren't `logged`; say whether the observer ended it."""
     for result in training:
         stops = observer.stops(result)  # first, since it may turn out that the run is another process's now
         if result.epoch not in logged:
             run.log_metrics(result.metrics, step=result.epoch)
-        display.epoch(result)
+        reporter.epoch(result.epoch, result.metrics)
         if stops:
             return True
         keeper.keep(epoch_ended=True)
     return False
 
 
-def _keeper(run: TrackedRun, state: TrainState, checkpoints: Checkpoints, saving: Saving, display: Display) -> Keeper:
+def _keeper(run: TrackedRun, state: TrainState, checkpoints: Checkpoints, saving: Saving, reporter: Reporter) -> Keeper:
     upload = (lambda path: run.log_only(path, UPLOADED)) if saving.upload_minutes else None
-    return Keeper(checkpoints, Pace(60 * saving.minutes), state, display.remark, upload, 60 * saving.upload_minutes)
+    return Keeper(checkpoints, Pace(60 * saving.minutes), state, reporter.message, upload, 60 * saving.upload_minutes)
 
 
-def _on_step(display: Display, keeper: Keeper) -> Callable[[int, int], None]:
+def _on_step(reporter: Reporter, keeper: Keeper) -> Callable[[int, int], None]:
     def on_step(step: int, steps: int) -> None:
-        display.step(step, steps)
+        reporter.step(step, steps)
         keeper.keep(epoch_ended=False)
 
     return on_step
 
 
-def _send_what_it_logged(run_id: str, display: Display) -> None:
+def _send_what_it_logged(run_id: str, reporter: Reporter) -> None:
     """Send what an earlier process logged of the run, before this one goes on; TrackingAway if that can't be."""
-    sending = send(run_id, display.remark)
+    sending = send(run_id, reporter.message)
     if sending.end == "waits":
         where = f": set MLFLOW_TRACKING_URI to {sending.store}" if sending.store else ""
         raise TrackingAway(f"The run {run_id} can't go on before what it logged is sent{where}.")
 
 
-def _go_on(run: TrackedRun, state: TrainState, checkpoints: Checkpoints, display: Display) -> set[int]:
+def _go_on(run: TrackedRun, state: TrainState, checkpoints: Checkpoints, reporter: Reporter) -> set[int]:
     """Take over a checkpoint, log the epochs that it has finished and the run lacks; return all that are logged.
 
     Where another machine has uploaded one that came further than those here, it is that one.
@@ -151,16 +153,16 @@ def _go_on(run: TrackedRun, state: TrainState, checkpoints: Checkpoints, display
     uploaded = newest_step(run.names_in(UPLOADED))
     if uploaded > checkpoints.newest():
         run.fetch_folder(UPLOADED, checkpoints.folder)
-    saved = checkpoints.read(display.remark)
+    saved = checkpoints.read(reporter.message)
     if saved is None and uploaded >= 0 and run.fetch_folder(UPLOADED, checkpoints.folder):  # those here are damaged
-        saved = checkpoints.read(display.remark)
+        saved = checkpoints.read(reporter.message)
     if saved is not None:
         state.load_state_dict(saved)
     for epoch, metrics in enumerate(state.progress.history, 1):
         if epoch not in logged:
             run.log_metrics(metrics, step=epoch)
             logged.add(epoch)
-    display.remark(f"going on with the run {run.run_id} at epoch {state.progress.epoch + 1}")
+    reporter.message(f"going on with the run {run.run_id} at epoch {state.progress.epoch + 1}")
     return logged
 
 

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from effv2 import provenance
-from effv2.config import TrainConfig
+from effv2.config.schema import TrainConfig
+from effv2.core import provenance
 from effv2.data.dataset import Dataset
 from effv2.execution.calibration import remembered
 from effv2.tracking.read import Identity
-from effv2.tracking.tags import ARM, COMMAND
+from effv2.tracking.tags import ARM, CALIBRATION, COMMAND, SEED, STUDY, VARIANT
 
 
 @dataclass(frozen=True)
@@ -35,13 +35,13 @@ def identity(config: TrainConfig, dataset: Dataset) -> Identity:
 def run_tags(config: TrainConfig, dataset: Dataset, labels: Labels) -> dict[str, str]:
     """Return the tags of a run: what it is known by, its study, arm, variant and seed, machine and command."""
     own = {
-        "effv2.study": labels.study,
+        STUDY: labels.study,
         ARM: labels.arm,
-        "effv2.variant": config.model.variant,
-        "effv2.seed": str(config.random.seed),
+        VARIANT: config.model.variant,
+        SEED: str(config.random.seed),
     }
     machine = {f"effv2.machine.{name}": value for name, value in provenance.machine().items()}
     timed = remembered(config) if config.execution.device == "cpu" else None
-    calibration = {"effv2.calibration": str(timed)} if timed else {}
+    calibration = {CALIBRATION: str(timed)} if timed else {}
     command = {} if labels.parent else {COMMAND: provenance.command()}
     return identity(config, dataset).tags() | own | machine | calibration | command

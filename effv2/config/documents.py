@@ -10,7 +10,7 @@ from typing import Any, TypeVar, get_args
 import yaml
 from pydantic import BaseModel, ValidationError
 
-from effv2.errors import InputError, nearest
+from effv2.core.errors import InputError, nearest
 
 Place = tuple[str | int, ...]
 Model = TypeVar("Model", bound=BaseModel)

@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
-from effv2.config import TrainConfig
+from effv2.config.schema import TrainConfig
+from effv2.core.reporter import Reporter
 from effv2.data.dataset import Dataset
-from effv2.experiment.labels import Labels, identity
-from effv2.experiment.run import discard_checkpoints, run_experiment
-from effv2.experiment.watching import Display
+from effv2.run.labels import Labels, identity
+from effv2.run.run import discard_checkpoints, run_experiment
 from effv2.tracking.read import find_ended_early, find_finished, find_outdated
 from effv2.tracking.run import TrackedRun, point_adopted_run_to
 from effv2.training.saving import Saving
@@ -29,7 +29,7 @@ def train_once(
     config: TrainConfig,
     dataset: Dataset,
     labels: Labels,
-    display: Display,
+    reporter: Reporter,
     log_model: bool,
     *,
     saving: Saving,
@@ -52,6 +52,6 @@ def train_once(
         point_adopted_run_to(TrackedRun(left.run_id, labels.experiment_id))
         labels = replace(labels, continues=left.run_id)
     elif not fresh and (outdated := find_outdated(wanted, labels.experiment_id)) is not None:
-        display.remark("The run {} that ended early can't be gone on with: {}.".format(*outdated))
-    outcome = run_experiment(config, dataset, labels, display, log_model, saving=saving)
+        reporter.message("The run {} that ended early can't be gone on with: {}.".format(*outdated))
+    outcome = run_experiment(config, dataset, labels, reporter, log_model, saving=saving)
     return TrainedOnce(outcome.run, outcome.summary, outcome.model_address)

@@ -3,43 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import Protocol
 
 from optuna.trial import FrozenTrial, TrialState
 
-from effv2.experiment.watching import Display
+from effv2.core.reporter import StudyProgress
 from effv2.studies.plan import Plan, best_of
 from effv2.studies.queue import ERROR
 
 
-@dataclass(frozen=True)
-class Standing:
-    """How far a study is; `progress` counts a running trial by the share of its epochs."""
-
-    total: int
-    pruned: int
-    failed: int
-    running: int
-    progress: float
-    best: tuple[str, float] | None
-    ended: Mapping[str, str]  # slot to words, in the order of ending
-
-
-class View(Display, Protocol):
-    """What a study tells whoever watches."""
-
-    def study_opened(self, address: str) -> None:
-        """Report where the study's run is to be seen."""
-
-    def remark(self, text: str) -> None:
-        """Say something once."""
-
-    def standing(self, standing: Standing) -> None:
-        """Report how far the study is."""
-
-
-def standing_of(plan: Plan, trials: Mapping[str, FrozenTrial]) -> Standing:
+def progress_of(plan: Plan, trials: Mapping[str, FrozenTrial]) -> StudyProgress:
     """Sum up the wanted trials."""
     wanted = {slot: trial for slot, trial in trials.items() if slot in plan.slots}
     count = {state: sum(trial.state == state for trial in wanted.values()) for state in TrialState}
@@ -48,12 +20,12 @@ def standing_of(plan: Plan, trials: Mapping[str, FrozenTrial]) -> Standing:
     shares = sum(max(trial.intermediate_values, default=0) / plan.epochs for trial in running)
     best = best_of(wanted)
     order = sorted(finished, key=lambda slot: str(finished[slot].datetime_complete))
-    return Standing(
+    return StudyProgress(
         total=len(plan.slots),
         pruned=count[TrialState.PRUNED],
         failed=count[TrialState.FAIL],
         running=len(running),
-        progress=len(finished) + min(shares, len(running)),
+        done=len(finished) + min(shares, len(running)),
         best=(next(slot for slot in wanted if wanted[slot] is best), best.value or 0.0) if best else None,
         ended={slot: _words(finished[slot]) for slot in order},
     )

@@ -10,9 +10,9 @@ from typing import Any
 import numpy as np
 import yaml
 
-from effv2 import provenance
 from effv2.architecture import count_gflops, count_parameters
-from effv2.config import TrainConfig
+from effv2.config.schema import TrainConfig
+from effv2.core import provenance
 from effv2.data.dataset import Dataset
 from effv2.evidence.run_artifacts import argmax_over_all, write_curves, write_predictions
 from effv2.execution.device import Execution, Forward

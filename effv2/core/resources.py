@@ -8,7 +8,7 @@ from contextlib import contextmanager
 
 import torch
 
-from effv2.errors import RunError
+from effv2.core.errors import RunError
 
 
 def is_out_of_memory(error: BaseException) -> bool:

@@ -9,9 +9,9 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from effv2.config import TrainConfig
-from effv2.documents import Document, Place, dotted, validate
-from effv2.errors import InputError
+from effv2.config.documents import Document, Place, dotted, validate
+from effv2.config.schema import TrainConfig
+from effv2.core.errors import InputError
 
 
 @dataclass(frozen=True)

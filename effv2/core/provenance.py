@@ -17,7 +17,7 @@ from pathlib import Path
 import click
 from click.core import ParameterSource
 
-PACKAGE = Path(__file__).parent
+PACKAGE = Path(__file__).parents[1]
 # What is computed, numbered. Raise a number in the commit that changes results: runs, checkpoints and cached images of
 # before are then no longer taken for equal. tests/test_identity.py refuses a change of the deciding code without that.
 # Splits, labels and pixels need no number here: the digest of the data holds them.

@@ -2,24 +2,21 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from types import TracebackType
-from typing import TYPE_CHECKING
 
 from rich.console import Console
 from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
+from effv2.core.reporter import Reporter, StudyProgress
 from effv2.evidence.comparison import Rows
-from effv2.training.loop import EpochResult
-
-if TYPE_CHECKING:
-    from effv2.studies.standing import Standing
 
 CELL_PADDING = 3  # characters: a space on both sides and a line
 
 
-class ConsoleDisplay:
+class ConsoleReporter(Reporter):
     """Shows decoding, epochs and steps; a context manager, so that the terminal is left in order."""
 
     def __init__(self) -> None:
@@ -42,7 +39,7 @@ class ConsoleDisplay:
         self._steps: TaskID | None = None
         self._working: TaskID | None = None
 
-    def __enter__(self) -> ConsoleDisplay:
+    def __enter__(self) -> ConsoleReporter:
         self._progress.start()
         return self
 
@@ -62,34 +59,32 @@ class ConsoleDisplay:
 
     def study_opened(self, address: str) -> None:
         """Say where the study is to be seen."""
-        self.remark(address)
+        self.message(address)
         self._study = self._progress.add_task("study", note="")
 
-    def remark(self, text: str) -> None:
+    def message(self, text: str) -> None:
         """Print a line above the progress."""
         self.console.print(text, highlight=False, markup=False, soft_wrap=True)
 
     def hint(self, text: str) -> None:
         """Print a line that only somebody who waits at a terminal has use for."""
         if self.console.is_terminal:
-            self.remark(text)
+            self.message(text)
 
-    def standing(self, standing: Standing) -> None:
+    def study_progress(self, progress: StudyProgress) -> None:
         """Show how far the study is; without a terminal, a line for each trial that has ended."""
         if self._study is None:
             return
-        words = [f"{standing.running} running"]
-        words += [f"{standing.pruned} pruned"] if standing.pruned else []
-        words += [f"{standing.failed} failed"] if standing.failed else []
-        words += [f"best {standing.best[1]:.2%} ({standing.best[0]})"] if standing.best else []
-        self._progress.update(
-            self._study, total=standing.total, completed=standing.progress, note=escape(", ".join(words))
-        )
-        fresh = [slot for slot in standing.ended if slot not in self._told]
+        words = [f"{progress.running} running"]
+        words += [f"{progress.pruned} pruned"] if progress.pruned else []
+        words += [f"{progress.failed} failed"] if progress.failed else []
+        words += [f"best {progress.best[1]:.2%} ({progress.best[0]})"] if progress.best else []
+        self._progress.update(self._study, total=progress.total, completed=progress.done, note=escape(", ".join(words)))
+        fresh = [slot for slot in progress.ended if slot not in self._told]
         self._told |= set(fresh)
         for slot in fresh if not self.console.is_terminal else ():
-            place = list(standing.ended).index(slot) + 1
-            self.remark(f"[{place}/{standing.total}] {slot}: {standing.ended[slot]}")
+            place = list(progress.ended).index(slot) + 1
+            self.message(f"[{place}/{progress.total}] {slot}: {progress.ended[slot]}")
 
     def run_started(self, name: str, epochs: int) -> None:
         """Show a new run in place of the last one."""
@@ -113,7 +108,7 @@ class ConsoleDisplay:
                 self._progress.remove_task(self._evaluating)
             self._evaluating = self._progress.add_task(f"{escape(name)}: images", total=total, note="")
             if not self.console.is_terminal:
-                self.remark(f"evaluating {name} on {total:,} images")
+                self.message(f"evaluating {name} on {total:,} images")
         elif self._evaluating is not None:
             self._progress.update(self._evaluating, completed=done)
 
@@ -123,14 +118,13 @@ class ConsoleDisplay:
             self._working = self._progress.add_task(text, total=None, note="")
         self._progress.update(self._working, description=escape(text))
 
-    def epoch(self, result: EpochResult) -> None:
+    def epoch(self, epoch: int, metrics: Mapping[str, float]) -> None:
         """Show a finished epoch with its accuracies."""
         if self._epochs is None:
             return
-        metrics = result.metrics
         named = ((name, metrics.get(f"{name}/accuracy")) for name in ("train", "val", "test"))
         words = [f"{name} {accuracy:.1%}" for name, accuracy in named if accuracy is not None]
-        self._progress.update(self._epochs, completed=result.epoch, note=", ".join(words))
+        self._progress.update(self._epochs, completed=epoch, note=", ".join(words))
 
 
 def print_table(rows: Rows) -> None:

@@ -12,12 +12,12 @@ from PIL import Image
 from torch import nn
 
 from effv2.architecture import build_model
-from effv2.config import TrainConfig
+from effv2.config.schema import TrainConfig
 from effv2.data.batches import normalisation
 from effv2.data.dataset import Dataset, Split
 from effv2.data.preparation import Square
 from effv2.execution.device import make_execution
-from effv2.experiment.records import log_test
+from effv2.run.records import log_test
 from effv2.serving.export import ServedNetwork, as_base64, output_names, write_served
 from effv2.tracking.run import TrackedRun
 from effv2.training.loop import Training

@@ -1,26 +1,8 @@
-"""Who watches a run: a display that shows it, and an observer that may end it."""
+"""Who watches a run and may end it: the study that it belongs to."""
 
 from __future__ import annotations
 
-from typing import Protocol
-
 from effv2.training.loop import EpochResult
-
-
-class Display(Protocol):
-    """What a run tells whoever watches."""
-
-    def run_started(self, name: str, epochs: int) -> None:
-        """Report the begin of a run."""
-
-    def remark(self, text: str) -> None:
-        """Say something once."""
-
-    def step(self, step: int, steps: int) -> None:
-        """Report a step of an epoch."""
-
-    def epoch(self, result: EpochResult) -> None:
-        """Report a finished epoch."""
 
 
 class Observer:

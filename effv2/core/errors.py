@@ -9,7 +9,16 @@ from collections.abc import Sequence
 
 
 class InputError(Exception):
-    """A wrong input: one sentence that names the option, its value and the remedy. Exit code 2."""
+    """A wrong input: what was given, the value that it was given, what is wrong with that, and the remedy. Exit code 2.
+
+    `what` is a dotted setting (`data.dir`), a parameter (`weights_dir`) or an environment variable. In `problem` and
+    `remedy` settings stand under their dotted names and parameters in backticks, for commands to name their options.
+    """
+
+    def __init__(self, what: str, value: object = "", problem: str = "", remedy: str = "") -> None:
+        self.what, self.value, self.problem, self.remedy = what, str(value), problem, remedy
+        named = f"{what} {value}" if self.value else what
+        super().__init__(f"{named}: {problem}; {remedy}." if problem else named)
 
 
 class RunError(Exception):
