@@ -55,16 +55,15 @@ def stop(server: subprocess.Popen[bytes]) -> None:
 
 def measure(seconds: float, server: subprocess.Popen[bytes]) -> dict[str, object]:
     """Train for so long; return the figures."""
+    from effv2.config.options import CheckpointOptions
     from effv2.config.schema import TrainConfig
     from effv2.data.dataset import load_dataset
     from effv2.execution.device import make_execution
     from effv2.execution.resolve import resolve
-    from effv2.tracking.outbox import TrackingAway
-    from effv2.tracking.run import start_run
-    from effv2.tracking.store import open_store, wait_until_it_answers
+    from effv2.tracking.run import open_run
+    from effv2.tracking.store import TrackingAway, open_store, wait_until_it_answers
     from effv2.training.checkpoint import Checkpoints, Keeper, Pace
     from effv2.training.loop import Training
-    from effv2.training.saving import Saving
     from effv2.training.state import TrainState
 
     config = resolve(
@@ -73,7 +72,7 @@ def measure(seconds: float, server: subprocess.Popen[bytes]) -> dict[str, object
     dataset, execution = load_dataset(config.data), make_execution(config.execution)
     wait_until_it_answers(60)
     state = TrainState.create(config, dataset, execution)
-    saving = Saving(folder="checkpoints")
+    saving = CheckpointOptions(folder="checkpoints")
     costs: list[float] = []
 
     class Timed(Pace):
@@ -84,7 +83,7 @@ def measure(seconds: float, server: subprocess.Popen[bytes]) -> dict[str, object
     logging: dict[bool, list[float]] = {True: [], False: []}
     epochs: dict[bool, list[float]] = {True: [], False: []}
     try:
-        with start_run("safety_cost", open_store(""), {}, message=lambda text: None, patience=0.0) as run:
+        with open_run("safety_cost", open_store(""), {}, message=lambda text: None, patience=0.0) as run:
             checkpoints = Checkpoints.of(run.run_id, saving, {})
             keeper = Keeper(checkpoints, Timed(60 * saving.minutes), state, print, None, 0.0)
             run.check()

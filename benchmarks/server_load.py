@@ -17,8 +17,9 @@ from typing import Any
 import click
 
 from effv2.config.schema import TrainConfig
-from effv2.tracking.run import TrackedRun, start_run
+from effv2.tracking.run import open_run
 from effv2.tracking.store import open_store
+from effv2.tracking.writer import TrackedRun
 
 EPOCH_METRICS = 13
 
@@ -31,7 +32,7 @@ def log_runs(runs: int, epochs: int, results: Any, start: Any) -> None:
     start.wait()
     for number in range(runs):
         tags = {f"tag.{name}": "value" for name in range(20)}
-        with start_run(f"run {number}", experiment, tags, message=print) as opened:
+        with open_run(f"run {number}", experiment, tags, message=print) as opened:
             run = TrackedRun(opened.run_id, experiment)  # past the outbox, to the server
             run.log_params(TrainConfig().flat())
             for epoch in range(1, epochs + 1):

@@ -87,14 +87,14 @@ def make_config(case: Case, precision: str, compiled: bool = False) -> Any:
 def effv2_form(config: Any, dataset: Any, folder: Path) -> Form:
     """The training loop as `train` runs it."""
     from effv2.cli.console import ConsoleReporter
+    from effv2.config.options import CheckpointOptions
     from effv2.execution.device import make_execution
     from effv2.training.checkpoint import Checkpoints, Keeper, Pace
     from effv2.training.evaluate import evaluate
     from effv2.training.loop import Training
-    from effv2.training.saving import Saving
     from effv2.training.state import TrainState
 
-    execution, saving = make_execution(config.execution), Saving(folder=str(folder))
+    execution, saving = make_execution(config.execution), CheckpointOptions(folder=str(folder))
     state = TrainState.create(config, dataset, execution)
     reporter = ConsoleReporter()
     reporter.run_started("speed", config.schedule.epochs)
@@ -326,14 +326,14 @@ def logging_an_epoch() -> float:
     """Return the median seconds of logging an epoch's twelve metrics to a sqlite store, as a run of effv2 does."""
     import mlflow
 
-    from effv2.tracking.run import start_run
+    from effv2.tracking.run import open_run
     from effv2.tracking.store import open_store
 
     seconds = []
     with tempfile.TemporaryDirectory() as folder:
         before = mlflow.get_tracking_uri()
         mlflow.set_tracking_uri(f"sqlite:///{folder}/mlflow.db")
-        with start_run("speed", open_store(""), {}, message=lambda text: None, patience=10.0) as run:
+        with open_run("speed", open_store(""), {}, message=lambda text: None, patience=10.0) as run:
             for epoch in range(30):
                 started = time.perf_counter()
                 run.log_metrics({f"metric/{i}": epoch / (i + 1) for i in range(12)}, step=epoch)
@@ -433,7 +433,7 @@ def main(data_dir: str, sizes: str, variants: str, out: str, **others: Any) -> N
 
     import mlflow
 
-    with mlflow.start_run(run_name="speed"):
+    with mlflow.open_run(run_name="speed"):
         for title, forms in found.items():
             for name, each in forms.items():
                 key = f"{title.replace(', ', '/')}/{name}/train_images_per_second"

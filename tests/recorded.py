@@ -65,7 +65,7 @@ DECIDING: dict[str, dict[str, tuple[str, ...]]] = {
         "core/randomness.py": (),
         **{f"training/{name}.py": () for name in ("evaluate", "loop", "schedules", "state")},
         "run/records.py": ("log_end", "log_test"),
-        "run/run.py": ("run_experiment", "_train", "_go_on"),
+        "run/run.py": ("train_run", "_train", "_go_on"),
         "evidence/run_artifacts.py": (),
     },
     "execution": {

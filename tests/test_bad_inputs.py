@@ -45,7 +45,7 @@ def no_training(sqlite_store: str, monkeypatch: pytest.MonkeyPatch) -> None:
     def reached(*_: Any, **__: Any) -> None:
         raise Reached("reached")
 
-    monkeypatch.setattr(alone, "run_experiment", reached)
+    monkeypatch.setattr(alone, "train_run", reached)
     monkeypatch.setattr(engine, "_open", reached)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -11,35 +12,51 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from effv2.config.options import CheckpointOptions
 from effv2.core.errors import InputError
-from effv2.training.checkpoint import Checkpoints, Pace
+from effv2.training.checkpoint import Checkpointer
+from effv2.training.state import Progress
 
 IDENTITY = {"config_hash": "a", "data_digest": "b", "code_version": "c"}
 
 
-def state(step: int) -> dict[str, Any]:
-    return {"step": step, "weights": torch.full((50,), float(step))}
+class State:
+    """As much of a training's state as a checkpoint asks for."""
+
+    def __init__(self, step: int) -> None:
+        self.progress = Progress(step=step)
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"step": self.progress.step, "weights": torch.full((50,), float(self.progress.step))}
+
+
+def make(folder: Path, message: Callable[[str], None] = print, **changes: Any) -> Checkpointer:
+    return Checkpointer("run", CheckpointOptions(str(folder)), IDENTITY | changes, message)
+
+
+def save(checkpoints: Checkpointer, step: int) -> None:
+    checkpoints.save(State(step))  # type: ignore[arg-type]
 
 
 @pytest.fixture
-def checkpoints(tmp_path: Path) -> Checkpoints:
-    found = Checkpoints(tmp_path / "run", IDENTITY)
+def checkpoints(tmp_path: Path) -> Checkpointer:
+    found = make(tmp_path)
     for step in (9, 10, 100):
-        found.write(state(step), step)
+        save(found, step)
     return found
 
 
-def test_the_last_two_are_kept_and_the_newest_is_read(checkpoints: Checkpoints) -> None:
+def test_the_last_two_are_kept_and_the_newest_is_read(checkpoints: Checkpointer) -> None:
     assert sorted(path.name.split("-")[1] for path in checkpoints.folder.iterdir()) == ["10", "100"]
-    found = checkpoints.read(print)
-    assert found is not None and found["step"] == 100 and torch.equal(found["weights"], state(100)["weights"])
+    found = checkpoints.read()
+    assert found is not None and found["step"] == 100 and torch.equal(found["weights"], torch.full((50,), 100.0))
     checkpoints.remove()
-    assert checkpoints.read(print) is None and not checkpoints.folder.exists()
+    assert checkpoints.read() is None and not checkpoints.folder.exists()
 
 
 @settings(suppress_health_check=[HealthCheck.function_scoped_fixture], max_examples=60)
 @given(data=st.data())
-def test_what_is_damaged_is_never_read(checkpoints: Checkpoints, data: st.DataObject) -> None:
+def test_what_is_damaged_is_never_read(checkpoints: Checkpointer, data: st.DataObject) -> None:
     newest = max(checkpoints.folder.iterdir(), key=lambda path: int(path.name.split("-")[1]))
     whole = newest.read_bytes()
     content = bytearray(whole)
@@ -48,59 +65,68 @@ def test_what_is_damaged_is_never_read(checkpoints: Checkpoints, data: st.DataOb
     else:
         del content[data.draw(st.integers(0, len(whole) - 1)) :]
     newest.write_bytes(content)
-    found = checkpoints.read(print)
+    found = checkpoints.read()
     newest.write_bytes(whole)
     assert found is not None and found["step"] == 10
 
 
-def test_a_new_checkpoint_outlives_damaged_ones_of_later_steps(checkpoints: Checkpoints) -> None:
+def test_a_new_checkpoint_outlives_damaged_ones_of_later_steps(checkpoints: Checkpointer) -> None:
     for path in checkpoints.folder.iterdir():
         path.write_bytes(b"damaged")
     said: list[str] = []
-    assert checkpoints.read(said.append) is None and len(said) == 2 and "is damaged" in said[0]
-    checkpoints.write(state(5), 5)
-    found = checkpoints.read(print)
+    assert make(checkpoints.folder.parent, said.append).read() is None
+    assert len(said) == 2 and "is damaged" in said[0]
+    save(checkpoints, 5)
+    found = checkpoints.read()
     assert found is not None and found["step"] == 5 and len(list(checkpoints.folder.iterdir())) == 1
 
 
-def test_a_disk_that_is_full_costs_no_checkpoint(checkpoints: Checkpoints, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_disk_that_is_full_costs_no_checkpoint_and_is_told_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """As a write that fails half-way; on a real full disk torch's writer raises a RuntimeError."""
-    save = torch.save
+    whole = torch.save
 
     def fails(content: Any, file: Any) -> None:
-        save(content, file)
+        whole(content, file)
         raise RuntimeError("unexpected pos 768 vs 662")
 
-    monkeypatch.setattr(torch, "save", fails)
+    said: list[str] = []
+    checkpoints = make(tmp_path, said.append)
+    save(checkpoints, 100)
     before = sorted(checkpoints.folder.iterdir())
-    with pytest.raises(OSError, match="unexpected pos"):
-        checkpoints.write(state(101), 101)
+    monkeypatch.setattr(torch, "save", fails)
+    for step in (101, 102):
+        save(checkpoints, step)
     assert sorted(checkpoints.folder.iterdir()) == before
+    assert len(said) == 1 and "unexpected pos" in said[0]
 
 
-def test_a_checkpoint_of_another_run_is_refused_with_what_differs(checkpoints: Checkpoints) -> None:
-    other = Checkpoints(checkpoints.folder, IDENTITY | {"data_digest": "x"})
+def test_a_checkpoint_of_another_run_is_refused_with_what_differs(checkpoints: Checkpointer) -> None:
+    other = make(checkpoints.folder.parent, data_digest="x")
     with pytest.raises(InputError, match=r"is of another run \(data_digest was b, is x\); remove it"):
-        other.read(print)
+        other.read()
 
 
-@given(st.lists(st.tuples(st.floats(0, 100), st.booleans()), max_size=60), st.floats(0, 2), st.floats(0, 300))
+@given(st.lists(st.tuples(st.floats(0, 100), st.booleans()), max_size=60), st.floats(0, 2), st.floats(0, 5))
 def test_checkpoints_cost_at_most_two_percent_and_lose_at_most_their_minutes(
-    steps: list[tuple[float, bool]], cost: float, longest: float
+    steps: list[tuple[float, bool]], cost: float, minutes: float
 ) -> None:
     now = 0.0
-    pace = Pace(longest, clock=lambda: now)
     written: list[float] = []
 
-    def write() -> None:
-        nonlocal now
-        now += cost
-
-    for seconds, epoch_ended in steps:
-        now += seconds
-        if pace.due(epoch_ended):
+    class Timed(Checkpointer):
+        def _write(self, state: Any, step: int) -> Path:
+            nonlocal now
             written.append(now)
-            pace.measure(write)
-        elif not epoch_ended:
-            assert now - (written[-1] + cost if written else 0) <= max(longest, 50 * cost) + 1e-6
+            now += cost
+            return Path()
+
+    timed = Timed("run", CheckpointOptions("", minutes), {}, print, clock=lambda: now)
+    for step, (seconds, epoch_ended) in enumerate(steps):
+        now += seconds
+        before = len(written)
+        timed.save_if_due(State(step), epoch_ended)  # type: ignore[arg-type]
+        if len(written) == before and not epoch_ended:
+            assert now - (written[-1] + cost if written else 0) <= max(60 * minutes, 50 * cost) + 1e-6
     assert all(later - earlier - cost >= 50 * cost - 1e-6 for earlier, later in pairwise(written))

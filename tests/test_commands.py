@@ -27,7 +27,7 @@ from effv2.cli.search import search
 from effv2.cli.train import train
 from effv2.core.errors import Terminated
 from effv2.core.signals import ending_signals, uninterrupted
-from effv2.run.run import run_experiment
+from effv2.run.run import train_run
 from tests.conftest import ROOT, TINY_TABLE, make_image_tree, running
 
 EPOCH_METRICS = {
@@ -236,9 +236,9 @@ def test_a_store_that_fails_for_a_moment_costs_no_run(
     def interrupted(*args: Any, **kwargs: Any) -> Any:
         for failure in failures:
             raise failure
-        return run_experiment(*args, **kwargs)
+        return train_run(*args, **kwargs)
 
-    monkeypatch.setattr(worker, "run_experiment", interrupted)
+    monkeypatch.setattr(worker, "train_run", interrupted)
     monkeypatch.setattr(worker, "WAIT_SECONDS", 0.1)
     assert invoke(ablate, "--study", tiny_study, "--log-model", "none").exit_code == 0
 

@@ -28,7 +28,7 @@ from optuna.study import StudyDirection
 from optuna.trial import FrozenTrial, TrialState
 
 from effv2.cli.ablate import ablate
-from effv2.core.errors import Abandoned
+from effv2.core.errors import LeaseLost
 from effv2.core.processes import is_gone, this_process
 from effv2.studies import queue as queue_module
 from effv2.studies.queue import ERROR, MOST_LOST, OWNER, SLOT, Queue
@@ -414,7 +414,7 @@ def test_a_worker_on_a_lost_machine_is_replaced_and_may_not_finish(
         monkeypatch.setattr(queue_module, "SECOND_LOOK_SECONDS", 0)
         taken = queue.claim()
         assert taken is not None and taken.trial_id == claim.trial_id
-    with pytest.raises(Abandoned):
+    with pytest.raises(LeaseLost):
         queue.finish(claim, TrialState.COMPLETE, 0.5, "")
     queue.fail(claim, "no longer ours to say", final=True)
     queue.release()

@@ -1,4 +1,4 @@
-"""A run that was killed goes on in the same MLflow run and ends with the numbers of one that was not, to the bit."""
+"""A run that was killed is resumed in the same MLflow run and ends with the numbers of one that was not, to the bit."""
 
 from __future__ import annotations
 
@@ -23,8 +23,7 @@ from mlflow import MlflowClient
 from mlflow.entities import Run
 
 from effv2.cli.train import train
-from effv2.tracking import outbox
-from effv2.tracking.run import TrackedRun
+from effv2.tracking.models import model_address
 from tests.conftest import ROOT, TINY_TABLE, make_image_tree, running
 
 EVERYTHING = f"""
@@ -55,7 +54,7 @@ def histories(run: Run) -> dict[str, list[tuple[int, float]]]:
 
 def weights(run: Run) -> dict[str, torch.Tensor]:
     """Return what the model that a run logged consists of."""
-    folder = mlflow.artifacts.download_artifacts(TrackedRun(run.info.run_id, "").model_address())
+    folder = mlflow.artifacts.download_artifacts(model_address(run.info.run_id))
     return dict(torch.export.load(Path(folder, "artifacts", "program.pt2")).state_dict)
 
 
@@ -105,7 +104,7 @@ def written(folder: Path, pattern: str) -> dict[Path, int]:
     ("first", "kills", "epochs"),
     [
         pytest.param("checkpoints/*/step-*", 2, 30, id="twice, while it trains"),
-        pytest.param("cache/outbox/*/journal", 20, 300, id="twenty times", marks=long),
+        pytest.param("checkpoints/*/.lock", 20, 300, id="twenty times", marks=long),
     ],
 )
 def test_kills_change_nothing(
@@ -120,12 +119,11 @@ def test_kills_change_nothing(
     said = kill(options, tmp_path, first, kills, expected.data.metrics["time/total_train_seconds"] / kills)
     result = CliRunner().invoke(train, options, catch_exceptions=False)
     assert result.exit_code == 0
-    went_on = [int(epoch) for epoch in re.findall(r"going on with the run \w+ at epoch (\d+)", said + result.stderr)]
+    went_on = [int(epoch) for epoch in re.findall(r"resuming the run \w+ at epoch (\d+)", said + result.stderr)]
     assert len(went_on) == kills and went_on[-1] > 1 and went_on == sorted(went_on)  # what was trained is not again
     (run,) = all_runs("Default")
     check_equal(run, expected, tmp_path)
     assert not list((tmp_path / "checkpoints").iterdir())
-    assert not list((tmp_path / "cache" / "outbox").iterdir())
 
 
 SHORT = EVERYTHING.replace("EPOCHS", "6").replace("per_class: 30", "per_class: 12")
@@ -151,7 +149,7 @@ def test_what_a_kill_at_the_end_left_is_completed(
     done = subprocess.run([sys.executable, "-c", DIES.format(where=where), "--study", str(study)], timeout=120)
     assert done.returncode == -signal.SIGKILL
     result = CliRunner().invoke(train, ["--study", str(study)], catch_exceptions=False)
-    assert result.exit_code == 0 and "Sent what the run" in result.stderr
+    assert result.exit_code == 0 and ("resuming the run" in result.stderr or "Finished before" in result.output)
     (run,) = all_runs("Default")
     assert run.info.status == "FINISHED"
     assert len(history := histories(run)["best/test_accuracy"]) == 1, history
@@ -185,10 +183,10 @@ def test_another_machine_goes_on_from_the_checkpoint_that_was_uploaded(
     (uploaded,) = MlflowClient().list_artifacts(run.info.run_id, "checkpoints")
     assert run.info.status == "KILLED" and re.fullmatch(r"checkpoints/step-\d+-\w{16}\.pt", uploaded.path)
     there = invoke("there", *upload)
-    assert there.exit_code == 130 and "going on with the run" in there.stderr and "at epoch 4" in there.stderr
+    assert there.exit_code == 130 and "resuming the run" in there.stderr and "at epoch 4" in there.stderr
     # The first one has an older checkpoint of its own. It needn't upload; what was uploaded isn't needed any longer.
     result = invoke("here")
-    assert result.exit_code == 0 and "going on with the run" in result.stderr and "at epoch 5" in result.stderr
+    assert result.exit_code == 0 and "resuming the run" in result.stderr and "at epoch 5" in result.stderr
     (run,) = all_runs("Default")
     assert run.info.status == "FINISHED" and not MlflowClient().list_artifacts(run.info.run_id, "checkpoints")
 
@@ -210,7 +208,7 @@ def test_a_run_that_ended_in_its_first_epoch_goes_on_with_its_images_elsewhere(
         patch.setattr(loop, "evaluate", lambda *_: os.kill(os.getpid(), signal.SIGINT))
         assert CliRunner().invoke(train, [*words, str(root)]).exit_code == 130
     result = CliRunner().invoke(train, [*words, str(root.rename(tmp_path / "there"))], catch_exceptions=False)
-    assert result.exit_code == 0 and "going on with the run" in result.stderr, result.output
+    assert result.exit_code == 0 and "resuming the run" in result.stderr, result.output
     (run,) = all_runs("Default")
     assert run.info.status == "FINISHED" and run.data.params["data.dir"] == str(root)
 
@@ -232,15 +230,12 @@ def full_disk(tmp_path: Path) -> Iterator[Path]:
         subprocess.run(["umount", str(folder)], check=True)
 
 
-def test_a_full_disk_costs_checkpoints_and_outbox_but_not_the_run(
-    sqlite_store: str, tmp_path: Path, full_disk: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_full_disk_costs_checkpoints_but_not_the_run(sqlite_store: str, tmp_path: Path, full_disk: Path) -> None:
     study = tmp_path / "short.yaml"
     study.write_text(SHORT)
-    monkeypatch.setattr(outbox, "outbox_folder", lambda: full_disk / "outbox")
     words = ["--study", str(study), "--checkpoint-dir", str(full_disk / "checkpoints"), "--checkpoint-minutes", "0"]
     result = CliRunner().invoke(train, words, catch_exceptions=False)
-    assert result.exit_code == 0 and result.stderr.count("No space left on device") == 2
+    assert result.exit_code == 0 and result.stderr.count("No space left on device") == 1
     (run,) = all_runs("Default")
     assert run.info.status == "FINISHED" and weights(run)
     assert [step for step, _ in histories(run)["train/loss"]] == [1, 2, 3, 4, 5, 6]

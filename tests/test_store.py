@@ -18,7 +18,7 @@ from mlflow.entities import Experiment
 from effv2.core.errors import InputError, RunError
 from effv2.core.resources import what_ran_out
 from effv2.tracking import store
-from effv2.tracking.store import IMPATIENT, impatient, open_store, shown_uri, store_name
+from effv2.tracking.store import open_store, shown_uri
 
 
 class Refusing(http.server.BaseHTTPRequestHandler):
@@ -104,19 +104,6 @@ def test_artifacts_that_a_server_keeps_need_no_folder_here(location: str, monkey
         store._check_artifacts(Experiment("1", "kept here", "file:///runs/1", "active"))
 
 
-def test_impatience_that_overlaps_ends_with_the_last(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(store, "OF_THE_USER", frozenset())
-    for name in IMPATIENT:
-        monkeypatch.delenv(name, raising=False)
-    first, second = impatient(), impatient()
-    first.__enter__()
-    second.__enter__()
-    first.__exit__(None, None, None)
-    assert IMPATIENT.items() <= os.environ.items()
-    second.__exit__(None, None, None)
-    assert not IMPATIENT.keys() & os.environ.keys()
-
-
 def test_tls_where_there_is_none(serve: Callable[..., None]) -> None:
     serve(200, b"{}", "https")
     with pytest.raises(InputError, match="speaks no TLS; use an http:// address"):
@@ -130,17 +117,7 @@ def test_no_password_is_shown_or_kept(monkeypatch: pytest.MonkeyPatch) -> None:
         "http://u:secret@h",
     ):
         monkeypatch.setenv("MLFLOW_TRACKING_URI", uri)
-        assert "secret" not in shown_uri() + store_name()
-
-
-def test_a_store_has_one_name_from_every_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    for uri in ("sqlite:///runs.db", "runs", "file:runs"):
-        monkeypatch.setenv("MLFLOW_TRACKING_URI", uri)
-        monkeypatch.chdir(tmp_path)
-        here = store_name()
-        (tmp_path / "other").mkdir(exist_ok=True)
-        monkeypatch.chdir(tmp_path / "other")
-        assert store_name() != here and str(tmp_path) in here
+        assert "secret" not in shown_uri()
 
 
 def full_disk_of_torch() -> None:

@@ -16,7 +16,6 @@ COMMANDS = {
     "search": "effv2.cli.search",
     "evaluate-pretrained": "effv2.cli.evaluate_pretrained",
     "report": "effv2.cli.report",
-    "sync": "effv2.cli.sync",
 }
 
 

@@ -14,12 +14,11 @@ from typing import Any, Literal, TypeVar, get_args, get_origin
 
 import click
 
-from effv2.config.options import DEFAULT_STORAGE, LogModel, StudyOptions
+from effv2.config.options import DEFAULT_STORAGE, CheckpointOptions, LogModel, StudyOptions
 from effv2.config.schema import Group, TrainConfig, field_of
 from effv2.core.errors import InputError, RunError, Terminated, going_on
 from effv2.core.signals import ending_signals
 from effv2.execution.allocator import tune_allocator
-from effv2.training.saving import Saving
 
 Command = TypeVar("Command", bound=Callable[..., Any])
 
@@ -114,14 +113,14 @@ checkpoint_dir_option = click.option(
     "--checkpoint-dir",
     default="",
     metavar="FOLDER",
-    help=f"Folder for checkpoints, from which a run that was killed goes on.  [default: {Saving.folder}]",
+    help=f"Folder for checkpoints, from which a run that was killed goes on.  [default: {CheckpointOptions.folder}]",
 )
 checkpoint_minutes_option = click.option(
     "--checkpoint-minutes",
     default="",
     metavar="NUMBER",
     help="Minutes of training that a kill may cost at most; checkpoints never take more than 2 % of the time.  "
-    f"[default: {Saving.minutes:g}; ≥ 0]",
+    f"[default: {CheckpointOptions.minutes:g}; ≥ 0]",
 )
 
 
@@ -130,7 +129,7 @@ checkpoint_upload_minutes_option = click.option(
     default="",
     metavar="NUMBER",
     help="Minutes between checkpoints that are uploaded to the run's artifacts, so that another machine can go on; 0 = "
-    f"never.  [default: {Saving.upload_minutes:g}; ≥ 0]",
+    f"never.  [default: {CheckpointOptions.upload_minutes:g}; ≥ 0]",
 )
 
 
@@ -139,12 +138,12 @@ def saving_options(command: Command) -> Command:
     return checkpoint_dir_option(checkpoint_minutes_option(checkpoint_upload_minutes_option(command)))
 
 
-def take_saving(options: dict[str, Any]) -> Saving:
+def take_saving(options: dict[str, Any]) -> CheckpointOptions:
     """Take the options of checkpoints out of a command's, validated."""
-    folder = options.pop("checkpoint_dir") or Saving.folder
+    folder = options.pop("checkpoint_dir") or CheckpointOptions.folder
     names = ("checkpoint_minutes", "checkpoint_upload_minutes")
     minutes, upload_minutes = (_parse_minutes(name, options.pop(name) or "") for name in names)
-    return Saving(folder, Saving.minutes if minutes is None else minutes, upload_minutes or 0.0)
+    return CheckpointOptions(folder, CheckpointOptions.minutes if minutes is None else minutes, upload_minutes or 0.0)
 
 
 def _parse_minutes(name: str, text: str) -> float | None:
@@ -198,7 +197,7 @@ def take_study_options(options: dict[str, Any], log_model: LogModel) -> StudyOpt
         fresh=parse_fresh(options.pop("fresh")),
         log_model=parse_log_model(options.pop("log_model"), log_model),
         experiment=options.pop("experiment"),
-        saving=take_saving(options),
+        checkpoints=take_saving(options),
     )
 
 

@@ -11,8 +11,7 @@ from effv2.config.options import StudyOptions
 from effv2.core.errors import RunError
 from effv2.studies.engine import run_study
 from effv2.studies.plan import LoadedData, Plan
-from effv2.tracking.recovery import open_experiment
-from effv2.tracking.run import run_address
+from effv2.tracking.run import open_experiment, run_address
 
 SHOWN_FAILURES = 5
 

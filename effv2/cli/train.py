@@ -47,10 +47,9 @@ def train(study: str, fresh: str, log_model: str, experiment: str, **options: st
     from effv2.data.dataset import load_dataset
     from effv2.execution.resolve import place, resolve
     from effv2.run.alone import train_once
-    from effv2.run.labels import Labels
     from effv2.run.run import check
-    from effv2.tracking.recovery import open_experiment
-    from effv2.tracking.run import run_address
+    from effv2.run.spec import RunSpec
+    from effv2.tracking.run import open_experiment, run_address
     from effv2.tracking.store import TrackingError, reason
 
     name = file.name if file else f"{config.model.variant}, seed {config.random.seed}"
@@ -60,8 +59,8 @@ def train(study: str, fresh: str, log_model: str, experiment: str, **options: st
         check(config, dataset)
         config = resolve(config, reporter.hint)
         try:
-            labels = Labels(name, open_experiment(experiment, reporter.message), file.name if file else "")
-            ended = train_once(config, dataset, labels, reporter, which != "none", saving=saving, fresh=over)
+            labels = RunSpec(name, open_experiment(experiment), file.name if file else "")
+            ended = train_once(config, dataset, labels, reporter, which != "none", checkpoints=saving, fresh=over)
         except TrackingError as error:
             raise RunError(
                 f"The tracking store failed ({reason(error)}); mend it and give the same command again."

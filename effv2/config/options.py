@@ -5,11 +5,21 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Literal
 
-from effv2.training.saving import Saving
-
 LogModel = Literal["best", "all", "none"]  # best = that of the study's best run alone
 DEFAULT_STORAGE = "sqlite:///optuna.db"
 SHORT_EPOCHS = 3  # of a run of hparam-check and search without a study file
+
+
+@dataclass(frozen=True)
+class CheckpointOptions:
+    """Where checkpoints go, in a folder for each run, and how many minutes of training a kill may cost.
+
+    Every `upload_minutes` one is uploaded to the run's artifacts too, so that another machine can resume; 0 = never.
+    """
+
+    folder: str = "checkpoints"
+    minutes: float = 10.0
+    upload_minutes: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -24,4 +34,4 @@ class StudyOptions:
     fresh: bool = False
     log_model: LogModel = "all"
     experiment: str = ""
-    saving: Saving = field(default_factory=Saving)
+    checkpoints: CheckpointOptions = field(default_factory=CheckpointOptions)

@@ -29,7 +29,7 @@ class Diverged(RunError):
     """A loss that is no finite number: another attempt would end alike."""
 
 
-class Abandoned(BaseException):
+class LeaseLost(BaseException):
     """The work was given to another process, since this one didn't answer for too long."""
 
 

@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-Labels = NDArray[np.int64]
+RunSpec = NDArray[np.int64]
 Bytes = NDArray[np.uint8]
 
 
@@ -138,7 +138,7 @@ class Part:
     """A labelled part of a source, in the order (class, file) of the published rule."""
 
     images: Images
-    labels: Labels
+    labels: RunSpec
     ids: tuple[str, ...]
 
     def __len__(self) -> int:

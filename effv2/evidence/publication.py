@@ -14,11 +14,11 @@ from effv2.evidence.report import HTML, Report, make_report
 from effv2.evidence.sources import EXPORTED, Evidence, export, joined, remove_export, tracked
 from effv2.evidence.study import studies_of
 from effv2.tracking.read import read_experiment
-from effv2.tracking.recovery import open_experiment
-from effv2.tracking.run import TrackedRun, open_report_run, run_address, working_on
+from effv2.tracking.run import open_experiment, open_report_run, run_address, working_on
 from effv2.tracking.store import TrackingError, reason
 from effv2.tracking.tags import BORROWED, as_tags, lent
 from effv2.tracking.views import artifact_link, describe_experiment, save_views, view_links
+from effv2.tracking.writer import TrackedRun
 
 DATA = "data"  # folder of an export
 

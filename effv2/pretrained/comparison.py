@@ -33,10 +33,10 @@ from effv2.pretrained.images import EvaluationImages, choose_images
 from effv2.pretrained.ranking import Evaluated, Ranking
 from effv2.pretrained.weights import Requested, find_all_weights, load_network
 from effv2.tracking.read import Identity, RunRecord, find_ended_early, find_finished, read_runs
-from effv2.tracking.recovery import open_experiment
-from effv2.tracking.run import TrackedRun, open_parent, point_adopted_run_to, run_address, working_on
+from effv2.tracking.run import open_experiment, open_parent, point_adopted_run_to, run_address, working_on
 from effv2.tracking.store import TrackingError
 from effv2.tracking.tags import COMMAND, FRESH, OUTCOME, PROCESS, VARIANT
+from effv2.tracking.writer import TrackedRun
 
 LONGEST_NAME = 200  # characters of a run's name
 

@@ -39,8 +39,9 @@ from effv2.pretrained.ranking import FULL_BATCH, ONE_IMAGE
 from effv2.pretrained.weights import Requested, WeightsFile, load_network
 from effv2.serving.export import OTHER, ServedNetwork, as_base64, write_served
 from effv2.tracking.read import Identity
-from effv2.tracking.run import TrackedRun, start_run
+from effv2.tracking.run import open_run
 from effv2.tracking.tags import PROCESS, SEED, STUDY, VARIANT
+from effv2.tracking.writer import TrackedRun
 
 KIND = "evaluate-pretrained"
 FULL_BATCH_IMAGES = 128
@@ -91,7 +92,7 @@ def evaluate_one(session: Session, entry: Entry, parent: TrackedRun) -> str:
     requested, images = entry.requested, session.images
     tags = run_tags(entry.identity, session) | {VARIANT: requested.network}
     message = session.reporter.message
-    with start_run(requested.label, parent.experiment_id, tags, parent=parent.run_id, message=message) as run:
+    with open_run(requested.label, parent.experiment_id, tags, parent=parent.run_id, message=message) as run:
         run.log_params(session.config.flat() | _params(entry))
         run.log_git(provenance.git_state())
         digest = entry.identity.data_digest

@@ -14,7 +14,7 @@ from torch.nn import functional as F
 
 from effv2.core.errors import RunError
 from effv2.data.batches import normalised
-from effv2.data.images import Labels
+from effv2.data.images import RunSpec
 from effv2.evidence.statistics import calibration_error
 from effv2.execution.device import Execution
 from effv2.execution.folding import fold_batch_norm
@@ -100,7 +100,7 @@ def top1(logits: Tensor) -> tuple[Tensor, Tensor]:
     return predicted, logits.softmax(1).gather(1, predicted[:, None])[:, 0]
 
 
-def scores(logits: Tensor, true: Labels, present: Labels) -> dict[str, float]:
+def scores(logits: Tensor, true: RunSpec, present: RunSpec) -> dict[str, float]:
     """Return the figures of a set: `true` (N) and `present` (K) are outputs of the network.
 
     top1_accuracy and top5_accuracy over all outputs, top1_present among those of the classes present alone, loss the
@@ -123,7 +123,7 @@ def scores(logits: Tensor, true: Labels, present: Labels) -> dict[str, float]:
     }
 
 
-def bf16_differences(network: Network, pixels: Tensor, logits: Tensor, true: Labels, batch: int) -> dict[str, float]:
+def bf16_differences(network: Network, pixels: Tensor, logits: Tensor, true: RunSpec, batch: int) -> dict[str, float]:
     """Compare bf16 `logits` of all images with float32 ones of at most 512, evenly spaced: what bf16 changes."""
     chosen = np.unique(np.linspace(0, len(pixels) - 1, min(len(pixels), COMPARED_IMAGES)).round().astype(int))
     with network.execution.exact():

@@ -19,7 +19,8 @@ from effv2.data.preparation import Square
 from effv2.execution.device import make_execution
 from effv2.run.records import log_test
 from effv2.serving.export import ServedNetwork, as_base64, output_names, write_served
-from effv2.tracking.run import TrackedRun
+from effv2.tracking.read import download
+from effv2.tracking.writer import TrackedRun
 from effv2.training.loop import Training
 from effv2.training.state import TrainState
 
@@ -60,7 +61,7 @@ def restore(run: TrackedRun, config: TrainConfig, dataset: Dataset) -> Outcome:
     """Return the outcome of a finished run, from the weights that it kept; trained again where it kept none."""
     execution = make_execution(config.execution)
     with tempfile.TemporaryDirectory() as folder:
-        path = run.fetch(WEIGHTS, Path(folder))
+        path = download(run.run_id, WEIGHTS, Path(folder))
         weights = None if path is None else torch.load(path, map_location="cpu", weights_only=True)
     state = TrainState.create(config, dataset, execution)
     if weights is None:

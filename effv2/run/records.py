@@ -16,7 +16,7 @@ from effv2.core import provenance
 from effv2.data.dataset import Dataset
 from effv2.evidence.run_artifacts import argmax_over_all, write_curves, write_predictions
 from effv2.execution.device import Execution, Forward
-from effv2.tracking.run import TrackedRun
+from effv2.tracking.writer import TrackedRun
 from effv2.training.evaluate import evaluate, single_image_latency
 from effv2.training.state import TrainState
 
@@ -30,8 +30,7 @@ def study_text(config: TrainConfig, name: str = "again") -> str:
 
 
 def log_start(run: TrackedRun, config: TrainConfig, dataset: Dataset, known: Mapping[str, str]) -> None:
-    """Log parameters but those `known`, which a run that goes on has, study file, commit and data sets."""
-    # What was logged stays: the folder of the data may be another one now, and the store would refuse it.
+    """Log parameters but those `known`, which a run that resumes has, study file, commit and data sets."""
     run.log_params({name: value for name, value in config.flat().items() if name not in known})
     # Written first of all, so that an artifact store that refuses is noticed before anything is trained.
     run.log_text(study_text(config), "study.yaml")

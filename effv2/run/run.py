@@ -2,195 +2,228 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import asdict, replace
 
+from effv2.config.options import CheckpointOptions
 from effv2.config.schema import TrainConfig
-from effv2.core.errors import Diverged, InputError
+from effv2.core.errors import Diverged, InputError, Terminated
 from effv2.core.reporter import Reporter
 from effv2.core.resources import what_ran_out
 from effv2.data.dataset import Dataset
 from effv2.execution.device import make_execution
-from effv2.run.labels import Labels, identity, run_tags
 from effv2.run.outcome import Outcome, keep_weights
 from effv2.run.records import log_end, log_start
-from effv2.run.watching import Observer
-from effv2.tracking.outbox import PATIENCE, TrackingAway
-from effv2.tracking.recovery import send
-from effv2.tracking.run import TrackedRun, start_run
+from effv2.run.spec import RunSpec, identity, run_tags
+from effv2.tracking.models import model_address
+from effv2.tracking.read import Identity, artifact_names, download, read_run
+from effv2.tracking.run import CHECKPOINTS, PATIENCE, OpenRun, open_run
 from effv2.tracking.tags import OUTCOME
-from effv2.training.checkpoint import Checkpoints, Keeper, Pace, newest_step
-from effv2.training.loop import Training
-from effv2.training.saving import Saving
+from effv2.training.checkpoint import Checkpointer, newest_step
+from effv2.training.loop import EpochResult, Training
 from effv2.training.state import TrainState
 
-UPLOADED = "checkpoints"  # folder of the artifacts: the last checkpoint, for other machines
+FIRST_LOGGED = "time/epoch_seconds"  # metric of each epoch: what a run logs at its start is there by then
+
+
+class Callback:
+    """What a study wants to know of a run, and to decide: nothing, for a run of its own."""
+
+    def run_opened(self, run_id: str) -> None:
+        """Hear that the run is open."""
+
+    def run_resumed(self, accuracy: float) -> None:
+        """Hear that the run resumes from its checkpoint, with the best watched accuracy so far (below 0: none)."""
+
+    def epoch_ended(self, result: EpochResult) -> bool:
+        """Hear of an epoch; say whether to prune the run now."""
+        return False
+
+    def keeps_weights(self, accuracy: float) -> bool:
+        """Say whether the weights of a run that reached this accuracy must outlive its process."""
+        return False
 
 
 def check(config: TrainConfig, dataset: Dataset) -> None:
     """Refuse, before a run is created, what only configuration and data together show to be wrong."""
-    if 0 < config.model.outputs < len(dataset.classes):
-        raise InputError(
-            f"model.outputs {config.model.outputs}: the data has {len(dataset.classes)} classes; give at least as many "
-            "outputs, or 0."
-        )
+    outputs, classes = config.model.outputs, len(dataset.classes)
+    if 0 < outputs < classes:
+        problem = f"the data has {classes} classes"
+        raise InputError("model.outputs", outputs, problem, "give at least as many outputs, or 0")
     if not config.evaluation.test_set and dataset.validation is None:
-        raise InputError(
-            "evaluation.test_set false: without a validation split nothing would be measured; give "
-            "data.validation_fraction a share, as 0.1."
-        )
+        problem = "without a validation split nothing would be measured"
+        raise InputError("evaluation.test_set", "false", problem, "give data.validation_fraction a share, as 0.1")
 
 
-def run_experiment(
+def train_run(
     config: TrainConfig,
     dataset: Dataset,
-    labels: Labels,
+    spec: RunSpec,
     reporter: Reporter,
-    log_model: bool,
     *,
-    saving: Saving,
-    observer: Observer = Observer(),  # noqa: B008 (it holds nothing)
+    log_model: bool,
+    checkpoints: CheckpointOptions,
+    callback: Callback = Callback(),  # noqa: B008 (it holds nothing)
     patience: float = PATIENCE,
 ) -> Outcome:
-    """Train `config` (resolved: no `auto`) on `dataset` in a run of its own, or go on with the run it left.
+    """Train `config` (resolved: no `auto`) on `dataset` in a run of its own, or resume the run that `spec` names.
 
-    What its last checkpoint holds is not trained again, what was logged is not logged again. At the end the tracking
-    store may be away for `patience` seconds: then TrackingAway is raised, and what it lacks waits in the outbox.
+    What its last checkpoint holds is not trained again, what the store has is not logged again. One is written when the
+    training has ended, before anything waits for the store: from it the same command delivers what the store lacks.
+    The store may be away for `patience` seconds at the end, then TrackingAway is raised.
     """
-    execution = make_execution(config.execution)
-    reporter.run_started(labels.name, config.schedule.epochs)
-    if labels.continues:
-        _send_what_it_logged(labels.continues, reporter)
-    opened = start_run(
-        labels.name,
-        labels.experiment_id,
-        run_tags(config, dataset, labels),
-        parent=labels.parent,
-        continues=labels.continues,
-        message=reporter.message,
-        patience=patience,
-    )
-    uploaded = bool(saving.upload_minutes or labels.continues)  # perhaps by the command that it goes on for
-    with opened as run, what_ran_out():
-        observer.started(run.run_id)
-        checkpoints = Checkpoints.of(run.run_id, saving, asdict(identity(config, dataset)))
-        state = TrainState.create(config, dataset, execution)
-        if execution.compiled:
-            reporter.message("compiling the blocks: the first step takes a minute or two, unless it was done before")
-        logged = set[int]()
-        if labels.continues:
-            logged = _go_on(run, state, checkpoints, reporter)
-            observer.resumed(state.progress.best_accuracy)
-        if not logged:
-            log_start(run, config, dataset, run.params() if labels.continues else {})
+    reporter.run_started(spec.name, config.schedule.epochs)
+    wanted = identity(config, dataset)
+    with ExitStack() as stack:
+        if spec.resumes:  # locked before the store hears of it
+            stack.enter_context(_checkpointer(spec.resumes, checkpoints, wanted, reporter).lock())
+        run = stack.enter_context(_opened(config, dataset, spec, reporter, patience))
+        stack.enter_context(what_ran_out())
+        checkpointer = _checkpointer(run.run_id, checkpoints, wanted, reporter, run)
+        if not spec.resumes:
+            stack.enter_context(checkpointer.lock())
+        callback.run_opened(run.run_id)
+        resumes = bool(spec.resumes)
+        training = _prepared(run, config, dataset, resumes, checkpointer=checkpointer, reporter=reporter)
+        if resumes:
+            callback.run_resumed(training.state.progress.best_accuracy)
         run.check()
-        keeper = _keeper(run, state, checkpoints, saving, reporter)
-        training = Training(config, dataset, state, execution, _on_step(reporter, keeper))
-        with _none_after_divergence(run, checkpoints, uploaded), keeper.last_one_on_the_way_out():
-            pruned = _train(run, training, keeper, logged=logged, reporter=reporter, observer=observer)
-        if pruned:
-            outcome = _pruned(run, config, dataset, state)
-            _forget(run, checkpoints, uploaded)
-            return outcome
-        state.take_selected()
-        summary = log_end(run, config, dataset, execution, state)
-        outcome = Outcome(run, config, dataset, state.evaluated, state.progress.best_accuracy, summary)
-        if log_model:
-            outcome.log_model()
-        if observer.keeps_weights(outcome.watched_accuracy):
-            keep_weights(outcome)
-        run.complete()
+        uploaded = bool(checkpoints.upload_minutes or resumes)  # perhaps by the command that it resumes
+        with _forgotten_after_divergence(run, checkpointer, uploaded):
+            pruned = _train(run, training, checkpointer, reporter, callback)
+        outcome = _prune(run, training, dataset) if pruned else _end(run, training, dataset, log_model, callback)
+        if not pruned:
+            run.complete()
         if uploaded:
-            run.discard(UPLOADED)
-    checkpoints.remove()
-    ended = TrackedRun(run.run_id, run.experiment_id)
-    return replace(outcome, run=ended, model_address=ended.model_address() if log_model else "")
+            run.discard(CHECKPOINTS)
+    checkpointer.remove()
+    return outcome if pruned else replace(outcome, model_address=model_address(run.run_id) if log_model else "")
 
 
-def _train(
-    run: TrackedRun, training: Training, keeper: Keeper, *, logged: set[int], reporter: Reporter, observer: Observer
-) -> bool:
-    """Train, log the epochs that aren't `logged`; say whether the observer ended it."""
-    for result in training:
-        stops = observer.stops(result)  # first, since it may turn out that the run is another process's now
-        if result.epoch not in logged:
-            run.log_metrics(result.metrics, step=result.epoch)
-        reporter.epoch(result.epoch, result.metrics)
-        if stops:
-            return True
-        keeper.keep(epoch_ended=True)
-    return False
+def _opened(
+    config: TrainConfig, dataset: Dataset, spec: RunSpec, reporter: Reporter, patience: float
+) -> AbstractContextManager[OpenRun]:
+    tags, how = run_tags(config, dataset, spec), {"parent": spec.parent, "resumes": spec.resumes}
+    return open_run(spec.name, spec.experiment_id, tags, **how, message=reporter.message, patience=patience)
 
 
-def _keeper(run: TrackedRun, state: TrainState, checkpoints: Checkpoints, saving: Saving, reporter: Reporter) -> Keeper:
-    upload = (lambda path: run.log_only(path, UPLOADED)) if saving.upload_minutes else None
-    return Keeper(checkpoints, Pace(60 * saving.minutes), state, reporter.message, upload, 60 * saving.upload_minutes)
+def _checkpointer(
+    run_id: str, options: CheckpointOptions, wanted: Identity, reporter: Reporter, run: OpenRun | None = None
+) -> Checkpointer:
+    upload = run.upload_checkpoint if run is not None and options.upload_minutes else None
+    return Checkpointer(run_id, options, asdict(wanted), reporter.message, upload=upload)
 
 
-def _on_step(reporter: Reporter, keeper: Keeper) -> Callable[[int, int], None]:
+def _prepared(
+    run: OpenRun,
+    config: TrainConfig,
+    dataset: Dataset,
+    resumes: bool,
+    *,
+    checkpointer: Checkpointer,
+    reporter: Reporter,
+) -> Training:
+    """Build the training, from the run's last checkpoint where it resumes, and log what a run logs at its start."""
+    execution = make_execution(config.execution)
+    state = TrainState.create(config, dataset, execution)
+    if execution.compiled:
+        reporter.message("compiling the blocks: the first step takes a minute or two, unless it was done before")
+    there = read_run(run.run_id) if resumes else None
+    if there is not None:
+        _resume(run, state, checkpointer)
+        reporter.message(f"resuming the run {run.run_id} at epoch {state.progress.epoch + 1}")
+    if there is None or FIRST_LOGGED not in there.metrics:
+        # What was logged stays: the folder of the data may be another one now, and the store would refuse it.
+        log_start(run, config, dataset, there.params if there else {})
+
     def on_step(step: int, steps: int) -> None:
         reporter.step(step, steps)
-        keeper.keep(epoch_ended=False)
+        checkpointer.save_if_due(state, epoch_ended=False)
 
-    return on_step
-
-
-def _send_what_it_logged(run_id: str, reporter: Reporter) -> None:
-    """Send what an earlier process logged of the run, before this one goes on; TrackingAway if that can't be."""
-    sending = send(run_id, reporter.message)
-    if sending.end == "waits":
-        where = f": set MLFLOW_TRACKING_URI to {sending.store}" if sending.store else ""
-        raise TrackingAway(f"The run {run_id} can't go on before what it logged is sent{where}.")
+    return Training(config, dataset, state, execution, on_step)
 
 
-def _go_on(run: TrackedRun, state: TrainState, checkpoints: Checkpoints, reporter: Reporter) -> set[int]:
-    """Take over a checkpoint, log the epochs that it has finished and the run lacks; return all that are logged.
+def _resume(run: OpenRun, state: TrainState, checkpointer: Checkpointer) -> None:
+    """Take over the newest checkpoint, of this machine or another, and log the epochs that it holds.
 
-    Where another machine has uploaded one that came further than those here, it is that one.
+    Those that the store has are not logged again.
     """
-    logged = run.steps("time/epoch_seconds")
-    uploaded = newest_step(run.names_in(UPLOADED))
-    if uploaded > checkpoints.newest():
-        run.fetch_folder(UPLOADED, checkpoints.folder)
-    saved = checkpoints.read(reporter.message)
-    if saved is None and uploaded >= 0 and run.fetch_folder(UPLOADED, checkpoints.folder):  # those here are damaged
-        saved = checkpoints.read(reporter.message)
+    uploaded = newest_step(artifact_names(run.run_id, CHECKPOINTS))
+    if uploaded > checkpointer.newest():
+        _fetch_checkpoints(run, checkpointer)
+    saved = checkpointer.read()
+    if saved is None and uploaded >= 0:  # those here are damaged
+        _fetch_checkpoints(run, checkpointer)
+        saved = checkpointer.read()
     if saved is not None:
         state.load_state_dict(saved)
     for epoch, metrics in enumerate(state.progress.history, 1):
-        if epoch not in logged:
-            run.log_metrics(metrics, step=epoch)
-            logged.add(epoch)
-    reporter.message(f"going on with the run {run.run_id} at epoch {state.progress.epoch + 1}")
-    return logged
+        run.log_metrics(metrics, step=epoch)
 
 
-def _pruned(run: TrackedRun, config: TrainConfig, dataset: Dataset, state: TrainState) -> Outcome:
-    """End a run that isn't worth going on with."""
-    best = state.progress.best_accuracy
+def _fetch_checkpoints(run: OpenRun, checkpointer: Checkpointer) -> None:
+    for name in artifact_names(run.run_id, CHECKPOINTS):
+        download(run.run_id, f"{CHECKPOINTS}/{name}", checkpointer.folder)
+
+
+def _train(
+    run: OpenRun, training: Training, checkpointer: Checkpointer, reporter: Reporter, callback: Callback
+) -> bool:
+    """Train and log each epoch; say whether the callback pruned the run.
+
+    A checkpoint is written when the training is told to end, and when it has ended: the rest follows from that one.
+    """
+    state = training.state
+    try:
+        for result in training:
+            prunes = callback.epoch_ended(result)  # first, since the trial may be another process's by now
+            run.log_metrics(result.metrics, step=result.epoch)
+            reporter.epoch(result.epoch, result.metrics)
+            if prunes:
+                return True
+            checkpointer.save_if_due(state, epoch_ended=True)
+    except (KeyboardInterrupt, Terminated):
+        checkpointer.save(state, leaving=True)
+        raise
+    checkpointer.save(state)
+    return False
+
+
+def _end(run: OpenRun, training: Training, dataset: Dataset, log_model: bool, callback: Callback) -> Outcome:
+    """Log what follows from a finished training: summary, predictions, curves, the model."""
+    state, config = training.state, training.config
+    state.take_selected()
+    summary = log_end(run, config, dataset, training.execution, state)
+    outcome = Outcome(run.ended(), config, dataset, state.evaluated, state.progress.best_accuracy, summary)
+    if log_model:
+        replace(outcome, run=run).log_model()
+    if callback.keeps_weights(outcome.watched_accuracy):
+        keep_weights(replace(outcome, run=run))
+    return outcome
+
+
+def _prune(run: OpenRun, training: Training, dataset: Dataset) -> Outcome:
+    """Log what a run leaves that isn't worth resuming."""
+    state = training.state
+    best, last = state.progress.best_accuracy, state.progress.history[-1]
     run.log_metrics({"selected/val_accuracy": best})
     run.set_tags({OUTCOME: "pruned"})
-    return Outcome(run, config, dataset, state.evaluated, best, state.progress.history[-1], pruned=True)
+    return Outcome(run.ended(), training.config, dataset, state.evaluated, best, last, pruned=True)
 
 
 @contextmanager
-def _none_after_divergence(run: TrackedRun, checkpoints: Checkpoints, uploaded: bool) -> Iterator[None]:
+def _forgotten_after_divergence(run: OpenRun, checkpointer: Checkpointer, uploaded: bool) -> Iterator[None]:
     """Remove the checkpoints of a training that diverges: it would again."""
     try:
         yield
     except Diverged:
-        _forget(run, checkpoints, uploaded)
+        checkpointer.remove()
+        if uploaded:
+            run.discard(CHECKPOINTS)
         raise
 
 
-def _forget(run: TrackedRun, checkpoints: Checkpoints, uploaded: bool) -> None:
-    """Remove the checkpoints here, and those that were uploaded."""
-    checkpoints.remove()
-    if uploaded:
-        run.discard(UPLOADED)
-
-
-def discard_checkpoints(run_id: str, saving: Saving) -> None:
-    """Remove what is left of a run that was completed elsewhere, or while the tracking store was away."""
-    Checkpoints.of(run_id, saving, {}).remove()
+def discard_checkpoints(run_id: str, options: CheckpointOptions) -> None:
+    """Remove what is left of a run that was completed elsewhere, or whose status alone was missing."""
+    Checkpointer(run_id, options, {}, lambda _: None).remove()

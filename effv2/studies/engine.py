@@ -24,19 +24,20 @@ from effv2.studies.session import Session
 from effv2.studies.storage import DATABASE_ERRORS, OUTAGE_SECONDS, Storage, open_storage, patient, why
 from effv2.studies.supervision import supervise
 from effv2.studies.worker import Worker
-from effv2.tracking.entries import may_pass
-from effv2.tracking.read import known_runs
-from effv2.tracking.run import TrackedRun, find_run, open_parent, point_adopted_run_to, run_address, status_after
+from effv2.tracking.read import known_runs, read_run
+from effv2.tracking.run import open_parent, point_adopted_run_to, run_address, status_after
 from effv2.tracking.store import (
     TRACKING_ERRORS,
     TrackingError,
     impatient,
+    is_temporary,
     reason,
     shown_uri,
     tracking_uri,
     wait_until_it_answers,
 )
 from effv2.tracking.tags import CODE_VERSION, COMMAND, PLANNED, QUEUE, STUDY, as_tags, names_in
+from effv2.tracking.writer import TrackedRun
 
 FAIL = TrialState.FAIL
 # User attributes of Optuna's study.
@@ -128,7 +129,7 @@ def _open(plan: Plan, storage: Storage, experiment_id: str, options: StudyOption
         tracking_uri=tracking_uri(),
         fresh=fresh,
         log_model=options.log_model,
-        saving=options.saving,
+        checkpoints=options.checkpoints,
     )
 
 
@@ -139,7 +140,7 @@ def _lost(trials: Trials, experiment_id: str) -> set[str]:
     }
     # Asked for once more, one by one: a deletion meanwhile may hide a run between two pages of the list.
     return (
-        {run_id for run_id in finished - known_runs(experiment_id) if find_run(run_id) is None} if finished else set()
+        {run_id for run_id in finished - known_runs(experiment_id) if read_run(run_id) is None} if finished else set()
     )
 
 
@@ -149,7 +150,7 @@ Opened = tuple[str, TrackedRun, bool]  # a study's name in the storage, its run,
 def _first_with_run(studies: Sequence[FrozenStudy]) -> Opened | None:
     """Return the first study whose run the tracking store has, and which wasn't deleted there."""
     for study in studies:
-        parent = find_run(study.user_attrs[PARENT])
+        parent = read_run(study.user_attrs[PARENT])
         if parent is not None:
             return study.study_name, parent, bool(study.user_attrs[FRESH])
     return None
@@ -207,7 +208,7 @@ def _publish_after_all(session: Session, queue: Queue, load: LoadData, reporter:
     try:
         return _publish(session, queue, load, reporter)
     except TrackingError as error:
-        if not may_pass(error) or not wait_until_it_answers(OUTAGE_SECONDS):
+        if not is_temporary(error) or not wait_until_it_answers(OUTAGE_SECONDS):
             raise
         return _publish(session, queue, load, reporter)
 

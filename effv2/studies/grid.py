@@ -27,7 +27,7 @@ from effv2.studies.files import Study
 from effv2.studies.plan import LoadData, PlannedRun, Purpose, Trials, best_of, discard_weights, run_ids
 from effv2.studies.queue import RUN
 from effv2.tracking.read import read_runs
-from effv2.tracking.run import TrackedRun
+from effv2.tracking.writer import TrackedRun
 
 
 @dataclass(frozen=True)

@@ -19,7 +19,7 @@ from effv2.evidence.comparison import Rows
 from effv2.run.outcome import WEIGHTS
 from effv2.studies.queue import RUN
 from effv2.tracking.read import read_runs
-from effv2.tracking.run import TrackedRun
+from effv2.tracking.writer import TrackedRun
 
 Trials = Mapping[str, FrozenTrial]  # by slot
 LoadData = Callable[[DataConfig], Dataset]

@@ -20,7 +20,7 @@ import optuna
 from optuna.exceptions import UpdateFinishedTrialError
 from optuna.trial import FrozenTrial, TrialState
 
-from effv2.core.errors import Abandoned
+from effv2.core.errors import LeaseLost
 from effv2.core.processes import is_gone, this_process
 from effv2.studies.storage import DATABASE_ERRORS, GRACE_SECONDS, HEARTBEAT_SECONDS, HURRY_SECONDS, Storage, patient
 
@@ -127,13 +127,13 @@ class Queue:
 
     @patient
     def note_run(self, claim: Claim, run_id: str) -> None:
-        """Record which run works on the trial; Abandoned if the trial is no longer ours."""
+        """Record which run works on the trial; LeaseLost if the trial is no longer ours."""
         with self._ours(claim):
             self.storage.optuna.set_trial_user_attr(claim.trial_id, RUN, run_id)
 
     @patient
     def report(self, claim: Claim, epoch: int, value: float) -> None:
-        """Record the value reached at an epoch; Abandoned if the trial is no longer ours."""
+        """Record the value reached at an epoch; LeaseLost if the trial is no longer ours."""
         with self._ours(claim):
             self.storage.optuna.set_trial_intermediate_value(claim.trial_id, epoch, value)
 
@@ -150,11 +150,11 @@ class Queue:
     def finish(
         self, claim: Claim, state: Literal[TrialState.COMPLETE, TrialState.PRUNED], value: float, run_id: str
     ) -> None:
-        """Tell a trial's value, and the run that reached it; Abandoned if the trial is no longer ours."""
+        """Tell a trial's value, and the run that reached it; LeaseLost if the trial is no longer ours."""
         with self.storage.lock(self.study):
             trial = self.storage.optuna.get_trial(claim.trial_id)
             if not self._owns(trial):
-                raise Abandoned
+                raise LeaseLost
             if not trial.state.is_finished():  # else the answer to an earlier attempt to tell was lost
                 self.storage.optuna.set_trial_user_attr(claim.trial_id, RUN, run_id)
                 self.storage.optuna.set_trial_state_values(claim.trial_id, state, [value])
@@ -197,13 +197,13 @@ class Queue:
 
     @contextmanager
     def _ours(self, claim: Claim) -> Iterator[None]:
-        """Write to a trial that is ours and unfinished; Abandoned otherwise."""
+        """Write to a trial that is ours and unfinished; LeaseLost otherwise."""
         if not self._owns(self.storage.optuna.get_trial(claim.trial_id)):
-            raise Abandoned
+            raise LeaseLost
         try:
             yield
         except UpdateFinishedTrialError:
-            raise Abandoned from None
+            raise LeaseLost from None
 
     def _enqueue_some(self) -> None:
         """Enqueue the next slots that were never enqueued; all at once would slow every look at the queue."""

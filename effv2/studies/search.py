@@ -34,8 +34,8 @@ from effv2.run.run import check
 from effv2.studies.files import SearchFile, Study
 from effv2.studies.plan import LoadData, PlannedRun, Purpose, Trials, best_of, discard_weights
 from effv2.studies.queue import RUN
-from effv2.tracking.run import TrackedRun
 from effv2.tracking.tags import BEST_RUN, LOOKS
+from effv2.tracking.writer import TrackedRun
 
 RANDOM_TRIALS = 10  # before TPE has anything to go by
 SHOWN_TRIALS = 5

@@ -19,32 +19,31 @@ from typing import Literal
 import torch
 from optuna.trial import TrialState
 
-from effv2.core.errors import Abandoned, Diverged, RunError, Terminated, going_on
+from effv2.core.errors import Diverged, LeaseLost, RunError, Terminated, going_on
 from effv2.core.reporter import Reporter
 from effv2.core.signals import ending_signals
 from effv2.execution.allocator import tune_allocator
-from effv2.run.labels import Labels, identity
 from effv2.run.outcome import reached
-from effv2.run.run import discard_checkpoints, run_experiment
-from effv2.run.watching import Observer
+from effv2.run.run import Callback, discard_checkpoints, train_run
+from effv2.run.spec import RunSpec, identity
 from effv2.studies.plan import LoadData, LoadedData, best_of
 from effv2.studies.queue import RUN, Claim, Queue
 from effv2.studies.session import Session
 from effv2.studies.storage import OUTAGE_SECONDS, Storage, StorageAway, hurry, reopen_storage
-from effv2.tracking.entries import may_pass
-from effv2.tracking.outbox import TrackingAway
-from effv2.tracking.read import Identity, RunRecord, find_finished, read_runs
+from effv2.tracking.read import Identity, RunRecord, find_finished, read_run, read_runs
 from effv2.tracking.recovery import is_busy, send
-from effv2.tracking.run import TrackedRun, find_run
 from effv2.tracking.store import (
     WAIT_SECONDS,
+    TrackingAway,
     answers,
+    is_temporary,
     reason,
     shown_uri,
     use_store,
     wait_until_it_answers,
 )
 from effv2.tracking.tags import OUTCOME
+from effv2.tracking.writer import TrackedRun
 from effv2.training.loop import EpochResult
 from effv2.training.state import watched_accuracy
 
@@ -62,23 +61,23 @@ class WorkerReporter(Reporter):
         print(text, file=sys.stderr)
 
 
-class TrialObserver(Observer):
+class TrialObserver(Callback):
     """Reports a run's epochs to its trial, and lets the pruner decide."""
 
     def __init__(self, worker: Worker, claim: Claim) -> None:
         self.worker, self.claim = worker, claim
         self.best, self.run_id = 0.0, ""
 
-    def started(self, run_id: str) -> None:
+    def run_opened(self, run_id: str) -> None:
         """Note the run on the trial, so that whoever takes the trial up knows of it."""
         self.run_id = run_id
         self.worker.queue.note_run(self.claim, run_id)
 
-    def resumed(self, accuracy: float) -> None:
+    def run_resumed(self, accuracy: float) -> None:
         """Take over the best accuracy of the epochs that aren't trained again."""
         self.best = max(self.best, accuracy)
 
-    def stops(self, result: EpochResult) -> bool:
+    def epoch_ended(self, result: EpochResult) -> bool:
         """Report the best accuracy so far, which is what a trial is worth; ask the pruner."""
         queue, plan = self.worker.queue, self.worker.session.plan
         self.best = max(self.best, watched_accuracy(result.metrics))
@@ -130,7 +129,7 @@ class Worker:
                 self._attempt(claim)
             except StorageAway:
                 raise
-            except Abandoned:
+            except LeaseLost:
                 pass
             except TrackingAway as error:
                 self.queue.release()
@@ -146,7 +145,7 @@ class Worker:
 
     def _is_setback(self, error: Exception, claim: Claim) -> bool:
         """Say, after a pause, whether the tracking store failed as for a moment, and not too often for this trial."""
-        if not may_pass(error) or self._setbacks[claim.slot] == MOST_SETBACKS:
+        if not is_temporary(error) or self._setbacks[claim.slot] == MOST_SETBACKS:
             return False
         self._setbacks[claim.slot] += 1
         self.reporter.message(f"The tracking store failed ({reason(error)}); the run goes on when it answers.")
@@ -171,29 +170,29 @@ class Worker:
         dataset = self.load(planned.config.data)
         done = self._done_before(claim, identity(planned.config, dataset))
         if done is not None:
-            discard_checkpoints(done.run_id, session.saving)
+            discard_checkpoints(done.run_id, session.checkpoints)
             if epochs := TrackedRun(done.run_id, session.experiment_id).steps("train/loss"):
                 queue.report(claim, max(epochs), reached(done.metrics))
             queue.finish(claim, _state(done.tags[OUTCOME] == "pruned"), reached(done.metrics), done.run_id)
             return
-        labels = Labels(
+        labels = RunSpec(
             planned.name,
             session.experiment_id,
             plan.purpose.name,
             planned.arm,
             session.parent_id,
-            continues=self._left_of(claim),
+            resumes=self._left_of(claim),
         )
         observer = TrialObserver(self, claim)
         log_model = session.log_model == "all"
         try:
-            outcome = run_experiment(
+            outcome = train_run(
                 planned.config,
                 dataset,
                 labels,
                 self.reporter,
                 log_model,
-                saving=session.saving,
+                checkpoints=session.checkpoints,
                 observer=observer,
                 patience=OUTAGE_SECONDS,
             )
@@ -205,7 +204,7 @@ class Worker:
             return
         try:
             queue.finish(claim, _state(outcome.pruned), outcome.watched_accuracy, outcome.run.run_id)
-        except Abandoned:
+        except LeaseLost:
             if queue.trials()[claim.slot].user_attrs.get(RUN) != outcome.run.run_id:
                 outcome.run.set_status("KILLED")  # the run of the worker that has the trial now counts
             raise
@@ -215,7 +214,7 @@ class Worker:
 
         Busy is one whose process was only stopped for a while: it will find that the trial isn't its own any longer.
         """
-        left = find_run(claim.previous_run) if claim.previous_run and not is_busy(claim.previous_run) else None
+        left = read_run(claim.previous_run) if claim.previous_run and not is_busy(claim.previous_run) else None
         return left.run_id if left is not None else ""
 
     def _done_before(self, claim: Claim, wanted: Identity) -> RunRecord | None:
@@ -226,7 +225,7 @@ class Worker:
         session = self.session
         if claim.previous_run:
             send(claim.previous_run, self.reporter.message)
-        there = find_run(claim.previous_run) if claim.previous_run else None
+        there = read_run(claim.previous_run) if claim.previous_run else None
         for record in read_runs([there.run_id] if there else [], []):
             complete = TrackedRun(record.run_id, session.experiment_id).end_left_open()
             if record.status == "FINISHED" or complete:

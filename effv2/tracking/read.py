@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 import json
+import shutil
 import tempfile
 from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 
 from mlflow import MlflowClient
 from mlflow.entities import Run
 from mlflow.exceptions import MlflowException
 
-from effv2.tracking.entries import is_missing
+from effv2.tracking.store import is_missing
 from effv2.tracking.tags import CONFIG_HASH, DATA_CONTEXT, OUTCOME, PARENT, lent_in
 
 READERS = 8  # histories that are asked for at once: a server answers each in milliseconds, but after a while
@@ -118,16 +119,15 @@ def read_runs(run_ids: Iterable[str], histories: Iterable[str]) -> list[RunRecor
 
 
 def read_experiment(experiment_id: str, histories: Iterable[str], parent: str = "") -> list[RunRecord]:
-    """Read all runs of an experiment, the oldest first; or a study's run, its children, and those lent by others.
+    """Read all runs of an experiment, the oldest first; or a study's run, its children, and those it took of others.
 
     Histories are those of finished runs; the trials of a search, which may be thousands, have none.
     """
     client = MlflowClient()
     condition = f"tags.`{PARENT}` = '{parent}'" if parent else ""
     runs = [client.get_run(parent)] if parent else []
-    lent = lent_in(runs[0].data.tags) if parent else {}
-    runs += _all_runs(experiment_id, condition)
-    runs += _still_there(lent)
+    taken = [run_id for run_id in (lent_in(runs[0].data.tags) if parent else ()) if read_run(run_id)]
+    runs += [*_all_runs(experiment_id, condition), *map(client.get_run, taken)]
     searches = {run.info.run_id for run in runs if run.data.params.get("study.kind") == "search"}
     read = [r for r in runs if r.info.status == "FINISHED" and r.data.tags.get(PARENT) not in searches]
     found = {record.run_id: record for record in _with_histories(read, list(histories))}
@@ -150,22 +150,36 @@ def _all_runs(experiment_id: str, condition: str = "") -> Iterator[Run]:
             break
 
 
-def _still_there(run_ids: Iterable[str]) -> Iterator[Run]:
-    """Yield those of the runs that nobody has deleted."""
-    for run_id in run_ids:
-        try:
-            run = MlflowClient().get_run(run_id)
-        except MlflowException as error:
-            if not is_missing(error):
-                raise
-        else:
-            if run.info.lifecycle_stage == "active":
-                yield run
+def read_run(run_id: str) -> RunRecord | None:
+    """Return a run without histories; None where the store has none of that id, or the run was deleted."""
+    try:
+        run = MlflowClient().get_run(run_id)
+    except MlflowException as error:
+        if is_missing(error):
+            return None
+        raise
+    return _record(run, {}) if run.info.lifecycle_stage == "active" else None
 
 
 def experiment_name(experiment_id: str) -> str:
     """Return the name of an experiment."""
     return str(MlflowClient().get_experiment(experiment_id).name)
+
+
+def artifact_names(run_id: str, folder: str) -> list[str]:
+    """Return the names of the artifacts in a folder of theirs."""
+    found = MlflowClient().list_artifacts(run_id, folder or None)
+    return [PurePosixPath(file.path).name for file in found if not file.is_dir]
+
+
+def download(run_id: str, name: str, folder: Path) -> Path | None:
+    """Download an artifact into `folder`, which is created; None where the run has none of that name."""
+    above, _, own = name.rpartition("/")
+    if own not in artifact_names(run_id, above):
+        return None
+    folder.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory() as place:
+        return Path(shutil.copy(MlflowClient().download_artifacts(run_id, name, place), folder))
 
 
 def read_artifacts(run_id: str, names: Iterable[str]) -> dict[str, str]:

@@ -1,13 +1,12 @@
-"""The tracking store that MLflow's own settings name, checked before anything is trained."""
+"""The tracking store that MLflow's own settings name: opened, checked before anything is trained, explained."""
 
 from __future__ import annotations
 
 import logging
 import os
 import re
-import threading
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 
@@ -17,46 +16,53 @@ from mlflow import MlflowClient
 from mlflow.entities import Experiment
 from mlflow.exceptions import MlflowException
 from mlflow.tracking.fluent import _get_experiment_id
+from mlflow.utils.credentials import get_default_host_creds
 from mlflow.utils.file_utils import local_file_uri_to_path
+from mlflow.utils.rest_utils import http_request
 from sqlalchemy.engine import make_url
 from sqlalchemy.exc import SQLAlchemyError
 
-from effv2.core.errors import InputError, nearest
+from effv2.core.errors import InputError, RunError, nearest
 from effv2.core.provenance import without_password
 
-# MLflow's own limits let a dead server block for minutes; a check may be impatient.
-IMPATIENT = {"MLFLOW_HTTP_REQUEST_MAX_RETRIES": "1", "MLFLOW_HTTP_REQUEST_TIMEOUT": "4"}
-OF_THE_USER = frozenset(name for name in IMPATIENT if name in os.environ)
-
-WAIT_SECONDS = 2.0
-# What the code and the text of an error look like, and what to say of the store: the first that is found.
+PROBE_SECONDS = 4  # that a server has to answer whether it is there; MLflow's own limits are minutes
+WAIT_SECONDS = 2.0  # between two looks at a store that is away
+TrackingError = MlflowException
+TRACKING_ERRORS = (MlflowException, SQLAlchemyError, OSError)  # a store that is away, or refuses
+REFUSALS = ("INVALID_PARAMETER_VALUE", "BAD_REQUEST")
+REFUSING_STATUS = (400, 413, 422)
+NO_ACCESS = ("PERMISSION_DENIED", "UNAUTHENTICATED")
+# What the code and the text of an error look like, and what is wrong with the store, with the remedy: the first found.
 EXPLANATIONS = (
     (
         "MLFLOW_ALLOW_FILE_STORE",
-        "MLflow keeps runs in plain files only where MLFLOW_ALLOW_FILE_STORE=true is set; set it, or use "
-        "sqlite:///mlflow.db.",
+        "MLflow keeps runs in plain files only where MLFLOW_ALLOW_FILE_STORE=true is set",
+        "set it, or use sqlite:///mlflow.db",
     ),
-    ("unsupported URI", "no such kind of store; use sqlite:///FILE, http://HOST:PORT or a database."),
+    ("unsupported URI", "no such kind of store", "use sqlite:///FILE, http://HOST:PORT or a database"),
     (
         "^UNAUTHENTICATED",
-        "the server doesn't know the user, or wants one; set MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD, or "
-        "MLFLOW_TRACKING_TOKEN.",
+        "the server doesn't know the user, or wants one",
+        "set MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD, or MLFLOW_TRACKING_TOKEN",
     ),
     (
         "^PERMISSION_DENIED.*Invalid Host",
-        "the server doesn't answer under this name; start it with --allowed-hosts, or use an address that it allows.",
+        "the server doesn't answer under this name",
+        "start it with --allowed-hosts, or use an address that it allows",
     ),
-    ("^PERMISSION_DENIED", "the user may not do this ({reason}); ask whoever keeps the server."),
-    ("WRONG_VERSION_NUMBER|record layer failure", "the server speaks no TLS; use an http:// address."),
+    ("^PERMISSION_DENIED", "the user may not do this ({reason})", "ask whoever keeps the server"),
+    ("WRONG_VERSION_NUMBER|record layer failure", "the server speaks no TLS", "use an http:// address"),
     (
         "SSLError",
-        "the server's certificate can't be verified; set MLFLOW_TRACKING_SERVER_CERT_PATH to that of the authority "
-        "which signed it, or correct the address.",
+        "the server's certificate can't be verified",
+        "set MLFLOW_TRACKING_SERVER_CERT_PATH to that of the authority which signed it, or correct the address",
     ),
-    ("", "the tracking store doesn't answer ({reason}); start the server or correct the address."),
+    ("", "the tracking store doesn't answer ({reason})", "start the server or correct the address"),
 )
-TrackingError = MlflowException
-TRACKING_ERRORS = (MlflowException, SQLAlchemyError, OSError)  # a store that is away, or refuses
+
+
+class TrackingAway(RunError):
+    """The tracking store was away for longer than a run waits at its end."""
 
 
 def open_store(experiment: str, create: bool = True) -> str:
@@ -66,29 +72,17 @@ def open_store(experiment: str, create: bool = True) -> str:
     `mlflow run`, of MLFLOW_EXPERIMENT_NAME or _ID, or `Default`. A database is created, and migrated, here and nowhere
     later.
     """
-    with _opening(experiment):
-        found = _experiment(MlflowClient(), experiment, create)
+    _configure()
+    try:
+        with _creation_lock():
+            _probe()
+            found = _experiment(MlflowClient(), experiment, create)
+    except (MlflowException, SQLAlchemyError, OSError, ImportError) as error:
+        raise _explained(error, experiment) from error
     if found.lifecycle_stage != "active":
-        raise InputError(f"--experiment {found.name}: that experiment was deleted; restore it or choose another one.")
+        raise InputError("experiment", found.name, "that experiment was deleted", "restore it or choose another one")
     _check_artifacts(found)
     return str(found.experiment_id)
-
-
-def check_store() -> None:
-    """Do nothing where the store answers; InputError where it doesn't."""
-    with _opening(""):
-        MlflowClient().search_experiments(max_results=1)
-
-
-@contextmanager
-def _opening(experiment: str) -> Iterator[None]:
-    """Open the store inside, for an experiment or for none in particular, and explain what goes wrong."""
-    _quieten()
-    try:
-        with impatient(), _creation_lock():
-            yield
-    except (MlflowException, SQLAlchemyError, OSError, ImportError) as error:
-        raise InputError(_explain(error, experiment)) from error
 
 
 def _check_artifacts(experiment: Experiment) -> None:
@@ -99,21 +93,24 @@ def _check_artifacts(experiment: Experiment) -> None:
     folder = Path(local_file_uri_to_path(location)).absolute()  # type: ignore[no-untyped-call]
     there = next(path for path in (folder, *folder.parents) if os.path.exists(path))  # noqa: PTH110 (never raises)
     if not os.access(there, os.W_OK):
-        raise InputError(
-            f"--experiment {experiment.name}: the folder {there} can't be written, where its artifacts go; give it "
-            "other permissions, or choose another experiment."
-        )
-
-
-def tracking_uri() -> str:
-    """Return the tracking URI, password and all, to hand on to a worker of ours."""
-    return mlflow.get_tracking_uri()
+        problem = f"the folder {there} can't be written, where its artifacts go"
+        raise InputError("experiment", experiment.name, problem, "make it writable, or choose another experiment")
 
 
 def use_store(uri: str) -> None:
     """Log to the store that the process which started this one logs to."""
-    _quieten()
+    _configure()
     mlflow.set_tracking_uri(uri)
+
+
+def _configure() -> None:
+    """Keep MLflow's own lines from running through our progress, and its retries short: ours say that they wait."""
+    for name in ("alembic", "mlflow"):
+        logging.getLogger(name).setLevel(logging.WARNING)
+    logging.getLogger("mlflow.store.db.utils").setLevel(logging.CRITICAL)  # it prints the stack of what we explain
+    os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
+    os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "2")
+    os.environ.setdefault("MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT", "true")
 
 
 def _creation_lock() -> AbstractContextManager[object]:
@@ -123,11 +120,20 @@ def _creation_lock() -> AbstractContextManager[object]:
     return FileLock(f"{file}.lock") if file is not None and os.access(file.parent, os.W_OK) else nullcontext()
 
 
+def _probe() -> None:
+    """Ask the store for a sign of life, with little patience; one of TRACKING_ERRORS without it."""
+    uri = mlflow.get_tracking_uri()
+    if uri.startswith("http"):
+        creds = get_default_host_creds(uri)  # type: ignore[no-untyped-call]
+        http_request(creds, "/health", "GET", timeout=PROBE_SECONDS, max_retries=1)  # type: ignore[no-untyped-call]
+    else:
+        MlflowClient().search_experiments(max_results=1)
+
+
 def answers() -> bool:
     """Say whether the tracking store answers now."""
     try:
-        with impatient():
-            MlflowClient().search_experiments(max_results=1)
+        _probe()
     except TRACKING_ERRORS:
         return False
     return True
@@ -143,15 +149,15 @@ def wait_until_it_answers(seconds: float) -> bool:
     return True
 
 
-def _quieten() -> None:
-    """Keep MLflow's own lines from running through our reporter."""
-    for name in ("alembic", "mlflow"):
-        logging.getLogger(name).setLevel(logging.WARNING)
-    logging.getLogger("mlflow.store.db.utils").setLevel(logging.CRITICAL)  # it prints the stack of what we tell
-    os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
-    # What a run writes is tried again by its outbox, which tells of an outage: minutes of silence before help nobody.
-    os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "2")
-    os.environ.setdefault("MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT", "true")
+@contextmanager
+def tracking_faults() -> Iterator[None]:
+    """Turn what the tracking store raises inside into one sentence."""
+    try:
+        yield
+    except TrackingError as error:
+        raise RunError(
+            f"The tracking store failed ({reason(error)}); mend it and give the same command again."
+        ) from error
 
 
 def shown_uri() -> str:
@@ -159,14 +165,24 @@ def shown_uri() -> str:
     return without_password(mlflow.get_tracking_uri())
 
 
-def store_name() -> str:
-    """Name the tracking store, the same from every working folder, without a password in it."""
-    uri = mlflow.get_tracking_uri()
-    if uri.startswith("sqlite:") and (file := make_url(uri).database):
-        return f"sqlite:///{Path(file).resolve()}"
-    if "://" not in uri or uri.startswith("file:"):
-        return Path(local_file_uri_to_path(uri)).resolve().as_uri()  # type: ignore[no-untyped-call]
-    return without_password(uri)
+def is_refusal(error: Exception) -> bool:
+    """Say whether the store understood and refused, so that trying again won't help; a run that was deleted too."""
+    if isinstance(error, MlflowException) and error.error_code in REFUSALS:
+        return True
+    status = getattr(getattr(error, "response", None), "status_code", 0)  # of an artifact
+    return status in REFUSING_STATUS or bool(re.search(r"error code (400|413|422)", str(error)))
+
+
+def is_missing(error: Exception) -> bool:
+    """Say whether the store has no run, model or experiment of that id."""
+    return isinstance(error, MlflowException) and error.error_code == "RESOURCE_DOES_NOT_EXIST"
+
+
+def is_temporary(error: Exception) -> bool:
+    """Say whether the store failed in a way that it may not when it is asked again."""
+    if not isinstance(error, MlflowException) or is_refusal(error) or is_missing(error):
+        return False
+    return error.error_code not in NO_ACCESS
 
 
 def reason(error: BaseException) -> str:
@@ -180,43 +196,13 @@ def reason(error: BaseException) -> str:
     return without_password(" ".join(str(error).split()))[:200].rstrip(".") or type(error).__name__
 
 
-class _Impatience:
-    """How many are impatient now, in any thread, and what held before the first of them was."""
-
-    lock = threading.Lock()
-    count = 0
-    before: Mapping[str, str | None] = {}
-
-
-@contextmanager
-def impatient() -> Iterator[None]:
-    """Wait seconds, not minutes, for a server that is gone; the user's own settings stand."""
-    with _Impatience.lock:
-        if _Impatience.count == 0:
-            _Impatience.before = {name: os.environ.get(name) for name in IMPATIENT if name not in OF_THE_USER}
-            os.environ.update({name: IMPATIENT[name] for name in _Impatience.before})
-        _Impatience.count += 1
-    try:
-        yield
-    finally:
-        with _Impatience.lock:
-            _Impatience.count -= 1
-            for name, value in _Impatience.before.items() if _Impatience.count == 0 else ():
-                if value is None:
-                    os.environ.pop(name, None)
-                else:
-                    os.environ[name] = value
-
-
 def _experiment(client: MlflowClient, name: str, create: bool) -> Experiment:
     adopted = os.environ.get("MLFLOW_RUN_ID")
     if adopted:
         given = client.get_experiment(client.get_run(adopted).info.experiment_id)
         if name and given.name != name:
-            raise InputError(
-                f"--experiment {name}: `mlflow run` already opened a run in another experiment; give the name to "
-                "`mlflow run` itself, as --experiment-name."
-            )
+            problem = "`mlflow run` already opened a run in another experiment"
+            raise InputError("experiment", name, problem, "give the name to `mlflow run` itself, as --experiment-name")
         return given
     if not name:
         client.search_experiments(max_results=1)  # creates and migrates a database
@@ -226,7 +212,7 @@ def _experiment(client: MlflowClient, name: str, create: bool) -> Experiment:
         return found
     if not create:
         names = [each.name for each in client.search_experiments()]
-        raise InputError(f"--experiment {name}: no such experiment; {nearest(name, names)}.")
+        raise InputError("experiment", name, "no such experiment", nearest(name, names))
     try:
         return client.get_experiment(client.create_experiment(name))
     except MlflowException:  # another process was quicker
@@ -236,10 +222,10 @@ def _experiment(client: MlflowClient, name: str, create: bool) -> Experiment:
         return found
 
 
-def _explain(error: Exception, experiment: str) -> str:
-    uri, code = shown_uri(), str(getattr(error, "error_code", ""))
+def _explained(error: Exception, experiment: str) -> InputError:
+    code, why = str(getattr(error, "error_code", "")), reason(error)
     if code == "RESOURCE_DOES_NOT_EXIST" or (code == "INVALID_PARAMETER_VALUE" and experiment):
-        return f"--experiment {experiment[:80]}: refused ({reason(error)}); correct the option or MLflow's variables."
+        return InputError("experiment", experiment[:80], f"refused ({why})", "correct the option or MLflow's variables")
     text = f"{code} {error}"
-    sentence = next(sentence for pattern, sentence in EXPLANATIONS if re.search(pattern, text, re.DOTALL))
-    return f"MLFLOW_TRACKING_URI {uri}: {sentence.format(reason=reason(error))}"
+    problem, remedy = next(words for pattern, *words in EXPLANATIONS if re.search(pattern, text, re.DOTALL))
+    return InputError("MLFLOW_TRACKING_URI", shown_uri(), problem.format(reason=why), remedy)

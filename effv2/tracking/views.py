@@ -6,11 +6,11 @@ MLflow's UI keeps a view that somebody shares in a tag of the experiment, and li
 from __future__ import annotations
 
 import json
+import time
 from typing import Any
 
 from mlflow import MlflowClient
 
-from effv2.tracking.entries import milliseconds
 from effv2.tracking.store import shown_uri
 from effv2.tracking.tags import ARM, NOTE, WRITTEN
 
@@ -44,7 +44,7 @@ def save_views(experiment_id: str) -> None:
     """Save both views in the experiment, unless they are there, maybe changed by somebody."""
     client = MlflowClient()
     experiment = client.get_experiment(experiment_id)
-    now = milliseconds()
+    now = int(time.time() * 1000)
     for key, state in ((TABLE, _table()), (CURVES, _curves())):
         if f"{KEY}{key}" not in experiment.tags:
             value = {"name": NAMES[key], "createdAt": now, "updatedAt": now, "state": json.dumps(state)}

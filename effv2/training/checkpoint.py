@@ -1,8 +1,9 @@
 """Checkpoints on disk: appear whole or not at all, are verified before they are read, two kept.
 
-    <folder>/step-<step>-<head of the SHA-256 of the content>.pt
+    <folder>/<run id>/step-<step>-<head of the SHA-256 of the content>.pt
 
-The content is {"format", "identity", "state"}, loadable with weights_only: tensors and plain values alone.
+The content is {"format", "identity", "state"}, loadable with weights_only: tensors and plain values alone. The state
+holds the metrics of every epoch so far, so a checkpoint is also the journal of what its run logs.
 """
 
 from __future__ import annotations
@@ -14,45 +15,103 @@ import shutil
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from filelock import FileLock, Timeout
 
-from effv2.core.errors import InputError, Terminated
+from effv2.config.options import CheckpointOptions
+from effv2.core.errors import InputError, RunError
 from effv2.core.paths import expanded
 from effv2.core.provenance import sha256_of_file
-from effv2.training.saving import Saving
+from effv2.core.reporter import Message
 from effv2.training.state import TrainState
 
 FORMAT = 1  # raise it when what a state holds changes
 KEPT = 2
-BUILDING = ".building"  # a run is worked on by one process at a time
+BUILDING, LOCK = ".building", ".lock"
 NAME = re.compile(r"step-(\d+)-([0-9a-f]{16})\.pt")
 # A checkpoint is written no sooner than this many times the seconds that the last one took: at most 2 % of the time.
 LEAST_COSTS_BETWEEN = 50
 
 
-@dataclass(frozen=True)
-class Checkpoints:
-    """The checkpoints of one run; `identity` names what decides the run, and must be that of what is read."""
+class Checkpointer:
+    """The checkpoints of one run; `identity` names what decides the run, and must be that of what is read.
 
-    folder: Path
-    identity: Mapping[str, str]
+    `upload`, where there is one, is given a checkpoint every `options.upload_minutes`, and the last one on the way out.
+    """
 
-    @classmethod
-    def of(cls, run_id: str, saving: Saving, identity: Mapping[str, str]) -> Checkpoints:
-        """Return those of a run, in a folder of its own."""
-        return cls(expanded(saving.folder) / run_id, identity)
+    def __init__(
+        self,
+        run_id: str,
+        options: CheckpointOptions,
+        identity: Mapping[str, str],
+        message: Message,
+        *,
+        upload: Callable[[Path], None] | None = None,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self.folder = expanded(options.folder) / run_id
+        self._longest, self._between_uploads = 60 * options.minutes, 60 * options.upload_minutes
+        self._identity, self._message, self._upload, self._clock = dict(identity), message, upload, clock
+        self._cost, self._disk_refused = 0.0, False
+        self._written_step = -1
+        self._written = self._uploaded = clock()
 
-    def write(self, state: Mapping[str, Any], step: int) -> Path:
+    @contextmanager
+    def lock(self) -> Iterator[None]:
+        """Work on the run alone; RunError where another process does. A disk that refuses costs the lock alone."""
+        lock = FileLock(self.folder / LOCK)
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            lock.acquire(blocking=False)
+        except Timeout:
+            raise RunError(f"The run {self.folder.name} can't be worked on: another process works on it.") from None
+        except OSError as error:
+            self._say_disk_refused(error)
+        try:
+            yield
+        finally:
+            lock.release()
+
+    def save_if_due(self, state: TrainState, epoch_ended: bool) -> None:
+        """Write a checkpoint: at the end of an epoch as soon as its cost allows, else after the longest time."""
+        waited, least = self._clock() - self._written, LEAST_COSTS_BETWEEN * self._cost
+        if waited >= (least if epoch_ended else max(least, self._longest)):
+            self.save(state)
+
+    def save(self, state: TrainState, leaving: bool = False) -> None:
+        """Write a checkpoint, unless that of this step is there; a disk that refuses doesn't end the training."""
+        started, step = self._clock(), state.progress.step
+        try:
+            if step == self._written_step and not (leaving and self._upload):
+                return
+            path = self._write(state.state_dict(), step)
+            self._written_step = step
+            if self._upload and (leaving or self._clock() - self._uploaded >= self._between_uploads):
+                self._upload(path)
+                self._uploaded = self._clock()
+        except OSError as error:
+            self._say_disk_refused(error)
+        self._written = self._clock()
+        self._cost = self._written - started
+
+    def _say_disk_refused(self, error: OSError) -> None:
+        if not self._disk_refused:
+            self._message(
+                f"No checkpoint can be written to {self.folder} ({error.strerror or error}): training continues, the "
+                "last one that was stays. Free space there."
+            )
+        self._disk_refused = True
+
+    def _write(self, state: Mapping[str, Any], step: int) -> Path:
         """Write a checkpoint, then remove all but the last two; OSError leaves those there were."""
         self.folder.mkdir(parents=True, exist_ok=True)
         building = self.folder / BUILDING
         try:
             with building.open("wb") as file:
-                torch.save({"format": FORMAT, "identity": dict(self.identity), "state": dict(state)}, file)
+                torch.save({"format": FORMAT, "identity": self._identity, "state": dict(state)}, file)
                 file.flush()
                 os.fsync(file.fileno())
             written = building.rename(self.folder / f"step-{step}-{_digest(building)}.pt")
@@ -73,23 +132,22 @@ class Checkpoints:
         """Return the step of the newest one, -1 without any."""
         return newest_step(path.name for path in self._found())
 
-    def read(self, message: Callable[[str], None]) -> dict[str, Any] | None:
+    def read(self) -> dict[str, Any] | None:
         """Return the newest state that is whole, None without one; InputError for one of another identity."""
         for path in reversed(self._found()):
             content = _read(path)
             if content is None:
-                message(f"{path} is damaged, or of another version, and is left out.")
+                self._message(f"{path} is damaged, or of another version, and is left out.")
                 continue
+            theirs = content["identity"]
             differing = [
-                f"{name} was {content['identity'].get(name)}, is {value}"
-                for name, value in self.identity.items()
-                if content["identity"].get(name) != value
+                f"{name} was {theirs.get(name)}, is {value}"
+                for name, value in self._identity.items()
+                if theirs.get(name) != value
             ]
             if differing:
-                raise InputError(
-                    f"--checkpoint-dir: {path} is of another run ({'; '.join(differing)}); remove it, or give another "
-                    "folder."
-                )
+                problem = f"it is of another run ({'; '.join(differing)})"
+                raise InputError("checkpoint_dir", path, problem, "remove it, or give another folder")
             state: dict[str, Any] = content["state"]
             return state
         return None
@@ -109,84 +167,6 @@ class Checkpoints:
 def newest_step(names: Iterable[str]) -> int:
     """Return the highest step of checkpoints with these names, -1 without any."""
     return max((int(match[1]) for name in names if (match := NAME.fullmatch(name))), default=-1)
-
-
-@dataclass
-class Pace:
-    """Decides when a checkpoint is due: seldom enough to cost little, often enough to lose little."""
-
-    longest_seconds: float
-    clock: Callable[[], float] = time.monotonic
-    cost: float = 0.0
-
-    def __post_init__(self) -> None:
-        self._last = self.clock()
-
-    def due(self, epoch_ended: bool) -> bool:
-        """Say whether to write one now: at the end of an epoch as soon as its cost allows, else after so long."""
-        waited = self.clock() - self._last
-        least = LEAST_COSTS_BETWEEN * self.cost
-        return waited >= (least if epoch_ended else max(least, self.longest_seconds))
-
-    def measure(self, write: Callable[[], None]) -> None:
-        """Write, and note what it cost."""
-        started = self.clock()
-        try:
-            write()
-        finally:
-            self._last = self.clock()
-            self.cost = self._last - started
-
-
-@dataclass
-class Keeper:
-    """Writes the checkpoints of a training when they are due; a disk that refuses doesn't end the training.
-
-    `upload`, where there is one, is given a checkpoint every `upload_seconds`, and the last one on the way out.
-    """
-
-    checkpoints: Checkpoints
-    pace: Pace
-    state: TrainState
-    message: Callable[[str], None]
-    upload: Callable[[Path], None] | None
-    upload_seconds: float
-    _told: bool = False
-
-    def __post_init__(self) -> None:
-        self._uploaded = self.pace.clock()
-
-    def keep(self, epoch_ended: bool) -> None:
-        """Write a checkpoint if one is due."""
-        if self.pace.due(epoch_ended):
-            self.write()
-
-    @contextmanager
-    def last_one_on_the_way_out(self) -> Iterator[None]:
-        """Write a checkpoint when the training is told to end."""
-        try:
-            yield
-        except (KeyboardInterrupt, Terminated):
-            self.write(last=True)
-            raise
-
-    def write(self, last: bool = False) -> None:
-        """Write a checkpoint; say once if the disk refuses."""
-        try:
-            self.pace.measure(lambda: self._write(last))
-        except OSError as error:
-            if not self._told:
-                self.message(
-                    f"No checkpoint can be written to {self.checkpoints.folder} ({error.strerror or error}): training "
-                    "goes on, the last one that was stays. Free space there."
-                )
-            self._told = True
-
-    def _write(self, last: bool) -> None:
-        written = self.checkpoints.write(self.state.state_dict(), self.state.progress.step)
-        if self.upload and (last or self.pace.clock() - self._uploaded >= self.upload_seconds):
-            self.upload(written)
-            self._uploaded = self.pace.clock()
 
 
 def _read(path: Path) -> dict[str, Any] | None:

@@ -1,4 +1,4 @@
-"""How a run is named, grouped and known again in MLflow."""
+"""How a run is named, grouped, known again and tagged in MLflow."""
 
 from __future__ import annotations
 
@@ -9,14 +9,14 @@ from effv2.core import provenance
 from effv2.data.dataset import Dataset
 from effv2.execution.calibration import remembered
 from effv2.tracking.read import Identity
-from effv2.tracking.tags import ARM, CALIBRATION, COMMAND, SEED, STUDY, VARIANT
+from effv2.tracking.tags import ARM, CALIBRATION, COMMAND, MACHINE, SEED, STUDY, VARIANT
 
 
 @dataclass(frozen=True)
-class Labels:
+class RunSpec:
     """How a run is named and grouped in MLflow.
 
-    `parent` is the id of the run that it becomes a child of, `continues` that of a run that ended early and goes on.
+    `parent` is the id of the run that it becomes a child of, `resumes` that of a run that ended early and is resumed.
     """
 
     name: str
@@ -24,7 +24,7 @@ class Labels:
     study: str = ""
     arm: str = ""
     parent: str = ""
-    continues: str = ""
+    resumes: str = ""
 
 
 def identity(config: TrainConfig, dataset: Dataset) -> Identity:
@@ -32,16 +32,15 @@ def identity(config: TrainConfig, dataset: Dataset) -> Identity:
     return Identity(config.hash(), dataset.digest(), provenance.code_version())
 
 
-def run_tags(config: TrainConfig, dataset: Dataset, labels: Labels) -> dict[str, str]:
+def machine_tags() -> dict[str, str]:
+    """Return what a run is computed on, as tags."""
+    return {f"{MACHINE}{name}": value for name, value in provenance.machine().items()}
+
+
+def run_tags(config: TrainConfig, dataset: Dataset, spec: RunSpec) -> dict[str, str]:
     """Return the tags of a run: what it is known by, its study, arm, variant and seed, machine and command."""
-    own = {
-        STUDY: labels.study,
-        ARM: labels.arm,
-        VARIANT: config.model.variant,
-        SEED: str(config.random.seed),
-    }
-    machine = {f"effv2.machine.{name}": value for name, value in provenance.machine().items()}
+    own = {STUDY: spec.study, ARM: spec.arm, VARIANT: config.model.variant, SEED: str(config.random.seed)}
     timed = remembered(config) if config.execution.device == "cpu" else None
     calibration = {CALIBRATION: str(timed)} if timed else {}
-    command = {} if labels.parent else {COMMAND: provenance.command()}
-    return identity(config, dataset).tags() | own | machine | calibration | command
+    command = {} if spec.parent else {COMMAND: provenance.command()}
+    return identity(config, dataset).tags() | own | machine_tags() | calibration | command

@@ -1,0 +1,111 @@
+"""Writing to one run: params, metrics, tags, data sets, artifacts, its model, its status."""
+
+from __future__ import annotations
+
+import json
+import tempfile
+from collections.abc import Callable, Mapping
+from contextlib import suppress
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+from mlflow import MlflowClient
+from mlflow.entities import Dataset, DatasetInput, InputTag
+from mlflow.exceptions import MlflowException
+from mlflow.store.artifact.artifact_repository_registry import get_artifact_repository
+
+from effv2.core.provenance import GitState
+from effv2.tracking.models import log_served_model
+from effv2.tracking.sender import Values, send_values
+from effv2.tracking.tags import DATA_CONTEXT, GIT_COMMIT, GIT_DIRTY, LONGEST_TAG, NOTE
+
+
+class TrackedRun:
+    """Writes to one run, at once."""
+
+    def __init__(self, run_id: str, experiment_id: str) -> None:
+        self.run_id, self.experiment_id = run_id, experiment_id
+
+    def _log(self, values: Values) -> None:
+        send_values(self.run_id, [values])
+
+    def _call(self, write: Callable[[], None]) -> None:
+        write()
+
+    def log_params(self, params: Mapping[str, Any]) -> None:
+        """Log parameters under dotted names, which never collide with those that `mlflow run` logs."""
+        self._log(Values(params=params))
+
+    def log_metrics(self, metrics: Mapping[str, float], step: int = 0) -> None:
+        """Log metrics, at `step` where they belong to an epoch."""
+        self._log(Values(metrics=metrics, step=step))
+
+    def set_tags(self, tags: Mapping[str, str]) -> None:
+        """Set tags in one call, the longest cut."""
+        self._log(Values(tags=tags))
+
+    def describe(self, markdown: str) -> None:
+        """Set the description that the UI shows, cut at the last line that fits."""
+        if len(markdown) > LONGEST_TAG:
+            markdown = markdown[:LONGEST_TAG].rpartition("\n")[0]
+        self.set_tags({NOTE: markdown})
+
+    def log_dataset(self, name: str, context: str, digest: str, location: str, profile: Mapping[str, Any]) -> None:
+        """Record a data set that the run used as `context` (train, validation or test)."""
+        source, about = json.dumps({"uri": location}), json.dumps(dict(profile))
+        dataset = Dataset(name=name, digest=digest, source_type="local", source=source, profile=about)
+        used = [DatasetInput(dataset, [InputTag(DATA_CONTEXT, context)])]
+        self._call(lambda: MlflowClient().log_inputs(self.run_id, used))
+
+    def log_git(self, state: GitState | None) -> None:
+        """Record commit and dirty flag as tags, the uncommitted changes as an artifact."""
+        if state is not None:
+            self.set_tags({GIT_COMMIT: state.commit, GIT_DIRTY: str(state.dirty).lower()})
+            if state.dirty:
+                self.log_text(state.diff, "source/uncommitted.diff")
+
+    def log_text(self, text: str, name: str) -> None:
+        """Store a text as an artifact."""
+        with tempfile.TemporaryDirectory() as folder:
+            path = Path(folder, name)
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text(text, encoding="utf-8")
+            self.log_folder(Path(folder))
+
+    def log_folder(self, folder: Path) -> None:
+        """Upload everything in `folder` as the run's artifacts."""
+        self._call(lambda: MlflowClient().log_artifacts(self.run_id, str(folder)))
+
+    def log_model(self, files: Mapping[str, Path], example: str, torch_version: str) -> None:
+        """Log the served model, as log_served_model does."""
+        self._call(lambda: log_served_model(self.run_id, files, example, torch_version))
+
+    def discard(self, name: str, but: str = "") -> None:
+        """Delete an artifact, or all in a folder of them but one, where there are some and the store lets us."""
+        self._call(lambda: discard(self.run_id, name, but))
+
+    def set_status(self, status: str) -> None:
+        """Set the status of a run that isn't open in this process: RUNNING, FINISHED, FAILED or KILLED.
+
+        One that has it already keeps its end time.
+        """
+        client = MlflowClient()
+        if client.get_run(self.run_id).info.status == status:
+            return
+        if status == "RUNNING":
+            client.update_run(self.run_id, status)
+        else:
+            client.set_terminated(self.run_id, status)
+
+
+def discard(run_id: str, name: str, but: str) -> None:
+    """Delete an artifact of a run, or all in a folder but one; those that the store keeps stay."""
+    client = MlflowClient()
+    above = name.rpartition("/")[0] or None
+    here = [file for file in client.list_artifacts(run_id, above) if file.path == name]
+    found = client.list_artifacts(run_id, name) if here and here[0].is_dir else here
+    repository = get_artifact_repository(client.get_run(run_id).info.artifact_uri)
+    for file in found:
+        if PurePosixPath(file.path).name != but:
+            with suppress(MlflowException, NotImplementedError, OSError):
+                repository.delete_artifacts(file.path)  # type: ignore[no-untyped-call]

@@ -1,0 +1,148 @@
+"""What runs log reaches the tracking store once and in order, whatever happens to the store or to the run."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from mlflow import MlflowClient
+from mlflow.exceptions import MlflowException
+
+from effv2.config.options import CheckpointOptions
+from effv2.core.errors import RunError, Terminated
+from effv2.tracking import sender
+from effv2.tracking.run import open_experiment, open_run
+from effv2.tracking.store import TrackingAway, open_store
+from effv2.tracking.tags import OUTCOME, PROCESS
+from effv2.training.checkpoint import Checkpointer
+
+
+@pytest.fixture(autouse=True)
+def quick(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sender, "WAIT_SECONDS", 0.05)
+
+
+class Store:
+    """The real store behind a door that can be shut, before or after it took what was sent."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.shut: str = ""
+        for name in ("log_batch", "set_terminated", "log_artifacts", "log_inputs", "search_experiments"):
+            monkeypatch.setattr(MlflowClient, name, self._behind_the_door(getattr(MlflowClient, name)))
+
+    def _behind_the_door(self, call: Callable[..., Any]) -> Callable[..., Any]:
+        def called(*args: Any, **kwargs: Any) -> Any:
+            if self.shut == "before":
+                raise MlflowException("Max retries exceeded")
+            answer = call(*args, **kwargs)
+            if self.shut == "after":
+                raise MlflowException("Max retries exceeded")
+            return answer
+
+        return called
+
+
+@pytest.fixture
+def door(monkeypatch: pytest.MonkeyPatch) -> Iterator[Store]:
+    store = Store(monkeypatch)
+    yield store
+    store.shut = ""
+
+
+def history(run_id: str, name: str) -> list[tuple[int, float]]:
+    return [(each.step, each.value) for each in MlflowClient().get_metric_history(run_id, name)]
+
+
+@pytest.mark.parametrize("shut", ["before", "after"])
+def test_an_outage_costs_nothing_and_is_announced_once(store: str, door: Store, tmp_path: Path, shut: str) -> None:
+    said: list[str] = []
+    (tmp_path / "checkpoint").write_text("as it was")
+    with open_run("run", open_store(""), {}, message=said.append) as run:
+        run.log_metrics({"loss": 3.0}, step=1)
+        run.check()
+        door.shut = shut
+        seconds = []
+        for epoch in range(2, 7):
+            began = time.perf_counter()
+            run.log_metrics({"loss": 4.0 - epoch, "accuracy": 0.1 * epoch}, step=epoch)
+            seconds.append(time.perf_counter() - began)
+        for _ in range(2):  # the second waits for nothing: one waits already
+            run.upload_checkpoint(tmp_path / "checkpoint")
+        run.set_tags({"a": "b"})
+        time.sleep(0.3)
+        door.shut = ""
+    assert statistics.median(seconds) < 0.05 and max(seconds) < 2
+    assert [text.partition(" is ")[2][:4] for text in said] == ["away", "back"]
+    assert history(run.run_id, "loss") == [(1, 3.0), *((epoch, 4.0 - epoch) for epoch in range(2, 7))]
+    assert history(run.run_id, "accuracy") == [(epoch, 0.1 * epoch) for epoch in range(2, 7)]
+    ended = MlflowClient().get_run(run.run_id)
+    assert ended.info.status == "FINISHED" and ended.data.tags["a"] == "b"
+    assert Path(MlflowClient().download_artifacts(run.run_id, "checkpoints/checkpoint")).read_text() == "as it was"
+    assert [path.name for path in tmp_path.glob(".*")] == []
+
+
+def test_what_a_run_could_not_deliver_is_delivered_when_it_is_resumed(store: str, door: Store) -> None:
+    """Whether the last calls arrived or not: nothing is missing, and nothing stands twice."""
+    losses = [{"loss": 1 / epoch} for epoch in (1, 2, 3)]
+    opened = open_run("run", open_store(""), {}, message=print, patience=0.2)
+    with pytest.raises(TrackingAway, match="the same command again"), opened as run:
+        run.check()
+        run.log_metrics(losses[0], step=1)
+        run.flush()
+        door.shut = "after"
+        run.log_metrics(losses[1], step=2)
+    door.shut = ""
+    with open_run("run", run.experiment_id, {}, resumes=run.run_id, message=print) as again:
+        for epoch, metrics in enumerate(losses, 1):
+            again.log_metrics(metrics, step=epoch)
+        again.log_text("kept", "table.csv")
+    assert history(run.run_id, "loss") == [(1, 1.0), (2, 1 / 2), (3, 1 / 3)]
+    assert MlflowClient().get_run(run.run_id).info.status == "FINISHED"
+
+
+def test_what_the_store_refuses_ends_the_run_and_costs_nothing_else(sqlite_store: str) -> None:
+    with pytest.raises(RunError, match="refused"), open_run("run", open_store(""), {}, message=print) as run:
+        run.log_metrics({"loss": 1.0}, step=1)
+        run.log_params({"x" * 300: "a name that is too long"})
+        for epoch in range(2, 100):
+            run.log_metrics({"loss": 1.0}, step=epoch)
+            time.sleep(0.05)
+    assert MlflowClient().get_run(run.run_id).info.status == "FAILED"
+    assert [step for step, _ in history(run.run_id, "loss")][:2] == [1, 2]
+
+
+def test_a_run_that_was_complete_ends_finished_whatever_interrupts_its_end(sqlite_store: str) -> None:
+    with pytest.raises(Terminated), open_run("run", open_store(""), {}, message=print) as run:
+        run.complete()
+        raise Terminated
+    assert MlflowClient().get_run(run.run_id).info.status == "FINISHED"
+
+
+@pytest.mark.parametrize(("outcome", "status"), [({}, "KILLED"), ({OUTCOME: "complete"}, "FINISHED")])
+def test_a_run_that_a_dead_process_left_open_is_ended(sqlite_store: str, outcome: dict[str, str], status: str) -> None:
+    """By the next command; one whose process can't be seen from here is left alone."""
+    boot, space, _, started, unique = sender_process().split("/")
+    dead = MlflowClient().create_run("0", tags={PROCESS: f"{boot}/{space}/1/not {started}/{unique}", **outcome})
+    elsewhere = MlflowClient().create_run("0", tags={PROCESS: f"another/{space}/1/{started}/{unique}"})
+    open_experiment("")
+    assert MlflowClient().get_run(dead.info.run_id).info.status == status
+    assert MlflowClient().get_run(elsewhere.info.run_id).info.status == "RUNNING"
+
+
+def sender_process() -> str:
+    from effv2.core.processes import this_process
+
+    return this_process()
+
+
+def test_a_run_that_a_living_process_works_on_is_left_alone(tmp_path: Path) -> None:
+    options = CheckpointOptions(str(tmp_path))
+    first, second = (Checkpointer("run", options, {}, print) for _ in range(2))
+    with first.lock(), pytest.raises(RunError, match="another process works on it"), second.lock():
+        pass
+    with second.lock():
+        pass
