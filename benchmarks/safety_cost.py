@@ -1,4 +1,4 @@
-"""What checkpoints and the outbox cost a training.
+"""What checkpoints and logging cost a training.
 
     python benchmarks/safety_cost.py [--minutes 3]
 
@@ -21,6 +21,7 @@ import tempfile
 import time
 from contextlib import closing
 from pathlib import Path
+from typing import Any
 
 import click
 import numpy as np
@@ -62,7 +63,7 @@ def measure(seconds: float, server: subprocess.Popen[bytes]) -> dict[str, object
     from effv2.execution.resolve import resolve
     from effv2.tracking.run import open_run
     from effv2.tracking.store import TrackingAway, open_store, wait_until_it_answers
-    from effv2.training.checkpoint import Checkpoints, Keeper, Pace
+    from effv2.training.checkpoint import Checkpointer
     from effv2.training.loop import Training
     from effv2.training.state import TrainState
 
@@ -72,35 +73,35 @@ def measure(seconds: float, server: subprocess.Popen[bytes]) -> dict[str, object
     dataset, execution = load_dataset(config.data), make_execution(config.execution)
     wait_until_it_answers(60)
     state = TrainState.create(config, dataset, execution)
-    saving = CheckpointOptions(folder="checkpoints")
     costs: list[float] = []
 
-    class Timed(Pace):
-        def measure(self, write) -> None:  # type: ignore[no-untyped-def]
-            super().measure(write)
-            costs.append(self.cost)
+    class Timed(Checkpointer):
+        def _write(self, state: Any, step: int) -> Path:
+            began = time.perf_counter()
+            path = super()._write(state, step)
+            costs.append(time.perf_counter() - began)
+            return path
 
     logging: dict[bool, list[float]] = {True: [], False: []}
     epochs: dict[bool, list[float]] = {True: [], False: []}
     try:
         with open_run("safety_cost", open_store(""), {}, message=lambda text: None, patience=0.0) as run:
-            checkpoints = Checkpoints.of(run.run_id, saving, {})
-            keeper = Keeper(checkpoints, Timed(60 * saving.minutes), state, print, None, 0.0)
+            checkpointer = Timed(run.run_id, CheckpointOptions(), {}, print)
             run.check()
             began = time.perf_counter()
-            for result in Training(config, dataset, state, execution, lambda _step, _steps: keeper.keep(False)):
+            for result in Training(config, dataset, state, execution, lambda *_: checkpointer.save_if_due(state, False)):
                 there = server.poll() is None
                 started = time.perf_counter()
                 run.log_metrics(result.metrics, step=result.epoch)
                 logging[there].append(1000 * (time.perf_counter() - started))
                 epochs[there].append(result.metrics["time/epoch_seconds"])
-                keeper.keep(epoch_ended=True)
+                checkpointer.save_if_due(state, epoch_ended=True)
                 gone = time.perf_counter() - began
                 if there and gone > seconds / 2:
                     stop(server)
                 if gone > seconds:
                     break
-            size = max(path.stat().st_size for path in checkpoints.folder.glob("*.pt"))
+            size = max(path.stat().st_size for path in checkpointer.folder.glob("*.pt"))
     except TrackingAway:
         pass
     return {

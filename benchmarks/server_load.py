@@ -33,7 +33,7 @@ def log_runs(runs: int, epochs: int, results: Any, start: Any) -> None:
     for number in range(runs):
         tags = {f"tag.{name}": "value" for name in range(20)}
         with open_run(f"run {number}", experiment, tags, message=print) as opened:
-            run = TrackedRun(opened.run_id, experiment)  # past the outbox, to the server
+            run = TrackedRun(opened.run_id, experiment)  # past the sender's thread, to the server
             run.log_params(TrainConfig().flat())
             for epoch in range(1, epochs + 1):
                 began = time.perf_counter()
