@@ -7,37 +7,18 @@ from __future__ import annotations
 
 import json
 import time
+from importlib.resources import files
 from typing import Any
 
 from mlflow import MlflowClient
 
 from effv2.tracking.store import shown_uri
-from effv2.tracking.tags import ARM, NOTE, WRITTEN
+from effv2.tracking.tags import NOTE, WRITTEN
 
 KEY = "mlflow.sharedViewState."
 TABLE, CURVES = "effv2-table", "effv2-curves"
-NAMES = {TABLE: "Runs by best test accuracy", CURVES: "Curves of all arms"}
-BEST = "metrics.`best/test_accuracy`"
-COLUMNS = (
-    f"tags.`{ARM}`",
-    "tags.`effv2.seed`",
-    BEST,
-    "metrics.`selected/test_accuracy`",
-    "metrics.`time/total_train_seconds`",
-)
-DRAWN = ("test/accuracy", "train/accuracy", "val/accuracy", "test/loss")
-# Training runs alone, without those of studies: sorted by a metric, they aren't folded away.
-FACETS = {
-    "searchFilter": "metrics.`selected/epoch` > 0",
-    "orderByKey": BEST,
-    "orderByAsc": False,
-    "startTime": "ALL",
-    "lifecycleFilter": "Active",
-    "datasetsFilter": [],
-    "modelVersionFilter": "All Runs",
-    "selectedColumns": COLUMNS,
-    "columnOrder": COLUMNS,
-}
+# What MLflow's UI writes when somebody saves a view: training runs by best test accuracy, and the mean curves of arms.
+VIEWS: dict[str, dict[str, Any]] = json.loads(files("effv2.tracking").joinpath("views.json").read_text("utf-8"))
 
 
 def save_views(experiment_id: str) -> None:
@@ -45,9 +26,9 @@ def save_views(experiment_id: str) -> None:
     client = MlflowClient()
     experiment = client.get_experiment(experiment_id)
     now = int(time.time() * 1000)
-    for key, state in ((TABLE, _table()), (CURVES, _curves())):
+    for key, view in VIEWS.items():
         if f"{KEY}{key}" not in experiment.tags:
-            value = {"name": NAMES[key], "createdAt": now, "updatedAt": now, "state": json.dumps(state)}
+            value = {"name": view["name"], "createdAt": now, "updatedAt": now, "state": json.dumps(view["state"])}
             client.set_experiment_tag(experiment_id, f"{KEY}{key}", json.dumps(value))
 
 
@@ -64,8 +45,8 @@ def view_links(experiment_id: str) -> str:
     """Return links to both views, in Markdown."""
     base = f"#/experiments/{experiment_id}/runs?workflowType=machine_learning"
     return (
-        f"[{NAMES[TABLE]}]({base}&viewStateShareKey={TABLE}) · "
-        f"[{NAMES[CURVES]}]({base}&compareRunsMode=CHART&viewStateShareKey={CURVES})"
+        f"[{VIEWS[TABLE]['name']}]({base}&viewStateShareKey={TABLE}) · "
+        f"[{VIEWS[CURVES]['name']}]({base}&compareRunsMode=CHART&viewStateShareKey={CURVES})"
     )
 
 
@@ -78,46 +59,3 @@ def ui_address() -> str:
     """Return the address of the server's pages; empty where the tracking store is no server."""
     uri = shown_uri()
     return uri.rstrip("/") if uri.startswith("http") else ""
-
-
-def _table() -> dict[str, Any]:
-    return {**FACETS, "columnWidths": {COLUMNS[0]: 160, BEST: 170, COLUMNS[3]: 190, COLUMNS[4]: 200}}
-
-
-def _curves() -> dict[str, Any]:
-    section = {"uuid": "curves", "name": "Curves", "display": True, "columns": 2, "cardHeight": 420}
-    return {
-        **FACETS,
-        "runsHiddenMode": "SHOW_ALL",
-        "groupBy": {"aggregateFunction": "average", "groupByKeys": [{"mode": "tag", "groupByData": ARM}]},
-        "useGroupedValuesInCharts": True,
-        "isAccordionReordered": True,
-        "hideEmptyCharts": True,
-        "compareRunSections": [{**section, "isReordered": True, "deleted": False, "isGenerated": False}],
-        "compareRunCharts": [_line(metric) for metric in DRAWN],
-    }
-
-
-def _line(metric: str) -> dict[str, Any]:
-    return {
-        "uuid": f"line-{metric}",
-        "type": "LINE",
-        "metricSectionId": "curves",
-        "displayName": metric,
-        "metricKey": metric,
-        "selectedMetricKeys": [metric],
-        "deleted": False,
-        "isGenerated": False,
-        "runsCountToCompare": 100,
-        "xAxisKey": "step",
-        "yAxisKey": "metric",
-        "yAxisExpressions": [],
-        "scaleType": "linear",
-        "xAxisScaleType": "linear",
-        "lineSmoothness": 0,
-        "selectedXAxisMetricKey": "",
-        "range": {},
-        "ignoreOutliers": False,
-        "useGlobalXaxisKey": True,
-        "useGlobalLineSmoothing": True,
-    }
