@@ -1,0 +1,83 @@
+"""The house keeps its shape: imports lead downwards, modules and functions stay small, no room knows too much."""
+
+from __future__ import annotations
+
+import ast
+import re
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.conftest import ROOT
+
+PACKAGE = ROOT / "effv2"
+# From the ground up. A room imports from itself and from those before it.
+ROOMS = (
+    "core",
+    "config",
+    "data",
+    "execution",
+    "training",
+    "serving",
+    "tracking",
+    "evidence",
+    "run",
+    "pretrained",
+    "studies",
+    "cli",
+)
+FLOORS = {"__init__": 0, "architecture": 1} | {room: 2 * number for number, room in enumerate(ROOMS, 1)}
+OPTION = re.compile(r"(?<![\w-])--[a-z][a-z-]+")
+MOST_LINES, LONGEST_MODULE, LONGEST_FUNCTION = 10_000, 350, 50
+MODULES = sorted(path for path in PACKAGE.rglob("*.py"))
+
+
+def room_of(module: str) -> str:
+    return (module.split(".") + ["__init__"])[1]
+
+
+def imports(tree: ast.AST) -> Iterator[str]:
+    for node in ast.walk(tree):
+        if isinstance(node, ast.ImportFrom) and node.module:
+            yield node.module
+            yield from (f"{node.module}.{alias.name}" for alias in node.names)
+        elif isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+
+
+def name_of(path: Path) -> str:
+    return ".".join(path.relative_to(ROOT).with_suffix("").parts)
+
+
+@pytest.mark.parametrize("path", MODULES, ids=name_of)
+def test_a_module_keeps_to_the_rules(path: Path) -> None:
+    text = path.read_text()
+    tree, room = ast.parse(text), room_of(name_of(path))
+    own = FLOORS.get(room, 99)
+    found = set(imports(tree))
+    upward = [name for name in found if name.startswith("effv2.") and FLOORS.get(room_of(name), 0) > own]
+    assert not upward, "imports lead downwards"
+    assert text.count("\n") <= LONGEST_MODULE
+    for node in ast.walk(tree):
+        if isinstance(node, ast.FunctionDef):
+            assert (node.end_lineno or 0) - node.lineno + 1 <= LONGEST_FUNCTION, node.name
+    if room not in ("cli", "__main__"):
+        assert "click" not in found, "commands alone know click"
+        strings = (node.value for node in ast.walk(tree) if isinstance(node, ast.Constant))
+        options = [text for text in strings if isinstance(text, str) and OPTION.search(text)]
+        assert not options, "commands alone know options"
+    if room not in ("tracking", "serving"):
+        assert not [name for name in found if name.split(".")[0] == "mlflow"], "tracking alone knows MLflow"
+
+
+def test_imports_have_no_cycle() -> None:
+    known = {name_of(path): path for path in MODULES}
+    edges = {name: set(imports(ast.parse(path.read_text()))) & known.keys() for name, path in known.items()}
+    while leaves := [name for name, used in edges.items() if not used & edges.keys()]:
+        edges = {name: used for name, used in edges.items() if name not in leaves}
+    assert not edges
+
+
+def test_the_package_keeps_to_its_budget() -> None:
+    assert sum(path.read_text().count("\n") for path in MODULES) <= MOST_LINES
