@@ -101,7 +101,7 @@ def test_results_are_as_recorded(recorded: dict[str, Any]) -> None:
     ("old", "new"),
     [
         pytest.param('"""Mirror each', '"""Turn each', id="a docstring"),
-        pytest.param("    mirrored = send", "    # A coin for each.\n    mirrored = send", id="a comment"),
+        pytest.param("    mirrored = to_device", "    # A coin for each.\n    mirrored = to_device", id="a comment"),
         pytest.param("mirrored", "turned", id="a local name"),
         pytest.param("def random_flip(images: Tensor) -> Tensor:", "def random_flip(images):", id="annotations"),
         pytest.param(
@@ -126,7 +126,9 @@ def test_edits_that_change_no_number_need_no_version(old: str, new: str) -> None
             "def random_erasing", "def random_flip(x):\n    return x\n\n\ndef random_erasing", id="a redefinition"
         ),
         pytest.param("# Share of", "torch.set_num_threads(1)\n# Share of", id="a statement"),
-        pytest.param("from effv2.data.transfer import send", "from effv2.data.other import send", id="an import"),
+        pytest.param(
+            "from effv2.data.dataset import to_device", "from effv2.data.other import to_device", id="an import"
+        ),
         pytest.param("(images: Tensor, probability", "(probability: float, images", id="the order of parameters"),
     ],
 )

@@ -5,24 +5,24 @@ Nothing heavy is imported before it is needed.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from optuna.storages import BaseStorage
-    from optuna.study._frozen import FrozenStudy as FrozenStudy
+    from optuna.study._frozen import FrozenStudy as FrozenStudy  # noqa: PLC0414
     from optuna.trial import FrozenTrial
     from torch import Tensor
 
 
-def lerp_all(tensors: Sequence[Tensor], others: Sequence[Tensor], weight: float) -> None:
+def lerp_all(tensors: list[Tensor], others: list[Tensor], weight: float) -> None:
     """Move each tensor towards its other by `weight`, in place, a few kernels for all of them."""
     import torch
 
     torch._foreach_lerp_(tensors, others, weight)
 
 
-def copy_all(tensors: Sequence[Tensor], others: Sequence[Tensor]) -> None:
+def copy_all(tensors: list[Tensor], others: list[Tensor]) -> None:
     """Copy the others into the tensors, a few kernels for all of them."""
     import torch
 

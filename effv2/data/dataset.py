@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 from dataclasses import dataclass, replace
 from functools import cached_property
+from typing import Any
 
 import numpy as np
 import torch
@@ -12,18 +13,15 @@ from torch import Tensor
 
 from effv2.config.schema import DataConfig
 from effv2.core.errors import InputError
-from effv2.data import cache
-from effv2.data.images import Part
-from effv2.data.preparation import Square
+from effv2.data.cache import OnDecoded, decode
+from effv2.data.images import LabelledImages, Square
 from effv2.data.sources import Source, open_source
-from effv2.data.splits import (
-    Positions,
-    first_per_class,
-    published_split,
-    sample_per_class,
-    stratified_split,
-)
-from effv2.data.transfer import send
+from effv2.data.splits import Positions, first_per_class, published_split, sample_per_class, stratified_split
+
+
+def to_device(tensor: Tensor, device: torch.device) -> Tensor:
+    """Return `tensor` on `device`; CUDA takes its copy before this returns, and the step needn't wait for the rest."""
+    return tensor.to(device, non_blocking=device.type == "cuda")
 
 
 @dataclass(frozen=True)
@@ -44,7 +42,7 @@ class Split:
 
     def images(self, positions: Tensor) -> Tensor:
         """Return uint8 (B, 3, H, W) of the samples at `positions`, channels last in memory."""
-        return self.pixels[send(self.rows[positions], self.pixels.device)].permute(0, 3, 1, 2)
+        return self.pixels[to_device(self.rows[positions], self.pixels.device)].permute(0, 3, 1, 2)
 
     @cached_property
     def image_hashes(self) -> list[bytes]:
@@ -89,12 +87,10 @@ class Dataset:
     def on(self, device: torch.device) -> Dataset:
         """Return the data set with its pixels on `device`, still shared by its splits; labels stay on the CPU."""
         moved = {id(split.pixels): split.pixels.to(device) for split in self.splits.values()}
-
-        def there(split: Split) -> Split:
-            return replace(split, pixels=moved[id(split.pixels)])
-
-        validation = there(self.validation) if self.validation is not None else None
-        return replace(self, train=there(self.train), validation=validation, test=there(self.test))
+        there: dict[str, Any] = {
+            name: replace(split, pixels=moved[id(split.pixels)]) for name, split in self.splits.items()
+        }
+        return replace(self, **there)
 
     def digest(self) -> str:
         """Hash everything that a run sees of the data."""
@@ -102,86 +98,76 @@ class Dataset:
         return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
-def load_dataset(config: DataConfig, progress: cache.Progress | None = None) -> Dataset:
+def load_dataset(config: DataConfig, on_decoded: OnDecoded | None = None) -> Dataset:
     """Find, sample, decode and split; InputError for everything that is wrong with the folder."""
     source = open_source(config)
     load = _load_published if config.sampling == "published" else _load_standard
-    train, validation, test = load(config, source, progress)
-    if len(train) < 2:
-        raise InputError(f"--data-dir {config.dir}: fewer than 2 images are left to train on; add images.")
-    if not test:
-        raise InputError(f"--data-dir {config.dir}: no image is left to test on; add images.")
-    return Dataset(source.name, source.location, source.classes, train, validation, test)
+    splits = load(config, source, on_decoded)
+    for name, least in (("train", 2), ("test", 1)):
+        if len(splits[name]) < least:
+            problem = f"{len(splits[name])} images are left to {name} on, {least} are needed"
+            raise InputError("data.dir", config.dir, problem, "add images")
+    classes, validation = source.classes, splits.get("validation")
+    return Dataset(source.name, source.location, classes, splits["train"], validation, splits["test"])
 
 
-Splits = tuple[Split, Split | None, Split]
+class _Decoded:
+    """The images at `positions` of a part of a source, decoded, from which splits are cut."""
 
-
-class _DecodedPart:
-    """The samples at `positions` of a part, decoded, from which splits are cut."""
-
-    def __init__(self, part: Part, positions: Positions, config: DataConfig, progress: cache.Progress | None) -> None:
-        self.part, self.positions = part, positions
-        self.decoded = cache.decode(part.take(positions).images, Square(config.image_size), progress)
-        self.pixels = torch.from_numpy(self.decoded.pixels)
+    def __init__(
+        self, part: LabelledImages, positions: Positions, config: DataConfig, on_decoded: OnDecoded | None
+    ) -> None:
+        self._part, self._positions = part, positions
+        decoded = decode(part.take(positions), Square(config.image_size), on_decoded)
+        self._pixels, self.rgb = torch.from_numpy(decoded.pixels), decoded.rgb
 
     def split(self, positions: Positions) -> Split:
-        """Return the split of the samples at these positions of the part."""
-        chosen = self.part.take(positions)
-        rows = torch.from_numpy(np.searchsorted(self.positions, positions))
-        return Split(self.pixels, rows, torch.from_numpy(chosen.labels), chosen.ids)
+        """Return the split of the images at these positions of the part."""
+        chosen = self._part.take(positions)
+        rows = torch.from_numpy(np.searchsorted(self._positions, positions))
+        return Split(self._pixels, rows, torch.from_numpy(chosen.labels), chosen.ids)
 
 
-def _load_standard(config: DataConfig, source: Source, progress: cache.Progress | None) -> Splits:
+def _load_standard(config: DataConfig, source: Source, on_decoded: OnDecoded | None) -> dict[str, Split]:
     """Hold out the test and validation images first, so that `per_class` never changes them."""
-
-    def carve(part: Part, positions: Positions, fraction: float, stream: str) -> tuple[Positions, Positions]:
-        labels = part.labels[positions]
-        kept, held = stratified_split(labels, fraction, source.classes, config.split_seed, stream)
-        return positions[kept], positions[held]
-
-    train = np.arange(len(source.train))
-    chosen: dict[str, tuple[Part, Positions]] = {}
-    if source.test is None:
-        train, test = carve(source.train, train, config.test_fraction, "test")
-        chosen["test"] = (source.train, test)
-    else:
-        chosen["test"] = (source.test, np.arange(len(source.test)))
-    if config.validation_fraction and source.validation is None:
-        train, validation = carve(source.train, train, config.validation_fraction, "validation")
-        chosen["validation"] = (source.train, validation)
-    elif config.validation_fraction and source.validation is not None:
-        chosen["validation"] = (source.validation, np.arange(len(source.validation)))
-    sampled = sample_per_class(source.train.labels[train], config.per_class, source.classes, config.split_seed)
-    chosen["train"] = (source.train, train[sampled])
+    left = np.arange(len(source.train))
+    chosen: dict[str, tuple[LabelledImages, Positions]] = {}
+    for name, part, fraction in (
+        ("test", source.test, config.test_fraction),
+        ("validation", source.validation, config.validation_fraction),
+    ):
+        if part is not None and fraction:
+            chosen[name] = part, np.arange(len(part))
+        elif fraction:
+            labels = source.train.labels[left]
+            kept, held = stratified_split(labels, fraction, source.classes, config.split_seed, name)
+            left, chosen[name] = left[kept], (source.train, left[held])
+    sampled = sample_per_class(source.train.labels[left], config.per_class, source.classes, config.split_seed)
+    chosen["train"] = source.train, left[sampled]
 
     # What comes from one part shares one cache entry: without per_class, whatever the split seed.
     decoded = {}
     for part in {id(part): part for part, _ in chosen.values()}.values():
         needed = np.unique(np.concatenate([at for of, at in chosen.values() if of is part]))
-        decoded[id(part)] = _DecodedPart(part, needed, config, progress)
-    splits = {name: decoded[id(part)].split(positions) for name, (part, positions) in chosen.items()}
-    return splits["train"], splits.get("validation"), splits["test"]
+        decoded[id(part)] = _Decoded(part, needed, config, on_decoded)
+    return {name: decoded[id(part)].split(positions) for name, (part, positions) in chosen.items()}
 
 
-def _load_published(config: DataConfig, source: Source, progress: cache.Progress | None) -> Splits:
+def _load_published(config: DataConfig, source: Source, on_decoded: OnDecoded | None) -> dict[str, Split]:
     """Take the first images a class of the train folder and split 80/20, what isn't RGB dropped before or after."""
     if config.validation_fraction:
-        raise InputError(
-            f"data.validation_fraction {config.validation_fraction}: published sampling has no validation split; "
-            "set it to 0."
-        )
+        problem = "published sampling has no validation split"
+        raise InputError("data.validation_fraction", config.validation_fraction, problem, "set it to 0")
 
-    def halves(part: Part, first: int | None) -> tuple[Split, Split]:
+    def halves(part: LabelledImages, first: int | None) -> tuple[Split, Split]:
         positions = first_per_class(part.labels[:first], config.per_class, source.classes)
-        decoded = _DecodedPart(part, positions, config, progress)
-        rgb = decoded.decoded.rgb
-        split = np.arange(len(positions)) if source.published.split_first else np.flatnonzero(rgb)
+        decoded = _Decoded(part, positions, config, on_decoded)
+        split = np.arange(len(positions)) if source.published.split_first else np.flatnonzero(decoded.rgb)
         parts = published_split(len(split), config.test_fraction, config.split_seed)
-        kept, held = (positions[at[rgb[at]]] for at in (split[part] for part in parts))
+        kept, held = (positions[at[decoded.rgb[at]]] for at in (split[part] for part in parts))
         return decoded.split(kept), decoded.split(held)
 
     train, test = halves(source.train, source.published.first)
     if source.published.test_from_test and source.test is not None:
         _, test = halves(source.test, None)
-    return train, None, test
+    return {"train": train, "test": test}

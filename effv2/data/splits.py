@@ -2,34 +2,39 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import numpy as np
 from numpy.typing import NDArray
 
 from effv2.core.errors import InputError
 from effv2.core.randomness import stream_seed
+from effv2.data.images import Labels
 
 Positions = NDArray[np.int64]
 
 
-def first_per_class(labels: NDArray[np.int64], per_class: int, classes: tuple[str, ...]) -> Positions:
+def first_per_class(labels: Labels, per_class: int, classes: tuple[str, ...]) -> Positions:
     """Return the positions of the first `per_class` samples of each class (0 = all), in the given order."""
-    if not per_class:
-        return np.arange(len(labels))
-    _require(labels, per_class, classes, f"--per-class {per_class}", "lower --per-class or add images")
-    chosen = [np.flatnonzero(labels == label)[:per_class] for label in range(len(classes))]
-    return np.sort(np.concatenate(chosen))
+    return _per_class(labels, per_class, classes, lambda members: members[:per_class])
 
 
-def sample_per_class(labels: NDArray[np.int64], per_class: int, classes: tuple[str, ...], split_seed: int) -> Positions:
+def sample_per_class(labels: Labels, per_class: int, classes: tuple[str, ...], split_seed: int) -> Positions:
     """Return `per_class` positions of each class at random (0 = all), in the given order."""
+    generator = np.random.default_rng(stream_seed(split_seed, "sample"))
+    return _per_class(labels, per_class, classes, lambda members: generator.choice(members, per_class, replace=False))
+
+
+def _per_class(
+    labels: Labels, per_class: int, classes: tuple[str, ...], choose: Callable[[Positions], Positions]
+) -> Positions:
     if not per_class:
         return np.arange(len(labels))
-    _require(labels, per_class, classes, f"--per-class {per_class}", "lower --per-class or add images")
-    generator = np.random.default_rng(stream_seed(split_seed, "sample"))
-    chosen = [
-        generator.choice(np.flatnonzero(labels == label), per_class, replace=False) for label in range(len(classes))
-    ]
-    return np.sort(np.concatenate(chosen))
+    counts = np.bincount(labels, minlength=len(classes))
+    if counts.min() < per_class:
+        problem = f"the class {classes[counts.argmin()]!r} has only {counts.min()} images to take from"
+        raise InputError("data.per_class", per_class, problem, "lower data.per_class or add images")
+    return np.sort(np.concatenate([choose(np.flatnonzero(labels == label)) for label in range(len(classes))]))
 
 
 def published_split(count: int, fraction: float, split_seed: int) -> tuple[Positions, Positions]:
@@ -37,34 +42,24 @@ def published_split(count: int, fraction: float, split_seed: int) -> tuple[Posit
     from sklearn.model_selection import train_test_split
 
     if count < 2:
-        raise InputError(
-            f"data.sampling published: {count} RGB images are left to split, 2 are needed; published sampling drops "
-            "all others, so choose another set or sampling."
-        )
+        problem = f"{count} RGB images are left to split, 2 are needed, and published sampling drops all others"
+        raise InputError("data.sampling", "published", problem, "choose another set or sampling")
     first, second = train_test_split(np.arange(count), test_size=fraction, random_state=split_seed)
     return first, second
 
 
 def stratified_split(
-    labels: NDArray[np.int64], fraction: float, classes: tuple[str, ...], split_seed: int, stream: str
+    labels: Labels, fraction: float, classes: tuple[str, ...], split_seed: int, stream: str
 ) -> tuple[Positions, Positions]:
     """Split `fraction` of each class off (at least one sample); both parts keep the given order."""
-    _require(labels, 2, classes, f"--data-dir, split for {stream}", "add images or remove the class")
     generator = np.random.default_rng(stream_seed(split_seed, stream))
     held = []
-    for label in range(len(classes)):
+    for label, name in enumerate(classes):
         members = np.flatnonzero(labels == label)
+        if len(members) < 2:
+            problem = f"the class {name!r} has only {len(members)} images to split for {stream}, 2 are needed"
+            raise InputError("data.dir", "", problem, "add images or remove the class")
         count = min(len(members) - 1, max(1, round(fraction * len(members))))
         held.append(generator.choice(members, count, replace=False))
     second = np.sort(np.concatenate(held))
     return np.setdiff1d(np.arange(len(labels)), second), second
-
-
-def _require(labels: NDArray[np.int64], least: int, classes: tuple[str, ...], option: str, remedy: str) -> None:
-    counts = np.bincount(labels, minlength=len(classes))
-    label = int(counts.argmin())
-    if counts[label] < least:
-        raise InputError(
-            f"{option}: the class {classes[label]!r} has only {counts[label]} images to take from, {least} are "
-            f"needed; {remedy}."
-        )

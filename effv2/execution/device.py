@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from effv2.config.schema import ExecutionConfig
-from effv2.data.transfer import send
+from effv2.data.dataset import to_device
 from effv2.execution.compilation import compile_blocks
 from effv2.execution.cuda_graphs import Function, Recording
 from effv2.execution.fast_paths import use_fast_paths
@@ -88,7 +88,7 @@ class Execution:
 
     def to_device(self, tensor: Tensor) -> Tensor:
         """Move a batch to the device."""
-        return send(tensor, self.device)
+        return to_device(tensor, self.device)
 
     @contextmanager
     def exact(self) -> Iterator[None]:

@@ -10,7 +10,7 @@ import numpy as np
 
 from effv2.config.schema import DataConfig
 from effv2.core.randomness import stream_seed
-from effv2.data.images import Labels, Part
+from effv2.data.images import LabelledImages, Labels
 from effv2.data.sources import open_source
 from effv2.data.splits import Positions, sample_per_class
 from effv2.pretrained.config import ImagesConfig
@@ -28,7 +28,7 @@ class EvaluationImages:
 
     name: str
     location: str
-    part: Part
+    part: LabelledImages
     outputs: Labels
     tests: int
 

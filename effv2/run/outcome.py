@@ -13,9 +13,9 @@ from torch import nn
 
 from effv2.architecture import build_model
 from effv2.config.schema import TrainConfig
-from effv2.data.batches import normalisation
+from effv2.data.batches import NORMALISATIONS
 from effv2.data.dataset import Dataset, Split
-from effv2.data.preparation import Square
+from effv2.data.images import Square
 from effv2.execution.device import make_execution
 from effv2.run.records import log_test
 from effv2.serving.export import ServedNetwork, as_base64, output_names, write_served
@@ -45,7 +45,7 @@ class Outcome:
         outputs = model.outputs or len(classes)
         plain = build_model(model.build_table(), outputs)  # without the paths of the device it was trained on
         plain.load_state_dict(self.network.state_dict())
-        served = ServedNetwork(plain, len(classes), *normalisation(data.normalise))
+        served = ServedNetwork(plain, len(classes), *NORMALISATIONS[data.normalise])
         with tempfile.TemporaryDirectory() as name:
             files = write_served(Path(name), served, Square(data.image_size), output_names(classes, outputs))
             self.run.log_model(files, _example(self.dataset.test), torch.__version__)

@@ -14,7 +14,7 @@ from PIL import Image
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from effv2.data.preparation import CentreCrop, Square, to_rgb
+from effv2.data.images import CentreCrop, Square, to_rgb
 
 OTHER = "other"
 
