@@ -67,9 +67,7 @@ DECIDING: dict[str, dict[str, tuple[str, ...]]] = {
         "run/run.py": ("run_experiment", "_train", "_go_on"),
         "evidence/run_artifacts.py": (),
     },
-    "execution": {
-        f"execution/{name}.py": () for name in ("compilation", "device", "fast_paths", "folding", "cuda_graphs")
-    },
+    "execution": {f"execution/{name}.py": () for name in ("device", "fast_paths", "folding", "cuda_graphs")},
     "evaluation": {
         **{f"pretrained/{name}.py": () for name in ("evaluation", "images", "imagenet", "measure", "weights")},
         "evidence/run_artifacts.py": (),
@@ -83,7 +81,6 @@ EXEMPT = {
     "data/sources.py",
     "data/splits.py",
     "execution/allocator.py",
-    "execution/calibration.py",
     "execution/resolve.py",
     "training/checkpoint.py",
     "training/saving.py",
@@ -361,7 +358,7 @@ def _losses() -> dict[str, list[float]]:
         results = Training(config, dataset, state, execution)
         losses = [each.metrics[f"{of}/loss"] for each in results for of in ("train", "val")]
         state.take_selected()
-        last = evaluate(execution.for_evaluation(state.evaluated), dataset.test, config, execution)
+        last = evaluate(execution.inference_copy(state.evaluated), dataset.test, config, execution)
         found[name] = [round(loss, 6) for loss in (*losses, last.loss)]
     return found
 

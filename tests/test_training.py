@@ -20,6 +20,7 @@ from torch.optim.lr_scheduler import OneCycleLR, ReduceLROnPlateau
 from effv2.architecture import build_model
 from effv2.config.documents import dotted
 from effv2.config.layers import Layer
+from effv2.config.registry import SCHEDULES
 from effv2.config.schema import ScheduleConfig, StoppingConfig, TrainConfig
 from effv2.core.errors import RunError, Terminated
 from effv2.core.randomness import stream_seed
@@ -30,7 +31,7 @@ from effv2.execution.device import make_execution
 from effv2.studies.files import open_study
 from effv2.training.evaluate import Evaluation, evaluate
 from effv2.training.loop import EpochResult, Training
-from effv2.training.schedules import Schedule, rate_factor
+from effv2.training.schedules import Schedule
 from effv2.training.state import Progress, TrainState
 from tests.conftest import tiny_config
 
@@ -44,7 +45,7 @@ EVERYTHING: dict[str, Any] = {
 
 def evaluated(model: nn.Module, split: Split, config: TrainConfig) -> Evaluation:
     execution = make_execution(config.execution)
-    return evaluate(execution.for_evaluation(model), split, config, execution)
+    return evaluate(execution.inference_copy(model), split, config, execution)
 
 
 def start(config: TrainConfig) -> tuple[Dataset, TrainState, Training]:
@@ -179,7 +180,7 @@ def test_selected_weights_are_those_of_the_best_validation_epoch() -> None:
 
 def test_diverging_loss_ends_with_an_explanation() -> None:
     _, _, training = start(tiny_config(optimiser={"name": "sgd", "lr": 100, "momentum": 0.99}, schedule={"epochs": 30}))
-    with pytest.raises(RunError, match=r"no longer a finite number at epoch .* lower --lr"):
+    with pytest.raises(RunError, match=r"no longer a finite number at epoch .* lower optimiser\.lr"):
         list(training)
 
 
@@ -283,7 +284,7 @@ def test_plateau_is_torchs(accuracies: list[float], patience: int) -> None:
 @given(st.integers(1, 10), st.integers(1, 20), st.integers(0, 3))
 def test_cosine_warms_up_then_falls_to_nothing(epochs: int, steps: int, warmup: int) -> None:
     config = ScheduleConfig(name="cosine", epochs=warmup + epochs, warmup_epochs=warmup)
-    factors = [rate_factor(config, step, steps) for step in range((warmup + epochs) * steps + 1)]
+    factors = [SCHEDULES["cosine"](config, step, steps) for step in range((warmup + epochs) * steps + 1)]
     rising, falling = factors[: warmup * steps], factors[warmup * steps :]
     assert rising == sorted(rising) and falling == sorted(falling, reverse=True)
     assert max(factors) == falling[0] == 1 and falling[-1] == pytest.approx(0)
@@ -321,5 +322,5 @@ def test_bf16_trains_too() -> None:
     plain = replace(make_execution(config.execution), bf16=False)
     assert list(training)[-1].metrics["train/loss"] > 0
     halves = evaluated(state.model, dataset.test, config).logits.softmax(1)
-    wholes = evaluate(plain.for_evaluation(state.model), dataset.test, config, plain).logits.softmax(1)
+    wholes = evaluate(plain.inference_copy(state.model), dataset.test, config, plain).logits.softmax(1)
     assert not torch.equal(halves, wholes) and torch.allclose(halves, wholes, atol=0.05)

@@ -14,6 +14,7 @@ from torch.nn import functional as F
 
 from effv2.core.errors import RunError
 from effv2.data.batches import normalised
+from effv2.data.dataset import to_device
 from effv2.data.images import Labels
 from effv2.evidence.statistics import calibration_error
 from effv2.execution.device import Execution
@@ -46,7 +47,7 @@ class Network:
 
     def __call__(self, pixels: Tensor) -> Tensor:
         """Return logits (B, outputs) on the CPU."""
-        images = self.execution.to_device(pixels).permute(0, 3, 1, 2)
+        images = to_device(pixels, self.execution.device).permute(0, 3, 1, 2)
         inputs = normalised(images, self.statistics, self.execution.channels_last)
         with torch.inference_mode(), self.execution.autocast():
             logits: Tensor = self.module(inputs)

@@ -75,7 +75,7 @@ def restore(run: TrackedRun, config: TrainConfig, dataset: Dataset) -> Outcome:
 def score_on_test(outcome: Outcome) -> float:
     """Evaluate an outcome on the test set, which its run has not seen, and log to the run; return the accuracy."""
     execution = make_execution(outcome.config.execution)
-    form = execution.following(outcome.network)()
+    form = execution.inference_factory(outcome.network)()
     accuracy = log_test(outcome.run, outcome.config, outcome.dataset, execution, form)
     outcome.run.log_metrics({"selected/test_accuracy": accuracy})
     return accuracy
