@@ -68,7 +68,8 @@ def decode(images: LabelledImages, preparation: Preparation, on_decoded: OnDecod
     try:
         if found is None:
             entry.parent.mkdir(parents=True, exist_ok=True)  # before the work, not after it
-            found = _write(entry, images, preparation, on_decoded)
+            shape = (len(images), preparation.size, preparation.size, 3)
+            found = _write(entry, shape, _prepared(images, preparation, on_decoded))
     except OSError as error:
         problem = f"can't be written ({error.strerror or error})"
         remedy = "free space there or set EFFV2_CACHE to another folder"
@@ -113,19 +114,16 @@ def _prepared(
         raise InputError("data.dir", "", problem, "repair or remove them")
 
 
-def _pointed_to(pointer: Path) -> Path | None:
-    """Return the entry that a stamp leads to; a damaged stamp leads nowhere."""
+def _pointed_to(pointer: Path) -> Path:
+    """Return the entry that a stamp leads to; a damaged stamp leads to none that there is."""
+    key = ""
     with suppress(OSError, ValueError):
         key = pointer.read_text("ascii")
-        if re.fullmatch("[0-9a-f]{64}", key):
-            return pointer.parents[1] / "entries" / key
-    return None
+    return pointer.parents[1] / "entries" / (key if re.fullmatch("[0-9a-f]{64}", key) else "none")
 
 
-def _read(entry: Path | None) -> Decoded | None:
+def _read(entry: Path) -> Decoded | None:
     """Return the entry if it is whole: its pixels must have the checksum that was written with them."""
-    if entry is None:
-        return None
     try:
         index = json.loads((entry / "index.json").read_text())
         rgb, sha256 = np.array(index["rgb"], dtype=bool), str(index["sha256"])
@@ -139,18 +137,15 @@ def _map(entry: Path) -> Bytes:
     return cast(Bytes, np.load(entry / "pixels.npy", mmap_mode="c", allow_pickle=False))
 
 
-def _write(entry: Path, images: LabelledImages, preparation: Preparation, on_decoded: OnDecoded | None) -> Decoded:
+def _write(entry: Path, shape: tuple[int, ...], prepared: Generator[tuple[Bytes, bool]]) -> Decoded:
     """Build an entry, never all of it in memory; what a loss of power tears, the checksum tells."""
     _sweep(entry.parent)
     building = entry.with_name(f"building-{uuid.uuid4().hex}")
     building.mkdir()  # not by tempfile, which would hide it from other users for good
     try:
         digest, rgb = hashlib.sha256(), []
-        shape = (len(images), preparation.size, preparation.size, 3)
-        prepared = _prepared(images, preparation, on_decoded)
         with (building / "pixels.npy").open("wb") as file, closing(prepared):
-            header = {"descr": "|u1", "fortran_order": False, "shape": shape}
-            np.lib.format.write_array_header_1_0(file, header)
+            np.lib.format.write_array_header_1_0(file, {"descr": "|u1", "fortran_order": False, "shape": shape})
             for pixels, is_rgb in prepared:
                 content = np.ascontiguousarray(pixels).data
                 file.write(content)

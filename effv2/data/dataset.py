@@ -88,7 +88,7 @@ class Dataset:
         """Return the data set with its pixels on `device`, still shared by its splits; labels stay on the CPU."""
         moved = {id(split.pixels): split.pixels.to(device) for split in self.splits.values()}
         there: dict[str, Any] = {
-            name: replace(split, pixels=moved[id(split.pixels)]) for name, split in self.splits.items()
+            name: replace(each, pixels=moved[id(each.pixels)]) for name, each in self.splits.items()
         }
         return replace(self, **there)
 

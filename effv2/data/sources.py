@@ -33,6 +33,7 @@ IMAGENETTE_NAMES = {
     "n03445777": "golf ball",
     "n03888257": "parachute",
 }
+NUMERALS = tuple("0123456789")
 BIRDS_PAGE = "https://www.kaggle.com/datasets/arjunbasandrai/25-indian-bird-species-with-226k-images"
 
 
@@ -79,7 +80,7 @@ def _digits(config: DataConfig) -> Source:
         raise InputError("data.dir", config.dir, problem, "give another data.dataset, or leave the folder out")
     found = load_digits()
     pixels = np.rint(found.images * (255 / 16)).astype(np.uint8)
-    return Source("digits", "scikit-learn", _numerals(), _from_arrays(pixels, found.target, "digits"))
+    return Source("digits", "scikit-learn", NUMERALS, _from_arrays(pixels, found.target, "digits"))
 
 
 @DATASETS.register("imagenette")
@@ -135,7 +136,7 @@ def _mnist(config: DataConfig) -> Source:
             raise InputError("data.dir", config.dir, problem, remedy) from error
         parts.append(_from_arrays(found.data.numpy(), found.targets.numpy(), name))
     rule = PublishedSampling(first=20_000, test_from_test=True)
-    return Source("mnist", str(root), _numerals(), parts[0], None, parts[1], rule)
+    return Source("mnist", str(root), NUMERALS, parts[0], None, parts[1], rule)
 
 
 @DATASETS.register("birds")
@@ -172,10 +173,6 @@ def _from_arrays(pixels: Any, labels: Any, name: str) -> LabelledImages:
     from effv2.data.images import LabelledImages
 
     return LabelledImages(pixels, labels.astype("int64"), tuple(f"{name}/{i:05d}" for i in range(len(labels))))
-
-
-def _numerals() -> tuple[str, ...]:
-    return tuple(map(str, range(10)))
 
 
 def _first_line(error: Exception) -> str:

@@ -36,8 +36,8 @@ def fold_batch_norm(model: nn.Module) -> None:
         conv, norm = modules[str(before.target)], modules[str(node.target)]
         once = calls.count(str(before.target)) == calls.count(str(node.target)) == 1
         if once and isinstance(conv, nn.Conv2d) and isinstance(norm, nn.BatchNorm2d) and norm.track_running_stats:
-            _replace(model, str(before.target), _folded(conv, norm))
-            _replace(model, str(node.target), nn.Identity())
+            model.set_submodule(str(before.target), _folded(conv, norm))
+            model.set_submodule(str(node.target), nn.Identity())
 
 
 def sharing_copy(module: Module) -> Module:
@@ -57,8 +57,3 @@ class _Tracer(fx.Tracer):
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         return type(m).__module__ == fast_paths.__name__ or super().is_leaf_module(m, module_qualified_name)
-
-
-def _replace(model: nn.Module, name: str, module: nn.Module) -> None:
-    parent, _, last = name.rpartition(".")
-    setattr(model.get_submodule(parent), last, module)
