@@ -162,8 +162,10 @@ def test_damaged_entry_is_rebuilt(tmp_path: Path, own_cache: Path, damage: str) 
 def test_processes_that_build_at_once_agree(tmp_path: Path, own_cache: Path) -> None:
     root = make_image_tree(tmp_path / "set", images=40)
     script = (
-        "import sys; from effv2.config.schema import DataConfig; from effv2.data.dataset import load_dataset\n"
-        "print(load_dataset(DataConfig(dataset='folder', dir=sys.argv[1], image_size=8)).digest())"
+        "import sys; from pathlib import Path; from effv2.data.cache import decode\n"
+        "from effv2.data.images import LabelledImages, Square\n"
+        "paths = sorted(Path(sys.argv[1]).rglob('*.*'))\n"
+        "print(decode(LabelledImages.of_files(paths, [0] * len(paths), paths), Square(8)).sha256)"
     )
     command = [sys.executable, "-c", script, str(root)]
     running = [subprocess.Popen(command, stdout=subprocess.PIPE, text=True) for _ in range(3)]

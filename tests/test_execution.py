@@ -92,25 +92,25 @@ def test_squeeze_excitation_of_other_functions_is_left_alone() -> None:
 
 
 ALLOCATING = """
-import resource, effv2.execution.allocator as allocator
-allocator.tune_allocator()
-import torch
-def allocate():
-    for _ in range(10):
-        torch.zeros(2**24)  # 64 MiB
-    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt
-print(-allocate() + allocate())
+import os, resource, effv2.execution.allocator as allocator, torch
+def faults():
+    for _ in range(2):
+        before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+        for _ in range(10):
+            torch.zeros(2**24)  # 64 MiB
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+for setting in ("system", ""):
+    os.environ["EFFV2_ALLOCATOR"] = setting
+    allocator.tune_allocator()
+    print(faults())
 """
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="glibc's settings")
 def test_memory_is_faulted_in_once_unless_the_user_wants_the_systems_way() -> None:
-    faults = {}
-    for setting in ("system", ""):
-        environment = os.environ | {"EFFV2_ALLOCATOR": setting}
-        done = subprocess.run([sys.executable, "-c", ALLOCATING], env=environment, capture_output=True, text=True)
-        faults[setting] = int(done.stdout)
-    assert faults[""] < 100 and faults["system"] > 200
+    done = subprocess.run([sys.executable, "-c", ALLOCATING], capture_output=True, text=True)
+    system, tuned = map(int, done.stdout.split())
+    assert tuned < 100 and system > 200
 
 
 @pytest.mark.parametrize(
@@ -260,7 +260,7 @@ def counted(module: nn.Module, kind: type[nn.Module]) -> int:
 
 @pytest.mark.parametrize(
     ("name", "left"),
-    [("efficientnet_v2_s", 0), ("resnet50", 0), ("mobilenet_v3_small", 0), ("densenet121", 62), ("swin_t", 0)],
+    [("resnet18", 0), ("mobilenet_v3_small", 0), ("densenet121", 62), ("swin_t", 0)],
 )
 def test_folded_batch_norm_changes_rounding_alone(name: str, left: int) -> None:
     """DenseNet's norms before a convolution stay; what of a network can be folded is."""

@@ -30,8 +30,8 @@ def after_warmup(factor: Callable[[int, int], float]) -> Callable[[ScheduleConfi
     return with_warmup
 
 
-@SCHEDULES.register("none")
 @SCHEDULES.register("plateau")  # lowered by Schedule where the watched accuracy stalls
+@SCHEDULES.register("none")
 @after_warmup
 def _constant(_step: int, _steps: int) -> float:
     return 1.0
