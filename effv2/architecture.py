@@ -59,10 +59,8 @@ def parse_table(text: str) -> Table:
     stages = tuple(_parse_stage(row.split(), row.strip()) for row in text.split("/"))
     for before, after in pairwise(stages):
         if before.out_channels != after.in_channels:
-            raise ValueError(
-                f"the row {str(before)!r} gives {before.out_channels} channels, but the next "
-                f"row {str(after)!r} takes {after.in_channels}; make the two numbers equal"
-            )
+            gives, takes = f"{str(before)!r} gives {before.out_channels}", f"{str(after)!r} takes {after.in_channels}"
+            raise ValueError(f"the row {gives} channels, but the next row {takes}; make the two numbers equal")
     return Table(stages)
 
 
@@ -227,8 +225,7 @@ def count_gflops(table: Table, num_classes: int, image_size: int) -> float:
     import torch
 
     with torch.device("meta"):
-        model = build_model(table, num_classes).eval()
-    return gflops_of(model, image_size)
+        return gflops_of(build_model(table, num_classes).eval(), image_size)
 
 
 def gflops_of(model: nn.Module, image_size: int) -> float:

@@ -54,7 +54,7 @@ def test_graphed_steps_are_the_eager_ones_and_evaluation_is_up_to_rounding(preci
     config = tiny_config(**{**LONG, "execution": {"device": "cuda", "precision": precision}})
     _, state, training = start(config)
     graphed = numbers(list(training))
-    assert isinstance(training._differentiate, GraphedFunction) and len(training._differentiate) == 2
+    assert isinstance(training._differentiate, GraphedFunction) and len(training._differentiate._graphs) == 2
     dataset, plain, _ = start(config)
     eager = numbers(list(Training(config, dataset, plain, replace(training.execution, cuda_graphs=False))))
     assert equal(plain.model.state_dict(), state.model.state_dict())

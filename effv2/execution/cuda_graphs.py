@@ -62,10 +62,6 @@ class GraphedFunction:
             parameter.grad = gradient  # another shape may have left its own
         return found.outputs
 
-    def __len__(self) -> int:
-        """Count the shapes that are captured."""
-        return len(self._graphs)
-
     def _eagerly(self, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
         """Compute on the stream that will be captured: autograd remembers where a gradient was first added up."""
         current = torch.cuda.current_stream()

@@ -95,34 +95,28 @@ class BatchNorm2d(nn.BatchNorm2d):
 def use_fast_paths(model: nn.Module) -> None:
     """Let the layers of `model` that have a fast path take it, in place."""
     for module in model.modules():
-        if type(module) is nn.Conv2d and (path := _path(module)):
-            module.__class__ = path
-        elif type(module) is PlainSqueezeExcitation and _is_usual(module):
-            module.__class__ = SqueezeExcitation
-        elif type(module) is nn.BatchNorm2d and module.num_features % VECTOR and _has_everything(module):
-            module.__class__ = BatchNorm2d
-        elif type(module) is nn.SiLU:
+        if type(module) is nn.SiLU:
             module.inplace = False
+        elif path := _path(module):
+            module.__class__ = path
 
 
-def _path(conv: nn.Conv2d) -> type[nn.Conv2d] | None:
-    if conv.padding_mode != "zeros" or conv.dilation != (1, 1):
+def _path(layer: nn.Module) -> type[nn.Module] | None:
+    """Return the class with the path of a layer, None where there is none."""
+    if type(layer) is PlainSqueezeExcitation:
+        usual = isinstance(layer.activation, nn.SiLU) and isinstance(layer.scale_activation, nn.Sigmoid)
+        return SqueezeExcitation if usual else None
+    if type(layer) is nn.BatchNorm2d:
+        usual = layer.affine and layer.track_running_stats and layer.momentum is not None
+        return BatchNorm2d if usual and layer.num_features % VECTOR else None
+    if type(layer) is not nn.Conv2d or layer.padding_mode != "zeros" or layer.dilation != (1, 1):
         return None
-    if conv.kernel_size == (1, 1) and conv.groups == 1 and conv.stride == (1, 1) and conv.padding == (0, 0):
+    if layer.kernel_size == (1, 1) and layer.groups == 1 and layer.stride == (1, 1) and layer.padding == (0, 0):
         return PointwiseConv2d
-    if conv.kernel_size != (3, 3) or conv.padding != (1, 1):
+    if layer.kernel_size != (3, 3) or layer.padding != (1, 1):
         return None
-    if conv.groups == 1 and conv.stride in ((1, 1), (2, 2)):
-        return DenseConv2d
-    return DepthwiseConv2d if conv.groups == conv.in_channels == conv.out_channels else None
-
-
-def _is_usual(module: PlainSqueezeExcitation) -> bool:
-    return isinstance(module.activation, nn.SiLU) and isinstance(module.scale_activation, nn.Sigmoid)
-
-
-def _has_everything(module: nn.BatchNorm2d) -> bool:
-    return module.affine and module.track_running_stats and module.momentum is not None
+    dense, depthwise = layer.groups == 1, layer.groups == layer.in_channels == layer.out_channels
+    return DenseConv2d if dense and layer.stride in ((1, 1), (2, 2)) else DepthwiseConv2d if depthwise else None
 
 
 def _as_autocast(*tensors: Tensor) -> tuple[Tensor, ...]:

@@ -102,11 +102,6 @@ class Calibration:
     fp32: float
     bf16: float
 
-    @property
-    def prefers_bf16(self) -> bool:
-        """Say whether bf16 is worth its rounding."""
-        return self.fp32 >= WORTHWHILE * self.bf16
-
     def __str__(self) -> str:
         return f"a step in bf16 is {self.fp32 / self.bf16:.2f} times as fast as in fp32"
 
@@ -126,7 +121,10 @@ def _with_execution(config: TrainConfig, **update: str) -> TrainConfig:
 def _prefers_bf16(config: TrainConfig, message: Message) -> bool:
     if config.execution.device == "cuda":
         return bool(torch.cuda.is_bf16_supported(including_emulation=False))
-    return config.execution.device == "cpu" and _cpu_has_bf16() and _calibrate(config, message).prefers_bf16
+    if config.execution.device != "cpu" or not _cpu_has_bf16():
+        return False
+    timed = _calibrate(config, message)
+    return timed.fp32 >= WORTHWHILE * timed.bf16
 
 
 def _cpu_has_bf16() -> bool:
