@@ -67,7 +67,7 @@ DECIDING: dict[str, dict[str, tuple[str, ...]]] = {
         "run/run.py": ("run_experiment", "_train", "_go_on"),
         "evidence/run_artifacts.py": (),
     },
-    "execution": {f"execution/{name}.py": () for name in ("device", "fast_paths", "folding", "cuda_graphs")},
+    "execution": {f"execution/{name}.py": () for name in ("device", "fast_paths", "cuda_graphs")},
     "evaluation": {
         **{f"pretrained/{name}.py": () for name in ("evaluation", "images", "imagenet", "measure", "weights")},
         "evidence/run_artifacts.py": (),
@@ -79,7 +79,6 @@ EXEMPT = {
     "data/cache.py",
     "data/folders.py",
     "data/sources.py",
-    "data/splits.py",
     "execution/allocator.py",
     "execution/resolve.py",
     "training/checkpoint.py",

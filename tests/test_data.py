@@ -20,9 +20,8 @@ from effv2.config.schema import DataConfig
 from effv2.core.errors import InputError
 from effv2.data import cache
 from effv2.data.batches import batch_count, epoch_order, evaluation_batches, to_input, training_batches
-from effv2.data.dataset import Dataset, load_dataset
+from effv2.data.dataset import Dataset, load_dataset, stratified_split
 from effv2.data.images import LabelledImages, Square, sha256_of
-from effv2.data.splits import stratified_split
 from tests.conftest import make_image_tree
 
 

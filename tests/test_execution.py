@@ -21,9 +21,8 @@ from effv2.architecture import build_model, parse_table
 from effv2.config.schema import TrainConfig
 from effv2.core.errors import InputError
 from effv2.execution import resolve as resolving
-from effv2.execution.device import Execution, _use_tf32
+from effv2.execution.device import Execution, _use_tf32, fold_batch_norm
 from effv2.execution.fast_paths import FEWEST_IMAGES, use_fast_paths
-from effv2.execution.folding import fold_batch_norm
 from effv2.execution.resolve import Calibration, check_compiler, remembered, resolve, resolve_study
 from tests.conftest import tiny_config
 

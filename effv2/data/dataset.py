@@ -1,22 +1,26 @@
-"""From a DataConfig to decoded, split, digested data."""
+"""From a DataConfig to decoded, split, digested data. Which samples train, validate and test are pure functions."""
 
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from effv2.config.schema import DataConfig
 from effv2.core.errors import InputError
+from effv2.core.randomness import stream_seed
 from effv2.data.cache import OnDecoded, decode
-from effv2.data.images import LabelledImages, Square
+from effv2.data.images import LabelledImages, Labels, Square
 from effv2.data.sources import Source, open_source
-from effv2.data.splits import Positions, first_per_class, published_split, sample_per_class, stratified_split
+
+Positions = NDArray[np.int64]
 
 
 def to_device(tensor: Tensor, device: torch.device) -> Tensor:
@@ -107,8 +111,8 @@ def load_dataset(config: DataConfig, on_decoded: OnDecoded | None = None) -> Dat
         if len(splits[name]) < least:
             problem = f"{len(splits[name])} images are left to {name} on, {least} are needed"
             raise InputError("data.dir", config.dir, problem, "add images")
-    classes, validation = source.classes, splits.get("validation")
-    return Dataset(source.name, source.location, classes, splits["train"], validation, splits["test"])
+    ordered = splits["train"], splits.get("validation"), splits["test"]
+    return Dataset(source.name, source.location, source.classes, *ordered)
 
 
 class _Decoded:
@@ -171,3 +175,54 @@ def _load_published(config: DataConfig, source: Source, on_decoded: OnDecoded | 
     if source.published.test_from_test and source.test is not None:
         _, test = halves(source.test, None)
     return {"train": train, "test": test}
+
+
+def first_per_class(labels: Labels, per_class: int, classes: tuple[str, ...]) -> Positions:
+    """Return the positions of the first `per_class` samples of each class (0 = all), in the given order."""
+    return _per_class(labels, per_class, classes, lambda members: members[:per_class])
+
+
+def sample_per_class(labels: Labels, per_class: int, classes: tuple[str, ...], split_seed: int) -> Positions:
+    """Return `per_class` positions of each class at random (0 = all), in the given order."""
+    generator = np.random.default_rng(stream_seed(split_seed, "sample"))
+    return _per_class(labels, per_class, classes, lambda members: generator.choice(members, per_class, replace=False))
+
+
+def _per_class(
+    labels: Labels, per_class: int, classes: tuple[str, ...], choose: Callable[[Positions], Positions]
+) -> Positions:
+    if not per_class:
+        return np.arange(len(labels))
+    counts = np.bincount(labels, minlength=len(classes))
+    if counts.min() < per_class:
+        problem = f"the class {classes[counts.argmin()]!r} has only {counts.min()} images to take from"
+        raise InputError("data.per_class", per_class, problem, "lower data.per_class or add images")
+    return np.sort(np.concatenate([choose(np.flatnonzero(labels == label)) for label in range(len(classes))]))
+
+
+def published_split(count: int, fraction: float, split_seed: int) -> tuple[Positions, Positions]:
+    """Split as the published notebooks did: scikit-learn's train_test_split, shuffled, not stratified."""
+    from sklearn.model_selection import train_test_split
+
+    if count < 2:
+        problem = f"{count} RGB images are left to split, 2 are needed, and published sampling drops all others"
+        raise InputError("data.sampling", "published", problem, "choose another set or sampling")
+    first, second = train_test_split(np.arange(count), test_size=fraction, random_state=split_seed)
+    return first, second
+
+
+def stratified_split(
+    labels: Labels, fraction: float, classes: tuple[str, ...], split_seed: int, stream: str
+) -> tuple[Positions, Positions]:
+    """Split `fraction` of each class off (at least one sample); both parts keep the given order."""
+    generator = np.random.default_rng(stream_seed(split_seed, stream))
+    held = []
+    for label, name in enumerate(classes):
+        members = np.flatnonzero(labels == label)
+        if len(members) < 2:
+            problem = f"the class {name!r} has only {len(members)} images to split for {stream}, 2 are needed"
+            raise InputError("data.dir", "", problem, "add images or remove the class")
+        count = min(len(members) - 1, max(1, round(fraction * len(members))))
+        held.append(generator.choice(members, count, replace=False))
+    second = np.sort(np.concatenate(held))
+    return np.setdiff1d(np.arange(len(labels)), second), second

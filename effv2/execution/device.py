@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import copy
 import os
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
-from typing import TypeVar
+from typing import TypeVar, cast
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
+from torch.nn.utils.fusion import fuse_conv_bn_weights
 from torchvision.models.efficientnet import FusedMBConv, MBConv
 
 from effv2.config.schema import ExecutionConfig
@@ -17,7 +19,6 @@ from effv2.core.internals import limit_compiled_forms
 from effv2.core.paths import cache_folder
 from effv2.execution.cuda_graphs import Function, GraphedFunction
 from effv2.execution.fast_paths import use_fast_paths
-from effv2.execution.folding import fold_batch_norm, sharing_copy
 
 Module = TypeVar("Module", bound=nn.Module)
 Forward = Callable[[Tensor], Tensor]
@@ -137,3 +138,46 @@ def _compile_blocks(model: nn.Module) -> None:
     for module in model.modules():
         if isinstance(module, (MBConv, FusedMBConv)):
             module.block.compile(dynamic=False)
+
+
+def fold_batch_norm(model: nn.Module) -> None:
+    """Fold every batch norm that directly follows a convolution, in place; `model` must be in eval mode.
+
+    In eval mode batch norm is an affine map a channel, so its factors go into the kernels and its offset into the bias:
+    exact up to rounding. A symbolic trace tells what follows what; a network that can't be traced, or whose modules are
+    used several times, is left as it is. State dict and training are those of another network afterwards.
+    """
+    try:
+        graph = _Tracer().trace(model)
+    except Exception:
+        return
+    modules = dict(model.named_modules())
+    calls = [str(node.target) for node in graph.nodes if node.op == "call_module"]
+    for node in graph.nodes:
+        before = node.args[0] if node.op == "call_module" and node.args else None
+        if not isinstance(before, fx.Node) or before.op != "call_module" or len(before.users) > 1:
+            continue
+        conv, norm = modules[str(before.target)], modules[str(node.target)]
+        once = calls.count(str(before.target)) == calls.count(str(node.target)) == 1
+        if once and isinstance(conv, nn.Conv2d) and isinstance(norm, nn.BatchNorm2d) and norm.track_running_stats:
+            model.set_submodule(str(before.target), _folded(conv, norm))
+            model.set_submodule(str(node.target), nn.Identity())
+
+
+def sharing_copy(module: Module) -> Module:
+    """Return a copy whose parameters and buffers are the very tensors of `module`."""
+    return copy.deepcopy(module, {id(tensor): tensor for tensor in [*module.parameters(), *module.buffers()]})
+
+
+def _folded(conv: nn.Conv2d, norm: nn.BatchNorm2d) -> nn.Conv2d:
+    folded = sharing_copy(conv)
+    statistics = cast(Tensor, norm.running_mean), cast(Tensor, norm.running_var), norm.eps
+    folded.weight, folded.bias = fuse_conv_bn_weights(conv.weight, conv.bias, *statistics, norm.weight, norm.bias)
+    return folded
+
+
+class _Tracer(fx.Tracer):
+    """Takes layers on a fast path as torch's own: as they are."""
+
+    def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
+        return type(m).__module__ == use_fast_paths.__module__ or super().is_leaf_module(m, module_qualified_name)

@@ -17,8 +17,7 @@ from effv2.data.batches import normalised
 from effv2.data.dataset import to_device
 from effv2.data.images import Labels
 from effv2.evidence.statistics import calibration_error
-from effv2.execution.device import Execution
-from effv2.execution.folding import fold_batch_norm
+from effv2.execution.device import Execution, fold_batch_norm
 
 # On a CPU a pass over few images stays in caches and in memory that the process already has: 2 to 4 times the rate of
 # batches of 128 (benchmarks/pretrained.md).
