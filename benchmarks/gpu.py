@@ -1,10 +1,10 @@
-"""What recording the work of a GPU gains: the training loop with it and without, in float32 and bfloat16.
+"""What CUDA graphs gain: the training loop with them and without, in float32 and bfloat16.
 
     python benchmarks/gpu.py [--variant default] [--image-size 32] [--batch-size 128]
 
 Each form, in a process of its own, trains on STEPS batches of random bytes that lie on the GPU and evaluates as many
-an epoch, as `train` does: with the form for evaluation made anew after each where nothing is recorded. Medians leave
-out the first WARM_UP epochs. Prints a Markdown table: images/s and their gain over float32 as written, peak memory.
+an epoch, as `train` does: without graphs, with the copy for inference made anew after each. Medians leave out the first
+WARM_UP epochs. Prints a Markdown table: images/s and their gain over eager float32, peak memory.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from effv2.training.loop import Training
 from effv2.training.state import TrainState
 
 STEPS, WARM_UP, EPOCHS = 16, 2, 5
-FORMS = {f"{precision}{how}": (precision, how) for precision in ("fp32", "bf16") for how in ("", ", recorded")}
+FORMS = {f"{precision}{how}": (precision, how) for precision in ("fp32", "bf16") for how in ("", ", CUDA graphs")}
 
 
 def random_split(images: int, size: int) -> Split:
@@ -34,9 +34,9 @@ def random_split(images: int, size: int) -> Split:
     return Split(pixels, torch.arange(images), torch.randint(0, 10, (images,)), tuple(map(str, range(images))))
 
 
-def measure(config: TrainConfig, recorded: bool) -> dict[str, float]:
+def measure(config: TrainConfig, cuda_graphs: bool) -> dict[str, float]:
     """Return images/s of training and of evaluation, and the peak of memory in GB."""
-    execution = replace(make_execution(config.execution), recorded=recorded)
+    execution = replace(make_execution(config.execution), cuda_graphs=cuda_graphs)
     images, size = STEPS * config.optimiser.batch_size, config.data.image_size
     classes = tuple(map(str, range(10)))
     dataset = Dataset("random", "", classes, random_split(images, size), None, random_split(images, size))

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 from torchvision import models
 
-from effv2.execution.folding import fold_batch_norm
+from effv2.execution.device import fold_batch_norm
 
 ROUND_IMAGES = 128
 

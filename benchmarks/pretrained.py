@@ -37,7 +37,7 @@ from torchvision import models
 
 from effv2.config.schema import ExecutionConfig
 from effv2.core.reporter import Reporter
-from effv2.data.images import FileImages
+from effv2.data.images import LabelledImages
 from effv2.execution.device import make_execution
 from effv2.pretrained import comparison, evaluation
 from effv2.pretrained.config import ImagesConfig, PretrainedConfig
@@ -49,7 +49,7 @@ from effv2.pretrained.weights import Requested, parse_models
 class PlainImages(Dataset[torch.Tensor]):
     """Images as anyone would load them."""
 
-    def __init__(self, requested: Requested, images: FileImages) -> None:
+    def __init__(self, requested: Requested, images: LabelledImages) -> None:
         self.transforms, self.images = requested.weights.transforms(), images
 
     def __len__(self) -> int:
@@ -68,7 +68,7 @@ def seconds_of(function: Callable[[], Any]) -> float:
     return time.perf_counter() - started
 
 
-def floor(requested: Requested, images: FileImages) -> None:
+def floor(requested: Requested, images: LabelledImages) -> None:
     """Decode, then pass batches through the network in effv2's form; nothing else."""
     preparation = requested.preparation
     pixels = np.empty((len(images), preparation.size, preparation.size, 3), dtype=np.uint8)
@@ -84,7 +84,7 @@ def floor(requested: Requested, images: FileImages) -> None:
     all_logits(network, torch.from_numpy(pixels), batch, lambda _: None)
 
 
-def plain(requested: Requested, images: FileImages) -> None:
+def plain(requested: Requested, images: LabelledImages) -> None:
     """Evaluate as a short script would."""
     network = models.get_model(requested.network).eval()
     with torch.inference_mode():
@@ -127,7 +127,7 @@ def main(data_dir: str, network: str, images: int, plain_images: int, rounds: in
     data_dir = str(Path(data_dir).resolve())
     config = PretrainedConfig(data=ImagesConfig(dir=data_dir, limit=images))
     (requested,) = parse_models(network)
-    files: Any = choose_images(config.data).part.images
+    files = choose_images(config.data).part
     fewer = files.take(np.arange(min(plain_images, len(files))))
     seconds: dict[str, list[float]] = {"floor": [], "plain": [], "effv2": [], "second": [], "command": []}
     with tempfile.TemporaryDirectory() as name:

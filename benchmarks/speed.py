@@ -120,7 +120,7 @@ def effv2_form(config: Any, dataset: Any, folder: Path) -> Form:
 
     def evaluate_some() -> float:
         started = time.perf_counter()
-        evaluate(execution.for_evaluation(state.evaluated), few, config, execution)
+        evaluate(execution.inference_copy(state.evaluated), few, config, execution)
         return (time.perf_counter() - started) / EVALUATED
 
     return train, evaluate_some

@@ -8,7 +8,7 @@ M (MBConv), and an M stage may end in `noSE` to go without squeeze-and-excitatio
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, replace
+from dataclasses import astuple, dataclass, replace
 from functools import partial
 from itertools import pairwise
 from typing import TYPE_CHECKING, Literal, cast
@@ -37,9 +37,9 @@ class Stage:
 
     def __str__(self) -> str:
         """Return the row in the notation of this module."""
-        numbers = (self.kernel, self.stride, self.in_channels, self.out_channels, self.layers)
-        words = [self.block, f"{self.expand_ratio:g}", *map(str, numbers)]
-        return " ".join(words if self.squeeze_excitation else [*words, "noSE"])
+        block, ratio, *numbers, squeeze_excitation = astuple(self)
+        words = [block, f"{ratio:g}", *map(str, numbers)]
+        return " ".join(words if squeeze_excitation else [*words, "noSE"])
 
 
 @dataclass(frozen=True)
@@ -59,10 +59,8 @@ def parse_table(text: str) -> Table:
     stages = tuple(_parse_stage(row.split(), row.strip()) for row in text.split("/"))
     for before, after in pairwise(stages):
         if before.out_channels != after.in_channels:
-            raise ValueError(
-                f"the row {str(before)!r} gives {before.out_channels} channels, but the next "
-                f"row {str(after)!r} takes {after.in_channels}; make the two numbers equal"
-            )
+            gives, takes = f"{str(before)!r} gives {before.out_channels}", f"{str(after)!r} takes {after.in_channels}"
+            raise ValueError(f"the row {gives} channels, but the next row {takes}; make the two numbers equal")
     return Table(stages)
 
 
@@ -91,10 +89,7 @@ def _parse_stage(words: list[str], row: str) -> Stage:
 
 def replace_blocks(table: Table, block: Block) -> Table:
     """Make every stage of one block type; a Fused-MBConv has no squeeze-and-excitation to lose."""
-    stages = (
-        replace(stage, block=block, squeeze_excitation=stage.squeeze_excitation or block == "F")
-        for stage in table.stages
-    )
+    stages = (replace(s, block=block, squeeze_excitation=s.squeeze_excitation or block == "F") for s in table.stages)
     return replace(table, stages=tuple(stages))
 
 
@@ -133,16 +128,8 @@ def scale_width(table: Table, multiplier: float) -> Table:
 EFFICIENTNET_V2_S = parse_table(
     "F 1 3 1 24 24 2 / F 4 3 2 24 48 4 / F 4 3 2 48 64 4 / M 4 3 2 64 128 6 / M 6 3 1 128 160 9 / M 6 3 2 160 256 15"
 )
-EFFICIENTNET_V2_M = parse_table(
-    "F 1 3 1 24 24 3 / F 4 3 2 24 48 5 / F 4 3 2 48 80 5"
-    " / M 4 3 2 80 160 7 / M 6 3 1 160 176 14 / M 6 3 2 176 304 18 / M 6 3 1 304 512 5"
-)
-EFFICIENTNET_V2_L = parse_table(
-    "F 1 3 1 32 32 4 / F 4 3 2 32 64 7 / F 4 3 2 64 96 7"
-    " / M 4 3 2 96 192 10 / M 6 3 1 192 224 19 / M 6 3 2 224 384 25 / M 6 3 1 384 640 7"
-)
 
-# The five arms of the published ablation, the first being what the others are compared with.
+# The five variants of the published ablation, the first being what the others are compared with.
 PUBLISHED_VARIANTS: dict[str, Table] = {
     "default": EFFICIENTNET_V2_S,
     "mbconv_only": replace_blocks(EFFICIENTNET_V2_S, "M"),
@@ -151,10 +138,16 @@ PUBLISHED_VARIANTS: dict[str, Table] = {
     "drop_one": parse_table("F 1 3 1 24 48 2 / F 4 3 2 48 64 4 / M 4 3 2 64 128 6 / M 6 3 2 128 256 15"),
 }
 
-# Every table that has a name. A new variant is one entry here.
+# Every table that has a name. A new variant is one entry here and nothing else.
 VARIANTS: dict[str, Table] = PUBLISHED_VARIANTS | {
-    "efficientnet_v2_m": EFFICIENTNET_V2_M,
-    "efficientnet_v2_l": EFFICIENTNET_V2_L,
+    "efficientnet_v2_m": parse_table(
+        "F 1 3 1 24 24 3 / F 4 3 2 24 48 5 / F 4 3 2 48 80 5"
+        " / M 4 3 2 80 160 7 / M 6 3 1 160 176 14 / M 6 3 2 176 304 18 / M 6 3 1 304 512 5"
+    ),
+    "efficientnet_v2_l": parse_table(
+        "F 1 3 1 32 32 4 / F 4 3 2 32 64 7 / F 4 3 2 64 96 7"
+        " / M 4 3 2 96 192 10 / M 6 3 1 192 224 19 / M 6 3 2 224 384 25 / M 6 3 1 384 640 7"
+    ),
 }
 
 
@@ -210,14 +203,7 @@ def _block_config(stage: Stage) -> object:
     from torch import nn
     from torchvision.models import efficientnet
 
-    shape = (
-        stage.expand_ratio,
-        stage.kernel,
-        stage.stride,
-        stage.in_channels,
-        stage.out_channels,
-        stage.layers,
-    )
+    shape = astuple(stage)[1:-1]
     if stage.block == "F":
         return efficientnet.FusedMBConvConfig(*shape)
     if stage.squeeze_excitation:
@@ -239,8 +225,7 @@ def count_gflops(table: Table, num_classes: int, image_size: int) -> float:
     import torch
 
     with torch.device("meta"):
-        model = build_model(table, num_classes).eval()
-    return gflops_of(model, image_size)
+        return gflops_of(build_model(table, num_classes).eval(), image_size)
 
 
 def gflops_of(model: nn.Module, image_size: int) -> float:

@@ -37,9 +37,9 @@ from effv2.config.schema import (
 )
 from effv2.core.provenance import VERSIONS
 from effv2.data.augment import augment_images
-from effv2.data.batches import batch_count, epoch_order, normalisation, normalised
+from effv2.data.batches import NORMALISATIONS, batch_count, epoch_order, normalised
 from effv2.data.dataset import Dataset, Split, load_dataset
-from effv2.data.preparation import CentreCrop, Square
+from effv2.data.images import CentreCrop, Square
 from effv2.execution.device import make_execution
 from effv2.training.evaluate import evaluate
 from effv2.training.loop import Training
@@ -51,26 +51,23 @@ RECORDED = Path(__file__).with_suffix(".json")
 # The modules behind each version, and which of their definitions, all where none is named. Stage tables are part of a
 # run's configuration; which images there are, and how they are split, is part of the digest of its data.
 DECIDING: dict[str, dict[str, tuple[str, ...]]] = {
-    "decoding": {"data/images.py": (), "data/preparation.py": ()},
+    "decoding": {"data/images.py": ()},
     "network": {
         "architecture.py": ("build_model", "_block_config", "Stage", "Table", "count_parameters", "gflops_of"),
     },
     "batches": {
         "data/augment.py": (),
         "data/batches.py": (),
-        "data/dataset.py": ("Split", "Dataset"),
-        "data/transfer.py": (),
+        "data/dataset.py": ("Split", "Dataset", "to_device"),
     },
     "training": {
         "core/randomness.py": (),
-        **{f"training/{name}.py": () for name in ("evaluate", "loop", "schedules", "state")},
+        **{f"training/{name}.py": () for name in ("evaluate", "loop", "optimisers", "schedules", "state")},
         "run/records.py": ("log_end", "log_test"),
         "run/run.py": ("train_run", "_train", "_go_on"),
         "evidence/run_artifacts.py": (),
     },
-    "execution": {
-        f"execution/{name}.py": () for name in ("compilation", "device", "fast_paths", "folding", "cuda_graphs")
-    },
+    "execution": {f"execution/{name}.py": () for name in ("device", "fast_paths", "cuda_graphs")},
     "evaluation": {
         **{f"pretrained/{name}.py": () for name in ("evaluation", "images", "imagenet", "measure", "weights")},
         "evidence/run_artifacts.py": (),
@@ -80,10 +77,9 @@ DECIDING: dict[str, dict[str, tuple[str, ...]]] = {
 # Modules of the rooms above in which nothing decides a result, or nothing that the digest of the data doesn't hold.
 EXEMPT = {
     "data/cache.py",
+    "data/folders.py",
     "data/sources.py",
-    "data/splits.py",
     "execution/allocator.py",
-    "execution/calibration.py",
     "execution/resolve.py",
     "training/checkpoint.py",
     "training/saving.py",
@@ -281,7 +277,7 @@ def _exact() -> dict[str, str]:
             "centre crop": CentreCrop(8, 10, "bilinear")(Image.open(coloured)),
         }
     split = Split(images.permute(0, 2, 3, 1), torch.arange(16).flip(0), torch.zeros(16), tuple(map(str, range(16))))
-    scaled = normalised(images, normalisation("imagenet"), channels_last=False)
+    scaled = normalised(images, NORMALISATIONS["imagenet"], channels_last=False)
     accuracies = [0.1, 0.3, 0.2, 0.3, 0.1, 0.2, 0.31, 0.3, 0.2, 0.1]
     table = parse_table("F 1 3 1 8 8 1 / M 2 3 2 8 16 2 noSE")
     arrays |= {
@@ -361,7 +357,7 @@ def _losses() -> dict[str, list[float]]:
         results = Training(config, dataset, state, execution)
         losses = [each.metrics[f"{of}/loss"] for each in results for of in ("train", "val")]
         state.take_selected()
-        last = evaluate(execution.for_evaluation(state.evaluated), dataset.test, config, execution)
+        last = evaluate(execution.inference_copy(state.evaluated), dataset.test, config, execution)
         found[name] = [round(loss, 6) for loss in (*losses, last.loss)]
     return found
 

@@ -13,7 +13,7 @@ from mlflow import MlflowClient
 
 from effv2.architecture import VARIANTS, build_model
 from effv2.cli.train import train
-from effv2.execution.cuda_graphs import Recording
+from effv2.execution.cuda_graphs import GraphedFunction
 from effv2.execution.device import Execution
 from effv2.training.loop import EpochResult, Training
 from tests.conftest import TINY_TABLE, tiny_config
@@ -22,7 +22,7 @@ from tests.test_training import EVERYTHING, equal, numbers, saved_after, start
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU that torch sees")
 
 ON_CUDA: dict[str, Any] = {**EVERYTHING, "execution": {"device": "cuda", "precision": "fp32"}}
-# So long that both shapes of a batch, the last of an epoch being smaller, are recorded before the end.
+# So long that both shapes of a batch, the last of an epoch being smaller, are captured before the end.
 LONG: dict[str, Any] = {**ON_CUDA, "schedule": {"epochs": 8, "name": "cosine"}, "evaluation": {}}
 
 
@@ -35,9 +35,9 @@ def test_network_computes_what_it_computes_on_the_cpu(bf16: bool) -> None:
     execution = Execution(torch.device("cuda"), bf16, channels_last=True)
     placed = execution.place(build_model(VARIANTS["default"], 10))
     placed.load_state_dict(plain.state_dict())
-    form = execution.for_evaluation(placed)
+    network = execution.inference_copy(placed)
     with torch.inference_mode(), execution.autocast():
-        outputs = form(execution.to_device(inputs)).float().cpu()
+        outputs = network(inputs.to(execution.device)).float().cpu()
     error = (outputs - expected).norm() / expected.norm()
     assert error < (3e-2 if bf16 else 1e-4)
 
@@ -50,20 +50,20 @@ def test_training_follows_that_of_the_cpu() -> None:
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
-def test_recorded_steps_are_those_as_written_and_evaluation_is_up_to_rounding(precision: str) -> None:
+def test_graphed_steps_are_the_eager_ones_and_evaluation_is_up_to_rounding(precision: str) -> None:
     config = tiny_config(**{**LONG, "execution": {"device": "cuda", "precision": precision}})
     _, state, training = start(config)
-    recorded = numbers(list(training))
-    assert isinstance(training._differentiate, Recording) and len(training._differentiate) == 2
+    graphed = numbers(list(training))
+    assert isinstance(training._differentiate, GraphedFunction) and len(training._differentiate._graphs) == 2
     dataset, plain, _ = start(config)
-    written = numbers(list(Training(config, dataset, plain, replace(training.execution, recorded=False))))
+    eager = numbers(list(Training(config, dataset, plain, replace(training.execution, cuda_graphs=False))))
     assert equal(plain.model.state_dict(), state.model.state_dict())
-    for ours, theirs in zip(recorded, written, strict=True):
+    for ours, theirs in zip(graphed, eager, strict=True):
         assert ours["train/loss"] == theirs["train/loss"]
         assert ours["test/loss"] == pytest.approx(theirs["test/loss"], rel=1e-5 if precision == "fp32" else 1e-2)
 
 
-def test_state_saved_after_a_step_goes_on_exactly() -> None:
+def test_state_saved_after_a_step_is_resumed_exactly() -> None:
     config = tiny_config(**LONG)
     _, whole, training = start(config)
     expected = numbers(list(training))

@@ -20,10 +20,8 @@ from effv2.config.schema import DataConfig
 from effv2.core.errors import InputError
 from effv2.data import cache
 from effv2.data.batches import batch_count, epoch_order, evaluation_batches, to_input, training_batches
-from effv2.data.dataset import Dataset, load_dataset
-from effv2.data.images import FileImages, sha256_of
-from effv2.data.preparation import Square
-from effv2.data.splits import stratified_split
+from effv2.data.dataset import Dataset, load_dataset, stratified_split
+from effv2.data.images import LabelledImages, Square, sha256_of
 from tests.conftest import make_image_tree
 
 
@@ -40,6 +38,11 @@ def two_sets(folder: Path) -> Path:
 def mode_of(path: Path) -> str:
     with Image.open(path) as image:
         return image.mode
+
+
+def files_in(folder: Path) -> LabelledImages:
+    paths = sorted(folder.rglob("*.*"))
+    return LabelledImages.of_files(paths, [0] * len(paths), [path.name for path in paths])
 
 
 @pytest.fixture
@@ -109,9 +112,9 @@ def test_folder_with_all_three_parts_and_with_none(tmp_path: Path) -> None:
 
 def test_decoding_is_pillows_in_every_mode(tmp_path: Path, own_cache: Path) -> None:
     root = make_image_tree(tmp_path / "set")
-    paths = tuple(sorted(root.rglob("*.*")))
-    decoded = cache.decode(FileImages(paths), Square(8))
-    for path, pixels, rgb in zip(paths, decoded.pixels, decoded.rgb, strict=True):
+    images = files_in(root)
+    decoded = cache.decode(images, Square(8))
+    for path, pixels, rgb in zip(images.items, decoded.pixels, decoded.rgb, strict=True):
         with Image.open(path) as image:
             assert np.array_equal(pixels, np.asarray(image.convert("RGB").resize((8, 8), Image.Resampling.BILINEAR)))
             assert rgb == (image.mode == "RGB")
@@ -120,21 +123,20 @@ def test_decoding_is_pillows_in_every_mode(tmp_path: Path, own_cache: Path) -> N
 def test_second_start_decodes_nothing_and_an_edit_is_seen(
     tmp_path: Path, own_cache: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    root = make_image_tree(tmp_path / "set")
-    images = FileImages(tuple(sorted(root.rglob("*.*"))))
+    images = files_in(make_image_tree(tmp_path / "set"))
     first = cache.decode(images, Square(8))
-    copy = FileImages(tuple(sorted(make_image_tree(tmp_path / "copy").rglob("*.*"))))
+    copy = files_in(make_image_tree(tmp_path / "copy"))
     with monkeypatch.context() as patch:
-        patch.setattr(FileImages, "open", lambda *_: pytest.fail("decoded again"))
+        patch.setattr(LabelledImages, "open", lambda *_: pytest.fail("decoded again"))
         assert np.array_equal(cache.decode(images, Square(8)).pixels, first.pixels)
         assert np.array_equal(cache.decode(copy, Square(8)).pixels, first.pixels)  # found by content, wherever it lies
-    Image.new("RGB", (9, 9), "red").save(images.paths[0])
+    Image.new("RGB", (9, 9), "red").save(images.items[0])
     assert not np.array_equal(cache.decode(images, Square(8)).pixels, first.pixels)
 
 
 @pytest.mark.parametrize("damage", ["flip", "truncate", "empty", "no index", "wrong index", "stamp"])
 def test_damaged_entry_is_rebuilt(tmp_path: Path, own_cache: Path, damage: str) -> None:
-    images = FileImages(tuple(sorted(make_image_tree(tmp_path / "set").rglob("*.*"))))
+    images = files_in(make_image_tree(tmp_path / "set"))
     first = np.array(cache.decode(images, Square(8)).pixels)
     (pixels,) = own_cache.rglob("pixels.npy")
     if damage == "flip":
@@ -159,8 +161,10 @@ def test_damaged_entry_is_rebuilt(tmp_path: Path, own_cache: Path, damage: str) 
 def test_processes_that_build_at_once_agree(tmp_path: Path, own_cache: Path) -> None:
     root = make_image_tree(tmp_path / "set", images=40)
     script = (
-        "import sys; from effv2.config.schema import DataConfig; from effv2.data.dataset import load_dataset\n"
-        "print(load_dataset(DataConfig(dataset='folder', dir=sys.argv[1], image_size=8)).digest())"
+        "import sys; from pathlib import Path; from effv2.data.cache import decode\n"
+        "from effv2.data.images import LabelledImages, Square\n"
+        "paths = sorted(Path(sys.argv[1]).rglob('*.*'))\n"
+        "print(decode(LabelledImages.of_files(paths, [0] * len(paths), paths), Square(8)).sha256)"
     )
     command = [sys.executable, "-c", script, str(root)]
     running = [subprocess.Popen(command, stdout=subprocess.PIPE, text=True) for _ in range(3)]
@@ -203,7 +207,7 @@ def test_a_file_that_can_not_be_read_is_named_beside_decoded_ones(tmp_path: Path
 def test_wrong_folders_are_explained(tmp_path: Path, change: object, words: str) -> None:
     folder = change(make_image_tree(tmp_path / "set"))  # type: ignore[operator]
     text = "" if folder == Path() else str(folder)
-    with pytest.raises(InputError, match=rf"--data-dir.*{words}"):
+    with pytest.raises(InputError, match=rf"data\.dir.*{words}"):
         load_dataset(DataConfig(dataset="folder", dir=text, image_size=8))
 
 
@@ -245,7 +249,7 @@ def test_class_with_too_few_images_is_named(tmp_path: Path) -> None:
         next((root / "class 1").glob(f"{index}.*")).unlink()
     with pytest.raises(InputError, match="'class 1' has only 1 images"):
         load_dataset(DataConfig(dataset="folder", dir=str(root), image_size=8))
-    with pytest.raises(InputError, match="--per-class 500: the class"):
+    with pytest.raises(InputError, match=r"data\.per_class 500: the class"):
         load_dataset(DataConfig(image_size=8, per_class=500))
 
 

@@ -13,14 +13,15 @@ from typing import Any
 
 import pytest
 import yaml
+from click.testing import CliRunner
 from pydantic import Field, create_model
 
 from effv2 import architecture
+from effv2.cli.main import main
 from effv2.config import schema
 from effv2.config.schema import TrainConfig
 from effv2.core.provenance import VERSIONS
-from effv2.data import splits
-from effv2.data.dataset import load_dataset
+from effv2.data.dataset import load_dataset, stratified_split
 from tests.conftest import tiny_config
 from tests.recorded import (
     DECIDING,
@@ -101,7 +102,7 @@ def test_results_are_as_recorded(recorded: dict[str, Any]) -> None:
     ("old", "new"),
     [
         pytest.param('"""Mirror each', '"""Turn each', id="a docstring"),
-        pytest.param("    mirrored = send", "    # A coin for each.\n    mirrored = send", id="a comment"),
+        pytest.param("    mirrored = to_device", "    # A coin for each.\n    mirrored = to_device", id="a comment"),
         pytest.param("mirrored", "turned", id="a local name"),
         pytest.param("def random_flip(images: Tensor) -> Tensor:", "def random_flip(images):", id="annotations"),
         pytest.param(
@@ -126,7 +127,9 @@ def test_edits_that_change_no_number_need_no_version(old: str, new: str) -> None
             "def random_erasing", "def random_flip(x):\n    return x\n\n\ndef random_erasing", id="a redefinition"
         ),
         pytest.param("# Share of", "torch.set_num_threads(1)\n# Share of", id="a statement"),
-        pytest.param("from effv2.data.transfer import send", "from effv2.data.other import send", id="an import"),
+        pytest.param(
+            "from effv2.data.dataset import to_device", "from effv2.data.other import to_device", id="an import"
+        ),
         pytest.param("(images: Tensor, probability", "(probability: float, images", id="the order of parameters"),
     ],
 )
@@ -136,33 +139,38 @@ def test_edits_of_arithmetic_are_refused(old: str, new: str) -> None:
     assert changed({"batches": definitions(source)}, {"batches": definitions(source.replace(old, new))})
 
 
+AGAIN = """
+import sys
+from click.testing import CliRunner
+from effv2.cli.main import main
+for words in sys.argv[1:]:
+    print(CliRunner().invoke(main, words.split(), catch_exceptions=False).output)
+"""
+
+
 def test_comments_in_every_file_leave_finished_runs_found(sqlite_store: str, tmp_path: Path, tiny_study: Path) -> None:
+    ablate = f"ablate --study {tiny_study} --variant other --log-model none"
+    assert "finished before" not in CliRunner().invoke(main, ablate.split(), catch_exceptions=False).output
+    single = tmp_path / "single.yaml"
+    study = yaml.safe_load(tiny_study.read_text())
+    model = study["arms"]["other"]["model"]
+    single.write_text(yaml.safe_dump({"name": "single", "config": {**study["config"], "model": model}}))
+
     package = Path(shutil.copytree(ROOT / "effv2", tmp_path / "copy" / "effv2"))
-
-    def command(*words: str) -> str:
-        where = {**os.environ, "PYTHONPATH": str(package.parent)}
-        done = subprocess.run(
-            [sys.executable, "-m", "effv2", *words], cwd=tmp_path, env=where, text=True, capture_output=True
-        )
-        assert done.returncode == 0, done.stderr
-        return done.stdout + done.stderr
-
-    ablate = ("ablate", "--study", str(tiny_study), "--variant", "other", "--log-model", "none")
-    assert "finished before" not in command(*ablate)
     for path in package.rglob("*.py"):
         path.write_text(path.read_text() + "\n# A comment.\n")
-    assert "All 2 runs were finished before" in command(*ablate)
-    single = tmp_path / "single.yaml"
-    arm = yaml.safe_load(tiny_study.read_text())
-    model = arm["arms"]["other"]["model"]
-    single.write_text(yaml.safe_dump({"name": "single", "config": {**arm["config"], "model": model}}))
-    assert "Finished before" in command("train", "--study", str(single), "--log-model", "none")
+    command = [sys.executable, "-c", AGAIN, ablate, f"train --study {single} --log-model none"]
+    environment = {**os.environ, "PYTHONPATH": str(package.parent)}
+    done = subprocess.run(command, cwd=tmp_path, env=environment, text=True, capture_output=True)
+    assert "All 2 runs were finished before" in done.stdout and "Finished before" in done.stdout, done
 
 
 def test_an_entry_added_to_a_table_is_no_change_and_one_that_differs_is() -> None:
-    table = "KINDS = {'a': 1, 'b': 2}"
-    assert definitions(table).items() <= definitions("KINDS = {'a': 1, 'b': 2, 'c': 3}").items()
-    assert changed({"": definitions(table)}, {"": definitions("KINDS = {'a': 1, 'b': 3}")})
+    table = "KINDS = {'a': 1, 'b': 2}\n@KINDS.register('c')\ndef _c(x):\n    return x\n"
+    more = table.replace("'b': 2", "'b': 2, 'd': 4") + "@KINDS.register('e')\n@twice\ndef _e(x):\n    return -x\n"
+    assert not changed({"": definitions(table)}, {"": definitions(more)})
+    for old, new in (("'b': 2", "'b': 3"), ("'b': 2", ""), ("register('c')", "register('d')"), ("x\n", "-x\n")):
+        assert changed({"": definitions(table)}, {"": definitions(table.replace(old, new))})
 
 
 def test_changed_table_of_a_variant_is_another_configuration(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -191,10 +199,9 @@ def test_fields_that_every_identity_holds_are_as_they_were() -> None:
 def test_another_split_is_other_data(monkeypatch: pytest.MonkeyPatch) -> None:
     data = tiny_config().data
     before = load_dataset(data).digest()
-    draw = splits.stratified_split
 
     def other(*arguments: object) -> object:
-        kept, held = draw(*arguments)  # type: ignore[arg-type]
+        kept, held = stratified_split(*arguments)  # type: ignore[arg-type]
         return kept[1:], held
 
     monkeypatch.setattr("effv2.data.dataset.stratified_split", other)

@@ -27,8 +27,7 @@ from mlflow import MlflowClient
 from PIL import Image
 
 from effv2.cli.train import train
-from effv2.data.images import FileImages
-from effv2.data.preparation import CentreCrop, Square
+from effv2.data.images import CentreCrop, LabelledImages, Square
 from tests.conftest import TINY_TABLE, make_image_tree
 
 OUTPUTS = 7  # wider than the three classes: the rest is the column `other`
@@ -165,7 +164,7 @@ def test_postscript_is_run_by_nobody(tmp_path: Path, content: bytes) -> None:
     with pytest.raises(ValueError, match="is a program"):
         image_classifier._open(content)
     with pytest.raises(ValueError, match="is a program"):
-        FileImages((tmp_path / "program.jpg",)).open(0)
+        LabelledImages.of_files([tmp_path / "program.jpg"], [0], ["program"]).open(0)
 
 
 def test_nothing_in_the_model_is_a_pickle(trained: Trained) -> None:

@@ -45,7 +45,7 @@ def train(study: str, fresh: str, log_model: str, experiment: str, **options: st
     from effv2.cli.console import ConsoleReporter
     from effv2.core.errors import RunError
     from effv2.data.dataset import load_dataset
-    from effv2.execution.resolve import place, resolve
+    from effv2.execution.resolve import resolve, with_device
     from effv2.run.alone import train_once
     from effv2.run.run import check
     from effv2.run.spec import RunSpec
@@ -54,7 +54,7 @@ def train(study: str, fresh: str, log_model: str, experiment: str, **options: st
 
     name = file.name if file else f"{config.model.variant}, seed {config.random.seed}"
     with ConsoleReporter() as reporter:
-        config = place(config)
+        config = with_device(config)
         dataset = load_dataset(config.data, reporter.decoding)
         check(config, dataset)
         config = resolve(config, reporter.hint)

@@ -1,7 +1,7 @@
 """Augmentation of a batch in memory, with a draw of its own for every sample.
 
 Images are bytes (B, 3, H, W). Everything draws from torch's global generator,
-which the training loop seeds for each step, on the CPU; a GPU is sent the draws.
+which the training loop seeds for each step, on the CPU; a GPU gets the draws.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from effv2.config.schema import AugmentConfig
-from effv2.data.transfer import send
+from effv2.data.dataset import to_device
 
 # Share of the image that erasing removes, and its aspect ratio (Zhong et al. 2017; torchvision's defaults).
 ERASED_AREA = (0.02, 0.33)
@@ -38,7 +38,7 @@ def random_crop(images: Tensor, padding: int) -> Tensor:
     def lines(length: int) -> Tensor:
         shift = torch.randint(-padding, padding + 1, (count, 1))
         line = torch.arange(length) + shift
-        return send(_reflect(line, length), images.device)
+        return to_device(_reflect(line, length), images.device)
 
     rows, columns = lines(height), lines(width)
     sample = torch.arange(count, device=images.device)[:, None, None]
@@ -55,7 +55,7 @@ def _reflect(index: Tensor, length: int) -> Tensor:
 
 def random_flip(images: Tensor) -> Tensor:
     """Mirror each image with probability 0.5."""
-    mirrored = send(torch.rand(len(images)) < 0.5, images.device)
+    mirrored = to_device(torch.rand(len(images)) < 0.5, images.device)
     return torch.where(mirrored[:, None, None, None], images.flip(3), images)
 
 
@@ -76,7 +76,7 @@ def random_erasing(images: Tensor, probability: float) -> Tensor:
     chosen = torch.rand(count) < probability
     heights = (area * ratio).sqrt().round().clamp(1, height) * chosen
     widths = (area / ratio).sqrt().round().clamp(1, width)
-    inside = send(_rectangles(heights, widths, height, width), images.device)
+    inside = to_device(_rectangles(heights, widths, height, width), images.device)
     return images.masked_fill(inside[:, None], 0)
 
 
@@ -89,7 +89,7 @@ def mix_samples(inputs: Tensor, targets: Tensor, config: AugmentConfig) -> tuple
     if not config.mixup and not config.cutmix:
         return inputs, targets
     count, _, height, width = inputs.shape
-    partner = send(torch.randperm(count), inputs.device)
+    partner = to_device(torch.randperm(count), inputs.device)
     cuts = torch.rand(count) < (0.5 if config.mixup and config.cutmix else float(config.cutmix > 0))
 
     blend = _beta(config.mixup, count)
@@ -97,10 +97,10 @@ def mix_samples(inputs: Tensor, targets: Tensor, config: AugmentConfig) -> tuple
     heights = (taken.sqrt() * height).round() * cuts
     widths = (taken.sqrt() * width).round()
     inside = _rectangles(heights, widths, height, width)
-    share = send(torch.where(cuts, 1 - inside.flatten(1).float().mean(1), blend), inputs.device)
+    share = to_device(torch.where(cuts, 1 - inside.flatten(1).float().mean(1), blend), inputs.device)
 
     pixelwise = torch.where(cuts[:, None, None], 1 - inside.float(), blend[:, None, None])[:, None]
-    mixed = torch.lerp(inputs[partner], inputs, send(pixelwise, inputs.device))
+    mixed = torch.lerp(inputs[partner], inputs, to_device(pixelwise, inputs.device))
     return mixed, torch.lerp(targets[partner], targets, share[:, None])
 
 

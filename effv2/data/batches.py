@@ -9,12 +9,14 @@ from torch import Tensor
 
 from effv2.config.schema import DataConfig
 from effv2.core.randomness import stream_seed
-from effv2.data.dataset import Split
-from effv2.data.transfer import send
+from effv2.data.dataset import Split, to_device
 
-# The usual statistics of ImageNet, as in torchvision's presets.
-IMAGENET_MEAN = (0.485, 0.456, 0.406)
-IMAGENET_STD = (0.229, 0.224, 0.225)
+Statistics = tuple[Sequence[float], Sequence[float]]
+# Mean and standard deviation that are applied after scaling to [0, 1]; ImageNet's are those of torchvision's presets.
+NORMALISATIONS: dict[str, Statistics] = {
+    "none": ((0.0,) * 3, (1.0,) * 3),
+    "imagenet": ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),
+}
 
 
 def epoch_order(count: int, seed: int, epoch: int) -> Tensor:
@@ -42,21 +44,16 @@ def evaluation_batches(split: Split, batch_size: int) -> Iterator[tuple[Tensor, 
         yield split.images(positions), split.labels[positions]
 
 
-def normalisation(normalise: str) -> tuple[tuple[float, ...], tuple[float, ...]]:
-    """Return (mean, standard deviation) that are applied after scaling to [0, 1]."""
-    return (IMAGENET_MEAN, IMAGENET_STD) if normalise == "imagenet" else ((0.0,) * 3, (1.0,) * 3)
-
-
 def to_input(images: Tensor, config: DataConfig, channels_last: bool) -> Tensor:
     """Turn bytes (B, 3, H, W) into the network's float32 input on the same device."""
     if config.normalise == "none":
         return _scaled(images, channels_last)
-    return normalised(images, normalisation(config.normalise), channels_last)
+    return normalised(images, NORMALISATIONS[config.normalise], channels_last)
 
 
-def normalised(images: Tensor, statistics: tuple[Sequence[float], Sequence[float]], channels_last: bool) -> Tensor:
+def normalised(images: Tensor, statistics: Statistics, channels_last: bool) -> Tensor:
     """Turn bytes (B, 3, H, W) into float32: scaled to [0, 1], less the mean, over the standard deviation."""
-    mean, std = (send(torch.tensor(numbers).view(3, 1, 1), images.device) for numbers in statistics)
+    mean, std = (to_device(torch.tensor(numbers).view(3, 1, 1), images.device) for numbers in statistics)
     return _scaled(images, channels_last).sub_(mean).div_(std)
 
 

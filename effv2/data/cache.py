@@ -12,7 +12,6 @@ folder, so that several processes and a kill can only lose work, never leave hal
 
 from __future__ import annotations
 
-import errno
 import hashlib
 import json
 import os
@@ -21,13 +20,12 @@ import shutil
 import time
 import uuid
 import warnings
-from collections import deque
-from collections.abc import Callable, Generator, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import closing, suppress
+from collections.abc import Callable, Generator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack, closing, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TypeVar, cast
+from typing import cast
 
 import numpy as np
 import PIL
@@ -37,20 +35,13 @@ from PIL import Image
 from effv2.core.errors import InputError
 from effv2.core.paths import cache_folder, write_whole
 from effv2.core.provenance import VERSIONS
-from effv2.data.images import Bytes, Images, sha256_of
-from effv2.data.preparation import Preparation
+from effv2.data.images import Bytes, LabelledImages, Preparation, sha256_of
 
 ABANDONED_SECONDS = 24 * 3600
-AHEAD = 256  # images
+CHUNK = 256  # images decoded at a time, which wait in memory
 # What Pillow raises for a broken image, or one that is too large to be honest.
-BROKEN = (
-    OSError,
-    ValueError,
-    SyntaxError,
-    Image.DecompressionBombWarning,
-    Image.DecompressionBombError,
-)
-Progress = Callable[[int, int], None]
+BROKEN = (OSError, ValueError, SyntaxError, Image.DecompressionBombWarning, Image.DecompressionBombError)
+OnDecoded = Callable[[int, int], None]  # called with how many images are decoded, and of how many
 
 
 @dataclass(frozen=True)
@@ -62,34 +53,36 @@ class Decoded:
     rgb: NDArray[np.bool_]
 
 
-def decode(images: Images, preparation: Preparation, progress: Progress | None = None) -> Decoded:
+def decode(images: LabelledImages, preparation: Preparation, on_decoded: OnDecoded | None = None) -> Decoded:
     """Return `images` as `preparation` makes them, from the cache where they are there.
 
     InputError names every broken image at once.
     """
     settings = f"{VERSIONS['decoding']}/{preparation}/Pillow {PIL.__version__}"
-    stamp = _sha256(f"{images.stamp()}/{settings}".encode())
-    pointer = cache_folder() / "stamps" / stamp
-    if (found := _follow(pointer)) and len(found.rgb) == len(images):
+    folder = cache_folder()
+    pointer = folder / "stamps" / _sha256(f"{images.stamp()}/{settings}")
+    if (found := _read(_pointed_to(pointer))) and len(found.rgb) == len(images):
         return found
-    content = _sha256(f"{images.digest()}/{settings}".encode())
-    found = _read(content)
+    entry = folder / "entries" / _sha256(f"{images.digest()}/{settings}")
+    found = _read(entry)
     try:
         if found is None:
-            (cache_folder() / "entries").mkdir(parents=True, exist_ok=True)  # before the work, not after it
-            found = _write(content, images, preparation, progress)
+            entry.parent.mkdir(parents=True, exist_ok=True)  # before the work, not after it
+            shape = (len(images), preparation.size, preparation.size, 3)
+            found = _write(entry, shape, _prepared(images, preparation, on_decoded))
     except OSError as error:
-        raise InputError(
-            f"EFFV2_CACHE {cache_folder()}: can't be written ({error.strerror or error}); free space there or set "
-            "EFFV2_CACHE to another folder."
-        ) from error
+        problem = f"can't be written ({error.strerror or error})"
+        remedy = "free space there or set EFFV2_CACHE to another folder"
+        raise InputError("EFFV2_CACHE", folder, problem, remedy) from error
     with suppress(OSError):  # a cache that can only be read serves as well
         pointer.parent.mkdir(parents=True, exist_ok=True)
-        write_whole(pointer, content)
+        write_whole(pointer, entry.name)
     return found
 
 
-def _prepared(images: Images, preparation: Preparation, progress: Progress | None) -> Generator[tuple[Bytes, bool]]:
+def _prepared(
+    images: LabelledImages, preparation: Preparation, on_decoded: OnDecoded | None
+) -> Generator[tuple[Bytes, bool]]:
     """Yield pixels, and whether they were stored as RGB, in order; every failure is collected for the end.
 
     Threads do it: Pillow lets go of the interpreter lock.
@@ -102,95 +95,70 @@ def _prepared(images: Images, preparation: Preparation, progress: Progress | Non
         except BROKEN as error:
             return f"{images.where(index)} ({type(error).__name__})"
 
-    broken: list[str] = []
-    with warnings.catch_warnings(), ThreadPoolExecutor(os.cpu_count()) as pool:
+    broken, count = list[str](), len(images)
+    with warnings.catch_warnings(), ExitStack() as stack:
         warnings.simplefilter("ignore")
         warnings.simplefilter("error", Image.DecompressionBombWarning)
-        for done, result in enumerate(_mapped(pool, one, len(images)), 1):
-            if isinstance(result, str):
-                broken.append(result)
-            else:
-                yield result
-            if progress:
-                progress(done, len(images))
+        pool = ThreadPoolExecutor(os.cpu_count())
+        stack.callback(pool.shutdown, cancel_futures=True)
+        for start in range(0, count, CHUNK):
+            for done, result in enumerate(pool.map(one, range(start, min(start + CHUNK, count))), start + 1):
+                if isinstance(result, str):
+                    broken.append(result)
+                else:
+                    yield result
+                if on_decoded:
+                    on_decoded(done, count)
     if broken:
-        raise InputError(f"--data-dir: {len(broken)} images can't be read; repair or remove them: {', '.join(broken)}.")
+        problem = f"{len(broken)} images can't be read ({', '.join(broken)})"
+        raise InputError("data.dir", "", problem, "repair or remove them")
 
 
-Result = TypeVar("Result")
-
-
-def _mapped(pool: ThreadPoolExecutor, function: Callable[[int], Result], count: int) -> Iterator[Result]:
-    """Yield function(0), function(1) ... in order, never more than AHEAD of them waiting in memory."""
-    waiting: deque[Future[Result]] = deque()
-    try:
-        for index in range(count):
-            waiting.append(pool.submit(function, index))
-            if len(waiting) == AHEAD:
-                yield waiting.popleft().result()
-        while waiting:
-            yield waiting.popleft().result()
-    finally:
-        for future in waiting:
-            future.cancel()
-
-
-def _follow(pointer: Path) -> Decoded | None:
-    """Return the entry that a stamp leads to; a damaged stamp leads nowhere."""
-    try:
+def _pointed_to(pointer: Path) -> Path:
+    """Return the entry that a stamp leads to; a damaged stamp leads to none that there is."""
+    key = ""
+    with suppress(OSError, ValueError):
         key = pointer.read_text("ascii")
-    except (OSError, ValueError):
-        return None
-    return _read(key) if re.fullmatch("[0-9a-f]{64}", key) else None
+    return pointer.parents[1] / "entries" / (key if re.fullmatch("[0-9a-f]{64}", key) else "none")
 
 
-def _read(key: str) -> Decoded | None:
+def _read(entry: Path) -> Decoded | None:
     """Return the entry if it is whole: its pixels must have the checksum that was written with them."""
-    found = _open(cache_folder() / "entries" / key)
-    return found if found is not None and sha256_of(found.pixels) == found.sha256 else None
-
-
-def _open(entry: Path) -> Decoded | None:
     try:
         index = json.loads((entry / "index.json").read_text())
         rgb, sha256 = np.array(index["rgb"], dtype=bool), str(index["sha256"])
-        pixels = cast(Bytes, np.load(entry / "pixels.npy", mmap_mode="c", allow_pickle=False))
+        pixels = _map(entry)
     except (OSError, ValueError, EOFError, KeyError, TypeError):
         return None
-    return Decoded(pixels, sha256, rgb) if len(rgb) == len(pixels) else None
+    return Decoded(pixels, sha256, rgb) if len(rgb) == len(pixels) and sha256_of(pixels) == sha256 else None
 
 
-def _write(key: str, images: Images, preparation: Preparation, progress: Progress | None) -> Decoded:
+def _map(entry: Path) -> Bytes:
+    return cast(Bytes, np.load(entry / "pixels.npy", mmap_mode="c", allow_pickle=False))
+
+
+def _write(entry: Path, shape: tuple[int, ...], prepared: Generator[tuple[Bytes, bool]]) -> Decoded:
     """Build an entry, never all of it in memory; what a loss of power tears, the checksum tells."""
-    entries = cache_folder() / "entries"
-    _sweep(entries)
-    building = entries / f"building-{uuid.uuid4().hex}"
+    _sweep(entry.parent)
+    building = entry.with_name(f"building-{uuid.uuid4().hex}")
     building.mkdir()  # not by tempfile, which would hide it from other users for good
     try:
         digest, rgb = hashlib.sha256(), []
-        shape = (len(images), preparation.size, preparation.size, 3)
-        with (
-            (building / "pixels.npy").open("wb") as file,
-            closing(_prepared(images, preparation, progress)) as prepared,
-        ):
-            header = {"descr": "|u1", "fortran_order": False, "shape": shape}
-            np.lib.format.write_array_header_1_0(file, header)
+        with (building / "pixels.npy").open("wb") as file, closing(prepared):
+            np.lib.format.write_array_header_1_0(file, {"descr": "|u1", "fortran_order": False, "shape": shape})
             for pixels, is_rgb in prepared:
                 content = np.ascontiguousarray(pixels).data
                 file.write(content)
                 digest.update(content)
                 rgb.append(is_rgb)
         (building / "index.json").write_text(json.dumps({"rgb": rgb, "sha256": digest.hexdigest()}))
-        found = _open(building)  # a file that is mapped stays, whatever becomes of its name
-        if (entries / key).exists():  # the caller found that one broken, or another process was quicker
-            shutil.rmtree(entries / key, ignore_errors=True)
+        written = _map(building)  # a file that is mapped stays, whatever becomes of its name
+        shutil.rmtree(entry, ignore_errors=True)  # one that is broken, or of another process that was quicker
         with suppress(OSError):  # another process was quicker still
-            building.rename(entries / key)
+            building.rename(entry)
     finally:
         shutil.rmtree(building, ignore_errors=True)
-    if found is None:
-        raise OSError(errno.EIO, "what was just written can't be read")
-    return found
+    return Decoded(written, digest.hexdigest(), np.array(rgb, dtype=bool))
 
 
 def _sweep(entries: Path) -> None:
@@ -201,5 +169,5 @@ def _sweep(entries: Path) -> None:
                 shutil.rmtree(path, ignore_errors=True)
 
 
-def _sha256(data: bytes) -> str:
-    return hashlib.sha256(data).hexdigest()
+def _sha256(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()

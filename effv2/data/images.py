@@ -1,77 +1,67 @@
-"""A list of labelled images that can be opened one by one, from files or from an array."""
+"""Labelled images that can be opened one by one, and what is made of each: the square of bytes that a network gets."""
 
 from __future__ import annotations
 
 import hashlib
 import os
+from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-RunSpec = NDArray[np.int64]
+Labels = NDArray[np.int64]
 Bytes = NDArray[np.uint8]
 
 
-def sha256_of(pixels: Bytes) -> str:
-    """Hash an array's bytes without copying them."""
-    return hashlib.sha256(np.ascontiguousarray(pixels).data).hexdigest()
+@dataclass(frozen=True)
+class LabelledImages:
+    """Images with labels and ids, in the order (class, file) of the published rule.
 
+    `items` is an array of paths (N) or of greyscale bytes (N, H, W). Files are trusted to be unchanged while their
+    sizes and modification times are.
+    """
 
-class Images(Protocol):
-    """What the cache needs to know of images."""
+    items: NDArray[Any]
+    labels: Labels
+    ids: tuple[str, ...]
+
+    @classmethod
+    def of_files(cls, paths: Sequence[Path], labels: Sequence[int], ids: Sequence[str]) -> LabelledImages:
+        """Return images in files."""
+        return cls(np.array(paths, dtype=object), np.array(labels, dtype=np.int64), tuple(ids))
 
     def __len__(self) -> int:
-        """Count the images."""
+        return len(self.items)
+
+    @property
+    def _in_files(self) -> bool:
+        return self.items.dtype == object
 
     def open(self, index: int) -> Image.Image:
         """Return one image, whole; OSError, ValueError or SyntaxError (Pillow) for a broken one."""
-
-    def where(self, index: int) -> str:
-        """Say where one image lies, for error messages."""
-
-    def stamp(self) -> str:
-        """Return a string that changes whenever the content may have changed, quickly."""
-
-    def digest(self) -> str:
-        """Hash the content."""
-
-    def take(self, positions: NDArray[np.int64]) -> Images:
-        """Return the images at `positions`."""
-
-    def join(self, others: Any) -> Images:
-        """Return these images and then `others`, which must be of the same kind."""
-
-
-@dataclass(frozen=True)
-class FileImages:
-    """Images in files; trusted to be unchanged while size and modification time are."""
-
-    paths: tuple[Path, ...]
-
-    def __len__(self) -> int:
-        return len(self.paths)
-
-    def open(self, index: int) -> Image.Image:
-        """Decode one file."""
-        with Image.open(self.paths[index]) as image:
+        if not self._in_files:  # the grey channel copied to three, as the published notebooks did
+            return Image.fromarray(self.items[index]).convert("RGB")
+        with Image.open(self.items[index]) as image:
             if image.format in ("EPS", "IPTC"):
                 raise ValueError("PostScript, or what may hold it, is a program that Pillow would have run")
             image.load()
             return image
 
     def where(self, index: int) -> str:
-        """Return the path."""
-        return str(self.paths[index])
+        """Say where one image lies, for error messages."""
+        return str(self.items[index]) if self._in_files else f"image {self.ids[index]}"
 
     def stamp(self) -> str:
-        """Hash paths, sizes and modification times."""
+        """Return a string that changes whenever the content may have changed, quickly."""
+        if not self._in_files:
+            return self.digest()
         digest = hashlib.sha256()
-        for path in self.paths:
+        for path in self.items:
             digest.update(os.fsencode(path.absolute()) + b"\0")
             with suppress(OSError):  # what can't be read is reported when it is decoded
                 status = path.stat()
@@ -79,9 +69,11 @@ class FileImages:
         return digest.hexdigest()
 
     def digest(self) -> str:
-        """Hash the bytes of the files, one after the other; one that can't be read has a hash of its own."""
+        """Hash the content: the bytes of the array, or of each file; a file that can't be read has its own hash."""
+        if not self._in_files:
+            return sha256_of(self.items)
         digest = hashlib.sha256()
-        for path in self.paths:
+        for path in self.items:
             try:
                 content = path.read_bytes()
             except OSError:  # reported when it is decoded
@@ -89,67 +81,65 @@ class FileImages:
             digest.update(hashlib.sha256(content).digest())
         return digest.hexdigest()
 
-    def take(self, positions: NDArray[np.int64]) -> FileImages:
-        """Return the files at `positions`."""
-        return FileImages(tuple(self.paths[i] for i in positions))
-
-    def join(self, others: FileImages) -> FileImages:
-        """Return these files and then `others`."""
-        return FileImages(self.paths + others.paths)
-
-
-@dataclass(frozen=True)
-class ArrayImages:
-    """Greyscale images in an array (N, H, W) of bytes."""
-
-    pixels: Bytes
-    name: str
-
-    def __len__(self) -> int:
-        return len(self.pixels)
-
-    def open(self, index: int) -> Image.Image:
-        """Return one image with its grey channel copied to three, as the published notebooks did."""
-        return Image.fromarray(self.pixels[index]).convert("RGB")
-
-    def where(self, index: int) -> str:
-        """Return the position in the set."""
-        return f"{self.name} image {index}"
-
-    def stamp(self) -> str:
-        """Hash the pixels."""
-        return self.digest()
-
-    def digest(self) -> str:
-        """Hash the pixels."""
-        return sha256_of(self.pixels)
-
-    def take(self, positions: NDArray[np.int64]) -> ArrayImages:
+    def take(self, positions: Any) -> LabelledImages:
         """Return the images at `positions`."""
-        return ArrayImages(self.pixels[positions], self.name)
+        at = np.asarray(positions, dtype=np.int64)
+        return LabelledImages(self.items[at], self.labels[at], tuple(self.ids[i] for i in at))
 
-    def join(self, others: ArrayImages) -> ArrayImages:
-        """Return these images and then `others`."""
-        return ArrayImages(np.concatenate([self.pixels, others.pixels]), self.name)
+    def join(self, others: LabelledImages) -> LabelledImages:
+        """Return these images and then `others`, which must lie alike."""
+        items, labels = (np.concatenate(both) for both in ((self.items, others.items), (self.labels, others.labels)))
+        return LabelledImages(items, labels, self.ids + others.ids)
+
+
+def sha256_of(array: NDArray[Any]) -> str:
+    """Hash an array's bytes without copying them."""
+    return hashlib.sha256(np.ascontiguousarray(array).data).hexdigest()
 
 
 @dataclass(frozen=True)
-class Part:
-    """A labelled part of a source, in the order (class, file) of the published rule."""
+class Square:
+    """Both sides resized to `size` (bilinear with antialiasing), whatever the aspect ratio: the published rule.
 
-    images: Images
-    labels: RunSpec
-    ids: tuple[str, ...]
+    Its repr, as that of CentreCrop, is part of the key by which decoded images are found again.
+    """
 
-    def __len__(self) -> int:
-        return len(self.ids)
+    size: int
 
-    def take(self, positions: Any) -> Part:
-        """Return the samples at `positions`."""
-        positions = np.asarray(positions, dtype=np.int64)
-        return Part(self.images.take(positions), self.labels[positions], tuple(self.ids[i] for i in positions))
+    def __call__(self, image: Image.Image) -> Bytes:
+        """Turn an image of any size and mode into RGB bytes (size, size, 3).
 
-    def join(self, other: Part) -> Part:
-        """Return these samples and then those of `other`."""
-        labels = np.concatenate([self.labels, other.labels])
-        return Part(self.images.join(other.images), labels, self.ids + other.ids)
+        The served model repeats these lines (it must not need this package); a test holds the two together.
+        """
+        return np.asarray(to_rgb(image).resize((self.size, self.size), Image.Resampling.BILINEAR), dtype=np.uint8)
+
+
+@dataclass(frozen=True)
+class CentreCrop:
+    """The shorter side resized to `resize`, then the central square of `size`: torchvision's classification preset.
+
+    Its own functions do it, on the image that Pillow decoded, so the bytes are those that the preset would scale.
+    `interpolation` is torchvision's name of it, as bilinear.
+    """
+
+    size: int
+    resize: int
+    interpolation: str
+
+    def __call__(self, image: Image.Image) -> Bytes:
+        """Turn an image of any size and mode into RGB bytes (size, size, 3)."""
+        from torchvision.transforms import InterpolationMode
+        from torchvision.transforms import functional as F
+
+        resized = F.resize(to_rgb(image), [self.resize], InterpolationMode(self.interpolation))
+        return np.asarray(F.center_crop(resized, [self.size]), dtype=np.uint8)
+
+
+Preparation = Square | CentreCrop
+
+
+def to_rgb(image: Image.Image) -> Image.Image:
+    """Turn an image of any mode into RGB."""
+    if image.mode.startswith("I;16"):  # Pillow would clip 16-bit greys at 255
+        image = Image.fromarray((np.asarray(image, dtype=np.uint16) >> 8).astype(np.uint8))
+    return image.convert("RGB")

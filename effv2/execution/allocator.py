@@ -20,9 +20,7 @@ SETTINGS = {
 
 def tune_allocator() -> None:
     """Set glibc's allocator, before torch's first tensor. Elsewhere nothing is done."""
-    if os.environ.get("EFFV2_ALLOCATOR") == "system" or not sys.platform.startswith("linux"):
-        return
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
-    if mallopt is not None:
-        for parameter, value in SETTINGS.items():
-            mallopt(parameter, value)
+    if os.environ.get("EFFV2_ALLOCATOR") != "system" and sys.platform.startswith("linux"):
+        if mallopt := getattr(ctypes.CDLL(None), "mallopt", None):
+            for parameter, value in SETTINGS.items():
+                mallopt(parameter, value)

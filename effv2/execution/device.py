@@ -1,24 +1,28 @@
-"""Where and how the network is computed: device, precision, memory format."""
+"""Where and how the network is computed: device, precision, memory format, compiled blocks, CUDA graphs."""
 
 from __future__ import annotations
 
+import copy
+import os
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
-from typing import TypeVar
+from typing import TypeVar, cast
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
+from torch.nn.utils.fusion import fuse_conv_bn_weights
+from torchvision.models.efficientnet import FusedMBConv, MBConv
 
 from effv2.config.schema import ExecutionConfig
-from effv2.data.transfer import send
-from effv2.execution.compilation import compile_blocks
-from effv2.execution.cuda_graphs import Function, Recording
+from effv2.core.internals import limit_compiled_forms
+from effv2.core.paths import cache_folder
+from effv2.execution.cuda_graphs import Function, GraphedFunction
 from effv2.execution.fast_paths import use_fast_paths
-from effv2.execution.folding import fold_batch_norm, sharing_copy
 
 Module = TypeVar("Module", bound=nn.Module)
 Forward = Callable[[Tensor], Tensor]
+COMPILED_FORMS = 256  # of torchvision's one block function: as many as a network has different blocks
 
 
 @dataclass(frozen=True)
@@ -30,7 +34,7 @@ class Execution:
     channels_last: bool
     fast_paths: bool = True
     compiled: bool = False
-    recorded: bool = True
+    cuda_graphs: bool = True
 
     def place(self, model: Module) -> Module:
         """Move a network to the device, in the memory format of its inputs, on the fast paths of the device."""
@@ -39,56 +43,56 @@ class Execution:
         if self.device.type == "cuda":
             _use_tf32(self.bf16)
         if self.compiled:
-            compile_blocks(model)
+            _compile_blocks(model)
         memory_format = torch.channels_last if self.channels_last else torch.contiguous_format
         return model.to(self.device).to(memory_format=memory_format)
 
-    def for_evaluation(self, model: nn.Module) -> nn.Module:
-        """Return a form of a placed network for evaluation alone: the same up to rounding, and the quickest there is.
+    def inference_copy(self, model: nn.Module) -> nn.Module:
+        """Return a copy of a placed network for inference alone: the same up to rounding, and the quickest there is.
 
         Batch norms are folded, and the weights are already in the precision that autocast would give them.
         """
-        form = sharing_copy(model).eval()
-        fold_batch_norm(form)
-        for module in form.modules() if self.bf16 else ():
+        network = sharing_copy(model).eval()
+        fold_batch_norm(network)
+        for module in network.modules() if self.bf16 else ():
             if isinstance(module, (nn.Conv2d, nn.Linear)):
                 for name, parameter in list(module.named_parameters(recurse=False)):
                     setattr(module, name, nn.Parameter(parameter.detach().bfloat16(), requires_grad=False))
-        return form
+        return network
 
-    def recording(self, function: Function, parameters: Iterable[nn.Parameter]) -> Function:
-        """Return the quickest form of `function`, which sets the gradients of `parameters`; see Recording."""
-        return Recording(function, parameters) if self._records else function
+    def inference_factory(self, model: nn.Module) -> Callable[[], Forward]:
+        """Return a function that gives `model` for inference, to be called after its weights have changed.
 
-    def following(self, model: nn.Module) -> Callable[[], Forward]:
-        """Return a function that gives a form of `model` for evaluation, to be called after the weights have changed.
-
-        What the form returns may be overwritten by its next call. Where work is recorded, the form reads the weights
-        where they lie, so that it is recorded once; elsewhere it is for_evaluation's.
+        What that returns may be overwritten by its next call. With CUDA graphs it reads the weights where they lie, so
+        that it is captured once; elsewhere it is an inference_copy.
         """
-        if not self._records:
-            return lambda: self.for_evaluation(model)
-        plain = sharing_copy(model).eval()
-        recording = Recording(lambda inputs: (plain(inputs),))
+        if not self._uses_graphs:
+            return lambda: self.inference_copy(model)
+        network = sharing_copy(model).eval()
+        graphed = GraphedFunction(lambda inputs: (network(inputs),))
 
-        def form(inputs: Tensor) -> Tensor:
-            # What a recording makes in inference mode couldn't be used outside of it, the generators' state neither.
+        def forward(inputs: Tensor) -> Tensor:
+            # What is captured in inference mode couldn't be used outside of it, the generators' state neither.
             with torch.inference_mode(False), torch.no_grad():
-                return recording(inputs)[0]
+                return graphed(inputs)[0]
 
-        return lambda: form
+        return lambda: forward
+
+    def graphed(self, function: Function, parameters: Iterable[nn.Parameter]) -> Function:
+        """Return `function`, which sets the gradients of `parameters`, as CUDA graphs where they are used."""
+        return GraphedFunction(function, parameters) if self._uses_graphs else function
 
     @property
-    def _records(self) -> bool:
-        return self.recorded and not self.compiled and self.device.type == "cuda"
+    def _uses_graphs(self) -> bool:
+        return self.cuda_graphs and not self.compiled and self.device.type == "cuda"
+
+    def eager(self, wanted: bool) -> AbstractContextManager[None]:
+        """Return a context in which compiled blocks run eagerly if wanted: for the odd last batch of an epoch."""
+        return torch.compiler.set_stance("force_eager") if wanted and self.compiled else nullcontext()
 
     def room_for_data(self) -> int:
         """Return how many bytes of images may lie on the device for good: half of what an accelerator has free."""
         return torch.cuda.mem_get_info(self.device)[0] // 2 if self.device.type == "cuda" else 0
-
-    def to_device(self, tensor: Tensor) -> Tensor:
-        """Move a batch to the device."""
-        return send(tensor, self.device)
 
     @contextmanager
     def exact(self) -> Iterator[None]:
@@ -120,3 +124,60 @@ def _use_tf32(wanted: bool) -> None:
     torch.backends.cudnn.fp32_precision = precision
     # With torch 2.11 convolutions keep a setting of their own: TF32.
     torch.backends.cudnn.conv.fp32_precision = precision  # type: ignore[attr-defined]
+
+
+def _compile_blocks(model: nn.Module) -> None:
+    """Let the blocks of `model` be compiled when they are first used; its state dict stays as it is.
+
+    Only the layers of a block are compiled, without its shortcut and stochastic depth, so that equal blocks share their
+    code and random draws stay those of the eager network. The code is kept in the cache folder and used again. What it
+    costs and gains is in docs/performance.md.
+    """
+    os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(cache_folder() / "compiled"))
+    limit_compiled_forms(COMPILED_FORMS)
+    for module in model.modules():
+        if isinstance(module, (MBConv, FusedMBConv)):
+            module.block.compile(dynamic=False)
+
+
+def fold_batch_norm(model: nn.Module) -> None:
+    """Fold every batch norm that directly follows a convolution, in place; `model` must be in eval mode.
+
+    In eval mode batch norm is an affine map a channel, so its factors go into the kernels and its offset into the bias:
+    exact up to rounding. A symbolic trace tells what follows what; a network that can't be traced, or whose modules are
+    used several times, is left as it is. State dict and training are those of another network afterwards.
+    """
+    try:
+        graph = _Tracer().trace(model)
+    except Exception:
+        return
+    modules = dict(model.named_modules())
+    calls = [str(node.target) for node in graph.nodes if node.op == "call_module"]
+    for node in graph.nodes:
+        before = node.args[0] if node.op == "call_module" and node.args else None
+        if not isinstance(before, fx.Node) or before.op != "call_module" or len(before.users) > 1:
+            continue
+        conv, norm = modules[str(before.target)], modules[str(node.target)]
+        once = calls.count(str(before.target)) == calls.count(str(node.target)) == 1
+        if once and isinstance(conv, nn.Conv2d) and isinstance(norm, nn.BatchNorm2d) and norm.track_running_stats:
+            model.set_submodule(str(before.target), _folded(conv, norm))
+            model.set_submodule(str(node.target), nn.Identity())
+
+
+def sharing_copy(module: Module) -> Module:
+    """Return a copy whose parameters and buffers are the very tensors of `module`."""
+    return copy.deepcopy(module, {id(tensor): tensor for tensor in [*module.parameters(), *module.buffers()]})
+
+
+def _folded(conv: nn.Conv2d, norm: nn.BatchNorm2d) -> nn.Conv2d:
+    folded = sharing_copy(conv)
+    statistics = cast(Tensor, norm.running_mean), cast(Tensor, norm.running_var), norm.eps
+    folded.weight, folded.bias = fuse_conv_bn_weights(conv.weight, conv.bias, *statistics, norm.weight, norm.bias)
+    return folded
+
+
+class _Tracer(fx.Tracer):
+    """Takes layers on a fast path as torch's own: as they are."""
+
+    def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
+        return type(m).__module__ == use_fast_paths.__module__ or super().is_leaf_module(m, module_qualified_name)

@@ -3,18 +3,8 @@
 oneDNN's convolutions carry an overhead that dominates on maps of a few pixels, which is where most layers of this
 network work when images are small, and some kernels of oneDNN and torch are far slower than their neighbours. Each path
 below is the same sum in another order; anything it doesn't cover falls back to torch's own layer. Parameters and their
-names stay as they are. What each gains is in docs/performance.md.
-
-| path | replaces | when |
-|---|---|---|
-| PointwiseConv2d | 1x1 convolution by a matrix product over pixels | at most 16 pixels a map |
-| DenseConv2d | 3x3 convolution, padding 1, by one matrix product | maps of one pixel; of 2x2 pixels from 8 images on |
-| DepthwiseConv2d, 1x1 | depthwise 3x3, padding 1, by its centre tap | maps of one pixel |
-| DepthwiseConv2d, 2x2 | the same by the taps that can meet the image, pixel by pixel | maps of 2x2 pixels |
-| DepthwiseConv2d, stride 2 | its gradients, by those in float32 | bfloat16, larger maps, when training |
-| SqueezeExcitation | squeeze and excitation in one step backwards, without stored broadcasts | with SiLU and sigmoid |
-| BatchNorm2d | its gradient, by that of channels filled up | channels that fill no whole vector, when training |
-| SiLU, not in place | an in-place SiLU, which must copy its input before it overwrites it | always |
+names stay as they are. Each class says when its path applies; what it gains is in docs/performance.md. SiLUs no longer
+work in place: they would have to copy their input before they overwrite it.
 """
 
 from __future__ import annotations
@@ -32,7 +22,7 @@ VECTOR = 16 if "AVX512" in torch.backends.cpu.get_cpu_capability() else 8  # flo
 
 
 class PointwiseConv2d(nn.Conv2d):
-    """A 1x1 convolution as a matrix product over pixels."""
+    """A 1x1 convolution as a matrix product over pixels, on maps of at most 16 of them."""
 
     def forward(self, input: Tensor) -> Tensor:
         """Convolve (N, C, H, W)."""
@@ -43,7 +33,7 @@ class PointwiseConv2d(nn.Conv2d):
 
 
 class DenseConv2d(nn.Conv2d):
-    """A dense 3x3 convolution that leaves out the products with padding."""
+    """A dense 3x3 convolution, padding 1, as one matrix product, on maps of one pixel, and of 2x2 from 8 images on."""
 
     def forward(self, input: Tensor) -> Tensor:
         """Convolve (N, C, H, W)."""
@@ -55,7 +45,11 @@ class DenseConv2d(nn.Conv2d):
 
 
 class DepthwiseConv2d(nn.Conv2d):
-    """A depthwise 3x3 convolution that leaves out the taps which only ever meet padding."""
+    """A depthwise 3x3 convolution, padding 1, that leaves out taps which only ever meet padding.
+
+    On maps of one pixel it is the centre tap, on maps of 2x2 those that can meet the image, pixel by pixel. On larger
+    ones, with stride 2 in bfloat16, its gradients are computed in float32.
+    """
 
     def forward(self, input: Tensor) -> Tensor:
         """Convolve (N, C, H, W)."""
@@ -74,7 +68,7 @@ class DepthwiseConv2d(nn.Conv2d):
 
 
 class SqueezeExcitation(PlainSqueezeExcitation):  # type: ignore[misc]
-    """Squeeze and excitation (Hu et al. 2018) with SiLU and sigmoid, differentiated by hand."""
+    """Squeeze and excitation (Hu et al. 2018) with SiLU and sigmoid, backwards without stored broadcasts."""
 
     def forward(self, input: Tensor) -> Tensor:
         """Scale the channels of (N, C, H, W)."""
@@ -84,7 +78,7 @@ class SqueezeExcitation(PlainSqueezeExcitation):  # type: ignore[misc]
 
 
 class BatchNorm2d(nn.BatchNorm2d):
-    """Batch norm whose gradient is computed on whole vectors of channels: torch's kernel is slow on a remainder."""
+    """Batch norm whose gradient in training is computed on whole vectors of channels: torch is slow on a remainder."""
 
     def forward(self, input: Tensor) -> Tensor:
         """Normalise (N, C, H, W)."""
@@ -101,34 +95,28 @@ class BatchNorm2d(nn.BatchNorm2d):
 def use_fast_paths(model: nn.Module) -> None:
     """Let the layers of `model` that have a fast path take it, in place."""
     for module in model.modules():
-        if type(module) is nn.Conv2d and (path := _path(module)):
-            module.__class__ = path
-        elif type(module) is PlainSqueezeExcitation and _is_usual(module):
-            module.__class__ = SqueezeExcitation
-        elif type(module) is nn.BatchNorm2d and module.num_features % VECTOR and _has_everything(module):
-            module.__class__ = BatchNorm2d
-        elif type(module) is nn.SiLU:
+        if type(module) is nn.SiLU:
             module.inplace = False
+        elif path := _path(module):
+            module.__class__ = path
 
 
-def _path(conv: nn.Conv2d) -> type[nn.Conv2d] | None:
-    if conv.padding_mode != "zeros" or conv.dilation != (1, 1):
+def _path(layer: nn.Module) -> type[nn.Module] | None:
+    """Return the class with the path of a layer, None where there is none."""
+    if type(layer) is PlainSqueezeExcitation:
+        usual = isinstance(layer.activation, nn.SiLU) and isinstance(layer.scale_activation, nn.Sigmoid)
+        return SqueezeExcitation if usual else None
+    if type(layer) is nn.BatchNorm2d:
+        usual = layer.affine and layer.track_running_stats and layer.momentum is not None
+        return BatchNorm2d if usual and layer.num_features % VECTOR else None
+    if type(layer) is not nn.Conv2d or layer.padding_mode != "zeros" or layer.dilation != (1, 1):
         return None
-    if conv.kernel_size == (1, 1) and conv.groups == 1 and conv.stride == (1, 1) and conv.padding == (0, 0):
+    if layer.kernel_size == (1, 1) and layer.groups == 1 and layer.stride == (1, 1) and layer.padding == (0, 0):
         return PointwiseConv2d
-    if conv.kernel_size != (3, 3) or conv.padding != (1, 1):
+    if layer.kernel_size != (3, 3) or layer.padding != (1, 1):
         return None
-    if conv.groups == 1 and conv.stride in ((1, 1), (2, 2)):
-        return DenseConv2d
-    return DepthwiseConv2d if conv.groups == conv.in_channels == conv.out_channels else None
-
-
-def _is_usual(module: PlainSqueezeExcitation) -> bool:
-    return isinstance(module.activation, nn.SiLU) and isinstance(module.scale_activation, nn.Sigmoid)
-
-
-def _has_everything(module: nn.BatchNorm2d) -> bool:
-    return module.affine and module.track_running_stats and module.momentum is not None
+    dense, depthwise = layer.groups == 1, layer.groups == layer.in_channels == layer.out_channels
+    return DenseConv2d if dense and layer.stride in ((1, 1), (2, 2)) else DepthwiseConv2d if depthwise else None
 
 
 def _as_autocast(*tensors: Tensor) -> tuple[Tensor, ...]:

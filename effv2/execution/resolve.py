@@ -1,20 +1,44 @@
-"""What `auto` means on this machine, for a run or for all runs of a study."""
+"""What `auto` means on this machine, for a run or for all runs of a study.
+
+Which precision is the quicker for a network on this processor is timed once and remembered in the cache folder:
+
+<cache>/calibrations/<hash of network, input, code and processor>.json    {"fp32": ..., "bf16": ...} seconds a step
+"""
 
 from __future__ import annotations
 
+import hashlib
+import json
+import os
+import shutil
+import statistics
+import time
 from collections.abc import Sequence
+from contextlib import suppress
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
+from filelock import FileLock
+from torch.nn import functional as F
 
+from effv2.architecture import build_model
 from effv2.config.schema import Device, Precision, TrainConfig
+from effv2.core import provenance
 from effv2.core.errors import InputError
+from effv2.core.paths import cache_folder, write_whole
+from effv2.core.randomness import private_randomness
 from effv2.core.reporter import Message
-from effv2.execution.calibration import calibrate
-from effv2.execution.compilation import check_compiler
+from effv2.execution.device import Execution
+
+COMPILES_FOR_CUDA = (2, 11)  # torch before: reported to refuse our settings of TF32 (pytorch issue 166387); not tried
+# So much quicker bf16 must be to be chosen: below it the gain isn't worth the rounding, and noise may sway the choice.
+WORTHWHILE = 1.1
+STEPS = 3
+PIXELS = 2**18  # a timed step has at most so many, so that large images don't make it long
 
 
-def place(config: TrainConfig) -> TrainConfig:
+def with_device(config: TrainConfig) -> TrainConfig:
     """Return `config` with a device of this machine; InputError for a device or a compiler that it lacks.
 
     Quick, so that it comes before images are decoded.
@@ -26,28 +50,26 @@ def place(config: TrainConfig) -> TrainConfig:
 
 
 def resolve(config: TrainConfig, message: Message) -> TrainConfig:
-    """Return `config` with `auto` replaced by what this machine has; InputError as place.
+    """Return `config` with `auto` replaced by what this machine has; InputError as with_device.
 
     On a processor with bfloat16 instructions the quicker precision is timed, once: what was found is remembered, so
-    that the same command on the same machine means the same run. `message` is told when it is timed. It may take
-    seconds, so it comes after all that can be wrong was checked.
+    that the same command on the same machine means the same run. `message` gets a sentence when it is timed. It may
+    take seconds, so it comes after all that can be wrong was checked.
     """
-    placed, precision = place(config), config.execution.precision
-    if precision == "auto":
-        precision = "bf16" if _prefers_bf16(placed, message) else "fp32"
-    return _with_execution(placed, precision=precision)
+    return resolve_study([config], message)[0]
 
 
 def resolve_study(configs: Sequence[TrainConfig], message: Message) -> list[TrainConfig]:
     """Resolve the configs of a study; where the precision is `auto`, all take what is best for the first of them."""
     shared: Precision = "auto"
     resolved = []
-    for config in configs:
-        if config.execution.precision != "auto":
-            resolved.append(resolve(config, message))
-            continue
-        resolved.append(resolve(_with_execution(config, precision=shared), message))
-        shared = resolved[-1].execution.precision
+    for config in map(with_device, configs):
+        precision = config.execution.precision
+        if precision == "auto":
+            if shared == "auto":
+                shared = "bf16" if _prefers_bf16(config, message) else "fp32"
+            precision = shared
+        resolved.append(_with_execution(config, precision=precision))
     return resolved
 
 
@@ -58,8 +80,38 @@ def resolve_device(device: Device) -> Device:
         device = "cuda" if available["cuda"] else "mps" if available["mps"] else "cpu"
     if not available[device]:
         have = ", ".join(name for name, there in available.items() if there)
-        raise InputError(f"--device {device}: not available to torch on this machine; use auto or {have}.")
+        raise InputError("execution.device", device, "not available to torch on this machine", f"use auto or {have}")
     return device
+
+
+def check_compiler(device: str) -> None:
+    """InputError where a network can't be compiled: for want of a C++ compiler, or of a torch that can."""
+    if device == "cuda" and tuple(map(int, torch.__version__.split(".")[:2])) < COMPILES_FOR_CUDA:
+        problem = f"on a GPU it needs torch 2.11 or newer, and this is {torch.__version__}"
+        raise InputError("execution.compile", "true", problem, "update it, or give false")
+    compiler = os.environ.get("CXX", "g++")
+    if device == "cpu" and shutil.which(compiler) is None:
+        remedy = "install it, name another in CXX, or give false"
+        raise InputError("execution.compile", "true", f"the C++ compiler {compiler} isn't there", remedy)
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """Median seconds of forward and backward in either precision."""
+
+    fp32: float
+    bf16: float
+
+    def __str__(self) -> str:
+        return f"a step in bf16 is {self.fp32 / self.bf16:.2f} times as fast as in fp32"
+
+
+def remembered(config: TrainConfig) -> Calibration | None:
+    """Return what was timed before for the network and input of `config`, whatever its precision."""
+    try:
+        return Calibration(**json.loads(_path(config).read_text()))
+    except (OSError, ValueError, TypeError):
+        return None
 
 
 def _with_execution(config: TrainConfig, **update: str) -> TrainConfig:
@@ -69,12 +121,61 @@ def _with_execution(config: TrainConfig, **update: str) -> TrainConfig:
 def _prefers_bf16(config: TrainConfig, message: Message) -> bool:
     if config.execution.device == "cuda":
         return bool(torch.cuda.is_bf16_supported(including_emulation=False))
-    return config.execution.device == "cpu" and _cpu_has_bf16() and calibrate(config, message).prefers_bf16
+    if config.execution.device != "cpu" or not _cpu_has_bf16():
+        return False
+    timed = _calibrate(config, message)
+    return timed.fp32 >= WORTHWHILE * timed.bf16
 
 
 def _cpu_has_bf16() -> bool:
-    try:
-        flags = Path("/proc/cpuinfo").read_text().split()
-    except OSError:
-        return False
-    return "avx512_bf16" in flags or "amx_bf16" in flags
+    with suppress(OSError):
+        return not {"avx512_bf16", "amx_bf16"}.isdisjoint(Path("/proc/cpuinfo").read_text().split())
+    return False
+
+
+def _calibrate(config: TrainConfig, message: Message) -> Calibration:
+    """Return what is remembered for the network and input of `config`; timed first where there is nothing."""
+    if found := remembered(config):
+        return found
+    path = _path(config)
+    with suppress(OSError):  # a folder that can't be written costs the memory alone
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with FileLock(f"{path}.lock"):  # two that are timed at once would disturb each other
+            if found := remembered(config):
+                return found
+            found = _time_steps(config)
+            write_whole(path, json.dumps(asdict(found)))
+    found = found or _time_steps(config)
+    message(f"Timed once on this processor: {found}.")
+    return found
+
+
+def _path(config: TrainConfig) -> Path:
+    machine = provenance.machine()
+    deciding = [str(config.model.build_table()), config.data.image_size, config.optimiser.batch_size]
+    deciding += [config.execution.channels_last, os.environ.get("EFFV2_ALLOCATOR", "")]
+    deciding += [provenance.code_version(), machine["processor"], machine["threads"]]
+    digest = hashlib.sha256(json.dumps(deciding).encode()).hexdigest()[:16]
+    return cache_folder() / "calibrations" / f"{digest}.json"
+
+
+def _time_steps(config: TrainConfig) -> Calibration:
+    """Time both precisions in turn, after a step of each that isn't counted."""
+    size, device = config.data.image_size, torch.device("cpu")
+    executions = [Execution(device, bf16, config.execution.channels_last) for bf16 in (False, True)]
+    with private_randomness():
+        model = executions[0].place(build_model(config.model.build_table(), config.model.outputs or 10)).train()
+        count = max(2, min(config.optimiser.batch_size, PIXELS // size**2))
+        images, labels = torch.rand(count, 3, size, size), torch.zeros(count, dtype=torch.int64)
+        if config.execution.channels_last:
+            images = images.contiguous(memory_format=torch.channels_last)
+        seconds: tuple[list[float], list[float]] = [], []
+        for _ in range(STEPS + 1):
+            for execution, timed in zip(executions, seconds, strict=True):
+                started = time.perf_counter()
+                with execution.autocast():
+                    logits = model(images)
+                F.cross_entropy(logits.float(), labels).backward()
+                model.zero_grad(set_to_none=True)
+                timed.append(time.perf_counter() - started)
+    return Calibration(*(statistics.median(timed[1:]) for timed in seconds))

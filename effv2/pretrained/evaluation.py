@@ -69,7 +69,7 @@ class Session:
 
     def entry(self, requested: Requested, file: WeightsFile) -> Entry:
         """Decode the images as the weights want them, and name what decides the figures."""
-        decoded = decode(self.images.part.images, requested.preparation, self.reporter.decoding)
+        decoded = decode(self.images.part, requested.preparation, self.reporter.decoding)
         batch = batch_size(self.config.execution.batch_size, requested.preparation.size, self.execution)
         deciding = {
             "network": requested.network,
@@ -196,7 +196,7 @@ def log_network(entry: Entry, images: EvaluationImages, run: TrackedRun) -> str:
     served = ServedNetwork(module, len(class_names()), *requested.normalisation)
     with tempfile.TemporaryDirectory() as folder:
         files = write_served(Path(folder), served, requested.preparation, class_names())
-        run.log_model(files, as_base64(images.part.images.open(0)), torch.__version__)
+        run.log_model(files, as_base64(images.part.open(0)), torch.__version__)
     return run.model_address()
 
 

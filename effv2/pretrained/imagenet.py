@@ -16,7 +16,7 @@ from pathlib import PurePath
 import numpy as np
 
 from effv2.core.errors import InputError, close_names
-from effv2.data.images import RunSpec
+from effv2.data.images import Labels
 
 
 class Origin(Enum):
@@ -49,7 +49,7 @@ def class_names() -> tuple[str, ...]:
     return tuple(ResNet50_Weights.DEFAULT.meta["categories"])
 
 
-def outputs_of(folders: Sequence[str], location: str) -> RunSpec:
+def outputs_of(folders: Sequence[str], location: str) -> Labels:
     """Return the output (0 to 999) that each class folder means by its WordNet id or torchvision's name of the class.
 
     InputError for a folder that means none, or two that mean the same.

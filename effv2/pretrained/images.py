@@ -10,9 +10,9 @@ import numpy as np
 
 from effv2.config.schema import DataConfig
 from effv2.core.randomness import stream_seed
-from effv2.data.images import Part, RunSpec
+from effv2.data.dataset import Positions, sample_per_class
+from effv2.data.images import LabelledImages, Labels
 from effv2.data.sources import open_source
-from effv2.data.splits import Positions, sample_per_class
 from effv2.pretrained.config import ImagesConfig
 from effv2.pretrained.imagenet import Origin, class_names, origin, outputs_of
 
@@ -28,8 +28,8 @@ class EvaluationImages:
 
     name: str
     location: str
-    part: Part
-    outputs: RunSpec
+    part: LabelledImages
+    outputs: Labels
     tests: int
 
     @property

@@ -14,10 +14,10 @@ from torch.nn import functional as F
 
 from effv2.core.errors import RunError
 from effv2.data.batches import normalised
-from effv2.data.images import RunSpec
+from effv2.data.dataset import to_device
+from effv2.data.images import Labels
 from effv2.evidence.statistics import calibration_error
-from effv2.execution.device import Execution
-from effv2.execution.folding import fold_batch_norm
+from effv2.execution.device import Execution, fold_batch_norm
 
 # On a CPU a pass over few images stays in caches and in memory that the process already has: 2 to 4 times the rate of
 # batches of 128 (benchmarks/pretrained.md).
@@ -46,7 +46,7 @@ class Network:
 
     def __call__(self, pixels: Tensor) -> Tensor:
         """Return logits (B, outputs) on the CPU."""
-        images = self.execution.to_device(pixels).permute(0, 3, 1, 2)
+        images = to_device(pixels, self.execution.device).permute(0, 3, 1, 2)
         inputs = normalised(images, self.statistics, self.execution.channels_last)
         with torch.inference_mode(), self.execution.autocast():
             logits: Tensor = self.module(inputs)
@@ -100,7 +100,7 @@ def top1(logits: Tensor) -> tuple[Tensor, Tensor]:
     return predicted, logits.softmax(1).gather(1, predicted[:, None])[:, 0]
 
 
-def scores(logits: Tensor, true: RunSpec, present: RunSpec) -> dict[str, float]:
+def scores(logits: Tensor, true: Labels, present: Labels) -> dict[str, float]:
     """Return the figures of a set: `true` (N) and `present` (K) are outputs of the network.
 
     top1_accuracy and top5_accuracy over all outputs, top1_present among those of the classes present alone, loss the
@@ -123,7 +123,7 @@ def scores(logits: Tensor, true: RunSpec, present: RunSpec) -> dict[str, float]:
     }
 
 
-def bf16_differences(network: Network, pixels: Tensor, logits: Tensor, true: RunSpec, batch: int) -> dict[str, float]:
+def bf16_differences(network: Network, pixels: Tensor, logits: Tensor, true: Labels, batch: int) -> dict[str, float]:
     """Compare bf16 `logits` of all images with float32 ones of at most 512, evenly spaced: what bf16 changes."""
     chosen = np.unique(np.linspace(0, len(pixels) - 1, min(len(pixels), COMPARED_IMAGES)).round().astype(int))
     with network.execution.exact():

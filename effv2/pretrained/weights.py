@@ -28,7 +28,7 @@ from torchvision.models import WeightsEnum
 from effv2.core.errors import InputError, close_names, nearest
 from effv2.core.paths import expanded
 from effv2.core.provenance import sha256_of_file
-from effv2.data.preparation import CentreCrop
+from effv2.data.images import CentreCrop
 
 PUBLISHED_HASH = re.compile(r"-([0-9a-f]{8,64})\.pth$")  # a head of the file's SHA-256, at the end of its name
 OUTPUTS = 1000

@@ -13,9 +13,9 @@ from torch import nn
 
 from effv2.architecture import build_model
 from effv2.config.schema import TrainConfig
-from effv2.data.batches import normalisation
+from effv2.data.batches import NORMALISATIONS
 from effv2.data.dataset import Dataset, Split
-from effv2.data.preparation import Square
+from effv2.data.images import Square
 from effv2.execution.device import make_execution
 from effv2.run.records import log_test
 from effv2.serving.export import ServedNetwork, as_base64, output_names, write_served
@@ -46,7 +46,7 @@ class Outcome:
         outputs = model.outputs or len(classes)
         plain = build_model(model.build_table(), outputs)  # without the paths of the device it was trained on
         plain.load_state_dict(self.network.state_dict())
-        served = ServedNetwork(plain, len(classes), *normalisation(data.normalise))
+        served = ServedNetwork(plain, len(classes), *NORMALISATIONS[data.normalise])
         with tempfile.TemporaryDirectory() as name:
             files = write_served(Path(name), served, Square(data.image_size), output_names(classes, outputs))
             self.run.log_model(files, _example(self.dataset.test), torch.__version__)
@@ -76,7 +76,7 @@ def restore(run: TrackedRun, config: TrainConfig, dataset: Dataset) -> Outcome:
 def score_on_test(outcome: Outcome) -> float:
     """Evaluate an outcome on the test set, which its run has not seen, and log to the run; return the accuracy."""
     execution = make_execution(outcome.config.execution)
-    form = execution.following(outcome.network)()
+    form = execution.inference_factory(outcome.network)()
     accuracy = log_test(outcome.run, outcome.config, outcome.dataset, execution, form)
     outcome.run.log_metrics({"selected/test_accuracy": accuracy})
     return accuracy

@@ -48,7 +48,7 @@ def log_end(
 ) -> dict[str, float]:
     """Log and return the summary; log predictions and figures of the network as it now is: at the selected epoch."""
     history, network = state.progress.history, state.evaluated
-    form = execution.following(network)()
+    form = execution.inference_factory(network)()
     selected = len(history) if state.selected is None else state.progress.best_epoch
     outputs = config.model.outputs or len(dataset.classes)
     summary: dict[str, float] = {}

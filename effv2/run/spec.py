@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from effv2.config.schema import TrainConfig
 from effv2.core import provenance
 from effv2.data.dataset import Dataset
-from effv2.execution.calibration import remembered
+from effv2.execution.resolve import remembered
 from effv2.tracking.read import Identity
 from effv2.tracking.tags import ARM, CALIBRATION, COMMAND, MACHINE, SEED, STUDY, VARIANT
 

@@ -25,14 +25,7 @@ from PIL import Image, UnidentifiedImageError
 
 LONGEST = 100  # times its width that an image may be high, or the other way round: it is enlarged as a whole
 # What Pillow and NumPy raise for something that is no image, or one that is too large to be honest.
-BROKEN = (
-    OSError,
-    ValueError,
-    SyntaxError,
-    TypeError,
-    Image.DecompressionBombWarning,
-    Image.DecompressionBombError,
-)
+BROKEN = (OSError, ValueError, SyntaxError, TypeError, Image.DecompressionBombWarning, Image.DecompressionBombError)
 
 
 class BadImage(MlflowException):
@@ -73,11 +66,7 @@ class ImageClassifier(PythonModel):
         with torch.inference_mode():
             table, predicted = self.network(torch.from_numpy(pixels).permute(0, 3, 1, 2).contiguous())
         return [
-            {
-                "label": names[column],
-                "probability": row[column],
-                "probabilities": dict(zip(names, row, strict=True)),
-            }
+            {"label": names[column], "probability": row[column], "probabilities": dict(zip(names, row, strict=True))}
             for row, column in zip(table.tolist(), predicted.tolist(), strict=True)
         ]
 

@@ -20,7 +20,7 @@ from effv2.core.reporter import Message
 from effv2.evidence.comparison import Comparison, Rows
 from effv2.evidence.publication import where_to_look
 from effv2.evidence.quantities import HISTORIES
-from effv2.execution.resolve import place, resolve_study
+from effv2.execution.resolve import resolve_study, with_device
 from effv2.run.outcome import restore
 from effv2.run.run import check
 from effv2.studies.files import Study
@@ -121,7 +121,7 @@ def make_grid(
 
     `chosen` are the names of the wanted arms; `seeds` go before those of the study, those before its arms' own.
     """
-    asked = [place(study.arm(name, options)) for name in study.arms]
+    asked = [with_device(study.arm(name, options)) for name in study.arms]
     for config in asked:
         check(config, load(config.data))
     if len({config.evaluation.test_set for config in asked}) > 1:

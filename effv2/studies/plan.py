@@ -13,7 +13,7 @@ from optuna.trial import FrozenTrial, TrialState
 
 from effv2.config.options import LogModel
 from effv2.config.schema import DataConfig, TrainConfig
-from effv2.data.cache import Progress
+from effv2.data.cache import OnDecoded
 from effv2.data.dataset import Dataset, load_dataset
 from effv2.evidence.comparison import Rows
 from effv2.run.outcome import WEIGHTS
@@ -109,7 +109,7 @@ def discard_weights(trials: Trials, parent: TrackedRun) -> None:
 class LoadedData:
     """Data sets, each loaded once a process."""
 
-    def __init__(self, decoding: Progress) -> None:
+    def __init__(self, decoding: OnDecoded) -> None:
         self._decoding = decoding
         self._loaded: dict[DataConfig, Dataset] = {}
 

@@ -27,7 +27,7 @@ from effv2.core.reporter import Message
 from effv2.evidence.comparison import Rows, markdown_table
 from effv2.evidence.publication import where_to_look
 from effv2.evidence.run_artifacts import write_csv
-from effv2.execution.resolve import place, resolve
+from effv2.execution.resolve import resolve, with_device
 from effv2.run.outcome import restore, score_on_test
 from effv2.run.records import study_text
 from effv2.run.run import check
@@ -210,7 +210,7 @@ def make_search(study: Study, options: Layer, trials: int, load: LoadData, messa
         raise InputError(
             f"--study {study.name}: has arms or seeds, which a search doesn't know; use `ablate` or `hparam-check`."
         )
-    config = _with_test(place(build_config([study.base, options])), False)
+    config = _with_test(with_device(build_config([study.base, options])), False)
     dataset = load(config.data)
     if dataset.validation is None:
         raise InputError(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import statistics
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -12,7 +13,7 @@ from torch.nn import functional as F
 
 from effv2.config.schema import TrainConfig
 from effv2.data.batches import evaluation_batches, to_input
-from effv2.data.dataset import Split
+from effv2.data.dataset import Split, to_device
 from effv2.execution.device import Execution, Forward
 
 LATENCY_WARMUP, LATENCY_PASSES = 3, 11
@@ -20,37 +21,45 @@ LATENCY_WARMUP, LATENCY_PASSES = 3, 11
 
 @dataclass(frozen=True)
 class Evaluation:
-    """Mean cross-entropy, fraction right, and float32 logits (N, outputs) in the split's order."""
+    """Mean cross-entropy, fraction right, float32 logits (N, outputs) and labels (N) in the split's order."""
 
     loss: float
     accuracy: float
     logits: Tensor
+    labels: Tensor
 
 
-def evaluate(form: Forward, split: Split, config: TrainConfig, execution: Execution) -> Evaluation:
-    """Run a network in an evaluation form (of Execution) over `split`; the argmax is over all outputs."""
+# What is measured of each evaluated split after each epoch, and logged as `<split>/<name>`. A new metric is one entry.
+EPOCH_METRICS: dict[str, Callable[[Evaluation], float]] = {
+    "loss": lambda found: found.loss,
+    "accuracy": lambda found: found.accuracy,
+}
+
+
+def evaluate(network: Forward, split: Split, config: TrainConfig, execution: Execution) -> Evaluation:
+    """Run a network for inference (of Execution) over `split`; the argmax is over all outputs."""
     logits = []
     with torch.inference_mode():
         for images, _ in evaluation_batches(split, config.evaluation.batch_size):
-            inputs = to_input(execution.to_device(images), config.data, execution.channels_last)
+            inputs = to_input(to_device(images, execution.device), config.data, execution.channels_last)
             with execution.autocast():
-                logits.append(form(inputs).to(torch.float32, copy=True))
+                logits.append(network(inputs).to(torch.float32, copy=True))
         everything = torch.cat(logits).cpu()
         loss = F.cross_entropy(everything, split.labels).item()
         accuracy = (everything.argmax(1) == split.labels).double().mean().item()
-    return Evaluation(loss, accuracy, everything)
+    return Evaluation(loss, accuracy, everything, split.labels)
 
 
-def single_image_latency(form: Forward, config: TrainConfig, execution: Execution) -> float:
-    """Return the median seconds of one image through an evaluation form, from bytes to logits on the host."""
+def single_image_latency(network: Forward, config: TrainConfig, execution: Execution) -> float:
+    """Return the median seconds of one image through a network for inference, from bytes to logits on the host."""
     size = config.data.image_size
     image = torch.zeros(1, 3, size, size, dtype=torch.uint8)
     seconds = []
     with torch.inference_mode():
         for _ in range(LATENCY_WARMUP + LATENCY_PASSES):
             started = time.perf_counter()
-            inputs = to_input(execution.to_device(image), config.data, execution.channels_last)
+            inputs = to_input(to_device(image, execution.device), config.data, execution.channels_last)
             with execution.autocast():
-                form(inputs).float().cpu()
+                network(inputs).float().cpu()
             seconds.append(time.perf_counter() - started)
     return statistics.median(seconds[LATENCY_WARMUP:])

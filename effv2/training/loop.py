@@ -16,11 +16,10 @@ from effv2.core.randomness import private_randomness, seed_generators, stream_se
 from effv2.core.signals import uninterrupted
 from effv2.data.augment import augment_images, mix_samples, one_hot
 from effv2.data.batches import batch_count, epoch_order, to_input, training_batches
-from effv2.data.dataset import Dataset
-from effv2.execution.compilation import eager
+from effv2.data.dataset import Dataset, to_device
 from effv2.execution.cuda_graphs import Function
 from effv2.execution.device import Execution
-from effv2.training.evaluate import evaluate
+from effv2.training.evaluate import EPOCH_METRICS, evaluate
 from effv2.training.state import EpochSums, TrainState, watched_accuracy
 
 # On an accelerator the loss is looked at this seldom, since each look waits for the device.
@@ -46,8 +45,7 @@ def differentiation(state: TrainState, execution: Execution, batch_size: int) ->
 
     def differentiate(inputs: Tensor, targets: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
         state.optimiser.zero_grad(set_to_none=True)
-        odd = execution.compiled and len(inputs) != batch_size
-        with execution.autocast(), eager(odd):
+        with execution.autocast(), execution.eager(len(inputs) != batch_size):
             logits = state.model(inputs)
         logits = logits.float()
         loss = F.cross_entropy(logits, targets)
@@ -59,10 +57,10 @@ def differentiation(state: TrainState, execution: Execution, batch_size: int) ->
 
 @dataclass
 class Training:
-    """A training that goes on from `state`: iterate over it to train.
+    """A training that begins or resumes at `state`: iterate over it to train.
 
-    `on_step` is told (step of the epoch, steps an epoch), after which the state may be saved. Seconds of training
-    exclude evaluation, `on_step` and whatever the caller does between two epochs.
+    `on_step` is called with (step of the epoch, steps an epoch), after which the state may be saved. Seconds of
+    training exclude evaluation, `on_step` and whatever the caller does between two epochs.
     """
 
     config: TrainConfig
@@ -77,8 +75,8 @@ class Training:
             self.dataset = self.dataset.on(self.execution.device)
         usual = min(self.config.optimiser.batch_size, len(self.dataset.train))
         differentiate = differentiation(self.state, self.execution, usual)
-        self._differentiate = self.execution.recording(differentiate, self.state.model.parameters())
-        self._evaluation_form = self.execution.following(self.state.evaluated)
+        self._differentiate = self.execution.graphed(differentiate, self.state.model.parameters())
+        self._network_for_inference = self.execution.inference_factory(self.state.evaluated)
 
     def __iter__(self) -> Iterator[EpochResult]:
         """Train until the last epoch or early stopping, yielding after each epoch; Diverged, RunError."""
@@ -133,16 +131,16 @@ class Training:
 
     def _train_step(self, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
         """Make one step; return its mean loss and how many were right, on the device."""
-        config, state, step = self.config, self.state, self.state.progress.step
-        seed_generators(stream_seed(config.random.seed, "augmentation", step), self.execution.device)
-        images = self.execution.to_device(augment_images(images, config.augment))
+        config, state, step, device = self.config, self.state, self.state.progress.step, self.execution.device
+        seed_generators(stream_seed(config.random.seed, "augmentation", step), device)
+        images = to_device(augment_images(images, config.augment), device)
         inputs = to_input(images, config.data, self.execution.channels_last)
-        labels = self.execution.to_device(labels)
+        labels = to_device(labels, device)
         outputs = config.model.outputs or len(self.dataset.classes)
         targets = one_hot(labels, outputs, config.optimiser.label_smoothing)
         inputs, targets = mix_samples(inputs, targets, config.augment)
 
-        seed_generators(stream_seed(config.random.seed, "dropout", step), self.execution.device)
+        seed_generators(stream_seed(config.random.seed, "dropout", step), device)
         loss, right = self._differentiate(inputs, targets, labels)
         state.schedule.before_step(step)
         if config.optimiser.clip_norm:
@@ -153,33 +151,29 @@ class Training:
         return loss, right
 
     def _evaluate_epoch(self) -> Metrics:
-        """Evaluate test, validation and, the post's way, the whole train set, in eval mode."""
-        evaluated = {}
-        if self.config.evaluation.test_set:
-            evaluated["test"] = self.dataset.test
-        if self.dataset.validation is not None:
-            evaluated["val"] = self.dataset.validation
-        if self.config.evaluation.train_set:
-            evaluated["train"] = self.dataset.train
+        """Measure test, validation and, the post's way, the whole train set, in eval mode."""
+        chosen = {
+            "test": self.dataset.test if self.config.evaluation.test_set else None,
+            "val": self.dataset.validation,
+            "train": self.dataset.train if self.config.evaluation.train_set else None,
+        }
+        splits = {name: split for name, split in chosen.items() if split is not None}
         metrics: Metrics = {}
         started = time.perf_counter()
-        form = self._evaluation_form()
-        for name, split in evaluated.items():
-            result = evaluate(form, split, self.config, self.execution)
+        network = self._network_for_inference()
+        for name, split in splits.items():
+            result = evaluate(network, split, self.config, self.execution)
             if not math.isfinite(result.loss):
                 raise Diverged(self._divergence(f"The {name} loss", self.state.progress.epoch + 1))
-            metrics |= {f"{name}/loss": result.loss, f"{name}/accuracy": result.accuracy}
+            metrics |= {f"{name}/{metric}": measure(result) for metric, measure in EPOCH_METRICS.items()}
         seconds = time.perf_counter() - started
-        images = sum(map(len, evaluated.values()))
-        return metrics | {
-            "time/evaluate_seconds": seconds,
-            "throughput/evaluate_images_per_second": images / seconds,
-        }
+        rate = sum(map(len, splits.values())) / seconds
+        return metrics | {"time/evaluate_seconds": seconds, "throughput/evaluate_images_per_second": rate}
 
     def _divergence(self, loss: str, epoch: int) -> str:
         progress, rate = self.state.progress, self.state.schedule.rate
         clip = "optimiser.clip_norm" if self.config.optimiser.clip_norm else "set optimiser.clip_norm"
         return (
             f"{loss} is no longer a finite number at epoch {epoch}, step {progress.step}, with a learning rate of "
-            f"{rate:g}; lower --lr or {clip}."
+            f"{rate:g}; lower optimiser.lr or {clip}."
         )

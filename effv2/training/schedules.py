@@ -1,38 +1,55 @@
-"""Learning rates: each a function of the step, except plateau, which follows a metric.
+"""Learning rates by name: each a registered function of (config, step from 0, steps an epoch).
 
-| name | rate after the warm-up |
-|---|---|
-| none | constant |
-| plateau | constant until the watched accuracy stalls, then times plateau_factor (torch's ReduceLROnPlateau) |
-| cosine | half a cosine down to 0 (Loshchilov & Hutter 2017) |
-| onecycle | 30 % of the steps up from 1/25, then a cosine down to 1/250,000 (Smith & Topin 2018, torch's defaults) |
+It returns what the peak rate is multiplied by at that step. A new schedule is one such function here and nothing else.
+The command's help imports this module, so torch is imported inside.
 """
 
 from __future__ import annotations
 
 import math
-from typing import Any
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
 
-from torch.optim import Optimizer
-from torch.optim.lr_scheduler import ReduceLROnPlateau
+from effv2.config.registry import SCHEDULES
 
-from effv2.config.schema import ScheduleConfig
+if TYPE_CHECKING:
+    from torch.optim import Optimizer
+
+    from effv2.config.schema import ScheduleConfig
 
 
-def rate_factor(config: ScheduleConfig, step: int, steps_per_epoch: int) -> float:
-    """Return what the peak rate is multiplied by at `step` (from 0), plateau's own reductions apart."""
-    total = config.epochs * steps_per_epoch
-    if config.name == "onecycle":
-        peak = 0.3 * total - 1
-        if step <= peak:
-            return _cosine(1 / 25, 1.0, step / peak)
-        return _cosine(1.0, 1 / 250_000, (step - peak) / max(1, total - 1 - peak))
-    warmup = config.warmup_epochs * steps_per_epoch
-    if step < warmup:
-        return (step + 1) / warmup
-    if config.name == "cosine":
-        return _cosine(1.0, 0.0, (step - warmup) / max(1, total - warmup))
+def after_warmup(factor: Callable[[int, int], float]) -> Callable[[ScheduleConfig, int, int], float]:
+    """Put the linear warm-up before a function of the step after it and of how many such steps there are."""
+
+    def with_warmup(config: ScheduleConfig, step: int, steps_per_epoch: int) -> float:
+        warmup = config.warmup_epochs * steps_per_epoch
+        if step < warmup:
+            return (step + 1) / warmup
+        return factor(step - warmup, config.epochs * steps_per_epoch - warmup)
+
+    return with_warmup
+
+
+@SCHEDULES.register("plateau")  # lowered by Schedule where the watched accuracy stalls
+@SCHEDULES.register("none")
+@after_warmup
+def _constant(_step: int, _steps: int) -> float:
     return 1.0
+
+
+@SCHEDULES.register("cosine")  # half a cosine down to 0 (Loshchilov & Hutter 2017)
+@after_warmup
+def _half_cosine(step: int, steps: int) -> float:
+    return _cosine(1.0, 0.0, step / max(1, steps))
+
+
+@SCHEDULES.register("onecycle")  # 30 % of the steps up from 1/25 (Smith & Topin 2018, torch's defaults)
+def _one_cycle(config: ScheduleConfig, step: int, steps_per_epoch: int) -> float:
+    total = config.epochs * steps_per_epoch
+    peak = 0.3 * total - 1
+    if step <= peak:
+        return _cosine(1 / 25, 1.0, step / peak)
+    return _cosine(1.0, 1 / 250_000, (step - peak) / max(1, total - 1 - peak))
 
 
 def _cosine(start: float, end: float, progress: float) -> float:
@@ -43,13 +60,14 @@ class Schedule:
     """Sets the optimiser's rate before each step and lets plateau look at each epoch."""
 
     def __init__(self, config: ScheduleConfig, optimiser: Optimizer, steps_per_epoch: int) -> None:
+        from torch.optim.lr_scheduler import ReduceLROnPlateau
+
         self._config, self._optimiser, self._steps_per_epoch = config, optimiser, steps_per_epoch
-        self._peak = [float(group["lr"]) for group in optimiser.param_groups]
+        self._factor, self._peak = SCHEDULES[config.name], [float(group["lr"]) for group in optimiser.param_groups]
         self._plateau = None
         if config.name == "plateau":
-            self._plateau = ReduceLROnPlateau(
-                optimiser, mode="max", factor=config.plateau_factor, patience=config.plateau_patience
-            )
+            factor, patience = config.plateau_factor, config.plateau_patience
+            self._plateau = ReduceLROnPlateau(optimiser, mode="max", factor=factor, patience=patience)
 
     @property
     def rate(self) -> float:
@@ -60,7 +78,7 @@ class Schedule:
         """Set the rate of `step`, counted from 0 over the whole training."""
         if self._plateau and step >= self._config.warmup_epochs * self._steps_per_epoch:
             return  # from here on the rate is plateau's
-        factor = rate_factor(self._config, step, self._steps_per_epoch)
+        factor = self._factor(self._config, step, self._steps_per_epoch)
         for group, peak in zip(self._optimiser.param_groups, self._peak, strict=True):
             group["lr"] = peak * factor
 
@@ -70,7 +88,7 @@ class Schedule:
             self._plateau.step(accuracy)
 
     def state_dict(self) -> dict[str, Any]:
-        """Return what a continued run needs (the rate itself is the optimiser's)."""
+        """Return what a resumed run needs (the rate itself is the optimiser's)."""
         return self._plateau.state_dict() if self._plateau else {}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:

@@ -1,4 +1,4 @@
-"""Everything that decides how a training goes on, in one object."""
+"""Everything that decides how a training continues, in one object."""
 
 from __future__ import annotations
 
@@ -13,11 +13,13 @@ from torch.optim import Optimizer
 from torch.optim.swa_utils import AveragedModel
 
 from effv2.architecture import build_model
-from effv2.config.schema import OptimiserConfig, StoppingConfig, TrainConfig
+from effv2.config.schema import StoppingConfig, TrainConfig
+from effv2.core.internals import copy_all, lerp_all
 from effv2.core.randomness import private_randomness, stream_seed
 from effv2.data.batches import batch_count
 from effv2.data.dataset import Dataset
 from effv2.execution.device import Execution
+from effv2.training.optimisers import make_optimiser
 from effv2.training.schedules import Schedule
 
 
@@ -101,16 +103,11 @@ class TrainState:
     @classmethod
     def create(cls, config: TrainConfig, dataset: Dataset, execution: Execution) -> TrainState:
         """Build a fresh state: weights from the seed's own stream, everything else at its beginning."""
-        network, outputs = config.model, config.model.outputs or len(dataset.classes)
+        wanted, outputs = config.model, config.model.outputs or len(dataset.classes)
+        rates = wanted.dropout, wanted.stochastic_depth
         with private_randomness():
             torch.manual_seed(stream_seed(config.random.seed, "initialisation"))
-            built = build_model(
-                network.build_table(),
-                outputs,
-                network.dropout,
-                network.stochastic_depth,
-                network.zero_init_residual,
-            )
+            built = build_model(wanted.build_table(), outputs, *rates, wanted.zero_init_residual)
         model = execution.place(built)
         optimiser = make_optimiser(config.optimiser, model)
         schedule = Schedule(config.schedule, optimiser, batch_count(len(dataset.train), config.optimiser.batch_size))
@@ -134,9 +131,9 @@ class TrainState:
         weight = 1 - min(decay, (1 + n) / (10 + n)) if n else 1.0
         averaged, current = ([*module.parameters(), *module.buffers()] for module in (self.averaged.module, self.model))
         smooth = [each.is_floating_point() for each in averaged]
-        torch._foreach_lerp_(list(compress(averaged, smooth)), list(compress(current, smooth)), weight)
+        lerp_all(list(compress(averaged, smooth)), list(compress(current, smooth)), weight)
         counts = [not each for each in smooth]
-        torch._foreach_copy_(list(compress(averaged, counts)), list(compress(current, counts)))
+        copy_all(list(compress(averaged, counts)), list(compress(current, counts)))
         self.averaged.n_averaged += 1
 
     def state_dict(self) -> dict[str, Any]:
@@ -172,18 +169,3 @@ class TrainState:
     def select(self) -> None:
         """Keep a copy of the evaluated weights as the selected ones."""
         self.selected = {name: value.detach().clone() for name, value in self.evaluated.state_dict().items()}
-
-
-def make_optimiser(config: OptimiserConfig, model: nn.Module) -> Optimizer:
-    """Build the optimiser, its whole step in one fused kernel. Norms and biases are not decayed."""
-    matrices = [p for p in model.parameters() if p.ndim > 1]
-    vectors = [p for p in model.parameters() if p.ndim <= 1]
-    groups = [
-        {"params": matrices, "weight_decay": config.weight_decay},
-        {"params": vectors, "weight_decay": 0.0},
-    ]
-    if config.name == "sgd":
-        nesterov = config.momentum > 0
-        return torch.optim.SGD(groups, lr=config.lr, momentum=config.momentum, nesterov=nesterov, fused=True)
-    kind = torch.optim.Adam if config.name == "adam" else torch.optim.AdamW
-    return kind(groups, lr=config.lr, fused=True)

@@ -1,0 +1,89 @@
+"""Private names of other packages, all that are used. tests/test_internals.py tries each with the installed releases.
+
+Nothing heavy is imported before it is needed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from optuna.storages import BaseStorage
+    from optuna.study._frozen import FrozenStudy as FrozenStudy  # noqa: PLC0414
+    from optuna.trial import FrozenTrial
+    from torch import Tensor
+
+
+def lerp_all(tensors: list[Tensor], others: list[Tensor], weight: float) -> None:
+    """Move each tensor towards its other by `weight`, in place, a few kernels for all of them."""
+    import torch
+
+    torch._foreach_lerp_(tensors, others, weight)
+
+
+def copy_all(tensors: list[Tensor], others: list[Tensor]) -> None:
+    """Copy the others into the tensors, a few kernels for all of them."""
+    import torch
+
+    torch._foreach_copy_(tensors, others)
+
+
+def limit_compiled_forms(count: int) -> None:
+    """Let torch.compile keep so many forms of one function before it gives up on it."""
+    import torch
+
+    torch._dynamo.config.recompile_limit = count
+    torch._dynamo.config.accumulated_recompile_limit = count
+
+
+def imagenette_archive() -> tuple[str, str]:
+    """Return the address and the MD5 of Imagenette's archive of small images."""
+    from torchvision.datasets import Imagenette
+
+    url, md5 = Imagenette._ARCHIVES["160px"]
+    return url, md5
+
+
+def imagenet_metrics(weights: Any) -> Mapping[str, float]:
+    """Return what torchvision publishes of weights on ImageNet, in percent: acc@1 and acc@5; empty where nothing."""
+    found: Mapping[str, float] = weights.meta["_metrics"].get("ImageNet-1K", {})
+    return found
+
+
+def trial_id(trial: FrozenTrial) -> int:
+    """Return the number by which a storage of Optuna knows a trial."""
+    return trial._trial_id
+
+
+def study_id(study: FrozenStudy) -> int:
+    """Return the number by which a storage of Optuna knows a study; later studies have higher ones."""
+    return study._study_id
+
+
+def record_heartbeat(storage: BaseStorage, trial_id: int) -> None:
+    """Note that the process that works on a trial is alive."""
+    storage.record_heartbeat(trial_id)  # type: ignore[attr-defined]
+
+
+def stale_trial_ids(storage: BaseStorage, study_id: int) -> list[int]:
+    """Return the running trials whose heartbeat has been missing for longer than the storage's grace period."""
+    found: list[int] = storage._get_stale_trial_ids(study_id)  # type: ignore[attr-defined]
+    return found
+
+
+def default_experiment_id() -> str:
+    """Return the experiment that MLflow would log to in this process."""
+    from mlflow.tracking.fluent import _get_experiment_id
+
+    return str(_get_experiment_id() or "0")
+
+
+def forget_active_run() -> None:
+    """Take the active run off MLflow's stack without asking the store, which may take its time to be away."""
+    from mlflow.tracking.fluent import _active_run_stack, run_id_to_system_metrics_monitor
+
+    if stack := _active_run_stack.get():  # type: ignore[no-untyped-call]
+        monitor = run_id_to_system_metrics_monitor.pop(stack.pop().info.run_id, None)
+        if monitor is not None:
+            monitor.finish()

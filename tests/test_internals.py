@@ -1,0 +1,99 @@
+"""Every private name of another package that is used does, in the installed releases, what it is used for."""
+
+from __future__ import annotations
+
+import ast
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from effv2.core import internals
+
+PACKAGE = Path(internals.__file__).parents[1]
+BUILT_IN = "__"
+
+
+def test_no_other_module_uses_private_names_of_other_packages() -> None:
+    found = []
+    for path in PACKAGE.rglob("*.py"):
+        tree = ast.parse(path.read_text())
+        own = {node.name for node in ast.walk(tree) if isinstance(node, (ast.FunctionDef, ast.ClassDef))}
+        for node in ast.walk(tree):
+            if isinstance(node, ast.Attribute):
+                names = [node.attr] if not _is_self(node.value) else []
+            elif isinstance(node, ast.ImportFrom) and not (node.module or "").startswith(("effv2", "__")):
+                names = [*(node.module or "").split("."), *(alias.name for alias in node.names)]
+            else:
+                continue
+            private = [name for name in names if name.startswith("_") and not name.startswith(BUILT_IN)]
+            found += [f"{path.name} {name}" for name in private if name not in own | {"_exit"}]
+    assert [each for each in found if not each.startswith("internals.py")] == []
+
+
+def _is_self(node: ast.expr) -> bool:
+    return isinstance(node, ast.Name) and node.id in ("self", "cls")
+
+
+def test_tensors_are_moved_and_copied_all_at_once() -> None:
+    tensors, others = [torch.zeros(2), torch.zeros(3)], [torch.ones(2), torch.ones(3)]
+    internals.lerp_all(tensors, others, 0.25)
+    assert [tensor.tolist() for tensor in tensors] == [[0.25] * 2, [0.25] * 3]
+    internals.copy_all(tensors, others)
+    assert all(map(torch.equal, tensors, others))
+
+
+def test_compiled_forms_are_limited_by_settings_that_torch_knows() -> None:
+    config = torch._dynamo.config
+    with config.patch(recompile_limit=1, accumulated_recompile_limit=1):
+        internals.limit_compiled_forms(7)
+        assert config.recompile_limit == config.accumulated_recompile_limit == 7
+
+
+def test_torchvision_names_imagenettes_archive_and_publishes_accuracies() -> None:
+    from torchvision.models import ResNet18_Weights
+
+    url, md5 = internals.imagenette_archive()
+    assert url.endswith("/imagenette2-160.tgz") and len(md5) == 32
+    assert internals.imagenet_metrics(ResNet18_Weights.IMAGENET1K_V1)["acc@1"] == pytest.approx(69.758)
+
+
+def test_optuna_names_trials_and_studies_and_misses_heartbeats(tmp_path: Path) -> None:
+    import optuna
+    from optuna.storages import RDBStorage, get_storage
+
+    with pytest.warns(optuna.exceptions.ExperimentalWarning):
+        rdb = RDBStorage(f"sqlite:///{tmp_path}/optuna.db", heartbeat_interval=1, grace_period=1)
+    storage = get_storage(rdb)
+    try:
+        numbers = [storage.create_new_study([optuna.study.StudyDirection.MAXIMIZE], name) for name in "ab"]
+        assert sorted(map(internals.study_id, storage.get_all_studies())) == numbers == sorted(numbers)
+        trial = storage.create_new_trial(numbers[0])
+        assert internals.trial_id(storage.get_trial(trial)) == trial
+        internals.record_heartbeat(storage, trial)
+        assert internals.stale_trial_ids(storage, numbers[0]) == []
+        rdb.grace_period = -1  # as if time had passed
+        assert internals.stale_trial_ids(storage, numbers[0]) == [trial]
+    finally:
+        rdb.remove_session()
+        rdb.engine.dispose()
+
+
+def test_mlflow_names_its_experiment_and_forgets_a_run_without_asking(sqlite_store: str) -> None:
+    import mlflow
+    from mlflow.tracking import fluent
+
+    assert internals.default_experiment_id() == "0"
+    other = mlflow.set_experiment("other").experiment_id
+    try:
+        assert internals.default_experiment_id() == other
+    finally:
+        mlflow.set_experiment(experiment_id="0")
+    ended: list[bool] = []
+    run = mlflow.start_run()
+    fluent.run_id_to_system_metrics_monitor[run.info.run_id] = SimpleNamespace(finish=lambda: ended.append(True))
+    internals.forget_active_run()
+    assert mlflow.active_run() is None and ended == [True]
+    assert mlflow.MlflowClient().get_run(run.info.run_id).info.status == "RUNNING"
+    internals.forget_active_run()  # where there is none
