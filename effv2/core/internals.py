@@ -77,13 +77,3 @@ def default_experiment_id() -> str:
     from mlflow.tracking.fluent import _get_experiment_id
 
     return str(_get_experiment_id() or "0")
-
-
-def forget_active_run() -> None:
-    """Take the active run off MLflow's stack without asking the store, which may take its time to be away."""
-    from mlflow.tracking.fluent import _active_run_stack, run_id_to_system_metrics_monitor
-
-    if stack := _active_run_stack.get():  # type: ignore[no-untyped-call]
-        monitor = run_id_to_system_metrics_monitor.pop(stack.pop().info.run_id, None)
-        if monitor is not None:
-            monitor.finish()

@@ -15,13 +15,13 @@ from filelock import FileLock
 from mlflow import MlflowClient
 from mlflow.entities import Experiment
 from mlflow.exceptions import MlflowException
-from mlflow.tracking.fluent import _get_experiment_id
 from mlflow.utils.credentials import get_default_host_creds
 from mlflow.utils.file_utils import local_file_uri_to_path
 from mlflow.utils.rest_utils import http_request
 from sqlalchemy.engine import make_url
 from sqlalchemy.exc import SQLAlchemyError
 
+from effv2.core.internals import default_experiment_id
 from effv2.core.errors import InputError, RunError, nearest
 from effv2.core.provenance import without_password
 
@@ -206,7 +206,7 @@ def _experiment(client: MlflowClient, name: str, create: bool) -> Experiment:
         return given
     if not name:
         client.search_experiments(max_results=1)  # creates and migrates a database
-        return client.get_experiment(_get_experiment_id() or "0")
+        return client.get_experiment(default_experiment_id())
     found = client.get_experiment_by_name(name)
     if found is not None:
         return found
