@@ -63,7 +63,7 @@ DECIDING: dict[str, dict[str, tuple[str, ...]]] = {
     },
     "training": {
         "core/randomness.py": (),
-        **{f"training/{name}.py": () for name in ("evaluate", "loop", "schedules", "state")},
+        **{f"training/{name}.py": () for name in ("evaluate", "loop", "optimisers", "schedules", "state")},
         "run/records.py": ("log_end", "log_test"),
         "run/run.py": ("run_experiment", "_train", "_go_on"),
         "evidence/run_artifacts.py": (),

@@ -12,11 +12,10 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator
 
 from effv2 import architecture
+from effv2.config.registry import DATASETS, OPTIMISERS, SCHEDULES
 
-Dataset = Literal["digits", "imagenette", "mnist", "birds", "folder"]
 Device = Literal["auto", "cpu", "cuda", "mps"]
 Precision = Literal["fp32", "bf16", "auto"]
-Scheduler = Literal["none", "plateau", "cosine", "onecycle"]
 
 Fraction = Annotated[float, Field(ge=0, lt=1)]
 Probability = Annotated[float, Field(ge=0, le=1)]
@@ -31,7 +30,9 @@ class Group(BaseModel):
 class DataConfig(Group):
     """Which images, how they are sampled and split."""
 
-    dataset: Dataset = Field("digits", description="The data set; `digits` needs neither files nor a network.")
+    dataset: Annotated[str, DATASETS] = Field(
+        "digits", description="The data set; `digits` needs neither files nor a network."
+    )
     dir: str = Field("", description="Folder of the data set (not for digits).")
     download: bool = Field(False, description="Download imagenette or mnist into the folder if it isn't there.")
     image_size: int = Field(32, ge=8, le=1024, description="Side of the square input in pixels.")
@@ -93,7 +94,7 @@ class ModelConfig(Group):
 class OptimiserConfig(Group):
     """The loss and how a step follows from it."""
 
-    name: Literal["adam", "adamw", "sgd"] = Field("adamw", description="The optimiser.")
+    name: Annotated[str, OPTIMISERS] = Field("adamw", description="The optimiser.")
     lr: float = Field(1e-3, gt=0, le=100, description="Peak learning rate.")
     batch_size: int = Field(32, ge=2, le=65_536, description="Images a step.")
     weight_decay: float = Field(
@@ -108,7 +109,7 @@ class OptimiserConfig(Group):
 class ScheduleConfig(Group):
     """How long and at which rate."""
 
-    name: Scheduler = Field(
+    name: Annotated[str, SCHEDULES] = Field(
         "cosine", description="Learning rate schedule; plateau watches validation accuracy, test accuracy without it."
     )
     epochs: int = Field(6, ge=1, le=100_000, description="Epochs at most.")
@@ -170,15 +171,15 @@ class RandomConfig(Group):
 class TrainConfig(Group):
     """All of it. Equal hashes mean equal runs on equal data, code and machine."""
 
-    data: DataConfig = DataConfig()
-    augment: AugmentConfig = AugmentConfig()
-    model: ModelConfig = ModelConfig()
-    optimiser: OptimiserConfig = OptimiserConfig()
-    schedule: ScheduleConfig = ScheduleConfig()
-    stopping: StoppingConfig = StoppingConfig()
-    evaluation: EvaluationConfig = EvaluationConfig()
-    execution: ExecutionConfig = ExecutionConfig()
-    random: RandomConfig = RandomConfig()
+    data: DataConfig = Field(default_factory=DataConfig)
+    augment: AugmentConfig = Field(default_factory=AugmentConfig)
+    model: ModelConfig = Field(default_factory=ModelConfig)
+    optimiser: OptimiserConfig = Field(default_factory=OptimiserConfig)
+    schedule: ScheduleConfig = Field(default_factory=ScheduleConfig)
+    stopping: StoppingConfig = Field(default_factory=StoppingConfig)
+    evaluation: EvaluationConfig = Field(default_factory=EvaluationConfig)
+    execution: ExecutionConfig = Field(default_factory=ExecutionConfig)
+    random: RandomConfig = Field(default_factory=RandomConfig)
 
     def flat(self) -> dict[str, Any]:
         """Return every field under its dotted name."""

@@ -1,4 +1,4 @@
-"""Data sets by name: each a function from DataConfig to a Source. A new one is a function and an entry.
+"""Data sets by name: each a registered function from DataConfig to a Source. A new one is such a function, no more.
 
 Nothing is decoded here; a missing or malformed folder is answered with an InputError.
 """
@@ -9,16 +9,20 @@ import errno
 import os
 import tarfile
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-import numpy as np
-
+from effv2.config.registry import DATASETS
 from effv2.config.schema import DataConfig
 from effv2.core.errors import InputError
 from effv2.core.paths import expanded
-from effv2.data.images import ArrayImages, FileImages, Part
+
+if TYPE_CHECKING:
+    import numpy as np
+
+    from effv2.data.images import Part
 
 EXTENSIONS = (".jpg", ".jpeg", ".png", ".bmp", ".gif", ".webp", ".tif", ".tiff", ".ppm", ".pgm")
 # Names that the parts of a set go by, whatever their case, in order of preference.
@@ -67,19 +71,22 @@ class Source:
 def open_source(config: DataConfig) -> Source:
     """Find the data set that `config` names; InputError where it isn't there or can't be read."""
     try:
-        return SOURCES[config.dataset](config)
+        source: Source = DATASETS[config.dataset](config)
     except OSError as error:
         raise InputError(
             f"--data-dir {config.dir}: {error.filename} can't be read ({error.strerror}); give yourself access."
         ) from error
+    return source
 
 
+@DATASETS.register("digits")
 def _digits(config: DataConfig) -> Source:
     if config.dir:
         raise InputError(
             f"--data-dir {config.dir}: digits come with scikit-learn and take no folder; give --dataset, or leave the "
             "folder out."
         )
+    import numpy as np
     from sklearn.datasets import load_digits
 
     digits = load_digits()
@@ -88,7 +95,9 @@ def _digits(config: DataConfig) -> Source:
     return Source("digits", "scikit-learn", _numerals(), _array_part(pixels, labels, "digits"))
 
 
+@DATASETS.register("mnist")
 def _mnist(config: DataConfig) -> Source:
+    import numpy as np
     from torchvision.datasets import MNIST
 
     root = _folder(config, "a folder that holds MNIST/raw with the four files of MNIST")
@@ -107,6 +116,7 @@ def _mnist(config: DataConfig) -> Source:
     return Source("mnist", str(root), _numerals(), parts[0], None, parts[1], rule)
 
 
+@DATASETS.register("imagenette")
 def _imagenette(config: DataConfig) -> Source:
     root = _folder(config, "a folder that holds imagenette2-160")
     below = root / "imagenette2-160"
@@ -148,22 +158,15 @@ def _fetch_imagenette(folder: Path) -> None:
         archive.extractall(folder, filter="data")
 
 
+@DATASETS.register("birds")
 def _birds(config: DataConfig) -> Source:
     folder = _folder(config, f"the folder of the bird species, downloaded and unpacked from {BIRDS_PAGE}")
     return replace(_from_folders("birds", folder), published=PublishedSampling(split_first=True))
 
 
+@DATASETS.register("folder")
 def _any_folder(config: DataConfig) -> Source:
     return _from_folders("folder", _folder(config, "a folder with one sub-folder of images per class"))
-
-
-SOURCES: dict[str, Callable[[DataConfig], Source]] = {
-    "digits": _digits,
-    "imagenette": _imagenette,
-    "mnist": _mnist,
-    "birds": _birds,
-    "folder": _any_folder,
-}
 
 
 def _folder(config: DataConfig, what: str) -> Path:
@@ -257,6 +260,10 @@ def _class_folders(folder: Path, name: str) -> list[str]:
 
 
 def _file_part(root: Path, folder: Path, classes: list[str]) -> Part:
+    import numpy as np
+
+    from effv2.data.images import FileImages, Part
+
     paths: list[Path] = []
     labels: list[int] = []
     for label, name in enumerate(classes):
@@ -296,6 +303,8 @@ def _text(name: str) -> str:
 
 
 def _array_part(pixels: np.ndarray, labels: np.ndarray, name: str) -> Part:
+    from effv2.data.images import ArrayImages, Part
+
     return Part(ArrayImages(pixels, name), labels, tuple(f"{name}/{i:05d}" for i in range(len(labels))))
 
 

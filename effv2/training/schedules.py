@@ -11,28 +11,43 @@
 from __future__ import annotations
 
 import math
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from torch.optim import Optimizer
-from torch.optim.lr_scheduler import ReduceLROnPlateau
-
+from effv2.config.registry import SCHEDULES
 from effv2.config.schema import ScheduleConfig
+
+if TYPE_CHECKING:
+    from torch.optim import Optimizer
 
 
 def rate_factor(config: ScheduleConfig, step: int, steps_per_epoch: int) -> float:
     """Return what the peak rate is multiplied by at `step` (from 0), plateau's own reductions apart."""
-    total = config.epochs * steps_per_epoch
-    if config.name == "onecycle":
-        peak = 0.3 * total - 1
-        if step <= peak:
-            return _cosine(1 / 25, 1.0, step / peak)
-        return _cosine(1.0, 1 / 250_000, (step - peak) / max(1, total - 1 - peak))
+    factor: float = SCHEDULES[config.name](config, step, steps_per_epoch)
+    return factor
+
+
+@SCHEDULES.register("none")
+@SCHEDULES.register("plateau")
+def _constant(config: ScheduleConfig, step: int, steps_per_epoch: int) -> float:
+    warmup = config.warmup_epochs * steps_per_epoch
+    return (step + 1) / warmup if step < warmup else 1.0
+
+
+@SCHEDULES.register("cosine")
+def _half_cosine(config: ScheduleConfig, step: int, steps_per_epoch: int) -> float:
     warmup = config.warmup_epochs * steps_per_epoch
     if step < warmup:
         return (step + 1) / warmup
-    if config.name == "cosine":
-        return _cosine(1.0, 0.0, (step - warmup) / max(1, total - warmup))
-    return 1.0
+    return _cosine(1.0, 0.0, (step - warmup) / max(1, config.epochs * steps_per_epoch - warmup))
+
+
+@SCHEDULES.register("onecycle")
+def _one_cycle(config: ScheduleConfig, step: int, steps_per_epoch: int) -> float:
+    total = config.epochs * steps_per_epoch
+    peak = 0.3 * total - 1
+    if step <= peak:
+        return _cosine(1 / 25, 1.0, step / peak)
+    return _cosine(1.0, 1 / 250_000, (step - peak) / max(1, total - 1 - peak))
 
 
 def _cosine(start: float, end: float, progress: float) -> float:
@@ -47,6 +62,8 @@ class Schedule:
         self._peak = [float(group["lr"]) for group in optimiser.param_groups]
         self._plateau = None
         if config.name == "plateau":
+            from torch.optim.lr_scheduler import ReduceLROnPlateau
+
             self._plateau = ReduceLROnPlateau(
                 optimiser, mode="max", factor=config.plateau_factor, patience=config.plateau_patience
             )

@@ -13,6 +13,7 @@ from torch.optim import Optimizer
 from torch.optim.swa_utils import AveragedModel
 
 from effv2.architecture import build_model
+from effv2.config.registry import OPTIMISERS
 from effv2.config.schema import OptimiserConfig, StoppingConfig, TrainConfig
 from effv2.core.randomness import private_randomness, stream_seed
 from effv2.data.batches import batch_count
@@ -175,15 +176,12 @@ class TrainState:
 
 
 def make_optimiser(config: OptimiserConfig, model: nn.Module) -> Optimizer:
-    """Build the optimiser, its whole step in one fused kernel. Norms and biases are not decayed."""
+    """Build the optimiser. Norms and biases are not decayed."""
     matrices = [p for p in model.parameters() if p.ndim > 1]
     vectors = [p for p in model.parameters() if p.ndim <= 1]
     groups = [
         {"params": matrices, "weight_decay": config.weight_decay},
         {"params": vectors, "weight_decay": 0.0},
     ]
-    if config.name == "sgd":
-        nesterov = config.momentum > 0
-        return torch.optim.SGD(groups, lr=config.lr, momentum=config.momentum, nesterov=nesterov, fused=True)
-    kind = torch.optim.Adam if config.name == "adam" else torch.optim.AdamW
-    return kind(groups, lr=config.lr, fused=True)
+    optimiser: Optimizer = OPTIMISERS[config.name](groups, config)
+    return optimiser
