@@ -55,6 +55,7 @@ def stop(server: subprocess.Popen[bytes]) -> None:
 
 def measure(seconds: float, server: subprocess.Popen[bytes]) -> dict[str, object]:
     """Train for so long; return the figures."""
+    from effv2.config.options import CheckpointOptions
     from effv2.config.schema import TrainConfig
     from effv2.data.dataset import load_dataset
     from effv2.execution.device import make_execution
@@ -64,7 +65,6 @@ def measure(seconds: float, server: subprocess.Popen[bytes]) -> dict[str, object
     from effv2.tracking.store import open_store, wait_until_it_answers
     from effv2.training.checkpoint import Checkpoints, Keeper, Pace
     from effv2.training.loop import Training
-    from effv2.training.saving import Saving
     from effv2.training.state import TrainState
 
     config = resolve(
@@ -73,7 +73,7 @@ def measure(seconds: float, server: subprocess.Popen[bytes]) -> dict[str, object
     dataset, execution = load_dataset(config.data), make_execution(config.execution)
     wait_until_it_answers(60)
     state = TrainState.create(config, dataset, execution)
-    saving = Saving(folder="checkpoints")
+    saving = CheckpointOptions(checkpoint_dir="checkpoints")
     costs: list[float] = []
 
     class Timed(Pace):
@@ -86,7 +86,7 @@ def measure(seconds: float, server: subprocess.Popen[bytes]) -> dict[str, object
     try:
         with start_run("safety_cost", open_store(""), {}, message=lambda text: None, patience=0.0) as run:
             checkpoints = Checkpoints.of(run.run_id, saving, {})
-            keeper = Keeper(checkpoints, Timed(60 * saving.minutes), state, print, None, 0.0)
+            keeper = Keeper(checkpoints, Timed(60 * saving.checkpoint_minutes), state, print, None, 0.0)
             run.check()
             began = time.perf_counter()
             for result in Training(config, dataset, state, execution, lambda _step, _steps: keeper.keep(False)):

@@ -87,18 +87,18 @@ def make_config(case: Case, precision: str, compiled: bool = False) -> Any:
 def effv2_form(config: Any, dataset: Any, folder: Path) -> Form:
     """The training loop as `train` runs it."""
     from effv2.cli.console import ConsoleReporter
+    from effv2.config.options import CheckpointOptions
     from effv2.execution.device import make_execution
     from effv2.training.checkpoint import Checkpoints, Keeper, Pace
     from effv2.training.evaluate import evaluate
     from effv2.training.loop import Training
-    from effv2.training.saving import Saving
     from effv2.training.state import TrainState
 
-    execution, saving = make_execution(config.execution), Saving(folder=str(folder))
+    execution, saving = make_execution(config.execution), CheckpointOptions(checkpoint_dir=str(folder))
     state = TrainState.create(config, dataset, execution)
     reporter = ConsoleReporter()
     reporter.run_started("speed", config.schedule.epochs)
-    pace = Pace(60 * saving.minutes)
+    pace = Pace(60 * saving.checkpoint_minutes)
     keeper = Keeper(Checkpoints.of("speed", saving, {}), pace, state, print, None, 0.0)
     marks: list[float] = []
 

@@ -10,11 +10,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from click.testing import CliRunner
 from mlflow import MlflowClient
 from mlflow.exceptions import MlflowException
 
-from effv2.cli.sync import sync
 from effv2.core.errors import RunError, Terminated
 from effv2.core.paths import outbox_folder
 from effv2.tracking import entries, outbox
@@ -101,7 +99,7 @@ def test_an_outage_costs_nothing_and_is_told_once(store: str, door: Store, tmp_p
     assert not list(outbox_folder().iterdir())
 
 
-def test_what_a_run_could_not_deliver_is_sent_by_sync(store: str, door: Store, tmp_path: Path) -> None:
+def test_what_a_run_could_not_deliver_is_sent_later(store: str, door: Store, tmp_path: Path) -> None:
     opened = start_run("run", open_store(""), {}, message=print, patience=0.2)
     with pytest.raises(TrackingAway, match="effv2 sync"), opened as run:
         run.check()
@@ -110,12 +108,11 @@ def test_what_a_run_could_not_deliver_is_sent_by_sync(store: str, door: Store, t
             run.log_metrics({"loss": 1 / epoch}, step=epoch)
         run.log_folder(folder_of(tmp_path, "kept"))
     door.shut = ""
-    result = CliRunner().invoke(sync, catch_exceptions=False)
-    assert result.exit_code == 0 and run.run_id in result.output
+    assert [each.end for each in send_all(print)] == ["sent"]
     assert history(run.run_id, "loss") == [(1, 1.0), (2, 1 / 2), (3, 1 / 3)]
     assert text_of(run.run_id, "table.csv") == "kept"
     assert MlflowClient().get_run(run.run_id).info.status == "FINISHED"
-    assert CliRunner().invoke(sync, catch_exceptions=False).output == "Nothing is waiting.\n"
+    assert not send_all(print)
 
 
 def test_a_call_that_succeeds_late_leaves_nothing_behind(sqlite_store: str, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -204,8 +201,7 @@ def test_journals_wait_for_their_own_store(
 ) -> None:
     left_by_a_dead_process(open_run, entries.tags({"a": "b"}))
     monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path / 'other.db'}")
-    result = CliRunner().invoke(sync, catch_exceptions=False)
-    assert result.exit_code == 1 and "set MLFLOW_TRACKING_URI to sqlite:///" in result.output
+    assert [each.end for each in send_all(print)] == ["waits"]
     monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path / 'mlflow.db'}")
     open_experiment("", print)
     assert MlflowClient().get_run(open_run.run_id).data.tags["a"] == "b"
@@ -215,7 +211,7 @@ def test_the_journal_of_a_run_that_was_deleted_is_put_aside(open_run: TrackedRun
     folder = left_by_a_dead_process(open_run, entries.metrics({"loss": 1.0}, 1))
     MlflowClient().delete_run(open_run.run_id)
     said: list[str] = []
-    assert CliRunner().invoke(sync, catch_exceptions=False).exit_code == 1
+    assert [each.end for each in send_all(print)] == ["refused"]
     assert not folder.exists() and len(list(outbox_folder().glob("*.refused"))) == 1
     assert not send_all(said.append) and not said
 

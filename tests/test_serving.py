@@ -26,7 +26,7 @@ from hypothesis import strategies as st
 from mlflow import MlflowClient
 from PIL import Image
 
-from effv2.cli.train import train
+from effv2.cli.main import train
 from effv2.data.images import FileImages
 from effv2.data.preparation import CentreCrop, Square
 from tests.conftest import TINY_TABLE, make_image_tree

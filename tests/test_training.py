@@ -18,8 +18,7 @@ from torch import nn
 from torch.optim.lr_scheduler import OneCycleLR, ReduceLROnPlateau
 
 from effv2.architecture import build_model
-from effv2.config.documents import dotted
-from effv2.config.layers import Layer
+from effv2.config.layers import Layer, dotted
 from effv2.config.schema import ScheduleConfig, StoppingConfig, TrainConfig
 from effv2.core.errors import RunError, Terminated
 from effv2.core.randomness import stream_seed

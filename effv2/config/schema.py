@@ -9,10 +9,15 @@ import hashlib
 import json
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator, model_validator
+from pydantic.fields import FieldInfo
+from pydantic_core import PydanticCustomError
 
 from effv2 import architecture
 from effv2.config.registry import DATASETS, OPTIMISERS, SCHEDULES
+from effv2.core.errors import nearest
+
+UNKNOWN_KEY = "unknown_key"  # type of an error
 
 Device = Literal["auto", "cpu", "cuda", "mps"]
 Precision = Literal["fp32", "bf16", "auto"]
@@ -25,6 +30,15 @@ class Group(BaseModel):
     """Frozen, finite and free of unknown keys."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False, validate_default=True)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _known_keys(cls, values: Any) -> Any:
+        for key in values if isinstance(values, dict) else ():
+            if key not in cls.model_fields:
+                about = {"key": str(key), "remedy": nearest(str(key), list(cls.model_fields))}
+                raise PydanticCustomError(UNKNOWN_KEY, "unknown key '{key}'; {remedy}", about)
+        return values
 
 
 class DataConfig(Group):
@@ -229,9 +243,9 @@ FIRST_FIELDS = {
 }
 
 
-def field_of(dotted: str, config: type[Group] = TrainConfig) -> tuple[Any, Any]:
-    """Return (pydantic FieldInfo, default) of a dotted name such as `optimiser.lr`."""
-    group, name = dotted.split(".")
+def field_of(setting: str, config: type[Group] = TrainConfig) -> FieldInfo:
+    """Return the field of a dotted setting such as `optimiser.lr`."""
+    group, name = setting.split(".")
     owner: Any = config.model_fields[group].annotation
-    info = owner.model_fields[name]
-    return info, info.default
+    field: FieldInfo = owner.model_fields[name]
+    return field

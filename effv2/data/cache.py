@@ -35,7 +35,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from effv2.core.errors import InputError
-from effv2.core.paths import cache_folder, write_whole
+from effv2.core.paths import cache_folder, write_atomically
 from effv2.core.provenance import VERSIONS
 from effv2.data.images import Bytes, Images, sha256_of
 from effv2.data.preparation import Preparation
@@ -85,7 +85,7 @@ def decode(images: Images, preparation: Preparation, progress: Progress | None =
         ) from error
     with suppress(OSError):  # a cache that can only be read serves as well
         pointer.parent.mkdir(parents=True, exist_ok=True)
-        write_whole(pointer, content)
+        write_atomically(pointer, content)
     return found
 
 

@@ -22,7 +22,7 @@ from torch.nn import functional as F
 from effv2.architecture import build_model
 from effv2.config.schema import TrainConfig
 from effv2.core import provenance
-from effv2.core.paths import cache_folder, write_whole
+from effv2.core.paths import cache_folder, write_atomically
 from effv2.core.randomness import private_randomness
 from effv2.execution.device import Execution
 
@@ -59,7 +59,7 @@ def calibrate(config: TrainConfig, message: Callable[[str], None]) -> Calibratio
             if found := remembered(config):
                 return found
             found = _time_steps(config)
-            write_whole(path, json.dumps(asdict(found)))
+            write_atomically(path, json.dumps(asdict(found)))
     found = found or _time_steps(config)
     message(f"Timed once on this processor: {found}.")
     return found

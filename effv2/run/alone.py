@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
+from effv2.config.options import CheckpointOptions
 from effv2.config.schema import TrainConfig
 from effv2.core.reporter import Reporter
 from effv2.data.dataset import Dataset
@@ -12,7 +13,6 @@ from effv2.run.labels import Labels, identity
 from effv2.run.run import discard_checkpoints, run_experiment
 from effv2.tracking.read import find_ended_early, find_finished, find_outdated
 from effv2.tracking.run import TrackedRun, point_adopted_run_to
-from effv2.training.saving import Saving
 
 
 @dataclass(frozen=True)
@@ -32,7 +32,7 @@ def train_once(
     reporter: Reporter,
     log_model: bool,
     *,
-    saving: Saving,
+    saving: CheckpointOptions,
     fresh: bool,
 ) -> TrainedOnce:
     """Return the finished run of this identity; where there is none, or with `fresh`, train it.

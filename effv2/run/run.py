@@ -6,10 +6,10 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, replace
 
+from effv2.config.options import CheckpointOptions
 from effv2.config.schema import TrainConfig
-from effv2.core.errors import Diverged, InputError
+from effv2.core.errors import Diverged, InputError, what_ran_out
 from effv2.core.reporter import Reporter
-from effv2.core.resources import what_ran_out
 from effv2.data.dataset import Dataset
 from effv2.execution.device import make_execution
 from effv2.run.labels import Labels, identity, run_tags
@@ -22,7 +22,6 @@ from effv2.tracking.run import TrackedRun, start_run
 from effv2.tracking.tags import OUTCOME
 from effv2.training.checkpoint import Checkpoints, Keeper, Pace, newest_step
 from effv2.training.loop import Training
-from effv2.training.saving import Saving
 from effv2.training.state import TrainState
 
 UPLOADED = "checkpoints"  # folder of the artifacts: the last checkpoint, for other machines
@@ -49,7 +48,7 @@ def run_experiment(
     reporter: Reporter,
     log_model: bool,
     *,
-    saving: Saving,
+    saving: CheckpointOptions,
     observer: Observer = Observer(),  # noqa: B008 (it holds nothing)
     patience: float = PATIENCE,
 ) -> Outcome:
@@ -71,7 +70,7 @@ def run_experiment(
         message=reporter.message,
         patience=patience,
     )
-    uploaded = bool(saving.upload_minutes or labels.continues)  # perhaps by the command that it goes on for
+    uploaded = bool(saving.checkpoint_upload_minutes or labels.continues)  # perhaps by the command that it goes on for
     with opened as run, what_ran_out():
         observer.started(run.run_id)
         checkpoints = Checkpoints.of(run.run_id, saving, asdict(identity(config, dataset)))
@@ -123,9 +122,18 @@ def _train(
     return False
 
 
-def _keeper(run: TrackedRun, state: TrainState, checkpoints: Checkpoints, saving: Saving, reporter: Reporter) -> Keeper:
-    upload = (lambda path: run.log_only(path, UPLOADED)) if saving.upload_minutes else None
-    return Keeper(checkpoints, Pace(60 * saving.minutes), state, reporter.message, upload, 60 * saving.upload_minutes)
+def _keeper(
+    run: TrackedRun, state: TrainState, checkpoints: Checkpoints, saving: CheckpointOptions, reporter: Reporter
+) -> Keeper:
+    upload = (lambda path: run.log_only(path, UPLOADED)) if saving.checkpoint_upload_minutes else None
+    return Keeper(
+        checkpoints,
+        Pace(60 * saving.checkpoint_minutes),
+        state,
+        reporter.message,
+        upload,
+        60 * saving.checkpoint_upload_minutes,
+    )
 
 
 def _on_step(reporter: Reporter, keeper: Keeper) -> Callable[[int, int], None]:
@@ -191,6 +199,6 @@ def _forget(run: TrackedRun, checkpoints: Checkpoints, uploaded: bool) -> None:
         run.discard(UPLOADED)
 
 
-def discard_checkpoints(run_id: str, saving: Saving) -> None:
+def discard_checkpoints(run_id: str, saving: CheckpointOptions) -> None:
     """Remove what is left of a run that was completed elsewhere, or while the tracking store was away."""
     Checkpoints.of(run_id, saving, {}).remove()

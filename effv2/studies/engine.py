@@ -128,7 +128,7 @@ def _open(plan: Plan, storage: Storage, experiment_id: str, options: StudyOption
         tracking_uri=tracking_uri(),
         fresh=fresh,
         log_model=options.log_model,
-        saving=options.saving,
+        saving=options,
     )
 
 

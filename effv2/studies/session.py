@@ -5,14 +5,13 @@ from __future__ import annotations
 from contextlib import suppress
 from dataclasses import dataclass
 
-from effv2.config.options import LogModel
+from effv2.config.options import CheckpointOptions, LogModel
 from effv2.studies.plan import Plan
 from effv2.studies.queue import Queue
 from effv2.studies.storage import Storage, StorageAway, hurry, patient
 from effv2.tracking.read import find_running
 from effv2.tracking.run import TrackedRun
 from effv2.tracking.store import impatient
-from effv2.training.saving import Saving
 
 
 @dataclass(frozen=True)
@@ -27,7 +26,7 @@ class Session:
     tracking_uri: str
     fresh: bool
     log_model: LogModel
-    saving: Saving
+    saving: CheckpointOptions
 
     def queue(self, storage: Storage) -> Queue:
         """Return the queue of the study in its opened storage."""

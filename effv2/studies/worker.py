@@ -19,7 +19,7 @@ from typing import Literal
 import torch
 from optuna.trial import TrialState
 
-from effv2.core.errors import Abandoned, Diverged, RunError, Terminated, going_on
+from effv2.core.errors import Abandoned, Diverged, RunError, Terminated
 from effv2.core.reporter import Reporter
 from effv2.core.signals import ending_signals
 from effv2.execution.allocator import tune_allocator
@@ -255,7 +255,7 @@ def worker_process(session: Session, threads: int) -> None:
             sys.exit(1)
         except StorageAway as error:
             _leave(session, storage)
-            print(going_on(str(error), session.fresh), file=sys.stderr)
+            print(error.sentences(session.fresh), file=sys.stderr)
             sys.exit(AWAY)
 
 

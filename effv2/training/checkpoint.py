@@ -20,10 +20,10 @@ from typing import Any
 
 import torch
 
+from effv2.config.options import CheckpointOptions
 from effv2.core.errors import InputError, Terminated
 from effv2.core.paths import expanded
 from effv2.core.provenance import sha256_of_file
-from effv2.training.saving import Saving
 from effv2.training.state import TrainState
 
 FORMAT = 1  # raise it when what a state holds changes
@@ -42,9 +42,9 @@ class Checkpoints:
     identity: Mapping[str, str]
 
     @classmethod
-    def of(cls, run_id: str, saving: Saving, identity: Mapping[str, str]) -> Checkpoints:
+    def of(cls, run_id: str, saving: CheckpointOptions, identity: Mapping[str, str]) -> Checkpoints:
         """Return those of a run, in a folder of its own."""
-        return cls(expanded(saving.folder) / run_id, identity)
+        return cls(expanded(saving.checkpoint_dir) / run_id, identity)
 
     def write(self, state: Mapping[str, Any], step: int) -> Path:
         """Write a checkpoint, then remove all but the last two; OSError leaves those there were."""
