@@ -480,7 +480,7 @@ def test_help_is_complete_and_imports_nothing_slow(words: list[str]) -> None:
 @pytest.mark.parametrize("name", COMMANDS)
 def test_parameters_of_mlflow_run_are_the_options_of_the_command(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """MLflow passes on every parameter under its own name, an empty one too."""
-    entry_point = load_project(str(ROOT)).get_entry_point(name)
+    entry_point = load_project(str(ROOT)).get_entry_point(name)  # type: ignore[no-untyped-call]
     options = [str(option.name) for option in COMMANDS[name].params]
     words = shlex.split(entry_point.compute_command(dict.fromkeys(options, ""), None))
     assert words[:2] == ["python", f"entry_points/{name.replace('-', '_')}.py"] and (ROOT / words[1]).is_file()
@@ -498,10 +498,9 @@ def test_set_reaches_every_setting_and_the_command_that_resumes_is_logged(
 ) -> None:
     study = tmp_path / "one.yaml"
     study.write_text(tiny_study.read_text().partition("arms:")[0] + TINY_MODEL)
-    words = ["--study", study, "--set", "optimiser.name=sgd, optimiser.momentum=0.5", "--lr", "0.01", "--fresh"]
-    assert (
-        invoke(train, *words, "--set", f"model.table={TINY_TABLE}", "--set", "", "--log-model", "none").exit_code == 0
-    )
+    words: list[str | Path] = ["--study", study, "--lr", "0.01", "--log-model", "none", "--fresh", "--set", ""]
+    words += ["--set", "optimiser.name=sgd, optimiser.momentum=0.5", "--set", f"model.table={TINY_TABLE}"]
+    assert invoke(train, *words).exit_code == 0
     (run,) = all_runs()
     params = run.data.params
     assert (params["optimiser.name"], params["optimiser.momentum"], params["optimiser.lr"]) == ("sgd", "0.5", "0.01")

@@ -12,27 +12,12 @@ from typing import Any
 import click
 
 from effv2 import __version__
-from effv2.cli.options import (
-    CHECKPOINTS,
-    EVALUATION,
-    LOGGING,
-    ONE_RUN,
-    QUEUE,
-    SHARED,
-    Command,
-    given_layer,
-    given_options,
-    option,
-    set_option,
-    setting_options,
-    study_option,
-    study_options,
-)
+from effv2.cli import options as cli
 from effv2.config.options import SHORT_EPOCHS, StudyOptions
 from effv2.core.errors import InputError, RunError
 from effv2.pretrained.config import PretrainedConfig
 
-WITHOUT_SCHEDULER = {name: setting for name, setting in SHARED.items() if name != "scheduler"}
+WITHOUT_SCHEDULER = {name: setting for name, setting in cli.SHARED.items() if name != "scheduler"}
 PUBLISHED_COMPARISON = "efficientnet_v2_s,efficientnet_b0,resnet50"
 SHOWN_FAILURES = 5
 
@@ -43,11 +28,11 @@ def main() -> None:
     """Train, ablate and compare EfficientNetV2 on small images, tracked in MLflow."""
 
 
-@main.command(cls=Command)
-@study_option
-@setting_options(ONE_RUN)
-@set_option
-@study_options(*CHECKPOINTS, *LOGGING)
+@main.command(cls=cli.Command)
+@cli.study_option
+@cli.setting_options(cli.ONE_RUN)
+@cli.set_option
+@cli.study_options(*cli.CHECKPOINTS, *cli.LOGGING)
 def train(study: str | None, **options: Any) -> None:
     """Train one EfficientNetV2 and track it in MLflow.
 
@@ -56,7 +41,7 @@ def train(study: str | None, **options: Any) -> None:
     from effv2.config.layers import build_config
     from effv2.studies.files import open_study
 
-    how, layer = given_options(options), given_layer(options, ONE_RUN)
+    how, layer = cli.given_options(options), cli.given_layer(options, cli.ONE_RUN)
     file = open_study(study) if study else None
     config = file.config(layer) if file else build_config([layer])
 
@@ -95,16 +80,16 @@ def train(study: str | None, **options: Any) -> None:
     click.echo(run_address(ended.run.run_id, ended.run.experiment_id))
 
 
-@main.command(cls=Command)
-@option(
+@main.command(cls=cli.Command)
+@cli.option(
     "variant",
     "The arm to train beside its baseline, or all: mbconv_only, fused_only, half_layers, drop_one, or what the study "
     "file names.  [default: all]",
 )
-@study_option
-@setting_options(SHARED)
-@set_option
-@study_options("seeds", *QUEUE, *CHECKPOINTS, *LOGGING)
+@cli.study_option
+@cli.setting_options(cli.SHARED)
+@cli.set_option
+@cli.study_options("seeds", *cli.QUEUE, *cli.CHECKPOINTS, *cli.LOGGING)
 def ablate(variant: str | None, study: str | None, **options: Any) -> None:
     """Train architecture variants beside their baseline and compare them in MLflow.
 
@@ -113,7 +98,7 @@ def ablate(variant: str | None, study: str | None, **options: Any) -> None:
     """
     from effv2.studies.files import built_in_ablation, open_study
 
-    how, layer = given_options(options), given_layer(options, SHARED)
+    how, layer = cli.given_options(options), cli.given_layer(options, cli.SHARED)
     chosen = open_study(study) if study else built_in_ablation()
     names = chosen.select(variant or "all", "variant")
 
@@ -122,17 +107,17 @@ def ablate(variant: str | None, study: str | None, **options: Any) -> None:
     _run_and_show(partial(make_grid, "ablate", chosen, names, layer, seeds=how.seeds), how)
 
 
-@main.command("hparam-check", cls=Command)
-@option(
+@main.command("hparam-check", cls=cli.Command)
+@cli.option(
     "check",
     "The change to train beside the default, or all: depth (depth multiplier 0.1), half_layers, dropout (0.6), "
     "stochastic_depth (0.5), or what the study file names.  [default: all]",
 )
-@option("scheduler", "With ReduceLROnPlateau, without, or both.  [default: both]", "[both|plateau|none]")
-@study_option
-@setting_options(WITHOUT_SCHEDULER, epochs=SHORT_EPOCHS)
-@set_option
-@study_options("seeds", *QUEUE, *CHECKPOINTS, *LOGGING, log_model="best")
+@cli.option("scheduler", "With ReduceLROnPlateau, without, or both.  [default: both]", "[both|plateau|none]")
+@cli.study_option
+@cli.setting_options(WITHOUT_SCHEDULER, epochs=SHORT_EPOCHS)
+@cli.set_option
+@cli.study_options("seeds", *cli.QUEUE, *cli.CHECKPOINTS, *cli.LOGGING, log_model="best")
 def hparam_check(check: str | None, scheduler: str | None, study: str | None, **options: Any) -> None:
     """Change one hyper-parameter at a time, with and without ReduceLROnPlateau, and compare in MLflow.
 
@@ -141,7 +126,7 @@ def hparam_check(check: str | None, scheduler: str | None, study: str | None, **
     """
     from effv2.studies.files import open_study
 
-    how, layer = given_options(options, log_model="best"), given_layer(options, WITHOUT_SCHEDULER)
+    how, layer = cli.given_options(options, log_model="best"), cli.given_layer(options, WITHOUT_SCHEDULER)
     chosen = open_study(study or "hparam-digits").with_plateau()
     names = chosen.select_checks(check or "all", scheduler or "both")
 
@@ -150,11 +135,11 @@ def hparam_check(check: str | None, scheduler: str | None, study: str | None, **
     _run_and_show(partial(make_grid, "hparam-check", chosen, names, layer, seeds=how.seeds), how)
 
 
-@main.command(cls=Command)
-@study_option
-@setting_options(ONE_RUN, epochs=SHORT_EPOCHS)
-@set_option
-@study_options("trials", *QUEUE, *CHECKPOINTS, *LOGGING, log_model="best")
+@main.command(cls=cli.Command)
+@cli.study_option
+@cli.setting_options(cli.ONE_RUN, epochs=SHORT_EPOCHS)
+@cli.set_option
+@cli.study_options("trials", *cli.QUEUE, *cli.CHECKPOINTS, *cli.LOGGING, log_model="best")
 def search(study: str | None, **options: Any) -> None:
     """Search for the best hyper-parameters on the validation split, with Optuna; test the best once.
 
@@ -163,7 +148,7 @@ def search(study: str | None, **options: Any) -> None:
     """
     from effv2.studies.files import built_in_search, open_study
 
-    how, layer = given_options(options, log_model="best"), given_layer(options, ONE_RUN)
+    how, layer = cli.given_options(options, log_model="best"), cli.given_layer(options, cli.ONE_RUN)
     chosen = open_study(study) if study else built_in_search()
 
     from effv2.studies.search import make_search
@@ -192,21 +177,21 @@ def _run_and_show(make: Callable[..., Any], options: StudyOptions) -> None:
         raise RunError(f"{len(failures)} of {len(plan.slots)} runs failed. {shown}")
 
 
-@main.command("evaluate-pretrained", cls=Command)
-@option(
+@main.command("evaluate-pretrained", cls=cli.Command)
+@cli.option(
     "models",
     "Classification networks of torchvision, separated by commas: resnet50 with its default weights, "
     "resnet50:IMAGENET1K_V1 with others, resnet50=FILE with a state dict of your own, which isn't verified.  "
     f"[default: {PUBLISHED_COMPARISON}]",
     "LIST",
 )
-@option(
+@cli.option(
     "weights-dir",
     "Folder with published files of weights, looked into before torchvision's cache and its download.",
     "FOLDER",
 )
-@setting_options(EVALUATION, PretrainedConfig)
-@study_options(*LOGGING, log_model="none")
+@cli.setting_options(cli.EVALUATION, PretrainedConfig)
+@cli.study_options(*cli.LOGGING, log_model="none")
 def evaluate_pretrained(models: str | None, weights_dir: str | None, **options: Any) -> None:
     """Evaluate published ImageNet weights, each with its own transforms, and say which are really better.
 
@@ -215,8 +200,8 @@ def evaluate_pretrained(models: str | None, weights_dir: str | None, **options: 
     """
     from effv2.config.layers import validate
 
-    how = given_options(options, log_model="none")
-    config = validate(PretrainedConfig, given_layer(options, EVALUATION).values)
+    how = cli.given_options(options, log_model="none")
+    config = validate(PretrainedConfig, cli.given_layer(options, cli.EVALUATION).values)
 
     from effv2.cli.console import ConsoleReporter, print_table
     from effv2.pretrained import comparison, weights
@@ -246,16 +231,16 @@ def evaluate_pretrained(models: str | None, weights_dir: str | None, **options: 
         raise RunError(f"{len(ending.failed)} of {len(requests)} networks failed. {failures}")
 
 
-@main.command(cls=Command)
-@option("export", "Also write the report there, with its data as CSV and a manifest of their hashes.", "FOLDER")
-@option(
+@main.command(cls=cli.Command)
+@cli.option("export", "Also write the report there, with its data as CSV and a manifest of their hashes.", "FOLDER")
+@cli.option(
     "from-export",
     "Read these exports, folders separated by commas, as one, instead of the tracking server; a run in several is "
     "that of the last. Needs --export for another folder.",
     "LIST",
 )
-@option("claims", "Claims of your own (YAML), beside the published ones.", "FILE")
-@study_options("experiment")
+@cli.option("claims", "Claims of your own (YAML), beside the published ones.", "FILE")
+@cli.study_options("experiment")
 def report(export: str | None, from_export: str | None, claims: str | None, experiment: str | None) -> None:
     """Judge every published claim on the runs of an experiment, and show its studies beside them.
 

@@ -26,41 +26,25 @@ from effv2.execution.allocator import tune_allocator
 
 Decorator = Callable[[Callable[..., Any]], Callable[..., Any]]
 
-# Names of options, and the settings that they give.
-SHARED = {
-    "dataset": "data.dataset",
-    "data_dir": "data.dir",
-    "download": "data.download",
-    "image_size": "data.image_size",
-    "per_class": "data.per_class",
-    "split_seed": "data.split_seed",
-    "epochs": "schedule.epochs",
-    "batch_size": "optimiser.batch_size",
-    "lr": "optimiser.lr",
-    "scheduler": "schedule.name",
-    "device": "execution.device",
-    "precision": "execution.precision",
-    "compile": "execution.compile",
-}
-ONE_RUN = {
-    "variant": "model.variant",
-    "dropout": "model.dropout",
-    "stochastic_depth": "model.stochastic_depth",
-    "depth_multiplier": "model.depth_multiplier",
-    "width_multiplier": "model.width_multiplier",
-    "seed": "random.seed",
-} | SHARED
-EVALUATION = {
-    "dataset": "data.dataset",
-    "data_dir": "data.dir",
-    "download": "data.download",
-    "per_class": "data.per_class",
-    "limit": "data.limit",
-    "seed": "data.seed",
-    "device": "execution.device",
-    "precision": "execution.precision",
-    "batch_size": "execution.batch_size",
-}
+OTHER_NAMES = {"data.dir": "data_dir", "schedule.name": "scheduler"}
+
+
+def _options_for(settings: str) -> dict[str, str]:
+    """Return settings by the names of their options: their own last names, but for a few."""
+    return {OTHER_NAMES.get(setting, setting.rpartition(".")[2]): setting for setting in settings.split()}
+
+
+SHARED = _options_for(
+    "data.dataset data.dir data.download data.image_size data.per_class data.split_seed schedule.epochs "
+    "optimiser.batch_size optimiser.lr schedule.name execution.device execution.precision execution.compile"
+)
+ONE_RUN = SHARED | _options_for(
+    "model.variant model.dropout model.stochastic_depth model.depth_multiplier model.width_multiplier random.seed"
+)
+EVALUATION = _options_for(
+    "data.dataset data.dir data.download data.per_class data.limit data.seed execution.device execution.precision "
+    "execution.batch_size"
+)
 # Names of options that are fields of StudyOptions.
 QUEUE = ("workers", "storage")
 CHECKPOINTS = ("checkpoint_dir", "checkpoint_minutes", "checkpoint_upload_minutes")
@@ -93,24 +77,21 @@ class Command(click.Command):
     def invoke(self, ctx: click.Context) -> Any:
         """Run the command."""
         tune_allocator()  # before torch is imported
-        fresh = bool(ctx.params.get("fresh"))
+        token, fresh = COMMAND.set(_command_line(ctx)), bool(ctx.params.get("fresh"))
         resumes = f"; runs that had begun end KILLED, and {same_command(fresh)} resumes them"
-        ended = resumes if "fresh" in ctx.params else ""
-        token = COMMAND.set(_command_line(ctx))
         with ending_signals():
             try:
                 return super().invoke(ctx)
             except InputError as error:
-                message, code = f"Error: {_with_options(error, self)}", 2
+                text, code = f"Error: {_with_options(error, self)}", 2
             except RunError as error:
-                message, code = f"Error: {in_options(error.sentences(fresh), self)}", 1
-            except KeyboardInterrupt:
-                message, code = in_options(f"Interrupted{ended}.", self), 130
-            except Terminated:
-                message, code = in_options(f"Terminated{ended}.", self), 143
+                text, code = in_options(f"Error: {error.sentences(fresh)}", self), 1
+            except (KeyboardInterrupt, Terminated) as error:
+                word, code = ("Terminated", 143) if isinstance(error, Terminated) else ("Interrupted", 130)
+                text = in_options(f"{word}{resumes if 'fresh' in ctx.params else ''}.", self)
             finally:
                 COMMAND.reset(token)
-            click.echo(message.replace("\n", " "), err=True)
+            click.echo(text.replace("\n", " "), err=True)
             sys.exit(code)
 
 

@@ -7,6 +7,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import reduce
+from operator import getitem
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -60,9 +62,8 @@ def option_layer(options: Mapping[str, Any], others: Mapping[str, Any] | None = 
     for name, value in others.items():
         if name not in names:
             same = [each for each in names if each.endswith(f".{name}")]
-            raise InputError(
-                f"set {name}", value, "no such setting", f"give {same[0]}" if same else nearest(name, names)
-            )
+            remedy = f"give {same[0]}" if same else nearest(name, names)
+            raise InputError(f"set {name}", value, "no such setting", remedy)
         if name in options:
             raise InputError(f"set {name}", value, f"{name} is given as well", "remove one of the two")
     layer = Layer({}, lambda place: f"set {dotted(place)}" if dotted(place) in others else dotted(place))
@@ -73,15 +74,12 @@ def option_layer(options: Mapping[str, Any], others: Mapping[str, Any] | None = 
 
 def build_config(layers: list[Layer]) -> TrainConfig:
     """Merge the layers, later ones over earlier ones, and validate."""
-    merged: dict[str, Any] = {}
-    for layer in layers:
-        merged = _merge(merged, layer.values)
 
     def where(place: Place) -> str:
         owner = next((layer for layer in reversed(layers) if _holds(layer.values, place)), layers[0])
         return owner.where(place)
 
-    return validate(TrainConfig, merged, where)
+    return validate(TrainConfig, reduce(_merge, (layer.values for layer in layers)), where)
 
 
 def _merge(below: Mapping[str, Any], above: Mapping[str, Any]) -> dict[str, Any]:
@@ -93,10 +91,10 @@ def _merge(below: Mapping[str, Any], above: Mapping[str, Any]) -> dict[str, Any]
 
 
 def _holds(values: Any, place: Place) -> bool:
-    for step in place:
-        if not isinstance(values, Mapping) or step not in values:
-            return False
-        values = values[step]
+    try:
+        reduce(getitem, place, values)
+    except (KeyError, TypeError, IndexError):
+        return False
     return True
 
 
@@ -163,9 +161,7 @@ def document_layer(document: Document, *place: str) -> Layer:
     """Return the mapping at `place` of a YAML file as a layer."""
     values: Any = document.values
     for step in place:
-        values = (values or {}).get(step)
-    if values is None:
-        values = {}
+        values = values.get(step) or {}
     if not isinstance(values, dict):
         raise InputError(document.where(place), "", "must be a mapping of settings", "indent them below the key")
     return Layer(values, lambda inner: document.where((*place, *inner)))

@@ -111,9 +111,7 @@ class OptimiserConfig(Group):
     name: Annotated[str, OPTIMISERS] = Field("adamw", description="The optimiser.")
     lr: float = Field(1e-3, gt=0, le=100, description="Peak learning rate.")
     batch_size: int = Field(32, ge=2, le=65_536, description="Images a step.")
-    weight_decay: float = Field(
-        0.05, ge=0, le=10, description="Weight decay of weight matrices and kernels; biases and norms have none."
-    )
+    weight_decay: float = Field(0.05, ge=0, le=10, description="Weight decay, of neither biases nor norms.")
     momentum: Fraction = Field(0.9, description="Momentum of SGD (Nesterov where above 0).")
     clip_norm: float = Field(1.0, ge=0, description="Largest L2 norm of the gradient, 0 = unlimited.")
     label_smoothing: Fraction = Field(0.0, description="Label smoothing (Szegedy et al. 2016).")
@@ -153,9 +151,7 @@ class StoppingConfig(Group):
 class EvaluationConfig(Group):
     """What is measured after each epoch."""
 
-    train_set: bool = Field(
-        False, description="Evaluate the whole train set in eval mode instead of averaging over the steps."
-    )
+    train_set: bool = Field(False, description="Evaluate the train set in eval mode, not over the steps.")
     test_set: bool = Field(
         True, description="Evaluate the test set after each epoch; a search leaves it alone until its best is chosen."
     )
@@ -171,9 +167,7 @@ class ExecutionConfig(Group):
         description="auto = bf16 where the device has it and, on CPUs, a short timing finds it faster; else fp32.",
     )
     channels_last: bool = Field(True, description="Memory format of images and kernels.")
-    compile: bool = Field(
-        False, description="Compile the blocks for training (torch.compile): a minute or two, once for a batch shape."
-    )
+    compile: bool = Field(False, description="Compile for training (torch.compile): a minute or two for a batch shape.")
 
 
 class RandomConfig(Group):
