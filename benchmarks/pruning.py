@@ -63,8 +63,7 @@ def search(folder: Path, text: str) -> tuple[float, int]:
     """Run a search in `folder`; return its best validation accuracy and the epochs of all its trials."""
     os.environ["MLFLOW_TRACKING_URI"] = f"sqlite:///{folder / 'mlflow.db'}"
     from effv2.cli.console import ConsoleReporter
-    from effv2.config.documents import dotted
-    from effv2.config.layers import Layer
+    from effv2.config.layers import Layer, dotted
     from effv2.config.options import StudyOptions
     from effv2.studies.engine import run_study
     from effv2.studies.files import read_study

@@ -94,11 +94,11 @@ def effv2_form(config: Any, dataset: Any, folder: Path) -> Form:
     from effv2.training.loop import Training
     from effv2.training.state import TrainState
 
-    execution, saving = make_execution(config.execution), CheckpointOptions(folder=str(folder))
+    execution, saving = make_execution(config.execution), CheckpointOptions(checkpoint_dir=str(folder))
     state = TrainState.create(config, dataset, execution)
     reporter = ConsoleReporter()
     reporter.run_started("speed", config.schedule.epochs)
-    pace = Pace(60 * saving.minutes)
+    pace = Pace(60 * saving.checkpoint_minutes)
     keeper = Keeper(Checkpoints.of("speed", saving, {}), pace, state, print, None, 0.0)
     marks: list[float] = []
 

@@ -6,7 +6,7 @@ from pathlib import Path
 # This checkout's package, even where the environment was built from another clone.
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from effv2.cli.hparam_check import hparam_check
+from effv2.cli.main import hparam_check
 
 if __name__ == "__main__":
     hparam_check()

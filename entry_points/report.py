@@ -6,7 +6,7 @@ from pathlib import Path
 # This checkout's package, even where the environment was built from another clone.
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from effv2.cli.report import report
+from effv2.cli.main import report
 
 if __name__ == "__main__":
     report()

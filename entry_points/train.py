@@ -6,7 +6,7 @@ from pathlib import Path
 # This checkout's package, even where the environment was built from another clone.
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from effv2.cli.train import train
+from effv2.cli.main import train
 
 if __name__ == "__main__":
     train()

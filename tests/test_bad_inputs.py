@@ -19,8 +19,7 @@ from hypothesis import strategies as st
 from mlflow import MlflowClient
 from PIL import Image
 
-from effv2.cli.ablate import ablate
-from effv2.cli.train import train
+from effv2.cli.main import ablate, train
 from effv2.config.schema import DataConfig
 from effv2.core.errors import InputError, RunError
 from effv2.data.dataset import load_dataset

@@ -31,7 +31,7 @@ class State:
 
 
 def make(folder: Path, message: Callable[[str], None] = print, **changes: Any) -> Checkpointer:
-    return Checkpointer("run", CheckpointOptions(str(folder)), IDENTITY | changes, message)
+    return Checkpointer("run", CheckpointOptions(checkpoint_dir=str(folder)), IDENTITY | changes, message)
 
 
 def save(checkpoints: Checkpointer, step: int) -> None:
@@ -122,7 +122,7 @@ def test_checkpoints_cost_at_most_two_percent_and_lose_at_most_their_minutes(
             now += cost
             return Path()
 
-    timed = Timed("run", CheckpointOptions("", minutes), {}, print, clock=lambda: now)
+    timed = Timed("run", CheckpointOptions(checkpoint_dir="", checkpoint_minutes=minutes), {}, print, clock=lambda: now)
     for step, (seconds, epoch_ended) in enumerate(steps):
         now += seconds
         before = len(written)

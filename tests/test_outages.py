@@ -13,7 +13,7 @@ from click.testing import CliRunner
 from mlflow import MlflowClient
 from mlflow.entities import Metric, Run
 
-from effv2.cli.train import train
+from effv2.cli.main import train
 from tests.conftest import ROOT, TINY_TABLE, running
 from tests.servers import Server
 

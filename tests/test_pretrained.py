@@ -30,7 +30,7 @@ from PIL import Image
 from torchvision import models
 from torchvision.datasets import Imagenette
 
-from effv2.cli.evaluate_pretrained import evaluate_pretrained
+from effv2.cli.main import evaluate_pretrained
 from effv2.core.errors import InputError
 from effv2.evidence.statistics import calibration_error, holm, mcnemar, wilson
 from effv2.pretrained import comparison, evaluation, measure
@@ -570,7 +570,7 @@ def test_what_was_evaluated_is_not_repeated(
 
 CUT_SHORT = """
 import os, signal, sys
-from effv2.cli.evaluate_pretrained import evaluate_pretrained
+from effv2.cli.main import evaluate_pretrained
 from effv2.pretrained import evaluation, measure
 
 scores, calls = evaluation.scores, 0

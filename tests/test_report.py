@@ -14,9 +14,7 @@ import pytest
 from mlflow import MlflowClient
 from mlflow.entities import Metric, Param, RunTag
 
-from effv2.cli.ablate import ablate
-from effv2.cli.report import report
-from effv2.cli.train import train
+from effv2.cli.main import ablate, report, train
 from effv2.evidence.claims import read_claims
 from effv2.tracking.read import read_experiment
 from effv2.tracking.tags import BORROWED, lent, lent_in

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
-from effv2.cli.report import report
+from effv2.cli.main import report
 from tests.conftest import ROOT
 from tests.test_commands import invoke
 

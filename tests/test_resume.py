@@ -22,8 +22,8 @@ from click.testing import CliRunner, Result
 from mlflow import MlflowClient
 from mlflow.entities import Run
 
-from effv2.cli.train import train
 from effv2.tracking.models import model_address
+from effv2.cli.main import train
 from tests.conftest import ROOT, TINY_TABLE, make_image_tree, running
 
 EVERYTHING = f"""
@@ -130,7 +130,7 @@ SHORT = EVERYTHING.replace("EPOCHS", "6").replace("per_class: 30", "per_class: 1
 DIES = """
 import os, signal, sys
 from mlflow import MlflowClient
-from effv2.cli.train import train
+from effv2.cli.main import train
 def die(*_, **__):
     os.kill(os.getpid(), signal.SIGKILL)
 MlflowClient.{where} = die

@@ -140,7 +140,7 @@ def sender_process() -> str:
 
 
 def test_a_run_that_a_living_process_works_on_is_left_alone(tmp_path: Path) -> None:
-    options = CheckpointOptions(str(tmp_path))
+    options = CheckpointOptions(checkpoint_dir=str(tmp_path))
     first, second = (Checkpointer("run", options, {}, print) for _ in range(2))
     with first.lock(), pytest.raises(RunError, match="another process works on it"), second.lock():
         pass

@@ -15,8 +15,7 @@ import pytest
 import torch
 from mlflow.entities import Experiment
 
-from effv2.core.errors import InputError, RunError
-from effv2.core.resources import what_ran_out
+from effv2.core.errors import InputError, RunError, what_ran_out
 from effv2.tracking import store
 from effv2.tracking.store import open_store, shown_uri
 
@@ -138,8 +137,8 @@ def no_memory_on_the_host() -> None:
 @pytest.mark.parametrize(
     ("runs_out", "sentence"),
     [
-        (no_memory_on_the_device, "memory is full; lower --batch-size or --image-size"),
-        (no_memory_on_the_host, "memory is full; lower --batch-size or --image-size"),
+        (no_memory_on_the_device, "memory is full; lower optimiser.batch_size or data.image_size"),
+        (no_memory_on_the_host, "memory is full; lower optimiser.batch_size or data.image_size"),
         (full_disk_of_torch, "disk is full at /data/weights.pt; free space"),
     ],
 )

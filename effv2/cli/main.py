@@ -1,40 +1,269 @@
-"""The console script `effv2`: every entry point as a sub-command."""
+"""The console script `effv2` and its commands: options to configuration to one call.
+
+Commands import what is heavy when they need it, so that `--help` and wrong input are answered at once.
+"""
 
 from __future__ import annotations
 
-import importlib
+from collections.abc import Callable
+from functools import partial
+from typing import Any
 
 import click
 
 from effv2 import __version__
+from effv2.cli import options as cli
+from effv2.config.options import SHORT_EPOCHS, StudyOptions
+from effv2.core.errors import InputError, RunError
+from effv2.pretrained.config import PretrainedConfig
 
-# Sub-commands and the modules that hold them; a module is imported when its command is used.
-COMMANDS = {
-    "train": "effv2.cli.train",
-    "ablate": "effv2.cli.ablate",
-    "hparam-check": "effv2.cli.hparam_check",
-    "search": "effv2.cli.search",
-    "evaluate-pretrained": "effv2.cli.evaluate_pretrained",
-    "report": "effv2.cli.report",
-}
+WITHOUT_SCHEDULER = {name: setting for name, setting in cli.SHARED.items() if name != "scheduler"}
+PUBLISHED_COMPARISON = "efficientnet_v2_s,efficientnet_b0,resnet50"
+SHOWN_FAILURES = 5
 
 
-class LazyGroup(click.Group):
-    """A group whose commands are imported late."""
-
-    def list_commands(self, ctx: click.Context) -> list[str]:
-        """Return the names."""
-        return list(COMMANDS)
-
-    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
-        """Import a command."""
-        if cmd_name not in COMMANDS:
-            return None
-        command: click.Command = getattr(importlib.import_module(COMMANDS[cmd_name]), cmd_name.replace("-", "_"))
-        return command
-
-
-@click.group(cls=LazyGroup)
+@click.group()
 @click.version_option(__version__)
 def main() -> None:
     """Train, ablate and compare EfficientNetV2 on small images, tracked in MLflow."""
+
+
+@main.command(cls=cli.Command)
+@cli.study_option
+@cli.setting_options(cli.ONE_RUN)
+@cli.set_option
+@cli.study_options(*cli.CHECKPOINTS, *cli.LOGGING)
+def train(study: str | None, **options: Any) -> None:
+    """Train one EfficientNetV2 and track it in MLflow.
+
+    Without options: the default variant on scikit-learn's digits, a minute on two cores.
+    """
+    from effv2.config.layers import build_config
+    from effv2.studies.files import open_study
+
+    how, layer = cli.given_options(options), cli.given_layer(options, cli.ONE_RUN)
+    file = open_study(study) if study else None
+    config = file.config(layer) if file else build_config([layer])
+
+    from effv2.cli.console import ConsoleReporter
+    from effv2.data.dataset import load_dataset
+    from effv2.execution.resolve import place, resolve
+    from effv2.run.alone import train_once
+    from effv2.run.labels import Labels
+    from effv2.run.run import check
+    from effv2.tracking.recovery import open_experiment
+    from effv2.tracking.run import run_address
+    from effv2.tracking.store import TrackingError, reason
+
+    name = file.name if file else f"{config.model.variant}, seed {config.random.seed}"
+    with ConsoleReporter() as reporter:
+        config = place(config)
+        dataset = load_dataset(config.data, reporter.decoding)
+        check(config, dataset)
+        config = resolve(config, reporter.hint)
+        try:
+            labels = Labels(name, open_experiment(how.experiment, reporter.message), file.name if file else "")
+            logs_model = how.log_model != "none"
+            ended = train_once(config, dataset, labels, reporter, logs_model, saving=how, fresh=how.fresh)
+        except TrackingError as error:
+            raise RunError(f"The tracking store failed ({reason(error)}); mend it.", resumes=True) from error
+    if ended.was_finished:
+        without = ", but without a model" if logs_model and not ended.model_address else ""
+        click.echo(f"Finished before, with the same configuration, data and code{without}; --fresh repeats it.")
+    if "best/test_accuracy" in ended.metrics:
+        click.echo(
+            f"test accuracy {ended.metrics['selected/test_accuracy']:.2%} at the selected epoch "
+            f"{ended.metrics['selected/epoch']:.0f}, best {ended.metrics['best/test_accuracy']:.2%}"
+        )
+    if ended.model_address:
+        click.echo(f"model {ended.model_address}")
+    click.echo(run_address(ended.run.run_id, ended.run.experiment_id))
+
+
+@main.command(cls=cli.Command)
+@cli.option(
+    "variant",
+    "The arm to train beside its baseline, or all: mbconv_only, fused_only, half_layers, drop_one, or what the study "
+    "file names.  [default: all]",
+)
+@cli.study_option
+@cli.setting_options(cli.SHARED)
+@cli.set_option
+@cli.study_options("seeds", *cli.QUEUE, *cli.CHECKPOINTS, *cli.LOGGING)
+def ablate(variant: str | None, study: str | None, **options: Any) -> None:
+    """Train architecture variants beside their baseline and compare them in MLflow.
+
+    Without a study file: the five published variants of EfficientNetV2-S under one short protocol on
+    scikit-learn's digits. The same command again resumes where the last one ended.
+    """
+    from effv2.studies.files import built_in_ablation, open_study
+
+    how, layer = cli.given_options(options), cli.given_layer(options, cli.SHARED)
+    chosen = open_study(study) if study else built_in_ablation()
+    names = chosen.select(variant or "all", "variant")
+
+    from effv2.studies.grid import make_grid
+
+    _run_and_show(partial(make_grid, "ablate", chosen, names, layer, seeds=how.seeds), how)
+
+
+@main.command("hparam-check", cls=cli.Command)
+@cli.option(
+    "check",
+    "The change to train beside the default, or all: depth (depth multiplier 0.1), half_layers, dropout (0.6), "
+    "stochastic_depth (0.5), or what the study file names.  [default: all]",
+)
+@cli.option("scheduler", "With ReduceLROnPlateau, without, or both.  [default: both]", "[both|plateau|none]")
+@cli.study_option
+@cli.setting_options(WITHOUT_SCHEDULER, epochs=SHORT_EPOCHS)
+@cli.set_option
+@cli.study_options("seeds", *cli.QUEUE, *cli.CHECKPOINTS, *cli.LOGGING, log_model="best")
+def hparam_check(check: str | None, scheduler: str | None, study: str | None, **options: Any) -> None:
+    """Change one hyper-parameter at a time, with and without ReduceLROnPlateau, and compare in MLflow.
+
+    Without a study: hparam-digits, the published check shortened to three epochs a run on scikit-learn's digits; the
+    full protocols are the studies hparam-*. The same command again resumes where the last one ended.
+    """
+    from effv2.studies.files import open_study
+
+    how, layer = cli.given_options(options, log_model="best"), cli.given_layer(options, WITHOUT_SCHEDULER)
+    chosen = open_study(study or "hparam-digits").with_plateau()
+    names = chosen.select_checks(check or "all", scheduler or "both")
+
+    from effv2.studies.grid import make_grid
+
+    _run_and_show(partial(make_grid, "hparam-check", chosen, names, layer, seeds=how.seeds), how)
+
+
+@main.command(cls=cli.Command)
+@cli.study_option
+@cli.setting_options(cli.ONE_RUN, epochs=SHORT_EPOCHS)
+@cli.set_option
+@cli.study_options("trials", *cli.QUEUE, *cli.CHECKPOINTS, *cli.LOGGING, log_model="best")
+def search(study: str | None, **options: Any) -> None:
+    """Search for the best hyper-parameters on the validation split, with Optuna; test the best once.
+
+    Without a study file: dropout, stochastic depth and depth multiplier on scikit-learn's digits. The same command
+    again resumes where the last one ended; with more trials, the search grows.
+    """
+    from effv2.studies.files import built_in_search, open_study
+
+    how, layer = cli.given_options(options, log_model="best"), cli.given_layer(options, cli.ONE_RUN)
+    chosen = open_study(study) if study else built_in_search()
+
+    from effv2.studies.search import make_search
+
+    _run_and_show(partial(make_search, chosen, layer, how.trials or 0), how)
+
+
+def _run_and_show(make: Callable[..., Any], options: StudyOptions) -> None:
+    """Make the plan of a study (`make` takes `load` and `message`), run it, print its table and where to look."""
+    from effv2.cli.console import ConsoleReporter, print_table
+    from effv2.studies.engine import run_study
+    from effv2.studies.plan import LoadedData
+    from effv2.tracking.recovery import open_experiment
+    from effv2.tracking.run import run_address
+
+    with ConsoleReporter() as reporter:
+        load = LoadedData(reporter.decoding)
+        plan = make(load=load, message=reporter.hint)
+        ending = run_study(plan, open_experiment(options.experiment, reporter.message), options, load, reporter)
+    print_table(ending.table)
+    click.echo(run_address(ending.parent.run_id, ending.parent.experiment_id))
+    if ending.failed:
+        failures = [f"{name}: {error}" for name, error in ending.failed.items()]
+        more = [f"And {len(failures) - SHOWN_FAILURES} more."] if len(failures) > SHOWN_FAILURES else []
+        shown = " ".join(failures[:SHOWN_FAILURES] + more)
+        raise RunError(f"{len(failures)} of {len(plan.slots)} runs failed. {shown}")
+
+
+@main.command("evaluate-pretrained", cls=cli.Command)
+@cli.option(
+    "models",
+    "Classification networks of torchvision, separated by commas: resnet50 with its default weights, "
+    "resnet50:IMAGENET1K_V1 with others, resnet50=FILE with a state dict of your own, which isn't verified.  "
+    f"[default: {PUBLISHED_COMPARISON}]",
+    "LIST",
+)
+@cli.option(
+    "weights-dir",
+    "Folder with published files of weights, looked into before torchvision's cache and its download.",
+    "FOLDER",
+)
+@cli.setting_options(cli.EVALUATION, PretrainedConfig)
+@cli.study_options(*cli.LOGGING, log_model="none")
+def evaluate_pretrained(models: str | None, weights_dir: str | None, **options: Any) -> None:
+    """Evaluate published ImageNet weights, each with its own transforms, and say which are really better.
+
+    On Imagenette, or any folder whose classes are ImageNet's. Rankings rest on images that the weights were not fitted
+    to. The same command again resumes where the last one ended.
+    """
+    from effv2.config.layers import validate
+
+    how = cli.given_options(options, log_model="none")
+    config = validate(PretrainedConfig, cli.given_layer(options, cli.EVALUATION).values)
+
+    from effv2.cli.console import ConsoleReporter, print_table
+    from effv2.pretrained import comparison, weights
+    from effv2.tracking.run import run_address
+
+    requests = weights.parse_models(models or PUBLISHED_COMPARISON)
+    folder = weights.check_folder(weights_dir or "")
+    with ConsoleReporter() as reporter:
+        ending = comparison.evaluate_pretrained(
+            requests,
+            config,
+            reporter,
+            weights_dir=folder,
+            experiment=how.experiment,
+            fresh=how.fresh,
+            log_model=how.log_model,
+            show_downloads=reporter.console.is_terminal,
+        )
+    if ending.ranking is not None:
+        print_table(ending.ranking.summary())
+        click.echo(ending.ranking.sentence())
+    for label, address in ending.models.items():
+        click.echo(f"model of {label}: {address}")
+    click.echo(run_address(ending.parent.run_id, ending.parent.experiment_id))
+    if ending.failed:
+        failures = " ".join(f"{label}: {reason}." for label, reason in ending.failed.items())
+        raise RunError(f"{len(ending.failed)} of {len(requests)} networks failed. {failures}")
+
+
+@main.command(cls=cli.Command)
+@cli.option("export", "Also write the report there, with its data as CSV and a manifest of their hashes.", "FOLDER")
+@cli.option(
+    "from-export",
+    "Read these exports, folders separated by commas, as one, instead of the tracking server; a run in several is "
+    "that of the last. Needs --export for another folder.",
+    "LIST",
+)
+@cli.option("claims", "Claims of your own (YAML), beside the published ones.", "FILE")
+@cli.study_options("experiment")
+def report(export: str | None, from_export: str | None, claims: str | None, experiment: str | None) -> None:
+    """Judge every published claim on the runs of an experiment, and show its studies beside them.
+
+    One page (HTML, and Markdown) is logged to the run of every study that it covers. It needs no network to be read.
+    """
+    from effv2.core.paths import expanded
+
+    own = expanded(claims) if claims else None
+    target = expanded(export or ".").resolve()
+    sources = [expanded(word.strip()).resolve() for word in (from_export or "").split(",") if word.strip()]
+    if from_export and not sources:
+        raise InputError("from_export", from_export, "names no folder", "give some, separated by commas")
+    if sources and (not export or target in sources):
+        raise InputError("from_export", from_export, "the report needs a folder of its own", "name one with `export`")
+
+    from effv2.cli.console import ConsoleReporter
+    from effv2.evidence.publication import publish, rebuild
+
+    with ConsoleReporter() as reporter:
+        if sources:
+            made, address = rebuild(sources, own, target, reporter), ""
+        else:
+            made, address = publish(experiment or "", own, target if export else None, reporter)
+    for line in (*made.own, made.summary, address, target / "report.html" if export else ""):
+        if line:
+            click.echo(line)

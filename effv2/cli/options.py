@@ -1,256 +1,204 @@
-"""Options shared by the commands. Help, defaults and bounds come from effv2.config.schema, the one place of both.
+"""What the commands share: options from the schema, wrong input and signals as one sentence and an exit code.
 
-Every value is taken as text and validated with the configuration, so that an error reads the same wherever the
-value was written. An empty text means 'not given': `mlflow run` passes every declared parameter.
+Every value is taken as text and validated by pydantic, so that an error reads the same wherever the value was written.
 """
 
 from __future__ import annotations
 
-import math
+import re
+import shlex
 import sys
-from collections.abc import Callable, Mapping
-from functools import wraps
-from typing import Any, Literal, TypeVar, get_args, get_origin
+from collections.abc import Callable, Iterable, Mapping
+from functools import reduce
+from typing import Any, Literal, get_args, get_origin
 
 import click
+from pydantic.fields import FieldInfo
 
-from effv2.config.options import DEFAULT_STORAGE, CheckpointOptions, LogModel, StudyOptions
+from effv2.config.layers import Layer, option_layer, validate
+from effv2.config.options import StudyOptions
+from effv2.config.registry import Registry
 from effv2.config.schema import Group, TrainConfig, field_of
-from effv2.core.errors import InputError, RunError, Terminated, going_on
+from effv2.core.errors import InputError, RunError, Terminated, same_command
+from effv2.core.provenance import COMMAND, without_password
 from effv2.core.signals import ending_signals
 from effv2.execution.allocator import tune_allocator
 
-Command = TypeVar("Command", bound=Callable[..., Any])
+Decorator = Callable[[Callable[..., Any]], Callable[..., Any]]
 
-# Option names (as in MLproject) and the fields that they set.
-SHARED = {
-    "dataset": "data.dataset",
-    "data_dir": "data.dir",
-    "download": "data.download",
-    "image_size": "data.image_size",
-    "per_class": "data.per_class",
-    "split_seed": "data.split_seed",
-    "epochs": "schedule.epochs",
-    "batch_size": "optimiser.batch_size",
-    "lr": "optimiser.lr",
-    "scheduler": "schedule.name",
-    "device": "execution.device",
-    "precision": "execution.precision",
-    "compile": "execution.compile",
-}
-ONE_RUN = {
-    "variant": "model.variant",
-    "dropout": "model.dropout",
-    "stochastic_depth": "model.stochastic_depth",
-    "depth_multiplier": "model.depth_multiplier",
-    "width_multiplier": "model.width_multiplier",
-    "seed": "random.seed",
-}
+OTHER_NAMES = {"data.dir": "data_dir", "schedule.name": "scheduler"}
 
 
-def config_options(
-    fields: dict[str, str], config: type[Group] = TrainConfig, defaults: Mapping[str, Any] | None = None
-) -> Callable[[Command], Command]:
-    """Add an option for each field of a configuration; `defaults` are those of the command, where it has its own."""
-
-    def decorate(command: Command) -> Command:
-        for name, dotted in reversed(fields.items()):
-            info, default = field_of(dotted, config)
-            command = _config_option(name, info, (defaults or {}).get(name, default))(command)
-        return command
-
-    return decorate
+def _options_for(settings: str) -> dict[str, str]:
+    """Return settings by the names of their options: their own last names, but for a few."""
+    return {OTHER_NAMES.get(setting, setting.rpartition(".")[2]): setting for setting in settings.split()}
 
 
-def _config_option(name: str, info: Any, default: Any) -> Callable[[Command], Command]:
-    kind = info.annotation
-    metavar = {int: "INTEGER", float: "NUMBER", str: "TEXT", bool: "[true|false]"}.get(kind, "TEXT")
-    if get_origin(kind) is Literal:
-        metavar = f"[{'|'.join(get_args(kind))}]"
-    limits = _limits(info.metadata)
-    shown = str(default).lower() if kind is bool else default
-    default_text = f"default: {shown}" if default != "" else ""
-    extra = "; ".join(filter(None, (default_text, limits)))
-    text = f"{info.description}  [{extra}]" if extra else info.description
-    flag: dict[str, Any] = {"is_flag": False, "flag_value": "true"} if kind is bool else {}
-    return click.option(f"--{name.replace('_', '-')}", name, default=None, metavar=metavar, help=text, **flag)
-
-
-def _limits(metadata: list[Any]) -> str:
-    signs = {"ge": "≥", "gt": ">", "le": "≤", "lt": "<"}
-    found = {sign: getattr(rule, name) for name, sign in signs.items() for rule in metadata if hasattr(rule, name)}
-    return ", ".join(f"{sign} {value}" for sign, value in found.items() if value != 2**32)
-
-
-study_option = click.option(
-    "--study",
-    default="",
-    metavar="NAME",
-    help="Study whose settings the options then change: the path of a file (YAML), or a name, as ablate-mnist.",
+SHARED = _options_for(
+    "data.dataset data.dir data.download data.image_size data.per_class data.split_seed schedule.epochs "
+    "optimiser.batch_size optimiser.lr schedule.name execution.device execution.precision execution.compile"
 )
-experiment_option = click.option(
-    "--experiment",
-    default="",
-    metavar="NAME",
-    help="MLflow experiment to log to.  [default: MLflow's own choice]",
+ONE_RUN = SHARED | _options_for(
+    "model.variant model.dropout model.stochastic_depth model.depth_multiplier model.width_multiplier random.seed"
 )
-
-
-seeds_option = click.option(
-    "--seeds", default="", metavar="LIST", help="Seeds of every arm, as 0,1,2.  [default: 0, or the study's]"
+EVALUATION = _options_for(
+    "data.dataset data.dir data.download data.per_class data.limit data.seed execution.device execution.precision "
+    "execution.batch_size"
 )
-fresh_option = click.option(
-    "--fresh",
-    default="",
-    metavar="[true|false]",
-    is_flag=False,
-    flag_value="true",
-    help="Start over, repeating what was finished.  [default: false]",
-)
+# Names of options that are fields of StudyOptions.
+QUEUE = ("workers", "storage")
+CHECKPOINTS = ("checkpoint_dir", "checkpoint_minutes", "checkpoint_upload_minutes")
+LOGGING = ("experiment", "log_model", "fresh")
 
 
-checkpoint_dir_option = click.option(
-    "--checkpoint-dir",
-    default="",
-    metavar="FOLDER",
-    help=f"Folder for checkpoints, from which a run that was killed goes on.  [default: {CheckpointOptions.folder}]",
-)
-checkpoint_minutes_option = click.option(
-    "--checkpoint-minutes",
-    default="",
-    metavar="NUMBER",
-    help="Minutes of training that a kill may cost at most; checkpoints never take more than 2 % of the time.  "
-    f"[default: {CheckpointOptions.minutes:g}; ≥ 0]",
-)
+class Option(click.Option):
+    """An option that takes a text, and the dotted setting that it gives, if it gives one."""
+
+    def __init__(self, names: list[str], setting: str = "", **about: Any) -> None:
+        super().__init__(names, **about)
+        self.setting = setting
+
+    def type_cast_value(self, ctx: click.Context, value: Any) -> Any:
+        """Return the text; an empty one is none: `mlflow run -P lr=` passes it."""
+        text = super().type_cast_value(ctx, value)
+        return tuple(filter(None, text)) if self.multiple else text or None
 
 
-checkpoint_upload_minutes_option = click.option(
-    "--checkpoint-upload-minutes",
-    default="",
-    metavar="NUMBER",
-    help="Minutes between checkpoints that are uploaded to the run's artifacts, so that another machine can go on; 0 = "
-    f"never.  [default: {CheckpointOptions.upload_minutes:g}; ≥ 0]",
-)
+class Command(click.Command):
+    """A command that ends wrong input, faults and signals with one sentence and exit code 2, 1, 130 or 143.
 
+    Its options may be spelt with underscores, as the parameters of `mlflow run` are.
+    """
 
-def saving_options(command: Command) -> Command:
-    """Add the options of checkpoints."""
-    return checkpoint_dir_option(checkpoint_minutes_option(checkpoint_upload_minutes_option(command)))
+    def __init__(self, name: str, **about: Any) -> None:
+        about["context_settings"] = {"token_normalize_func": lambda token: token.replace("_", "-")}
+        super().__init__(name, **about)
 
-
-def take_saving(options: dict[str, Any]) -> CheckpointOptions:
-    """Take the options of checkpoints out of a command's, validated."""
-    folder = options.pop("checkpoint_dir") or CheckpointOptions.folder
-    names = ("checkpoint_minutes", "checkpoint_upload_minutes")
-    minutes, upload_minutes = (_parse_minutes(name, options.pop(name) or "") for name in names)
-    return CheckpointOptions(folder, CheckpointOptions.minutes if minutes is None else minutes, upload_minutes or 0.0)
-
-
-def _parse_minutes(name: str, text: str) -> float | None:
-    try:
-        number = float(text) if text else None
-    except ValueError:
-        number = math.nan
-    if number is not None and not 0 <= number < math.inf:
-        raise InputError(f"--{name.replace('_', '-')} {text}: must be a number of minutes from 0.")
-    return number
-
-
-def log_model_option(default: LogModel) -> Callable[[Command], Command]:
-    """Add --log-model."""
-    text = f"Which runs log their model: the best of the study, all, none.  [default: {default}]"
-    return click.option("--log-model", default="", metavar="[best|all|none]", help=text)
-
-
-def study_options(log_model: LogModel) -> Callable[[Command], Command]:
-    """Add the options of every study: how it is run and where it is logged."""
-    options = (
-        click.option(
-            "--workers", default="", metavar="INTEGER", help="Processes that share the study here.  [default: 1; ≥ 1]"
-        ),
-        click.option(
-            "--storage",
-            default="",
-            metavar="URL",
-            help=f"Optuna's storage, which keeps the state of studies: sqlite:///FILE, or for several machines "
-            f"postgresql://USER@HOST/DATABASE.  [default: {DEFAULT_STORAGE}]",
-        ),
-        saving_options,
-        fresh_option,
-        log_model_option(log_model),
-        experiment_option,
-    )
-
-    def decorate(command: Command) -> Command:
-        for option in reversed(options):
-            command = option(command)
-        return command
-
-    return decorate
-
-
-def take_study_options(options: dict[str, Any], log_model: LogModel) -> StudyOptions:
-    """Take the options of every study out of a command's, validated; `log_model` is the command's default."""
-    return StudyOptions(
-        workers=parse_count("workers", options.pop("workers") or "1"),
-        storage=options.pop("storage") or DEFAULT_STORAGE,
-        fresh=parse_fresh(options.pop("fresh")),
-        log_model=parse_log_model(options.pop("log_model"), log_model),
-        experiment=options.pop("experiment"),
-        checkpoints=take_saving(options),
-    )
-
-
-def parse_count(option: str, text: str) -> int:
-    """Read a whole number from 1 on."""
-    if not text.isdecimal() or not 1 <= int(text) <= 100_000:
-        raise InputError(f"--{option} {text}: must be a whole number from 1 to 100,000.")
-    return int(text)
-
-
-def parse_fresh(text: str) -> bool:
-    """Read --fresh."""
-    if text not in ("", "true", "false"):
-        raise InputError(f"--fresh {text}: must be true or false.")
-    return text == "true"
-
-
-def parse_log_model(text: str, default: LogModel) -> Any:
-    """Validate --log-model."""
-    if text not in ("", "best", "all", "none"):
-        raise InputError(f"--log-model {text}: no such choice; use best, all or none.")
-    return text or default
-
-
-def parse_seeds(text: str) -> tuple[int, ...]:
-    """Read `0,1,2`; an empty text gives none."""
-    words = [word.strip() for word in text.split(",")] if text.strip() else []
-    if not all(word.isdecimal() and int(word) < 2**32 for word in words) or len(set(words)) < len(words):
-        raise InputError(f"--seeds {text}: must be different whole numbers from 0 on, separated by commas, as 0,1,2.")
-    return tuple(map(int, words))
-
-
-GOES_ON = "runs that had begun end KILLED, and the same command goes on with them."
-
-
-def reports_errors(command: Command) -> Command:
-    """Turn our errors and signals into one sentence and their exit code: 2, 1, 130 or 143."""
-
-    @wraps(command)
-    def wrapped(*args: Any, **kwargs: Any) -> Any:
+    def invoke(self, ctx: click.Context) -> Any:
+        """Run the command."""
         tune_allocator()  # before torch is imported
+        token, fresh = COMMAND.set(_command_line(ctx)), bool(ctx.params.get("fresh"))
+        resumes = f"; runs that had begun end KILLED, and {same_command(fresh)} resumes them"
         with ending_signals():
             try:
-                return command(*args, **kwargs)
+                return super().invoke(ctx)
             except InputError as error:
-                message, code = f"Error: {error}", 2
+                text, code = f"Error: {_with_options(error, self)}", 2
             except RunError as error:
-                message, code = f"Error: {error}", 1
-            except KeyboardInterrupt:
-                message, code = f"Interrupted; {GOES_ON}", 130
-            except Terminated:
-                message, code = f"Terminated; {GOES_ON}", 143
-            click.echo(going_on(message, kwargs.get("fresh") == "true").replace("\n", " "), err=True)
+                text, code = in_options(f"Error: {error.sentences(fresh)}", self), 1
+            except (KeyboardInterrupt, Terminated) as error:
+                word, code = ("Terminated", 143) if isinstance(error, Terminated) else ("Interrupted", 130)
+                text = in_options(f"{word}{resumes if 'fresh' in ctx.params else ''}.", self)
+            finally:
+                COMMAND.reset(token)
+            click.echo(text.replace("\n", " "), err=True)
             sys.exit(code)
 
-    return wrapped  # type: ignore[return-value]
+
+def _command_line(ctx: click.Context) -> str:
+    """Return the command as it may be given again to resume: without empty options, passwords and --fresh."""
+    words = ["effv2", str(ctx.command.name)]
+    for option in ctx.command.params:
+        value = ctx.params.get(str(option.name))
+        for text in value if isinstance(value, tuple) else (value,):
+            words += [option.opts[0], without_password(text)] if text and option.name != "fresh" else []
+    return shlex.join(words)
+
+
+def _options_by_name(command: click.Command) -> dict[str, str]:
+    """Return the command's options by the parameters and settings that they give."""
+    names = {name: each.opts[0] for each in command.params for name in (each.name, getattr(each, "setting", ""))}
+    return {name: option for name, option in names.items() if name}
+
+
+def in_options(text: str, command: click.Command) -> str:
+    """Name settings, and parameters in backticks, by the options that the command has for them."""
+    options = _options_by_name(command)
+    return re.sub(
+        r"`(\w+)`|(?<![\w./=-])([a-z]+\.[a-z_]+)(?!\w|\.\w)",
+        lambda found: options.get(found[1] or found[2], found[0]),
+        text,
+    )
+
+
+def _with_options(error: InputError, command: click.Command) -> InputError:
+    """Return the error with the options of the command for the names in it."""
+    first, space, more = error.what.partition(" ")
+    what = _options_by_name(command).get(first, first) + space + more
+    return InputError(what, error.value, in_options(error.problem, command), in_options(error.remedy, command))
+
+
+def option(name: str, text: str, metavar: str = "NAME", **about: Any) -> Decorator:
+    """Add an option that no schema describes."""
+    return click.option(f"--{name}", cls=Option, metavar=metavar, help=text, **about)
+
+
+study_option = option(
+    "study", "Study whose settings the options then change: the path of a file (YAML), or a name, as ablate-mnist."
+)
+set_option = option(
+    "set",
+    "Any setting, as optimiser.name=sgd. May be given again; may hold several, separated by commas or spaces.",
+    "SETTING=VALUE",
+    multiple=True,
+)
+
+
+def setting_options(settings: Mapping[str, str], config: type[Group] = TrainConfig, **defaults: Any) -> Decorator:
+    """Add an option for each setting; `defaults` are those of the command, where it has its own."""
+    return _all_of(
+        _field_option(name, field_of(setting, config), defaults, setting=setting) for name, setting in settings.items()
+    )
+
+
+def study_options(*names: str, **defaults: Any) -> Decorator:
+    """Add options that are fields of StudyOptions."""
+    return _all_of(_field_option(name, StudyOptions.model_fields[name], defaults) for name in names)
+
+
+def _all_of(decorators: Iterable[Decorator]) -> Decorator:
+    return lambda function: reduce(lambda decorated, each: each(decorated), reversed([*decorators]), function)
+
+
+def _field_option(name: str, field: FieldInfo, defaults: Mapping[str, Any], **about: Any) -> Decorator:
+    if field.annotation is bool:
+        about |= {"is_flag": False, "flag_value": "true"}
+    text = _help(field, defaults.get(name, field.default))
+    return option(name.replace("_", "-"), text, _metavar(field), **about)
+
+
+def _metavar(field: FieldInfo) -> str:
+    kind: Any = field.annotation
+    names = [*get_args(kind)] if get_origin(kind) is Literal else []
+    names = next((each.names() for each in field.metadata if isinstance(each, Registry)), names)
+    words = {int: "INTEGER", int | None: "INTEGER", float: "NUMBER", bool: "[true|false]"}
+    return f"[{'|'.join(names)}]" if names else words.get(kind, "TEXT")
+
+
+def _help(field: FieldInfo, default: Any) -> str:
+    signs = {"ge": "≥", "gt": ">", "le": "≤", "lt": "<"}
+    rules = ((sign, getattr(rule, name, None)) for name, sign in signs.items() for rule in field.metadata)
+    limits = ", ".join(f"{sign} {limit}" for sign, limit in rules if limit not in (None, 2**32))
+    shown = f"{default:g}" if isinstance(default, float) else str(default).lower()
+    notes = "; ".join(filter(None, ("" if default in ("", None, ()) else f"default: {shown}", limits)))
+    return f"{field.description}  [{notes}]" if notes else str(field.description)
+
+
+def given_layer(options: Mapping[str, Any], settings: Mapping[str, str]) -> Layer:
+    """Return the settings that a command was given, by their options and by --set."""
+    others: dict[str, str] = {}
+    for text in options.get("set", ()):
+        for part in re.split(r"[,\s]+(?=[\w.]+=)", text.strip(", ")):
+            name, sign, value = part.partition("=")
+            if not sign or name in others:
+                problem, remedy = ("is given twice", "remove one") if sign else ("has no value", "write SETTING=VALUE")
+                raise InputError(f"set {name}", "", problem, remedy)
+            others[name] = value
+    return option_layer({setting: options[name] for name, setting in settings.items() if options[name]}, others)
+
+
+def given_options(options: Mapping[str, Any], **defaults: Any) -> StudyOptions:
+    """Return those of a command's options that are no settings; `defaults` are the command's own."""
+    return validate(
+        StudyOptions, defaults | {name: options[name] for name in StudyOptions.model_fields if options.get(name)}
+    )

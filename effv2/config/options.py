@@ -1,37 +1,54 @@
-"""How a study is run and logged, whatever it studies. Imports nothing heavy: commands build it before they do."""
+"""How runs are saved and tracked, and how a study is run, whatever is trained. The fields are the commands' options.
+
+Imports nothing heavy: commands build it before they do.
+"""
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
-from typing import Literal
+from typing import Annotated, Any, Literal
 
-LogModel = Literal["best", "all", "none"]  # best = that of the study's best run alone
-DEFAULT_STORAGE = "sqlite:///optuna.db"
+from pydantic import BeforeValidator, Field
+
+from effv2.config.schema import Group
+
+LogModel = Literal["best", "all", "none"]
 SHORT_EPOCHS = 3  # of a run of hparam-check and search without a study file
 
 
-@dataclass(frozen=True)
-class CheckpointOptions:
-    """Where checkpoints go, in a folder for each run, and how many minutes of training a kill may cost.
-
-    Every `upload_minutes` one is uploaded to the run's artifacts too, so that another machine can resume; 0 = never.
-    """
-
-    folder: str = "checkpoints"
-    minutes: float = 10.0
-    upload_minutes: float = 0.0
+def _distinct_seeds(value: Any) -> Any:
+    words = [word.strip() for word in value.split(",")] if isinstance(value, str) else list(value)
+    if not all(str(word).isdecimal() and int(word) < 2**32 for word in words) or len(set(words)) < len(words):
+        raise ValueError("must be different whole numbers from 0 on, separated by commas, as 0,1,2")
+    return words
 
 
-@dataclass(frozen=True)
-class StudyOptions:
-    """Where the queue is, how many processes share it here, whether to start over, what is logged where.
+class CheckpointOptions(Group):
+    """Where and how often a training is saved."""
 
-    An empty experiment leaves the choice to MLflow.
-    """
+    checkpoint_dir: str = Field("checkpoints", description="Folder for checkpoints, from which a killed run resumes.")
+    checkpoint_minutes: float = Field(
+        10.0, ge=0, description="Minutes of training that a kill may cost; checkpoints take 2 % of the time at most."
+    )
+    checkpoint_upload_minutes: float = Field(
+        0.0, ge=0, description="Minutes between checkpoints uploaded for another machine to resume from, 0 = never."
+    )
 
-    storage: str = DEFAULT_STORAGE
-    workers: int = 1
-    fresh: bool = False
-    log_model: LogModel = "all"
-    experiment: str = ""
-    checkpoints: CheckpointOptions = field(default_factory=CheckpointOptions)
+
+class StudyOptions(CheckpointOptions):
+    """Where a study is kept and logged, and how it is run. `seeds` and `trials` go before those of the study file."""
+
+    workers: int = Field(1, ge=1, le=100_000, description="Processes that share the study here.")
+    storage: str = Field(
+        "sqlite:///optuna.db",
+        description="Optuna's storage, which keeps the state of studies: sqlite:///FILE, or for several machines "
+        "postgresql://USER@HOST/DATABASE.",
+    )
+    experiment: str = Field("", description="The MLflow experiment.  [default: MLflow's own choice]")
+    log_model: LogModel = Field("all", description="Which runs log their model: the best of the study, all, none.")
+    fresh: bool = Field(False, description="Start over, repeating what was finished.")
+    seeds: Annotated[tuple[int, ...], BeforeValidator(_distinct_seeds)] = Field(
+        (), description="Seeds of every arm, as 0,1,2.  [default: 0, or the study's]"
+    )
+    trials: int | None = Field(
+        None, ge=1, le=100_000, description="Trials of the study in all.  [default: 12, or the study's]"
+    )

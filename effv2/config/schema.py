@@ -9,10 +9,15 @@ import hashlib
 import json
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator, model_validator
+from pydantic.fields import FieldInfo
+from pydantic_core import PydanticCustomError
 
 from effv2 import architecture
 from effv2.config.registry import DATASETS, OPTIMISERS, SCHEDULES
+from effv2.core.errors import nearest
+
+UNKNOWN_KEY = "unknown_key"  # type of an error
 
 Device = Literal["auto", "cpu", "cuda", "mps"]
 Precision = Literal["fp32", "bf16", "auto"]
@@ -25,6 +30,15 @@ class Group(BaseModel):
     """Frozen, finite and free of unknown keys."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False, validate_default=True)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _known_keys(cls, values: Any) -> Any:
+        for key in values if isinstance(values, dict) else ():
+            if key not in cls.model_fields:
+                about = {"key": str(key), "remedy": nearest(str(key), list(cls.model_fields))}
+                raise PydanticCustomError(UNKNOWN_KEY, "unknown key '{key}'; {remedy}", about)
+        return values
 
 
 class DataConfig(Group):
@@ -97,9 +111,7 @@ class OptimiserConfig(Group):
     name: Annotated[str, OPTIMISERS] = Field("adamw", description="The optimiser.")
     lr: float = Field(1e-3, gt=0, le=100, description="Peak learning rate.")
     batch_size: int = Field(32, ge=2, le=65_536, description="Images a step.")
-    weight_decay: float = Field(
-        0.05, ge=0, le=10, description="Weight decay of weight matrices and kernels; biases and norms have none."
-    )
+    weight_decay: float = Field(0.05, ge=0, le=10, description="Weight decay, of neither biases nor norms.")
     momentum: Fraction = Field(0.9, description="Momentum of SGD (Nesterov where above 0).")
     clip_norm: float = Field(1.0, ge=0, description="Largest L2 norm of the gradient, 0 = unlimited.")
     label_smoothing: Fraction = Field(0.0, description="Label smoothing (Szegedy et al. 2016).")
@@ -139,9 +151,7 @@ class StoppingConfig(Group):
 class EvaluationConfig(Group):
     """What is measured after each epoch."""
 
-    train_set: bool = Field(
-        False, description="Evaluate the whole train set in eval mode instead of averaging over the steps."
-    )
+    train_set: bool = Field(False, description="Evaluate the train set in eval mode, not over the steps.")
     test_set: bool = Field(
         True, description="Evaluate the test set after each epoch; a search leaves it alone until its best is chosen."
     )
@@ -157,9 +167,7 @@ class ExecutionConfig(Group):
         description="auto = bf16 where the device has it and, on CPUs, a short timing finds it faster; else fp32.",
     )
     channels_last: bool = Field(True, description="Memory format of images and kernels.")
-    compile: bool = Field(
-        False, description="Compile the blocks for training (torch.compile): a minute or two, once for a batch shape."
-    )
+    compile: bool = Field(False, description="Compile for training (torch.compile): a minute or two for a batch shape.")
 
 
 class RandomConfig(Group):
@@ -229,9 +237,9 @@ FIRST_FIELDS = {
 }
 
 
-def field_of(dotted: str, config: type[Group] = TrainConfig) -> tuple[Any, Any]:
-    """Return (pydantic FieldInfo, default) of a dotted name such as `optimiser.lr`."""
-    group, name = dotted.split(".")
+def field_of(setting: str, config: type[Group] = TrainConfig) -> FieldInfo:
+    """Return the field of a dotted setting such as `optimiser.lr`."""
+    group, name = setting.split(".")
     owner: Any = config.model_fields[group].annotation
-    info = owner.model_fields[name]
-    return info, info.default
+    field: FieldInfo = owner.model_fields[name]
+    return field

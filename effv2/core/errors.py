@@ -1,28 +1,45 @@
-"""The two ways in which a command ends badly on purpose.
+"""The ways in which a command ends badly on purpose.
 
 Anything else that escapes is a bug of ours and shows its traceback.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import errno
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from difflib import get_close_matches
+
+LISTED = 30  # names that an error message lists
 
 
 class InputError(Exception):
     """A wrong input: what was given, the value that it was given, what is wrong with that, and the remedy. Exit code 2.
 
-    `what` is a dotted setting (`data.dir`), a parameter (`weights_dir`) or an environment variable. In `problem` and
-    `remedy` settings stand under their dotted names and parameters in backticks, for commands to name their options.
+    `what` begins with a dotted setting (`data.dir`), a parameter (`weights_dir`) or an environment variable. In
+    `problem` and `remedy` settings stand under their dotted names and parameters in backticks, for commands to name
+    their options.
     """
 
     def __init__(self, what: str, value: object = "", problem: str = "", remedy: str = "") -> None:
         self.what, self.value, self.problem, self.remedy = what, str(value), problem, remedy
         named = f"{what} {value}" if self.value else what
-        super().__init__(f"{named}: {problem}; {remedy}." if problem else named)
+        super().__init__(f"{named}: {'; '.join(filter(None, (problem, remedy)))}." if problem else named)
 
 
 class RunError(Exception):
-    """A fault while running (a loss that is no number, memory that is full). Exit code 1."""
+    """A fault while running (a loss that is no number, memory that is full), named as in an InputError. Exit code 1.
+
+    `resumes` says that the same command resumes the work once the fault is mended.
+    """
+
+    def __init__(self, problem: str, *, resumes: bool = False) -> None:
+        self.problem, self.resumes = problem, resumes
+        super().__init__(self.sentences(fresh=False))
+
+    def sentences(self, fresh: bool) -> str:
+        """Return the problem, and how to resume what was begun, `fresh` or not."""
+        return f"{self.problem} Then {same_command(fresh)} resumes." if self.resumes else self.problem
 
 
 class Diverged(RunError):
@@ -37,24 +54,46 @@ class Terminated(BaseException):
     """SIGTERM arrived. Like KeyboardInterrupt not an Exception, so that nothing swallows it. Exit code 143."""
 
 
-def going_on(text: str, fresh: bool) -> str:
-    """Say rightly how to go on with what was begun with --fresh, which would begin anew once more."""
-    return text.replace("same command", "same command without --fresh") if fresh else text
+def same_command(fresh: bool) -> str:
+    """Name the command that resumes what was begun; `fresh` again would begin it anew once more."""
+    return "the same command without `fresh`" if fresh else "the same command"
 
 
-def close_names(name: str, names: Sequence[str]) -> str:
-    """Return up to three of `names` that the user may have meant, for an error message; empty if none is near."""
-    from difflib import get_close_matches
-
+def close_names(name: str, names: Sequence[str], count: int = 3) -> str:
+    """Return up to `count` of `names` that the user may have meant, for an error message; empty if none is near."""
     folded = {each.casefold(): each for each in names}
-    words = [repr(folded[near]) for near in get_close_matches(name.casefold(), list(folded), n=3, cutoff=0.5)]
+    words = [repr(folded[near]) for near in get_close_matches(name.casefold(), list(folded), n=count, cutoff=0.5)]
     return " or ".join(filter(None, (", ".join(words[:-1]), *words[-1:])))
 
 
-def nearest(name: str, names: list[str]) -> str:
-    """Say which of `names` the user may have meant, and what there is: the tail of an error message."""
-    from difflib import get_close_matches
+def nearest(name: str, names: Sequence[str]) -> str:
+    """Say which of `names` the user may have meant, and what there is if that is few: the tail of an error message."""
+    close = close_names(name, names, 1)
+    if close and len(names) > LISTED:
+        return f"the nearest is {close}"
+    return f"{f'did you mean {close}? ' if close else ''}Choose from: {', '.join(names)}"
 
-    close = get_close_matches(name, names, n=1, cutoff=0.5)
-    hint = f"did you mean {close[0]!r}? " if close else ""
-    return f"{hint}Choose from: {', '.join(names)}"
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Say whether there was no memory left; torch's CPU allocator has no error class of its own."""
+    import torch
+
+    return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or (
+        isinstance(error, RuntimeError) and "can't allocate memory" in str(error)
+    )
+
+
+@contextmanager
+def what_ran_out() -> Iterator[None]:
+    """Raise RunError where memory or disk run out inside."""
+    try:
+        yield
+    except (RuntimeError, MemoryError, OSError) as error:
+        if is_out_of_memory(error):
+            raise RunError("The device's memory is full; lower optimiser.batch_size or data.image_size.") from error
+        # torch's writer makes a RuntimeError of a disk that is full.
+        cause = error if isinstance(error, OSError) else error.__context__
+        if not isinstance(cause, OSError) or cause.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        where = f" at {cause.filename}" if cause.filename else ""
+        raise RunError(f"The disk is full{where}; free space.", resumes=True) from error

@@ -23,7 +23,7 @@ def outbox_folder() -> Path:
     return cache_folder() / "outbox"
 
 
-def write_whole(path: Path, text: str) -> None:
+def write_atomically(path: Path, text: str) -> None:
     """Write a small file so that it is seen whole or not at all, whoever else writes it; OSError."""
     unfinished = path.parent / f".{uuid.uuid4().hex}"  # not by tempfile, which would hide it from other users for good
     try:

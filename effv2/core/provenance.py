@@ -6,16 +6,13 @@ import hashlib
 import os
 import platform
 import re
-import shlex
 import subprocess
 import sys
+from contextvars import ContextVar
 from dataclasses import dataclass
 from functools import cache
 from importlib import metadata
 from pathlib import Path
-
-import click
-from click.core import ParameterSource
 
 PACKAGE = Path(__file__).parents[1]
 # What is computed, numbered. Raise a number in the commit that changes results: runs, checkpoints and cached images of
@@ -26,6 +23,7 @@ OF_TRAINING = ("network", "batches", "training", "execution")
 OF_EVALUATION = ("decoding", "batches", "execution", "evaluation")
 RECORDED_PACKAGES = ("torch", "torchvision", "mlflow", "numpy", "pillow", "scikit-learn")
 PRINTABLE_DIFF_BYTES = 5_000_000
+COMMAND = ContextVar("COMMAND", default="")  # set by the command line, without passwords
 
 
 @dataclass(frozen=True)
@@ -83,20 +81,8 @@ def machine() -> dict[str, str]:
 
 
 def command() -> str:
-    """Return the command that this process runs, as it may be given again to go on; empty where it is none of ours.
-
-    Options that were left empty, as `mlflow run` leaves them, passwords, and the wish to start over are left out.
-    """
-    context = click.get_current_context(silent=True)
-    if context is None or context.command.name is None:
-        return ""
-    words = ["effv2", context.command.name]
-    for option in context.command.params:
-        value = context.params.get(str(option.name))
-        given = context.get_parameter_source(str(option.name)) == ParameterSource.COMMANDLINE
-        if given and value not in ("", None) and option.name != "fresh":
-            words += [option.opts[0], without_password(str(value))]
-    return shlex.join(words)
+    """Return the command that this process runs, as it resumes what it began; empty where it is none of ours."""
+    return COMMAND.get()
 
 
 def without_password(text: str) -> str:

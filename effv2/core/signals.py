@@ -12,6 +12,25 @@ from effv2.core.errors import Terminated
 ENDING_SIGNALS = [signal.SIGINT, signal.SIGTERM, *([signal.SIGHUP] if hasattr(signal, "SIGHUP") else [])]
 
 
+class _Ending:
+    """A signal handler that remembers the first signal, and raises it unless that must wait."""
+
+    def __init__(self) -> None:
+        self.deferred = False
+        self._first: int | None = None
+
+    def __call__(self, number: int, _frame: Any) -> None:
+        if self._first is None:
+            self._first = number
+            if not self.deferred:
+                self.raise_first()
+
+    def raise_first(self) -> None:
+        """Raise KeyboardInterrupt or Terminated if there was a signal."""
+        if self._first is not None:
+            raise KeyboardInterrupt if self._first == signal.SIGINT else Terminated
+
+
 @contextmanager
 def ending_signals() -> Iterator[None]:
     """Raise KeyboardInterrupt or Terminated at the first ending signal, ignore further ones.
@@ -20,20 +39,13 @@ def ending_signals() -> Iterator[None]:
     of a shell ask for it.
     """
     heard = [number for number in ENDING_SIGNALS if signal.getsignal(number) is not signal.SIG_IGN]
-    before = {number: signal.signal(number, _end) for number in heard}
+    ending = _Ending()
+    before = {number: signal.signal(number, ending) for number in heard}
     try:
         yield
     finally:
-        _Heard.deferred, _Heard.number = False, None
         for number, handler in before.items():
             signal.signal(number, handler)
-
-
-class _Heard:
-    """The ending signal that was heard, and whether it must wait."""
-
-    deferred = False
-    number: int | None = None
 
 
 @contextmanager
@@ -43,23 +55,14 @@ def uninterrupted() -> Iterator[None]:
     One that was raised before is raised again: in a destructor or a callback, Python swallows what a handler raises.
     Within another such block nothing is raised before the end of that one.
     """
-    within, _Heard.deferred = _Heard.deferred, True
+    handlers = map(signal.getsignal, ENDING_SIGNALS)
+    ending = next((handler for handler in handlers if isinstance(handler, _Ending)), None)
+    if ending is None or ending.deferred:
+        yield
+        return
+    ending.deferred = True
     try:
         yield
     finally:
-        _Heard.deferred = within
-    if not within:
-        _raise_heard()
-
-
-def _end(number: int, _frame: Any) -> None:
-    for other in ENDING_SIGNALS:
-        signal.signal(other, signal.SIG_IGN)
-    _Heard.number = number
-    if not _Heard.deferred:
-        _raise_heard()
-
-
-def _raise_heard() -> None:
-    if _Heard.number is not None:
-        raise KeyboardInterrupt if _Heard.number == signal.SIGINT else Terminated
+        ending.deferred = False
+    ending.raise_first()

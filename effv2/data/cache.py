@@ -33,7 +33,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from effv2.core.errors import InputError
-from effv2.core.paths import cache_folder, write_whole
+from effv2.core.paths import cache_folder, write_atomically
 from effv2.core.provenance import VERSIONS
 from effv2.data.images import Bytes, LabelledImages, Preparation, sha256_of
 
@@ -76,7 +76,7 @@ def decode(images: LabelledImages, preparation: Preparation, on_decoded: OnDecod
         raise InputError("EFFV2_CACHE", folder, problem, remedy) from error
     with suppress(OSError):  # a cache that can only be read serves as well
         pointer.parent.mkdir(parents=True, exist_ok=True)
-        write_whole(pointer, entry.name)
+        write_atomically(pointer, entry.name)
     return found
 
 

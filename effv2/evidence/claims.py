@@ -16,10 +16,10 @@ from itertools import pairwise, product
 from pathlib import Path
 from typing import Annotated, ClassVar, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import Field, model_validator
 
-from effv2.config.documents import Document, Place, dotted, read_document, validate
-from effv2.config.layers import Layer
+from effv2.config.layers import Document, Layer, Place, dotted, read_document, validate
+from effv2.config.schema import Group
 from effv2.core.errors import InputError, nearest
 from effv2.evidence.quantities import quantity
 from effv2.studies.files import Published, Settings, Study, open_study
@@ -38,13 +38,7 @@ COMPUTED = {"execution.device", "execution.compile", "execution.channels_last", 
 FREE = {SEED_SETTING, SPLIT_SEED, "data.dir", "data.download", *COMPUTED}
 
 
-class Part(BaseModel):
-    """Frozen, finite and free of unknown keys."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
-
-
-class Protocol(Part):
+class Protocol(Group):
     """Which runs a claim is about: those that have the settings of `runs` and of an arm.
 
     A setting that some arm names has TrainConfig's default, or that of `runs`, in an arm that doesn't name it. Instead
@@ -144,7 +138,7 @@ def _resolved(protocol: Protocol, document: Document, place: Place) -> Protocol:
     return protocol.model_copy(update={"arms": arms, "assumed": assumed})
 
 
-class Region(Part):
+class Region(Group):
     """Where a quantity is claimed to be: above or below an edge, or about a value, within so much of it."""
 
     above: float | None = None
@@ -290,7 +284,7 @@ class Ordering(Check):
 AnyCheck = Annotated[Level | Difference | Convergence | Speed | Ordering, Field(discriminator="kind")]
 
 
-class Claim(Part):
+class Claim(Group):
     """A claim holds where all of its checks hold. It is about the arms of a study, or of a protocol of its own.
 
     Runs may differ from the study in the settings that are `free`.
@@ -317,7 +311,7 @@ Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$")]
 Id = Annotated[str, Field(pattern=r"^[A-Za-z]+[0-9]+$", description="Letters, its family, and a number.")]
 
 
-class ClaimsFile(Part):
+class ClaimsFile(Group):
     """The keys of a file of claims."""
 
     protocols: dict[Name, Protocol] = {}

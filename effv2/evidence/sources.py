@@ -14,7 +14,7 @@ from typing import Any
 
 from effv2 import __version__
 from effv2.core.errors import InputError
-from effv2.core.paths import write_whole
+from effv2.core.paths import write_atomically
 from effv2.core.provenance import sha256_of_file
 from effv2.evidence.claims import EXPORTED_AS
 from effv2.evidence.quantities import HISTORIES
@@ -94,7 +94,7 @@ def export(evidence: Evidence, folder: Path, own: Mapping[str, str]) -> None:
                 written.append(path)
     hashes = {path.relative_to(folder).as_posix(): sha256_of_file(path) for path in sorted(written)}
     about = {"effv2": __version__, "experiment": evidence.experiment, "ui": evidence.ui, "sha256": hashes}
-    write_whole(folder / MANIFEST, json.dumps(about, indent=1) + "\n")
+    write_atomically(folder / MANIFEST, json.dumps(about, indent=1) + "\n")
 
 
 def _runs(runs: Sequence[RunRecord]) -> Iterator[Sequence[Any]]:

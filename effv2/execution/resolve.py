@@ -26,7 +26,7 @@ from effv2.architecture import build_model
 from effv2.config.schema import Device, Precision, TrainConfig
 from effv2.core import provenance
 from effv2.core.errors import InputError
-from effv2.core.paths import cache_folder, write_whole
+from effv2.core.paths import cache_folder, write_atomically
 from effv2.core.randomness import private_randomness
 from effv2.core.reporter import Message
 from effv2.execution.device import Execution
@@ -144,7 +144,7 @@ def _calibrate(config: TrainConfig, message: Message) -> Calibration:
             if found := remembered(config):
                 return found
             found = _time_steps(config)
-            write_whole(path, json.dumps(asdict(found)))
+            write_atomically(path, json.dumps(asdict(found)))
     found = found or _time_steps(config)
     message(f"Timed once on this processor: {found}.")
     return found

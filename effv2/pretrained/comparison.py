@@ -10,10 +10,9 @@ from pathlib import Path
 from effv2.config.options import LogModel
 from effv2.config.schema import ExecutionConfig
 from effv2.core import provenance
-from effv2.core.errors import RunError
+from effv2.core.errors import RunError, is_out_of_memory
 from effv2.core.processes import this_process
 from effv2.core.reporter import Reporter
-from effv2.core.resources import is_out_of_memory
 from effv2.evidence.publication import report_on_study, where_to_look
 from effv2.execution.device import make_execution
 from effv2.execution.resolve import resolve_device

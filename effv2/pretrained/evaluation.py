@@ -16,10 +16,9 @@ import torchvision
 
 from effv2.architecture import count_parameters, gflops_of
 from effv2.core import provenance
-from effv2.core.errors import RunError
+from effv2.core.errors import RunError, is_out_of_memory
 from effv2.core.processes import this_process
 from effv2.core.reporter import Reporter
-from effv2.core.resources import is_out_of_memory
 from effv2.data.cache import Decoded, decode
 from effv2.evidence.run_artifacts import Predictions, write_predictions
 from effv2.execution.device import Execution

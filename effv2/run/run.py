@@ -8,9 +8,8 @@ from dataclasses import asdict, replace
 
 from effv2.config.options import CheckpointOptions
 from effv2.config.schema import TrainConfig
-from effv2.core.errors import Diverged, InputError, Terminated
+from effv2.core.errors import Diverged, InputError, Terminated, what_ran_out
 from effv2.core.reporter import Reporter
-from effv2.core.resources import what_ran_out
 from effv2.data.dataset import Dataset
 from effv2.execution.device import make_execution
 from effv2.run.outcome import Outcome, keep_weights
@@ -89,7 +88,7 @@ def train_run(
         if resumes:
             callback.run_resumed(training.state.progress.best_accuracy)
         run.check()
-        uploaded = bool(checkpoints.upload_minutes or resumes)  # perhaps by the command that it resumes
+        uploaded = bool(checkpoints.checkpoint_upload_minutes or resumes)  # perhaps by the command that it resumes
         with _forgotten_after_divergence(run, checkpointer, uploaded):
             pruned = _train(run, training, checkpointer, reporter, callback)
         outcome = _prune(run, training, dataset) if pruned else _end(run, training, dataset, log_model, callback)
@@ -111,7 +110,7 @@ def _opened(
 def _checkpointer(
     run_id: str, options: CheckpointOptions, wanted: Identity, reporter: Reporter, run: OpenRun | None = None
 ) -> Checkpointer:
-    upload = run.upload_checkpoint if run is not None and options.upload_minutes else None
+    upload = run.upload_checkpoint if run is not None and options.checkpoint_upload_minutes else None
     return Checkpointer(run_id, options, asdict(wanted), reporter.message, upload=upload)
 
 

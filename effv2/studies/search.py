@@ -16,8 +16,7 @@ import optuna
 from matplotlib import pyplot
 from optuna.visualization import matplotlib as plots
 
-from effv2.config.documents import dotted
-from effv2.config.layers import Layer, build_config
+from effv2.config.layers import Layer, build_config, dotted
 from effv2.config.options import LogModel
 from effv2.config.schema import TrainConfig, field_of
 from effv2.core import provenance
@@ -99,7 +98,7 @@ class Search:
         """Suggest a value for each range."""
         values: dict[str, float] = {}
         for name, limits in self.search.space.items():
-            if field_of(name)[0].annotation is int:
+            if field_of(name).annotation is int:
                 values[name] = trial.suggest_int(name, round(limits.low), round(limits.high), log=limits.log)
             else:
                 values[name] = trial.suggest_float(name, limits.low, limits.high, log=limits.log)

@@ -254,7 +254,7 @@ def worker_process(session: Session, threads: int) -> None:
             sys.exit(1)
         except StorageAway as error:
             _leave(session, storage)
-            print(going_on(str(error), session.fresh), file=sys.stderr)
+            print(error.sentences(session.fresh), file=sys.stderr)
             sys.exit(AWAY)
 
 

@@ -39,7 +39,7 @@ LEAST_COSTS_BETWEEN = 50
 class Checkpointer:
     """The checkpoints of one run; `identity` names what decides the run, and must be that of what is read.
 
-    `upload`, where there is one, is given a checkpoint every `options.upload_minutes`, and the last one on the way out.
+    `upload`, where there is one, is given a checkpoint every `checkpoint_upload_minutes`, and the last one on the way out.
     """
 
     def __init__(
@@ -52,8 +52,8 @@ class Checkpointer:
         upload: Callable[[Path], None] | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        self.folder = expanded(options.folder) / run_id
-        self._longest, self._between_uploads = 60 * options.minutes, 60 * options.upload_minutes
+        self.folder = expanded(options.checkpoint_dir) / run_id
+        self._longest, self._between_uploads = 60 * options.checkpoint_minutes, 60 * options.checkpoint_upload_minutes
         self._identity, self._message, self._upload, self._clock = dict(identity), message, upload, clock
         self._cost, self._disk_refused = 0.0, False
         self._written_step = -1
