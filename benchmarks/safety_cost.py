@@ -89,13 +89,14 @@ def measure(seconds: float, server: subprocess.Popen[bytes]) -> dict[str, object
             checkpointer = Timed(run.run_id, CheckpointOptions(), {}, print)
             run.check()
             began = time.perf_counter()
-            for result in Training(config, dataset, state, execution, lambda *_: checkpointer.save_if_due(state, False)):
+            save = checkpointer.save_if_due
+            for result in Training(config, dataset, state, execution, lambda *_: save(state, False)):
                 there = server.poll() is None
                 started = time.perf_counter()
                 run.log_metrics(result.metrics, step=result.epoch)
                 logging[there].append(1000 * (time.perf_counter() - started))
                 epochs[there].append(result.metrics["time/epoch_seconds"])
-                checkpointer.save_if_due(state, epoch_ended=True)
+                save(state, epoch_ended=True)
                 gone = time.perf_counter() - began
                 if there and gone > seconds / 2:
                     stop(server)

@@ -34,7 +34,7 @@ MODULES = sorted(path for path in PACKAGE.rglob("*.py"))
 
 
 def room_of(module: str) -> str:
-    return (module.split(".") + ["__init__"])[1]
+    return [*module.split("."), "__init__"][1]
 
 
 def imports(tree: ast.AST) -> Iterator[str]:

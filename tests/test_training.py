@@ -12,13 +12,13 @@ from typing import Any
 
 import pytest
 import torch
+from effv2.config.documents import dotted
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 from torch.optim.lr_scheduler import OneCycleLR, ReduceLROnPlateau
 
 from effv2.architecture import build_model
-from effv2.config.documents import dotted
 from effv2.config.layers import Layer
 from effv2.config.registry import OPTIMISERS, SCHEDULES
 from effv2.config.schema import ScheduleConfig, StoppingConfig, TrainConfig

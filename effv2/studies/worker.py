@@ -19,7 +19,7 @@ from typing import Literal
 import torch
 from optuna.trial import TrialState
 
-from effv2.core.errors import Diverged, LeaseLost, RunError, Terminated, going_on
+from effv2.core.errors import Diverged, LeaseLost, RunError, Terminated
 from effv2.core.reporter import Reporter
 from effv2.core.signals import ending_signals
 from effv2.execution.allocator import tune_allocator

@@ -21,8 +21,8 @@ from mlflow.utils.rest_utils import http_request
 from sqlalchemy.engine import make_url
 from sqlalchemy.exc import SQLAlchemyError
 
-from effv2.core.internals import default_experiment_id
 from effv2.core.errors import InputError, RunError, nearest
+from effv2.core.internals import default_experiment_id
 from effv2.core.provenance import without_password
 
 PROBE_SECONDS = 4  # that a server has to answer whether it is there; MLflow's own limits are minutes

@@ -39,7 +39,7 @@ LEAST_COSTS_BETWEEN = 50
 class Checkpointer:
     """The checkpoints of one run; `identity` names what decides the run, and must be that of what is read.
 
-    `upload`, where there is one, is given a checkpoint every `checkpoint_upload_minutes`, and the last one on the way out.
+    `upload`, where there is one, is given a checkpoint every `checkpoint_upload_minutes`, and the last on the way out.
     """
 
     def __init__(
