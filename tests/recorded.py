@@ -66,15 +66,14 @@ DECIDING: dict[str, dict[str, tuple[str, ...]]] = {
         **{f"training/{name}.py": () for name in ("evaluate", "loop", "schedules", "state")},
         "run/records.py": ("log_end", "log_test"),
         "run/run.py": ("run_experiment", "_train", "_go_on"),
-        "evidence/run_artifacts.py": (),
+        "run/artifacts.py": (),
     },
     "execution": {
         f"execution/{name}.py": () for name in ("compilation", "device", "fast_paths", "folding", "cuda_graphs")
     },
     "evaluation": {
         **{f"pretrained/{name}.py": () for name in ("evaluation", "images", "imagenet", "measure", "weights")},
-        "evidence/run_artifacts.py": (),
-        "evidence/statistics.py": ("calibration_error",),
+        "run/artifacts.py": (),
     },
 }
 # Modules of the rooms above in which nothing decides a result, or nothing that the digest of the data doesn't hold.

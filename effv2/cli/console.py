@@ -11,7 +11,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextC
 from rich.table import Table
 
 from effv2.core.reporter import Reporter, StudyProgress
-from effv2.evidence.comparison import Rows
+from effv2.evidence.study import Rows
 
 CELL_PADDING = 3  # characters: a space on both sides and a line
 

@@ -85,9 +85,9 @@ def evaluate_pretrained(
             log_model=which,
             show_downloads=reporter.console.is_terminal,
         )
-    if ending.ranking is not None:
-        print_table(ending.ranking.summary())
-        click.echo(ending.ranking.sentence())
+    if ending.results is not None:
+        print_table(ending.results.table)
+        click.echo(ending.results.sentence)
     for label, address in ending.models.items():
         click.echo(f"model of {label}: {address}")
     click.echo(run_address(ending.parent.run_id, ending.parent.experiment_id))

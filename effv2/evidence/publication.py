@@ -1,4 +1,4 @@
-"""Reports made, logged to the runs of the studies that they are about, and exported."""
+"""Results and reports, logged to the runs of the studies that they are about, and exported."""
 
 from __future__ import annotations
 
@@ -6,25 +6,72 @@ import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+from matplotlib.figure import Figure
+
 from effv2.core.errors import InputError, RunError
+from effv2.core.paths import write_csv
 from effv2.core.reporter import Reporter
 from effv2.evidence.claims import Claims, read_claims
-from effv2.evidence.quantities import HISTORIES
+from effv2.evidence.exports import Evidence, export, joined, remove_export, tracked
+from effv2.evidence.quantities import EXPORTED, HISTORIES
 from effv2.evidence.report import HTML, Report, make_report
-from effv2.evidence.sources import EXPORTED, Evidence, export, joined, remove_export, tracked
-from effv2.evidence.study import studies_of
+from effv2.evidence.results import results_of
+from effv2.evidence.study import StudyResults, markdown_table, studies_of
 from effv2.tracking.read import read_experiment
 from effv2.tracking.recovery import open_experiment
 from effv2.tracking.run import TrackedRun, open_report_run, run_address, working_on
 from effv2.tracking.store import TrackingError, reason
-from effv2.tracking.tags import BORROWED, as_tags, lent
+from effv2.tracking.tags import REUSED, as_tags, reused
 from effv2.tracking.views import artifact_link, describe_experiment, save_views, view_links
 
 DATA = "data"  # folder of an export
 
 
-def log_report(report: Report, run: TrackedRun) -> None:
-    """Log the page, its Markdown twin and figures as artifacts of a run."""
+def publish_study(parent: TrackedRun, used: Mapping[str, str]) -> StudyResults:
+    """Log to a study's run what came out of it, with a report, and return it. It may be repeated.
+
+    `used` are the finished runs of the study by name, some of them other studies'. Claims that none of its runs can
+    tell anything about are left out of the report.
+    """
+    read = read_experiment(parent.experiment_id, (), parent.run_id)
+    own = {run.run_id for run in read if run.parent == parent.run_id}
+    others = [reused(run_id, name) for name, run_id in used.items() if run_id not in own]
+    parent.set_tags(as_tags(REUSED, others))
+    report = make_report(tracked(parent.experiment_id, parent=parent.run_id), read_claims(), only_touched=True)
+    results = _of(parent, report.studies)
+    with tempfile.TemporaryDirectory() as name:
+        report.write(Path(name))
+        _write_files(results, Path(name))
+        parent.log_folder(Path(name))
+    parent.log_metrics(results.metrics)
+    tables = [markdown_table(rows) for rows in (results.table, results.details) if rows]
+    words = (results.sentence, where_to_look(parent), results.description, *tables, *results.notes)
+    parent.describe("\n\n".join(filter(None, words)))
+    _show_in_ui(parent)
+    return results
+
+
+def read_results(parent: TrackedRun) -> StudyResults:
+    """Return what came out of a study, from its tracked runs as they are."""
+    evidence = tracked(parent.experiment_id, parent=parent.run_id)
+    return _of(parent, results_of(evidence.runs, read_claims(), evidence.right))
+
+
+def _of(parent: TrackedRun, studies: Sequence[StudyResults]) -> StudyResults:
+    return next(each for each in studies if each.run_id == parent.run_id)
+
+
+def _write_files(results: StudyResults, folder: Path) -> None:
+    for name, content in results.files.items():
+        if isinstance(content, Figure):
+            content.savefig(folder / name, dpi=120)
+        elif isinstance(content, str):
+            (folder / name).write_text(content, encoding="utf-8")
+        else:
+            write_csv(folder / name, content)
+
+
+def _log_report(report: Report, run: TrackedRun) -> None:
     with tempfile.TemporaryDirectory() as folder:
         report.write(Path(folder))
         run.log_folder(Path(folder))
@@ -40,20 +87,6 @@ def where_to_look(run: TrackedRun) -> str:
     """Return links to the report on a run and to the views of its experiment, in Markdown."""
     page = artifact_link(run.experiment_id, run.run_id, HTML)
     return f"[Report]({page}) · {view_links(run.experiment_id)}"
-
-
-def report_on_study(parent: TrackedRun, used: Mapping[str, str]) -> None:
-    """Report on one study, which rests on the runs `used`, by name, and log that to the study's run.
-
-    Claims that none of its runs can tell anything about are left out.
-    """
-    runs = read_experiment(parent.experiment_id, (), parent.run_id)
-    own = {run.run_id for run in runs if run.parent == parent.run_id}
-    borrowed = [lent(run_id, name) for name, run_id in used.items() if run_id not in own]
-    parent.set_tags(as_tags(BORROWED, borrowed))
-    evidence = tracked(parent.experiment_id, parent=parent.run_id)
-    log_report(make_report(evidence, read_claims(), only_touched=True), parent)
-    _show_in_ui(parent)
 
 
 def publish(experiment: str, own: Path | None, target: Path | None, reporter: Reporter) -> tuple[Report, str]:
@@ -75,7 +108,7 @@ def publish(experiment: str, own: Path | None, target: Path | None, reporter: Re
             parents = [study.parent.run_id for study in studies_of(evidence.runs) if study.parent and study.kind]
             for place in [run, *(TrackedRun(run_id, run.experiment_id) for run_id in parents)]:
                 reporter.working("logging the report")
-                log_report(report, place)
+                _log_report(report, place)
             _show_in_ui(run)
             run.describe(f"{report.summary}.\n\n{where_to_look(run)}")
             if target is not None:
@@ -95,9 +128,8 @@ def rebuild(sources: Sequence[Path], own: Path | None, target: Path, reporter: R
     evidence = joined([source / DATA for source in sources])
     if own is None and len(evidence.claims) > 1:
         files = " and ".join(map(str, evidence.claims))
-        raise InputError(f"--from-export: {files} differ; say with --claims which claims to judge.")
-    own = own or next(iter(evidence.claims), None)
-    claims = read_claims(own)
+        raise InputError("from_export", files, "the exports' claims.yaml differ", "name one of them as `claims`")
+    claims = read_claims(own or next(iter(evidence.claims), None))
     _prepare(target)
     report = make_report(evidence, claims, progress=reporter.working)
     _write(report, evidence, target, claims)
@@ -110,7 +142,7 @@ def _prepare(target: Path) -> None:
         with tempfile.TemporaryFile(dir=target):
             pass
     except OSError as error:
-        raise InputError(f"--export {target}: can't be written to ({error.strerror}); give another folder.") from error
+        raise InputError("export", target, f"can't be written to ({error.strerror})", "give another folder") from error
 
 
 def _write(report: Report, evidence: Evidence, target: Path, claims: Claims) -> None:

@@ -24,13 +24,13 @@ from effv2.core.reporter import Reporter
 from effv2.core.signals import ending_signals
 from effv2.execution.allocator import tune_allocator
 from effv2.run.labels import Labels, identity
-from effv2.run.outcome import reached
 from effv2.run.run import discard_checkpoints, run_experiment
 from effv2.run.watching import Observer
 from effv2.studies.plan import LoadData, LoadedData, best_of
 from effv2.studies.queue import RUN, Claim, Queue
 from effv2.studies.session import Session
 from effv2.studies.storage import OUTAGE_SECONDS, Storage, StorageAway, hurry, reopen_storage
+from effv2.tracking.accuracies import reached_accuracy
 from effv2.tracking.entries import may_pass
 from effv2.tracking.outbox import TrackingAway
 from effv2.tracking.read import Identity, RunRecord, find_finished, read_runs
@@ -173,8 +173,8 @@ class Worker:
         if done is not None:
             discard_checkpoints(done.run_id, session.saving)
             if epochs := TrackedRun(done.run_id, session.experiment_id).steps("train/loss"):
-                queue.report(claim, max(epochs), reached(done.metrics))
-            queue.finish(claim, _state(done.tags[OUTCOME] == "pruned"), reached(done.metrics), done.run_id)
+                queue.report(claim, max(epochs), reached_accuracy(done.metrics))
+            queue.finish(claim, _state(done.tags[OUTCOME] == "pruned"), reached_accuracy(done.metrics), done.run_id)
             return
         labels = Labels(
             planned.name,
