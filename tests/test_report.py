@@ -196,7 +196,7 @@ def test_exports_of_several_experiments_are_joined(sqlite_store: str, tmp_path: 
     assert invoke(report, "--experiment", "other", "--claims", claims, "--export", other).exit_code == 0
     sources = ["--from-export", f"{other}, {early},{late},"]
     result = invoke(report, *sources, "--export", joined)
-    assert result.exit_code == 2 and "claims.yaml differ; say with --claims" in result.output
+    assert result.exit_code == 2 and "claims.yaml differ" in result.output
     assert not joined.exists()
     assert invoke(report, *sources, "--export", late).exit_code == 2  # nor over any of them
     result = invoke(report, *sources, "--export", joined, "--claims", claims)
