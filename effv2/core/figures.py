@@ -14,6 +14,7 @@ Curve = Mapping[int, float]  # by epoch
 
 PALETTE = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 STYLES: tuple[Any, ...] = ("-", "--", "-.", (0, (5, 1, 1, 1, 1, 1)))  # dotted are published curves
+MARKERS = ("o", "s", "^", "D")
 SIZE = (5.2, 3.6)  # inches: legible on a phone, two side by side on a screen
 
 

@@ -2,34 +2,28 @@
 
 from __future__ import annotations
 
+import math
 import statistics
 from collections.abc import Iterator, Mapping, Sequence
+from itertools import cycle
 from typing import Any
 
+import numpy as np
 from matplotlib.figure import Figure
+from scipy import stats
 
-from effv2.core.figures import accuracy_curves
+from effv2.core.figures import MARKERS, PALETTE, SIZE, accuracy_curves, plain, value_range
 from effv2.evidence.claims import Claims
-from effv2.evidence.figures import accuracy_against_time, bars, mean_band
-from effv2.evidence.findings import published_runs
+from effv2.evidence.protocols import published_runs
 from effv2.evidence.quantities import CURVES, QUANTITIES, SHOWN, TRAIN_SECONDS, percent, points
 from effv2.evidence.selection import SplitAndSeed, complete, has, is_like, pair_of, settings_of, split_of
-from effv2.evidence.statistics import FEWEST, TINY, Estimate, holm, p_text
-from effv2.evidence.study import (
-    NONE,
-    Rows,
-    StudyResults,
-    TrackedStudy,
-    arm_of,
-    has_figures,
-    line_of,
-    markdown_table,
-    values_of,
-)
+from effv2.evidence.statistics import CONFIDENCE, FEWEST, TINY, Estimate, holm, p_text
+from effv2.evidence.study import NONE, Rows, StudyResults, TrackedStudy, arm_of, has_figures, line_of, values_of
 from effv2.tracking.accuracies import BEST_TEST, SELECTED_TEST, SELECTED_VALIDATION, decisive_accuracy
 from effv2.tracking.read import RunRecord
 from effv2.tracking.tags import SEED
 
+NOTHING_YET = "No accuracies yet."
 MOST_COLUMNS = 8
 LONGEST_END = 100  # characters that are shown of either end of a setting
 Arms = Mapping[str, Sequence[RunRecord]]
@@ -42,21 +36,21 @@ def arms_results(study: TrackedStudy, claims: Claims) -> StudyResults:
         if has_figures(run):
             found.setdefault(arm_of(run), []).append(run)
     if not found:
-        return StudyResults(sentence="No accuracies yet.")
+        return StudyResults(sentence=NOTHING_YET)
     arms, differences = (found, []) if study.parent is not None else _parted(found)
     decisive = decisive_accuracy([run for runs in arms.values() for run in runs])
     published, protocol = _published_curves(arms, claims)
     notes = [*differences, *_notes(arms, protocol)]
     if decisive == SELECTED_VALIDATION:
         notes.append("The test set was left alone: this is validation at its best epoch, which flatters every arm.")
-    table = _table(arms, study.baseline(arms), decisive)
     return StudyResults(
         sentence=_sentence(arms, decisive),
-        table=table,
+        table=_table(arms, study.baseline(arms), decisive),
         notes=notes,
         figures=_figures(arms, study.title, published),
         metrics=_means(arms),
-        files={"comparison.csv": _rows(arms), "comparison.md": f"# {study.title}\n\n{markdown_table(table)}\n"},
+        document="comparison.md",
+        files={"comparison.csv": _rows(arms)},
     )
 
 
@@ -81,12 +75,11 @@ def _sentence(arms: Arms, decisive: str) -> str:
     """Say which arm has the highest mean of the accuracy that decides, and that it is no verdict."""
     means = {arm: statistics.fmean(values) for arm, values in values_of(arms, decisive).items()}
     if not means:
-        return "No accuracies yet."
+        return NOTHING_YET
     best = max(means, key=lambda arm: means[arm])
-    count = len(arms[best])
-    runs = "1 run" if count == 1 else f"mean of {count} runs"
-    accuracy = f"{percent(means[best])} {QUANTITIES[decisive].words} ({runs})"
-    return f"Highest: **{best}**, {accuracy}; the report says how sure that is."
+    runs = "1 run" if len(arms[best]) == 1 else f"mean of {len(arms[best])} runs"
+    words = f"{percent(means[best])} {QUANTITIES[decisive].words} ({runs})"
+    return f"Highest: **{best}**, {words}; the report says how sure that is."
 
 
 def _figures(arms: Arms, title: str, published: Mapping[str, RunRecord]) -> dict[str, Figure]:
@@ -96,13 +89,58 @@ def _figures(arms: Arms, title: str, published: Mapping[str, RunRecord]) -> dict
         curves = {arm: kept for arm, kept in found.items() if kept}
         if curves and not (name == "validation accuracy" and "test accuracy" in figures):
             theirs = {arm: run.history[metric] for arm, run in published.items() if metric in run.history}
-            figures[name] = accuracy_curves(curves, f"{title}: {name}", theirs, mean_band)
+            figures[name] = accuracy_curves(curves, f"{title}: {name}", theirs, _mean_band)
     best, seconds = values_of(arms, BEST_TEST), values_of(arms, TRAIN_SECONDS)
     if best and seconds:
-        figures["accuracy against time"] = accuracy_against_time(best, seconds, f"{title}: accuracy and time")
+        figures["accuracy against time"] = _accuracy_against_time(best, seconds, f"{title}: accuracy and time")
     if seconds:
-        figures["training time"] = bars(seconds, f"{title}: training", "seconds")
+        figures["training time"] = _bars(seconds, f"{title}: training")
     return figures
+
+
+def _mean_band(values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Return the 95 % interval of the mean of three runs or more (runs, epochs), the range of two."""
+    if len(values) < FEWEST:
+        return value_range(values)
+    reach = stats.t.ppf((1 + CONFIDENCE) / 2, len(values) - 1) * values.std(0, ddof=1) / np.sqrt(len(values))
+    return values.mean(0) - reach, values.mean(0) + reach
+
+
+def _bars(values: Mapping[str, Sequence[float]], title: str) -> Figure:
+    """Draw the mean of each name's values as a bar, their range as a line across its end."""
+    figure = Figure(figsize=(SIZE[0], 1.2 + 0.34 * len(values)), layout="constrained")
+    axes = figure.add_subplot()
+    means, reach = zip(*map(_mean_and_reach, values.values()), strict=True)
+    names, ends = list(map(plain, values)), np.hstack(reach)
+    axes.bar_label(axes.barh(names, means, xerr=ends, color=PALETTE[0], ecolor="#555555"), fmt="%.3g", padding=4)
+    axes.invert_yaxis()
+    axes.set(title=plain(title), xlabel="seconds")
+    axes.margins(x=0.12)
+    return figure
+
+
+def _accuracy_against_time(
+    accuracies: Mapping[str, Sequence[float]], seconds: Mapping[str, Sequence[float]], title: str
+) -> Figure:
+    """Draw the mean accuracy of each name's runs against their mean training time, with the ranges of both."""
+    figure = Figure(figsize=SIZE, layout="constrained")
+    axes = figure.add_subplot()
+    shared = [name for name in accuracies if name in seconds]
+    for index, (name, colour) in enumerate(zip(shared, cycle(PALETTE), strict=False)):
+        (across, sideways), (up, upright) = map(_mean_and_reach, (seconds[name], accuracies[name]))
+        marker = MARKERS[index % len(MARKERS)]
+        axes.errorbar(across, up, yerr=upright, xerr=sideways, fmt=marker, color=colour, label=plain(name))
+    axes.set(title=plain(title), xlabel="training, seconds", ylabel="test accuracy, best epoch")
+    axes.margins(0.15)
+    axes.grid(alpha=0.3)
+    axes.legend(loc="best", fontsize="small")
+    return figure
+
+
+def _mean_and_reach(values: Sequence[float]) -> tuple[float, np.ndarray]:
+    """Return the mean, and how far it is to the lowest and to the highest value (2, 1)."""
+    mean = float(np.mean(values))
+    return mean, np.array([[mean - min(values)], [max(values) - mean]])
 
 
 def _parted(arms: Arms) -> tuple[dict[str, list[RunRecord]], list[str]]:
@@ -148,21 +186,18 @@ def _table(arms: Arms, baseline: str, decisive: str) -> Rows:
 
 
 def _intervals(arms: Arms, name: str) -> Rows:
-    """Return lines with the intervals of a quantity's mean and of one more run, where there are runs enough."""
-    values, cells, what = values_of(arms, name), [], QUANTITIES[name]
+    """Return lines with the intervals of a quantity's mean and of one more run, where there are runs enough.
+
+    Equal values don't show how much they vary, and runs of several splits don't count one by one.
+    """
+    values, what = values_of(arms, name), QUANTITIES[name]
+    cells: dict[str, list[str]] = {"95 % interval of the mean": [], "a single re-run is expected (95 %)": []}
     for arm, runs in arms.items():
-        one_split = len(set(map(split_of, runs))) == 1
-        estimate = Estimate(tuple(values.get(arm, ())) if one_split else ())
-        told = estimate.n >= FEWEST and estimate.deviation > TINY  # equal values don't show how much they vary
-        found = (estimate.interval(), estimate.prediction()) if told else (None, None)
-        inside = [each and each.within(what.possible) for each in found]
-        cells.append([f"{percent(each.low)} to {percent(each.high)}" if each else NONE for each in inside])
-    means, singles = zip(*cells, strict=True)
-    lines = [
-        (f"95 % interval of the mean, {what.words}", *means),
-        (f"a single re-run is expected (95 %), {what.words}", *singles),
-    ]
-    return [line for line in lines if set(line[1:]) != {NONE}]
+        estimate = Estimate.of(values.get(arm, [math.nan]))
+        told = estimate.n >= FEWEST and estimate.deviation > TINY and len(set(map(split_of, runs))) == 1
+        for line, interval in zip(cells.values(), (estimate.interval(), estimate.prediction()), strict=True):
+            line.append(interval.within(what.possible).text(percent) if told else NONE)
+    return [(f"{words}, {what.words}", *line) for words, line in cells.items() if set(line) != {NONE}]
 
 
 def _differences(arms: Arms, baseline: str, name: str) -> Iterator[tuple[str, ...]]:
@@ -172,29 +207,27 @@ def _differences(arms: Arms, baseline: str, name: str) -> Iterator[tuple[str, ..
     """
     if len({split_of(run) for runs in arms.values() for run in runs}) > 1:
         return
-    what = QUANTITIES[name]
+    what, told = QUANTITIES[name], dict[tuple[str, str], Estimate]()
     values = {
         arm: {pair_of(run): value for run in runs if (value := what.value(run)) is not None}
         for arm, runs in arms.items()
     }
-    against = {arm: _baseline_of(arm, arms, baseline) for arm in arms if arm != baseline}
-    differences = {
-        arm: Estimate(
-            tuple(value - values[other][pair] for pair, value in values[arm].items() if pair in values[other])
-        )
-        for arm, other in against.items()
-    }
-    told = {arm: estimate for arm, estimate in differences.items() if estimate.n >= FEWEST}
+    for arm in arms:
+        other = _baseline_of(arm, arms, baseline)
+        pairs = [pair for pair in values[arm] if pair in values[other]]
+        if arm != baseline and len(pairs) >= FEWEST:
+            told[other, arm] = Estimate.of([values[arm][pair] - values[other][pair] for pair in pairs])
     corrected = dict(zip(told, holm([estimate.p(0) for estimate in told.values()]), strict=True))
-    for other in dict.fromkeys(against[arm] for arm in told):
-        cells = dict.fromkeys(arms, "") | {
-            arm: f"{points(estimate.mean)} [{100 * each.low:+.2f} to {100 * each.high:+.2f}]"
-            for arm, estimate in told.items()
-            if against[arm] == other and (each := estimate.interval()) is not None
-        }
-        yield f"less {other}, {what.words}, paired [95 %]", *cells.values()
-        shown = [p_text(corrected[arm]) if arm in told and against[arm] == other else "" for arm in cells]
-        yield f"p of that, after Holm for {len(told)}", *shown
+    for other in dict.fromkeys(against for against, _ in told):
+        found = [told.get((other, arm)) for arm in arms]
+        cells = [f"{points(each.mean)} [{each.interval().text(_signed)}]" if each else "" for each in found]
+        yield f"less {other}, {what.words}, paired [95 %]", *cells
+        ps = [p_text(corrected[other, arm]) if (other, arm) in told else "" for arm in arms]
+        yield f"p of that, after Holm for {len(told)}", *ps
+
+
+def _signed(value: float) -> str:
+    return f"{100 * value:+.2f}"
 
 
 def _baseline_of(arm: str, arms: Arms, baseline: str) -> str:

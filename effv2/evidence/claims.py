@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cache
@@ -21,10 +21,9 @@ from pydantic import Field, model_validator
 from effv2.config.documents import Document, Place, read_document, validate
 from effv2.config.schema import Group
 from effv2.core.errors import InputError, nearest
-from effv2.evidence.protocols import Protocol, protocol_title, study_protocols
+from effv2.evidence.protocols import PUBLISHED, Protocol, protocol_title, study_protocols
 from effv2.evidence.quantities import quantity
 
-PUBLISHED = Path(__file__).with_name("published")
 EXPORTED_AS = "claims.yaml"  # name of a file of claims in an export
 # A shipped study's name, or that of a file beside the claims, which an export takes along beside its own.
 StudyName = Annotated[str, Field(pattern=r"^([\w-]*|[\w.-]+\.ya?ml)$")]
@@ -202,49 +201,38 @@ def _read(path: Path, before: Claims) -> Claims:
             if name in known:
                 raise _wrong(document, (kind, name), "there is one of that name", "choose another")
     protocols: dict[str, Protocol] = {}
-    for place, study, free in _named_studies(file, {*before.protocols, *file.protocols}):
-        with _placed(document, place):
-            protocols |= study_protocols(study, free, folder)
-    studies = [protocol.study for protocol in protocols.values() if protocol.study]
-    for place, name, protocol in _own_protocols(file):
-        for arm, named in protocol.studies().items():
+
+    def add_study(name: str, free: Sequence[str], *place: str | int) -> None:
+        if name:
+            with _placed(document, place):
+                protocols.update(study_protocols(name, free, folder))
+
+    for id_, claim in file.claims.items():
+        add_study(claim.study, claim.free, "claims", id_, "study")
+        for index, check in enumerate(claim.checks):
+            add_study(check.study, claim.free, "claims", id_, "checks", index, "study")
+    inline = {id_: claim.protocol for id_, claim in file.claims.items() if isinstance(claim.protocol, Protocol)}
+    studies: list[str] = []
+    for name, protocol in (file.protocols | inline).items():
+        place = ("claims", name, "protocol") if name in inline else ("protocols", name)
+        if protocol.nearest not in {*before.protocols, *file.protocols}:
+            add_study(protocol.nearest, (), *place, "nearest")
+        for arm, study in protocol.studies().items():
             with _placed(document, (*place, "arms", arm)):
                 protocol = protocol.with_study(arm, folder)  # noqa: PLW2901
-            studies.append(named.partition("/")[0])
+            studies.append(study.partition("/")[0])
         protocols[name] = protocol
-    own = frozenset(file.claims) if before.claims else frozenset()
+    studies += [protocol.study for protocol in protocols.values() if protocol.study]
     beside = {study: folder / study for study in studies if (folder / study).is_file()}
     if EXPORTED_AS in beside:
         problem = f"names a study in {EXPORTED_AS}, as exports call the claims"
         raise InputError("claims", path, problem, "rename its file")
-    files = {EXPORTED_AS: path} | beside if own else {}
+    own, files = (frozenset(file.claims), {EXPORTED_AS: path} | beside) if before.claims else (frozenset(), {})
     claims = Claims({**before.protocols, **protocols}, {**file.claims, **before.claims}, own, files)
     for id_ in file.claims:
         for contrast in claims.contrasts(id_):
             _check(contrast, claims.protocols, document, ("claims", id_))
     return claims
-
-
-def _named_studies(file: ClaimsFile, protocols: Collection[str]) -> Iterator[tuple[Place, str, Sequence[str]]]:
-    """Yield each study that is named, with the settings that are free in it, and where it is named."""
-    for id_, claim in file.claims.items():
-        if claim.study:
-            yield ("claims", id_, "study"), claim.study, claim.free
-        for index, check in enumerate(claim.checks):
-            if check.study:
-                yield ("claims", id_, "checks", index, "study"), check.study, claim.free
-    for name, protocol in file.protocols.items():
-        if protocol.nearest and protocol.nearest not in protocols:
-            yield ("protocols", name, "nearest"), protocol.nearest, ()
-
-
-def _own_protocols(file: ClaimsFile) -> Iterator[tuple[Place, str, Protocol]]:
-    """Yield the protocols that the file holds, under their names or the ids of their claims."""
-    for name, protocol in file.protocols.items():
-        yield ("protocols", name), name, protocol
-    for id_, claim in file.claims.items():
-        if isinstance(claim.protocol, Protocol):
-            yield ("claims", id_, "protocol"), id_, claim.protocol
 
 
 def _wrong(document: Document, place: Place, problem: str, remedy: str) -> InputError:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import csv
+from collections.abc import Mapping, Sequence
+from functools import cache
 from pathlib import Path
 from typing import Literal
 
@@ -12,8 +14,12 @@ from effv2.config.documents import dotted
 from effv2.config.layers import Layer
 from effv2.config.schema import Group
 from effv2.core.errors import InputError, nearest
+from effv2.evidence.quantities import TEST, TRAIN, quantity
 from effv2.studies.files import Published, Settings, Study, open_study
+from effv2.tracking.accuracies import BEST_TEST, LAST_TEST
+from effv2.tracking.read import RunRecord
 
+PUBLISHED = Path(__file__).with_name("published")
 ONLY_ARM = "default"  # of a study that has no arms
 SEED_SETTING, SPLIT_SEED = "random.seed", "data.split_seed"
 # What may differ between runs that are compared: what pairs them, where the images lie and, but for times, how they
@@ -115,3 +121,25 @@ def _settings_of(study: Study, arm: str) -> Settings:
         wrong = f"has no arm {arm!r}" if arm else "has several arms, so name one, as study/arm"
         raise InputError("study", study.name, wrong, nearest(arm, list(study.arms) or [ONLY_ARM]))
     return {key: value for key, value in config.flat().items() if key not in FREE and value != "auto"}
+
+
+@cache
+def published_runs() -> Mapping[str, Mapping[str, RunRecord]]:
+    """Return the post's training runs, as far as it published their curves, by study and arm; one run an arm."""
+    found: dict[str, dict[str, RunRecord]] = {}
+    with (PUBLISHED / "curves.csv").open(newline="", encoding="utf-8") as file:
+        for row in csv.DictReader(file):
+            run = RunRecord("", row["arm"], "FINISHED", {}, {}, {}, {TRAIN: {}, TEST: {}})
+            run = found.setdefault(row["study"], {}).setdefault(row["arm"], run)
+            for name, column in ((TRAIN, "train_accuracy_percent"), (TEST, "test_accuracy_percent")):
+                run.history[name][int(row["epoch"])] = round(float(row[column]) / 100, 6)
+            test = run.history[TEST]
+            run.metrics.update({BEST_TEST: max(test.values()), LAST_TEST: test[max(test)]})
+    return found
+
+
+def published_value(protocol: Protocol, metric: str, arm: str) -> float | None:
+    """Return the published figure of an arm: as it was printed, else from the published curve; None without one."""
+    printed = protocol.published.figures.get(metric, {})
+    run = published_runs().get(protocol.study, {}).get(arm)
+    return printed.get(arm, None if run is None else quantity(metric).value(run))

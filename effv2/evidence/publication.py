@@ -16,7 +16,7 @@ from effv2.evidence.exports import Evidence, export, joined, remove_export, trac
 from effv2.evidence.quantities import EXPORTED, HISTORIES
 from effv2.evidence.report import HTML, Report, make_report
 from effv2.evidence.results import results_of
-from effv2.evidence.study import StudyResults, markdown_table, studies_of
+from effv2.evidence.study import StudyResults, studies_of
 from effv2.tracking.read import read_experiment
 from effv2.tracking.recovery import open_experiment
 from effv2.tracking.run import TrackedRun, open_report_run, run_address, working_on
@@ -39,15 +39,9 @@ def publish_study(parent: TrackedRun, used: Mapping[str, str]) -> StudyResults:
     parent.set_tags(as_tags(REUSED, others))
     report = make_report(tracked(parent.experiment_id, parent=parent.run_id), read_claims(), only_touched=True)
     results = _of(parent, report.studies)
-    with tempfile.TemporaryDirectory() as name:
-        report.write(Path(name))
-        _write_files(results, Path(name))
-        parent.log_folder(Path(name))
+    _log(parent, report, results)
     parent.log_metrics(results.metrics)
-    tables = [markdown_table(rows) for rows in (results.table, results.details) if rows]
-    words = (results.sentence, where_to_look(parent), results.description, *tables, *results.notes)
-    parent.describe("\n\n".join(filter(None, words)))
-    _show_in_ui(parent)
+    parent.describe(results.markdown(_show_in_ui(parent)))
     return results
 
 
@@ -61,32 +55,32 @@ def _of(parent: TrackedRun, studies: Sequence[StudyResults]) -> StudyResults:
     return next(each for each in studies if each.run_id == parent.run_id)
 
 
-def _write_files(results: StudyResults, folder: Path) -> None:
-    for name, content in results.files.items():
-        if isinstance(content, Figure):
-            content.savefig(folder / name, dpi=120)
-        elif isinstance(content, str):
-            (folder / name).write_text(content, encoding="utf-8")
-        else:
-            write_csv(folder / name, content)
+def _log(run: TrackedRun, report: Report, results: StudyResults | None = None) -> None:
+    """Log a report as artifacts of a run, and the files of a study's results."""
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        report.write(folder)
+        for file, content in results.files.items() if results else ():
+            if isinstance(content, Figure):
+                content.savefig(folder / file, dpi=120)
+            else:
+                write_csv(folder / file, content)
+        if results and results.document and results.table:
+            text = f"# {results.title}\n\n{results.markdown()}\n"
+            (folder / results.document).write_text(text, encoding="utf-8")
+        run.log_folder(folder)
 
 
-def _log_report(report: Report, run: TrackedRun) -> None:
-    with tempfile.TemporaryDirectory() as folder:
-        report.write(Path(folder))
-        run.log_folder(Path(folder))
+def _show_in_ui(run: TrackedRun) -> str:
+    """Save the views of the run's experiment, and return links to them and to the report on the run.
 
-
-def _show_in_ui(run: TrackedRun) -> None:
-    """Save the views of the run's experiment, and lead to them and to the report on the run from its description."""
+    The experiment's description leads there too.
+    """
     save_views(run.experiment_id)
-    describe_experiment(run.experiment_id, where_to_look(run))
-
-
-def where_to_look(run: TrackedRun) -> str:
-    """Return links to the report on a run and to the views of its experiment, in Markdown."""
     page = artifact_link(run.experiment_id, run.run_id, HTML)
-    return f"[Report]({page}) · {view_links(run.experiment_id)}"
+    links = f"[Report]({page}) · {view_links(run.experiment_id)}"
+    describe_experiment(run.experiment_id, links)
+    return links
 
 
 def publish(experiment: str, own: Path | None, target: Path | None, reporter: Reporter) -> tuple[Report, str]:
@@ -108,9 +102,8 @@ def publish(experiment: str, own: Path | None, target: Path | None, reporter: Re
             parents = [study.parent.run_id for study in studies_of(evidence.runs) if study.parent and study.kind]
             for place in [run, *(TrackedRun(run_id, run.experiment_id) for run_id in parents)]:
                 reporter.working("logging the report")
-                _log_report(report, place)
-            _show_in_ui(run)
-            run.describe(f"{report.summary}.\n\n{where_to_look(run)}")
+                _log(place, report)
+            run.describe(f"{report.summary}.\n\n{_show_in_ui(run)}")
             if target is not None:
                 reporter.working("exporting")
                 _write(report, evidence, target, claims)

@@ -15,7 +15,7 @@ import numpy as np
 
 from effv2.core.figures import Curve
 from effv2.evidence.statistics import Interval
-from effv2.tracking.accuracies import BEST_TEST, SELECTED_TEST, SELECTED_VALIDATION
+from effv2.tracking.accuracies import BEST_TEST, LAST_TEST, SELECTED_TEST, SELECTED_VALIDATION
 from effv2.tracking.read import RunRecord
 
 TRAIN, TEST, VALIDATION = "train/accuracy", "test/accuracy", "val/accuracy"
@@ -28,6 +28,9 @@ LARGEST = 1e300  # databases keep infinity as the largest number there is
 TIMED = ("rate/", "time/", "inference/", "throughput/")
 
 
+whole, tenths = "{:,.0f}".format, "{:,.1f}".format  # numbers without a fraction, to a tenth
+
+
 def percent(value: float) -> str:
     """Write a fraction as a percentage."""
     return f"{100 * value:.2f} %"
@@ -36,16 +39,6 @@ def percent(value: float) -> str:
 def points(value: float) -> str:
     """Write a difference of two fractions in percentage points."""
     return f"{100 * value:+.2f} points"
-
-
-def whole(value: float) -> str:
-    """Write a number without a fraction."""
-    return f"{value:,.0f}"
-
-
-def tenths(value: float) -> str:
-    """Write a number to a tenth."""
-    return f"{value:,.1f}"
 
 
 def decimal(value: float) -> str:
@@ -103,16 +96,6 @@ class Quantity:
         return Interval(0, 1) if self.is_accuracy else Interval(0 if self.timed else self.least, math.inf)
 
 
-def first(curve: Curve) -> float:
-    """Return the value of the first epoch."""
-    return curve[min(curve)]
-
-
-def highest(curve: Curve) -> float:
-    """Return the highest value of an epoch."""
-    return max(curve.values())
-
-
 def median(curve: Curve) -> float:
     """Return the median over epochs."""
     return statistics.median(curve.values())
@@ -125,7 +108,7 @@ def level(curve: Curve) -> float:
 
 def epochs_to_peak_share(curve: Curve, share: float = PEAK_SHARE) -> int:
     """Return the first epoch whose accuracy reaches `share` of the highest one."""
-    best = highest(curve)
+    best = max(curve.values())
     return min(epoch for epoch, accuracy in curve.items() if accuracy >= min(best, share * best))
 
 
@@ -143,7 +126,7 @@ def gain_after(curve: Curve, epoch: int = 10) -> float | None:
     return level(curve) - statistics.fmean(map(curve.__getitem__, around)) if set(around) <= curve.keys() else None
 
 
-LAST_TEST, PUBLISHED_TOP1 = "final/test_accuracy", "published/top1_accuracy"
+PUBLISHED_TOP1 = "published/top1_accuracy"
 BF16_TOP1, BF16_CHANGED = "bf16/top1_difference", "bf16/predictions_changed"
 TO_PEAK, TO_LEVEL = "epochs to 95 % of peak train accuracy", "epochs until test accuracy stays at its level"
 QUANTITIES: dict[str, Quantity] = {
@@ -151,8 +134,8 @@ QUANTITIES: dict[str, Quantity] = {
     SELECTED_TEST: Quantity("test accuracy, selected epoch", SELECTED_TEST, None, percent, "main"),
     LAST_TEST: Quantity("test accuracy, last epoch", LAST_TEST, None, percent, "more"),
     SELECTED_VALIDATION: Quantity("validation accuracy, best epoch", SELECTED_VALIDATION, None, percent, "main"),
-    "first/test_accuracy": Quantity("test accuracy, first epoch", TEST, first, percent),
-    "best/train_accuracy": Quantity("train accuracy, best epoch", TRAIN, highest, percent),
+    "first/test_accuracy": Quantity("test accuracy, first epoch", TEST, lambda curve: curve[min(curve)], percent),
+    "best/train_accuracy": Quantity("train accuracy, best epoch", TRAIN, lambda curve: max(curve.values()), percent),
     "level/train_accuracy": Quantity("train accuracy, mean of the last ten epochs", TRAIN, level, percent),
     "level/test_accuracy": Quantity("test accuracy, mean of the last ten epochs", TEST, level, percent),
     "gain/test_after_epoch_10": Quantity("gain in test accuracy after epoch 10", TEST, gain_after, points, epochs=21),

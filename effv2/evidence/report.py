@@ -2,25 +2,34 @@
 
 from __future__ import annotations
 
+import io
 import re
+import warnings
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import matplotlib
 from jinja2 import Environment, PackageLoader, StrictUndefined, select_autoescape
 from markupsafe import Markup, escape
+from matplotlib.figure import Figure
 
+from effv2.core.figures import PALETTE
 from effv2.evidence.claims import Claims
 from effv2.evidence.exports import Evidence
-from effv2.evidence.figures import inline_svg, svg_file
-from effv2.evidence.findings import Finding, Verdict
-from effv2.evidence.judge import Judgement, judge
+from effv2.evidence.judge import Finding, Judgement, Verdict, judge
 from effv2.evidence.results import results_of
 from effv2.evidence.statistics import p_text
 from effv2.evidence.study import StudyResults
 
 HTML, MARKDOWN, FIGURES = "report.html", "report.md", "figures"
+SETTINGS = {"svg.fonttype": "none", "svg.hashsalt": "effv2", "font.family": "sans-serif", "font.size": 9}
+INK = re.compile(r"#(000000|262626|333333|555555)\b")  # text, axes and ticks
+FRAME = re.compile(r"#(b0b0b0|cccccc)\b")  # grid and legend
+PAPER = re.compile(r'<g id="patch_\d+">\s*<path [^>]*style="[^"]*fill: #ffffff[^"]*"/>\s*</g>')
+TAG = re.compile(r"<[^>]+>")
+NUMBER = re.compile(r"-?\d+\.\d{2,}")
 
 
 @dataclass(frozen=True)
@@ -56,7 +65,7 @@ def make_report(
     studies, drawn = results_of(evidence.runs, claims, evidence.right), []
     for number, study in enumerate(studies, 1):
         progress(f"drawing {study.title}")
-        drawn.append({f"{number:02}-{_slug(name)}.svg": (name, svg_file(f)) for name, f in study.figures.items()})
+        drawn.append({f"{number:02}-{_slug(name)}.svg": (name, _svg_file(f)) for name, f in study.figures.items()})
     values = {
         "evidence": evidence,
         "judgements": shown,
@@ -95,17 +104,13 @@ def _environment() -> Environment:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters |= {"cell": cell, "drawing": _drawing, "reason": reason, "numbers": numbers, "slug": _slug}
+    environment.filters |= {"cell": cell, "drawing": _inline, "reason": reason, "numbers": numbers, "slug": _slug}
     return environment
 
 
 def cell(text: object) -> str:
     """Write a text into a cell of a Markdown table."""
     return " ".join(re.sub(r"<(?=[A-Za-z/!?])", "&lt;", re.sub(r"(\||(?<=\])\()", r"\\\1", str(text))).split())
-
-
-def _drawing(svg: str, label: str) -> Markup:
-    return Markup(inline_svg(svg, str(escape(label))))  # noqa: S704 (our own SVG, the label escaped)
 
 
 def reason(judgement: Judgement) -> str:
@@ -136,3 +141,29 @@ def _estimated(finding: Finding) -> str:
     if len(set(written)) > 1:
         return f"{finding.evidence}, {written[0]} ({written[1]} after Holm for {finding.tests} tests)"
     return ", ".join(filter(None, (finding.evidence, *written[:1])))
+
+
+def _svg_file(figure: Figure) -> str:
+    """Return the figure as an SVG file, the same for the same figure."""
+    text = io.StringIO()
+    with matplotlib.rc_context(SETTINGS), warnings.catch_warnings():  # type: ignore[arg-type]
+        warnings.filterwarnings("ignore", message="Glyph")  # a name in a script that the font lacks
+        figure.savefig(text, format="svg", metadata={"Date": None, "Creator": None})
+    return TAG.sub(lambda tag: NUMBER.sub(lambda found: f"{float(found[0]):.1f}", tag[0]), text.getvalue())
+
+
+def _inline(svg: str, label: str) -> Markup:
+    """Turn an SVG file into an element of a page, `label` being read to those who don't see it.
+
+    Colours become the page's: `--ink`, `--line` and `--c1` on; text takes the page's font.
+    """
+    body = PAPER.sub("", svg[svg.index("<svg") :])
+    body = INK.sub("var(--ink)", FRAME.sub("var(--line)", body))
+    for index, colour in enumerate(PALETTE, 1):
+        body = re.sub(re.escape(colour), f"var(--c{index})", body, flags=re.IGNORECASE)
+    body = re.sub(r'<g id="(?!m)[a-z0-9_]+">', "<g>", body)
+    body = re.sub(r"font-family: [^;\"]*; ?", "", body)
+    body = re.sub(r"<style.*?</style>|\s*<metadata>.*?</metadata>", "", body, flags=re.DOTALL)
+    size = re.search(r'viewBox="[^"]*"', body)
+    start = f'<svg role="img" aria-label="{escape(label)}" {size[0] if size else ""}'
+    return Markup(start + body[body.index(">") :])  # noqa: S704 (our own SVG, the label escaped)

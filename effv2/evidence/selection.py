@@ -21,7 +21,7 @@ OF_TIMES = tuple(f"{MACHINE}{name}" for name in ("processor", "accelerator", "th
 PUBLISHED_OVERLAP = 0.25  # test over training images of the published split
 FEW = 2  # settings in which a run may differ to be near
 SplitAndSeed = tuple[str, str]  # what runs of several arms have in common that form a pair
-Settings = tuple[tuple[str, str], ...]  # all that a protocol leaves open, and what it is in some runs
+Settings = frozenset[tuple[str, str]]  # names and values of what runs that repeat each other have in common
 RightAnswers = Callable[[RunRecord], Mapping[str, bool]]  # by image, of a run's predictions of its test images
 
 
@@ -139,7 +139,10 @@ def choose(
     Of a run that was repeated the last one counts. `runs` are the oldest first.
     """
     like = {arm: [run for run in runs if is_like(run, protocol, arm)] for arm in arms}
-    having = {arm: [run for run in found if _usable(what.value(run), positive)] for arm, found in like.items()}
+    having = {
+        arm: [run for run in found if (value := what.value(run)) is not None and (value > 0 or not positive)]
+        for arm, found in like.items()
+    }
     none = Chosen({arm: {} for arm in arms})
     if not all(having.values()):
         reasons = [
@@ -174,12 +177,7 @@ def choose(
 
 
 def _differing(one: Settings, other: Settings) -> list[str]:
-    first, second = dict(one), dict(other)
-    return [name for name in {**first, **second} if first.get(name) != second.get(name)]
-
-
-def _usable(value: float | None, positive: bool) -> bool:
-    return value is not None and (value > 0 or not positive)
+    return sorted({name for name, _ in one ^ other})
 
 
 def _on_shared_splits(chosen: Chosen) -> Chosen:
@@ -216,22 +214,22 @@ def _apart(found: Mapping[Settings, Mapping[str, object]], arms: Sequence[str]) 
     return f"runs of {' and of '.join(arms)} differ in more than that: in {', '.join(fewest)}"
 
 
-def settings_of(run: RunRecord, but: Collection[str] = frozenset(FREE)) -> Iterator[tuple[str, str]]:
-    """Return what runs that repeat each other have in common: our parameters `but` some, and which images they are."""
-    yield from ((name, value) for name, value in sorted(run.params.items()) if "." in name and name not in but)
-    for context, images in sorted(run.images.items()):
-        yield f"{context} images", f"{images.name}: {', '.join(images.classes)}"
+def settings_of(run: RunRecord, but: Collection[str] = frozenset(FREE)) -> Settings:
+    """Return our parameters of a run `but` some, and which images it used."""
+    images = {f"{context} images": f"{each.name}: {', '.join(each.classes)}" for context, each in run.images.items()}
+    params = {name: value for name, value in run.params.items() if "." in name and name not in but}
+    return frozenset((params | images).items())
 
 
 def _left_open(run: RunRecord, protocol: Protocol, what: Quantity) -> Settings:
     """Return what the protocol leaves open: other settings, and of times the machine; nothing of fixed networks."""
     if protocol.over == "images":
-        return ()
+        return frozenset()
     named = (protocol.runs.keys() | protocol.varied() | FREE) - (COMPUTED if what.timed else set())
     if "model.variant" in named:
         named.add("model.table")  # which goes by that name
-    settings = [(name, value) for name, value in settings_of(run, named) if not name.startswith("study.")]
-    return (*settings, *((tag, run.tags.get(tag, "")) for tag in OF_TIMES if what.timed))
+    settings = {each for each in settings_of(run, named) if not each[0].startswith("study.")}
+    return frozenset(settings | {(tag, run.tags.get(tag, "")) for tag in OF_TIMES if what.timed})
 
 
 def _overlap(run: RunRecord) -> float:

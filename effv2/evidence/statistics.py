@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from bisect import bisect_left
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import NamedTuple
@@ -33,6 +33,10 @@ class Interval(NamedTuple):
         """Return its part within another, as that of all values that a quantity can have; itself if there is none."""
         low, high = max(self.low, other.low), min(self.high, other.high)
         return Interval(low, high) if low <= high else self
+
+    def text(self, write: Callable[[float], str]) -> str:
+        """Write both ends."""
+        return f"{write(self.low)} to {write(self.high)}"
 
 
 class McNemar(NamedTuple):
@@ -85,59 +89,38 @@ class Estimate:
     one set, whose training parts overlap: it widens the error as Nadeau & Bengio (2003) do; 0 for independent values.
     """
 
-    sample: tuple[float, ...]
-    less: tuple[float, ...] | None = None
-    overlap: float = 0.0
+    samples: Sequence[Sequence[float]]
+    overlap: float
+    n: int  # values, of the smaller sample where there are two
+    mean: float
+    deviation: float  # of one more value, or of the difference of one more of each; NaN for one value
+    error: float  # of the mean; NaN for one value
+    degrees: float  # of freedom
 
-    @property
-    def samples(self) -> list[tuple[float, ...]]:
-        """Return the one or the two samples."""
-        return [self.sample] if self.less is None else [self.sample, self.less]
-
-    @property
-    def n(self) -> int:
-        """Return the number of values, that of the smaller sample where there are two."""
-        return min(map(len, self.samples))
-
-    @property
-    def mean(self) -> float:
-        """Return the mean, or the difference of two."""
-        return float(np.mean(self.sample) - (0 if self.less is None else np.mean(self.less)))
-
-    @property
-    def deviation(self) -> float:
-        """Return the standard deviation of one more value, or of the difference of one more of each; NaN for one."""
-        return math.hypot(*map(_deviation, self.samples))
-
-    @property
-    def error(self) -> float:
-        """Return the standard error of the mean; NaN for one value."""
-        return math.hypot(*self._errors())
-
-    def _errors(self) -> list[float]:
-        return [_deviation(each) * math.sqrt(1 / len(each) + self.overlap) for each in self.samples]
-
-    @property
-    def degrees(self) -> float:
-        """Return the degrees of freedom, Welch's for two samples."""
-        if self.less is None or self.error == 0:
-            return sum(len(each) - 1 for each in self.samples)
-        parts = zip(self._errors(), self.samples, strict=True)
-        return self.error**4 / sum(error**4 / (len(each) - 1) for error, each in parts)
+    @classmethod
+    def of(cls, *samples: Sequence[float], overlap: float = 0.0) -> Estimate:
+        """Return the mean of one sample, or of the first of two less the second."""
+        counts = list(map(len, samples))
+        means = [float(np.mean(each)) for each in samples]
+        deviations = [float(np.std(each, ddof=1)) if len(each) > 1 else math.nan for each in samples]
+        errors = [deviation * math.sqrt(1 / n + overlap) for deviation, n in zip(deviations, counts, strict=True)]
+        error, degrees = math.hypot(*errors), float(sum(counts) - len(counts))
+        if len(samples) > 1 and error > 0:
+            degrees = error**4 / sum(each**4 / (n - 1) for each, n in zip(errors, counts, strict=True))
+        mean = means[0] - sum(means[1:])
+        return cls(samples, overlap, min(counts), mean, math.hypot(*deviations), error, degrees)
 
     @cached_property
     def _pivots(self) -> np.ndarray:
         """Return (mean of a resample - mean) / its standard error, the same ones at every call."""
         drawn = [_resampled(each, seed) for seed, each in enumerate(self.samples)]
-        means = drawn[0].mean(1) - (0 if self.less is None else drawn[1].mean(1))
+        distances = drawn[0].mean(1) - sum(each.mean(1) for each in drawn[1:]) - self.mean
         squares = sum(each.var(1, ddof=1) / each.shape[1] for each in drawn)
-        found: np.ndarray = (means - self.mean)[squares > 0] / np.sqrt(squares[squares > 0])
+        found: np.ndarray = distances[squares > 0] / np.sqrt(squares[squares > 0])
         return found
 
-    def interval(self, confidence: float = CONFIDENCE) -> Interval | None:
-        """Return the confidence interval of the mean; None for one value."""
-        if self.n < 2:
-            return None
+    def interval(self, confidence: float = CONFIDENCE) -> Interval:
+        """Return the confidence interval of the mean; NaN for one value."""
         tail = (1 - confidence) / 2
         if self.n < BOOTSTRAP_FROM or self.error < TINY:
             high = stats.t.ppf(1 - tail, self.degrees)
@@ -162,20 +145,14 @@ class Estimate:
         below = (np.sum(self._pivots <= t) + 1) / (RESAMPLES + 1)
         return float(min(1.0, 2 * min(above, below)))
 
-    def prediction(self, deviation: float | None = None, confidence: float = CONFIDENCE) -> Interval | None:
-        """Return the interval in which a single further value is expected (normal values); None for one value.
+    def prediction(self, deviation: float | None = None, confidence: float = CONFIDENCE) -> Interval:
+        """Return the interval in which a single further value is expected (normal values); NaN for one value.
 
         `deviation` is that of single values, where these are means of several.
         """
-        if self.n < 2:
-            return None
         spread = math.hypot(self.deviation if deviation is None else deviation, self.error)
         reach = float(stats.t.ppf((1 + confidence) / 2, self.degrees) * spread)
         return Interval(self.mean - reach, self.mean + reach)
-
-
-def _deviation(values: Sequence[float]) -> float:
-    return float(np.std(values, ddof=1)) if len(values) > 1 else math.nan
 
 
 def _resampled(values: Sequence[float], seed: int) -> np.ndarray:
@@ -216,7 +193,7 @@ def more_to_decide(estimate: Estimate, edge: float, level: float = LEVEL) -> tup
         few = many = math.ceil(1 - math.log2(level))
     else:
         ends = np.sqrt(estimate.degrees / stats.chi2.ppf([0.9, 0.1], estimate.degrees)) * estimate.deviation
-        overlap = estimate.overlap if estimate.less is None else 0.0
+        overlap = estimate.overlap if len(estimate.samples) == 1 else 0.0
         few, many = (runs_to_decide(effect, float(end), level, overlap) for end in ends)
     if few is None:
         return None

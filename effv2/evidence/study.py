@@ -55,7 +55,7 @@ class StudyResults:
 
     `details` are a second table, of what the first leaves out. Figures are by the words that name their files.
     `missing` says what there should be and isn't. `order` holds networks, the most accurate first. `metrics` and
-    `files` (tables, texts and figures by name) are those of the study's run.
+    `files` (tables and figures by name, and the `document` that is called so) are those of the study's run.
     """
 
     title: str = ""
@@ -71,7 +71,18 @@ class StudyResults:
     environment: Rows = field(default_factory=list)
     order: Sequence[str] = ()
     metrics: Mapping[str, float] = field(default_factory=dict)
-    files: Mapping[str, Sequence[Sequence[Any]] | str | Figure] = field(default_factory=dict)
+    document: str = ""
+    files: Mapping[str, Sequence[Sequence[Any]] | Figure] = field(default_factory=dict)
+
+    def markdown(self, links: str = "") -> str:
+        """Write sentence, links, description, tables and notes as Markdown."""
+        tables = [_markdown(rows) for rows in (self.table, self.details) if rows]
+        return "\n\n".join(filter(None, (self.sentence, links, self.description, *tables, *self.notes)))
+
+
+def _markdown(rows: Rows) -> str:
+    titles, *others = rows
+    return "\n".join(f"| {' | '.join(cells)} |" for cells in (titles, ("---",) * len(titles), *others))
 
 
 def studies_of(runs: Sequence[RunRecord]) -> list[TrackedStudy]:
@@ -123,9 +134,3 @@ def line_of(groups: Mapping[str, Sequence[RunRecord]], name: str) -> Rows:
         differ = len(set(values.get(group, ()))) > 1
         cells.append(f"{mean} ± {what.text(statistics.stdev(values[group]))}" if differ else mean)
     return [(what.words, *cells)] if values else []
-
-
-def markdown_table(rows: Rows) -> str:
-    """Write rows, the titles first, as Markdown."""
-    titles, *others = rows
-    return "\n".join(f"| {' | '.join(cells)} |" for cells in (titles, ("---",) * len(titles), *others))

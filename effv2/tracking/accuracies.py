@@ -6,8 +6,9 @@ from collections.abc import Mapping, Sequence
 
 from effv2.tracking.read import RunRecord
 
-# The metrics: of the best test epoch; of the selected epoch, the best on validation or the last; of that on validation.
-BEST_TEST, SELECTED_TEST, SELECTED_VALIDATION = "best/test_accuracy", "selected/test_accuracy", "selected/val_accuracy"
+# On the test set: of its best epoch, of the selected one (the best on validation, or the last), of the last.
+BEST_TEST, SELECTED_TEST, LAST_TEST = "best/test_accuracy", "selected/test_accuracy", "final/test_accuracy"
+SELECTED_VALIDATION = "selected/val_accuracy"
 
 
 def reached_accuracy(metrics: Mapping[str, float]) -> float:
