@@ -25,7 +25,7 @@ from effv2.core.errors import RunError, Terminated
 from effv2.core.randomness import stream_seed
 from effv2.data.batches import to_input
 from effv2.data.dataset import Dataset, Split, load_dataset
-from effv2.evidence.findings import published_runs
+from effv2.evidence.protocols import published_runs
 from effv2.execution.device import make_execution
 from effv2.studies.files import open_study
 from effv2.training.evaluate import Evaluation, evaluate

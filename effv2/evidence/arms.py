@@ -16,12 +16,12 @@ from effv2.core.figures import MARKERS, PALETTE, SIZE, accuracy_curves, plain, v
 from effv2.evidence.claims import Claims
 from effv2.evidence.protocols import published_runs
 from effv2.evidence.quantities import CURVES, QUANTITIES, SHOWN, TRAIN_SECONDS, percent, points
-from effv2.evidence.selection import SplitAndSeed, complete, has, is_like, pair_of, settings_of, split_of
+from effv2.evidence.selection import Settings, SplitAndSeed, complete, has, is_like, pair_of, settings_of, split_of
 from effv2.evidence.statistics import CONFIDENCE, FEWEST, TINY, Estimate, holm, p_text
-from effv2.evidence.study import NONE, Rows, StudyResults, TrackedStudy, arm_of, has_figures, line_of, values_of
+from effv2.evidence.study import NONE, Rows, StudyResults, TrackedStudy, has_figures, line_of, values_of
 from effv2.tracking.accuracies import BEST_TEST, SELECTED_TEST, SELECTED_VALIDATION, decisive_accuracy
 from effv2.tracking.read import RunRecord
-from effv2.tracking.tags import SEED
+from effv2.tracking.tags import ARM, SEED, STUDY
 
 NOTHING_YET = "No accuracies yet."
 MOST_COLUMNS = 8
@@ -34,7 +34,8 @@ def arms_results(study: TrackedStudy, claims: Claims) -> StudyResults:
     found: dict[str, list[RunRecord]] = {}
     for run in complete(study.in_order()):
         if has_figures(run):
-            found.setdefault(arm_of(run), []).append(run)
+            arm = run.tags.get(ARM) or run.tags.get(STUDY) or run.params.get("model.variant") or run.name
+            found.setdefault(arm, []).append(run)
     if not found:
         return StudyResults(sentence=NOTHING_YET)
     arms, differences = (found, []) if study.parent is not None else _parted(found)
@@ -59,10 +60,8 @@ def _rows(arms: Arms) -> list[tuple[Any, ...]]:
     named = [(arm, run) for arm, runs in arms.items() for run in runs]
     shown = [what for what in SHOWN.values() if any(what.value(run) is not None for _, run in named)]
     titles = ("variant", "seed", "run_id", *(what.words for what in shown))
-    return [
-        titles,
-        *((arm, run.tags.get(SEED), run.run_id, *(what.value(run) for what in shown)) for arm, run in named),
-    ]
+    rows = [(arm, run.tags.get(SEED), run.run_id, *(what.value(run) for what in shown)) for arm, run in named]
+    return [titles, *rows]
 
 
 def _means(arms: Arms) -> dict[str, float]:
@@ -151,9 +150,9 @@ def _parted(arms: Arms) -> tuple[dict[str, list[RunRecord]], list[str]]:
     parted: dict[str, list[RunRecord]] = {}
     notes: list[str] = []
     for arm, runs in arms.items():
-        groups: dict[frozenset[tuple[str, str]], dict[SplitAndSeed, RunRecord]] = {}
+        groups: dict[Settings, dict[SplitAndSeed, RunRecord]] = {}
         for run in runs:
-            groups.setdefault(frozenset(settings_of(run)), {})[pair_of(run)] = run
+            groups.setdefault(settings_of(run), {})[pair_of(run)] = run
         shared = frozenset.intersection(*groups)
         for number, (settings, of_it) in enumerate(groups.items(), 1):
             name = arm if len(groups) == 1 else f"{arm} ({number})"

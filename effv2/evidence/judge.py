@@ -15,6 +15,7 @@ from enum import Enum
 from functools import partial
 
 import numpy as np
+from scipy import stats
 
 from effv2.evidence.claims import Claim, Claims, Contrast, family
 from effv2.evidence.protocols import published_value
@@ -25,7 +26,6 @@ from effv2.evidence.statistics import (
     LEVEL,
     MOST_RUNS,
     Estimate,
-    fisher,
     holm,
     mcnemar,
     more_to_decide,
@@ -243,7 +243,7 @@ def _with_published(finding: Finding, claims: Claims, what: Quantity) -> Finding
     shown, count = " against ".join(map(what.text, known)), protocol.published.test_images
     if count and contrast.against and what.is_accuracy and "train" not in contrast.metric:
         first, second = (round(count * each) for each in known)
-        p = fisher((first, second), (count, count))
+        p = stats.fisher_exact([[first, count - first], [second, count - second]]).pvalue
         shown += f" ({first:,} and {second:,} of {count:,} images right; Fisher's exact {p_text(p)})"
     if protocol.published.unchecked:
         shown += f" ({protocol.published.unchecked})"
@@ -308,9 +308,9 @@ def _over_seeds(finding: Finding, what: Quantity, chosen: Chosen) -> Finding:
     if estimate.n < FEWEST:
         lacking = counted(FEWEST - estimate.n, f"more {unit}")
         return replace(finding, more=f"fewer than {FEWEST} runs decide nothing; {lacking} at least")
-    edge = _binding_edge(
-        [scale(each) for each in (contrast.low, contrast.high) if math.isfinite(each)], finding, estimate
-    )
+    edges = [scale(each) for each in (contrast.low, contrast.high) if math.isfinite(each)]
+    # The edge that decides is the one that is harder to tell from the mean.
+    edge = max(edges, key=estimate.p) if finding.inside else min(edges, key=lambda each: abs(each - estimate.mean))
     return replace(finding, p=estimate.p(edge), estimate=estimate, edge=edge, unit=unit)
 
 
@@ -338,10 +338,3 @@ def _single(contrast: Contrast, what: Quantity, estimate: Estimate, values: Sequ
         return text
     lies = "inside" if interval.low <= claimed <= interval.high else "outside"
     return f"{text}; the claimed {what.text(claimed)} lies {lies}"
-
-
-def _binding_edge(edges: Sequence[float], finding: Finding, estimate: Estimate) -> float:
-    """Return the edge that decides: the one that is harder to tell from the mean, on the scale of the estimate."""
-    if finding.inside:
-        return max(edges, key=estimate.p)
-    return min(edges, key=lambda edge: abs(edge - estimate.mean))

@@ -87,13 +87,14 @@ def study_protocols(name: str, free: Sequence[str], folder: Path) -> dict[str, P
     shared = {key for key in kept if all(arm[key] == first[key] for arm in arms.values())}
     runs = {key: value for key, value in first.items() if key in shared}
     runs |= {key: value for key, value in published.runs.items() if key not in free}
+    seeds = " -P seed=0; then seeds 1 and 2" if " -e train " in study.command else " -P seeds=0,1,2"
     near_runs = {key: value for key, value in published.nearest.items() if key not in free}
     title = protocol_title(name, free)
     near = f"{title}, nearest" if near_runs else ""
     protocol = Protocol(
         runs=runs,
         arms={arm: {key: each[key] for key in each if key in kept - shared} for arm, each in arms.items()},
-        command=_with_seeds(study.command),
+        command=study.command and study.command + seeds,
         needs=published.needs,
         assumed=study.assumptions(),
         nearest=near,
@@ -103,12 +104,6 @@ def study_protocols(name: str, free: Sequence[str], folder: Path) -> dict[str, P
     differing = ", ".join(f"{key} {value}" for key, value in near_runs.items())
     nearest_protocol = Protocol(runs=runs | near_runs, arms=protocol.arms, assumed=f"{near}: {differing}.")
     return {title: protocol} | ({near: nearest_protocol} if near else {})
-
-
-def _with_seeds(command: str) -> str:
-    if " -e train " in command:
-        return f"{command} -P seed=0; then seeds 1 and 2"
-    return command and f"{command} -P seeds=0,1,2"
 
 
 def _settings_of(study: Study, arm: str) -> Settings:

@@ -46,6 +46,14 @@ def decimal(value: float) -> str:
     return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.3g}"
 
 
+def number(text: str) -> float:
+    """Read a number; NaN where the text is none."""
+    try:
+        return float(text)
+    except ValueError:
+        return math.nan
+
+
 def duration(seconds: float) -> str:
     """Write a duration in minutes or hours."""
     minutes = seconds / 60

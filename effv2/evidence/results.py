@@ -12,7 +12,7 @@ from effv2.evidence.arms import arms_results
 from effv2.evidence.claims import Claims
 from effv2.evidence.networks import networks_results
 from effv2.evidence.protocols import SPLIT_SEED
-from effv2.evidence.quantities import EPOCH_SECONDS, VALIDATION, duration, percent
+from effv2.evidence.quantities import EPOCH_SECONDS, VALIDATION, duration, number, percent
 from effv2.evidence.selection import RightAnswers, counted
 from effv2.evidence.study import NONE, Rows, StudyResults, TrackedStudy, studies_of
 from effv2.tracking import tags
@@ -162,10 +162,7 @@ def _best_trials(ranked: Sequence[RunRecord], searched: Sequence[str]) -> Rows:
 
 
 def _short(text: str) -> str:
-    try:
-        return f"{float(text):.4g}"
-    except ValueError:
-        return text
+    return text if math.isnan(number(text)) else f"{number(text):.4g}"
 
 
 def _notes_on_trials(study: TrackedStudy, any_ranked: bool) -> list[str]:

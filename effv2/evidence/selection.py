@@ -10,7 +10,7 @@ from itertools import product
 
 from effv2.config.schema import TrainConfig
 from effv2.evidence.protocols import COMPUTED, FREE, SEED_SETTING, SPLIT_SEED, Protocol
-from effv2.evidence.quantities import Quantity
+from effv2.evidence.quantities import Quantity, number
 from effv2.evidence.statistics import FEWEST
 from effv2.studies.files import Value
 from effv2.tracking.read import RunRecord
@@ -93,10 +93,7 @@ def has(run: RunRecord, name: str, value: Value) -> bool:
     logged = _param(run, name)
     if logged is None or isinstance(value, (bool, str)):
         return logged is not None and logged.lower() == str(value).lower()
-    try:
-        return float(logged) == value
-    except ValueError:
-        return False
+    return number(logged) == value
 
 
 def split_of(run: RunRecord) -> str:
@@ -234,10 +231,7 @@ def _left_open(run: RunRecord, protocol: Protocol, what: Quantity) -> Settings:
 
 def _overlap(run: RunRecord) -> float:
     """Return the ratio of test to other images of a run's split, from the share that was held out for testing."""
-    try:
-        share = float(run.params.get("data.test_fraction", ""))
-    except ValueError:
-        return PUBLISHED_OVERLAP
+    share = number(run.params.get("data.test_fraction", ""))
     return share / (1 - share) if 0 < share < 1 else PUBLISHED_OVERLAP
 
 

@@ -73,12 +73,6 @@ def holm(p_values: Sequence[float]) -> list[float]:
     return [float(p) for p in found]
 
 
-def fisher(right: tuple[int, int], counts: tuple[int, int]) -> float:
-    """Return Fisher's exact two-sided p for two accuracies on images of which it isn't known who got which right."""
-    (a, b), (n, m) = right, counts
-    return float(stats.fisher_exact([[a, n - a], [b, m - b]]).pvalue)
-
-
 @dataclass(frozen=True)
 class Estimate:
     """The mean of one sample, or that of one less that of another (Welch 1947), and how sure it is.

@@ -12,7 +12,7 @@ from matplotlib.figure import Figure
 from effv2.evidence.quantities import SHOWN, quantity
 from effv2.evidence.selection import complete
 from effv2.tracking.read import RunRecord
-from effv2.tracking.tags import ARM, PLANNED, STUDY, names_in, reused_in
+from effv2.tracking.tags import ARM, PLANNED, names_in, reused_in
 
 NONE = "none"  # in a cell: the runs lack the figure
 Rows = list[tuple[str, ...]]  # of a table, its titles first
@@ -112,11 +112,6 @@ def _renamed(run: RunRecord, name: str) -> RunRecord:
     """Return a run of another study as this one has it: under its name, in its arm."""
     arm = name.rpartition(", seed ")[0]
     return replace(run, name=name, tags=run.tags | ({ARM: arm} if arm else {}))
-
-
-def arm_of(run: RunRecord) -> str:
-    """Return how a run's arm is called."""
-    return run.tags.get(ARM) or run.tags.get(STUDY) or run.params.get("model.variant") or run.name
 
 
 def values_of(groups: Mapping[str, Sequence[RunRecord]], name: str) -> dict[str, list[float]]:
