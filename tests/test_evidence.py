@@ -10,7 +10,6 @@ from typing import Any
 
 import numpy as np
 import pytest
-from effv2.evidence.findings import Verdict, published_runs
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import stats
@@ -19,7 +18,7 @@ from effv2.config.layers import Layer
 from effv2.config.schema import TrainConfig
 from effv2.core.errors import InputError
 from effv2.evidence.claims import Claims, read_claims
-from effv2.evidence.judge import CONSISTENT, INCONSISTENT, NO_FIGURES, judge
+from effv2.evidence.judge import CONSISTENT, INCONSISTENT, NO_FIGURES, Verdict, judge
 from effv2.evidence.protocols import FREE, Protocol, published_runs
 from effv2.evidence.quantities import TEST, TRAIN, quantity
 from effv2.evidence.results import study_results
