@@ -193,9 +193,9 @@ def _intervals(arms: Arms, name: str) -> Rows:
     cells: dict[str, list[str]] = {"95 % interval of the mean": [], "a single re-run is expected (95 %)": []}
     for arm, runs in arms.items():
         estimate = Estimate.of(values.get(arm, [math.nan]))
-        told = estimate.n >= FEWEST and estimate.deviation > TINY and len(set(map(split_of, runs))) == 1
+        enough = estimate.n >= FEWEST and estimate.deviation > TINY and len(set(map(split_of, runs))) == 1
         for line, interval in zip(cells.values(), (estimate.interval(), estimate.prediction()), strict=True):
-            line.append(interval.within(what.possible).text(percent) if told else NONE)
+            line.append(interval.within(what.possible).text(percent) if enough else NONE)
     return [(f"{words}, {what.words}", *line) for words, line in cells.items() if set(line) != {NONE}]
 
 
@@ -206,7 +206,7 @@ def _differences(arms: Arms, baseline: str, name: str) -> Iterator[tuple[str, ..
     """
     if len({split_of(run) for runs in arms.values() for run in runs}) > 1:
         return
-    what, told = QUANTITIES[name], dict[tuple[str, str], Estimate]()
+    what, tests = QUANTITIES[name], dict[tuple[str, str], Estimate]()
     values = {
         arm: {pair_of(run): value for run in runs if (value := what.value(run)) is not None}
         for arm, runs in arms.items()
@@ -215,14 +215,14 @@ def _differences(arms: Arms, baseline: str, name: str) -> Iterator[tuple[str, ..
         other = _baseline_of(arm, arms, baseline)
         pairs = [pair for pair in values[arm] if pair in values[other]]
         if arm != baseline and len(pairs) >= FEWEST:
-            told[other, arm] = Estimate.of([values[arm][pair] - values[other][pair] for pair in pairs])
-    corrected = dict(zip(told, holm([estimate.p(0) for estimate in told.values()]), strict=True))
-    for other in dict.fromkeys(against for against, _ in told):
-        found = [told.get((other, arm)) for arm in arms]
+            tests[other, arm] = Estimate.of([values[arm][pair] - values[other][pair] for pair in pairs])
+    corrected = dict(zip(tests, holm([estimate.p(0) for estimate in tests.values()]), strict=True))
+    for other in dict.fromkeys(against for against, _ in tests):
+        found = [tests.get((other, arm)) for arm in arms]
         cells = [f"{points(each.mean)} [{each.interval().text(_signed)}]" if each else "" for each in found]
         yield f"less {other}, {what.words}, paired [95 %]", *cells
-        ps = [p_text(corrected[other, arm]) if (other, arm) in told else "" for arm in arms]
-        yield f"p of that, after Holm for {len(told)}", *ps
+        ps = [p_text(corrected[other, arm]) if (other, arm) in tests else "" for arm in arms]
+        yield f"p of that, after Holm for {len(tests)}", *ps
 
 
 def _signed(value: float) -> str:

@@ -1,7 +1,7 @@
 """Claims as data: what is said, on which runs it can be judged, and what would have to hold.
 
-`claims.yaml` in `published/` holds the published ones; a file of the user's own adds to them. What each key means is
-told in docs/claims.md.
+`claims.yaml` in `published/` holds the published ones; a file of the user's own adds to them. docs/claims.md says
+what each key means.
 """
 
 from __future__ import annotations

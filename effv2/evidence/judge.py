@@ -65,7 +65,7 @@ class Finding:
     tests: int = 1  # in its family
     decided: bool = False  # without a test: a quantity that doesn't vary
     estimate: Estimate | None = None
-    edge: float = 0.0  # from which the mean is told
+    edge: float = 0.0  # from which the mean is to differ
     unit: str = "seed"  # what there would have to be more of
     more: str = ""
     single: str = ""
@@ -176,12 +176,12 @@ def _judgement(
     ]
     nearest = [found for contrast in dict.fromkeys(contrasts) if (found := find_one(contrast)).tested]
 
-    def told(of: Sequence[Finding], name: str) -> list[str]:
-        texts = (getattr(claims.protocols[each.contrast.protocol], name) for each in of)
-        return list(dict.fromkeys(filter(None, texts)))
+    def texts(of: Sequence[Finding], name: str) -> list[str]:
+        found = (getattr(claims.protocols[each.contrast.protocol], name) for each in of)
+        return list(dict.fromkeys(filter(None, found)))
 
-    needs, assumed = "; ".join(told(lacking, "needs")), " ".join(told([*findings, *nearest], "assumed"))
-    commands = told([*lacking, *undecided], "command")
+    needs, assumed = "; ".join(texts(lacking, "needs")), " ".join(texts([*findings, *nearest], "assumed"))
+    commands = texts([*lacking, *undecided], "command")
     return Judgement(id_, claims.claims[id_], findings, nearest, needs, assumed, commands)
 
 

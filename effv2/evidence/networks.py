@@ -112,11 +112,11 @@ def _sentence(runs: Iterable[str], ranking: Ranking, pairs: Sequence[NetworkPair
     )
     if pairs:
         head += f" (exact McNemar tests, Holm-corrected for {len(pairs)}, {LEVEL:.0%} level)"
-        told, open_ = dict[str, list[str]](), dict[str, list[str]]()
+        better, open_ = dict[str, list[str]](), dict[str, list[str]]()
         for pair in pairs:
             p = f" ({p_text(pair.p_holm)})" if len(pairs) <= PAIRS_WITH_P else ""
-            (told if pair.told_apart else open_).setdefault(pair.better, []).append(f"{pair.worse}{p}")
-        words = [f"{better} is better than {_joined(worse)}" for better, worse in told.items()]
+            (better if pair.told_apart else open_).setdefault(pair.better, []).append(f"{pair.worse}{p}")
+        words = [f"{one} is better than {_joined(others)}" for one, others in better.items()]
         either = "; ".join(f"{one} or {_joined(others, 'or')}" for one, others in open_.items())
         words += [f"it can't be told which is better: {either}"] if open_ else []
     few = f" So few images rarely decide; evaluate more than {FEW_IMAGES}." if size < FEW_IMAGES else ""
