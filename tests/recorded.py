@@ -64,14 +64,13 @@ DECIDING: dict[str, dict[str, tuple[str, ...]]] = {
         "core/randomness.py": (),
         **{f"training/{name}.py": () for name in ("evaluate", "loop", "optimisers", "schedules", "state")},
         "run/records.py": ("log_end", "log_test"),
-        "run/run.py": ("train_run", "_train", "_go_on"),
-        "evidence/run_artifacts.py": (),
+        "run/run.py": ("train_run", "_prepared", "_resume", "_train", "_end"),
+        "run/artifacts.py": (),
     },
     "execution": {f"execution/{name}.py": () for name in ("device", "fast_paths", "cuda_graphs")},
     "evaluation": {
         **{f"pretrained/{name}.py": () for name in ("evaluation", "images", "imagenet", "measure", "weights")},
-        "evidence/run_artifacts.py": (),
-        "evidence/statistics.py": ("calibration_error",),
+        "run/artifacts.py": (),
     },
 }
 # Modules of the rooms above in which nothing decides a result, or nothing that the digest of the data doesn't hold.

@@ -17,25 +17,22 @@ from scipy import stats
 from effv2.config.layers import Layer
 from effv2.config.schema import TrainConfig
 from effv2.core.errors import InputError
-from effv2.evidence.claims import FREE, Claims, Protocol, read_claims
-from effv2.evidence.comparison import Comparison
-from effv2.evidence.judge import Verdict, Words, judge
+from effv2.evidence.claims import Claims, read_claims
+from effv2.evidence.judge import CONSISTENT, INCONSISTENT, NO_FIGURES, Verdict, judge
+from effv2.evidence.protocols import FREE, Protocol, published_runs
 from effv2.evidence.quantities import TEST, TRAIN, quantity
-from effv2.evidence.reference import published_runs
-from effv2.evidence.sections import Section, section
+from effv2.evidence.results import study_results
 from effv2.evidence.selection import is_like
 from effv2.evidence.statistics import (
     FEWEST,
     LEVEL,
+    Estimate,
     Interval,
-    Sample,
-    Unpaired,
-    fisher,
     more_to_decide,
     power,
     runs_to_decide,
 )
-from effv2.evidence.study import Study
+from effv2.evidence.study import StudyResults, TrackedStudy
 from effv2.studies.files import open_study
 from effv2.tracking.read import Images, RunRecord
 from effv2.tracking.tags import COMMAND, LONGEST_TAG, LOOKS, PLANNED, as_tags, names_in
@@ -99,18 +96,17 @@ def test_the_posts_words_against_its_own_figures_and_single_runs() -> None:
         "A1", "A2", "A3", "A4", "A5", "A6", "A7", "A8", "E1", "E2",
     }  # fmt: skip
     assert {id_: found[id_].words for id_ in ("A1", "A2", "A3", "P1")} == {
-        "A1": Words.CONTRADICTED, "A2": Words.CONTRADICTED, "A3": Words.CONTRADICTED, "P1": Words.CONSISTENT,
+        "A1": INCONSISTENT, "A2": INCONSISTENT, "A3": INCONSISTENT, "P1": CONSISTENT,
     }  # fmt: skip
     # One run decides nothing either way; where there isn't even one, nothing was tested.
     for each in found.values():
-        nothing_known = each.words == Words.NO_FIGURES
+        nothing_known = each.words == NO_FIGURES
         assert each.verdict == (Verdict.NOT_TESTED if nothing_known else Verdict.UNDECIDED), each.id
     assert all("not tested" in finding.verdict.value for each in found.values() for finding in each.findings)
     # Its best on MNIST is fused_only: 1,958 against 1,943 of 2,000 right is no evidence either.
-    assert "1,943 and 1,958 of 2,000" in next(
+    assert "1,943 and 1,958 of 2,000 images right; Fisher's exact p = 0.15" in next(
         f.published for f in found["A2"].findings if "fused_only" in f.published + f.says and "−" in f.says
     )
-    assert fisher((1943, 1958), (2000, 2000)) == pytest.approx(0.15, abs=0.005)
 
 
 def test_published_curves_are_those_of_the_post() -> None:
@@ -238,10 +234,8 @@ def test_from_twenty_seeds_on_the_bootstrap_doesnt_ask_for_normal_values() -> No
     random = np.random.default_rng(0)
     false = {"normal": 0, "skewed": 0}
     for _ in range(300):
-        false["normal"] += Sample(tuple(random.normal(1, 1, 20))).p(1) < LEVEL
-        false["skewed"] += (
-            Unpaired(Sample(tuple(random.exponential(1, 25))), Sample(tuple(random.exponential(1, 25)))).p(0) < LEVEL
-        )
+        false["normal"] += Estimate.of(random.normal(1, 1, 20).tolist()).p(1) < LEVEL
+        false["skewed"] += Estimate.of(*random.exponential(1, (2, 25)).tolist()).p(0) < LEVEL
     assert max(false.values()) <= 300 * 0.05 + 3 * np.sqrt(300 * 0.05 * 0.95), false
 
 
@@ -252,14 +246,13 @@ samples = st.lists(st.floats(-1, 1), min_size=3, max_size=12).filter(lambda valu
 @settings(max_examples=50)
 def test_intervals_and_p_values_are_those_of_students_test(values: list[float], edge: float) -> None:
     sample, (low, high) = (
-        Sample(tuple(values)),
+        Estimate.of(values),
         stats.t.interval(0.95, len(values) - 1, np.mean(values), stats.sem(values)),
     )
-    interval = sample.interval()
-    assert interval is not None and (interval.low, interval.high) == pytest.approx((low, high))
+    assert sample.interval() == pytest.approx((low, high))
     assert sample.p(edge) == pytest.approx(stats.ttest_1samp(values, edge).pvalue, abs=1e-9)
     assert (sample.p(edge) < LEVEL) == (not low <= edge <= high) or sample.p(edge) == pytest.approx(LEVEL)
-    both = Unpaired(sample, Sample(tuple(edge + value / 2 for value in values)))
+    both = Estimate.of(values, tuple(edge + value / 2 for value in values))
     welch = stats.ttest_ind(values, [edge + value / 2 for value in values], equal_var=False)
     assert both.p(0) == pytest.approx(welch.pvalue, abs=1e-9)
 
@@ -277,7 +270,7 @@ def test_what_a_seed_adds_to_both_arms_changes_nothing(
     swapped = study({"b": effects, "a": [0.0] * len(effects)})
     opposite = {Verdict.SUPPORTED: Verdict.CONTRADICTED, Verdict.CONTRADICTED: Verdict.SUPPORTED}
     first = verdict(claims, plain)
-    near_the_level = Sample(tuple(effects)).p(0) == pytest.approx(LEVEL, rel=1e-6)
+    near_the_level = Estimate.of(effects).p(0) == pytest.approx(LEVEL, rel=1e-6)
     assert near_the_level or verdict(claims, moved) == first
     assert near_the_level or verdict(claims, swapped) == opposite.get(first, first)
 
@@ -416,31 +409,31 @@ def test_repeated_splits_count_once_each_and_widen_the_interval(tmp_path: Path) 
     apart = study({"a": values}, data__split_seed=1) + study({"b": [0.0, 0.001] * 2}, data__split_seed=2)
     (judgement,) = judge(claims, apart, nothing)
     assert judgement.verdict == Verdict.NOT_TESTED and "no split" in judgement.findings[0].lacking
-    corrected = Sample(tuple(values), overlap=0.25)  # Nadeau & Bengio's: 1/n and the ratio of test to training images
+    corrected = Estimate.of(values, overlap=0.25)  # Nadeau & Bengio's: 1/n and the ratio of test to training images
     assert corrected.error == pytest.approx(np.std(values, ddof=1) * np.sqrt(1 / 5 + 0.25))
     assert on_several.findings[0].p == pytest.approx(corrected.p(0))
 
 
 def test_how_many_more_seeds_would_decide() -> None:
-    sample = Sample((0.02, 0.01, -0.005, 0.015))
+    sample = Estimate.of((0.02, 0.01, -0.005, 0.015))
     few, many = more_to_decide(sample, 0) or (0, 0)
     assert 0 < few < (many or 1000)
     # On overlapping splits the error of a mean has an end, and below it nothing ever decides.
-    assert more_to_decide(Sample((0.031, -0.019, 0.011, -0.009, 0.016), 0.25), 0) is None
-    unpaired = more_to_decide(Unpaired(sample, Sample((0.0, 0.01, -0.01))), 0)
+    assert more_to_decide(Estimate.of((0.031, -0.019, 0.011, -0.009, 0.016), overlap=0.25), 0) is None
+    unpaired = more_to_decide(Estimate.of(sample.samples[0], (0.0, 0.01, -0.01)), 0)
     assert unpaired is not None and unpaired[0] > few
     # Equal values show nothing of how much they vary: three are no evidence, six are.
-    assert Sample((0.01,) * 3).p(0) == 0.25 and more_to_decide(Sample((0.01,) * 3), 0) == (3, 3)
-    assert Sample((0.01,) * 6).p(0) < LEVEL and Sample((0.54 - 0.5,) * 6).p(0.04) == 1
+    assert Estimate.of((0.01,) * 3).p(0) == 0.25 and more_to_decide(Estimate.of((0.01,) * 3), 0) == (3, 3)
+    assert Estimate.of((0.01,) * 6).p(0) < LEVEL and Estimate.of((0.54 - 0.5,) * 6).p(0.04) == 1
     assert power(sample.mean, sample.deviation, runs_to_decide(sample.mean, sample.deviation) or 0) >= 0.8
-    assert more_to_decide(Sample((0.01, -0.01, 0.0001)), 0) is None
+    assert more_to_decide(Estimate.of((0.01, -0.01, 0.0001)), 0) is None
     assert power(10, 1, 5) == pytest.approx(1) and power(0, 1, 5) == pytest.approx(LEVEL)
     random = np.random.default_rng(0)
     inside = 0
     for _ in range(1000):
-        drawn = random.normal(0, 1, 6)
-        prediction = Sample(tuple(drawn[:5])).prediction()
-        inside += prediction is not None and prediction.low <= drawn[5] <= prediction.high
+        drawn = random.normal(0, 1, 6).tolist()
+        low, high = Estimate.of(drawn[:5]).prediction()
+        inside += low <= drawn[5] <= high
     assert inside / 1000 == pytest.approx(0.95, abs=0.02)
 
 
@@ -466,7 +459,7 @@ def tabulated(arms: int, values: Sequence[float], **params: Any) -> tuple[Sequen
             one = run(0, seed, tags={"effv2.arm": f"arm{number}"}, **params)
             runs.append(replace(one, metrics=epochs, history={"time/epoch_seconds": {1: 30.0, 2: 60.0}}))
     parent = replace(run(0), params={"study.kind": "ablate", "study.baseline": "arm0"}, metrics={})
-    found = section(Study(parent, runs), read_claims())
+    found = study_results(TrackedStudy(parent, runs), read_claims(), nothing)
     assert ("epochs took", f"{1.5 * len(runs):.1f} minutes, finished runs: {len(runs)}") in found.environment
     lines = found.table if arms <= 8 else list(zip(*found.table, strict=True))
     return found.table, {line[0]: line[2] for line in lines}
@@ -491,24 +484,25 @@ def test_tables_hold_intervals_and_differences_however_many_arms_there_are(arms:
 def test_the_highest_arm_is_the_one_by_the_accuracy_that_decides() -> None:
     best, selected = {"a": 0.985, "b": 0.984}, {"a": 0.975, "b": 0.983}
     for rules, highest in (("published", "a"), ("standard", "b")):
-        arms = {
-            arm: [replace(run(0, data__sampling=rules), metrics={**metrics})]
+        runs = [
+            replace(run(0, data__sampling=rules, tags={"effv2.arm": arm}), metrics={**metrics})
             for arm in "ab"
             for metrics in [{"best/test_accuracy": best[arm], "selected/test_accuracy": selected[arm]}]
-        }
-        assert Comparison(arms).sentence().startswith(f"Highest: **{highest}**")
+        ]
+        found = study_results(TrackedStudy(run(0), runs), read_claims(), nothing)
+        assert found.sentence.startswith(f"Highest: **{highest}**")
 
 
 def test_single_runs_are_repeats_only_where_nothing_but_seeds_differs() -> None:
     alone = [run(0.5, seed, model__variant="a", optimiser__lr=lr) for lr in (0.1, 0.01) for seed in range(3)]
-    found = section(Study(None, alone), read_claims())
+    found = study_results(TrackedStudy(None, alone), read_claims(), nothing)
     assert found.table[0][1:] == ("a (1)", "a (2)") and found.table[1][1:] == ("3", "3")
     assert list(found.notes[:2]) == ["a (1): optimiser.lr 0.1.", "a (2): optimiser.lr 0.01."]
     cats, dogs = ({"test": Images("folder", "", 9, names)} for names in (("cat", "lynx"), ("dog", "wolf")))
     others = [replace(alone[0], images=cats), replace(alone[1], images=dogs)]
-    assert section(Study(None, others), read_claims()).table[0][1:] == ("a (1)", "a (2)")
+    assert study_results(TrackedStudy(None, others), read_claims(), nothing).table[0][1:] == ("a (1)", "a (2)")
     again = replace(alone[0], run_id="with --fresh")
-    assert section(Study(None, [*alone[:3], again]), read_claims()).table[1][1:] == ("3",)
+    assert study_results(TrackedStudy(None, [*alone[:3], again]), read_claims(), nothing).table[1][1:] == ("3",)
 
 
 def test_a_study_says_what_it_lacks_and_why() -> None:
@@ -520,8 +514,10 @@ def test_a_study_says_what_it_lacks_and_why() -> None:
     runs = [done, gone, open_, diverged]
     tags = as_tags(PLANNED, [each.name for each in runs]) | {COMMAND: "effv2 search", LOOKS: "x,y"}
 
-    def told(kind: str, runs: Sequence[RunRecord]) -> Section:
-        return section(Study(replace(run(0), params={"study.kind": kind}, tags=tags), runs), read_claims())
+    def told(kind: str, runs: Sequence[RunRecord]) -> StudyResults:
+        return study_results(
+            TrackedStudy(replace(run(0), params={"study.kind": kind}, tags=tags), runs), read_claims(), nothing
+        )
 
     assert told("ablate", runs).missing == (
         "it is being worked on, or its process died; 1 run failed: trial 3 (Diverged: no number); 2 runs planned but "
@@ -556,7 +552,7 @@ def test_arms_are_held_against_the_baseline_under_their_own_schedule() -> None:
         for seed in range(3)
     ]
     parent = replace(run(0), params={"study.kind": "hparam-check", "study.baseline": "default"}, metrics={})
-    table = section(Study(parent, runs), read_claims()).table
+    table = study_results(TrackedStudy(parent, runs), read_claims(), nothing).table
     told = {line[0]: [cell.partition(" ")[0] for cell in line[1:]] for line in table}
     words = "test accuracy, selected epoch, paired [95 %]"
     assert told[f"less default, {words}"] == ["", "+2.00", "+20.00", ""]
@@ -579,7 +575,7 @@ def test_published_networks_have_a_line_for_unseen_images_and_one_for_all() -> N
     measured = {"unseen/top1_accuracy": 0.5, "unseen/images": 500.0, "seen/images": 3791.0}
     network = replace(run(0), metrics=measured | {"eval/top1_accuracy": 0.6, "eval/images": 3925.0})
     parent = replace(run(0), params={"study.kind": "evaluate-pretrained"}, metrics={})
-    _, *rows = section(Study(parent, [network]), read_claims()).table
+    _, *rows = study_results(TrackedStudy(parent, [network]), read_claims(), nothing).table
     assert [(row[1][:7], row[3]) for row in rows] == [
         ("50.00 %", "500 images that it was not trained on"),
         ("60.00 %", "3,925 test images, 3,791 of which it was trained on"),
@@ -626,7 +622,7 @@ WRONG = {
 def test_wrong_claims_name_their_line(tmp_path: Path, text: str) -> None:
     with pytest.raises(InputError) as caught:
         claims_of(tmp_path, text.replace("CHECK", ABOVE))
-    assert str(caught.value).startswith("claims ") and WRONG[text] in str(caught.value), caught.value
+    assert "claims.yaml" in str(caught.value) and WRONG[text] in str(caught.value), caught.value
 
 
 def test_a_setting_that_an_arm_leaves_out_has_its_default() -> None:

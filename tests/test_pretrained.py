@@ -32,13 +32,15 @@ from torchvision.datasets import Imagenette
 
 from effv2.cli.main import evaluate_pretrained
 from effv2.core.errors import InputError
-from effv2.evidence.statistics import calibration_error, holm, mcnemar, wilson
+from effv2.evidence.networks import networks_results
+from effv2.evidence.quantities import percent
+from effv2.evidence.statistics import holm, mcnemar, wilson
+from effv2.evidence.study import TrackedStudy
 from effv2.pretrained import comparison, evaluation, measure
 from effv2.pretrained.config import ImagesConfig
 from effv2.pretrained.imagenet import Origin, class_names, origin, outputs_of, wnids
 from effv2.pretrained.images import EvaluationImages, choose_images
-from effv2.pretrained.measure import scores
-from effv2.pretrained.ranking import Evaluated, Ranking
+from effv2.pretrained.measure import calibration_error, scores
 from effv2.pretrained.weights import Requested, WeightsFile, find_all_weights, network_names, parse_models
 from effv2.tracking.read import RunRecord
 from tests.conftest import ROOT
@@ -170,27 +172,34 @@ def test_scores_are_those_of_a_plain_loop() -> None:
     assert found == pytest.approx({name: count / 60 for name, count in counts.items()})
 
 
-def ranking(rights: dict[str, list[bool]], where: Origin = Origin.UNSEEN) -> Ranking:
-    count = len(next(iter(rights.values())))
-    record = RunRecord("0", "", "FINISHED", {}, {"eval/images": count}, {})
-    return Ranking({name: Evaluated(record, np.array(right)) for name, right in rights.items()}, "eval", where)
+def ranking(rights: dict[str, list[bool]], where: Origin = Origin.UNSEEN) -> str:
+    """Return what is said of networks that got these images right."""
+    params = {"evaluation.ranked_on": "eval", "evaluation.ranked_origin": where.value}
+    runs = [RunRecord(name, name, "FINISHED", params, {}, {}) for name in rights]
+    found = networks_results(TrackedStudy(None, runs), lambda run: dict(enumerate_as_text(rights[run.name])))
+    assert sorted(found.order) == sorted(rights)
+    return found.sentence
+
+
+def enumerate_as_text(right: list[bool]) -> Iterator[tuple[str, bool]]:
+    yield from ((str(index), each) for index, each in enumerate(right))
 
 
 def test_a_difference_is_claimed_only_where_it_is_real() -> None:
     best, good = [True] * 30 + [False] * 2, [True] * 29 + [False] * 3
     poor = [True] * 10 + [False] * 22
-    text = ranking({"poor": poor, "best": best, "good": good}).sentence()
+    text = ranking({"poor": poor, "best": best, "good": good})
     assert "best is better than poor (p < 0.001); good is better than poor (p < 0.001)" in text
     assert "it can't be told which is better: best or good (p = 1.00)" in text
     assert "Holm-corrected for 3" in text and "32 images of ImageNet's validation set" in text
-    assert "little of how they predict others" in ranking({"a": best, "b": good}, Origin.SEEN).sentence()
-    assert "not known" in ranking({"a": best, "b": good}, Origin.UNKNOWN).sentence()
-    assert "nothing to compare" in ranking({"a": best}).sentence()
+    assert "little of how they predict others" in ranking({"a": best, "b": good}, Origin.SEEN)
+    assert "not known" in ranking({"a": best, "b": good}, Origin.UNKNOWN)
+    assert "nothing to compare" in ranking({"a": best})
 
 
 def test_many_networks_are_all_named() -> None:
     rights = {str(count): [True] * count + [False] * (99 - count) for count in (99, 70, 40, 39, 5)}
-    text = ranking(rights).sentence()
+    text = ranking(rights)
     assert "99 is better than 70, 40, 39 and 5; 70 is better than 40, 39 and 5; 40 is better than 5; 39" in text
     assert "it can't be told which is better: 40 or 39." in text
 
@@ -198,7 +207,7 @@ def test_many_networks_are_all_named() -> None:
 def test_the_published_comparison_on_138_images_decides_nothing() -> None:
     """116, 112 and 109 right, even if they differed in no more images than they must."""
     rights = {name: [True] * right + [False] * (138 - right) for name, right in (("s", 116), ("r", 112), ("b", 109))}
-    assert "which is better: s or r" in ranking(rights).sentence()
+    assert "which is better: s or r" in ranking(rights)
 
 
 # Classes and names.
@@ -472,7 +481,7 @@ def test_the_published_comparison_from_names_to_report(sqlite_store: str, few_im
         assert (row["network"], row["run_id"], row["images"]) == (run.info.run_name, run.info.run_id, "4")
         interval = wilson(round(4 * run.data.metrics["unseen/top1_accuracy"]), 4)
         assert (float(row["low"]), float(row["high"])) == (interval.low, interval.high)
-        written = f"{run.data.metrics['unseen/top1_accuracy']:.2%} [{interval.low:.2%} to {interval.high:.2%}]"
+        written = f"{percent(run.data.metrics['unseen/top1_accuracy'])} [{' to '.join(map(percent, interval))}]"
         assert written in parent.data.tags["mlflow.note.content"]
     assert parent.data.metrics.keys() >= {f"{name}/eval/top1_accuracy" for name in named}
     assert "on 4 images of ImageNet's validation set" in result.output

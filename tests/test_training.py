@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 import torch
-from effv2.config.documents import dotted
+from effv2.config.layers import dotted
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
@@ -26,7 +26,7 @@ from effv2.core.errors import RunError, Terminated
 from effv2.core.randomness import stream_seed
 from effv2.data.batches import to_input
 from effv2.data.dataset import Dataset, Split, load_dataset
-from effv2.evidence.reference import published_runs
+from effv2.evidence.protocols import published_runs
 from effv2.execution.device import make_execution
 from effv2.studies.files import open_study
 from effv2.training.evaluate import EPOCH_METRICS, Evaluation, evaluate

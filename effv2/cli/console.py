@@ -129,6 +129,8 @@ class ConsoleReporter(Reporter):
 
 def print_table(rows: Sequence[Sequence[str]]) -> None:
     """Print a table, its titles first; as several, one below the other, where the columns don't fit side by side."""
+    if not rows:
+        return
     console = Console()
     widths = [max(len(row[index]) for row in rows) + CELL_PADDING for index in range(len(rows[0]))]
     columns = list(range(1, len(widths)))

@@ -1,10 +1,13 @@
-"""Folders that outlive a command."""
+"""Folders that outlive a command, and files written whole."""
 
 from __future__ import annotations
 
+import csv
 import os
 import uuid
+from collections.abc import Iterable, Sequence
 from pathlib import Path
+from typing import Any
 
 
 def cache_folder() -> Path:
@@ -31,3 +34,9 @@ def write_atomically(path: Path, text: str) -> None:
         unfinished.replace(path)
     finally:
         unfinished.unlink(missing_ok=True)
+
+
+def write_csv(path: Path, rows: Iterable[Sequence[Any]]) -> None:
+    """Write a table, its titles first, as CSV in UTF-8."""
+    with path.open("w", newline="", encoding="utf-8") as file:
+        csv.writer(file).writerows(rows)

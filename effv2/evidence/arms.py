@@ -2,56 +2,147 @@
 
 from __future__ import annotations
 
+import math
+import statistics
 from collections.abc import Iterator, Mapping, Sequence
+from itertools import cycle
+from typing import Any
 
+import numpy as np
 from matplotlib.figure import Figure
+from scipy import stats
 
-from effv2.evidence.claims import FREE, Claims
-from effv2.evidence.comparison import COLUMNS, NONE, Comparison, Rows, Told
-from effv2.evidence.figures import accuracy_against_time, accuracy_curves, bars
-from effv2.evidence.quantities import QUANTITIES, TEST, TRAIN, VALIDATION, percent, points
-from effv2.evidence.reference import published_runs
-from effv2.evidence.selection import Pair, complete, has, is_like, seed_of, split_of
-from effv2.evidence.statistics import FEWEST, TINY, Sample, holm, p_text
-from effv2.evidence.study import MAIN, Study, arm_of, has_figures
+from effv2.core.figures import MARKERS, PALETTE, SIZE, accuracy_curves, plain, value_range
+from effv2.evidence.claims import Claims
+from effv2.evidence.protocols import published_runs
+from effv2.evidence.quantities import CURVES, QUANTITIES, SHOWN, TRAIN_SECONDS, percent, points
+from effv2.evidence.selection import Settings, SplitAndSeed, complete, has, is_like, pair_of, settings_of, split_of
+from effv2.evidence.statistics import CONFIDENCE, FEWEST, TINY, Estimate, holm, p_text
+from effv2.evidence.study import NONE, Rows, StudyResults, TrackedStudy, has_figures, line_of, values_of
+from effv2.tracking.accuracies import BEST_TEST, SELECTED_TEST, SELECTED_VALIDATION, decisive_accuracy
 from effv2.tracking.read import RunRecord
+from effv2.tracking.tags import ARM, SEED, STUDY
 
+NOTHING_YET = "No accuracies yet."
 MOST_COLUMNS = 8
 LONGEST_END = 100  # characters that are shown of either end of a setting
-INTERVALS = ("best/test_accuracy", "selected/test_accuracy")
+Arms = Mapping[str, Sequence[RunRecord]]
 
 
-def tell_arms(study: Study, title: str, claims: Claims) -> Told:
-    """Tell of the arms of an ablation, a hyper-parameter check, or of single runs; `title` heads the figures."""
-    arms: dict[str, list[RunRecord]] = {}
+def arms_results(study: TrackedStudy, claims: Claims) -> StudyResults:
+    """Return what came out of an ablation, a hyper-parameter check, or single runs."""
+    found: dict[str, list[RunRecord]] = {}
     for run in complete(study.in_order()):
         if has_figures(run):
-            arms.setdefault(arm_of(run), []).append(run)
-    if not arms:
-        return Told()
-    parts: list[str] = []
-    if study.parent is None:
-        arms, parts = _parted(arms)
-    comparison = Comparison(arms)
+            arm = run.tags.get(ARM) or run.tags.get(STUDY) or run.params.get("model.variant") or run.name
+            found.setdefault(arm, []).append(run)
+    if not found:
+        return StudyResults(sentence=NOTHING_YET)
+    arms, differences = (found, []) if study.parent is not None else _parted(found)
+    decisive = decisive_accuracy([run for runs in arms.values() for run in runs])
     published, protocol = _published_curves(arms, claims)
-    figures: dict[str, Figure] = {}
-    held_out = ("test accuracy", TEST) if comparison.curves(TEST) else ("validation accuracy", VALIDATION)
-    for name, metric in (held_out, ("train accuracy", TRAIN)):
-        if curves := comparison.curves(metric):
-            theirs = {arm: run.history[metric] for arm, run in published.items() if metric in run.history}
-            figures[name] = accuracy_curves(curves, f"{title}: {name}", theirs)
-    best, seconds = comparison.values("best/test_accuracy"), comparison.values("time/total_train_seconds")
-    if best and seconds:
-        figures["accuracy against time"] = accuracy_against_time(best, seconds, f"{title}: accuracy and time")
-    if seconds:
-        figures["training time"] = bars(seconds, f"{title}: training", "seconds")
-    notes = [*parts, *_notes(arms, protocol)]
-    if comparison.decisive == "selected/val_accuracy":
+    notes = [*differences, *_notes(arms, protocol)]
+    if decisive == SELECTED_VALIDATION:
         notes.append("The test set was left alone: this is validation at its best epoch, which flatters every arm.")
-    return Told(_table(comparison, study.baseline(arms)), figures, notes)
+    return StudyResults(
+        sentence=_sentence(arms, decisive),
+        table=_table(arms, study.baseline(arms), decisive),
+        notes=notes,
+        figures=_figures(arms, study.title, published),
+        metrics=_means(arms),
+        document="comparison.md",
+        files={"comparison.csv": _rows(arms)},
+    )
 
 
-def _parted(arms: Mapping[str, Sequence[RunRecord]]) -> tuple[dict[str, list[RunRecord]], list[str]]:
+def _rows(arms: Arms) -> list[tuple[Any, ...]]:
+    """Return plain numbers, a line a run, of the figures that any has."""
+    named = [(arm, run) for arm, runs in arms.items() for run in runs]
+    shown = [what for what in SHOWN.values() if any(what.value(run) is not None for _, run in named)]
+    titles = ("variant", "seed", "run_id", *(what.words for what in shown))
+    rows = [(arm, run.tags.get(SEED), run.run_id, *(what.value(run) for what in shown)) for arm, run in named]
+    return [titles, *rows]
+
+
+def _means(arms: Arms) -> dict[str, float]:
+    """Return the means of what runs log under that very name: accuracies and the time that training took."""
+    logged = [name for name, what in SHOWN.items() if name == what.metric and not what.fixed]
+    return {f"{arm}/{name}": statistics.fmean(each) for name in logged for arm, each in values_of(arms, name).items()}
+
+
+def _sentence(arms: Arms, decisive: str) -> str:
+    """Say which arm has the highest mean of the accuracy that decides, and that it is no verdict."""
+    means = {arm: statistics.fmean(values) for arm, values in values_of(arms, decisive).items()}
+    if not means:
+        return NOTHING_YET
+    best = max(means, key=lambda arm: means[arm])
+    runs = "1 run" if len(arms[best]) == 1 else f"mean of {len(arms[best])} runs"
+    words = f"{percent(means[best])} {QUANTITIES[decisive].words} ({runs})"
+    return f"Highest: **{best}**, {words}; the report says how sure that is."
+
+
+def _figures(arms: Arms, title: str, published: Mapping[str, RunRecord]) -> dict[str, Figure]:
+    figures: dict[str, Figure] = {}
+    for name, metric in CURVES.items():
+        found = {arm: [run.history[metric] for run in runs if run.history.get(metric)] for arm, runs in arms.items()}
+        curves = {arm: kept for arm, kept in found.items() if kept}
+        if curves and not (name == "validation accuracy" and "test accuracy" in figures):
+            theirs = {arm: run.history[metric] for arm, run in published.items() if metric in run.history}
+            figures[name] = accuracy_curves(curves, f"{title}: {name}", theirs, _mean_band)
+    best, seconds = values_of(arms, BEST_TEST), values_of(arms, TRAIN_SECONDS)
+    if best and seconds:
+        figures["accuracy against time"] = _accuracy_against_time(best, seconds, f"{title}: accuracy and time")
+    if seconds:
+        figures["training time"] = _bars(seconds, f"{title}: training")
+    return figures
+
+
+def _mean_band(values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Return the 95 % interval of the mean of three runs or more (runs, epochs), the range of two."""
+    if len(values) < FEWEST:
+        return value_range(values)
+    reach = stats.t.ppf((1 + CONFIDENCE) / 2, len(values) - 1) * values.std(0, ddof=1) / np.sqrt(len(values))
+    return values.mean(0) - reach, values.mean(0) + reach
+
+
+def _bars(values: Mapping[str, Sequence[float]], title: str) -> Figure:
+    """Draw the mean of each name's values as a bar, their range as a line across its end."""
+    figure = Figure(figsize=(SIZE[0], 1.2 + 0.34 * len(values)), layout="constrained")
+    axes = figure.add_subplot()
+    means, reach = zip(*map(_mean_and_reach, values.values()), strict=True)
+    names, ends = list(map(plain, values)), np.hstack(reach)
+    axes.bar_label(axes.barh(names, means, xerr=ends, color=PALETTE[0], ecolor="#555555"), fmt="%.3g", padding=4)
+    axes.invert_yaxis()
+    axes.set(title=plain(title), xlabel="seconds")
+    axes.margins(x=0.12)
+    return figure
+
+
+def _accuracy_against_time(
+    accuracies: Mapping[str, Sequence[float]], seconds: Mapping[str, Sequence[float]], title: str
+) -> Figure:
+    """Draw the mean accuracy of each name's runs against their mean training time, with the ranges of both."""
+    figure = Figure(figsize=SIZE, layout="constrained")
+    axes = figure.add_subplot()
+    shared = [name for name in accuracies if name in seconds]
+    for index, (name, colour) in enumerate(zip(shared, cycle(PALETTE), strict=False)):
+        (across, sideways), (up, upright) = map(_mean_and_reach, (seconds[name], accuracies[name]))
+        marker = MARKERS[index % len(MARKERS)]
+        axes.errorbar(across, up, yerr=upright, xerr=sideways, fmt=marker, color=colour, label=plain(name))
+    axes.set(title=plain(title), xlabel="training, seconds", ylabel="test accuracy, best epoch")
+    axes.margins(0.15)
+    axes.grid(alpha=0.3)
+    axes.legend(loc="best", fontsize="small")
+    return figure
+
+
+def _mean_and_reach(values: Sequence[float]) -> tuple[float, np.ndarray]:
+    """Return the mean, and how far it is to the lowest and to the highest value (2, 1)."""
+    mean = float(np.mean(values))
+    return mean, np.array([[mean - min(values)], [max(values) - mean]])
+
+
+def _parted(arms: Arms) -> tuple[dict[str, list[RunRecord]], list[str]]:
     """Part single runs of one name that differ in more than seeds; return also in what the parts differ.
 
     Nobody planned them as repeats of each other. Of a seed that was repeated the last run counts.
@@ -59,9 +150,9 @@ def _parted(arms: Mapping[str, Sequence[RunRecord]]) -> tuple[dict[str, list[Run
     parted: dict[str, list[RunRecord]] = {}
     notes: list[str] = []
     for arm, runs in arms.items():
-        groups: dict[frozenset[tuple[str, str]], dict[Pair, RunRecord]] = {}
+        groups: dict[Settings, dict[SplitAndSeed, RunRecord]] = {}
         for run in runs:
-            groups.setdefault(frozenset(_settings(run)), {})[split_of(run), seed_of(run)] = run
+            groups.setdefault(settings_of(run), {})[pair_of(run)] = run
         shared = frozenset.intersection(*groups)
         for number, (settings, of_it) in enumerate(groups.items(), 1):
             name = arm if len(groups) == 1 else f"{arm} ({number})"
@@ -76,94 +167,79 @@ def _short(value: str) -> str:
     return value if len(value) <= 2 * LONGEST_END else f"{value[:LONGEST_END]} … {value[-LONGEST_END:]}"
 
 
-def _settings(run: RunRecord) -> Iterator[tuple[str, str]]:
-    """Return what runs that repeat each other have in common."""
-    yield from ((name, value) for name, value in run.params.items() if "." in name and name not in FREE)
-    yield from (
-        (f"{context} images", f"{each.name}: {', '.join(each.classes)}") for context, each in run.images.items()
-    )
-
-
-def _table(comparison: Comparison, baseline: str) -> Rows:
+def _table(arms: Arms, baseline: str, decisive: str) -> Rows:
     """Return the table with a line a figure and a column an arm, accuracies with their intervals.
 
     Many arms have a line each, and the main figures alone.
     """
-    decisive = comparison.decisive
-    titles, runs, *lines = comparison.lines()
-    main: Rows = [titles, runs]
-    others: Rows = []
-    names = {QUANTITIES[name].words: name for name in COLUMNS}
-    for line in lines:
-        name = names[line[0]]
-        shown = [line]
-        if name in INTERVALS or name == decisive:
-            shown += _intervals(comparison, name)
-        if name == decisive and baseline:
-            shown += _differences(comparison, baseline, name)
-        (main if name in MAIN else others).extend(shown)
-    return [*main, *others] if len(comparison.arms) <= MOST_COLUMNS else list(zip(*main, strict=True))
+    main: Rows = [("variant", *arms), ("runs", *(str(len(runs)) for runs in arms.values()))]
+    more: Rows = []
+    for name, what in SHOWN.items():
+        lines = line_of(arms, name)
+        if lines and name in (BEST_TEST, SELECTED_TEST, decisive):
+            lines += _intervals(arms, name)
+        if lines and name == decisive and baseline:
+            lines += _differences(arms, baseline, name)
+        (main if what.shown == "main" else more).extend(lines)
+    return [*main, *more] if len(arms) <= MOST_COLUMNS else list(zip(*main, strict=True))
 
 
-def _intervals(comparison: Comparison, name: str) -> Rows:
-    """Return lines with the intervals of a quantity's mean and of one more run, where there are runs enough."""
-    values, cells, what = comparison.values(name), [], QUANTITIES[name]
-    for arm in comparison.arms:
-        one_split = len({split_of(run) for run in comparison.arms[arm]}) == 1
-        sample = Sample(tuple(values.get(arm, ())) if one_split else ())
-        told = sample.n >= FEWEST and sample.deviation > TINY  # equal values don't show how much they vary
-        found = (sample.interval(), sample.prediction()) if told else (None, None)
-        inside = [each and each.within(what.possible) for each in found]
-        cells.append([f"{percent(each.low)} to {percent(each.high)}" if each else NONE for each in inside])
-    means, singles = zip(*cells, strict=True)
-    lines = [
-        (f"95 % interval of the mean, {what.words}", *means),
-        (f"a single re-run is expected (95 %), {what.words}", *singles),
-    ]
-    return [line for line in lines if set(line[1:]) != {NONE}]
+def _intervals(arms: Arms, name: str) -> Rows:
+    """Return lines with the intervals of a quantity's mean and of one more run, where there are runs enough.
+
+    Equal values don't show how much they vary, and runs of several splits don't count one by one.
+    """
+    values, what = values_of(arms, name), QUANTITIES[name]
+    cells: dict[str, list[str]] = {"95 % interval of the mean": [], "a single re-run is expected (95 %)": []}
+    for arm, runs in arms.items():
+        estimate = Estimate.of(values.get(arm, [math.nan]))
+        enough = estimate.n >= FEWEST and estimate.deviation > TINY and len(set(map(split_of, runs))) == 1
+        for line, interval in zip(cells.values(), (estimate.interval(), estimate.prediction()), strict=True):
+            line.append(interval.within(what.possible).text(percent) if enough else NONE)
+    return [(f"{words}, {what.words}", *line) for words, line in cells.items() if set(line) != {NONE}]
 
 
-def _differences(comparison: Comparison, baseline: str, name: str) -> Iterator[tuple[str, ...]]:
+def _differences(arms: Arms, baseline: str, name: str) -> Iterator[tuple[str, ...]]:
     """Return lines that hold each arm against its baseline, on the seeds that both have: difference and p-value.
 
     Nothing where there are several splits, whose runs don't count one by one; claims are judged over them.
     """
-    if len({split_of(run) for of_arm in comparison.arms.values() for run in of_arm}) > 1:
+    if len({split_of(run) for runs in arms.values() for run in runs}) > 1:
         return
-    against = {arm: _baseline_of(arm, comparison, baseline) for arm in comparison.arms if arm != baseline}
-    what = QUANTITIES[name]
+    what, tests = QUANTITIES[name], dict[tuple[str, str], Estimate]()
     values = {
-        arm: {(split_of(run), seed_of(run)): value for run in of_arm if (value := what.value(run)) is not None}
-        for arm, of_arm in comparison.arms.items()
+        arm: {pair_of(run): value for run in runs if (value := what.value(run)) is not None}
+        for arm, runs in arms.items()
     }
-    samples = {}
-    for arm, other in against.items():
+    for arm in arms:
+        other = _baseline_of(arm, arms, baseline)
         pairs = [pair for pair in values[arm] if pair in values[other]]
-        samples[arm] = Sample(tuple(values[arm][pair] - values[other][pair] for pair in pairs))
-    told = {arm: sample for arm, sample in samples.items() if sample.n >= FEWEST}
-    corrected = dict(zip(told, holm([sample.p(0) for sample in told.values()]), strict=True))
-    for other in dict.fromkeys(against[arm] for arm in told):
-        cells = dict.fromkeys(comparison.arms, "") | {
-            arm: f"{points(sample.mean)} [{100 * each.low:+.2f} to {100 * each.high:+.2f}]"
-            for arm, sample in told.items()
-            if against[arm] == other and (each := sample.interval()) is not None
-        }
-        yield f"less {other}, {what.words}, paired [95 %]", *cells.values()
-        shown = [p_text(corrected[arm]) if arm in told and against[arm] == other else "" for arm in cells]
-        yield f"p of that, after Holm for {len(told)}", *shown
+        if arm != baseline and len(pairs) >= FEWEST:
+            tests[other, arm] = Estimate.of([values[arm][pair] - values[other][pair] for pair in pairs])
+    corrected = dict(zip(tests, holm([estimate.p(0) for estimate in tests.values()]), strict=True))
+    for other in dict.fromkeys(against for against, _ in tests):
+        found = [tests.get((other, arm)) for arm in arms]
+        cells = [f"{points(each.mean)} [{each.interval().text(_signed)}]" if each else "" for each in found]
+        yield f"less {other}, {what.words}, paired [95 %]", *cells
+        ps = [p_text(corrected[other, arm]) if (other, arm) in tests else "" for arm in arms]
+        yield f"p of that, after Holm for {len(tests)}", *ps
 
 
-def _baseline_of(arm: str, comparison: Comparison, baseline: str) -> str:
+def _signed(value: float) -> str:
+    return f"{100 * value:+.2f}"
+
+
+def _baseline_of(arm: str, arms: Arms, baseline: str) -> str:
     """Return the arm that one is held against: the baseline under its own learning rate schedule, if there is one.
 
     So the two differ in one thing alone. The baseline itself under another schedule is held against the baseline.
     """
-    schedules = {run.params.get("schedule.name", "") for run in comparison.arms[arm]}
-    found = [name for schedule in schedules if (name := f"{baseline}_{schedule}") in comparison.arms and name != arm]
+    schedules = {run.params.get("schedule.name", "") for run in arms[arm]}
+    found = [name for schedule in schedules if (name := f"{baseline}_{schedule}") in arms and name != arm]
     return found[0] if len(found) == 1 else baseline
 
 
-def _published_curves(arms: Mapping[str, Sequence[RunRecord]], claims: Claims) -> tuple[dict[str, RunRecord], str]:
+def _published_curves(arms: Arms, claims: Claims) -> tuple[dict[str, RunRecord], str]:
     """Return the published runs of arms that follow a published protocol, or come near it, and the protocol's name."""
     known = published_runs()
     for name, protocol in claims.protocols.items():
@@ -179,7 +255,7 @@ def _published_curves(arms: Mapping[str, Sequence[RunRecord]], claims: Claims) -
     return {}, ""
 
 
-def _notes(arms: Mapping[str, Sequence[RunRecord]], protocol: str) -> Iterator[str]:
+def _notes(arms: Arms, protocol: str) -> Iterator[str]:
     """Say what a reader of the table and the figures must know."""
     if max(map(len, arms.values())) > 1:
         yield "± is the standard deviation over runs."
@@ -187,7 +263,7 @@ def _notes(arms: Mapping[str, Sequence[RunRecord]], protocol: str) -> Iterator[s
     few = min(map(len, arms.values()))
     if few < FEWEST:
         yield f"An arm has {few} run{'' if few == 1 else 's'}: fewer than {FEWEST} decide nothing about training."
-    if len({split_of(run) for run in runs}) == 1:
+    if len(set(map(split_of, runs))) == 1:
         yield (
             "All runs share one split of the data, so what is said holds for that split; give --split-seed another "
             "value to repeat it on others, and the claims are judged over all of them."

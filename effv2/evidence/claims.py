@@ -1,7 +1,7 @@
 """Claims as data: what is said, on which runs it can be judged, and what would have to hold.
 
-`claims.yaml` beside this module holds the published ones; a file of the user's own adds to them. What each key
-means is told in docs/claims.md.
+`claims.yaml` in `published/` holds the published ones; a file of the user's own adds to them. docs/claims.md says
+what each key means.
 """
 
 from __future__ import annotations
@@ -12,156 +12,22 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cache
-from itertools import pairwise, product
+from itertools import chain, pairwise, product
 from pathlib import Path
-from typing import Annotated, ClassVar, Literal
+from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
-from effv2.config.layers import Document, Layer, Place, dotted, read_document, validate
+from effv2.config.layers import Document, Place, read_document, validate
 from effv2.config.schema import Group
 from effv2.core.errors import InputError, nearest
+from effv2.evidence.protocols import PUBLISHED, Protocol, protocol_title, study_protocols
 from effv2.evidence.quantities import quantity
-from effv2.studies.files import Published, Settings, Study, open_study
 
-PUBLISHED = Path(__file__).with_name("published")
 EXPORTED_AS = "claims.yaml"  # name of a file of claims in an export
-SHIPPED = PUBLISHED / EXPORTED_AS
 # A shipped study's name, or that of a file beside the claims, which an export takes along beside its own.
 StudyName = Annotated[str, Field(pattern=r"^([\w-]*|[\w.-]+\.ya?ml)$")]
-ONLY_ARM = "default"  # of a study that has no arms
 OF_ANSWERS = ("eval/top1_accuracy", "unseen/top1_accuracy")  # over images: what follows from right and wrong answers
-SEED_SETTING, SPLIT_SEED = "random.seed", "data.split_seed"
-# What may differ between runs that are compared: what pairs them, where the images lie and, but for times, how they
-# are computed.
-COMPUTED = {"execution.device", "execution.compile", "execution.channels_last", "evaluation.batch_size"}
-FREE = {SEED_SETTING, SPLIT_SEED, "data.dir", "data.download", *COMPUTED}
-
-
-class Protocol(Group):
-    """Which runs a claim is about: those that have the settings of `runs` and of an arm.
-
-    A setting that some arm names has TrainConfig's default, or that of `runs`, in an arm that doesn't name it. Instead
-    of settings an arm may name a study that has one arm alone, or `study/arm`.
-    """
-
-    runs: Settings = {}
-    arms: dict[str, Settings | str] = Field(min_length=1)
-    over: Literal["seeds", "images"] = "seeds"  # what varies: training, or the test images of a fixed network
-    command: str = ""
-    others: Literal["same", "default"] = "same"  # settings that nobody names: alike in all runs, or TrainConfig's
-    needs: str = ""  # what must be there first
-    assumed: str = ""  # what the source doesn't state, said with every claim
-    nearest: str = ""  # a protocol with the same arms that comes close, shown where this one has no runs
-    published: Published = Published()
-    study: str = ""  # of which it is the protocol, and under whose name the published curves stand
-
-    def own(self, arm: str) -> Settings:
-        """Return the settings that an arm names, once those of studies are resolved."""
-        named = self.arms[arm]
-        return named if isinstance(named, dict) else {}
-
-    def studies(self) -> list[str]:
-        """Return the studies that its arms name."""
-        return [named.partition("/")[0] for named in self.arms.values() if isinstance(named, str)]
-
-    def settings(self, arm: str) -> Settings:
-        """Return all settings of an arm; of those that other arms alone name, the ones in `runs`."""
-        return self.runs | self.own(arm)
-
-    def varied(self) -> set[str]:
-        """Return the settings in which arms differ."""
-        return {name for arm in self.arms for name in self.own(arm)}
-
-
-def study_protocols(name: str, free: Sequence[str], folder: Path) -> dict[str, Protocol]:
-    """Return the protocol of a study, without the settings that are left `free`, and that of its nearest runs."""
-    study = open_study(name, folder)
-    arms = {arm: _settings_of(study, arm) for arm in study.arms or [ONLY_ARM]}
-    first, published = next(iter(arms.values())), study.published
-    if unknown := next((key for key in free if key not in first | published.runs), ""):
-        raise InputError(f"free {unknown}: no setting of the study; {nearest(unknown, list(first))}.")
-    kept = set.intersection(*map(set, arms.values())) - set(free)  # what is `auto` in an arm is free too
-    shared = {key for key in kept if all(arm[key] == first[key] for arm in arms.values())}
-    runs = {key: value for key, value in first.items() if key in shared}
-    runs |= {key: value for key, value in published.runs.items() if key not in free}
-    own = {arm: {key: each[key] for key in each if key in kept - shared} for arm, each in arms.items()}
-    title = _title(name, free)
-    near = f"{title}, nearest"
-    nearest_runs = {key: value for key, value in published.nearest.items() if key not in free}
-    differing = ", ".join(f"{key} {value}" for key, value in nearest_runs.items())
-    protocol = Protocol(
-        runs=runs,
-        arms=own,
-        command=_with_seeds(study.command),
-        needs=published.needs,
-        assumed=study.assumptions(),
-        nearest=near if nearest_runs else "",
-        published=published,
-        study=name,
-    )
-    found = {title: protocol}
-    if nearest_runs:
-        found[near] = Protocol(runs=runs | nearest_runs, arms=own, assumed=f"{near}: {differing}.")
-    return found
-
-
-def _with_seeds(command: str) -> str:
-    if " -e train " in command:
-        return f"{command} -P seed=0; then seeds 1 and 2"
-    return command and f"{command} -P seeds=0,1,2"
-
-
-def _settings_of(study: Study, arm: str) -> Settings:
-    """Return what decides the runs of a study's arm: each setting that has one value and isn't free by its nature."""
-    if not study.arms and arm in ("", ONLY_ARM):
-        config = study.config(Layer({}, dotted))
-    elif arm in study.arms:
-        config = study.arm(arm, Layer({}, dotted))
-    else:
-        wrong = f"has no arm {arm!r}" if arm else "has several arms, so name one, as study/arm"
-        raise InputError(f"study {study.name}: {wrong}; {nearest(arm, list(study.arms) or [ONLY_ARM])}.")
-    return {key: value for key, value in config.flat().items() if key not in FREE and value != "auto"}
-
-
-def _resolved(protocol: Protocol, document: Document, place: Place) -> Protocol:
-    """Return a protocol with the settings of the study arms that it names, and with what the first of them assumes."""
-    arms: dict[str, Settings | str] = dict(protocol.arms)
-    assumed = protocol.assumed
-    for arm, named in protocol.arms.items():
-        if isinstance(named, str):
-            with _said_at(document.where((*place, "arms", arm))):
-                name, _, of_study = named.partition("/")
-                study = open_study(name, document.path.parent)
-                arms[arm] = _settings_of(study, of_study)
-                assumed = assumed or study.assumptions()
-    return protocol.model_copy(update={"arms": arms, "assumed": assumed})
-
-
-class Region(Group):
-    """Where a quantity is claimed to be: above or below an edge, or about a value, within so much of it."""
-
-    above: float | None = None
-    below: float | None = None
-    about: float | None = None
-    within: float | None = Field(None, gt=0)
-
-    @model_validator(mode="after")
-    def _one_region(self) -> Region:
-        given = [name for name in ("above", "below", "about") if getattr(self, name) is not None]
-        if len(given) > 1:
-            raise ValueError(f"give one of above, below and about, not {' and '.join(given)}")
-        if (self.about is None) != (self.within is None):
-            raise ValueError("about and within go together: a value, and how far from it is still about it")
-        return self
-
-    def edges(self) -> tuple[float, float] | None:
-        """Return the region's ends; None where no region was given."""
-        if self.about is not None and self.within is not None:
-            return self.about - self.within, self.about + self.within
-        if self.above is not None:
-            return self.above, math.inf
-        return None if self.below is None else (-math.inf, self.below)
 
 
 @dataclass(frozen=True)
@@ -176,112 +42,86 @@ class Contrast:
     against: str = ""
     ratio: bool = False
 
+    @property
+    def arms(self) -> list[str]:
+        """Return the one or the two arms."""
+        return [self.arm, self.against] if self.against else [self.arm]
 
-class Check(Region):
-    """What all kinds share."""
 
-    metric: str
+@dataclass(frozen=True)
+class Kind:
+    """What a kind of check names, and what it says unless it gives a metric and a region of its own."""
+
+    names: tuple[str, ...]
+    metric: str = "best/test_accuracy"
+    region: tuple[float, float] = (0, math.inf)
+    ratio: bool = False
+
+
+KINDS = {
+    "level": Kind(("arm",)),  # a quantity of one arm
+    "difference": Kind(("arm", "against")),  # that of one arm less that of another
+    "convergence": Kind(("arm", "against"), "epochs/to_95_percent", (-math.inf, 0)),  # fewer epochs: sooner
+    "speed": Kind(("arm", "against"), "rate/train", (1, math.inf), ratio=True),  # a rate or a time over another
+    "ordering": Kind(("order",)),  # arms in falling order, several that the claim doesn't tell apart in brackets
+}
+
+
+class Check(Group):
+    """What has to hold. A region is above or below an edge, or about a value and within so much of it."""
+
+    kind: Literal["level", "difference", "convergence", "speed", "ordering"]
+    arm: str = ""
+    against: str = ""
+    order: list[str | list[str]] = Field(default_factory=list)
+    metric: str = ""
+    above: float | None = None
+    below: float | None = None
+    about: float | None = None
+    within: float | None = Field(None, gt=0)
     protocol: str = ""  # the claim's, where neither is given
     study: StudyName = ""
 
-    def contrasts(self, protocol: str) -> Iterator[Contrast]:
-        """Return what the check says, one thing at a time."""
-        raise NotImplementedError
-
-
-class Level(Check):
-    """A quantity of one arm."""
-
-    kind: Literal["level"]
-    arm: str
-    metric: str = "best/test_accuracy"
-
     @model_validator(mode="after")
-    def _has_region(self) -> Level:
-        if self.edges() is None:
+    def _says_one_thing(self) -> Check:
+        kind = KINDS[self.kind]
+        if {name for name in ("arm", "against", "order") if getattr(self, name)} != set(kind.names):
+            raise ValueError(f"a {self.kind} names {' and '.join(kind.names)}, and of these keys no other")
+        regions = [name for name in ("above", "below", "about") if getattr(self, name) is not None]
+        if len(regions) > 1:
+            raise ValueError(f"give one of above, below and about, not {' and '.join(regions)}")
+        if (self.about is None) != (self.within is None):
+            raise ValueError("about and within go together: a value, and how far from it is still about it")
+        if self.kind == "level" and not regions:
             raise ValueError("say where the level is: above, below, or about a value and within how much")
-        return self
-
-    def contrasts(self, protocol: str) -> Iterator[Contrast]:
-        """Return the one thing it says."""
-        yield Contrast(protocol, self.metric, self.arm, *(self.edges() or (-math.inf, math.inf)))
-
-
-class Pairwise(Check):
-    """What kinds of two arms share; `otherwise` is the region where none is given."""
-
-    otherwise: ClassVar[tuple[float, float]] = (0, math.inf)
-    ratio: ClassVar[bool] = False
-    arm: str
-    against: str
-
-    @model_validator(mode="after")
-    def _two_arms(self) -> Pairwise:
-        if self.arm == self.against:
-            raise ValueError(f"{self.arm} is compared with itself; name another arm")
-        return self
-
-    def contrasts(self, protocol: str) -> Iterator[Contrast]:
-        """Return the one thing it says."""
-        low, high = self.edges() or self.otherwise
-        yield Contrast(protocol, self.metric, self.arm, low, high, self.against, self.ratio)
-
-
-class Difference(Pairwise):
-    """A quantity of one arm less that of another; above 0 where nothing else is said."""
-
-    kind: Literal["difference"]
-    metric: str = "best/test_accuracy"
-
-
-class Convergence(Pairwise):
-    """Epochs that one arm needs less those of another; below 0, which is sooner, where nothing else is said."""
-
-    otherwise = (-math.inf, 0)
-    kind: Literal["convergence"]
-    metric: str = "epochs/to_95_percent"
-
-
-class Speed(Pairwise):
-    """A rate or a time of one arm over that of another; above 1 where nothing else is said."""
-
-    otherwise = (1, math.inf)
-    ratio = True
-    kind: Literal["speed"]
-    metric: str = "rate/train"
-
-    @model_validator(mode="after")
-    def _positive(self) -> Speed:
-        if any(edge <= 0 for edge in self.edges() or () if math.isfinite(edge)):
+        if self.kind == "ordering" and (regions or len(self.order) < 2):
+            raise ValueError("an ordering says which of two or more is above which; leave the region out")
+        if kind.ratio and any(edge <= 0 for edge in self.edges() if math.isfinite(edge)):
             raise ValueError("a ratio is above 0; give edges above 0")
+        arms = [*filter(None, (self.arm, self.against)), *chain.from_iterable(self._places())]
+        if twice := next((arm for arm in arms if arms.count(arm) > 1), ""):
+            raise ValueError(f"{twice} is compared with itself; name another arm")
         return self
 
+    def _places(self) -> list[list[str]]:
+        return [[place] if isinstance(place, str) else place for place in self.order]
 
-class Ordering(Check):
-    """Arms in falling order of a quantity, several that the claim doesn't tell apart in brackets."""
-
-    kind: Literal["ordering"]
-    order: list[str | list[str]] = Field(min_length=2)
-    metric: str = "best/test_accuracy"
-
-    @model_validator(mode="after")
-    def _no_region(self) -> Ordering:
-        arms = [arm for place in self.order for arm in ([place] if isinstance(place, str) else place)]
-        if len(set(arms)) < len(arms):
-            raise ValueError("an arm stands twice in the order; name each once")
-        if self.edges() is not None:
-            raise ValueError("an ordering says nothing but which is above which; leave the region out")
-        return self
+    def edges(self) -> tuple[float, float]:
+        """Return the ends of the region, that of its kind where none was given."""
+        if self.about is not None and self.within is not None:
+            return self.about - self.within, self.about + self.within
+        if self.above is not None:
+            return self.above, math.inf
+        return KINDS[self.kind].region if self.below is None else (-math.inf, self.below)
 
     def contrasts(self, protocol: str) -> Iterator[Contrast]:
-        """Return that each arm of a place is above each of the next place."""
-        places = [[place] if isinstance(place, str) else place for place in self.order]
-        for upper, lower in pairwise(places):
-            for first, second in product(upper, lower):
-                yield Contrast(protocol, self.metric, first, 0, math.inf, second)
-
-
-AnyCheck = Annotated[Level | Difference | Convergence | Speed | Ordering, Field(discriminator="kind")]
+        """Return what the check says, one thing at a time; in an order each arm is above each of the next place."""
+        kind, places = KINDS[self.kind], self._places()
+        pairs = (
+            chain.from_iterable(product(*both) for both in pairwise(places)) if places else [(self.arm, self.against)]
+        )
+        for arm, against in pairs:
+            yield Contrast(protocol, self.metric or kind.metric, arm, *self.edges(), against, kind.ratio)
 
 
 class Claim(Group):
@@ -293,9 +133,9 @@ class Claim(Group):
     words: str = Field(min_length=1)
     source: str = ""
     study: StudyName = ""
-    free: list[str] = []
+    free: list[str] = Field(default_factory=list)
     protocol: str | Protocol = ""
-    checks: list[AnyCheck] = Field(min_length=1)
+    checks: list[Check] = Field(min_length=1)
     note: str = ""
 
     @model_validator(mode="after")
@@ -314,7 +154,7 @@ Id = Annotated[str, Field(pattern=r"^[A-Za-z]+[0-9]+$", description="Letters, it
 class ClaimsFile(Group):
     """The keys of a file of claims."""
 
-    protocols: dict[Name, Protocol] = {}
+    protocols: dict[Name, Protocol] = Field(default_factory=dict)
     claims: dict[Id, Claim] = Field(min_length=1)
 
 
@@ -330,116 +170,104 @@ class Claims:
     def contrasts(self, id_: str) -> list[Contrast]:
         """Return all that a claim says."""
         claim = self.claims[id_]
-        own = id_ if isinstance(claim.protocol, Protocol) else claim.protocol or _title(claim.study, claim.free)
+        own = id_ if isinstance(claim.protocol, Protocol) else claim.protocol or protocol_title(claim.study, claim.free)
         return [
             each
             for check in claim.checks
-            for each in check.contrasts(check.protocol or _title(check.study, claim.free) or own)
+            for each in check.contrasts(check.protocol or protocol_title(check.study, claim.free) or own)
         ]
-
-
-def _title(study: str, free: Sequence[str]) -> str:
-    """Return the name of a study's protocol."""
-    return f"{study}, free: {', '.join(free)}" if study and free else study
 
 
 def family(id_: str) -> str:
     """Return the letters that a claim's id begins with: its family, within which p-values are corrected."""
-    found = re.match(r"[A-Za-z]+", id_)
-    return found[0] if found else id_
+    return re.sub(r"[0-9]+$", "", id_)
 
 
 def read_claims(own: Path | None = None) -> Claims:
     """Read the published claims and those of a file; InputError names the line of whatever is wrong."""
-    shipped = _shipped()
-    return shipped if own is None else _read(own, shipped)
+    return _shipped() if own is None else _read(own, _shipped())
 
 
 @cache
 def _shipped() -> Claims:
-    return _read(SHIPPED, Claims({}, {}))
+    return _read(PUBLISHED / EXPORTED_AS, Claims({}, {}))
 
 
 def _read(path: Path, before: Claims) -> Claims:
-    document = read_document(path, "claims")
+    document, folder = read_document(path, "claims"), path.parent
     file = validate(ClaimsFile, document.values, document.where)
-    for kind, names in (("protocols", before.protocols), ("claims", before.claims)):
+    for kind, known in (("protocols", before.protocols), ("claims", before.claims)):
         for name in getattr(file, kind):
-            if name in names:
-                raise InputError(f"{document.where((kind, name))}: there is one of that name; choose another.")
-    folder = path.parent
-    studies: dict[str, Protocol] = {}
+            if name in known:
+                raise _wrong(document, (kind, name), "there is one of that name", "choose another")
+    protocols: dict[str, Protocol] = {}
+
+    def add_study(name: str, free: Sequence[str], *place: str | int) -> None:
+        if name:
+            with _placed(document, place):
+                protocols.update(study_protocols(name, free, folder))
+
     for id_, claim in file.claims.items():
-        places = {("study",): claim.study} | {("checks", i, "study"): each.study for i, each in enumerate(claim.checks)}
-        for place, name in places.items():
-            if name:
-                with _said_at(document.where(("claims", id_, *place))):
-                    studies |= study_protocols(name, claim.free, folder)
-    for name, protocol in file.protocols.items():
-        if protocol.nearest and protocol.nearest not in {**before.protocols, **file.protocols}:
-            with _said_at(document.where(("protocols", name, "nearest"))):
-                studies |= study_protocols(protocol.nearest, (), folder)
+        add_study(claim.study, claim.free, "claims", id_, "study")
+        for index, check in enumerate(claim.checks):
+            add_study(check.study, claim.free, "claims", id_, "checks", index, "study")
     inline = {id_: claim.protocol for id_, claim in file.claims.items() if isinstance(claim.protocol, Protocol)}
-    own = frozenset(file.claims) if before.claims else frozenset()
-    resolved = {
-        name: _resolved(protocol, document, (kind, name, *within))
-        for kind, within, protocols in (("protocols", (), file.protocols), ("claims", ("protocol",), inline))
-        for name, protocol in protocols.items()
-    }
-    named = [protocol.study for protocol in studies.values()]
-    named += [study for protocol in (*file.protocols.values(), *inline.values()) for study in protocol.studies()]
-    beside = {name: folder / name for name in named if name and (folder / name).is_file()}
+    studies: list[str] = []
+    for name, protocol in (file.protocols | inline).items():
+        place = ("claims", name, "protocol") if name in inline else ("protocols", name)
+        if protocol.nearest not in {*before.protocols, *file.protocols}:
+            add_study(protocol.nearest, (), *place, "nearest")
+        for arm, study in protocol.studies().items():
+            with _placed(document, (*place, "arms", arm)):
+                protocol = protocol.with_study(arm, folder)  # noqa: PLW2901
+            studies.append(study.partition("/")[0])
+        protocols[name] = protocol
+    studies += [protocol.study for protocol in protocols.values() if protocol.study]
+    beside = {study: folder / study for study in studies if (folder / study).is_file()}
     if EXPORTED_AS in beside:
-        raise InputError(
-            f"--claims {path}: names a study in {EXPORTED_AS}, as exports call the claims; rename its file."
-        )
-    files = {EXPORTED_AS: path} | beside if own else {}
-    claims = Claims({**before.protocols, **studies, **resolved}, {**file.claims, **before.claims}, own, files)
+        problem = f"names a study in {EXPORTED_AS}, as exports call the claims"
+        raise InputError("claims", path, problem, "rename its file")
+    own, files = (frozenset(file.claims), {EXPORTED_AS: path} | beside) if before.claims else (frozenset(), {})
+    claims = Claims({**before.protocols, **protocols}, {**file.claims, **before.claims}, own, files)
     for id_ in file.claims:
-        _check(id_, claims, document)
+        for contrast in claims.contrasts(id_):
+            _check(contrast, claims.protocols, document, ("claims", id_))
     return claims
 
 
+def _wrong(document: Document, place: Place, problem: str, remedy: str) -> InputError:
+    return InputError(document.where(place), "", problem, remedy)
+
+
 @contextmanager
-def _said_at(where: str) -> Iterator[None]:
+def _placed(document: Document, place: Place) -> Iterator[None]:
     """Let an error of a study say where in the claims it is named."""
     try:
         yield
     except InputError as error:
-        raise InputError(f"{where}: {str(error).removeprefix('--')}") from error
+        named = f"{error.what} {error.value}".rstrip().removeprefix("--")
+        raise _wrong(document, place, f"{named}: {error.problem}", error.remedy) from error
 
 
-def _check(id_: str, claims: Claims, document: Document) -> None:
+def _check(contrast: Contrast, protocols: Mapping[str, Protocol], document: Document, claim: Place) -> None:
     """Refuse protocols and arms that there aren't, and what can't be judged over test images."""
-    place = ("claims", id_)
-    for contrast in claims.contrasts(id_):
-        protocol = claims.protocols.get(contrast.protocol)
-        if protocol is None:
-            wrong = nearest(contrast.protocol, list(claims.protocols))
-            raise InputError(f"{document.where((*place, 'protocol'))} {contrast.protocol}: no such protocol; {wrong}.")
-        for arm in filter(None, (contrast.arm, contrast.against)):
-            if arm not in protocol.arms:
-                raise InputError(
-                    f"{document.where((*place, 'checks'))}: the protocol {contrast.protocol} has no arm {arm}; "
-                    f"{nearest(arm, list(protocol.arms))}."
-                )
-        edges = [edge for edge in (contrast.low, contrast.high) if math.isfinite(edge)]
-        if quantity(contrast.metric).is_accuracy and not contrast.ratio and any(abs(edge) > 1 for edge in edges):
-            raise InputError(
-                f"{document.where((*place, 'checks'))}: {contrast.metric} is a fraction, a point is 0.01; give edges "
-                "between -1 and 1."
-            )
-        if protocol.over == "images" and not quantity(contrast.metric).fixed:
-            _check_over_images(contrast, document.where((*place, "checks")))
-
-
-def _check_over_images(contrast: Contrast, where: str) -> None:
-    if contrast.metric not in OF_ANSWERS:
-        raise InputError(
-            f"{where}: on test images only {' and '.join(OF_ANSWERS)} can be judged, not {contrast.metric}."
+    name, place, metric = contrast.protocol, (*claim, "checks"), contrast.metric
+    if name not in protocols:
+        known = nearest(name, list(protocols))
+        raise InputError(document.where((*claim, "protocol")), name, "no such protocol", known)
+    protocol, what = protocols[name], quantity(metric)
+    if unknown := next((arm for arm in contrast.arms if arm not in protocol.arms), ""):
+        raise _wrong(
+            document, place, f"the protocol {name} has no arm {unknown}", nearest(unknown, list(protocol.arms))
         )
+    edges = [edge for edge in (contrast.low, contrast.high) if math.isfinite(edge)]
+    if what.is_accuracy and not contrast.ratio and any(abs(edge) > 1 for edge in edges):
+        raise _wrong(document, place, f"{metric} is a fraction, a point is 0.01", "give edges between -1 and 1")
+    if protocol.over == "seeds" or what.fixed:
+        return
+    if metric not in OF_ANSWERS:
+        problem = f"on test images {metric} can't be judged"
+        raise _wrong(document, place, problem, f"name {' or '.join(OF_ANSWERS)}")
     if contrast.against and (contrast.low, contrast.high) != (0, math.inf):
-        raise InputError(
-            f"{where}: on the same test images it can only be told which network is better; leave the region out, and "
-            "name the better one as arm."
-        )
+        problem = "on the same test images it can only be told which network is better"
+        raise _wrong(document, place, problem, "leave the region out, and name the better one as arm")

@@ -15,20 +15,17 @@ from enum import Enum
 from functools import partial
 
 import numpy as np
+from scipy import stats
 
-from effv2.evidence.claims import Claim, Claims, Contrast, Protocol, family
+from effv2.evidence.claims import Claim, Claims, Contrast, family
+from effv2.evidence.protocols import published_value
 from effv2.evidence.quantities import Quantity, points, quantity
-from effv2.evidence.reference import published_value
-from effv2.evidence.selection import Chosen, choose, complete, over_splits
+from effv2.evidence.selection import Chosen, RightAnswers, SplitAndSeed, choose, complete, counted, over_splits
 from effv2.evidence.statistics import (
     FEWEST,
     LEVEL,
     MOST_RUNS,
     Estimate,
-    Interval,
-    Sample,
-    Unpaired,
-    fisher,
     holm,
     mcnemar,
     more_to_decide,
@@ -37,7 +34,7 @@ from effv2.evidence.statistics import (
 )
 from effv2.tracking.read import RunRecord
 
-RightAnswers = Callable[[RunRecord], Mapping[str, bool]]  # by image, of a run's predictions of its test images
+CONSISTENT, INCONSISTENT, NO_FIGURES = "consistent", "contradicted", "no figures"  # words beside published figures
 
 
 class Verdict(str, Enum):
@@ -47,14 +44,6 @@ class Verdict(str, Enum):
     CONTRADICTED = "contradicted"
     UNDECIDED = "undecided"
     NOT_TESTED = "not tested here"
-
-
-class Words(str, Enum):
-    """Whether a claim's words agree with the figures that were published with them."""
-
-    CONSISTENT = "consistent"
-    CONTRADICTED = "contradicted"
-    NO_FIGURES = "no figures"
 
 
 @dataclass(frozen=True)
@@ -76,7 +65,7 @@ class Finding:
     tests: int = 1  # in its family
     decided: bool = False  # without a test: a quantity that doesn't vary
     estimate: Estimate | None = None
-    edge: float = 0.0  # from which the mean is told
+    edge: float = 0.0  # from which the mean is to differ
     unit: str = "seed"  # what there would have to be more of
     more: str = ""
     single: str = ""
@@ -106,12 +95,10 @@ class Judgement:
     commands: Sequence[str] = ()
 
     @property
-    def words(self) -> Words:
-        """Say whether the words agree with the published figures."""
+    def words(self) -> str:
+        """Say whether the words agree with the figures that were published with them."""
         known = [each.agrees for each in self.findings if each.agrees is not None]
-        if not known:
-            return Words.NO_FIGURES
-        return Words.CONSISTENT if all(known) else Words.CONTRADICTED
+        return (CONSISTENT if all(known) else INCONSISTENT) if known else NO_FIGURES
 
     @property
     def tested(self) -> bool:
@@ -121,7 +108,7 @@ class Judgement:
     @property
     def on_published_alone(self) -> bool:
         """Say whether it is undecided for want of runs of our own: published single runs are all there is."""
-        return not self.tested and self.words != Words.NO_FIGURES
+        return not self.tested and self.words != NO_FIGURES
 
     @property
     def verdict(self) -> Verdict:
@@ -136,7 +123,6 @@ class Judgement:
 
 def judge(claims: Claims, runs: Sequence[RunRecord], right: RightAnswers) -> list[Judgement]:
     """Judge all claims on the runs there are, the oldest first."""
-    finished = complete(runs)
     answers: dict[str, Mapping[str, bool]] = {}  # by run: each is read once, however many claims ask
 
     def known(run: RunRecord) -> Mapping[str, bool]:
@@ -144,73 +130,66 @@ def judge(claims: Claims, runs: Sequence[RunRecord], right: RightAnswers) -> lis
             answers[run.run_id] = right(run)
         return answers[run.run_id]
 
-    judge_one = partial(_finding, claims, finished, known)
-    found = {id_: [judge_one(contrast) for contrast in claims.contrasts(id_)] for id_ in claims.claims}
-    corrected = _corrected(found)
-    return [_judgement(id_, claims, corrected[id_], judge_one) for id_ in claims.claims]
+    find_one = partial(_find, claims, complete(runs), known)
+    found = {id_: [find_one(contrast) for contrast in claims.contrasts(id_)] for id_ in claims.claims}
+    return [_judgement(id_, claims, findings, find_one) for id_, findings in _corrected(found).items()]
 
 
 def _corrected(found: Mapping[str, Sequence[Finding]]) -> dict[str, list[Finding]]:
     """Correct the p-values of each family of claims for their number. What several claims say is tested once."""
-    result: dict[str, list[Finding]] = {}
-    for letters in dict.fromkeys(map(family, found)):
-        members = {id_: each for id_, each in found.items() if family(id_) == letters}
-        tests = {each.contrast: each.p for findings in members.values() for each in findings if each.p is not None}
-        corrected = dict(zip(tests, holm(list(tests.values())), strict=True))
-        for id_, findings in members.items():
-            result[id_] = [_decided(each, corrected.get(each.contrast), len(tests)) for each in findings]
-    return result
+    families: dict[str, dict[Contrast, float]] = {}
+    for id_, findings in found.items():
+        tests = families.setdefault(family(id_), {})
+        tests.update({each.contrast: each.p for each in findings if each.p is not None})
+    corrected = {name: dict(zip(tests, holm(list(tests.values())), strict=True)) for name, tests in families.items()}
+    return {id_: [_decided(each, corrected[family(id_)]) for each in findings] for id_, findings in found.items()}
 
 
-def _decided(finding: Finding, corrected: float | None, tests: int) -> Finding:
+def _decided(finding: Finding, corrected: Mapping[Contrast, float]) -> Finding:
     """Return the finding with its corrected p-value and, where that doesn't decide, how many more runs are likely to.
 
-    Those must do with the level that the smallest of `tests` p-values has to reach.
+    Those must do with the level that the smallest p-value of the family has to reach.
     """
-    finding = replace(finding, corrected=corrected, tests=tests)
-    if corrected is None or corrected < LEVEL or finding.estimate is None:
+    tests, p = len(corrected), corrected.get(finding.contrast)
+    finding = replace(finding, corrected=p, tests=tests)
+    if p is None or p < LEVEL or finding.estimate is None:
         return finding
-    found = more_to_decide(finding.estimate, finding.edge, LEVEL / tests)
-    if found is None:
+    further = more_to_decide(finding.estimate, finding.edge, LEVEL / tests)
+    if further is None:
         more = f"more than {MOST_RUNS:,} further {finding.unit}s would be needed, if there is a difference"
-    else:
-        few, many = found
-        up_to = f"{many:,}" if many else f"more than {MOST_RUNS:,}"
-        number = f"about {few:,}" if few == many else f"about {few:,} to {up_to}"
-        more = f"{number} more {finding.unit}s would decide"
-    return replace(finding, more=more)
+        return replace(finding, more=more)
+    few, many = further
+    up_to = f"{many:,}" if many else f"more than {MOST_RUNS:,}"
+    number = f"about {few:,}" if few == many else f"about {few:,} to {up_to}"
+    return replace(finding, more=f"{number} more {finding.unit}s would decide")
 
 
 def _judgement(
-    id_: str, claims: Claims, findings: Sequence[Finding], judge_one: Callable[[Contrast], Finding]
+    id_: str, claims: Claims, findings: Sequence[Finding], find_one: Callable[[Contrast], Finding]
 ) -> Judgement:
     lacking = [each for each in findings if not each.tested]
-    protocols = {each.contrast.protocol: claims.protocols[each.contrast.protocol] for each in lacking}
-    nearest = [
-        judge_one(replace(each.contrast, protocol=near))
+    undecided = [each for each in findings if each.verdict == Verdict.UNDECIDED]
+    contrasts = [
+        replace(each.contrast, protocol=near)
         for each in lacking
         if (near := claims.protocols[each.contrast.protocol].nearest)
     ]
-    close = list({each.contrast: each for each in nearest if each.tested}.values())
-    shown = [claims.protocols[each.contrast.protocol].assumed for each in (*findings, *close)]
-    undecided = [each for each in findings if each.tested and each.verdict == Verdict.UNDECIDED]
-    wanted = protocols | {each.contrast.protocol: claims.protocols[each.contrast.protocol] for each in undecided}
-    return Judgement(
-        id_,
-        claims.claims[id_],
-        findings,
-        close,
-        "; ".join(dict.fromkeys(filter(None, (each.needs for each in protocols.values())))),
-        " ".join(filter(None, dict.fromkeys(shown))),
-        list(dict.fromkeys(filter(None, (each.command for each in wanted.values())))),
-    )
+    nearest = [found for contrast in dict.fromkeys(contrasts) if (found := find_one(contrast)).tested]
+
+    def texts(of: Sequence[Finding], name: str) -> list[str]:
+        found = (getattr(claims.protocols[each.contrast.protocol], name) for each in of)
+        return list(dict.fromkeys(filter(None, found)))
+
+    needs, assumed = "; ".join(texts(lacking, "needs")), " ".join(texts([*findings, *nearest], "assumed"))
+    commands = texts([*lacking, *undecided], "command")
+    return Judgement(id_, claims.claims[id_], findings, nearest, needs, assumed, commands)
 
 
-def _finding(claims: Claims, runs: Sequence[RunRecord], right: RightAnswers, contrast: Contrast) -> Finding:
+def _find(claims: Claims, runs: Sequence[RunRecord], right: RightAnswers, contrast: Contrast) -> Finding:
+    """Return what the published figures and the finished runs say of one thing that a claim says."""
     protocol, what = claims.protocols[contrast.protocol], quantity(contrast.metric)
-    finding = _with_published(Finding(contrast, says(contrast, what)), claims, protocol, what)
-    arms = [arm for arm in (contrast.arm, contrast.against) if arm]
-    chosen = choose(runs, protocol, arms, what, positive=contrast.ratio)
+    finding = _with_published(Finding(contrast, _says(contrast, what)), claims, what)
+    chosen = choose(runs, protocol, contrast.arms, what, positive=contrast.ratio)
     if not all(chosen.arms.values()):
         return replace(finding, lacking=chosen.why)
     finding = replace(finding, tested=True)
@@ -222,15 +201,10 @@ def _finding(claims: Claims, runs: Sequence[RunRecord], right: RightAnswers, con
     return replace(finding, evidence="; ".join([finding.evidence, *chosen.aside]))
 
 
-def says(contrast: Contrast, what: Quantity) -> str:
+def _says(contrast: Contrast, what: Quantity) -> str:
     """Say in words what a contrast says."""
     text = _text(contrast, what)
-    if contrast.ratio:
-        head = f"{what.words}: {contrast.arm} / {contrast.against}"
-    elif contrast.against:
-        head = f"{what.words}: {contrast.arm} − {contrast.against}"
-    else:
-        head = f"{what.words}: {contrast.arm}"
+    head = f"{what.words}: {(' / ' if contrast.ratio else ' − ').join(contrast.arms)}"
     if math.isinf(contrast.high):
         return f"{head} above {text(contrast.low)}"
     if math.isinf(contrast.low):
@@ -241,18 +215,15 @@ def says(contrast: Contrast, what: Quantity) -> str:
 def _text(contrast: Contrast, what: Quantity) -> Callable[[float], str]:
     """Return how values of a contrast are written."""
     if contrast.ratio:
-        return lambda value: f"{value:.2f}"
-    if contrast.against and what.is_accuracy:
-        return lambda value: "0" if value == 0 else points(value)
-    if contrast.against:
-        return lambda value: "0" if value == 0 else f"{value:+.3g}"
-    return what.text
+        return "{:.2f}".format
+    if not contrast.against:
+        return what.text
+    text = points if what.is_accuracy else "{:+.3g}".format
+    return lambda value: "0" if value == 0 else text(value)
 
 
-def _combined(contrast: Contrast, first: float, second: float | None) -> float:
+def _combined(contrast: Contrast, first: float, second: float = 0) -> float:
     """Return the value of a contrast from those of its arms."""
-    if second is None:
-        return first
     return first / second if contrast.ratio else first - second
 
 
@@ -262,124 +233,108 @@ def _is_inside(contrast: Contrast, value: float) -> bool:
     return low < value < high if math.isinf(low) or math.isinf(high) else low <= value <= high
 
 
-def _with_published(finding: Finding, claims: Claims, protocol: Protocol, what: Quantity) -> Finding:
+def _with_published(finding: Finding, claims: Claims, what: Quantity) -> Finding:
     """Hold the words against the published figures, one run an arm."""
-    contrast = finding.contrast
-    arms = [arm for arm in (contrast.arm, contrast.against) if arm]
-    values = [published_value(claims, contrast, arm) for arm in arms]
+    contrast, protocol = finding.contrast, claims.protocols[finding.contrast.protocol]
+    values = [published_value(protocol, contrast.metric, arm) for arm in contrast.arms]
     known = [value for value in values if value is not None]
-    if len(known) < len(arms) or (contrast.ratio and not all(known)):
+    if len(known) < len(values) or (contrast.ratio and not all(known)):
         return finding
-    value = _combined(contrast, known[0], known[1] if contrast.against else None)
-    shown = " against ".join(map(what.text, known))
-    count = protocol.published.test_images
+    shown, count = " against ".join(map(what.text, known)), protocol.published.test_images
     if count and contrast.against and what.is_accuracy and "train" not in contrast.metric:
-        right = [round(count * each) for each in known]
-        p = fisher((right[0], right[1]), (count, count))
-        shown += f" ({right[0]:,} and {right[1]:,} of {count:,} images right; Fisher's exact {p_text(p)})"
+        first, second = (round(count * each) for each in known)
+        p = stats.fisher_exact([[first, count - first], [second, count - second]]).pvalue
+        shown += f" ({first:,} and {second:,} of {count:,} images right; Fisher's exact {p_text(p)})"
     if protocol.published.unchecked:
         shown += f" ({protocol.published.unchecked})"
-    return replace(finding, published=shown, agrees=_is_inside(contrast, value))
+    return replace(finding, published=shown, agrees=_is_inside(contrast, _combined(contrast, *known)))
 
 
 def _on_fixed(finding: Finding, what: Quantity, chosen: Chosen) -> Finding:
     """Judge a quantity that doesn't vary: one run of each arm decides."""
-    contrast = finding.contrast
     seen = [{what.value(run) for run in of_arm.values()} for of_arm in chosen.arms.values()]
     values = [value for each in seen for value in each if value is not None]
     if len(values) > len(seen):
         return replace(finding, evidence=f"runs differ in it: {', '.join(map(what.text, sorted(values)))}")
-    value = _combined(contrast, values[0], values[1] if contrast.against else None)
-    text = " against ".join(map(what.text, values))
-    return replace(finding, evidence=f"{text}, the same in every run", inside=_is_inside(contrast, value), decided=True)
+    inside = _is_inside(finding.contrast, _combined(finding.contrast, *values))
+    text = f"{' against '.join(map(what.text, values))}, the same in every run"
+    return replace(finding, evidence=text, inside=inside, decided=True)
 
 
 def _over_images(finding: Finding, what: Quantity, chosen: Chosen, right: RightAnswers) -> Finding:
     """Judge fixed networks on their test images: Wilson's interval of one, McNemar's exact test of two."""
     contrast = finding.contrast
-    runs = [list(of_arm.values())[-1] for of_arm in chosen.arms.values()]
-    answers = [right(run) for run in runs]
+    answers = [right(list(of_arm.values())[-1]) for of_arm in chosen.arms.values()]
     shared = sorted(set.intersection(*(set(each) for each in answers)))
     if not shared:
         return replace(finding, evidence="the runs have no test images in common")
     correct = [np.array([each[image] for image in shared]) for each in answers]
+    shown = " against ".join(what.text(each.mean()) for each in correct)
     if contrast.against:
         test = mcnemar(correct[0], correct[1])
-        shown = " against ".join(what.text(each.mean()) for each in correct)
         text = f"{shown} on {len(shared):,} images; {test.only_first} and {test.only_second} right alone (McNemar)"
         return replace(finding, evidence=text, inside=test.only_first > test.only_second, p=test.p)
-    value, interval = float(correct[0].mean()), wilson(int(correct[0].sum()), len(shared))
+    interval = wilson(int(correct[0].sum()), len(shared))
     inside = contrast.low <= interval.low and interval.high <= contrast.high
     outside = interval.high < contrast.low or interval.low > contrast.high
-    text = f"{what.text(value)} [{what.text(interval.low)} to {what.text(interval.high)}] on {len(shared):,} images"
-    return replace(finding, evidence=f"{text} (Wilson)", inside=inside, decided=inside or outside)
+    text = f"{shown} [{interval.text(what.text)}] on {len(shared):,} images (Wilson)"
+    return replace(finding, evidence=text, inside=inside, decided=inside or outside)
 
 
 def _over_seeds(finding: Finding, what: Quantity, chosen: Chosen) -> Finding:
     """Judge trained networks: the interval of a mean, or of a mean difference, over runs."""
     contrast = finding.contrast
-    estimate, kind = _estimate(contrast, what, chosen)
-    back = math.exp if contrast.ratio else float
-    text = partial(_apply, _text(contrast, what), back)
-    words = f"{text(estimate.mean)}, {kind}"
-    if (interval := estimate.interval()) is not None:
-        interval = interval if contrast.against else interval.within(what.possible)
-        words = f"{text(estimate.mean)} [{text(interval.low)} to {text(interval.high)}], {kind}"
-    finding = replace(finding, evidence=words, inside=_is_inside(contrast, back(estimate.mean)))
-    if not contrast.against and isinstance(estimate, Sample):
-        values = [value for run in chosen.arms[contrast.arm].values() if (value := what.value(run)) is not None]
-        if (interval := estimate.prediction(Sample(tuple(values)).deviation)) is not None:
-            finding = replace(finding, single=_single(contrast, what, interval))
-    unit = "split" if chosen.splits > 1 else "seed"
-    if estimate.n < FEWEST:
-        lacking = _count(FEWEST - estimate.n, f"more {unit}")
-        return replace(finding, more=f"fewer than {FEWEST} runs decide nothing; {lacking} at least")
-    edge = _binding_edge(contrast, back(estimate.mean), estimate)
-    return replace(finding, p=estimate.p(edge), estimate=estimate, edge=edge, unit=unit)
-
-
-def _apply(text: Callable[[float], str], back: Callable[[float], float], value: float) -> str:
-    return text(back(value))
-
-
-def _single(contrast: Contrast, what: Quantity, interval: Interval) -> str:
-    claimed = (contrast.low + contrast.high) / 2
-    interval = interval.within(what.possible)
-    text = f"a single run is expected from {what.text(interval.low)} to {what.text(interval.high)}"
-    if math.isinf(claimed):
-        return text
-    lies = "inside" if interval.low <= claimed <= interval.high else "outside"
-    return f"{text}; the claimed {what.text(claimed)} lies {lies}"
-
-
-def _estimate(contrast: Contrast, what: Quantity, chosen: Chosen) -> tuple[Estimate, str]:
-    """Return the mean that is judged, of logarithms for a ratio, and on what it rests, in words."""
-    scale = math.log if contrast.ratio else float
+    scale, back = (math.log, math.exp) if contrast.ratio else (float, float)
     values = {
         arm: {pair: scale(value) for pair, run in runs.items() if (value := what.value(run)) is not None}
         for arm, runs in chosen.arms.items()
     }
-    first, ratio = values[contrast.arm], chosen.overlap
+    estimate, rests_on = _estimate([values[arm] for arm in contrast.arms], chosen)
+    written = _text(contrast, what)
+
+    def text(value: float) -> str:
+        return written(back(value))
+
+    interval = estimate.interval()
+    interval = interval if contrast.against else interval.within(what.possible)
+    between = f" [{interval.text(text)}]" if estimate.n > 1 else ""
+    finding = replace(
+        finding,
+        evidence=f"{text(estimate.mean)}{between}, {rests_on}",
+        inside=_is_inside(contrast, back(estimate.mean)),
+        single="" if contrast.against else _single(contrast, what, estimate, list(values[contrast.arm].values())),
+    )
+    unit = "split" if chosen.splits > 1 else "seed"
+    if estimate.n < FEWEST:
+        lacking = counted(FEWEST - estimate.n, f"more {unit}")
+        return replace(finding, more=f"fewer than {FEWEST} runs decide nothing; {lacking} at least")
+    edges = [scale(each) for each in (contrast.low, contrast.high) if math.isfinite(each)]
+    # The edge that decides is the one that is harder to tell from the mean.
+    edge = max(edges, key=estimate.p) if finding.inside else min(edges, key=lambda each: abs(each - estimate.mean))
+    return replace(finding, p=estimate.p(edge), estimate=estimate, edge=edge, unit=unit)
+
+
+def _estimate(values: Sequence[Mapping[SplitAndSeed, float]], chosen: Chosen) -> tuple[Estimate, str]:
+    """Return the mean that is judged, or the mean difference, and on what it rests, in words."""
     on = f" on {chosen.splits} splits" if chosen.splits > 1 else ""
-    if not contrast.against:
-        return Sample(tuple(over_splits(first)), ratio), f"{_count(len(first), 'run')}{on}"
-    second = values[contrast.against]
+    first, second = values[0], values[-1]
+    if len(values) == 1:
+        return Estimate.of(over_splits(first), overlap=chosen.overlap), f"{counted(len(first), 'run')}{on}"
     pairs = chosen.pairs()
     if len(pairs) >= min(FEWEST, len(first), len(second)):
         differences = {pair: first[pair] - second[pair] for pair in pairs}
-        return Sample(tuple(over_splits(differences)), ratio), f"{_count(len(pairs), 'pair')}{on}"
-    both = [Sample(tuple(over_splits(each)), ratio) for each in (first, second)]
-    return Unpaired(*both), f"{len(first)} and {_count(len(second), 'run')}, not paired{on}"
+        return Estimate.of(over_splits(differences), overlap=chosen.overlap), f"{counted(len(pairs), 'pair')}{on}"
+    both = Estimate.of(over_splits(first), over_splits(second), overlap=chosen.overlap)
+    return both, f"{len(first)} and {counted(len(second), 'run')}, not paired{on}"
 
 
-def _count(number: int, word: str) -> str:
-    return f"{number} {word}" if number == 1 else f"{number} {word}s"
-
-
-def _binding_edge(contrast: Contrast, value: float, estimate: Estimate) -> float:
-    """Return the edge that decides: the one that is harder to tell from the mean, on the scale of the estimate."""
-    edges = [edge for edge in (contrast.low, contrast.high) if math.isfinite(edge)]
-    scaled = [math.log(edge) if contrast.ratio else edge for edge in edges]
-    if _is_inside(contrast, value):
-        return max(scaled, key=estimate.p)
-    return min(scaled, key=lambda edge: abs(edge - estimate.mean))
+def _single(contrast: Contrast, what: Quantity, estimate: Estimate, values: Sequence[float]) -> str:
+    """Say where a single run is expected, and whether the value that is claimed lies there."""
+    if estimate.n < 2:
+        return ""
+    interval = estimate.prediction(Estimate.of(values).deviation).within(what.possible)
+    text, claimed = f"a single run is expected from {interval.text(what.text)}", (contrast.low + contrast.high) / 2
+    if math.isinf(claimed):
+        return text
+    lies = "inside" if interval.low <= claimed <= interval.high else "outside"
+    return f"{text}; the claimed {what.text(claimed)} lies {lies}"

@@ -1,4 +1,4 @@
-"""Reports made, logged to the runs of the studies that they are about, and exported."""
+"""Results and reports, logged to the runs of the studies that they are about, and exported."""
 
 from __future__ import annotations
 
@@ -6,54 +6,81 @@ import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+from matplotlib.figure import Figure
+
 from effv2.core.errors import InputError, RunError
+from effv2.core.paths import write_csv
 from effv2.core.reporter import Reporter
 from effv2.evidence.claims import Claims, read_claims
-from effv2.evidence.quantities import HISTORIES
+from effv2.evidence.exports import Evidence, export, joined, remove_export, tracked
+from effv2.evidence.quantities import EXPORTED, HISTORIES
 from effv2.evidence.report import HTML, Report, make_report
-from effv2.evidence.sources import EXPORTED, Evidence, export, joined, remove_export, tracked
-from effv2.evidence.study import studies_of
+from effv2.evidence.results import results_of
+from effv2.evidence.study import StudyResults, studies_of
 from effv2.tracking.read import read_experiment
 from effv2.tracking.run import open_experiment, open_report_run, run_address, working_on
 from effv2.tracking.store import TrackingError, reason
-from effv2.tracking.tags import BORROWED, as_tags, lent
+from effv2.tracking.tags import REUSED, as_tags, reused
 from effv2.tracking.views import artifact_link, describe_experiment, save_views, view_links
 from effv2.tracking.writer import TrackedRun
 
 DATA = "data"  # folder of an export
 
 
-def log_report(report: Report, run: TrackedRun) -> None:
-    """Log the page, its Markdown twin and figures as artifacts of a run."""
-    with tempfile.TemporaryDirectory() as folder:
-        report.write(Path(folder))
-        run.log_folder(Path(folder))
+def publish_study(parent: TrackedRun, used: Mapping[str, str]) -> StudyResults:
+    """Log to a study's run what came out of it, with a report, and return it. It may be repeated.
 
-
-def _show_in_ui(run: TrackedRun) -> None:
-    """Save the views of the run's experiment, and lead to them and to the report on the run from its description."""
-    save_views(run.experiment_id)
-    describe_experiment(run.experiment_id, where_to_look(run))
-
-
-def where_to_look(run: TrackedRun) -> str:
-    """Return links to the report on a run and to the views of its experiment, in Markdown."""
-    page = artifact_link(run.experiment_id, run.run_id, HTML)
-    return f"[Report]({page}) · {view_links(run.experiment_id)}"
-
-
-def report_on_study(parent: TrackedRun, used: Mapping[str, str]) -> None:
-    """Report on one study, which rests on the runs `used`, by name, and log that to the study's run.
-
-    Claims that none of its runs can tell anything about are left out.
+    `used` are the finished runs of the study by name, some of them other studies'. Claims that none of its runs can
+    tell anything about are left out of the report.
     """
-    runs = read_experiment(parent.experiment_id, (), parent.run_id)
-    own = {run.run_id for run in runs if run.parent == parent.run_id}
-    borrowed = [lent(run_id, name) for name, run_id in used.items() if run_id not in own]
-    parent.set_tags(as_tags(BORROWED, borrowed))
+    read = read_experiment(parent.experiment_id, (), parent.run_id)
+    own = {run.run_id for run in read if run.parent == parent.run_id}
+    others = [reused(run_id, name) for name, run_id in used.items() if run_id not in own]
+    parent.set_tags(as_tags(REUSED, others))
+    report = make_report(tracked(parent.experiment_id, parent=parent.run_id), read_claims(), only_touched=True)
+    results = _of(parent, report.studies)
+    _log(parent, report, results)
+    parent.log_metrics(results.metrics)
+    parent.describe(results.markdown(_show_in_ui(parent)))
+    return results
+
+
+def read_results(parent: TrackedRun) -> StudyResults:
+    """Return what came out of a study, from its tracked runs as they are."""
     evidence = tracked(parent.experiment_id, parent=parent.run_id)
-    log_report(make_report(evidence, read_claims(), only_touched=True), parent)
-    _show_in_ui(parent)
+    return _of(parent, results_of(evidence.runs, read_claims(), evidence.right))
+
+
+def _of(parent: TrackedRun, studies: Sequence[StudyResults]) -> StudyResults:
+    return next(each for each in studies if each.run_id == parent.run_id)
+
+
+def _log(run: TrackedRun, report: Report, results: StudyResults | None = None) -> None:
+    """Log a report as artifacts of a run, and the files of a study's results."""
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        report.write(folder)
+        for file, content in results.files.items() if results else ():
+            if isinstance(content, Figure):
+                content.savefig(folder / file, dpi=120)
+            else:
+                write_csv(folder / file, content)
+        if results and results.document and results.table:
+            text = f"# {results.title}\n\n{results.markdown()}\n"
+            (folder / results.document).write_text(text, encoding="utf-8")
+        run.log_folder(folder)
+
+
+def _show_in_ui(run: TrackedRun) -> str:
+    """Save the views of the run's experiment, and return links to them and to the report on the run.
+
+    The experiment's description leads there too.
+    """
+    save_views(run.experiment_id)
+    page = artifact_link(run.experiment_id, run.run_id, HTML)
+    links = f"[Report]({page}) · {view_links(run.experiment_id)}"
+    describe_experiment(run.experiment_id, links)
+    return links
 
 
 def publish(experiment: str, own: Path | None, target: Path | None, reporter: Reporter) -> tuple[Report, str]:
@@ -75,9 +102,8 @@ def publish(experiment: str, own: Path | None, target: Path | None, reporter: Re
             parents = [study.parent.run_id for study in studies_of(evidence.runs) if study.parent and study.kind]
             for place in [run, *(TrackedRun(run_id, run.experiment_id) for run_id in parents)]:
                 reporter.working("logging the report")
-                log_report(report, place)
-            _show_in_ui(run)
-            run.describe(f"{report.summary}.\n\n{where_to_look(run)}")
+                _log(place, report)
+            run.describe(f"{report.summary}.\n\n{_show_in_ui(run)}")
             if target is not None:
                 reporter.working("exporting")
                 _write(report, evidence, target, claims)
@@ -95,9 +121,8 @@ def rebuild(sources: Sequence[Path], own: Path | None, target: Path, reporter: R
     evidence = joined([source / DATA for source in sources])
     if own is None and len(evidence.claims) > 1:
         files = " and ".join(map(str, evidence.claims))
-        raise InputError(f"--from-export: {files} differ; say with --claims which claims to judge.")
-    own = own or next(iter(evidence.claims), None)
-    claims = read_claims(own)
+        raise InputError("from_export", files, "the exports' claims.yaml differ", "name one of them as `claims`")
+    claims = read_claims(own or next(iter(evidence.claims), None))
     _prepare(target)
     report = make_report(evidence, claims, progress=reporter.working)
     _write(report, evidence, target, claims)
@@ -110,7 +135,7 @@ def _prepare(target: Path) -> None:
         with tempfile.TemporaryFile(dir=target):
             pass
     except OSError as error:
-        raise InputError(f"--export {target}: can't be written to ({error.strerror}); give another folder.") from error
+        raise InputError("export", target, f"can't be written to ({error.strerror})", "give another folder") from error
 
 
 def _write(report: Report, evidence: Evidence, target: Path, claims: Claims) -> None:

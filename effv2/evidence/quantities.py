@@ -1,4 +1,7 @@
-"""What of a run a claim or a table can be about: any logged metric, or a figure derived from its epochs."""
+"""What of a run a claim or a table can be about: any logged metric, or a figure derived from its epochs.
+
+A quantity is one entry in QUANTITIES. Those that are `shown` stand in the tables of studies, in this order.
+"""
 
 from __future__ import annotations
 
@@ -6,22 +9,26 @@ import math
 import statistics
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Literal
 
 import numpy as np
 
-from effv2.evidence.figures import Curve
+from effv2.core.figures import Curve
 from effv2.evidence.statistics import Interval
+from effv2.tracking.accuracies import BEST_TEST, LAST_TEST, SELECTED_TEST, SELECTED_VALIDATION
 from effv2.tracking.read import RunRecord
 
 TRAIN, TEST, VALIDATION = "train/accuracy", "test/accuracy", "val/accuracy"
+EPOCH_SECONDS, TRAIN_SECONDS = "time/epoch_seconds", "time/total_train_seconds"
 TRAIN_RATE, EVALUATE_RATE = "throughput/train_images_per_second", "throughput/evaluate_images_per_second"
-TRAIN_SECONDS, EPOCH_SECONDS = "time/train_seconds", "time/epoch_seconds"
-HISTORIES = (TRAIN, TEST, VALIDATION, TRAIN_RATE, EVALUATE_RATE, TRAIN_SECONDS, EPOCH_SECONDS)
 PEAK_SHARE = 0.95
 LEVEL_EPOCHS = 10  # the last ones, over which a level is averaged
 NEAR_LEVEL = 0.02
 LARGEST = 1e300  # databases keep infinity as the largest number there is
 TIMED = ("rate/", "time/", "inference/", "throughput/")
+
+
+whole, tenths = "{:,.0f}".format, "{:,.1f}".format  # numbers without a fraction, to a tenth
 
 
 def percent(value: float) -> str:
@@ -34,40 +41,57 @@ def points(value: float) -> str:
     return f"{100 * value:+.2f} points"
 
 
-def whole(value: float) -> str:
-    """Write a number without a fraction."""
-    return f"{value:,.0f}"
-
-
-def tenths(value: float) -> str:
-    """Write a number to a tenth."""
-    return f"{value:,.1f}"
-
-
 def decimal(value: float) -> str:
     """Write a number to three digits."""
     return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.3g}"
 
 
+def number(text: str) -> float:
+    """Read a number; NaN where the text is none."""
+    try:
+        return float(text)
+    except ValueError:
+        return math.nan
+
+
+def duration(seconds: float) -> str:
+    """Write a duration in minutes or hours."""
+    minutes = seconds / 60
+    return f"{minutes / 60:.1f} hours" if minutes >= 60 else f"{minutes:.1f} minutes"
+
+
+def _gflops(value: float) -> str:
+    return f"{value:.3f}" if value >= 0.01 else f"{value:.2g}"
+
+
 @dataclass(frozen=True)
 class Quantity:
-    """A figure of a run: its name in words, how to take it, how to write it.
+    """A figure of a run: its name in words, and the logged metric that it is, or that `take` derives it from.
 
-    A `fixed` one doesn't vary from run to run: one decides. A `timed` one belongs to the machine that it was taken on.
-    `least` is the lowest value that it can have.
+    `take` gets the values of all epochs, `epochs` of them at least. Tables of arms have the `main` quantities first,
+    and of many arms those alone. A `fixed` quantity doesn't vary from run to run: one decides. A `timed` one belongs
+    to the machine that it was taken on. `least` is the lowest value that it can have.
     """
 
     words: str
-    take: Callable[[RunRecord], float | None]
+    metric: str
+    take: Callable[[Curve], float | None] | None = None
     text: Callable[[float], str] = decimal
+    shown: Literal["", "main", "more"] = ""
+    epochs: int = 1
+    scale: float = 1
     fixed: bool = False
     timed: bool = False
     least: float = -math.inf
 
     def value(self, run: RunRecord) -> float | None:
         """Return the figure of a run; None where the run lacks it, or it is no finite number."""
-        found = self.take(run)
-        return found if found is not None and abs(found) < LARGEST else None
+        if self.take is None:
+            found = run.metrics.get(self.metric)
+        else:
+            curve = {epoch: value for epoch, value in run.history.get(self.metric, {}).items() if abs(value) < LARGEST}
+            found = self.take(curve) if len(curve) >= self.epochs else None
+        return self.scale * found if found is not None and abs(found) < LARGEST else None
 
     @property
     def is_accuracy(self) -> bool:
@@ -80,15 +104,20 @@ class Quantity:
         return Interval(0, 1) if self.is_accuracy else Interval(0 if self.timed else self.least, math.inf)
 
 
-def epochs_to_peak_share(curve: Curve, share: float = PEAK_SHARE) -> int:
-    """Return the first epoch whose accuracy reaches `share` of the highest one."""
-    best = max(curve.values())
-    return min(epoch for epoch, accuracy in curve.items() if accuracy >= min(best, share * best))
+def median(curve: Curve) -> float:
+    """Return the median over epochs."""
+    return statistics.median(curve.values())
 
 
 def level(curve: Curve) -> float:
     """Return the mean over the last ten epochs."""
     return statistics.fmean(curve[epoch] for epoch in sorted(curve)[-LEVEL_EPOCHS:])
+
+
+def epochs_to_peak_share(curve: Curve, share: float = PEAK_SHARE) -> int:
+    """Return the first epoch whose accuracy reaches `share` of the highest one."""
+    best = max(curve.values())
+    return min(epoch for epoch, accuracy in curve.items() if accuracy >= min(best, share * best))
 
 
 def epochs_to_level(curve: Curve) -> int:
@@ -101,71 +130,49 @@ def epochs_to_level(curve: Curve) -> int:
 
 def gain_after(curve: Curve, epoch: int = 10) -> float | None:
     """Return by how much the last ten epochs' mean exceeds that of the three around `epoch`; None without those."""
-    if not {epoch - 1, epoch, epoch + 1} <= curve.keys():
-        return None
-    return level(curve) - statistics.fmean(curve[each] for each in (epoch - 1, epoch, epoch + 1))
+    around = (epoch - 1, epoch, epoch + 1)
+    return level(curve) - statistics.fmean(map(curve.__getitem__, around)) if set(around) <= curve.keys() else None
 
 
-def _metric(name: str) -> Callable[[RunRecord], float | None]:
-    return lambda run: run.metrics.get(name)
-
-
-def _of(name: str, figure: Callable[[Curve], float | None], epochs: int = 1) -> Callable[[RunRecord], float | None]:
-    """Return a figure of a metric's epochs, None where there are fewer of them."""
-
-    def value(run: RunRecord) -> float | None:
-        curve = {epoch: value for epoch, value in run.history.get(name, {}).items() if abs(value) < LARGEST}
-        return figure(curve) if len(curve) >= epochs else None
-
-    return value
-
-
-def _median(curve: Curve) -> float:
-    return statistics.median(curve.values())
-
-
-def _milliseconds(run: RunRecord) -> float | None:
-    seconds = run.metrics.get("inference/single_image_seconds")
-    return None if seconds is None else 1000 * seconds
-
-
+PUBLISHED_TOP1 = "published/top1_accuracy"
+BF16_TOP1, BF16_CHANGED = "bf16/top1_difference", "bf16/predictions_changed"
+TO_PEAK, TO_LEVEL = "epochs to 95 % of peak train accuracy", "epochs until test accuracy stays at its level"
 QUANTITIES: dict[str, Quantity] = {
-    "best/test_accuracy": Quantity("test accuracy, best epoch", _metric("best/test_accuracy"), percent),
-    "selected/test_accuracy": Quantity("test accuracy, selected epoch", _metric("selected/test_accuracy"), percent),
-    "final/test_accuracy": Quantity("test accuracy, last epoch", _metric("final/test_accuracy"), percent),
-    "selected/val_accuracy": Quantity("validation accuracy, best epoch", _metric("selected/val_accuracy"), percent),
-    "first/test_accuracy": Quantity("test accuracy, first epoch", _of(TEST, lambda c: c[min(c)]), percent),
-    "best/train_accuracy": Quantity("train accuracy, best epoch", _of(TRAIN, lambda c: max(c.values())), percent),
-    "level/train_accuracy": Quantity("train accuracy, mean of the last ten epochs", _of(TRAIN, level), percent),
-    "level/test_accuracy": Quantity("test accuracy, mean of the last ten epochs", _of(TEST, level), percent),
-    "gain/test_after_epoch_10": Quantity("gain in test accuracy after epoch 10", _of(TEST, gain_after, 21), points),
-    "epochs/to_95_percent": Quantity(
-        "epochs to 95 % of peak train accuracy",
-        _of(TRAIN, epochs_to_peak_share),
-        tenths,
-        least=1,
-    ),
-    "epochs/to_test_level": Quantity(
-        "epochs until test accuracy stays at its level",
-        _of(TEST, epochs_to_level, 20),
-        tenths,
-        least=1,
-    ),
-    "time/total_train_seconds": Quantity("training, s", _metric("time/total_train_seconds"), tenths, timed=True),
-    "time/epoch_seconds": Quantity("an epoch, s", _of(EPOCH_SECONDS, _median), decimal, timed=True),
-    "rate/train": Quantity("training, images/s", _of(TRAIN_RATE, _median), whole, timed=True),
-    "rate/evaluate": Quantity("inference, images/s", _of(EVALUATE_RATE, _median), whole, timed=True),
+    BEST_TEST: Quantity("test accuracy, best epoch", BEST_TEST, None, percent, "main"),
+    SELECTED_TEST: Quantity("test accuracy, selected epoch", SELECTED_TEST, None, percent, "main"),
+    LAST_TEST: Quantity("test accuracy, last epoch", LAST_TEST, None, percent, "more"),
+    SELECTED_VALIDATION: Quantity("validation accuracy, best epoch", SELECTED_VALIDATION, None, percent, "main"),
+    "first/test_accuracy": Quantity("test accuracy, first epoch", TEST, lambda curve: curve[min(curve)], percent),
+    "best/train_accuracy": Quantity("train accuracy, best epoch", TRAIN, lambda curve: max(curve.values()), percent),
+    "level/train_accuracy": Quantity("train accuracy, mean of the last ten epochs", TRAIN, level, percent),
+    "level/test_accuracy": Quantity("test accuracy, mean of the last ten epochs", TEST, level, percent),
+    "gain/test_after_epoch_10": Quantity("gain in test accuracy after epoch 10", TEST, gain_after, points, epochs=21),
+    "epochs/to_95_percent": Quantity(TO_PEAK, TRAIN, epochs_to_peak_share, tenths, "more", least=1),
+    "epochs/to_test_level": Quantity(TO_LEVEL, TEST, epochs_to_level, tenths, epochs=20, least=1),
+    TRAIN_SECONDS: Quantity("training, s", TRAIN_SECONDS, None, tenths, "main", timed=True),
+    EPOCH_SECONDS: Quantity("an epoch, s", EPOCH_SECONDS, median, timed=True),
+    "rate/train": Quantity("training, images/s", TRAIN_RATE, median, whole, "more", timed=True),
+    "rate/evaluate": Quantity("inference, images/s", EVALUATE_RATE, median, whole, "more", timed=True),
     "inference/single_image_milliseconds": Quantity(
-        "one image, ms", _milliseconds, lambda value: f"{value:.1f}", timed=True
+        "one image, ms", "inference/single_image_seconds", None, "{:.1f}".format, "more", scale=1000, timed=True
     ),
-    "model/parameters": Quantity("parameters", _metric("model/parameters"), whole, fixed=True),
-    "model/gflops": Quantity(
-        "GFLOPs", _metric("model/gflops"), lambda value: f"{value:.3f}" if value >= 0.01 else f"{value:.2g}", fixed=True
+    "inference/batch_128_milliseconds": Quantity(
+        "128 images, ms", "inference/batch_128_seconds", None, whole, "more", scale=1000, timed=True
     ),
+    "model/parameters": Quantity("parameters", "model/parameters", None, whole, "more", fixed=True),
+    "model/gflops": Quantity("GFLOPs", "model/gflops", None, _gflops, "more", fixed=True),
+    PUBLISHED_TOP1: Quantity("top-1 that torchvision publishes", PUBLISHED_TOP1, None, percent, "more"),
+    BF16_TOP1: Quantity("bf16 less float32, top-1", BF16_TOP1, None, points, "more"),
+    BF16_CHANGED: Quantity("bf16, predictions changed", BF16_CHANGED, None, percent, "more"),
 }
+SHOWN = {name: what for name, what in QUANTITIES.items() if what.shown}
+CURVES = {"test accuracy": TEST, "validation accuracy": VALIDATION, "train accuracy": TRAIN}  # that are drawn
+# The metrics whose epochs are read, and those that are exported with them.
+HISTORIES = tuple(dict.fromkeys([*CURVES.values(), *(each.metric for each in QUANTITIES.values() if each.take)]))
+EXPORTED = (*HISTORIES, "train/loss", "val/loss", "test/loss", "learning_rate", "time/train_seconds")
 
 
 def quantity(name: str) -> Quantity:
     """Return a named quantity; any other name is a logged metric's."""
     text = percent if "accuracy" in name or "top1" in name else decimal
-    return QUANTITIES.get(name) or Quantity(name, _metric(name), text, timed=name.startswith(TIMED))
+    return QUANTITIES.get(name) or Quantity(name, name, text=text, timed=name.startswith(TIMED))

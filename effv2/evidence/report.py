@@ -2,24 +2,34 @@
 
 from __future__ import annotations
 
+import io
 import re
+import warnings
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import matplotlib
 from jinja2 import Environment, PackageLoader, StrictUndefined, select_autoescape
 from markupsafe import Markup, escape
+from matplotlib.figure import Figure
 
+from effv2.core.figures import PALETTE
 from effv2.evidence.claims import Claims
+from effv2.evidence.exports import Evidence
 from effv2.evidence.judge import Finding, Judgement, Verdict, judge
-from effv2.evidence.sections import Section, sections_of
-from effv2.evidence.sources import Evidence
+from effv2.evidence.results import results_of
 from effv2.evidence.statistics import p_text
-from effv2.evidence.svg import as_file, inline
+from effv2.evidence.study import StudyResults
 
 HTML, MARKDOWN, FIGURES = "report.html", "report.md", "figures"
-Progress = Callable[[str], None]
+SETTINGS = {"svg.fonttype": "none", "svg.hashsalt": "effv2", "font.family": "sans-serif", "font.size": 9}
+INK = re.compile(r"#(000000|262626|333333|555555)\b")  # text, axes and ticks
+FRAME = re.compile(r"#(b0b0b0|cccccc)\b")  # grid and legend
+PAPER = re.compile(r'<g id="patch_\d+">\s*<path [^>]*style="[^"]*fill: #ffffff[^"]*"/>\s*</g>')
+TAG = re.compile(r"<[^>]+>")
+NUMBER = re.compile(r"-?\d+\.\d{2,}")
 
 
 @dataclass(frozen=True)
@@ -28,6 +38,7 @@ class Report:
 
     summary: str
     own: Sequence[str]  # the verdicts of the user's own claims, a line each
+    studies: Sequence[StudyResults]
     html: str
     markdown: str
     figures: Mapping[str, str]
@@ -35,65 +46,50 @@ class Report:
     def write(self, folder: Path) -> None:
         """Write all of it, in the place of the figures that an earlier report shows there."""
         (folder / FIGURES).mkdir(parents=True, exist_ok=True)
-        earlier = (
-            (folder / MARKDOWN).read_text(encoding="utf-8", errors="replace") if (folder / MARKDOWN).is_file() else ""
-        )
+        page = folder / MARKDOWN
+        earlier = page.read_text(encoding="utf-8", errors="replace") if page.is_file() else ""
         for name in re.findall(rf"\]\({FIGURES}/(\d+-[a-z0-9-]+\.svg)\)", earlier):
             (folder / FIGURES / name).unlink(missing_ok=True)
-        (folder / HTML).write_text(self.html, encoding="utf-8")
-        (folder / MARKDOWN).write_text(self.markdown, encoding="utf-8")
-        for name, svg in self.figures.items():
-            (folder / FIGURES / name).write_text(svg, encoding="utf-8")
-
-
-@dataclass(frozen=True)
-class Drawn:
-    """A section with its figures as SVG, by file name, and the words that name them."""
-
-    section: Section
-    figures: Mapping[str, tuple[str, str]]
+        files = {HTML: self.html, MARKDOWN: self.markdown}
+        for name, text in (files | {f"{FIGURES}/{name}": svg for name, svg in self.figures.items()}).items():
+            (folder / name).write_text(text, encoding="utf-8")
 
 
 def make_report(
-    evidence: Evidence, claims: Claims, only_touched: bool = False, progress: Progress = lambda _: None
+    evidence: Evidence, claims: Claims, only_touched: bool = False, progress: Callable[[str], None] = lambda _: None
 ) -> Report:
     """Judge the claims on the evidence and write it up; with `only_touched`, those alone of which there are runs."""
     progress("judging claims")
     judgements = judge(claims, evidence.runs, evidence.right)
-    untouched = [each for each in judgements if not (each.tested or each.nearest)]
-    shown = [each for each in judgements if each not in untouched] if only_touched else judgements
-    drawn = []
-    for number, made in enumerate(sections_of(evidence.runs, claims), 1):
-        progress(f"drawing {made.title}")
-        figures = {f"{number:02}-{_slug(name)}.svg": (name, as_file(f)) for name, f in made.figures.items()}
-        drawn.append(Drawn(made, figures))
-    summary = _summary(evidence, shown)
+    shown = [each for each in judgements if not only_touched or each.tested or each.nearest]
+    studies, drawn = results_of(evidence.runs, claims, evidence.right), []
+    for number, study in enumerate(studies, 1):
+        progress(f"drawing {study.title}")
+        drawn.append({f"{number:02}-{_slug(name)}.svg": (name, _svg_file(f)) for name, f in study.figures.items()})
     values = {
         "evidence": evidence,
         "judgements": shown,
         "left_out": len(judgements) - len(shown),
-        "title": drawn[0].section.title if only_touched and drawn else evidence.experiment,
-        "summary": summary,
-        "sections": drawn,
+        "title": studies[0].title if only_touched and studies else evidence.experiment,
+        "summary": _summary(evidence, shown),
+        "sections": list(zip(studies, drawn, strict=True)),
         "figures": FIGURES,
     }
-    environment = _environment()
-    html = environment.get_template("report.html.j2").render(values)
-    markdown = environment.get_template("report.md.j2").render(values)
-    files = {name: svg for each in drawn for name, (_, svg) in each.figures.items()}
+    html, markdown = (_environment().get_template(f"{name}.j2").render(values) for name in (HTML, MARKDOWN))
     own = [f"{each.id} {each.verdict.value}: {reason(each)}" for each in shown if each.id in claims.own]
-    return Report(summary, own, html, re.sub(r"\n{3,}", "\n\n", markdown), files)
+    figures = {name: svg for each in drawn for name, (_, svg) in each.items()}
+    return Report(_summary(evidence, shown), own, studies, html, re.sub(r"\n{3,}", "\n\n", markdown), figures)
 
 
 def _summary(evidence: Evidence, judgements: Sequence[Judgement]) -> str:
     counts = Counter(each.verdict for each in judgements)
-    alone = sum(each.on_published_alone for each in judgements)
-    aside = {Verdict.UNDECIDED: f" ({alone} of them on the published figures alone)"} if alone else {}
+    published = sum(each.on_published_alone for each in judgements)
+    aside = {Verdict.UNDECIDED: f" ({published} of them on the published figures alone)"} if published else {}
     words = ", ".join(f"{counts[verdict]} {verdict.value}{aside.get(verdict, '')}" for verdict in Verdict)
-    said = f"of {len(judgements)} claims {words}" if judgements else "no published claim is about them"
+    decided = f"of {len(judgements)} claims {words}" if judgements else "no published claim is about them"
     parents = {run.parent for run in evidence.runs}
     runs = sum(bool(run.metrics) and run.run_id not in parents for run in evidence.runs)
-    return f"{runs} runs; {said}"
+    return f"{runs} runs; {decided}"
 
 
 def _slug(text: str) -> str:
@@ -108,7 +104,7 @@ def _environment() -> Environment:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters |= {"cell": cell, "drawing": _drawing, "reason": reason, "numbers": numbers, "slug": _slug}
+    environment.filters |= {"cell": cell, "drawing": _inline, "reason": reason, "numbers": numbers, "slug": _slug}
     return environment
 
 
@@ -117,17 +113,13 @@ def cell(text: object) -> str:
     return " ".join(re.sub(r"<(?=[A-Za-z/!?])", "&lt;", re.sub(r"(\||(?<=\])\()", r"\\\1", str(text))).split())
 
 
-def _drawing(svg: str, label: str) -> Markup:
-    return Markup(inline(svg, str(escape(label))))  # noqa: S704 (our own SVG, the label escaped)
-
-
 def reason(judgement: Judgement) -> str:
     """Say in one sentence why the evidence decides what it does."""
     findings = judgement.findings
     if judgement.tested:
         counts = Counter(each.verdict for each in findings)
-        said = ", ".join(f"{counts[verdict]} {verdict.value}" for verdict in Verdict if counts[verdict])
-        text = f"of {len(findings)} things said {said}" if len(findings) > 1 else _estimated(findings[0])
+        words = ", ".join(f"{counts[verdict]} {verdict.value}" for verdict in Verdict if counts[verdict])
+        text = f"of {len(findings)} things said {words}" if len(findings) > 1 else _estimated(findings[0])
         more = [each.more for each in findings if each.verdict == Verdict.UNDECIDED and each.more]
         return f"{text}; {more[0]}" if more else text
     text = "the published figures alone, one run each; not tested here" if judgement.on_published_alone else ""
@@ -145,7 +137,33 @@ def numbers(finding: Finding) -> list[str]:
 
 def _estimated(finding: Finding) -> str:
     """Return what the runs say, with its p-values."""
-    told = [p_text(p) for p in (finding.p, finding.corrected) if p is not None]
-    if len(set(told)) > 1:
-        return f"{finding.evidence}, {told[0]} ({told[1]} after Holm for {finding.tests} tests)"
-    return ", ".join(filter(None, (finding.evidence, *told[:1])))
+    written = [p_text(p) for p in (finding.p, finding.corrected) if p is not None]
+    if len(set(written)) > 1:
+        return f"{finding.evidence}, {written[0]} ({written[1]} after Holm for {finding.tests} tests)"
+    return ", ".join(filter(None, (finding.evidence, *written[:1])))
+
+
+def _svg_file(figure: Figure) -> str:
+    """Return the figure as an SVG file, the same for the same figure."""
+    text = io.StringIO()
+    with matplotlib.rc_context(SETTINGS), warnings.catch_warnings():  # type: ignore[arg-type]
+        warnings.filterwarnings("ignore", message="Glyph")  # a name in a script that the font lacks
+        figure.savefig(text, format="svg", metadata={"Date": None, "Creator": None})
+    return TAG.sub(lambda tag: NUMBER.sub(lambda found: f"{float(found[0]):.1f}", tag[0]), text.getvalue())
+
+
+def _inline(svg: str, label: str) -> Markup:
+    """Turn an SVG file into an element of a page, `label` being read to those who don't see it.
+
+    Colours become the page's: `--ink`, `--line` and `--c1` on; text takes the page's font.
+    """
+    body = PAPER.sub("", svg[svg.index("<svg") :])
+    body = INK.sub("var(--ink)", FRAME.sub("var(--line)", body))
+    for index, colour in enumerate(PALETTE, 1):
+        body = re.sub(re.escape(colour), f"var(--c{index})", body, flags=re.IGNORECASE)
+    body = re.sub(r'<g id="(?!m)[a-z0-9_]+">', "<g>", body)
+    body = re.sub(r"font-family: [^;\"]*; ?", "", body)
+    body = re.sub(r"<style.*?</style>|\s*<metadata>.*?</metadata>", "", body, flags=re.DOTALL)
+    size = re.search(r'viewBox="[^"]*"', body)
+    start = f'<svg role="img" aria-label="{escape(label)}" {size[0] if size else ""}'
+    return Markup(start + body[body.index(">") :])  # noqa: S704 (our own SVG, the label escaped)

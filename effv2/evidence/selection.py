@@ -3,30 +3,36 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cache
 from itertools import product
 
 from effv2.config.schema import TrainConfig
-from effv2.evidence.claims import COMPUTED, FREE, SEED_SETTING, SPLIT_SEED, Protocol
-from effv2.evidence.quantities import Quantity
+from effv2.evidence.protocols import COMPUTED, FREE, SEED_SETTING, SPLIT_SEED, Protocol
+from effv2.evidence.quantities import Quantity, number
 from effv2.evidence.statistics import FEWEST
 from effv2.studies.files import Value
 from effv2.tracking.read import RunRecord
-from effv2.tracking.tags import CONFIG_HASH, DATA_DIGEST, OUTCOME, SEED
+from effv2.tracking.tags import CONFIG_HASH, DATA_DIGEST, MACHINE, OUTCOME, SEED
 
 CLASSES = "data.classes"  # no parameter, but may stand in a protocol like one: the number of classes in the data
-MACHINE = ("effv2.machine.processor", "effv2.machine.accelerator", "effv2.machine.threads")  # tags
+OF_TIMES = tuple(f"{MACHINE}{name}" for name in ("processor", "accelerator", "threads"))  # tags
 PUBLISHED_OVERLAP = 0.25  # test over training images of the published split
 FEW = 2  # settings in which a run may differ to be near
-Pair = tuple[str, str]  # split, seed
-Rest = tuple[tuple[str, str], ...]  # all that a protocol leaves open, and what it is in some runs
+SplitAndSeed = tuple[str, str]  # what runs of several arms have in common that form a pair
+Settings = frozenset[tuple[str, str]]  # names and values of what runs that repeat each other have in common
+RightAnswers = Callable[[RunRecord], Mapping[str, bool]]  # by image, of a run's predictions of its test images
 
 
 def complete(runs: Iterable[RunRecord]) -> list[RunRecord]:
     """Return the runs that were finished, not pruned."""
     return [run for run in runs if run.status == "FINISHED" and run.tags.get(OUTCOME, "complete") == "complete"]
+
+
+def counted(number: int, word: str) -> str:
+    """Write how many of something there are."""
+    return f"{number} {word}" if number == 1 else f"{number} {word}s"
 
 
 def is_like(run: RunRecord, protocol: Protocol, arm: str) -> bool:
@@ -36,17 +42,14 @@ def is_like(run: RunRecord, protocol: Protocol, arm: str) -> bool:
 
 def _unlike(run: RunRecord, protocol: Protocol, arm: str) -> Iterator[tuple[str, Value]]:
     """Return the settings of an arm that a run doesn't have."""
-    settings = protocol.settings(arm)
-    for name, value in settings.items():
-        if not has(run, name, value):
-            yield name, value
-    others = _defaults().keys() - FREE if protocol.others == "default" else protocol.varied()
-    for name in sorted((others - settings.keys() - {"model.table"}) & run.params.keys() & _defaults().keys()):
-        if not has(run, name, _defaults()[name]):
-            yield name, _defaults()[name]
+    settings, defaults = protocol.settings(arm), _defaults()
+    others = defaults.keys() - FREE if protocol.others == "default" else protocol.varied()
+    others = (others - settings.keys() - {"model.table"}) & run.params.keys() & defaults.keys()
+    wanted = settings | {name: defaults[name] for name in sorted(others)}
+    return ((name, value) for name, value in wanted.items() if not has(run, name, value))
 
 
-def nearest_run(runs: Sequence[RunRecord], protocol: Protocol, arm: str) -> str:
+def _nearest(runs: Sequence[RunRecord], protocol: Protocol, arm: str) -> str:
     """Say in which few settings the runs that come nearest to an arm differ from it; empty where none comes near.
 
     A run that doesn't know a setting at all isn't near.
@@ -72,7 +75,8 @@ def _logged(run: RunRecord, name: str) -> str:
     """Write what a run logged as a setting; empty where it has none of that name."""
     if name == CLASSES:
         return " and ".join(dict.fromkeys(str(len(each.classes)) for each in run.images.values() if each.classes))
-    return _param(run, name) or "empty" if _param(run, name) is not None else ""
+    logged = _param(run, name)
+    return "" if logged is None else logged or "empty"
 
 
 def _param(run: RunRecord, name: str) -> str | None:
@@ -87,14 +91,9 @@ def has(run: RunRecord, name: str, value: Value) -> bool:
     if name == CLASSES:
         return any(len(images.classes) == value for images in run.images.values())
     logged = _param(run, name)
-    if logged is None:
-        return False
-    if isinstance(value, (bool, str)):
-        return logged.lower() == str(value).lower()
-    try:
-        return float(logged) == value
-    except ValueError:
-        return False
+    if logged is None or isinstance(value, (bool, str)):
+        return logged is not None and logged.lower() == str(value).lower()
+    return number(logged) == value
 
 
 def split_of(run: RunRecord) -> str:
@@ -102,9 +101,9 @@ def split_of(run: RunRecord) -> str:
     return f"{run.params.get(SPLIT_SEED, '')} {run.tags.get(DATA_DIGEST, '')}".strip()
 
 
-def seed_of(run: RunRecord) -> str:
-    """Return the seed of a run's training; its own id where none was logged, so that it pairs with no other."""
-    return run.params.get(SEED_SETTING) or run.tags.get(SEED) or run.run_id
+def pair_of(run: RunRecord) -> SplitAndSeed:
+    """Return a run's split, and the seed of its training: its own id where none was logged, so that it has no pair."""
+    return split_of(run), run.params.get(SEED_SETTING) or run.tags.get(SEED) or run.run_id
 
 
 @dataclass(frozen=True)
@@ -115,13 +114,13 @@ class Chosen:
     else 0; `aside` says which runs were left aside; `why` why there are none, where some come near.
     """
 
-    arms: Mapping[str, Mapping[Pair, RunRecord]]
+    arms: Mapping[str, Mapping[SplitAndSeed, RunRecord]]
     splits: int = 1
     overlap: float = 0.0
     aside: tuple[str, ...] = ()
     why: str = ""
 
-    def pairs(self) -> list[Pair]:
+    def pairs(self) -> list[SplitAndSeed]:
         """Return the pairs that all arms have."""
         first, *others = self.arms.values()
         return [pair for pair in first if all(pair in other for other in others)]
@@ -137,50 +136,45 @@ def choose(
     Of a run that was repeated the last one counts. `runs` are the oldest first.
     """
     like = {arm: [run for run in runs if is_like(run, protocol, arm)] for arm in arms}
-    having = {arm: [run for run in found if _usable(what.value(run), positive)] for arm, found in like.items()}
+    having = {
+        arm: [run for run in found if (value := what.value(run)) is not None and (value > 0 or not positive)]
+        for arm, found in like.items()
+    }
     none = Chosen({arm: {} for arm in arms})
     if not all(having.values()):
-        told = [
-            f"the runs of {arm} have no {what.words} that can be used" if found else nearest_run(runs, protocol, arm)
+        reasons = [
+            f"the runs of {arm} have no {what.words} that can be used" if found else _nearest(runs, protocol, arm)
             for arm, found in like.items()
             if not having[arm]
         ]
-        return replace(none, why="; ".join(filter(None, told)))
-    groups: dict[Rest, dict[str, dict[Pair, RunRecord]]] = {}
+        return replace(none, why="; ".join(filter(None, reasons)))
+    groups: dict[Settings, dict[str, dict[SplitAndSeed, RunRecord]]] = {}
     varies_data = any(name.startswith("data.") for name in protocol.varied())
     for arm, found in having.items():
         for run in found:
-            rest = () if protocol.over == "images" else tuple(_rest(run, protocol, what))
-            of_arm = groups.setdefault(rest, {}).setdefault(arm, {})
-            pair = (run.params.get(SPLIT_SEED, "") if varies_data else split_of(run), seed_of(run))
+            of_arm = groups.setdefault(_left_open(run, protocol, what), {}).setdefault(arm, {})
+            split, seed = pair_of(run)
+            pair = (run.params.get(SPLIT_SEED, "") if varies_data else split, seed)
             of_arm.pop(pair, None)  # so that the last one stands last
             of_arm[pair] = run
-    whole = {rest: Chosen(group) for rest, group in groups.items() if len(group) == len(set(arms))}
+    whole = {settings: Chosen(group) for settings, group in groups.items() if len(group) == len(set(arms))}
     if not whole:
         return replace(none, why=_apart(groups, arms))
-    rest = max(whole, key=lambda each: (len(whole[each].pairs()), min(map(len, whole[each].arms.values()))))
-    most = whole.pop(rest)
+    settings = max(whole, key=lambda each: (len(whole[each].pairs()), min(map(len, whole[each].arms.values()))))
+    most = whole.pop(settings)
     if protocol.over == "images" or what.fixed:
         return most
     left_out = sum(len(found) - len(having[arm]) for arm, found in like.items())
-    aside = [f"{_runs(left_out)} without a usable figure left out"] if left_out else []
+    aside = [f"{counted(left_out, 'run')} without a usable figure left out"] if left_out else []
     if whole:
         count = sum(len(of_arm) for group in whole.values() for of_arm in group.arms.values())
-        names = sorted({name for other in whole for name in _differing(dict(rest), dict(other))})
-        aside.append(f"{_runs(count)} left aside that differ from these in {', '.join(names)}")
+        names = sorted({name for other in whole for name in _differing(settings, other)})
+        aside.append(f"{counted(count, 'run')} left aside that differ from these in {', '.join(names)}")
     return _on_shared_splits(replace(most, aside=tuple(aside)))
 
 
-def _runs(count: int) -> str:
-    return "1 run" if count == 1 else f"{count} runs"
-
-
-def _differing(one: Mapping[str, str], other: Mapping[str, str]) -> list[str]:
-    return [name for name in {**one, **other} if one.get(name) != other.get(name)]
-
-
-def _usable(value: float | None, positive: bool) -> bool:
-    return value is not None and (value > 0 or not positive)
+def _differing(one: Settings, other: Settings) -> list[str]:
+    return sorted({name for name, _ in one ^ other})
 
 
 def _on_shared_splits(chosen: Chosen) -> Chosen:
@@ -189,67 +183,61 @@ def _on_shared_splits(chosen: Chosen) -> Chosen:
     Where there are pairs enough to be judged by them, those that have pairs. Fewer than three splits decide nothing,
     so that of two the one with more pairs, or runs, counts.
     """
+    runs = Counter(split for of_arm in chosen.arms.values() for split, _ in of_arm)
     shared = set.intersection(*({split for split, _ in of_arm} for of_arm in chosen.arms.values()))
-    paired = {split for split, _ in pairs} if len(pairs := chosen.pairs()) >= FEWEST else shared
     if not shared:
         return Chosen({arm: {} for arm in chosen.arms}, why="the arms have no split of the data in common")
-    aside = list(chosen.aside)
-    if unpaired := sum(split in shared - paired for of_arm in chosen.arms.values() for split, _ in of_arm):
-        aside.append(f"{_runs(unpaired)} on splits without pairs left aside")
-        shared = paired
+    pairs, aside = Counter(split for split, _ in chosen.pairs()), list(chosen.aside)
+    if pairs.total() >= FEWEST and (unpaired := sum(runs[split] for split in shared - pairs.keys())):
+        aside.append(f"{counted(unpaired, 'run')} on splits without pairs left aside")
+        shared &= pairs.keys()
     if 1 < len(shared) < FEWEST:
-        runs = Counter(split for of_arm in chosen.arms.values() for split, _ in of_arm if split in shared)
-        of_pairs = Counter(split for split, _ in pairs)
-        counts = of_pairs if max(of_pairs.values(), default=0) >= FEWEST else runs
+        counts = pairs if max(pairs.values(), default=0) >= FEWEST else runs
         most = max(sorted(shared), key=lambda split: counts[split])
-        aside.append(
-            f"on one split alone, {_runs(runs.total() - runs[most])} on another left aside: a third would count all"
-        )
+        others = counted(sum(runs[split] for split in shared - {most}), "run")
+        aside.append(f"on one split alone, {others} on another left aside: a third would count all")
         shared = {most}
     arms = {
         arm: {pair: run for pair, run in of_arm.items() if pair[0] in shared} for arm, of_arm in chosen.arms.items()
     }
-    overlap = _overlap(arms) if len(shared) > 1 else 0.0
+    overlap = _overlap(next(iter(arms[next(iter(arms))].values()))) if len(shared) > 1 else 0.0
     return replace(chosen, arms=arms, splits=len(shared), overlap=overlap, aside=tuple(aside))
 
 
-def _apart(found: Mapping[Rest, Mapping[str, object]], arms: Sequence[str]) -> str:
+def _apart(found: Mapping[Settings, Mapping[str, object]], arms: Sequence[str]) -> str:
     """Say what the runs of two arms differ in, at least."""
-    sides = [[dict(rest) for rest, group in found.items() if arm in group] for arm in arms]
-    ways = [_differing(one, other) for one, other in product(sides[0], sides[-1])]
-    fewest: list[str] = min(ways, key=len, default=[])
+    first, last = ([settings for settings, group in found.items() if arm in group] for arm in (arms[0], arms[-1]))
+    fewest = min((_differing(*both) for both in product(first, last)), key=len, default=[])
     return f"runs of {' and of '.join(arms)} differ in more than that: in {', '.join(fewest)}"
 
 
-def _rest(run: RunRecord, protocol: Protocol, what: Quantity) -> Iterator[tuple[str, str]]:
-    """Return what the protocol leaves open: our other parameters, which images they are, and of times the machine."""
-    fixed = (protocol.runs.keys() | protocol.varied() | FREE) - (COMPUTED if what.timed else set())
-    if "model.variant" in fixed:
-        fixed.add("model.table")  # which goes by that name
-    for name, value in sorted(run.params.items()):
-        if "." in name and name not in fixed and not name.startswith("study."):
-            yield name, value
-    for context, images in sorted(run.images.items()):
-        yield f"{context} images", f"{images.name}: {', '.join(images.classes)}"
-    for tag in MACHINE if what.timed else ():
-        yield tag, run.tags.get(tag, "")
+def settings_of(run: RunRecord, but: Collection[str] = frozenset(FREE)) -> Settings:
+    """Return our parameters of a run `but` some, and which images it used."""
+    images = {f"{context} images": f"{each.name}: {', '.join(each.classes)}" for context, each in run.images.items()}
+    params = {name: value for name, value in run.params.items() if "." in name and name not in but}
+    return frozenset((params | images).items())
 
 
-def _overlap(arms: Mapping[str, Mapping[Pair, RunRecord]]) -> float:
-    """Return the ratio of test to other images of a split, from the share that was held out for testing."""
-    (run, *_) = (run for of_arm in arms.values() for run in of_arm.values())
-    try:
-        share = float(run.params.get("data.test_fraction", ""))
-    except ValueError:
-        return PUBLISHED_OVERLAP
+def _left_open(run: RunRecord, protocol: Protocol, what: Quantity) -> Settings:
+    """Return what the protocol leaves open: other settings, and of times the machine; nothing of fixed networks."""
+    if protocol.over == "images":
+        return frozenset()
+    named = (protocol.runs.keys() | protocol.varied() | FREE) - (COMPUTED if what.timed else set())
+    if "model.variant" in named:
+        named.add("model.table")  # which goes by that name
+    settings = {each for each in settings_of(run, named) if not each[0].startswith("study.")}
+    return frozenset(settings | {(tag, run.tags.get(tag, "")) for tag in OF_TIMES if what.timed})
+
+
+def _overlap(run: RunRecord) -> float:
+    """Return the ratio of test to other images of a run's split, from the share that was held out for testing."""
+    share = number(run.params.get("data.test_fraction", ""))
     return share / (1 - share) if 0 < share < 1 else PUBLISHED_OVERLAP
 
 
-def over_splits(values: Mapping[Pair, float]) -> list[float]:
+def over_splits(values: Mapping[SplitAndSeed, float]) -> tuple[float, ...]:
     """Return the values, or where there are several splits the mean of each: runs of one split share its luck."""
     splits: dict[str, list[float]] = {}
     for (split, _), value in values.items():
         splits.setdefault(split, []).append(value)
-    if len(splits) < 2:
-        return list(values.values())
-    return [sum(each) / len(each) for each in splits.values()]
+    return tuple(values.values() if len(splits) < 2 else (sum(each) / len(each) for each in splits.values()))

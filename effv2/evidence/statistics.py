@@ -1,12 +1,13 @@
-"""How sure a difference is: intervals, paired tests, correction for many, calibration. On SciPy where it has them."""
+"""How sure a difference is: intervals, paired tests, correction for many. On SciPy where it has them."""
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
+import math
 from bisect import bisect_left
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from typing import NamedTuple
 
 import numpy as np
 from scipy import special, stats
@@ -20,11 +21,9 @@ BOOTSTRAP_FROM = 20  # runs
 RESAMPLES = 9_999
 TINY = 1e-12  # below which a difference is rounding
 MOST_RUNS = 1_000  # that are worth naming
-CALIBRATION_BINS = 15
 
 
-@dataclass(frozen=True)
-class Interval:
+class Interval(NamedTuple):
     """Values from one to another, as a confidence interval has."""
 
     low: float
@@ -35,9 +34,12 @@ class Interval:
         low, high = max(self.low, other.low), min(self.high, other.high)
         return Interval(low, high) if low <= high else self
 
+    def text(self, write: Callable[[float], str]) -> str:
+        """Write both ends."""
+        return f"{write(self.low)} to {write(self.high)}"
 
-@dataclass(frozen=True)
-class Paired:
+
+class McNemar(NamedTuple):
     """Two networks on the same images: how many only the first got right, only the second, and McNemar's exact p."""
 
     only_first: int
@@ -51,7 +53,7 @@ def wilson(right: int, count: int) -> Interval:
     return Interval(float(found.low), float(found.high))
 
 
-def mcnemar(first: np.ndarray, second: np.ndarray) -> Paired:
+def mcnemar(first: np.ndarray, second: np.ndarray) -> McNemar:
     """Test whether two networks are right equally often on the same images (bool (N) each), exactly and two-sided.
 
     McNemar 1947; under the hypothesis the images that only one of them got right fall to either as a coin does.
@@ -59,71 +61,60 @@ def mcnemar(first: np.ndarray, second: np.ndarray) -> Paired:
     only_first, only_second = int((first & ~second).sum()), int((second & ~first).sum())
     differing = only_first + only_second
     p = float(binomtest(only_first, differing).pvalue) if differing else 1.0
-    return Paired(only_first, only_second, p)
+    return McNemar(only_first, only_second, p)
 
 
 def holm(p_values: Sequence[float]) -> list[float]:
     """Return p-values corrected for their number (Holm 1979), in the given order."""
     order = np.argsort(p_values, kind="stable")
     factors = np.arange(len(p_values), 0, -1)
-    corrected = np.minimum(np.maximum.accumulate(np.asarray(p_values, dtype=float)[order] * factors), 1)
     found = np.empty(len(p_values))
-    found[order] = corrected
+    found[order] = np.minimum(np.maximum.accumulate(np.asarray(p_values, dtype=float)[order] * factors), 1)
     return [float(p) for p in found]
 
 
-def fisher(right: tuple[int, int], counts: tuple[int, int]) -> float:
-    """Return Fisher's exact two-sided p for two accuracies on images of which it isn't known who got which right."""
-    (a, b), (n, m) = right, counts
-    return float(stats.fisher_exact([[a, n - a], [b, m - b]]).pvalue)
+@dataclass(frozen=True)
+class Estimate:
+    """The mean of one sample, or that of one less that of another (Welch 1947), and how sure it is.
 
-
-class Estimate(ABC):
-    """A mean, or the difference of two, and how sure it is.
-
-    Below 20 values by Student's t; from there on by the studentised bootstrap (Efron & Tibshirani 1993, ch. 12),
-    which doesn't ask them to be normal.
+    A sample is independent values of one quantity, one a run or a pair of runs. Below 20 values the interval is
+    Student's; from there on that of the studentised bootstrap (Efron & Tibshirani 1993, ch. 12), which doesn't ask
+    them to be normal. `overlap` is the ratio of test to training images where the values come from repeated splits of
+    one set, whose training parts overlap: it widens the error as Nadeau & Bengio (2003) do; 0 for independent values.
     """
 
-    @property
-    @abstractmethod
-    def n(self) -> int:
-        """Return the number of values, that of the smaller sample where there are two."""
-
-    @property
-    @abstractmethod
-    def mean(self) -> float:
-        """Return the mean, or the difference of two."""
-
-    @property
-    @abstractmethod
-    def error(self) -> float:
-        """Return the standard error of the mean; NaN for one value."""
-
-    @property
-    @abstractmethod
-    def degrees(self) -> float:
-        """Return the degrees of freedom."""
-
-    @property
-    @abstractmethod
-    def deviation(self) -> float:
-        """Return the standard deviation of one more value, or of the difference of one more of each; NaN for one."""
-
+    samples: Sequence[Sequence[float]]
     overlap: float
+    n: int  # values, of the smaller sample where there are two
+    mean: float
+    deviation: float  # of one more value, or of the difference of one more of each; NaN for one value
+    error: float  # of the mean; NaN for one value
+    degrees: float  # of freedom
 
-    @abstractmethod
-    def _resampled(self) -> np.ndarray:
-        """Return (mean of a resample - mean) / its standard error, the same ones at every call."""
+    @classmethod
+    def of(cls, *samples: Sequence[float], overlap: float = 0.0) -> Estimate:
+        """Return the mean of one sample, or of the first of two less the second."""
+        counts = list(map(len, samples))
+        means = [float(np.mean(each)) for each in samples]
+        deviations = [float(np.std(each, ddof=1)) if len(each) > 1 else math.nan for each in samples]
+        errors = [deviation * math.sqrt(1 / n + overlap) for deviation, n in zip(deviations, counts, strict=True)]
+        error, degrees = math.hypot(*errors), float(sum(counts) - len(counts))
+        if len(samples) > 1 and error > 0:
+            degrees = error**4 / sum(each**4 / (n - 1) for each, n in zip(errors, counts, strict=True))
+        mean = means[0] - sum(means[1:])
+        return cls(samples, overlap, min(counts), mean, math.hypot(*deviations), error, degrees)
 
     @cached_property
     def _pivots(self) -> np.ndarray:
-        return self._resampled()
+        """Return (mean of a resample - mean) / its standard error, the same ones at every call."""
+        drawn = [_resampled(each, seed) for seed, each in enumerate(self.samples)]
+        distances = drawn[0].mean(1) - sum(each.mean(1) for each in drawn[1:]) - self.mean
+        squares = sum(each.var(1, ddof=1) / each.shape[1] for each in drawn)
+        found: np.ndarray = distances[squares > 0] / np.sqrt(squares[squares > 0])
+        return found
 
-    def interval(self, confidence: float = CONFIDENCE) -> Interval | None:
-        """Return the confidence interval of the mean; None for one value."""
-        if self.n < 2:
-            return None
+    def interval(self, confidence: float = CONFIDENCE) -> Interval:
+        """Return the confidence interval of the mean; NaN for one value."""
         tail = (1 - confidence) / 2
         if self.n < BOOTSTRAP_FROM or self.error < TINY:
             high = stats.t.ppf(1 - tail, self.degrees)
@@ -148,111 +139,21 @@ class Estimate(ABC):
         below = (np.sum(self._pivots <= t) + 1) / (RESAMPLES + 1)
         return float(min(1.0, 2 * min(above, below)))
 
-
-@dataclass(frozen=True)
-class Sample(Estimate):
-    """Independent values of one quantity, one a run or a pair of runs.
-
-    `overlap` is the ratio of test to training images where the values come from repeated splits of one set, whose
-    training parts overlap: it widens the error of the mean as Nadeau & Bengio (2003) do; 0 for independent values.
-    """
-
-    values: tuple[float, ...]
-    overlap: float = 0.0
-
-    @property
-    def n(self) -> int:
-        """Return the number of values."""
-        return len(self.values)
-
-    @property
-    def mean(self) -> float:
-        """Return the mean."""
-        return float(np.mean(self.values))
-
-    @property
-    def deviation(self) -> float:
-        """Return the standard deviation; NaN for one value."""
-        return float(np.std(self.values, ddof=1)) if self.n > 1 else float("nan")
-
-    @property
-    def error(self) -> float:
-        """Return the standard error of the mean; NaN for one value."""
-        return self.deviation * float(np.sqrt(1 / self.n + self.overlap))
-
-    @property
-    def degrees(self) -> float:
-        """Return the degrees of freedom."""
-        return self.n - 1
-
-    def prediction(self, deviation: float | None = None, confidence: float = CONFIDENCE) -> Interval | None:
-        """Return the interval in which a single further value is expected (normal values); None for one value.
+    def prediction(self, deviation: float | None = None, confidence: float = CONFIDENCE) -> Interval:
+        """Return the interval in which a single further value is expected (normal values); NaN for one value.
 
         `deviation` is that of single values, where these are means of several.
         """
-        if self.n < 2:
-            return None
-        spread = np.hypot(self.deviation if deviation is None else deviation, self.error)
+        spread = math.hypot(self.deviation if deviation is None else deviation, self.error)
         reach = float(stats.t.ppf((1 + confidence) / 2, self.degrees) * spread)
         return Interval(self.mean - reach, self.mean + reach)
 
-    def _resampled(self) -> np.ndarray:
-        means, squares = _resamples(self.values, 0)
-        return _pivots(means - self.mean, squares)
 
-
-@dataclass(frozen=True)
-class Unpaired(Estimate):
-    """The difference of the means of two independent samples (Welch 1947)."""
-
-    first: Sample
-    second: Sample
-    overlap = 0.0
-
-    @property
-    def n(self) -> int:
-        """Return the number of values of the smaller sample."""
-        return min(self.first.n, self.second.n)
-
-    @property
-    def mean(self) -> float:
-        """Return the difference of the means."""
-        return self.first.mean - self.second.mean
-
-    @property
-    def deviation(self) -> float:
-        """Return the standard deviation of the difference of one value of each."""
-        return float(np.hypot(self.first.deviation, self.second.deviation))
-
-    @property
-    def error(self) -> float:
-        """Return the standard error of the difference."""
-        return float(np.hypot(self.first.error, self.second.error))
-
-    @property
-    def degrees(self) -> float:
-        """Return Welch's degrees of freedom."""
-        if self.error == 0:
-            return self.first.degrees + self.second.degrees
-        parts = sum(each.error**4 / each.degrees for each in (self.first, self.second))
-        return float(self.error**4 / parts)
-
-    def _resampled(self) -> np.ndarray:
-        first, squares = _resamples(self.first.values, 0)
-        second, others = _resamples(self.second.values, 1)
-        return _pivots(first - second - self.mean, squares + others)
-
-
-def _resamples(values: Sequence[float], seed: int) -> tuple[np.ndarray, np.ndarray]:
-    """Return the means of resamples and the squares of their standard errors."""
+def _resampled(values: Sequence[float], seed: int) -> np.ndarray:
+    """Draw resamples (RESAMPLES, n) of n values."""
     known = np.asarray(values)
-    drawn = known[np.random.default_rng(seed).integers(0, len(known), (RESAMPLES, len(known)))]
-    return drawn.mean(1), drawn.var(1, ddof=1) / len(known)
-
-
-def _pivots(distances: np.ndarray, squares: np.ndarray) -> np.ndarray:
-    found: np.ndarray = distances[squares > 0] / np.sqrt(squares[squares > 0])
-    return found
+    drawn: np.ndarray = known[np.random.default_rng(seed).integers(0, len(known), (RESAMPLES, len(known)))]
+    return drawn
 
 
 def power(effect: float, deviation: float, n: int, level: float = LEVEL, overlap: float = 0.0) -> float:
@@ -266,13 +167,9 @@ def power(effect: float, deviation: float, n: int, level: float = LEVEL, overlap
 
 def runs_to_decide(effect: float, deviation: float, level: float = LEVEL, overlap: float = 0.0) -> int | None:
     """Return how many values tell a mean from one `effect` away with 80 % power; None for more than 1,000."""
-    found = range(FEWEST, MOST_RUNS + 1)
-
-    def reached(n: int) -> float:
-        return power(effect, deviation, n, level, overlap)
-
-    place = bisect_left(found, POWER, key=reached) if effect else len(found)
-    return found[place] if place < len(found) else None
+    numbers = range(FEWEST, MOST_RUNS + 1)
+    place = bisect_left(numbers, POWER, key=lambda n: power(effect, deviation, n, level, overlap))
+    return numbers[place] if effect and place < len(numbers) else None
 
 
 def more_to_decide(estimate: Estimate, edge: float, level: float = LEVEL) -> tuple[int, int | None] | None:
@@ -287,10 +184,11 @@ def more_to_decide(estimate: Estimate, edge: float, level: float = LEVEL) -> tup
     if estimate.n < 2 or abs(effect) < TINY:
         return None
     if estimate.error < TINY:  # so many equal ones that the sign test decides
-        few = many = int(np.ceil(1 - np.log2(level)))
+        few = many = math.ceil(1 - math.log2(level))
     else:
         ends = np.sqrt(estimate.degrees / stats.chi2.ppf([0.9, 0.1], estimate.degrees)) * estimate.deviation
-        few, many = (runs_to_decide(effect, float(end), level, estimate.overlap) for end in ends)
+        overlap = estimate.overlap if len(estimate.samples) == 1 else 0.0
+        few, many = (runs_to_decide(effect, float(end), level, overlap) for end in ends)
     if few is None:
         return None
     return max(1, few - estimate.n), None if many is None else max(1, many - estimate.n)
@@ -299,14 +197,3 @@ def more_to_decide(estimate: Estimate, edge: float, level: float = LEVEL) -> tup
 def p_text(p: float) -> str:
     """Write a p-value, to three digits where it is near the level of the tests or below it."""
     return "p < 0.001" if p < 0.001 else f"p = {p:.3f}" if p < 0.1 else f"p = {p:.2f}"
-
-
-def calibration_error(confidence: np.ndarray, right: np.ndarray, bins: int = CALIBRATION_BINS) -> float:
-    """Return the expected calibration error (Guo et al. 2017) of confidences (N) in [0, 1] and what was right (N).
-
-    Bins of equal width, open on the left; the mean gap of confidence and accuracy, weighted by the images of a bin.
-    """
-    edges = np.linspace(0, 1, bins + 1)
-    members = np.clip(np.searchsorted(edges, confidence, side="left") - 1, 0, bins - 1)
-    gaps = np.bincount(members, weights=confidence - right, minlength=bins)
-    return float(np.abs(gaps).sum() / len(confidence))

@@ -1,21 +1,25 @@
-"""The studies that an experiment's runs belong to."""
+"""A study as tracked runs show it: the runs that it rests on, and what came out of them."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, replace
+import statistics
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
 
-from effv2.evidence.quantities import QUANTITIES
+from matplotlib.figure import Figure
+
+from effv2.evidence.quantities import SHOWN, quantity
 from effv2.evidence.selection import complete
 from effv2.tracking.read import RunRecord
-from effv2.tracking.tags import ARM, PLANNED, STUDY, lent_in, names_in
+from effv2.tracking.tags import ARM, PLANNED, names_in, reused_in
 
-# A table of arms has these figures first; a run that has none of them isn't told of.
-MAIN = ("best/test_accuracy", "selected/test_accuracy", "selected/val_accuracy", "time/total_train_seconds")
+NONE = "none"  # in a cell: the runs lack the figure
+Rows = list[tuple[str, ...]]  # of a table, its titles first
 
 
 @dataclass(frozen=True)
-class Study:
+class TrackedStudy:
     """A study's own run and the runs that it rests on; those of no study have no parent."""
 
     parent: RunRecord | None
@@ -25,6 +29,11 @@ class Study:
     def kind(self) -> str:
         """Return which command made it."""
         return "" if self.parent is None else self.parent.params.get("study.kind", "")
+
+    @property
+    def title(self) -> str:
+        """Return what it is called."""
+        return "Single runs" if self.parent is None else self.parent.name
 
     def in_order(self) -> list[RunRecord]:
         """Return the runs in the order in which they were planned, whichever worker was quicker."""
@@ -40,36 +49,83 @@ class Study:
         return own if own in known else known[0]
 
 
-def studies_of(runs: Sequence[RunRecord]) -> list[Study]:
+@dataclass(frozen=True)
+class StudyResults:
+    """What came out of a study, made once for the terminal, the report, MLflow and exports.
+
+    `details` are a second table, of what the first leaves out. Figures are by the words that name their files.
+    `missing` says what there should be and isn't. `order` holds networks, the most accurate first. `metrics` and
+    `files` (tables and figures by name, and the `document` that is called so) are those of the study's run.
+    """
+
+    title: str = ""
+    description: str = ""
+    run_id: str = ""
+    sentence: str = ""
+    table: Rows = field(default_factory=list)
+    details: Rows = field(default_factory=list)
+    notes: Sequence[str] = ()
+    figures: Mapping[str, Figure] = field(default_factory=dict)
+    missing: str = ""
+    commands: Sequence[str] = ()
+    environment: Rows = field(default_factory=list)
+    order: Sequence[str] = ()
+    metrics: Mapping[str, float] = field(default_factory=dict)
+    document: str = ""
+    files: Mapping[str, Sequence[Sequence[Any]] | Figure] = field(default_factory=dict)
+
+    def markdown(self, links: str = "") -> str:
+        """Write sentence, links, description, tables and notes as Markdown."""
+        tables = [_markdown(rows) for rows in (self.table, self.details) if rows]
+        return "\n\n".join(filter(None, (self.sentence, links, self.description, *tables, *self.notes)))
+
+
+def _markdown(rows: Rows) -> str:
+    titles, *others = rows
+    return "\n".join(f"| {' | '.join(cells)} |" for cells in (titles, ("---",) * len(titles), *others))
+
+
+def studies_of(runs: Sequence[RunRecord]) -> list[TrackedStudy]:
     """Return the studies of an experiment in the order of their beginning, then the training runs of none."""
     by_id = {run.run_id: run for run in runs}
     children: dict[str, list[RunRecord]] = {}
     for run in runs:
         children.setdefault(run.parent, []).append(run)
-    alone = children.pop("", [])
+    without = children.pop("", [])
     studies = []
     for run in runs:
-        names = lent_in(run.tags)
-        lent = [_as_lent(by_id[each], name) for each, name in names.items() if each in by_id]
-        if run.run_id in children or lent or "study.kind" in run.params:
-            studies.append(Study(run, [*children.get(run.run_id, []), *lent]))
+        reused = [_renamed(by_id[each], name) for each, name in reused_in(run.tags).items() if each in by_id]
+        if run.run_id in children or reused or "study.kind" in run.params:
+            studies.append(TrackedStudy(run, [*children.get(run.run_id, []), *reused]))
     parents = {study.parent.run_id for study in studies if study.parent is not None}
     orphans = [run for parent, of_it in children.items() if parent not in parents for run in of_it]
-    single = [run for run in complete([*alone, *orphans]) if run.run_id not in parents and has_figures(run)]
-    return [*studies, *([Study(None, single)] if single else [])]
+    single = [run for run in complete([*without, *orphans]) if run.run_id not in parents and has_figures(run)]
+    return [*studies, *([TrackedStudy(None, single)] if single else [])]
 
 
 def has_figures(run: RunRecord) -> bool:
-    """Say whether a run has any of the figures that a table of arms has."""
-    return any(QUANTITIES[name].value(run) is not None for name in MAIN)
+    """Say whether a run has any of the main figures of a table of arms."""
+    return any(what.shown == "main" and what.value(run) is not None for what in SHOWN.values())
 
 
-def _as_lent(run: RunRecord, name: str) -> RunRecord:
+def _renamed(run: RunRecord, name: str) -> RunRecord:
     """Return a run of another study as this one has it: under its name, in its arm."""
     arm = name.rpartition(", seed ")[0]
     return replace(run, name=name, tags=run.tags | ({ARM: arm} if arm else {}))
 
 
-def arm_of(run: RunRecord) -> str:
-    """Return how a run's arm is called."""
-    return run.tags.get(ARM) or run.tags.get(STUDY) or run.params.get("model.variant") or run.name
+def values_of(groups: Mapping[str, Sequence[RunRecord]], name: str) -> dict[str, list[float]]:
+    """Return a quantity of the runs of each group, of those groups that have it."""
+    found = {group: [quantity(name).value(run) for run in runs] for group, runs in groups.items()}
+    return {group: kept for group, each in found.items() if (kept := [value for value in each if value is not None])}
+
+
+def line_of(groups: Mapping[str, Sequence[RunRecord]], name: str) -> Rows:
+    """Return a quantity as a line, a cell a group: its mean, ± its standard deviation; no line where all lack it."""
+    what, values = quantity(name), values_of(groups, name)
+    cells = []
+    for group in groups:
+        mean = what.text(statistics.fmean(values[group])) if group in values else NONE
+        differ = len(set(values.get(group, ()))) > 1
+        cells.append(f"{mean} ± {what.text(statistics.stdev(values[group]))}" if differ else mean)
+    return [(what.words, *cells)] if values else []

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -13,7 +12,9 @@ from effv2.core import provenance
 from effv2.core.errors import RunError, is_out_of_memory
 from effv2.core.processes import this_process
 from effv2.core.reporter import Reporter
-from effv2.evidence.publication import report_on_study, where_to_look
+from effv2.core.resources import is_out_of_memory
+from effv2.evidence.publication import publish_study, read_results
+from effv2.evidence.study import StudyResults
 from effv2.execution.device import make_execution
 from effv2.execution.resolve import resolve_device
 from effv2.pretrained.config import PretrainedConfig
@@ -24,15 +25,14 @@ from effv2.pretrained.evaluation import (
     code_version,
     evaluate_one,
     log_network,
-    right_answers,
     run_tags,
     short_hash,
 )
-from effv2.pretrained.images import EvaluationImages, choose_images
-from effv2.pretrained.ranking import Evaluated, Ranking
+from effv2.pretrained.images import choose_images
 from effv2.pretrained.weights import Requested, find_all_weights, load_network
-from effv2.tracking.read import Identity, RunRecord, find_ended_early, find_finished, read_runs
-from effv2.tracking.run import open_experiment, open_parent, point_adopted_run_to, run_address, working_on
+from effv2.tracking.read import Identity, RunRecord, find_ended_early, find_finished
+from effv2.tracking.recovery import open_experiment
+from effv2.tracking.run import TrackedRun, open_parent, point_adopted_run_to, run_address, working_on
 from effv2.tracking.store import TrackingError
 from effv2.tracking.tags import COMMAND, FRESH, OUTCOME, PROCESS, VARIANT
 from effv2.tracking.writer import TrackedRun
@@ -42,11 +42,12 @@ LONGEST_NAME = 200  # characters of a run's name
 
 @dataclass(frozen=True)
 class Ending:
-    """The run of a comparison, its ranking where anything was evaluated, why networks failed, models now logged."""
+    """The run of a comparison, its results where anything was evaluated, why networks failed, models now logged."""
 
     parent: TrackedRun
-    ranking: Ranking | None
+    results: StudyResults | None
     failed: Mapping[str, str]
+    runs: Mapping[str, str]  # by label
     models: Mapping[str, str] = field(default_factory=dict)
 
 
@@ -78,9 +79,9 @@ def evaluate_pretrained(
     experiment_id = open_experiment(experiment, reporter.message)
     try:
         ending = _evaluate(session, entries, experiment_id, fresh)
-        if ending.ranking is None:
+        if ending.results is None:
             return ending
-        return replace(ending, models=_log_models(session, entries, ending.ranking, log_model))
+        return replace(ending, models=_log_models(session, entries, ending.runs, ending.results.order, log_model))
     except TrackingError as error:
         raise RunError(f"The tracking store failed ({error}); mend it and give the same command again.") from error
 
@@ -98,7 +99,7 @@ def _evaluate(session: Session, entries: Sequence[Entry], experiment_id: str, fr
         parent = TrackedRun(finished.run_id, experiment_id)
         point_adopted_run_to(parent)
         session.reporter.message("Finished before, with the same weights, images and code; --fresh repeats it.")
-        return Ending(parent, _rank(session.images, runs, parent), {})
+        return Ending(parent, read_results(parent), {}, runs)
 
     parent = (
         _new_parent(session, identity, labels, experiment_id, fresh)
@@ -109,15 +110,12 @@ def _evaluate(session: Session, entries: Sequence[Entry], experiment_id: str, fr
     session.reporter.message(run_address(parent.run_id, parent.experiment_id))
     with working_on(parent):
         failed = _evaluate_all(session, entries, parent, runs)
-        ranking = _rank(session.images, {label: runs[label] for label in labels if label in runs}, parent)
-        if ranking is not None:
-            _publish(ranking, parent)
-            report_on_study(parent, runs)
+        results = publish_study(parent, runs) if runs else None
         if not failed:
             parent.set_tags({OUTCOME: "complete"})
     if failed:
         parent.set_status("FAILED")
-    return Ending(parent, ranking, failed)
+    return Ending(parent, results, failed, runs)
 
 
 def _evaluate_all(
@@ -167,32 +165,17 @@ def _new_parent(
     return parent
 
 
-def _rank(images: EvaluationImages, runs: Mapping[str, str], parent: TrackedRun) -> Ranking | None:
-    """Rank what the runs logged; None where nothing was."""
-    networks = {
-        label: Evaluated(record, right_answers(images, TrackedRun(record.run_id, parent.experiment_id)))
-        for label, record in zip(runs, read_runs(runs.values(), []), strict=True)
-    }
-    return Ranking(networks, images.basis, images.basis_origin) if networks else None
-
-
-def _log_models(session: Session, entries: Sequence[Entry], ranking: Ranking, which: LogModel) -> dict[str, str]:
+def _log_models(
+    session: Session, entries: Sequence[Entry], runs: Mapping[str, str], order: Sequence[str], which: LogModel
+) -> dict[str, str]:
     """Log the networks that are wanted to the runs that evaluated them, those that have none; return addresses."""
     logged: dict[str, str] = {}
-    wanted = {"all": ranking.order, "best": ranking.order[:1], "none": []}[which]
+    wanted = {"all": order, "best": order[:1], "none": []}[which]
     for entry in entries:
         label = entry.requested.label
         if label not in wanted:
             continue
-        run = TrackedRun(ranking.networks[label].record.run_id, "")
+        run = TrackedRun(runs[label], "")
         if not run.model_address():
             logged[label] = log_network(entry, session.images, run)
     return logged
-
-
-def _publish(ranking: Ranking, parent: TrackedRun) -> None:
-    with tempfile.TemporaryDirectory() as folder:
-        ranking.write(Path(folder))
-        parent.log_folder(Path(folder))
-    parent.log_metrics(ranking.metrics())
-    parent.describe(f"{where_to_look(parent)}\n\n{ranking.markdown()}")

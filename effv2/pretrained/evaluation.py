@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 import hashlib
 import json
 import tempfile
@@ -16,11 +15,9 @@ import torchvision
 
 from effv2.architecture import count_parameters, gflops_of
 from effv2.core import provenance
-from effv2.core.errors import RunError, is_out_of_memory
 from effv2.core.processes import this_process
 from effv2.core.reporter import Reporter
 from effv2.data.cache import Decoded, decode
-from effv2.evidence.run_artifacts import Predictions, write_predictions
 from effv2.execution.device import Execution
 from effv2.pretrained.config import PretrainedConfig
 from effv2.pretrained.imagenet import class_names
@@ -34,8 +31,8 @@ from effv2.pretrained.measure import (
     scores,
     top1,
 )
-from effv2.pretrained.ranking import FULL_BATCH, ONE_IMAGE
 from effv2.pretrained.weights import Requested, WeightsFile, load_network
+from effv2.run.artifacts import Predictions, write_predictions
 from effv2.serving.export import OTHER, ServedNetwork, as_base64, write_served
 from effv2.tracking.read import Identity
 from effv2.tracking.run import open_run
@@ -44,6 +41,7 @@ from effv2.tracking.writer import TrackedRun
 
 KIND = "evaluate-pretrained"
 FULL_BATCH_IMAGES = 128
+ONE_IMAGE, FULL_BATCH = "inference/single_image_seconds", "inference/batch_128_seconds"
 
 
 @dataclass(frozen=True)
@@ -213,18 +211,6 @@ def _predictions(images: EvaluationImages, logits: torch.Tensor, members: np.nda
         names=[class_names()[output] for output in predicted.tolist()],
         probability=probability.numpy(),
     )
-
-
-def right_answers(images: EvaluationImages, run: TrackedRun) -> np.ndarray:
-    """Return which images of the basis a run predicted right, in their order."""
-    name = "predictions.csv" if images.basis == TEST else f"{images.basis}/predictions.csv"
-    with tempfile.TemporaryDirectory() as folder:
-        path = run.fetch(name, Path(folder))
-        if path is None:
-            raise RunError(f"The run {run.run_id} has lost its artifact {name}; --fresh evaluates again.")
-        with path.open(newline="", encoding="utf-8") as file:
-            right = {row["id"]: row["true"] == row["predicted"] for row in csv.DictReader(file)}
-    return np.array([right[images.part.ids[i]] for i in images.sets[images.basis]])
 
 
 def run_tags(identity: Identity, session: Session) -> dict[str, str]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -50,11 +49,6 @@ class Outcome:
         with tempfile.TemporaryDirectory() as name:
             files = write_served(Path(name), served, Square(data.image_size), output_names(classes, outputs))
             self.run.log_model(files, _example(self.dataset.test), torch.__version__)
-
-
-def reached(summary: Mapping[str, float]) -> float:
-    """Return the watched accuracy at its best epoch from the metrics that a finished run logged."""
-    return summary["selected/val_accuracy"] if "selected/val_accuracy" in summary else summary["best/test_accuracy"]
 
 
 def restore(run: TrackedRun, config: TrainConfig, dataset: Dataset) -> Outcome:

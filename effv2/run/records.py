@@ -14,8 +14,8 @@ from effv2.architecture import count_gflops, count_parameters
 from effv2.config.schema import TrainConfig
 from effv2.core import provenance
 from effv2.data.dataset import Dataset
-from effv2.evidence.run_artifacts import argmax_over_all, write_curves, write_predictions
 from effv2.execution.device import Execution, Forward
+from effv2.run.artifacts import argmax_over_all, write_curves, write_predictions
 from effv2.tracking.writer import TrackedRun
 from effv2.training.evaluate import evaluate, single_image_latency
 from effv2.training.state import TrainState

@@ -15,8 +15,8 @@ from effv2.config.options import StudyOptions
 from effv2.core import provenance
 from effv2.core.errors import InputError, RunError
 from effv2.core.reporter import Reporter
-from effv2.evidence.comparison import Rows
-from effv2.evidence.publication import report_on_study
+from effv2.evidence.publication import publish_study, read_results
+from effv2.evidence.study import Rows
 from effv2.studies.plan import LoadData, Plan, Trials, digest, run_ids
 from effv2.studies.progress import progress_of
 from effv2.studies.queue import ERROR, RUN, Queue
@@ -225,7 +225,7 @@ def _publish(session: Session, queue: Queue, load: LoadData, reporter: Reporter)
         stands = {"trials": finished, "log_model": session.log_model}
         if storage.optuna.get_study_user_attrs(queue.study_id).get(PUBLISHED) != stands:
             plan.publish(trials, session.parent, session.log_model, load)
-            report_on_study(session.parent, run_ids(trials))
+            results = publish_study(session.parent, run_ids(trials))
             storage.optuna.set_study_user_attr(queue.study_id, PUBLISHED, stands)
             if session.log_model == "all":
                 without = [each for each in run_ids(trials).values() if not TrackedRun(each, "").model_address()]
@@ -233,6 +233,8 @@ def _publish(session: Session, queue: Queue, load: LoadData, reporter: Reporter)
                     reporter.message(
                         f"{len(without)} runs were finished before without a model; --fresh repeats them with it."
                     )
+        else:
+            results = read_results(session.parent)
         failed = {slot: str(trial.user_attrs.get(ERROR)) for slot, trial in trials.items() if trial.state == FAIL}
         session.end(queue, "FAILED" if failed else "FINISHED")
-    return Ending(session.parent, plan.table(trials), {slot: failed[slot] for slot in failed if slot in plan.slots})
+    return Ending(session.parent, results.table, {slot: failed[slot] for slot in failed if slot in plan.slots})

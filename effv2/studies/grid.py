@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from pathlib import Path
 from typing import Any
 
 import optuna
@@ -17,17 +15,13 @@ from effv2.config.schema import TrainConfig
 from effv2.core import provenance
 from effv2.core.errors import InputError
 from effv2.core.reporter import Message
-from effv2.evidence.comparison import Comparison, Rows
-from effv2.evidence.publication import where_to_look
-from effv2.evidence.quantities import HISTORIES
-from effv2.execution.resolve import resolve_study, with_device
+from effv2.execution.resolve import place, resolve_study
 from effv2.run.outcome import restore
 from effv2.run.run import check
 from effv2.studies.files import Study
-from effv2.studies.plan import LoadData, PlannedRun, Purpose, Trials, best_of, discard_weights, run_ids
+from effv2.studies.plan import LoadData, PlannedRun, Purpose, Trials, best_of, discard_weights
 from effv2.studies.queue import RUN
-from effv2.tracking.read import read_runs
-from effv2.tracking.writer import TrackedRun
+from effv2.tracking.run import TrackedRun
 
 
 @dataclass(frozen=True)
@@ -71,31 +65,10 @@ class Grid:
         seed = trial.suggest_int("seed", 0, 2**32 - 1)
         return PlannedRun(slot, arm, self.arms[arm].with_seed(seed))
 
-    def comparison(self, trials: Trials) -> Comparison:
-        """Compare all finished runs of the study, in the order of its arms."""
-        finished = {slot: trials[slot].params for slot in run_ids(trials)}
-        order = sorted(finished, key=lambda slot: finished[slot]["seed"])
-        records = dict(zip(order, read_runs((run_ids(trials)[slot] for slot in order), HISTORIES), strict=True))
-        by_arm = {arm: [records[slot] for slot in order if finished[slot]["arm"] == arm] for arm in self.arms}
-        return Comparison({arm: runs for arm, runs in by_arm.items() if runs})
-
-    def table(self, trials: Trials) -> Rows:
-        """Return the comparison, a line a figure and a column an arm."""
-        return self.comparison(trials).lines()
-
     def publish(self, trials: Trials, parent: TrackedRun, log_model: LogModel, load: LoadData) -> None:
-        """Log the comparison on the parent, and the best run's model where it is wanted."""
+        """Log the best run's model where it is wanted."""
         if log_model == "best":
             self._log_best_model(trials, parent, load)
-        comparison = self.comparison(trials)
-        if not comparison.arms:
-            return
-        with tempfile.TemporaryDirectory() as folder:
-            comparison.write(Path(folder), self.purpose.name)
-            parent.log_folder(Path(folder))
-        parent.log_metrics(comparison.metrics())
-        words = (comparison.sentence(), where_to_look(parent), self.purpose.description, comparison.markdown())
-        parent.describe("\n\n".join(words))
 
     def _log_best_model(self, trials: Trials, parent: TrackedRun, load: LoadData) -> None:
         best = best_of(trials)

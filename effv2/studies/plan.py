@@ -15,7 +15,6 @@ from effv2.config.options import LogModel
 from effv2.config.schema import DataConfig, TrainConfig
 from effv2.data.cache import OnDecoded
 from effv2.data.dataset import Dataset, load_dataset
-from effv2.evidence.comparison import Rows
 from effv2.run.outcome import WEIGHTS
 from effv2.studies.queue import RUN
 from effv2.tracking.read import read_runs
@@ -76,11 +75,8 @@ class Plan(Protocol):
     def run_of(self, slot: str, trial: optuna.Trial) -> PlannedRun:
         """Return the run of a claimed trial, its parameters suggested."""
 
-    def table(self, trials: Trials) -> Rows:
-        """Return the table that ends the study, titles first; empty where nothing was finished."""
-
     def publish(self, trials: Trials, parent: TrackedRun, log_model: LogModel, load: LoadData) -> None:
-        """Write table, figures and the best model to MLflow. May be repeated."""
+        """Log the best model and what else tracked runs don't hold. May be repeated."""
 
 
 def digest(definition: Mapping[str, Any]) -> str:

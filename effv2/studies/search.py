@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import tempfile
 import warnings
 from collections.abc import Callable, Mapping
@@ -23,22 +22,19 @@ from effv2.core import provenance
 from effv2.core.errors import InputError
 from effv2.core.randomness import stream_seed
 from effv2.core.reporter import Message
-from effv2.evidence.comparison import Rows, markdown_table
-from effv2.evidence.publication import where_to_look
-from effv2.evidence.run_artifacts import write_csv
-from effv2.execution.resolve import resolve, with_device
+from effv2.execution.resolve import place, resolve
 from effv2.run.outcome import restore, score_on_test
 from effv2.run.records import study_text
 from effv2.run.run import check
 from effv2.studies.files import SearchFile, Study
 from effv2.studies.plan import LoadData, PlannedRun, Purpose, Trials, best_of, discard_weights
 from effv2.studies.queue import RUN
+from effv2.tracking.accuracies import SELECTED_TEST
+from effv2.tracking.run import TrackedRun
 from effv2.tracking.tags import BEST_RUN, LOOKS
 from effv2.tracking.writer import TrackedRun
 
 RANDOM_TRIALS = 10  # before TPE has anything to go by
-SHOWN_TRIALS = 5
-VALIDATION, TEST = "selected/val_accuracy", "selected/test_accuracy"
 FIGURES: dict[str, Callable[[optuna.Study], Any]] = {
     "importance": plots.plot_param_importances,
     "history": plots.plot_optimization_history,
@@ -111,74 +107,36 @@ class Search:
             layer = layer.with_value(tuple(name.split(".")), value)
         return build_config([layer])
 
-    def table(self, trials: Trials) -> Rows:
-        """Return the best trials, the best first, a line a figure as in every study."""
-        ranked = sorted(trials.items(), key=lambda item: (item[1].state.name, -(item[1].value or 0.0)))
-        shown = ranked[:SHOWN_TRIALS]
-        titles = (f"best {len(shown)} of {len(trials)}", *(slot for slot, _ in shown))
-        best = best_of(trials)
-        tested = "" if best is None else f"{TrackedRun(best.user_attrs[RUN], '').metrics().get(TEST, math.nan):.2%}"
-        named = {name: name.rpartition(".")[2].replace("_", " ") for name in self.search.space}
-        return [
-            titles,
-            ("state", *(trial.state.name.lower() for _, trial in shown)),
-            ("validation accuracy", *("" if trial.value is None else f"{trial.value:.2%}" for _, trial in shown)),
-            ("test accuracy", *(tested if trial is best else "" for _, trial in shown)),
-            ("epochs", *(str(max(trial.intermediate_values, default=0)) for _, trial in shown)),
-            *((named[key], *(f"{t.params[key]:.4g}" if key in t.params else "" for _, t in shown)) for key in named),
-        ]
-
     def publish(self, trials: Trials, parent: TrackedRun, log_model: LogModel, load: LoadData) -> None:
-        """Test the best trial, once; log its model and configuration, the trials and figures on the parent."""
+        """Test the best trial, once; log its model, its configuration and Optuna's figures."""
         best = best_of(trials)
-        looks: list[str] = []
         with tempfile.TemporaryDirectory() as name:
             folder = Path(name)
-            self._write_trials(trials, folder / "trials.csv")
             if best is not None:
                 config = self.configuration(best.params)
                 run = TrackedRun(best.user_attrs[RUN], parent.experiment_id)
-                looks = self._test(run, config, parent, log_model, load)
+                self._test(run, config, parent, log_model, load)
                 (folder / "best.yaml").write_text(
                     study_text(_with_test(config, True), f"{self.purpose.name}-best"), encoding="utf-8"
                 )
                 _draw(trials, folder)
             parent.log_folder(folder)
         discard_weights(trials, parent)
-        more = f"\n\nThe search grew: {len(looks)} trials were looked at on the test set." if len(looks) > 1 else ""
-        words = (where_to_look(parent), self.purpose.description, markdown_table(self.table(trials)) + more)
-        parent.describe("\n\n".join(words))
 
     def _test(
         self, run: TrackedRun, config: TrainConfig, parent: TrackedRun, log_model: LogModel, load: LoadData
-    ) -> list[str]:
-        """Evaluate a run on the test set unless that was done before; return all runs that ever were."""
+    ) -> None:
+        """Evaluate a run on the test set unless that was done before; name all that ever were on the parent."""
         wants_model = log_model == "best" and not run.model_address()
-        known = run.metrics()
-        if wants_model or TEST not in known:
+        tested = SELECTED_TEST in run.metrics()
+        if wants_model or not tested:
             outcome = restore(run, config, load(config.data))
-            known[TEST] = score_on_test(outcome) if TEST not in known else known[TEST]
+            if not tested:
+                score_on_test(outcome)
             if wants_model:
                 outcome.log_model()
         looks = list(dict.fromkeys([*filter(None, parent.tags().get(LOOKS, "").split(",")), run.run_id]))
         parent.set_tags({BEST_RUN: run.run_id, LOOKS: ",".join(looks)})
-        parent.log_metrics({VALIDATION: known[VALIDATION], TEST: known[TEST]})
-        return looks
-
-    def _write_trials(self, trials: Trials, path: Path) -> None:
-        names = list(self.search.space)
-        rows = (
-            (
-                slot,
-                trial.state.name.lower(),
-                trial.value,
-                max(trial.intermediate_values, default=0),
-                *(trial.params.get(name) for name in names),
-                trial.user_attrs.get(RUN),
-            )
-            for slot, trial in trials.items()
-        )
-        write_csv(path, ("trial", "state", "validation accuracy", "epochs", *names, "run_id"), rows)
 
 
 def _with_test(config: TrainConfig, evaluated: bool) -> TrainConfig:

@@ -23,14 +23,17 @@ from effv2.core.errors import Diverged, LeaseLost, RunError, Terminated
 from effv2.core.reporter import Reporter
 from effv2.core.signals import ending_signals
 from effv2.execution.allocator import tune_allocator
-from effv2.run.outcome import reached
-from effv2.run.run import Callback, discard_checkpoints, train_run
-from effv2.run.spec import RunSpec, identity
+from effv2.run.labels import Labels, identity
+from effv2.run.run import discard_checkpoints, run_experiment
+from effv2.run.watching import Observer
 from effv2.studies.plan import LoadData, LoadedData, best_of
 from effv2.studies.queue import RUN, Claim, Queue
 from effv2.studies.session import Session
 from effv2.studies.storage import OUTAGE_SECONDS, Storage, StorageAway, hurry, reopen_storage
-from effv2.tracking.read import Identity, RunRecord, find_finished, read_run, read_runs
+from effv2.tracking.accuracies import reached_accuracy
+from effv2.tracking.entries import may_pass
+from effv2.tracking.outbox import TrackingAway
+from effv2.tracking.read import Identity, RunRecord, find_finished, read_runs
 from effv2.tracking.recovery import is_busy, send
 from effv2.tracking.store import (
     WAIT_SECONDS,
@@ -172,8 +175,8 @@ class Worker:
         if done is not None:
             discard_checkpoints(done.run_id, session.checkpoints)
             if epochs := TrackedRun(done.run_id, session.experiment_id).steps("train/loss"):
-                queue.report(claim, max(epochs), reached(done.metrics))
-            queue.finish(claim, _state(done.tags[OUTCOME] == "pruned"), reached(done.metrics), done.run_id)
+                queue.report(claim, max(epochs), reached_accuracy(done.metrics))
+            queue.finish(claim, _state(done.tags[OUTCOME] == "pruned"), reached_accuracy(done.metrics), done.run_id)
             return
         labels = RunSpec(
             planned.name,

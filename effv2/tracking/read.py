@@ -16,8 +16,9 @@ from mlflow.entities import Run
 from mlflow.exceptions import MlflowException
 
 from effv2.tracking.store import is_missing
-from effv2.tracking.tags import CONFIG_HASH, DATA_CONTEXT, OUTCOME, PARENT, lent_in
+from effv2.tracking.tags import CONFIG_HASH, DATA_CONTEXT, OUTCOME, PARENT, reused_in
 
+OF_TRIALS = "val/accuracy"  # the metric whose epochs are read of the trials of a search
 READERS = 8  # histories that are asked for at once: a server answers each in milliseconds, but after a while
 
 
@@ -115,23 +116,29 @@ def _find(tags: Mapping[str, str], experiment_id: str, condition: str) -> list[R
 def read_runs(run_ids: Iterable[str], histories: Iterable[str]) -> list[RunRecord]:
     """Read runs with the histories of the named metrics."""
     client = MlflowClient()
-    return _with_histories([client.get_run(run_id) for run_id in run_ids], list(histories))
+    names = list(histories)
+    return _with_histories([(client.get_run(run_id), names) for run_id in run_ids])
 
 
 def read_experiment(experiment_id: str, histories: Iterable[str], parent: str = "") -> list[RunRecord]:
-    """Read all runs of an experiment, the oldest first; or a study's run, its children, and those it took of others.
+    """Read all runs of an experiment, the oldest first; or a study's run, its children, and those that it reuses.
 
-    Histories are those of finished runs; the trials of a search, which may be thousands, have none.
+    Histories are those of finished runs. The trials of a search, which may be thousands, have none, or where its study
+    is read alone that of the accuracy on validation.
     """
-    client = MlflowClient()
+    client, names = MlflowClient(), list(histories)
     condition = f"tags.`{PARENT}` = '{parent}'" if parent else ""
     runs = [client.get_run(parent)] if parent else []
-    taken = [run_id for run_id in (lent_in(runs[0].data.tags) if parent else ()) if read_run(run_id)]
+    taken = [run_id for run_id in (reused_in(runs[0].data.tags) if parent else ()) if read_run(run_id)]
     runs += [*_all_runs(experiment_id, condition), *map(client.get_run, taken)]
     searches = {run.info.run_id for run in runs if run.data.params.get("study.kind") == "search"}
-    read = [r for r in runs if r.info.status == "FINISHED" and r.data.tags.get(PARENT) not in searches]
-    found = {record.run_id: record for record in _with_histories(read, list(histories))}
-    return [found.get(run.info.run_id) or _record(run, {}) for run in runs]
+
+    def names_of(run: Run) -> list[str]:
+        if run.data.tags.get(PARENT) in searches or (parent in searches and run.info.run_id != parent):
+            return [name for name in names if name == OF_TRIALS and parent]
+        return names if run.info.status == "FINISHED" else []
+
+    return _with_histories([(run, names_of(run)) for run in runs])
 
 
 def known_runs(experiment_id: str) -> set[str]:
@@ -197,15 +204,16 @@ def read_artifacts(run_id: str, names: Iterable[str]) -> dict[str, str]:
     return found
 
 
-def _with_histories(runs: list[Run], names: list[str]) -> list[RunRecord]:
+def _with_histories(runs: list[tuple[Run, list[str]]]) -> list[RunRecord]:
+    """Read runs with the histories of the metrics that are named beside each."""
     client = MlflowClient()
-    wanted = [(run.info.run_id, name) for run in runs for name in names if name in run.data.metrics]
+    wanted = [(run.info.run_id, name) for run, names in runs for name in names if name in run.data.metrics]
     with ThreadPoolExecutor(READERS) as pool:
         read = pool.map(lambda one: {m.step: m.value for m in client.get_metric_history(*one)}, wanted)
         found = dict(zip(wanted, read, strict=True))
     return [
         _record(run, {name: found[run.info.run_id, name] for name in names if (run.info.run_id, name) in found})
-        for run in runs
+        for run, names in runs
     ]
 
 

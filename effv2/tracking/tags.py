@@ -34,7 +34,7 @@ CALIBRATION = "effv2.calibration"
 # Of a study's run.
 QUEUE = "effv2.queue"  # the name of the study in Optuna's storage
 PLANNED = "effv2.planned"  # the names of all runs that it is to have
-BORROWED = "effv2.borrowed"  # runs that were finished before, for other studies, as `lent` says
+REUSED = "effv2.borrowed"  # runs that were finished before, for other studies, as `reused` writes them
 BEST_RUN = "effv2.best_run"
 LOOKS = "effv2.tested_runs"  # of a search: all trials that were looked at on the test set, separated by commas
 FRESH = "effv2.fresh"  # of a comparison that takes no runs of others
@@ -73,11 +73,11 @@ def _part(tag: str, number: int) -> str:
     return tag if number == 1 else f"{tag}.{number}"
 
 
-def lent(run_id: str, name: str) -> str:
-    """Write that a study has a run of another one, and as what: the name that its own would have."""
+def reused(run_id: str, name: str) -> str:
+    """Write that a study reuses a run of another one, and under which name: that which its own would have."""
     return f"{run_id} {name}"
 
 
-def lent_in(tags: Mapping[str, str]) -> dict[str, str]:
-    """Return the names that `lent` wrote by run, of a study's run with these tags."""
-    return {run_id: name for run_id, _, name in (each.partition(" ") for each in names_in(tags, BORROWED))}
+def reused_in(tags: Mapping[str, str]) -> dict[str, str]:
+    """Return the names that `reused` wrote by run, of a study's run with these tags."""
+    return {run_id: name for run_id, _, name in (each.partition(" ") for each in names_in(tags, REUSED))}

@@ -6,7 +6,7 @@ import csv
 import io
 import json
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,23 +14,20 @@ from typing import Any
 
 from effv2 import __version__
 from effv2.core.errors import InputError
-from effv2.core.paths import write_atomically
+from effv2.core.paths import write_csv, write_atomically
 from effv2.core.provenance import sha256_of_file
 from effv2.evidence.claims import EXPORTED_AS
 from effv2.evidence.quantities import HISTORIES
-from effv2.evidence.run_artifacts import write_csv
 from effv2.tracking.read import READERS, Images, RunRecord, experiment_name, read_artifacts, read_experiment
 from effv2.tracking.tags import PARENT, PID, PROCESS, QUEUE
 from effv2.tracking.views import ui_address
 
-EXPORTED = (*HISTORIES, "val/accuracy", "train/loss", "val/loss", "test/loss", "learning_rate")
-PREDICTIONS = ("predictions.csv", "unseen/predictions.csv")
-MANIFEST = "manifest.json"
-TABLES = ("runs.csv", "params.csv", "tags.csv", "metrics.csv", "epochs.csv", "images.csv")
+# Predictions of a run: of published networks those of the images that they weren't fitted to, as far as that is known,
+# stand last.
+PREDICTIONS = ("predictions.csv", "unknown/predictions.csv", "unseen/predictions.csv")
+MANIFEST, RUNS = "manifest.json", "runs.csv"
 LARGEST_FIELD = 10_000_000  # characters of a CSV field: thousands of class names
-# What says where the user's files lie, or who they are.
-PRIVATE = {"data.dir", "weights.file", PID, PROCESS, QUEUE}
-KEPT = {PARENT}
+PRIVATE = {"data.dir", "weights.file", PID, PROCESS, QUEUE}  # where the user's files lie, or who they are
 
 
 @dataclass(frozen=True)
@@ -63,71 +60,57 @@ def tracked(experiment_id: str, histories: Sequence[str] = HISTORIES, parent: st
     return Evidence(experiment_name(experiment_id), ui, runs, lambda run: read_artifacts(run.run_id, PREDICTIONS))
 
 
+def _public(values: Mapping[str, str]) -> list[tuple[str, str]]:
+    return [(name, value) for name, value in sorted(values.items()) if name not in PRIVATE]
+
+
+# The tables of an export: their titles after `run_id`, and a run's lines.
+TABLES: dict[str, tuple[tuple[str, ...], Callable[[RunRecord], Iterable[Sequence[Any]]]]] = {
+    RUNS: (("name", "status", "started", "ended"), lambda run: [(run.name, run.status, run.started, run.ended)]),
+    "params.csv": (("name", "value"), lambda run: _public(run.params)),
+    "tags.csv": (
+        ("name", "value"),
+        lambda run: [each for each in _public(run.tags) if each[0].startswith("effv2.") or each[0] == PARENT],
+    ),
+    "metrics.csv": (("name", "value"), lambda run: sorted(run.metrics.items())),
+    "epochs.csv": (
+        ("name", "epoch", "value"),
+        lambda run: [(name, *each) for name, curve in sorted(run.history.items()) for each in sorted(curve.items())],
+    ),
+    "images.csv": (
+        ("context", "name", "digest", "images", "classes"),
+        lambda run: [
+            (context, each.name, each.digest, each.images, json.dumps(each.classes))
+            for context, each in sorted(run.images.items())
+        ],
+    ),
+}
+
+
 def export(evidence: Evidence, folder: Path, own: Mapping[str, str]) -> None:
     """Write the evidence as CSV files, the texts of the user's `own` files by name, and a manifest of their hashes."""
     folder.mkdir(parents=True, exist_ok=True)
-    written: list[Path] = []
-
-    def table(name: str, header: Sequence[str], rows: Iterable[Sequence[Any]]) -> None:
-        path = folder / name
-        path.parent.mkdir(parents=True, exist_ok=True)
-        write_csv(path, header, rows)
-        written.append(path)
-
-    runs = evidence.runs
-    table("runs.csv", ("run_id", "name", "status", "started", "ended"), _runs(runs))
-    table("params.csv", ("run_id", "name", "value"), _pairs((run, _shown_params(run)) for run in runs))
-    table("tags.csv", ("run_id", "name", "value"), _pairs((run, _shown_tags(run)) for run in runs))
-    table("metrics.csv", ("run_id", "name", "value"), _pairs((run, run.metrics) for run in runs))
-    table("epochs.csv", ("run_id", "name", "epoch", "value"), _epochs(runs))
-    table("images.csv", ("run_id", "context", "name", "digest", "images", "classes"), _images(runs))
+    for name, (titles, lines) in TABLES.items():
+        rows = [(run.run_id, *line) for run in evidence.runs for line in lines(run)]
+        write_csv(folder / name, [("run_id", *titles), *rows])
+    finished = [run for run in evidence.runs if run.status == "FINISHED"]
+    written = [*TABLES, *own]
     for name, text in own.items():
         (folder / name).write_text(text, encoding="utf-8")
-        written.append(folder / name)
-    finished = [run for run in runs if run.status == "FINISHED"]
     with ThreadPoolExecutor(READERS) as pool:
         for run, texts in zip(finished, pool.map(evidence.predictions, finished), strict=True):
             for name, text in texts.items():
-                path = folder / "predictions" / run.run_id / name
+                path = folder / _place(run, name)
                 path.parent.mkdir(parents=True, exist_ok=True)
                 path.write_text(text, encoding="utf-8", newline="")
-                written.append(path)
-    hashes = {path.relative_to(folder).as_posix(): sha256_of_file(path) for path in sorted(written)}
+                written.append(_place(run, name))
+    hashes = {name: sha256_of_file(folder / name) for name in sorted(written)}
     about = {"effv2": __version__, "experiment": evidence.experiment, "ui": evidence.ui, "sha256": hashes}
     write_atomically(folder / MANIFEST, json.dumps(about, indent=1) + "\n")
 
 
-def _runs(runs: Sequence[RunRecord]) -> Iterator[Sequence[Any]]:
-    for run in runs:
-        yield run.run_id, run.name, run.status, run.started, run.ended
-
-
-def _pairs(runs: Iterable[tuple[RunRecord, Mapping[str, Any]]]) -> Iterator[Sequence[Any]]:
-    for run, values in runs:
-        for name, value in sorted(values.items()):
-            yield run.run_id, name, value
-
-
-def _shown_params(run: RunRecord) -> dict[str, str]:
-    return {name: value for name, value in run.params.items() if name not in PRIVATE}
-
-
-def _shown_tags(run: RunRecord) -> dict[str, str]:
-    ours = {name: value for name, value in run.tags.items() if name.startswith("effv2.") or name in KEPT}
-    return {name: value for name, value in ours.items() if name not in PRIVATE}
-
-
-def _epochs(runs: Sequence[RunRecord]) -> Iterator[Sequence[Any]]:
-    for run in runs:
-        for name in sorted(run.history):
-            for epoch, value in sorted(run.history[name].items()):
-                yield run.run_id, name, epoch, value
-
-
-def _images(runs: Sequence[RunRecord]) -> Iterator[Sequence[Any]]:
-    for run in runs:
-        for context, images in sorted(run.images.items()):
-            yield run.run_id, context, images.name, images.digest, images.images, json.dumps(images.classes)
+def _place(run: RunRecord, name: str) -> str:
+    return f"predictions/{run.run_id}/{name}"
 
 
 def joined(folders: Sequence[Path]) -> Evidence:
@@ -154,38 +137,45 @@ def exported(folder: Path) -> Evidence:
     for name, wanted in about["sha256"].items():
         path = _inside(folder, name)
         if not path.is_file() or sha256_of_file(path) != wanted:
-            raise InputError(f"--from-export {folder}: the file {name} is missing or was changed; export again.")
+            raise _wrong(folder, f"the file {name} is missing or was changed")
     csv.field_size_limit(LARGEST_FIELD)
-    params, tags = _texts(folder / "params.csv"), _texts(folder / "tags.csv")
-    metrics, histories, images = _texts(folder / "metrics.csv"), _histories(folder), _exported_images(folder)
-    runs = [
-        RunRecord(
-            run_id=row["run_id"],
-            name=row["name"],
-            status=row["status"],
-            params=params.get(row["run_id"], {}),
-            metrics={name: float(value) for name, value in metrics.get(row["run_id"], {}).items()},
-            tags=tags.get(row["run_id"], {}),
-            history=histories.get(row["run_id"], {}),
-            images=images.get(row["run_id"], {}),
-            started=int(row["started"]),
-            ended=int(row["ended"]),
-        )
-        for row in _rows(folder / "runs.csv")
-    ]
+    tables = {name: _by_run(folder / name) for name in TABLES}
+    runs = [_record(run_id, {name: table.get(run_id, []) for name, table in tables.items()}) for run_id in tables[RUNS]]
     if not all(re.fullmatch(r"[\w-]+", run.run_id) for run in runs):
-        raise InputError(f"--from-export {folder}: runs.csv names a run that can't be one; export again.")
+        raise _wrong(folder, f"{RUNS} names a run that can't be one")
 
     def predictions(run: RunRecord) -> dict[str, str]:
-        names = {name: f"predictions/{run.run_id}/{name}" for name in PREDICTIONS}
-        return {
-            name: (folder / place).read_text(encoding="utf-8")
-            for name, place in names.items()
-            if place in about["sha256"]
-        }
+        there = [name for name in PREDICTIONS if _place(run, name) in about["sha256"]]
+        return {name: (folder / _place(run, name)).read_text(encoding="utf-8") for name in there}
 
     claims = [folder / EXPORTED_AS] if EXPORTED_AS in about["sha256"] else []
     return Evidence(about["experiment"], about["ui"], runs, predictions, claims)
+
+
+def _by_run(path: Path) -> dict[str, list[dict[str, str]]]:
+    """Return the lines of a table by run."""
+    found: dict[str, list[dict[str, str]]] = {}
+    with path.open(newline="", encoding="utf-8") as file:
+        for row in csv.DictReader(file):
+            found.setdefault(row["run_id"], []).append(row)
+    return found
+
+
+def _record(run_id: str, lines: Mapping[str, Sequence[Mapping[str, str]]]) -> RunRecord:
+    """Return a run from its lines of all tables."""
+    (about, *_), history = lines[RUNS], dict[str, dict[int, float]]()
+    for row in lines["epochs.csv"]:
+        history.setdefault(row["name"], {})[int(row["epoch"])] = float(row["value"])
+    params, tags, metrics = (
+        {row["name"]: row["value"] for row in lines[f"{name}.csv"]} for name in ("params", "tags", "metrics")
+    )
+    images = {
+        row["context"]: Images(row["name"], row["digest"], int(row["images"]), tuple(json.loads(row["classes"])))
+        for row in lines["images.csv"]
+    }
+    numbers = {name: float(value) for name, value in metrics.items()}
+    times = int(about["started"]), int(about["ended"])
+    return RunRecord(run_id, about["name"], about["status"], params, numbers, tags, history, images, *times)
 
 
 def remove_export(folder: Path) -> None:
@@ -203,47 +193,22 @@ def _manifest(folder: Path) -> dict[str, Any]:
         about = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
         hashes, ui = about["sha256"], about["ui"]
         texts = [about["experiment"], ui, *hashes, *hashes.values()]
-        if not all(isinstance(text, str) for text in texts) or not set(TABLES) <= hashes.keys():
+        if not all(isinstance(text, str) for text in texts) or not TABLES.keys() <= hashes.keys():
             raise ValueError
         if ui and not ui.startswith(("http://", "https://")):
             raise ValueError
     except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
-        raise InputError(
-            f"--from-export {folder}: has no {MANIFEST} of an export; give a folder that --export wrote."
-        ) from error
+        remedy = "give a folder that `export` wrote"
+        raise InputError("from_export", folder, f"has no {MANIFEST} of an export", remedy) from error
     return dict(about)
 
 
 def _inside(folder: Path, name: str) -> Path:
     path = (folder / name).resolve()
     if not path.is_relative_to(folder.resolve()):
-        raise InputError(f"--from-export {folder}: its manifest names {name}, outside of it; export again.")
+        raise _wrong(folder, f"its manifest names {name}, outside of it")
     return path
 
 
-def _rows(path: Path) -> Iterator[dict[str, str]]:
-    with path.open(newline="", encoding="utf-8") as file:
-        yield from csv.DictReader(file)
-
-
-def _texts(path: Path) -> dict[str, dict[str, str]]:
-    found: dict[str, dict[str, str]] = {}
-    for row in _rows(path):
-        found.setdefault(row["run_id"], {})[row["name"]] = row["value"]
-    return found
-
-
-def _histories(folder: Path) -> dict[str, dict[str, dict[int, float]]]:
-    found: dict[str, dict[str, dict[int, float]]] = {}
-    for row in _rows(folder / "epochs.csv"):
-        of_run = found.setdefault(row["run_id"], {})
-        of_run.setdefault(row["name"], {})[int(row["epoch"])] = float(row["value"])
-    return found
-
-
-def _exported_images(folder: Path) -> dict[str, dict[str, Images]]:
-    found: dict[str, dict[str, Images]] = {}
-    for row in _rows(folder / "images.csv"):
-        images = Images(row["name"], row["digest"], int(row["images"]), tuple(json.loads(row["classes"])))
-        found.setdefault(row["run_id"], {})[row["context"]] = images
-    return found
+def _wrong(folder: Path, problem: str) -> InputError:
+    return InputError("from_export", folder, problem, "export again")

@@ -1,0 +1,58 @@
+"""Figures that runs and reports share, in colours that survive colour blindness (Okabe & Ito 2008)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from itertools import cycle
+from typing import Any
+
+import numpy as np
+from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
+
+Curve = Mapping[int, float]  # by epoch
+
+PALETTE = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
+STYLES: tuple[Any, ...] = ("-", "--", "-.", (0, (5, 1, 1, 1, 1, 1)))  # dotted are published curves
+MARKERS = ("o", "s", "^", "D")
+SIZE = (5.2, 3.6)  # inches: legible on a phone, two side by side on a screen
+
+
+def plain(text: str) -> str:
+    """Keep matplotlib from reading a name as mathematics."""
+    return text.replace("$", r"\$")
+
+
+def value_range(values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Return the lowest and the highest value of each epoch of runs (runs, epochs)."""
+    return values.min(0), values.max(0)
+
+
+def accuracy_curves(
+    curves: Mapping[str, Sequence[Curve]],
+    title: str,
+    published: Mapping[str, Curve] | None = None,
+    band: Callable[[np.ndarray], tuple[np.ndarray, np.ndarray]] = value_range,
+) -> Figure:
+    """Draw accuracy over epochs: a line a name, the mean of its runs, with a band around it.
+
+    `published` curves of some of the names are dotted behind them, as far as ours go.
+    """
+    figure = Figure(figsize=SIZE, layout="constrained")
+    axes = figure.add_subplot()
+    for index, ((name, runs), colour) in enumerate(zip(curves.items(), cycle(PALETTE), strict=False)):
+        epochs = sorted(set.intersection(*(set(run) for run in runs)))
+        values = np.array([[run[epoch] for epoch in epochs] for run in runs])
+        style = STYLES[index % len(STYLES)]
+        marker = "o" if len(epochs) == 1 else None
+        if published and name in published:
+            theirs = {epoch: value for epoch, value in published[name].items() if epoch <= max(epochs, default=0)}
+            axes.plot(list(theirs), list(theirs.values()), ":", color=colour, linewidth=1, alpha=0.8)
+        axes.plot(epochs, values.mean(0), linestyle=style, color=colour, label=plain(name), marker=marker)
+        if len(runs) > 1:
+            axes.fill_between(epochs, *band(values), color=colour, alpha=0.15, linewidth=0)
+    axes.set(title=plain(title), xlabel="epoch", ylabel="accuracy", ylim=(0, 1))
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    axes.grid(alpha=0.3)
+    axes.legend(loc="best", fontsize="small")
+    return figure

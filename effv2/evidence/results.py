@@ -1,0 +1,180 @@
+"""What came out of studies, whatever they study: made once, from tracked runs alone."""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import replace
+from textwrap import shorten
+
+from effv2.evidence.arms import arms_results
+from effv2.evidence.claims import Claims
+from effv2.evidence.networks import networks_results
+from effv2.evidence.protocols import SPLIT_SEED
+from effv2.evidence.quantities import EPOCH_SECONDS, VALIDATION, duration, number, percent
+from effv2.evidence.selection import RightAnswers, counted
+from effv2.evidence.study import NONE, Rows, StudyResults, TrackedStudy, studies_of
+from effv2.tracking import tags
+from effv2.tracking.accuracies import SELECTED_TEST, SELECTED_VALIDATION
+from effv2.tracking.read import RunRecord
+
+BEST_TRIALS = 5
+MOST_NAMED, LONGEST_REASON = 6, 150  # of the runs that a study lacks; characters
+# How tags are called where a report tells of the code, the data and the machine.
+ENVIRONMENT = {
+    tags.GIT_COMMIT: "git commit",
+    tags.GIT_DIRTY: "uncommitted changes",
+    tags.CODE_VERSION: "code version",
+    tags.DATA_DIGEST: "data digest",
+    **{f"{tags.MACHINE}{name}": name for name in ("processor", "cores", "threads", "accelerator")},
+    f"{tags.MACHINE}memory_gib": "memory, GiB",
+    f"{tags.MACHINE}system": "system",
+    f"{tags.MACHINE}python": "Python",
+    **{f"{tags.MACHINE}{name}": name for name in ("torch", "torchvision", "mlflow")},
+}
+
+
+def results_of(runs: Sequence[RunRecord], claims: Claims, right: RightAnswers) -> list[StudyResults]:
+    """Return what came out of all studies; those of one name also say their split, or which run they are."""
+    studies = studies_of(runs)
+    titles = Counter(study.title for study in studies)
+    made = []
+    for study in studies:
+        results = study_results(study, claims, right)
+        if titles[study.title] > 1:
+            splits = dict.fromkeys(run.params.get(SPLIT_SEED, "") for run in study.runs)
+            split = f"split {', '.join(splits)}, " if any(splits) else ""
+            results = replace(results, title=f"{study.title} ({split}run {results.run_id[:8]})")
+        made.append(results)
+    return made
+
+
+def study_results(study: TrackedStudy, claims: Claims, right: RightAnswers) -> StudyResults:
+    """Return what came out of a study; `right` reads which images a run of a fixed network got right."""
+    if study.kind == "search":
+        own = search_results(study)
+    elif study.kind == "evaluate-pretrained":
+        own = networks_results(study, right)
+    else:
+        own = arms_results(study, claims)
+    parent, known = study.parent, [study.parent] if study.parent is not None else []
+    return replace(
+        own,
+        title=study.title,
+        description="" if parent is None else parent.params.get("study.description", ""),
+        run_id="" if parent is None else parent.run_id,
+        missing=_missing(study),
+        commands=list(dict.fromkeys(c for run in known or study.runs if (c := run.tags.get(tags.COMMAND, "")))),
+        environment=list(_environment([*known, *study.runs])),
+    )
+
+
+def _missing(study: TrackedStudy) -> str:
+    """Say what a study lacks: runs that failed, and planned ones. One that diverged is an answer to a search."""
+    parent = study.parent
+    if parent is None:
+        return ""
+    there = {run.name for run in study.runs if run.status == "FINISHED"}
+    reasons = {run.name: run.tags.get(tags.ERROR, "no reason known") for run in study.runs if run.status == "FAILED"}
+    diverged = {name for name, reason in reasons.items() if reason.startswith("Diverged:")}
+    failed = [name for name in reasons if name not in there and (name not in diverged or study.kind != "search")]
+    lacking = [name for name in tags.names_in(parent.tags, tags.PLANNED) if name not in there | reasons.keys()]
+    found = []
+    if any(run.status == "RUNNING" for run in study.runs):
+        found.append("it is being worked on, or its process died")
+    for words, names in (
+        ("failed", [f"{name} ({shorten(reasons[name], LONGEST_REASON)})" for name in failed]),
+        ("planned but not finished", lacking),
+    ):
+        if names:
+            more = f" and {len(names) - MOST_NAMED} more" if len(names) > MOST_NAMED else ""
+            found.append(f"{counted(len(names), 'run')} {words}: {', '.join(names[:MOST_NAMED])}{more}")
+    if not study.runs:
+        found.append("it has no runs yet")
+    resumes = parent.tags.get(tags.COMMAND) and (lacking or set(failed) - diverged)
+    return f"{'; '.join(found)}.{' The command below goes on with it.' if resumes else ''}" if found else ""
+
+
+def _environment(runs: Iterable[RunRecord]) -> Iterator[tuple[str, str]]:
+    known = list(runs)
+    for tag, words in ENVIRONMENT.items():
+        if values := dict.fromkeys(run.tags[tag] for run in known if tag in run.tags):
+            yield words, ", ".join(values)
+    sets = dict.fromkeys(
+        f"{images.name}, {images.images:,} images of {len(images.classes)} classes, digest {images.digest}: {context}"
+        for run in known
+        for context, images in sorted(run.images.items())
+    )
+    if sets:
+        yield "data", "; ".join(sets)
+    took = [sum(curve.values()) for run in known if (curve := run.history.get(EPOCH_SECONDS))]
+    if took:
+        yield "epochs took", f"{duration(sum(took))}, finished runs: {len(took)}"
+
+
+def search_results(study: TrackedStudy) -> StudyResults:
+    """Return what came out of a search: its best trials, and the test accuracy of the one that was chosen."""
+    runs = study.in_order()
+    ranked = sorted(runs, key=lambda run: -run.metrics.get(SELECTED_VALIDATION, -math.inf))
+    ranked = [run for run in ranked if SELECTED_VALIDATION in run.metrics]
+    searched = [
+        name
+        for name in (ranked[0].params if ranked else ())
+        if "." in name and len({run.params.get(name) for run in ranked}) > 1 and name != "random.seed"
+    ]
+    rows = [
+        (
+            run.name,
+            run.tags.get(tags.OUTCOME, run.status.lower()),
+            run.metrics.get(SELECTED_VALIDATION),
+            max(run.history.get(VALIDATION, ()), default=0),
+            *map(run.params.get, searched),
+            run.run_id,
+        )
+        for run in runs
+    ]
+    chosen = study.parent.tags.get(tags.BEST_RUN) if study.parent else None
+    best = next((run for run in ranked if run.run_id == chosen), None)
+    sentence, metrics = "No trial was chosen yet.", {}
+    if best is not None:
+        metrics = {name: best.metrics[name] for name in (SELECTED_VALIDATION, SELECTED_TEST) if name in best.metrics}
+        tested = f", {percent(metrics[SELECTED_TEST])} on the test set" if SELECTED_TEST in metrics else ""
+        sentence = f"Best: **{best.name}**, {percent(metrics[SELECTED_VALIDATION])} on validation{tested}."
+    return StudyResults(
+        sentence=sentence,
+        table=_best_trials(ranked, searched) if ranked else [],
+        notes=_notes_on_trials(study, bool(ranked)),
+        metrics=metrics,
+        files={"trials.csv": [("trial", "state", "validation accuracy", "epochs", *searched, "run_id"), *rows]},
+    )
+
+
+def _best_trials(ranked: Sequence[RunRecord], searched: Sequence[str]) -> Rows:
+    shown = ranked[:BEST_TRIALS]
+    tested = [run.metrics.get(SELECTED_TEST) for run in shown]
+    return [
+        (f"best {len(shown)} of {len(ranked)}", *(run.name for run in shown)),
+        ("validation accuracy", *(percent(run.metrics[SELECTED_VALIDATION]) for run in shown)),
+        ("test accuracy", *(NONE if accuracy is None else percent(accuracy) for accuracy in tested)),
+        *((name, *(_short(run.params.get(name, "")) for run in shown)) for name in searched),
+    ]
+
+
+def _short(text: str) -> str:
+    return text if math.isnan(number(text)) else f"{number(text):.4g}"
+
+
+def _notes_on_trials(study: TrackedStudy, any_ranked: bool) -> list[str]:
+    """Say how the trials ended, and how often the test set was looked at."""
+    parent, ended = study.parent, [run for run in study.runs if run.status in ("FINISHED", "FAILED")]
+    outcomes = Counter(run.tags.get(tags.OUTCOME, "unknown") for run in ended)
+    words = ", ".join(f"{count} {outcome}" for outcome, count in sorted(outcomes.items()))
+    if not any_ranked:
+        return [f"Trials: {words}."] if words else []
+    if parent is not None and parent.status == "FINISHED" and parent.ended > parent.started:
+        words += f"; {duration((parent.ended - parent.started) / 1000)} from its first start to its end"
+    looks = len(parent.tags.get(tags.LOOKS, "").split(",")) if parent is not None else 1
+    seen = "the best one alone" if looks == 1 else f"{looks}, each the best one when the search had come that far"
+    how = f"Trials are chosen on validation; the test set is looked at by {seen}, after it was chosen."
+    return [f"Trials: {words}.", how]
