@@ -80,7 +80,7 @@ def search(folder: Path, text: str) -> tuple[float, int]:
     load = LoadedData(lambda done, total: None)
     options = StudyOptions(storage=storage, log_model="none")
     with ConsoleReporter() as reporter:
-        plan = make_search(read_study(path), Layer({}, dotted), 0, load, reporter.message)
+        plan = make_search(read_study(path), Layer({}, dotted), 0, load, reporter)
         run_study(plan, open_store(""), options, load, reporter)
     optuna = open_storage(storage).optuna
     (study,) = optuna.get_all_studies()

@@ -137,7 +137,7 @@ def test_runs_that_end_badly_say_so(
         from effv2.training import loop
 
         monkeypatch.setattr(loop, "evaluate", lambda *_: os.kill(os.getpid(), signal.SIGINT))
-        code, status, words = 130, "KILLED", "the same command without --fresh goes on"
+        code, status, words = 130, "KILLED", "the same command without `fresh` resumes"
     result = invoke(ablate, "--study", tiny_study, "--fresh")
     assert result.exit_code == code and words in result.output
     assert {run.info.status for run in all_runs()} == {status}
@@ -228,6 +228,7 @@ def test_one_failing_arm_does_not_cost_the_others(sqlite_store: str, tiny_study:
 def test_a_store_that_fails_for_a_moment_costs_no_run(
     sqlite_store: str, tiny_study: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    from effv2.run import resume
     from effv2.studies import worker
 
     tiny_study.write_text(f"{tiny_study.read_text()}retries: 0\n")
@@ -238,7 +239,7 @@ def test_a_store_that_fails_for_a_moment_costs_no_run(
             raise failure
         return run_experiment(*args, **kwargs)
 
-    monkeypatch.setattr(worker, "run_experiment", interrupted)
+    monkeypatch.setattr(resume, "run_experiment", interrupted)
     monkeypatch.setattr(worker, "WAIT_SECONDS", 0.1)
     assert invoke(ablate, "--study", tiny_study, "--log-model", "none").exit_code == 0
 
@@ -394,7 +395,7 @@ def test_faults_in_data_are_found_before_a_run_is_created(sqlite_store: str, tmp
 
 STUDY_ERRORS = {
     "arms: {a: {model: {variant: drop_one, table: F 1 3 1 8 8 1}}}": r"line 2: .*needs a name of its own",
-    "description: a": r"has no arms to compare; use `train`",
+    "description: a": r"has no arms to compare; use the command train",
     "seeds: [0, 0]\narms: {a: {}}": r"line 2: seeds.*the same seed stands twice",
     "arms: {'a[/x]': {}}": r"line 2: arms.*letters, digits",
     "arms: {a: &a {model: *a}}": r"contains itself",

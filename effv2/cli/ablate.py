@@ -16,7 +16,7 @@ from effv2.cli.options import SHARED, config_options, reports_errors, seeds_opti
     default="all",
     metavar="NAME",
     help="The arm to train beside its baseline, or all: mbconv_only, fused_only, half_layers, drop_one, "
-    "or what the study file names.  [default: all]",
+    "another variant that has a name, or what the study file names.  [default: all]",
 )
 @study_option
 @seeds_option
@@ -35,8 +35,8 @@ def ablate(variant: str, study: str, seeds: str, **options: Any) -> None:
 
     how = take_study_options(options, "all")
     layer, wanted = option_layer(options, SHARED), parse_seeds(seeds)
-    chosen = open_study(study) if study else built_in_ablation()
-    names = chosen.select(variant or "all", "variant")
+    chosen = open_study(study) if study else built_in_ablation(variant or "all")
+    names = chosen.select(variant or "all")
 
     from effv2.cli.run import run_and_show
     from effv2.studies.grid import make_grid

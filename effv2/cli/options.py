@@ -16,7 +16,7 @@ import click
 
 from effv2.config.options import DEFAULT_STORAGE, LogModel, StudyOptions
 from effv2.config.schema import Group, TrainConfig, field_of
-from effv2.core.errors import InputError, RunError, Terminated, going_on
+from effv2.core.errors import InputError, RunError, Terminated, same_command
 from effv2.core.signals import ending_signals
 from effv2.execution.allocator import tune_allocator
 from effv2.training.saving import Saving
@@ -231,27 +231,27 @@ def parse_seeds(text: str) -> tuple[int, ...]:
     return tuple(map(int, words))
 
 
-GOES_ON = "runs that had begun end KILLED, and the same command goes on with them."
-
-
 def reports_errors(command: Command) -> Command:
     """Turn our errors and signals into one sentence and their exit code: 2, 1, 130 or 143."""
 
     @wraps(command)
     def wrapped(*args: Any, **kwargs: Any) -> Any:
         tune_allocator()  # before torch is imported
+        fresh = kwargs.get("fresh") == "true"
+        ended = f"runs that had begun end KILLED, and {same_command(fresh)} resumes them."
         with ending_signals():
             try:
                 return command(*args, **kwargs)
             except InputError as error:
-                message, code = f"Error: {error}", 2
+                option = "--" if error.problem and error.what in kwargs else ""
+                message, code = f"Error: {option}{str(error).replace('weights_dir', 'weights-dir', 1)}", 2
             except RunError as error:
-                message, code = f"Error: {error}", 1
+                message, code = f"Error: {error.sentences(fresh)}", 1
             except KeyboardInterrupt:
-                message, code = f"Interrupted; {GOES_ON}", 130
+                message, code = f"Interrupted; {ended}", 130
             except Terminated:
-                message, code = f"Terminated; {GOES_ON}", 143
-            click.echo(going_on(message, kwargs.get("fresh") == "true").replace("\n", " "), err=True)
+                message, code = f"Terminated; {ended}", 143
+            click.echo(message.replace("\n", " "), err=True)
             sys.exit(code)
 
     return wrapped  # type: ignore[return-value]

@@ -18,14 +18,18 @@ SHOWN_FAILURES = 5
 
 
 def run_and_show(make: Callable[..., Plan], options: StudyOptions) -> None:
-    """Make the plan (`make` is given `load` and `message`), run it, print its table and where to look."""
+    """Make the plan (`make` is given `load` and `reporter`), run it, print its results and where to look."""
     with ConsoleReporter() as reporter:
         load = LoadedData(reporter.decoding)
-        plan = make(load=load, message=reporter.hint)
-        ending = run_study(plan, open_experiment(options.experiment, reporter.message), options, load, reporter)
-    print_table(ending.table)
-    click.echo(run_address(ending.parent.run_id, ending.parent.experiment_id))
-    if ending.failed:
-        said = [f"{slot}: {error}" for slot, error in ending.failed.items()]
+        plan = make(load=load, reporter=reporter)
+        end = run_study(plan, open_experiment(options.experiment, reporter.message), options, load, reporter)
+    print_table(end.results.table)
+    if end.results.sentence:
+        click.echo(end.results.sentence)
+    for name, address in end.models.items():
+        click.echo(f"model of {name}: {address}")
+    click.echo(run_address(end.parent.run_id, end.parent.experiment_id))
+    if end.failed:
+        said = [f"{name}: {error}" for name, error in end.failed.items()]
         more = [f"And {len(said) - SHOWN_FAILURES} more."] if len(said) > SHOWN_FAILURES else []
-        raise RunError(f"{len(said)} of {len(plan.slots)} runs failed. {' '.join(said[:SHOWN_FAILURES] + more)}")
+        raise RunError(f"{len(said)} of {len(plan.trials)} runs failed. {' '.join(said[:SHOWN_FAILURES] + more)}")

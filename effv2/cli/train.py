@@ -46,8 +46,8 @@ def train(study: str, fresh: str, log_model: str, experiment: str, **options: st
     from effv2.core.errors import RunError
     from effv2.data.dataset import load_dataset
     from effv2.execution.resolve import place, resolve
-    from effv2.run.alone import train_once
     from effv2.run.labels import Labels
+    from effv2.run.resume import Task, attempt
     from effv2.run.run import check
     from effv2.tracking.recovery import open_experiment
     from effv2.tracking.run import run_address
@@ -61,11 +61,9 @@ def train(study: str, fresh: str, log_model: str, experiment: str, **options: st
         config = resolve(config, reporter.hint)
         try:
             labels = Labels(name, open_experiment(experiment, reporter.message), file.name if file else "")
-            ended = train_once(config, dataset, labels, reporter, which != "none", saving=saving, fresh=over)
+            ended = attempt(config, dataset, Task(labels, reporter, which != "none", saving, over))
         except TrackingError as error:
-            raise RunError(
-                f"The tracking store failed ({reason(error)}); mend it and give the same command again."
-            ) from error
+            raise RunError(f"The tracking store failed ({reason(error)}); mend it.", resumes=True) from error
     if ended.was_finished:
         without = ", but without a model" if which != "none" and not ended.model_address else ""
         click.echo(f"Finished before, with the same configuration, data and code{without}; --fresh repeats it.")

@@ -44,7 +44,8 @@ def _keys_at(model: type[BaseModel], place: Place) -> list[str]:
         inner = [each for one in owners if step in one.model_fields for each in _models_in(one, str(step))]
         of_kind = [one for one in owners if step in _kinds(one)]
         owners = inner or of_kind or owners
-    return list(dict.fromkeys(name for owner in owners for name in owner.model_fields))
+    named = (field.alias or name for owner in owners for name, field in owner.model_fields.items())
+    return list(dict.fromkeys(named))
 
 
 def _models_in(owner: type[BaseModel], field: str) -> list[type[BaseModel]]:

@@ -13,6 +13,17 @@ SHORT_EPOCHS = 3  # of a run of hparam-check and search without a study file
 
 
 @dataclass(frozen=True)
+class StudyInfo:
+    """How a study is named and described, how often failed runs are retried, which arm the others are compared with."""
+
+    kind: str
+    name: str
+    description: str = ""
+    retries: int = 0
+    baseline: str = ""
+
+
+@dataclass(frozen=True)
 class StudyOptions:
     """Where the queue is, how many processes share it here, whether to start over, what is logged where.
 

@@ -22,14 +22,25 @@ class InputError(Exception):
 
 
 class RunError(Exception):
-    """A fault while running (a loss that is no number, memory that is full). Exit code 1."""
+    """A fault while running (a loss that is no number, memory that is full). Exit code 1.
+
+    `resumes` says that the same command resumes the work once the fault is mended.
+    """
+
+    def __init__(self, problem: str, *, resumes: bool = False) -> None:
+        self.problem, self.resumes = problem, resumes
+        super().__init__(self.sentences(fresh=False))
+
+    def sentences(self, fresh: bool) -> str:
+        """Return the problem, and how to resume what was begun, `fresh` or not."""
+        return f"{self.problem} Then {same_command(fresh)} resumes." if self.resumes else self.problem
 
 
 class Diverged(RunError):
     """A loss that is no finite number: another attempt would end alike."""
 
 
-class Abandoned(BaseException):
+class LeaseLost(BaseException):
     """The work was given to another process, since this one didn't answer for too long."""
 
 
@@ -37,9 +48,9 @@ class Terminated(BaseException):
     """SIGTERM arrived. Like KeyboardInterrupt not an Exception, so that nothing swallows it. Exit code 143."""
 
 
-def going_on(text: str, fresh: bool) -> str:
-    """Say rightly how to go on with what was begun with --fresh, which would begin anew once more."""
-    return text.replace("same command", "same command without --fresh") if fresh else text
+def same_command(fresh: bool) -> str:
+    """Name the command that resumes what was begun; `fresh` again would begin it anew once more."""
+    return "the same command without `fresh`" if fresh else "the same command"
 
 
 def close_names(name: str, names: Sequence[str]) -> str:

@@ -19,19 +19,16 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 
 @contextmanager
-def what_ran_out() -> Iterator[None]:
-    """Raise RunError where memory or disk run out inside."""
+def what_ran_out(settings: str = "--batch-size or --image-size") -> Iterator[None]:
+    """Raise RunError where memory or disk run out inside; `settings` are those that say how much memory is needed."""
     try:
         yield
     except (RuntimeError, MemoryError, OSError) as error:
         if is_out_of_memory(error):
-            raise RunError("The device's memory is full; lower --batch-size or --image-size.") from error
+            raise RunError(f"The device's memory is full; lower {settings}.") from error
         # torch's writer makes a RuntimeError of a disk that is full.
         cause = error if isinstance(error, OSError) else error.__context__
         if not isinstance(cause, OSError) or cause.errno not in (errno.ENOSPC, errno.EDQUOT):
             raise
         where = f" at {cause.filename}" if cause.filename else ""
-        raise RunError(
-            f"The disk is full{where}; free space and give the same command again, which goes on from the last "
-            "checkpoint."
-        ) from error
+        raise RunError(f"The disk is full{where}; free space.", resumes=True) from error

@@ -4,23 +4,92 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 from effv2.core.errors import InputError, RunError
 from effv2.core.reporter import Reporter
 from effv2.evidence.claims import Claims, read_claims
+from effv2.evidence.comparison import Comparison, Rows, markdown_table
 from effv2.evidence.quantities import HISTORIES
 from effv2.evidence.report import HTML, Report, make_report
+from effv2.evidence.run_artifacts import write_csv
 from effv2.evidence.sources import EXPORTED, Evidence, export, joined, remove_export, tracked
 from effv2.evidence.study import studies_of
-from effv2.tracking.read import read_experiment
+from effv2.tracking.read import RunRecord, read_experiment, read_runs
 from effv2.tracking.recovery import open_experiment
 from effv2.tracking.run import TrackedRun, open_report_run, run_address, working_on
 from effv2.tracking.store import TrackingError, reason
-from effv2.tracking.tags import BORROWED, as_tags, lent
+from effv2.tracking.tags import BORROWED, OUTCOME, PLANNED, as_tags, lent, names_in
 from effv2.tracking.views import artifact_link, describe_experiment, save_views, view_links
 
 DATA = "data"  # folder of an export
+SHOWN_TRIALS = 5
+
+
+@dataclass(frozen=True)
+class StudyResults:
+    """What a study found: a table with its titles first, a sentence, the names of its arms or networks in order."""
+
+    table: Rows
+    sentence: str = ""
+    order: Sequence[str] = ()
+
+
+def study_results(parent: TrackedRun, used: Mapping[str, str]) -> StudyResults:
+    """Return the results of a study whose finished runs are `used`, by trial."""
+    return _results(parent, used, None)
+
+
+def publish_study(parent: TrackedRun, used: Mapping[str, str]) -> StudyResults:
+    """Log the results of a study, and a report on it, to its run; return them."""
+    with tempfile.TemporaryDirectory() as folder:
+        results = _results(parent, used, Path(folder))
+        parent.log_folder(Path(folder))
+    report_on_study(parent, used)
+    return results
+
+
+def _results(parent: TrackedRun, used: Mapping[str, str], folder: Path | None) -> StudyResults:
+    (own,) = read_runs([parent.run_id], [])
+    runs = dict(zip(used, read_runs(used.values(), HISTORIES), strict=True))
+    head = f"{where_to_look(parent)}\n\n{own.params.get('study.description', '')}\n\n"
+    if own.params["study.kind"] == "search":
+        every = [run for run in read_experiment(parent.experiment_id, (), parent.run_id) if run.run_id != parent.run_id]
+        trials = {run.run_id: (name, run) for name, run in runs.items()}
+        trials = {run.run_id: (run.name, run) for run in every} | trials
+        rows: Rows = [("trial", "state", "validation accuracy", "epochs", "run_id")]
+        for name, run in sorted(trials.values(), key=lambda each: -each[1].metrics.get("selected/val_accuracy", 0)):
+            accuracy, epochs = run.metrics.get("selected/val_accuracy"), TrackedRun(run.run_id, "").steps("train/loss")
+            rows.append((name, run.tags.get(OUTCOME, ""), str(accuracy), str(max(epochs, default=0)), run.run_id))
+        if folder is not None:
+            write_csv(folder / "trials.csv", rows[0], rows[1:])
+            parent.describe(head + markdown_table(rows[: SHOWN_TRIALS + 1]))
+        return StudyResults(rows[: SHOWN_TRIALS + 1])
+    if own.params["study.kind"] == "evaluate-pretrained":
+        from effv2.pretrained.imagenet import Origin
+        from effv2.pretrained.ranking import Evaluated, Ranking, right_answers
+
+        if not runs:
+            return StudyResults([("network",)])
+        networks = {name: Evaluated(run, right_answers(run)) for name, run in runs.items()}
+        first = next(iter(runs.values())).params
+        ranking = Ranking(networks, first["evaluation.ranked_on"], Origin(first["evaluation.ranked_origin"]))
+        if folder is not None:
+            ranking.write(folder)
+            parent.log_metrics(ranking.metrics())
+            parent.describe(head + ranking.markdown())
+        return StudyResults(ranking.summary(), ranking.sentence(), ranking.order)
+    arms: dict[str, list[RunRecord]] = {}
+    place = {name: index for index, name in enumerate(names_in(own.tags, PLANNED))}
+    for name in sorted(runs, key=lambda name: place[name]):
+        arms.setdefault(name.rpartition(", seed ")[0], []).append(runs[name])
+    comparison = Comparison(arms)
+    if folder is not None and arms:
+        comparison.write(folder, own.name)
+        parent.log_metrics(comparison.metrics())
+        parent.describe(f"{comparison.sentence()}\n\n{head}{comparison.markdown()}")
+    return StudyResults(comparison.lines())
 
 
 def log_report(report: Report, run: TrackedRun) -> None:

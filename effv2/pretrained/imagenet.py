@@ -59,12 +59,11 @@ def outputs_of(folders: Sequence[str], location: str) -> Labels:
     for folder, name in zip(folders, names, strict=True):
         if name not in known:
             hint = f" (did you mean {near}?)" if (near := close_names(name, class_names())) else ""
-            raise InputError(
-                f"--data-dir {location}: the folder {folder!r} is no class of ImageNet{hint}; name every class folder "
-                "by its WordNet id, as n01440764, or by torchvision's name of the class, as tench."
-            )
+            problem = f"the folder {folder!r} is no class of ImageNet{hint}"
+            remedy = "name every class folder by its WordNet id, as n01440764, or by torchvision's name, as tench"
+            raise InputError("data.dir", location, problem, remedy)
     found = [known[name] for name in names]
     twice = [folder for folder, output in zip(folders, found, strict=True) if found.count(output) > 1]
     if twice:
-        raise InputError(f"--data-dir {location}: {' and '.join(twice)} are the same class of ImageNet; merge them.")
+        raise InputError("data.dir", location, f"{' and '.join(twice)} are the same class of ImageNet", "merge them")
     return np.array(found, dtype=np.int64)

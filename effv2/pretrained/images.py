@@ -62,17 +62,17 @@ class EvaluationImages:
         return {TEST: tests} | others
 
     @property
-    def basis(self) -> str:
+    def ranked_on(self) -> str:
         """Return the set that rankings rest on: images that the weights were not fitted to, as far as is known.
 
         Those of ImageNet's validation set, unless more test images are of unknown origin.
         """
-        wanted = self.basis_origin.value
+        wanted = self.ranked_origin.value
         return wanted if wanted in self.sets else TEST
 
     @property
-    def basis_origin(self) -> Origin:
-        """Return where the images of the basis come from; unknown if that holds for any of them."""
+    def ranked_origin(self) -> Origin:
+        """Return where those images come from; unknown if that holds for any of them."""
         unseen, unknown = self.origins.count(Origin.UNSEEN), self.origins[: self.tests].count(Origin.UNKNOWN)
         if not unseen and not unknown:
             return Origin.SEEN

@@ -78,7 +78,8 @@ def all_logits(network: Network, pixels: Tensor, batch: int, advance: Advance) -
         advance(len(part))
     everything = torch.cat(logits)
     if not everything.isfinite().all():
-        raise RunError("its outputs are not all finite numbers; the weights are damaged, or need --precision fp32")
+        problem = "The outputs are not all finite numbers"
+        raise RunError(f"{problem}; the weights are damaged, or need execution.precision fp32.")
     return everything, statistics.median(rates[1:] or rates)
 
 

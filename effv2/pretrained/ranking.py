@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import csv
+import tempfile
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
@@ -14,14 +16,15 @@ from effv2.evidence.comparison import Rows, markdown_table
 from effv2.evidence.figures import CostPoint, accuracy_against_cost
 from effv2.evidence.run_artifacts import write_csv
 from effv2.evidence.statistics import LEVEL, Paired, holm, mcnemar, p_text, wilson
+from effv2.pretrained.evaluation import FULL_BATCH, ONE_IMAGE
 from effv2.pretrained.imagenet import Origin
 from effv2.pretrained.images import TEST
 from effv2.tracking.read import RunRecord
+from effv2.tracking.run import TrackedRun
 
 PAIRS_WITH_P = 6  # with more pairs the p-values stand in pairs.csv alone
 FEW_IMAGES = 100
 FIGURES = ("top1_accuracy", "top1_present", "top5_accuracy", "loss", "ece")
-ONE_IMAGE, FULL_BATCH = "inference/single_image_seconds", "inference/batch_128_seconds"
 IMAGES = {
     Origin.UNSEEN: "images of ImageNet's validation set, to which published weights were not fitted",
     Origin.SEEN: "images of ImageNet's training set",
@@ -41,6 +44,18 @@ class Evaluated:
 
     record: RunRecord
     right: np.ndarray
+
+
+def right_answers(record: RunRecord) -> np.ndarray:
+    """Return which images of the basis a run predicted right, in the order of their names."""
+    basis = record.params["evaluation.ranked_on"]
+    with tempfile.TemporaryDirectory() as folder:
+        name = "predictions.csv" if basis == TEST else f"{basis}/predictions.csv"
+        path = TrackedRun(record.run_id, "").fetch(name, Path(folder))
+        assert path is not None  # noqa: S101
+        with path.open(newline="", encoding="utf-8") as file:
+            rows = sorted(csv.DictReader(file), key=lambda row: row["id"])
+    return np.array([row["true"] == row["predicted"] for row in rows])
 
 
 @dataclass(frozen=True)

@@ -2,31 +2,25 @@
 
 from __future__ import annotations
 
-import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from pathlib import Path
 from typing import Any
 
 import optuna
 
 from effv2.config.layers import Layer
-from effv2.config.options import LogModel
+from effv2.config.options import LogModel, StudyInfo
 from effv2.config.schema import TrainConfig
 from effv2.core import provenance
 from effv2.core.errors import InputError
-from effv2.core.reporter import Message
-from effv2.evidence.comparison import Comparison, Rows
-from effv2.evidence.publication import where_to_look
-from effv2.evidence.quantities import HISTORIES
+from effv2.core.reporter import Reporter
 from effv2.execution.resolve import place, resolve_study
-from effv2.run.outcome import restore
+from effv2.run.resume import Attempt, Task, attempt
 from effv2.run.run import check
 from effv2.studies.files import Study
-from effv2.studies.plan import LoadData, PlannedRun, Purpose, Trials, best_of, discard_weights, run_ids
-from effv2.studies.queue import RUN
-from effv2.tracking.read import read_runs
+from effv2.studies.plan import LoadData, best_of, discard_weights, finish_best
+from effv2.studies.queue import RUN, Params, Trials
 from effv2.tracking.run import TrackedRun
 
 
@@ -34,15 +28,15 @@ from effv2.tracking.run import TrackedRun
 class Grid:
     """The resolved arms of a study, all of them, and the (arm, seed) pairs that are wanted now."""
 
-    purpose: Purpose
+    info: StudyInfo
     arms: Mapping[str, TrainConfig]
     data: Mapping[str, str]
     wanted: Sequence[tuple[str, int]]
-    samples: bool = False
+    sampling: None = None
 
     @cached_property
-    def slots(self) -> dict[str, dict[str, Any]]:
-        """Return a slot for each wanted pair."""
+    def trials(self) -> dict[str, Params]:
+        """Return a trial for each wanted pair."""
         return {f"{arm}, seed {seed}": {"arm": arm, "seed": seed} for arm, seed in self.wanted}
 
     @property
@@ -57,54 +51,28 @@ class Grid:
             del flat["random.seed"]
         return {"arms": arms, "data": dict(self.data), "code": provenance.code_version()}
 
-    def sampler(self, number: int) -> optuna.samplers.BaseSampler:
-        """Return one that never has to choose: all parameters are fixed."""
-        return optuna.samplers.RandomSampler(seed=number)
-
-    def pruner(self) -> optuna.pruners.BasePruner:
-        """Return one that never prunes."""
-        return optuna.pruners.NopPruner()
-
-    def run_of(self, slot: str, trial: optuna.Trial) -> PlannedRun:
-        """Return the run of the trial's arm and seed."""
+    def suggest(self, trial: optuna.Trial) -> Params:
+        """Return the trial's arm and seed."""
         arm = trial.suggest_categorical("arm", sorted(self.arms))  # one order, whatever that of the study file
-        seed = trial.suggest_int("seed", 0, 2**32 - 1)
-        return PlannedRun(slot, arm, self.arms[arm].with_seed(seed))
+        return {"arm": arm, "seed": trial.suggest_int("seed", 0, 2**32 - 1)}
 
-    def comparison(self, trials: Trials) -> Comparison:
-        """Compare all finished runs of the study, in the order of its arms."""
-        finished = {slot: trials[slot].params for slot in run_ids(trials)}
-        order = sorted(finished, key=lambda slot: finished[slot]["seed"])
-        records = dict(zip(order, read_runs((run_ids(trials)[slot] for slot in order), HISTORIES), strict=True))
-        by_arm = {arm: [records[slot] for slot in order if finished[slot]["arm"] == arm] for arm in self.arms}
-        return Comparison({arm: runs for arm, runs in by_arm.items() if runs})
+    def execute(self, task: Task, params: Params, load: LoadData) -> Attempt:
+        """Train the arm with the seed."""
+        config = self._configuration(params)
+        return attempt(config, load(config.data), task)
 
-    def table(self, trials: Trials) -> Rows:
-        """Return the comparison, a line a figure and a column an arm."""
-        return self.comparison(trials).lines()
-
-    def publish(self, trials: Trials, parent: TrackedRun, log_model: LogModel, load: LoadData) -> None:
-        """Log the comparison on the parent, and the best run's model where it is wanted."""
-        if log_model == "best":
-            self._log_best_model(trials, parent, load)
-        comparison = self.comparison(trials)
-        if not comparison.arms:
-            return
-        with tempfile.TemporaryDirectory() as folder:
-            comparison.write(Path(folder), self.purpose.name)
-            parent.log_folder(Path(folder))
-        parent.log_metrics(comparison.metrics())
-        words = (comparison.sentence(), where_to_look(parent), self.purpose.description, comparison.markdown())
-        parent.describe("\n\n".join(words))
-
-    def _log_best_model(self, trials: Trials, parent: TrackedRun, load: LoadData) -> None:
-        best = best_of(trials)
-        if best is not None:
-            config = self.arms[best.params["arm"]].with_seed(best.params["seed"])
-            run = TrackedRun(best.user_attrs[RUN], parent.experiment_id)
-            if not run.model_address():
-                restore(run, config, load(config.data)).log_model()
+    def conclude(self, trials: Trials, parent: TrackedRun, log_model: LogModel, load: LoadData) -> dict[str, str]:
+        """Log the best run's model where it alone is wanted."""
+        best = best_of(trials) if log_model == "best" else None
+        if best is None:
+            return {}
+        run = TrackedRun(best.user_attrs[RUN], parent.experiment_id)
+        models = finish_best(best, run, self._configuration(best.params), load, model=True)
         discard_weights(trials, parent)
+        return models
+
+    def _configuration(self, params: Params) -> TrainConfig:
+        return self.arms[params["arm"]].with_seed(params["seed"])
 
 
 def make_grid(
@@ -115,7 +83,7 @@ def make_grid(
     *,
     seeds: Sequence[int],
     load: LoadData,
-    message: Message,
+    reporter: Reporter,
 ) -> Grid:
     """Load every data set and check it, so that nothing wrong is found half-way, then resolve `auto`.
 
@@ -125,9 +93,10 @@ def make_grid(
     for config in asked:
         check(config, load(config.data))
     if len({config.evaluation.test_set for config in asked}) > 1:
-        raise InputError("evaluation.test_set: true in some arms and false in others; give all arms the same.")
-    arms = dict(zip(study.arms, resolve_study(asked, message), strict=True))
+        problem = "true in some arms and false in others"
+        raise InputError("evaluation.test_set", "", problem, "give all arms the same")
+    arms = dict(zip(study.arms, resolve_study(asked, reporter.hint), strict=True))
     data = {name: load(config.data).digest() for name, config in arms.items()}
     every = seeds or study.seeds
     wanted = [(arm, seed) for seed in every for arm in chosen] or [(arm, arms[arm].random.seed) for arm in chosen]
-    return Grid(Purpose(kind, study.name, study.description, study.retries, study.baseline), arms, data, wanted)
+    return Grid(StudyInfo(kind, study.name, study.description, study.retries, study.baseline), arms, data, wanted)

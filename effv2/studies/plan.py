@@ -1,71 +1,30 @@
-"""What a study is to the engine that runs it: slots, the configuration of each, and what its end says."""
+"""What a study is to the engine that runs it: trials, how each is worked on, and what is computed once at the end."""
 
 from __future__ import annotations
 
-import hashlib
-import json
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 from typing import Any, Protocol
 
 import optuna
 from optuna.trial import FrozenTrial, TrialState
 
-from effv2.config.options import LogModel
+from effv2.config.options import LogModel, StudyInfo
 from effv2.config.schema import DataConfig, TrainConfig
+from effv2.core.reporter import StudyProgress
 from effv2.data.cache import Progress
 from effv2.data.dataset import Dataset, load_dataset
-from effv2.evidence.comparison import Rows
-from effv2.run.outcome import WEIGHTS
-from effv2.studies.queue import RUN
+from effv2.run.outcome import WEIGHTS, restore, score_on_test
+from effv2.run.resume import Attempt, Task
+from effv2.studies.queue import ERROR, NAME, RUN, Params, Trials
 from effv2.tracking.read import read_runs
 from effv2.tracking.run import TrackedRun
 
-Trials = Mapping[str, FrozenTrial]  # by slot
+VALIDATION, TEST = "selected/val_accuracy", "selected/test_accuracy"
 LoadData = Callable[[DataConfig], Dataset]
 
 
-@dataclass(frozen=True)
-class PlannedRun:
-    """A training run of a study: its name, its arm where it has one, its configuration."""
-
-    name: str
-    arm: str
-    config: TrainConfig
-
-
-@dataclass(frozen=True)
-class Purpose:
-    """How a study is named and described, how often failed runs are tried again, what arms are held against."""
-
-    kind: str
-    name: str
-    description: str
-    retries: int
-    baseline: str = ""
-
-
-class Plan(Protocol):
-    """A fixed grid or a search. Plans travel to worker processes, so they hold plain data alone."""
-
-    @property
-    def purpose(self) -> Purpose:
-        """Return name and description."""
-
-    @property
-    def slots(self) -> Mapping[str, Mapping[str, Any]]:
-        """Return the wanted slots with their fixed parameters, none where a sampler chooses them."""
-
-    @property
-    def epochs(self) -> int:
-        """Return the epochs of a run at most."""
-
-    @property
-    def samples(self) -> bool:
-        """Say whether a sampler chooses the parameters, and a pruner stops runs."""
-
-    def definition(self) -> dict[str, Any]:
-        """Return, as plain values, what makes this study this study: another definition is another study."""
+class Sampling(Protocol):
+    """How a search chooses the parameters of a trial, and ends poor ones early."""
 
     def sampler(self, number: int) -> optuna.samplers.BaseSampler:
         """Return the sampler of a trial."""
@@ -73,19 +32,37 @@ class Plan(Protocol):
     def pruner(self) -> optuna.pruners.BasePruner:
         """Return the pruner of all trials."""
 
-    def run_of(self, slot: str, trial: optuna.Trial) -> PlannedRun:
-        """Return the run of a claimed trial, its parameters suggested."""
 
-    def table(self, trials: Trials) -> Rows:
-        """Return the table that ends the study, titles first; empty where nothing was finished."""
+class Plan(Protocol):
+    """A fixed grid, a search, or published weights. Plans travel to worker processes, so they hold plain data alone."""
 
-    def publish(self, trials: Trials, parent: TrackedRun, log_model: LogModel, load: LoadData) -> None:
-        """Write table, figures and the best model to MLflow. May be repeated."""
+    @property
+    def info(self) -> StudyInfo:
+        """Return name and description."""
 
+    @property
+    def trials(self) -> Mapping[str, Params]:
+        """Return the wanted trials by name with their fixed parameters, none where a sampler chooses them."""
 
-def digest(definition: Mapping[str, Any]) -> str:
-    """Hash a definition to 12 hexadecimal digits."""
-    return hashlib.sha256(json.dumps(definition, sort_keys=True).encode()).hexdigest()[:12]
+    @property
+    def epochs(self) -> int:
+        """Return the epochs of a trial at most."""
+
+    @property
+    def sampling(self) -> Sampling | None:
+        """Return how parameters are chosen, None where all are fixed."""
+
+    def definition(self) -> dict[str, Any]:
+        """Return, as plain values, what makes this study this study: another definition is another study."""
+
+    def suggest(self, trial: optuna.Trial) -> Params:
+        """Return the parameters of a leased trial."""
+
+    def execute(self, task: Task, params: Params, load: LoadData) -> Attempt:
+        """Work on a trial, in a run named as it. It may be finished before, or interrupted."""
+
+    def conclude(self, trials: Trials, parent: TrackedRun, log_model: LogModel, load: LoadData) -> Mapping[str, str]:
+        """Compute what needs all trials, once; return addresses of models logged now, by trial. May be repeated."""
 
 
 def best_of(trials: Trials) -> FrozenTrial | None:
@@ -95,8 +72,25 @@ def best_of(trials: Trials) -> FrozenTrial | None:
 
 
 def run_ids(trials: Trials) -> dict[str, str]:
-    """Return the runs of the complete trials by slot."""
-    return {slot: trial.user_attrs[RUN] for slot, trial in trials.items() if trial.state == TrialState.COMPLETE}
+    """Return the runs of the complete trials by name."""
+    return {name: trial.user_attrs[RUN] for name, trial in trials.items() if trial.state == TrialState.COMPLETE}
+
+
+def finish_best(
+    best: FrozenTrial, run: TrackedRun, config: TrainConfig, load: LoadData, *, model: bool, test: bool = False
+) -> dict[str, str]:
+    """Log the model of a study's best run, and its accuracy on the test set, where they are wanted and missing.
+
+    Return the address of the model that was logged, by the trial's name.
+    """
+    model, test = model and not run.model_address(), test and TEST not in run.metrics()
+    if model or test:
+        outcome = restore(run, config, load(config.data))
+        if test:
+            score_on_test(outcome)
+        if model:
+            outcome.log_model()
+    return {best.user_attrs[NAME]: run.model_address()} if model else {}
 
 
 def discard_weights(trials: Trials, parent: TrackedRun) -> None:
@@ -104,6 +98,32 @@ def discard_weights(trials: Trials, parent: TrackedRun) -> None:
     for record in read_runs(run_ids(trials).values(), []):
         if record.parent == parent.run_id:
             TrackedRun(record.run_id, parent.experiment_id).discard(WEIGHTS)
+
+
+def progress_of(plan: Plan, trials: Trials) -> StudyProgress:
+    """Sum up the wanted trials."""
+    wanted = {name: trial for name, trial in trials.items() if name in plan.trials}
+    count = {state: sum(trial.state == state for trial in wanted.values()) for state in TrialState}
+    epochs = (max(t.intermediate_values, default=0) for t in wanted.values() if t.state == TrialState.RUNNING)
+    finished = {name: trial for name, trial in wanted.items() if trial.state.is_finished()}
+    best = best_of(wanted)
+    order = sorted(finished, key=lambda name: str(finished[name].datetime_complete))
+    return StudyProgress(
+        total=len(plan.trials),
+        pruned=count[TrialState.PRUNED],
+        failed=count[TrialState.FAIL],
+        running=count[TrialState.RUNNING],
+        done=len(finished) + sum(min(1.0, each / plan.epochs) for each in epochs),
+        best=(next(name for name in wanted if wanted[name] is best), best.value or 0.0) if best else None,
+        ended={name: _ending(finished[name]) for name in order},
+    )
+
+
+def _ending(trial: FrozenTrial) -> str:
+    if trial.state == TrialState.FAIL:
+        return f"failed: {trial.user_attrs.get(ERROR, 'no reason known')}"
+    word = "pruned at" if trial.state == TrialState.PRUNED else "reached"
+    return f"{word} {trial.value or 0.0:.2%}"
 
 
 class LoadedData:

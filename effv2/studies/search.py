@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import tempfile
 import warnings
 from collections.abc import Callable, Mapping
@@ -18,28 +17,23 @@ from optuna.visualization import matplotlib as plots
 
 from effv2.config.documents import dotted
 from effv2.config.layers import Layer, build_config
-from effv2.config.options import LogModel
+from effv2.config.options import LogModel, StudyInfo
 from effv2.config.schema import TrainConfig, field_of
 from effv2.core import provenance
 from effv2.core.errors import InputError
 from effv2.core.randomness import stream_seed
-from effv2.core.reporter import Message
-from effv2.evidence.comparison import Rows, markdown_table
-from effv2.evidence.publication import where_to_look
-from effv2.evidence.run_artifacts import write_csv
+from effv2.core.reporter import Reporter
 from effv2.execution.resolve import place, resolve
-from effv2.run.outcome import restore, score_on_test
 from effv2.run.records import study_text
+from effv2.run.resume import Attempt, Task, attempt
 from effv2.run.run import check
 from effv2.studies.files import SearchFile, Study
-from effv2.studies.plan import LoadData, PlannedRun, Purpose, Trials, best_of, discard_weights
-from effv2.studies.queue import RUN
+from effv2.studies.plan import TEST, VALIDATION, LoadData, best_of, discard_weights, finish_best
+from effv2.studies.queue import RUN, Params, Trials
 from effv2.tracking.run import TrackedRun
 from effv2.tracking.tags import BEST_RUN, LOOKS
 
 RANDOM_TRIALS = 10  # before TPE has anything to go by
-SHOWN_TRIALS = 5
-VALIDATION, TEST = "selected/val_accuracy", "selected/test_accuracy"
 FIGURES: dict[str, Callable[[optuna.Study], Any]] = {
     "importance": plots.plot_param_importances,
     "history": plots.plot_optimization_history,
@@ -52,15 +46,14 @@ FIGURES: dict[str, Callable[[optuna.Study], Any]] = {
 class Search:
     """A resolved base configuration and the ranges that are searched around it."""
 
-    purpose: Purpose
+    info: StudyInfo
     base: TrainConfig
     search: SearchFile
     data: str
-    samples: bool = True
 
     @cached_property
-    def slots(self) -> dict[str, dict[str, Any]]:
-        """Return a slot a trial: the base's own values first, which the search is to beat, then free ones."""
+    def trials(self) -> dict[str, Params]:
+        """Return the trials: the base's own values first, which the search is to beat, then free ones."""
         own = {name: self.base.flat()[name] for name in self.search.space}
         inside = all(limits.low <= own[name] <= limits.high for name, limits in self.search.space.items())
         return {f"trial {number}": own if inside and not number else {} for number in range(self.search.trials)}
@@ -71,13 +64,17 @@ class Search:
         return self.base.schedule.epochs
 
     @property
-    def min_epochs(self) -> int:
-        """Return how many epochs each trial is given before it may be pruned."""
+    def sampling(self) -> Search:
+        """Return what chooses the parameters: the search itself."""
+        return self
+
+    @property
+    def _min_epochs(self) -> int:
         return self.search.min_epochs or max(1, self.epochs // 4)
 
     def definition(self) -> dict[str, Any]:
         """Return all but the number of trials, so that a search may grow."""
-        search = self.search.model_dump(exclude={"trials"}) | {"min_epochs": self.min_epochs}
+        search = self.search.model_dump(exclude={"trials"}) | {"min_epochs": self._min_epochs}
         return {"base": self.base.identity(), **search, "data": self.data, "code": provenance.code_version()}
 
     def sampler(self, number: int) -> optuna.samplers.BaseSampler:
@@ -93,9 +90,9 @@ class Search:
         """Return asynchronous successive halving (Li et al. 2020)."""
         if not self.search.prune:
             return optuna.pruners.NopPruner()
-        return optuna.pruners.SuccessiveHalvingPruner(min_resource=self.min_epochs, reduction_factor=2)
+        return optuna.pruners.SuccessiveHalvingPruner(min_resource=self._min_epochs, reduction_factor=2)
 
-    def run_of(self, slot: str, trial: optuna.Trial) -> PlannedRun:
+    def suggest(self, trial: optuna.Trial) -> Params:
         """Suggest a value for each range."""
         values: dict[str, float] = {}
         for name, limits in self.search.space.items():
@@ -103,83 +100,37 @@ class Search:
                 values[name] = trial.suggest_int(name, round(limits.low), round(limits.high), log=limits.log)
             else:
                 values[name] = trial.suggest_float(name, limits.low, limits.high, log=limits.log)
-        return PlannedRun(slot, "", self.configuration(values))
+        return values
 
-    def configuration(self, values: Mapping[str, float]) -> TrainConfig:
+    def execute(self, task: Task, params: Params, load: LoadData) -> Attempt:
+        """Train the base with these values."""
+        config = self._configuration(params)
+        return attempt(config, load(config.data), task)
+
+    def conclude(self, trials: Trials, parent: TrackedRun, log_model: LogModel, load: LoadData) -> dict[str, str]:
+        """Test the best trial, once, and log its model; log its configuration and Optuna's figures on the parent."""
+        if (best := best_of(trials)) is None:
+            return {}
+        run, config = TrackedRun(best.user_attrs[RUN], parent.experiment_id), self._configuration(best.params)
+        models = finish_best(best, run, config, load, model=log_model == "best", test=True)
+        looks = [*filter(None, parent.tags().get(LOOKS, "").split(",")), run.run_id]
+        parent.set_tags({BEST_RUN: run.run_id, LOOKS: ",".join(dict.fromkeys(looks))})
+        found = run.metrics()
+        parent.log_metrics({name: found[name] for name in (VALIDATION, TEST)})
+        with tempfile.TemporaryDirectory() as folder:
+            text = study_text(_with_test(config, True), f"{self.info.name}-best")
+            Path(folder, "best.yaml").write_text(text, encoding="utf-8")
+            _draw(trials, Path(folder))
+            parent.log_folder(Path(folder))
+        discard_weights(trials, parent)
+        return models
+
+    def _configuration(self, values: Mapping[str, float]) -> TrainConfig:
         """Return the base with some fields changed."""
         layer = Layer(self.base.model_dump(), dotted)
         for name, value in values.items():
             layer = layer.with_value(tuple(name.split(".")), value)
         return build_config([layer])
-
-    def table(self, trials: Trials) -> Rows:
-        """Return the best trials, the best first, a line a figure as in every study."""
-        ranked = sorted(trials.items(), key=lambda item: (item[1].state.name, -(item[1].value or 0.0)))
-        shown = ranked[:SHOWN_TRIALS]
-        titles = (f"best {len(shown)} of {len(trials)}", *(slot for slot, _ in shown))
-        best = best_of(trials)
-        tested = "" if best is None else f"{TrackedRun(best.user_attrs[RUN], '').metrics().get(TEST, math.nan):.2%}"
-        named = {name: name.rpartition(".")[2].replace("_", " ") for name in self.search.space}
-        return [
-            titles,
-            ("state", *(trial.state.name.lower() for _, trial in shown)),
-            ("validation accuracy", *("" if trial.value is None else f"{trial.value:.2%}" for _, trial in shown)),
-            ("test accuracy", *(tested if trial is best else "" for _, trial in shown)),
-            ("epochs", *(str(max(trial.intermediate_values, default=0)) for _, trial in shown)),
-            *((named[key], *(f"{t.params[key]:.4g}" if key in t.params else "" for _, t in shown)) for key in named),
-        ]
-
-    def publish(self, trials: Trials, parent: TrackedRun, log_model: LogModel, load: LoadData) -> None:
-        """Test the best trial, once; log its model and configuration, the trials and figures on the parent."""
-        best = best_of(trials)
-        looks: list[str] = []
-        with tempfile.TemporaryDirectory() as name:
-            folder = Path(name)
-            self._write_trials(trials, folder / "trials.csv")
-            if best is not None:
-                config = self.configuration(best.params)
-                run = TrackedRun(best.user_attrs[RUN], parent.experiment_id)
-                looks = self._test(run, config, parent, log_model, load)
-                (folder / "best.yaml").write_text(
-                    study_text(_with_test(config, True), f"{self.purpose.name}-best"), encoding="utf-8"
-                )
-                _draw(trials, folder)
-            parent.log_folder(folder)
-        discard_weights(trials, parent)
-        more = f"\n\nThe search grew: {len(looks)} trials were looked at on the test set." if len(looks) > 1 else ""
-        words = (where_to_look(parent), self.purpose.description, markdown_table(self.table(trials)) + more)
-        parent.describe("\n\n".join(words))
-
-    def _test(
-        self, run: TrackedRun, config: TrainConfig, parent: TrackedRun, log_model: LogModel, load: LoadData
-    ) -> list[str]:
-        """Evaluate a run on the test set unless that was done before; return all runs that ever were."""
-        wants_model = log_model == "best" and not run.model_address()
-        known = run.metrics()
-        if wants_model or TEST not in known:
-            outcome = restore(run, config, load(config.data))
-            known[TEST] = score_on_test(outcome) if TEST not in known else known[TEST]
-            if wants_model:
-                outcome.log_model()
-        looks = list(dict.fromkeys([*filter(None, parent.tags().get(LOOKS, "").split(",")), run.run_id]))
-        parent.set_tags({BEST_RUN: run.run_id, LOOKS: ",".join(looks)})
-        parent.log_metrics({VALIDATION: known[VALIDATION], TEST: known[TEST]})
-        return looks
-
-    def _write_trials(self, trials: Trials, path: Path) -> None:
-        names = list(self.search.space)
-        rows = (
-            (
-                slot,
-                trial.state.name.lower(),
-                trial.value,
-                max(trial.intermediate_values, default=0),
-                *(trial.params.get(name) for name in names),
-                trial.user_attrs.get(RUN),
-            )
-            for slot, trial in trials.items()
-        )
-        write_csv(path, ("trial", "state", "validation accuracy", "epochs", *names, "run_id"), rows)
 
 
 def _with_test(config: TrainConfig, evaluated: bool) -> TrainConfig:
@@ -204,21 +155,18 @@ def _draw(trials: Trials, folder: Path) -> None:
             pyplot.close(figure)
 
 
-def make_search(study: Study, options: Layer, trials: int, load: LoadData, message: Message) -> Search:
+def make_search(study: Study, options: Layer, trials: int, load: LoadData, reporter: Reporter) -> Search:
     """Load the data, check that it can be searched on, resolve `auto`; `trials` 0 leaves their number as it is."""
     if study.arms or study.seeds:
-        raise InputError(
-            f"--study {study.name}: has arms or seeds, which a search doesn't know; use `ablate` or `hparam-check`."
-        )
+        problem = "has arms or seeds, which a search doesn't know"
+        raise InputError("study", study.name, problem, "use the commands ablate or hparam-check")
     config = _with_test(place(build_config([study.base, options])), False)
     dataset = load(config.data)
     if dataset.validation is None:
-        raise InputError(
-            "data.validation_fraction 0: a search is judged on a validation split; give it a share, as 0.1."
-        )
+        problem = "a search is judged on a validation split"
+        raise InputError("data.validation_fraction", 0, problem, "give it a share, as 0.1")
     check(config, dataset)
-    config = resolve(config, message)
-    purpose = Purpose("search", study.name, study.description, study.retries)
+    info = StudyInfo("search", study.name, study.description, study.retries)
     ranges = study.search or SearchFile()
     ranges = ranges.model_copy(update={"trials": trials or ranges.trials})
-    return Search(purpose, config, ranges, dataset.digest())
+    return Search(info, resolve(config, reporter.hint), ranges, dataset.digest())

@@ -18,7 +18,7 @@ from mlflow.exceptions import MlflowException
 from mlflow.tracking.context.registry import resolve_tags
 from mlflow.tracking.fluent import _active_run_stack, run_id_to_system_metrics_monitor
 
-from effv2.core.errors import Abandoned, RunError, Terminated
+from effv2.core.errors import LeaseLost, RunError, Terminated
 from effv2.core.processes import this_process
 from effv2.core.provenance import GitState
 from effv2.tracking import entries
@@ -269,7 +269,7 @@ def _end(outbox: Outbox | None, status: str, error: BaseException | None, patien
         said = entries.tags({ERROR: f"{type(error).__name__}: {error}", OUTCOME: "failed"})
         ended = Entry("status", {"status": status, "end_time": entries.milliseconds()})
         last = [said, ended] if status == "FAILED" else [ended]
-        if isinstance(error, Abandoned) and _is_of_another(run_id):
+        if isinstance(error, LeaseLost) and _is_of_another(run_id):
             last = []
         try:
             outbox.close(last, patience)
@@ -341,7 +341,7 @@ def working_on(run: TrackedRun) -> Iterator[None]:
 
 def status_after(error: BaseException) -> str:
     """Return the status of a run that `error` ended."""
-    return "KILLED" if isinstance(error, (KeyboardInterrupt, Terminated, Abandoned)) else "FAILED"
+    return "KILLED" if isinstance(error, (KeyboardInterrupt, Terminated, LeaseLost)) else "FAILED"
 
 
 def find_run(run_id: str) -> TrackedRun | None:
