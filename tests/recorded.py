@@ -72,7 +72,7 @@ DECIDING: dict[str, dict[str, tuple[str, ...]]] = {
         f"execution/{name}.py": () for name in ("compilation", "device", "fast_paths", "folding", "cuda_graphs")
     },
     "evaluation": {
-        **{f"pretrained/{name}.py": () for name in ("evaluation", "images", "imagenet", "measure", "weights")},
+        **{f"pretrained/{name}.py": () for name in ("evaluation", "images", "measure", "weights")},
         "evidence/run_artifacts.py": (),
         "evidence/statistics.py": ("calibration_error",),
     },

@@ -35,8 +35,7 @@ from effv2.core.errors import InputError
 from effv2.evidence.statistics import calibration_error, holm, mcnemar, wilson
 from effv2.pretrained import evaluation, measure
 from effv2.pretrained.config import ImagesConfig
-from effv2.pretrained.imagenet import Origin, class_names, origin, outputs_of, wnids
-from effv2.pretrained.images import EvaluationImages, choose_images
+from effv2.pretrained.images import EvaluationImages, Origin, choose_images, class_names, origin, outputs_of, wnids
 from effv2.pretrained.measure import scores
 from effv2.pretrained.ranking import Evaluated, Ranking
 from effv2.pretrained.weights import Requested, WeightsFile, find_all_weights, load_network, network_names, parse_models

@@ -221,7 +221,7 @@ def test_the_order_of_arms_changes_nothing(sqlite_store: str, tiny_study: Path) 
 
 def test_a_trial_is_pruned_after_a_quarter_of_its_epochs_at_the_earliest() -> None:
     config = TrainConfig.model_validate({"schedule": {"epochs": 30}})
-    pruner = Search(StudyInfo("search", "any"), config, SearchFile(), "").pruner()
+    pruner = Search(StudyInfo("search", "any"), {}, config, SearchFile(), "").pruner()
     study = optuna.create_study(direction="maximize", pruner=pruner)
     pruned_at = []
     for accuracy in (0.9, 0.8, 0.1, 0.1):

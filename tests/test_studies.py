@@ -121,7 +121,7 @@ def test_one_variant_brings_its_baseline_and_all_brings_all() -> None:
     assert study.select("drop_one") == ["default", "drop_one"]
     assert study.select("default") == ["default"]
     grid = make(study, study.select("all"), (3, 4))
-    assert [*grid.wanted] == [(name, seed) for seed in (3, 4) for name in PUBLISHED_VARIANTS]
+    assert [*grid.trials] == [f"{name}, seed {seed}" for seed in (3, 4) for name in PUBLISHED_VARIANTS]
 
 
 def test_options_change_what_arms_share_and_empty_ones_nothing(tmp_path: Path) -> None:
@@ -138,7 +138,7 @@ def test_options_change_what_arms_share_and_empty_ones_nothing(tmp_path: Path) -
 def test_a_file_without_seeds_keeps_the_configurations_own(tmp_path: Path) -> None:
     path = tmp_path / "study.yaml"
     path.write_text("name: s\nconfig: {random: {seed: 5}}\narms: {a: {}}\n")
-    assert make(read_study(path), ["a"]).wanted == [("a", 5)]
+    assert make(read_study(path), ["a"]).trials == {"a, seed 5": {"arm": "a", "seed": 5}}
 
 
 def test_training_refuses_a_study_of_arms() -> None:

@@ -67,7 +67,7 @@ def _results(parent: TrackedRun, used: Mapping[str, str], folder: Path | None) -
             parent.describe(head + markdown_table(rows[: SHOWN_TRIALS + 1]))
         return StudyResults(rows[: SHOWN_TRIALS + 1])
     if own.params["study.kind"] == "evaluate-pretrained":
-        from effv2.pretrained.imagenet import Origin
+        from effv2.pretrained.images import Origin
         from effv2.pretrained.ranking import Evaluated, Ranking, right_answers
 
         if not runs:

@@ -22,8 +22,7 @@ from effv2.data.cache import Decoded, decode
 from effv2.evidence.run_artifacts import Predictions, write_predictions
 from effv2.execution.device import Execution, make_execution
 from effv2.pretrained.config import PretrainedConfig
-from effv2.pretrained.imagenet import class_names
-from effv2.pretrained.images import TEST, EvaluationImages
+from effv2.pretrained.images import TEST, EvaluationImages, class_names
 from effv2.pretrained.measure import Network, all_logits, batch_size, bf16_differences, latency, scores, top1
 from effv2.pretrained.weights import Requested, WeightsFile, load_network
 from effv2.run.resume import Attempt, Task
@@ -34,6 +33,7 @@ from effv2.tracking.tags import MACHINE, SEED, STUDY, VARIANT
 
 ONE_IMAGE, FULL_BATCH = "inference/single_image_seconds", "inference/batch_128_seconds"
 FULL_BATCH_IMAGES = 128
+CODE = provenance.code_version(provenance.OF_EVALUATION)  # versions of what decides an evaluation
 RANKED_ON, RANKED_ORIGIN = "evaluation.ranked_on", "evaluation.ranked_origin"
 
 
@@ -88,7 +88,7 @@ class Evaluation:
         """Return what decides the figures on this machine, speeds among them."""
         machine = [provenance.machine()[name] for name in ("processor", "accelerator", "threads")]
         deciding = self.definition() | {"machine": machine}
-        return Identity(_hash(deciding), self.data_digest(decoded), code_version())
+        return Identity(_hash(deciding), self.data_digest(decoded), CODE)
 
     def params(self) -> dict[str, Any]:
         """Return the parameters of the run."""
@@ -140,7 +140,7 @@ def evaluate(evaluation: Evaluation, task: Task) -> Attempt:
 
 def _measure(evaluation: Evaluation, decoded: Decoded, run: TrackedRun, reporter: Reporter) -> dict[str, float]:
     """Log and return all figures; log the predictions, too."""
-    requested, images = evaluation.requested, evaluation.images
+    requested, images, execution = evaluation.requested, evaluation.images, evaluation.execution
     module = load_network(requested, evaluation.file)
     # What torchvision's builder does to inputs with these weights (inception_v3, googlenet): a network built without
     # them differs.
@@ -149,44 +149,29 @@ def _measure(evaluation: Evaluation, decoded: Decoded, run: TrackedRun, reporter
         "model/parameters": count_parameters(module),
         "model/gflops": gflops_of(module, requested.preparation.size),
     }
-    run.log_metrics(metrics)
-    network = Network.prepare(module, requested.normalisation, evaluation.execution)
-    logits, figures = _logits(evaluation, decoded, network, reporter)
-    true = images.outputs[images.part.labels]
+    network = Network.prepare(module, requested.normalisation, execution)
+    pixels, true = torch.from_numpy(decoded.pixels), images.outputs[images.part.labels]
+
+    def progress(done: int) -> None:
+        reporter.evaluating(requested.label, done, len(pixels))
+
+    logits, rate = all_logits(network, pixels, evaluation.batch, progress)
+    metrics["throughput/evaluate_images_per_second"] = rate
+    if execution.bf16:
+        metrics |= bf16_differences(network, pixels, logits, true, evaluation.batch)
     for name, members in images.sets.items():
         found = scores(logits[members], true[members], images.outputs)
-        figures |= {f"{name}/{figure}": value for figure, value in found.items()}
-    figures |= {f"published/{name}": value for name, value in requested.published.items()}
-    run.log_metrics(figures)
+        metrics |= {f"{name}/{figure}": value for figure, value in found.items()}
+    metrics |= {f"published/{name}": value for name, value in requested.published.items()}
     with tempfile.TemporaryDirectory() as folder:
         for name in {TEST, images.ranked_on}:
             place = Path(folder) if name == TEST else Path(folder, name)
             place.mkdir(exist_ok=True)
             write_predictions(place, _predictions(images, logits, images.sets[name]))
         run.log_folder(Path(folder))
-    seconds = _latencies(requested.label, torch.from_numpy(decoded.pixels), network, reporter)
-    run.log_metrics(seconds)
-    return metrics | figures | seconds
-
-
-def _logits(
-    evaluation: Evaluation, decoded: Decoded, network: Network, reporter: Reporter
-) -> tuple[torch.Tensor, dict[str, float]]:
-    """Return logits of all images (N, 1000), the rate and what bf16 changes as metrics."""
-    pixels, done = torch.from_numpy(decoded.pixels), 0
-
-    def advance(more: int) -> None:
-        nonlocal done
-        done += more
-        reporter.evaluating(evaluation.requested.label, done, len(pixels))
-
-    advance(0)
-    logits, rate = all_logits(network, pixels, evaluation.batch, advance)
-    figures = {"throughput/evaluate_images_per_second": rate}
-    if evaluation.execution.bf16:
-        true = evaluation.images.outputs[evaluation.images.part.labels]
-        figures |= bf16_differences(network, pixels, logits, true, evaluation.batch)
-    return logits, figures
+    metrics |= _latencies(requested.label, pixels, network, reporter)
+    run.log_metrics(metrics)
+    return metrics
 
 
 def _latencies(label: str, pixels: torch.Tensor, network: Network, reporter: Reporter) -> dict[str, float]:
@@ -226,11 +211,6 @@ def _predictions(images: EvaluationImages, logits: torch.Tensor, members: np.nda
         names=[class_names()[output] for output in predicted.tolist()],
         probability=probability.numpy(),
     )
-
-
-def code_version() -> str:
-    """Return the versions of what decides an evaluation."""
-    return provenance.code_version(provenance.OF_EVALUATION)
 
 
 def _hash(value: Any) -> str:

@@ -17,8 +17,7 @@ from effv2.evidence.figures import CostPoint, accuracy_against_cost
 from effv2.evidence.run_artifacts import write_csv
 from effv2.evidence.statistics import LEVEL, Paired, holm, mcnemar, p_text, wilson
 from effv2.pretrained.evaluation import FULL_BATCH, ONE_IMAGE
-from effv2.pretrained.imagenet import Origin
-from effv2.pretrained.images import TEST
+from effv2.pretrained.images import TEST, Origin
 from effv2.tracking.read import RunRecord
 from effv2.tracking.run import TrackedRun
 

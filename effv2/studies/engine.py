@@ -226,10 +226,13 @@ def _supervise(study: OpenedStudy, queue: Queue, workers: int, reporter: Reporte
     """Start worker processes and watch until all wanted trials are finished; replace those that end before."""
     context = multiprocessing.get_context("spawn")
     threads = max(1, torch.get_num_threads() // workers)
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    gpus = visible.split(",") if visible else list(map(str, range(torch.cuda.device_count())))
 
     def start(index: int) -> SpawnProcess:
-        process = context.Process(target=worker_process, args=(study, threads), daemon=True)
-        with _own_accelerator(index), _ignoring_the_keyboard():
+        gpu = gpus[index % len(gpus)] if len(gpus) > 1 else ""
+        process = context.Process(target=worker_process, args=(study, threads, gpu), daemon=True)
+        with _ignoring_the_keyboard():
             process.start()
         return process
 
@@ -275,21 +278,3 @@ def _ignoring_the_keyboard() -> Iterator[None]:
         yield
     finally:
         signal.signal(signal.SIGINT, before)
-
-
-@contextmanager
-def _own_accelerator(index: int) -> Iterator[None]:
-    """Let a process that is started inside see one of the visible GPUs, where there are several."""
-    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
-    devices = visible.split(",") if visible else list(map(str, range(torch.cuda.device_count())))
-    if len(devices) < 2:
-        yield
-        return
-    os.environ["CUDA_VISIBLE_DEVICES"] = devices[index % len(devices)]
-    try:
-        yield
-    finally:
-        if visible is None:
-            del os.environ["CUDA_VISIBLE_DEVICES"]
-        else:
-            os.environ["CUDA_VISIBLE_DEVICES"] = visible

@@ -4,40 +4,29 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property
 from typing import Any
 
 import optuna
 
 from effv2.config.layers import Layer
-from effv2.config.options import LogModel, StudyInfo
+from effv2.config.options import StudyInfo
 from effv2.config.schema import TrainConfig
 from effv2.core import provenance
 from effv2.core.errors import InputError
 from effv2.core.reporter import Reporter
 from effv2.execution.resolve import place, resolve_study
-from effv2.run.resume import Attempt, Task, attempt
 from effv2.run.run import check
 from effv2.studies.files import Study
-from effv2.studies.plan import LoadData, best_of, discard_weights, finish_best
-from effv2.studies.queue import RUN, Params, Trials
-from effv2.tracking.run import TrackedRun
+from effv2.studies.plan import LoadData, TrainingPlan
+from effv2.studies.queue import Params
 
 
 @dataclass(frozen=True)
-class Grid:
-    """The resolved arms of a study, all of them, and the (arm, seed) pairs that are wanted now."""
+class Grid(TrainingPlan):
+    """The resolved arms of a study, all of them, and the digests of their data. Trials have an arm and a seed."""
 
-    info: StudyInfo
     arms: Mapping[str, TrainConfig]
     data: Mapping[str, str]
-    wanted: Sequence[tuple[str, int]]
-    sampling: None = None
-
-    @cached_property
-    def trials(self) -> dict[str, Params]:
-        """Return a trial for each wanted pair."""
-        return {f"{arm}, seed {seed}": {"arm": arm, "seed": seed} for arm, seed in self.wanted}
 
     @property
     def epochs(self) -> int:
@@ -56,22 +45,8 @@ class Grid:
         arm = trial.suggest_categorical("arm", sorted(self.arms))  # one order, whatever that of the study file
         return {"arm": arm, "seed": trial.suggest_int("seed", 0, 2**32 - 1)}
 
-    def execute(self, task: Task, params: Params, load: LoadData) -> Attempt:
-        """Train the arm with the seed."""
-        config = self._configuration(params)
-        return attempt(config, load(config.data), task)
-
-    def conclude(self, trials: Trials, parent: TrackedRun, log_model: LogModel, load: LoadData) -> dict[str, str]:
-        """Log the best run's model where it alone is wanted."""
-        best = best_of(trials) if log_model == "best" else None
-        if best is None:
-            return {}
-        run = TrackedRun(best.user_attrs[RUN], parent.experiment_id)
-        models = finish_best(best, run, self._configuration(best.params), load, model=True)
-        discard_weights(trials, parent)
-        return models
-
-    def _configuration(self, params: Params) -> TrainConfig:
+    def configuration(self, params: Params) -> TrainConfig:
+        """Return the arm with the seed."""
         return self.arms[params["arm"]].with_seed(params["seed"])
 
 
@@ -99,4 +74,6 @@ def make_grid(
     data = {name: load(config.data).digest() for name, config in arms.items()}
     every = seeds or study.seeds
     wanted = [(arm, seed) for seed in every for arm in chosen] or [(arm, arms[arm].random.seed) for arm in chosen]
-    return Grid(StudyInfo(kind, study.name, study.description, study.retries, study.baseline), arms, data, wanted)
+    trials = {f"{arm}, seed {seed}": {"arm": arm, "seed": seed} for arm, seed in wanted}
+    info = StudyInfo(kind, study.name, study.description, study.retries, study.baseline)
+    return Grid(info, trials, arms, data)

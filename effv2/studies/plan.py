@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
-from typing import Any, Protocol
+from dataclasses import dataclass
+from typing import Any, ClassVar
 
 import optuna
 from optuna.trial import FrozenTrial, TrialState
@@ -14,55 +16,86 @@ from effv2.core.reporter import StudyProgress
 from effv2.data.cache import Progress
 from effv2.data.dataset import Dataset, load_dataset
 from effv2.run.outcome import WEIGHTS, restore, score_on_test
-from effv2.run.resume import Attempt, Task
+from effv2.run.resume import Attempt, Task, attempt
 from effv2.studies.queue import ERROR, NAME, RUN, Params, Trials
 from effv2.tracking.read import read_runs
 from effv2.tracking.run import TrackedRun
 
-VALIDATION, TEST = "selected/val_accuracy", "selected/test_accuracy"
+TEST = "selected/test_accuracy"
 LoadData = Callable[[DataConfig], Dataset]
 
 
-class Sampling(Protocol):
-    """How a search chooses the parameters of a trial, and ends poor ones early."""
+@dataclass(frozen=True)
+class Plan(ABC):
+    """A fixed grid, a search, or published weights. Plans travel to worker processes, so they hold plain data alone.
 
-    def sampler(self, number: int) -> optuna.samplers.BaseSampler:
-        """Return the sampler of a trial."""
+    `trials` are those that are wanted now, by name, with their fixed parameters. A plan that `searches` lets a sampler
+    choose the others; its poor and its diverged runs are pruned, and its best one is tested.
+    """
 
-    def pruner(self) -> optuna.pruners.BasePruner:
-        """Return the pruner of all trials."""
-
-
-class Plan(Protocol):
-    """A fixed grid, a search, or published weights. Plans travel to worker processes, so they hold plain data alone."""
-
-    @property
-    def info(self) -> StudyInfo:
-        """Return name and description."""
-
-    @property
-    def trials(self) -> Mapping[str, Params]:
-        """Return the wanted trials by name with their fixed parameters, none where a sampler chooses them."""
+    info: StudyInfo
+    trials: Mapping[str, Params]
+    searches: ClassVar[bool] = False
 
     @property
     def epochs(self) -> int:
         """Return the epochs of a trial at most."""
+        return 1
 
-    @property
-    def sampling(self) -> Sampling | None:
-        """Return how parameters are chosen, None where all are fixed."""
-
+    @abstractmethod
     def definition(self) -> dict[str, Any]:
         """Return, as plain values, what makes this study this study: another definition is another study."""
 
+    def sampler(self, number: int) -> optuna.samplers.BaseSampler | None:
+        """Return what chooses the parameters of a trial."""
+        return None
+
+    def pruner(self) -> optuna.pruners.BasePruner:
+        """Return what ends poor trials."""
+        return optuna.pruners.NopPruner()
+
     def suggest(self, trial: optuna.Trial) -> Params:
         """Return the parameters of a leased trial."""
+        return {}
 
+    @abstractmethod
     def execute(self, task: Task, params: Params, load: LoadData) -> Attempt:
         """Work on a trial, in a run named as it. It may be finished before, or interrupted."""
 
+    @abstractmethod
     def conclude(self, trials: Trials, parent: TrackedRun, log_model: LogModel, load: LoadData) -> Mapping[str, str]:
         """Compute what needs all trials, once; return addresses of models logged now, by trial. May be repeated."""
+
+
+class TrainingPlan(Plan):
+    """A plan whose trials are trainings."""
+
+    @abstractmethod
+    def configuration(self, params: Params) -> TrainConfig:
+        """Return the configuration of a trial with these parameters."""
+
+    def execute(self, task: Task, params: Params, load: LoadData) -> Attempt:
+        """Train the configuration."""
+        config = self.configuration(params)
+        return attempt(config, load(config.data), task)
+
+    def conclude(self, trials: Trials, parent: TrackedRun, log_model: LogModel, load: LoadData) -> Mapping[str, str]:
+        """Log the model of the best run where it alone is wanted, and test the best run of a search."""
+        best = best_of(trials)
+        if best is None or not (log_model == "best" or self.searches):
+            return {}
+        run, config = TrackedRun(best.user_attrs[RUN], parent.experiment_id), self.configuration(best.params)
+        model, test = log_model == "best" and not run.model_address(), self.searches and TEST not in run.metrics()
+        if model or test:
+            outcome = restore(run, config, load(config.data))
+            if test:
+                score_on_test(outcome)
+            if model:
+                outcome.log_model()
+        for record in read_runs(run_ids(trials).values(), []):
+            if record.parent == parent.run_id:  # the study's own: they kept their weights until the best was known
+                TrackedRun(record.run_id, parent.experiment_id).discard(WEIGHTS)
+        return {best.user_attrs[NAME]: run.model_address()} if model else {}
 
 
 def best_of(trials: Trials) -> FrozenTrial | None:
@@ -74,30 +107,6 @@ def best_of(trials: Trials) -> FrozenTrial | None:
 def run_ids(trials: Trials) -> dict[str, str]:
     """Return the runs of the complete trials by name."""
     return {name: trial.user_attrs[RUN] for name, trial in trials.items() if trial.state == TrialState.COMPLETE}
-
-
-def finish_best(
-    best: FrozenTrial, run: TrackedRun, config: TrainConfig, load: LoadData, *, model: bool, test: bool = False
-) -> dict[str, str]:
-    """Log the model of a study's best run, and its accuracy on the test set, where they are wanted and missing.
-
-    Return the address of the model that was logged, by the trial's name.
-    """
-    model, test = model and not run.model_address(), test and TEST not in run.metrics()
-    if model or test:
-        outcome = restore(run, config, load(config.data))
-        if test:
-            score_on_test(outcome)
-        if model:
-            outcome.log_model()
-    return {best.user_attrs[NAME]: run.model_address()} if model else {}
-
-
-def discard_weights(trials: Trials, parent: TrackedRun) -> None:
-    """Delete the weights that the study's own runs kept until its best was known."""
-    for record in read_runs(run_ids(trials).values(), []):
-        if record.parent == parent.run_id:
-            TrackedRun(record.run_id, parent.experiment_id).discard(WEIGHTS)
 
 
 def progress_of(plan: Plan, trials: Trials) -> StudyProgress:

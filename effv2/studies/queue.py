@@ -142,16 +142,15 @@ class Queue:
             self.storage.optuna.set_trial_user_attr(lease.trial_id, RUN, run_id)
 
     @retried
-    def report(self, lease: Lease, epoch: int, value: float) -> None:
-        """Record the value reached at an epoch; LeaseLost if the trial is no longer ours."""
+    def report(self, lease: Lease, epoch: int, value: float, pruner: optuna.pruners.BasePruner | None = None) -> bool:
+        """Record the value reached at an epoch and ask the pruner, if any, whether the trial should end there.
+
+        LeaseLost if the trial is no longer ours.
+        """
         with self._ours(lease):
             self.storage.optuna.set_trial_intermediate_value(lease.trial_id, epoch, value)
-
-    @retried
-    def prunes(self, lease: Lease, epoch: int, pruner: optuna.pruners.BasePruner) -> bool:
-        """Ask the pruner whether the trial should end, after the report of an epoch."""
         trial = self.storage.optuna.get_trial(lease.trial_id)
-        if (trial.last_step or 0) > epoch:  # an earlier attempt had come further, and was not pruned
+        if pruner is None or (trial.last_step or 0) > epoch:  # an earlier attempt had come further, and was not pruned
             return False
         study = optuna.load_study(study_name=self.study, storage=self.storage.optuna, pruner=pruner)
         return bool(pruner.prune(study, trial))

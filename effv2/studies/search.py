@@ -6,9 +6,8 @@ import tempfile
 import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import matplotlib
 import optuna
@@ -25,14 +24,14 @@ from effv2.core.randomness import stream_seed
 from effv2.core.reporter import Reporter
 from effv2.execution.resolve import place, resolve
 from effv2.run.records import study_text
-from effv2.run.resume import Attempt, Task, attempt
 from effv2.run.run import check
 from effv2.studies.files import SearchFile, Study
-from effv2.studies.plan import TEST, VALIDATION, LoadData, best_of, discard_weights, finish_best
+from effv2.studies.plan import TEST, LoadData, TrainingPlan, best_of
 from effv2.studies.queue import RUN, Params, Trials
 from effv2.tracking.run import TrackedRun
 from effv2.tracking.tags import BEST_RUN, LOOKS
 
+VALIDATION = "selected/val_accuracy"
 RANDOM_TRIALS = 10  # before TPE has anything to go by
 FIGURES: dict[str, Callable[[optuna.Study], Any]] = {
     "importance": plots.plot_param_importances,
@@ -43,30 +42,18 @@ FIGURES: dict[str, Callable[[optuna.Study], Any]] = {
 
 
 @dataclass(frozen=True)
-class Search:
-    """A resolved base configuration and the ranges that are searched around it."""
+class Search(TrainingPlan):
+    """A resolved base configuration and the ranges that are searched around it, and the digest of the data."""
 
-    info: StudyInfo
     base: TrainConfig
     search: SearchFile
     data: str
-
-    @cached_property
-    def trials(self) -> dict[str, Params]:
-        """Return the trials: the base's own values first, which the search is to beat, then free ones."""
-        own = {name: self.base.flat()[name] for name in self.search.space}
-        inside = all(limits.low <= own[name] <= limits.high for name, limits in self.search.space.items())
-        return {f"trial {number}": own if inside and not number else {} for number in range(self.search.trials)}
+    searches: ClassVar[bool] = True
 
     @property
     def epochs(self) -> int:
         """Return the epochs of a run at most."""
         return self.base.schedule.epochs
-
-    @property
-    def sampling(self) -> Search:
-        """Return what chooses the parameters: the search itself."""
-        return self
 
     @property
     def _min_epochs(self) -> int:
@@ -102,33 +89,26 @@ class Search:
                 values[name] = trial.suggest_float(name, limits.low, limits.high, log=limits.log)
         return values
 
-    def execute(self, task: Task, params: Params, load: LoadData) -> Attempt:
-        """Train the base with these values."""
-        config = self._configuration(params)
-        return attempt(config, load(config.data), task)
-
-    def conclude(self, trials: Trials, parent: TrackedRun, log_model: LogModel, load: LoadData) -> dict[str, str]:
-        """Test the best trial, once, and log its model; log its configuration and Optuna's figures on the parent."""
-        if (best := best_of(trials)) is None:
-            return {}
-        run, config = TrackedRun(best.user_attrs[RUN], parent.experiment_id), self._configuration(best.params)
-        models = finish_best(best, run, config, load, model=log_model == "best", test=True)
-        looks = [*filter(None, parent.tags().get(LOOKS, "").split(",")), run.run_id]
-        parent.set_tags({BEST_RUN: run.run_id, LOOKS: ",".join(dict.fromkeys(looks))})
-        found = run.metrics()
-        parent.log_metrics({name: found[name] for name in (VALIDATION, TEST)})
-        with tempfile.TemporaryDirectory() as folder:
-            text = study_text(_with_test(config, True), f"{self.info.name}-best")
-            Path(folder, "best.yaml").write_text(text, encoding="utf-8")
-            _draw(trials, Path(folder))
-            parent.log_folder(Path(folder))
-        discard_weights(trials, parent)
+    def conclude(self, trials: Trials, parent: TrackedRun, log_model: LogModel, load: LoadData) -> Mapping[str, str]:
+        """Log the configuration of the best trial, its accuracies and Optuna's figures on the parent, too."""
+        models, best = super().conclude(trials, parent, log_model, load), best_of(trials)
+        if best is not None:
+            run_id = best.user_attrs[RUN]
+            looks = [*filter(None, parent.tags().get(LOOKS, "").split(",")), run_id]
+            parent.set_tags({BEST_RUN: run_id, LOOKS: ",".join(dict.fromkeys(looks))})
+            metrics = TrackedRun(run_id, parent.experiment_id).metrics()
+            parent.log_metrics({name: metrics[name] for name in (VALIDATION, TEST)})
+            with tempfile.TemporaryDirectory() as folder:
+                config = _with_test(self.configuration(best.params), True)
+                Path(folder, "best.yaml").write_text(study_text(config, f"{self.info.name}-best"), encoding="utf-8")
+                _draw(trials, Path(folder))
+                parent.log_folder(Path(folder))
         return models
 
-    def _configuration(self, values: Mapping[str, float]) -> TrainConfig:
+    def configuration(self, params: Params) -> TrainConfig:
         """Return the base with some fields changed."""
         layer = Layer(self.base.model_dump(), dotted)
-        for name, value in values.items():
+        for name, value in params.items():
             layer = layer.with_value(tuple(name.split(".")), value)
         return build_config([layer])
 
@@ -166,7 +146,12 @@ def make_search(study: Study, options: Layer, trials: int, load: LoadData, repor
         problem = "a search is judged on a validation split"
         raise InputError("data.validation_fraction", 0, problem, "give it a share, as 0.1")
     check(config, dataset)
-    info = StudyInfo("search", study.name, study.description, study.retries)
     ranges = study.search or SearchFile()
     ranges = ranges.model_copy(update={"trials": trials or ranges.trials})
-    return Search(info, resolve(config, reporter.hint), ranges, dataset.digest())
+    config = resolve(config, reporter.hint)
+    # The base's own values first, which the search is to beat.
+    own = {name: config.flat()[name] for name in ranges.space}
+    inside = all(limits.low <= own[name] <= limits.high for name, limits in ranges.space.items())
+    wanted = {f"trial {number}": own if inside and not number else {} for number in range(ranges.trials)}
+    info = StudyInfo("search", study.name, study.description, study.retries)
+    return Search(info, wanted, config, ranges, dataset.digest())

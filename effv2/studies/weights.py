@@ -7,17 +7,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import optuna
-
 from effv2.config.options import LogModel, StudyInfo
 from effv2.core.reporter import Reporter
 from effv2.execution.resolve import resolve_device
 from effv2.pretrained.config import PretrainedConfig
-from effv2.pretrained.evaluation import Evaluation, code_version, evaluate, log_network
+from effv2.pretrained.evaluation import CODE, Evaluation, evaluate, log_network
 from effv2.pretrained.images import choose_images
 from effv2.pretrained.weights import find_all_weights, load_network, parse_models
 from effv2.run.resume import Attempt, Task
-from effv2.studies.plan import LoadData, best_of, run_ids
+from effv2.studies.plan import LoadData, Plan, best_of, run_ids
 from effv2.studies.queue import NAME, Params, Trials
 from effv2.tracking.run import TrackedRun
 
@@ -26,28 +24,16 @@ LONGEST_NAME = 200  # characters
 
 
 @dataclass(frozen=True)
-class Weights:
+class Weights(Plan):
     """The evaluations of a comparison by label, and the digest of the images that each is given."""
 
-    info: StudyInfo
     evaluations: Mapping[str, Evaluation]
     data: Mapping[str, str]
-    epochs: int = 1
-    sampling: None = None
-
-    @property
-    def trials(self) -> dict[str, Params]:
-        """Return a trial for each network."""
-        return {label: {} for label in self.evaluations}
 
     def definition(self) -> dict[str, Any]:
         """Return all networks and images: what is ranked together is corrected for its number."""
         networks = {label: evaluation.definition() for label, evaluation in self.evaluations.items()}
-        return {"networks": networks, "data": dict(self.data), "code": code_version()}
-
-    def suggest(self, trial: optuna.Trial) -> Params:
-        """Return no parameters: a trial's name says all."""
-        return {}
+        return {"networks": networks, "data": dict(self.data), "code": CODE}
 
     def execute(self, task: Task, params: Params, load: LoadData) -> Attempt:
         """Evaluate a network."""
@@ -91,4 +77,4 @@ def make_weights(
     for label, evaluation in evaluations.items():
         data[label] = evaluation.data_digest(evaluation.decode(reporter))
     name = f"{KIND} {images.name}: {', '.join(evaluations)}"[:LONGEST_NAME]
-    return Weights(StudyInfo(KIND, name), evaluations, data)
+    return Weights(StudyInfo(KIND, name), {label: {} for label in evaluations}, evaluations, data)

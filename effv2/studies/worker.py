@@ -148,18 +148,17 @@ class TrialObserver(Observer):
 
     def stops(self, result: EpochResult) -> bool:
         """Report the best accuracy so far, which is what a trial is worth; ask the pruner."""
-        queue, plan = self.worker.queue, self.worker.study.plan
+        plan = self.worker.study.plan
         self.best = max(self.best, watched_accuracy(result.metrics))
-        queue.report(self.lease, result.epoch, self.best)
+        pruner = plan.pruner() if plan.searches and result.epoch < plan.epochs else None
+        pruned = self.worker.queue.report(self.lease, result.epoch, self.best, pruner)
         self.worker.changed()
-        if plan.sampling is None or result.epoch >= plan.epochs:
-            return False
-        return queue.prunes(self.lease, result.epoch, plan.sampling.pruner())
+        return pruned
 
     def keeps_weights(self, accuracy: float) -> bool:
         """Keep what may turn out to be the best model of the study."""
         study = self.worker.study
-        if study.options.log_model != "best" and study.plan.sampling is None:
+        if study.options.log_model != "best" and not study.plan.searches:
             return False
         best = best_of(self.worker.queue.trials())
         return best is None or accuracy >= (best.value or 0.0)
@@ -213,8 +212,7 @@ class Worker:
         """Let the plan find, resume or start the run of a trial; say how it ended."""
         study, queue, plan = self.study, self.queue, self.study.plan
         study.parent.set_status("RUNNING")  # where somebody who left had ended it
-        sampler = plan.sampling.sampler(lease.number) if plan.sampling else None
-        params = queue.suggest(lease, sampler, plan.suggest)
+        params = queue.suggest(lease, plan.sampler(lease.number), plan.suggest)
         arm = str(params.get("arm", ""))
         observer = TrialObserver(self, lease)
         task = Task(
@@ -230,7 +228,7 @@ class Worker:
         try:
             ended = plan.execute(task, params, self.load)
         except Diverged:
-            if plan.sampling is None:
+            if not plan.searches:
                 raise
             # In a search an answer like any other: this is no place to look for the best.
             queue.finish(lease, TrialState.PRUNED, observer.best, observer.run_id)
@@ -254,8 +252,13 @@ class WorkerReporter(Reporter):
         print(text, file=sys.stderr)
 
 
-def worker_process(study: OpenedStudy, threads: int) -> None:
-    """Work in a process of its own, which ends when the one that started it does; exit code AWAY after an outage."""
+def worker_process(study: OpenedStudy, threads: int, gpu: str) -> None:
+    """Work in a process of its own, which ends when the one that started it does; exit code AWAY after an outage.
+
+    It sees the named GPU alone, if any is named.
+    """
+    if gpu:
+        os.environ["CUDA_VISIBLE_DEVICES"] = gpu  # before CUDA is initialised
     tune_allocator()
     torch.set_num_threads(threads)
     use_store(study.tracking_uri)
