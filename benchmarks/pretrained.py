@@ -46,7 +46,7 @@ from effv2.pretrained.images import choose_images
 from effv2.pretrained.measure import Network, all_logits, batch_size
 from effv2.pretrained.weights import Requested, parse_models
 from effv2.studies.engine import run_study
-from effv2.studies.plan import LoadedData
+from effv2.studies.plan import load_once
 from effv2.studies.weights import make_weights
 from effv2.tracking.store import open_store
 
@@ -100,7 +100,7 @@ def plain(requested: Requested, images: FileImages) -> None:
 @mock.patch.object(evaluation, "latency", lambda *_: 0.0)
 def evaluate(named: str, config: PretrainedConfig) -> None:
     """Evaluate in this process, without the latency passes."""
-    reporter, load = Reporter(), LoadedData(lambda done, total: None)
+    reporter, load = Reporter(), load_once(lambda done, total: None)
     plan = make_weights(named, config, None, show_downloads=False, load=load, reporter=reporter)
     run_study(plan, open_store(""), StudyOptions(fresh=True, log_model="none"), load, reporter)
 

@@ -461,6 +461,7 @@ def test_the_published_comparison_from_names_to_report(sqlite_store: str, few_im
             assert f"eval/{figure}" in metrics and f"unseen/{figure}" in metrics
         assert metrics["inference/single_image_seconds"] > 0 and metrics["inference/batch_128_seconds"] > 0
         assert metrics["throughput/evaluate_images_per_second"] > 0
+        assert (params["evaluation.ranked_on"], params["evaluation.ranked_origin"]) == ("unseen", "unseen")
         assert params["weights.verified"] == "False" and params["transforms.crop"] == str(384 if "v2" in name else 224)
         rows = artifact(run, "predictions.csv", tmp_path)
         assert [row["true"] for row in rows] == ["church"] * 4 + ["tench"] * 4
@@ -552,7 +553,7 @@ def test_what_was_evaluated_is_not_repeated(
     both = f"squeezenet1_1={first},squeezenet1_1={second}"
     assert invoke("--models", both, *images).exit_code == 0
     assert len(all_runs()) == len(before) + 2  # a parent and the second network
-    assert invoke("--models", both, *images, "--fresh").exit_code == 0
+    assert invoke("--models", both, *images, "--fresh", "--workers", "2").exit_code == 0
     assert len(all_runs()) == len(before) + 5
 
     # What --fresh began is gone on with, and takes nothing from those before it.

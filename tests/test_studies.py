@@ -19,7 +19,7 @@ from effv2.core.errors import InputError
 from effv2.core.reporter import Reporter
 from effv2.studies.files import SWEEPS, Sources, Study, built_in_ablation, open_study, read_study
 from effv2.studies.grid import Grid, make_grid
-from effv2.studies.plan import LoadedData
+from effv2.studies.plan import load_once
 from tests import protocols
 from tests.conftest import ROOT
 
@@ -112,7 +112,7 @@ def test_every_study_file_opens_with_its_command(path: Path) -> None:
 
 
 def make(study: Study, chosen: list[str], seeds: tuple[int, ...] = ()) -> Grid:
-    load = LoadedData(lambda done, total: None)
+    load = load_once(lambda done, total: None)
     return make_grid("ablate", study, chosen, NO_OPTIONS, seeds=seeds, load=load, reporter=Reporter())
 
 
@@ -120,6 +120,7 @@ def test_one_variant_brings_its_baseline_and_all_brings_all() -> None:
     study = built_in_ablation()
     assert study.select("drop_one") == ["default", "drop_one"]
     assert study.select("default") == ["default"]
+    assert built_in_ablation("efficientnet_v2_m").select("efficientnet_v2_m") == ["default", "efficientnet_v2_m"]
     grid = make(study, study.select("all"), (3, 4))
     assert [*grid.trials] == [f"{name}, seed {seed}" for seed in (3, 4) for name in PUBLISHED_VARIANTS]
 

@@ -10,7 +10,7 @@ from effv2.cli.console import ConsoleReporter, print_table
 from effv2.config.options import StudyOptions
 from effv2.core.errors import RunError
 from effv2.studies.engine import run_study
-from effv2.studies.plan import LoadedData, Plan
+from effv2.studies.plan import Plan, load_once
 from effv2.tracking.recovery import open_experiment
 from effv2.tracking.run import run_address
 
@@ -20,7 +20,7 @@ SHOWN_FAILURES = 5
 def run_and_show(make: Callable[..., Plan], options: StudyOptions) -> None:
     """Make the plan (`make` is given `load` and `reporter`), run it, print its results and where to look."""
     with ConsoleReporter() as reporter:
-        load = LoadedData(reporter.decoding)
+        load = load_once(reporter.decoding)
         plan = make(load=load, reporter=reporter)
         end = run_study(plan, open_experiment(options.experiment, reporter.message), options, load, reporter)
     print_table(end.results.table)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import cache
 from typing import Any, ClassVar
 
 import optuna
@@ -135,15 +136,6 @@ def _ending(trial: FrozenTrial) -> str:
     return f"{word} {trial.value or 0.0:.2%}"
 
 
-class LoadedData:
-    """Data sets, each loaded once a process."""
-
-    def __init__(self, decoding: Progress) -> None:
-        self._decoding = decoding
-        self._loaded: dict[DataConfig, Dataset] = {}
-
-    def __call__(self, config: DataConfig) -> Dataset:
-        """Load a data set, or return the loaded one."""
-        if config not in self._loaded:
-            self._loaded[config] = load_dataset(config, self._decoding)
-        return self._loaded[config]
+def load_once(decoding: Progress) -> LoadData:
+    """Return what loads data sets, each once a process."""
+    return cache(lambda config: load_dataset(config, decoding))

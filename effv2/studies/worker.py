@@ -26,7 +26,7 @@ from effv2.execution.allocator import tune_allocator
 from effv2.run.labels import Labels
 from effv2.run.resume import Task
 from effv2.run.watching import Observer
-from effv2.studies.plan import LoadData, LoadedData, Plan, best_of
+from effv2.studies.plan import LoadData, Plan, best_of, load_once
 from effv2.studies.queue import RUN, Lease, Queue
 from effv2.studies.storage import LEAVING_SECONDS, OUTAGE_SECONDS, Storage, StorageAway, reopen_storage
 from effv2.tracking.entries import may_pass
@@ -267,7 +267,7 @@ def worker_process(study: OpenedStudy, threads: int, gpu: str) -> None:
         try:
             _end_with_parent()
             storage = reopen_storage(study.storage_url)
-            load = LoadedData(lambda done, total: None)
+            load = load_once(lambda done, total: None)
             Worker(study, study.queue(storage), load, WorkerReporter(), lambda: None).work()
         except (KeyboardInterrupt, Terminated):
             _leave(study, storage)
