@@ -35,15 +35,20 @@ import torch
 from torch.utils.data import DataLoader, Dataset
 from torchvision import models
 
+from effv2.config.options import StudyOptions
 from effv2.config.schema import ExecutionConfig
 from effv2.core.reporter import Reporter
 from effv2.data.images import LabelledImages
 from effv2.execution.device import make_execution
-from effv2.pretrained import comparison, evaluation
+from effv2.pretrained import evaluation
 from effv2.pretrained.config import ImagesConfig, PretrainedConfig
 from effv2.pretrained.images import choose_images
 from effv2.pretrained.measure import Network, all_logits, batch_size
 from effv2.pretrained.weights import Requested, parse_models
+from effv2.studies.engine import run_study
+from effv2.studies.plan import load_once
+from effv2.studies.weights import make_weights
+from effv2.tracking.store import open_store
 
 
 class PlainImages(Dataset[torch.Tensor]):
@@ -95,16 +100,9 @@ def plain(requested: Requested, images: LabelledImages) -> None:
 @mock.patch.object(evaluation, "latency", lambda *_: 0.0)
 def evaluate(named: str, config: PretrainedConfig) -> None:
     """Evaluate in this process, without the latency passes."""
-    comparison.evaluate_pretrained(
-        parse_models(named),
-        config,
-        Reporter(),
-        weights_dir=None,
-        experiment="",
-        fresh=True,
-        log_model="none",
-        show_downloads=False,
-    )
+    reporter, load = Reporter(), load_once(lambda done, total: None)
+    plan = make_weights(named, config, None, show_downloads=False, load=load, reporter=reporter)
+    run_study(plan, open_store(""), StudyOptions(fresh=True, log_model="none"), load, reporter)
 
 
 def report(seconds: dict[str, list[float]]) -> None:

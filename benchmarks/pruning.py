@@ -67,7 +67,7 @@ def search(folder: Path, text: str) -> tuple[float, int]:
     from effv2.config.options import StudyOptions
     from effv2.studies.engine import run_study
     from effv2.studies.files import read_study
-    from effv2.studies.plan import LoadedData
+    from effv2.studies.plan import load_once
     from effv2.studies.search import make_search
     from effv2.studies.storage import open_storage
     from effv2.tracking.store import open_store
@@ -76,10 +76,10 @@ def search(folder: Path, text: str) -> tuple[float, int]:
     path.write_text(text)
     storage = f"sqlite:///{folder / 'optuna.db'}"
     os.chdir(folder)  # MLflow's artifacts lie below the working directory
-    load = LoadedData(lambda done, total: None)
+    load = load_once(lambda done, total: None)
     options = StudyOptions(storage=storage, log_model="none")
     with ConsoleReporter() as reporter:
-        plan = make_search(read_study(path), Layer({}, dotted), 0, load, reporter.message)
+        plan = make_search(read_study(path), Layer({}, dotted), 0, load, reporter)
         run_study(plan, open_store(""), options, load, reporter)
     optuna = open_storage(storage).optuna
     (study,) = optuna.get_all_studies()

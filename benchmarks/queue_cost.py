@@ -1,4 +1,4 @@
-"""What the queue itself costs: trivial trials claimed and finished by several processes.
+"""What the queue itself costs: trivial trials leased and finished by several processes.
 
     python benchmarks/queue_cost.py [--storage postgresql://USER@HOST/DATABASE] [--workers 4] [--trials 200]
 
@@ -27,16 +27,16 @@ from effv2.studies.storage import open_storage
 
 
 def work(url: str, study: str, trials: int, results: Any, start: Any) -> None:
-    """Claim and finish trials until none is left, then put the seconds of each into `results`."""
+    """Lease and finish trials until none is left, then put the seconds of each into `results`."""
     queue = Queue(open_storage(url), study, 0, {str(number): {} for number in range(trials)})
     seconds = []
     start.wait()
     while True:
         began = time.perf_counter()
-        claim = queue.claim()
-        if claim is None:
+        lease = queue.lease()
+        if lease is None:
             break
-        queue.finish(claim, TrialState.COMPLETE, 0.5, "")
+        queue.finish(lease, TrialState.COMPLETE, 0.5, "")
         seconds.append(time.perf_counter() - began)
     results.put(seconds)
 

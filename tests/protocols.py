@@ -23,7 +23,7 @@ def table(name: str) -> str:
     config = build_config([study.base]).flat()
     lines = ["| setting | value | known | from |", "|---|---|---|---|"]
     for kind in Sources.model_fields:
-        for keys, source in getattr(study.sources, kind).items():
+        for keys, source in getattr(study.protocol, kind).items():
             names = keys.split(", ")
             values = ", ".join(f"{config[key]}" or "none" for key in names if key in config)
             named = ", ".join(f"`{key}`" if key in config else key for key in names)

@@ -229,6 +229,7 @@ def test_one_failing_arm_does_not_cost_the_others(sqlite_store: str, tiny_study:
 def test_a_store_that_fails_for_a_moment_costs_no_run(
     sqlite_store: str, tiny_study: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    from effv2.run import resume
     from effv2.studies import worker
 
     tiny_study.write_text(f"{tiny_study.read_text()}retries: 0\n")
@@ -403,7 +404,7 @@ def test_faults_in_data_are_found_before_a_run_is_created(sqlite_store: str, tmp
 
 STUDY_ERRORS = {
     "arms: {a: {model: {variant: drop_one, table: F 1 3 1 8 8 1}}}": r"line 2: .*needs a name of its own",
-    "description: a": r"has no arms to compare; use `train`",
+    "description: a": r"has no arms to compare; use the command train",
     "seeds: [0, 0]\narms: {a: {}}": r"line 2: seeds.*the same seed stands twice",
     "arms: {'a[/x]': {}}": r"line 2: arms.*letters, digits",
     "arms: {a: &a {model: *a}}": r"contains itself",

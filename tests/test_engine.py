@@ -27,12 +27,12 @@ from mlflow.entities import Run
 from optuna.study import StudyDirection
 from optuna.trial import FrozenTrial, TrialState
 
-from effv2.cli.main import ablate
+from effv2.cli.ablate import ablate
 from effv2.core.errors import LeaseLost
 from effv2.core.processes import is_gone, this_process
 from effv2.studies import queue as queue_module
-from effv2.studies.queue import ERROR, MOST_LOST, OWNER, SLOT, Queue
-from effv2.studies.storage import Storage, StorageAway, _Patience, open_storage, reopen_storage
+from effv2.studies.queue import ERROR, MOST_LOST, NAME, OWNER, Queue
+from effv2.studies.storage import Storage, StorageAway, open_storage, reopen_storage
 from tests.conftest import OTHER_TINY_TABLE, ROOT, TINY_TABLE, running
 from tests.servers import Server, free_port
 
@@ -166,7 +166,7 @@ def end(process: subprocess.Popen[str]) -> str:
 def check_small(storage: Storage, expected: Table, folder: Path) -> None:
     found = trials(storage)
     assert [trial.state for trial in found] == [TrialState.COMPLETE] * RUNS
-    assert len({trial.user_attrs[SLOT] for trial in found}) == RUNS
+    assert len({trial.user_attrs[NAME] for trial in found}) == RUNS
     assert len(children("FINISHED")) == RUNS
     assert len({(run.data.tags["effv2.arm"], run.data.tags["effv2.seed"]) for run in children("FINISHED")}) == RUNS
     assert not [run for run in runs() if run.info.status == "RUNNING"]
@@ -192,29 +192,29 @@ def test_a_killed_worker_and_a_killed_coordinator_cost_nothing(
     storage.close()
 
 
-def claim_all(url: str, results: Any) -> None:
-    """Claim and finish trials of the queue `q` in a process of its own."""
+def lease_all(url: str, results: Any) -> None:
+    """Lease and finish trials of the queue `q` in a process of its own."""
     queue = Queue(open_storage(url), "q", 0, {str(number): {} for number in range(24)})
-    claimed = []
-    while (claim := queue.claim()) is not None:
-        claimed.append(claim.slot)
-        queue.finish(claim, TrialState.COMPLETE, 0.5, "")
-    results.put(claimed)
+    leased = []
+    while (lease := queue.lease()) is not None:
+        leased.append(lease.name)
+        queue.finish(lease, TrialState.COMPLETE, 0.5, "")
+    results.put(leased)
 
 
-def test_processes_never_claim_the_same_trial(tmp_path: Path) -> None:
+def test_processes_never_lease_the_same_trial(tmp_path: Path) -> None:
     url = f"sqlite:///{tmp_path / 'queue.db'}"
     storage = open_storage(url)
-    make_queue(storage, slots=24)
+    make_queue(storage, trials=24)
     context = get_context("spawn")
     results = context.Queue()
-    processes = [context.Process(target=claim_all, args=(url, results)) for _ in range(3)]
+    processes = [context.Process(target=lease_all, args=(url, results)) for _ in range(3)]
     for process in processes:
         process.start()
-    claimed = sorted(slot for _ in processes for slot in results.get(timeout=120))
+    leased = sorted(name for _ in processes for name in results.get(timeout=120))
     for process in processes:
         process.join(10)
-    assert claimed == sorted(map(str, range(24)))
+    assert leased == sorted(map(str, range(24)))
     assert len(trials(storage)) == 24
     storage.close()
 
@@ -298,7 +298,7 @@ def test_four_workers_on_postgresql_survive_whatever_is_killed(
 def test_a_connection_that_is_cut_within_a_query_is_waited_for(cluster: Cluster) -> None:
     storage = open_storage(cluster.database("cut"))
     queue = make_queue(storage)
-    assert queue.claim() is not None
+    assert queue.lease() is not None
     cut: list[int] = []
 
     def cut_once(connection: Any, cursor: Any, statement: str, *rest: Any) -> None:
@@ -308,16 +308,15 @@ def test_a_connection_that_is_cut_within_a_query_is_waited_for(cluster: Cluster)
                 other.execute(sqlalchemy.text(f"SELECT pg_terminate_backend({cut[0]})"))
 
     sqlalchemy.event.listen(storage._rdb.engine, "before_cursor_execute", cut_once)
-    assert {slot: trial.state for slot, trial in queue.trials().items()}["0"] == TrialState.RUNNING
+    assert queue.trials()["0"].state == TrialState.RUNNING
     assert cut
     storage.close()
 
 
-def test_a_database_that_cannot_be_reached_is_waited_for_then_named(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_database_that_cannot_be_reached_is_waited_for_then_named() -> None:
     pytest.importorskip("psycopg")
-    monkeypatch.setattr(_Patience, "seconds", 0.5)
     with pytest.raises(StorageAway, match="The storage has been away for"):
-        reopen_storage("postgresql+psycopg://nobody@127.0.0.1:1/nothing")
+        reopen_storage("postgresql+psycopg://nobody@127.0.0.1:1/nothing", patience=0.5)
 
 
 @pytest.fixture
@@ -327,10 +326,10 @@ def storage(tmp_path: Path) -> Iterator[Storage]:
     opened.close()
 
 
-def make_queue(storage: Storage, slots: int = 3, retries: int = 1) -> Queue:
+def make_queue(storage: Storage, trials: int = 3, retries: int = 1) -> Queue:
     if "q" not in [study.study_name for study in storage.optuna.get_all_studies()]:
         storage.optuna.create_new_study([StudyDirection.MAXIMIZE], "q")
-    return Queue(storage, "q", retries, {str(number): {} for number in range(slots)})
+    return Queue(storage, "q", retries, {str(number): {} for number in range(trials)})
 
 
 @contextmanager
@@ -344,8 +343,8 @@ def worker(name: str, gone: set[str]) -> Iterator[None]:
 
 @settings(max_examples=25)
 @given(st.lists(st.tuples(st.integers(0, 2), st.sampled_from(["work", "fail", "release", "die"])), max_size=12))
-def test_every_slot_is_finished_exactly_once_whatever_happens(events: list[tuple[int, str]]) -> None:
-    """Three workers claim, fail, give back and die in any order; the rest is then worked off."""
+def test_every_trial_is_finished_exactly_once_whatever_happens(events: list[tuple[int, str]]) -> None:
+    """Three workers lease, fail, give back and die in any order; the rest is then worked off."""
     gone: set[str] = set()
     with tempfile.TemporaryDirectory() as folder, pytest.MonkeyPatch.context() as patch:
         patch.setattr(queue_module, "MOST_LOST", 100)
@@ -354,15 +353,15 @@ def test_every_slot_is_finished_exactly_once_whatever_happens(events: list[tuple
         told: list[int] = []
         for index, (number, event) in enumerate([*events, *[(3, "work")] * 3]):
             with worker(f"{index}" if event == "die" else f"worker {number}", gone):
-                claim = queue.claim()
+                lease = queue.lease()
                 if event == "die":
                     gone.add(f"{index}")
-                elif claim is not None and event == "work":
-                    queue.finish(claim, TrialState.COMPLETE, 0.5, "")
-                    told.append(claim.number)
-                elif claim is not None and event == "fail":
-                    queue.fail(claim, "for a test", final=False)
-                elif claim is not None:
+                elif lease is not None and event == "work":
+                    queue.finish(lease, TrialState.COMPLETE, 0.5, "")
+                    told.append(lease.number)
+                elif lease is not None and event == "fail":
+                    queue.fail(lease, "for a test", final=False)
+                elif lease is not None:
                     queue.release()
         assert sorted(told) == [0, 1, 2]
         assert [trial.state for trial in queue.trials().values()] == [TrialState.COMPLETE] * 3
@@ -371,29 +370,29 @@ def test_every_slot_is_finished_exactly_once_whatever_happens(events: list[tuple
 
 
 def test_a_failed_trial_is_retried_as_often_as_the_study_says(storage: Storage) -> None:
-    queue = make_queue(storage, slots=1, retries=2)
+    queue = make_queue(storage, trials=1, retries=2)
     attempts = 0
-    while (claim := queue.claim()) is not None:
+    while (lease := queue.lease()) is not None:
         attempts += 1
-        queue.note_run(claim, "its run")
-        queue.report(claim, 1, 0.5)
-        queue.fail(claim, "for a test", final=False)
+        queue.note_run(lease, "its run")
+        queue.report(lease, 1, 0.5)
+        queue.fail(lease, "for a test", final=False)
     assert attempts == 3 and queue.trials()["0"].state == TrialState.FAIL
-    queue.retry_failed()  # the same command again: what failed may work now
-    again = queue.claim()
+    queue.repeat(())  # the same command again: what failed may work now
+    again = queue.lease()
     assert again is not None and again.previous_run == "its run"
     assert queue.trials()["0"].intermediate_values == {1: 0.5}
     queue.fail(again, "diverged", final=True)
-    queue.retry_failed()
-    assert queue.claim() is None
+    queue.repeat(())
+    assert queue.lease() is None
 
 
 def test_a_trial_that_kills_its_workers_is_given_up(storage: Storage) -> None:
-    queue = make_queue(storage, slots=1)
+    queue = make_queue(storage, trials=1)
     gone: set[str] = set()
     while True:
         with worker(f"{len(gone)}", gone):
-            if queue.claim() is None:
+            if queue.lease() is None:
                 break
         gone.add(f"{len(gone)}")
     assert len(gone) == MOST_LOST
@@ -403,20 +402,20 @@ def test_a_trial_that_kills_its_workers_is_given_up(storage: Storage) -> None:
 def test_a_worker_on_a_lost_machine_is_replaced_and_may_not_finish(
     storage: Storage, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    queue = make_queue(storage, slots=1)
-    claim = queue.claim()
-    assert claim is not None
+    queue = make_queue(storage, trials=1)
+    lease = queue.lease()
+    assert lease is not None
     with sqlalchemy.create_engine(storage.url).begin() as connection:
         old = "UPDATE trial_heartbeats SET heartbeat = datetime(heartbeat, '-1 day')"
         connection.execute(sqlalchemy.text(old))
     with worker("elsewhere", set()):
-        assert queue.claim() is None  # at first sight the database may just have been away
+        assert queue.lease() is None  # at first sight the database may just have been away
         monkeypatch.setattr(queue_module, "SECOND_LOOK_SECONDS", 0)
-        taken = queue.claim()
-        assert taken is not None and taken.trial_id == claim.trial_id
+        taken = queue.lease()
+        assert taken is not None and taken.trial_id == lease.trial_id
     with pytest.raises(LeaseLost):
-        queue.finish(claim, TrialState.COMPLETE, 0.5, "")
-    queue.fail(claim, "no longer ours to say", final=True)
+        queue.finish(lease, TrialState.COMPLETE, 0.5, "")
+    queue.fail(lease, "no longer ours to say", final=True)
     queue.release()
     assert queue.trials()["0"].state == TrialState.RUNNING
 

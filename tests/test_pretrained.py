@@ -32,16 +32,14 @@ from torchvision.datasets import Imagenette
 
 from effv2.cli.main import evaluate_pretrained
 from effv2.core.errors import InputError
-from effv2.evidence.networks import networks_results
-from effv2.evidence.quantities import percent
-from effv2.evidence.statistics import holm, mcnemar, wilson
-from effv2.evidence.study import TrackedStudy
-from effv2.pretrained import comparison, evaluation, measure
+from effv2.evidence.statistics import calibration_error, holm, mcnemar, wilson
+from effv2.pretrained import evaluation, measure
 from effv2.pretrained.config import ImagesConfig
-from effv2.pretrained.imagenet import Origin, class_names, origin, outputs_of, wnids
-from effv2.pretrained.images import EvaluationImages, choose_images
-from effv2.pretrained.measure import calibration_error, scores
-from effv2.pretrained.weights import Requested, WeightsFile, find_all_weights, network_names, parse_models
+from effv2.pretrained.images import EvaluationImages, Origin, choose_images, class_names, origin, outputs_of, wnids
+from effv2.pretrained.measure import scores
+from effv2.pretrained.ranking import Evaluated, Ranking
+from effv2.pretrained.weights import Requested, WeightsFile, find_all_weights, load_network, network_names, parse_models
+from effv2.studies import weights as weights_plan
 from effv2.tracking.read import RunRecord
 from tests.conftest import ROOT
 
@@ -243,13 +241,13 @@ UNSEEN, SEEN = "ILSVRC2012_val_00000001.JPEG", "n01440764_1.JPEG"
 def test_rankings_rest_on_what_is_not_known_to_be_seen(tmp_path: Path) -> None:
     """Also where one image of the validation set has strayed among one's own."""
     own = images_of(tmp_path / "a", {"tench": ["a.jpg", "b.jpg"], "church": ["c.jpg", UNSEEN]})
-    assert own.basis == "eval" and own.basis_origin is Origin.UNKNOWN and len(own.sets["unseen"]) == 1
+    assert own.ranked_on == "eval" and own.ranked_origin is Origin.UNKNOWN and len(own.sets["unseen"]) == 1
     stray = images_of(tmp_path / "d", {"tench": [UNSEEN, SEEN], "church": [UNSEEN, "a.jpg"]})
-    assert stray.basis == "unseen" and stray.basis_origin is Origin.UNSEEN and len(stray.sets["unseen"]) == 2
+    assert stray.ranked_on == "unseen" and stray.ranked_origin is Origin.UNSEEN and len(stray.sets["unseen"]) == 2
     mixed = images_of(tmp_path / "b", {"tench": ["a.jpg", SEEN], "church": ["c.jpg"]})
-    assert mixed.basis == "unknown" and len(mixed.sets["unknown"]) == 2 and mixed.basis_origin is Origin.UNKNOWN
+    assert mixed.ranked_on == "unknown" and len(mixed.sets["unknown"]) == 2 and mixed.ranked_origin is Origin.UNKNOWN
     seen = images_of(tmp_path / "c", {"tench": [SEEN], "church": [SEEN]})
-    assert seen.basis == "eval" and seen.basis_origin is Origin.SEEN
+    assert seen.ranked_on == "eval" and seen.ranked_origin is Origin.SEEN
 
 
 def test_a_quick_look_draws_as_many_unseen_images(tmp_path: Path) -> None:
@@ -260,7 +258,7 @@ def test_a_quick_look_draws_as_many_unseen_images(tmp_path: Path) -> None:
     for seed in (0, 1):
         config = ImagesConfig(dataset="folder", dir=str(tmp_path / "set"), limit=5, seed=seed)
         few = choose_images(config)
-        assert few.tests == 5 and 5 <= len(few.sets["unseen"]) <= 10 and few.basis == "unseen"
+        assert few.tests == 5 and 5 <= len(few.sets["unseen"]) <= 10 and few.ranked_on == "unseen"
         assert (
             few.part.ids
             == choose_images(config).part.ids
@@ -470,6 +468,7 @@ def test_the_published_comparison_from_names_to_report(sqlite_store: str, few_im
             assert f"eval/{figure}" in metrics and f"unseen/{figure}" in metrics
         assert metrics["inference/single_image_seconds"] > 0 and metrics["inference/batch_128_seconds"] > 0
         assert metrics["throughput/evaluate_images_per_second"] > 0
+        assert (params["evaluation.ranked_on"], params["evaluation.ranked_origin"]) == ("unseen", "unseen")
         assert params["weights.verified"] == "False" and params["transforms.crop"] == str(384 if "v2" in name else 224)
         rows = artifact(run, "predictions.csv", tmp_path)
         assert [row["true"] for row in rows] == ["church"] * 4 + ["tench"] * 4
@@ -556,22 +555,22 @@ def test_what_was_evaluated_is_not_repeated(
     assert invoke("--models", f"squeezenet1_1={first}", *images).exit_code == 0
     before = [run.info.run_id for run in all_runs()]
     again = invoke("--models", f"squeezenet1_1={first}", *images)
-    assert again.exit_code == 0 and "Finished before" in again.stderr
+    assert again.exit_code == 0 and "finished before; `fresh`" in again.stderr
     assert [run.info.run_id for run in all_runs()] == before
     both = f"squeezenet1_1={first},squeezenet1_1={second}"
     assert invoke("--models", both, *images).exit_code == 0
     assert len(all_runs()) == len(before) + 2  # a parent and the second network
-    assert invoke("--models", both, *images, "--fresh").exit_code == 0
+    assert invoke("--models", both, *images, "--fresh", "--workers", "2").exit_code == 0
     assert len(all_runs()) == len(before) + 5
 
     # What --fresh began is gone on with, and takes nothing from those before it.
-    def interrupted(session: Any, entry: Any, parent: Any) -> str:
-        if entry.requested.file == second:
+    def interrupted(evaluation_: Any, task: Any) -> Any:
+        if evaluation_.requested.file == second:
             raise KeyboardInterrupt
-        return evaluation.evaluate_one(session, entry, parent)
+        return evaluation.evaluate(evaluation_, task)
 
     with monkeypatch.context() as patch:
-        patch.setattr(comparison, "evaluate_one", interrupted)
+        patch.setattr(weights_plan, "evaluate", interrupted)
         assert invoke("--models", both, *images, "--fresh").exit_code == 130
     assert invoke("--models", both, *images).exit_code == 0
     assert len(all_runs()) == len(before) + 8 and {run.info.status for run in all_runs()} == {"FINISHED"}
@@ -617,7 +616,7 @@ def test_a_comparison_that_was_cut_short_goes_on_in_its_run(
 
 
 @pytest.mark.usefixtures("short_batches")
-def test_the_next_comparison_ends_what_a_killed_one_left_open(
+def test_the_next_comparison_ends_runs_that_a_killed_one_left_open(
     sqlite_store: str, few_images: Path, tmp_path: Path
 ) -> None:
     first, second = (seeded_weights(tmp_path / f"{seed}.pth", "squeezenet1_1", seed) for seed in (1, 2))
@@ -627,7 +626,7 @@ def test_the_next_comparison_ends_what_a_killed_one_left_open(
     subprocess.run([sys.executable, "-c", script, *killed], capture_output=True, timeout=120)
     assert [run.info.status for run in all_runs()] == ["RUNNING", "FINISHED", "RUNNING"]
     assert invoke("--models", f"squeezenet1_1={second}", *images).exit_code == 0
-    assert [run.info.status for run in all_runs()] == ["KILLED", "FINISHED", "KILLED", "FINISHED", "FINISHED"]
+    assert [run.info.status for run in all_runs()] == ["RUNNING", "FINISHED", "KILLED", "FINISHED", "FINISHED"]
 
 
 def test_mlflow_run_adopts_its_run(sqlite_store: str, few_images: Path, tmp_path: Path) -> None:
@@ -649,17 +648,19 @@ def test_one_network_that_fails_does_not_cost_the_others(
 ) -> None:
     files = [seeded_weights(tmp_path / f"{seed}.pth", "squeezenet1_1", seed) for seed in (1, 2)]
 
-    def failing(session: Any, entry: Any, parent: Any) -> str:
-        if entry.requested.file == files[0]:
+    def failing(requested: Requested, file: WeightsFile) -> Any:
+        if requested.file == files[0]:
             raise torch.OutOfMemoryError("no memory")
-        return evaluation.evaluate_one(session, entry, parent)
+        return load_network(requested, file)
 
-    monkeypatch.setattr(comparison, "evaluate_one", failing)
+    monkeypatch.setattr(evaluation, "load_network", failing)
     words = ["--models", ",".join(f"squeezenet1_1={file}" for file in files)]
     result = invoke(*words, "--dataset", "folder", "--data-dir", few_images)
     assert result.exit_code == 1
-    assert "1 of 2 networks failed. squeezenet1_1 1: out of memory; lower --batch-size." in result.stderr
-    assert [run.info.status for run in all_runs()] == ["FAILED", "FINISHED"]
+    assert (
+        "1 of 2 runs failed. squeezenet1_1 1: The device's memory is full; lower execution.batch_size." in result.stderr
+    )
+    assert [run.info.status for run in all_runs()] == ["FAILED", "FAILED", "FINISHED"]
 
 
 @pytest.mark.usefixtures("short_batches")

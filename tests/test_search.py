@@ -15,10 +15,13 @@ from mlflow import MlflowClient
 from mlflow.entities import Run
 from mlflow.exceptions import MlflowException
 
-from effv2.cli.main import ablate, hparam_check, search, train
+from effv2.cli.ablate import ablate
+from effv2.cli.hparam_check import hparam_check
+from effv2.cli.search import search
+from effv2.cli.train import train
+from effv2.config.options import StudyInfo
 from effv2.config.schema import TrainConfig
 from effv2.studies.files import SearchFile
-from effv2.studies.plan import Purpose
 from effv2.studies.search import Search
 from effv2.training import loop
 from tests.conftest import TINY_TABLE
@@ -218,7 +221,7 @@ def test_the_order_of_arms_changes_nothing(sqlite_store: str, tiny_study: Path) 
 
 def test_a_trial_is_pruned_after_a_quarter_of_its_epochs_at_the_earliest() -> None:
     config = TrainConfig.model_validate({"schedule": {"epochs": 30}})
-    pruner = Search(Purpose("search", "any", "", 0), config, SearchFile(), "").pruner()
+    pruner = Search(StudyInfo("search", "any"), {}, config, SearchFile(), "").pruner()
     study = optuna.create_study(direction="maximize", pruner=pruner)
     pruned_at = []
     for accuracy in (0.9, 0.8, 0.1, 0.1):

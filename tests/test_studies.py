@@ -15,20 +15,21 @@ from effv2.config.layers import Layer, dotted, option_layer
 from effv2.config.options import SHORT_EPOCHS
 from effv2.config.schema import TrainConfig
 from effv2.core.errors import InputError
+from effv2.core.reporter import Reporter
 from effv2.studies.files import SWEEPS, Sources, Study, built_in_ablation, open_study, read_study
 from effv2.studies.grid import Grid, make_grid
-from effv2.studies.plan import LoadedData
+from effv2.studies.plan import load_once
 from tests import protocols
 from tests.conftest import ROOT
 
 NO_OPTIONS = Layer({}, dotted)
-PUBLISHED = [name for name in sorted(path.stem for path in SWEEPS.glob("*.yaml")) if open_study(name).sources.stated]
+PUBLISHED = [name for name in sorted(path.stem for path in SWEEPS.glob("*.yaml")) if open_study(name).protocol.stated]
 
 
 @pytest.mark.parametrize("name", PUBLISHED)
 def test_every_setting_of_a_published_protocol_has_one_source(name: str) -> None:
     study, flat = open_study(name), TrainConfig().flat()
-    sourced = [each for kind in Sources.model_fields for each in study.sources.settings(kind)]
+    sourced = [each for kind in Sources.model_fields for each in study.protocol.settings(kind)]
     assert len(sourced) == len(set(sourced))
     assert not [each for each in sourced if "." in each and each not in flat]  # others are words, of no one setting
     written = {f"{group}.{key}" for group, keys in study.base.values.items() for key in keys}
@@ -57,7 +58,7 @@ def test_hyper_parameter_check_crosses_each_change_with_plateau() -> None:
     assert study.select_checks("dropout", "both") == ["default", "dropout", "default_plateau", "dropout_plateau"]
     assert study.select_checks("dropout", "none") == ["default", "dropout"]
     assert open_study("hparam-digits").arm("default", NO_OPTIONS).schedule.epochs == SHORT_EPOCHS  # as --help says
-    with pytest.raises(InputError, match=r"--check droput: no such arm; did you mean 'dropout'"):
+    with pytest.raises(InputError, match=r"check droput: no such arm; did you mean 'dropout'"):
         study.select_checks("droput", "both")
 
 
@@ -66,7 +67,7 @@ def test_a_study_is_found_by_name_and_by_path(tmp_path: Path, monkeypatch: pytes
     assert open_study("ablate-mnist").name == "ablate-mnist"
     (tmp_path / "ablate-mnist").write_text("name: mine\nconfig: {}\n")
     assert open_study("ablate-mnist").name == open_study(str(tmp_path / "ablate-mnist")).name == "mine"
-    with pytest.raises(InputError, match=r"--study ablate-mnits: no file and no study .* did you mean 'ablate-mnist'"):
+    with pytest.raises(InputError, match=r"study ablate-mnits: no file and no study .* did you mean 'ablate-mnist'"):
         open_study("ablate-mnits")
     with pytest.raises(InputError, match=r"study sweeps/ablate-mnist.yaml: can't be read"):
         open_study("sweeps/ablate-mnist.yaml")
@@ -110,17 +111,17 @@ def test_every_study_file_opens_with_its_command(path: Path) -> None:
 
 
 def make(study: Study, chosen: list[str], seeds: tuple[int, ...] = ()) -> Grid:
-    return make_grid(
-        "ablate", study, chosen, NO_OPTIONS, seeds=seeds, load=LoadedData(lambda done, total: None), message=print
-    )
+    load = load_once(lambda done, total: None)
+    return make_grid("ablate", study, chosen, NO_OPTIONS, seeds=seeds, load=load, reporter=Reporter())
 
 
 def test_one_variant_brings_its_baseline_and_all_brings_all() -> None:
     study = built_in_ablation()
-    assert study.select("drop_one", "variant") == ["default", "drop_one"]
-    assert study.select("default", "variant") == ["default"]
-    grid = make(study, study.select("all", "variant"), (3, 4))
-    assert [*grid.wanted] == [(name, seed) for seed in (3, 4) for name in PUBLISHED_VARIANTS]
+    assert study.select("drop_one") == ["default", "drop_one"]
+    assert study.select("default") == ["default"]
+    assert built_in_ablation("efficientnet_v2_m").select("efficientnet_v2_m") == ["default", "efficientnet_v2_m"]
+    grid = make(study, study.select("all"), (3, 4))
+    assert [*grid.trials] == [f"{name}, seed {seed}" for seed in (3, 4) for name in PUBLISHED_VARIANTS]
 
 
 def test_options_change_what_arms_share(tmp_path: Path) -> None:
@@ -136,9 +137,9 @@ def test_options_change_what_arms_share(tmp_path: Path) -> None:
 def test_a_file_without_seeds_keeps_the_configurations_own(tmp_path: Path) -> None:
     path = tmp_path / "study.yaml"
     path.write_text("name: s\nconfig: {random: {seed: 5}}\narms: {a: {}}\n")
-    assert make(read_study(path), ["a"]).wanted == [("a", 5)]
+    assert make(read_study(path), ["a"]).trials == {"a, seed 5": {"arm": "a", "seed": 5}}
 
 
 def test_training_refuses_a_study_of_arms() -> None:
-    with pytest.raises(InputError, match="use `ablate`"):
+    with pytest.raises(InputError, match="use the command ablate"):
         read_study(SWEEPS / "ablate-digits.yaml").config(NO_OPTIONS)

@@ -14,167 +14,168 @@ import torch
 import torchvision
 
 from effv2.architecture import count_parameters, gflops_of
+from effv2.config.schema import ExecutionConfig
 from effv2.core import provenance
-from effv2.core.processes import this_process
 from effv2.core.reporter import Reporter
+from effv2.core.resources import is_out_of_memory, what_ran_out
 from effv2.data.cache import Decoded, decode
-from effv2.execution.device import Execution
+from effv2.evidence.run_artifacts import Predictions, write_predictions
+from effv2.execution.device import Execution, make_execution
 from effv2.pretrained.config import PretrainedConfig
-from effv2.pretrained.imagenet import class_names
-from effv2.pretrained.images import TEST, EvaluationImages
-from effv2.pretrained.measure import (
-    Network,
-    all_logits,
-    batch_size,
-    bf16_differences,
-    latency,
-    scores,
-    top1,
-)
+from effv2.pretrained.images import TEST, EvaluationImages, class_names
+from effv2.pretrained.measure import Network, all_logits, batch_size, bf16_differences, latency, scores, top1
 from effv2.pretrained.weights import Requested, WeightsFile, load_network
-from effv2.run.artifacts import Predictions, write_predictions
+from effv2.run.resume import Attempt, Task
 from effv2.serving.export import OTHER, ServedNetwork, as_base64, write_served
 from effv2.tracking.read import Identity
-from effv2.tracking.run import open_run
-from effv2.tracking.tags import PROCESS, SEED, STUDY, VARIANT
-from effv2.tracking.writer import TrackedRun
+from effv2.tracking.run import TrackedRun, start_run
+from effv2.tracking.tags import MACHINE, SEED, STUDY, VARIANT
 
-KIND = "evaluate-pretrained"
-FULL_BATCH_IMAGES = 128
 ONE_IMAGE, FULL_BATCH = "inference/single_image_seconds", "inference/batch_128_seconds"
+FULL_BATCH_IMAGES = 128
+CODE = provenance.code_version(provenance.OF_EVALUATION)  # versions of what decides an evaluation
+RANKED_ON, RANKED_ORIGIN = "evaluation.ranked_on", "evaluation.ranked_origin"
 
 
 @dataclass(frozen=True)
-class Entry:
-    """A network to evaluate: its weights, the images as it wants them, and what decides its figures."""
+class Evaluation:
+    """What is evaluated on which images, and how: plain data. `config` is resolved: no `auto`."""
 
     requested: Requested
     file: WeightsFile
-    decoded: Decoded
-    batch: int
-    identity: Identity
-
-
-@dataclass(frozen=True)
-class Session:
-    """What all networks of a comparison share."""
-
-    config: PretrainedConfig
     images: EvaluationImages
-    execution: Execution
-    reporter: Reporter
+    config: PretrainedConfig
 
-    def entry(self, requested: Requested, file: WeightsFile) -> Entry:
-        """Decode the images as the weights want them, and name what decides the figures."""
-        decoded = decode(self.images.part, requested.preparation, self.reporter.decoding)
-        batch = batch_size(self.config.execution.batch_size, requested.preparation.size, self.execution)
-        deciding = {
-            "network": requested.network,
-            "weights": [file.sha256, _weights_name(requested), file.verified],
-            "preparation": repr(requested.preparation),
-            "normalisation": requested.normalisation,
+    @property
+    def execution(self) -> Execution:
+        """Return device and precision."""
+        chosen = self.config.execution
+        return make_execution(ExecutionConfig(device=chosen.device, precision=chosen.precision))
+
+    @property
+    def batch(self) -> int:
+        """Return the images a pass."""
+        return batch_size(self.config.execution.batch_size, self.requested.preparation.size, self.execution)
+
+    @property
+    def weights_name(self) -> str:
+        """Return the name of published weights, or of the user's own file."""
+        return str(self.requested.weights) if self.requested.file is None else self.requested.file.name
+
+    def decode(self, reporter: Reporter) -> Decoded:
+        """Return the images as the weights want them, decoded once."""
+        return decode(self.images.part.images, self.requested.preparation, reporter.decoding)
+
+    def data_digest(self, decoded: Decoded) -> str:
+        """Hash the images: pixels, names and classes."""
+        outputs = self.images.outputs[self.images.part.labels]
+        return _hash([decoded.sha256, *self.images.part.ids, *map(str, outputs), self.images.tests])
+
+    def definition(self) -> dict[str, Any]:
+        """Return, as plain values, what decides the figures besides the images and the machine."""
+        return {
+            "network": self.requested.network,
+            "weights": [self.file.sha256, self.weights_name, self.file.verified],
+            "preparation": repr(self.requested.preparation),
+            "normalisation": self.requested.normalisation,
             "device": self.execution.device.type,
             "bf16": self.execution.bf16,
-            "batch": batch,
+            "batch": self.batch,
             "torchvision": torchvision.__version__,
-            "machine": [provenance.machine()[name] for name in ("processor", "accelerator", "threads")],  # for speeds
         }
-        seen = [decoded.sha256, *self.images.part.ids, *map(str, self.images.outputs[self.images.part.labels])]
-        data = short_hash([*seen, self.images.tests])
-        return Entry(requested, file, decoded, batch, Identity(short_hash(deciding), data, code_version()))
+
+    def identity(self, decoded: Decoded) -> Identity:
+        """Return what decides the figures on this machine, speeds among them."""
+        machine = [provenance.machine()[name] for name in ("processor", "accelerator", "threads")]
+        deciding = self.definition() | {"machine": machine}
+        return Identity(_hash(deciding), self.data_digest(decoded), CODE)
+
+    def params(self) -> dict[str, Any]:
+        """Return the parameters of the run."""
+        requested, preset = self.requested, self.requested.weights.transforms()
+        return self.config.flat() | {
+            "model.name": requested.network,
+            "weights.name": self.weights_name,
+            "weights.file": str(self.file.path),
+            "weights.sha256": self.file.sha256,
+            "weights.verified": self.file.verified,
+            "weights.url": requested.weights.url if requested.file is None else "",
+            "transforms.of": str(requested.weights),
+            "transforms.resize": preset.resize_size[0],
+            "transforms.crop": preset.crop_size[0],
+            "transforms.interpolation": preset.interpolation.value,
+            "transforms.antialias": preset.antialias,
+            "transforms.mean": preset.mean,
+            "transforms.std": preset.std,
+            "evaluation.batch_size": self.batch,
+        }
 
 
-def evaluate_one(session: Session, entry: Entry, parent: TrackedRun) -> str:
-    """Evaluate a network in a run of its own; return the run's id."""
-    requested, images = entry.requested, session.images
-    tags = run_tags(entry.identity, session) | {VARIANT: requested.network}
-    message = session.reporter.message
-    with open_run(requested.label, parent.experiment_id, tags, parent=parent.run_id, message=message) as run:
-        run.log_params(session.config.flat() | _params(entry))
+def evaluate(evaluation: Evaluation, task: Task) -> Attempt:
+    """Find the run of a task finished, or evaluate from the beginning: it takes too little time to be resumed."""
+    images, requested, labels = evaluation.images, evaluation.requested, task.labels
+    decoded = evaluation.decode(task.reporter)
+    identity, ranked = evaluation.identity(decoded), f"{images.ranked_on}/top1_accuracy"
+    ranking = {RANKED_ON: images.ranked_on, RANKED_ORIGIN: images.ranked_origin.value}
+    if (done := task.find_earlier(identity).finished) is not None:
+        run = TrackedRun(done.run_id, labels.experiment_id)
+        run.log_params({name: value for name, value in ranking.items() if name not in done.params})  # an older run
+        return Attempt(run, done.metrics, done.metrics[ranked], was_finished=True)
+    machine = {f"{MACHINE}{name}": value for name, value in provenance.machine().items()}
+    tags = {STUDY: labels.study, VARIANT: requested.network, SEED: str(evaluation.config.data.seed)} | machine
+    where, message = (labels.name, labels.experiment_id, identity.tags() | tags), task.reporter.message
+    with (
+        start_run(*where, parent=labels.parent, message=message, patience=task.patience) as run,
+        what_ran_out("execution.batch_size"),
+    ):
+        task.observer.started(run.run_id)
+        run.log_params(evaluation.params() | ranking)
         run.log_git(provenance.git_state())
-        digest = entry.identity.data_digest
-        run.log_dataset(images.name, "test", digest, images.location, images.profile())
+        run.log_dataset(images.name, "test", identity.data_digest, images.location, images.profile())
         run.check()
-        network, figures = _prepare(session, entry, run)
-        run.log_metrics(figures)
-        logits, figures = _evaluate(session, entry, network)
-        true = images.outputs[images.part.labels]
-        for name, members in images.sets.items():
-            found = scores(logits[members], true[members], images.outputs)
-            figures |= {f"{name}/{figure}": value for figure, value in found.items()}
-        run.log_metrics(figures | {f"published/{name}": value for name, value in requested.published.items()})
-        with tempfile.TemporaryDirectory() as folder:
-            for name in {TEST, images.basis}:
-                place = Path(folder) if name == TEST else Path(folder, name)
-                place.mkdir(exist_ok=True)
-                write_predictions(place, _predictions(images, logits, images.sets[name]))
-            run.log_folder(Path(folder))
-        run.log_metrics(_latencies(session, entry, network))
+        metrics = _measure(evaluation, decoded, run, task.reporter)
         run.complete()
-    return run.run_id
+    return Attempt(TrackedRun(run.run_id, run.experiment_id), metrics, metrics[ranked])
 
 
-def _weights_name(requested: Requested) -> str:
-    return str(requested.weights) if requested.file is None else requested.file.name
-
-
-def _params(entry: Entry) -> dict[str, Any]:
-    requested, preset = entry.requested, entry.requested.weights.transforms()
-    return {
-        "model.name": requested.network,
-        "weights.name": _weights_name(requested),
-        "weights.file": str(entry.file.path),
-        "weights.sha256": entry.file.sha256,
-        "weights.verified": entry.file.verified,
-        "weights.url": requested.weights.url if requested.file is None else "",
-        "transforms.of": str(requested.weights),
-        "transforms.resize": preset.resize_size[0],
-        "transforms.crop": preset.crop_size[0],
-        "transforms.interpolation": preset.interpolation.value,
-        "transforms.antialias": preset.antialias,
-        "transforms.mean": preset.mean,
-        "transforms.std": preset.std,
-        "evaluation.batch_size": entry.batch,
-    }
-
-
-def _prepare(session: Session, entry: Entry, run: TrackedRun) -> tuple[Network, dict[str, float]]:
-    """Return the network on its device, and its size as metrics.
-
-    What torchvision's builder does to inputs with these weights (inception_v3, googlenet) is logged: a network built
-    without them differs.
-    """
-    requested = entry.requested
-    module = load_network(requested, entry.file)
+def _measure(evaluation: Evaluation, decoded: Decoded, run: TrackedRun, reporter: Reporter) -> dict[str, float]:
+    """Log and return all figures; log the predictions, too."""
+    requested, images, execution = evaluation.requested, evaluation.images, evaluation.execution
+    module = load_network(requested, evaluation.file)
+    # What torchvision's builder does to inputs with these weights (inception_v3, googlenet): a network built without
+    # them differs.
     run.log_params({"model.transform_input": bool(getattr(module, "transform_input", False))})
-    size = {
+    metrics: dict[str, float] = {
         "model/parameters": count_parameters(module),
         "model/gflops": gflops_of(module, requested.preparation.size),
     }
-    return Network.prepare(module, requested.normalisation, session.execution), size
+    network = Network.prepare(module, requested.normalisation, execution)
+    pixels, true = torch.from_numpy(decoded.pixels), images.outputs[images.part.labels]
+
+    def progress(done: int) -> None:
+        reporter.evaluating(requested.label, done, len(pixels))
+
+    logits, rate = all_logits(network, pixels, evaluation.batch, progress)
+    metrics["throughput/evaluate_images_per_second"] = rate
+    if execution.bf16:
+        metrics |= bf16_differences(network, pixels, logits, true, evaluation.batch)
+    for name, members in images.sets.items():
+        found = scores(logits[members], true[members], images.outputs)
+        metrics |= {f"{name}/{figure}": value for figure, value in found.items()}
+    metrics |= {f"published/{name}": value for name, value in requested.published.items()}
+    with tempfile.TemporaryDirectory() as folder:
+        for name in {TEST, images.ranked_on}:
+            place = Path(folder) if name == TEST else Path(folder, name)
+            place.mkdir(exist_ok=True)
+            write_predictions(place, _predictions(images, logits, images.sets[name]))
+        run.log_folder(Path(folder))
+    metrics |= _latencies(requested.label, pixels, network, reporter)
+    run.log_metrics(metrics)
+    return metrics
 
 
-def _evaluate(session: Session, entry: Entry, network: Network) -> tuple[torch.Tensor, dict[str, float]]:
-    """Return logits of all images (N, 1000), the rate and what bf16 changes as metrics."""
-    pixels, done = torch.from_numpy(entry.decoded.pixels), 0
-
-    def advance(more: int) -> None:
-        nonlocal done
-        done += more
-        session.reporter.evaluating(entry.requested.label, done, len(pixels))
-
-    advance(0)
-    logits, rate = all_logits(network, pixels, entry.batch, advance)
-    figures = {"throughput/evaluate_images_per_second": rate}
-    if session.execution.bf16:
-        true = session.images.outputs[session.images.part.labels]
-        figures |= bf16_differences(network, pixels, logits, true, entry.batch)
-    return logits, figures
-
-
-def _latencies(session: Session, entry: Entry, network: Network) -> dict[str, float]:
+def _latencies(label: str, pixels: torch.Tensor, network: Network, reporter: Reporter) -> dict[str, float]:
     """Return the seconds of one image and of a full batch, as far as the memory allows; timed last of all."""
-    pixels = torch.from_numpy(entry.decoded.pixels)
     found: dict[str, float] = {}
     for name, images in ((ONE_IMAGE, 1), (FULL_BATCH, FULL_BATCH_IMAGES)):
         try:
@@ -182,19 +183,18 @@ def _latencies(session: Session, entry: Entry, network: Network) -> dict[str, fl
         except RuntimeError as error:  # torch's of memory among them, on CPUs a plain one
             if not is_out_of_memory(error):
                 raise
-            session.reporter.message(f"{entry.requested.label}: no memory to time {images} images at once; left out.")
+            reporter.message(f"{label}: no memory to time {images} images at once; left out.")
     return found
 
 
-def log_network(entry: Entry, images: EvaluationImages, run: TrackedRun) -> str:
-    """Log the network with its preprocessing to the run that evaluated it, ended or not; return its address."""
-    requested = entry.requested
-    module = load_network(requested, entry.file)
+def log_network(evaluation: Evaluation, run: TrackedRun) -> None:
+    """Log the network with its preprocessing to the run that evaluated it, which may have ended."""
+    requested = evaluation.requested
+    module = load_network(requested, evaluation.file)
     served = ServedNetwork(module, len(class_names()), *requested.normalisation)
     with tempfile.TemporaryDirectory() as folder:
         files = write_served(Path(folder), served, requested.preparation, class_names())
-        run.log_model(files, as_base64(images.part.open(0)), torch.__version__)
-    return run.model_address()
+        run.log_model(files, as_base64(evaluation.images.part.images.open(0)), torch.__version__)
 
 
 def _predictions(images: EvaluationImages, logits: torch.Tensor, members: np.ndarray) -> Predictions:
@@ -213,18 +213,6 @@ def _predictions(images: EvaluationImages, logits: torch.Tensor, members: np.nda
     )
 
 
-def run_tags(identity: Identity, session: Session) -> dict[str, str]:
-    """Return the tags of every run of a comparison."""
-    machine = {f"effv2.machine.{name}": value for name, value in provenance.machine().items()}
-    own = {STUDY: KIND, SEED: str(session.config.data.seed), PROCESS: this_process()}
-    return identity.tags() | own | machine
-
-
-def short_hash(value: Any) -> str:
+def _hash(value: Any) -> str:
     """Hash plain values to 16 hexadecimal digits."""
     return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:16]
-
-
-def code_version() -> str:
-    """Return the versions of what decides an evaluation."""
-    return provenance.code_version(provenance.OF_EVALUATION)

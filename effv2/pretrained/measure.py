@@ -27,7 +27,7 @@ COMPARED_IMAGES = 512  # that bf16 is compared with float32 on
 CALIBRATION_BINS = 15
 
 Statistics = tuple[Sequence[float], Sequence[float]]  # mean and standard deviation of a channel
-Advance = Callable[[int], None]  # told how many more images are done
+Progress = Callable[[int], None]  # is given how many images are done
 
 
 @dataclass(frozen=True)
@@ -52,10 +52,6 @@ class Network:
             logits: Tensor = self.module(inputs)
         return logits.float().cpu()
 
-    def in_float32(self) -> Network:
-        """Return the same network without autocast."""
-        return replace(self, execution=replace(self.execution, bf16=False))
-
 
 def batch_size(wanted: int, size: int, execution: Execution) -> int:
     """Return the images a pass: as wanted, or what suits the device at this image size."""
@@ -64,21 +60,23 @@ def batch_size(wanted: int, size: int, execution: Execution) -> int:
     return max(1, round(CPU_BATCH_PIXELS / size**2)) if execution.device.type == "cpu" else OTHER_BATCH
 
 
-def all_logits(network: Network, pixels: Tensor, batch: int, advance: Advance) -> tuple[Tensor, float]:
+def all_logits(network: Network, pixels: Tensor, batch: int, progress: Progress) -> tuple[Tensor, float]:
     """Return logits (N, outputs), and images/s: of the median pass, the first left out, transfers included.
 
     RunError for logits that are no finite numbers.
     """
     logits: list[Tensor] = []
     rates: list[float] = []
+    progress(0)
     for part in pixels.split(batch):
         started = time.perf_counter()
         logits.append(network(part))
         rates.append(len(part) / (time.perf_counter() - started))
-        advance(len(part))
+        progress(sum(map(len, logits)))
     everything = torch.cat(logits)
     if not everything.isfinite().all():
-        raise RunError("its outputs are not all finite numbers; the weights are damaged, or need --precision fp32")
+        problem = "The outputs are not all finite numbers"
+        raise RunError(f"{problem}; the weights are damaged, or need execution.precision fp32.")
     return everything, statistics.median(rates[1:] or rates)
 
 
@@ -137,8 +135,9 @@ def calibration_error(confidence: np.ndarray, right: np.ndarray, bins: int = CAL
 def bf16_differences(network: Network, pixels: Tensor, logits: Tensor, true: Labels, batch: int) -> dict[str, float]:
     """Compare bf16 `logits` of all images with float32 ones of at most 512, evenly spaced: what bf16 changes."""
     chosen = np.unique(np.linspace(0, len(pixels) - 1, min(len(pixels), COMPARED_IMAGES)).round().astype(int))
+    in_float32 = replace(network, execution=replace(network.execution, bf16=False))
     with network.execution.exact():
-        exact, _ = all_logits(network.in_float32(), pixels[chosen], batch, lambda _: None)
+        exact, _ = all_logits(in_float32, pixels[chosen], batch, lambda _: None)
     before, after = exact.argmax(1).numpy(), logits[chosen].argmax(1).numpy()
     return {
         "bf16/compared_images": len(chosen),

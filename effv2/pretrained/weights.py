@@ -8,17 +8,13 @@ from __future__ import annotations
 import os
 import pickle
 import re
-import shutil
 import socket
-import tempfile
 import zipfile
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
 from http.client import HTTPException
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import nn
@@ -41,7 +37,7 @@ UNLOADABLE = (RuntimeError, pickle.UnpicklingError, zipfile.BadZipFile, EOFError
 
 @dataclass(frozen=True)
 class Requested:
-    """One entry of --models: a network, the published weights whose transforms hold, the user's own file or None."""
+    """A network that is asked for, the published weights whose transforms hold, the user's own file or None."""
 
     text: str
     network: str
@@ -101,55 +97,49 @@ def parse_models(text: str) -> list[Requested]:
 
     InputError names the nearest networks or weights to a wrong one.
     """
-    entries = [word.strip() for word in text.split(",") if word.strip()]
-    if not entries:
-        raise InputError(f"--models {text}: names no network; give some, separated by commas, as resnet50.")
-    found = [_parse(entry) for entry in entries]
+    found = [_parse(word.strip()) for word in text.split(",") if word.strip()]
+    if not found:
+        raise InputError("models", text, "names no network", "give some, separated by commas, as resnet50")
     for one in found:
         twins = [other.text for other in found if (other.weights, other.file) == (one.weights, one.file)]
         if len(twins) > 1:
-            raise InputError(f"--models {text}: {' and '.join(twins)} are the same weights; name each once.")
+            raise InputError("models", text, f"{' and '.join(twins)} are the same weights", "name each once")
         if [other.label for other in found].count(one.label) > 1:
-            raise InputError(f"--models {text}: two files would both be called {one.label!r}; rename one of them.")
+            raise InputError("models", text, f"two files would both be called {one.label!r}", "rename one of them")
     return found
 
 
 def _parse(entry: str) -> Requested:
-    named, _, file = entry.partition("=")
+    named, own, file = entry.partition("=")
     network, _, name = (part.strip() for part in named.partition(":"))
     if network not in network_names():
         near = close_names(network, network_names()) or "'resnet50' or 'efficientnet_v2_s'"
-        raise InputError(
-            f"--models {entry}: torchvision has no classification network {network!r}; give one by its name, as {near}."
-        )
-    published = {each.name: each for each in models.get_model_weights(network) if _classifies(each)}
-    if name and name != "DEFAULT" and name not in published:
-        raise InputError(
-            f"--models {entry}: {network} has no published weights {name!r}; {nearest(name, list(published))}."
-        )
-    weights = models.get_model_weights(network).DEFAULT if name in ("", "DEFAULT") else published[name]
-    if "=" not in entry:
+        problem = f"torchvision has no classification network {network!r}"
+        raise InputError("models", entry, problem, f"give one by its name, as {near}")
+    default = models.get_model_weights(network).DEFAULT
+    published = {each.name: each for each in type(default) if len(each.meta.get("categories") or ()) == OUTPUTS}
+    weights = default if name in ("", "DEFAULT") else published.get(name)
+    if weights is None:
+        problem = f"{network} has no published weights {name!r}"
+        raise InputError("models", entry, problem, nearest(name, list(published)))
+    if not own:
         return Requested(entry, network, weights)
     path = expanded(file.strip())
-    if not file.strip():
-        raise InputError(f"--models {entry}: no file is named after the sign of equality; give its path.")
     if not _is_file(path):
-        raise InputError(
-            f"--models {entry}: {path} is no file that can be read; give the path of a state dict of {network}."
-        )
+        remedy = f"give the path of a state dict of {network} after the sign of equality"
+        raise InputError("models", entry, f"{path} is no file that can be read", remedy)
     return Requested(entry, network, weights, path.absolute())
-
-
-def _classifies(weights: WeightsEnum) -> bool:
-    return len(weights.meta.get("categories") or ()) == OUTPUTS
 
 
 def find_all_weights(requests: Sequence[Requested], weights_dir: Path | None, progress: bool) -> list[WeightsFile]:
     """Find the files in `weights_dir`, in torchvision's cache, or download them there; hash and verify them.
 
-    A file of the user's own is hashed only. `progress` shows downloads. InputError for a published file that isn't
-    what its name says, and for those that can't be had, all in one message.
+    A file of the user's own is hashed only. `progress` shows downloads. InputError for a folder that isn't there, for a
+    published file that isn't what its name says, and for those that can't be had, all in one message.
     """
+    if weights_dir is not None and not os.path.isdir(weights_dir):  # noqa: PTH112 (as _is_file)
+        remedy = "give the one with the files of weights"
+        raise InputError("weights_dir", weights_dir, "no such folder that can be read", remedy)
     places = [_locate(requested, weights_dir) for requested in requests]
     missing = [requested for requested, place in zip(requests, places, strict=True) if place is None]
     for index, requested in enumerate(missing):
@@ -158,18 +148,15 @@ def find_all_weights(requests: Sequence[Requested], weights_dir: Path | None, pr
     return [_verified(requested, path) for requested, path in zip(requests, found, strict=True)]
 
 
-def _file_name(requested: Requested) -> str:
-    return str(requested.weights.url).rpartition("/")[2]
-
-
 def _cached(requested: Requested) -> Path:
-    return Path(torch.hub.get_dir()) / "checkpoints" / _file_name(requested)
+    return Path(torch.hub.get_dir(), "checkpoints", str(requested.weights.url).rpartition("/")[2])
 
 
 def _locate(requested: Requested, weights_dir: Path | None) -> Path | None:
     if requested.file is not None:
         return requested.file
-    places = [_cached(requested)] if weights_dir is None else [weights_dir / _file_name(requested), _cached(requested)]
+    cached = _cached(requested)
+    places = [cached] if weights_dir is None else [weights_dir / cached.name, cached]
     return next((place for place in places if _is_file(place)), None)
 
 
@@ -178,26 +165,22 @@ def _is_file(path: Path) -> bool:
 
 
 def _verified(requested: Requested, path: Path) -> WeightsFile:
-    sha256 = _sha256(requested, path)
+    try:
+        sha256 = sha256_of_file(path)
+    except OSError as error:
+        problem = f"{path} can't be read ({error.strerror})"
+        raise InputError("models", requested.text, problem, "give yourself access") from error
     if requested.file is not None:
         return WeightsFile(path, sha256, verified=False)
     published = PUBLISHED_HASH.search(path.name)
     if published is None or not sha256.startswith(published[1]):
-        raise InputError(
-            f"--models {requested.text}: {path} is not the published file (its SHA-256 begins with {sha256[:10]}, not "
-            f"{published[1] if published else 'as published'}); delete it and fetch {requested.weights.url} again, or "
-            f"give it as {requested.network}={path} if it is your own."
+        expected = published[1] if published else "as published"
+        problem = f"{path} is not the published file (its SHA-256 begins with {sha256[:10]}, not {expected})"
+        remedy = (
+            f"delete it and fetch {requested.weights.url} again, or give it as {requested.network}={path} if it is "
         )
+        raise InputError("models", requested.text, problem, f"{remedy}your own")
     return WeightsFile(path, sha256, verified=True)
-
-
-def _sha256(requested: Requested, path: Path) -> str:
-    try:
-        return sha256_of_file(path)
-    except OSError as error:
-        raise InputError(
-            f"--models {requested.text}: {path} can't be read ({error.strerror}); give yourself access."
-        ) from error
 
 
 def _download(requested: Requested, missing: Sequence[Requested], progress: bool) -> None:
@@ -212,12 +195,11 @@ def _download(requested: Requested, missing: Sequence[Requested], progress: bool
         socket.setdefaulttimeout(SILENT_SECONDS)
         torch.hub.download_url_to_file(url, str(cached), hash_head[1] if hash_head else None, progress)
     except (OSError, HTTPException, RuntimeError, ValueError) as error:
-        reason = getattr(error, "reason", None) or getattr(error, "strerror", None) or error
+        reason = str(getattr(error, "reason", None) or getattr(error, "strerror", None) or error).rstrip(".")
         urls = ", ".join(each.weights.url for each in missing)
-        raise InputError(
-            f"--models {requested.text}: its weights can't be downloaded ({str(reason).rstrip('.')}); fetch {urls} and "
-            f"put what you fetched into {cached.parent}, or into a folder that --weights-dir names."
-        ) from error
+        remedy = f"fetch {urls} and put what you fetched into {cached.parent}, or into the folder `weights_dir`"
+        problem = f"its weights can't be downloaded ({reason})"
+        raise InputError("models", requested.text, problem, remedy) from error
     finally:
         socket.setdefaulttimeout(patience)
 
@@ -225,48 +207,22 @@ def _download(requested: Requested, missing: Sequence[Requested], progress: bool
 def load_network(requested: Requested, file: WeightsFile) -> nn.Module:
     """Build the network as torchvision does with these weights, in eval mode on the CPU.
 
-    Keys that were renamed, auxiliary heads, image sizes of transformers: torchvision's own builders know. They load
-    from a hub folder in which the verified file alone lies, under its published name, and without running what a
-    pickle may hold (weights_only). InputError for a file that is no state dict of the network.
+    Keys that were renamed, auxiliary heads, image sizes of transformers: torchvision's own builders know. They get the
+    verified file, loaded without running what a pickle may hold, in place of what they would fetch. InputError for a
+    file that is no state dict of the network.
     """
-    with tempfile.TemporaryDirectory() as hub, _only(Path(hub), file.path, _file_name(requested)):
-        try:
-            network: nn.Module = models.get_model(requested.network, weights=requested.weights, progress=False)
-        except UNLOADABLE as error:
-            raise InputError(
-                f"--models {requested.text}: {file.path} can't be loaded as weights of {requested.network} "
-                f"({_in_short(error)}); give a state dict of this network with {OUTPUTS} outputs, as torch.save "
-                "writes it."
-            ) from error
-    return network.eval().requires_grad_(False)
-
-
-@contextmanager
-def _only(hub: Path, path: Path, name: str) -> Iterator[None]:
-    """Let torch.hub find the file at `path`, as `name`, and nothing else; let torch.load refuse code."""
-    folder = hub / "checkpoints"
-    folder.mkdir()
+    weights = requested.weights
     try:
-        (folder / name).symlink_to(path.absolute())
-    except OSError:  # a system without links
-        shutil.copyfile(path, folder / name)
-    settings = {"TORCH_FORCE_WEIGHTS_ONLY_LOAD": "1", "TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD": None}
-    before_hub, before = torch.hub.get_dir(), {key: os.environ.get(key) for key in settings}
-    torch.hub.set_dir(hub)
-    _set_environment(settings)
-    try:
-        yield
+        state = torch.load(file.path, map_location="cpu", weights_only=True)
+        weights.get_state_dict = lambda *_, **__: state  # of this member of the enumeration alone
+        network: nn.Module = models.get_model(requested.network, weights=weights, progress=False)
+    except UNLOADABLE as error:
+        problem = f"{file.path} can't be loaded as weights of {requested.network} ({_in_short(error)})"
+        remedy = f"give a state dict of this network with {OUTPUTS} outputs, as torch.save writes it"
+        raise InputError("models", requested.text, problem, remedy) from error
     finally:
-        torch.hub.set_dir(before_hub)
-        _set_environment(before)
-
-
-def _set_environment(values: dict[str, Any]) -> None:
-    for name, value in values.items():
-        if value is None:
-            os.environ.pop(name, None)
-        else:
-            os.environ[name] = value
+        vars(weights).pop("get_state_dict", None)
+    return network.eval().requires_grad_(False)
 
 
 def _in_short(error: Exception) -> str:
@@ -276,17 +232,5 @@ def _in_short(error: Exception) -> str:
         return "it holds something else than tensors, or is damaged"
     kinds = {"Missing key": "parameters are missing", "Unexpected key": "it has parameters of another network",
              "size mismatch": "shapes differ", "PytorchStreamReader": "it is damaged or cut short"}  # fmt: skip
-    said = [words for mark, words in kinds.items() if mark in text]
-    return ", ".join(said) or " ".join(text.split())[:120].rstrip(".") or type(error).__name__
-
-
-def check_folder(weights_dir: str) -> Path | None:
-    """Read --weights-dir: empty, or a folder that is there."""
-    if not weights_dir:
-        return None
-    folder = expanded(weights_dir)
-    if not os.path.isdir(folder):  # noqa: PTH112 (as _is_file)
-        raise InputError(
-            f"--weights-dir {weights_dir}: no such folder that can be read; give the one with the files of weights."
-        )
-    return folder
+    found = [words for mark, words in kinds.items() if mark in text]
+    return ", ".join(found) or " ".join(text.split())[:120].rstrip(".") or type(error).__name__

@@ -1,147 +1,130 @@
-"""Run a study to its end: open or continue it, have it worked on, publish what came out."""
+"""Run a study to its end: open or resume it, have it worked on by one process or several, publish what came out."""
 
 from __future__ import annotations
 
+import hashlib
+import json
+import multiprocessing
+import os
+import signal
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from multiprocessing.context import SpawnProcess
 from typing import Any
 
+import torch
 from optuna.study import StudyDirection
 from optuna.study._frozen import FrozenStudy
 from optuna.trial import TrialState
 
 from effv2.config.options import StudyOptions
 from effv2.core import provenance
-from effv2.core.errors import InputError, RunError
+from effv2.core.errors import RunError
 from effv2.core.reporter import Reporter
-from effv2.evidence.publication import publish_study, read_results
-from effv2.evidence.study import Rows
-from effv2.studies.plan import LoadData, Plan, Trials, digest, run_ids
-from effv2.studies.progress import progress_of
-from effv2.studies.queue import ERROR, RUN, Queue
-from effv2.studies.session import Session
-from effv2.studies.storage import DATABASE_ERRORS, OUTAGE_SECONDS, Storage, open_storage, patient, why
-from effv2.studies.supervision import supervise
-from effv2.studies.worker import Worker
-from effv2.tracking.read import known_runs, read_run
-from effv2.tracking.run import open_parent, point_adopted_run_to, run_address, status_after
-from effv2.tracking.store import (
-    TRACKING_ERRORS,
-    TrackingError,
-    impatient,
-    is_temporary,
-    reason,
-    shown_uri,
-    tracking_uri,
-    wait_until_it_answers,
-)
+from effv2.evidence.publication import StudyResults, publish_study, study_results
+from effv2.studies.plan import LoadData, Plan, progress_of, run_ids
+from effv2.studies.queue import ERROR, RUN, Queue, Trials
+from effv2.studies.storage import DATABASE_ERRORS, Storage, cannot_use, open_storage
+from effv2.studies.worker import AWAY, OpenedStudy, Outages, Worker, worker_process
+from effv2.tracking.read import known_runs
+from effv2.tracking.run import TrackedRun, find_run, open_parent, point_adopted_run_to, run_address, status_after
+from effv2.tracking.store import TRACKING_ERRORS, TrackingError, impatient, reason, shown_uri, tracking_uri
 from effv2.tracking.tags import CODE_VERSION, COMMAND, PLANNED, QUEUE, STUDY, as_tags, names_in
-from effv2.tracking.writer import TrackedRun
 
-FAIL = TrialState.FAIL
 # User attributes of Optuna's study.
 DEFINITION, PARENT, FRESH, PUBLISHED = "definition", "parent_run", "fresh", "published"
+WATCH_SECONDS = 0.5
+MOST_IN_VAIN = 3  # ends of workers, for each of them, in which no run was finished
+ENDING_SECONDS = 60  # so long workers may take to end once they were told
+MOST_DIFFERENCES = 4  # that are named
 
 
 @dataclass(frozen=True)
-class Ending:
-    """The run of a study, its table (titles first), and why runs failed, by slot."""
+class StudyEnd:
+    """The run of a study, its results, why runs failed, and addresses of models logged last; both by trial."""
 
     parent: TrackedRun
-    table: Rows
+    results: StudyResults
     failed: Mapping[str, str]
+    models: Mapping[str, str]
 
 
-def run_study(plan: Plan, experiment_id: str, options: StudyOptions, load: LoadData, reporter: Reporter) -> Ending:
+def run_study(plan: Plan, experiment_id: str, options: StudyOptions, load: LoadData, reporter: Reporter) -> StudyEnd:
     """Run what of the study isn't finished, then publish all of it.
 
     The same call on several machines, with one PostgreSQL storage and one tracking server, shares the work.
     """
     storage = open_storage(options.storage)
     try:
-        session = _open(plan, storage, experiment_id, options, reporter)
-        with _given_back(session, storage):
-            queue = session.queue(storage)
-            if queue.deserted():
-                queue.retry_failed()
-                if repeated := queue.repeat(_lost(queue.trials(), experiment_id)):
-                    reporter.message(
-                        f"{repeated} finished runs were deleted from the tracking store: they are repeated."
-                    )
-            reporter.study_opened(run_address(session.parent_id, session.experiment_id))
-            reporter.study_progress(progress_of(plan, queue.trials()))
-            if not queue.unfinished():
-                reporter.message(f"All {len(plan.slots)} runs were finished before; --fresh repeats them.")
-            elif options.workers == 1:
-                Worker(
-                    session, queue, load, reporter, lambda: reporter.study_progress(progress_of(plan, queue.trials()))
-                ).work()
-            else:
-                supervise(session, queue, options.workers, reporter)
-            return _publish_after_all(session, queue, load, reporter)
+        study = _open(plan, storage, experiment_id, options, reporter)
+        try:
+            queue = study.queue(storage)
+            _work(study, queue, load, reporter)
+            return _publish_at_last(study, queue, load, reporter)
+        except BaseException as error:  # of an ending signal too: what this process has is given back
+            study.leave(storage, status_after(error))
+            raise
     except TrackingError as error:
-        raise RunError(
-            f"The tracking store failed ({reason(error)}); mend it and give the same command again."
-        ) from error
+        raise RunError(f"The tracking store failed ({reason(error)}); mend it.", resumes=True) from error
     finally:
         storage.close()
 
 
-def _open(plan: Plan, storage: Storage, experiment_id: str, options: StudyOptions, reporter: Reporter) -> Session:
+def _work(study: OpenedStudy, queue: Queue, load: LoadData, reporter: Reporter) -> None:
+    plan, workers = study.plan, study.options.workers
+    if queue.deserted() and (repeated := queue.repeat(_deleted(queue.trials(), study.experiment_id))):
+        reporter.message(f"{repeated} finished runs were deleted from the tracking store: they are repeated.")
+    reporter.study_opened(run_address(study.parent_id, study.experiment_id))
+
+    def show() -> None:
+        reporter.study_progress(progress_of(plan, queue.trials()))
+
+    show()
+    if not queue.unfinished():
+        reporter.message(f"All {len(plan.trials)} runs were finished before; `fresh` repeats them.")
+    elif workers == 1:
+        Worker(study, queue, load, reporter, show).work()
+    else:
+        _supervise(study, queue, workers, reporter)
+        show()
+
+
+def _open(plan: Plan, storage: Storage, experiment_id: str, options: StudyOptions, reporter: Reporter) -> OpenedStudy:
     """Open the newest study of this definition that the tracking store has a run of, or create both."""
-    purpose = plan.purpose
+    info = plan.info
     definition = plan.definition() | {"experiment": experiment_id}
-    kind = f"{purpose.kind} {purpose.name} "
-    name = f"{kind}{digest(definition)}"
+    kind = f"{info.kind} {info.name} "
+    name = f"{kind}{hashlib.sha256(json.dumps(definition, sort_keys=True).encode()).hexdigest()[:12]}"
     try:
         with storage.lock("studies"):
             studies = sorted(storage.optuna.get_all_studies(), key=lambda study: -study._study_id)
             begun = [study for study in studies if study.study_name.startswith(kind) and PARENT in study.user_attrs]
-            same = [study for study in begun if study.study_name.partition("#")[0] == name]
+            same = [study for study in begun if study.study_name.rpartition("#")[0] == name]
             opened = None if options.fresh else _first_with_run(same)
             if opened is None:
                 if same and not options.fresh:
-                    reporter.message(
-                        f"The tracking store {shown_uri()} has no run of this study: it begins anew there."
-                    )
+                    text = f"The tracking store {shown_uri()} has no run of this study: it begins anew there."
+                    reporter.message(text)
                 if begun and not same:
-                    reporter.message(
-                        f"Not the study {purpose.name} that was begun before: "
-                        f"{difference(begun[0].user_attrs[DEFINITION], definition)}. What is the same is not repeated."
+                    changes = difference(begun[0].user_attrs[DEFINITION], definition)
+                    text = (
+                        f"Not the study {info.name} that was begun before: {changes}. What is the same is not repeated."
                     )
+                    reporter.message(text)
                 # Those whose creation was cut short are counted too.
-                taken = [study.study_name for study in studies if study.study_name.partition("#")[0] == name]
-                number = 1 + max((int(each.partition("#")[2]) for each in taken), default=0)
+                numbers = [study.study_name.rpartition("#") for study in studies]
+                number = 1 + max((int(last) for before, _, last in numbers if before == name), default=0)
                 opened = _create(plan, storage, f"{name}#{number}", definition, options.fresh)
     except DATABASE_ERRORS as error:
-        raise InputError(f"--storage {storage.shown}: can't be used ({why(error)}); mend or restart it.") from error
-    study, parent, fresh = opened
+        raise cannot_use(storage.shown, error) from error
+    queue_name, parent, fresh = opened
     point_adopted_run_to(parent)
-    planned = dict.fromkeys([*names_in(parent.tags(), PLANNED), *plan.slots])
+    planned = dict.fromkeys([*names_in(parent.tags(), PLANNED), *plan.trials])
     parent.set_tags({COMMAND: provenance.command()} | as_tags(PLANNED, planned))
-    return Session(
-        plan=plan,
-        storage_url=storage.url,
-        study=study,
-        parent_id=parent.run_id,
-        experiment_id=parent.experiment_id,
-        tracking_uri=tracking_uri(),
-        fresh=fresh,
-        log_model=options.log_model,
-        checkpoints=options.checkpoints,
-    )
-
-
-def _lost(trials: Trials, experiment_id: str) -> set[str]:
-    """Return the runs of finished trials that somebody has deleted since."""
-    finished = {
-        trial.user_attrs[RUN] for trial in trials.values() if trial.state.is_finished() and RUN in trial.user_attrs
-    }
-    # Asked for once more, one by one: a deletion meanwhile may hide a run between two pages of the list.
-    return (
-        {run_id for run_id in finished - known_runs(experiment_id) if read_run(run_id) is None} if finished else set()
-    )
+    where = (parent.run_id, parent.experiment_id, tracking_uri())
+    return OpenedStudy(plan, options, storage.url, queue_name, *where, fresh)
 
 
 Opened = tuple[str, TrackedRun, bool]  # a study's name in the storage, its run, whether it repeats what was finished
@@ -150,20 +133,20 @@ Opened = tuple[str, TrackedRun, bool]  # a study's name in the storage, its run,
 def _first_with_run(studies: Sequence[FrozenStudy]) -> Opened | None:
     """Return the first study whose run the tracking store has, and which wasn't deleted there."""
     for study in studies:
-        parent = read_run(study.user_attrs[PARENT])
+        parent = find_run(study.user_attrs[PARENT])
         if parent is not None:
             return study.study_name, parent, bool(study.user_attrs[FRESH])
     return None
 
 
 def _create(plan: Plan, storage: Storage, name: str, definition: Mapping[str, Any], fresh: bool) -> Opened:
-    purpose = plan.purpose
-    tags = {STUDY: purpose.name, CODE_VERSION: provenance.code_version(), QUEUE: name}
+    info = plan.info
+    tags = {STUDY: info.name, CODE_VERSION: definition["code"], QUEUE: name}
     parent: TrackedRun | None = None
     try:
-        parent = open_parent(purpose.name, definition["experiment"], tags)
-        about = {"kind": purpose.kind, "name": purpose.name, "description": purpose.description}
-        parent.log_params({f"study.{name}": text for name, text in (about | {"baseline": purpose.baseline}).items()})
+        parent = open_parent(info.name, definition["experiment"], tags)
+        shown = ("kind", "name", "description", "baseline")
+        parent.log_params({f"study.{field}": getattr(info, field) for field in shown})
         parent.log_git(provenance.git_state())
         study_id = storage.optuna.create_new_study([StudyDirection.MAXIMIZE], name)
         for attribute, value in {DEFINITION: definition, FRESH: fresh, PARENT: parent.run_id}.items():
@@ -179,10 +162,10 @@ def _create(plan: Plan, storage: Storage, name: str, definition: Mapping[str, An
 def difference(before: Mapping[str, Any], now: Mapping[str, Any]) -> str:
     """Say in a few words how two definitions differ."""
     old, new = _leaves(before), _leaves(now)
-    changed = [name for name in [*old, *(set(new) - set(old))] if old.get(name) != new.get(name)]
-    words = [f"{name} was {old.get(name, 'absent')}, is {new.get(name, 'absent')}" for name in sorted(changed)]
-    more = f" and {len(words) - 4} more" if len(words) > 4 else ""
-    return "; ".join(words[:4]) + more
+    changed = sorted(name for name in old | new if old.get(name) != new.get(name))
+    words = [f"{name} was {old.get(name, 'absent')}, is {new.get(name, 'absent')}" for name in changed]
+    more = f" and {len(words) - MOST_DIFFERENCES} more" if len(words) > MOST_DIFFERENCES else ""
+    return "; ".join(words[:MOST_DIFFERENCES]) + more
 
 
 def _leaves(values: Mapping[str, Any], above: str = "") -> dict[str, Any]:
@@ -193,48 +176,105 @@ def _leaves(values: Mapping[str, Any], above: str = "") -> dict[str, Any]:
     return found
 
 
+def _deleted(trials: Trials, experiment_id: str) -> set[str]:
+    """Return the runs of finished trials that somebody has deleted since."""
+    runs = {trial.user_attrs[RUN] for trial in trials.values() if trial.state.is_finished() and RUN in trial.user_attrs}
+    # Asked for once more, one by one: a deletion meanwhile may hide a run between two pages of the list.
+    return {run_id for run_id in runs - known_runs(experiment_id) if find_run(run_id) is None} if runs else set()
+
+
+def _publish_at_last(study: OpenedStudy, queue: Queue, load: LoadData, reporter: Reporter) -> StudyEnd:
+    """Publish the study; again where the tracking store fails for a while."""
+    outages = Outages(reporter.message)
+    while True:
+        try:
+            return queue.storage.retry(lambda: _publish(study, queue, load, reporter))
+        except TrackingError as error:
+            if not outages.passed(error, "publish"):
+                raise
+
+
+def _publish(study: OpenedStudy, queue: Queue, load: LoadData, reporter: Reporter) -> StudyEnd:
+    """Publish the study unless another process just did, and end its run unless others work on it."""
+    storage, plan, log_model = queue.storage, study.plan, study.options.log_model
+    models: Mapping[str, str] = {}
+    with storage.lock(f"publish {study.name}"):
+        trials = queue.trials()
+        deleted = _deleted(trials, study.experiment_id)  # of trials that aren't wanted now
+        trials = {name: trial for name, trial in trials.items() if trial.user_attrs.get(RUN) not in deleted}
+        used = run_ids(trials)
+        finished = sorted(trial.number for trial in trials.values() if trial.state.is_finished())
+        stands = {"trials": finished, "log_model": log_model}
+        if storage.optuna.get_study_user_attrs(queue.study_id).get(PUBLISHED) == stands:
+            results = study_results(study.parent, used)
+        else:
+            models = plan.conclude(trials, study.parent, log_model, load)
+            results = publish_study(study.parent, used)
+            storage.optuna.set_study_user_attr(queue.study_id, PUBLISHED, stands)
+            without = log_model == "all" and [run for run in used.values() if not TrackedRun(run, "").model_address()]
+            if without:
+                text = f"{len(without)} runs were finished before without a model; `fresh` repeats them with it."
+                reporter.message(text)
+        failed = {
+            name: str(trial.user_attrs.get(ERROR)) for name, trial in trials.items() if trial.state == TrialState.FAIL
+        }
+        study.end(queue, "FAILED" if failed else "FINISHED")
+    return StudyEnd(study.parent, results, {name: failed[name] for name in failed if name in plan.trials}, models)
+
+
+def _supervise(study: OpenedStudy, queue: Queue, workers: int, reporter: Reporter) -> None:
+    """Start worker processes and watch until all wanted trials are finished; replace those that end before."""
+    context = multiprocessing.get_context("spawn")
+    threads = max(1, torch.get_num_threads() // workers)
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    gpus = visible.split(",") if visible else list(map(str, range(torch.cuda.device_count())))
+
+    def start(index: int) -> SpawnProcess:
+        gpu = gpus[index % len(gpus)] if len(gpus) > 1 else ""
+        process = context.Process(target=worker_process, args=(study, threads, gpu), daemon=True)
+        with _ignoring_the_keyboard():
+            process.start()
+        return process
+
+    processes: list[SpawnProcess] = []
+    fewest, in_vain = len(study.plan.trials), 0
+    try:
+        processes += map(start, range(workers))
+        while unfinished := len(queue.unfinished()):
+            reporter.study_progress(progress_of(study.plan, queue.trials()))
+            if unfinished < fewest:
+                fewest, in_vain = unfinished, 0
+            for index, process in enumerate(processes):
+                if process.exitcode == AWAY:
+                    raise RunError("The storage or the tracking store is away; start it.", resumes=True)
+                if process.exitcode is not None:
+                    in_vain += 1
+                    if in_vain > MOST_IN_VAIN * workers:
+                        raise RunError("Workers end before they finish a run; see above why.", resumes=True)
+                    reporter.message("A worker has ended too early; another one takes its place.")
+                    processes[index] = start(index)
+            time.sleep(WATCH_SECONDS)
+    finally:
+        _stop(processes)
+
+
+def _stop(processes: list[SpawnProcess]) -> None:
+    """Tell workers to end, which give back what they work on, and see to it that they do."""
+    for process in processes:
+        process.terminate()
+    deadline = time.monotonic() + ENDING_SECONDS
+    for process in processes:
+        process.join(max(0.0, deadline - time.monotonic()))
+        if process.exitcode is None:
+            process.kill()
+            process.join()
+
+
 @contextmanager
-def _given_back(session: Session, storage: Storage) -> Iterator[None]:
-    """Where this process is told to end, or can't go on, give back its work and end the study's run with it."""
+def _ignoring_the_keyboard() -> Iterator[None]:
+    """Let a process started inside ignore Ctrl-C, which reaches a whole group: this one ends it in order."""
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
     try:
         yield
-    except BaseException as error:
-        session.leave(storage, status_after(error))
-        raise
-
-
-def _publish_after_all(session: Session, queue: Queue, load: LoadData, reporter: Reporter) -> Ending:
-    """Publish the study; once more where the tracking store fails for a while."""
-    try:
-        return _publish(session, queue, load, reporter)
-    except TrackingError as error:
-        if not is_temporary(error) or not wait_until_it_answers(OUTAGE_SECONDS):
-            raise
-        return _publish(session, queue, load, reporter)
-
-
-@patient
-def _publish(session: Session, queue: Queue, load: LoadData, reporter: Reporter) -> Ending:
-    """Publish the study unless another process just did, and end its run unless others go on with it."""
-    storage, plan = queue.storage, session.plan
-    with storage.lock(f"publish {session.study}"):
-        trials = queue.trials()
-        lost = _lost(trials, session.experiment_id)  # of slots that aren't wanted now
-        trials = {slot: trial for slot, trial in trials.items() if trial.user_attrs.get(RUN) not in lost}
-        finished = sorted(trial.number for trial in trials.values() if trial.state.is_finished())
-        stands = {"trials": finished, "log_model": session.log_model}
-        if storage.optuna.get_study_user_attrs(queue.study_id).get(PUBLISHED) != stands:
-            plan.publish(trials, session.parent, session.log_model, load)
-            results = publish_study(session.parent, run_ids(trials))
-            storage.optuna.set_study_user_attr(queue.study_id, PUBLISHED, stands)
-            if session.log_model == "all":
-                without = [each for each in run_ids(trials).values() if not TrackedRun(each, "").model_address()]
-                if without:
-                    reporter.message(
-                        f"{len(without)} runs were finished before without a model; --fresh repeats them with it."
-                    )
-        else:
-            results = read_results(session.parent)
-        failed = {slot: str(trial.user_attrs.get(ERROR)) for slot, trial in trials.items() if trial.state == FAIL}
-        session.end(queue, "FAILED" if failed else "FINISHED")
-    return Ending(session.parent, results.table, {slot: failed[slot] for slot in failed if slot in plan.slots})
+    finally:
+        signal.signal(signal.SIGINT, before)

@@ -7,17 +7,18 @@ setting is from, and what was published with it: the claims, the reports and doc
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass, replace
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import BaseModel, ConfigDict, Field, InstanceOf, PrivateAttr, field_validator, model_validator
 
 import effv2
-from effv2.architecture import PUBLISHED_VARIANTS
-from effv2.config.layers import Document, Layer, Place, build_config, document_layer, dotted, read_document, validate
+from effv2.architecture import PUBLISHED_VARIANTS, VARIANTS
+from effv2.config.documents import Document, Place, dotted, read_document, validate
+from effv2.config.layers import Layer, build_config, document_layer
 from effv2.config.options import SHORT_EPOCHS
-from effv2.config.schema import Group, TrainConfig
+from effv2.config.schema import TrainConfig
 from effv2.core.errors import InputError, nearest
 from effv2.core.paths import expanded
 
@@ -28,10 +29,13 @@ SWEEPS = Path(effv2.__file__).with_name("sweeps")
 Seed = Annotated[int, Field(ge=0, lt=2**32)]
 Value = bool | int | float | str
 Settings = dict[str, Value]  # dotted parameters and the values that they have
+NOTHING = Layer({}, dotted)
 
 
-class Range(Group):
+class Range(BaseModel):
     """A range to search, bounds included."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
     low: float
     high: float
@@ -53,12 +57,14 @@ DEFAULT_SPACE = {
 }
 
 
-class SearchFile(Group):
+class SearchFile(BaseModel):
     """The key `search` of a study file: how many trials over which fields, and how poor ones are pruned.
 
     `min_epochs` is how many epochs each trial is given before it may be pruned; a quarter of all unless it is named.
     It has to be long enough for a good trial to leave chance level, or the pruner chooses by noise.
     """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
 
     trials: int = Field(DEFAULT_TRIALS, ge=1, le=100_000)
     space: dict[str, Range] = Field(DEFAULT_SPACE, min_length=1)
@@ -66,11 +72,13 @@ class SearchFile(Group):
     min_epochs: int | None = Field(None, ge=1)
 
 
-class Sources(Group):
+class Sources(BaseModel):
     """Where each setting of a published protocol is from: settings, or a word for something else, to the place.
 
     Settings that share a source stand in one key, separated by commas.
     """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
 
     stated: dict[str, str] = {}  # in the text or the code that were published
     shown: dict[str, str] = {}  # by a log or a figure, from which it follows
@@ -83,8 +91,10 @@ class Sources(Group):
         return [name for key in keys for name in key.split(", ")]
 
 
-class Published(Group):
+class Published(BaseModel):
     """The figures of published runs, one run an arm, in the units of the metrics."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
     figures: dict[str, dict[str, float]] = {}  # quantity: arm: value
     test_images: int = Field(0, ge=0)
@@ -110,19 +120,22 @@ class PublishedStudy(Published):
     nearest: Settings = {}
 
 
-class StudyFile(Group):
-    """The keys of a study file. `config` and each arm hold groups of TrainConfig."""
+class Study(BaseModel):
+    """A study read from its file, or a built-in one. Its configuration and arms know where each value was written."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
 
     name: str = Field(pattern=r"^[\w.-]+$", max_length=80)
     description: str = ""
-    config: dict[str, Any] | None = None
-    arms: dict[str, dict[str, Any] | None] = {}
+    base: InstanceOf[Layer] = Field(NOTHING, alias="config")
+    arms: dict[str, InstanceOf[Layer]] = {}
     baseline: str = ""
     seeds: tuple[Seed, ...] = ()
     retries: int = Field(1, ge=0, le=100)
     search: SearchFile | None = None
     protocol: Sources = Sources()
     published: PublishedStudy = PublishedStudy()
+    _command: str = PrivateAttr("")
 
     @field_validator("seeds")
     @classmethod
@@ -133,52 +146,36 @@ class StudyFile(Group):
 
     @field_validator("arms")
     @classmethod
-    def _plain_names(cls, arms: dict[str, Any]) -> dict[str, Any]:
+    def _plain_names(cls, arms: dict[str, Layer]) -> dict[str, Layer]:
         for name in arms:
             if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_.-]*", name):
                 raise ValueError(f"the arm {name!r} must be named by letters, digits and . _ - alone")
         return arms
 
-
-NO_SOURCES, NOT_PUBLISHED = Sources(), PublishedStudy()
-
-
-@dataclass(frozen=True)
-class Study:
-    """A study read from its file, or the built-in ablation; layers keep where each value was written."""
-
-    name: str
-    description: str
-    base: Layer
-    arms: dict[str, Layer]
-    baseline: str
-    seeds: tuple[int, ...]
-    retries: int = 1
-    search: SearchFile | None = None
-    sources: Sources = NO_SOURCES
-    published: PublishedStudy = NOT_PUBLISHED
-    command: str = ""  # that the file opens with
+    @property
+    def command(self) -> str:
+        """Return the command that the file opens with."""
+        return self._command
 
     def assumptions(self) -> str:
         """Name the settings that are inferred or assumed, with their values; empty where no protocol was published."""
         config = build_config([self.base]).flat()
         words = []
         for kind in ("inferred", "assumed"):
-            names = [f"{name} {config[name]}" if name in config else name for name in self.sources.settings(kind)]
+            names = [f"{name} {config[name]}" if name in config else name for name in self.protocol.settings(kind)]
             if names:
                 words.append(f"{kind} are {', '.join(names)}")
         return f"In {self.name} {'; '.join(words)} (docs/protocols.md)." if words else ""
 
     def config(self, options: Layer) -> TrainConfig:
         """Return the one configuration of a study without arms."""
-        if self.search:
-            raise InputError(f"--study {self.name}: describes a search, which `train` can't make; use `search`.")
-        if self.seeds:
-            raise InputError(f"--study {self.name}: has seeds, but `train` makes one run; give it --seed instead.")
-        if self.arms:
-            raise InputError(
-                f"--study {self.name}: has arms ({', '.join(self.arms)}), which `train` doesn't know; use `ablate`."
-            )
+        for there, problem, remedy in (
+            (self.search, "describes a search, which train can't make", "use the command search"),
+            (self.seeds, "has seeds, but train makes one run", "give it `seed` instead"),
+            (self.arms, f"has arms ({', '.join(self.arms)}), which train doesn't know", "use the command ablate"),
+        ):
+            if there:
+                raise InputError("study", self.name, problem, remedy)
         return build_config([self.base, options])
 
     def arm(self, name: str, options: Layer) -> TrainConfig:
@@ -188,23 +185,23 @@ class Study:
         """
         return build_config([self.base, options, self.arms[name]])
 
-    def select(self, name: str, option: str) -> list[str]:
+    def select(self, name: str) -> list[str]:
         """Return the names of all arms, or of one and the baseline it is compared with."""
         if not self.arms:
             other = "search" if self.search else "train"
-            raise InputError(f"--study {self.name}: has no arms to compare; use `{other}`.")
+            raise InputError("study", self.name, "has no arms to compare", f"use the command {other}")
         if name != "all" and name not in self.arms:
-            raise InputError(f"--{option} {name}: no such arm; {nearest(name, [*self.arms, 'all'])}.")
+            raise InputError("variant", name, "no such arm", nearest(name, [*self.arms, "all"]))
         return [arm for arm in self.arms if name in ("all", arm) or arm == self.baseline]
 
     def select_checks(self, name: str, scheduler: str) -> list[str]:
         """Return the names of the baseline and the change called `name`, or all, under each wanted schedule."""
         plain = list(dict.fromkeys(arm.removesuffix(PLATEAU) for arm in self.arms))
         if self.arms and name not in (*plain, "all"):
-            raise InputError(f"--check {name}: no such arm; {nearest(name, [*plain, 'all'])}.")
-        wanted = [arm for arm in self.select("all", "check") if scheduler in ("both", self._schedule(arm))]
+            raise InputError("check", name, "no such arm", nearest(name, [*plain, "all"]))
+        wanted = [arm for arm in self.select("all") if scheduler in ("both", self._schedule(arm))]
         if not wanted:
-            raise InputError(f"--scheduler {scheduler}: no arm of --study {self.name} has it; use both.")
+            raise InputError("scheduler", scheduler, f"no arm of the study {self.name} has it", "use both")
         kept = (name, self.baseline.removesuffix(PLATEAU))
         return [arm for arm in wanted if name == "all" or arm.removesuffix(PLATEAU) in kept]
 
@@ -217,31 +214,30 @@ class Study:
             for name, end in (("none", ""), ("plateau", PLATEAU))
         )
         if clash := plain.keys() & under.keys():
-            raise InputError(
-                f"--study {self.name}: has an arm {min(clash)} without ReduceLROnPlateau; name it otherwise."
-            )
-        return replace(self, arms=plain | under)
+            problem = f"has an arm {min(clash)} without ReduceLROnPlateau"
+            raise InputError("study", self.name, problem, "name it otherwise")
+        return self.model_copy(update={"arms": plain | under})
 
     def _schedule(self, arm: str) -> str:
-        name = self.arm(arm, Layer({}, dotted)).schedule.name
-        return name if name == "plateau" else "none"
+        return "plateau" if self.arm(arm, NOTHING).schedule.name == "plateau" else "none"
 
 
-def _built_in(name: str, description: str, config: dict[str, Any], arms: dict[str, dict[str, Any]]) -> Study:
-    layers = {arm: Layer(values, dotted) for arm, values in arms.items()}
-    return Study(name, description, Layer(config, dotted), layers, "default" if arms else "", ())
+def built_in_ablation(variant: str = "all") -> Study:
+    """Return the ablation of the published variants under the default configuration (digits, quick).
 
-
-def built_in_ablation() -> Study:
-    """Return the ablation of the five published variants under the default configuration (digits, quick)."""
-    arms = {name: {"model": {"variant": name}} for name in PUBLISHED_VARIANTS}
-    return _built_in("ablate", "Published variants of EfficientNetV2-S under one short protocol.", {}, arms)
+    A `variant` that isn't among them but has a name is compared with the default.
+    """
+    others = VARIANTS.keys() - PUBLISHED_VARIANTS.keys()
+    names = ("default", variant) if variant in others else tuple(PUBLISHED_VARIANTS)
+    arms = {name: Layer({"model": {"variant": name}}, dotted) for name in names}
+    about = "Published variants of EfficientNetV2-S under one short protocol."
+    return Study(name="ablate", description=about, arms=arms, baseline="default")
 
 
 def built_in_search() -> Study:
     """Return a short search over dropout, stochastic depth and depth multiplier on digits."""
-    short = {"schedule": {"epochs": SHORT_EPOCHS}}
-    return _built_in("search", "Dropout, stochastic depth and depth multiplier of EfficientNetV2-S.", short, {})
+    about = "Dropout, stochastic depth and depth multiplier of EfficientNetV2-S."
+    return Study(name="search", description=about, config=Layer({"schedule": {"epochs": SHORT_EPOCHS}}, dotted))
 
 
 def open_study(name: str, folder: Path = Path()) -> Study:
@@ -251,56 +247,41 @@ def open_study(name: str, folder: Path = Path()) -> Study:
         return read_study(path)
     if not own.is_file():
         known = sorted(each.stem for each in SWEEPS.glob("*.yaml"))
-        raise InputError(f"--study {name}: no file and no study of that name; {nearest(name, known)}.")
+        raise InputError("study", name, "no file and no study of that name", nearest(name, known))
     return read_study(own)
 
 
 def read_study(path: Path) -> Study:
     """Read a study file; InputError names the line of whatever is wrong, in every arm."""
     document = read_document(path, "study")
-    file = validate(StudyFile, document.values, document.where)
-    baseline = file.baseline or next(iter(file.arms), "")
-    if baseline and baseline not in file.arms:
-        raise InputError(
-            f"{document.where(('baseline',))} {baseline}: is no arm; {nearest(baseline, list(file.arms))}."
-        )
-    if file.search and file.arms:
-        raise InputError(f"{document.where(('search',))}: a file has arms or a search, not both; remove one.")
-    base = document_layer(document, "config")
-    arms = {name: document_layer(document, "arms", name) for name in file.arms}
+    values = document.values | {"config": document_layer(document, "config")}
+    arms = values.get("arms")
+    if isinstance(arms, Mapping):
+        values["arms"] = {name: document_layer(document, "arms", name) for name in arms}
+        values["baseline"] = values.get("baseline") or next(iter(arms), "")
+    study = validate(Study, values, document.where)
+    if study.baseline and study.baseline not in study.arms:
+        where = document.where(("baseline",))
+        raise InputError(where, study.baseline, "is no arm", nearest(study.baseline, list(study.arms)))
+    if study.search and study.arms:
+        raise InputError(document.where(("search",)), "", "a file has arms or a search, not both", "remove one")
+    for arm in study.arms.values() or [NOTHING]:
+        build_config([study.base, arm])
+    for name, limits in study.search.space.items() if study.search else ():
+        _check_searchable(name, limits, study.base, document)
     first = path.read_text(encoding="utf-8").partition("\n")[0]
-    study = Study(
-        file.name,
-        file.description,
-        base,
-        arms,
-        baseline,
-        file.seeds,
-        file.retries,
-        file.search,
-        file.protocol,
-        file.published,
-        first.removeprefix("# ") if first.startswith("# mlflow run") else "",
-    )
-    for arm in arms.values() or [Layer({}, base.where)]:
-        build_config([base, arm])
-    for name, limits in file.search.space.items() if file.search else ():
-        _check_searchable(name, limits, base, document)
+    study._command = first.removeprefix("# ") if first.startswith("# mlflow run") else ""
     return study
 
 
 def _check_searchable(name: str, limits: Range, base: Layer, document: Document) -> None:
     """Refuse what can't be searched: an unknown field, a bound that the field doesn't take."""
-    numbers = [
-        field
-        for field, value in TrainConfig().flat().items()
-        if field.split(".")[0] in SEARCHABLE and type(value) in (int, float)
-    ]
+    flat = TrainConfig().flat().items()
+    numbers = [each for each, value in flat if each.split(".")[0] in SEARCHABLE and type(value) in (int, float)]
     place: Place = ("search", "space", name)
     if name not in numbers:
-        raise InputError(f"{document.where(place)}: can't be searched; {nearest(name, numbers)}.")
+        raise InputError(document.where(place), "", "can't be searched", nearest(name, numbers))
     for bound in ("low", "high"):
-        value = getattr(limits, bound)
         written = document.where((*place, bound))
         layer = Layer({}, lambda _, written=written: written)  # type: ignore[misc]
-        build_config([base, layer.with_value(tuple(name.split(".")), value)])
+        build_config([base, layer.with_value(tuple(name.split(".")), getattr(limits, bound))])

@@ -1,87 +1,102 @@
-"""What a study is to the engine that runs it: slots, the configuration of each, and what its end says."""
+"""What a study is to the engine that runs it: trials, how each is worked on, and what is computed once at the end."""
 
 from __future__ import annotations
 
-import hashlib
-import json
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any, Protocol
+from functools import cache
+from typing import Any, ClassVar
 
 import optuna
 from optuna.trial import FrozenTrial, TrialState
 
-from effv2.config.options import LogModel
+from effv2.config.options import LogModel, StudyInfo
 from effv2.config.schema import DataConfig, TrainConfig
-from effv2.data.cache import OnDecoded
+from effv2.core.reporter import StudyProgress
+from effv2.data.cache import Progress
 from effv2.data.dataset import Dataset, load_dataset
-from effv2.run.outcome import WEIGHTS
-from effv2.studies.queue import RUN
+from effv2.run.outcome import WEIGHTS, restore, score_on_test
+from effv2.run.resume import Attempt, Task, attempt
+from effv2.studies.queue import ERROR, NAME, RUN, Params, Trials
 from effv2.tracking.read import read_runs
-from effv2.tracking.writer import TrackedRun
+from effv2.tracking.run import TrackedRun
 
-Trials = Mapping[str, FrozenTrial]  # by slot
+TEST = "selected/test_accuracy"
 LoadData = Callable[[DataConfig], Dataset]
 
 
 @dataclass(frozen=True)
-class PlannedRun:
-    """A training run of a study: its name, its arm where it has one, its configuration."""
+class Plan(ABC):
+    """A fixed grid, a search, or published weights. Plans travel to worker processes, so they hold plain data alone.
 
-    name: str
-    arm: str
-    config: TrainConfig
+    `trials` are those that are wanted now, by name, with their fixed parameters. A plan that `searches` lets a sampler
+    choose the others; its poor and its diverged runs are pruned, and its best one is tested.
+    """
 
-
-@dataclass(frozen=True)
-class Purpose:
-    """How a study is named and described, how often failed runs are tried again, what arms are held against."""
-
-    kind: str
-    name: str
-    description: str
-    retries: int
-    baseline: str = ""
-
-
-class Plan(Protocol):
-    """A fixed grid or a search. Plans travel to worker processes, so they hold plain data alone."""
-
-    @property
-    def purpose(self) -> Purpose:
-        """Return name and description."""
-
-    @property
-    def slots(self) -> Mapping[str, Mapping[str, Any]]:
-        """Return the wanted slots with their fixed parameters, none where a sampler chooses them."""
+    info: StudyInfo
+    trials: Mapping[str, Params]
+    searches: ClassVar[bool] = False
 
     @property
     def epochs(self) -> int:
-        """Return the epochs of a run at most."""
+        """Return the epochs of a trial at most."""
+        return 1
 
-    @property
-    def samples(self) -> bool:
-        """Say whether a sampler chooses the parameters, and a pruner stops runs."""
-
+    @abstractmethod
     def definition(self) -> dict[str, Any]:
         """Return, as plain values, what makes this study this study: another definition is another study."""
 
-    def sampler(self, number: int) -> optuna.samplers.BaseSampler:
-        """Return the sampler of a trial."""
+    def sampler(self, number: int) -> optuna.samplers.BaseSampler | None:
+        """Return what chooses the parameters of a trial."""
+        return None
 
     def pruner(self) -> optuna.pruners.BasePruner:
-        """Return the pruner of all trials."""
+        """Return what ends poor trials."""
+        return optuna.pruners.NopPruner()
 
-    def run_of(self, slot: str, trial: optuna.Trial) -> PlannedRun:
-        """Return the run of a claimed trial, its parameters suggested."""
+    def suggest(self, trial: optuna.Trial) -> Params:
+        """Return the parameters of a leased trial."""
+        return {}
 
-    def publish(self, trials: Trials, parent: TrackedRun, log_model: LogModel, load: LoadData) -> None:
-        """Log the best model and what else tracked runs don't hold. May be repeated."""
+    @abstractmethod
+    def execute(self, task: Task, params: Params, load: LoadData) -> Attempt:
+        """Work on a trial, in a run named as it. It may be finished before, or interrupted."""
+
+    @abstractmethod
+    def conclude(self, trials: Trials, parent: TrackedRun, log_model: LogModel, load: LoadData) -> Mapping[str, str]:
+        """Compute what needs all trials, once; return addresses of models logged now, by trial. May be repeated."""
 
 
-def digest(definition: Mapping[str, Any]) -> str:
-    """Hash a definition to 12 hexadecimal digits."""
-    return hashlib.sha256(json.dumps(definition, sort_keys=True).encode()).hexdigest()[:12]
+class TrainingPlan(Plan):
+    """A plan whose trials are trainings."""
+
+    @abstractmethod
+    def configuration(self, params: Params) -> TrainConfig:
+        """Return the configuration of a trial with these parameters."""
+
+    def execute(self, task: Task, params: Params, load: LoadData) -> Attempt:
+        """Train the configuration."""
+        config = self.configuration(params)
+        return attempt(config, load(config.data), task)
+
+    def conclude(self, trials: Trials, parent: TrackedRun, log_model: LogModel, load: LoadData) -> Mapping[str, str]:
+        """Log the model of the best run where it alone is wanted, and test the best run of a search."""
+        best = best_of(trials)
+        if best is None or not (log_model == "best" or self.searches):
+            return {}
+        run, config = TrackedRun(best.user_attrs[RUN], parent.experiment_id), self.configuration(best.params)
+        model, test = log_model == "best" and not run.model_address(), self.searches and TEST not in run.metrics()
+        if model or test:
+            outcome = restore(run, config, load(config.data))
+            if test:
+                score_on_test(outcome)
+            if model:
+                outcome.log_model()
+        for record in read_runs(run_ids(trials).values(), []):
+            if record.parent == parent.run_id:  # the study's own: they kept their weights until the best was known
+                TrackedRun(record.run_id, parent.experiment_id).discard(WEIGHTS)
+        return {best.user_attrs[NAME]: run.model_address()} if model else {}
 
 
 def best_of(trials: Trials) -> FrozenTrial | None:
@@ -91,26 +106,36 @@ def best_of(trials: Trials) -> FrozenTrial | None:
 
 
 def run_ids(trials: Trials) -> dict[str, str]:
-    """Return the runs of the complete trials by slot."""
-    return {slot: trial.user_attrs[RUN] for slot, trial in trials.items() if trial.state == TrialState.COMPLETE}
+    """Return the runs of the complete trials by name."""
+    return {name: trial.user_attrs[RUN] for name, trial in trials.items() if trial.state == TrialState.COMPLETE}
 
 
-def discard_weights(trials: Trials, parent: TrackedRun) -> None:
-    """Delete the weights that the study's own runs kept until its best was known."""
-    for record in read_runs(run_ids(trials).values(), []):
-        if record.parent == parent.run_id:
-            TrackedRun(record.run_id, parent.experiment_id).discard(WEIGHTS)
+def progress_of(plan: Plan, trials: Trials) -> StudyProgress:
+    """Sum up the wanted trials."""
+    wanted = {name: trial for name, trial in trials.items() if name in plan.trials}
+    count = {state: sum(trial.state == state for trial in wanted.values()) for state in TrialState}
+    epochs = (max(t.intermediate_values, default=0) for t in wanted.values() if t.state == TrialState.RUNNING)
+    finished = {name: trial for name, trial in wanted.items() if trial.state.is_finished()}
+    best = best_of(wanted)
+    order = sorted(finished, key=lambda name: str(finished[name].datetime_complete))
+    return StudyProgress(
+        total=len(plan.trials),
+        pruned=count[TrialState.PRUNED],
+        failed=count[TrialState.FAIL],
+        running=count[TrialState.RUNNING],
+        done=len(finished) + sum(min(1.0, each / plan.epochs) for each in epochs),
+        best=(next(name for name in wanted if wanted[name] is best), best.value or 0.0) if best else None,
+        ended={name: _ending(finished[name]) for name in order},
+    )
 
 
-class LoadedData:
-    """Data sets, each loaded once a process."""
+def _ending(trial: FrozenTrial) -> str:
+    if trial.state == TrialState.FAIL:
+        return f"failed: {trial.user_attrs.get(ERROR, 'no reason known')}"
+    word = "pruned at" if trial.state == TrialState.PRUNED else "reached"
+    return f"{word} {trial.value or 0.0:.2%}"
 
-    def __init__(self, decoding: OnDecoded) -> None:
-        self._decoding = decoding
-        self._loaded: dict[DataConfig, Dataset] = {}
 
-    def __call__(self, config: DataConfig) -> Dataset:
-        """Load a data set, or return the loaded one."""
-        if config not in self._loaded:
-            self._loaded[config] = load_dataset(config, self._decoding)
-        return self._loaded[config]
+def load_once(decoding: Progress) -> LoadData:
+    """Return what loads data sets, each once a process."""
+    return cache(lambda config: load_dataset(config, decoding))

@@ -1,9 +1,9 @@
-"""An Optuna study as a queue that ends with exactly as many trials as it has slots, whatever is killed.
+"""An Optuna study as a queue that ends with exactly as many trials as are wanted, whatever is killed.
 
-Each slot is enqueued once, as a waiting trial, before it is worked on. Workers claim, finish and give back trials
-under one lock that dies with its process. The trial of a worker that is gone waits again, in place, so that none is
-lost or copied. Work is done at least once: a worker killed between finishing and saying so leaves a finished run
-behind, which the next one finds by its identity.
+Each trial has a name and is enqueued once before it is worked on. Workers lease, finish and give back trials under one
+lock that dies with its process. The trial of a worker that is gone waits again, in place, so that none is lost or
+copied. Work is done at least once: a worker killed between finishing and saying so leaves a finished run behind, which
+the next one finds by its identity.
 """
 
 from __future__ import annotations
@@ -13,8 +13,9 @@ import time
 from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from functools import wraps
 from itertools import islice
-from typing import Any, Literal, TypeVar
+from typing import Any, Concatenate, Literal, ParamSpec, TypeVar
 
 import optuna
 from optuna.exceptions import UpdateFinishedTrialError
@@ -22,94 +23,101 @@ from optuna.trial import FrozenTrial, TrialState
 
 from effv2.core.errors import LeaseLost
 from effv2.core.processes import is_gone, this_process
-from effv2.studies.storage import DATABASE_ERRORS, GRACE_SECONDS, HEARTBEAT_SECONDS, HURRY_SECONDS, Storage, patient
+from effv2.studies.storage import DATABASE_ERRORS, GRACE_SECONDS, HEARTBEAT_SECONDS, LEAVING_SECONDS, Storage
 
-T = TypeVar("T")
+P = ParamSpec("P")
+R = TypeVar("R")
 Params = Mapping[str, Any]
+Trials = Mapping[str, FrozenTrial]  # by name
 # User attributes of a trial.
-SLOT, OWNER, RUN, ERROR, FAILURES, LOST, FINAL = "slot", "owner", "run_id", "error", "failures", "lost", "final"
+NAME, OWNER, RUN, ERROR, FAILURES, LOST, FINAL = "slot", "owner", "run_id", "error", "failures", "lost", "final"
 RUNG = "completed_rung_"  # system attributes in which successive halving keeps a trial's values
-AHEAD = 8  # so many slots are enqueued at a time
+AHEAD = 8  # so many trials are enqueued at a time
 MOST_LOST = 5  # a trial whose workers died so often is given up: it may be what kills them
 # A worker on another machine is gone if its heartbeat stays out for so long after it was first found missing: after
 # an outage of the database every heartbeat is old for a moment.
 SECOND_LOOK_SECONDS = 2 * HEARTBEAT_SECONDS
+Method = Callable[Concatenate["Queue", P], R]
+
+
+def retried(method: Method[P, R]) -> Method[P, R]:
+    """Let a method repeat itself while the database is away."""
+
+    @wraps(method)
+    def repeated(self: Queue, /, *args: P.args, **kwargs: P.kwargs) -> R:
+        return self.storage.retry(lambda: method(self, *args, **kwargs))
+
+    return repeated
 
 
 @dataclass(frozen=True)
-class Claim:
+class Lease:
     """A trial that this process works on, and the run that an earlier attempt left."""
 
     trial_id: int
     number: int
-    slot: str
+    name: str
     previous_run: str
 
 
 class Queue:
-    """The slots of one study that are wanted here."""
+    """The trials of one study that are wanted here: their fixed parameters, none where a sampler chooses them."""
 
     def __init__(self, storage: Storage, study: str, retries: int, wanted: Mapping[str, Params]) -> None:
         self.storage, self.study, self.retries, self.wanted = storage, study, retries, wanted
-        self.study_id = patient(storage.optuna.get_study_id_from_name)(study)
+        self.study_id = storage.retry(lambda: storage.optuna.get_study_id_from_name(study))
         self._stale: dict[int, tuple[float, float]] = {}  # trial: when it was first and last seen without heartbeat
 
-    @patient
-    def retry_failed(self) -> None:
-        """Enqueue once more the wanted slots that failed for a reason that may have gone; their runs go on."""
-        with self.storage.lock(self.study):
-            for slot, trial in self._by_slot().items():
-                if slot in self.wanted and trial.state == TrialState.FAIL and not trial.user_attrs.get(FINAL):
-                    self._enqueue(slot, self.wanted[slot] or trial.params)
-                    self._take_over(self._by_slot()[slot]._trial_id, trial)
+    @retried
+    def repeat(self, deleted: Collection[str]) -> int:
+        """Enqueue wanted trials once more: those whose finished run is among `deleted`, and how many is returned.
 
-    @patient
-    def repeat(self, lost: Collection[str]) -> int:
-        """Enqueue once more the wanted slots that were finished by runs which are no longer there; say how many."""
+        Those that failed for a reason that may be gone, too; their runs are resumed.
+        """
+        repeated = 0
         with self.storage.lock(self.study):
-            again = [
-                (slot, trial)
-                for slot, trial in self._by_slot().items()
-                if slot in self.wanted and trial.state.is_finished() and trial.user_attrs.get(RUN) in lost
-            ]
-            for slot, trial in again:
-                self._enqueue(slot, self.wanted[slot] or trial.params)
-        return len(again)
+            for name, trial in self._by_name().items():
+                if name not in self.wanted:
+                    continue
+                failed = trial.state == TrialState.FAIL and not trial.user_attrs.get(FINAL)
+                lost = trial.state.is_finished() and trial.user_attrs.get(RUN) in deleted
+                if failed or lost:
+                    self._enqueue(name, self.wanted[name] or trial.params)
+                    repeated += not failed
+                if failed:
+                    self._take_over(self._by_name()[name]._trial_id, trial)
+        return repeated
 
-    @patient
-    def claim(self) -> Claim | None:
+    @retried
+    def lease(self) -> Lease | None:
         """Take the first waiting trial, after freeing those whose worker is gone; None where none waits."""
         with self.storage.lock(self.study):
-            trials = self._by_slot()
-            for trial in trials.values():  # left over where the answer to an earlier claim was lost
-                if trial.state == TrialState.RUNNING and self._owns(trial):
-                    return self._claim_of(trial)
-            gone = self._gone([trial for trial in trials.values() if trial.state == TrialState.RUNNING])
-            for trial in gone:
+            running = [trial for trial in self._by_name().values() if trial.state == TrialState.RUNNING]
+            for trial in filter(_is_ours, running):  # left over where the answer to an earlier call was lost
+                return _lease_of(trial)
+            for trial in self._gone(running):
                 self._free(trial)
-            waiting = self._waiting()
-            if not waiting:
+            if (waiting := self._first_waiting()) is None:
                 self._enqueue_some()
-                waiting = self._waiting()
-            if not waiting:
+                waiting = self._first_waiting()
+            if waiting is None:
                 return None
-            trial = waiting[0]
-            storage, trial_id = self.storage.optuna, trial._trial_id
+            storage, trial_id = self.storage.optuna, waiting._trial_id
             # Owner and heartbeat before the state: a running trial always has both.
             storage.set_trial_user_attr(trial_id, OWNER, this_process())
             storage.record_heartbeat(trial_id)
             storage.set_trial_state_values(trial_id, TrialState.RUNNING)
-            return self._claim_of(trial)
+            return _lease_of(waiting)
 
     @contextmanager
-    def heartbeat(self, claim: Claim) -> Iterator[None]:
-        """Keep the claim alive."""
+    def heartbeat(self, lease: Lease) -> Iterator[None]:
+        """Keep the lease alive."""
         ended = threading.Event()
 
         def beat() -> None:
             while not ended.wait(HEARTBEAT_SECONDS):
                 with suppress(*DATABASE_ERRORS):  # the database is away; others look twice before they take the trial
-                    self.storage.optuna.record_heartbeat(claim.trial_id)
+                    self.storage.optuna.record_heartbeat(lease.trial_id)
 
         thread = threading.Thread(target=beat, daemon=True)
         thread.start()
@@ -117,88 +125,88 @@ class Queue:
             yield
         finally:
             ended.set()
-            thread.join(HURRY_SECONDS)
+            thread.join(LEAVING_SECONDS)
 
-    @patient
-    def suggest(self, claim: Claim, sampler: optuna.samplers.BaseSampler, choose: Callable[[optuna.Trial], T]) -> T:
+    @retried
+    def suggest(
+        self, lease: Lease, sampler: optuna.samplers.BaseSampler | None, choose: Callable[[optuna.Trial], Params]
+    ) -> Params:
         """Let `choose` suggest the parameters of a trial; those that were suggested before stay as they were."""
         study = optuna.load_study(study_name=self.study, storage=self.storage.optuna, sampler=sampler)
-        return choose(optuna.Trial(study, claim.trial_id))
+        return choose(optuna.Trial(study, lease.trial_id))
 
-    @patient
-    def note_run(self, claim: Claim, run_id: str) -> None:
+    @retried
+    def note_run(self, lease: Lease, run_id: str) -> None:
         """Record which run works on the trial; LeaseLost if the trial is no longer ours."""
-        with self._ours(claim):
-            self.storage.optuna.set_trial_user_attr(claim.trial_id, RUN, run_id)
+        with self._ours(lease):
+            self.storage.optuna.set_trial_user_attr(lease.trial_id, RUN, run_id)
 
-    @patient
-    def report(self, claim: Claim, epoch: int, value: float) -> None:
-        """Record the value reached at an epoch; LeaseLost if the trial is no longer ours."""
-        with self._ours(claim):
-            self.storage.optuna.set_trial_intermediate_value(claim.trial_id, epoch, value)
+    @retried
+    def report(self, lease: Lease, epoch: int, value: float, pruner: optuna.pruners.BasePruner | None = None) -> bool:
+        """Record the value reached at an epoch and ask the pruner, if any, whether the trial should end there.
 
-    @patient
-    def prunes(self, claim: Claim, epoch: int, pruner: optuna.pruners.BasePruner) -> bool:
-        """Ask the pruner whether the trial should end, after the report of an epoch."""
-        trial = self.storage.optuna.get_trial(claim.trial_id)
-        if (trial.last_step or 0) > epoch:  # an earlier attempt had come further, and was not pruned
+        LeaseLost if the trial is no longer ours.
+        """
+        with self._ours(lease):
+            self.storage.optuna.set_trial_intermediate_value(lease.trial_id, epoch, value)
+        trial = self.storage.optuna.get_trial(lease.trial_id)
+        if pruner is None or (trial.last_step or 0) > epoch:  # an earlier attempt had come further, and was not pruned
             return False
         study = optuna.load_study(study_name=self.study, storage=self.storage.optuna, pruner=pruner)
         return bool(pruner.prune(study, trial))
 
-    @patient
+    @retried
     def finish(
-        self, claim: Claim, state: Literal[TrialState.COMPLETE, TrialState.PRUNED], value: float, run_id: str
+        self, lease: Lease, state: Literal[TrialState.COMPLETE, TrialState.PRUNED], value: float, run_id: str
     ) -> None:
-        """Tell a trial's value, and the run that reached it; LeaseLost if the trial is no longer ours."""
+        """Finish a trial with its value and the run that reached it; LeaseLost if the trial is no longer ours."""
         with self.storage.lock(self.study):
-            trial = self.storage.optuna.get_trial(claim.trial_id)
-            if not self._owns(trial):
+            trial = self.storage.optuna.get_trial(lease.trial_id)
+            if not _is_ours(trial):
                 raise LeaseLost
-            if not trial.state.is_finished():  # else the answer to an earlier attempt to tell was lost
-                self.storage.optuna.set_trial_user_attr(claim.trial_id, RUN, run_id)
-                self.storage.optuna.set_trial_state_values(claim.trial_id, state, [value])
+            if not trial.state.is_finished():  # else the answer to an earlier attempt to finish was lost
+                self._set(lease.trial_id, state, {RUN: run_id}, [value])
 
-    @patient
-    def fail(self, claim: Claim, error: str, final: bool) -> None:
+    @retried
+    def fail(self, lease: Lease, error: str, final: bool) -> None:
         """Let a failed trial wait again, or FAIL it where its retries are spent or another attempt would fail alike."""
         with self.storage.lock(self.study):
-            trial = self.storage.optuna.get_trial(claim.trial_id)
-            if self._owns(trial) and trial.state == TrialState.RUNNING:
+            trial = self.storage.optuna.get_trial(lease.trial_id)
+            if _is_ours(trial) and trial.state == TrialState.RUNNING:
                 failures = trial.user_attrs.get(FAILURES, 0) + 1
                 again = failures <= self.retries and not final
                 attributes = {ERROR: error, FAILURES: failures, FINAL: final}
-                self._leave(claim.trial_id, TrialState.WAITING if again else TrialState.FAIL, attributes)
+                self._set(lease.trial_id, TrialState.WAITING if again else TrialState.FAIL, attributes)
 
-    @patient
+    @retried
     def release(self) -> None:
-        """Give back what this process works on, as on Ctrl-C, even where it was told while claiming."""
+        """Give back what this process works on, as on Ctrl-C, even where it came within `lease`."""
         with self.storage.lock(self.study):
-            for trial in self._by_slot().values():
-                if trial.state == TrialState.RUNNING and self._owns(trial):
-                    self._leave(trial._trial_id, TrialState.WAITING, {})
+            for trial in self._by_name().values():
+                if trial.state == TrialState.RUNNING and _is_ours(trial):
+                    self._set(trial._trial_id, TrialState.WAITING, {})
 
-    @patient
+    @retried
     def trials(self) -> dict[str, FrozenTrial]:
-        """Return the study's trials by slot, of those that were repeated the last."""
-        return self._by_slot()
+        """Return the study's trials by name, of those that were repeated the last."""
+        return self._by_name()
 
     def unfinished(self) -> list[str]:
-        """Return the wanted slots that are not finished."""
-        finished = {slot for slot, trial in self.trials().items() if trial.state.is_finished()}
-        return [slot for slot in self.wanted if slot not in finished]
+        """Return the names of the wanted trials that are not finished."""
+        finished = {name for name, trial in self.trials().items() if trial.state.is_finished()}
+        return [name for name in self.wanted if name not in finished]
 
-    @patient
+    @retried
     def deserted(self) -> bool:
         """Say whether nobody works on the study, as far as can be seen."""
-        running = [trial for trial in self._by_slot().values() if trial.state == TrialState.RUNNING]
+        running = [trial for trial in self._by_name().values() if trial.state == TrialState.RUNNING]
         stale = set(self.storage.optuna._get_stale_trial_ids(self.study_id)) if running else set()
         return all(is_gone(trial.user_attrs[OWNER]) or trial._trial_id in stale for trial in running)
 
     @contextmanager
-    def _ours(self, claim: Claim) -> Iterator[None]:
+    def _ours(self, lease: Lease) -> Iterator[None]:
         """Write to a trial that is ours and unfinished; LeaseLost otherwise."""
-        if not self._owns(self.storage.optuna.get_trial(claim.trial_id)):
+        if not _is_ours(self.storage.optuna.get_trial(lease.trial_id)):
             raise LeaseLost
         try:
             yield
@@ -206,14 +214,14 @@ class Queue:
             raise LeaseLost from None
 
     def _enqueue_some(self) -> None:
-        """Enqueue the next slots that were never enqueued; all at once would slow every look at the queue."""
-        there = self._by_slot()
-        for slot in islice((slot for slot in self.wanted if slot not in there), AHEAD):
-            self._enqueue(slot, self.wanted[slot])
+        """Enqueue the next trials that were never enqueued; all at once would slow every look at the queue."""
+        there = self._by_name()
+        for name in islice((name for name in self.wanted if name not in there), AHEAD):
+            self._enqueue(name, self.wanted[name])
 
-    def _enqueue(self, slot: str, params: Params) -> None:
+    def _enqueue(self, name: str, params: Params) -> None:
         study = optuna.load_study(study_name=self.study, storage=self.storage.optuna)
-        study.enqueue_trial(dict(params), {SLOT: slot})
+        study.enqueue_trial(dict(params), {NAME: name})
 
     def _take_over(self, trial_id: int, failed: FrozenTrial) -> None:
         """Give a trial the run of the one that it tries again, and what was reported and asked of the pruner of it."""
@@ -226,24 +234,15 @@ class Queue:
             if name.startswith(RUNG):
                 storage.set_trial_system_attr(trial_id, name, value)
 
-    def _waiting(self) -> list[FrozenTrial]:
-        """Return the wanted trials that wait, the oldest first."""
-        found = (trial for slot, trial in self._by_slot().items() if slot in self.wanted)
-        return sorted((trial for trial in found if trial.state == TrialState.WAITING), key=lambda trial: trial.number)
+    def _first_waiting(self) -> FrozenTrial | None:
+        """Return the oldest wanted trial that waits."""
+        wanted = (trial for name, trial in self._by_name().items() if name in self.wanted)
+        waiting = (trial for trial in wanted if trial.state == TrialState.WAITING)
+        return min(waiting, key=lambda trial: trial.number, default=None)
 
-    def _by_slot(self) -> dict[str, FrozenTrial]:
+    def _by_name(self) -> dict[str, FrozenTrial]:
         found = self.storage.optuna.get_all_trials(self.study_id, deepcopy=False)
-        by_slot: dict[str, FrozenTrial] = {}
-        for trial in found:
-            if (slot := trial.user_attrs.get(SLOT)) is not None:
-                by_slot[slot] = trial
-        return by_slot
-
-    def _claim_of(self, trial: FrozenTrial) -> Claim:
-        return Claim(trial._trial_id, trial.number, trial.user_attrs[SLOT], trial.user_attrs.get(RUN, ""))
-
-    def _owns(self, trial: FrozenTrial) -> bool:
-        return bool(trial.user_attrs.get(OWNER) == this_process())
+        return {trial.user_attrs[NAME]: trial for trial in found if NAME in trial.user_attrs}
 
     def _gone(self, running: list[FrozenTrial]) -> list[FrozenTrial]:
         """Return the running trials whose worker is gone: seen on this machine, by heartbeat elsewhere."""
@@ -260,11 +259,19 @@ class Queue:
     def _free(self, trial: FrozenTrial) -> None:
         """Let the trial of a gone worker wait again, or give it up."""
         lost: int = trial.user_attrs.get(LOST, 0) + 1
-        again = lost < MOST_LOST
-        attributes = {LOST: lost, ERROR: f"its worker was gone, {lost} times"}
-        self._leave(trial._trial_id, TrialState.WAITING if again else TrialState.FAIL, attributes)
+        state = TrialState.WAITING if lost < MOST_LOST else TrialState.FAIL
+        self._set(trial._trial_id, state, {LOST: lost, ERROR: f"its worker was gone, {lost} times"})
 
-    def _leave(self, trial_id: int, state: TrialState, attributes: dict[str, Any]) -> None:
+    def _set(self, trial_id: int, state: TrialState, attributes: Params, values: list[float] | None = None) -> None:
+        """Give a trial attributes, then the state that they explain."""
         for name, value in attributes.items():
             self.storage.optuna.set_trial_user_attr(trial_id, name, value)
-        self.storage.optuna.set_trial_state_values(trial_id, state)
+        self.storage.optuna.set_trial_state_values(trial_id, state, values)
+
+
+def _lease_of(trial: FrozenTrial) -> Lease:
+    return Lease(trial._trial_id, trial.number, trial.user_attrs[NAME], trial.user_attrs.get(RUN, ""))
+
+
+def _is_ours(trial: FrozenTrial) -> bool:
+    return bool(trial.user_attrs.get(OWNER) == this_process())

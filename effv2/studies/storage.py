@@ -9,9 +9,8 @@ import time
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from functools import wraps
 from pathlib import Path
-from typing import Any, ParamSpec, TypeVar, cast
+from typing import Any, TypeVar, cast
 
 import optuna
 import sqlalchemy
@@ -37,7 +36,7 @@ HEARTBEAT_SECONDS = 10
 GRACE_SECONDS = 60  # without a heartbeat for so long, a worker that can't be seen from here counts as gone
 FORMS = "sqlite:///FILE or postgresql://USER@HOST/DATABASE"
 OUTAGE_SECONDS = 600  # so long a database may be away
-HURRY_SECONDS = 5  # so long on the way out
+LEAVING_SECONDS = 5  # so long on the way out
 # Seconds, and milliseconds for tcp_user_timeout. A peer whose machine died would otherwise be waited for for hours, and
 # the lock of a client that died with its machine be kept.
 POSTGRESQL_ARGUMENTS: dict[str, Any] = {
@@ -50,9 +49,14 @@ POSTGRESQL_ARGUMENTS: dict[str, Any] = {
 }
 CUT_TRANSACTION = ("25P02", "25P03")  # Optuna asked again within the transaction; it was idle for too long
 DATABASE_ERRORS = (StorageInternalError, DBAPIError)
-
-P = ParamSpec("P")
 R = TypeVar("R")
+
+
+class StorageAway(RunError):
+    """The database, or the tracking store, has been away for longer than we wait."""
+
+    def __init__(self, problem: str) -> None:
+        super().__init__(problem, resumes=True)
 
 
 class HeartbeatStorage(optuna.storages.BaseStorage, BaseHeartbeat):
@@ -62,11 +66,13 @@ class HeartbeatStorage(optuna.storages.BaseStorage, BaseHeartbeat):
 class Storage:
     """An open storage and the lock that serialises changes to a study; the lock dies with its process.
 
-    SQLAlchemyError, StorageInternalError, OSError, ImportError or RuntimeError where the database can't be used.
+    `patience` is how many seconds the database may be away; StorageAway after them. SQLAlchemyError,
+    StorageInternalError, OSError, ImportError or RuntimeError where the database can't be opened.
     """
 
-    def __init__(self, url: URL) -> None:
+    def __init__(self, url: URL, patience: float = OUTAGE_SECONDS) -> None:
         self.url, self.shown = url.render_as_string(hide_password=False), url.render_as_string(hide_password=True)
+        self.patience = patience
         self._file = url.database if url.get_backend_name() == "sqlite" else None
         ours = {name: value for name, value in POSTGRESQL_ARGUMENTS.items() if name not in url.query}
         arguments = {"timeout": 60} if self._file else ours
@@ -85,20 +91,24 @@ class Storage:
         where another process keeps a lock for longer than we wait for a database.
         """
         long = name.startswith("publish ")
-        seconds = -1 if long else _Patience.seconds
         if self._file:
+            path = f"{self._file}.publish.lock" if long else f"{self._file}.lock"
             try:
-                with FileLock(f"{self._file}.publish.lock" if long else f"{self._file}.lock", timeout=seconds):
+                with FileLock(path, timeout=-1 if long else self.patience):
                     yield
             except Timeout as error:
-                raise StorageAway(f"Another process keeps {error.lock_file} locked; end it, then go on.") from error
+                raise StorageAway(f"Another process keeps {error.lock_file} locked; end it.") from error
             return
         key = int.from_bytes(hashlib.sha256(f"effv2 {name}".encode()).digest()[:8], "big", signed=True)
         with self._locks.begin() as connection:
             if not long:
-                connection.execute(sqlalchemy.text(f"SET LOCAL lock_timeout = {round(1000 * seconds)}"))
+                connection.execute(sqlalchemy.text(f"SET LOCAL lock_timeout = {round(1000 * self.patience)}"))
             connection.execute(sqlalchemy.text("SELECT pg_advisory_xact_lock(:key)"), {"key": key})
             yield
+
+    def retry(self, operation: Callable[[], R]) -> R:
+        """Repeat an operation on the storage while its database is away."""
+        return _retry(operation, lambda: self.patience)
 
     def close(self) -> None:
         """Close the connections of this thread and those that wait for use."""
@@ -116,50 +126,63 @@ def open_storage(url: str) -> Storage:
     try:
         parsed = sqlalchemy.make_url(url)
     except (ArgumentError, ValueError):  # the latter for a port that is no number
-        raise InputError(f"--storage {without_password(url)}: not an address; use {FORMS}.") from None
+        raise InputError("storage", without_password(url), "not an address", f"use {FORMS}") from None
     shown, backend = parsed.render_as_string(hide_password=True), parsed.get_backend_name()
     if backend not in ("sqlite", "postgresql") or parsed.database in (None, "", ":memory:"):
-        raise InputError(f"--storage {shown}: no such kind of storage; use {FORMS}.")
+        raise InputError("storage", shown, "no such kind of storage", f"use {FORMS}")
     if backend == "sqlite" and not Path(str(parsed.database)).absolute().parent.is_dir():
-        raise InputError(f"--storage {shown}: can't be used (no such folder); create it or correct the path.")
+        raise InputError("storage", shown, "can't be used (no such folder)", "create it or correct the path")
     if parsed.drivername == "postgresql":
         parsed = parsed.set(drivername="postgresql+psycopg")
     try:
         return Storage(parsed)
     except ImportError as error:
-        raise InputError(
-            f"--storage {shown}: needs the package {error.name}; install it with: pip install 'effv2[postgresql]'."
-        ) from error
+        remedy = "install it with: pip install 'effv2[postgresql]'"
+        raise InputError("storage", shown, f"needs the package {error.name}", remedy) from error
     except (SQLAlchemyError, StorageInternalError, OSError, RuntimeError) as error:
-        raise InputError(
-            f"--storage {shown}: can't be used ({why(error)}); start the database or correct the address."
-        ) from error
+        raise cannot_use(shown, error) from error
 
 
-class StorageAway(RunError):
-    """The database, or the tracking store, has been away for longer than we wait."""
+def reopen_storage(url: str, patience: float = OUTAGE_SECONDS) -> Storage:
+    """Open a storage that was open before, waiting for its database."""
+    return _retry(lambda: Storage(sqlalchemy.make_url(url), patience), lambda: patience)
 
 
-class _Patience:
-    seconds = float(OUTAGE_SECONDS)
+def cannot_use(shown: str, error: Exception) -> InputError:
+    """Return what to raise where a database fails before anything was begun."""
+    return InputError("storage", shown, f"can't be used ({_why(error)})", "start the database or correct the address")
 
 
-@contextmanager
-def hurry() -> Iterator[None]:
-    """Wait for a database only for seconds, as where the user wants the process to end."""
-    before, _Patience.seconds = _Patience.seconds, HURRY_SECONDS
-    try:
-        yield
-    finally:
-        _Patience.seconds = before
+def _retry(operation: Callable[[], R], patience: Callable[[], float]) -> R:
+    """Repeat an operation while the database is away; StorageAway where it is for more than `patience()` seconds.
+
+    The operation must be one that may be repeated, since the answer to the last attempt may just have been lost.
+    """
+    pause, away_since = 0.05, float("inf")
+    while True:
+        began = time.monotonic()
+        try:
+            return operation()
+        except DATABASE_ERRORS as error:
+            if not _is_away(error):
+                raise
+            # An attempt that lasted had the database for most of that time.
+            away_since = min(away_since, began) if time.monotonic() - began < GRACE_SECONDS else time.monotonic()
+            waited = time.monotonic() - away_since
+            if waited > patience():
+                raise StorageAway(
+                    f"The storage has been away for {waited:.0f} seconds ({_why(error)}); start the database."
+                ) from error
+        time.sleep(pause * random.uniform(0.5, 1.5))  # noqa: S311
+        pause = min(2 * pause, 5.0)
 
 
-def why(error: BaseException) -> str:
+def _why(error: BaseException) -> str:
     """Return why the database failed, in a few words: those of what Optuna or SQLAlchemy wrapped."""
     return reason(error.__cause__ or error)
 
 
-def is_away(error: Exception) -> bool:
+def _is_away(error: Exception) -> bool:
     """Say whether an error means that the database can't be reached or is busy, rather than that it refuses."""
     # Optuna wraps what SQLAlchemy raises, and SQLAlchemy what the driver does.
     cause = error.__cause__ or error if isinstance(error, StorageInternalError) else error
@@ -172,39 +195,3 @@ def is_away(error: Exception) -> bool:
     if isinstance(cause, PendingRollbackError):  # Optuna asked again within the transaction that was cut
         return cause.code == "8s2b"
     return isinstance(cause, (OperationalError, InterfaceError)) or bool(getattr(cause, "connection_invalidated", 0))
-
-
-def patient(operation: Callable[P, R]) -> Callable[P, R]:
-    """Repeat an operation on the storage while the database is away; StorageAway after ten minutes.
-
-    The operation must be one that may be repeated, since the answer to the last attempt may just have been lost.
-    """
-
-    @wraps(operation)
-    def repeated(*args: P.args, **kwargs: P.kwargs) -> R:
-        pause, away_since = 0.05, float("inf")
-        while True:
-            began = time.monotonic()
-            try:
-                return operation(*args, **kwargs)
-            except DATABASE_ERRORS as error:
-                if not is_away(error):
-                    raise
-                # An attempt that lasted had the database for most of that time.
-                away_since = min(away_since, began) if time.monotonic() - began < GRACE_SECONDS else time.monotonic()
-                waited = time.monotonic() - away_since
-                if waited > _Patience.seconds:
-                    raise StorageAway(
-                        f"The storage has been away for {waited:.0f} seconds ({why(error)}); "
-                        "start the database and give the same command again, which goes on from here."
-                    ) from error
-            time.sleep(pause * random.uniform(0.5, 1.5))  # noqa: S311
-            pause = min(2 * pause, 5.0)
-
-    return repeated
-
-
-@patient
-def reopen_storage(url: str) -> Storage:
-    """Open a storage that was open before, waiting for its database."""
-    return Storage(sqlalchemy.make_url(url))

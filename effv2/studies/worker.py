@@ -1,4 +1,4 @@
-"""Work on a study's queue until nothing is left: claim a trial, train its run, say how it ended."""
+"""Work on a study's queue until nothing is left: lease a trial, work on its run, say how it ended."""
 
 from __future__ import annotations
 
@@ -12,88 +12,153 @@ import traceback
 from collections import Counter
 from collections.abc import Callable
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from multiprocessing import connection, parent_process
-from typing import Literal
 
 import torch
 from optuna.trial import TrialState
 
+from effv2.config.options import StudyOptions
 from effv2.core.errors import Diverged, LeaseLost, RunError, Terminated
-from effv2.core.reporter import Reporter
+from effv2.core.reporter import Message, Reporter
 from effv2.core.signals import ending_signals
 from effv2.execution.allocator import tune_allocator
-from effv2.run.labels import Labels, identity
-from effv2.run.run import discard_checkpoints, run_experiment
+from effv2.run.labels import Labels
+from effv2.run.resume import Task
 from effv2.run.watching import Observer
-from effv2.studies.plan import LoadData, LoadedData, best_of
-from effv2.studies.queue import RUN, Claim, Queue
-from effv2.studies.session import Session
-from effv2.studies.storage import OUTAGE_SECONDS, Storage, StorageAway, hurry, reopen_storage
-from effv2.tracking.accuracies import reached_accuracy
+from effv2.studies.plan import LoadData, Plan, best_of, load_once
+from effv2.studies.queue import RUN, Lease, Queue
+from effv2.studies.storage import LEAVING_SECONDS, OUTAGE_SECONDS, Storage, StorageAway, reopen_storage
 from effv2.tracking.entries import may_pass
 from effv2.tracking.outbox import TrackingAway
-from effv2.tracking.read import Identity, RunRecord, find_finished, read_runs
-from effv2.tracking.recovery import is_busy, send
+from effv2.tracking.read import find_running
+from effv2.tracking.run import TrackedRun
 from effv2.tracking.store import (
     WAIT_SECONDS,
-    TrackingAway,
     answers,
-    is_temporary,
+    impatient,
     reason,
     shown_uri,
     use_store,
     wait_until_it_answers,
 )
-from effv2.tracking.tags import OUTCOME
-from effv2.tracking.writer import TrackedRun
 from effv2.training.loop import EpochResult
 from effv2.training.state import watched_accuracy
 
 POLL_SECONDS = 1.0  # between two looks at a queue whose last trials others work on
 AWAY = 3  # exit code of a worker that waited in vain for a database or the tracking store
-MOST_SETBACKS = 5  # so often a trial is given back because the tracking store failed, and answered again
+MOST_SETBACKS = 5  # so often a piece of work is begun again because the tracking store failed, and answered again
 ORPHAN_SECONDS = 60  # so long a worker may take to end after the process that started it
 
 
-class WorkerReporter(Reporter):
-    """Says what must be known, and nothing else: what a worker process does is seen through the storage."""
+@dataclass(frozen=True)
+class OpenedStudy:
+    """An opened study, as its workers and its coordinator share it: plain data alone.
 
-    def message(self, text: str) -> None:
-        """Say it past the progress of the process that started this one."""
-        print(text, file=sys.stderr)
+    `name` is that of the queue, `fresh` whether the study was begun to repeat what was finished before it.
+    """
+
+    plan: Plan
+    options: StudyOptions
+    storage_url: str
+    name: str
+    parent_id: str
+    experiment_id: str
+    tracking_uri: str
+    fresh: bool
+
+    def queue(self, storage: Storage) -> Queue:
+        """Return the queue of the study in its opened storage."""
+        return Queue(storage, self.name, self.plan.info.retries, self.plan.trials)
+
+    @property
+    def parent(self) -> TrackedRun:
+        """Return the run of the study."""
+        return TrackedRun(self.parent_id, self.experiment_id)
+
+    def end(self, queue: Queue, status: str) -> None:
+        """End the study's run, and children that a dead process left open, unless somebody still works on it.
+
+        Who leases a trial afterwards sets the study's run to RUNNING again.
+        """
+        with queue.storage.lock(self.name), impatient():  # nobody leases a trial meanwhile
+            if queue.deserted():
+                for child in find_running(self.experiment_id, self.parent_id):
+                    TrackedRun(child.run_id, self.experiment_id).end_left_open()
+                self.parent.set_status(status)
+
+    def leave(self, storage: Storage, status: str = "") -> None:
+        """Give back what this process works on, and end the study's run if it is open and a status is given.
+
+        Within seconds: the process ends. Where the storage is away, the trials are taken up for want of a heartbeat.
+        Nothing hides the reason to leave.
+        """
+        storage.patience = LEAVING_SECONDS
+        with suppress(Exception), impatient():
+            try:
+                queue = self.queue(storage)
+                queue.release()
+                if status and self.parent.is_running():
+                    storage.retry(lambda: self.end(queue, status))
+            except StorageAway:
+                if status and self.parent.is_running():
+                    self.parent.set_status(status)
 
 
-class TrialObserver(Callback):
+class Outages:
+    """Waits where the tracking store fails; not too often for the same piece of work."""
+
+    def __init__(self, message: Message) -> None:
+        self._message = message
+        self._setbacks: Counter[str] = Counter()
+
+    def passed(self, error: Exception, work: str) -> bool:
+        """Say, after waiting for it to answer, whether the tracking store failed as it may for a while.
+
+        StorageAway where it is away for too long.
+        """
+        if may_pass(error) and self._setbacks[work] < MOST_SETBACKS:
+            self._setbacks[work] += 1
+            self._message(f"The tracking store failed ({reason(error)}); the work is resumed when it answers.")
+            time.sleep(WAIT_SECONDS * self._setbacks[work])
+        elif answers():
+            return False
+        if not wait_until_it_answers(OUTAGE_SECONDS):
+            raise StorageAway(
+                f"The tracking store {shown_uri()} has been away for {OUTAGE_SECONDS} seconds; start it."
+            ) from error
+        return True
+
+
+class TrialObserver(Observer):
     """Reports a run's epochs to its trial, and lets the pruner decide."""
 
-    def __init__(self, worker: Worker, claim: Claim) -> None:
-        self.worker, self.claim = worker, claim
+    def __init__(self, worker: Worker, lease: Lease) -> None:
+        self.worker, self.lease = worker, lease
         self.best, self.run_id = 0.0, ""
 
-    def run_opened(self, run_id: str) -> None:
+    def started(self, run_id: str) -> None:
         """Note the run on the trial, so that whoever takes the trial up knows of it."""
         self.run_id = run_id
-        self.worker.queue.note_run(self.claim, run_id)
+        self.worker.queue.note_run(self.lease, run_id)
 
-    def run_resumed(self, accuracy: float) -> None:
+    def resumed(self, accuracy: float) -> None:
         """Take over the best accuracy of the epochs that aren't trained again."""
         self.best = max(self.best, accuracy)
 
-    def epoch_ended(self, result: EpochResult) -> bool:
+    def stops(self, result: EpochResult) -> bool:
         """Report the best accuracy so far, which is what a trial is worth; ask the pruner."""
-        queue, plan = self.worker.queue, self.worker.session.plan
+        plan = self.worker.study.plan
         self.best = max(self.best, watched_accuracy(result.metrics))
-        queue.report(self.claim, result.epoch, self.best)
+        pruner = plan.pruner() if plan.searches and result.epoch < plan.epochs else None
+        pruned = self.worker.queue.report(self.lease, result.epoch, self.best, pruner)
         self.worker.changed()
-        if not plan.samples or result.epoch >= plan.epochs:
-            return False
-        return queue.prunes(self.claim, result.epoch, plan.pruner())
+        return pruned
 
     def keeps_weights(self, accuracy: float) -> bool:
         """Keep what may turn out to be the best model of the study."""
-        session = self.worker.session
-        if session.log_model != "best" and not session.plan.samples:
+        study = self.worker.study
+        if study.options.log_model != "best" and not study.plan.searches:
             return False
         best = best_of(self.worker.queue.trials())
         return best is None or accuracy >= (best.value or 0.0)
@@ -106,170 +171,119 @@ class Worker:
     `changed` is called when a trial begins, after each of its epochs, and when it ends.
     """
 
-    session: Session
+    study: OpenedStudy
     queue: Queue
     load: LoadData
     reporter: Reporter
     changed: Callable[[], None]
-    _setbacks: Counter[str] = field(default_factory=Counter)
 
     def work(self) -> None:
-        """Work until nothing is left. A run that fails is told to the queue and the rest goes on."""
+        """Work until nothing is left. The queue learns of a run that fails, and the rest is worked on."""
+        outages = Outages(self.reporter.message)
         while True:
-            claim = self.queue.claim()
+            lease = self.queue.lease()
             self.changed()
-            if claim is not None:
-                self._try(claim)
+            if lease is not None:
+                with self.queue.heartbeat(lease):
+                    self._try(lease, outages)
                 self.changed()
             elif self.queue.unfinished():
                 time.sleep(POLL_SECONDS * random.uniform(0.5, 1.5))  # noqa: S311
             else:
                 return
 
-    def _try(self, claim: Claim) -> None:
-        with self.queue.heartbeat(claim):
-            try:
-                self._attempt(claim)
-            except StorageAway:
-                raise
-            except LeaseLost:
-                pass
-            except TrackingAway as error:
-                self.queue.release()
-                raise StorageAway(str(error)) from error
-            except RunError as error:
-                self.queue.fail(claim, str(error), final=isinstance(error, Diverged))
-            except Exception as error:  # a fault of ours or of a library costs one run, not the study
-                if self._is_setback(error, claim) or not answers():
-                    self._wait_for_tracking()
-                else:
-                    traceback.print_exc()
-                    self.queue.fail(claim, f"{type(error).__name__}: {error}", final=False)
-
-    def _is_setback(self, error: Exception, claim: Claim) -> bool:
-        """Say, after a pause, whether the tracking store failed as for a moment, and not too often for this trial."""
-        if not is_temporary(error) or self._setbacks[claim.slot] == MOST_SETBACKS:
-            return False
-        self._setbacks[claim.slot] += 1
-        self.reporter.message(f"The tracking store failed ({reason(error)}); the run goes on when it answers.")
-        time.sleep(WAIT_SECONDS * self._setbacks[claim.slot])
-        return True
-
-    def _wait_for_tracking(self) -> None:
-        """Give the trial back, which is not to blame, once the tracking store answers again."""
-        back = wait_until_it_answers(OUTAGE_SECONDS)
-        self.queue.release()
-        if not back:
-            raise StorageAway(
-                f"The tracking store {shown_uri()} has been away for {OUTAGE_SECONDS} seconds; start it and give the "
-                "same command again, which goes on from here."
-            )
-
-    def _attempt(self, claim: Claim) -> None:
-        """Train the run of a trial, unless a finished one with the same identity is there; tell how it ended."""
-        session, queue, plan = self.session, self.queue, self.session.plan
-        session.parent.set_status("RUNNING")  # where somebody who left had ended it
-        planned = queue.suggest(claim, plan.sampler(claim.number), lambda trial: plan.run_of(claim.slot, trial))
-        dataset = self.load(planned.config.data)
-        done = self._done_before(claim, identity(planned.config, dataset))
-        if done is not None:
-            discard_checkpoints(done.run_id, session.checkpoints)
-            if epochs := TrackedRun(done.run_id, session.experiment_id).steps("train/loss"):
-                queue.report(claim, max(epochs), reached_accuracy(done.metrics))
-            queue.finish(claim, _state(done.tags[OUTCOME] == "pruned"), reached_accuracy(done.metrics), done.run_id)
-            return
-        labels = RunSpec(
-            planned.name,
-            session.experiment_id,
-            plan.purpose.name,
-            planned.arm,
-            session.parent_id,
-            resumes=self._left_of(claim),
-        )
-        observer = TrialObserver(self, claim)
-        log_model = session.log_model == "all"
+    def _try(self, lease: Lease, outages: Outages) -> None:
         try:
-            outcome = train_run(
-                planned.config,
-                dataset,
-                labels,
-                self.reporter,
-                log_model,
-                checkpoints=session.checkpoints,
-                observer=observer,
-                patience=OUTAGE_SECONDS,
-            )
+            self._attempt(lease)
+        except (StorageAway, TrackingAway):
+            raise
+        except LeaseLost:
+            pass
+        except RunError as error:
+            self.queue.fail(lease, error.problem, final=isinstance(error, Diverged))
+        except Exception as error:  # a fault of ours or of a library costs one run, not the study
+            if outages.passed(error, lease.name):
+                self.queue.release()  # the trial is not to blame
+            else:
+                traceback.print_exc()
+                self.queue.fail(lease, f"{type(error).__name__}: {error}", final=False)
+
+    def _attempt(self, lease: Lease) -> None:
+        """Let the plan find, resume or start the run of a trial; say how it ended."""
+        study, queue, plan = self.study, self.queue, self.study.plan
+        study.parent.set_status("RUNNING")  # where somebody who left had ended it
+        params = queue.suggest(lease, plan.sampler(lease.number), plan.suggest)
+        arm = str(params.get("arm", ""))
+        observer = TrialObserver(self, lease)
+        task = Task(
+            Labels(lease.name, study.experiment_id, plan.info.name, arm, study.parent_id),
+            self.reporter,
+            log_model=study.options.log_model == "all",
+            saving=study.options.saving,
+            fresh=study.fresh,
+            previous=lease.previous_run,
+            observer=observer,
+            patience=OUTAGE_SECONDS,
+        )
+        try:
+            ended = plan.execute(task, params, self.load)
         except Diverged:
-            if not plan.samples:
+            if not plan.searches:
                 raise
             # In a search an answer like any other: this is no place to look for the best.
-            queue.finish(claim, TrialState.PRUNED, observer.best, observer.run_id)
+            queue.finish(lease, TrialState.PRUNED, observer.best, observer.run_id)
             return
+        run = ended.run
+        if ended.was_finished and "train/loss" in ended.metrics:
+            queue.report(lease, max(run.steps("train/loss")), ended.accuracy)
         try:
-            queue.finish(claim, _state(outcome.pruned), outcome.watched_accuracy, outcome.run.run_id)
+            queue.finish(lease, TrialState.PRUNED if ended.pruned else TrialState.COMPLETE, ended.accuracy, run.run_id)
         except LeaseLost:
-            if queue.trials()[claim.slot].user_attrs.get(RUN) != outcome.run.run_id:
-                outcome.run.set_status("KILLED")  # the run of the worker that has the trial now counts
+            if not ended.was_finished and queue.trials()[lease.name].user_attrs.get(RUN) != run.run_id:
+                run.set_status("KILLED")  # the run of the worker that has the trial now counts
             raise
 
-    def _left_of(self, claim: Claim) -> str:
-        """Return the run that an earlier attempt left, which goes on; empty where none is in the store, or it is busy.
 
-        Busy is one whose process was only stopped for a while: it will find that the trial isn't its own any longer.
-        """
-        left = read_run(claim.previous_run) if claim.previous_run and not is_busy(claim.previous_run) else None
-        return left.run_id if left is not None else ""
+class WorkerReporter(Reporter):
+    """Says what must be known, and nothing else: what a worker process does is seen through the storage."""
 
-    def _done_before(self, claim: Claim, wanted: Identity) -> RunRecord | None:
-        """Return a finished run that answers the trial: of an earlier attempt, or of any study of the experiment.
-
-        An earlier attempt that its process left open is marked as killed.
-        """
-        session = self.session
-        if claim.previous_run:
-            send(claim.previous_run, self.reporter.message)
-        there = read_run(claim.previous_run) if claim.previous_run else None
-        for record in read_runs([there.run_id] if there else [], []):
-            complete = TrackedRun(record.run_id, session.experiment_id).end_left_open()
-            if record.status == "FINISHED" or complete:
-                return record
-        return find_finished(wanted, session.experiment_id, session.parent_id if session.fresh else "")
+    def message(self, text: str) -> None:
+        """Say it past the progress of the process that started this one."""
+        print(text, file=sys.stderr)
 
 
-def _state(pruned: bool) -> Literal[TrialState.COMPLETE, TrialState.PRUNED]:
-    return TrialState.PRUNED if pruned else TrialState.COMPLETE
+def worker_process(study: OpenedStudy, threads: int, gpu: str) -> None:
+    """Work in a process of its own, which ends when the one that started it does; exit code AWAY after an outage.
 
-
-def worker_process(session: Session, threads: int) -> None:
-    """Work in a process of its own, which ends when the one that started it does; exit code AWAY after an outage."""
+    It sees the named GPU alone, if any is named.
+    """
+    if gpu:
+        os.environ["CUDA_VISIBLE_DEVICES"] = gpu  # before CUDA is initialised
     tune_allocator()
     torch.set_num_threads(threads)
-    use_store(session.tracking_uri)
+    use_store(study.tracking_uri)
     storage: Storage | None = None
     with ending_signals():
         try:
             _end_with_parent()
-            storage = reopen_storage(session.storage_url)
-            queue = session.queue(storage)
-            Worker(session, queue, LoadedData(lambda done, total: None), WorkerReporter(), lambda: None).work()
+            storage = reopen_storage(study.storage_url)
+            load = load_once(lambda done, total: None)
+            Worker(study, study.queue(storage), load, WorkerReporter(), lambda: None).work()
         except (KeyboardInterrupt, Terminated):
-            _leave(session, storage)
+            _leave(study, storage)
             sys.exit(1)
-        except StorageAway as error:
-            _leave(session, storage)
-            print(error.sentences(session.fresh), file=sys.stderr)
+        except (StorageAway, TrackingAway) as error:
+            _leave(study, storage)
+            print(error.sentences(study.options.fresh), file=sys.stderr)
             sys.exit(AWAY)
 
 
-def _leave(session: Session, storage: Storage | None) -> None:
+def _leave(study: OpenedStudy, storage: Storage | None) -> None:
     """Give back the work; end the study's run if the process that started this one, which would do it, is gone."""
     parent = parent_process()
-    with suppress(Exception), hurry():
-        storage = storage or reopen_storage(session.storage_url)
-        if parent is None or parent.is_alive():
-            session.queue(storage).release()
-        else:
-            session.leave(storage, "KILLED")
+    with suppress(Exception):
+        storage = storage or reopen_storage(study.storage_url, LEAVING_SECONDS)
+        study.leave(storage, "" if parent is None or parent.is_alive() else "KILLED")
 
 
 def _end_with_parent() -> None:

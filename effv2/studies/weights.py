@@ -1,0 +1,80 @@
+"""Published weights compared: each network is evaluated once. What `evaluate-pretrained` runs."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from effv2.config.options import LogModel, StudyInfo
+from effv2.core.reporter import Reporter
+from effv2.execution.resolve import resolve_device
+from effv2.pretrained.config import PretrainedConfig
+from effv2.pretrained.evaluation import CODE, Evaluation, evaluate, log_network
+from effv2.pretrained.images import choose_images
+from effv2.pretrained.weights import find_all_weights, load_network, parse_models
+from effv2.run.resume import Attempt, Task
+from effv2.studies.plan import LoadData, Plan, best_of, run_ids
+from effv2.studies.queue import NAME, Params, Trials
+from effv2.tracking.run import TrackedRun
+
+KIND = "evaluate-pretrained"
+LONGEST_NAME = 200  # characters
+
+
+@dataclass(frozen=True)
+class Weights(Plan):
+    """The evaluations of a comparison by label, and the digest of the images that each is given."""
+
+    evaluations: Mapping[str, Evaluation]
+    data: Mapping[str, str]
+
+    def definition(self) -> dict[str, Any]:
+        """Return all networks and images: what is ranked together is corrected for its number."""
+        networks = {label: evaluation.definition() for label, evaluation in self.evaluations.items()}
+        return {"networks": networks, "data": dict(self.data), "code": CODE}
+
+    def execute(self, task: Task, params: Params, load: LoadData) -> Attempt:
+        """Evaluate a network."""
+        return evaluate(self.evaluations[task.labels.name], task)
+
+    def conclude(self, trials: Trials, parent: TrackedRun, log_model: LogModel, load: LoadData) -> dict[str, str]:
+        """Log the networks that are wanted to the runs that evaluated them, those that have none."""
+        best, models = best_of(trials), dict[str, str]()
+        for name, run_id in run_ids(trials).items() if log_model != "none" else ():
+            run = TrackedRun(run_id, parent.experiment_id)
+            wanted = log_model == "all" or (best is not None and best.user_attrs[NAME] == name)
+            if wanted and not run.model_address():
+                log_network(self.evaluations[name], run)
+                models[name] = run.model_address()
+        return models
+
+
+def make_weights(
+    models: str,
+    config: PretrainedConfig,
+    weights_dir: Path | None,
+    *,
+    show_downloads: bool,
+    load: LoadData,
+    reporter: Reporter,
+) -> Weights:
+    """Find images and weights and load every network, so that nothing wrong is found half-way; resolve `auto`.
+
+    `models` are named as `parse_models` says.
+    """
+    requests = parse_models(models)
+    images = choose_images(config.data)
+    precision = "bf16" if config.execution.precision == "bf16" else "fp32"
+    resolved = {"device": resolve_device(config.execution.device), "precision": precision}
+    config = config.model_copy(update={"execution": config.execution.model_copy(update=resolved)})
+    files = find_all_weights(requests, weights_dir, show_downloads)
+    evaluations, data = {}, {}
+    for requested, file in zip(requests, files, strict=True):
+        load_network(requested, file)
+        evaluations[requested.label] = Evaluation(requested, file, images, config)
+    for label, evaluation in evaluations.items():
+        data[label] = evaluation.data_digest(evaluation.decode(reporter))
+    name = f"{KIND} {images.name}: {', '.join(evaluations)}"[:LONGEST_NAME]
+    return Weights(StudyInfo(KIND, name), {label: {} for label in evaluations}, evaluations, data)
