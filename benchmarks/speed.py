@@ -433,7 +433,7 @@ def main(data_dir: str, sizes: str, variants: str, out: str, **others: Any) -> N
 
     import mlflow
 
-    with mlflow.open_run(run_name="speed"):
+    with mlflow.start_run(run_name="speed"):
         for title, forms in found.items():
             for name, each in forms.items():
                 key = f"{title.replace(', ', '/')}/{name}/train_images_per_second"

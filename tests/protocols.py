@@ -10,7 +10,7 @@ from __future__ import annotations
 import re
 
 from effv2.config.layers import build_config
-from effv2.studies.files import Sources, open_study
+from effv2.config.studies import Sources, open_study
 from tests.conftest import ROOT
 
 PAGE = ROOT / "docs" / "protocols.md"

@@ -38,7 +38,6 @@ class Reached(RunError):
 @pytest.fixture
 def no_training(sqlite_store: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Stop where training would begin."""
-    from effv2.run import resume
     from effv2.studies import engine
 
     def reached(*_: Any, **__: Any) -> None:

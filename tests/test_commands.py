@@ -229,7 +229,6 @@ def test_one_failing_arm_does_not_cost_the_others(sqlite_store: str, tiny_study:
 def test_a_store_that_fails_for_a_moment_costs_no_run(
     sqlite_store: str, tiny_study: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from effv2.run import resume
     from effv2.studies import worker
 
     tiny_study.write_text(f"{tiny_study.read_text()}retries: 0\n")

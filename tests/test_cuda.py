@@ -9,10 +9,10 @@ from typing import Any
 import pytest
 import torch
 from click.testing import CliRunner
-from effv2.cli.train import train
 from mlflow import MlflowClient
 
 from effv2.architecture import VARIANTS, build_model
+from effv2.cli.main import train
 from effv2.execution.cuda_graphs import GraphedFunction
 from effv2.execution.device import Execution
 from effv2.training.loop import EpochResult, Training

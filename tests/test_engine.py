@@ -27,7 +27,7 @@ from mlflow.entities import Run
 from optuna.study import StudyDirection
 from optuna.trial import FrozenTrial, TrialState
 
-from effv2.cli.ablate import ablate
+from effv2.cli.main import ablate
 from effv2.core.errors import LeaseLost
 from effv2.core.processes import is_gone, this_process
 from effv2.studies import queue as queue_module

@@ -16,6 +16,7 @@ from scipy import stats
 
 from effv2.config.layers import Layer
 from effv2.config.schema import TrainConfig
+from effv2.config.studies import open_study
 from effv2.core.errors import InputError
 from effv2.evidence.claims import Claims, read_claims
 from effv2.evidence.judge import CONSISTENT, INCONSISTENT, NO_FIGURES, Verdict, judge
@@ -33,7 +34,6 @@ from effv2.evidence.statistics import (
     runs_to_decide,
 )
 from effv2.evidence.study import StudyResults, TrackedStudy
-from effv2.studies.files import open_study
 from effv2.tracking.read import Images, RunRecord
 from effv2.tracking.tags import COMMAND, LONGEST_TAG, LOOKS, PLANNED, as_tags, names_in
 

@@ -37,7 +37,6 @@ from effv2.pretrained import evaluation, measure
 from effv2.pretrained.config import ImagesConfig
 from effv2.pretrained.images import EvaluationImages, Origin, choose_images, class_names, origin, outputs_of, wnids
 from effv2.pretrained.measure import scores
-from effv2.pretrained.ranking import Evaluated, Ranking
 from effv2.pretrained.weights import Requested, WeightsFile, find_all_weights, load_network, network_names, parse_models
 from effv2.studies import weights as weights_plan
 from effv2.tracking.read import RunRecord

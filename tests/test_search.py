@@ -15,13 +15,10 @@ from mlflow import MlflowClient
 from mlflow.entities import Run
 from mlflow.exceptions import MlflowException
 
-from effv2.cli.ablate import ablate
-from effv2.cli.hparam_check import hparam_check
-from effv2.cli.search import search
-from effv2.cli.train import train
-from effv2.config.options import StudyInfo
+from effv2.cli.main import ablate, hparam_check, search, train
 from effv2.config.schema import TrainConfig
-from effv2.studies.files import SearchFile
+from effv2.config.studies import SearchFile
+from effv2.studies.plan import StudyInfo
 from effv2.studies.search import Search
 from effv2.training import loop
 from tests.conftest import TINY_TABLE

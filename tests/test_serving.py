@@ -21,12 +21,12 @@ from typing import Any
 import numpy as np
 import pytest
 from click.testing import CliRunner
-from effv2.cli.train import train
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from mlflow import MlflowClient
 from PIL import Image
 
+from effv2.cli.main import train
 from effv2.data.images import CentreCrop, LabelledImages, Square
 from tests.conftest import TINY_TABLE, make_image_tree
 

@@ -14,9 +14,9 @@ from effv2.architecture import PUBLISHED_VARIANTS, parse_table
 from effv2.config.layers import Layer, dotted, option_layer
 from effv2.config.options import SHORT_EPOCHS
 from effv2.config.schema import TrainConfig
+from effv2.config.studies import SWEEPS, Sources, Study, built_in_ablation, open_study, read_study
 from effv2.core.errors import InputError
 from effv2.core.reporter import Reporter
-from effv2.studies.files import SWEEPS, Sources, Study, built_in_ablation, open_study, read_study
 from effv2.studies.grid import Grid, make_grid
 from effv2.studies.plan import load_once
 from tests import protocols

@@ -12,23 +12,22 @@ from typing import Any
 
 import pytest
 import torch
-from effv2.config.layers import dotted
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 from torch.optim.lr_scheduler import OneCycleLR, ReduceLROnPlateau
 
 from effv2.architecture import build_model
-from effv2.config.layers import Layer
+from effv2.config.layers import Layer, dotted
 from effv2.config.registry import OPTIMISERS, SCHEDULES
 from effv2.config.schema import ScheduleConfig, StoppingConfig, TrainConfig
+from effv2.config.studies import open_study
 from effv2.core.errors import RunError, Terminated
 from effv2.core.randomness import stream_seed
 from effv2.data.batches import to_input
 from effv2.data.dataset import Dataset, Split, load_dataset
 from effv2.evidence.protocols import published_runs
 from effv2.execution.device import make_execution
-from effv2.studies.files import open_study
 from effv2.training.evaluate import EPOCH_METRICS, Evaluation, evaluate
 from effv2.training.loop import EpochResult, Training
 from effv2.training.schedules import Schedule

@@ -5,6 +5,7 @@ Commands import what is heavy when they need it, so that `--help` and wrong inpu
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -39,36 +40,21 @@ def train(study: str | None, **options: Any) -> None:
     Without options: the default variant on scikit-learn's digits, a minute on two cores.
     """
     from effv2.config.layers import build_config
-    from effv2.studies.files import open_study
+    from effv2.config.studies import open_study
 
     how, layer = cli.given_options(options), cli.given_layer(options, cli.ONE_RUN)
     file = open_study(study) if study else None
     config = file.config(layer) if file else build_config([layer])
 
     from effv2.cli.console import ConsoleReporter
-    from effv2.data.dataset import load_dataset
-    from effv2.execution.resolve import place, resolve
-    from effv2.run.alone import train_once
-    from effv2.run.labels import Labels
-    from effv2.run.run import check
-    from effv2.tracking.recovery import open_experiment
+    from effv2.run.single import train_single
     from effv2.tracking.run import run_address
-    from effv2.tracking.store import TrackingError, reason
 
     name = file.name if file else f"{config.model.variant}, seed {config.random.seed}"
     with ConsoleReporter() as reporter:
-        config = place(config)
-        dataset = load_dataset(config.data, reporter.decoding)
-        check(config, dataset)
-        config = resolve(config, reporter.hint)
-        try:
-            labels = Labels(name, open_experiment(how.experiment, reporter.message), file.name if file else "")
-            logs_model = how.log_model != "none"
-            ended = train_once(config, dataset, labels, reporter, logs_model, saving=how, fresh=how.fresh)
-        except TrackingError as error:
-            raise RunError(f"The tracking store failed ({reason(error)}); mend it.", resumes=True) from error
+        ended = train_single(config, name, file.name if file else "", how, reporter)
     if ended.was_finished:
-        without = ", but without a model" if logs_model and not ended.model_address else ""
+        without = ", but without a model" if how.log_model != "none" and not ended.model_address else ""
         click.echo(f"Finished before, with the same configuration, data and code{without}; --fresh repeats it.")
     if "best/test_accuracy" in ended.metrics:
         click.echo(
@@ -96,11 +82,11 @@ def ablate(variant: str | None, study: str | None, **options: Any) -> None:
     Without a study file: the five published variants of EfficientNetV2-S under one short protocol on
     scikit-learn's digits. The same command again resumes where the last one ended.
     """
-    from effv2.studies.files import built_in_ablation, open_study
+    from effv2.config.studies import built_in_ablation, open_study
 
     how, layer = cli.given_options(options), cli.given_layer(options, cli.SHARED)
     chosen = open_study(study) if study else built_in_ablation()
-    names = chosen.select(variant or "all", "variant")
+    names = chosen.select(variant or "all")
 
     from effv2.studies.grid import make_grid
 
@@ -124,7 +110,7 @@ def hparam_check(check: str | None, scheduler: str | None, study: str | None, **
     Without a study: hparam-digits, the published check shortened to three epochs a run on scikit-learn's digits; the
     full protocols are the studies hparam-*. The same command again resumes where the last one ended.
     """
-    from effv2.studies.files import open_study
+    from effv2.config.studies import open_study
 
     how, layer = cli.given_options(options, log_model="best"), cli.given_layer(options, WITHOUT_SCHEDULER)
     chosen = open_study(study or "hparam-digits").with_plateau()
@@ -146,7 +132,7 @@ def search(study: str | None, **options: Any) -> None:
     Without a study file: dropout, stochastic depth and depth multiplier on scikit-learn's digits. The same command
     again resumes where the last one ended; with more trials, the search grows.
     """
-    from effv2.studies.files import built_in_search, open_study
+    from effv2.config.studies import built_in_search, open_study
 
     how, layer = cli.given_options(options, log_model="best"), cli.given_layer(options, cli.ONE_RUN)
     chosen = open_study(study) if study else built_in_search()
@@ -157,24 +143,25 @@ def search(study: str | None, **options: Any) -> None:
 
 
 def _run_and_show(make: Callable[..., Any], options: StudyOptions) -> None:
-    """Make the plan of a study (`make` takes `load` and `message`), run it, print its table and where to look."""
+    """Make the plan of a study (`make` takes `load` and `reporter`), run it, print its results and where to look."""
     from effv2.cli.console import ConsoleReporter, print_table
     from effv2.studies.engine import run_study
-    from effv2.studies.plan import LoadedData
-    from effv2.tracking.recovery import open_experiment
-    from effv2.tracking.run import run_address
+    from effv2.studies.plan import load_once
+    from effv2.tracking.run import open_experiment, run_address
 
     with ConsoleReporter() as reporter:
-        load = LoadedData(reporter.decoding)
-        plan = make(load=load, message=reporter.hint)
-        ending = run_study(plan, open_experiment(options.experiment, reporter.message), options, load, reporter)
-    print_table(ending.table)
-    click.echo(run_address(ending.parent.run_id, ending.parent.experiment_id))
-    if ending.failed:
-        failures = [f"{name}: {error}" for name, error in ending.failed.items()]
+        load = load_once(reporter.decoding)
+        plan = make(load=load, reporter=reporter)
+        end = run_study(plan, open_experiment(options.experiment), options, load, reporter)
+    print_table(end.results.table)
+    models = [f"model of {name}: {address}" for name, address in end.models.items()]
+    for line in (end.results.sentence, *models, run_address(end.parent.run_id, end.parent.experiment_id)):
+        click.echo(line)
+    if end.failed:
+        failures = [f"{name}: {error}" for name, error in end.failed.items()]
         more = [f"And {len(failures) - SHOWN_FAILURES} more."] if len(failures) > SHOWN_FAILURES else []
         shown = " ".join(failures[:SHOWN_FAILURES] + more)
-        raise RunError(f"{len(failures)} of {len(plan.slots)} runs failed. {shown}")
+        raise RunError(f"{len(failures)} of {len(plan.trials)} runs failed. {shown}")
 
 
 @main.command("evaluate-pretrained", cls=cli.Command)
@@ -191,7 +178,7 @@ def _run_and_show(make: Callable[..., Any], options: StudyOptions) -> None:
     "FOLDER",
 )
 @cli.setting_options(cli.EVALUATION, PretrainedConfig)
-@cli.study_options(*cli.LOGGING, log_model="none")
+@cli.study_options(*cli.QUEUE, *cli.LOGGING, log_model="none")
 def evaluate_pretrained(models: str | None, weights_dir: str | None, **options: Any) -> None:
     """Evaluate published ImageNet weights, each with its own transforms, and say which are really better.
 
@@ -203,32 +190,13 @@ def evaluate_pretrained(models: str | None, weights_dir: str | None, **options: 
     how = cli.given_options(options, log_model="none")
     config = validate(PretrainedConfig, cli.given_layer(options, cli.EVALUATION).values)
 
-    from effv2.cli.console import ConsoleReporter, print_table
-    from effv2.pretrained import comparison, weights
-    from effv2.tracking.run import run_address
+    from effv2.core.paths import expanded
+    from effv2.studies.weights import make_weights
 
-    requests = weights.parse_models(models or PUBLISHED_COMPARISON)
-    folder = weights.check_folder(weights_dir or "")
-    with ConsoleReporter() as reporter:
-        ending = comparison.evaluate_pretrained(
-            requests,
-            config,
-            reporter,
-            weights_dir=folder,
-            experiment=how.experiment,
-            fresh=how.fresh,
-            log_model=how.log_model,
-            show_downloads=reporter.console.is_terminal,
-        )
-    if ending.ranking is not None:
-        print_table(ending.ranking.summary())
-        click.echo(ending.ranking.sentence())
-    for label, address in ending.models.items():
-        click.echo(f"model of {label}: {address}")
-    click.echo(run_address(ending.parent.run_id, ending.parent.experiment_id))
-    if ending.failed:
-        failures = " ".join(f"{label}: {reason}." for label, reason in ending.failed.items())
-        raise RunError(f"{len(ending.failed)} of {len(requests)} networks failed. {failures}")
+    folder = expanded(weights_dir) if weights_dir else None
+    shows_downloads = sys.stderr.isatty()
+    make = partial(make_weights, models or PUBLISHED_COMPARISON, config, folder, show_downloads=shows_downloads)
+    _run_and_show(make, how)
 
 
 @main.command(cls=cli.Command)

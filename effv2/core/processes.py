@@ -23,10 +23,20 @@ def this_process() -> str:
 
 def is_gone(process: str) -> bool:
     """Say whether a process of this machine has ended; False for those that can't be seen from here."""
+    pid, started = _here(process)
+    return pid is not None and _started(pid) != started and not _hidden(pid)
+
+
+def is_alive(process: str) -> bool:
+    """Say whether a process of this machine lives; False for those that can't be seen from here."""
+    pid, started = _here(process)
+    return pid is not None and _started(pid) == started
+
+
+def _here(process: str) -> tuple[int | None, str]:
+    """Return pid and start time of a process of this machine; None for another's."""
     *where, pid, started, _ = process.split("/") if process.count("/") == 4 else ("", "", "", "")
-    if "/".join(where) != _where() or not pid:
-        return False
-    return _started(int(pid)) != started and not _hidden(int(pid))
+    return (int(pid), started) if pid and "/".join(where) == _where() else (None, "")
 
 
 def _hidden(pid: int) -> bool:

@@ -14,7 +14,7 @@ from typing import Any
 
 from effv2 import __version__
 from effv2.core.errors import InputError
-from effv2.core.paths import write_csv, write_atomically
+from effv2.core.paths import write_atomically, write_csv
 from effv2.core.provenance import sha256_of_file
 from effv2.evidence.claims import EXPORTED_AS
 from effv2.evidence.quantities import HISTORIES

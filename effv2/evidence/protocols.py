@@ -10,12 +10,11 @@ from typing import Literal
 
 from pydantic import Field
 
-from effv2.config.layers import dotted
-from effv2.config.layers import Layer
+from effv2.config.layers import Layer, dotted
 from effv2.config.schema import Group
+from effv2.config.studies import Published, Settings, Study, open_study
 from effv2.core.errors import InputError, nearest
 from effv2.evidence.quantities import TEST, TRAIN, quantity
-from effv2.studies.files import Published, Settings, Study, open_study
 from effv2.tracking.accuracies import BEST_TEST, LAST_TEST
 from effv2.tracking.read import RunRecord
 

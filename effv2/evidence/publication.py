@@ -92,7 +92,7 @@ def publish(experiment: str, own: Path | None, target: Path | None, reporter: Re
     claims = read_claims(own)
     if target is not None:
         _prepare(target)
-    experiment_id = open_experiment(experiment, reporter.message, create=False)
+    experiment_id = open_experiment(experiment, create=False)
     try:
         run = open_report_run(experiment_id)
         with working_on(run):

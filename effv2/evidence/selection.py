@@ -9,10 +9,10 @@ from functools import cache
 from itertools import product
 
 from effv2.config.schema import TrainConfig
+from effv2.config.studies import Value
 from effv2.evidence.protocols import COMPUTED, FREE, SEED_SETTING, SPLIT_SEED, Protocol
 from effv2.evidence.quantities import Quantity, number
 from effv2.evidence.statistics import FEWEST
-from effv2.studies.files import Value
 from effv2.tracking.read import RunRecord
 from effv2.tracking.tags import CONFIG_HASH, DATA_DIGEST, MACHINE, OUTCOME, SEED
 

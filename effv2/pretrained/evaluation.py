@@ -16,20 +16,22 @@ import torchvision
 from effv2.architecture import count_parameters, gflops_of
 from effv2.config.schema import ExecutionConfig
 from effv2.core import provenance
+from effv2.core.errors import is_out_of_memory, what_ran_out
 from effv2.core.reporter import Reporter
-from effv2.core.resources import is_out_of_memory, what_ran_out
 from effv2.data.cache import Decoded, decode
-from effv2.evidence.run_artifacts import Predictions, write_predictions
 from effv2.execution.device import Execution, make_execution
 from effv2.pretrained.config import PretrainedConfig
 from effv2.pretrained.images import TEST, EvaluationImages, class_names
 from effv2.pretrained.measure import Network, all_logits, batch_size, bf16_differences, latency, scores, top1
 from effv2.pretrained.weights import Requested, WeightsFile, load_network
-from effv2.run.resume import Attempt, Task
+from effv2.run.artifacts import Predictions, write_predictions
+from effv2.run.resume import Attempt, find_earlier
+from effv2.run.spec import RunSpec, machine_tags
 from effv2.serving.export import OTHER, ServedNetwork, as_base64, write_served
 from effv2.tracking.read import Identity
-from effv2.tracking.run import TrackedRun, start_run
-from effv2.tracking.tags import MACHINE, SEED, STUDY, VARIANT
+from effv2.tracking.run import open_run
+from effv2.tracking.tags import SEED, STUDY, VARIANT
+from effv2.tracking.writer import TrackedRun
 
 ONE_IMAGE, FULL_BATCH = "inference/single_image_seconds", "inference/batch_128_seconds"
 FULL_BATCH_IMAGES = 128
@@ -64,7 +66,7 @@ class Evaluation:
 
     def decode(self, reporter: Reporter) -> Decoded:
         """Return the images as the weights want them, decoded once."""
-        return decode(self.images.part.images, self.requested.preparation, reporter.decoding)
+        return decode(self.images.part, self.requested.preparation, reporter.decoding)
 
     def data_digest(self, decoded: Decoded) -> str:
         """Hash the images: pixels, names and classes."""
@@ -111,31 +113,28 @@ class Evaluation:
         }
 
 
-def evaluate(evaluation: Evaluation, task: Task) -> Attempt:
+def evaluate(evaluation: Evaluation, spec: RunSpec) -> Attempt:
     """Find the run of a task finished, or evaluate from the beginning: it takes too little time to be resumed."""
-    images, requested, labels = evaluation.images, evaluation.requested, task.labels
-    decoded = evaluation.decode(task.reporter)
+    images, requested = evaluation.images, evaluation.requested
+    decoded = evaluation.decode(spec.reporter)
     identity, ranked = evaluation.identity(decoded), f"{images.ranked_on}/top1_accuracy"
     ranking = {RANKED_ON: images.ranked_on, RANKED_ORIGIN: images.ranked_origin.value}
-    if (done := task.find_earlier(identity).finished) is not None:
-        run = TrackedRun(done.run_id, labels.experiment_id)
+    if (done := find_earlier(identity, spec).finished) is not None:
+        run = TrackedRun(done.run_id, spec.experiment_id)
         run.log_params({name: value for name, value in ranking.items() if name not in done.params})  # an older run
         return Attempt(run, done.metrics, done.metrics[ranked], was_finished=True)
-    machine = {f"{MACHINE}{name}": value for name, value in provenance.machine().items()}
-    tags = {STUDY: labels.study, VARIANT: requested.network, SEED: str(evaluation.config.data.seed)} | machine
-    where, message = (labels.name, labels.experiment_id, identity.tags() | tags), task.reporter.message
-    with (
-        start_run(*where, parent=labels.parent, message=message, patience=task.patience) as run,
-        what_ran_out("execution.batch_size"),
-    ):
-        task.observer.started(run.run_id)
+    own = {STUDY: spec.study, VARIANT: requested.network, SEED: str(evaluation.config.data.seed)}
+    tags, message = identity.tags() | own | machine_tags(), spec.reporter.message
+    opened = open_run(spec.name, spec.experiment_id, tags, parent=spec.parent, message=message, patience=spec.patience)
+    with opened as run, what_ran_out("execution.batch_size"):
+        spec.callback.run_opened(run.run_id)
         run.log_params(evaluation.params() | ranking)
         run.log_git(provenance.git_state())
         run.log_dataset(images.name, "test", identity.data_digest, images.location, images.profile())
         run.check()
-        metrics = _measure(evaluation, decoded, run, task.reporter)
+        metrics = _measure(evaluation, decoded, run, spec.reporter)
         run.complete()
-    return Attempt(TrackedRun(run.run_id, run.experiment_id), metrics, metrics[ranked])
+    return Attempt(run.ended(), metrics, metrics[ranked])
 
 
 def _measure(evaluation: Evaluation, decoded: Decoded, run: TrackedRun, reporter: Reporter) -> dict[str, float]:
@@ -194,7 +193,7 @@ def log_network(evaluation: Evaluation, run: TrackedRun) -> None:
     served = ServedNetwork(module, len(class_names()), *requested.normalisation)
     with tempfile.TemporaryDirectory() as folder:
         files = write_served(Path(folder), served, requested.preparation, class_names())
-        run.log_model(files, as_base64(evaluation.images.part.images.open(0)), torch.__version__)
+        run.log_model(files, as_base64(evaluation.images.part.open(0)), torch.__version__)
 
 
 def _predictions(images: EvaluationImages, logits: torch.Tensor, members: np.ndarray) -> Predictions:

@@ -1,23 +1,21 @@
-"""The one policy of resuming: a run of equal identity is found finished, resumed where it ended, or started."""
+"""The one policy of resuming: a run of equal identity is found finished, resumed where it ended early, or started."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 
 from effv2.config.schema import TrainConfig
-from effv2.core.reporter import Message, Reporter
+from effv2.core.processes import is_alive, this_process
 from effv2.data.dataset import Dataset
-from effv2.run.labels import Labels, identity
-from effv2.run.outcome import reached
-from effv2.run.run import discard_checkpoints, run_experiment
-from effv2.run.watching import Observer
-from effv2.tracking.outbox import PATIENCE
-from effv2.tracking.read import Identity, RunRecord, find_ended_early, find_finished, find_outdated, read_runs
-from effv2.tracking.recovery import is_busy, send
-from effv2.tracking.run import TrackedRun, find_run, point_adopted_run_to
-from effv2.tracking.tags import OUTCOME
-from effv2.training.saving import Saving
+from effv2.run.run import discard_checkpoints, train_run
+from effv2.run.spec import RunSpec, identity
+from effv2.tracking.accuracies import reached_accuracy
+from effv2.tracking.models import model_address
+from effv2.tracking.read import Identity, RunRecord, find_runs, read_run
+from effv2.tracking.run import end_left_open, point_adopted_run_to
+from effv2.tracking.tags import CONFIG_HASH, OUTCOME, PARENT, PROCESS
+from effv2.tracking.writer import TrackedRun
 
 
 @dataclass(frozen=True)
@@ -28,66 +26,52 @@ class Earlier:
     interrupted: str = ""
 
 
-def find_earlier(
-    wanted: Identity, experiment_id: str, message: Message, *, previous: str | None = None, parent: str = ""
-) -> Earlier:
+def find_earlier(wanted: Identity, spec: RunSpec) -> Earlier:
     """Return what earlier commands left of a run of this identity.
 
-    `previous` is the run that an earlier attempt at the same trial left, if any; one that its dead process left open
-    is ended first, and one that a living process works on is not resumed. None: there is no queue. Then the last
-    interrupted run that belongs to no study is resumed, unless another one was finished after it began; `message` is
-    told why an older one can't be. With `parent`, only children of that run count as finished.
+    Of a trial that was worked on before it is the run of that attempt, ended where a dead process left it open; not
+    while a living process works on it. Without a queue it is the last interrupted run that belongs to no study, unless
+    another one was finished after it began. A fresh study counts finished runs of its own alone.
     """
-    if previous is None:
-        finished = find_finished(wanted, experiment_id, parent)
-        if (left := find_ended_early(wanted, experiment_id, finished)) is not None:
-            return Earlier(interrupted=left.run_id)
-        if finished is None and (outdated := find_outdated(wanted, experiment_id)) is not None:
-            message("The run {} that ended early can't be resumed: {}.".format(*outdated))
-        return Earlier(finished)
-    if previous:
-        send(previous, message)
-    run = find_run(previous) if previous else None
-    if run is not None:
-        complete = run.end_left_open()
-        (record,) = read_runs([previous], [])
-        if complete or record.status == "FINISHED":
-            return Earlier(record)
-    finished = find_finished(wanted, experiment_id, parent)
-    if finished is not None or run is None or is_busy(previous):
-        return Earlier(finished)
-    return Earlier(interrupted=previous)
+    if spec.fresh and spec.previous is None:
+        return Earlier()
+    run = read_run(spec.previous) if spec.previous else None
+    busy = run is not None and _is_worked_on(run)
+    if run is not None and not busy and (end_left_open(run.run_id) or run.status == "FINISHED"):
+        return Earlier(read_run(run.run_id))
+    within = {PARENT: spec.parent} if spec.fresh else {}
+    complete = wanted.tags() | within | {OUTCOME: "complete"}
+    finished = next(iter(find_runs(spec.experiment_id, complete, ("FINISHED",))), None)
+    if spec.previous is None:
+        last = _interrupted(wanted, spec, finished)
+        return Earlier(finished) if last is None else Earlier(interrupted=last.run_id)
+    return Earlier(finished) if finished or run is None or busy else Earlier(interrupted=run.run_id)
 
 
-@dataclass(frozen=True)
-class Task:
-    """A planned run: where it stands in MLflow, who follows it, and the run that an earlier attempt left.
+def _is_worked_on(run: RunRecord) -> bool:
+    """Say whether another process of this machine works on a run, perhaps one that was stopped for a while."""
+    process = run.tags.get(PROCESS, "")
+    return run.status == "RUNNING" and process != this_process() and is_alive(process)
 
-    `previous` is None for a run of its own, which no queue knows. With `fresh`, nothing counts that was there before
-    the run's study, or before the run itself.
-    """
 
-    labels: Labels
-    reporter: Reporter
-    log_model: bool
-    saving: Saving
-    fresh: bool = False
-    previous: str | None = None
-    observer: Observer = field(default_factory=Observer)
-    patience: float = PATIENCE  # seconds that the end of the run waits for a tracking store that is away
-
-    def find_earlier(self, wanted: Identity) -> Earlier:
-        """Return what earlier commands left of the run."""
-        if self.fresh and self.previous is None:
-            return Earlier()
-        parent = self.labels.parent if self.fresh else ""
-        experiment_id, message = self.labels.experiment_id, self.reporter.message
-        return find_earlier(wanted, experiment_id, message, previous=self.previous, parent=parent)
+def _interrupted(wanted: Identity, spec: RunSpec, finished: RunRecord | None) -> RunRecord | None:
+    """Return the last run that ended early and may be resumed; say of one that may not what differs."""
+    tags = wanted.tags()
+    found = find_runs(spec.experiment_id, {CONFIG_HASH: tags[CONFIG_HASH]}, ("FAILED", "KILLED"))
+    single = [run for run in found if not run.parent]
+    same = [run for run in single if tags.items() <= run.tags.items()]
+    if same:
+        return same[0] if finished is None or same[0].started >= finished.ended else None
+    if single and finished is None:
+        differing = [name for name in tags if single[0].tags.get(name) != tags[name]]
+        words = ", ".join(f"{name[6:]} was {single[0].tags.get(name)}, is {tags[name]}" for name in differing)
+        spec.reporter.message(f"The run {single[0].run_id} that ended early can't be resumed: {words}.")
+    return None
 
 
 @dataclass(frozen=True)
 class Attempt:
-    """The run that answers a task, its last metrics, and the accuracy that it is judged by."""
+    """The run that answers, its last metrics, and the accuracy that it is judged by."""
 
     run: TrackedRun
     metrics: Mapping[str, float]
@@ -98,28 +82,19 @@ class Attempt:
     @property
     def model_address(self) -> str:
         """Return the address of the run's model, empty where it has none."""
-        return self.run.model_address()
+        return model_address(self.run.run_id)
 
 
-def attempt(config: TrainConfig, dataset: Dataset, task: Task) -> Attempt:
-    """Find the run of a task finished, resume it, or train it from its beginning."""
-    earlier, labels = task.find_earlier(identity(config, dataset)), task.labels
+def attempt(config: TrainConfig, dataset: Dataset, spec: RunSpec) -> Attempt:
+    """Find the run finished, resume it, or train it from its beginning."""
+    earlier = find_earlier(identity(config, dataset), spec)
     if (done := earlier.finished) is not None:
-        run = TrackedRun(done.run_id, labels.experiment_id)
+        run = TrackedRun(done.run_id, spec.experiment_id)
         point_adopted_run_to(run)
-        discard_checkpoints(run.run_id, task.saving)
+        discard_checkpoints(run.run_id, spec.checkpoints)
         pruned = done.tags.get(OUTCOME) == "pruned"
-        return Attempt(run, done.metrics, reached(done.metrics), pruned, was_finished=True)
+        return Attempt(run, done.metrics, reached_accuracy(done.metrics), pruned, was_finished=True)
     if earlier.interrupted:
-        point_adopted_run_to(TrackedRun(earlier.interrupted, labels.experiment_id))
-    outcome = run_experiment(
-        config,
-        dataset,
-        replace(labels, continues=earlier.interrupted),
-        task.reporter,
-        task.log_model,
-        saving=task.saving,
-        observer=task.observer,
-        patience=task.patience,
-    )
+        point_adopted_run_to(TrackedRun(earlier.interrupted, spec.experiment_id))
+    outcome = train_run(config, dataset, replace(spec, resumes=earlier.interrupted))
     return Attempt(outcome.run, outcome.summary, outcome.watched_accuracy, outcome.pruned)

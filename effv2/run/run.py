@@ -3,45 +3,25 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, replace
 
 from effv2.config.options import CheckpointOptions
 from effv2.config.schema import TrainConfig
 from effv2.core.errors import Diverged, InputError, Terminated, what_ran_out
-from effv2.core.reporter import Reporter
 from effv2.data.dataset import Dataset
 from effv2.execution.device import make_execution
 from effv2.run.outcome import Outcome, keep_weights
 from effv2.run.records import log_end, log_start
 from effv2.run.spec import RunSpec, identity, run_tags
-from effv2.tracking.models import model_address
 from effv2.tracking.read import Identity, artifact_names, download, read_run
-from effv2.tracking.run import CHECKPOINTS, PATIENCE, OpenRun, open_run
+from effv2.tracking.run import CHECKPOINTS, OpenRun, open_run
 from effv2.tracking.tags import OUTCOME
 from effv2.training.checkpoint import Checkpointer, newest_step
-from effv2.training.loop import EpochResult, Training
+from effv2.training.loop import Training
 from effv2.training.state import TrainState
 
 FIRST_LOGGED = "time/epoch_seconds"  # metric of each epoch: what a run logs at its start is there by then
-
-
-class Callback:
-    """What a study wants to know of a run, and to decide: nothing, for a run of its own."""
-
-    def run_opened(self, run_id: str) -> None:
-        """Hear that the run is open."""
-
-    def run_resumed(self, accuracy: float) -> None:
-        """Hear that the run resumes from its checkpoint, with the best watched accuracy so far (below 0: none)."""
-
-    def epoch_ended(self, result: EpochResult) -> bool:
-        """Hear of an epoch; say whether to prune the run now."""
-        return False
-
-    def keeps_weights(self, accuracy: float) -> bool:
-        """Say whether the weights of a run that reached this accuracy must outlive its process."""
-        return False
 
 
 def check(config: TrainConfig, dataset: Dataset) -> None:
@@ -55,80 +35,62 @@ def check(config: TrainConfig, dataset: Dataset) -> None:
         raise InputError("evaluation.test_set", "false", problem, "give data.validation_fraction a share, as 0.1")
 
 
-def train_run(
-    config: TrainConfig,
-    dataset: Dataset,
-    spec: RunSpec,
-    reporter: Reporter,
-    *,
-    log_model: bool,
-    checkpoints: CheckpointOptions,
-    callback: Callback = Callback(),  # noqa: B008 (it holds nothing)
-    patience: float = PATIENCE,
-) -> Outcome:
+def train_run(config: TrainConfig, dataset: Dataset, spec: RunSpec) -> Outcome:
     """Train `config` (resolved: no `auto`) on `dataset` in a run of its own, or resume the run that `spec` names.
 
     What its last checkpoint holds is not trained again, what the store has is not logged again. One is written when the
     training has ended, before anything waits for the store: from it the same command delivers what the store lacks.
-    The store may be away for `patience` seconds at the end, then TrackingAway is raised.
+    TrackingAway where the store is away for longer than the run waits at its end.
     """
+    reporter, wanted = spec.reporter, identity(config, dataset)
     reporter.run_started(spec.name, config.schedule.epochs)
-    wanted = identity(config, dataset)
     with ExitStack() as stack:
         if spec.resumes:  # locked before the store hears of it
-            stack.enter_context(_checkpointer(spec.resumes, checkpoints, wanted, reporter).lock())
-        run = stack.enter_context(_opened(config, dataset, spec, reporter, patience))
+            stack.enter_context(_checkpointer(spec.resumes, spec, wanted).lock())
+        opened = open_run(
+            spec.name,
+            spec.experiment_id,
+            run_tags(config, dataset, spec),
+            parent=spec.parent,
+            resumes=spec.resumes,
+            message=reporter.message,
+            patience=spec.patience,
+        )
+        run = stack.enter_context(opened)
         stack.enter_context(what_ran_out())
-        checkpointer = _checkpointer(run.run_id, checkpoints, wanted, reporter, run)
+        checkpointer = _checkpointer(run.run_id, spec, wanted, run)
         if not spec.resumes:
             stack.enter_context(checkpointer.lock())
-        callback.run_opened(run.run_id)
-        resumes = bool(spec.resumes)
-        training = _prepared(run, config, dataset, resumes, checkpointer=checkpointer, reporter=reporter)
-        if resumes:
-            callback.run_resumed(training.state.progress.best_accuracy)
+        spec.callback.run_opened(run.run_id)
+        training = _prepared(run, config, dataset, spec, checkpointer)
+        if spec.resumes:
+            spec.callback.run_resumed(training.state.progress.best_accuracy)
         run.check()
-        uploaded = bool(checkpoints.checkpoint_upload_minutes or resumes)  # perhaps by the command that it resumes
+        uploaded = bool(spec.checkpoints.checkpoint_upload_minutes or spec.resumes)  # perhaps by an earlier command
         with _forgotten_after_divergence(run, checkpointer, uploaded):
-            pruned = _train(run, training, checkpointer, reporter, callback)
-        outcome = _prune(run, training, dataset) if pruned else _end(run, training, dataset, log_model, callback)
-        if not pruned:
-            run.complete()
+            pruned = _train(run, training, checkpointer, spec)
+        outcome = _prune(run, training, dataset) if pruned else _end(run, training, dataset, spec)
         if uploaded:
             run.discard(CHECKPOINTS)
     checkpointer.remove()
-    return outcome if pruned else replace(outcome, model_address=model_address(run.run_id) if log_model else "")
+    return outcome
 
 
-def _opened(
-    config: TrainConfig, dataset: Dataset, spec: RunSpec, reporter: Reporter, patience: float
-) -> AbstractContextManager[OpenRun]:
-    tags, how = run_tags(config, dataset, spec), {"parent": spec.parent, "resumes": spec.resumes}
-    return open_run(spec.name, spec.experiment_id, tags, **how, message=reporter.message, patience=patience)
-
-
-def _checkpointer(
-    run_id: str, options: CheckpointOptions, wanted: Identity, reporter: Reporter, run: OpenRun | None = None
-) -> Checkpointer:
-    upload = run.upload_checkpoint if run is not None and options.checkpoint_upload_minutes else None
-    return Checkpointer(run_id, options, asdict(wanted), reporter.message, upload=upload)
+def _checkpointer(run_id: str, spec: RunSpec, wanted: Identity, run: OpenRun | None = None) -> Checkpointer:
+    uploads = run is not None and spec.checkpoints.checkpoint_upload_minutes
+    upload = run.upload_checkpoint if run is not None and uploads else None
+    return Checkpointer(run_id, spec.checkpoints, asdict(wanted), spec.reporter.message, upload=upload)
 
 
 def _prepared(
-    run: OpenRun,
-    config: TrainConfig,
-    dataset: Dataset,
-    resumes: bool,
-    *,
-    checkpointer: Checkpointer,
-    reporter: Reporter,
+    run: OpenRun, config: TrainConfig, dataset: Dataset, spec: RunSpec, checkpointer: Checkpointer
 ) -> Training:
     """Build the training, from the run's last checkpoint where it resumes, and log what a run logs at its start."""
     execution = make_execution(config.execution)
     state = TrainState.create(config, dataset, execution)
     if execution.compiled:
-        reporter.message("compiling the blocks: the first step takes a minute or two, unless it was done before")
-    there = read_run(run.run_id) if resumes else None
+        spec.reporter.message("compiling the blocks: the first step takes a minute or two, unless it was done before")
+    reporter, there = spec.reporter, read_run(run.run_id) if spec.resumes else None
     if there is not None:
         _resume(run, state, checkpointer)
         reporter.message(f"resuming the run {run.run_id} at epoch {state.progress.epoch + 1}")
@@ -166,9 +128,7 @@ def _fetch_checkpoints(run: OpenRun, checkpointer: Checkpointer) -> None:
         download(run.run_id, f"{CHECKPOINTS}/{name}", checkpointer.folder)
 
 
-def _train(
-    run: OpenRun, training: Training, checkpointer: Checkpointer, reporter: Reporter, callback: Callback
-) -> bool:
+def _train(run: OpenRun, training: Training, checkpointer: Checkpointer, spec: RunSpec) -> bool:
     """Train and log each epoch; say whether the callback pruned the run.
 
     A checkpoint is written when the training is told to end, and when it has ended: the rest follows from that one.
@@ -176,9 +136,9 @@ def _train(
     state = training.state
     try:
         for result in training:
-            prunes = callback.epoch_ended(result)  # first, since the trial may be another process's by now
+            prunes = spec.callback.epoch_ended(result)  # first, since the trial may be another process's by now
             run.log_metrics(result.metrics, step=result.epoch)
-            reporter.epoch(result.epoch, result.metrics)
+            spec.reporter.epoch(result.epoch, result.metrics)
             if prunes:
                 return True
             checkpointer.save_if_due(state, epoch_ended=True)
@@ -189,17 +149,18 @@ def _train(
     return False
 
 
-def _end(run: OpenRun, training: Training, dataset: Dataset, log_model: bool, callback: Callback) -> Outcome:
+def _end(run: OpenRun, training: Training, dataset: Dataset, spec: RunSpec) -> Outcome:
     """Log what follows from a finished training: summary, predictions, curves, the model."""
     state, config = training.state, training.config
     state.take_selected()
     summary = log_end(run, config, dataset, training.execution, state)
-    outcome = Outcome(run.ended(), config, dataset, state.evaluated, state.progress.best_accuracy, summary)
-    if log_model:
-        replace(outcome, run=run).log_model()
-    if callback.keeps_weights(outcome.watched_accuracy):
-        keep_weights(replace(outcome, run=run))
-    return outcome
+    outcome = Outcome(run, config, dataset, state.evaluated, state.progress.best_accuracy, summary)
+    if spec.log_model:
+        outcome.log_model()
+    if spec.callback.keeps_weights(outcome.watched_accuracy):
+        keep_weights(outcome)
+    run.complete()
+    return replace(outcome, run=run.ended())
 
 
 def _prune(run: OpenRun, training: Training, dataset: Dataset) -> Outcome:

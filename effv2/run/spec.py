@@ -1,22 +1,46 @@
-"""How a run is named, grouped, known again and tagged in MLflow."""
+"""A planned run: how it is named and grouped in MLflow, how it is kept, who follows it, how it is known again."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
+from effv2.config.options import CheckpointOptions
 from effv2.config.schema import TrainConfig
 from effv2.core import provenance
+from effv2.core.reporter import Reporter
 from effv2.data.dataset import Dataset
 from effv2.execution.resolve import remembered
 from effv2.tracking.read import Identity
+from effv2.tracking.run import PATIENCE
 from effv2.tracking.tags import ARM, CALIBRATION, COMMAND, MACHINE, SEED, STUDY, VARIANT
+from effv2.training.loop import EpochResult
+
+
+class Callback:
+    """What a study wants to know of a run, and to decide: nothing, for a run of its own."""
+
+    def run_opened(self, run_id: str) -> None:
+        """Hear that the run is open."""
+
+    def run_resumed(self, accuracy: float) -> None:
+        """Hear that the run resumes from its checkpoint, with the best watched accuracy so far (below 0: none)."""
+
+    def epoch_ended(self, result: EpochResult) -> bool:
+        """Hear of an epoch; say whether to prune the run now."""
+        return False
+
+    def keeps_weights(self, accuracy: float) -> bool:
+        """Say whether the weights of a run that reached this accuracy must outlive its process."""
+        return False
 
 
 @dataclass(frozen=True)
 class RunSpec:
-    """How a run is named and grouped in MLflow.
+    """How a run is named, grouped and kept.
 
-    `parent` is the id of the run that it becomes a child of, `resumes` that of a run that ended early and is resumed.
+    `parent` is the id of the run that it becomes a child of, `previous` that of the run which an earlier attempt at the
+    same trial left; None for a run of its own, which no queue knows. With `fresh`, nothing counts that was there before
+    the run's study, or before the run itself. `resumes` is the id of a run that ended early and is resumed.
     """
 
     name: str
@@ -24,7 +48,14 @@ class RunSpec:
     study: str = ""
     arm: str = ""
     parent: str = ""
+    log_model: bool = True
+    checkpoints: CheckpointOptions = field(default_factory=CheckpointOptions)
+    fresh: bool = False
+    previous: str | None = None
     resumes: str = ""
+    reporter: Reporter = field(default_factory=Reporter)
+    callback: Callback = field(default_factory=Callback)
+    patience: float = PATIENCE  # seconds that the end of the run waits for a tracking store that is away
 
 
 def identity(config: TrainConfig, dataset: Dataset) -> Identity:

@@ -23,15 +23,18 @@ from effv2.config.options import StudyOptions
 from effv2.core import provenance
 from effv2.core.errors import RunError
 from effv2.core.reporter import Reporter
-from effv2.evidence.publication import StudyResults, publish_study, study_results
+from effv2.evidence.publication import publish_study, read_results
+from effv2.evidence.study import StudyResults
 from effv2.studies.plan import LoadData, Plan, progress_of, run_ids
 from effv2.studies.queue import ERROR, RUN, Queue, Trials
 from effv2.studies.storage import DATABASE_ERRORS, Storage, cannot_use, open_storage
 from effv2.studies.worker import AWAY, OpenedStudy, Outages, Worker, worker_process
-from effv2.tracking.read import known_runs
-from effv2.tracking.run import TrackedRun, find_run, open_parent, point_adopted_run_to, run_address, status_after
-from effv2.tracking.store import TRACKING_ERRORS, TrackingError, impatient, reason, shown_uri, tracking_uri
+from effv2.tracking.models import model_address
+from effv2.tracking.read import known_runs, read_run, read_runs
+from effv2.tracking.run import open_parent, point_adopted_run_to, run_address, status_after
+from effv2.tracking.store import TRACKING_ERRORS, TrackingError, answers, reason, shown_uri, tracking_uri
 from effv2.tracking.tags import CODE_VERSION, COMMAND, PLANNED, QUEUE, STUDY, as_tags, names_in
+from effv2.tracking.writer import TrackedRun
 
 # User attributes of Optuna's study.
 DEFINITION, PARENT, FRESH, PUBLISHED = "definition", "parent_run", "fresh", "published"
@@ -121,7 +124,8 @@ def _open(plan: Plan, storage: Storage, experiment_id: str, options: StudyOption
         raise cannot_use(storage.shown, error) from error
     queue_name, parent, fresh = opened
     point_adopted_run_to(parent)
-    planned = dict.fromkeys([*names_in(parent.tags(), PLANNED), *plan.trials])
+    tags = read_runs([parent.run_id], ())[0].tags
+    planned = dict.fromkeys([*names_in(tags, PLANNED), *plan.trials])
     parent.set_tags({COMMAND: provenance.command()} | as_tags(PLANNED, planned))
     where = (parent.run_id, parent.experiment_id, tracking_uri())
     return OpenedStudy(plan, options, storage.url, queue_name, *where, fresh)
@@ -133,8 +137,9 @@ Opened = tuple[str, TrackedRun, bool]  # a study's name in the storage, its run,
 def _first_with_run(studies: Sequence[FrozenStudy]) -> Opened | None:
     """Return the first study whose run the tracking store has, and which wasn't deleted there."""
     for study in studies:
-        parent = find_run(study.user_attrs[PARENT])
-        if parent is not None:
+        run = read_run(study.user_attrs[PARENT])
+        if run is not None:
+            parent = TrackedRun(run.run_id, run.experiment_id)
             return study.study_name, parent, bool(study.user_attrs[FRESH])
     return None
 
@@ -152,8 +157,8 @@ def _create(plan: Plan, storage: Storage, name: str, definition: Mapping[str, An
         for attribute, value in {DEFINITION: definition, FRESH: fresh, PARENT: parent.run_id}.items():
             storage.optuna.set_study_user_attr(study_id, attribute, value)
     except BaseException as error:
-        with suppress(*TRACKING_ERRORS), impatient():
-            if parent is not None:
+        with suppress(*TRACKING_ERRORS):
+            if parent is not None and answers():
                 parent.set_status(status_after(error))
         raise
     return name, parent, fresh
@@ -180,7 +185,7 @@ def _deleted(trials: Trials, experiment_id: str) -> set[str]:
     """Return the runs of finished trials that somebody has deleted since."""
     runs = {trial.user_attrs[RUN] for trial in trials.values() if trial.state.is_finished() and RUN in trial.user_attrs}
     # Asked for once more, one by one: a deletion meanwhile may hide a run between two pages of the list.
-    return {run_id for run_id in runs - known_runs(experiment_id) if find_run(run_id) is None} if runs else set()
+    return {run_id for run_id in runs - known_runs(experiment_id) if read_run(run_id) is None} if runs else set()
 
 
 def _publish_at_last(study: OpenedStudy, queue: Queue, load: LoadData, reporter: Reporter) -> StudyEnd:
@@ -206,12 +211,12 @@ def _publish(study: OpenedStudy, queue: Queue, load: LoadData, reporter: Reporte
         finished = sorted(trial.number for trial in trials.values() if trial.state.is_finished())
         stands = {"trials": finished, "log_model": log_model}
         if storage.optuna.get_study_user_attrs(queue.study_id).get(PUBLISHED) == stands:
-            results = study_results(study.parent, used)
+            results = read_results(study.parent)
         else:
             models = plan.conclude(trials, study.parent, log_model, load)
             results = publish_study(study.parent, used)
             storage.optuna.set_study_user_attr(queue.study_id, PUBLISHED, stands)
-            without = log_model == "all" and [run for run in used.values() if not TrackedRun(run, "").model_address()]
+            without = log_model == "all" and [run for run in used.values() if not model_address(run)]
             if without:
                 text = f"{len(without)} runs were finished before without a model; `fresh` repeats them with it."
                 reporter.message(text)

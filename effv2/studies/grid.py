@@ -9,15 +9,14 @@ from typing import Any
 import optuna
 
 from effv2.config.layers import Layer
-from effv2.config.options import StudyInfo
 from effv2.config.schema import TrainConfig
+from effv2.config.studies import Study
 from effv2.core import provenance
 from effv2.core.errors import InputError
 from effv2.core.reporter import Reporter
-from effv2.execution.resolve import place, resolve_study
+from effv2.execution.resolve import resolve_study, with_device
 from effv2.run.run import check
-from effv2.studies.files import Study
-from effv2.studies.plan import LoadData, TrainingPlan
+from effv2.studies.plan import LoadData, StudyInfo, TrainingPlan
 from effv2.studies.queue import Params
 
 
@@ -64,7 +63,7 @@ def make_grid(
 
     `chosen` are the names of the wanted arms; `seeds` go before those of the study, those before its arms' own.
     """
-    asked = [place(study.arm(name, options)) for name in study.arms]
+    asked = [with_device(study.arm(name, options)) for name in study.arms]
     for config in asked:
         check(config, load(config.data))
     if len({config.evaluation.test_set for config in asked}) > 1:

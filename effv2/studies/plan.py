@@ -11,19 +11,32 @@ from typing import Any, ClassVar
 import optuna
 from optuna.trial import FrozenTrial, TrialState
 
-from effv2.config.options import LogModel, StudyInfo
+from effv2.config.options import LogModel
 from effv2.config.schema import DataConfig, TrainConfig
 from effv2.core.reporter import StudyProgress
-from effv2.data.cache import Progress
+from effv2.data.cache import OnDecoded
 from effv2.data.dataset import Dataset, load_dataset
 from effv2.run.outcome import WEIGHTS, restore, score_on_test
-from effv2.run.resume import Attempt, Task, attempt
+from effv2.run.resume import Attempt, attempt
+from effv2.run.spec import RunSpec
 from effv2.studies.queue import ERROR, NAME, RUN, Params, Trials
+from effv2.tracking.accuracies import SELECTED_TEST
+from effv2.tracking.models import model_address
 from effv2.tracking.read import read_runs
-from effv2.tracking.run import TrackedRun
+from effv2.tracking.writer import TrackedRun
 
-TEST = "selected/test_accuracy"
 LoadData = Callable[[DataConfig], Dataset]
+
+
+@dataclass(frozen=True)
+class StudyInfo:
+    """How a study is named and described, how often failed runs are retried, which arm the others are compared with."""
+
+    kind: str
+    name: str
+    description: str = ""
+    retries: int = 0
+    baseline: str = ""
 
 
 @dataclass(frozen=True)
@@ -60,7 +73,7 @@ class Plan(ABC):
         return {}
 
     @abstractmethod
-    def execute(self, task: Task, params: Params, load: LoadData) -> Attempt:
+    def execute(self, spec: RunSpec, params: Params, load: LoadData) -> Attempt:
         """Work on a trial, in a run named as it. It may be finished before, or interrupted."""
 
     @abstractmethod
@@ -75,10 +88,10 @@ class TrainingPlan(Plan):
     def configuration(self, params: Params) -> TrainConfig:
         """Return the configuration of a trial with these parameters."""
 
-    def execute(self, task: Task, params: Params, load: LoadData) -> Attempt:
+    def execute(self, spec: RunSpec, params: Params, load: LoadData) -> Attempt:
         """Train the configuration."""
         config = self.configuration(params)
-        return attempt(config, load(config.data), task)
+        return attempt(config, load(config.data), spec)
 
     def conclude(self, trials: Trials, parent: TrackedRun, log_model: LogModel, load: LoadData) -> Mapping[str, str]:
         """Log the model of the best run where it alone is wanted, and test the best run of a search."""
@@ -86,17 +99,19 @@ class TrainingPlan(Plan):
         if best is None or not (log_model == "best" or self.searches):
             return {}
         run, config = TrackedRun(best.user_attrs[RUN], parent.experiment_id), self.configuration(best.params)
-        model, test = log_model == "best" and not run.model_address(), self.searches and TEST not in run.metrics()
+        records = {record.run_id: record for record in read_runs(run_ids(trials).values(), [])}
+        model = log_model == "best" and not model_address(run.run_id)
+        test = self.searches and SELECTED_TEST not in records[run.run_id].metrics
         if model or test:
             outcome = restore(run, config, load(config.data))
             if test:
                 score_on_test(outcome)
             if model:
                 outcome.log_model()
-        for record in read_runs(run_ids(trials).values(), []):
+        for record in records.values():
             if record.parent == parent.run_id:  # the study's own: they kept their weights until the best was known
                 TrackedRun(record.run_id, parent.experiment_id).discard(WEIGHTS)
-        return {best.user_attrs[NAME]: run.model_address()} if model else {}
+        return {best.user_attrs[NAME]: model_address(run.run_id)} if model else {}
 
 
 def best_of(trials: Trials) -> FrozenTrial | None:
@@ -136,6 +151,6 @@ def _ending(trial: FrozenTrial) -> str:
     return f"{word} {trial.value or 0.0:.2%}"
 
 
-def load_once(decoding: Progress) -> LoadData:
+def load_once(decoding: OnDecoded) -> LoadData:
     """Return what loads data sets, each once a process."""
     return cache(lambda config: load_dataset(config, decoding))

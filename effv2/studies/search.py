@@ -14,24 +14,24 @@ import optuna
 from matplotlib import pyplot
 from optuna.visualization import matplotlib as plots
 
-from effv2.config.documents import dotted
-from effv2.config.layers import Layer, build_config
-from effv2.config.options import LogModel, StudyInfo
+from effv2.config.layers import Layer, build_config, dotted
+from effv2.config.options import LogModel
 from effv2.config.schema import TrainConfig, field_of
+from effv2.config.studies import SearchFile, Study
 from effv2.core import provenance
 from effv2.core.errors import InputError
 from effv2.core.randomness import stream_seed
 from effv2.core.reporter import Reporter
-from effv2.execution.resolve import place, resolve
+from effv2.execution.resolve import resolve, with_device
 from effv2.run.records import study_text
 from effv2.run.run import check
-from effv2.studies.files import SearchFile, Study
-from effv2.studies.plan import TEST, LoadData, TrainingPlan, best_of
+from effv2.studies.plan import LoadData, StudyInfo, TrainingPlan, best_of
 from effv2.studies.queue import RUN, Params, Trials
-from effv2.tracking.run import TrackedRun
+from effv2.tracking.accuracies import SELECTED_TEST, SELECTED_VALIDATION
+from effv2.tracking.read import read_runs
 from effv2.tracking.tags import BEST_RUN, LOOKS
+from effv2.tracking.writer import TrackedRun
 
-VALIDATION = "selected/val_accuracy"
 RANDOM_TRIALS = 10  # before TPE has anything to go by
 FIGURES: dict[str, Callable[[optuna.Study], Any]] = {
     "importance": plots.plot_param_importances,
@@ -83,7 +83,7 @@ class Search(TrainingPlan):
         """Suggest a value for each range."""
         values: dict[str, float] = {}
         for name, limits in self.search.space.items():
-            if field_of(name)[0].annotation is int:
+            if field_of(name).annotation is int:
                 values[name] = trial.suggest_int(name, round(limits.low), round(limits.high), log=limits.log)
             else:
                 values[name] = trial.suggest_float(name, limits.low, limits.high, log=limits.log)
@@ -94,10 +94,10 @@ class Search(TrainingPlan):
         models, best = super().conclude(trials, parent, log_model, load), best_of(trials)
         if best is not None:
             run_id = best.user_attrs[RUN]
-            looks = [*filter(None, parent.tags().get(LOOKS, "").split(",")), run_id]
+            looks = [*filter(None, read_runs([parent.run_id], ())[0].tags.get(LOOKS, "").split(",")), run_id]
             parent.set_tags({BEST_RUN: run_id, LOOKS: ",".join(dict.fromkeys(looks))})
-            metrics = TrackedRun(run_id, parent.experiment_id).metrics()
-            parent.log_metrics({name: metrics[name] for name in (VALIDATION, TEST)})
+            metrics = read_runs([run_id], ())[0].metrics
+            parent.log_metrics({name: metrics[name] for name in (SELECTED_VALIDATION, SELECTED_TEST)})
             with tempfile.TemporaryDirectory() as folder:
                 config = _with_test(self.configuration(best.params), True)
                 Path(folder, "best.yaml").write_text(study_text(config, f"{self.info.name}-best"), encoding="utf-8")
@@ -140,7 +140,7 @@ def make_search(study: Study, options: Layer, trials: int, load: LoadData, repor
     if study.arms or study.seeds:
         problem = "has arms or seeds, which a search doesn't know"
         raise InputError("study", study.name, problem, "use the commands ablate or hparam-check")
-    config = _with_test(place(build_config([study.base, options])), False)
+    config = _with_test(with_device(build_config([study.base, options])), False)
     dataset = load(config.data)
     if dataset.validation is None:
         problem = "a search is judged on a validation split"

@@ -7,17 +7,19 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from effv2.config.options import LogModel, StudyInfo
+from effv2.config.options import LogModel
 from effv2.core.reporter import Reporter
 from effv2.execution.resolve import resolve_device
 from effv2.pretrained.config import PretrainedConfig
 from effv2.pretrained.evaluation import CODE, Evaluation, evaluate, log_network
 from effv2.pretrained.images import choose_images
 from effv2.pretrained.weights import find_all_weights, load_network, parse_models
-from effv2.run.resume import Attempt, Task
-from effv2.studies.plan import LoadData, Plan, best_of, run_ids
+from effv2.run.resume import Attempt
+from effv2.run.spec import RunSpec
+from effv2.studies.plan import LoadData, Plan, StudyInfo, best_of, run_ids
 from effv2.studies.queue import NAME, Params, Trials
-from effv2.tracking.run import TrackedRun
+from effv2.tracking.models import model_address
+from effv2.tracking.writer import TrackedRun
 
 KIND = "evaluate-pretrained"
 LONGEST_NAME = 200  # characters
@@ -35,9 +37,9 @@ class Weights(Plan):
         networks = {label: evaluation.definition() for label, evaluation in self.evaluations.items()}
         return {"networks": networks, "data": dict(self.data), "code": CODE}
 
-    def execute(self, task: Task, params: Params, load: LoadData) -> Attempt:
+    def execute(self, spec: RunSpec, params: Params, load: LoadData) -> Attempt:
         """Evaluate a network."""
-        return evaluate(self.evaluations[task.labels.name], task)
+        return evaluate(self.evaluations[spec.name], spec)
 
     def conclude(self, trials: Trials, parent: TrackedRun, log_model: LogModel, load: LoadData) -> dict[str, str]:
         """Log the networks that are wanted to the runs that evaluated them, those that have none."""
@@ -45,9 +47,9 @@ class Weights(Plan):
         for name, run_id in run_ids(trials).items() if log_model != "none" else ():
             run = TrackedRun(run_id, parent.experiment_id)
             wanted = log_model == "all" or (best is not None and best.user_attrs[NAME] == name)
-            if wanted and not run.model_address():
+            if wanted and not model_address(run_id):
                 log_network(self.evaluations[name], run)
-                models[name] = run.model_address()
+                models[name] = model_address(run_id)
         return models
 
 

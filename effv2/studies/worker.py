@@ -23,25 +23,24 @@ from effv2.core.errors import Diverged, LeaseLost, RunError, Terminated
 from effv2.core.reporter import Message, Reporter
 from effv2.core.signals import ending_signals
 from effv2.execution.allocator import tune_allocator
-from effv2.run.labels import Labels
-from effv2.run.resume import Task
-from effv2.run.watching import Observer
+from effv2.run.spec import Callback, RunSpec
 from effv2.studies.plan import LoadData, Plan, best_of, load_once
 from effv2.studies.queue import RUN, Lease, Queue
 from effv2.studies.storage import LEAVING_SECONDS, OUTAGE_SECONDS, Storage, StorageAway, reopen_storage
-from effv2.tracking.entries import may_pass
-from effv2.tracking.outbox import TrackingAway
-from effv2.tracking.read import find_running
-from effv2.tracking.run import TrackedRun
+from effv2.tracking.read import find_runs, is_running, steps_of
+from effv2.tracking.run import end_left_open
 from effv2.tracking.store import (
     WAIT_SECONDS,
+    TrackingAway,
     answers,
-    impatient,
+    is_temporary,
     reason,
     shown_uri,
     use_store,
     wait_until_it_answers,
 )
+from effv2.tracking.tags import PARENT
+from effv2.tracking.writer import TrackedRun
 from effv2.training.loop import EpochResult
 from effv2.training.state import watched_accuracy
 
@@ -81,10 +80,10 @@ class OpenedStudy:
 
         Who leases a trial afterwards sets the study's run to RUNNING again.
         """
-        with queue.storage.lock(self.name), impatient():  # nobody leases a trial meanwhile
+        with queue.storage.lock(self.name):  # nobody leases a trial meanwhile
             if queue.deserted():
-                for child in find_running(self.experiment_id, self.parent_id):
-                    TrackedRun(child.run_id, self.experiment_id).end_left_open()
+                for child in find_runs(self.experiment_id, {PARENT: self.parent_id}, ("RUNNING",)):
+                    end_left_open(child.run_id)
                 self.parent.set_status(status)
 
     def leave(self, storage: Storage, status: str = "") -> None:
@@ -94,14 +93,15 @@ class OpenedStudy:
         Nothing hides the reason to leave.
         """
         storage.patience = LEAVING_SECONDS
-        with suppress(Exception), impatient():
+        with suppress(Exception):
+            ends = bool(status) and answers() and is_running(self.parent_id)
             try:
                 queue = self.queue(storage)
                 queue.release()
-                if status and self.parent.is_running():
+                if ends:
                     storage.retry(lambda: self.end(queue, status))
             except StorageAway:
-                if status and self.parent.is_running():
+                if ends:
                     self.parent.set_status(status)
 
 
@@ -117,7 +117,7 @@ class Outages:
 
         StorageAway where it is away for too long.
         """
-        if may_pass(error) and self._setbacks[work] < MOST_SETBACKS:
+        if is_temporary(error) and self._setbacks[work] < MOST_SETBACKS:
             self._setbacks[work] += 1
             self._message(f"The tracking store failed ({reason(error)}); the work is resumed when it answers.")
             time.sleep(WAIT_SECONDS * self._setbacks[work])
@@ -130,23 +130,23 @@ class Outages:
         return True
 
 
-class TrialObserver(Observer):
+class TrialCallback(Callback):
     """Reports a run's epochs to its trial, and lets the pruner decide."""
 
     def __init__(self, worker: Worker, lease: Lease) -> None:
         self.worker, self.lease = worker, lease
         self.best, self.run_id = 0.0, ""
 
-    def started(self, run_id: str) -> None:
+    def run_opened(self, run_id: str) -> None:
         """Note the run on the trial, so that whoever takes the trial up knows of it."""
         self.run_id = run_id
         self.worker.queue.note_run(self.lease, run_id)
 
-    def resumed(self, accuracy: float) -> None:
+    def run_resumed(self, accuracy: float) -> None:
         """Take over the best accuracy of the epochs that aren't trained again."""
         self.best = max(self.best, accuracy)
 
-    def stops(self, result: EpochResult) -> bool:
+    def epoch_ended(self, result: EpochResult) -> bool:
         """Report the best accuracy so far, which is what a trial is worth; ask the pruner."""
         plan = self.worker.study.plan
         self.best = max(self.best, watched_accuracy(result.metrics))
@@ -214,28 +214,32 @@ class Worker:
         study.parent.set_status("RUNNING")  # where somebody who left had ended it
         params = queue.suggest(lease, plan.sampler(lease.number), plan.suggest)
         arm = str(params.get("arm", ""))
-        observer = TrialObserver(self, lease)
-        task = Task(
-            Labels(lease.name, study.experiment_id, plan.info.name, arm, study.parent_id),
-            self.reporter,
+        callback = TrialCallback(self, lease)
+        spec = RunSpec(
+            lease.name,
+            study.experiment_id,
+            plan.info.name,
+            arm,
+            study.parent_id,
             log_model=study.options.log_model == "all",
-            saving=study.options.saving,
+            checkpoints=study.options,
             fresh=study.fresh,
             previous=lease.previous_run,
-            observer=observer,
+            reporter=self.reporter,
+            callback=callback,
             patience=OUTAGE_SECONDS,
         )
         try:
-            ended = plan.execute(task, params, self.load)
+            ended = plan.execute(spec, params, self.load)
         except Diverged:
             if not plan.searches:
                 raise
             # In a search an answer like any other: this is no place to look for the best.
-            queue.finish(lease, TrialState.PRUNED, observer.best, observer.run_id)
+            queue.finish(lease, TrialState.PRUNED, callback.best, callback.run_id)
             return
         run = ended.run
         if ended.was_finished and "train/loss" in ended.metrics:
-            queue.report(lease, max(run.steps("train/loss")), ended.accuracy)
+            queue.report(lease, max(steps_of(run.run_id, "train/loss")), ended.accuracy)
         try:
             queue.finish(lease, TrialState.PRUNED if ended.pruned else TrialState.COMPLETE, ended.accuracy, run.run_id)
         except LeaseLost:

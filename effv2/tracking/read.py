@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 import tempfile
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field
@@ -16,7 +16,7 @@ from mlflow.entities import Run
 from mlflow.exceptions import MlflowException
 
 from effv2.tracking.store import is_missing
-from effv2.tracking.tags import CONFIG_HASH, DATA_CONTEXT, OUTCOME, PARENT, reused_in
+from effv2.tracking.tags import DATA_CONTEXT, PARENT, reused_in
 
 OF_TRIALS = "val/accuracy"  # the metric whose epochs are read of the trials of a search
 READERS = 8  # histories that are asked for at once: a server answers each in milliseconds, but after a while
@@ -62,6 +62,7 @@ class RunRecord:
     images: dict[str, Images] = field(default_factory=dict)
     started: int = 0
     ended: int = 0
+    experiment_id: str = ""
 
     @property
     def parent(self) -> str:
@@ -69,48 +70,11 @@ class RunRecord:
         return self.tags.get(PARENT, "")
 
 
-def find_finished(identity: Identity, experiment_id: str, parent: str = "") -> RunRecord | None:
-    """Return the last run of the experiment that was finished, not pruned, with this identity; None without one.
-
-    With `parent`, among the children of that run alone.
-    """
-    wanted = identity.tags() | ({PARENT: parent} if parent else {})
-    found = _find(wanted, experiment_id, "attributes.status = 'FINISHED'")
-    return next((_record(run, {}) for run in found if run.data.tags.get(OUTCOME) == "complete"), None)
-
-
-def find_ended_early(identity: Identity, experiment_id: str, done: RunRecord | None) -> RunRecord | None:
-    """Return the last run of the experiment with this identity that failed or was killed; None without one.
-
-    Those that belong to a study are left to it, and those that had begun before `done` was finished aren't wanted.
-    """
-    found = _find(identity.tags(), experiment_id, "attributes.status != 'FINISHED'")
-    ended = (run for run in found if run.info.status in ("FAILED", "KILLED") and PARENT not in run.data.tags)
-    last = next((_record(run, {}) for run in ended), None)
-    return None if last is not None and done is not None and last.started < done.ended else last
-
-
-def find_outdated(identity: Identity, experiment_id: str) -> tuple[str, str] | None:
-    """Return the last run that ended early with this configuration but other data or code, and how it differs."""
-    tags = identity.tags()
-    same = {CONFIG_HASH: tags[CONFIG_HASH]}
-    for run in _find(same, experiment_id, "attributes.status != 'FINISHED'"):
-        differing = [name for name, value in tags.items() if run.data.tags.get(name) != value]
-        if run.info.status in ("FAILED", "KILLED") and differing and PARENT not in run.data.tags:
-            words = (f"{name[6:]} was {run.data.tags.get(name)}, is {tags[name]}" for name in differing)
-            return run.info.run_id, ", ".join(words)
-    return None
-
-
-def find_running(experiment_id: str, parent: str) -> list[RunRecord]:
-    """Return a run's children that are marked as running."""
-    condition = f"attributes.status = 'RUNNING' and tags.`{PARENT}` = '{parent}'"
-    return [_record(run, {}) for run in MlflowClient().search_runs([experiment_id], condition)]
-
-
-def _find(tags: Mapping[str, str], experiment_id: str, condition: str) -> list[Run]:
-    wanted = " and ".join([condition, *(f"tags.`{name}` = '{value}'" for name, value in tags.items())])
-    return list(MlflowClient().search_runs([experiment_id], wanted, order_by=["attributes.start_time DESC"]))
+def find_runs(experiment_id: str, tags: Mapping[str, str], statuses: Collection[str]) -> list[RunRecord]:
+    """Return the runs of the experiment with these tags and one of these statuses, the last first."""
+    wanted = " and ".join(f"tags.`{name}` = '{value}'" for name, value in tags.items())
+    found = MlflowClient().search_runs([experiment_id], wanted, order_by=["attributes.start_time DESC"])
+    return [_record(run, {}) for run in found if run.info.status in statuses]
 
 
 def read_runs(run_ids: Iterable[str], histories: Iterable[str]) -> list[RunRecord]:
@@ -166,6 +130,16 @@ def read_run(run_id: str) -> RunRecord | None:
             return None
         raise
     return _record(run, {}) if run.info.lifecycle_stage == "active" else None
+
+
+def is_running(run_id: str) -> bool:
+    """Say whether a run is marked as running."""
+    return bool(MlflowClient().get_run(run_id).info.status == "RUNNING")
+
+
+def steps_of(run_id: str, metric: str) -> set[int]:
+    """Return the steps at which a metric was logged."""
+    return {each.step for each in MlflowClient().get_metric_history(run_id, metric)}
 
 
 def experiment_name(experiment_id: str) -> str:
@@ -230,6 +204,7 @@ def _record(run: Run, history: dict[str, dict[int, float]]) -> RunRecord:
         images=dict(_images(run)),
         started=info.start_time or 0,
         ended=info.end_time or 0,
+        experiment_id=info.experiment_id,
     )
 
 

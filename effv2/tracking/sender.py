@@ -103,8 +103,8 @@ class Sender:
             trouble = self._refusal or self._trouble
         if trouble is not None:
             raise RunError(
-                f"The tracking store {shown_uri()} doesn't take what the run logs ({reason(trouble)}); mend it and "
-                "give the same command again."
+                f"The tracking store {shown_uri()} doesn't take what the run logs ({reason(trouble)}); mend it.",
+                resumes=True,
             ) from trouble
         self._checked = True
 
@@ -117,7 +117,8 @@ class Sender:
             why = reason(self._trouble) if self._trouble else "no answer yet"
             raise TrackingAway(
                 f"The tracking store {shown_uri()} is away, or takes nothing ({why}): some of the run {self.run_id} "
-                "isn't there yet; start it and give the same command again, which delivers it from the last checkpoint."
+                "is in its last checkpoint alone; start it.",
+                resumes=True,
             )
 
     def finish(self, items: Sequence[Item], seconds: float) -> bool:

@@ -97,6 +97,11 @@ def _check_artifacts(experiment: Experiment) -> None:
         raise InputError("experiment", experiment.name, problem, "make it writable, or choose another experiment")
 
 
+def tracking_uri() -> str:
+    """Return the tracking URI, password and all, to hand on to a worker of ours."""
+    return mlflow.get_tracking_uri()
+
+
 def use_store(uri: str) -> None:
     """Log to the store that the process which started this one logs to."""
     _configure()
@@ -155,9 +160,7 @@ def tracking_faults() -> Iterator[None]:
     try:
         yield
     except TrackingError as error:
-        raise RunError(
-            f"The tracking store failed ({reason(error)}); mend it and give the same command again."
-        ) from error
+        raise RunError(f"The tracking store failed ({reason(error)}); mend it.", resumes=True) from error
 
 
 def shown_uri() -> str:

@@ -15,8 +15,7 @@ from pydantic import BaseModel, ConfigDict, Field, InstanceOf, PrivateAttr, fiel
 
 import effv2
 from effv2.architecture import PUBLISHED_VARIANTS, VARIANTS
-from effv2.config.documents import Document, Place, dotted, read_document, validate
-from effv2.config.layers import Layer, build_config, document_layer
+from effv2.config.layers import Document, Layer, Place, build_config, document_layer, dotted, read_document, validate
 from effv2.config.options import SHORT_EPOCHS
 from effv2.config.schema import TrainConfig
 from effv2.core.errors import InputError, nearest
