@@ -89,22 +89,21 @@ def effv2_form(config: Any, dataset: Any, folder: Path) -> Form:
     from effv2.cli.console import ConsoleReporter
     from effv2.config.options import CheckpointOptions
     from effv2.execution.device import make_execution
-    from effv2.training.checkpoint import Checkpoints, Keeper, Pace
+    from effv2.training.checkpoint import Checkpointer
     from effv2.training.evaluate import evaluate
     from effv2.training.loop import Training
     from effv2.training.state import TrainState
 
-    execution, saving = make_execution(config.execution), CheckpointOptions(checkpoint_dir=str(folder))
+    execution = make_execution(config.execution)
     state = TrainState.create(config, dataset, execution)
     reporter = ConsoleReporter()
     reporter.run_started("speed", config.schedule.epochs)
-    pace = Pace(60 * saving.checkpoint_minutes)
-    keeper = Keeper(Checkpoints.of("speed", saving, {}), pace, state, print, None, 0.0)
+    checkpointer = Checkpointer("speed", CheckpointOptions(checkpoint_dir=str(folder)), {}, print)
     marks: list[float] = []
 
     def on_step(step: int, steps: int) -> None:
         reporter.step(step, steps)
-        keeper.keep(epoch_ended=False)
+        checkpointer.save_if_due(state, epoch_ended=False)
         marks.append(time.perf_counter())
         if len(marks) > STEPS:
             raise _Stop

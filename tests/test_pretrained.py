@@ -32,11 +32,14 @@ from torchvision.datasets import Imagenette
 
 from effv2.cli.main import evaluate_pretrained
 from effv2.core.errors import InputError
-from effv2.evidence.statistics import calibration_error, holm, mcnemar, wilson
+from effv2.evidence.networks import networks_results
+from effv2.evidence.quantities import percent
+from effv2.evidence.statistics import holm, mcnemar, wilson
+from effv2.evidence.study import TrackedStudy
 from effv2.pretrained import evaluation, measure
 from effv2.pretrained.config import ImagesConfig
 from effv2.pretrained.images import EvaluationImages, Origin, choose_images, class_names, origin, outputs_of, wnids
-from effv2.pretrained.measure import scores
+from effv2.pretrained.measure import calibration_error, scores
 from effv2.pretrained.weights import Requested, WeightsFile, find_all_weights, load_network, network_names, parse_models
 from effv2.studies import weights as weights_plan
 from effv2.tracking.read import RunRecord
