@@ -27,7 +27,7 @@ def ablate(variant: str, study: str, seeds: str, **options: Any) -> None:
     """Train architecture variants beside their baseline and compare them in MLflow.
 
     Without a study file: the five published variants of EfficientNetV2-S under one short protocol on
-    scikit-learn's digits. The same command again goes on where the last one ended.
+    scikit-learn's digits. The same command again resumes where the last one ended.
     """
     from effv2.cli.options import parse_seeds, take_study_options
     from effv2.config.layers import option_layer

@@ -23,7 +23,8 @@ def run_and_show(make: Callable[..., Plan], options: StudyOptions) -> None:
         load = load_once(reporter.decoding)
         plan = make(load=load, reporter=reporter)
         end = run_study(plan, open_experiment(options.experiment, reporter.message), options, load, reporter)
-    print_table(end.results.table)
+    if end.results.table:
+        print_table(end.results.table)
     if end.results.sentence:
         click.echo(end.results.sentence)
     for name, address in end.models.items():

@@ -25,7 +25,7 @@ def search(trials: str, study: str, **options: Any) -> None:
     """Search for the best hyper-parameters on the validation split, with Optuna; test the best once.
 
     Without a study file: dropout, stochastic depth and depth multiplier on scikit-learn's digits. The same command
-    again goes on where the last one ended; with more trials, the search grows.
+    again resumes where the last one ended; with more trials, the search grows.
     """
     from effv2.cli.options import parse_count, take_study_options
     from effv2.config.layers import option_layer

@@ -35,8 +35,8 @@ def find_earlier(
 
     `previous` is the run that an earlier attempt at the same trial left, if any; one that its dead process left open
     is ended first, and one that a living process works on is not resumed. None: there is no queue. Then the last
-    interrupted run that belongs to no study is resumed, unless another one was finished after it began; `message` is
-    told why an older one can't be. With `parent`, only children of that run count as finished.
+    interrupted run that belongs to no study is resumed, unless another one was finished after it began; `message` says
+    why an outdated one can't be. With `parent`, only children of that run count as finished.
     """
     if previous is None:
         finished = find_finished(wanted, experiment_id, parent)
