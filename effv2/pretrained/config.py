@@ -1,4 +1,4 @@
-"""What an evaluation of published weights is told, besides the weights: which images, and how it is computed."""
+"""Settings of an evaluation of published weights, besides the weights: which images, and how it is computed."""
 
 from __future__ import annotations
 

@@ -29,7 +29,7 @@ TEST = "eval"  # the set of all test images; the others are named by their origi
 
 
 class Origin(Enum):
-    """Where an image comes from, as ImageNet's own file names tell."""
+    """Where an image comes from, as ImageNet's own file names say."""
 
     UNSEEN = "unseen"  # of ImageNet's validation set: held out when published weights were trained
     SEEN = "seen"  # of ImageNet's training set: published weights were fitted to it
@@ -37,7 +37,7 @@ class Origin(Enum):
 
 
 def origin(file: str) -> Origin:
-    """Tell by the name, as ILSVRC2012_val_00000293.JPEG or n01440764_10026.JPEG."""
+    """Return it by the name, as ILSVRC2012_val_00000293.JPEG or n01440764_10026.JPEG."""
     name = PurePath(file).name
     if re.match(r"ILSVRC2012_val_\d{8}\b", name):
         return Origin.UNSEEN
@@ -107,7 +107,7 @@ class EvaluationImages:
 
         `eval`: the test images. Then, where they aren't all of the test images: `unseen`, of ImageNet's validation set,
         also those that came along from the training part; `seen`, test images of ImageNet's training set; `unknown`,
-        where the names of some don't tell, the test images that are not known to be seen.
+        where the names of some don't say, the test images that are not known to be seen.
         """
         is_seen = np.array([each is Origin.SEEN for each in self.origins])
         tests = np.arange(self.tests)
@@ -122,7 +122,7 @@ class EvaluationImages:
 
     @property
     def ranked_on(self) -> str:
-        """Return the set that rankings rest on: images that the weights were not fitted to, as far as is known.
+        """Return the set that networks are ranked on: images that the weights were not fitted to, as far as is known.
 
         Those of ImageNet's validation set, unless more test images are of unknown origin.
         """

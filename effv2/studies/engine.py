@@ -40,7 +40,7 @@ from effv2.tracking.writer import TrackedRun
 DEFINITION, PARENT, FRESH, PUBLISHED = "definition", "parent_run", "fresh", "published"
 WATCH_SECONDS = 0.5
 MOST_IN_VAIN = 3  # ends of workers, for each of them, in which no run was finished
-ENDING_SECONDS = 60  # so long workers may take to end once they were told
+ENDING_SECONDS = 60  # so long workers may take to end after SIGTERM
 MOST_DIFFERENCES = 4  # that are named
 
 
@@ -264,7 +264,7 @@ def _supervise(study: OpenedStudy, queue: Queue, workers: int, reporter: Reporte
 
 
 def _stop(processes: list[SpawnProcess]) -> None:
-    """Tell workers to end, which give back what they work on, and see to it that they do."""
+    """End the workers, which give back what they work on; kill those that take too long."""
     for process in processes:
         process.terminate()
     deadline = time.monotonic() + ENDING_SECONDS
