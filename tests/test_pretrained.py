@@ -35,7 +35,7 @@ from effv2.core.errors import InputError
 from effv2.evidence.networks import networks_results
 from effv2.evidence.quantities import percent
 from effv2.evidence.statistics import holm, mcnemar, wilson
-from effv2.evidence.study import TrackedStudy
+from effv2.evidence.study import NO_STUDY, TrackedStudy
 from effv2.pretrained import comparison, evaluation, measure
 from effv2.pretrained.config import ImagesConfig
 from effv2.pretrained.imagenet import Origin, class_names, origin, outputs_of, wnids
@@ -176,7 +176,7 @@ def ranking(rights: dict[str, list[bool]], where: Origin = Origin.UNSEEN) -> str
     """Return what is said of networks that got these images right."""
     params = {"evaluation.ranked_on": "eval", "evaluation.ranked_origin": where.value}
     runs = [RunRecord(name, name, "FINISHED", params, {}, {}) for name in rights]
-    found = networks_results(TrackedStudy(None, runs), lambda run: dict(enumerate_as_text(rights[run.name])))
+    found = networks_results(TrackedStudy(NO_STUDY, runs), lambda run: dict(enumerate_as_text(rights[run.name])))
     assert sorted(found.order) == sorted(rights)
     return found.sentence
 
