@@ -33,7 +33,8 @@ from effv2.evidence.statistics import (
     power,
     runs_to_decide,
 )
-from effv2.evidence.study import StudyResults, TrackedStudy
+from effv2.evidence.study import NO_STUDY, StudyResults, TrackedStudy
+from effv2.studies.files import open_study
 from effv2.tracking.read import Images, RunRecord
 from effv2.tracking.tags import COMMAND, LONGEST_TAG, LOOKS, PLANNED, as_tags, names_in
 
@@ -495,14 +496,14 @@ def test_the_highest_arm_is_the_one_by_the_accuracy_that_decides() -> None:
 
 def test_single_runs_are_repeats_only_where_nothing_but_seeds_differs() -> None:
     alone = [run(0.5, seed, model__variant="a", optimiser__lr=lr) for lr in (0.1, 0.01) for seed in range(3)]
-    found = study_results(TrackedStudy(None, alone), read_claims(), nothing)
+    found = study_results(TrackedStudy(NO_STUDY, alone), read_claims(), nothing)
     assert found.table[0][1:] == ("a (1)", "a (2)") and found.table[1][1:] == ("3", "3")
     assert list(found.notes[:2]) == ["a (1): optimiser.lr 0.1.", "a (2): optimiser.lr 0.01."]
     cats, dogs = ({"test": Images("folder", "", 9, names)} for names in (("cat", "lynx"), ("dog", "wolf")))
     others = [replace(alone[0], images=cats), replace(alone[1], images=dogs)]
-    assert study_results(TrackedStudy(None, others), read_claims(), nothing).table[0][1:] == ("a (1)", "a (2)")
+    assert study_results(TrackedStudy(NO_STUDY, others), read_claims(), nothing).table[0][1:] == ("a (1)", "a (2)")
     again = replace(alone[0], run_id="with --fresh")
-    assert study_results(TrackedStudy(None, [*alone[:3], again]), read_claims(), nothing).table[1][1:] == ("3",)
+    assert study_results(TrackedStudy(NO_STUDY, [*alone[:3], again]), read_claims(), nothing).table[1][1:] == ("3",)
 
 
 def test_a_study_says_what_it_lacks_and_why() -> None:

@@ -176,7 +176,7 @@ def ranking(rights: dict[str, list[bool]], where: Origin = Origin.UNSEEN) -> str
     """Return what is said of networks that got these images right."""
     params = {"evaluation.ranked_on": "eval", "evaluation.ranked_origin": where.value}
     runs = [RunRecord(name, name, "FINISHED", params, {}, {}) for name in rights]
-    found = networks_results(TrackedStudy(None, runs), lambda run: dict(enumerate_as_text(rights[run.name])))
+    found = networks_results(TrackedStudy(NO_STUDY, runs), lambda run: dict(enumerate_as_text(rights[run.name])))
     assert sorted(found.order) == sorted(rights)
     return found.sentence
 

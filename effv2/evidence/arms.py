@@ -18,7 +18,7 @@ from effv2.evidence.protocols import published_runs
 from effv2.evidence.quantities import CURVES, QUANTITIES, SHOWN, TRAIN_SECONDS, percent, points
 from effv2.evidence.selection import Settings, SplitAndSeed, complete, has, is_like, pair_of, settings_of, split_of
 from effv2.evidence.statistics import CONFIDENCE, FEWEST, TINY, Estimate, holm, p_text
-from effv2.evidence.study import NONE, Rows, StudyResults, TrackedStudy, has_figures, line_of, values_of
+from effv2.evidence.study import NO_STUDY, NONE, Rows, StudyResults, TrackedStudy, has_figures, line_of, values_of
 from effv2.tracking.accuracies import BEST_TEST, SELECTED_TEST, SELECTED_VALIDATION, decisive_accuracy
 from effv2.tracking.read import RunRecord
 from effv2.tracking.tags import ARM, SEED, STUDY
@@ -38,7 +38,7 @@ def arms_results(study: TrackedStudy, claims: Claims) -> StudyResults:
             found.setdefault(arm, []).append(run)
     if not found:
         return StudyResults(sentence=NOTHING_YET)
-    arms, differences = (found, []) if study.parent is not None else _parted(found)
+    arms, differences = _parted(found) if study.parent is NO_STUDY else (found, [])
     decisive = decisive_accuracy([run for runs in arms.values() for run in runs])
     published, protocol = _published_curves(arms, claims)
     notes = [*differences, *_notes(arms, protocol)]
@@ -48,7 +48,7 @@ def arms_results(study: TrackedStudy, claims: Claims) -> StudyResults:
         sentence=_sentence(arms, decisive),
         table=_table(arms, study.baseline(arms), decisive),
         notes=notes,
-        figures=_figures(arms, study.title, published),
+        figures=_figures(arms, study.parent.name, published),
         metrics=_means(arms),
         document="comparison.md",
         files={"comparison.csv": _rows(arms)},

@@ -99,7 +99,7 @@ def publish(experiment: str, own: Path | None, target: Path | None, reporter: Re
             reporter.working("reading runs")
             evidence = tracked(run.experiment_id, HISTORIES if target is None else EXPORTED)
             report = make_report(evidence, claims, progress=reporter.working)
-            parents = [study.parent.run_id for study in studies_of(evidence.runs) if study.parent and study.kind]
+            parents = [study.parent.run_id for study in studies_of(evidence.runs) if study.kind]
             for place in [run, *(TrackedRun(run_id, run.experiment_id) for run_id in parents)]:
                 reporter.working("logging the report")
                 _log(place, report)

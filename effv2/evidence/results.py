@@ -14,7 +14,7 @@ from effv2.evidence.networks import networks_results
 from effv2.evidence.protocols import SPLIT_SEED
 from effv2.evidence.quantities import EPOCH_SECONDS, VALIDATION, duration, number, percent
 from effv2.evidence.selection import RightAnswers, counted
-from effv2.evidence.study import NONE, Rows, StudyResults, TrackedStudy, studies_of
+from effv2.evidence.study import NO_STUDY, NONE, Rows, StudyResults, TrackedStudy, studies_of
 from effv2.tracking import tags
 from effv2.tracking.accuracies import SELECTED_TEST, SELECTED_VALIDATION
 from effv2.tracking.read import RunRecord
@@ -38,14 +38,14 @@ ENVIRONMENT = {
 def results_of(runs: Sequence[RunRecord], claims: Claims, right: RightAnswers) -> list[StudyResults]:
     """Return what came out of all studies; those of one name also say their split, or which run they are."""
     studies = studies_of(runs)
-    titles = Counter(study.title for study in studies)
+    titles = Counter(study.parent.name for study in studies)
     made = []
     for study in studies:
         results = study_results(study, claims, right)
-        if titles[study.title] > 1:
+        if titles[study.parent.name] > 1:
             splits = dict.fromkeys(run.params.get(SPLIT_SEED, "") for run in study.runs)
             split = f"split {', '.join(splits)}, " if any(splits) else ""
-            results = replace(results, title=f"{study.title} ({split}run {results.run_id[:8]})")
+            results = replace(results, title=f"{study.parent.name} ({split}run {results.run_id[:8]})")
         made.append(results)
     return made
 
@@ -58,12 +58,12 @@ def study_results(study: TrackedStudy, claims: Claims, right: RightAnswers) -> S
         own = networks_results(study, right)
     else:
         own = arms_results(study, claims)
-    parent, known = study.parent, [study.parent] if study.parent is not None else []
+    parent, known = study.parent, [] if study.parent is NO_STUDY else [study.parent]
     return replace(
         own,
-        title=study.title,
-        description="" if parent is None else parent.params.get("study.description", ""),
-        run_id="" if parent is None else parent.run_id,
+        title=study.parent.name,
+        description=parent.params.get("study.description", ""),
+        run_id=parent.run_id,
         missing=_missing(study),
         commands=list(dict.fromkeys(c for run in known or study.runs if (c := run.tags.get(tags.COMMAND, "")))),
         environment=list(_environment([*known, *study.runs])),
@@ -72,14 +72,11 @@ def study_results(study: TrackedStudy, claims: Claims, right: RightAnswers) -> S
 
 def _missing(study: TrackedStudy) -> str:
     """Say what a study lacks: runs that failed, and planned ones. One that diverged is an answer to a search."""
-    parent = study.parent
-    if parent is None:
-        return ""
     there = {run.name for run in study.runs if run.status == "FINISHED"}
     reasons = {run.name: run.tags.get(tags.ERROR, "no reason known") for run in study.runs if run.status == "FAILED"}
     diverged = {name for name, reason in reasons.items() if reason.startswith("Diverged:")}
     failed = [name for name in reasons if name not in there and (name not in diverged or study.kind != "search")]
-    lacking = [name for name in tags.names_in(parent.tags, tags.PLANNED) if name not in there | reasons.keys()]
+    lacking = [name for name in tags.names_in(study.parent.tags, tags.PLANNED) if name not in there | reasons.keys()]
     found = []
     if any(run.status == "RUNNING" for run in study.runs):
         found.append("it is being worked on, or its process died")
@@ -92,7 +89,7 @@ def _missing(study: TrackedStudy) -> str:
             found.append(f"{counted(len(names), 'run')} {words}: {', '.join(names[:MOST_NAMED])}{more}")
     if not study.runs:
         found.append("it has no runs yet")
-    resumes = parent.tags.get(tags.COMMAND) and (lacking or set(failed) - diverged)
+    resumes = study.parent.tags.get(tags.COMMAND) and (lacking or set(failed) - diverged)
     return f"{'; '.join(found)}.{' The command below goes on with it.' if resumes else ''}" if found else ""
 
 
@@ -134,8 +131,7 @@ def search_results(study: TrackedStudy) -> StudyResults:
         )
         for run in runs
     ]
-    chosen = study.parent.tags.get(tags.BEST_RUN) if study.parent else None
-    best = next((run for run in ranked if run.run_id == chosen), None)
+    best = next((run for run in ranked if run.run_id == study.parent.tags.get(tags.BEST_RUN)), None)
     sentence, metrics = "No trial was chosen yet.", {}
     if best is not None:
         metrics = {name: best.metrics[name] for name in (SELECTED_VALIDATION, SELECTED_TEST) if name in best.metrics}
@@ -172,9 +168,9 @@ def _notes_on_trials(study: TrackedStudy, any_ranked: bool) -> list[str]:
     words = ", ".join(f"{count} {outcome}" for outcome, count in sorted(outcomes.items()))
     if not any_ranked:
         return [f"Trials: {words}."] if words else []
-    if parent is not None and parent.status == "FINISHED" and parent.ended > parent.started:
+    if parent.status == "FINISHED" and parent.ended > parent.started:
         words += f"; {duration((parent.ended - parent.started) / 1000)} from its first start to its end"
-    looks = len(parent.tags.get(tags.LOOKS, "").split(",")) if parent is not None else 1
+    looks = len(parent.tags.get(tags.LOOKS, "").split(","))
     seen = "the best one alone" if looks == 1 else f"{looks}, each the best one when the search had come that far"
     how = f"Trials are chosen on validation; the test set is looked at by {seen}, after it was chosen."
     return [f"Trials: {words}.", how]

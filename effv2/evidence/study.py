@@ -16,37 +16,30 @@ from effv2.tracking.tags import ARM, PLANNED, names_in, reused_in
 
 NONE = "none"  # in a cell: the runs lack the figure
 Rows = list[tuple[str, ...]]  # of a table, its titles first
+NO_STUDY = RunRecord("", "Single runs", "", {}, {}, {})  # stands for the parent of runs that belong to no study
 
 
 @dataclass(frozen=True)
 class TrackedStudy:
-    """A study's own run and the runs that it rests on; those of no study have no parent."""
+    """A study's own run, or NO_STUDY, and the runs that it rests on."""
 
-    parent: RunRecord | None
+    parent: RunRecord
     runs: Sequence[RunRecord]
 
     @property
     def kind(self) -> str:
         """Return which command made it."""
-        return "" if self.parent is None else self.parent.params.get("study.kind", "")
-
-    @property
-    def title(self) -> str:
-        """Return what it is called."""
-        return "Single runs" if self.parent is None else self.parent.name
+        return self.parent.params.get("study.kind", "")
 
     def in_order(self) -> list[RunRecord]:
         """Return the runs in the order in which they were planned, whichever worker was quicker."""
-        planned = names_in(self.parent.tags, PLANNED) if self.parent else []
-        place = {name: index for index, name in enumerate(planned)}
+        place = {name: index for index, name in enumerate(names_in(self.parent.tags, PLANNED))}
         return sorted(self.runs, key=lambda run: place.get(run.name, len(place)))
 
     def baseline(self, arms: Iterable[str]) -> str:
         """Return the arm that the others are held against: the study's own, else the first; empty without a study."""
-        if self.parent is None:
-            return ""
         known, own = list(arms), self.parent.params.get("study.baseline", "")
-        return own if own in known else known[0]
+        return (own if own in known else known[0]) if self.parent is not NO_STUDY else ""
 
 
 @dataclass(frozen=True)
@@ -97,10 +90,10 @@ def studies_of(runs: Sequence[RunRecord]) -> list[TrackedStudy]:
         reused = [_renamed(by_id[each], name) for each, name in reused_in(run.tags).items() if each in by_id]
         if run.run_id in children or reused or "study.kind" in run.params:
             studies.append(TrackedStudy(run, [*children.get(run.run_id, []), *reused]))
-    parents = {study.parent.run_id for study in studies if study.parent is not None}
+    parents = {study.parent.run_id for study in studies}
     orphans = [run for parent, of_it in children.items() if parent not in parents for run in of_it]
     single = [run for run in complete([*without, *orphans]) if run.run_id not in parents and has_figures(run)]
-    return [*studies, *([TrackedStudy(None, single)] if single else [])]
+    return [*studies, *([TrackedStudy(NO_STUDY, single)] if single else [])]
 
 
 def has_figures(run: RunRecord) -> bool:
