@@ -500,7 +500,8 @@ def test_set_reaches_every_setting_and_the_command_that_resumes_is_logged(
     study.write_text(tiny_study.read_text().partition("arms:")[0] + TINY_MODEL)
     words: list[str | Path] = ["--study", study, "--lr", "0.01", "--log-model", "none", "--fresh", "--set", ""]
     words += ["--set", "optimiser.name=sgd, optimiser.momentum=0.5", "--set", f"model.table={TINY_TABLE}"]
-    assert invoke(train, *words).exit_code == 0
+    result = invoke(train, *words)
+    assert result.exit_code == 0 and re.search(r"^epoch 2/2: train [\d.]+%", result.stderr, re.MULTILINE)
     (run,) = all_runs()
     params = run.data.params
     assert (params["optimiser.name"], params["optimiser.momentum"], params["optimiser.lr"]) == ("sgd", "0.5", "0.01")
@@ -516,3 +517,4 @@ def test_texts_name_the_options_of_their_command() -> None:
         "lower --batch-size or config.data.dir in a/data.dir.png, see --fresh and `ablate`; model.dropout."
     )
     assert in_options("lower execution.batch_size, data.dir", evaluate_pretrained) == "lower --batch-size, --data-dir"
+    assert in_options("`fresh`: optimiser.lr was 1", train, settings=False) == "--fresh: optimiser.lr was 1"

@@ -34,7 +34,6 @@ from effv2.evidence.statistics import (
     runs_to_decide,
 )
 from effv2.evidence.study import NO_STUDY, StudyResults, TrackedStudy
-from effv2.studies.files import open_study
 from effv2.tracking.read import Images, RunRecord
 from effv2.tracking.tags import COMMAND, LONGEST_TAG, LOOKS, PLANNED, as_tags, names_in
 

@@ -35,7 +35,7 @@ from effv2.core.errors import InputError
 from effv2.evidence.networks import networks_results
 from effv2.evidence.quantities import percent
 from effv2.evidence.statistics import holm, mcnemar, wilson
-from effv2.evidence.study import TrackedStudy
+from effv2.evidence.study import NO_STUDY, TrackedStudy
 from effv2.pretrained import evaluation, measure
 from effv2.pretrained.config import ImagesConfig
 from effv2.pretrained.images import EvaluationImages, Origin, choose_images, class_names, origin, outputs_of, wnids

@@ -264,7 +264,7 @@ def test_the_run_that_mlflow_opened_gets_the_report(
     ("words", "said"),
     [
         (["--claims", "nowhere.yaml"], "--claims nowhere.yaml: can't be read"),
-        (["--from-export", "x"], "say with --export where"),
+        (["--from-export", "x"], "name one with --export"),
         (["--from-export", " ,"], "names no folder"),
         (["--from-export", "x", "--export", "y"], "has no manifest.json"),
         (["--export", "file"], "can't be written"),

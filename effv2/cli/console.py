@@ -66,7 +66,8 @@ class ConsoleReporter(Reporter):
 
     def message(self, text: str) -> None:
         """Print a line above the progress."""
-        self.console.print(in_options(text, self._command), highlight=False, markup=False, soft_wrap=True)
+        text = in_options(text, self._command, settings=False)  # these say what differs, not what to give
+        self.console.print(text, highlight=False, markup=False, soft_wrap=True)
 
     def hint(self, text: str) -> None:
         """Print a line that only somebody who waits at a terminal has use for."""
@@ -132,7 +133,7 @@ def print_table(rows: Sequence[Sequence[str]]) -> None:
     if not rows:
         return
     console = Console()
-    widths = [max(len(row[index]) for row in rows) + CELL_PADDING for index in range(len(rows[0]))]
+    widths = [max(map(len, column)) + CELL_PADDING for column in zip(*rows, strict=True)]
     columns = list(range(1, len(widths)))
     while columns:
         count = 1

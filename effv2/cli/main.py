@@ -85,7 +85,7 @@ def ablate(variant: str | None, study: str | None, **options: Any) -> None:
     from effv2.config.studies import built_in_ablation, open_study
 
     how, layer = cli.given_options(options), cli.given_layer(options, cli.SHARED)
-    chosen = open_study(study) if study else built_in_ablation()
+    chosen = open_study(study) if study else built_in_ablation(variant or "all")
     names = chosen.select(variant or "all")
 
     from effv2.studies.grid import make_grid

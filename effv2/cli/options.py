@@ -48,7 +48,7 @@ EVALUATION = _options_for(
 # Names of options that are fields of StudyOptions.
 QUEUE = ("workers", "storage")
 CHECKPOINTS = ("checkpoint_dir", "checkpoint_minutes", "checkpoint_upload_minutes")
-LOGGING = ("experiment", "log_model", "fresh")
+LOGGING = ("fresh", "log_model", "experiment")
 
 
 class Option(click.Option):
@@ -111,14 +111,11 @@ def _options_by_name(command: click.Command) -> dict[str, str]:
     return {name: option for name, option in names.items() if name}
 
 
-def in_options(text: str, command: click.Command) -> str:
-    """Name settings, and parameters in backticks, by the options that the command has for them."""
+def in_options(text: str, command: click.Command, settings: bool = True) -> str:
+    """Name settings, unless they are to stay, and parameters in backticks by the command's options for them."""
     options = _options_by_name(command)
-    return re.sub(
-        r"`(\w+)`|(?<![\w./=-])([a-z]+\.[a-z_]+)(?!\w|\.\w)",
-        lambda found: options.get(found[1] or found[2], found[0]),
-        text,
-    )
+    pattern = r"`(\w+)`|(?<![\w./=-])([a-z]+\.[a-z_]+)(?!\w|\.\w)" if settings else r"`(\w+)`()"
+    return re.sub(pattern, lambda found: options.get(found[1] or found[2], found[0]), text)
 
 
 def _with_options(error: InputError, command: click.Command) -> InputError:

@@ -40,12 +40,9 @@ class Registry:
         import_module(self._module)
         return list(self._functions)
 
-    def __contains__(self, name: object) -> bool:
-        return name in self.names()
-
     def __getitem__(self, name: str) -> Callable[..., Any]:
         """Return the function; ValueError names the nearest ones."""
-        if name not in self:
+        if name not in self.names():
             raise ValueError(f"no such {self._kind}; {nearest(name, self.names())}")
         return self._functions[name]
 

@@ -34,9 +34,10 @@ class Group(BaseModel):
     @model_validator(mode="before")
     @classmethod
     def _known_keys(cls, values: Any) -> Any:
+        known = [field.alias or name for name, field in cls.model_fields.items()]
         for key in values if isinstance(values, dict) else ():
-            if key not in cls.model_fields:
-                about = {"key": str(key), "remedy": nearest(str(key), list(cls.model_fields))}
+            if key not in known:
+                about = {"key": str(key), "remedy": nearest(str(key), known)}
                 raise PydanticCustomError(UNKNOWN_KEY, "unknown key '{key}'; {remedy}", about)
         return values
 

@@ -84,13 +84,13 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 
 @contextmanager
-def what_ran_out(lower: str = "optimiser.batch_size or data.image_size") -> Iterator[None]:
-    """Raise RunError where memory or disk run out inside; `lower` names the settings that take less memory."""
+def what_ran_out(settings: str = "optimiser.batch_size or data.image_size") -> Iterator[None]:
+    """Raise RunError where memory or disk run out inside; `settings` are those that say how much memory is needed."""
     try:
         yield
     except (RuntimeError, MemoryError, OSError) as error:
         if is_out_of_memory(error):
-            raise RunError(f"The device's memory is full; lower {lower}.") from error
+            raise RunError(f"The device's memory is full; lower {settings}.") from error
         # torch's writer makes a RuntimeError of a disk that is full.
         cause = error if isinstance(error, OSError) else error.__context__
         if not isinstance(cause, OSError) or cause.errno not in (errno.ENOSPC, errno.EDQUOT):
