@@ -11,13 +11,13 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated
 
-from pydantic import BaseModel, ConfigDict, Field, InstanceOf, PrivateAttr, field_validator, model_validator
+from pydantic import Field, InstanceOf, PrivateAttr, field_validator, model_validator
 
 import effv2
 from effv2.architecture import PUBLISHED_VARIANTS, VARIANTS
 from effv2.config.layers import Document, Layer, Place, build_config, document_layer, dotted, read_document, validate
 from effv2.config.options import SHORT_EPOCHS
-from effv2.config.schema import TrainConfig
+from effv2.config.schema import Group, TrainConfig
 from effv2.core.errors import InputError, nearest
 from effv2.core.paths import expanded
 
@@ -31,10 +31,8 @@ Settings = dict[str, Value]  # dotted parameters and the values that they have
 NOTHING = Layer({}, dotted)
 
 
-class Range(BaseModel):
+class Range(Group):
     """A range to search, bounds included."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
     low: float
     high: float
@@ -56,14 +54,12 @@ DEFAULT_SPACE = {
 }
 
 
-class SearchFile(BaseModel):
+class SearchFile(Group):
     """The key `search` of a study file: how many trials over which fields, and how poor ones are pruned.
 
     `min_epochs` is how many epochs each trial is given before it may be pruned; a quarter of all unless it is named.
     It has to be long enough for a good trial to leave chance level, or the pruner chooses by noise.
     """
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
 
     trials: int = Field(DEFAULT_TRIALS, ge=1, le=100_000)
     space: dict[str, Range] = Field(DEFAULT_SPACE, min_length=1)
@@ -71,13 +67,11 @@ class SearchFile(BaseModel):
     min_epochs: int | None = Field(None, ge=1)
 
 
-class Sources(BaseModel):
+class Sources(Group):
     """Where each setting of a published protocol is from: settings, or a word for something else, to the place.
 
     Settings that share a source stand in one key, separated by commas.
     """
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
 
     stated: dict[str, str] = {}  # in the text or the code that were published
     shown: dict[str, str] = {}  # by a log or a figure, from which it follows
@@ -90,10 +84,8 @@ class Sources(BaseModel):
         return [name for key in keys for name in key.split(", ")]
 
 
-class Published(BaseModel):
+class Published(Group):
     """The figures of published runs, one run an arm, in the units of the metrics."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
     figures: dict[str, dict[str, float]] = {}  # quantity: arm: value
     test_images: int = Field(0, ge=0)
@@ -119,10 +111,8 @@ class PublishedStudy(Published):
     nearest: Settings = {}
 
 
-class Study(BaseModel):
+class Study(Group):
     """A study read from its file, or a built-in one. Its configuration and arms know where each value was written."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
 
     name: str = Field(pattern=r"^[\w.-]+$", max_length=80)
     description: str = ""
