@@ -87,7 +87,7 @@ def measure(seconds: float, server: subprocess.Popen[bytes]) -> dict[str, object
     try:
         with open_run("safety_cost", open_store(""), {}, message=lambda text: None, patience=0.0) as run:
             checkpointer = Timed(run.run_id, CheckpointOptions(), {}, print)
-            run.check()
+            run.sender.check()
             began = time.perf_counter()
             save = checkpointer.save_if_due
             for result in Training(config, dataset, state, execution, lambda *_: save(state, False)):

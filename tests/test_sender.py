@@ -63,7 +63,7 @@ def test_an_outage_costs_nothing_and_is_announced_once(store: str, door: Store, 
     (tmp_path / "checkpoint").write_text("as it was")
     with open_run("run", open_store(""), {}, message=said.append) as run:
         run.log_metrics({"loss": 3.0}, step=1)
-        run.check()
+        run.sender.check()
         door.shut = shut
         seconds = []
         for epoch in range(2, 7):
@@ -90,9 +90,9 @@ def test_what_a_run_could_not_deliver_is_delivered_when_it_is_resumed(store: str
     losses = [{"loss": 1 / epoch} for epoch in (1, 2, 3)]
     opened = open_run("run", open_store(""), {}, message=print, patience=0.2)
     with pytest.raises(TrackingAway, match="the same command resumes"), opened as run:
-        run.check()
+        run.sender.check()
         run.log_metrics(losses[0], step=1)
-        run.flush()
+        run.sender.flush(10)
         door.shut = "after"
         run.log_metrics(losses[1], step=2)
     door.shut = ""

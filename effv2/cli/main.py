@@ -47,7 +47,7 @@ def train(study: str | None, **options: Any) -> None:
     config = file.config(layer) if file else build_config([layer])
 
     from effv2.cli.console import ConsoleReporter
-    from effv2.run.single import train_single
+    from effv2.run.resume import train_single
     from effv2.tracking.run import run_address
 
     name = file.name if file else f"{config.model.variant}, seed {config.random.seed}"

@@ -131,7 +131,7 @@ def evaluate(evaluation: Evaluation, spec: RunSpec) -> Attempt:
         run.log_params(evaluation.params() | ranking)
         run.log_git(provenance.git_state())
         run.log_dataset(images.name, "test", identity.data_digest, images.location, images.profile())
-        run.check()
+        run.sender.check()
         metrics = _measure(evaluation, decoded, run, spec.reporter)
         run.complete()
     return Attempt(run.ended(), metrics, metrics[ranked])

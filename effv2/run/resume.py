@@ -5,17 +5,21 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
+from effv2.config.options import StudyOptions
 from effv2.config.schema import TrainConfig
 from effv2.core.processes import is_alive, this_process
-from effv2.data.dataset import Dataset
-from effv2.run.run import discard_checkpoints, train_run
+from effv2.core.reporter import Reporter
+from effv2.data.dataset import Dataset, load_dataset
+from effv2.execution.resolve import resolve, with_device
+from effv2.run.run import check, train_run
 from effv2.run.spec import RunSpec, identity
 from effv2.tracking.accuracies import reached_accuracy
-from effv2.tracking.models import model_address
 from effv2.tracking.read import Identity, RunRecord, find_runs, read_run
-from effv2.tracking.run import end_left_open, point_adopted_run_to
+from effv2.tracking.run import end_left_open, open_experiment, point_adopted_run_to
+from effv2.tracking.store import tracking_faults
 from effv2.tracking.tags import CONFIG_HASH, OUTCOME, PARENT, PROCESS
-from effv2.tracking.writer import TrackedRun
+from effv2.tracking.writer import TrackedRun, model_address
+from effv2.training.checkpoint import Checkpointer
 
 
 @dataclass(frozen=True)
@@ -91,10 +95,24 @@ def attempt(config: TrainConfig, dataset: Dataset, spec: RunSpec) -> Attempt:
     if (done := earlier.finished) is not None:
         run = TrackedRun(done.run_id, spec.experiment_id)
         point_adopted_run_to(run)
-        discard_checkpoints(run.run_id, spec.checkpoints)
+        Checkpointer(
+            run.run_id, spec.checkpoints, {}, spec.reporter.message
+        ).remove()  # if the status alone was missing
         pruned = done.tags.get(OUTCOME) == "pruned"
         return Attempt(run, done.metrics, reached_accuracy(done.metrics), pruned, was_finished=True)
     if earlier.interrupted:
         point_adopted_run_to(TrackedRun(earlier.interrupted, spec.experiment_id))
     outcome = train_run(config, dataset, replace(spec, resumes=earlier.interrupted))
     return Attempt(outcome.run, outcome.summary, outcome.watched_accuracy, outcome.pruned)
+
+
+def train_single(config: TrainConfig, name: str, study: str, options: StudyOptions, reporter: Reporter) -> Attempt:
+    """Make a run of its own, from its settings to its end. InputError before any run is created."""
+    config = with_device(config)
+    dataset = load_dataset(config.data, reporter.decoding)
+    check(config, dataset)
+    config = resolve(config, reporter.hint)
+    with tracking_faults():
+        where, keeps = open_experiment(options.experiment), options.log_model != "none"
+        spec = RunSpec(name, where, study, log_model=keeps, checkpoints=options, fresh=options.fresh, reporter=reporter)
+        return attempt(config, dataset, spec)

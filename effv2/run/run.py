@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 from dataclasses import asdict, replace
 
-from effv2.config.options import CheckpointOptions
 from effv2.config.schema import TrainConfig
 from effv2.core.errors import Diverged, InputError, Terminated, what_ran_out
 from effv2.data.dataset import Dataset
@@ -65,10 +63,15 @@ def train_run(config: TrainConfig, dataset: Dataset, spec: RunSpec) -> Outcome:
         training = _prepared(run, config, dataset, spec, checkpointer)
         if spec.resumes:
             spec.callback.run_resumed(training.state.progress.best_accuracy)
-        run.check()
+        run.sender.check()
         uploaded = bool(spec.checkpoints.checkpoint_upload_minutes or spec.resumes)  # perhaps by an earlier command
-        with _forgotten_after_divergence(run, checkpointer, uploaded):
+        try:
             pruned = _train(run, training, checkpointer, spec)
+        except Diverged:  # it would again
+            checkpointer.remove()
+            if uploaded:
+                run.discard(CHECKPOINTS)
+            raise
         outcome = _prune(run, training, dataset) if pruned else _end(run, training, dataset, spec)
         if uploaded:
             run.discard(CHECKPOINTS)
@@ -170,20 +173,3 @@ def _prune(run: OpenRun, training: Training, dataset: Dataset) -> Outcome:
     run.log_metrics({"selected/val_accuracy": best})
     run.set_tags({OUTCOME: "pruned"})
     return Outcome(run.ended(), training.config, dataset, state.evaluated, best, last, pruned=True)
-
-
-@contextmanager
-def _forgotten_after_divergence(run: OpenRun, checkpointer: Checkpointer, uploaded: bool) -> Iterator[None]:
-    """Remove the checkpoints of a training that diverges: it would again."""
-    try:
-        yield
-    except Diverged:
-        checkpointer.remove()
-        if uploaded:
-            run.discard(CHECKPOINTS)
-        raise
-
-
-def discard_checkpoints(run_id: str, options: CheckpointOptions) -> None:
-    """Remove what is left of a run that was completed elsewhere, or whose status alone was missing."""
-    Checkpointer(run_id, options, {}, lambda _: None).remove()

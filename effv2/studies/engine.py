@@ -29,12 +29,11 @@ from effv2.studies.plan import LoadData, Plan, progress_of, run_ids
 from effv2.studies.queue import ERROR, RUN, Queue, Trials
 from effv2.studies.storage import DATABASE_ERRORS, Storage, cannot_use, open_storage
 from effv2.studies.worker import AWAY, OpenedStudy, Outages, Worker, worker_process
-from effv2.tracking.models import model_address
 from effv2.tracking.read import known_runs, read_run, read_runs
 from effv2.tracking.run import open_parent, point_adopted_run_to, run_address, status_after
 from effv2.tracking.store import TRACKING_ERRORS, TrackingError, answers, reason, shown_uri, tracking_uri
 from effv2.tracking.tags import CODE_VERSION, COMMAND, PLANNED, QUEUE, STUDY, as_tags, names_in
-from effv2.tracking.writer import TrackedRun
+from effv2.tracking.writer import TrackedRun, model_address
 
 # User attributes of Optuna's study.
 DEFINITION, PARENT, FRESH, PUBLISHED = "definition", "parent_run", "fresh", "published"

@@ -21,9 +21,8 @@ from effv2.run.resume import Attempt, attempt
 from effv2.run.spec import RunSpec
 from effv2.studies.queue import ERROR, NAME, RUN, Params, Trials
 from effv2.tracking.accuracies import SELECTED_TEST
-from effv2.tracking.models import model_address
 from effv2.tracking.read import read_runs
-from effv2.tracking.writer import TrackedRun
+from effv2.tracking.writer import TrackedRun, model_address
 
 LoadData = Callable[[DataConfig], Dataset]
 

@@ -18,8 +18,7 @@ from effv2.run.resume import Attempt
 from effv2.run.spec import RunSpec
 from effv2.studies.plan import LoadData, Plan, StudyInfo, best_of, run_ids
 from effv2.studies.queue import NAME, Params, Trials
-from effv2.tracking.models import model_address
-from effv2.tracking.writer import TrackedRun
+from effv2.tracking.writer import TrackedRun, model_address
 
 KIND = "evaluate-pretrained"
 LONGEST_NAME = 200  # characters

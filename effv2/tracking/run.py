@@ -41,22 +41,18 @@ class OpenRun(TrackedRun):
     def __init__(self, info: RunInfo, message: Message, patience: float, resumed: bool) -> None:
         super().__init__(info.run_id, info.experiment_id)
         self.patience, self.completed, self._uploading = patience, False, False
-        self._sender = Sender(info.run_id, message, resumed)
+        self.sender = Sender(info.run_id, message, resumed)
 
     def _log(self, values: Values) -> None:
-        self._sender.put(values)
+        self.sender.put(values)
 
     def _call(self, write: Callable[[], None]) -> None:
-        self._sender.put(write)
-        self._sender.flush(self.patience)
+        self.sender.put(write)
+        self.sender.flush(self.patience)
 
     def ended(self) -> TrackedRun:
         """Return the run for writing to it once it has ended."""
         return TrackedRun(self.run_id, self.experiment_id)
-
-    def check(self) -> None:
-        """Wait until the store has all that was written so far; RunError if it doesn't take it."""
-        self._sender.check()
 
     def complete(self) -> None:
         """Say that all was logged: from here on the run ends FINISHED, whatever interrupts its delivery."""
@@ -83,25 +79,18 @@ class OpenRun(TrackedRun):
             shutil.rmtree(folder, ignore_errors=True)
 
         self._uploading = True
-        self._sender.put(upload)
-
-    def close(self) -> None:
-        """Let go of the run, whatever its status."""
-        self._sender.close()
-
-    def flush(self) -> None:
-        """Wait until everything is delivered, as long as the end of a run may wait."""
-        self._sender.flush(self.patience)
+        self.sender.put(upload)
 
     def end(self, status: str, error: BaseException | None = None) -> None:
         """Deliver what waits, then the status: past what can't be delivered where an error ended the run."""
         failed = {ERROR: f"{type(error).__name__}: {error}", OUTCOME: "failed"} if status == "FAILED" else {}
         ended = int(time.time() * 1000)
         last: list[Item] = [Values(tags=failed), lambda: MlflowClient().set_terminated(self.run_id, status, ended)]
-        early = UPLOAD_PATIENCE if self._uploading else EARLY_PATIENCE
-        delivered = self._sender.finish(last, self.patience if error is None else early)
+        waits = self._uploading and self.sender.trouble is None
+        early = UPLOAD_PATIENCE if waits else EARLY_PATIENCE
+        delivered = self.sender.finish(last, self.patience if error is None else early)
         if error is None and not delivered:
-            self._sender.flush(0)
+            self.sender.flush(0)
         elif not delivered and answers():
             self.set_status(status)
 
@@ -128,7 +117,7 @@ def open_run(
     monitor = _monitor(run.run_id, bool(resumes), message)
     try:
         yield run
-        run.flush()
+        run.sender.flush(patience)
         run.end("FINISHED")
     except BaseException as error:
         complete = run.completed and not isinstance(error, RunError)
@@ -138,7 +127,7 @@ def open_run(
                 run.end("FINISHED" if complete else status_after(error), error)
         raise
     finally:
-        run.close()
+        run.sender.close()
         if monitor is not None:
             monitor.finish()
 

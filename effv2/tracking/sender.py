@@ -81,7 +81,7 @@ class Sender:
         self._known: KnownSteps | None = {} if resumed else None
         self._waiting: deque[Item] = deque()
         self._changed = threading.Condition()
-        self._trouble: Exception | None = None  # why the last attempt failed
+        self.trouble: Exception | None = None  # why the last attempt failed
         self._refusal: Exception | None = None  # the first that was for good
         self._at_once = MOST_AT_ONCE
         self._checked = False
@@ -99,8 +99,8 @@ class Sender:
     def check(self) -> None:
         """Wait until everything is delivered; RunError at the first failure: before a training begins."""
         with self._changed:
-            self._changed.wait_for(lambda: not self._waiting or self._trouble)
-            trouble = self._refusal or self._trouble
+            self._changed.wait_for(lambda: not self._waiting or self.trouble)
+            trouble = self._refusal or self.trouble
         if trouble is not None:
             raise RunError(
                 f"The tracking store {shown_uri()} doesn't take what the run logs ({reason(trouble)}); mend it.",
@@ -114,7 +114,7 @@ class Sender:
             delivered = self._changed.wait_for(lambda: not self._waiting, seconds)
         self._raise_refusal()
         if not delivered:
-            why = reason(self._trouble) if self._trouble else "no answer yet"
+            why = reason(self.trouble) if self.trouble else "no answer yet"
             raise TrackingAway(
                 f"The tracking store {shown_uri()} is away, or takes nothing ({why}): some of the run {self.run_id} "
                 "is in its last checkpoint alone; start it.",
@@ -153,7 +153,7 @@ class Sender:
                 for _ in batch if done else []:
                     self._waiting.popleft()
                 self._changed.notify_all()
-                if not done and self._trouble is not None:
+                if not done and self.trouble is not None:
                     self._changed.wait_for(lambda: self._closing, pause)
             pause = WAIT_SECONDS if done else min(2 * pause, LONGEST_WAIT)
 
@@ -165,7 +165,7 @@ class Sender:
     def _try(self, batch: list[Item]) -> bool:
         """Send a batch, say whether it is done with; tell of an outage at its begin and its end."""
         try:
-            if self._trouble is not None and not answers():
+            if self.trouble is not None and not answers():
                 return False
             if isinstance(batch[0], Values):
                 send_values(self.run_id, [item for item in batch if isinstance(item, Values)], self._known)
@@ -179,13 +179,13 @@ class Sender:
                     return False
                 self._refusal = self._refusal or error
                 return True
-            if self._trouble is None and self._checked:
+            if self.trouble is None and self._checked:
                 self._say(f"is away, or takes nothing ({reason(error)}): the run continues, what it logs waits.")
-            self._trouble = error
+            self.trouble = error
             return False
-        if self._trouble is not None and self._checked:
+        if self.trouble is not None and self._checked:
             self._say("is back.")
-        self._trouble = None
+        self.trouble = None
         return True
 
     def _say(self, text: str) -> None:

@@ -1,22 +1,25 @@
-"""Writing to one run: params, metrics, tags, data sets, artifacts, its model, its status."""
+"""Writing to one run: params, metrics, tags, data sets, artifacts, its status, and its model, which holds no pickle."""
 
 from __future__ import annotations
 
 import json
 import tempfile
-from collections.abc import Callable, Mapping
-from contextlib import suppress
+import warnings
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path, PurePosixPath
 from typing import Any
 
+import mlflow
 from mlflow import MlflowClient
-from mlflow.entities import Dataset, DatasetInput, InputTag
+from mlflow.entities import Dataset, DatasetInput, InputTag, LoggedModel, LoggedModelStatus
 from mlflow.exceptions import MlflowException
 from mlflow.store.artifact.artifact_repository_registry import get_artifact_repository
 
 from effv2.core.provenance import GitState
-from effv2.tracking.models import log_served_model
+from effv2.serving import image_classifier_path
 from effv2.tracking.sender import Values, send_values
+from effv2.tracking.store import is_missing
 from effv2.tracking.tags import DATA_CONTEXT, GIT_COMMIT, GIT_DIRTY, LONGEST_TAG, NOTE
 
 
@@ -109,3 +112,66 @@ def discard(run_id: str, name: str, but: str) -> None:
         if PurePosixPath(file.path).name != but:
             with suppress(MlflowException, NotImplementedError, OSError):
                 repository.delete_artifacts(file.path)  # type: ignore[no-untyped-call]
+
+
+def model_address(run_id: str) -> str:
+    """Return the address of the model that was logged to a run, empty where none was, or not all of it."""
+    ready = [model for model in _models(run_id) if model.status == LoggedModelStatus.READY]
+    return f"models:/{ready[-1].model_id}" if ready else ""
+
+
+def _models(run_id: str) -> list[LoggedModel]:
+    """Return the models of a run that were not deleted."""
+    client, found = MlflowClient(), []
+    outputs = client.get_run(run_id).outputs
+    for each in outputs.model_outputs if outputs else []:
+        try:
+            found.append(client.get_logged_model(each.model_id))
+        except MlflowException as error:
+            if not is_missing(error):
+                raise
+    return found
+
+
+def log_served_model(run_id: str, files: Mapping[str, Path], example: str, torch_version: str) -> None:
+    """Log the served model, image in, class names and probabilities out, unless the run has it.
+
+    `files` are the artifacts that the serving file names, `example` is a base64 image. A model that an earlier attempt
+    left unfinished is filled. The requirements are given, since inferring them takes MLflow several seconds.
+    """
+    there = _models(run_id)
+    if any(model.status == LoggedModelStatus.READY for model in there):
+        return
+    unfinished = there[-1].model_id if there else None
+    # MLflow remarks, past every filter, that the model's inputs are of any type; they are so on purpose. An unfinished
+    # model is linked to the run already; linking it again is refused.
+    with warnings.catch_warnings(record=True), nullcontext() if unfinished else _active(run_id):
+        from mlflow import pyfunc
+
+        pyfunc.log_model(
+            name="model",
+            model_id=unfinished,
+            python_model=str(image_classifier_path()),
+            artifacts={name: str(path) for name, path in files.items()},
+            input_example=[example],
+            pip_requirements=[
+                f"mlflow=={mlflow.__version__}",
+                f"torch=={torch_version.partition('+')[0]}",
+                "numpy>=2.0",
+                "pillow>=11",
+            ],
+        )
+
+
+@contextmanager
+def _active(run_id: str) -> Iterator[None]:
+    """Make a run the active one, which leaves it as it was."""
+    client = MlflowClient()
+    before = client.get_run(run_id).info
+    mlflow.start_run(run_id, nested=True, log_system_metrics=False)
+    try:
+        yield
+    finally:
+        mlflow.end_run(before.status)
+        if before.end_time:
+            client.set_terminated(run_id, before.status, before.end_time)
