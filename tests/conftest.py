@@ -19,6 +19,9 @@ from PIL import Image
 
 from effv2.config.schema import TrainConfig
 
+if workers := os.environ.get("PYTEST_XDIST_WORKER_COUNT"):  # processes of the suite divide the cores among them
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // int(workers))))
+
 ROOT = Path(__file__).parents[1]
 settings.register_profile("effv2", deadline=None)  # another process may hold the machine for a moment
 settings.load_profile("effv2")

@@ -20,7 +20,7 @@ from tests.servers import Server
 STUDY = f"""
 name: outage
 config:
-  data: {{image_size: 16, per_class: 60}}
+  data: {{image_size: 16, per_class: 40}}
   model: {{variant: tiny, table: {TINY_TABLE}}}
   schedule: {{epochs: EPOCHS}}
   execution: {{device: cpu, precision: fp32}}
@@ -74,7 +74,7 @@ def check_complete(epochs: int) -> None:
     assert len(run.outputs.model_outputs if run.outputs else []) == 1
 
 
-@pytest.mark.parametrize(("seconds", "epochs"), [(3, 40), pytest.param(60, 600, marks=long)])
+@pytest.mark.parametrize(("seconds", "epochs"), [(3, 60), pytest.param(60, 900, marks=long)])
 def test_an_outage_costs_no_metric_and_no_time(server: Server, tmp_path: Path, seconds: int, epochs: int) -> None:
     with running(ROOT / "entry_points" / "train.py", "--study", make_study(tmp_path, epochs), stderr=-1) as process:
         wait_for_epoch(epochs // 6, process)
@@ -95,7 +95,7 @@ def test_an_outage_costs_no_metric_and_no_time(server: Server, tmp_path: Path, s
         assert statistics.median(during) < 1.03 * statistics.median(before)
 
 
-@pytest.mark.parametrize(("seconds", "epochs"), [(1, 50), pytest.param(60, 600, marks=long)])
+@pytest.mark.parametrize(("seconds", "epochs"), [(1, 60), pytest.param(60, 900, marks=long)])
 def test_a_trainer_that_dies_with_the_server_loses_nothing(
     server: Server, tmp_path: Path, seconds: int, epochs: int
 ) -> None:
