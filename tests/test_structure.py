@@ -83,3 +83,9 @@ def test_imports_have_no_cycle() -> None:
 
 def test_the_package_keeps_to_its_budget() -> None:
     assert sum(path.read_text().count("\n") for path in MODULES) <= MOST_LINES
+
+
+def test_the_reading_order_is_an_afternoon() -> None:
+    text = (ROOT / "docs" / "architecture.md").read_text()
+    spine = re.findall(r"^\| `(\w+/\w+\.py)` \|", text, re.MULTILINE)
+    assert len(spine) > 10 and sum((PACKAGE / file).read_text().count("\n") for file in spine) <= 3_500
