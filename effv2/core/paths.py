@@ -21,11 +21,6 @@ def expanded(path: str) -> Path:
     return Path(os.path.expanduser(path))  # noqa: PTH111
 
 
-def outbox_folder() -> Path:
-    """Return where runs keep what the tracking store doesn't have yet."""
-    return cache_folder() / "outbox"
-
-
 def write_atomically(path: Path, text: str) -> None:
     """Write a small file so that it is seen whole or not at all, whoever else writes it; OSError."""
     unfinished = path.parent / f".{uuid.uuid4().hex}"  # not by tempfile, which would hide it from other users for good
