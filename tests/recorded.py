@@ -36,8 +36,7 @@ from effv2.config.schema import (
     TrainConfig,
 )
 from effv2.core.provenance import VERSIONS
-from effv2.data.augment import augment_images
-from effv2.data.batches import NORMALISATIONS, batch_count, epoch_order, normalised
+from effv2.data.batches import NORMALISATIONS, augment_images, batch_count, epoch_order, normalised
 from effv2.data.dataset import Dataset, Split, load_dataset
 from effv2.data.images import CentreCrop, Square
 from effv2.execution.device import make_execution
@@ -56,7 +55,6 @@ DECIDING: dict[str, dict[str, tuple[str, ...]]] = {
         "architecture.py": ("build_model", "_block_config", "Stage", "Table", "count_parameters", "gflops_of"),
     },
     "batches": {
-        "data/augment.py": (),
         "data/batches.py": (),
         "data/dataset.py": ("Split", "Dataset", "to_device"),
     },
@@ -69,14 +67,13 @@ DECIDING: dict[str, dict[str, tuple[str, ...]]] = {
     },
     "execution": {f"execution/{name}.py": () for name in ("device", "fast_paths", "cuda_graphs")},
     "evaluation": {
-        **{f"pretrained/{name}.py": () for name in ("evaluation", "images", "imagenet", "measure", "weights")},
+        **{f"pretrained/{name}.py": () for name in ("evaluation", "images", "measure", "weights")},
         "run/artifacts.py": (),
     },
 }
 # Modules of the rooms above in which nothing decides a result, or nothing that the digest of the data doesn't hold.
 EXEMPT = {
     "data/cache.py",
-    "data/folders.py",
     "data/sources.py",
     "execution/allocator.py",
     "execution/resolve.py",

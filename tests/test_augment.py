@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from effv2.config.schema import AugmentConfig
-from effv2.data.augment import augment_images, mix_samples, one_hot, random_crop, random_erasing, random_flip
+from effv2.data.batches import augment_images, mix_samples, one_hot, random_crop, random_erasing, random_flip
 
 
 def gradient_images(count: int = 16, size: int = 8) -> torch.Tensor:

@@ -52,10 +52,6 @@ class LabelledImages:
             image.load()
             return image
 
-    def where(self, index: int) -> str:
-        """Say where one image lies, for error messages."""
-        return str(self.items[index]) if self._in_files else f"image {self.ids[index]}"
-
     def stamp(self) -> str:
         """Return a string that changes whenever the content may have changed, quickly."""
         if not self._in_files:
@@ -84,7 +80,7 @@ class LabelledImages:
     def take(self, positions: Any) -> LabelledImages:
         """Return the images at `positions`."""
         at = np.asarray(positions, dtype=np.int64)
-        return LabelledImages(self.items[at], self.labels[at], tuple(self.ids[i] for i in at))
+        return LabelledImages(self.items[at], self.labels[at], tuple(map(self.ids.__getitem__, at)))
 
     def join(self, others: LabelledImages) -> LabelledImages:
         """Return these images and then `others`, which must lie alike."""
@@ -116,9 +112,8 @@ class Square:
 
 @dataclass(frozen=True)
 class CentreCrop:
-    """The shorter side resized to `resize`, then the central square of `size`: torchvision's classification preset.
+    """The shorter side resized to `resize`, then the central square of `size`: torchvision's preset, by its functions.
 
-    Its own functions do it, on the image that Pillow decoded, so the bytes are those that the preset would scale.
     `interpolation` is torchvision's name of it, as bilinear.
     """
 

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from effv2.config.schema import TrainConfig
-from effv2.data.batches import evaluation_batches, to_input
+from effv2.data.batches import to_input
 from effv2.data.dataset import Split, to_device
 from effv2.execution.device import Execution, Forward
 
@@ -40,8 +40,9 @@ def evaluate(network: Forward, split: Split, config: TrainConfig, execution: Exe
     """Run a network for inference (of Execution) over `split`; the argmax is over all outputs."""
     logits = []
     with torch.inference_mode():
-        for images, _ in evaluation_batches(split, config.evaluation.batch_size):
-            inputs = to_input(to_device(images, execution.device), config.data, execution.channels_last)
+        for positions in torch.arange(len(split)).split(config.evaluation.batch_size):
+            images = to_device(split.images(positions), execution.device)
+            inputs = to_input(images, config.data, execution.channels_last)
             with execution.autocast():
                 logits.append(network(inputs).to(torch.float32, copy=True))
         everything = torch.cat(logits).cpu()

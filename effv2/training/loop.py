@@ -14,8 +14,15 @@ from effv2.config.schema import TrainConfig
 from effv2.core.errors import Diverged
 from effv2.core.randomness import private_randomness, seed_generators, stream_seed
 from effv2.core.signals import uninterrupted
-from effv2.data.augment import augment_images, mix_samples, one_hot
-from effv2.data.batches import batch_count, epoch_order, to_input, training_batches
+from effv2.data.batches import (
+    augment_images,
+    batch_count,
+    epoch_order,
+    mix_samples,
+    one_hot,
+    to_input,
+    training_batches,
+)
 from effv2.data.dataset import Dataset, to_device
 from effv2.execution.cuda_graphs import Function
 from effv2.execution.device import Execution
