@@ -30,7 +30,7 @@ from effv2.evidence.protocols import published_runs
 from effv2.execution.device import make_execution
 from effv2.training.evaluate import EPOCH_METRICS, Evaluation, evaluate
 from effv2.training.loop import EpochResult, Training
-from effv2.training.schedules import Schedule
+from effv2.training.optimisers import Schedule
 from effv2.training.state import Progress, TrainState
 from tests.conftest import tiny_config
 

@@ -61,7 +61,7 @@ def normalised(images: Tensor, statistics: Statistics, channels_last: bool) -> T
     return scaled
 
 
-def augment_images(images: Tensor, config: AugmentConfig) -> Tensor:
+def augment(images: Tensor, config: AugmentConfig) -> Tensor:
     """Crop, flip, TrivialAugment and erase; bytes in, bytes out, same shape."""
     if config.crop:
         images = random_crop(images, config.crop)

@@ -144,7 +144,7 @@ def _load_standard(config: DataConfig, source: Source, on_decoded: OnDecoded | N
     chosen["train"] = source.train, left[sampled]
 
     # What comes from one part shares one cache entry: without per_class, whatever the split seed.
-    splits = {}
+    splits: dict[str, Split] = {}
     for part in {id(part): part for part, _ in chosen.values()}.values():
         positions = {name: at for name, (of, at) in chosen.items() if of is part}
         needed = np.unique(np.concatenate(list(positions.values())))
