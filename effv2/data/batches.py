@@ -41,8 +41,7 @@ def batch_count(count: int, batch_size: int) -> int:
 
 def training_batches(split: Split, order: Tensor, batch_size: int) -> Iterator[tuple[Tensor, Tensor]]:
     """Yield (uint8 images (B, 3, H, W), labels (B)) in the given order."""
-    for step in range(batch_count(len(order), batch_size)):
-        positions = order[step * batch_size : (step + 1) * batch_size]
+    for positions in order.split(batch_size)[: batch_count(len(order), batch_size)]:
         yield split.images(positions), split.labels[positions]
 
 

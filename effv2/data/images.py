@@ -103,10 +103,7 @@ class Square:
     size: int
 
     def __call__(self, image: Image.Image) -> Bytes:
-        """Turn an image of any size and mode into RGB bytes (size, size, 3).
-
-        The served model repeats these lines (it must not need this package); a test holds the two together.
-        """
+        """Turn an image of any size and mode into RGB bytes (size, size, 3); the served model has a copy of this."""
         return np.asarray(to_rgb(image).resize((self.size, self.size), Image.Resampling.BILINEAR), dtype=np.uint8)
 
 

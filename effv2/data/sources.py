@@ -206,10 +206,8 @@ def _read_folders(name: str, root: Path, what: str) -> Source:
         if differing := sorted({*classes} ^ {*_classes(part, what)}):
             problem = f"the folders {train.name} and {part.name} hold different classes ({', '.join(differing)})"
             raise InputError("data.dir", root, problem, "give both the same ones")
-    of_validation, of_test = (_images(root, part, classes) if part else None for part in (validation, test))
-    return Source(
-        name, str(root), tuple(map(_printable, classes)), _images(root, train, classes), of_validation, of_test
-    )
+    of_val, of_test = (_images(root, part, classes) if part else None for part in (validation, test))
+    return Source(name, str(root), tuple(map(_printable, classes)), _images(root, train, classes), of_val, of_test)
 
 
 def _find(folder: Path, names: tuple[str, ...]) -> Path | None:

@@ -57,10 +57,7 @@ class Execution:
         return network
 
     def inference_factory(self, model: nn.Module) -> Callable[[], Forward]:
-        """Return a function that gives `model` for inference: its graph or copy, valid until it is called again.
-
-        It is to be called after the weights have changed.
-        """
+        """Return what gives `model` for inference, called when its weights have changed; valid until the next call."""
         if not self._uses_graphs:
             return lambda: self.inference_copy(model)
         network = sharing_copy(model).eval()
@@ -151,15 +148,10 @@ def fold_batch_norm(model: nn.Module) -> None:
         conv, norm = map(modules.__getitem__, names)
         once = all(calls.count(name) == 1 for name in names)
         if once and isinstance(conv, nn.Conv2d) and isinstance(norm, nn.BatchNorm2d) and norm.track_running_stats:
+            statistics = cast(Tensor, norm.running_mean), cast(Tensor, norm.running_var), norm.eps
+            fused = fuse_conv_bn_weights(conv.weight, conv.bias, *statistics, norm.weight, norm.bias)
             folded = sharing_copy(conv)
-            statistics = (
-                cast(Tensor, norm.running_mean),
-                cast(Tensor, norm.running_var),
-                norm.eps,
-                norm.weight,
-                norm.bias,
-            )
-            folded.weight, folded.bias = fuse_conv_bn_weights(conv.weight, conv.bias, *statistics)
+            folded.weight, folded.bias = fused
             model.set_submodule(names[0], folded)
             model.set_submodule(names[1], nn.Identity())
 

@@ -39,10 +39,7 @@ PIXELS = 2**18  # a timed step has at most so many, so that large images don't m
 
 
 def with_device(config: TrainConfig) -> TrainConfig:
-    """Return `config` with a device of this machine; InputError for a device or a compiler that it lacks.
-
-    Quick, so that it comes before images are decoded.
-    """
+    """Return `config` with a device of this machine, quickly; InputError for a device or a compiler that it lacks."""
     device = resolve_device(config.execution.device)
     if config.execution.compile:
         check_compiler(device)
@@ -50,10 +47,7 @@ def with_device(config: TrainConfig) -> TrainConfig:
 
 
 def resolve(config: TrainConfig, message: Message) -> TrainConfig:
-    """Return `config` with `auto` replaced by what this machine has; InputError as with_device.
-
-    The precision may be timed, which takes seconds, so this comes after all checks; `message` then gets a sentence.
-    """
+    """Resolve `auto`, after all checks: precisions may be timed for seconds, of which `message` gets a sentence."""
     return resolve_study([config], message)[0]
 
 
@@ -111,7 +105,6 @@ def _with_execution(config: TrainConfig, **update: str) -> TrainConfig:
 
 
 def _prefers_bf16(config: TrainConfig, message: Message) -> bool:
-    """Say whether bf16 suits the device: where it is native and, on a CPU, was timed to be worthwhile."""
     if config.execution.device != "cpu":
         return config.execution.device == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
     timed = _calibrate(config, message) if _cpu_has_bf16() else None

@@ -65,10 +65,7 @@ class ImageClassifier(PythonModel):
 
 
 def to_pixels(image: Image.Image, settings: dict[str, Any]) -> Any:
-    """Turn an image of any mode into RGB bytes (image_size, image_size, 3), exactly as in training or evaluation.
-
-    ValueError for one that is to be enlarged and is too long for it.
-    """
+    """Turn an image of any mode into RGB bytes (size, size, 3) as training did; ValueError if too long to enlarge."""
     if image.mode.startswith("I;16"):  # Pillow would clip 16-bit greys at 255
         image = Image.fromarray((np.asarray(image, dtype=np.uint16) >> 8).astype(np.uint8))
     image, size = image.convert("RGB"), settings["image_size"]

@@ -83,8 +83,11 @@ class Training:
                 progress.history.append(metrics)
                 watched = watched_accuracy(metrics)
                 self.state.schedule.after_epoch(progress.epoch, watched)
-                if progress.note(watched) and self.dataset.validation is not None:
-                    self.state.select()
+                if watched > progress.best_accuracy:
+                    progress.best_accuracy, progress.best_epoch = watched, progress.epoch
+                    if self.dataset.validation is not None:
+                        weights = self.state.evaluated.state_dict()
+                        self.state.selected = {name: value.detach().clone() for name, value in weights.items()}
             yield EpochResult(progress.epoch, metrics)
 
     def _train_epoch(self) -> Metrics:

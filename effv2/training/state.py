@@ -33,13 +33,6 @@ class Progress:
     best_epoch: int = 0
     history: list[dict[str, float]] = field(default_factory=list)
 
-    def note(self, accuracy: float) -> bool:
-        """Take the watched accuracy of the epoch just finished; say whether it is the best so far."""
-        if accuracy <= self.best_accuracy:
-            return False
-        self.best_accuracy, self.best_epoch = accuracy, self.epoch
-        return True
-
     def should_stop(self, stopping: StoppingConfig) -> bool:
         """Say whether `patience` epochs brought no better watched accuracy, all of them after `min_epochs`.
 
@@ -152,7 +145,3 @@ class TrainState:
         """Go back to the weights of the selected epoch; without a validation split it is the last one."""
         if self.selected is not None:
             self.evaluated.load_state_dict(self.selected)
-
-    def select(self) -> None:
-        """Keep a copy of the evaluated weights as the selected ones."""
-        self.selected = {name: value.detach().clone() for name, value in self.evaluated.state_dict().items()}
