@@ -27,7 +27,7 @@ ROOMS = (
     "studies",
     "cli",
 )
-FLOORS = {"__init__": 0, "architecture": 1} | {room: 2 * number for number, room in enumerate(ROOMS, 1)}
+FLOORS = {"__init__": 0, "architecture": 3} | {room: 2 * number for number, room in enumerate(ROOMS, 1)}
 OPTION = re.compile(r"(?<![\w-])--[a-z][a-z-]+")
 MOST_LINES, LONGEST_MODULE, LONGEST_FUNCTION = 10_000, 350, 50
 MODULES = sorted(path for path in PACKAGE.rglob("*.py"))
