@@ -160,7 +160,7 @@ def loop_form(kind: str, config: Any, dataset: Any) -> Form:
     import torch
     from torch.nn import functional as F
 
-    from effv2.data.batches import epoch_order, evaluation_batches, to_input, training_batches
+    from effv2.data.batches import epoch_order, to_input, training_batches
 
     if kind == "timm":
         import timm
@@ -206,7 +206,8 @@ def loop_form(kind: str, config: Any, dataset: Any) -> Form:
         model.eval()
         started = time.perf_counter()
         with torch.inference_mode(), torch.autocast("cpu", torch.bfloat16, enabled=kind == "plain16"):
-            for images, _ in evaluation_batches(few, config.evaluation.batch_size):
+            for positions in torch.arange(len(few)).split(config.evaluation.batch_size):
+                images = few.images(positions)
                 model(to_input(images, config.data, last))
         return (time.perf_counter() - started) / EVALUATED
 

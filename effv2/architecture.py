@@ -38,8 +38,7 @@ class Stage:
     def __str__(self) -> str:
         """Return the row in the notation of this module."""
         block, ratio, *numbers, squeeze_excitation = astuple(self)
-        words = [block, f"{ratio:g}", *map(str, numbers)]
-        return " ".join(words if squeeze_excitation else [*words, "noSE"])
+        return " ".join([block, f"{ratio:g}", *map(str, numbers), *([] if squeeze_excitation else ["noSE"])])
 
 
 @dataclass(frozen=True)
@@ -99,28 +98,19 @@ def halve_layers(table: Table) -> Table:
 
 
 def scale_depth(table: Table, multiplier: float) -> Table:
-    """Multiply the layers of the MBConv stages, rounded up: torchvision's MBConvConfig(depth_mult=...).
-
-    Fused stages stay as they are: torchvision's FusedMBConvConfig has no multiplier, and the published
-    hyper-parameter check scaled the MBConv stages alone.
-    """
+    """Multiply the layers of the MBConv stages, rounded up, as torchvision and the published hyper-parameter check."""
     scaled = (replace(s, layers=math.ceil(s.layers * multiplier)) if s.block == "M" else s for s in table.stages)
     return replace(table, stages=tuple(scaled))
 
 
 def scale_width(table: Table, multiplier: float) -> Table:
-    """Multiply the channels of every stage, rounded to multiples of 8 as in the EfficientNet paper.
-
-    The head keeps its width. A channel count never falls by more than a tenth through rounding.
-    """
+    """Multiply the channels of every stage, not of the head, to multiples of 8 as in the EfficientNet paper."""
 
     def width(channels: int) -> int:
         scaled = channels * multiplier
         rounded = max(8, int(scaled + 4) // 8 * 8)
-        return rounded + 8 if rounded < 0.9 * scaled else rounded
+        return rounded + 8 if rounded < 0.9 * scaled else rounded  # never more than a tenth lower
 
-    if multiplier == 1:
-        return table
     scaled = (replace(s, in_channels=width(s.in_channels), out_channels=width(s.out_channels)) for s in table.stages)
     return replace(table, stages=tuple(scaled))
 
@@ -171,14 +161,12 @@ def build_model(
     stochastic_depth: float = 0.2,
     zero_init_residual: bool = False,
 ) -> EfficientNet:
-    """Build torchvision's EfficientNet from `table`: images (N, 3, H, W) to logits (N, num_classes).
+    """Build torchvision's EfficientNetV2 from `table`: images (N, 3, H, W) to logits (N, num_classes).
 
-    Batch norm has epsilon 1e-3 as in torchvision's EfficientNetV2; `dropout` is that before the classifier;
-    the probability of stochastic depth rises linearly from 0 at the first of n blocks to (n - 1) / n of
-    `stochastic_depth` at the last, as in torchvision.
-    Parameters are initialised from torch's global generator. With `zero_init_residual` the last batch norm of every
-    residual branch begins with a weight of zero, so that each of these blocks begins as the identity (Goyal et al.
-    2017, section 5.1); all other parameters begin as they do without.
+    `dropout` is that before the classifier; stochastic depth rises linearly from 0 at the first of n blocks to
+    (n - 1) / n of `stochastic_depth` at the last. Parameters are initialised from torch's global generator. With
+    `zero_init_residual` the last batch norm of every residual branch begins with a weight of zero, so that each of
+    these blocks begins as the identity (Goyal et al. 2017, section 5.1); nothing else changes.
     """
     from torch import nn
     from torchvision.models import EfficientNet
@@ -218,10 +206,7 @@ def count_parameters(model: nn.Module) -> int:
 
 
 def count_gflops(table: Table, num_classes: int, image_size: int) -> float:
-    """Count 10^9 multiply-accumulates of one forward pass of one image, as the paper and torchvision do.
-
-    Convolutions and matrix products are counted, element-wise work is not.
-    """
+    """Count 10^9 multiply-accumulates of one image, as the paper and torchvision: no element-wise work."""
     import torch
 
     with torch.device("meta"):

@@ -36,14 +36,13 @@ from effv2.config.schema import (
     TrainConfig,
 )
 from effv2.core.provenance import VERSIONS
-from effv2.data.augment import augment_images
-from effv2.data.batches import NORMALISATIONS, batch_count, epoch_order, normalised
+from effv2.data.batches import NORMALISATIONS, augment, batch_count, epoch_order, normalised
 from effv2.data.dataset import Dataset, Split, load_dataset
 from effv2.data.images import CentreCrop, Square
 from effv2.execution.device import make_execution
 from effv2.training.evaluate import evaluate
 from effv2.training.loop import Training
-from effv2.training.schedules import Schedule
+from effv2.training.optimisers import Schedule
 from effv2.training.state import Progress, TrainState
 
 ROOT = Path(__file__).parents[1]
@@ -56,13 +55,12 @@ DECIDING: dict[str, dict[str, tuple[str, ...]]] = {
         "architecture.py": ("build_model", "_block_config", "Stage", "Table", "count_parameters", "gflops_of"),
     },
     "batches": {
-        "data/augment.py": (),
         "data/batches.py": (),
         "data/dataset.py": ("Split", "Dataset", "to_device"),
     },
     "training": {
         "core/randomness.py": (),
-        **{f"training/{name}.py": () for name in ("evaluate", "loop", "optimisers", "schedules", "state")},
+        **{f"training/{name}.py": () for name in ("evaluate", "loop", "optimisers", "state")},
         "run/records.py": ("log_end", "log_test"),
         "run/run.py": ("train_run", "_prepared", "_resume", "_train", "_end"),
         "run/artifacts.py": (),
@@ -76,7 +74,6 @@ DECIDING: dict[str, dict[str, tuple[str, ...]]] = {
 # Modules of the rooms above in which nothing decides a result, or nothing that the digest of the data doesn't hold.
 EXEMPT = {
     "data/cache.py",
-    "data/folders.py",
     "data/sources.py",
     "execution/allocator.py",
     "execution/resolve.py",
@@ -264,7 +261,7 @@ def _exact() -> dict[str, str]:
     generator = np.random.default_rng(0)
     images = torch.from_numpy(generator.integers(0, 256, (16, 3, 12, 12), dtype=np.uint8))
     torch.manual_seed(0)
-    augmented = augment_images(images, AugmentConfig(crop=2, flip=True, erasing=0.5))
+    augmented = augment(images, AugmentConfig(crop=2, flip=True, erasing=0.5))
     with tempfile.TemporaryDirectory() as folder:
         coloured, deep = Path(folder, "image.png"), Path(folder, "deep.png")
         Image.fromarray(generator.integers(0, 256, (13, 17, 4), dtype=np.uint8)).save(coloured)

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from effv2.config.schema import AugmentConfig
-from effv2.data.augment import augment_images, mix_samples, one_hot, random_crop, random_erasing, random_flip
+from effv2.data.batches import augment, mix_samples, one_hot, random_crop, random_erasing, random_flip
 
 
 def gradient_images(count: int = 16, size: int = 8) -> torch.Tensor:
@@ -30,9 +30,9 @@ def test_each_sample_is_drawn_apart_and_repeatably(options: dict[str, object]) -
     config = AugmentConfig.model_validate(options)
     images = gradient_images()
     torch.manual_seed(0)
-    first = augment_images(images, config)
+    first = augment(images, config)
     torch.manual_seed(0)
-    assert torch.equal(first, augment_images(images, config))
+    assert torch.equal(first, augment(images, config))
     assert distinct(first) > 1
     assert first.shape == images.shape and first.dtype == torch.uint8
     assert torch.equal(images, gradient_images())  # the cache is not written to

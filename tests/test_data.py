@@ -19,7 +19,7 @@ from sklearn.model_selection import train_test_split
 from effv2.config.schema import DataConfig
 from effv2.core.errors import InputError
 from effv2.data import cache
-from effv2.data.batches import batch_count, epoch_order, evaluation_batches, to_input, training_batches
+from effv2.data.batches import batch_count, epoch_order, to_input, training_batches
 from effv2.data.dataset import Dataset, load_dataset, stratified_split
 from effv2.data.images import LabelledImages, Square, sha256_of
 from tests.conftest import make_image_tree
@@ -304,7 +304,7 @@ def test_batches_hold_every_sample_once_in_channels_last() -> None:
     assert not torch.equal(order, epoch_order(len(dataset.train), 0, 2))
     labels = torch.cat([labels for _, labels in training_batches(dataset.train, order, 32)])
     assert torch.equal(labels, dataset.train.labels[order])
-    images, _ = next(evaluation_batches(dataset.test, 7))
+    images = dataset.test.images(torch.arange(7))
     inputs = to_input(images, DataConfig(), channels_last=True)
     assert inputs.is_contiguous(memory_format=torch.channels_last) and inputs.min() >= 0 and inputs.max() <= 1
     normalised = to_input(images, DataConfig(normalise="imagenet"), channels_last=True)

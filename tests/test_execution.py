@@ -21,7 +21,7 @@ from effv2.architecture import build_model, parse_table
 from effv2.config.schema import TrainConfig
 from effv2.core.errors import InputError
 from effv2.execution import resolve as resolving
-from effv2.execution.device import Execution, _use_tf32, fold_batch_norm
+from effv2.execution.device import Execution, fold_batch_norm
 from effv2.execution.fast_paths import FEWEST_IMAGES, use_fast_paths
 from effv2.execution.resolve import Calibration, check_compiler, remembered, resolve, resolve_study
 from tests.conftest import tiny_config
@@ -144,7 +144,7 @@ def test_float32_means_float32_on_cuda_unless_bf16_is_wanted() -> None:
     try:
         for wanted, expected, other in ((True, "tf32", "ieee"), (False, "ieee", "tf32")):
             convolutions.fp32_precision = other  # one of its own, which need not follow cudnn's
-            _use_tf32(wanted)
+            Execution(torch.device("cuda"), wanted, channels_last=True).use_tf32(wanted)
             assert matmul.fp32_precision == convolutions.fp32_precision == expected
     finally:
         for setting, precision in zip(settings, before, strict=True):

@@ -30,7 +30,7 @@ from effv2.evidence.protocols import published_runs
 from effv2.execution.device import make_execution
 from effv2.training.evaluate import EPOCH_METRICS, Evaluation, evaluate
 from effv2.training.loop import EpochResult, Training
-from effv2.training.schedules import Schedule
+from effv2.training.optimisers import Schedule
 from effv2.training.state import Progress, TrainState
 from tests.conftest import tiny_config
 
@@ -138,7 +138,7 @@ def test_a_training_that_is_over_is_freed_at_once() -> None:
 
 
 def test_a_few_epochs_learn_digits() -> None:
-    config = tiny_config(data={"image_size": 8, "per_class": 0}, schedule={"epochs": 3}, optimiser={"lr": 0.01})
+    config = tiny_config(data={"image_size": 8, "per_class": 0}, schedule={"epochs": 2}, optimiser={"lr": 0.02})
     _, _, training = start(config)
     results = list(training)
     assert results[-1].metrics["test/accuracy"] > 0.85

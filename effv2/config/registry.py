@@ -56,4 +56,4 @@ class Registry:
 
 DATASETS = Registry("data set", "effv2.data.sources")
 OPTIMISERS = Registry("optimiser", "effv2.training.optimisers")
-SCHEDULES = Registry("schedule", "effv2.training.schedules")
+SCHEDULES = Registry("schedule", "effv2.training.optimisers")

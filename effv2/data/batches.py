@@ -1,4 +1,8 @@
-"""Batches of a split: order, scaling, memory format. No worker processes: the pixels are in memory."""
+"""Batches of a split: order, augmentation, scaling, memory format. No worker processes: the pixels are in memory.
+
+Augmentation draws for every sample apart, from torch's global generator on the CPU, which the training loop seeds for
+each step. Images are bytes (B, 3, H, W) until they are the network's input.
+"""
 
 from __future__ import annotations
 
@@ -6,8 +10,9 @@ from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
-from effv2.config.schema import DataConfig
+from effv2.config.schema import AugmentConfig, DataConfig
 from effv2.core.randomness import stream_seed
 from effv2.data.dataset import Split, to_device
 
@@ -17,6 +22,9 @@ NORMALISATIONS: dict[str, Statistics] = {
     "none": ((0.0,) * 3, (1.0,) * 3),
     "imagenet": ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),
 }
+# Share of the image that erasing removes, and its aspect ratio (Zhong et al. 2017; torchvision's defaults).
+ERASED_AREA = (0.02, 0.33)
+ERASED_RATIO = (0.3, 3.3)
 
 
 def epoch_order(count: int, seed: int, epoch: int) -> Tensor:
@@ -33,30 +41,113 @@ def batch_count(count: int, batch_size: int) -> int:
 
 def training_batches(split: Split, order: Tensor, batch_size: int) -> Iterator[tuple[Tensor, Tensor]]:
     """Yield (uint8 images (B, 3, H, W), labels (B)) in the given order."""
-    for step in range(batch_count(len(order), batch_size)):
-        positions = order[step * batch_size : (step + 1) * batch_size]
-        yield split.images(positions), split.labels[positions]
-
-
-def evaluation_batches(split: Split, batch_size: int) -> Iterator[tuple[Tensor, Tensor]]:
-    """Yield (uint8 images (B, 3, H, W), labels (B)) of every sample, in order."""
-    for positions in torch.arange(len(split)).split(batch_size):
+    for positions in order.split(batch_size)[: batch_count(len(order), batch_size)]:
         yield split.images(positions), split.labels[positions]
 
 
 def to_input(images: Tensor, config: DataConfig, channels_last: bool) -> Tensor:
     """Turn bytes (B, 3, H, W) into the network's float32 input on the same device."""
-    if config.normalise == "none":
-        return _scaled(images, channels_last)
     return normalised(images, NORMALISATIONS[config.normalise], channels_last)
 
 
 def normalised(images: Tensor, statistics: Statistics, channels_last: bool) -> Tensor:
     """Turn bytes (B, 3, H, W) into float32: scaled to [0, 1], less the mean, over the standard deviation."""
-    mean, std = (to_device(torch.tensor(numbers).view(3, 1, 1), images.device) for numbers in statistics)
-    return _scaled(images, channels_last).sub_(mean).div_(std)
-
-
-def _scaled(images: Tensor, channels_last: bool) -> Tensor:
     memory_format = torch.channels_last if channels_last else torch.contiguous_format
-    return images.to(torch.float32, memory_format=memory_format).div_(255)
+    scaled = images.to(torch.float32, memory_format=memory_format).div_(255)
+    if statistics != NORMALISATIONS["none"]:
+        mean, std = (to_device(torch.tensor(numbers).view(3, 1, 1), images.device) for numbers in statistics)
+        scaled.sub_(mean).div_(std)
+    return scaled
+
+
+def augment(images: Tensor, config: AugmentConfig) -> Tensor:
+    """Crop, flip, TrivialAugment and erase; bytes in, bytes out, same shape."""
+    if config.crop:
+        images = random_crop(images, config.crop)
+    if config.flip:
+        images = random_flip(images)
+    if config.trivial_augment:
+        from torchvision.transforms.v2 import TrivialAugmentWide
+
+        images = torch.stack(list(map(TrivialAugmentWide(), images)))
+    if config.erasing:
+        images = random_erasing(images, config.erasing)
+    return images
+
+
+def random_crop(images: Tensor, padding: int) -> Tensor:
+    """Shift each image by up to `padding` pixels both ways, the border filled by reflection."""
+    count, _, height, width = images.shape
+
+    def lines(length: int) -> Tensor:
+        """Fold what lies outside [0, length) back, the edge pixel not repeated."""
+        shift, period = torch.randint(-padding, padding + 1, (count, 1)), 2 * (length - 1)
+        line = (torch.arange(length) + shift).remainder(period)
+        return to_device(torch.minimum(line, period - line), images.device)
+
+    rows, columns = lines(height), lines(width)
+    sample = torch.arange(count, device=images.device)[:, None, None]
+    last = images.permute(0, 2, 3, 1)
+    return last[sample, rows[:, :, None], columns[:, None, :]].permute(0, 3, 1, 2)
+
+
+def random_flip(images: Tensor) -> Tensor:
+    """Mirror each image with probability 0.5."""
+    mirrored = to_device(torch.rand(len(images)) < 0.5, images.device)
+    return torch.where(mirrored[:, None, None, None], images.flip(3), images)
+
+
+def random_erasing(images: Tensor, probability: float) -> Tensor:
+    """Blacken a random rectangle of each image with the given probability."""
+    count, _, height, width = images.shape
+    area = torch.empty(count).uniform_(*ERASED_AREA) * height * width
+    ratio = torch.empty(count).uniform_(*torch.tensor(ERASED_RATIO).log().tolist()).exp()
+    chosen = torch.rand(count) < probability
+    heights = (area * ratio).sqrt().round().clamp(1, height) * chosen
+    widths = (area / ratio).sqrt().round().clamp(1, width)
+    inside = to_device(_rectangles(heights, widths, height, width), images.device)
+    return images.masked_fill(inside[:, None], 0)
+
+
+def mix_samples(inputs: Tensor, targets: Tensor, config: AugmentConfig) -> tuple[Tensor, Tensor]:
+    """Mix each sample with another of the batch by mixup or CutMix.
+
+    `inputs` are floats (B, 3, H, W), `targets` class probabilities (B, C); so are the results. With both on, a
+    coin decides for each sample. Mixup: Zhang et al. 2018; CutMix: Yun et al. 2019.
+    """
+    if not config.mixup and not config.cutmix:
+        return inputs, targets
+    count, _, height, width = inputs.shape
+    partner = to_device(torch.randperm(count), inputs.device)
+    cuts = torch.rand(count) < (0.5 if config.mixup and config.cutmix else float(config.cutmix > 0))
+
+    blend = _beta(config.mixup, count)
+    taken = 1 - _beta(config.cutmix, count)  # share of the image that the rectangle brings from the partner
+    heights = (taken.sqrt() * height).round() * cuts
+    widths = (taken.sqrt() * width).round()
+    inside = _rectangles(heights, widths, height, width)
+    share = to_device(torch.where(cuts, 1 - inside.flatten(1).float().mean(1), blend), inputs.device)
+
+    pixelwise = torch.where(cuts[:, None, None], 1 - inside.float(), blend[:, None, None])[:, None]
+    mixed = torch.lerp(inputs[partner], inputs, to_device(pixelwise, inputs.device))
+    return mixed, torch.lerp(targets[partner], targets, share[:, None])
+
+
+def _beta(alpha: float, count: int) -> Tensor:
+    return torch.distributions.Beta(alpha, alpha).sample((count,)) if alpha else torch.ones(count)
+
+
+def _rectangles(heights: Tensor, widths: Tensor, height: int, width: int) -> Tensor:
+    """Return masks (B, height, width) of rectangles of these sizes, uniformly placed inside the image."""
+
+    def span(sizes: Tensor, length: int) -> Tensor:
+        start = (torch.rand(len(sizes)) * (length - sizes + 1)).floor()[:, None]
+        line = torch.arange(length)
+        return (line >= start) & (line < start + sizes[:, None])
+
+    return span(heights, height)[:, :, None] & span(widths, width)[:, None, :]
+
+
+def one_hot(labels: Tensor, outputs: int, smoothing: float) -> Tensor:
+    """Return class probabilities (B, outputs), smoothed (Szegedy et al. 2016)."""
+    return F.one_hot(labels, outputs).float().mul_(1 - smoothing).add_(smoothing / outputs)

@@ -1,9 +1,8 @@
 """Decode and prepare every image once.
 
-An entry holds the pixels of a list of images after one preparation, and is found by content: the hash of the files'
-bytes and of the settings. A second, quicker table leads from the files' names, sizes and modification times
-to that hash, so that a second start neither reads nor decodes a file. Entries appear by renaming a finished
-folder, so that several processes and a kill can only lose work, never leave half an entry.
+An entry holds the pixels of a list of images after one preparation. Its key is a hash of the files' bytes and the
+settings. A stamp leads from the files' names, sizes and modification times to that key, so that a second start neither
+reads nor decodes a file. A finished entry appears by renaming a folder: a kill loses work, but leaves no half entry.
 
     <cache>/stamps/<hash of names, sizes, times and settings>    text: the key of the entry
     <cache>/entries/<key>/pixels.npy                             uint8 (N, size, size, 3)
@@ -25,7 +24,6 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, closing, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import cast
 
 import numpy as np
 import PIL
@@ -54,19 +52,22 @@ class Decoded:
 
 
 def decode(images: LabelledImages, preparation: Preparation, on_decoded: OnDecoded | None = None) -> Decoded:
-    """Return `images` as `preparation` makes them, from the cache where they are there.
-
-    InputError names every broken image at once.
-    """
+    """Return `images` as `preparation` makes them, from the cache where it has them; InputError names all broken."""
     settings = f"{VERSIONS['decoding']}/{preparation}/Pillow {PIL.__version__}"
     folder = cache_folder()
-    pointer = folder / "stamps" / _sha256(f"{images.stamp()}/{settings}")
-    if (found := _read(_pointed_to(pointer))) and len(found.rgb) == len(images):
-        return found
-    entry = folder / "entries" / _sha256(f"{images.digest()}/{settings}")
-    found = _read(entry)
+
+    def key(content: str) -> str:
+        return hashlib.sha256(f"{content}/{settings}".encode()).hexdigest()
+
+    pointer = folder / "stamps" / key(images.stamp())
+    with suppress(OSError, ValueError):
+        known = pointer.read_text("ascii")
+        found = _read(folder / "entries" / known) if re.fullmatch("[0-9a-f]{64}", known) else None
+        if found and len(found.rgb) == len(images):
+            return found
+    entry = folder / "entries" / key(images.digest())
     try:
-        if found is None:
+        if (found := _read(entry)) is None:
             entry.parent.mkdir(parents=True, exist_ok=True)  # before the work, not after it
             shape = (len(images), preparation.size, preparation.size, 3)
             found = _write(entry, shape, _prepared(images, preparation, on_decoded))
@@ -83,23 +84,20 @@ def decode(images: LabelledImages, preparation: Preparation, on_decoded: OnDecod
 def _prepared(
     images: LabelledImages, preparation: Preparation, on_decoded: OnDecoded | None
 ) -> Generator[tuple[Bytes, bool]]:
-    """Yield pixels, and whether they were stored as RGB, in order; every failure is collected for the end.
-
-    Threads do it: Pillow lets go of the interpreter lock.
-    """
+    """Yield pixels, and whether they were stored as RGB, in order; every failure is collected for the end."""
 
     def one(index: int) -> tuple[Bytes, bool] | str:
         try:
             image = images.open(index)
             return preparation(image), image.mode == "RGB"
         except BROKEN as error:
-            return f"{images.where(index)} ({type(error).__name__})"
+            return f"{images.items[index]} ({type(error).__name__})"
 
     broken, count = list[str](), len(images)
     with warnings.catch_warnings(), ExitStack() as stack:
         warnings.simplefilter("ignore")
         warnings.simplefilter("error", Image.DecompressionBombWarning)
-        pool = ThreadPoolExecutor(os.cpu_count())
+        pool = ThreadPoolExecutor(os.cpu_count())  # threads suffice: Pillow lets go of the interpreter lock
         stack.callback(pool.shutdown, cancel_futures=True)
         for start in range(0, count, CHUNK):
             for done, result in enumerate(pool.map(one, range(start, min(start + CHUNK, count))), start + 1):
@@ -114,32 +112,23 @@ def _prepared(
         raise InputError("data.dir", "", problem, "repair or remove them")
 
 
-def _pointed_to(pointer: Path) -> Path:
-    """Return the entry that a stamp leads to; a damaged stamp leads to none that there is."""
-    key = ""
-    with suppress(OSError, ValueError):
-        key = pointer.read_text("ascii")
-    return pointer.parents[1] / "entries" / (key if re.fullmatch("[0-9a-f]{64}", key) else "none")
-
-
 def _read(entry: Path) -> Decoded | None:
     """Return the entry if it is whole: its pixels must have the checksum that was written with them."""
     try:
         index = json.loads((entry / "index.json").read_text())
         rgb, sha256 = np.array(index["rgb"], dtype=bool), str(index["sha256"])
-        pixels = _map(entry)
+        pixels: Bytes = np.load(entry / "pixels.npy", mmap_mode="c", allow_pickle=False)
     except (OSError, ValueError, EOFError, KeyError, TypeError):
         return None
     return Decoded(pixels, sha256, rgb) if len(rgb) == len(pixels) and sha256_of(pixels) == sha256 else None
 
 
-def _map(entry: Path) -> Bytes:
-    return cast(Bytes, np.load(entry / "pixels.npy", mmap_mode="c", allow_pickle=False))
-
-
 def _write(entry: Path, shape: tuple[int, ...], prepared: Generator[tuple[Bytes, bool]]) -> Decoded:
     """Build an entry, never all of it in memory; what a loss of power tears, the checksum tells."""
-    _sweep(entry.parent)
+    for path in entry.parent.glob("building-*"):  # of processes that were killed
+        with suppress(FileNotFoundError):  # finished by its process meanwhile
+            if path.stat().st_mtime < time.time() - ABANDONED_SECONDS:
+                shutil.rmtree(path, ignore_errors=True)
     building = entry.with_name(f"building-{uuid.uuid4().hex}")
     building.mkdir()  # not by tempfile, which would hide it from other users for good
     try:
@@ -152,22 +141,11 @@ def _write(entry: Path, shape: tuple[int, ...], prepared: Generator[tuple[Bytes,
                 digest.update(content)
                 rgb.append(is_rgb)
         (building / "index.json").write_text(json.dumps({"rgb": rgb, "sha256": digest.hexdigest()}))
-        written = _map(building)  # a file that is mapped stays, whatever becomes of its name
+        # A file that is mapped stays, whatever becomes of its name.
+        written: Bytes = np.load(building / "pixels.npy", mmap_mode="c", allow_pickle=False)
         shutil.rmtree(entry, ignore_errors=True)  # one that is broken, or of another process that was quicker
         with suppress(OSError):  # another process was quicker still
             building.rename(entry)
     finally:
         shutil.rmtree(building, ignore_errors=True)
     return Decoded(written, digest.hexdigest(), np.array(rgb, dtype=bool))
-
-
-def _sweep(entries: Path) -> None:
-    """Remove what killed processes left half-built."""
-    for path in entries.glob("building-*"):
-        with suppress(FileNotFoundError):  # finished by its process meanwhile
-            if path.stat().st_mtime < time.time() - ABANDONED_SECONDS:
-                shutil.rmtree(path, ignore_errors=True)
-
-
-def _sha256(text: str) -> str:
-    return hashlib.sha256(text.encode()).hexdigest()

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
@@ -43,6 +42,11 @@ class Split:
 
     def __len__(self) -> int:
         return len(self.ids)
+
+    def take(self, positions: Positions) -> Split:
+        """Return the samples at `positions`."""
+        at = torch.from_numpy(positions)
+        return Split(self.pixels, self.rows[at], self.labels[at], tuple(map(self.ids.__getitem__, positions)))
 
     def images(self, positions: Tensor) -> Tensor:
         """Return uint8 (B, 3, H, W) of the samples at `positions`, channels last in memory."""
@@ -91,9 +95,7 @@ class Dataset:
     def on(self, device: torch.device) -> Dataset:
         """Return the data set with its pixels on `device`, still shared by its splits; labels stay on the CPU."""
         moved = {id(split.pixels): split.pixels.to(device) for split in self.splits.values()}
-        there: dict[str, Any] = {
-            name: replace(each, pixels=moved[id(each.pixels)]) for name, each in self.splits.items()
-        }
+        there: dict[str, Any] = {name: replace(s, pixels=moved[id(s.pixels)]) for name, s in self.splits.items()}
         return replace(self, **there)
 
     def digest(self) -> str:
@@ -111,25 +113,17 @@ def load_dataset(config: DataConfig, on_decoded: OnDecoded | None = None) -> Dat
         if len(splits[name]) < least:
             problem = f"{len(splits[name])} images are left to {name} on, {least} are needed"
             raise InputError("data.dir", config.dir, problem, "add images")
-    ordered = splits["train"], splits.get("validation"), splits["test"]
-    return Dataset(source.name, source.location, source.classes, *ordered)
+    return Dataset(source.name, source.location, source.classes, validation=splits.pop("validation", None), **splits)
 
 
-class _Decoded:
-    """The images at `positions` of a part of a source, decoded, from which splits are cut."""
-
-    def __init__(
-        self, part: LabelledImages, positions: Positions, config: DataConfig, on_decoded: OnDecoded | None
-    ) -> None:
-        self._part, self._positions = part, positions
-        decoded = decode(part.take(positions), Square(config.image_size), on_decoded)
-        self._pixels, self.rgb = torch.from_numpy(decoded.pixels), decoded.rgb
-
-    def split(self, positions: Positions) -> Split:
-        """Return the split of the images at these positions of the part."""
-        chosen = self._part.take(positions)
-        rows = torch.from_numpy(np.searchsorted(self._positions, positions))
-        return Split(self._pixels, rows, torch.from_numpy(chosen.labels), chosen.ids)
+def _decoded(
+    part: LabelledImages, positions: Positions, config: DataConfig, on_decoded: OnDecoded | None
+) -> tuple[Split, NDArray[np.bool_]]:
+    """Decode the images at `positions` of a part of a source; return them, and which were stored as RGB."""
+    chosen = part.take(positions)
+    found = decode(chosen, Square(config.image_size), on_decoded)
+    labels, rows = torch.from_numpy(chosen.labels), torch.arange(len(positions))
+    return Split(torch.from_numpy(found.pixels), rows, labels, chosen.ids), found.rgb
 
 
 def _load_standard(config: DataConfig, source: Source, on_decoded: OnDecoded | None) -> dict[str, Split]:
@@ -150,65 +144,52 @@ def _load_standard(config: DataConfig, source: Source, on_decoded: OnDecoded | N
     chosen["train"] = source.train, left[sampled]
 
     # What comes from one part shares one cache entry: without per_class, whatever the split seed.
-    decoded = {}
+    splits: dict[str, Split] = {}
     for part in {id(part): part for part, _ in chosen.values()}.values():
-        needed = np.unique(np.concatenate([at for of, at in chosen.values() if of is part]))
-        decoded[id(part)] = _Decoded(part, needed, config, on_decoded)
-    return {name: decoded[id(part)].split(positions) for name, (part, positions) in chosen.items()}
+        positions = {name: at for name, (of, at) in chosen.items() if of is part}
+        needed = np.unique(np.concatenate(list(positions.values())))
+        whole, _ = _decoded(part, needed, config, on_decoded)
+        splits |= {name: whole.take(np.searchsorted(needed, at)) for name, at in positions.items()}
+    return splits
 
 
 def _load_published(config: DataConfig, source: Source, on_decoded: OnDecoded | None) -> dict[str, Split]:
-    """Take the first images a class of the train folder and split 80/20, what isn't RGB dropped before or after."""
+    """Take the first images of each class, drop what isn't RGB, and split 80/20, shuffled, as the notebooks did."""
+    from sklearn.model_selection import train_test_split
+
     if config.validation_fraction:
         problem = "published sampling has no validation split"
         raise InputError("data.validation_fraction", config.validation_fraction, problem, "set it to 0")
 
-    def halves(part: LabelledImages, first: int | None) -> tuple[Split, Split]:
-        positions = first_per_class(part.labels[:first], config.per_class, source.classes)
-        decoded = _Decoded(part, positions, config, on_decoded)
-        split = np.arange(len(positions)) if source.published.split_first else np.flatnonzero(decoded.rgb)
-        parts = published_split(len(split), config.test_fraction, config.split_seed)
-        kept, held = (positions[at[decoded.rgb[at]]] for at in (split[part] for part in parts))
-        return decoded.split(kept), decoded.split(held)
+    def halves(part: LabelledImages, first: int | None) -> list[Split]:
+        positions = sample_per_class(part.labels[:first], config.per_class, source.classes, None)
+        whole, rgb = _decoded(part, positions, config, on_decoded)
+        left = np.arange(len(whole)) if source.published_split_first else np.flatnonzero(rgb)
+        if len(left) < 2:
+            problem = f"{len(left)} RGB images are left to split, 2 are needed, and published sampling drops all others"
+            raise InputError("data.sampling", "published", problem, "choose another set or sampling")
+        parts = train_test_split(left, test_size=config.test_fraction, random_state=config.split_seed)
+        return [whole.take(at[rgb[at]]) for at in parts]
 
-    train, test = halves(source.train, source.published.first)
-    if source.published.test_from_test and source.test is not None:
+    train, test = halves(source.train, source.published_first)
+    if source.published_test_from_test and source.test is not None:
         _, test = halves(source.test, None)
     return {"train": train, "test": test}
 
 
-def first_per_class(labels: Labels, per_class: int, classes: tuple[str, ...]) -> Positions:
-    """Return the positions of the first `per_class` samples of each class (0 = all), in the given order."""
-    return _per_class(labels, per_class, classes, lambda members: members[:per_class])
-
-
-def sample_per_class(labels: Labels, per_class: int, classes: tuple[str, ...], split_seed: int) -> Positions:
-    """Return `per_class` positions of each class at random (0 = all), in the given order."""
-    generator = np.random.default_rng(stream_seed(split_seed, "sample"))
-    return _per_class(labels, per_class, classes, lambda members: generator.choice(members, per_class, replace=False))
-
-
-def _per_class(
-    labels: Labels, per_class: int, classes: tuple[str, ...], choose: Callable[[Positions], Positions]
-) -> Positions:
+def sample_per_class(labels: Labels, per_class: int, classes: tuple[str, ...], seed: int | None) -> Positions:
+    """Return `per_class` positions of each class (0 = all), in the given order; the first ones where `seed` is None."""
     if not per_class:
         return np.arange(len(labels))
     counts = np.bincount(labels, minlength=len(classes))
     if counts.min() < per_class:
         problem = f"the class {classes[counts.argmin()]!r} has only {counts.min()} images to take from"
         raise InputError("data.per_class", per_class, problem, "lower data.per_class or add images")
-    return np.sort(np.concatenate([choose(np.flatnonzero(labels == label)) for label in range(len(classes))]))
-
-
-def published_split(count: int, fraction: float, split_seed: int) -> tuple[Positions, Positions]:
-    """Split as the published notebooks did: scikit-learn's train_test_split, shuffled, not stratified."""
-    from sklearn.model_selection import train_test_split
-
-    if count < 2:
-        problem = f"{count} RGB images are left to split, 2 are needed, and published sampling drops all others"
-        raise InputError("data.sampling", "published", problem, "choose another set or sampling")
-    first, second = train_test_split(np.arange(count), test_size=fraction, random_state=split_seed)
-    return first, second
+    members = [np.flatnonzero(labels == label) for label in range(len(classes))]
+    if seed is None:
+        return np.sort(np.concatenate([each[:per_class] for each in members]))
+    generator = np.random.default_rng(stream_seed(seed, "sample"))
+    return np.sort(np.concatenate([generator.choice(each, per_class, replace=False) for each in members]))
 
 
 def stratified_split(

@@ -52,10 +52,6 @@ class LabelledImages:
             image.load()
             return image
 
-    def where(self, index: int) -> str:
-        """Say where one image lies, for error messages."""
-        return str(self.items[index]) if self._in_files else f"image {self.ids[index]}"
-
     def stamp(self) -> str:
         """Return a string that changes whenever the content may have changed, quickly."""
         if not self._in_files:
@@ -84,7 +80,7 @@ class LabelledImages:
     def take(self, positions: Any) -> LabelledImages:
         """Return the images at `positions`."""
         at = np.asarray(positions, dtype=np.int64)
-        return LabelledImages(self.items[at], self.labels[at], tuple(self.ids[i] for i in at))
+        return LabelledImages(self.items[at], self.labels[at], tuple(map(self.ids.__getitem__, at)))
 
     def join(self, others: LabelledImages) -> LabelledImages:
         """Return these images and then `others`, which must lie alike."""
@@ -107,18 +103,14 @@ class Square:
     size: int
 
     def __call__(self, image: Image.Image) -> Bytes:
-        """Turn an image of any size and mode into RGB bytes (size, size, 3).
-
-        The served model repeats these lines (it must not need this package); a test holds the two together.
-        """
+        """Turn an image of any size and mode into RGB bytes (size, size, 3); the served model has a copy of this."""
         return np.asarray(to_rgb(image).resize((self.size, self.size), Image.Resampling.BILINEAR), dtype=np.uint8)
 
 
 @dataclass(frozen=True)
 class CentreCrop:
-    """The shorter side resized to `resize`, then the central square of `size`: torchvision's classification preset.
+    """The shorter side resized to `resize`, then the central square of `size`: torchvision's preset, by its functions.
 
-    Its own functions do it, on the image that Pillow decoded, so the bytes are those that the preset would scale.
     `interpolation` is torchvision's name of it, as bilinear.
     """
 

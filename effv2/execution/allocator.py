@@ -1,7 +1,6 @@
-"""How the process gets its memory: large blocks are kept and used again instead of page-faulted anew at every layer.
+"""How the process gets its memory: large blocks are kept, where glibc would give each back and fault it in anew.
 
-By default glibc maps every large block for itself and gives it back at once, so that each activation of each step is
-faulted in page by page. EFFV2_ALLOCATOR=system leaves everything as it is.
+EFFV2_ALLOCATOR=system leaves everything as it is.
 """
 
 from __future__ import annotations

@@ -40,18 +40,14 @@ class Execution:
         """Move a network to the device, in the memory format of its inputs, on the fast paths of the device."""
         if self.device.type == "cpu" and self.channels_last and self.fast_paths:
             use_fast_paths(model)
-        if self.device.type == "cuda":
-            _use_tf32(self.bf16)
+        self.use_tf32(self.bf16)
         if self.compiled:
             _compile_blocks(model)
         memory_format = torch.channels_last if self.channels_last else torch.contiguous_format
         return model.to(self.device).to(memory_format=memory_format)
 
     def inference_copy(self, model: nn.Module) -> nn.Module:
-        """Return a copy of a placed network for inference alone: the same up to rounding, and the quickest there is.
-
-        Batch norms are folded, and the weights are already in the precision that autocast would give them.
-        """
+        """Return a copy of a placed network for inference alone: norms folded, weights in autocast's precision."""
         network = sharing_copy(model).eval()
         fold_batch_norm(network)
         for module in network.modules() if self.bf16 else ():
@@ -61,11 +57,7 @@ class Execution:
         return network
 
     def inference_factory(self, model: nn.Module) -> Callable[[], Forward]:
-        """Return a function that gives `model` for inference, to be called after its weights have changed.
-
-        What that returns may be overwritten by its next call. With CUDA graphs it reads the weights where they lie, so
-        that it is captured once; elsewhere it is an inference_copy.
-        """
+        """Return what gives `model` for inference, called when its weights have changed; valid until the next call."""
         if not self._uses_graphs:
             return lambda: self.inference_copy(model)
         network = sharing_copy(model).eval()
@@ -97,14 +89,20 @@ class Execution:
     @contextmanager
     def exact(self) -> Iterator[None]:
         """Let what is computed inside without autocast be computed in float32 itself."""
-        on_cuda = self.device.type == "cuda"
-        if on_cuda:
-            _use_tf32(False)
+        self.use_tf32(False)
         try:
             yield
         finally:
-            if on_cuda:
-                _use_tf32(self.bf16)
+            self.use_tf32(self.bf16)
+
+    def use_tf32(self, wanted: bool) -> None:
+        """Let CUDA compute what is left in float32 in TF32 or not, process-wide: published protocols ask for fp32."""
+        if self.device.type == "cuda":
+            precision = "tf32" if wanted else "ieee"
+            torch.backends.cuda.matmul.fp32_precision = precision
+            torch.backends.cudnn.fp32_precision = precision
+            # With torch 2.11 convolutions keep a setting of their own: TF32.
+            torch.backends.cudnn.conv.fp32_precision = precision  # type: ignore[attr-defined]
 
     def autocast(self) -> AbstractContextManager[None]:
         """Return the context in which forward passes run."""
@@ -117,21 +115,11 @@ def make_execution(config: ExecutionConfig) -> Execution:
     return Execution(torch.device(config.device), bf16, config.channels_last, compiled=config.compile)
 
 
-def _use_tf32(wanted: bool) -> None:
-    """Compute what is left in float32 in TF32 or not, process-wide: fp32 means float32, as published protocols ask."""
-    precision = "tf32" if wanted else "ieee"
-    torch.backends.cuda.matmul.fp32_precision = precision
-    torch.backends.cudnn.fp32_precision = precision
-    # With torch 2.11 convolutions keep a setting of their own: TF32.
-    torch.backends.cudnn.conv.fp32_precision = precision  # type: ignore[attr-defined]
-
-
 def _compile_blocks(model: nn.Module) -> None:
-    """Let the blocks of `model` be compiled when they are first used; its state dict stays as it is.
+    """Let the blocks of `model` be compiled when first used, and kept in the cache folder (docs/performance.md).
 
-    Only the layers of a block are compiled, without its shortcut and stochastic depth, so that equal blocks share their
-    code and random draws stay those of the eager network. The code is kept in the cache folder and used again. What it
-    costs and gains is in docs/performance.md.
+    A block's shortcut and stochastic depth stay out, so that equal blocks share their code and random draws stay those
+    of the eager network. The state dict stays as it is.
     """
     os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(cache_folder() / "compiled"))
     limit_compiled_forms(COMPILED_FORMS)
@@ -141,11 +129,10 @@ def _compile_blocks(model: nn.Module) -> None:
 
 
 def fold_batch_norm(model: nn.Module) -> None:
-    """Fold every batch norm that directly follows a convolution, in place; `model` must be in eval mode.
+    """Fold every batch norm that directly follows a convolution, in place: exact up to rounding in eval mode.
 
-    In eval mode batch norm is an affine map a channel, so its factors go into the kernels and its offset into the bias:
-    exact up to rounding. A symbolic trace tells what follows what; a network that can't be traced, or whose modules are
-    used several times, is left as it is. State dict and training are those of another network afterwards.
+    A symbolic trace tells what follows what; a network that can't be traced, or whose modules are used several times,
+    is left as it is. State dict and training are those of another network afterwards.
     """
     try:
         graph = _Tracer().trace(model)
@@ -157,23 +144,21 @@ def fold_batch_norm(model: nn.Module) -> None:
         before = node.args[0] if node.op == "call_module" and node.args else None
         if not isinstance(before, fx.Node) or before.op != "call_module" or len(before.users) > 1:
             continue
-        conv, norm = modules[str(before.target)], modules[str(node.target)]
-        once = calls.count(str(before.target)) == calls.count(str(node.target)) == 1
+        names = str(before.target), str(node.target)
+        conv, norm = map(modules.__getitem__, names)
+        once = all(calls.count(name) == 1 for name in names)
         if once and isinstance(conv, nn.Conv2d) and isinstance(norm, nn.BatchNorm2d) and norm.track_running_stats:
-            model.set_submodule(str(before.target), _folded(conv, norm))
-            model.set_submodule(str(node.target), nn.Identity())
+            statistics = cast(Tensor, norm.running_mean), cast(Tensor, norm.running_var), norm.eps
+            fused = fuse_conv_bn_weights(conv.weight, conv.bias, *statistics, norm.weight, norm.bias)
+            folded = sharing_copy(conv)
+            folded.weight, folded.bias = fused
+            model.set_submodule(names[0], folded)
+            model.set_submodule(names[1], nn.Identity())
 
 
 def sharing_copy(module: Module) -> Module:
     """Return a copy whose parameters and buffers are the very tensors of `module`."""
     return copy.deepcopy(module, {id(tensor): tensor for tensor in [*module.parameters(), *module.buffers()]})
-
-
-def _folded(conv: nn.Conv2d, norm: nn.BatchNorm2d) -> nn.Conv2d:
-    folded = sharing_copy(conv)
-    statistics = cast(Tensor, norm.running_mean), cast(Tensor, norm.running_var), norm.eps
-    folded.weight, folded.bias = fuse_conv_bn_weights(conv.weight, conv.bias, *statistics, norm.weight, norm.bias)
-    return folded
 
 
 class _Tracer(fx.Tracer):

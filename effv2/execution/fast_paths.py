@@ -1,10 +1,9 @@
 """Layers computed by a cheaper exact route on CPUs, in channels-last memory.
 
-oneDNN's convolutions carry an overhead that dominates on maps of a few pixels, which is where most layers of this
-network work when images are small, and some kernels of oneDNN and torch are far slower than their neighbours. Each path
-below is the same sum in another order; anything it doesn't cover falls back to torch's own layer. Parameters and their
-names stay as they are. Each class says when its path applies; what it gains is in docs/performance.md. SiLUs no longer
-work in place: they would have to copy their input before they overwrite it.
+oneDNN's overhead dominates on maps of a few pixels, where most layers work when images are small; other kernels of
+oneDNN and torch are far slower than their neighbours. Each path is the same sum in another order, and falls back to
+torch's own layer where it doesn't apply. Parameters and their names stay. What each gains is in docs/performance.md.
+SiLUs no longer work in place: they would have to copy their input before they overwrite it.
 """
 
 from __future__ import annotations
@@ -60,7 +59,7 @@ class DepthwiseConv2d(nn.Conv2d):
             output = input * weight[:, 0, 1:2, 1:2]
         elif size == (2, 2) and self.stride in ((1, 1), (2, 2)):
             output = _DepthwiseOn2x2.apply(*_as_autocast(input, self.weight), stride)
-        elif self.stride == (2, 2) and torch.is_grad_enabled() and _is_bf16(input):
+        elif self.stride == (2, 2) and torch.is_grad_enabled() and _autocast_dtype(input) == torch.bfloat16:
             output = _DepthwiseStride2.apply(*_as_autocast(input, self.weight))
         else:
             return super().forward(input)
@@ -121,15 +120,11 @@ def _path(layer: nn.Module) -> type[nn.Module] | None:
 
 def _as_autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
     """Return the tensors as autocast hands them to a convolution."""
-    if not torch.is_autocast_enabled("cpu"):
-        return tensors
-    dtype = torch.get_autocast_dtype("cpu")
-    return tuple(tensor.to(dtype) for tensor in tensors)
+    return tuple(tensor.to(_autocast_dtype(tensor)) for tensor in tensors)
 
 
-def _is_bf16(input: Tensor) -> bool:
-    autocast = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else input.dtype
-    return autocast == torch.bfloat16
+def _autocast_dtype(tensor: Tensor) -> torch.dtype:
+    return torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else tensor.dtype
 
 
 def _taps(side: int, stride: int) -> list[list[int]]:
@@ -235,18 +230,13 @@ class _DepthwiseStride2(torch.autograd.Function):
 
 
 class _NarrowBatchNorm(torch.autograd.Function):
-    """Batch norm in training mode, channels filled up backwards.
-
-    `settings` are the running mean and variance, their momentum, and epsilon.
-    """
+    """Batch norm in training mode, channels filled up backwards; `settings`: running mean, variance, momentum, eps."""
 
     @staticmethod
     def forward(ctx: Any, input: Tensor, weight: Tensor, bias: Tensor, settings: Any) -> Tensor:
         mean, variance, momentum, eps = settings
-        output, batch_mean, batch_scale = torch.native_batch_norm(
-            input, weight, bias, mean, variance, True, momentum, eps
-        )
-        ctx.save_for_backward(input, weight, batch_mean, batch_scale)
+        output, *of_batch = torch.native_batch_norm(input, weight, bias, mean, variance, True, momentum, eps)
+        ctx.save_for_backward(input, weight, *of_batch)  # its mean and its inverse standard deviation
         ctx.eps = eps
         return output
 

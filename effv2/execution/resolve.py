@@ -23,7 +23,7 @@ from filelock import FileLock
 from torch.nn import functional as F
 
 from effv2.architecture import build_model
-from effv2.config.schema import Device, Precision, TrainConfig
+from effv2.config.schema import Device, TrainConfig
 from effv2.core import provenance
 from effv2.core.errors import InputError
 from effv2.core.paths import cache_folder, write_atomically
@@ -39,10 +39,7 @@ PIXELS = 2**18  # a timed step has at most so many, so that large images don't m
 
 
 def with_device(config: TrainConfig) -> TrainConfig:
-    """Return `config` with a device of this machine; InputError for a device or a compiler that it lacks.
-
-    Quick, so that it comes before images are decoded.
-    """
+    """Return `config` with a device of this machine, quickly; InputError for a device or a compiler that it lacks."""
     device = resolve_device(config.execution.device)
     if config.execution.compile:
         check_compiler(device)
@@ -50,27 +47,16 @@ def with_device(config: TrainConfig) -> TrainConfig:
 
 
 def resolve(config: TrainConfig, message: Message) -> TrainConfig:
-    """Return `config` with `auto` replaced by what this machine has; InputError as with_device.
-
-    On a processor with bfloat16 instructions the quicker precision is timed, once: what was found is remembered, so
-    that the same command on the same machine means the same run. `message` gets a sentence when it is timed. It may
-    take seconds, so it comes after all that can be wrong was checked.
-    """
+    """Resolve `auto`, after all checks: precisions may be timed for seconds, of which `message` gets a sentence."""
     return resolve_study([config], message)[0]
 
 
 def resolve_study(configs: Sequence[TrainConfig], message: Message) -> list[TrainConfig]:
     """Resolve the configs of a study; where the precision is `auto`, all take what is best for the first of them."""
-    shared: Precision = "auto"
-    resolved = []
-    for config in map(with_device, configs):
-        precision = config.execution.precision
-        if precision == "auto":
-            if shared == "auto":
-                shared = "bf16" if _prefers_bf16(config, message) else "fp32"
-            precision = shared
-        resolved.append(_with_execution(config, precision=precision))
-    return resolved
+    resolved = list(map(with_device, configs))
+    undecided = [config for config in resolved if config.execution.precision == "auto"]
+    shared = "bf16" if undecided and _prefers_bf16(undecided[0], message) else "fp32"
+    return [_with_execution(each, precision=shared) if each in undecided else each for each in resolved]
 
 
 def resolve_device(device: Device) -> Device:
@@ -119,12 +105,10 @@ def _with_execution(config: TrainConfig, **update: str) -> TrainConfig:
 
 
 def _prefers_bf16(config: TrainConfig, message: Message) -> bool:
-    if config.execution.device == "cuda":
-        return bool(torch.cuda.is_bf16_supported(including_emulation=False))
-    if config.execution.device != "cpu" or not _cpu_has_bf16():
-        return False
-    timed = _calibrate(config, message)
-    return timed.fp32 >= WORTHWHILE * timed.bf16
+    if config.execution.device != "cpu":
+        return config.execution.device == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
+    timed = _calibrate(config, message) if _cpu_has_bf16() else None
+    return timed is not None and timed.fp32 >= WORTHWHILE * timed.bf16
 
 
 def _cpu_has_bf16() -> bool:

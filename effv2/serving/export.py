@@ -55,10 +55,7 @@ class ServedNetwork(nn.Module):
 def write_served(
     folder: Path, network: ServedNetwork, preparation: Preparation, names: Sequence[str]
 ) -> dict[str, Path]:
-    """Write the files that the served model consists of, besides its code; return them by the names it knows.
-
-    The network becomes a torch.export program with a free batch size. Nothing in it is a pickle.
-    """
+    """Write the files of the served model besides its code, no pickle among them; return them by the names it knows."""
     files = {"program": folder / "program.pt2", "settings": folder / "settings.json"}
     settings: dict[str, Any] = {"image_size": preparation.size, "names": list(names)}
     if isinstance(preparation, CentreCrop):

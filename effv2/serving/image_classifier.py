@@ -3,9 +3,8 @@
 Settings (JSON): image_size in pixels, names of the columns; and, where the central square is taken of an image whose
 shorter side was resized, shorter_side in pixels and Pillow's name of the interpolation.
 
-It answers without the rest of the package. A request holds images: base64 text over HTTP; from Python also
-bytes, paths (pathlib), PIL images and arrays. A plain string is never taken for a path: callers over HTTP could
-read the server's files.
+It answers without the rest of the package. A request holds images: base64 text over HTTP; from Python also bytes, paths
+(pathlib), PIL images and arrays. A string is never a path: callers over HTTP could read the server's files.
 """
 
 import base64
@@ -35,14 +34,8 @@ class BadImage(MlflowException):
         self._text = f"Image {position} of the request can't be read: {reason}."
         super().__init__(self._text, error_code=INVALID_PARAMETER_VALUE)
 
-    @property  # MLflow prefixes the whole request to a message it can write to
-    def message(self) -> str:
-        """Return the one sentence."""
-        return self._text
-
-    @message.setter
-    def message(self, _text: str) -> None:
-        pass
+    # MLflow would prefix the whole request to a message that it can write to.
+    message = property(lambda self: self._text, lambda self, _: None)
 
 
 class ImageClassifier(PythonModel):
@@ -72,10 +65,7 @@ class ImageClassifier(PythonModel):
 
 
 def to_pixels(image: Image.Image, settings: dict[str, Any]) -> Any:
-    """Turn an image of any mode into RGB bytes (image_size, image_size, 3), exactly as in training or evaluation.
-
-    ValueError for one that is to be enlarged and is too long for it.
-    """
+    """Turn an image of any mode into RGB bytes (size, size, 3) as training did; ValueError if too long to enlarge."""
     if image.mode.startswith("I;16"):  # Pillow would clip 16-bit greys at 255
         image = Image.fromarray((np.asarray(image, dtype=np.uint16) >> 8).astype(np.uint8))
     image, size = image.convert("RGB"), settings["image_size"]

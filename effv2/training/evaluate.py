@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from effv2.config.schema import TrainConfig
-from effv2.data.batches import evaluation_batches, to_input
+from effv2.data.batches import to_input
 from effv2.data.dataset import Split, to_device
 from effv2.execution.device import Execution, Forward
 
@@ -38,28 +38,25 @@ EPOCH_METRICS: dict[str, Callable[[Evaluation], float]] = {
 
 def evaluate(network: Forward, split: Split, config: TrainConfig, execution: Execution) -> Evaluation:
     """Run a network for inference (of Execution) over `split`; the argmax is over all outputs."""
-    logits = []
-    with torch.inference_mode():
-        for images, _ in evaluation_batches(split, config.evaluation.batch_size):
-            inputs = to_input(to_device(images, execution.device), config.data, execution.channels_last)
-            with execution.autocast():
-                logits.append(network(inputs).to(torch.float32, copy=True))
-        everything = torch.cat(logits).cpu()
-        loss = F.cross_entropy(everything, split.labels).item()
-        accuracy = (everything.argmax(1) == split.labels).double().mean().item()
-    return Evaluation(loss, accuracy, everything, split.labels)
+    batches = map(split.images, torch.arange(len(split)).split(config.evaluation.batch_size))
+    logits = torch.cat([_logits(network, images, config, execution) for images in batches]).cpu()
+    loss = F.cross_entropy(logits, split.labels).item()
+    accuracy = (logits.argmax(1) == split.labels).double().mean().item()
+    return Evaluation(loss, accuracy, logits, split.labels)
+
+
+def _logits(network: Forward, images: Tensor, config: TrainConfig, execution: Execution) -> Tensor:
+    """Return float32 logits (B, outputs) of bytes (B, 3, H, W), on the device; the next call leaves them alone."""
+    inputs = to_input(to_device(images, execution.device), config.data, execution.channels_last)
+    with torch.inference_mode(), execution.autocast():
+        return network(inputs).to(torch.float32, copy=True)
 
 
 def single_image_latency(network: Forward, config: TrainConfig, execution: Execution) -> float:
     """Return the median seconds of one image through a network for inference, from bytes to logits on the host."""
-    size = config.data.image_size
-    image = torch.zeros(1, 3, size, size, dtype=torch.uint8)
-    seconds = []
-    with torch.inference_mode():
-        for _ in range(LATENCY_WARMUP + LATENCY_PASSES):
-            started = time.perf_counter()
-            inputs = to_input(to_device(image, execution.device), config.data, execution.channels_last)
-            with execution.autocast():
-                network(inputs).float().cpu()
-            seconds.append(time.perf_counter() - started)
+    image, seconds = torch.zeros(1, 3, *[config.data.image_size] * 2, dtype=torch.uint8), []
+    for _ in range(LATENCY_WARMUP + LATENCY_PASSES):
+        started = time.perf_counter()
+        _logits(network, image, config, execution).cpu()
+        seconds.append(time.perf_counter() - started)
     return statistics.median(seconds[LATENCY_WARMUP:])

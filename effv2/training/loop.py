@@ -14,10 +14,8 @@ from effv2.config.schema import TrainConfig
 from effv2.core.errors import Diverged
 from effv2.core.randomness import private_randomness, seed_generators, stream_seed
 from effv2.core.signals import uninterrupted
-from effv2.data.augment import augment_images, mix_samples, one_hot
-from effv2.data.batches import batch_count, epoch_order, to_input, training_batches
+from effv2.data.batches import augment, batch_count, epoch_order, mix_samples, one_hot, to_input, training_batches
 from effv2.data.dataset import Dataset, to_device
-from effv2.execution.cuda_graphs import Function
 from effv2.execution.device import Execution
 from effv2.training.evaluate import EPOCH_METRICS, evaluate
 from effv2.training.state import EpochSums, TrainState, watched_accuracy
@@ -25,7 +23,6 @@ from effv2.training.state import EpochSums, TrainState, watched_accuracy
 # On an accelerator the loss is looked at this seldom, since each look waits for the device.
 STEPS_BETWEEN_LOSS_CHECKS = 50
 
-OnStep = Callable[[int, int], None]
 Metrics = dict[str, float]
 
 
@@ -35,24 +32,6 @@ class EpochResult:
 
     epoch: int
     metrics: Metrics
-
-
-def differentiation(state: TrainState, execution: Execution, batch_size: int) -> Function:
-    """Return a function of (inputs, targets, labels) that sets the gradients of a batch.
-
-    It returns the mean loss and how many were right, on the device. Batches of `batch_size` images are worth compiling.
-    """
-
-    def differentiate(inputs: Tensor, targets: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-        state.optimiser.zero_grad(set_to_none=True)
-        with execution.autocast(), execution.eager(len(inputs) != batch_size):
-            logits = state.model(inputs)
-        logits = logits.float()
-        loss = F.cross_entropy(logits, targets)
-        loss.backward()
-        return loss.detach(), (logits.detach().argmax(1) == labels).sum()
-
-    return differentiate
 
 
 @dataclass
@@ -67,44 +46,53 @@ class Training:
     dataset: Dataset
     state: TrainState
     execution: Execution
-    on_step: OnStep | None = None
+    on_step: Callable[[int, int], None] | None = None
 
     def __post_init__(self) -> None:
         """Let the images lie on an accelerator for good where it has room, so that no step waits for them."""
         if self.dataset.bytes <= self.execution.room_for_data():
             self.dataset = self.dataset.on(self.execution.device)
-        usual = min(self.config.optimiser.batch_size, len(self.dataset.train))
-        differentiate = differentiation(self.state, self.execution, usual)
-        self._differentiate = self.execution.graphed(differentiate, self.state.model.parameters())
-        self._network_for_inference = self.execution.inference_factory(self.state.evaluated)
+        # Not self: a function that held it would keep the network in memory.
+        state, execution = self.state, self.execution
+        usual = min(self.config.optimiser.batch_size, len(self.dataset.train))  # a size that is worth compiling
+
+        def differentiate(inputs: Tensor, targets: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+            """Set the gradients of a batch; return its mean loss and how many were right, on the device."""
+            state.optimiser.zero_grad(set_to_none=True)
+            with execution.autocast(), execution.eager(len(inputs) != usual):
+                logits = state.model(inputs)
+            logits = logits.float()
+            loss = F.cross_entropy(logits, targets)
+            loss.backward()
+            return loss.detach(), (logits.detach().argmax(1) == labels).sum()
+
+        self._differentiate = execution.graphed(differentiate, state.model.parameters())
+        self._network_for_inference = execution.inference_factory(state.evaluated)
 
     def __iter__(self) -> Iterator[EpochResult]:
         """Train until the last epoch or early stopping, yielding after each epoch; Diverged, RunError."""
         progress = self.state.progress
         while progress.epoch < self.config.schedule.epochs and not progress.should_stop(self.config.stopping):
             with private_randomness():
-                metrics = self._train_epoch(progress.epoch + 1)
-                metrics |= self._evaluate_epoch()
-            self._end_epoch(metrics)
+                metrics = self._train_epoch() | self._evaluate_epoch()
+            with uninterrupted():
+                metrics["time/epoch_seconds"] = metrics["time/train_seconds"] + metrics["time/evaluate_seconds"]
+                progress.epoch += 1
+                progress.train_seconds += metrics["time/train_seconds"]
+                self.state.sums = EpochSums.begin(self.execution.device)
+                progress.history.append(metrics)
+                watched = watched_accuracy(metrics)
+                self.state.schedule.after_epoch(progress.epoch, watched)
+                if watched > progress.best_accuracy:
+                    progress.best_accuracy, progress.best_epoch = watched, progress.epoch
+                    if self.dataset.validation is not None:
+                        weights = self.state.evaluated.state_dict()
+                        self.state.selected = {name: value.detach().clone() for name, value in weights.items()}
             yield EpochResult(progress.epoch, metrics)
 
-    def _end_epoch(self, metrics: Metrics) -> None:
-        """Take an epoch's metrics into the state, all at once."""
-        progress = self.state.progress
-        with uninterrupted():
-            metrics["time/epoch_seconds"] = metrics["time/train_seconds"] + metrics["time/evaluate_seconds"]
-            progress.epoch += 1
-            progress.train_seconds += metrics["time/train_seconds"]
-            self.state.sums = EpochSums.begin(self.execution.device)
-            progress.history.append(metrics)
-            watched = watched_accuracy(metrics)
-            self.state.schedule.after_epoch(progress.epoch, watched)
-            if progress.note(watched) and self.dataset.validation is not None:
-                self.state.select()
-
-    def _train_epoch(self, epoch: int) -> Metrics:
+    def _train_epoch(self) -> Metrics:
         """Make the steps of the epoch that were not made yet."""
-        order = epoch_order(len(self.dataset.train), self.config.random.seed, epoch)
+        order = epoch_order(len(self.dataset.train), self.config.random.seed, self.state.progress.epoch + 1)
         batch_size, sums = self.config.optimiser.batch_size, self.state.sums
         steps = batch_count(len(order), batch_size)
         check_every = 1 if self.execution.device.type == "cpu" else STEPS_BETWEEN_LOSS_CHECKS
@@ -115,8 +103,8 @@ class Training:
         for step, (images, labels) in enumerate(batches, made + 1):
             with uninterrupted():
                 sums.add(*self._train_step(images, labels), len(labels))
-            if (step % check_every == 0 or step == steps) and not math.isfinite(sums.loss.item()):
-                raise Diverged(self._divergence("The training loss", epoch))
+            if step % check_every == 0 or step == steps:
+                self._must_be_finite(sums.loss.item(), "training")
             sums.seconds += time.perf_counter() - started
             if self.on_step:
                 self.on_step(step, steps)
@@ -133,7 +121,7 @@ class Training:
         """Make one step; return its mean loss and how many were right, on the device."""
         config, state, step, device = self.config, self.state, self.state.progress.step, self.execution.device
         seed_generators(stream_seed(config.random.seed, "augmentation", step), device)
-        images = to_device(augment_images(images, config.augment), device)
+        images = to_device(augment(images, config.augment), device)
         inputs = to_input(images, config.data, self.execution.channels_last)
         labels = to_device(labels, device)
         outputs = config.model.outputs or len(self.dataset.classes)
@@ -163,17 +151,15 @@ class Training:
         network = self._network_for_inference()
         for name, split in splits.items():
             result = evaluate(network, split, self.config, self.execution)
-            if not math.isfinite(result.loss):
-                raise Diverged(self._divergence(f"The {name} loss", self.state.progress.epoch + 1))
+            self._must_be_finite(result.loss, name)
             metrics |= {f"{name}/{metric}": measure(result) for metric, measure in EPOCH_METRICS.items()}
         seconds = time.perf_counter() - started
         rate = sum(map(len, splits.values())) / seconds
         return metrics | {"time/evaluate_seconds": seconds, "throughput/evaluate_images_per_second": rate}
 
-    def _divergence(self, loss: str, epoch: int) -> str:
-        progress, rate = self.state.progress, self.state.schedule.rate
-        clip = "optimiser.clip_norm" if self.config.optimiser.clip_norm else "set optimiser.clip_norm"
-        return (
-            f"{loss} is no longer a finite number at epoch {epoch}, step {progress.step}, with a learning rate of "
-            f"{rate:g}; lower optimiser.lr or {clip}."
-        )
+    def _must_be_finite(self, loss: float, name: str) -> None:
+        if not math.isfinite(loss):
+            epoch, step, rate = self.state.progress.epoch + 1, self.state.progress.step, self.state.schedule.rate
+            clip = "optimiser.clip_norm" if self.config.optimiser.clip_norm else "set optimiser.clip_norm"
+            problem = f"The {name} loss is no longer a finite number at epoch {epoch}, step {step}"
+            raise Diverged(f"{problem}, with a learning rate of {rate:g}; lower optimiser.lr or {clip}.")

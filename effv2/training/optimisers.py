@@ -1,19 +1,23 @@
-"""Optimisers by name: each a registered function of (parameter groups, config). A new one is one such function here.
+"""Optimisers and learning rates by name: each one registered function here, and nothing else.
 
-All take their step in one fused kernel. The command's help imports this module, so torch is imported inside.
+An optimiser is made of (parameter groups, config) and takes its step in one fused kernel. A schedule gives the factor
+of the peak rate by (config, step from 0, steps an epoch). The command's help imports this module, so torch is imported
+inside.
 """
 
 from __future__ import annotations
 
+import math
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
-from effv2.config.registry import OPTIMISERS
+from effv2.config.registry import OPTIMISERS, SCHEDULES
 
 if TYPE_CHECKING:
     from torch.nn import Module
     from torch.optim import Optimizer
 
-    from effv2.config.schema import OptimiserConfig
+    from effv2.config.schema import OptimiserConfig, ScheduleConfig
 
 Groups = list[dict[str, Any]]
 
@@ -22,8 +26,7 @@ def make_optimiser(config: OptimiserConfig, model: Module) -> Optimizer:
     """Build the optimiser. Norms and biases are not decayed."""
     matrices = [parameter for parameter in model.parameters() if parameter.ndim > 1]
     vectors = [parameter for parameter in model.parameters() if parameter.ndim <= 1]
-    decays = (matrices, config.weight_decay), (vectors, 0.0)
-    groups = [{"params": parameters, "weight_decay": decay} for parameters, decay in decays]
+    groups = [{"params": matrices, "weight_decay": config.weight_decay}, {"params": vectors, "weight_decay": 0.0}]
     optimiser: Optimizer = OPTIMISERS[config.name](groups, config)
     return optimiser
 
@@ -46,5 +49,81 @@ def _adamw(groups: Groups, config: OptimiserConfig) -> Optimizer:
 def _sgd(groups: Groups, config: OptimiserConfig) -> Optimizer:
     from torch.optim import SGD
 
-    nesterov = config.momentum > 0
-    return SGD(groups, lr=config.lr, momentum=config.momentum, nesterov=nesterov, fused=True)
+    return SGD(groups, lr=config.lr, momentum=config.momentum, nesterov=config.momentum > 0, fused=True)
+
+
+def after_warmup(factor: Callable[[int, int], float]) -> Callable[[ScheduleConfig, int, int], float]:
+    """Put the linear warm-up before a function of the step after it and of how many such steps there are."""
+
+    def with_warmup(config: ScheduleConfig, step: int, steps_per_epoch: int) -> float:
+        warmup = config.warmup_epochs * steps_per_epoch
+        if step < warmup:
+            return (step + 1) / warmup
+        return factor(step - warmup, config.epochs * steps_per_epoch - warmup)
+
+    return with_warmup
+
+
+@SCHEDULES.register("plateau")  # lowered by Schedule where the watched accuracy stalls
+@SCHEDULES.register("none")
+@after_warmup
+def _constant(_step: int, _steps: int) -> float:
+    return 1.0
+
+
+@SCHEDULES.register("cosine")  # half a cosine down to 0 (Loshchilov & Hutter 2017)
+@after_warmup
+def _half_cosine(step: int, steps: int) -> float:
+    return _cosine(1.0, 0.0, step / max(1, steps))
+
+
+@SCHEDULES.register("onecycle")  # 30 % of the steps up from 1/25 (Smith & Topin 2018, torch's defaults)
+def _one_cycle(config: ScheduleConfig, step: int, steps_per_epoch: int) -> float:
+    total = config.epochs * steps_per_epoch
+    peak = 0.3 * total - 1
+    if step <= peak:
+        return _cosine(1 / 25, 1.0, step / peak)
+    return _cosine(1.0, 1 / 250_000, (step - peak) / max(1, total - 1 - peak))
+
+
+def _cosine(start: float, end: float, progress: float) -> float:
+    return end + (start - end) * (1 + math.cos(math.pi * min(1.0, progress))) / 2
+
+
+class Schedule:
+    """Sets the optimiser's rate before each step and lets plateau look at each epoch."""
+
+    def __init__(self, config: ScheduleConfig, optimiser: Optimizer, steps_per_epoch: int) -> None:
+        from torch.optim.lr_scheduler import ReduceLROnPlateau
+
+        self._config, self._optimiser, self._steps_per_epoch = config, optimiser, steps_per_epoch
+        self._factor, self._peak = SCHEDULES[config.name], [float(group["lr"]) for group in optimiser.param_groups]
+        plateau = ReduceLROnPlateau(optimiser, "max", factor=config.plateau_factor, patience=config.plateau_patience)
+        self._plateau = plateau if config.name == "plateau" else None
+
+    @property
+    def rate(self) -> float:
+        """Return the current learning rate."""
+        return float(self._optimiser.param_groups[0]["lr"])
+
+    def before_step(self, step: int) -> None:
+        """Set the rate of `step`, counted from 0 over the whole training."""
+        if self._plateau and step >= self._config.warmup_epochs * self._steps_per_epoch:
+            return  # from here on the rate is plateau's
+        factor = self._factor(self._config, step, self._steps_per_epoch)
+        for group, peak in zip(self._optimiser.param_groups, self._peak, strict=True):
+            group["lr"] = peak * factor
+
+    def after_epoch(self, epoch: int, accuracy: float) -> None:
+        """Tell plateau the watched accuracy of `epoch`, counted from 1."""
+        if self._plateau and epoch > self._config.warmup_epochs:
+            self._plateau.step(accuracy)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return what a resumed run needs (the rate itself is the optimiser's)."""
+        return self._plateau.state_dict() if self._plateau else {}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Take over what state_dict returned."""
+        if self._plateau:
+            self._plateau.load_state_dict(state)

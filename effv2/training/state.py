@@ -19,16 +19,12 @@ from effv2.core.randomness import private_randomness, stream_seed
 from effv2.data.batches import batch_count
 from effv2.data.dataset import Dataset
 from effv2.execution.device import Execution
-from effv2.training.optimisers import make_optimiser
-from effv2.training.schedules import Schedule
+from effv2.training.optimisers import Schedule, make_optimiser
 
 
 @dataclass
 class Progress:
-    """Where the training stands, in plain values. Epochs and steps are those finished.
-
-    `history` holds the metrics of every finished epoch, by the names they are logged under.
-    """
+    """Finished epochs and steps, and the metrics of every epoch by the names they are logged under."""
 
     epoch: int = 0
     step: int = 0
@@ -36,13 +32,6 @@ class Progress:
     best_accuracy: float = -1.0
     best_epoch: int = 0
     history: list[dict[str, float]] = field(default_factory=list)
-
-    def note(self, accuracy: float) -> bool:
-        """Take the watched accuracy of the epoch just finished; say whether it is the best so far."""
-        if accuracy <= self.best_accuracy:
-            return False
-        self.best_accuracy, self.best_epoch = accuracy, self.epoch
-        return True
 
     def should_stop(self, stopping: StoppingConfig) -> bool:
         """Say whether `patience` epochs brought no better watched accuracy, all of them after `min_epochs`.
@@ -85,11 +74,9 @@ class EpochSums:
 
 @dataclass
 class TrainState:
-    """Network, averaged weights, optimiser, schedule, progress and the sums of the running epoch.
+    """What can be saved after any step; `selected` holds the weights of the best epoch where validation chooses it.
 
-    It can be saved after any step. Random numbers need no state: each step seeds its own (effv2.core.randomness), and
-    the order of an epoch follows from its number. `selected` holds the weights of the best epoch where a validation
-    split chooses it.
+    Random numbers need no state: each step seeds its own, and the order of an epoch follows from its number.
     """
 
     model: nn.Module
@@ -104,11 +91,10 @@ class TrainState:
     def create(cls, config: TrainConfig, dataset: Dataset, execution: Execution) -> TrainState:
         """Build a fresh state: weights from the seed's own stream, everything else at its beginning."""
         wanted, outputs = config.model, config.model.outputs or len(dataset.classes)
-        rates = wanted.dropout, wanted.stochastic_depth
+        settings = wanted.dropout, wanted.stochastic_depth, wanted.zero_init_residual
         with private_randomness():
             torch.manual_seed(stream_seed(config.random.seed, "initialisation"))
-            built = build_model(wanted.build_table(), outputs, *rates, wanted.zero_init_residual)
-        model = execution.place(built)
+            model = execution.place(build_model(wanted.build_table(), outputs, *settings))
         optimiser = make_optimiser(config.optimiser, model)
         schedule = Schedule(config.schedule, optimiser, batch_count(len(dataset.train), config.optimiser.batch_size))
         averaged = AveragedModel(model, use_buffers=True) if config.optimiser.ema_decay else None
@@ -121,10 +107,7 @@ class TrainState:
 
     @torch.no_grad()
     def average(self, decay: float) -> None:
-        """Let the averaged weights follow, the decay rising from 0.1 as (1 + n) / (10 + n): the start is forgotten.
-
-        AveragedModel's own update would wait for a GPU at each step.
-        """
+        """Let the averaged weights follow, the decay rising from 0.1 as (1 + n) / (10 + n): the start is forgotten."""
         if self.averaged is None:
             return
         n = int(self.averaged.n_averaged)
@@ -134,7 +117,7 @@ class TrainState:
         lerp_all(list(compress(averaged, smooth)), list(compress(current, smooth)), weight)
         counts = [not each for each in smooth]
         copy_all(list(compress(averaged, counts)), list(compress(current, counts)))
-        self.averaged.n_averaged += 1
+        self.averaged.n_averaged += 1  # AveragedModel's own update would wait for a GPU
 
     def state_dict(self) -> dict[str, Any]:
         """Return all of it as tensors and plain values."""
@@ -150,22 +133,15 @@ class TrainState:
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Take over what state_dict returned."""
-        self.model.load_state_dict(state["model"])
-        if self.averaged:
-            self.averaged.load_state_dict(state["averaged"])
-        self.optimiser.load_state_dict(state["optimiser"])
-        self.schedule.load_state_dict(state["schedule"])
+        for name in ("model", "averaged", "optimiser", "schedule"):
+            if (part := getattr(self, name)) is not None:
+                part.load_state_dict(state[name])
         self.progress = Progress(**state["progress"])
-        device = self.sums.loss.device
-        self.sums = EpochSums(**state["sums"])
-        self.sums.loss, self.sums.right = self.sums.loss.to(device), self.sums.right.to(device)
+        device, sums = self.sums.loss.device, state["sums"]
+        self.sums = EpochSums(**{**sums, "loss": sums["loss"].to(device), "right": sums["right"].to(device)})
         self.selected = state["selected"]
 
     def take_selected(self) -> None:
         """Go back to the weights of the selected epoch; without a validation split it is the last one."""
         if self.selected is not None:
             self.evaluated.load_state_dict(self.selected)
-
-    def select(self) -> None:
-        """Keep a copy of the evaluated weights as the selected ones."""
-        self.selected = {name: value.detach().clone() for name, value in self.evaluated.state_dict().items()}
