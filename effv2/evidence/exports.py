@@ -8,7 +8,7 @@ import json
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -42,13 +42,16 @@ class Evidence:
     runs: Sequence[RunRecord]
     predictions: Callable[[RunRecord], Mapping[str, str]]
     claims: Sequence[Path] = ()  # exported: what was judged beside the published ones, several where exports differ
+    answers: dict[str, dict[str, bool]] = field(default_factory=dict)  # what `right` found, by run
 
     def right(self, run: RunRecord) -> dict[str, bool]:
         """Return by image whether a run got it right; of published networks those they weren't fitted to, if known."""
-        files = self.predictions(run)
-        text = next((files[name] for name in reversed(PREDICTIONS) if name in files), "")
-        rows = [row for row in csv.DictReader(io.StringIO(text)) if {"id", "true", "predicted"} <= row.keys()]
-        return {row["id"]: row["true"] == row["predicted"] for row in rows}
+        if run.run_id not in self.answers:
+            files = self.predictions(run)
+            text = next((files[name] for name in reversed(PREDICTIONS) if name in files), "")
+            rows = [row for row in csv.DictReader(io.StringIO(text)) if {"id", "true", "predicted"} <= row.keys()]
+            self.answers[run.run_id] = {row["id"]: row["true"] == row["predicted"] for row in rows}
+        return self.answers[run.run_id]
 
 
 def tracked(experiment_id: str, histories: Sequence[str] = HISTORIES, parent: str = "") -> Evidence:

@@ -18,7 +18,7 @@ import numpy as np
 from scipy import stats
 
 from effv2.evidence.claims import Claim, Claims, Contrast, family
-from effv2.evidence.protocols import published_value
+from effv2.evidence.protocols import Protocol, published_value
 from effv2.evidence.quantities import Quantity, points, quantity
 from effv2.evidence.selection import Chosen, RightAnswers, SplitAndSeed, choose, complete, counted, over_splits
 from effv2.evidence.statistics import (
@@ -50,8 +50,8 @@ class Verdict(str, Enum):
 class Finding:
     """One thing that a claim says, and what figures and runs say of it, in words.
 
-    `agrees` is None without published figures; `p` is that of the side on which the mean lies, None where runs are
-    too few; `corrected` is Holm's.
+    `agrees` is None without published figures, `evidence` empty without runs. `p` is that of the side on which the mean
+    lies, None where runs are too few; `corrected` is Holm's. `further` says what would decide at a level.
     """
 
     contrast: Contrast
@@ -59,23 +59,19 @@ class Finding:
     published: str = ""
     agrees: bool | None = None
     evidence: str = ""
-    inside: bool | None = None
+    single: str = ""  # where a single run is expected
+    inside: bool = False
+    decided: bool = False  # without a test
     p: float | None = None
     corrected: float | None = None
     tests: int = 1  # in its family
-    decided: bool = False  # without a test: a quantity that doesn't vary
-    estimate: Estimate | None = None
-    edge: float = 0.0  # from which the mean is to differ
-    unit: str = "seed"  # what there would have to be more of
-    more: str = ""
-    single: str = ""
-    lacking: str = ""
-    tested: bool = False  # on runs of our own
+    further: Callable[[float], str] | None = None
+    lacking: str = ""  # runs at all, or more of them
 
     @property
     def verdict(self) -> Verdict:
         """Return what the runs say of this one thing."""
-        if not self.tested:
+        if not self.evidence:
             return Verdict.NOT_TESTED
         if not self.decided and (self.corrected is None or self.corrected >= LEVEL):
             return Verdict.UNDECIDED
@@ -103,7 +99,7 @@ class Judgement:
     @property
     def tested(self) -> bool:
         """Say whether there are runs of our own."""
-        return any(each.tested for each in self.findings)
+        return any(each.evidence for each in self.findings)
 
     @property
     def on_published_alone(self) -> bool:
@@ -122,63 +118,58 @@ class Judgement:
 
 
 def judge(claims: Claims, runs: Sequence[RunRecord], right: RightAnswers) -> list[Judgement]:
-    """Judge all claims on the runs there are, the oldest first."""
-    answers: dict[str, Mapping[str, bool]] = {}  # by run: each is read once, however many claims ask
+    """Judge all claims on the runs there are, the oldest first.
 
-    def known(run: RunRecord) -> Mapping[str, bool]:
-        if run.run_id not in answers:
-            answers[run.run_id] = right(run)
-        return answers[run.run_id]
-
-    find_one = partial(_find, claims, complete(runs), known)
+    p-values are corrected for their number in a family of claims, in which what several claims say is tested once.
+    """
+    find_one = partial(_find, claims, complete(runs), right)
     found = {id_: [find_one(contrast) for contrast in claims.contrasts(id_)] for id_ in claims.claims}
-    return [_judgement(id_, claims, findings, find_one) for id_, findings in _corrected(found).items()]
-
-
-def _corrected(found: Mapping[str, Sequence[Finding]]) -> dict[str, list[Finding]]:
-    """Correct the p-values of each family of claims for their number. What several claims say is tested once."""
-    families: dict[str, dict[Contrast, float]] = {}
+    tests: dict[str, dict[Contrast, float]] = {}
     for id_, findings in found.items():
-        tests = families.setdefault(family(id_), {})
-        tests.update({each.contrast: each.p for each in findings if each.p is not None})
-    corrected = {name: dict(zip(tests, holm(list(tests.values())), strict=True)) for name, tests in families.items()}
-    return {id_: [_decided(each, corrected[family(id_)]) for each in findings] for id_, findings in found.items()}
+        known = {each.contrast: each.p for each in findings if each.p is not None}
+        tests.setdefault(family(id_), {}).update(known)
+    corrected = {name: dict(zip(of, holm(list(of.values())), strict=True)) for name, of in tests.items()}
+    return [_judgement(id_, claims, each, corrected[family(id_)], find_one) for id_, each in found.items()]
 
 
-def _decided(finding: Finding, corrected: Mapping[Contrast, float]) -> Finding:
+def _corrected(finding: Finding, corrected: Mapping[Contrast, float]) -> Finding:
     """Return the finding with its corrected p-value and, where that doesn't decide, how many more runs are likely to.
 
     Those must do with the level that the smallest p-value of the family has to reach.
     """
-    tests, p = len(corrected), corrected.get(finding.contrast)
-    finding = replace(finding, corrected=p, tests=tests)
-    if p is None or p < LEVEL or finding.estimate is None:
-        return finding
-    further = more_to_decide(finding.estimate, finding.edge, LEVEL / tests)
+    p, lacking = corrected.get(finding.contrast), finding.lacking
+    if p is not None and p >= LEVEL and finding.further:
+        lacking = finding.further(LEVEL / len(corrected))
+    return replace(finding, corrected=p, tests=len(corrected), lacking=lacking)
+
+
+def _further(estimate: Estimate, edge: float, unit: str, level: float) -> str:
+    """Say how many more seeds or splits are likely to tell a mean from an edge."""
+    further = more_to_decide(estimate, edge, level)
     if further is None:
-        more = f"more than {MOST_RUNS:,} further {finding.unit}s would be needed, if there is a difference"
-        return replace(finding, more=more)
+        return f"more than {MOST_RUNS:,} further {unit}s would be needed, if there is a difference"
     few, many = further
-    up_to = f"{many:,}" if many else f"more than {MOST_RUNS:,}"
-    number = f"about {few:,}" if few == many else f"about {few:,} to {up_to}"
-    return replace(finding, more=f"{number} more {finding.unit}s would decide")
+    up_to = "" if few == many else f" to {many:,}" if many else f" to more than {MOST_RUNS:,}"
+    return f"about {few:,}{up_to} more {unit}s would decide"
 
 
 def _judgement(
-    id_: str, claims: Claims, findings: Sequence[Finding], find_one: Callable[[Contrast], Finding]
+    id_: str,
+    claims: Claims,
+    found: Sequence[Finding],
+    corrected: Mapping[Contrast, float],
+    find_one: Callable[[Contrast], Finding],
 ) -> Judgement:
-    lacking = [each for each in findings if not each.tested]
+    findings = [_corrected(each, corrected) for each in found]
+    lacking = [each for each in findings if not each.evidence]
     undecided = [each for each in findings if each.verdict == Verdict.UNDECIDED]
-    contrasts = [
-        replace(each.contrast, protocol=near)
-        for each in lacking
-        if (near := claims.protocols[each.contrast.protocol].nearest)
-    ]
-    nearest = [found for contrast in dict.fromkeys(contrasts) if (found := find_one(contrast)).tested]
+    near = {each.contrast: claims.protocols[each.contrast.protocol].nearest for each in lacking}
+    others = [find_one(replace(contrast, protocol=name)) for contrast, name in near.items() if name]
+    nearest = [each for each in others if each.evidence]
 
     def texts(of: Sequence[Finding], name: str) -> list[str]:
-        found = (getattr(claims.protocols[each.contrast.protocol], name) for each in of)
-        return list(dict.fromkeys(filter(None, found)))
+        known = (getattr(claims.protocols[each.contrast.protocol], name) for each in of)
+        return list(dict.fromkeys(filter(None, known)))
 
     needs, assumed = "; ".join(texts(lacking, "needs")), " ".join(texts([*findings, *nearest], "assumed"))
     commands = texts([*lacking, *undecided], "command")
@@ -188,11 +179,10 @@ def _judgement(
 def _find(claims: Claims, runs: Sequence[RunRecord], right: RightAnswers, contrast: Contrast) -> Finding:
     """Return what the published figures and the finished runs say of one thing that a claim says."""
     protocol, what = claims.protocols[contrast.protocol], quantity(contrast.metric)
-    finding = _with_published(Finding(contrast, _says(contrast, what)), claims, what)
+    finding = _with_published(contrast, protocol, what)
     chosen = choose(runs, protocol, contrast.arms, what, positive=contrast.ratio)
-    if not all(chosen.arms.values()):
+    if not chosen.arms:
         return replace(finding, lacking=chosen.why)
-    finding = replace(finding, tested=True)
     if what.fixed:
         return _on_fixed(finding, what, chosen)
     if protocol.over == "images":
@@ -233,9 +223,9 @@ def _is_inside(contrast: Contrast, value: float) -> bool:
     return low < value < high if math.isinf(low) or math.isinf(high) else low <= value <= high
 
 
-def _with_published(finding: Finding, claims: Claims, what: Quantity) -> Finding:
+def _with_published(contrast: Contrast, protocol: Protocol, what: Quantity) -> Finding:
     """Hold the words against the published figures, one run an arm."""
-    contrast, protocol = finding.contrast, claims.protocols[finding.contrast.protocol]
+    finding = Finding(contrast, _says(contrast, what))
     values = [published_value(protocol, contrast.metric, arm) for arm in contrast.arms]
     known = [value for value in values if value is not None]
     if len(known) < len(values) or (contrast.ratio and not all(known)):
@@ -252,9 +242,8 @@ def _with_published(finding: Finding, claims: Claims, what: Quantity) -> Finding
 
 def _on_fixed(finding: Finding, what: Quantity, chosen: Chosen) -> Finding:
     """Judge a quantity that doesn't vary: one run of each arm decides."""
-    seen = [{what.value(run) for run in of_arm.values()} for of_arm in chosen.arms.values()]
-    values = [value for each in seen for value in each if value is not None]
-    if len(values) > len(seen):
+    values = [value for of_arm in chosen.arms.values() for value in set(what.values(of_arm.values()))]
+    if len(values) > len(chosen.arms):
         return replace(finding, evidence=f"runs differ in it: {', '.join(map(what.text, sorted(values)))}")
     inside = _is_inside(finding.contrast, _combined(finding.contrast, *values))
     text = f"{' against '.join(map(what.text, values))}, the same in every run"
@@ -265,15 +254,15 @@ def _over_images(finding: Finding, what: Quantity, chosen: Chosen, right: RightA
     """Judge fixed networks on their test images: Wilson's interval of one, McNemar's exact test of two."""
     contrast = finding.contrast
     answers = [right(list(of_arm.values())[-1]) for of_arm in chosen.arms.values()]
-    shared = sorted(set.intersection(*(set(each) for each in answers)))
+    shared = sorted(set.intersection(*map(set, answers)))
     if not shared:
         return replace(finding, evidence="the runs have no test images in common")
     correct = [np.array([each[image] for image in shared]) for each in answers]
     shown = " against ".join(what.text(each.mean()) for each in correct)
     if contrast.against:
-        test = mcnemar(correct[0], correct[1])
-        text = f"{shown} on {len(shared):,} images; {test.only_first} and {test.only_second} right alone (McNemar)"
-        return replace(finding, evidence=text, inside=test.only_first > test.only_second, p=test.p)
+        first, second, p = mcnemar(*correct)
+        text = f"{shown} on {len(shared):,} images; {first} and {second} right alone (McNemar)"
+        return replace(finding, evidence=text, inside=first > second, p=p)
     interval = wilson(int(correct[0].sum()), len(shared))
     inside = contrast.low <= interval.low and interval.high <= contrast.high
     outside = interval.high < contrast.low or interval.low > contrast.high
@@ -285,47 +274,39 @@ def _over_seeds(finding: Finding, what: Quantity, chosen: Chosen) -> Finding:
     """Judge trained networks: the interval of a mean, or of a mean difference, over runs."""
     contrast = finding.contrast
     scale, back = (math.log, math.exp) if contrast.ratio else (float, float)
-    values = {
-        arm: {pair: scale(value) for pair, run in runs.items() if (value := what.value(run)) is not None}
-        for arm, runs in chosen.arms.items()
-    }
-    estimate, rests_on = _estimate([values[arm] for arm in contrast.arms], chosen)
+    values = [dict(zip(runs, map(scale, what.values(runs.values())), strict=True)) for runs in chosen.arms.values()]
+    estimate, rests_on = _estimate(values, chosen)
     written = _text(contrast, what)
-
-    def text(value: float) -> str:
-        return written(back(value))
-
     interval = estimate.interval()
     interval = interval if contrast.against else interval.within(what.possible)
-    between = f" [{interval.text(text)}]" if estimate.n > 1 else ""
+    between = f" [{interval.text(lambda value: written(back(value)))}]" if estimate.n > 1 else ""
     finding = replace(
         finding,
-        evidence=f"{text(estimate.mean)}{between}, {rests_on}",
+        evidence=f"{written(back(estimate.mean))}{between}, {rests_on}",
         inside=_is_inside(contrast, back(estimate.mean)),
-        single="" if contrast.against else _single(contrast, what, estimate, list(values[contrast.arm].values())),
+        single="" if contrast.against else _single(contrast, what, estimate, list(values[0].values())),
     )
     unit = "split" if chosen.splits > 1 else "seed"
     if estimate.n < FEWEST:
-        lacking = counted(FEWEST - estimate.n, f"more {unit}")
-        return replace(finding, more=f"fewer than {FEWEST} runs decide nothing; {lacking} at least")
+        more = counted(FEWEST - estimate.n, f"more {unit}")
+        return replace(finding, lacking=f"fewer than {FEWEST} runs decide nothing; {more} at least")
     edges = [scale(each) for each in (contrast.low, contrast.high) if math.isfinite(each)]
     # The edge that decides is the one that is harder to tell from the mean.
     edge = max(edges, key=estimate.p) if finding.inside else min(edges, key=lambda each: abs(each - estimate.mean))
-    return replace(finding, p=estimate.p(edge), estimate=estimate, edge=edge, unit=unit)
+    return replace(finding, p=estimate.p(edge), further=partial(_further, estimate, edge, unit))
 
 
 def _estimate(values: Sequence[Mapping[SplitAndSeed, float]], chosen: Chosen) -> tuple[Estimate, str]:
     """Return the mean that is judged, or the mean difference, and on what it rests, in words."""
-    on = f" on {chosen.splits} splits" if chosen.splits > 1 else ""
-    first, second = values[0], values[-1]
+    first, second, pairs = values[0], values[-1], chosen.pairs()
     if len(values) == 1:
-        return Estimate.of(over_splits(first), overlap=chosen.overlap), f"{counted(len(first), 'run')}{on}"
-    pairs = chosen.pairs()
-    if len(pairs) >= min(FEWEST, len(first), len(second)):
-        differences = {pair: first[pair] - second[pair] for pair in pairs}
-        return Estimate.of(over_splits(differences), overlap=chosen.overlap), f"{counted(len(pairs), 'pair')}{on}"
-    both = Estimate.of(over_splits(first), over_splits(second), overlap=chosen.overlap)
-    return both, f"{len(first)} and {counted(len(second), 'run')}, not paired{on}"
+        samples, on = [first], counted(len(first), "run")
+    elif len(pairs) >= min(FEWEST, len(first), len(second)):
+        samples, on = [{pair: first[pair] - second[pair] for pair in pairs}], counted(len(pairs), "pair")
+    else:
+        samples, on = [first, second], f"{len(first)} and {counted(len(second), 'run')}, not paired"
+    splits = f" on {chosen.splits} splits" if chosen.splits > 1 else ""
+    return Estimate.of(*map(over_splits, samples), overlap=chosen.overlap), on + splits
 
 
 def _single(contrast: Contrast, what: Quantity, estimate: Estimate, values: Sequence[float]) -> str:

@@ -95,8 +95,8 @@ def _pairs(right: Mapping[str, np.ndarray]) -> list[NetworkPair]:
     """Test every pair on the images, corrected for their number."""
     names = list(combinations(right, 2))
     tests = [mcnemar(right[one], right[other]) for one, other in names]
-    found = zip(names, tests, holm([test.p for test in tests]), strict=True)
-    return [NetworkPair(*pair, test.only_first, test.only_second, test.p, p, p < LEVEL) for pair, test, p in found]
+    found = zip(names, tests, holm([p for *_, p in tests]), strict=True)
+    return [NetworkPair(*pair, *test, p, p < LEVEL) for pair, test, p in found]
 
 
 def _sentence(runs: Iterable[str], ranking: Ranking, pairs: Sequence[NetworkPair]) -> str:

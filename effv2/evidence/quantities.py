@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Literal
 
@@ -92,6 +92,10 @@ class Quantity:
             curve = {epoch: value for epoch, value in run.history.get(self.metric, {}).items() if abs(value) < LARGEST}
             found = self.take(curve) if len(curve) >= self.epochs else None
         return self.scale * found if found is not None and abs(found) < LARGEST else None
+
+    def values(self, runs: Iterable[RunRecord]) -> list[float]:
+        """Return the figures of those runs that have it."""
+        return [found for found in map(self.value, runs) if found is not None]
 
     @property
     def is_accuracy(self) -> bool:

@@ -120,7 +120,7 @@ def reason(judgement: Judgement) -> str:
         counts = Counter(each.verdict for each in findings)
         words = ", ".join(f"{counts[verdict]} {verdict.value}" for verdict in Verdict if counts[verdict])
         text = f"of {len(findings)} things said {words}" if len(findings) > 1 else _estimated(findings[0])
-        more = [each.more for each in findings if each.verdict == Verdict.UNDECIDED and each.more]
+        more = [each.lacking for each in findings if each.verdict == Verdict.UNDECIDED and each.lacking]
         return f"{text}; {more[0]}" if more else text
     text = "the published figures alone, one run each; not tested here" if judgement.on_published_alone else ""
     near_misses = list(dict.fromkeys(each.lacking for each in findings if each.lacking))
@@ -132,7 +132,7 @@ def reason(judgement: Judgement) -> str:
 def numbers(finding: Finding) -> list[str]:
     """Return what there is to say in numbers of one thing that a claim says."""
     published = f"published: {finding.published}" if finding.published else ""
-    return list(filter(None, (published, _estimated(finding), finding.single, finding.more, finding.lacking)))
+    return list(filter(None, (published, _estimated(finding), finding.single, finding.lacking)))
 
 
 def _estimated(finding: Finding) -> str:

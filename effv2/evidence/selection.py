@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cache
 from itertools import product
 
@@ -57,13 +57,11 @@ def _nearest(runs: Sequence[RunRecord], protocol: Protocol, arm: str) -> str:
     unlike = [(run, list(_unlike(run, protocol, arm))) for run in runs]
     known = [(run, settings) for run, settings in unlike if all(_logged(run, name) for name, _ in settings)]
     least = min((settings for _, settings in known), key=len, default=[])
-    if not 0 < len(least) <= FEW:
-        return ""
     words = []
-    for name, value in least:
-        there = dict.fromkeys(_logged(run, name) for run, settings in known if settings == least)
+    for name, value in least if len(least) <= FEW else ():
+        there = dict.fromkeys(" and ".join(_logged(run, name)) or "empty" for run, each in known if each == least)
         words.append(f"{name} is {' or '.join(list(there)[:4])}, not {'empty' if value == '' else value}")
-    return f"no run is like {arm}: in the nearest ones {', '.join(words)}"
+    return f"no run is like {arm}: in the nearest ones {', '.join(words)}" if words else ""
 
 
 @cache
@@ -71,29 +69,23 @@ def _defaults() -> dict[str, Value]:
     return TrainConfig().flat()
 
 
-def _logged(run: RunRecord, name: str) -> str:
-    """Write what a run logged as a setting; empty where it has none of that name."""
+def _logged(run: RunRecord, name: str) -> list[str]:
+    """Return what a run logged as a setting: a value, none, or several numbers of classes.
+
+    A training of ours has the default of a setting younger than itself.
+    """
     if name == CLASSES:
-        return " and ".join(dict.fromkeys(str(len(each.classes)) for each in run.images.values() if each.classes))
-    logged = _param(run, name)
-    return "" if logged is None else logged or "empty"
-
-
-def _param(run: RunRecord, name: str) -> str | None:
-    """Return what a run logged as a parameter; a training of ours has the default of a setting younger than itself."""
-    if name not in run.params and name in _defaults() and CONFIG_HASH in run.tags and "optimiser.name" in run.params:
-        return str(_defaults()[name])
-    return run.params.get(name)
+        return list(dict.fromkeys(str(len(each.classes)) for each in run.images.values() if each.classes))
+    of_ours = CONFIG_HASH in run.tags and "optimiser.name" in run.params
+    logged = run.params.get(name, _defaults().get(name) if of_ours else None)
+    return [] if logged is None else [str(logged)]
 
 
 def has(run: RunRecord, name: str, value: Value) -> bool:
     """Say whether a run has a setting."""
-    if name == CLASSES:
-        return any(len(images.classes) == value for images in run.images.values())
-    logged = _param(run, name)
-    if logged is None or isinstance(value, (bool, str)):
-        return logged is not None and logged.lower() == str(value).lower()
-    return number(logged) == value
+    if isinstance(value, (bool, str)):
+        return str(value).lower() in map(str.lower, _logged(run, name))
+    return value in map(number, _logged(run, name))
 
 
 def split_of(run: RunRecord) -> str:
@@ -108,7 +100,7 @@ def pair_of(run: RunRecord) -> SplitAndSeed:
 
 @dataclass(frozen=True)
 class Chosen:
-    """The runs of some arms that differ in nothing else but seeds, by arm and pair; empty where there are none.
+    """The runs of some arms that differ in nothing else but seeds, by arm and pair; no arms where there are none.
 
     `splits` counts those that all arms have; `overlap` is the ratio of test to other images where there are several,
     else 0; `aside` says which runs were left aside; `why` why there are none, where some come near.
@@ -117,7 +109,7 @@ class Chosen:
     arms: Mapping[str, Mapping[SplitAndSeed, RunRecord]]
     splits: int = 1
     overlap: float = 0.0
-    aside: tuple[str, ...] = ()
+    aside: Sequence[str] = ()
     why: str = ""
 
     def pairs(self) -> list[SplitAndSeed]:
@@ -137,17 +129,13 @@ def choose(
     """
     like = {arm: [run for run in runs if is_like(run, protocol, arm)] for arm in arms}
     having = {
-        arm: [run for run in found if (value := what.value(run)) is not None and (value > 0 or not positive)]
+        arm: [run for run in found if any(value > 0 or not positive for value in what.values([run]))]
         for arm, found in like.items()
     }
-    none = Chosen({arm: {} for arm in arms})
-    if not all(having.values()):
-        reasons = [
-            f"the runs of {arm} have no {what.words} that can be used" if found else _nearest(runs, protocol, arm)
-            for arm, found in like.items()
-            if not having[arm]
-        ]
-        return replace(none, why="; ".join(filter(None, reasons)))
+    if lacking := [arm for arm in like if not having[arm]]:
+        unusable = f"have no {what.words} that can be used"
+        reasons = [f"the runs of {a} {unusable}" if like[a] else _nearest(runs, protocol, a) for a in lacking]
+        return Chosen({}, why="; ".join(filter(None, reasons)))
     groups: dict[Settings, dict[str, dict[SplitAndSeed, RunRecord]]] = {}
     varies_data = any(name.startswith("data.") for name in protocol.varied())
     for arm, found in having.items():
@@ -157,9 +145,12 @@ def choose(
             pair = (run.params.get(SPLIT_SEED, "") if varies_data else split, seed)
             of_arm.pop(pair, None)  # so that the last one stands last
             of_arm[pair] = run
-    whole = {settings: Chosen(group) for settings, group in groups.items() if len(group) == len(set(arms))}
+    whole = {settings: Chosen(group) for settings, group in groups.items() if len(group) == len(like)}
     if not whole:
-        return replace(none, why=_apart(groups, arms))
+        first, last = ([settings for settings, group in groups.items() if a in group] for a in (arms[0], arms[-1]))
+        fewest = min((_differing(*both) for both in product(first, last)), key=len)
+        names = f"runs of {' and of '.join(arms)} differ in more than that: in {', '.join(fewest)}"
+        return Chosen({}, why=names)
     settings = max(whole, key=lambda each: (len(whole[each].pairs()), min(map(len, whole[each].arms.values()))))
     most = whole.pop(settings)
     if protocol.over == "images" or what.fixed:
@@ -168,26 +159,27 @@ def choose(
     aside = [f"{counted(left_out, 'run')} without a usable figure left out"] if left_out else []
     if whole:
         count = sum(len(of_arm) for group in whole.values() for of_arm in group.arms.values())
-        names = sorted({name for other in whole for name in _differing(settings, other)})
-        aside.append(f"{counted(count, 'run')} left aside that differ from these in {', '.join(names)}")
-    return _on_shared_splits(replace(most, aside=tuple(aside)))
+        aside.append(
+            f"{counted(count, 'run')} left aside that differ from these in {', '.join(_differing(settings, *whole))}"
+        )
+    return _on_shared_splits(most.arms, aside)
 
 
-def _differing(one: Settings, other: Settings) -> list[str]:
-    return sorted({name for name, _ in one ^ other})
+def _differing(one: Settings, *others: Settings) -> list[str]:
+    return sorted({name for other in others for name, _ in one ^ other})
 
 
-def _on_shared_splits(chosen: Chosen) -> Chosen:
+def _on_shared_splits(found: Mapping[str, Mapping[SplitAndSeed, RunRecord]], aside: list[str]) -> Chosen:
     """Keep the splits that all arms have: an arm on other images says nothing of the difference.
 
     Where there are pairs enough to be judged by them, those that have pairs. Fewer than three splits decide nothing,
     so that of two the one with more pairs, or runs, counts.
     """
-    runs = Counter(split for of_arm in chosen.arms.values() for split, _ in of_arm)
-    shared = set.intersection(*({split for split, _ in of_arm} for of_arm in chosen.arms.values()))
+    runs = Counter(split for of_arm in found.values() for split, _ in of_arm)
+    shared = set.intersection(*({split for split, _ in of_arm} for of_arm in found.values()))
     if not shared:
-        return Chosen({arm: {} for arm in chosen.arms}, why="the arms have no split of the data in common")
-    pairs, aside = Counter(split for split, _ in chosen.pairs()), list(chosen.aside)
+        return Chosen({}, why="the arms have no split of the data in common")
+    pairs = Counter(split for split, _ in Chosen(found).pairs())
     if pairs.total() >= FEWEST and (unpaired := sum(runs[split] for split in shared - pairs.keys())):
         aside.append(f"{counted(unpaired, 'run')} on splits without pairs left aside")
         shared &= pairs.keys()
@@ -197,18 +189,10 @@ def _on_shared_splits(chosen: Chosen) -> Chosen:
         others = counted(sum(runs[split] for split in shared - {most}), "run")
         aside.append(f"on one split alone, {others} on another left aside: a third would count all")
         shared = {most}
-    arms = {
-        arm: {pair: run for pair, run in of_arm.items() if pair[0] in shared} for arm, of_arm in chosen.arms.items()
-    }
-    overlap = _overlap(next(iter(arms[next(iter(arms))].values()))) if len(shared) > 1 else 0.0
-    return replace(chosen, arms=arms, splits=len(shared), overlap=overlap, aside=tuple(aside))
-
-
-def _apart(found: Mapping[Settings, Mapping[str, object]], arms: Sequence[str]) -> str:
-    """Say what the runs of two arms differ in, at least."""
-    first, last = ([settings for settings, group in found.items() if arm in group] for arm in (arms[0], arms[-1]))
-    fewest = min((_differing(*both) for both in product(first, last)), key=len, default=[])
-    return f"runs of {' and of '.join(arms)} differ in more than that: in {', '.join(fewest)}"
+    arms = {arm: {pair: run for pair, run in of_arm.items() if pair[0] in shared} for arm, of_arm in found.items()}
+    share = number(next(iter(next(iter(arms.values())).values())).params.get("data.test_fraction", ""))
+    overlap = share / (1 - share) if 0 < share < 1 else PUBLISHED_OVERLAP
+    return Chosen(arms, len(shared), overlap if len(shared) > 1 else 0.0, aside)
 
 
 def settings_of(run: RunRecord, but: Collection[str] = frozenset(FREE)) -> Settings:
@@ -227,12 +211,6 @@ def _left_open(run: RunRecord, protocol: Protocol, what: Quantity) -> Settings:
         named.add("model.table")  # which goes by that name
     settings = {each for each in settings_of(run, named) if not each[0].startswith("study.")}
     return frozenset(settings | {(tag, run.tags.get(tag, "")) for tag in OF_TIMES if what.timed})
-
-
-def _overlap(run: RunRecord) -> float:
-    """Return the ratio of test to other images of a run's split, from the share that was held out for testing."""
-    share = number(run.params.get("data.test_fraction", ""))
-    return share / (1 - share) if 0 < share < 1 else PUBLISHED_OVERLAP
 
 
 def over_splits(values: Mapping[SplitAndSeed, float]) -> tuple[float, ...]:

@@ -39,29 +39,20 @@ class Interval(NamedTuple):
         return f"{write(self.low)} to {write(self.high)}"
 
 
-class McNemar(NamedTuple):
-    """Two networks on the same images: how many only the first got right, only the second, and McNemar's exact p."""
-
-    only_first: int
-    only_second: int
-    p: float
-
-
 def wilson(right: int, count: int) -> Interval:
     """Return Wilson's 95 % interval of a proportion (Wilson 1927), without continuity correction."""
     found = binomtest(right, count).proportion_ci(CONFIDENCE, method="wilson")
     return Interval(float(found.low), float(found.high))
 
 
-def mcnemar(first: np.ndarray, second: np.ndarray) -> McNemar:
-    """Test whether two networks are right equally often on the same images (bool (N) each), exactly and two-sided.
+def mcnemar(first: np.ndarray, second: np.ndarray) -> tuple[int, int, float]:
+    """Return on how many images only one of two networks is right, either (bool (N) each), and McNemar's exact p.
 
-    McNemar 1947; under the hypothesis the images that only one of them got right fall to either as a coin does.
+    McNemar 1947, two-sided; if they are right equally often these images fall to either as a coin does.
     """
     only_first, only_second = int((first & ~second).sum()), int((second & ~first).sum())
     differing = only_first + only_second
-    p = float(binomtest(only_first, differing).pvalue) if differing else 1.0
-    return McNemar(only_first, only_second, p)
+    return only_first, only_second, float(binomtest(only_first, differing).pvalue) if differing else 1.0
 
 
 def holm(p_values: Sequence[float]) -> list[float]:
@@ -107,7 +98,10 @@ class Estimate:
     @cached_property
     def _pivots(self) -> np.ndarray:
         """Return (mean of a resample - mean) / its standard error, the same ones at every call."""
-        drawn = [_resampled(each, seed) for seed, each in enumerate(self.samples)]
+        drawn = []
+        for seed, each in enumerate(self.samples):
+            places = np.random.default_rng(seed).integers(0, len(each), (RESAMPLES, len(each)))
+            drawn.append(np.asarray(each)[places])
         distances = drawn[0].mean(1) - sum(each.mean(1) for each in drawn[1:]) - self.mean
         squares = sum(each.var(1, ddof=1) / each.shape[1] for each in drawn)
         found: np.ndarray = distances[squares > 0] / np.sqrt(squares[squares > 0])
@@ -147,13 +141,6 @@ class Estimate:
         spread = math.hypot(self.deviation if deviation is None else deviation, self.error)
         reach = float(stats.t.ppf((1 + confidence) / 2, self.degrees) * spread)
         return Interval(self.mean - reach, self.mean + reach)
-
-
-def _resampled(values: Sequence[float], seed: int) -> np.ndarray:
-    """Draw resamples (RESAMPLES, n) of n values."""
-    known = np.asarray(values)
-    drawn: np.ndarray = known[np.random.default_rng(seed).integers(0, len(known), (RESAMPLES, len(known)))]
-    return drawn
 
 
 def power(effect: float, deviation: float, n: int, level: float = LEVEL, overlap: float = 0.0) -> float:
