@@ -20,10 +20,9 @@ from effv2.config.studies import open_study
 from effv2.core.errors import InputError
 from effv2.evidence.claims import Claims, read_claims
 from effv2.evidence.judge import CONSISTENT, INCONSISTENT, NO_FIGURES, Verdict, judge
-from effv2.evidence.protocols import FREE, Protocol, published_runs
+from effv2.evidence.protocols import FREE, Protocol, is_like, published_runs
 from effv2.evidence.quantities import TEST, TRAIN, quantity
 from effv2.evidence.results import study_results
-from effv2.evidence.selection import is_like
 from effv2.evidence.statistics import (
     FEWEST,
     LEVEL,

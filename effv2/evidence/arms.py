@@ -14,9 +14,18 @@ from scipy import stats
 
 from effv2.core.figures import MARKERS, PALETTE, SIZE, accuracy_curves, plain, value_range
 from effv2.evidence.claims import Claims
-from effv2.evidence.protocols import published_runs
+from effv2.evidence.protocols import (
+    Alike,
+    SplitAndSeed,
+    complete,
+    has,
+    is_like,
+    pair_of,
+    published_runs,
+    settings_of,
+    split_of,
+)
 from effv2.evidence.quantities import CURVES, QUANTITIES, SHOWN, TRAIN_SECONDS, percent, points
-from effv2.evidence.selection import Settings, SplitAndSeed, complete, has, is_like, pair_of, settings_of, split_of
 from effv2.evidence.statistics import CONFIDENCE, FEWEST, TINY, Estimate, holm, p_text
 from effv2.evidence.study import NO_STUDY, NONE, Rows, StudyResults, TrackedStudy, has_figures, line_of, values_of
 from effv2.tracking.accuracies import BEST_TEST, SELECTED_TEST, SELECTED_VALIDATION, decisive_accuracy
@@ -150,7 +159,7 @@ def _parted(arms: Arms) -> tuple[dict[str, list[RunRecord]], list[str]]:
     parted: dict[str, list[RunRecord]] = {}
     notes: list[str] = []
     for arm, runs in arms.items():
-        groups: dict[Settings, dict[SplitAndSeed, RunRecord]] = {}
+        groups: dict[Alike, dict[SplitAndSeed, RunRecord]] = {}
         for run in runs:
             groups.setdefault(settings_of(run), {})[pair_of(run)] = run
         shared = frozenset.intersection(*groups)

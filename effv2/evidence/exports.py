@@ -9,6 +9,7 @@ import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -68,20 +69,20 @@ def _public(values: Mapping[str, str]) -> list[tuple[str, str]]:
 
 
 # The tables of an export: their titles after `run_id`, and a run's lines.
-TABLES: dict[str, tuple[tuple[str, ...], Callable[[RunRecord], Iterable[Sequence[Any]]]]] = {
-    RUNS: (("name", "status", "started", "ended"), lambda run: [(run.name, run.status, run.started, run.ended)]),
-    "params.csv": (("name", "value"), lambda run: _public(run.params)),
+TABLES: dict[str, tuple[str, Callable[[RunRecord], Iterable[Sequence[Any]]]]] = {
+    RUNS: ("name status started ended", lambda run: [(run.name, run.status, run.started, run.ended)]),
+    "params.csv": ("name value", lambda run: _public(run.params)),
     "tags.csv": (
-        ("name", "value"),
+        "name value",
         lambda run: [each for each in _public(run.tags) if each[0].startswith("effv2.") or each[0] == PARENT],
     ),
-    "metrics.csv": (("name", "value"), lambda run: sorted(run.metrics.items())),
+    "metrics.csv": ("name value", lambda run: sorted(run.metrics.items())),
     "epochs.csv": (
-        ("name", "epoch", "value"),
+        "name epoch value",
         lambda run: [(name, *each) for name, curve in sorted(run.history.items()) for each in sorted(curve.items())],
     ),
     "images.csv": (
-        ("context", "name", "digest", "images", "classes"),
+        "context name digest images classes",
         lambda run: [
             (context, each.name, each.digest, each.images, json.dumps(each.classes))
             for context, each in sorted(run.images.items())
@@ -95,18 +96,15 @@ def export(evidence: Evidence, folder: Path, own: Mapping[str, str]) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     for name, (titles, lines) in TABLES.items():
         rows = [(run.run_id, *line) for run in evidence.runs for line in lines(run)]
-        write_csv(folder / name, [("run_id", *titles), *rows])
-    finished = [run for run in evidence.runs if run.status == "FINISHED"]
-    written = [*TABLES, *own]
-    for name, text in own.items():
-        (folder / name).write_text(text, encoding="utf-8")
+        write_csv(folder / name, [("run_id", *titles.split()), *rows])
+    finished, written = [run for run in evidence.runs if run.status == "FINISHED"], list(TABLES)
     with ThreadPoolExecutor(READERS) as pool:
-        for run, texts in zip(finished, pool.map(evidence.predictions, finished), strict=True):
-            for name, text in texts.items():
-                path = folder / _place(run, name)
-                path.parent.mkdir(parents=True, exist_ok=True)
-                path.write_text(text, encoding="utf-8", newline="")
-                written.append(_place(run, name))
+        read = zip(finished, pool.map(evidence.predictions, finished), strict=True)
+        predictions = ((_place(run, name), text) for run, texts in read for name, text in texts.items())
+        for name, text in chain(own.items(), predictions):
+            (folder / name).parent.mkdir(parents=True, exist_ok=True)
+            (folder / name).write_text(text, encoding="utf-8", newline="")
+            written.append(name)
     hashes = {name: sha256_of_file(folder / name) for name in sorted(written)}
     about = {"effv2": __version__, "experiment": evidence.experiment, "ui": evidence.ui, "sha256": hashes}
     write_atomically(folder / MANIFEST, json.dumps(about, indent=1) + "\n")
@@ -155,30 +153,29 @@ def exported(folder: Path) -> Evidence:
     return Evidence(about["experiment"], about["ui"], runs, predictions, claims)
 
 
-def _by_run(path: Path) -> dict[str, list[dict[str, str]]]:
-    """Return the lines of a table by run."""
-    found: dict[str, list[dict[str, str]]] = {}
+def _by_run(path: Path) -> dict[str, list[list[str]]]:
+    """Return the lines of a table by run, each without the run."""
+    found: dict[str, list[list[str]]] = {}
     with path.open(newline="", encoding="utf-8") as file:
-        for row in csv.DictReader(file):
-            found.setdefault(row["run_id"], []).append(row)
+        _, *rows = csv.reader(file)
+    for run_id, *values in rows:
+        found.setdefault(run_id, []).append(values)
     return found
 
 
-def _record(run_id: str, lines: Mapping[str, Sequence[Mapping[str, str]]]) -> RunRecord:
+def _record(run_id: str, lines: Mapping[str, Sequence[Sequence[str]]]) -> RunRecord:
     """Return a run from its lines of all tables."""
-    (about, *_), history = lines[RUNS], dict[str, dict[int, float]]()
-    for row in lines["epochs.csv"]:
-        history.setdefault(row["name"], {})[int(row["epoch"])] = float(row["value"])
-    params, tags, metrics = (
-        {row["name"]: row["value"] for row in lines[f"{name}.csv"]} for name in ("params", "tags", "metrics")
-    )
+    name, status, started, ended = lines[RUNS][0]
+    params, tags = (dict(map(tuple, lines[table])) for table in ("params.csv", "tags.csv"))
+    metrics = {metric: float(value) for metric, value in lines["metrics.csv"]}
+    history: dict[str, dict[int, float]] = {}
+    for metric, epoch, value in lines["epochs.csv"]:
+        history.setdefault(metric, {})[int(epoch)] = float(value)
     images = {
-        row["context"]: Images(row["name"], row["digest"], int(row["images"]), tuple(json.loads(row["classes"])))
-        for row in lines["images.csv"]
+        context: Images(called, digest, int(count), tuple(json.loads(classes)))
+        for context, called, digest, count, classes in lines["images.csv"]
     }
-    numbers = {name: float(value) for name, value in metrics.items()}
-    times = int(about["started"]), int(about["ended"])
-    return RunRecord(run_id, about["name"], about["status"], params, numbers, tags, history, images, *times)
+    return RunRecord(run_id, name, status, params, metrics, tags, history, images, int(started), int(ended))
 
 
 def remove_export(folder: Path) -> None:

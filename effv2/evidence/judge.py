@@ -18,9 +18,18 @@ import numpy as np
 from scipy import stats
 
 from effv2.evidence.claims import Claim, Claims, Contrast, family
-from effv2.evidence.protocols import Protocol, published_value
+from effv2.evidence.protocols import (
+    Chosen,
+    Protocol,
+    RightAnswers,
+    SplitAndSeed,
+    choose,
+    complete,
+    counted,
+    over_splits,
+    published_value,
+)
 from effv2.evidence.quantities import Quantity, points, quantity
-from effv2.evidence.selection import Chosen, RightAnswers, SplitAndSeed, choose, complete, counted, over_splits
 from effv2.evidence.statistics import (
     FEWEST,
     LEVEL,

@@ -12,8 +12,8 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, NullLocator, StrMethodFormatter
 
 from effv2.core.figures import MARKERS, PALETTE, plain
+from effv2.evidence.protocols import RightAnswers, complete
 from effv2.evidence.quantities import EVALUATE_RATE, LARGEST, SHOWN, percent, whole
-from effv2.evidence.selection import RightAnswers, complete
 from effv2.evidence.statistics import LEVEL, holm, mcnemar, p_text, wilson
 from effv2.evidence.study import NONE, Rows, StudyResults, TrackedStudy, line_of
 from effv2.tracking.read import RunRecord

@@ -11,9 +11,8 @@ from textwrap import shorten
 from effv2.evidence.arms import arms_results
 from effv2.evidence.claims import Claims
 from effv2.evidence.networks import networks_results
-from effv2.evidence.protocols import SPLIT_SEED
+from effv2.evidence.protocols import SPLIT_SEED, RightAnswers, counted
 from effv2.evidence.quantities import EPOCH_SECONDS, VALIDATION, duration, number, percent
-from effv2.evidence.selection import RightAnswers, counted
 from effv2.evidence.study import NO_STUDY, NONE, Rows, StudyResults, TrackedStudy, studies_of
 from effv2.tracking import tags
 from effv2.tracking.accuracies import SELECTED_TEST, SELECTED_VALIDATION

@@ -9,8 +9,8 @@ from typing import Any
 
 from matplotlib.figure import Figure
 
+from effv2.evidence.protocols import complete
 from effv2.evidence.quantities import SHOWN, quantity
-from effv2.evidence.selection import complete
 from effv2.tracking.read import RunRecord
 from effv2.tracking.tags import ARM, PLANNED, names_in, reused_in
 
