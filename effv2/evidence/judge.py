@@ -112,7 +112,7 @@ class Judgement:
 
     @property
     def on_published_alone(self) -> bool:
-        """Say whether it is undecided for want of runs of our own: published single runs are all there is."""
+        """Say whether it is undecided since published single runs are all there is."""
         return not self.tested and self.words != NO_FIGURES
 
     @property
