@@ -23,14 +23,15 @@ FEW_IMAGES = 100
 OF_ANY_IMAGES = ("top1_accuracy", "top1_present", "top5_accuracy", "loss", "ece")
 # What a ranking rests on, by the origin of the images, and what to make of it.
 IMAGES = {
-    "unseen": "images of ImageNet's validation set, to which published weights were not fitted",
-    "seen": "images of ImageNet's training set",
-    "unknown": "images of which the names don't tell whether they are ImageNet's",
-}
-CAUTION = {
-    "unseen": "",
-    "seen": " Published weights were fitted to these images: this says how well, little of how they predict others.",
-    "unknown": " Whether the weights were fitted to these images is not known.",
+    "unseen": ("images of ImageNet's validation set, to which published weights were not fitted", ""),
+    "seen": (
+        "images of ImageNet's training set",
+        " Published weights were fitted to these images: this says how well, little of how they predict others.",
+    ),
+    "unknown": (
+        "images of which the names don't tell whether they are ImageNet's",
+        " Whether the weights were fitted to these images is not known.",
+    ),
 }
 SETS = {"unseen": "images that it was not trained on", "unknown": "images that it may not have been trained on"}
 
@@ -59,15 +60,20 @@ def networks_results(study: TrackedStudy, right: RightAnswers) -> StudyResults:
     """Return what came out of an evaluation of networks; `right` reads which images a run got right."""
     runs = {run.name: run for run in complete(study.in_order())}
     ranking = _rank(runs, right)
-    pairs, order = _pairs(ranking.right), [*ranking.right, *(label for label in runs if label not in ranking.right)]
+    names = list(combinations(ranking.right, 2))
+    tests = [mcnemar(ranking.right[one], ranking.right[other]) for one, other in names]
+    corrected = holm([p for *_, p in tests])
+    found = zip(names, tests, corrected, strict=True)
+    pairs = [NetworkPair(*pair, *test, p, p < LEVEL) for pair, test, p in found]
+    ordered = {label: runs[label] for label in dict.fromkeys([*ranking.right, *runs])}
     wanted = [f"{images}/{name}" for images in dict.fromkeys(("eval", ranking.images)) for name in OF_ANY_IMAGES]
     logged = [(label, name) for label in runs for name in wanted if name in runs[label].metrics]
     tables = {"ranking.csv": _rows(runs, ranking.right), "pairs.csv": [NetworkPair._fields, *pairs]}
     return StudyResults(
         sentence=_sentence(runs, ranking, pairs),
-        table=_table([runs[label] for label in order]),
-        details=_details({label: runs[label] for label in order}, ranking.images),
-        order=order,
+        table=_table(ordered.values()),
+        details=_details(ordered, ranking.images),
+        order=list(ordered),
         document="ranking.md",
         metrics={f"{label}/{name}": runs[label].metrics[name] for label, name in logged},
         files=tables | {"accuracy_against_cost.png": _figure(runs, ranking)} if ranking.right else {},
@@ -91,14 +97,6 @@ def _rank(runs: Mapping[str, RunRecord], right: RightAnswers) -> Ranking:
     return Ranking(dict(sorted(correct.items(), key=lambda item: -int(item[1].sum()))), images, origin)
 
 
-def _pairs(right: Mapping[str, np.ndarray]) -> list[NetworkPair]:
-    """Test every pair on the images, corrected for their number."""
-    names = list(combinations(right, 2))
-    tests = [mcnemar(right[one], right[other]) for one, other in names]
-    found = zip(names, tests, holm([p for *_, p in tests]), strict=True)
-    return [NetworkPair(*pair, *test, p, p < LEVEL) for pair, test, p in found]
-
-
 def _sentence(runs: Iterable[str], ranking: Ranking, pairs: Sequence[NetworkPair]) -> str:
     """Say which network is better than which, and of which pairs it can't be told."""
     lost = [label for label in runs if label not in ranking.right]
@@ -106,38 +104,36 @@ def _sentence(runs: Iterable[str], ranking: Ranking, pairs: Sequence[NetworkPair
     if not ranking.right:
         return f"No network was ranked.{missing}"
     size = len(next(iter(ranking.right.values())))
-    head, words = (
-        f"Top-1 over 1000 classes on {size:,} {IMAGES[ranking.origin]}",
-        ["one network alone, nothing to compare"],
-    )
-    if pairs:
-        head += f" (exact McNemar tests, Holm-corrected for {len(pairs)}, {LEVEL:.0%} level)"
-        better, open_ = dict[str, list[str]](), dict[str, list[str]]()
-        for pair in pairs:
-            p = f" ({p_text(pair.p_holm)})" if len(pairs) <= PAIRS_WITH_P else ""
-            (better if pair.told_apart else open_).setdefault(pair.better, []).append(f"{pair.worse}{p}")
-        words = [f"{one} is better than {_joined(others)}" for one, others in better.items()]
+    images, caution = IMAGES[ranking.origin]
+    better, open_ = dict[str, list[str]](), dict[str, list[str]]()
+    for pair in pairs:
+        p = f" ({p_text(pair.p_holm)})" if len(pairs) <= PAIRS_WITH_P else ""
+        (better if pair.told_apart else open_).setdefault(pair.better, []).append(f"{pair.worse}{p}")
+    words = [f"{one} is better than {_joined(others)}" for one, others in better.items()]
+    if open_:
         either = "; ".join(f"{one} or {_joined(others, 'or')}" for one, others in open_.items())
-        words += [f"it can't be told which is better: {either}"] if open_ else []
+        words.append(f"it can't be told which is better: {either}")
+    how = f" (exact McNemar tests, Holm-corrected for {len(pairs)}, {LEVEL:.0%} level)" if pairs else ""
+    what = "; ".join(words) or "one network alone, nothing to compare"
     few = f" So few images rarely decide; evaluate more than {FEW_IMAGES}." if size < FEW_IMAGES else ""
-    return f"{head}: {'; '.join(words)}.{few}{CAUTION[ranking.origin]}{missing}"
+    return f"Top-1 over 1000 classes on {size:,} {images}{how}: {what}.{few}{caution}{missing}"
 
 
 def _joined(words: Sequence[str], last: str = "and") -> str:
     return f" {last} ".join(filter(None, (", ".join(words[:-1]), words[-1])))
 
 
-def _table(runs: Sequence[RunRecord]) -> Rows:
+def _table(runs: Iterable[RunRecord]) -> Rows:
     """Return a line a network and set of images: those that it wasn't fitted to, where they are known, and all."""
     rows: Rows = [("network", "top-1 of 1000 [95 % Wilson]", "among the classes present", "on", "images/s")]
     for run in runs:
-        seen = run.metrics.get("seen/images", 0)
+        seen, rate = run.metrics.get("seen/images", 0), run.metrics.get(EVALUATE_RATE)
         every = "test images" + (f", {seen:,.0f} of which it was trained on" if seen else "")
         for images, which in (SETS | {"eval": every}).items():
             value, present = (run.metrics.get(f"{images}/{name}") for name in OF_ANY_IMAGES[:2])
-            number, rate = run.metrics.get(f"{images}/images", 0.0), run.metrics.get(EVALUATE_RATE)
             if value is None:
                 continue
+            number = run.metrics.get(f"{images}/images", 0.0)
             count = int(number) if 0 < number < LARGEST else 0
             known = count and 0 <= value <= 1
             shown = percent(value) + (f" [{wilson(round(value * count), count).text(percent)}]" if known else "")
@@ -148,14 +144,14 @@ def _table(runs: Sequence[RunRecord]) -> Rows:
 
 def _details(runs: Mapping[str, RunRecord], images: str) -> Rows:
     """Return the other figures of networks, and what their weights are: a line each, a column a network."""
+    if not runs:
+        return []
     groups = {label: [run] for label, run in runs.items()}
     names = [*(f"{images}/{name}" for name in OF_ANY_IMAGES[2:]), *SHOWN]
     params = {"weights.name": "weights", "weights.sha256": "their SHA-256", "weights.verified": "published, verified"}
     weights = [(words, *(run.params.get(name, NONE) for run in runs.values())) for name, words in params.items()]
-    ids = ("run", *(run.run_id for run in runs.values()))
-    return (
-        [("network", *runs), *(line for name in names for line in line_of(groups, name)), *weights, ids] if runs else []
-    )
+    figures = [line for name in names for line in line_of(groups, name)]
+    return [("network", *runs), *figures, *weights, ("run", *(run.run_id for run in runs.values()))]
 
 
 def _rows(runs: Mapping[str, RunRecord], right: Mapping[str, np.ndarray]) -> list[tuple[Any, ...]]:

@@ -60,10 +60,6 @@ def duration(seconds: float) -> str:
     return f"{minutes / 60:.1f} hours" if minutes >= 60 else f"{minutes:.1f} minutes"
 
 
-def _gflops(value: float) -> str:
-    return f"{value:.3f}" if value >= 0.01 else f"{value:.2g}"
-
-
 @dataclass(frozen=True)
 class Quantity:
     """A figure of a run: its name in words, and the logged metric that it is, or that `take` derives it from.
@@ -108,39 +104,37 @@ class Quantity:
         return Interval(0, 1) if self.is_accuracy else Interval(0 if self.timed else self.least, math.inf)
 
 
-def median(curve: Curve) -> float:
-    """Return the median over epochs."""
+def _median(curve: Curve) -> float:
     return statistics.median(curve.values())
 
 
-def level(curve: Curve) -> float:
-    """Return the mean over the last ten epochs."""
+def _level(curve: Curve) -> float:
     return statistics.fmean(curve[epoch] for epoch in sorted(curve)[-LEVEL_EPOCHS:])
 
 
-def epochs_to_peak_share(curve: Curve, share: float = PEAK_SHARE) -> int:
-    """Return the first epoch whose accuracy reaches `share` of the highest one."""
+def _epochs_to_peak_share(curve: Curve) -> int:
     best = max(curve.values())
-    return min(epoch for epoch, accuracy in curve.items() if accuracy >= min(best, share * best))
+    return min(epoch for epoch, accuracy in curve.items() if accuracy >= min(best, PEAK_SHARE * best))
 
 
-def epochs_to_level(curve: Curve) -> int:
+def _epochs_to_level(curve: Curve) -> int:
     """Return the first epoch from which the mean of five epochs stays within two points of the last ten's."""
     epochs = sorted(curve)
     smooth = np.convolve([curve[epoch] for epoch in epochs], np.full(5, 0.2), "valid")
-    away = np.flatnonzero(np.abs(smooth - level(curve)) > NEAR_LEVEL)
+    away = np.flatnonzero(np.abs(smooth - _level(curve)) > NEAR_LEVEL)
     return epochs[int(away[-1]) + 1 if len(away) else 0]
 
 
-def gain_after(curve: Curve, epoch: int = 10) -> float | None:
-    """Return by how much the last ten epochs' mean exceeds that of the three around `epoch`; None without those."""
-    around = (epoch - 1, epoch, epoch + 1)
-    return level(curve) - statistics.fmean(map(curve.__getitem__, around)) if set(around) <= curve.keys() else None
+def _gain_after_10(curve: Curve) -> float | None:
+    """Return by how much the last ten epochs' mean exceeds that of epochs 9 to 11; None without those."""
+    around = {9, 10, 11}
+    return (
+        _level(curve) - statistics.fmean(curve[epoch] for epoch in sorted(around)) if around <= curve.keys() else None
+    )
 
 
-PUBLISHED_TOP1 = "published/top1_accuracy"
-BF16_TOP1, BF16_CHANGED = "bf16/top1_difference", "bf16/predictions_changed"
 TO_PEAK, TO_LEVEL = "epochs to 95 % of peak train accuracy", "epochs until test accuracy stays at its level"
+ONE_IMAGE, MANY_IMAGES = "inference/single_image_seconds", "inference/batch_128_seconds"
 QUANTITIES: dict[str, Quantity] = {
     BEST_TEST: Quantity("test accuracy, best epoch", BEST_TEST, None, percent, "main"),
     SELECTED_TEST: Quantity("test accuracy, selected epoch", SELECTED_TEST, None, percent, "main"),
@@ -148,26 +142,34 @@ QUANTITIES: dict[str, Quantity] = {
     SELECTED_VALIDATION: Quantity("validation accuracy, best epoch", SELECTED_VALIDATION, None, percent, "main"),
     "first/test_accuracy": Quantity("test accuracy, first epoch", TEST, lambda curve: curve[min(curve)], percent),
     "best/train_accuracy": Quantity("train accuracy, best epoch", TRAIN, lambda curve: max(curve.values()), percent),
-    "level/train_accuracy": Quantity("train accuracy, mean of the last ten epochs", TRAIN, level, percent),
-    "level/test_accuracy": Quantity("test accuracy, mean of the last ten epochs", TEST, level, percent),
-    "gain/test_after_epoch_10": Quantity("gain in test accuracy after epoch 10", TEST, gain_after, points, epochs=21),
-    "epochs/to_95_percent": Quantity(TO_PEAK, TRAIN, epochs_to_peak_share, tenths, "more", least=1),
-    "epochs/to_test_level": Quantity(TO_LEVEL, TEST, epochs_to_level, tenths, epochs=20, least=1),
+    "level/train_accuracy": Quantity("train accuracy, mean of the last ten epochs", TRAIN, _level, percent),
+    "level/test_accuracy": Quantity("test accuracy, mean of the last ten epochs", TEST, _level, percent),
+    "gain/test_after_epoch_10": Quantity(
+        "gain in test accuracy after epoch 10", TEST, _gain_after_10, points, epochs=21
+    ),
+    "epochs/to_95_percent": Quantity(TO_PEAK, TRAIN, _epochs_to_peak_share, tenths, "more", least=1),
+    "epochs/to_test_level": Quantity(TO_LEVEL, TEST, _epochs_to_level, tenths, epochs=20, least=1),
     TRAIN_SECONDS: Quantity("training, s", TRAIN_SECONDS, None, tenths, "main", timed=True),
-    EPOCH_SECONDS: Quantity("an epoch, s", EPOCH_SECONDS, median, timed=True),
-    "rate/train": Quantity("training, images/s", TRAIN_RATE, median, whole, "more", timed=True),
-    "rate/evaluate": Quantity("inference, images/s", EVALUATE_RATE, median, whole, "more", timed=True),
+    EPOCH_SECONDS: Quantity("an epoch, s", EPOCH_SECONDS, _median, timed=True),
+    "rate/train": Quantity("training, images/s", TRAIN_RATE, _median, whole, "more", timed=True),
+    "rate/evaluate": Quantity("inference, images/s", EVALUATE_RATE, _median, whole, "more", timed=True),
     "inference/single_image_milliseconds": Quantity(
-        "one image, ms", "inference/single_image_seconds", None, "{:.1f}".format, "more", scale=1000, timed=True
+        "one image, ms", ONE_IMAGE, None, tenths, "more", scale=1000, timed=True
     ),
     "inference/batch_128_milliseconds": Quantity(
-        "128 images, ms", "inference/batch_128_seconds", None, whole, "more", scale=1000, timed=True
+        "128 images, ms", MANY_IMAGES, None, whole, "more", scale=1000, timed=True
     ),
     "model/parameters": Quantity("parameters", "model/parameters", None, whole, "more", fixed=True),
-    "model/gflops": Quantity("GFLOPs", "model/gflops", None, _gflops, "more", fixed=True),
-    PUBLISHED_TOP1: Quantity("top-1 that torchvision publishes", PUBLISHED_TOP1, None, percent, "more"),
-    BF16_TOP1: Quantity("bf16 less float32, top-1", BF16_TOP1, None, points, "more"),
-    BF16_CHANGED: Quantity("bf16, predictions changed", BF16_CHANGED, None, percent, "more"),
+    "model/gflops": Quantity(
+        "GFLOPs", "model/gflops", None, lambda g: f"{g:.3f}" if g >= 0.01 else f"{g:.2g}", "more", fixed=True
+    ),
+    "published/top1_accuracy": Quantity(
+        "top-1 that torchvision publishes", "published/top1_accuracy", None, percent, "more"
+    ),
+    "bf16/top1_difference": Quantity("bf16 less float32, top-1", "bf16/top1_difference", None, points, "more"),
+    "bf16/predictions_changed": Quantity(
+        "bf16, predictions changed", "bf16/predictions_changed", None, percent, "more"
+    ),
 }
 SHOWN = {name: what for name, what in QUANTITIES.items() if what.shown}
 CURVES = {"test accuracy": TEST, "validation accuracy": VALIDATION, "train accuracy": TRAIN}  # that are drawn

@@ -11,7 +11,7 @@ from textwrap import shorten
 from effv2.evidence.arms import arms_results
 from effv2.evidence.claims import Claims
 from effv2.evidence.networks import networks_results
-from effv2.evidence.protocols import SPLIT_SEED, RightAnswers, counted
+from effv2.evidence.protocols import SEED_SETTING, SPLIT_SEED, RightAnswers, counted
 from effv2.evidence.quantities import EPOCH_SECONDS, VALIDATION, duration, number, percent
 from effv2.evidence.study import NO_STUDY, NONE, Rows, StudyResults, TrackedStudy, studies_of
 from effv2.tracking import tags
@@ -38,14 +38,12 @@ def results_of(runs: Sequence[RunRecord], claims: Claims, right: RightAnswers) -
     """Return what came out of all studies; those of one name also say their split, or which run they are."""
     studies = studies_of(runs)
     titles = Counter(study.parent.name for study in studies)
-    made = []
-    for study in studies:
-        results = study_results(study, claims, right)
-        if titles[study.parent.name] > 1:
+    made = [study_results(study, claims, right) for study in studies]
+    for place, (study, results) in enumerate(zip(studies, made, strict=True)):
+        if titles[results.title] > 1:
             splits = dict.fromkeys(run.params.get(SPLIT_SEED, "") for run in study.runs)
             split = f"split {', '.join(splits)}, " if any(splits) else ""
-            results = replace(results, title=f"{study.parent.name} ({split}run {results.run_id[:8]})")
-        made.append(results)
+            made[place] = replace(results, title=f"{results.title} ({split}run {results.run_id[:8]})")
     return made
 
 
@@ -89,7 +87,7 @@ def _missing(study: TrackedStudy) -> str:
     if not study.runs:
         found.append("it has no runs yet")
     resumes = study.parent.tags.get(tags.COMMAND) and (lacking or set(failed) - diverged)
-    return f"{'; '.join(found)}.{' The command below goes on with it.' if resumes else ''}" if found else ""
+    return f"{'; '.join(found)}.{' The command below resumes it.' if resumes else ''}" if found else ""
 
 
 def _environment(runs: Iterable[RunRecord]) -> Iterator[tuple[str, str]]:
@@ -112,13 +110,10 @@ def _environment(runs: Iterable[RunRecord]) -> Iterator[tuple[str, str]]:
 def search_results(study: TrackedStudy) -> StudyResults:
     """Return what came out of a search: its best trials, and the test accuracy of the one that was chosen."""
     runs = study.in_order()
-    ranked = sorted(runs, key=lambda run: -run.metrics.get(SELECTED_VALIDATION, -math.inf))
-    ranked = [run for run in ranked if SELECTED_VALIDATION in run.metrics]
-    searched = [
-        name
-        for name in (ranked[0].params if ranked else ())
-        if "." in name and len({run.params.get(name) for run in ranked}) > 1 and name != "random.seed"
-    ]
+    ranked = [run for run in runs if SELECTED_VALIDATION in run.metrics]
+    ranked.sort(key=lambda run: -run.metrics[SELECTED_VALIDATION])
+    named = [name for name in (ranked[0].params if ranked else ()) if "." in name and name != SEED_SETTING]
+    searched = [name for name in named if len({run.params.get(name) for run in ranked}) > 1]
     rows = [
         (
             run.name,
@@ -130,40 +125,33 @@ def search_results(study: TrackedStudy) -> StudyResults:
         )
         for run in runs
     ]
-    best = next((run for run in ranked if run.run_id == study.parent.tags.get(tags.BEST_RUN)), None)
+    shown = ranked[:BEST_TRIALS]
+    table: Rows = [(f"best {len(shown)} of {len(ranked)}", *(run.name for run in shown))]
+    for words, metric in (("validation accuracy", SELECTED_VALIDATION), ("test accuracy", SELECTED_TEST)):
+        table.append((words, *(percent(run.metrics[metric]) if metric in run.metrics else NONE for run in shown)))
+    for name in searched:
+        texts = [run.params.get(name, "") for run in shown]
+        table.append((name, *(text if math.isnan(number(text)) else f"{number(text):.4g}" for text in texts)))
     sentence, metrics = "No trial was chosen yet.", {}
-    if best is not None:
+    for best in (run for run in ranked if run.run_id == study.parent.tags.get(tags.BEST_RUN)):
         metrics = {name: best.metrics[name] for name in (SELECTED_VALIDATION, SELECTED_TEST) if name in best.metrics}
         tested = f", {percent(metrics[SELECTED_TEST])} on the test set" if SELECTED_TEST in metrics else ""
         sentence = f"Best: **{best.name}**, {percent(metrics[SELECTED_VALIDATION])} on validation{tested}."
     return StudyResults(
         sentence=sentence,
-        table=_best_trials(ranked, searched) if ranked else [],
+        table=table if ranked else [],
         notes=_notes_on_trials(study, bool(ranked)),
         metrics=metrics,
         files={"trials.csv": [("trial", "state", "validation accuracy", "epochs", *searched, "run_id"), *rows]},
     )
 
 
-def _best_trials(ranked: Sequence[RunRecord], searched: Sequence[str]) -> Rows:
-    shown = ranked[:BEST_TRIALS]
-    tested = [run.metrics.get(SELECTED_TEST) for run in shown]
-    return [
-        (f"best {len(shown)} of {len(ranked)}", *(run.name for run in shown)),
-        ("validation accuracy", *(percent(run.metrics[SELECTED_VALIDATION]) for run in shown)),
-        ("test accuracy", *(NONE if accuracy is None else percent(accuracy) for accuracy in tested)),
-        *((name, *(_short(run.params.get(name, "")) for run in shown)) for name in searched),
-    ]
-
-
-def _short(text: str) -> str:
-    return text if math.isnan(number(text)) else f"{number(text):.4g}"
-
-
 def _notes_on_trials(study: TrackedStudy, any_ranked: bool) -> list[str]:
     """Say how the trials ended, and how often the test set was looked at."""
-    parent, ended = study.parent, [run for run in study.runs if run.status in ("FINISHED", "FAILED")]
-    outcomes = Counter(run.tags.get(tags.OUTCOME, "unknown") for run in ended)
+    parent = study.parent
+    outcomes = Counter(
+        run.tags.get(tags.OUTCOME, "unknown") for run in study.runs if run.status in ("FINISHED", "FAILED")
+    )
     words = ", ".join(f"{count} {outcome}" for outcome, count in sorted(outcomes.items()))
     if not any_ranked:
         return [f"Trials: {words}."] if words else []
