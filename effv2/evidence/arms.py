@@ -60,7 +60,7 @@ def arms_results(study: TrackedStudy, claims: Claims) -> StudyResults:
         metrics={
             f"{arm}/{name}": statistics.fmean(values)
             for name, what in SHOWN.items()
-            if name == what.metric and not what.fixed
+            if not what.metric and not what.fixed
             for arm, values in values_of(arms, name).items()
         },
         document="comparison.md",

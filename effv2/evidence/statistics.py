@@ -59,9 +59,8 @@ def holm(p_values: Sequence[float]) -> list[float]:
     """Return p-values corrected for their number (Holm 1979), in the given order."""
     order = np.argsort(p_values, kind="stable")
     factors = np.arange(len(p_values), 0, -1)
-    found = np.empty(len(p_values))
-    found[order] = np.minimum(np.maximum.accumulate(np.asarray(p_values, dtype=float)[order] * factors), 1)
-    return [float(p) for p in found]
+    found = np.minimum(np.maximum.accumulate(np.asarray(p_values, dtype=float)[order] * factors), 1)
+    return [float(p) for p in found[np.argsort(order)]]
 
 
 @dataclass(frozen=True)
@@ -160,10 +159,9 @@ def runs_to_decide(effect: float, deviation: float, level: float = LEVEL, overla
 
 
 def more_to_decide(estimate: Estimate, edge: float, level: float = LEVEL) -> tuple[int, int | None] | None:
-    """Return from how many to how many more values are likely to tell the mean from `edge`; None: no telling.
+    """Return from how many to how many more values (None: over 1,000) tell the mean from `edge`; None: no telling.
 
     As if the difference seen were the true one, for the ends of the standard deviation's 80 % interval (chi-square).
-    An upper end of None is more than 1,000.
     """
     effect = estimate.mean - edge
     few: int | None
