@@ -520,7 +520,7 @@ def test_a_study_says_what_it_lacks_and_why() -> None:
 
     assert told("ablate", runs).missing == (
         "it is being worked on, or its process died; 1 run failed: trial 3 (Diverged: no number); 2 runs planned but "
-        "not finished: trial 1, trial 2. The command below goes on with it."
+        "not finished: trial 1, trial 2. The command below resumes it."
     )
     finished = [replace(each, name=f"trial {number}") for number, each in enumerate([done, done, done])]
     assert told("ablate", [*finished, diverged]).missing == "1 run failed: trial 3 (Diverged: no number)."
@@ -528,7 +528,7 @@ def test_a_study_says_what_it_lacks_and_why() -> None:
     assert not search.missing and "by 2, each the best one when" in search.notes[-1]
     full = replace(diverged, tags={"effv2.error": "RunError: The disk is full."})
     assert told("search", [*finished, full]).missing.endswith(
-        "(RunError: The disk is full.). The command below goes on with it."
+        "(RunError: The disk is full.). The command below resumes it."
     )
     assert told("search", [replace(diverged, metrics={})]).notes == ["Trials: 1 unknown."]
 

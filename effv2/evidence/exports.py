@@ -140,8 +140,12 @@ def exported(folder: Path) -> Evidence:
         if not path.is_file() or sha256_of_file(path) != wanted:
             raise _wrong(folder, f"the file {name} is missing or was changed")
     csv.field_size_limit(LARGEST_FIELD)
-    tables = {name: _by_run(folder / name) for name in TABLES}
-    runs = [_record(run_id, {name: table.get(run_id, []) for name, table in tables.items()}) for run_id in tables[RUNS]]
+    lines: dict[str, dict[str, list[list[str]]]] = {}  # by run and table
+    for name in TABLES:
+        with (folder / name).open(newline="", encoding="utf-8") as file:
+            for run_id, *values in list(csv.reader(file))[1:]:
+                lines.setdefault(run_id, {}).setdefault(name, []).append(values)
+    runs = [_record(run_id, of_run) for run_id, of_run in lines.items() if RUNS in of_run]
     if not all(re.fullmatch(r"[\w-]+", run.run_id) for run in runs):
         raise _wrong(folder, f"{RUNS} names a run that can't be one")
 
@@ -153,29 +157,19 @@ def exported(folder: Path) -> Evidence:
     return Evidence(about["experiment"], about["ui"], runs, predictions, claims)
 
 
-def _by_run(path: Path) -> dict[str, list[list[str]]]:
-    """Return the lines of a table by run, each without the run."""
-    found: dict[str, list[list[str]]] = {}
-    with path.open(newline="", encoding="utf-8") as file:
-        _, *rows = csv.reader(file)
-    for run_id, *values in rows:
-        found.setdefault(run_id, []).append(values)
-    return found
-
-
-def _record(run_id: str, lines: Mapping[str, Sequence[Sequence[str]]]) -> RunRecord:
+def _record(run_id: str, lines: Mapping[str, Sequence[list[str]]]) -> RunRecord:
     """Return a run from its lines of all tables."""
     name, status, started, ended = lines[RUNS][0]
-    params, tags = (dict(map(tuple, lines[table])) for table in ("params.csv", "tags.csv"))
-    metrics = {metric: float(value) for metric, value in lines["metrics.csv"]}
+    params, tags, metrics = (dict(lines.get(f"{of}.csv", ())) for of in ("params", "tags", "metrics"))
     history: dict[str, dict[int, float]] = {}
-    for metric, epoch, value in lines["epochs.csv"]:
+    for metric, epoch, value in lines.get("epochs.csv", ()):
         history.setdefault(metric, {})[int(epoch)] = float(value)
     images = {
         context: Images(called, digest, int(count), tuple(json.loads(classes)))
-        for context, called, digest, count, classes in lines["images.csv"]
+        for context, called, digest, count, classes in lines.get("images.csv", ())
     }
-    return RunRecord(run_id, name, status, params, metrics, tags, history, images, int(started), int(ended))
+    numbers = {metric: float(value) for metric, value in metrics.items()}
+    return RunRecord(run_id, name, status, params, numbers, tags, history, images, int(started), int(ended))
 
 
 def remove_export(folder: Path) -> None:

@@ -15,14 +15,14 @@ from enum import Enum
 from functools import partial
 
 import numpy as np
-from scipy import stats
+from scipy.stats import fisher_exact
 
+from effv2.evidence import statistics
 from effv2.evidence.claims import Claim, Claims, Contrast, family
 from effv2.evidence.protocols import (
     Chosen,
     Protocol,
     RightAnswers,
-    SplitAndSeed,
     choose,
     complete,
     counted,
@@ -30,17 +30,7 @@ from effv2.evidence.protocols import (
     published_value,
 )
 from effv2.evidence.quantities import Quantity, points, quantity
-from effv2.evidence.statistics import (
-    FEWEST,
-    LEVEL,
-    MOST_RUNS,
-    Estimate,
-    holm,
-    mcnemar,
-    more_to_decide,
-    p_text,
-    wilson,
-)
+from effv2.evidence.statistics import FEWEST, LEVEL, MOST_RUNS, Estimate, p_text
 from effv2.tracking.read import RunRecord
 
 CONSISTENT, INCONSISTENT, NO_FIGURES = "consistent", "contradicted", "no figures"  # words beside published figures
@@ -137,29 +127,8 @@ def judge(claims: Claims, runs: Sequence[RunRecord], right: RightAnswers) -> lis
     for id_, findings in found.items():
         known = {each.contrast: each.p for each in findings if each.p is not None}
         tests.setdefault(family(id_), {}).update(known)
-    corrected = {name: dict(zip(of, holm(list(of.values())), strict=True)) for name, of in tests.items()}
+    corrected = {name: dict(zip(of, statistics.holm(list(of.values())), strict=True)) for name, of in tests.items()}
     return [_judgement(id_, claims, each, corrected[family(id_)], find_one) for id_, each in found.items()]
-
-
-def _corrected(finding: Finding, corrected: Mapping[Contrast, float]) -> Finding:
-    """Return the finding with its corrected p-value and, where that doesn't decide, how many more runs are likely to.
-
-    Those must do with the level that the smallest p-value of the family has to reach.
-    """
-    p, lacking = corrected.get(finding.contrast), finding.lacking
-    if p is not None and p >= LEVEL and finding.further:
-        lacking = finding.further(LEVEL / len(corrected))
-    return replace(finding, corrected=p, tests=len(corrected), lacking=lacking)
-
-
-def _further(estimate: Estimate, edge: float, unit: str, level: float) -> str:
-    """Say how many more seeds or splits are likely to tell a mean from an edge."""
-    further = more_to_decide(estimate, edge, level)
-    if further is None:
-        return f"more than {MOST_RUNS:,} further {unit}s would be needed, if there is a difference"
-    few, many = further
-    up_to = "" if few == many else f" to {many:,}" if many else f" to more than {MOST_RUNS:,}"
-    return f"about {few:,}{up_to} more {unit}s would decide"
 
 
 def _judgement(
@@ -169,10 +138,15 @@ def _judgement(
     corrected: Mapping[Contrast, float],
     find_one: Callable[[Contrast], Finding],
 ) -> Judgement:
-    findings = [_corrected(each, corrected) for each in found]
-    lacking = [each for each in findings if not each.evidence]
+    findings = []
+    for each in found:
+        p, lacking = corrected.get(each.contrast), each.lacking
+        if p is not None and p >= LEVEL and each.further:
+            lacking = each.further(LEVEL / len(corrected))  # which the smallest p-value of the family has to reach
+        findings.append(replace(each, corrected=p, tests=len(corrected), lacking=lacking))
+    untested = [each for each in findings if not each.evidence]
     undecided = [each for each in findings if each.verdict == Verdict.UNDECIDED]
-    near = {each.contrast: claims.protocols[each.contrast.protocol].nearest for each in lacking}
+    near = {each.contrast: claims.protocols[each.contrast.protocol].nearest for each in untested}
     others = [find_one(replace(contrast, protocol=name)) for contrast, name in near.items() if name]
     nearest = [each for each in others if each.evidence]
 
@@ -180,15 +154,19 @@ def _judgement(
         known = (getattr(claims.protocols[each.contrast.protocol], name) for each in of)
         return list(dict.fromkeys(filter(None, known)))
 
-    needs, assumed = "; ".join(texts(lacking, "needs")), " ".join(texts([*findings, *nearest], "assumed"))
-    commands = texts([*lacking, *undecided], "command")
+    needs, assumed = "; ".join(texts(untested, "needs")), " ".join(texts([*findings, *nearest], "assumed"))
+    commands = texts([*untested, *undecided], "command")
     return Judgement(id_, claims.claims[id_], findings, nearest, needs, assumed, commands)
 
 
 def _find(claims: Claims, runs: Sequence[RunRecord], right: RightAnswers, contrast: Contrast) -> Finding:
     """Return what the published figures and the finished runs say of one thing that a claim says."""
     protocol, what = claims.protocols[contrast.protocol], quantity(contrast.metric)
-    finding = _with_published(contrast, protocol, what)
+    text, ends = _text(contrast, what), (contrast.low, contrast.high)
+    where = [f"{word} {text(end)}" for word, end in zip(("above", "below"), ends, strict=True) if math.isfinite(end)]
+    region = where[0] if len(where) == 1 else f"from {text(contrast.low)} to {text(contrast.high)}"
+    says = f"{what.words}: {(' / ' if contrast.ratio else ' − ').join(contrast.arms)} {region}"
+    finding = _with_published(Finding(contrast, says), protocol, what)
     chosen = choose(runs, protocol, contrast.arms, what, positive=contrast.ratio)
     if not chosen.arms:
         return replace(finding, lacking=chosen.why)
@@ -196,19 +174,7 @@ def _find(claims: Claims, runs: Sequence[RunRecord], right: RightAnswers, contra
         return _on_fixed(finding, what, chosen)
     if protocol.over == "images":
         return _over_images(finding, what, chosen, right)
-    finding = _over_seeds(finding, what, chosen)
-    return replace(finding, evidence="; ".join([finding.evidence, *chosen.aside]))
-
-
-def _says(contrast: Contrast, what: Quantity) -> str:
-    """Say in words what a contrast says."""
-    text = _text(contrast, what)
-    head = f"{what.words}: {(' / ' if contrast.ratio else ' − ').join(contrast.arms)}"
-    if math.isinf(contrast.high):
-        return f"{head} above {text(contrast.low)}"
-    if math.isinf(contrast.low):
-        return f"{head} below {text(contrast.high)}"
-    return f"{head} from {text(contrast.low)} to {text(contrast.high)}"
+    return _over_seeds(finding, what, chosen)
 
 
 def _text(contrast: Contrast, what: Quantity) -> Callable[[float], str]:
@@ -221,32 +187,28 @@ def _text(contrast: Contrast, what: Quantity) -> Callable[[float], str]:
     return lambda value: "0" if value == 0 else text(value)
 
 
-def _combined(contrast: Contrast, first: float, second: float = 0) -> float:
-    """Return the value of a contrast from those of its arms."""
-    return first / second if contrast.ratio else first - second
-
-
-def _is_inside(contrast: Contrast, value: float) -> bool:
-    """Say whether a value lies in the claimed region; an open edge isn't part of it, those about a value are."""
+def _is_inside(contrast: Contrast, first: float, second: float | None = None) -> bool:
+    """Say whether the value of one arm, or of two, is in the claimed region, of which an open edge isn't part."""
+    value = first if second is None else first / second if contrast.ratio else first - second
     low, high = contrast.low, contrast.high
     return low < value < high if math.isinf(low) or math.isinf(high) else low <= value <= high
 
 
-def _with_published(contrast: Contrast, protocol: Protocol, what: Quantity) -> Finding:
+def _with_published(finding: Finding, protocol: Protocol, what: Quantity) -> Finding:
     """Hold the words against the published figures, one run an arm."""
-    finding = Finding(contrast, _says(contrast, what))
+    contrast, count = finding.contrast, protocol.published.test_images
     values = [published_value(protocol, contrast.metric, arm) for arm in contrast.arms]
     known = [value for value in values if value is not None]
     if len(known) < len(values) or (contrast.ratio and not all(known)):
         return finding
-    shown, count = " against ".join(map(what.text, known)), protocol.published.test_images
+    shown = " against ".join(map(what.text, known))
     if count and contrast.against and what.is_accuracy and "train" not in contrast.metric:
         first, second = (round(count * each) for each in known)
-        p = stats.fisher_exact([[first, count - first], [second, count - second]]).pvalue
-        shown += f" ({first:,} and {second:,} of {count:,} images right; Fisher's exact {p_text(p)})"
+        p = p_text(fisher_exact([[first, count - first], [second, count - second]]).pvalue)
+        shown += f" ({first:,} and {second:,} of {count:,} images right; Fisher's exact {p})"
     if protocol.published.unchecked:
         shown += f" ({protocol.published.unchecked})"
-    return replace(finding, published=shown, agrees=_is_inside(contrast, _combined(contrast, *known)))
+    return replace(finding, published=shown, agrees=_is_inside(contrast, *known))
 
 
 def _on_fixed(finding: Finding, what: Quantity, chosen: Chosen) -> Finding:
@@ -254,9 +216,8 @@ def _on_fixed(finding: Finding, what: Quantity, chosen: Chosen) -> Finding:
     values = [value for of_arm in chosen.arms.values() for value in set(what.values(of_arm.values()))]
     if len(values) > len(chosen.arms):
         return replace(finding, evidence=f"runs differ in it: {', '.join(map(what.text, sorted(values)))}")
-    inside = _is_inside(finding.contrast, _combined(finding.contrast, *values))
     text = f"{' against '.join(map(what.text, values))}, the same in every run"
-    return replace(finding, evidence=text, inside=inside, decided=True)
+    return replace(finding, evidence=text, inside=_is_inside(finding.contrast, *values), decided=True)
 
 
 def _over_images(finding: Finding, what: Quantity, chosen: Chosen, right: RightAnswers) -> Finding:
@@ -267,35 +228,41 @@ def _over_images(finding: Finding, what: Quantity, chosen: Chosen, right: RightA
     if not shared:
         return replace(finding, evidence="the runs have no test images in common")
     correct = [np.array([each[image] for image in shared]) for each in answers]
-    shown = " against ".join(what.text(each.mean()) for each in correct)
+    shown, size = " against ".join(what.text(each.mean()) for each in correct), f"on {len(shared):,} images"
     if contrast.against:
-        first, second, p = mcnemar(*correct)
-        text = f"{shown} on {len(shared):,} images; {first} and {second} right alone (McNemar)"
+        first, second, p = statistics.mcnemar(*correct)
+        text = f"{shown} {size}; {first} and {second} right alone (McNemar)"
         return replace(finding, evidence=text, inside=first > second, p=p)
-    interval = wilson(int(correct[0].sum()), len(shared))
+    interval = statistics.wilson(int(correct[0].sum()), len(shared))
     inside = contrast.low <= interval.low and interval.high <= contrast.high
     outside = interval.high < contrast.low or interval.low > contrast.high
-    text = f"{shown} [{interval.text(what.text)}] on {len(shared):,} images (Wilson)"
+    text = f"{shown} [{interval.text(what.text)}] {size} (Wilson)"
     return replace(finding, evidence=text, inside=inside, decided=inside or outside)
 
 
 def _over_seeds(finding: Finding, what: Quantity, chosen: Chosen) -> Finding:
     """Judge trained networks: the interval of a mean, or of a mean difference, over runs."""
-    contrast = finding.contrast
+    contrast, unit = finding.contrast, "split" if chosen.splits > 1 else "seed"
     scale, back = (math.log, math.exp) if contrast.ratio else (float, float)
     values = [dict(zip(runs, map(scale, what.values(runs.values())), strict=True)) for runs in chosen.arms.values()]
-    estimate, rests_on = _estimate(values, chosen)
-    written = _text(contrast, what)
-    interval = estimate.interval()
+    first, second, pairs = values[0], values[-1], chosen.pairs()
+    if not contrast.against:
+        samples, on = [first], counted(len(first), "run")
+    elif len(pairs) >= min(FEWEST, len(first), len(second)):
+        samples, on = [{pair: first[pair] - second[pair] for pair in pairs}], counted(len(pairs), "pair")
+    else:
+        samples, on = [first, second], f"{len(first)} and {counted(len(second), 'run')}, not paired"
+    on += f" on {chosen.splits} splits" if chosen.splits > 1 else ""
+    estimate, written = Estimate.of(*map(over_splits, samples), overlap=chosen.overlap), _text(contrast, what)
+    mean, interval = back(estimate.mean), estimate.interval()
     interval = interval if contrast.against else interval.within(what.possible)
     between = f" [{interval.text(lambda value: written(back(value)))}]" if estimate.n > 1 else ""
     finding = replace(
         finding,
-        evidence=f"{written(back(estimate.mean))}{between}, {rests_on}",
-        inside=_is_inside(contrast, back(estimate.mean)),
-        single="" if contrast.against else _single(contrast, what, estimate, list(values[0].values())),
+        evidence="; ".join([f"{written(mean)}{between}, {on}", *chosen.aside]),
+        inside=_is_inside(contrast, mean),
+        single="" if contrast.against else _single(contrast, what, estimate, list(first.values())),
     )
-    unit = "split" if chosen.splits > 1 else "seed"
     if estimate.n < FEWEST:
         more = counted(FEWEST - estimate.n, f"more {unit}")
         return replace(finding, lacking=f"fewer than {FEWEST} runs decide nothing; {more} at least")
@@ -303,19 +270,6 @@ def _over_seeds(finding: Finding, what: Quantity, chosen: Chosen) -> Finding:
     # The edge that decides is the one that is harder to tell from the mean.
     edge = max(edges, key=estimate.p) if finding.inside else min(edges, key=lambda each: abs(each - estimate.mean))
     return replace(finding, p=estimate.p(edge), further=partial(_further, estimate, edge, unit))
-
-
-def _estimate(values: Sequence[Mapping[SplitAndSeed, float]], chosen: Chosen) -> tuple[Estimate, str]:
-    """Return the mean that is judged, or the mean difference, and on what it rests, in words."""
-    first, second, pairs = values[0], values[-1], chosen.pairs()
-    if len(values) == 1:
-        samples, on = [first], counted(len(first), "run")
-    elif len(pairs) >= min(FEWEST, len(first), len(second)):
-        samples, on = [{pair: first[pair] - second[pair] for pair in pairs}], counted(len(pairs), "pair")
-    else:
-        samples, on = [first, second], f"{len(first)} and {counted(len(second), 'run')}, not paired"
-    splits = f" on {chosen.splits} splits" if chosen.splits > 1 else ""
-    return Estimate.of(*map(over_splits, samples), overlap=chosen.overlap), on + splits
 
 
 def _single(contrast: Contrast, what: Quantity, estimate: Estimate, values: Sequence[float]) -> str:
@@ -328,3 +282,13 @@ def _single(contrast: Contrast, what: Quantity, estimate: Estimate, values: Sequ
         return text
     lies = "inside" if interval.low <= claimed <= interval.high else "outside"
     return f"{text}; the claimed {what.text(claimed)} lies {lies}"
+
+
+def _further(estimate: Estimate, edge: float, unit: str, level: float) -> str:
+    """Say how many more seeds or splits are likely to tell a mean from an edge."""
+    further = statistics.more_to_decide(estimate, edge, level)
+    if further is None:
+        return f"more than {MOST_RUNS:,} further {unit}s would be needed, if there is a difference"
+    few, many = further
+    up_to = "" if few == many else f" to {many:,}" if many else f" to more than {MOST_RUNS:,}"
+    return f"about {few:,}{up_to} more {unit}s would decide"
