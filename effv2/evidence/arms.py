@@ -14,18 +14,7 @@ from scipy import stats
 
 from effv2.core.figures import MARKERS, PALETTE, SIZE, accuracy_curves, plain, value_range
 from effv2.evidence.claims import Claims
-from effv2.evidence.protocols import (
-    Alike,
-    SplitAndSeed,
-    complete,
-    counted,
-    has,
-    is_like,
-    pair_of,
-    published_runs,
-    settings_of,
-    split_of,
-)
+from effv2.evidence.protocols import complete, counted, has, is_like, pair_of, published_runs, settings_of, split_of
 from effv2.evidence.quantities import CURVES, QUANTITIES, SHOWN, TRAIN_SECONDS, Quantity, percent, points
 from effv2.evidence.statistics import CONFIDENCE, FEWEST, TINY, Estimate, holm, p_text
 from effv2.evidence.study import NO_STUDY, NONE, Rows, StudyResults, TrackedStudy, has_figures, line_of, values_of
@@ -49,11 +38,13 @@ def arms_results(study: TrackedStudy, claims: Claims) -> StudyResults:
     if not found:
         return StudyResults(sentence=NOTHING_YET)
     arms, differences = _parted(found) if study.parent is NO_STUDY else (found, [])
+    own = study.parent.params.get("study.baseline", "")
+    baseline = "" if study.parent is NO_STUDY else own if own in arms else next(iter(arms))
     decisive = decisive_accuracy([run for runs in arms.values() for run in runs])
     published, protocol = _published_curves(arms, claims)
     return StudyResults(
         sentence=_sentence(arms, decisive),
-        table=_table(arms, study.baseline(arms), decisive),
+        table=_table(arms, baseline, decisive),
         notes=[*differences, *_notes(arms, protocol, decisive)],
         figures=_figures(arms, study.parent.name, published),
         # Of what runs log under that very name: accuracies and the time that training took.
@@ -152,7 +143,7 @@ def _parted(arms: Arms) -> tuple[dict[str, list[RunRecord]], list[str]]:
     parted: dict[str, list[RunRecord]] = {}
     notes: list[str] = []
     for arm, runs in arms.items():
-        groups: dict[Alike, dict[SplitAndSeed, RunRecord]] = {}
+        groups: dict[frozenset[tuple[str, str]], dict[tuple[str, str], RunRecord]] = {}  # by settings and pair
         for run in runs:
             groups.setdefault(settings_of(run), {})[pair_of(run)] = run
         shared = frozenset.intersection(*groups)

@@ -19,16 +19,7 @@ from scipy.stats import fisher_exact
 
 from effv2.evidence import statistics
 from effv2.evidence.claims import Claim, Claims, Contrast, family
-from effv2.evidence.protocols import (
-    Chosen,
-    Protocol,
-    RightAnswers,
-    choose,
-    complete,
-    counted,
-    over_splits,
-    published_value,
-)
+from effv2.evidence.protocols import Chosen, Protocol, RightAnswers, choose, counted, over_splits, published_value
 from effv2.evidence.quantities import Quantity, points, quantity
 from effv2.evidence.statistics import FEWEST, LEVEL, MOST_RUNS, Estimate, p_text
 from effv2.tracking.read import RunRecord
@@ -121,7 +112,7 @@ def judge(claims: Claims, runs: Sequence[RunRecord], right: RightAnswers) -> lis
 
     p-values are corrected for their number in a family of claims, in which what several claims say is tested once.
     """
-    find_one = partial(_find, claims, complete(runs), right)
+    find_one = partial(_find, claims, runs, right)
     found = {id_: [find_one(contrast) for contrast in claims.contrasts(id_)] for id_ in claims.claims}
     tests: dict[str, dict[Contrast, float]] = {}
     for id_, findings in found.items():

@@ -239,20 +239,21 @@ class Chosen:
 def choose(
     runs: Sequence[RunRecord], protocol: Protocol, arms: Sequence[str], what: Quantity, positive: bool
 ) -> Chosen:
-    """Choose the runs of some arms of a protocol that have a quantity, `positive` where it must be.
+    """Choose complete runs of some arms of a protocol that have a quantity, `positive` where it must be.
 
     Where the protocol leaves something open in which runs differ, those are taken of which there are most pairs
     (fixed networks differ in more than the protocol's settings: in weights and transforms).
     Of a run that was repeated the last one counts. `runs` are the oldest first.
     """
-    like = {arm: [run for run in runs if is_like(run, protocol, arm)] for arm in arms}
+    known = complete(runs)
+    like = {arm: [run for run in known if is_like(run, protocol, arm)] for arm in arms}
     having = {
         arm: [run for run in found if any(value > 0 or not positive for value in what.values([run]))]
         for arm, found in like.items()
     }
     if lacking := [arm for arm in arms if not having[arm]]:
         unusable = f"have no {what.words} that can be used"
-        reasons = [f"the runs of {a} {unusable}" if like[a] else _nearest(runs, protocol, a) for a in lacking]
+        reasons = [f"the runs of {a} {unusable}" if like[a] else _nearest(known, protocol, a) for a in lacking]
         return Chosen({}, why="; ".join(filter(None, reasons)))
     groups: dict[Alike, dict[str, dict[SplitAndSeed, RunRecord]]] = {}
     varies_data = any(name.startswith("data.") for name in protocol.varied())

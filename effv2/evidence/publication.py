@@ -78,7 +78,7 @@ def publish_study(parent: TrackedRun, used: Mapping[str, str]) -> StudyResults:
     others = [reused(run_id, name) for name, run_id in used.items() if run_id not in own]
     parent.set_tags(as_tags(REUSED, others))
     report = make_report(tracked(parent.experiment_id, parent=parent.run_id), read_claims(), only_touched=True)
-    results = _of(parent, report.studies)
+    results = next(each for each in report.studies if each.run_id == parent.run_id)
     _log(parent, report, results)
     parent.log_metrics(results.metrics)
     parent.describe(results.markdown(_show_in_ui(parent)))
@@ -88,10 +88,7 @@ def publish_study(parent: TrackedRun, used: Mapping[str, str]) -> StudyResults:
 def read_results(parent: TrackedRun) -> StudyResults:
     """Return what came out of a study, from its tracked runs as they are."""
     evidence = tracked(parent.experiment_id, parent=parent.run_id)
-    return _of(parent, results_of(evidence.runs, read_claims(), evidence.right))
-
-
-def _of(parent: TrackedRun, studies: Sequence[StudyResults]) -> StudyResults:
+    studies = results_of(evidence.runs, read_claims(), evidence.right)
     return next(each for each in studies if each.run_id == parent.run_id)
 
 
@@ -206,14 +203,14 @@ def make_report(
         "judgements": shown,
         "left_out": len(judgements) - len(shown),
         "title": studies[0].title if only_touched and studies else evidence.experiment,
-        "summary": _summary(evidence, shown),
+        "summary": (summary := _summary(evidence, shown)),
         "sections": list(zip(studies, drawn, strict=True)),
         "figures": FIGURES,
     }
     html, markdown = (environment.get_template(f"{name}.j2").render(values) for name in (HTML, MARKDOWN))
     own = [f"{each.id} {each.verdict.value}: {_why(each)}" for each in shown if each.id in claims.own]
     figures = {name: svg for each in drawn for name, (_, svg) in each.items()}
-    return Report(_summary(evidence, shown), own, studies, html, re.sub(r"\n{3,}", "\n\n", markdown), figures)
+    return Report(summary, own, studies, html, re.sub(r"\n{3,}", "\n\n", markdown), figures)
 
 
 def _summary(evidence: Evidence, judgements: Sequence[Judgement]) -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from textwrap import shorten
 
@@ -58,7 +58,7 @@ def study_results(study: TrackedStudy, claims: Claims, right: RightAnswers) -> S
     parent, known = study.parent, [] if study.parent is NO_STUDY else [study.parent]
     return replace(
         own,
-        title=study.parent.name,
+        title=parent.name,
         description=parent.params.get("study.description", ""),
         run_id=parent.run_id,
         missing=_missing(study),
@@ -70,40 +70,34 @@ def study_results(study: TrackedStudy, claims: Claims, right: RightAnswers) -> S
 def _missing(study: TrackedStudy) -> str:
     """Say what a study lacks: runs that failed, and planned ones. One that diverged is an answer to a search."""
     there = {run.name for run in study.runs if run.status == "FINISHED"}
-    reasons = {run.name: run.tags.get(tags.ERROR, "no reason known") for run in study.runs if run.status == "FAILED"}
-    diverged = {name for name, reason in reasons.items() if reason.startswith("Diverged:")}
-    failed = [name for name in reasons if name not in there and (name not in diverged or study.kind != "search")]
-    lacking = [name for name in tags.names_in(study.parent.tags, tags.PLANNED) if name not in there | reasons.keys()]
-    found = []
-    if any(run.status == "RUNNING" for run in study.runs):
-        found.append("it is being worked on, or its process died")
-    for words, names in (
-        ("failed", [f"{name} ({shorten(reasons[name], LONGEST_REASON)})" for name in failed]),
-        ("planned but not finished", lacking),
-    ):
+    failed = {run.name: run.tags.get(tags.ERROR, "no reason known") for run in study.runs if run.status == "FAILED"}
+    lacking = [name for name in tags.names_in(study.parent.tags, tags.PLANNED) if name not in there | failed.keys()]
+    diverged = {name for name, error in failed.items() if error.startswith("Diverged:")}
+    hidden = there | (diverged if study.kind == "search" else set())
+    errors = [f"{name} ({shorten(error, LONGEST_REASON)})" for name, error in failed.items() if name not in hidden]
+    found = ["it is being worked on, or its process died"] if any(run.status == "RUNNING" for run in study.runs) else []
+    for words, names in {"failed": errors, "planned but not finished": lacking}.items():
         if names:
             more = f" and {len(names) - MOST_NAMED} more" if len(names) > MOST_NAMED else ""
             found.append(f"{counted(len(names), 'run')} {words}: {', '.join(names[:MOST_NAMED])}{more}")
     if not study.runs:
         found.append("it has no runs yet")
-    resumes = study.parent.tags.get(tags.COMMAND) and (lacking or set(failed) - diverged)
+    resumes = study.parent.tags.get(tags.COMMAND) and (lacking or failed.keys() - there - diverged)
     return f"{'; '.join(found)}.{' The command below resumes it.' if resumes else ''}" if found else ""
 
 
-def _environment(runs: Iterable[RunRecord]) -> Iterator[tuple[str, str]]:
-    known = list(runs)
+def _environment(runs: Sequence[RunRecord]) -> Iterator[tuple[str, str]]:
     for tag, words in ENVIRONMENT.items():
-        if values := dict.fromkeys(run.tags[tag] for run in known if tag in run.tags):
+        if values := dict.fromkeys(run.tags[tag] for run in runs if tag in run.tags):
             yield words, ", ".join(values)
     sets = dict.fromkeys(
         f"{images.name}, {images.images:,} images of {len(images.classes)} classes, digest {images.digest}: {context}"
-        for run in known
+        for run in runs
         for context, images in sorted(run.images.items())
     )
     if sets:
         yield "data", "; ".join(sets)
-    took = [sum(curve.values()) for run in known if (curve := run.history.get(EPOCH_SECONDS))]
-    if took:
+    if took := [sum(curve.values()) for run in runs if (curve := run.history.get(EPOCH_SECONDS))]:
         yield "epochs took", f"{duration(sum(took))}, finished runs: {len(took)}"
 
 
