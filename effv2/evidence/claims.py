@@ -7,7 +7,6 @@ what each key means.
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -173,11 +172,6 @@ class Claims:
             for check in claim.checks
             for each in check.contrasts(check.protocol or protocol_title(check.study, claim.free) or own)
         ]
-
-
-def family(id_: str) -> str:
-    """Return the letters that a claim's id begins with: its family, within which p-values are corrected."""
-    return re.sub(r"[0-9]+$", "", id_)
 
 
 def read_claims(own: Path | None = None) -> Claims:

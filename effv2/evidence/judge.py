@@ -13,12 +13,13 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from enum import Enum
 from functools import partial
+from string import digits
 
 import numpy as np
 from scipy.stats import fisher_exact
 
 from effv2.evidence import statistics
-from effv2.evidence.claims import Claim, Claims, Contrast, family
+from effv2.evidence.claims import Claim, Claims, Contrast
 from effv2.evidence.protocols import Chosen, Protocol, RightAnswers, choose, counted, over_splits, published_value
 from effv2.evidence.quantities import Quantity, points, quantity
 from effv2.evidence.statistics import FEWEST, LEVEL, MOST_RUNS, Estimate, p_text
@@ -114,12 +115,12 @@ def judge(claims: Claims, runs: Sequence[RunRecord], right: RightAnswers) -> lis
     """
     find_one = partial(_find, claims, runs, right)
     found = {id_: [find_one(contrast) for contrast in claims.contrasts(id_)] for id_ in claims.claims}
-    tests: dict[str, dict[Contrast, float]] = {}
+    families = {id_: id_.rstrip(digits) for id_ in found}
+    tests: dict[str, dict[Contrast, float]] = {name: {} for name in families.values()}
     for id_, findings in found.items():
-        known = {each.contrast: each.p for each in findings if each.p is not None}
-        tests.setdefault(family(id_), {}).update(known)
+        tests[families[id_]].update({each.contrast: each.p for each in findings if each.p is not None})
     corrected = {name: dict(zip(of, statistics.holm(list(of.values())), strict=True)) for name, of in tests.items()}
-    return [_judgement(id_, claims, each, corrected[family(id_)], find_one) for id_, each in found.items()]
+    return [_judgement(id_, claims, each, corrected[families[id_]], find_one) for id_, each in found.items()]
 
 
 def _judgement(

@@ -62,13 +62,17 @@ def networks_results(study: TrackedStudy, right: RightAnswers) -> StudyResults:
     ranking = _rank(runs, right)
     names = list(combinations(ranking.right, 2))
     tests = [mcnemar(ranking.right[one], ranking.right[other]) for one, other in names]
-    corrected = holm([p for *_, p in tests])
-    found = zip(names, tests, corrected, strict=True)
+    found = zip(names, tests, holm([p for *_, p in tests]), strict=True)
     pairs = [NetworkPair(*pair, *test, p, p < LEVEL) for pair, test, p in found]
     ordered = {label: runs[label] for label in dict.fromkeys([*ranking.right, *runs])}
     wanted = [f"{images}/{name}" for images in dict.fromkeys(("eval", ranking.images)) for name in OF_ANY_IMAGES]
     logged = [(label, name) for label in runs for name in wanted if name in runs[label].metrics]
-    tables = {"ranking.csv": _rows(runs, ranking.right), "pairs.csv": [NetworkPair._fields, *pairs]}
+    metrics = sorted({name for run in runs.values() for name in run.metrics})
+    rows: list[tuple[Any, ...]] = [("network", "run_id", "right", "images", "low", "high", *metrics)]
+    for label, each in ranking.right.items():
+        counts, run = (int(each.sum()), len(each)), runs[label]
+        rows.append((label, run.run_id, *counts, *wilson(*counts), *map(run.metrics.get, metrics)))
+    files = {"ranking.csv": rows, "pairs.csv": [NetworkPair._fields, *pairs]}
     return StudyResults(
         sentence=_sentence(runs, ranking, pairs),
         table=_table(ordered.values()),
@@ -76,7 +80,7 @@ def networks_results(study: TrackedStudy, right: RightAnswers) -> StudyResults:
         order=list(ordered),
         document="ranking.md",
         metrics={f"{label}/{name}": runs[label].metrics[name] for label, name in logged},
-        files=tables | {"accuracy_against_cost.png": _figure(runs, ranking)} if ranking.right else {},
+        files=files | {"accuracy_against_cost.png": _figure(runs, ranking)} if ranking.right else {},
     )
 
 
@@ -152,17 +156,6 @@ def _details(runs: Mapping[str, RunRecord], images: str) -> Rows:
     weights = [(words, *(run.params.get(name, NONE) for run in runs.values())) for name, words in params.items()]
     figures = [line for name in names for line in line_of(groups, name)]
     return [("network", *runs), *figures, *weights, ("run", *(run.run_id for run in runs.values()))]
-
-
-def _rows(runs: Mapping[str, RunRecord], right: Mapping[str, np.ndarray]) -> list[tuple[Any, ...]]:
-    """Return plain numbers, a line a network: how many images it got right, the interval of that, and all metrics."""
-    names = sorted({name for run in runs.values() for name in run.metrics})
-    rows: list[tuple[Any, ...]] = [("network", "run_id", "right", "images", "low", "high", *names)]
-    for label, run in runs.items():
-        if label in right:
-            counts = int(right[label].sum()), len(right[label])
-            rows.append((label, run.run_id, *counts, *wilson(*counts), *map(run.metrics.get, names)))
-    return rows
 
 
 def _figure(runs: Mapping[str, RunRecord], ranking: Ranking) -> Figure:

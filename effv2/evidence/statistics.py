@@ -68,9 +68,9 @@ class Estimate:
     """The mean of one sample, or that of one less that of another (Welch 1947), and how sure it is.
 
     A sample is independent values of one quantity, one a run or a pair of runs. Below 20 values the interval is
-    Student's; from there on that of the studentised bootstrap (Efron & Tibshirani 1993, ch. 12), which doesn't ask
-    them to be normal. `overlap` is the ratio of test to training images where the values come from repeated splits of
-    one set, whose training parts overlap: it widens the error as Nadeau & Bengio (2003) do; 0 for independent values.
+    Student's; from there on that of the studentised bootstrap (Efron & Tibshirani 1993, ch. 12), for any distribution.
+    `overlap` is the ratio of test to training images where the values come from repeated splits of one set, whose
+    training parts overlap: it widens the error as Nadeau & Bengio (2003) do; 0 for independent values.
     """
 
     samples: Sequence[Sequence[float]]
