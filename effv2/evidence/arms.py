@@ -6,7 +6,6 @@ import math
 import statistics
 from collections.abc import Iterator, Mapping, Sequence
 from itertools import cycle
-from typing import Any
 
 import numpy as np
 from matplotlib.figure import Figure
@@ -40,7 +39,10 @@ def arms_results(study: TrackedStudy, claims: Claims) -> StudyResults:
     arms, differences = _parted(found) if study.parent is NO_STUDY else (found, [])
     own = study.parent.params.get("study.baseline", "")
     baseline = "" if study.parent is NO_STUDY else own if own in arms else next(iter(arms))
-    decisive = decisive_accuracy([run for runs in arms.values() for run in runs])
+    named = [(arm, run) for arm, runs in arms.items() for run in runs]
+    shown = [what for what in SHOWN.values() if what.values(run for _, run in named)]
+    rows = [(arm, run.tags.get(SEED), run.run_id, *(what.value(run) for what in shown)) for arm, run in named]
+    decisive = decisive_accuracy([run for _, run in named])
     published, protocol = _published_curves(arms, claims)
     return StudyResults(
         sentence=_sentence(arms, decisive),
@@ -55,16 +57,8 @@ def arms_results(study: TrackedStudy, claims: Claims) -> StudyResults:
             for arm, values in values_of(arms, name).items()
         },
         document="comparison.md",
-        files={"comparison.csv": _rows(arms)},
+        files={"comparison.csv": [("variant", "seed", "run_id", *(what.words for what in shown)), *rows]},
     )
-
-
-def _rows(arms: Arms) -> list[tuple[Any, ...]]:
-    """Return plain numbers, a line a run, of the figures that any has."""
-    named = [(arm, run) for arm, runs in arms.items() for run in runs]
-    shown = [what for what in SHOWN.values() if what.values(run for _, run in named)]
-    rows = [(arm, run.tags.get(SEED), run.run_id, *(what.value(run) for what in shown)) for arm, run in named]
-    return [("variant", "seed", "run_id", *(what.words for what in shown)), *rows]
 
 
 def _sentence(arms: Arms, decisive: str) -> str:

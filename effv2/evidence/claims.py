@@ -15,7 +15,7 @@ from itertools import chain, pairwise, product
 from pathlib import Path
 from typing import Annotated, Literal, NamedTuple
 
-from pydantic import Field, model_validator
+from pydantic import BeforeValidator, Field, model_validator
 
 from effv2.config.layers import Document, Place, read_document, validate
 from effv2.config.schema import Group
@@ -26,6 +26,7 @@ from effv2.evidence.quantities import quantity
 EXPORTED_AS = "claims.yaml"  # name of a file of claims in an export
 # A shipped study's name, or that of a file beside the claims, which an export takes along beside its own.
 StudyName = Annotated[str, Field(pattern=r"^([\w-]*|[\w.-]+\.ya?ml)$")]
+Tied = Annotated[list[str], BeforeValidator(lambda arms: [arms] if isinstance(arms, str) else arms)]
 OF_ANSWERS = ("eval/top1_accuracy", "unseen/top1_accuracy")  # over images: what follows from right and wrong answers
 
 
@@ -71,7 +72,7 @@ class Check(Group):
     kind: Literal["level", "difference", "convergence", "speed", "ordering"]
     arm: str = ""
     against: str = ""
-    order: list[str | list[str]] = Field(default_factory=list)
+    order: list[Tied] = Field(default_factory=list)
     metric: str = ""
     above: float | None = None
     below: float | None = None
@@ -92,17 +93,14 @@ class Check(Group):
             raise ValueError("about and within go together: a value, and how far from it is still about it")
         if self.kind == "level" and not regions:
             raise ValueError("say where the level is: above, below, or about a value and within how much")
-        if self.kind == "ordering" and (regions or len(self.order) < 2):
+        if self.order and (regions or len(self.order) < 2):
             raise ValueError("an ordering says which of two or more is above which; leave the region out")
         if kind.ratio and any(edge <= 0 for edge in self.edges() if math.isfinite(edge)):
             raise ValueError("a ratio is above 0; give edges above 0")
-        arms = [*filter(None, (self.arm, self.against)), *chain.from_iterable(self._places())]
+        arms = [*filter(None, (self.arm, self.against)), *chain.from_iterable(self.order)]
         if twice := next((arm for arm in arms if arms.count(arm) > 1), ""):
             raise ValueError(f"{twice} is compared with itself; name another arm")
         return self
-
-    def _places(self) -> list[list[str]]:
-        return [[place] if isinstance(place, str) else place for place in self.order]
 
     def edges(self) -> tuple[float, float]:
         """Return the ends of the region, that of its kind where none was given."""
@@ -114,9 +112,9 @@ class Check(Group):
 
     def contrasts(self, protocol: str) -> Iterator[Contrast]:
         """Return what the check says, one thing at a time; in an order each arm is above each of the next place."""
-        kind, places = KINDS[self.kind], self._places()
-        pairs = chain.from_iterable(product(*both) for both in pairwise(places))
-        for arm, against in pairs if places else [(self.arm, self.against)]:
+        kind = KINDS[self.kind]
+        pairs = chain.from_iterable(product(*both) for both in pairwise(self.order))
+        for arm, against in pairs if self.order else [(self.arm, self.against)]:
             yield Contrast(protocol, self.metric or kind.metric, arm, *self.edges(), against, kind.ratio)
 
 
@@ -187,9 +185,10 @@ def _shipped() -> Claims:
 def _read(path: Path, before: Claims) -> Claims:
     document, folder = read_document(path, "claims"), path.parent
     file = validate(ClaimsFile, document.values, document.where)
-    for place in (*product(["protocols"], file.protocols), *product(["claims"], file.claims)):
-        if place[1] in {"protocols": before.protocols, "claims": before.claims}[place[0]]:
-            raise InputError(document.where(place), "", "there is one of that name", "choose another")
+    twice = [("protocols", name) for name in file.protocols if name in before.protocols]
+    twice += [("claims", id_) for id_ in file.claims if id_ in before.claims]
+    if twice:
+        raise InputError(document.where(twice[0]), "", "there is one of that name", "choose another")
     written: dict[Place, Protocol] = {("protocols", name): protocol for name, protocol in file.protocols.items()}
     named: list[tuple[Place, str, Sequence[str]]] = []  # studies: where, and what is free
     for id_, claim in file.claims.items():
@@ -206,11 +205,11 @@ def _read(path: Path, before: Claims) -> Claims:
             protocols |= study_protocols(study, free, folder) if study else {}
     studies: list[str] = []
     for at, protocol in written.items():
-        for arm, study in protocol.arms.items():
-            if isinstance(study, str):
+        for arm, of_arm in protocol.arms.items():
+            if isinstance(of_arm, str):
                 with _placed(document, (*at, "arms", arm)):
-                    protocol = protocol.with_study(arm, study, folder)  # noqa: PLW2901
-                studies.append(study.partition("/")[0])
+                    protocol = protocol.with_study(arm, of_arm, folder)  # noqa: PLW2901
+                studies.append(of_arm.partition("/")[0])
         protocols[str(at[1])] = protocol
     studies += [protocol.study for protocol in protocols.values() if protocol.study]
     beside = {study: folder / study for study in studies if (folder / study).is_file()}

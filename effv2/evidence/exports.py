@@ -120,12 +120,10 @@ def joined(folders: Sequence[Path]) -> Evidence:
     Of several exports no run leads to its page, as their stores differ. InputError for a missing or altered file.
     """
     parts = [exported(folder) for folder in folders]
-    if len(parts) == 1:
-        return parts[0]
     held = {run.run_id: (run, part) for part in parts for run in part.runs}
     return Evidence(
         experiment=", ".join(dict.fromkeys(part.experiment for part in parts)),
-        ui="",
+        ui=parts[0].ui if len(parts) == 1 else "",
         runs=sorted((run for run, _ in held.values()), key=lambda run: run.started),
         predictions=lambda run: held[run.run_id][1].predictions(run),
         claims=tuple({path.read_bytes(): path for part in parts for path in part.claims}.values()),

@@ -63,7 +63,7 @@ def networks_results(study: TrackedStudy, right: RightAnswers) -> StudyResults:
     names = list(combinations(ranking.right, 2))
     tests = [mcnemar(ranking.right[one], ranking.right[other]) for one, other in names]
     found = zip(names, tests, holm([p for *_, p in tests]), strict=True)
-    pairs = [NetworkPair(*pair, *test, p, p < LEVEL) for pair, test, p in found]
+    pairs = [NetworkPair(*both, one, other, p, holms, holms < LEVEL) for both, (one, other, p), holms in found]
     ordered = {label: runs[label] for label in dict.fromkeys([*ranking.right, *runs])}
     wanted = [f"{images}/{name}" for images in dict.fromkeys(("eval", ranking.images)) for name in OF_ANY_IMAGES]
     logged = [(label, name) for label in runs for name in wanted if name in runs[label].metrics]

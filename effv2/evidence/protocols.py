@@ -62,10 +62,6 @@ class Protocol(Group):
         named = self.arms[arm]
         return named if isinstance(named, dict) else {}
 
-    def settings(self, arm: str) -> Settings:
-        """Return all settings of an arm; of those that other arms alone name, the ones in `runs`."""
-        return self.runs | self.own(arm)
-
     def varied(self) -> set[str]:
         """Return the settings in which arms differ."""
         return {name for arm in self.arms for name in self.own(arm)}
@@ -167,7 +163,7 @@ def is_like(run: RunRecord, protocol: Protocol, arm: str) -> bool:
 
 def _unlike(run: RunRecord, protocol: Protocol, arm: str) -> Iterator[tuple[str, Value]]:
     """Return the settings of an arm that a run doesn't have."""
-    settings, defaults = protocol.settings(arm), _defaults()
+    settings, defaults = protocol.runs | protocol.own(arm), _defaults()
     others = defaults.keys() - FREE if protocol.others == "default" else protocol.varied()
     others = (others - settings.keys() - {"model.table"}) & run.params.keys() & defaults.keys()
     wanted = settings | {name: defaults[name] for name in sorted(others)}
