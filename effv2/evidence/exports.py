@@ -185,9 +185,8 @@ def _manifest(folder: Path) -> dict[str, Any]:
         about = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
         hashes, ui = about["sha256"], about["ui"]
         texts = [about["experiment"], ui, *hashes, *hashes.values()]
-        if not all(isinstance(text, str) for text in texts) or not TABLES.keys() <= hashes.keys():
-            raise ValueError
-        if ui and not ui.startswith(("http://", "https://")):
+        whole = all(isinstance(text, str) for text in texts) and TABLES.keys() <= hashes.keys()
+        if not whole or not re.match(r"https?://|$", ui):
             raise ValueError
     except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
         remedy = "give a folder that `export` wrote"

@@ -20,7 +20,7 @@ from scipy.stats import fisher_exact
 
 from effv2.evidence import statistics
 from effv2.evidence.claims import Claim, Claims, Contrast
-from effv2.evidence.protocols import Chosen, Protocol, RightAnswers, choose, counted, over_splits, published_value
+from effv2.evidence.protocols import Chosen, RightAnswers, choose, counted, over_splits, published_value
 from effv2.evidence.quantities import Quantity, points, quantity
 from effv2.evidence.statistics import FEWEST, LEVEL, MOST_RUNS, Estimate, p_text
 from effv2.tracking.read import RunRecord
@@ -152,13 +152,23 @@ def _judgement(
 
 
 def _find(claims: Claims, runs: Sequence[RunRecord], right: RightAnswers, contrast: Contrast) -> Finding:
-    """Return what the published figures and the finished runs say of one thing that a claim says."""
+    """Return what the published figures, one run an arm, and the finished runs say of one thing that a claim says."""
     protocol, what = claims.protocols[contrast.protocol], quantity(contrast.metric)
     text, ends = _text(contrast, what), (contrast.low, contrast.high)
     where = [f"{word} {text(end)}" for word, end in zip(("above", "below"), ends, strict=True) if math.isfinite(end)]
     region = where[0] if len(where) == 1 else f"from {text(contrast.low)} to {text(contrast.high)}"
-    says = f"{what.words}: {(' / ' if contrast.ratio else ' − ').join(contrast.arms)} {region}"
-    finding = _with_published(Finding(contrast, says), protocol, what)
+    finding = Finding(contrast, f"{what.words}: {(' / ' if contrast.ratio else ' − ').join(contrast.arms)} {region}")
+    values = [published_value(protocol, contrast.metric, arm) for arm in contrast.arms]
+    known = [value for value in values if value is not None]
+    if len(known) == len(values) and (all(known) or not contrast.ratio):
+        shown, count = " against ".join(map(what.text, known)), protocol.published.test_images
+        if count and contrast.against and what.is_accuracy and "train" not in contrast.metric:
+            first, second = (round(count * each) for each in known)
+            p = p_text(fisher_exact([[first, count - first], [second, count - second]]).pvalue)
+            shown += f" ({first:,} and {second:,} of {count:,} images right; Fisher's exact {p})"
+        if protocol.published.unchecked:
+            shown += f" ({protocol.published.unchecked})"
+        finding = replace(finding, published=shown, agrees=_is_inside(contrast, *known))
     chosen = choose(runs, protocol, contrast.arms, what, positive=contrast.ratio)
     if not chosen.arms:
         return replace(finding, lacking=chosen.why)
@@ -184,23 +194,6 @@ def _is_inside(contrast: Contrast, first: float, second: float | None = None) ->
     value = first if second is None else first / second if contrast.ratio else first - second
     low, high = contrast.low, contrast.high
     return low < value < high if math.isinf(low) or math.isinf(high) else low <= value <= high
-
-
-def _with_published(finding: Finding, protocol: Protocol, what: Quantity) -> Finding:
-    """Hold the words against the published figures, one run an arm."""
-    contrast, count = finding.contrast, protocol.published.test_images
-    values = [published_value(protocol, contrast.metric, arm) for arm in contrast.arms]
-    known = [value for value in values if value is not None]
-    if len(known) < len(values) or (contrast.ratio and not all(known)):
-        return finding
-    shown = " against ".join(map(what.text, known))
-    if count and contrast.against and what.is_accuracy and "train" not in contrast.metric:
-        first, second = (round(count * each) for each in known)
-        p = p_text(fisher_exact([[first, count - first], [second, count - second]]).pvalue)
-        shown += f" ({first:,} and {second:,} of {count:,} images right; Fisher's exact {p})"
-    if protocol.published.unchecked:
-        shown += f" ({protocol.published.unchecked})"
-    return replace(finding, published=shown, agrees=_is_inside(contrast, *known))
 
 
 def _on_fixed(finding: Finding, what: Quantity, chosen: Chosen) -> Finding:

@@ -164,19 +164,17 @@ def more_to_decide(estimate: Estimate, edge: float, level: float = LEVEL) -> tup
     As if the difference seen were the true one, for the ends of the standard deviation's 80 % interval (chi-square).
     """
     effect = estimate.mean - edge
-    few: int | None
-    many: int | None
     if estimate.n < 2 or abs(effect) < TINY:
         return None
+    numbers: list[int | None]
     if estimate.error < TINY:  # so many equal ones that the sign test decides
-        few = many = math.ceil(1 - math.log2(level))
+        numbers = [math.ceil(1 - math.log2(level))] * 2
     else:
         ends = np.sqrt(estimate.degrees / stats.chi2.ppf([0.9, 0.1], estimate.degrees)) * estimate.deviation
         overlap = estimate.overlap if len(estimate.samples) == 1 else 0.0
-        few, many = (runs_to_decide(effect, float(end), level, overlap) for end in ends)
-    if few is None:
-        return None
-    return max(1, few - estimate.n), None if many is None else max(1, many - estimate.n)
+        numbers = [runs_to_decide(effect, float(end), level, overlap) for end in ends]
+    few, many = (None if number is None else max(1, number - estimate.n) for number in numbers)
+    return None if few is None else (few, many)
 
 
 def p_text(p: float) -> str:
