@@ -144,13 +144,12 @@ def _parted(arms: Arms) -> tuple[dict[str, list[RunRecord]], list[str]]:
         for number, (settings, of_it) in enumerate(groups.items(), 1):
             name = arm if len(groups) == 1 else f"{arm} ({number})"
             parted[name] = list(of_it.values())
-            if own := sorted(settings - shared):
-                notes.append(f"{name}: {', '.join(f'{key} {_short(value)}' for key, value in own)}.")
+            own = []
+            for key, value in sorted(settings - shared):
+                ends = f"{value[:LONGEST_END]} … {value[-LONGEST_END:]}" if len(value) > 2 * LONGEST_END else value
+                own.append(f"{key} {ends or 'empty'}")
+            notes += [f"{name}: {', '.join(own)}."] if own else []
     return parted, notes
-
-
-def _short(value: str) -> str:
-    return f"{value[:LONGEST_END]} … {value[-LONGEST_END:]}" if len(value) > 2 * LONGEST_END else value or "empty"
 
 
 def _table(arms: Arms, baseline: str, decisive: str) -> Rows:

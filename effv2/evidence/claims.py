@@ -165,11 +165,8 @@ class Claims:
         """Return all that a claim says."""
         claim = self.claims[id_]
         own = id_ if isinstance(claim.protocol, Protocol) else claim.protocol or protocol_title(claim.study, claim.free)
-        return [
-            each
-            for check in claim.checks
-            for each in check.contrasts(check.protocol or protocol_title(check.study, claim.free) or own)
-        ]
+        named = ((check, check.protocol or protocol_title(check.study, claim.free) or own) for check in claim.checks)
+        return [each for check, protocol in named for each in check.contrasts(protocol)]
 
 
 def read_claims(own: Path | None = None) -> Claims:

@@ -69,8 +69,8 @@ def networks_results(study: TrackedStudy, right: RightAnswers) -> StudyResults:
     logged = [(label, name) for label in runs for name in wanted if name in runs[label].metrics]
     metrics = sorted({name for run in runs.values() for name in run.metrics})
     rows: list[tuple[Any, ...]] = [("network", "run_id", "right", "images", "low", "high", *metrics)]
-    for label, each in ranking.right.items():
-        counts, run = (int(each.sum()), len(each)), runs[label]
+    for label, run in ((label, run) for label, run in runs.items() if label in ranking.right):
+        counts = int(ranking.right[label].sum()), len(ranking.right[label])
         rows.append((label, run.run_id, *counts, *wilson(*counts), *map(run.metrics.get, metrics)))
     files = {"ranking.csv": rows, "pairs.csv": [NetworkPair._fields, *pairs]}
     return StudyResults(
@@ -173,9 +173,8 @@ def _figure(runs: Mapping[str, RunRecord], ranking: Ranking) -> Figure:
                 axes.errorbar(cost, 100 * each.mean(), yerr=reach, label=plain(label), **style)
     for axes, unit in zip(panels, ("GFLOPs", "milliseconds, at full rate:"), strict=True):
         axes.set(xscale="log", xlabel=f"{unit} an image (log)")
-        axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
-        axes.xaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
-        axes.xaxis.set_minor_locator(NullLocator())
+        ticks = {"major_locator": LogLocator(subs=(1, 2, 5)), "minor_locator": NullLocator()}
+        axes.xaxis.set(major_formatter=StrMethodFormatter("{x:g}"), **ticks)
         axes.grid(alpha=0.3)
     panels[0].set_ylabel("accuracy, %")
     figure.suptitle(f"top-1 of 1000, {size:,} {ranking.origin} images")

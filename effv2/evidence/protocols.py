@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import math
 from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -243,10 +244,8 @@ def choose(
     """
     known = complete(runs)
     like = {arm: [run for run in known if is_like(run, protocol, arm)] for arm in arms}
-    having = {
-        arm: [run for run in found if any(value > 0 or not positive for value in what.values([run]))]
-        for arm, found in like.items()
-    }
+    least = 0 if positive else -math.inf
+    having = {a: [run for run in found if max(what.values([run]), default=least) > least] for a, found in like.items()}
     if lacking := [arm for arm in arms if not having[arm]]:
         unusable = f"have no {what.words} that can be used"
         reasons = [f"the runs of {a} {unusable}" if like[a] else _nearest(known, protocol, a) for a in lacking]

@@ -142,10 +142,8 @@ def search_results(study: TrackedStudy) -> StudyResults:
 
 def _notes_on_trials(study: TrackedStudy, any_ranked: bool) -> list[str]:
     """Say how the trials ended, and how often the test set was looked at."""
-    parent = study.parent
-    outcomes = Counter(
-        run.tags.get(tags.OUTCOME, "unknown") for run in study.runs if run.status in ("FINISHED", "FAILED")
-    )
+    parent, ended = study.parent, [run for run in study.runs if run.status in ("FINISHED", "FAILED")]
+    outcomes = Counter(run.tags.get(tags.OUTCOME, "unknown") for run in ended)
     words = ", ".join(f"{count} {outcome}" for outcome, count in sorted(outcomes.items()))
     if not any_ranked:
         return [f"Trials: {words}."] if words else []
