@@ -273,12 +273,12 @@ def _svg_file(figure: Figure) -> str:
 def _inline(svg: str, label: str) -> Markup:
     """Turn an SVG file into an element of a page, `label` being read to those who don't see it.
 
-    Colours become the page's: `--ink`, `--line` and `--c1` on; text takes the page's font.
+    Colours become the page's variables: `ink`, `line` and `c1` on; text takes the page's font.
     """
     body = PAPER.sub("", svg[svg.index("<svg") :])
-    body = INK.sub("var(--ink)", FRAME.sub("var(--line)", body))
-    for index, colour in enumerate(PALETTE, 1):
-        body = re.sub(re.escape(colour), f"var(--c{index})", body, flags=re.IGNORECASE)
+    palette = {f"c{index}": re.compile(colour, re.IGNORECASE) for index, colour in enumerate(PALETTE, 1)}
+    for name, colour in {"line": FRAME, "ink": INK, **palette}.items():
+        body = colour.sub(f"var(--{name})", body)
     body = re.sub(r'<g id="(?!m)[a-z0-9_]+">', "<g>", body)
     body = re.sub(r"font-family: [^;\"]*; ?", "", body)
     body = re.sub(r"<style.*?</style>|\s*<metadata>.*?</metadata>", "", body, flags=re.DOTALL)
