@@ -20,10 +20,9 @@ from effv2.config.studies import open_study
 from effv2.core.errors import InputError
 from effv2.evidence.claims import Claims, read_claims
 from effv2.evidence.judge import CONSISTENT, INCONSISTENT, NO_FIGURES, Verdict, judge
-from effv2.evidence.protocols import FREE, Protocol, published_runs
+from effv2.evidence.protocols import FREE, Protocol, is_like, published_runs
 from effv2.evidence.quantities import TEST, TRAIN, quantity
 from effv2.evidence.results import study_results
-from effv2.evidence.selection import is_like
 from effv2.evidence.statistics import (
     FEWEST,
     LEVEL,
@@ -198,8 +197,13 @@ def test_arms_of_a_protocol_may_be_those_of_other_studies() -> None:
         assert [each for each in protocol.arms if is_like(record, protocol, each)] == [arm]
 
 
-@pytest.mark.parametrize("seeds", [3, 5, 10])
-def test_studies_without_an_effect_get_few_false_verdicts(tmp_path: Path, seeds: int) -> None:
+slow = pytest.mark.slow
+
+
+@pytest.mark.parametrize(
+    ("seeds", "studies"), [(3, 150), (10, 150), *(pytest.param(n, 1000, marks=slow) for n in (3, 5, 10))]
+)
+def test_studies_without_an_effect_get_few_false_verdicts(tmp_path: Path, seeds: int, studies: int) -> None:
     order = f"{{kind: ordering, metric: {METRIC}, order: [a, [b, c, d]]}}"
     arms = "{a: {model.variant: a}, b: {model.variant: b}, c: {model.variant: c}, d: {model.variant: d}}"
     text = (
@@ -209,34 +213,36 @@ def test_studies_without_an_effect_get_few_false_verdicts(tmp_path: Path, seeds:
     )
     claims, random = claims_of(tmp_path, text), np.random.default_rng(seeds)
     false = {"X1": 0, "Y1": 0}
-    for _ in range(1000):
+    for _ in range(studies):
         luck = random.normal(0, 0.02, seeds)  # of a seed, which all arms share
         values = {arm: 0.5 + luck + random.normal(0, 0.01, seeds) for arm in "abcd"}
         for each in judge(claims, study({arm: list(map(float, v)) for arm, v in values.items()}), nothing):
             false[each.id] += each.verdict != Verdict.UNDECIDED
-    assert max(false.values()) <= 64, false
+    assert max(false.values()) <= 0.05 * studies + 2 * np.sqrt(0.05 * 0.95 * studies), false
 
 
+@pytest.mark.parametrize("studies", [150, pytest.param(1000, marks=slow)])
 @pytest.mark.parametrize(("seeds", "effect"), [(3, 0.03), (5, 0.012), (10, 0.01), (10, 0.005)])
-def test_effects_are_found_as_often_as_predicted(tmp_path: Path, seeds: int, effect: float) -> None:
+def test_effects_are_found_as_often_as_predicted(tmp_path: Path, seeds: int, effect: float, studies: int) -> None:
     claims, random = two_arms(tmp_path, ABOVE), np.random.default_rng(0)
     found = 0
-    for _ in range(1000):
+    for _ in range(studies):
         base = random.normal(0.5, 0.03, seeds)
         better = base + random.normal(effect, 0.01, seeds)
         found += (
             verdict(claims, study({"a": list(map(float, better)), "b": list(map(float, base))})) == Verdict.SUPPORTED
         )
-    assert found / 1000 == pytest.approx(power(effect, 0.01, seeds), abs=0.05)
+    assert found / studies == pytest.approx(power(effect, 0.01, seeds), abs=1.58 / np.sqrt(studies))
 
 
-def test_from_twenty_seeds_on_the_bootstrap_doesnt_ask_for_normal_values() -> None:
+@pytest.mark.parametrize("studies", [60, pytest.param(300, marks=slow)])
+def test_from_twenty_seeds_on_the_bootstrap_doesnt_ask_for_normal_values(studies: int) -> None:
     random = np.random.default_rng(0)
     false = {"normal": 0, "skewed": 0}
-    for _ in range(300):
+    for _ in range(studies):
         false["normal"] += Estimate.of(random.normal(1, 1, 20).tolist()).p(1) < LEVEL
         false["skewed"] += Estimate.of(*random.exponential(1, (2, 25)).tolist()).p(0) < LEVEL
-    assert max(false.values()) <= 300 * 0.05 + 3 * np.sqrt(300 * 0.05 * 0.95), false
+    assert max(false.values()) <= studies * 0.05 + 3 * np.sqrt(studies * 0.05 * 0.95), false
 
 
 samples = st.lists(st.floats(-1, 1), min_size=3, max_size=12).filter(lambda values: np.std(values) > 1e-3)
@@ -521,7 +527,7 @@ def test_a_study_says_what_it_lacks_and_why() -> None:
 
     assert told("ablate", runs).missing == (
         "it is being worked on, or its process died; 1 run failed: trial 3 (Diverged: no number); 2 runs planned but "
-        "not finished: trial 1, trial 2. The command below goes on with it."
+        "not finished: trial 1, trial 2. The command below resumes it."
     )
     finished = [replace(each, name=f"trial {number}") for number, each in enumerate([done, done, done])]
     assert told("ablate", [*finished, diverged]).missing == "1 run failed: trial 3 (Diverged: no number)."
@@ -529,7 +535,7 @@ def test_a_study_says_what_it_lacks_and_why() -> None:
     assert not search.missing and "by 2, each the best one when" in search.notes[-1]
     full = replace(diverged, tags={"effv2.error": "RunError: The disk is full."})
     assert told("search", [*finished, full]).missing.endswith(
-        "(RunError: The disk is full.). The command below goes on with it."
+        "(RunError: The disk is full.). The command below resumes it."
     )
     assert told("search", [replace(diverged, metrics={})]).notes == ["Trials: 1 unknown."]
 

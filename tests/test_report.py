@@ -235,7 +235,7 @@ def test_empty_and_half_finished_studies_say_what_is_missing(sqlite_store: str, 
     assert invoke(report, "--export", out).exit_code == 0
     markdown, html = (out / "report.md").read_text(), (out / "report.html").read_text()
     assert (
-        "1 run planned but not finished: other, seed 0. The command below goes on with it." in markdown
+        "1 run planned but not finished: other, seed 0. The command below resumes it." in markdown
         and "effv2 ablate --study" in markdown
     )
     assert "<b>half" not in html and "<i>" not in html + markdown and not Page(html).open and html.count("<svg") == 3

@@ -6,7 +6,6 @@ import math
 import statistics
 from collections.abc import Iterator, Mapping, Sequence
 from itertools import cycle
-from typing import Any
 
 import numpy as np
 from matplotlib.figure import Figure
@@ -14,9 +13,8 @@ from scipy import stats
 
 from effv2.core.figures import MARKERS, PALETTE, SIZE, accuracy_curves, plain, value_range
 from effv2.evidence.claims import Claims
-from effv2.evidence.protocols import published_runs
-from effv2.evidence.quantities import CURVES, QUANTITIES, SHOWN, TRAIN_SECONDS, percent, points
-from effv2.evidence.selection import Settings, SplitAndSeed, complete, has, is_like, pair_of, settings_of, split_of
+from effv2.evidence.protocols import complete, counted, has, is_like, pair_of, published_runs, settings_of, split_of
+from effv2.evidence.quantities import CURVES, QUANTITIES, SHOWN, TRAIN_SECONDS, Quantity, percent, points
 from effv2.evidence.statistics import CONFIDENCE, FEWEST, TINY, Estimate, holm, p_text
 from effv2.evidence.study import NO_STUDY, NONE, Rows, StudyResults, TrackedStudy, has_figures, line_of, values_of
 from effv2.tracking.accuracies import BEST_TEST, SELECTED_TEST, SELECTED_VALIDATION, decisive_accuracy
@@ -27,47 +25,40 @@ NOTHING_YET = "No accuracies yet."
 MOST_COLUMNS = 8
 LONGEST_END = 100  # characters that are shown of either end of a setting
 Arms = Mapping[str, Sequence[RunRecord]]
+Spread = tuple[float, np.ndarray]  # a mean, and how far it is to the lowest and to the highest value (2, 1)
 
 
 def arms_results(study: TrackedStudy, claims: Claims) -> StudyResults:
     """Return what came out of an ablation, a hyper-parameter check, or single runs."""
     found: dict[str, list[RunRecord]] = {}
-    for run in complete(study.in_order()):
-        if has_figures(run):
-            arm = run.tags.get(ARM) or run.tags.get(STUDY) or run.params.get("model.variant") or run.name
-            found.setdefault(arm, []).append(run)
+    for run in filter(has_figures, complete(study.in_order())):
+        arm = run.tags.get(ARM) or run.tags.get(STUDY) or run.params.get("model.variant") or run.name
+        found.setdefault(arm, []).append(run)
     if not found:
         return StudyResults(sentence=NOTHING_YET)
     arms, differences = _parted(found) if study.parent is NO_STUDY else (found, [])
-    decisive = decisive_accuracy([run for runs in arms.values() for run in runs])
+    own = study.parent.params.get("study.baseline", "")
+    baseline = "" if study.parent is NO_STUDY else own if own in arms else next(iter(arms))
+    named = [(arm, run) for arm, runs in arms.items() for run in runs]
+    shown = [what for what in SHOWN.values() if what.values(run for _, run in named)]
+    rows = [(arm, run.tags.get(SEED), run.run_id, *(what.value(run) for what in shown)) for arm, run in named]
+    decisive = decisive_accuracy([run for _, run in named])
     published, protocol = _published_curves(arms, claims)
-    notes = [*differences, *_notes(arms, protocol)]
-    if decisive == SELECTED_VALIDATION:
-        notes.append("The test set was left alone: this is validation at its best epoch, which flatters every arm.")
     return StudyResults(
         sentence=_sentence(arms, decisive),
-        table=_table(arms, study.baseline(arms), decisive),
-        notes=notes,
+        table=_table(arms, baseline, decisive),
+        notes=[*differences, *_notes(arms, protocol, decisive)],
         figures=_figures(arms, study.parent.name, published),
-        metrics=_means(arms),
+        # Of what runs log under that very name: accuracies and the time that training took.
+        metrics={
+            f"{arm}/{name}": statistics.fmean(values)
+            for name, what in SHOWN.items()
+            if not what.metric and not what.fixed
+            for arm, values in values_of(arms, name).items()
+        },
         document="comparison.md",
-        files={"comparison.csv": _rows(arms)},
+        files={"comparison.csv": [("variant", "seed", "run_id", *(what.words for what in shown)), *rows]},
     )
-
-
-def _rows(arms: Arms) -> list[tuple[Any, ...]]:
-    """Return plain numbers, a line a run, of the figures that any has."""
-    named = [(arm, run) for arm, runs in arms.items() for run in runs]
-    shown = [what for what in SHOWN.values() if any(what.value(run) is not None for _, run in named)]
-    titles = ("variant", "seed", "run_id", *(what.words for what in shown))
-    rows = [(arm, run.tags.get(SEED), run.run_id, *(what.value(run) for what in shown)) for arm, run in named]
-    return [titles, *rows]
-
-
-def _means(arms: Arms) -> dict[str, float]:
-    """Return the means of what runs log under that very name: accuracies and the time that training took."""
-    logged = [name for name, what in SHOWN.items() if name == what.metric and not what.fixed]
-    return {f"{arm}/{name}": statistics.fmean(each) for name in logged for arm, each in values_of(arms, name).items()}
 
 
 def _sentence(arms: Arms, decisive: str) -> str:
@@ -89,7 +80,7 @@ def _figures(arms: Arms, title: str, published: Mapping[str, RunRecord]) -> dict
         if curves and not (name == "validation accuracy" and "test accuracy" in figures):
             theirs = {arm: run.history[metric] for arm, run in published.items() if metric in run.history}
             figures[name] = accuracy_curves(curves, f"{title}: {name}", theirs, _mean_band)
-    best, seconds = values_of(arms, BEST_TEST), values_of(arms, TRAIN_SECONDS)
+    best, seconds = ({a: _spread(v) for a, v in values_of(arms, name).items()} for name in (BEST_TEST, TRAIN_SECONDS))
     if best and seconds:
         figures["accuracy against time"] = _accuracy_against_time(best, seconds, f"{title}: accuracy and time")
     if seconds:
@@ -105,28 +96,30 @@ def _mean_band(values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     return values.mean(0) - reach, values.mean(0) + reach
 
 
-def _bars(values: Mapping[str, Sequence[float]], title: str) -> Figure:
-    """Draw the mean of each name's values as a bar, their range as a line across its end."""
-    figure = Figure(figsize=(SIZE[0], 1.2 + 0.34 * len(values)), layout="constrained")
+def _spread(values: Sequence[float]) -> Spread:
+    mean = float(np.mean(values))
+    return mean, np.array([[mean - min(values)], [max(values) - mean]])
+
+
+def _bars(spreads: Mapping[str, Spread], title: str) -> Figure:
+    """Draw means as bars, ranges as lines across their ends."""
+    figure = Figure(figsize=(SIZE[0], 1.2 + 0.34 * len(spreads)), layout="constrained")
     axes = figure.add_subplot()
-    means, reach = zip(*map(_mean_and_reach, values.values()), strict=True)
-    names, ends = list(map(plain, values)), np.hstack(reach)
-    axes.bar_label(axes.barh(names, means, xerr=ends, color=PALETTE[0], ecolor="#555555"), fmt="%.3g", padding=4)
+    means, reach = zip(*spreads.values(), strict=True)
+    bars = axes.barh(list(map(plain, spreads)), means, xerr=np.hstack(reach), color=PALETTE[0], ecolor="#555555")
+    axes.bar_label(bars, fmt="%.3g", padding=4)
     axes.invert_yaxis()
     axes.set(title=plain(title), xlabel="seconds")
     axes.margins(x=0.12)
     return figure
 
 
-def _accuracy_against_time(
-    accuracies: Mapping[str, Sequence[float]], seconds: Mapping[str, Sequence[float]], title: str
-) -> Figure:
-    """Draw the mean accuracy of each name's runs against their mean training time, with the ranges of both."""
+def _accuracy_against_time(best: Mapping[str, Spread], seconds: Mapping[str, Spread], title: str) -> Figure:
+    """Draw the mean accuracy of each arm's runs against their mean training time, with the ranges of both."""
     figure = Figure(figsize=SIZE, layout="constrained")
     axes = figure.add_subplot()
-    shared = [name for name in accuracies if name in seconds]
-    for index, (name, colour) in enumerate(zip(shared, cycle(PALETTE), strict=False)):
-        (across, sideways), (up, upright) = map(_mean_and_reach, (seconds[name], accuracies[name]))
+    for index, (name, colour) in enumerate(zip((arm for arm in best if arm in seconds), cycle(PALETTE), strict=False)):
+        (across, sideways), (up, upright) = seconds[name], best[name]
         marker = MARKERS[index % len(MARKERS)]
         axes.errorbar(across, up, yerr=upright, xerr=sideways, fmt=marker, color=colour, label=plain(name))
     axes.set(title=plain(title), xlabel="training, seconds", ylabel="test accuracy, best epoch")
@@ -134,12 +127,6 @@ def _accuracy_against_time(
     axes.grid(alpha=0.3)
     axes.legend(loc="best", fontsize="small")
     return figure
-
-
-def _mean_and_reach(values: Sequence[float]) -> tuple[float, np.ndarray]:
-    """Return the mean, and how far it is to the lowest and to the highest value (2, 1)."""
-    mean = float(np.mean(values))
-    return mean, np.array([[mean - min(values)], [max(values) - mean]])
 
 
 def _parted(arms: Arms) -> tuple[dict[str, list[RunRecord]], list[str]]:
@@ -150,67 +137,58 @@ def _parted(arms: Arms) -> tuple[dict[str, list[RunRecord]], list[str]]:
     parted: dict[str, list[RunRecord]] = {}
     notes: list[str] = []
     for arm, runs in arms.items():
-        groups: dict[Settings, dict[SplitAndSeed, RunRecord]] = {}
+        groups: dict[frozenset[tuple[str, str]], dict[tuple[str, str], RunRecord]] = {}  # by settings and pair
         for run in runs:
             groups.setdefault(settings_of(run), {})[pair_of(run)] = run
         shared = frozenset.intersection(*groups)
         for number, (settings, of_it) in enumerate(groups.items(), 1):
             name = arm if len(groups) == 1 else f"{arm} ({number})"
             parted[name] = list(of_it.values())
-            if own := sorted(settings - shared):
-                words = ", ".join(f"{key} {_short(value) or 'empty'}" for key, value in own)
-                notes.append(f"{name}: {words}.")
+            own = []
+            for key, value in sorted(settings - shared):
+                ends = f"{value[:LONGEST_END]} … {value[-LONGEST_END:]}" if len(value) > 2 * LONGEST_END else value
+                own.append(f"{key} {ends or 'empty'}")
+            notes += [f"{name}: {', '.join(own)}."] if own else []
     return parted, notes
 
 
-def _short(value: str) -> str:
-    return value if len(value) <= 2 * LONGEST_END else f"{value[:LONGEST_END]} … {value[-LONGEST_END:]}"
-
-
 def _table(arms: Arms, baseline: str, decisive: str) -> Rows:
-    """Return the table with a line a figure and a column an arm, accuracies with their intervals.
-
-    Many arms have a line each, and the main figures alone.
-    """
+    """Return a line a figure and a column an arm, accuracies with intervals; of many arms a line each, main figures."""
     main: Rows = [("variant", *arms), ("runs", *(str(len(runs)) for runs in arms.values()))]
     more: Rows = []
     for name, what in SHOWN.items():
         lines = line_of(arms, name)
         if lines and name in (BEST_TEST, SELECTED_TEST, decisive):
-            lines += _intervals(arms, name)
+            lines += _intervals(arms, what)
         if lines and name == decisive and baseline:
-            lines += _differences(arms, baseline, name)
+            lines += _differences(arms, baseline, what)
         (main if what.shown == "main" else more).extend(lines)
     return [*main, *more] if len(arms) <= MOST_COLUMNS else list(zip(*main, strict=True))
 
 
-def _intervals(arms: Arms, name: str) -> Rows:
+def _intervals(arms: Arms, what: Quantity) -> Rows:
     """Return lines with the intervals of a quantity's mean and of one more run, where there are runs enough.
 
     Equal values don't show how much they vary, and runs of several splits don't count one by one.
     """
-    values, what = values_of(arms, name), QUANTITIES[name]
-    cells: dict[str, list[str]] = {"95 % interval of the mean": [], "a single re-run is expected (95 %)": []}
-    for arm, runs in arms.items():
-        estimate = Estimate.of(values.get(arm, [math.nan]))
+    lines = ["95 % interval of the mean"], ["a single re-run is expected (95 %)"]
+    for runs in arms.values():
+        estimate = Estimate.of(what.values(runs) or [math.nan])
         enough = estimate.n >= FEWEST and estimate.deviation > TINY and len(set(map(split_of, runs))) == 1
-        for line, interval in zip(cells.values(), (estimate.interval(), estimate.prediction()), strict=True):
+        for line, interval in zip(lines, (estimate.interval(), estimate.prediction()), strict=True):
             line.append(interval.within(what.possible).text(percent) if enough else NONE)
-    return [(f"{words}, {what.words}", *line) for words, line in cells.items() if set(line) != {NONE}]
+    return [(f"{words}, {what.words}", *cells) for words, *cells in lines if set(cells) != {NONE}]
 
 
-def _differences(arms: Arms, baseline: str, name: str) -> Iterator[tuple[str, ...]]:
+def _differences(arms: Arms, baseline: str, what: Quantity) -> Iterator[tuple[str, ...]]:
     """Return lines that hold each arm against its baseline, on the seeds that both have: difference and p-value.
 
     Nothing where there are several splits, whose runs don't count one by one; claims are judged over them.
     """
     if len({split_of(run) for runs in arms.values() for run in runs}) > 1:
         return
-    what, tests = QUANTITIES[name], dict[tuple[str, str], Estimate]()
-    values = {
-        arm: {pair_of(run): value for run in runs if (value := what.value(run)) is not None}
-        for arm, runs in arms.items()
-    }
+    values = {arm: {pair_of(run): value for run in runs for value in what.values([run])} for arm, runs in arms.items()}
+    tests: dict[tuple[str, str], Estimate] = {}
     for arm in arms:
         other = _baseline_of(arm, arms, baseline)
         pairs = [pair for pair in values[arm] if pair in values[other]]
@@ -219,14 +197,10 @@ def _differences(arms: Arms, baseline: str, name: str) -> Iterator[tuple[str, ..
     corrected = dict(zip(tests, holm([estimate.p(0) for estimate in tests.values()]), strict=True))
     for other in dict.fromkeys(against for against, _ in tests):
         found = [tests.get((other, arm)) for arm in arms]
-        cells = [f"{points(each.mean)} [{each.interval().text(_signed)}]" if each else "" for each in found]
+        cells = [f"{points(e.mean)} [{e.interval().text(lambda x: f'{100 * x:+.2f}')}]" if e else "" for e in found]
         yield f"less {other}, {what.words}, paired [95 %]", *cells
         ps = [p_text(corrected[other, arm]) if (other, arm) in tests else "" for arm in arms]
         yield f"p of that, after Holm for {len(tests)}", *ps
-
-
-def _signed(value: float) -> str:
-    return f"{100 * value:+.2f}"
 
 
 def _baseline_of(arm: str, arms: Arms, baseline: str) -> str:
@@ -245,28 +219,27 @@ def _published_curves(arms: Arms, claims: Claims) -> tuple[dict[str, RunRecord],
     for name, protocol in claims.protocols.items():
         source = name if name in known else next((n for n in known if claims.protocols[n].nearest == name), "")
         found = {
-            arm: known[source][theirs]
+            arm: run
             for arm, runs in arms.items()
-            for theirs in (known[source] if source else ())
-            if all(is_like(run, protocol, theirs) for run in runs)
+            for theirs, run in known.get(source, {}).items()
+            if all(is_like(each, protocol, theirs) for each in runs)
         }
         if found:
             return found, source
     return {}, ""
 
 
-def _notes(arms: Arms, protocol: str) -> Iterator[str]:
+def _notes(arms: Arms, protocol: str, decisive: str) -> Iterator[str]:
     """Say what a reader of the table and the figures must know."""
-    if max(map(len, arms.values())) > 1:
-        yield "± is the standard deviation over runs."
     runs = [run for of_arm in arms.values() for run in of_arm]
-    few = min(map(len, arms.values()))
-    if few < FEWEST:
-        yield f"An arm has {few} run{'' if few == 1 else 's'}: fewer than {FEWEST} decide nothing about training."
+    if len(runs) > len(arms):
+        yield "± is the standard deviation over runs."
+    if (few := min(map(len, arms.values()))) < FEWEST:
+        yield f"An arm has {counted(few, 'run')}: fewer than {FEWEST} decide nothing about training."
     if len(set(map(split_of, runs))) == 1:
         yield (
-            "All runs share one split of the data, so what is said holds for that split; give --split-seed another "
-            "value to repeat it on others, and the claims are judged over all of them."
+            "All runs share one split of the data, so what is said holds for that split; another data.split_seed "
+            "repeats it on others, and the claims are judged over all of them."
         )
     if all(has(run, "data.validation_fraction", 0) for run in runs):
         watched = any(has(run, "schedule.name", "plateau") or not has(run, "stopping.patience", 0) for run in runs)
@@ -276,3 +249,5 @@ def _notes(arms: Arms, protocol: str) -> Iterator[str]:
         )
     if protocol:
         yield f"Dotted: the post's own curves ({protocol}), one run an arm."
+    if decisive == SELECTED_VALIDATION:
+        yield "The test set was left alone: this is validation at its best epoch, which flatters every arm."

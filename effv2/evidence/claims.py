@@ -7,16 +7,15 @@ what each key means.
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cache
 from itertools import chain, pairwise, product
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Literal, NamedTuple
 
-from pydantic import Field, model_validator
+from pydantic import BeforeValidator, Field, model_validator
 
 from effv2.config.layers import Document, Place, read_document, validate
 from effv2.config.schema import Group
@@ -27,6 +26,7 @@ from effv2.evidence.quantities import quantity
 EXPORTED_AS = "claims.yaml"  # name of a file of claims in an export
 # A shipped study's name, or that of a file beside the claims, which an export takes along beside its own.
 StudyName = Annotated[str, Field(pattern=r"^([\w-]*|[\w.-]+\.ya?ml)$")]
+Tied = Annotated[list[str], BeforeValidator(lambda arms: [arms] if isinstance(arms, str) else arms)]
 OF_ANSWERS = ("eval/top1_accuracy", "unseen/top1_accuracy")  # over images: what follows from right and wrong answers
 
 
@@ -48,8 +48,7 @@ class Contrast:
         return [self.arm, self.against] if self.against else [self.arm]
 
 
-@dataclass(frozen=True)
-class Kind:
+class Kind(NamedTuple):
     """What a kind of check names, and what it says unless it gives a metric and a region of its own."""
 
     names: tuple[str, ...]
@@ -73,7 +72,7 @@ class Check(Group):
     kind: Literal["level", "difference", "convergence", "speed", "ordering"]
     arm: str = ""
     against: str = ""
-    order: list[str | list[str]] = Field(default_factory=list)
+    order: list[Tied] = Field(default_factory=list)
     metric: str = ""
     above: float | None = None
     below: float | None = None
@@ -85,7 +84,7 @@ class Check(Group):
     @model_validator(mode="after")
     def _says_one_thing(self) -> Check:
         kind = KINDS[self.kind]
-        if {name for name in ("arm", "against", "order") if getattr(self, name)} != set(kind.names):
+        if tuple(name for name in ("arm", "against", "order") if getattr(self, name)) != kind.names:
             raise ValueError(f"a {self.kind} names {' and '.join(kind.names)}, and of these keys no other")
         regions = [name for name in ("above", "below", "about") if getattr(self, name) is not None]
         if len(regions) > 1:
@@ -94,17 +93,14 @@ class Check(Group):
             raise ValueError("about and within go together: a value, and how far from it is still about it")
         if self.kind == "level" and not regions:
             raise ValueError("say where the level is: above, below, or about a value and within how much")
-        if self.kind == "ordering" and (regions or len(self.order) < 2):
+        if self.order and (regions or len(self.order) < 2):
             raise ValueError("an ordering says which of two or more is above which; leave the region out")
         if kind.ratio and any(edge <= 0 for edge in self.edges() if math.isfinite(edge)):
             raise ValueError("a ratio is above 0; give edges above 0")
-        arms = [*filter(None, (self.arm, self.against)), *chain.from_iterable(self._places())]
+        arms = [*filter(None, (self.arm, self.against)), *chain.from_iterable(self.order)]
         if twice := next((arm for arm in arms if arms.count(arm) > 1), ""):
             raise ValueError(f"{twice} is compared with itself; name another arm")
         return self
-
-    def _places(self) -> list[list[str]]:
-        return [[place] if isinstance(place, str) else place for place in self.order]
 
     def edges(self) -> tuple[float, float]:
         """Return the ends of the region, that of its kind where none was given."""
@@ -116,11 +112,9 @@ class Check(Group):
 
     def contrasts(self, protocol: str) -> Iterator[Contrast]:
         """Return what the check says, one thing at a time; in an order each arm is above each of the next place."""
-        kind, places = KINDS[self.kind], self._places()
-        pairs = (
-            chain.from_iterable(product(*both) for both in pairwise(places)) if places else [(self.arm, self.against)]
-        )
-        for arm, against in pairs:
+        kind = KINDS[self.kind]
+        pairs = chain.from_iterable(product(*both) for both in pairwise(self.order))
+        for arm, against in pairs if self.order else [(self.arm, self.against)]:
             yield Contrast(protocol, self.metric or kind.metric, arm, *self.edges(), against, kind.ratio)
 
 
@@ -171,16 +165,8 @@ class Claims:
         """Return all that a claim says."""
         claim = self.claims[id_]
         own = id_ if isinstance(claim.protocol, Protocol) else claim.protocol or protocol_title(claim.study, claim.free)
-        return [
-            each
-            for check in claim.checks
-            for each in check.contrasts(check.protocol or protocol_title(check.study, claim.free) or own)
-        ]
-
-
-def family(id_: str) -> str:
-    """Return the letters that a claim's id begins with: its family, within which p-values are corrected."""
-    return re.sub(r"[0-9]+$", "", id_)
+        named = ((check, check.protocol or protocol_title(check.study, claim.free) or own) for check in claim.checks)
+        return [each for check, protocol in named for each in check.contrasts(protocol)]
 
 
 def read_claims(own: Path | None = None) -> Claims:
@@ -196,32 +182,32 @@ def _shipped() -> Claims:
 def _read(path: Path, before: Claims) -> Claims:
     document, folder = read_document(path, "claims"), path.parent
     file = validate(ClaimsFile, document.values, document.where)
-    for kind, known in (("protocols", before.protocols), ("claims", before.claims)):
-        for name in getattr(file, kind):
-            if name in known:
-                raise _wrong(document, (kind, name), "there is one of that name", "choose another")
-    protocols: dict[str, Protocol] = {}
-
-    def add_study(name: str, free: Sequence[str], *place: str | int) -> None:
-        if name:
-            with _placed(document, place):
-                protocols.update(study_protocols(name, free, folder))
-
+    twice = [("protocols", name) for name in file.protocols if name in before.protocols]
+    twice += [("claims", id_) for id_ in file.claims if id_ in before.claims]
+    if twice:
+        raise InputError(document.where(twice[0]), "", "there is one of that name", "choose another")
+    written: dict[Place, Protocol] = {("protocols", name): protocol for name, protocol in file.protocols.items()}
+    named: list[tuple[Place, str, Sequence[str]]] = []  # studies: where, and what is free
     for id_, claim in file.claims.items():
-        add_study(claim.study, claim.free, "claims", id_, "study")
-        for index, check in enumerate(claim.checks):
-            add_study(check.study, claim.free, "claims", id_, "checks", index, "study")
-    inline = {id_: claim.protocol for id_, claim in file.claims.items() if isinstance(claim.protocol, Protocol)}
+        named.append((("claims", id_, "study"), claim.study, claim.free))
+        checks = enumerate(claim.checks)
+        named += [(("claims", id_, "checks", index, "study"), check.study, claim.free) for index, check in checks]
+        if isinstance(claim.protocol, Protocol):
+            written["claims", id_, "protocol"] = claim.protocol
+    known = {"", *before.protocols, *file.protocols}
+    named += [((*at, "nearest"), each.nearest, ()) for at, each in written.items() if each.nearest not in known]
+    protocols: dict[str, Protocol] = {}
+    for place, study, free in named:
+        with _placed(document, place):
+            protocols |= study_protocols(study, free, folder) if study else {}
     studies: list[str] = []
-    for name, protocol in (file.protocols | inline).items():
-        place = ("claims", name, "protocol") if name in inline else ("protocols", name)
-        if protocol.nearest not in {*before.protocols, *file.protocols}:
-            add_study(protocol.nearest, (), *place, "nearest")
-        for arm, study in protocol.studies().items():
-            with _placed(document, (*place, "arms", arm)):
-                protocol = protocol.with_study(arm, folder)  # noqa: PLW2901
-            studies.append(study.partition("/")[0])
-        protocols[name] = protocol
+    for at, protocol in written.items():
+        for arm, of_arm in protocol.arms.items():
+            if isinstance(of_arm, str):
+                with _placed(document, (*at, "arms", arm)):
+                    protocol = protocol.with_study(arm, of_arm, folder)  # noqa: PLW2901
+                studies.append(of_arm.partition("/")[0])
+        protocols[str(at[1])] = protocol
     studies += [protocol.study for protocol in protocols.values() if protocol.study]
     beside = {study: folder / study for study in studies if (folder / study).is_file()}
     if EXPORTED_AS in beside:
@@ -235,39 +221,33 @@ def _read(path: Path, before: Claims) -> Claims:
     return claims
 
 
-def _wrong(document: Document, place: Place, problem: str, remedy: str) -> InputError:
-    return InputError(document.where(place), "", problem, remedy)
-
-
 @contextmanager
 def _placed(document: Document, place: Place) -> Iterator[None]:
     """Let an error of a study say where in the claims it is named."""
     try:
         yield
     except InputError as error:
-        named = f"{error.what} {error.value}".rstrip().removeprefix("--")
-        raise _wrong(document, place, f"{named}: {error.problem}", error.remedy) from error
+        problem = f"{error.what} {error.value}".rstrip() + f": {error.problem}"
+        raise InputError(document.where(place), "", problem, error.remedy) from error
 
 
 def _check(contrast: Contrast, protocols: Mapping[str, Protocol], document: Document, claim: Place) -> None:
     """Refuse protocols and arms that there aren't, and what can't be judged over test images."""
-    name, place, metric = contrast.protocol, (*claim, "checks"), contrast.metric
+    name, metric, region = contrast.protocol, contrast.metric, (contrast.low, contrast.high)
     if name not in protocols:
         known = nearest(name, list(protocols))
         raise InputError(document.where((*claim, "protocol")), name, "no such protocol", known)
     protocol, what = protocols[name], quantity(metric)
+    edges = [abs(edge) for edge in region if math.isfinite(edge)]
+    problem = remedy = ""
     if unknown := next((arm for arm in contrast.arms if arm not in protocol.arms), ""):
-        raise _wrong(
-            document, place, f"the protocol {name} has no arm {unknown}", nearest(unknown, list(protocol.arms))
-        )
-    edges = [edge for edge in (contrast.low, contrast.high) if math.isfinite(edge)]
-    if what.is_accuracy and not contrast.ratio and any(abs(edge) > 1 for edge in edges):
-        raise _wrong(document, place, f"{metric} is a fraction, a point is 0.01", "give edges between -1 and 1")
-    if protocol.over == "seeds" or what.fixed:
-        return
-    if metric not in OF_ANSWERS:
-        problem = f"on test images {metric} can't be judged"
-        raise _wrong(document, place, problem, f"name {' or '.join(OF_ANSWERS)}")
-    if contrast.against and (contrast.low, contrast.high) != (0, math.inf):
+        problem, remedy = f"the protocol {name} has no arm {unknown}", nearest(unknown, list(protocol.arms))
+    elif what.is_accuracy and not contrast.ratio and max(edges) > 1:
+        problem, remedy = f"{metric} is a fraction, a point is 0.01", "give edges between -1 and 1"
+    elif protocol.over == "images" and not what.fixed and metric not in OF_ANSWERS:
+        problem, remedy = f"on test images {metric} can't be judged", f"name {' or '.join(OF_ANSWERS)}"
+    elif protocol.over == "images" and not what.fixed and contrast.against and region != (0, math.inf):
         problem = "on the same test images it can only be told which network is better"
-        raise _wrong(document, place, problem, "leave the region out, and name the better one as arm")
+        remedy = "leave the region out, and name the better one as arm"
+    if problem:
+        raise InputError(document.where((*claim, "checks")), "", problem, remedy)

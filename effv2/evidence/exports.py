@@ -8,7 +8,8 @@ import json
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -42,13 +43,16 @@ class Evidence:
     runs: Sequence[RunRecord]
     predictions: Callable[[RunRecord], Mapping[str, str]]
     claims: Sequence[Path] = ()  # exported: what was judged beside the published ones, several where exports differ
+    answers: dict[str, dict[str, bool]] = field(default_factory=dict)  # what `right` found, by run
 
     def right(self, run: RunRecord) -> dict[str, bool]:
         """Return by image whether a run got it right; of published networks those they weren't fitted to, if known."""
-        files = self.predictions(run)
-        text = next((files[name] for name in reversed(PREDICTIONS) if name in files), "")
-        rows = [row for row in csv.DictReader(io.StringIO(text)) if {"id", "true", "predicted"} <= row.keys()]
-        return {row["id"]: row["true"] == row["predicted"] for row in rows}
+        if run.run_id not in self.answers:
+            files = self.predictions(run)
+            text = next((files[name] for name in reversed(PREDICTIONS) if name in files), "")
+            rows = [row for row in csv.DictReader(io.StringIO(text)) if {"id", "true", "predicted"} <= row.keys()]
+            self.answers[run.run_id] = {row["id"]: row["true"] == row["predicted"] for row in rows}
+        return self.answers[run.run_id]
 
 
 def tracked(experiment_id: str, histories: Sequence[str] = HISTORIES, parent: str = "") -> Evidence:
@@ -65,20 +69,20 @@ def _public(values: Mapping[str, str]) -> list[tuple[str, str]]:
 
 
 # The tables of an export: their titles after `run_id`, and a run's lines.
-TABLES: dict[str, tuple[tuple[str, ...], Callable[[RunRecord], Iterable[Sequence[Any]]]]] = {
-    RUNS: (("name", "status", "started", "ended"), lambda run: [(run.name, run.status, run.started, run.ended)]),
-    "params.csv": (("name", "value"), lambda run: _public(run.params)),
+TABLES: dict[str, tuple[str, Callable[[RunRecord], Iterable[Sequence[Any]]]]] = {
+    RUNS: ("name status started ended", lambda run: [(run.name, run.status, run.started, run.ended)]),
+    "params.csv": ("name value", lambda run: _public(run.params)),
     "tags.csv": (
-        ("name", "value"),
+        "name value",
         lambda run: [each for each in _public(run.tags) if each[0].startswith("effv2.") or each[0] == PARENT],
     ),
-    "metrics.csv": (("name", "value"), lambda run: sorted(run.metrics.items())),
+    "metrics.csv": ("name value", lambda run: sorted(run.metrics.items())),
     "epochs.csv": (
-        ("name", "epoch", "value"),
+        "name epoch value",
         lambda run: [(name, *each) for name, curve in sorted(run.history.items()) for each in sorted(curve.items())],
     ),
     "images.csv": (
-        ("context", "name", "digest", "images", "classes"),
+        "context name digest images classes",
         lambda run: [
             (context, each.name, each.digest, each.images, json.dumps(each.classes))
             for context, each in sorted(run.images.items())
@@ -92,18 +96,15 @@ def export(evidence: Evidence, folder: Path, own: Mapping[str, str]) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     for name, (titles, lines) in TABLES.items():
         rows = [(run.run_id, *line) for run in evidence.runs for line in lines(run)]
-        write_csv(folder / name, [("run_id", *titles), *rows])
-    finished = [run for run in evidence.runs if run.status == "FINISHED"]
-    written = [*TABLES, *own]
-    for name, text in own.items():
-        (folder / name).write_text(text, encoding="utf-8")
+        write_csv(folder / name, [("run_id", *titles.split()), *rows])
+    finished, written = [run for run in evidence.runs if run.status == "FINISHED"], list(TABLES)
     with ThreadPoolExecutor(READERS) as pool:
-        for run, texts in zip(finished, pool.map(evidence.predictions, finished), strict=True):
-            for name, text in texts.items():
-                path = folder / _place(run, name)
-                path.parent.mkdir(parents=True, exist_ok=True)
-                path.write_text(text, encoding="utf-8", newline="")
-                written.append(_place(run, name))
+        read = zip(finished, pool.map(evidence.predictions, finished), strict=True)
+        predictions = ((_place(run, name), text) for run, texts in read for name, text in texts.items())
+        for name, text in chain(own.items(), predictions):
+            (folder / name).parent.mkdir(parents=True, exist_ok=True)
+            (folder / name).write_text(text, encoding="utf-8", newline="")
+            written.append(name)
     hashes = {name: sha256_of_file(folder / name) for name in sorted(written)}
     about = {"effv2": __version__, "experiment": evidence.experiment, "ui": evidence.ui, "sha256": hashes}
     write_atomically(folder / MANIFEST, json.dumps(about, indent=1) + "\n")
@@ -119,12 +120,10 @@ def joined(folders: Sequence[Path]) -> Evidence:
     Of several exports no run leads to its page, as their stores differ. InputError for a missing or altered file.
     """
     parts = [exported(folder) for folder in folders]
-    if len(parts) == 1:
-        return parts[0]
     held = {run.run_id: (run, part) for part in parts for run in part.runs}
     return Evidence(
         experiment=", ".join(dict.fromkeys(part.experiment for part in parts)),
-        ui="",
+        ui=parts[0].ui if len(parts) == 1 else "",
         runs=sorted((run for run, _ in held.values()), key=lambda run: run.started),
         predictions=lambda run: held[run.run_id][1].predictions(run),
         claims=tuple({path.read_bytes(): path for part in parts for path in part.claims}.values()),
@@ -139,8 +138,12 @@ def exported(folder: Path) -> Evidence:
         if not path.is_file() or sha256_of_file(path) != wanted:
             raise _wrong(folder, f"the file {name} is missing or was changed")
     csv.field_size_limit(LARGEST_FIELD)
-    tables = {name: _by_run(folder / name) for name in TABLES}
-    runs = [_record(run_id, {name: table.get(run_id, []) for name, table in tables.items()}) for run_id in tables[RUNS]]
+    lines: dict[str, dict[str, list[list[str]]]] = {}  # by run and table
+    for name in TABLES:
+        with (folder / name).open(newline="", encoding="utf-8") as file:
+            for run_id, *values in list(csv.reader(file))[1:]:
+                lines.setdefault(run_id, {}).setdefault(name, []).append(values)
+    runs = [_record(run_id, of_run) for run_id, of_run in lines.items() if RUNS in of_run]
     if not all(re.fullmatch(r"[\w-]+", run.run_id) for run in runs):
         raise _wrong(folder, f"{RUNS} names a run that can't be one")
 
@@ -152,30 +155,19 @@ def exported(folder: Path) -> Evidence:
     return Evidence(about["experiment"], about["ui"], runs, predictions, claims)
 
 
-def _by_run(path: Path) -> dict[str, list[dict[str, str]]]:
-    """Return the lines of a table by run."""
-    found: dict[str, list[dict[str, str]]] = {}
-    with path.open(newline="", encoding="utf-8") as file:
-        for row in csv.DictReader(file):
-            found.setdefault(row["run_id"], []).append(row)
-    return found
-
-
-def _record(run_id: str, lines: Mapping[str, Sequence[Mapping[str, str]]]) -> RunRecord:
+def _record(run_id: str, lines: Mapping[str, Sequence[list[str]]]) -> RunRecord:
     """Return a run from its lines of all tables."""
-    (about, *_), history = lines[RUNS], dict[str, dict[int, float]]()
-    for row in lines["epochs.csv"]:
-        history.setdefault(row["name"], {})[int(row["epoch"])] = float(row["value"])
-    params, tags, metrics = (
-        {row["name"]: row["value"] for row in lines[f"{name}.csv"]} for name in ("params", "tags", "metrics")
-    )
+    name, status, started, ended = lines[RUNS][0]
+    params, tags, metrics = (dict(lines.get(f"{of}.csv", ())) for of in ("params", "tags", "metrics"))
+    history: dict[str, dict[int, float]] = {}
+    for metric, epoch, value in lines.get("epochs.csv", ()):
+        history.setdefault(metric, {})[int(epoch)] = float(value)
     images = {
-        row["context"]: Images(row["name"], row["digest"], int(row["images"]), tuple(json.loads(row["classes"])))
-        for row in lines["images.csv"]
+        context: Images(called, digest, int(count), tuple(json.loads(classes)))
+        for context, called, digest, count, classes in lines.get("images.csv", ())
     }
-    numbers = {name: float(value) for name, value in metrics.items()}
-    times = int(about["started"]), int(about["ended"])
-    return RunRecord(run_id, about["name"], about["status"], params, numbers, tags, history, images, *times)
+    numbers = {metric: float(value) for metric, value in metrics.items()}
+    return RunRecord(run_id, name, status, params, numbers, tags, history, images, int(started), int(ended))
 
 
 def remove_export(folder: Path) -> None:
@@ -193,9 +185,8 @@ def _manifest(folder: Path) -> dict[str, Any]:
         about = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
         hashes, ui = about["sha256"], about["ui"]
         texts = [about["experiment"], ui, *hashes, *hashes.values()]
-        if not all(isinstance(text, str) for text in texts) or not TABLES.keys() <= hashes.keys():
-            raise ValueError
-        if ui and not ui.startswith(("http://", "https://")):
+        whole = all(isinstance(text, str) for text in texts) and TABLES.keys() <= hashes.keys()
+        if not whole or not re.match(r"https?://|$", ui):
             raise ValueError
     except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
         remedy = "give a folder that `export` wrote"

@@ -13,25 +13,16 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from enum import Enum
 from functools import partial
+from string import digits
 
 import numpy as np
-from scipy import stats
+from scipy.stats import fisher_exact
 
-from effv2.evidence.claims import Claim, Claims, Contrast, family
-from effv2.evidence.protocols import published_value
+from effv2.evidence import statistics
+from effv2.evidence.claims import Claim, Claims, Contrast
+from effv2.evidence.protocols import Chosen, RightAnswers, choose, counted, over_splits, published_value
 from effv2.evidence.quantities import Quantity, points, quantity
-from effv2.evidence.selection import Chosen, RightAnswers, SplitAndSeed, choose, complete, counted, over_splits
-from effv2.evidence.statistics import (
-    FEWEST,
-    LEVEL,
-    MOST_RUNS,
-    Estimate,
-    holm,
-    mcnemar,
-    more_to_decide,
-    p_text,
-    wilson,
-)
+from effv2.evidence.statistics import FEWEST, LEVEL, MOST_RUNS, Estimate, p_text
 from effv2.tracking.read import RunRecord
 
 CONSISTENT, INCONSISTENT, NO_FIGURES = "consistent", "contradicted", "no figures"  # words beside published figures
@@ -50,8 +41,8 @@ class Verdict(str, Enum):
 class Finding:
     """One thing that a claim says, and what figures and runs say of it, in words.
 
-    `agrees` is None without published figures; `p` is that of the side on which the mean lies, None where runs are
-    too few; `corrected` is Holm's.
+    `agrees` is None without published figures, `evidence` empty without runs. `p` is that of the side on which the mean
+    lies, None where runs are too few; `corrected` is Holm's. `further` says what would decide at a level.
     """
 
     contrast: Contrast
@@ -59,23 +50,19 @@ class Finding:
     published: str = ""
     agrees: bool | None = None
     evidence: str = ""
-    inside: bool | None = None
+    single: str = ""  # where a single run is expected
+    inside: bool = False
+    decided: bool = False  # without a test
     p: float | None = None
     corrected: float | None = None
     tests: int = 1  # in its family
-    decided: bool = False  # without a test: a quantity that doesn't vary
-    estimate: Estimate | None = None
-    edge: float = 0.0  # from which the mean is to differ
-    unit: str = "seed"  # what there would have to be more of
-    more: str = ""
-    single: str = ""
-    lacking: str = ""
-    tested: bool = False  # on runs of our own
+    further: Callable[[float], str] | None = None
+    lacking: str = ""  # runs at all, or more of them
 
     @property
     def verdict(self) -> Verdict:
         """Return what the runs say of this one thing."""
-        if not self.tested:
+        if not self.evidence:
             return Verdict.NOT_TESTED
         if not self.decided and (self.corrected is None or self.corrected >= LEVEL):
             return Verdict.UNDECIDED
@@ -103,11 +90,11 @@ class Judgement:
     @property
     def tested(self) -> bool:
         """Say whether there are runs of our own."""
-        return any(each.tested for each in self.findings)
+        return any(each.evidence for each in self.findings)
 
     @property
     def on_published_alone(self) -> bool:
-        """Say whether it is undecided for want of runs of our own: published single runs are all there is."""
+        """Say whether it is undecided since published single runs are all there is."""
         return not self.tested and self.words != NO_FIGURES
 
     @property
@@ -122,94 +109,74 @@ class Judgement:
 
 
 def judge(claims: Claims, runs: Sequence[RunRecord], right: RightAnswers) -> list[Judgement]:
-    """Judge all claims on the runs there are, the oldest first."""
-    answers: dict[str, Mapping[str, bool]] = {}  # by run: each is read once, however many claims ask
+    """Judge all claims on the runs there are, the oldest first.
 
-    def known(run: RunRecord) -> Mapping[str, bool]:
-        if run.run_id not in answers:
-            answers[run.run_id] = right(run)
-        return answers[run.run_id]
-
-    find_one = partial(_find, claims, complete(runs), known)
-    found = {id_: [find_one(contrast) for contrast in claims.contrasts(id_)] for id_ in claims.claims}
-    return [_judgement(id_, claims, findings, find_one) for id_, findings in _corrected(found).items()]
-
-
-def _corrected(found: Mapping[str, Sequence[Finding]]) -> dict[str, list[Finding]]:
-    """Correct the p-values of each family of claims for their number. What several claims say is tested once."""
-    families: dict[str, dict[Contrast, float]] = {}
-    for id_, findings in found.items():
-        tests = families.setdefault(family(id_), {})
-        tests.update({each.contrast: each.p for each in findings if each.p is not None})
-    corrected = {name: dict(zip(tests, holm(list(tests.values())), strict=True)) for name, tests in families.items()}
-    return {id_: [_decided(each, corrected[family(id_)]) for each in findings] for id_, findings in found.items()}
-
-
-def _decided(finding: Finding, corrected: Mapping[Contrast, float]) -> Finding:
-    """Return the finding with its corrected p-value and, where that doesn't decide, how many more runs are likely to.
-
-    Those must do with the level that the smallest p-value of the family has to reach.
+    p-values are corrected for their number in a family of claims, in which what several claims say is tested once.
     """
-    tests, p = len(corrected), corrected.get(finding.contrast)
-    finding = replace(finding, corrected=p, tests=tests)
-    if p is None or p < LEVEL or finding.estimate is None:
-        return finding
-    further = more_to_decide(finding.estimate, finding.edge, LEVEL / tests)
-    if further is None:
-        more = f"more than {MOST_RUNS:,} further {finding.unit}s would be needed, if there is a difference"
-        return replace(finding, more=more)
-    few, many = further
-    up_to = f"{many:,}" if many else f"more than {MOST_RUNS:,}"
-    number = f"about {few:,}" if few == many else f"about {few:,} to {up_to}"
-    return replace(finding, more=f"{number} more {finding.unit}s would decide")
+    find_one = partial(_find, claims, runs, right)
+    found = {id_: [find_one(contrast) for contrast in claims.contrasts(id_)] for id_ in claims.claims}
+    families = {id_: id_.rstrip(digits) for id_ in found}
+    tests: dict[str, dict[Contrast, float]] = {name: {} for name in families.values()}
+    for id_, findings in found.items():
+        tests[families[id_]].update({each.contrast: each.p for each in findings if each.p is not None})
+    corrected = {name: dict(zip(of, statistics.holm(list(of.values())), strict=True)) for name, of in tests.items()}
+    return [_judgement(id_, claims, each, corrected[families[id_]], find_one) for id_, each in found.items()]
 
 
 def _judgement(
-    id_: str, claims: Claims, findings: Sequence[Finding], find_one: Callable[[Contrast], Finding]
+    id_: str,
+    claims: Claims,
+    found: Sequence[Finding],
+    corrected: Mapping[Contrast, float],
+    find_one: Callable[[Contrast], Finding],
 ) -> Judgement:
-    lacking = [each for each in findings if not each.tested]
+    findings = []
+    for each in found:
+        p, lacking = corrected.get(each.contrast), each.lacking
+        if p is not None and p >= LEVEL and each.further:
+            lacking = each.further(LEVEL / len(corrected))  # which the smallest p-value of the family has to reach
+        findings.append(replace(each, corrected=p, tests=len(corrected), lacking=lacking))
+    untested = [each for each in findings if not each.evidence]
     undecided = [each for each in findings if each.verdict == Verdict.UNDECIDED]
-    contrasts = [
-        replace(each.contrast, protocol=near)
-        for each in lacking
-        if (near := claims.protocols[each.contrast.protocol].nearest)
-    ]
-    nearest = [found for contrast in dict.fromkeys(contrasts) if (found := find_one(contrast)).tested]
+    near = {each.contrast: claims.protocols[each.contrast.protocol].nearest for each in untested}
+    others = [find_one(replace(contrast, protocol=name)) for contrast, name in near.items() if name]
+    nearest = [each for each in others if each.evidence]
 
     def texts(of: Sequence[Finding], name: str) -> list[str]:
-        found = (getattr(claims.protocols[each.contrast.protocol], name) for each in of)
-        return list(dict.fromkeys(filter(None, found)))
+        known = (getattr(claims.protocols[each.contrast.protocol], name) for each in of)
+        return list(dict.fromkeys(filter(None, known)))
 
-    needs, assumed = "; ".join(texts(lacking, "needs")), " ".join(texts([*findings, *nearest], "assumed"))
-    commands = texts([*lacking, *undecided], "command")
+    needs, assumed = "; ".join(texts(untested, "needs")), " ".join(texts([*findings, *nearest], "assumed"))
+    commands = texts([*untested, *undecided], "command")
     return Judgement(id_, claims.claims[id_], findings, nearest, needs, assumed, commands)
 
 
 def _find(claims: Claims, runs: Sequence[RunRecord], right: RightAnswers, contrast: Contrast) -> Finding:
-    """Return what the published figures and the finished runs say of one thing that a claim says."""
+    """Return what the published figures, one run an arm, and the finished runs say of one thing that a claim says."""
     protocol, what = claims.protocols[contrast.protocol], quantity(contrast.metric)
-    finding = _with_published(Finding(contrast, _says(contrast, what)), claims, what)
+    text, ends = _text(contrast, what), (contrast.low, contrast.high)
+    where = [f"{word} {text(end)}" for word, end in zip(("above", "below"), ends, strict=True) if math.isfinite(end)]
+    region = where[0] if len(where) == 1 else f"from {text(contrast.low)} to {text(contrast.high)}"
+    finding = Finding(contrast, f"{what.words}: {(' / ' if contrast.ratio else ' − ').join(contrast.arms)} {region}")
+    values = [published_value(protocol, contrast.metric, arm) for arm in contrast.arms]
+    known = [value for value in values if value is not None]
+    if len(known) == len(values) and (all(known) or not contrast.ratio):
+        shown, count = " against ".join(map(what.text, known)), protocol.published.test_images
+        if count and contrast.against and what.is_accuracy and "train" not in contrast.metric:
+            first, second = (round(count * each) for each in known)
+            p = p_text(fisher_exact([[first, count - first], [second, count - second]]).pvalue)
+            shown += f" ({first:,} and {second:,} of {count:,} images right; Fisher's exact {p})"
+        if protocol.published.unchecked:
+            shown += f" ({protocol.published.unchecked})"
+        finding = replace(finding, published=shown, agrees=_is_inside(contrast, *known))
     chosen = choose(runs, protocol, contrast.arms, what, positive=contrast.ratio)
-    if not all(chosen.arms.values()):
+    if not chosen.arms:
         return replace(finding, lacking=chosen.why)
-    finding = replace(finding, tested=True)
     if what.fixed:
         return _on_fixed(finding, what, chosen)
     if protocol.over == "images":
         return _over_images(finding, what, chosen, right)
-    finding = _over_seeds(finding, what, chosen)
-    return replace(finding, evidence="; ".join([finding.evidence, *chosen.aside]))
-
-
-def _says(contrast: Contrast, what: Quantity) -> str:
-    """Say in words what a contrast says."""
-    text = _text(contrast, what)
-    head = f"{what.words}: {(' / ' if contrast.ratio else ' − ').join(contrast.arms)}"
-    if math.isinf(contrast.high):
-        return f"{head} above {text(contrast.low)}"
-    if math.isinf(contrast.low):
-        return f"{head} below {text(contrast.high)}"
-    return f"{head} from {text(contrast.low)} to {text(contrast.high)}"
+    return _over_seeds(finding, what, chosen)
 
 
 def _text(contrast: Contrast, what: Quantity) -> Callable[[float], str]:
@@ -222,110 +189,72 @@ def _text(contrast: Contrast, what: Quantity) -> Callable[[float], str]:
     return lambda value: "0" if value == 0 else text(value)
 
 
-def _combined(contrast: Contrast, first: float, second: float = 0) -> float:
-    """Return the value of a contrast from those of its arms."""
-    return first / second if contrast.ratio else first - second
-
-
-def _is_inside(contrast: Contrast, value: float) -> bool:
-    """Say whether a value lies in the claimed region; an open edge isn't part of it, those about a value are."""
+def _is_inside(contrast: Contrast, first: float, second: float | None = None) -> bool:
+    """Say whether the value of one arm, or of two, is in the claimed region, of which an open edge isn't part."""
+    value = first if second is None else first / second if contrast.ratio else first - second
     low, high = contrast.low, contrast.high
     return low < value < high if math.isinf(low) or math.isinf(high) else low <= value <= high
 
 
-def _with_published(finding: Finding, claims: Claims, what: Quantity) -> Finding:
-    """Hold the words against the published figures, one run an arm."""
-    contrast, protocol = finding.contrast, claims.protocols[finding.contrast.protocol]
-    values = [published_value(protocol, contrast.metric, arm) for arm in contrast.arms]
-    known = [value for value in values if value is not None]
-    if len(known) < len(values) or (contrast.ratio and not all(known)):
-        return finding
-    shown, count = " against ".join(map(what.text, known)), protocol.published.test_images
-    if count and contrast.against and what.is_accuracy and "train" not in contrast.metric:
-        first, second = (round(count * each) for each in known)
-        p = stats.fisher_exact([[first, count - first], [second, count - second]]).pvalue
-        shown += f" ({first:,} and {second:,} of {count:,} images right; Fisher's exact {p_text(p)})"
-    if protocol.published.unchecked:
-        shown += f" ({protocol.published.unchecked})"
-    return replace(finding, published=shown, agrees=_is_inside(contrast, _combined(contrast, *known)))
-
-
 def _on_fixed(finding: Finding, what: Quantity, chosen: Chosen) -> Finding:
     """Judge a quantity that doesn't vary: one run of each arm decides."""
-    seen = [{what.value(run) for run in of_arm.values()} for of_arm in chosen.arms.values()]
-    values = [value for each in seen for value in each if value is not None]
-    if len(values) > len(seen):
+    values = [value for of_arm in chosen.arms.values() for value in set(what.values(of_arm.values()))]
+    if len(values) > len(chosen.arms):
         return replace(finding, evidence=f"runs differ in it: {', '.join(map(what.text, sorted(values)))}")
-    inside = _is_inside(finding.contrast, _combined(finding.contrast, *values))
     text = f"{' against '.join(map(what.text, values))}, the same in every run"
-    return replace(finding, evidence=text, inside=inside, decided=True)
+    return replace(finding, evidence=text, inside=_is_inside(finding.contrast, *values), decided=True)
 
 
 def _over_images(finding: Finding, what: Quantity, chosen: Chosen, right: RightAnswers) -> Finding:
     """Judge fixed networks on their test images: Wilson's interval of one, McNemar's exact test of two."""
     contrast = finding.contrast
     answers = [right(list(of_arm.values())[-1]) for of_arm in chosen.arms.values()]
-    shared = sorted(set.intersection(*(set(each) for each in answers)))
+    shared = sorted(set.intersection(*map(set, answers)))
     if not shared:
         return replace(finding, evidence="the runs have no test images in common")
     correct = [np.array([each[image] for image in shared]) for each in answers]
-    shown = " against ".join(what.text(each.mean()) for each in correct)
+    shown, size = " against ".join(what.text(each.mean()) for each in correct), f"on {len(shared):,} images"
     if contrast.against:
-        test = mcnemar(correct[0], correct[1])
-        text = f"{shown} on {len(shared):,} images; {test.only_first} and {test.only_second} right alone (McNemar)"
-        return replace(finding, evidence=text, inside=test.only_first > test.only_second, p=test.p)
-    interval = wilson(int(correct[0].sum()), len(shared))
+        first, second, p = statistics.mcnemar(*correct)
+        text = f"{shown} {size}; {first} and {second} right alone (McNemar)"
+        return replace(finding, evidence=text, inside=first > second, p=p)
+    interval = statistics.wilson(int(correct[0].sum()), len(shared))
     inside = contrast.low <= interval.low and interval.high <= contrast.high
     outside = interval.high < contrast.low or interval.low > contrast.high
-    text = f"{shown} [{interval.text(what.text)}] on {len(shared):,} images (Wilson)"
+    text = f"{shown} [{interval.text(what.text)}] {size} (Wilson)"
     return replace(finding, evidence=text, inside=inside, decided=inside or outside)
 
 
 def _over_seeds(finding: Finding, what: Quantity, chosen: Chosen) -> Finding:
     """Judge trained networks: the interval of a mean, or of a mean difference, over runs."""
-    contrast = finding.contrast
+    contrast, unit = finding.contrast, "split" if chosen.splits > 1 else "seed"
     scale, back = (math.log, math.exp) if contrast.ratio else (float, float)
-    values = {
-        arm: {pair: scale(value) for pair, run in runs.items() if (value := what.value(run)) is not None}
-        for arm, runs in chosen.arms.items()
-    }
-    estimate, rests_on = _estimate([values[arm] for arm in contrast.arms], chosen)
-    written = _text(contrast, what)
-
-    def text(value: float) -> str:
-        return written(back(value))
-
-    interval = estimate.interval()
+    values = [dict(zip(runs, map(scale, what.values(runs.values())), strict=True)) for runs in chosen.arms.values()]
+    first, second, pairs = values[0], values[-1], chosen.pairs()
+    if not contrast.against:
+        samples, on = [first], counted(len(first), "run")
+    elif len(pairs) >= min(FEWEST, len(first), len(second)):
+        samples, on = [{pair: first[pair] - second[pair] for pair in pairs}], counted(len(pairs), "pair")
+    else:
+        samples, on = [first, second], f"{len(first)} and {counted(len(second), 'run')}, not paired"
+    on += f" on {chosen.splits} splits" if chosen.splits > 1 else ""
+    estimate, written = Estimate.of(*map(over_splits, samples), overlap=chosen.overlap), _text(contrast, what)
+    mean, interval = back(estimate.mean), estimate.interval()
     interval = interval if contrast.against else interval.within(what.possible)
-    between = f" [{interval.text(text)}]" if estimate.n > 1 else ""
+    between = f" [{interval.text(lambda value: written(back(value)))}]" if estimate.n > 1 else ""
     finding = replace(
         finding,
-        evidence=f"{text(estimate.mean)}{between}, {rests_on}",
-        inside=_is_inside(contrast, back(estimate.mean)),
-        single="" if contrast.against else _single(contrast, what, estimate, list(values[contrast.arm].values())),
+        evidence="; ".join([f"{written(mean)}{between}, {on}", *chosen.aside]),
+        inside=_is_inside(contrast, mean),
+        single="" if contrast.against else _single(contrast, what, estimate, list(first.values())),
     )
-    unit = "split" if chosen.splits > 1 else "seed"
     if estimate.n < FEWEST:
-        lacking = counted(FEWEST - estimate.n, f"more {unit}")
-        return replace(finding, more=f"fewer than {FEWEST} runs decide nothing; {lacking} at least")
+        more = counted(FEWEST - estimate.n, f"more {unit}")
+        return replace(finding, lacking=f"fewer than {FEWEST} runs decide nothing; {more} at least")
     edges = [scale(each) for each in (contrast.low, contrast.high) if math.isfinite(each)]
     # The edge that decides is the one that is harder to tell from the mean.
     edge = max(edges, key=estimate.p) if finding.inside else min(edges, key=lambda each: abs(each - estimate.mean))
-    return replace(finding, p=estimate.p(edge), estimate=estimate, edge=edge, unit=unit)
-
-
-def _estimate(values: Sequence[Mapping[SplitAndSeed, float]], chosen: Chosen) -> tuple[Estimate, str]:
-    """Return the mean that is judged, or the mean difference, and on what it rests, in words."""
-    on = f" on {chosen.splits} splits" if chosen.splits > 1 else ""
-    first, second = values[0], values[-1]
-    if len(values) == 1:
-        return Estimate.of(over_splits(first), overlap=chosen.overlap), f"{counted(len(first), 'run')}{on}"
-    pairs = chosen.pairs()
-    if len(pairs) >= min(FEWEST, len(first), len(second)):
-        differences = {pair: first[pair] - second[pair] for pair in pairs}
-        return Estimate.of(over_splits(differences), overlap=chosen.overlap), f"{counted(len(pairs), 'pair')}{on}"
-    both = Estimate.of(over_splits(first), over_splits(second), overlap=chosen.overlap)
-    return both, f"{len(first)} and {counted(len(second), 'run')}, not paired{on}"
+    return replace(finding, p=estimate.p(edge), further=partial(_further, estimate, edge, unit))
 
 
 def _single(contrast: Contrast, what: Quantity, estimate: Estimate, values: Sequence[float]) -> str:
@@ -338,3 +267,13 @@ def _single(contrast: Contrast, what: Quantity, estimate: Estimate, values: Sequ
         return text
     lies = "inside" if interval.low <= claimed <= interval.high else "outside"
     return f"{text}; the claimed {what.text(claimed)} lies {lies}"
+
+
+def _further(estimate: Estimate, edge: float, unit: str, level: float) -> str:
+    """Say how many more seeds or splits are likely to tell a mean from an edge."""
+    further = statistics.more_to_decide(estimate, edge, level)
+    if further is None:
+        return f"more than {MOST_RUNS:,} further {unit}s would be needed, if there is a difference"
+    few, many = further
+    up_to = "" if few == many else f" to {many:,}" if many else f" to more than {MOST_RUNS:,}"
+    return f"about {few:,}{up_to} more {unit}s would decide"

@@ -12,8 +12,8 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, NullLocator, StrMethodFormatter
 
 from effv2.core.figures import MARKERS, PALETTE, plain
+from effv2.evidence.protocols import RightAnswers, complete
 from effv2.evidence.quantities import EVALUATE_RATE, LARGEST, SHOWN, percent, whole
-from effv2.evidence.selection import RightAnswers, complete
 from effv2.evidence.statistics import LEVEL, holm, mcnemar, p_text, wilson
 from effv2.evidence.study import NONE, Rows, StudyResults, TrackedStudy, line_of
 from effv2.tracking.read import RunRecord
@@ -23,14 +23,15 @@ FEW_IMAGES = 100
 OF_ANY_IMAGES = ("top1_accuracy", "top1_present", "top5_accuracy", "loss", "ece")
 # What a ranking rests on, by the origin of the images, and what to make of it.
 IMAGES = {
-    "unseen": "images of ImageNet's validation set, to which published weights were not fitted",
-    "seen": "images of ImageNet's training set",
-    "unknown": "images of which the names don't tell whether they are ImageNet's",
-}
-CAUTION = {
-    "unseen": "",
-    "seen": " Published weights were fitted to these images: this says how well, little of how they predict others.",
-    "unknown": " Whether the weights were fitted to these images is not known.",
+    "unseen": ("images of ImageNet's validation set, to which published weights were not fitted", ""),
+    "seen": (
+        "images of ImageNet's training set",
+        " Published weights were fitted to these images: this says how well, little of how they predict others.",
+    ),
+    "unknown": (
+        "images of which the names don't tell whether they are ImageNet's",
+        " Whether the weights were fitted to these images is not known.",
+    ),
 }
 SETS = {"unseen": "images that it was not trained on", "unknown": "images that it may not have been trained on"}
 
@@ -59,18 +60,27 @@ def networks_results(study: TrackedStudy, right: RightAnswers) -> StudyResults:
     """Return what came out of an evaluation of networks; `right` reads which images a run got right."""
     runs = {run.name: run for run in complete(study.in_order())}
     ranking = _rank(runs, right)
-    pairs, order = _pairs(ranking.right), [*ranking.right, *(label for label in runs if label not in ranking.right)]
+    names = list(combinations(ranking.right, 2))
+    tests = [mcnemar(ranking.right[one], ranking.right[other]) for one, other in names]
+    found = zip(names, tests, holm([p for *_, p in tests]), strict=True)
+    pairs = [NetworkPair(*both, one, other, p, holms, holms < LEVEL) for both, (one, other, p), holms in found]
+    ordered = {label: runs[label] for label in dict.fromkeys([*ranking.right, *runs])}
     wanted = [f"{images}/{name}" for images in dict.fromkeys(("eval", ranking.images)) for name in OF_ANY_IMAGES]
     logged = [(label, name) for label in runs for name in wanted if name in runs[label].metrics]
-    tables = {"ranking.csv": _rows(runs, ranking.right), "pairs.csv": [NetworkPair._fields, *pairs]}
+    metrics = sorted({name for run in runs.values() for name in run.metrics})
+    rows: list[tuple[Any, ...]] = [("network", "run_id", "right", "images", "low", "high", *metrics)]
+    for label, run in ((label, run) for label, run in runs.items() if label in ranking.right):
+        counts = int(ranking.right[label].sum()), len(ranking.right[label])
+        rows.append((label, run.run_id, *counts, *wilson(*counts), *map(run.metrics.get, metrics)))
+    files = {"ranking.csv": rows, "pairs.csv": [NetworkPair._fields, *pairs]}
     return StudyResults(
         sentence=_sentence(runs, ranking, pairs),
-        table=_table([runs[label] for label in order]),
-        details=_details({label: runs[label] for label in order}, ranking.images),
-        order=order,
+        table=_table(ordered.values()),
+        details=_details(ordered, ranking.images),
+        order=list(ordered),
         document="ranking.md",
         metrics={f"{label}/{name}": runs[label].metrics[name] for label, name in logged},
-        files=tables | {"accuracy_against_cost.png": _figure(runs, ranking)} if ranking.right else {},
+        files=files | {"accuracy_against_cost.png": _figure(runs, ranking)} if ranking.right else {},
     )
 
 
@@ -91,14 +101,6 @@ def _rank(runs: Mapping[str, RunRecord], right: RightAnswers) -> Ranking:
     return Ranking(dict(sorted(correct.items(), key=lambda item: -int(item[1].sum()))), images, origin)
 
 
-def _pairs(right: Mapping[str, np.ndarray]) -> list[NetworkPair]:
-    """Test every pair on the images, corrected for their number."""
-    names = list(combinations(right, 2))
-    tests = [mcnemar(right[one], right[other]) for one, other in names]
-    found = zip(names, tests, holm([test.p for test in tests]), strict=True)
-    return [NetworkPair(*pair, test.only_first, test.only_second, test.p, p, p < LEVEL) for pair, test, p in found]
-
-
 def _sentence(runs: Iterable[str], ranking: Ranking, pairs: Sequence[NetworkPair]) -> str:
     """Say which network is better than which, and of which pairs it can't be told."""
     lost = [label for label in runs if label not in ranking.right]
@@ -106,38 +108,36 @@ def _sentence(runs: Iterable[str], ranking: Ranking, pairs: Sequence[NetworkPair
     if not ranking.right:
         return f"No network was ranked.{missing}"
     size = len(next(iter(ranking.right.values())))
-    head, words = (
-        f"Top-1 over 1000 classes on {size:,} {IMAGES[ranking.origin]}",
-        ["one network alone, nothing to compare"],
-    )
-    if pairs:
-        head += f" (exact McNemar tests, Holm-corrected for {len(pairs)}, {LEVEL:.0%} level)"
-        better, open_ = dict[str, list[str]](), dict[str, list[str]]()
-        for pair in pairs:
-            p = f" ({p_text(pair.p_holm)})" if len(pairs) <= PAIRS_WITH_P else ""
-            (better if pair.told_apart else open_).setdefault(pair.better, []).append(f"{pair.worse}{p}")
-        words = [f"{one} is better than {_joined(others)}" for one, others in better.items()]
+    images, caution = IMAGES[ranking.origin]
+    better, open_ = dict[str, list[str]](), dict[str, list[str]]()
+    for pair in pairs:
+        p = f" ({p_text(pair.p_holm)})" if len(pairs) <= PAIRS_WITH_P else ""
+        (better if pair.told_apart else open_).setdefault(pair.better, []).append(f"{pair.worse}{p}")
+    words = [f"{one} is better than {_joined(others)}" for one, others in better.items()]
+    if open_:
         either = "; ".join(f"{one} or {_joined(others, 'or')}" for one, others in open_.items())
-        words += [f"it can't be told which is better: {either}"] if open_ else []
+        words.append(f"it can't be told which is better: {either}")
+    how = f" (exact McNemar tests, Holm-corrected for {len(pairs)}, {LEVEL:.0%} level)" if pairs else ""
+    what = "; ".join(words) or "one network alone, nothing to compare"
     few = f" So few images rarely decide; evaluate more than {FEW_IMAGES}." if size < FEW_IMAGES else ""
-    return f"{head}: {'; '.join(words)}.{few}{CAUTION[ranking.origin]}{missing}"
+    return f"Top-1 over 1000 classes on {size:,} {images}{how}: {what}.{few}{caution}{missing}"
 
 
 def _joined(words: Sequence[str], last: str = "and") -> str:
     return f" {last} ".join(filter(None, (", ".join(words[:-1]), words[-1])))
 
 
-def _table(runs: Sequence[RunRecord]) -> Rows:
+def _table(runs: Iterable[RunRecord]) -> Rows:
     """Return a line a network and set of images: those that it wasn't fitted to, where they are known, and all."""
     rows: Rows = [("network", "top-1 of 1000 [95 % Wilson]", "among the classes present", "on", "images/s")]
     for run in runs:
-        seen = run.metrics.get("seen/images", 0)
+        seen, rate = run.metrics.get("seen/images", 0), run.metrics.get(EVALUATE_RATE)
         every = "test images" + (f", {seen:,.0f} of which it was trained on" if seen else "")
         for images, which in (SETS | {"eval": every}).items():
             value, present = (run.metrics.get(f"{images}/{name}") for name in OF_ANY_IMAGES[:2])
-            number, rate = run.metrics.get(f"{images}/images", 0.0), run.metrics.get(EVALUATE_RATE)
             if value is None:
                 continue
+            number = run.metrics.get(f"{images}/images", 0.0)
             count = int(number) if 0 < number < LARGEST else 0
             known = count and 0 <= value <= 1
             shown = percent(value) + (f" [{wilson(round(value * count), count).text(percent)}]" if known else "")
@@ -148,25 +148,14 @@ def _table(runs: Sequence[RunRecord]) -> Rows:
 
 def _details(runs: Mapping[str, RunRecord], images: str) -> Rows:
     """Return the other figures of networks, and what their weights are: a line each, a column a network."""
+    if not runs:
+        return []
     groups = {label: [run] for label, run in runs.items()}
     names = [*(f"{images}/{name}" for name in OF_ANY_IMAGES[2:]), *SHOWN]
     params = {"weights.name": "weights", "weights.sha256": "their SHA-256", "weights.verified": "published, verified"}
     weights = [(words, *(run.params.get(name, NONE) for run in runs.values())) for name, words in params.items()]
-    ids = ("run", *(run.run_id for run in runs.values()))
-    return (
-        [("network", *runs), *(line for name in names for line in line_of(groups, name)), *weights, ids] if runs else []
-    )
-
-
-def _rows(runs: Mapping[str, RunRecord], right: Mapping[str, np.ndarray]) -> list[tuple[Any, ...]]:
-    """Return plain numbers, a line a network: how many images it got right, the interval of that, and all metrics."""
-    names = sorted({name for run in runs.values() for name in run.metrics})
-    rows: list[tuple[Any, ...]] = [("network", "run_id", "right", "images", "low", "high", *names)]
-    for label, run in runs.items():
-        if label in right:
-            counts = int(right[label].sum()), len(right[label])
-            rows.append((label, run.run_id, *counts, *wilson(*counts), *map(run.metrics.get, names)))
-    return rows
+    figures = [line for name in names for line in line_of(groups, name)]
+    return [("network", *runs), *figures, *weights, ("run", *(run.run_id for run in runs.values()))]
 
 
 def _figure(runs: Mapping[str, RunRecord], ranking: Ranking) -> Figure:
@@ -184,9 +173,8 @@ def _figure(runs: Mapping[str, RunRecord], ranking: Ranking) -> Figure:
                 axes.errorbar(cost, 100 * each.mean(), yerr=reach, label=plain(label), **style)
     for axes, unit in zip(panels, ("GFLOPs", "milliseconds, at full rate:"), strict=True):
         axes.set(xscale="log", xlabel=f"{unit} an image (log)")
-        axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
-        axes.xaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
-        axes.xaxis.set_minor_locator(NullLocator())
+        ticks = {"major_locator": LogLocator(subs=(1, 2, 5)), "minor_locator": NullLocator()}
+        axes.xaxis.set(major_formatter=StrMethodFormatter("{x:g}"), **ticks)
         axes.grid(alpha=0.3)
     panels[0].set_ylabel("accuracy, %")
     figure.suptitle(f"top-1 of 1000, {size:,} {ranking.origin} images")

@@ -1,22 +1,28 @@
-"""Which runs a claim is about: the settings of a protocol's arms, or of those of a study."""
+"""Which runs a claim is about: those like an arm of a protocol or a study, and which of two arms form pairs."""
 
 from __future__ import annotations
 
 import csv
-from collections.abc import Mapping, Sequence
+import math
+from collections import Counter
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from functools import cache
+from itertools import product
 from pathlib import Path
 from typing import Literal
 
 from pydantic import Field
 
 from effv2.config.layers import Layer, dotted
-from effv2.config.schema import Group
-from effv2.config.studies import Published, Settings, Study, open_study
+from effv2.config.schema import Group, TrainConfig
+from effv2.config.studies import Published, Settings, Study, Value, open_study
 from effv2.core.errors import InputError, nearest
-from effv2.evidence.quantities import TEST, TRAIN, quantity
+from effv2.evidence.quantities import TEST, TRAIN, Quantity, number, quantity
+from effv2.evidence.statistics import FEWEST
 from effv2.tracking.accuracies import BEST_TEST, LAST_TEST
 from effv2.tracking.read import RunRecord
+from effv2.tracking.tags import CONFIG_HASH, DATA_DIGEST, MACHINE, OUTCOME, SEED
 
 PUBLISHED = Path(__file__).with_name("published")
 ONLY_ARM = "default"  # of a study that has no arms
@@ -25,13 +31,20 @@ SEED_SETTING, SPLIT_SEED = "random.seed", "data.split_seed"
 # are computed.
 COMPUTED = {"execution.device", "execution.compile", "execution.channels_last", "evaluation.batch_size"}
 FREE = {SEED_SETTING, SPLIT_SEED, "data.dir", "data.download", *COMPUTED}
+CLASSES = "data.classes"  # no parameter, but may stand in a protocol like one: the number of classes in the data
+OF_TIMES = tuple(f"{MACHINE}{name}" for name in ("processor", "accelerator", "threads"))  # tags
+PUBLISHED_OVERLAP = 0.25  # test over training images of the published split
+FEW = 2  # settings in which a run may differ to be near
+SplitAndSeed = tuple[str, str]  # what runs of several arms have in common that form a pair
+Alike = frozenset[tuple[str, str]]  # names and values of what runs that repeat each other have in common
+RightAnswers = Callable[[RunRecord], Mapping[str, bool]]  # by image, of a run's predictions of its test images
 
 
 class Protocol(Group):
     """Which runs a claim is about: those that have the settings of `runs` and of an arm.
 
-    A setting that some arm names has TrainConfig's default, or that of `runs`, in an arm that doesn't name it. Instead
-    of settings an arm may name a study that has one arm alone, or `study/arm`.
+    An arm lacks a setting that others name: then it has the one of `runs`, or TrainConfig's default. Instead of
+    settings an arm may name a study that has one arm alone, or `study/arm`.
     """
 
     runs: Settings = Field(default_factory=dict)
@@ -50,21 +63,13 @@ class Protocol(Group):
         named = self.arms[arm]
         return named if isinstance(named, dict) else {}
 
-    def settings(self, arm: str) -> Settings:
-        """Return all settings of an arm; of those that other arms alone name, the ones in `runs`."""
-        return self.runs | self.own(arm)
-
     def varied(self) -> set[str]:
         """Return the settings in which arms differ."""
         return {name for arm in self.arms for name in self.own(arm)}
 
-    def studies(self) -> dict[str, str]:
-        """Return the studies that arms name, by arm."""
-        return {arm: named for arm, named in self.arms.items() if isinstance(named, str)}
-
-    def with_study(self, arm: str, folder: Path) -> Protocol:
+    def with_study(self, arm: str, named: str, folder: Path) -> Protocol:
         """Return it with the settings of the study that an arm names, and with what that assumes if nothing is yet."""
-        name, _, of_study = self.studies()[arm].partition("/")
+        name, _, of_study = named.partition("/")
         study = open_study(name, folder)
         arms = self.arms | {arm: _settings_of(study, of_study)}
         return self.model_copy(update={"arms": arms, "assumed": self.assumed or study.assumptions()})
@@ -84,14 +89,15 @@ def study_protocols(name: str, free: Sequence[str], folder: Path) -> dict[str, P
         raise InputError("free", unknown, "no setting of the study", nearest(unknown, list(first)))
     kept = set.intersection(*map(set, arms.values())) - set(free)  # what is `auto` in an arm is free too
     shared = {key for key in kept if all(arm[key] == first[key] for arm in arms.values())}
-    runs = {key: value for key, value in first.items() if key in shared}
-    runs |= {key: value for key, value in published.runs.items() if key not in free}
+    named, near_runs = (
+        {key: value for key, value in settings.items() if key not in free}
+        for settings in (published.runs, published.nearest)
+    )
     seeds = " -P seed=0; then seeds 1 and 2" if " -e train " in study.command else " -P seeds=0,1,2"
-    near_runs = {key: value for key, value in published.nearest.items() if key not in free}
     title = protocol_title(name, free)
     near = f"{title}, nearest" if near_runs else ""
     protocol = Protocol(
-        runs=runs,
+        runs={key: value for key, value in first.items() if key in shared} | named,
         arms={arm: {key: each[key] for key in each if key in kept - shared} for arm, each in arms.items()},
         command=study.command and study.command + seeds,
         needs=published.needs,
@@ -100,9 +106,11 @@ def study_protocols(name: str, free: Sequence[str], folder: Path) -> dict[str, P
         published=published,
         study=name,
     )
+    if not near:
+        return {title: protocol}
     differing = ", ".join(f"{key} {value}" for key, value in near_runs.items())
-    nearest_protocol = Protocol(runs=runs | near_runs, arms=protocol.arms, assumed=f"{near}: {differing}.")
-    return {title: protocol} | ({near: nearest_protocol} if near else {})
+    others = Protocol(runs=protocol.runs | near_runs, arms=protocol.arms, assumed=f"{near}: {differing}.")
+    return {title: protocol, near: others}
 
 
 def _settings_of(study: Study, arm: str) -> Settings:
@@ -137,3 +145,190 @@ def published_value(protocol: Protocol, metric: str, arm: str) -> float | None:
     printed = protocol.published.figures.get(metric, {})
     run = published_runs().get(protocol.study, {}).get(arm)
     return printed.get(arm, None if run is None else quantity(metric).value(run))
+
+
+def complete(runs: Iterable[RunRecord]) -> list[RunRecord]:
+    """Return the runs that were finished, not pruned."""
+    return [run for run in runs if run.status == "FINISHED" and run.tags.get(OUTCOME, "complete") == "complete"]
+
+
+def counted(number: int, word: str) -> str:
+    """Write how many of something there are."""
+    return f"{number} {word}" if number == 1 else f"{number} {word}s"
+
+
+def is_like(run: RunRecord, protocol: Protocol, arm: str) -> bool:
+    """Say whether a run has the settings of an arm."""
+    return next(_unlike(run, protocol, arm), None) is None
+
+
+def _unlike(run: RunRecord, protocol: Protocol, arm: str) -> Iterator[tuple[str, Value]]:
+    """Return the settings of an arm that a run doesn't have."""
+    settings, defaults = protocol.runs | protocol.own(arm), _defaults()
+    others = defaults.keys() - FREE if protocol.others == "default" else protocol.varied()
+    others = (others - settings.keys() - {"model.table"}) & run.params.keys() & defaults.keys()
+    wanted = settings | {name: defaults[name] for name in sorted(others)}
+    return ((name, value) for name, value in wanted.items() if not has(run, name, value))
+
+
+def _nearest(runs: Sequence[RunRecord], protocol: Protocol, arm: str) -> str:
+    """Say in which few settings the nearest runs differ from an arm; empty where none comes near and knows these."""
+    unlike = [(run, list(_unlike(run, protocol, arm))) for run in runs]
+    known = [(run, settings) for run, settings in unlike if all(_logged(run, name) for name, _ in settings)]
+    least = min((settings for _, settings in known), key=len, default=[])
+    words = []
+    for name, value in least if len(least) <= FEW else ():
+        there = dict.fromkeys(" and ".join(_logged(run, name)) or "empty" for run, each in known if each == least)
+        words.append(f"{name} is {' or '.join(list(there)[:4])}, not {'empty' if value == '' else value}")
+    return f"no run is like {arm}: in the nearest ones {', '.join(words)}" if words else ""
+
+
+@cache
+def _defaults() -> dict[str, Value]:
+    return TrainConfig().flat()
+
+
+def _logged(run: RunRecord, name: str) -> list[str]:
+    """Return what a run logged as a setting: a value, none, or several numbers of classes.
+
+    A training of ours has the default of a setting younger than itself.
+    """
+    if name == CLASSES:
+        return list(dict.fromkeys(str(len(each.classes)) for each in run.images.values() if each.classes))
+    of_ours = CONFIG_HASH in run.tags and "optimiser.name" in run.params
+    logged = run.params.get(name, _defaults().get(name) if of_ours else None)
+    return [] if logged is None else [str(logged)]
+
+
+def has(run: RunRecord, name: str, value: Value) -> bool:
+    """Say whether a run has a setting."""
+    if isinstance(value, (bool, str)):
+        return str(value).lower() in map(str.lower, _logged(run, name))
+    return value in map(number, _logged(run, name))
+
+
+def split_of(run: RunRecord) -> str:
+    """Return which split of which images a run used: the seed, and the digest of the data where it was logged."""
+    return f"{run.params.get(SPLIT_SEED, '')} {run.tags.get(DATA_DIGEST, '')}".strip()
+
+
+def pair_of(run: RunRecord) -> SplitAndSeed:
+    """Return a run's split, and the seed of its training: its own id where none was logged, so that it has no pair."""
+    return split_of(run), run.params.get(SEED_SETTING) or run.tags.get(SEED) or run.run_id
+
+
+@dataclass(frozen=True)
+class Chosen:
+    """The runs of some arms that differ in nothing else but seeds, by arm and pair; no arms where there are none."""
+
+    arms: Mapping[str, Mapping[SplitAndSeed, RunRecord]]
+    splits: int = 1  # that all arms have
+    overlap: float = 0.0  # of several splits: the ratio of test to other images
+    aside: Sequence[str] = ()  # which runs were left aside
+    why: str = ""  # there are none, where some come near
+
+    def pairs(self) -> list[SplitAndSeed]:
+        """Return the pairs that all arms have."""
+        first, *others = self.arms.values()
+        return [pair for pair in first if all(pair in other for other in others)]
+
+
+def choose(
+    runs: Sequence[RunRecord], protocol: Protocol, arms: Sequence[str], what: Quantity, positive: bool
+) -> Chosen:
+    """Choose complete runs of some arms of a protocol that have a quantity, `positive` where it must be.
+
+    Where the protocol leaves something open in which runs differ, those are taken of which there are most pairs
+    (fixed networks differ in more than the protocol's settings: in weights and transforms).
+    Of a run that was repeated the last one counts. `runs` are the oldest first.
+    """
+    known = complete(runs)
+    like = {arm: [run for run in known if is_like(run, protocol, arm)] for arm in arms}
+    least = 0 if positive else -math.inf
+    having = {a: [run for run in found if max(what.values([run]), default=least) > least] for a, found in like.items()}
+    if lacking := [arm for arm in arms if not having[arm]]:
+        unusable = f"have no {what.words} that can be used"
+        reasons = [f"the runs of {a} {unusable}" if like[a] else _nearest(known, protocol, a) for a in lacking]
+        return Chosen({}, why="; ".join(filter(None, reasons)))
+    groups: dict[Alike, dict[str, dict[SplitAndSeed, RunRecord]]] = {}
+    varies_data = any(name.startswith("data.") for name in protocol.varied())
+    for arm, found in having.items():
+        for run in found:
+            of_arm = groups.setdefault(_left_open(run, protocol, what), {}).setdefault(arm, {})
+            split, seed = pair_of(run)
+            pair = (run.params.get(SPLIT_SEED, "") if varies_data else split, seed)
+            of_arm.pop(pair, None)  # so that the last one stands last
+            of_arm[pair] = run
+    whole = {settings: Chosen(group) for settings, group in groups.items() if len(group) == len(arms)}
+    if not whole:
+        first, last = ([settings for settings, group in groups.items() if arm in group] for arm in (arms[0], arms[-1]))
+        names = min((_differing(*both) for both in product(first, last)), key=len)
+        return Chosen({}, why=f"runs of {' and of '.join(arms)} differ in more than that: in {', '.join(names)}")
+    settings = max(whole, key=lambda each: (len(whole[each].pairs()), min(map(len, whole[each].arms.values()))))
+    most = whole.pop(settings)
+    if protocol.over == "images" or what.fixed:
+        return most
+    left_out = sum(len(found) - len(having[arm]) for arm, found in like.items())
+    aside = [f"{counted(left_out, 'run')} without a usable figure left out"] if left_out else []
+    if count := sum(len(of_arm) for group in whole.values() for of_arm in group.arms.values()):
+        names = _differing(settings, *whole)
+        aside.append(f"{counted(count, 'run')} left aside that differ from these in {', '.join(names)}")
+    return _on_shared_splits(most, aside)
+
+
+def _differing(one: Alike, *others: Alike) -> list[str]:
+    return sorted({name for other in others for name, _ in one ^ other})
+
+
+def _on_shared_splits(chosen: Chosen, aside: list[str]) -> Chosen:
+    """Keep the splits that all arms have: an arm on other images says nothing of the difference.
+
+    Where there are pairs enough to be judged by them, those that have pairs. Fewer than three splits decide nothing,
+    so that of two the one with more pairs, or runs, counts.
+    """
+    splits = [Counter(split for split, _ in of_arm) for of_arm in chosen.arms.values()]
+    shared, runs = set.intersection(*map(set, splits)), sum(splits, Counter[str]())
+    if not shared:
+        return Chosen({}, why="the arms have no split of the data in common")
+    pairs = Counter(split for split, _ in chosen.pairs())
+    if pairs.total() >= FEWEST and (unpaired := sum(runs[split] for split in shared - pairs.keys())):
+        aside.append(f"{counted(unpaired, 'run')} on splits without pairs left aside")
+        shared &= pairs.keys()
+    if 1 < len(shared) < FEWEST:
+        counts = pairs if max(pairs.values(), default=0) >= FEWEST else runs
+        most = max(sorted(shared), key=lambda split: counts[split])
+        others = counted(sum(runs[split] for split in shared - {most}), "run")
+        aside.append(f"on one split alone, {others} on another left aside: a third would count all")
+        shared = {most}
+    arms = {a: {pair: run for pair, run in found.items() if pair[0] in shared} for a, found in chosen.arms.items()}
+    if len(shared) == 1:
+        return Chosen(arms, aside=aside)
+    some_run = next(run for of_arm in arms.values() for run in of_arm.values())
+    share = number(some_run.params.get("data.test_fraction", ""))
+    return Chosen(arms, len(shared), share / (1 - share) if 0 < share < 1 else PUBLISHED_OVERLAP, aside)
+
+
+def settings_of(run: RunRecord, but: Collection[str] = frozenset(FREE)) -> Alike:
+    """Return our parameters of a run `but` some, and which images it used."""
+    images = {f"{context} images": f"{each.name}: {', '.join(each.classes)}" for context, each in run.images.items()}
+    params = {name: value for name, value in run.params.items() if "." in name and name not in but}
+    return frozenset((params | images).items())
+
+
+def _left_open(run: RunRecord, protocol: Protocol, what: Quantity) -> Alike:
+    """Return what the protocol leaves open: other settings, and of times the machine; nothing of fixed networks."""
+    if protocol.over == "images":
+        return frozenset()
+    named = (protocol.runs.keys() | protocol.varied() | FREE) - (COMPUTED if what.timed else set())
+    if "model.variant" in named:
+        named.add("model.table")  # which goes by that name
+    settings = {each for each in settings_of(run, named) if not each[0].startswith("study.")}
+    return frozenset(settings | {(tag, run.tags.get(tag, "")) for tag in OF_TIMES if what.timed})
+
+
+def over_splits(values: Mapping[SplitAndSeed, float]) -> tuple[float, ...]:
+    """Return the values, or where there are several splits the mean of each: runs of one split share its luck."""
+    splits: dict[str, list[float]] = {}
+    for (split, _), value in values.items():
+        splits.setdefault(split, []).append(value)
+    return tuple(values.values() if len(splits) < 2 else (sum(each) / len(each) for each in splits.values()))

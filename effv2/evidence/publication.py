@@ -1,30 +1,70 @@
-"""Results and reports, logged to the runs of the studies that they are about, and exported."""
+"""The report of an experiment or a study, logged to the runs that it is about, and exported."""
 
 from __future__ import annotations
 
+import io
+import re
 import tempfile
-from collections.abc import Mapping, Sequence
+import warnings
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
+import matplotlib
+from jinja2 import Environment, PackageLoader, StrictUndefined, select_autoescape
+from markupsafe import Markup, escape
 from matplotlib.figure import Figure
 
 from effv2.core.errors import InputError, RunError
+from effv2.core.figures import PALETTE
 from effv2.core.paths import write_csv
 from effv2.core.reporter import Reporter
 from effv2.evidence.claims import Claims, read_claims
 from effv2.evidence.exports import Evidence, export, joined, remove_export, tracked
+from effv2.evidence.judge import Finding, Judgement, Verdict, judge
 from effv2.evidence.quantities import EXPORTED, HISTORIES
-from effv2.evidence.report import HTML, Report, make_report
 from effv2.evidence.results import results_of
+from effv2.evidence.statistics import p_text
 from effv2.evidence.study import StudyResults, studies_of
+from effv2.tracking import store
 from effv2.tracking.read import read_experiment
 from effv2.tracking.run import open_experiment, open_report_run, run_address, working_on
-from effv2.tracking.store import TrackingError, reason
+from effv2.tracking.store import TrackingError
 from effv2.tracking.tags import REUSED, as_tags, reused
 from effv2.tracking.views import artifact_link, describe_experiment, save_views, view_links
 from effv2.tracking.writer import TrackedRun
 
-DATA = "data"  # folder of an export
+HTML, MARKDOWN, FIGURES, DATA = "report.html", "report.md", "figures", "data"  # in an export
+SETTINGS = {"svg.fonttype": "none", "svg.hashsalt": "effv2", "font.family": "sans-serif", "font.size": 9}
+INK = re.compile(r"#(000000|262626|333333|555555)\b")  # text, axes and ticks
+FRAME = re.compile(r"#(b0b0b0|cccccc)\b")  # grid and legend
+PAPER = re.compile(r'<g id="patch_\d+">\s*<path [^>]*style="[^"]*fill: #ffffff[^"]*"/>\s*</g>')
+TAG = re.compile(r"<[^>]+>")
+NUMBER = re.compile(r"-?\d+\.\d{2,}")
+
+
+@dataclass(frozen=True)
+class Report:
+    """What came out in one sentence, a page, its Markdown twin and the figures that the twin shows, by file name."""
+
+    summary: str
+    own: Sequence[str]  # the verdicts of the user's own claims, a line each
+    studies: Sequence[StudyResults]
+    html: str
+    markdown: str
+    figures: Mapping[str, str]
+
+    def write(self, folder: Path) -> None:
+        """Write all of it, in the place of the figures that an earlier report shows there."""
+        (folder / FIGURES).mkdir(parents=True, exist_ok=True)
+        page = folder / MARKDOWN
+        earlier = page.read_text(encoding="utf-8", errors="replace") if page.is_file() else ""
+        for name in re.findall(rf"\]\({FIGURES}/(\d+-[a-z0-9-]+\.svg)\)", earlier):
+            (folder / FIGURES / name).unlink(missing_ok=True)
+        figures = {f"{FIGURES}/{name}": svg for name, svg in self.figures.items()}
+        for name, text in {HTML: self.html, MARKDOWN: self.markdown, **figures}.items():
+            (folder / name).write_text(text, encoding="utf-8")
 
 
 def publish_study(parent: TrackedRun, used: Mapping[str, str]) -> StudyResults:
@@ -38,7 +78,7 @@ def publish_study(parent: TrackedRun, used: Mapping[str, str]) -> StudyResults:
     others = [reused(run_id, name) for name, run_id in used.items() if run_id not in own]
     parent.set_tags(as_tags(REUSED, others))
     report = make_report(tracked(parent.experiment_id, parent=parent.run_id), read_claims(), only_touched=True)
-    results = _of(parent, report.studies)
+    results = next(each for each in report.studies if each.run_id == parent.run_id)
     _log(parent, report, results)
     parent.log_metrics(results.metrics)
     parent.describe(results.markdown(_show_in_ui(parent)))
@@ -48,39 +88,8 @@ def publish_study(parent: TrackedRun, used: Mapping[str, str]) -> StudyResults:
 def read_results(parent: TrackedRun) -> StudyResults:
     """Return what came out of a study, from its tracked runs as they are."""
     evidence = tracked(parent.experiment_id, parent=parent.run_id)
-    return _of(parent, results_of(evidence.runs, read_claims(), evidence.right))
-
-
-def _of(parent: TrackedRun, studies: Sequence[StudyResults]) -> StudyResults:
+    studies = results_of(evidence.runs, read_claims(), evidence.right)
     return next(each for each in studies if each.run_id == parent.run_id)
-
-
-def _log(run: TrackedRun, report: Report, results: StudyResults | None = None) -> None:
-    """Log a report as artifacts of a run, and the files of a study's results."""
-    with tempfile.TemporaryDirectory() as name:
-        folder = Path(name)
-        report.write(folder)
-        for file, content in results.files.items() if results else ():
-            if isinstance(content, Figure):
-                content.savefig(folder / file, dpi=120)
-            else:
-                write_csv(folder / file, content)
-        if results and results.document and results.table:
-            text = f"# {results.title}\n\n{results.markdown()}\n"
-            (folder / results.document).write_text(text, encoding="utf-8")
-        run.log_folder(folder)
-
-
-def _show_in_ui(run: TrackedRun) -> str:
-    """Save the views of the run's experiment, and return links to them and to the report on the run.
-
-    The experiment's description leads there too.
-    """
-    save_views(run.experiment_id)
-    page = artifact_link(run.experiment_id, run.run_id, HTML)
-    links = f"[Report]({page}) · {view_links(run.experiment_id)}"
-    describe_experiment(run.experiment_id, links)
-    return links
 
 
 def publish(experiment: str, own: Path | None, target: Path | None, reporter: Reporter) -> tuple[Report, str]:
@@ -108,7 +117,7 @@ def publish(experiment: str, own: Path | None, target: Path | None, reporter: Re
                 reporter.working("exporting")
                 _write(report, evidence, target, claims)
     except TrackingError as error:
-        raise RunError(f"The tracking store failed ({reason(error)}); mend it and try again.") from error
+        raise RunError(f"The tracking store failed ({store.reason(error)}); mend it and try again.") from error
     return report, run_address(run.run_id, run.experiment_id)
 
 
@@ -129,6 +138,31 @@ def rebuild(sources: Sequence[Path], own: Path | None, target: Path, reporter: R
     return report
 
 
+def _log(run: TrackedRun, report: Report, results: StudyResults | None = None) -> None:
+    """Log a report as artifacts of a run, and the files of a study's results."""
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        report.write(folder)
+        for file, content in results.files.items() if results else ():
+            if isinstance(content, Figure):
+                content.savefig(folder / file, dpi=120)
+            else:
+                write_csv(folder / file, content)
+        if results and results.document and results.table:
+            text = f"# {results.title}\n\n{results.markdown()}\n"
+            (folder / results.document).write_text(text, encoding="utf-8")
+        run.log_folder(folder)
+
+
+def _show_in_ui(run: TrackedRun) -> str:
+    """Save the views of the run's experiment, describe it by links to them and the run's report, and return these."""
+    save_views(run.experiment_id)
+    page = artifact_link(run.experiment_id, run.run_id, HTML)
+    links = f"[Report]({page}) · {view_links(run.experiment_id)}"
+    describe_experiment(run.experiment_id, links)
+    return links
+
+
 def _prepare(target: Path) -> None:
     try:
         target.mkdir(parents=True, exist_ok=True)
@@ -143,3 +177,111 @@ def _write(report: Report, evidence: Evidence, target: Path, claims: Claims) -> 
     remove_export(target / DATA)
     report.write(target)
     export(evidence, target / DATA, own)
+
+
+def make_report(
+    evidence: Evidence, claims: Claims, only_touched: bool = False, progress: Callable[[str], None] = lambda _: None
+) -> Report:
+    """Judge the claims on the evidence and write it up; with `only_touched`, those alone of which there are runs."""
+    progress("judging claims")
+    judgements = judge(claims, evidence.runs, evidence.right)
+    shown = [each for each in judgements if not only_touched or each.tested or each.nearest]
+    studies, drawn = results_of(evidence.runs, claims, evidence.right), []
+    for number, study in enumerate(studies, 1):
+        progress(f"drawing {study.title}")
+        drawn.append({f"{number:02}-{_slug(name)}.svg": (name, _svg_file(f)) for name, f in study.figures.items()})
+    environment = Environment(
+        loader=PackageLoader("effv2.evidence"),
+        autoescape=select_autoescape(["html", "html.j2"]),
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.filters |= {"cell": _cell, "drawing": _inline, "why": _why, "numbers": _numbers, "slug": _slug}
+    values = {
+        "evidence": evidence,
+        "judgements": shown,
+        "left_out": len(judgements) - len(shown),
+        "title": studies[0].title if only_touched and studies else evidence.experiment,
+        "summary": (summary := _summary(evidence, shown)),
+        "sections": list(zip(studies, drawn, strict=True)),
+        "figures": FIGURES,
+    }
+    html, markdown = (environment.get_template(f"{name}.j2").render(values) for name in (HTML, MARKDOWN))
+    own = [f"{each.id} {each.verdict.value}: {_why(each)}" for each in shown if each.id in claims.own]
+    figures = {name: svg for each in drawn for name, (_, svg) in each.items()}
+    return Report(summary, own, studies, html, re.sub(r"\n{3,}", "\n\n", markdown), figures)
+
+
+def _summary(evidence: Evidence, judgements: Sequence[Judgement]) -> str:
+    counts = Counter(each.verdict for each in judgements)
+    published = sum(each.on_published_alone for each in judgements)
+    aside = {Verdict.UNDECIDED: f" ({published} of them on the published figures alone)"} if published else {}
+    words = ", ".join(f"{counts[verdict]} {verdict.value}{aside.get(verdict, '')}" for verdict in Verdict)
+    decided = f"of {len(judgements)} claims {words}" if judgements else "no published claim is about them"
+    parents = {run.parent for run in evidence.runs}
+    runs = sum(bool(run.metrics) and run.run_id not in parents for run in evidence.runs)
+    return f"{runs} runs; {decided}"
+
+
+def _slug(text: str) -> str:
+    return re.sub(r"[^a-z0-9]+", "-", text.lower()).strip("-")
+
+
+def _cell(text: object) -> str:
+    """Write a text into a cell of a Markdown table."""
+    return " ".join(re.sub(r"<(?=[A-Za-z/!?])", "&lt;", re.sub(r"(\||(?<=\])\()", r"\\\1", str(text))).split())
+
+
+def _why(judgement: Judgement) -> str:
+    """Say in one sentence why the evidence decides what it does."""
+    findings = judgement.findings
+    if judgement.tested:
+        counts = Counter(each.verdict for each in findings)
+        words = ", ".join(f"{counts[verdict]} {verdict.value}" for verdict in Verdict if counts[verdict])
+        text = f"of {len(findings)} things said {words}" if len(findings) > 1 else _estimated(findings[0])
+        more = [each.lacking for each in findings if each.verdict == Verdict.UNDECIDED and each.lacking]
+        return "; ".join([text, *more[:1]])
+    text = "the published figures alone, one run each; not tested here" if judgement.on_published_alone else ""
+    near_misses = list(dict.fromkeys(each.lacking for each in findings if each.lacking))
+    lacking = f"needs {judgement.needs}" if judgement.needs else "; ".join(near_misses[:2]) or "no such runs yet"
+    return "; ".join(filter(None, (text, lacking, "see the nearest evidence" if judgement.nearest else "")))
+
+
+def _numbers(finding: Finding) -> list[str]:
+    """Return what there is to say in numbers of one thing that a claim says."""
+    published = f"published: {finding.published}" if finding.published else ""
+    return list(filter(None, (published, _estimated(finding), finding.single, finding.lacking)))
+
+
+def _estimated(finding: Finding) -> str:
+    """Return what the runs say, with its p-values."""
+    written = list(dict.fromkeys(p_text(p) for p in (finding.p, finding.corrected) if p is not None))
+    holm = [f"({p} after Holm for {finding.tests} tests)" for p in written[1:]]
+    return ", ".join(filter(None, (finding.evidence, " ".join([*written[:1], *holm]))))
+
+
+def _svg_file(figure: Figure) -> str:
+    """Return the figure as an SVG file, the same for the same figure."""
+    text = io.StringIO()
+    with matplotlib.rc_context(SETTINGS), warnings.catch_warnings():  # type: ignore[arg-type]
+        warnings.filterwarnings("ignore", message="Glyph")  # a name in a script that the font lacks
+        figure.savefig(text, format="svg", metadata={"Date": None, "Creator": None})
+    return TAG.sub(lambda tag: NUMBER.sub(lambda found: f"{float(found[0]):.1f}", tag[0]), text.getvalue())
+
+
+def _inline(svg: str, label: str) -> Markup:
+    """Turn an SVG file into an element of a page, `label` being read to those who don't see it.
+
+    Colours become the page's variables: `ink`, `line` and `c1` on; text takes the page's font.
+    """
+    body = PAPER.sub("", svg[svg.index("<svg") :])
+    palette = {f"c{index}": re.compile(colour, re.IGNORECASE) for index, colour in enumerate(PALETTE, 1)}
+    for name, colour in {"line": FRAME, "ink": INK, **palette}.items():
+        body = colour.sub(f"var(--{name})", body)
+    body = re.sub(r'<g id="(?!m)[a-z0-9_]+">', "<g>", body)
+    body = re.sub(r"font-family: [^;\"]*; ?", "", body)
+    body = re.sub(r"<style.*?</style>|\s*<metadata>.*?</metadata>", "", body, flags=re.DOTALL)
+    size = re.search(r'viewBox="[^"]*"', body)
+    start = f'<svg role="img" aria-label="{escape(label)}" {size[0] if size else ""}'
+    return Markup(start + body[body.index(">") :])  # noqa: S704 (our own SVG, the label escaped)

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Literal
 
@@ -21,6 +21,8 @@ from effv2.tracking.read import RunRecord
 TRAIN, TEST, VALIDATION = "train/accuracy", "test/accuracy", "val/accuracy"
 EPOCH_SECONDS, TRAIN_SECONDS = "time/epoch_seconds", "time/total_train_seconds"
 TRAIN_RATE, EVALUATE_RATE = "throughput/train_images_per_second", "throughput/evaluate_images_per_second"
+ONE, MANY = "inference/single_image_seconds", "inference/batch_128_seconds"
+TO_PEAK, TO_LEVEL = "epochs to 95 % of peak train accuracy", "epochs until test accuracy stays at its level"
 PEAK_SHARE = 0.95
 LEVEL_EPOCHS = 10  # the last ones, over which a level is averaged
 NEAR_LEVEL = 0.02
@@ -60,24 +62,21 @@ def duration(seconds: float) -> str:
     return f"{minutes / 60:.1f} hours" if minutes >= 60 else f"{minutes:.1f} minutes"
 
 
-def _gflops(value: float) -> str:
-    return f"{value:.3f}" if value >= 0.01 else f"{value:.2g}"
-
-
 @dataclass(frozen=True)
 class Quantity:
-    """A figure of a run: its name in words, and the logged metric that it is, or that `take` derives it from.
+    """A figure of a run: the logged metric of its name, or what `take` derives from the epochs of `metric`.
 
     `take` gets the values of all epochs, `epochs` of them at least. Tables of arms have the `main` quantities first,
     and of many arms those alone. A `fixed` quantity doesn't vary from run to run: one decides. A `timed` one belongs
     to the machine that it was taken on. `least` is the lowest value that it can have.
     """
 
+    name: str
     words: str
-    metric: str
-    take: Callable[[Curve], float | None] | None = None
     text: Callable[[float], str] = decimal
     shown: Literal["", "main", "more"] = ""
+    metric: str = ""
+    take: Callable[[Curve], float | None] | None = None
     epochs: int = 1
     scale: float = 1
     fixed: bool = False
@@ -87,11 +86,15 @@ class Quantity:
     def value(self, run: RunRecord) -> float | None:
         """Return the figure of a run; None where the run lacks it, or it is no finite number."""
         if self.take is None:
-            found = run.metrics.get(self.metric)
+            found = run.metrics.get(self.metric or self.name)
         else:
             curve = {epoch: value for epoch, value in run.history.get(self.metric, {}).items() if abs(value) < LARGEST}
             found = self.take(curve) if len(curve) >= self.epochs else None
         return self.scale * found if found is not None and abs(found) < LARGEST else None
+
+    def values(self, runs: Iterable[RunRecord]) -> list[float]:
+        """Return the figures of those runs that have it."""
+        return [found for found in map(self.value, runs) if found is not None]
 
     @property
     def is_accuracy(self) -> bool:
@@ -104,75 +107,66 @@ class Quantity:
         return Interval(0, 1) if self.is_accuracy else Interval(0 if self.timed else self.least, math.inf)
 
 
-def median(curve: Curve) -> float:
-    """Return the median over epochs."""
+def _median(curve: Curve) -> float:
     return statistics.median(curve.values())
 
 
-def level(curve: Curve) -> float:
-    """Return the mean over the last ten epochs."""
+def _level(curve: Curve) -> float:
     return statistics.fmean(curve[epoch] for epoch in sorted(curve)[-LEVEL_EPOCHS:])
 
 
-def epochs_to_peak_share(curve: Curve, share: float = PEAK_SHARE) -> int:
-    """Return the first epoch whose accuracy reaches `share` of the highest one."""
+def _epochs_to_peak_share(curve: Curve) -> int:
     best = max(curve.values())
-    return min(epoch for epoch, accuracy in curve.items() if accuracy >= min(best, share * best))
+    return min(epoch for epoch, accuracy in curve.items() if accuracy >= min(best, PEAK_SHARE * best))
 
 
-def epochs_to_level(curve: Curve) -> int:
+def _epochs_to_level(curve: Curve) -> int:
     """Return the first epoch from which the mean of five epochs stays within two points of the last ten's."""
     epochs = sorted(curve)
     smooth = np.convolve([curve[epoch] for epoch in epochs], np.full(5, 0.2), "valid")
-    away = np.flatnonzero(np.abs(smooth - level(curve)) > NEAR_LEVEL)
+    away = np.flatnonzero(np.abs(smooth - _level(curve)) > NEAR_LEVEL)
     return epochs[int(away[-1]) + 1 if len(away) else 0]
 
 
-def gain_after(curve: Curve, epoch: int = 10) -> float | None:
-    """Return by how much the last ten epochs' mean exceeds that of the three around `epoch`; None without those."""
-    around = (epoch - 1, epoch, epoch + 1)
-    return level(curve) - statistics.fmean(map(curve.__getitem__, around)) if set(around) <= curve.keys() else None
+def _gain(curve: Curve) -> float | None:
+    """Return by how much the last ten epochs' mean exceeds that of epochs 9 to 11; None without those."""
+    around = [curve[epoch] for epoch in (9, 10, 11) if epoch in curve]
+    return _level(curve) - statistics.fmean(around) if len(around) == 3 else None
 
 
-PUBLISHED_TOP1 = "published/top1_accuracy"
-BF16_TOP1, BF16_CHANGED = "bf16/top1_difference", "bf16/predictions_changed"
-TO_PEAK, TO_LEVEL = "epochs to 95 % of peak train accuracy", "epochs until test accuracy stays at its level"
-QUANTITIES: dict[str, Quantity] = {
-    BEST_TEST: Quantity("test accuracy, best epoch", BEST_TEST, None, percent, "main"),
-    SELECTED_TEST: Quantity("test accuracy, selected epoch", SELECTED_TEST, None, percent, "main"),
-    LAST_TEST: Quantity("test accuracy, last epoch", LAST_TEST, None, percent, "more"),
-    SELECTED_VALIDATION: Quantity("validation accuracy, best epoch", SELECTED_VALIDATION, None, percent, "main"),
-    "first/test_accuracy": Quantity("test accuracy, first epoch", TEST, lambda curve: curve[min(curve)], percent),
-    "best/train_accuracy": Quantity("train accuracy, best epoch", TRAIN, lambda curve: max(curve.values()), percent),
-    "level/train_accuracy": Quantity("train accuracy, mean of the last ten epochs", TRAIN, level, percent),
-    "level/test_accuracy": Quantity("test accuracy, mean of the last ten epochs", TEST, level, percent),
-    "gain/test_after_epoch_10": Quantity("gain in test accuracy after epoch 10", TEST, gain_after, points, epochs=21),
-    "epochs/to_95_percent": Quantity(TO_PEAK, TRAIN, epochs_to_peak_share, tenths, "more", least=1),
-    "epochs/to_test_level": Quantity(TO_LEVEL, TEST, epochs_to_level, tenths, epochs=20, least=1),
-    TRAIN_SECONDS: Quantity("training, s", TRAIN_SECONDS, None, tenths, "main", timed=True),
-    EPOCH_SECONDS: Quantity("an epoch, s", EPOCH_SECONDS, median, timed=True),
-    "rate/train": Quantity("training, images/s", TRAIN_RATE, median, whole, "more", timed=True),
-    "rate/evaluate": Quantity("inference, images/s", EVALUATE_RATE, median, whole, "more", timed=True),
-    "inference/single_image_milliseconds": Quantity(
-        "one image, ms", "inference/single_image_seconds", None, "{:.1f}".format, "more", scale=1000, timed=True
-    ),
-    "inference/batch_128_milliseconds": Quantity(
-        "128 images, ms", "inference/batch_128_seconds", None, whole, "more", scale=1000, timed=True
-    ),
-    "model/parameters": Quantity("parameters", "model/parameters", None, whole, "more", fixed=True),
-    "model/gflops": Quantity("GFLOPs", "model/gflops", None, _gflops, "more", fixed=True),
-    PUBLISHED_TOP1: Quantity("top-1 that torchvision publishes", PUBLISHED_TOP1, None, percent, "more"),
-    BF16_TOP1: Quantity("bf16 less float32, top-1", BF16_TOP1, None, points, "more"),
-    BF16_CHANGED: Quantity("bf16, predictions changed", BF16_CHANGED, None, percent, "more"),
-}
+ALL = (
+    Quantity(BEST_TEST, "test accuracy, best epoch", percent, "main"),
+    Quantity(SELECTED_TEST, "test accuracy, selected epoch", percent, "main"),
+    Quantity(LAST_TEST, "test accuracy, last epoch", percent, "more"),
+    Quantity(SELECTED_VALIDATION, "validation accuracy, best epoch", percent, "main"),
+    Quantity("first/test_accuracy", "test accuracy, first epoch", percent, "", TEST, lambda curve: curve[min(curve)]),
+    Quantity("best/train_accuracy", "train accuracy, best epoch", percent, "", TRAIN, lambda c: max(c.values())),
+    Quantity("level/train_accuracy", "train accuracy, mean of the last ten epochs", percent, "", TRAIN, _level),
+    Quantity("level/test_accuracy", "test accuracy, mean of the last ten epochs", percent, "", TEST, _level),
+    Quantity("gain/test_after_epoch_10", "gain in test accuracy after epoch 10", points, "", TEST, _gain, epochs=21),
+    Quantity("epochs/to_95_percent", TO_PEAK, tenths, "more", TRAIN, _epochs_to_peak_share, least=1),
+    Quantity("epochs/to_test_level", TO_LEVEL, tenths, "", TEST, _epochs_to_level, epochs=20, least=1),
+    Quantity(TRAIN_SECONDS, "training, s", tenths, "main", timed=True),
+    Quantity(EPOCH_SECONDS, "an epoch, s", decimal, "", EPOCH_SECONDS, _median, timed=True),
+    Quantity("rate/train", "training, images/s", whole, "more", TRAIN_RATE, _median, timed=True),
+    Quantity("rate/evaluate", "inference, images/s", whole, "more", EVALUATE_RATE, _median, timed=True),
+    Quantity("inference/single_image_milliseconds", "one image, ms", tenths, "more", ONE, scale=1000, timed=True),
+    Quantity("inference/batch_128_milliseconds", "128 images, ms", whole, "more", MANY, scale=1000, timed=True),
+    Quantity("model/parameters", "parameters", whole, "more", fixed=True),
+    Quantity("model/gflops", "GFLOPs", lambda g: f"{g:.3f}" if g >= 0.01 else f"{g:.2g}", "more", fixed=True),
+    Quantity("published/top1_accuracy", "top-1 that torchvision publishes", percent, "more"),
+    Quantity("bf16/top1_difference", "bf16 less float32, top-1", points, "more"),
+    Quantity("bf16/predictions_changed", "bf16, predictions changed", percent, "more"),
+)
+QUANTITIES = {each.name: each for each in ALL}
 SHOWN = {name: what for name, what in QUANTITIES.items() if what.shown}
 CURVES = {"test accuracy": TEST, "validation accuracy": VALIDATION, "train accuracy": TRAIN}  # that are drawn
 # The metrics whose epochs are read, and those that are exported with them.
-HISTORIES = tuple(dict.fromkeys([*CURVES.values(), *(each.metric for each in QUANTITIES.values() if each.take)]))
+HISTORIES = tuple(dict.fromkeys([*CURVES.values(), *(each.metric for each in ALL if each.take)]))
 EXPORTED = (*HISTORIES, "train/loss", "val/loss", "test/loss", "learning_rate", "time/train_seconds")
 
 
 def quantity(name: str) -> Quantity:
     """Return a named quantity; any other name is a logged metric's."""
     text = percent if "accuracy" in name or "top1" in name else decimal
-    return QUANTITIES.get(name) or Quantity(name, name, text=text, timed=name.startswith(TIMED))
+    return QUANTITIES.get(name) or Quantity(name, name, text, timed=name.startswith(TIMED))

@@ -4,16 +4,15 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from textwrap import shorten
 
 from effv2.evidence.arms import arms_results
 from effv2.evidence.claims import Claims
 from effv2.evidence.networks import networks_results
-from effv2.evidence.protocols import SPLIT_SEED
+from effv2.evidence.protocols import SEED_SETTING, SPLIT_SEED, RightAnswers, counted
 from effv2.evidence.quantities import EPOCH_SECONDS, VALIDATION, duration, number, percent
-from effv2.evidence.selection import RightAnswers, counted
 from effv2.evidence.study import NO_STUDY, NONE, Rows, StudyResults, TrackedStudy, studies_of
 from effv2.tracking import tags
 from effv2.tracking.accuracies import SELECTED_TEST, SELECTED_VALIDATION
@@ -39,14 +38,12 @@ def results_of(runs: Sequence[RunRecord], claims: Claims, right: RightAnswers) -
     """Return what came out of all studies; those of one name also say their split, or which run they are."""
     studies = studies_of(runs)
     titles = Counter(study.parent.name for study in studies)
-    made = []
-    for study in studies:
-        results = study_results(study, claims, right)
-        if titles[study.parent.name] > 1:
+    made = [study_results(study, claims, right) for study in studies]
+    for place, (study, results) in enumerate(zip(studies, made, strict=True)):
+        if titles[results.title] > 1:
             splits = dict.fromkeys(run.params.get(SPLIT_SEED, "") for run in study.runs)
             split = f"split {', '.join(splits)}, " if any(splits) else ""
-            results = replace(results, title=f"{study.parent.name} ({split}run {results.run_id[:8]})")
-        made.append(results)
+            made[place] = replace(results, title=f"{results.title} ({split}run {results.run_id[:8]})")
     return made
 
 
@@ -61,7 +58,7 @@ def study_results(study: TrackedStudy, claims: Claims, right: RightAnswers) -> S
     parent, known = study.parent, [] if study.parent is NO_STUDY else [study.parent]
     return replace(
         own,
-        title=study.parent.name,
+        title=parent.name,
         description=parent.params.get("study.description", ""),
         run_id=parent.run_id,
         missing=_missing(study),
@@ -73,53 +70,44 @@ def study_results(study: TrackedStudy, claims: Claims, right: RightAnswers) -> S
 def _missing(study: TrackedStudy) -> str:
     """Say what a study lacks: runs that failed, and planned ones. One that diverged is an answer to a search."""
     there = {run.name for run in study.runs if run.status == "FINISHED"}
-    reasons = {run.name: run.tags.get(tags.ERROR, "no reason known") for run in study.runs if run.status == "FAILED"}
-    diverged = {name for name, reason in reasons.items() if reason.startswith("Diverged:")}
-    failed = [name for name in reasons if name not in there and (name not in diverged or study.kind != "search")]
-    lacking = [name for name in tags.names_in(study.parent.tags, tags.PLANNED) if name not in there | reasons.keys()]
-    found = []
-    if any(run.status == "RUNNING" for run in study.runs):
-        found.append("it is being worked on, or its process died")
-    for words, names in (
-        ("failed", [f"{name} ({shorten(reasons[name], LONGEST_REASON)})" for name in failed]),
-        ("planned but not finished", lacking),
-    ):
+    failed = {run.name: run.tags.get(tags.ERROR, "no reason known") for run in study.runs if run.status == "FAILED"}
+    lacking = [name for name in tags.names_in(study.parent.tags, tags.PLANNED) if name not in there | failed.keys()]
+    diverged = {name for name, error in failed.items() if error.startswith("Diverged:")}
+    hidden = there | (diverged if study.kind == "search" else set())
+    errors = [f"{name} ({shorten(error, LONGEST_REASON)})" for name, error in failed.items() if name not in hidden]
+    found = ["it is being worked on, or its process died"] if any(run.status == "RUNNING" for run in study.runs) else []
+    for words, names in {"failed": errors, "planned but not finished": lacking}.items():
         if names:
             more = f" and {len(names) - MOST_NAMED} more" if len(names) > MOST_NAMED else ""
             found.append(f"{counted(len(names), 'run')} {words}: {', '.join(names[:MOST_NAMED])}{more}")
     if not study.runs:
         found.append("it has no runs yet")
-    resumes = study.parent.tags.get(tags.COMMAND) and (lacking or set(failed) - diverged)
-    return f"{'; '.join(found)}.{' The command below goes on with it.' if resumes else ''}" if found else ""
+    resumes = study.parent.tags.get(tags.COMMAND) and (lacking or failed.keys() - there - diverged)
+    return f"{'; '.join(found)}.{' The command below resumes it.' if resumes else ''}" if found else ""
 
 
-def _environment(runs: Iterable[RunRecord]) -> Iterator[tuple[str, str]]:
-    known = list(runs)
+def _environment(runs: Sequence[RunRecord]) -> Iterator[tuple[str, str]]:
     for tag, words in ENVIRONMENT.items():
-        if values := dict.fromkeys(run.tags[tag] for run in known if tag in run.tags):
+        if values := dict.fromkeys(run.tags[tag] for run in runs if tag in run.tags):
             yield words, ", ".join(values)
     sets = dict.fromkeys(
         f"{images.name}, {images.images:,} images of {len(images.classes)} classes, digest {images.digest}: {context}"
-        for run in known
+        for run in runs
         for context, images in sorted(run.images.items())
     )
     if sets:
         yield "data", "; ".join(sets)
-    took = [sum(curve.values()) for run in known if (curve := run.history.get(EPOCH_SECONDS))]
-    if took:
+    if took := [sum(curve.values()) for run in runs if (curve := run.history.get(EPOCH_SECONDS))]:
         yield "epochs took", f"{duration(sum(took))}, finished runs: {len(took)}"
 
 
 def search_results(study: TrackedStudy) -> StudyResults:
     """Return what came out of a search: its best trials, and the test accuracy of the one that was chosen."""
     runs = study.in_order()
-    ranked = sorted(runs, key=lambda run: -run.metrics.get(SELECTED_VALIDATION, -math.inf))
-    ranked = [run for run in ranked if SELECTED_VALIDATION in run.metrics]
-    searched = [
-        name
-        for name in (ranked[0].params if ranked else ())
-        if "." in name and len({run.params.get(name) for run in ranked}) > 1 and name != "random.seed"
-    ]
+    ranked = [run for run in runs if SELECTED_VALIDATION in run.metrics]
+    ranked.sort(key=lambda run: -run.metrics[SELECTED_VALIDATION])
+    named = [name for name in (ranked[0].params if ranked else ()) if "." in name and name != SEED_SETTING]
+    searched = [name for name in named if len({run.params.get(name) for run in ranked}) > 1]
     rows = [
         (
             run.name,
@@ -131,34 +119,25 @@ def search_results(study: TrackedStudy) -> StudyResults:
         )
         for run in runs
     ]
-    best = next((run for run in ranked if run.run_id == study.parent.tags.get(tags.BEST_RUN)), None)
+    shown = ranked[:BEST_TRIALS]
+    table: Rows = [(f"best {len(shown)} of {len(ranked)}", *(run.name for run in shown))]
+    for words, metric in (("validation accuracy", SELECTED_VALIDATION), ("test accuracy", SELECTED_TEST)):
+        table.append((words, *(percent(run.metrics[metric]) if metric in run.metrics else NONE for run in shown)))
+    for name in searched:
+        texts = [run.params.get(name, "") for run in shown]
+        table.append((name, *(text if math.isnan(number(text)) else f"{number(text):.4g}" for text in texts)))
     sentence, metrics = "No trial was chosen yet.", {}
-    if best is not None:
+    for best in (run for run in ranked if run.run_id == study.parent.tags.get(tags.BEST_RUN)):
         metrics = {name: best.metrics[name] for name in (SELECTED_VALIDATION, SELECTED_TEST) if name in best.metrics}
         tested = f", {percent(metrics[SELECTED_TEST])} on the test set" if SELECTED_TEST in metrics else ""
         sentence = f"Best: **{best.name}**, {percent(metrics[SELECTED_VALIDATION])} on validation{tested}."
     return StudyResults(
         sentence=sentence,
-        table=_best_trials(ranked, searched) if ranked else [],
+        table=table if ranked else [],
         notes=_notes_on_trials(study, bool(ranked)),
         metrics=metrics,
         files={"trials.csv": [("trial", "state", "validation accuracy", "epochs", *searched, "run_id"), *rows]},
     )
-
-
-def _best_trials(ranked: Sequence[RunRecord], searched: Sequence[str]) -> Rows:
-    shown = ranked[:BEST_TRIALS]
-    tested = [run.metrics.get(SELECTED_TEST) for run in shown]
-    return [
-        (f"best {len(shown)} of {len(ranked)}", *(run.name for run in shown)),
-        ("validation accuracy", *(percent(run.metrics[SELECTED_VALIDATION]) for run in shown)),
-        ("test accuracy", *(NONE if accuracy is None else percent(accuracy) for accuracy in tested)),
-        *((name, *(_short(run.params.get(name, "")) for run in shown)) for name in searched),
-    ]
-
-
-def _short(text: str) -> str:
-    return text if math.isnan(number(text)) else f"{number(text):.4g}"
 
 
 def _notes_on_trials(study: TrackedStudy, any_ranked: bool) -> list[str]:

@@ -39,38 +39,28 @@ class Interval(NamedTuple):
         return f"{write(self.low)} to {write(self.high)}"
 
 
-class McNemar(NamedTuple):
-    """Two networks on the same images: how many only the first got right, only the second, and McNemar's exact p."""
-
-    only_first: int
-    only_second: int
-    p: float
-
-
 def wilson(right: int, count: int) -> Interval:
     """Return Wilson's 95 % interval of a proportion (Wilson 1927), without continuity correction."""
     found = binomtest(right, count).proportion_ci(CONFIDENCE, method="wilson")
     return Interval(float(found.low), float(found.high))
 
 
-def mcnemar(first: np.ndarray, second: np.ndarray) -> McNemar:
-    """Test whether two networks are right equally often on the same images (bool (N) each), exactly and two-sided.
+def mcnemar(first: np.ndarray, second: np.ndarray) -> tuple[int, int, float]:
+    """Return on how many images only one of two networks is right, either (bool (N) each), and McNemar's exact p.
 
-    McNemar 1947; under the hypothesis the images that only one of them got right fall to either as a coin does.
+    McNemar 1947, two-sided; if they are right equally often these images fall to either as a coin does.
     """
     only_first, only_second = int((first & ~second).sum()), int((second & ~first).sum())
     differing = only_first + only_second
-    p = float(binomtest(only_first, differing).pvalue) if differing else 1.0
-    return McNemar(only_first, only_second, p)
+    return only_first, only_second, float(binomtest(only_first, differing).pvalue) if differing else 1.0
 
 
 def holm(p_values: Sequence[float]) -> list[float]:
     """Return p-values corrected for their number (Holm 1979), in the given order."""
     order = np.argsort(p_values, kind="stable")
     factors = np.arange(len(p_values), 0, -1)
-    found = np.empty(len(p_values))
-    found[order] = np.minimum(np.maximum.accumulate(np.asarray(p_values, dtype=float)[order] * factors), 1)
-    return [float(p) for p in found]
+    found = np.minimum(np.maximum.accumulate(np.asarray(p_values, dtype=float)[order] * factors), 1)
+    return [float(p) for p in found[np.argsort(order)]]
 
 
 @dataclass(frozen=True)
@@ -78,9 +68,9 @@ class Estimate:
     """The mean of one sample, or that of one less that of another (Welch 1947), and how sure it is.
 
     A sample is independent values of one quantity, one a run or a pair of runs. Below 20 values the interval is
-    Student's; from there on that of the studentised bootstrap (Efron & Tibshirani 1993, ch. 12), which doesn't ask
-    them to be normal. `overlap` is the ratio of test to training images where the values come from repeated splits of
-    one set, whose training parts overlap: it widens the error as Nadeau & Bengio (2003) do; 0 for independent values.
+    Student's; from there on that of the studentised bootstrap (Efron & Tibshirani 1993, ch. 12), for any distribution.
+    `overlap` is the ratio of test to training images where the values come from repeated splits of one set, whose
+    training parts overlap: it widens the error as Nadeau & Bengio (2003) do; 0 for independent values.
     """
 
     samples: Sequence[Sequence[float]]
@@ -107,7 +97,10 @@ class Estimate:
     @cached_property
     def _pivots(self) -> np.ndarray:
         """Return (mean of a resample - mean) / its standard error, the same ones at every call."""
-        drawn = [_resampled(each, seed) for seed, each in enumerate(self.samples)]
+        drawn = []
+        for seed, each in enumerate(self.samples):
+            places = np.random.default_rng(seed).integers(0, len(each), (RESAMPLES, len(each)))
+            drawn.append(np.asarray(each)[places])
         distances = drawn[0].mean(1) - sum(each.mean(1) for each in drawn[1:]) - self.mean
         squares = sum(each.var(1, ddof=1) / each.shape[1] for each in drawn)
         found: np.ndarray = distances[squares > 0] / np.sqrt(squares[squares > 0])
@@ -149,13 +142,6 @@ class Estimate:
         return Interval(self.mean - reach, self.mean + reach)
 
 
-def _resampled(values: Sequence[float], seed: int) -> np.ndarray:
-    """Draw resamples (RESAMPLES, n) of n values."""
-    known = np.asarray(values)
-    drawn: np.ndarray = known[np.random.default_rng(seed).integers(0, len(known), (RESAMPLES, len(known)))]
-    return drawn
-
-
 def power(effect: float, deviation: float, n: int, level: float = LEVEL, overlap: float = 0.0) -> float:
     """Return the probability that a two-sided t-test of `n` values tells their mean from one `effect` away from it."""
     if n < 2:
@@ -173,25 +159,22 @@ def runs_to_decide(effect: float, deviation: float, level: float = LEVEL, overla
 
 
 def more_to_decide(estimate: Estimate, edge: float, level: float = LEVEL) -> tuple[int, int | None] | None:
-    """Return from how many to how many more values are likely to tell the mean from `edge`; None: no telling.
+    """Return from how many to how many more values (None: over 1,000) tell the mean from `edge`; None: no telling.
 
     As if the difference seen were the true one, for the ends of the standard deviation's 80 % interval (chi-square).
-    An upper end of None is more than 1,000.
     """
     effect = estimate.mean - edge
-    few: int | None
-    many: int | None
     if estimate.n < 2 or abs(effect) < TINY:
         return None
+    numbers: list[int | None]
     if estimate.error < TINY:  # so many equal ones that the sign test decides
-        few = many = math.ceil(1 - math.log2(level))
+        numbers = [math.ceil(1 - math.log2(level))] * 2
     else:
         ends = np.sqrt(estimate.degrees / stats.chi2.ppf([0.9, 0.1], estimate.degrees)) * estimate.deviation
         overlap = estimate.overlap if len(estimate.samples) == 1 else 0.0
-        few, many = (runs_to_decide(effect, float(end), level, overlap) for end in ends)
-    if few is None:
-        return None
-    return max(1, few - estimate.n), None if many is None else max(1, many - estimate.n)
+        numbers = [runs_to_decide(effect, float(end), level, overlap) for end in ends]
+    few, many = (None if number is None else max(1, number - estimate.n) for number in numbers)
+    return None if few is None else (few, many)
 
 
 def p_text(p: float) -> str:

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 from matplotlib.figure import Figure
 
+from effv2.evidence.protocols import complete
 from effv2.evidence.quantities import SHOWN, quantity
-from effv2.evidence.selection import complete
 from effv2.tracking.read import RunRecord
 from effv2.tracking.tags import ARM, PLANNED, names_in, reused_in
 
@@ -35,11 +35,6 @@ class TrackedStudy:
         """Return the runs in the order in which they were planned, whichever worker was quicker."""
         place = {name: index for index, name in enumerate(names_in(self.parent.tags, PLANNED))}
         return sorted(self.runs, key=lambda run: place.get(run.name, len(place)))
-
-    def baseline(self, arms: Iterable[str]) -> str:
-        """Return the arm that the others are held against: the study's own, else the first; empty without a study."""
-        known, own = list(arms), self.parent.params.get("study.baseline", "")
-        return (own if own in known else known[0]) if self.parent is not NO_STUDY else ""
 
 
 @dataclass(frozen=True)
@@ -87,7 +82,11 @@ def studies_of(runs: Sequence[RunRecord]) -> list[TrackedStudy]:
     without = children.pop("", [])
     studies = []
     for run in runs:
-        reused = [_renamed(by_id[each], name) for each, name in reused_in(run.tags).items() if each in by_id]
+        reused = []  # of other studies, under the names that this one has for them, in its arms
+        for each, name in reused_in(run.tags).items():
+            if each in by_id:
+                arm = name.rpartition(", seed ")[0]
+                reused.append(replace(by_id[each], name=name, tags=by_id[each].tags | ({ARM: arm} if arm else {})))
         if run.run_id in children or reused or "study.kind" in run.params:
             studies.append(TrackedStudy(run, [*children.get(run.run_id, []), *reused]))
     parents = {study.parent.run_id for study in studies}
@@ -98,27 +97,19 @@ def studies_of(runs: Sequence[RunRecord]) -> list[TrackedStudy]:
 
 def has_figures(run: RunRecord) -> bool:
     """Say whether a run has any of the main figures of a table of arms."""
-    return any(what.shown == "main" and what.value(run) is not None for what in SHOWN.values())
-
-
-def _renamed(run: RunRecord, name: str) -> RunRecord:
-    """Return a run of another study as this one has it: under its name, in its arm."""
-    arm = name.rpartition(", seed ")[0]
-    return replace(run, name=name, tags=run.tags | ({ARM: arm} if arm else {}))
+    return any(what.values([run]) for what in SHOWN.values() if what.shown == "main")
 
 
 def values_of(groups: Mapping[str, Sequence[RunRecord]], name: str) -> dict[str, list[float]]:
     """Return a quantity of the runs of each group, of those groups that have it."""
-    found = {group: [quantity(name).value(run) for run in runs] for group, runs in groups.items()}
-    return {group: kept for group, each in found.items() if (kept := [value for value in each if value is not None])}
+    return {group: found for group, runs in groups.items() if (found := quantity(name).values(runs))}
 
 
 def line_of(groups: Mapping[str, Sequence[RunRecord]], name: str) -> Rows:
     """Return a quantity as a line, a cell a group: its mean, ± its standard deviation; no line where all lack it."""
     what, values = quantity(name), values_of(groups, name)
-    cells = []
-    for group in groups:
-        mean = what.text(statistics.fmean(values[group])) if group in values else NONE
-        differ = len(set(values.get(group, ()))) > 1
-        cells.append(f"{mean} ± {what.text(statistics.stdev(values[group]))}" if differ else mean)
-    return [(what.words, *cells)] if values else []
+    cells = dict.fromkeys(groups, NONE)
+    for group, each in values.items():
+        spread = f" ± {what.text(statistics.stdev(each))}" if len(set(each)) > 1 else ""
+        cells[group] = what.text(statistics.fmean(each)) + spread
+    return [(what.words, *cells.values())] if values else []
