@@ -69,7 +69,7 @@ DECIDING: dict[str, dict[str, tuple[str, ...]]] = {
     },
     "execution": {f"execution/{name}.py": () for name in ("device", "fast_paths", "cuda_graphs")},
     "evaluation": {
-        **{f"pretrained/{name}.py": () for name in ("evaluation", "images", "imagenet", "measure", "weights")},
+        **{f"pretrained/{name}.py": () for name in ("evaluation", "images", "measure", "weights")},
         "run/artifacts.py": (),
     },
 }

@@ -229,6 +229,7 @@ def test_one_failing_arm_does_not_cost_the_others(sqlite_store: str, tiny_study:
 def test_a_store_that_fails_for_a_moment_costs_no_run(
     sqlite_store: str, tiny_study: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    from effv2.run import resume
     from effv2.studies import worker
 
     tiny_study.write_text(f"{tiny_study.read_text()}retries: 0\n")
@@ -239,7 +240,7 @@ def test_a_store_that_fails_for_a_moment_costs_no_run(
             raise failure
         return train_run(*args, **kwargs)
 
-    monkeypatch.setattr(worker, "train_run", interrupted)
+    monkeypatch.setattr(resume, "train_run", interrupted)
     monkeypatch.setattr(worker, "WAIT_SECONDS", 0.1)
     assert invoke(ablate, "--study", tiny_study, "--log-model", "none").exit_code == 0
 
