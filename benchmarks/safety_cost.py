@@ -58,11 +58,12 @@ def measure(seconds: float, server: subprocess.Popen[bytes]) -> dict[str, object
     """Train for so long; return the figures."""
     from effv2.config.options import CheckpointOptions
     from effv2.config.schema import TrainConfig
+    from effv2.core.errors import StoreAway
     from effv2.data.dataset import load_dataset
     from effv2.execution.device import make_execution
     from effv2.execution.resolve import resolve
     from effv2.tracking.run import open_run
-    from effv2.tracking.store import TrackingAway, open_store, wait_until_it_answers
+    from effv2.tracking.store import open_store, wait_until_it_answers
     from effv2.training.checkpoint import Checkpointer
     from effv2.training.loop import Training
     from effv2.training.state import TrainState
@@ -103,7 +104,7 @@ def measure(seconds: float, server: subprocess.Popen[bytes]) -> dict[str, object
                 if gone > seconds:
                     break
             size = max(path.stat().st_size for path in checkpointer.folder.glob("*.pt"))
-    except TrackingAway:
+    except StoreAway:
         pass
     return {
         "checkpoints": len(costs),

@@ -28,11 +28,12 @@ from optuna.study import StudyDirection
 from optuna.trial import FrozenTrial, TrialState
 
 from effv2.cli.main import ablate
-from effv2.core.errors import LeaseLost
+from effv2.core.errors import LeaseLost, StoreAway
+from effv2.core.internals import study_id
 from effv2.core.processes import is_gone, this_process
 from effv2.studies import queue as queue_module
 from effv2.studies.queue import ERROR, MOST_LOST, NAME, OWNER, Queue
-from effv2.studies.storage import Storage, StorageAway, open_storage, reopen_storage
+from effv2.studies.storage import Storage, open_storage, reopen_storage
 from tests.conftest import OTHER_TINY_TABLE, ROOT, TINY_TABLE, running
 from tests.servers import Server, free_port
 
@@ -73,7 +74,7 @@ def children(status: str) -> list[Run]:
 
 def trials(storage: Storage) -> list[FrozenTrial]:
     (study,) = storage.optuna.get_all_studies()
-    return storage.optuna.get_all_trials(study._study_id)
+    return storage.optuna.get_all_trials(study_id(study))
 
 
 @pytest.fixture
@@ -315,13 +316,13 @@ def test_a_connection_that_is_cut_within_a_query_is_waited_for(cluster: Cluster)
 
 def test_a_database_that_cannot_be_reached_is_waited_for_then_named() -> None:
     pytest.importorskip("psycopg")
-    with pytest.raises(StorageAway, match="The storage has been away for"):
+    with pytest.raises(StoreAway, match="The storage has been away for"):
         reopen_storage("postgresql+psycopg://nobody@127.0.0.1:1/nothing", patience=0.5)
 
 
 @pytest.fixture
-def storage(tmp_path: Path) -> Iterator[Storage]:
-    opened = open_storage(f"sqlite:///{tmp_path / 'queue.db'}")
+def storage(empty_queue: Path, tmp_path: Path) -> Iterator[Storage]:
+    opened = open_storage(f"sqlite:///{shutil.copy(empty_queue, tmp_path)}")
     yield opened
     opened.close()
 
@@ -341,14 +342,24 @@ def worker(name: str, gone: set[str]) -> Iterator[None]:
         yield
 
 
+@pytest.fixture(scope="module")
+def empty_queue(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Create the tables of a storage once; a copy takes milliseconds."""
+    path = tmp_path_factory.mktemp("queue") / "queue.db"
+    open_storage(f"sqlite:///{path}").close()
+    return path
+
+
 @settings(max_examples=25)
 @given(st.lists(st.tuples(st.integers(0, 2), st.sampled_from(["work", "fail", "release", "die"])), max_size=12))
-def test_every_trial_is_finished_exactly_once_whatever_happens(events: list[tuple[int, str]]) -> None:
+def test_every_trial_is_finished_exactly_once_whatever_happens(
+    empty_queue: Path, events: list[tuple[int, str]]
+) -> None:
     """Three workers lease, fail, give back and die in any order; the rest is then worked off."""
     gone: set[str] = set()
     with tempfile.TemporaryDirectory() as folder, pytest.MonkeyPatch.context() as patch:
         patch.setattr(queue_module, "MOST_LOST", 100)
-        storage = open_storage(f"sqlite:///{folder}/queue.db")
+        storage = open_storage(f"sqlite:///{shutil.copy(empty_queue, folder)}")
         queue = make_queue(storage, retries=100)
         told: list[int] = []
         for index, (number, event) in enumerate([*events, *[(3, "work")] * 3]):

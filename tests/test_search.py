@@ -16,10 +16,11 @@ from mlflow.entities import Run
 from mlflow.exceptions import MlflowException
 
 from effv2.cli.main import ablate, hparam_check, search, train
-from effv2.config.schema import TrainConfig
-from effv2.config.studies import SearchFile
-from effv2.studies.plan import StudyInfo
-from effv2.studies.search import Search
+from effv2.config.layers import Layer
+from effv2.config.studies import built_in_search
+from effv2.core.reporter import Reporter
+from effv2.studies.plan import load_once
+from effv2.studies.search import make_search
 from effv2.training import loop
 from tests.conftest import TINY_TABLE
 from tests.test_commands import all_runs, invoke
@@ -27,7 +28,7 @@ from tests.test_commands import all_runs, invoke
 TINY_SEARCH = f"""
 name: tiny-search
 config:
-  data: {{image_size: 8}}
+  data: {{image_size: 8, per_class: 60}}
   model: {{variant: tiny, table: {TINY_TABLE}}}
   schedule: {{epochs: 4}}
   execution: {{device: cpu, precision: fp32}}
@@ -132,12 +133,12 @@ def test_train_again_repeats_only_when_fresh(
     assert "Finished before" in result.output and len(all_runs()) == 1
     assert all_runs()[0].info.run_id in result.output and "without a model" not in result.output
     assert "but without a model; --fresh repeats it" in invoke(train, "--study", tiny_search).output
-    # A fresh one that ended early is what is gone on with, not the older one.
+    # A fresh one that ended early is what is resumed, not the older one.
     with monkeypatch.context() as patch:
         patch.setattr(loop, "evaluate", lambda *_: os.kill(os.getpid(), signal.SIGINT))
         assert invoke(train, "--study", tiny_search, "--fresh").exit_code == 130
     result = invoke(train, "--study", tiny_search, "--log-model", "none")
-    assert "going on with the run" in result.stderr and len(all_runs()) == 2
+    assert "resuming the run" in result.stderr and len(all_runs()) == 2
     assert {run.info.status for run in all_runs()} == {"FINISHED"}
 
 
@@ -217,8 +218,9 @@ def test_the_order_of_arms_changes_nothing(sqlite_store: str, tiny_study: Path) 
 
 
 def test_a_trial_is_pruned_after_a_quarter_of_its_epochs_at_the_earliest() -> None:
-    config = TrainConfig.model_validate({"schedule": {"epochs": 30}})
-    pruner = Search(StudyInfo("search", "any"), {}, config, SearchFile(), "").pruner()
+    options = Layer({"data": {"image_size": 8}, "schedule": {"epochs": 30}, "execution": {"precision": "fp32"}})
+    load = load_once(lambda done, total: None)
+    pruner = make_search(built_in_search(), options, 0, load, Reporter()).pruner()
     study = optuna.create_study(direction="maximize", pruner=pruner)
     pruned_at = []
     for accuracy in (0.9, 0.8, 0.1, 0.1):

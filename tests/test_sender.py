@@ -13,10 +13,10 @@ from mlflow import MlflowClient
 from mlflow.exceptions import MlflowException
 
 from effv2.config.options import CheckpointOptions
-from effv2.core.errors import RunError, Terminated
+from effv2.core.errors import RunError, StoreAway, Terminated
 from effv2.tracking import sender
 from effv2.tracking.run import open_experiment, open_run
-from effv2.tracking.store import TrackingAway, open_store
+from effv2.tracking.store import open_store
 from effv2.tracking.tags import OUTCOME, PROCESS
 from effv2.training.checkpoint import Checkpointer
 
@@ -89,7 +89,7 @@ def test_what_a_run_could_not_deliver_is_delivered_when_it_is_resumed(store: str
     """Whether the last calls arrived or not: nothing is missing, and nothing stands twice."""
     losses = [{"loss": 1 / epoch} for epoch in (1, 2, 3)]
     opened = open_run("run", open_store(""), {}, message=print, patience=0.2)
-    with pytest.raises(TrackingAway, match="the same command resumes"), opened as run:
+    with pytest.raises(StoreAway, match="the same command resumes"), opened as run:
         run.sender.check()
         run.log_metrics(losses[0], step=1)
         run.sender.flush(10)

@@ -88,7 +88,7 @@ def ablate(variant: str | None, study: str | None, **options: Any) -> None:
     chosen = open_study(study) if study else built_in_ablation(variant or "all")
     names = chosen.select(variant or "all")
 
-    from effv2.studies.grid import make_grid
+    from effv2.studies.plan import make_grid
 
     _run_and_show(partial(make_grid, "ablate", chosen, names, layer, seeds=how.seeds), how)
 
@@ -116,7 +116,7 @@ def hparam_check(check: str | None, scheduler: str | None, study: str | None, **
     chosen = open_study(study or "hparam-digits").with_plateau()
     names = chosen.select_checks(check or "all", scheduler or "both")
 
-    from effv2.studies.grid import make_grid
+    from effv2.studies.plan import make_grid
 
     _run_and_show(partial(make_grid, "hparam-check", chosen, names, layer, seeds=how.seeds), how)
 

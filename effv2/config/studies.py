@@ -11,11 +11,11 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated
 
-from pydantic import Field, InstanceOf, PrivateAttr, field_validator, model_validator
+from pydantic import Field, InstanceOf, field_validator, model_validator
 
 import effv2
 from effv2.architecture import PUBLISHED_VARIANTS, VARIANTS
-from effv2.config.layers import Document, Layer, Place, build_config, document_layer, dotted, read_document, validate
+from effv2.config.layers import Layer, Place, build_config, document_layer, read_document, validate
 from effv2.config.options import SHORT_EPOCHS
 from effv2.config.schema import Group, TrainConfig
 from effv2.core.errors import InputError, nearest
@@ -28,7 +28,7 @@ SWEEPS = Path(effv2.__file__).with_name("sweeps")
 Seed = Annotated[int, Field(ge=0, lt=2**32)]
 Value = bool | int | float | str
 Settings = dict[str, Value]  # dotted parameters and the values that they have
-NOTHING = Layer({}, dotted)
+NOTHING = Layer({})
 
 
 class Range(Group):
@@ -112,7 +112,10 @@ class PublishedStudy(Published):
 
 
 class Study(Group):
-    """A study read from its file, or a built-in one. Its configuration and arms know where each value was written."""
+    """A study read from its file, or a built-in one. Its configuration and arms know where each value was written.
+
+    `command` is the one that its file opens with.
+    """
 
     name: str = Field(pattern=r"^[\w.-]+$", max_length=80)
     description: str = ""
@@ -124,7 +127,7 @@ class Study(Group):
     search: SearchFile | None = None
     protocol: Sources = Sources()
     published: PublishedStudy = PublishedStudy()
-    _command: str = PrivateAttr("")
+    command: str = ""
 
     @field_validator("seeds")
     @classmethod
@@ -140,11 +143,6 @@ class Study(Group):
             if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_.-]*", name):
                 raise ValueError(f"the arm {name!r} must be named by letters, digits and . _ - alone")
         return arms
-
-    @property
-    def command(self) -> str:
-        """Return the command that the file opens with."""
-        return self._command
 
     def assumptions(self) -> str:
         """Name the settings that are inferred or assumed, with their values; empty where no protocol was published."""
@@ -191,8 +189,8 @@ class Study(Group):
         wanted = [arm for arm in self.select("all") if scheduler in ("both", self._schedule(arm))]
         if not wanted:
             raise InputError("scheduler", scheduler, f"no arm of the study {self.name} has it", "use both")
-        kept = (name, self.baseline.removesuffix(PLATEAU))
-        return [arm for arm in wanted if name == "all" or arm.removesuffix(PLATEAU) in kept]
+        kept = plain if name == "all" else (name, self.baseline.removesuffix(PLATEAU))
+        return [arm for arm in wanted if arm.removesuffix(PLATEAU) in kept]
 
     def with_plateau(self) -> Study:
         """Return the study with each arm also under ReduceLROnPlateau, unless it has such arms of its own."""
@@ -218,7 +216,7 @@ def built_in_ablation(variant: str = "all") -> Study:
     """
     others = VARIANTS.keys() - PUBLISHED_VARIANTS.keys()
     names = ("default", variant) if variant in others else tuple(PUBLISHED_VARIANTS)
-    arms = {name: Layer({"model": {"variant": name}}, dotted) for name in names}
+    arms = {name: Layer({"model": {"variant": name}}) for name in names}
     about = "Published variants of EfficientNetV2-S under one short protocol."
     return Study(name="ablate", description=about, arms=arms, baseline="default")
 
@@ -226,7 +224,7 @@ def built_in_ablation(variant: str = "all") -> Study:
 def built_in_search() -> Study:
     """Return a short search over dropout, stochastic depth and depth multiplier on digits."""
     about = "Dropout, stochastic depth and depth multiplier of EfficientNetV2-S."
-    return Study(name="search", description=about, config=Layer({"schedule": {"epochs": SHORT_EPOCHS}}, dotted))
+    return Study(name="search", description=about, config=Layer({"schedule": {"epochs": SHORT_EPOCHS}}))
 
 
 def open_study(name: str, folder: Path = Path()) -> Study:
@@ -243,7 +241,9 @@ def open_study(name: str, folder: Path = Path()) -> Study:
 def read_study(path: Path) -> Study:
     """Read a study file; InputError names the line of whatever is wrong, in every arm."""
     document = read_document(path, "study")
-    values = document.values | {"config": document_layer(document, "config")}
+    first = path.read_text(encoding="utf-8").partition("\n")[0]
+    command = first.removeprefix("# ") if first.startswith("# mlflow run") else ""
+    values = {"command": command} | document.values | {"config": document_layer(document, "config")}
     arms = values.get("arms")
     if isinstance(arms, Mapping):
         values["arms"] = {name: document_layer(document, "arms", name) for name in arms}
@@ -256,21 +256,14 @@ def read_study(path: Path) -> Study:
         raise InputError(document.where(("search",)), "", "a file has arms or a search, not both", "remove one")
     for arm in study.arms.values() or [NOTHING]:
         build_config([study.base, arm])
+    numbers = [name for name, value in TrainConfig().flat().items() if type(value) in (int, float)]
+    known = [name for name in numbers if name.split(".")[0] in SEARCHABLE]
     for name, limits in study.search.space.items() if study.search else ():
-        _check_searchable(name, limits, study.base, document)
-    first = path.read_text(encoding="utf-8").partition("\n")[0]
-    study._command = first.removeprefix("# ") if first.startswith("# mlflow run") else ""
+        place: Place = ("search", "space", name)
+        if name not in known:
+            raise InputError(document.where(place), "", "can't be searched", nearest(name, known))
+        for bound in ("low", "high"):  # which the field must take
+            written = document.where((*place, bound))
+            layer = Layer({}, lambda _, written=written: written)  # type: ignore[misc]
+            build_config([study.base, layer.with_value(tuple(name.split(".")), getattr(limits, bound))])
     return study
-
-
-def _check_searchable(name: str, limits: Range, base: Layer, document: Document) -> None:
-    """Refuse what can't be searched: an unknown field, a bound that the field doesn't take."""
-    flat = TrainConfig().flat().items()
-    numbers = [each for each, value in flat if each.split(".")[0] in SEARCHABLE and type(value) in (int, float)]
-    place: Place = ("search", "space", name)
-    if name not in numbers:
-        raise InputError(document.where(place), "", "can't be searched", nearest(name, numbers))
-    for bound in ("low", "high"):
-        written = document.where((*place, bound))
-        layer = Layer({}, lambda _, written=written: written)  # type: ignore[misc]
-        build_config([base, layer.with_value(tuple(name.split(".")), getattr(limits, bound))])

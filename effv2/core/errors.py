@@ -46,6 +46,13 @@ class Diverged(RunError):
     """A loss that is no finite number: another attempt would end alike."""
 
 
+class StoreAway(RunError):
+    """A database or the tracking store was away for longer than we wait."""
+
+    def __init__(self, problem: str) -> None:
+        super().__init__(problem, resumes=True)
+
+
 class LeaseLost(BaseException):
     """The work was given to another process, since this one didn't answer for too long."""
 

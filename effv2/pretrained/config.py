@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Literal
 
 from pydantic import Field
 
 from effv2.config.schema import Device, Group, Precision
+
+QUICK_LOOK = "For a quick look: so many test images{}, and as many of ImageNet's validation set; 0 = all."
 
 
 class ImagesConfig(Group):
@@ -17,16 +19,8 @@ class ImagesConfig(Group):
     )
     dir: str = Field("", description="Folder of the data set.")
     download: bool = Field(False, description="Download imagenette into the folder if it isn't there.")
-    per_class: int = Field(
-        0,
-        ge=0,
-        description="For a quick look: so many test images a class, and as many of ImageNet's validation set; 0 = all.",
-    )
-    limit: int = Field(
-        0,
-        ge=0,
-        description="For a quick look: so many test images, and as many of ImageNet's validation set; 0 = all.",
-    )
+    per_class: int = Field(0, ge=0, description=QUICK_LOOK.format(" a class"))
+    limit: int = Field(0, ge=0, description=QUICK_LOOK.format(""))
     seed: int = Field(0, ge=0, lt=2**32, description="Seed of what is drawn.")
 
 
@@ -47,8 +41,3 @@ class PretrainedConfig(Group):
 
     data: ImagesConfig = ImagesConfig()
     execution: ComputeConfig = ComputeConfig()
-
-    def flat(self) -> dict[str, Any]:
-        """Return every field under its dotted name."""
-        groups = self.model_dump()
-        return {f"{group}.{name}": value for group, fields in groups.items() for name, value in fields.items()}

@@ -6,6 +6,7 @@ import hashlib
 import json
 import tempfile
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,7 @@ from effv2.execution.device import Execution, make_execution
 from effv2.pretrained.config import PretrainedConfig
 from effv2.pretrained.images import TEST, EvaluationImages, class_names
 from effv2.pretrained.measure import Network, all_logits, batch_size, bf16_differences, latency, scores, top1
-from effv2.pretrained.weights import Requested, WeightsFile, load_network
+from effv2.pretrained.weights import Requested, load_network
 from effv2.run.artifacts import Predictions, write_predictions
 from effv2.run.resume import Attempt, find_earlier
 from effv2.run.spec import RunSpec, machine_tags
@@ -33,10 +34,8 @@ from effv2.tracking.run import open_run
 from effv2.tracking.tags import SEED, STUDY, VARIANT
 from effv2.tracking.writer import TrackedRun
 
-ONE_IMAGE, FULL_BATCH = "inference/single_image_seconds", "inference/batch_128_seconds"
 FULL_BATCH_IMAGES = 128
 CODE = provenance.code_version(provenance.OF_EVALUATION)  # versions of what decides an evaluation
-RANKED_ON, RANKED_ORIGIN = "evaluation.ranked_on", "evaluation.ranked_origin"
 
 
 @dataclass(frozen=True)
@@ -44,7 +43,6 @@ class Evaluation:
     """What is evaluated on which images, and how: plain data. `config` is resolved: no `auto`."""
 
     requested: Requested
-    file: WeightsFile
     images: EvaluationImages
     config: PretrainedConfig
 
@@ -77,7 +75,7 @@ class Evaluation:
         """Return, as plain values, what decides the figures besides the images and the machine."""
         return {
             "network": self.requested.network,
-            "weights": [self.file.sha256, self.weights_name, self.file.verified],
+            "weights": [self.requested.sha256, self.weights_name, self.requested.verified],
             "preparation": repr(self.requested.preparation),
             "normalisation": self.requested.normalisation,
             "device": self.execution.device.type,
@@ -86,21 +84,17 @@ class Evaluation:
             "torchvision": torchvision.__version__,
         }
 
-    def identity(self, decoded: Decoded) -> Identity:
-        """Return what decides the figures on this machine, speeds among them."""
-        machine = [provenance.machine()[name] for name in ("processor", "accelerator", "threads")]
-        deciding = self.definition() | {"machine": machine}
-        return Identity(_hash(deciding), self.data_digest(decoded), CODE)
-
     def params(self) -> dict[str, Any]:
         """Return the parameters of the run."""
         requested, preset = self.requested, self.requested.weights.transforms()
-        return self.config.flat() | {
+        groups = self.config.model_dump()
+        flat = {f"{group}.{name}": value for group, fields in groups.items() for name, value in fields.items()}
+        return flat | {
             "model.name": requested.network,
             "weights.name": self.weights_name,
-            "weights.file": str(self.file.path),
-            "weights.sha256": self.file.sha256,
-            "weights.verified": self.file.verified,
+            "weights.file": str(requested.path),
+            "weights.sha256": requested.sha256,
+            "weights.verified": requested.verified,
             "weights.url": requested.weights.url if requested.file is None else "",
             "transforms.of": str(requested.weights),
             "transforms.resize": preset.resize_size[0],
@@ -116,9 +110,11 @@ class Evaluation:
 def evaluate(evaluation: Evaluation, spec: RunSpec) -> Attempt:
     """Find the run of a task finished, or evaluate from the beginning: it takes too little time to be resumed."""
     images, requested = evaluation.images, evaluation.requested
-    decoded = evaluation.decode(spec.reporter)
-    identity, ranked = evaluation.identity(decoded), f"{images.ranked_on}/top1_accuracy"
-    ranking = {RANKED_ON: images.ranked_on, RANKED_ORIGIN: images.ranked_origin.value}
+    decoded, ranked = evaluation.decode(spec.reporter), f"{images.ranked_on}/top1_accuracy"
+    machine = [provenance.machine()[name] for name in ("processor", "accelerator", "threads")]  # speeds are figures too
+    deciding = _hash(evaluation.definition() | {"machine": machine})
+    identity = Identity(deciding, evaluation.data_digest(decoded), CODE)
+    ranking = {"evaluation.ranked_on": images.ranked_on, "evaluation.ranked_origin": images.ranked_origin.value}
     if (done := find_earlier(identity, spec).finished) is not None:
         run = TrackedRun(done.run_id, spec.experiment_id)
         run.log_params({name: value for name, value in ranking.items() if name not in done.params})  # an older run
@@ -140,7 +136,7 @@ def evaluate(evaluation: Evaluation, spec: RunSpec) -> Attempt:
 def _measure(evaluation: Evaluation, decoded: Decoded, run: TrackedRun, reporter: Reporter) -> dict[str, float]:
     """Log and return all figures; log the predictions, too."""
     requested, images, execution = evaluation.requested, evaluation.images, evaluation.execution
-    module = load_network(requested, evaluation.file)
+    module = load_network(requested)
     # What torchvision's builder does to inputs with these weights (inception_v3, googlenet): a network built without
     # them differs.
     run.log_params({"model.transform_input": bool(getattr(module, "transform_input", False))})
@@ -150,10 +146,7 @@ def _measure(evaluation: Evaluation, decoded: Decoded, run: TrackedRun, reporter
     }
     network = Network.prepare(module, requested.normalisation, execution)
     pixels, true = torch.from_numpy(decoded.pixels), images.outputs[images.part.labels]
-
-    def progress(done: int) -> None:
-        reporter.evaluating(requested.label, done, len(pixels))
-
+    progress = partial(reporter.evaluating, requested.label, total=len(pixels))
     logits, rate = all_logits(network, pixels, evaluation.batch, progress)
     metrics["throughput/evaluate_images_per_second"] = rate
     if execution.bf16:
@@ -176,9 +169,9 @@ def _measure(evaluation: Evaluation, decoded: Decoded, run: TrackedRun, reporter
 def _latencies(label: str, pixels: torch.Tensor, network: Network, reporter: Reporter) -> dict[str, float]:
     """Return the seconds of one image and of a full batch, as far as the memory allows; timed last of all."""
     found: dict[str, float] = {}
-    for name, images in ((ONE_IMAGE, 1), (FULL_BATCH, FULL_BATCH_IMAGES)):
+    for name, images in (("single_image", 1), ("batch_128", FULL_BATCH_IMAGES)):
         try:
-            found[name] = latency(network, pixels, images)
+            found[f"inference/{name}_seconds"] = latency(network, pixels, images)
         except RuntimeError as error:  # torch's of memory among them, on CPUs a plain one
             if not is_out_of_memory(error):
                 raise
@@ -189,7 +182,7 @@ def _latencies(label: str, pixels: torch.Tensor, network: Network, reporter: Rep
 def log_network(evaluation: Evaluation, run: TrackedRun) -> None:
     """Log the network with its preprocessing to the run that evaluated it, which may have ended."""
     requested = evaluation.requested
-    module = load_network(requested, evaluation.file)
+    module = load_network(requested)
     served = ServedNetwork(module, len(class_names()), *requested.normalisation)
     with tempfile.TemporaryDirectory() as folder:
         files = write_served(Path(folder), served, requested.preparation, class_names())

@@ -36,6 +36,7 @@ class Origin(Enum):
     UNKNOWN = "unknown"
 
 
+@cache
 def origin(file: str) -> Origin:
     """Return it by the name, as ILSVRC2012_val_00000293.JPEG or n01440764_10026.JPEG."""
     name = PurePath(file).name
@@ -96,10 +97,8 @@ class EvaluationImages:
         """Return torchvision's names of the K classes present."""
         return tuple(class_names()[output] for output in self.outputs)
 
-    @cached_property
-    def origins(self) -> list[Origin]:
-        """Return where each image comes from."""
-        return [origin(file) for file in self.part.ids]
+    def _of(self, wanted: Origin) -> Positions:
+        return np.flatnonzero([origin(file) is wanted for file in self.part.ids])
 
     @cached_property
     def sets(self) -> dict[str, Positions]:
@@ -109,15 +108,12 @@ class EvaluationImages:
         also those that came along from the training part; `seen`, test images of ImageNet's training set; `unknown`,
         where the names of some don't say, the test images that are not known to be seen.
         """
-        is_seen = np.array([each is Origin.SEEN for each in self.origins])
         tests = np.arange(self.tests)
-        some_unknown = Origin.UNKNOWN in self.origins[: self.tests]
-        members = {
-            Origin.UNSEEN.value: np.flatnonzero([each is Origin.UNSEEN for each in self.origins]),
-            Origin.SEEN.value: tests[is_seen[: self.tests]],
-            Origin.UNKNOWN.value: tests[~is_seen[: self.tests]] if some_unknown else tests[:0],
-        }
-        others = {name: each for name, each in members.items() if len(each) and not np.array_equal(each, tests)}
+        seen = np.intersect1d(self._of(Origin.SEEN), tests)
+        members = {Origin.UNSEEN: self._of(Origin.UNSEEN), Origin.SEEN: seen}
+        if np.isin(self._of(Origin.UNKNOWN), tests).any():
+            members[Origin.UNKNOWN] = np.setdiff1d(tests, seen)
+        others = {name.value: each for name, each in members.items() if len(each) and not np.array_equal(each, tests)}
         return {TEST: tests} | others
 
     @property
@@ -126,13 +122,12 @@ class EvaluationImages:
 
         Those of ImageNet's validation set, unless more test images are of unknown origin.
         """
-        wanted = self.ranked_origin.value
-        return wanted if wanted in self.sets else TEST
+        return self.ranked_origin.value if self.ranked_origin.value in self.sets else TEST
 
     @property
     def ranked_origin(self) -> Origin:
         """Return where those images come from; unknown if that holds for any of them."""
-        unseen, unknown = self.origins.count(Origin.UNSEEN), self.origins[: self.tests].count(Origin.UNKNOWN)
+        unseen, unknown = len(self._of(Origin.UNSEEN)), np.isin(self._of(Origin.UNKNOWN), np.arange(self.tests)).sum()
         if not unseen and not unknown:
             return Origin.SEEN
         return Origin.UNSEEN if unseen >= unknown else Origin.UNKNOWN
@@ -156,12 +151,9 @@ def choose_images(config: ImagesConfig) -> EvaluationImages:
     test = source.train if source.test is None else source.test
     chosen = sample_per_class(test.labels, config.per_class, source.classes, config.seed)
     chosen = chosen[_draw(len(chosen), config, "limit")]
-    left = np.setdiff1d(np.arange(len(test)), chosen)
-    more = test.take([i for i in left if origin(test.ids[i]) is Origin.UNSEEN])
-    if source.test is not None:
-        more = more.join(
-            source.train.take([i for i, file in enumerate(source.train.ids) if origin(file) is Origin.UNSEEN])
-        )
+    more = test.take(np.setdiff1d(np.arange(len(test)), chosen))
+    more = more if source.test is None else more.join(source.train)
+    more = more.take([i for i, file in enumerate(more.ids) if origin(file) is Origin.UNSEEN])
     if config.per_class:
         generator = np.random.default_rng(stream_seed(config.seed, "unseen"))
         mixed = generator.permutation(len(more))

@@ -11,7 +11,7 @@ import re
 import socket
 import zipfile
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from http.client import HTTPException
 from pathlib import Path
@@ -22,6 +22,7 @@ from torchvision import models
 from torchvision.models import WeightsEnum
 
 from effv2.core.errors import InputError, close_names, nearest
+from effv2.core.internals import imagenet_metrics
 from effv2.core.paths import expanded
 from effv2.core.provenance import sha256_of_file
 from effv2.data.images import CentreCrop
@@ -37,12 +38,18 @@ UNLOADABLE = (RuntimeError, pickle.UnpicklingError, zipfile.BadZipFile, EOFError
 
 @dataclass(frozen=True)
 class Requested:
-    """A network that is asked for, the published weights whose transforms hold, the user's own file or None."""
+    """A network that is asked for, the published weights whose transforms hold, the user's own file or None.
+
+    Once found, the file is at `path`; it is `verified` if its SHA-256 begins as the published name says.
+    """
 
     text: str
     network: str
     weights: WeightsEnum
     file: Path | None = None
+    path: Path = Path()
+    sha256: str = ""
+    verified: bool = False
 
     @property
     def label(self) -> str:
@@ -72,18 +79,8 @@ class Requested:
         """
         if self.file is not None:
             return {}
-        metrics = self.weights.meta["_metrics"].get("ImageNet-1K", {})
-        names = {"top1_accuracy": "acc@1", "top5_accuracy": "acc@5"}
+        metrics, names = imagenet_metrics(self.weights), {"top1_accuracy": "acc@1", "top5_accuracy": "acc@5"}
         return {name: metrics[key] / 100 for name, key in names.items() if key in metrics}
-
-
-@dataclass(frozen=True)
-class WeightsFile:
-    """A file of weights; `verified` if its SHA-256 begins as the published name says."""
-
-    path: Path
-    sha256: str
-    verified: bool
 
 
 @cache
@@ -125,86 +122,73 @@ def _parse(entry: str) -> Requested:
     if not own:
         return Requested(entry, network, weights)
     path = expanded(file.strip())
-    if not _is_file(path):
+    if not os.path.isfile(path):  # noqa: PTH113 (pathlib raises where a folder can't be entered)
         remedy = f"give the path of a state dict of {network} after the sign of equality"
         raise InputError("models", entry, f"{path} is no file that can be read", remedy)
     return Requested(entry, network, weights, path.absolute())
 
 
-def find_all_weights(requests: Sequence[Requested], weights_dir: Path | None, progress: bool) -> list[WeightsFile]:
+def find_all_weights(requests: Sequence[Requested], weights_dir: Path | None, progress: bool) -> list[Requested]:
     """Find the files in `weights_dir`, in torchvision's cache, or download them there; hash and verify them.
 
     A file of the user's own is hashed only. `progress` shows downloads. InputError for a folder that isn't there, for a
     published file that isn't what its name says, and for those that can't be had, all in one message.
     """
-    if weights_dir is not None and not os.path.isdir(weights_dir):  # noqa: PTH112 (as _is_file)
+    if weights_dir is not None and not os.path.isdir(weights_dir):  # noqa: PTH112 (pathlib raises where a folder can't be entered)
         remedy = "give the one with the files of weights"
         raise InputError("weights_dir", weights_dir, "no such folder that can be read", remedy)
-    places = [_locate(requested, weights_dir) for requested in requests]
-    missing = [requested for requested, place in zip(requests, places, strict=True) if place is None]
-    for index, requested in enumerate(missing):
-        _download(requested, missing[index:], progress)
-    found = [place or _cached(requested) for requested, place in zip(requests, places, strict=True)]
-    return [_verified(requested, path) for requested, path in zip(requests, found, strict=True)]
+    found, missing = [], []
+    for requested in requests:
+        cached = Path(torch.hub.get_dir(), "checkpoints", str(requested.weights.url).rpartition("/")[2])
+        own = requested.file or (weights_dir / cached.name if weights_dir else cached)
+        path = own if os.path.isfile(own) else cached  # noqa: PTH113 (as above)
+        found.append((requested, path))
+        if not os.path.isfile(path):  # noqa: PTH113
+            missing.append((requested, path))
+    for index, (requested, path) in enumerate(missing):
+        _download(requested, path, [each.weights.url for each, _ in missing[index:]], progress)
+    return [_verified(requested, path) for requested, path in found]
 
 
-def _cached(requested: Requested) -> Path:
-    return Path(torch.hub.get_dir(), "checkpoints", str(requested.weights.url).rpartition("/")[2])
-
-
-def _locate(requested: Requested, weights_dir: Path | None) -> Path | None:
-    if requested.file is not None:
-        return requested.file
-    cached = _cached(requested)
-    places = [cached] if weights_dir is None else [weights_dir / cached.name, cached]
-    return next((place for place in places if _is_file(place)), None)
-
-
-def _is_file(path: Path) -> bool:
-    return os.path.isfile(path)  # noqa: PTH113 (pathlib raises where a folder can't be entered)
-
-
-def _verified(requested: Requested, path: Path) -> WeightsFile:
+def _verified(requested: Requested, path: Path) -> Requested:
     try:
         sha256 = sha256_of_file(path)
     except OSError as error:
         problem = f"{path} can't be read ({error.strerror})"
         raise InputError("models", requested.text, problem, "give yourself access") from error
     if requested.file is not None:
-        return WeightsFile(path, sha256, verified=False)
+        return replace(requested, path=path, sha256=sha256)
     published = PUBLISHED_HASH.search(path.name)
     if published is None or not sha256.startswith(published[1]):
         expected = published[1] if published else "as published"
         problem = f"{path} is not the published file (its SHA-256 begins with {sha256[:10]}, not {expected})"
-        remedy = (
-            f"delete it and fetch {requested.weights.url} again, or give it as {requested.network}={path} if it is "
-        )
-        raise InputError("models", requested.text, problem, f"{remedy}your own")
-    return WeightsFile(path, sha256, verified=True)
+        own = f"or give it as {requested.network}={path} if it is your own"
+        remedy = f"delete it and fetch {requested.weights.url} again, {own}"
+        raise InputError("models", requested.text, problem, remedy)
+    return replace(requested, path=path, sha256=sha256, verified=True)
 
 
-def _download(requested: Requested, missing: Sequence[Requested], progress: bool) -> None:
+def _download(requested: Requested, path: Path, missing: Sequence[str], progress: bool) -> None:
     """Let torch fetch a published file, which appears under its name only when whole and verified.
 
-    Where that fails, the message names all files that are missing.
+    Where that fails, the message names the addresses of all that are missing.
     """
-    url, cached = requested.weights.url, _cached(requested)
-    hash_head, patience = PUBLISHED_HASH.search(url), socket.getdefaulttimeout()
+    url, patience = requested.weights.url, socket.getdefaulttimeout()
+    hash_head = PUBLISHED_HASH.search(url)
     try:
-        cached.parent.mkdir(parents=True, exist_ok=True)
+        path.parent.mkdir(parents=True, exist_ok=True)
         socket.setdefaulttimeout(SILENT_SECONDS)
-        torch.hub.download_url_to_file(url, str(cached), hash_head[1] if hash_head else None, progress)
+        torch.hub.download_url_to_file(url, str(path), hash_head[1] if hash_head else None, progress)
     except (OSError, HTTPException, RuntimeError, ValueError) as error:
         reason = str(getattr(error, "reason", None) or getattr(error, "strerror", None) or error).rstrip(".")
-        urls = ", ".join(each.weights.url for each in missing)
-        remedy = f"fetch {urls} and put what you fetched into {cached.parent}, or into the folder `weights_dir`"
+        into = f"put what you fetched into {path.parent}, or into the folder `weights_dir`"
         problem = f"its weights can't be downloaded ({reason})"
-        raise InputError("models", requested.text, problem, remedy) from error
+        raise InputError("models", requested.text, problem, f"fetch {', '.join(missing)} and {into}") from error
     finally:
         socket.setdefaulttimeout(patience)
 
 
-def load_network(requested: Requested, file: WeightsFile) -> nn.Module:
+def load_network(requested: Requested) -> nn.Module:
     """Build the network as torchvision does with these weights, in eval mode on the CPU.
 
     Keys that were renamed, auxiliary heads, image sizes of transformers: torchvision's own builders know. They get the
@@ -213,11 +197,11 @@ def load_network(requested: Requested, file: WeightsFile) -> nn.Module:
     """
     weights = requested.weights
     try:
-        state = torch.load(file.path, map_location="cpu", weights_only=True)
+        state = torch.load(requested.path, map_location="cpu", weights_only=True)
         weights.get_state_dict = lambda *_, **__: state  # of this member of the enumeration alone
         network: nn.Module = models.get_model(requested.network, weights=weights, progress=False)
     except UNLOADABLE as error:
-        problem = f"{file.path} can't be loaded as weights of {requested.network} ({_in_short(error)})"
+        problem = f"{requested.path} can't be loaded as weights of {requested.network} ({_in_short(error)})"
         remedy = f"give a state dict of this network with {OUTPUTS} outputs, as torch.save writes it"
         raise InputError("models", requested.text, problem, remedy) from error
     finally:

@@ -38,7 +38,7 @@ def train_run(config: TrainConfig, dataset: Dataset, spec: RunSpec) -> Outcome:
 
     What its last checkpoint holds is not trained again, what the store has is not logged again. One is written when the
     training has ended, before anything waits for the store: from it the same command delivers what the store lacks.
-    TrackingAway where the store is away for longer than the run waits at its end.
+    StoreAway where the store is away for longer than the run waits at its end.
     """
     reporter, wanted = spec.reporter, identity(config, dataset)
     reporter.run_started(spec.name, config.schedule.epochs)

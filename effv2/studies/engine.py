@@ -8,20 +8,20 @@ import multiprocessing
 import os
 import signal
 import time
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Mapping
+from contextlib import closing, suppress
 from dataclasses import dataclass
 from multiprocessing.context import SpawnProcess
 from typing import Any
 
 import torch
 from optuna.study import StudyDirection
-from optuna.study._frozen import FrozenStudy
 from optuna.trial import TrialState
 
 from effv2.config.options import StudyOptions
 from effv2.core import provenance
 from effv2.core.errors import RunError
+from effv2.core.internals import study_id
 from effv2.core.reporter import Reporter
 from effv2.evidence.publication import publish_study, read_results
 from effv2.evidence.study import StudyResults
@@ -31,7 +31,7 @@ from effv2.studies.storage import DATABASE_ERRORS, Storage, cannot_use, open_sto
 from effv2.studies.worker import AWAY, OpenedStudy, Outages, Worker, worker_process
 from effv2.tracking.read import known_runs, read_run, read_runs
 from effv2.tracking.run import open_parent, point_adopted_run_to, run_address, status_after
-from effv2.tracking.store import TRACKING_ERRORS, TrackingError, answers, reason, shown_uri, tracking_uri
+from effv2.tracking.store import TRACKING_ERRORS, TrackingError, answers, shown_uri, tracking_faults, tracking_uri
 from effv2.tracking.tags import CODE_VERSION, COMMAND, PLANNED, QUEUE, STUDY, as_tags, names_in
 from effv2.tracking.writer import TrackedRun, model_address
 
@@ -58,109 +58,93 @@ def run_study(plan: Plan, experiment_id: str, options: StudyOptions, load: LoadD
 
     The same call on several machines, with one PostgreSQL storage and one tracking server, shares the work.
     """
-    storage = open_storage(options.storage)
-    try:
-        study = _open(plan, storage, experiment_id, options, reporter)
+    with tracking_faults(), closing(open_storage(options.storage)) as storage:
+        study, outages = _open(plan, storage, experiment_id, options, reporter), Outages(reporter.message)
         try:
             queue = study.queue(storage)
             _work(study, queue, load, reporter)
-            return _publish_at_last(study, queue, load, reporter)
+            while True:
+                try:
+                    return storage.retry(lambda: _publish(study, queue, load, reporter))
+                except TrackingError as error:
+                    if not outages.passed(error, "publish"):
+                        raise
         except BaseException as error:  # of an ending signal too: what this process has is given back
             study.leave(storage, status_after(error))
             raise
-    except TrackingError as error:
-        raise RunError(f"The tracking store failed ({reason(error)}); mend it.", resumes=True) from error
-    finally:
-        storage.close()
 
 
 def _work(study: OpenedStudy, queue: Queue, load: LoadData, reporter: Reporter) -> None:
-    plan, workers = study.plan, study.options.workers
-    if queue.deserted() and (repeated := queue.repeat(_deleted(queue.trials(), study.experiment_id))):
+    if queue.deserted() and (repeated := queue.repeat(_deleted(queue.trials(), study.parent.experiment_id))):
         reporter.message(f"{repeated} finished runs were deleted from the tracking store: they are repeated.")
-    reporter.study_opened(run_address(study.parent_id, study.experiment_id))
+    reporter.study_opened(run_address(study.parent.run_id, study.parent.experiment_id))
 
     def show() -> None:
-        reporter.study_progress(progress_of(plan, queue.trials()))
+        reporter.study_progress(progress_of(study.plan, queue.trials()))
 
     show()
     if not queue.unfinished():
-        reporter.message(f"All {len(plan.trials)} runs were finished before; `fresh` repeats them.")
-    elif workers == 1:
+        reporter.message(f"All {len(study.plan.trials)} runs were finished before; `fresh` repeats them.")
+    elif study.options.workers == 1:
         Worker(study, queue, load, reporter, show).work()
     else:
-        _supervise(study, queue, workers, reporter)
+        _supervise(study, queue, reporter)
         show()
 
 
 def _open(plan: Plan, storage: Storage, experiment_id: str, options: StudyOptions, reporter: Reporter) -> OpenedStudy:
-    """Open the newest study of this definition that the tracking store has a run of, or create both."""
-    info = plan.info
-    definition = plan.definition() | {"experiment": experiment_id}
-    kind = f"{info.kind} {info.name} "
+    """Open the newest study of this definition whose run the tracking store has, or create both."""
+    definition, kind = {**plan.definition, "experiment": experiment_id}, f"{plan.kind} {plan.name} "
     name = f"{kind}{hashlib.sha256(json.dumps(definition, sort_keys=True).encode()).hexdigest()[:12]}"
     try:
         with storage.lock("studies"):
-            studies = sorted(storage.optuna.get_all_studies(), key=lambda study: -study._study_id)
+            studies = sorted(storage.optuna.get_all_studies(), key=study_id, reverse=True)
             begun = [study for study in studies if study.study_name.startswith(kind) and PARENT in study.user_attrs]
             same = [study for study in begun if study.study_name.rpartition("#")[0] == name]
-            opened = None if options.fresh else _first_with_run(same)
-            if opened is None:
+            known = ((study, read_run(study.user_attrs[PARENT])) for study in same if not options.fresh)
+            found = next(((study, run) for study, run in known if run is not None), None)
+            if found is not None:
+                queue, parent = found[0].study_name, TrackedRun(found[1].run_id, found[1].experiment_id)
+                fresh = bool(found[0].user_attrs[FRESH])
+            else:
                 if same and not options.fresh:
                     text = f"The tracking store {shown_uri()} has no run of this study: it begins anew there."
                     reporter.message(text)
                 if begun and not same:
-                    changes = difference(begun[0].user_attrs[DEFINITION], definition)
-                    text = (
-                        f"Not the study {info.name} that was begun before: {changes}. What is the same is not repeated."
-                    )
-                    reporter.message(text)
+                    text = f"Not the study {plan.name} that was begun before: "
+                    text += difference(begun[0].user_attrs[DEFINITION], definition)
+                    reporter.message(f"{text}. What is the same is not repeated.")
                 # Those whose creation was cut short are counted too.
                 numbers = [study.study_name.rpartition("#") for study in studies]
                 number = 1 + max((int(last) for before, _, last in numbers if before == name), default=0)
-                opened = _create(plan, storage, f"{name}#{number}", definition, options.fresh)
+                queue, fresh = f"{name}#{number}", options.fresh
+                parent = _create(plan, storage, queue, definition, fresh)
     except DATABASE_ERRORS as error:
         raise cannot_use(storage.shown, error) from error
-    queue_name, parent, fresh = opened
     point_adopted_run_to(parent)
-    tags = read_runs([parent.run_id], ())[0].tags
-    planned = dict.fromkeys([*names_in(tags, PLANNED), *plan.trials])
+    (record,) = read_runs([parent.run_id], ())
+    planned = dict.fromkeys([*names_in(record.tags, PLANNED), *plan.trials])
     parent.set_tags({COMMAND: provenance.command()} | as_tags(PLANNED, planned))
-    where = (parent.run_id, parent.experiment_id, tracking_uri())
-    return OpenedStudy(plan, options, storage.url, queue_name, *where, fresh)
+    return OpenedStudy(plan, options, queue, parent, fresh)
 
 
-Opened = tuple[str, TrackedRun, bool]  # a study's name in the storage, its run, whether it repeats what was finished
-
-
-def _first_with_run(studies: Sequence[FrozenStudy]) -> Opened | None:
-    """Return the first study whose run the tracking store has, and which wasn't deleted there."""
-    for study in studies:
-        run = read_run(study.user_attrs[PARENT])
-        if run is not None:
-            parent = TrackedRun(run.run_id, run.experiment_id)
-            return study.study_name, parent, bool(study.user_attrs[FRESH])
-    return None
-
-
-def _create(plan: Plan, storage: Storage, name: str, definition: Mapping[str, Any], fresh: bool) -> Opened:
-    info = plan.info
-    tags = {STUDY: info.name, CODE_VERSION: definition["code"], QUEUE: name}
-    parent: TrackedRun | None = None
+def _create(plan: Plan, storage: Storage, name: str, definition: Mapping[str, Any], fresh: bool) -> TrackedRun:
+    """Create a study's run, then the study of that name in the storage."""
+    tags = {STUDY: plan.name, CODE_VERSION: definition["code"], QUEUE: name}
+    parent = open_parent(plan.name, definition["experiment"], tags)
     try:
-        parent = open_parent(info.name, definition["experiment"], tags)
         shown = ("kind", "name", "description", "baseline")
-        parent.log_params({f"study.{field}": getattr(info, field) for field in shown})
+        parent.log_params({f"study.{field}": getattr(plan, field) for field in shown})
         parent.log_git(provenance.git_state())
-        study_id = storage.optuna.create_new_study([StudyDirection.MAXIMIZE], name)
+        created = storage.optuna.create_new_study([StudyDirection.MAXIMIZE], name)
         for attribute, value in {DEFINITION: definition, FRESH: fresh, PARENT: parent.run_id}.items():
-            storage.optuna.set_study_user_attr(study_id, attribute, value)
+            storage.optuna.set_study_user_attr(created, attribute, value)
     except BaseException as error:
         with suppress(*TRACKING_ERRORS):
-            if parent is not None and answers():
+            if answers():
                 parent.set_status(status_after(error))
         raise
-    return name, parent, fresh
+    return parent
 
 
 def difference(before: Mapping[str, Any], now: Mapping[str, Any]) -> str:
@@ -187,24 +171,13 @@ def _deleted(trials: Trials, experiment_id: str) -> set[str]:
     return {run_id for run_id in runs - known_runs(experiment_id) if read_run(run_id) is None} if runs else set()
 
 
-def _publish_at_last(study: OpenedStudy, queue: Queue, load: LoadData, reporter: Reporter) -> StudyEnd:
-    """Publish the study; again where the tracking store fails for a while."""
-    outages = Outages(reporter.message)
-    while True:
-        try:
-            return queue.storage.retry(lambda: _publish(study, queue, load, reporter))
-        except TrackingError as error:
-            if not outages.passed(error, "publish"):
-                raise
-
-
 def _publish(study: OpenedStudy, queue: Queue, load: LoadData, reporter: Reporter) -> StudyEnd:
     """Publish the study unless another process just did, and end its run unless others work on it."""
     storage, plan, log_model = queue.storage, study.plan, study.options.log_model
     models: Mapping[str, str] = {}
     with storage.lock(f"publish {study.name}"):
         trials = queue.trials()
-        deleted = _deleted(trials, study.experiment_id)  # of trials that aren't wanted now
+        deleted = _deleted(trials, study.parent.experiment_id)  # of trials that aren't wanted now
         trials = {name: trial for name, trial in trials.items() if trial.user_attrs.get(RUN) not in deleted}
         used = run_ids(trials)
         finished = sorted(trial.number for trial in trials.values() if trial.state.is_finished())
@@ -226,18 +199,23 @@ def _publish(study: OpenedStudy, queue: Queue, load: LoadData, reporter: Reporte
     return StudyEnd(study.parent, results, {name: failed[name] for name in failed if name in plan.trials}, models)
 
 
-def _supervise(study: OpenedStudy, queue: Queue, workers: int, reporter: Reporter) -> None:
+def _supervise(study: OpenedStudy, queue: Queue, reporter: Reporter) -> None:
     """Start worker processes and watch until all wanted trials are finished; replace those that end before."""
-    context = multiprocessing.get_context("spawn")
+    context, workers = multiprocessing.get_context("spawn"), study.options.workers
     threads = max(1, torch.get_num_threads() // workers)
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
     gpus = visible.split(",") if visible else list(map(str, range(torch.cuda.device_count())))
 
     def start(index: int) -> SpawnProcess:
         gpu = gpus[index % len(gpus)] if len(gpus) > 1 else ""
-        process = context.Process(target=worker_process, args=(study, threads, gpu), daemon=True)
-        with _ignoring_the_keyboard():
+        about = (study, queue.storage.url, tracking_uri(), threads, gpu)
+        process = context.Process(target=worker_process, args=about, daemon=True)
+        # It inherits that Ctrl-C, which reaches a whole group, is ignored: this process ends it in order.
+        before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+        try:
             process.start()
+        finally:
+            signal.signal(signal.SIGINT, before)
         return process
 
     processes: list[SpawnProcess] = []
@@ -272,13 +250,3 @@ def _stop(processes: list[SpawnProcess]) -> None:
         if process.exitcode is None:
             process.kill()
             process.join()
-
-
-@contextmanager
-def _ignoring_the_keyboard() -> Iterator[None]:
-    """Let a process started inside ignore Ctrl-C, which reaches a whole group: this one ends it in order."""
-    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGINT, before)

@@ -1,9 +1,12 @@
-"""What a study is to the engine that runs it: trials, how each is worked on, and what is computed once at the end."""
+"""What a study is to the engine: trials, how each is worked on, what is computed once at the end; and a fixed grid.
+
+A grid is arms by seeds, each trained once, then compared: what `ablate` and `hparam-check` run.
+"""
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from typing import Any, ClassVar
@@ -11,13 +14,19 @@ from typing import Any, ClassVar
 import optuna
 from optuna.trial import FrozenTrial, TrialState
 
+from effv2.config.layers import Layer
 from effv2.config.options import LogModel
 from effv2.config.schema import DataConfig, TrainConfig
-from effv2.core.reporter import StudyProgress
+from effv2.config.studies import Study
+from effv2.core import provenance
+from effv2.core.errors import InputError
+from effv2.core.reporter import Reporter, StudyProgress
 from effv2.data.cache import OnDecoded
 from effv2.data.dataset import Dataset, load_dataset
+from effv2.execution.resolve import resolve_study, with_device
 from effv2.run.outcome import WEIGHTS, restore, score_on_test
 from effv2.run.resume import Attempt, attempt
+from effv2.run.run import check
 from effv2.run.spec import RunSpec
 from effv2.studies.queue import ERROR, NAME, RUN, Params, Trials
 from effv2.tracking.accuracies import SELECTED_TEST
@@ -25,47 +34,36 @@ from effv2.tracking.read import read_runs
 from effv2.tracking.writer import TrackedRun, model_address
 
 LoadData = Callable[[DataConfig], Dataset]
+ABOUT = {"name", "description", "retries", "baseline"}  # what a plan takes from a study file
 
 
-@dataclass(frozen=True)
-class StudyInfo:
-    """How a study is named and described, how often failed runs are retried, which arm the others are compared with."""
-
-    kind: str
-    name: str
-    description: str = ""
-    retries: int = 0
-    baseline: str = ""
-
-
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Plan(ABC):
     """A fixed grid, a search, or published weights. Plans travel to worker processes, so they hold plain data alone.
 
-    `trials` are those that are wanted now, by name, with their fixed parameters. A plan that `searches` lets a sampler
-    choose the others; its poor and its diverged runs are pruned, and its best one is tested.
+    `kind` is the command that makes it. `trials` are those that are wanted now, by name, with their fixed parameters.
+    `definition` holds, as plain values, what makes this study this study: another definition is another study.
+    `epochs` are those of a trial at most. A plan that `searches` lets a sampler choose the parameters; its poor and its
+    diverged runs are pruned, and its best one is tested.
     """
 
-    info: StudyInfo
+    kind: str
+    name: str
     trials: Mapping[str, Params]
+    definition: Mapping[str, Any]
+    epochs: int = 1
+    description: str = ""
+    retries: int = 0
+    baseline: str = ""
     searches: ClassVar[bool] = False
-
-    @property
-    def epochs(self) -> int:
-        """Return the epochs of a trial at most."""
-        return 1
-
-    @abstractmethod
-    def definition(self) -> dict[str, Any]:
-        """Return, as plain values, what makes this study this study: another definition is another study."""
 
     def sampler(self, number: int) -> optuna.samplers.BaseSampler | None:
         """Return what chooses the parameters of a trial."""
         return None
 
-    def pruner(self) -> optuna.pruners.BasePruner:
+    def pruner(self) -> optuna.pruners.BasePruner | None:
         """Return what ends poor trials."""
-        return optuna.pruners.NopPruner()
+        return None
 
     def suggest(self, trial: optuna.Trial) -> Params:
         """Return the parameters of a leased trial."""
@@ -111,6 +109,56 @@ class TrainingPlan(Plan):
             if record.parent == parent.run_id:  # the study's own: they kept their weights until the best was known
                 TrackedRun(record.run_id, parent.experiment_id).discard(WEIGHTS)
         return {best.user_attrs[NAME]: model_address(run.run_id)} if model else {}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Grid(TrainingPlan):
+    """The resolved arms of a study, whichever are wanted. Trials have an arm and a seed."""
+
+    arms: Mapping[str, TrainConfig]
+
+    def suggest(self, trial: optuna.Trial) -> Params:
+        """Return the trial's arm and seed."""
+        arm = trial.suggest_categorical("arm", sorted(self.arms))  # one order, whatever that of the study file
+        return {"arm": arm, "seed": trial.suggest_int("seed", 0, 2**32 - 1)}
+
+    def configuration(self, params: Params) -> TrainConfig:
+        """Return the arm with the seed."""
+        return self.arms[params["arm"]].with_seed(params["seed"])
+
+
+def make_grid(
+    kind: str,
+    study: Study,
+    chosen: Sequence[str],
+    options: Layer,
+    *,
+    seeds: Sequence[int],
+    load: LoadData,
+    reporter: Reporter,
+) -> Grid:
+    """Load every data set and check it, so that nothing wrong is found half-way, then resolve `auto`.
+
+    `chosen` are the names of the wanted arms; `seeds` go before those of the study, those before its arms' own.
+    """
+    asked = [with_device(study.arm(name, options)) for name in study.arms]
+    for config in asked:
+        check(config, load(config.data))
+    if len({config.evaluation.test_set for config in asked}) > 1:
+        problem = "true in some arms and false in others"
+        raise InputError("evaluation.test_set", "", problem, "give all arms the same")
+    arms = dict(zip(study.arms, resolve_study(asked, reporter.hint), strict=True))
+    identities = {arm: config.identity() for arm, config in arms.items()}
+    for identity in identities.values():
+        del identity["random.seed"]  # so that a study may grow by some
+    data = {arm: load(config.data).digest() for arm, config in arms.items()}
+    definition = {"arms": identities, "data": data, "code": provenance.code_version()}
+    epochs = max(config.schedule.epochs for config in arms.values())
+    every = seeds or study.seeds
+    wanted = [(arm, seed) for seed in every for arm in chosen] or [(arm, arms[arm].random.seed) for arm in chosen]
+    trials = {f"{arm}, seed {seed}": {"arm": arm, "seed": seed} for arm, seed in wanted}
+    about = study.model_dump(include=ABOUT)
+    return Grid(kind=kind, trials=trials, definition=definition, epochs=epochs, arms=arms, **about)
 
 
 def best_of(trials: Trials) -> FrozenTrial | None:

@@ -8,6 +8,7 @@ the next one finds by its identity.
 
 from __future__ import annotations
 
+import math
 import threading
 import time
 from collections.abc import Callable, Collection, Iterator, Mapping
@@ -22,6 +23,7 @@ from optuna.exceptions import UpdateFinishedTrialError
 from optuna.trial import FrozenTrial, TrialState
 
 from effv2.core.errors import LeaseLost
+from effv2.core.internals import record_heartbeat, stale_trial_ids, trial_id
 from effv2.core.processes import is_gone, this_process
 from effv2.studies.storage import DATABASE_ERRORS, GRACE_SECONDS, HEARTBEAT_SECONDS, LEAVING_SECONDS, Storage
 
@@ -41,11 +43,14 @@ Method = Callable[Concatenate["Queue", P], R]
 
 
 def retried(method: Method[P, R]) -> Method[P, R]:
-    """Let a method repeat itself while the database is away."""
+    """Let a method repeat itself while the database is away; LeaseLost where the trial is finished by another."""
 
     @wraps(method)
     def repeated(self: Queue, /, *args: P.args, **kwargs: P.kwargs) -> R:
-        return self.storage.retry(lambda: method(self, *args, **kwargs))
+        try:
+            return self.storage.retry(lambda: method(self, *args, **kwargs))
+        except UpdateFinishedTrialError:
+            raise LeaseLost from None
 
     return repeated
 
@@ -66,48 +71,52 @@ class Queue:
     def __init__(self, storage: Storage, study: str, retries: int, wanted: Mapping[str, Params]) -> None:
         self.storage, self.study, self.retries, self.wanted = storage, study, retries, wanted
         self.study_id = storage.retry(lambda: storage.optuna.get_study_id_from_name(study))
-        self._stale: dict[int, tuple[float, float]] = {}  # trial: when it was first and last seen without heartbeat
+        self._stale: dict[int, float] = {}  # trials that had no heartbeat at the last look, and since when
+        self._looked = -math.inf
 
     @retried
     def repeat(self, deleted: Collection[str]) -> int:
         """Enqueue wanted trials once more: those whose finished run is among `deleted`, and how many is returned.
 
-        Those that failed for a reason that may be gone, too; their runs are resumed.
+        Those that failed for a reason that may be gone, too: their runs are resumed, with what was reported and asked
+        of the pruner of them.
         """
-        repeated = 0
+        repeated, storage = 0, self.storage.optuna
         with self.storage.lock(self.study):
             for name, trial in self._by_name().items():
-                if name not in self.wanted:
-                    continue
                 failed = trial.state == TrialState.FAIL and not trial.user_attrs.get(FINAL)
                 lost = trial.state.is_finished() and trial.user_attrs.get(RUN) in deleted
-                if failed or lost:
-                    self._enqueue(name, self.wanted[name] or trial.params)
-                    repeated += not failed
-                if failed:
-                    self._take_over(self._by_name()[name]._trial_id, trial)
+                if name not in self.wanted or not (failed or lost):
+                    continue
+                self._enqueue(name, self.wanted[name] or trial.params)
+                repeated += not failed
+                again = trial_id(self._by_name()[name])
+                if failed and (run_id := trial.user_attrs.get(RUN)):
+                    storage.set_trial_user_attr(again, RUN, run_id)
+                for epoch, value in trial.intermediate_values.items() if failed else ():
+                    storage.set_trial_intermediate_value(again, epoch, value)
+                for key, value in trial.system_attrs.items() if failed else ():
+                    if key.startswith(RUNG):
+                        storage.set_trial_system_attr(again, key, value)
         return repeated
 
     @retried
     def lease(self) -> Lease | None:
         """Take the first waiting trial, after freeing those whose worker is gone; None where none waits."""
         with self.storage.lock(self.study):
-            running = [trial for trial in self._by_name().values() if trial.state == TrialState.RUNNING]
-            for trial in filter(_is_ours, running):  # left over where the answer to an earlier call was lost
-                return _lease_of(trial)
-            for trial in self._gone(running):
-                self._free(trial)
-            if (waiting := self._first_waiting()) is None:
-                self._enqueue_some()
-                waiting = self._first_waiting()
-            if waiting is None:
-                return None
-            storage, trial_id = self.storage.optuna, waiting._trial_id
-            # Owner and heartbeat before the state: a running trial always has both.
-            storage.set_trial_user_attr(trial_id, OWNER, this_process())
-            storage.record_heartbeat(trial_id)
-            storage.set_trial_state_values(trial_id, TrialState.RUNNING)
-            return _lease_of(waiting)
+            running = self._all(TrialState.RUNNING)
+            trial = next(filter(_is_ours, running), None)  # left over where the answer to an earlier call was lost
+            if trial is None:
+                self._free(running)
+                trial = self._first_waiting()
+                if trial is None:
+                    return None
+                storage, number = self.storage.optuna, trial_id(trial)
+                # Owner and heartbeat before the state: a running trial always has both.
+                storage.set_trial_user_attr(number, OWNER, this_process())
+                record_heartbeat(storage, number)
+                storage.set_trial_state_values(number, TrialState.RUNNING)
+            return Lease(trial_id(trial), trial.number, trial.user_attrs[NAME], trial.user_attrs.get(RUN, ""))
 
     @contextmanager
     def heartbeat(self, lease: Lease) -> Iterator[None]:
@@ -117,7 +126,7 @@ class Queue:
         def beat() -> None:
             while not ended.wait(HEARTBEAT_SECONDS):
                 with suppress(*DATABASE_ERRORS):  # the database is away; others look twice before they take the trial
-                    self.storage.optuna.record_heartbeat(lease.trial_id)
+                    record_heartbeat(self.storage.optuna, lease.trial_id)
 
         thread = threading.Thread(target=beat, daemon=True)
         thread.start()
@@ -138,8 +147,8 @@ class Queue:
     @retried
     def note_run(self, lease: Lease, run_id: str) -> None:
         """Record which run works on the trial; LeaseLost if the trial is no longer ours."""
-        with self._ours(lease):
-            self.storage.optuna.set_trial_user_attr(lease.trial_id, RUN, run_id)
+        self._own(lease)
+        self.storage.optuna.set_trial_user_attr(lease.trial_id, RUN, run_id)
 
     @retried
     def report(self, lease: Lease, epoch: int, value: float, pruner: optuna.pruners.BasePruner | None = None) -> bool:
@@ -147,8 +156,8 @@ class Queue:
 
         LeaseLost if the trial is no longer ours.
         """
-        with self._ours(lease):
-            self.storage.optuna.set_trial_intermediate_value(lease.trial_id, epoch, value)
+        self._own(lease)
+        self.storage.optuna.set_trial_intermediate_value(lease.trial_id, epoch, value)
         trial = self.storage.optuna.get_trial(lease.trial_id)
         if pruner is None or (trial.last_step or 0) > epoch:  # an earlier attempt had come further, and was not pruned
             return False
@@ -161,10 +170,7 @@ class Queue:
     ) -> None:
         """Finish a trial with its value and the run that reached it; LeaseLost if the trial is no longer ours."""
         with self.storage.lock(self.study):
-            trial = self.storage.optuna.get_trial(lease.trial_id)
-            if not _is_ours(trial):
-                raise LeaseLost
-            if not trial.state.is_finished():  # else the answer to an earlier attempt to finish was lost
+            if not self._own(lease).state.is_finished():  # else the answer to an earlier attempt to finish was lost
                 self._set(lease.trial_id, state, {RUN: run_id}, [value])
 
     @retried
@@ -174,17 +180,15 @@ class Queue:
             trial = self.storage.optuna.get_trial(lease.trial_id)
             if _is_ours(trial) and trial.state == TrialState.RUNNING:
                 failures = trial.user_attrs.get(FAILURES, 0) + 1
-                again = failures <= self.retries and not final
-                attributes = {ERROR: error, FAILURES: failures, FINAL: final}
-                self._set(lease.trial_id, TrialState.WAITING if again else TrialState.FAIL, attributes)
+                state = TrialState.FAIL if final or failures > self.retries else TrialState.WAITING
+                self._set(lease.trial_id, state, {ERROR: error, FAILURES: failures, FINAL: final})
 
     @retried
     def release(self) -> None:
         """Give back what this process works on, as on Ctrl-C, even where it came within `lease`."""
         with self.storage.lock(self.study):
-            for trial in self._by_name().values():
-                if trial.state == TrialState.RUNNING and _is_ours(trial):
-                    self._set(trial._trial_id, TrialState.WAITING, {})
+            for trial in filter(_is_ours, self._all(TrialState.RUNNING)):
+                self._set(trial_id(trial), TrialState.WAITING, {})
 
     @retried
     def trials(self) -> dict[str, FrozenTrial]:
@@ -199,78 +203,60 @@ class Queue:
     @retried
     def deserted(self) -> bool:
         """Say whether nobody works on the study, as far as can be seen."""
-        running = [trial for trial in self._by_name().values() if trial.state == TrialState.RUNNING]
-        stale = set(self.storage.optuna._get_stale_trial_ids(self.study_id)) if running else set()
-        return all(is_gone(trial.user_attrs[OWNER]) or trial._trial_id in stale for trial in running)
+        running, stale = self._all(TrialState.RUNNING), stale_trial_ids(self.storage.optuna, self.study_id)
+        return all(is_gone(trial.user_attrs[OWNER]) or trial_id(trial) in stale for trial in running)
 
-    @contextmanager
-    def _ours(self, lease: Lease) -> Iterator[None]:
-        """Write to a trial that is ours and unfinished; LeaseLost otherwise."""
-        if not _is_ours(self.storage.optuna.get_trial(lease.trial_id)):
+    def _own(self, lease: Lease) -> FrozenTrial:
+        """Return the trial; LeaseLost if it is no longer ours."""
+        trial = self.storage.optuna.get_trial(lease.trial_id)
+        if not _is_ours(trial):
             raise LeaseLost
-        try:
-            yield
-        except UpdateFinishedTrialError:
-            raise LeaseLost from None
-
-    def _enqueue_some(self) -> None:
-        """Enqueue the next trials that were never enqueued; all at once would slow every look at the queue."""
-        there = self._by_name()
-        for name in islice((name for name in self.wanted if name not in there), AHEAD):
-            self._enqueue(name, self.wanted[name])
+        return trial
 
     def _enqueue(self, name: str, params: Params) -> None:
         study = optuna.load_study(study_name=self.study, storage=self.storage.optuna)
         study.enqueue_trial(dict(params), {NAME: name})
 
-    def _take_over(self, trial_id: int, failed: FrozenTrial) -> None:
-        """Give a trial the run of the one that it tries again, and what was reported and asked of the pruner of it."""
-        storage = self.storage.optuna
-        if run_id := failed.user_attrs.get(RUN):
-            storage.set_trial_user_attr(trial_id, RUN, run_id)
-        for epoch, value in failed.intermediate_values.items():
-            storage.set_trial_intermediate_value(trial_id, epoch, value)
-        for name, value in failed.system_attrs.items():
-            if name.startswith(RUNG):
-                storage.set_trial_system_attr(trial_id, name, value)
-
     def _first_waiting(self) -> FrozenTrial | None:
-        """Return the oldest wanted trial that waits."""
-        wanted = (trial for name, trial in self._by_name().items() if name in self.wanted)
-        waiting = (trial for trial in wanted if trial.state == TrialState.WAITING)
-        return min(waiting, key=lambda trial: trial.number, default=None)
+        """Return the oldest wanted trial that waits; where none does, the next ones are enqueued.
+
+        Not all at once, which would slow every look at the queue.
+        """
+        waiting = (trial for trial in self._all(TrialState.WAITING) if trial.user_attrs[NAME] in self.wanted)
+        if (first := next(waiting, None)) is not None:
+            return first
+        there = self._by_name()
+        missing = list(islice((name for name in self.wanted if name not in there), AHEAD))
+        for name in missing:
+            self._enqueue(name, self.wanted[name])
+        return self._by_name()[missing[0]] if missing else None
 
     def _by_name(self) -> dict[str, FrozenTrial]:
         found = self.storage.optuna.get_all_trials(self.study_id, deepcopy=False)
         return {trial.user_attrs[NAME]: trial for trial in found if NAME in trial.user_attrs}
 
-    def _gone(self, running: list[FrozenTrial]) -> list[FrozenTrial]:
-        """Return the running trials whose worker is gone: seen on this machine, by heartbeat elsewhere."""
-        if not running:
-            return []
-        now = time.monotonic()
-        before, self._stale = self._stale, {}
-        for trial_id in self.storage.optuna._get_stale_trial_ids(self.study_id):
-            first, last = before.get(trial_id, (now, now))
-            self._stale[trial_id] = (first if now - last <= GRACE_SECONDS else now, now)
-        missing = {trial_id for trial_id, (first, _) in self._stale.items() if now - first >= SECOND_LOOK_SECONDS}
-        return [trial for trial in running if is_gone(trial.user_attrs[OWNER]) or trial._trial_id in missing]
+    def _all(self, state: TrialState) -> list[FrozenTrial]:
+        """Return the trials of that state, the oldest first."""
+        found = (trial for trial in self._by_name().values() if trial.state == state)
+        return sorted(found, key=lambda trial: trial.number)
 
-    def _free(self, trial: FrozenTrial) -> None:
-        """Let the trial of a gone worker wait again, or give it up."""
-        lost: int = trial.user_attrs.get(LOST, 0) + 1
-        state = TrialState.WAITING if lost < MOST_LOST else TrialState.FAIL
-        self._set(trial._trial_id, state, {LOST: lost, ERROR: f"its worker was gone, {lost} times"})
+    def _free(self, running: list[FrozenTrial]) -> None:
+        """Let the trials of gone workers (seen on this machine, by heartbeat elsewhere) wait again, or give them up."""
+        before, now = self._stale if time.monotonic() - self._looked <= GRACE_SECONDS else {}, time.monotonic()
+        stale = stale_trial_ids(self.storage.optuna, self.study_id) if running else ()
+        self._stale, self._looked = {each: before.get(each, now) for each in stale}, now
+        for trial in running:
+            missing = now - self._stale.get(trial_id(trial), math.inf) >= SECOND_LOOK_SECONDS
+            if missing or is_gone(trial.user_attrs[OWNER]):
+                lost: int = trial.user_attrs.get(LOST, 0) + 1
+                state = TrialState.WAITING if lost < MOST_LOST else TrialState.FAIL
+                self._set(trial_id(trial), state, {LOST: lost, ERROR: f"its worker was gone, {lost} times"})
 
-    def _set(self, trial_id: int, state: TrialState, attributes: Params, values: list[float] | None = None) -> None:
+    def _set(self, number: int, state: TrialState, attributes: Params, values: list[float] | None = None) -> None:
         """Give a trial attributes, then the state that they explain."""
         for name, value in attributes.items():
-            self.storage.optuna.set_trial_user_attr(trial_id, name, value)
-        self.storage.optuna.set_trial_state_values(trial_id, state, values)
-
-
-def _lease_of(trial: FrozenTrial) -> Lease:
-    return Lease(trial._trial_id, trial.number, trial.user_attrs[NAME], trial.user_attrs.get(RUN, ""))
+            self.storage.optuna.set_trial_user_attr(number, name, value)
+        self.storage.optuna.set_trial_state_values(number, state, values)
 
 
 def _is_ours(trial: FrozenTrial) -> bool:

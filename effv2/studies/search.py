@@ -14,7 +14,7 @@ import optuna
 from matplotlib import pyplot
 from optuna.visualization import matplotlib as plots
 
-from effv2.config.layers import Layer, build_config, dotted
+from effv2.config.layers import Layer, build_config
 from effv2.config.options import LogModel
 from effv2.config.schema import TrainConfig, field_of
 from effv2.config.studies import SearchFile, Study
@@ -25,7 +25,7 @@ from effv2.core.reporter import Reporter
 from effv2.execution.resolve import resolve, with_device
 from effv2.run.records import study_text
 from effv2.run.run import check
-from effv2.studies.plan import LoadData, StudyInfo, TrainingPlan, best_of
+from effv2.studies.plan import ABOUT, LoadData, TrainingPlan, best_of
 from effv2.studies.queue import RUN, Params, Trials
 from effv2.tracking.accuracies import SELECTED_TEST, SELECTED_VALIDATION
 from effv2.tracking.read import read_runs
@@ -41,28 +41,13 @@ FIGURES: dict[str, Callable[[optuna.Study], Any]] = {
 }
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Search(TrainingPlan):
-    """A resolved base configuration and the ranges that are searched around it, and the digest of the data."""
+    """A resolved base configuration and the ranges that are searched around it."""
 
     base: TrainConfig
     search: SearchFile
-    data: str
     searches: ClassVar[bool] = True
-
-    @property
-    def epochs(self) -> int:
-        """Return the epochs of a run at most."""
-        return self.base.schedule.epochs
-
-    @property
-    def _min_epochs(self) -> int:
-        return self.search.min_epochs or max(1, self.epochs // 4)
-
-    def definition(self) -> dict[str, Any]:
-        """Return all but the number of trials, so that a search may grow."""
-        search = self.search.model_dump(exclude={"trials"}) | {"min_epochs": self._min_epochs}
-        return {"base": self.base.identity(), **search, "data": self.data, "code": provenance.code_version()}
 
     def sampler(self, number: int) -> optuna.samplers.BaseSampler:
         """Return TPE for one trial; its random numbers follow from the seed and the trial's number alone."""
@@ -73,21 +58,20 @@ class Search(TrainingPlan):
                 seed=seed, n_startup_trials=RANDOM_TRIALS, multivariate=True, constant_liar=True
             )
 
-    def pruner(self) -> optuna.pruners.BasePruner:
+    def pruner(self) -> optuna.pruners.BasePruner | None:
         """Return asynchronous successive halving (Li et al. 2020)."""
-        if not self.search.prune:
-            return optuna.pruners.NopPruner()
-        return optuna.pruners.SuccessiveHalvingPruner(min_resource=self._min_epochs, reduction_factor=2)
+        least = self.search.min_epochs or 1  # make_search has filled it in
+        halving = optuna.pruners.SuccessiveHalvingPruner(min_resource=least, reduction_factor=2)
+        return halving if self.search.prune else None
 
     def suggest(self, trial: optuna.Trial) -> Params:
         """Suggest a value for each range."""
-        values: dict[str, float] = {}
         for name, limits in self.search.space.items():
             if field_of(name).annotation is int:
-                values[name] = trial.suggest_int(name, round(limits.low), round(limits.high), log=limits.log)
+                trial.suggest_int(name, round(limits.low), round(limits.high), log=limits.log)
             else:
-                values[name] = trial.suggest_float(name, limits.low, limits.high, log=limits.log)
-        return values
+                trial.suggest_float(name, limits.low, limits.high, log=limits.log)
+        return trial.params
 
     def conclude(self, trials: Trials, parent: TrackedRun, log_model: LogModel, load: LoadData) -> Mapping[str, str]:
         """Log the configuration of the best trial, its accuracies and Optuna's figures on the parent, too."""
@@ -99,23 +83,18 @@ class Search(TrainingPlan):
             metrics = read_runs([run_id], ())[0].metrics
             parent.log_metrics({name: metrics[name] for name in (SELECTED_VALIDATION, SELECTED_TEST)})
             with tempfile.TemporaryDirectory() as folder:
-                config = _with_test(self.configuration(best.params), True)
-                Path(folder, "best.yaml").write_text(study_text(config, f"{self.info.name}-best"), encoding="utf-8")
+                config = self.configuration(best.params | {"evaluation.test_set": True})
+                Path(folder, "best.yaml").write_text(study_text(config, f"{self.name}-best"), encoding="utf-8")
                 _draw(trials, Path(folder))
                 parent.log_folder(Path(folder))
         return models
 
     def configuration(self, params: Params) -> TrainConfig:
         """Return the base with some fields changed."""
-        layer = Layer(self.base.model_dump(), dotted)
+        layer = Layer(self.base.model_dump())
         for name, value in params.items():
             layer = layer.with_value(tuple(name.split(".")), value)
         return build_config([layer])
-
-
-def _with_test(config: TrainConfig, evaluated: bool) -> TrainConfig:
-    evaluation = config.evaluation.model_copy(update={"test_set": evaluated})
-    return config.model_copy(update={"evaluation": evaluation})
 
 
 def _draw(trials: Trials, folder: Path) -> None:
@@ -140,18 +119,23 @@ def make_search(study: Study, options: Layer, trials: int, load: LoadData, repor
     if study.arms or study.seeds:
         problem = "has arms or seeds, which a search doesn't know"
         raise InputError("study", study.name, problem, "use the commands ablate or hparam-check")
-    config = _with_test(with_device(build_config([study.base, options])), False)
+    untested = Layer({"evaluation": {"test_set": False}})
+    config = with_device(build_config([study.base, options, untested]))
     dataset = load(config.data)
     if dataset.validation is None:
         problem = "a search is judged on a validation split"
         raise InputError("data.validation_fraction", 0, problem, "give it a share, as 0.1")
     check(config, dataset)
     ranges = study.search or SearchFile()
-    ranges = ranges.model_copy(update={"trials": trials or ranges.trials})
-    config = resolve(config, reporter.hint)
+    config, epochs = resolve(config, reporter.hint), config.schedule.epochs
+    ranges = ranges.model_copy(update={"min_epochs": ranges.min_epochs or max(1, epochs // 4)})
+    searched = ranges.model_dump(exclude={"trials"})  # which may grow
     # The base's own values first, which the search is to beat.
     own = {name: config.flat()[name] for name in ranges.space}
     inside = all(limits.low <= own[name] <= limits.high for name, limits in ranges.space.items())
-    wanted = {f"trial {number}": own if inside and not number else {} for number in range(ranges.trials)}
-    info = StudyInfo("search", study.name, study.description, study.retries)
-    return Search(info, wanted, config, ranges, dataset.digest())
+    wanted = {f"trial {number}": own if inside and not number else {} for number in range(trials or ranges.trials)}
+    definition = {"base": config.identity(), **searched, "data": dataset.digest(), "code": provenance.code_version()}
+    about = study.model_dump(include=ABOUT)
+    return Search(
+        kind="search", trials=wanted, definition=definition, epochs=epochs, base=config, search=ranges, **about
+    )

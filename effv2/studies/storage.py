@@ -10,14 +10,13 @@ import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, TypeVar, cast
+from typing import Any, TypeVar
 
 import optuna
 import sqlalchemy
 from filelock import FileLock, Timeout
 from optuna.exceptions import StorageInternalError
 from optuna.storages import RDBStorage, get_storage
-from optuna.storages._heartbeat import BaseHeartbeat
 from sqlalchemy.engine import URL
 from sqlalchemy.exc import (
     ArgumentError,
@@ -28,7 +27,7 @@ from sqlalchemy.exc import (
     SQLAlchemyError,
 )
 
-from effv2.core.errors import InputError, RunError
+from effv2.core.errors import InputError, StoreAway
 from effv2.core.provenance import without_password
 from effv2.tracking.store import reason
 
@@ -52,21 +51,10 @@ DATABASE_ERRORS = (StorageInternalError, DBAPIError)
 R = TypeVar("R")
 
 
-class StorageAway(RunError):
-    """The database, or the tracking store, has been away for longer than we wait."""
-
-    def __init__(self, problem: str) -> None:
-        super().__init__(problem, resumes=True)
-
-
-class HeartbeatStorage(optuna.storages.BaseStorage, BaseHeartbeat):
-    """What is used of Optuna's cached RDBStorage: a storage with heartbeats."""
-
-
 class Storage:
     """An open storage and the lock that serialises changes to a study; the lock dies with its process.
 
-    `patience` is how many seconds the database may be away; StorageAway after them. SQLAlchemyError,
+    `patience` is how many seconds the database may be away; StoreAway after them. SQLAlchemyError,
     StorageInternalError, OSError, ImportError or RuntimeError where the database can't be opened.
     """
 
@@ -81,13 +69,13 @@ class Storage:
         with self.lock("tables"), warnings.catch_warnings():  # two processes that create them at once would fail
             warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
             self._rdb = RDBStorage(self.url, engine, heartbeat_interval=HEARTBEAT_SECONDS, grace_period=GRACE_SECONDS)
-        self.optuna = cast(HeartbeatStorage, get_storage(self._rdb))
+        self.optuna = get_storage(self._rdb)
 
     @contextmanager
     def lock(self, name: str) -> Iterator[None]:
         """Hold the lock of that name, not to be taken twice.
 
-        On sqlite all names share the file's own lock, but for `publish`, which may be held for long. StorageAway
+        On sqlite all names share the file's own lock, but for `publish`, which may be held for long. StoreAway
         where another process keeps a lock for longer than we wait for a database.
         """
         long = name.startswith("publish ")
@@ -97,7 +85,7 @@ class Storage:
                 with FileLock(path, timeout=-1 if long else self.patience):
                     yield
             except Timeout as error:
-                raise StorageAway(f"Another process keeps {error.lock_file} locked; end it.") from error
+                raise StoreAway(f"Another process keeps {error.lock_file} locked; end it.") from error
             return
         key = int.from_bytes(hashlib.sha256(f"effv2 {name}".encode()).digest()[:8], "big", signed=True)
         with self._locks.begin() as connection:
@@ -108,7 +96,7 @@ class Storage:
 
     def retry(self, operation: Callable[[], R]) -> R:
         """Repeat an operation on the storage while its database is away."""
-        return _retry(operation, lambda: self.patience)
+        return _retry(operation, self.patience)
 
     def close(self) -> None:
         """Close the connections of this thread and those that wait for use."""
@@ -145,16 +133,17 @@ def open_storage(url: str) -> Storage:
 
 def reopen_storage(url: str, patience: float = OUTAGE_SECONDS) -> Storage:
     """Open a storage that was open before, waiting for its database."""
-    return _retry(lambda: Storage(sqlalchemy.make_url(url), patience), lambda: patience)
+    return _retry(lambda: Storage(sqlalchemy.make_url(url), patience), patience)
 
 
 def cannot_use(shown: str, error: Exception) -> InputError:
     """Return what to raise where a database fails before anything was begun."""
-    return InputError("storage", shown, f"can't be used ({_why(error)})", "start the database or correct the address")
+    problem = f"can't be used ({reason(error.__cause__ or error)})"  # in the words of what Optuna or SQLAlchemy wrapped
+    return InputError("storage", shown, problem, "start the database or correct the address")
 
 
-def _retry(operation: Callable[[], R], patience: Callable[[], float]) -> R:
-    """Repeat an operation while the database is away; StorageAway where it is for more than `patience()` seconds.
+def _retry(operation: Callable[[], R], patience: float) -> R:
+    """Repeat an operation while the database is away; StoreAway where it is for more than `patience` seconds.
 
     The operation must be one that may be repeated, since the answer to the last attempt may just have been lost.
     """
@@ -169,17 +158,13 @@ def _retry(operation: Callable[[], R], patience: Callable[[], float]) -> R:
             # An attempt that lasted had the database for most of that time.
             away_since = min(away_since, began) if time.monotonic() - began < GRACE_SECONDS else time.monotonic()
             waited = time.monotonic() - away_since
-            if waited > patience():
-                raise StorageAway(
-                    f"The storage has been away for {waited:.0f} seconds ({_why(error)}); start the database."
+            if waited > patience:
+                why = reason(error.__cause__ or error)
+                raise StoreAway(
+                    f"The storage has been away for {waited:.0f} seconds ({why}); start the database."
                 ) from error
         time.sleep(pause * random.uniform(0.5, 1.5))  # noqa: S311
         pause = min(2 * pause, 5.0)
-
-
-def _why(error: BaseException) -> str:
-    """Return why the database failed, in a few words: those of what Optuna or SQLAlchemy wrapped."""
-    return reason(error.__cause__ or error)
 
 
 def _is_away(error: Exception) -> bool:

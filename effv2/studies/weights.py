@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from effv2.config.options import LogModel
 from effv2.core.reporter import Reporter
@@ -16,7 +15,7 @@ from effv2.pretrained.images import choose_images
 from effv2.pretrained.weights import find_all_weights, load_network, parse_models
 from effv2.run.resume import Attempt
 from effv2.run.spec import RunSpec
-from effv2.studies.plan import LoadData, Plan, StudyInfo, best_of, run_ids
+from effv2.studies.plan import LoadData, Plan, best_of, run_ids
 from effv2.studies.queue import NAME, Params, Trials
 from effv2.tracking.writer import TrackedRun, model_address
 
@@ -24,17 +23,11 @@ KIND = "evaluate-pretrained"
 LONGEST_NAME = 200  # characters
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Weights(Plan):
-    """The evaluations of a comparison by label, and the digest of the images that each is given."""
+    """The evaluations of a comparison by label."""
 
     evaluations: Mapping[str, Evaluation]
-    data: Mapping[str, str]
-
-    def definition(self) -> dict[str, Any]:
-        """Return all networks and images: what is ranked together is corrected for its number."""
-        networks = {label: evaluation.definition() for label, evaluation in self.evaluations.items()}
-        return {"networks": networks, "data": dict(self.data), "code": CODE}
 
     def execute(self, spec: RunSpec, params: Params, load: LoadData) -> Attempt:
         """Evaluate a network."""
@@ -65,17 +58,20 @@ def make_weights(
 
     `models` are named as `parse_models` says.
     """
-    requests = parse_models(models)
+    requests, evaluations = parse_models(models), {}
     images = choose_images(config.data)
     precision = "bf16" if config.execution.precision == "bf16" else "fp32"
     resolved = {"device": resolve_device(config.execution.device), "precision": precision}
     config = config.model_copy(update={"execution": config.execution.model_copy(update=resolved)})
-    files = find_all_weights(requests, weights_dir, show_downloads)
-    evaluations, data = {}, {}
-    for requested, file in zip(requests, files, strict=True):
-        load_network(requested, file)
-        evaluations[requested.label] = Evaluation(requested, file, images, config)
-    for label, evaluation in evaluations.items():
-        data[label] = evaluation.data_digest(evaluation.decode(reporter))
+    for requested in find_all_weights(requests, weights_dir, show_downloads):
+        load_network(requested)
+        evaluations[requested.label] = Evaluation(requested, images, config)
+    # All networks and images: what is ranked together is corrected for its number.
+    definition = {
+        "networks": {label: each.definition() for label, each in evaluations.items()},
+        "data": {label: each.data_digest(each.decode(reporter)) for label, each in evaluations.items()},
+        "code": CODE,
+    }
     name = f"{KIND} {images.name}: {', '.join(evaluations)}"[:LONGEST_NAME]
-    return Weights(StudyInfo(KIND, name), {label: {} for label in evaluations}, evaluations, data)
+    trials: dict[str, Params] = {label: {} for label in evaluations}
+    return Weights(kind=KIND, name=name, trials=trials, definition=definition, evaluations=evaluations)

@@ -12,26 +12,26 @@ import traceback
 from collections import Counter
 from collections.abc import Callable
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from multiprocessing import connection, parent_process
+from typing import Any
 
 import torch
 from optuna.trial import TrialState
 
 from effv2.config.options import StudyOptions
-from effv2.core.errors import Diverged, LeaseLost, RunError, Terminated
+from effv2.core.errors import Diverged, LeaseLost, RunError, StoreAway, Terminated
 from effv2.core.reporter import Message, Reporter
 from effv2.core.signals import ending_signals
 from effv2.execution.allocator import tune_allocator
 from effv2.run.spec import Callback, RunSpec
 from effv2.studies.plan import LoadData, Plan, best_of, load_once
 from effv2.studies.queue import RUN, Lease, Queue
-from effv2.studies.storage import LEAVING_SECONDS, OUTAGE_SECONDS, Storage, StorageAway, reopen_storage
+from effv2.studies.storage import LEAVING_SECONDS, OUTAGE_SECONDS, Storage, reopen_storage
 from effv2.tracking.read import find_runs, is_running, steps_of
 from effv2.tracking.run import end_left_open
 from effv2.tracking.store import (
     WAIT_SECONDS,
-    TrackingAway,
     answers,
     is_temporary,
     reason,
@@ -54,26 +54,19 @@ ORPHAN_SECONDS = 60  # so long a worker may take to end after the process that s
 class OpenedStudy:
     """An opened study, as its workers and its coordinator share it: plain data alone.
 
-    `name` is that of the queue, `fresh` whether the study was begun to repeat what was finished before it.
+    `name` is that of the queue, `parent` the study's run, `fresh` whether the study was begun to repeat what was
+    finished before it.
     """
 
     plan: Plan
     options: StudyOptions
-    storage_url: str
     name: str
-    parent_id: str
-    experiment_id: str
-    tracking_uri: str
+    parent: TrackedRun
     fresh: bool
 
     def queue(self, storage: Storage) -> Queue:
         """Return the queue of the study in its opened storage."""
-        return Queue(storage, self.name, self.plan.info.retries, self.plan.trials)
-
-    @property
-    def parent(self) -> TrackedRun:
-        """Return the run of the study."""
-        return TrackedRun(self.parent_id, self.experiment_id)
+        return Queue(storage, self.name, self.plan.retries, self.plan.trials)
 
     def end(self, queue: Queue, status: str) -> None:
         """End the study's run, and children that a dead process left open, unless somebody still works on it.
@@ -82,7 +75,7 @@ class OpenedStudy:
         """
         with queue.storage.lock(self.name):  # nobody leases a trial meanwhile
             if queue.deserted():
-                for child in find_runs(self.experiment_id, {PARENT: self.parent_id}, ("RUNNING",)):
+                for child in find_runs(self.parent.experiment_id, {PARENT: self.parent.run_id}, ("RUNNING",)):
                     end_left_open(child.run_id)
                 self.parent.set_status(status)
 
@@ -93,49 +86,50 @@ class OpenedStudy:
         Nothing hides the reason to leave.
         """
         storage.patience = LEAVING_SECONDS
-        with suppress(Exception):
-            ends = bool(status) and answers() and is_running(self.parent_id)
+        with suppress(Exception, LeaseLost):
+            ends = bool(status) and answers() and is_running(self.parent.run_id)
             try:
                 queue = self.queue(storage)
                 queue.release()
                 if ends:
                     storage.retry(lambda: self.end(queue, status))
-            except StorageAway:
+            except StoreAway:
                 if ends:
                     self.parent.set_status(status)
 
 
+@dataclass
 class Outages:
     """Waits where the tracking store fails; not too often for the same piece of work."""
 
-    def __init__(self, message: Message) -> None:
-        self._message = message
-        self._setbacks: Counter[str] = Counter()
+    message: Message
+    setbacks: Counter[str] = field(default_factory=Counter)
 
     def passed(self, error: Exception, work: str) -> bool:
         """Say, after waiting for it to answer, whether the tracking store failed as it may for a while.
 
-        StorageAway where it is away for too long.
+        StoreAway where it is away for too long.
         """
-        if is_temporary(error) and self._setbacks[work] < MOST_SETBACKS:
-            self._setbacks[work] += 1
-            self._message(f"The tracking store failed ({reason(error)}); the work is resumed when it answers.")
-            time.sleep(WAIT_SECONDS * self._setbacks[work])
+        if is_temporary(error) and self.setbacks[work] < MOST_SETBACKS:
+            self.setbacks[work] += 1
+            self.message(f"The tracking store failed ({reason(error)}); the work is resumed when it answers.")
+            time.sleep(WAIT_SECONDS * self.setbacks[work])
         elif answers():
             return False
         if not wait_until_it_answers(OUTAGE_SECONDS):
-            raise StorageAway(
-                f"The tracking store {shown_uri()} has been away for {OUTAGE_SECONDS} seconds; start it."
-            ) from error
+            problem = f"The tracking store {shown_uri()} has been away for {OUTAGE_SECONDS} seconds; start it."
+            raise StoreAway(problem) from error
         return True
 
 
+@dataclass
 class TrialCallback(Callback):
     """Reports a run's epochs to its trial, and lets the pruner decide."""
 
-    def __init__(self, worker: Worker, lease: Lease) -> None:
-        self.worker, self.lease = worker, lease
-        self.best, self.run_id = 0.0, ""
+    worker: Worker
+    lease: Lease
+    best: float = 0.0
+    run_id: str = ""
 
     def run_opened(self, run_id: str) -> None:
         """Note the run on the trial, so that whoever takes the trial up knows of it."""
@@ -150,7 +144,7 @@ class TrialCallback(Callback):
         """Report the best accuracy so far, which is what a trial is worth; ask the pruner."""
         plan = self.worker.study.plan
         self.best = max(self.best, watched_accuracy(result.metrics))
-        pruner = plan.pruner() if plan.searches and result.epoch < plan.epochs else None
+        pruner = plan.pruner() if result.epoch < plan.epochs else None
         pruned = self.worker.queue.report(self.lease, result.epoch, self.best, pruner)
         self.worker.changed()
         return pruned
@@ -195,7 +189,7 @@ class Worker:
     def _try(self, lease: Lease, outages: Outages) -> None:
         try:
             self._attempt(lease)
-        except (StorageAway, TrackingAway):
+        except StoreAway:
             raise
         except LeaseLost:
             pass
@@ -213,14 +207,13 @@ class Worker:
         study, queue, plan = self.study, self.queue, self.study.plan
         study.parent.set_status("RUNNING")  # where somebody who left had ended it
         params = queue.suggest(lease, plan.sampler(lease.number), plan.suggest)
-        arm = str(params.get("arm", ""))
         callback = TrialCallback(self, lease)
         spec = RunSpec(
             lease.name,
-            study.experiment_id,
-            plan.info.name,
-            arm,
-            study.parent_id,
+            study.parent.experiment_id,
+            plan.name,
+            str(params.get("arm", "")),
+            study.parent.run_id,
             log_model=study.options.log_model == "all",
             checkpoints=study.options,
             fresh=study.fresh,
@@ -256,50 +249,38 @@ class WorkerReporter(Reporter):
         print(text, file=sys.stderr)
 
 
-def worker_process(study: OpenedStudy, threads: int, gpu: str) -> None:
+def worker_process(study: OpenedStudy, storage_url: str, uri: str, threads: int, gpu: str) -> None:
     """Work in a process of its own, which ends when the one that started it does; exit code AWAY after an outage.
 
-    It sees the named GPU alone, if any is named.
+    `uri` is that of the tracking store. The worker sees the named GPU alone, if any is named.
     """
     if gpu:
         os.environ["CUDA_VISIBLE_DEVICES"] = gpu  # before CUDA is initialised
     tune_allocator()
     torch.set_num_threads(threads)
-    use_store(study.tracking_uri)
-    storage: Storage | None = None
+    use_store(uri)
+    storage, starter = None, parent_process()
     with ending_signals():
         try:
-            _end_with_parent()
-            storage = reopen_storage(study.storage_url)
+            threading.Thread(target=_end_with, args=[starter], daemon=True).start()
+            storage = reopen_storage(storage_url)
             load = load_once(lambda done, total: None)
             Worker(study, study.queue(storage), load, WorkerReporter(), lambda: None).work()
-        except (KeyboardInterrupt, Terminated):
-            _leave(study, storage)
+        except (KeyboardInterrupt, Terminated, StoreAway) as error:
+            with suppress(Exception):
+                storage = storage or reopen_storage(storage_url, LEAVING_SECONDS)
+                # The process that started this one ends the study's run, unless it is gone.
+                study.leave(storage, "" if starter is None or starter.is_alive() else "KILLED")
+            if isinstance(error, RunError):
+                print(error.sentences(study.options.fresh), file=sys.stderr)
+                sys.exit(AWAY)
             sys.exit(1)
-        except (StorageAway, TrackingAway) as error:
-            _leave(study, storage)
-            print(error.sentences(study.options.fresh), file=sys.stderr)
-            sys.exit(AWAY)
 
 
-def _leave(study: OpenedStudy, storage: Storage | None) -> None:
-    """Give back the work; end the study's run if the process that started this one, which would do it, is gone."""
-    parent = parent_process()
-    with suppress(Exception):
-        storage = storage or reopen_storage(study.storage_url, LEAVING_SECONDS)
-        study.leave(storage, "" if parent is None or parent.is_alive() else "KILLED")
-
-
-def _end_with_parent() -> None:
-    """Watch the process that started this one from a thread."""
-    parent = parent_process()
-    if parent is None:
-        return
-
-    def watch(sentinel: int) -> None:
-        connection.wait([sentinel])
+def _end_with(starter: Any) -> None:
+    """Wait for the end of the process that started this one, then end this one. Runs in a thread."""
+    if starter is not None:
+        connection.wait([starter.sentinel])
         os.kill(os.getpid(), signal.SIGTERM)
         time.sleep(ORPHAN_SECONDS)
         os._exit(1)
-
-    threading.Thread(target=watch, args=[parent.sentinel], daemon=True).start()

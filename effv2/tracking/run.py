@@ -17,11 +17,11 @@ from mlflow.entities import RunInfo
 from mlflow.environment_variables import MLFLOW_ENABLE_SYSTEM_METRICS_LOGGING
 from mlflow.tracking.context.registry import resolve_tags
 
-from effv2.core.errors import LeaseLost, RunError, Terminated
+from effv2.core.errors import LeaseLost, RunError, StoreAway, Terminated
 from effv2.core.processes import is_gone, this_process
 from effv2.core.reporter import Message
 from effv2.tracking.sender import Item, Sender, Values, send_values
-from effv2.tracking.store import TRACKING_ERRORS, TrackingAway, answers, open_store, shown_uri
+from effv2.tracking.store import TRACKING_ERRORS, answers, open_store, shown_uri
 from effv2.tracking.tags import CONTINUES, ERROR, OUTCOME, PARENT, PID, PROCESS, REPORT, RUN_NAME
 from effv2.tracking.writer import TrackedRun, discard
 
@@ -35,7 +35,7 @@ GENERATED_NAME = re.compile(r"[a-z]+-[a-z]+-\d+")  # what MLflow calls a run tha
 class OpenRun(TrackedRun):
     """A run that this process has open. Values are sent by a thread; what has files waits until it is sent.
 
-    TrackingAway where that takes more than `patience` seconds; RunError where the store refuses something for good.
+    StoreAway where that takes more than `patience` seconds; RunError where the store refuses something for good.
     """
 
     def __init__(self, info: RunInfo, message: Message, patience: float, resumed: bool) -> None:
@@ -109,7 +109,7 @@ def open_run(
     """Open a run, a child of `parent` where that is given, and end it FINISHED, FAILED or KILLED.
 
     With `resumes`, the run of that id is opened again. A run without a parent adopts the one that `mlflow run` made.
-    The end waits `patience` seconds for a store that is away, then TrackingAway is raised. RunError if the store
+    The end waits `patience` seconds for a store that is away, then StoreAway is raised. RunError if the store
     refuses something for good.
     """
     known = dict(tags) | {PID: str(os.getpid()), PROCESS: this_process()}
@@ -123,7 +123,7 @@ def open_run(
         complete = run.completed and not isinstance(error, RunError)
         with suppress(*TRACKING_ERRORS, RunError):  # a store that is away must not hide why the run ends
             lost = isinstance(error, LeaseLost) and _is_of_another(run.run_id)
-            if not lost and not isinstance(error, TrackingAway):
+            if not lost and not isinstance(error, StoreAway):
                 run.end("FINISHED" if complete else status_after(error), error)
         raise
     finally:

@@ -18,9 +18,9 @@ from typing import Any
 from mlflow import MlflowClient
 from mlflow.entities import Metric, Param, RunTag
 
-from effv2.core.errors import RunError
+from effv2.core.errors import RunError, StoreAway
 from effv2.core.reporter import Message
-from effv2.tracking.store import WAIT_SECONDS, TrackingAway, answers, is_refusal, reason, shown_uri
+from effv2.tracking.store import WAIT_SECONDS, answers, is_refusal, reason, shown_uri
 from effv2.tracking.tags import LONGEST_TAG
 
 MOST_AT_ONCE = 200  # things logged
@@ -109,16 +109,15 @@ class Sender:
         self._checked = True
 
     def flush(self, seconds: float) -> None:
-        """Wait until everything is delivered; TrackingAway after so many seconds, RunError after a refusal."""
+        """Wait until everything is delivered; StoreAway after so many seconds, RunError after a refusal."""
         with self._changed:
             delivered = self._changed.wait_for(lambda: not self._waiting, seconds)
         self._raise_refusal()
         if not delivered:
             why = reason(self.trouble) if self.trouble else "no answer yet"
-            raise TrackingAway(
+            raise StoreAway(
                 f"The tracking store {shown_uri()} is away, or takes nothing ({why}): some of the run {self.run_id} "
-                "is in its last checkpoint alone; start it.",
-                resumes=True,
+                "is in its last checkpoint alone; start it."
             )
 
     def finish(self, items: Sequence[Item], seconds: float) -> bool:

@@ -61,10 +61,6 @@ EXPLANATIONS = (
 )
 
 
-class TrackingAway(RunError):
-    """The tracking store was away for longer than a run waits at its end."""
-
-
 def open_store(experiment: str, create: bool = True) -> str:
     """Answer with the id of the experiment to log to; InputError if the store doesn't answer.
 
