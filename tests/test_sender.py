@@ -104,6 +104,28 @@ def test_what_a_run_could_not_deliver_is_delivered_when_it_is_resumed(store: str
     assert MlflowClient().get_run(run.run_id).info.status == "FINISHED"
 
 
+def test_a_store_that_takes_nothing_is_named_before_anything_is_trained(store: str, door: Store) -> None:
+    opened = open_run("run", open_store(""), {}, message=print)
+    began = time.monotonic()
+    with pytest.raises(RunError, match="doesn't take what the run logs .* mend it"), opened as run:
+        door.shut = "before"
+        run.log_text("a study", "study.yaml")
+    assert time.monotonic() - began < 10
+
+
+def test_a_slow_store_is_not_away(sqlite_store: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    log_artifacts = MlflowClient.log_artifacts
+
+    def slow(*words: Any) -> None:
+        time.sleep(0.5)
+        log_artifacts(*words)
+
+    monkeypatch.setattr(MlflowClient, "log_artifacts", slow)
+    with open_run("run", open_store(""), {}, message=print, patience=0.1) as run:
+        run.log_text("a model", "model.txt")
+    assert MlflowClient().get_run(run.run_id).info.status == "FINISHED"
+
+
 def test_what_the_store_refuses_ends_the_run_and_costs_nothing_else(sqlite_store: str) -> None:
     with pytest.raises(RunError, match="refused"), open_run("run", open_store(""), {}, message=print) as run:
         run.log_metrics({"loss": 1.0}, step=1)

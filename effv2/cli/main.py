@@ -13,6 +13,7 @@ from typing import Any
 import click
 
 from effv2 import __version__
+from effv2.architecture import VARIANTS
 from effv2.cli import options as cli
 from effv2.config.options import SHORT_EPOCHS, StudyOptions
 from effv2.core.errors import InputError, RunError
@@ -69,8 +70,8 @@ def train(study: str | None, **options: Any) -> None:
 @main.command(cls=cli.Command)
 @cli.option(
     "variant",
-    "The arm to train beside its baseline, or all: mbconv_only, fused_only, half_layers, drop_one, or what the study "
-    "file names.  [default: all]",
+    f"The variant to train beside the default: {', '.join(VARIANTS)}; all the published ones; or what the study file "
+    "calls its arms.  [default: all]",
 )
 @cli.study_option
 @cli.setting_options(cli.SHARED)

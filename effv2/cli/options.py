@@ -17,7 +17,7 @@ from pydantic.fields import FieldInfo
 
 from effv2.config.layers import Layer, option_layer, validate
 from effv2.config.options import StudyOptions
-from effv2.config.registry import Registry
+from effv2.config.registry import OPTIMISERS, Registry
 from effv2.config.schema import Group, TrainConfig, field_of
 from effv2.core.errors import InputError, RunError, Terminated, same_command
 from effv2.core.provenance import COMMAND, without_password
@@ -77,7 +77,7 @@ class Command(click.Command):
     def invoke(self, ctx: click.Context) -> Any:
         """Run the command."""
         tune_allocator()  # before torch is imported
-        token, fresh = COMMAND.set(_command_line(ctx)), bool(ctx.params.get("fresh"))
+        token, fresh = COMMAND.set(_command_line(ctx)), ctx.params.get("fresh") == "true"
         resumes = f"; runs that had begun end KILLED, and {same_command(fresh)} resumes them"
         with ending_signals():
             try:
@@ -135,7 +135,8 @@ study_option = option(
 )
 set_option = option(
     "set",
-    "Any setting, as optimiser.name=sgd. May be given again; may hold several, separated by commas or spaces.",
+    f"Any setting, as optimiser.name=sgd (of {', '.join(OPTIMISERS.names())}). May be given again; may hold several, "
+    "separated by commas or spaces.",
     "SETTING=VALUE",
     multiple=True,
 )

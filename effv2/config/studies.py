@@ -212,8 +212,10 @@ class Study(Group):
 def built_in_ablation(variant: str = "all") -> Study:
     """Return the ablation of the published variants under the default configuration (digits, quick).
 
-    A `variant` that isn't among them but has a name is compared with the default.
+    A `variant` that isn't among them but has a name is compared with the default; InputError for any other.
     """
+    if variant not in (*VARIANTS, "all"):
+        raise InputError("variant", variant, "no such variant", nearest(variant, [*VARIANTS, "all"]))
     others = VARIANTS.keys() - PUBLISHED_VARIANTS.keys()
     names = ("default", variant) if variant in others else tuple(PUBLISHED_VARIANTS)
     arms = {name: Layer({"model": {"variant": name}}) for name in names}

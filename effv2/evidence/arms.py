@@ -14,7 +14,7 @@ from scipy import stats
 from effv2.core.figures import MARKERS, PALETTE, SIZE, accuracy_curves, plain, value_range
 from effv2.evidence.claims import Claims
 from effv2.evidence.protocols import complete, counted, has, is_like, pair_of, published_runs, settings_of, split_of
-from effv2.evidence.quantities import CURVES, QUANTITIES, SHOWN, TRAIN_SECONDS, Quantity, percent, points
+from effv2.evidence.quantities import CURVES, QUANTITIES, TRAIN_SECONDS, Quantity, percent, points, shown_for
 from effv2.evidence.statistics import CONFIDENCE, FEWEST, TINY, Estimate, holm, p_text
 from effv2.evidence.study import NO_STUDY, NONE, Rows, StudyResults, TrackedStudy, has_figures, line_of, values_of
 from effv2.tracking.accuracies import BEST_TEST, SELECTED_TEST, SELECTED_VALIDATION, decisive_accuracy
@@ -40,7 +40,8 @@ def arms_results(study: TrackedStudy, claims: Claims) -> StudyResults:
     own = study.parent.params.get("study.baseline", "")
     baseline = "" if study.parent is NO_STUDY else own if own in arms else next(iter(arms))
     named = [(arm, run) for arm, runs in arms.items() for run in runs]
-    shown = [what for what in SHOWN.values() if what.values(run for _, run in named)]
+    quantities = shown_for(run for _, run in named)
+    shown = [what for what in quantities.values() if what.values(run for _, run in named)]
     rows = [(arm, run.tags.get(SEED), run.run_id, *(what.value(run) for what in shown)) for arm, run in named]
     decisive = decisive_accuracy([run for _, run in named])
     published, protocol = _published_curves(arms, claims)
@@ -52,7 +53,7 @@ def arms_results(study: TrackedStudy, claims: Claims) -> StudyResults:
         # Of what runs log under that very name: accuracies and the time that training took.
         metrics={
             f"{arm}/{name}": statistics.fmean(values)
-            for name, what in SHOWN.items()
+            for name, what in quantities.items()
             if not what.metric and not what.fixed
             for arm, values in values_of(arms, name).items()
         },
@@ -156,7 +157,7 @@ def _table(arms: Arms, baseline: str, decisive: str) -> Rows:
     """Return a line a figure and a column an arm, accuracies with intervals; of many arms a line each, main figures."""
     main: Rows = [("variant", *arms), ("runs", *(str(len(runs)) for runs in arms.values()))]
     more: Rows = []
-    for name, what in SHOWN.items():
+    for name, what in shown_for(run for runs in arms.values() for run in runs).items():
         lines = line_of(arms, name)
         if lines and name in (BEST_TEST, SELECTED_TEST, decisive):
             lines += _intervals(arms, what)

@@ -163,7 +163,14 @@ SHOWN = {name: what for name, what in QUANTITIES.items() if what.shown}
 CURVES = {"test accuracy": TEST, "validation accuracy": VALIDATION, "train accuracy": TRAIN}  # that are drawn
 # The metrics whose epochs are read, and those that are exported with them.
 HISTORIES = tuple(dict.fromkeys([*CURVES.values(), *(each.metric for each in ALL if each.take)]))
-EXPORTED = (*HISTORIES, "train/loss", "val/loss", "test/loss", "learning_rate", "time/train_seconds")
+OF_SPLITS = ("train/", "val/", "test/")  # how the metrics of every epoch of a split begin
+EXPORTED = (*HISTORIES, *OF_SPLITS, "learning_rate", "time/train_seconds")
+
+
+def shown_for(runs: Iterable[RunRecord]) -> dict[str, Quantity]:
+    """Return the quantities of tables: the usual ones, and each other metric of every epoch, whose last one counts."""
+    logged = {name for run in runs for name in run.metrics if name.startswith(OF_SPLITS)}
+    return SHOWN | {name: quantity(name) for name in sorted(logged) if not name.endswith(("/loss", "/accuracy"))}
 
 
 def quantity(name: str) -> Quantity:

@@ -40,7 +40,7 @@ def find_earlier(wanted: Identity, spec: RunSpec) -> Earlier:
     if spec.fresh and spec.previous is None:
         return Earlier()
     run = read_run(spec.previous) if spec.previous else None
-    busy = run is not None and _is_worked_on(run)
+    busy = run is not None and (_is_worked_on(run) or _checkpointer(run.run_id, spec).is_locked())
     if run is not None and not busy and (end_left_open(run.run_id) or run.status == "FINISHED"):
         return Earlier(read_run(run.run_id))
     within = {PARENT: spec.parent} if spec.fresh else {}
@@ -50,6 +50,10 @@ def find_earlier(wanted: Identity, spec: RunSpec) -> Earlier:
         last = _interrupted(wanted, spec, finished)
         return Earlier(finished) if last is None else Earlier(interrupted=last.run_id)
     return Earlier(finished) if finished or run is None or busy else Earlier(interrupted=run.run_id)
+
+
+def _checkpointer(run_id: str, spec: RunSpec) -> Checkpointer:
+    return Checkpointer(run_id, spec.checkpoints, {}, spec.reporter.message)
 
 
 def _is_worked_on(run: RunRecord) -> bool:
@@ -82,11 +86,7 @@ class Attempt:
     accuracy: float
     pruned: bool = False
     was_finished: bool = False  # by an earlier command: nothing was computed
-
-    @property
-    def model_address(self) -> str:
-        """Return the address of the run's model, empty where it has none."""
-        return model_address(self.run.run_id)
+    model_address: str = ""  # of a run of its own
 
 
 def attempt(config: TrainConfig, dataset: Dataset, spec: RunSpec) -> Attempt:
@@ -115,4 +115,5 @@ def train_single(config: TrainConfig, name: str, study: str, options: StudyOptio
     with tracking_faults():
         where, keeps = open_experiment(options.experiment), options.log_model != "none"
         spec = RunSpec(name, where, study, log_model=keeps, checkpoints=options, fresh=options.fresh, reporter=reporter)
-        return attempt(config, dataset, spec)
+        ended = attempt(config, dataset, spec)
+        return replace(ended, model_address=model_address(ended.run.run_id))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from dataclasses import asdict, replace
 
 from effv2.config.schema import TrainConfig
@@ -14,7 +14,7 @@ from effv2.run.records import log_end, log_start
 from effv2.run.spec import RunSpec, identity, run_tags
 from effv2.tracking.read import Identity, artifact_names, download, read_run
 from effv2.tracking.run import CHECKPOINTS, OpenRun, open_run
-from effv2.tracking.tags import OUTCOME
+from effv2.tracking.store import TRACKING_ERRORS
 from effv2.training.checkpoint import Checkpointer, newest_step
 from effv2.training.loop import Training
 from effv2.training.state import TrainState
@@ -38,43 +38,45 @@ def train_run(config: TrainConfig, dataset: Dataset, spec: RunSpec) -> Outcome:
 
     What its last checkpoint holds is not trained again, what the store has is not logged again. One is written when the
     training has ended, before anything waits for the store: from it the same command delivers what the store lacks.
-    StoreAway where the store is away for longer than the run waits at its end.
+    TrackingAway where the store is away for longer than the run waits at its end.
     """
     reporter, wanted = spec.reporter, identity(config, dataset)
     reporter.run_started(spec.name, config.schedule.epochs)
-    with ExitStack() as stack:
-        if spec.resumes:  # locked before the store hears of it
-            stack.enter_context(_checkpointer(spec.resumes, spec, wanted).lock())
-        opened = open_run(
-            spec.name,
-            spec.experiment_id,
-            run_tags(config, dataset, spec),
-            parent=spec.parent,
-            resumes=spec.resumes,
-            message=reporter.message,
-            patience=spec.patience,
-        )
-        run = stack.enter_context(opened)
-        stack.enter_context(what_ran_out())
-        checkpointer = _checkpointer(run.run_id, spec, wanted, run)
-        if not spec.resumes:
-            stack.enter_context(checkpointer.lock())
-        spec.callback.run_opened(run.run_id)
-        training = _prepared(run, config, dataset, spec, checkpointer)
-        if spec.resumes:
-            spec.callback.run_resumed(training.state.progress.best_accuracy)
-        run.sender.check()
-        uploaded = bool(spec.checkpoints.checkpoint_upload_minutes or spec.resumes)  # perhaps by an earlier command
-        try:
+    opened = open_run(
+        spec.name,
+        spec.experiment_id,
+        run_tags(config, dataset, spec),
+        parent=spec.parent,
+        resumes=spec.resumes,
+        message=reporter.message,
+        patience=spec.patience,
+    )
+    uploads = bool(spec.checkpoints.checkpoint_upload_minutes or spec.resumes)  # perhaps by an earlier command
+    try:
+        with ExitStack() as stack:
+            if spec.resumes:  # locked before the store hears of it
+                stack.enter_context(_checkpointer(spec.resumes, spec, wanted).lock())
+            run = stack.enter_context(opened)
+            stack.enter_context(what_ran_out())
+            checkpointer = _checkpointer(run.run_id, spec, wanted, run)
+            if not spec.resumes:
+                stack.enter_context(checkpointer.lock())
+            spec.callback.run_opened(run.run_id)
+            training = _prepared(run, config, dataset, spec, checkpointer)
+            if spec.resumes:
+                spec.callback.run_resumed(training.state.progress.best_accuracy)
+            run.sender.check()
             pruned = _train(run, training, checkpointer, spec)
-        except Diverged:  # it would again
-            checkpointer.remove()
-            if uploaded:
+            outcome = _prune(run, training, dataset) if pruned else _end(run, training, dataset, spec)
+            if uploads:
                 run.discard(CHECKPOINTS)
-            raise
-        outcome = _prune(run, training, dataset) if pruned else _end(run, training, dataset, spec)
-        if uploaded:
-            run.discard(CHECKPOINTS)
+            run.complete("pruned" if pruned else "complete")
+    except Diverged:  # it would again, so that what led there isn't needed once the store has it
+        if run.delivered:
+            checkpointer.remove()
+            with suppress(*TRACKING_ERRORS):
+                run.ended().discard(CHECKPOINTS)
+        raise
     checkpointer.remove()
     return outcome
 
@@ -162,7 +164,6 @@ def _end(run: OpenRun, training: Training, dataset: Dataset, spec: RunSpec) -> O
         outcome.log_model()
     if spec.callback.keeps_weights(outcome.watched_accuracy):
         keep_weights(outcome)
-    run.complete()
     return replace(outcome, run=run.ended())
 
 
@@ -171,5 +172,4 @@ def _prune(run: OpenRun, training: Training, dataset: Dataset) -> Outcome:
     state = training.state
     best, last = state.progress.best_accuracy, state.progress.history[-1]
     run.log_metrics({"selected/val_accuracy": best})
-    run.set_tags({OUTCOME: "pruned"})
     return Outcome(run.ended(), training.config, dataset, state.evaluated, best, last, pruned=True)

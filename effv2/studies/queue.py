@@ -33,6 +33,7 @@ Params = Mapping[str, Any]
 Trials = Mapping[str, FrozenTrial]  # by name
 # User attributes of a trial.
 NAME, OWNER, RUN, ERROR, FAILURES, LOST, FINAL = "slot", "owner", "run_id", "error", "failures", "lost", "final"
+PRUNED_AT = "pruned_at"  # the epoch; Optuna's pruner doesn't answer the same question twice
 RUNG = "completed_rung_"  # system attributes in which successive halving keeps a trial's values
 AHEAD = 8  # so many trials are enqueued at a time
 MOST_LOST = 5  # a trial whose workers died so often is given up: it may be what kills them
@@ -159,10 +160,13 @@ class Queue:
         self._own(lease)
         self.storage.optuna.set_trial_intermediate_value(lease.trial_id, epoch, value)
         trial = self.storage.optuna.get_trial(lease.trial_id)
-        if pruner is None or (trial.last_step or 0) > epoch:  # an earlier attempt had come further, and was not pruned
-            return False
+        pruned = trial.user_attrs.get(PRUNED_AT)  # an earlier attempt was, or had come further and was not
+        if pruner is None or pruned is not None or (trial.last_step or 0) > epoch:
+            return pruned is not None and epoch >= pruned
         study = optuna.load_study(study_name=self.study, storage=self.storage.optuna, pruner=pruner)
-        return bool(pruner.prune(study, trial))
+        if prunes := bool(pruner.prune(study, trial)):
+            self.storage.optuna.set_trial_user_attr(lease.trial_id, PRUNED_AT, epoch)
+        return prunes
 
     @retried
     def finish(

@@ -87,14 +87,14 @@ class OpenedStudy:
         """
         storage.patience = LEAVING_SECONDS
         with suppress(Exception, LeaseLost):
-            ends = bool(status) and answers() and is_running(self.parent.run_id)
-            try:
+            queue = None
+            with suppress(StoreAway):
                 queue = self.queue(storage)
                 queue.release()
-                if ends:
-                    storage.retry(lambda: self.end(queue, status))
-            except StoreAway:
-                if ends:
+            if status and answers() and is_running(self.parent.run_id):
+                try:
+                    storage.retry(lambda: self.end(queue or self.queue(storage), status))
+                except StoreAway:
                     self.parent.set_status(status)
 
 
@@ -272,7 +272,7 @@ def worker_process(study: OpenedStudy, storage_url: str, uri: str, threads: int,
                 # The process that started this one ends the study's run, unless it is gone.
                 study.leave(storage, "" if starter is None or starter.is_alive() else "KILLED")
             if isinstance(error, RunError):
-                print(error.sentences(study.options.fresh), file=sys.stderr)
+                print(error.problem, file=sys.stderr)
                 sys.exit(AWAY)
             sys.exit(1)
 

@@ -72,7 +72,10 @@ class RunRecord:
 
 def find_runs(experiment_id: str, tags: Mapping[str, str], statuses: Collection[str]) -> list[RunRecord]:
     """Return the runs of the experiment with these tags and one of these statuses, the last first."""
-    wanted = " and ".join(f"tags.`{name}` = '{value}'" for name, value in tags.items())
+    wanted = " and ".join(
+        [*(f"tags.`{name}` = '{value}'" for name, value in tags.items())]
+        + ([f"attributes.status = '{next(iter(statuses))}'"] if len(statuses) == 1 else [])
+    )
     found = MlflowClient().search_runs([experiment_id], wanted, order_by=["attributes.start_time DESC"])
     return [_record(run, {}) for run in found if run.info.status in statuses]
 
@@ -179,16 +182,15 @@ def read_artifacts(run_id: str, names: Iterable[str]) -> dict[str, str]:
 
 
 def _with_histories(runs: list[tuple[Run, list[str]]]) -> list[RunRecord]:
-    """Read runs with the histories of the metrics that are named beside each."""
-    client = MlflowClient()
-    wanted = [(run.info.run_id, name) for run, names in runs for name in names if name in run.data.metrics]
+    """Read runs with the histories of the metrics that are named beside each, by their beginnings."""
+    client, named = MlflowClient(), {}
+    for run, names in runs:
+        named[run.info.run_id] = [name for name in run.data.metrics if name.startswith(tuple(names))]
+    wanted = [(run_id, name) for run_id, names in named.items() for name in names]
     with ThreadPoolExecutor(READERS) as pool:
         read = pool.map(lambda one: {m.step: m.value for m in client.get_metric_history(*one)}, wanted)
         found = dict(zip(wanted, read, strict=True))
-    return [
-        _record(run, {name: found[run.info.run_id, name] for name in names if (run.info.run_id, name) in found})
-        for run, names in runs
-    ]
+    return [_record(run, {name: found[run.info.run_id, name] for name in named[run.info.run_id]}) for run, _ in runs]
 
 
 def _record(run: Run, history: dict[str, dict[int, float]]) -> RunRecord:

@@ -17,11 +17,11 @@ from mlflow.entities import RunInfo
 from mlflow.environment_variables import MLFLOW_ENABLE_SYSTEM_METRICS_LOGGING
 from mlflow.tracking.context.registry import resolve_tags
 
-from effv2.core.errors import LeaseLost, RunError, StoreAway, Terminated
+from effv2.core.errors import LeaseLost, RunError, Terminated
 from effv2.core.processes import is_gone, this_process
 from effv2.core.reporter import Message
 from effv2.tracking.sender import Item, Sender, Values, send_values
-from effv2.tracking.store import TRACKING_ERRORS, answers, open_store, shown_uri
+from effv2.tracking.store import TRACKING_ERRORS, TrackingAway, answers, open_store, shown_uri
 from effv2.tracking.tags import CONTINUES, ERROR, OUTCOME, PARENT, PID, PROCESS, REPORT, RUN_NAME
 from effv2.tracking.writer import TrackedRun, discard
 
@@ -35,12 +35,12 @@ GENERATED_NAME = re.compile(r"[a-z]+-[a-z]+-\d+")  # what MLflow calls a run tha
 class OpenRun(TrackedRun):
     """A run that this process has open. Values are sent by a thread; what has files waits until it is sent.
 
-    StoreAway where that takes more than `patience` seconds; RunError where the store refuses something for good.
+    TrackingAway where the store is away for `patience` seconds; RunError where the store refuses something for good.
     """
 
     def __init__(self, info: RunInfo, message: Message, patience: float, resumed: bool) -> None:
         super().__init__(info.run_id, info.experiment_id)
-        self.patience, self.completed, self._uploading = patience, False, False
+        self.patience, self.completed, self.delivered, self._uploading = patience, False, False, False
         self.sender = Sender(info.run_id, message, resumed)
 
     def _log(self, values: Values) -> None:
@@ -54,9 +54,9 @@ class OpenRun(TrackedRun):
         """Return the run for writing to it once it has ended."""
         return TrackedRun(self.run_id, self.experiment_id)
 
-    def complete(self) -> None:
-        """Say that all was logged: from here on the run ends FINISHED, whatever interrupts its delivery."""
-        self.set_tags({OUTCOME: "complete"})
+    def complete(self, outcome: str = "complete") -> None:
+        """Say that all was logged: from here on the run ends FINISHED, whatever interrupts it."""
+        self.set_tags({OUTCOME: outcome})
         self.completed = True
 
     def upload_checkpoint(self, path: Path) -> None:
@@ -82,17 +82,21 @@ class OpenRun(TrackedRun):
         self.sender.put(upload)
 
     def end(self, status: str, error: BaseException | None = None) -> None:
-        """Deliver what waits, then the status: past what can't be delivered where an error ended the run."""
+        """Deliver what waits, then the status; past what can't be delivered where an error ended the run.
+
+        One that is told to end, or that the store never took anything of, waits for seconds alone.
+        """
         failed = {ERROR: f"{type(error).__name__}: {error}", OUTCOME: "failed"} if status == "FAILED" else {}
         ended = int(time.time() * 1000)
         last: list[Item] = [Values(tags=failed), lambda: MlflowClient().set_terminated(self.run_id, status, ended)]
-        waits = self._uploading and self.sender.trouble is None
-        early = UPLOAD_PATIENCE if waits else EARLY_PATIENCE
-        delivered = self.sender.finish(last, self.patience if error is None else early)
-        if error is None and not delivered:
+        uploads = self._uploading and self.sender.trouble is None
+        hurries = error is not None and (status_after(error) == "KILLED" or not self.sender.checked)
+        seconds = UPLOAD_PATIENCE if uploads else EARLY_PATIENCE if hurries else self.patience
+        self.delivered = self.sender.finish(last, seconds)
+        if error is None and not self.delivered:
             self.sender.flush(0)
-        elif not delivered and answers():
-            self.set_status(status)
+        elif not self.delivered and answers():
+            self.set_status("KILLED" if status == "FINISHED" else status)  # finished is what can be read
 
 
 @contextmanager
@@ -109,7 +113,7 @@ def open_run(
     """Open a run, a child of `parent` where that is given, and end it FINISHED, FAILED or KILLED.
 
     With `resumes`, the run of that id is opened again. A run without a parent adopts the one that `mlflow run` made.
-    The end waits `patience` seconds for a store that is away, then StoreAway is raised. RunError if the store
+    The end waits `patience` seconds for a store that is away, then TrackingAway is raised. RunError if the store
     refuses something for good.
     """
     known = dict(tags) | {PID: str(os.getpid()), PROCESS: this_process()}
@@ -123,7 +127,7 @@ def open_run(
         complete = run.completed and not isinstance(error, RunError)
         with suppress(*TRACKING_ERRORS, RunError):  # a store that is away must not hide why the run ends
             lost = isinstance(error, LeaseLost) and _is_of_another(run.run_id)
-            if not lost and not isinstance(error, StoreAway):
+            if not lost and not isinstance(error, TrackingAway):
                 run.end("FINISHED" if complete else status_after(error), error)
         raise
     finally:
@@ -180,7 +184,7 @@ def open_experiment(experiment: str, create: bool = True) -> str:
 def end_left_open(run_id: str) -> bool:
     """End a run that its process left open: FINISHED if all was logged, which is returned, KILLED otherwise."""
     run = MlflowClient().get_run(run_id)
-    complete = run.data.tags.get(OUTCOME) == "complete"
+    complete = run.data.tags.get(OUTCOME) in ("complete", "pruned")
     if run.info.status == "RUNNING":
         TrackedRun(run_id, run.info.experiment_id).set_status("FINISHED" if complete else "KILLED")
     return complete

@@ -18,13 +18,14 @@ from typing import Any
 from mlflow import MlflowClient
 from mlflow.entities import Metric, Param, RunTag
 
-from effv2.core.errors import RunError, StoreAway
+from effv2.core.errors import RunError
 from effv2.core.reporter import Message
-from effv2.tracking.store import WAIT_SECONDS, answers, is_refusal, reason, shown_uri
+from effv2.tracking.store import WAIT_SECONDS, TrackingAway, answers, is_refusal, reason, shown_uri
 from effv2.tracking.tags import LONGEST_TAG
 
 MOST_AT_ONCE = 200  # things logged
 MOST_IN_A_CALL = {"params": 100, "metrics": 900, "tags": 100}  # the server refuses more
+LOOK_SECONDS = 0.2  # between two looks at how long a store has been away
 LAST_CALL = 1.0  # seconds that the call in progress has to come to an end
 LONGEST_WAIT = 15.0  # seconds between two attempts
 
@@ -84,41 +85,46 @@ class Sender:
         self.trouble: Exception | None = None  # why the last attempt failed
         self._refusal: Exception | None = None  # the first that was for good
         self._at_once = MOST_AT_ONCE
-        self._checked = False
+        self.checked = False
+        self._since = 0.0  # when the trouble began
         self._closing = False
         self._thread = threading.Thread(target=self._send_all, name=f"sender {run_id}", daemon=True)
         self._thread.start()
 
     def put(self, item: Item) -> None:
         """Let something be sent soon; RunError where the store has refused something for good."""
-        self._raise_refusal()
+        if self._refusal is not None:
+            raise RunError(f"The tracking store refused what the run logged ({reason(self._refusal)}).")
         with self._changed:
             self._waiting.append(item)
             self._changed.notify_all()
 
     def check(self) -> None:
         """Wait until everything is delivered; RunError at the first failure: before a training begins."""
+        self.flush(0)
+        self.checked = True
+
+    def flush(self, seconds: float) -> None:
+        """Wait until everything is delivered, however long that takes while the store answers.
+
+        TrackingAway where it has been away for so many seconds. RunError after a refusal and, until `check` has
+        succeeded, at the first failure.
+        """
+        began = time.monotonic()
         with self._changed:
-            self._changed.wait_for(lambda: not self._waiting or self.trouble)
-            trouble = self._refusal or self.trouble
+            while self._waiting and self.checked >= (self.trouble is not None):
+                if self.trouble is not None and time.monotonic() - max(began, self._since) > seconds:
+                    raise TrackingAway(
+                        f"The tracking store {shown_uri()} is away, or takes nothing ({reason(self.trouble)}): some of "
+                        f"what the run {self.run_id} logged isn't there yet; start it."
+                    )
+                self._changed.wait(LOOK_SECONDS)
+            trouble = self._refusal or (None if self.checked else self.trouble)
         if trouble is not None:
             raise RunError(
                 f"The tracking store {shown_uri()} doesn't take what the run logs ({reason(trouble)}); mend it.",
                 resumes=True,
             ) from trouble
-        self._checked = True
-
-    def flush(self, seconds: float) -> None:
-        """Wait until everything is delivered; StoreAway after so many seconds, RunError after a refusal."""
-        with self._changed:
-            delivered = self._changed.wait_for(lambda: not self._waiting, seconds)
-        self._raise_refusal()
-        if not delivered:
-            why = reason(self.trouble) if self.trouble else "no answer yet"
-            raise StoreAway(
-                f"The tracking store {shown_uri()} is away, or takes nothing ({why}): some of the run {self.run_id} "
-                "is in its last checkpoint alone; start it."
-            )
 
     def finish(self, items: Sequence[Item], seconds: float) -> bool:
         """Send the last things, whatever was refused before; say whether all arrived within so many seconds."""
@@ -133,10 +139,6 @@ class Sender:
             self._closing = True
             self._changed.notify_all()
         self._thread.join(LAST_CALL)
-
-    def _raise_refusal(self) -> None:
-        if self._refusal is not None:
-            raise RunError(f"The tracking store refused what the run logged ({reason(self._refusal)}).")
 
     def _send_all(self) -> None:
         """Send what comes until the sender is closed. Runs in the thread."""
@@ -178,11 +180,12 @@ class Sender:
                     return False
                 self._refusal = self._refusal or error
                 return True
-            if self.trouble is None and self._checked:
+            if self.trouble is None and self.checked:
                 self._say(f"is away, or takes nothing ({reason(error)}): the run continues, what it logs waits.")
+            self._since = self._since if self.trouble is not None else time.monotonic()
             self.trouble = error
             return False
-        if self.trouble is not None and self._checked:
+        if self.trouble is not None and self.checked:
             self._say("is back.")
         self.trouble = None
         return True

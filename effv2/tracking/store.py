@@ -21,7 +21,7 @@ from mlflow.utils.rest_utils import http_request
 from sqlalchemy.engine import make_url
 from sqlalchemy.exc import SQLAlchemyError
 
-from effv2.core.errors import InputError, RunError, nearest
+from effv2.core.errors import InputError, RunError, StoreAway, nearest
 from effv2.core.internals import default_experiment_id
 from effv2.core.provenance import without_password
 
@@ -59,6 +59,10 @@ EXPLANATIONS = (
     ),
     ("", "the tracking store doesn't answer ({reason})", "start the server or correct the address"),
 )
+
+
+class TrackingAway(StoreAway):
+    """The tracking store was away for longer than a run waits for it."""
 
 
 def open_store(experiment: str, create: bool = True) -> str:
@@ -127,8 +131,7 @@ def _probe() -> None:
     if uri.startswith("http"):
         creds = get_default_host_creds(uri)  # type: ignore[no-untyped-call]
         http_request(creds, "/health", "GET", timeout=PROBE_SECONDS, max_retries=1)  # type: ignore[no-untyped-call]
-    else:
-        MlflowClient().search_experiments(max_results=1)
+    MlflowClient().search_experiments(max_results=1)  # a server whose database is away says that it is well
 
 
 def answers() -> bool:

@@ -56,7 +56,7 @@ class Checkpointer:
         self._longest, self._between_uploads = 60 * options.checkpoint_minutes, 60 * options.checkpoint_upload_minutes
         self._identity, self._message, self._upload, self._clock = dict(identity), message, upload, clock
         self._cost, self._disk_refused = 0.0, False
-        self._written_step = -1
+        self._last = (-1, -1)  # step and epoch of the last one written
         self._written = self._uploaded = clock()
 
     @contextmanager
@@ -66,6 +66,8 @@ class Checkpointer:
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
             lock.acquire(blocking=False)
+            for left in (path for path in self.folder.glob(".*") if path.is_dir()):  # to be uploaded once
+                shutil.rmtree(left, ignore_errors=True)
         except Timeout:
             raise RunError(f"The run {self.folder.name} can't be worked on: another process works on it.") from None
         except OSError as error:
@@ -75,6 +77,18 @@ class Checkpointer:
         finally:
             lock.release()
 
+    def is_locked(self) -> bool:
+        """Say whether another process works on the run."""
+        if not (self.folder / LOCK).exists():
+            return False
+        try:
+            with FileLock(self.folder / LOCK, timeout=0):
+                return False
+        except Timeout:
+            return True
+        except OSError:
+            return False
+
     def save_if_due(self, state: TrainState, epoch_ended: bool) -> None:
         """Write a checkpoint: at the end of an epoch as soon as its cost allows, else after the longest time."""
         waited, least = self._clock() - self._written, LEAST_COSTS_BETWEEN * self._cost
@@ -83,12 +97,12 @@ class Checkpointer:
 
     def save(self, state: TrainState, leaving: bool = False) -> None:
         """Write a checkpoint, unless that of this step is there; a disk that refuses doesn't end the training."""
-        started, step = self._clock(), state.progress.step
+        started, now = self._clock(), (state.progress.step, state.progress.epoch)
         try:
-            if step == self._written_step and not (leaving and self._upload):
+            if now == self._last and not (leaving and self._upload):
                 return
-            path = self._write(state.state_dict(), step)
-            self._written_step = step
+            path = self._write(state.state_dict(), state.progress.step)
+            self._last = now
             if self._upload and (leaving or self._clock() - self._uploaded >= self._between_uploads):
                 self._upload(path)
                 self._uploaded = self._clock()
@@ -160,7 +174,8 @@ class Checkpointer:
         """Return the checkpoints there are, by step."""
         with suppress(OSError):
             named = [(path, NAME.fullmatch(path.name)) for path in self.folder.iterdir()]
-            return [path for _, path in sorted((int(match[1]), path) for path, match in named if match)]
+            steps = [(int(match[1]), path.stat().st_mtime_ns, path) for path, match in named if match]
+            return [path for *_, path in sorted(steps)]
         return []
 
 
