@@ -345,7 +345,7 @@ ABLATE_ERRORS = {
     "--storage postgresql://u:secret@host:port/db": "--storage postgresql://u:***@host:port/db: not an address",
     "--storage sqlite:////proc/nowhere/optuna.db": "optuna.db: can't be used (no such folder); create it",
     "--storage postgresql://me:secret@127.0.0.1:9/db": "--storage postgresql://me:***@127.0.0.1:9/db: can't be",
-    "--variant drop_two": "--variant drop_two: no such arm; did you mean 'drop_one'?",
+    "--variant drop_two": "--variant drop_two: no such variant; did you mean 'drop_one'?",
     "--seeds 1,x": "--seeds 1,x",
     "--seeds 1,1": "--seeds 1,1",
 }

@@ -79,12 +79,14 @@ def test_optuna_names_trials_and_studies_and_misses_heartbeats(tmp_path: Path) -
         rdb.engine.dispose()
 
 
-def test_mlflow_names_its_experiment(sqlite_store: str) -> None:
+def test_mlflow_names_its_experiment(sqlite_store: str, monkeypatch: pytest.MonkeyPatch) -> None:
     import mlflow
+    from mlflow.tracking import fluent
 
+    # What set_experiment changes is as it was after the test.
+    monkeypatch.setattr(fluent, "_active_experiment_id", None)
+    monkeypatch.setenv("MLFLOW_EXPERIMENT_ID", "")
+    monkeypatch.delenv("MLFLOW_EXPERIMENT_ID")
     assert internals.default_experiment_id() == "0"
     other = mlflow.set_experiment("other").experiment_id
-    try:
-        assert internals.default_experiment_id() == other
-    finally:
-        mlflow.set_experiment(experiment_id="0")
+    assert internals.default_experiment_id() == other
