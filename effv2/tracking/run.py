@@ -241,7 +241,7 @@ def point_adopted_run_to(run: TrackedRun) -> None:
     if adopted := os.environ.pop("MLFLOW_RUN_ID", ""):
         pointer = TrackedRun(adopted, run.experiment_id)
         pointer.set_tags({CONTINUES: run.run_id})
-        pointer.describe(f"This command went on with {run_address(run.run_id, run.experiment_id)}")
+        pointer.describe(f"This command resumed, or found finished, {run_address(run.run_id, run.experiment_id)}")
 
 
 def _name_adopted(info: RunInfo, name: str) -> None:

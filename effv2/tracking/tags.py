@@ -41,7 +41,7 @@ FRESH = "effv2.fresh"  # of a comparison that takes no runs of others
 REPORT = "effv2.report"  # of the run that an experiment's report is logged to
 WRITTEN = "effv2.note"  # of an experiment: the description as we wrote it
 LONGEST_TAG = 8_000  # characters; MLflow cuts longer ones
-MORE = ""  # the last name in a tag, where the list goes on in the next one
+MORE = ""  # the last name in a tag, where the list continues in the next tag
 
 
 def as_tags(tag: str, names: Iterable[str]) -> dict[str, str]:
