@@ -30,7 +30,7 @@ def copy_all(tensors: list[Tensor], others: list[Tensor]) -> None:
 
 
 def limit_compiled_forms(count: int) -> None:
-    """Let torch.compile keep so many forms of one function before it gives up on it."""
+    """Set how many forms of one function torch.compile keeps before it gives up on it."""
     import torch
 
     torch._dynamo.config.recompile_limit = count

@@ -43,7 +43,7 @@ class Reporter:
         """Report how far the study is."""
 
     def run_started(self, name: str, epochs: int) -> None:
-        """Report that a run of so many epochs at most begins."""
+        """Report that a run begins, and its largest number of epochs."""
 
     def step(self, step: int, steps: int) -> None:
         """Report a step of an epoch."""

@@ -61,7 +61,7 @@ class Source:
     train: LabelledImages
     validation: LabelledImages | None = None
     test: LabelledImages | None = None
-    published_first: int | None = None  # only so many of the train part
+    published_first: int | None = None  # images of the train part that are used; None: all
     published_test_from_test: bool = False  # test images are the 20 % of the test part, not of the train part
     published_split_first: bool = False  # what isn't RGB is dropped after the split, not before
 

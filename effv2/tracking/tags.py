@@ -37,7 +37,6 @@ PLANNED = "effv2.planned"  # the names of all runs that it is to have
 REUSED = "effv2.borrowed"  # runs that were finished before, for other studies, as `reused` writes them
 BEST_RUN = "effv2.best_run"
 LOOKS = "effv2.tested_runs"  # of a search: all trials that were looked at on the test set, separated by commas
-FRESH = "effv2.fresh"  # of a comparison that takes no runs of others
 REPORT = "effv2.report"  # of the run that an experiment's report is logged to
 WRITTEN = "effv2.note"  # of an experiment: the description as we wrote it
 LONGEST_TAG = 8_000  # characters; MLflow cuts longer ones
