@@ -38,6 +38,7 @@ from torchvision import models
 from effv2.config.options import StudyOptions
 from effv2.config.schema import ExecutionConfig
 from effv2.core.reporter import Reporter
+from effv2.data.dataset import load_once
 from effv2.data.images import LabelledImages
 from effv2.execution.device import make_execution
 from effv2.pretrained import evaluation
@@ -46,7 +47,6 @@ from effv2.pretrained.images import choose_images
 from effv2.pretrained.measure import Network, all_logits, batch_size
 from effv2.pretrained.weights import Requested, parse_models
 from effv2.studies.engine import run_study
-from effv2.studies.plan import load_once
 from effv2.studies.weights import make_weights
 from effv2.tracking.store import open_store
 

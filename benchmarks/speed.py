@@ -72,7 +72,7 @@ class _Stop(Exception):
 def make_config(case: Case, precision: str, compiled: bool = False) -> Any:
     """Return the resolved configuration: Imagenette, 1000 outputs as the post has them, AdamW without clipping."""
     from effv2.config.schema import TrainConfig
-    from effv2.execution.resolve import resolve
+    from effv2.execution.resolve import resolve_study
 
     groups = {
         "data": {"dataset": "imagenette", "dir": case.data_dir, "image_size": case.size, "validation_fraction": 0},
@@ -81,7 +81,7 @@ def make_config(case: Case, precision: str, compiled: bool = False) -> Any:
         "schedule": {"epochs": 1000},
         "execution": {"precision": precision, "compile": compiled},
     }
-    return resolve(TrainConfig.model_validate(groups), lambda text: click.echo(text, err=True))
+    return resolve_study([TrainConfig.model_validate(groups)], lambda text: click.echo(text, err=True))[0]
 
 
 def effv2_form(config: Any, dataset: Any, folder: Path) -> Form:

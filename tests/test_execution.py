@@ -23,7 +23,7 @@ from effv2.core.errors import InputError
 from effv2.execution import resolve as resolving
 from effv2.execution.device import Execution, fold_batch_norm
 from effv2.execution.fast_paths import FEWEST_IMAGES, use_fast_paths
-from effv2.execution.resolve import Calibration, check_compiler, remembered, resolve, resolve_study
+from effv2.execution.resolve import Calibration, check_compiler, remembered, resolve_study
 from tests.conftest import tiny_config
 
 NARROW = 20  # channels that fill no whole vector
@@ -154,7 +154,7 @@ def test_float32_means_float32_on_cuda_unless_bf16_is_wanted() -> None:
 def test_without_a_compiler_nothing_is_compiled(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("CXX", "no-such-compiler")
     with pytest.raises(InputError, match=r"execution\.compile true: the C\+\+ compiler no-such-compiler isn't there"):
-        resolve(tiny_config(execution={"compile": True}), print)
+        resolve_study([tiny_config(execution={"compile": True})], print)
 
 
 def test_a_torch_too_old_to_compile_for_a_gpu_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -202,7 +202,7 @@ def test_device_that_is_not_there_is_refused() -> None:
     if torch.cuda.is_available():
         pytest.skip("this machine has CUDA")
     with pytest.raises(InputError, match=r"execution\.device cuda: not available.*cpu"):
-        resolve(TrainConfig.model_validate({"execution": {"device": "cuda"}}), print)
+        resolve_study([TrainConfig.model_validate({"execution": {"device": "cuda"}})], print)
 
 
 @pytest.fixture
@@ -217,12 +217,12 @@ AUTO = {"device": "cpu", "precision": "auto"}
 @pytest.mark.usefixtures("bf16_processor")
 def test_auto_times_both_precisions_once_and_remembers() -> None:
     config, remarks = tiny_config(execution=AUTO), list[str]()
-    resolved = resolve(config, remarks.append)
+    (resolved,) = resolve_study([config], remarks.append)
     timed = remembered(config)
     assert timed is not None and min(timed.fp32, timed.bf16) > 0
     assert resolved.execution.precision == ("bf16" if timed.fp32 >= 1.1 * timed.bf16 else "fp32")
     assert len(remarks) == 1 and "times as fast" in remarks[0]
-    assert resolve(config, remarks.append) == resolved == resolve(resolved, remarks.append) and len(remarks) == 1
+    assert resolve_study([config, resolved], remarks.append) == [resolved] * 2 and len(remarks) == 1
     assert remembered(tiny_config(execution=AUTO, optimiser={"batch_size": 16})) is None
 
 

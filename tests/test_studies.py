@@ -17,7 +17,8 @@ from effv2.config.schema import TrainConfig
 from effv2.config.studies import SWEEPS, Sources, Study, built_in_ablation, open_study, read_study
 from effv2.core.errors import InputError
 from effv2.core.reporter import Reporter
-from effv2.studies.plan import Grid, load_once, make_grid
+from effv2.data.dataset import load_once
+from effv2.studies.plan import Grid, make_grid
 from tests import protocols
 from tests.conftest import ROOT
 

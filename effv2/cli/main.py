@@ -146,8 +146,8 @@ def search(study: str | None, **options: Any) -> None:
 def _run_and_show(make: Callable[..., Any], options: StudyOptions) -> None:
     """Make the plan of a study (`make` takes `load` and `reporter`), run it, print its results and where to look."""
     from effv2.cli.console import ConsoleReporter, print_table
+    from effv2.data.dataset import load_once
     from effv2.studies.engine import run_study
-    from effv2.studies.plan import load_once
     from effv2.tracking.run import open_experiment, run_address
 
     with ConsoleReporter() as reporter:

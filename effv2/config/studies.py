@@ -178,14 +178,14 @@ class Study(Group):
             other = "search" if self.search else "train"
             raise InputError("study", self.name, "has no arms to compare", f"use the command {other}")
         if name != "all" and name not in self.arms:
-            raise InputError("variant", name, "no such arm", nearest(name, [*self.arms, "all"]))
+            raise InputError("variant", name, "no such arm", choices=[*self.arms, "all"])
         return [arm for arm in self.arms if name in ("all", arm) or arm == self.baseline]
 
     def select_checks(self, name: str, scheduler: str) -> list[str]:
         """Return the names of the baseline and the change called `name`, or all, under each wanted schedule."""
         plain = list(dict.fromkeys(arm.removesuffix(PLATEAU) for arm in self.arms))
         if self.arms and name not in (*plain, "all"):
-            raise InputError("check", name, "no such arm", nearest(name, [*plain, "all"]))
+            raise InputError("check", name, "no such arm", choices=[*plain, "all"])
         wanted = [arm for arm in self.select("all") if scheduler in ("both", self._schedule(arm))]
         if not wanted:
             raise InputError("scheduler", scheduler, f"no arm of the study {self.name} has it", "use both")
@@ -215,7 +215,7 @@ def built_in_ablation(variant: str = "all") -> Study:
     A `variant` that isn't among them but has a name is compared with the default; InputError for any other.
     """
     if variant not in (*VARIANTS, "all"):
-        raise InputError("variant", variant, "no such variant", nearest(variant, [*VARIANTS, "all"]))
+        raise InputError("variant", variant, "no such variant", choices=[*VARIANTS, "all"])
     others = VARIANTS.keys() - PUBLISHED_VARIANTS.keys()
     names = ("default", variant) if variant in others else tuple(PUBLISHED_VARIANTS)
     arms = {name: Layer({"model": {"variant": name}}) for name in names}
@@ -236,7 +236,7 @@ def open_study(name: str, folder: Path = Path()) -> Study:
         return read_study(path)
     if not own.is_file():
         known = sorted(each.stem for each in SWEEPS.glob("*.yaml"))
-        raise InputError("study", name, "no file and no study of that name", nearest(name, known))
+        raise InputError("study", name, "no file and no study of that name", choices=known)
     return read_study(own)
 
 
@@ -253,7 +253,7 @@ def read_study(path: Path) -> Study:
     study = validate(Study, values, document.where)
     if study.baseline and study.baseline not in study.arms:
         where = document.where(("baseline",))
-        raise InputError(where, study.baseline, "is no arm", nearest(study.baseline, list(study.arms)))
+        raise InputError(where, study.baseline, "is no arm", choices=study.arms)
     if study.search and study.arms:
         raise InputError(document.where(("search",)), "", "a file has arms or a search, not both", "remove one")
     for arm in study.arms.values() or [NOTHING]:

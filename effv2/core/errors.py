@@ -6,7 +6,7 @@ Anything else that escapes is a bug of ours and shows its traceback.
 from __future__ import annotations
 
 import errno
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from difflib import get_close_matches
 
@@ -18,10 +18,13 @@ class InputError(Exception):
 
     `what` begins with a dotted setting (`data.dir`), a parameter (`weights_dir`) or an environment variable. In
     `problem` and `remedy` settings stand under their dotted names and parameters in backticks, for commands to name
-    their options.
+    their options. Of `choices` the remedy names the nearest to the value.
     """
 
-    def __init__(self, what: str, value: object = "", problem: str = "", remedy: str = "") -> None:
+    def __init__(
+        self, what: str, value: object = "", problem: str = "", remedy: str = "", choices: Iterable[str] = ()
+    ) -> None:
+        remedy = nearest(str(value), list(choices)) if choices else remedy
         self.what, self.value, self.problem, self.remedy = what, str(value), problem, remedy
         named = f"{what} {value}" if self.value else what
         super().__init__(f"{named}: {'; '.join(filter(None, (problem, remedy)))}." if problem else named)

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Callable
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cache, cached_property
 from typing import Any
 
 import numpy as np
@@ -20,6 +21,7 @@ from effv2.data.images import LabelledImages, Labels, Square
 from effv2.data.sources import Source, open_source
 
 Positions = NDArray[np.int64]
+LoadData = Callable[[DataConfig], "Dataset"]
 
 
 def to_device(tensor: Tensor, device: torch.device) -> Tensor:
@@ -102,6 +104,11 @@ class Dataset:
         """Hash everything that a run sees of the data."""
         text = "/".join([*self.classes, *(split.digest for split in self.splits.values())])
         return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def load_once(on_decoded: OnDecoded) -> LoadData:
+    """Return what loads data sets, each once a process."""
+    return cache(lambda config: load_dataset(config, on_decoded))
 
 
 def load_dataset(config: DataConfig, on_decoded: OnDecoded | None = None) -> Dataset:

@@ -235,8 +235,7 @@ def _check(contrast: Contrast, protocols: Mapping[str, Protocol], document: Docu
     """Refuse protocols and arms that there aren't, and what can't be judged over test images."""
     name, metric, region = contrast.protocol, contrast.metric, (contrast.low, contrast.high)
     if name not in protocols:
-        known = nearest(name, list(protocols))
-        raise InputError(document.where((*claim, "protocol")), name, "no such protocol", known)
+        raise InputError(document.where((*claim, "protocol")), name, "no such protocol", choices=protocols)
     protocol, what = protocols[name], quantity(metric)
     edges = [abs(edge) for edge in region if math.isfinite(edge)]
     problem = remedy = ""

@@ -86,7 +86,7 @@ def study_protocols(name: str, free: Sequence[str], folder: Path) -> dict[str, P
     arms = {arm: _settings_of(study, arm) for arm in study.arms or [ONLY_ARM]}
     first, published = next(iter(arms.values())), study.published
     if unknown := next((key for key in free if key not in first | published.runs), ""):
-        raise InputError("free", unknown, "no setting of the study", nearest(unknown, list(first)))
+        raise InputError("free", unknown, "no setting of the study", choices=first)
     kept = set.intersection(*map(set, arms.values())) - set(free)  # what is `auto` in an arm is free too
     shared = {key for key in kept if all(arm[key] == first[key] for arm in arms.values())}
     named, near_runs = (

@@ -46,13 +46,11 @@ def with_device(config: TrainConfig) -> TrainConfig:
     return _with_execution(config, device=device)
 
 
-def resolve(config: TrainConfig, message: Message) -> TrainConfig:
-    """Resolve `auto`, after all checks: precisions may be timed for seconds, of which `message` gets a sentence."""
-    return resolve_study([config], message)[0]
-
-
 def resolve_study(configs: Sequence[TrainConfig], message: Message) -> list[TrainConfig]:
-    """Resolve the configs of a study; where the precision is `auto`, all take what is best for the first of them."""
+    """Resolve the configs of a study; where the precision is `auto`, all take what is best for the first of them.
+
+    After all checks: precisions may be timed for seconds, of which `message` gets a sentence.
+    """
     resolved = list(map(with_device, configs))
     undecided = [config for config in resolved if config.execution.precision == "auto"]
     shared = "bf16" if undecided and _prefers_bf16(undecided[0], message) else "fp32"

@@ -9,9 +9,8 @@ from effv2.config.options import StudyOptions
 from effv2.config.schema import TrainConfig
 from effv2.core.processes import is_alive, this_process
 from effv2.core.reporter import Reporter
-from effv2.data.dataset import Dataset, load_dataset
-from effv2.execution.resolve import resolve, with_device
-from effv2.run.run import check, train_run
+from effv2.data.dataset import Dataset, load_once
+from effv2.run.run import prepare, train_run
 from effv2.run.spec import RunSpec, identity
 from effv2.tracking.accuracies import reached_accuracy
 from effv2.tracking.read import Identity, RunRecord, find_runs, read_run
@@ -108,12 +107,10 @@ def attempt(config: TrainConfig, dataset: Dataset, spec: RunSpec) -> Attempt:
 
 def train_single(config: TrainConfig, name: str, study: str, options: StudyOptions, reporter: Reporter) -> Attempt:
     """Make a run of its own, from its settings to its end. InputError before any run is created."""
-    config = with_device(config)
-    dataset = load_dataset(config.data, reporter.decoding)
-    check(config, dataset)
-    config = resolve(config, reporter.hint)
+    load = load_once(reporter.decoding)
+    (config,) = prepare([config], load, reporter.hint)
     with tracking_faults():
         where, keeps = open_experiment(options.experiment), options.log_model != "none"
         spec = RunSpec(name, where, study, log_model=keeps, checkpoints=options, fresh=options.fresh, reporter=reporter)
-        ended = attempt(config, dataset, spec)
+        ended = attempt(config, load(config.data), spec)
         return replace(ended, model_address=model_address(ended.run.run_id))

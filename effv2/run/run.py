@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from contextlib import ExitStack, suppress
 from dataclasses import asdict, replace
 
 from effv2.config.schema import TrainConfig
 from effv2.core.errors import Diverged, InputError, Terminated, what_ran_out
-from effv2.data.dataset import Dataset
+from effv2.core.reporter import Message
+from effv2.data.dataset import Dataset, LoadData
 from effv2.execution.device import make_execution
+from effv2.execution.resolve import resolve_study, with_device
 from effv2.run.outcome import Outcome, keep_weights
 from effv2.run.records import log_end, log_start
 from effv2.run.spec import RunSpec, identity, run_tags
@@ -22,15 +25,18 @@ from effv2.training.state import TrainState
 FIRST_LOGGED = "time/epoch_seconds"  # metric of each epoch: what a run logs at its start is there by then
 
 
-def check(config: TrainConfig, dataset: Dataset) -> None:
-    """Refuse, before a run is created, what only configuration and data together show to be wrong."""
-    outputs, classes = config.model.outputs, len(dataset.classes)
-    if 0 < outputs < classes:
-        problem = f"the data has {classes} classes"
-        raise InputError("model.outputs", outputs, problem, "give at least as many outputs, or 0")
-    if not config.evaluation.test_set and dataset.validation is None:
-        problem = "without a validation split nothing would be measured"
-        raise InputError("evaluation.test_set", "false", problem, "give data.validation_fraction a share, as 0.1")
+def prepare(configs: Sequence[TrainConfig], load: LoadData, message: Message) -> list[TrainConfig]:
+    """Load and check the data of runs, then resolve `auto`, of all alike; InputError before any run is created."""
+    configs = list(map(with_device, configs))
+    for config in configs:
+        dataset, outputs = load(config.data), config.model.outputs
+        if 0 < outputs < len(dataset.classes):
+            problem = f"the data has {len(dataset.classes)} classes"
+            raise InputError("model.outputs", outputs, problem, "give at least as many outputs, or 0")
+        if not config.evaluation.test_set and dataset.validation is None:
+            problem = "there is no validation split, and the test set is left alone: nothing would be measured"
+            raise InputError("data.validation_fraction", 0, problem, "give it a share, as 0.1")
+    return resolve_study(configs, message)
 
 
 def train_run(config: TrainConfig, dataset: Dataset, spec: RunSpec) -> Outcome:

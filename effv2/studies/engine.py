@@ -23,9 +23,10 @@ from effv2.core import provenance
 from effv2.core.errors import RunError
 from effv2.core.internals import study_id
 from effv2.core.reporter import Reporter
+from effv2.data.dataset import LoadData
 from effv2.evidence.publication import publish_study, read_results
 from effv2.evidence.study import StudyResults
-from effv2.studies.plan import LoadData, Plan, progress_of, run_ids
+from effv2.studies.plan import Plan, progress_of, run_ids
 from effv2.studies.queue import ERROR, RUN, Queue, Trials
 from effv2.studies.storage import DATABASE_ERRORS, Storage, cannot_use, open_storage
 from effv2.studies.worker import AWAY, OpenedStudy, Outages, Worker, worker_process

@@ -6,9 +6,8 @@ A grid is arms by seeds, each trained once, then compared: what `ablate` and `hp
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import cache
 from typing import Any, ClassVar
 
 import optuna
@@ -16,24 +15,21 @@ from optuna.trial import FrozenTrial, TrialState
 
 from effv2.config.layers import Layer
 from effv2.config.options import LogModel
-from effv2.config.schema import DataConfig, TrainConfig
+from effv2.config.schema import TrainConfig
 from effv2.config.studies import Study
 from effv2.core import provenance
 from effv2.core.errors import InputError
 from effv2.core.reporter import Reporter, StudyProgress
-from effv2.data.cache import OnDecoded
-from effv2.data.dataset import Dataset, load_dataset
-from effv2.execution.resolve import resolve_study, with_device
+from effv2.data.dataset import LoadData
 from effv2.run.outcome import WEIGHTS, restore, score_on_test
 from effv2.run.resume import Attempt, attempt
-from effv2.run.run import check
+from effv2.run.run import prepare
 from effv2.run.spec import RunSpec
 from effv2.studies.queue import ERROR, NAME, RUN, Params, Trials
 from effv2.tracking.accuracies import SELECTED_TEST
 from effv2.tracking.read import read_runs
 from effv2.tracking.writer import TrackedRun, model_address
 
-LoadData = Callable[[DataConfig], Dataset]
 ABOUT = {"name", "description", "retries", "baseline"}  # what a plan takes from a study file
 
 
@@ -141,13 +137,11 @@ def make_grid(
 
     `chosen` are the names of the wanted arms; `seeds` go before those of the study, those before its arms' own.
     """
-    asked = [with_device(study.arm(name, options)) for name in study.arms]
-    for config in asked:
-        check(config, load(config.data))
+    asked = [study.arm(name, options) for name in study.arms]
     if len({config.evaluation.test_set for config in asked}) > 1:
         problem = "true in some arms and false in others"
         raise InputError("evaluation.test_set", "", problem, "give all arms the same")
-    arms = dict(zip(study.arms, resolve_study(asked, reporter.hint), strict=True))
+    arms = dict(zip(study.arms, prepare(asked, load, reporter.hint), strict=True))
     identities = {arm: config.identity() for arm, config in arms.items()}
     for identity in identities.values():
         del identity["random.seed"]  # so that a study may grow by some
@@ -196,8 +190,3 @@ def _ending(trial: FrozenTrial) -> str:
         return f"failed: {trial.user_attrs.get(ERROR, 'no reason known')}"
     word = "pruned at" if trial.state == TrialState.PRUNED else "reached"
     return f"{word} {trial.value or 0.0:.2%}"
-
-
-def load_once(decoding: OnDecoded) -> LoadData:
-    """Return what loads data sets, each once a process."""
-    return cache(lambda config: load_dataset(config, decoding))

@@ -22,10 +22,10 @@ from effv2.core import provenance
 from effv2.core.errors import InputError
 from effv2.core.randomness import stream_seed
 from effv2.core.reporter import Reporter
-from effv2.execution.resolve import resolve, with_device
+from effv2.data.dataset import LoadData
 from effv2.run.records import study_text
-from effv2.run.run import check
-from effv2.studies.plan import ABOUT, LoadData, TrainingPlan, best_of
+from effv2.run.run import prepare
+from effv2.studies.plan import ABOUT, TrainingPlan, best_of
 from effv2.studies.queue import RUN, Params, Trials
 from effv2.tracking.accuracies import SELECTED_TEST, SELECTED_VALIDATION
 from effv2.tracking.read import read_runs
@@ -120,21 +120,20 @@ def make_search(study: Study, options: Layer, trials: int, load: LoadData, repor
         problem = "has arms or seeds, which a search doesn't know"
         raise InputError("study", study.name, problem, "use the commands ablate or hparam-check")
     untested = Layer({"evaluation": {"test_set": False}})
-    config = with_device(build_config([study.base, options, untested]))
-    dataset = load(config.data)
-    if dataset.validation is None:
-        problem = "a search is judged on a validation split"
-        raise InputError("data.validation_fraction", 0, problem, "give it a share, as 0.1")
-    check(config, dataset)
-    ranges = study.search or SearchFile()
-    config, epochs = resolve(config, reporter.hint), config.schedule.epochs
+    (config,) = prepare([build_config([study.base, options, untested])], load, reporter.hint)
+    ranges, epochs = study.search or SearchFile(), config.schedule.epochs
     ranges = ranges.model_copy(update={"min_epochs": ranges.min_epochs or max(1, epochs // 4)})
     searched = ranges.model_dump(exclude={"trials"})  # which may grow
     # The base's own values first, which the search is to beat.
     own = {name: config.flat()[name] for name in ranges.space}
     inside = all(limits.low <= own[name] <= limits.high for name, limits in ranges.space.items())
     wanted = {f"trial {number}": own if inside and not number else {} for number in range(trials or ranges.trials)}
-    definition = {"base": config.identity(), **searched, "data": dataset.digest(), "code": provenance.code_version()}
+    definition = {
+        "base": config.identity(),
+        **searched,
+        "data": load(config.data).digest(),
+        "code": provenance.code_version(),
+    }
     about = study.model_dump(include=ABOUT)
     return Search(
         kind="search", trials=wanted, definition=definition, epochs=epochs, base=config, search=ranges, **about

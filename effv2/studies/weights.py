@@ -8,6 +8,7 @@ from pathlib import Path
 
 from effv2.config.options import LogModel
 from effv2.core.reporter import Reporter
+from effv2.data.dataset import LoadData
 from effv2.execution.resolve import resolve_device
 from effv2.pretrained.config import PretrainedConfig
 from effv2.pretrained.evaluation import CODE, Evaluation, evaluate, log_network
@@ -15,7 +16,7 @@ from effv2.pretrained.images import choose_images
 from effv2.pretrained.weights import find_all_weights, load_network, parse_models
 from effv2.run.resume import Attempt
 from effv2.run.spec import RunSpec
-from effv2.studies.plan import LoadData, Plan, best_of, run_ids
+from effv2.studies.plan import Plan, best_of, run_ids
 from effv2.studies.queue import NAME, Params, Trials
 from effv2.tracking.writer import TrackedRun, model_address
 

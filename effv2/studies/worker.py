@@ -23,9 +23,10 @@ from effv2.config.options import StudyOptions
 from effv2.core.errors import Diverged, LeaseLost, RunError, StoreAway, Terminated
 from effv2.core.reporter import Message, Reporter
 from effv2.core.signals import ending_signals
+from effv2.data.dataset import LoadData, load_once
 from effv2.execution.allocator import tune_allocator
 from effv2.run.spec import Callback, RunSpec
-from effv2.studies.plan import LoadData, Plan, best_of, load_once
+from effv2.studies.plan import Plan, best_of
 from effv2.studies.queue import RUN, Lease, Queue
 from effv2.studies.storage import LEAVING_SECONDS, OUTAGE_SECONDS, Storage, reopen_storage
 from effv2.tracking.read import find_runs, is_running, steps_of

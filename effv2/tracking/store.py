@@ -21,7 +21,7 @@ from mlflow.utils.rest_utils import http_request
 from sqlalchemy.engine import make_url
 from sqlalchemy.exc import SQLAlchemyError
 
-from effv2.core.errors import InputError, RunError, StoreAway, nearest
+from effv2.core.errors import InputError, RunError, StoreAway
 from effv2.core.internals import default_experiment_id
 from effv2.core.provenance import without_password
 
@@ -214,7 +214,7 @@ def _experiment(client: MlflowClient, name: str, create: bool) -> Experiment:
         return found
     if not create:
         names = [each.name for each in client.search_experiments()]
-        raise InputError("experiment", name, "no such experiment", nearest(name, names))
+        raise InputError("experiment", name, "no such experiment", choices=names)
     try:
         return client.get_experiment(client.create_experiment(name))
     except MlflowException:  # another process was quicker
