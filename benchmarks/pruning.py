@@ -66,6 +66,7 @@ def search(folder: Path, text: str) -> tuple[float, int]:
     from effv2.config.layers import Layer, dotted
     from effv2.config.options import StudyOptions
     from effv2.config.studies import read_study
+    from effv2.core.internals import study_id
     from effv2.data.dataset import load_once
     from effv2.studies.engine import run_study
     from effv2.studies.search import make_search
@@ -83,7 +84,7 @@ def search(folder: Path, text: str) -> tuple[float, int]:
         run_study(plan, open_store(""), options, load, reporter)
     optuna = open_storage(storage).optuna
     (study,) = optuna.get_all_studies()
-    trials = optuna.get_all_trials(study._study_id)
+    trials = optuna.get_all_trials(study_id(study))
     epochs = sum(max(trial.intermediate_values, default=0) for trial in trials)
     return max(trial.value or 0.0 for trial in trials if trial.state.name == "COMPLETE"), epochs
 
