@@ -14,7 +14,7 @@ import shutil
 import statistics
 import time
 from collections.abc import Sequence
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -117,17 +117,16 @@ def _cpu_has_bf16() -> bool:
 
 def _calibrate(config: TrainConfig, message: Message) -> Calibration:
     """Return what is remembered for the network and input of `config`; timed first where there is nothing."""
-    if found := remembered(config):
-        return found
     path = _path(config)
-    with suppress(OSError):  # a folder that can't be written costs the memory alone
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with FileLock(f"{path}.lock"):  # two that are timed at once would disturb each other
-            if found := remembered(config):
-                return found
-            found = _time_steps(config)
+    with ExitStack() as stack:
+        with suppress(OSError):  # a folder that can't be written costs the memory alone
+            path.parent.mkdir(parents=True, exist_ok=True)
+            stack.enter_context(FileLock(f"{path}.lock"))  # two that are timed at once would disturb each other
+        if found := remembered(config):
+            return found
+        found = _time_steps(config)
+        with suppress(OSError):
             write_atomically(path, json.dumps(asdict(found)))
-    found = found or _time_steps(config)
     message(f"Timed once on this processor: {found}.")
     return found
 

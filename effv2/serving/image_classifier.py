@@ -17,6 +17,7 @@ from typing import Any
 
 import mlflow
 import numpy as np
+import torch
 from mlflow.exceptions import MlflowException
 from mlflow.protos.databricks_pb2 import INVALID_PARAMETER_VALUE
 from mlflow.pyfunc.model import PythonModel, PythonModelContext
@@ -43,15 +44,11 @@ class ImageClassifier(PythonModel):
 
     def load_context(self, context: PythonModelContext) -> None:
         """Load the program and the settings."""
-        import torch
-
         self.settings: dict[str, Any] = json.loads(Path(context.artifacts["settings"]).read_text(encoding="utf-8"))
         self.network = torch.export.load(context.artifacts["program"]).module()
 
     def predict(self, model_input: list[Any]) -> list[dict[str, Any]]:  # type: ignore[override]
         """Return, for each image, `label`, its `probability`, and `probabilities` of all classes by name."""
-        import torch
-
         if not model_input:
             return []
         names = self.settings["names"]

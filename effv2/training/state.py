@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from itertools import compress
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.optim import Optimizer
 from torch.optim.swa_utils import AveragedModel
 
 from effv2.architecture import build_model
@@ -53,52 +53,40 @@ def watched_accuracy(metrics: Mapping[str, float]) -> float:
 
 @dataclass
 class EpochSums:
-    """What the steps of the running epoch add up to: loss (float32) and right answers, on the device, over images."""
+    """What the steps of the running epoch add up to: loss (float32) and right answers (int64) over images.
 
-    loss: Tensor
-    right: Tensor
+    Zeros on the CPU can be added to what is on any device.
+    """
+
+    loss: Tensor = field(default_factory=partial(torch.tensor, 0.0))
+    right: Tensor = field(default_factory=partial(torch.tensor, 0))
     images: int = 0
     seconds: float = 0.0
 
-    @classmethod
-    def begin(cls, device: torch.device) -> EpochSums:
-        """Return the sums of no steps."""
-        return cls(torch.zeros((), device=device), torch.zeros((), device=device, dtype=torch.int64))
-
     def add(self, loss: Tensor, right: Tensor, images: int) -> None:
         """Add a step's mean loss and right answers."""
-        self.loss = self.loss + loss * images
-        self.right = self.right + right
-        self.images += images
+        self.loss, self.right, self.images = self.loss + loss * images, self.right + right, self.images + images
 
 
-@dataclass
 class TrainState:
     """What can be saved after any step; `selected` holds the weights of the best epoch where validation chooses it.
 
     Random numbers need no state: each step seeds its own, and the order of an epoch follows from its number.
     """
 
-    model: nn.Module
-    averaged: AveragedModel | None
-    optimiser: Optimizer
-    schedule: Schedule
-    progress: Progress
-    sums: EpochSums
-    selected: dict[str, Tensor] | None = None
-
-    @classmethod
-    def create(cls, config: TrainConfig, dataset: Dataset, execution: Execution) -> TrainState:
-        """Build a fresh state: weights from the seed's own stream, everything else at its beginning."""
-        wanted, outputs = config.model, config.model.outputs or len(dataset.classes)
+    def __init__(self, config: TrainConfig, dataset: Dataset, execution: Execution) -> None:
+        wanted, optimiser = config.model, config.optimiser
         settings = wanted.dropout, wanted.stochastic_depth, wanted.zero_init_residual
         with private_randomness():
             torch.manual_seed(stream_seed(config.random.seed, "initialisation"))
-            model = execution.place(build_model(wanted.build_table(), outputs, *settings))
-        optimiser = make_optimiser(config.optimiser, model)
-        schedule = Schedule(config.schedule, optimiser, batch_count(len(dataset.train), config.optimiser.batch_size))
-        averaged = AveragedModel(model, use_buffers=True) if config.optimiser.ema_decay else None
-        return cls(model, averaged, optimiser, schedule, Progress(), EpochSums.begin(execution.device))
+            network = build_model(wanted.build_table(), wanted.outputs or len(dataset.classes), *settings)
+            self.model = execution.place(network)
+        self.averaged = AveragedModel(self.model, use_buffers=True) if optimiser.ema_decay else None
+        self.optimiser = make_optimiser(optimiser, self.model)
+        steps_per_epoch = batch_count(len(dataset.train), optimiser.batch_size)
+        self.schedule = Schedule(config.schedule, self.optimiser, steps_per_epoch)
+        self.progress, self.sums = Progress(), EpochSums()
+        self.selected: dict[str, Tensor] | None = None
 
     @property
     def evaluated(self) -> nn.Module:
@@ -136,9 +124,7 @@ class TrainState:
         for name in ("model", "averaged", "optimiser", "schedule"):
             if (part := getattr(self, name)) is not None:
                 part.load_state_dict(state[name])
-        self.progress = Progress(**state["progress"])
-        device, sums = self.sums.loss.device, state["sums"]
-        self.sums = EpochSums(**{**sums, "loss": sums["loss"].to(device), "right": sums["right"].to(device)})
+        self.progress, self.sums = Progress(**state["progress"]), EpochSums(**state["sums"])
         self.selected = state["selected"]
 
     def take_selected(self) -> None:
