@@ -130,7 +130,7 @@ def floor_form(config: Any, dataset: Any) -> Form:
 
     from effv2.data.batches import NORMALISATIONS, normalised
     from effv2.execution.device import make_execution
-    from effv2.training.state import TrainState
+    from effv2.training.loop import TrainState
 
     execution = make_execution(config.execution)
     state = TrainState(config, dataset, execution)

@@ -39,9 +39,8 @@ from effv2.core.provenance import VERSIONS
 from effv2.data.batches import NORMALISATIONS, augment, batch_count, epoch_order, normalised
 from effv2.data.dataset import Dataset, Split, load_dataset
 from effv2.data.images import CentreCrop, Square
-from effv2.training.loop import Training, evaluate
+from effv2.training.loop import Progress, Training, evaluate
 from effv2.training.optimisers import Schedule
-from effv2.training.state import Progress
 
 ROOT = Path(__file__).parents[1]
 RECORDED = Path(__file__).with_suffix(".json")
@@ -58,7 +57,7 @@ DECIDING: dict[str, dict[str, tuple[str, ...]]] = {
     },
     "training": {
         "core/randomness.py": (),
-        **{f"training/{name}.py": () for name in ("loop", "optimisers", "state")},
+        **{f"training/{name}.py": () for name in ("loop", "optimisers")},
         "run/records.py": ("log_end", "log_test"),
         "run/run.py": ("train_run", "_prepared", "_resume", "_train", "_end"),
         "run/artifacts.py": (),

@@ -27,9 +27,8 @@ from effv2.data.batches import NORMALISATIONS, normalised
 from effv2.data.dataset import Dataset, Split, load_dataset
 from effv2.evidence.protocols import published_runs
 from effv2.execution.device import make_execution
-from effv2.training.loop import EPOCH_METRICS, Evaluation, Metrics, Training, evaluate
+from effv2.training.loop import EPOCH_METRICS, Evaluation, Metrics, Progress, Training, TrainState, evaluate
 from effv2.training.optimisers import Schedule
-from effv2.training.state import Progress, TrainState
 from tests.conftest import tiny_config
 
 EVERYTHING: dict[str, Any] = {

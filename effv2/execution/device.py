@@ -9,11 +9,11 @@ from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import partial
-from typing import TypeVar, cast
+from typing import TypeVar
 
 import torch
 from torch import Tensor, fx, nn
-from torch.nn.utils.fusion import fuse_conv_bn_weights
+from torch.nn.utils.fusion import fuse_conv_bn_eval
 from torchvision.models.efficientnet import FusedMBConv, MBConv
 
 from effv2.config.schema import ExecutionConfig
@@ -65,10 +65,7 @@ class Execution:
         return network
 
     def inference_factory(self, model: nn.Module, statistics: Statistics) -> Callable[[], Forward]:
-        """Return what gives `model` for inference, called when its weights have changed; valid until the next call.
-
-        For inference it takes bytes, as `logits` does.
-        """
+        """Return what gives `logits` of `model`, called when its weights have changed; valid until the next call."""
         if not self._uses_graphs:
             return lambda: partial(self.logits, self.inference_copy(model), statistics)
         network = sharing_copy(model).eval()
@@ -126,8 +123,7 @@ def make_execution(config: ExecutionConfig) -> Execution:
 def _compile_blocks(model: nn.Module) -> None:
     """Let the blocks of `model` be compiled when first used, and kept in the cache folder (docs/performance.md).
 
-    A block's shortcut and stochastic depth stay out, so that equal blocks share their code and random draws stay those
-    of the eager network. The state dict stays as it is.
+    Not their shortcut and stochastic depth: equal blocks share their code, and random draws are the eager network's.
     """
     os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(cache_folder() / "compiled"))
     limit_compiled_forms(COMPILED_FORMS)
@@ -137,10 +133,9 @@ def _compile_blocks(model: nn.Module) -> None:
 
 
 def fold_batch_norm(model: nn.Module) -> None:
-    """Fold every batch norm that directly follows a convolution, in place: exact up to rounding in eval mode.
+    """Fold every batch norm that directly follows a convolution, in place and in eval mode: exact up to rounding.
 
-    A symbolic trace tells what follows what; a network that can't be traced, or whose modules are used several times,
-    is left as it is. State dict and training are those of another network afterwards.
+    What can't be traced, or is used several times, is left as it is. The state dict is another one afterwards.
     """
     try:
         graph = _Tracer().trace(model)
@@ -156,11 +151,7 @@ def fold_batch_norm(model: nn.Module) -> None:
         conv, norm = map(modules.__getitem__, names)
         once = all(calls.count(name) == 1 for name in names)
         if once and isinstance(conv, nn.Conv2d) and isinstance(norm, nn.BatchNorm2d) and norm.track_running_stats:
-            statistics = cast(Tensor, norm.running_mean), cast(Tensor, norm.running_var), norm.eps
-            fused = fuse_conv_bn_weights(conv.weight, conv.bias, *statistics, norm.weight, norm.bias)
-            folded = sharing_copy(conv)
-            folded.weight, folded.bias = fused
-            model.set_submodule(names[0], folded)
+            model.set_submodule(names[0], fuse_conv_bn_eval(conv, norm))
             model.set_submodule(names[1], nn.Identity())
 
 

@@ -59,13 +59,16 @@ def resolve_study(configs: Sequence[TrainConfig], message: Message) -> list[Trai
 
 def resolve_device(device: Device) -> Device:
     """Return what `auto` means on this machine; InputError for a device it lacks."""
-    available = {"cpu": True, "cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
-    if device == "auto":
-        device = "cuda" if available["cuda"] else "mps" if available["mps"] else "cpu"
-    if not available[device]:
-        have = ", ".join(name for name, there in available.items() if there)
-        raise InputError("execution.device", device, "not available to torch on this machine", f"use auto or {have}")
-    return device
+    known: dict[Device, bool] = {
+        "cuda": torch.cuda.is_available(),
+        "mps": torch.backends.mps.is_available(),
+        "cpu": True,
+    }
+    available = [name for name, there in known.items() if there]
+    if device not in ("auto", *available):
+        remedy = f"use auto or {', '.join(available)}"
+        raise InputError("execution.device", device, "not available to torch on this machine", remedy)
+    return available[0] if device == "auto" else device
 
 
 def check_compiler(device: str) -> None:

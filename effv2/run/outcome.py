@@ -17,7 +17,7 @@ from effv2.data.dataset import Dataset, Split
 from effv2.data.images import Square
 from effv2.execution.device import make_execution
 from effv2.run.records import log_test
-from effv2.serving.export import ServedNetwork, as_base64, output_names, write_served
+from effv2.serving.export import as_base64, output_names, write_served
 from effv2.tracking.read import download
 from effv2.tracking.writer import TrackedRun
 from effv2.training.loop import Training
@@ -44,9 +44,9 @@ class Outcome:
         outputs = model.outputs or len(classes)
         plain = build_model(model.build_table(), outputs)  # without the paths of the device it was trained on
         plain.load_state_dict(self.network.state_dict())
-        served = ServedNetwork(plain, len(classes), *NORMALISATIONS[data.normalise])
+        statistics, names = NORMALISATIONS[data.normalise], output_names(classes, outputs)
         with tempfile.TemporaryDirectory() as name:
-            files = write_served(Path(name), served, Square(data.image_size), output_names(classes, outputs))
+            files = write_served(Path(name), plain, statistics, Square(data.image_size), names)
             self.run.log_model(files, _example(self.dataset.test), torch.__version__)
 
 

@@ -18,8 +18,7 @@ from effv2.tracking.read import Identity, artifact_names, download, read_run
 from effv2.tracking.run import CHECKPOINTS, OpenRun, open_run
 from effv2.tracking.store import TRACKING_ERRORS
 from effv2.training.checkpoint import Checkpointer, newest_step
-from effv2.training.loop import Training
-from effv2.training.state import TrainState
+from effv2.training.loop import Training, TrainState
 
 FIRST_LOGGED = "time/epoch_seconds"  # metric of each epoch: what a run logs at its start is there by then
 

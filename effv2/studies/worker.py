@@ -42,7 +42,7 @@ from effv2.tracking.store import (
 )
 from effv2.tracking.tags import PARENT
 from effv2.tracking.writer import TrackedRun
-from effv2.training.state import watched_accuracy
+from effv2.training.loop import watched_accuracy
 
 POLL_SECONDS = 1.0  # between two looks at a queue whose last trials others work on
 AWAY = 3  # exit code of a worker that waited in vain for a database or the tracking store

@@ -12,10 +12,10 @@ import os
 import pickle
 import re
 import shutil
-import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
+from time import monotonic
 from typing import Any
 
 import torch
@@ -26,7 +26,7 @@ from effv2.core.errors import InputError, RunError
 from effv2.core.paths import expanded
 from effv2.core.provenance import sha256_of_file
 from effv2.core.reporter import Message
-from effv2.training.state import TrainState
+from effv2.training.loop import TrainState
 
 FORMAT = 1  # raise it when what a state holds changes
 KEPT = 2
@@ -50,14 +50,13 @@ class Checkpointer:
         message: Message,
         *,
         upload: Callable[[Path], None] | None = None,
-        clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self.folder = expanded(options.checkpoint_dir) / run_id
         self._longest, self._between_uploads = 60 * options.checkpoint_minutes, 60 * options.checkpoint_upload_minutes
-        self._identity, self._message, self._upload, self._clock = dict(identity), message, upload, clock
+        self._identity, self._message, self._upload = dict(identity), message, upload
         self._cost, self._disk_refused = 0.0, False
         self._last = (-1, -1)  # step and epoch of the last one written
-        self._written = self._uploaded = clock()
+        self._written = self._uploaded = monotonic()
 
     @contextmanager
     def lock(self) -> Iterator[None]:
@@ -87,24 +86,24 @@ class Checkpointer:
 
     def save_if_due(self, state: TrainState, epoch_ended: bool) -> None:
         """Write a checkpoint: at the end of an epoch as soon as its cost allows, else after the longest time."""
-        waited, least = self._clock() - self._written, LEAST_COSTS_BETWEEN * self._cost
+        waited, least = monotonic() - self._written, LEAST_COSTS_BETWEEN * self._cost
         if waited >= (least if epoch_ended else max(least, self._longest)):
             self.save(state)
 
     def save(self, state: TrainState, leaving: bool = False) -> None:
         """Write a checkpoint, unless that of this step is there; a disk that refuses doesn't end the training."""
-        started, now = self._clock(), (state.progress.step, state.progress.epoch)
+        started, now = monotonic(), (state.progress.step, state.progress.epoch)
         try:
             if now == self._last and not (leaving and self._upload):
                 return
             path = self._write(state.state_dict(), state.progress.step)
             self._last = now
-            if self._upload and (leaving or self._clock() - self._uploaded >= self._between_uploads):
+            if self._upload and (leaving or monotonic() - self._uploaded >= self._between_uploads):
                 self._upload(path)
-                self._uploaded = self._clock()
+                self._uploaded = monotonic()
         except OSError as error:
             self._say_disk_refused(error)
-        self._written = self._clock()
+        self._written = monotonic()
         self._cost = self._written - started
 
     def _say_disk_refused(self, error: OSError) -> None:
@@ -131,8 +130,8 @@ class Checkpointer:
             building.unlink(missing_ok=True)
         # Those of later steps were damaged, or this training wouldn't have come by here.
         found = self._found()
-        before = found[: found.index(written)]
-        for old in set(found) - {written, *before[len(before) - KEPT + 1 :]}:
+        at = found.index(written)
+        for old in found[: max(0, at + 1 - KEPT)] + found[at + 1 :]:
             old.unlink(missing_ok=True)
         return written
 
