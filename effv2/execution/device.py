@@ -42,7 +42,7 @@ class Execution:
     channels_last: bool
     fast_paths: bool = True
     compiled: bool = False
-    cuda_graphs: bool = True
+    cuda_graphs: bool = False
 
     def place(self, model: Module) -> Module:
         """Move a network to the device, in the memory format of its inputs, on the fast paths of the device."""
@@ -66,7 +66,7 @@ class Execution:
 
     def inference_factory(self, model: nn.Module, statistics: Statistics) -> Callable[[], Forward]:
         """Return what gives `logits` of `model`, called when its weights have changed; valid until the next call."""
-        if not self._uses_graphs:
+        if not self.cuda_graphs:
             return lambda: partial(self.logits, self.inference_copy(model), statistics)
         network = sharing_copy(model).eval()
         graphed = GraphedFunction(lambda inputs: (network(inputs),))
@@ -86,11 +86,7 @@ class Execution:
 
     def graphed(self, function: Function, parameters: Iterable[nn.Parameter]) -> Function:
         """Return `function`, which sets the gradients of `parameters`, as CUDA graphs where they are used."""
-        return GraphedFunction(function, parameters) if self._uses_graphs else function
-
-    @property
-    def _uses_graphs(self) -> bool:
-        return self.cuda_graphs and not self.compiled and self.device.type == "cuda"
+        return GraphedFunction(function, parameters) if self.cuda_graphs else function
 
     def eager(self, wanted: bool) -> AbstractContextManager[None]:
         """Return a context in which compiled blocks run eagerly if wanted: for the odd last batch of an epoch."""
@@ -117,7 +113,8 @@ class Execution:
 def make_execution(config: ExecutionConfig) -> Execution:
     """Build the execution of a resolved config."""
     device, bf16 = torch.device(config.device), config.precision == "bf16"
-    return Execution(device, bf16, config.channels_last, compiled=config.compile)
+    graphs = device.type == "cuda" and not config.compile
+    return Execution(device, bf16, config.channels_last, compiled=config.compile, cuda_graphs=graphs)
 
 
 def _compile_blocks(model: nn.Module) -> None:

@@ -47,10 +47,7 @@ def with_device(config: TrainConfig) -> TrainConfig:
 
 
 def resolve_study(configs: Sequence[TrainConfig], message: Message) -> list[TrainConfig]:
-    """Resolve the configs of a study; where the precision is `auto`, all take what is best for the first of them.
-
-    After all checks: precisions may be timed for seconds, of which `message` gets a sentence.
-    """
+    """Resolve configs alike: where the precision is `auto`, all take what is best for the first, if need be timed."""
     resolved = list(map(with_device, configs))
     undecided = [config for config in resolved if config.execution.precision == "auto"]
     shared = "bf16" if undecided and _prefers_bf16(undecided[0], message) else "fp32"
@@ -59,16 +56,13 @@ def resolve_study(configs: Sequence[TrainConfig], message: Message) -> list[Trai
 
 def resolve_device(device: Device) -> Device:
     """Return what `auto` means on this machine; InputError for a device it lacks."""
-    known: dict[Device, bool] = {
-        "cuda": torch.cuda.is_available(),
-        "mps": torch.backends.mps.is_available(),
-        "cpu": True,
-    }
-    available = [name for name, there in known.items() if there]
-    if device not in ("auto", *available):
-        remedy = f"use auto or {', '.join(available)}"
-        raise InputError("execution.device", device, "not available to torch on this machine", remedy)
-    return available[0] if device == "auto" else device
+    available = {"cpu": True, "cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
+    if device == "auto":
+        device = "cuda" if available["cuda"] else "mps" if available["mps"] else "cpu"
+    if not available[device]:
+        have = ", ".join(name for name, there in available.items() if there)
+        raise InputError("execution.device", device, "not available to torch on this machine", f"use auto or {have}")
+    return device
 
 
 def check_compiler(device: str) -> None:

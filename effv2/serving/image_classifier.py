@@ -26,6 +26,7 @@ from PIL import Image, UnidentifiedImageError
 LONGEST = 100  # times its width that an image may be high, or the other way round: it is enlarged as a whole
 # What Pillow and NumPy raise for something that is no image, or one that is too large to be honest.
 BROKEN = (OSError, ValueError, SyntaxError, TypeError, Image.DecompressionBombWarning, Image.DecompressionBombError)
+PLAINLY = {binascii.Error: "it is not base64", UnidentifiedImageError: "it is in no image format that Pillow knows"}
 
 
 class BadImage(MlflowException):
@@ -83,12 +84,9 @@ def _pixels(item: Any, position: int, settings: dict[str, Any]) -> Any:
         with warnings.catch_warnings():
             warnings.simplefilter("error", Image.DecompressionBombWarning)
             return to_pixels(_open(item), settings)
-    except binascii.Error:
-        raise BadImage(position, "it is not base64") from None
-    except UnidentifiedImageError:
-        raise BadImage(position, "it is in no image format that Pillow knows") from None
     except BROKEN as error:
-        raise BadImage(position, str(error).rstrip(".") or type(error).__name__) from None
+        reason = PLAINLY.get(type(error)) or str(error).rstrip(".") or type(error).__name__
+        raise BadImage(position, reason) from None
 
 
 def _open(item: Any) -> Image.Image:
