@@ -328,3 +328,9 @@ def test_bf16_trains_too() -> None:
     plain = config.model_copy(update={"execution": config.execution.model_copy(update={"precision": "fp32"})})
     halves, wholes = (evaluated(state.model, dataset.test, each).logits.softmax(1) for each in (config, plain))
     assert not torch.equal(halves, wholes) and torch.allclose(halves, wholes, atol=0.05)
+
+
+def test_a_metric_that_fails_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(EPOCH_METRICS, "odd", lambda found: None)
+    with pytest.raises(RunError, match=r"The metric 'odd' of EPOCH_METRICS failed \(TypeError"):
+        list(start(tiny_config())[2])

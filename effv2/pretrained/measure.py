@@ -6,6 +6,7 @@ import statistics
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 
 import numpy as np
 import torch
@@ -76,7 +77,7 @@ def all_logits(network: Network, pixels: Tensor, batch: int, progress: Progress)
 
 def latency(network: Network, pixels: Tensor, batch: int) -> float:
     """Return the median seconds of a pass of `batch` images, repeated where there are fewer."""
-    return loop.latency(network, pixels[torch.arange(batch) % len(pixels)])
+    return loop.median_seconds(partial(network, pixels[torch.arange(batch) % len(pixels)]))
 
 
 def top1(logits: Tensor) -> tuple[Tensor, Tensor]:

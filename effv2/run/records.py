@@ -18,7 +18,7 @@ from effv2.data.dataset import Dataset
 from effv2.execution.device import Forward
 from effv2.run.artifacts import argmax_over_all, write_curves, write_predictions
 from effv2.tracking.writer import TrackedRun
-from effv2.training.loop import Training, evaluate, latency
+from effv2.training.loop import Training, evaluate, median_seconds
 
 
 def study_text(config: TrainConfig, name: str = "again") -> str:
@@ -61,7 +61,7 @@ def log_end(run: TrackedRun, training: Training) -> dict[str, float]:
     summary |= {
         "selected/epoch": selected,
         "time/total_train_seconds": state.progress.train_seconds,
-        "inference/single_image_seconds": latency(network, image),
+        "inference/single_image_seconds": median_seconds(lambda: network(image).cpu()),
         "model/parameters": count_parameters(state.evaluated),
         "model/gflops": count_gflops(config.model.build_table(), outputs, config.data.image_size),
     }

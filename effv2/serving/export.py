@@ -29,10 +29,9 @@ def output_names(classes: Sequence[str], outputs: int) -> list[str]:
 
 
 class _Served(nn.Module):
-    """Scaling, normalisation, network and softmax: uint8 (N, 3, size, size) to probabilities (N, columns).
+    """Bytes (N, 3, size, size) to probabilities (N, columns) and the columns of the predictions (N).
 
-    And the column of the prediction (N), the argmax over all outputs: of logits, since close ones tie as probabilities.
-    The last column sums up all outputs from there on.
+    The last column sums up all outputs from there on. Predicted is the largest logit: close ones tie as probabilities.
     """
 
     mean: Tensor
@@ -57,7 +56,7 @@ def write_served(
 ) -> dict[str, Path]:
     """Write the files of the served model besides its code, no pickle among them; return them by the names it knows.
 
-    `names` are those of output_names. `statistics`: mean and standard deviation that the network wants.
+    The probabilities get `names`, as output_names gives them.
     """
     files = {"program": folder / "program.pt2", "settings": folder / "settings.json"}
     settings: dict[str, Any] = {"image_size": preparation.size, "names": list(names)}

@@ -18,7 +18,7 @@ from torch.optim.swa_utils import AveragedModel
 
 from effv2.architecture import build_model
 from effv2.config.schema import StoppingConfig, TrainConfig
-from effv2.core.errors import Diverged
+from effv2.core.errors import Diverged, RunError
 from effv2.core.internals import copy_all, lerp_all
 from effv2.core.randomness import private_randomness, seed_generators, stream_seed
 from effv2.core.signals import uninterrupted
@@ -60,13 +60,25 @@ def evaluate(network: Forward, split: Split, batch_size: int) -> Evaluation:
     return Evaluation(loss, accuracy, logits, split.labels)
 
 
-def latency(network: Forward, images: Tensor) -> float:
-    """Return the median seconds of a pass, logits on the host: of as many as fit a second, 1 to 11, after a first."""
-    network(images).cpu()
+def epoch_metrics(found: Evaluation) -> Metrics:
+    """Return the figures by name; RunError names one that fails or is no number."""
+    figures = {}
+    for name, measure in EPOCH_METRICS.items():
+        try:
+            figures[name] = float(measure(found))
+        except Exception as error:
+            problem = f"The metric {name!r} of EPOCH_METRICS failed ({type(error).__name__}: {error})"
+            raise RunError(f"{problem}; correct it.", resumes=True) from error
+    return figures
+
+
+def median_seconds(work: Callable[[], object]) -> float:
+    """Return the median seconds of `work`, done as often as fits a second, 1 to 11 times, after a first."""
+    work()
     seconds: list[float] = []
     while len(seconds) < TIMED_PASSES and sum(seconds) < TIMED_SECONDS:
         started = time.perf_counter()
-        network(images).cpu()
+        work()
         seconds.append(time.perf_counter() - started)
     return statistics.median(seconds)
 
@@ -179,7 +191,7 @@ class TrainState:
 
 
 class Training:
-    """A training from its beginning, or from what is loaded into `state`: iterate over it to train.
+    """A training from its beginning, or from what is loaded into `state`. Iterate over it to train.
 
     `on_step` is called with (step of the epoch, steps an epoch), after which the state may be saved. Seconds of
     training exclude evaluation, `on_step` and whatever the caller does between two epochs.
@@ -293,7 +305,7 @@ class Training:
         for name, split in splits.items():
             result = evaluate(network, split, self.config.evaluation.batch_size)
             self._must_be_finite(result.loss, name)
-            metrics |= {f"{name}/{metric}": measure(result) for metric, measure in EPOCH_METRICS.items()}
+            metrics |= {f"{name}/{metric}": value for metric, value in epoch_metrics(result).items()}
         seconds = time.perf_counter() - started
         rate = sum(map(len, splits.values())) / seconds
         return metrics | {"time/evaluate_seconds": seconds, "throughput/evaluate_images_per_second": rate}
