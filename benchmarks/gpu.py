@@ -22,7 +22,6 @@ from effv2.config.schema import TrainConfig
 from effv2.data.dataset import Dataset, Split
 from effv2.execution.device import make_execution
 from effv2.training.loop import Training
-from effv2.training.state import TrainState
 
 STEPS, WARM_UP, EPOCHS = 16, 2, 5
 FORMS = {f"{precision}{how}": (precision, how) for precision in ("fp32", "bf16") for how in ("", ", CUDA graphs")}
@@ -40,8 +39,7 @@ def measure(config: TrainConfig, cuda_graphs: bool) -> dict[str, float]:
     images, size = STEPS * config.optimiser.batch_size, config.data.image_size
     classes = tuple(map(str, range(10)))
     dataset = Dataset("random", "", classes, random_split(images, size), None, random_split(images, size))
-    state = TrainState.create(config, dataset, execution)
-    epochs = [result.metrics for result in Training(config, dataset, state, execution)][WARM_UP:]
+    epochs = list(Training(config, dataset, execution))[WARM_UP:]
     rates = {
         what: statistics.median(metrics[f"throughput/{what}_images_per_second"] for metrics in epochs)
         for what in ("train", "evaluate")

@@ -26,7 +26,6 @@ from effv2.config.schema import TrainConfig  # noqa: E402
 from effv2.data.dataset import load_dataset  # noqa: E402
 from effv2.execution.device import Execution  # noqa: E402
 from effv2.training.loop import Training  # noqa: E402
-from effv2.training.state import TrainState  # noqa: E402
 
 CPU = torch.device("cpu")
 FORMS = {
@@ -64,8 +63,8 @@ def main(dataset: str, data_dir: str, image_size: int, epochs: int, seeds: int) 
         for name, execution in FORMS.items():
             seeded = config.with_seed(seed)
             started = time.perf_counter()
-            *_, last = Training(seeded, data, TrainState.create(seeded, data, execution), execution)
-            found[name].accuracies.append(100 * last.metrics["test/accuracy"])
+            *_, last = Training(seeded, data, execution)
+            found[name].accuracies.append(100 * last["test/accuracy"])
             found[name].seconds += time.perf_counter() - started
             click.echo(f"seed {seed}, {name}: {found[name].accuracies[-1]:.2f} %", err=True)
     click.echo("| form | " + " | ".join(f"seed {seed}" for seed in range(seeds)) + " | mean, % | seconds |")

@@ -60,19 +60,17 @@ def measure(seconds: float, server: subprocess.Popen[bytes]) -> dict[str, object
     from effv2.config.schema import TrainConfig
     from effv2.core.errors import StoreAway
     from effv2.data.dataset import load_dataset
-    from effv2.execution.device import make_execution
     from effv2.execution.resolve import resolve_study
     from effv2.tracking.run import open_run
     from effv2.tracking.store import open_store, wait_until_it_answers
     from effv2.training.checkpoint import Checkpointer
     from effv2.training.loop import Training
-    from effv2.training.state import TrainState
 
     asked = TrainConfig.model_validate({"optimiser": {"ema_decay": 0.99}, "schedule": {"epochs": 100_000}})
     (config,) = resolve_study([asked], print)
-    dataset, execution = load_dataset(config.data), make_execution(config.execution)
     wait_until_it_answers(60)
-    state = TrainState.create(config, dataset, execution)
+    training = Training(config, load_dataset(config.data))
+    state = training.state
     costs: list[float] = []
 
     class Timed(Checkpointer):
@@ -89,14 +87,14 @@ def measure(seconds: float, server: subprocess.Popen[bytes]) -> dict[str, object
             checkpointer = Timed(run.run_id, CheckpointOptions(), {}, print)
             run.sender.check()
             began = time.perf_counter()
-            save = checkpointer.save_if_due
-            for result in Training(config, dataset, state, execution, lambda *_: save(state, False)):
+            training.on_step = lambda step, steps: checkpointer.save_if_due(state, epoch_ended=False)
+            for metrics in training:
                 there = server.poll() is None
                 started = time.perf_counter()
-                run.log_metrics(result.metrics, step=result.epoch)
+                run.log_metrics(metrics, step=state.progress.epoch)
                 logging[there].append(1000 * (time.perf_counter() - started))
-                epochs[there].append(result.metrics["time/epoch_seconds"])
-                save(state, epoch_ended=True)
+                epochs[there].append(metrics["time/epoch_seconds"])
+                checkpointer.save_if_due(state, epoch_ended=True)
                 gone = time.perf_counter() - began
                 if there and gone > seconds / 2:
                     stop(server)

@@ -88,14 +88,10 @@ def effv2_form(config: Any, dataset: Any, folder: Path) -> Form:
     """The training loop as `train` runs it."""
     from effv2.cli.console import ConsoleReporter
     from effv2.config.options import CheckpointOptions
-    from effv2.execution.device import make_execution
     from effv2.training.checkpoint import Checkpointer
-    from effv2.training.evaluate import evaluate
-    from effv2.training.loop import Training
-    from effv2.training.state import TrainState
+    from effv2.training.loop import Training, evaluate
 
-    execution = make_execution(config.execution)
-    state = TrainState.create(config, dataset, execution)
+    training = Training(config, dataset)
     reporter = ConsoleReporter()
     reporter.run_started("speed", config.schedule.epochs)
     checkpointer = Checkpointer("speed", CheckpointOptions(checkpoint_dir=str(folder)), {}, print)
@@ -103,15 +99,17 @@ def effv2_form(config: Any, dataset: Any, folder: Path) -> Form:
 
     def on_step(step: int, steps: int) -> None:
         reporter.step(step, steps)
-        checkpointer.save_if_due(state, epoch_ended=False)
+        checkpointer.save_if_due(training.state, epoch_ended=False)
         marks.append(time.perf_counter())
         if len(marks) > STEPS:
             raise _Stop
 
+    training.on_step = on_step
+
     def train() -> float:
         marks.clear()
         with suppress(_Stop):
-            for _ in Training(config, dataset, state, execution, on_step):
+            for _ in training:
                 marks.clear()  # an epoch has ended: its evaluation is no step
         return statistics.median(b - a for a, b in pairwise(marks))
 
@@ -119,7 +117,7 @@ def effv2_form(config: Any, dataset: Any, folder: Path) -> Form:
 
     def evaluate_some() -> float:
         started = time.perf_counter()
-        evaluate(execution.inference_copy(state.evaluated), few, config, execution)
+        evaluate(training.network_for_inference(), few, config.evaluation.batch_size)
         return (time.perf_counter() - started) / EVALUATED
 
     return train, evaluate_some
@@ -130,14 +128,15 @@ def floor_form(config: Any, dataset: Any) -> Form:
     import torch
     from torch.nn import functional as F
 
-    from effv2.data.batches import to_input
+    from effv2.data.batches import NORMALISATIONS, normalised
     from effv2.execution.device import make_execution
-    from effv2.training.state import TrainState
+    from effv2.training.loop import TrainState
 
     execution = make_execution(config.execution)
-    state = TrainState.create(config, dataset, execution)
+    state = TrainState(config, dataset, execution)
     positions = torch.arange(config.optimiser.batch_size)
-    inputs, labels = to_input(dataset.train.images(positions), config.data, True), dataset.train.labels[positions]
+    inputs = normalised(dataset.train.images(positions), NORMALISATIONS["none"], True)
+    labels = dataset.train.labels[positions]
 
     def train() -> float:
         seconds = []
@@ -160,7 +159,7 @@ def loop_form(kind: str, config: Any, dataset: Any) -> Form:
     import torch
     from torch.nn import functional as F
 
-    from effv2.data.batches import epoch_order, to_input, training_batches
+    from effv2.data.batches import NORMALISATIONS, epoch_order, normalised, training_batches
 
     if kind == "timm":
         import timm
@@ -184,7 +183,7 @@ def loop_form(kind: str, config: Any, dataset: Any) -> Form:
                 yield from loader
         while True:
             for images, labels in training_batches(dataset.train, epoch_order(len(dataset.train), 0, 1), batch_size):
-                yield to_input(images, config.data, last), labels
+                yield normalised(images, NORMALISATIONS["none"], last), labels
 
     batches = endless()
 
@@ -208,7 +207,7 @@ def loop_form(kind: str, config: Any, dataset: Any) -> Form:
         with torch.inference_mode(), torch.autocast("cpu", torch.bfloat16, enabled=kind == "plain16"):
             for positions in torch.arange(len(few)).split(config.evaluation.batch_size):
                 images = few.images(positions)
-                model(to_input(images, config.data, last))
+                model(normalised(images, NORMALISATIONS["none"], last))
         return (time.perf_counter() - started) / EVALUATED
 
     return train, evaluate_some

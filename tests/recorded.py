@@ -39,11 +39,8 @@ from effv2.core.provenance import VERSIONS
 from effv2.data.batches import NORMALISATIONS, augment, batch_count, epoch_order, normalised
 from effv2.data.dataset import Dataset, Split, load_dataset
 from effv2.data.images import CentreCrop, Square
-from effv2.execution.device import make_execution
-from effv2.training.evaluate import evaluate
-from effv2.training.loop import Training
+from effv2.training.loop import Progress, Training, evaluate
 from effv2.training.optimisers import Schedule
-from effv2.training.state import Progress, TrainState
 
 ROOT = Path(__file__).parents[1]
 RECORDED = Path(__file__).with_suffix(".json")
@@ -60,12 +57,12 @@ DECIDING: dict[str, dict[str, tuple[str, ...]]] = {
     },
     "training": {
         "core/randomness.py": (),
-        **{f"training/{name}.py": () for name in ("evaluate", "loop", "optimisers", "state")},
+        **{f"training/{name}.py": () for name in ("loop", "optimisers")},
         "run/records.py": ("log_end", "log_test"),
         "run/run.py": ("train_run", "_prepared", "_resume", "_train", "_end"),
         "run/artifacts.py": (),
     },
-    "execution": {f"execution/{name}.py": () for name in ("device", "fast_paths", "cuda_graphs")},
+    "execution": {f"execution/{name}.py": () for name in ("device", "fast_paths")},
     "evaluation": {
         **{f"pretrained/{name}.py": () for name in ("evaluation", "images", "measure", "weights")},
         "run/artifacts.py": (),
@@ -347,12 +344,10 @@ def _losses() -> dict[str, list[float]]:
         groups = {key: value for key, value in settings.items() if isinstance(value, dict)}
         model |= {"variant": "recorded", "table": table}
         config = TrainConfig.model_validate(shared | groups | {"model": model})
-        dataset, execution = _random_images(), make_execution(config.execution)
-        state = TrainState.create(config, dataset, execution)
-        results = Training(config, dataset, state, execution)
-        losses = [each.metrics[f"{of}/loss"] for each in results for of in ("train", "val")]
-        state.take_selected()
-        last = evaluate(execution.inference_copy(state.evaluated), dataset.test, config, execution)
+        training = Training(config, _random_images())
+        losses = [metrics[f"{of}/loss"] for metrics in training for of in ("train", "val")]
+        training.state.take_selected()
+        last = evaluate(training.network_for_inference(), training.dataset.test, config.evaluation.batch_size)
         found[name] = [round(loss, 6) for loss in (*losses, last.loss)]
     return found
 

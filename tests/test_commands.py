@@ -198,7 +198,7 @@ def test_second_signal_does_not_cut_the_marking_short(
 def test_ignored_hangup_stays_ignored(sqlite_store: str, tiny_study: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """As under nohup."""
     from effv2.training import loop
-    from effv2.training.evaluate import evaluate
+    from effv2.training.loop import evaluate
 
     evaluated = evaluate
 

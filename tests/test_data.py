@@ -19,7 +19,7 @@ from sklearn.model_selection import train_test_split
 from effv2.config.schema import DataConfig
 from effv2.core.errors import InputError
 from effv2.data import cache
-from effv2.data.batches import batch_count, epoch_order, to_input, training_batches
+from effv2.data.batches import NORMALISATIONS, batch_count, epoch_order, normalised, training_batches
 from effv2.data.dataset import Dataset, load_dataset, stratified_split
 from effv2.data.images import LabelledImages, Square, sha256_of
 from tests.conftest import make_image_tree
@@ -305,10 +305,10 @@ def test_batches_hold_every_sample_once_in_channels_last() -> None:
     labels = torch.cat([labels for _, labels in training_batches(dataset.train, order, 32)])
     assert torch.equal(labels, dataset.train.labels[order])
     images = dataset.test.images(torch.arange(7))
-    inputs = to_input(images, DataConfig(), channels_last=True)
+    inputs = normalised(images, NORMALISATIONS["none"], channels_last=True)
     assert inputs.is_contiguous(memory_format=torch.channels_last) and inputs.min() >= 0 and inputs.max() <= 1
-    normalised = to_input(images, DataConfig(normalise="imagenet"), channels_last=True)
-    assert torch.allclose(normalised[:, 0], (inputs[:, 0] - 0.485) / 0.229)
+    as_imagenet = normalised(images, NORMALISATIONS["imagenet"], channels_last=True)
+    assert torch.allclose(as_imagenet[:, 0], (inputs[:, 0] - 0.485) / 0.229)
     assert (batch_count(64, 32), batch_count(65, 32), batch_count(66, 32)) == (2, 2, 3)
 
 

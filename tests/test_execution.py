@@ -144,7 +144,7 @@ def test_float32_means_float32_on_cuda_unless_bf16_is_wanted() -> None:
     try:
         for wanted, expected, other in ((True, "tf32", "ieee"), (False, "ieee", "tf32")):
             convolutions.fp32_precision = other  # one of its own, which need not follow cudnn's
-            Execution(torch.device("cuda"), wanted, channels_last=True).use_tf32(wanted)
+            Execution(torch.device("cuda"), wanted, channels_last=True).set_float32()
             assert matmul.fp32_precision == convolutions.fp32_precision == expected
     finally:
         for setting, precision in zip(settings, before, strict=True):
@@ -182,19 +182,17 @@ def test_compiled_blocks_train_alike_and_are_kept_for_the_next_process(tmp_path:
 COMPILED = """
 import time
 from effv2.data.dataset import load_dataset
-from effv2.execution.device import make_execution
 from effv2.training.loop import Training
-from effv2.training.state import TrainState
 from tests.conftest import tiny_config
 table = "F 1 3 1 8 8 1 / F 2 3 2 8 16 2 / F 2 3 2 16 16 2 / M 2 3 1 16 16 1"  # maps of 4x4, 2x2 and 1x1 pixels
 config = tiny_config(execution={"compile": COMPILED}, model={"variant": "own", "table": table})
-data, execution = load_dataset(config.data), make_execution(config.execution)
-state = TrainState.create(config, data, execution)
+training = Training(config, load_dataset(config.data))
 started, ends = time.perf_counter(), []
-*_, last = Training(config, data, state, execution, lambda step, steps: ends.append(time.perf_counter()))
-network = execution.inference_copy(state.model)
+training.on_step = lambda step, steps: ends.append(time.perf_counter())
+*_, last = training
+network = training.execution.inference_copy(training.state.model)
 assert not any(module._compiled_call_impl for module in network.modules())
-print(ends[0] - started, last.metrics["train/loss"])
+print(ends[0] - started, last["train/loss"])
 """
 
 

@@ -36,13 +36,14 @@ from effv2.evidence.networks import networks_results
 from effv2.evidence.quantities import percent
 from effv2.evidence.statistics import holm, mcnemar, wilson
 from effv2.evidence.study import NO_STUDY, TrackedStudy
-from effv2.pretrained import evaluation, measure
+from effv2.pretrained import evaluation
 from effv2.pretrained.config import ImagesConfig
 from effv2.pretrained.images import EvaluationImages, Origin, choose_images, class_names, origin, outputs_of, wnids
 from effv2.pretrained.measure import calibration_error, scores
 from effv2.pretrained.weights import Requested, find_all_weights, load_network, network_names, parse_models
 from effv2.studies import weights as weights_plan
 from effv2.tracking.read import RunRecord
+from effv2.training import loop
 from tests.conftest import ROOT
 
 SQUEEZENET = "weights/squeezenet1_1-imagenet-caffe-ndf.pth"
@@ -88,7 +89,7 @@ def few_images(tmp_path: Path) -> Path:
 def short_batches(monkeypatch: pytest.MonkeyPatch) -> None:
     """Time a full batch of 2 images, since 128 of them take long, and time it once."""
     monkeypatch.setattr(evaluation, "FULL_BATCH_IMAGES", 2)
-    monkeypatch.setattr(measure, "TIMED_PASSES", 1)
+    monkeypatch.setattr(loop, "TIMED_PASSES", 1)
 
 
 # Statistics, against computations that share nothing with them.
@@ -581,7 +582,8 @@ def test_what_was_evaluated_is_not_repeated(
 CUT_SHORT = """
 import os, signal, sys
 from effv2.cli.main import evaluate_pretrained
-from effv2.pretrained import evaluation, measure
+from effv2.pretrained import evaluation
+from effv2.training import loop
 
 scores, calls = evaluation.scores, 0
 
@@ -592,7 +594,7 @@ def cut_short(*args):
         os.kill(os.getpid(), {signal})
     return scores(*args)
 
-evaluation.scores, evaluation.FULL_BATCH_IMAGES, measure.TIMED_PASSES = cut_short, 2, 1
+evaluation.scores, evaluation.FULL_BATCH_IMAGES, loop.TIMED_PASSES = cut_short, 2, 1
 evaluate_pretrained(sys.argv[1:])
 """
 

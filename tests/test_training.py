@@ -6,7 +6,6 @@ import gc
 import io
 import weakref
 from collections.abc import Sequence
-from dataclasses import replace
 from itertools import cycle, pairwise
 from typing import Any
 
@@ -24,14 +23,12 @@ from effv2.config.schema import ScheduleConfig, StoppingConfig, TrainConfig
 from effv2.config.studies import open_study
 from effv2.core.errors import RunError, Terminated
 from effv2.core.randomness import stream_seed
-from effv2.data.batches import to_input
+from effv2.data.batches import NORMALISATIONS, normalised
 from effv2.data.dataset import Dataset, Split, load_dataset
 from effv2.evidence.protocols import published_runs
 from effv2.execution.device import make_execution
-from effv2.training.evaluate import EPOCH_METRICS, Evaluation, evaluate
-from effv2.training.loop import EpochResult, Training
+from effv2.training.loop import EPOCH_METRICS, Evaluation, Metrics, Progress, Training, TrainState, evaluate
 from effv2.training.optimisers import Schedule
-from effv2.training.state import Progress, TrainState
 from tests.conftest import tiny_config
 
 EVERYTHING: dict[str, Any] = {
@@ -43,20 +40,20 @@ EVERYTHING: dict[str, Any] = {
 
 
 def evaluated(model: nn.Module, split: Split, config: TrainConfig) -> Evaluation:
-    execution = make_execution(config.execution)
-    return evaluate(execution.inference_copy(model), split, config, execution)
+    network = make_execution(config.execution).inference_factory(model, NORMALISATIONS[config.data.normalise])()
+    return evaluate(network, split, config.evaluation.batch_size)
 
 
 def start(config: TrainConfig) -> tuple[Dataset, TrainState, Training]:
-    dataset, execution = load_dataset(config.data), make_execution(config.execution)
-    state = TrainState.create(config, dataset, execution)
-    return dataset, state, Training(config, dataset, state, execution)
+    dataset = load_dataset(config.data)
+    training = Training(config, dataset)
+    return dataset, training.state, training
 
 
-def numbers(results: Sequence[EpochResult]) -> list[dict[str, float]]:
+def numbers(results: Sequence[Metrics]) -> list[Metrics]:
     """Return what must repeat: everything but the timings."""
     timed = ("time/", "throughput/")
-    return [{k: v for k, v in result.metrics.items() if not k.startswith(timed)} for result in results]
+    return [{k: v for k, v in metrics.items() if not k.startswith(timed)} for metrics in results]
 
 
 def equal(first: Any, second: Any) -> bool:
@@ -119,7 +116,7 @@ def test_state_saved_after_any_step_is_resumed_exactly(schedule: str, optimiser:
     list(training)
     kept, again = whole.state_dict(), second.state_dict()
     for state in (kept, again):
-        state["progress"] = numbers([EpochResult(0, metrics) for metrics in state["progress"]["history"]])
+        state["progress"] = numbers(state["progress"]["history"])
     assert again["progress"] == expected
     assert equal(kept, again)
 
@@ -141,8 +138,8 @@ def test_a_few_epochs_learn_digits() -> None:
     config = tiny_config(data={"image_size": 8, "per_class": 0}, schedule={"epochs": 2}, optimiser={"lr": 0.02})
     _, _, training = start(config)
     results = list(training)
-    assert results[-1].metrics["test/accuracy"] > 0.85
-    assert results[-1].metrics["train/loss"] < results[0].metrics["train/loss"]
+    assert results[-1]["test/accuracy"] > 0.85
+    assert results[-1]["train/loss"] < results[0]["train/loss"]
 
 
 def test_evaluation_is_the_plain_one_and_restores_the_mode() -> None:
@@ -157,7 +154,7 @@ def test_evaluation_is_the_plain_one_and_restores_the_mode() -> None:
     plain.eval()
     images = dataset.test.images(torch.arange(len(dataset.test)))
     with torch.no_grad():
-        logits = plain(to_input(images, config.data, channels_last=False))
+        logits = plain(normalised(images, NORMALISATIONS["none"], channels_last=False))
     assert found.logits.shape == (len(dataset.test), 13)
     assert torch.allclose(found.logits, logits, atol=1e-4)
     assert found.accuracy == (logits.argmax(1) == dataset.test.labels).double().mean().item()
@@ -310,7 +307,7 @@ def test_train_set_evaluation_replaces_the_average_over_steps() -> None:
     dataset, state, training = start(tiny_config(evaluation={"train_set": True}))
     results = list(training)
     found = evaluated(state.model, dataset.train, training.config)
-    assert results[-1].metrics["train/accuracy"] == found.accuracy
+    assert results[-1]["train/accuracy"] == found.accuracy
 
 
 def test_a_metric_is_one_entry(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -318,17 +315,22 @@ def test_a_metric_is_one_entry(monkeypatch: pytest.MonkeyPatch) -> None:
         return (found.logits.topk(3).indices == found.labels[:, None]).any(1).double().mean().item()
 
     monkeypatch.setitem(EPOCH_METRICS, "top3_accuracy", top3)
-    for result in start(tiny_config())[2]:
+    for metrics in start(tiny_config())[2]:
         for split in ("test", "val"):
-            assert result.metrics[f"{split}/accuracy"] <= result.metrics[f"{split}/top3_accuracy"] <= 1
+            assert metrics[f"{split}/accuracy"] <= metrics[f"{split}/top3_accuracy"] <= 1
 
 
 def test_bf16_trains_too() -> None:
     config = tiny_config(execution={"precision": "bf16"})
     dataset, state, training = start(config)
     assert all(parameter.dtype == torch.float32 for parameter in state.model.parameters())
-    plain = replace(make_execution(config.execution), bf16=False)
-    assert list(training)[-1].metrics["train/loss"] > 0
-    halves = evaluated(state.model, dataset.test, config).logits.softmax(1)
-    wholes = evaluate(plain.inference_copy(state.model), dataset.test, config, plain).logits.softmax(1)
+    assert list(training)[-1]["train/loss"] > 0
+    plain = config.model_copy(update={"execution": config.execution.model_copy(update={"precision": "fp32"})})
+    halves, wholes = (evaluated(state.model, dataset.test, each).logits.softmax(1) for each in (config, plain))
     assert not torch.equal(halves, wholes) and torch.allclose(halves, wholes, atol=0.05)
+
+
+def test_a_metric_that_fails_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(EPOCH_METRICS, "odd", lambda found: None)
+    with pytest.raises(RunError, match=r"The metric 'odd' of EPOCH_METRICS failed \(TypeError"):
+        list(start(tiny_config())[2])

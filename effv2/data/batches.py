@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from effv2.config.schema import AugmentConfig, DataConfig
+from effv2.config.schema import AugmentConfig
 from effv2.core.randomness import stream_seed
 from effv2.data.dataset import Split, to_device
 
@@ -43,11 +43,6 @@ def training_batches(split: Split, order: Tensor, batch_size: int) -> Iterator[t
     """Yield (uint8 images (B, 3, H, W), labels (B)) in the given order."""
     for positions in order.split(batch_size)[: batch_count(len(order), batch_size)]:
         yield split.images(positions), split.labels[positions]
-
-
-def to_input(images: Tensor, config: DataConfig, channels_last: bool) -> Tensor:
-    """Turn bytes (B, 3, H, W) into the network's float32 input on the same device."""
-    return normalised(images, NORMALISATIONS[config.normalise], channels_last)
 
 
 def normalised(images: Tensor, statistics: Statistics, channels_last: bool) -> Tensor:

@@ -4,25 +4,33 @@ from __future__ import annotations
 
 import copy
 import os
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections import Counter
+from collections.abc import Callable, Iterable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from typing import TypeVar, cast
+from functools import partial
+from typing import TypeVar
 
 import torch
 from torch import Tensor, fx, nn
-from torch.nn.utils.fusion import fuse_conv_bn_weights
+from torch.nn.utils.fusion import fuse_conv_bn_eval
 from torchvision.models.efficientnet import FusedMBConv, MBConv
 
 from effv2.config.schema import ExecutionConfig
 from effv2.core.internals import limit_compiled_forms
 from effv2.core.paths import cache_folder
-from effv2.execution.cuda_graphs import Function, GraphedFunction
+from effv2.core.signals import uninterrupted
+from effv2.data.batches import Statistics, normalised
+from effv2.data.dataset import to_device
 from effv2.execution.fast_paths import use_fast_paths
 
 Module = TypeVar("Module", bound=nn.Module)
 Forward = Callable[[Tensor], Tensor]
+Tensors = tuple[Tensor, ...]
+Function = Callable[..., Tensors]
 COMPILED_FORMS = 256  # of torchvision's one block function: as many as a network has different blocks
+# So often a shape is computed eagerly before it is captured: libraries must have chosen their kernels by then.
+WARM_UP = 3
 
 
 @dataclass(frozen=True)
@@ -34,13 +42,13 @@ class Execution:
     channels_last: bool
     fast_paths: bool = True
     compiled: bool = False
-    cuda_graphs: bool = True
+    cuda_graphs: bool = False
 
     def place(self, model: Module) -> Module:
         """Move a network to the device, in the memory format of its inputs, on the fast paths of the device."""
         if self.device.type == "cpu" and self.channels_last and self.fast_paths:
             use_fast_paths(model)
-        self.use_tf32(self.bf16)
+        self.set_float32()
         if self.compiled:
             _compile_blocks(model)
         memory_format = torch.channels_last if self.channels_last else torch.contiguous_format
@@ -56,10 +64,10 @@ class Execution:
                     setattr(module, name, nn.Parameter(parameter.detach().bfloat16(), requires_grad=False))
         return network
 
-    def inference_factory(self, model: nn.Module) -> Callable[[], Forward]:
-        """Return what gives `model` for inference, called when its weights have changed; valid until the next call."""
-        if not self._uses_graphs:
-            return lambda: self.inference_copy(model)
+    def inference_factory(self, model: nn.Module, statistics: Statistics) -> Callable[[], Forward]:
+        """Return what gives `logits` of `model`, called when its weights have changed; valid until the next call."""
+        if not self.cuda_graphs:
+            return lambda: partial(self.logits, self.inference_copy(model), statistics)
         network = sharing_copy(model).eval()
         graphed = GraphedFunction(lambda inputs: (network(inputs),))
 
@@ -68,15 +76,17 @@ class Execution:
             with torch.inference_mode(False), torch.no_grad():
                 return graphed(inputs)[0]
 
-        return lambda: forward
+        return lambda: partial(self.logits, forward, statistics)
+
+    def logits(self, network: Forward, statistics: Statistics, images: Tensor) -> Tensor:
+        """Return float32 logits (B, outputs), on the device and for good, of bytes (B, 3, H, W)."""
+        inputs = normalised(to_device(images, self.device), statistics, self.channels_last)
+        with torch.inference_mode(), self.autocast():
+            return network(inputs).to(torch.float32, copy=True)
 
     def graphed(self, function: Function, parameters: Iterable[nn.Parameter]) -> Function:
         """Return `function`, which sets the gradients of `parameters`, as CUDA graphs where they are used."""
-        return GraphedFunction(function, parameters) if self._uses_graphs else function
-
-    @property
-    def _uses_graphs(self) -> bool:
-        return self.cuda_graphs and not self.compiled and self.device.type == "cuda"
+        return GraphedFunction(function, parameters) if self.cuda_graphs else function
 
     def eager(self, wanted: bool) -> AbstractContextManager[None]:
         """Return a context in which compiled blocks run eagerly if wanted: for the odd last batch of an epoch."""
@@ -86,19 +96,10 @@ class Execution:
         """Return how many bytes of images may lie on the device for good: half of what an accelerator has free."""
         return torch.cuda.mem_get_info(self.device)[0] // 2 if self.device.type == "cuda" else 0
 
-    @contextmanager
-    def exact(self) -> Iterator[None]:
-        """Let what is computed inside without autocast be computed in float32 itself."""
-        self.use_tf32(False)
-        try:
-            yield
-        finally:
-            self.use_tf32(self.bf16)
-
-    def use_tf32(self, wanted: bool) -> None:
-        """Let CUDA compute what is left in float32 in TF32 or not, process-wide: published protocols ask for fp32."""
+    def set_float32(self) -> None:
+        """Let CUDA compute what isn't in bfloat16 in TF32 beside it, else in float32 itself, in the whole process."""
         if self.device.type == "cuda":
-            precision = "tf32" if wanted else "ieee"
+            precision = "tf32" if self.bf16 else "ieee"
             torch.backends.cuda.matmul.fp32_precision = precision
             torch.backends.cudnn.fp32_precision = precision
             # With torch 2.11 convolutions keep a setting of their own: TF32.
@@ -111,15 +112,15 @@ class Execution:
 
 def make_execution(config: ExecutionConfig) -> Execution:
     """Build the execution of a resolved config."""
-    bf16 = config.precision == "bf16"
-    return Execution(torch.device(config.device), bf16, config.channels_last, compiled=config.compile)
+    device, bf16 = torch.device(config.device), config.precision == "bf16"
+    graphs = device.type == "cuda" and not config.compile
+    return Execution(device, bf16, config.channels_last, compiled=config.compile, cuda_graphs=graphs)
 
 
 def _compile_blocks(model: nn.Module) -> None:
     """Let the blocks of `model` be compiled when first used, and kept in the cache folder (docs/performance.md).
 
-    A block's shortcut and stochastic depth stay out, so that equal blocks share their code and random draws stay those
-    of the eager network. The state dict stays as it is.
+    Not their shortcut and stochastic depth: equal blocks share their code, and random draws are the eager network's.
     """
     os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(cache_folder() / "compiled"))
     limit_compiled_forms(COMPILED_FORMS)
@@ -129,10 +130,9 @@ def _compile_blocks(model: nn.Module) -> None:
 
 
 def fold_batch_norm(model: nn.Module) -> None:
-    """Fold every batch norm that directly follows a convolution, in place: exact up to rounding in eval mode.
+    """Fold every batch norm that directly follows a convolution, in place and in eval mode: exact up to rounding.
 
-    A symbolic trace tells what follows what; a network that can't be traced, or whose modules are used several times,
-    is left as it is. State dict and training are those of another network afterwards.
+    What can't be traced, or is used several times, is left as it is. The state dict is another one afterwards.
     """
     try:
         graph = _Tracer().trace(model)
@@ -148,11 +148,7 @@ def fold_batch_norm(model: nn.Module) -> None:
         conv, norm = map(modules.__getitem__, names)
         once = all(calls.count(name) == 1 for name in names)
         if once and isinstance(conv, nn.Conv2d) and isinstance(norm, nn.BatchNorm2d) and norm.track_running_stats:
-            statistics = cast(Tensor, norm.running_mean), cast(Tensor, norm.running_var), norm.eps
-            fused = fuse_conv_bn_weights(conv.weight, conv.bias, *statistics, norm.weight, norm.bias)
-            folded = sharing_copy(conv)
-            folded.weight, folded.bias = fused
-            model.set_submodule(names[0], folded)
+            model.set_submodule(names[0], fuse_conv_bn_eval(conv, norm))
             model.set_submodule(names[1], nn.Identity())
 
 
@@ -166,3 +162,55 @@ class _Tracer(fx.Tracer):
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         return type(m).__module__ == use_fast_paths.__module__ or super().is_leaf_module(m, module_qualified_name)
+
+
+class GraphedFunction:
+    """A function of tensors on the current GPU: captured as a CUDA graph for each shape of its inputs, then replayed.
+
+    A graph is one launch, not one for each short kernel (docs/performance.md). The function must consist of kernels
+    alone, wait for none, and read nothing beside its inputs that is ever moved: parameters and buffers are changed in
+    place. It may set the gradients of `parameters`. Random draws follow the global generator's seed, as always. Every
+    call must come in the same modes (autocast, gradients, inference) and with the same type and layout of inputs; what
+    it returns and the gradients are good until the next call of any shape.
+    """
+
+    def __init__(self, function: Function, parameters: Iterable[nn.Parameter] = ()) -> None:
+        self._function, self._parameters = function, tuple(parameters)
+        self._stream, self._pool = torch.cuda.Stream(), torch.cuda.graph_pool_handle()
+        self._calls: Counter[tuple[torch.Size, ...]] = Counter()
+        self._graphs: dict[tuple[torch.Size, ...], Function] = {}
+
+    def __call__(self, *inputs: Tensor) -> Tensors:
+        """Compute the function."""
+        shapes = tuple(each.shape for each in inputs)
+        self._calls[shapes] += 1
+        if self._calls[shapes] <= WARM_UP:
+            # On the stream that will be captured: autograd remembers where a gradient was first added up.
+            current = torch.cuda.current_stream()
+            self._stream.wait_stream(current)
+            with torch.cuda.stream(self._stream):
+                outputs = self._function(*inputs)
+            current.wait_stream(self._stream)
+            return outputs
+        if shapes not in self._graphs:
+            self._graphs[shapes] = self._capture(inputs)
+        return self._graphs[shapes](*inputs)
+
+    def _capture(self, inputs: Tensors) -> Function:
+        """Return the captured function; shapes share the memory of what lies between their inputs and their results."""
+        kept, parameters = tuple(each.clone() for each in inputs), self._parameters
+        graph = torch.cuda.CUDAGraph()
+        # Other threads may use the GPU meanwhile. A signal must not leave a capture that never ends.
+        with uninterrupted(), torch.cuda.graph(graph, self._pool, self._stream, capture_error_mode="thread_local"):
+            outputs = self._function(*kept)
+        gradients = [parameter.grad for parameter in parameters]
+
+        def replay(*inputs: Tensor) -> Tensors:
+            for own, given in zip(kept, inputs, strict=True):
+                own.copy_(given)
+            graph.replay()
+            for parameter, gradient in zip(parameters, gradients, strict=True):
+                parameter.grad = gradient  # another shape may have left its own
+            return outputs
+
+        return replay

@@ -3,7 +3,7 @@
 oneDNN's overhead dominates on maps of a few pixels, where most layers work when images are small; other kernels of
 oneDNN and torch are far slower than their neighbours. Each path is the same sum in another order, and falls back to
 torch's own layer where it doesn't apply. Parameters and their names stay. What each gains is in docs/performance.md.
-SiLUs no longer work in place: they would have to copy their input before they overwrite it.
+Layers take and return maps (N, C, H, W). SiLUs no longer work in place: they would copy what they overwrite.
 """
 
 from __future__ import annotations
@@ -13,29 +13,27 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torchvision.ops import SqueezeExcitation as PlainSqueezeExcitation
+from torchvision.ops import SqueezeExcitation
 
 LARGEST_POINTWISE_MAP = 16
 FEWEST_IMAGES = 8  # from which on a matrix between the pixels of 2x2 maps is worth building
 VECTOR = 16 if "AVX512" in torch.backends.cpu.get_cpu_capability() else 8  # float32 numbers
 
 
-class PointwiseConv2d(nn.Conv2d):
+class _PointwiseConv2d(nn.Conv2d):
     """A 1x1 convolution as a matrix product over pixels, on maps of at most 16 of them."""
 
     def forward(self, input: Tensor) -> Tensor:
-        """Convolve (N, C, H, W)."""
         pixels = input.shape[2] * input.shape[3]
         if pixels > LARGEST_POINTWISE_MAP or not input.is_contiguous(memory_format=torch.channels_last):
             return super().forward(input)
         return F.linear(input.permute(0, 2, 3, 1), self.weight.flatten(1), self.bias).permute(0, 3, 1, 2)
 
 
-class DenseConv2d(nn.Conv2d):
+class _DenseConv2d(nn.Conv2d):
     """A dense 3x3 convolution, padding 1, as one matrix product, on maps of one pixel, and of 2x2 from 8 images on."""
 
     def forward(self, input: Tensor) -> Tensor:
-        """Convolve (N, C, H, W)."""
         size = tuple(input.shape[2:])
         if size != (1, 1) and (size != (2, 2) or len(input) < FEWEST_IMAGES):
             return super().forward(input)
@@ -43,7 +41,7 @@ class DenseConv2d(nn.Conv2d):
         return output if self.bias is None else output + self.bias.to(output.dtype).view(-1, 1, 1)
 
 
-class DepthwiseConv2d(nn.Conv2d):
+class _DepthwiseConv2d(nn.Conv2d):
     """A depthwise 3x3 convolution, padding 1, that leaves out taps which only ever meet padding.
 
     On maps of one pixel it is the centre tap, on maps of 2x2 those that can meet the image, pixel by pixel. On larger
@@ -51,7 +49,6 @@ class DepthwiseConv2d(nn.Conv2d):
     """
 
     def forward(self, input: Tensor) -> Tensor:
-        """Convolve (N, C, H, W)."""
         size, stride = tuple(input.shape[2:]), self.stride[0]
         output: Tensor
         if size == (1, 1):
@@ -66,28 +63,26 @@ class DepthwiseConv2d(nn.Conv2d):
         return output if self.bias is None else output + self.bias.to(output.dtype).view(-1, 1, 1)
 
 
-class SqueezeExcitation(PlainSqueezeExcitation):  # type: ignore[misc]
+class _SqueezeExcitation(SqueezeExcitation):  # type: ignore[misc]
     """Squeeze and excitation (Hu et al. 2018) with SiLU and sigmoid, backwards without stored broadcasts."""
 
     def forward(self, input: Tensor) -> Tensor:
-        """Scale the channels of (N, C, H, W)."""
         weights = self.fc1.weight.flatten(1), self.fc1.bias, self.fc2.weight.flatten(1), self.fc2.bias
-        output: Tensor = _SqueezeExcitation.apply(input, *_as_autocast(*weights))
+        output: Tensor = _Excitation.apply(input, *_as_autocast(*weights))
         return output
 
 
-class BatchNorm2d(nn.BatchNorm2d):
+class _BatchNorm2d(nn.BatchNorm2d):
     """Batch norm whose gradient in training is computed on whole vectors of channels: torch is slow on a remainder."""
 
     def forward(self, input: Tensor) -> Tensor:
-        """Normalise (N, C, H, W)."""
         channels_last = input.is_contiguous(memory_format=torch.channels_last)
         if not self.training or not torch.is_grad_enabled() or not channels_last:
             return super().forward(input)
         if self.num_batches_tracked is not None:
             self.num_batches_tracked.add_(1)
         settings = self.running_mean, self.running_var, self.momentum, self.eps
-        output: Tensor = _NarrowBatchNorm.apply(input, self.weight, self.bias, settings)
+        output: Tensor = _PaddedBatchNorm.apply(input, self.weight, self.bias, settings)
         return output
 
 
@@ -102,20 +97,19 @@ def use_fast_paths(model: nn.Module) -> None:
 
 def _path(layer: nn.Module) -> type[nn.Module] | None:
     """Return the class with the path of a layer, None where there is none."""
-    if type(layer) is PlainSqueezeExcitation:
+    if type(layer) is SqueezeExcitation:
         usual = isinstance(layer.activation, nn.SiLU) and isinstance(layer.scale_activation, nn.Sigmoid)
-        return SqueezeExcitation if usual else None
+        return _SqueezeExcitation if usual else None
     if type(layer) is nn.BatchNorm2d:
         usual = layer.affine and layer.track_running_stats and layer.momentum is not None
-        return BatchNorm2d if usual and layer.num_features % VECTOR else None
+        return _BatchNorm2d if usual and layer.num_features % VECTOR else None
     if type(layer) is not nn.Conv2d or layer.padding_mode != "zeros" or layer.dilation != (1, 1):
         return None
-    if layer.kernel_size == (1, 1) and layer.groups == 1 and layer.stride == (1, 1) and layer.padding == (0, 0):
-        return PointwiseConv2d
-    if layer.kernel_size != (3, 3) or layer.padding != (1, 1):
-        return None
     dense, depthwise = layer.groups == 1, layer.groups == layer.in_channels == layer.out_channels
-    return DenseConv2d if dense and layer.stride in ((1, 1), (2, 2)) else DepthwiseConv2d if depthwise else None
+    if layer.kernel_size == (3, 3) and layer.padding == (1, 1):
+        return _DenseConv2d if dense and layer.stride in ((1, 1), (2, 2)) else _DepthwiseConv2d if depthwise else None
+    plain = layer.kernel_size == layer.stride == (1, 1) and layer.padding == (0, 0)
+    return _PointwiseConv2d if plain and dense else None
 
 
 def _as_autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
@@ -229,7 +223,7 @@ class _DepthwiseStride2(torch.autograd.Function):
         return tuple(None if found is None else found.to(input.dtype) for found in (of_input, of_weight))
 
 
-class _NarrowBatchNorm(torch.autograd.Function):
+class _PaddedBatchNorm(torch.autograd.Function):
     """Batch norm in training mode, channels filled up backwards; `settings`: running mean, variance, momentum, eps."""
 
     @staticmethod
@@ -254,7 +248,7 @@ class _NarrowBatchNorm(torch.autograd.Function):
         return of_input.contiguous(memory_format=torch.channels_last), of_weight, of_bias, None
 
 
-class _SqueezeExcitation(torch.autograd.Function):
+class _Excitation(torch.autograd.Function):
     """Squeeze and excitation, in the precision of its weights but for the map that is scaled."""
 
     @staticmethod

@@ -14,7 +14,7 @@ import shutil
 import statistics
 import time
 from collections.abc import Sequence
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -47,10 +47,7 @@ def with_device(config: TrainConfig) -> TrainConfig:
 
 
 def resolve_study(configs: Sequence[TrainConfig], message: Message) -> list[TrainConfig]:
-    """Resolve the configs of a study; where the precision is `auto`, all take what is best for the first of them.
-
-    After all checks: precisions may be timed for seconds, of which `message` gets a sentence.
-    """
+    """Resolve configs alike: where the precision is `auto`, all take what is best for the first, if need be timed."""
     resolved = list(map(with_device, configs))
     undecided = [config for config in resolved if config.execution.precision == "auto"]
     shared = "bf16" if undecided and _prefers_bf16(undecided[0], message) else "fp32"
@@ -117,17 +114,16 @@ def _cpu_has_bf16() -> bool:
 
 def _calibrate(config: TrainConfig, message: Message) -> Calibration:
     """Return what is remembered for the network and input of `config`; timed first where there is nothing."""
-    if found := remembered(config):
-        return found
     path = _path(config)
-    with suppress(OSError):  # a folder that can't be written costs the memory alone
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with FileLock(f"{path}.lock"):  # two that are timed at once would disturb each other
-            if found := remembered(config):
-                return found
-            found = _time_steps(config)
+    with ExitStack() as stack:
+        with suppress(OSError):  # a folder that can't be written costs the memory alone
+            path.parent.mkdir(parents=True, exist_ok=True)
+            stack.enter_context(FileLock(f"{path}.lock"))  # two that are timed at once would disturb each other
+        if found := remembered(config):
+            return found
+        found = _time_steps(config)
+        with suppress(OSError):
             write_atomically(path, json.dumps(asdict(found)))
-    found = found or _time_steps(config)
     message(f"Timed once on this processor: {found}.")
     return found
 

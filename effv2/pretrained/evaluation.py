@@ -28,7 +28,7 @@ from effv2.pretrained.weights import Requested, load_network
 from effv2.run.artifacts import Predictions, write_predictions
 from effv2.run.resume import Attempt, find_earlier
 from effv2.run.spec import RunSpec, machine_tags
-from effv2.serving.export import OTHER, ServedNetwork, as_base64, write_served
+from effv2.serving.export import OTHER, as_base64, write_served
 from effv2.tracking.read import Identity
 from effv2.tracking.run import open_run
 from effv2.tracking.tags import SEED, STUDY, VARIANT
@@ -182,10 +182,9 @@ def _latencies(label: str, pixels: torch.Tensor, network: Network, reporter: Rep
 def log_network(evaluation: Evaluation, run: TrackedRun) -> None:
     """Log the network with its preprocessing to the run that evaluated it, which may have ended."""
     requested = evaluation.requested
-    module = load_network(requested)
-    served = ServedNetwork(module, len(class_names()), *requested.normalisation)
+    module, statistics = load_network(requested), requested.normalisation
     with tempfile.TemporaryDirectory() as folder:
-        files = write_served(Path(folder), served, requested.preparation, class_names())
+        files = write_served(Path(folder), module, statistics, requested.preparation, class_names())
         run.log_model(files, as_base64(evaluation.images.part.open(0)), torch.__version__)
 
 

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 
 import numpy as np
 import torch
@@ -13,20 +14,18 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from effv2.core.errors import RunError
-from effv2.data.batches import normalised
-from effv2.data.dataset import to_device
+from effv2.data.batches import Statistics
 from effv2.data.images import Labels
 from effv2.execution.device import Execution, fold_batch_norm
+from effv2.training import loop
 
 # On a CPU a pass over few images stays in caches and in memory that the process already has: 2 to 4 times the rate of
 # batches of 128 (benchmarks/pretrained.md).
 CPU_BATCH_PIXELS = 8 * 224**2
 OTHER_BATCH = 128
-TIMED_SECONDS, TIMED_PASSES = 1.0, 11
 COMPARED_IMAGES = 512  # that bf16 is compared with float32 on
 CALIBRATION_BINS = 15
 
-Statistics = tuple[Sequence[float], Sequence[float]]  # mean and standard deviation of a channel
 Progress = Callable[[int], None]  # is given how many images are done
 
 
@@ -46,11 +45,7 @@ class Network:
 
     def __call__(self, pixels: Tensor) -> Tensor:
         """Return logits (B, outputs) on the CPU."""
-        images = to_device(pixels, self.execution.device).permute(0, 3, 1, 2)
-        inputs = normalised(images, self.statistics, self.execution.channels_last)
-        with torch.inference_mode(), self.execution.autocast():
-            logits: Tensor = self.module(inputs)
-        return logits.float().cpu()
+        return self.execution.logits(self.module, self.statistics, pixels.permute(0, 3, 1, 2)).cpu()
 
 
 def batch_size(wanted: int, size: int, execution: Execution) -> int:
@@ -81,15 +76,8 @@ def all_logits(network: Network, pixels: Tensor, batch: int, progress: Progress)
 
 
 def latency(network: Network, pixels: Tensor, batch: int) -> float:
-    """Return the median seconds of passes of `batch` images: as many passes as fit a second, 1 to 11, after a first."""
-    images = pixels[torch.arange(batch) % len(pixels)]
-    network(images)
-    seconds: list[float] = []
-    while len(seconds) < TIMED_PASSES and sum(seconds) < TIMED_SECONDS:
-        started = time.perf_counter()
-        network(images)
-        seconds.append(time.perf_counter() - started)
-    return statistics.median(seconds)
+    """Return the median seconds of a pass of `batch` images, repeated where there are fewer."""
+    return loop.median_seconds(partial(network, pixels[torch.arange(batch) % len(pixels)]))
 
 
 def top1(logits: Tensor) -> tuple[Tensor, Tensor]:
@@ -136,8 +124,9 @@ def bf16_differences(network: Network, pixels: Tensor, logits: Tensor, true: Lab
     """Compare bf16 `logits` of all images with float32 ones of at most 512, evenly spaced: what bf16 changes."""
     chosen = np.unique(np.linspace(0, len(pixels) - 1, min(len(pixels), COMPARED_IMAGES)).round().astype(int))
     in_float32 = replace(network, execution=replace(network.execution, bf16=False))
-    with network.execution.exact():
-        exact, _ = all_logits(in_float32, pixels[chosen], batch, lambda _: None)
+    in_float32.execution.set_float32()
+    exact, _ = all_logits(in_float32, pixels[chosen], batch, lambda _: None)
+    network.execution.set_float32()
     before, after = exact.argmax(1).numpy(), logits[chosen].argmax(1).numpy()
     return {
         "bf16/compared_images": len(chosen),

@@ -17,11 +17,10 @@ from effv2.data.dataset import Dataset, Split
 from effv2.data.images import Square
 from effv2.execution.device import make_execution
 from effv2.run.records import log_test
-from effv2.serving.export import ServedNetwork, as_base64, output_names, write_served
+from effv2.serving.export import as_base64, output_names, write_served
 from effv2.tracking.read import download
 from effv2.tracking.writer import TrackedRun
 from effv2.training.loop import Training
-from effv2.training.state import TrainState
 
 WEIGHTS = "selected.pt"  # artifact: weights of the selected epoch, until the study's best run is known
 
@@ -45,21 +44,21 @@ class Outcome:
         outputs = model.outputs or len(classes)
         plain = build_model(model.build_table(), outputs)  # without the paths of the device it was trained on
         plain.load_state_dict(self.network.state_dict())
-        served = ServedNetwork(plain, len(classes), *NORMALISATIONS[data.normalise])
+        statistics, names = NORMALISATIONS[data.normalise], output_names(classes, outputs)
         with tempfile.TemporaryDirectory() as name:
-            files = write_served(Path(name), served, Square(data.image_size), output_names(classes, outputs))
+            files = write_served(Path(name), plain, statistics, Square(data.image_size), names)
             self.run.log_model(files, _example(self.dataset.test), torch.__version__)
 
 
 def restore(run: TrackedRun, config: TrainConfig, dataset: Dataset) -> Outcome:
     """Return the outcome of a finished run, from the weights that it kept; trained again where it kept none."""
-    execution = make_execution(config.execution)
+    training = Training(config, dataset)
+    state = training.state
     with tempfile.TemporaryDirectory() as folder:
         path = download(run.run_id, WEIGHTS, Path(folder))
         weights = None if path is None else torch.load(path, map_location="cpu", weights_only=True)
-    state = TrainState.create(config, dataset, execution)
     if weights is None:
-        for _ in Training(config, dataset, state, execution):
+        for _ in training:
             pass
         state.take_selected()
     else:
@@ -69,9 +68,10 @@ def restore(run: TrackedRun, config: TrainConfig, dataset: Dataset) -> Outcome:
 
 def score_on_test(outcome: Outcome) -> float:
     """Evaluate an outcome on the test set, which its run has not seen, and log to the run; return the accuracy."""
-    execution = make_execution(outcome.config.execution)
-    form = execution.inference_factory(outcome.network)()
-    accuracy = log_test(outcome.run, outcome.config, outcome.dataset, execution, form)
+    config = outcome.config
+    statistics = NORMALISATIONS[config.data.normalise]
+    network = make_execution(config.execution).inference_factory(outcome.network, statistics)()
+    accuracy = log_test(outcome.run, config, outcome.dataset, network)
     outcome.run.log_metrics({"selected/test_accuracy": accuracy})
     return accuracy
 

@@ -8,17 +8,17 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 import yaml
 
 from effv2.architecture import count_gflops, count_parameters
 from effv2.config.schema import TrainConfig
 from effv2.core import provenance
 from effv2.data.dataset import Dataset
-from effv2.execution.device import Execution, Forward
+from effv2.execution.device import Forward
 from effv2.run.artifacts import argmax_over_all, write_curves, write_predictions
 from effv2.tracking.writer import TrackedRun
-from effv2.training.evaluate import evaluate, single_image_latency
-from effv2.training.state import TrainState
+from effv2.training.loop import Training, evaluate, median_seconds
 
 
 def study_text(config: TrainConfig, name: str = "again") -> str:
@@ -43,12 +43,10 @@ def log_start(run: TrackedRun, config: TrainConfig, dataset: Dataset, known: Map
         run.log_dataset(dataset.name, name, split.digest, dataset.location, profile)
 
 
-def log_end(
-    run: TrackedRun, config: TrainConfig, dataset: Dataset, execution: Execution, state: TrainState
-) -> dict[str, float]:
+def log_end(run: TrackedRun, training: Training) -> dict[str, float]:
     """Log and return the summary; log predictions and figures of the network as it now is: at the selected epoch."""
-    history, network = state.progress.history, state.evaluated
-    form = execution.inference_factory(network)()
+    config, dataset, state = training.config, training.dataset, training.state
+    history, network = state.progress.history, training.network_for_inference()
     selected = len(history) if state.selected is None else state.progress.best_epoch
     outputs = config.model.outputs or len(dataset.classes)
     summary: dict[str, float] = {}
@@ -56,14 +54,15 @@ def log_end(
         test = [metrics["test/accuracy"] for metrics in history]
         best = int(np.argmax(test)) + 1
         summary = {"best/test_accuracy": test[best - 1], "best/epoch": best, "final/test_accuracy": test[-1]}
-        summary["selected/test_accuracy"] = log_test(run, config, dataset, execution, form)
+        summary["selected/test_accuracy"] = log_test(run, config, dataset, network)
     if dataset.validation is not None:
         summary["selected/val_accuracy"] = history[selected - 1]["val/accuracy"]
+    image = torch.zeros(1, 3, *2 * [config.data.image_size], dtype=torch.uint8)
     summary |= {
         "selected/epoch": selected,
         "time/total_train_seconds": state.progress.train_seconds,
-        "inference/single_image_seconds": single_image_latency(form, config, execution),
-        "model/parameters": count_parameters(network),
+        "inference/single_image_seconds": median_seconds(lambda: network(image).cpu()),
+        "model/parameters": count_parameters(state.evaluated),
         "model/gflops": count_gflops(config.model.build_table(), outputs, config.data.image_size),
     }
     run.log_metrics(summary)
@@ -73,10 +72,10 @@ def log_end(
     return summary
 
 
-def log_test(run: TrackedRun, config: TrainConfig, dataset: Dataset, execution: Execution, form: Forward) -> float:
+def log_test(run: TrackedRun, config: TrainConfig, dataset: Dataset, network: Forward) -> float:
     """Log predictions on the test set at the selected epoch and their tables; return the accuracy."""
     test_set = dataset.test
-    result = evaluate(form, test_set, config, execution)
+    result = evaluate(network, test_set, config.evaluation.batch_size)
     predictions = argmax_over_all(dataset.classes, test_set.ids, test_set.labels.numpy(), result.logits.numpy())
     with tempfile.TemporaryDirectory() as name:
         write_predictions(Path(name), predictions)

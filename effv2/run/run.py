@@ -10,7 +10,6 @@ from effv2.config.schema import TrainConfig
 from effv2.core.errors import Diverged, InputError, Terminated, what_ran_out
 from effv2.core.reporter import Message
 from effv2.data.dataset import Dataset, LoadData
-from effv2.execution.device import make_execution
 from effv2.execution.resolve import resolve_study, with_device
 from effv2.run.outcome import Outcome, keep_weights
 from effv2.run.records import log_end, log_start
@@ -19,8 +18,7 @@ from effv2.tracking.read import Identity, artifact_names, download, read_run
 from effv2.tracking.run import CHECKPOINTS, OpenRun, open_run
 from effv2.tracking.store import TRACKING_ERRORS
 from effv2.training.checkpoint import Checkpointer, newest_step
-from effv2.training.loop import Training
-from effv2.training.state import TrainState
+from effv2.training.loop import Training, TrainState
 
 FIRST_LOGGED = "time/epoch_seconds"  # metric of each epoch: what a run logs at its start is there by then
 
@@ -97,9 +95,9 @@ def _prepared(
     run: OpenRun, config: TrainConfig, dataset: Dataset, spec: RunSpec, checkpointer: Checkpointer
 ) -> Training:
     """Build the training, from the run's last checkpoint where it resumes, and log what a run logs at its start."""
-    execution = make_execution(config.execution)
-    state = TrainState.create(config, dataset, execution)
-    if execution.compiled:
+    training = Training(config, dataset)
+    state = training.state
+    if training.execution.compiled:
         spec.reporter.message("compiling the blocks: the first step takes a minute or two, unless it was done before")
     reporter, there = spec.reporter, read_run(run.run_id) if spec.resumes else None
     if there is not None:
@@ -113,7 +111,8 @@ def _prepared(
         reporter.step(step, steps)
         checkpointer.save_if_due(state, epoch_ended=False)
 
-    return Training(config, dataset, state, execution, on_step)
+    training.on_step = on_step
+    return training
 
 
 def _resume(run: OpenRun, state: TrainState, checkpointer: Checkpointer) -> None:
@@ -146,10 +145,11 @@ def _train(run: OpenRun, training: Training, checkpointer: Checkpointer, spec: R
     """
     state = training.state
     try:
-        for result in training:
-            prunes = spec.callback.epoch_ended(result)  # first, since the trial may be another process's by now
-            run.log_metrics(result.metrics, step=result.epoch)
-            spec.reporter.epoch(result.epoch, result.metrics)
+        for metrics in training:
+            epoch = state.progress.epoch
+            prunes = spec.callback.epoch_ended(epoch, metrics)  # first: the trial may be another process's by now
+            run.log_metrics(metrics, step=epoch)
+            spec.reporter.epoch(epoch, metrics)
             if prunes:
                 return True
             checkpointer.save_if_due(state, epoch_ended=True)
@@ -164,7 +164,7 @@ def _end(run: OpenRun, training: Training, dataset: Dataset, spec: RunSpec) -> O
     """Log what follows from a finished training: summary, predictions, curves, the model."""
     state, config = training.state, training.config
     state.take_selected()
-    summary = log_end(run, config, dataset, training.execution, state)
+    summary = log_end(run, training)
     outcome = Outcome(run, config, dataset, state.evaluated, state.progress.best_accuracy, summary)
     if spec.log_model:
         outcome.log_model()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from effv2.config.options import CheckpointOptions
@@ -13,7 +14,6 @@ from effv2.execution.resolve import remembered
 from effv2.tracking.read import Identity
 from effv2.tracking.run import PATIENCE
 from effv2.tracking.tags import ARM, CALIBRATION, COMMAND, MACHINE, SEED, STUDY, VARIANT
-from effv2.training.loop import EpochResult
 
 
 class Callback:
@@ -25,8 +25,8 @@ class Callback:
     def run_resumed(self, accuracy: float) -> None:
         """Hear that the run resumes from its checkpoint, with the best watched accuracy so far (below 0: none)."""
 
-    def epoch_ended(self, result: EpochResult) -> bool:
-        """Hear of an epoch; say whether to prune the run now."""
+    def epoch_ended(self, epoch: int, metrics: Mapping[str, float]) -> bool:
+        """Hear of an epoch, counted from 1; say whether to prune the run now."""
         return False
 
     def keeps_weights(self, accuracy: float) -> bool:

@@ -14,6 +14,7 @@ from PIL import Image
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from effv2.data.batches import Statistics
 from effv2.data.images import CentreCrop, Preparation, to_rgb
 
 OTHER = "other"
@@ -27,42 +28,44 @@ def output_names(classes: Sequence[str], outputs: int) -> list[str]:
     return [*classes, other] if outputs > len(classes) else list(classes)
 
 
-class ServedNetwork(nn.Module):
-    """Scaling, normalisation, network and softmax: uint8 (N, 3, size, size) in."""
+class _Served(nn.Module):
+    """Bytes (N, 3, size, size) to probabilities (N, columns) and the columns of the predictions (N).
+
+    The last column sums up all outputs from there on. Predicted is the largest logit: close ones tie as probabilities.
+    """
 
     mean: Tensor
     std: Tensor
 
-    def __init__(self, network: nn.Module, classes: int, mean: Sequence[float], std: Sequence[float]) -> None:
+    def __init__(self, network: nn.Module, statistics: Statistics, columns: int) -> None:
         super().__init__()
-        self.network, self.classes = network, classes
-        self.register_buffer("mean", torch.tensor(mean).view(3, 1, 1))
-        self.register_buffer("std", torch.tensor(std).view(3, 1, 1))
+        self.network, self.last = network, columns - 1
+        for name, numbers in zip(("mean", "std"), statistics, strict=True):
+            self.register_buffer(name, torch.tensor(numbers).view(3, 1, 1))
 
     def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
-        """Return probabilities (N, names) and the column of the prediction (N), the argmax over all outputs.
-
-        What lies beyond the classes is summed into the last column. The argmax is of logits: close ones tie as
-        probabilities.
-        """
         logits = self.network((images.float() / 255 - self.mean) / self.std)
         table = F.softmax(logits, 1)
-        if table.shape[1] > self.classes:
-            table = torch.cat([table[:, : self.classes], table[:, self.classes :].sum(1, keepdim=True)], 1)
-        return table, logits.argmax(1).clamp(max=self.classes)
+        if table.shape[1] > self.last + 1:
+            table = torch.cat([table[:, : self.last], table[:, self.last :].sum(1, keepdim=True)], 1)
+        return table, logits.argmax(1).clamp(max=self.last)
 
 
 def write_served(
-    folder: Path, network: ServedNetwork, preparation: Preparation, names: Sequence[str]
+    folder: Path, network: nn.Module, statistics: Statistics, preparation: Preparation, names: Sequence[str]
 ) -> dict[str, Path]:
-    """Write the files of the served model besides its code, no pickle among them; return them by the names it knows."""
+    """Write the files of the served model besides its code, no pickle among them; return them by the names it knows.
+
+    The probabilities get `names`, as output_names gives them.
+    """
     files = {"program": folder / "program.pt2", "settings": folder / "settings.json"}
     settings: dict[str, Any] = {"image_size": preparation.size, "names": list(names)}
     if isinstance(preparation, CentreCrop):
         settings |= {"shorter_side": preparation.resize, "interpolation": preparation.interpolation.upper()}
     files["settings"].write_text(json.dumps(settings), encoding="utf-8")
     example = torch.zeros(2, 3, preparation.size, preparation.size, dtype=torch.uint8)  # 2: a batch of 1 would be kept
-    program = torch.export.export(network.eval(), (example,), dynamic_shapes=({0: torch.export.Dim("batch")},))
+    served = _Served(network, statistics, len(names)).eval()
+    program = torch.export.export(served, (example,), dynamic_shapes=({0: torch.export.Dim("batch")},))
     program.example_inputs = None  # it would be stored as a pickle
     torch.export.save(program, files["program"])
     return files

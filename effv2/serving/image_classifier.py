@@ -17,6 +17,7 @@ from typing import Any
 
 import mlflow
 import numpy as np
+import torch
 from mlflow.exceptions import MlflowException
 from mlflow.protos.databricks_pb2 import INVALID_PARAMETER_VALUE
 from mlflow.pyfunc.model import PythonModel, PythonModelContext
@@ -25,6 +26,7 @@ from PIL import Image, UnidentifiedImageError
 LONGEST = 100  # times its width that an image may be high, or the other way round: it is enlarged as a whole
 # What Pillow and NumPy raise for something that is no image, or one that is too large to be honest.
 BROKEN = (OSError, ValueError, SyntaxError, TypeError, Image.DecompressionBombWarning, Image.DecompressionBombError)
+PLAINLY = {binascii.Error: "it is not base64", UnidentifiedImageError: "it is in no image format that Pillow knows"}
 
 
 class BadImage(MlflowException):
@@ -43,15 +45,11 @@ class ImageClassifier(PythonModel):
 
     def load_context(self, context: PythonModelContext) -> None:
         """Load the program and the settings."""
-        import torch
-
         self.settings: dict[str, Any] = json.loads(Path(context.artifacts["settings"]).read_text(encoding="utf-8"))
         self.network = torch.export.load(context.artifacts["program"]).module()
 
     def predict(self, model_input: list[Any]) -> list[dict[str, Any]]:  # type: ignore[override]
         """Return, for each image, `label`, its `probability`, and `probabilities` of all classes by name."""
-        import torch
-
         if not model_input:
             return []
         names = self.settings["names"]
@@ -86,12 +84,9 @@ def _pixels(item: Any, position: int, settings: dict[str, Any]) -> Any:
         with warnings.catch_warnings():
             warnings.simplefilter("error", Image.DecompressionBombWarning)
             return to_pixels(_open(item), settings)
-    except binascii.Error:
-        raise BadImage(position, "it is not base64") from None
-    except UnidentifiedImageError:
-        raise BadImage(position, "it is in no image format that Pillow knows") from None
     except BROKEN as error:
-        raise BadImage(position, str(error).rstrip(".") or type(error).__name__) from None
+        reason = PLAINLY.get(type(error)) or str(error).rstrip(".") or type(error).__name__
+        raise BadImage(position, reason) from None
 
 
 def _open(item: Any) -> Image.Image:

@@ -10,7 +10,7 @@ import threading
 import time
 import traceback
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
 from multiprocessing import connection, parent_process
@@ -42,8 +42,7 @@ from effv2.tracking.store import (
 )
 from effv2.tracking.tags import PARENT
 from effv2.tracking.writer import TrackedRun
-from effv2.training.loop import EpochResult
-from effv2.training.state import watched_accuracy
+from effv2.training.loop import watched_accuracy
 
 POLL_SECONDS = 1.0  # between two looks at a queue whose last trials others work on
 AWAY = 3  # exit code of a worker that waited in vain for a database or the tracking store
@@ -141,12 +140,12 @@ class TrialCallback(Callback):
         """Take over the best accuracy of the epochs that aren't trained again."""
         self.best = max(self.best, accuracy)
 
-    def epoch_ended(self, result: EpochResult) -> bool:
+    def epoch_ended(self, epoch: int, metrics: Mapping[str, float]) -> bool:
         """Report the best accuracy so far, which is what a trial is worth; ask the pruner."""
         plan = self.worker.study.plan
-        self.best = max(self.best, watched_accuracy(result.metrics))
-        pruner = plan.pruner() if result.epoch < plan.epochs else None
-        pruned = self.worker.queue.report(self.lease, result.epoch, self.best, pruner)
+        self.best = max(self.best, watched_accuracy(metrics))
+        pruner = plan.pruner() if epoch < plan.epochs else None
+        pruned = self.worker.queue.report(self.lease, epoch, self.best, pruner)
         self.worker.changed()
         return pruned
 

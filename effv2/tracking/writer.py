@@ -16,8 +16,8 @@ from mlflow.entities import Dataset, DatasetInput, InputTag, LoggedModel, Logged
 from mlflow.exceptions import MlflowException
 from mlflow.store.artifact.artifact_repository_registry import get_artifact_repository
 
+from effv2 import serving
 from effv2.core.provenance import GitState
-from effv2.serving import image_classifier_path
 from effv2.tracking.sender import Values, send_values
 from effv2.tracking.store import is_missing
 from effv2.tracking.tags import DATA_CONTEXT, GIT_COMMIT, GIT_DIRTY, LONGEST_TAG, NOTE
@@ -151,7 +151,7 @@ def log_served_model(run_id: str, files: Mapping[str, Path], example: str, torch
         pyfunc.log_model(
             name="model",
             model_id=unfinished,
-            python_model=str(image_classifier_path()),
+            python_model=str(Path(serving.__file__).with_name("image_classifier.py")),
             artifacts={name: str(path) for name, path in files.items()},
             input_example=[example],
             pip_requirements=[

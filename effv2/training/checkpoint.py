@@ -12,10 +12,10 @@ import os
 import pickle
 import re
 import shutil
-import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
+from time import monotonic
 from typing import Any
 
 import torch
@@ -26,7 +26,7 @@ from effv2.core.errors import InputError, RunError
 from effv2.core.paths import expanded
 from effv2.core.provenance import sha256_of_file
 from effv2.core.reporter import Message
-from effv2.training.state import TrainState
+from effv2.training.loop import TrainState
 
 FORMAT = 1  # raise it when what a state holds changes
 KEPT = 2
@@ -50,14 +50,13 @@ class Checkpointer:
         message: Message,
         *,
         upload: Callable[[Path], None] | None = None,
-        clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self.folder = expanded(options.checkpoint_dir) / run_id
         self._longest, self._between_uploads = 60 * options.checkpoint_minutes, 60 * options.checkpoint_upload_minutes
-        self._identity, self._message, self._upload, self._clock = dict(identity), message, upload, clock
+        self._identity, self._message, self._upload = dict(identity), message, upload
         self._cost, self._disk_refused = 0.0, False
         self._last = (-1, -1)  # step and epoch of the last one written
-        self._written = self._uploaded = clock()
+        self._written = self._uploaded = monotonic()
 
     @contextmanager
     def lock(self) -> Iterator[None]:
@@ -79,44 +78,38 @@ class Checkpointer:
 
     def is_locked(self) -> bool:
         """Say whether another process works on the run."""
-        if not (self.folder / LOCK).exists():
-            return False
         try:
-            with FileLock(self.folder / LOCK, timeout=0):
+            with self.lock() if (self.folder / LOCK).exists() else nullcontext():
                 return False
-        except Timeout:
+        except RunError:
             return True
-        except OSError:
-            return False
 
     def save_if_due(self, state: TrainState, epoch_ended: bool) -> None:
         """Write a checkpoint: at the end of an epoch as soon as its cost allows, else after the longest time."""
-        waited, least = self._clock() - self._written, LEAST_COSTS_BETWEEN * self._cost
+        waited, least = monotonic() - self._written, LEAST_COSTS_BETWEEN * self._cost
         if waited >= (least if epoch_ended else max(least, self._longest)):
             self.save(state)
 
     def save(self, state: TrainState, leaving: bool = False) -> None:
         """Write a checkpoint, unless that of this step is there; a disk that refuses doesn't end the training."""
-        started, now = self._clock(), (state.progress.step, state.progress.epoch)
+        started, now = monotonic(), (state.progress.step, state.progress.epoch)
         try:
             if now == self._last and not (leaving and self._upload):
                 return
             path = self._write(state.state_dict(), state.progress.step)
             self._last = now
-            if self._upload and (leaving or self._clock() - self._uploaded >= self._between_uploads):
+            if self._upload and (leaving or monotonic() - self._uploaded >= self._between_uploads):
                 self._upload(path)
-                self._uploaded = self._clock()
+                self._uploaded = monotonic()
         except OSError as error:
             self._say_disk_refused(error)
-        self._written = self._clock()
+        self._written = monotonic()
         self._cost = self._written - started
 
     def _say_disk_refused(self, error: OSError) -> None:
         if not self._disk_refused:
-            self._message(
-                f"No checkpoint can be written to {self.folder} ({error.strerror or error}): training continues, the "
-                "last one that was stays. Free space there."
-            )
+            problem = f"No checkpoint can be written to {self.folder} ({error.strerror or error})"
+            self._message(f"{problem}: training continues, the last one that was stays. Free space there.")
         self._disk_refused = True
 
     def _write(self, state: Mapping[str, Any], step: int) -> Path:
@@ -128,7 +121,7 @@ class Checkpointer:
                 torch.save({"format": FORMAT, "identity": self._identity, "state": dict(state)}, file)
                 file.flush()
                 os.fsync(file.fileno())
-            written = building.rename(self.folder / f"step-{step}-{_digest(building)}.pt")
+            written = building.rename(self.folder / f"step-{step}-{sha256_of_file(building)[:16]}.pt")
             _sync(self.folder)
         except RuntimeError as error:  # what torch's writer makes of a disk that is full
             cause = error.__context__
@@ -137,8 +130,8 @@ class Checkpointer:
             building.unlink(missing_ok=True)
         # Those of later steps were damaged, or this training wouldn't have come by here.
         found = self._found()
-        before = found[: found.index(written)]
-        for old in set(found) - {written, *before[len(before) - KEPT + 1 :]}:
+        at = found.index(written)
+        for old in found[: max(0, at + 1 - KEPT)] + found[at + 1 :]:
             old.unlink(missing_ok=True)
         return written
 
@@ -153,15 +146,12 @@ class Checkpointer:
             if content is None:
                 self._message(f"{path} is damaged, or of another version, and is left out.")
                 continue
-            theirs = content["identity"]
-            differing = [
-                f"{name} was {theirs.get(name)}, is {value}"
-                for name, value in self._identity.items()
-                if theirs.get(name) != value
-            ]
+            theirs, ours = content["identity"], self._identity
+            differing = [name for name in ours if theirs.get(name) != ours[name]]
             if differing:
-                problem = f"it is of another run ({'; '.join(differing)})"
-                raise InputError("checkpoint_dir", path, problem, "remove it, or give another folder")
+                words = "; ".join(f"{name} was {theirs.get(name)}, is {ours[name]}" for name in differing)
+                remedy = "remove it, or give another folder"
+                raise InputError("checkpoint_dir", path, f"it is of another run ({words})", remedy)
             state: dict[str, Any] = content["state"]
             return state
         return None
@@ -172,11 +162,8 @@ class Checkpointer:
 
     def _found(self) -> list[Path]:
         """Return the checkpoints there are, by step."""
-        with suppress(OSError):
-            named = [(path, NAME.fullmatch(path.name)) for path in self.folder.iterdir()]
-            steps = [(int(match[1]), path.stat().st_mtime_ns, path) for path, match in named if match]
-            return [path for *_, path in sorted(steps)]
-        return []
+        found = [path for path in self.folder.glob("step-*") if NAME.fullmatch(path.name)]
+        return sorted(found, key=lambda path: (newest_step([path.name]), path.stat().st_mtime_ns))
 
 
 def newest_step(names: Iterable[str]) -> int:
@@ -186,18 +173,13 @@ def newest_step(names: Iterable[str]) -> int:
 
 def _read(path: Path) -> dict[str, Any] | None:
     """Return the content of a checkpoint; None where it is damaged, or of another format."""
-    match = NAME.fullmatch(path.name)
     try:
-        if match is None or _digest(path) != match[2]:
+        if sha256_of_file(path)[:16] != path.stem.rpartition("-")[2]:
             return None
         content: Any = torch.load(path, map_location="cpu", weights_only=True)
     except (OSError, RuntimeError, pickle.UnpicklingError, ValueError, KeyError, EOFError):
         return None
     return content if isinstance(content, dict) and content.get("format") == FORMAT else None
-
-
-def _digest(path: Path) -> str:
-    return sha256_of_file(path)[:16]
 
 
 def _sync(folder: Path) -> None:

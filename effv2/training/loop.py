@@ -1,61 +1,212 @@
-"""The training loop: a generator of epoch results over a state that can be saved after any step."""
+"""The training loop, a generator over a state that can be saved after any step; evaluation on a split."""
 
 from __future__ import annotations
 
 import math
+import statistics
 import time
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import asdict, dataclass, field
+from functools import partial
+from itertools import compress
+from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.optim.swa_utils import AveragedModel
 
-from effv2.config.schema import TrainConfig
-from effv2.core.errors import Diverged
+from effv2.architecture import build_model
+from effv2.config.schema import StoppingConfig, TrainConfig
+from effv2.core.errors import Diverged, RunError
+from effv2.core.internals import copy_all, lerp_all
 from effv2.core.randomness import private_randomness, seed_generators, stream_seed
 from effv2.core.signals import uninterrupted
-from effv2.data.batches import augment, batch_count, epoch_order, mix_samples, one_hot, to_input, training_batches
-from effv2.data.dataset import Dataset, to_device
-from effv2.execution.device import Execution
-from effv2.training.evaluate import EPOCH_METRICS, evaluate
-from effv2.training.state import EpochSums, TrainState, watched_accuracy
+from effv2.data import batches
+from effv2.data.dataset import Dataset, Split, to_device
+from effv2.execution.device import Execution, Forward, make_execution
+from effv2.training.optimisers import Schedule, make_optimiser
 
 # On an accelerator the loss is looked at this seldom, since each look waits for the device.
 STEPS_BETWEEN_LOSS_CHECKS = 50
+TIMED_SECONDS, TIMED_PASSES = 1.0, 11
 
 Metrics = dict[str, float]
 
 
 @dataclass(frozen=True)
-class EpochResult:
-    """An epoch's number (from 1) and its metrics by the names they are logged under."""
+class Evaluation:
+    """Mean cross-entropy, fraction right, float32 logits (N, outputs) and labels (N) in the split's order."""
 
-    epoch: int
-    metrics: Metrics
+    loss: float
+    accuracy: float
+    logits: Tensor
+    labels: Tensor
+
+
+# What is measured of each evaluated split after each epoch, and logged as `<split>/<name>`. A new metric is one entry.
+EPOCH_METRICS: dict[str, Callable[[Evaluation], float]] = {
+    "loss": lambda found: found.loss,
+    "accuracy": lambda found: found.accuracy,
+}
+
+
+def evaluate(network: Forward, split: Split, batch_size: int) -> Evaluation:
+    """Run a network for inference (of Execution) over `split`; the argmax is over all outputs."""
+    parts = map(split.images, torch.arange(len(split)).split(batch_size))
+    logits = torch.cat(list(map(network, parts))).cpu()
+    loss = F.cross_entropy(logits, split.labels).item()
+    accuracy = (logits.argmax(1) == split.labels).double().mean().item()
+    return Evaluation(loss, accuracy, logits, split.labels)
+
+
+def epoch_metrics(found: Evaluation) -> Metrics:
+    """Return the figures by name; RunError names one that fails or is no number."""
+    figures = {}
+    for name, measure in EPOCH_METRICS.items():
+        try:
+            figures[name] = float(measure(found))
+        except Exception as error:
+            problem = f"The metric {name!r} of EPOCH_METRICS failed ({type(error).__name__}: {error})"
+            raise RunError(f"{problem}; correct it.", resumes=True) from error
+    return figures
+
+
+def median_seconds(work: Callable[[], object]) -> float:
+    """Return the median seconds of `work`, done as often as fits a second, 1 to 11 times, after a first."""
+    work()
+    seconds: list[float] = []
+    while len(seconds) < TIMED_PASSES and sum(seconds) < TIMED_SECONDS:
+        started = time.perf_counter()
+        work()
+        seconds.append(time.perf_counter() - started)
+    return statistics.median(seconds)
 
 
 @dataclass
+class Progress:
+    """Finished epochs and steps, and the metrics of every epoch by the names they are logged under."""
+
+    epoch: int = 0
+    step: int = 0
+    train_seconds: float = 0.0
+    best_accuracy: float = -1.0
+    best_epoch: int = 0
+    history: list[dict[str, float]] = field(default_factory=list)
+
+    def should_stop(self, stopping: StoppingConfig) -> bool:
+        """Say whether `patience` epochs brought no better watched accuracy, all of them after `min_epochs`.
+
+        Better than all before or, with best_since min_epochs, than those from min_epochs on (docs/protocols.md).
+        """
+        if not stopping.patience or self.epoch < stopping.min_epochs + stopping.patience:
+            return False
+        first = max(1, stopping.min_epochs) if stopping.best_since == "min_epochs" else 1
+        watched = [watched_accuracy(metrics) for metrics in self.history[first - 1 :]]
+        best_epoch = first + watched.index(max(watched))
+        return self.epoch - max(best_epoch, stopping.min_epochs) >= stopping.patience
+
+
+def watched_accuracy(metrics: Mapping[str, float]) -> float:
+    """Return the accuracy that selects, stops and lowers the rate: of validation, of the test set without one."""
+    return metrics["val/accuracy"] if "val/accuracy" in metrics else metrics["test/accuracy"]
+
+
+@dataclass
+class EpochSums:
+    """What the steps of the running epoch add up to: loss (float32) and right answers (int64) over images.
+
+    Zeros on the CPU can be added to what is on any device.
+    """
+
+    loss: Tensor = field(default_factory=partial(torch.tensor, 0.0))
+    right: Tensor = field(default_factory=partial(torch.tensor, 0))
+    images: int = 0
+    seconds: float = 0.0
+
+
+class TrainState:
+    """What can be saved after any step; `selected` holds the weights of the best epoch where validation chooses it.
+
+    Random numbers need no state: each step seeds its own, and the order of an epoch follows from its number.
+    """
+
+    def __init__(self, config: TrainConfig, dataset: Dataset, execution: Execution) -> None:
+        wanted, optimiser = config.model, config.optimiser
+        settings = wanted.dropout, wanted.stochastic_depth, wanted.zero_init_residual
+        with private_randomness():
+            torch.manual_seed(stream_seed(config.random.seed, "initialisation"))
+            network = build_model(wanted.build_table(), wanted.outputs or len(dataset.classes), *settings)
+            self.model = execution.place(network)
+        self.averaged = AveragedModel(self.model, use_buffers=True) if optimiser.ema_decay else None
+        self.optimiser = make_optimiser(optimiser, self.model)
+        steps_per_epoch = batches.batch_count(len(dataset.train), optimiser.batch_size)
+        self.schedule = Schedule(config.schedule, self.optimiser, steps_per_epoch)
+        self.progress, self.sums = Progress(), EpochSums()
+        self.selected: dict[str, Tensor] | None = None
+
+    @property
+    def evaluated(self) -> nn.Module:
+        """Return the network that is evaluated and kept: the averaged one where there is one."""
+        return self.averaged.module if self.averaged else self.model
+
+    @torch.no_grad()
+    def average(self, decay: float) -> None:
+        """Let the averaged weights follow, the decay rising from 0.1 as (1 + n) / (10 + n): the start is forgotten."""
+        if self.averaged is None:
+            return
+        n = int(self.averaged.n_averaged)
+        weight = 1 - min(decay, (1 + n) / (10 + n)) if n else 1.0
+        averaged, current = ([*module.parameters(), *module.buffers()] for module in (self.averaged.module, self.model))
+        smooth = [each.is_floating_point() for each in averaged]
+        lerp_all(list(compress(averaged, smooth)), list(compress(current, smooth)), weight)
+        counts = [not each for each in smooth]
+        copy_all(list(compress(averaged, counts)), list(compress(current, counts)))
+        self.averaged.n_averaged += 1  # AveragedModel's own update would wait for a GPU
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return all of it as tensors and plain values."""
+        return {
+            "model": self.model.state_dict(),
+            "averaged": self.averaged.state_dict() if self.averaged else None,
+            "optimiser": self.optimiser.state_dict(),
+            "schedule": self.schedule.state_dict(),
+            "progress": asdict(self.progress),
+            "sums": vars(self.sums).copy(),
+            "selected": self.selected,
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Take over what state_dict returned."""
+        for name in ("model", "averaged", "optimiser", "schedule"):
+            if (part := getattr(self, name)) is not None:
+                part.load_state_dict(state[name])
+        self.progress, self.sums = Progress(**state["progress"]), EpochSums(**state["sums"])
+        self.selected = state["selected"]
+
+    def take_selected(self) -> None:
+        """Go back to the weights of the selected epoch; without a validation split it is the last one."""
+        if self.selected is not None:
+            self.evaluated.load_state_dict(self.selected)
+
+
 class Training:
-    """A training that begins or resumes at `state`: iterate over it to train.
+    """A training from its beginning, or from what is loaded into `state`. Iterate over it to train.
 
     `on_step` is called with (step of the epoch, steps an epoch), after which the state may be saved. Seconds of
     training exclude evaluation, `on_step` and whatever the caller does between two epochs.
     """
 
-    config: TrainConfig
-    dataset: Dataset
-    state: TrainState
-    execution: Execution
-    on_step: Callable[[int, int], None] | None = None
+    def __init__(self, config: TrainConfig, dataset: Dataset, execution: Execution | None = None) -> None:
+        execution = execution or make_execution(config.execution)
+        state = TrainState(config, dataset, execution)
+        self.config, self.state, self.execution = config, state, execution
+        # On an accelerator for good where it has room, so that no step waits for its images.
+        self.dataset = dataset.on(execution.device) if dataset.bytes <= execution.room_for_data() else dataset
+        self.on_step: Callable[[int, int], None] = lambda step, steps: None
+        usual = min(config.optimiser.batch_size, len(dataset.train))  # a size that is worth compiling
 
-    def __post_init__(self) -> None:
-        """Let the images lie on an accelerator for good where it has room, so that no step waits for them."""
-        if self.dataset.bytes <= self.execution.room_for_data():
-            self.dataset = self.dataset.on(self.execution.device)
-        # Not self: a function that held it would keep the network in memory.
-        state, execution = self.state, self.execution
-        usual = min(self.config.optimiser.batch_size, len(self.dataset.train))  # a size that is worth compiling
-
+        # Not a method: what held `self` would keep the network in memory.
         def differentiate(inputs: Tensor, targets: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
             """Set the gradients of a batch; return its mean loss and how many were right, on the device."""
             state.optimiser.zero_grad(set_to_none=True)
@@ -67,10 +218,11 @@ class Training:
             return loss.detach(), (logits.detach().argmax(1) == labels).sum()
 
         self._differentiate = execution.graphed(differentiate, state.model.parameters())
-        self._network_for_inference = execution.inference_factory(state.evaluated)
+        self._statistics = batches.NORMALISATIONS[config.data.normalise]
+        self.network_for_inference = execution.inference_factory(state.evaluated, self._statistics)
 
-    def __iter__(self) -> Iterator[EpochResult]:
-        """Train until the last epoch or early stopping, yielding after each epoch; Diverged, RunError."""
+    def __iter__(self) -> Iterator[Metrics]:
+        """Train until the last epoch or early stopping, yielding each epoch's metrics; Diverged."""
         progress = self.state.progress
         while progress.epoch < self.config.schedule.epochs and not progress.should_stop(self.config.stopping):
             with private_randomness():
@@ -79,7 +231,7 @@ class Training:
                 metrics["time/epoch_seconds"] = metrics["time/train_seconds"] + metrics["time/evaluate_seconds"]
                 progress.epoch += 1
                 progress.train_seconds += metrics["time/train_seconds"]
-                self.state.sums = EpochSums.begin(self.execution.device)
+                self.state.sums = EpochSums()
                 progress.history.append(metrics)
                 watched = watched_accuracy(metrics)
                 self.state.schedule.after_epoch(progress.epoch, watched)
@@ -88,26 +240,25 @@ class Training:
                     if self.dataset.validation is not None:
                         weights = self.state.evaluated.state_dict()
                         self.state.selected = {name: value.detach().clone() for name, value in weights.items()}
-            yield EpochResult(progress.epoch, metrics)
+            yield metrics
 
     def _train_epoch(self) -> Metrics:
         """Make the steps of the epoch that were not made yet."""
-        order = epoch_order(len(self.dataset.train), self.config.random.seed, self.state.progress.epoch + 1)
+        order = batches.epoch_order(len(self.dataset.train), self.config.random.seed, self.state.progress.epoch + 1)
         batch_size, sums = self.config.optimiser.batch_size, self.state.sums
-        steps = batch_count(len(order), batch_size)
+        steps = batches.batch_count(len(order), batch_size)
         check_every = 1 if self.execution.device.type == "cpu" else STEPS_BETWEEN_LOSS_CHECKS
         made = self.state.progress.step - self.state.progress.epoch * steps
-        batches = training_batches(self.dataset.train, order[made * batch_size :], batch_size)
+        left = batches.training_batches(self.dataset.train, order[made * batch_size :], batch_size)
         self.state.model.train()
         started = time.perf_counter()
-        for step, (images, labels) in enumerate(batches, made + 1):
+        for step, (images, labels) in enumerate(left, made + 1):
             with uninterrupted():
-                sums.add(*self._train_step(images, labels), len(labels))
+                self._train_step(images, labels)
             if step % check_every == 0 or step == steps:
                 self._must_be_finite(sums.loss.item(), "training")
             sums.seconds += time.perf_counter() - started
-            if self.on_step:
-                self.on_step(step, steps)
+            self.on_step(step, steps)
             started = time.perf_counter()
         return {
             "train/loss": sums.loss.item() / sums.images,
@@ -117,16 +268,16 @@ class Training:
             "throughput/train_images_per_second": sums.images / sums.seconds,
         }
 
-    def _train_step(self, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-        """Make one step; return its mean loss and how many were right, on the device."""
+    def _train_step(self, images: Tensor, labels: Tensor) -> None:
+        """Make one step and add it to the sums of the epoch, without waiting for the device."""
         config, state, step, device = self.config, self.state, self.state.progress.step, self.execution.device
         seed_generators(stream_seed(config.random.seed, "augmentation", step), device)
-        images = to_device(augment(images, config.augment), device)
-        inputs = to_input(images, config.data, self.execution.channels_last)
+        images = to_device(batches.augment(images, config.augment), device)
+        inputs = batches.normalised(images, self._statistics, self.execution.channels_last)
         labels = to_device(labels, device)
         outputs = config.model.outputs or len(self.dataset.classes)
-        targets = one_hot(labels, outputs, config.optimiser.label_smoothing)
-        inputs, targets = mix_samples(inputs, targets, config.augment)
+        targets = batches.one_hot(labels, outputs, config.optimiser.label_smoothing)
+        inputs, targets = batches.mix_samples(inputs, targets, config.augment)
 
         seed_generators(stream_seed(config.random.seed, "dropout", step), device)
         loss, right = self._differentiate(inputs, targets, labels)
@@ -135,8 +286,10 @@ class Training:
             nn.utils.clip_grad_norm_(state.model.parameters(), config.optimiser.clip_norm)
         state.optimiser.step()
         state.average(config.optimiser.ema_decay)
+        sums = state.sums
+        sums.loss, sums.right = sums.loss + loss * len(labels), sums.right + right
+        sums.images += len(labels)
         state.progress.step += 1
-        return loss, right
 
     def _evaluate_epoch(self) -> Metrics:
         """Measure test, validation and, the post's way, the whole train set, in eval mode."""
@@ -148,11 +301,11 @@ class Training:
         splits = {name: split for name, split in chosen.items() if split is not None}
         metrics: Metrics = {}
         started = time.perf_counter()
-        network = self._network_for_inference()
+        network = self.network_for_inference()
         for name, split in splits.items():
-            result = evaluate(network, split, self.config, self.execution)
+            result = evaluate(network, split, self.config.evaluation.batch_size)
             self._must_be_finite(result.loss, name)
-            metrics |= {f"{name}/{metric}": measure(result) for metric, measure in EPOCH_METRICS.items()}
+            metrics |= {f"{name}/{metric}": value for metric, value in epoch_metrics(result).items()}
         seconds = time.perf_counter() - started
         rate = sum(map(len, splits.values())) / seconds
         return metrics | {"time/evaluate_seconds": seconds, "throughput/evaluate_images_per_second": rate}
