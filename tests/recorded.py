@@ -75,7 +75,6 @@ DECIDING: dict[str, dict[str, tuple[str, ...]]] = {
 EXEMPT = {
     "data/cache.py",
     "data/sources.py",
-    "execution/allocator.py",
     "execution/resolve.py",
     "training/checkpoint.py",
 }

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from types import TracebackType
 from typing import Any
 
 import click
@@ -19,7 +18,7 @@ CELL_PADDING = 3  # characters: a space on both sides and a line
 
 
 class ConsoleReporter(Reporter):
-    """Shows decoding, epochs and steps; a context manager, so that the terminal is left in order."""
+    """Shows a study, a run's epochs and what is done now; a context manager, so that the terminal is left tidy."""
 
     def __init__(self) -> None:
         self.console = Console(stderr=True)
@@ -35,16 +34,14 @@ class ConsoleReporter(Reporter):
             speed_estimate_period=3600,  # seconds: a run is long, so what is left follows from all that was done
         )
         self._bars: dict[str, TaskID] = {}
-        self._epochs = 0
+        self._now, self._epochs = ("", 0), 0
         self._reported: set[str] = set()
 
     def __enter__(self) -> ConsoleReporter:
         self._progress.start()
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self._progress.stop()
 
     def _show(self, bar: str, description: str = "", **about: Any) -> None:
@@ -74,20 +71,14 @@ class ConsoleReporter(Reporter):
         if self.console.is_terminal:
             self.message(text)
 
-    def working(self, text: str) -> None:
-        """Show what is being done, where it isn't known how much of it there is."""
-        self._show("working", text)
-
-    def decoding(self, done: int, total: int) -> None:
-        """Show decoded images."""
-        self._show("decoding images", completed=done, total=total)
-        if done == total:  # what is decoded next gets a bar, and an estimate, of its own
-            self._remove("decoding images")
-
-    def study_opened(self, address: str) -> None:
-        """Say where the study is to be seen."""
-        self.message(address)
-        self._show("study")
+    def progress(self, what: str, done: int = 0, total: int | None = None) -> None:
+        """Show what is done now; whatever is counted anew gets a bar, and an estimate, of its own."""
+        if what != self._now[0] or done < self._now[1]:
+            self._remove("now")
+        if total and not done:
+            self._log(f"{what}: {total:,}")
+        self._now = what, done
+        self._show("now", what, completed=done, total=total)
 
     def study_progress(self, progress: StudyProgress) -> None:
         """Show how far the study is, and each trial that has ended."""
@@ -95,6 +86,7 @@ class ConsoleReporter(Reporter):
         words += [f"{progress.pruned} pruned"] if progress.pruned else []
         words += [f"{progress.failed} failed"] if progress.failed else []
         words += [f"best {progress.best[1]:.2%} ({progress.best[0]})"] if progress.best else []
+        self._remove("now")
         self._show("study", total=progress.total, completed=progress.done, note=escape(", ".join(words)))
         for number, (trial, ending) in enumerate(progress.ended.items(), 1):
             if trial not in self._reported:
@@ -103,15 +95,10 @@ class ConsoleReporter(Reporter):
 
     def run_started(self, name: str, epochs: int) -> None:
         """Show a new run in place of the last one."""
-        self._remove("epochs", "steps")
+        self._remove("epochs", "now")
         self._epochs = epochs
         self._show("epochs", f"{name}: epochs", total=epochs)
-        self._show("steps", "  steps")
         self._log(f"training {name}, at most {epochs} epochs")
-
-    def step(self, step: int, steps: int) -> None:
-        """Show a step of the epoch."""
-        self._show("steps", completed=step, total=steps)
 
     def epoch(self, epoch: int, metrics: Mapping[str, float]) -> None:
         """Show a finished epoch with its accuracies."""
@@ -119,13 +106,6 @@ class ConsoleReporter(Reporter):
         words = ", ".join(f"{name} {accuracy:.1%}" for name, accuracy in named if accuracy is not None)
         self._show("epochs", completed=epoch, note=words)
         self._log(f"epoch {epoch}/{self._epochs}: {words}")
-
-    def evaluating(self, name: str, done: int, total: int) -> None:
-        """Show evaluated images of a network."""
-        if done == 0:
-            self._remove("evaluating")
-            self._log(f"evaluating {name} on {total:,} images")
-        self._show("evaluating", f"{name}: images", completed=done, total=total)
 
 
 def print_table(rows: Sequence[Sequence[str]]) -> None:

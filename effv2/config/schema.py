@@ -48,8 +48,10 @@ class DataConfig(Group):
     dataset: Annotated[str, DATASETS] = Field(
         "digits", description="The data set; `digits` needs neither files nor a network."
     )
-    dir: str = Field("", description="Folder of the data set (not for digits).")
-    download: bool = Field(False, description="Download imagenette or mnist into the folder if it isn't there.")
+    dir: str = Field("", description="Folder of the data set, where it comes as files.")
+    download: bool = Field(
+        False, description="Download the data set into the folder if it isn't there, where that is allowed."
+    )
     image_size: int = Field(32, ge=8, le=1024, description="Side of the square input in pixels.")
     per_class: int = Field(0, ge=0, description="Images a class, 0 = all; with published sampling train + test.")
     sampling: Literal["standard", "published"] = Field(

@@ -6,29 +6,38 @@ setting is from, and what was published with it: the claims, the reports and doc
 
 from __future__ import annotations
 
+import os
 import re
-from collections.abc import Mapping
+from glob import glob
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
-from pydantic import Field, InstanceOf, field_validator, model_validator
+from pydantic import AfterValidator, Field, field_validator, model_validator
 
 import effv2
 from effv2.architecture import PUBLISHED_VARIANTS, VARIANTS
-from effv2.config.layers import Layer, Place, build_config, document_layer, read_document, validate
+from effv2.config.layers import Layer, Written, build, read_document, validate
 from effv2.config.options import SHORT_EPOCHS
 from effv2.config.schema import Group, TrainConfig
 from effv2.core.errors import InputError, nearest
-from effv2.core.paths import expanded
 
-DEFAULT_TRIALS = 12
-SEARCHABLE = ("augment", "model", "optimiser")  # trials share everything else: data, length, machine
+# Numbers that a search may choose; trials share everything else: data, length, machine.
+SEARCHABLE = [
+    name
+    for name, value in TrainConfig().flat().items()
+    if name.startswith(("augment.", "model.", "optimiser.")) and type(value) in (int, float)
+]
 PLATEAU = "_plateau"  # ends the name of an arm that is another one under ReduceLROnPlateau
 SWEEPS = Path(effv2.__file__).with_name("sweeps")
 Seed = Annotated[int, Field(ge=0, lt=2**32)]
 Value = bool | int | float | str
 Settings = dict[str, Value]  # dotted parameters and the values that they have
-NOTHING = Layer({})
+
+
+def _searchable(name: str) -> str:
+    if name not in SEARCHABLE:
+        raise ValueError(f"can't be searched; {nearest(name, SEARCHABLE)}")
+    return name
 
 
 class Range(Group):
@@ -61,8 +70,8 @@ class SearchFile(Group):
     It has to be long enough for a good trial to leave chance level, or the pruner chooses by noise.
     """
 
-    trials: int = Field(DEFAULT_TRIALS, ge=1, le=100_000)
-    space: dict[str, Range] = Field(DEFAULT_SPACE, min_length=1)
+    trials: int = Field(12, ge=1, le=100_000)
+    space: dict[Annotated[str, AfterValidator(_searchable)], Range] = Field(DEFAULT_SPACE, min_length=1)
     prune: bool = True
     min_epochs: int | None = Field(None, ge=1)
 
@@ -119,8 +128,8 @@ class Study(Group):
 
     name: str = Field(pattern=r"^[\w.-]+$", max_length=80)
     description: str = ""
-    base: InstanceOf[Layer] = Field(NOTHING, alias="config")
-    arms: dict[str, InstanceOf[Layer]] = {}
+    base: Layer = Field({}, alias="config")
+    arms: dict[str, Layer] = {}
     baseline: str = ""
     seeds: tuple[Seed, ...] = ()
     retries: int = Field(1, ge=0, le=100)
@@ -146,7 +155,7 @@ class Study(Group):
 
     def assumptions(self) -> str:
         """Name the settings that are inferred or assumed, with their values; empty where no protocol was published."""
-        config = build_config([self.base]).flat()
+        config = build(TrainConfig, self.base).flat()
         words = []
         for kind in ("inferred", "assumed"):
             names = [f"{name} {config[name]}" if name in config else name for name in self.protocol.settings(kind)]
@@ -163,14 +172,11 @@ class Study(Group):
         ):
             if there:
                 raise InputError("study", self.name, problem, remedy)
-        return build_config([self.base, options])
+        return build(TrainConfig, self.base | options)
 
     def arm(self, name: str, options: Layer) -> TrainConfig:
-        """Return the configuration of an arm.
-
-        Options change what all arms share; an arm's own differences stand above them.
-        """
-        return build_config([self.base, options, self.arms[name]])
+        """Return the configuration of an arm: options change what all arms share, and its own differences go above."""
+        return build(TrainConfig, self.base | options | self.arms[name])
 
     def select(self, name: str) -> list[str]:
         """Return the names of all arms, or of one and the baseline it is compared with."""
@@ -183,21 +189,21 @@ class Study(Group):
 
     def select_checks(self, name: str, scheduler: str) -> list[str]:
         """Return the names of the baseline and the change called `name`, or all, under each wanted schedule."""
-        plain = list(dict.fromkeys(arm.removesuffix(PLATEAU) for arm in self.arms))
-        if self.arms and name not in (*plain, "all"):
-            raise InputError("check", name, "no such arm", choices=[*plain, "all"])
-        wanted = [arm for arm in self.select("all") if scheduler in ("both", self._schedule(arm))]
+        plain = {arm: arm.removesuffix(PLATEAU) for arm in self.select("all")}
+        checks = [*dict.fromkeys(plain.values()), "all"]
+        if name not in checks:
+            raise InputError("check", name, "no such arm", choices=checks)
+        wanted = [arm for arm in plain if scheduler in ("both", self._schedule(arm))]
         if not wanted:
             raise InputError("scheduler", scheduler, f"no arm of the study {self.name} has it", "use both")
-        kept = plain if name == "all" else (name, self.baseline.removesuffix(PLATEAU))
-        return [arm for arm in wanted if arm.removesuffix(PLATEAU) in kept]
+        return [arm for arm in wanted if name == "all" or plain[arm] in (name, self.baseline.removesuffix(PLATEAU))]
 
     def with_plateau(self) -> Study:
         """Return the study with each arm also under ReduceLROnPlateau, unless it has such arms of its own."""
         if "plateau" in map(self._schedule, self.arms):
             return self
         plain, under = (
-            {arm + end: layer.with_value(("schedule", "name"), name) for arm, layer in self.arms.items()}
+            {arm + end: layer | {"schedule.name": Written(name)} for arm, layer in self.arms.items()}
             for name, end in (("none", ""), ("plateau", PLATEAU))
         )
         if clash := plain.keys() & under.keys():
@@ -206,7 +212,7 @@ class Study(Group):
         return self.model_copy(update={"arms": plain | under})
 
     def _schedule(self, arm: str) -> str:
-        return "plateau" if self.arm(arm, NOTHING).schedule.name == "plateau" else "none"
+        return "plateau" if self.arm(arm, {}).schedule.name == "plateau" else "none"
 
 
 def built_in_ablation(variant: str = "all") -> Study:
@@ -218,7 +224,7 @@ def built_in_ablation(variant: str = "all") -> Study:
         raise InputError("variant", variant, "no such variant", choices=[*VARIANTS, "all"])
     others = VARIANTS.keys() - PUBLISHED_VARIANTS.keys()
     names = ("default", variant) if variant in others else tuple(PUBLISHED_VARIANTS)
-    arms = {name: Layer({"model": {"variant": name}}) for name in names}
+    arms: dict[str, Layer] = {name: {"model.variant": Written(name)} for name in names}
     about = "Published variants of EfficientNetV2-S under one short protocol."
     return Study(name="ablate", description=about, arms=arms, baseline="default")
 
@@ -226,46 +232,40 @@ def built_in_ablation(variant: str = "all") -> Study:
 def built_in_search() -> Study:
     """Return a short search over dropout, stochastic depth and depth multiplier on digits."""
     about = "Dropout, stochastic depth and depth multiplier of EfficientNetV2-S."
-    return Study(name="search", description=about, config=Layer({"schedule": {"epochs": SHORT_EPOCHS}}))
+    return Study(name="search", description=about, config={"schedule.epochs": Written(SHORT_EPOCHS)})
 
 
 def open_study(name: str, folder: Path = Path()) -> Study:
-    """Read the study file at a path from `folder`, or that of a name in `sweeps/`; InputError as read_study."""
-    path, own = folder / expanded(name), SWEEPS / f"{name}.yaml"
-    if path.is_file() or not re.fullmatch(r"[\w-]+", name):
-        return read_study(path)
-    if not own.is_file():
-        known = sorted(each.stem for each in SWEEPS.glob("*.yaml"))
-        raise InputError("study", name, "no file and no study of that name", choices=known)
-    return read_study(own)
+    """Read the study file at a path from `folder`, or that of a name in `sweeps/`.
+
+    InputError names the line of whatever is wrong, in every arm.
+    """
+    path, own = folder / os.path.expanduser(name), {each.stem: each for each in sorted(SWEEPS.glob("*.yaml"))}
+    if not os.path.exists(path) and name not in own:  # noqa: PTH110
+        beside = sorted(glob("*.y*ml", root_dir=path.parent)) if path.suffix else []  # noqa: PTH207
+        files = [str(Path(name).with_name(each)) for each in beside]
+        raise InputError("study", name, "no file and no study of that name", choices=[*files, *own])
+    return read_study(path if path.is_file() else own.get(name, path))
 
 
 def read_study(path: Path) -> Study:
-    """Read a study file; InputError names the line of whatever is wrong, in every arm."""
+    """Read a study file; InputError as open_study."""
     document = read_document(path, "study")
-    first = path.read_text(encoding="utf-8").partition("\n")[0]
-    command = first.removeprefix("# ") if first.startswith("# mlflow run") else ""
-    values = {"command": command} | document.values | {"config": document_layer(document, "config")}
-    arms = values.get("arms")
-    if isinstance(arms, Mapping):
-        values["arms"] = {name: document_layer(document, "arms", name) for name in arms}
+    values: dict[str, Any] = document.values | {"config": document.layer("config")}
+    if document.first.startswith("# mlflow run"):
+        values.setdefault("command", document.first.removeprefix("# "))
+    if isinstance(arms := values.get("arms"), dict):
+        values["arms"] = {name: document.layer("arms", name) for name in arms}
         values["baseline"] = values.get("baseline") or next(iter(arms), "")
     study = validate(Study, values, document.where)
     if study.baseline and study.baseline not in study.arms:
-        where = document.where(("baseline",))
-        raise InputError(where, study.baseline, "is no arm", choices=study.arms)
+        raise InputError(document.where(("baseline",)), study.baseline, "is no arm", choices=study.arms)
     if study.search and study.arms:
         raise InputError(document.where(("search",)), "", "a file has arms or a search, not both", "remove one")
-    for arm in study.arms.values() or [NOTHING]:
-        build_config([study.base, arm])
-    numbers = [name for name, value in TrainConfig().flat().items() if type(value) in (int, float)]
-    known = [name for name in numbers if name.split(".")[0] in SEARCHABLE]
+    for arm in study.arms.values() or [{}]:
+        build(TrainConfig, study.base | arm)
     for name, limits in study.search.space.items() if study.search else ():
-        place: Place = ("search", "space", name)
-        if name not in known:
-            raise InputError(document.where(place), "", "can't be searched", nearest(name, known))
         for bound in ("low", "high"):  # which the field must take
-            written = document.where((*place, bound))
-            layer = Layer({}, lambda _, written=written: written)  # type: ignore[misc]
-            build_config([study.base, layer.with_value(tuple(name.split(".")), getattr(limits, bound))])
+            written = Written(getattr(limits, bound), document.where(("search", "space", name, bound)))
+            build(TrainConfig, study.base | {name: written})
     return study

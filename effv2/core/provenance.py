@@ -23,7 +23,8 @@ OF_TRAINING = ("network", "batches", "training", "execution")
 OF_EVALUATION = ("decoding", "batches", "execution", "evaluation")
 RECORDED_PACKAGES = ("torch", "torchvision", "mlflow", "numpy", "pillow", "scikit-learn")
 PRINTABLE_DIFF_BYTES = 5_000_000
-COMMAND = ContextVar("COMMAND", default="")  # set by the command line, without passwords
+# The command that this process runs, as it resumes what it began, without passwords; empty where it is none of ours.
+COMMAND = ContextVar("COMMAND", default="")
 
 
 @dataclass(frozen=True)
@@ -78,11 +79,6 @@ def machine() -> dict[str, str]:
         "system": platform.platform(),
         "python": sys.version.split()[0],
     } | versions
-
-
-def command() -> str:
-    """Return the command that this process runs, as it resumes what it began; empty where it is none of ours."""
-    return COMMAND.get()
 
 
 def without_password(text: str) -> str:

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable
 import torch
 from torch import Tensor, nn
 
-from effv2.core.signals import uninterrupted
+from effv2.core.processes import uninterrupted
 
 # So often a shape is computed eagerly before it is captured: libraries must have chosen their kernels by then.
 WARM_UP = 3

@@ -110,7 +110,7 @@ def _prepared(
         log_start(run, config, dataset, there.params if there else {})
 
     def on_step(step: int, steps: int) -> None:
-        reporter.step(step, steps)
+        reporter.progress("steps", step, steps)
         checkpointer.save_if_due(state, epoch_ended=False)
 
     return Training(config, dataset, state, execution, on_step)

@@ -12,8 +12,8 @@ from torch.nn import functional as F
 
 from effv2.config.schema import TrainConfig
 from effv2.core.errors import Diverged
+from effv2.core.processes import uninterrupted
 from effv2.core.randomness import private_randomness, seed_generators, stream_seed
-from effv2.core.signals import uninterrupted
 from effv2.data.batches import augment, batch_count, epoch_order, mix_samples, one_hot, to_input, training_batches
 from effv2.data.dataset import Dataset, to_device
 from effv2.execution.device import Execution
