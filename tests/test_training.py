@@ -18,8 +18,7 @@ from torch import nn
 from torch.optim.lr_scheduler import OneCycleLR, ReduceLROnPlateau
 
 from effv2.architecture import build_model
-from effv2.config.registry import OPTIMISERS, SCHEDULES
-from effv2.config.schema import ScheduleConfig, StoppingConfig, TrainConfig
+from effv2.config.schema import OPTIMISERS, SCHEDULES, ScheduleConfig, StoppingConfig, TrainConfig
 from effv2.config.studies import open_study
 from effv2.core.errors import RunError, Terminated
 from effv2.core.randomness import stream_seed

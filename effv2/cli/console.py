@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 import click
 from rich.console import Console
 from rich.markup import escape
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
-from rich.table import Table
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Column, Table
 
 from effv2.cli.options import in_options
 from effv2.core.reporter import Reporter, StudyProgress
@@ -33,8 +32,10 @@ class ConsoleReporter(Reporter):
             disable=not self.console.is_terminal,
             speed_estimate_period=3600,  # seconds: a run is long, so what is left follows from all that was done
         )
-        self._bars: dict[str, TaskID] = {}
-        self._now, self._epochs = ("", 0), 0
+        self._study, self._epochs, self._now = (
+            self._progress.add_task(name, total=None, visible=False, note="") for name in ("study", "epochs", "")
+        )
+        self._counted = "", 0
         self._reported: set[str] = set()
 
     def __enter__(self) -> ConsoleReporter:
@@ -43,18 +44,6 @@ class ConsoleReporter(Reporter):
 
     def __exit__(self, *_: object) -> None:
         self._progress.stop()
-
-    def _show(self, bar: str, description: str = "", **about: Any) -> None:
-        """Show a bar, or what is new about it."""
-        if bar not in self._bars:
-            self._bars[bar] = self._progress.add_task(bar, total=None, note="")
-        about |= {"description": escape(description)} if description else {}
-        self._progress.update(self._bars[bar], **about)
-
-    def _remove(self, *bars: str) -> None:
-        for bar in bars:
-            if bar in self._bars:
-                self._progress.remove_task(self._bars.pop(bar))
 
     def _log(self, text: str) -> None:
         """Print a line where there is no terminal to show bars on."""
@@ -73,12 +62,12 @@ class ConsoleReporter(Reporter):
 
     def progress(self, what: str, done: int = 0, total: int | None = None) -> None:
         """Show what is done now; whatever is counted anew gets a bar, and an estimate, of its own."""
-        if what != self._now[0] or done < self._now[1]:
-            self._remove("now")
+        if what != self._counted[0] or done < self._counted[1]:
+            self._progress.reset(self._now)
         if total and not done:
             self._log(f"{what}: {total:,}")
-        self._now = what, done
-        self._show("now", what, completed=done, total=total)
+        self._counted = what, done
+        self._progress.update(self._now, description=escape(what), completed=done, total=total, visible=True)
 
     def study_progress(self, progress: StudyProgress) -> None:
         """Show how far the study is, and each trial that has ended."""
@@ -86,8 +75,10 @@ class ConsoleReporter(Reporter):
         words += [f"{progress.pruned} pruned"] if progress.pruned else []
         words += [f"{progress.failed} failed"] if progress.failed else []
         words += [f"best {progress.best[1]:.2%} ({progress.best[0]})"] if progress.best else []
-        self._remove("now")
-        self._show("study", total=progress.total, completed=progress.done, note=escape(", ".join(words)))
+        self._progress.update(
+            self._study, total=progress.total, completed=progress.done, note=escape(", ".join(words)), visible=True
+        )
+        self._progress.update(self._now, visible=False)
         for number, (trial, ending) in enumerate(progress.ended.items(), 1):
             if trial not in self._reported:
                 self._log(f"[{number}/{progress.total}] {trial}: {ending}")
@@ -95,34 +86,28 @@ class ConsoleReporter(Reporter):
 
     def run_started(self, name: str, epochs: int) -> None:
         """Show a new run in place of the last one."""
-        self._remove("epochs", "now")
-        self._epochs = epochs
-        self._show("epochs", f"{name}: epochs", total=epochs)
+        self._progress.reset(self._epochs, description=escape(f"{name}: epochs"), total=epochs, note="", visible=True)
+        self._progress.update(self._now, visible=False)
         self._log(f"training {name}, at most {epochs} epochs")
 
     def epoch(self, epoch: int, metrics: Mapping[str, float]) -> None:
         """Show a finished epoch with its accuracies."""
         named = ((name, metrics.get(f"{name}/accuracy")) for name in ("train", "val", "test"))
         words = ", ".join(f"{name} {accuracy:.1%}" for name, accuracy in named if accuracy is not None)
-        self._show("epochs", completed=epoch, note=words)
-        self._log(f"epoch {epoch}/{self._epochs}: {words}")
+        self._progress.update(self._epochs, completed=epoch, note=words)
+        self._log(f"epoch {epoch}/{self._progress.tasks[self._epochs].total}: {words}")
 
 
 def print_table(rows: Sequence[Sequence[str]]) -> None:
     """Print a table, its titles first; as several, one below the other, where the columns don't fit side by side."""
-    if not rows:
-        return
     console = Console()
-    widths = [max(map(len, column)) + CELL_PADDING for column in zip(*rows, strict=True)]
-    columns = list(range(1, len(widths)))
+    first, *columns = zip(*rows, strict=True) if rows else [()]
     while columns:
-        count = 1
-        while count < len(columns) and widths[0] + sum(widths[i] for i in columns[: count + 1]) < console.width:
-            count += 1
-        shown, columns = [0, *columns[:count]], columns[count:]
-        table = Table()
-        for index in shown:
-            table.add_column(rows[0][index], justify="right" if index else "left")
-        for row in rows[1:]:
-            table.add_row(*(row[index] for index in shown))
+        shown = [first, columns.pop(0)]
+        while columns and sum(max(map(len, each)) + CELL_PADDING for each in (*shown, columns[0])) < console.width:
+            shown.append(columns.pop(0))
+        titles, *lines = zip(*shown, strict=True)
+        table = Table(titles[0], *(Column(title, justify="right") for title in titles[1:]))
+        for line in lines:
+            table.add_row(*line)
         console.print(table)

@@ -7,16 +7,71 @@ from __future__ import annotations
 
 import hashlib
 import json
-from typing import Annotated, Any, Literal
+from collections.abc import Callable
+from importlib import import_module
+from typing import Annotated, Any, Literal, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    GetCoreSchemaHandler,
+    ValidationInfo,
+    field_validator,
+    model_validator,
+)
 from pydantic.fields import FieldInfo
-from pydantic_core import PydanticCustomError
+from pydantic_core import CoreSchema, PydanticCustomError, core_schema
 
 from effv2 import architecture
-from effv2.config.registry import DATASETS, OPTIMISERS, SCHEDULES
 from effv2.core.errors import nearest
 
+Function = TypeVar("Function", bound=Callable[..., Any])
+
+
+class Registry:
+    """Functions by name, each entered where it stands. `Annotated[str, registry]` makes a field one of the names.
+
+    `module` holds the entries. It is imported when names are first asked for, by the commands' help too: so it imports
+    torch, numpy and the like inside functions only.
+    """
+
+    def __init__(self, kind: str, module: str) -> None:
+        self._kind, self._module = kind, module
+        self._functions: dict[str, Callable[..., Any]] = {}
+
+    def register(self, name: str) -> Callable[[Function], Function]:
+        """Enter the decorated function under a name."""
+
+        def enter(function: Function) -> Function:
+            if self._functions.setdefault(name, function) is not function:
+                raise ValueError(f"there are two of the {self._kind} {name!r}; rename one")
+            return function
+
+        return enter
+
+    def names(self) -> list[str]:
+        """Return the names, in the order of their entry."""
+        import_module(self._module)
+        return list(self._functions)
+
+    def __getitem__(self, name: str) -> Callable[..., Any]:
+        """Return the function; ValueError names the nearest ones."""
+        if name not in self.names():
+            raise ValueError(f"no such {self._kind}; {nearest(name, self.names())}")
+        return self._functions[name]
+
+    def __get_pydantic_core_schema__(self, source: Any, handler: GetCoreSchemaHandler) -> CoreSchema:
+        def known(name: str) -> str:
+            self[name]
+            return name
+
+        return core_schema.no_info_after_validator_function(known, handler(source))
+
+
+DATASETS = Registry("data set", "effv2.data.sources")
+OPTIMISERS = Registry("optimiser", "effv2.training.optimisers")
+SCHEDULES = Registry("schedule", "effv2.training.optimisers")
 UNKNOWN_KEY = "unknown_key"  # type of an error
 
 Device = Literal["auto", "cpu", "cuda", "mps"]
@@ -96,16 +151,18 @@ class ModelConfig(Group):
     @field_validator("variant")
     @classmethod
     def _known_variant(cls, name: str, info: ValidationInfo) -> str:
-        own = info.data.get("table")
-        if not own:
-            architecture.variant(name)
-        elif name in architecture.VARIANTS and own != str(architecture.VARIANTS[name]):
-            raise ValueError("a table of your own needs a name of its own; set model.variant to a new one")
+        own, named = info.data.get("table"), architecture.VARIANTS.get(name)
+        if not own and not named:
+            raise ValueError(f"no such variant; {nearest(name, list(architecture.VARIANTS))}")
+        if own and named and own != str(named):
+            problem = f"a table of your own needs a name of its own, not {name!r}"
+            raise ValueError(f"{problem}; set model.variant to a new one")
         return name
 
     def build_table(self) -> architecture.Table:
         """Return the stage table that these fields describe."""
-        return architecture.make_table(self.variant, self.table, self.depth_multiplier, self.width_multiplier)
+        table = architecture.parse_table(self.table) if self.table else architecture.VARIANTS[self.variant]
+        return architecture.scale_width(architecture.scale_depth(table, self.depth_multiplier), self.width_multiplier)
 
 
 class OptimiserConfig(Group):

@@ -12,12 +12,12 @@ from glob import glob
 from pathlib import Path
 from typing import Annotated, Any
 
-from pydantic import AfterValidator, Field, field_validator, model_validator
+from pydantic import AfterValidator, Field, model_validator
 
 import effv2
 from effv2.architecture import PUBLISHED_VARIANTS, VARIANTS
 from effv2.config.layers import Layer, Written, build, read_document, validate
-from effv2.config.options import SHORT_EPOCHS
+from effv2.config.options import SHORT_EPOCHS, Seeds
 from effv2.config.schema import Group, TrainConfig
 from effv2.core.errors import InputError, nearest
 
@@ -29,7 +29,6 @@ SEARCHABLE = [
 ]
 PLATEAU = "_plateau"  # ends the name of an arm that is another one under ReduceLROnPlateau
 SWEEPS = Path(effv2.__file__).with_name("sweeps")
-Seed = Annotated[int, Field(ge=0, lt=2**32)]
 Value = bool | int | float | str
 Settings = dict[str, Value]  # dotted parameters and the values that they have
 
@@ -37,6 +36,12 @@ Settings = dict[str, Value]  # dotted parameters and the values that they have
 def _searchable(name: str) -> str:
     if name not in SEARCHABLE:
         raise ValueError(f"can't be searched; {nearest(name, SEARCHABLE)}")
+    return name
+
+
+def _plain(name: str) -> str:
+    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_.-]*", name):
+        raise ValueError("an arm must be named by letters, digits and . _ - alone")
     return name
 
 
@@ -56,13 +61,6 @@ class Range(Group):
         return self
 
 
-DEFAULT_SPACE = {
-    "model.dropout": Range(low=0, high=0.6),
-    "model.stochastic_depth": Range(low=0, high=0.5),
-    "model.depth_multiplier": Range(low=0.1, high=1),
-}
-
-
 class SearchFile(Group):
     """The key `search` of a study file: how many trials over which fields, and how poor ones are pruned.
 
@@ -71,7 +69,14 @@ class SearchFile(Group):
     """
 
     trials: int = Field(12, ge=1, le=100_000)
-    space: dict[Annotated[str, AfterValidator(_searchable)], Range] = Field(DEFAULT_SPACE, min_length=1)
+    space: dict[Annotated[str, AfterValidator(_searchable)], Range] = Field(
+        {
+            "model.dropout": Range(low=0, high=0.6),
+            "model.stochastic_depth": Range(low=0, high=0.5),
+            "model.depth_multiplier": Range(low=0.1, high=1),
+        },
+        min_length=1,
+    )
     prune: bool = True
     min_epochs: int | None = Field(None, ge=1)
 
@@ -129,29 +134,14 @@ class Study(Group):
     name: str = Field(pattern=r"^[\w.-]+$", max_length=80)
     description: str = ""
     base: Layer = Field({}, alias="config")
-    arms: dict[str, Layer] = {}
+    arms: dict[Annotated[str, AfterValidator(_plain)], Layer] = {}
     baseline: str = ""
-    seeds: tuple[Seed, ...] = ()
+    seeds: Seeds = ()
     retries: int = Field(1, ge=0, le=100)
     search: SearchFile | None = None
     protocol: Sources = Sources()
     published: PublishedStudy = PublishedStudy()
     command: str = ""
-
-    @field_validator("seeds")
-    @classmethod
-    def _different_seeds(cls, seeds: tuple[int, ...]) -> tuple[int, ...]:
-        if len(set(seeds)) < len(seeds):
-            raise ValueError("the same seed stands twice; remove one")
-        return seeds
-
-    @field_validator("arms")
-    @classmethod
-    def _plain_names(cls, arms: dict[str, Layer]) -> dict[str, Layer]:
-        for name in arms:
-            if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_.-]*", name):
-                raise ValueError(f"the arm {name!r} must be named by letters, digits and . _ - alone")
-        return arms
 
     def assumptions(self) -> str:
         """Name the settings that are inferred or assumed, with their values; empty where no protocol was published."""

@@ -15,12 +15,11 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from effv2.config.registry import DATASETS
+from effv2.config.schema import DATASETS, DataConfig
 from effv2.core.errors import InputError
 from effv2.core.internals import imagenette_archive
 
 if TYPE_CHECKING:
-    from effv2.config.schema import DataConfig
     from effv2.data.images import LabelledImages
 
 IMAGENETTE_NAMES = {
