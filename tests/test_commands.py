@@ -331,7 +331,7 @@ TRAIN_ERRORS = {
     f"--experiment {'x' * 600}": "--experiment xxx",
     "--data-dir /tmp": "--data-dir /tmp: digits come with scikit-learn",
     "--log-model bset": "--log-model bset: no such choice; did you mean 'best'? Choose from: best, all, none",
-    "--study nowhere.yaml": "--study nowhere.yaml: no file and no study of that name; Choose from:",
+    "--study nowhere.yaml": "--study nowhere.yaml: no file and no study of that name",
     "--study ablate-mnist.yaml": "no file and no study of that name; did you mean 'ablate-mnist'?",
     f"--study {ROOT}/effv2/sweeps/ablate-minst.yaml": f"did you mean '{ROOT}/effv2/sweeps/ablate-mnist.yaml'?",
     "--study ~nobody_of_that_name/x.yaml": "--study ~nobody_of_that_name/x.yaml: no file and no study of that name",

@@ -63,7 +63,7 @@ def build(model: type[Model], layer: Layer) -> Model:
         group, _, field = name.partition(".")
         if field:
             groups.setdefault(group, {})[field] = written.value
-    groups |= {name: written.value for name, written in layer.items() if "." not in name}  # an error, to be named
+    groups |= {name: written.value for name, written in layer.items() if "." not in name}  # which is refused
 
     def where(place: Place) -> str:
         name, group = dotted(place[:2]), f"{place[0]}."
@@ -99,9 +99,11 @@ class Document:
             raise InputError(self.where(place), "", "must be a mapping of settings", "indent them below the key")
         layer: Layer = {}
         for group, fields in values.items():
-            within = {f"{group}.{name}": value for name, value in fields.items()} if isinstance(fields, dict) else None
-            for name, value in ({group: fields} if within is None else within).items():
-                layer[name] = Written(value, self.where((*place, *name.split(".", 1))))
+            if not isinstance(fields, dict):  # an error, to be named when it is built
+                layer[str(group)] = Written(fields, self.where((*place, str(group))))
+                continue
+            for name, value in fields.items():
+                layer[f"{group}.{name}"] = Written(value, self.where((*place, str(group), str(name))))
         return layer
 
 

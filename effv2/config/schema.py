@@ -9,17 +9,9 @@ import hashlib
 import json
 from collections.abc import Callable
 from importlib import import_module
-from typing import Annotated, Any, Literal, TypeVar
+from typing import Annotated, Any, Literal, TypeVar, cast
 
-from pydantic import (
-    BaseModel,
-    ConfigDict,
-    Field,
-    GetCoreSchemaHandler,
-    ValidationInfo,
-    field_validator,
-    model_validator,
-)
+from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator, model_validator
 from pydantic.fields import FieldInfo
 from pydantic_core import CoreSchema, PydanticCustomError, core_schema
 
@@ -61,7 +53,7 @@ class Registry:
             raise ValueError(f"no such {self._kind}; {nearest(name, self.names())}")
         return self._functions[name]
 
-    def __get_pydantic_core_schema__(self, source: Any, handler: GetCoreSchemaHandler) -> CoreSchema:
+    def __get_pydantic_core_schema__(self, source: Any, handler: Any) -> CoreSchema:
         def known(name: str) -> str:
             self[name]
             return name
@@ -100,24 +92,16 @@ class Group(BaseModel):
 class DataConfig(Group):
     """Which images, how they are sampled and split."""
 
-    dataset: Annotated[str, DATASETS] = Field(
-        "digits", description="The data set; `digits` needs neither files nor a network."
-    )
+    dataset: Annotated[str, DATASETS] = Field("digits", description="The data set; `digits` needs no files.")
     dir: str = Field("", description="Folder of the data set, where it comes as files.")
-    download: bool = Field(
-        False, description="Download the data set into the folder if it isn't there, where that is allowed."
-    )
+    download: bool = Field(False, description="Download the data set into the folder if it isn't there.")
     image_size: int = Field(32, ge=8, le=1024, description="Side of the square input in pixels.")
     per_class: int = Field(0, ge=0, description="Images a class, 0 = all; with published sampling train + test.")
-    sampling: Literal["standard", "published"] = Field(
-        "standard", description="How samples are taken and split: our rule or that of the published notebooks."
-    )
+    sampling: Literal["standard", "published"] = Field("standard", description="The rule of sampling and splits.")
     test_fraction: Fraction = Field(0.2, gt=0, description="Share held out for testing where a set has no test part.")
     validation_fraction: Fraction = Field(0.1, description="Share of the train part kept for validation, 0 = none.")
     split_seed: int = Field(0, ge=0, lt=2**32, description="Seed of sampling and splits.")
-    normalise: Literal["none", "imagenet"] = Field(
-        "none", description="After scaling to [0, 1]: nothing, or ImageNet's mean and standard deviation."
-    )
+    normalise: Literal["none", "imagenet"] = Field("none", description="By whose mean and standard deviation.")
 
 
 class AugmentConfig(Group):
@@ -261,24 +245,20 @@ class TrainConfig(Group):
     def identity(self) -> dict[str, Any]:
         """Return what decides a run: the fields under dotted names, and the resolved stage table.
 
-        Left out are the folder of the data and the wish to download, since what the images are is recorded by their
-        own digest, and any field added later at its default, at which a run computes what it did without the field.
+        Left out is where the images come from, since they have a digest of their own, and any field added later at its
+        default, at which a run computes what it did without the field.
         """
-        values, defaults = self.flat(), type(self)().flat()
-        decided = {
-            name: value
-            for name, value in values.items()
-            if name not in NO_IDENTITY and (name in FIRST_FIELDS or value != defaults[name])
-        }
-        table = self.model.build_table()
-        return decided | {"model.stages": f"{table} / {table.last_channels}"}
+        values, defaults, table = self.flat(), TrainConfig().flat(), self.model.build_table()
+        deciding = {name for name in values if name in FIRST_FIELDS or values[name] != defaults[name]} - NO_IDENTITY
+        kept = {name: value for name, value in values.items() if name in deciding}
+        return kept | {"model.stages": f"{table} / {table.last_channels}"}
 
     def hash(self) -> str:
         """Return 16 hexadecimal digits of SHA-256 over the identity."""
         return hashlib.sha256(json.dumps(self.identity(), sort_keys=True).encode()).hexdigest()[:16]
 
 
-NO_IDENTITY = ("data.dir", "data.download")
+NO_IDENTITY = {"data.dir", "data.download"}
 # The fields that every identity holds. One added later need not be listed, but its default must then stay.
 FIRST_FIELDS = {
     f"{group}.{name}"
@@ -300,6 +280,4 @@ FIRST_FIELDS = {
 def field_of(setting: str, config: type[Group] = TrainConfig) -> FieldInfo:
     """Return the field of a dotted setting such as `optimiser.lr`."""
     group, name = setting.split(".")
-    owner: Any = config.model_fields[group].annotation
-    field: FieldInfo = owner.model_fields[name]
-    return field
+    return cast(type[Group], config.model_fields[group].annotation).model_fields[name]

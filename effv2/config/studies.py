@@ -62,11 +62,7 @@ class Range(Group):
 
 
 class SearchFile(Group):
-    """The key `search` of a study file: how many trials over which fields, and how poor ones are pruned.
-
-    `min_epochs` is how many epochs each trial is given before it may be pruned; a quarter of all unless it is named.
-    It has to be long enough for a good trial to leave chance level, or the pruner chooses by noise.
-    """
+    """The key `search` of a study file: how many trials over which fields, and how poor ones are pruned."""
 
     trials: int = Field(12, ge=1, le=100_000)
     space: dict[Annotated[str, AfterValidator(_searchable)], Range] = Field(
@@ -78,14 +74,12 @@ class SearchFile(Group):
         min_length=1,
     )
     prune: bool = True
+    # Epochs before a trial may be pruned, a quarter of all unless named: a good one must have left chance level by then.
     min_epochs: int | None = Field(None, ge=1)
 
 
 class Sources(Group):
-    """Where each setting of a published protocol is from: settings, or a word for something else, to the place.
-
-    Settings that share a source stand in one key, separated by commas.
-    """
+    """Where settings of a published protocol, or what else a key names, are from; commas separate those of a source."""
 
     stated: dict[str, str] = {}  # in the text or the code that were published
     shown: dict[str, str] = {}  # by a log or a figure, from which it follows
@@ -126,10 +120,7 @@ class PublishedStudy(Published):
 
 
 class Study(Group):
-    """A study read from its file, or a built-in one. Its configuration and arms know where each value was written.
-
-    `command` is the one that its file opens with.
-    """
+    """A study read from its file, or a built-in one. `command` is the one that its file opens with."""
 
     name: str = Field(pattern=r"^[\w.-]+$", max_length=80)
     description: str = ""

@@ -37,20 +37,17 @@ def tune_allocator() -> None:
 class _Ending:
     """A signal handler that remembers the first signal, and raises it unless that must wait."""
 
-    def __init__(self) -> None:
-        self.deferred = False
-        self._first: int | None = None
+    deferred, first = False, 0
 
     def __call__(self, number: int, _frame: Any) -> None:
-        if self._first is None:
-            self._first = number
-            if not self.deferred:
-                self.raise_first()
+        if not self.first:
+            self.first = number
+            self.raise_first()
 
     def raise_first(self) -> None:
         """Raise KeyboardInterrupt or Terminated if there was a signal."""
-        if self._first is not None:
-            raise KeyboardInterrupt if self._first == signal.SIGINT else Terminated
+        if self.first and not self.deferred:
+            raise KeyboardInterrupt if self.first == signal.SIGINT else Terminated
 
 
 @contextmanager
