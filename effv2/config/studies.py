@@ -31,6 +31,7 @@ PLATEAU = "_plateau"  # ends the name of an arm that is another one under Reduce
 SWEEPS = Path(effv2.__file__).with_name("sweeps")
 Value = bool | int | float | str
 Settings = dict[str, Value]  # dotted parameters and the values that they have
+NOTHING: Layer = {}
 
 
 def _searchable(name: str) -> str:
@@ -74,7 +75,7 @@ class SearchFile(Group):
         min_length=1,
     )
     prune: bool = True
-    # Epochs before a trial may be pruned, a quarter of all unless named: a good one must have left chance level by then.
+    # Epochs before a trial may be pruned, a quarter of all unless named: good ones must have left chance level by then.
     min_epochs: int | None = Field(None, ge=1)
 
 
@@ -108,15 +109,11 @@ class Published(Group):
 
 
 class PublishedStudy(Published):
-    """What was published of a study, and which runs are judged by it.
+    """What was published of a study, and which runs are judged by it."""
 
-    `runs` are parameters that they must have besides those of the file, `needs` what must be there first. Runs that
-    differ in the settings of `nearest` come close: they are shown, and decide nothing.
-    """
-
-    runs: Settings = {}
-    needs: str = ""
-    nearest: Settings = {}
+    runs: Settings = {}  # which they must have besides those of the file
+    needs: str = ""  # what must be there first
+    nearest: Settings = {}  # of runs that come close: they are shown, and decide nothing
 
 
 class Study(Group):
@@ -193,14 +190,11 @@ class Study(Group):
         return self.model_copy(update={"arms": plain | under})
 
     def _schedule(self, arm: str) -> str:
-        return "plateau" if self.arm(arm, {}).schedule.name == "plateau" else "none"
+        return "plateau" if self.arm(arm, NOTHING).schedule.name == "plateau" else "none"
 
 
 def built_in_ablation(variant: str = "all") -> Study:
-    """Return the ablation of the published variants under the default configuration (digits, quick).
-
-    A `variant` that isn't among them but has a name is compared with the default; InputError for any other.
-    """
+    """Return the ablation of the published variants on digits, or of another one and the default; InputError."""
     if variant not in (*VARIANTS, "all"):
         raise InputError("variant", variant, "no such variant", choices=[*VARIANTS, "all"])
     others = VARIANTS.keys() - PUBLISHED_VARIANTS.keys()
@@ -217,10 +211,7 @@ def built_in_search() -> Study:
 
 
 def open_study(name: str, folder: Path = Path()) -> Study:
-    """Read the study file at a path from `folder`, or that of a name in `sweeps/`.
-
-    InputError names the line of whatever is wrong, in every arm.
-    """
+    """Read the study file at a path from `folder`, or that of a name in `sweeps/`; InputError as read_study."""
     path, own = folder / os.path.expanduser(name), {each.stem: each for each in sorted(SWEEPS.glob("*.yaml"))}
     if not os.path.exists(path) and name not in own:  # noqa: PTH110
         beside = sorted(glob("*.y*ml", root_dir=path.parent)) if path.suffix else []  # noqa: PTH207
@@ -230,7 +221,7 @@ def open_study(name: str, folder: Path = Path()) -> Study:
 
 
 def read_study(path: Path) -> Study:
-    """Read a study file; InputError as open_study."""
+    """Read a study file; InputError names the line of whatever is wrong, in every arm."""
     document = read_document(path, "study")
     values: dict[str, Any] = document.values | {"config": document.layer("config")}
     if document.first.startswith("# mlflow run"):
@@ -243,7 +234,7 @@ def read_study(path: Path) -> Study:
         raise InputError(document.where(("baseline",)), study.baseline, "is no arm", choices=study.arms)
     if study.search and study.arms:
         raise InputError(document.where(("search",)), "", "a file has arms or a search, not both", "remove one")
-    for arm in study.arms.values() or [{}]:
+    for arm in study.arms.values() or [NOTHING]:
         build(TrainConfig, study.base | arm)
     for name, limits in study.search.space.items() if study.search else ():
         for bound in ("low", "high"):  # which the field must take

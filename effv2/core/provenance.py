@@ -100,15 +100,9 @@ def _git(*words: str) -> str | None:
     """Run git on the checkout around the package; None without git or a checkout."""
     if not (PACKAGE.parent / ".git").exists():
         return None
+    command = ["git", "-C", str(PACKAGE.parent), *words]
+    quiet = subprocess.DEVNULL
     try:
-        done = subprocess.run(  # noqa: S603
-            ["git", "-C", str(PACKAGE.parent), *words],  # noqa: S607
-            capture_output=True,
-            text=True,
-            errors="replace",
-            timeout=30,
-            check=True,
-        )
+        return subprocess.check_output(command, stderr=quiet, text=True, errors="replace", timeout=30)  # noqa: S603
     except (OSError, subprocess.SubprocessError):
         return None
-    return done.stdout
