@@ -64,19 +64,18 @@ def parse_table(text: str) -> Table:
 
 
 def _parse_stage(row: str) -> Stage:
-    found = re.fullmatch(r"([FM]) (\d+(?:\.\d+)?)((?: -?\d+){5})( noSE)?", " ".join(row.split()))
+    row = " ".join(row.split())
+    found = re.fullmatch(r"([FM]) (\d+(?:\.\d+)?)((?: -?\d+){5})( noSE)?", row)
     if not found or (found[1] == "F" and found[4]):
         form = "F|M expansion kernel stride in_channels out_channels layers [noSE]"
-        raise ValueError(f"the row {row.strip()!r} is not a stage; write `{form}`, in numbers")
-    kernel, stride, in_channels, out_channels, layers = numbers = [int(word) for word in found[3].split()]
-    ratio, block = float(found[2]), cast(Block, found[1])
+        raise ValueError(f"the row {row!r} is not a stage; write `{form}`, in numbers")
+    block, ratio, numbers = cast(Block, found[1]), float(found[2]), [int(word) for word in found[3].split()]
+    kernel, stride, in_channels, out_channels, layers = numbers
     if not 1 <= ratio <= 64 or kernel % 2 == 0 or stride not in (1, 2) or not all(0 < n < 10_000 for n in numbers):
-        raise ValueError(
-            f"the row {row.strip()!r} is out of bounds; expansion is 1 to 64, the kernel odd, "
-            "the stride 1 or 2, channels and layers are positive"
-        )
+        bounds = "expansion is 1 to 64, the kernel odd, the stride 1 or 2, channels and layers are positive"
+        raise ValueError(f"the row {row!r} is out of bounds; {bounds}")
     if in_channels % 8 or out_channels % 8:  # torchvision would build others
-        raise ValueError(f"the row {row.strip()!r} has channels that are no multiples of 8, as the network needs them")
+        raise ValueError(f"the row {row!r} has channels that are no multiples of 8, as the network needs them")
     return Stage(block, ratio, kernel, stride, in_channels, out_channels, layers, not found[4])
 
 
