@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import re
+from difflib import get_close_matches
 from glob import glob
 from pathlib import Path
 from typing import Annotated, Any
@@ -214,7 +215,7 @@ def open_study(name: str, folder: Path = Path()) -> Study:
     """Read the study file at a path from `folder`, or that of a name in `sweeps/`; InputError as read_study."""
     path, own = folder / os.path.expanduser(name), {each.stem: each for each in sorted(SWEEPS.glob("*.yaml"))}
     if not os.path.exists(path) and name not in own:  # noqa: PTH110
-        beside = sorted(glob("*.y*ml", root_dir=path.parent)) if path.suffix else []  # noqa: PTH207
+        beside = get_close_matches(path.name, glob("*.y*ml", root_dir=path.parent), cutoff=0.7)  # noqa: PTH207
         files = [str(Path(name).with_name(each)) for each in beside]
         raise InputError("study", name, "no file and no study of that name", choices=[*files, *own])
     return read_study(path if path.is_file() else own.get(name, path))
