@@ -24,6 +24,7 @@ from effv2.core.errors import InputError, RunError
 from effv2.pretrained.config import PretrainedConfig
 
 WITHOUT_SCHEDULER = {name: setting for name, setting in cli.SHARED.items() if name != "scheduler"}
+EVALUATION = cli.options_for(" ".join(PretrainedConfig().flat()))
 PUBLISHED_COMPARISON = "efficientnet_v2_s,efficientnet_b0,resnet50"
 SHOWN_FAILURES = 5
 
@@ -178,7 +179,7 @@ def _run_and_show(make: Callable[..., Any], options: StudyOptions) -> None:
     "Folder with published files of weights, looked into before torchvision's cache and its download.",
     "FOLDER",
 )
-@cli.takes(cli.EVALUATION, *cli.QUEUE, *cli.LOGGING, config=PretrainedConfig, log_model="none")
+@cli.takes(EVALUATION, *cli.QUEUE, *cli.LOGGING, config=PretrainedConfig, log_model="none")
 def evaluate_pretrained(models: str | None, weights_dir: str | None, layer: Layer, how: StudyOptions) -> None:
     """Evaluate published ImageNet weights, each with its own transforms, and say which are really better.
 

@@ -29,21 +29,17 @@ Decorator = Callable[[Function], Function]
 OTHER_NAMES = {"data.dir": "data_dir", "schedule.name": "scheduler"}
 
 
-def _options_for(settings: str) -> dict[str, str]:
+def options_for(settings: str) -> dict[str, str]:
     """Return settings by the names of their options: their own last names, but for a few."""
     return {OTHER_NAMES.get(setting, setting.rpartition(".")[2]): setting for setting in settings.split()}
 
 
-SHARED = _options_for(
+SHARED = options_for(
     "data.dataset data.dir data.download data.image_size data.per_class data.split_seed schedule.epochs "
     "optimiser.batch_size optimiser.lr schedule.name execution.device execution.precision execution.compile"
 )
-ONE_RUN = SHARED | _options_for(
+ONE_RUN = SHARED | options_for(
     "model.variant model.dropout model.stochastic_depth model.depth_multiplier model.width_multiplier random.seed"
-)
-EVALUATION = _options_for(
-    "data.dataset data.dir data.download data.per_class data.limit data.seed execution.device execution.precision "
-    "execution.batch_size"
 )
 # Names of options that are fields of StudyOptions.
 QUEUE = ("workers", "storage")
