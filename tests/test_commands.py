@@ -423,7 +423,7 @@ STUDY_ERRORS = {
     "config: {}\nconfig: {}": r"line 3: the key 'config' stands twice \(first in line 2\)",
     "config: 3": r"line 2: config",
     "arms: {a: {}}\nbaseline: b": r"line 3: baseline b: is no arm",
-    "search: {sampler: tpe}": r"line 2: search.sampler: unknown key.*choose from: trials, space, prune",
+    "search: {sampler: tpe}": r"line 2: search.sampler: unknown key.*hoose from: trials, space, prune",
     "search: {space: {model.dropout: {step: 1}}}": r"unknown key 'step'; choose from: low, high, log|low",
     "search: {space: {}}": r"line 2: search.space",
     "search: {}\narms: {a: {}}": r"line 2: search: a file has arms or a search, not both",
