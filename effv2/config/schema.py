@@ -248,7 +248,7 @@ class TrainConfig(Group):
         Left out is where the images come from, since they have a digest of their own, and any field added later at its
         default, at which a run computes what it did without the field.
         """
-        values, defaults, table = self.flat(), TrainConfig().flat(), self.model.build_table()
+        values, defaults, table = self.flat(), type(self)().flat(), self.model.build_table()
         deciding = {name for name in values if name in FIRST_FIELDS or values[name] != defaults[name]} - NO_IDENTITY
         kept = {name: value for name, value in values.items() if name in deciding}
         return kept | {"model.stages": f"{table} / {table.last_channels}"}
