@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 import click
 from scipy.stats import ttest_1samp
 
-from effv2.execution.allocator import tune_allocator
+from effv2.core.processes import tune_allocator
 
 tune_allocator()
 

@@ -63,7 +63,6 @@ def search(folder: Path, text: str) -> tuple[float, int]:
     """Run a search in `folder`; return its best validation accuracy and the epochs of all its trials."""
     os.environ["MLFLOW_TRACKING_URI"] = f"sqlite:///{folder / 'mlflow.db'}"
     from effv2.cli.console import ConsoleReporter
-    from effv2.config.layers import Layer, dotted
     from effv2.config.options import StudyOptions
     from effv2.config.studies import read_study
     from effv2.core.internals import study_id
@@ -80,7 +79,7 @@ def search(folder: Path, text: str) -> tuple[float, int]:
     load = load_once(lambda done, total: None)
     options = StudyOptions(storage=storage, log_model="none")
     with ConsoleReporter() as reporter:
-        plan = make_search(read_study(path), Layer({}, dotted), 0, load, reporter)
+        plan = make_search(read_study(path), {}, 0, load, reporter)
         run_study(plan, open_store(""), options, load, reporter)
     optuna = open_storage(storage).optuna
     (study,) = optuna.get_all_studies()

@@ -39,7 +39,7 @@ from typing import Any, cast
 
 import click
 
-from effv2.execution.allocator import tune_allocator
+from effv2.core.processes import tune_allocator
 
 EFFV2 = ("effv2", "fp32", "compiled", "floor")
 FORMS = (*EFFV2, "post", "plain", "plain16", "timm")
@@ -98,7 +98,7 @@ def effv2_form(config: Any, dataset: Any, folder: Path) -> Form:
     marks: list[float] = []
 
     def on_step(step: int, steps: int) -> None:
-        reporter.step(step, steps)
+        reporter.progress("steps", step, steps)
         checkpointer.save_if_due(training.state, epoch_ended=False)
         marks.append(time.perf_counter())
         if len(marks) > STEPS:
@@ -275,10 +275,11 @@ def peak_gigabytes(name: str, case: Case) -> float:
 
 FIRST_STEP = """
 import os, sys
-from effv2.cli import display
-def step(self, step, steps):
-    os._exit(0)
-reporter.ConsoleReporter.step = step
+from effv2.cli.console import ConsoleReporter
+def progress(self, what, done=0, total=None):
+    if what == "steps":
+        os._exit(0)
+ConsoleReporter.progress = progress
 from effv2.cli.main import main
 sys.argv = ["effv2", "train", *sys.argv[1:]]
 main()

@@ -37,7 +37,7 @@ def measure(form: str, variant: str, size: int, batch: int) -> dict[str, Any]:
     """Return the seconds of each step, of an evaluated batch, and the peak memory in GB of this process."""
     bf16, fast, allocator = FORMS[form]
     if allocator:
-        from effv2.execution.allocator import tune_allocator
+        from effv2.core.processes import tune_allocator
 
         tune_allocator()
     import torch

@@ -8,12 +8,12 @@ M (MBConv), and an M stage may end in `noSE` to go without squeeze-and-excitatio
 from __future__ import annotations
 
 import math
+import re
+from collections.abc import Callable
 from dataclasses import astuple, dataclass, replace
 from functools import partial
 from itertools import pairwise
 from typing import TYPE_CHECKING, Literal, cast
-
-from effv2.core.errors import nearest
 
 if TYPE_CHECKING:
     from torch import nn
@@ -55,7 +55,7 @@ class Table:
 
 def parse_table(text: str) -> Table:
     """Read a table in the notation of this module; ValueError says which row is wrong and why."""
-    stages = tuple(_parse_stage(row.split(), row.strip()) for row in text.split("/"))
+    stages = tuple(map(_parse_stage, text.split("/")))
     for before, after in pairwise(stages):
         if before.out_channels != after.in_channels:
             gives, takes = f"{str(before)!r} gives {before.out_channels}", f"{str(after)!r} takes {after.in_channels}"
@@ -63,44 +63,39 @@ def parse_table(text: str) -> Table:
     return Table(stages)
 
 
-def _parse_stage(words: list[str], row: str) -> Stage:
-    form = "write `F|M expansion kernel stride in_channels out_channels layers [noSE]`"
-    squeeze_excitation = words[-1:] != ["noSE"]
-    if not squeeze_excitation:
-        words = words[:-1]
-    if len(words) != 7 or words[0] not in ("F", "M") or (words[0] == "F" and not squeeze_excitation):
-        raise ValueError(f"the row {row!r} is not a stage; {form}")
-    try:
-        ratio = float(words[1])
-        kernel, stride, in_channels, out_channels, layers = numbers = [int(word) for word in words[2:]]
-    except ValueError:
-        raise ValueError(f"the row {row!r} holds something that is no number; {form}") from None
+def _parse_stage(row: str) -> Stage:
+    row = " ".join(row.split())
+    found = re.fullmatch(r"([FM]) (\d+(?:\.\d+)?)((?: -?\d+){5})( noSE)?", row)
+    if not found or (found[1] == "F" and found[4]):
+        form = "F|M expansion kernel stride in_channels out_channels layers [noSE]"
+        raise ValueError(f"the row {row!r} is not a stage; write `{form}`, in numbers")
+    block, ratio, numbers = cast(Block, found[1]), float(found[2]), [int(word) for word in found[3].split()]
+    kernel, stride, in_channels, out_channels, layers = numbers
     if not 1 <= ratio <= 64 or kernel % 2 == 0 or stride not in (1, 2) or not all(0 < n < 10_000 for n in numbers):
-        raise ValueError(
-            f"the row {row!r} is out of bounds; expansion is 1 to 64, the kernel odd, "
-            "the stride 1 or 2, channels and layers are positive"
-        )
+        bounds = "expansion is 1 to 64, the kernel odd, the stride 1 or 2, channels and layers are positive"
+        raise ValueError(f"the row {row!r} is out of bounds; {bounds}")
     if in_channels % 8 or out_channels % 8:  # torchvision would build others
         raise ValueError(f"the row {row!r} has channels that are no multiples of 8, as the network needs them")
-    block = cast(Block, words[0])
-    return Stage(block, ratio, kernel, stride, in_channels, out_channels, layers, squeeze_excitation)
+    return Stage(block, ratio, kernel, stride, in_channels, out_channels, layers, not found[4])
+
+
+def _each(table: Table, change: Callable[[Stage], Stage]) -> Table:
+    return replace(table, stages=tuple(map(change, table.stages)))
 
 
 def replace_blocks(table: Table, block: Block) -> Table:
     """Make every stage of one block type; a Fused-MBConv has no squeeze-and-excitation to lose."""
-    stages = (replace(s, block=block, squeeze_excitation=s.squeeze_excitation or block == "F") for s in table.stages)
-    return replace(table, stages=tuple(stages))
+    return _each(table, lambda s: replace(s, block=block, squeeze_excitation=s.squeeze_excitation or block == "F"))
 
 
 def halve_layers(table: Table) -> Table:
     """Half the layers of every stage, rounded down, at least one."""
-    return replace(table, stages=tuple(replace(s, layers=max(1, s.layers // 2)) for s in table.stages))
+    return _each(table, lambda s: replace(s, layers=max(1, s.layers // 2)))
 
 
 def scale_depth(table: Table, multiplier: float) -> Table:
     """Multiply the layers of the MBConv stages, rounded up, as torchvision and the published hyper-parameter check."""
-    scaled = (replace(s, layers=math.ceil(s.layers * multiplier)) if s.block == "M" else s for s in table.stages)
-    return replace(table, stages=tuple(scaled))
+    return _each(table, lambda s: replace(s, layers=math.ceil(s.layers * multiplier)) if s.block == "M" else s)
 
 
 def scale_width(table: Table, multiplier: float) -> Table:
@@ -111,8 +106,7 @@ def scale_width(table: Table, multiplier: float) -> Table:
         rounded = max(8, int(scaled + 4) // 8 * 8)
         return rounded + 8 if rounded < 0.9 * scaled else rounded  # never more than a tenth lower
 
-    scaled = (replace(s, in_channels=width(s.in_channels), out_channels=width(s.out_channels)) for s in table.stages)
-    return replace(table, stages=tuple(scaled))
+    return _each(table, lambda s: replace(s, in_channels=width(s.in_channels), out_channels=width(s.out_channels)))
 
 
 EFFICIENTNET_V2_S = parse_table(
@@ -139,19 +133,6 @@ VARIANTS: dict[str, Table] = PUBLISHED_VARIANTS | {
         " / M 4 3 2 96 192 10 / M 6 3 1 192 224 19 / M 6 3 2 224 384 25 / M 6 3 1 384 640 7"
     ),
 }
-
-
-def variant(name: str) -> Table:
-    """Return the table of that name; ValueError names the nearest one."""
-    if name not in VARIANTS:
-        raise ValueError(f"no such variant; {nearest(name, list(VARIANTS))}")
-    return VARIANTS[name]
-
-
-def make_table(name: str, own: str, depth_multiplier: float, width_multiplier: float) -> Table:
-    """Return `own` in the notation of this module, or else the table called `name`, with multipliers applied."""
-    table = parse_table(own) if own else variant(name)
-    return scale_width(scale_depth(table, depth_multiplier), width_multiplier)
 
 
 def build_model(

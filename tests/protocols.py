@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import re
 
-from effv2.config.layers import build_config
+from effv2.config.layers import build
+from effv2.config.schema import TrainConfig
 from effv2.config.studies import Sources, open_study
 from tests.conftest import ROOT
 
@@ -20,7 +21,7 @@ TABLE = re.compile(r"<!-- ([\w-]+) -->\n.*?<!-- end -->", re.DOTALL)
 def table(name: str) -> str:
     """Return the settings of a study as a Markdown table: setting, value, how it is known, from where."""
     study = open_study(name)
-    config = build_config([study.base]).flat()
+    config = build(TrainConfig, study.base).flat()
     lines = ["| setting | value | known | from |", "|---|---|---|---|"]
     for kind in Sources.model_fields:
         for keys, source in getattr(study.protocol, kind).items():

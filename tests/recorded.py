@@ -72,7 +72,6 @@ DECIDING: dict[str, dict[str, tuple[str, ...]]] = {
 EXEMPT = {
     "data/cache.py",
     "data/sources.py",
-    "execution/allocator.py",
     "execution/resolve.py",
     "training/checkpoint.py",
 }
@@ -251,7 +250,7 @@ def numbers() -> dict[str, Any]:
 
 def defaults() -> dict[str, Any]:
     """Return the defaults of the settings that identities leave out at their default: these must stay."""
-    return {name: value for name, value in TrainConfig().flat().items() if name not in FIRST_FIELDS | set(NO_IDENTITY)}
+    return {name: value for name, value in TrainConfig().flat().items() if name not in FIRST_FIELDS | NO_IDENTITY}
 
 
 def _exact() -> dict[str, str]:

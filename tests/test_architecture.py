@@ -138,7 +138,7 @@ def _seeded(table: Table, zero_init_residual: bool) -> efficientnet.EfficientNet
         ("F 1 3 1 24 24", "is not a stage"),
         ("X 1 3 1 24 24 2", "is not a stage"),
         ("F 1 3 1 24 24 2 noSE", "is not a stage"),
-        ("F 1 three 1 24 24 2", "no number"),
+        ("F 1 three 1 24 24 2", "is not a stage; write .* in numbers"),
         ("F 1 4 1 24 24 2", "out of bounds"),
         ("F 1 3 1 24 24 0", "out of bounds"),
         ("F 1 3 1 24 24 2 / M 4 3 2 32 64 1", "gives 24 channels"),

@@ -26,7 +26,7 @@ from effv2.architecture import parse_table
 from effv2.cli.main import ablate, evaluate_pretrained, hparam_check, report, search, train
 from effv2.cli.options import in_options
 from effv2.core.errors import Terminated
-from effv2.core.signals import ending_signals, uninterrupted
+from effv2.core.processes import ending_signals, uninterrupted
 from effv2.run.run import train_run
 from tests.conftest import ROOT, TINY_TABLE, make_image_tree, running
 
@@ -307,9 +307,9 @@ TRAIN_ERRORS = {
     "--scheduler cosin": "--scheduler cosin: no such schedule; did you mean 'cosine'?",
     "--set lr=1": "--set lr 1: no such setting; give --lr.",
     "--set optimiser.nam=sgd": "--set optimiser.nam sgd: no such setting; the nearest is 'optimiser.name'",
-    "--set optimiser.name=rmsprob": "--set optimiser.name rmsprob: no such optimiser; Choose from: ",
+    "--set optimiser.name=rmsprob": "--set optimiser.name rmsprob: no such optimiser; choose from: ",
     "--set optimiser.lr=1 --lr 2": "--set optimiser.lr 1: --lr is given as well; remove one",
-    "--set model.dropout=0,model.dropout=1": "--set model.dropout: is given twice",
+    "--set model.dropout=0,model.dropout=1": "--set model.dropout 1: is given twice",
     "--set sgd": "--set sgd: has no value; write SETTING=VALUE",
     "--checkpoint-minutes nan": "--checkpoint-minutes nan: input should be a finite number",
     "--dataset folder": "--data-dir: the data set 'folder' needs a folder",
@@ -330,10 +330,12 @@ TRAIN_ERRORS = {
     "--seed -3": "--seed -3",
     f"--experiment {'x' * 600}": "--experiment xxx",
     "--data-dir /tmp": "--data-dir /tmp: digits come with scikit-learn",
-    "--log-model some": "--log-model some",
-    "--study nowhere.yaml": "--study nowhere.yaml: can't be read",
-    "--study ~nobody_of_that_name/x.yaml": "--study ~nobody_of_that_name/x.yaml: can't be read",
-    "--study ~/nowhere.yaml": f"--study {Path.home()}/nowhere.yaml: can't be read",
+    "--log-model bset": "--log-model bset: no such choice; did you mean 'best'? Choose from: best, all, none",
+    "--study nowhere.yaml": "--study nowhere.yaml: no file and no study of that name",
+    "--study ablate-mnist.yaml": "no file and no study of that name; did you mean 'ablate-mnist'?",
+    f"--study {ROOT}/effv2/sweeps/ablate-minst.yaml": f"mean '{ROOT}/effv2/sweeps/ablate-mnist.yaml'? Choose from",
+    "--study ~nobody_of_that_name/x.yaml": "--study ~nobody_of_that_name/x.yaml: no file and no study of that name",
+    "--study ~/nowhere.yaml": "--study ~/nowhere.yaml: no file and no study of that name",
 }
 STORAGE = "no such kind of storage; use sqlite:///FILE or postgresql://USER@HOST/DATABASE"
 ABLATE_ERRORS = {
@@ -421,8 +423,8 @@ STUDY_ERRORS = {
     "config: {}\nconfig: {}": r"line 3: the key 'config' stands twice \(first in line 2\)",
     "config: 3": r"line 2: config",
     "arms: {a: {}}\nbaseline: b": r"line 3: baseline b: is no arm",
-    "search: {sampler: tpe}": r"line 2: search.sampler: unknown key.*Choose from: trials, space, prune",
-    "search: {space: {model.dropout: {step: 1}}}": r"unknown key 'step'; Choose from: low, high, log|low",
+    "search: {sampler: tpe}": r"line 2: search.sampler: unknown key.*hoose from: trials, space, prune",
+    "search: {space: {model.dropout: {step: 1}}}": r"unknown key 'step'; choose from: low, high, log|low",
     "search: {space: {}}": r"line 2: search.space",
     "search: {}\narms: {a: {}}": r"line 2: search: a file has arms or a search, not both",
     "search: {space: {model.droput: {low: 0, high: 1}}}": r"line 2: search.space.model.droput: can't be searched; did",

@@ -14,7 +14,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import stats
 
-from effv2.config.layers import Layer
 from effv2.config.schema import TrainConfig
 from effv2.config.studies import open_study
 from effv2.core.errors import InputError
@@ -134,7 +133,7 @@ def test_a_claim_on_a_study_is_about_runs_of_its_arms_and_of_nothing_that_differ
     study, protocol = open_study(name), read_claims().protocols[name]
     images = {"train": Images("birds", "", 1995, tuple(map(str, range(25))))} if "birds" in name else {}
     for arm in protocol.arms:
-        config = study.arm(arm, Layer({}, str)) if study.arms else study.config(Layer({}, str))
+        config = study.arm(arm, {}) if study.arms else study.config({})
         record = RunRecord("", "", "FINISHED", logged(config), {}, {}, images=images)
         assert [each for each in protocol.arms if is_like(record, protocol, each)] == [arm]
         for setting, value in record.params.items():
@@ -146,7 +145,7 @@ def test_a_claim_on_a_study_is_about_runs_of_its_arms_and_of_nothing_that_differ
 
 def test_runs_older_than_a_setting_count_as_they_were() -> None:
     """The published runs logged no stopping.best_since; what they did is its default."""
-    config = open_study("ablate-mnist").arm("default", Layer({}, str))
+    config = open_study("ablate-mnist").arm("default", {})
     params = {name: value for name, value in logged(config).items() if name != "stopping.best_since"}
     record = RunRecord("", "", "FINISHED", params, {}, {"effv2.config_hash": "0"})
     protocol = read_claims().protocols["ablate-mnist"]
@@ -164,7 +163,7 @@ def test_settings_that_a_claim_leaves_free_may_differ(tmp_path: Path) -> None:
     text = f"claims: {{X1: {{words: x, study: ablate-mnist, free: [schedule.epochs], checks: [{check}]}}}}"
     claims = claims_of(tmp_path, text)
     (contrast,) = claims.contrasts("X1")
-    config = open_study("ablate-mnist").arm("default", Layer({}, str))
+    config = open_study("ablate-mnist").arm("default", {})
     record = RunRecord("", "", "FINISHED", logged(config, **{"schedule.epochs": "7"}), {}, {})
     assert is_like(record, claims.protocols[contrast.protocol], "default")
     assert not is_like(record, claims.protocols["ablate-mnist"], "default")
@@ -181,9 +180,7 @@ def test_a_claim_may_name_a_study_file_beside_it(tmp_path: Path) -> None:
     text += f"  Y1: {{words: y, protocol: p, checks: [{check}]}}"
     claims = claims_of(tmp_path, text)
     assert set(read_claims(tmp_path / "claims.yaml").files) == {"claims.yaml", "mine.yaml"}
-    record = RunRecord(
-        "", "", "FINISHED", logged(open_study(str(tmp_path / "mine.yaml")).arm("b", Layer({}, str))), {}, {}
-    )
+    record = RunRecord("", "", "FINISHED", logged(open_study(str(tmp_path / "mine.yaml")).arm("b", {})), {}, {})
     for id_ in ("X1", "Y1"):
         (contrast,) = claims.contrasts(id_)
         protocol = claims.protocols[contrast.protocol]
@@ -193,7 +190,7 @@ def test_a_claim_may_name_a_study_file_beside_it(tmp_path: Path) -> None:
 def test_arms_of_a_protocol_may_be_those_of_other_studies() -> None:
     protocol = read_claims().protocols["resolution-imagenette"]
     for arm, size in (("small", 32), ("large", 128)):
-        record = RunRecord("", "", "", logged(open_study(f"train-imagenette-{size}").config(Layer({}, str))), {}, {})
+        record = RunRecord("", "", "", logged(open_study(f"train-imagenette-{size}").config({})), {}, {})
         assert [each for each in protocol.arms if is_like(record, protocol, each)] == [arm]
 
 

@@ -91,7 +91,7 @@ def test_squeeze_excitation_of_other_functions_is_left_alone() -> None:
 
 
 ALLOCATING = """
-import os, resource, effv2.execution.allocator as allocator, torch
+import os, resource, effv2.core.processes as processes, torch
 def faults():
     for _ in range(2):
         before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
@@ -100,7 +100,7 @@ def faults():
     return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
 for setting in ("system", ""):
     os.environ["EFFV2_ALLOCATOR"] = setting
-    allocator.tune_allocator()
+    processes.tune_allocator()
     print(faults())
 """
 

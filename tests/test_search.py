@@ -16,7 +16,7 @@ from mlflow.entities import Run
 from mlflow.exceptions import MlflowException
 
 from effv2.cli.main import ablate, hparam_check, search, train
-from effv2.config.layers import Layer
+from effv2.config.layers import Written
 from effv2.config.studies import built_in_search
 from effv2.core.reporter import Reporter
 from effv2.data.dataset import load_once
@@ -218,7 +218,8 @@ def test_the_order_of_arms_changes_nothing(sqlite_store: str, tiny_study: Path) 
 
 
 def test_a_trial_is_pruned_after_a_quarter_of_its_epochs_at_the_earliest() -> None:
-    options = Layer({"data": {"image_size": 8}, "schedule": {"epochs": 30}, "execution": {"precision": "fp32"}})
+    settings = {"data.image_size": 8, "schedule.epochs": 30, "execution.precision": "fp32"}
+    options = {name: Written(value) for name, value in settings.items()}
     load = load_once(lambda done, total: None)
     pruner = make_search(built_in_search(), options, 0, load, Reporter()).pruner()
     study = optuna.create_study(direction="maximize", pruner=pruner)

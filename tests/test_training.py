@@ -17,9 +17,7 @@ from torch import nn
 from torch.optim.lr_scheduler import OneCycleLR, ReduceLROnPlateau
 
 from effv2.architecture import build_model
-from effv2.config.layers import Layer, dotted
-from effv2.config.registry import OPTIMISERS, SCHEDULES
-from effv2.config.schema import ScheduleConfig, StoppingConfig, TrainConfig
+from effv2.config.schema import OPTIMISERS, SCHEDULES, ScheduleConfig, StoppingConfig, TrainConfig
 from effv2.config.studies import open_study
 from effv2.core.errors import RunError, Terminated
 from effv2.core.randomness import stream_seed
@@ -217,7 +215,7 @@ def test_published_birds_logs_are_replayed(study: str, reductions: list[int], le
     """The post's own test accuracies lower the rate and end the training at the epochs that its logs show."""
     published = published_runs()[study]["default"].history["test/accuracy"]
     accuracies = [published[epoch] for epoch in sorted(published)]
-    config = open_study(study).config(Layer({}, dotted))
+    config = open_study(study).config({})
     followed = [*accuracies, *[0.0] * (config.schedule.epochs - len(accuracies))]
     found = rates(config.schedule, 1, followed, config.optimiser.lr)[: len(accuracies)]
     assert changes(found) == reductions
@@ -235,7 +233,7 @@ def test_no_stopping_rule_of_the_post_gives_the_length_of_its_log_of_birds_at_32
 
 def test_hyper_parameter_check_counts_the_best_epoch_from_the_minimum_on() -> None:
     """As the published figure: its curves end 50 epochs after their first highest point from epoch 151 on."""
-    stopping = open_study("hparam-imagenette-128").arm("default", Layer({}, dotted)).stopping
+    stopping = open_study("hparam-imagenette-128").arm("default", {}).stopping
     accuracies = [0.34 if epoch == 9 else 0.29 if epoch == 154 else 0.26 for epoch in range(1, 351)]
     assert stops_at(accuracies, stopping, 350) == 204
 

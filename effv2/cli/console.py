@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from types import TracebackType
-from typing import Any
 
 import click
 from rich.console import Console
 from rich.markup import escape
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
-from rich.table import Table
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Column, Table
 
 from effv2.cli.options import in_options
 from effv2.core.reporter import Reporter, StudyProgress
@@ -19,7 +17,7 @@ CELL_PADDING = 3  # characters: a space on both sides and a line
 
 
 class ConsoleReporter(Reporter):
-    """Shows decoding, epochs and steps; a context manager, so that the terminal is left in order."""
+    """Shows a study, a run's epochs and what is done now; a context manager, so that the terminal is left tidy."""
 
     def __init__(self) -> None:
         self.console = Console(stderr=True)
@@ -34,30 +32,18 @@ class ConsoleReporter(Reporter):
             disable=not self.console.is_terminal,
             speed_estimate_period=3600,  # seconds: a run is long, so what is left follows from all that was done
         )
-        self._bars: dict[str, TaskID] = {}
-        self._epochs = 0
+        self._study, self._epochs, self._now = (
+            self._progress.add_task(name, total=None, visible=False, note="") for name in ("study", "epochs", "")
+        )
+        self._counted = "", 0
         self._reported: set[str] = set()
 
     def __enter__(self) -> ConsoleReporter:
         self._progress.start()
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self._progress.stop()
-
-    def _show(self, bar: str, description: str = "", **about: Any) -> None:
-        """Show a bar, or what is new about it."""
-        if bar not in self._bars:
-            self._bars[bar] = self._progress.add_task(bar, total=None, note="")
-        about |= {"description": escape(description)} if description else {}
-        self._progress.update(self._bars[bar], **about)
-
-    def _remove(self, *bars: str) -> None:
-        for bar in bars:
-            if bar in self._bars:
-                self._progress.remove_task(self._bars.pop(bar))
 
     def _log(self, text: str) -> None:
         """Print a line where there is no terminal to show bars on."""
@@ -74,20 +60,14 @@ class ConsoleReporter(Reporter):
         if self.console.is_terminal:
             self.message(text)
 
-    def working(self, text: str) -> None:
-        """Show what is being done, where it isn't known how much of it there is."""
-        self._show("working", text)
-
-    def decoding(self, done: int, total: int) -> None:
-        """Show decoded images."""
-        self._show("decoding images", completed=done, total=total)
-        if done == total:  # what is decoded next gets a bar, and an estimate, of its own
-            self._remove("decoding images")
-
-    def study_opened(self, address: str) -> None:
-        """Say where the study is to be seen."""
-        self.message(address)
-        self._show("study")
+    def progress(self, what: str, done: int = 0, total: int | None = None) -> None:
+        """Show what is done now; whatever is counted anew gets a bar, and an estimate, of its own."""
+        if what != self._counted[0] or done < self._counted[1]:
+            self._progress.reset(self._now)
+        if total and not done:
+            self._log(f"{what}: {total:,}")
+        self._counted = what, done
+        self._progress.update(self._now, description=escape(what), completed=done, total=total, visible=True)
 
     def study_progress(self, progress: StudyProgress) -> None:
         """Show how far the study is, and each trial that has ended."""
@@ -95,7 +75,10 @@ class ConsoleReporter(Reporter):
         words += [f"{progress.pruned} pruned"] if progress.pruned else []
         words += [f"{progress.failed} failed"] if progress.failed else []
         words += [f"best {progress.best[1]:.2%} ({progress.best[0]})"] if progress.best else []
-        self._show("study", total=progress.total, completed=progress.done, note=escape(", ".join(words)))
+        self._progress.update(
+            self._study, total=progress.total, completed=progress.done, note=escape(", ".join(words)), visible=True
+        )
+        self._progress.update(self._now, visible=False)
         for number, (trial, ending) in enumerate(progress.ended.items(), 1):
             if trial not in self._reported:
                 self._log(f"[{number}/{progress.total}] {trial}: {ending}")
@@ -103,46 +86,28 @@ class ConsoleReporter(Reporter):
 
     def run_started(self, name: str, epochs: int) -> None:
         """Show a new run in place of the last one."""
-        self._remove("epochs", "steps")
-        self._epochs = epochs
-        self._show("epochs", f"{name}: epochs", total=epochs)
-        self._show("steps", "  steps")
+        self._progress.reset(self._epochs, description=escape(f"{name}: epochs"), total=epochs, note="", visible=True)
+        self._progress.update(self._now, visible=False)
         self._log(f"training {name}, at most {epochs} epochs")
-
-    def step(self, step: int, steps: int) -> None:
-        """Show a step of the epoch."""
-        self._show("steps", completed=step, total=steps)
 
     def epoch(self, epoch: int, metrics: Mapping[str, float]) -> None:
         """Show a finished epoch with its accuracies."""
         named = ((name, metrics.get(f"{name}/accuracy")) for name in ("train", "val", "test"))
         words = ", ".join(f"{name} {accuracy:.1%}" for name, accuracy in named if accuracy is not None)
-        self._show("epochs", completed=epoch, note=words)
-        self._log(f"epoch {epoch}/{self._epochs}: {words}")
-
-    def evaluating(self, name: str, done: int, total: int) -> None:
-        """Show evaluated images of a network."""
-        if done == 0:
-            self._remove("evaluating")
-            self._log(f"evaluating {name} on {total:,} images")
-        self._show("evaluating", f"{name}: images", completed=done, total=total)
+        self._progress.update(self._epochs, completed=epoch, note=words)
+        self._log(f"epoch {epoch}/{self._progress.tasks[self._epochs].total}: {words}")
 
 
 def print_table(rows: Sequence[Sequence[str]]) -> None:
     """Print a table, its titles first; as several, one below the other, where the columns don't fit side by side."""
-    if not rows:
-        return
     console = Console()
-    widths = [max(map(len, column)) + CELL_PADDING for column in zip(*rows, strict=True)]
-    columns = list(range(1, len(widths)))
+    first, *columns = zip(*rows, strict=True) if rows else [()]
     while columns:
-        count = 1
-        while count < len(columns) and widths[0] + sum(widths[i] for i in columns[: count + 1]) < console.width:
-            count += 1
-        shown, columns = [0, *columns[:count]], columns[count:]
-        table = Table()
-        for index in shown:
-            table.add_column(rows[0][index], justify="right" if index else "left")
-        for row in rows[1:]:
-            table.add_row(*(row[index] for index in shown))
+        shown = [first, columns.pop(0)]
+        while columns and sum(max(map(len, each)) + CELL_PADDING for each in (*shown, columns[0])) < console.width:
+            shown.append(columns.pop(0))
+        titles, *lines = zip(*shown, strict=True)
+        table = Table(titles[0], *(Column(title, justify="right") for title in titles[1:]))
+        for line in lines:
+            table.add_row(*line)
         console.print(table)

@@ -5,9 +5,11 @@ Commands import what is heavy when they need it, so that `--help` and wrong inpu
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Callable
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import click
@@ -15,11 +17,14 @@ import click
 from effv2 import __version__
 from effv2.architecture import VARIANTS
 from effv2.cli import options as cli
+from effv2.config.layers import Layer, build
 from effv2.config.options import SHORT_EPOCHS, StudyOptions
+from effv2.config.schema import TrainConfig
 from effv2.core.errors import InputError, RunError
 from effv2.pretrained.config import PretrainedConfig
 
 WITHOUT_SCHEDULER = {name: setting for name, setting in cli.SHARED.items() if name != "scheduler"}
+EVALUATION = cli.options_for(" ".join(PretrainedConfig().flat()))
 PUBLISHED_COMPARISON = "efficientnet_v2_s,efficientnet_b0,resnet50"
 SHOWN_FAILURES = 5
 
@@ -32,20 +37,17 @@ def main() -> None:
 
 @main.command(cls=cli.Command)
 @cli.study_option
-@cli.setting_options(cli.ONE_RUN)
 @cli.set_option
-@cli.study_options(*cli.CHECKPOINTS, *cli.LOGGING)
-def train(study: str | None, **options: Any) -> None:
+@cli.takes(cli.ONE_RUN, *cli.CHECKPOINTS, *cli.LOGGING)
+def train(study: str | None, layer: Layer, how: StudyOptions) -> None:
     """Train one EfficientNetV2 and track it in MLflow.
 
     Without options: the default variant on scikit-learn's digits, a minute on two cores.
     """
-    from effv2.config.layers import build_config
     from effv2.config.studies import open_study
 
-    how, layer = cli.given_options(options), cli.given_layer(options, cli.ONE_RUN)
     file = open_study(study) if study else None
-    config = file.config(layer) if file else build_config([layer])
+    config = file.config(layer) if file else build(TrainConfig, layer)
 
     from effv2.cli.console import ConsoleReporter
     from effv2.run.resume import train_single
@@ -74,10 +76,9 @@ def train(study: str | None, **options: Any) -> None:
     "calls its arms.  [default: all]",
 )
 @cli.study_option
-@cli.setting_options(cli.SHARED)
 @cli.set_option
-@cli.study_options("seeds", *cli.QUEUE, *cli.CHECKPOINTS, *cli.LOGGING)
-def ablate(variant: str | None, study: str | None, **options: Any) -> None:
+@cli.takes(cli.SHARED, "seeds", *cli.STUDY)
+def ablate(variant: str | None, study: str | None, layer: Layer, how: StudyOptions) -> None:
     """Train architecture variants beside their baseline and compare them in MLflow.
 
     Without a study file: the five published variants of EfficientNetV2-S under one short protocol on
@@ -85,7 +86,6 @@ def ablate(variant: str | None, study: str | None, **options: Any) -> None:
     """
     from effv2.config.studies import built_in_ablation, open_study
 
-    how, layer = cli.given_options(options), cli.given_layer(options, cli.SHARED)
     chosen = open_study(study) if study else built_in_ablation(variant or "all")
     names = chosen.select(variant or "all")
 
@@ -102,10 +102,9 @@ def ablate(variant: str | None, study: str | None, **options: Any) -> None:
 )
 @cli.option("scheduler", "With ReduceLROnPlateau, without, or both.  [default: both]", "[both|plateau|none]")
 @cli.study_option
-@cli.setting_options(WITHOUT_SCHEDULER, epochs=SHORT_EPOCHS)
 @cli.set_option
-@cli.study_options("seeds", *cli.QUEUE, *cli.CHECKPOINTS, *cli.LOGGING, log_model="best")
-def hparam_check(check: str | None, scheduler: str | None, study: str | None, **options: Any) -> None:
+@cli.takes(WITHOUT_SCHEDULER, "seeds", *cli.STUDY, epochs=SHORT_EPOCHS, log_model="best")
+def hparam_check(check: str | None, scheduler: str | None, study: str | None, layer: Layer, how: StudyOptions) -> None:
     """Change one hyper-parameter at a time, with and without ReduceLROnPlateau, and compare in MLflow.
 
     Without a study: hparam-digits, the published check shortened to three epochs a run on scikit-learn's digits; the
@@ -113,7 +112,6 @@ def hparam_check(check: str | None, scheduler: str | None, study: str | None, **
     """
     from effv2.config.studies import open_study
 
-    how, layer = cli.given_options(options, log_model="best"), cli.given_layer(options, WITHOUT_SCHEDULER)
     chosen = open_study(study or "hparam-digits").with_plateau()
     names = chosen.select_checks(check or "all", scheduler or "both")
 
@@ -124,10 +122,9 @@ def hparam_check(check: str | None, scheduler: str | None, study: str | None, **
 
 @main.command(cls=cli.Command)
 @cli.study_option
-@cli.setting_options(cli.ONE_RUN, epochs=SHORT_EPOCHS)
 @cli.set_option
-@cli.study_options("trials", *cli.QUEUE, *cli.CHECKPOINTS, *cli.LOGGING, log_model="best")
-def search(study: str | None, **options: Any) -> None:
+@cli.takes(cli.ONE_RUN, "trials", *cli.STUDY, epochs=SHORT_EPOCHS, log_model="best")
+def search(study: str | None, layer: Layer, how: StudyOptions) -> None:
     """Search for the best hyper-parameters on the validation split, with Optuna; test the best once.
 
     Without a study file: dropout, stochastic depth and depth multiplier on scikit-learn's digits. The same command
@@ -135,12 +132,16 @@ def search(study: str | None, **options: Any) -> None:
     """
     from effv2.config.studies import built_in_search, open_study
 
-    how, layer = cli.given_options(options, log_model="best"), cli.given_layer(options, cli.ONE_RUN)
     chosen = open_study(study) if study else built_in_search()
 
     from effv2.studies.search import make_search
 
     _run_and_show(partial(make_search, chosen, layer, how.trials or 0), how)
+
+
+def _path(text: str | None) -> Path | None:
+    """Return a path that was given, if any was; a ~ that nobody is behind stays as it is."""
+    return Path(os.path.expanduser(text)) if text else None
 
 
 def _run_and_show(make: Callable[..., Any], options: StudyOptions) -> None:
@@ -151,7 +152,7 @@ def _run_and_show(make: Callable[..., Any], options: StudyOptions) -> None:
     from effv2.tracking.run import open_experiment, run_address
 
     with ConsoleReporter() as reporter:
-        load = load_once(reporter.decoding)
+        load = load_once(partial(reporter.progress, "decoding images"))
         plan = make(load=load, reporter=reporter)
         end = run_study(plan, open_experiment(options.experiment), options, load, reporter)
     print_table(end.results.table)
@@ -178,26 +179,19 @@ def _run_and_show(make: Callable[..., Any], options: StudyOptions) -> None:
     "Folder with published files of weights, looked into before torchvision's cache and its download.",
     "FOLDER",
 )
-@cli.setting_options(cli.EVALUATION, PretrainedConfig)
-@cli.study_options(*cli.QUEUE, *cli.LOGGING, log_model="none")
-def evaluate_pretrained(models: str | None, weights_dir: str | None, **options: Any) -> None:
+@cli.takes(EVALUATION, *cli.QUEUE, *cli.LOGGING, config=PretrainedConfig, log_model="none")
+def evaluate_pretrained(models: str | None, weights_dir: str | None, layer: Layer, how: StudyOptions) -> None:
     """Evaluate published ImageNet weights, each with its own transforms, and say which are really better.
 
     On Imagenette, or any folder whose classes are ImageNet's. Rankings rest on images that the weights were not fitted
     to. The same command again resumes where the last one ended.
     """
-    from effv2.config.layers import validate
+    config = build(PretrainedConfig, layer)
 
-    how = cli.given_options(options, log_model="none")
-    config = validate(PretrainedConfig, cli.given_layer(options, cli.EVALUATION).values)
-
-    from effv2.core.paths import expanded
     from effv2.studies.weights import make_weights
 
-    folder = expanded(weights_dir) if weights_dir else None
-    shows_downloads = sys.stderr.isatty()
-    make = partial(make_weights, models or PUBLISHED_COMPARISON, config, folder, show_downloads=shows_downloads)
-    _run_and_show(make, how)
+    make = partial(make_weights, models or PUBLISHED_COMPARISON, config, _path(weights_dir))
+    _run_and_show(partial(make, show_downloads=sys.stderr.isatty()), how)
 
 
 @main.command(cls=cli.Command)
@@ -209,17 +203,14 @@ def evaluate_pretrained(models: str | None, weights_dir: str | None, **options: 
     "LIST",
 )
 @cli.option("claims", "Claims of your own (YAML), beside the published ones.", "FILE")
-@cli.study_options("experiment")
-def report(export: str | None, from_export: str | None, claims: str | None, experiment: str | None) -> None:
+@cli.takes({}, "experiment")
+def report(export: str | None, from_export: str | None, claims: str | None, layer: Layer, how: StudyOptions) -> None:
     """Judge every published claim on the runs of an experiment, and show its studies beside them.
 
     One page (HTML, and Markdown) is logged to the run of every study that it covers. It needs no network to be read.
     """
-    from effv2.core.paths import expanded
-
-    own = expanded(claims) if claims else None
-    target = expanded(export or ".").resolve()
-    sources = [expanded(word.strip()).resolve() for word in (from_export or "").split(",") if word.strip()]
+    target = (_path(export) or Path()).resolve()
+    sources = [path.resolve() for word in (from_export or "").split(",") if (path := _path(word.strip()))]
     if from_export and not sources:
         raise InputError("from_export", from_export, "names no folder", "give some, separated by commas")
     if sources and (not export or target in sources):
@@ -230,9 +221,9 @@ def report(export: str | None, from_export: str | None, claims: str | None, expe
 
     with ConsoleReporter() as reporter:
         if sources:
-            made, address = rebuild(sources, own, target, reporter), ""
+            made, address = rebuild(sources, _path(claims), target, reporter), ""
         else:
-            made, address = publish(experiment or "", own, target if export else None, reporter)
+            made, address = publish(how.experiment, _path(claims), target if export else None, reporter)
     for line in (*made.own, made.summary, address, target / "report.html" if export else ""):
         if line:
             click.echo(line)

@@ -8,47 +8,44 @@ from __future__ import annotations
 import re
 import shlex
 import sys
-from collections.abc import Callable, Iterable, Mapping
-from functools import reduce
-from typing import Any, Literal, get_args, get_origin
+from collections.abc import Callable, Mapping, Sequence
+from functools import reduce, wraps
+from itertools import chain
+from typing import Any, Literal, cast, get_args, get_origin
 
 import click
 from pydantic.fields import FieldInfo
 
-from effv2.config.layers import Layer, option_layer, validate
+from effv2.config.layers import Layer, Written, validate
 from effv2.config.options import StudyOptions
-from effv2.config.registry import OPTIMISERS, Registry
-from effv2.config.schema import Group, TrainConfig, field_of
-from effv2.core.errors import InputError, RunError, Terminated, same_command
+from effv2.config.schema import OPTIMISERS, Group, Registry, TrainConfig, field_of
+from effv2.core.errors import InputError, RunError, Terminated, nearest
+from effv2.core.processes import ending_signals, tune_allocator
 from effv2.core.provenance import COMMAND, without_password
-from effv2.core.signals import ending_signals
-from effv2.execution.allocator import tune_allocator
 
-Decorator = Callable[[Callable[..., Any]], Callable[..., Any]]
+Function = Callable[..., Any]
+Decorator = Callable[[Function], Function]
 
 OTHER_NAMES = {"data.dir": "data_dir", "schedule.name": "scheduler"}
 
 
-def _options_for(settings: str) -> dict[str, str]:
+def options_for(settings: str) -> dict[str, str]:
     """Return settings by the names of their options: their own last names, but for a few."""
     return {OTHER_NAMES.get(setting, setting.rpartition(".")[2]): setting for setting in settings.split()}
 
 
-SHARED = _options_for(
+SHARED = options_for(
     "data.dataset data.dir data.download data.image_size data.per_class data.split_seed schedule.epochs "
     "optimiser.batch_size optimiser.lr schedule.name execution.device execution.precision execution.compile"
 )
-ONE_RUN = SHARED | _options_for(
+ONE_RUN = SHARED | options_for(
     "model.variant model.dropout model.stochastic_depth model.depth_multiplier model.width_multiplier random.seed"
-)
-EVALUATION = _options_for(
-    "data.dataset data.dir data.download data.per_class data.limit data.seed execution.device execution.precision "
-    "execution.batch_size"
 )
 # Names of options that are fields of StudyOptions.
 QUEUE = ("workers", "storage")
 CHECKPOINTS = ("checkpoint_dir", "checkpoint_minutes", "checkpoint_upload_minutes")
 LOGGING = ("fresh", "log_model", "experiment")
+STUDY = (*QUEUE, *CHECKPOINTS, *LOGGING)
 
 
 class Option(click.Option):
@@ -77,21 +74,21 @@ class Command(click.Command):
     def invoke(self, ctx: click.Context) -> Any:
         """Run the command."""
         tune_allocator()  # before torch is imported
-        token, fresh = COMMAND.set(_command_line(ctx)), ctx.params.get("fresh") == "true"
-        resumes = f"; runs that had begun end KILLED, and {same_command(fresh)} resumes them"
+        token = COMMAND.set(_command_line(ctx))
+        again = "the same command without `fresh`" if ctx.params.get("fresh") == "true" else "the same command"
         with ending_signals():
             try:
                 return super().invoke(ctx)
             except InputError as error:
                 text, code = f"Error: {_with_options(error, self)}", 2
             except RunError as error:
-                text, code = in_options(f"Error: {error.sentences(fresh)}", self), 1
+                text, code = f"Error: {error}{f' Then {again} resumes.' if error.resumes else ''}", 1
             except (KeyboardInterrupt, Terminated) as error:
-                word, code = ("Terminated", 143) if isinstance(error, Terminated) else ("Interrupted", 130)
-                text = in_options(f"{word}{resumes if 'fresh' in ctx.params else ''}.", self)
+                text, code = ("Terminated", 143) if isinstance(error, Terminated) else ("Interrupted", 130)
+                text += f"; runs that had begun end KILLED, and {again} resumes them." if "fresh" in ctx.params else "."
             finally:
                 COMMAND.reset(token)
-            click.echo(text.replace("\n", " "), err=True)
+            click.echo((text if code == 2 else in_options(text, self)).replace("\n", " "), err=True)
             sys.exit(code)
 
 
@@ -142,20 +139,27 @@ set_option = option(
 )
 
 
-def setting_options(settings: Mapping[str, str], config: type[Group] = TrainConfig, **defaults: Any) -> Decorator:
-    """Add an option for each setting; `defaults` are those of the command, where it has its own."""
-    return _all_of(
+def takes(settings: Mapping[str, str], *names: str, config: type[Group] = TrainConfig, **defaults: Any) -> Decorator:
+    """Add options for settings and for fields of StudyOptions; the function gets them as `layer` and as `how`.
+
+    `defaults` are those of the command, where it has its own.
+    """
+    options = [
         _field_option(name, field_of(setting, config), defaults, setting=setting) for name, setting in settings.items()
-    )
+    ] + [_field_option(name, StudyOptions.model_fields[name], defaults) for name in names]
+    own = {name: default for name, default in defaults.items() if name in names}
 
+    def decorate(function: Function) -> Function:
+        @wraps(function)
+        def command(**given: Any) -> Any:
+            how = validate(StudyOptions, own | {name: value for name in names if (value := given.pop(name))})
+            options = {setting: value for name, setting in settings.items() if (value := given.pop(name))}
+            layer = _layer(options, given.pop("set", ()))
+            return function(**given, layer=layer, how=how)
 
-def study_options(*names: str, **defaults: Any) -> Decorator:
-    """Add options that are fields of StudyOptions."""
-    return _all_of(_field_option(name, StudyOptions.model_fields[name], defaults) for name in names)
+        return reduce(lambda decorated, each: each(decorated), reversed(options), cast(Function, command))
 
-
-def _all_of(decorators: Iterable[Decorator]) -> Decorator:
-    return lambda function: reduce(lambda decorated, each: each(decorated), reversed([*decorators]), function)
+    return decorate
 
 
 def _field_option(name: str, field: FieldInfo, defaults: Mapping[str, Any], **about: Any) -> Decorator:
@@ -182,21 +186,21 @@ def _help(field: FieldInfo, default: Any) -> str:
     return f"{field.description}  [{notes}]" if notes else str(field.description)
 
 
-def given_layer(options: Mapping[str, Any], settings: Mapping[str, str]) -> Layer:
-    """Return the settings that a command was given, by their options and by --set."""
-    others: dict[str, str] = {}
-    for text in options.get("set", ()):
-        for part in re.split(r"[,\s]+(?=[\w.]+=)", text.strip(", ")):
-            name, sign, value = part.partition("=")
-            if not sign or name in others:
-                problem, remedy = ("is given twice", "remove one") if sign else ("has no value", "write SETTING=VALUE")
-                raise InputError(f"set {name}", "", problem, remedy)
-            others[name] = value
-    return option_layer({setting: options[name] for name, setting in settings.items() if options[name]}, others)
-
-
-def given_options(options: Mapping[str, Any], **defaults: Any) -> StudyOptions:
-    """Return those of a command's options that are no settings; `defaults` are the command's own."""
-    return validate(
-        StudyOptions, defaults | {name: options[name] for name in StudyOptions.model_fields if options.get(name)}
-    )
+def _layer(options: Mapping[str, str], more: Sequence[str]) -> Layer:
+    """Return settings that were given by options of their own, and `more` of them, as --set takes them."""
+    layer = {name: Written(value) for name, value in options.items()}
+    known = list(TrainConfig().flat())
+    for part in chain.from_iterable(re.split(r"[,\s]+(?=[\w.]+=)", text.strip(", ")) for text in more):
+        name, sign, value = part.partition("=")
+        problem, remedy = "", "remove one"
+        if not sign:
+            problem, remedy = "has no value", "write SETTING=VALUE"
+        elif name not in known:
+            same = [each for each in known if each.endswith(f".{name}")]
+            problem, remedy = "no such setting", f"give {same[0]}" if same else nearest(name, known)
+        elif name in layer:
+            problem = f"{name} is given as well" if name in options else "is given twice"
+        if problem:
+            raise InputError(f"set {name}", value, problem, remedy)
+        layer[name] = Written(value, f"set {name}")
+    return layer

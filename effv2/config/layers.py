@@ -1,25 +1,34 @@
-"""From layers of settings (a study file, an arm of it, the command line) to one validated TrainConfig.
+"""Settings that know where they were written: in a study file, in an arm of it, on the command line.
 
-Every layer can say where each of its values was written, so that an error names the file's line, or the setting.
+So an error names the file's line, or the setting, and says what would be right.
 """
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from functools import reduce
-from operator import getitem
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import yaml
 from pydantic import BaseModel, ValidationError
 
-from effv2.config.schema import UNKNOWN_KEY, TrainConfig
-from effv2.core.errors import InputError, nearest
+from effv2.config.schema import UNKNOWN_KEY
+from effv2.core.errors import InputError
 
 Place = tuple[str | int, ...]
 Model = TypeVar("Model", bound=BaseModel)
+
+
+class Written(NamedTuple):
+    """A value, and the words for where it was written; none where its name says it."""
+
+    value: Any
+    where: str = ""
+
+
+Layer = dict[str, Written]  # by dotted setting; `below | above` are both, one over the other
 
 
 def dotted(place: Place) -> str:
@@ -34,86 +43,68 @@ def validate(model: type[Model], values: Mapping[str, Any], where: Callable[[Pla
     except ValidationError as error:
         # An unknown key is named first: it may be the missing one, misspelt.
         first = min(error.errors(), key=lambda one: one["type"] != UNKNOWN_KEY)
-        unknown = first["type"] == UNKNOWN_KEY
-        place = (*first["loc"], first["ctx"]["key"]) if unknown else first["loc"]
+        kind, place, value = first["type"], first["loc"], first["input"]
+        if kind == UNKNOWN_KEY:
+            place = (*place, first["ctx"]["key"])
+        if place[-1:] == ("[key]",):  # the key itself is wrong
+            place, kind = place[:-1], UNKNOWN_KEY
+        if kind == "literal_error":
+            names = re.findall(r"'([^']*)'", first["ctx"]["expected"])
+            raise InputError(where(place), value, "no such choice", choices=names) from None
         problem, _, remedy = first["msg"].removeprefix("Value error, ").partition("; ")
-        value = "" if unknown or first["type"] == "missing" else first["input"]
-        raise InputError(where(place), value, problem[0].lower() + problem[1:], remedy) from None
+        shown = "" if kind in (UNKNOWN_KEY, "missing") else value
+        raise InputError(where(place), shown, problem[0].lower() + problem[1:], remedy) from None
 
 
-@dataclass(frozen=True)
-class Layer:
-    """Nested values, and a function from a place in them to the words that name it in an error."""
-
-    values: Mapping[str, Any]
-    where: Callable[[Place], str] = dotted
-
-    def with_value(self, place: Place, value: Any) -> Layer:
-        """Return the layer with one more value, or another one."""
-        nested: Any = value
-        for step in reversed(place):
-            nested = {step: nested}
-        return Layer(_merge(self.values, nested), self.where)
-
-
-def option_layer(options: Mapping[str, Any], others: Mapping[str, Any] | None = None) -> Layer:
-    """Turn dotted settings into a layer: those that have an option, and `others`, which the parameter `set` gave."""
-    others, names = others or {}, list(TrainConfig().flat())
-    for name, value in others.items():
-        if name not in names:
-            same = [each for each in names if each.endswith(f".{name}")]
-            remedy = f"give {same[0]}" if same else nearest(name, names)
-            raise InputError(f"set {name}", value, "no such setting", remedy)
-        if name in options:
-            raise InputError(f"set {name}", value, f"{name} is given as well", "remove one of the two")
-    layer = Layer({}, lambda place: f"set {dotted(place)}" if dotted(place) in others else dotted(place))
-    for name, value in {**options, **others}.items():
-        layer = layer.with_value(tuple(name.split(".")), value)
-    return layer
-
-
-def build_config(layers: list[Layer]) -> TrainConfig:
-    """Merge the layers, later ones over earlier ones, and validate."""
+def build(model: type[Model], layer: Layer) -> Model:
+    """Return a layer as a validated model; InputError as `validate`."""
+    groups: dict[str, Any] = {}
+    for name, written in layer.items():
+        group, _, field = name.partition(".")
+        if field:
+            groups.setdefault(group, {})[field] = written.value
+    groups |= {name: written.value for name, written in layer.items() if "." not in name}  # which is refused
 
     def where(place: Place) -> str:
-        owner = next((layer for layer in reversed(layers) if _holds(layer.values, place)), layers[0])
-        return owner.where(place)
+        name, group = dotted(place[:2]), f"{place[0]}."
+        near = name if name in layer else next((each for each in layer if each.startswith(group)), "")
+        return layer[near].where or near if near else name
 
-    return validate(TrainConfig, reduce(_merge, (layer.values for layer in layers)), where)
-
-
-def _merge(below: Mapping[str, Any], above: Mapping[str, Any]) -> dict[str, Any]:
-    merged = dict(below)
-    for key, value in above.items():
-        old = merged.get(key)
-        merged[key] = _merge(old, value) if isinstance(old, Mapping) and isinstance(value, Mapping) else value
-    return merged
-
-
-def _holds(values: Any, place: Place) -> bool:
-    try:
-        reduce(getitem, place, values)
-    except (KeyError, TypeError, IndexError):
-        return False
-    return True
+    return validate(model, groups, where)
 
 
 @dataclass(frozen=True)
 class Document:
-    """A YAML file, the parameter that named it, its values, and the line (from 1) of every key."""
+    """A YAML file: the parameter that named it with its path, its first line, its values, and every key's line."""
 
-    parameter: str
-    path: Path
+    named: str
+    first: str
     values: dict[str, Any]
     lines: dict[Place, int]
 
     def where(self, place: Place) -> str:
-        """Name a place by file, line and dotted key; an unknown one by the nearest key above it."""
+        """Name a place by file, line (from 1) and dotted key; an unknown one by the nearest key above it."""
         known = place
         while known and known not in self.lines:
             known = known[:-1]
         line = f", line {self.lines[known]}" if known else ""
-        return f"{self.parameter} {self.path}{line}: {dotted(place)}"
+        return f"{self.named}{line}: {dotted(place)}"
+
+    def layer(self, *place: str) -> Layer:
+        """Return the groups of settings at a place."""
+        values: Any = self.values
+        for step in place:
+            values = values.get(step) or {}
+        if not isinstance(values, dict):
+            raise InputError(self.where(place), "", "must be a mapping of settings", "indent them below the key")
+        layer: Layer = {}
+        for group, fields in values.items():
+            if not isinstance(fields, dict):  # an error, to be named when it is built
+                layer[str(group)] = Written(fields, self.where((*place, str(group))))
+                continue
+            for name, value in fields.items():
+                layer[f"{group}.{name}"] = Written(value, self.where((*place, str(group), str(name))))
+        return layer
 
 
 def read_document(path: Path, parameter: str) -> Document:
@@ -133,35 +124,25 @@ def read_document(path: Path, parameter: str) -> Document:
         raise InputError(f"{named}{line}", "", f"not valid YAML ({problem})", "correct it") from error
     if not isinstance(values, dict) or not all(isinstance(key, str) for key in values):
         raise InputError(named, "", "must be a mapping of keys to values", "write `key: value`")
-    lines: dict[Place, int] = {}
+    document = Document(named, text.partition("\n")[0], values, {})
     try:
-        _note_lines(root, (), lines, named)
+        _note_lines(root, (), document)
     except RecursionError as error:
         raise InputError(named, "", "a part of it contains itself", "write it without aliases") from error
-    return Document(parameter, path, values, lines)
+    return document
 
 
-def _note_lines(node: yaml.Node | None, place: Place, lines: dict[Place, int], named: str) -> None:
+def _note_lines(node: yaml.Node | None, place: Place, document: Document) -> None:
     if isinstance(node, yaml.MappingNode):
         for key, value in node.value:
             inner = (*place, str(key.value))
             line = key.start_mark.line + 1
-            if inner in lines:
-                problem = f"the key {key.value!r} stands twice (first in line {lines[inner]})"
-                raise InputError(f"{named}, line {line}", "", problem, "remove one")
-            lines[inner] = line
-            _note_lines(value, inner, lines, named)
+            if first := document.lines.get(inner):
+                problem = f"the key {key.value!r} stands twice (first in line {first})"
+                raise InputError(f"{document.named}, line {line}", "", problem, "remove one")
+            document.lines[inner] = line
+            _note_lines(value, inner, document)
     elif isinstance(node, yaml.SequenceNode):
         for index, value in enumerate(node.value):
-            lines[(*place, index)] = value.start_mark.line + 1
-            _note_lines(value, (*place, index), lines, named)
-
-
-def document_layer(document: Document, *place: str) -> Layer:
-    """Return the mapping at `place` of a YAML file as a layer."""
-    values: Any = document.values
-    for step in place:
-        values = values.get(step) or {}
-    if not isinstance(values, dict):
-        raise InputError(document.where(place), "", "must be a mapping of settings", "indent them below the key")
-    return Layer(values, lambda inner: document.where((*place, *inner)))
+            document.lines[(*place, index)] = value.start_mark.line + 1
+            _note_lines(value, (*place, index), document)

@@ -16,10 +16,15 @@ SHORT_EPOCHS = 3  # of a run of hparam-check and search without a study file
 
 
 def _distinct_seeds(value: Any) -> Any:
-    words = [word.strip() for word in value.split(",")] if isinstance(value, str) else list(value)
-    if not all(str(word).isdecimal() and int(word) < 2**32 for word in words) or len(set(words)) < len(words):
-        raise ValueError("must be different whole numbers from 0 on, separated by commas, as 0,1,2")
+    words = [word.strip() for word in value.split(",")] if isinstance(value, str) else value
+    if not isinstance(words, (list, tuple)) or not all(str(word).isdecimal() and int(word) < 2**32 for word in words):
+        raise ValueError("must be whole numbers from 0 on, separated by commas, as 0,1,2")
+    if len(set(words)) < len(words):
+        raise ValueError("the same seed stands twice; remove one")
     return words
+
+
+Seeds = Annotated[tuple[int, ...], BeforeValidator(_distinct_seeds)]
 
 
 class CheckpointOptions(Group):
@@ -46,9 +51,7 @@ class StudyOptions(CheckpointOptions):
     experiment: str = Field("", description="The MLflow experiment.  [default: MLflow's own choice]")
     log_model: LogModel = Field("all", description="Which runs log their model: the best of the study, all, none.")
     fresh: bool = Field(False, description="Start over, repeating what was finished.")
-    seeds: Annotated[tuple[int, ...], BeforeValidator(_distinct_seeds)] = Field(
-        (), description="Seeds of every arm, as 0,1,2.  [default: 0, or the study's]"
-    )
+    seeds: Seeds = Field((), description="Seeds of every arm, as 0,1,2.  [default: 0, or the study's]")
     trials: int | None = Field(
         None, ge=1, le=100_000, description="Trials of the study in all.  [default: 12, or the study's]"
     )

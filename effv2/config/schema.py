@@ -7,16 +7,63 @@ from __future__ import annotations
 
 import hashlib
 import json
-from typing import Annotated, Any, Literal
+from collections.abc import Callable
+from importlib import import_module
+from typing import Annotated, Any, Literal, TypeVar, cast
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator, model_validator
 from pydantic.fields import FieldInfo
-from pydantic_core import PydanticCustomError
+from pydantic_core import CoreSchema, PydanticCustomError, core_schema
 
 from effv2 import architecture
-from effv2.config.registry import DATASETS, OPTIMISERS, SCHEDULES
 from effv2.core.errors import nearest
 
+Function = TypeVar("Function", bound=Callable[..., Any])
+
+
+class Registry:
+    """Functions by name, each entered where it stands. `Annotated[str, registry]` makes a field one of the names.
+
+    `module` holds the entries. It is imported when names are first asked for, by the commands' help too: so it imports
+    torch, numpy and the like inside functions only.
+    """
+
+    def __init__(self, kind: str, module: str) -> None:
+        self._kind, self._module = kind, module
+        self._functions: dict[str, Callable[..., Any]] = {}
+
+    def register(self, name: str) -> Callable[[Function], Function]:
+        """Enter the decorated function under a name."""
+
+        def enter(function: Function) -> Function:
+            if self._functions.setdefault(name, function) is not function:
+                raise ValueError(f"there are two of the {self._kind} {name!r}; rename one")
+            return function
+
+        return enter
+
+    def names(self) -> list[str]:
+        """Return the names, in the order of their entry."""
+        import_module(self._module)
+        return list(self._functions)
+
+    def __getitem__(self, name: str) -> Callable[..., Any]:
+        """Return the function; ValueError names the nearest ones."""
+        if name not in self.names():
+            raise ValueError(f"no such {self._kind}; {nearest(name, self.names())}")
+        return self._functions[name]
+
+    def __get_pydantic_core_schema__(self, source: Any, handler: Any) -> CoreSchema:
+        def known(name: str) -> str:
+            self[name]
+            return name
+
+        return core_schema.no_info_after_validator_function(known, handler(source))
+
+
+DATASETS = Registry("data set", "effv2.data.sources")
+OPTIMISERS = Registry("optimiser", "effv2.training.optimisers")
+SCHEDULES = Registry("schedule", "effv2.training.optimisers")
 UNKNOWN_KEY = "unknown_key"  # type of an error
 
 Device = Literal["auto", "cpu", "cuda", "mps"]
@@ -41,26 +88,25 @@ class Group(BaseModel):
                 raise PydanticCustomError(UNKNOWN_KEY, "unknown key '{key}'; {remedy}", about)
         return values
 
+    def flat(self) -> dict[str, Any]:
+        """Return every field of a group of groups under its dotted name."""
+        groups = self.model_dump()
+        return {f"{group}.{name}": value for group, fields in groups.items() for name, value in fields.items()}
+
 
 class DataConfig(Group):
     """Which images, how they are sampled and split."""
 
-    dataset: Annotated[str, DATASETS] = Field(
-        "digits", description="The data set; `digits` needs neither files nor a network."
-    )
-    dir: str = Field("", description="Folder of the data set (not for digits).")
-    download: bool = Field(False, description="Download imagenette or mnist into the folder if it isn't there.")
+    dataset: Annotated[str, DATASETS] = Field("digits", description="The data set; `digits` needs no files.")
+    dir: str = Field("", description="Folder of the data set, where it comes as files.")
+    download: bool = Field(False, description="Download the data set into the folder if it isn't there.")
     image_size: int = Field(32, ge=8, le=1024, description="Side of the square input in pixels.")
     per_class: int = Field(0, ge=0, description="Images a class, 0 = all; with published sampling train + test.")
-    sampling: Literal["standard", "published"] = Field(
-        "standard", description="How samples are taken and split: our rule or that of the published notebooks."
-    )
+    sampling: Literal["standard", "published"] = Field("standard", description="The rule of sampling and splits.")
     test_fraction: Fraction = Field(0.2, gt=0, description="Share held out for testing where a set has no test part.")
     validation_fraction: Fraction = Field(0.1, description="Share of the train part kept for validation, 0 = none.")
     split_seed: int = Field(0, ge=0, lt=2**32, description="Seed of sampling and splits.")
-    normalise: Literal["none", "imagenet"] = Field(
-        "none", description="After scaling to [0, 1]: nothing, or ImageNet's mean and standard deviation."
-    )
+    normalise: Literal["none", "imagenet"] = Field("none", description="By whose mean and standard deviation.")
 
 
 class AugmentConfig(Group):
@@ -94,16 +140,18 @@ class ModelConfig(Group):
     @field_validator("variant")
     @classmethod
     def _known_variant(cls, name: str, info: ValidationInfo) -> str:
-        own = info.data.get("table")
-        if not own:
-            architecture.variant(name)
-        elif name in architecture.VARIANTS and own != str(architecture.VARIANTS[name]):
-            raise ValueError("a table of your own needs a name of its own; set model.variant to a new one")
+        own, named = info.data.get("table"), architecture.VARIANTS.get(name)
+        if not own and not named:
+            raise ValueError(f"no such variant; {nearest(name, list(architecture.VARIANTS))}")
+        if own and named and own != str(named):
+            problem = f"a table of your own needs a name of its own, not {name!r}"
+            raise ValueError(f"{problem}; set model.variant to a new one")
         return name
 
     def build_table(self) -> architecture.Table:
         """Return the stage table that these fields describe."""
-        return architecture.make_table(self.variant, self.table, self.depth_multiplier, self.width_multiplier)
+        table = architecture.parse_table(self.table) if self.table else architecture.VARIANTS[self.variant]
+        return architecture.scale_width(architecture.scale_depth(table, self.depth_multiplier), self.width_multiplier)
 
 
 class OptimiserConfig(Group):
@@ -190,11 +238,6 @@ class TrainConfig(Group):
     execution: ExecutionConfig = Field(default_factory=ExecutionConfig)
     random: RandomConfig = Field(default_factory=RandomConfig)
 
-    def flat(self) -> dict[str, Any]:
-        """Return every field under its dotted name."""
-        groups = self.model_dump()
-        return {f"{group}.{name}": value for group, fields in groups.items() for name, value in fields.items()}
-
     def with_seed(self, seed: int) -> TrainConfig:
         """Return this configuration for another seed."""
         return self.model_copy(update={"random": RandomConfig(seed=seed)})
@@ -202,24 +245,20 @@ class TrainConfig(Group):
     def identity(self) -> dict[str, Any]:
         """Return what decides a run: the fields under dotted names, and the resolved stage table.
 
-        Left out are the folder of the data and the wish to download, since what the images are is recorded by their
-        own digest, and any field added later at its default, at which a run computes what it did without the field.
+        Left out is where the images come from, since they have a digest of their own, and any field added later at its
+        default, at which a run computes what it did without the field.
         """
-        values, defaults = self.flat(), type(self)().flat()
-        decided = {
-            name: value
-            for name, value in values.items()
-            if name not in NO_IDENTITY and (name in FIRST_FIELDS or value != defaults[name])
-        }
-        table = self.model.build_table()
-        return decided | {"model.stages": f"{table} / {table.last_channels}"}
+        values, defaults, table = self.flat(), type(self)().flat(), self.model.build_table()
+        deciding = {name for name in values if name in FIRST_FIELDS or values[name] != defaults[name]} - NO_IDENTITY
+        kept = {name: value for name, value in values.items() if name in deciding}
+        return kept | {"model.stages": f"{table} / {table.last_channels}"}
 
     def hash(self) -> str:
         """Return 16 hexadecimal digits of SHA-256 over the identity."""
         return hashlib.sha256(json.dumps(self.identity(), sort_keys=True).encode()).hexdigest()[:16]
 
 
-NO_IDENTITY = ("data.dir", "data.download")
+NO_IDENTITY = {"data.dir", "data.download"}
 # The fields that every identity holds. One added later need not be listed, but its default must then stay.
 FIRST_FIELDS = {
     f"{group}.{name}"
@@ -241,6 +280,4 @@ FIRST_FIELDS = {
 def field_of(setting: str, config: type[Group] = TrainConfig) -> FieldInfo:
     """Return the field of a dotted setting such as `optimiser.lr`."""
     group, name = setting.split(".")
-    owner: Any = config.model_fields[group].annotation
-    field: FieldInfo = owner.model_fields[name]
-    return field
+    return cast(type[Group], config.model_fields[group].annotation).model_fields[name]

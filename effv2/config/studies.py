@@ -6,29 +6,45 @@ setting is from, and what was published with it: the claims, the reports and doc
 
 from __future__ import annotations
 
+import os
 import re
-from collections.abc import Mapping
+from difflib import get_close_matches
+from glob import glob
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
-from pydantic import Field, InstanceOf, field_validator, model_validator
+from pydantic import AfterValidator, Field, model_validator
 
 import effv2
 from effv2.architecture import PUBLISHED_VARIANTS, VARIANTS
-from effv2.config.layers import Layer, Place, build_config, document_layer, read_document, validate
-from effv2.config.options import SHORT_EPOCHS
+from effv2.config.layers import Layer, Written, build, read_document, validate
+from effv2.config.options import SHORT_EPOCHS, Seeds
 from effv2.config.schema import Group, TrainConfig
 from effv2.core.errors import InputError, nearest
-from effv2.core.paths import expanded
 
-DEFAULT_TRIALS = 12
-SEARCHABLE = ("augment", "model", "optimiser")  # trials share everything else: data, length, machine
+# Numbers that a search may choose; trials share everything else: data, length, machine.
+SEARCHABLE = [
+    name
+    for name, value in TrainConfig().flat().items()
+    if name.startswith(("augment.", "model.", "optimiser.")) and type(value) in (int, float)
+]
 PLATEAU = "_plateau"  # ends the name of an arm that is another one under ReduceLROnPlateau
 SWEEPS = Path(effv2.__file__).with_name("sweeps")
-Seed = Annotated[int, Field(ge=0, lt=2**32)]
 Value = bool | int | float | str
 Settings = dict[str, Value]  # dotted parameters and the values that they have
-NOTHING = Layer({})
+NOTHING: Layer = {}
+
+
+def _searchable(name: str) -> str:
+    if name not in SEARCHABLE:
+        raise ValueError(f"can't be searched; {nearest(name, SEARCHABLE)}")
+    return name
+
+
+def _plain(name: str) -> str:
+    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_.-]*", name):
+        raise ValueError("an arm must be named by letters, digits and . _ - alone")
+    return name
 
 
 class Range(Group):
@@ -47,31 +63,25 @@ class Range(Group):
         return self
 
 
-DEFAULT_SPACE = {
-    "model.dropout": Range(low=0, high=0.6),
-    "model.stochastic_depth": Range(low=0, high=0.5),
-    "model.depth_multiplier": Range(low=0.1, high=1),
-}
-
-
 class SearchFile(Group):
-    """The key `search` of a study file: how many trials over which fields, and how poor ones are pruned.
+    """The key `search` of a study file: how many trials over which fields, and how poor ones are pruned."""
 
-    `min_epochs` is how many epochs each trial is given before it may be pruned; a quarter of all unless it is named.
-    It has to be long enough for a good trial to leave chance level, or the pruner chooses by noise.
-    """
-
-    trials: int = Field(DEFAULT_TRIALS, ge=1, le=100_000)
-    space: dict[str, Range] = Field(DEFAULT_SPACE, min_length=1)
+    trials: int = Field(12, ge=1, le=100_000)
+    space: dict[Annotated[str, AfterValidator(_searchable)], Range] = Field(
+        {
+            "model.dropout": Range(low=0, high=0.6),
+            "model.stochastic_depth": Range(low=0, high=0.5),
+            "model.depth_multiplier": Range(low=0.1, high=1),
+        },
+        min_length=1,
+    )
     prune: bool = True
+    # Epochs before a trial may be pruned, a quarter of all unless named: good ones must have left chance level by then.
     min_epochs: int | None = Field(None, ge=1)
 
 
 class Sources(Group):
-    """Where each setting of a published protocol is from: settings, or a word for something else, to the place.
-
-    Settings that share a source stand in one key, separated by commas.
-    """
+    """Where settings of a published protocol, or what else a key names, are from; commas separate those of a source."""
 
     stated: dict[str, str] = {}  # in the text or the code that were published
     shown: dict[str, str] = {}  # by a log or a figure, from which it follows
@@ -100,53 +110,31 @@ class Published(Group):
 
 
 class PublishedStudy(Published):
-    """What was published of a study, and which runs are judged by it.
+    """What was published of a study, and which runs are judged by it."""
 
-    `runs` are parameters that they must have besides those of the file, `needs` what must be there first. Runs that
-    differ in the settings of `nearest` come close: they are shown, and decide nothing.
-    """
-
-    runs: Settings = {}
-    needs: str = ""
-    nearest: Settings = {}
+    runs: Settings = {}  # which they must have besides those of the file
+    needs: str = ""  # what must be there first
+    nearest: Settings = {}  # of runs that come close: they are shown, and decide nothing
 
 
 class Study(Group):
-    """A study read from its file, or a built-in one. Its configuration and arms know where each value was written.
-
-    `command` is the one that its file opens with.
-    """
+    """A study read from its file, or a built-in one. `command` is the one that its file opens with."""
 
     name: str = Field(pattern=r"^[\w.-]+$", max_length=80)
     description: str = ""
-    base: InstanceOf[Layer] = Field(NOTHING, alias="config")
-    arms: dict[str, InstanceOf[Layer]] = {}
+    base: Layer = Field({}, alias="config")
+    arms: dict[Annotated[str, AfterValidator(_plain)], Layer] = {}
     baseline: str = ""
-    seeds: tuple[Seed, ...] = ()
+    seeds: Seeds = ()
     retries: int = Field(1, ge=0, le=100)
     search: SearchFile | None = None
     protocol: Sources = Sources()
     published: PublishedStudy = PublishedStudy()
     command: str = ""
 
-    @field_validator("seeds")
-    @classmethod
-    def _different_seeds(cls, seeds: tuple[int, ...]) -> tuple[int, ...]:
-        if len(set(seeds)) < len(seeds):
-            raise ValueError("the same seed stands twice; remove one")
-        return seeds
-
-    @field_validator("arms")
-    @classmethod
-    def _plain_names(cls, arms: dict[str, Layer]) -> dict[str, Layer]:
-        for name in arms:
-            if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_.-]*", name):
-                raise ValueError(f"the arm {name!r} must be named by letters, digits and . _ - alone")
-        return arms
-
     def assumptions(self) -> str:
         """Name the settings that are inferred or assumed, with their values; empty where no protocol was published."""
-        config = build_config([self.base]).flat()
+        config = build(TrainConfig, self.base).flat()
         words = []
         for kind in ("inferred", "assumed"):
             names = [f"{name} {config[name]}" if name in config else name for name in self.protocol.settings(kind)]
@@ -163,14 +151,11 @@ class Study(Group):
         ):
             if there:
                 raise InputError("study", self.name, problem, remedy)
-        return build_config([self.base, options])
+        return build(TrainConfig, self.base | options)
 
     def arm(self, name: str, options: Layer) -> TrainConfig:
-        """Return the configuration of an arm.
-
-        Options change what all arms share; an arm's own differences stand above them.
-        """
-        return build_config([self.base, options, self.arms[name]])
+        """Return the configuration of an arm: options change what all arms share, and its own differences go above."""
+        return build(TrainConfig, self.base | options | self.arms[name])
 
     def select(self, name: str) -> list[str]:
         """Return the names of all arms, or of one and the baseline it is compared with."""
@@ -183,21 +168,21 @@ class Study(Group):
 
     def select_checks(self, name: str, scheduler: str) -> list[str]:
         """Return the names of the baseline and the change called `name`, or all, under each wanted schedule."""
-        plain = list(dict.fromkeys(arm.removesuffix(PLATEAU) for arm in self.arms))
-        if self.arms and name not in (*plain, "all"):
-            raise InputError("check", name, "no such arm", choices=[*plain, "all"])
-        wanted = [arm for arm in self.select("all") if scheduler in ("both", self._schedule(arm))]
+        plain = {arm: arm.removesuffix(PLATEAU) for arm in self.select("all")}
+        checks = [*dict.fromkeys(plain.values()), "all"]
+        if name not in checks:
+            raise InputError("check", name, "no such arm", choices=checks)
+        wanted = [arm for arm in plain if scheduler in ("both", self._schedule(arm))]
         if not wanted:
             raise InputError("scheduler", scheduler, f"no arm of the study {self.name} has it", "use both")
-        kept = plain if name == "all" else (name, self.baseline.removesuffix(PLATEAU))
-        return [arm for arm in wanted if arm.removesuffix(PLATEAU) in kept]
+        return [arm for arm in wanted if name == "all" or plain[arm] in (name, self.baseline.removesuffix(PLATEAU))]
 
     def with_plateau(self) -> Study:
         """Return the study with each arm also under ReduceLROnPlateau, unless it has such arms of its own."""
         if "plateau" in map(self._schedule, self.arms):
             return self
         plain, under = (
-            {arm + end: layer.with_value(("schedule", "name"), name) for arm, layer in self.arms.items()}
+            {arm + end: layer | {"schedule.name": Written(name)} for arm, layer in self.arms.items()}
             for name, end in (("none", ""), ("plateau", PLATEAU))
         )
         if clash := plain.keys() & under.keys():
@@ -210,15 +195,12 @@ class Study(Group):
 
 
 def built_in_ablation(variant: str = "all") -> Study:
-    """Return the ablation of the published variants under the default configuration (digits, quick).
-
-    A `variant` that isn't among them but has a name is compared with the default; InputError for any other.
-    """
+    """Return the ablation of the published variants on digits, or of another one and the default; InputError."""
     if variant not in (*VARIANTS, "all"):
         raise InputError("variant", variant, "no such variant", choices=[*VARIANTS, "all"])
     others = VARIANTS.keys() - PUBLISHED_VARIANTS.keys()
     names = ("default", variant) if variant in others else tuple(PUBLISHED_VARIANTS)
-    arms = {name: Layer({"model": {"variant": name}}) for name in names}
+    arms: dict[str, Layer] = {name: {"model.variant": Written(name)} for name in names}
     about = "Published variants of EfficientNetV2-S under one short protocol."
     return Study(name="ablate", description=about, arms=arms, baseline="default")
 
@@ -226,46 +208,37 @@ def built_in_ablation(variant: str = "all") -> Study:
 def built_in_search() -> Study:
     """Return a short search over dropout, stochastic depth and depth multiplier on digits."""
     about = "Dropout, stochastic depth and depth multiplier of EfficientNetV2-S."
-    return Study(name="search", description=about, config=Layer({"schedule": {"epochs": SHORT_EPOCHS}}))
+    return Study(name="search", description=about, config={"schedule.epochs": Written(SHORT_EPOCHS)})
 
 
 def open_study(name: str, folder: Path = Path()) -> Study:
     """Read the study file at a path from `folder`, or that of a name in `sweeps/`; InputError as read_study."""
-    path, own = folder / expanded(name), SWEEPS / f"{name}.yaml"
-    if path.is_file() or not re.fullmatch(r"[\w-]+", name):
-        return read_study(path)
-    if not own.is_file():
-        known = sorted(each.stem for each in SWEEPS.glob("*.yaml"))
-        raise InputError("study", name, "no file and no study of that name", choices=known)
-    return read_study(own)
+    path, own = folder / os.path.expanduser(name), {each.stem: each for each in sorted(SWEEPS.glob("*.yaml"))}
+    if not os.path.exists(path) and name not in own:  # noqa: PTH110
+        beside = get_close_matches(path.name, glob("*.y*ml", root_dir=path.parent), cutoff=0.7)  # noqa: PTH207
+        files = [str(Path(name).with_name(each)) for each in beside]
+        raise InputError("study", name, "no file and no study of that name", choices=[*files, *own])
+    return read_study(path if path.is_file() else own.get(name, path))
 
 
 def read_study(path: Path) -> Study:
     """Read a study file; InputError names the line of whatever is wrong, in every arm."""
     document = read_document(path, "study")
-    first = path.read_text(encoding="utf-8").partition("\n")[0]
-    command = first.removeprefix("# ") if first.startswith("# mlflow run") else ""
-    values = {"command": command} | document.values | {"config": document_layer(document, "config")}
-    arms = values.get("arms")
-    if isinstance(arms, Mapping):
-        values["arms"] = {name: document_layer(document, "arms", name) for name in arms}
+    values: dict[str, Any] = document.values | {"config": document.layer("config")}
+    if document.first.startswith("# mlflow run"):
+        values.setdefault("command", document.first.removeprefix("# "))
+    if isinstance(arms := values.get("arms"), dict):
+        values["arms"] = {name: document.layer("arms", name) for name in arms}
         values["baseline"] = values.get("baseline") or next(iter(arms), "")
     study = validate(Study, values, document.where)
     if study.baseline and study.baseline not in study.arms:
-        where = document.where(("baseline",))
-        raise InputError(where, study.baseline, "is no arm", choices=study.arms)
+        raise InputError(document.where(("baseline",)), study.baseline, "is no arm", choices=study.arms)
     if study.search and study.arms:
         raise InputError(document.where(("search",)), "", "a file has arms or a search, not both", "remove one")
     for arm in study.arms.values() or [NOTHING]:
-        build_config([study.base, arm])
-    numbers = [name for name, value in TrainConfig().flat().items() if type(value) in (int, float)]
-    known = [name for name in numbers if name.split(".")[0] in SEARCHABLE]
+        build(TrainConfig, study.base | arm)
     for name, limits in study.search.space.items() if study.search else ():
-        place: Place = ("search", "space", name)
-        if name not in known:
-            raise InputError(document.where(place), "", "can't be searched", nearest(name, known))
         for bound in ("low", "high"):  # which the field must take
-            written = document.where((*place, bound))
-            layer = Layer({}, lambda _, written=written: written)  # type: ignore[misc]
-            build_config([study.base, layer.with_value(tuple(name.split(".")), getattr(limits, bound))])
+            written = Written(getattr(limits, bound), document.where(("search", "space", name, bound)))
+            build(TrainConfig, study.base | {name: written})
     return study

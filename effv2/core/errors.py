@@ -37,12 +37,8 @@ class RunError(Exception):
     """
 
     def __init__(self, problem: str, *, resumes: bool = False) -> None:
-        self.problem, self.resumes = problem, resumes
-        super().__init__(self.sentences(fresh=False))
-
-    def sentences(self, fresh: bool) -> str:
-        """Return the problem, and how to resume what was begun, `fresh` or not."""
-        return f"{self.problem} Then {same_command(fresh)} resumes." if self.resumes else self.problem
+        self.resumes = resumes
+        super().__init__(problem)
 
 
 class Diverged(RunError):
@@ -64,11 +60,6 @@ class Terminated(BaseException):
     """SIGTERM arrived. Like KeyboardInterrupt not an Exception, so that nothing swallows it. Exit code 143."""
 
 
-def same_command(fresh: bool) -> str:
-    """Name the command that resumes what was begun; `fresh` again would begin it anew once more."""
-    return "the same command without `fresh`" if fresh else "the same command"
-
-
 def close_names(name: str, names: Sequence[str], count: int = 3) -> str:
     """Return up to `count` of `names` that the user may have meant, for an error message; empty if none is near."""
     folded = {each.casefold(): each for each in names}
@@ -81,7 +72,7 @@ def nearest(name: str, names: Sequence[str]) -> str:
     close = close_names(name, names, 1)
     if close and len(names) > LISTED:
         return f"the nearest is {close}"
-    return f"{f'did you mean {close}? ' if close else ''}Choose from: {', '.join(names)}"
+    return f"{f'did you mean {close}? Choose' if close else 'choose'} from: {', '.join(names)}"
 
 
 def is_out_of_memory(error: BaseException) -> bool:

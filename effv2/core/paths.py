@@ -13,12 +13,7 @@ from typing import Any
 def cache_folder() -> Path:
     """Return EFFV2_CACHE, else the user's cache folder."""
     base = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
-    return expanded(os.environ.get("EFFV2_CACHE") or f"{base}/effv2")
-
-
-def expanded(path: str) -> Path:
-    """Return a path that a user gave; unlike Path.expanduser, a ~ that nobody is behind stays as it is."""
-    return Path(os.path.expanduser(path))  # noqa: PTH111
+    return Path(os.path.expanduser(os.environ.get("EFFV2_CACHE") or f"{base}/effv2"))
 
 
 def write_atomically(path: Path, text: str) -> None:

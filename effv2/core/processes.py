@@ -1,20 +1,97 @@
-"""Is the process that took a piece of work still there? Answered at once for processes of this machine."""
+"""The process: its memory, the signals that end it, its name, and whether another one is still there."""
 
 from __future__ import annotations
 
+import ctypes
 import os
+import signal
+import sys
 import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
+from typing import Any
+
+from effv2.core.errors import Terminated
 
 PROC = Path("/proc")
+# mallopt's parameters (malloc.h) and values by which large blocks are kept, where glibc would give each back and fault
+# it in anew.
+ALLOCATOR = {
+    -4: 0,  # M_MMAP_MAX: no block has a mapping of its own
+    -1: 2**31 - 1,  # M_TRIM_THRESHOLD: hardly anything is given back
+    -2: 64 * 2**20,  # M_TOP_PAD: what the heap grows by
+}
+ENDING_SIGNALS = [signal.SIGINT, signal.SIGTERM, *([signal.SIGHUP] if hasattr(signal, "SIGHUP") else [])]
+
+
+def tune_allocator() -> None:
+    """Set glibc's allocator, before torch's first tensor; not with EFFV2_ALLOCATOR=system, nor elsewhere."""
+    if os.environ.get("EFFV2_ALLOCATOR") != "system" and sys.platform.startswith("linux"):
+        if mallopt := getattr(ctypes.CDLL(None), "mallopt", None):
+            for parameter, value in ALLOCATOR.items():
+                mallopt(parameter, value)
+
+
+class _Ending:
+    """A signal handler that remembers the first signal, and raises it unless that must wait."""
+
+    deferred, first = False, 0
+
+    def __call__(self, number: int, _frame: Any) -> None:
+        if not self.first:
+            self.first = number
+            self.raise_first()
+
+    def raise_first(self) -> None:
+        """Raise KeyboardInterrupt or Terminated if there was a signal."""
+        if self.first and not self.deferred:
+            raise KeyboardInterrupt if self.first == signal.SIGINT else Terminated
+
+
+@contextmanager
+def ending_signals() -> Iterator[None]:
+    """Raise KeyboardInterrupt or Terminated at the first of Ctrl-C, SIGTERM and a lost terminal, ignore further ones.
+
+    Further ones would cut short the marking of runs. A signal that is ignored stays so: nohup and background jobs
+    of a shell ask for it.
+    """
+    heard = [number for number in ENDING_SIGNALS if signal.getsignal(number) is not signal.SIG_IGN]
+    ending = _Ending()
+    before = {number: signal.signal(number, ending) for number in heard}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+@contextmanager
+def uninterrupted() -> Iterator[None]:
+    """Let what is done inside be done whole: an ending signal that arrives meanwhile is raised at the end.
+
+    One that was raised before is raised again: in a destructor or a callback, Python swallows what a handler raises.
+    Within another such block nothing is raised before the end of that one.
+    """
+    handlers = map(signal.getsignal, ENDING_SIGNALS)
+    ending = next((handler for handler in handlers if isinstance(handler, _Ending)), None)
+    if ending is None or ending.deferred:
+        yield
+        return
+    ending.deferred = True
+    try:
+        yield
+    finally:
+        ending.deferred = False
+    ending.raise_first()
 
 
 @cache
 def this_process() -> str:
     """Name this process for good: machine since its start, process namespace, pid, start time, a random part.
 
-    Where the system doesn't tell (anything but Linux) only the random part remains, and is_gone knows nothing.
+    Where the system doesn't tell (anything but Linux) only the random part remains, and is_alive knows nothing.
     """
     unique = uuid.uuid4().hex
     where, started = _where(), _started(os.getpid())
@@ -22,33 +99,24 @@ def this_process() -> str:
 
 
 def is_gone(process: str) -> bool:
-    """Say whether a process of this machine has ended; False for those that can't be seen from here."""
-    pid, started = _here(process)
-    return pid is not None and _started(pid) != started and not _hidden(pid)
+    """Say whether a process has ended for certain; False where that can't be seen from here."""
+    return is_alive(process) is False
 
 
-def is_alive(process: str) -> bool:
-    """Say whether a process of this machine lives; False for those that can't be seen from here."""
-    pid, started = _here(process)
-    return pid is not None and _started(pid) == started
-
-
-def _here(process: str) -> tuple[int | None, str]:
-    """Return pid and start time of a process of this machine; None for another's."""
+def is_alive(process: str) -> bool | None:
+    """Say whether a process lives; None where that can't be seen from here, as on another machine."""
     *where, pid, started, _ = process.split("/") if process.count("/") == 4 else ("", "", "", "")
-    return (int(pid), started) if pid and "/".join(where) == _where() else (None, "")
-
-
-def _hidden(pid: int) -> bool:
-    """Say whether a process lives that another user's rules keep from our sight."""
-    if (PROC / str(pid)).exists():
-        return False
-    try:
-        os.kill(pid, 0)
-    except PermissionError:
+    if not pid or "/".join(where) != _where():
+        return None
+    if _started(int(pid)) == started:
         return True
-    except OSError:
-        return False
+    if not (PROC / pid).exists():
+        try:
+            os.kill(int(pid), 0)
+        except PermissionError:
+            return None  # another user's rules keep it from our sight
+        except OSError:
+            pass
     return False
 
 

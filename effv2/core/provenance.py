@@ -23,7 +23,8 @@ OF_TRAINING = ("network", "batches", "training", "execution")
 OF_EVALUATION = ("decoding", "batches", "execution", "evaluation")
 RECORDED_PACKAGES = ("torch", "torchvision", "mlflow", "numpy", "pillow", "scikit-learn")
 PRINTABLE_DIFF_BYTES = 5_000_000
-COMMAND = ContextVar("COMMAND", default="")  # set by the command line, without passwords
+# The command that this process runs, as it resumes what it began, without passwords; empty where it is none of ours.
+COMMAND = ContextVar("COMMAND", default="")
 
 
 @dataclass(frozen=True)
@@ -80,11 +81,6 @@ def machine() -> dict[str, str]:
     } | versions
 
 
-def command() -> str:
-    """Return the command that this process runs, as it resumes what it began; empty where it is none of ours."""
-    return COMMAND.get()
-
-
 def without_password(text: str) -> str:
     """Return an address, or a text with addresses in it, without passwords."""
     text = re.sub(r"(://[^/@:\s]*):[^@\s]*@", r"\1:***@", text)
@@ -104,15 +100,9 @@ def _git(*words: str) -> str | None:
     """Run git on the checkout around the package; None without git or a checkout."""
     if not (PACKAGE.parent / ".git").exists():
         return None
+    command = ["git", "-C", str(PACKAGE.parent), *words]
+    quiet = subprocess.DEVNULL
     try:
-        done = subprocess.run(  # noqa: S603
-            ["git", "-C", str(PACKAGE.parent), *words],  # noqa: S607
-            capture_output=True,
-            text=True,
-            errors="replace",
-            timeout=30,
-            check=True,
-        )
+        return subprocess.check_output(command, stderr=quiet, text=True, errors="replace", timeout=30)  # noqa: S603
     except (OSError, subprocess.SubprocessError):
         return None
-    return done.stdout

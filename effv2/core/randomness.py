@@ -1,9 +1,7 @@
 """Independent random streams, each a pure function of the seed and a position.
 
-No generator lives from one step to the next: the order of an epoch, the augmentation of a batch and the
-dropout of a step are each seeded from (seed, stream name, epoch or step). One stream never disturbs
-another, and a run that is continued at step n draws what the uninterrupted run drew there, without any
-generator state to save.
+No generator lives from one step to the next: order, augmentation and dropout are each seeded from (seed, stream name,
+epoch or step). One stream never disturbs another, and a run that resumes at step n draws what it would have drawn.
 """
 
 from __future__ import annotations

@@ -30,14 +30,8 @@ class Reporter:
     def hint(self, text: str) -> None:
         """Say something that only somebody who waits at a terminal has use for."""
 
-    def working(self, text: str) -> None:
-        """Say what is being done, where it isn't known how much of it there is."""
-
-    def decoding(self, done: int, total: int) -> None:
-        """Report decoded images."""
-
-    def study_opened(self, address: str) -> None:
-        """Report where the study's run is to be seen."""
+    def progress(self, what: str, done: int = 0, total: int | None = None) -> None:
+        """Say what is being done now, and how much of it is done where that is known."""
 
     def study_progress(self, progress: StudyProgress) -> None:
         """Report how far the study is."""
@@ -45,11 +39,5 @@ class Reporter:
     def run_started(self, name: str, epochs: int) -> None:
         """Report that a run begins, and its largest number of epochs."""
 
-    def step(self, step: int, steps: int) -> None:
-        """Report a step of an epoch."""
-
     def epoch(self, epoch: int, metrics: Mapping[str, float]) -> None:
         """Report a finished epoch, counted from 1, and its metrics."""
-
-    def evaluating(self, name: str, done: int, total: int) -> None:
-        """Report evaluated images of a network."""

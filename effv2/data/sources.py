@@ -15,13 +15,11 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from effv2.config.registry import DATASETS
+from effv2.config.schema import DATASETS, DataConfig
 from effv2.core.errors import InputError
 from effv2.core.internals import imagenette_archive
-from effv2.core.paths import expanded
 
 if TYPE_CHECKING:
-    from effv2.config.schema import DataConfig
     from effv2.data.images import LabelledImages
 
 IMAGENETTE_NAMES = {
@@ -162,7 +160,7 @@ def _folder(config: DataConfig, what: str, downloads: bool = False) -> Path:
     """Return the folder of a data set, made where the set can be downloaded into it; `what` it is to be."""
     if not config.dir:
         raise InputError("data.dir", "", f"the data set {config.dataset!r} needs {what}", "give its path")
-    folder = expanded(config.dir)
+    folder = Path(os.path.expanduser(config.dir))
     if downloads and config.download and not folder.exists():
         folder.mkdir(parents=True)
     if not folder.is_dir():

@@ -14,9 +14,8 @@ from typing import Literal
 
 from pydantic import Field
 
-from effv2.config.layers import Layer, dotted
 from effv2.config.schema import Group, TrainConfig
-from effv2.config.studies import Published, Settings, Study, Value, open_study
+from effv2.config.studies import NOTHING, Published, Settings, Study, Value, open_study
 from effv2.core.errors import InputError, nearest
 from effv2.evidence.quantities import TEST, TRAIN, Quantity, number, quantity
 from effv2.evidence.statistics import FEWEST
@@ -116,9 +115,9 @@ def study_protocols(name: str, free: Sequence[str], folder: Path) -> dict[str, P
 def _settings_of(study: Study, arm: str) -> Settings:
     """Return what decides the runs of a study's arm: each setting that has one value and isn't free by its nature."""
     if not study.arms and arm in ("", ONLY_ARM):
-        config = study.config(Layer({}, dotted))
+        config = study.config(NOTHING)
     elif arm in study.arms:
-        config = study.arm(arm, Layer({}, dotted))
+        config = study.arm(arm, NOTHING)
     else:
         wrong = f"has no arm {arm!r}" if arm else "has several arms, so name one, as study/arm"
         raise InputError("study", study.name, wrong, nearest(arm, list(study.arms) or [ONLY_ARM]))

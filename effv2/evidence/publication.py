@@ -105,16 +105,16 @@ def publish(experiment: str, own: Path | None, target: Path | None, reporter: Re
     try:
         run = open_report_run(experiment_id)
         with working_on(run):
-            reporter.working("reading runs")
+            reporter.progress("reading runs")
             evidence = tracked(run.experiment_id, HISTORIES if target is None else EXPORTED)
-            report = make_report(evidence, claims, progress=reporter.working)
+            report = make_report(evidence, claims, progress=reporter.progress)
             parents = [study.parent.run_id for study in studies_of(evidence.runs) if study.kind]
             for place in [run, *(TrackedRun(run_id, run.experiment_id) for run_id in parents)]:
-                reporter.working("logging the report")
+                reporter.progress("logging the report")
                 _log(place, report)
             run.describe(f"{report.summary}.\n\n{_show_in_ui(run)}")
             if target is not None:
-                reporter.working("exporting")
+                reporter.progress("exporting")
                 _write(report, evidence, target, claims)
     except TrackingError as error:
         raise RunError(f"The tracking store failed ({store.reason(error)}); mend it and try again.") from error
@@ -126,14 +126,14 @@ def rebuild(sources: Sequence[Path], own: Path | None, target: Path, reporter: R
 
     Where no file of claims is given, it is the one that was exported with them. InputError before anything is made.
     """
-    reporter.working("reading what was exported")
+    reporter.progress("reading what was exported")
     evidence = joined([source / DATA for source in sources])
     if own is None and len(evidence.claims) > 1:
         files = " and ".join(map(str, evidence.claims))
         raise InputError("from_export", files, "the exports' claims.yaml differ", "name one of them as `claims`")
     claims = read_claims(own or next(iter(evidence.claims), None))
     _prepare(target)
-    report = make_report(evidence, claims, progress=reporter.working)
+    report = make_report(evidence, claims, progress=reporter.progress)
     _write(report, evidence, target, claims)
     return report
 

@@ -19,7 +19,7 @@ from torchvision.models.efficientnet import FusedMBConv, MBConv
 from effv2.config.schema import ExecutionConfig
 from effv2.core.internals import limit_compiled_forms
 from effv2.core.paths import cache_folder
-from effv2.core.signals import uninterrupted
+from effv2.core.processes import uninterrupted
 from effv2.data.batches import Statistics, normalised
 from effv2.data.dataset import to_device
 from effv2.execution.fast_paths import use_fast_paths

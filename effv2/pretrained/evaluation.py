@@ -64,7 +64,7 @@ class Evaluation:
 
     def decode(self, reporter: Reporter) -> Decoded:
         """Return the images as the weights want them, decoded once."""
-        return decode(self.images.part, self.requested.preparation, reporter.decoding)
+        return decode(self.images.part, self.requested.preparation, partial(reporter.progress, "decoding images"))
 
     def data_digest(self, decoded: Decoded) -> str:
         """Hash the images: pixels, names and classes."""
@@ -146,7 +146,7 @@ def _measure(evaluation: Evaluation, decoded: Decoded, run: TrackedRun, reporter
     }
     network = Network.prepare(module, requested.normalisation, execution)
     pixels, true = torch.from_numpy(decoded.pixels), images.outputs[images.part.labels]
-    progress = partial(reporter.evaluating, requested.label, total=len(pixels))
+    progress = partial(reporter.progress, f"evaluating {requested.label}", total=len(pixels))
     logits, rate = all_logits(network, pixels, evaluation.batch, progress)
     metrics["throughput/evaluate_images_per_second"] = rate
     if execution.bf16:

@@ -23,7 +23,6 @@ from torchvision.models import WeightsEnum
 
 from effv2.core.errors import InputError, close_names, nearest
 from effv2.core.internals import imagenet_metrics
-from effv2.core.paths import expanded
 from effv2.core.provenance import sha256_of_file
 from effv2.data.images import CentreCrop
 
@@ -121,7 +120,7 @@ def _parse(entry: str) -> Requested:
         raise InputError("models", entry, problem, nearest(name, list(published)))
     if not own:
         return Requested(entry, network, weights)
-    path = expanded(file.strip())
+    path = Path(os.path.expanduser(file.strip()))
     if not os.path.isfile(path):  # noqa: PTH113 (pathlib raises where a folder can't be entered)
         remedy = f"give the path of a state dict of {network} after the sign of equality"
         raise InputError("models", entry, f"{path} is no file that can be read", remedy)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from functools import partial
 
 from effv2.config.options import StudyOptions
 from effv2.config.schema import TrainConfig
@@ -58,7 +59,7 @@ def _checkpointer(run_id: str, spec: RunSpec) -> Checkpointer:
 def _is_worked_on(run: RunRecord) -> bool:
     """Say whether another process of this machine works on a run, perhaps one that was stopped for a while."""
     process = run.tags.get(PROCESS, "")
-    return run.status == "RUNNING" and process != this_process() and is_alive(process)
+    return run.status == "RUNNING" and process != this_process() and is_alive(process) is True
 
 
 def _interrupted(wanted: Identity, spec: RunSpec, finished: RunRecord | None) -> RunRecord | None:
@@ -107,7 +108,7 @@ def attempt(config: TrainConfig, dataset: Dataset, spec: RunSpec) -> Attempt:
 
 def train_single(config: TrainConfig, name: str, study: str, options: StudyOptions, reporter: Reporter) -> Attempt:
     """Make a run of its own, from its settings to its end. InputError before any run is created."""
-    load = load_once(reporter.decoding)
+    load = load_once(partial(reporter.progress, "decoding images"))
     (config,) = prepare([config], load, reporter.hint)
     with tracking_faults():
         where, keeps = open_experiment(options.experiment), options.log_model != "none"

@@ -108,7 +108,7 @@ def _prepared(
         log_start(run, config, dataset, there.params if there else {})
 
     def on_step(step: int, steps: int) -> None:
-        reporter.step(step, steps)
+        reporter.progress("steps", step, steps)
         checkpointer.save_if_due(state, epoch_ended=False)
 
     training.on_step = on_step

@@ -73,5 +73,5 @@ def run_tags(config: TrainConfig, dataset: Dataset, spec: RunSpec) -> dict[str, 
     own = {STUDY: spec.study, ARM: spec.arm, VARIANT: config.model.variant, SEED: str(config.random.seed)}
     timed = remembered(config) if config.execution.device == "cpu" else None
     calibration = {CALIBRATION: str(timed)} if timed else {}
-    command = {} if spec.parent else {COMMAND: provenance.command()}
+    command = {} if spec.parent else {COMMAND: provenance.COMMAND.get()}
     return identity(config, dataset).tags() | own | machine_tags() | calibration | command

@@ -78,7 +78,7 @@ def run_study(plan: Plan, experiment_id: str, options: StudyOptions, load: LoadD
 def _work(study: OpenedStudy, queue: Queue, load: LoadData, reporter: Reporter) -> None:
     if queue.deserted() and (repeated := queue.repeat(_deleted(queue.trials(), study.parent.experiment_id))):
         reporter.message(f"{repeated} finished runs were deleted from the tracking store: they are repeated.")
-    reporter.study_opened(run_address(study.parent.run_id, study.parent.experiment_id))
+    reporter.message(run_address(study.parent.run_id, study.parent.experiment_id))
 
     def show() -> None:
         reporter.study_progress(progress_of(study.plan, queue.trials()))
@@ -125,7 +125,7 @@ def _open(plan: Plan, storage: Storage, experiment_id: str, options: StudyOption
     point_adopted_run_to(parent)
     (record,) = read_runs([parent.run_id], ())
     planned = dict.fromkeys([*names_in(record.tags, PLANNED), *plan.trials])
-    parent.set_tags({COMMAND: provenance.command()} | as_tags(PLANNED, planned))
+    parent.set_tags({COMMAND: provenance.COMMAND.get()} | as_tags(PLANNED, planned))
     return OpenedStudy(plan, options, queue, parent, fresh)
 
 

@@ -14,7 +14,7 @@ import optuna
 from matplotlib import pyplot
 from optuna.visualization import matplotlib as plots
 
-from effv2.config.layers import Layer, build_config
+from effv2.config.layers import Layer, Written, build
 from effv2.config.options import LogModel
 from effv2.config.schema import TrainConfig, field_of
 from effv2.config.studies import SearchFile, Study
@@ -91,10 +91,8 @@ class Search(TrainingPlan):
 
     def configuration(self, params: Params) -> TrainConfig:
         """Return the base with some fields changed."""
-        layer = Layer(self.base.model_dump())
-        for name, value in params.items():
-            layer = layer.with_value(tuple(name.split(".")), value)
-        return build_config([layer])
+        settings = {**self.base.flat(), **params}
+        return build(TrainConfig, {name: Written(value) for name, value in settings.items()})
 
 
 def _draw(trials: Trials, folder: Path) -> None:
@@ -119,8 +117,8 @@ def make_search(study: Study, options: Layer, trials: int, load: LoadData, repor
     if study.arms or study.seeds:
         problem = "has arms or seeds, which a search doesn't know"
         raise InputError("study", study.name, problem, "use the commands ablate or hparam-check")
-    untested = Layer({"evaluation": {"test_set": False}})
-    (config,) = prepare([build_config([study.base, options, untested])], load, reporter.hint)
+    untested = study.base | options | {"evaluation.test_set": Written(False)}
+    (config,) = prepare([build(TrainConfig, untested)], load, reporter.hint)
     ranges, epochs = study.search or SearchFile(), config.schedule.epochs
     ranges = ranges.model_copy(update={"min_epochs": ranges.min_epochs or max(1, epochs // 4)})
     searched = ranges.model_dump(exclude={"trials"})  # which may grow

@@ -21,10 +21,9 @@ from optuna.trial import TrialState
 
 from effv2.config.options import StudyOptions
 from effv2.core.errors import Diverged, LeaseLost, RunError, StoreAway, Terminated
+from effv2.core.processes import ending_signals, tune_allocator
 from effv2.core.reporter import Message, Reporter
-from effv2.core.signals import ending_signals
 from effv2.data.dataset import LoadData, load_once
-from effv2.execution.allocator import tune_allocator
 from effv2.run.spec import Callback, RunSpec
 from effv2.studies.plan import Plan, best_of
 from effv2.studies.queue import RUN, Lease, Queue
@@ -194,7 +193,7 @@ class Worker:
         except LeaseLost:
             pass
         except RunError as error:
-            self.queue.fail(lease, error.problem, final=isinstance(error, Diverged))
+            self.queue.fail(lease, str(error), final=isinstance(error, Diverged))
         except Exception as error:  # a fault of ours or of a library costs one run, not the study
             if outages.passed(error, lease.name):
                 self.queue.release()  # the trial is not to blame
@@ -272,7 +271,7 @@ def worker_process(study: OpenedStudy, storage_url: str, uri: str, threads: int,
                 # The process that started this one ends the study's run, unless it is gone.
                 study.leave(storage, "" if starter is None or starter.is_alive() else "KILLED")
             if isinstance(error, RunError):
-                print(error.problem, file=sys.stderr)
+                print(error, file=sys.stderr)
                 sys.exit(AWAY)
             sys.exit(1)
 

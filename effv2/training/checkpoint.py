@@ -23,7 +23,6 @@ from filelock import FileLock, Timeout
 
 from effv2.config.options import CheckpointOptions
 from effv2.core.errors import InputError, RunError
-from effv2.core.paths import expanded
 from effv2.core.provenance import sha256_of_file
 from effv2.core.reporter import Message
 from effv2.training.loop import TrainState
@@ -51,7 +50,7 @@ class Checkpointer:
         *,
         upload: Callable[[Path], None] | None = None,
     ) -> None:
-        self.folder = expanded(options.checkpoint_dir) / run_id
+        self.folder = Path(os.path.expanduser(options.checkpoint_dir)) / run_id
         self._longest, self._between_uploads = 60 * options.checkpoint_minutes, 60 * options.checkpoint_upload_minutes
         self._identity, self._message, self._upload = dict(identity), message, upload
         self._cost, self._disk_refused = 0.0, False

@@ -20,8 +20,8 @@ from effv2.architecture import build_model
 from effv2.config.schema import StoppingConfig, TrainConfig
 from effv2.core.errors import Diverged, RunError
 from effv2.core.internals import copy_all, lerp_all
+from effv2.core.processes import uninterrupted
 from effv2.core.randomness import private_randomness, seed_generators, stream_seed
-from effv2.core.signals import uninterrupted
 from effv2.data import batches
 from effv2.data.dataset import Dataset, Split, to_device
 from effv2.execution.device import Execution, Forward, make_execution

@@ -11,13 +11,12 @@ import math
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
-from effv2.config.registry import OPTIMISERS, SCHEDULES
+from effv2.config.schema import OPTIMISERS, SCHEDULES, OptimiserConfig, ScheduleConfig
 
 if TYPE_CHECKING:
     from torch.nn import Module
     from torch.optim import Optimizer
 
-    from effv2.config.schema import OptimiserConfig, ScheduleConfig
 
 Groups = list[dict[str, Any]]
 
