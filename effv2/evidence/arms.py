@@ -5,7 +5,8 @@ from __future__ import annotations
 import math
 import statistics
 from collections.abc import Iterator, Mapping, Sequence
-from itertools import cycle
+from functools import partial
+from itertools import cycle, product
 
 import numpy as np
 from matplotlib.figure import Figure
@@ -135,8 +136,7 @@ def _parted(arms: Arms) -> tuple[dict[str, list[RunRecord]], list[str]]:
 
     Nobody planned them as repeats of each other. Of a seed that was repeated the last run counts.
     """
-    parted: dict[str, list[RunRecord]] = {}
-    notes: list[str] = []
+    parted, notes = dict[str, list[RunRecord]](), list[str]()
     for arm, runs in arms.items():
         groups: dict[frozenset[tuple[str, str]], dict[tuple[str, str], RunRecord]] = {}  # by settings and pair
         for run in runs:
@@ -216,17 +216,13 @@ def _baseline_of(arm: str, arms: Arms, baseline: str) -> str:
 
 def _published_curves(arms: Arms, claims: Claims) -> tuple[dict[str, RunRecord], str]:
     """Return the published runs of arms that follow a published protocol, or come near it, and the protocol's name."""
-    known = published_runs()
-    for name, protocol in claims.protocols.items():
-        source = name if name in known else next((n for n in known if claims.protocols[n].nearest == name), "")
-        found = {
-            arm: run
-            for arm, runs in arms.items()
-            for theirs, run in known.get(source, {}).items()
-            if all(is_like(each, protocol, theirs) for each in runs)
-        }
-        if found:
-            return found, source
+    for source, published in published_runs().items():
+        for name in filter(None, (source, claims.protocols[source].nearest)):
+            follows = partial(is_like, protocol=claims.protocols[name])
+            pairs = product(arms, published)
+            found = {arm: published[their] for arm, their in pairs if all(follows(run, arm=their) for run in arms[arm])}
+            if found:
+                return found, source
     return {}, ""
 
 

@@ -21,7 +21,7 @@ from effv2.core.figures import PALETTE
 from effv2.core.paths import write_csv
 from effv2.core.reporter import Reporter
 from effv2.evidence.claims import Claims, read_claims
-from effv2.evidence.exports import Evidence, export, joined, remove_export, tracked
+from effv2.evidence.exports import Evidence, export, exported, remove_export, tracked
 from effv2.evidence.judge import Finding, Judgement, Verdict, judge
 from effv2.evidence.quantities import EXPORTED, HISTORIES
 from effv2.evidence.results import results_of
@@ -37,23 +37,27 @@ from effv2.tracking.writer import TrackedRun
 
 HTML, MARKDOWN, FIGURES, DATA = "report.html", "report.md", "figures", "data"  # in an export
 SETTINGS = {"svg.fonttype": "none", "svg.hashsalt": "effv2", "font.family": "sans-serif", "font.size": 9}
-INK = re.compile(r"#(000000|262626|333333|555555)\b")  # text, axes and ticks
-FRAME = re.compile(r"#(b0b0b0|cccccc)\b")  # grid and legend
-PAPER = re.compile(r'<g id="patch_\d+">\s*<path [^>]*style="[^"]*fill: #ffffff[^"]*"/>\s*</g>')
-TAG = re.compile(r"<[^>]+>")
-NUMBER = re.compile(r"-?\d+\.\d{2,}")
+TAG, NUMBER = re.compile(r"<[^>]+>"), re.compile(r"-?\d+\.\d{2,}")
+# What makes an SVG file a part of a page: its colours become the page's variables, its text takes the page's font.
+AS_PART = {
+    r'<g id="patch_\d+">\s*<path [^>]*style="[^"]*fill: #ffffff[^"]*"/>\s*</g>': "",  # paper
+    r"#(b0b0b0|cccccc)\b": "var(--line)",  # grid and legend
+    r"#(000000|262626|333333|555555)\b": "var(--ink)",  # text, axes and ticks
+    **{f"(?i){colour}": f"var(--c{index})" for index, colour in enumerate(PALETTE, 1)},
+    r'<g id="(?!m)[a-z0-9_]+">': "<g>",
+    r"font-family: [^;\"]*; ?": "",
+    r"(?s)<style.*?</style>|\s*<metadata>.*?</metadata>": "",
+}
 
 
 @dataclass(frozen=True)
 class Report:
-    """What came out in one sentence, a page, its Markdown twin and the figures that the twin shows, by file name."""
+    """What came out in one sentence, and files by name: a page, its Markdown twin, the figures that the twin shows."""
 
     summary: str
     own: Sequence[str]  # the verdicts of the user's own claims, a line each
     studies: Sequence[StudyResults]
-    html: str
-    markdown: str
-    figures: Mapping[str, str]
+    files: Mapping[str, str]
 
     def write(self, folder: Path) -> None:
         """Write all of it, in the place of the figures that an earlier report shows there."""
@@ -62,8 +66,7 @@ class Report:
         earlier = page.read_text(encoding="utf-8", errors="replace") if page.is_file() else ""
         for name in re.findall(rf"\]\({FIGURES}/(\d+-[a-z0-9-]+\.svg)\)", earlier):
             (folder / FIGURES / name).unlink(missing_ok=True)
-        figures = {f"{FIGURES}/{name}": svg for name, svg in self.figures.items()}
-        for name, text in {HTML: self.html, MARKDOWN: self.markdown, **figures}.items():
+        for name, text in self.files.items():
             (folder / name).write_text(text, encoding="utf-8")
 
 
@@ -127,7 +130,7 @@ def rebuild(sources: Sequence[Path], own: Path | None, target: Path, reporter: R
     Where no file of claims is given, it is the one that was exported with them. InputError before anything is made.
     """
     reporter.working("reading what was exported")
-    evidence = joined([source / DATA for source in sources])
+    evidence = exported([source / DATA for source in sources])
     if own is None and len(evidence.claims) > 1:
         files = " and ".join(map(str, evidence.claims))
         raise InputError("from_export", files, "the exports' claims.yaml differ", "name one of them as `claims`")
@@ -192,7 +195,7 @@ def make_report(
         drawn.append({f"{number:02}-{_slug(name)}.svg": (name, _svg_file(f)) for name, f in study.figures.items()})
     environment = Environment(
         loader=PackageLoader("effv2.evidence"),
-        autoescape=select_autoescape(["html", "html.j2"]),
+        autoescape=select_autoescape(["html.j2"]),
         undefined=StrictUndefined,
         trim_blocks=True,
         lstrip_blocks=True,
@@ -207,10 +210,11 @@ def make_report(
         "sections": list(zip(studies, drawn, strict=True)),
         "figures": FIGURES,
     }
-    html, markdown = (environment.get_template(f"{name}.j2").render(values) for name in (HTML, MARKDOWN))
+    files = {name: environment.get_template(f"{name}.j2").render(values) for name in (HTML, MARKDOWN)}
+    files[MARKDOWN] = re.sub(r"\n{3,}", "\n\n", files[MARKDOWN])
+    files |= {f"{FIGURES}/{name}": svg for each in drawn for name, (_, svg) in each.items()}
     own = [f"{each.id} {each.verdict.value}: {_why(each)}" for each in shown if each.id in claims.own]
-    figures = {name: svg for each in drawn for name, (_, svg) in each.items()}
-    return Report(summary, own, studies, html, re.sub(r"\n{3,}", "\n\n", markdown), figures)
+    return Report(summary, own, studies, files)
 
 
 def _summary(evidence: Evidence, judgements: Sequence[Judgement]) -> str:
@@ -271,17 +275,10 @@ def _svg_file(figure: Figure) -> str:
 
 
 def _inline(svg: str, label: str) -> Markup:
-    """Turn an SVG file into an element of a page, `label` being read to those who don't see it.
-
-    Colours become the page's variables: `ink`, `line` and `c1` on; text takes the page's font.
-    """
-    body = PAPER.sub("", svg[svg.index("<svg") :])
-    palette = {f"c{index}": re.compile(colour, re.IGNORECASE) for index, colour in enumerate(PALETTE, 1)}
-    for name, colour in {"line": FRAME, "ink": INK, **palette}.items():
-        body = colour.sub(f"var(--{name})", body)
-    body = re.sub(r'<g id="(?!m)[a-z0-9_]+">', "<g>", body)
-    body = re.sub(r"font-family: [^;\"]*; ?", "", body)
-    body = re.sub(r"<style.*?</style>|\s*<metadata>.*?</metadata>", "", body, flags=re.DOTALL)
+    """Turn an SVG file into an element of a page, `label` being read to those who don't see it."""
+    body = svg[svg.index("<svg") :]
+    for pattern, ours in AS_PART.items():
+        body = re.sub(pattern, ours, body)
     size = re.search(r'viewBox="[^"]*"', body)
     start = f'<svg role="img" aria-label="{escape(label)}" {size[0] if size else ""}'
     return Markup(start + body[body.index(">") :])  # noqa: S704 (our own SVG, the label escaped)
