@@ -598,6 +598,17 @@ def test_the_nearest_runs_are_those_that_know_the_setting(tmp_path: Path) -> Non
     assert judgement.findings[0].lacking == "no run is like a: in the nearest ones data.classes is 10, not 25"
 
 
+def test_a_misspelt_metric_is_told_from_one_that_is_missing(tmp_path: Path) -> None:
+    runs = [run(0.6, metric="my/score", model__variant="a")]
+    for metric, said in {
+        "my/scroe": "no run has my/scroe; did you mean 'my/score'?",
+        "level/tset_accuracy": "no run has level/tset_accuracy; did you mean 'level/test_accuracy'?",
+        "level/test_accuracy": "the runs of a have no test accuracy, mean of the last ten epochs that can be used",
+    }.items():
+        claims = two_arms(tmp_path, f"{{kind: level, metric: {metric}, arm: a, above: 0.5}}")
+        assert judge(claims, runs, nothing)[0].findings[0].lacking == said
+
+
 WRONG = {
     "claims: {X1: {words: x, study: ablate-mnist, checks: [{kind: difference, arm: default, against: default}]}}":
         "compared with itself",

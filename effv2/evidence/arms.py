@@ -184,14 +184,16 @@ def _intervals(arms: Arms, what: Quantity) -> Rows:
 def _differences(arms: Arms, baseline: str, what: Quantity) -> Iterator[tuple[str, ...]]:
     """Return lines that hold each arm against its baseline, on the seeds that both have: difference and p-value.
 
-    Nothing where there are several splits, whose runs don't count one by one; claims are judged over them.
+    An arm is held against the baseline under its own learning rate schedule, if there is one, so that the two differ in
+    one thing alone. Nothing where there are several splits, whose runs don't count one by one; claims are judged so.
     """
     if len({split_of(run) for runs in arms.values() for run in runs}) > 1:
         return
     values = {arm: {pair_of(run): value for run in runs for value in what.values([run])} for arm, runs in arms.items()}
     tests: dict[tuple[str, str], Estimate] = {}
-    for arm in arms:
-        other = _baseline_of(arm, arms, baseline)
+    for arm, runs in arms.items():
+        own = {f"{baseline}_{run.params.get('schedule.name', '')}" for run in runs} & arms.keys() - {arm}
+        other = own.pop() if len(own) == 1 else baseline
         pairs = [pair for pair in values[arm] if pair in values[other]]
         if arm != baseline and len(pairs) >= FEWEST:
             tests[other, arm] = Estimate.of([values[arm][pair] - values[other][pair] for pair in pairs])
@@ -202,16 +204,6 @@ def _differences(arms: Arms, baseline: str, what: Quantity) -> Iterator[tuple[st
         yield f"less {other}, {what.words}, paired [95 %]", *cells
         ps = [p_text(corrected[other, arm]) if (other, arm) in tests else "" for arm in arms]
         yield f"p of that, after Holm for {len(tests)}", *ps
-
-
-def _baseline_of(arm: str, arms: Arms, baseline: str) -> str:
-    """Return the arm that one is held against: the baseline under its own learning rate schedule, if there is one.
-
-    So the two differ in one thing alone. The baseline itself under another schedule is held against the baseline.
-    """
-    schedules = {run.params.get("schedule.name", "") for run in arms[arm]}
-    found = [name for schedule in schedules if (name := f"{baseline}_{schedule}") in arms and name != arm]
-    return found[0] if len(found) == 1 else baseline
 
 
 def _published_curves(arms: Arms, claims: Claims) -> tuple[dict[str, RunRecord], str]:

@@ -169,7 +169,7 @@ def _find(claims: Claims, runs: Sequence[RunRecord], right: RightAnswers, contra
         finding = replace(finding, published=shown, agrees=_is_inside(contrast, *known))
     chosen = choose(runs, protocol, contrast.arms, what, positive=contrast.ratio)
     if not chosen.arms:
-        return replace(finding, lacking="; ".join(filter(None, (_misspelt(contrast.metric, runs), chosen.why))))
+        return replace(finding, lacking=_misspelt(contrast.metric, runs) or chosen.why)
     if what.fixed:
         return _on_fixed(finding, what, chosen)
     if protocol.over == "images":
@@ -178,18 +178,11 @@ def _find(claims: Claims, runs: Sequence[RunRecord], right: RightAnswers, contra
 
 
 def _misspelt(metric: str, runs: Sequence[RunRecord]) -> str:
-    """Say which name is meant by that of a metric that no run has; empty where none is near."""
-    known = {*QUANTITIES, *OF_ANSWERS, *(name for run in runs for name in run.metrics)}
-    near = "" if metric in known else close_names(metric, sorted(known), 1)
-    return f"no run has {metric}, did you mean {near}?" if near else ""
-
-
-def _misspelt(metric: str, runs: Sequence[RunRecord]) -> str:
     """Say which name may be meant by that of a metric that no run has; empty where none is near."""
     if metric in (*QUANTITIES, *OF_ANSWERS) or any(metric in run.metrics for run in runs):
         return ""
     near = close_names(metric, [*QUANTITIES, *OF_ANSWERS, *{name for run in runs for name in run.metrics}], 1)
-    return f"no run has {metric}, did you mean {near}?" if near else ""
+    return f"no run has {metric}; did you mean {near}?" if near else ""
 
 
 def _text(contrast: Contrast, what: Quantity) -> Callable[[float], str]:

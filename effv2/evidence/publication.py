@@ -10,6 +10,7 @@ from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import matplotlib
 from jinja2 import Environment, PackageLoader, StrictUndefined, select_autoescape
@@ -35,6 +36,7 @@ from effv2.tracking.tags import REUSED, as_tags, reused
 from effv2.tracking.views import artifact_link, describe_experiment, save_views, view_links
 from effv2.tracking.writer import TrackedRun
 
+Content = str | Figure | Sequence[Sequence[Any]]  # of a file that is logged: a text, a figure, a table
 HTML, MARKDOWN, FIGURES, DATA = "report.html", "report.md", "figures", "data"  # in an export
 SETTINGS = {"svg.fonttype": "none", "svg.hashsalt": "effv2", "font.family": "sans-serif", "font.size": 9}
 TAG, NUMBER = re.compile(r"<[^>]+>"), re.compile(r"-?\d+\.\d{2,}")
@@ -59,16 +61,6 @@ class Report:
     studies: Sequence[StudyResults]
     files: Mapping[str, str]
 
-    def write(self, folder: Path) -> None:
-        """Write all of it, in the place of the figures that an earlier report shows there."""
-        (folder / FIGURES).mkdir(parents=True, exist_ok=True)
-        page = folder / MARKDOWN
-        earlier = page.read_text(encoding="utf-8", errors="replace") if page.is_file() else ""
-        for name in re.findall(rf"\]\({FIGURES}/(\d+-[a-z0-9-]+\.svg)\)", earlier):
-            (folder / FIGURES / name).unlink(missing_ok=True)
-        for name, text in self.files.items():
-            (folder / name).write_text(text, encoding="utf-8")
-
 
 def publish_study(parent: TrackedRun, used: Mapping[str, str]) -> StudyResults:
     """Log to a study's run what came out of it, with a report, and return it. It may be repeated.
@@ -82,7 +74,10 @@ def publish_study(parent: TrackedRun, used: Mapping[str, str]) -> StudyResults:
     parent.set_tags(as_tags(REUSED, others))
     report = make_report(tracked(parent.experiment_id, parent=parent.run_id), read_claims(), only_touched=True)
     results = next(each for each in report.studies if each.run_id == parent.run_id)
-    _log(parent, report, results)
+    files = {**report.files, **results.files}
+    if results.table and results.document:
+        files[results.document] = f"# {results.title}\n\n{results.markdown()}\n"
+    _log(parent, files)
     parent.log_metrics(results.metrics)
     parent.describe(results.markdown(_show_in_ui(parent)))
     return results
@@ -114,11 +109,11 @@ def publish(experiment: str, own: Path | None, target: Path | None, reporter: Re
             parents = [study.parent.run_id for study in studies_of(evidence.runs) if study.kind]
             for place in [run, *(TrackedRun(run_id, run.experiment_id) for run_id in parents)]:
                 reporter.working("logging the report")
-                _log(place, report)
+                _log(place, report.files)
             run.describe(f"{report.summary}.\n\n{_show_in_ui(run)}")
             if target is not None:
                 reporter.working("exporting")
-                _write(report, evidence, target, claims)
+                _export(report, evidence, target, claims)
     except TrackingError as error:
         raise RunError(f"The tracking store failed ({store.reason(error)}); mend it and try again.") from error
     return report, run_address(run.run_id, run.experiment_id)
@@ -137,24 +132,26 @@ def rebuild(sources: Sequence[Path], own: Path | None, target: Path, reporter: R
     claims = read_claims(own or next(iter(evidence.claims), None))
     _prepare(target)
     report = make_report(evidence, claims, progress=reporter.working)
-    _write(report, evidence, target, claims)
+    _export(report, evidence, target, claims)
     return report
 
 
-def _log(run: TrackedRun, report: Report, results: StudyResults | None = None) -> None:
-    """Log a report as artifacts of a run, and the files of a study's results."""
-    with tempfile.TemporaryDirectory() as name:
-        folder = Path(name)
-        report.write(folder)
-        for file, content in results.files.items() if results else ():
-            if isinstance(content, Figure):
-                content.savefig(folder / file, dpi=120)
-            else:
-                write_csv(folder / file, content)
-        if results and results.document and results.table:
-            text = f"# {results.title}\n\n{results.markdown()}\n"
-            (folder / results.document).write_text(text, encoding="utf-8")
-        run.log_folder(folder)
+def _log(run: TrackedRun, files: Mapping[str, Content]) -> None:
+    with tempfile.TemporaryDirectory() as folder:
+        _write(Path(folder), files)
+        run.log_folder(Path(folder))
+
+
+def _write(folder: Path, files: Mapping[str, Content]) -> None:
+    for name, content in files.items():
+        path = folder / name
+        path.parent.mkdir(exist_ok=True)
+        if isinstance(content, str):
+            path.write_text(content, encoding="utf-8")
+        elif isinstance(content, Figure):
+            content.savefig(path, dpi=120)
+        else:
+            write_csv(path, content)
 
 
 def _show_in_ui(run: TrackedRun) -> str:
@@ -175,10 +172,15 @@ def _prepare(target: Path) -> None:
         raise InputError("export", target, f"can't be written to ({error.strerror})", "give another folder") from error
 
 
-def _write(report: Report, evidence: Evidence, target: Path, claims: Claims) -> None:
-    own = {name: path.read_text(encoding="utf-8") for name, path in claims.files.items()}
+def _export(report: Report, evidence: Evidence, target: Path, claims: Claims) -> None:
+    """Write a report and its data, in the place of the data and the figures of an earlier one there."""
     remove_export(target / DATA)
-    report.write(target)
+    page = target / MARKDOWN
+    earlier = page.read_text(encoding="utf-8", errors="replace") if page.is_file() else ""
+    for name in re.findall(rf"\]\({FIGURES}/(\d+-[a-z0-9-]+\.svg)\)", earlier):
+        (target / FIGURES / name).unlink(missing_ok=True)
+    _write(target, report.files)
+    own = {name: path.read_text(encoding="utf-8") for name, path in claims.files.items()}
     export(evidence, target / DATA, own)
 
 

@@ -43,6 +43,7 @@ IMAGES = {
         " Whether the weights were fitted to these images is not known.",
     ),
 }
+Ranked = Mapping[str, np.ndarray]  # which images networks got right, the best first: label to bool (N)
 SETS = {"unseen": "images that it was not trained on", "unknown": "images that it may not have been trained on"}
 
 
@@ -134,14 +135,6 @@ def _notes_on_trials(study: TrackedStudy, any_ranked: bool) -> list[str]:
     return [f"Trials: {words}.", how]
 
 
-class Ranking(NamedTuple):
-    """Which images of a set networks got right (bool (N) by label, the best first), and where those are from."""
-
-    right: Mapping[str, np.ndarray]
-    images: str  # eval, which are all test images, or those of one origin
-    origin: str
-
-
 class NetworkPair(NamedTuple):
     """Two networks, the one with more right answers first, and McNemar's test of them."""
 
@@ -157,55 +150,55 @@ class NetworkPair(NamedTuple):
 def networks_results(study: TrackedStudy, right: RightAnswers) -> StudyResults:
     """Return what came out of an evaluation of networks; `right` reads which images a run got right."""
     runs = {run.name: run for run in complete(study.in_order())}
-    ranking = _rank(runs, right)
-    names = list(combinations(ranking.right, 2))
-    tests = [mcnemar(ranking.right[one], ranking.right[other]) for one, other in names]
+    ranked, images, origin = _rank(runs, right)
+    names = list(combinations(ranked, 2))
+    tests = [mcnemar(ranked[one], ranked[other]) for one, other in names]
     found = zip(names, tests, holm([p for *_, p in tests]), strict=True)
     pairs = [NetworkPair(*both, one, other, p, holms, holms < LEVEL) for both, (one, other, p), holms in found]
-    ordered = {label: runs[label] for label in dict.fromkeys([*ranking.right, *runs])}
-    wanted = [f"{images}/{name}" for images in dict.fromkeys(("eval", ranking.images)) for name in OF_ANY_IMAGES]
+    ordered = {label: runs[label] for label in dict.fromkeys([*ranked, *runs])}
+    wanted = [f"{images}/{name}" for images in dict.fromkeys(("eval", images)) for name in OF_ANY_IMAGES]
     logged = [(label, name) for label in runs for name in wanted if name in runs[label].metrics]
     metrics = sorted({name for run in runs.values() for name in run.metrics})
     rows: list[tuple[Any, ...]] = [("network", "run_id", "right", "images", "low", "high", *metrics)]
-    for label, run in ((label, run) for label, run in runs.items() if label in ranking.right):
-        counts = int(ranking.right[label].sum()), len(ranking.right[label])
+    for label, run in ((label, run) for label, run in runs.items() if label in ranked):
+        counts = int(ranked[label].sum()), len(ranked[label])
         rows.append((label, run.run_id, *counts, *wilson(*counts), *map(run.metrics.get, metrics)))
     files = {"ranking.csv": rows, "pairs.csv": [NetworkPair._fields, *pairs]}
     return StudyResults(
-        sentence=_sentence(runs, ranking, pairs),
+        sentence=_sentence(runs, ranked, origin, pairs),
         table=_table(ordered.values()),
-        details=_details(ordered, ranking.images),
+        details=_details(ordered, images),
         document="ranking.md",
         metrics={f"{label}/{name}": runs[label].metrics[name] for label, name in logged},
-        files=files | {"accuracy_against_cost.png": _figure(runs, ranking)} if ranking.right else {},
+        files=files | {"accuracy_against_cost.png": _figure(runs, ranked, origin)} if ranked else {},
     )
 
 
-def _rank(runs: Mapping[str, RunRecord], right: RightAnswers) -> Ranking:
+def _rank(runs: Mapping[str, RunRecord], right: RightAnswers) -> tuple[Ranked, str, str]:
     """Rank networks by the images that their runs have predictions of, all of the same ones.
 
     Runs that don't say which images those are, and where they are from, are older: the number of images tells.
     """
     answers = {label: found for label, run in runs.items() if (found := right(run))}
     if not answers:
-        return Ranking({}, "eval", "unknown")
+        return {}, "eval", "unknown"
     shared = sorted(set.intersection(*map(set, answers.values())))
     correct = {label: np.array([each[image] for image in shared], bool) for label, each in answers.items()}
     first = runs[next(iter(answers))]
     fitting = [name for name in SETS if first.metrics.get(f"{name}/images") == len(shared)]
     images = first.params.get("evaluation.ranked_on", (*fitting, "eval")[0])
     origin = first.params.get("evaluation.ranked_origin", images if images in IMAGES else "unknown")
-    return Ranking(dict(sorted(correct.items(), key=lambda item: -int(item[1].sum()))), images, origin)
+    return dict(sorted(correct.items(), key=lambda item: -int(item[1].sum()))), images, origin
 
 
-def _sentence(runs: Iterable[str], ranking: Ranking, pairs: Sequence[NetworkPair]) -> str:
+def _sentence(runs: Iterable[str], ranked: Ranked, origin: str, pairs: Sequence[NetworkPair]) -> str:
     """Say which network is better than which, and of which pairs it can't be told."""
-    lost = [label for label in runs if label not in ranking.right]
+    lost = [label for label in runs if label not in ranked]
     missing = f" Not ranked, since predictions are missing: {_joined(lost)}." if lost else ""
-    if not ranking.right:
+    if not ranked:
         return f"No network was ranked.{missing}"
-    size = len(next(iter(ranking.right.values())))
-    images, caution = IMAGES[ranking.origin]
+    size = len(next(iter(ranked.values())))
+    images, caution = IMAGES[origin]
     better, open_ = dict[str, list[str]](), dict[str, list[str]]()
     for pair in pairs:
         p = f" ({p_text(pair.p_holm)})" if len(pairs) <= PAIRS_WITH_P else ""
@@ -255,11 +248,11 @@ def _details(runs: Mapping[str, RunRecord], images: str) -> Rows:
     return [("network", *runs), *figures, *weights, ("run", *(run.run_id for run in runs.values()))]
 
 
-def _figure(runs: Mapping[str, RunRecord], ranking: Ranking) -> Figure:
+def _figure(runs: Mapping[str, RunRecord], ranked: Ranked, origin: str) -> Figure:
     """Draw accuracy with its 95 % interval against arithmetic and against measured time, both an image."""
     figure = Figure(figsize=(9, 4.2), layout="constrained")
     panels, size = figure.subplots(1, 2, sharey=True), 0
-    for index, ((label, each), colour) in enumerate(zip(ranking.right.items(), cycle(PALETTE), strict=False)):
+    for index, ((label, each), colour) in enumerate(zip(ranked.items(), cycle(PALETTE), strict=False)):
         metrics, size = runs[label].metrics, len(each)
         low, high = wilson(int(each.sum()), size)
         reach = [[100 * (each.mean() - low)], [100 * (high - each.mean())]]
@@ -274,6 +267,6 @@ def _figure(runs: Mapping[str, RunRecord], ranking: Ranking) -> Figure:
         axes.xaxis.set(major_formatter=StrMethodFormatter("{x:g}"), **ticks)
         axes.grid(alpha=0.3)
     panels[0].set_ylabel("accuracy, %")
-    figure.suptitle(f"top-1 of 1000, {size:,} {ranking.origin} images")
+    figure.suptitle(f"top-1 of 1000, {size:,} {origin} images")
     figure.legend(*panels[0].get_legend_handles_labels(), loc="outside lower center", ncols=3)
     return figure
