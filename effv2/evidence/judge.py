@@ -1,9 +1,6 @@
 """Claims judged: do their words agree with the published figures, and what do the runs decide?
 
-A claim says that quantities lie in regions. The words agree where each published figure does. The runs support it
-where the 95 % interval of each mean (paired by seeds where arms have them in common) lies in its region, contradict it
-where one lies outside, and leave it undecided otherwise; what counts is the p-value after Holm's correction within
-the family of the claim. Fewer than three runs decide nothing about training.
+By which rules, docs/claims.md says.
 """
 
 from __future__ import annotations

@@ -20,7 +20,7 @@ from effv2.core.figures import MARKERS, PALETTE, plain
 from effv2.evidence.arms import arms_results
 from effv2.evidence.claims import Claims
 from effv2.evidence.protocols import SEED_SETTING, SPLIT_SEED, RightAnswers, complete
-from effv2.evidence.quantities import EVALUATE_RATE, LARGEST, SHOWN, VALIDATION, duration, number, percent, whole
+from effv2.evidence.quantities import EVALUATE_RATE, SHOWN, VALIDATION, duration, number, percent, whole
 from effv2.evidence.statistics import LEVEL, holm, mcnemar, p_text, wilson
 from effv2.evidence.study import NO_STUDY, NONE, Rows, StudyResults, TrackedStudy, environment, line_of, studies_of
 from effv2.tracking import tags
@@ -227,10 +227,8 @@ def _table(runs: Iterable[RunRecord]) -> Rows:
             value, present = (run.metrics.get(f"{images}/{name}") for name in OF_ANY_IMAGES[:2])
             if value is None:
                 continue
-            number = run.metrics.get(f"{images}/images", 0.0)
-            count = int(number) if 0 < number < LARGEST else 0
-            known = count and 0 <= value <= 1
-            shown = percent(value) + (f" [{wilson(round(value * count), count).text(percent)}]" if known else "")
+            count = int(run.metrics.get(f"{images}/images", 0))  # which older runs lack
+            shown = percent(value) + (f" [{wilson(round(value * count), count).text(percent)}]" if count else "")
             cells = (NONE if present is None else percent(present), f"{count:,} {which}" if count else which)
             rows.append((run.name, shown, *cells, NONE if rate is None else whole(rate)))
     return rows if len(rows) > 1 else []
