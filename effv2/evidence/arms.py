@@ -26,7 +26,7 @@ NOTHING_YET = "No accuracies yet."
 MOST_COLUMNS = 8
 LONGEST_END = 100  # characters that are shown of either end of a setting
 Arms = Mapping[str, Sequence[RunRecord]]
-Spread = tuple[float, np.ndarray]  # a mean, and how far it is to the lowest and to the highest value (2, 1)
+Spread = tuple[float, np.ndarray]  # a mean, and how far it is to the lowest and the highest value (2, 1)
 
 
 def arms_results(study: TrackedStudy, claims: Claims) -> StudyResults:

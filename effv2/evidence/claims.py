@@ -1,8 +1,4 @@
-"""Claims as data: what is said, on which runs it can be judged, and what would have to hold.
-
-`claims.yaml` in `published/` holds the published ones; a file of the user's own adds to them. docs/claims.md says
-what each key means.
-"""
+"""Claims as data, as docs/claims.md describes their keys: the published ones, and those of a file of the user's own."""
 
 from __future__ import annotations
 

@@ -6,6 +6,7 @@ import csv
 import io
 import json
 import re
+from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -143,11 +144,11 @@ def exported(folders: Sequence[Path]) -> Evidence:
 def _read_runs(folder: Path) -> Iterator[RunRecord]:
     """Yield the runs of an export from its tables."""
     csv.field_size_limit(LARGEST_FIELD)
-    lines: dict[str, dict[str, list[list[str]]]] = {}  # by run and table
+    lines: dict[str, dict[str, list[list[str]]]] = defaultdict(lambda: {name: [] for name in TABLES})  # by run
     for table in TABLES:
         with (folder / table).open(newline="", encoding="utf-8") as file:
             for run_id, *values in list(csv.reader(file))[1:]:
-                lines.setdefault(run_id, {name: [] for name in TABLES})[table].append(values)
+                lines[run_id][table].append(values)
     for run_id, of_run in lines.items():
         if not re.fullmatch(r"[\w-]+", run_id):
             raise InputError("from_export", folder, "names a run that can't be one", "export again")

@@ -1,7 +1,4 @@
-"""Claims judged: do their words agree with the published figures, and what do the runs decide?
-
-By which rules, docs/claims.md says.
-"""
+"""Claims judged, by the rules of docs/claims.md: do words agree with published figures, what do the runs decide?"""
 
 from __future__ import annotations
 

@@ -74,7 +74,7 @@ def publish_study(parent: TrackedRun, used: Mapping[str, str]) -> StudyResults:
     parent.set_tags(as_tags(REUSED, others))
     report = make_report(tracked(parent.experiment_id, parent=parent.run_id), read_claims(), only_touched=True)
     results = next(each for each in report.studies if each.run_id == parent.run_id)
-    files = {**report.files, **results.files}
+    files: dict[str, Content] = {**report.files, **results.files}
     if results.table and results.document:
         files[results.document] = f"# {results.title}\n\n{results.markdown()}\n"
     _log(parent, files)
@@ -255,13 +255,11 @@ def _why(judgement: Judgement) -> str:
 
 
 def _numbers(finding: Finding) -> list[str]:
-    """Return what there is to say in numbers of one thing that a claim says."""
     published = f"published: {finding.published}" if finding.published else ""
     return list(filter(None, (published, _estimated(finding), finding.single, finding.lacking)))
 
 
 def _estimated(finding: Finding) -> str:
-    """Return what the runs say, with its p-values."""
     written = list(dict.fromkeys(p_text(p) for p in (finding.p, finding.corrected) if p is not None))
     holm = [f"({p} after Holm for {finding.tests} tests)" for p in written[1:]]
     return ", ".join(filter(None, (finding.evidence, " ".join([*written[:1], *holm]))))

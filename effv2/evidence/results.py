@@ -1,7 +1,4 @@
-"""What came out of studies, made once, from tracked runs alone: of searches and of published networks here.
-
-Those of arms are in `arms`. Networks are evaluated on the same images: which is better, and how sure that is.
-"""
+"""What came out of studies, made once, from tracked runs alone: of arms by `arms`, of searches and networks here."""
 
 from __future__ import annotations
 
@@ -156,7 +153,7 @@ def networks_results(study: TrackedStudy, right: RightAnswers) -> StudyResults:
     found = zip(names, tests, holm([p for *_, p in tests]), strict=True)
     pairs = [NetworkPair(*both, one, other, p, holms, holms < LEVEL) for both, (one, other, p), holms in found]
     ordered = {label: runs[label] for label in dict.fromkeys([*ranked, *runs])}
-    wanted = [f"{images}/{name}" for images in dict.fromkeys(("eval", images)) for name in OF_ANY_IMAGES]
+    wanted = [f"{which}/{name}" for which in dict.fromkeys(("eval", images)) for name in OF_ANY_IMAGES]
     logged = [(label, name) for label in runs for name in wanted if name in runs[label].metrics]
     metrics = sorted({name for run in runs.values() for name in run.metrics})
     rows: list[tuple[Any, ...]] = [("network", "run_id", "right", "images", "low", "high", *metrics)]
