@@ -76,7 +76,8 @@ def measure() -> None:
     begun = time.monotonic()
     report, _ = publish("", None, Path("out"), Reporter())
     seconds = time.monotonic() - begun
-    print(f"{report.summary}\n{seconds:.1f} s, page {len(report.html.encode()) / 1e6:.2f} MB")
+    size = len(report.files["report.html"].encode()) / 1e6
+    print(f"{report.summary}\n{seconds:.1f} s, page {size:.2f} MB")
 
 
 if __name__ == "__main__":

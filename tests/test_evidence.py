@@ -18,19 +18,11 @@ from effv2.config.schema import TrainConfig
 from effv2.config.studies import open_study
 from effv2.core.errors import InputError
 from effv2.evidence.claims import Claims, read_claims
-from effv2.evidence.judge import CONSISTENT, INCONSISTENT, NO_FIGURES, Verdict, judge
+from effv2.evidence.judge import CONSISTENT, INCONSISTENT, NO_FIGURES, Judgement, Verdict, judge
 from effv2.evidence.protocols import FREE, Protocol, is_like, published_runs
 from effv2.evidence.quantities import TEST, TRAIN, quantity
 from effv2.evidence.results import study_results
-from effv2.evidence.statistics import (
-    FEWEST,
-    LEVEL,
-    Estimate,
-    Interval,
-    more_to_decide,
-    power,
-    runs_to_decide,
-)
+from effv2.evidence.statistics import FEWEST, LEVEL, Estimate, Interval, more_to_decide, power, runs_to_decide
 from effv2.evidence.study import NO_STUDY, StudyResults, TrackedStudy
 from effv2.tracking.read import Images, RunRecord
 from effv2.tracking.tags import COMMAND, LONGEST_TAG, LOOKS, PLANNED, as_tags, names_in
@@ -82,9 +74,21 @@ def two_arms(tmp_path: Path, check: str) -> Claims:
 ABOVE = f"{{kind: difference, metric: {METRIC}, arm: a, against: b}}"
 
 
-def verdict(claims: Claims, runs: Sequence[RunRecord]) -> Verdict:
+def judged(claims: Claims, runs: Sequence[RunRecord]) -> Judgement:
     (judgement,) = judge(claims, runs, nothing)
-    return judgement.verdict
+    return judgement
+
+
+def verdict(claims: Claims, runs: Sequence[RunRecord]) -> Verdict:
+    return judged(claims, runs).verdict
+
+
+def evidence(claims: Claims, runs: Sequence[RunRecord]) -> str:
+    return judged(claims, runs).findings[0].evidence
+
+
+def results(runs: Sequence[RunRecord], parent: RunRecord = NO_STUDY) -> StudyResults:
+    return study_results(TrackedStudy(parent, runs), read_claims(), nothing)
 
 
 def test_the_posts_words_against_its_own_figures_and_single_runs() -> None:
@@ -341,14 +345,13 @@ def test_runs_are_compared_only_where_they_differ_in_nothing_else(tmp_path: Path
     assert verdict(claims, fitting) == Verdict.SUPPORTED
     assert verdict(claims, [*study({"a": low}, optimiser__lr=0.2), *fitting]) == Verdict.SUPPORTED
     fewer = study({"a": low[:2], "b": high[:2]}, optimiser__lr=0.3)
-    (judgement,) = judge(claims, [*fitting, *fewer], nothing)
-    assert "4 runs left aside that differ from these in optimiser.lr" in judgement.findings[0].evidence
+    assert "4 runs left aside that differ from these in optimiser.lr" in evidence(claims, [*fitting, *fewer])
     unlike = study({"a": high}, optimiser__lr=0.1) + study({"b": low}, optimiser__lr=0.2)
-    (judgement,) = judge(claims, unlike, nothing)
+    judgement = judged(claims, unlike)
     assert judgement.verdict == Verdict.NOT_TESTED and "in optimiser.lr" in judgement.findings[0].lacking
     # What is no finite number, or isn't there, is no evidence.
     broken = [run(float("nan"), 7, model__variant=arm, optimiser__lr=0.1) for arm in "ab"]
-    (judgement,) = judge(claims, [*fitting, *broken], nothing)
+    judgement = judged(claims, [*fitting, *broken])
     assert "3 pairs" in judgement.findings[0].evidence and judgement.verdict == Verdict.SUPPORTED
     assert "the runs of a have no" in judge(claims, broken, nothing)[0].findings[0].lacking
     pruned = [
@@ -356,10 +359,9 @@ def test_runs_are_compared_only_where_they_differ_in_nothing_else(tmp_path: Path
     ]
     assert verdict(claims, [*fitting, *pruned]) == Verdict.SUPPORTED
     # Of a run that was repeated the last one counts; runs that don't pair are compared all the same.
-    (judgement,) = judge(claims, [*study({"a": low}, optimiser__lr=0.1), *fitting], nothing)
-    assert "3 pairs" in judgement.findings[0].evidence
+    assert "3 pairs" in evidence(claims, [*study({"a": low}, optimiser__lr=0.1), *fitting])
     others = [run(value, seed + 10, model__variant="b", optimiser__lr=0.1) for seed, value in enumerate(low)]
-    (judgement,) = judge(claims, [*study({"a": high}, optimiser__lr=0.1), *others], nothing)
+    judgement = judged(claims, [*study({"a": high}, optimiser__lr=0.1), *others])
     assert "not paired" in judgement.findings[0].evidence and judgement.verdict == Verdict.SUPPORTED
 
 
@@ -372,7 +374,7 @@ def test_times_and_images_are_compared_where_they_can_be(tmp_path: Path) -> None
         return [run(seconds + seed, seed, metric, tags, model__variant=arm) for seed in range(3)]
 
     assert verdict(speed, [*timed("a", 90, "old"), *timed("b", 60, "old")]) == Verdict.SUPPORTED
-    (judgement,) = judge(speed, [*timed("a", 90, "old"), *timed("b", 60, "new")], nothing)
+    judgement = judged(speed, [*timed("a", 90, "old"), *timed("b", 60, "new")])
     assert judgement.verdict == Verdict.NOT_TESTED and "processor" in judgement.findings[0].lacking
     claims = two_arms(tmp_path, ABOVE)
     cats, dogs = ({"test": Images("folder", "", 9, names)} for names in (("cat", "lynx"), ("dog", "wolf")))
@@ -398,19 +400,17 @@ def test_repeated_splits_count_once_each_and_widen_the_interval(tmp_path: Path) 
     assert (on_one.findings[0].p or 1) < (on_several.findings[0].p or 0)
     # One run on a second split takes nothing from five on the first; arms on different splits are compared unpaired.
     more = [run(0.5, 9, model__variant=arm, data__split_seed=1) for arm in "ab"]
-    (judgement,) = judge(claims, [*one, *more], nothing)
-    assert judgement.findings[0].evidence.startswith(f"{on_one.findings[0].evidence}; on one split alone, 2 runs")
+    assert evidence(claims, [*one, *more]).startswith(f"{on_one.findings[0].evidence}; on one split alone, 2 runs")
     # Splits on which the arms have no seed in common aren't counted beside one that has all the pairs.
     single = [run(0.5, seed, model__variant=arm, data__split_seed=s) for s in (1, 2) for arm, seed in ("a0", "b1")]
     pairs = study({"a": values[:3], "b": [0.0] * 3}, data__split_seed=3)
     many = [run(0.5, f"{arm}{seed}", model__variant=arm, data__split_seed=4) for arm in "ab" for seed in range(4)]
     both = [run(0.5, 9, model__variant=arm, data__split_seed=4) for arm in "ab"]
-    (judgement,) = judge(claims, [*pairs, *many, *both], nothing)
-    assert "3 pairs; on one split alone" in judgement.findings[0].evidence
-    (judgement,) = judge(claims, [*one, *single], nothing)
+    assert "3 pairs; on one split alone" in evidence(claims, [*pairs, *many, *both])
+    judgement = judged(claims, [*one, *single])
     assert judgement.findings[0].evidence.startswith(f"{on_one.findings[0].evidence}; 4 runs on splits without pairs")
     apart = study({"a": values}, data__split_seed=1) + study({"b": [0.0, 0.001] * 2}, data__split_seed=2)
-    (judgement,) = judge(claims, apart, nothing)
+    judgement = judged(claims, apart)
     assert judgement.verdict == Verdict.NOT_TESTED and "no split" in judgement.findings[0].lacking
     corrected = Estimate.of(values, overlap=0.25)  # Nadeau & Bengio's: 1/n and the ratio of test to training images
     assert corrected.error == pytest.approx(np.std(values, ddof=1) * np.sqrt(1 / 5 + 0.25))
@@ -462,7 +462,7 @@ def tabulated(arms: int, values: Sequence[float], **params: Any) -> tuple[Sequen
             one = run(0, seed, tags={"effv2.arm": f"arm{number}"}, **params)
             runs.append(replace(one, metrics=epochs, history={"time/epoch_seconds": {1: 30.0, 2: 60.0}}))
     parent = replace(run(0), params={"study.kind": "ablate", "study.baseline": "arm0"}, metrics={})
-    found = study_results(TrackedStudy(parent, runs), read_claims(), nothing)
+    found = results(runs, parent)
     assert ("epochs took", f"{1.5 * len(runs):.1f} minutes, finished runs: {len(runs)}") in found.environment
     lines = found.table if arms <= 8 else list(zip(*found.table, strict=True))
     return found.table, {line[0]: line[2] for line in lines}
@@ -492,20 +492,20 @@ def test_the_highest_arm_is_the_one_by_the_accuracy_that_decides() -> None:
             for arm in "ab"
             for metrics in [{"best/test_accuracy": best[arm], "selected/test_accuracy": selected[arm]}]
         ]
-        found = study_results(TrackedStudy(run(0), runs), read_claims(), nothing)
+        found = results(runs, run(0))
         assert found.sentence.startswith(f"Highest: **{highest}**")
 
 
 def test_single_runs_are_repeats_only_where_nothing_but_seeds_differs() -> None:
     alone = [run(0.5, seed, model__variant="a", optimiser__lr=lr) for lr in (0.1, 0.01) for seed in range(3)]
-    found = study_results(TrackedStudy(NO_STUDY, alone), read_claims(), nothing)
+    found = results(alone)
     assert found.table[0][1:] == ("a (1)", "a (2)") and found.table[1][1:] == ("3", "3")
     assert list(found.notes[:2]) == ["a (1): optimiser.lr 0.1.", "a (2): optimiser.lr 0.01."]
     cats, dogs = ({"test": Images("folder", "", 9, names)} for names in (("cat", "lynx"), ("dog", "wolf")))
     others = [replace(alone[0], images=cats), replace(alone[1], images=dogs)]
-    assert study_results(TrackedStudy(NO_STUDY, others), read_claims(), nothing).table[0][1:] == ("a (1)", "a (2)")
+    assert results(others).table[0][1:] == ("a (1)", "a (2)")
     again = replace(alone[0], run_id="with --fresh")
-    assert study_results(TrackedStudy(NO_STUDY, [*alone[:3], again]), read_claims(), nothing).table[1][1:] == ("3",)
+    assert results([*alone[:3], again]).table[1][1:] == ("3",)
 
 
 def test_a_study_says_what_it_lacks_and_why() -> None:
@@ -518,9 +518,7 @@ def test_a_study_says_what_it_lacks_and_why() -> None:
     tags = as_tags(PLANNED, [each.name for each in runs]) | {COMMAND: "effv2 search", LOOKS: "x,y"}
 
     def told(kind: str, runs: Sequence[RunRecord]) -> StudyResults:
-        return study_results(
-            TrackedStudy(replace(run(0), params={"study.kind": kind}, tags=tags), runs), read_claims(), nothing
-        )
+        return results(runs, replace(run(0), params={"study.kind": kind}, tags=tags))
 
     assert told("ablate", runs).missing == (
         "it is being worked on, or its process died; 1 run failed: trial 3 (Diverged: no number); 2 runs planned but "
@@ -555,7 +553,7 @@ def test_arms_are_held_against_the_baseline_under_their_own_schedule() -> None:
         for seed in range(3)
     ]
     parent = replace(run(0), params={"study.kind": "hparam-check", "study.baseline": "default"}, metrics={})
-    table = study_results(TrackedStudy(parent, runs), read_claims(), nothing).table
+    table = results(runs, parent).table
     told = {line[0]: [cell.partition(" ")[0] for cell in line[1:]] for line in table}
     words = "test accuracy, selected epoch, paired [95 %]"
     assert told[f"less default, {words}"] == ["", "+2.00", "+20.00", ""]
@@ -568,8 +566,7 @@ def test_intervals_end_where_values_do_and_equal_values_have_none(tmp_path: Path
     _, told = tabulated(2, [0.5, 0.5, 0.5])
     assert not any(name.startswith("a single re-run") for name in told)
     claims = two_arms(tmp_path, f"{{kind: level, metric: {METRIC}, arm: a, about: 0.2, within: 0.1}}")
-    (judgement,) = judge(claims, study({"a": [0.0, 0.3, 0.8]}), nothing)
-    assert "[0.00 % to 100.00 %], 3 runs" in judgement.findings[0].evidence
+    assert "[0.00 % to 100.00 %], 3 runs" in evidence(claims, study({"a": [0.0, 0.3, 0.8]}))
     gap = Interval(-0.08, -0.04)  # of a metric that is called an accuracy and is none
     assert gap.within(quantity("accuracy_gap").possible) == gap
 
@@ -578,7 +575,7 @@ def test_published_networks_have_a_line_for_unseen_images_and_one_for_all() -> N
     measured = {"unseen/top1_accuracy": 0.5, "unseen/images": 500.0, "seen/images": 3791.0}
     network = replace(run(0), metrics=measured | {"eval/top1_accuracy": 0.6, "eval/images": 3925.0})
     parent = replace(run(0), params={"study.kind": "evaluate-pretrained"}, metrics={})
-    _, *rows = study_results(TrackedStudy(parent, [network]), read_claims(), nothing).table
+    _, *rows = results([network], parent).table
     assert [(row[1][:7], row[3]) for row in rows] == [
         ("50.00 %", "500 images that it was not trained on"),
         ("60.00 %", "3,925 test images, 3,791 of which it was trained on"),
@@ -591,8 +588,19 @@ def test_the_nearest_runs_are_those_that_know_the_setting(tmp_path: Path) -> Non
     claims = claims_of(tmp_path, f"claims: {{X1: {{words: so, protocol: {protocol}, checks: [{check}]}}}}")
     some = run(0.6, model__variant="a", data__dataset="birds")
     ten = replace(some, images={"test": Images("birds", "1", 200, tuple("abcdefghij"))})
-    (judgement,) = judge(claims, [ten, some], nothing)
+    judgement = judged(claims, [ten, some])
     assert judgement.findings[0].lacking == "no run is like a: in the nearest ones data.classes is 10, not 25"
+
+
+def test_a_misspelt_metric_is_told_from_one_that_is_missing(tmp_path: Path) -> None:
+    runs = [run(0.6, metric="my/score", model__variant="a")]
+    for metric, said in {
+        "my/scroe": "no run has my/scroe; did you mean 'my/score'?",
+        "level/tset_accuracy": "no run has level/tset_accuracy; did you mean 'level/test_accuracy'?",
+        "level/test_accuracy": "the runs of a have no test accuracy, mean of the last ten epochs that can be used",
+    }.items():
+        claims = two_arms(tmp_path, f"{{kind: level, metric: {metric}, arm: a, above: 0.5}}")
+        assert judge(claims, runs, nothing)[0].findings[0].lacking == said
 
 
 WRONG = {

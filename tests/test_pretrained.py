@@ -32,8 +32,8 @@ from torchvision.datasets import Imagenette
 
 from effv2.cli.main import evaluate_pretrained
 from effv2.core.errors import InputError
-from effv2.evidence.networks import networks_results
 from effv2.evidence.quantities import percent
+from effv2.evidence.results import networks_results
 from effv2.evidence.statistics import holm, mcnemar, wilson
 from effv2.evidence.study import NO_STUDY, TrackedStudy
 from effv2.pretrained import evaluation
@@ -178,7 +178,7 @@ def ranking(rights: dict[str, list[bool]], where: Origin = Origin.UNSEEN) -> str
     params = {"evaluation.ranked_on": "eval", "evaluation.ranked_origin": where.value}
     runs = [RunRecord(name, name, "FINISHED", params, {}, {}) for name in rights]
     found = networks_results(TrackedStudy(NO_STUDY, runs), lambda run: dict(enumerate_as_text(rights[run.name])))
-    assert sorted(found.order) == sorted(rights)
+    assert sorted(found.details[0][1:]) == sorted(rights)
     return found.sentence
 
 

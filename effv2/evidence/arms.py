@@ -5,7 +5,8 @@ from __future__ import annotations
 import math
 import statistics
 from collections.abc import Iterator, Mapping, Sequence
-from itertools import cycle
+from functools import partial
+from itertools import cycle, product
 
 import numpy as np
 from matplotlib.figure import Figure
@@ -25,7 +26,7 @@ NOTHING_YET = "No accuracies yet."
 MOST_COLUMNS = 8
 LONGEST_END = 100  # characters that are shown of either end of a setting
 Arms = Mapping[str, Sequence[RunRecord]]
-Spread = tuple[float, np.ndarray]  # a mean, and how far it is to the lowest and to the highest value (2, 1)
+Spread = tuple[float, np.ndarray]  # a mean, and how far it is to the lowest and the highest value (2, 1)
 
 
 def arms_results(study: TrackedStudy, claims: Claims) -> StudyResults:
@@ -135,8 +136,7 @@ def _parted(arms: Arms) -> tuple[dict[str, list[RunRecord]], list[str]]:
 
     Nobody planned them as repeats of each other. Of a seed that was repeated the last run counts.
     """
-    parted: dict[str, list[RunRecord]] = {}
-    notes: list[str] = []
+    parted, notes = dict[str, list[RunRecord]](), list[str]()
     for arm, runs in arms.items():
         groups: dict[frozenset[tuple[str, str]], dict[tuple[str, str], RunRecord]] = {}  # by settings and pair
         for run in runs:
@@ -184,14 +184,16 @@ def _intervals(arms: Arms, what: Quantity) -> Rows:
 def _differences(arms: Arms, baseline: str, what: Quantity) -> Iterator[tuple[str, ...]]:
     """Return lines that hold each arm against its baseline, on the seeds that both have: difference and p-value.
 
-    Nothing where there are several splits, whose runs don't count one by one; claims are judged over them.
+    An arm is held against the baseline under its own learning rate schedule, if there is one, so that the two differ in
+    one thing alone. Nothing where there are several splits, whose runs don't count one by one; claims are judged so.
     """
     if len({split_of(run) for runs in arms.values() for run in runs}) > 1:
         return
     values = {arm: {pair_of(run): value for run in runs for value in what.values([run])} for arm, runs in arms.items()}
     tests: dict[tuple[str, str], Estimate] = {}
-    for arm in arms:
-        other = _baseline_of(arm, arms, baseline)
+    for arm, runs in arms.items():
+        own = {f"{baseline}_{run.params.get('schedule.name', '')}" for run in runs} & arms.keys() - {arm}
+        other = own.pop() if len(own) == 1 else baseline
         pairs = [pair for pair in values[arm] if pair in values[other]]
         if arm != baseline and len(pairs) >= FEWEST:
             tests[other, arm] = Estimate.of([values[arm][pair] - values[other][pair] for pair in pairs])
@@ -204,29 +206,15 @@ def _differences(arms: Arms, baseline: str, what: Quantity) -> Iterator[tuple[st
         yield f"p of that, after Holm for {len(tests)}", *ps
 
 
-def _baseline_of(arm: str, arms: Arms, baseline: str) -> str:
-    """Return the arm that one is held against: the baseline under its own learning rate schedule, if there is one.
-
-    So the two differ in one thing alone. The baseline itself under another schedule is held against the baseline.
-    """
-    schedules = {run.params.get("schedule.name", "") for run in arms[arm]}
-    found = [name for schedule in schedules if (name := f"{baseline}_{schedule}") in arms and name != arm]
-    return found[0] if len(found) == 1 else baseline
-
-
 def _published_curves(arms: Arms, claims: Claims) -> tuple[dict[str, RunRecord], str]:
     """Return the published runs of arms that follow a published protocol, or come near it, and the protocol's name."""
-    known = published_runs()
-    for name, protocol in claims.protocols.items():
-        source = name if name in known else next((n for n in known if claims.protocols[n].nearest == name), "")
-        found = {
-            arm: run
-            for arm, runs in arms.items()
-            for theirs, run in known.get(source, {}).items()
-            if all(is_like(each, protocol, theirs) for each in runs)
-        }
-        if found:
-            return found, source
+    for source, published in published_runs().items():
+        for name in filter(None, (source, claims.protocols[source].nearest)):
+            follows = partial(is_like, protocol=claims.protocols[name])
+            pairs = product(arms, published)
+            found = {arm: published[their] for arm, their in pairs if all(follows(run, arm=their) for run in arms[arm])}
+            if found:
+                return found, source
     return {}, ""
 
 

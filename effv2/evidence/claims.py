@@ -1,15 +1,11 @@
-"""Claims as data: what is said, on which runs it can be judged, and what would have to hold.
-
-`claims.yaml` in `published/` holds the published ones; a file of the user's own adds to them. docs/claims.md says
-what each key means.
-"""
+"""Claims as data, as docs/claims.md describes their keys: the published ones, and those of a file of the user's own."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cache
 from itertools import chain, pairwise, product
 from pathlib import Path
@@ -176,7 +172,7 @@ def read_claims(own: Path | None = None) -> Claims:
 
 @cache
 def _shipped() -> Claims:
-    return _read(PUBLISHED / EXPORTED_AS, Claims({}, {}))
+    return replace(_read(PUBLISHED / EXPORTED_AS, Claims({}, {})), own=frozenset(), files={})
 
 
 def _read(path: Path, before: Claims) -> Claims:
@@ -186,35 +182,36 @@ def _read(path: Path, before: Claims) -> Claims:
     twice += [("claims", id_) for id_ in file.claims if id_ in before.claims]
     if twice:
         raise InputError(document.where(twice[0]), "", "there is one of that name", "choose another")
+    protocols: dict[str, Protocol] = {}
+    studies: list[str] = []
+
+    def add_study(name: str, place: Place, free: Sequence[str] = ()) -> None:
+        with _placed(document, place):
+            protocols.update(study_protocols(name, free, folder) if name else {})
+        studies.append(name)
+
     written: dict[Place, Protocol] = {("protocols", name): protocol for name, protocol in file.protocols.items()}
-    named: list[tuple[Place, str, Sequence[str]]] = []  # studies: where, and what is free
     for id_, claim in file.claims.items():
-        named.append((("claims", id_, "study"), claim.study, claim.free))
-        checks = enumerate(claim.checks)
-        named += [(("claims", id_, "checks", index, "study"), check.study, claim.free) for index, check in checks]
+        add_study(claim.study, ("claims", id_, "study"), claim.free)
+        for index, check in enumerate(claim.checks):
+            add_study(check.study, ("claims", id_, "checks", index, "study"), claim.free)
         if isinstance(claim.protocol, Protocol):
             written["claims", id_, "protocol"] = claim.protocol
-    known = {"", *before.protocols, *file.protocols}
-    named += [((*at, "nearest"), each.nearest, ()) for at, each in written.items() if each.nearest not in known]
-    protocols: dict[str, Protocol] = {}
-    for place, study, free in named:
-        with _placed(document, place):
-            protocols |= study_protocols(study, free, folder) if study else {}
-    studies: list[str] = []
     for at, protocol in written.items():
+        if protocol.nearest not in before.protocols.keys() | file.protocols:
+            add_study(protocol.nearest, (*at, "nearest"))
         for arm, of_arm in protocol.arms.items():
             if isinstance(of_arm, str):
                 with _placed(document, (*at, "arms", arm)):
                     protocol = protocol.with_study(arm, of_arm, folder)  # noqa: PLW2901
                 studies.append(of_arm.partition("/")[0])
         protocols[str(at[1])] = protocol
-    studies += [protocol.study for protocol in protocols.values() if protocol.study]
-    beside = {study: folder / study for study in studies if (folder / study).is_file()}
+    beside = {study: folder / study for study in studies if study and (folder / study).is_file()}
     if EXPORTED_AS in beside:
         problem = f"names a study in {EXPORTED_AS}, as exports call the claims"
         raise InputError("claims", path, problem, "rename its file")
-    own, files = (frozenset(file.claims), {EXPORTED_AS: path} | beside) if before.claims else (frozenset(), {})
-    claims = Claims({**before.protocols, **protocols}, {**file.claims, **before.claims}, own, files)
+    protocols, known = {**before.protocols, **protocols}, {**file.claims, **before.claims}
+    claims = Claims(protocols, known, frozenset(file.claims), {EXPORTED_AS: path} | beside)
     for id_ in file.claims:
         for contrast in claims.contrasts(id_):
             _check(contrast, claims.protocols, document, ("claims", id_))

@@ -6,7 +6,8 @@ import csv
 import io
 import json
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from itertools import chain
@@ -28,6 +29,14 @@ from effv2.tracking.views import ui_address
 PREDICTIONS = ("predictions.csv", "unknown/predictions.csv", "unseen/predictions.csv")
 MANIFEST, RUNS = "manifest.json", "runs.csv"
 LARGEST_FIELD = 10_000_000  # characters of a CSV field: thousands of class names
+TABLES = {  # of an export: their titles after `run_id`
+    RUNS: "name status started ended",
+    "params.csv": "name value",
+    "tags.csv": "name value",
+    "metrics.csv": "name value",
+    "epochs.csv": "name epoch value",
+    "images.csv": "context name digest images classes",
+}
 PRIVATE = {"data.dir", "weights.file", PID, PROCESS, QUEUE}  # where the user's files lie, or who they are
 
 
@@ -64,38 +73,29 @@ def tracked(experiment_id: str, histories: Sequence[str] = HISTORIES, parent: st
     return Evidence(experiment_name(experiment_id), ui, runs, lambda run: read_artifacts(run.run_id, PREDICTIONS))
 
 
-def _public(values: Mapping[str, str]) -> list[tuple[str, str]]:
-    return [(name, value) for name, value in sorted(values.items()) if name not in PRIVATE]
-
-
-# The tables of an export: their titles after `run_id`, and a run's lines.
-TABLES: dict[str, tuple[str, Callable[[RunRecord], Iterable[Sequence[Any]]]]] = {
-    RUNS: ("name status started ended", lambda run: [(run.name, run.status, run.started, run.ended)]),
-    "params.csv": ("name value", lambda run: _public(run.params)),
-    "tags.csv": (
-        "name value",
-        lambda run: [each for each in _public(run.tags) if each[0].startswith("effv2.") or each[0] == PARENT],
-    ),
-    "metrics.csv": ("name value", lambda run: sorted(run.metrics.items())),
-    "epochs.csv": (
-        "name epoch value",
-        lambda run: [(name, *each) for name, curve in sorted(run.history.items()) for each in sorted(curve.items())],
-    ),
-    "images.csv": (
-        "context name digest images classes",
-        lambda run: [
-            (context, each.name, each.digest, each.images, json.dumps(each.classes))
-            for context, each in sorted(run.images.items())
-        ],
-    ),
-}
+def _lines(run: RunRecord) -> dict[str, list[tuple[Any, ...]]]:
+    """Return what stands of a run in each table of an export, after its id."""
+    params = {name: value for name, value in run.params.items() if name not in PRIVATE}
+    tags = {name: value for name, value in run.tags.items() if name.startswith("effv2.") or name == PARENT}
+    images = [
+        (context, each.name, each.digest, each.images, json.dumps(each.classes)) for context, each in run.images.items()
+    ]
+    return {
+        RUNS: [(run.name, run.status, run.started, run.ended)],
+        "params.csv": sorted(params.items()),
+        "tags.csv": sorted((name, value) for name, value in tags.items() if name not in PRIVATE),
+        "metrics.csv": sorted(run.metrics.items()),
+        "epochs.csv": [(name, *each) for name, curve in sorted(run.history.items()) for each in sorted(curve.items())],
+        "images.csv": sorted(images),
+    }
 
 
 def export(evidence: Evidence, folder: Path, own: Mapping[str, str]) -> None:
     """Write the evidence as CSV files, the texts of the user's `own` files by name, and a manifest of their hashes."""
     folder.mkdir(parents=True, exist_ok=True)
-    for name, (titles, lines) in TABLES.items():
-        rows = [(run.run_id, *line) for run in evidence.runs for line in lines(run)]
+    lines = {run.run_id: _lines(run) for run in evidence.runs}
+    for name, titles in TABLES.items():
+        rows = [(run_id, *line) for run_id, of_run in lines.items() for line in of_run[name]]
         write_csv(folder / name, [("run_id", *titles.split()), *rows])
     finished, written = [run for run in evidence.runs if run.status == "FINISHED"], list(TABLES)
     with ThreadPoolExecutor(READERS) as pool:
@@ -114,60 +114,55 @@ def _place(run: RunRecord, name: str) -> str:
     return f"predictions/{run.run_id}/{name}"
 
 
-def joined(folders: Sequence[Path]) -> Evidence:
+def exported(folders: Sequence[Path]) -> Evidence:
     """Return the evidence in exports as if one store held it; of a run in several, that of the one named last.
 
     Of several exports no run leads to its page, as their stores differ. InputError for a missing or altered file.
     """
-    parts = [exported(folder) for folder in folders]
-    held = {run.run_id: (run, part) for part in parts for run in part.runs}
+    manifests = {folder: _manifest(folder) for folder in folders}
+    for folder, about in manifests.items():
+        for name, wanted in about["sha256"].items():
+            if not (folder / name).is_file() or sha256_of_file(folder / name) != wanted:
+                raise InputError("from_export", folder, f"the file {name} is missing or was changed", "export again")
+    held = {run.run_id: (run, folder) for folder in folders for run in _read_runs(folder)}
+
+    def predictions(run: RunRecord) -> dict[str, str]:
+        folder = held[run.run_id][1]
+        there = [name for name in PREDICTIONS if _place(run, name) in manifests[folder]["sha256"]]
+        return {name: (folder / _place(run, name)).read_text(encoding="utf-8") for name in there}
+
+    claims = [folder / EXPORTED_AS for folder, about in manifests.items() if EXPORTED_AS in about["sha256"]]
     return Evidence(
-        experiment=", ".join(dict.fromkeys(part.experiment for part in parts)),
-        ui=parts[0].ui if len(parts) == 1 else "",
+        experiment=", ".join(dict.fromkeys(about["experiment"] for about in manifests.values())),
+        ui=manifests[folders[0]]["ui"] if len(folders) == 1 else "",
         runs=sorted((run for run, _ in held.values()), key=lambda run: run.started),
-        predictions=lambda run: held[run.run_id][1].predictions(run),
-        claims=tuple({path.read_bytes(): path for part in parts for path in part.claims}.values()),
+        predictions=predictions,
+        claims=list({path.read_bytes(): path for path in claims}.values()),
     )
 
 
-def exported(folder: Path) -> Evidence:
-    """Return the evidence in an export; InputError for a missing or altered file."""
-    about = _manifest(folder)
-    for name, wanted in about["sha256"].items():
-        path = _inside(folder, name)
-        if not path.is_file() or sha256_of_file(path) != wanted:
-            raise _wrong(folder, f"the file {name} is missing or was changed")
+def _read_runs(folder: Path) -> Iterator[RunRecord]:
+    """Yield the runs of an export from its tables."""
     csv.field_size_limit(LARGEST_FIELD)
-    lines: dict[str, dict[str, list[list[str]]]] = {}  # by run and table
-    for name in TABLES:
-        with (folder / name).open(newline="", encoding="utf-8") as file:
+    lines: dict[str, dict[str, list[list[str]]]] = defaultdict(lambda: {name: [] for name in TABLES})  # by run
+    for table in TABLES:
+        with (folder / table).open(newline="", encoding="utf-8") as file:
             for run_id, *values in list(csv.reader(file))[1:]:
-                lines.setdefault(run_id, {}).setdefault(name, []).append(values)
-    runs = [_record(run_id, of_run) for run_id, of_run in lines.items() if RUNS in of_run]
-    if not all(re.fullmatch(r"[\w-]+", run.run_id) for run in runs):
-        raise _wrong(folder, f"{RUNS} names a run that can't be one")
-
-    def predictions(run: RunRecord) -> dict[str, str]:
-        there = [name for name in PREDICTIONS if _place(run, name) in about["sha256"]]
-        return {name: (folder / _place(run, name)).read_text(encoding="utf-8") for name in there}
-
-    claims = [folder / EXPORTED_AS] if EXPORTED_AS in about["sha256"] else []
-    return Evidence(about["experiment"], about["ui"], runs, predictions, claims)
-
-
-def _record(run_id: str, lines: Mapping[str, Sequence[list[str]]]) -> RunRecord:
-    """Return a run from its lines of all tables."""
-    name, status, started, ended = lines[RUNS][0]
-    params, tags, metrics = (dict(lines.get(f"{of}.csv", ())) for of in ("params", "tags", "metrics"))
-    history: dict[str, dict[int, float]] = {}
-    for metric, epoch, value in lines.get("epochs.csv", ()):
-        history.setdefault(metric, {})[int(epoch)] = float(value)
-    images = {
-        context: Images(called, digest, int(count), tuple(json.loads(classes)))
-        for context, called, digest, count, classes in lines.get("images.csv", ())
-    }
-    numbers = {metric: float(value) for metric, value in metrics.items()}
-    return RunRecord(run_id, name, status, params, numbers, tags, history, images, int(started), int(ended))
+                lines[run_id][table].append(values)
+    for run_id, of_run in lines.items():
+        if not re.fullmatch(r"[\w-]+", run_id):
+            raise InputError("from_export", folder, "names a run that can't be one", "export again")
+        name, status, started, ended = of_run[RUNS][0]
+        params, tags, metrics = (dict(of_run[f"{of}.csv"]) for of in ("params", "tags", "metrics"))
+        numbers = {metric: float(value) for metric, value in metrics.items()}
+        history: dict[str, dict[int, float]] = {}
+        for metric, epoch, value in of_run["epochs.csv"]:
+            history.setdefault(metric, {})[int(epoch)] = float(value)
+        images = {
+            context: Images(called, digest, int(count), tuple(json.loads(classes)))
+            for context, called, digest, count, classes in of_run["images.csv"]
+        }
+        yield RunRecord(run_id, name, status, params, numbers, tags, history, images, int(started), int(ended))
 
 
 def remove_export(folder: Path) -> None:
@@ -177,12 +172,13 @@ def remove_export(folder: Path) -> None:
     except InputError:  # there is none
         return
     for name in (*names, MANIFEST):
-        _inside(folder, name).unlink(missing_ok=True)
+        (folder / name).unlink(missing_ok=True)
 
 
 def _manifest(folder: Path) -> dict[str, Any]:
+    """Return what an export's manifest says; InputError where there is none, or it names files outside the export."""
     try:
-        about = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
+        about = dict(json.loads((folder / MANIFEST).read_text(encoding="utf-8")))
         hashes, ui = about["sha256"], about["ui"]
         texts = [about["experiment"], ui, *hashes, *hashes.values()]
         whole = all(isinstance(text, str) for text in texts) and TABLES.keys() <= hashes.keys()
@@ -191,15 +187,7 @@ def _manifest(folder: Path) -> dict[str, Any]:
     except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
         remedy = "give a folder that `export` wrote"
         raise InputError("from_export", folder, f"has no {MANIFEST} of an export", remedy) from error
-    return dict(about)
-
-
-def _inside(folder: Path, name: str) -> Path:
-    path = (folder / name).resolve()
-    if not path.is_relative_to(folder.resolve()):
-        raise _wrong(folder, f"its manifest names {name}, outside of it")
-    return path
-
-
-def _wrong(folder: Path, problem: str) -> InputError:
-    return InputError("from_export", folder, problem, "export again")
+    for name in hashes:
+        if not (folder / name).resolve().is_relative_to(folder.resolve()):
+            raise InputError("from_export", folder, f"its manifest names {name}, outside of it", "export again")
+    return about

@@ -1,10 +1,4 @@
-"""Claims judged: do their words agree with the published figures, and what do the runs decide?
-
-A claim says that quantities lie in regions. The words agree where each published figure does. The runs support it
-where the 95 % interval of each mean (paired by seeds where arms have them in common) lies in its region, contradict it
-where one lies outside, and leave it undecided otherwise; what counts is the p-value after Holm's correction within
-the family of the claim. Fewer than three runs decide nothing about training.
-"""
+"""Claims judged, by the rules of docs/claims.md: do words agree with published figures, what do the runs decide?"""
 
 from __future__ import annotations
 
@@ -18,10 +12,11 @@ from string import digits
 import numpy as np
 from scipy.stats import fisher_exact
 
+from effv2.core.errors import close_names
 from effv2.evidence import statistics
-from effv2.evidence.claims import Claim, Claims, Contrast
+from effv2.evidence.claims import OF_ANSWERS, Claim, Claims, Contrast
 from effv2.evidence.protocols import Chosen, RightAnswers, choose, counted, over_splits, published_value
-from effv2.evidence.quantities import Quantity, points, quantity
+from effv2.evidence.quantities import QUANTITIES, Quantity, points, quantity
 from effv2.evidence.statistics import FEWEST, LEVEL, MOST_RUNS, Estimate, p_text
 from effv2.tracking.read import RunRecord
 
@@ -115,40 +110,37 @@ def judge(claims: Claims, runs: Sequence[RunRecord], right: RightAnswers) -> lis
     """
     find_one = partial(_find, claims, runs, right)
     found = {id_: [find_one(contrast) for contrast in claims.contrasts(id_)] for id_ in claims.claims}
-    families = {id_: id_.rstrip(digits) for id_ in found}
-    tests: dict[str, dict[Contrast, float]] = {name: {} for name in families.values()}
+    families: dict[str, dict[Contrast, float]] = {id_.rstrip(digits): {} for id_ in found}
     for id_, findings in found.items():
-        tests[families[id_]].update({each.contrast: each.p for each in findings if each.p is not None})
-    corrected = {name: dict(zip(of, statistics.holm(list(of.values())), strict=True)) for name, of in tests.items()}
-    return [_judgement(id_, claims, each, corrected[families[id_]], find_one) for id_, each in found.items()]
-
-
-def _judgement(
-    id_: str,
-    claims: Claims,
-    found: Sequence[Finding],
-    corrected: Mapping[Contrast, float],
-    find_one: Callable[[Contrast], Finding],
-) -> Judgement:
-    findings = []
-    for each in found:
-        p, lacking = corrected.get(each.contrast), each.lacking
-        if p is not None and p >= LEVEL and each.further:
-            lacking = each.further(LEVEL / len(corrected))  # which the smallest p-value of the family has to reach
-        findings.append(replace(each, corrected=p, tests=len(corrected), lacking=lacking))
-    untested = [each for each in findings if not each.evidence]
-    undecided = [each for each in findings if each.verdict == Verdict.UNDECIDED]
-    near = {each.contrast: claims.protocols[each.contrast.protocol].nearest for each in untested}
-    others = [find_one(replace(contrast, protocol=name)) for contrast, name in near.items() if name]
-    nearest = [each for each in others if each.evidence]
+        tests = {each.contrast: each.p for each in findings if each.p is not None}
+        families[id_.rstrip(digits)].update(tests)
 
     def texts(of: Sequence[Finding], name: str) -> list[str]:
         known = (getattr(claims.protocols[each.contrast.protocol], name) for each in of)
         return list(dict.fromkeys(filter(None, known)))
 
-    needs, assumed = "; ".join(texts(untested, "needs")), " ".join(texts([*findings, *nearest], "assumed"))
-    commands = texts([*untested, *undecided], "command")
-    return Judgement(id_, claims.claims[id_], findings, nearest, needs, assumed, commands)
+    judgements = []
+    for id_, uncorrected in found.items():
+        tests = families[id_.rstrip(digits)]
+        corrected = dict(zip(tests, statistics.holm(list(tests.values())), strict=True))
+        findings = [_corrected(each, corrected) for each in uncorrected]
+        untested = [each for each in findings if not each.evidence]
+        undecided = [each for each in findings if each.verdict == Verdict.UNDECIDED]
+        near = {each.contrast: claims.protocols[each.contrast.protocol].nearest for each in untested}
+        others = [find_one(replace(contrast, protocol=name)) for contrast, name in near.items() if name]
+        nearest = [each for each in others if each.evidence]
+        needs, assumed = "; ".join(texts(untested, "needs")), " ".join(texts([*findings, *nearest], "assumed"))
+        commands = texts([*untested, *undecided], "command")
+        judgements.append(Judgement(id_, claims.claims[id_], findings, nearest, needs, assumed, commands))
+    return judgements
+
+
+def _corrected(finding: Finding, corrected: Mapping[Contrast, float]) -> Finding:
+    """Return a finding with its p-value among the `corrected` ones of its family, and what would decide it."""
+    p, lacking = corrected.get(finding.contrast), finding.lacking
+    if p is not None and p >= LEVEL and finding.further:
+        lacking = finding.further(LEVEL / len(corrected))  # which the smallest p-value of the family has to reach
+    return replace(finding, corrected=p, tests=len(corrected), lacking=lacking)
 
 
 def _find(claims: Claims, runs: Sequence[RunRecord], right: RightAnswers, contrast: Contrast) -> Finding:
@@ -171,12 +163,20 @@ def _find(claims: Claims, runs: Sequence[RunRecord], right: RightAnswers, contra
         finding = replace(finding, published=shown, agrees=_is_inside(contrast, *known))
     chosen = choose(runs, protocol, contrast.arms, what, positive=contrast.ratio)
     if not chosen.arms:
-        return replace(finding, lacking=chosen.why)
+        return replace(finding, lacking=_misspelt(contrast.metric, runs) or chosen.why)
     if what.fixed:
         return _on_fixed(finding, what, chosen)
     if protocol.over == "images":
         return _over_images(finding, what, chosen, right)
     return _over_seeds(finding, what, chosen)
+
+
+def _misspelt(metric: str, runs: Sequence[RunRecord]) -> str:
+    """Say which name may be meant by that of a metric that no run has; empty where none is near."""
+    if metric in (*QUANTITIES, *OF_ANSWERS) or any(metric in run.metrics for run in runs):
+        return ""
+    near = close_names(metric, [*QUANTITIES, *OF_ANSWERS, *{name for run in runs for name in run.metrics}], 1)
+    return f"no run has {metric}; did you mean {near}?" if near else ""
 
 
 def _text(contrast: Contrast, what: Quantity) -> Callable[[float], str]:
@@ -246,7 +246,7 @@ def _over_seeds(finding: Finding, what: Quantity, chosen: Chosen) -> Finding:
         finding,
         evidence="; ".join([f"{written(mean)}{between}, {on}", *chosen.aside]),
         inside=_is_inside(contrast, mean),
-        single="" if contrast.against else _single(contrast, what, estimate, list(first.values())),
+        single="" if contrast.against or estimate.n < 2 else _single(contrast, what, estimate, list(first.values())),
     )
     if estimate.n < FEWEST:
         more = counted(FEWEST - estimate.n, f"more {unit}")
@@ -259,14 +259,11 @@ def _over_seeds(finding: Finding, what: Quantity, chosen: Chosen) -> Finding:
 
 def _single(contrast: Contrast, what: Quantity, estimate: Estimate, values: Sequence[float]) -> str:
     """Say where a single run is expected, and whether the value that is claimed lies there."""
-    if estimate.n < 2:
-        return ""
     interval = estimate.prediction(Estimate.of(values).deviation).within(what.possible)
-    text, claimed = f"a single run is expected from {interval.text(what.text)}", (contrast.low + contrast.high) / 2
-    if math.isinf(claimed):
-        return text
+    claimed = (contrast.low + contrast.high) / 2
     lies = "inside" if interval.low <= claimed <= interval.high else "outside"
-    return f"{text}; the claimed {what.text(claimed)} lies {lies}"
+    known = f"; the claimed {what.text(claimed)} lies {lies}" if math.isfinite(claimed) else ""
+    return f"a single run is expected from {interval.text(what.text)}{known}"
 
 
 def _further(estimate: Estimate, edge: float, unit: str, level: float) -> str:

@@ -33,6 +33,7 @@ FREE = {SEED_SETTING, SPLIT_SEED, "data.dir", "data.download", *COMPUTED}
 CLASSES = "data.classes"  # no parameter, but may stand in a protocol like one: the number of classes in the data
 OF_TIMES = tuple(f"{MACHINE}{name}" for name in ("processor", "accelerator", "threads"))  # tags
 PUBLISHED_OVERLAP = 0.25  # test over training images of the published split
+DEFAULTS = TrainConfig().flat()
 FEW = 2  # settings in which a run may differ to be near
 SplitAndSeed = tuple[str, str]  # what runs of several arms have in common that form a pair
 Alike = frozenset[tuple[str, str]]  # names and values of what runs that repeat each other have in common
@@ -88,39 +89,32 @@ def study_protocols(name: str, free: Sequence[str], folder: Path) -> dict[str, P
         raise InputError("free", unknown, "no setting of the study", choices=first)
     kept = set.intersection(*map(set, arms.values())) - set(free)  # what is `auto` in an arm is free too
     shared = {key for key in kept if all(arm[key] == first[key] for arm in arms.values())}
-    named, near_runs = (
-        {key: value for key, value in settings.items() if key not in free}
-        for settings in (published.runs, published.nearest)
-    )
+    named, near = ({key: each[key] for key in each if key not in free} for each in (published.runs, published.nearest))
     seeds = " -P seed=0; then seeds 1 and 2" if " -e train " in study.command else " -P seeds=0,1,2"
     title = protocol_title(name, free)
-    near = f"{title}, nearest" if near_runs else ""
     protocol = Protocol(
         runs={key: value for key, value in first.items() if key in shared} | named,
         arms={arm: {key: each[key] for key in each if key in kept - shared} for arm, each in arms.items()},
         command=study.command and study.command + seeds,
         needs=published.needs,
         assumed=study.assumptions(),
-        nearest=near,
+        nearest=f"{title}, nearest" if near else "",
         published=published,
         study=name,
     )
     if not near:
         return {title: protocol}
-    differing = ", ".join(f"{key} {value}" for key, value in near_runs.items())
-    others = Protocol(runs=protocol.runs | near_runs, arms=protocol.arms, assumed=f"{near}: {differing}.")
-    return {title: protocol, near: others}
+    differing = f"{protocol.nearest}: {', '.join(f'{key} {value}' for key, value in near.items())}."
+    others = Protocol(runs=protocol.runs | near, arms=protocol.arms, assumed=differing)
+    return {title: protocol, protocol.nearest: others}
 
 
 def _settings_of(study: Study, arm: str) -> Settings:
     """Return what decides the runs of a study's arm: each setting that has one value and isn't free by its nature."""
-    if not study.arms and arm in ("", ONLY_ARM):
-        config = study.config(NOTHING)
-    elif arm in study.arms:
-        config = study.arm(arm, NOTHING)
-    else:
+    if arm not in (study.arms or (ONLY_ARM, "")):
         wrong = f"has no arm {arm!r}" if arm else "has several arms, so name one, as study/arm"
         raise InputError("study", study.name, wrong, nearest(arm, list(study.arms) or [ONLY_ARM]))
+    config = study.arm(arm, NOTHING) if study.arms else study.config(NOTHING)
     return {key: value for key, value in config.flat().items() if key not in FREE and value != "auto"}
 
 
@@ -158,15 +152,15 @@ def counted(number: int, word: str) -> str:
 
 def is_like(run: RunRecord, protocol: Protocol, arm: str) -> bool:
     """Say whether a run has the settings of an arm."""
-    return next(_unlike(run, protocol, arm), None) is None
+    return not any(_unlike(run, protocol, arm))
 
 
 def _unlike(run: RunRecord, protocol: Protocol, arm: str) -> Iterator[tuple[str, Value]]:
     """Return the settings of an arm that a run doesn't have."""
-    settings, defaults = protocol.runs | protocol.own(arm), _defaults()
-    others = defaults.keys() - FREE if protocol.others == "default" else protocol.varied()
-    others = (others - settings.keys() - {"model.table"}) & run.params.keys() & defaults.keys()
-    wanted = settings | {name: defaults[name] for name in sorted(others)}
+    settings = protocol.runs | protocol.own(arm)
+    others = DEFAULTS.keys() - FREE if protocol.others == "default" else protocol.varied()
+    others = (others - settings.keys() - {"model.table"}) & run.params.keys() & DEFAULTS.keys()
+    wanted = settings | {name: DEFAULTS[name] for name in sorted(others)}
     return ((name, value) for name, value in wanted.items() if not has(run, name, value))
 
 
@@ -182,11 +176,6 @@ def _nearest(runs: Sequence[RunRecord], protocol: Protocol, arm: str) -> str:
     return f"no run is like {arm}: in the nearest ones {', '.join(words)}" if words else ""
 
 
-@cache
-def _defaults() -> dict[str, Value]:
-    return TrainConfig().flat()
-
-
 def _logged(run: RunRecord, name: str) -> list[str]:
     """Return what a run logged as a setting: a value, none, or several numbers of classes.
 
@@ -195,7 +184,7 @@ def _logged(run: RunRecord, name: str) -> list[str]:
     if name == CLASSES:
         return list(dict.fromkeys(str(len(each.classes)) for each in run.images.values() if each.classes))
     of_ours = CONFIG_HASH in run.tags and "optimiser.name" in run.params
-    logged = run.params.get(name, _defaults().get(name) if of_ours else None)
+    logged = run.params.get(name, DEFAULTS.get(name) if of_ours else None)
     return [] if logged is None else [str(logged)]
 
 
@@ -300,11 +289,10 @@ def _on_shared_splits(chosen: Chosen, aside: list[str]) -> Chosen:
         aside.append(f"on one split alone, {others} on another left aside: a third would count all")
         shared = {most}
     arms = {a: {pair: run for pair, run in found.items() if pair[0] in shared} for a, found in chosen.arms.items()}
-    if len(shared) == 1:
-        return Chosen(arms, aside=aside)
     some_run = next(run for of_arm in arms.values() for run in of_arm.values())
     share = number(some_run.params.get("data.test_fraction", ""))
-    return Chosen(arms, len(shared), share / (1 - share) if 0 < share < 1 else PUBLISHED_OVERLAP, aside)
+    overlap = share / (1 - share) if 0 < share < 1 else PUBLISHED_OVERLAP
+    return Chosen(arms, len(shared), overlap if len(shared) > 1 else 0, aside)
 
 
 def settings_of(run: RunRecord, but: Collection[str] = frozenset(FREE)) -> Alike:

@@ -10,6 +10,7 @@ from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import matplotlib
 from jinja2 import Environment, PackageLoader, StrictUndefined, select_autoescape
@@ -21,7 +22,7 @@ from effv2.core.figures import PALETTE
 from effv2.core.paths import write_csv
 from effv2.core.reporter import Reporter
 from effv2.evidence.claims import Claims, read_claims
-from effv2.evidence.exports import Evidence, export, joined, remove_export, tracked
+from effv2.evidence.exports import Evidence, export, exported, remove_export, tracked
 from effv2.evidence.judge import Finding, Judgement, Verdict, judge
 from effv2.evidence.quantities import EXPORTED, HISTORIES
 from effv2.evidence.results import results_of
@@ -35,36 +36,30 @@ from effv2.tracking.tags import REUSED, as_tags, reused
 from effv2.tracking.views import artifact_link, describe_experiment, save_views, view_links
 from effv2.tracking.writer import TrackedRun
 
+Content = str | Figure | Sequence[Sequence[Any]]  # of a file that is logged: a text, a figure, a table
 HTML, MARKDOWN, FIGURES, DATA = "report.html", "report.md", "figures", "data"  # in an export
 SETTINGS = {"svg.fonttype": "none", "svg.hashsalt": "effv2", "font.family": "sans-serif", "font.size": 9}
-INK = re.compile(r"#(000000|262626|333333|555555)\b")  # text, axes and ticks
-FRAME = re.compile(r"#(b0b0b0|cccccc)\b")  # grid and legend
-PAPER = re.compile(r'<g id="patch_\d+">\s*<path [^>]*style="[^"]*fill: #ffffff[^"]*"/>\s*</g>')
-TAG = re.compile(r"<[^>]+>")
-NUMBER = re.compile(r"-?\d+\.\d{2,}")
+TAG, NUMBER = re.compile(r"<[^>]+>"), re.compile(r"-?\d+\.\d{2,}")
+# What makes an SVG file a part of a page: its colours become the page's variables, its text takes the page's font.
+AS_PART = {
+    r'<g id="patch_\d+">\s*<path [^>]*style="[^"]*fill: #ffffff[^"]*"/>\s*</g>': "",  # paper
+    r"#(b0b0b0|cccccc)\b": "var(--line)",  # grid and legend
+    r"#(000000|262626|333333|555555)\b": "var(--ink)",  # text, axes and ticks
+    **{f"(?i){colour}": f"var(--c{index})" for index, colour in enumerate(PALETTE, 1)},
+    r'<g id="(?!m)[a-z0-9_]+">': "<g>",
+    r"font-family: [^;\"]*; ?": "",
+    r"(?s)<style.*?</style>|\s*<metadata>.*?</metadata>": "",
+}
 
 
 @dataclass(frozen=True)
 class Report:
-    """What came out in one sentence, a page, its Markdown twin and the figures that the twin shows, by file name."""
+    """What came out in one sentence, and files by name: a page, its Markdown twin, the figures that the twin shows."""
 
     summary: str
     own: Sequence[str]  # the verdicts of the user's own claims, a line each
     studies: Sequence[StudyResults]
-    html: str
-    markdown: str
-    figures: Mapping[str, str]
-
-    def write(self, folder: Path) -> None:
-        """Write all of it, in the place of the figures that an earlier report shows there."""
-        (folder / FIGURES).mkdir(parents=True, exist_ok=True)
-        page = folder / MARKDOWN
-        earlier = page.read_text(encoding="utf-8", errors="replace") if page.is_file() else ""
-        for name in re.findall(rf"\]\({FIGURES}/(\d+-[a-z0-9-]+\.svg)\)", earlier):
-            (folder / FIGURES / name).unlink(missing_ok=True)
-        figures = {f"{FIGURES}/{name}": svg for name, svg in self.figures.items()}
-        for name, text in {HTML: self.html, MARKDOWN: self.markdown, **figures}.items():
-            (folder / name).write_text(text, encoding="utf-8")
+    files: Mapping[str, str]
 
 
 def publish_study(parent: TrackedRun, used: Mapping[str, str]) -> StudyResults:
@@ -79,7 +74,10 @@ def publish_study(parent: TrackedRun, used: Mapping[str, str]) -> StudyResults:
     parent.set_tags(as_tags(REUSED, others))
     report = make_report(tracked(parent.experiment_id, parent=parent.run_id), read_claims(), only_touched=True)
     results = next(each for each in report.studies if each.run_id == parent.run_id)
-    _log(parent, report, results)
+    files: dict[str, Content] = {**report.files, **results.files}
+    if results.table and results.document:
+        files[results.document] = f"# {results.title}\n\n{results.markdown()}\n"
+    _log(parent, files)
     parent.log_metrics(results.metrics)
     parent.describe(results.markdown(_show_in_ui(parent)))
     return results
@@ -111,11 +109,11 @@ def publish(experiment: str, own: Path | None, target: Path | None, reporter: Re
             parents = [study.parent.run_id for study in studies_of(evidence.runs) if study.kind]
             for place in [run, *(TrackedRun(run_id, run.experiment_id) for run_id in parents)]:
                 reporter.progress("logging the report")
-                _log(place, report)
+                _log(place, report.files)
             run.describe(f"{report.summary}.\n\n{_show_in_ui(run)}")
             if target is not None:
                 reporter.progress("exporting")
-                _write(report, evidence, target, claims)
+                _export(report, evidence, target, claims)
     except TrackingError as error:
         raise RunError(f"The tracking store failed ({store.reason(error)}); mend it and try again.") from error
     return report, run_address(run.run_id, run.experiment_id)
@@ -127,31 +125,33 @@ def rebuild(sources: Sequence[Path], own: Path | None, target: Path, reporter: R
     Where no file of claims is given, it is the one that was exported with them. InputError before anything is made.
     """
     reporter.progress("reading what was exported")
-    evidence = joined([source / DATA for source in sources])
+    evidence = exported([source / DATA for source in sources])
     if own is None and len(evidence.claims) > 1:
         files = " and ".join(map(str, evidence.claims))
         raise InputError("from_export", files, "the exports' claims.yaml differ", "name one of them as `claims`")
     claims = read_claims(own or next(iter(evidence.claims), None))
     _prepare(target)
     report = make_report(evidence, claims, progress=reporter.progress)
-    _write(report, evidence, target, claims)
+    _export(report, evidence, target, claims)
     return report
 
 
-def _log(run: TrackedRun, report: Report, results: StudyResults | None = None) -> None:
-    """Log a report as artifacts of a run, and the files of a study's results."""
-    with tempfile.TemporaryDirectory() as name:
-        folder = Path(name)
-        report.write(folder)
-        for file, content in results.files.items() if results else ():
-            if isinstance(content, Figure):
-                content.savefig(folder / file, dpi=120)
-            else:
-                write_csv(folder / file, content)
-        if results and results.document and results.table:
-            text = f"# {results.title}\n\n{results.markdown()}\n"
-            (folder / results.document).write_text(text, encoding="utf-8")
-        run.log_folder(folder)
+def _log(run: TrackedRun, files: Mapping[str, Content]) -> None:
+    with tempfile.TemporaryDirectory() as folder:
+        _write(Path(folder), files)
+        run.log_folder(Path(folder))
+
+
+def _write(folder: Path, files: Mapping[str, Content]) -> None:
+    for name, content in files.items():
+        path = folder / name
+        path.parent.mkdir(exist_ok=True)
+        if isinstance(content, str):
+            path.write_text(content, encoding="utf-8")
+        elif isinstance(content, Figure):
+            content.savefig(path, dpi=120)
+        else:
+            write_csv(path, content)
 
 
 def _show_in_ui(run: TrackedRun) -> str:
@@ -172,10 +172,15 @@ def _prepare(target: Path) -> None:
         raise InputError("export", target, f"can't be written to ({error.strerror})", "give another folder") from error
 
 
-def _write(report: Report, evidence: Evidence, target: Path, claims: Claims) -> None:
-    own = {name: path.read_text(encoding="utf-8") for name, path in claims.files.items()}
+def _export(report: Report, evidence: Evidence, target: Path, claims: Claims) -> None:
+    """Write a report and its data, in the place of the data and the figures of an earlier one there."""
     remove_export(target / DATA)
-    report.write(target)
+    page = target / MARKDOWN
+    earlier = page.read_text(encoding="utf-8", errors="replace") if page.is_file() else ""
+    for name in re.findall(rf"\]\({FIGURES}/(\d+-[a-z0-9-]+\.svg)\)", earlier):
+        (target / FIGURES / name).unlink(missing_ok=True)
+    _write(target, report.files)
+    own = {name: path.read_text(encoding="utf-8") for name, path in claims.files.items()}
     export(evidence, target / DATA, own)
 
 
@@ -192,7 +197,7 @@ def make_report(
         drawn.append({f"{number:02}-{_slug(name)}.svg": (name, _svg_file(f)) for name, f in study.figures.items()})
     environment = Environment(
         loader=PackageLoader("effv2.evidence"),
-        autoescape=select_autoescape(["html", "html.j2"]),
+        autoescape=select_autoescape(["html.j2"]),
         undefined=StrictUndefined,
         trim_blocks=True,
         lstrip_blocks=True,
@@ -207,10 +212,11 @@ def make_report(
         "sections": list(zip(studies, drawn, strict=True)),
         "figures": FIGURES,
     }
-    html, markdown = (environment.get_template(f"{name}.j2").render(values) for name in (HTML, MARKDOWN))
+    files = {name: environment.get_template(f"{name}.j2").render(values) for name in (HTML, MARKDOWN)}
+    files[MARKDOWN] = re.sub(r"\n{3,}", "\n\n", files[MARKDOWN])
+    files |= {f"{FIGURES}/{name}": svg for each in drawn for name, (_, svg) in each.items()}
     own = [f"{each.id} {each.verdict.value}: {_why(each)}" for each in shown if each.id in claims.own]
-    figures = {name: svg for each in drawn for name, (_, svg) in each.items()}
-    return Report(summary, own, studies, html, re.sub(r"\n{3,}", "\n\n", markdown), figures)
+    return Report(summary, own, studies, files)
 
 
 def _summary(evidence: Evidence, judgements: Sequence[Judgement]) -> str:
@@ -249,13 +255,11 @@ def _why(judgement: Judgement) -> str:
 
 
 def _numbers(finding: Finding) -> list[str]:
-    """Return what there is to say in numbers of one thing that a claim says."""
     published = f"published: {finding.published}" if finding.published else ""
     return list(filter(None, (published, _estimated(finding), finding.single, finding.lacking)))
 
 
 def _estimated(finding: Finding) -> str:
-    """Return what the runs say, with its p-values."""
     written = list(dict.fromkeys(p_text(p) for p in (finding.p, finding.corrected) if p is not None))
     holm = [f"({p} after Holm for {finding.tests} tests)" for p in written[1:]]
     return ", ".join(filter(None, (finding.evidence, " ".join([*written[:1], *holm]))))
@@ -271,17 +275,10 @@ def _svg_file(figure: Figure) -> str:
 
 
 def _inline(svg: str, label: str) -> Markup:
-    """Turn an SVG file into an element of a page, `label` being read to those who don't see it.
-
-    Colours become the page's variables: `ink`, `line` and `c1` on; text takes the page's font.
-    """
-    body = PAPER.sub("", svg[svg.index("<svg") :])
-    palette = {f"c{index}": re.compile(colour, re.IGNORECASE) for index, colour in enumerate(PALETTE, 1)}
-    for name, colour in {"line": FRAME, "ink": INK, **palette}.items():
-        body = colour.sub(f"var(--{name})", body)
-    body = re.sub(r'<g id="(?!m)[a-z0-9_]+">', "<g>", body)
-    body = re.sub(r"font-family: [^;\"]*; ?", "", body)
-    body = re.sub(r"<style.*?</style>|\s*<metadata>.*?</metadata>", "", body, flags=re.DOTALL)
+    """Turn an SVG file into an element of a page, `label` being read to those who don't see it."""
+    body = svg[svg.index("<svg") :]
+    for pattern, ours in AS_PART.items():
+        body = re.sub(pattern, ours, body)
     size = re.search(r'viewBox="[^"]*"', body)
     start = f'<svg role="img" aria-label="{escape(label)}" {size[0] if size else ""}'
     return Markup(start + body[body.index(">") :])  # noqa: S704 (our own SVG, the label escaped)

@@ -1,49 +1,60 @@
-"""What came out of studies, whatever they study: made once, from tracked runs alone."""
+"""What came out of studies, made once, from tracked runs alone: of arms by `arms`, of searches and networks here."""
 
 from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
-from textwrap import shorten
+from itertools import combinations, cycle
+from typing import Any, NamedTuple
 
+import numpy as np
+from matplotlib.figure import Figure
+from matplotlib.ticker import LogLocator, NullLocator, StrMethodFormatter
+
+from effv2.core.figures import MARKERS, PALETTE, plain
 from effv2.evidence.arms import arms_results
 from effv2.evidence.claims import Claims
-from effv2.evidence.networks import networks_results
-from effv2.evidence.protocols import SEED_SETTING, SPLIT_SEED, RightAnswers, counted
-from effv2.evidence.quantities import EPOCH_SECONDS, VALIDATION, duration, number, percent
-from effv2.evidence.study import NO_STUDY, NONE, Rows, StudyResults, TrackedStudy, studies_of
+from effv2.evidence.protocols import SEED_SETTING, SPLIT_SEED, RightAnswers, complete
+from effv2.evidence.quantities import EVALUATE_RATE, SHOWN, VALIDATION, duration, number, percent, whole
+from effv2.evidence.statistics import LEVEL, holm, mcnemar, p_text, wilson
+from effv2.evidence.study import NO_STUDY, NONE, Rows, StudyResults, TrackedStudy, environment, line_of, studies_of
 from effv2.tracking import tags
 from effv2.tracking.accuracies import SELECTED_TEST, SELECTED_VALIDATION
 from effv2.tracking.read import RunRecord
 
 BEST_TRIALS = 5
-MOST_NAMED, LONGEST_REASON = 6, 150  # of the runs that a study lacks; characters
-# How tags are called where a report tells of the code, the data and the machine.
-ENVIRONMENT = {
-    tags.GIT_COMMIT: "git commit",
-    tags.GIT_DIRTY: "uncommitted changes",
-    tags.CODE_VERSION: "code version",
-    tags.DATA_DIGEST: "data digest",
-    **{f"{tags.MACHINE}{name}": name for name in ("processor", "cores", "threads", "accelerator")},
-    f"{tags.MACHINE}memory_gib": "memory, GiB",
-    f"{tags.MACHINE}system": "system",
-    f"{tags.MACHINE}python": "Python",
-    **{f"{tags.MACHINE}{name}": name for name in ("torch", "torchvision", "mlflow")},
+PAIRS_WITH_P = 6  # with more pairs the p-values stand in pairs.csv alone
+FEW_IMAGES = 100
+OF_ANY_IMAGES = ("top1_accuracy", "top1_present", "top5_accuracy", "loss", "ece")
+# What a ranking rests on, by the origin of the images, and what to make of it.
+IMAGES = {
+    "unseen": ("images of ImageNet's validation set, to which published weights were not fitted", ""),
+    "seen": (
+        "images of ImageNet's training set",
+        " Published weights were fitted to these images: this says how well, little of how they predict others.",
+    ),
+    "unknown": (
+        "images of which the names don't tell whether they are ImageNet's",
+        " Whether the weights were fitted to these images is not known.",
+    ),
 }
+Ranked = Mapping[str, np.ndarray]  # which images networks got right, the best first: label to bool (N)
+SETS = {"unseen": "images that it was not trained on", "unknown": "images that it may not have been trained on"}
 
 
 def results_of(runs: Sequence[RunRecord], claims: Claims, right: RightAnswers) -> list[StudyResults]:
     """Return what came out of all studies; those of one name also say their split, or which run they are."""
     studies = studies_of(runs)
-    titles = Counter(study.parent.name for study in studies)
-    made = [study_results(study, claims, right) for study in studies]
-    for place, (study, results) in enumerate(zip(studies, made, strict=True)):
+    titles, made = Counter(study.parent.name for study in studies), []
+    for study in studies:
+        results = study_results(study, claims, right)
         if titles[results.title] > 1:
-            splits = dict.fromkeys(run.params.get(SPLIT_SEED, "") for run in study.runs)
-            split = f"split {', '.join(splits)}, " if any(splits) else ""
-            made[place] = replace(results, title=f"{results.title} ({split}run {results.run_id[:8]})")
+            splits = ", ".join(dict.fromkeys(run.params.get(SPLIT_SEED, "") for run in study.runs))
+            split = f"split {splits}, " if splits else ""
+            results = replace(results, title=f"{results.title} ({split}run {results.run_id[:8]})")
+        made.append(results)
     return made
 
 
@@ -61,44 +72,10 @@ def study_results(study: TrackedStudy, claims: Claims, right: RightAnswers) -> S
         title=parent.name,
         description=parent.params.get("study.description", ""),
         run_id=parent.run_id,
-        missing=_missing(study),
+        missing=study.missing(),
         commands=list(dict.fromkeys(c for run in known or study.runs if (c := run.tags.get(tags.COMMAND, "")))),
-        environment=list(_environment([*known, *study.runs])),
+        environment=list(environment([*known, *study.runs])),
     )
-
-
-def _missing(study: TrackedStudy) -> str:
-    """Say what a study lacks: runs that failed, and planned ones. One that diverged is an answer to a search."""
-    there = {run.name for run in study.runs if run.status == "FINISHED"}
-    failed = {run.name: run.tags.get(tags.ERROR, "no reason known") for run in study.runs if run.status == "FAILED"}
-    lacking = [name for name in tags.names_in(study.parent.tags, tags.PLANNED) if name not in there | failed.keys()]
-    diverged = {name for name, error in failed.items() if error.startswith("Diverged:")}
-    hidden = there | (diverged if study.kind == "search" else set())
-    errors = [f"{name} ({shorten(error, LONGEST_REASON)})" for name, error in failed.items() if name not in hidden]
-    found = ["it is being worked on, or its process died"] if any(run.status == "RUNNING" for run in study.runs) else []
-    for words, names in {"failed": errors, "planned but not finished": lacking}.items():
-        if names:
-            more = f" and {len(names) - MOST_NAMED} more" if len(names) > MOST_NAMED else ""
-            found.append(f"{counted(len(names), 'run')} {words}: {', '.join(names[:MOST_NAMED])}{more}")
-    if not study.runs:
-        found.append("it has no runs yet")
-    resumes = study.parent.tags.get(tags.COMMAND) and (lacking or failed.keys() - there - diverged)
-    return f"{'; '.join(found)}.{' The command below resumes it.' if resumes else ''}" if found else ""
-
-
-def _environment(runs: Sequence[RunRecord]) -> Iterator[tuple[str, str]]:
-    for tag, words in ENVIRONMENT.items():
-        if values := dict.fromkeys(run.tags[tag] for run in runs if tag in run.tags):
-            yield words, ", ".join(values)
-    sets = dict.fromkeys(
-        f"{images.name}, {images.images:,} images of {len(images.classes)} classes, digest {images.digest}: {context}"
-        for run in runs
-        for context, images in sorted(run.images.items())
-    )
-    if sets:
-        yield "data", "; ".join(sets)
-    if took := [sum(curve.values()) for run in runs if (curve := run.history.get(EPOCH_SECONDS))]:
-        yield "epochs took", f"{duration(sum(took))}, finished runs: {len(took)}"
 
 
 def search_results(study: TrackedStudy) -> StudyResults:
@@ -153,3 +130,138 @@ def _notes_on_trials(study: TrackedStudy, any_ranked: bool) -> list[str]:
     seen = "the best one alone" if looks == 1 else f"{looks}, each the best one when the search had come that far"
     how = f"Trials are chosen on validation; the test set is looked at by {seen}, after it was chosen."
     return [f"Trials: {words}.", how]
+
+
+class NetworkPair(NamedTuple):
+    """Two networks, the one with more right answers first, and McNemar's test of them."""
+
+    better: str
+    worse: str
+    only_better_right: int
+    only_worse_right: int
+    p: float
+    p_holm: float
+    told_apart: bool
+
+
+def networks_results(study: TrackedStudy, right: RightAnswers) -> StudyResults:
+    """Return what came out of an evaluation of networks; `right` reads which images a run got right."""
+    runs = {run.name: run for run in complete(study.in_order())}
+    ranked, images, origin = _rank(runs, right)
+    names = list(combinations(ranked, 2))
+    tests = [mcnemar(ranked[one], ranked[other]) for one, other in names]
+    found = zip(names, tests, holm([p for *_, p in tests]), strict=True)
+    pairs = [NetworkPair(*both, one, other, p, holms, holms < LEVEL) for both, (one, other, p), holms in found]
+    ordered = {label: runs[label] for label in dict.fromkeys([*ranked, *runs])}
+    wanted = [f"{which}/{name}" for which in dict.fromkeys(("eval", images)) for name in OF_ANY_IMAGES]
+    logged = [(label, name) for label in runs for name in wanted if name in runs[label].metrics]
+    metrics = sorted({name for run in runs.values() for name in run.metrics})
+    rows: list[tuple[Any, ...]] = [("network", "run_id", "right", "images", "low", "high", *metrics)]
+    for label, run in ((label, run) for label, run in runs.items() if label in ranked):
+        counts = int(ranked[label].sum()), len(ranked[label])
+        rows.append((label, run.run_id, *counts, *wilson(*counts), *map(run.metrics.get, metrics)))
+    files = {"ranking.csv": rows, "pairs.csv": [NetworkPair._fields, *pairs]}
+    return StudyResults(
+        sentence=_sentence(runs, ranked, origin, pairs),
+        table=_table(ordered.values()),
+        details=_details(ordered, images),
+        document="ranking.md",
+        metrics={f"{label}/{name}": runs[label].metrics[name] for label, name in logged},
+        files=files | {"accuracy_against_cost.png": _figure(runs, ranked, origin)} if ranked else {},
+    )
+
+
+def _rank(runs: Mapping[str, RunRecord], right: RightAnswers) -> tuple[Ranked, str, str]:
+    """Rank networks by the images that their runs have predictions of, all of the same ones.
+
+    Runs that don't say which images those are, and where they are from, are older: the number of images tells.
+    """
+    answers = {label: found for label, run in runs.items() if (found := right(run))}
+    if not answers:
+        return {}, "eval", "unknown"
+    shared = sorted(set.intersection(*map(set, answers.values())))
+    correct = {label: np.array([each[image] for image in shared], bool) for label, each in answers.items()}
+    first = runs[next(iter(answers))]
+    fitting = [name for name in SETS if first.metrics.get(f"{name}/images") == len(shared)]
+    images = first.params.get("evaluation.ranked_on", (*fitting, "eval")[0])
+    origin = first.params.get("evaluation.ranked_origin", images if images in IMAGES else "unknown")
+    return dict(sorted(correct.items(), key=lambda item: -int(item[1].sum()))), images, origin
+
+
+def _sentence(runs: Iterable[str], ranked: Ranked, origin: str, pairs: Sequence[NetworkPair]) -> str:
+    """Say which network is better than which, and of which pairs it can't be told."""
+    lost = [label for label in runs if label not in ranked]
+    missing = f" Not ranked, since predictions are missing: {_joined(lost)}." if lost else ""
+    if not ranked:
+        return f"No network was ranked.{missing}"
+    size = len(next(iter(ranked.values())))
+    images, caution = IMAGES[origin]
+    better, open_ = dict[str, list[str]](), dict[str, list[str]]()
+    for pair in pairs:
+        p = f" ({p_text(pair.p_holm)})" if len(pairs) <= PAIRS_WITH_P else ""
+        (better if pair.told_apart else open_).setdefault(pair.better, []).append(f"{pair.worse}{p}")
+    words = [f"{one} is better than {_joined(others)}" for one, others in better.items()]
+    if open_:
+        either = "; ".join(f"{one} or {_joined(others, 'or')}" for one, others in open_.items())
+        words.append(f"it can't be told which is better: {either}")
+    how = f" (exact McNemar tests, Holm-corrected for {len(pairs)}, {LEVEL:.0%} level)" if pairs else ""
+    what = "; ".join(words) or "one network alone, nothing to compare"
+    few = f" So few images rarely decide; evaluate more than {FEW_IMAGES}." if size < FEW_IMAGES else ""
+    return f"Top-1 over 1000 classes on {size:,} {images}{how}: {what}.{few}{caution}{missing}"
+
+
+def _joined(words: Sequence[str], last: str = "and") -> str:
+    return f" {last} ".join(filter(None, (", ".join(words[:-1]), words[-1])))
+
+
+def _table(runs: Iterable[RunRecord]) -> Rows:
+    """Return a line a network and set of images: those that it wasn't fitted to, where they are known, and all."""
+    rows: Rows = [("network", "top-1 of 1000 [95 % Wilson]", "among the classes present", "on", "images/s")]
+    for run in runs:
+        seen, rate = run.metrics.get("seen/images", 0), run.metrics.get(EVALUATE_RATE)
+        every = "test images" + (f", {seen:,.0f} of which it was trained on" if seen else "")
+        for images, which in (SETS | {"eval": every}).items():
+            value, present = (run.metrics.get(f"{images}/{name}") for name in OF_ANY_IMAGES[:2])
+            if value is None:
+                continue
+            count = int(run.metrics.get(f"{images}/images", 0))  # which older runs lack
+            shown = percent(value) + (f" [{wilson(round(value * count), count).text(percent)}]" if count else "")
+            cells = (NONE if present is None else percent(present), f"{count:,} {which}" if count else which)
+            rows.append((run.name, shown, *cells, NONE if rate is None else whole(rate)))
+    return rows if len(rows) > 1 else []
+
+
+def _details(runs: Mapping[str, RunRecord], images: str) -> Rows:
+    """Return the other figures of networks, and what their weights are: a line each, a column a network."""
+    if not runs:
+        return []
+    groups = {label: [run] for label, run in runs.items()}
+    names = [*(f"{images}/{name}" for name in OF_ANY_IMAGES[2:]), *SHOWN]
+    params = {"weights.name": "weights", "weights.sha256": "their SHA-256", "weights.verified": "published, verified"}
+    weights = [(words, *(run.params.get(name, NONE) for run in runs.values())) for name, words in params.items()]
+    figures = [line for name in names for line in line_of(groups, name)]
+    return [("network", *runs), *figures, *weights, ("run", *(run.run_id for run in runs.values()))]
+
+
+def _figure(runs: Mapping[str, RunRecord], ranked: Ranked, origin: str) -> Figure:
+    """Draw accuracy with its 95 % interval against arithmetic and against measured time, both an image."""
+    figure = Figure(figsize=(9, 4.2), layout="constrained")
+    panels, size = figure.subplots(1, 2, sharey=True), 0
+    for index, ((label, each), colour) in enumerate(zip(ranked.items(), cycle(PALETTE), strict=False)):
+        metrics, size = runs[label].metrics, len(each)
+        low, high = wilson(int(each.sum()), size)
+        reach = [[100 * (each.mean() - low)], [100 * (high - each.mean())]]
+        costs = (metrics.get("model/gflops"), 1000 / metrics.get(EVALUATE_RATE, math.inf))
+        style = {"fmt": MARKERS[index // len(PALETTE) % len(MARKERS)], "color": colour, "capsize": 3}
+        for axes, cost in zip(panels, costs, strict=True):
+            if cost:
+                axes.errorbar(cost, 100 * each.mean(), yerr=reach, label=plain(label), **style)
+    for axes, unit in zip(panels, ("GFLOPs", "milliseconds, at full rate:"), strict=True):
+        axes.set(xscale="log", xlabel=f"{unit} an image (log)")
+        ticks = {"major_locator": LogLocator(subs=(1, 2, 5)), "minor_locator": NullLocator()}
+        axes.xaxis.set(major_formatter=StrMethodFormatter("{x:g}"), **ticks)
+        axes.grid(alpha=0.3)
+    panels[0].set_ylabel("accuracy, %")
+    figure.suptitle(f"top-1 of 1000, {size:,} {origin} images")
+    figure.legend(*panels[0].get_legend_handles_labels(), loc="outside lower center", ncols=3)
+    return figure

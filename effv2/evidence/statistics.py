@@ -106,9 +106,9 @@ class Estimate:
         found: np.ndarray = distances[squares > 0] / np.sqrt(squares[squares > 0])
         return found
 
-    def interval(self, confidence: float = CONFIDENCE) -> Interval:
+    def interval(self) -> Interval:
         """Return the confidence interval of the mean; NaN for one value."""
-        tail = (1 - confidence) / 2
+        tail = (1 - CONFIDENCE) / 2
         if self.n < BOOTSTRAP_FROM or self.error < TINY:
             high = stats.t.ppf(1 - tail, self.degrees)
             low = -high
@@ -117,12 +117,10 @@ class Estimate:
         return Interval(self.mean - float(high) * self.error, self.mean - float(low) * self.error)
 
     def p(self, edge: float) -> float:
-        """Return the two-sided p-value of the mean being `edge`; 1 for one value.
+        """Return the two-sided p-value of the mean being `edge`, for two values or more.
 
         Values that are all the same show nothing of how much they vary: then it is the sign test's.
         """
-        if self.n < 2:
-            return 1.0
         if self.error < TINY:
             return 1.0 if abs(self.mean - edge) < TINY else min(1.0, 2 * 0.5**self.n)
         t = (self.mean - edge) / self.error
@@ -132,20 +130,18 @@ class Estimate:
         below = (np.sum(self._pivots <= t) + 1) / (RESAMPLES + 1)
         return float(min(1.0, 2 * min(above, below)))
 
-    def prediction(self, deviation: float | None = None, confidence: float = CONFIDENCE) -> Interval:
+    def prediction(self, deviation: float | None = None) -> Interval:
         """Return the interval in which a single further value is expected (normal values); NaN for one value.
 
         `deviation` is that of single values, where these are means of several.
         """
         spread = math.hypot(self.deviation if deviation is None else deviation, self.error)
-        reach = float(stats.t.ppf((1 + confidence) / 2, self.degrees) * spread)
+        reach = float(stats.t.ppf((1 + CONFIDENCE) / 2, self.degrees) * spread)
         return Interval(self.mean - reach, self.mean + reach)
 
 
 def power(effect: float, deviation: float, n: int, level: float = LEVEL, overlap: float = 0.0) -> float:
     """Return the probability that a two-sided t-test of `n` values tells their mean from one `effect` away from it."""
-    if n < 2:
-        return 0.0
     limit, shift = special.stdtrit(n - 1, 1 - level / 2), abs(effect) / (deviation * np.sqrt(1 / n + overlap))
     below = np.nan_to_num(special.nctdtr(n - 1, shift, -limit))  # of a large shift it is nothing, and SciPy says NaN
     return float(1 - special.nctdtr(n - 1, shift, limit) + below)
@@ -164,7 +160,7 @@ def more_to_decide(estimate: Estimate, edge: float, level: float = LEVEL) -> tup
     As if the difference seen were the true one, for the ends of the standard deviation's 80 % interval (chi-square).
     """
     effect = estimate.mean - edge
-    if estimate.n < 2 or abs(effect) < TINY:
+    if abs(effect) < TINY:
         return None
     numbers: list[int | None]
     if estimate.error < TINY:  # so many equal ones that the sign test decides
