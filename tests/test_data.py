@@ -18,10 +18,9 @@ from sklearn.model_selection import train_test_split
 
 from effv2.config.schema import DataConfig
 from effv2.core.errors import InputError
-from effv2.data import cache
 from effv2.data.batches import batch_count, epoch_order, to_input, training_batches
 from effv2.data.dataset import Dataset, load_dataset, stratified_split
-from effv2.data.images import LabelledImages, Square, sha256_of
+from effv2.data.images import LabelledImages, Square, decode, sha256_of
 from tests.conftest import make_image_tree
 
 
@@ -113,7 +112,7 @@ def test_folder_with_all_three_parts_and_with_none(tmp_path: Path) -> None:
 def test_decoding_is_pillows_in_every_mode(tmp_path: Path, own_cache: Path) -> None:
     root = make_image_tree(tmp_path / "set")
     images = files_in(root)
-    decoded = cache.decode(images, Square(8))
+    decoded = decode(images, Square(8))
     for path, pixels, rgb in zip(images.items, decoded.pixels, decoded.rgb, strict=True):
         with Image.open(path) as image:
             assert np.array_equal(pixels, np.asarray(image.convert("RGB").resize((8, 8), Image.Resampling.BILINEAR)))
@@ -124,20 +123,20 @@ def test_second_start_decodes_nothing_and_an_edit_is_seen(
     tmp_path: Path, own_cache: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     images = files_in(make_image_tree(tmp_path / "set"))
-    first = cache.decode(images, Square(8))
+    first = decode(images, Square(8))
     copy = files_in(make_image_tree(tmp_path / "copy"))
     with monkeypatch.context() as patch:
         patch.setattr(LabelledImages, "open", lambda *_: pytest.fail("decoded again"))
-        assert np.array_equal(cache.decode(images, Square(8)).pixels, first.pixels)
-        assert np.array_equal(cache.decode(copy, Square(8)).pixels, first.pixels)  # found by content, wherever it lies
+        assert np.array_equal(decode(images, Square(8)).pixels, first.pixels)
+        assert np.array_equal(decode(copy, Square(8)).pixels, first.pixels)  # found by content, wherever it lies
     Image.new("RGB", (9, 9), "red").save(images.items[0])
-    assert not np.array_equal(cache.decode(images, Square(8)).pixels, first.pixels)
+    assert not np.array_equal(decode(images, Square(8)).pixels, first.pixels)
 
 
 @pytest.mark.parametrize("damage", ["flip", "truncate", "empty", "no index", "wrong index", "stamp"])
 def test_damaged_entry_is_rebuilt(tmp_path: Path, own_cache: Path, damage: str) -> None:
     images = files_in(make_image_tree(tmp_path / "set"))
-    first = np.array(cache.decode(images, Square(8)).pixels)
+    first = np.array(decode(images, Square(8)).pixels)
     (pixels,) = own_cache.rglob("pixels.npy")
     if damage == "flip":
         content = bytearray(pixels.read_bytes())
@@ -154,15 +153,14 @@ def test_damaged_entry_is_rebuilt(tmp_path: Path, own_cache: Path, damage: str) 
         pixels.with_name("index.json").write_text("{}")
     else:
         pixels.with_name("index.json").unlink()
-    assert np.array_equal(cache.decode(images, Square(8)).pixels, first)
+    assert np.array_equal(decode(images, Square(8)).pixels, first)
     assert json.loads(pixels.with_name("index.json").read_text())["sha256"] == sha256_of(first)
 
 
 def test_processes_that_build_at_once_agree(tmp_path: Path, own_cache: Path) -> None:
     root = make_image_tree(tmp_path / "set", images=40)
     script = (
-        "import sys; from pathlib import Path; from effv2.data.cache import decode\n"
-        "from effv2.data.images import LabelledImages, Square\n"
+        "import sys; from pathlib import Path; from effv2.data.images import LabelledImages, Square, decode\n"
         "paths = sorted(Path(sys.argv[1]).rglob('*.*'))\n"
         "print(decode(LabelledImages.of_files(paths, [0] * len(paths), paths), Square(8)).sha256)"
     )

@@ -41,6 +41,11 @@ class Group(BaseModel):
                 raise PydanticCustomError(UNKNOWN_KEY, "unknown key '{key}'; {remedy}", about)
         return values
 
+    def flat(self) -> dict[str, Any]:
+        """Return every field of a group of groups under its dotted name."""
+        groups = self.model_dump()
+        return {f"{group}.{name}": value for group, fields in groups.items() for name, value in fields.items()}
+
 
 class DataConfig(Group):
     """Which images, how they are sampled and split."""
@@ -189,11 +194,6 @@ class TrainConfig(Group):
     evaluation: EvaluationConfig = Field(default_factory=EvaluationConfig)
     execution: ExecutionConfig = Field(default_factory=ExecutionConfig)
     random: RandomConfig = Field(default_factory=RandomConfig)
-
-    def flat(self) -> dict[str, Any]:
-        """Return every field under its dotted name."""
-        groups = self.model_dump()
-        return {f"{group}.{name}": value for group, fields in groups.items() for name, value in fields.items()}
 
     def with_seed(self, seed: int) -> TrainConfig:
         """Return this configuration for another seed."""

@@ -37,12 +37,11 @@ def limit_compiled_forms(count: int) -> None:
     torch._dynamo.config.accumulated_recompile_limit = count
 
 
-def imagenette_archive() -> tuple[str, str]:
-    """Return the address and the MD5 of Imagenette's archive of small images."""
+def imagenette_names() -> dict[str, str]:
+    """Return the names of Imagenette's classes by the names of their folders, in their order."""
     from torchvision.datasets import Imagenette
 
-    url, md5 = Imagenette._ARCHIVES["160px"]
-    return url, md5
+    return {folder: names[0] for folder, names in Imagenette._WNID_TO_CLASS.items()}
 
 
 def imagenet_metrics(weights: Any) -> Mapping[str, float]:

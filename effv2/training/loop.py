@@ -17,7 +17,7 @@ from effv2.core.signals import uninterrupted
 from effv2.data.batches import augment, batch_count, epoch_order, mix_samples, one_hot, to_input, training_batches
 from effv2.data.dataset import Dataset, to_device
 from effv2.execution.device import Execution
-from effv2.training.evaluate import EPOCH_METRICS, evaluate
+from effv2.training.evaluate import epoch_metrics, evaluate
 from effv2.training.state import EpochSums, TrainState, watched_accuracy
 
 # On an accelerator the loss is looked at this seldom, since each look waits for the device.
@@ -152,7 +152,7 @@ class Training:
         for name, split in splits.items():
             result = evaluate(network, split, self.config, self.execution)
             self._must_be_finite(result.loss, name)
-            metrics |= {f"{name}/{metric}": measure(result) for metric, measure in EPOCH_METRICS.items()}
+            metrics |= {f"{name}/{metric}": value for metric, value in epoch_metrics(result).items()}
         seconds = time.perf_counter() - started
         rate = sum(map(len, splits.values())) / seconds
         return metrics | {"time/evaluate_seconds": seconds, "throughput/evaluate_images_per_second": rate}
