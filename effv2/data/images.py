@@ -76,27 +76,27 @@ class LabelledImages:
 
     def stamp(self) -> str:
         """Return a string that changes whenever the content may have changed, quickly."""
-        if self.items.dtype != object:
-            return self.digest()
-        digest = hashlib.sha256()
-        for path in self.items:
-            digest.update(os.fsencode(path.absolute()) + b"\0")
-            with suppress(OSError):  # what can't be read is reported when it is decoded
-                status = path.stat()
-                digest.update(f"{status.st_size} {status.st_mtime_ns}".encode())
-        return digest.hexdigest()
+
+        def state(path: Path) -> bytes:
+            status = path.stat()
+            return os.fsencode(path.absolute()) + f"\0{status.st_size} {status.st_mtime_ns}".encode()
+
+        return self._hash(state)
 
     def digest(self) -> str:
-        """Hash the content: the bytes of the array, or of each file; a file that can't be read has its own hash."""
+        """Hash the content."""
+        return self._hash(lambda path: hashlib.sha256(path.read_bytes()).digest())
+
+    def _hash(self, of_file: Callable[[Path], bytes]) -> str:
+        """Hash the bytes of the array, or what stands for each file."""
         if self.items.dtype != object:
             return sha256_of(self.items)
         digest = hashlib.sha256()
         for path in self.items:
             try:
-                content = path.read_bytes()
+                digest.update(of_file(path))
             except OSError:  # reported when it is decoded
-                content = b"unreadable\0" + os.fsencode(path)
-            digest.update(hashlib.sha256(content).digest())
+                digest.update(b"unreadable\0" + os.fsencode(path))
         return digest.hexdigest()
 
     def take(self, positions: Any) -> LabelledImages:

@@ -99,7 +99,7 @@ def _digits(config: DataConfig) -> Source:
 def _imagenette(config: DataConfig) -> Source:
     from torchvision.datasets import Imagenette
 
-    what = "a folder that holds imagenette2-160"
+    what = "a folder that holds imagenette2-160, or data.download to fetch it"
     root = _folder(config, what, downloads=True)
     folder = root / "imagenette2-160"
     if config.download and not folder.is_dir():
@@ -111,16 +111,10 @@ def _imagenette(config: DataConfig) -> Source:
             problem = f"Imagenette can't be fetched ({str(error) or type(error).__name__})"
             remedy = f"unpack imagenette2-160.tgz from https://github.com/fastai/imagenette into {root}"
             raise InputError("data.download", "true", problem, remedy) from error
-    if not folder.is_dir():
-        folder = root
-    if not all((folder / part).is_dir() for part in ("train", "val")):
-        problem = "no imagenette2-160 with its folders train and val is there"
-        remedy = "name the folder that holds it, or give data.download to fetch it"
-        raise InputError("data.dir", config.dir, problem, remedy)
-    source, names = _read_folders(folder, what), imagenette_names()
-    if source.classes != tuple(names):
-        problem = "these are not the ten classes of Imagenette"
-        raise InputError("data.dir", config.dir, problem, "use data.dataset folder for another set")
+    source, names = _read_folders(folder if folder.is_dir() else root, what), imagenette_names()
+    if source.test is None or source.classes != tuple(names):
+        problem = "this is no imagenette2-160, whose folders train and val hold ten classes"
+        raise InputError("data.dir", config.dir, problem, f"give {what}, or data.dataset folder for another set")
     return replace(source, classes=tuple(names.values()))
 
 

@@ -29,10 +29,10 @@ from effv2.execution.device import Execution, Forward, fold_batch_norm
 from effv2.pretrained.config import PretrainedConfig
 from effv2.pretrained.images import TEST, EvaluationImages, class_names
 from effv2.pretrained.weights import Requested, load_network
-from effv2.run.artifacts import Predictions, write_predictions
+from effv2.run.artifacts import argmax_over_all, write_predictions
 from effv2.run.resume import Attempt, find_earlier
 from effv2.run.spec import RunSpec, machine_tags
-from effv2.serving.export import OTHER, ServedNetwork, as_base64, write_served
+from effv2.serving.export import ServedNetwork, as_base64, write_served
 from effv2.tracking.read import Identity
 from effv2.tracking.run import open_run
 from effv2.tracking.tags import SEED, STUDY, VARIANT
@@ -169,7 +169,9 @@ def _measure(evaluation: Evaluation, decoded: Decoded, run: TrackedRun, reporter
         for name in {TEST, images.ranked[0]}:
             place = Path(folder) if name == TEST else Path(folder, name)
             place.mkdir(exist_ok=True)
-            write_predictions(place, _predictions(images, logits, images.sets[name]))
+            part, of_set = images.part.take(images.sets[name]), logits[images.sets[name]].numpy()
+            predictions = partial(argmax_over_all, present=images.outputs, names=class_names())
+            write_predictions(place, predictions(images.classes, part.ids, part.labels, of_set))
         run.log_folder(Path(folder))
     for name, count in (("single_image", 1), ("batch_128", FULL_BATCH_IMAGES)):  # last, as far as the memory allows
         try:
@@ -191,22 +193,6 @@ def log_network(evaluation: Evaluation, run: TrackedRun) -> None:
     with tempfile.TemporaryDirectory() as folder:
         files = write_served(Path(folder), served, requested.preparation, class_names())
         run.log_model(files, as_base64(evaluation.images.part.open(0)), torch.__version__)
-
-
-def _predictions(images: EvaluationImages, logits: Tensor, members: np.ndarray) -> Predictions:
-    """Return the top-1 predictions of a set over all 1000 classes, those of no class present as `other`."""
-    predicted, probability = top1(logits[members])
-    column = np.full(logits.shape[1], len(images.outputs))
-    column[images.outputs] = np.arange(len(images.outputs))
-    return Predictions(
-        classes=images.classes,
-        columns=(*images.classes, OTHER),
-        ids=[images.part.ids[i] for i in members],
-        true=images.part.labels[members],
-        predicted=column[predicted.numpy()],
-        names=[class_names()[output] for output in predicted.tolist()],
-        probability=probability.numpy(),
-    )
 
 
 def _hash(value: Any) -> str:
@@ -239,12 +225,6 @@ def all_logits(network: Forward, pixels: Tensor, batch: int, progress: Progress)
     return everything, median(rates[1:] or rates)
 
 
-def top1(logits: Tensor) -> tuple[Tensor, Tensor]:
-    """Return the output that each image (N) gets, and its probability; of logits, since close ones tie as softmax."""
-    predicted = logits.argmax(1)
-    return predicted, logits.softmax(1).gather(1, predicted[:, None])[:, 0]
-
-
 def scores(logits: Tensor, true: Labels, present: Labels) -> dict[str, float]:
     """Return the figures of a set: `true` (N) and `present` (K) are outputs of the network.
 
@@ -252,7 +232,8 @@ def scores(logits: Tensor, true: Labels, present: Labels) -> dict[str, float]:
     mean cross-entropy over all outputs, ece the calibration error of the top-1 prediction; accuracies as fractions.
     """
     targets = torch.from_numpy(true)
-    predicted, probability = top1(logits)
+    predicted = logits.argmax(1)  # not of probabilities: close logits tie there
+    confidence = logits.softmax(1).gather(1, predicted[:, None])[:, 0]
     right = predicted == targets
     own = logits.gather(1, targets[:, None])
     ahead = (logits > own) | ((logits == own) & (torch.arange(logits.shape[1]) < targets[:, None]))  # as argmax ties
@@ -263,7 +244,7 @@ def scores(logits: Tensor, true: Labels, present: Labels) -> dict[str, float]:
         "top1_present": (among_present == targets).double().mean().item(),
         "top5_accuracy": (ahead.sum(1) < 5).double().mean().item(),
         "loss": F.cross_entropy(logits, targets).item(),
-        "ece": calibration_error(probability.double().numpy(), right.numpy()),
+        "ece": calibration_error(confidence.double().numpy(), right.numpy()),
     }
 
 

@@ -55,10 +55,7 @@ def class_names() -> tuple[str, ...]:
 
 
 def outputs_of(names: Sequence[str], config: ImagesConfig) -> Labels:
-    """Return the output (0 to 999) that each class means by its WordNet id or torchvision's name.
-
-    InputError for a class that means none, or two that mean the same.
-    """
+    """Return the output (0 to 999) that each class means by its WordNet id or torchvision's name; InputError."""
     known = {name: index for names in (class_names(), wnids()) for index, name in enumerate(names)}
     what, value = ("data.dir", config.dir) if config.dir else ("data.dataset", config.dataset)
     found = [known.get(name.replace("_", " ")) for name in names]  # French_horn is French horn
@@ -119,10 +116,10 @@ class EvaluationImages:
 
     @property
     def ranked(self) -> tuple[str, str]:
-        """Return the set that networks are ranked on, and where its images come from; unknown if that holds for any.
+        """Return the set that networks are ranked on, and where its images come from.
 
-        These are images that the weights were not fitted to, as far as is known: those of ImageNet's validation set,
-        unless more test images are of unknown origin.
+        As far as is known, weights were not fitted to them: those of ImageNet's validation set, unless more test images
+        are of unknown origin.
         """
         unseen, unknown = ((self.origins == name).sum() for name in (UNSEEN, UNKNOWN))
         where = SEEN if not unseen + unknown else UNSEEN if unseen >= unknown else UNKNOWN
@@ -136,10 +133,9 @@ class EvaluationImages:
 
 
 def choose_images(config: ImagesConfig) -> EvaluationImages:
-    """Find the images: the test part of the set, or all of it where it has none, and all of ImageNet's validation set.
+    """Find the test part of the set, or all of it where it has none, and all that is of ImageNet's validation set.
 
-    For a quick look, test images are drawn, and as many of the images of ImageNet's validation set. InputError for a
-    folder that isn't there, or whose classes are not ImageNet's.
+    For a quick look as many of either are drawn. InputError where the set isn't there or its classes aren't ImageNet's.
     """
     source = open_source(DataConfig(dataset=config.dataset, dir=config.dir, download=config.download))
     outputs = outputs_of(source.classes, config)

@@ -88,10 +88,7 @@ def network_names() -> tuple[str, ...]:
 
 
 def parse_models(text: str) -> list[Requested]:
-    """Read `name`, `name:WEIGHTS`, `name=file` or `name:WEIGHTS=file`, separated by commas.
-
-    InputError names the nearest networks or weights to a wrong one.
-    """
+    """Read `name`, `name:WEIGHTS`, `name=file` or `name:WEIGHTS=file`, separated by commas; InputError."""
     found = [_parse(word.strip()) for word in text.split(",") if word.strip()]
     if not found:
         raise InputError("models", text, "names no network", "give some, separated by commas, as resnet50")
@@ -126,10 +123,10 @@ def _parse(entry: str) -> Requested:
 
 
 def find_all_weights(requests: Sequence[Requested], weights_dir: Path | None, progress: bool) -> list[Requested]:
-    """Find the files in `weights_dir`, in torchvision's cache, or download them there; hash and verify them.
+    """Find the files in `weights_dir`, in torchvision's cache, or download them there, which `progress` shows.
 
-    A file of the user's own is hashed only. `progress` shows downloads. InputError for a folder that isn't there, for a
-    published file that isn't what its name says, and for those that can't be had, all in one message.
+    All are hashed, published ones verified. InputError for a folder that isn't there, a file that isn't what its name
+    says, and for those that can't be had, all in one message.
     """
     # As below os.path, since pathlib raises where a folder can't be entered.
     if weights_dir is not None and not os.path.isdir(weights_dir):  # noqa: PTH112
@@ -164,10 +161,7 @@ def _verified(requested: Requested, path: Path) -> Requested:
 
 
 def _download(requested: Requested, path: Path, missing: Sequence[str], progress: bool) -> None:
-    """Let torch fetch a published file, which appears under its name only when whole and verified.
-
-    Where that fails, the message names the addresses of all that are missing.
-    """
+    """Let torch fetch a published file, whole and verified or not at all; a failure names all addresses `missing`."""
     patience = socket.getdefaulttimeout()
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -183,11 +177,10 @@ def _download(requested: Requested, path: Path, missing: Sequence[str], progress
 
 
 def load_network(requested: Requested) -> nn.Module:
-    """Build the network as torchvision does with these weights, in eval mode on the CPU.
+    """Build the network in eval mode on the CPU; InputError for a file that is no state dict of it.
 
-    Keys that were renamed, auxiliary heads, image sizes of transformers: torchvision's own builders know. They get the
-    verified file, loaded without running what a pickle may hold, in place of what they would fetch. InputError for a
-    file that is no state dict of the network.
+    Renamed keys, auxiliary heads, image sizes of transformers: torchvision's own builders know. They get the verified
+    file, loaded without running what a pickle may hold, in place of what they would fetch.
     """
     weights = requested.weights
     try:
