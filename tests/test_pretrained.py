@@ -16,6 +16,7 @@ from collections.abc import Iterator, Sequence
 from functools import partial
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -58,7 +59,6 @@ from effv2.training import evaluate as timing
 from tests.conftest import ROOT
 
 SQUEEZENET = "weights/squeezenet1_1-imagenet-caffe-ndf.pth"
-BOOLEANS = st.lists(st.booleans(), min_size=1, max_size=40)
 
 
 def invoke(*words: str | Path) -> Result:
@@ -115,17 +115,6 @@ def short_batches(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 # Statistics, against computations that share nothing with them.
-
-
-@given(BOOLEANS, st.randoms())
-def test_wilson_solves_its_quadratic(right: list[bool], _random: Any) -> None:
-    """Both ends are where the score test is just at its 5 % level."""
-    count, share = len(right), sum(right) / len(right)
-    found = wilson(sum(right), count)
-    for end in (found.low, found.high):
-        if 0 < end < 1:
-            assert abs(share - end) / math.sqrt(end * (1 - end) / count) == pytest.approx(1.959964, rel=1e-5)
-    assert 0 <= found.low <= share <= found.high <= 1
 
 
 @given(st.lists(st.tuples(st.booleans(), st.booleans()), min_size=1, max_size=40))
@@ -337,40 +326,33 @@ def server(tmp_path: Path) -> Iterator[tuple[Path, str]]:
         thread.join()
 
 
-def find_weights(requested: Requested, weights_dir: Path | None, progress: bool) -> Requested:
-    (found,) = find_all_weights([requested], weights_dir, progress)
-    return found
-
-
-class Published:
-    """As much of torchvision's entry of published weights as finding the file needs."""
-
-    def __init__(self, url: str) -> None:
-        self.url = url
-
-
 def test_published_files_are_verified_however_they_came(hub: Path, server: tuple[Path, str], tmp_path: Path) -> None:
     folder, address = server
     content = b"weights"
     name = f"net-{hashlib.sha256(content).hexdigest()[:8]}.pth"
     (folder / name).write_bytes(content)
-    weights: Any = Published(f"{address}/{name}")
+    weights: Any = SimpleNamespace(url=f"{address}/{name}")
     requested = Requested("resnet50", "resnet50", weights)
-    found = find_weights(requested, None, progress=False)
+
+    def find(weights_dir: Path | None = None) -> Requested:
+        (found,) = find_all_weights([requested], weights_dir, progress=False)
+        return found
+
+    found = find()
     assert found.path == hub / name and found.verified and found.sha256 == hashlib.sha256(content).hexdigest()
 
     own = tmp_path / "own"
     own.mkdir()
     (own / name).write_bytes(content)
-    assert find_weights(requested, own, progress=False).path == own / name
+    assert find(own).path == own / name
     for place, weights_dir in ((own, own), (hub, None)):
         (place / name).write_bytes(b"other")
         with pytest.raises(InputError, match=rf"{name} is not the published file.*delete it and fetch {address}"):
-            find_weights(requested, weights_dir, progress=False)
+            find(weights_dir)
     (hub / name).unlink()
     (folder / name).write_bytes(b"tampered")
     with pytest.raises(InputError, match="can't be downloaded"):
-        find_weights(requested, None, progress=False)
+        find()
     assert not list(hub.iterdir())
 
 
@@ -478,8 +460,7 @@ def test_real_weights_predict_as_plain_pytorch_does(sqlite_store: str, real_data
 @pytest.mark.usefixtures("short_batches")
 def test_the_published_comparison_from_names_to_report(sqlite_store: str, few_images: Path, tmp_path: Path) -> None:
     named = ["efficientnet_v2_s", "efficientnet_b0", "resnet50"]
-    files = [seeded_weights(tmp_path / f"{name}.pth", name) for name in named]
-    models_ = ",".join(f"{name}={file}" for name, file in zip(named, files, strict=True))
+    models_ = ",".join(f"{name}={seeded_weights(tmp_path / f'{name}.pth', name)}" for name in named)
     result = invoke("--models", models_, "--dataset", "folder", "--data-dir", few_images)
     assert result.exit_code == 0, result.output
     parent, *children = all_runs()

@@ -141,22 +141,20 @@ def choose_images(config: ImagesConfig) -> EvaluationImages:
     outputs = outputs_of(source.classes, config)
     test = source.train if source.test is None else source.test
     images = test if source.test is None else test.join(source.train)
-    tests = sample_per_class(test.labels, config.per_class, source.classes, config.seed)
-    tests = tests[_draw(len(tests), config, "limit")]
+
+    def draw(positions: Positions, stream: str) -> Positions:
+        """Return as many as the limit allows, drawn at random, in order."""
+        if not 0 < config.limit < len(positions):
+            return positions
+        generator = np.random.default_rng(stream_seed(config.seed, stream))
+        return positions[np.sort(generator.choice(len(positions), config.limit, replace=False))]
+
+    tests = draw(sample_per_class(test.labels, config.per_class, source.classes, config.seed), "limit")
     rest = np.setdiff1d(np.arange(len(images)), tests)
     unseen = rest[np.array([origin(images.ids[i]) == UNSEEN for i in rest], dtype=bool)]
     if config.per_class:
         mixed = np.random.default_rng(stream_seed(config.seed, "unseen")).permutation(unseen)
         firsts = [mixed[images.labels[mixed] == label][: config.per_class] for label in range(len(outputs))]
         unseen = np.sort(np.concatenate(firsts))
-    unseen = unseen[_draw(len(unseen), config, "unseen limit")]
-    chosen = images.take(np.concatenate([tests, unseen]))
+    chosen = images.take(np.concatenate([tests, draw(unseen, "unseen limit")]))
     return EvaluationImages(config.dataset, source.location, chosen, outputs, len(tests))
-
-
-def _draw(count: int, config: ImagesConfig, stream: str) -> Positions:
-    """Return the positions of as many images as the limit allows, drawn at random, in order."""
-    if not 0 < config.limit < count:
-        return np.arange(count)
-    generator = np.random.default_rng(stream_seed(config.seed, stream))
-    return np.sort(generator.choice(count, config.limit, replace=False))
