@@ -36,15 +36,14 @@ from torch.utils.data import DataLoader, Dataset
 from torchvision import models
 
 from effv2.config.options import StudyOptions
-from effv2.config.schema import ExecutionConfig
 from effv2.core.reporter import Reporter
 from effv2.data.dataset import load_once
 from effv2.data.images import LabelledImages
-from effv2.execution.device import make_execution
+from effv2.execution.device import fold_batch_norm
 from effv2.pretrained import evaluation
-from effv2.pretrained.config import ImagesConfig, PretrainedConfig
+from effv2.pretrained.config import ComputeConfig, ImagesConfig, PretrainedConfig
+from effv2.pretrained.evaluation import Evaluation, all_logits, logits_of
 from effv2.pretrained.images import choose_images
-from effv2.pretrained.measure import Network, all_logits, batch_size
 from effv2.pretrained.weights import Requested, parse_models
 from effv2.studies.engine import run_study
 from effv2.studies.weights import make_weights
@@ -73,8 +72,9 @@ def seconds_of(function: Callable[[], Any]) -> float:
     return time.perf_counter() - started
 
 
-def floor(requested: Requested, images: LabelledImages) -> None:
+def floor(evaluated: Evaluation) -> None:
     """Decode, then pass batches through the network in effv2's form; nothing else."""
+    requested, images, execution = evaluated.requested, evaluated.images.part, evaluated.execution
     preparation = requested.preparation
     pixels = np.empty((len(images), preparation.size, preparation.size, 3), dtype=np.uint8)
 
@@ -83,10 +83,10 @@ def floor(requested: Requested, images: LabelledImages) -> None:
 
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         list(pool.map(fill, range(len(images))))
-    execution = make_execution(ExecutionConfig(device="cpu", precision="fp32"))
-    network = Network.prepare(models.get_model(requested.network).eval(), requested.normalisation, execution)
-    batch = batch_size(0, preparation.size, execution)
-    all_logits(network, torch.from_numpy(pixels), batch, lambda _: None)
+    module = models.get_model(requested.network).eval().requires_grad_(False)
+    fold_batch_norm(module)
+    network = partial(logits_of, execution, execution.place(module), requested.normalisation)
+    all_logits(network, torch.from_numpy(pixels), evaluated.batch, lambda _: None)
 
 
 def plain(requested: Requested, images: LabelledImages) -> None:
@@ -97,7 +97,7 @@ def plain(requested: Requested, images: LabelledImages) -> None:
             network(batch).argmax(1)
 
 
-@mock.patch.object(evaluation, "latency", lambda *_: 0.0)
+@mock.patch.object(evaluation, "median_seconds", lambda *_: 0.0)
 def evaluate(named: str, config: PretrainedConfig) -> None:
     """Evaluate in this process, without the latency passes."""
     reporter, load = Reporter(), load_once(lambda done, total: None)
@@ -123,9 +123,10 @@ def report(seconds: dict[str, list[float]]) -> None:
 def main(data_dir: str, network: str, images: int, plain_images: int, rounds: int) -> None:
     """Measure and print seconds and ratios."""
     data_dir = str(Path(data_dir).resolve())
-    config = PretrainedConfig(data=ImagesConfig(dir=data_dir, limit=images))
+    config = PretrainedConfig(data=ImagesConfig(dir=data_dir, limit=images), execution=ComputeConfig(device="cpu"))
     (requested,) = parse_models(network)
-    files = choose_images(config.data).part
+    evaluated = Evaluation(requested, choose_images(config.data), config)
+    files = evaluated.images.part
     fewer = files.take(np.arange(min(plain_images, len(files))))
     seconds: dict[str, list[float]] = {"floor": [], "plain": [], "effv2": [], "second": [], "command": []}
     with tempfile.TemporaryDirectory() as name:
@@ -141,7 +142,7 @@ def main(data_dir: str, network: str, images: int, plain_images: int, rounds: in
         evaluate(f"{network}={weights[0]}", config)  # imports, the store's tables
         for round_ in range(rounds):
             os.environ["EFFV2_CACHE"] = str(folder / str(round_))
-            seconds["floor"].append(seconds_of(lambda: floor(requested, files)))
+            seconds["floor"].append(seconds_of(lambda: floor(evaluated)))
             seconds["effv2"].append(seconds_of(lambda: evaluate(f"{network}={weights[0]}", config)))
             seconds["second"].append(seconds_of(lambda: evaluate(f"{network}={weights[1]}", config)))
             os.environ["EFFV2_CACHE"] = str(folder / f"{round_}, command")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import suppress
 from io import BytesIO
 from pathlib import Path
@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from click.testing import CliRunner
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -20,9 +21,12 @@ from mlflow import MlflowClient
 from PIL import Image
 
 from effv2.cli.main import ablate, train
-from effv2.config.schema import DataConfig
+from effv2.config.schema import DATASETS, DataConfig
 from effv2.core.errors import InputError, RunError
 from effv2.data.dataset import load_dataset
+from effv2.data.images import LabelledImages
+from effv2.data.sources import Source
+from effv2.training.loop import EPOCH_METRICS, Evaluation, epoch_metrics
 from tests.conftest import TINY_STUDY
 
 BAD_VALUES = ["x", "-1", "nan", "inf", "1e99", "null", "[]", "\x00", "ä" * 300, "../..", "0.5.5", "~", "$HOME"]
@@ -119,6 +123,40 @@ def test_bytes_of_images(tree: Path, data: st.DataObject) -> None:
     kind = data.draw(st.sampled_from(["PNG", "JPEG", "GIF", "BMP", "WEBP", "TIFF", "PPM"]))
     (tree / "a" / "damaged.png").write_bytes(data.draw(damaged(image_bytes(kind))))
     load(tree)
+
+
+def own_source(**changes: Any) -> Source:
+    images: dict[str, Any] = {"items": np.zeros((4, 8, 8), np.uint8), "labels": np.arange(4) % 2, "ids": tuple("abcd")}
+    return Source("", ("x", "y"), LabelledImages(**(images | changes)))
+
+
+@pytest.mark.parametrize(
+    ("made", "said"),
+    [
+        (lambda: dict[str, Any]()["key"], "KeyError: 'key'"),
+        (lambda: None, "AttributeError"),
+        (lambda: own_source(labels=np.arange(4)), "labels must be whole numbers .* from 0 to 1"),
+        (lambda: own_source(labels=np.zeros(4)), "labels must be whole numbers"),
+        (lambda: own_source(ids=()), "4 images, 4 labels, 0 ids"),
+        (lambda: own_source(items=np.zeros(0, np.uint8), labels=np.arange(0), ids=()), "0 images"),
+        (lambda: own_source(items=np.zeros((4, 8, 8))), "paths or bytes"),
+    ],
+)
+def test_a_data_set_of_a_newcomer_that_errs_is_named(
+    monkeypatch: pytest.MonkeyPatch, made: Callable[[], Any], said: str
+) -> None:
+    monkeypatch.setitem(DATASETS._functions, "mine", lambda config: made())
+    with pytest.raises(InputError, match=rf"^data\.dataset mine: .*{said}.*; correct it\.$"):
+        load_dataset(DataConfig(dataset="mine"))
+    monkeypatch.setitem(DATASETS._functions, "mine", lambda config: own_source())
+    assert load_dataset(DataConfig(dataset="mine", validation_fraction=0, image_size=8)).classes == ("x", "y")
+
+
+@pytest.mark.parametrize("measure", [lambda found: found.nothing, lambda found: None, lambda found: found.logits])
+def test_a_metric_of_a_newcomer_that_errs_is_named(monkeypatch: pytest.MonkeyPatch, measure: Any) -> None:
+    monkeypatch.setitem(EPOCH_METRICS, "mine", measure)
+    with pytest.raises(RunError, match=r"The metric 'mine' of EPOCH_METRICS failed \(\w+: .*\); correct it\."):
+        epoch_metrics(Evaluation(0.5, 0.5, torch.zeros(2, 3), torch.zeros(2)))
 
 
 NAMES = st.sampled_from(["a", "b", "train", "test", "val", ".hidden", "x.png", "y.jpg", "\udcff", "c d"])

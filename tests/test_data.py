@@ -18,10 +18,9 @@ from sklearn.model_selection import train_test_split
 
 from effv2.config.schema import DataConfig
 from effv2.core.errors import InputError
-from effv2.data import cache
 from effv2.data.batches import NORMALISATIONS, batch_count, epoch_order, normalised, training_batches
 from effv2.data.dataset import Dataset, load_dataset, stratified_split
-from effv2.data.images import LabelledImages, Square, sha256_of
+from effv2.data.images import LabelledImages, Square, decode, sha256_of
 from tests.conftest import make_image_tree
 
 
@@ -29,10 +28,8 @@ def ids(dataset: Dataset) -> dict[str, set[str]]:
     return {name: set(split.ids) for name, split in dataset.splits.items()}
 
 
-def two_sets(folder: Path) -> Path:
-    for name in ("a", "b"):
-        make_image_tree(folder / name, ("Train", "Test"))
-    return folder
+def load_folder(root: Path, **values: Any) -> Dataset:
+    return load_dataset(DataConfig(dataset="folder", dir=str(root), image_size=8, **values))
 
 
 def mode_of(path: Path) -> str:
@@ -101,11 +98,11 @@ def test_published_rule_by_hand(tmp_path: Path, name: Any) -> None:
 
 def test_folder_with_all_three_parts_and_with_none(tmp_path: Path) -> None:
     three = make_image_tree(tmp_path / "three", ("train", "val", "test"))
-    dataset = load_dataset(DataConfig(dataset="folder", dir=str(three), image_size=8))
+    dataset = load_folder(three)
     assert {name: len(split) for name, split in dataset.splits.items()} == {"train": 18, "validation": 18, "test": 18}
     assert all(id_.startswith("val/") for id_ in dataset.splits["validation"].ids)
     flat = make_image_tree(tmp_path / "flat", images=10)
-    dataset = load_dataset(DataConfig(dataset="folder", dir=str(flat), image_size=8))
+    dataset = load_folder(flat)
     assert {name: len(split) for name, split in dataset.splits.items()} == {"train": 21, "validation": 3, "test": 6}
     assert dataset.classes == ("class 0", "class 1", "class 2")
 
@@ -113,7 +110,7 @@ def test_folder_with_all_three_parts_and_with_none(tmp_path: Path) -> None:
 def test_decoding_is_pillows_in_every_mode(tmp_path: Path, own_cache: Path) -> None:
     root = make_image_tree(tmp_path / "set")
     images = files_in(root)
-    decoded = cache.decode(images, Square(8))
+    decoded = decode(images, Square(8))
     for path, pixels, rgb in zip(images.items, decoded.pixels, decoded.rgb, strict=True):
         with Image.open(path) as image:
             assert np.array_equal(pixels, np.asarray(image.convert("RGB").resize((8, 8), Image.Resampling.BILINEAR)))
@@ -124,20 +121,20 @@ def test_second_start_decodes_nothing_and_an_edit_is_seen(
     tmp_path: Path, own_cache: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     images = files_in(make_image_tree(tmp_path / "set"))
-    first = cache.decode(images, Square(8))
+    first = decode(images, Square(8))
     copy = files_in(make_image_tree(tmp_path / "copy"))
     with monkeypatch.context() as patch:
         patch.setattr(LabelledImages, "open", lambda *_: pytest.fail("decoded again"))
-        assert np.array_equal(cache.decode(images, Square(8)).pixels, first.pixels)
-        assert np.array_equal(cache.decode(copy, Square(8)).pixels, first.pixels)  # found by content, wherever it lies
+        assert np.array_equal(decode(images, Square(8)).pixels, first.pixels)
+        assert np.array_equal(decode(copy, Square(8)).pixels, first.pixels)  # found by content, wherever it lies
     Image.new("RGB", (9, 9), "red").save(images.items[0])
-    assert not np.array_equal(cache.decode(images, Square(8)).pixels, first.pixels)
+    assert not np.array_equal(decode(images, Square(8)).pixels, first.pixels)
 
 
 @pytest.mark.parametrize("damage", ["flip", "truncate", "empty", "no index", "wrong index", "stamp"])
 def test_damaged_entry_is_rebuilt(tmp_path: Path, own_cache: Path, damage: str) -> None:
     images = files_in(make_image_tree(tmp_path / "set"))
-    first = np.array(cache.decode(images, Square(8)).pixels)
+    first = np.array(decode(images, Square(8)).pixels)
     (pixels,) = own_cache.rglob("pixels.npy")
     if damage == "flip":
         content = bytearray(pixels.read_bytes())
@@ -154,15 +151,14 @@ def test_damaged_entry_is_rebuilt(tmp_path: Path, own_cache: Path, damage: str) 
         pixels.with_name("index.json").write_text("{}")
     else:
         pixels.with_name("index.json").unlink()
-    assert np.array_equal(cache.decode(images, Square(8)).pixels, first)
+    assert np.array_equal(decode(images, Square(8)).pixels, first)
     assert json.loads(pixels.with_name("index.json").read_text())["sha256"] == sha256_of(first)
 
 
 def test_processes_that_build_at_once_agree(tmp_path: Path, own_cache: Path) -> None:
     root = make_image_tree(tmp_path / "set", images=40)
     script = (
-        "import sys; from pathlib import Path; from effv2.data.cache import decode\n"
-        "from effv2.data.images import LabelledImages, Square\n"
+        "import sys; from pathlib import Path; from effv2.data.images import LabelledImages, Square, decode\n"
         "paths = sorted(Path(sys.argv[1]).rglob('*.*'))\n"
         "print(decode(LabelledImages.of_files(paths, [0] * len(paths), paths), Square(8)).sha256)"
     )
@@ -181,18 +177,17 @@ def test_broken_images_are_named_all_at_once(tmp_path: Path, own_cache: Path) ->
     whole = (root / "class 1" / "0.jpg").read_bytes()
     (root / "class 1" / "0.jpg").write_bytes(whole[: len(whole) // 2])
     with pytest.raises(InputError, match=r"2 images.*class 0/0\.jpg.*class 1/0\.jpg"):
-        load_dataset(DataConfig(dataset="folder", dir=str(root), image_size=8))
+        load_folder(root)
     assert not list(own_cache.rglob("pixels.npy"))
 
 
 def test_a_file_that_can_not_be_read_is_named_beside_decoded_ones(tmp_path: Path, own_cache: Path) -> None:
     root = make_image_tree(tmp_path / "set")
-    config = DataConfig(dataset="folder", dir=str(root), image_size=8)
-    load_dataset(config)
+    load_folder(root)
     (root / "class 0" / "9.jpg").symlink_to(tmp_path / "nowhere.jpg")
     for _ in range(2):
         with pytest.raises(InputError, match=r"1 images.*class 0/9\.jpg"):
-            load_dataset(config)
+            load_folder(root)
 
 
 @pytest.mark.parametrize(
@@ -213,7 +208,7 @@ def test_wrong_folders_are_explained(tmp_path: Path, change: object, words: str)
 
 def test_parts_are_found_whatever_their_case(tmp_path: Path) -> None:
     root = make_image_tree(tmp_path / "set", ("Training_Set", "TEST"))
-    dataset = load_dataset(DataConfig(dataset="folder", dir=str(root), image_size=8))
+    dataset = load_folder(root)
     assert len(dataset.test) == 18 and dataset.classes == ("class 0", "class 1", "class 2")
 
 
@@ -236,10 +231,10 @@ def test_published_sampling_without_rgb_images_is_explained(tmp_path: Path) -> N
 
 def test_images_shared_by_train_and_test_are_counted(tmp_path: Path) -> None:
     root = make_image_tree(tmp_path / "set", ("train", "test"))  # different images
-    dataset = load_dataset(DataConfig(dataset="folder", dir=str(root), image_size=8))
+    dataset = load_folder(root)
     assert dataset.test.images_also_in(dataset.train) == 0
     (root / "test" / "class 0" / "0.jpg").write_bytes((root / "train" / "class 0" / "4.jpg").read_bytes())
-    dataset = load_dataset(DataConfig(dataset="folder", dir=str(root), image_size=8, validation_fraction=0))
+    dataset = load_folder(root, validation_fraction=0)
     assert dataset.test.images_also_in(dataset.train) == 1
 
 
@@ -248,7 +243,7 @@ def test_class_with_too_few_images_is_named(tmp_path: Path) -> None:
     for index in range(5):
         next((root / "class 1").glob(f"{index}.*")).unlink()
     with pytest.raises(InputError, match="'class 1' has only 1 images"):
-        load_dataset(DataConfig(dataset="folder", dir=str(root), image_size=8))
+        load_folder(root)
     with pytest.raises(InputError, match=r"data\.per_class 500: the class"):
         load_dataset(DataConfig(image_size=8, per_class=500))
 
@@ -257,20 +252,17 @@ def test_what_is_no_part_beside_a_training_part_is_named(tmp_path: Path) -> None
     for other in ("dev", "bus"):  # another name for validation; a class beside one called train
         root = make_image_tree(tmp_path / other, ("train", other))
         (root / "mlruns" / "1").mkdir(parents=True)  # what a command in that folder leaves there
-        config = DataConfig(dataset="folder", dir=str(root), image_size=8)
-        with pytest.raises(
-            InputError, match=f"train is the training part by its name, but {other} beside it is no part"
-        ):
-            load_dataset(config)
+        with pytest.raises(InputError, match=f"train is the training part by its name, but {other} beside it is no"):
+            load_folder(root)
         (root / other).rename(root / "val")
-        assert load_dataset(config).classes == ("class 0", "class 1", "class 2")
+        assert load_folder(root).classes == ("class 0", "class 1", "class 2")
 
 
 def test_different_classes_in_train_and_test_are_named(tmp_path: Path) -> None:
     root = make_image_tree(tmp_path / "set", ("train", "test"))
     (root / "test" / "class 2").rename(root / "test" / "class 9")
     with pytest.raises(InputError, match=r"different classes \(class 2, class 9\)"):
-        load_dataset(DataConfig(dataset="folder", dir=str(root), image_size=8))
+        load_folder(root)
 
 
 @pytest.mark.parametrize("place", ["loop", "class 0/loop", "class 0/deeper/loop"])
@@ -279,13 +271,13 @@ def test_links_to_a_folder_around_them_are_refused(tmp_path: Path, place: str) -
     (root / place).parent.mkdir(exist_ok=True)
     (root / place).symlink_to(root, target_is_directory=True)
     with pytest.raises(InputError, match=r"loop can't be read .*symbolic links.*; mend or remove it"):
-        load_dataset(DataConfig(dataset="folder", dir=str(root), image_size=8))
+        load_folder(root)
 
 
 def test_links_to_folders_are_not_followed(tmp_path: Path) -> None:
     root = make_image_tree(tmp_path / "set")
     (root / "class 0" / "link").symlink_to(root / "class 1", target_is_directory=True)
-    dataset = load_dataset(DataConfig(dataset="folder", dir=str(root), image_size=8))
+    dataset = load_folder(root)
     assert sum(map(len, dataset.splits.values())) == 18
 
 

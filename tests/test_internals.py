@@ -50,11 +50,12 @@ def test_compiled_forms_are_limited_by_settings_that_torch_knows() -> None:
         assert config.recompile_limit == config.accumulated_recompile_limit == 7
 
 
-def test_torchvision_names_imagenettes_archive_and_publishes_accuracies() -> None:
+def test_torchvision_names_imagenettes_classes_and_publishes_accuracies() -> None:
     from torchvision.models import ResNet18_Weights
 
-    url, md5 = internals.imagenette_archive()
-    assert url.endswith("/imagenette2-160.tgz") and len(md5) == 32
+    url, md5, names = internals.imagenette()
+    assert url.endswith("imagenette2-160.tgz") and len(md5) == 32
+    assert len(names) == 10 and sorted(names) == list(names) and names["n03394916"] == "French horn"
     assert internals.imagenet_metrics(ResNet18_Weights.IMAGENET1K_V1)["acc@1"] == pytest.approx(69.758)
 
 

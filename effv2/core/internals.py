@@ -37,12 +37,12 @@ def limit_compiled_forms(count: int) -> None:
     torch._dynamo.config.accumulated_recompile_limit = count
 
 
-def imagenette_archive() -> tuple[str, str]:
-    """Return the address and the MD5 of Imagenette's archive of small images."""
+def imagenette() -> tuple[str, str, dict[str, str]]:
+    """Return the address and the MD5 of Imagenette's archive of small images, and names of classes by their folders."""
     from torchvision.datasets import Imagenette
 
     url, md5 = Imagenette._ARCHIVES["160px"]
-    return url, md5
+    return url, md5, {folder: names[0] for folder, names in Imagenette._WNID_TO_CLASS.items()}
 
 
 def imagenet_metrics(weights: Any) -> Mapping[str, float]:

@@ -16,8 +16,7 @@ from torch import Tensor
 from effv2.config.schema import DataConfig
 from effv2.core.errors import InputError
 from effv2.core.randomness import stream_seed
-from effv2.data.cache import OnDecoded, decode
-from effv2.data.images import LabelledImages, Labels, Square
+from effv2.data.images import LabelledImages, Labels, OnDecoded, Square, decode
 from effv2.data.sources import Source, open_source
 
 Positions = NDArray[np.int64]
@@ -116,11 +115,7 @@ def load_dataset(config: DataConfig, on_decoded: OnDecoded | None = None) -> Dat
     source = open_source(config)
     load = _load_published if config.sampling == "published" else _load_standard
     splits = load(config, source, on_decoded)
-    for name, least in (("train", 2), ("test", 1)):
-        if len(splits[name]) < least:
-            problem = f"{len(splits[name])} images are left to {name} on, {least} are needed"
-            raise InputError("data.dir", config.dir, problem, "add images")
-    return Dataset(source.name, source.location, source.classes, validation=splits.pop("validation", None), **splits)
+    return Dataset(config.dataset, source.location, source.classes, validation=splits.pop("validation", None), **splits)
 
 
 def _decoded(
@@ -168,20 +163,20 @@ def _load_published(config: DataConfig, source: Source, on_decoded: OnDecoded | 
         problem = "published sampling has no validation split"
         raise InputError("data.validation_fraction", config.validation_fraction, problem, "set it to 0")
 
-    def halves(part: LabelledImages, first: int | None) -> list[Split]:
-        positions = sample_per_class(part.labels[:first], config.per_class, source.classes, None)
+    def halves(part: LabelledImages) -> list[Split]:
+        positions = sample_per_class(part.labels, config.per_class, source.classes, None)
         whole, rgb = _decoded(part, positions, config, on_decoded)
         left = np.arange(len(whole)) if source.published_split_first else np.flatnonzero(rgb)
-        if len(left) < 2:
-            problem = f"{len(left)} RGB images are left to split, 2 are needed, and published sampling drops all others"
+        sizes = {"test_size": config.test_fraction, "random_state": config.split_seed}
+        parts = train_test_split(left, **sizes) if len(left) > 1 else (left, left)
+        train, test = (at[rgb[at]] for at in parts)
+        if len(train) < 2 or not len(test):
+            problem = f"only {rgb.sum()} RGB images are left to split, and published sampling drops all others"
             raise InputError("data.sampling", "published", problem, "choose another set or sampling")
-        parts = train_test_split(left, test_size=config.test_fraction, random_state=config.split_seed)
-        return [whole.take(at[rgb[at]]) for at in parts]
+        return [whole.take(train), whole.take(test)]
 
-    train, test = halves(source.train, source.published_first)
-    if source.published_test_from_test and source.test is not None:
-        _, test = halves(source.test, None)
-    return {"train": train, "test": test}
+    pairs = list(map(halves, source.published or (source.train,)))
+    return {"train": pairs[0][0], "test": pairs[-1][1]}
 
 
 def sample_per_class(labels: Labels, per_class: int, classes: tuple[str, ...], seed: int | None) -> Positions:

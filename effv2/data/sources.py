@@ -17,27 +17,13 @@ from typing import TYPE_CHECKING, Any
 
 from effv2.config.schema import DATASETS, DataConfig
 from effv2.core.errors import InputError
-from effv2.core.internals import imagenette_archive
+from effv2.core.internals import imagenette
 
 if TYPE_CHECKING:
     from effv2.data.images import LabelledImages
 
-IMAGENETTE_NAMES = {
-    "n01440764": "tench",
-    "n02102040": "English springer",
-    "n02979186": "cassette player",
-    "n03000684": "chain saw",
-    "n03028079": "church",
-    "n03394916": "French horn",
-    "n03417042": "garbage truck",
-    "n03425413": "gas pump",
-    "n03445777": "golf ball",
-    "n03888257": "parachute",
-}
 NUMERALS = tuple("0123456789")
 BIRDS_PAGE = "https://www.kaggle.com/datasets/arjunbasandrai/25-indian-bird-species-with-226k-images"
-
-
 EXTENSIONS = (".jpg", ".jpeg", ".png", ".bmp", ".gif", ".webp", ".tif", ".tiff", ".ppm", ".pgm")
 # Names that the parts of a set go by, whatever their case, in order of preference.
 TRAIN_NAMES = ("train", "training", "training_set", "train_set")
@@ -50,29 +36,48 @@ PARTS = {*TRAIN_NAMES, *VALIDATION_NAMES, *TEST_NAMES}
 class Source:
     """A data set: class names and its parts. Without a test part, one is split off the train part.
 
-    The last three say what the published notebooks took of it before their 80/20 splits.
+    The last two are for published sampling: what is split 80/20 where that isn't the train part (train images are of
+    the first, test images of the last), and whether what isn't RGB is dropped after the split, not before.
     """
 
-    name: str
     location: str
     classes: tuple[str, ...]
     train: LabelledImages
     validation: LabelledImages | None = None
     test: LabelledImages | None = None
-    published_first: int | None = None  # images of the train part that are used; None: all
-    published_test_from_test: bool = False  # test images are the 20 % of the test part, not of the train part
-    published_split_first: bool = False  # what isn't RGB is dropped after the split, not before
+    published: tuple[LabelledImages, ...] = ()
+    published_split_first: bool = False
 
 
 def open_source(config: DataConfig) -> Source:
-    """Find the data set that `config` names; InputError where it isn't there or can't be read."""
+    """Find the data set that `config` names; InputError where it isn't there, can't be read or is malformed."""
     try:
         source: Source = DATASETS[config.dataset](config)
+        _check(source)
+    except InputError:
+        raise
     except OSError as error:
-        problem = f"{error.filename or 'it'} can't be read ({error.strerror or error})"
+        problem = f"{error.filename or f'the data set {config.dataset!r}'} can't be read ({error.strerror or error})"
         remedy = "mend or remove it, or give yourself access"
         raise InputError("data.dir", config.dir, problem, remedy) from error
+    except Exception as error:
+        problem = f"the function of this data set failed ({type(error).__name__}: {error})"
+        raise InputError("data.dataset", config.dataset, problem, "correct it") from error
     return source
+
+
+def _check(source: Source) -> None:
+    """Raise ValueError for what the function of a data set must not return."""
+    count = len(source.classes)
+    for part in (source.train, source.validation, source.test):
+        if part is None:
+            continue
+        if not len(part.items) == len(part.labels) == len(part.ids) > 0:
+            raise ValueError(f"it returned {len(part.items)} images, {len(part.labels)} labels, {len(part.ids)} ids")
+        if part.items.dtype not in ("object", "uint8"):
+            raise ValueError("images must be paths or bytes (uint8)")
+        if part.labels.dtype != "int64" or not 0 <= part.labels.min() <= part.labels.max() < count:
+            raise ValueError(f"labels must be whole numbers (int64) from 0 to {count - 1}")
 
 
 @DATASETS.register("digits")
@@ -85,45 +90,33 @@ def _digits(config: DataConfig) -> Source:
         raise InputError("data.dir", config.dir, problem, "give another data.dataset, or leave the folder out")
     found = load_digits()
     pixels = np.rint(found.images * (255 / 16)).astype(np.uint8)
-    return Source("digits", "scikit-learn", NUMERALS, _from_arrays(pixels, found.target, "digits"))
+    return Source("scikit-learn", NUMERALS, _from_arrays(pixels, found.target, "digits"))
 
 
 @DATASETS.register("imagenette")
 def _imagenette(config: DataConfig) -> Source:
-    what = "a folder that holds imagenette2-160"
-    root = _folder(config, what, downloads=True)
-    below = root / "imagenette2-160"
-    if config.download and not below.is_dir():
-        try:  # unpacked beside its place, so that a kill leaves nothing that looks complete
-            with tempfile.TemporaryDirectory(dir=root) as place:
-                _fetch_imagenette(Path(place))
-                Path(place, below.name).rename(below)
-        except (RuntimeError, OSError, tarfile.TarError) as error:
-            remedy = f"unpack imagenette2-160.tgz from https://github.com/fastai/imagenette into {root}"
-            problem = f"Imagenette can't be fetched ({_first_line(error)})"
-            raise InputError("data.download", "true", problem, remedy) from error
-    folder = below if below.is_dir() else root
-    if not all((folder / part).is_dir() for part in ("train", "val")):
-        problem = "no imagenette2-160 with its folders train and val is there"
-        remedy = "name the folder that holds it, or give data.download to fetch it"
-        raise InputError("data.dir", config.dir, problem, remedy)
-    source = _read_folders("imagenette", folder, what)
-    if source.classes != tuple(IMAGENETTE_NAMES):
-        problem = "these are not the ten classes of Imagenette"
-        raise InputError("data.dir", config.dir, problem, "use data.dataset folder for another set")
-    return replace(source, classes=tuple(IMAGENETTE_NAMES.values()))
-
-
-def _fetch_imagenette(folder: Path) -> None:
-    """Download, verify and unpack the archive that torchvision names; nothing in it may leave the folder."""
     from torchvision.datasets.utils import download_url
 
-    if not hasattr(tarfile, "data_filter"):
-        raise RuntimeError("this Python is too old to unpack archives safely, update it to 3.10.12, 3.11.4 or newer")
-    url, md5 = imagenette_archive()
-    download_url(url, folder, md5=md5)
-    with tarfile.open(folder / url.rpartition("/")[2]) as archive:
-        archive.extractall(folder, filter="data")
+    url, md5, names = imagenette()
+    what = "a folder that holds imagenette2-160, or data.download to fetch it"
+    root = _folder(config, what, downloads=True)
+    folder = root / "imagenette2-160"
+    if config.download and not folder.is_dir():
+        try:  # unpacked beside its place, so that a kill leaves nothing that looks complete
+            with tempfile.TemporaryDirectory(dir=root) as place:
+                download_url(url, place, md5=md5)
+                with tarfile.open(Path(place, url.rpartition("/")[2])) as archive:
+                    archive.extractall(place, filter="data")  # nothing in it may leave the folder
+                Path(place, folder.name).rename(folder)
+        except (RuntimeError, OSError, TypeError, tarfile.TarError) as error:  # TypeError: Python without filters
+            problem = f"Imagenette can't be fetched ({str(error) or type(error).__name__})"
+            remedy = f"unpack imagenette2-160.tgz from https://github.com/fastai/imagenette into {root}"
+            raise InputError("data.download", "true", problem, remedy) from error
+    source = _read_folders(folder if folder.is_dir() else root, what)
+    if source.test is None or source.classes != tuple(names):
+        problem = "this is no imagenette2-160, whose folders train and val hold ten classes"
+        raise InputError("data.dir", config.dir, problem, f"give {what}, or data.dataset folder for another set")
+    return replace(source, classes=tuple(names.values()))
 
 
 @DATASETS.register("mnist")
@@ -136,24 +129,24 @@ def _mnist(config: DataConfig) -> Source:
         try:
             found = MNIST(root, train=name == "train", download=config.download)
         except (RuntimeError, OSError, ValueError, AssertionError, KeyError, EOFError) as error:
-            problem = f"MNIST can't be read there ({_first_line(error)})"
+            problem = f"MNIST can't be read there ({str(error) or type(error).__name__})"
             remedy = "name the folder that holds MNIST/raw/*-ubyte, or give data.download to fetch it"
             raise InputError("data.dir", config.dir, problem, remedy) from error
         parts.append(_from_arrays(found.data.numpy(), found.targets.numpy(), name))
-    published: dict[str, Any] = {"published_first": 20_000, "published_test_from_test": True}
-    return Source("mnist", str(root), NUMERALS, parts[0], test=parts[1], **published)
+    train, test = parts
+    return Source(str(root), NUMERALS, train, test=test, published=(train.take(range(len(train))[:20_000]), test))
 
 
 @DATASETS.register("birds")
 def _birds(config: DataConfig) -> Source:
     what = f"the folder of the bird species, downloaded and unpacked from {BIRDS_PAGE}"
-    return replace(_read_folders("birds", _folder(config, what), what), published_split_first=True)
+    return replace(_read_folders(_folder(config, what), what), published_split_first=True)
 
 
 @DATASETS.register("folder")
 def _any_folder(config: DataConfig) -> Source:
     what = "a folder with one sub-folder of images per class"
-    return _read_folders("folder", _folder(config, what), what)
+    return _read_folders(_folder(config, what), what)
 
 
 def _folder(config: DataConfig, what: str, downloads: bool = False) -> Path:
@@ -174,28 +167,26 @@ def _from_arrays(pixels: Any, labels: Any, name: str) -> LabelledImages:
     return LabelledImages(pixels, labels.astype("int64"), tuple(f"{name}/{i:05d}" for i in range(len(labels))))
 
 
-def _first_line(error: Exception) -> str:
-    return str(error).strip().splitlines()[0].rstrip(".") if str(error).strip() else type(error).__name__
-
-
-def _read_folders(name: str, root: Path, what: str) -> Source:
+def _read_folders(root: Path, what: str) -> Source:
     """Return the set at `root`: class folders, with or without a split into train, validation and test above them.
 
     InputError for what is no such tree, whose remedy is to give `what`; OSError for what can't be read.
     """
-    train, validation, test = (_find(root, names) for names in (TRAIN_NAMES, VALIDATION_NAMES, TEST_NAMES))
-    if train is None:
-        if validation or test:
-            problem = f"holds a part for testing but none named {TRAIN_NAMES[0]}"
-            remedy = "rename the training part, or give the path of the part that is wanted"
-            raise InputError("data.dir", root, problem, remedy)
-        classes = _classes(root, what)
-        return Source(name, str(root), tuple(map(_printable, classes)), _images(root, root, classes))
+    parts = {name.lower(): root / name for name in _folders(root) if _folders(root / name)}  # others are classes
+    found, validation, test = (
+        next((parts[name] for name in names if name in parts), None)
+        for names in (TRAIN_NAMES, VALIDATION_NAMES, TEST_NAMES)
+    )
+    if found is None and (validation or test):
+        problem = f"holds a part for testing but none named {TRAIN_NAMES[0]}"
+        remedy = "rename the training part, or give the path of the part that is wanted"
+        raise InputError("data.dir", root, problem, remedy)
     if test is None:  # a set with train and val alone uses val for testing, as Imagenette does
         validation, test = None, validation
+    train = found or root
     classes = _classes(train, what)
     # A part under another name, or classes of which one is called train; not what just lies there, as MLflow's files.
-    others = [other for other in _folders(root) if other.lower() not in PARTS]
+    others = [other for other in _folders(root) if found and other.lower() not in PARTS]
     if others := [other for other in others if not set(classes).isdisjoint(_folders(root / other))]:
         problem = f"{train.name} is the training part by its name, but {', '.join(others)} beside it is no part"
         remedy = f"rename parts to {VALIDATION_NAMES[0]} or {TEST_NAMES[0]}, or the class {train.name} otherwise"
@@ -205,14 +196,7 @@ def _read_folders(name: str, root: Path, what: str) -> Source:
             problem = f"the folders {train.name} and {part.name} hold different classes ({', '.join(differing)})"
             raise InputError("data.dir", root, problem, "give both the same ones")
     of_val, of_test = (_images(root, part, classes) if part else None for part in (validation, test))
-    return Source(name, str(root), tuple(map(_printable, classes)), _images(root, train, classes), of_val, of_test)
-
-
-def _find(folder: Path, names: tuple[str, ...]) -> Path | None:
-    """Return the first sub-folder of that name that has sub-folders itself, and so is no class."""
-    with os.scandir(folder) as entries:
-        found = {entry.name.lower(): Path(entry) for entry in entries if entry.is_dir() and _folders(entry)}
-    return next((found[name] for name in names if name in found), None)
+    return Source(str(root), tuple(map(_printable, classes)), _images(root, train, classes), of_val, of_test)
 
 
 def _folders(place: str | os.PathLike[str]) -> list[str]:

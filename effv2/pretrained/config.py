@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Annotated
 
 from pydantic import Field
 
-from effv2.config.schema import Device, Group, Precision
+from effv2.config.schema import DATASETS, Device, Group, Precision
 
 QUICK_LOOK = "For a quick look: so many test images{}, and as many of ImageNet's validation set; 0 = all."
 
@@ -14,9 +14,7 @@ QUICK_LOOK = "For a quick look: so many test images{}, and as many of ImageNet's
 class ImagesConfig(Group):
     """Which images."""
 
-    dataset: Literal["imagenette", "folder"] = Field(
-        "imagenette", description="Imagenette, or any tree of class folders whose classes are ImageNet's."
-    )
+    dataset: Annotated[str, DATASETS] = Field("imagenette", description="A data set whose classes are ImageNet's.")
     dir: str = Field("", description="Folder of the data set.")
     download: bool = Field(False, description="Download imagenette into the folder if it isn't there.")
     per_class: int = Field(0, ge=0, description=QUICK_LOOK.format(" a class"))

@@ -1,40 +1,52 @@
-"""One published network evaluated in a tracked run of its own."""
+"""One published network evaluated in a tracked run of its own: its logits, what they are worth, how long they took."""
 
 from __future__ import annotations
 
 import hashlib
 import json
 import tempfile
-from dataclasses import dataclass
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 import numpy as np
 import torch
 import torchvision
+from torch import Tensor
+from torch.nn import functional as F
 
 from effv2.architecture import count_parameters, gflops_of
-from effv2.config.schema import ExecutionConfig
 from effv2.core import provenance
-from effv2.core.errors import is_out_of_memory, what_ran_out
+from effv2.core.errors import RunError, is_out_of_memory, what_ran_out
 from effv2.core.reporter import Reporter
-from effv2.data.cache import Decoded, decode
-from effv2.execution.device import Execution, make_execution
+from effv2.data.batches import Statistics
+from effv2.data.images import Decoded, Labels, decode
+from effv2.execution.device import Execution, Forward, fold_batch_norm
 from effv2.pretrained.config import PretrainedConfig
 from effv2.pretrained.images import TEST, EvaluationImages, class_names
-from effv2.pretrained.measure import Network, all_logits, batch_size, bf16_differences, latency, scores, top1
 from effv2.pretrained.weights import Requested, load_network
-from effv2.run.artifacts import Predictions, write_predictions
+from effv2.run.artifacts import argmax_over_all, write_predictions
 from effv2.run.resume import Attempt, find_earlier
 from effv2.run.spec import RunSpec, machine_tags
-from effv2.serving.export import OTHER, as_base64, write_served
+from effv2.serving.export import as_base64, write_served
 from effv2.tracking.read import Identity
 from effv2.tracking.run import open_run
 from effv2.tracking.tags import SEED, STUDY, VARIANT
 from effv2.tracking.writer import TrackedRun
+from effv2.training.loop import median_seconds
 
+# On a CPU a pass over few images stays in caches and in memory that the process already has: 2 to 4 times the rate of
+# batches of 128 (benchmarks/pretrained.md).
+CPU_BATCH_PIXELS = 8 * 224**2
 FULL_BATCH_IMAGES = 128
+COMPARED_IMAGES = 512  # that bf16 is compared with float32 on
+CALIBRATION_BINS = 15
+Progress = Callable[[int], None]  # is given how many images are done
+RANKING = ("evaluation.ranked_on", "evaluation.ranked_origin")  # params
 CODE = provenance.code_version(provenance.OF_EVALUATION)  # versions of what decides an evaluation
 
 
@@ -50,17 +62,13 @@ class Evaluation:
     def execution(self) -> Execution:
         """Return device and precision."""
         chosen = self.config.execution
-        return make_execution(ExecutionConfig(device=chosen.device, precision=chosen.precision))
+        return Execution(torch.device(chosen.device), chosen.precision == "bf16", channels_last=True)
 
     @property
     def batch(self) -> int:
-        """Return the images a pass."""
-        return batch_size(self.config.execution.batch_size, self.requested.preparation.size, self.execution)
-
-    @property
-    def weights_name(self) -> str:
-        """Return the name of published weights, or of the user's own file."""
-        return str(self.requested.weights) if self.requested.file is None else self.requested.file.name
+        """Return the images a pass: as wanted, or what suits the device at this image size."""
+        on_cpu = max(1, round(CPU_BATCH_PIXELS / self.requested.preparation.size**2))
+        return self.config.execution.batch_size or (on_cpu if self.execution.device.type == "cpu" else 128)
 
     def decode(self, reporter: Reporter) -> Decoded:
         """Return the images as the weights want them, decoded once."""
@@ -68,16 +76,16 @@ class Evaluation:
 
     def data_digest(self, decoded: Decoded) -> str:
         """Hash the images: pixels, names and classes."""
-        outputs = self.images.outputs[self.images.part.labels]
-        return _hash([decoded.sha256, *self.images.part.ids, *map(str, outputs), self.images.tests])
+        return _hash([decoded.sha256, *self.images.part.ids, *map(str, self.images.true), self.images.tests])
 
     def definition(self) -> dict[str, Any]:
         """Return, as plain values, what decides the figures besides the images and the machine."""
+        requested = self.requested
         return {
-            "network": self.requested.network,
-            "weights": [self.requested.sha256, self.weights_name, self.requested.verified],
-            "preparation": repr(self.requested.preparation),
-            "normalisation": self.requested.normalisation,
+            "network": requested.network,
+            "weights": [requested.sha256, requested.weights_name, requested.verified],
+            "preparation": repr(requested.preparation),
+            "normalisation": requested.normalisation,
             "device": self.execution.device.type,
             "bf16": self.execution.bf16,
             "batch": self.batch,
@@ -87,11 +95,10 @@ class Evaluation:
     def params(self) -> dict[str, Any]:
         """Return the parameters of the run."""
         requested, preset = self.requested, self.requested.weights.transforms()
-        groups = self.config.model_dump()
-        flat = {f"{group}.{name}": value for group, fields in groups.items() for name, value in fields.items()}
-        return flat | {
+        ranked_on, ranked_origin = self.images.ranked
+        return self.config.flat() | {
             "model.name": requested.network,
-            "weights.name": self.weights_name,
+            "weights.name": requested.weights_name,
             "weights.file": str(requested.path),
             "weights.sha256": requested.sha256,
             "weights.verified": requested.verified,
@@ -104,79 +111,80 @@ class Evaluation:
             "transforms.mean": preset.mean,
             "transforms.std": preset.std,
             "evaluation.batch_size": self.batch,
+            "evaluation.ranked_on": ranked_on,
+            "evaluation.ranked_origin": ranked_origin,
         }
 
 
 def evaluate(evaluation: Evaluation, spec: RunSpec) -> Attempt:
     """Find the run of a task finished, or evaluate from the beginning: it takes too little time to be resumed."""
-    images, requested = evaluation.images, evaluation.requested
-    decoded, ranked = evaluation.decode(spec.reporter), f"{images.ranked_on}/top1_accuracy"
+    images, requested, params = evaluation.images, evaluation.requested, evaluation.params()
+    decoded, judged_by = evaluation.decode(spec.reporter), f"{params['evaluation.ranked_on']}/top1_accuracy"
     machine = [provenance.machine()[name] for name in ("processor", "accelerator", "threads")]  # speeds are figures too
     deciding = _hash(evaluation.definition() | {"machine": machine})
     identity = Identity(deciding, evaluation.data_digest(decoded), CODE)
-    ranking = {"evaluation.ranked_on": images.ranked_on, "evaluation.ranked_origin": images.ranked_origin.value}
     if (done := find_earlier(identity, spec).finished) is not None:
         run = TrackedRun(done.run_id, spec.experiment_id)
-        run.log_params({name: value for name, value in ranking.items() if name not in done.params})  # an older run
-        return Attempt(run, done.metrics, done.metrics[ranked], was_finished=True)
+        run.log_params({name: params[name] for name in RANKING if name not in done.params})  # an older run
+        return Attempt(run, done.metrics, done.metrics[judged_by], was_finished=True)
     own = {STUDY: spec.study, VARIANT: requested.network, SEED: str(evaluation.config.data.seed)}
     tags, message = identity.tags() | own | machine_tags(), spec.reporter.message
     opened = open_run(spec.name, spec.experiment_id, tags, parent=spec.parent, message=message, patience=spec.patience)
     with opened as run, what_ran_out("execution.batch_size"):
         spec.callback.run_opened(run.run_id)
-        run.log_params(evaluation.params() | ranking)
+        run.log_params(params)
         run.log_git(provenance.git_state())
         run.log_dataset(images.name, "test", identity.data_digest, images.location, images.profile())
         run.sender.check()
         metrics = _measure(evaluation, decoded, run, spec.reporter)
         run.complete()
-    return Attempt(run.ended(), metrics, metrics[ranked])
+    return Attempt(run.ended(), metrics, metrics[judged_by])
 
 
 def _measure(evaluation: Evaluation, decoded: Decoded, run: TrackedRun, reporter: Reporter) -> dict[str, float]:
     """Log and return all figures; log the predictions, too."""
     requested, images, execution = evaluation.requested, evaluation.images, evaluation.execution
     module = load_network(requested)
-    # What torchvision's builder does to inputs with these weights (inception_v3, googlenet): a network built without
-    # them differs.
+    # What torchvision's builder does to inputs with these weights alone (inception_v3, googlenet).
     run.log_params({"model.transform_input": bool(getattr(module, "transform_input", False))})
     metrics: dict[str, float] = {
         "model/parameters": count_parameters(module),
         "model/gflops": gflops_of(module, requested.preparation.size),
     }
-    network = Network.prepare(module, requested.normalisation, execution)
-    pixels, true = torch.from_numpy(decoded.pixels), images.outputs[images.part.labels]
+    fold_batch_norm(module)
+    network = partial(logits_of, execution, execution.place(module), requested.normalisation)
+    pixels, true = torch.from_numpy(decoded.pixels), images.true
     progress = partial(reporter.progress, f"evaluating {requested.label}", total=len(pixels))
     logits, rate = all_logits(network, pixels, evaluation.batch, progress)
     metrics["throughput/evaluate_images_per_second"] = rate
     if execution.bf16:
-        metrics |= bf16_differences(network, pixels, logits, true, evaluation.batch)
+        exact = replace(execution, bf16=False)
+        exact.set_float32()
+        in_float32 = partial(logits_of, exact, module, requested.normalisation)
+        metrics |= bf16_differences(in_float32, pixels, logits, true, evaluation.batch)
+        execution.set_float32()
     for name, members in images.sets.items():
         found = scores(logits[members], true[members], images.outputs)
         metrics |= {f"{name}/{figure}": value for figure, value in found.items()}
     metrics |= {f"published/{name}": value for name, value in requested.published.items()}
     with tempfile.TemporaryDirectory() as folder:
-        for name in {TEST, images.ranked_on}:
+        for name in {TEST, images.ranked[0]}:
             place = Path(folder) if name == TEST else Path(folder, name)
             place.mkdir(exist_ok=True)
-            write_predictions(place, _predictions(images, logits, images.sets[name]))
+            part, of_set = images.part.take(images.sets[name]), logits[images.sets[name]].numpy()
+            predictions = partial(argmax_over_all, present=images.outputs, names=class_names())
+            write_predictions(place, predictions(images.classes, part.ids, part.labels, of_set))
         run.log_folder(Path(folder))
-    metrics |= _latencies(requested.label, pixels, network, reporter)
-    run.log_metrics(metrics)
-    return metrics
-
-
-def _latencies(label: str, pixels: torch.Tensor, network: Network, reporter: Reporter) -> dict[str, float]:
-    """Return the seconds of one image and of a full batch, as far as the memory allows; timed last of all."""
-    found: dict[str, float] = {}
-    for name, images in (("single_image", 1), ("batch_128", FULL_BATCH_IMAGES)):
+    for name, count in (("single_image", 1), ("batch_128", FULL_BATCH_IMAGES)):  # last, as far as the memory allows
         try:
-            found[f"inference/{name}_seconds"] = latency(network, pixels, images)
+            again = pixels[torch.arange(count) % len(pixels)]
+            metrics[f"inference/{name}_seconds"] = median_seconds(partial(network, again))
         except RuntimeError as error:  # torch's of memory among them, on CPUs a plain one
             if not is_out_of_memory(error):
                 raise
-            reporter.message(f"{label}: no memory to time {images} images at once; left out.")
-    return found
+            reporter.message(f"{requested.label}: no memory to time {count} images at once; left out.")
+    run.log_metrics(metrics)
+    return metrics
 
 
 def log_network(evaluation: Evaluation, run: TrackedRun) -> None:
@@ -188,22 +196,77 @@ def log_network(evaluation: Evaluation, run: TrackedRun) -> None:
         run.log_model(files, as_base64(evaluation.images.part.open(0)), torch.__version__)
 
 
-def _predictions(images: EvaluationImages, logits: torch.Tensor, members: np.ndarray) -> Predictions:
-    """Return the top-1 predictions of a set over all 1000 classes, those of no class present as `other`."""
-    predicted, probability = top1(logits[members])
-    column = np.full(logits.shape[1], len(images.outputs))
-    column[images.outputs] = np.arange(len(images.outputs))
-    return Predictions(
-        classes=images.classes,
-        columns=(*images.classes, OTHER),
-        ids=[images.part.ids[i] for i in members],
-        true=images.part.labels[members],
-        predicted=column[predicted.numpy()],
-        names=[class_names()[output] for output in predicted.tolist()],
-        probability=probability.numpy(),
-    )
-
-
 def _hash(value: Any) -> str:
     """Hash plain values to 16 hexadecimal digits."""
     return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def logits_of(execution: Execution, network: Forward, statistics: Statistics, pixels: Tensor) -> Tensor:
+    """Return logits (B, outputs), on the CPU, of bytes (B, size, size, 3)."""
+    return execution.logits(network, statistics, pixels.permute(0, 3, 1, 2)).cpu()
+
+
+def all_logits(network: Forward, pixels: Tensor, batch: int, progress: Progress) -> tuple[Tensor, float]:
+    """Return logits (N, outputs) of bytes, and images/s: of the median pass, the first left out, transfers included.
+
+    RunError for logits that are no finite numbers.
+    """
+    logits: list[Tensor] = []
+    rates: list[float] = []
+    progress(0)
+    for part in pixels.split(batch):
+        started = time.perf_counter()
+        logits.append(network(part))
+        rates.append(len(part) / (time.perf_counter() - started))
+        progress(sum(map(len, logits)))
+    everything = torch.cat(logits)
+    if not everything.isfinite().all():
+        problem = "The outputs are not all finite numbers"
+        raise RunError(f"{problem}; the weights are damaged, or need execution.precision fp32.")
+    return everything, median(rates[1:] or rates)
+
+
+def scores(logits: Tensor, true: Labels, present: Labels) -> dict[str, float]:
+    """Return the figures of a set: `true` (N) and `present` (K) are outputs of the network.
+
+    top1_accuracy and top5_accuracy over all outputs, top1_present among those of the classes present alone, loss the
+    mean cross-entropy over all outputs, ece the calibration error of the top-1 prediction; accuracies as fractions.
+    """
+    targets = torch.from_numpy(true)
+    predicted = logits.argmax(1)  # not of probabilities: close logits tie there
+    confidence = logits.softmax(1).gather(1, predicted[:, None])[:, 0]
+    right = predicted == targets
+    own = logits.gather(1, targets[:, None])
+    ahead = (logits > own) | ((logits == own) & (torch.arange(logits.shape[1]) < targets[:, None]))  # as argmax ties
+    among_present = torch.from_numpy(present)[logits[:, present].argmax(1)]
+    return {
+        "images": len(true),
+        "top1_accuracy": right.double().mean().item(),
+        "top1_present": (among_present == targets).double().mean().item(),
+        "top5_accuracy": (ahead.sum(1) < 5).double().mean().item(),
+        "loss": F.cross_entropy(logits, targets).item(),
+        "ece": calibration_error(confidence.double().numpy(), right.numpy()),
+    }
+
+
+def calibration_error(confidence: np.ndarray, right: np.ndarray, bins: int = CALIBRATION_BINS) -> float:
+    """Return the expected calibration error (Guo et al. 2017) of confidences (N) in [0, 1] and what was right (N).
+
+    Bins of equal width, open on the left; the mean gap of confidence and accuracy, weighted by the images of a bin.
+    """
+    edges = np.linspace(0, 1, bins + 1)
+    members = np.clip(np.searchsorted(edges, confidence, side="left") - 1, 0, bins - 1)
+    gaps = np.bincount(members, weights=confidence - right, minlength=bins)
+    return float(np.abs(gaps).sum() / len(confidence))
+
+
+def bf16_differences(in_float32: Forward, pixels: Tensor, logits: Tensor, true: Labels, batch: int) -> dict[str, float]:
+    """Say what bf16 changes: its `logits` of all images against float32 ones of at most 512, evenly spaced."""
+    chosen = np.unique(np.linspace(0, len(pixels) - 1, min(len(pixels), COMPARED_IMAGES)).round().astype(int))
+    exact, _ = all_logits(in_float32, pixels[chosen], batch, lambda _: None)
+    before, after = exact.argmax(1).numpy(), logits[chosen].argmax(1).numpy()
+    return {
+        "bf16/compared_images": len(chosen),
+        "bf16/top1_difference": float((after == true[chosen]).mean() - (before == true[chosen]).mean()),
+        "bf16/predictions_changed": float((after != before).mean()),
+    }

@@ -9,13 +9,13 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
-from enum import Enum
 from functools import cache, cached_property
 from importlib.resources import files
 from pathlib import PurePath
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from effv2.config.schema import DataConfig
 from effv2.core.errors import InputError, close_names
@@ -26,23 +26,18 @@ from effv2.data.sources import open_source
 from effv2.pretrained.config import ImagesConfig
 
 TEST = "eval"  # the set of all test images; the others are named by their origin
-
-
-class Origin(Enum):
-    """Where an image comes from, as ImageNet's own file names say."""
-
-    UNSEEN = "unseen"  # of ImageNet's validation set: held out when published weights were trained
-    SEEN = "seen"  # of ImageNet's training set: published weights were fitted to it
-    UNKNOWN = "unknown"
+# Where an image comes from: of ImageNet's validation set, held out when published weights were trained, or of its
+# training set, which they were fitted to.
+UNSEEN, SEEN, UNKNOWN = "unseen", "seen", "unknown"
 
 
 @cache
-def origin(file: str) -> Origin:
-    """Return it by the name, as ILSVRC2012_val_00000293.JPEG or n01440764_10026.JPEG."""
+def origin(file: str) -> str:
+    """Return where an image comes from by ImageNet's names: ILSVRC2012_val_00000293.JPEG or n01440764_10026.JPEG."""
     name = PurePath(file).name
     if re.match(r"ILSVRC2012_val_\d{8}\b", name):
-        return Origin.UNSEEN
-    return Origin.SEEN if re.match(r"n\d{8}_\d+\b", name) else Origin.UNKNOWN
+        return UNSEEN
+    return SEEN if re.match(r"n\d{8}_\d+\b", name) else UNKNOWN
 
 
 @cache
@@ -59,23 +54,20 @@ def class_names() -> tuple[str, ...]:
     return tuple(ResNet50_Weights.DEFAULT.meta["categories"])
 
 
-def outputs_of(folders: Sequence[str], location: str) -> Labels:
-    """Return the output (0 to 999) that each class folder means by its WordNet id or torchvision's name of the class.
-
-    InputError for a folder that means none, or two that mean the same.
-    """
+def outputs_of(names: Sequence[str], config: ImagesConfig) -> Labels:
+    """Return the output (0 to 999) that each class means by its WordNet id or torchvision's name; InputError."""
     known = {name: index for names in (class_names(), wnids()) for index, name in enumerate(names)}
-    names = [folder.replace("_", " ") for folder in folders]  # French_horn is French horn
-    for folder, name in zip(folders, names, strict=True):
-        if name not in known:
+    what, value = ("data.dir", config.dir) if config.dir else ("data.dataset", config.dataset)
+    found = [known.get(name.replace("_", " ")) for name in names]  # French_horn is French horn
+    for name, output in zip(names, found, strict=True):
+        if output is None:
             hint = f" (did you mean {near}?)" if (near := close_names(name, class_names())) else ""
-            problem = f"the folder {folder!r} is no class of ImageNet{hint}"
-            remedy = "name every class folder by its WordNet id, as n01440764, or by torchvision's name, as tench"
-            raise InputError("data.dir", location, problem, remedy)
-    found = [known[name] for name in names]
-    twice = [folder for folder, output in zip(folders, found, strict=True) if found.count(output) > 1]
+            problem = f"the class {name!r} is none of ImageNet's{hint}"
+            remedy = "name every class by its WordNet id, as n01440764, or by torchvision's name, as tench"
+            raise InputError(what, value, problem, remedy)
+    twice = [name for name, output in zip(names, found, strict=True) if found.count(output) > 1]
     if twice:
-        raise InputError("data.dir", location, f"{' and '.join(twice)} are the same class of ImageNet", "merge them")
+        raise InputError(what, value, f"{' and '.join(twice)} are the same class of ImageNet", "merge them")
     return np.array(found, dtype=np.int64)
 
 
@@ -97,8 +89,15 @@ class EvaluationImages:
         """Return torchvision's names of the K classes present."""
         return tuple(class_names()[output] for output in self.outputs)
 
-    def _of(self, wanted: Origin) -> Positions:
-        return np.flatnonzero([origin(file) is wanted for file in self.part.ids])
+    @property
+    def true(self) -> Labels:
+        """Return the output that is right for each image."""
+        return self.outputs[self.part.labels]
+
+    @cached_property
+    def origins(self) -> NDArray[np.str_]:
+        """Return where each image comes from."""
+        return np.array([origin(file) for file in self.part.ids])
 
     @cached_property
     def sets(self) -> dict[str, Positions]:
@@ -109,63 +108,53 @@ class EvaluationImages:
         where the names of some don't say, the test images that are not known to be seen.
         """
         tests = np.arange(self.tests)
-        seen = np.intersect1d(self._of(Origin.SEEN), tests)
-        members = {Origin.UNSEEN: self._of(Origin.UNSEEN), Origin.SEEN: seen}
-        if np.isin(self._of(Origin.UNKNOWN), tests).any():
-            members[Origin.UNKNOWN] = np.setdiff1d(tests, seen)
-        others = {name.value: each for name, each in members.items() if len(each) and not np.array_equal(each, tests)}
+        members = {name: np.flatnonzero(self.origins == name) for name in (UNSEEN, SEEN)}
+        if UNKNOWN in self.origins:
+            members[UNKNOWN] = np.setdiff1d(tests, members[SEEN])
+        others = {name: each for name, each in members.items() if len(each) and not np.array_equal(each, tests)}
         return {TEST: tests} | others
 
     @property
-    def ranked_on(self) -> str:
-        """Return the set that networks are ranked on: images that the weights were not fitted to, as far as is known.
+    def ranked(self) -> tuple[str, str]:
+        """Return the set that networks are ranked on, and where its images come from.
 
-        Those of ImageNet's validation set, unless more test images are of unknown origin.
+        As far as is known, weights were not fitted to them: those of ImageNet's validation set, unless more test images
+        are of unknown origin.
         """
-        return self.ranked_origin.value if self.ranked_origin.value in self.sets else TEST
-
-    @property
-    def ranked_origin(self) -> Origin:
-        """Return where those images come from; unknown if that holds for any of them."""
-        unseen, unknown = len(self._of(Origin.UNSEEN)), np.isin(self._of(Origin.UNKNOWN), np.arange(self.tests)).sum()
-        if not unseen and not unknown:
-            return Origin.SEEN
-        return Origin.UNSEEN if unseen >= unknown else Origin.UNKNOWN
+        unseen, unknown = ((self.origins == name).sum() for name in (UNSEEN, UNKNOWN))
+        where = SEEN if not unseen + unknown else UNSEEN if unseen >= unknown else UNKNOWN
+        return where if where in self.sets else TEST, where
 
     def profile(self) -> dict[str, Any]:
         """Return the number of images of each set, and of each class."""
         counts = np.bincount(self.part.labels, minlength=len(self.outputs)).tolist()
-        return {"images": {name: len(members) for name, members in self.sets.items()}} | {
-            "classes": dict(zip(self.classes, counts, strict=True))
-        }
+        images = {name: len(members) for name, members in self.sets.items()}
+        return {"images": images, "classes": dict(zip(self.classes, counts, strict=True))}
 
 
 def choose_images(config: ImagesConfig) -> EvaluationImages:
-    """Find the images: the test part of the set, or all of it where it has none, and all of ImageNet's validation set.
+    """Find the test part of the set, or all of it where it has none, and all that is of ImageNet's validation set.
 
-    For a quick look, test images are drawn, and as many of the images of ImageNet's validation set. InputError for a
-    folder that isn't there, or whose classes are not ImageNet's.
+    For a quick look as many of either are drawn. InputError where the set isn't there or its classes aren't ImageNet's.
     """
     source = open_source(DataConfig(dataset=config.dataset, dir=config.dir, download=config.download))
-    outputs = outputs_of(source.classes, config.dir)
+    outputs = outputs_of(source.classes, config)
     test = source.train if source.test is None else source.test
-    chosen = sample_per_class(test.labels, config.per_class, source.classes, config.seed)
-    chosen = chosen[_draw(len(chosen), config, "limit")]
-    more = test.take(np.setdiff1d(np.arange(len(test)), chosen))
-    more = more if source.test is None else more.join(source.train)
-    more = more.take([i for i, file in enumerate(more.ids) if origin(file) is Origin.UNSEEN])
+    images = test if source.test is None else test.join(source.train)
+
+    def draw(positions: Positions, stream: str) -> Positions:
+        """Return as many as the limit allows, drawn at random, in order."""
+        if not 0 < config.limit < len(positions):
+            return positions
+        generator = np.random.default_rng(stream_seed(config.seed, stream))
+        return positions[np.sort(generator.choice(len(positions), config.limit, replace=False))]
+
+    tests = draw(sample_per_class(test.labels, config.per_class, source.classes, config.seed), "limit")
+    rest = np.setdiff1d(np.arange(len(images)), tests)
+    unseen = rest[np.array([origin(images.ids[i]) == UNSEEN for i in rest], dtype=bool)]
     if config.per_class:
-        generator = np.random.default_rng(stream_seed(config.seed, "unseen"))
-        mixed = generator.permutation(len(more))
-        firsts = [mixed[more.labels[mixed] == label][: config.per_class] for label in range(len(outputs))]
-        more = more.take(np.sort(np.concatenate(firsts)))
-    more = more.take(_draw(len(more), config, "unseen limit"))
-    return EvaluationImages(source.name, source.location, test.take(chosen).join(more), outputs, len(chosen))
-
-
-def _draw(count: int, config: ImagesConfig, stream: str) -> Positions:
-    """Return the positions of as many images as the limit allows, drawn at random, in order."""
-    if not 0 < config.limit < count:
-        return np.arange(count)
-    generator = np.random.default_rng(stream_seed(config.seed, stream))
-    return np.sort(generator.choice(count, config.limit, replace=False))
+        mixed = np.random.default_rng(stream_seed(config.seed, "unseen")).permutation(unseen)
+        firsts = [mixed[images.labels[mixed] == label][: config.per_class] for label in range(len(outputs))]
+        unseen = np.sort(np.concatenate(firsts))
+    chosen = images.take(np.concatenate([tests, draw(unseen, "unseen limit")]))
+    return EvaluationImages(config.dataset, source.location, chosen, outputs, len(tests))

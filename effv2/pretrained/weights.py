@@ -6,14 +6,11 @@ torchvision checks the hash of a file only when it downloads it; here a publishe
 from __future__ import annotations
 
 import os
-import pickle
 import re
 import socket
-import zipfile
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cache
-from http.client import HTTPException
 from pathlib import Path
 
 import torch
@@ -21,18 +18,15 @@ from torch import nn
 from torchvision import models
 from torchvision.models import WeightsEnum
 
-from effv2.core.errors import InputError, close_names, nearest
+from effv2.core.errors import InputError, nearest
 from effv2.core.internals import imagenet_metrics
 from effv2.core.provenance import sha256_of_file
+from effv2.data.batches import Statistics
 from effv2.data.images import CentreCrop
 
-PUBLISHED_HASH = re.compile(r"-([0-9a-f]{8,64})\.pth$")  # a head of the file's SHA-256, at the end of its name
 OUTPUTS = 1000
 LONGEST_STEM = 60  # characters of a file's name in a label, which becomes part of the names of metrics
 SILENT_SECONDS = 20  # of a server, after which a download is given up
-# What torch and Python raise for a file that is no state dict, or not this network's.
-UNLOADABLE = (RuntimeError, pickle.UnpicklingError, zipfile.BadZipFile, EOFError, ValueError, KeyError, TypeError,
-              AttributeError, OSError)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -65,21 +59,25 @@ class Requested:
         return CentreCrop(preset.crop_size[0], preset.resize_size[0], preset.interpolation.value)
 
     @property
-    def normalisation(self) -> tuple[list[float], list[float]]:
-        """Return the mean and standard deviation of a channel that the weights want removed."""
-        preset = self.weights.transforms()
-        return preset.mean, preset.std
+    def normalisation(self) -> Statistics:
+        """Return the mean and standard deviation of each channel that the weights want removed."""
+        return self.weights.transforms().mean, self.weights.transforms().std
+
+    @property
+    def weights_name(self) -> str:
+        """Return the name of published weights, or of the user's own file."""
+        return str(self.weights) if self.file is None else self.file.name
+
+    @property
+    def hash_head(self) -> str:
+        """Return how the SHA-256 of the published file begins: the end of its name."""
+        return str(self.weights.url).rpartition("-")[2].removesuffix(".pth")
 
     @property
     def published(self) -> dict[str, float]:
-        """Return the accuracies on ImageNet's validation set that torchvision publishes, as fractions.
-
-        Empty for a file of the user's own: nobody published what it reaches.
-        """
-        if self.file is not None:
-            return {}
-        metrics, names = imagenet_metrics(self.weights), {"top1_accuracy": "acc@1", "top5_accuracy": "acc@5"}
-        return {name: metrics[key] / 100 for name, key in names.items() if key in metrics}
+        """Return the accuracies that torchvision publishes, as fractions; nobody did for a file of the user's own."""
+        metrics = imagenet_metrics(self.weights) if self.file is None else {}
+        return {f"top{k}_accuracy": metrics[f"acc@{k}"] / 100 for k in (1, 5) if f"acc@{k}" in metrics}
 
 
 @cache
@@ -89,10 +87,7 @@ def network_names() -> tuple[str, ...]:
 
 
 def parse_models(text: str) -> list[Requested]:
-    """Read `name`, `name:WEIGHTS`, `name=file` or `name:WEIGHTS=file`, separated by commas.
-
-    InputError names the nearest networks or weights to a wrong one.
-    """
+    """Read `name`, `name:WEIGHTS`, `name=file` or `name:WEIGHTS=file`, separated by commas; InputError."""
     found = [_parse(word.strip()) for word in text.split(",") if word.strip()]
     if not found:
         raise InputError("models", text, "names no network", "give some, separated by commas, as resnet50")
@@ -109,9 +104,8 @@ def _parse(entry: str) -> Requested:
     named, own, file = entry.partition("=")
     network, _, name = (part.strip() for part in named.partition(":"))
     if network not in network_names():
-        near = close_names(network, network_names()) or "'resnet50' or 'efficientnet_v2_s'"
-        problem = f"torchvision has no classification network {network!r}"
-        raise InputError("models", entry, problem, f"give one by its name, as {near}")
+        problem = "torchvision has no classification network of this name"
+        raise InputError("models", network, problem, choices=network_names())
     default = models.get_model_weights(network).DEFAULT
     published = {each.name: each for each in type(default) if len(each.meta.get("categories") or ()) == OUTPUTS}
     weights = default if name in ("", "DEFAULT") else published.get(name)
@@ -128,25 +122,26 @@ def _parse(entry: str) -> Requested:
 
 
 def find_all_weights(requests: Sequence[Requested], weights_dir: Path | None, progress: bool) -> list[Requested]:
-    """Find the files in `weights_dir`, in torchvision's cache, or download them there; hash and verify them.
+    """Find the files in `weights_dir`, in torchvision's cache, or download them there, which `progress` shows.
 
-    A file of the user's own is hashed only. `progress` shows downloads. InputError for a folder that isn't there, for a
-    published file that isn't what its name says, and for those that can't be had, all in one message.
+    All are hashed, published ones verified. InputError for a folder that isn't there, a file that isn't what its name
+    says, and for those that can't be had, all in one message.
     """
-    if weights_dir is not None and not os.path.isdir(weights_dir):  # noqa: PTH112 (pathlib raises where a folder can't be entered)
+    # As below os.path, since pathlib raises where a folder can't be entered.
+    if weights_dir is not None and not os.path.isdir(weights_dir):  # noqa: PTH112
         remedy = "give the one with the files of weights"
         raise InputError("weights_dir", weights_dir, "no such folder that can be read", remedy)
-    found, missing = [], []
+    folders = [*filter(None, [weights_dir]), Path(torch.hub.get_dir(), "checkpoints")]
+    paths, missing = [], []
     for requested in requests:
-        cached = Path(torch.hub.get_dir(), "checkpoints", str(requested.weights.url).rpartition("/")[2])
-        own = requested.file or (weights_dir / cached.name if weights_dir else cached)
-        path = own if os.path.isfile(own) else cached  # noqa: PTH113 (as above)
-        found.append((requested, path))
-        if not os.path.isfile(path):  # noqa: PTH113
-            missing.append((requested, path))
+        places = [folder / requested.weights.url.rpartition("/")[2] for folder in folders]
+        found = requested.file or next(filter(os.path.isfile, places), None)
+        paths.append(found or places[-1])
+        if found is None:
+            missing.append((requested, places[-1]))
     for index, (requested, path) in enumerate(missing):
         _download(requested, path, [each.weights.url for each, _ in missing[index:]], progress)
-    return [_verified(requested, path) for requested, path in found]
+    return list(map(_verified, requests, paths))
 
 
 def _verified(requested: Requested, path: Path) -> Requested:
@@ -155,51 +150,43 @@ def _verified(requested: Requested, path: Path) -> Requested:
     except OSError as error:
         problem = f"{path} can't be read ({error.strerror})"
         raise InputError("models", requested.text, problem, "give yourself access") from error
-    if requested.file is not None:
-        return replace(requested, path=path, sha256=sha256)
-    published = PUBLISHED_HASH.search(path.name)
-    if published is None or not sha256.startswith(published[1]):
-        expected = published[1] if published else "as published"
-        problem = f"{path} is not the published file (its SHA-256 begins with {sha256[:10]}, not {expected})"
+    published, head = requested.file is None, requested.hash_head
+    if published and not sha256.startswith(head):
+        problem = f"{path} is not the published file (its SHA-256 begins with {sha256[:10]}, not {head})"
         own = f"or give it as {requested.network}={path} if it is your own"
         remedy = f"delete it and fetch {requested.weights.url} again, {own}"
         raise InputError("models", requested.text, problem, remedy)
-    return replace(requested, path=path, sha256=sha256, verified=True)
+    return replace(requested, path=path, sha256=sha256, verified=published)
 
 
 def _download(requested: Requested, path: Path, missing: Sequence[str], progress: bool) -> None:
-    """Let torch fetch a published file, which appears under its name only when whole and verified.
-
-    Where that fails, the message names the addresses of all that are missing.
-    """
-    url, patience = requested.weights.url, socket.getdefaulttimeout()
-    hash_head = PUBLISHED_HASH.search(url)
+    """Let torch fetch a published file, whole and verified or not at all; a failure names all addresses `missing`."""
+    patience = socket.getdefaulttimeout()
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         socket.setdefaulttimeout(SILENT_SECONDS)
-        torch.hub.download_url_to_file(url, str(path), hash_head[1] if hash_head else None, progress)
-    except (OSError, HTTPException, RuntimeError, ValueError) as error:
+        torch.hub.download_url_to_file(requested.weights.url, str(path), requested.hash_head, progress)
+    except Exception as error:
         reason = str(getattr(error, "reason", None) or getattr(error, "strerror", None) or error).rstrip(".")
-        into = f"put what you fetched into {path.parent}, or into the folder `weights_dir`"
         problem = f"its weights can't be downloaded ({reason})"
+        into = f"put what you fetched into {path.parent}, or into the folder `weights_dir`"
         raise InputError("models", requested.text, problem, f"fetch {', '.join(missing)} and {into}") from error
     finally:
         socket.setdefaulttimeout(patience)
 
 
 def load_network(requested: Requested) -> nn.Module:
-    """Build the network as torchvision does with these weights, in eval mode on the CPU.
+    """Build the network in eval mode on the CPU; InputError for a file that is no state dict of it.
 
-    Keys that were renamed, auxiliary heads, image sizes of transformers: torchvision's own builders know. They get the
-    verified file, loaded without running what a pickle may hold, in place of what they would fetch. InputError for a
-    file that is no state dict of the network.
+    Renamed keys, auxiliary heads, image sizes of transformers: torchvision's own builders know. They get the verified
+    file, loaded without running what a pickle may hold, in place of what they would fetch.
     """
     weights = requested.weights
     try:
         state = torch.load(requested.path, map_location="cpu", weights_only=True)
         weights.get_state_dict = lambda *_, **__: state  # of this member of the enumeration alone
         network: nn.Module = models.get_model(requested.network, weights=weights, progress=False)
-    except UNLOADABLE as error:
+    except Exception as error:  # torch and Python raise many kinds for what is no state dict
         problem = f"{requested.path} can't be loaded as weights of {requested.network} ({_in_short(error)})"
         remedy = f"give a state dict of this network with {OUTPUTS} outputs, as torch.save writes it"
         raise InputError("models", requested.text, problem, remedy) from error
@@ -210,10 +197,9 @@ def load_network(requested: Requested) -> nn.Module:
 
 def _in_short(error: Exception) -> str:
     """Say in a few words what torch says in many."""
-    text = str(error)
-    if isinstance(error, (pickle.UnpicklingError, KeyError)) or "weights_only" in text.lower():
+    text = f"{type(error).__name__}: {error}"
+    if any(mark in text for mark in ("UnpicklingError", "KeyError", "weights_only")):
         return "it holds something else than tensors, or is damaged"
     kinds = {"Missing key": "parameters are missing", "Unexpected key": "it has parameters of another network",
              "size mismatch": "shapes differ", "PytorchStreamReader": "it is damaged or cut short"}  # fmt: skip
-    found = [words for mark, words in kinds.items() if mark in text]
-    return ", ".join(found) or " ".join(text.split())[:120].rstrip(".") or type(error).__name__
+    return ", ".join(words for mark, words in kinds.items() if mark in text) or " ".join(text.split())[:120]

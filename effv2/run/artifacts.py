@@ -35,15 +35,27 @@ class Predictions:
     probability: np.ndarray
 
 
-def argmax_over_all(classes: Sequence[str], ids: Sequence[str], true: np.ndarray, logits: np.ndarray) -> Predictions:
-    """Return the predictions of a head whose first outputs are the classes: the argmax over all of them."""
+def argmax_over_all(
+    classes: Sequence[str],
+    ids: Sequence[str],
+    true: np.ndarray,
+    logits: np.ndarray,
+    *,
+    present: Sequence[int] | np.ndarray = (),
+    names: Sequence[str] = (),
+) -> Predictions:
+    """Return what logits (N, outputs) predict: the argmax over all outputs.
+
+    The classes are the outputs `present`, the first ones unless given; the outputs are called `names`, where these are
+    given, else as their columns are.
+    """
     columns = output_names(classes, logits.shape[1])
+    column = np.full(logits.shape[1], len(classes))
+    column[present if len(present) else range(len(classes))] = range(len(classes))
     argmax = logits.argmax(1)  # not of probabilities: close logits tie there
-    predicted = np.minimum(argmax, len(classes))
-    names = [columns[each] for each in predicted]
-    return Predictions(
-        classes, columns, ids, true, predicted, names, softmax(logits, 1)[np.arange(len(argmax)), argmax]
-    )
+    called = [names[each] if names else columns[column[each]] for each in argmax]
+    probability = softmax(logits, 1)[np.arange(len(argmax)), argmax]
+    return Predictions(classes, columns, ids, true, column[argmax], called, probability)
 
 
 def write_curves(folder: Path, history: Sequence[dict[str, float]]) -> None:
