@@ -138,7 +138,7 @@ def search(study: str | None, **options: Any) -> None:
     how, layer = cli.given_options(options, log_model="best"), cli.given_layer(options, cli.ONE_RUN)
     chosen = open_study(study) if study else built_in_search()
 
-    from effv2.studies.search import make_search
+    from effv2.studies.plan import make_search
 
     _run_and_show(partial(make_search, chosen, layer, how.trials or 0), how)
 
@@ -195,8 +195,7 @@ def evaluate_pretrained(models: str | None, weights_dir: str | None, **options: 
     from effv2.studies.weights import make_weights
 
     folder = expanded(weights_dir) if weights_dir else None
-    shows_downloads = sys.stderr.isatty()
-    make = partial(make_weights, models or PUBLISHED_COMPARISON, config, folder, show_downloads=shows_downloads)
+    make = partial(make_weights, models or PUBLISHED_COMPARISON, config, folder, progress=sys.stderr.isatty())
     _run_and_show(make, how)
 
 
