@@ -63,7 +63,7 @@ def measure(seconds: float, server: subprocess.Popen[bytes]) -> dict[str, object
     from effv2.execution.device import make_execution
     from effv2.execution.resolve import resolve_study
     from effv2.tracking.run import open_run
-    from effv2.tracking.store import open_store, wait_until_it_answers
+    from effv2.tracking.store import WAIT_SECONDS, answers, open_store
     from effv2.training.checkpoint import Checkpointer
     from effv2.training.loop import Training
     from effv2.training.state import TrainState
@@ -71,7 +71,8 @@ def measure(seconds: float, server: subprocess.Popen[bytes]) -> dict[str, object
     asked = TrainConfig.model_validate({"optimiser": {"ema_decay": 0.99}, "schedule": {"epochs": 100_000}})
     (config,) = resolve_study([asked], print)
     dataset, execution = load_dataset(config.data), make_execution(config.execution)
-    wait_until_it_answers(60)
+    while not answers():
+        time.sleep(WAIT_SECONDS)
     state = TrainState.create(config, dataset, execution)
     costs: list[float] = []
 

@@ -29,11 +29,19 @@ from effv2.evidence.publication import publish_study, read_results
 from effv2.evidence.study import StudyResults
 from effv2.studies.plan import Plan, progress_of, run_ids
 from effv2.studies.queue import ERROR, RUN, Queue, Trials
-from effv2.studies.storage import DATABASE_ERRORS, Storage, cannot_use, open_storage
-from effv2.studies.worker import AWAY, OpenedStudy, Worker, outage_passed, worker_process
+from effv2.studies.storage import DATABASE_ERRORS, OUTAGE_SECONDS, Storage, cannot_use, open_storage
+from effv2.studies.worker import AWAY, OpenedStudy, Worker, worker_process
 from effv2.tracking.read import known_runs, read_run, read_runs
 from effv2.tracking.run import open_parent, point_adopted_run_to, run_address, status_after
-from effv2.tracking.store import TRACKING_ERRORS, TrackingError, answers, shown_uri, tracking_faults, tracking_uri
+from effv2.tracking.store import (
+    TRACKING_ERRORS,
+    TrackingError,
+    answers,
+    outage_passed,
+    shown_uri,
+    tracking_faults,
+    tracking_uri,
+)
 from effv2.tracking.tags import CODE_VERSION, COMMAND, PLANNED, QUEUE, STUDY, as_tags, names_in
 from effv2.tracking.writer import TrackedRun, model_address
 
@@ -69,7 +77,7 @@ def run_study(plan: Plan, experiment_id: str, options: StudyOptions, load: LoadD
                 try:
                     return storage.retry(lambda: _publish(study, queue, load, reporter))
                 except TrackingError as error:
-                    if not outage_passed(error, setbacks, reporter.message):
+                    if not outage_passed(error, setbacks, OUTAGE_SECONDS, reporter.message):
                         raise
                     setbacks += 1
         except BaseException as error:  # of an ending signal too: what this process has is given back
@@ -177,21 +185,19 @@ def _publish(study: OpenedStudy, queue: Queue, load: LoadData, reporter: Reporte
         trials = queue.trials()
         deleted = _deleted(trials, study.parent.experiment_id)  # of trials that aren't wanted now
         trials = {name: trial for name, trial in trials.items() if trial.user_attrs.get(RUN) not in deleted}
-        used = run_ids(trials)
         finished = sorted(trial.number for trial in trials.values() if trial.state.is_finished())
         stands = {"trials": finished, "log_model": log_model}
         if storage.optuna.get_study_user_attrs(queue.study_id).get(PUBLISHED) == stands:
             results = read_results(study.parent)
         else:
-            models = plan.conclude(trials, study.parent, log_model, load)
+            models, used = plan.conclude(trials, study.parent, log_model, load), run_ids(trials)
             results = publish_study(study.parent, used)
             storage.optuna.set_study_user_attr(queue.study_id, PUBLISHED, stands)
-            without = log_model == "all" and [run for run in used.values() if not model_address(run)]
-            if without:
+            if log_model == "all" and (without := [run for run in used.values() if not model_address(run)]):
                 text = f"{len(without)} runs were finished before without a model; `fresh` repeats them with it."
                 reporter.message(text)
         failed = {
-            name: str(trial.user_attrs.get(ERROR)) for name, trial in trials.items() if trial.state == TrialState.FAIL
+            name: str(each.user_attrs.get(ERROR)) for name, each in trials.items() if each.state == TrialState.FAIL
         }
         study.end(queue, "FAILED" if failed else "FINISHED")
     return StudyEnd(study.parent, results, {name: failed[name] for name in failed if name in plan.trials}, models)

@@ -18,7 +18,9 @@ from typing import Any, Concatenate, Literal, ParamSpec, TypeVar
 
 import optuna
 from optuna.exceptions import UpdateFinishedTrialError
-from optuna.trial import FrozenTrial, TrialState
+from optuna.pruners import BasePruner
+from optuna.samplers import BaseSampler
+from optuna.trial import FrozenTrial, Trial, TrialState, create_trial
 
 from effv2.core.errors import LeaseLost
 from effv2.core.internals import record_heartbeat, stale_trial_ids, trial_id
@@ -116,12 +118,10 @@ class Queue:
             thread.join(LEAVING_SECONDS)
 
     @retried
-    def suggest(
-        self, trial: FrozenTrial, sampler: optuna.samplers.BaseSampler | None, choose: Callable[[optuna.Trial], Params]
-    ) -> Params:
+    def suggest(self, trial: FrozenTrial, sampler: BaseSampler | None, choose: Callable[[Trial], Params]) -> Params:
         """Let `choose` suggest the parameters of a trial; those that were suggested before stay as they were."""
         study = optuna.load_study(study_name=self.study, storage=self.storage.optuna, sampler=sampler)
-        return choose(optuna.Trial(study, trial_id(trial)))
+        return choose(Trial(study, trial_id(trial)))
 
     @retried
     def note_run(self, trial: FrozenTrial, run_id: str) -> None:
@@ -130,16 +130,13 @@ class Queue:
         self.storage.optuna.set_trial_user_attr(trial_id(trial), RUN, run_id)
 
     @retried
-    def report(
-        self, trial: FrozenTrial, epoch: int, value: float, pruner: optuna.pruners.BasePruner | None = None
-    ) -> bool:
-        """Record the best value up to an epoch and ask the pruner, if any, whether the trial should end there.
+    def report(self, trial: FrozenTrial, epoch: int, value: float, pruner: BasePruner | None = None) -> bool:
+        """Record the value reached at an epoch and ask the pruner, if any, whether the trial should end there.
 
-        `value` is that of the epoch. LeaseLost if the trial is no longer ours.
+        LeaseLost if the trial is no longer ours.
         """
-        storage, number = self.storage.optuna, trial_id(trial)
-        before = [each for step, each in self._own(trial).intermediate_values.items() if step < epoch]
-        storage.set_trial_intermediate_value(number, epoch, max([value, *before]))
+        storage, number = self.storage.optuna, trial_id(self._own(trial))
+        storage.set_trial_intermediate_value(number, epoch, value)
         trial = storage.get_trial(number)
         pruned = trial.user_attrs.get(PRUNED_AT)  # an earlier attempt was, or had come further and was not
         if pruner is None or pruned is not None or (trial.last_step or 0) > epoch:
@@ -154,7 +151,7 @@ class Queue:
         """Finish a trial with its value and the run that reached it; LeaseLost if the trial is no longer ours."""
         with self.storage.lock(self.study):
             if not self._own(trial).state.is_finished():  # else the answer to an earlier attempt to finish was lost
-                self._set(trial, state, {RUN: run_id}, [value])
+                self._set(trial, state, {RUN: run_id}, value)
 
     @retried
     def fail(self, trial: FrozenTrial, error: str, final: bool) -> None:
@@ -219,14 +216,11 @@ class Queue:
 
     def _enqueue(self, name: str, params: Params, failed: FrozenTrial | None = None) -> None:
         """Add a trial that waits. One that `failed` takes along its run, and what it reported and the pruner noted."""
-        ours, optunas = {NAME: name}, {FIXED: dict(params)}
+        trial = create_trial(state=TrialState.WAITING, user_attrs={NAME: name}, system_attrs={FIXED: dict(params)})
         if failed is not None:
-            ours |= {key: value for key, value in failed.user_attrs.items() if key == RUN}
-            optunas |= {key: value for key, value in failed.system_attrs.items() if key.startswith(RUNG)}
-        values = failed.intermediate_values if failed is not None else {}
-        trial = optuna.trial.create_trial(
-            state=TrialState.WAITING, user_attrs=ours, system_attrs=optunas, intermediate_values=values
-        )
+            trial.user_attrs |= {key: value for key, value in failed.user_attrs.items() if key == RUN}
+            trial.system_attrs |= {key: value for key, value in failed.system_attrs.items() if key.startswith(RUNG)}
+            trial.intermediate_values = failed.intermediate_values
         self.storage.optuna.create_new_trial(self.study_id, trial)
 
     def _free(self, running: list[FrozenTrial]) -> None:
@@ -242,13 +236,11 @@ class Queue:
                 state = TrialState.WAITING if lost < MOST_LOST else TrialState.FAIL
                 self._set(trial, state, {LOST: lost, ERROR: f"its worker was gone, {lost} times"})
 
-    def _set(
-        self, trial: FrozenTrial, state: TrialState, attributes: Params, values: list[float] | None = None
-    ) -> None:
+    def _set(self, trial: FrozenTrial, state: TrialState, attributes: Params, value: float | None = None) -> None:
         """Give a trial attributes, then the state that they explain."""
-        for name, value in attributes.items():
-            self.storage.optuna.set_trial_user_attr(trial_id(trial), name, value)
-        self.storage.optuna.set_trial_state_values(trial_id(trial), state, values)
+        for name, attribute in attributes.items():
+            self.storage.optuna.set_trial_user_attr(trial_id(trial), name, attribute)
+        self.storage.optuna.set_trial_state_values(trial_id(trial), state, None if value is None else [value])
 
 
 def _is_ours(trial: FrozenTrial) -> bool:

@@ -21,7 +21,7 @@ from optuna.trial import FrozenTrial, TrialState
 
 from effv2.config.options import StudyOptions
 from effv2.core.errors import Diverged, LeaseLost, RunError, StoreAway, Terminated
-from effv2.core.reporter import Message, Reporter
+from effv2.core.reporter import Reporter
 from effv2.core.signals import ending_signals
 from effv2.data.dataset import LoadData, load_once
 from effv2.execution.allocator import tune_allocator
@@ -31,15 +31,7 @@ from effv2.studies.queue import NAME, RUN, Queue
 from effv2.studies.storage import LEAVING_SECONDS, OUTAGE_SECONDS, Storage, open_storage
 from effv2.tracking.read import find_runs, is_running, steps_of
 from effv2.tracking.run import end_left_open
-from effv2.tracking.store import (
-    WAIT_SECONDS,
-    answers,
-    is_temporary,
-    reason,
-    shown_uri,
-    use_store,
-    wait_until_it_answers,
-)
+from effv2.tracking.store import answers, outage_passed, use_store
 from effv2.tracking.tags import PARENT
 from effv2.tracking.writer import TrackedRun
 from effv2.training.loop import EpochResult
@@ -47,7 +39,6 @@ from effv2.training.state import watched_accuracy
 
 POLL_SECONDS = 1.0  # between two looks at a queue whose last trials others work on
 AWAY = 3  # exit code of a worker that waited in vain for a database or the tracking store
-MOST_SETBACKS = 5  # so often a piece of work is begun again because the tracking store failed, and answered again
 ORPHAN_SECONDS = 60  # so long a worker may take to end after the process that started it
 
 
@@ -97,38 +88,28 @@ class OpenedStudy:
                     self.parent.set_status(status)
 
 
-def outage_passed(error: Exception, setbacks: int, message: Message) -> bool:
-    """Say, after waiting for it to answer, whether the tracking store failed as it may for a while.
-
-    `setbacks` counts those of the same piece of work that passed before. StoreAway where it is away for too long.
-    """
-    if is_temporary(error) and setbacks < MOST_SETBACKS:
-        message(f"The tracking store failed ({reason(error)}); the work is resumed when it answers.")
-        time.sleep(WAIT_SECONDS * (setbacks + 1))
-    elif answers():
-        return False
-    if not wait_until_it_answers(OUTAGE_SECONDS):
-        problem = f"The tracking store {shown_uri()} has been away for {OUTAGE_SECONDS} seconds; start it."
-        raise StoreAway(problem) from error
-    return True
-
-
 @dataclass
 class TrialCallback(Callback):
     """Reports a run's epochs to its trial, and lets the pruner decide."""
 
     worker: Worker
-    trial: FrozenTrial
+    lease: FrozenTrial
+    best: float = 0.0
 
     def run_opened(self, run_id: str) -> None:
         """Note the run on the trial, so that whoever takes the trial up knows of it."""
-        self.worker.queue.note_run(self.trial, run_id)
+        self.worker.queue.note_run(self.lease, run_id)
+
+    def run_resumed(self, accuracy: float) -> None:
+        """Take over the best accuracy of the epochs that aren't trained again."""
+        self.best = max(self.best, accuracy)
 
     def epoch_ended(self, result: EpochResult) -> bool:
-        """Report the accuracy; ask the pruner."""
+        """Report the best accuracy so far, which is what a trial is worth; ask the pruner."""
         plan = self.worker.study.plan
+        self.best = max(self.best, watched_accuracy(result.metrics))
         pruner = plan.pruner() if result.epoch < plan.epochs else None
-        pruned = self.worker.queue.report(self.trial, result.epoch, watched_accuracy(result.metrics), pruner)
+        pruned = self.worker.queue.report(self.lease, result.epoch, self.best, pruner)
         self.worker.changed()
         return pruned
 
@@ -158,40 +139,40 @@ class Worker:
     def work(self) -> None:
         """Work until nothing is left. The queue learns of a run that fails, and the rest is worked on."""
         while True:
-            trial = self.queue.lease()
+            lease = self.queue.lease()
             self.changed()
-            if trial is not None:
-                with self.queue.heartbeat(trial):
-                    self._try(trial)
+            if lease is not None:
+                with self.queue.heartbeat(lease):
+                    self._try(lease)
                 self.changed()
             elif self.queue.unfinished():
                 time.sleep(POLL_SECONDS * random.uniform(0.5, 1.5))  # noqa: S311
             else:
                 return
 
-    def _try(self, trial: FrozenTrial) -> None:
-        name = trial.user_attrs[NAME]
+    def _try(self, lease: FrozenTrial) -> None:
+        name = lease.user_attrs[NAME]
         try:
-            self._attempt(trial, name)
+            self._attempt(lease, name)
         except StoreAway:
             raise
         except LeaseLost:
             pass
         except RunError as error:
-            self.queue.fail(trial, error.problem, final=isinstance(error, Diverged))
+            self.queue.fail(lease, error.problem, final=isinstance(error, Diverged))
         except Exception as error:  # a fault of ours or of a library costs one run, not the study
-            if outage_passed(error, self.setbacks[name], self.reporter.message):
+            if outage_passed(error, self.setbacks[name], OUTAGE_SECONDS, self.reporter.message):
                 self.setbacks[name] += 1
                 self.queue.release()  # the trial is not to blame
             else:
                 traceback.print_exc()
-                self.queue.fail(trial, f"{type(error).__name__}: {error}", final=False)
+                self.queue.fail(lease, f"{type(error).__name__}: {error}", final=False)
 
-    def _attempt(self, trial: FrozenTrial, name: str) -> None:
+    def _attempt(self, lease: FrozenTrial, name: str) -> None:
         """Let the plan find, resume or start the run of a trial; say how it ended."""
         study, queue, plan = self.study, self.queue, self.study.plan
         study.parent.set_status("RUNNING")  # where somebody who left had ended it
-        params = queue.suggest(trial, plan.sampler(trial.number), plan.suggest)
+        params = queue.suggest(lease, plan.sampler(lease.number), plan.suggest)
         spec = RunSpec(
             name,
             study.parent.experiment_id,
@@ -201,9 +182,9 @@ class Worker:
             log_model=study.options.log_model == "all",
             checkpoints=study.options,
             fresh=study.fresh,
-            previous=trial.user_attrs.get(RUN, ""),
+            previous=lease.user_attrs.get(RUN, ""),
             reporter=self.reporter,
-            callback=TrialCallback(self, trial),
+            callback=TrialCallback(self, lease),
             patience=OUTAGE_SECONDS,
         )
         try:
@@ -212,15 +193,15 @@ class Worker:
             if not plan.searches:
                 raise
             # In a search an answer like any other: this is no place to look for the best.
-            now = queue.trials()[name]
-            reached = max(now.intermediate_values.values(), default=0.0)
-            queue.finish(trial, TrialState.PRUNED, reached, now.user_attrs[RUN])
+            trial = queue.trials()[name]
+            best = max(trial.intermediate_values.values(), default=0.0)
+            queue.finish(lease, TrialState.PRUNED, best, trial.user_attrs[RUN])
             return
         run = ended.run
         if ended.was_finished and "train/loss" in ended.metrics:
-            queue.report(trial, max(steps_of(run.run_id, "train/loss")), ended.accuracy)
+            queue.report(lease, max(steps_of(run.run_id, "train/loss")), ended.accuracy)
         try:
-            queue.finish(trial, TrialState.PRUNED if ended.pruned else TrialState.COMPLETE, ended.accuracy, run.run_id)
+            queue.finish(lease, TrialState.PRUNED if ended.pruned else TrialState.COMPLETE, ended.accuracy, run.run_id)
         except LeaseLost:
             if not ended.was_finished and queue.trials()[name].user_attrs.get(RUN) != run.run_id:
                 run.set_status("KILLED")  # the run of the worker that has the trial now counts
