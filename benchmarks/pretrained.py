@@ -101,7 +101,7 @@ def plain(requested: Requested, images: LabelledImages) -> None:
 def evaluate(named: str, config: PretrainedConfig) -> None:
     """Evaluate in this process, without the latency passes."""
     reporter, load = Reporter(), load_once(lambda done, total: None)
-    plan = make_weights(named, config, None, show_downloads=False, load=load, reporter=reporter)
+    plan = make_weights(named, config, None, progress=False, load=load, reporter=reporter)
     run_study(plan, open_store(""), StudyOptions(fresh=True, log_model="none"), load, reporter)
 
 

@@ -68,7 +68,7 @@ def search(folder: Path, text: str) -> tuple[float, int]:
     from effv2.core.internals import study_id
     from effv2.data.dataset import load_once
     from effv2.studies.engine import run_study
-    from effv2.studies.search import make_search
+    from effv2.studies.plan import make_search
     from effv2.studies.storage import open_storage
     from effv2.tracking.store import open_store
 

@@ -62,13 +62,14 @@ def measure(seconds: float, server: subprocess.Popen[bytes]) -> dict[str, object
     from effv2.data.dataset import load_dataset
     from effv2.execution.resolve import resolve_study
     from effv2.tracking.run import open_run
-    from effv2.tracking.store import open_store, wait_until_it_answers
+    from effv2.tracking.store import WAIT_SECONDS, answers, open_store
     from effv2.training.checkpoint import Checkpointer
     from effv2.training.loop import Training
 
     asked = TrainConfig.model_validate({"optimiser": {"ema_decay": 0.99}, "schedule": {"epochs": 100_000}})
     (config,) = resolve_study([asked], print)
-    wait_until_it_answers(60)
+    while not answers():
+        time.sleep(WAIT_SECONDS)
     training = Training(config, load_dataset(config.data))
     state = training.state
     costs: list[float] = []

@@ -230,7 +230,7 @@ def test_a_store_that_fails_for_a_moment_costs_no_run(
     sqlite_store: str, tiny_study: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from effv2.run import resume
-    from effv2.studies import worker
+    from effv2.tracking import store
 
     tiny_study.write_text(f"{tiny_study.read_text()}retries: 0\n")
     failures = iter([MlflowException("database is locked")])
@@ -241,7 +241,7 @@ def test_a_store_that_fails_for_a_moment_costs_no_run(
         return train_run(*args, **kwargs)
 
     monkeypatch.setattr(resume, "train_run", interrupted)
-    monkeypatch.setattr(worker, "WAIT_SECONDS", 0.1)
+    monkeypatch.setattr(store, "WAIT_SECONDS", 0.1)
     assert invoke(ablate, "--study", tiny_study, "--log-model", "none").exit_code == 0
 
 

@@ -32,8 +32,8 @@ from effv2.core.errors import LeaseLost, StoreAway
 from effv2.core.internals import study_id
 from effv2.core.processes import is_gone, this_process
 from effv2.studies import queue as queue_module
-from effv2.studies.queue import ERROR, MOST_LOST, NAME, OWNER, Queue
-from effv2.studies.storage import Storage, open_storage, reopen_storage
+from effv2.studies.queue import ERROR, MOST_LOST, NAME, OWNER, RUN, Queue
+from effv2.studies.storage import Storage, open_storage
 from tests.conftest import OTHER_TINY_TABLE, ROOT, TINY_TABLE, running
 from tests.servers import Server, free_port
 
@@ -198,7 +198,7 @@ def lease_all(url: str, results: Any) -> None:
     queue = Queue(open_storage(url), "q", 0, {str(number): {} for number in range(24)})
     leased = []
     while (lease := queue.lease()) is not None:
-        leased.append(lease.name)
+        leased.append(lease.user_attrs[NAME])
         queue.finish(lease, TrialState.COMPLETE, 0.5, "")
     results.put(leased)
 
@@ -317,7 +317,7 @@ def test_a_connection_that_is_cut_within_a_query_is_waited_for(cluster: Cluster)
 def test_a_database_that_cannot_be_reached_is_waited_for_then_named() -> None:
     pytest.importorskip("psycopg")
     with pytest.raises(StoreAway, match="The storage has been away for"):
-        reopen_storage("postgresql+psycopg://nobody@127.0.0.1:1/nothing", patience=0.5)
+        open_storage("postgresql+psycopg://nobody@127.0.0.1:1/nothing", patience=0.5, again=True)
 
 
 @pytest.fixture
@@ -391,7 +391,7 @@ def test_a_failed_trial_is_retried_as_often_as_the_study_says(storage: Storage) 
     assert attempts == 3 and queue.trials()["0"].state == TrialState.FAIL
     queue.repeat(())  # the same command again: what failed may work now
     again = queue.lease()
-    assert again is not None and again.previous_run == "its run"
+    assert again is not None and again.user_attrs[RUN] == "its run"
     assert queue.trials()["0"].intermediate_values == {1: 0.5}
     queue.fail(again, "diverged", final=True)
     queue.repeat(())
@@ -423,7 +423,7 @@ def test_a_worker_on_a_lost_machine_is_replaced_and_may_not_finish(
         assert queue.lease() is None  # at first sight the database may just have been away
         monkeypatch.setattr(queue_module, "SECOND_LOOK_SECONDS", 0)
         taken = queue.lease()
-        assert taken is not None and taken.trial_id == lease.trial_id
+        assert taken is not None and taken.number == lease.number
     with pytest.raises(LeaseLost):
         queue.finish(lease, TrialState.COMPLETE, 0.5, "")
     queue.fail(lease, "no longer ours to say", final=True)

@@ -20,7 +20,7 @@ from effv2.config.layers import Written
 from effv2.config.studies import built_in_search
 from effv2.core.reporter import Reporter
 from effv2.data.dataset import load_once
-from effv2.studies.search import make_search
+from effv2.studies.plan import make_search
 from effv2.training import loop
 from tests.conftest import TINY_TABLE
 from tests.test_commands import all_runs, invoke

@@ -134,7 +134,7 @@ def search(study: str | None, layer: Layer, how: StudyOptions) -> None:
 
     chosen = open_study(study) if study else built_in_search()
 
-    from effv2.studies.search import make_search
+    from effv2.studies.plan import make_search
 
     _run_and_show(partial(make_search, chosen, layer, how.trials or 0), how)
 
@@ -191,7 +191,7 @@ def evaluate_pretrained(models: str | None, weights_dir: str | None, layer: Laye
     from effv2.studies.weights import make_weights
 
     make = partial(make_weights, models or PUBLISHED_COMPARISON, config, _path(weights_dir))
-    _run_and_show(partial(make, show_downloads=sys.stderr.isatty()), how)
+    _run_and_show(partial(make, progress=sys.stderr.isatty()), how)
 
 
 @main.command(cls=cli.Command)

@@ -8,7 +8,8 @@ import multiprocessing
 import os
 import signal
 import time
-from collections.abc import Mapping
+from collections import Counter
+from collections.abc import Callable, Mapping
 from contextlib import closing, suppress
 from dataclasses import dataclass
 from multiprocessing.context import SpawnProcess
@@ -22,17 +23,25 @@ from effv2.config.options import StudyOptions
 from effv2.core import provenance
 from effv2.core.errors import RunError
 from effv2.core.internals import study_id
-from effv2.core.reporter import Reporter
+from effv2.core.reporter import Message, Reporter
 from effv2.data.dataset import LoadData
 from effv2.evidence.publication import publish_study, read_results
 from effv2.evidence.study import StudyResults
 from effv2.studies.plan import Plan, progress_of, run_ids
 from effv2.studies.queue import ERROR, RUN, Queue, Trials
-from effv2.studies.storage import DATABASE_ERRORS, Storage, cannot_use, open_storage
-from effv2.studies.worker import AWAY, OpenedStudy, Outages, Worker, worker_process
+from effv2.studies.storage import DATABASE_ERRORS, OUTAGE_SECONDS, Storage, cannot_use, open_storage
+from effv2.studies.worker import AWAY, OpenedStudy, Worker, worker_process
 from effv2.tracking.read import known_runs, read_run, read_runs
 from effv2.tracking.run import open_parent, point_adopted_run_to, run_address, status_after
-from effv2.tracking.store import TRACKING_ERRORS, TrackingError, answers, shown_uri, tracking_faults, tracking_uri
+from effv2.tracking.store import (
+    TRACKING_ERRORS,
+    TrackingError,
+    answers,
+    outage_passed,
+    shown_uri,
+    tracking_faults,
+    tracking_uri,
+)
 from effv2.tracking.tags import CODE_VERSION, COMMAND, PLANNED, QUEUE, STUDY, as_tags, names_in
 from effv2.tracking.writer import TrackedRun, model_address
 
@@ -60,7 +69,7 @@ def run_study(plan: Plan, experiment_id: str, options: StudyOptions, load: LoadD
     The same call on several machines, with one PostgreSQL storage and one tracking server, shares the work.
     """
     with tracking_faults(), closing(open_storage(options.storage)) as storage:
-        study, outages = _open(plan, storage, experiment_id, options, reporter), Outages(reporter.message)
+        study, setbacks = _open(plan, storage, experiment_id, options, reporter), 0
         try:
             queue = study.queue(storage)
             _work(study, queue, load, reporter)
@@ -68,8 +77,9 @@ def run_study(plan: Plan, experiment_id: str, options: StudyOptions, load: LoadD
                 try:
                     return storage.retry(lambda: _publish(study, queue, load, reporter))
                 except TrackingError as error:
-                    if not outages.passed(error, "publish"):
+                    if not outage_passed(error, setbacks, OUTAGE_SECONDS, reporter.message):
                         raise
+                    setbacks += 1
         except BaseException as error:  # of an ending signal too: what this process has is given back
             study.leave(storage, status_after(error))
             raise
@@ -89,8 +99,7 @@ def _work(study: OpenedStudy, queue: Queue, load: LoadData, reporter: Reporter) 
     elif study.options.workers == 1:
         Worker(study, queue, load, reporter, show).work()
     else:
-        _supervise(study, queue, reporter)
-        show()
+        _supervise(study, queue, reporter.message, show)
 
 
 def _open(plan: Plan, storage: Storage, experiment_id: str, options: StudyOptions, reporter: Reporter) -> OpenedStudy:
@@ -102,35 +111,34 @@ def _open(plan: Plan, storage: Storage, experiment_id: str, options: StudyOption
             studies = sorted(storage.optuna.get_all_studies(), key=study_id, reverse=True)
             begun = [study for study in studies if study.study_name.startswith(kind) and PARENT in study.user_attrs]
             same = [study for study in begun if study.study_name.rpartition("#")[0] == name]
-            known = ((study, read_run(study.user_attrs[PARENT])) for study in same if not options.fresh)
-            found = next(((study, run) for study, run in known if run is not None), None)
-            if found is not None:
-                queue, parent = found[0].study_name, TrackedRun(found[1].run_id, found[1].experiment_id)
-                fresh = bool(found[0].user_attrs[FRESH])
+            there = (study for study in same if not options.fresh and read_run(study.user_attrs[PARENT]) is not None)
+            if (found := next(there, None)) is not None:
+                queue, attributes = found.study_name, dict(found.user_attrs)
             else:
                 if same and not options.fresh:
                     text = f"The tracking store {shown_uri()} has no run of this study: it begins anew there."
                     reporter.message(text)
                 if begun and not same:
-                    text = f"Not the study {plan.name} that was begun before: "
-                    text += difference(begun[0].user_attrs[DEFINITION], definition)
-                    reporter.message(f"{text}. What is the same is not repeated.")
+                    words = differences(begun[0].user_attrs[DEFINITION], definition)
+                    more = f" and {len(words) - MOST_DIFFERENCES} more" if len(words) > MOST_DIFFERENCES else ""
+                    text = f"Not the study {plan.name} that was begun before: {'; '.join(words[:MOST_DIFFERENCES])}"
+                    reporter.message(f"{text}{more}. What is the same is not repeated.")
                 # Those whose creation was cut short are counted too.
                 numbers = [study.study_name.rpartition("#") for study in studies]
-                number = 1 + max((int(last) for before, _, last in numbers if before == name), default=0)
-                queue, fresh = f"{name}#{number}", options.fresh
-                parent = _create(plan, storage, queue, definition, fresh)
+                queue = f"{name}#{1 + max((int(last) for before, _, last in numbers if before == name), default=0)}"
+                attributes = _create(plan, storage, queue, definition, options.fresh)
     except DATABASE_ERRORS as error:
         raise cannot_use(storage.shown, error) from error
+    parent = TrackedRun(attributes[PARENT], experiment_id)
     point_adopted_run_to(parent)
     (record,) = read_runs([parent.run_id], ())
     planned = dict.fromkeys([*names_in(record.tags, PLANNED), *plan.trials])
     parent.set_tags({COMMAND: provenance.COMMAND.get()} | as_tags(PLANNED, planned))
-    return OpenedStudy(plan, options, queue, parent, fresh)
+    return OpenedStudy(plan, options, queue, parent, attributes[FRESH])
 
 
-def _create(plan: Plan, storage: Storage, name: str, definition: Mapping[str, Any], fresh: bool) -> TrackedRun:
-    """Create a study's run, then the study of that name in the storage."""
+def _create(plan: Plan, storage: Storage, name: str, definition: Mapping[str, Any], fresh: bool) -> dict[str, Any]:
+    """Create a study's run, then the study of that name in the storage; return the attributes of the latter."""
     tags = {STUDY: plan.name, CODE_VERSION: definition["code"], QUEUE: name}
     parent = open_parent(plan.name, definition["experiment"], tags)
     try:
@@ -138,30 +146,27 @@ def _create(plan: Plan, storage: Storage, name: str, definition: Mapping[str, An
         parent.log_params({f"study.{field}": getattr(plan, field) for field in shown})
         parent.log_git(provenance.git_state())
         created = storage.optuna.create_new_study([StudyDirection.MAXIMIZE], name)
-        for attribute, value in {DEFINITION: definition, FRESH: fresh, PARENT: parent.run_id}.items():
+        attributes = {DEFINITION: definition, FRESH: fresh, PARENT: parent.run_id}
+        for attribute, value in attributes.items():
             storage.optuna.set_study_user_attr(created, attribute, value)
+        return attributes
     except BaseException as error:
         with suppress(*TRACKING_ERRORS):
             if answers():
                 parent.set_status(status_after(error))
         raise
-    return parent
 
 
-def difference(before: Mapping[str, Any], now: Mapping[str, Any]) -> str:
-    """Say in a few words how two definitions differ."""
-    old, new = _leaves(before), _leaves(now)
-    changed = sorted(name for name in old | new if old.get(name) != new.get(name))
-    words = [f"{name} was {old.get(name, 'absent')}, is {new.get(name, 'absent')}" for name in changed]
-    more = f" and {len(words) - MOST_DIFFERENCES} more" if len(words) > MOST_DIFFERENCES else ""
-    return "; ".join(words[:MOST_DIFFERENCES]) + more
-
-
-def _leaves(values: Mapping[str, Any], above: str = "") -> dict[str, Any]:
-    found: dict[str, Any] = {}
-    for key, value in values.items():
-        name = f"{above}{key}"
-        found |= _leaves(value, f"{name}: ") if isinstance(value, Mapping) else {name: value}
+def differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
+    """Say in a few words each how two definitions differ."""
+    found: list[str] = []
+    for name in sorted({**before, **now}):
+        old, new = (each.get(name, "absent") for each in (before, now))
+        if isinstance(old, Mapping) and isinstance(new, Mapping):
+            found += [f"{name}: {words}" for words in differences(old, new)]
+        elif old != new:
+            was, is_ = ("there" if isinstance(each, Mapping) else each for each in (old, new))
+            found.append(f"{name} was {was}, is {is_}")
     return found
 
 
@@ -180,27 +185,25 @@ def _publish(study: OpenedStudy, queue: Queue, load: LoadData, reporter: Reporte
         trials = queue.trials()
         deleted = _deleted(trials, study.parent.experiment_id)  # of trials that aren't wanted now
         trials = {name: trial for name, trial in trials.items() if trial.user_attrs.get(RUN) not in deleted}
-        used = run_ids(trials)
         finished = sorted(trial.number for trial in trials.values() if trial.state.is_finished())
         stands = {"trials": finished, "log_model": log_model}
         if storage.optuna.get_study_user_attrs(queue.study_id).get(PUBLISHED) == stands:
             results = read_results(study.parent)
         else:
-            models = plan.conclude(trials, study.parent, log_model, load)
+            models, used = plan.conclude(trials, study.parent, log_model, load), run_ids(trials)
             results = publish_study(study.parent, used)
             storage.optuna.set_study_user_attr(queue.study_id, PUBLISHED, stands)
-            without = log_model == "all" and [run for run in used.values() if not model_address(run)]
-            if without:
+            if log_model == "all" and (without := [run for run in used.values() if not model_address(run)]):
                 text = f"{len(without)} runs were finished before without a model; `fresh` repeats them with it."
                 reporter.message(text)
         failed = {
-            name: str(trial.user_attrs.get(ERROR)) for name, trial in trials.items() if trial.state == TrialState.FAIL
+            name: str(each.user_attrs.get(ERROR)) for name, each in trials.items() if each.state == TrialState.FAIL
         }
         study.end(queue, "FAILED" if failed else "FINISHED")
     return StudyEnd(study.parent, results, {name: failed[name] for name in failed if name in plan.trials}, models)
 
 
-def _supervise(study: OpenedStudy, queue: Queue, reporter: Reporter) -> None:
+def _supervise(study: OpenedStudy, queue: Queue, message: Message, show: Callable[[], None]) -> None:
     """Start worker processes and watch until all wanted trials are finished; replace those that end before."""
     context, workers = multiprocessing.get_context("spawn"), study.options.workers
     threads = max(1, torch.get_num_threads() // workers)
@@ -209,8 +212,7 @@ def _supervise(study: OpenedStudy, queue: Queue, reporter: Reporter) -> None:
 
     def start(index: int) -> SpawnProcess:
         gpu = gpus[index % len(gpus)] if len(gpus) > 1 else ""
-        about = (study, queue.storage.url, tracking_uri(), threads, gpu)
-        process = context.Process(target=worker_process, args=about, daemon=True)
+        process = context.Process(target=worker_process, args=(study, tracking_uri(), threads, gpu), daemon=True)
         # It inherits that Ctrl-C, which reaches a whole group, is ignored: this process ends it in order.
         before = signal.signal(signal.SIGINT, signal.SIG_IGN)
         try:
@@ -220,23 +222,22 @@ def _supervise(study: OpenedStudy, queue: Queue, reporter: Reporter) -> None:
         return process
 
     processes: list[SpawnProcess] = []
-    fewest, in_vain = len(study.plan.trials), 0
+    ended = Counter[int]()  # workers, while so many trials were unfinished
     try:
         processes += map(start, range(workers))
         while unfinished := len(queue.unfinished()):
-            reporter.study_progress(progress_of(study.plan, queue.trials()))
-            if unfinished < fewest:
-                fewest, in_vain = unfinished, 0
+            show()
             for index, process in enumerate(processes):
                 if process.exitcode == AWAY:
                     raise RunError("The storage or the tracking store is away; start it.", resumes=True)
                 if process.exitcode is not None:
-                    in_vain += 1
-                    if in_vain > MOST_IN_VAIN * workers:
+                    ended[unfinished] += 1
+                    if ended[unfinished] > MOST_IN_VAIN * workers:
                         raise RunError("Workers end before they finish a run; see above why.", resumes=True)
-                    reporter.message("A worker has ended too early; another one takes its place.")
+                    message("A worker has ended too early; another one takes its place.")
                     processes[index] = start(index)
             time.sleep(WATCH_SECONDS)
+        show()
     finally:
         _stop(processes)
 
@@ -248,6 +249,5 @@ def _stop(processes: list[SpawnProcess]) -> None:
     deadline = time.monotonic() + ENDING_SECONDS
     for process in processes:
         process.join(max(0.0, deadline - time.monotonic()))
-        if process.exitcode is None:
-            process.kill()
-            process.join()
+        process.kill()  # where it still runs
+        process.join()

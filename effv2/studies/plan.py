@@ -1,36 +1,55 @@
-"""What a study is to the engine: trials, how each is worked on, what is computed once at the end; and a fixed grid.
+"""What a study is to the engine: trials, how each is worked on, what is computed once at the end.
 
-A grid is arms by seeds, each trained once, then compared: what `ablate` and `hparam-check` run.
+A grid is arms by seeds, each trained once, then compared: what `ablate` and `hparam-check` run. A search samples ranges
+by TPE and prunes poor runs early; its best run is tested once. Published weights that are compared are in weights.py.
 """
 
 from __future__ import annotations
 
+import tempfile
+import warnings
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, ClassVar
 
+import matplotlib
 import optuna
+from matplotlib import pyplot
 from optuna.trial import FrozenTrial, TrialState
+from optuna.visualization import matplotlib as plots
 
-from effv2.config.layers import Layer
+from effv2.config.layers import Layer, Written, build
 from effv2.config.options import LogModel
-from effv2.config.schema import TrainConfig
-from effv2.config.studies import Study
+from effv2.config.schema import TrainConfig, field_of
+from effv2.config.studies import SearchFile, Study
 from effv2.core import provenance
 from effv2.core.errors import InputError
+from effv2.core.randomness import stream_seed
 from effv2.core.reporter import Reporter, StudyProgress
 from effv2.data.dataset import LoadData
 from effv2.run.outcome import WEIGHTS, restore, score_on_test
+from effv2.run.records import study_text
 from effv2.run.resume import Attempt, attempt
 from effv2.run.run import prepare
 from effv2.run.spec import RunSpec
 from effv2.studies.queue import ERROR, NAME, RUN, Params, Trials
-from effv2.tracking.accuracies import SELECTED_TEST
+from effv2.tracking.accuracies import SELECTED_TEST, SELECTED_VALIDATION
 from effv2.tracking.read import read_runs
+from effv2.tracking.tags import BEST_RUN, LOOKS
 from effv2.tracking.writer import TrackedRun, model_address
 
 ABOUT = {"name", "description", "retries", "baseline"}  # what a plan takes from a study file
+RANDOM_TRIALS = 10  # of a search, before TPE has anything to go by
+FIGURES: dict[str, Callable[[optuna.Study], Any]] = {
+    "importance": plots.plot_param_importances,
+    "history": plots.plot_optimization_history,
+    "slice": plots.plot_slice,
+    "parallel_coordinate": plots.plot_parallel_coordinate,
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -88,7 +107,7 @@ class TrainingPlan(Plan):
 
     def conclude(self, trials: Trials, parent: TrackedRun, log_model: LogModel, load: LoadData) -> Mapping[str, str]:
         """Log the model of the best run where it alone is wanted, and test the best run of a search."""
-        best = best_of(trials)
+        best = best_of(trials.values())
         if best is None or not (log_model == "best" or self.searches):
             return {}
         run, config = TrackedRun(best.user_attrs[RUN], parent.experiment_id), self.configuration(best.params)
@@ -123,21 +142,79 @@ class Grid(TrainingPlan):
         return self.arms[params["arm"]].with_seed(params["seed"])
 
 
+@dataclass(frozen=True, kw_only=True)
+class Search(TrainingPlan):
+    """A resolved base configuration and the ranges that are searched around it."""
+
+    base: TrainConfig
+    ranges: SearchFile
+    searches: ClassVar[bool] = True
+
+    def sampler(self, number: int) -> optuna.samplers.BaseSampler:
+        """Return TPE for one trial; its random numbers follow from the seed and the trial's number alone."""
+        seed = stream_seed(self.base.random.seed, "sampler", number) % 2**32
+        with warnings.catch_warnings():  # its options count as experimental in some versions
+            warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
+            return optuna.samplers.TPESampler(
+                seed=seed, n_startup_trials=RANDOM_TRIALS, multivariate=True, constant_liar=True
+            )
+
+    def pruner(self) -> optuna.pruners.BasePruner | None:
+        """Return asynchronous successive halving (Li et al. 2020)."""
+        least = self.ranges.min_epochs or 1  # make_search has filled it in
+        halving = optuna.pruners.SuccessiveHalvingPruner(min_resource=least, reduction_factor=2)
+        return halving if self.ranges.prune else None
+
+    def suggest(self, trial: optuna.Trial) -> Params:
+        """Suggest a value for each range."""
+        for name, limits in self.ranges.space.items():
+            if field_of(name).annotation is int:
+                trial.suggest_int(name, round(limits.low), round(limits.high), log=limits.log)
+            else:
+                trial.suggest_float(name, limits.low, limits.high, log=limits.log)
+        return trial.params
+
+    def configuration(self, params: Params) -> TrainConfig:
+        """Return the base with some settings changed."""
+        return build(TrainConfig, {name: Written(value) for name, value in {**self.base.flat(), **params}.items()})
+
+    def conclude(self, trials: Trials, parent: TrackedRun, log_model: LogModel, load: LoadData) -> Mapping[str, str]:
+        """Log the configuration of the best trial, its accuracies and Optuna's figures on the parent, too."""
+        models, best = super().conclude(trials, parent, log_model, load), best_of(trials.values())
+        if best is not None:
+            own, tested = read_runs([parent.run_id, best.user_attrs[RUN]], ())
+            looks = [*filter(None, own.tags.get(LOOKS, "").split(",")), tested.run_id]
+            parent.set_tags({BEST_RUN: tested.run_id, LOOKS: ",".join(dict.fromkeys(looks))})
+            parent.log_metrics({name: tested.metrics[name] for name in (SELECTED_VALIDATION, SELECTED_TEST)})
+            with tempfile.TemporaryDirectory() as folder:
+                config = self.configuration(best.params | {"evaluation.test_set": True})
+                Path(folder, "best.yaml").write_text(study_text(config, f"{self.name}-best"), encoding="utf-8")
+                _draw(trials, Path(folder))
+                parent.log_folder(Path(folder))
+        return models
+
+
+def _draw(trials: Trials, folder: Path) -> None:
+    """Draw Optuna's figures; one that the trials don't suffice for is left out."""
+    matplotlib.use("agg")
+    study = optuna.create_study(direction="maximize")
+    study.add_trials([trial for trial in trials.values() if trial.state.is_finished()])
+    for name, plot in FIGURES.items():
+        with warnings.catch_warnings(), suppress(RuntimeError, ValueError):
+            warnings.simplefilter("ignore")
+            plot(study)
+            pyplot.savefig(folder / f"{name}.png", dpi=120, bbox_inches="tight")
+        pyplot.close("all")
+
+
 def make_grid(
-    kind: str,
-    study: Study,
-    chosen: Sequence[str],
-    options: Layer,
-    *,
-    seeds: Sequence[int],
-    load: LoadData,
-    reporter: Reporter,
+    kind: str, study: Study, names: list[str], layer: Layer, *, seeds: Sequence[int], load: LoadData, reporter: Reporter
 ) -> Grid:
     """Load every data set and check it, so that nothing wrong is found half-way, then resolve `auto`.
 
-    `chosen` are the names of the wanted arms; `seeds` go before those of the study, those before its arms' own.
+    `names` are those of the wanted arms; `seeds` go before those of the study, those before its arms' own.
     """
-    asked = [study.arm(name, options) for name in study.arms]
+    asked = [study.arm(name, layer) for name in study.arms]
     if len({config.evaluation.test_set for config in asked}) > 1:
         problem = "true in some arms and false in others"
         raise InputError("evaluation.test_set", "", problem, "give all arms the same")
@@ -149,15 +226,37 @@ def make_grid(
     definition = {"arms": identities, "data": data, "code": provenance.code_version()}
     epochs = max(config.schedule.epochs for config in arms.values())
     every = seeds or study.seeds
-    wanted = [(arm, seed) for seed in every for arm in chosen] or [(arm, arms[arm].random.seed) for arm in chosen]
+    wanted = [(arm, seed) for seed in every for arm in names] or [(arm, arms[arm].random.seed) for arm in names]
     trials = {f"{arm}, seed {seed}": {"arm": arm, "seed": seed} for arm, seed in wanted}
     about = study.model_dump(include=ABOUT)
     return Grid(kind=kind, trials=trials, definition=definition, epochs=epochs, arms=arms, **about)
 
 
-def best_of(trials: Trials) -> FrozenTrial | None:
+def make_search(study: Study, layer: Layer, trials: int, load: LoadData, reporter: Reporter) -> Search:
+    """Load the data, check that it can be searched on, resolve `auto`; `trials` 0 leaves their number as it is."""
+    if study.arms or study.seeds:
+        problem = "has arms or seeds, which a search doesn't know"
+        raise InputError("study", study.name, problem, "use the commands ablate or hparam-check")
+    untested = {"evaluation.test_set": Written(False)}
+    (config,) = prepare([build(TrainConfig, study.base | layer | untested)], load, reporter.hint)
+    ranges, epochs = study.search or SearchFile(), config.schedule.epochs
+    ranges = ranges.model_copy(update={"min_epochs": ranges.min_epochs or max(1, epochs // 4)})
+    searched = ranges.model_dump(exclude={"trials"})  # which may grow
+    # The base's own values first, which the search is to beat.
+    own = {name: config.flat()[name] for name in ranges.space}
+    inside = all(limits.low <= own[name] <= limits.high for name, limits in ranges.space.items())
+    wanted = {f"trial {number}": own if inside and not number else {} for number in range(trials or ranges.trials)}
+    data, code = load(config.data).digest(), provenance.code_version()
+    definition = {"base": config.identity(), **searched, "data": data, "code": code}
+    about = study.model_dump(include=ABOUT)
+    return Search(
+        kind="search", trials=wanted, definition=definition, epochs=epochs, base=config, ranges=ranges, **about
+    )
+
+
+def best_of(trials: Iterable[FrozenTrial]) -> FrozenTrial | None:
     """Return the complete trial with the highest value, the first of equals."""
-    complete = [trial for trial in trials.values() if trial.state == TrialState.COMPLETE]
+    complete = [trial for trial in trials if trial.state == TrialState.COMPLETE]
     return max(complete, key=lambda trial: (trial.value or 0.0, -trial.number), default=None)
 
 
@@ -168,20 +267,19 @@ def run_ids(trials: Trials) -> dict[str, str]:
 
 def progress_of(plan: Plan, trials: Trials) -> StudyProgress:
     """Sum up the wanted trials."""
-    wanted = {name: trial for name, trial in trials.items() if name in plan.trials}
-    count = {state: sum(trial.state == state for trial in wanted.values()) for state in TrialState}
-    epochs = (max(t.intermediate_values, default=0) for t in wanted.values() if t.state == TrialState.RUNNING)
-    finished = {name: trial for name, trial in wanted.items() if trial.state.is_finished()}
-    best = best_of(wanted)
-    order = sorted(finished, key=lambda name: str(finished[name].datetime_complete))
+    wanted = [trial for name, trial in trials.items() if name in plan.trials]
+    count, best = Counter(trial.state for trial in wanted), best_of(wanted)
+    shares = [(trial.last_step or 0) / plan.epochs for trial in wanted if trial.state == TrialState.RUNNING]
+    finished = [trial for trial in wanted if trial.state.is_finished()]
+    finished.sort(key=lambda trial: str(trial.datetime_complete))
     return StudyProgress(
         total=len(plan.trials),
         pruned=count[TrialState.PRUNED],
         failed=count[TrialState.FAIL],
         running=count[TrialState.RUNNING],
-        done=len(finished) + sum(min(1.0, each / plan.epochs) for each in epochs),
-        best=(next(name for name in wanted if wanted[name] is best), best.value or 0.0) if best else None,
-        ended={name: _ending(finished[name]) for name in order},
+        done=len(finished) + sum(shares),
+        best=(best.user_attrs[NAME], best.value or 0.0) if best else None,
+        ended={trial.user_attrs[NAME]: _ending(trial) for trial in finished},
     )
 
 

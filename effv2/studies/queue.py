@@ -13,14 +13,14 @@ import threading
 import time
 from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
 from functools import wraps
-from itertools import islice
 from typing import Any, Concatenate, Literal, ParamSpec, TypeVar
 
 import optuna
 from optuna.exceptions import UpdateFinishedTrialError
-from optuna.trial import FrozenTrial, TrialState
+from optuna.pruners import BasePruner
+from optuna.samplers import BaseSampler
+from optuna.trial import FrozenTrial, Trial, TrialState, create_trial
 
 from effv2.core.errors import LeaseLost
 from effv2.core.internals import record_heartbeat, stale_trial_ids, trial_id
@@ -34,12 +34,14 @@ Trials = Mapping[str, FrozenTrial]  # by name
 # User attributes of a trial.
 NAME, OWNER, RUN, ERROR, FAILURES, LOST, FINAL = "slot", "owner", "run_id", "error", "failures", "lost", "final"
 PRUNED_AT = "pruned_at"  # the epoch; Optuna's pruner doesn't answer the same question twice
-RUNG = "completed_rung_"  # system attributes in which successive halving keeps a trial's values
+# System attributes of Optuna's: parameters that the sampler is to leave as they are; what successive halving keeps.
+FIXED, RUNG = "fixed_params", "completed_rung_"
 AHEAD = 8  # so many trials are enqueued at a time
 MOST_LOST = 5  # a trial whose workers died so often is given up: it may be what kills them
 # A worker on another machine is gone if its heartbeat stays out for so long after it was first found missing: after
 # an outage of the database every heartbeat is old for a moment.
 SECOND_LOOK_SECONDS = 2 * HEARTBEAT_SECONDS
+Finished = Literal[TrialState.COMPLETE, TrialState.PRUNED]
 Method = Callable[Concatenate["Queue", P], R]
 
 
@@ -54,16 +56,6 @@ def retried(method: Method[P, R]) -> Method[P, R]:
             raise LeaseLost from None
 
     return repeated
-
-
-@dataclass(frozen=True)
-class Lease:
-    """A trial that this process works on, and the run that an earlier attempt left."""
-
-    trial_id: int
-    number: int
-    name: str
-    previous_run: str
 
 
 class Queue:
@@ -82,52 +74,40 @@ class Queue:
         Those that failed for a reason that may be gone, too: their runs are resumed, with what was reported and asked
         of the pruner of them.
         """
-        repeated, storage = 0, self.storage.optuna
+        repeated = 0
         with self.storage.lock(self.study):
             for name, trial in self._by_name().items():
                 failed = trial.state == TrialState.FAIL and not trial.user_attrs.get(FINAL)
                 lost = trial.state.is_finished() and trial.user_attrs.get(RUN) in deleted
-                if name not in self.wanted or not (failed or lost):
-                    continue
-                self._enqueue(name, self.wanted[name] or trial.params)
-                repeated += not failed
-                again = trial_id(self._by_name()[name])
-                if failed and (run_id := trial.user_attrs.get(RUN)):
-                    storage.set_trial_user_attr(again, RUN, run_id)
-                for epoch, value in trial.intermediate_values.items() if failed else ():
-                    storage.set_trial_intermediate_value(again, epoch, value)
-                for key, value in trial.system_attrs.items() if failed else ():
-                    if key.startswith(RUNG):
-                        storage.set_trial_system_attr(again, key, value)
+                if name in self.wanted and (failed or lost):
+                    self._enqueue(name, self.wanted[name] or trial.params, trial if failed else None)
+                    repeated += not failed
         return repeated
 
     @retried
-    def lease(self) -> Lease | None:
+    def lease(self) -> FrozenTrial | None:
         """Take the first waiting trial, after freeing those whose worker is gone; None where none waits."""
         with self.storage.lock(self.study):
-            running = self._all(TrialState.RUNNING)
-            trial = next(filter(_is_ours, running), None)  # left over where the answer to an earlier call was lost
-            if trial is None:
-                self._free(running)
-                trial = self._first_waiting()
-                if trial is None:
-                    return None
-                storage, number = self.storage.optuna, trial_id(trial)
+            running = self._running()
+            if ours := next(filter(_is_ours, running), None):  # left over where the answer to an earlier call was lost
+                return ours
+            self._free(running)
+            if (trial := self._first_waiting()) is not None:
                 # Owner and heartbeat before the state: a running trial always has both.
-                storage.set_trial_user_attr(number, OWNER, this_process())
-                record_heartbeat(storage, number)
-                storage.set_trial_state_values(number, TrialState.RUNNING)
-            return Lease(trial_id(trial), trial.number, trial.user_attrs[NAME], trial.user_attrs.get(RUN, ""))
+                self.storage.optuna.set_trial_user_attr(trial_id(trial), OWNER, this_process())
+                record_heartbeat(self.storage.optuna, trial_id(trial))
+                self.storage.optuna.set_trial_state_values(trial_id(trial), TrialState.RUNNING)
+            return trial
 
     @contextmanager
-    def heartbeat(self, lease: Lease) -> Iterator[None]:
-        """Keep the lease alive."""
+    def heartbeat(self, trial: FrozenTrial) -> Iterator[None]:
+        """Keep the lease of a trial alive."""
         ended = threading.Event()
 
         def beat() -> None:
             while not ended.wait(HEARTBEAT_SECONDS):
                 with suppress(*DATABASE_ERRORS):  # the database is away; others look twice before they take the trial
-                    record_heartbeat(self.storage.optuna, lease.trial_id)
+                    record_heartbeat(self.storage.optuna, trial_id(trial))
 
         thread = threading.Thread(target=beat, daemon=True)
         thread.start()
@@ -138,61 +118,57 @@ class Queue:
             thread.join(LEAVING_SECONDS)
 
     @retried
-    def suggest(
-        self, lease: Lease, sampler: optuna.samplers.BaseSampler | None, choose: Callable[[optuna.Trial], Params]
-    ) -> Params:
+    def suggest(self, trial: FrozenTrial, sampler: BaseSampler | None, choose: Callable[[Trial], Params]) -> Params:
         """Let `choose` suggest the parameters of a trial; those that were suggested before stay as they were."""
         study = optuna.load_study(study_name=self.study, storage=self.storage.optuna, sampler=sampler)
-        return choose(optuna.Trial(study, lease.trial_id))
+        return choose(Trial(study, trial_id(trial)))
 
     @retried
-    def note_run(self, lease: Lease, run_id: str) -> None:
+    def note_run(self, trial: FrozenTrial, run_id: str) -> None:
         """Record which run works on the trial; LeaseLost if the trial is no longer ours."""
-        self._own(lease)
-        self.storage.optuna.set_trial_user_attr(lease.trial_id, RUN, run_id)
+        self._own(trial)
+        self.storage.optuna.set_trial_user_attr(trial_id(trial), RUN, run_id)
 
     @retried
-    def report(self, lease: Lease, epoch: int, value: float, pruner: optuna.pruners.BasePruner | None = None) -> bool:
+    def report(self, trial: FrozenTrial, epoch: int, value: float, pruner: BasePruner | None = None) -> bool:
         """Record the value reached at an epoch and ask the pruner, if any, whether the trial should end there.
 
         LeaseLost if the trial is no longer ours.
         """
-        self._own(lease)
-        self.storage.optuna.set_trial_intermediate_value(lease.trial_id, epoch, value)
-        trial = self.storage.optuna.get_trial(lease.trial_id)
+        storage, number = self.storage.optuna, trial_id(self._own(trial))
+        storage.set_trial_intermediate_value(number, epoch, value)
+        trial = storage.get_trial(number)
         pruned = trial.user_attrs.get(PRUNED_AT)  # an earlier attempt was, or had come further and was not
         if pruner is None or pruned is not None or (trial.last_step or 0) > epoch:
             return pruned is not None and epoch >= pruned
-        study = optuna.load_study(study_name=self.study, storage=self.storage.optuna, pruner=pruner)
+        study = optuna.load_study(study_name=self.study, storage=storage, pruner=pruner)
         if prunes := bool(pruner.prune(study, trial)):
-            self.storage.optuna.set_trial_user_attr(lease.trial_id, PRUNED_AT, epoch)
+            storage.set_trial_user_attr(number, PRUNED_AT, epoch)
         return prunes
 
     @retried
-    def finish(
-        self, lease: Lease, state: Literal[TrialState.COMPLETE, TrialState.PRUNED], value: float, run_id: str
-    ) -> None:
+    def finish(self, trial: FrozenTrial, state: Finished, value: float, run_id: str) -> None:
         """Finish a trial with its value and the run that reached it; LeaseLost if the trial is no longer ours."""
         with self.storage.lock(self.study):
-            if not self._own(lease).state.is_finished():  # else the answer to an earlier attempt to finish was lost
-                self._set(lease.trial_id, state, {RUN: run_id}, [value])
+            if not self._own(trial).state.is_finished():  # else the answer to an earlier attempt to finish was lost
+                self._set(trial, state, {RUN: run_id}, value)
 
     @retried
-    def fail(self, lease: Lease, error: str, final: bool) -> None:
+    def fail(self, trial: FrozenTrial, error: str, final: bool) -> None:
         """Let a failed trial wait again, or FAIL it where its retries are spent or another attempt would fail alike."""
         with self.storage.lock(self.study):
-            trial = self.storage.optuna.get_trial(lease.trial_id)
-            if _is_ours(trial) and trial.state == TrialState.RUNNING:
-                failures = trial.user_attrs.get(FAILURES, 0) + 1
+            now = self.storage.optuna.get_trial(trial_id(trial))
+            if _is_ours(now) and now.state == TrialState.RUNNING:
+                failures = now.user_attrs.get(FAILURES, 0) + 1
                 state = TrialState.FAIL if final or failures > self.retries else TrialState.WAITING
-                self._set(lease.trial_id, state, {ERROR: error, FAILURES: failures, FINAL: final})
+                self._set(trial, state, {ERROR: error, FAILURES: failures, FINAL: final})
 
     @retried
     def release(self) -> None:
         """Give back what this process works on, as on Ctrl-C, even where it came within `lease`."""
         with self.storage.lock(self.study):
-            for trial in filter(_is_ours, self._all(TrialState.RUNNING)):
-                self._set(trial_id(trial), TrialState.WAITING, {})
+            for trial in filter(_is_ours, self._running()):
+                self._set(trial, TrialState.WAITING, {})
 
     @retried
     def trials(self) -> dict[str, FrozenTrial]:
@@ -207,46 +183,50 @@ class Queue:
     @retried
     def deserted(self) -> bool:
         """Say whether nobody works on the study, as far as can be seen."""
-        running, stale = self._all(TrialState.RUNNING), stale_trial_ids(self.storage.optuna, self.study_id)
-        return all(is_gone(trial.user_attrs[OWNER]) or trial_id(trial) in stale for trial in running)
+        stale = stale_trial_ids(self.storage.optuna, self.study_id)
+        return all(is_gone(trial.user_attrs[OWNER]) or trial_id(trial) in stale for trial in self._running())
 
-    def _own(self, lease: Lease) -> FrozenTrial:
-        """Return the trial; LeaseLost if it is no longer ours."""
-        trial = self.storage.optuna.get_trial(lease.trial_id)
-        if not _is_ours(trial):
+    def _own(self, trial: FrozenTrial) -> FrozenTrial:
+        """Return a leased trial as it is now; LeaseLost if it is no longer ours."""
+        now = self.storage.optuna.get_trial(trial_id(trial))
+        if not _is_ours(now):
             raise LeaseLost
-        return trial
+        return now
 
-    def _enqueue(self, name: str, params: Params) -> None:
-        study = optuna.load_study(study_name=self.study, storage=self.storage.optuna)
-        study.enqueue_trial(dict(params), {NAME: name})
+    def _by_name(self) -> dict[str, FrozenTrial]:
+        found = self.storage.optuna.get_all_trials(self.study_id, deepcopy=False)
+        return {trial.user_attrs[NAME]: trial for trial in found if NAME in trial.user_attrs}
+
+    def _running(self) -> list[FrozenTrial]:
+        return [trial for trial in self._by_name().values() if trial.state == TrialState.RUNNING]
 
     def _first_waiting(self) -> FrozenTrial | None:
         """Return the oldest wanted trial that waits; where none does, the next ones are enqueued.
 
         Not all at once, which would slow every look at the queue.
         """
-        waiting = (trial for trial in self._all(TrialState.WAITING) if trial.user_attrs[NAME] in self.wanted)
-        if (first := next(waiting, None)) is not None:
-            return first
         there = self._by_name()
-        missing = list(islice((name for name in self.wanted if name not in there), AHEAD))
-        for name in missing:
+        waiting = [each for name, each in there.items() if each.state == TrialState.WAITING and name in self.wanted]
+        if waiting:
+            return min(waiting, key=lambda trial: trial.number)
+        new = [name for name in self.wanted if name not in there][:AHEAD]
+        for name in new:
             self._enqueue(name, self.wanted[name])
-        return self._by_name()[missing[0]] if missing else None
+        return self._by_name()[new[0]] if new else None
 
-    def _by_name(self) -> dict[str, FrozenTrial]:
-        found = self.storage.optuna.get_all_trials(self.study_id, deepcopy=False)
-        return {trial.user_attrs[NAME]: trial for trial in found if NAME in trial.user_attrs}
-
-    def _all(self, state: TrialState) -> list[FrozenTrial]:
-        """Return the trials of that state, the oldest first."""
-        found = (trial for trial in self._by_name().values() if trial.state == state)
-        return sorted(found, key=lambda trial: trial.number)
+    def _enqueue(self, name: str, params: Params, failed: FrozenTrial | None = None) -> None:
+        """Add a trial that waits. One that `failed` takes along its run, and what it reported and the pruner noted."""
+        trial = create_trial(state=TrialState.WAITING, user_attrs={NAME: name}, system_attrs={FIXED: dict(params)})
+        if failed is not None:
+            trial.user_attrs |= {key: value for key, value in failed.user_attrs.items() if key == RUN}
+            trial.system_attrs |= {key: value for key, value in failed.system_attrs.items() if key.startswith(RUNG)}
+            trial.intermediate_values = failed.intermediate_values
+        self.storage.optuna.create_new_trial(self.study_id, trial)
 
     def _free(self, running: list[FrozenTrial]) -> None:
         """Let the trials of gone workers (seen on this machine, by heartbeat elsewhere) wait again, or give them up."""
-        before, now = self._stale if time.monotonic() - self._looked <= GRACE_SECONDS else {}, time.monotonic()
+        now = time.monotonic()
+        before = self._stale if now - self._looked <= GRACE_SECONDS else {}
         stale = stale_trial_ids(self.storage.optuna, self.study_id) if running else ()
         self._stale, self._looked = {each: before.get(each, now) for each in stale}, now
         for trial in running:
@@ -254,13 +234,13 @@ class Queue:
             if missing or is_gone(trial.user_attrs[OWNER]):
                 lost: int = trial.user_attrs.get(LOST, 0) + 1
                 state = TrialState.WAITING if lost < MOST_LOST else TrialState.FAIL
-                self._set(trial_id(trial), state, {LOST: lost, ERROR: f"its worker was gone, {lost} times"})
+                self._set(trial, state, {LOST: lost, ERROR: f"its worker was gone, {lost} times"})
 
-    def _set(self, number: int, state: TrialState, attributes: Params, values: list[float] | None = None) -> None:
+    def _set(self, trial: FrozenTrial, state: TrialState, attributes: Params, value: float | None = None) -> None:
         """Give a trial attributes, then the state that they explain."""
-        for name, value in attributes.items():
-            self.storage.optuna.set_trial_user_attr(number, name, value)
-        self.storage.optuna.set_trial_state_values(number, state, values)
+        for name, attribute in attributes.items():
+            self.storage.optuna.set_trial_user_attr(trial_id(trial), name, attribute)
+        self.storage.optuna.set_trial_state_values(trial_id(trial), state, None if value is None else [value])
 
 
 def _is_ours(trial: FrozenTrial) -> bool:

@@ -17,15 +17,8 @@ import sqlalchemy
 from filelock import FileLock, Timeout
 from optuna.exceptions import StorageInternalError
 from optuna.storages import RDBStorage, get_storage
+from sqlalchemy import exc
 from sqlalchemy.engine import URL
-from sqlalchemy.exc import (
-    ArgumentError,
-    DBAPIError,
-    InterfaceError,
-    OperationalError,
-    PendingRollbackError,
-    SQLAlchemyError,
-)
 
 from effv2.core.errors import InputError, StoreAway
 from effv2.core.provenance import without_password
@@ -47,18 +40,18 @@ POSTGRESQL_ARGUMENTS: dict[str, Any] = {
     "options": "-c tcp_keepalives_idle=30 -c tcp_keepalives_interval=10 -c tcp_keepalives_count=3",
 }
 CUT_TRANSACTION = ("25P02", "25P03")  # Optuna asked again within the transaction; it was idle for too long
-DATABASE_ERRORS = (StorageInternalError, DBAPIError)
+DATABASE_ERRORS = (StorageInternalError, exc.DBAPIError)
 R = TypeVar("R")
 
 
 class Storage:
     """An open storage and the lock that serialises changes to a study; the lock dies with its process.
 
-    `patience` is how many seconds the database may be away; StoreAway after them. SQLAlchemyError,
-    StorageInternalError, OSError, ImportError or RuntimeError where the database can't be opened.
+    `patience` is how many seconds the database may be away; StoreAway after them. One that is opened `again` is waited
+    for from the beginning.
     """
 
-    def __init__(self, url: URL, patience: float = OUTAGE_SECONDS) -> None:
+    def __init__(self, url: URL, patience: float, again: bool) -> None:
         self.url, self.shown = url.render_as_string(hide_password=False), url.render_as_string(hide_password=True)
         self.patience = patience
         self._file = url.database if url.get_backend_name() == "sqlite" else None
@@ -66,10 +59,13 @@ class Storage:
         arguments = {"timeout": 60} if self._file else ours
         engine: dict[str, Any] = {"connect_args": arguments, "pool_pre_ping": True}
         self._locks = sqlalchemy.create_engine(url, **engine)
+        self._rdb = self.retry(lambda: self._opened(engine)) if again else self._opened(engine)
+        self.optuna = get_storage(self._rdb)
+
+    def _opened(self, engine: dict[str, Any]) -> RDBStorage:
         with self.lock("tables"), warnings.catch_warnings():  # two processes that create them at once would fail
             warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
-            self._rdb = RDBStorage(self.url, engine, heartbeat_interval=HEARTBEAT_SECONDS, grace_period=GRACE_SECONDS)
-        self.optuna = get_storage(self._rdb)
+            return RDBStorage(self.url, engine, heartbeat_interval=HEARTBEAT_SECONDS, grace_period=GRACE_SECONDS)
 
     @contextmanager
     def lock(self, name: str) -> Iterator[None]:
@@ -95,8 +91,26 @@ class Storage:
             yield
 
     def retry(self, operation: Callable[[], R]) -> R:
-        """Repeat an operation on the storage while its database is away."""
-        return _retry(operation, self.patience)
+        """Repeat an operation while the database is away; StoreAway where it is for longer than our patience.
+
+        The operation must be one that may be repeated, since the answer to the last attempt may just have been lost.
+        """
+        pause, away_since = 0.05, float("inf")
+        while True:
+            began = time.monotonic()
+            try:
+                return operation()
+            except DATABASE_ERRORS as error:
+                if not _is_away(error):
+                    raise
+                now = time.monotonic()
+                # An attempt that lasted had the database for most of that time.
+                away_since = min(away_since, began) if now - began < GRACE_SECONDS else now
+                if now - away_since > self.patience:
+                    why = f"for {now - away_since:.0f} seconds ({reason(error.__cause__ or error)})"
+                    raise StoreAway(f"The storage has been away {why}; start the database.") from error
+            time.sleep(pause * random.uniform(0.5, 1.5))  # noqa: S311
+            pause = min(2 * pause, 5.0)
 
     def close(self) -> None:
         """Close the connections of this thread and those that wait for use."""
@@ -105,15 +119,16 @@ class Storage:
         self._locks.dispose()
 
 
-def open_storage(url: str) -> Storage:
+def open_storage(url: str, patience: float = OUTAGE_SECONDS, *, again: bool = False) -> Storage:
     """Open a storage, creating its tables where they are missing; InputError if it can't be used.
 
-    `url` is sqlite:///FILE, for one machine, or postgresql://USER@HOST/DATABASE, for many.
+    `url` is sqlite:///FILE, for one machine, or postgresql://USER@HOST/DATABASE, for many. A database that was open
+    before is opened `again`, and waited for.
     """
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     try:
         parsed = sqlalchemy.make_url(url)
-    except (ArgumentError, ValueError):  # the latter for a port that is no number
+    except (exc.ArgumentError, ValueError):  # the latter for a port that is no number
         raise InputError("storage", without_password(url), "not an address", f"use {FORMS}") from None
     shown, backend = parsed.render_as_string(hide_password=True), parsed.get_backend_name()
     if backend not in ("sqlite", "postgresql") or parsed.database in (None, "", ":memory:"):
@@ -123,48 +138,18 @@ def open_storage(url: str) -> Storage:
     if parsed.drivername == "postgresql":
         parsed = parsed.set(drivername="postgresql+psycopg")
     try:
-        return Storage(parsed)
+        return Storage(parsed, patience, again)
     except ImportError as error:
         remedy = "install it with: pip install 'effv2[postgresql]'"
         raise InputError("storage", shown, f"needs the package {error.name}", remedy) from error
-    except (SQLAlchemyError, StorageInternalError, OSError, RuntimeError) as error:
+    except (exc.SQLAlchemyError, StorageInternalError, OSError, RuntimeError) as error:
         raise cannot_use(shown, error) from error
-
-
-def reopen_storage(url: str, patience: float = OUTAGE_SECONDS) -> Storage:
-    """Open a storage that was open before, waiting for its database."""
-    return _retry(lambda: Storage(sqlalchemy.make_url(url), patience), patience)
 
 
 def cannot_use(shown: str, error: Exception) -> InputError:
     """Return what to raise where a database fails before anything was begun."""
     problem = f"can't be used ({reason(error.__cause__ or error)})"  # in the words of what Optuna or SQLAlchemy wrapped
     return InputError("storage", shown, problem, "start the database or correct the address")
-
-
-def _retry(operation: Callable[[], R], patience: float) -> R:
-    """Repeat an operation while the database is away; StoreAway where it is for more than `patience` seconds.
-
-    The operation must be one that may be repeated, since the answer to the last attempt may just have been lost.
-    """
-    pause, away_since = 0.05, float("inf")
-    while True:
-        began = time.monotonic()
-        try:
-            return operation()
-        except DATABASE_ERRORS as error:
-            if not _is_away(error):
-                raise
-            # An attempt that lasted had the database for most of that time.
-            away_since = min(away_since, began) if time.monotonic() - began < GRACE_SECONDS else time.monotonic()
-            waited = time.monotonic() - away_since
-            if waited > patience:
-                why = reason(error.__cause__ or error)
-                raise StoreAway(
-                    f"The storage has been away for {waited:.0f} seconds ({why}); start the database."
-                ) from error
-        time.sleep(pause * random.uniform(0.5, 1.5))  # noqa: S311
-        pause = min(2 * pause, 5.0)
 
 
 def _is_away(error: Exception) -> bool:
@@ -177,6 +162,8 @@ def _is_away(error: Exception) -> bool:
     state = getattr(original, "sqlstate", None)
     if state:  # connection, resources, shutdown, a lock that isn't free, a conflict
         return state[:2] in ("08", "53", "55", "57", "40") or state in CUT_TRANSACTION
-    if isinstance(cause, PendingRollbackError):  # Optuna asked again within the transaction that was cut
+    if isinstance(cause, exc.PendingRollbackError):  # Optuna asked again within the transaction that was cut
         return cause.code == "8s2b"
-    return isinstance(cause, (OperationalError, InterfaceError)) or bool(getattr(cause, "connection_invalidated", 0))
+    return isinstance(cause, (exc.OperationalError, exc.InterfaceError)) or bool(
+        getattr(cause, "connection_invalidated", 0)
+    )

@@ -36,7 +36,7 @@ class Weights(Plan):
 
     def conclude(self, trials: Trials, parent: TrackedRun, log_model: LogModel, load: LoadData) -> dict[str, str]:
         """Log the networks that are wanted to the runs that evaluated them, those that have none."""
-        best, models = best_of(trials), dict[str, str]()
+        best, models = best_of(trials.values()), dict[str, str]()
         for name, run_id in run_ids(trials).items() if log_model != "none" else ():
             run = TrackedRun(run_id, parent.experiment_id)
             wanted = log_model == "all" or (best is not None and best.user_attrs[NAME] == name)
@@ -47,24 +47,18 @@ class Weights(Plan):
 
 
 def make_weights(
-    models: str,
-    config: PretrainedConfig,
-    weights_dir: Path | None,
-    *,
-    show_downloads: bool,
-    load: LoadData,
-    reporter: Reporter,
+    models: str, config: PretrainedConfig, folder: Path | None, *, progress: bool, load: LoadData, reporter: Reporter
 ) -> Weights:
     """Find images and weights and load every network, so that nothing wrong is found half-way; resolve `auto`.
 
-    `models` are named as `parse_models` says.
+    `models` are named as `parse_models` says; `folder` holds files of weights; `progress` shows that of downloads.
     """
     requests, evaluations = parse_models(models), {}
     images = choose_images(config.data)
     precision = "bf16" if config.execution.precision == "bf16" else "fp32"
     resolved = {"device": resolve_device(config.execution.device), "precision": precision}
     config = config.model_copy(update={"execution": config.execution.model_copy(update=resolved)})
-    for requested in find_all_weights(requests, weights_dir, show_downloads):
+    for requested in find_all_weights(requests, folder, progress):
         load_network(requested)
         evaluations[requested.label] = Evaluation(requested, images, config)
     # All networks and images: what is ranked together is corrected for its number.

@@ -17,35 +17,26 @@ from multiprocessing import connection, parent_process
 from typing import Any
 
 import torch
-from optuna.trial import TrialState
+from optuna.trial import FrozenTrial, TrialState
 
 from effv2.config.options import StudyOptions
 from effv2.core.errors import Diverged, LeaseLost, RunError, StoreAway, Terminated
 from effv2.core.processes import ending_signals, tune_allocator
-from effv2.core.reporter import Message, Reporter
+from effv2.core.reporter import Reporter
 from effv2.data.dataset import LoadData, load_once
 from effv2.run.spec import Callback, RunSpec
 from effv2.studies.plan import Plan, best_of
-from effv2.studies.queue import RUN, Lease, Queue
-from effv2.studies.storage import LEAVING_SECONDS, OUTAGE_SECONDS, Storage, reopen_storage
+from effv2.studies.queue import NAME, RUN, Queue
+from effv2.studies.storage import LEAVING_SECONDS, OUTAGE_SECONDS, Storage, open_storage
 from effv2.tracking.read import find_runs, is_running, steps_of
 from effv2.tracking.run import end_left_open
-from effv2.tracking.store import (
-    WAIT_SECONDS,
-    answers,
-    is_temporary,
-    reason,
-    shown_uri,
-    use_store,
-    wait_until_it_answers,
-)
+from effv2.tracking.store import answers, outage_passed, use_store
 from effv2.tracking.tags import PARENT
 from effv2.tracking.writer import TrackedRun
 from effv2.training.loop import watched_accuracy
 
 POLL_SECONDS = 1.0  # between two looks at a queue whose last trials others work on
 AWAY = 3  # exit code of a worker that waited in vain for a database or the tracking store
-MOST_SETBACKS = 5  # so often a piece of work is begun again because the tracking store failed, and answered again
 ORPHAN_SECONDS = 60  # so long a worker may take to end after the process that started it
 
 
@@ -86,39 +77,13 @@ class OpenedStudy:
         """
         storage.patience = LEAVING_SECONDS
         with suppress(Exception, LeaseLost):
-            queue = None
             with suppress(StoreAway):
-                queue = self.queue(storage)
-                queue.release()
+                self.queue(storage).release()
             if status and answers() and is_running(self.parent.run_id):
                 try:
-                    storage.retry(lambda: self.end(queue or self.queue(storage), status))
+                    storage.retry(lambda: self.end(self.queue(storage), status))
                 except StoreAway:
                     self.parent.set_status(status)
-
-
-@dataclass
-class Outages:
-    """Waits where the tracking store fails; not too often for the same piece of work."""
-
-    message: Message
-    setbacks: Counter[str] = field(default_factory=Counter)
-
-    def passed(self, error: Exception, work: str) -> bool:
-        """Say, after waiting for it to answer, whether the tracking store failed as it may for a while.
-
-        StoreAway where it is away for too long.
-        """
-        if is_temporary(error) and self.setbacks[work] < MOST_SETBACKS:
-            self.setbacks[work] += 1
-            self.message(f"The tracking store failed ({reason(error)}); the work is resumed when it answers.")
-            time.sleep(WAIT_SECONDS * self.setbacks[work])
-        elif answers():
-            return False
-        if not wait_until_it_answers(OUTAGE_SECONDS):
-            problem = f"The tracking store {shown_uri()} has been away for {OUTAGE_SECONDS} seconds; start it."
-            raise StoreAway(problem) from error
-        return True
 
 
 @dataclass
@@ -126,13 +91,11 @@ class TrialCallback(Callback):
     """Reports a run's epochs to its trial, and lets the pruner decide."""
 
     worker: Worker
-    lease: Lease
+    lease: FrozenTrial
     best: float = 0.0
-    run_id: str = ""
 
     def run_opened(self, run_id: str) -> None:
         """Note the run on the trial, so that whoever takes the trial up knows of it."""
-        self.run_id = run_id
         self.worker.queue.note_run(self.lease, run_id)
 
     def run_resumed(self, accuracy: float) -> None:
@@ -153,7 +116,7 @@ class TrialCallback(Callback):
         study = self.worker.study
         if study.options.log_model != "best" and not study.plan.searches:
             return False
-        best = best_of(self.worker.queue.trials())
+        best = best_of(self.worker.queue.trials().values())
         return best is None or accuracy >= (best.value or 0.0)
 
 
@@ -169,25 +132,26 @@ class Worker:
     load: LoadData
     reporter: Reporter
     changed: Callable[[], None]
+    setbacks: Counter[str] = field(default_factory=Counter)  # of each trial
 
     def work(self) -> None:
         """Work until nothing is left. The queue learns of a run that fails, and the rest is worked on."""
-        outages = Outages(self.reporter.message)
         while True:
             lease = self.queue.lease()
             self.changed()
             if lease is not None:
                 with self.queue.heartbeat(lease):
-                    self._try(lease, outages)
+                    self._try(lease)
                 self.changed()
             elif self.queue.unfinished():
                 time.sleep(POLL_SECONDS * random.uniform(0.5, 1.5))  # noqa: S311
             else:
                 return
 
-    def _try(self, lease: Lease, outages: Outages) -> None:
+    def _try(self, lease: FrozenTrial) -> None:
+        name = lease.user_attrs[NAME]
         try:
-            self._attempt(lease)
+            self._attempt(lease, name)
         except StoreAway:
             raise
         except LeaseLost:
@@ -195,20 +159,20 @@ class Worker:
         except RunError as error:
             self.queue.fail(lease, str(error), final=isinstance(error, Diverged))
         except Exception as error:  # a fault of ours or of a library costs one run, not the study
-            if outages.passed(error, lease.name):
+            if outage_passed(error, self.setbacks[name], OUTAGE_SECONDS, self.reporter.message):
+                self.setbacks[name] += 1
                 self.queue.release()  # the trial is not to blame
             else:
                 traceback.print_exc()
                 self.queue.fail(lease, f"{type(error).__name__}: {error}", final=False)
 
-    def _attempt(self, lease: Lease) -> None:
+    def _attempt(self, lease: FrozenTrial, name: str) -> None:
         """Let the plan find, resume or start the run of a trial; say how it ended."""
         study, queue, plan = self.study, self.queue, self.study.plan
         study.parent.set_status("RUNNING")  # where somebody who left had ended it
         params = queue.suggest(lease, plan.sampler(lease.number), plan.suggest)
-        callback = TrialCallback(self, lease)
         spec = RunSpec(
-            lease.name,
+            name,
             study.parent.experiment_id,
             plan.name,
             str(params.get("arm", "")),
@@ -216,9 +180,9 @@ class Worker:
             log_model=study.options.log_model == "all",
             checkpoints=study.options,
             fresh=study.fresh,
-            previous=lease.previous_run,
+            previous=lease.user_attrs.get(RUN, ""),
             reporter=self.reporter,
-            callback=callback,
+            callback=TrialCallback(self, lease),
             patience=OUTAGE_SECONDS,
         )
         try:
@@ -227,7 +191,9 @@ class Worker:
             if not plan.searches:
                 raise
             # In a search an answer like any other: this is no place to look for the best.
-            queue.finish(lease, TrialState.PRUNED, callback.best, callback.run_id)
+            trial = queue.trials()[name]
+            best = max(trial.intermediate_values.values(), default=0.0)
+            queue.finish(lease, TrialState.PRUNED, best, trial.user_attrs[RUN])
             return
         run = ended.run
         if ended.was_finished and "train/loss" in ended.metrics:
@@ -235,7 +201,7 @@ class Worker:
         try:
             queue.finish(lease, TrialState.PRUNED if ended.pruned else TrialState.COMPLETE, ended.accuracy, run.run_id)
         except LeaseLost:
-            if not ended.was_finished and queue.trials()[lease.name].user_attrs.get(RUN) != run.run_id:
+            if not ended.was_finished and queue.trials()[name].user_attrs.get(RUN) != run.run_id:
                 run.set_status("KILLED")  # the run of the worker that has the trial now counts
             raise
 
@@ -248,7 +214,7 @@ class WorkerReporter(Reporter):
         print(text, file=sys.stderr)
 
 
-def worker_process(study: OpenedStudy, storage_url: str, uri: str, threads: int, gpu: str) -> None:
+def worker_process(study: OpenedStudy, uri: str, threads: int, gpu: str) -> None:
     """Work in a process of its own, which ends when the one that started it does; exit code AWAY after an outage.
 
     `uri` is that of the tracking store. The worker sees the named GPU alone, if any is named.
@@ -262,14 +228,14 @@ def worker_process(study: OpenedStudy, storage_url: str, uri: str, threads: int,
     with ending_signals():
         try:
             threading.Thread(target=_end_with, args=[starter], daemon=True).start()
-            storage = reopen_storage(storage_url)
+            storage = open_storage(study.options.storage, again=True)
             load = load_once(lambda done, total: None)
             Worker(study, study.queue(storage), load, WorkerReporter(), lambda: None).work()
         except (KeyboardInterrupt, Terminated, StoreAway) as error:
             with suppress(Exception):
-                storage = storage or reopen_storage(storage_url, LEAVING_SECONDS)
+                storage = storage or open_storage(study.options.storage, LEAVING_SECONDS, again=True)
                 # The process that started this one ends the study's run, unless it is gone.
-                study.leave(storage, "" if starter is None or starter.is_alive() else "KILLED")
+                study.leave(storage, "" if starter is not None and starter.is_alive() else "KILLED")
             if isinstance(error, RunError):
                 print(error, file=sys.stderr)
                 sys.exit(AWAY)
@@ -278,8 +244,7 @@ def worker_process(study: OpenedStudy, storage_url: str, uri: str, threads: int,
 
 def _end_with(starter: Any) -> None:
     """Wait for the end of the process that started this one, then end this one. Runs in a thread."""
-    if starter is not None:
-        connection.wait([starter.sentinel])
-        os.kill(os.getpid(), signal.SIGTERM)
-        time.sleep(ORPHAN_SECONDS)
-        os._exit(1)
+    connection.wait([starter.sentinel])
+    os.kill(os.getpid(), signal.SIGTERM)
+    time.sleep(ORPHAN_SECONDS)
+    os._exit(1)

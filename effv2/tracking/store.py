@@ -24,9 +24,11 @@ from sqlalchemy.exc import SQLAlchemyError
 from effv2.core.errors import InputError, RunError, StoreAway
 from effv2.core.internals import default_experiment_id
 from effv2.core.provenance import without_password
+from effv2.core.reporter import Message
 
 PROBE_SECONDS = 4  # that a server has to answer whether it is there; MLflow's own limits are minutes
 WAIT_SECONDS = 2.0  # between two looks at a store that is away
+MOST_SETBACKS = 5  # so often a piece of work is begun again because the store failed, and answered again
 TrackingError = MlflowException
 TRACKING_ERRORS = (MlflowException, SQLAlchemyError, OSError)  # a store that is away, or refuses
 REFUSALS = ("INVALID_PARAMETER_VALUE", "BAD_REQUEST")
@@ -143,12 +145,23 @@ def answers() -> bool:
     return True
 
 
-def wait_until_it_answers(seconds: float) -> bool:
-    """Wait for the tracking store for so long at most; say whether it answers."""
+def outage_passed(error: Exception, setbacks: int, seconds: float, message: Message) -> bool:
+    """Say, after waiting for it to answer, whether the tracking store failed as it may for a while.
+
+    `setbacks` counts those of the same piece of work that passed before. StoreAway where it is away for longer than
+    `seconds`.
+    """
+    if is_temporary(error) and setbacks < MOST_SETBACKS:
+        message(f"The tracking store failed ({reason(error)}); the work is resumed when it answers.")
+        time.sleep(WAIT_SECONDS * (setbacks + 1))
+    elif answers():
+        return False
     deadline = time.monotonic() + seconds
     while not answers():
         if time.monotonic() > deadline:
-            return False
+            raise StoreAway(
+                f"The tracking store {shown_uri()} has been away for {seconds} seconds; start it."
+            ) from error
         time.sleep(WAIT_SECONDS)
     return True
 
