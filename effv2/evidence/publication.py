@@ -29,11 +29,11 @@ from effv2.evidence.statistics import p_text
 from effv2.evidence.study import StudyResults, studies_of
 from effv2.tracking import store
 from effv2.tracking.read import read_experiment
-from effv2.tracking.run import open_experiment, open_report_run, run_address, working_on
+from effv2.tracking.run import open_experiment, open_report_run
 from effv2.tracking.store import TrackingError
 from effv2.tracking.tags import REUSED, as_tags, reused
 from effv2.tracking.views import artifact_link, describe_experiment, save_views, view_links
-from effv2.tracking.writer import TrackedRun
+from effv2.tracking.writer import TrackedRun, run_address
 
 HTML, MARKDOWN, FIGURES, DATA = "report.html", "report.md", "figures", "data"  # in an export
 SETTINGS = {"svg.fonttype": "none", "svg.hashsalt": "effv2", "font.family": "sans-serif", "font.size": 9}
@@ -103,8 +103,7 @@ def publish(experiment: str, own: Path | None, target: Path | None, reporter: Re
         _prepare(target)
     experiment_id = open_experiment(experiment, create=False)
     try:
-        run = open_report_run(experiment_id)
-        with working_on(run):
+        with open_report_run(experiment_id, reporter.message) as run:
             reporter.working("reading runs")
             evidence = tracked(run.experiment_id, HISTORIES if target is None else EXPORTED)
             report = make_report(evidence, claims, progress=reporter.working)

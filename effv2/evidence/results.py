@@ -15,8 +15,7 @@ from effv2.evidence.protocols import SEED_SETTING, SPLIT_SEED, RightAnswers, cou
 from effv2.evidence.quantities import EPOCH_SECONDS, VALIDATION, duration, number, percent
 from effv2.evidence.study import NO_STUDY, NONE, Rows, StudyResults, TrackedStudy, studies_of
 from effv2.tracking import tags
-from effv2.tracking.accuracies import SELECTED_TEST, SELECTED_VALIDATION
-from effv2.tracking.read import RunRecord
+from effv2.tracking.read import SELECTED_TEST, SELECTED_VALIDATION, RunRecord
 
 BEST_TRIALS = 5
 MOST_NAMED, LONGEST_REASON = 6, 150  # of the runs that a study lacks; characters

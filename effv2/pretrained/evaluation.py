@@ -25,13 +25,10 @@ from effv2.pretrained.config import PretrainedConfig
 from effv2.pretrained.images import TEST, EvaluationImages, class_names
 from effv2.pretrained.measure import Network, all_logits, batch_size, bf16_differences, latency, scores, top1
 from effv2.pretrained.weights import Requested, load_network
-from effv2.run.artifacts import Predictions, write_predictions
-from effv2.run.resume import Attempt, find_earlier
-from effv2.run.spec import RunSpec, machine_tags
+from effv2.run.records import Predictions, write_predictions
+from effv2.run.run import Attempt, RunSpec, find_earlier
 from effv2.serving.export import OTHER, ServedNetwork, as_base64, write_served
-from effv2.tracking.read import Identity
-from effv2.tracking.run import open_run
-from effv2.tracking.tags import SEED, STUDY, VARIANT
+from effv2.tracking.tags import run_tags
 from effv2.tracking.writer import TrackedRun
 
 FULL_BATCH_IMAGES = 128
@@ -113,24 +110,23 @@ def evaluate(evaluation: Evaluation, spec: RunSpec) -> Attempt:
     decoded, ranked = evaluation.decode(spec.reporter), f"{images.ranked_on}/top1_accuracy"
     machine = [provenance.machine()[name] for name in ("processor", "accelerator", "threads")]  # speeds are figures too
     deciding = _hash(evaluation.definition() | {"machine": machine})
-    identity = Identity(deciding, evaluation.data_digest(decoded), CODE)
+    digest = evaluation.data_digest(decoded)
+    tags = run_tags(deciding, digest, CODE, requested.network, evaluation.config.data.seed)
     ranking = {"evaluation.ranked_on": images.ranked_on, "evaluation.ranked_origin": images.ranked_origin.value}
-    if (done := find_earlier(identity, spec).finished) is not None:
+    done = find_earlier(tags, spec)
+    if done is not None and done.status == "FINISHED":
         run = TrackedRun(done.run_id, spec.experiment_id)
         run.log_params({name: value for name, value in ranking.items() if name not in done.params})  # an older run
         return Attempt(run, done.metrics, done.metrics[ranked], was_finished=True)
-    own = {STUDY: spec.study, VARIANT: requested.network, SEED: str(evaluation.config.data.seed)}
-    tags, message = identity.tags() | own | machine_tags(), spec.reporter.message
-    opened = open_run(spec.name, spec.experiment_id, tags, parent=spec.parent, message=message, patience=spec.patience)
-    with opened as run, what_ran_out("execution.batch_size"):
-        spec.callback.run_opened(run.run_id)
+    with spec.open_run(tags) as run, what_ran_out("execution.batch_size"):
+        spec.run_opened(run.run_id)
         run.log_params(evaluation.params() | ranking)
-        run.log_git(provenance.git_state())
-        run.log_dataset(images.name, "test", identity.data_digest, images.location, images.profile())
+        run.log_git()
+        run.log_dataset(images.name, "test", digest, images.location, images.profile())
         run.sender.check()
         metrics = _measure(evaluation, decoded, run, spec.reporter)
         run.complete()
-    return Attempt(run.ended(), metrics, metrics[ranked])
+    return Attempt(run, metrics, metrics[ranked])
 
 
 def _measure(evaluation: Evaluation, decoded: Decoded, run: TrackedRun, reporter: Reporter) -> dict[str, float]:

@@ -21,13 +21,10 @@ from effv2.core import provenance
 from effv2.core.errors import InputError
 from effv2.core.reporter import Reporter, StudyProgress
 from effv2.data.dataset import LoadData
-from effv2.run.outcome import WEIGHTS, restore, score_on_test
-from effv2.run.resume import Attempt, attempt
-from effv2.run.run import prepare
-from effv2.run.spec import RunSpec
+from effv2.run.records import WEIGHTS, log_network, restore, score_on_test
+from effv2.run.run import Attempt, RunSpec, attempt, prepare
 from effv2.studies.queue import ERROR, NAME, RUN, Params, Trials
-from effv2.tracking.accuracies import SELECTED_TEST
-from effv2.tracking.read import read_runs
+from effv2.tracking.read import SELECTED_TEST, read_runs
 from effv2.tracking.writer import TrackedRun, model_address
 
 ABOUT = {"name", "description", "retries", "baseline"}  # what a plan takes from a study file
@@ -96,11 +93,12 @@ class TrainingPlan(Plan):
         model = log_model == "best" and not model_address(run.run_id)
         test = self.searches and SELECTED_TEST not in records[run.run_id].metrics
         if model or test:
-            outcome = restore(run, config, load(config.data))
+            dataset = load(config.data)
+            network = restore(run.run_id, config, dataset)
             if test:
-                score_on_test(outcome)
+                score_on_test(run, config, dataset, network)
             if model:
-                outcome.log_model()
+                log_network(run, config, dataset, network)
         for record in records.values():
             if record.parent == parent.run_id:  # the study's own: they kept their weights until the best was known
                 TrackedRun(record.run_id, parent.experiment_id).discard(WEIGHTS)

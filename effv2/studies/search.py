@@ -23,12 +23,10 @@ from effv2.core.errors import InputError
 from effv2.core.randomness import stream_seed
 from effv2.core.reporter import Reporter
 from effv2.data.dataset import LoadData
-from effv2.run.records import study_text
-from effv2.run.run import prepare
+from effv2.run.run import prepare, study_text
 from effv2.studies.plan import ABOUT, TrainingPlan, best_of
 from effv2.studies.queue import RUN, Params, Trials
-from effv2.tracking.accuracies import SELECTED_TEST, SELECTED_VALIDATION
-from effv2.tracking.read import read_runs
+from effv2.tracking.read import SELECTED_TEST, SELECTED_VALIDATION, read_runs
 from effv2.tracking.tags import BEST_RUN, LOOKS
 from effv2.tracking.writer import TrackedRun
 

@@ -25,11 +25,11 @@ from effv2.core.reporter import Message, Reporter
 from effv2.core.signals import ending_signals
 from effv2.data.dataset import LoadData, load_once
 from effv2.execution.allocator import tune_allocator
-from effv2.run.spec import Callback, RunSpec
+from effv2.run.run import RunSpec
 from effv2.studies.plan import Plan, best_of
 from effv2.studies.queue import RUN, Lease, Queue
 from effv2.studies.storage import LEAVING_SECONDS, OUTAGE_SECONDS, Storage, reopen_storage
-from effv2.tracking.read import find_runs, is_running, steps_of
+from effv2.tracking.read import find_runs, read_run, read_runs
 from effv2.tracking.run import end_left_open
 from effv2.tracking.store import (
     WAIT_SECONDS,
@@ -42,8 +42,6 @@ from effv2.tracking.store import (
 )
 from effv2.tracking.tags import PARENT
 from effv2.tracking.writer import TrackedRun
-from effv2.training.loop import EpochResult
-from effv2.training.state import watched_accuracy
 
 POLL_SECONDS = 1.0  # between two looks at a queue whose last trials others work on
 AWAY = 3  # exit code of a worker that waited in vain for a database or the tracking store
@@ -92,7 +90,8 @@ class OpenedStudy:
             with suppress(StoreAway):
                 queue = self.queue(storage)
                 queue.release()
-            if status and answers() and is_running(self.parent.run_id):
+            run = read_run(self.parent.run_id) if status and answers() else None
+            if run is not None and run.status == "RUNNING":
                 try:
                     storage.retry(lambda: self.end(queue or self.queue(storage), status))
                 except StoreAway:
@@ -121,42 +120,6 @@ class Outages:
             problem = f"The tracking store {shown_uri()} has been away for {OUTAGE_SECONDS} seconds; start it."
             raise StoreAway(problem) from error
         return True
-
-
-@dataclass
-class TrialCallback(Callback):
-    """Reports a run's epochs to its trial, and lets the pruner decide."""
-
-    worker: Worker
-    lease: Lease
-    best: float = 0.0
-    run_id: str = ""
-
-    def run_opened(self, run_id: str) -> None:
-        """Note the run on the trial, so that whoever takes the trial up knows of it."""
-        self.run_id = run_id
-        self.worker.queue.note_run(self.lease, run_id)
-
-    def run_resumed(self, accuracy: float) -> None:
-        """Take over the best accuracy of the epochs that aren't trained again."""
-        self.best = max(self.best, accuracy)
-
-    def epoch_ended(self, result: EpochResult) -> bool:
-        """Report the best accuracy so far, which is what a trial is worth; ask the pruner."""
-        plan = self.worker.study.plan
-        self.best = max(self.best, watched_accuracy(result.metrics))
-        pruner = plan.pruner() if result.epoch < plan.epochs else None
-        pruned = self.worker.queue.report(self.lease, result.epoch, self.best, pruner)
-        self.worker.changed()
-        return pruned
-
-    def keeps_weights(self, accuracy: float) -> bool:
-        """Keep what may turn out to be the best model of the study."""
-        study = self.worker.study
-        if study.options.log_model != "best" and not study.plan.searches:
-            return False
-        best = best_of(self.worker.queue.trials())
-        return best is None or accuracy >= (best.value or 0.0)
 
 
 @dataclass
@@ -208,7 +171,16 @@ class Worker:
         study, queue, plan = self.study, self.queue, self.study.plan
         study.parent.set_status("RUNNING")  # where somebody who left had ended it
         params = queue.suggest(lease, plan.sampler(lease.number), plan.suggest)
-        callback = TrialCallback(self, lease)
+
+        def epoch_ended(epoch: int, best: float) -> bool:
+            pruned = queue.report(lease, epoch, best, plan.pruner() if epoch < plan.epochs else None)
+            self.changed()
+            return pruned
+
+        def may_be_best(accuracy: float) -> bool:
+            wanted, best = study.options.log_model == "best" or plan.searches, best_of(queue.trials())
+            return wanted and (best is None or accuracy >= (best.value or 0.0))
+
         spec = RunSpec(
             lease.name,
             study.parent.experiment_id,
@@ -220,8 +192,10 @@ class Worker:
             fresh=study.fresh,
             previous=lease.previous_run,
             reporter=self.reporter,
-            callback=callback,
             patience=OUTAGE_SECONDS,
+            run_opened=lambda run_id: queue.note_run(lease, run_id),  # so that whoever takes the trial up knows of it
+            epoch_ended=epoch_ended,
+            keeps_weights=may_be_best,
         )
         try:
             ended = plan.execute(spec, params, self.load)
@@ -229,11 +203,13 @@ class Worker:
             if not plan.searches:
                 raise
             # In a search an answer like any other: this is no place to look for the best.
-            queue.finish(lease, TrialState.PRUNED, callback.best, callback.run_id)
-            return
+            trial = queue.trials()[lease.name]
+            best = max(trial.intermediate_values.values(), default=0.0)
+            return queue.finish(lease, TrialState.PRUNED, best, trial.user_attrs[RUN])
         run = ended.run
         if ended.was_finished and "train/loss" in ended.metrics:
-            queue.report(lease, max(steps_of(run.run_id, "train/loss")), ended.accuracy)
+            losses = read_runs([run.run_id], ["train/loss"])[0].history["train/loss"]
+            queue.report(lease, max(losses), ended.accuracy)
         try:
             queue.finish(lease, TrialState.PRUNED if ended.pruned else TrialState.COMPLETE, ended.accuracy, run.run_id)
         except LeaseLost:

@@ -7,7 +7,7 @@ import os
 import re
 import time
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from pathlib import Path
 
 import mlflow
@@ -136,11 +136,10 @@ def _probe() -> None:
 
 def answers() -> bool:
     """Say whether the tracking store answers now."""
-    try:
+    with suppress(*TRACKING_ERRORS):
         _probe()
-    except TRACKING_ERRORS:
-        return False
-    return True
+        return True
+    return False
 
 
 def wait_until_it_answers(seconds: float) -> bool:
