@@ -119,8 +119,8 @@ def open_run(
     refuses something for good.
     """
     known = {**tags, PID: str(os.getpid()), PROCESS: this_process()}
-    begun = begin_run(name, experiment_id, known, parent, resumes)
-    run = OpenRun(begun.run_id, experiment_id, message, patience, bool(resumes))
+    run_id = begin_run(name, experiment_id, known, parent, resumes).run_id
+    run = OpenRun(run_id, experiment_id, message, patience, bool(resumes))
     monitor = _monitor(run.run_id, bool(resumes), message)
     try:
         yield run

@@ -206,7 +206,6 @@ def _experiment(client: MlflowClient, name: str, create: bool) -> Experiment:
             raise InputError("experiment", name, problem, "give the name to `mlflow run` itself, as --experiment-name")
         return given
     if not name:
-        client.search_experiments(max_results=1)  # creates and migrates a database
         return client.get_experiment(default_experiment_id())
     found = client.get_experiment_by_name(name)
     if found is not None:
