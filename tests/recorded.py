@@ -58,14 +58,13 @@ DECIDING: dict[str, dict[str, tuple[str, ...]]] = {
     "training": {
         "core/randomness.py": (),
         **{f"training/{name}.py": () for name in ("loop", "optimisers")},
-        "run/records.py": ("log_end", "log_test"),
-        "run/run.py": ("train_run", "_prepared", "_resume", "_train", "_end"),
-        "run/artifacts.py": (),
+        "run/records.py": (),
+        "run/run.py": ("attempt", "_train"),
     },
     "execution": {f"execution/{name}.py": () for name in ("device", "fast_paths")},
     "evaluation": {
         **{f"pretrained/{name}.py": () for name in ("evaluation", "images", "weights")},
-        "run/artifacts.py": (),
+        "run/records.py": ("write_predictions", "_confusion_figure"),
     },
 }
 # Modules of the rooms above in which nothing decides a result, or nothing that the digest of the data doesn't hold.

@@ -42,13 +42,13 @@ class Reached(RunError):
 @pytest.fixture
 def no_training(sqlite_store: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Stop where training would begin."""
-    from effv2.run import resume
+    from effv2.run import run
     from effv2.studies import engine
 
     def reached(*_: Any, **__: Any) -> None:
         raise Reached("reached")
 
-    monkeypatch.setattr(resume, "train_run", reached)
+    monkeypatch.setattr(run.RunSpec, "open_run", reached)
     monkeypatch.setattr(engine, "_open", reached)
 
 

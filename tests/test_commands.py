@@ -27,7 +27,7 @@ from effv2.cli.main import ablate, evaluate_pretrained, hparam_check, report, se
 from effv2.cli.options import in_options
 from effv2.core.errors import Terminated
 from effv2.core.processes import ending_signals, uninterrupted
-from effv2.run.run import train_run
+from effv2.run.run import RunSpec
 from tests.conftest import ROOT, TINY_TABLE, make_image_tree, running
 
 EPOCH_METRICS = {
@@ -229,7 +229,6 @@ def test_one_failing_arm_does_not_cost_the_others(sqlite_store: str, tiny_study:
 def test_a_store_that_fails_for_a_moment_costs_no_run(
     sqlite_store: str, tiny_study: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from effv2.run import resume
     from effv2.tracking import store
 
     tiny_study.write_text(f"{tiny_study.read_text()}retries: 0\n")
@@ -238,9 +237,10 @@ def test_a_store_that_fails_for_a_moment_costs_no_run(
     def interrupted(*args: Any, **kwargs: Any) -> Any:
         for failure in failures:
             raise failure
-        return train_run(*args, **kwargs)
+        return open_run(*args, **kwargs)
 
-    monkeypatch.setattr(resume, "train_run", interrupted)
+    open_run = RunSpec.open_run
+    monkeypatch.setattr(RunSpec, "open_run", interrupted)
     monkeypatch.setattr(store, "WAIT_SECONDS", 0.1)
     assert invoke(ablate, "--study", tiny_study, "--log-model", "none").exit_code == 0
 

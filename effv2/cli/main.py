@@ -50,8 +50,8 @@ def train(study: str | None, layer: Layer, how: StudyOptions) -> None:
     config = file.config(layer) if file else build(TrainConfig, layer)
 
     from effv2.cli.console import ConsoleReporter
-    from effv2.run.resume import train_single
-    from effv2.tracking.run import run_address
+    from effv2.run.run import train_single
+    from effv2.tracking.writer import run_address
 
     name = file.name if file else f"{config.model.variant}, seed {config.random.seed}"
     with ConsoleReporter() as reporter:
@@ -149,7 +149,8 @@ def _run_and_show(make: Callable[..., Any], options: StudyOptions) -> None:
     from effv2.cli.console import ConsoleReporter, print_table
     from effv2.data.dataset import load_once
     from effv2.studies.engine import run_study
-    from effv2.tracking.run import open_experiment, run_address
+    from effv2.tracking.run import open_experiment
+    from effv2.tracking.writer import run_address
 
     with ConsoleReporter() as reporter:
         load = load_once(partial(reporter.progress, "decoding images"))

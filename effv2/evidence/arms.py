@@ -18,8 +18,7 @@ from effv2.evidence.protocols import complete, counted, has, is_like, pair_of, p
 from effv2.evidence.quantities import CURVES, QUANTITIES, TRAIN_SECONDS, Quantity, percent, points, shown_for
 from effv2.evidence.statistics import CONFIDENCE, FEWEST, TINY, Estimate, holm, p_text
 from effv2.evidence.study import NO_STUDY, NONE, Rows, StudyResults, TrackedStudy, has_figures, line_of, values_of
-from effv2.tracking.accuracies import BEST_TEST, SELECTED_TEST, SELECTED_VALIDATION, decisive_accuracy
-from effv2.tracking.read import RunRecord
+from effv2.tracking.read import BEST_TEST, SELECTED_TEST, SELECTED_VALIDATION, RunRecord, decisive_accuracy
 from effv2.tracking.tags import ARM, SEED, STUDY
 
 NOTHING_YET = "No accuracies yet."

@@ -19,8 +19,7 @@ from effv2.config.studies import NOTHING, Published, Settings, Study, Value, ope
 from effv2.core.errors import InputError, nearest
 from effv2.evidence.quantities import TEST, TRAIN, Quantity, number, quantity
 from effv2.evidence.statistics import FEWEST
-from effv2.tracking.accuracies import BEST_TEST, LAST_TEST
-from effv2.tracking.read import RunRecord
+from effv2.tracking.read import BEST_TEST, LAST_TEST, RunRecord
 from effv2.tracking.tags import CONFIG_HASH, DATA_DIGEST, MACHINE, OUTCOME, SEED
 
 PUBLISHED = Path(__file__).with_name("published")

@@ -30,11 +30,11 @@ from effv2.evidence.statistics import p_text
 from effv2.evidence.study import StudyResults, studies_of
 from effv2.tracking import store
 from effv2.tracking.read import read_experiment
-from effv2.tracking.run import open_experiment, open_report_run, run_address, working_on
+from effv2.tracking.run import open_experiment, open_report_run
 from effv2.tracking.store import TrackingError
 from effv2.tracking.tags import REUSED, as_tags, reused
 from effv2.tracking.views import artifact_link, describe_experiment, save_views, view_links
-from effv2.tracking.writer import TrackedRun
+from effv2.tracking.writer import TrackedRun, run_address
 
 Content = str | Figure | Sequence[Sequence[Any]]  # of a file that is logged: a text, a figure, a table
 HTML, MARKDOWN, FIGURES, DATA = "report.html", "report.md", "figures", "data"  # in an export
@@ -101,8 +101,7 @@ def publish(experiment: str, own: Path | None, target: Path | None, reporter: Re
         _prepare(target)
     experiment_id = open_experiment(experiment, create=False)
     try:
-        run = open_report_run(experiment_id)
-        with working_on(run):
+        with open_report_run(experiment_id, reporter.message) as run:
             reporter.progress("reading runs")
             evidence = tracked(run.experiment_id, HISTORIES if target is None else EXPORTED)
             report = make_report(evidence, claims, progress=reporter.progress)

@@ -15,8 +15,7 @@ import numpy as np
 
 from effv2.core.figures import Curve
 from effv2.evidence.statistics import Interval
-from effv2.tracking.accuracies import BEST_TEST, LAST_TEST, SELECTED_TEST, SELECTED_VALIDATION
-from effv2.tracking.read import RunRecord
+from effv2.tracking.read import BEST_TEST, LAST_TEST, SELECTED_TEST, SELECTED_VALIDATION, RunRecord
 
 TRAIN, TEST, VALIDATION = "train/accuracy", "test/accuracy", "val/accuracy"
 EPOCH_SECONDS, TRAIN_SECONDS = "time/epoch_seconds", "time/total_train_seconds"

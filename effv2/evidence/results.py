@@ -21,8 +21,7 @@ from effv2.evidence.quantities import EVALUATE_RATE, SHOWN, VALIDATION, duration
 from effv2.evidence.statistics import LEVEL, holm, mcnemar, p_text, wilson
 from effv2.evidence.study import NO_STUDY, NONE, Rows, StudyResults, TrackedStudy, environment, line_of, studies_of
 from effv2.tracking import tags
-from effv2.tracking.accuracies import SELECTED_TEST, SELECTED_VALIDATION
-from effv2.tracking.read import RunRecord
+from effv2.tracking.read import SELECTED_TEST, SELECTED_VALIDATION, RunRecord
 
 BEST_TRIALS = 5
 PAIRS_WITH_P = 6  # with more pairs the p-values stand in pairs.csv alone

@@ -29,13 +29,10 @@ from effv2.execution.device import Execution, Forward, fold_batch_norm
 from effv2.pretrained.config import PretrainedConfig
 from effv2.pretrained.images import TEST, EvaluationImages, class_names
 from effv2.pretrained.weights import Requested, load_network
-from effv2.run.artifacts import argmax_over_all, write_predictions
-from effv2.run.resume import Attempt, find_earlier
-from effv2.run.spec import RunSpec, machine_tags
+from effv2.run.records import write_predictions
+from effv2.run.run import Attempt, RunSpec, find_earlier
 from effv2.serving.export import as_base64, write_served
-from effv2.tracking.read import Identity
-from effv2.tracking.run import open_run
-from effv2.tracking.tags import SEED, STUDY, VARIANT
+from effv2.tracking.tags import run_tags
 from effv2.tracking.writer import TrackedRun
 from effv2.training.loop import median_seconds
 
@@ -122,23 +119,22 @@ def evaluate(evaluation: Evaluation, spec: RunSpec) -> Attempt:
     decoded, judged_by = evaluation.decode(spec.reporter), f"{params['evaluation.ranked_on']}/top1_accuracy"
     machine = [provenance.machine()[name] for name in ("processor", "accelerator", "threads")]  # speeds are figures too
     deciding = _hash(evaluation.definition() | {"machine": machine})
-    identity = Identity(deciding, evaluation.data_digest(decoded), CODE)
-    if (done := find_earlier(identity, spec).finished) is not None:
+    digest = evaluation.data_digest(decoded)
+    tags = run_tags(deciding, digest, CODE, requested.network, evaluation.config.data.seed)
+    done = find_earlier(tags, spec)
+    if done is not None and done.status == "FINISHED":
         run = TrackedRun(done.run_id, spec.experiment_id)
         run.log_params({name: params[name] for name in RANKING if name not in done.params})  # an older run
         return Attempt(run, done.metrics, done.metrics[judged_by], was_finished=True)
-    own = {STUDY: spec.study, VARIANT: requested.network, SEED: str(evaluation.config.data.seed)}
-    tags, message = identity.tags() | own | machine_tags(), spec.reporter.message
-    opened = open_run(spec.name, spec.experiment_id, tags, parent=spec.parent, message=message, patience=spec.patience)
-    with opened as run, what_ran_out("execution.batch_size"):
-        spec.callback.run_opened(run.run_id)
+    with spec.open_run(tags) as run, what_ran_out("execution.batch_size"):
+        spec.run_opened(run.run_id)
         run.log_params(params)
-        run.log_git(provenance.git_state())
-        run.log_dataset(images.name, "test", identity.data_digest, images.location, images.profile())
+        run.log_git()
+        run.log_dataset(images.name, "test", digest, images.location, images.profile())
         run.sender.check()
         metrics = _measure(evaluation, decoded, run, spec.reporter)
         run.complete()
-    return Attempt(run.ended(), metrics, metrics[judged_by])
+    return Attempt(run, metrics, metrics[judged_by])
 
 
 def _measure(evaluation: Evaluation, decoded: Decoded, run: TrackedRun, reporter: Reporter) -> dict[str, float]:
@@ -172,8 +168,8 @@ def _measure(evaluation: Evaluation, decoded: Decoded, run: TrackedRun, reporter
             place = Path(folder) if name == TEST else Path(folder, name)
             place.mkdir(exist_ok=True)
             part, of_set = images.part.take(images.sets[name]), logits[images.sets[name]].numpy()
-            predictions = partial(argmax_over_all, present=images.outputs, names=class_names())
-            write_predictions(place, predictions(images.classes, part.ids, part.labels, of_set))
+            about = images.classes, part.ids, part.labels, of_set
+            write_predictions(place, *about, present=images.outputs, outputs=class_names())
         run.log_folder(Path(folder))
     for name, count in (("single_image", 1), ("batch_128", FULL_BATCH_IMAGES)):  # last, as far as the memory allows
         try:

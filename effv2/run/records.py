@@ -1,50 +1,39 @@
-"""What a run logs before its first epoch and after its last."""
+"""What a run logs after its last epoch: its figures, predictions and their tables, its network."""
 
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Mapping
+import warnings
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-import yaml
+from matplotlib.figure import Figure
+from PIL import Image
+from scipy.special import softmax
+from sklearn.metrics import confusion_matrix, precision_recall_fscore_support
+from torch import nn
 
-from effv2.architecture import count_gflops, count_parameters
+from effv2.architecture import build_model, count_gflops, count_parameters
 from effv2.config.schema import TrainConfig
-from effv2.core import provenance
+from effv2.core.figures import accuracy_curves, plain
+from effv2.core.paths import write_csv
+from effv2.data.batches import NORMALISATIONS
 from effv2.data.dataset import Dataset
-from effv2.execution.device import Forward
-from effv2.run.artifacts import argmax_over_all, write_curves, write_predictions
+from effv2.data.images import Square
+from effv2.serving.export import as_base64, output_names, write_served
+from effv2.tracking.read import download
 from effv2.tracking.writer import TrackedRun
 from effv2.training.loop import Training, evaluate, median_seconds
 
-
-def study_text(config: TrainConfig, name: str = "again") -> str:
-    """Write `config` as a study file that `train` runs as it is."""
-    groups = config.model_dump()
-    table = str(config.model.build_table())
-    command = "# mlflow run . -e train -P study=<this file>"
-    return f"{command}\n# Architecture: {table}\n" + yaml.safe_dump({"name": name, "config": groups}, sort_keys=False)
-
-
-def log_start(run: TrackedRun, config: TrainConfig, dataset: Dataset, known: Mapping[str, str]) -> None:
-    """Log parameters but those `known`, which a run that resumes has, study file, commit and data sets."""
-    run.log_params({name: value for name, value in config.flat().items() if name not in known})
-    # Written first of all, so that an artifact store that refuses is noticed before anything is trained.
-    run.log_text(study_text(config), "study.yaml")
-    run.log_git(provenance.git_state())
-    for name, split in dataset.splits.items():
-        counts = np.bincount(split.labels.numpy(), minlength=len(dataset.classes)).tolist()
-        profile: dict[str, Any] = {"images": len(split), "classes": dict(zip(dataset.classes, counts, strict=True))}
-        if name != "train":
-            profile["images_also_in_train"] = split.images_also_in(dataset.train)
-        run.log_dataset(dataset.name, name, split.digest, dataset.location, profile)
+CURVES = {"train": "train/accuracy", "validation": "val/accuracy", "test": "test/accuracy"}
+WEIGHTS = "selected.pt"  # artifact: weights of the selected epoch, until the study's best run is known
 
 
 def log_end(run: TrackedRun, training: Training) -> dict[str, float]:
-    """Log and return the summary; log predictions and figures of the network as it now is: at the selected epoch."""
+    """Log and return the summary of a training; log predictions and figures of its network at the selected epoch."""
     config, dataset, state = training.config, training.dataset, training.state
     history, network = state.progress.history, training.network_for_inference()
     selected = len(history) if state.selected is None else state.progress.best_epoch
@@ -54,7 +43,7 @@ def log_end(run: TrackedRun, training: Training) -> dict[str, float]:
         test = [metrics["test/accuracy"] for metrics in history]
         best = int(np.argmax(test)) + 1
         summary = {"best/test_accuracy": test[best - 1], "best/epoch": best, "final/test_accuracy": test[-1]}
-        summary["selected/test_accuracy"] = log_test(run, config, dataset, network)
+        summary["selected/test_accuracy"] = log_test(run, training)
     if dataset.validation is not None:
         summary["selected/val_accuracy"] = history[selected - 1]["val/accuracy"]
     image = torch.zeros(1, 3, *2 * [config.data.image_size], dtype=torch.uint8)
@@ -66,18 +55,123 @@ def log_end(run: TrackedRun, training: Training) -> dict[str, float]:
         "model/gflops": count_gflops(config.model.build_table(), outputs, config.data.image_size),
     }
     run.log_metrics(summary)
-    with tempfile.TemporaryDirectory() as name:
-        write_curves(Path(name), history)
-        run.log_folder(Path(name))
+    curves = {
+        name: [{epoch: metrics[key] for epoch, metrics in enumerate(history, 1)}]
+        for name, key in CURVES.items()
+        if key in history[0]
+    }
+    with tempfile.TemporaryDirectory() as folder:
+        accuracy_curves(curves, "accuracy by epoch").savefig(Path(folder, "curves.png"), dpi=120)
+        run.log_folder(Path(folder))
     return summary
 
 
-def log_test(run: TrackedRun, config: TrainConfig, dataset: Dataset, network: Forward) -> float:
-    """Log predictions on the test set at the selected epoch and their tables; return the accuracy."""
-    test_set = dataset.test
-    result = evaluate(network, test_set, config.evaluation.batch_size)
-    predictions = argmax_over_all(dataset.classes, test_set.ids, test_set.labels.numpy(), result.logits.numpy())
-    with tempfile.TemporaryDirectory() as name:
-        write_predictions(Path(name), predictions)
-        run.log_folder(Path(name))
+def log_test(run: TrackedRun, training: Training) -> float:
+    """Log predictions on the test set of the network as it now is, and their tables; return the accuracy."""
+    dataset = training.dataset
+    result = evaluate(training.network_for_inference(), dataset.test, training.config.evaluation.batch_size)
+    with tempfile.TemporaryDirectory() as folder:
+        labels = dataset.test.labels.numpy()
+        write_predictions(Path(folder), dataset.classes, dataset.test.ids, labels, result.logits.numpy())
+        run.log_folder(Path(folder))
     return result.accuracy
+
+
+def write_predictions(
+    folder: Path,
+    classes: Sequence[str],
+    ids: Sequence[str],
+    true: np.ndarray,
+    logits: np.ndarray,
+    *,
+    present: Sequence[int] | np.ndarray = (),
+    outputs: Sequence[str] = (),
+) -> None:
+    """Write what logits (N, outputs) predict of images, by argmax over all outputs; confusion matrix, per-class table.
+
+    The classes, of which `true` (N) are the numbers, are the outputs `present`, the first ones unless given; outputs
+    beyond them share a column. The outputs are called `outputs`, where these are given, else as their columns.
+    """
+    columns = output_names(classes, logits.shape[1])
+    column = np.full(logits.shape[1], len(classes))
+    column[present if len(present) else range(len(classes))] = range(len(classes))
+    argmax = logits.argmax(1)  # not of probabilities: close logits tie there
+    names = [outputs[each] if outputs else columns[column[each]] for each in argmax]
+    images = zip(ids, true, names, softmax(logits, 1)[np.arange(len(argmax)), argmax], strict=True)
+    matrix = confusion_matrix(true, column[argmax], labels=range(len(columns)))[: len(classes)]
+    scores = precision_recall_fscore_support(true, column[argmax], labels=range(len(classes)), zero_division=0)
+    tables: dict[str, list[tuple[Any, ...]]] = {
+        "predictions": [
+            ("id", "true", "predicted", "probability"),
+            *((id_, classes[t], name, f"{probability:.6f}") for id_, t, name, probability in images),
+        ],
+        "confusion_matrix": [
+            ("true", *columns),
+            *((name, *row) for name, row in zip(classes, matrix.tolist(), strict=True)),
+        ],
+        "per_class": [
+            ("class", "images", "precision", "recall", "f1"),
+            *(
+                (name, support, f"{precision:.6f}", f"{recall:.6f}", f"{f1:.6f}")
+                for name, precision, recall, f1, support in zip(classes, *scores, strict=True)
+            ),
+        ],
+    }
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Glyph")  # a class name in a script that the font lacks
+        _confusion_figure(matrix, columns).savefig(folder / "confusion_matrix.png", dpi=120)
+    for name, rows in tables.items():
+        write_csv(folder / f"{name}.csv", rows)
+
+
+def _confusion_figure(matrix: np.ndarray, columns: Sequence[str]) -> Figure:
+    """Draw a confusion matrix, rows being true classes and colours the share of the row."""
+    columns = list(map(plain, columns))
+    rows = columns[: len(matrix)]
+    side = min(14.0, 2.5 + 0.38 * len(columns))
+    figure = Figure(figsize=(side, side), layout="constrained")
+    axes = figure.add_subplot()
+    share = matrix / np.maximum(matrix.sum(1, keepdims=True), 1)
+    axes.imshow(share, cmap="Blues", vmin=0, vmax=1)
+    axes.set_xticks(range(len(columns)), columns, rotation=90)
+    axes.set_yticks(range(len(rows)), rows)
+    axes.set(xlabel="predicted", ylabel="true")
+    if len(columns) <= 30:
+        for (row, column), count in np.ndenumerate(matrix):
+            colour = "white" if share[row, column] > 0.5 else "black"
+            axes.text(column, row, str(count), ha="center", va="center", color=colour, fontsize=7)
+    return figure
+
+
+def log_network(run: TrackedRun, training: Training) -> None:
+    """Log a trained network, with its preprocessing, to its run, which may have ended."""
+    config, dataset, classes = training.config, training.dataset, training.dataset.classes
+    outputs = config.model.outputs or len(classes)
+    own = build_model(config.model.build_table(), outputs)  # without the paths of the device it was trained on
+    own.load_state_dict(training.state.evaluated.state_dict())
+    first = dataset.test.images(torch.tensor([0]))[0].permute(1, 2, 0).contiguous().cpu().numpy()
+    statistics, square = NORMALISATIONS[config.data.normalise], Square(config.data.image_size)
+    with tempfile.TemporaryDirectory() as folder:
+        files = write_served(Path(folder), own, statistics, square, output_names(classes, outputs))
+        run.log_model(files, as_base64(Image.fromarray(first)), torch.__version__)
+
+
+def keep_weights(run: TrackedRun, network: nn.Module) -> None:
+    """Log the weights of the selected epoch, so that they outlive the process that trained them."""
+    with tempfile.TemporaryDirectory() as folder:
+        torch.save(network.state_dict(), Path(folder, WEIGHTS))
+        run.log_folder(Path(folder))
+
+
+def restore(run_id: str, config: TrainConfig, dataset: Dataset) -> Training:
+    """Return the training of a finished run, at the weights that it kept; trained again where it kept none."""
+    training = Training(config, dataset)
+    with tempfile.TemporaryDirectory() as folder:
+        if path := download(run_id, WEIGHTS, Path(folder)):
+            weights = torch.load(path, map_location="cpu", weights_only=True)
+            training.state.evaluated.load_state_dict(weights)
+            return training
+    for _ in training:
+        pass
+    training.state.take_selected()
+    return training

@@ -1,26 +1,94 @@
-"""Train a configuration in a tracked run, from its beginning or from where it ended early."""
+"""One training run: found finished, resumed where it ended early, or trained from its beginning."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from contextlib import ExitStack, suppress
-from dataclasses import asdict, replace
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, ExitStack, suppress
+from dataclasses import dataclass, field, replace
+from functools import partial
+from typing import Any
 
+import numpy as np
+import yaml
+
+from effv2.config.options import CheckpointOptions, StudyOptions
 from effv2.config.schema import TrainConfig
+from effv2.core import provenance
 from effv2.core.errors import Diverged, InputError, Terminated, what_ran_out
-from effv2.core.reporter import Message
-from effv2.data.dataset import Dataset, LoadData
-from effv2.execution.resolve import resolve_study, with_device
-from effv2.run.outcome import Outcome, keep_weights
-from effv2.run.records import log_end, log_start
-from effv2.run.spec import RunSpec, identity, run_tags
-from effv2.tracking.read import Identity, artifact_names, download, read_run
-from effv2.tracking.run import CHECKPOINTS, OpenRun, open_run
-from effv2.tracking.store import TRACKING_ERRORS
-from effv2.training.checkpoint import Checkpointer, newest_step
-from effv2.training.loop import Training, TrainState
+from effv2.core.processes import is_alive, this_process
+from effv2.core.reporter import Message, Reporter
+from effv2.data.dataset import Dataset, LoadData, load_once
+from effv2.execution.resolve import remembered, resolve_study, with_device
+from effv2.run.records import keep_weights, log_end, log_network
+from effv2.tracking.read import RunRecord, artifact_names, download, find_runs, reached_accuracy, read_run
+from effv2.tracking.run import CHECKPOINTS, PATIENCE, OpenRun, end_left_open, open_experiment, open_run
+from effv2.tracking.store import TRACKING_ERRORS, tracking_faults
+from effv2.tracking.tags import (
+    ARM,
+    CALIBRATION,
+    COMMAND,
+    CONFIG_HASH,
+    IDENTITY,
+    OUTCOME,
+    PARENT,
+    PROCESS,
+    STUDY,
+    run_tags,
+)
+from effv2.tracking.writer import Beginning, TrackedRun, model_address
+from effv2.training.checkpoint import Checkpointer
+from effv2.training.loop import Training
 
 FIRST_LOGGED = "time/epoch_seconds"  # metric of each epoch: what a run logs at its start is there by then
+
+
+@dataclass(frozen=True)
+class RunSpec:
+    """How a run is named, grouped and kept, and what its study wants to know of it and decides.
+
+    `parent` is the id of the run that it becomes a child of, `previous` that of the run which an earlier attempt at the
+    same trial left; None for a run of its own, which no queue knows. With `fresh`, nothing counts that was there before
+    the run's study, or before the run itself.
+    """
+
+    name: str
+    experiment_id: str
+    study: str = ""
+    arm: str = ""
+    parent: str = ""
+    log_model: bool = True
+    checkpoints: CheckpointOptions = field(default_factory=CheckpointOptions)
+    fresh: bool = False
+    previous: str | None = None
+    reporter: Reporter = field(default_factory=Reporter)
+    patience: float = PATIENCE  # seconds that the end of the run waits for a tracking store that is away
+    run_opened: Callable[[str], None] = lambda run_id: None
+    epoch_ended: Callable[[int, float], bool] = lambda epoch, best: False  # best accuracy so far; whether to prune
+    keeps_weights: Callable[[float], bool] = lambda accuracy: False  # whether they must outlive the process
+
+    def open_run(self, tags: Mapping[str, str], resumes: str = "") -> AbstractContextManager[OpenRun]:
+        """Open the run with these tags; with `resumes` the run of that id again."""
+        return open_run(
+            self.name,
+            self.experiment_id,
+            {**tags, STUDY: self.study, **({} if self.parent else {COMMAND: provenance.COMMAND.get()})},
+            parent=self.parent,
+            resumes=resumes,
+            message=self.reporter.message,
+            patience=self.patience,
+        )
+
+
+@dataclass(frozen=True)
+class Attempt:
+    """The run that answers, its last metrics, and the accuracy that it is judged by."""
+
+    run: TrackedRun
+    metrics: Mapping[str, float]
+    accuracy: float
+    pruned: bool = False
+    was_finished: bool = False  # by an earlier command: nothing was computed
+    model_address: str = ""  # of a run of its own
 
 
 def prepare(configs: Sequence[TrainConfig], load: LoadData, message: Message) -> list[TrainConfig]:
@@ -37,145 +105,173 @@ def prepare(configs: Sequence[TrainConfig], load: LoadData, message: Message) ->
     return resolve_study(configs, message)
 
 
-def train_run(config: TrainConfig, dataset: Dataset, spec: RunSpec) -> Outcome:
-    """Train `config` (resolved: no `auto`) on `dataset` in a run of its own, or resume the run that `spec` names.
+def train_single(config: TrainConfig, name: str, study: str, options: StudyOptions, reporter: Reporter) -> Attempt:
+    """Make a run of its own, from its settings to its end. InputError before any run is created."""
+    load = load_once(partial(reporter.progress, "decoding images"))
+    (config,) = prepare([config], load, reporter.hint)
+    with tracking_faults():
+        where, keeps = open_experiment(options.experiment), options.log_model != "none"
+        spec = RunSpec(name, where, study, log_model=keeps, checkpoints=options, fresh=options.fresh, reporter=reporter)
+        ended = attempt(config, load(config.data), spec)
+        return replace(ended, model_address=model_address(ended.run.run_id))
+
+
+def attempt(config: TrainConfig, dataset: Dataset, spec: RunSpec) -> Attempt:
+    """Find the run of a resolved configuration finished, resume it where it ended early, or train it.
 
     What its last checkpoint holds is not trained again, what the store has is not logged again. One is written when the
     training has ended, before anything waits for the store: from it the same command delivers what the store lacks.
     TrackingAway where the store is away for longer than the run waits at its end.
     """
-    reporter, wanted = spec.reporter, identity(config, dataset)
-    reporter.run_started(spec.name, config.schedule.epochs)
-    opened = open_run(
-        spec.name,
-        spec.experiment_id,
-        run_tags(config, dataset, spec),
-        parent=spec.parent,
-        resumes=spec.resumes,
-        message=reporter.message,
-        patience=spec.patience,
-    )
-    uploads = bool(spec.checkpoints.checkpoint_upload_minutes or spec.resumes)  # perhaps by an earlier command
+    beginning = beginning_of(config, dataset)
+    earlier = find_earlier(beginning.tags, spec)
+    identity = {name.removeprefix("effv2."): beginning.tags[name] for name in IDENTITY}
+    keeping = spec.checkpoints, identity, spec.reporter.message
+    if earlier is not None:
+        there = TrackedRun(earlier.run_id, spec.experiment_id)
+        there.take_over_adopted()
+        checkpointer = Checkpointer(earlier.run_id, *keeping)
+        if earlier.status == "FINISHED":
+            checkpointer.remove()  # if the status alone was missing
+            pruned = earlier.tags.get(OUTCOME) == "pruned"
+            return Attempt(there, earlier.metrics, reached_accuracy(earlier.metrics), pruned, was_finished=True)
     try:
         with ExitStack() as stack:
-            if spec.resumes:  # locked before the store hears of it
-                stack.enter_context(_checkpointer(spec.resumes, spec, wanted).lock())
-            run = stack.enter_context(opened)
+            if earlier is not None:
+                stack.enter_context(checkpointer.lock())  # before the store hears of it
+            resumes = "" if earlier is None else earlier.run_id
+            run = stack.enter_context(spec.open_run(beginning.tags | {ARM: spec.arm}, resumes))
             stack.enter_context(what_ran_out())
-            checkpointer = _checkpointer(run.run_id, spec, wanted, run)
-            if not spec.resumes:
+            spec.run_opened(run.run_id)
+            if earlier is None or FIRST_LOGGED not in earlier.metrics:
+                run.log_beginning(beginning, earlier.params if earlier else {})
+            if earlier is None:
+                checkpointer = Checkpointer(run.run_id, *keeping)
                 stack.enter_context(checkpointer.lock())
-            spec.callback.run_opened(run.run_id)
-            training = _prepared(run, config, dataset, spec, checkpointer)
-            if spec.resumes:
-                spec.callback.run_resumed(training.state.progress.best_accuracy)
-            run.sender.check()
-            pruned = _train(run, training, checkpointer, spec)
-            outcome = _prune(run, training, dataset) if pruned else _end(run, training, dataset, spec)
-            if uploads:
+            ended = _train(config, dataset, spec, run, checkpointer)
+            if run.resumed or spec.checkpoints.checkpoint_upload_minutes:  # perhaps uploaded by an earlier command
                 run.discard(CHECKPOINTS)
-            run.complete("pruned" if pruned else "complete")
+            run.complete("pruned" if ended.pruned else "complete")
     except Diverged:  # it would again, so that what led there isn't needed once the store has it
         if run.delivered:
             checkpointer.remove()
             with suppress(*TRACKING_ERRORS):
-                run.ended().discard(CHECKPOINTS)
+                run.discard(CHECKPOINTS)
         raise
     checkpointer.remove()
-    return outcome
+    return ended
 
 
-def _checkpointer(run_id: str, spec: RunSpec, wanted: Identity, run: OpenRun | None = None) -> Checkpointer:
-    uploads = run is not None and spec.checkpoints.checkpoint_upload_minutes
-    upload = run.upload_checkpoint if run is not None and uploads else None
-    return Checkpointer(run_id, spec.checkpoints, asdict(wanted), spec.reporter.message, upload=upload)
+def beginning_of(config: TrainConfig, dataset: Dataset) -> Beginning:
+    """Return what is known of a run before its first epoch; runs of equal identity are equal on one machine."""
+    code, variant, seed = provenance.code_version(), config.model.variant, config.random.seed
+    tags = run_tags(config.hash(), dataset.digest(), code, variant, seed)
+    if config.execution.device == "cpu" and (timed := remembered(config)):
+        tags[CALIBRATION] = str(timed)
+    data = []
+    for name, split in dataset.splits.items():
+        counts = np.bincount(split.labels.numpy(), minlength=len(dataset.classes)).tolist()
+        profile: dict[str, Any] = {"images": len(split), "classes": dict(zip(dataset.classes, counts, strict=True))}
+        if name != "train":
+            profile["images_also_in_train"] = split.images_also_in(dataset.train)
+        data.append((dataset.name, name, split.digest, dataset.location, profile))
+    return Beginning(tags, config.flat(), study_text(config), data)
 
 
-def _prepared(
-    run: OpenRun, config: TrainConfig, dataset: Dataset, spec: RunSpec, checkpointer: Checkpointer
-) -> Training:
-    """Build the training, from the run's last checkpoint where it resumes, and log what a run logs at its start."""
-    training = Training(config, dataset)
+def study_text(config: TrainConfig, name: str = "again") -> str:
+    """Write `config` as a study file that `train` runs as it is."""
+    groups = config.model_dump()
+    table = str(config.model.build_table())
+    command = "# mlflow run . -e train -P study=<this file>"
+    return f"{command}\n# Architecture: {table}\n" + yaml.safe_dump({"name": name, "config": groups}, sort_keys=False)
+
+
+def find_earlier(tags: Mapping[str, str], spec: RunSpec) -> RunRecord | None:
+    """Return the run of this identity that earlier commands left: a finished one, or one to resume, which is not.
+
+    Of a trial that was worked on before it is the run of that attempt, ended where a dead process left it open; not
+    while a living process works on it. Without a queue it is the last interrupted run that belongs to no study, unless
+    another one was finished after it began. A fresh study counts finished runs of its own alone.
+    """
+    if spec.fresh and spec.previous is None:
+        return None
+    before = read_run(spec.previous) if spec.previous else None
+    if before is not None and _is_worked_on(before, spec):
+        before = None
+    if before is not None and (end_left_open(before.run_id) or before.status == "FINISHED"):
+        return read_run(before.run_id)
+    alike = {CONFIG_HASH: tags[CONFIG_HASH]} | ({PARENT: spec.parent} if spec.fresh else {})
+    known = find_runs(spec.experiment_id, alike, ("FINISHED", "FAILED", "KILLED"))
+    equal = [run for run in known if all(run.tags.get(name) == tags[name] for name in IDENTITY)]
+    complete = (run for run in equal if run.status == "FINISHED" and run.tags.get(OUTCOME) == "complete")
+    finished = next(complete, None)
+    if spec.previous is not None:
+        return finished or before
+    single = [run for run in known if run.status != "FINISHED" and not run.parent]
+    last = next((run for run in single if run in equal), None)
+    if last is not None and (finished is None or last.started >= finished.ended):
+        return last
+    if single and last is None and finished is None:
+        theirs = {name: single[0].tags.get(name) for name in IDENTITY}
+        words = [f"{name[6:]} was {value}, is {tags[name]}" for name, value in theirs.items() if value != tags[name]]
+        sentence = f"The run {single[0].run_id} that ended early can't be resumed: {', '.join(words)}."
+        spec.reporter.message(sentence)
+    return finished
+
+
+def _is_worked_on(run: RunRecord, spec: RunSpec) -> bool:
+    """Say whether another process works on a run: one of this machine, perhaps stopped for a while, or of another."""
+    process = run.tags.get(PROCESS, "")
+    here = run.status == "RUNNING" and process != this_process() and is_alive(process)
+    return here or Checkpointer(run.run_id, spec.checkpoints, {}, spec.reporter.message).is_locked()
+
+
+def _train(config: TrainConfig, dataset: Dataset, spec: RunSpec, run: OpenRun, checkpointer: Checkpointer) -> Attempt:
+    """Train from the run's last checkpoint, if it has one, log each epoch, and what follows from the training.
+
+    A checkpoint is written when the training is told to end, and when it has ended: the rest follows from that one.
+    """
+    reporter, training = spec.reporter, Training(config, dataset)
+    reporter.run_started(spec.name, config.schedule.epochs)
     state = training.state
+    if spec.checkpoints.checkpoint_upload_minutes:
+        checkpointer.upload = run.upload_checkpoint
     if training.execution.compiled:
-        spec.reporter.message("compiling the blocks: the first step takes a minute or two, unless it was done before")
-    reporter, there = spec.reporter, read_run(run.run_id) if spec.resumes else None
-    if there is not None:
-        _resume(run, state, checkpointer)
+        reporter.message("compiling the blocks: the first step takes a minute or two, unless it was done before")
+    if run.resumed:
+        here, uploaded = checkpointer.folder, artifact_names(run.run_id, CHECKPOINTS)
+        saved = checkpointer.read(uploaded, lambda name: download(run.run_id, f"{CHECKPOINTS}/{name}", here))
+        if saved is not None:
+            state.load_state_dict(saved)
+        del saved  # it is as large as the state
         reporter.message(f"resuming the run {run.run_id} at epoch {state.progress.epoch + 1}")
-    if there is None or FIRST_LOGGED not in there.metrics:
-        # What was logged stays: the folder of the data may be another one now, and the store would refuse it.
-        log_start(run, config, dataset, there.params if there else {})
+        for epoch, metrics in enumerate(state.progress.history, 1):
+            run.log_metrics(metrics, step=epoch)  # those that the store has are not logged again
+    run.sender.check()
 
     def on_step(step: int, steps: int) -> None:
         reporter.progress("steps", step, steps)
         checkpointer.save_if_due(state, epoch_ended=False)
 
     training.on_step = on_step
-    return training
-
-
-def _resume(run: OpenRun, state: TrainState, checkpointer: Checkpointer) -> None:
-    """Take over the newest checkpoint, of this machine or another, and log the epochs that it holds.
-
-    Those that the store has are not logged again.
-    """
-    uploaded = newest_step(artifact_names(run.run_id, CHECKPOINTS))
-    if uploaded > checkpointer.newest():
-        _fetch_checkpoints(run, checkpointer)
-    saved = checkpointer.read()
-    if saved is None and uploaded >= 0:  # those here are damaged
-        _fetch_checkpoints(run, checkpointer)
-        saved = checkpointer.read()
-    if saved is not None:
-        state.load_state_dict(saved)
-    for epoch, metrics in enumerate(state.progress.history, 1):
-        run.log_metrics(metrics, step=epoch)
-
-
-def _fetch_checkpoints(run: OpenRun, checkpointer: Checkpointer) -> None:
-    for name in artifact_names(run.run_id, CHECKPOINTS):
-        download(run.run_id, f"{CHECKPOINTS}/{name}", checkpointer.folder)
-
-
-def _train(run: OpenRun, training: Training, checkpointer: Checkpointer, spec: RunSpec) -> bool:
-    """Train and log each epoch; say whether the callback pruned the run.
-
-    A checkpoint is written when the training is told to end, and when it has ended: the rest follows from that one.
-    """
-    state = training.state
     try:
         for metrics in training:
-            epoch = state.progress.epoch
-            prunes = spec.callback.epoch_ended(epoch, metrics)  # first: the trial may be another process's by now
+            epoch, best = state.progress.epoch, state.progress.best_accuracy
+            pruned = spec.epoch_ended(epoch, best)  # first, since the trial may be another process's by now
             run.log_metrics(metrics, step=epoch)
-            spec.reporter.epoch(epoch, metrics)
-            if prunes:
-                return True
+            reporter.epoch(epoch, metrics)
+            if pruned:
+                run.log_metrics({"selected/val_accuracy": best})
+                return Attempt(run, metrics, best, pruned)
             checkpointer.save_if_due(state, epoch_ended=True)
     except (KeyboardInterrupt, Terminated):
         checkpointer.save(state, leaving=True)
         raise
     checkpointer.save(state)
-    return False
-
-
-def _end(run: OpenRun, training: Training, dataset: Dataset, spec: RunSpec) -> Outcome:
-    """Log what follows from a finished training: summary, predictions, curves, the model."""
-    state, config = training.state, training.config
     state.take_selected()
+    if spec.keeps_weights(state.progress.best_accuracy):
+        keep_weights(run, state.evaluated)
     summary = log_end(run, training)
-    outcome = Outcome(run, config, dataset, state.evaluated, state.progress.best_accuracy, summary)
     if spec.log_model:
-        outcome.log_model()
-    if spec.callback.keeps_weights(outcome.watched_accuracy):
-        keep_weights(outcome)
-    return replace(outcome, run=run.ended())
-
-
-def _prune(run: OpenRun, training: Training, dataset: Dataset) -> Outcome:
-    """Log what a run leaves that isn't worth resuming."""
-    state = training.state
-    best, last = state.progress.best_accuracy, state.progress.history[-1]
-    run.log_metrics({"selected/val_accuracy": best})
-    return Outcome(run.ended(), training.config, dataset, state.evaluated, best, last, pruned=True)
+        log_network(run, training)
+    return Attempt(run, summary, state.progress.best_accuracy)

@@ -32,7 +32,7 @@ from effv2.studies.queue import ERROR, RUN, Queue, Trials
 from effv2.studies.storage import DATABASE_ERRORS, OUTAGE_SECONDS, Storage, cannot_use, open_storage
 from effv2.studies.worker import AWAY, OpenedStudy, Worker, worker_process
 from effv2.tracking.read import known_runs, read_run, read_runs
-from effv2.tracking.run import open_parent, point_adopted_run_to, run_address, status_after
+from effv2.tracking.run import begin_run
 from effv2.tracking.store import (
     TRACKING_ERRORS,
     TrackingError,
@@ -43,7 +43,7 @@ from effv2.tracking.store import (
     tracking_uri,
 )
 from effv2.tracking.tags import CODE_VERSION, COMMAND, PLANNED, QUEUE, STUDY, as_tags, names_in
-from effv2.tracking.writer import TrackedRun, model_address
+from effv2.tracking.writer import TrackedRun, model_address, run_address, status_after
 
 # User attributes of Optuna's study.
 DEFINITION, PARENT, FRESH, PUBLISHED = "definition", "parent_run", "fresh", "published"
@@ -130,7 +130,7 @@ def _open(plan: Plan, storage: Storage, experiment_id: str, options: StudyOption
     except DATABASE_ERRORS as error:
         raise cannot_use(storage.shown, error) from error
     parent = TrackedRun(attributes[PARENT], experiment_id)
-    point_adopted_run_to(parent)
+    parent.take_over_adopted()
     (record,) = read_runs([parent.run_id], ())
     planned = dict.fromkeys([*names_in(record.tags, PLANNED), *plan.trials])
     parent.set_tags({COMMAND: provenance.COMMAND.get()} | as_tags(PLANNED, planned))
@@ -140,11 +140,11 @@ def _open(plan: Plan, storage: Storage, experiment_id: str, options: StudyOption
 def _create(plan: Plan, storage: Storage, name: str, definition: Mapping[str, Any], fresh: bool) -> dict[str, Any]:
     """Create a study's run, then the study of that name in the storage; return the attributes of the latter."""
     tags = {STUDY: plan.name, CODE_VERSION: definition["code"], QUEUE: name}
-    parent = open_parent(plan.name, definition["experiment"], tags)
+    parent = begin_run(plan.name, definition["experiment"], tags)
     try:
         shown = ("kind", "name", "description", "baseline")
         parent.log_params({f"study.{field}": getattr(plan, field) for field in shown})
-        parent.log_git(provenance.git_state())
+        parent.log_git()
         created = storage.optuna.create_new_study([StudyDirection.MAXIMIZE], name)
         attributes = {DEFINITION: definition, FRESH: fresh, PARENT: parent.run_id}
         for attribute, value in attributes.items():

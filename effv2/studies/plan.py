@@ -31,14 +31,10 @@ from effv2.core.errors import InputError
 from effv2.core.randomness import stream_seed
 from effv2.core.reporter import Reporter, StudyProgress
 from effv2.data.dataset import LoadData
-from effv2.run.outcome import WEIGHTS, restore, score_on_test
-from effv2.run.records import study_text
-from effv2.run.resume import Attempt, attempt
-from effv2.run.run import prepare
-from effv2.run.spec import RunSpec
+from effv2.run.records import WEIGHTS, log_network, log_test, restore
+from effv2.run.run import Attempt, RunSpec, attempt, prepare, study_text
 from effv2.studies.queue import ERROR, NAME, RUN, Params, Trials
-from effv2.tracking.accuracies import SELECTED_TEST, SELECTED_VALIDATION
-from effv2.tracking.read import read_runs
+from effv2.tracking.read import SELECTED_TEST, SELECTED_VALIDATION, read_runs
 from effv2.tracking.tags import BEST_RUN, LOOKS
 from effv2.tracking.writer import TrackedRun, model_address
 
@@ -115,11 +111,11 @@ class TrainingPlan(Plan):
         model = log_model == "best" and not model_address(run.run_id)
         test = self.searches and SELECTED_TEST not in records[run.run_id].metrics
         if model or test:
-            outcome = restore(run, config, load(config.data))
+            training = restore(run.run_id, config, load(config.data))
             if test:
-                score_on_test(outcome)
+                run.log_metrics({SELECTED_TEST: log_test(run, training)})
             if model:
-                outcome.log_model()
+                log_network(run, training)
         for record in records.values():
             if record.parent == parent.run_id:  # the study's own: they kept their weights until the best was known
                 TrackedRun(record.run_id, parent.experiment_id).discard(WEIGHTS)

@@ -14,8 +14,7 @@ from effv2.pretrained.config import PretrainedConfig
 from effv2.pretrained.evaluation import CODE, Evaluation, evaluate, log_network
 from effv2.pretrained.images import choose_images
 from effv2.pretrained.weights import find_all_weights, load_network, parse_models
-from effv2.run.resume import Attempt
-from effv2.run.spec import RunSpec
+from effv2.run.run import Attempt, RunSpec
 from effv2.studies.plan import Plan, best_of, run_ids
 from effv2.studies.queue import NAME, Params, Trials
 from effv2.tracking.writer import TrackedRun, model_address

@@ -10,7 +10,7 @@ import threading
 import time
 import traceback
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass, field
 from multiprocessing import connection, parent_process
@@ -24,16 +24,15 @@ from effv2.core.errors import Diverged, LeaseLost, RunError, StoreAway, Terminat
 from effv2.core.processes import ending_signals, tune_allocator
 from effv2.core.reporter import Reporter
 from effv2.data.dataset import LoadData, load_once
-from effv2.run.spec import Callback, RunSpec
+from effv2.run.run import RunSpec
 from effv2.studies.plan import Plan, best_of
 from effv2.studies.queue import NAME, RUN, Queue
 from effv2.studies.storage import LEAVING_SECONDS, OUTAGE_SECONDS, Storage, open_storage
-from effv2.tracking.read import find_runs, is_running, steps_of
+from effv2.tracking.read import find_runs, read_runs
 from effv2.tracking.run import end_left_open
 from effv2.tracking.store import answers, outage_passed, use_store
 from effv2.tracking.tags import PARENT
 from effv2.tracking.writer import TrackedRun
-from effv2.training.loop import watched_accuracy
 
 POLL_SECONDS = 1.0  # between two looks at a queue whose last trials others work on
 AWAY = 3  # exit code of a worker that waited in vain for a database or the tracking store
@@ -79,45 +78,12 @@ class OpenedStudy:
         with suppress(Exception, LeaseLost):
             with suppress(StoreAway):
                 self.queue(storage).release()
-            if status and answers() and is_running(self.parent.run_id):
+            run = read_run(self.parent.run_id) if status and answers() else None
+            if run is not None and run.status == "RUNNING":
                 try:
                     storage.retry(lambda: self.end(self.queue(storage), status))
                 except StoreAway:
                     self.parent.set_status(status)
-
-
-@dataclass
-class TrialCallback(Callback):
-    """Reports a run's epochs to its trial, and lets the pruner decide."""
-
-    worker: Worker
-    lease: FrozenTrial
-    best: float = 0.0
-
-    def run_opened(self, run_id: str) -> None:
-        """Note the run on the trial, so that whoever takes the trial up knows of it."""
-        self.worker.queue.note_run(self.lease, run_id)
-
-    def run_resumed(self, accuracy: float) -> None:
-        """Take over the best accuracy of the epochs that aren't trained again."""
-        self.best = max(self.best, accuracy)
-
-    def epoch_ended(self, epoch: int, metrics: Mapping[str, float]) -> bool:
-        """Report the best accuracy so far, which is what a trial is worth; ask the pruner."""
-        plan = self.worker.study.plan
-        self.best = max(self.best, watched_accuracy(metrics))
-        pruner = plan.pruner() if epoch < plan.epochs else None
-        pruned = self.worker.queue.report(self.lease, epoch, self.best, pruner)
-        self.worker.changed()
-        return pruned
-
-    def keeps_weights(self, accuracy: float) -> bool:
-        """Keep what may turn out to be the best model of the study."""
-        study = self.worker.study
-        if study.options.log_model != "best" and not study.plan.searches:
-            return False
-        best = best_of(self.worker.queue.trials().values())
-        return best is None or accuracy >= (best.value or 0.0)
 
 
 @dataclass
@@ -171,6 +137,16 @@ class Worker:
         study, queue, plan = self.study, self.queue, self.study.plan
         study.parent.set_status("RUNNING")  # where somebody who left had ended it
         params = queue.suggest(lease, plan.sampler(lease.number), plan.suggest)
+
+        def epoch_ended(epoch: int, best: float) -> bool:
+            pruned = queue.report(lease, epoch, best, plan.pruner() if epoch < plan.epochs else None)
+            self.changed()
+            return pruned
+
+        def may_be_best(accuracy: float) -> bool:
+            wanted, best = study.options.log_model == "best" or plan.searches, best_of(queue.trials().values())
+            return wanted and (best is None or accuracy >= (best.value or 0.0))
+
         spec = RunSpec(
             name,
             study.parent.experiment_id,
@@ -182,8 +158,10 @@ class Worker:
             fresh=study.fresh,
             previous=lease.user_attrs.get(RUN, ""),
             reporter=self.reporter,
-            callback=TrialCallback(self, lease),
             patience=OUTAGE_SECONDS,
+            run_opened=lambda run_id: queue.note_run(lease, run_id),  # so that whoever takes the trial up knows of it
+            epoch_ended=epoch_ended,
+            keeps_weights=may_be_best,
         )
         try:
             ended = plan.execute(spec, params, self.load)
@@ -197,7 +175,8 @@ class Worker:
             return
         run = ended.run
         if ended.was_finished and "train/loss" in ended.metrics:
-            queue.report(lease, max(steps_of(run.run_id, "train/loss")), ended.accuracy)
+            losses = read_runs([run.run_id], ["train/loss"])[0].history["train/loss"]
+            queue.report(lease, max(losses), ended.accuracy)
         try:
             queue.finish(lease, TrialState.PRUNED if ended.pruned else TrialState.COMPLETE, ended.accuracy, run.run_id)
         except LeaseLost:

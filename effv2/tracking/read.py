@@ -5,10 +5,10 @@ from __future__ import annotations
 import json
 import shutil
 import tempfile
-from collections.abc import Collection, Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 
 from mlflow import MlflowClient
@@ -18,21 +18,11 @@ from mlflow.exceptions import MlflowException
 from effv2.tracking.store import is_missing
 from effv2.tracking.tags import DATA_CONTEXT, PARENT, reused_in
 
+# Accuracies on the test set: of its best epoch, of the selected one (the best on validation, or the last), of the last.
+BEST_TEST, SELECTED_TEST, LAST_TEST = "best/test_accuracy", "selected/test_accuracy", "final/test_accuracy"
+SELECTED_VALIDATION = "selected/val_accuracy"
 OF_TRIALS = "val/accuracy"  # the metric whose epochs are read of the trials of a search
 READERS = 8  # histories that are asked for at once: a server answers each in milliseconds, but after a while
-
-
-@dataclass(frozen=True)
-class Identity:
-    """What decides the numbers of a run."""
-
-    config_hash: str
-    data_digest: str
-    code_version: str
-
-    def tags(self) -> dict[str, str]:
-        """Return it as tags of a run."""
-        return {f"effv2.{name}": value for name, value in asdict(self).items()}
 
 
 @dataclass(frozen=True)
@@ -68,6 +58,23 @@ class RunRecord:
     def parent(self) -> str:
         """Return the id of the run that it is a child of, empty where it is none."""
         return self.tags.get(PARENT, "")
+
+
+def reached_accuracy(metrics: Mapping[str, float]) -> float:
+    """Return the accuracy that a finished run was trained by, at its best: on validation where it has that."""
+    return metrics[SELECTED_VALIDATION if SELECTED_VALIDATION in metrics else BEST_TEST]
+
+
+def decisive_accuracy(runs: Sequence[RunRecord]) -> str:
+    """Return the accuracy by which runs are compared: under the published rules, without validation, the best epoch's.
+
+    Elsewhere it is the selected epoch's. Where the test set was left alone, it is that on validation.
+    """
+    if not any(SELECTED_TEST in run.metrics for run in runs):
+        return SELECTED_VALIDATION
+    published = any(run.params.get("data.sampling") == "published" for run in runs)
+    validated = all(SELECTED_VALIDATION in run.metrics for run in runs)
+    return BEST_TEST if published and not validated else SELECTED_TEST
 
 
 def find_runs(experiment_id: str, tags: Mapping[str, str], statuses: Collection[str]) -> list[RunRecord]:
@@ -133,16 +140,6 @@ def read_run(run_id: str) -> RunRecord | None:
             return None
         raise
     return _record(run, {}) if run.info.lifecycle_stage == "active" else None
-
-
-def is_running(run_id: str) -> bool:
-    """Say whether a run is marked as running."""
-    return bool(MlflowClient().get_run(run_id).info.status == "RUNNING")
-
-
-def steps_of(run_id: str, metric: str) -> set[int]:
-    """Return the steps at which a metric was logged."""
-    return {each.step for each in MlflowClient().get_metric_history(run_id, metric)}
 
 
 def experiment_name(experiment_id: str) -> str:

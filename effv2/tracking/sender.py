@@ -87,7 +87,7 @@ class Sender:
         self._at_once = MOST_AT_ONCE
         self.checked = False
         self._since = 0.0  # when the trouble began
-        self._closing = False
+        self.closed = False
         self._thread = threading.Thread(target=self._send_all, name=f"sender {run_id}", daemon=True)
         self._thread.start()
 
@@ -136,7 +136,7 @@ class Sender:
     def close(self) -> None:
         """End the thread, which may take a moment to end its last call."""
         with self._changed:
-            self._closing = True
+            self.closed = True
             self._changed.notify_all()
         self._thread.join(LAST_CALL)
 
@@ -145,8 +145,8 @@ class Sender:
         pause = WAIT_SECONDS
         while True:
             with self._changed:
-                self._changed.wait_for(lambda: self._waiting or self._closing)
-                if self._closing:
+                self._changed.wait_for(lambda: self._waiting or self.closed)
+                if self.closed:
                     return
                 batch = self._next()
             done = self._try(batch)
@@ -155,7 +155,7 @@ class Sender:
                     self._waiting.popleft()
                 self._changed.notify_all()
                 if not done and self.trouble is not None:
-                    self._changed.wait_for(lambda: self._closing, pause)
+                    self._changed.wait_for(lambda: self.closed, pause)
             pause = WAIT_SECONDS if done else min(2 * pause, LONGEST_WAIT)
 
     def _next(self) -> list[Item]:

@@ -7,7 +7,7 @@ import os
 import re
 import time
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from pathlib import Path
 
 import mlflow
@@ -138,11 +138,10 @@ def _probe() -> None:
 
 def answers() -> bool:
     """Say whether the tracking store answers now."""
-    try:
+    with suppress(*TRACKING_ERRORS):
         _probe()
-    except TRACKING_ERRORS:
-        return False
-    return True
+        return True
+    return False
 
 
 def outage_passed(error: Exception, setbacks: int, seconds: float, message: Message) -> bool:
@@ -220,7 +219,6 @@ def _experiment(client: MlflowClient, name: str, create: bool) -> Experiment:
             raise InputError("experiment", name, problem, "give the name to `mlflow run` itself, as --experiment-name")
         return given
     if not name:
-        client.search_experiments(max_results=1)  # creates and migrates a database
         return client.get_experiment(default_experiment_id())
     found = client.get_experiment_by_name(name)
     if found is not None:

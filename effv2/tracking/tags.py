@@ -6,6 +6,8 @@ import json
 from collections.abc import Iterable, Mapping
 from itertools import count
 
+from effv2.core import provenance
+
 # MLflow's own.
 PARENT = "mlflow.parentRunId"
 RUN_NAME = "mlflow.runName"
@@ -15,6 +17,7 @@ DATA_CONTEXT = "mlflow.data.context"  # of a data set of a run: train, validatio
 CONFIG_HASH = "effv2.config_hash"
 DATA_DIGEST = "effv2.data_digest"
 CODE_VERSION = "effv2.code_version"
+IDENTITY = (CONFIG_HASH, DATA_DIGEST, CODE_VERSION)
 # What it is, who works on it, and how it ended.
 STUDY = "effv2.study"
 ARM = "effv2.arm"
@@ -41,6 +44,13 @@ REPORT = "effv2.report"  # of the run that an experiment's report is logged to
 WRITTEN = "effv2.note"  # of an experiment: the description as we wrote it
 LONGEST_TAG = 8_000  # characters; MLflow cuts longer ones
 MORE = ""  # the last name in a tag, where the list continues in the next tag
+
+
+def run_tags(config_hash: str, data_digest: str, code_version: str, variant: str, seed: int) -> dict[str, str]:
+    """Return the tags that a run is known by, and what it is computed on."""
+    known = {CONFIG_HASH: config_hash, DATA_DIGEST: data_digest, CODE_VERSION: code_version}
+    machine = {f"{MACHINE}{name}": value for name, value in provenance.machine().items()}
+    return known | {VARIANT: variant, SEED: str(seed)} | machine
 
 
 def as_tags(tag: str, names: Iterable[str]) -> dict[str, str]:

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+import os
 import tempfile
 import warnings
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, nullcontext, suppress
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -15,12 +17,24 @@ from mlflow import MlflowClient
 from mlflow.entities import Dataset, DatasetInput, InputTag, LoggedModel, LoggedModelStatus
 from mlflow.exceptions import MlflowException
 from mlflow.store.artifact.artifact_repository_registry import get_artifact_repository
+from mlflow.tracking.context.registry import resolve_tags
 
 from effv2 import serving
-from effv2.core.provenance import GitState
+from effv2.core.errors import LeaseLost, Terminated
+from effv2.core.provenance import git_state
 from effv2.tracking.sender import Values, send_values
-from effv2.tracking.store import is_missing
-from effv2.tracking.tags import DATA_CONTEXT, GIT_COMMIT, GIT_DIRTY, LONGEST_TAG, NOTE
+from effv2.tracking.store import is_missing, shown_uri
+from effv2.tracking.tags import CONTINUES, DATA_CONTEXT, GIT_COMMIT, GIT_DIRTY, LONGEST_TAG, NOTE
+
+
+@dataclass(frozen=True)
+class Beginning:
+    """What is known of a run before its first epoch: tags, parameters, study file, and the arguments of log_dataset."""
+
+    tags: dict[str, str]
+    params: Mapping[str, Any]
+    study: str
+    data: Sequence[tuple[str, str, str, str, Mapping[str, Any]]]
 
 
 class TrackedRun:
@@ -49,9 +63,8 @@ class TrackedRun:
 
     def describe(self, markdown: str) -> None:
         """Set the description that the UI shows, cut at the last line that fits."""
-        if len(markdown) > LONGEST_TAG:
-            markdown = markdown[:LONGEST_TAG].rpartition("\n")[0]
-        self.set_tags({NOTE: markdown})
+        fits = len(markdown) <= LONGEST_TAG
+        self.set_tags({NOTE: markdown if fits else markdown[:LONGEST_TAG].rpartition("\n")[0]})
 
     def log_dataset(self, name: str, context: str, digest: str, location: str, profile: Mapping[str, Any]) -> None:
         """Record a data set that the run used as `context` (train, validation or test)."""
@@ -60,12 +73,24 @@ class TrackedRun:
         used = [DatasetInput(dataset, [InputTag(DATA_CONTEXT, context)])]
         self._call(lambda: MlflowClient().log_inputs(self.run_id, used))
 
-    def log_git(self, state: GitState | None) -> None:
-        """Record commit and dirty flag as tags, the uncommitted changes as an artifact."""
-        if state is not None:
+    def log_git(self) -> None:
+        """Record commit and dirty flag of the checkout as tags, the uncommitted changes as an artifact."""
+        if (state := git_state()) is not None:
             self.set_tags({GIT_COMMIT: state.commit, GIT_DIRTY: str(state.dirty).lower()})
             if state.dirty:
                 self.log_text(state.diff, "source/uncommitted.diff")
+
+    def log_beginning(self, beginning: Beginning, known: Mapping[str, str]) -> None:
+        """Log all but the tags; not the params `known`, which a run that resumes has.
+
+        They may differ now, as the folder of the data does, and the store would refuse them.
+        """
+        self.log_params({name: value for name, value in beginning.params.items() if name not in known})
+        # The first file, so that an artifact store that refuses is noticed before anything is trained.
+        self.log_text(beginning.study, "study.yaml")
+        self.log_git()
+        for data in beginning.data:
+            self.log_dataset(*data)
 
     def log_text(self, text: str, name: str) -> None:
         """Store a text as an artifact."""
@@ -100,12 +125,31 @@ class TrackedRun:
         else:
             client.set_terminated(self.run_id, status)
 
+    def take_over_adopted(self) -> None:
+        """Make the run that `mlflow run` opened, if it did, a pointer to this one, which was there before."""
+        if adopted := os.environ.pop("MLFLOW_RUN_ID", ""):
+            pointer = TrackedRun(adopted, self.experiment_id)
+            pointer.set_tags({CONTINUES: self.run_id})
+            pointer.describe(f"This command resumed, or found finished, {run_address(self.run_id, self.experiment_id)}")
+
+
+def status_after(error: BaseException) -> str:
+    """Return the status of a run that `error` ended."""
+    return "KILLED" if isinstance(error, (KeyboardInterrupt, Terminated, LeaseLost)) else "FAILED"
+
+
+def run_address(run_id: str, experiment_id: str) -> str:
+    """Say where the run can be seen: its page on a server, else the command that opens the UI on the store."""
+    uri = shown_uri()
+    if uri.startswith("http"):
+        return f"{uri.rstrip('/')}/#/experiments/{experiment_id}/runs/{run_id}"
+    return f"run {run_id}; see it with: mlflow ui --backend-store-uri {uri}"
+
 
 def discard(run_id: str, name: str, but: str) -> None:
     """Delete an artifact of a run, or all in a folder but one; those that the store keeps stay."""
     client = MlflowClient()
-    above = name.rpartition("/")[0] or None
-    here = [file for file in client.list_artifacts(run_id, above) if file.path == name]
+    here = [file for file in client.list_artifacts(run_id, name.rpartition("/")[0] or None) if file.path == name]
     found = client.list_artifacts(run_id, name) if here and here[0].is_dir else here
     repository = get_artifact_repository(client.get_run(run_id).info.artifact_uri)
     for file in found:
@@ -139,18 +183,22 @@ def log_served_model(run_id: str, files: Mapping[str, Path], example: str, torch
     `files` are the artifacts that the serving file names, `example` is a base64 image. A model that an earlier attempt
     left unfinished is filled. The requirements are given, since inferring them takes MLflow several seconds.
     """
+    from mlflow.models import Model
+
     there = _models(run_id)
     if any(model.status == LoggedModelStatus.READY for model in there):
         return
-    unfinished = there[-1].model_id if there else None
-    # MLflow remarks, past every filter, that the model's inputs are of any type; they are so on purpose. An unfinished
-    # model is linked to the run already; linking it again is refused.
-    with warnings.catch_warnings(record=True), nullcontext() if unfinished else _active(run_id):
-        from mlflow import pyfunc
-
-        pyfunc.log_model(
-            name="model",
-            model_id=unfinished,
+    client, new = MlflowClient(), None
+    if not there:
+        run = client.get_run(run_id)
+        about = {"tags": resolve_tags(), "params": run.data.params}
+        new = client.create_logged_model(run.info.experiment_id, "model", run_id, **about)
+    with warnings.catch_warnings(record=True):  # MLflow remarks that inputs are of any type: they are so on purpose
+        Model.log(
+            artifact_path=None,
+            flavor=mlflow.pyfunc,
+            model_id=(new or there[-1]).model_id,
+            run_id=run_id if new else None,  # to link them; linking them again is refused
             python_model=str(Path(serving.__file__).with_name("image_classifier.py")),
             artifacts={name: str(path) for name, path in files.items()},
             input_example=[example],
@@ -161,17 +209,3 @@ def log_served_model(run_id: str, files: Mapping[str, Path], example: str, torch
                 "pillow>=11",
             ],
         )
-
-
-@contextmanager
-def _active(run_id: str) -> Iterator[None]:
-    """Make a run the active one, which leaves it as it was."""
-    client = MlflowClient()
-    before = client.get_run(run_id).info
-    mlflow.start_run(run_id, nested=True, log_system_metrics=False)
-    try:
-        yield
-    finally:
-        mlflow.end_run(before.status)
-        if before.end_time:
-            client.set_terminated(run_id, before.status, before.end_time)

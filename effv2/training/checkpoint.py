@@ -38,8 +38,10 @@ LEAST_COSTS_BETWEEN = 50
 class Checkpointer:
     """The checkpoints of one run; `identity` names what decides the run, and must be that of what is read.
 
-    `upload`, where there is one, is given a checkpoint every `checkpoint_upload_minutes`, and the last on the way out.
+    `upload`, where one is set, is given a checkpoint every `checkpoint_upload_minutes`, and the last on the way out.
     """
+
+    upload: Callable[[Path], None] | None = None
 
     def __init__(
         self,
@@ -47,12 +49,10 @@ class Checkpointer:
         options: CheckpointOptions,
         identity: Mapping[str, str],
         message: Message,
-        *,
-        upload: Callable[[Path], None] | None = None,
     ) -> None:
         self.folder = Path(os.path.expanduser(options.checkpoint_dir)) / run_id
         self._longest, self._between_uploads = 60 * options.checkpoint_minutes, 60 * options.checkpoint_upload_minutes
-        self._identity, self._message, self._upload = dict(identity), message, upload
+        self._identity, self._message = dict(identity), message
         self._cost, self._disk_refused = 0.0, False
         self._last = (-1, -1)  # step and epoch of the last one written
         self._written = self._uploaded = monotonic()
@@ -93,12 +93,12 @@ class Checkpointer:
         """Write a checkpoint, unless that of this step is there; a disk that refuses doesn't end the training."""
         started, now = monotonic(), (state.progress.step, state.progress.epoch)
         try:
-            if now == self._last and not (leaving and self._upload):
+            if now == self._last and not (leaving and self.upload):
                 return
             path = self._write(state.state_dict(), state.progress.step)
             self._last = now
-            if self._upload and (leaving or monotonic() - self._uploaded >= self._between_uploads):
-                self._upload(path)
+            if self.upload and (leaving or monotonic() - self._uploaded >= self._between_uploads):
+                self.upload(path)
                 self._uploaded = monotonic()
         except OSError as error:
             self._say_disk_refused(error)
@@ -134,13 +134,19 @@ class Checkpointer:
             old.unlink(missing_ok=True)
         return written
 
-    def newest(self) -> int:
-        """Return the step of the newest one, -1 without any."""
-        return newest_step(path.name for path in self._found())
+    def read(
+        self, uploaded: Iterable[str] = (), fetch: Callable[[str], object] = lambda name: None
+    ) -> dict[str, Any] | None:
+        """Return the newest state that is whole, None without one; InputError for one of another identity.
 
-    def read(self) -> dict[str, Any] | None:
-        """Return the newest state that is whole, None without one; InputError for one of another identity."""
-        for path in reversed(self._found()):
+        Those `uploaded` are fetched into the folder when it is their turn.
+        """
+        places = [(path.name, False) for path in reversed(self._found())] + [(name, True) for name in uploaded]
+        named = [(name, elsewhere) for name, elsewhere in places if NAME.fullmatch(name)]
+        for name, elsewhere in sorted(named, key=lambda place: _step(place[0]), reverse=True):
+            if elsewhere:
+                fetch(name)
+            path = self.folder / name
             content = _read(path)
             if content is None:
                 self._message(f"{path} is damaged, or of another version, and is left out.")
@@ -162,12 +168,12 @@ class Checkpointer:
     def _found(self) -> list[Path]:
         """Return the checkpoints there are, by step."""
         found = [path for path in self.folder.glob("step-*") if NAME.fullmatch(path.name)]
-        return sorted(found, key=lambda path: (newest_step([path.name]), path.stat().st_mtime_ns))
+        return sorted(found, key=lambda path: (_step(path.name), path.stat().st_mtime_ns))
 
 
-def newest_step(names: Iterable[str]) -> int:
-    """Return the highest step of checkpoints with these names, -1 without any."""
-    return max((int(match[1]) for name in names if (match := NAME.fullmatch(name))), default=-1)
+def _step(name: str) -> int:
+    """Return the step of the checkpoint of this name."""
+    return int(name.split("-")[1])
 
 
 def _read(path: Path) -> dict[str, Any] | None:
