@@ -28,7 +28,7 @@ from effv2.run.run import RunSpec
 from effv2.studies.plan import Plan, best_of
 from effv2.studies.queue import NAME, RUN, Queue
 from effv2.studies.storage import LEAVING_SECONDS, OUTAGE_SECONDS, Storage, open_storage
-from effv2.tracking.read import find_runs, read_runs
+from effv2.tracking.read import find_runs, read_run, read_runs
 from effv2.tracking.run import end_left_open
 from effv2.tracking.store import answers, outage_passed, use_store
 from effv2.tracking.tags import PARENT
