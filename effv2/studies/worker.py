@@ -10,7 +10,7 @@ import threading
 import time
 import traceback
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
 from multiprocessing import connection, parent_process
@@ -250,13 +250,15 @@ class WorkerReporter(Reporter):
         print(text, file=sys.stderr)
 
 
-def worker_process(study: OpenedStudy, storage_url: str, uri: str, threads: int, gpu: str) -> None:
+def worker_process(
+    study: OpenedStudy, storage_url: str, uri: str, threads: int, environment: Mapping[str, str]
+) -> None:
     """Work in a process of its own, which ends when the one that started it does; exit code AWAY after an outage.
 
-    `uri` is that of the tracking store. The worker sees the named GPU alone, if any is named.
+    `uri` is that of the tracking store. What is imported here may be shared with other workers: nothing is computed,
+    no thread started before this.
     """
-    if gpu:
-        os.environ["CUDA_VISIBLE_DEVICES"] = gpu  # before CUDA is initialised
+    os.environ.update(environment)  # which GPUs are seen, too: before CUDA is initialised
     tune_allocator()
     torch.set_num_threads(threads)
     use_store(uri)
