@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import statistics
-import subprocess
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -15,6 +14,7 @@ from mlflow.entities import Metric, Run
 
 from effv2.cli.main import train
 from tests.conftest import ROOT, TINY_TABLE, running
+from tests.forks import Forked
 from tests.servers import Server
 
 STUDY = f"""
@@ -56,9 +56,9 @@ def history(name: str) -> list[Metric]:
     return list(MlflowClient().get_metric_history(run.info.run_id, name)) if run else []
 
 
-def wait_for_epoch(epoch: int, process: subprocess.Popen[str]) -> None:
+def wait_for_epoch(epoch: int, process: Forked) -> None:
     while len(history("train/loss")) < epoch:
-        assert process.poll() is None, process.communicate()[1]
+        assert process.poll() is None, process.rest()
         time.sleep(0.1)
 
 
@@ -76,14 +76,14 @@ def check_complete(epochs: int) -> None:
 
 @pytest.mark.parametrize(("seconds", "epochs"), [(3, 60), pytest.param(60, 900, marks=long)])
 def test_an_outage_costs_no_metric_and_no_time(server: Server, tmp_path: Path, seconds: int, epochs: int) -> None:
-    with running(ROOT / "entry_points" / "train.py", "--study", make_study(tmp_path, epochs), stderr=-1) as process:
+    with running(ROOT / "entry_points" / "train.py", "--study", make_study(tmp_path, epochs)) as process:
         wait_for_epoch(epochs // 6, process)
         began = time.time() * 1000
         server.stop()
         time.sleep(seconds)
         ended = time.time() * 1000
         server.start()
-        _, errors = process.communicate()
+        errors = process.rest()
     assert process.returncode == 0, errors
     assert errors.count("is away") == 1 and errors.count("is back") == 1
     check_complete(epochs)
@@ -100,7 +100,7 @@ def test_a_trainer_that_dies_with_the_server_loses_nothing(
     server: Server, tmp_path: Path, seconds: int, epochs: int
 ) -> None:
     study = make_study(tmp_path, epochs)
-    with running(ROOT / "entry_points" / "train.py", "--study", study, stderr=-1) as process:
+    with running(ROOT / "entry_points" / "train.py", "--study", study) as process:
         wait_for_epoch(epochs // 6, process)
         server.stop()
         time.sleep(seconds)

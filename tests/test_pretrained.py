@@ -43,7 +43,7 @@ from effv2.pretrained.measure import calibration_error, scores
 from effv2.pretrained.weights import Requested, find_all_weights, load_network, network_names, parse_models
 from effv2.studies import weights as weights_plan
 from effv2.tracking.read import RunRecord
-from tests.conftest import ROOT
+from tests.conftest import ROOT, running
 
 SQUEEZENET = "weights/squeezenet1_1-imagenet-caffe-ndf.pth"
 BOOLEANS = st.lists(st.booleans(), min_size=1, max_size=40)
@@ -609,8 +609,9 @@ def test_a_comparison_that_was_cut_short_is_resumed_in_its_run(
     images = ["--dataset", "folder", "--data-dir", str(few_images)]
     words = ["--models", ",".join(f"squeezenet1_1={file}" for file in files), *images]
     script = CUT_SHORT.format(signal=int(number))
-    done = subprocess.run([sys.executable, "-c", script, *words], capture_output=True, timeout=120)
-    assert done.returncode == code, done.stderr
+    with running("-c", script, *words) as process:
+        said = process.rest()
+    assert process.returncode == code, said
     assert [run.info.status for run in all_runs()] == [left, "FINISHED", left]
     if left == "RUNNING":
         assert invoke("--models", f"squeezenet1_1={files[1]}", *images, "--fresh").exit_code == 0
