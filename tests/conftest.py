@@ -26,7 +26,7 @@ ROOT = Path(__file__).parents[1]
 settings.register_profile("effv2", deadline=None)  # another process may hold the machine for a moment
 settings.load_profile("effv2")
 # Files of tests that take long, the longest first: who begins with them doesn't end with one alone.
-LONGEST = ("test_engine", "test_commands", "test_outages", "test_resume", "test_search", "test_pretrained", "test_report")
+LONGEST = [f"test_{name}" for name in ("engine", "pretrained", "report", "search", "resume", "outages", "commands")]
 TINY_TABLE = "F 1 3 1 8 8 1 / M 2 3 2 8 16 2"
 OTHER_TINY_TABLE = "M 1 3 1 8 8 1 / M 2 3 2 8 16 1"
 TINY: dict[str, dict[str, Any]] = {
@@ -76,9 +76,9 @@ def tiny_config(**groups: Any) -> TrainConfig:
 def running(*words: str | Path) -> Iterator[Forked]:
     """Run Python with these words; it is killed if it still runs at the end, so that no failed test waits for it."""
     reading, writing = os.pipe()
-    with open(reading, encoding="utf-8") as said:
+    with os.fdopen(reading, encoding="utf-8") as said:
         try:
-            process = forks(*COMMANDS).start([*map(str, words)], said, writing)
+            process = forks(*COMMANDS).start([*map(str, words)], said, writing, os.environ)
         finally:
             os.close(writing)
         try:

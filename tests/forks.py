@@ -13,12 +13,14 @@ import gc
 import importlib
 import json
 import os
+import re
 import runpy
 import select
 import signal
 import socket
 import subprocess
 import sys
+from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import cache
@@ -55,9 +57,9 @@ class Forks:
             )
         self._ended: dict[int, int] = {}
 
-    def start(self, words: list[str], said: IO[str], output: int) -> Forked:
-        """Run Python with these words, in this folder and environment; `said` reads what is written to `output`."""
-        command = {"words": words, "folder": str(Path.cwd()), "environment": dict(os.environ)}
+    def start(self, words: list[str], said: IO[str], output: int, environment: Mapping[str, str]) -> Forked:
+        """Run Python with these words, in this folder; `said` reads what it writes to the file `output`."""
+        command = {"words": words, "folder": str(Path.cwd()), "environment": dict(environment)}
         socket.send_fds(self._socket, [json.dumps(command).encode()], [output])
         while "started" not in (answer := self._receive()):
             pass
@@ -109,6 +111,15 @@ class Forked:
         if self.returncode is None:
             self.returncode = self.of.ended(self.pid, timeout)
         return self.returncode
+
+    def until(self, pattern: str) -> str:
+        """Return what it says up to the line in which the pattern is found."""
+        lines = []
+        for line in self.said:
+            lines.append(line)
+            if re.search(pattern, line):
+                return "".join(lines)
+        raise AssertionError(f"it never said {pattern}: {''.join(lines)}")
 
     def rest(self) -> str:
         """Return what else it says, when it and all that write to the same output have ended."""

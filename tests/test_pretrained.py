@@ -305,7 +305,7 @@ def server(tmp_path: Path) -> Iterator[tuple[Path, str]]:
             pass
 
     with ThreadingHTTPServer(("127.0.0.1", 0), partial(Quiet, directory=str(folder))) as served:
-        thread = threading.Thread(target=served.serve_forever)
+        thread = threading.Thread(target=served.serve_forever, args=[0.02])
         thread.start()
         yield folder, f"http://127.0.0.1:{served.server_port}"
         served.shutdown()

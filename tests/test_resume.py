@@ -87,10 +87,8 @@ def kill(options: list[str], folder: Path, first: str, kills: int, longest: floa
             while first and written(folder, first) in ({}, before):
                 assert process.poll() is None, process.rest()
                 time.sleep(0.01)
-            while not first and not re.search(r"resuming the run|epoch 1/", said.rpartition("\0")[2]):
-                line = process.said.readline()
-                assert line, said
-                said += line
+            if not first:
+                said += process.until(r"resuming the run|epoch 1/")
             time.sleep(moments.uniform(0, longest))
             process.kill()
             said += process.rest() + "\0"
