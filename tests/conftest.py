@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import shutil
 import signal
@@ -46,6 +47,10 @@ arms:
   default: {{model: {{variant: tiny, table: {TINY_TABLE}}}}}
   other: {{model: {{variant: other, table: {OTHER_TINY_TABLE}}}}}
 """
+
+
+def pytest_collection_finish() -> None:
+    gc.freeze()  # what was imported needn't be looked through again and again
 
 
 @pytest.hookimpl(trylast=True)  # once those that aren't wanted are out

@@ -31,6 +31,7 @@ ROOT = Path(__file__).parents[1]
 # What commands of effv2 import, sooner or later.
 COMMANDS = (
     "effv2.cli.console",
+    "effv2.cli.main",
     "effv2.run.resume",
     "effv2.studies.engine",
     "effv2.studies.search",
@@ -186,10 +187,12 @@ def run(command: dict[str, Any]) -> None:
 
 
 if __name__ == "__main__":
+    gc.disable()  # what is imported stays
     for name in sys.argv[2:]:
         importlib.import_module(name)
     threads = [task for task in Path("/proc/self/task").iterdir() if task.name != str(os.getpid())]
     others = {(task / "comm").read_text().strip() for task in threads} - {FORK_SAFE_THREAD}
     assert not others, f"a process with these threads can't be forked: {others}"
-    gc.freeze()  # what was imported is shared, and not to be looked through by each
+    gc.freeze()  # shared with those that are forked, which need not look through it
+    gc.enable()
     run(serve(socket.socket(fileno=int(sys.argv[1]))))

@@ -141,7 +141,7 @@ def wait_for(condition: Callable[[], Any], process: Forked) -> Any:
                 return found
         if process.poll() is not None:
             pytest.fail(f"ended too early: {process.rest()}")
-        time.sleep(0.05)
+        time.sleep(0.1)
     process.kill()
     pytest.fail(f"waited in vain: {process.rest()}")
 

@@ -65,7 +65,7 @@ def history(name: str) -> list[Metric]:
 def wait_for_epoch(epoch: int, process: Forked) -> None:
     while len(history("train/loss")) < epoch:
         assert process.poll() is None, process.rest()
-        time.sleep(0.1)
+        time.sleep(0.3)  # what asks costs the trainer and the server time
 
 
 def check_complete(epochs: int) -> None:

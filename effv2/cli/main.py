@@ -5,6 +5,8 @@ Commands import what is heavy when they need it, so that `--help` and wrong inpu
 
 from __future__ import annotations
 
+import atexit
+import gc
 import sys
 from collections.abc import Callable
 from functools import partial
@@ -22,6 +24,7 @@ from effv2.pretrained.config import PretrainedConfig
 WITHOUT_SCHEDULER = {name: setting for name, setting in cli.SHARED.items() if name != "scheduler"}
 PUBLISHED_COMPARISON = "efficientnet_v2_s,efficientnet_b0,resnet50"
 SHOWN_FAILURES = 5
+atexit.register(gc.freeze)  # so that the end of a command looks for no garbage in all that was imported: a second
 
 
 @click.group()
