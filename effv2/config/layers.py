@@ -18,7 +18,6 @@ from pydantic import BaseModel, ValidationError
 from effv2.config.schema import UNKNOWN_KEY, TrainConfig
 from effv2.core.errors import InputError, nearest
 
-LOADER = getattr(yaml, "CSafeLoader", yaml.SafeLoader)  # without libyaml a tenth as fast
 Place = tuple[str | int, ...]
 Model = TypeVar("Model", bound=BaseModel)
 
@@ -122,7 +121,7 @@ def read_document(path: Path, parameter: str) -> Document:
     named = f"{parameter} {path}"
     try:
         text = path.read_text(encoding="utf-8")
-        root = yaml.compose(text, Loader=LOADER)
+        root = yaml.compose(text, Loader=getattr(yaml, "CSafeLoader", yaml.SafeLoader))  # libyaml is much faster
         values = yaml.SafeLoader("").construct_document(root) if root else None
     except (OSError, UnicodeDecodeError) as error:
         reason = getattr(error, "strerror", None) or "it is not UTF-8 text"

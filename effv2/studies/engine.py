@@ -12,7 +12,6 @@ import time
 from collections.abc import Mapping
 from contextlib import closing, suppress
 from dataclasses import dataclass
-from multiprocessing.process import BaseProcess
 from typing import Any
 
 import torch
@@ -203,15 +202,17 @@ def _publish(study: OpenedStudy, queue: Queue, load: LoadData, reporter: Reporte
 
 def _supervise(study: OpenedStudy, queue: Queue, reporter: Reporter) -> None:
     """Start worker processes and watch until all wanted trials are finished; replace those that end before."""
-    context, workers = _context(), study.options.workers
+    method, workers = "forkserver" if sys.platform == "linux" else "spawn", study.options.workers
+    context: Any = multiprocessing.get_context(method)  # on Linux forks of one process that has imported what all need
+    context.set_forkserver_preload(["__main__", worker_process.__module__])
     threads = max(1, torch.get_num_threads() // workers)
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
     gpus = visible.split(",") if visible else list(map(str, range(torch.cuda.device_count())))
 
-    def start(index: int) -> BaseProcess:
+    def start(index: int) -> multiprocessing.process.BaseProcess:
         gpu = {"CUDA_VISIBLE_DEVICES": gpus[index % len(gpus)]} if len(gpus) > 1 else {}
         about = (study, queue.storage.url, tracking_uri(), threads, {**os.environ, **gpu})
-        process: BaseProcess = context.Process(target=worker_process, args=about, daemon=True)
+        process: multiprocessing.process.BaseProcess = context.Process(target=worker_process, args=about, daemon=True)
         # It inherits that Ctrl-C, which reaches a whole group, is ignored: this process ends it in order.
         before = signal.signal(signal.SIGINT, signal.SIG_IGN)
         try:
@@ -220,7 +221,7 @@ def _supervise(study: OpenedStudy, queue: Queue, reporter: Reporter) -> None:
             signal.signal(signal.SIGINT, before)
         return process
 
-    processes: list[BaseProcess] = []
+    processes: list[multiprocessing.process.BaseProcess] = []
     fewest, in_vain = len(study.plan.trials), 0
     try:
         processes += map(start, range(workers))
@@ -242,19 +243,7 @@ def _supervise(study: OpenedStudy, queue: Queue, reporter: Reporter) -> None:
         _stop(processes)
 
 
-def _context() -> Any:
-    """Return how worker processes are made: forked from one that has imported what all need, computed nothing.
-
-    Where forks aren't safe (anything but Linux), each begins anew.
-    """
-    if sys.platform != "linux":
-        return multiprocessing.get_context("spawn")
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["__main__", worker_process.__module__])
-    return context
-
-
-def _stop(processes: list[BaseProcess]) -> None:
+def _stop(processes: list[multiprocessing.process.BaseProcess]) -> None:
     """End the workers, which give back what they work on; kill those that take too long."""
     for process in processes:
         process.terminate()

@@ -250,15 +250,12 @@ class WorkerReporter(Reporter):
         print(text, file=sys.stderr)
 
 
-def worker_process(
-    study: OpenedStudy, storage_url: str, uri: str, threads: int, environment: Mapping[str, str]
-) -> None:
+def worker_process(study: OpenedStudy, storage_url: str, uri: str, threads: int, variables: Mapping[str, str]) -> None:
     """Work in a process of its own, which ends when the one that started it does; exit code AWAY after an outage.
 
-    `uri` is that of the tracking store. What is imported here may be shared with other workers: nothing is computed,
-    no thread started before this.
+    `uri` is that of the tracking store. `variables` are those of the environment: the fork may be of an older one.
     """
-    os.environ.update(environment)  # which GPUs are seen, too: before CUDA is initialised
+    os.environ.update(variables)  # which GPUs are seen, too: before CUDA is initialised
     tune_allocator()
     torch.set_num_threads(threads)
     use_store(uri)
