@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import shutil
 import signal
-import subprocess
-import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,7 @@ from hypothesis import settings
 from PIL import Image
 
 from effv2.config.schema import TrainConfig
+from tests.forks import COMMANDS, STARTED, Forked, forks
 
 if workers := os.environ.get("PYTEST_XDIST_WORKER_COUNT"):  # processes of the suite divide the cores among them
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // int(workers))))
@@ -25,6 +26,8 @@ if workers := os.environ.get("PYTEST_XDIST_WORKER_COUNT"):  # processes of the s
 ROOT = Path(__file__).parents[1]
 settings.register_profile("effv2", deadline=None)  # another process may hold the machine for a moment
 settings.load_profile("effv2")
+# Files of tests that take long, the longest first: who begins with them doesn't end with one alone.
+LONGEST = [f"test_{name}" for name in ("engine", "pretrained", "report", "search", "resume", "outages", "commands")]
 TINY_TABLE = "F 1 3 1 8 8 1 / M 2 3 2 8 16 2"
 OTHER_TINY_TABLE = "M 1 3 1 8 8 1 / M 2 3 2 8 16 1"
 TINY: dict[str, dict[str, Any]] = {
@@ -46,6 +49,25 @@ arms:
 """
 
 
+def pytest_collection_finish() -> None:
+    gc.freeze()  # what was imported needn't be looked through again and again
+
+
+@pytest.hookimpl(trylast=True)  # once those that aren't wanted are out
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Put some of the longest files first in each of the equal parts into which --dist worksteal cuts the tests."""
+    files = {name: [item for item in items if item.path.stem == name] for name in LONGEST}
+    rest = iter([item for item in items if item.path.stem not in files])
+    processes, left = int(workers or 1), len(items)
+    items.clear()
+    for number in range(processes):
+        first = [item for name in LONGEST[number::processes] for item in files[name]]
+        size = left // (processes - number)
+        items += [*first, *islice(rest, max(0, size - len(first)))]
+        left -= size
+    items += rest
+
+
 def tiny_config(**groups: Any) -> TrainConfig:
     """Return the tiny configuration with whole groups updated."""
     merged: dict[str, Any] = {}
@@ -56,9 +78,14 @@ def tiny_config(**groups: Any) -> TrainConfig:
 
 
 @contextmanager
-def running(*words: str | Path, **options: Any) -> Iterator[subprocess.Popen[str]]:
+def running(*words: str | Path) -> Iterator[Forked]:
     """Run Python with these words; it is killed if it still runs at the end, so that no failed test waits for it."""
-    with subprocess.Popen([sys.executable, *map(str, words)], text=True, **options) as process:
+    reading, writing = os.pipe()
+    with os.fdopen(reading, encoding="utf-8") as said:
+        try:
+            process = forks(*COMMANDS).start([*map(str, words)], said, writing, os.environ)
+        finally:
+            os.close(writing)
         try:
             yield process
         finally:
@@ -75,6 +102,8 @@ def _isolated(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
         for name in [name for name in os.environ if name.startswith("MLFLOW_")]:
             patch.delenv(name)
         yield
+    for each in STARTED:
+        each.close()
 
 
 @pytest.fixture(scope="session")

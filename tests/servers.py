@@ -3,13 +3,22 @@
 from __future__ import annotations
 
 import os
-import signal
 import socket
-import subprocess
-import sys
 import time
 from contextlib import closing, suppress
 from pathlib import Path
+
+from mlflow.server.constants import (
+    ARTIFACT_ROOT_ENV_VAR,
+    ARTIFACTS_DESTINATION_ENV_VAR,
+    BACKEND_STORE_URI_ENV_VAR,
+    REGISTRY_STORE_URI_ENV_VAR,
+    SERVE_ARTIFACTS_ENV_VAR,
+)
+
+from tests.forks import Forked, forks
+
+APP = "mlflow.server.fastapi_app"
 
 
 def free_port() -> int:
@@ -20,27 +29,34 @@ def free_port() -> int:
 
 
 class Server:
-    """An MLflow server on a port of its own, its runs in the database `store`, its artifacts in `folder`."""
+    """An MLflow server on a port of its own, its runs in the database `store`, its artifacts in `folder`.
+
+    It is what `mlflow server --workers 1` runs: uvicorn, told by variables what to serve.
+    """
 
     def __init__(self, store: str, folder: Path) -> None:
         self.port, self.log = free_port(), folder / "server.log"
         self.uri = f"http://127.0.0.1:{self.port}"
-        self.command = [sys.executable, "-m", "mlflow", "server", "--backend-store-uri", store, "--workers", "1"]
-        self.command += ["--port", str(self.port), "--artifacts-destination", str(folder / "artifacts")]
+        self.words = ["-m", "uvicorn", "--host", "127.0.0.1", "--port", str(self.port), f"{APP}:app"]
+        self.environment = os.environ | {
+            BACKEND_STORE_URI_ENV_VAR: store,
+            REGISTRY_STORE_URI_ENV_VAR: store,
+            ARTIFACT_ROOT_ENV_VAR: "mlflow-artifacts:/",
+            ARTIFACTS_DESTINATION_ENV_VAR: str(folder / "artifacts"),
+            SERVE_ARTIFACTS_ENV_VAR: "true",
+            "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false",
+        }
 
     def start(self) -> None:
-        environment = os.environ | {"MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"}
-        with self.log.open("ab") as log:
-            self.process = subprocess.Popen(
-                self.command, stdout=log, stderr=log, env=environment, start_new_session=True
-            )
+        with self.log.open("a+") as log:
+            self.process: Forked = forks("uvicorn", APP).start(self.words, log, log.fileno(), self.environment)
         deadline = time.monotonic() + 120
         while True:
             assert time.monotonic() < deadline and self.process.poll() is None, self.log.read_text()
             with suppress(OSError), closing(socket.create_connection(("127.0.0.1", self.port), timeout=1)):
                 return
-            time.sleep(0.2)
+            time.sleep(0.05)
 
     def stop(self) -> None:
-        os.killpg(self.process.pid, signal.SIGKILL)
+        self.process.kill()
         self.process.wait()

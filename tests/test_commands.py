@@ -146,12 +146,12 @@ def test_runs_that_end_badly_say_so(
 
 def test_sigterm_leaves_no_run_running(sqlite_store: str, tiny_study: Path) -> None:
     tiny_study.write_text(tiny_study.read_text().replace("epochs: 2", "epochs: 100000"))
-    with running(ROOT / "entry_points" / "ablate.py", "--study", tiny_study, stderr=subprocess.PIPE) as process:
+    with running(ROOT / "entry_points" / "ablate.py", "--study", tiny_study) as process:
         while not any("train/loss" in run.data.metrics for run in all_runs()):
             assert process.poll() is None
             time.sleep(0.1)
         process.send_signal(signal.SIGTERM)
-        _, errors = process.communicate()
+        errors = process.rest()
     assert process.returncode == 143 and "KILLED" in errors and "Traceback" not in errors
     assert [run.info.status for run in all_runs()] == ["KILLED", "KILLED"]
 

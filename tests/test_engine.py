@@ -12,7 +12,6 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
-from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +34,7 @@ from effv2.studies import queue as queue_module
 from effv2.studies.queue import ERROR, MOST_LOST, NAME, OWNER, RUN, Queue
 from effv2.studies.storage import Storage, open_storage
 from tests.conftest import OTHER_TINY_TABLE, ROOT, TINY_TABLE, running
+from tests.forks import Forked
 from tests.servers import Server, free_port
 
 EPOCHS, SEEDS = 8, [0, 1, 2, 3, 4]
@@ -108,7 +108,7 @@ def undisturbed(template_database: Path, tmp_path_factory: pytest.TempPathFactor
     return table
 
 
-Start = Callable[[Path, str, int], "subprocess.Popen[str]"]
+Start = Callable[[Path, str, int], Forked]
 
 
 @pytest.fixture
@@ -116,7 +116,7 @@ def start() -> Iterator[Start]:
     """Return what starts an ablation with (study, storage, workers)."""
     with ExitStack() as stack:
 
-        def start_one(study: Path, storage: str, workers: int) -> subprocess.Popen[str]:
+        def start_one(study: Path, storage: str, workers: int) -> Forked:
             words: list[str | Path] = [
                 "--study",
                 study,
@@ -127,13 +127,12 @@ def start() -> Iterator[Start]:
                 "--log-model",
                 "none",
             ]
-            entry, pipe = ROOT / "entry_points" / "ablate.py", subprocess.PIPE
-            return stack.enter_context(running(entry, *words, stdout=pipe, stderr=subprocess.STDOUT))
+            return stack.enter_context(running(ROOT / "entry_points" / "ablate.py", *words))
 
         yield start_one
 
 
-def wait_for(condition: Callable[[], Any], process: subprocess.Popen[str]) -> Any:
+def wait_for(condition: Callable[[], Any], process: Forked) -> Any:
     deadline = time.monotonic() + 240
     while time.monotonic() < deadline:
         with suppress(Exception):  # tables that aren't there yet, a database that was just killed
@@ -141,10 +140,10 @@ def wait_for(condition: Callable[[], Any], process: subprocess.Popen[str]) -> An
             if found:
                 return found
         if process.poll() is not None:
-            pytest.fail(f"ended too early: {process.communicate()[0]}")
-        time.sleep(0.05)
+            pytest.fail(f"ended too early: {process.rest()}")
+        time.sleep(0.1)
     process.kill()
-    pytest.fail(f"waited in vain: {process.communicate(timeout=30)[0]}")
+    pytest.fail(f"waited in vain: {process.rest()}")
 
 
 def in_mid_epoch(storage: Storage, finished: int) -> int:
@@ -158,8 +157,8 @@ def in_mid_epoch(storage: Storage, finished: int) -> int:
     return next((int(owner.split("/")[2]) for owner in begun if not is_gone(owner)), 0)
 
 
-def end(process: subprocess.Popen[str]) -> str:
-    said, _ = process.communicate(timeout=300)
+def end(process: Forked) -> str:
+    said = process.rest()
     assert process.returncode == 0, said
     return said
 
@@ -186,35 +185,32 @@ def test_a_killed_worker_and_a_killed_coordinator_cost_nothing(
     os.kill(wait_for(lambda: in_mid_epoch(storage, 2), first), signal.SIGTERM)
     wait_for(lambda: in_mid_epoch(storage, 4), first)
     first.kill()
-    first.communicate(timeout=90)  # to the end of its workers, which share the pipe and end by themselves
+    first.rest()  # to the end of its workers, which share the pipe and end by themselves
     assert children("KILLED") and not [run for run in runs() if run.info.status == "RUNNING"]
     assert f"[{RUNS}/{RUNS}]" in end(start(study, url, 2))
     check_small(storage, undisturbed(max(1, torch.get_num_threads() // 2)), tmp_path)
     storage.close()
 
 
-def lease_all(url: str, results: Any) -> None:
-    """Lease and finish trials of the queue `q` in a process of its own."""
-    queue = Queue(open_storage(url), "q", 0, {str(number): {} for number in range(24)})
-    leased = []
-    while (lease := queue.lease()) is not None:
-        leased.append(lease.user_attrs[NAME])
-        queue.finish(lease, TrialState.COMPLETE, 0.5, "")
-    results.put(leased)
+LEASE_ALL = """
+import sys
+from optuna.trial import TrialState
+from effv2.studies.queue import Queue
+from effv2.studies.storage import open_storage
+queue = Queue(open_storage(sys.argv[1]), "q", 0, {str(number): {} for number in range(24)})
+while (lease := queue.lease()) is not None:
+    print(lease.user_attrs["slot"])
+    queue.finish(lease, TrialState.COMPLETE, 0.5, "")
+"""
 
 
 def test_processes_never_lease_the_same_trial(tmp_path: Path) -> None:
     url = f"sqlite:///{tmp_path / 'queue.db'}"
     storage = open_storage(url)
     make_queue(storage, trials=24)
-    context = get_context("spawn")
-    results = context.Queue()
-    processes = [context.Process(target=lease_all, args=(url, results)) for _ in range(3)]
-    for process in processes:
-        process.start()
-    leased = sorted(name for _ in processes for name in results.get(timeout=120))
-    for process in processes:
-        process.join(10)
+    with ExitStack() as stack:
+        processes = [stack.enter_context(running("-c", LEASE_ALL, url)) for _ in range(3)]
+        leased = sorted(name for process in processes for name in process.rest().split())
     assert leased == sorted(map(str, range(24)))
     assert len(trials(storage)) == 24
     storage.close()
@@ -287,7 +283,7 @@ def test_four_workers_on_postgresql_survive_whatever_is_killed(
     os.kill(wait_for(lambda: in_mid_epoch(storage, 1), process), signal.SIGKILL)
     wait_for(lambda: in_mid_epoch(storage, 2), process)
     server.stop()
-    time.sleep(8)  # longer than MLflow repeats its calls
+    process.until("is away|store failed")
     server.start()
     wait_for(lambda: in_mid_epoch(storage, 4), process)
     cluster.crash()

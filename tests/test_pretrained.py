@@ -56,7 +56,7 @@ from effv2.pretrained.weights import Requested, find_all_weights, load_network, 
 from effv2.studies import weights as weights_plan
 from effv2.tracking.read import RunRecord
 from effv2.training import loop
-from tests.conftest import ROOT
+from tests.conftest import ROOT, running
 
 SQUEEZENET = "weights/squeezenet1_1-imagenet-caffe-ndf.pth"
 
@@ -319,7 +319,7 @@ def server(tmp_path: Path) -> Iterator[tuple[Path, str]]:
             pass
 
     with ThreadingHTTPServer(("127.0.0.1", 0), partial(Quiet, directory=str(folder))) as served:
-        thread = threading.Thread(target=served.serve_forever)
+        thread = threading.Thread(target=served.serve_forever, args=[0.02])
         thread.start()
         yield folder, f"http://127.0.0.1:{served.server_port}"
         served.shutdown()
@@ -612,8 +612,9 @@ def test_a_comparison_that_was_cut_short_is_resumed_in_its_run(
     words = ["--models", ",".join(f"squeezenet1_1={file}" for file in two_files)]
     words += ["--dataset", "folder", "--data-dir", str(few_images)]
     script = CUT_SHORT.format(signal=int(number))
-    done = subprocess.run([sys.executable, "-c", script, *words], capture_output=True, timeout=120)
-    assert done.returncode == code, done.stderr
+    with running("-c", script, *words) as process:
+        said = process.rest()
+    assert process.returncode == code, said
     assert [run.info.status for run in all_runs()] == [left, "FINISHED", left]
     if left == "RUNNING":
         assert evaluate_squeezenets(few_images, two_files[1:], "--fresh").exit_code == 0

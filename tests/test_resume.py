@@ -8,7 +8,6 @@ import re
 import shutil
 import signal
 import subprocess
-import sys
 import time
 from collections.abc import Iterator
 from contextlib import suppress
@@ -84,17 +83,15 @@ def kill(options: list[str], folder: Path, first: str, kills: int, longest: floa
     moments = random.Random(0)  # noqa: S311
     for _ in range(kills):
         before = written(folder, first)
-        with running(ROOT / "entry_points" / "train.py", *options, stderr=subprocess.PIPE) as process:
+        with running(ROOT / "entry_points" / "train.py", *options) as process:
             while first and written(folder, first) in ({}, before):
-                assert process.poll() is None, process.communicate()[1]
+                assert process.poll() is None, process.rest()
                 time.sleep(0.01)
-            while not first and not re.search(r"resuming the run|epoch 1/", said.rpartition("\0")[2]):
-                line = process.stderr.readline() if process.stderr else ""
-                assert line, said
-                said += line
+            if not first:
+                said += process.until(r"resuming the run|epoch 1/")
             time.sleep(moments.uniform(0, longest))
             process.kill()
-            said += process.communicate()[1] + "\0"
+            said += process.rest() + "\0"
         assert process.returncode == -signal.SIGKILL, said
     return said
 
@@ -110,7 +107,7 @@ def written(folder: Path, pattern: str) -> dict[Path, int]:
 @pytest.mark.parametrize(
     ("first", "kills", "epochs"),
     [
-        pytest.param("checkpoints/*/step-*", 2, 30, id="twice, while it trains"),
+        pytest.param("checkpoints/*/step-*", 2, 20, id="twice, while it trains"),
         pytest.param("", 20, 300, id="twenty times", marks=long),
     ],
 )
@@ -153,8 +150,9 @@ def test_what_a_kill_at_the_end_left_is_completed(
     monkeypatch.setenv("EFFV2_CACHE", str(tmp_path / "cache"))
     study = tmp_path / "short.yaml"
     study.write_text(SHORT)
-    done = subprocess.run([sys.executable, "-c", DIES.format(where=where), "--study", str(study)], timeout=120)
-    assert done.returncode == -signal.SIGKILL
+    with running("-c", DIES.format(where=where), "--study", study) as process:
+        said = process.rest()
+    assert process.returncode == -signal.SIGKILL, said
     result = CliRunner().invoke(train, ["--study", str(study)], catch_exceptions=False)
     assert result.exit_code == 0 and ("resuming the run" in result.stderr or "Finished before" in result.output)
     (run,) = all_runs("Default")

@@ -5,8 +5,6 @@ from __future__ import annotations
 import csv
 import os
 import signal
-import subprocess
-import sys
 from pathlib import Path
 
 import optuna
@@ -22,7 +20,7 @@ from effv2.core.reporter import Reporter
 from effv2.data.dataset import load_once
 from effv2.studies.plan import make_search
 from effv2.training import loop
-from tests.conftest import TINY_TABLE
+from tests.conftest import TINY_TABLE, running
 from tests.test_commands import all_runs, invoke
 
 TINY_SEARCH = f"""
@@ -162,7 +160,9 @@ def test_a_trial_whose_run_was_deleted_begins_anew(
     (deleted,) = (run.info.run_id for run in all_runs() if "mlflow.parentRunId" in run.data.tags)
     MlflowClient().delete_run(deleted)
     gc = ["gc", "--backend-store-uri", sqlite_store, "--run-ids", deleted]
-    subprocess.run([sys.executable, "-m", "mlflow", *gc], check=True, timeout=120)
+    with running("-m", "mlflow", *gc) as process:
+        said = process.rest()
+    assert process.returncode == 0, said
     with pytest.raises(MlflowException, match="not found"):
         MlflowClient().get_run(deleted)
     assert invoke(ablate, *words).exit_code == 0

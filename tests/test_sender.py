@@ -14,6 +14,7 @@ from mlflow.exceptions import MlflowException
 
 from effv2.config.options import CheckpointOptions
 from effv2.core.errors import RunError, StoreAway, Terminated
+from effv2.tracking import run as tracking_run
 from effv2.tracking import sender
 from effv2.tracking.run import open_experiment, open_run
 from effv2.tracking.store import open_store
@@ -24,6 +25,7 @@ from effv2.training.checkpoint import Checkpointer
 @pytest.fixture(autouse=True)
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sender, "WAIT_SECONDS", 0.05)
+    monkeypatch.setattr(tracking_run, "EARLY_PATIENCE", 0.3)
 
 
 class Store:

@@ -5,6 +5,8 @@ Commands import what is heavy when they need it, so that `--help` and wrong inpu
 
 from __future__ import annotations
 
+import atexit
+import gc
 import os
 import sys
 from collections.abc import Callable
@@ -27,6 +29,7 @@ WITHOUT_SCHEDULER = {name: setting for name, setting in cli.SHARED.items() if na
 EVALUATION = cli.options_for(" ".join(PretrainedConfig().flat()))
 PUBLISHED_COMPARISON = "efficientnet_v2_s,efficientnet_b0,resnet50"
 SHOWN_FAILURES = 5
+atexit.register(gc.freeze)  # so that the end of a command looks for no garbage in all that was imported: a second
 
 
 @click.group()

@@ -139,7 +139,7 @@ def _confusion_figure(matrix: np.ndarray, columns: Sequence[str]) -> Figure:
     if len(columns) <= 30:
         for (row, column), count in np.ndenumerate(matrix):
             colour = "white" if share[row, column] > 0.5 else "black"
-            axes.text(column, row, str(count), ha="center", va="center", color=colour, fontsize=7)
+            axes.text(column, row, str(count), ha="center", va="center", color=colour, fontsize=7, in_layout=False)
     return figure
 
 

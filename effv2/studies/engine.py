@@ -7,12 +7,13 @@ import json
 import multiprocessing
 import os
 import signal
+import sys
 import time
 from collections import Counter
 from collections.abc import Callable, Mapping
 from contextlib import closing, suppress
 from dataclasses import dataclass
-from multiprocessing.context import SpawnProcess
+from multiprocessing.process import BaseProcess
 from typing import Any
 
 import torch
@@ -205,14 +206,17 @@ def _publish(study: OpenedStudy, queue: Queue, load: LoadData, reporter: Reporte
 
 def _supervise(study: OpenedStudy, queue: Queue, message: Message, show: Callable[[], None]) -> None:
     """Start worker processes and watch until all wanted trials are finished; replace those that end before."""
-    context, workers = multiprocessing.get_context("spawn"), study.options.workers
+    method, workers = "forkserver" if sys.platform == "linux" else "spawn", study.options.workers
+    context: Any = multiprocessing.get_context(method)  # on Linux forks of one process that has imported what all need
+    context.set_forkserver_preload(["__main__", worker_process.__module__])
     threads = max(1, torch.get_num_threads() // workers)
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
     gpus = visible.split(",") if visible else list(map(str, range(torch.cuda.device_count())))
 
-    def start(index: int) -> SpawnProcess:
-        gpu = gpus[index % len(gpus)] if len(gpus) > 1 else ""
-        process = context.Process(target=worker_process, args=(study, tracking_uri(), threads, gpu), daemon=True)
+    def start(index: int) -> BaseProcess:
+        gpu = {"CUDA_VISIBLE_DEVICES": gpus[index % len(gpus)]} if len(gpus) > 1 else {}
+        about = (study, tracking_uri(), threads, {**os.environ, **gpu})
+        process: BaseProcess = context.Process(target=worker_process, args=about, daemon=True)
         # It inherits that Ctrl-C, which reaches a whole group, is ignored: this process ends it in order.
         before = signal.signal(signal.SIGINT, signal.SIG_IGN)
         try:
@@ -221,7 +225,7 @@ def _supervise(study: OpenedStudy, queue: Queue, message: Message, show: Callabl
             signal.signal(signal.SIGINT, before)
         return process
 
-    processes: list[SpawnProcess] = []
+    processes: list[BaseProcess] = []
     ended = Counter[int]()  # workers, while so many trials were unfinished
     try:
         processes += map(start, range(workers))
@@ -242,7 +246,7 @@ def _supervise(study: OpenedStudy, queue: Queue, message: Message, show: Callabl
         _stop(processes)
 
 
-def _stop(processes: list[SpawnProcess]) -> None:
+def _stop(processes: list[BaseProcess]) -> None:
     """End the workers, which give back what they work on; kill those that take too long."""
     for process in processes:
         process.terminate()

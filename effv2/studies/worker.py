@@ -10,7 +10,7 @@ import threading
 import time
 import traceback
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
 from multiprocessing import connection, parent_process
@@ -193,13 +193,12 @@ class WorkerReporter(Reporter):
         print(text, file=sys.stderr)
 
 
-def worker_process(study: OpenedStudy, uri: str, threads: int, gpu: str) -> None:
+def worker_process(study: OpenedStudy, uri: str, threads: int, variables: Mapping[str, str]) -> None:
     """Work in a process of its own, which ends when the one that started it does; exit code AWAY after an outage.
 
-    `uri` is that of the tracking store. The worker sees the named GPU alone, if any is named.
+    `uri` is that of the tracking store. `variables` are those of the environment: the fork may be of an older one.
     """
-    if gpu:
-        os.environ["CUDA_VISIBLE_DEVICES"] = gpu  # before CUDA is initialised
+    os.environ.update(variables)  # which GPUs are seen, too: before CUDA is initialised
     tune_allocator()
     torch.set_num_threads(threads)
     use_store(uri)

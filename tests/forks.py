@@ -1,0 +1,198 @@
+"""Processes for tests that are there at once: forked from one that has imported what takes seconds.
+
+    python -m tests.forks SOCKET MODULE...
+
+imports the modules, starts no thread and computes nothing, and forks a process for each command that comes through the
+socket. Each is real: with a session, folder, environment and output of its own, to be killed as any other. They die
+with whoever asked for them.
+"""
+
+from __future__ import annotations
+
+import gc
+import importlib
+import json
+import os
+import re
+import runpy
+import select
+import signal
+import socket
+import subprocess
+import sys
+from collections.abc import Mapping
+from contextlib import suppress
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import IO, Any
+
+ROOT = Path(__file__).parents[1]
+# What commands of effv2 import, sooner or later.
+COMMANDS = (
+    "effv2.cli.console",
+    "effv2.cli.main",
+    "effv2.run.resume",
+    "effv2.studies.engine",
+    "effv2.studies.search",
+    "effv2.studies.weights",
+    "mlflow.pyfunc",
+    "sklearn.datasets",
+    "sklearn.model_selection",
+    "torch.export",
+)
+FORK_SAFE_THREAD = "jemalloc_bg_thd"  # jemalloc, which pyarrow brings along, stops it for a fork
+LOOK_SECONDS = 0.02  # between two looks at which processes have ended
+LONGEST_MESSAGE = 2**17
+
+
+class Forks:
+    """The client of such a process, which starts with it."""
+
+    def __init__(self, *modules: str) -> None:
+        self._socket, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        command = [sys.executable, "-m", "tests.forks", str(theirs.fileno()), *modules]
+        with theirs:
+            self._process = subprocess.Popen(
+                command, cwd=ROOT, pass_fds=[theirs.fileno()], stdin=subprocess.DEVNULL, start_new_session=True
+            )
+        self._ended: dict[int, int] = {}
+
+    def start(self, words: list[str], said: IO[str], output: int, environment: Mapping[str, str]) -> Forked:
+        """Run Python with these words, in this folder; `said` reads what it writes to the file `output`."""
+        command = {"words": words, "folder": str(Path.cwd()), "environment": dict(environment)}
+        socket.send_fds(self._socket, [json.dumps(command).encode()], [output])
+        while "started" not in (answer := self._receive()):
+            pass
+        return Forked(self, answer["started"], said)
+
+    def ended(self, number: int, timeout: float | None) -> int | None:
+        """Return how a process has ended, as subprocess does, after waiting for so many seconds; None if it lives."""
+        while number not in self._ended and select.select([self._socket], [], [], timeout)[0]:
+            self._receive()
+        return self._ended.get(number)
+
+    def close(self) -> None:
+        self._socket.close()
+        self._process.wait(30)
+
+    def _receive(self) -> dict[str, int]:
+        content = self._socket.recv(LONGEST_MESSAGE)
+        assert content, "the process that forks others has ended: see what it said"
+        answer: dict[str, int] = json.loads(content)
+        if "ended" in answer:
+            self._ended[answer["ended"]] = answer["code"]
+        return answer
+
+
+@cache
+def forks(*modules: str) -> Forks:
+    """Return the one of this process that has imported these modules."""
+    made = Forks(*modules)
+    STARTED.append(made)
+    return made
+
+
+STARTED: list[Forks] = []
+
+
+@dataclass
+class Forked:
+    """A process that was forked: its number, and what it says (both of its outputs)."""
+
+    of: Forks
+    pid: int
+    said: IO[str]
+    returncode: int | None = None
+
+    def poll(self) -> int | None:
+        return self.wait(0)
+
+    def wait(self, timeout: float | None = None) -> int | None:
+        if self.returncode is None:
+            self.returncode = self.of.ended(self.pid, timeout)
+        return self.returncode
+
+    def until(self, pattern: str) -> str:
+        """Return what it says up to the line in which the pattern is found."""
+        lines = []
+        for line in self.said:
+            lines.append(line)
+            if re.search(pattern, line):
+                return "".join(lines)
+        raise AssertionError(f"it never said {pattern}: {''.join(lines)}")
+
+    def rest(self) -> str:
+        """Return what else it says, when it and all that write to the same output have ended."""
+        text = self.said.read()
+        self.wait()
+        return text
+
+    def send_signal(self, number: int) -> None:
+        if self.poll() is None:
+            os.kill(self.pid, number)
+
+    def kill(self) -> None:
+        self.send_signal(signal.SIGKILL)
+
+
+def serve(channel: socket.socket) -> dict[str, Any]:
+    """Fork a process for each command; returns in each of them, with its command, and nowhere else."""
+    running: set[int] = set()
+    while True:
+        if select.select([channel], [], [], LOOK_SECONDS if running else None)[0]:
+            content, files, _, _ = socket.recv_fds(channel, LONGEST_MESSAGE, 1)
+            if not content:  # the client is gone
+                break
+            number = os.fork()
+            if number == 0:
+                channel.close()
+                os.setsid()
+                for output in (1, 2):
+                    os.dup2(files[0], output)
+                os.close(files[0])
+                command: dict[str, Any] = json.loads(content)
+                return command
+            os.close(files[0])
+            running.add(number)
+            channel.send(json.dumps({"started": number}).encode())
+        for number in list(running):
+            ended, status = os.waitpid(number, os.WNOHANG)
+            if ended:
+                running.remove(number)
+                code = os.waitstatus_to_exitcode(status)
+                with suppress(OSError):
+                    channel.send(json.dumps({"ended": number, "code": code}).encode())
+    for number in running:
+        os.kill(number, signal.SIGKILL)
+    sys.exit()
+
+
+def run(command: dict[str, Any]) -> None:
+    """Do what `python WORDS` does, in this process."""
+    os.chdir(command["folder"])
+    os.environ.clear()
+    os.environ.update(command["environment"])
+    first, *others = command["words"]
+    if first == "-m":
+        sys.argv = others
+        runpy.run_module(others[0], run_name="__main__", alter_sys=True)
+    elif first == "-c":
+        sys.argv = [first, *others[1:]]
+        exec(others[0], {"__name__": "__main__"})  # noqa: S102
+    else:
+        sys.argv = [first, *others]
+        sys.path[0] = str(Path(first).parent)
+        runpy.run_path(first, run_name="__main__")
+
+
+if __name__ == "__main__":
+    gc.disable()  # what is imported stays
+    for name in sys.argv[2:]:
+        importlib.import_module(name)
+    threads = [task for task in Path("/proc/self/task").iterdir() if task.name != str(os.getpid())]
+    others = {(task / "comm").read_text().strip() for task in threads} - {FORK_SAFE_THREAD}
+    assert not others, f"a process with these threads can't be forked: {others}"
+    gc.freeze()  # shared with those that are forked, which need not look through it
+    gc.enable()
+    run(serve(socket.socket(fileno=int(sys.argv[1]))))
