@@ -32,9 +32,8 @@ ROOT = Path(__file__).parents[1]
 COMMANDS = (
     "effv2.cli.console",
     "effv2.cli.main",
-    "effv2.run.resume",
+    "effv2.run.run",
     "effv2.studies.engine",
-    "effv2.studies.search",
     "effv2.studies.weights",
     "mlflow.pyfunc",
     "sklearn.datasets",
