@@ -3,8 +3,6 @@
 Commands import what is heavy when they need it, so that `--help` and wrong input are answered at once.
 """
 
-from __future__ import annotations
-
 import atexit
 import gc
 import os

@@ -3,8 +3,6 @@
 Every value is taken as text and validated by pydantic, so that an error reads the same wherever the value was written.
 """
 
-from __future__ import annotations
-
 import re
 import shlex
 import sys

@@ -3,8 +3,6 @@
 So an error names the file's line, or the setting, and says what would be right.
 """
 
-from __future__ import annotations
-
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass

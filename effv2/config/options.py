@@ -3,8 +3,6 @@
 Imports nothing heavy: commands build it before they do.
 """
 
-from __future__ import annotations
-
 from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field

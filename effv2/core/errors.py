@@ -3,8 +3,6 @@
 Anything else that escapes is a bug of ours and shows its traceback.
 """
 
-from __future__ import annotations
-
 import errno
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager

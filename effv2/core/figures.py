@@ -1,7 +1,5 @@
 """Figures that runs and reports share, in colours that survive colour blindness (Okabe & Ito 2008)."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Mapping, Sequence
 from itertools import cycle
 from typing import Any

@@ -1,7 +1,5 @@
 """Folders that outlive a command, and files written whole."""
 
-from __future__ import annotations
-
 import csv
 import os
 import uuid

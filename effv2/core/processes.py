@@ -1,7 +1,5 @@
 """The process: its memory, the signals that end it, its name, and whether another one is still there."""
 
-from __future__ import annotations
-
 import ctypes
 import os
 import signal

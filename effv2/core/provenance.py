@@ -1,7 +1,5 @@
 """Where a result comes from: code, commit, machine, versions. Read once a process: what is edited later did not run."""
 
-from __future__ import annotations
-
 import hashlib
 import os
 import platform

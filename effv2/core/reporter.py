@@ -1,7 +1,5 @@
 """What a command tells whoever watches it: a terminal, a log, nobody."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 

@@ -4,8 +4,6 @@ Augmentation draws for every sample apart, from torch's global generator on the 
 each step. Images are bytes (B, 3, H, W) until they are the network's input.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Sequence
 
 import torch

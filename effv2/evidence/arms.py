@@ -1,7 +1,5 @@
 """The arms of a study side by side: their table with intervals and differences, their figures, what to know of them."""
 
-from __future__ import annotations
-
 import math
 import statistics
 from collections.abc import Iterator, Mapping, Sequence

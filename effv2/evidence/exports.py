@@ -1,7 +1,5 @@
 """Where evidence comes from: the tracking store, or exports of some, which say the same without the store."""
 
-from __future__ import annotations
-
 import csv
 import io
 import json

@@ -1,7 +1,5 @@
 """Claims judged, by the rules of docs/claims.md: do words agree with published figures, what do the runs decide?"""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace

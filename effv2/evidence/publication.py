@@ -1,7 +1,5 @@
 """The report of an experiment or a study, logged to the runs that it is about, and exported."""
 
-from __future__ import annotations
-
 import io
 import re
 import tempfile

@@ -3,8 +3,6 @@
 A quantity is one entry in QUANTITIES. Those that are `shown` stand in the tables of studies, in this order.
 """
 
-from __future__ import annotations
-
 import math
 import statistics
 from collections.abc import Callable, Iterable

@@ -1,7 +1,5 @@
 """What came out of studies, made once, from tracked runs alone: of arms by `arms`, of searches and networks here."""
 
-from __future__ import annotations
-
 import math
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence

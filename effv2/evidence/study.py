@@ -1,7 +1,5 @@
 """A study as tracked runs show it: the runs that it rests on, what it lacks, where it was run, what came out of it."""
 
-from __future__ import annotations
-
 import statistics
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace

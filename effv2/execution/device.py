@@ -1,7 +1,5 @@
 """Where and how the network is computed: device, precision, memory format, compiled blocks, CUDA graphs."""
 
-from __future__ import annotations
-
 import copy
 import os
 from collections import Counter

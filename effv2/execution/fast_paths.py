@@ -6,8 +6,6 @@ torch's own layer where it doesn't apply. Parameters and their names stay. What 
 Layers take and return maps (N, C, H, W). SiLUs no longer work in place: they would copy what they overwrite.
 """
 
-from __future__ import annotations
-
 from typing import Any
 
 import torch

@@ -5,8 +5,6 @@ Which precision is the quicker for a network on this processor is timed once and
 <cache>/calibrations/<hash of network, input, code and processor>.json    {"fp32": ..., "bf16": ...} seconds a step
 """
 
-from __future__ import annotations
-
 import hashlib
 import json
 import os

@@ -1,7 +1,5 @@
 """Settings of an evaluation of published weights, besides the weights: which images, and how it is computed."""
 
-from __future__ import annotations
-
 from typing import Annotated
 
 from pydantic import Field

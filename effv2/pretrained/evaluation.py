@@ -1,7 +1,5 @@
 """One published network evaluated in a tracked run of its own: its logits, what they are worth, how long they took."""
 
-from __future__ import annotations
-
 import hashlib
 import json
 import tempfile

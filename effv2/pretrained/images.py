@@ -4,8 +4,6 @@ The order of the outputs is that of the sorted WordNet ids of ILSVRC 2012, which
 torchvision's. Tests hold the two together by the classes of which torchvision knows both.
 """
 
-from __future__ import annotations
-
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass

@@ -3,8 +3,6 @@
 torchvision checks the hash of a file only when it downloads it; here a published file is verified whatever way it came.
 """
 
-from __future__ import annotations
-
 import os
 import re
 import socket

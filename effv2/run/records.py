@@ -1,7 +1,5 @@
 """What a run logs after its last epoch: its figures, predictions and their tables, its network."""
 
-from __future__ import annotations
-
 import tempfile
 import warnings
 from collections.abc import Sequence

@@ -1,7 +1,5 @@
 """One training run: found finished, resumed where it ended early, or trained from its beginning."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, suppress
 from dataclasses import dataclass, field, replace

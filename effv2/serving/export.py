@@ -1,7 +1,5 @@
 """From a trained network to the one file that the served model runs: bytes in, class probabilities out."""
 
-from __future__ import annotations
-
 import base64
 import io
 import json

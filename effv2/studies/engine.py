@@ -1,7 +1,5 @@
 """Run a study to its end: open or resume it, have it worked on by one process or several, publish what came out."""
 
-from __future__ import annotations
-
 import hashlib
 import json
 import multiprocessing

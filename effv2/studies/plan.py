@@ -4,8 +4,6 @@ A grid is arms by seeds, each trained once, then compared: what `ablate` and `hp
 by TPE and prunes poor runs early; its best run is tested once. Published weights that are compared are in weights.py.
 """
 
-from __future__ import annotations
-
 import tempfile
 import warnings
 from abc import ABC, abstractmethod

@@ -1,7 +1,5 @@
 """Optuna's storage: opened, its tables created, locked across processes, and waited for where it goes away."""
 
-from __future__ import annotations
-
 import hashlib
 import random
 import sqlite3

@@ -1,7 +1,5 @@
 """Published weights compared: each network is evaluated once. What `evaluate-pretrained` runs."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path

@@ -1,7 +1,5 @@
 """Work on a study's queue until nothing is left: lease a trial, work on its run, say how it ended."""
 
-from __future__ import annotations
-
 import os
 import random
 import signal

@@ -1,7 +1,5 @@
 """Runs read back as plain data, for tables, figures and verdicts."""
 
-from __future__ import annotations
-
 import json
 import shutil
 import tempfile

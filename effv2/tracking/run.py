@@ -1,7 +1,5 @@
 """One MLflow run: opened, adopted or resumed, filled, and ended with the status it deserves."""
 
-from __future__ import annotations
-
 import os
 import re
 import shutil

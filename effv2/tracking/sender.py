@@ -4,8 +4,6 @@ What waits is held in memory: names and numbers that the training holds anyway, 
 What a process can't deliver before it ends, the same command delivers from the run's last checkpoint.
 """
 
-from __future__ import annotations
-
 import threading
 import time
 from collections import deque

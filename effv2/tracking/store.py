@@ -1,7 +1,5 @@
 """The tracking store that MLflow's own settings name: opened, checked before anything is trained, explained."""
 
-from __future__ import annotations
-
 import logging
 import os
 import re

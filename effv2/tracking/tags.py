@@ -1,7 +1,5 @@
 """The names of all tags that are written or read here, and lists of names kept in tags."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Iterable, Mapping
 from itertools import count

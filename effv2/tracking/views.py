@@ -3,8 +3,6 @@
 MLflow's UI keeps a view that somebody shares in a tag of the experiment, and lists it under `Views`; a link opens it.
 """
 
-from __future__ import annotations
-
 import json
 import time
 from importlib.resources import files

@@ -1,7 +1,5 @@
 """Writing to one run: params, metrics, tags, data sets, artifacts, its status, and its model, which holds no pickle."""
 
-from __future__ import annotations
-
 import json
 import os
 import tempfile

@@ -6,8 +6,6 @@ The content is {"format", "identity", "state"}, loadable with weights_only: tens
 holds the metrics of every epoch so far, so a checkpoint is also the journal of what its run logs.
 """
 
-from __future__ import annotations
-
 import os
 import pickle
 import re

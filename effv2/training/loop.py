@@ -1,7 +1,5 @@
 """The training loop, a generator over a state that can be saved after any step; evaluation on a split."""
 
-from __future__ import annotations
-
 import math
 import statistics
 import time
@@ -139,8 +137,8 @@ class TrainState:
             network = build_model(wanted.build_table(), wanted.outputs or len(dataset.classes), *settings)
             self.model = execution.place(network)
         self.averaged = AveragedModel(self.model, use_buffers=True) if optimiser.ema_decay else None
-        self.optimiser = make_optimiser(optimiser, self.model)
         steps_per_epoch = batches.batch_count(len(dataset.train), optimiser.batch_size)
+        self.optimiser = make_optimiser(optimiser, self.model)
         self.schedule = Schedule(config.schedule, self.optimiser, steps_per_epoch)
         self.progress, self.sums = Progress(), EpochSums()
         self.selected: dict[str, Tensor] | None = None
