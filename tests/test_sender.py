@@ -91,12 +91,13 @@ def test_what_a_run_could_not_deliver_is_delivered_when_it_is_resumed(store: str
     """Whether the last calls arrived or not: nothing is missing, and nothing stands twice."""
     losses = [{"loss": 1 / epoch} for epoch in (1, 2, 3)]
     opened = open_run("run", open_store(""), {}, message=print, patience=0.2)
-    with pytest.raises(StoreAway, match="the same command resumes"), opened as run:
+    with pytest.raises(StoreAway, match="start it") as error, opened as run:
         run.sender.check()
         run.log_metrics(losses[0], step=1)
         run.sender.flush(10)
         door.shut = "after"
         run.log_metrics(losses[1], step=2)
+    assert error.value.resumes  # which commands say
     door.shut = ""
     with open_run("run", run.experiment_id, {}, resumes=run.run_id, message=print) as again:
         for epoch, metrics in enumerate(losses, 1):

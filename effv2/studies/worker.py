@@ -171,15 +171,14 @@ class Worker:
             best = max(trial.intermediate_values.values(), default=0.0)
             queue.finish(lease, TrialState.PRUNED, best, trial.user_attrs[RUN])
             return
-        run = ended.run
+        run_id, state = ended.run.run_id, TrialState.PRUNED if ended.pruned else TrialState.COMPLETE
         if ended.was_finished and "train/loss" in ended.metrics:
-            losses = read_runs([run.run_id], ["train/loss"])[0].history["train/loss"]
-            queue.report(lease, max(losses), ended.accuracy)
+            queue.report(lease, max(read_runs([run_id], ["train/loss"])[0].history["train/loss"]), ended.accuracy)
         try:
-            queue.finish(lease, TrialState.PRUNED if ended.pruned else TrialState.COMPLETE, ended.accuracy, run.run_id)
+            queue.finish(lease, state, ended.accuracy, run_id)
         except LeaseLost:
-            if not ended.was_finished and queue.trials()[name].user_attrs.get(RUN) != run.run_id:
-                run.set_status("KILLED")  # the run of the worker that has the trial now counts
+            if not ended.was_finished and queue.trials()[name].user_attrs.get(RUN) != run_id:
+                ended.run.set_status("KILLED")  # the run of the worker that has the trial now counts
             raise
 
 
