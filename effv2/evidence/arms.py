@@ -171,7 +171,7 @@ def _intervals(arms: Arms, what: Quantity) -> Rows:
     """
     lines = ["95 % interval of the mean"], ["a single re-run is expected (95 %)"]
     for runs in arms.values():
-        estimate = Estimate.of(what.values(runs) or [math.nan])
+        estimate = Estimate(what.values(runs) or [math.nan])
         enough = estimate.n >= FEWEST and estimate.deviation > TINY and len(set(map(split_of, runs))) == 1
         for line, interval in zip(lines, (estimate.interval(), estimate.prediction()), strict=True):
             line.append(interval.within(what.possible).text(percent) if enough else NONE)
@@ -193,7 +193,7 @@ def _differences(arms: Arms, baseline: str, what: Quantity) -> Iterator[tuple[st
         other = own.pop() if len(own) == 1 else baseline
         pairs = [pair for pair in values[arm] if pair in values[other]]
         if arm != baseline and len(pairs) >= FEWEST:
-            tests[other, arm] = Estimate.of([values[arm][pair] - values[other][pair] for pair in pairs])
+            tests[other, arm] = Estimate([values[arm][pair] - values[other][pair] for pair in pairs])
     corrected = dict(zip(tests, holm([estimate.p(0) for estimate in tests.values()]), strict=True))
     for other in dict.fromkeys(against for against, _ in tests):
         found = [tests.get((other, arm)) for arm in arms]

@@ -80,22 +80,21 @@ class Check(Group):
     @model_validator(mode="after")
     def _says_one_thing(self) -> Check:
         kind = KINDS[self.kind]
-        if tuple(name for name in ("arm", "against", "order") if getattr(self, name)) != kind.names:
-            raise ValueError(f"a {self.kind} names {' and '.join(kind.names)}, and of these keys no other")
+        names = tuple(name for name in ("arm", "against", "order") if getattr(self, name))
         regions = [name for name in ("above", "below", "about") if getattr(self, name) is not None]
-        if len(regions) > 1:
-            raise ValueError(f"give one of above, below and about, not {' and '.join(regions)}")
-        if (self.about is None) != (self.within is None):
-            raise ValueError("about and within go together: a value, and how far from it is still about it")
-        if self.kind == "level" and not regions:
-            raise ValueError("say where the level is: above, below, or about a value and within how much")
-        if self.order and (regions or len(self.order) < 2):
-            raise ValueError("an ordering says which of two or more is above which; leave the region out")
-        if kind.ratio and any(edge <= 0 for edge in self.edges() if math.isfinite(edge)):
-            raise ValueError("a ratio is above 0; give edges above 0")
         arms = [*filter(None, (self.arm, self.against)), *chain.from_iterable(self.order)]
-        if twice := next((arm for arm in arms if arms.count(arm) > 1), ""):
-            raise ValueError(f"{twice} is compared with itself; name another arm")
+        twice = [arm for arm in arms if arms.count(arm) > 1]
+        for is_so, problem in (
+            (names != kind.names, f"a {self.kind} names {' and '.join(kind.names)}, and of these keys no other"),
+            (len(regions) > 1, f"give one of above, below and about, not {' and '.join(regions)}"),
+            ((self.about is None) != (self.within is None), "about and within go together; give both"),
+            (self.kind == "level" and not regions, "say where the level is; give above, below, or about"),
+            (self.order and (regions or len(self.order) < 2), "an ordering has two arms or more; give no region"),
+            (kind.ratio and any(-math.inf < edge <= 0 for edge in self.edges()), "a ratio is above 0; move the edges"),
+            (twice, f"{''.join(twice[:1])} is compared with itself; name another arm"),
+        ):
+            if is_so:
+                raise ValueError(problem)
         return self
 
     def edges(self) -> tuple[float, float]:
@@ -154,7 +153,6 @@ class Claims:
 
     protocols: Mapping[str, Protocol]
     claims: Mapping[str, Claim]
-    own: frozenset[str] = frozenset()
     files: Mapping[str, Path] = field(default_factory=dict)  # the user's own by name: claims, studies that they name
 
     def contrasts(self, id_: str) -> list[Contrast]:
@@ -172,7 +170,7 @@ def read_claims(own: Path | None = None) -> Claims:
 
 @cache
 def _shipped() -> Claims:
-    return replace(_read(PUBLISHED / EXPORTED_AS, Claims({}, {})), own=frozenset(), files={})
+    return replace(_read(PUBLISHED / EXPORTED_AS, Claims({}, {})), files={})
 
 
 def _read(path: Path, before: Claims) -> Claims:
@@ -211,7 +209,7 @@ def _read(path: Path, before: Claims) -> Claims:
         problem = f"names a study in {EXPORTED_AS}, as exports call the claims"
         raise InputError("claims", path, problem, "rename its file")
     protocols, known = {**before.protocols, **protocols}, {**file.claims, **before.claims}
-    claims = Claims(protocols, known, frozenset(file.claims), {EXPORTED_AS: path} | beside)
+    claims = Claims(protocols, known, {EXPORTED_AS: path} | beside)
     for id_ in file.claims:
         for contrast in claims.contrasts(id_):
             _check(contrast, claims.protocols, document, ("claims", id_))

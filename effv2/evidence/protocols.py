@@ -8,7 +8,7 @@ from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
-from itertools import product
+from itertools import islice, product
 from pathlib import Path
 from typing import Literal
 
@@ -165,7 +165,7 @@ def _unlike(run: RunRecord, protocol: Protocol, arm: str) -> Iterator[tuple[str,
 
 def _nearest(runs: Sequence[RunRecord], protocol: Protocol, arm: str) -> str:
     """Say in which few settings the nearest runs differ from an arm; empty where none comes near and knows these."""
-    unlike = [(run, list(_unlike(run, protocol, arm))) for run in runs]
+    unlike = [(run, list(islice(_unlike(run, protocol, arm), FEW + 1))) for run in runs]
     known = [(run, settings) for run, settings in unlike if all(_logged(run, name) for name, _ in settings)]
     least = min((settings for _, settings in known), key=len, default=[])
     words = []
