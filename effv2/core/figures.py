@@ -54,3 +54,39 @@ def accuracy_curves(
     axes.grid(alpha=0.3)
     axes.legend(loc="best", fontsize="small")
     return figure
+
+
+def bars(values: Mapping[str, Sequence[float]], title: str, unit: str) -> Figure:
+    """Draw means as bars, ranges as lines across their ends."""
+    figure = Figure(figsize=(SIZE[0], 1.2 + 0.34 * len(values)), layout="constrained")
+    axes = figure.add_subplot()
+    means, reach = zip(*map(_spread, values.values()), strict=True)
+    drawn = axes.barh(list(map(plain, values)), means, xerr=np.hstack(reach), color=PALETTE[0], ecolor="#555555")
+    axes.bar_label(drawn, fmt="%.3g", padding=4)
+    axes.invert_yaxis()
+    axes.set(title=plain(title), xlabel=unit)
+    axes.margins(x=0.12)
+    return figure
+
+
+def accuracy_against_time(
+    accuracies: Mapping[str, Sequence[float]], seconds: Mapping[str, Sequence[float]], title: str
+) -> Figure:
+    """Draw the mean test accuracy of each name against its mean training time, with the ranges of both."""
+    figure = Figure(figsize=SIZE, layout="constrained")
+    axes = figure.add_subplot()
+    both = [name for name in accuracies if name in seconds]
+    for name, colour, marker in zip(both, cycle(PALETTE), cycle(MARKERS), strict=False):
+        (across, sideways), (up, upright) = _spread(seconds[name]), _spread(accuracies[name])
+        axes.errorbar(across, up, yerr=upright, xerr=sideways, fmt=marker, color=colour, label=plain(name))
+    axes.set(title=plain(title), xlabel="training, seconds", ylabel="test accuracy, best epoch")
+    axes.margins(0.15)
+    axes.grid(alpha=0.3)
+    axes.legend(loc="best", fontsize="small")
+    return figure
+
+
+def _spread(values: Sequence[float]) -> tuple[float, np.ndarray]:
+    """Return the mean of values, and how far it is to the lowest and to the highest of them (2, 1)."""
+    mean = float(np.mean(values))
+    return mean, np.array([[mean - min(values)], [max(values) - mean]])

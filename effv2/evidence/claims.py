@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import cache
 from itertools import chain, pairwise, product
@@ -15,6 +14,7 @@ from pydantic import BeforeValidator, Field, model_validator
 
 from effv2.config.layers import Document, Place, read_document, validate
 from effv2.config.schema import Group
+from effv2.config.studies import Settings
 from effv2.core.errors import InputError, nearest
 from effv2.evidence.protocols import PUBLISHED, Protocol, protocol_title, study_protocols
 from effv2.evidence.quantities import quantity
@@ -184,8 +184,11 @@ def _read(path: Path, before: Claims) -> Claims:
     studies: list[str] = []
 
     def add_study(name: str, place: Place, free: Sequence[str] = ()) -> None:
-        with _placed(document, place):
+        try:
             protocols.update(study_protocols(name, free, folder) if name else {})
+        except InputError as error:
+            problem = f"{error.what} {error.value}".rstrip() + f": {error.problem}"
+            raise InputError(document.where(place), "", problem, error.remedy) from error
         studies.append(name)
 
     written: dict[Place, Protocol] = {("protocols", name): protocol for name, protocol in file.protocols.items()}
@@ -198,12 +201,14 @@ def _read(path: Path, before: Claims) -> Claims:
     for at, protocol in written.items():
         if protocol.nearest not in before.protocols.keys() | file.protocols:
             add_study(protocol.nearest, (*at, "nearest"))
+        arms, assumed = dict(protocol.arms), protocol.assumed
         for arm, of_arm in protocol.arms.items():
             if isinstance(of_arm, str):
-                with _placed(document, (*at, "arms", arm)):
-                    protocol = protocol.with_study(arm, of_arm, folder)  # noqa: PLW2901
-                studies.append(of_arm.partition("/")[0])
-        protocols[str(at[1])] = protocol
+                study, place = of_arm.partition("/")[0], (*at, "arms", arm)
+                add_study(study, place)
+                arms[arm] = _settings_of(of_arm, protocols[study], document.where(place))
+                assumed = assumed or protocols[study].assumed
+        protocols[str(at[1])] = protocol.model_copy(update={"arms": arms, "assumed": assumed})
     beside = {study: folder / study for study in studies if study and (folder / study).is_file()}
     if EXPORTED_AS in beside:
         problem = f"names a study in {EXPORTED_AS}, as exports call the claims"
@@ -216,14 +221,14 @@ def _read(path: Path, before: Claims) -> Claims:
     return claims
 
 
-@contextmanager
-def _placed(document: Document, place: Place) -> Iterator[None]:
-    """Let an error of a study say where in the claims it is named."""
-    try:
-        yield
-    except InputError as error:
-        problem = f"{error.what} {error.value}".rstrip() + f": {error.problem}"
-        raise InputError(document.where(place), "", problem, error.remedy) from error
+def _settings_of(arm: str, protocol: Protocol, where: str) -> Settings:
+    """Return the settings of an arm that is named as `study/arm`, or by the name of a study that has one alone."""
+    names = {f"{protocol.study}/{each}": each for each in protocol.arms}
+    if len(names) == 1:
+        names[protocol.study] = next(iter(protocol.arms))
+    if arm not in names:
+        raise InputError(where, arm, "no such arm", choices=names)
+    return protocol.runs | protocol.own(names[arm])
 
 
 def _check(contrast: Contrast, protocols: Mapping[str, Protocol], document: Document, claim: Place) -> None:

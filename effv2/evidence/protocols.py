@@ -15,8 +15,8 @@ from typing import Literal
 from pydantic import Field
 
 from effv2.config.schema import Group, TrainConfig
-from effv2.config.studies import NOTHING, Published, Settings, Study, Value, open_study
-from effv2.core.errors import InputError, nearest
+from effv2.config.studies import NOTHING, Published, Settings, Value, open_study
+from effv2.core.errors import InputError
 from effv2.evidence.quantities import TEST, TRAIN, Quantity, number, quantity
 from effv2.evidence.statistics import FEWEST
 from effv2.tracking.read import BEST_TEST, LAST_TEST, RunRecord
@@ -66,13 +66,6 @@ class Protocol(Group):
         """Return the settings in which arms differ."""
         return {name for arm in self.arms for name in self.own(arm)}
 
-    def with_study(self, arm: str, named: str, folder: Path) -> Protocol:
-        """Return it with the settings of the study that an arm names, and with what that assumes if nothing is yet."""
-        name, _, of_study = named.partition("/")
-        study = open_study(name, folder)
-        arms = self.arms | {arm: _settings_of(study, of_study)}
-        return self.model_copy(update={"arms": arms, "assumed": self.assumed or study.assumptions()})
-
 
 def protocol_title(study: str, free: Sequence[str]) -> str:
     """Return the name of a study's protocol."""
@@ -82,7 +75,11 @@ def protocol_title(study: str, free: Sequence[str]) -> str:
 def study_protocols(name: str, free: Sequence[str], folder: Path) -> dict[str, Protocol]:
     """Return the protocol of a study, without the settings that are left `free`, and that of its nearest runs."""
     study = open_study(name, folder)
-    arms = {arm: _settings_of(study, arm) for arm in study.arms or [ONLY_ARM]}
+    configs = {arm: study.arm(arm, NOTHING) for arm in study.arms} or {ONLY_ARM: study.config(NOTHING)}
+    arms = {
+        arm: {key: value for key, value in config.flat().items() if key not in FREE and value != "auto"}
+        for arm, config in configs.items()
+    }
     first, published = next(iter(arms.values())), study.published
     if unknown := next((key for key in free if key not in first | published.runs), ""):
         raise InputError("free", unknown, "no setting of the study", choices=first)
@@ -106,15 +103,6 @@ def study_protocols(name: str, free: Sequence[str], folder: Path) -> dict[str, P
     differing = f"{protocol.nearest}: {', '.join(f'{key} {value}' for key, value in near.items())}."
     others = Protocol(runs=protocol.runs | near, arms=protocol.arms, assumed=differing)
     return {title: protocol, protocol.nearest: others}
-
-
-def _settings_of(study: Study, arm: str) -> Settings:
-    """Return what decides the runs of a study's arm: each setting that has one value and isn't free by its nature."""
-    if arm not in (study.arms or (ONLY_ARM, "")):
-        wrong = f"has no arm {arm!r}" if arm else "has several arms, so name one, as study/arm"
-        raise InputError("study", study.name, wrong, nearest(arm, list(study.arms) or [ONLY_ARM]))
-    config = study.arm(arm, NOTHING) if study.arms else study.config(NOTHING)
-    return {key: value for key, value in config.flat().items() if key not in FREE and value != "auto"}
 
 
 @cache
