@@ -114,15 +114,12 @@ class Check(Group):
 
 
 class Claim(Group):
-    """A claim holds where all of its checks hold. It is about the arms of a study, or of a protocol of its own.
-
-    Runs may differ from the study in the settings that are `free`.
-    """
+    """A claim holds where all of its checks hold. It is about the arms of a study, or of a protocol of its own."""
 
     words: str = Field(min_length=1)
     source: str = ""
     study: StudyName = ""
-    free: list[str] = Field(default_factory=list)
+    free: list[str] = Field(default_factory=list)  # settings in which runs may differ from the study
     protocol: str | Protocol = ""
     checks: list[Check] = Field(min_length=1)
     note: str = ""

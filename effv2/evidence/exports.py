@@ -41,15 +41,12 @@ PRIVATE = {"data.dir", "weights.file", PID, PROCESS, QUEUE}  # where the user's 
 
 @dataclass(frozen=True)
 class Evidence:
-    """The runs of an experiment, the oldest first; `ui` is the address of its pages, empty without a server.
-
-    `predictions` gives, of a run, the texts of those of its prediction files that there are.
-    """
+    """The runs of an experiment, and what they predicted."""
 
     experiment: str
-    ui: str
-    runs: Sequence[RunRecord]
-    predictions: Callable[[RunRecord], Mapping[str, str]]
+    ui: str  # the address of its pages, empty without a server
+    runs: Sequence[RunRecord]  # the oldest first
+    predictions: Callable[[RunRecord], Mapping[str, str]]  # the texts of those prediction files that a run has
     claims: Sequence[Path] = ()  # exported: what was judged beside the published ones, several where exports differ
     answers: dict[str, dict[str, bool]] = field(default_factory=dict)  # what `right` found, by run
 

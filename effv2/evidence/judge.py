@@ -1,6 +1,7 @@
 """Claims judged, by the rules of docs/claims.md: do words agree with published figures, what do the runs decide?"""
 
 import math
+from collections import defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from enum import Enum
@@ -32,24 +33,20 @@ class Verdict(str, Enum):
 
 @dataclass(frozen=True)
 class Finding:
-    """One thing that a claim says, and what figures and runs say of it, in words.
-
-    `agrees` is None without published figures, `evidence` empty without runs. `p` is that of the side on which the mean
-    lies, None where runs are too few; `corrected` is Holm's. `further` says what would decide at a level.
-    """
+    """One thing that a claim says, and what figures and runs say of it, in words."""
 
     contrast: Contrast
     says: str
     published: str = ""
-    agrees: bool | None = None
-    evidence: str = ""
+    agrees: bool | None = None  # with the words; None without published figures
+    evidence: str = ""  # empty without runs
     single: str = ""  # where a single run is expected
     inside: bool = False
     decided: bool = False  # without a test
-    p: float | None = None
-    corrected: float | None = None
+    p: float | None = None  # of the side on which the mean lies; None where runs are too few
+    corrected: float | None = None  # Holm's
     tests: int = 1  # in its family
-    further: Callable[[float], str] | None = None
+    further: Callable[[float], str] | None = None  # says what would decide at a level
     lacking: str = ""  # runs at all, or more of them
 
     @property
@@ -64,12 +61,12 @@ class Finding:
 
 @dataclass(frozen=True)
 class Judgement:
-    """A claim and all that was found; `nearest` on other runs that come close, which decide nothing."""
+    """A claim and all that was found."""
 
     id: str
     claim: Claim
     findings: Sequence[Finding]
-    nearest: Sequence[Finding] = ()
+    nearest: Sequence[Finding] = ()  # on other runs that come close, which decide nothing
     needs: str = ""
     assumed: str = ""
     commands: Sequence[str] = ()
@@ -108,10 +105,9 @@ def judge(claims: Claims, runs: Sequence[RunRecord], right: RightAnswers) -> lis
     """
     find_one = partial(_find, claims, runs, right)
     found = {id_: [find_one(contrast) for contrast in claims.contrasts(id_)] for id_ in claims.claims}
-    families: dict[str, dict[Contrast, float]] = {id_.rstrip(digits): {} for id_ in found}
+    families: dict[str, dict[Contrast, float]] = defaultdict(dict)
     for id_, findings in found.items():
-        tests = {each.contrast: each.p for each in findings if each.p is not None}
-        families[id_.rstrip(digits)].update(tests)
+        families[id_.rstrip(digits)] |= {each.contrast: each.p for each in findings if each.p is not None}
 
     def texts(of: Sequence[Finding], name: str) -> list[str]:
         known = (getattr(claims.protocols[each.contrast.protocol], name) for each in of)

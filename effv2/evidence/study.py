@@ -24,7 +24,7 @@ from effv2.tracking.read import BEST_TEST, SELECTED_TEST, SELECTED_VALIDATION, R
 NONE = "none"  # in a cell: the runs lack the figure
 MOST_NAMED, LONGEST_REASON = 6, 150  # of the runs that a study lacks; characters
 NOTHING_YET = "No accuracies yet."
-MOST_COLUMNS = 8
+MOST_COLUMNS = 8  # of a table: more arms have a line each
 LONGEST_END = 100  # characters that are shown of either end of a setting
 Rows = list[tuple[str, ...]]  # of a table, its titles first
 Arms = Mapping[str, Sequence[RunRecord]]
@@ -71,26 +71,21 @@ class TrackedStudy:
 
 @dataclass(frozen=True)
 class StudyResults:
-    """What came out of a study, made once for the terminal, the report, MLflow and exports.
-
-    `details` are a second table, of what the first leaves out. Figures are by the words that name their files.
-    `missing` says what there should be and isn't. `metrics` and `files` (tables and figures by name, and the
-    `document` that is called so) are those of the study's run.
-    """
+    """What came out of a study, made once for the terminal, the report, MLflow and exports."""
 
     title: str = ""
     description: str = ""
     run_id: str = ""
     sentence: str = ""
     table: Rows = field(default_factory=list)
-    details: Rows = field(default_factory=list)
+    details: Rows = field(default_factory=list)  # a second table, of what the first leaves out
     notes: Sequence[str] = ()
-    figures: Mapping[str, Figure] = field(default_factory=dict)
-    missing: str = ""
+    figures: Mapping[str, Figure] = field(default_factory=dict)  # by the words that name their files
+    missing: str = ""  # what there should be and isn't
     commands: Sequence[str] = ()
     environment: Rows = field(default_factory=list)
-    metrics: Mapping[str, float] = field(default_factory=dict)
-    document: str = ""
+    metrics: Mapping[str, float] = field(default_factory=dict)  # of the study's run, as are the files
+    document: str = ""  # the name of a file with title, sentence and tables
     files: Mapping[str, Sequence[Sequence[Any]] | Figure] = field(default_factory=dict)
 
     def markdown(self, links: str = "") -> str:
