@@ -40,13 +40,10 @@ RightAnswers = Callable[[RunRecord], Mapping[str, bool]]  # by image, of a run's
 
 
 class Protocol(Group):
-    """Which runs a claim is about: those that have the settings of `runs` and of an arm.
-
-    An arm lacks a setting that others name: then it has the one of `runs`, or TrainConfig's default. Instead of
-    settings an arm may name a study that has one arm alone, or `study/arm`.
-    """
+    """Which runs a claim is about: those that have the settings of `runs` and of an arm."""
 
     runs: Settings = Field(default_factory=dict)
+    # Their settings, or a `study/arm` that has them. What an arm lacks and others name is as in `runs`, or the default.
     arms: dict[str, Settings | str] = Field(min_length=1)
     over: Literal["seeds", "images"] = "seeds"  # what varies: training, or the test images of a fixed network
     command: str = ""

@@ -1,7 +1,4 @@
-"""What of a run a claim or a table can be about: any logged metric, or a figure derived from its epochs.
-
-A quantity is one entry in QUANTITIES. Those that are `shown` stand in the tables of studies, in this order.
-"""
+"""What of a run a claim or a table can be about: any logged metric, or a figure derived from its epochs."""
 
 import math
 import statistics
@@ -124,7 +121,7 @@ def _gain(curve: Curve) -> float | None:
     return _level(curve) - statistics.fmean(around) if len(around) == 3 else None
 
 
-ALL = (
+ALL = (  # in the order of tables
     Quantity(BEST_TEST, "test accuracy, best epoch", percent, "main"),
     Quantity(SELECTED_TEST, "test accuracy, selected epoch", percent, "main"),
     Quantity(LAST_TEST, "test accuracy, last epoch", percent, "more"),
