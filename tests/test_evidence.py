@@ -22,7 +22,7 @@ from effv2.evidence.judge import CONSISTENT, INCONSISTENT, NO_FIGURES, Judgement
 from effv2.evidence.protocols import FREE, Protocol, is_like, published_runs
 from effv2.evidence.quantities import TEST, TRAIN, quantity
 from effv2.evidence.results import study_results
-from effv2.evidence.statistics import FEWEST, LEVEL, Estimate, Interval, more_to_decide, power, runs_to_decide
+from effv2.evidence.statistics import FEWEST, LEVEL, Estimate, Interval, more_to_decide, power
 from effv2.evidence.study import NO_STUDY, StudyResults, TrackedStudy
 from effv2.tracking.read import Images, RunRecord
 from effv2.tracking.tags import COMMAND, LONGEST_TAG, LOOKS, PLANNED, as_tags, names_in
@@ -241,8 +241,8 @@ def test_from_twenty_seeds_on_the_bootstrap_doesnt_ask_for_normal_values(studies
     random = np.random.default_rng(0)
     false = {"normal": 0, "skewed": 0}
     for _ in range(studies):
-        false["normal"] += Estimate.of(random.normal(1, 1, 20).tolist()).p(1) < LEVEL
-        false["skewed"] += Estimate.of(*random.exponential(1, (2, 25)).tolist()).p(0) < LEVEL
+        false["normal"] += Estimate(random.normal(1, 1, 20).tolist()).p(1) < LEVEL
+        false["skewed"] += Estimate(*random.exponential(1, (2, 25)).tolist()).p(0) < LEVEL
     assert max(false.values()) <= studies * 0.05 + 3 * np.sqrt(studies * 0.05 * 0.95), false
 
 
@@ -253,13 +253,13 @@ samples = st.lists(st.floats(-1, 1), min_size=3, max_size=12).filter(lambda valu
 @settings(max_examples=50)
 def test_intervals_and_p_values_are_those_of_students_test(values: list[float], edge: float) -> None:
     sample, (low, high) = (
-        Estimate.of(values),
+        Estimate(values),
         stats.t.interval(0.95, len(values) - 1, np.mean(values), stats.sem(values)),
     )
     assert sample.interval() == pytest.approx((low, high))
     assert sample.p(edge) == pytest.approx(stats.ttest_1samp(values, edge).pvalue, abs=1e-9)
     assert (sample.p(edge) < LEVEL) == (not low <= edge <= high) or sample.p(edge) == pytest.approx(LEVEL)
-    both = Estimate.of(values, tuple(edge + value / 2 for value in values))
+    both = Estimate(values, tuple(edge + value / 2 for value in values))
     welch = stats.ttest_ind(values, [edge + value / 2 for value in values], equal_var=False)
     assert both.p(0) == pytest.approx(welch.pvalue, abs=1e-9)
 
@@ -277,7 +277,7 @@ def test_what_a_seed_adds_to_both_arms_changes_nothing(
     swapped = study({"b": effects, "a": [0.0] * len(effects)})
     opposite = {Verdict.SUPPORTED: Verdict.CONTRADICTED, Verdict.CONTRADICTED: Verdict.SUPPORTED}
     first = verdict(claims, plain)
-    near_the_level = Estimate.of(effects).p(0) == pytest.approx(LEVEL, rel=1e-6)
+    near_the_level = Estimate(effects).p(0) == pytest.approx(LEVEL, rel=1e-6)
     assert near_the_level or verdict(claims, moved) == first
     assert near_the_level or verdict(claims, swapped) == opposite.get(first, first)
 
@@ -412,30 +412,31 @@ def test_repeated_splits_count_once_each_and_widen_the_interval(tmp_path: Path) 
     apart = study({"a": values}, data__split_seed=1) + study({"b": [0.0, 0.001] * 2}, data__split_seed=2)
     judgement = judged(claims, apart)
     assert judgement.verdict == Verdict.NOT_TESTED and "no split" in judgement.findings[0].lacking
-    corrected = Estimate.of(values, overlap=0.25)  # Nadeau & Bengio's: 1/n and the ratio of test to training images
+    corrected = Estimate(values, overlap=0.25)  # Nadeau & Bengio's: 1/n and the ratio of test to training images
     assert corrected.error == pytest.approx(np.std(values, ddof=1) * np.sqrt(1 / 5 + 0.25))
     assert on_several.findings[0].p == pytest.approx(corrected.p(0))
 
 
 def test_how_many_more_seeds_would_decide() -> None:
-    sample = Estimate.of((0.02, 0.01, -0.005, 0.015))
+    sample = Estimate((0.02, 0.01, -0.005, 0.015))
     few, many = more_to_decide(sample, 0) or (0, 0)
     assert 0 < few < (many or 1000)
     # On overlapping splits the error of a mean has an end, and below it nothing ever decides.
-    assert more_to_decide(Estimate.of((0.031, -0.019, 0.011, -0.009, 0.016), overlap=0.25), 0) is None
-    unpaired = more_to_decide(Estimate.of(sample.samples[0], (0.0, 0.01, -0.01)), 0)
+    assert more_to_decide(Estimate((0.031, -0.019, 0.011, -0.009, 0.016), overlap=0.25), 0) is None
+    unpaired = more_to_decide(Estimate(sample.samples[0], (0.0, 0.01, -0.01)), 0)
     assert unpaired is not None and unpaired[0] > few
     # Equal values show nothing of how much they vary: three are no evidence, six are.
-    assert Estimate.of((0.01,) * 3).p(0) == 0.25 and more_to_decide(Estimate.of((0.01,) * 3), 0) == (3, 3)
-    assert Estimate.of((0.01,) * 6).p(0) < LEVEL and Estimate.of((0.54 - 0.5,) * 6).p(0.04) == 1
-    assert power(sample.mean, sample.deviation, runs_to_decide(sample.mean, sample.deviation) or 0) >= 0.8
-    assert more_to_decide(Estimate.of((0.01, -0.01, 0.0001)), 0) is None
+    assert Estimate((0.01,) * 3).p(0) == 0.25 and more_to_decide(Estimate((0.01,) * 3), 0) == (3, 3)
+    assert Estimate((0.01,) * 6).p(0) < LEVEL and Estimate((0.54 - 0.5,) * 6).p(0.04) == 1
+    deviation = sample.deviation * np.sqrt(3 / stats.chi2.ppf(0.9, 3))  # if it is at the low end of its interval
+    assert power(sample.mean, deviation, 4 + few) >= 0.8 > power(sample.mean, deviation, 3 + few)
+    assert more_to_decide(Estimate((0.01, -0.01, 0.0001)), 0) is None
     assert power(10, 1, 5) == pytest.approx(1) and power(0, 1, 5) == pytest.approx(LEVEL)
     random = np.random.default_rng(0)
     inside = 0
     for _ in range(1000):
         drawn = random.normal(0, 1, 6).tolist()
-        low, high = Estimate.of(drawn[:5]).prediction()
+        low, high = Estimate(drawn[:5]).prediction()
         inside += low <= drawn[5] <= high
     assert inside / 1000 == pytest.approx(0.95, abs=0.02)
 

@@ -37,7 +37,7 @@ def accuracy_curves(
     `published` curves of some of the names are dotted behind them, as far as ours go.
     """
     figure = Figure(figsize=SIZE, layout="constrained")
-    axes = figure.add_subplot()
+    axes = figure.add_subplot(title=plain(title), xlabel="epoch", ylabel="accuracy", ylim=(0, 1))
     for index, ((name, runs), colour) in enumerate(zip(curves.items(), cycle(PALETTE), strict=False)):
         epochs = sorted(set.intersection(*(set(run) for run in runs)))
         values = np.array([[run[epoch] for epoch in epochs] for run in runs])
@@ -49,8 +49,41 @@ def accuracy_curves(
         axes.plot(epochs, values.mean(0), linestyle=style, color=colour, label=plain(name), marker=marker)
         if len(runs) > 1:
             axes.fill_between(epochs, *band(values), color=colour, alpha=0.15, linewidth=0)
-    axes.set(title=plain(title), xlabel="epoch", ylabel="accuracy", ylim=(0, 1))
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.grid(alpha=0.3)
     axes.legend(loc="best", fontsize="small")
     return figure
+
+
+def bars(values: Mapping[str, Sequence[float]], title: str, unit: str) -> Figure:
+    """Draw means as bars, ranges as lines across their ends."""
+    figure = Figure(figsize=(SIZE[0], 1.2 + 0.34 * len(values)), layout="constrained")
+    axes = figure.add_subplot(title=plain(title), xlabel=unit)
+    means, reach = zip(*map(_spread, values.values()), strict=True)
+    drawn = axes.barh(list(map(plain, values)), means, xerr=np.hstack(reach), color=PALETTE[0], ecolor="#555555")
+    axes.bar_label(drawn, fmt="%.3g", padding=4)
+    axes.invert_yaxis()
+    axes.margins(x=0.12)
+    return figure
+
+
+def accuracy_against_time(
+    accuracies: Mapping[str, Sequence[float]], seconds: Mapping[str, Sequence[float]], title: str
+) -> Figure:
+    """Draw the mean test accuracy of each name against its mean training time, with the ranges of both."""
+    figure = Figure(figsize=SIZE, layout="constrained")
+    axes = figure.add_subplot(title=plain(title), xlabel="training, seconds", ylabel="test accuracy, best epoch")
+    both = [name for name in accuracies if name in seconds]
+    for name, colour, marker in zip(both, cycle(PALETTE), cycle(MARKERS), strict=False):
+        (across, sideways), (up, upright) = _spread(seconds[name]), _spread(accuracies[name])
+        axes.errorbar(across, up, yerr=upright, xerr=sideways, fmt=marker, color=colour, label=plain(name))
+    axes.margins(0.15)
+    axes.grid(alpha=0.3)
+    axes.legend(loc="best", fontsize="small")
+    return figure
+
+
+def _spread(values: Sequence[float]) -> tuple[float, np.ndarray]:
+    """Return the mean of values, and how far it is to the lowest and to the highest of them (2, 1)."""
+    mean = float(np.mean(values))
+    return mean, np.array([[mean - min(values)], [max(values) - mean]])

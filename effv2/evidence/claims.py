@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import cache
 from itertools import chain, pairwise, product
@@ -15,6 +14,7 @@ from pydantic import BeforeValidator, Field, model_validator
 
 from effv2.config.layers import Document, Place, read_document, validate
 from effv2.config.schema import Group
+from effv2.config.studies import Settings
 from effv2.core.errors import InputError, nearest
 from effv2.evidence.protocols import PUBLISHED, Protocol, protocol_title, study_protocols
 from effv2.evidence.quantities import quantity
@@ -80,22 +80,21 @@ class Check(Group):
     @model_validator(mode="after")
     def _says_one_thing(self) -> Check:
         kind = KINDS[self.kind]
-        if tuple(name for name in ("arm", "against", "order") if getattr(self, name)) != kind.names:
-            raise ValueError(f"a {self.kind} names {' and '.join(kind.names)}, and of these keys no other")
+        names = tuple(name for name in ("arm", "against", "order") if getattr(self, name))
         regions = [name for name in ("above", "below", "about") if getattr(self, name) is not None]
-        if len(regions) > 1:
-            raise ValueError(f"give one of above, below and about, not {' and '.join(regions)}")
-        if (self.about is None) != (self.within is None):
-            raise ValueError("about and within go together: a value, and how far from it is still about it")
-        if self.kind == "level" and not regions:
-            raise ValueError("say where the level is: above, below, or about a value and within how much")
-        if self.order and (regions or len(self.order) < 2):
-            raise ValueError("an ordering says which of two or more is above which; leave the region out")
-        if kind.ratio and any(edge <= 0 for edge in self.edges() if math.isfinite(edge)):
-            raise ValueError("a ratio is above 0; give edges above 0")
         arms = [*filter(None, (self.arm, self.against)), *chain.from_iterable(self.order)]
-        if twice := next((arm for arm in arms if arms.count(arm) > 1), ""):
-            raise ValueError(f"{twice} is compared with itself; name another arm")
+        twice = [arm for arm in arms if arms.count(arm) > 1]
+        for is_so, problem in (
+            (names != kind.names, f"a {self.kind} names {' and '.join(kind.names)}, and of these keys no other"),
+            (len(regions) > 1, f"give one of above, below and about, not {' and '.join(regions)}"),
+            ((self.about is None) != (self.within is None), "about and within go together; give both"),
+            (self.kind == "level" and not regions, "say where the level is; give above, below, or about"),
+            (self.order and (regions or len(self.order) < 2), "an ordering has two arms or more; give no region"),
+            (kind.ratio and any(-math.inf < edge <= 0 for edge in self.edges()), "a ratio is above 0; move the edges"),
+            (twice, f"{''.join(twice[:1])} is compared with itself; name another arm"),
+        ):
+            if is_so:
+                raise ValueError(problem)
         return self
 
     def edges(self) -> tuple[float, float]:
@@ -115,15 +114,12 @@ class Check(Group):
 
 
 class Claim(Group):
-    """A claim holds where all of its checks hold. It is about the arms of a study, or of a protocol of its own.
-
-    Runs may differ from the study in the settings that are `free`.
-    """
+    """A claim holds where all of its checks hold. It is about the arms of a study, or of a protocol of its own."""
 
     words: str = Field(min_length=1)
     source: str = ""
     study: StudyName = ""
-    free: list[str] = Field(default_factory=list)
+    free: list[str] = Field(default_factory=list)  # settings in which runs may differ from the study
     protocol: str | Protocol = ""
     checks: list[Check] = Field(min_length=1)
     note: str = ""
@@ -154,7 +150,6 @@ class Claims:
 
     protocols: Mapping[str, Protocol]
     claims: Mapping[str, Claim]
-    own: frozenset[str] = frozenset()
     files: Mapping[str, Path] = field(default_factory=dict)  # the user's own by name: claims, studies that they name
 
     def contrasts(self, id_: str) -> list[Contrast]:
@@ -172,7 +167,7 @@ def read_claims(own: Path | None = None) -> Claims:
 
 @cache
 def _shipped() -> Claims:
-    return replace(_read(PUBLISHED / EXPORTED_AS, Claims({}, {})), own=frozenset(), files={})
+    return replace(_read(PUBLISHED / EXPORTED_AS, Claims({}, {})), files={})
 
 
 def _read(path: Path, before: Claims) -> Claims:
@@ -186,8 +181,11 @@ def _read(path: Path, before: Claims) -> Claims:
     studies: list[str] = []
 
     def add_study(name: str, place: Place, free: Sequence[str] = ()) -> None:
-        with _placed(document, place):
+        try:
             protocols.update(study_protocols(name, free, folder) if name else {})
+        except InputError as error:
+            problem = f"{error.what} {error.value}".rstrip() + f": {error.problem}"
+            raise InputError(document.where(place), "", problem, error.remedy) from error
         studies.append(name)
 
     written: dict[Place, Protocol] = {("protocols", name): protocol for name, protocol in file.protocols.items()}
@@ -200,32 +198,34 @@ def _read(path: Path, before: Claims) -> Claims:
     for at, protocol in written.items():
         if protocol.nearest not in before.protocols.keys() | file.protocols:
             add_study(protocol.nearest, (*at, "nearest"))
+        arms, assumed = dict(protocol.arms), protocol.assumed
         for arm, of_arm in protocol.arms.items():
             if isinstance(of_arm, str):
-                with _placed(document, (*at, "arms", arm)):
-                    protocol = protocol.with_study(arm, of_arm, folder)  # noqa: PLW2901
-                studies.append(of_arm.partition("/")[0])
-        protocols[str(at[1])] = protocol
+                study, place = of_arm.partition("/")[0], (*at, "arms", arm)
+                add_study(study, place)
+                arms[arm] = _settings_of(of_arm, protocols[study], document.where(place))
+                assumed = assumed or protocols[study].assumed
+        protocols[str(at[1])] = protocol.model_copy(update={"arms": arms, "assumed": assumed})
     beside = {study: folder / study for study in studies if study and (folder / study).is_file()}
     if EXPORTED_AS in beside:
         problem = f"names a study in {EXPORTED_AS}, as exports call the claims"
         raise InputError("claims", path, problem, "rename its file")
     protocols, known = {**before.protocols, **protocols}, {**file.claims, **before.claims}
-    claims = Claims(protocols, known, frozenset(file.claims), {EXPORTED_AS: path} | beside)
+    claims = Claims(protocols, known, {EXPORTED_AS: path} | beside)
     for id_ in file.claims:
         for contrast in claims.contrasts(id_):
             _check(contrast, claims.protocols, document, ("claims", id_))
     return claims
 
 
-@contextmanager
-def _placed(document: Document, place: Place) -> Iterator[None]:
-    """Let an error of a study say where in the claims it is named."""
-    try:
-        yield
-    except InputError as error:
-        problem = f"{error.what} {error.value}".rstrip() + f": {error.problem}"
-        raise InputError(document.where(place), "", problem, error.remedy) from error
+def _settings_of(arm: str, protocol: Protocol, where: str) -> Settings:
+    """Return the settings of an arm that is named as `study/arm`, or by the name of a study that has one alone."""
+    names = {f"{protocol.study}/{each}": each for each in protocol.arms}
+    if len(names) == 1:
+        names[protocol.study] = next(iter(protocol.arms))
+    if arm not in names:
+        raise InputError(where, arm, "no such arm", choices=names)
+    return protocol.runs | protocol.own(names[arm])
 
 
 def _check(contrast: Contrast, protocols: Mapping[str, Protocol], document: Document, claim: Place) -> None:

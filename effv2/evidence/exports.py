@@ -7,6 +7,7 @@ import re
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass, field
 from itertools import chain
 from pathlib import Path
@@ -40,15 +41,12 @@ PRIVATE = {"data.dir", "weights.file", PID, PROCESS, QUEUE}  # where the user's 
 
 @dataclass(frozen=True)
 class Evidence:
-    """The runs of an experiment, the oldest first; `ui` is the address of its pages, empty without a server.
-
-    `predictions` gives, of a run, the texts of those of its prediction files that there are.
-    """
+    """The runs of an experiment, and what they predicted."""
 
     experiment: str
-    ui: str
-    runs: Sequence[RunRecord]
-    predictions: Callable[[RunRecord], Mapping[str, str]]
+    ui: str  # the address of its pages, empty without a server
+    runs: Sequence[RunRecord]  # the oldest first
+    predictions: Callable[[RunRecord], Mapping[str, str]]  # the texts of those prediction files that a run has
     claims: Sequence[Path] = ()  # exported: what was judged beside the published ones, several where exports differ
     answers: dict[str, dict[str, bool]] = field(default_factory=dict)  # what `right` found, by run
 
@@ -89,7 +87,13 @@ def _lines(run: RunRecord) -> dict[str, list[tuple[Any, ...]]]:
 
 
 def export(evidence: Evidence, folder: Path, own: Mapping[str, str]) -> None:
-    """Write the evidence as CSV files, the texts of the user's `own` files by name, and a manifest of their hashes."""
+    """Write the evidence as CSV files, the texts of the user's `own` files by name, and a manifest of their hashes.
+
+    The files of an earlier export there are removed first, and no others.
+    """
+    with suppress(InputError):  # there is none
+        for name in (*_manifest(folder)["sha256"], MANIFEST):
+            (folder / name).unlink(missing_ok=True)
     folder.mkdir(parents=True, exist_ok=True)
     lines = {run.run_id: _lines(run) for run in evidence.runs}
     for name, titles in TABLES.items():
@@ -161,16 +165,6 @@ def _read_runs(folder: Path) -> Iterator[RunRecord]:
             for context, called, digest, count, classes in of_run["images.csv"]
         }
         yield RunRecord(run_id, name, status, params, numbers, tags, history, images, int(started), int(ended))
-
-
-def remove_export(folder: Path) -> None:
-    """Remove the files of an earlier export, so that none of them is left among those of the next; no others."""
-    try:
-        names = _manifest(folder)["sha256"]
-    except InputError:  # there is none
-        return
-    for name in (*names, MANIFEST):
-        (folder / name).unlink(missing_ok=True)
 
 
 def _manifest(folder: Path) -> dict[str, Any]:

@@ -1,7 +1,8 @@
 """Claims judged, by the rules of docs/claims.md: do words agree with published figures, what do the runs decide?"""
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections import defaultdict
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from enum import Enum
 from functools import partial
@@ -32,24 +33,20 @@ class Verdict(str, Enum):
 
 @dataclass(frozen=True)
 class Finding:
-    """One thing that a claim says, and what figures and runs say of it, in words.
-
-    `agrees` is None without published figures, `evidence` empty without runs. `p` is that of the side on which the mean
-    lies, None where runs are too few; `corrected` is Holm's. `further` says what would decide at a level.
-    """
+    """One thing that a claim says, and what figures and runs say of it, in words."""
 
     contrast: Contrast
     says: str
     published: str = ""
-    agrees: bool | None = None
-    evidence: str = ""
+    agrees: bool | None = None  # with the words; None without published figures
+    evidence: str = ""  # empty without runs
     single: str = ""  # where a single run is expected
     inside: bool = False
     decided: bool = False  # without a test
-    p: float | None = None
-    corrected: float | None = None
+    p: float | None = None  # of the side on which the mean lies; None where runs are too few
+    corrected: float | None = None  # Holm's
     tests: int = 1  # in its family
-    further: Callable[[float], str] | None = None
+    further: Callable[[float], str] | None = None  # says what would decide at a level
     lacking: str = ""  # runs at all, or more of them
 
     @property
@@ -64,12 +61,12 @@ class Finding:
 
 @dataclass(frozen=True)
 class Judgement:
-    """A claim and all that was found; `nearest` on other runs that come close, which decide nothing."""
+    """A claim and all that was found."""
 
     id: str
     claim: Claim
     findings: Sequence[Finding]
-    nearest: Sequence[Finding] = ()
+    nearest: Sequence[Finding] = ()  # on other runs that come close, which decide nothing
     needs: str = ""
     assumed: str = ""
     commands: Sequence[str] = ()
@@ -108,10 +105,9 @@ def judge(claims: Claims, runs: Sequence[RunRecord], right: RightAnswers) -> lis
     """
     find_one = partial(_find, claims, runs, right)
     found = {id_: [find_one(contrast) for contrast in claims.contrasts(id_)] for id_ in claims.claims}
-    families: dict[str, dict[Contrast, float]] = {id_.rstrip(digits): {} for id_ in found}
+    families: dict[str, dict[Contrast, float]] = defaultdict(dict)
     for id_, findings in found.items():
-        tests = {each.contrast: each.p for each in findings if each.p is not None}
-        families[id_.rstrip(digits)].update(tests)
+        families[id_.rstrip(digits)] |= {each.contrast: each.p for each in findings if each.p is not None}
 
     def texts(of: Sequence[Finding], name: str) -> list[str]:
         known = (getattr(claims.protocols[each.contrast.protocol], name) for each in of)
@@ -121,7 +117,12 @@ def judge(claims: Claims, runs: Sequence[RunRecord], right: RightAnswers) -> lis
     for id_, uncorrected in found.items():
         tests = families[id_.rstrip(digits)]
         corrected = dict(zip(tests, statistics.holm(list(tests.values())), strict=True))
-        findings = [_corrected(each, corrected) for each in uncorrected]
+        findings = []
+        for each in uncorrected:
+            p, lacking = corrected.get(each.contrast), each.lacking
+            if p is not None and p >= LEVEL and each.further:
+                lacking = each.further(LEVEL / len(corrected))  # which the smallest p-value of the family has to reach
+            findings.append(replace(each, corrected=p, tests=len(corrected), lacking=lacking))
         untested = [each for each in findings if not each.evidence]
         undecided = [each for each in findings if each.verdict == Verdict.UNDECIDED]
         near = {each.contrast: claims.protocols[each.contrast.protocol].nearest for each in untested}
@@ -131,14 +132,6 @@ def judge(claims: Claims, runs: Sequence[RunRecord], right: RightAnswers) -> lis
         commands = texts([*untested, *undecided], "command")
         judgements.append(Judgement(id_, claims.claims[id_], findings, nearest, needs, assumed, commands))
     return judgements
-
-
-def _corrected(finding: Finding, corrected: Mapping[Contrast, float]) -> Finding:
-    """Return a finding with its p-value among the `corrected` ones of its family, and what would decide it."""
-    p, lacking = corrected.get(finding.contrast), finding.lacking
-    if p is not None and p >= LEVEL and finding.further:
-        lacking = finding.further(LEVEL / len(corrected))  # which the smallest p-value of the family has to reach
-    return replace(finding, corrected=p, tests=len(corrected), lacking=lacking)
 
 
 def _find(claims: Claims, runs: Sequence[RunRecord], right: RightAnswers, contrast: Contrast) -> Finding:
@@ -171,9 +164,8 @@ def _find(claims: Claims, runs: Sequence[RunRecord], right: RightAnswers, contra
 
 def _misspelt(metric: str, runs: Sequence[RunRecord]) -> str:
     """Say which name may be meant by that of a metric that no run has; empty where none is near."""
-    if metric in (*QUANTITIES, *OF_ANSWERS) or any(metric in run.metrics for run in runs):
-        return ""
-    near = close_names(metric, [*QUANTITIES, *OF_ANSWERS, *{name for run in runs for name in run.metrics}], 1)
+    names = dict.fromkeys([*QUANTITIES, *OF_ANSWERS, *(name for run in runs for name in run.metrics)])
+    near = "" if metric in names else close_names(metric, list(names), 1)
     return f"no run has {metric}; did you mean {near}?" if near else ""
 
 
@@ -236,7 +228,7 @@ def _over_seeds(finding: Finding, what: Quantity, chosen: Chosen) -> Finding:
     else:
         samples, on = [first, second], f"{len(first)} and {counted(len(second), 'run')}, not paired"
     on += f" on {chosen.splits} splits" if chosen.splits > 1 else ""
-    estimate, written = Estimate.of(*map(over_splits, samples), overlap=chosen.overlap), _text(contrast, what)
+    estimate, written = Estimate(*map(over_splits, samples), overlap=chosen.overlap), _text(contrast, what)
     mean, interval = back(estimate.mean), estimate.interval()
     interval = interval if contrast.against else interval.within(what.possible)
     between = f" [{interval.text(lambda value: written(back(value)))}]" if estimate.n > 1 else ""
@@ -257,7 +249,7 @@ def _over_seeds(finding: Finding, what: Quantity, chosen: Chosen) -> Finding:
 
 def _single(contrast: Contrast, what: Quantity, estimate: Estimate, values: Sequence[float]) -> str:
     """Say where a single run is expected, and whether the value that is claimed lies there."""
-    interval = estimate.prediction(Estimate.of(values).deviation).within(what.possible)
+    interval = estimate.prediction(Estimate(values).deviation).within(what.possible)
     claimed = (contrast.low + contrast.high) / 2
     lies = "inside" if interval.low <= claimed <= interval.high else "outside"
     known = f"; the claimed {what.text(claimed)} lies {lies}" if math.isfinite(claimed) else ""

@@ -8,15 +8,15 @@ from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
-from itertools import product
+from itertools import islice, product
 from pathlib import Path
 from typing import Literal
 
 from pydantic import Field
 
 from effv2.config.schema import Group, TrainConfig
-from effv2.config.studies import NOTHING, Published, Settings, Study, Value, open_study
-from effv2.core.errors import InputError, nearest
+from effv2.config.studies import NOTHING, Published, Settings, Value, open_study
+from effv2.core.errors import InputError
 from effv2.evidence.quantities import TEST, TRAIN, Quantity, number, quantity
 from effv2.evidence.statistics import FEWEST
 from effv2.tracking.read import BEST_TEST, LAST_TEST, RunRecord
@@ -40,13 +40,10 @@ RightAnswers = Callable[[RunRecord], Mapping[str, bool]]  # by image, of a run's
 
 
 class Protocol(Group):
-    """Which runs a claim is about: those that have the settings of `runs` and of an arm.
-
-    An arm lacks a setting that others name: then it has the one of `runs`, or TrainConfig's default. Instead of
-    settings an arm may name a study that has one arm alone, or `study/arm`.
-    """
+    """Which runs a claim is about: those that have the settings of `runs` and of an arm."""
 
     runs: Settings = Field(default_factory=dict)
+    # Their settings, or a `study/arm` that has them. What an arm lacks and others name is as in `runs`, or the default.
     arms: dict[str, Settings | str] = Field(min_length=1)
     over: Literal["seeds", "images"] = "seeds"  # what varies: training, or the test images of a fixed network
     command: str = ""
@@ -66,13 +63,6 @@ class Protocol(Group):
         """Return the settings in which arms differ."""
         return {name for arm in self.arms for name in self.own(arm)}
 
-    def with_study(self, arm: str, named: str, folder: Path) -> Protocol:
-        """Return it with the settings of the study that an arm names, and with what that assumes if nothing is yet."""
-        name, _, of_study = named.partition("/")
-        study = open_study(name, folder)
-        arms = self.arms | {arm: _settings_of(study, of_study)}
-        return self.model_copy(update={"arms": arms, "assumed": self.assumed or study.assumptions()})
-
 
 def protocol_title(study: str, free: Sequence[str]) -> str:
     """Return the name of a study's protocol."""
@@ -82,7 +72,11 @@ def protocol_title(study: str, free: Sequence[str]) -> str:
 def study_protocols(name: str, free: Sequence[str], folder: Path) -> dict[str, Protocol]:
     """Return the protocol of a study, without the settings that are left `free`, and that of its nearest runs."""
     study = open_study(name, folder)
-    arms = {arm: _settings_of(study, arm) for arm in study.arms or [ONLY_ARM]}
+    configs = {arm: study.arm(arm, NOTHING) for arm in study.arms} or {ONLY_ARM: study.config(NOTHING)}
+    arms = {
+        arm: {key: value for key, value in config.flat().items() if key not in FREE and value != "auto"}
+        for arm, config in configs.items()
+    }
     first, published = next(iter(arms.values())), study.published
     if unknown := next((key for key in free if key not in first | published.runs), ""):
         raise InputError("free", unknown, "no setting of the study", choices=first)
@@ -106,15 +100,6 @@ def study_protocols(name: str, free: Sequence[str], folder: Path) -> dict[str, P
     differing = f"{protocol.nearest}: {', '.join(f'{key} {value}' for key, value in near.items())}."
     others = Protocol(runs=protocol.runs | near, arms=protocol.arms, assumed=differing)
     return {title: protocol, protocol.nearest: others}
-
-
-def _settings_of(study: Study, arm: str) -> Settings:
-    """Return what decides the runs of a study's arm: each setting that has one value and isn't free by its nature."""
-    if arm not in (study.arms or (ONLY_ARM, "")):
-        wrong = f"has no arm {arm!r}" if arm else "has several arms, so name one, as study/arm"
-        raise InputError("study", study.name, wrong, nearest(arm, list(study.arms) or [ONLY_ARM]))
-    config = study.arm(arm, NOTHING) if study.arms else study.config(NOTHING)
-    return {key: value for key, value in config.flat().items() if key not in FREE and value != "auto"}
 
 
 @cache
@@ -165,7 +150,7 @@ def _unlike(run: RunRecord, protocol: Protocol, arm: str) -> Iterator[tuple[str,
 
 def _nearest(runs: Sequence[RunRecord], protocol: Protocol, arm: str) -> str:
     """Say in which few settings the nearest runs differ from an arm; empty where none comes near and knows these."""
-    unlike = [(run, list(_unlike(run, protocol, arm))) for run in runs]
+    unlike = [(run, list(islice(_unlike(run, protocol, arm), FEW + 1))) for run in runs]
     known = [(run, settings) for run, settings in unlike if all(_logged(run, name) for name, _ in settings)]
     least = min((settings for _, settings in known), key=len, default=[])
     words = []

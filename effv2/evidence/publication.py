@@ -20,7 +20,7 @@ from effv2.core.figures import PALETTE
 from effv2.core.paths import write_csv
 from effv2.core.reporter import Reporter
 from effv2.evidence.claims import Claims, read_claims
-from effv2.evidence.exports import Evidence, export, exported, remove_export, tracked
+from effv2.evidence.exports import Evidence, export, exported, tracked
 from effv2.evidence.judge import Finding, Judgement, Verdict, judge
 from effv2.evidence.quantities import EXPORTED, HISTORIES
 from effv2.evidence.results import results_of
@@ -171,7 +171,6 @@ def _prepare(target: Path) -> None:
 
 def _export(report: Report, evidence: Evidence, target: Path, claims: Claims) -> None:
     """Write a report and its data, in the place of the data and the figures of an earlier one there."""
-    remove_export(target / DATA)
     page = target / MARKDOWN
     earlier = page.read_text(encoding="utf-8", errors="replace") if page.is_file() else ""
     for name in re.findall(rf"\]\({FIGURES}/(\d+-[a-z0-9-]+\.svg)\)", earlier):
@@ -212,7 +211,7 @@ def make_report(
     files = {name: environment.get_template(f"{name}.j2").render(values) for name in (HTML, MARKDOWN)}
     files[MARKDOWN] = re.sub(r"\n{3,}", "\n\n", files[MARKDOWN])
     files |= {f"{FIGURES}/{name}": svg for each in drawn for name, (_, svg) in each.items()}
-    own = [f"{each.id} {each.verdict.value}: {_why(each)}" for each in shown if each.id in claims.own]
+    own = [f"{each.id} {each.verdict.value}: {_why(each)}" for each in shown if each.id not in read_claims().claims]
     return Report(summary, own, studies, files)
 
 

@@ -1,7 +1,4 @@
-"""What of a run a claim or a table can be about: any logged metric, or a figure derived from its epochs.
-
-A quantity is one entry in QUANTITIES. Those that are `shown` stand in the tables of studies, in this order.
-"""
+"""What of a run a claim or a table can be about: any logged metric, or a figure derived from its epochs."""
 
 import math
 import statistics
@@ -25,8 +22,6 @@ LEVEL_EPOCHS = 10  # the last ones, over which a level is averaged
 NEAR_LEVEL = 0.02
 LARGEST = 1e300  # databases keep infinity as the largest number there is
 TIMED = ("rate/", "time/", "inference/", "throughput/")
-
-
 whole, tenths = "{:,.0f}".format, "{:,.1f}".format  # numbers without a fraction, to a tenth
 
 
@@ -61,24 +56,19 @@ def duration(seconds: float) -> str:
 
 @dataclass(frozen=True)
 class Quantity:
-    """A figure of a run: the logged metric of its name, or what `take` derives from the epochs of `metric`.
-
-    `take` gets the values of all epochs, `epochs` of them at least. Tables of arms have the `main` quantities first,
-    and of many arms those alone. A `fixed` quantity doesn't vary from run to run: one decides. A `timed` one belongs
-    to the machine that it was taken on. `least` is the lowest value that it can have.
-    """
+    """A figure of a run: the logged metric of its name, or what `take` derives from the epochs of `metric`."""
 
     name: str
     words: str
     text: Callable[[float], str] = decimal
-    shown: Literal["", "main", "more"] = ""
+    shown: Literal["", "main", "more"] = ""  # in tables of arms: first, and of many arms alone; after those
     metric: str = ""
-    take: Callable[[Curve], float | None] | None = None
-    epochs: int = 1
+    take: Callable[[Curve], float | None] | None = None  # of the values of all epochs
+    epochs: int = 1  # that it takes
     scale: float = 1
-    fixed: bool = False
-    timed: bool = False
-    least: float = -math.inf
+    fixed: bool = False  # it doesn't vary from run to run: one decides
+    timed: bool = False  # it belongs to the machine that it was taken on
+    least: float = -math.inf  # that it can be
 
     def value(self, run: RunRecord) -> float | None:
         """Return the figure of a run; None where the run lacks it, or it is no finite number."""
@@ -131,7 +121,7 @@ def _gain(curve: Curve) -> float | None:
     return _level(curve) - statistics.fmean(around) if len(around) == 3 else None
 
 
-ALL = (
+ALL = (  # in the order of tables
     Quantity(BEST_TEST, "test accuracy, best epoch", percent, "main"),
     Quantity(SELECTED_TEST, "test accuracy, selected epoch", percent, "main"),
     Quantity(LAST_TEST, "test accuracy, last epoch", percent, "more"),

@@ -1,8 +1,8 @@
-"""What came out of studies, made once, from tracked runs alone: of arms by `arms`, of searches and networks here."""
+"""What came out of studies, made once, from tracked runs alone: of arms in `study`, of searches and networks here."""
 
 import math
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from itertools import combinations, cycle
 from typing import Any, NamedTuple
@@ -12,12 +12,11 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, NullLocator, StrMethodFormatter
 
 from effv2.core.figures import MARKERS, PALETTE, plain
-from effv2.evidence.arms import arms_results
 from effv2.evidence.claims import Claims
 from effv2.evidence.protocols import SEED_SETTING, SPLIT_SEED, RightAnswers, complete
-from effv2.evidence.quantities import EVALUATE_RATE, SHOWN, VALIDATION, duration, number, percent, whole
+from effv2.evidence.quantities import EPOCH_SECONDS, EVALUATE_RATE, SHOWN, VALIDATION, duration, number, percent, whole
 from effv2.evidence.statistics import LEVEL, holm, mcnemar, p_text, wilson
-from effv2.evidence.study import NO_STUDY, NONE, Rows, StudyResults, TrackedStudy, environment, line_of, studies_of
+from effv2.evidence.study import NO_STUDY, NONE, Rows, StudyResults, TrackedStudy, arms_results, line_of, studies_of
 from effv2.tracking import tags
 from effv2.tracking.read import SELECTED_TEST, SELECTED_VALIDATION, RunRecord
 
@@ -36,6 +35,18 @@ IMAGES = {
         "images of which the names don't tell whether they are ImageNet's",
         " Whether the weights were fitted to these images is not known.",
     ),
+}
+# How tags are called where a report tells of the code, the data and the machine.
+ENVIRONMENT = {
+    tags.GIT_COMMIT: "git commit",
+    tags.GIT_DIRTY: "uncommitted changes",
+    tags.CODE_VERSION: "code version",
+    tags.DATA_DIGEST: "data digest",
+    **{f"{tags.MACHINE}{name}": name for name in ("processor", "cores", "threads", "accelerator")},
+    f"{tags.MACHINE}memory_gib": "memory, GiB",
+    f"{tags.MACHINE}system": "system",
+    f"{tags.MACHINE}python": "Python",
+    **{f"{tags.MACHINE}{name}": name for name in ("torch", "torchvision", "mlflow")},
 }
 Ranked = Mapping[str, np.ndarray]  # which images networks got right, the best first: label to bool (N)
 SETS = {"unseen": "images that it was not trained on", "unknown": "images that it may not have been trained on"}
@@ -71,8 +82,24 @@ def study_results(study: TrackedStudy, claims: Claims, right: RightAnswers) -> S
         run_id=parent.run_id,
         missing=study.missing(),
         commands=list(dict.fromkeys(c for run in known or study.runs if (c := run.tags.get(tags.COMMAND, "")))),
-        environment=list(environment([*known, *study.runs])),
+        environment=list(_environment([*known, *study.runs])),
     )
+
+
+def _environment(runs: Sequence[RunRecord]) -> Iterator[tuple[str, str]]:
+    """Yield with which code, on what machine and on which data runs were made, and how long their epochs took."""
+    for tag, words in ENVIRONMENT.items():
+        if values := dict.fromkeys(run.tags[tag] for run in runs if tag in run.tags):
+            yield words, ", ".join(values)
+    sets = dict.fromkeys(
+        f"{images.name}, {images.images:,} images of {len(images.classes)} classes, digest {images.digest}: {context}"
+        for run in runs
+        for context, images in sorted(run.images.items())
+    )
+    if sets:
+        yield "data", "; ".join(sets)
+    if took := [sum(curve.values()) for run in runs if (curve := run.history.get(EPOCH_SECONDS))]:
+        yield "epochs took", f"{duration(sum(took))}, finished runs: {len(took)}"
 
 
 def search_results(study: TrackedStudy) -> StudyResults:

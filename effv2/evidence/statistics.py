@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from bisect import bisect_left
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from functools import cached_property
 from typing import NamedTuple
 
@@ -63,9 +62,8 @@ def holm(p_values: Sequence[float]) -> list[float]:
     return [float(p) for p in found[np.argsort(order)]]
 
 
-@dataclass(frozen=True)
 class Estimate:
-    """The mean of one sample, or that of one less that of another (Welch 1947), and how sure it is.
+    """The mean of one sample, or of the first of two less the second (Welch 1947), and how sure it is.
 
     A sample is independent values of one quantity, one a run or a pair of runs. Below 20 values the interval is
     Student's; from there on that of the studentised bootstrap (Efron & Tibshirani 1993, ch. 12), for any distribution.
@@ -73,26 +71,19 @@ class Estimate:
     training parts overlap: it widens the error as Nadeau & Bengio (2003) do; 0 for independent values.
     """
 
-    samples: Sequence[Sequence[float]]
-    overlap: float
-    n: int  # values, of the smaller sample where there are two
-    mean: float
-    deviation: float  # of one more value, or of the difference of one more of each; NaN for one value
-    error: float  # of the mean; NaN for one value
-    degrees: float  # of freedom
-
-    @classmethod
-    def of(cls, *samples: Sequence[float], overlap: float = 0.0) -> Estimate:
-        """Return the mean of one sample, or of the first of two less the second."""
+    def __init__(self, *samples: Sequence[float], overlap: float = 0.0) -> None:
+        self.samples, self.overlap = samples, overlap
         counts = list(map(len, samples))
         means = [float(np.mean(each)) for each in samples]
         deviations = [float(np.std(each, ddof=1)) if len(each) > 1 else math.nan for each in samples]
         errors = [deviation * math.sqrt(1 / n + overlap) for deviation, n in zip(deviations, counts, strict=True)]
-        error, degrees = math.hypot(*errors), float(sum(counts) - len(counts))
-        if len(samples) > 1 and error > 0:
-            degrees = error**4 / sum(each**4 / (n - 1) for each, n in zip(errors, counts, strict=True))
-        mean = means[0] - sum(means[1:])
-        return cls(samples, overlap, min(counts), mean, math.hypot(*deviations), error, degrees)
+        self.n = min(counts)
+        self.mean = means[0] - sum(means[1:])
+        self.deviation = math.hypot(*deviations)  # of one more value, or of one more of each; NaN for one value
+        self.error = math.hypot(*errors)  # of the mean; NaN for one value
+        self.degrees = float(sum(counts) - len(counts))  # of freedom
+        if len(samples) > 1 and self.error > 0:
+            self.degrees = self.error**4 / sum(each**4 / (n - 1) for each, n in zip(errors, counts, strict=True))
 
     @cached_property
     def _pivots(self) -> np.ndarray:
@@ -147,30 +138,25 @@ def power(effect: float, deviation: float, n: int, level: float = LEVEL, overlap
     return float(1 - special.nctdtr(n - 1, shift, limit) + below)
 
 
-def runs_to_decide(effect: float, deviation: float, level: float = LEVEL, overlap: float = 0.0) -> int | None:
-    """Return how many values tell a mean from one `effect` away with 80 % power; None for more than 1,000."""
-    numbers = range(FEWEST, MOST_RUNS + 1)
-    place = bisect_left(numbers, POWER, key=lambda n: power(effect, deviation, n, level, overlap))
-    return numbers[place] if effect and place < len(numbers) else None
-
-
 def more_to_decide(estimate: Estimate, edge: float, level: float = LEVEL) -> tuple[int, int | None] | None:
     """Return from how many to how many more values (None: over 1,000) tell the mean from `edge`; None: no telling.
 
     As if the difference seen were the true one, for the ends of the standard deviation's 80 % interval (chi-square).
     """
-    effect = estimate.mean - edge
+    effect, degrees, more = estimate.mean - edge, estimate.degrees, range(1, MOST_RUNS + 1 - estimate.n)
     if abs(effect) < TINY:
         return None
-    numbers: list[int | None]
     if estimate.error < TINY:  # so many equal ones that the sign test decides
-        numbers = [math.ceil(1 - math.log2(level))] * 2
-    else:
-        ends = np.sqrt(estimate.degrees / stats.chi2.ppf([0.9, 0.1], estimate.degrees)) * estimate.deviation
-        overlap = estimate.overlap if len(estimate.samples) == 1 else 0.0
-        numbers = [runs_to_decide(effect, float(end), level, overlap) for end in ends]
-    few, many = (None if number is None else max(1, number - estimate.n) for number in numbers)
-    return None if few is None else (few, many)
+        few = max(1, math.ceil(1 - math.log2(level)) - estimate.n)
+        return few, few
+    overlap = estimate.overlap if len(estimate.samples) == 1 else 0.0
+
+    def fewest(deviation: float) -> int | None:
+        place = bisect_left(more, POWER, key=lambda k: power(effect, deviation, estimate.n + k, level, overlap))
+        return more[place] if place < len(more) else None
+
+    few_or_none, many = map(fewest, np.sqrt(degrees / stats.chi2.ppf([0.9, 0.1], degrees)) * estimate.deviation)
+    return None if few_or_none is None else (few_or_none, many)
 
 
 def p_text(p: float) -> str:

@@ -1,34 +1,34 @@
-"""A study as tracked runs show it: the runs that it rests on, what it lacks, where it was run, what came out of it."""
+"""A study as tracked runs show it: the runs that it rests on, what it lacks, and its arms side by side."""
 
+import math
 import statistics
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
+from itertools import product
 from textwrap import shorten
 from typing import Any
 
+import numpy as np
 from matplotlib.figure import Figure
+from scipy import stats
 
-from effv2.evidence.protocols import complete, counted
-from effv2.evidence.quantities import EPOCH_SECONDS, SHOWN, duration, quantity
+from effv2.core.figures import accuracy_against_time, accuracy_curves, bars, value_range
+from effv2.evidence.claims import Claims
+from effv2.evidence.protocols import complete, counted, has, is_like, pair_of, published_runs, settings_of, split_of
+from effv2.evidence.quantities import CURVES, SHOWN, TRAIN_SECONDS, Quantity, percent, points, quantity, shown_for
+from effv2.evidence.statistics import CONFIDENCE, FEWEST, TINY, Estimate, holm, p_text
 from effv2.tracking import tags
-from effv2.tracking.read import RunRecord
+from effv2.tracking.read import BEST_TEST, SELECTED_TEST, SELECTED_VALIDATION, RunRecord, decisive_accuracy
 
 NONE = "none"  # in a cell: the runs lack the figure
 MOST_NAMED, LONGEST_REASON = 6, 150  # of the runs that a study lacks; characters
+NOTHING_YET = "No accuracies yet."
+MOST_COLUMNS = 8  # of a table: more arms have a line each
+LONGEST_END = 100  # characters that are shown of either end of a setting
 Rows = list[tuple[str, ...]]  # of a table, its titles first
+Arms = Mapping[str, Sequence[RunRecord]]
 NO_STUDY = RunRecord("", "Single runs", "", {}, {}, {})  # stands for the parent of runs that belong to no study
-# How tags are called where a report tells of the code, the data and the machine.
-ENVIRONMENT = {
-    tags.GIT_COMMIT: "git commit",
-    tags.GIT_DIRTY: "uncommitted changes",
-    tags.CODE_VERSION: "code version",
-    tags.DATA_DIGEST: "data digest",
-    **{f"{tags.MACHINE}{name}": name for name in ("processor", "cores", "threads", "accelerator")},
-    f"{tags.MACHINE}memory_gib": "memory, GiB",
-    f"{tags.MACHINE}system": "system",
-    f"{tags.MACHINE}python": "Python",
-    **{f"{tags.MACHINE}{name}": name for name in ("torch", "torchvision", "mlflow")},
-}
 
 
 @dataclass(frozen=True)
@@ -71,26 +71,21 @@ class TrackedStudy:
 
 @dataclass(frozen=True)
 class StudyResults:
-    """What came out of a study, made once for the terminal, the report, MLflow and exports.
-
-    `details` are a second table, of what the first leaves out. Figures are by the words that name their files.
-    `missing` says what there should be and isn't. `metrics` and `files` (tables and figures by name, and the
-    `document` that is called so) are those of the study's run.
-    """
+    """What came out of a study, made once for the terminal, the report, MLflow and exports."""
 
     title: str = ""
     description: str = ""
     run_id: str = ""
     sentence: str = ""
     table: Rows = field(default_factory=list)
-    details: Rows = field(default_factory=list)
+    details: Rows = field(default_factory=list)  # a second table, of what the first leaves out
     notes: Sequence[str] = ()
-    figures: Mapping[str, Figure] = field(default_factory=dict)
-    missing: str = ""
+    figures: Mapping[str, Figure] = field(default_factory=dict)  # by the words that name their files
+    missing: str = ""  # what there should be and isn't
     commands: Sequence[str] = ()
     environment: Rows = field(default_factory=list)
-    metrics: Mapping[str, float] = field(default_factory=dict)
-    document: str = ""
+    metrics: Mapping[str, float] = field(default_factory=dict)  # of the study's run, as are the files
+    document: str = ""  # the name of a file with title, sentence and tables
     files: Mapping[str, Sequence[Sequence[Any]] | Figure] = field(default_factory=dict)
 
     def markdown(self, links: str = "") -> str:
@@ -126,22 +121,6 @@ def has_figures(run: RunRecord) -> bool:
     return any(what.values([run]) for what in SHOWN.values() if what.shown == "main")
 
 
-def environment(runs: Sequence[RunRecord]) -> Iterator[tuple[str, str]]:
-    """Yield with which code, on what machine and on which data runs were made, and how long their epochs took."""
-    for tag, words in ENVIRONMENT.items():
-        if values := dict.fromkeys(run.tags[tag] for run in runs if tag in run.tags):
-            yield words, ", ".join(values)
-    sets = dict.fromkeys(
-        f"{images.name}, {images.images:,} images of {len(images.classes)} classes, digest {images.digest}: {context}"
-        for run in runs
-        for context, images in sorted(run.images.items())
-    )
-    if sets:
-        yield "data", "; ".join(sets)
-    if took := [sum(curve.values()) for run in runs if (curve := run.history.get(EPOCH_SECONDS))]:
-        yield "epochs took", f"{duration(sum(took))}, finished runs: {len(took)}"
-
-
 def values_of(groups: Mapping[str, Sequence[RunRecord]], name: str) -> dict[str, list[float]]:
     """Return a quantity of the runs of each group, of those groups that have it."""
     return {group: found for group, runs in groups.items() if (found := quantity(name).values(runs))}
@@ -155,3 +134,183 @@ def line_of(groups: Mapping[str, Sequence[RunRecord]], name: str) -> Rows:
         spread = f" ± {what.text(statistics.stdev(each))}" if len(set(each)) > 1 else ""
         cells[group] = what.text(statistics.fmean(each)) + spread
     return [(what.words, *cells.values())] if values else []
+
+
+def arms_results(study: TrackedStudy, claims: Claims) -> StudyResults:
+    """Return what came out of an ablation, a hyper-parameter check, or single runs."""
+    found: dict[str, list[RunRecord]] = {}
+    for run in filter(has_figures, complete(study.in_order())):
+        arm = run.tags.get(tags.ARM) or run.tags.get(tags.STUDY) or run.params.get("model.variant") or run.name
+        found.setdefault(arm, []).append(run)
+    if not found:
+        return StudyResults(sentence=NOTHING_YET)
+    arms, differences = _parted(found) if study.parent is NO_STUDY else (found, [])
+    own = study.parent.params.get("study.baseline", "")
+    baseline = "" if study.parent is NO_STUDY else own if own in arms else next(iter(arms))
+    named = [(arm, run) for arm, runs in arms.items() for run in runs]
+    quantities = shown_for(run for _, run in named)
+    shown = [what for what in quantities.values() if what.values(run for _, run in named)]
+    rows = [(arm, run.tags.get(tags.SEED), run.run_id, *(what.value(run) for what in shown)) for arm, run in named]
+    decisive = decisive_accuracy([run for _, run in named])
+    published, protocol = _published_curves(arms, claims)
+    return StudyResults(
+        sentence=_sentence(arms, decisive),
+        table=_table(arms, baseline, decisive),
+        notes=[*differences, *_notes(arms, protocol, decisive)],
+        figures=_figures(arms, study.parent.name, published),
+        # Of what runs log under that very name: accuracies and the time that training took.
+        metrics={
+            f"{arm}/{name}": statistics.fmean(values)
+            for name, what in quantities.items()
+            if not what.metric and not what.fixed
+            for arm, values in values_of(arms, name).items()
+        },
+        document="comparison.md",
+        files={"comparison.csv": [("variant", "seed", "run_id", *(what.words for what in shown)), *rows]},
+    )
+
+
+def _sentence(arms: Arms, decisive: str) -> str:
+    """Say which arm has the highest mean of the accuracy that decides, and that it is no verdict."""
+    means = {arm: statistics.fmean(values) for arm, values in values_of(arms, decisive).items()}
+    if not means:
+        return NOTHING_YET
+    best = max(means, key=lambda arm: means[arm])
+    runs = "1 run" if len(arms[best]) == 1 else f"mean of {len(arms[best])} runs"
+    words = f"{percent(means[best])} {quantity(decisive).words} ({runs})"
+    return f"Highest: **{best}**, {words}; the report says how sure that is."
+
+
+def _figures(arms: Arms, title: str, published: Mapping[str, RunRecord]) -> dict[str, Figure]:
+    figures: dict[str, Figure] = {}
+    for name, metric in CURVES.items():
+        found = {arm: [run.history[metric] for run in runs if run.history.get(metric)] for arm, runs in arms.items()}
+        curves = {arm: kept for arm, kept in found.items() if kept}
+        if curves and not (name == "validation accuracy" and "test accuracy" in figures):
+            theirs = {arm: run.history[metric] for arm, run in published.items() if metric in run.history}
+            figures[name] = accuracy_curves(curves, f"{title}: {name}", theirs, _mean_band)
+    best, seconds = (values_of(arms, name) for name in (BEST_TEST, TRAIN_SECONDS))
+    if best and seconds:
+        figures["accuracy against time"] = accuracy_against_time(best, seconds, f"{title}: accuracy and time")
+    if seconds:
+        figures["training time"] = bars(seconds, f"{title}: training", "seconds")
+    return figures
+
+
+def _mean_band(values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Return the 95 % interval of the mean of three runs or more (runs, epochs), the range of two."""
+    if len(values) < FEWEST:
+        return value_range(values)
+    reach = stats.t.ppf((1 + CONFIDENCE) / 2, len(values) - 1) * values.std(0, ddof=1) / np.sqrt(len(values))
+    return values.mean(0) - reach, values.mean(0) + reach
+
+
+def _parted(arms: Arms) -> tuple[dict[str, list[RunRecord]], list[str]]:
+    """Part single runs of one name that differ in more than seeds; return also in what the parts differ.
+
+    Nobody planned them as repeats of each other. Of a seed that was repeated the last run counts.
+    """
+    parted, notes = dict[str, list[RunRecord]](), list[str]()
+    for arm, runs in arms.items():
+        groups: dict[frozenset[tuple[str, str]], dict[tuple[str, str], RunRecord]] = {}  # by settings and pair
+        for run in runs:
+            groups.setdefault(settings_of(run), {})[pair_of(run)] = run
+        shared = frozenset.intersection(*groups)
+        for number, (settings, of_it) in enumerate(groups.items(), 1):
+            name = arm if len(groups) == 1 else f"{arm} ({number})"
+            parted[name] = list(of_it.values())
+            own = []
+            for key, value in sorted(settings - shared):
+                ends = f"{value[:LONGEST_END]} … {value[-LONGEST_END:]}" if len(value) > 2 * LONGEST_END else value
+                own.append(f"{key} {ends or 'empty'}")
+            notes += [f"{name}: {', '.join(own)}."] if own else []
+    return parted, notes
+
+
+def _table(arms: Arms, baseline: str, decisive: str) -> Rows:
+    """Return a line a figure and a column an arm, accuracies with intervals; of many arms a line each, main figures."""
+    main: Rows = [("variant", *arms), ("runs", *(str(len(runs)) for runs in arms.values()))]
+    more: Rows = []
+    for name, what in shown_for(run for runs in arms.values() for run in runs).items():
+        lines = line_of(arms, name)
+        if lines and name in (BEST_TEST, SELECTED_TEST, decisive):
+            lines += _intervals(arms, what)
+        if lines and name == decisive and baseline:
+            lines += _differences(arms, baseline, what)
+        (main if what.shown == "main" else more).extend(lines)
+    return [*main, *more] if len(arms) <= MOST_COLUMNS else list(zip(*main, strict=True))
+
+
+def _intervals(arms: Arms, what: Quantity) -> Rows:
+    """Return lines with the intervals of a quantity's mean and of one more run, where there are runs enough.
+
+    Equal values don't show how much they vary, and runs of several splits don't count one by one.
+    """
+    lines = ["95 % interval of the mean"], ["a single re-run is expected (95 %)"]
+    for runs in arms.values():
+        estimate = Estimate(what.values(runs) or [math.nan])
+        enough = estimate.n >= FEWEST and estimate.deviation > TINY and len(set(map(split_of, runs))) == 1
+        for line, interval in zip(lines, (estimate.interval(), estimate.prediction()), strict=True):
+            line.append(interval.within(what.possible).text(percent) if enough else NONE)
+    return [(f"{words}, {what.words}", *cells) for words, *cells in lines if set(cells) != {NONE}]
+
+
+def _differences(arms: Arms, baseline: str, what: Quantity) -> Iterator[tuple[str, ...]]:
+    """Return lines that hold each arm against its baseline, on the seeds that both have: difference and p-value.
+
+    An arm is held against the baseline under its own learning rate schedule, if there is one, so that the two differ in
+    one thing alone. Nothing where there are several splits, whose runs don't count one by one; claims are judged so.
+    """
+    if len({split_of(run) for runs in arms.values() for run in runs}) > 1:
+        return
+    values = {arm: {pair_of(run): value for run in runs for value in what.values([run])} for arm, runs in arms.items()}
+    tests: dict[tuple[str, str], Estimate] = {}
+    for arm, runs in arms.items():
+        own = {f"{baseline}_{run.params.get('schedule.name', '')}" for run in runs} & arms.keys() - {arm}
+        other = own.pop() if len(own) == 1 else baseline
+        pairs = [pair for pair in values[arm] if pair in values[other]]
+        if arm != baseline and len(pairs) >= FEWEST:
+            tests[other, arm] = Estimate([values[arm][pair] - values[other][pair] for pair in pairs])
+    corrected = dict(zip(tests, holm([estimate.p(0) for estimate in tests.values()]), strict=True))
+    for other in dict.fromkeys(against for against, _ in tests):
+        found = [tests.get((other, arm)) for arm in arms]
+        cells = [f"{points(e.mean)} [{e.interval().text(lambda x: f'{100 * x:+.2f}')}]" if e else "" for e in found]
+        yield f"less {other}, {what.words}, paired [95 %]", *cells
+        ps = [p_text(corrected[other, arm]) if (other, arm) in tests else "" for arm in arms]
+        yield f"p of that, after Holm for {len(tests)}", *ps
+
+
+def _published_curves(arms: Arms, claims: Claims) -> tuple[dict[str, RunRecord], str]:
+    """Return the published runs of arms that follow a published protocol, or come near it, and the protocol's name."""
+    for source, published in published_runs().items():
+        for name in filter(None, (source, claims.protocols[source].nearest)):
+            follows = partial(is_like, protocol=claims.protocols[name])
+            pairs = product(arms, published)
+            found = {arm: published[their] for arm, their in pairs if all(follows(run, arm=their) for run in arms[arm])}
+            if found:
+                return found, source
+    return {}, ""
+
+
+def _notes(arms: Arms, protocol: str, decisive: str) -> Iterator[str]:
+    """Say what a reader of the table and the figures must know."""
+    runs = [run for of_arm in arms.values() for run in of_arm]
+    if len(runs) > len(arms):
+        yield "± is the standard deviation over runs."
+    if (few := min(map(len, arms.values()))) < FEWEST:
+        yield f"An arm has {counted(few, 'run')}: fewer than {FEWEST} decide nothing about training."
+    if len(set(map(split_of, runs))) == 1:
+        yield (
+            "All runs share one split of the data, so what is said holds for that split; another data.split_seed "
+            "repeats it on others, and the claims are judged over all of them."
+        )
+    if all(has(run, "data.validation_fraction", 0) for run in runs):
+        watched = any(has(run, "schedule.name", "plateau") or not has(run, "stopping.patience", 0) for run in runs)
+        yield (
+            "The protocol has no validation split: the best epoch is the best on the test set itself, which flatters "
+            f"every arm{', and plateau and stopping watch the test set' if watched else ''}."
+        )
+    if protocol:
+        yield f"Dotted: the post's own curves ({protocol}), one run an arm."
+    if decisive == SELECTED_VALIDATION:
+        yield "The test set was left alone: this is validation at its best epoch, which flatters every arm."
