@@ -27,8 +27,7 @@ from PIL import Image
 
 from effv2.architecture import build_model, count_parameters, parse_table
 from effv2.config.schema import (
-    FIRST_FIELDS,
-    NO_IDENTITY,
+    LATER_FIELDS,
     AugmentConfig,
     DataConfig,
     ScheduleConfig,
@@ -248,7 +247,7 @@ def numbers() -> dict[str, Any]:
 
 def defaults() -> dict[str, Any]:
     """Return the defaults of the settings that identities leave out at their default: these must stay."""
-    return {name: value for name, value in TrainConfig().flat().items() if name not in FIRST_FIELDS | NO_IDENTITY}
+    return {name: value for name, value in TrainConfig().flat().items() if name in LATER_FIELDS}
 
 
 def _exact() -> dict[str, str]:

@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 
 from effv2.architecture import PUBLISHED_VARIANTS, parse_table
+from effv2.cli.main import SHORT_EPOCHS
 from effv2.config.layers import Layer, Written
-from effv2.config.options import SHORT_EPOCHS
 from effv2.config.schema import TrainConfig
 from effv2.config.studies import SWEEPS, Sources, Study, built_in_ablation, open_study, read_study
 from effv2.core.errors import InputError
@@ -57,6 +57,7 @@ def test_hyper_parameter_check_crosses_each_change_with_plateau() -> None:
     assert study.select_checks("dropout", "both") == ["default", "dropout", "default_plateau", "dropout_plateau"]
     assert study.select_checks("dropout", "none") == ["default", "dropout"]
     assert open_study("hparam-digits").arm("default", NO_OPTIONS).schedule.epochs == SHORT_EPOCHS  # as --help says
+    assert open_study("search").config(NO_OPTIONS).schedule.epochs == SHORT_EPOCHS
     with pytest.raises(InputError, match=r"check droput: no such arm; did you mean 'dropout'"):
         study.select_checks("droput", "both")
 

@@ -71,9 +71,7 @@ class ConsoleReporter(Reporter):
 
     def study_progress(self, progress: StudyProgress) -> None:
         """Show how far the study is, and each trial that has ended."""
-        words = [f"{progress.running} running"]
-        words += [f"{progress.pruned} pruned"] if progress.pruned else []
-        words += [f"{progress.failed} failed"] if progress.failed else []
+        words = [f"{count} {what}" for what, count in progress.counts.items() if count]
         words += [f"best {progress.best[1]:.2%} ({progress.best[0]})"] if progress.best else []
         self._progress.update(
             self._study, total=progress.total, completed=progress.done, note=escape(", ".join(words)), visible=True

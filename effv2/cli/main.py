@@ -18,7 +18,7 @@ from effv2 import __version__
 from effv2.architecture import VARIANTS
 from effv2.cli import options as cli
 from effv2.config.layers import Layer, build
-from effv2.config.options import SHORT_EPOCHS, StudyOptions
+from effv2.config.options import StudyOptions
 from effv2.config.schema import TrainConfig
 from effv2.core.errors import InputError, RunError
 from effv2.pretrained.config import PretrainedConfig
@@ -27,6 +27,7 @@ WITHOUT_SCHEDULER = {name: setting for name, setting in cli.SHARED.items() if na
 EVALUATION = cli.options_for(" ".join(PretrainedConfig().flat()))
 PUBLISHED_COMPARISON = "efficientnet_v2_s,efficientnet_b0,resnet50"
 SHOWN_FAILURES = 5
+SHORT_EPOCHS = 3  # in the studies that hparam-check and search run without one
 atexit.register(gc.freeze)  # so that the end of a command looks for no garbage in all that was imported: a second
 
 
@@ -131,9 +132,9 @@ def search(study: str | None, layer: Layer, how: StudyOptions) -> None:
     Without a study file: dropout, stochastic depth and depth multiplier on scikit-learn's digits. The same command
     again resumes where the last one ended; with more trials, the search grows.
     """
-    from effv2.config.studies import built_in_search, open_study
+    from effv2.config.studies import open_study
 
-    chosen = open_study(study) if study else built_in_search()
+    chosen = open_study(study or "search")
 
     from effv2.studies.plan import make_search
 

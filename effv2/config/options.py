@@ -10,7 +10,6 @@ from pydantic import BeforeValidator, Field
 from effv2.config.schema import Group
 
 LogModel = Literal["best", "all", "none"]
-SHORT_EPOCHS = 3  # of a run of hparam-check and search without a study file
 
 
 def _distinct_seeds(value: Any) -> Any:

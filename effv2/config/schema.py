@@ -5,8 +5,6 @@ Each field carries its meaning, unit and bounds; the command line takes its help
 
 from __future__ import annotations
 
-import hashlib
-import json
 from collections.abc import Callable
 from importlib import import_module
 from typing import Annotated, Any, Literal, TypeVar, cast
@@ -17,6 +15,7 @@ from pydantic_core import CoreSchema, PydanticCustomError, core_schema
 
 from effv2 import architecture
 from effv2.core.errors import nearest
+from effv2.core.provenance import sha256_of_values
 
 Function = TypeVar("Function", bound=Callable[..., Any])
 
@@ -245,36 +244,21 @@ class TrainConfig(Group):
     def identity(self) -> dict[str, Any]:
         """Return what decides a run: the fields under dotted names, and the resolved stage table.
 
-        Left out is where the images come from, since they have a digest of their own, and any field added later at its
-        default, at which a run computes what it did without the field.
+        Left out is where the images come from, since they have a digest of their own, and a field that was added later
+        at its default, at which a run computes what it did without the field.
         """
         values, defaults, table = self.flat(), type(self)().flat(), self.model.build_table()
-        deciding = {name for name in values if name in FIRST_FIELDS or values[name] != defaults[name]} - NO_IDENTITY
-        kept = {name: value for name, value in values.items() if name in deciding}
+        absent = NO_IDENTITY | {name for name in LATER_FIELDS if values[name] == defaults[name]}
+        kept = {name: value for name, value in values.items() if name not in absent}
         return kept | {"model.stages": f"{table} / {table.last_channels}"}
 
     def hash(self) -> str:
         """Return 16 hexadecimal digits of SHA-256 over the identity."""
-        return hashlib.sha256(json.dumps(self.identity(), sort_keys=True).encode()).hexdigest()[:16]
+        return sha256_of_values(self.identity())[:16]
 
 
 NO_IDENTITY = {"data.dir", "data.download"}
-# The fields that every identity holds. One added later need not be listed, but its default must then stay.
-FIRST_FIELDS = {
-    f"{group}.{name}"
-    for group, names in {
-        "data": "dataset image_size per_class sampling test_fraction validation_fraction split_seed normalise",
-        "augment": "crop flip trivial_augment erasing mixup cutmix",
-        "model": "table variant depth_multiplier width_multiplier dropout stochastic_depth outputs zero_init_residual",
-        "optimiser": "name lr batch_size weight_decay momentum clip_norm label_smoothing ema_decay",
-        "schedule": "name epochs warmup_epochs plateau_factor plateau_patience",
-        "stopping": "min_epochs patience",
-        "evaluation": "train_set test_set batch_size",
-        "execution": "device precision channels_last compile",
-        "random": "seed",
-    }.items()
-    for name in names.split()
-}
+LATER_FIELDS = {"stopping.best_since"}  # a new field belongs here, and its default must stay: old runs have none
 
 
 def field_of(setting: str, config: type[Group] = TrainConfig) -> FieldInfo:

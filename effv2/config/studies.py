@@ -18,7 +18,7 @@ from pydantic import AfterValidator, Field, model_validator
 import effv2
 from effv2.architecture import PUBLISHED_VARIANTS, VARIANTS
 from effv2.config.layers import Layer, Written, build, read_document, validate
-from effv2.config.options import SHORT_EPOCHS, Seeds
+from effv2.config.options import Seeds
 from effv2.config.schema import Group, TrainConfig
 from effv2.core.errors import InputError, nearest
 
@@ -203,12 +203,6 @@ def built_in_ablation(variant: str = "all") -> Study:
     arms: dict[str, Layer] = {name: {"model.variant": Written(name)} for name in names}
     about = "Published variants of EfficientNetV2-S under one short protocol."
     return Study(name="ablate", description=about, arms=arms, baseline="default")
-
-
-def built_in_search() -> Study:
-    """Return a short search over dropout, stochastic depth and depth multiplier on digits."""
-    about = "Dropout, stochastic depth and depth multiplier of EfficientNetV2-S."
-    return Study(name="search", description=about, config={"schedule.epochs": Written(SHORT_EPOCHS)})
 
 
 def open_study(name: str, folder: Path = Path()) -> Study:

@@ -11,10 +11,8 @@ class StudyProgress:
     """How far a study is; `done` counts a running trial by the share of its epochs."""
 
     total: int
-    pruned: int
-    failed: int
-    running: int
     done: float
+    counts: Mapping[str, int]  # of trials that are running, pruned and failed
     best: tuple[str, float] | None
     ended: Mapping[str, str]  # trials by name: how they ended, in that order
 

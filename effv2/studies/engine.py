@@ -1,7 +1,5 @@
 """Run a study to its end: open or resume it, have it worked on by one process or several, publish what came out."""
 
-import hashlib
-import json
 import multiprocessing
 import os
 import signal
@@ -104,7 +102,7 @@ def _work(study: OpenedStudy, queue: Queue, load: LoadData, reporter: Reporter) 
 def _open(plan: Plan, storage: Storage, experiment_id: str, options: StudyOptions, reporter: Reporter) -> OpenedStudy:
     """Open the newest study of this definition whose run the tracking store has, or create both."""
     definition, kind = {**plan.definition, "experiment": experiment_id}, f"{plan.kind} {plan.name} "
-    name = f"{kind}{hashlib.sha256(json.dumps(definition, sort_keys=True).encode()).hexdigest()[:12]}"
+    name = f"{kind}{provenance.sha256_of_values(definition)[:12]}"
     try:
         with storage.lock("studies"):
             studies = sorted(storage.optuna.get_all_studies(), key=study_id, reverse=True)
