@@ -18,8 +18,7 @@ from effv2 import __version__
 from effv2.architecture import VARIANTS
 from effv2.cli import options as cli
 from effv2.config.layers import Layer, build
-from effv2.config.options import StudyOptions
-from effv2.config.schema import TrainConfig
+from effv2.config.schema import StudyOptions, TrainConfig
 from effv2.core.errors import InputError, RunError
 from effv2.pretrained.config import PretrainedConfig
 

@@ -1,6 +1,7 @@
-"""The training configuration: everything that decides a run, frozen, validated, hashed.
+"""The settings: what decides a run, frozen, validated, hashed; and the options, which decide how it is run and kept.
 
-Each field carries its meaning, unit and bounds; the command line takes its help and defaults from here.
+Each field carries its meaning, unit and bounds; the command line takes its help and defaults from here. Imports nothing
+heavy: commands build options before they do.
 """
 
 from __future__ import annotations
@@ -9,7 +10,7 @@ from collections.abc import Callable
 from importlib import import_module
 from typing import Annotated, Any, Literal, TypeVar, cast
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationInfo, field_validator, model_validator
 from pydantic.fields import FieldInfo
 from pydantic_core import CoreSchema, PydanticCustomError, core_schema
 
@@ -67,6 +68,7 @@ UNKNOWN_KEY = "unknown_key"  # type of an error
 
 Device = Literal["auto", "cpu", "cuda", "mps"]
 Precision = Literal["fp32", "bf16", "auto"]
+LogModel = Literal["best", "all", "none"]
 
 Fraction = Annotated[float, Field(ge=0, lt=1)]
 Probability = Annotated[float, Field(ge=0, le=1)]
@@ -265,3 +267,45 @@ def field_of(setting: str, config: type[Group] = TrainConfig) -> FieldInfo:
     """Return the field of a dotted setting such as `optimiser.lr`."""
     group, name = setting.split(".")
     return cast(type[Group], config.model_fields[group].annotation).model_fields[name]
+
+
+def _distinct_seeds(value: Any) -> Any:
+    words = [word.strip() for word in value.split(",")] if isinstance(value, str) else value
+    if not isinstance(words, (list, tuple)) or not all(str(word).isdecimal() and int(word) < 2**32 for word in words):
+        raise ValueError("must be whole numbers from 0 on, separated by commas, as 0,1,2")
+    if len(set(words)) < len(words):
+        raise ValueError("the same seed stands twice; remove one")
+    return words
+
+
+Seeds = Annotated[tuple[int, ...], BeforeValidator(_distinct_seeds)]
+
+
+class CheckpointOptions(Group):
+    """Where and how often a training is saved."""
+
+    checkpoint_dir: str = Field("checkpoints", description="Folder for checkpoints, from which a killed run resumes.")
+    checkpoint_minutes: float = Field(
+        10.0, ge=0, description="Minutes of training that a kill may cost; checkpoints take 2 % of the time at most."
+    )
+    checkpoint_upload_minutes: float = Field(
+        0.0, ge=0, description="Minutes between checkpoints uploaded for another machine to resume from, 0 = never."
+    )
+
+
+class StudyOptions(CheckpointOptions):
+    """Where a study is kept and logged, and how it is run. `seeds` and `trials` go before those of the study file."""
+
+    workers: int = Field(1, ge=1, le=100_000, description="Processes that share the study here.")
+    storage: str = Field(
+        "sqlite:///optuna.db",
+        description="Optuna's storage, which keeps the state of studies: sqlite:///FILE, or for several machines "
+        "postgresql://USER@HOST/DATABASE.",
+    )
+    experiment: str = Field("", description="The MLflow experiment.  [default: MLflow's own choice]")
+    log_model: LogModel = Field("all", description="Which runs log their model: the best of the study, all, none.")
+    fresh: bool = Field(False, description="Start over, repeating what was finished.")
+    seeds: Seeds = Field((), description="Seeds of every arm, as 0,1,2.  [default: 0, or the study's]")
+    trials: int | None = Field(
+        None, ge=1, le=100_000, description="Trials of the study in all.  [default: 12, or the study's]"
+    )

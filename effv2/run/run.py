@@ -9,8 +9,7 @@ from typing import Any
 import numpy as np
 import yaml
 
-from effv2.config.options import CheckpointOptions, StudyOptions
-from effv2.config.schema import TrainConfig
+from effv2.config.schema import CheckpointOptions, StudyOptions, TrainConfig
 from effv2.core import provenance
 from effv2.core.errors import Diverged, InputError, Terminated, what_ran_out
 from effv2.core.processes import is_alive, this_process

@@ -20,8 +20,7 @@ from optuna.trial import FrozenTrial, TrialState
 from optuna.visualization import matplotlib as plots
 
 from effv2.config.layers import Layer, Written, build
-from effv2.config.options import LogModel
-from effv2.config.schema import TrainConfig, field_of
+from effv2.config.schema import LogModel, TrainConfig, field_of
 from effv2.config.studies import SearchFile, Study
 from effv2.core import provenance
 from effv2.core.errors import InputError

@@ -16,7 +16,7 @@ from multiprocessing import connection, parent_process
 import torch
 from optuna.trial import FrozenTrial, TrialState
 
-from effv2.config.options import StudyOptions
+from effv2.config.schema import StudyOptions
 from effv2.core.errors import Diverged, LeaseLost, RunError, StoreAway, Terminated
 from effv2.core.processes import ending_signals, tune_allocator
 from effv2.core.reporter import Reporter
@@ -210,12 +210,12 @@ def worker_process(study: OpenedStudy, uri: str, threads: int, variables: Mappin
     with ending_signals():
         try:
             threading.Thread(target=end_with_starter, daemon=True).start()
-            storage = open_storage(study.options.storage, again=True)
+            storage = open_storage(study.options.storage, OUTAGE_SECONDS)
             load = load_once(lambda done, total: None)
             Worker(study, study.queue(storage), load, WorkerReporter(), lambda: None).work()
         except (KeyboardInterrupt, Terminated, StoreAway) as error:
             with suppress(Exception):
-                storage = storage or open_storage(study.options.storage, LEAVING_SECONDS, again=True)
+                storage = storage or open_storage(study.options.storage, LEAVING_SECONDS)
                 # The process that started this one ends the study's run, unless it is gone.
                 study.leave(storage, "" if starter is not None and starter.is_alive() else "KILLED")
             if isinstance(error, RunError):
