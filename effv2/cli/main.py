@@ -73,8 +73,8 @@ def train(study: str | None, layer: Layer, how: StudyOptions) -> None:
 @main.command(cls=cli.Command)
 @cli.option(
     "variant",
-    f"The variant to train beside the default: {', '.join(VARIANTS)}; all the published ones; or what the study file "
-    "calls its arms.  [default: all]",
+    f"The variant to train beside the baseline: {', '.join(VARIANTS)}, or what the study file calls its arms; or all "
+    "arms.  [default: all]",
 )
 @cli.study_option
 @cli.set_option
@@ -85,9 +85,9 @@ def ablate(variant: str | None, study: str | None, layer: Layer, how: StudyOptio
     Without a study file: the five published variants of EfficientNetV2-S under one short protocol on
     scikit-learn's digits. The same command again resumes where the last one ended.
     """
-    from effv2.config.studies import built_in_ablation, open_study
+    from effv2.config.studies import open_study
 
-    chosen = open_study(study) if study else built_in_ablation(variant or "all")
+    chosen = open_study(study or "ablate").with_variant(variant or "all")
     names = chosen.select(variant or "all")
 
     from effv2.studies.plan import make_grid
