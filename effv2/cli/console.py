@@ -55,11 +55,6 @@ class ConsoleReporter(Reporter):
         text = in_options(text, self._command, settings=False)  # these say what differs, not what to give
         self.console.print(text, highlight=False, markup=False, soft_wrap=True)
 
-    def hint(self, text: str) -> None:
-        """Print a line that only somebody who waits at a terminal has use for."""
-        if self.console.is_terminal:
-            self.message(text)
-
     def progress(self, what: str, done: int = 0, total: int | None = None) -> None:
         """Show what is done now; whatever is counted anew gets a bar, and an estimate, of its own."""
         if what != self._counted[0] or done < self._counted[1]:

@@ -23,9 +23,6 @@ class Reporter:
     def message(self, text: str) -> None:
         """Say something once."""
 
-    def hint(self, text: str) -> None:
-        """Say something that only somebody who waits at a terminal has use for."""
-
     def progress(self, what: str, done: int = 0, total: int | None = None) -> None:
         """Say what is being done now, and how much of it is done where that is known."""
 

@@ -105,7 +105,7 @@ def prepare(configs: Sequence[TrainConfig], load: LoadData, message: Message) ->
 def train_single(config: TrainConfig, name: str, study: str, options: StudyOptions, reporter: Reporter) -> Attempt:
     """Make a run of its own, from its settings to its end. InputError before any run is created."""
     load = load_once(partial(reporter.progress, "decoding images"))
-    (config,) = prepare([config], load, reporter.hint)
+    (config,) = prepare([config], load, reporter.message)
     with tracking_faults():
         where, keeps = open_experiment(options.experiment), options.log_model != "none"
         spec = RunSpec(name, where, study, log_model=keeps, checkpoints=options, fresh=options.fresh, reporter=reporter)

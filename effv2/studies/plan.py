@@ -210,7 +210,7 @@ def make_grid(
     if len({config.evaluation.test_set for config in asked}) > 1:
         problem = "true in some arms and false in others"
         raise InputError("evaluation.test_set", "", problem, "give all arms the same")
-    arms = dict(zip(study.arms, prepare(asked, load, reporter.hint), strict=True))
+    arms = dict(zip(study.arms, prepare(asked, load, reporter.message), strict=True))
     identities = {arm: config.identity() for arm, config in arms.items()}
     for identity in identities.values():
         del identity["random.seed"]  # so that a study may grow by some
@@ -230,7 +230,7 @@ def make_search(study: Study, layer: Layer, trials: int, load: LoadData, reporte
         problem = "has arms or seeds, which a search doesn't know"
         raise InputError("study", study.name, problem, "use the commands ablate or hparam-check")
     untested = {"evaluation.test_set": Written(False)}
-    (config,) = prepare([build(TrainConfig, study.base | layer | untested)], load, reporter.hint)
+    (config,) = prepare([build(TrainConfig, study.base | layer | untested)], load, reporter.message)
     ranges, epochs = study.search or SearchFile(), config.schedule.epochs
     ranges = ranges.model_copy(update={"min_epochs": ranges.min_epochs or max(1, epochs // 4)})
     searched = ranges.model_dump(exclude={"trials"})  # which may grow
