@@ -143,11 +143,11 @@ def attempt(config: TrainConfig, dataset: Dataset, spec: RunSpec) -> Attempt:
             run = stack.enter_context(spec.open_run(tags | {ARM: spec.arm}, resumes))
             stack.enter_context(what_ran_out())
             spec.run_opened(run.run_id)
-            if earlier is None or FIRST_LOGGED not in earlier.metrics:
-                _log_beginning(run, config, dataset, earlier.params if earlier else {})
             if earlier is None:
                 checkpointer = Checkpointer(run.run_id, *keeping)
                 stack.enter_context(checkpointer.lock())
+            if earlier is None or FIRST_LOGGED not in earlier.metrics:
+                _log_beginning(run, config, dataset, earlier.params if earlier else {})
             ended = _train(config, dataset, spec, run, checkpointer)
             if run.resumed or spec.checkpoints.checkpoint_upload_minutes:  # perhaps uploaded by an earlier command
                 run.discard(CHECKPOINTS)
