@@ -172,8 +172,7 @@ class Worker:
             return
         run = ended.run
         if ended.was_finished and "train/loss" in ended.metrics:
-            losses = read_runs([run.run_id], ["train/loss"])[0].history["train/loss"]
-            queue.report(lease, max(losses), ended.accuracy)
+            queue.report(lease, max(read_runs([run.run_id], ["train/loss"])[0].history["train/loss"]), ended.accuracy)
         try:
             queue.finish(lease, TrialState.PRUNED if ended.pruned else TrialState.COMPLETE, ended.accuracy, run.run_id)
         except LeaseLost:
