@@ -413,6 +413,8 @@ STUDY_ERRORS = {
     "config: {schedule: {epochs: 2, warmup_epochs: 2}}": r"line 2: config.schedule.warmup_epochs 2: the warm-up",
     "config: {model: {outputs: 5}}\narms: {a: {}}": r"model.outputs 5: the data has 10 classes",
     "config: {data: {image_sise: 32}}": r"line 2: config.data.image_sise: unknown key.*'image_size'",
+    "config: {dta: {}}": r"line 2: config.dta: unknown key 'dta'; did you mean 'data'",
+    "config: {data: {}, model: {}}\narms: {a: {model: {dropout: 0.1}, optimizer: {}}}": r"line 3: arms.a.optimizer: un",
     "config:\n  optimiser:\n    lr: fast": r"line 4: config.optimiser.lr fast",
     "arms:\n  a: {model: {variant: drop_two}}": r"line 3: arms.a.model.variant drop_two: .* did you mean 'drop_one'",
     "arms: {a: {model: {table: M 1 3 1 24 20 1}}}": r"line 2: arms.a.model.table .*: the row .* multiples of 8",

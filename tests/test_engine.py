@@ -313,7 +313,7 @@ def test_a_connection_that_is_cut_within_a_query_is_waited_for(cluster: Cluster)
 def test_a_database_that_cannot_be_reached_is_waited_for_then_named() -> None:
     pytest.importorskip("psycopg")
     with pytest.raises(StoreAway, match="The storage has been away for"):
-        open_storage("postgresql+psycopg://nobody@127.0.0.1:1/nothing", patience=0.5, again=True)
+        open_storage("postgresql+psycopg://nobody@127.0.0.1:1/nothing", wait=0.5)
 
 
 @pytest.fixture

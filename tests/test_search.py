@@ -15,7 +15,7 @@ from mlflow.exceptions import MlflowException
 
 from effv2.cli.main import ablate, hparam_check, search, train
 from effv2.config.layers import Written
-from effv2.config.studies import built_in_search
+from effv2.config.studies import open_study
 from effv2.core.reporter import Reporter
 from effv2.data.dataset import load_once
 from effv2.studies.plan import make_search
@@ -221,7 +221,7 @@ def test_a_trial_is_pruned_after_a_quarter_of_its_epochs_at_the_earliest() -> No
     settings = {"data.image_size": 8, "schedule.epochs": 30, "execution.precision": "fp32"}
     options = {name: Written(value) for name, value in settings.items()}
     load = load_once(lambda done, total: None)
-    pruner = make_search(built_in_search(), options, 0, load, Reporter()).pruner()
+    pruner = make_search(open_study("search"), options, 0, load, Reporter()).pruner()
     study = optuna.create_study(direction="maximize", pruner=pruner)
     pruned_at = []
     for accuracy in (0.9, 0.8, 0.1, 0.1):

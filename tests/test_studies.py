@@ -11,10 +11,10 @@ from pathlib import Path
 import pytest
 
 from effv2.architecture import PUBLISHED_VARIANTS, parse_table
+from effv2.cli.main import SHORT_EPOCHS
 from effv2.config.layers import Layer, Written
-from effv2.config.options import SHORT_EPOCHS
 from effv2.config.schema import TrainConfig
-from effv2.config.studies import SWEEPS, Sources, Study, built_in_ablation, open_study, read_study
+from effv2.config.studies import SWEEPS, Sources, Study, open_study, read_study
 from effv2.core.errors import InputError
 from effv2.core.reporter import Reporter
 from effv2.data.dataset import load_once
@@ -57,6 +57,7 @@ def test_hyper_parameter_check_crosses_each_change_with_plateau() -> None:
     assert study.select_checks("dropout", "both") == ["default", "dropout", "default_plateau", "dropout_plateau"]
     assert study.select_checks("dropout", "none") == ["default", "dropout"]
     assert open_study("hparam-digits").arm("default", NO_OPTIONS).schedule.epochs == SHORT_EPOCHS  # as --help says
+    assert open_study("search").config(NO_OPTIONS).schedule.epochs == SHORT_EPOCHS
     with pytest.raises(InputError, match=r"check droput: no such arm; did you mean 'dropout'"):
         study.select_checks("droput", "both")
 
@@ -115,10 +116,12 @@ def make(study: Study, chosen: list[str], seeds: tuple[int, ...] = ()) -> Grid:
 
 
 def test_one_variant_brings_its_baseline_and_all_brings_all() -> None:
-    study = built_in_ablation()
+    study = open_study("ablate")
     assert study.select("drop_one") == ["default", "drop_one"]
     assert study.select("default") == ["default"]
-    assert built_in_ablation("efficientnet_v2_m").select("efficientnet_v2_m") == ["default", "efficientnet_v2_m"]
+    another = study.with_variant("efficientnet_v2_m")
+    assert another.select("efficientnet_v2_m") == ["default", "efficientnet_v2_m"]
+    assert another.arm("efficientnet_v2_m", NO_OPTIONS).model.variant == "efficientnet_v2_m"
     grid = make(study, study.select("all"), (3, 4))
     assert [*grid.trials] == [f"{name}, seed {seed}" for seed in (3, 4) for name in PUBLISHED_VARIANTS]
 

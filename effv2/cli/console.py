@@ -55,11 +55,6 @@ class ConsoleReporter(Reporter):
         text = in_options(text, self._command, settings=False)  # these say what differs, not what to give
         self.console.print(text, highlight=False, markup=False, soft_wrap=True)
 
-    def hint(self, text: str) -> None:
-        """Print a line that only somebody who waits at a terminal has use for."""
-        if self.console.is_terminal:
-            self.message(text)
-
     def progress(self, what: str, done: int = 0, total: int | None = None) -> None:
         """Show what is done now; whatever is counted anew gets a bar, and an estimate, of its own."""
         if what != self._counted[0] or done < self._counted[1]:
@@ -71,9 +66,7 @@ class ConsoleReporter(Reporter):
 
     def study_progress(self, progress: StudyProgress) -> None:
         """Show how far the study is, and each trial that has ended."""
-        words = [f"{progress.running} running"]
-        words += [f"{progress.pruned} pruned"] if progress.pruned else []
-        words += [f"{progress.failed} failed"] if progress.failed else []
+        words = [f"{count} {what}" for what, count in progress.counts.items() if count]
         words += [f"best {progress.best[1]:.2%} ({progress.best[0]})"] if progress.best else []
         self._progress.update(
             self._study, total=progress.total, completed=progress.done, note=escape(", ".join(words)), visible=True

@@ -18,8 +18,7 @@ from effv2 import __version__
 from effv2.architecture import VARIANTS
 from effv2.cli import options as cli
 from effv2.config.layers import Layer, build
-from effv2.config.options import SHORT_EPOCHS, StudyOptions
-from effv2.config.schema import TrainConfig
+from effv2.config.schema import StudyOptions, TrainConfig
 from effv2.core.errors import InputError, RunError
 from effv2.pretrained.config import PretrainedConfig
 
@@ -27,6 +26,7 @@ WITHOUT_SCHEDULER = {name: setting for name, setting in cli.SHARED.items() if na
 EVALUATION = cli.options_for(" ".join(PretrainedConfig().flat()))
 PUBLISHED_COMPARISON = "efficientnet_v2_s,efficientnet_b0,resnet50"
 SHOWN_FAILURES = 5
+SHORT_EPOCHS = 3  # in the studies that hparam-check and search run without one
 atexit.register(gc.freeze)  # so that the end of a command looks for no garbage in all that was imported: a second
 
 
@@ -73,8 +73,8 @@ def train(study: str | None, layer: Layer, how: StudyOptions) -> None:
 @main.command(cls=cli.Command)
 @cli.option(
     "variant",
-    f"The variant to train beside the default: {', '.join(VARIANTS)}; all the published ones; or what the study file "
-    "calls its arms.  [default: all]",
+    f"The variant to train beside the baseline: {', '.join(VARIANTS)}, or what the study file calls its arms; or all "
+    "arms.  [default: all]",
 )
 @cli.study_option
 @cli.set_option
@@ -85,9 +85,9 @@ def ablate(variant: str | None, study: str | None, layer: Layer, how: StudyOptio
     Without a study file: the five published variants of EfficientNetV2-S under one short protocol on
     scikit-learn's digits. The same command again resumes where the last one ended.
     """
-    from effv2.config.studies import built_in_ablation, open_study
+    from effv2.config.studies import open_study
 
-    chosen = open_study(study) if study else built_in_ablation(variant or "all")
+    chosen = open_study(study or "ablate").with_variant(variant or "all")
     names = chosen.select(variant or "all")
 
     from effv2.studies.plan import make_grid
@@ -131,9 +131,9 @@ def search(study: str | None, layer: Layer, how: StudyOptions) -> None:
     Without a study file: dropout, stochastic depth and depth multiplier on scikit-learn's digits. The same command
     again resumes where the last one ended; with more trials, the search grows.
     """
-    from effv2.config.studies import built_in_search, open_study
+    from effv2.config.studies import open_study
 
-    chosen = open_study(study) if study else built_in_search()
+    chosen = open_study(study or "search")
 
     from effv2.studies.plan import make_search
 

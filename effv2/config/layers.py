@@ -61,7 +61,9 @@ def build(model: type[Model], layer: Layer) -> Model:
         group, _, field = name.partition(".")
         if field:
             groups.setdefault(group, {})[field] = written.value
-    groups |= {name: written.value for name, written in layer.items() if "." not in name}  # which is refused
+    for name, written in layer.items():  # whole groups: empty ones, and what is none, which is refused
+        if "." not in name and (written.value != {} or name not in groups):
+            groups[name] = written.value
 
     def where(place: Place) -> str:
         name, group = dotted(place[:2]), f"{place[0]}."
@@ -97,7 +99,7 @@ class Document:
             raise InputError(self.where(place), "", "must be a mapping of settings", "indent them below the key")
         layer: Layer = {}
         for group, fields in values.items():
-            if not isinstance(fields, dict):  # an error, to be named when it is built
+            if not isinstance(fields, dict) or not fields:  # perhaps an error, to be named when it is built
                 layer[str(group)] = Written(fields, self.where((*place, str(group))))
                 continue
             for name, value in fields.items():

@@ -1,22 +1,22 @@
-"""The training configuration: everything that decides a run, frozen, validated, hashed.
+"""The settings: what decides a run, frozen, validated, hashed; and the options, which decide how it is run and kept.
 
-Each field carries its meaning, unit and bounds; the command line takes its help and defaults from here.
+Each field carries its meaning, unit and bounds; the command line takes its help and defaults from here. Imports nothing
+heavy: commands build options before they do.
 """
 
 from __future__ import annotations
 
-import hashlib
-import json
 from collections.abc import Callable
 from importlib import import_module
 from typing import Annotated, Any, Literal, TypeVar, cast
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationInfo, field_validator, model_validator
 from pydantic.fields import FieldInfo
 from pydantic_core import CoreSchema, PydanticCustomError, core_schema
 
 from effv2 import architecture
 from effv2.core.errors import nearest
+from effv2.core.provenance import sha256_of_values
 
 Function = TypeVar("Function", bound=Callable[..., Any])
 
@@ -68,6 +68,7 @@ UNKNOWN_KEY = "unknown_key"  # type of an error
 
 Device = Literal["auto", "cpu", "cuda", "mps"]
 Precision = Literal["fp32", "bf16", "auto"]
+LogModel = Literal["best", "all", "none"]
 
 Fraction = Annotated[float, Field(ge=0, lt=1)]
 Probability = Annotated[float, Field(ge=0, le=1)]
@@ -245,39 +246,115 @@ class TrainConfig(Group):
     def identity(self) -> dict[str, Any]:
         """Return what decides a run: the fields under dotted names, and the resolved stage table.
 
-        Left out is where the images come from, since they have a digest of their own, and any field added later at its
-        default, at which a run computes what it did without the field.
+        Left out is where the images come from, since they have a digest of their own, and a field that was added later
+        at its default, at which a run computes what it did without the field.
         """
         values, defaults, table = self.flat(), type(self)().flat(), self.model.build_table()
-        deciding = {name for name in values if name in FIRST_FIELDS or values[name] != defaults[name]} - NO_IDENTITY
-        kept = {name: value for name, value in values.items() if name in deciding}
+        absent = NO_IDENTITY | {name for name in values if name not in FIRST_FIELDS and values[name] == defaults[name]}
+        kept = {name: value for name, value in values.items() if name not in absent}
         return kept | {"model.stages": f"{table} / {table.last_channels}"}
 
     def hash(self) -> str:
         """Return 16 hexadecimal digits of SHA-256 over the identity."""
-        return hashlib.sha256(json.dumps(self.identity(), sort_keys=True).encode()).hexdigest()[:16]
+        return sha256_of_values(self.identity())[:16]
 
 
 NO_IDENTITY = {"data.dir", "data.download"}
 # The fields that every identity holds. One added later need not be listed, but its default must then stay.
-FIRST_FIELDS = {
-    f"{group}.{name}"
-    for group, names in {
-        "data": "dataset image_size per_class sampling test_fraction validation_fraction split_seed normalise",
-        "augment": "crop flip trivial_augment erasing mixup cutmix",
-        "model": "table variant depth_multiplier width_multiplier dropout stochastic_depth outputs zero_init_residual",
-        "optimiser": "name lr batch_size weight_decay momentum clip_norm label_smoothing ema_decay",
-        "schedule": "name epochs warmup_epochs plateau_factor plateau_patience",
-        "stopping": "min_epochs patience",
-        "evaluation": "train_set test_set batch_size",
-        "execution": "device precision channels_last compile",
-        "random": "seed",
-    }.items()
-    for name in names.split()
-}
+FIRST_FIELDS = set(
+    [
+        "data.dataset",
+        "data.image_size",
+        "data.per_class",
+        "data.sampling",
+        "data.test_fraction",
+        "data.validation_fraction",
+        "data.split_seed",
+        "data.normalise",
+        "augment.crop",
+        "augment.flip",
+        "augment.trivial_augment",
+        "augment.erasing",
+        "augment.mixup",
+        "augment.cutmix",
+        "model.table",
+        "model.variant",
+        "model.depth_multiplier",
+        "model.width_multiplier",
+        "model.dropout",
+        "model.stochastic_depth",
+        "model.outputs",
+        "model.zero_init_residual",
+        "optimiser.name",
+        "optimiser.lr",
+        "optimiser.batch_size",
+        "optimiser.weight_decay",
+        "optimiser.momentum",
+        "optimiser.clip_norm",
+        "optimiser.label_smoothing",
+        "optimiser.ema_decay",
+        "schedule.name",
+        "schedule.epochs",
+        "schedule.warmup_epochs",
+        "schedule.plateau_factor",
+        "schedule.plateau_patience",
+        "stopping.min_epochs",
+        "stopping.patience",
+        "evaluation.train_set",
+        "evaluation.test_set",
+        "evaluation.batch_size",
+        "execution.device",
+        "execution.precision",
+        "execution.channels_last",
+        "execution.compile",
+        "random.seed",
+    ]
+)
 
 
 def field_of(setting: str, config: type[Group] = TrainConfig) -> FieldInfo:
     """Return the field of a dotted setting such as `optimiser.lr`."""
     group, name = setting.split(".")
     return cast(type[Group], config.model_fields[group].annotation).model_fields[name]
+
+
+def _distinct_seeds(value: Any) -> Any:
+    words = [word.strip() for word in value.split(",")] if isinstance(value, str) else value
+    if not isinstance(words, (list, tuple)) or not all(str(word).isdecimal() and int(word) < 2**32 for word in words):
+        raise ValueError("must be whole numbers from 0 on, separated by commas, as 0,1,2")
+    if len(set(words)) < len(words):
+        raise ValueError("the same seed stands twice; remove one")
+    return words
+
+
+Seeds = Annotated[tuple[int, ...], BeforeValidator(_distinct_seeds)]
+
+
+class CheckpointOptions(Group):
+    """Where and how often a training is saved."""
+
+    checkpoint_dir: str = Field("checkpoints", description="Folder for checkpoints, from which a killed run resumes.")
+    checkpoint_minutes: float = Field(
+        10.0, ge=0, description="Minutes of training that a kill may cost; checkpoints take 2 % of the time at most."
+    )
+    checkpoint_upload_minutes: float = Field(
+        0.0, ge=0, description="Minutes between checkpoints uploaded for another machine to resume from, 0 = never."
+    )
+
+
+class StudyOptions(CheckpointOptions):
+    """Where a study is kept and logged, and how it is run. `seeds` and `trials` go before those of the study file."""
+
+    workers: int = Field(1, ge=1, le=100_000, description="Processes that share the study here.")
+    storage: str = Field(
+        "sqlite:///optuna.db",
+        description="Optuna's storage, which keeps the state of studies: sqlite:///FILE, or for several machines "
+        "postgresql://USER@HOST/DATABASE.",
+    )
+    experiment: str = Field("", description="The MLflow experiment.  [default: MLflow's own choice]")
+    log_model: LogModel = Field("all", description="Which runs log their model: the best of the study, all, none.")
+    fresh: bool = Field(False, description="Start over, repeating what was finished.")
+    seeds: Seeds = Field((), description="Seeds of every arm, as 0,1,2.  [default: 0, or the study's]")
+    trials: int | None = Field(
+        None, ge=1, le=100_000, description="Trials of the study in all.  [default: 12, or the study's]"
+    )

@@ -16,10 +16,9 @@ from typing import Annotated, Any
 from pydantic import AfterValidator, Field, model_validator
 
 import effv2
-from effv2.architecture import PUBLISHED_VARIANTS, VARIANTS
+from effv2.architecture import VARIANTS
 from effv2.config.layers import Layer, Written, build, read_document, validate
-from effv2.config.options import SHORT_EPOCHS, Seeds
-from effv2.config.schema import Group, TrainConfig
+from effv2.config.schema import Group, Seeds, TrainConfig
 from effv2.core.errors import InputError, nearest
 
 # Numbers that a search may choose; trials share everything else: data, length, machine.
@@ -118,7 +117,7 @@ class PublishedStudy(Published):
 
 
 class Study(Group):
-    """A study read from its file, or a built-in one. `command` is the one that its file opens with."""
+    """A study read from its file. `command` is the one that the file opens with."""
 
     name: str = Field(pattern=r"^[\w.-]+$", max_length=80)
     description: str = ""
@@ -157,13 +156,19 @@ class Study(Group):
         """Return the configuration of an arm: options change what all arms share, and its own differences go above."""
         return build(TrainConfig, self.base | options | self.arms[name])
 
+    def with_variant(self, name: str) -> Study:
+        """Return the study with an arm for a variant of the architecture, unless it has one of that name."""
+        if not self.arms or name in self.arms or name not in VARIANTS:
+            return self
+        return self.model_copy(update={"arms": self.arms | {name: {"model.variant": Written(name)}}})
+
     def select(self, name: str) -> list[str]:
         """Return the names of all arms, or of one and the baseline it is compared with."""
         if not self.arms:
             other = "search" if self.search else "train"
             raise InputError("study", self.name, "has no arms to compare", f"use the command {other}")
         if name != "all" and name not in self.arms:
-            raise InputError("variant", name, "no such arm", choices=[*self.arms, "all"])
+            raise InputError("variant", name, "no such variant", choices=[*self.arms, "all"])
         return [arm for arm in self.arms if name in ("all", arm) or arm == self.baseline]
 
     def select_checks(self, name: str, scheduler: str) -> list[str]:
@@ -192,23 +197,6 @@ class Study(Group):
 
     def _schedule(self, arm: str) -> str:
         return "plateau" if self.arm(arm, NOTHING).schedule.name == "plateau" else "none"
-
-
-def built_in_ablation(variant: str = "all") -> Study:
-    """Return the ablation of the published variants on digits, or of another one and the default; InputError."""
-    if variant not in (*VARIANTS, "all"):
-        raise InputError("variant", variant, "no such variant", choices=[*VARIANTS, "all"])
-    others = VARIANTS.keys() - PUBLISHED_VARIANTS.keys()
-    names = ("default", variant) if variant in others else tuple(PUBLISHED_VARIANTS)
-    arms: dict[str, Layer] = {name: {"model.variant": Written(name)} for name in names}
-    about = "Published variants of EfficientNetV2-S under one short protocol."
-    return Study(name="ablate", description=about, arms=arms, baseline="default")
-
-
-def built_in_search() -> Study:
-    """Return a short search over dropout, stochastic depth and depth multiplier on digits."""
-    about = "Dropout, stochastic depth and depth multiplier of EfficientNetV2-S."
-    return Study(name="search", description=about, config={"schedule.epochs": Written(SHORT_EPOCHS)})
 
 
 def open_study(name: str, folder: Path = Path()) -> Study:

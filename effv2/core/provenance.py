@@ -1,16 +1,17 @@
 """Where a result comes from: code, commit, machine, versions. Read once a process: what is edited later did not run."""
 
 import hashlib
+import json
 import os
 import platform
 import re
 import subprocess
 import sys
 from contextvars import ContextVar
-from dataclasses import dataclass
 from functools import cache
 from importlib import metadata
 from pathlib import Path
+from typing import Any
 
 PACKAGE = Path(__file__).parents[1]
 # What is computed, numbered. Raise a number in the commit that changes results: runs, checkpoints and cached images of
@@ -20,18 +21,9 @@ VERSIONS = {"decoding": 1, "network": 1, "batches": 1, "training": 1, "execution
 OF_TRAINING = ("network", "batches", "training", "execution")
 OF_EVALUATION = ("decoding", "batches", "execution", "evaluation")
 RECORDED_PACKAGES = ("torch", "torchvision", "mlflow", "numpy", "pillow", "scikit-learn")
-PRINTABLE_DIFF_BYTES = 5_000_000
+PRINTABLE_DIFF_CHARACTERS = 5_000_000
 # The command that this process runs, as it resumes what it began, without passwords; empty where it is none of ours.
 COMMAND = ContextVar("COMMAND", default="")
-
-
-@dataclass(frozen=True)
-class GitState:
-    """Commit of the sources, whether they differ from it, and how."""
-
-    commit: str
-    dirty: bool
-    diff: str
 
 
 def code_version(rooms: tuple[str, ...] = OF_TRAINING) -> str:
@@ -48,17 +40,19 @@ def sha256_of_file(path: Path) -> str:
     return digest.hexdigest()
 
 
+def sha256_of_values(values: Any) -> str:
+    """Hash plain values, whatever the order of keys."""
+    return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
+
+
 @cache
-def git_state() -> GitState | None:
-    """Return the state of the checkout that the package runs from; None where it is no checkout."""
+def git_state() -> tuple[str, str] | None:
+    """Return the commit of the checkout that the package runs from, and the changes since; None without a checkout."""
     commit = _git("rev-parse", "HEAD")
     if commit is None:
         return None
     changed = _git("status", "--porcelain") or ""
-    diff = (_git("diff", "HEAD") or "") if changed else ""
-    untracked = [line for line in changed.splitlines() if line.startswith("??")]
-    text = diff + ("\nUntracked files:\n" + "\n".join(untracked) if untracked else "")
-    return GitState(commit.strip(), bool(changed), text[:PRINTABLE_DIFF_BYTES])
+    return commit.strip(), changed and f"{changed}\n{_git('diff', 'HEAD') or ''}"[:PRINTABLE_DIFF_CHARACTERS]
 
 
 @cache

@@ -11,10 +11,8 @@ class StudyProgress:
     """How far a study is; `done` counts a running trial by the share of its epochs."""
 
     total: int
-    pruned: int
-    failed: int
-    running: int
     done: float
+    counts: Mapping[str, int]  # of trials that are running, pruned and failed
     best: tuple[str, float] | None
     ended: Mapping[str, str]  # trials by name: how they ended, in that order
 
@@ -24,9 +22,6 @@ class Reporter:
 
     def message(self, text: str) -> None:
         """Say something once."""
-
-    def hint(self, text: str) -> None:
-        """Say something that only somebody who waits at a terminal has use for."""
 
     def progress(self, what: str, done: int = 0, total: int | None = None) -> None:
         """Say what is being done now, and how much of it is done where that is known."""

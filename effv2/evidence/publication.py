@@ -134,9 +134,8 @@ def rebuild(sources: Sequence[Path], own: Path | None, target: Path, reporter: R
 
 
 def _log(run: TrackedRun, files: Mapping[str, Content]) -> None:
-    with tempfile.TemporaryDirectory() as folder:
-        _write(Path(folder), files)
-        run.log_folder(Path(folder))
+    with run.new_artifacts() as folder:
+        _write(folder, files)
 
 
 def _write(folder: Path, files: Mapping[str, Content]) -> None:

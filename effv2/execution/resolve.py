@@ -5,7 +5,6 @@ Which precision is the quicker for a network on this processor is timed once and
 <cache>/calibrations/<hash of network, input, code and processor>.json    {"fp32": ..., "bf16": ...} seconds a step
 """
 
-import hashlib
 import json
 import os
 import shutil
@@ -131,8 +130,7 @@ def _path(config: TrainConfig) -> Path:
     deciding = [str(config.model.build_table()), config.data.image_size, config.optimiser.batch_size]
     deciding += [config.execution.channels_last, os.environ.get("EFFV2_ALLOCATOR", "")]
     deciding += [provenance.code_version(), machine["processor"], machine["threads"]]
-    digest = hashlib.sha256(json.dumps(deciding).encode()).hexdigest()[:16]
-    return cache_folder() / "calibrations" / f"{digest}.json"
+    return cache_folder() / "calibrations" / f"{provenance.sha256_of_values(deciding)[:16]}.json"
 
 
 def _time_steps(config: TrainConfig) -> Calibration:

@@ -1,7 +1,5 @@
 """One published network evaluated in a tracked run of its own: its logits, what they are worth, how long they took."""
 
-import hashlib
-import json
 import tempfile
 import time
 from collections.abc import Callable
@@ -71,7 +69,8 @@ class Evaluation:
 
     def data_digest(self, decoded: Decoded) -> str:
         """Hash the images: pixels, names and classes."""
-        return _hash([decoded.sha256, *self.images.part.ids, *map(str, self.images.true), self.images.tests])
+        about = [decoded.sha256, *self.images.part.ids, *map(str, self.images.true), self.images.tests]
+        return provenance.sha256_of_values(about)[:16]
 
     def definition(self) -> dict[str, Any]:
         """Return, as plain values, what decides the figures besides the images and the machine."""
@@ -116,7 +115,7 @@ def evaluate(evaluation: Evaluation, spec: RunSpec) -> Attempt:
     images, requested, params = evaluation.images, evaluation.requested, evaluation.params()
     decoded, judged_by = evaluation.decode(spec.reporter), f"{params['evaluation.ranked_on']}/top1_accuracy"
     machine = [provenance.machine()[name] for name in ("processor", "accelerator", "threads")]  # speeds are figures too
-    deciding = _hash(evaluation.definition() | {"machine": machine})
+    deciding = provenance.sha256_of_values(evaluation.definition() | {"machine": machine})[:16]
     digest = evaluation.data_digest(decoded)
     tags = run_tags(deciding, digest, CODE, requested.network, evaluation.config.data.seed)
     done = find_earlier(tags, spec)
@@ -161,14 +160,13 @@ def _measure(evaluation: Evaluation, decoded: Decoded, run: TrackedRun, reporter
         found = scores(logits[members], true[members], images.outputs)
         metrics |= {f"{name}/{figure}": value for figure, value in found.items()}
     metrics |= {f"published/{name}": value for name, value in requested.published.items()}
-    with tempfile.TemporaryDirectory() as folder:
+    with run.new_artifacts() as folder:
         for name in {TEST, images.ranked[0]}:
-            place = Path(folder) if name == TEST else Path(folder, name)
+            place = folder if name == TEST else folder / name
             place.mkdir(exist_ok=True)
             part, of_set = images.part.take(images.sets[name]), logits[images.sets[name]].numpy()
             about = images.classes, part.ids, part.labels, of_set
             write_predictions(place, *about, present=images.outputs, outputs=class_names())
-        run.log_folder(Path(folder))
     for name, count in (("single_image", 1), ("batch_128", FULL_BATCH_IMAGES)):  # last, as far as the memory allows
         try:
             again = pixels[torch.arange(count) % len(pixels)]
@@ -188,11 +186,6 @@ def log_network(evaluation: Evaluation, run: TrackedRun) -> None:
     with tempfile.TemporaryDirectory() as folder:
         files = write_served(Path(folder), module, statistics, requested.preparation, class_names())
         run.log_model(files, as_base64(evaluation.images.part.open(0)), torch.__version__)
-
-
-def _hash(value: Any) -> str:
-    """Hash plain values to 16 hexadecimal digits."""
-    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:16]
 
 
 def logits_of(execution: Execution, network: Forward, statistics: Statistics, pixels: Tensor) -> Tensor:

@@ -58,9 +58,8 @@ def log_end(run: TrackedRun, training: Training) -> dict[str, float]:
         for name, key in CURVES.items()
         if key in history[0]
     }
-    with tempfile.TemporaryDirectory() as folder:
-        accuracy_curves(curves, "accuracy by epoch").savefig(Path(folder, "curves.png"), dpi=120)
-        run.log_folder(Path(folder))
+    with run.new_artifacts() as folder:
+        accuracy_curves(curves, "accuracy by epoch").savefig(folder / "curves.png", dpi=120)
     return summary
 
 
@@ -68,10 +67,9 @@ def log_test(run: TrackedRun, training: Training) -> float:
     """Log predictions on the test set of the network as it now is, and their tables; return the accuracy."""
     dataset = training.dataset
     result = evaluate(training.network_for_inference(), dataset.test, training.config.evaluation.batch_size)
-    with tempfile.TemporaryDirectory() as folder:
+    with run.new_artifacts() as folder:
         labels = dataset.test.labels.numpy()
-        write_predictions(Path(folder), dataset.classes, dataset.test.ids, labels, result.logits.numpy())
-        run.log_folder(Path(folder))
+        write_predictions(folder, dataset.classes, dataset.test.ids, labels, result.logits.numpy())
     return result.accuracy
 
 
@@ -156,9 +154,8 @@ def log_network(run: TrackedRun, training: Training) -> None:
 
 def keep_weights(run: TrackedRun, network: nn.Module) -> None:
     """Log the weights of the selected epoch, so that they outlive the process that trained them."""
-    with tempfile.TemporaryDirectory() as folder:
-        torch.save(network.state_dict(), Path(folder, WEIGHTS))
-        run.log_folder(Path(folder))
+    with run.new_artifacts() as folder:
+        torch.save(network.state_dict(), folder / WEIGHTS)
 
 
 def restore(run_id: str, config: TrainConfig, dataset: Dataset) -> Training:

@@ -9,8 +9,7 @@ from typing import Any
 import numpy as np
 import yaml
 
-from effv2.config.options import CheckpointOptions, StudyOptions
-from effv2.config.schema import TrainConfig
+from effv2.config.schema import CheckpointOptions, StudyOptions, TrainConfig
 from effv2.core import provenance
 from effv2.core.errors import Diverged, InputError, Terminated, what_ran_out
 from effv2.core.processes import is_alive, this_process
@@ -33,7 +32,7 @@ from effv2.tracking.tags import (
     STUDY,
     run_tags,
 )
-from effv2.tracking.writer import Beginning, TrackedRun, model_address
+from effv2.tracking.writer import TrackedRun, model_address
 from effv2.training.checkpoint import Checkpointer
 from effv2.training.loop import Training
 
@@ -106,7 +105,7 @@ def prepare(configs: Sequence[TrainConfig], load: LoadData, message: Message) ->
 def train_single(config: TrainConfig, name: str, study: str, options: StudyOptions, reporter: Reporter) -> Attempt:
     """Make a run of its own, from its settings to its end. InputError before any run is created."""
     load = load_once(partial(reporter.progress, "decoding images"))
-    (config,) = prepare([config], load, reporter.hint)
+    (config,) = prepare([config], load, reporter.message)
     with tracking_faults():
         where, keeps = open_experiment(options.experiment), options.log_model != "none"
         spec = RunSpec(name, where, study, log_model=keeps, checkpoints=options, fresh=options.fresh, reporter=reporter)
@@ -121,9 +120,12 @@ def attempt(config: TrainConfig, dataset: Dataset, spec: RunSpec) -> Attempt:
     training has ended, before anything waits for the store: from it the same command delivers what the store lacks.
     TrackingAway where the store is away for longer than the run waits at its end.
     """
-    beginning = beginning_of(config, dataset)
-    earlier = find_earlier(beginning.tags, spec)
-    identity = {name.removeprefix("effv2."): beginning.tags[name] for name in IDENTITY}
+    code, variant, seed = provenance.code_version(), config.model.variant, config.random.seed
+    tags = run_tags(config.hash(), dataset.digest(), code, variant, seed)
+    if config.execution.device == "cpu" and (timed := remembered(config)):
+        tags[CALIBRATION] = str(timed)
+    earlier = find_earlier(tags, spec)
+    identity = {name.removeprefix("effv2."): tags[name] for name in IDENTITY}
     keeping = spec.checkpoints, identity, spec.reporter.message
     if earlier is not None:
         there = TrackedRun(earlier.run_id, spec.experiment_id)
@@ -138,14 +140,14 @@ def attempt(config: TrainConfig, dataset: Dataset, spec: RunSpec) -> Attempt:
             if earlier is not None:
                 stack.enter_context(checkpointer.lock())  # before the store hears of it
             resumes = "" if earlier is None else earlier.run_id
-            run = stack.enter_context(spec.open_run(beginning.tags | {ARM: spec.arm}, resumes))
+            run = stack.enter_context(spec.open_run(tags | {ARM: spec.arm}, resumes))
             stack.enter_context(what_ran_out())
             spec.run_opened(run.run_id)
-            if earlier is None or FIRST_LOGGED not in earlier.metrics:
-                run.log_beginning(beginning, earlier.params if earlier else {})
             if earlier is None:
                 checkpointer = Checkpointer(run.run_id, *keeping)
                 stack.enter_context(checkpointer.lock())
+            if earlier is None or FIRST_LOGGED not in earlier.metrics:
+                _log_beginning(run, config, dataset, earlier.params if earlier else {})
             ended = _train(config, dataset, spec, run, checkpointer)
             if run.resumed or spec.checkpoints.checkpoint_upload_minutes:  # perhaps uploaded by an earlier command
                 run.discard(CHECKPOINTS)
@@ -160,20 +162,21 @@ def attempt(config: TrainConfig, dataset: Dataset, spec: RunSpec) -> Attempt:
     return ended
 
 
-def beginning_of(config: TrainConfig, dataset: Dataset) -> Beginning:
-    """Return what is known of a run before its first epoch; runs of equal identity are equal on one machine."""
-    code, variant, seed = provenance.code_version(), config.model.variant, config.random.seed
-    tags = run_tags(config.hash(), dataset.digest(), code, variant, seed)
-    if config.execution.device == "cpu" and (timed := remembered(config)):
-        tags[CALIBRATION] = str(timed)
-    data = []
+def _log_beginning(run: OpenRun, config: TrainConfig, dataset: Dataset, known: Mapping[str, str]) -> None:
+    """Log what is known before the first epoch; not the params `known`, which a run that resumes has.
+
+    They may differ now, as the folder of the data does, and the store would refuse them.
+    """
+    run.log_params({name: value for name, value in config.flat().items() if name not in known})
+    # The first file, so that an artifact store that refuses is noticed before anything is trained.
+    run.log_text(study_text(config), "study.yaml")
+    run.log_git()
     for name, split in dataset.splits.items():
         counts = np.bincount(split.labels.numpy(), minlength=len(dataset.classes)).tolist()
         profile: dict[str, Any] = {"images": len(split), "classes": dict(zip(dataset.classes, counts, strict=True))}
         if name != "train":
             profile["images_also_in_train"] = split.images_also_in(dataset.train)
-        data.append((dataset.name, name, split.digest, dataset.location, profile))
-    return Beginning(tags, config.flat(), study_text(config), data)
+        run.log_dataset(dataset.name, name, split.digest, dataset.location, profile)
 
 
 def study_text(config: TrainConfig, name: str = "again") -> str:

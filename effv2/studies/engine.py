@@ -1,7 +1,5 @@
 """Run a study to its end: open or resume it, have it worked on by one process or several, publish what came out."""
 
-import hashlib
-import json
 import multiprocessing
 import os
 import signal
@@ -18,7 +16,7 @@ import torch
 from optuna.study import StudyDirection
 from optuna.trial import TrialState
 
-from effv2.config.options import StudyOptions
+from effv2.config.schema import StudyOptions
 from effv2.core import provenance
 from effv2.core.errors import RunError
 from effv2.core.internals import study_id
@@ -30,17 +28,9 @@ from effv2.studies.plan import Plan, progress_of, run_ids
 from effv2.studies.queue import ERROR, RUN, Queue, Trials
 from effv2.studies.storage import DATABASE_ERRORS, OUTAGE_SECONDS, Storage, cannot_use, open_storage
 from effv2.studies.worker import AWAY, OpenedStudy, Worker, worker_process
+from effv2.tracking import store
 from effv2.tracking.read import known_runs, read_run, read_runs
 from effv2.tracking.run import begin_run
-from effv2.tracking.store import (
-    TRACKING_ERRORS,
-    TrackingError,
-    answers,
-    outage_passed,
-    shown_uri,
-    tracking_faults,
-    tracking_uri,
-)
 from effv2.tracking.tags import CODE_VERSION, COMMAND, PLANNED, QUEUE, STUDY, as_tags, names_in
 from effv2.tracking.writer import TrackedRun, model_address, run_address, status_after
 
@@ -67,7 +57,7 @@ def run_study(plan: Plan, experiment_id: str, options: StudyOptions, load: LoadD
 
     The same call on several machines, with one PostgreSQL storage and one tracking server, shares the work.
     """
-    with tracking_faults(), closing(open_storage(options.storage)) as storage:
+    with store.tracking_faults(), closing(open_storage(options.storage)) as storage:
         study, setbacks = _open(plan, storage, experiment_id, options, reporter), 0
         try:
             queue = study.queue(storage)
@@ -75,8 +65,8 @@ def run_study(plan: Plan, experiment_id: str, options: StudyOptions, load: LoadD
             while True:
                 try:
                     return storage.retry(lambda: _publish(study, queue, load, reporter))
-                except TrackingError as error:
-                    if not outage_passed(error, setbacks, OUTAGE_SECONDS, reporter.message):
+                except store.TrackingError as error:
+                    if not store.outage_passed(error, setbacks, OUTAGE_SECONDS, reporter.message):
                         raise
                     setbacks += 1
         except BaseException as error:  # of an ending signal too: what this process has is given back
@@ -104,7 +94,7 @@ def _work(study: OpenedStudy, queue: Queue, load: LoadData, reporter: Reporter) 
 def _open(plan: Plan, storage: Storage, experiment_id: str, options: StudyOptions, reporter: Reporter) -> OpenedStudy:
     """Open the newest study of this definition whose run the tracking store has, or create both."""
     definition, kind = {**plan.definition, "experiment": experiment_id}, f"{plan.kind} {plan.name} "
-    name = f"{kind}{hashlib.sha256(json.dumps(definition, sort_keys=True).encode()).hexdigest()[:12]}"
+    name = f"{kind}{provenance.sha256_of_values(definition)[:12]}"
     try:
         with storage.lock("studies"):
             studies = sorted(storage.optuna.get_all_studies(), key=study_id, reverse=True)
@@ -115,7 +105,7 @@ def _open(plan: Plan, storage: Storage, experiment_id: str, options: StudyOption
                 queue, attributes = found.study_name, dict(found.user_attrs)
             else:
                 if same and not options.fresh:
-                    text = f"The tracking store {shown_uri()} has no run of this study: it begins anew there."
+                    text = f"The tracking store {store.shown_uri()} has no run of this study: it begins anew there."
                     reporter.message(text)
                 if begun and not same:
                     words = differences(begun[0].user_attrs[DEFINITION], definition)
@@ -150,8 +140,8 @@ def _create(plan: Plan, storage: Storage, name: str, definition: Mapping[str, An
             storage.optuna.set_study_user_attr(created, attribute, value)
         return attributes
     except BaseException as error:
-        with suppress(*TRACKING_ERRORS):
-            if answers():
+        with suppress(*store.TRACKING_ERRORS):
+            if store.answers():
                 parent.set_status(status_after(error))
         raise
 
@@ -213,7 +203,7 @@ def _supervise(study: OpenedStudy, queue: Queue, message: Message, show: Callabl
 
     def start(index: int) -> BaseProcess:
         gpu = {"CUDA_VISIBLE_DEVICES": gpus[index % len(gpus)]} if len(gpus) > 1 else {}
-        about = (study, tracking_uri(), threads, {**os.environ, **gpu})
+        about = (study, store.tracking_uri(), threads, {**os.environ, **gpu})
         process: BaseProcess = context.Process(target=worker_process, args=about, daemon=True)
         # It inherits that Ctrl-C, which reaches a whole group, is ignored: this process ends it in order.
         before = signal.signal(signal.SIGINT, signal.SIG_IGN)

@@ -4,7 +4,6 @@ A grid is arms by seeds, each trained once, then compared: what `ablate` and `hp
 by TPE and prunes poor runs early; its best run is tested once. Published weights that are compared are in weights.py.
 """
 
-import tempfile
 import warnings
 from abc import ABC, abstractmethod
 from collections import Counter
@@ -21,8 +20,7 @@ from optuna.trial import FrozenTrial, TrialState
 from optuna.visualization import matplotlib as plots
 
 from effv2.config.layers import Layer, Written, build
-from effv2.config.options import LogModel
-from effv2.config.schema import TrainConfig, field_of
+from effv2.config.schema import LogModel, TrainConfig, field_of
 from effv2.config.studies import SearchFile, Study
 from effv2.core import provenance
 from effv2.core.errors import InputError
@@ -37,6 +35,7 @@ from effv2.tracking.tags import BEST_RUN, LOOKS
 from effv2.tracking.writer import TrackedRun, model_address
 
 ABOUT = {"name", "description", "retries", "baseline"}  # what a plan takes from a study file
+COUNTED = {"running": TrialState.RUNNING, "pruned": TrialState.PRUNED, "failed": TrialState.FAIL}
 RANDOM_TRIALS = 10  # of a search, before TPE has anything to go by
 FIGURES: dict[str, Callable[[optuna.Study], Any]] = {
     "importance": plots.plot_param_importances,
@@ -180,11 +179,10 @@ class Search(TrainingPlan):
             looks = [*filter(None, own.tags.get(LOOKS, "").split(",")), tested.run_id]
             parent.set_tags({BEST_RUN: tested.run_id, LOOKS: ",".join(dict.fromkeys(looks))})
             parent.log_metrics({name: tested.metrics[name] for name in (SELECTED_VALIDATION, SELECTED_TEST)})
-            with tempfile.TemporaryDirectory() as folder:
+            with parent.new_artifacts() as folder:
                 config = self.configuration(best.params | {"evaluation.test_set": True})
-                Path(folder, "best.yaml").write_text(study_text(config, f"{self.name}-best"), encoding="utf-8")
-                _draw(trials, Path(folder))
-                parent.log_folder(Path(folder))
+                (folder / "best.yaml").write_text(study_text(config, f"{self.name}-best"), encoding="utf-8")
+                _draw(trials, folder)
         return models
 
 
@@ -212,7 +210,7 @@ def make_grid(
     if len({config.evaluation.test_set for config in asked}) > 1:
         problem = "true in some arms and false in others"
         raise InputError("evaluation.test_set", "", problem, "give all arms the same")
-    arms = dict(zip(study.arms, prepare(asked, load, reporter.hint), strict=True))
+    arms = dict(zip(study.arms, prepare(asked, load, reporter.message), strict=True))
     identities = {arm: config.identity() for arm, config in arms.items()}
     for identity in identities.values():
         del identity["random.seed"]  # so that a study may grow by some
@@ -232,7 +230,7 @@ def make_search(study: Study, layer: Layer, trials: int, load: LoadData, reporte
         problem = "has arms or seeds, which a search doesn't know"
         raise InputError("study", study.name, problem, "use the commands ablate or hparam-check")
     untested = {"evaluation.test_set": Written(False)}
-    (config,) = prepare([build(TrainConfig, study.base | layer | untested)], load, reporter.hint)
+    (config,) = prepare([build(TrainConfig, study.base | layer | untested)], load, reporter.message)
     ranges, epochs = study.search or SearchFile(), config.schedule.epochs
     ranges = ranges.model_copy(update={"min_epochs": ranges.min_epochs or max(1, epochs // 4)})
     searched = ranges.model_dump(exclude={"trials"})  # which may grow
@@ -261,6 +259,12 @@ def run_ids(trials: Trials) -> dict[str, str]:
 
 def progress_of(plan: Plan, trials: Trials) -> StudyProgress:
     """Sum up the wanted trials."""
+
+    def ending(trial: FrozenTrial) -> str:
+        if trial.state == TrialState.FAIL:
+            return f"failed: {trial.user_attrs.get(ERROR, 'no reason known')}"
+        return f"{'pruned at' if trial.state == TrialState.PRUNED else 'reached'} {trial.value or 0.0:.2%}"
+
     wanted = [trial for name, trial in trials.items() if name in plan.trials]
     count, best = Counter(trial.state for trial in wanted), best_of(wanted)
     shares = [(trial.last_step or 0) / plan.epochs for trial in wanted if trial.state == TrialState.RUNNING]
@@ -268,17 +272,8 @@ def progress_of(plan: Plan, trials: Trials) -> StudyProgress:
     finished.sort(key=lambda trial: str(trial.datetime_complete))
     return StudyProgress(
         total=len(plan.trials),
-        pruned=count[TrialState.PRUNED],
-        failed=count[TrialState.FAIL],
-        running=count[TrialState.RUNNING],
         done=len(finished) + sum(shares),
+        counts={word: count[state] for word, state in COUNTED.items()},
         best=(best.user_attrs[NAME], best.value or 0.0) if best else None,
-        ended={trial.user_attrs[NAME]: _ending(trial) for trial in finished},
+        ended={trial.user_attrs[NAME]: ending(trial) for trial in finished},
     )
-
-
-def _ending(trial: FrozenTrial) -> str:
-    if trial.state == TrialState.FAIL:
-        return f"failed: {trial.user_attrs.get(ERROR, 'no reason known')}"
-    word = "pruned at" if trial.state == TrialState.PRUNED else "reached"
-    return f"{word} {trial.value or 0.0:.2%}"

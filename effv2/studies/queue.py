@@ -14,7 +14,7 @@ import time
 from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from functools import wraps
-from typing import Any, Concatenate, Literal, ParamSpec, TypeVar
+from typing import Any, Concatenate, ParamSpec, TypeVar
 
 import optuna
 from optuna.exceptions import UpdateFinishedTrialError
@@ -41,7 +41,6 @@ MOST_LOST = 5  # a trial whose workers died so often is given up: it may be what
 # A worker on another machine is gone if its heartbeat stays out for so long after it was first found missing: after
 # an outage of the database every heartbeat is old for a moment.
 SECOND_LOOK_SECONDS = 2 * HEARTBEAT_SECONDS
-Finished = Literal[TrialState.COMPLETE, TrialState.PRUNED]
 Method = Callable[Concatenate["Queue", P], R]
 
 
@@ -147,7 +146,7 @@ class Queue:
         return prunes
 
     @retried
-    def finish(self, trial: FrozenTrial, state: Finished, value: float, run_id: str) -> None:
+    def finish(self, trial: FrozenTrial, state: TrialState, value: float, run_id: str) -> None:
         """Finish a trial with its value and the run that reached it; LeaseLost if the trial is no longer ours."""
         with self.storage.lock(self.study):
             if not self._own(trial).state.is_finished():  # else the answer to an earlier attempt to finish was lost

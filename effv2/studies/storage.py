@@ -45,19 +45,19 @@ R = TypeVar("R")
 class Storage:
     """An open storage and the lock that serialises changes to a study; the lock dies with its process.
 
-    `patience` is how many seconds the database may be away; StoreAway after them. One that is opened `again` is waited
-    for from the beginning.
+    `patience` is how many seconds the database may be away; StoreAway after them. With `wait` it may so from the
+    beginning, for so many seconds.
     """
 
-    def __init__(self, url: URL, patience: float, again: bool) -> None:
+    def __init__(self, url: URL, wait: float) -> None:
         self.url, self.shown = url.render_as_string(hide_password=False), url.render_as_string(hide_password=True)
-        self.patience = patience
+        self.patience = wait or OUTAGE_SECONDS
         self._file = url.database if url.get_backend_name() == "sqlite" else None
         ours = {name: value for name, value in POSTGRESQL_ARGUMENTS.items() if name not in url.query}
         arguments = {"timeout": 60} if self._file else ours
         engine: dict[str, Any] = {"connect_args": arguments, "pool_pre_ping": True}
         self._locks = sqlalchemy.create_engine(url, **engine)
-        self._rdb = self.retry(lambda: self._opened(engine)) if again else self._opened(engine)
+        self._rdb = self.retry(lambda: self._opened(engine)) if wait else self._opened(engine)
         self.optuna = get_storage(self._rdb)
 
     def _opened(self, engine: dict[str, Any]) -> RDBStorage:
@@ -117,11 +117,11 @@ class Storage:
         self._locks.dispose()
 
 
-def open_storage(url: str, patience: float = OUTAGE_SECONDS, *, again: bool = False) -> Storage:
+def open_storage(url: str, wait: float = 0) -> Storage:
     """Open a storage, creating its tables where they are missing; InputError if it can't be used.
 
     `url` is sqlite:///FILE, for one machine, or postgresql://USER@HOST/DATABASE, for many. A database that was open
-    before is opened `again`, and waited for.
+    before may be away now: `wait` is how many seconds it is waited for.
     """
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     try:
@@ -136,7 +136,7 @@ def open_storage(url: str, patience: float = OUTAGE_SECONDS, *, again: bool = Fa
     if parsed.drivername == "postgresql":
         parsed = parsed.set(drivername="postgresql+psycopg")
     try:
-        return Storage(parsed, patience, again)
+        return Storage(parsed, wait)
     except ImportError as error:
         remedy = "install it with: pip install 'effv2[postgresql]'"
         raise InputError("storage", shown, f"needs the package {error.name}", remedy) from error

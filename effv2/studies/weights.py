@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from effv2.config.options import LogModel
+from effv2.config.schema import LogModel
 from effv2.core.reporter import Reporter
 from effv2.data.dataset import LoadData
 from effv2.execution.resolve import resolve_device

@@ -12,12 +12,11 @@ from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
 from multiprocessing import connection, parent_process
-from typing import Any
 
 import torch
 from optuna.trial import FrozenTrial, TrialState
 
-from effv2.config.options import StudyOptions
+from effv2.config.schema import StudyOptions
 from effv2.core.errors import Diverged, LeaseLost, RunError, StoreAway, Terminated
 from effv2.core.processes import ending_signals, tune_allocator
 from effv2.core.reporter import Reporter
@@ -195,31 +194,30 @@ def worker_process(study: OpenedStudy, uri: str, threads: int, variables: Mappin
 
     `uri` is that of the tracking store. `variables` are those of the environment: the fork may be of an older one.
     """
+    storage, starter = None, parent_process()
+
+    def end_with_starter() -> None:
+        connection.wait([starter.sentinel])  # type: ignore[union-attr]
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(ORPHAN_SECONDS)
+        os._exit(1)
+
     os.environ.update(variables)  # which GPUs are seen, too: before CUDA is initialised
     tune_allocator()
     torch.set_num_threads(threads)
     use_store(uri)
-    storage, starter = None, parent_process()
     with ending_signals():
         try:
-            threading.Thread(target=_end_with, args=[starter], daemon=True).start()
-            storage = open_storage(study.options.storage, again=True)
+            threading.Thread(target=end_with_starter, daemon=True).start()
+            storage = open_storage(study.options.storage, OUTAGE_SECONDS)
             load = load_once(lambda done, total: None)
             Worker(study, study.queue(storage), load, WorkerReporter(), lambda: None).work()
         except (KeyboardInterrupt, Terminated, StoreAway) as error:
             with suppress(Exception):
-                storage = storage or open_storage(study.options.storage, LEAVING_SECONDS, again=True)
+                storage = storage or open_storage(study.options.storage, LEAVING_SECONDS)
                 # The process that started this one ends the study's run, unless it is gone.
                 study.leave(storage, "" if starter is not None and starter.is_alive() else "KILLED")
             if isinstance(error, RunError):
                 print(error, file=sys.stderr)
                 sys.exit(AWAY)
             sys.exit(1)
-
-
-def _end_with(starter: Any) -> None:
-    """Wait for the end of the process that started this one, then end this one. Runs in a thread."""
-    connection.wait([starter.sentinel])
-    os.kill(os.getpid(), signal.SIGTERM)
-    time.sleep(ORPHAN_SECONDS)
-    os._exit(1)

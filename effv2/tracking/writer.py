@@ -4,9 +4,8 @@ import json
 import os
 import tempfile
 import warnings
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import suppress
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -23,16 +22,6 @@ from effv2.core.provenance import git_state
 from effv2.tracking.sender import Values, send_values
 from effv2.tracking.store import is_missing, shown_uri
 from effv2.tracking.tags import CONTINUES, DATA_CONTEXT, GIT_COMMIT, GIT_DIRTY, LONGEST_TAG, NOTE
-
-
-@dataclass(frozen=True)
-class Beginning:
-    """What is known of a run before its first epoch: tags, parameters, study file, and the arguments of log_dataset."""
-
-    tags: dict[str, str]
-    params: Mapping[str, Any]
-    study: str
-    data: Sequence[tuple[str, str, str, str, Mapping[str, Any]]]
 
 
 class TrackedRun:
@@ -74,33 +63,24 @@ class TrackedRun:
     def log_git(self) -> None:
         """Record commit and dirty flag of the checkout as tags, the uncommitted changes as an artifact."""
         if (state := git_state()) is not None:
-            self.set_tags({GIT_COMMIT: state.commit, GIT_DIRTY: str(state.dirty).lower()})
-            if state.dirty:
-                self.log_text(state.diff, "source/uncommitted.diff")
-
-    def log_beginning(self, beginning: Beginning, known: Mapping[str, str]) -> None:
-        """Log all but the tags; not the params `known`, which a run that resumes has.
-
-        They may differ now, as the folder of the data does, and the store would refuse them.
-        """
-        self.log_params({name: value for name, value in beginning.params.items() if name not in known})
-        # The first file, so that an artifact store that refuses is noticed before anything is trained.
-        self.log_text(beginning.study, "study.yaml")
-        self.log_git()
-        for data in beginning.data:
-            self.log_dataset(*data)
+            commit, changes = state
+            self.set_tags({GIT_COMMIT: commit, GIT_DIRTY: str(bool(changes)).lower()})
+            if changes:
+                self.log_text(changes, "source/uncommitted.diff")
 
     def log_text(self, text: str, name: str) -> None:
         """Store a text as an artifact."""
-        with tempfile.TemporaryDirectory() as folder:
-            path = Path(folder, name)
+        with self.new_artifacts() as folder:
+            path = folder / name
             path.parent.mkdir(parents=True, exist_ok=True)
             path.write_text(text, encoding="utf-8")
-            self.log_folder(Path(folder))
 
-    def log_folder(self, folder: Path) -> None:
-        """Upload everything in `folder` as the run's artifacts."""
-        self._call(lambda: MlflowClient().log_artifacts(self.run_id, str(folder)))
+    @contextmanager
+    def new_artifacts(self) -> Iterator[Path]:
+        """Open a folder for artifacts; those that are written into it are uploaded at the end."""
+        with tempfile.TemporaryDirectory() as folder:
+            yield Path(folder)
+            self._call(lambda: MlflowClient().log_artifacts(self.run_id, folder))
 
     def log_model(self, files: Mapping[str, Path], example: str, torch_version: str) -> None:
         """Log the served model, as log_served_model does."""
