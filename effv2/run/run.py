@@ -33,7 +33,7 @@ from effv2.tracking.tags import (
     STUDY,
     run_tags,
 )
-from effv2.tracking.writer import Beginning, TrackedRun, model_address
+from effv2.tracking.writer import TrackedRun, model_address
 from effv2.training.checkpoint import Checkpointer
 from effv2.training.loop import Training
 
@@ -121,9 +121,9 @@ def attempt(config: TrainConfig, dataset: Dataset, spec: RunSpec) -> Attempt:
     training has ended, before anything waits for the store: from it the same command delivers what the store lacks.
     TrackingAway where the store is away for longer than the run waits at its end.
     """
-    beginning = beginning_of(config, dataset)
-    earlier = find_earlier(beginning.tags, spec)
-    identity = {name.removeprefix("effv2."): beginning.tags[name] for name in IDENTITY}
+    tags = tags_of(config, dataset)
+    earlier = find_earlier(tags, spec)
+    identity = {name.removeprefix("effv2."): tags[name] for name in IDENTITY}
     keeping = spec.checkpoints, identity, spec.reporter.message
     if earlier is not None:
         there = TrackedRun(earlier.run_id, spec.experiment_id)
@@ -138,11 +138,11 @@ def attempt(config: TrainConfig, dataset: Dataset, spec: RunSpec) -> Attempt:
             if earlier is not None:
                 stack.enter_context(checkpointer.lock())  # before the store hears of it
             resumes = "" if earlier is None else earlier.run_id
-            run = stack.enter_context(spec.open_run(beginning.tags | {ARM: spec.arm}, resumes))
+            run = stack.enter_context(spec.open_run(tags | {ARM: spec.arm}, resumes))
             stack.enter_context(what_ran_out())
             spec.run_opened(run.run_id)
             if earlier is None or FIRST_LOGGED not in earlier.metrics:
-                run.log_beginning(beginning, earlier.params if earlier else {})
+                log_beginning(run, config, dataset, earlier.params if earlier else {})
             if earlier is None:
                 checkpointer = Checkpointer(run.run_id, *keeping)
                 stack.enter_context(checkpointer.lock())
@@ -160,20 +160,30 @@ def attempt(config: TrainConfig, dataset: Dataset, spec: RunSpec) -> Attempt:
     return ended
 
 
-def beginning_of(config: TrainConfig, dataset: Dataset) -> Beginning:
-    """Return what is known of a run before its first epoch; runs of equal identity are equal on one machine."""
+def tags_of(config: TrainConfig, dataset: Dataset) -> dict[str, str]:
+    """Return the tags that a run is known by; runs of equal identity are equal on one machine."""
     code, variant, seed = provenance.code_version(), config.model.variant, config.random.seed
     tags = run_tags(config.hash(), dataset.digest(), code, variant, seed)
     if config.execution.device == "cpu" and (timed := remembered(config)):
         tags[CALIBRATION] = str(timed)
-    data = []
+    return tags
+
+
+def log_beginning(run: TrackedRun, config: TrainConfig, dataset: Dataset, known: Mapping[str, str]) -> None:
+    """Log what is known before the first epoch, but for the params `known`, which a run that resumes has.
+
+    They may differ now, as the folder of the data does, and the store would refuse them.
+    """
+    run.log_params({name: value for name, value in config.flat().items() if name not in known})
+    # The first file, so that an artifact store that refuses is noticed before anything is trained.
+    run.log_text(study_text(config), "study.yaml")
+    run.log_git()
     for name, split in dataset.splits.items():
         counts = np.bincount(split.labels.numpy(), minlength=len(dataset.classes)).tolist()
         profile: dict[str, Any] = {"images": len(split), "classes": dict(zip(dataset.classes, counts, strict=True))}
         if name != "train":
             profile["images_also_in_train"] = split.images_also_in(dataset.train)
-        data.append((dataset.name, name, split.digest, dataset.location, profile))
-    return Beginning(tags, config.flat(), study_text(config), data)
+        run.log_dataset(dataset.name, name, split.digest, dataset.location, profile)
 
 
 def study_text(config: TrainConfig, name: str = "again") -> str:
@@ -196,10 +206,10 @@ def find_earlier(tags: Mapping[str, str], spec: RunSpec) -> RunRecord | None:
     before = read_run(spec.previous) if spec.previous else None
     if before is not None and _is_worked_on(before, spec):
         before = None
-    if before is not None and (end_left_open(before.run_id) or before.status == "FINISHED"):
+    if before is not None and (end_left_open(before) or before.status == "FINISHED"):
         return read_run(before.run_id)
     alike = {CONFIG_HASH: tags[CONFIG_HASH]} | ({PARENT: spec.parent} if spec.fresh else {})
-    known = find_runs(spec.experiment_id, alike, ("FINISHED", "FAILED", "KILLED"))
+    known = find_runs(spec.experiment_id, alike, running=False)
     equal = [run for run in known if all(run.tags.get(name) == tags[name] for name in IDENTITY)]
     complete = (run for run in equal if run.status == "FINISHED" and run.tags.get(OUTCOME) == "complete")
     finished = next(complete, None)

@@ -3,10 +3,10 @@
 import json
 import shutil
 import tempfile
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path, PurePosixPath
 
 from mlflow import MlflowClient
@@ -75,14 +75,12 @@ def decisive_accuracy(runs: Sequence[RunRecord]) -> str:
     return BEST_TEST if published and not validated else SELECTED_TEST
 
 
-def find_runs(experiment_id: str, tags: Mapping[str, str], statuses: Collection[str]) -> list[RunRecord]:
-    """Return the runs of the experiment with these tags and one of these statuses, the last first."""
-    wanted = " and ".join(
-        [*(f"tags.`{name}` = '{value}'" for name, value in tags.items())]
-        + ([f"attributes.status = '{next(iter(statuses))}'"] if len(statuses) == 1 else [])
-    )
-    found = MlflowClient().search_runs([experiment_id], wanted, order_by=["attributes.start_time DESC"])
-    return [_record(run, {}) for run in found if run.info.status in statuses]
+def find_runs(experiment_id: str, tags: Mapping[str, str], *, running: bool) -> list[RunRecord]:
+    """Return the runs of the experiment with these tags that are RUNNING, or those that have ended, the last first."""
+    wanted = [f"attributes.status {'=' if running else '!='} 'RUNNING'"]
+    wanted += [f"tags.`{name}` = '{value}'" for name, value in tags.items()]
+    found = MlflowClient().search_runs([experiment_id], " and ".join(wanted), order_by=["attributes.start_time DESC"])
+    return [_record(run) for run in found]
 
 
 def read_runs(run_ids: Iterable[str], histories: Iterable[str]) -> list[RunRecord]:
@@ -137,7 +135,7 @@ def read_run(run_id: str) -> RunRecord | None:
         if is_missing(error):
             return None
         raise
-    return _record(run, {}) if run.info.lifecycle_stage == "active" else None
+    return _record(run) if run.info.lifecycle_stage == "active" else None
 
 
 def experiment_name(experiment_id: str) -> str:
@@ -185,10 +183,11 @@ def _with_histories(runs: list[tuple[Run, list[str]]]) -> list[RunRecord]:
     with ThreadPoolExecutor(READERS) as pool:
         read = pool.map(lambda one: {m.step: m.value for m in client.get_metric_history(*one)}, wanted)
         found = dict(zip(wanted, read, strict=True))
-    return [_record(run, {name: found[run.info.run_id, name] for name in named[run.info.run_id]}) for run, _ in runs]
+    histories = {run_id: {name: found[run_id, name] for name in names} for run_id, names in named.items()}
+    return [replace(_record(run), history=histories[run.info.run_id]) for run, _ in runs]
 
 
-def _record(run: Run, history: dict[str, dict[int, float]]) -> RunRecord:
+def _record(run: Run) -> RunRecord:
     info, data = run.info, run.data
     return RunRecord(
         run_id=info.run_id,
@@ -197,7 +196,6 @@ def _record(run: Run, history: dict[str, dict[int, float]]) -> RunRecord:
         params=data.params,
         metrics=data.metrics,
         tags=data.tags,
-        history=history,
         images=dict(_images(run)),
         started=info.start_time or 0,
         ended=info.end_time or 0,

@@ -30,8 +30,7 @@ MOST_SETBACKS = 5  # so often a piece of work is begun again because the store f
 TrackingError = MlflowException
 TRACKING_ERRORS = (MlflowException, SQLAlchemyError, OSError)  # a store that is away, or refuses
 REFUSALS = ("INVALID_PARAMETER_VALUE", "BAD_REQUEST")
-REFUSING_STATUS = (400, 413, 422)
-NO_ACCESS = ("PERMISSION_DENIED", "UNAUTHENTICATED")
+LASTING = ("RESOURCE_DOES_NOT_EXIST", "PERMISSION_DENIED", "UNAUTHENTICATED")
 # What the code and the text of an error look like, and what is wrong with the store, with the remedy: the first found.
 EXPLANATIONS = (
     (
@@ -148,7 +147,8 @@ def outage_passed(error: Exception, setbacks: int, seconds: float, message: Mess
     `setbacks` counts those of the same piece of work that passed before. StoreAway where it is away for longer than
     `seconds`.
     """
-    if is_temporary(error) and setbacks < MOST_SETBACKS:
+    lasting = is_refusal(error) or getattr(error, "error_code", "") in LASTING
+    if isinstance(error, MlflowException) and not lasting and setbacks < MOST_SETBACKS:
         message(f"The tracking store failed ({reason(error)}); the work is resumed when it answers.")
         time.sleep(WAIT_SECONDS * (setbacks + 1))
     elif answers():
@@ -177,24 +177,23 @@ def shown_uri() -> str:
     return without_password(mlflow.get_tracking_uri())
 
 
+def ui_address() -> str:
+    """Return the address of the server's pages; empty where the tracking store is no server."""
+    uri = shown_uri()
+    return uri.rstrip("/") if uri.startswith("http") else ""
+
+
 def is_refusal(error: Exception) -> bool:
     """Say whether the store understood and refused, so that trying again won't help; a run that was deleted too."""
     if isinstance(error, MlflowException) and error.error_code in REFUSALS:
         return True
-    status = getattr(getattr(error, "response", None), "status_code", 0)  # of an artifact
-    return status in REFUSING_STATUS or bool(re.search(r"error code (400|413|422)", str(error)))
+    status = getattr(getattr(error, "response", None), "status_code", "")  # of an artifact
+    return bool(re.search(r"error code (400|413|422)", f"error code {status} {error}"))
 
 
 def is_missing(error: Exception) -> bool:
     """Say whether the store has no run, model or experiment of that id."""
     return isinstance(error, MlflowException) and error.error_code == "RESOURCE_DOES_NOT_EXIST"
-
-
-def is_temporary(error: Exception) -> bool:
-    """Say whether the store failed in a way that it may not when it is asked again."""
-    if not isinstance(error, MlflowException) or is_refusal(error) or is_missing(error):
-        return False
-    return error.error_code not in NO_ACCESS
 
 
 def reason(error: BaseException) -> str:
