@@ -26,9 +26,9 @@ from effv2.run.run import RunSpec
 from effv2.studies.plan import Plan, best_of
 from effv2.studies.queue import NAME, RUN, Queue
 from effv2.studies.storage import LEAVING_SECONDS, OUTAGE_SECONDS, Storage, open_storage
-from effv2.tracking.read import find_runs, read_run, read_runs
+from effv2.tracking.read import find_runs, read_history, read_run
 from effv2.tracking.run import end_left_open
-from effv2.tracking.store import answers, outage_passed, use_store
+from effv2.tracking.store import answers, configure, outage_passed
 from effv2.tracking.tags import PARENT
 from effv2.tracking.writer import TrackedRun
 
@@ -173,8 +173,7 @@ class Worker:
             return
         run = ended.run
         if ended.was_finished and "train/loss" in ended.metrics:
-            losses = read_runs([run.run_id], ["train/loss"])[0].history["train/loss"]
-            queue.report(lease, max(losses), ended.accuracy)
+            queue.report(lease, max(read_history(run.run_id, "train/loss")), ended.accuracy)
         try:
             queue.finish(lease, TrialState.PRUNED if ended.pruned else TrialState.COMPLETE, ended.accuracy, run.run_id)
         except LeaseLost:
@@ -191,15 +190,15 @@ class WorkerReporter(Reporter):
         print(text, file=sys.stderr)
 
 
-def worker_process(study: OpenedStudy, uri: str, threads: int, variables: Mapping[str, str]) -> None:
+def worker_process(study: OpenedStudy, threads: int, variables: Mapping[str, str]) -> None:
     """Work in a process of its own, which ends when the one that started it does; exit code AWAY after an outage.
 
-    `uri` is that of the tracking store. `variables` are those of the environment: the fork may be of an older one.
+    `variables` are those of the environment, which name the tracking store: the fork may be of an older one.
     """
     os.environ.update(variables)  # which GPUs are seen, too: before CUDA is initialised
     tune_allocator()
     torch.set_num_threads(threads)
-    use_store(uri)
+    configure()
     storage, starter = None, parent_process()
     with ending_signals():
         try:

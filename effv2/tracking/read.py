@@ -13,7 +13,7 @@ from mlflow import MlflowClient
 from mlflow.entities import Run
 from mlflow.exceptions import MlflowException
 
-from effv2.tracking.store import is_missing
+from effv2.tracking.store import MISSING
 from effv2.tracking.tags import DATA_CONTEXT, PARENT, reused_in
 
 # Accuracies on the test set: of its best epoch, of the selected one (the best on validation, or the last), of the last.
@@ -83,32 +83,37 @@ def find_runs(experiment_id: str, tags: Mapping[str, str], *, running: bool) -> 
     return [_record(run) for run in found]
 
 
-def read_runs(run_ids: Iterable[str], histories: Iterable[str]) -> list[RunRecord]:
-    """Read runs with the histories of the named metrics."""
+def read_runs(run_ids: Iterable[str]) -> list[RunRecord]:
+    """Read runs without histories."""
     client = MlflowClient()
-    names = list(histories)
-    return _with_histories([(client.get_run(run_id), names) for run_id in run_ids])
+    return [_record(client.get_run(run_id)) for run_id in run_ids]
 
 
-def read_experiment(experiment_id: str, histories: Iterable[str], parent: str = "") -> list[RunRecord]:
+def read_history(run_id: str, name: str) -> dict[int, float]:
+    """Read the values of a metric by epoch."""
+    return {each.step: each.value for each in MlflowClient().get_metric_history(run_id, name)}
+
+
+def read_experiment(experiment_id: str, histories: Sequence[str], parent: str = "") -> list[RunRecord]:
     """Read all runs of an experiment, the oldest first; or a study's run, its children, and those that it reuses.
 
-    Histories are those of finished runs. The trials of a search, which may be thousands, have none, or where its study
-    is read alone that of the accuracy on validation.
+    With the histories, of finished runs, of metrics whose names begin so. The trials of a search, which may be
+    thousands, have none, or where its study is read alone that of the accuracy on validation.
     """
-    client, names = MlflowClient(), list(histories)
-    condition = f"tags.`{PARENT}` = '{parent}'" if parent else ""
-    runs = [client.get_run(parent)] if parent else []
-    taken = [run_id for run_id in (reused_in(runs[0].data.tags) if parent else ()) if read_run(run_id)]
-    runs += [*_all_runs(experiment_id, condition), *map(client.get_run, taken)]
-    searches = {run.info.run_id for run in runs if run.data.params.get("study.kind") == "search"}
+    runs = list(map(_record, _all_runs(experiment_id, f"tags.`{PARENT}` = '{parent}'" if parent else "")))
+    if parent:
+        (study,) = read_runs([parent])
+        runs = [study, *runs, *filter(None, map(read_run, reused_in(study.tags)))]
+    searches = {run.run_id for run in runs if run.params.get("study.kind") == "search"}
 
-    def names_of(run: Run) -> list[str]:
-        if run.data.tags.get(PARENT) in searches or (parent in searches and run.info.run_id != parent):
-            return [name for name in names if name == OF_TRIALS and parent]
-        return names if run.info.status == "FINISHED" else []
+    def history(run: RunRecord) -> dict[str, dict[int, float]]:
+        names = tuple(histories) if run.status == "FINISHED" else ()
+        if run.parent in searches or (parent in searches and run.run_id != parent):
+            names = (OF_TRIALS,) if parent and OF_TRIALS in histories else ()
+        return {name: read_history(run.run_id, name) for name in run.metrics if name.startswith(names)}
 
-    return _with_histories([(run, names_of(run)) for run in runs])
+    with ThreadPoolExecutor(READERS) as pool:
+        return [replace(run, history=read) for run, read in zip(runs, pool.map(history, runs), strict=True)]
 
 
 def known_runs(experiment_id: str) -> set[str]:
@@ -132,7 +137,7 @@ def read_run(run_id: str) -> RunRecord | None:
     try:
         run = MlflowClient().get_run(run_id)
     except MlflowException as error:
-        if is_missing(error):
+        if error.error_code == MISSING:
             return None
         raise
     return _record(run) if run.info.lifecycle_stage == "active" else None
@@ -172,19 +177,6 @@ def read_artifacts(run_id: str, names: Iterable[str]) -> dict[str, str]:
                 with suppress(UnicodeDecodeError):  # no file of ours
                     found[name] = Path(client.download_artifacts(run_id, name, folder)).read_text(encoding="utf-8")
     return found
-
-
-def _with_histories(runs: list[tuple[Run, list[str]]]) -> list[RunRecord]:
-    """Read runs with the histories of the metrics that are named beside each, by their beginnings."""
-    client, named = MlflowClient(), {}
-    for run, names in runs:
-        named[run.info.run_id] = [name for name in run.data.metrics if name.startswith(tuple(names))]
-    wanted = [(run_id, name) for run_id, names in named.items() for name in names]
-    with ThreadPoolExecutor(READERS) as pool:
-        read = pool.map(lambda one: {m.step: m.value for m in client.get_metric_history(*one)}, wanted)
-        found = dict(zip(wanted, read, strict=True))
-    histories = {run_id: {name: found[run_id, name] for name in names} for run_id, names in named.items()}
-    return [replace(_record(run), history=histories[run.info.run_id]) for run, _ in runs]
 
 
 def _record(run: Run) -> RunRecord:

@@ -20,7 +20,7 @@ from effv2 import serving
 from effv2.core.errors import LeaseLost, Terminated
 from effv2.core.provenance import git_state
 from effv2.tracking.sender import Item, send
-from effv2.tracking.store import is_missing, shown_uri, ui_address
+from effv2.tracking.store import MISSING, shown_uri, ui_address
 from effv2.tracking.tags import CONTINUES, DATA_CONTEXT, GIT_COMMIT, GIT_DIRTY, LONGEST_TAG, NOTE
 
 
@@ -140,7 +140,7 @@ def _models(run_id: str) -> list[LoggedModel]:
         try:
             found.append(client.get_logged_model(each.model_id))
         except MlflowException as error:
-            if not is_missing(error):
+            if error.error_code != MISSING:
                 raise
     return found
 
