@@ -121,7 +121,7 @@ def attempt(config: TrainConfig, dataset: Dataset, spec: RunSpec) -> Attempt:
     training has ended, before anything waits for the store: from it the same command delivers what the store lacks.
     TrackingAway where the store is away for longer than the run waits at its end.
     """
-    tags = tags_of(config, dataset)
+    tags, params, study, splits = tags_of(config, dataset), config.flat(), study_text(config), splits_of(dataset)
     earlier = find_earlier(tags, spec)
     identity = {name.removeprefix("effv2."): tags[name] for name in IDENTITY}
     keeping = spec.checkpoints, identity, spec.reporter.message
@@ -142,7 +142,13 @@ def attempt(config: TrainConfig, dataset: Dataset, spec: RunSpec) -> Attempt:
             stack.enter_context(what_ran_out())
             spec.run_opened(run.run_id)
             if earlier is None or FIRST_LOGGED not in earlier.metrics:
-                log_beginning(run, config, dataset, earlier.params if earlier else {})
+                known = earlier.params if earlier else {}  # they may differ now, as the folder of the data does
+                run.log_params({name: value for name, value in params.items() if name not in known})
+                # The first file, so that an artifact store that refuses is noticed before anything is trained.
+                run.log_text(study, "study.yaml")
+                run.log_git()
+                for split in splits:
+                    run.log_dataset(*split)
             if earlier is None:
                 checkpointer = Checkpointer(run.run_id, *keeping)
                 stack.enter_context(checkpointer.lock())
@@ -169,21 +175,16 @@ def tags_of(config: TrainConfig, dataset: Dataset) -> dict[str, str]:
     return tags
 
 
-def log_beginning(run: TrackedRun, config: TrainConfig, dataset: Dataset, known: Mapping[str, str]) -> None:
-    """Log what is known before the first epoch, but for the params `known`, which a run that resumes has.
-
-    They may differ now, as the folder of the data does, and the store would refuse them.
-    """
-    run.log_params({name: value for name, value in config.flat().items() if name not in known})
-    # The first file, so that an artifact store that refuses is noticed before anything is trained.
-    run.log_text(study_text(config), "study.yaml")
-    run.log_git()
+def splits_of(dataset: Dataset) -> list[tuple[str, str, str, str, dict[str, Any]]]:
+    """Return the arguments of log_dataset for each split of a data set."""
+    data = []
     for name, split in dataset.splits.items():
         counts = np.bincount(split.labels.numpy(), minlength=len(dataset.classes)).tolist()
         profile: dict[str, Any] = {"images": len(split), "classes": dict(zip(dataset.classes, counts, strict=True))}
         if name != "train":
             profile["images_also_in_train"] = split.images_also_in(dataset.train)
-        run.log_dataset(dataset.name, name, split.digest, dataset.location, profile)
+        data.append((dataset.name, name, split.digest, dataset.location, profile))
+    return data
 
 
 def study_text(config: TrainConfig, name: str = "again") -> str:

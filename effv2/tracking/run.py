@@ -112,8 +112,8 @@ def open_run(
 ) -> Iterator[OpenRun]:
     """Begin a run as `begin_run` does, and end it FINISHED, FAILED or KILLED. Raises what an OpenRun does."""
     known = {**tags, PID: str(os.getpid()), PROCESS: this_process()}
-    run_id = begin_run(name, experiment_id, known, parent, resumes).run_id
-    run = OpenRun(run_id, experiment_id, message, patience, bool(resumes))
+    begun = begin_run(name, experiment_id, known, parent, resumes)
+    run = OpenRun(begun.run_id, experiment_id, message, patience, bool(resumes))
     monitor = _monitor(run.run_id, bool(resumes), message)
     try:
         yield run

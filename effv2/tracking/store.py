@@ -198,8 +198,7 @@ def _experiment(name: str, create: bool) -> Experiment:
         return given
     if not name:
         return client.get_experiment(default_experiment_id())
-    found = client.get_experiment_by_name(name)
-    if found is not None:
+    if found := client.get_experiment_by_name(name):
         return found
     if not create:
         names = [each.name for each in client.search_experiments()]
