@@ -19,10 +19,10 @@ from effv2.core.errors import LeaseLost, RunError
 from effv2.core.processes import is_gone, this_process
 from effv2.core.reporter import Message
 from effv2.tracking.read import RunRecord, find_runs
-from effv2.tracking.sender import Item, Sender
+from effv2.tracking.sender import Sender
 from effv2.tracking.store import TRACKING_ERRORS, TrackingAway, answers, open_store
 from effv2.tracking.tags import ERROR, LONGEST_TAG, OUTCOME, PARENT, PID, PROCESS, REPORT, RUN_NAME
-from effv2.tracking.writer import TrackedRun, discard, status_after
+from effv2.tracking.writer import Item, TrackedRun, discard, status_after
 
 PATIENCE = 120.0  # seconds that the end of a run waits for a store that is away
 EARLY_PATIENCE = 3.0  # seconds that a run which ends early waits for the store

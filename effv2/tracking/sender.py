@@ -7,45 +7,18 @@ What a process can't deliver before it ends, the same command delivers from the 
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import suppress
 from itertools import takewhile
-
-from mlflow import MlflowClient
-from mlflow.entities import Metric, Param, RunTag
 
 from effv2.core.errors import RunError
 from effv2.core.reporter import Message
 from effv2.tracking.store import WAIT_SECONDS, TrackingAway, answers, is_refusal, reason, shown_uri
+from effv2.tracking.writer import Item, KnownSteps, send
 
 LOOK_SECONDS = 0.2  # between two looks at how long a store has been away
 LAST_CALL = 1.0  # seconds that the call in progress has to come to an end
 LONGEST_WAIT = 15.0  # seconds between two attempts
-
-Item = Metric | Param | RunTag | Callable[[], None]  # a value, of which a call takes many, or a call of its own
-KnownSteps = dict[str, set[int]]  # the steps of each metric that the run has
-
-
-def send(run_id: str, items: Sequence[Item], known: KnownSteps | None = None) -> None:
-    """Make calls, which may be repeated, and send values together; not the metrics that the run has, if `known` tells.
-
-    `known` is filled from the store as it is needed: there is one value a metric and step.
-    """
-    client, metrics = MlflowClient(), []
-    for item in items:
-        if isinstance(item, Metric):
-            if known is not None:
-                if item.key not in known:
-                    known[item.key] = {each.step for each in client.get_metric_history(run_id, item.key)}
-                if item.step in known[item.key]:
-                    continue
-                known[item.key].add(item.step)
-            metrics.append(item)
-        elif callable(item):
-            item()
-    params = {item.key: item for item in items if isinstance(item, Param)}
-    tags = {item.key: item for item in items if isinstance(item, RunTag)}
-    client.log_batch(run_id, metrics, [*params.values()], [*tags.values()])  # in parts that the server takes
 
 
 class Sender:

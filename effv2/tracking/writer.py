@@ -4,7 +4,7 @@ import json
 import os
 import time
 import warnings
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -19,9 +19,33 @@ from mlflow.tracking.context.registry import resolve_tags
 from effv2 import serving
 from effv2.core.errors import LeaseLost, Terminated
 from effv2.core.provenance import git_state
-from effv2.tracking.sender import Item, send
 from effv2.tracking.store import MISSING, shown_uri, ui_address
 from effv2.tracking.tags import CONTINUES, DATA_CONTEXT, GIT_COMMIT, GIT_DIRTY, LONGEST_TAG, NOTE
+
+Item = Metric | Param | RunTag | Callable[[], None]  # a value, of which a call takes many, or a call of its own
+KnownSteps = dict[str, set[int]]  # the steps of each metric that the run has
+
+
+def send(run_id: str, items: Sequence[Item], known: KnownSteps | None = None) -> None:
+    """Make calls, which may be repeated, and send values together; not the metrics that the run has, if `known` tells.
+
+    `known` is filled from the store as it is needed: there is one value a metric and step.
+    """
+    client, metrics = MlflowClient(), []
+    for item in items:
+        if isinstance(item, Metric):
+            if known is not None:
+                if item.key not in known:
+                    known[item.key] = {each.step for each in client.get_metric_history(run_id, item.key)}
+                if item.step in known[item.key]:
+                    continue
+                known[item.key].add(item.step)
+            metrics.append(item)
+        elif callable(item):
+            item()
+    params = {item.key: item for item in items if isinstance(item, Param)}
+    tags = {item.key: item for item in items if isinstance(item, RunTag)}
+    client.log_batch(run_id, metrics, [*params.values()], [*tags.values()])  # in parts that the server takes
 
 
 class TrackedRun:
