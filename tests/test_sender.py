@@ -33,7 +33,7 @@ class Store:
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.shut: str = ""
-        for name in ("log_batch", "set_terminated", "log_artifacts", "log_inputs", "search_experiments"):
+        for name in ("log_batch", "set_terminated", "log_artifacts", "log_text", "log_inputs", "search_experiments"):
             monkeypatch.setattr(MlflowClient, name, self._behind_the_door(getattr(MlflowClient, name)))
 
     def _behind_the_door(self, call: Callable[..., Any]) -> Callable[..., Any]:
@@ -117,13 +117,13 @@ def test_a_store_that_takes_nothing_is_named_before_anything_is_trained(store: s
 
 
 def test_a_slow_store_is_not_away(sqlite_store: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    log_artifacts = MlflowClient.log_artifacts
+    log_text = MlflowClient.log_text
 
     def slow(*words: Any) -> None:
         time.sleep(0.5)
-        log_artifacts(*words)
+        log_text(*words)
 
-    monkeypatch.setattr(MlflowClient, "log_artifacts", slow)
+    monkeypatch.setattr(MlflowClient, "log_text", slow)
     with open_run("run", open_store(""), {}, message=print, patience=0.1) as run:
         run.log_text("a model", "model.txt")
     assert MlflowClient().get_run(run.run_id).info.status == "FINISHED"

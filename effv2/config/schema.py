@@ -261,55 +261,21 @@ class TrainConfig(Group):
 
 NO_IDENTITY = {"data.dir", "data.download"}
 # The fields that every identity holds. One added later need not be listed, but its default must then stay.
-FIRST_FIELDS = set(
-    [
-        "data.dataset",
-        "data.image_size",
-        "data.per_class",
-        "data.sampling",
-        "data.test_fraction",
-        "data.validation_fraction",
-        "data.split_seed",
-        "data.normalise",
-        "augment.crop",
-        "augment.flip",
-        "augment.trivial_augment",
-        "augment.erasing",
-        "augment.mixup",
-        "augment.cutmix",
-        "model.table",
-        "model.variant",
-        "model.depth_multiplier",
-        "model.width_multiplier",
-        "model.dropout",
-        "model.stochastic_depth",
-        "model.outputs",
-        "model.zero_init_residual",
-        "optimiser.name",
-        "optimiser.lr",
-        "optimiser.batch_size",
-        "optimiser.weight_decay",
-        "optimiser.momentum",
-        "optimiser.clip_norm",
-        "optimiser.label_smoothing",
-        "optimiser.ema_decay",
-        "schedule.name",
-        "schedule.epochs",
-        "schedule.warmup_epochs",
-        "schedule.plateau_factor",
-        "schedule.plateau_patience",
-        "stopping.min_epochs",
-        "stopping.patience",
-        "evaluation.train_set",
-        "evaluation.test_set",
-        "evaluation.batch_size",
-        "execution.device",
-        "execution.precision",
-        "execution.channels_last",
-        "execution.compile",
-        "random.seed",
-    ]
-)
+FIRST_FIELDS = {
+    f"{group}.{name}"
+    for group, names in {
+        "data": "dataset image_size per_class sampling test_fraction validation_fraction split_seed normalise",
+        "augment": "crop flip trivial_augment erasing mixup cutmix",
+        "model": "table variant depth_multiplier width_multiplier dropout stochastic_depth outputs zero_init_residual",
+        "optimiser": "name lr batch_size weight_decay momentum clip_norm label_smoothing ema_decay",
+        "schedule": "name epochs warmup_epochs plateau_factor plateau_patience",
+        "stopping": "min_epochs patience",
+        "evaluation": "train_set test_set batch_size",
+        "execution": "device precision channels_last compile",
+        "random": "seed",
+    }.items()
+    for name in names.split()
+}
 
 
 def field_of(setting: str, config: type[Group] = TrainConfig) -> FieldInfo:

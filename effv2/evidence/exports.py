@@ -20,8 +20,8 @@ from effv2.core.provenance import sha256_of_file
 from effv2.evidence.claims import EXPORTED_AS
 from effv2.evidence.quantities import HISTORIES
 from effv2.tracking.read import READERS, Images, RunRecord, experiment_name, read_artifacts, read_experiment
+from effv2.tracking.store import ui_address
 from effv2.tracking.tags import PARENT, PID, PROCESS, QUEUE
-from effv2.tracking.views import ui_address
 
 # Predictions of a run: of published networks those of the images that they weren't fitted to, as far as that is known,
 # stand last.

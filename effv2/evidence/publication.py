@@ -15,7 +15,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined, select_autoescap
 from markupsafe import Markup, escape
 from matplotlib.figure import Figure
 
-from effv2.core.errors import InputError, RunError
+from effv2.core.errors import InputError
 from effv2.core.figures import PALETTE
 from effv2.core.paths import write_csv
 from effv2.core.reporter import Reporter
@@ -26,12 +26,11 @@ from effv2.evidence.quantities import EXPORTED, HISTORIES
 from effv2.evidence.results import results_of
 from effv2.evidence.statistics import p_text
 from effv2.evidence.study import StudyResults, studies_of
-from effv2.tracking import store
 from effv2.tracking.read import read_experiment
 from effv2.tracking.run import open_experiment, open_report_run
-from effv2.tracking.store import TrackingError
+from effv2.tracking.store import tracking_faults
 from effv2.tracking.tags import REUSED, as_tags, reused
-from effv2.tracking.views import artifact_link, describe_experiment, save_views, view_links
+from effv2.tracking.views import show_in_ui
 from effv2.tracking.writer import TrackedRun, run_address
 
 Content = str | Figure | Sequence[Sequence[Any]]  # of a file that is logged: a text, a figure, a table
@@ -77,7 +76,7 @@ def publish_study(parent: TrackedRun, used: Mapping[str, str]) -> StudyResults:
         files[results.document] = f"# {results.title}\n\n{results.markdown()}\n"
     _log(parent, files)
     parent.log_metrics(results.metrics)
-    parent.describe(results.markdown(_show_in_ui(parent)))
+    parent.describe(results.markdown(show_in_ui(parent.experiment_id, parent.run_id, HTML)))
     return results
 
 
@@ -98,21 +97,18 @@ def publish(experiment: str, own: Path | None, target: Path | None, reporter: Re
     if target is not None:
         _prepare(target)
     experiment_id = open_experiment(experiment, create=False)
-    try:
-        with open_report_run(experiment_id, reporter.message) as run:
-            reporter.progress("reading runs")
-            evidence = tracked(run.experiment_id, HISTORIES if target is None else EXPORTED)
-            report = make_report(evidence, claims, progress=reporter.progress)
-            parents = [study.parent.run_id for study in studies_of(evidence.runs) if study.kind]
-            for place in [run, *(TrackedRun(run_id, run.experiment_id) for run_id in parents)]:
-                reporter.progress("logging the report")
-                _log(place, report.files)
-            run.describe(f"{report.summary}.\n\n{_show_in_ui(run)}")
-            if target is not None:
-                reporter.progress("exporting")
-                _export(report, evidence, target, claims)
-    except TrackingError as error:
-        raise RunError(f"The tracking store failed ({store.reason(error)}); mend it and try again.") from error
+    with tracking_faults(), open_report_run(experiment_id, reporter.message) as run:
+        reporter.progress("reading runs")
+        evidence = tracked(run.experiment_id, HISTORIES if target is None else EXPORTED)
+        report = make_report(evidence, claims, progress=reporter.progress)
+        parents = [study.parent.run_id for study in studies_of(evidence.runs) if study.kind]
+        for place in [run, *(TrackedRun(run_id, run.experiment_id) for run_id in parents)]:
+            reporter.progress("logging the report")
+            _log(place, report.files)
+        run.describe(f"{report.summary}.\n\n{show_in_ui(run.experiment_id, run.run_id, HTML)}")
+        if target is not None:
+            reporter.progress("exporting")
+            _export(report, evidence, target, claims)
     return report, run_address(run.run_id, run.experiment_id)
 
 
@@ -148,15 +144,6 @@ def _write(folder: Path, files: Mapping[str, Content]) -> None:
             content.savefig(path, dpi=120)
         else:
             write_csv(path, content)
-
-
-def _show_in_ui(run: TrackedRun) -> str:
-    """Save the views of the run's experiment, describe it by links to them and the run's report, and return these."""
-    save_views(run.experiment_id)
-    page = artifact_link(run.experiment_id, run.run_id, HTML)
-    links = f"[Report]({page}) · {view_links(run.experiment_id)}"
-    describe_experiment(run.experiment_id, links)
-    return links
 
 
 def _prepare(target: Path) -> None:

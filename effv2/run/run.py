@@ -199,10 +199,10 @@ def find_earlier(tags: Mapping[str, str], spec: RunSpec) -> RunRecord | None:
     before = read_run(spec.previous) if spec.previous else None
     if before is not None and _is_worked_on(before, spec):
         before = None
-    if before is not None and (end_left_open(before.run_id) or before.status == "FINISHED"):
+    if before is not None and (end_left_open(before) or before.status == "FINISHED"):
         return read_run(before.run_id)
     alike = {CONFIG_HASH: tags[CONFIG_HASH]} | ({PARENT: spec.parent} if spec.fresh else {})
-    known = find_runs(spec.experiment_id, alike, ("FINISHED", "FAILED", "KILLED"))
+    known = find_runs(spec.experiment_id, alike, running=False)
     equal = [run for run in known if all(run.tags.get(name) == tags[name] for name in IDENTITY)]
     complete = (run for run in equal if run.status == "FINISHED" and run.tags.get(OUTCOME) == "complete")
     finished = next(complete, None)

@@ -120,7 +120,7 @@ def _open(plan: Plan, storage: Storage, experiment_id: str, options: StudyOption
         raise cannot_use(storage.shown, error) from error
     parent = TrackedRun(attributes[PARENT], experiment_id)
     parent.take_over_adopted()
-    (record,) = read_runs([parent.run_id], ())
+    (record,) = read_runs([parent.run_id])
     planned = dict.fromkeys([*names_in(record.tags, PLANNED), *plan.trials])
     parent.set_tags({COMMAND: provenance.COMMAND.get()} | as_tags(PLANNED, planned))
     return OpenedStudy(plan, options, queue, parent, attributes[FRESH])
@@ -203,7 +203,7 @@ def _supervise(study: OpenedStudy, queue: Queue, message: Message, show: Callabl
 
     def start(index: int) -> BaseProcess:
         gpu = {"CUDA_VISIBLE_DEVICES": gpus[index % len(gpus)]} if len(gpus) > 1 else {}
-        about = (study, store.tracking_uri(), threads, {**os.environ, **gpu})
+        about = (study, threads, {**os.environ, **gpu})
         process: BaseProcess = context.Process(target=worker_process, args=about, daemon=True)
         # It inherits that Ctrl-C, which reaches a whole group, is ignored: this process ends it in order.
         before = signal.signal(signal.SIGINT, signal.SIG_IGN)

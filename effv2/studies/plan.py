@@ -104,7 +104,7 @@ class TrainingPlan(Plan):
         if best is None or not (log_model == "best" or self.searches):
             return {}
         run, config = TrackedRun(best.user_attrs[RUN], parent.experiment_id), self.configuration(best.params)
-        records = {record.run_id: record for record in read_runs(run_ids(trials).values(), [])}
+        records = {record.run_id: record for record in read_runs(run_ids(trials).values())}
         model = log_model == "best" and not model_address(run.run_id)
         test = self.searches and SELECTED_TEST not in records[run.run_id].metrics
         if model or test:
@@ -175,7 +175,7 @@ class Search(TrainingPlan):
         """Log the configuration of the best trial, its accuracies and Optuna's figures on the parent, too."""
         models, best = super().conclude(trials, parent, log_model, load), best_of(trials.values())
         if best is not None:
-            own, tested = read_runs([parent.run_id, best.user_attrs[RUN]], ())
+            own, tested = read_runs([parent.run_id, best.user_attrs[RUN]])
             looks = [*filter(None, own.tags.get(LOOKS, "").split(",")), tested.run_id]
             parent.set_tags({BEST_RUN: tested.run_id, LOOKS: ",".join(dict.fromkeys(looks))})
             parent.log_metrics({name: tested.metrics[name] for name in (SELECTED_VALIDATION, SELECTED_TEST)})

@@ -25,9 +25,9 @@ from effv2.run.run import RunSpec
 from effv2.studies.plan import Plan, best_of
 from effv2.studies.queue import NAME, RUN, Queue
 from effv2.studies.storage import LEAVING_SECONDS, OUTAGE_SECONDS, Storage, open_storage
-from effv2.tracking.read import find_runs, read_run, read_runs
+from effv2.tracking.read import find_runs, read_history, read_run
 from effv2.tracking.run import end_left_open
-from effv2.tracking.store import answers, outage_passed, use_store
+from effv2.tracking.store import answers, configure, outage_passed
 from effv2.tracking.tags import PARENT
 from effv2.tracking.writer import TrackedRun
 
@@ -61,8 +61,8 @@ class OpenedStudy:
         """
         with queue.storage.lock(self.name):  # nobody leases a trial meanwhile
             if queue.deserted():
-                for child in find_runs(self.parent.experiment_id, {PARENT: self.parent.run_id}, ("RUNNING",)):
-                    end_left_open(child.run_id)
+                for child in find_runs(self.parent.experiment_id, {PARENT: self.parent.run_id}, running=True):
+                    end_left_open(child)
                 self.parent.set_status(status)
 
     def leave(self, storage: Storage, status: str = "") -> None:
@@ -172,7 +172,7 @@ class Worker:
             return
         run_id, state = ended.run.run_id, TrialState.PRUNED if ended.pruned else TrialState.COMPLETE
         if ended.was_finished and "train/loss" in ended.metrics:
-            queue.report(lease, max(read_runs([run_id], ["train/loss"])[0].history["train/loss"]), ended.accuracy)
+            queue.report(lease, max(read_history(run_id, "train/loss")), ended.accuracy)
         try:
             queue.finish(lease, state, ended.accuracy, run_id)
         except LeaseLost:
@@ -189,10 +189,10 @@ class WorkerReporter(Reporter):
         print(text, file=sys.stderr)
 
 
-def worker_process(study: OpenedStudy, uri: str, threads: int, variables: Mapping[str, str]) -> None:
+def worker_process(study: OpenedStudy, threads: int, variables: Mapping[str, str]) -> None:
     """Work in a process of its own, which ends when the one that started it does; exit code AWAY after an outage.
 
-    `uri` is that of the tracking store. `variables` are those of the environment: the fork may be of an older one.
+    `variables` are those of the environment, which name the tracking store: the fork may be of an older one.
     """
     storage, starter = None, parent_process()
 
@@ -205,7 +205,7 @@ def worker_process(study: OpenedStudy, uri: str, threads: int, variables: Mappin
     os.environ.update(variables)  # which GPUs are seen, too: before CUDA is initialised
     tune_allocator()
     torch.set_num_threads(threads)
-    use_store(uri)
+    configure()
     with ending_signals():
         try:
             threading.Thread(target=end_with_starter, daemon=True).start()

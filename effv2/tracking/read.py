@@ -3,17 +3,17 @@
 import json
 import shutil
 import tempfile
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path, PurePosixPath
 
 from mlflow import MlflowClient
 from mlflow.entities import Run
 from mlflow.exceptions import MlflowException
 
-from effv2.tracking.store import is_missing
+from effv2.tracking.store import MISSING
 from effv2.tracking.tags import DATA_CONTEXT, PARENT, reused_in
 
 # Accuracies on the test set: of its best epoch, of the selected one (the best on validation, or the last), of the last.
@@ -75,42 +75,45 @@ def decisive_accuracy(runs: Sequence[RunRecord]) -> str:
     return BEST_TEST if published and not validated else SELECTED_TEST
 
 
-def find_runs(experiment_id: str, tags: Mapping[str, str], statuses: Collection[str]) -> list[RunRecord]:
-    """Return the runs of the experiment with these tags and one of these statuses, the last first."""
-    wanted = " and ".join(
-        [*(f"tags.`{name}` = '{value}'" for name, value in tags.items())]
-        + ([f"attributes.status = '{next(iter(statuses))}'"] if len(statuses) == 1 else [])
-    )
-    found = MlflowClient().search_runs([experiment_id], wanted, order_by=["attributes.start_time DESC"])
-    return [_record(run, {}) for run in found if run.info.status in statuses]
+def find_runs(experiment_id: str, tags: Mapping[str, str], *, running: bool) -> list[RunRecord]:
+    """Return the runs of the experiment with these tags that are RUNNING, or those that have ended, the last first."""
+    wanted = [f"attributes.status {'=' if running else '!='} 'RUNNING'"]
+    wanted += [f"tags.`{name}` = '{value}'" for name, value in tags.items()]
+    found = MlflowClient().search_runs([experiment_id], " and ".join(wanted), order_by=["attributes.start_time DESC"])
+    return [_record(run) for run in found]
 
 
-def read_runs(run_ids: Iterable[str], histories: Iterable[str]) -> list[RunRecord]:
-    """Read runs with the histories of the named metrics."""
+def read_runs(run_ids: Iterable[str]) -> list[RunRecord]:
+    """Read runs without histories."""
     client = MlflowClient()
-    names = list(histories)
-    return _with_histories([(client.get_run(run_id), names) for run_id in run_ids])
+    return [_record(client.get_run(run_id)) for run_id in run_ids]
 
 
-def read_experiment(experiment_id: str, histories: Iterable[str], parent: str = "") -> list[RunRecord]:
+def read_history(run_id: str, name: str) -> dict[int, float]:
+    """Read the values of a metric by epoch."""
+    return {each.step: each.value for each in MlflowClient().get_metric_history(run_id, name)}
+
+
+def read_experiment(experiment_id: str, histories: Sequence[str], parent: str = "") -> list[RunRecord]:
     """Read all runs of an experiment, the oldest first; or a study's run, its children, and those that it reuses.
 
-    Histories are those of finished runs. The trials of a search, which may be thousands, have none, or where its study
-    is read alone that of the accuracy on validation.
+    With the histories, of finished runs, of metrics whose names begin so. The trials of a search, which may be
+    thousands, have none, or where its study is read alone that of the accuracy on validation.
     """
-    client, names = MlflowClient(), list(histories)
-    condition = f"tags.`{PARENT}` = '{parent}'" if parent else ""
-    runs = [client.get_run(parent)] if parent else []
-    taken = [run_id for run_id in (reused_in(runs[0].data.tags) if parent else ()) if read_run(run_id)]
-    runs += [*_all_runs(experiment_id, condition), *map(client.get_run, taken)]
-    searches = {run.info.run_id for run in runs if run.data.params.get("study.kind") == "search"}
+    runs = list(map(_record, _all_runs(experiment_id, f"tags.`{PARENT}` = '{parent}'" if parent else "")))
+    if parent:
+        (study,) = read_runs([parent])
+        runs = [study, *runs, *filter(None, map(read_run, reused_in(study.tags)))]
+    searches = {run.run_id for run in runs if run.params.get("study.kind") == "search"}
 
-    def names_of(run: Run) -> list[str]:
-        if run.data.tags.get(PARENT) in searches or (parent in searches and run.info.run_id != parent):
-            return [name for name in names if name == OF_TRIALS and parent]
-        return names if run.info.status == "FINISHED" else []
+    def history(run: RunRecord) -> dict[str, dict[int, float]]:
+        names = tuple(histories) if run.status == "FINISHED" else ()
+        if run.parent in searches or (parent in searches and run.run_id != parent):
+            names = (OF_TRIALS,) if parent and OF_TRIALS in histories else ()
+        return {name: read_history(run.run_id, name) for name in run.metrics if name.startswith(names)}
 
-    return _with_histories([(run, names_of(run)) for run in runs])
+    with ThreadPoolExecutor(READERS) as pool:
+        return [replace(run, history=read) for run, read in zip(runs, pool.map(history, runs), strict=True)]
 
 
 def known_runs(experiment_id: str) -> set[str]:
@@ -134,10 +137,10 @@ def read_run(run_id: str) -> RunRecord | None:
     try:
         run = MlflowClient().get_run(run_id)
     except MlflowException as error:
-        if is_missing(error):
+        if error.error_code == MISSING:
             return None
         raise
-    return _record(run, {}) if run.info.lifecycle_stage == "active" else None
+    return _record(run) if run.info.lifecycle_stage == "active" else None
 
 
 def experiment_name(experiment_id: str) -> str:
@@ -176,19 +179,7 @@ def read_artifacts(run_id: str, names: Iterable[str]) -> dict[str, str]:
     return found
 
 
-def _with_histories(runs: list[tuple[Run, list[str]]]) -> list[RunRecord]:
-    """Read runs with the histories of the metrics that are named beside each, by their beginnings."""
-    client, named = MlflowClient(), {}
-    for run, names in runs:
-        named[run.info.run_id] = [name for name in run.data.metrics if name.startswith(tuple(names))]
-    wanted = [(run_id, name) for run_id, names in named.items() for name in names]
-    with ThreadPoolExecutor(READERS) as pool:
-        read = pool.map(lambda one: {m.step: m.value for m in client.get_metric_history(*one)}, wanted)
-        found = dict(zip(wanted, read, strict=True))
-    return [_record(run, {name: found[run.info.run_id, name] for name in named[run.info.run_id]}) for run, _ in runs]
-
-
-def _record(run: Run, history: dict[str, dict[int, float]]) -> RunRecord:
+def _record(run: Run) -> RunRecord:
     info, data = run.info, run.data
     return RunRecord(
         run_id=info.run_id,
@@ -197,7 +188,6 @@ def _record(run: Run, history: dict[str, dict[int, float]]) -> RunRecord:
         params=data.params,
         metrics=data.metrics,
         tags=data.tags,
-        history=history,
         images=dict(_images(run)),
         started=info.start_time or 0,
         ended=info.end_time or 0,

@@ -5,22 +5,24 @@ import re
 import shutil
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 from mlflow import MlflowClient
+from mlflow.entities import RunTag
 from mlflow.environment_variables import MLFLOW_ENABLE_SYSTEM_METRICS_LOGGING
 from mlflow.tracking.context.registry import resolve_tags
 
 from effv2.core.errors import LeaseLost, RunError
 from effv2.core.processes import is_gone, this_process
 from effv2.core.reporter import Message
-from effv2.tracking.sender import Item, Sender, Values
+from effv2.tracking.read import RunRecord, find_runs
+from effv2.tracking.sender import Sender
 from effv2.tracking.store import TRACKING_ERRORS, TrackingAway, answers, open_store
-from effv2.tracking.tags import ERROR, OUTCOME, PARENT, PID, PROCESS, REPORT, RUN_NAME
-from effv2.tracking.writer import TrackedRun, discard, status_after
+from effv2.tracking.tags import ERROR, LONGEST_TAG, OUTCOME, PARENT, PID, PROCESS, REPORT, RUN_NAME
+from effv2.tracking.writer import Item, TrackedRun, discard, status_after
 
 PATIENCE = 120.0  # seconds that the end of a run waits for a store that is away
 EARLY_PATIENCE = 3.0  # seconds that a run which ends early waits for the store
@@ -42,17 +44,12 @@ class OpenRun(TrackedRun):
         self.completed, self.delivered, self._uploading = False, False, False
         self.sender = Sender(run_id, message, resumed)
 
-    def _log(self, values: Values) -> None:
+    def _send(self, *items: Item) -> None:
         if self.sender.closed:
-            super()._log(values)
-        else:
-            self.sender.put(values)
-
-    def _call(self, write: Callable[[], None]) -> None:
-        if self.sender.closed:
-            write()
-        else:
-            self.sender.put(write)
+            super()._send(*items)
+            return
+        self.sender.put(*items)
+        if any(map(callable, items)):
             self.sender.flush(self.patience)
 
     def complete(self, outcome: str = "complete") -> None:
@@ -87,9 +84,11 @@ class OpenRun(TrackedRun):
 
         One that is told to end, or that the store never took anything of, waits for seconds alone.
         """
-        failed = {ERROR: f"{type(error).__name__}: {error}", OUTCOME: "failed"} if status == "FAILED" else {}
         ended = int(time.time() * 1000)
-        last: list[Item] = [Values(tags=failed), lambda: MlflowClient().set_terminated(self.run_id, status, ended)]
+        last: list[Item] = [lambda: MlflowClient().set_terminated(self.run_id, status, ended)]
+        if status == "FAILED":
+            why = f"{type(error).__name__}: {error}"[:LONGEST_TAG]
+            last = [RunTag(ERROR, why), RunTag(OUTCOME, "failed"), *last]
         uploads = self._uploading and self.sender.trouble is None
         hurries = error is not None and (status_after(error) == "KILLED" or not self.sender.checked)
         seconds = UPLOAD_PATIENCE if uploads else EARLY_PATIENCE if hurries else self.patience
@@ -111,14 +110,10 @@ def open_run(
     message: Message,
     patience: float = PATIENCE,
 ) -> Iterator[OpenRun]:
-    """Begin a run as `begin_run` does, and end it FINISHED, FAILED or KILLED.
-
-    The end waits `patience` seconds for a store that is away, then TrackingAway is raised. RunError if the store
-    refuses something for good.
-    """
+    """Begin a run as `begin_run` does, and end it FINISHED, FAILED or KILLED. Raises what an OpenRun does."""
     known = {**tags, PID: str(os.getpid()), PROCESS: this_process()}
-    run_id = begin_run(name, experiment_id, known, parent, resumes).run_id
-    run = OpenRun(run_id, experiment_id, message, patience, bool(resumes))
+    begun = begin_run(name, experiment_id, known, parent, resumes)
+    run = OpenRun(begun.run_id, experiment_id, message, patience, bool(resumes))
     monitor = _monitor(run.run_id, bool(resumes), message)
     try:
         yield run
@@ -176,19 +171,18 @@ def _monitor(run_id: str, resumed: bool, message: Message) -> Any:
 def open_experiment(experiment: str, create: bool = True) -> str:
     """Open the tracking store as `open_store` does, and end the runs that dead processes of this machine left open."""
     experiment_id = open_store(experiment, create)
-    for run in MlflowClient().search_runs([experiment_id], "attributes.status = 'RUNNING'"):
-        if is_gone(run.data.tags.get(PROCESS, "")):
+    for run in find_runs(experiment_id, {}, running=True):
+        if is_gone(run.tags.get(PROCESS, "")):
             with suppress(*TRACKING_ERRORS):  # what matters more will fail next, and say so
-                end_left_open(run.info.run_id)
+                end_left_open(run)
     return experiment_id
 
 
-def end_left_open(run_id: str) -> bool:
+def end_left_open(run: RunRecord) -> bool:
     """End a run that its process left open: FINISHED if all was logged, which is returned, KILLED otherwise."""
-    run = MlflowClient().get_run(run_id)
-    complete = run.data.tags.get(OUTCOME) in ("complete", "pruned")
-    if run.info.status == "RUNNING":
-        TrackedRun(run_id, run.info.experiment_id).set_status("FINISHED" if complete else "KILLED")
+    complete = run.tags.get(OUTCOME) in ("complete", "pruned")
+    if run.status == "RUNNING":
+        TrackedRun(run.run_id, run.experiment_id).set_status("FINISHED" if complete else "KILLED")
     return complete
 
 

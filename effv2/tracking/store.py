@@ -5,7 +5,7 @@ import os
 import re
 import time
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
 
 import mlflow
@@ -30,8 +30,8 @@ MOST_SETBACKS = 5  # so often a piece of work is begun again because the store f
 TrackingError = MlflowException
 TRACKING_ERRORS = (MlflowException, SQLAlchemyError, OSError)  # a store that is away, or refuses
 REFUSALS = ("INVALID_PARAMETER_VALUE", "BAD_REQUEST")
-REFUSING_STATUS = (400, 413, 422)
-NO_ACCESS = ("PERMISSION_DENIED", "UNAUTHENTICATED")
+MISSING = "RESOURCE_DOES_NOT_EXIST"  # there is no run, model or experiment of that id
+LASTING = (MISSING, "PERMISSION_DENIED", "UNAUTHENTICATED")
 # What the code and the text of an error look like, and what is wrong with the store, with the remedy: the first found.
 EXPLANATIONS = (
     (
@@ -72,11 +72,14 @@ def open_store(experiment: str, create: bool = True) -> str:
     `mlflow run`, of MLFLOW_EXPERIMENT_NAME or _ID, or `Default`. A database is created, and migrated, here and nowhere
     later.
     """
-    _configure()
+    configure()
+    uri = mlflow.get_tracking_uri()
     try:
-        with _creation_lock():
+        file = make_url(uri).database if uri.startswith("sqlite:") else None
+        # Processes that start at once must not migrate a new database together, which fails.
+        with FileLock(f"{file}.lock") if file and os.access(Path(file).parent, os.W_OK) else nullcontext():
             _probe()
-            found = _experiment(MlflowClient(), experiment, create)
+            found = _experiment(experiment, create)
     except (MlflowException, SQLAlchemyError, OSError, ImportError) as error:
         raise _explained(error, experiment) from error
     if found.lifecycle_stage != "active":
@@ -97,18 +100,7 @@ def _check_artifacts(experiment: Experiment) -> None:
         raise InputError("experiment", experiment.name, problem, "make it writable, or choose another experiment")
 
 
-def tracking_uri() -> str:
-    """Return the tracking URI, password and all, to hand on to a worker of ours."""
-    return mlflow.get_tracking_uri()
-
-
-def use_store(uri: str) -> None:
-    """Log to the store that the process which started this one logs to."""
-    _configure()
-    mlflow.set_tracking_uri(uri)
-
-
-def _configure() -> None:
+def configure() -> None:
     """Keep MLflow's own lines from running through our progress, and its retries short: ours say that they wait."""
     for name in ("alembic", "mlflow"):
         logging.getLogger(name).setLevel(logging.WARNING)
@@ -116,13 +108,6 @@ def _configure() -> None:
     os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
     os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "2")
     os.environ.setdefault("MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT", "true")
-
-
-def _creation_lock() -> AbstractContextManager[object]:
-    """Keep processes that start at once from migrating a new sqlite database together, which fails."""
-    address = make_url(uri) if (uri := mlflow.get_tracking_uri()).startswith("sqlite:") else None
-    file = Path(address.database) if address is not None and address.database else None
-    return FileLock(f"{file}.lock") if file is not None and os.access(file.parent, os.W_OK) else nullcontext()
 
 
 def _probe() -> None:
@@ -148,7 +133,8 @@ def outage_passed(error: Exception, setbacks: int, seconds: float, message: Mess
     `setbacks` counts those of the same piece of work that passed before. StoreAway where it is away for longer than
     `seconds`.
     """
-    if is_temporary(error) and setbacks < MOST_SETBACKS:
+    lasting = is_refusal(error) or getattr(error, "error_code", "") in LASTING
+    if isinstance(error, MlflowException) and not lasting and setbacks < MOST_SETBACKS:
         message(f"The tracking store failed ({reason(error)}); the work is resumed when it answers.")
         time.sleep(WAIT_SECONDS * (setbacks + 1))
     elif answers():
@@ -177,24 +163,18 @@ def shown_uri() -> str:
     return without_password(mlflow.get_tracking_uri())
 
 
+def ui_address() -> str:
+    """Return the address of the server's pages; empty where the tracking store is no server."""
+    uri = shown_uri()
+    return uri.rstrip("/") if uri.startswith("http") else ""
+
+
 def is_refusal(error: Exception) -> bool:
     """Say whether the store understood and refused, so that trying again won't help; a run that was deleted too."""
     if isinstance(error, MlflowException) and error.error_code in REFUSALS:
         return True
-    status = getattr(getattr(error, "response", None), "status_code", 0)  # of an artifact
-    return status in REFUSING_STATUS or bool(re.search(r"error code (400|413|422)", str(error)))
-
-
-def is_missing(error: Exception) -> bool:
-    """Say whether the store has no run, model or experiment of that id."""
-    return isinstance(error, MlflowException) and error.error_code == "RESOURCE_DOES_NOT_EXIST"
-
-
-def is_temporary(error: Exception) -> bool:
-    """Say whether the store failed in a way that it may not when it is asked again."""
-    if not isinstance(error, MlflowException) or is_refusal(error) or is_missing(error):
-        return False
-    return error.error_code not in NO_ACCESS
+    status = getattr(getattr(error, "response", None), "status_code", "")  # of an artifact
+    return bool(re.search(r"error code (400|413|422)", f"error code {status} {error}"))
 
 
 def reason(error: BaseException) -> str:
@@ -208,9 +188,9 @@ def reason(error: BaseException) -> str:
     return without_password(" ".join(str(error).split()))[:200].rstrip(".") or type(error).__name__
 
 
-def _experiment(client: MlflowClient, name: str, create: bool) -> Experiment:
-    adopted = os.environ.get("MLFLOW_RUN_ID")
-    if adopted:
+def _experiment(name: str, create: bool) -> Experiment:
+    client = MlflowClient()
+    if adopted := os.environ.get("MLFLOW_RUN_ID"):
         given = client.get_experiment(client.get_run(adopted).info.experiment_id)
         if name and given.name != name:
             problem = "`mlflow run` already opened a run in another experiment"
@@ -218,8 +198,7 @@ def _experiment(client: MlflowClient, name: str, create: bool) -> Experiment:
         return given
     if not name:
         return client.get_experiment(default_experiment_id())
-    found = client.get_experiment_by_name(name)
-    if found is not None:
+    if found := client.get_experiment_by_name(name):
         return found
     if not create:
         names = [each.name for each in client.search_experiments()]
@@ -235,7 +214,7 @@ def _experiment(client: MlflowClient, name: str, create: bool) -> Experiment:
 
 def _explained(error: Exception, experiment: str) -> InputError:
     code, why = str(getattr(error, "error_code", "")), reason(error)
-    if code == "RESOURCE_DOES_NOT_EXIST" or (code == "INVALID_PARAMETER_VALUE" and experiment):
+    if code == MISSING or (code == "INVALID_PARAMETER_VALUE" and experiment):
         return InputError("experiment", experiment[:80], f"refused ({why})", "correct the option or MLflow's variables")
     text = f"{code} {error}"
     problem, remedy = next(words for pattern, *words in EXPLANATIONS if re.search(pattern, text, re.DOTALL))

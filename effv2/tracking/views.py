@@ -10,7 +10,6 @@ from typing import Any
 
 from mlflow import MlflowClient
 
-from effv2.tracking.store import shown_uri
 from effv2.tracking.tags import NOTE, WRITTEN
 
 KEY = "mlflow.sharedViewState."
@@ -19,41 +18,24 @@ TABLE, CURVES = "effv2-table", "effv2-curves"
 VIEWS: dict[str, dict[str, Any]] = json.loads(files("effv2.tracking").joinpath("views.json").read_text("utf-8"))
 
 
-def save_views(experiment_id: str) -> None:
-    """Save both views in the experiment, unless they are there, maybe changed by somebody."""
-    client = MlflowClient()
-    experiment = client.get_experiment(experiment_id)
-    now = int(time.time() * 1000)
+def show_in_ui(experiment_id: str, run_id: str, page: str) -> str:
+    """Save both views in the experiment, describe it by links to them and to an artifact of a run; return the links.
+
+    Views that are there stay, as somebody may have changed them; so does a description that isn't ours, or was changed.
+    """
+    client, now = MlflowClient(), int(time.time() * 1000)
+    tags = client.get_experiment(experiment_id).tags
     for key, view in VIEWS.items():
-        if f"{KEY}{key}" not in experiment.tags:
+        if f"{KEY}{key}" not in tags:
             value = {"name": view["name"], "createdAt": now, "updatedAt": now, "state": json.dumps(view["state"])}
             client.set_experiment_tag(experiment_id, f"{KEY}{key}", json.dumps(value))
-
-
-def describe_experiment(experiment_id: str, words: str) -> None:
-    """Set the description of an experiment, unless the user wrote one, or something into ours."""
-    client = MlflowClient()
-    tags = client.get_experiment(experiment_id).tags
-    if tags.get(NOTE, "") in ("", tags.get(WRITTEN)):
-        client.set_experiment_tag(experiment_id, NOTE, words)
-        client.set_experiment_tag(experiment_id, WRITTEN, words)
-
-
-def view_links(experiment_id: str) -> str:
-    """Return links to both views, in Markdown."""
-    base = f"#/experiments/{experiment_id}/runs?workflowType=machine_learning"
-    return (
-        f"[{VIEWS[TABLE]['name']}]({base}&viewStateShareKey={TABLE}) · "
-        f"[{VIEWS[CURVES]['name']}]({base}&compareRunsMode=CHART&viewStateShareKey={CURVES})"
+    runs, kind = f"#/experiments/{experiment_id}/runs", "workflowType=machine_learning"
+    links = (
+        f"[Report]({runs}/{run_id}/artifacts/{page}?{kind}) · "
+        f"[{VIEWS[TABLE]['name']}]({runs}?{kind}&viewStateShareKey={TABLE}) · "
+        f"[{VIEWS[CURVES]['name']}]({runs}?{kind}&compareRunsMode=CHART&viewStateShareKey={CURVES})"
     )
-
-
-def artifact_link(experiment_id: str, run_id: str, name: str) -> str:
-    """Return where the UI shows an artifact of a run, relative to the server."""
-    return f"#/experiments/{experiment_id}/runs/{run_id}/artifacts/{name}?workflowType=machine_learning"
-
-
-def ui_address() -> str:
-    """Return the address of the server's pages; empty where the tracking store is no server."""
-    uri = shown_uri()
-    return uri.rstrip("/") if uri.startswith("http") else ""
+    if tags.get(NOTE, "") in ("", tags.get(WRITTEN)):
+        for tag in (NOTE, WRITTEN):
+            client.set_experiment_tag(experiment_id, tag, links)
+    return links

@@ -3,15 +3,16 @@
 import json
 import os
 import tempfile
+import time
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path, PurePosixPath
 from typing import Any
 
 import mlflow
 from mlflow import MlflowClient
-from mlflow.entities import Dataset, DatasetInput, InputTag, LoggedModel, LoggedModelStatus
+from mlflow.entities import Dataset, DatasetInput, InputTag, LoggedModel, LoggedModelStatus, Metric, Param, RunTag
 from mlflow.exceptions import MlflowException
 from mlflow.store.artifact.artifact_repository_registry import get_artifact_repository
 from mlflow.tracking.context.registry import resolve_tags
@@ -19,9 +20,33 @@ from mlflow.tracking.context.registry import resolve_tags
 from effv2 import serving
 from effv2.core.errors import LeaseLost, Terminated
 from effv2.core.provenance import git_state
-from effv2.tracking.sender import Values, send_values
-from effv2.tracking.store import is_missing, shown_uri
+from effv2.tracking.store import MISSING, shown_uri, ui_address
 from effv2.tracking.tags import CONTINUES, DATA_CONTEXT, GIT_COMMIT, GIT_DIRTY, LONGEST_TAG, NOTE
+
+Item = Metric | Param | RunTag | Callable[[], None]  # a value, of which a call takes many, or a call of its own
+KnownSteps = dict[str, set[int]]  # the steps of each metric that the run has
+
+
+def send(run_id: str, items: Sequence[Item], known: KnownSteps | None = None) -> None:
+    """Make calls, which may be repeated, and send values together; not the metrics that the run has, if `known` tells.
+
+    `known` is filled from the store as it is needed: there is one value a metric and step.
+    """
+    client, metrics = MlflowClient(), []
+    for item in items:
+        if isinstance(item, Metric):
+            if known is not None:
+                if item.key not in known:
+                    known[item.key] = {each.step for each in client.get_metric_history(run_id, item.key)}
+                if item.step in known[item.key]:
+                    continue
+                known[item.key].add(item.step)
+            metrics.append(item)
+        elif callable(item):
+            item()
+    params = {item.key: item for item in items if isinstance(item, Param)}
+    tags = {item.key: item for item in items if isinstance(item, RunTag)}
+    client.log_batch(run_id, metrics, [*params.values()], [*tags.values()])  # in parts that the server takes
 
 
 class TrackedRun:
@@ -30,23 +55,21 @@ class TrackedRun:
     def __init__(self, run_id: str, experiment_id: str) -> None:
         self.run_id, self.experiment_id = run_id, experiment_id
 
-    def _log(self, values: Values) -> None:
-        send_values(self.run_id, [values])
-
-    def _call(self, write: Callable[[], None]) -> None:
-        write()
+    def _send(self, *items: Item) -> None:
+        send(self.run_id, items)
 
     def log_params(self, params: Mapping[str, Any]) -> None:
         """Log parameters under dotted names, which never collide with those that `mlflow run` logs."""
-        self._log(Values(params=params))
+        self._send(*(Param(name, str(value)) for name, value in params.items()))
 
     def log_metrics(self, metrics: Mapping[str, float], step: int = 0) -> None:
         """Log metrics, at `step` where they belong to an epoch."""
-        self._log(Values(metrics=metrics, step=step))
+        now = int(time.time() * 1000)
+        self._send(*(Metric(name, float(value), now, step) for name, value in metrics.items()))
 
     def set_tags(self, tags: Mapping[str, str]) -> None:
-        """Set tags in one call, the longest cut."""
-        self._log(Values(tags=tags))
+        """Set tags, the longest cut."""
+        self._send(*(RunTag(name, value[:LONGEST_TAG]) for name, value in tags.items()))
 
     def describe(self, markdown: str) -> None:
         """Set the description that the UI shows, cut at the last line that fits."""
@@ -58,7 +81,7 @@ class TrackedRun:
         source, about = json.dumps({"uri": location}), json.dumps(dict(profile))
         dataset = Dataset(name=name, digest=digest, source_type="local", source=source, profile=about)
         used = [DatasetInput(dataset, [InputTag(DATA_CONTEXT, context)])]
-        self._call(lambda: MlflowClient().log_inputs(self.run_id, used))
+        self._send(lambda: MlflowClient().log_inputs(self.run_id, used))
 
     def log_git(self) -> None:
         """Record commit and dirty flag of the checkout as tags, the uncommitted changes as an artifact."""
@@ -70,25 +93,22 @@ class TrackedRun:
 
     def log_text(self, text: str, name: str) -> None:
         """Store a text as an artifact."""
-        with self.new_artifacts() as folder:
-            path = folder / name
-            path.parent.mkdir(parents=True, exist_ok=True)
-            path.write_text(text, encoding="utf-8")
+        self._send(lambda: MlflowClient().log_text(self.run_id, text, name))
 
     @contextmanager
     def new_artifacts(self) -> Iterator[Path]:
         """Open a folder for artifacts; those that are written into it are uploaded at the end."""
         with tempfile.TemporaryDirectory() as folder:
             yield Path(folder)
-            self._call(lambda: MlflowClient().log_artifacts(self.run_id, folder))
+            self._send(lambda: MlflowClient().log_artifacts(self.run_id, folder))
 
     def log_model(self, files: Mapping[str, Path], example: str, torch_version: str) -> None:
         """Log the served model, as log_served_model does."""
-        self._call(lambda: log_served_model(self.run_id, files, example, torch_version))
+        self._send(lambda: log_served_model(self.run_id, files, example, torch_version))
 
-    def discard(self, name: str, but: str = "") -> None:
-        """Delete an artifact, or all in a folder of them but one, where there are some and the store lets us."""
-        self._call(lambda: discard(self.run_id, name, but))
+    def discard(self, name: str) -> None:
+        """Delete an artifact, or a folder of them, where it is there and the store lets us."""
+        self._send(lambda: discard(self.run_id, name))
 
     def set_status(self, status: str) -> None:
         """Set the status of a run that isn't open in this process: RUNNING, FINISHED, FAILED or KILLED.
@@ -118,13 +138,12 @@ def status_after(error: BaseException) -> str:
 
 def run_address(run_id: str, experiment_id: str) -> str:
     """Say where the run can be seen: its page on a server, else the command that opens the UI on the store."""
-    uri = shown_uri()
-    if uri.startswith("http"):
-        return f"{uri.rstrip('/')}/#/experiments/{experiment_id}/runs/{run_id}"
-    return f"run {run_id}; see it with: mlflow ui --backend-store-uri {uri}"
+    if server := ui_address():
+        return f"{server}/#/experiments/{experiment_id}/runs/{run_id}"
+    return f"run {run_id}; see it with: mlflow ui --backend-store-uri {shown_uri()}"
 
 
-def discard(run_id: str, name: str, but: str) -> None:
+def discard(run_id: str, name: str, but: str = "") -> None:
     """Delete an artifact of a run, or all in a folder but one; those that the store keeps stay."""
     client = MlflowClient()
     here = [file for file in client.list_artifacts(run_id, name.rpartition("/")[0] or None) if file.path == name]
@@ -150,7 +169,7 @@ def _models(run_id: str) -> list[LoggedModel]:
         try:
             found.append(client.get_logged_model(each.model_id))
         except MlflowException as error:
-            if not is_missing(error):
+            if error.error_code != MISSING:
                 raise
     return found
 
