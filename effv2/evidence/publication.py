@@ -30,8 +30,7 @@ from effv2.tracking.read import read_experiment
 from effv2.tracking.run import open_experiment, open_report_run
 from effv2.tracking.store import tracking_faults
 from effv2.tracking.tags import REUSED, as_tags, reused
-from effv2.tracking.views import show_in_ui
-from effv2.tracking.writer import TrackedRun, run_address
+from effv2.tracking.writer import TrackedRun, run_address, show_in_ui
 
 Content = str | Figure | Sequence[Sequence[Any]]  # of a file that is logged: a text, a figure, a table
 HTML, MARKDOWN, FIGURES, DATA = "report.html", "report.md", "figures", "data"  # in an export

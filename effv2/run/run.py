@@ -17,21 +17,10 @@ from effv2.core.reporter import Message, Reporter
 from effv2.data.dataset import Dataset, LoadData, load_once
 from effv2.execution.resolve import remembered, resolve_study, with_device
 from effv2.run.records import keep_weights, log_end, log_network
+from effv2.tracking import tags as tag
 from effv2.tracking.read import RunRecord, artifact_names, download, find_runs, reached_accuracy, read_run
 from effv2.tracking.run import CHECKPOINTS, PATIENCE, OpenRun, end_left_open, open_experiment, open_run
 from effv2.tracking.store import TRACKING_ERRORS, tracking_faults
-from effv2.tracking.tags import (
-    ARM,
-    CALIBRATION,
-    COMMAND,
-    CONFIG_HASH,
-    IDENTITY,
-    OUTCOME,
-    PARENT,
-    PROCESS,
-    STUDY,
-    run_tags,
-)
 from effv2.tracking.writer import TrackedRun, model_address
 from effv2.training.checkpoint import Checkpointer
 from effv2.training.loop import Training
@@ -68,7 +57,7 @@ class RunSpec:
         return open_run(
             self.name,
             self.experiment_id,
-            {**tags, STUDY: self.study, **({} if self.parent else {COMMAND: provenance.COMMAND.get()})},
+            {**tags, tag.STUDY: self.study, **({} if self.parent else {tag.COMMAND: provenance.COMMAND.get()})},
             parent=self.parent,
             resumes=resumes,
             message=self.reporter.message,
@@ -121,11 +110,11 @@ def attempt(config: TrainConfig, dataset: Dataset, spec: RunSpec) -> Attempt:
     TrackingAway where the store is away for longer than the run waits at its end.
     """
     code, variant, seed = provenance.code_version(), config.model.variant, config.random.seed
-    tags = run_tags(config.hash(), dataset.digest(), code, variant, seed)
+    tags = tag.run_tags(config.hash(), dataset.digest(), code, variant, seed)
     if config.execution.device == "cpu" and (timed := remembered(config)):
-        tags[CALIBRATION] = str(timed)
+        tags[tag.CALIBRATION] = str(timed)
     earlier = find_earlier(tags, spec)
-    identity = {name.removeprefix("effv2."): tags[name] for name in IDENTITY}
+    identity = {name.removeprefix("effv2."): tags[name] for name in tag.IDENTITY}
     keeping = spec.checkpoints, identity, spec.reporter.message
     if earlier is not None:
         there = TrackedRun(earlier.run_id, spec.experiment_id)
@@ -133,14 +122,14 @@ def attempt(config: TrainConfig, dataset: Dataset, spec: RunSpec) -> Attempt:
         checkpointer = Checkpointer(earlier.run_id, *keeping)
         if earlier.status == "FINISHED":
             checkpointer.remove()  # if the status alone was missing
-            pruned = earlier.tags.get(OUTCOME) == "pruned"
+            pruned = earlier.tags.get(tag.OUTCOME) == "pruned"
             return Attempt(there, earlier.metrics, reached_accuracy(earlier.metrics), pruned, was_finished=True)
     try:
         with ExitStack() as stack:
             if earlier is not None:
                 stack.enter_context(checkpointer.lock())  # before the store hears of it
             resumes = "" if earlier is None else earlier.run_id
-            run = stack.enter_context(spec.open_run(tags | {ARM: spec.arm}, resumes))
+            run = stack.enter_context(spec.open_run(tags | {tag.ARM: spec.arm}, resumes))
             stack.enter_context(what_ran_out())
             spec.run_opened(run.run_id)
             if earlier is None:
@@ -201,10 +190,10 @@ def find_earlier(tags: Mapping[str, str], spec: RunSpec) -> RunRecord | None:
         before = None
     if before is not None and (end_left_open(before) or before.status == "FINISHED"):
         return read_run(before.run_id)
-    alike = {CONFIG_HASH: tags[CONFIG_HASH]} | ({PARENT: spec.parent} if spec.fresh else {})
+    alike = {tag.CONFIG_HASH: tags[tag.CONFIG_HASH]} | ({tag.PARENT: spec.parent} if spec.fresh else {})
     known = find_runs(spec.experiment_id, alike, running=False)
-    equal = [run for run in known if all(run.tags.get(name) == tags[name] for name in IDENTITY)]
-    complete = (run for run in equal if run.status == "FINISHED" and run.tags.get(OUTCOME) == "complete")
+    equal = [run for run in known if all(run.tags.get(name) == tags[name] for name in tag.IDENTITY)]
+    complete = (run for run in equal if run.status == "FINISHED" and run.tags.get(tag.OUTCOME) == "complete")
     finished = next(complete, None)
     if spec.previous is not None:
         return finished or before
@@ -213,7 +202,7 @@ def find_earlier(tags: Mapping[str, str], spec: RunSpec) -> RunRecord | None:
     if last is not None and (finished is None or last.started >= finished.ended):
         return last
     if single and last is None and finished is None:
-        theirs = {name: single[0].tags.get(name) for name in IDENTITY}
+        theirs = {name: single[0].tags.get(name) for name in tag.IDENTITY}
         words = [f"{name[6:]} was {value}, is {tags[name]}" for name, value in theirs.items() if value != tags[name]]
         sentence = f"The run {single[0].run_id} that ended early can't be resumed: {', '.join(words)}."
         spec.reporter.message(sentence)
@@ -222,7 +211,7 @@ def find_earlier(tags: Mapping[str, str], spec: RunSpec) -> RunRecord | None:
 
 def _is_worked_on(run: RunRecord, spec: RunSpec) -> bool:
     """Say whether another process works on a run: one of this machine, perhaps stopped for a while, or of another."""
-    process = run.tags.get(PROCESS, "")
+    process = run.tags.get(tag.PROCESS, "")
     here = run.status == "RUNNING" and process != this_process() and is_alive(process)
     return here or Checkpointer(run.run_id, spec.checkpoints, {}, spec.reporter.message).is_locked()
 

@@ -1,4 +1,7 @@
-"""Writing to one run: params, metrics, tags, data sets, artifacts, its status, and its model, which holds no pickle."""
+"""Writing to one run: params, metrics, tags, data sets, artifacts, its status, and its model, which holds no pickle.
+
+And the views of its experiment: MLflow's UI keeps one that somebody shares in a tag, and lists it under `Views`.
+"""
 
 import json
 import os
@@ -7,6 +10,7 @@ import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
+from importlib.resources import files
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -21,10 +25,13 @@ from effv2 import serving
 from effv2.core.errors import LeaseLost, Terminated
 from effv2.core.provenance import git_state
 from effv2.tracking.store import MISSING, shown_uri, ui_address
-from effv2.tracking.tags import CONTINUES, DATA_CONTEXT, GIT_COMMIT, GIT_DIRTY, LONGEST_TAG, NOTE
+from effv2.tracking.tags import CONTINUES, DATA_CONTEXT, GIT_COMMIT, GIT_DIRTY, LONGEST_TAG, NOTE, WRITTEN
 
 Item = Metric | Param | RunTag | Callable[[], None]  # a value, of which a call takes many, or a call of its own
 KnownSteps = dict[str, set[int]]  # the steps of each metric that the run has
+SHARED_VIEW, TABLE, CURVES = "mlflow.sharedViewState.", "effv2-table", "effv2-curves"
+# What MLflow's UI writes when somebody saves a view: training runs by best test accuracy, and the mean curves of arms.
+VIEWS: dict[str, dict[str, Any]] = json.loads(files("effv2.tracking").joinpath("views.json").read_text("utf-8"))
 
 
 def send(run_id: str, items: Sequence[Item], known: KnownSteps | None = None) -> None:
@@ -206,3 +213,26 @@ def log_served_model(run_id: str, files: Mapping[str, Path], example: str, torch
                 "pillow>=11",
             ],
         )
+
+
+def show_in_ui(experiment_id: str, run_id: str, page: str) -> str:
+    """Save both views in the experiment, describe it by links to them and to an artifact of a run; return the links.
+
+    Views that are there stay, as somebody may have changed them; so does a description that isn't ours, or was changed.
+    """
+    client, now = MlflowClient(), int(time.time() * 1000)
+    tags = client.get_experiment(experiment_id).tags
+    for key, view in VIEWS.items():
+        if f"{SHARED_VIEW}{key}" not in tags:
+            value = {"name": view["name"], "createdAt": now, "updatedAt": now, "state": json.dumps(view["state"])}
+            client.set_experiment_tag(experiment_id, f"{SHARED_VIEW}{key}", json.dumps(value))
+    runs, kind = f"#/experiments/{experiment_id}/runs", "workflowType=machine_learning"
+    links = (
+        f"[Report]({runs}/{run_id}/artifacts/{page}?{kind}) · "
+        f"[{VIEWS[TABLE]['name']}]({runs}?{kind}&viewStateShareKey={TABLE}) · "
+        f"[{VIEWS[CURVES]['name']}]({runs}?{kind}&compareRunsMode=CHART&viewStateShareKey={CURVES})"
+    )
+    if tags.get(NOTE, "") in ("", tags.get(WRITTEN)):
+        for tag in (NOTE, WRITTEN):
+            client.set_experiment_tag(experiment_id, tag, links)
+    return links
