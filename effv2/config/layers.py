@@ -66,8 +66,8 @@ def build(model: type[Model], layer: Layer) -> Model:
             groups[name] = written.value
 
     def where(place: Place) -> str:
-        name, group = dotted(place[:2]), f"{place[0]}."
-        near = name if name in layer else next((each for each in layer if each.startswith(group)), "")
+        name = dotted(place[:2])
+        near = name if name in layer else next((each for each in layer if each.startswith(f"{name}.")), "")
         return layer[near].where or near if near else name
 
     return validate(model, groups, where)
@@ -99,6 +99,9 @@ class Document:
             raise InputError(self.where(place), "", "must be a mapping of settings", "indent them below the key")
         layer: Layer = {}
         for group, fields in values.items():
+            if "." in str(group):
+                problem = "not a group of settings"
+                raise InputError(self.where((*place, group)), "", problem, "write the group, and its settings below it")
             if not isinstance(fields, dict) or not fields:  # perhaps an error, to be named when it is built
                 layer[str(group)] = Written(fields, self.where((*place, str(group))))
                 continue

@@ -115,6 +115,8 @@ def load_dataset(config: DataConfig, on_decoded: OnDecoded | None = None) -> Dat
     source = open_source(config)
     load = _load_published if config.sampling == "published" else _load_standard
     splits = load(config, source, on_decoded)
+    if len(splits["train"]) < 2:  # batch norm can't train on one
+        raise InputError("data.dir", config.dir, "less than 2 images are left to train on", "add images")
     return Dataset(config.dataset, source.location, source.classes, validation=splits.pop("validation", None), **splits)
 
 

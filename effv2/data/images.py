@@ -178,7 +178,8 @@ def decode(images: LabelledImages, preparation: Preparation, on_decoded: OnDecod
 
     pointer = folder / "stamps" / key(images.stamp())
     with suppress(OSError, ValueError):
-        if known := _read(folder / "entries" / pointer.read_text("ascii")):
+        known = _read(folder / "entries" / pointer.read_text("ascii"))
+        if known and len(known.rgb) == len(images):
             return known
     entry = folder / "entries" / key(images.digest())
     try:

@@ -54,7 +54,7 @@ def open_source(config: DataConfig) -> Source:
     try:
         source: Source = DATASETS[config.dataset](config)
         _check(source)
-    except InputError:
+    except (InputError, MemoryError):
         raise
     except OSError as error:
         problem = f"{error.filename or f'the data set {config.dataset!r}'} can't be read ({error.strerror or error})"

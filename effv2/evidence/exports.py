@@ -152,7 +152,7 @@ def _read_runs(folder: Path) -> Iterator[RunRecord]:
             for run_id, *values in list(csv.reader(file))[1:]:
                 lines[run_id][table].append(values)
     for run_id, of_run in lines.items():
-        if not re.fullmatch(r"[\w-]+", run_id):
+        if not of_run[RUNS] or not re.fullmatch(r"[\w-]+", run_id):
             raise InputError("from_export", folder, "names a run that can't be one", "export again")
         name, status, started, ended = of_run[RUNS][0]
         params, tags, metrics = (dict(of_run[f"{of}.csv"]) for of in ("params", "tags", "metrics"))

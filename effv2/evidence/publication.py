@@ -108,6 +108,7 @@ def publish(experiment: str, own: Path | None, target: Path | None, reporter: Re
         if target is not None:
             reporter.progress("exporting")
             _export(report, evidence, target, claims)
+        run.complete()  # also where the last report had failed
     return report, run_address(run.run_id, run.experiment_id)
 
 

@@ -3,13 +3,12 @@
 import multiprocessing
 import os
 import signal
-import sys
 import time
 from collections import Counter
 from collections.abc import Callable, Mapping
 from contextlib import closing, suppress
 from dataclasses import dataclass
-from multiprocessing.process import BaseProcess
+from multiprocessing.context import SpawnProcess
 from typing import Any
 
 import torch
@@ -58,7 +57,7 @@ def run_study(plan: Plan, experiment_id: str, options: StudyOptions, load: LoadD
     The same call on several machines, with one PostgreSQL storage and one tracking server, shares the work.
     """
     with store.tracking_faults(), closing(open_storage(options.storage)) as storage:
-        study, setbacks = _open(plan, storage, experiment_id, options, reporter), 0
+        study, setbacks = _open(plan, storage, experiment_id, options, reporter), Counter[str]()
         try:
             queue = study.queue(storage)
             _work(study, queue, load, reporter)
@@ -66,9 +65,8 @@ def run_study(plan: Plan, experiment_id: str, options: StudyOptions, load: LoadD
                 try:
                     return storage.retry(lambda: _publish(study, queue, load, reporter))
                 except store.TrackingError as error:
-                    if not store.outage_passed(error, setbacks, OUTAGE_SECONDS, reporter.message):
+                    if not store.outage_passed(error, setbacks, "publish", OUTAGE_SECONDS, reporter.message):
                         raise
-                    setbacks += 1
         except BaseException as error:  # of an ending signal too: what this process has is given back
             study.leave(storage, status_after(error))
             raise
@@ -194,17 +192,15 @@ def _publish(study: OpenedStudy, queue: Queue, load: LoadData, reporter: Reporte
 
 def _supervise(study: OpenedStudy, queue: Queue, message: Message, show: Callable[[], None]) -> None:
     """Start worker processes and watch until all wanted trials are finished; replace those that end before."""
-    method, workers = "forkserver" if sys.platform == "linux" else "spawn", study.options.workers
-    context: Any = multiprocessing.get_context(method)  # on Linux forks of one process that has imported what all need
-    context.set_forkserver_preload(["__main__", worker_process.__module__])
+    # Not by a server that forks: workers would not be our own children, to be waited for whatever happens to it.
+    context, workers = multiprocessing.get_context("spawn"), study.options.workers
     threads = max(1, torch.get_num_threads() // workers)
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
     gpus = visible.split(",") if visible else list(map(str, range(torch.cuda.device_count())))
 
-    def start(index: int) -> BaseProcess:
-        gpu = {"CUDA_VISIBLE_DEVICES": gpus[index % len(gpus)]} if len(gpus) > 1 else {}
-        about = (study, threads, {**os.environ, **gpu})
-        process: BaseProcess = context.Process(target=worker_process, args=about, daemon=True)
+    def start(index: int) -> SpawnProcess:
+        gpu = gpus[index % len(gpus)] if len(gpus) > 1 else ""
+        process = context.Process(target=worker_process, args=(study, threads, gpu), daemon=True)
         # It inherits that Ctrl-C, which reaches a whole group, is ignored: this process ends it in order.
         before = signal.signal(signal.SIGINT, signal.SIG_IGN)
         try:
@@ -213,7 +209,7 @@ def _supervise(study: OpenedStudy, queue: Queue, message: Message, show: Callabl
             signal.signal(signal.SIGINT, before)
         return process
 
-    processes: list[BaseProcess] = []
+    processes: list[SpawnProcess] = []
     ended = Counter[int]()  # workers, while so many trials were unfinished
     try:
         processes += map(start, range(workers))
@@ -234,7 +230,7 @@ def _supervise(study: OpenedStudy, queue: Queue, message: Message, show: Callabl
         _stop(processes)
 
 
-def _stop(processes: list[BaseProcess]) -> None:
+def _stop(processes: list[SpawnProcess]) -> None:
     """End the workers, which give back what they work on; kill those that take too long."""
     for process in processes:
         process.terminate()

@@ -8,7 +8,7 @@ import threading
 import time
 import traceback
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass, field
 from multiprocessing import connection, parent_process
@@ -122,8 +122,7 @@ class Worker:
         except RunError as error:
             self.queue.fail(lease, str(error), final=isinstance(error, Diverged))
         except Exception as error:  # a fault of ours or of a library costs one run, not the study
-            if outage_passed(error, self.setbacks[name], OUTAGE_SECONDS, self.reporter.message):
-                self.setbacks[name] += 1
+            if outage_passed(error, self.setbacks, name, OUTAGE_SECONDS, self.reporter.message):
                 self.queue.release()  # the trial is not to blame
             else:
                 traceback.print_exc()
@@ -189,10 +188,10 @@ class WorkerReporter(Reporter):
         print(text, file=sys.stderr)
 
 
-def worker_process(study: OpenedStudy, threads: int, variables: Mapping[str, str]) -> None:
+def worker_process(study: OpenedStudy, threads: int, gpu: str) -> None:
     """Work in a process of its own, which ends when the one that started it does; exit code AWAY after an outage.
 
-    `variables` are those of the environment, which name the tracking store: the fork may be of an older one.
+    The environment names the tracking store. The worker sees the named GPU alone, if any is named.
     """
     storage, starter = None, parent_process()
 
@@ -202,7 +201,8 @@ def worker_process(study: OpenedStudy, threads: int, variables: Mapping[str, str
         time.sleep(ORPHAN_SECONDS)
         os._exit(1)
 
-    os.environ.update(variables)  # which GPUs are seen, too: before CUDA is initialised
+    if gpu:
+        os.environ["CUDA_VISIBLE_DEVICES"] = gpu  # before CUDA is initialised
     tune_allocator()
     torch.set_num_threads(threads)
     configure()

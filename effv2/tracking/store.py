@@ -4,6 +4,7 @@ import logging
 import os
 import re
 import time
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
@@ -127,24 +128,23 @@ def answers() -> bool:
     return False
 
 
-def outage_passed(error: Exception, setbacks: int, seconds: float, message: Message) -> bool:
+def outage_passed(error: Exception, setbacks: Counter[str], work: str, seconds: float, message: Message) -> bool:
     """Say, after waiting for it to answer, whether the tracking store failed as it may for a while.
 
-    `setbacks` counts those of the same piece of work that passed before. StoreAway where it is away for longer than
-    `seconds`.
+    Not too often for the same piece of work, which `setbacks` count. StoreAway where it is away for too many seconds.
     """
     lasting = is_refusal(error) or getattr(error, "error_code", "") in LASTING
-    if isinstance(error, MlflowException) and not lasting and setbacks < MOST_SETBACKS:
+    if isinstance(error, MlflowException) and not lasting and setbacks[work] < MOST_SETBACKS:
+        setbacks[work] += 1
         message(f"The tracking store failed ({reason(error)}); the work is resumed when it answers.")
-        time.sleep(WAIT_SECONDS * (setbacks + 1))
+        time.sleep(WAIT_SECONDS * setbacks[work])
     elif answers():
         return False
     deadline = time.monotonic() + seconds
     while not answers():
         if time.monotonic() > deadline:
-            raise StoreAway(
-                f"The tracking store {shown_uri()} has been away for {seconds} seconds; start it."
-            ) from error
+            problem = f"The tracking store {shown_uri()} has been away for {seconds} seconds; start it."
+            raise StoreAway(problem) from error
         time.sleep(WAIT_SECONDS)
     return True
 

@@ -11,7 +11,7 @@ import pickle
 import re
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager, nullcontext, suppress
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from time import monotonic
 from typing import Any
@@ -75,11 +75,13 @@ class Checkpointer:
 
     def is_locked(self) -> bool:
         """Say whether another process works on the run."""
+        if not (self.folder / LOCK).exists():
+            return False
         try:
-            with self.lock() if (self.folder / LOCK).exists() else nullcontext():
+            with FileLock(self.folder / LOCK, blocking=False):
                 return False
-        except RunError:
-            return True
+        except OSError as error:
+            return isinstance(error, Timeout)
 
     def save_if_due(self, state: TrainState, epoch_ended: bool) -> None:
         """Write a checkpoint: at the end of an epoch as soon as its cost allows, else after the longest time."""
@@ -165,8 +167,10 @@ class Checkpointer:
 
     def _found(self) -> list[Path]:
         """Return the checkpoints there are, by step."""
-        found = [path for path in self.folder.glob("step-*") if NAME.fullmatch(path.name)]
-        return sorted(found, key=lambda path: (_step(path.name), path.stat().st_mtime_ns))
+        with suppress(OSError):
+            found = [path for path in self.folder.glob("step-*") if NAME.fullmatch(path.name)]
+            return sorted(found, key=lambda path: (_step(path.name), path.stat().st_mtime_ns))
+        return []
 
 
 def _step(name: str) -> int:
