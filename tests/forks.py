@@ -34,7 +34,6 @@ COMMANDS = (
     "effv2.cli.main",
     "effv2.run.run",
     "effv2.studies.engine",
-    "effv2.studies.weights",
     "mlflow.pyfunc",
     "sklearn.datasets",
     "sklearn.model_selection",

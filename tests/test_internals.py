@@ -71,7 +71,7 @@ def test_optuna_names_trials_and_studies_and_misses_heartbeats(tmp_path: Path) -
         assert sorted(map(internals.study_id, storage.get_all_studies())) == numbers == sorted(numbers)
         trial = storage.create_new_trial(numbers[0])
         assert internals.trial_id(storage.get_trial(trial)) == trial
-        internals.record_heartbeat(storage, trial)
+        storage.record_heartbeat(trial)  # type: ignore[attr-defined]
         assert internals.stale_trial_ids(storage, numbers[0]) == []
         rdb.grace_period = -1  # as if time had passed
         assert internals.stale_trial_ids(storage, numbers[0]) == [trial]

@@ -53,7 +53,6 @@ from effv2.pretrained.images import (
     wnids,
 )
 from effv2.pretrained.weights import Requested, find_all_weights, load_network, network_names, parse_models
-from effv2.studies import weights as weights_plan
 from effv2.tracking.read import RunRecord
 from effv2.training import loop
 from tests.conftest import ROOT, running
@@ -572,10 +571,11 @@ def test_what_was_evaluated_is_not_repeated(
     def interrupted(evaluation_: Any, task: Any) -> Any:
         if evaluation_.requested.file == two_files[1]:
             raise KeyboardInterrupt
-        return evaluation.evaluate(evaluation_, task)
+        return evaluate(evaluation_, task)
 
+    evaluate = evaluation.evaluate
     with monkeypatch.context() as patch:
-        patch.setattr(weights_plan, "evaluate", interrupted)
+        patch.setattr(evaluation, "evaluate", interrupted)
         assert evaluate_squeezenets(few_images, two_files, "--fresh").exit_code == 130
     assert evaluate_squeezenets(few_images, two_files).exit_code == 0
     assert len(all_runs()) == len(before) + 8 and {run.info.status for run in all_runs()} == {"FINISHED"}

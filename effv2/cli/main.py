@@ -190,7 +190,7 @@ def evaluate_pretrained(models: str | None, weights_dir: str | None, layer: Laye
     """
     config = build(PretrainedConfig, layer)
 
-    from effv2.studies.weights import make_weights
+    from effv2.studies.plan import make_weights
 
     make = partial(make_weights, models or PUBLISHED_COMPARISON, config, _path(weights_dir))
     _run_and_show(partial(make, progress=sys.stderr.isatty()), how)

@@ -61,11 +61,6 @@ def study_id(study: FrozenStudy) -> int:
     return study._study_id
 
 
-def record_heartbeat(storage: BaseStorage, trial_id: int) -> None:
-    """Note that the process that works on a trial is alive."""
-    storage.record_heartbeat(trial_id)  # type: ignore[attr-defined]
-
-
 def stale_trial_ids(storage: BaseStorage, study_id: int) -> list[int]:
     """Return the running trials whose heartbeat has been missing for longer than the storage's grace period."""
     found: list[int] = storage._get_stale_trial_ids(study_id)  # type: ignore[attr-defined]

@@ -1,7 +1,7 @@
 """What a study is to the engine: trials, how each is worked on, what is computed once at the end.
 
 A grid is arms by seeds, each trained once, then compared: what `ablate` and `hparam-check` run. A search samples ranges
-by TPE and prunes poor runs early; its best run is tested once. Published weights that are compared are in weights.py.
+by TPE and prunes poor runs early; its best run is tested once. Of published weights each network is evaluated once.
 """
 
 import warnings
@@ -27,6 +27,11 @@ from effv2.core.errors import InputError
 from effv2.core.randomness import stream_seed
 from effv2.core.reporter import Reporter, StudyProgress
 from effv2.data.dataset import LoadData
+from effv2.execution.resolve import resolve_device
+from effv2.pretrained import evaluation
+from effv2.pretrained.config import PretrainedConfig
+from effv2.pretrained.images import choose_images
+from effv2.pretrained.weights import find_all_weights, load_network, parse_models
 from effv2.run.records import WEIGHTS, log_network, log_test, restore
 from effv2.run.run import Attempt, RunSpec, attempt, prepare, study_text
 from effv2.studies.queue import ERROR, NAME, RUN, Params, Trials
@@ -36,6 +41,7 @@ from effv2.tracking.writer import TrackedRun, model_address
 
 ABOUT = {"name", "description", "retries", "baseline"}  # what a plan takes from a study file
 COUNTED = {"running": TrialState.RUNNING, "pruned": TrialState.PRUNED, "failed": TrialState.FAIL}
+LONGEST_NAME = 200  # characters, of a comparison of weights
 RANDOM_TRIALS = 10  # of a search, before TPE has anything to go by
 FIGURES: dict[str, Callable[[optuna.Study], Any]] = {
     "importance": plots.plot_param_importances,
@@ -186,6 +192,28 @@ class Search(TrainingPlan):
         return models
 
 
+@dataclass(frozen=True, kw_only=True)
+class Weights(Plan):
+    """The evaluations of a comparison by label."""
+
+    evaluations: Mapping[str, evaluation.Evaluation]
+
+    def execute(self, spec: RunSpec, params: Params, load: LoadData) -> Attempt:
+        """Evaluate a network."""
+        return evaluation.evaluate(self.evaluations[spec.name], spec)
+
+    def conclude(self, trials: Trials, parent: TrackedRun, log_model: LogModel, load: LoadData) -> dict[str, str]:
+        """Log the networks that are wanted to the runs that evaluated them, those that have none."""
+        best, models = best_of(trials.values()), dict[str, str]()
+        for name, run_id in run_ids(trials).items() if log_model != "none" else ():
+            run = TrackedRun(run_id, parent.experiment_id)
+            wanted = log_model == "all" or (best is not None and best.user_attrs[NAME] == name)
+            if wanted and not model_address(run_id):
+                evaluation.log_network(self.evaluations[name], run)
+                models[name] = model_address(run_id)
+        return models
+
+
 def _draw(trials: Trials, folder: Path) -> None:
     """Draw Optuna's figures; one that the trials don't suffice for is left out."""
     matplotlib.use("agg")
@@ -244,6 +272,33 @@ def make_search(study: Study, layer: Layer, trials: int, load: LoadData, reporte
     return Search(
         kind="search", trials=wanted, definition=definition, epochs=epochs, base=config, ranges=ranges, **about
     )
+
+
+def make_weights(
+    models: str, config: PretrainedConfig, folder: Path | None, *, progress: bool, load: LoadData, reporter: Reporter
+) -> Weights:
+    """Find images and weights and load every network, so that nothing wrong is found half-way; resolve `auto`.
+
+    `models` are named as `parse_models` says; `folder` holds files of weights; `progress` shows that of downloads.
+    """
+    requests, evaluations = parse_models(models), {}
+    images = choose_images(config.data)
+    precision = "bf16" if config.execution.precision == "bf16" else "fp32"
+    resolved = {"device": resolve_device(config.execution.device), "precision": precision}
+    config = config.model_copy(update={"execution": config.execution.model_copy(update=resolved)})
+    for requested in find_all_weights(requests, folder, progress):
+        load_network(requested)
+        evaluations[requested.label] = evaluation.Evaluation(requested, images, config)
+    # All networks and images: what is ranked together is corrected for its number.
+    definition = {
+        "networks": {label: each.definition() for label, each in evaluations.items()},
+        "data": {label: each.data_digest(each.decode(reporter)) for label, each in evaluations.items()},
+        "code": evaluation.CODE,
+    }
+    kind = "evaluate-pretrained"
+    name = f"{kind} {images.name}: {', '.join(evaluations)}"[:LONGEST_NAME]
+    trials: dict[str, Params] = {label: {} for label in evaluations}
+    return Weights(kind=kind, name=name, trials=trials, definition=definition, evaluations=evaluations)
 
 
 def best_of(trials: Iterable[FrozenTrial]) -> FrozenTrial | None:

@@ -23,7 +23,7 @@ from optuna.samplers import BaseSampler
 from optuna.trial import FrozenTrial, Trial, TrialState, create_trial
 
 from effv2.core.errors import LeaseLost
-from effv2.core.internals import record_heartbeat, stale_trial_ids, trial_id
+from effv2.core.internals import stale_trial_ids, trial_id
 from effv2.core.processes import is_gone, this_process
 from effv2.studies.storage import DATABASE_ERRORS, GRACE_SECONDS, HEARTBEAT_SECONDS, LEAVING_SECONDS, Storage
 
@@ -94,7 +94,7 @@ class Queue:
             if (trial := self._first_waiting()) is not None:
                 # Owner and heartbeat before the state: a running trial always has both.
                 self.storage.optuna.set_trial_user_attr(trial_id(trial), OWNER, this_process())
-                record_heartbeat(self.storage.optuna, trial_id(trial))
+                self.storage.optuna.record_heartbeat(trial_id(trial))  # type: ignore[attr-defined]
                 self.storage.optuna.set_trial_state_values(trial_id(trial), TrialState.RUNNING)
             return trial
 
@@ -106,7 +106,7 @@ class Queue:
         def beat() -> None:
             while not ended.wait(HEARTBEAT_SECONDS):
                 with suppress(*DATABASE_ERRORS):  # the database is away; others look twice before they take the trial
-                    record_heartbeat(self.storage.optuna, trial_id(trial))
+                    self.storage.optuna.record_heartbeat(trial_id(trial))  # type: ignore[attr-defined]
 
         thread = threading.Thread(target=beat, daemon=True)
         thread.start()
