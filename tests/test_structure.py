@@ -31,7 +31,7 @@ ROOMS = (
 FLOORS = {"__init__": 0, "architecture": 3} | {room: 2 * number for number, room in enumerate(ROOMS, 1)}
 OPTION = re.compile(r"(?<![\w-])--[a-z][a-z-]+(?![\w-])")
 OPTIONS = {name for command in main.commands.values() for each in command.params for name in each.opts}
-MOST_LINES, LONGEST_MODULE, LONGEST_FUNCTION = 10_350, 350, 50  # lines are a cost; the first number only falls
+MOST_LINES, LONGEST_MODULE, LONGEST_FUNCTION = 10_000, 350, 50  # lines are a cost; the first number only falls
 MODULES = sorted(path for path in PACKAGE.rglob("*.py"))
 
 

@@ -1,7 +1,5 @@
 """What is shown while a command works: rich progress on a terminal, a line an epoch and a trial elsewhere."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 
 import click
@@ -38,7 +36,7 @@ class ConsoleReporter(Reporter):
         self._counted = "", 0
         self._reported: set[str] = set()
 
-    def __enter__(self) -> ConsoleReporter:
+    def __enter__(self) -> "ConsoleReporter":
         self._progress.start()
         return self
 

@@ -4,8 +4,6 @@ Each field carries its meaning, unit and bounds; the command line takes its help
 heavy: commands build options before they do.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from importlib import import_module
 from typing import Annotated, Any, Literal, TypeVar, cast
@@ -239,7 +237,7 @@ class TrainConfig(Group):
     execution: ExecutionConfig = Field(default_factory=ExecutionConfig)
     random: RandomConfig = Field(default_factory=RandomConfig)
 
-    def with_seed(self, seed: int) -> TrainConfig:
+    def with_seed(self, seed: int) -> "TrainConfig":
         """Return this configuration for another seed."""
         return self.model_copy(update={"random": RandomConfig(seed=seed)})
 

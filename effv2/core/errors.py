@@ -61,8 +61,13 @@ class Terminated(BaseException):
 def close_names(name: str, names: Sequence[str], count: int = 3) -> str:
     """Return up to `count` of `names` that the user may have meant, for an error message; empty if none is near."""
     folded = {each.casefold(): each for each in names}
-    words = [repr(folded[near]) for near in get_close_matches(name.casefold(), list(folded), n=count, cutoff=0.5)]
-    return " or ".join(filter(None, (", ".join(words[:-1]), *words[-1:])))
+    near = get_close_matches(name.casefold(), list(folded), n=count, cutoff=0.5)
+    return joined([repr(folded[each]) for each in near], "or")
+
+
+def joined(words: Sequence[str], last: str = "and") -> str:
+    """Write words with commas, and `last` before the last of them."""
+    return f" {last} ".join(filter(None, (", ".join(words[:-1]), *words[-1:])))
 
 
 def nearest(name: str, names: Sequence[str]) -> str:

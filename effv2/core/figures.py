@@ -1,12 +1,13 @@
 """Figures that runs and reports share, in colours that survive colour blindness (Okabe & Ito 2008)."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from itertools import cycle
 from typing import Any
 
 import numpy as np
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
+from scipy import stats
 
 Curve = Mapping[int, float]  # by epoch
 
@@ -21,18 +22,10 @@ def plain(text: str) -> str:
     return text.replace("$", r"\$")
 
 
-def value_range(values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Return the lowest and the highest value of each epoch of runs (runs, epochs)."""
-    return values.min(0), values.max(0)
-
-
 def accuracy_curves(
-    curves: Mapping[str, Sequence[Curve]],
-    title: str,
-    published: Mapping[str, Curve] | None = None,
-    band: Callable[[np.ndarray], tuple[np.ndarray, np.ndarray]] = value_range,
+    curves: Mapping[str, Sequence[Curve]], title: str, published: Mapping[str, Curve] | None = None
 ) -> Figure:
-    """Draw accuracy over epochs: a line a name, the mean of its runs, with a band around it.
+    """Draw accuracy over epochs: a line a name, the mean of its runs, in a band: its 95 % interval, of two the range.
 
     `published` curves of some of the names are dotted behind them, as far as ours go.
     """
@@ -48,7 +41,10 @@ def accuracy_curves(
             axes.plot(list(theirs), list(theirs.values()), ":", color=colour, linewidth=1, alpha=0.8)
         axes.plot(epochs, values.mean(0), linestyle=style, color=colour, label=plain(name), marker=marker)
         if len(runs) > 1:
-            axes.fill_between(epochs, *band(values), color=colour, alpha=0.15, linewidth=0)
+            reach = stats.t.ppf(0.975, len(runs) - 1) * values.std(0, ddof=1) / np.sqrt(len(runs))
+            low, high = values.mean(0) - reach, values.mean(0) + reach
+            ends = (low, high) if len(runs) > 2 else (values.min(0), values.max(0))
+            axes.fill_between(epochs, *ends, color=colour, alpha=0.15, linewidth=0)
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.grid(alpha=0.3)
     axes.legend(loc="best", fontsize="small")

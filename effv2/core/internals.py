@@ -1,7 +1,4 @@
-"""Private names of other packages, all that are used. tests/test_internals.py tries each with the installed releases.
-
-Nothing heavy is imported before it is needed.
-"""
+"""All private names of other packages that are used, imported when needed; tests/test_internals.py tries each."""
 
 from __future__ import annotations
 

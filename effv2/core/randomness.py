@@ -4,15 +4,11 @@ No generator lives from one step to the next: order, augmentation and dropout ar
 epoch or step). One stream never disturbs another, and a run that resumes at step n draws what it would have drawn.
 """
 
-from __future__ import annotations
-
 import hashlib
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING
 
-if TYPE_CHECKING:
-    import torch
+import torch
 
 
 def stream_seed(seed: int, stream: str, *position: int) -> int:
@@ -26,8 +22,6 @@ def seed_generators(seed: int, device: torch.device) -> None:
 
     As torch.manual_seed, which formats a stack trace on each call where CUDA was never used.
     """
-    import torch
-
     torch.default_generator.manual_seed(seed)
     if device.type != "cpu":
         torch.manual_seed(seed)
@@ -36,8 +30,6 @@ def seed_generators(seed: int, device: torch.device) -> None:
 @contextmanager
 def private_randomness() -> Iterator[None]:
     """Give torch's global generators back as they were found, whatever is seeded or drawn inside."""
-    import torch
-
     devices = list(range(torch.cuda.device_count())) if torch.cuda.is_available() else []
     with torch.random.fork_rng(devices=devices):
         yield

@@ -1,9 +1,8 @@
 """Labelled images, what is made of each (the square of bytes that a network gets), and the cache of what was made.
 
 An entry of the cache holds the pixels of a list of images after one preparation. Its key is a hash of the files' bytes
-and the settings. A stamp leads from the files' names, sizes and modification times to that key, so that a second start
-neither reads nor decodes a file. A finished entry appears by renaming a folder: a kill loses work, but leaves no half
-entry.
+and the settings. A stamp leads from the files' names, sizes and times to that key, so that a second start neither reads
+nor decodes a file. A finished entry appears by renaming a folder: a kill loses work, but leaves no half entry.
 
     <cache>/stamps/<hash of names, sizes, times and settings>    text: the key of the entry
     <cache>/entries/<key>/pixels.npy                             uint8 (N, size, size, 3)

@@ -1,7 +1,5 @@
 """Claims as data, as docs/claims.md describes their keys: the published ones, and those of a file of the user's own."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -78,7 +76,7 @@ class Check(Group):
     study: StudyName = ""
 
     @model_validator(mode="after")
-    def _says_one_thing(self) -> Check:
+    def _says_one_thing(self) -> "Check":
         kind = KINDS[self.kind]
         names = tuple(name for name in ("arm", "against", "order") if getattr(self, name))
         regions = [name for name in ("above", "below", "about") if getattr(self, name) is not None]
@@ -125,7 +123,7 @@ class Claim(Group):
     note: str = ""
 
     @model_validator(mode="after")
-    def _one_protocol(self) -> Claim:
+    def _one_protocol(self) -> "Claim":
         if bool(self.study) == bool(self.protocol):
             raise ValueError("give a study or a protocol, one of the two: the runs that the claim is about")
         if self.free and not self.study:

@@ -73,7 +73,8 @@ def publish_study(parent: TrackedRun, used: Mapping[str, str]) -> StudyResults:
     files: dict[str, Content] = {**report.files, **results.files}
     if results.table and results.document:
         files[results.document] = f"# {results.title}\n\n{results.markdown()}\n"
-    _log(parent, files)
+    with parent.new_artifacts() as folder:
+        _write(folder, files)
     parent.log_metrics(results.metrics)
     parent.describe(results.markdown(show_in_ui(parent.experiment_id, parent.run_id, HTML)))
     return results
@@ -103,7 +104,8 @@ def publish(experiment: str, own: Path | None, target: Path | None, reporter: Re
         parents = [study.parent.run_id for study in studies_of(evidence.runs) if study.kind]
         for place in [run, *(TrackedRun(run_id, run.experiment_id) for run_id in parents)]:
             reporter.progress("logging the report")
-            _log(place, report.files)
+            with place.new_artifacts() as folder:
+                _write(folder, report.files)
         run.describe(f"{report.summary}.\n\n{show_in_ui(run.experiment_id, run.run_id, HTML)}")
         if target is not None:
             reporter.progress("exporting")
@@ -127,11 +129,6 @@ def rebuild(sources: Sequence[Path], own: Path | None, target: Path, reporter: R
     report = make_report(evidence, claims, progress=reporter.progress)
     _export(report, evidence, target, claims)
     return report
-
-
-def _log(run: TrackedRun, files: Mapping[str, Content]) -> None:
-    with run.new_artifacts() as folder:
-        _write(folder, files)
 
 
 def _write(folder: Path, files: Mapping[str, Content]) -> None:

@@ -11,6 +11,7 @@ import numpy as np
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, NullLocator, StrMethodFormatter
 
+from effv2.core.errors import joined
 from effv2.core.figures import MARKERS, PALETTE, plain
 from effv2.evidence.claims import Claims
 from effv2.evidence.protocols import SEED_SETTING, SPLIT_SEED, RightAnswers, complete
@@ -215,7 +216,7 @@ def _rank(runs: Mapping[str, RunRecord], right: RightAnswers) -> tuple[Ranked, s
 def _sentence(runs: Iterable[str], ranked: Ranked, origin: str, pairs: Sequence[NetworkPair]) -> str:
     """Say which network is better than which, and of which pairs it can't be told."""
     lost = [label for label in runs if label not in ranked]
-    missing = f" Not ranked, since predictions are missing: {_joined(lost)}." if lost else ""
+    missing = f" Not ranked, since predictions are missing: {joined(lost)}." if lost else ""
     if not ranked:
         return f"No network was ranked.{missing}"
     size = len(next(iter(ranked.values())))
@@ -224,18 +225,14 @@ def _sentence(runs: Iterable[str], ranked: Ranked, origin: str, pairs: Sequence[
     for pair in pairs:
         p = f" ({p_text(pair.p_holm)})" if len(pairs) <= PAIRS_WITH_P else ""
         (better if pair.told_apart else open_).setdefault(pair.better, []).append(f"{pair.worse}{p}")
-    words = [f"{one} is better than {_joined(others)}" for one, others in better.items()]
+    words = [f"{one} is better than {joined(others)}" for one, others in better.items()]
     if open_:
-        either = "; ".join(f"{one} or {_joined(others, 'or')}" for one, others in open_.items())
+        either = "; ".join(f"{one} or {joined(others, 'or')}" for one, others in open_.items())
         words.append(f"it can't be told which is better: {either}")
     how = f" (exact McNemar tests, Holm-corrected for {len(pairs)}, {LEVEL:.0%} level)" if pairs else ""
     what = "; ".join(words) or "one network alone, nothing to compare"
     few = f" So few images rarely decide; evaluate more than {FEW_IMAGES}." if size < FEW_IMAGES else ""
     return f"Top-1 over 1000 classes on {size:,} {images}{how}: {what}.{few}{caution}{missing}"
-
-
-def _joined(words: Sequence[str], last: str = "and") -> str:
-    return f" {last} ".join(filter(None, (", ".join(words[:-1]), words[-1])))
 
 
 def _table(runs: Iterable[RunRecord]) -> Rows:

@@ -1,7 +1,5 @@
 """How sure a difference is: intervals, paired tests, correction for many. On SciPy where it has them."""
 
-from __future__ import annotations
-
 import math
 from bisect import bisect_left
 from collections.abc import Callable, Sequence
@@ -28,7 +26,7 @@ class Interval(NamedTuple):
     low: float
     high: float
 
-    def within(self, other: Interval) -> Interval:
+    def within(self, other: "Interval") -> "Interval":
         """Return its part within another, as that of all values that a quantity can have; itself if there is none."""
         low, high = max(self.low, other.low), min(self.high, other.high)
         return Interval(low, high) if low <= high else self

@@ -9,15 +9,13 @@ from itertools import product
 from textwrap import shorten
 from typing import Any
 
-import numpy as np
 from matplotlib.figure import Figure
-from scipy import stats
 
-from effv2.core.figures import accuracy_against_time, accuracy_curves, bars, value_range
+from effv2.core.figures import accuracy_against_time, accuracy_curves, bars
 from effv2.evidence.claims import Claims
 from effv2.evidence.protocols import complete, counted, has, is_like, pair_of, published_runs, settings_of, split_of
 from effv2.evidence.quantities import CURVES, SHOWN, TRAIN_SECONDS, Quantity, percent, points, quantity, shown_for
-from effv2.evidence.statistics import CONFIDENCE, FEWEST, TINY, Estimate, holm, p_text
+from effv2.evidence.statistics import FEWEST, TINY, Estimate, holm, p_text
 from effv2.tracking import tags
 from effv2.tracking.read import BEST_TEST, SELECTED_TEST, SELECTED_VALIDATION, RunRecord, decisive_accuracy
 
@@ -188,21 +186,13 @@ def _figures(arms: Arms, title: str, published: Mapping[str, RunRecord]) -> dict
         curves = {arm: kept for arm, kept in found.items() if kept}
         if curves and not (name == "validation accuracy" and "test accuracy" in figures):
             theirs = {arm: run.history[metric] for arm, run in published.items() if metric in run.history}
-            figures[name] = accuracy_curves(curves, f"{title}: {name}", theirs, _mean_band)
+            figures[name] = accuracy_curves(curves, f"{title}: {name}", theirs)
     best, seconds = (values_of(arms, name) for name in (BEST_TEST, TRAIN_SECONDS))
     if best and seconds:
         figures["accuracy against time"] = accuracy_against_time(best, seconds, f"{title}: accuracy and time")
     if seconds:
         figures["training time"] = bars(seconds, f"{title}: training", "seconds")
     return figures
-
-
-def _mean_band(values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Return the 95 % interval of the mean of three runs or more (runs, epochs), the range of two."""
-    if len(values) < FEWEST:
-        return value_range(values)
-    reach = stats.t.ppf((1 + CONFIDENCE) / 2, len(values) - 1) * values.std(0, ddof=1) / np.sqrt(len(values))
-    return values.mean(0) - reach, values.mean(0) + reach
 
 
 def _parted(arms: Arms) -> tuple[dict[str, list[RunRecord]], list[str]]:

@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+from torchvision.models import ResNet50_Weights
 
 from effv2.config.schema import DataConfig
 from effv2.core.errors import InputError, close_names
@@ -47,8 +48,6 @@ def wnids() -> tuple[str, ...]:
 @cache
 def class_names() -> tuple[str, ...]:
     """Return torchvision's names of the 1000 classes, in the order of the outputs."""
-    from torchvision.models import ResNet50_Weights
-
     return tuple(ResNet50_Weights.DEFAULT.meta["categories"])
 
 

@@ -6,8 +6,6 @@ copied. Work is done at least once: a worker killed between finishing and saying
 the next one finds by its identity.
 """
 
-from __future__ import annotations
-
 import math
 import threading
 import time
@@ -48,7 +46,7 @@ def retried(method: Method[P, R]) -> Method[P, R]:
     """Let a method repeat itself while the database is away; LeaseLost where the trial is finished by another."""
 
     @wraps(method)
-    def repeated(self: Queue, /, *args: P.args, **kwargs: P.kwargs) -> R:
+    def repeated(self: "Queue", /, *args: P.args, **kwargs: P.kwargs) -> R:
         try:
             return self.storage.retry(lambda: method(self, *args, **kwargs))
         except UpdateFinishedTrialError:

@@ -32,9 +32,8 @@ GENERATED_NAME = re.compile(r"[a-z]+-[a-z]+-\d+")  # what MLflow calls a run tha
 
 
 class OpenRun(TrackedRun):
-    """A run that this process has open. Values are sent by a thread; what has files waits until it is sent.
+    """A run that this process has open. Until it ends values are sent by a thread; what has files waits for that.
 
-    Once it has ended it is written to at once.
     TrackingAway where the store is away for `patience` seconds; RunError where the store refuses something for good.
     """
 

@@ -70,8 +70,7 @@ def open_store(experiment: str, create: bool = True) -> str:
     """Answer with the id of the experiment to log to; InputError if the store doesn't answer.
 
     Without `create`, an experiment of that name must be there. An empty name leaves the choice to MLflow: that of
-    `mlflow run`, of MLFLOW_EXPERIMENT_NAME or _ID, or `Default`. A database is created, and migrated, here and nowhere
-    later.
+    `mlflow run`, of MLFLOW_EXPERIMENT_NAME or _ID, or `Default`. A database is created and migrated nowhere else.
     """
     configure()
     uri = mlflow.get_tracking_uri()
@@ -198,18 +197,16 @@ def _experiment(name: str, create: bool) -> Experiment:
         return given
     if not name:
         return client.get_experiment(default_experiment_id())
-    if found := client.get_experiment_by_name(name):
-        return found
-    if not create:
+    found = client.get_experiment_by_name(name)
+    if found is None and not create:
         names = [each.name for each in client.search_experiments()]
         raise InputError("experiment", name, "no such experiment", choices=names)
     try:
-        return client.get_experiment(client.create_experiment(name))
-    except MlflowException:  # another process was quicker
-        found = client.get_experiment_by_name(name)
-        if found is None:
+        return found or client.get_experiment(client.create_experiment(name))
+    except MlflowException:
+        if (found := client.get_experiment_by_name(name)) is None:
             raise
-        return found
+        return found  # another process was quicker
 
 
 def _explained(error: Exception, experiment: str) -> InputError:
