@@ -270,7 +270,7 @@ def test_links_to_a_folder_around_them_are_refused(tmp_path: Path, place: str) -
     root = make_image_tree(tmp_path / "set")
     (root / place).parent.mkdir(exist_ok=True)
     (root / place).symlink_to(root, target_is_directory=True)
-    with pytest.raises(InputError, match=r"loop can't be read .*symbolic links.*; mend or remove it"):
+    with pytest.raises(InputError, match=r"loop can't be read .*symbolic links.*; fix or remove it"):
         load_folder(root)
 
 

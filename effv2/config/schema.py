@@ -100,7 +100,7 @@ class DataConfig(Group):
     dir: str = Field("", description="Folder of the data set, where it comes as files.")
     download: bool = Field(False, description="Download the data set into the folder if it isn't there.")
     image_size: int = Field(32, ge=8, le=1024, description="Side of the square input in pixels.")
-    per_class: int = Field(0, ge=0, description="Images a class, 0 = all; with published sampling train + test.")
+    per_class: int = Field(0, ge=0, description="Images per class, 0 = all; with published sampling train + test.")
     sampling: Literal["standard", "published"] = Field("standard", description="The rule of sampling and splits.")
     test_fraction: Fraction = Field(0.2, gt=0, description="Share held out for testing where a set has no test part.")
     validation_fraction: Fraction = Field(0.1, description="Share of the train part kept for validation, 0 = none.")

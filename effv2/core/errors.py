@@ -31,7 +31,7 @@ class InputError(Exception):
 class RunError(Exception):
     """A fault while running (a loss that is no number, memory that is full), named as in an InputError. Exit code 1.
 
-    `resumes` says that the same command resumes the work once the fault is mended.
+    `resumes` says that the same command resumes the work once the fault is fixed.
     """
 
     def __init__(self, problem: str, *, resumes: bool = False) -> None:

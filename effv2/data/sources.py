@@ -58,7 +58,7 @@ def open_source(config: DataConfig) -> Source:
         raise
     except OSError as error:
         problem = f"{error.filename or f'the data set {config.dataset!r}'} can't be read ({error.strerror or error})"
-        remedy = "mend or remove it, or give yourself access"
+        remedy = "fix or remove it, or give yourself access"
         raise InputError("data.dir", config.dir, problem, remedy) from error
     except Exception as error:
         problem = f"the function of this data set failed ({type(error).__name__}: {error})"

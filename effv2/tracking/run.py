@@ -89,8 +89,8 @@ class OpenRun(TrackedRun):
             why = f"{type(error).__name__}: {error}"[:LONGEST_TAG]
             last = [RunTag(ERROR, why), RunTag(OUTCOME, "failed"), *last]
         uploads = self._uploading and self.sender.trouble is None
-        hurries = error is not None and (status_after(error) == "KILLED" or not self.sender.checked)
-        seconds = UPLOAD_PATIENCE if uploads else EARLY_PATIENCE if hurries else self.patience
+        briefly = error is not None and (status_after(error) == "KILLED" or not self.sender.checked)
+        seconds = UPLOAD_PATIENCE if uploads else EARLY_PATIENCE if briefly else self.patience
         self.delivered = self.sender.finish(last, seconds)
         if error is None and not self.delivered:
             self.sender.flush(0)

@@ -68,7 +68,7 @@ class Sender:
             trouble = self._refusal or self.trouble
         if trouble is not None:
             raise RunError(
-                f"The tracking store {shown_uri()} doesn't take what the run logs ({reason(trouble)}); mend it.",
+                f"The tracking store {shown_uri()} doesn't take what the run logs ({reason(trouble)}); fix it.",
                 resumes=True,
             ) from trouble
 

@@ -154,7 +154,7 @@ def tracking_faults() -> Iterator[None]:
     try:
         yield
     except TrackingError as error:
-        raise RunError(f"The tracking store failed ({reason(error)}); mend it.", resumes=True) from error
+        raise RunError(f"The tracking store failed ({reason(error)}); fix it.", resumes=True) from error
 
 
 def shown_uri() -> str:
