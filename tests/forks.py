@@ -52,7 +52,12 @@ class Forks:
         command = [sys.executable, "-m", "tests.forks", str(theirs.fileno()), *modules]
         with theirs:
             self._process = subprocess.Popen(
-                command, cwd=ROOT, pass_fds=[theirs.fileno()], stdin=subprocess.DEVNULL, start_new_session=True
+                command,
+                cwd=ROOT,
+                env={**os.environ, "OPENBLAS_NUM_THREADS": "1"},  # which would start threads when it is imported
+                pass_fds=[theirs.fileno()],
+                stdin=subprocess.DEVNULL,
+                start_new_session=True,
             )
         self._ended: dict[int, int] = {}
 

@@ -85,9 +85,9 @@ def ablate(variant: str | None, study: str | None, layer: Layer, how: StudyOptio
     Without a study file: the five published variants of EfficientNetV2-S under one short protocol on
     scikit-learn's digits. The same command again resumes where the last one ended.
     """
-    from effv2.config.studies import open_study
+    from effv2.config.studies import SWEEPS, open_study
 
-    chosen = open_study(study or "ablate").with_variant(variant or "all")
+    chosen = open_study(study or f"{SWEEPS}/ablate.yaml").with_variant(variant or "all")
     names = chosen.select(variant or "all")
 
     from effv2.studies.plan import make_grid
@@ -111,9 +111,9 @@ def hparam_check(check: str | None, scheduler: str | None, study: str | None, la
     Without a study: hparam-digits, the published check shortened to three epochs a run on scikit-learn's digits; the
     full protocols are the studies hparam-*. The same command again resumes where the last one ended.
     """
-    from effv2.config.studies import open_study
+    from effv2.config.studies import SWEEPS, open_study
 
-    chosen = open_study(study or "hparam-digits").with_plateau()
+    chosen = open_study(study or f"{SWEEPS}/hparam-digits.yaml").with_plateau()
     names = chosen.select_checks(check or "all", scheduler or "both")
 
     from effv2.studies.plan import make_grid
@@ -131,9 +131,9 @@ def search(study: str | None, layer: Layer, how: StudyOptions) -> None:
     Without a study file: dropout, stochastic depth and depth multiplier on scikit-learn's digits. The same command
     again resumes where the last one ended; with more trials, the search grows.
     """
-    from effv2.config.studies import open_study
+    from effv2.config.studies import SWEEPS, open_study
 
-    chosen = open_study(study or "search")
+    chosen = open_study(study or f"{SWEEPS}/search.yaml")
 
     from effv2.studies.plan import make_search
 

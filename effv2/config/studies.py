@@ -157,10 +157,11 @@ class Study(Group):
         return build(TrainConfig, self.base | options | self.arms[name])
 
     def with_variant(self, name: str) -> Study:
-        """Return the study with an arm for a variant of the architecture, unless it has one of that name."""
+        """Return its baseline beside another variant of the architecture, unless it has an arm of that name."""
         if not self.arms or name in self.arms or name not in VARIANTS:
             return self
-        return self.model_copy(update={"arms": self.arms | {name: {"model.variant": Written(name)}}})
+        arms = {self.baseline: self.arms[self.baseline], name: {"model.variant": Written(name)}}
+        return self.model_copy(update={"arms": arms})
 
     def select(self, name: str) -> list[str]:
         """Return the names of all arms, or of one and the baseline it is compared with."""
@@ -168,7 +169,7 @@ class Study(Group):
             other = "search" if self.search else "train"
             raise InputError("study", self.name, "has no arms to compare", f"use the command {other}")
         if name != "all" and name not in self.arms:
-            raise InputError("variant", name, "no such variant", choices=[*self.arms, "all"])
+            raise InputError("variant", name, "no such variant", choices=dict.fromkeys([*self.arms, *VARIANTS, "all"]))
         return [arm for arm in self.arms if name in ("all", arm) or arm == self.baseline]
 
     def select_checks(self, name: str, scheduler: str) -> list[str]:

@@ -29,6 +29,8 @@ import numpy as np
 import PIL
 from numpy.typing import NDArray
 from PIL import Image
+from torchvision.transforms import InterpolationMode
+from torchvision.transforms import functional as F
 
 from effv2.core.errors import InputError
 from effv2.core.paths import cache_folder, write_atomically
@@ -141,9 +143,6 @@ class CentreCrop:
 
     def __call__(self, image: Image.Image) -> Bytes:
         """Turn an image of any size and mode into RGB bytes (size, size, 3)."""
-        from torchvision.transforms import InterpolationMode
-        from torchvision.transforms import functional as F
-
         resized = F.resize(to_rgb(image), [self.resize], InterpolationMode(self.interpolation))
         return np.asarray(F.center_crop(resized, [self.size]), dtype=np.uint8)
 

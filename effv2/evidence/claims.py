@@ -14,7 +14,7 @@ from effv2.config.layers import Document, Place, read_document, validate
 from effv2.config.schema import Group
 from effv2.config.studies import Settings
 from effv2.core.errors import InputError, nearest
-from effv2.evidence.protocols import PUBLISHED, Protocol, protocol_title, study_protocols
+from effv2.evidence.protocols import CLASSES, PUBLISHED, Protocol, protocol_title, study_protocols
 from effv2.evidence.quantities import quantity
 
 EXPORTED_AS = "claims.yaml"  # name of a file of claims in an export
@@ -223,7 +223,8 @@ def _settings_of(arm: str, protocol: Protocol, where: str) -> Settings:
         names[protocol.study] = next(iter(protocol.arms))
     if arm not in names:
         raise InputError(where, arm, "no such arm", choices=names)
-    return protocol.runs | protocol.own(names[arm])
+    settings = protocol.runs | protocol.own(names[arm])
+    return {key: value for key, value in settings.items() if key != CLASSES}  # which no study can set
 
 
 def _check(contrast: Contrast, protocols: Mapping[str, Protocol], document: Document, claim: Place) -> None:

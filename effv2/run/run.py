@@ -188,7 +188,7 @@ def find_earlier(tags: Mapping[str, str], spec: RunSpec) -> RunRecord | None:
     before = read_run(spec.previous) if spec.previous else None
     if before is not None and _is_worked_on(before, spec):
         before = None
-    if before is not None and (end_left_open(before) or before.status == "FINISHED"):
+    if before is not None and (end_left_open(before.run_id) or before.status == "FINISHED"):
         return read_run(before.run_id)
     alike = {tag.CONFIG_HASH: tags[tag.CONFIG_HASH]} | ({tag.PARENT: spec.parent} if spec.fresh else {})
     known = find_runs(spec.experiment_id, alike, running=False)
@@ -204,8 +204,7 @@ def find_earlier(tags: Mapping[str, str], spec: RunSpec) -> RunRecord | None:
     if single and last is None and finished is None:
         theirs = {name: single[0].tags.get(name) for name in tag.IDENTITY}
         words = [f"{name[6:]} was {value}, is {tags[name]}" for name, value in theirs.items() if value != tags[name]]
-        sentence = f"The run {single[0].run_id} that ended early can't be resumed: {', '.join(words)}."
-        spec.reporter.message(sentence)
+        spec.reporter.message(f"The run {single[0].run_id} that ended early can't be resumed: {', '.join(words)}.")
     return finished
 
 

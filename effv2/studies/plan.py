@@ -268,10 +268,8 @@ def make_search(study: Study, layer: Layer, trials: int, load: LoadData, reporte
     wanted = {f"trial {number}": own if inside and not number else {} for number in range(trials or ranges.trials)}
     data, code = load(config.data).digest(), provenance.code_version()
     definition = {"base": config.identity(), **searched, "data": data, "code": code}
-    about = study.model_dump(include=ABOUT)
-    return Search(
-        kind="search", trials=wanted, definition=definition, epochs=epochs, base=config, ranges=ranges, **about
-    )
+    about = study.model_dump(include=ABOUT) | {"kind": "search", "epochs": epochs}
+    return Search(trials=wanted, definition=definition, base=config, ranges=ranges, **about)
 
 
 def make_weights(

@@ -62,7 +62,7 @@ class OpenedStudy:
         with queue.storage.lock(self.name):  # nobody leases a trial meanwhile
             if queue.deserted():
                 for child in find_runs(self.parent.experiment_id, {PARENT: self.parent.run_id}, running=True):
-                    end_left_open(child)
+                    end_left_open(child.run_id)
                 self.parent.set_status(status)
 
     def leave(self, storage: Storage, status: str = "") -> None:

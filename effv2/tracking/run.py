@@ -18,7 +18,7 @@ from mlflow.tracking.context.registry import resolve_tags
 from effv2.core.errors import LeaseLost, RunError
 from effv2.core.processes import is_gone, this_process
 from effv2.core.reporter import Message
-from effv2.tracking.read import RunRecord, find_runs
+from effv2.tracking.read import find_runs
 from effv2.tracking.sender import Sender
 from effv2.tracking.store import TRACKING_ERRORS, TrackingAway, answers, open_store
 from effv2.tracking.tags import ERROR, LONGEST_TAG, OUTCOME, PARENT, PID, PROCESS, REPORT, RUN_NAME
@@ -173,15 +173,16 @@ def open_experiment(experiment: str, create: bool = True) -> str:
     for run in find_runs(experiment_id, {}, running=True):
         if is_gone(run.tags.get(PROCESS, "")):
             with suppress(*TRACKING_ERRORS):  # what matters more will fail next, and say so
-                end_left_open(run)
+                end_left_open(run.run_id)
     return experiment_id
 
 
-def end_left_open(run: RunRecord) -> bool:
+def end_left_open(run_id: str) -> bool:
     """End a run that its process left open: FINISHED if all was logged, which is returned, KILLED otherwise."""
-    complete = run.tags.get(OUTCOME) in ("complete", "pruned")
-    if run.status == "RUNNING":
-        TrackedRun(run.run_id, run.experiment_id).set_status("FINISHED" if complete else "KILLED")
+    run = MlflowClient().get_run(run_id)  # as it is now: its process may just have ended it
+    complete = run.data.tags.get(OUTCOME) in ("complete", "pruned")
+    if run.info.status == "RUNNING":
+        TrackedRun(run_id, run.info.experiment_id).set_status("FINISHED" if complete else "KILLED")
     return complete
 
 
@@ -189,4 +190,5 @@ def open_report_run(experiment_id: str, message: Message) -> AbstractContextMana
     """Open the run of an experiment's report: the one that `mlflow run` opened, the last one, or a new one."""
     known = MlflowClient().search_runs([experiment_id], f"tags.`{REPORT}` = 'true'", max_results=1)
     last = known[0].info.run_id if known and not os.environ.get("MLFLOW_RUN_ID") else ""
-    return open_run("report", experiment_id, {REPORT: "true"}, resumes=last, message=message)
+    tags = {REPORT: "true"} | (dict.fromkeys((OUTCOME, ERROR), "") if last else {})  # of this report, not of the last
+    return open_run("report", experiment_id, tags, resumes=last, message=message)

@@ -9,13 +9,14 @@ import time
 from collections import deque
 from collections.abc import Sequence
 from contextlib import suppress
-from itertools import takewhile
+from itertools import islice, takewhile
 
 from effv2.core.errors import RunError
 from effv2.core.reporter import Message
 from effv2.tracking.store import WAIT_SECONDS, TrackingAway, answers, is_refusal, reason, shown_uri
 from effv2.tracking.writer import Item, KnownSteps, send
 
+MOST_AT_ONCE = 1_000  # values: as many as the server takes
 LOOK_SECONDS = 0.2  # between two looks at how long a store has been away
 LAST_CALL = 1.0  # seconds that the call in progress has to come to an end
 LONGEST_WAIT = 15.0  # seconds between two attempts
@@ -31,7 +32,7 @@ class Sender:
         self._changed = threading.Condition()
         self.trouble: Exception | None = None  # why the last attempt failed
         self._refusal: Exception | None = None  # the first that was for good
-        self.checked, self.closed = False, False
+        self.checked, self.closed, self._at_once = False, False, MOST_AT_ONCE
         self._thread = threading.Thread(target=self._send_all, name=f"sender {run_id}", daemon=True)
         self._thread.start()
 
@@ -94,16 +95,16 @@ class Sender:
                 self._changed.wait_for(lambda: self._waiting or self.closed)
                 if self.closed:
                     return
-                values = list(takewhile(lambda item: not callable(item), self._waiting))
-            batch = values or [self._waiting[0]]
+                values = takewhile(lambda item: not callable(item), self._waiting)
+                batch = list(islice(values, self._at_once)) or [self._waiting[0]]
             done = self._try(batch)
             with self._changed:
                 for _ in batch if done else []:
                     self._waiting.popleft()
                 self._changed.notify_all()
-                if not done:
+                if self.trouble is not None:
                     self._changed.wait_for(lambda: self.closed, pause)
-            pause = WAIT_SECONDS if done else min(2 * pause, LONGEST_WAIT)
+            pause = WAIT_SECONDS if self.trouble is None else min(2 * pause, LONGEST_WAIT)
 
     def _try(self, batch: Sequence[Item]) -> bool:
         """Send a batch, say whether it is done with; tell of an outage at its begin and its end."""
@@ -118,9 +119,11 @@ class Sender:
                     self._say(f"is away, or takes nothing ({reason(error)}): the run continues, what it logs waits.")
                 self.trouble = error
                 return False
-            if len(batch) > 1:  # one of them is refused
-                return all(self._try([item]) for item in batch)
+            if len(batch) > 1:  # to find out which of them it is
+                self._at_once = len(batch) // 2
+                return False
             self._refusal = self._refusal or error
+        self._at_once = min(2 * self._at_once, MOST_AT_ONCE)
         if self.trouble is not None and self.checked:
             self._say("is back.")
         self.trouble = None

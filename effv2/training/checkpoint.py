@@ -129,7 +129,7 @@ class Checkpointer:
             building.unlink(missing_ok=True)
         # Those of later steps were damaged, or this training wouldn't have come by here.
         found = self._found()
-        at = found.index(written)
+        at = found.index(written) if written in found else len(found)
         for old in found[: max(0, at + 1 - KEPT)] + found[at + 1 :]:
             old.unlink(missing_ok=True)
         return written
