@@ -82,7 +82,8 @@ def test_imports_have_no_cycle() -> None:
 
 
 def test_the_package_keeps_to_its_budget() -> None:
-    assert sum(path.read_text().count("\n") for path in MODULES) <= MOST_LINES
+    lines = sum(path.read_text().count("\n") for path in MODULES)
+    assert lines <= MOST_LINES, "pay for new lines with simpler code elsewhere, or raise MOST_LINES and say why"
 
 
 def test_the_reading_order_is_an_afternoon() -> None:
