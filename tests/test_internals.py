@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import os
 from pathlib import Path
 
 import pytest
@@ -43,11 +44,13 @@ def test_tensors_are_moved_and_copied_all_at_once() -> None:
     assert all(map(torch.equal, tensors, others))
 
 
-def test_compiled_forms_are_limited_by_settings_that_torch_knows() -> None:
+def test_the_compiler_is_set_up_by_settings_that_torch_knows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("TORCHINDUCTOR_CACHE_DIR", raising=False)
     config = torch._dynamo.config
     with config.patch(recompile_limit=1, accumulated_recompile_limit=1):
-        internals.limit_compiled_forms(7)
+        internals.set_up_compiler(7, tmp_path)
         assert config.recompile_limit == config.accumulated_recompile_limit == 7
+        assert os.environ["TORCHINDUCTOR_CACHE_DIR"] == str(tmp_path)
 
 
 def test_torchvision_names_imagenettes_classes_and_publishes_accuracies() -> None:

@@ -164,8 +164,9 @@ def _run_and_show(make: Callable[..., Any], options: StudyOptions) -> None:
     if end.failed:
         failures = [f"{name}: {error}" for name, error in end.failed.items()]
         more = [f"and {len(failures) - SHOWN_FAILURES} more."] if len(failures) > SHOWN_FAILURES else []
-        shown = "; ".join(failures[:SHOWN_FAILURES] + more)
-        raise RunError(f"{len(failures)} of {len(plan.trials)} runs failed. {shown}")
+        raise RunError(
+            f"{len(failures)} of {len(plan.trials)} runs failed. {'; '.join(failures[:SHOWN_FAILURES] + more)}"
+        )
 
 
 @main.command("evaluate-pretrained", cls=cli.Command)
@@ -226,6 +227,5 @@ def report(export: str | None, from_export: str | None, claims: str | None, laye
             made, address = rebuild(sources, _path(claims), target, reporter), ""
         else:
             made, address = publish(how.experiment, _path(claims), target if export else None, reporter)
-    for line in (*made.own, made.summary, address, target / "report.html" if export else ""):
-        if line:
-            click.echo(line)
+    for line in filter(None, (*made.own, made.summary, address, target / "report.html" if export else "")):
+        click.echo(line)

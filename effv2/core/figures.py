@@ -34,8 +34,7 @@ def accuracy_curves(
     for index, ((name, runs), colour) in enumerate(zip(curves.items(), cycle(PALETTE), strict=False)):
         epochs = sorted(set.intersection(*(set(run) for run in runs)))
         values = np.array([[run[epoch] for epoch in epochs] for run in runs])
-        style = STYLES[index % len(STYLES)]
-        marker = "o" if len(epochs) == 1 else None
+        style, marker = STYLES[index % len(STYLES)], "o" if len(epochs) == 1 else None
         if published and name in published:
             theirs = {epoch: value for epoch, value in published[name].items() if epoch <= max(epochs, default=0)}
             axes.plot(list(theirs), list(theirs.values()), ":", color=colour, linewidth=1, alpha=0.8)

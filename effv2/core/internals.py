@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -26,12 +28,15 @@ def copy_all(tensors: list[Tensor], others: list[Tensor]) -> None:
     torch._foreach_copy_(tensors, others)
 
 
-def limit_compiled_forms(count: int) -> None:
-    """Set how many forms of one function torch.compile keeps before it gives up on it."""
+def set_up_compiler(forms: int, folder: Path) -> None:
+    """Set how many forms of one function torch.compile keeps, and the folder of its code unless the user named one."""
     import torch
+    from torch._inductor.runtime.cache_dir_utils import default_cache_dir
 
-    torch._dynamo.config.recompile_limit = count
-    torch._dynamo.config.accumulated_recompile_limit = count
+    torch._dynamo.config.recompile_limit = forms
+    torch._dynamo.config.accumulated_recompile_limit = forms
+    if os.environ.get("TORCHINDUCTOR_CACHE_DIR") in (None, default_cache_dir()):  # torch's own since its import
+        os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(folder)
 
 
 def imagenette() -> tuple[str, str, dict[str, str]]:

@@ -1,7 +1,6 @@
 """Where and how the network is computed: device, precision, memory format, compiled blocks, CUDA graphs."""
 
 import copy
-import os
 from collections import Counter
 from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager, nullcontext
@@ -15,7 +14,7 @@ from torch.nn.utils.fusion import fuse_conv_bn_eval
 from torchvision.models.efficientnet import FusedMBConv, MBConv
 
 from effv2.config.schema import ExecutionConfig
-from effv2.core.internals import limit_compiled_forms
+from effv2.core.internals import set_up_compiler
 from effv2.core.paths import cache_folder
 from effv2.core.processes import uninterrupted
 from effv2.data.batches import Statistics, normalised
@@ -120,8 +119,7 @@ def _compile_blocks(model: nn.Module) -> None:
 
     Not their shortcut and stochastic depth: equal blocks share their code, and random draws are the eager network's.
     """
-    os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(cache_folder() / "compiled"))
-    limit_compiled_forms(COMPILED_FORMS)
+    set_up_compiler(COMPILED_FORMS, cache_folder() / "compiled")
     for module in model.modules():
         if isinstance(module, (MBConv, FusedMBConv)):
             module.block.compile(dynamic=False)

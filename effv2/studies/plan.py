@@ -245,8 +245,8 @@ def make_grid(
     data = {arm: load(config.data).digest() for arm, config in arms.items()}
     definition = {"arms": identities, "data": data, "code": provenance.code_version()}
     epochs = max(config.schedule.epochs for config in arms.values())
-    every = seeds or study.seeds
-    wanted = [(arm, seed) for seed in every for arm in names] or [(arm, arms[arm].random.seed) for arm in names]
+    wanted = [(arm, seed) for seed in seeds or study.seeds for arm in names]
+    wanted = wanted or [(arm, arms[arm].random.seed) for arm in names]
     trials = {f"{arm}, seed {seed}": {"arm": arm, "seed": seed} for arm, seed in wanted}
     about = study.model_dump(include=ABOUT)
     return Grid(kind=kind, trials=trials, definition=definition, epochs=epochs, arms=arms, **about)

@@ -213,6 +213,7 @@ def _explained(error: Exception, experiment: str) -> InputError:
     code, why = str(getattr(error, "error_code", "")), reason(error)
     if code == MISSING or (code == "INVALID_PARAMETER_VALUE" and experiment):
         return InputError("experiment", experiment[:80], f"refused ({why})", "correct the option or MLflow's variables")
-    text = f"{code} {error}"
-    problem, remedy = next(words for pattern, *words in EXPLANATIONS if re.search(pattern, text, re.DOTALL))
+    problem, remedy = next(
+        words for pattern, *words in EXPLANATIONS if re.search(pattern, f"{code} {error}", re.DOTALL)
+    )
     return InputError("MLFLOW_TRACKING_URI", shown_uri(), problem.format(reason=why), remedy)
