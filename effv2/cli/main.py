@@ -163,10 +163,9 @@ def _run_and_show(make: Callable[..., Any], options: StudyOptions) -> None:
         click.echo(line)
     if end.failed:
         failures = [f"{name}: {error}" for name, error in end.failed.items()]
-        more = [f"and {len(failures) - SHOWN_FAILURES} more."] if len(failures) > SHOWN_FAILURES else []
-        raise RunError(
-            f"{len(failures)} of {len(plan.trials)} runs failed. {'; '.join(failures[:SHOWN_FAILURES] + more)}"
-        )
+        more = [f"and {len(failures) - SHOWN_FAILURES} more"] if len(failures) > SHOWN_FAILURES else []
+        shown = "; ".join(failures[:SHOWN_FAILURES] + more)
+        raise RunError(f"{len(failures)} of {len(plan.trials)} runs failed. {shown}")
 
 
 @main.command("evaluate-pretrained", cls=cli.Command)

@@ -49,8 +49,7 @@ def imagenette() -> tuple[str, str, dict[str, str]]:
 
 def imagenet_metrics(weights: Any) -> Mapping[str, float]:
     """Return what torchvision publishes of weights on ImageNet, in percent: acc@1 and acc@5; empty where nothing."""
-    found: Mapping[str, float] = weights.meta["_metrics"].get("ImageNet-1K", {})
-    return found
+    return dict(weights.meta["_metrics"].get("ImageNet-1K", {}))
 
 
 def trial_id(trial: FrozenTrial) -> int:
@@ -65,8 +64,7 @@ def study_id(study: FrozenStudy) -> int:
 
 def stale_trial_ids(storage: BaseStorage, study_id: int) -> list[int]:
     """Return the running trials whose heartbeat has been missing for longer than the storage's grace period."""
-    found: list[int] = storage._get_stale_trial_ids(study_id)  # type: ignore[attr-defined]
-    return found
+    return list(storage._get_stale_trial_ids(study_id))  # type: ignore[attr-defined]
 
 
 def default_experiment_id() -> str:

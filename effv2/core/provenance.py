@@ -60,13 +60,12 @@ def machine() -> dict[str, str]:
     """Return processor, cores, memory, accelerator, system and versions by plain names."""
     import torch
 
-    cuda = torch.cuda.is_available()
     versions = {package: metadata.version(package) for package in RECORDED_PACKAGES}
     return {
         "processor": _processor(),
         "cores": str(len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()),
         "memory_gib": f"{os.sysconf('SC_PAGE_SIZE') * os.sysconf('SC_PHYS_PAGES') / 2**30:.1f}",
-        "accelerator": torch.cuda.get_device_name() if cuda else "none",
+        "accelerator": torch.cuda.get_device_name() if torch.cuda.is_available() else "none",
         "threads": str(torch.get_num_threads()),
         "system": platform.platform(),
         "python": sys.version.split()[0],
