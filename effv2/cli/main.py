@@ -141,7 +141,7 @@ def search(study: str | None, layer: Layer, how: StudyOptions) -> None:
 
 
 def _path(text: str | None) -> Path | None:
-    """Return a path that was given, if any was; a ~ that nobody is behind stays as it is."""
+    """Return the path that an option gave, if any. `~` is expanded where the system knows that user."""
     return Path(os.path.expanduser(text)) if text else None
 
 

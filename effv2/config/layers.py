@@ -141,7 +141,7 @@ def _note_lines(node: yaml.Node | None, place: Place, document: Document) -> Non
             inner = (*place, str(key.value))
             line = key.start_mark.line + 1
             if first := document.lines.get(inner):
-                problem = f"the key {key.value!r} stands twice (first in line {first})"
+                problem = f"the key {key.value!r} appears twice (first in line {first})"
                 raise InputError(f"{document.named}, line {line}", "", problem, "remove one")
             document.lines[inner] = line
             _note_lines(value, inner, document)

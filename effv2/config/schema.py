@@ -287,7 +287,7 @@ def _distinct_seeds(value: Any) -> Any:
     if not isinstance(words, (list, tuple)) or not all(str(word).isdecimal() and int(word) < 2**32 for word in words):
         raise ValueError("must be whole numbers from 0 on, separated by commas, as 0,1,2")
     if len(set(map(int, words))) < len(words):
-        raise ValueError("the same seed stands twice; remove one")
+        raise ValueError("the same seed appears twice; remove one")
     return words
 
 

@@ -10,7 +10,7 @@ from typing import TypeVar
 
 import torch
 from torch import Tensor, fx, nn
-from torch.nn.utils.fusion import fuse_conv_bn_eval
+from torch.nn.utils.fusion import fuse_conv_bn_weights
 from torchvision.models.efficientnet import FusedMBConv, MBConv
 
 from effv2.config.schema import ExecutionConfig
@@ -144,7 +144,8 @@ def fold_batch_norm(model: nn.Module) -> None:
         conv, norm = map(modules.__getitem__, names)
         once = all(calls.count(name) == 1 for name in names)
         if once and isinstance(conv, nn.Conv2d) and isinstance(norm, nn.BatchNorm2d) and norm.track_running_stats:
-            model.set_submodule(names[0], fuse_conv_bn_eval(conv, norm))
+            both = conv.weight, conv.bias, norm.running_mean, norm.running_var, norm.eps, norm.weight, norm.bias
+            conv.weight, conv.bias = fuse_conv_bn_weights(*both)  # type: ignore[arg-type]
             model.set_submodule(names[1], nn.Identity())
 
 

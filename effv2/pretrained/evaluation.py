@@ -185,7 +185,7 @@ def log_network(evaluation: Evaluation, run: TrackedRun) -> None:
     module, statistics = load_network(requested), requested.normalisation
     with tempfile.TemporaryDirectory() as folder:
         files = write_served(Path(folder), module, statistics, requested.preparation, class_names())
-        run.log_model(files, as_base64(evaluation.images.part.open(0)), torch.__version__)
+        run.log_model(files, as_base64(evaluation.images.part.open(0)))
 
 
 def logits_of(execution: Execution, network: Forward, statistics: Statistics, pixels: Tensor) -> Tensor:

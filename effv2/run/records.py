@@ -149,7 +149,7 @@ def log_network(run: TrackedRun, training: Training) -> None:
     statistics, square = NORMALISATIONS[config.data.normalise], Square(config.data.image_size)
     with tempfile.TemporaryDirectory() as folder:
         files = write_served(Path(folder), own, statistics, square, output_names(classes, outputs))
-        run.log_model(files, as_base64(Image.fromarray(first)), torch.__version__)
+        run.log_model(files, as_base64(Image.fromarray(first)))
 
 
 def keep_weights(run: TrackedRun, network: nn.Module) -> None:

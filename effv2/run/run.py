@@ -79,8 +79,7 @@ class Attempt:
 
 def prepare(configs: Sequence[TrainConfig], load: LoadData, message: Message) -> list[TrainConfig]:
     """Load and check the data of runs, then resolve `auto`, of all alike; InputError before any run is created."""
-    configs = list(map(with_device, configs))
-    for config in configs:
+    for config in map(with_device, configs):
         dataset, outputs = load(config.data), config.model.outputs
         if 0 < outputs < len(dataset.classes):
             problem = f"the data has {len(dataset.classes)} classes"

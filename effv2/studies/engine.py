@@ -103,7 +103,9 @@ def _open(plan: Plan, storage: Storage, experiment_id: str, options: StudyOption
                 queue, attributes = found.study_name, dict(found.user_attrs)
             else:
                 if same and not options.fresh:
-                    text = f"The tracking store {store.shown_uri()} has no run of this study: it begins anew there."
+                    text = (
+                        f"The tracking store {store.shown_uri()} has no run of this study: a new one is started there."
+                    )
                     reporter.message(text)
                 if begun and not same:
                     words = differences(begun[0].user_attrs[DEFINITION], definition)
@@ -210,7 +212,7 @@ def _supervise(study: OpenedStudy, queue: Queue, message: Message, show: Callabl
         return process
 
     processes: list[SpawnProcess] = []
-    ended = Counter[int]()  # workers, while so many trials were unfinished
+    ended = Counter[int]()  # ends of workers, by how many trials were unfinished
     try:
         processes += map(start, range(workers))
         while unfinished := len(queue.unfinished()):

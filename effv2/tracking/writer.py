@@ -23,7 +23,7 @@ from mlflow.tracking.context.registry import resolve_tags
 
 from effv2 import serving
 from effv2.core.errors import LeaseLost, Terminated
-from effv2.core.provenance import git_state
+from effv2.core.provenance import git_state, machine
 from effv2.tracking.store import MISSING, shown_uri, ui_address
 from effv2.tracking.tags import CONTINUES, DATA_CONTEXT, GIT_COMMIT, GIT_DIRTY, LONGEST_TAG, NOTE, WRITTEN
 
@@ -109,9 +109,9 @@ class TrackedRun:
             yield Path(folder)
             self._send(lambda: MlflowClient().log_artifacts(self.run_id, folder))
 
-    def log_model(self, files: Mapping[str, Path], example: str, torch_version: str) -> None:
+    def log_model(self, files: Mapping[str, Path], example: str) -> None:
         """Log the served model, as log_served_model does."""
-        self._send(lambda: log_served_model(self.run_id, files, example, torch_version))
+        self._send(lambda: log_served_model(self.run_id, files, example))
 
     def discard(self, name: str) -> None:
         """Delete an artifact, or a folder of them, where it is there and the store lets us."""
@@ -181,7 +181,7 @@ def _models(run_id: str) -> list[LoggedModel]:
     return found
 
 
-def log_served_model(run_id: str, files: Mapping[str, Path], example: str, torch_version: str) -> None:
+def log_served_model(run_id: str, files: Mapping[str, Path], example: str) -> None:
     """Log the served model, image in, class names and probabilities out, unless the run has it.
 
     `files` are the artifacts that the serving file names, `example` is a base64 image. A model that an earlier attempt
@@ -208,7 +208,7 @@ def log_served_model(run_id: str, files: Mapping[str, Path], example: str, torch
             input_example=[example],
             pip_requirements=[
                 f"mlflow=={mlflow.__version__}",
-                f"torch=={torch_version.partition('+')[0]}",
+                f"torch=={machine()['torch'].partition('+')[0]}",
                 "numpy>=2.0",
                 "pillow>=11",
             ],
