@@ -88,6 +88,22 @@ class Quantity:
         """Say whether it is a fraction, whose differences are percentage points."""
         return self.text is percent
 
+    def difference(self, value: float) -> str:
+        """Write a difference of two values: percentage points for fractions."""
+        return points(value) if self.is_accuracy else f"{value:+.3g}"
+
+    def size(self, value: float) -> str:
+        """Write how large a difference is, without its sign."""
+        return f"{100 * value:.2f} points" if self.is_accuracy else decimal(value)
+
+    def signed(self, value: float) -> str:
+        """Write a difference without its unit."""
+        return f"{100 * value:+.2f}" if self.is_accuracy else f"{value:+.3g}"
+
+    def bare(self, value: float) -> str:
+        """Write the size of a difference without its unit."""
+        return f"{100 * value:.2f}" if self.is_accuracy else decimal(value)
+
     @property
     def possible(self) -> Interval:
         """Return where its values can lie, as far as that is known."""

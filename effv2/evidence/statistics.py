@@ -1,9 +1,12 @@
-"""How sure a difference is: intervals, paired tests, correction for many. On SciPy where it has them."""
+"""How sure a difference is: tests and intervals that hold at every look, and correction for many; on SciPy."""
 
+import csv
 import math
 from bisect import bisect_left
-from collections.abc import Callable, Sequence
-from functools import cached_property
+from collections.abc import Callable, Mapping, Sequence
+from enum import Enum
+from functools import cache
+from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
@@ -14,10 +17,8 @@ CONFIDENCE = 0.95
 LEVEL = 0.05  # of every test, two-sided
 POWER = 0.8  # with which more runs are to decide
 FEWEST = 3  # runs that a verdict takes
-BOOTSTRAP_FROM = 20  # runs
-RESAMPLES = 9_999
 TINY = 1e-12  # below which a difference is rounding
-MOST_RUNS = 1_000  # that are worth naming
+LEVELS = Path(__file__).with_name("levels.csv")  # made by benchmarks/levels.py
 
 
 class Interval(NamedTuple):
@@ -36,6 +37,54 @@ class Interval(NamedTuple):
         return f"{write(self.low)} to {write(self.high)}"
 
 
+class Looks(NamedTuple):
+    """How often a comparison may be looked at: after every run, up to `most` seeds of an arm; or once, with all."""
+
+    most: int = 30
+    once: bool = False
+
+    def overall(self, p: float, samples: int) -> float:
+        """Return how likely a p-value as small comes up at any of the looks where there is no effect.
+
+        The tests are Student's of one sample, or Welch's of two. `benchmarks/levels.py` simulated the table.
+        """
+        if self.once:
+            return p
+        alphas, levels = _levels(samples, self.most)
+        return float(np.exp(_interpolate(np.log(max(p, 1e-300)), np.log(levels), np.log(alphas))))
+
+    def nominal(self, alpha: float, samples: int) -> float:
+        """Return how small the p-value of a single look has to be, for a share `alpha` of errors over all looks."""
+        if self.once:
+            return alpha
+        alphas, levels = _levels(samples, self.most)
+        return float(np.exp(_interpolate(np.log(alpha), np.log(alphas), np.log(levels))))
+
+    def text(self) -> str:
+        """Say it."""
+        return f"one look, at {self.most} seeds" if self.once else f"every look up to {self.most} seeds"
+
+
+EVERY_LOOK = Looks()  # where nothing else was said beforehand
+
+
+@cache
+def _levels(samples: int, most: int) -> tuple[np.ndarray, np.ndarray]:
+    """Return levels overall and those of a single look, for the next number of seeds of the table."""
+    with LEVELS.open(newline="", encoding="utf-8") as file:
+        (_, _, *alphas), *rows = csv.reader(file)
+    known = {int(row[1]): row[2:] for row in rows if int(row[0]) == samples}
+    row = known[min(each for each in known if each >= most)]
+    return np.array(alphas, float), np.array(row, float)
+
+
+def _interpolate(x: float, xs: np.ndarray, ys: np.ndarray) -> float:
+    """Interpolate between points in rising order; go on below the first as between the first two."""
+    if x < xs[0]:
+        return float(ys[0] + (x - xs[0]) * (ys[1] - ys[0]) / (xs[1] - xs[0]))
+    return float(np.interp(x, xs, ys))
+
+
 def wilson(right: int, count: int) -> Interval:
     """Return Wilson's 95 % interval of a proportion (Wilson 1927), without continuity correction."""
     found = binomtest(right, count).proportion_ci(CONFIDENCE, method="wilson")
@@ -52,25 +101,26 @@ def mcnemar(first: np.ndarray, second: np.ndarray) -> tuple[int, int, float]:
     return only_first, only_second, float(binomtest(only_first, differing).pvalue) if differing else 1.0
 
 
-def holm(p_values: Sequence[float]) -> list[float]:
-    """Return p-values corrected for their number (Holm 1979), in the given order."""
-    order = np.argsort(p_values, kind="stable")
-    factors = np.arange(len(p_values), 0, -1)
-    found = np.minimum(np.maximum.accumulate(np.asarray(p_values, dtype=float)[order] * factors), 1)
-    return [float(p) for p in found[np.argsort(order)]]
+def holm(p_values: Sequence[float], weights: Sequence[float] = ()) -> list[float]:
+    """Return p-values corrected for their number (Holm 1979), in the given order; heavier ones less."""
+    p, w = np.asarray(p_values, dtype=float), np.asarray(weights or [1.0] * len(p_values))
+    order = np.argsort(p / w, kind="stable")
+    left = np.cumsum(w[order][::-1])[::-1]  # of the weights, at each step
+    found = np.minimum(np.maximum.accumulate(p[order] / w[order] * left), 1)
+    return [float(each) for each in found[np.argsort(order)]]
 
 
 class Estimate:
     """The mean of one sample, or of the first of two less the second (Welch 1947), and how sure it is.
 
-    A sample is independent values of one quantity, one a run or a pair of runs. Below 20 values the interval is
-    Student's; from there on that of the studentised bootstrap (Efron & Tibshirani 1993, ch. 12), for any distribution.
-    `overlap` is the ratio of test to training images where the values come from repeated splits of one set, whose
-    training parts overlap: it widens the error as Nadeau & Bengio (2003) do; 0 for independent values.
+    A sample is independent values of one quantity, one a run or a pair of runs; intervals are Student's. They and the
+    p-values hold however often one looked, as `looks` says. `overlap` is the ratio of test to training images where
+    the values come from repeated splits of one set, whose parts overlap: it widens the error as Nadeau & Bengio (2003)
+    do; 0 for independent values.
     """
 
-    def __init__(self, *samples: Sequence[float], overlap: float = 0.0) -> None:
-        self.samples, self.overlap = samples, overlap
+    def __init__(self, *samples: Sequence[float], overlap: float = 0.0, looks: Looks = EVERY_LOOK) -> None:
+        self.samples, self.overlap, self.looks = samples, overlap, looks
         counts = list(map(len, samples))
         means = [float(np.mean(each)) for each in samples]
         deviations = [float(np.std(each, ddof=1)) if len(each) > 1 else math.nan for each in samples]
@@ -83,41 +133,26 @@ class Estimate:
         if len(samples) > 1 and self.error > 0:
             self.degrees = self.error**4 / sum(each**4 / (n - 1) for each, n in zip(errors, counts, strict=True))
 
-    @cached_property
-    def _pivots(self) -> np.ndarray:
-        """Return (mean of a resample - mean) / its standard error, the same ones at every call."""
-        drawn = []
-        for seed, each in enumerate(self.samples):
-            places = np.random.default_rng(seed).integers(0, len(each), (RESAMPLES, len(each)))
-            drawn.append(np.asarray(each)[places])
-        distances = drawn[0].mean(1) - sum(each.mean(1) for each in drawn[1:]) - self.mean
-        squares = sum(each.var(1, ddof=1) / each.shape[1] for each in drawn)
-        found: np.ndarray = distances[squares > 0] / np.sqrt(squares[squares > 0])
-        return found
-
-    def interval(self) -> Interval:
-        """Return the confidence interval of the mean; NaN for one value."""
-        tail = (1 - CONFIDENCE) / 2
-        if self.n < BOOTSTRAP_FROM or self.error < TINY:
-            high = stats.t.ppf(1 - tail, self.degrees)
-            low = -high
-        else:
-            low, high = np.quantile(self._pivots, [tail, 1 - tail])
-        return Interval(self.mean - float(high) * self.error, self.mean - float(low) * self.error)
+    def interval(self, level: float = LEVEL) -> Interval:
+        """Return the confidence interval of the mean, which misses it at any look in a share `level`; NaN for one."""
+        nominal = self.looks.nominal(level, len(self.samples))
+        reach = float(-special.stdtrit(self.degrees, nominal / 2) * self.error)
+        return Interval(self.mean - reach, self.mean + reach)
 
     def p(self, edge: float) -> float:
-        """Return the two-sided p-value of the mean being `edge`, for two values or more.
+        """Return the two-sided p-value, over all looks, of the mean being `edge`, for two values or more.
 
         Values that are all the same show nothing of how much they vary: then it is the sign test's.
         """
         if self.error < TINY:
-            return 1.0 if abs(self.mean - edge) < TINY else min(1.0, 2 * 0.5**self.n)
-        t = (self.mean - edge) / self.error
-        if self.n < BOOTSTRAP_FROM:
-            return float(2 * stats.t.sf(abs(t), self.degrees))
-        above = (np.sum(self._pivots >= t) + 1) / (RESAMPLES + 1)
-        below = (np.sum(self._pivots <= t) + 1) / (RESAMPLES + 1)
-        return float(min(1.0, 2 * min(above, below)))
+            nominal = 1.0 if abs(self.mean - edge) < TINY else min(1.0, 2 * 0.5**self.n)
+        else:
+            nominal = float(2 * special.stdtr(self.degrees, -abs(self.mean - edge) / self.error))
+        return self.looks.overall(nominal, len(self.samples))
+
+    def p_within(self, low: float, high: float) -> float:
+        """Return the p-value of the mean lying outside of two edges, one test of either (TOST, Schuirmann 1987)."""
+        return max(self.p(low), self.p(high)) / 2 if low < self.mean < high else 1.0
 
     def prediction(self, deviation: float | None = None) -> Interval:
         """Return the interval in which a single further value is expected (normal values); NaN for one value.
@@ -129,32 +164,82 @@ class Estimate:
         return Interval(self.mean - reach, self.mean + reach)
 
 
-def power(effect: float, deviation: float, n: int, level: float = LEVEL, overlap: float = 0.0) -> float:
-    """Return the probability that a two-sided t-test of `n` values tells their mean from one `effect` away from it."""
-    limit, shift = special.stdtrit(n - 1, 1 - level / 2), abs(effect) / (deviation * np.sqrt(1 / n + overlap))
-    below = np.nan_to_num(special.nctdtr(n - 1, shift, -limit))  # of a large shift it is nothing, and SciPy says NaN
-    return float(1 - special.nctdtr(n - 1, shift, limit) + below)
+class Outcome(str, Enum):
+    """What runs say of an arm and the one that it is compared with."""
+
+    BETTER = "better"
+    WORSE = "worse"
+    EQUIVALENT = "equivalent"  # within the margin
+    OPEN = "undecided"
+    FEW = "too few runs"
 
 
-def more_to_decide(estimate: Estimate, edge: float, level: float = LEVEL) -> tuple[int, int | None] | None:
-    """Return from how many to how many more values (None: over 1,000) tell the mean from `edge`; None: no telling.
+class Comparison(NamedTuple):
+    """An arm held against another: what runs say, the difference, and the level of the test that said it."""
 
-    As if the difference seen were the true one, for the ends of the standard deviation's 80 % interval (chi-square).
+    outcome: Outcome
+    estimate: Estimate
+    p: float  # over all looks, corrected for the number of comparisons
+    level: float
+
+    @property
+    def interval(self) -> Interval:
+        """Return the interval that goes with the outcome: it excludes 0, or lies within the margin, or neither."""
+        return self.estimate.interval(2 * self.level if self.outcome is Outcome.EQUIVALENT else self.level)
+
+
+def compare(estimates: Mapping[str, Estimate], margin: float = 0.0) -> dict[str, Comparison]:
+    """Say of each difference whether it is above 0, below 0, or within the margin; wrong in 5 % of studies at most.
+
+    Holm's correction counts each difference once: of its being 0 and its being as large as the margin one is false.
     """
-    effect, degrees, more = estimate.mean - edge, estimate.degrees, range(1, MOST_RUNS + 1 - estimate.n)
-    if abs(effect) < TINY:
-        return None
-    if estimate.error < TINY:  # so many equal ones that the sign test decides
-        few = max(1, math.ceil(1 - math.log2(level)) - estimate.n)
-        return few, few
-    overlap = estimate.overlap if len(estimate.samples) == 1 else 0.0
+    enough = {name: each for name, each in estimates.items() if each.n >= FEWEST}
+    differ = {name: each.p(0) for name, each in enough.items()}
+    alike = {name: each.p_within(-margin, margin) if margin else 1.0 for name, each in enough.items()}
+    smaller = {name: min(differ[name], alike[name]) for name in enough}
+    corrected = dict(zip(enough, holm(list(smaller.values())), strict=True))
+    found, left = {}, len(enough)
+    for name in sorted(enough, key=lambda name: smaller[name]):
+        outcome, estimate = Outcome.OPEN, enough[name]
+        level = LEVEL / max(left, 1)
+        if corrected[name] < LEVEL:
+            left -= 1
+            outcome = Outcome.BETTER if estimate.mean > 0 else Outcome.WORSE
+            if alike[name] < differ[name]:
+                outcome = Outcome.EQUIVALENT
+        found[name] = Comparison(outcome, estimate, corrected[name], level)
+    few = {name: Comparison(Outcome.FEW, each, 1.0, LEVEL) for name, each in estimates.items() if name not in enough}
+    return {name: (found | few)[name] for name in estimates}
 
-    def fewest(deviation: float) -> int | None:
-        place = bisect_left(more, POWER, key=lambda k: power(effect, deviation, estimate.n + k, level, overlap))
-        return more[place] if place < len(more) else None
 
-    few_or_none, many = map(fewest, np.sqrt(degrees / stats.chi2.ppf([0.9, 0.1], degrees)) * estimate.deviation)
-    return None if few_or_none is None else (few_or_none, many)
+def power(effect: float, deviation: float, n: int, level: float = LEVEL, samples: int = 1) -> float:
+    """Return the probability that a single two-sided t-test tells a mean of `n` values from one `effect` away from it.
+
+    `deviation` is that of one value; of two samples of `n` each, that of one difference.
+    """
+    degrees = samples * (n - 1)
+    limit, shift = -special.stdtrit(degrees, level / 2), abs(effect) / (deviation * math.sqrt(1 / n))
+    below = np.nan_to_num(special.nctdtr(degrees, shift, -limit))  # of a large shift it is nothing, and SciPy says NaN
+    return float(1 - special.nctdtr(degrees, shift, limit) + below)
+
+
+def seeds_for(effect: float, deviation: float, looks: Looks, level: float = LEVEL, samples: int = 2) -> int | None:
+    """Return with how many seeds of each arm 80 % of studies find an effect; None: with more than are looked at."""
+    nominal, possible = looks.nominal(level, samples), range(looks.most if looks.once else FEWEST, looks.most + 1)
+    place = bisect_left(possible, POWER, key=lambda n: power(effect, deviation, n, nominal, samples))
+    return possible[place] if place < len(possible) else None
+
+
+def seeds_to_decide(estimate: Estimate, edge: float = 0.0, level: float = LEVEL) -> tuple[int | None, ...]:
+    """Return how many seeds tell the mean from `edge` in 80 % of studies, and the ends of that number's 80 % interval.
+
+    As if the difference seen were the true one. The ends are those of the standard deviation (chi-square).
+    """
+    ends = estimate.degrees / stats.chi2.ppf([0.5, 0.9, 0.1], estimate.degrees)
+    effect, deviations = estimate.mean - edge, np.sqrt(ends) * estimate.deviation
+    return tuple(
+        seeds_for(effect, max(each, TINY), estimate.looks, level, len(estimate.samples)) for each in deviations
+    )
 
 
 def p_text(p: float) -> str:
