@@ -22,7 +22,7 @@ from effv2.evidence.judge import CONSISTENT, INCONSISTENT, NO_FIGURES, Judgement
 from effv2.evidence.protocols import FREE, Protocol, is_like, published_runs
 from effv2.evidence.quantities import TEST, TRAIN, quantity
 from effv2.evidence.results import study_results
-from effv2.evidence.statistics import FEWEST, LEVEL, Estimate, Interval, more_to_decide, power
+from effv2.evidence.statistics import FEWEST, LEVEL, Estimate, Interval, Looks, over_images, power, seeds_to_decide
 from effv2.evidence.study import NO_STUDY, StudyResults, TrackedStudy
 from effv2.tracking.read import Images, RunRecord
 from effv2.tracking.tags import COMMAND, LONGEST_TAG, LOOKS, PLANNED, as_tags, names_in
