@@ -14,7 +14,7 @@ from effv2.core.errors import close_names
 from effv2.evidence import statistics
 from effv2.evidence.answers import estimate, outlook
 from effv2.evidence.claims import OF_ANSWERS, Claim, Claims, Contrast, read_claims
-from effv2.evidence.protocols import Chosen, RightAnswers, choose, counted, published_value
+from effv2.evidence.protocols import Chosen, RightAnswers, choose, published_value
 from effv2.evidence.quantities import LEVEL_EPOCHS, QUANTITIES, TEST, Quantity, quantity
 from effv2.evidence.statistics import EVERY_LOOK, FEWEST, LEVEL, Estimate, p_text
 from effv2.tracking.read import BEST_TEST, LAST_TEST, SELECTED_TEST, RunRecord

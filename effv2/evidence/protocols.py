@@ -253,7 +253,9 @@ def choose(
     if not whole:
         first, last = ([settings for settings, group in groups.items() if arm in group] for arm in (arms[0], arms[-1]))
         names = min((_differing(*both) for both in product(first, last)), key=len)
-        why = f"runs of {' and of '.join(arms)} differ in {', '.join(names)}; name it under `ignore` if it doesn't matter"
+        why = (
+            f"runs of {' and of '.join(arms)} differ in {', '.join(names)}; name it under `ignore` if it doesn't matter"
+        )
         return Chosen({}, why=why)
     settings = max(whole, key=lambda each: min(map(len, whole[each].values())))
     most, aside = whole.pop(settings), list[str]()

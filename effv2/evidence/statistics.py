@@ -262,7 +262,9 @@ def seeds_to_decide(estimate: Estimate, edge: float = 0.0, level: float = LEVEL)
     ends = estimate.degrees / stats.chi2.ppf([0.5, 0.9, 0.1], estimate.degrees)
     effect, deviations = estimate.mean - edge, np.sqrt(ends) * estimate.deviation
     samples, overlap = len(estimate.samples), estimate.overlap
-    return tuple(seeds_for(effect, max(each, TINY), estimate.looks, level, samples, overlap=overlap) for each in deviations)
+    return tuple(
+        seeds_for(effect, max(each, TINY), estimate.looks, level, samples, overlap=overlap) for each in deviations
+    )
 
 
 def p_text(p: float) -> str:
