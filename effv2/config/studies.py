@@ -125,6 +125,7 @@ class Study(Group):
     arms: dict[Annotated[str, AfterValidator(_plain)], Layer] = {}
     baseline: str = ""
     seeds: Seeds = ()
+    paired: bool = False  # compared seed by seed: only where a seed is known to move all arms alike
     retries: int = Field(1, ge=0, le=100)
     search: SearchFile | None = None
     protocol: Sources = Sources()

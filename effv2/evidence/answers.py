@@ -4,7 +4,16 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from effv2.evidence.quantities import Quantity
-from effv2.evidence.statistics import EVERY_LOOK, Comparison, Estimate, Interval, Looks, Outcome, compare, seeds_to_decide
+from effv2.evidence.statistics import (
+    EVERY_LOOK,
+    Comparison,
+    Estimate,
+    Interval,
+    Looks,
+    Outcome,
+    compare,
+    seeds_to_decide,
+)
 
 SplitAndSeed = tuple[str, str]  # which split of the images a run used, and the seed of its training
 Values = Mapping[SplitAndSeed, float]  # of the runs of an arm
@@ -77,15 +86,24 @@ class Answer:
         """Say how many seeds would decide where they don't yet."""
         if self.comparison.outcome is not Outcome.OPEN:
             return ""
-        found, looks = self.comparison.estimate, self.comparison.estimate.looks
-        about, few, many = seeds_to_decide(found, level=self.comparison.level)
-        if about is None:
-            return f"if the true difference is as seen, {looks.most} seeds decide in fewer than 80 % of studies"
-        ends = f"{few or looks.most} to {many or f'over {looks.most}'}"
-        return (
-            f"if the true difference is as seen, {about} seeds ({ends}) decide in 80 % of studies; if there is none, "
-            "none will; adding seeds is allowed, the level accounts for it"
-        )
+        return outlook(self.comparison.estimate, self.comparison.level)
+
+
+def outlook(
+    found: Estimate, level: float, edge: float = 0.0, unit: str = "seeds", nothing: str = "there is none"
+) -> str:
+    """Say how many seeds tell a mean, or a difference, from an edge."""
+    most = found.looks.most
+    if found.n >= most:
+        return f"all {most} {unit} that count are there: it stays undecided"
+    about, few, many = seeds_to_decide(found, edge, level)
+    if about is None:
+        return f"if the true difference is as seen, {most} {unit} decide in fewer than 80 % of studies"
+    ends = f"{few or most} to {many or f'over {most}'}"
+    return (
+        f"if the true difference is as seen, {about} {unit} ({ends}) decide in 80 % of studies; if {nothing}, none "
+        f"will; adding {unit} is allowed, the level accounts for it"
+    )
 
 
 def answers(

@@ -117,7 +117,9 @@ class Claim(Group):
     words: str = Field(min_length=1)
     source: str = ""
     study: StudyName = ""
-    free: list[str] = Field(default_factory=list)  # settings in which runs may differ from the study
+    ignore: list[str] = []  # settings of the study in which runs may differ, and other parameters
+    family: str = ""  # of claims, in which p-values are corrected for their number; none: judged by itself
+    weight: float = Field(1, gt=0)  # in its family
     protocol: str | Protocol = ""
     checks: list[Check] = Field(min_length=1)
     note: str = ""
@@ -126,13 +128,13 @@ class Claim(Group):
     def _one_protocol(self) -> "Claim":
         if bool(self.study) == bool(self.protocol):
             raise ValueError("give a study or a protocol, one of the two: the runs that the claim is about")
-        if self.free and not self.study:
-            raise ValueError("free goes with a study: what a protocol doesn't name is free")
+        if self.ignore and not self.study:
+            raise ValueError("ignore goes with a study; a protocol has an ignore of its own")
         return self
 
 
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$")]
-Id = Annotated[str, Field(pattern=r"^[A-Za-z]+[0-9]+$", description="Letters, its family, and a number.")]
+Id = Annotated[str, Field(pattern=r"^[A-Za-z]+[0-9]+$", description="Letters and a number.")]
 
 
 class ClaimsFile(Group):
@@ -153,8 +155,10 @@ class Claims:
     def contrasts(self, id_: str) -> list[Contrast]:
         """Return all that a claim says."""
         claim = self.claims[id_]
-        own = id_ if isinstance(claim.protocol, Protocol) else claim.protocol or protocol_title(claim.study, claim.free)
-        named = ((check, check.protocol or protocol_title(check.study, claim.free) or own) for check in claim.checks)
+        own = (
+            id_ if isinstance(claim.protocol, Protocol) else claim.protocol or protocol_title(claim.study, claim.ignore)
+        )
+        named = ((check, check.protocol or protocol_title(check.study, claim.ignore) or own) for check in claim.checks)
         return [each for check, protocol in named for each in check.contrasts(protocol)]
 
 
@@ -178,9 +182,9 @@ def _read(path: Path, before: Claims) -> Claims:
     protocols: dict[str, Protocol] = {}
     studies: list[str] = []
 
-    def add_study(name: str, place: Place, free: Sequence[str] = ()) -> None:
+    def add_study(name: str, place: Place, ignore: Sequence[str] = ()) -> None:
         try:
-            protocols.update(study_protocols(name, free, folder) if name else {})
+            protocols.update(study_protocols(name, ignore, folder) if name else {})
         except InputError as error:
             problem = f"{error.what} {error.value}".rstrip() + f": {error.problem}"
             raise InputError(document.where(place), "", problem, error.remedy) from error
@@ -188,9 +192,9 @@ def _read(path: Path, before: Claims) -> Claims:
 
     written: dict[Place, Protocol] = {("protocols", name): protocol for name, protocol in file.protocols.items()}
     for id_, claim in file.claims.items():
-        add_study(claim.study, ("claims", id_, "study"), claim.free)
+        add_study(claim.study, ("claims", id_, "study"), claim.ignore)
         for index, check in enumerate(claim.checks):
-            add_study(check.study, ("claims", id_, "checks", index, "study"), claim.free)
+            add_study(check.study, ("claims", id_, "checks", index, "study"), claim.ignore)
         if isinstance(claim.protocol, Protocol):
             written["claims", id_, "protocol"] = claim.protocol
     for at, protocol in written.items():
@@ -234,11 +238,12 @@ def _check(contrast: Contrast, protocols: Mapping[str, Protocol], document: Docu
         raise InputError(document.where((*claim, "protocol")), name, "no such protocol", choices=protocols)
     protocol, what = protocols[name], quantity(metric)
     edges = [abs(edge) for edge in region if math.isfinite(edge)]
+    of_difference = bool(contrast.against) or not what.is_accuracy or contrast.low == 1  # which no fraction exceeds
     problem = remedy = ""
     if unknown := next((arm for arm in contrast.arms if arm not in protocol.arms), ""):
         problem, remedy = f"the protocol {name} has no arm {unknown}", nearest(unknown, list(protocol.arms))
-    elif what.is_accuracy and not contrast.ratio and max(edges) > 1:
-        problem, remedy = f"{metric} is a fraction, a point is 0.01", "give edges between -1 and 1"
+    elif what.is_fraction and not contrast.ratio and (max(edges) > 1 or (max(edges) == 1 and of_difference)):
+        problem, remedy = f"{metric} is a fraction: a point is 0.01", "give edges between -1 and 1"
     elif protocol.over == "images" and not what.fixed and metric not in OF_ANSWERS:
         problem, remedy = f"on test images {metric} can't be judged", f"name {' or '.join(OF_ANSWERS)}"
     elif protocol.over == "images" and not what.fixed and contrast.against and region != (0, math.inf):

@@ -2,23 +2,26 @@
 
 import math
 from collections import defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from enum import Enum
 from functools import partial
-from string import digits
 
 import numpy as np
 from scipy.stats import fisher_exact
 
 from effv2.core.errors import close_names
 from effv2.evidence import statistics
-from effv2.evidence.claims import OF_ANSWERS, Claim, Claims, Contrast
-from effv2.evidence.protocols import Chosen, RightAnswers, choose, counted, over_splits, published_value
-from effv2.evidence.quantities import QUANTITIES, Quantity, points, quantity
-from effv2.evidence.statistics import FEWEST, LEVEL, MOST_RUNS, Estimate, p_text
-from effv2.tracking.read import RunRecord
+from effv2.evidence.answers import estimate, outlook
+from effv2.evidence.claims import OF_ANSWERS, Claim, Claims, Contrast, read_claims
+from effv2.evidence.protocols import Chosen, RightAnswers, choose, published_value
+from effv2.evidence.quantities import LEVEL_EPOCHS, QUANTITIES, TEST, Quantity, quantity
+from effv2.evidence.statistics import EVERY_LOOK, FEWEST, LEVEL, Estimate, p_text
+from effv2.tracking.read import BEST_TEST, LAST_TEST, SELECTED_TEST, RunRecord
 
+FEW_IMAGES = 1_000  # test images below which they matter as much as seeds
+FEW_RUNS = 10  # below which a verdict on a level asks for normal values
+TAKE_OFF = "where a third of runs take off, 28 % of such verdicts are false with 3 runs, 18 % with 5, 6 % with 10"
 CONSISTENT, INCONSISTENT, NO_FIGURES = "consistent", "contradicted", "no figures"  # words beside published figures
 
 
@@ -44,9 +47,10 @@ class Finding:
     inside: bool = False
     decided: bool = False  # without a test
     p: float | None = None  # of the side on which the mean lies; None where runs are too few
-    corrected: float | None = None  # Holm's
-    tests: int = 1  # in its family
+    corrected: float | None = None  # for the claims of the family (Holm), and outside the region for the checks
+    tests: int = 1  # that it was corrected for
     further: Callable[[float], str] | None = None  # says what would decide at a level
+    warning: str = ""  # that goes with a verdict
     lacking: str = ""  # runs at all, or more of them
 
     @property
@@ -101,13 +105,12 @@ class Judgement:
 def judge(claims: Claims, runs: Sequence[RunRecord], right: RightAnswers) -> list[Judgement]:
     """Judge all claims on the runs there are, the oldest first.
 
-    p-values are corrected for their number in a family of claims, in which what several claims say is tested once.
+    A claim is supported where all that it says is: the largest p-value counts. It is contradicted where one thing is:
+    the smallest counts, times their number. Claims of a family are corrected for their number (Holm).
     """
     find_one = partial(_find, claims, runs, right)
     found = {id_: [find_one(contrast) for contrast in claims.contrasts(id_)] for id_ in claims.claims}
-    families: dict[str, dict[Contrast, float]] = defaultdict(dict)
-    for id_, findings in found.items():
-        families[id_.rstrip(digits)] |= {each.contrast: each.p for each in findings if each.p is not None}
+    levels = _levels(claims, found)
 
     def texts(of: Sequence[Finding], name: str) -> list[str]:
         known = (getattr(claims.protocols[each.contrast.protocol], name) for each in of)
@@ -115,14 +118,7 @@ def judge(claims: Claims, runs: Sequence[RunRecord], right: RightAnswers) -> lis
 
     judgements = []
     for id_, uncorrected in found.items():
-        tests = families[id_.rstrip(digits)]
-        corrected = dict(zip(tests, statistics.holm(list(tests.values())), strict=True))
-        findings = []
-        for each in uncorrected:
-            p, lacking = corrected.get(each.contrast), each.lacking
-            if p is not None and p >= LEVEL and each.further:
-                lacking = each.further(LEVEL / len(corrected))  # which the smallest p-value of the family has to reach
-            findings.append(replace(each, corrected=p, tests=len(corrected), lacking=lacking))
+        findings = [_corrected(each, *levels[id_]) if each.p is not None else each for each in uncorrected]
         untested = [each for each in findings if not each.evidence]
         undecided = [each for each in findings if each.verdict == Verdict.UNDECIDED]
         near = {each.contrast: claims.protocols[each.contrast.protocol].nearest for each in untested}
@@ -132,6 +128,43 @@ def judge(claims: Claims, runs: Sequence[RunRecord], right: RightAnswers) -> lis
         commands = texts([*untested, *undecided], "command")
         judgements.append(Judgement(id_, claims.claims[id_], findings, nearest, needs, assumed, commands))
     return judgements
+
+
+def _levels(claims: Claims, found: Mapping[str, Sequence[Finding]]) -> dict[str, tuple[float, int, int]]:
+    """Return by claim the level at which it is tested, how many claims its family has, and how many checks it has.
+
+    A user's claims are no part of a published family, and claims without a family are judged by themselves.
+    """
+    tested = {id_: [each for each in findings if each.p is not None] for id_, findings in found.items()}
+    families: dict[object, dict[str, float]] = defaultdict(dict)  # p-values by claim
+    for id_, findings in tested.items():
+        inside = [each.p or 0.0 if each.inside else 1.0 for each in findings]
+        outside = [1.0 if each.inside else len(findings) * (each.p or 0.0) for each in findings]
+        whole = all(each.p is not None or each.decided for each in found[id_])  # otherwise it can't be supported
+        name = claims.claims[id_].family
+        if findings:
+            family = (name, id_ in read_claims().claims) if name else id_
+            families[family][id_] = min([max(inside) if whole else 1.0, *outside])
+    levels = {}
+    for tests in families.values():
+        weights = {id_: claims.claims[id_].weight for id_ in tests}
+        corrected = dict(zip(tests, statistics.holm(list(tests.values()), list(weights.values())), strict=True))
+        for id_, p in tests.items():
+            later = (k for k in tests if tests[k] / weights[k] >= p / weights[id_] or corrected[k] >= LEVEL)
+            left = sum(weights[k] for k in later)  # Holm's, at its step or at the one at which it stopped
+            levels[id_] = LEVEL * weights[id_] / left, len(tests), len(tested[id_])
+    return levels
+
+
+def _corrected(finding: Finding, level: float, claims: int, checks: int) -> Finding:
+    """Correct a p-value so that it is below the level of tests where it decides at the level of its claim."""
+    times = 1 if finding.inside else checks
+    corrected = min((finding.p or 0.0) * times * LEVEL / level, 1.0)
+    if corrected < LEVEL:
+        evidence = "; ".join(filter(None, (finding.evidence, finding.warning)))
+        return replace(finding, corrected=corrected, tests=claims * times, evidence=evidence)
+    lacking = finding.further(level / times) if finding.further else ""
+    return replace(finding, corrected=corrected, tests=claims * times, lacking=lacking or finding.lacking)
 
 
 def _find(claims: Claims, runs: Sequence[RunRecord], right: RightAnswers, contrast: Contrast) -> Finding:
@@ -159,7 +192,7 @@ def _find(claims: Claims, runs: Sequence[RunRecord], right: RightAnswers, contra
         return _on_fixed(finding, what, chosen)
     if protocol.over == "images":
         return _over_images(finding, what, chosen, right)
-    return _over_seeds(finding, what, chosen)
+    return _over_seeds(finding, what, chosen, protocol.paired, right)
 
 
 def _misspelt(metric: str, runs: Sequence[RunRecord]) -> str:
@@ -173,10 +206,7 @@ def _text(contrast: Contrast, what: Quantity) -> Callable[[float], str]:
     """Return how values of a contrast are written."""
     if contrast.ratio:
         return "{:.2f}".format
-    if not contrast.against:
-        return what.text
-    text = points if what.is_accuracy else "{:+.3g}".format
-    return lambda value: "0" if value == 0 else text(value)
+    return (lambda value: "0" if value == 0 else what.difference(value)) if contrast.against else what.text
 
 
 def _is_inside(contrast: Contrast, first: float, second: float | None = None) -> bool:
@@ -215,52 +245,80 @@ def _over_images(finding: Finding, what: Quantity, chosen: Chosen, right: RightA
     return replace(finding, evidence=text, inside=inside, decided=inside or outside)
 
 
-def _over_seeds(finding: Finding, what: Quantity, chosen: Chosen) -> Finding:
+def _over_seeds(finding: Finding, what: Quantity, chosen: Chosen, paired: bool, right: RightAnswers) -> Finding:
     """Judge trained networks: the interval of a mean, or of a mean difference, over runs."""
-    contrast, unit = finding.contrast, "split" if chosen.splits > 1 else "seed"
-    scale, back = (math.log, math.exp) if contrast.ratio else (float, float)
-    values = [dict(zip(runs, map(scale, what.values(runs.values())), strict=True)) for runs in chosen.arms.values()]
-    first, second, pairs = values[0], values[-1], chosen.pairs()
-    if not contrast.against:
-        samples, on = [first], counted(len(first), "run")
-    elif len(pairs) >= min(FEWEST, len(first), len(second)):
-        samples, on = [{pair: first[pair] - second[pair] for pair in pairs}], counted(len(pairs), "pair")
-    else:
-        samples, on = [first, second], f"{len(first)} and {counted(len(second), 'run')}, not paired"
-    on += f" on {chosen.splits} splits" if chosen.splits > 1 else ""
-    estimate, written = Estimate(*map(over_splits, samples), overlap=chosen.overlap), _text(contrast, what)
-    mean, interval = back(estimate.mean), estimate.interval()
-    interval = interval if contrast.against else interval.within(what.possible)
-    between = f" [{interval.text(lambda value: written(back(value)))}]" if estimate.n > 1 else ""
+    contrast, unit, scale = finding.contrast, "splits" if chosen.splits > 1 else "seeds", _scale(finding.contrast)
+    found, evidence = _estimate(contrast, what, chosen, paired)
+    if not math.isfinite(found.mean):
+        return replace(finding, lacking="the arms have no seed in common, and the protocol says that they are paired")
     finding = replace(
         finding,
-        evidence="; ".join([f"{written(mean)}{between}, {on}", *chosen.aside]),
-        inside=_is_inside(contrast, mean),
-        single="" if contrast.against or estimate.n < 2 else _single(contrast, what, estimate, list(first.values())),
+        evidence="; ".join(filter(None, [evidence, *_beside(contrast, what, chosen, paired, right), *chosen.aside])),
+        inside=_is_inside(contrast, found.mean if scale is float else math.exp(found.mean)),
+        single="" if contrast.against or found.n < 2 else _single(contrast, what, found, chosen),
+        warning="" if contrast.against or found.n >= FEW_RUNS else f"fewer than {FEW_RUNS} runs: {TAKE_OFF}",
     )
-    if estimate.n < FEWEST:
-        more = counted(FEWEST - estimate.n, f"more {unit}")
-        return replace(finding, lacking=f"fewer than {FEWEST} runs decide nothing; {more} at least")
+    if chosen.why or found.n < FEWEST:
+        few = f"fewer than {FEWEST} {unit} decide nothing; {FEWEST - found.n} more at least"
+        return replace(finding, lacking=chosen.why or few)
     edges = [scale(each) for each in (contrast.low, contrast.high) if math.isfinite(each)]
     # The edge that decides is the one that is harder to tell from the mean.
-    edge = max(edges, key=estimate.p) if finding.inside else min(edges, key=lambda each: abs(each - estimate.mean))
-    return replace(finding, p=estimate.p(edge), further=partial(_further, estimate, edge, unit))
+    edge = max(edges, key=found.p) if finding.inside else min(edges, key=lambda each: abs(each - found.mean))
+    sides = len(edges) if finding.inside else 1  # inside of two edges either is tested from one side
+    p = found.p_within(*edges) if sides == 2 else found.p(edge)
+    nothing = (
+        "there is none" if edge == 0 else f"it is {_text(contrast, what)(math.exp(edge) if contrast.ratio else edge)}"
+    )
+    return replace(finding, p=p, further=lambda level: outlook(found, sides * level, edge, unit, nothing))
 
 
-def _single(contrast: Contrast, what: Quantity, estimate: Estimate, values: Sequence[float]) -> str:
+def _scale(contrast: Contrast) -> Callable[[float], float]:
+    return math.log if contrast.ratio else float
+
+
+def _estimate(contrast: Contrast, what: Quantity, chosen: Chosen, paired: bool) -> tuple[Estimate, str]:
+    """Return the mean of a quantity over runs, or a mean difference, and say it with its interval."""
+    scale, back, looks = _scale(contrast), math.exp if contrast.ratio else float, chosen.looks
+    values = [{pair: scale(what.value(run) or 0.0) for pair, run in runs.items()} for runs in chosen.arms.values()]
+    found, written = estimate(values, looks, paired, chosen.overlap), _text(contrast, what)
+    on = " and ".join(str(len(each)) for each in values) + (" run" if [len(v) for v in values] == [1] else " runs")
+    on += f" on {chosen.splits} splits" if chosen.splits > 1 else f", {found.n} pairs" if paired and values[1:] else ""
+    interval = found.interval() if contrast.against else found.interval().within(what.possible)
+    between = f" [{interval.text(lambda value: written(back(value)))}]" if found.n > 1 else ""
+    return found, f"{written(back(found.mean))}{between}, {on}{f', {looks.text()}' if looks != EVERY_LOOK else ''}"
+
+
+def _beside(contrast: Contrast, what: Quantity, chosen: Chosen, paired: bool, right: RightAnswers) -> Iterator[str]:
+    """Say what must stand beside a test accuracy: the last epoch's beside the best one's, and few images counted."""
+    runs = [run for of_arm in chosen.arms.values() for run in of_arm.values()]
+    if what.name == BEST_TEST:
+        long = all(len(run.history.get(TEST, ())) >= LEVEL_EPOCHS for run in runs)
+        last = quantity("level/test_accuracy" if long else LAST_TEST)
+        if len(last.values(runs)) == len(runs) and (not contrast.ratio or min(last.values(runs)) > 0):
+            yield f"{last.words}: {_estimate(contrast, last, chosen, paired)[1]}"
+    known = (run.images["test"].images if "test" in run.images else 0 for run in runs)
+    if (
+        what.name in (BEST_TEST, SELECTED_TEST, LAST_TEST)
+        and not contrast.ratio
+        and all(0 < n < FEW_IMAGES for n in known)
+    ):
+        answers = [list(map(right, of_arm.values())) for of_arm in chosen.arms.values()]
+        shared = sorted(set.intersection(*(set(each) for of_arm in answers for each in of_arm)))
+        if len(shared) > 1 and min(map(len, answers)) >= FEWEST:
+            tables = [np.array([[each[image] for image in shared] for each in of_arm], float) for of_arm in answers]
+            mean, interval = statistics.over_images(tables, chosen.looks)
+            text = _text(contrast, what)
+            yield (
+                f"with the {len(shared)} test images counted as a sample too, {text(mean)} [{interval.text(text)}] "
+                "(selected epoch); the verdict is over seeds, on these images"
+            )
+
+
+def _single(contrast: Contrast, what: Quantity, found: Estimate, chosen: Chosen) -> str:
     """Say where a single run is expected, and whether the value that is claimed lies there."""
-    interval = estimate.prediction(Estimate(values).deviation).within(what.possible)
+    values = what.values(next(iter(chosen.arms.values())).values())
+    interval = found.prediction(Estimate(values).deviation).within(what.possible)
     claimed = (contrast.low + contrast.high) / 2
     lies = "inside" if interval.low <= claimed <= interval.high else "outside"
     known = f"; the claimed {what.text(claimed)} lies {lies}" if math.isfinite(claimed) else ""
     return f"a single run is expected from {interval.text(what.text)}{known}"
-
-
-def _further(estimate: Estimate, edge: float, unit: str, level: float) -> str:
-    """Say how many more seeds or splits are likely to tell a mean from an edge."""
-    further = statistics.more_to_decide(estimate, edge, level)
-    if further is None:
-        return f"more than {MOST_RUNS:,} further {unit}s would be needed, if there is a difference"
-    few, many = further
-    up_to = "" if few == many else f" to {many:,}" if many else f" to more than {MOST_RUNS:,}"
-    return f"about {few:,}{up_to} more {unit}s would decide"

@@ -1,14 +1,14 @@
-"""Which runs a claim is about: those like an arm of a protocol or a study, and which of two arms form pairs."""
+"""Which runs a claim is about: those like an arm of a protocol or a study; which count, and which are left aside."""
 
 from __future__ import annotations
 
 import csv
-import math
+import re
 from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
-from itertools import islice, product
+from itertools import chain, islice, product
 from pathlib import Path
 from typing import Literal
 
@@ -17,8 +17,9 @@ from pydantic import Field
 from effv2.config.schema import Group, TrainConfig
 from effv2.config.studies import NOTHING, Published, Settings, Value, open_study
 from effv2.core.errors import InputError
+from effv2.evidence.answers import SplitAndSeed
 from effv2.evidence.quantities import TEST, TRAIN, Quantity, number, quantity
-from effv2.evidence.statistics import FEWEST
+from effv2.evidence.statistics import EVERY_LOOK, FEWEST, MOST_LOOKS, Looks
 from effv2.tracking.read import BEST_TEST, LAST_TEST, RunRecord
 from effv2.tracking.tags import CONFIG_HASH, DATA_DIGEST, MACHINE, OUTCOME, SEED
 
@@ -33,8 +34,9 @@ CLASSES = "data.classes"  # no parameter, but may stand in a protocol like one: 
 OF_TIMES = tuple(f"{MACHINE}{name}" for name in ("processor", "accelerator", "threads"))  # tags
 PUBLISHED_OVERLAP = 0.25  # test over training images of the published split
 DEFAULTS = TrainConfig().flat()
+UNFINISHED = "unfinished"  # a run that isn't counted among those left out
 FEW = 2  # settings in which a run may differ to be near
-SplitAndSeed = tuple[str, str]  # what runs of several arms have in common that form a pair
+Runs = Mapping[SplitAndSeed, RunRecord]  # of an arm
 Alike = frozenset[tuple[str, str]]  # names and values of what runs that repeat each other have in common
 RightAnswers = Callable[[RunRecord], Mapping[str, bool]]  # by image, of a run's predictions of its test images
 
@@ -48,6 +50,8 @@ class Protocol(Group):
     over: Literal["seeds", "images"] = "seeds"  # what varies: training, or the test images of a fixed network
     command: str = ""
     others: Literal["same", "default"] = "same"  # settings that nobody names: alike in all runs, or TrainConfig's
+    ignore: list[str] = []  # parameters in which runs may differ
+    paired: bool = False  # by seed, within a split
     needs: str = ""  # what must be there first
     assumed: str = ""  # what the source doesn't state, said with every claim
     nearest: str = ""  # a protocol with the same arms that comes close, shown where this one has no runs
@@ -64,13 +68,13 @@ class Protocol(Group):
         return {name for arm in self.arms for name in self.own(arm)}
 
 
-def protocol_title(study: str, free: Sequence[str]) -> str:
+def protocol_title(study: str, ignore: Sequence[str]) -> str:
     """Return the name of a study's protocol."""
-    return f"{study}, free: {', '.join(free)}" if study and free else study
+    return f"{study}, ignoring {', '.join(ignore)}" if study and ignore else study
 
 
-def study_protocols(name: str, free: Sequence[str], folder: Path) -> dict[str, Protocol]:
-    """Return the protocol of a study, without the settings that are left `free`, and that of its nearest runs."""
+def study_protocols(name: str, ignore: Sequence[str], folder: Path) -> dict[str, Protocol]:
+    """Return the protocol of a study, without the settings that it is to `ignore`, and that of its nearest runs."""
     study = open_study(name, folder)
     configs = {arm: study.arm(arm, NOTHING) for arm in study.arms} or {ONLY_ARM: study.config(NOTHING)}
     arms = {
@@ -78,19 +82,23 @@ def study_protocols(name: str, free: Sequence[str], folder: Path) -> dict[str, P
         for arm, config in configs.items()
     }
     first, published = next(iter(arms.values())), study.published
-    if unknown := next((key for key in free if key not in first | published.runs), ""):
-        raise InputError("free", unknown, "no setting of the study", choices=first)
-    kept = set.intersection(*map(set, arms.values())) - set(free)  # what is `auto` in an arm is free too
+    if unknown := next((key for key in ignore if "." in key and key not in first | published.runs), ""):
+        raise InputError("ignore", unknown, "no setting of the study", choices=first)
+    kept = set.intersection(*map(set, arms.values())) - set(ignore)  # what is `auto` in an arm is left open too
     shared = {key for key in kept if all(arm[key] == first[key] for arm in arms.values())}
-    named, near = ({key: each[key] for key in each if key not in free} for each in (published.runs, published.nearest))
+    named, near = (
+        {key: each[key] for key in each if key not in ignore} for each in (published.runs, published.nearest)
+    )
     seeds = " -P seed=0; then seeds 1 and 2" if " -e train " in study.command else " -P seeds=0,1,2"
-    title = protocol_title(name, free)
+    title = protocol_title(name, ignore)
     protocol = Protocol(
         runs={key: value for key, value in first.items() if key in shared} | named,
         arms={arm: {key: each[key] for key in each if key in kept - shared} for arm, each in arms.items()},
         command=study.command and study.command + seeds,
         needs=published.needs,
         assumed=study.assumptions(),
+        ignore=list(ignore),
+        paired=study.paired,
         nearest=f"{title}, nearest" if near else "",
         published=published,
         study=name,
@@ -98,7 +106,9 @@ def study_protocols(name: str, free: Sequence[str], folder: Path) -> dict[str, P
     if not near:
         return {title: protocol}
     differing = f"{protocol.nearest}: {', '.join(f'{key} {value}' for key, value in near.items())}."
-    others = Protocol(runs=protocol.runs | near, arms=protocol.arms, assumed=differing)
+    others = Protocol(
+        runs=protocol.runs | near, arms=protocol.arms, assumed=differing, ignore=protocol.ignore, paired=protocol.paired
+    )
     return {title: protocol, protocol.nearest: others}
 
 
@@ -189,20 +199,25 @@ def pair_of(run: RunRecord) -> SplitAndSeed:
     return split_of(run), run.params.get(SEED_SETTING) or run.tags.get(SEED) or run.run_id
 
 
+def looks_of(parent: RunRecord | None, runs: Iterable[RunRecord]) -> Looks:
+    """Return how often the runs of a study are looked at: as its own run says, if it began before them; else always."""
+    most = parent.params.get("study.max_seeds", "") if parent else ""
+    if parent is None or not re.fullmatch("[0-9]{1,6}", most) or any(run.started < parent.started for run in runs):
+        return EVERY_LOOK
+    once = parent.params.get("study.looks") == "once"
+    return Looks(int(most) if once else min(int(most), MOST_LOOKS), once)
+
+
 @dataclass(frozen=True)
 class Chosen:
-    """The runs of some arms that differ in nothing else but seeds, by arm and pair; no arms where there are none."""
+    """The runs of some arms, by split and seed, that differ in nothing else; no arms where there are none."""
 
-    arms: Mapping[str, Mapping[SplitAndSeed, RunRecord]]
+    arms: Mapping[str, Runs]
     splits: int = 1  # that all arms have
-    overlap: float = 0.0  # of several splits: the ratio of test to other images
+    overlap: float = 0.0  # of several splits: the ratio of test to other images, where the test images differ too
+    looks: Looks = EVERY_LOOK
     aside: Sequence[str] = ()  # which runs were left aside
-    why: str = ""  # there are none, where some come near
-
-    def pairs(self) -> list[SplitAndSeed]:
-        """Return the pairs that all arms have."""
-        first, *others = self.arms.values()
-        return [pair for pair in first if all(pair in other for other in others)]
+    why: str = ""  # there are none, or no verdict yet
 
 
 def choose(
@@ -210,79 +225,114 @@ def choose(
 ) -> Chosen:
     """Choose complete runs of some arms of a protocol that have a quantity, `positive` where it must be.
 
-    Where the protocol leaves something open in which runs differ, those are taken of which there are most pairs
+    Where the protocol leaves something open in which runs differ, those are taken of which there are most
     (fixed networks differ in more than the protocol's settings: in weights and transforms).
     Of a run that was repeated the last one counts. `runs` are the oldest first.
     """
-    known = complete(runs)
-    like = {arm: [run for run in known if is_like(run, protocol, arm)] for arm in arms}
-    least = 0 if positive else -math.inf
-    having = {a: [run for run in found if max(what.values([run]), default=least) > least] for a, found in like.items()}
-    if lacking := [arm for arm in arms if not having[arm]]:
-        unusable = f"have no {what.words} that can be used"
-        reasons = [f"the runs of {a} {unusable}" if like[a] else _nearest(known, protocol, a) for a in lacking]
-        return Chosen({}, why="; ".join(filter(None, reasons)))
+    like = {arm: [run for run in runs if is_like(run, protocol, arm)] for arm in arms}
     groups: dict[Alike, dict[str, dict[SplitAndSeed, RunRecord]]] = {}
+    unused: dict[str, list[tuple[Alike, str]]] = {arm: [] for arm in arms}  # settings of runs, and why they don't count
     varies_data = any(name.startswith("data.") for name in protocol.varied())
-    for arm, found in having.items():
+    for arm, found in like.items():
         for run in found:
-            of_arm = groups.setdefault(_left_open(run, protocol, what), {}).setdefault(arm, {})
-            split, seed = pair_of(run)
+            settings, (split, seed) = _left_open(run, protocol, what), pair_of(run)
             pair = (run.params.get(SPLIT_SEED, "") if varies_data else split, seed)
-            of_arm.pop(pair, None)  # so that the last one stands last
+            if why := _unusable(run, what, positive):
+                unused[arm].append((settings, why))
+                continue
+            of_arm = groups.setdefault(settings, {}).setdefault(arm, {})
+            if of_arm.pop(pair, None):  # so that the last one stands last
+                unused[arm].append((settings, "repeated since"))
             of_arm[pair] = run
-    whole = {settings: Chosen(group) for settings, group in groups.items() if len(group) == len(arms)}
+    if lacking := [arm for arm in arms if not any(arm in group for group in groups.values())]:
+        known = complete(runs)
+        reasons = {arm: ", ".join(dict.fromkeys(why for _, why in unused[arm] if why != UNFINISHED)) for arm in lacking}
+        words = [f"the runs of {a} are {reasons[a]}" if reasons[a] else _nearest(known, protocol, a) for a in lacking]
+        return Chosen({}, why="; ".join(filter(None, words)))
+    whole = {settings: group for settings, group in groups.items() if len(group) == len(arms)}
     if not whole:
         first, last = ([settings for settings, group in groups.items() if arm in group] for arm in (arms[0], arms[-1]))
         names = min((_differing(*both) for both in product(first, last)), key=len)
-        return Chosen({}, why=f"runs of {' and of '.join(arms)} differ in more than that: in {', '.join(names)}")
-    settings = max(whole, key=lambda each: (len(whole[each].pairs()), min(map(len, whole[each].arms.values()))))
-    most = whole.pop(settings)
+        why = (
+            f"runs of {' and of '.join(arms)} differ in {', '.join(names)}; name it under `ignore` if it doesn't matter"
+        )
+        return Chosen({}, why=why)
+    settings = max(whole, key=lambda each: min(map(len, whole[each].values())))
+    most, aside = whole.pop(settings), list[str]()
     if protocol.over == "images" or what.fixed:
-        return most
-    left_out = sum(len(found) - len(having[arm]) for arm, found in like.items())
-    aside = [f"{counted(left_out, 'run')} without a usable figure left out"] if left_out else []
-    if count := sum(len(of_arm) for group in whole.values() for of_arm in group.arms.values()):
+        return Chosen(most)
+    for arm, others in unused.items():
+        counts = Counter(why for theirs, why in others if theirs <= settings and why != UNFINISHED)
+        aside += [f"{counted(count, 'run')} of {arm} {why}" for why, count in counts.items()]
+    if count := sum(len(of_arm) for group in whole.values() for of_arm in group.values()):
         names = _differing(settings, *whole)
         aside.append(f"{counted(count, 'run')} left aside that differ from these in {', '.join(names)}")
-    return _on_shared_splits(most, aside)
+    return _as_planned(most, aside, runs)
+
+
+def _unusable(run: RunRecord, what: Quantity, positive: bool) -> str:
+    """Say why a run doesn't count; empty where it does."""
+    if not complete([run]):
+        return "failed" if run.status == "FAILED" else UNFINISHED
+    value = what.value(run)
+    if value is None or (positive and value <= 0):
+        return f"without a usable {what.words}"
+    percentage = what.is_accuracy and value > 1
+    return "left out: above 1, where accuracies are fractions (a point is 0.01)" if percentage else ""
 
 
 def _differing(one: Alike, *others: Alike) -> list[str]:
     return sorted({name for other in others for name, _ in one ^ other})
 
 
-def _on_shared_splits(chosen: Chosen, aside: list[str]) -> Chosen:
-    """Keep the splits that all arms have: an arm on other images says nothing of the difference.
+def _as_planned(arms: Mapping[str, Runs], aside: list[str], known: Sequence[RunRecord]) -> Chosen:
+    """Keep the splits that all arms have, as an arm on other images says nothing, and as many seeds as are looked at.
 
-    Where there are pairs enough to be judged by them, those that have pairs. Fewer than three splits decide nothing,
-    so that of two the one with more pairs, or runs, counts.
+    Fewer than three splits decide nothing, so that of two the one with more runs counts.
     """
-    splits = [Counter(split for split, _ in of_arm) for of_arm in chosen.arms.values()]
-    shared, runs = set.intersection(*map(set, splits)), sum(splits, Counter[str]())
+    runs = [run for of_arm in arms.values() for run in of_arm.values()]
+    parent = next((run for run in known if {each.parent for each in runs} == {run.run_id}), None)
+    looks = looks_of(parent, runs)
+    counts = [Counter(split for split, _ in of_arm) for of_arm in arms.values()]
+    total = sum(counts, Counter[str]())
+    shared = [split for split in total if all(split in each for each in counts)][: looks.most]
     if not shared:
         return Chosen({}, why="the arms have no split of the data in common")
-    pairs = Counter(split for split, _ in chosen.pairs())
-    if pairs.total() >= FEWEST and (unpaired := sum(runs[split] for split in shared - pairs.keys())):
-        aside.append(f"{counted(unpaired, 'run')} on splits without pairs left aside")
-        shared &= pairs.keys()
     if 1 < len(shared) < FEWEST:
-        counts = pairs if max(pairs.values(), default=0) >= FEWEST else runs
-        most = max(sorted(shared), key=lambda split: counts[split])
-        others = counted(sum(runs[split] for split in shared - {most}), "run")
+        kept = max(sorted(shared), key=lambda split: total[split])
+        others = counted(sum(total[split] for split in shared if split != kept), "run")
         aside.append(f"on one split alone, {others} on another left aside: a third would count all")
-        shared = {most}
-    arms = {a: {pair: run for pair, run in found.items() if pair[0] in shared} for a, found in chosen.arms.items()}
+        shared = [kept]
+    first: dict[str, dict[SplitAndSeed, RunRecord]] = {}
+    for arm, of_arm in arms.items():
+        of_splits = ([each for each in of_arm.items() if each[0][0] == split] for split in shared)
+        first[arm] = dict(chain.from_iterable(each[: looks.most] for each in of_splits))
+    if beyond := sum(total[split] for split in shared) - sum(map(len, first.values())):
+        aside.append(f"{counted(beyond, 'run')} beyond {looks.most} seeds of an arm left out")
+    planned = looks.most * int(parent.params.get("study.splits", 1)) if parent and looks.once else 0
+    there = min(map(len, first.values()))
+    why = f"{planned} seeds planned, {there} are there: no verdict before all are" if there < planned else ""
+    return Chosen(first, len(shared), _overlap(first) if len(shared) > 1 else 0.0, looks, aside, why)
+
+
+def _overlap(arms: Mapping[str, Runs]) -> float:
+    """Return the ratio of test to other images where splits share images of either; 0 if all have one test set."""
+    tests = [{run.images.get("test") for run in of_arm.values()} for of_arm in arms.values()]
+    if all(len(each) == 1 and None not in each for each in tests):
+        return 0.0
     some_run = next(run for of_arm in arms.values() for run in of_arm.values())
     share = number(some_run.params.get("data.test_fraction", ""))
-    overlap = share / (1 - share) if 0 < share < 1 else PUBLISHED_OVERLAP
-    return Chosen(arms, len(shared), overlap if len(shared) > 1 else 0, aside)
+    return share / (1 - share) if 0 < share < 1 else PUBLISHED_OVERLAP
 
 
 def settings_of(run: RunRecord, but: Collection[str] = frozenset(FREE)) -> Alike:
-    """Return our parameters of a run `but` some, and which images it used."""
+    """Return the parameters of a run `but` some, and which images it used.
+
+    Of our own runs those without a dot are left out: `mlflow run` logs its options so.
+    """
     images = {f"{context} images": f"{each.name}: {', '.join(each.classes)}" for context, each in run.images.items()}
-    params = {name: value for name, value in run.params.items() if "." in name and name not in but}
+    ours = CONFIG_HASH in run.tags
+    params = {name: value for name, value in run.params.items() if (not ours or "." in name) and name not in but}
     return frozenset((params | images).items())
 
 
@@ -293,13 +343,6 @@ def _left_open(run: RunRecord, protocol: Protocol, what: Quantity) -> Alike:
     named = (protocol.runs.keys() | protocol.varied() | FREE) - (COMPUTED if what.timed else set())
     if "model.variant" in named:
         named.add("model.table")  # which goes by that name
-    settings = {each for each in settings_of(run, named) if not each[0].startswith("study.")}
-    return frozenset(settings | {(tag, run.tags.get(tag, "")) for tag in OF_TIMES if what.timed})
-
-
-def over_splits(values: Mapping[SplitAndSeed, float]) -> tuple[float, ...]:
-    """Return the values, or where there are several splits the mean of each: runs of one split share its luck."""
-    splits: dict[str, list[float]] = {}
-    for (split, _), value in values.items():
-        splits.setdefault(split, []).append(value)
-    return tuple(values.values() if len(splits) < 2 else (sum(each) / len(each) for each in splits.values()))
+    machine = {(tag, run.tags.get(tag, "")) for tag in OF_TIMES if what.timed}
+    kept = settings_of(run, named) | machine
+    return frozenset(each for each in kept if not each[0].startswith("study.") and each[0] not in protocol.ignore)

@@ -88,9 +88,14 @@ class Quantity:
         """Say whether it is a fraction, whose differences are percentage points."""
         return self.text is percent
 
+    @property
+    def is_fraction(self) -> bool:
+        """Say whether it is an accuracy, or a difference of two."""
+        return self.text in (percent, points)
+
     def difference(self, value: float) -> str:
         """Write a difference of two values: percentage points for fractions."""
-        return points(value) if self.is_accuracy else f"{value:+.3g}"
+        return points(value) if self.is_fraction else f"{value:+.3g}"
 
     def size(self, value: float) -> str:
         """Write how large a difference is, without its sign."""

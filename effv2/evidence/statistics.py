@@ -18,6 +18,7 @@ LEVEL = 0.05  # of every test, two-sided
 POWER = 0.8  # with which more runs are to decide
 FEWEST = 3  # runs that a verdict takes
 TINY = 1e-12  # below which a difference is rounding
+MOST_LOOKS = 50  # seeds, to which the table of levels goes
 LEVELS = Path(__file__).with_name("levels.csv")  # made by benchmarks/levels.py
 
 
@@ -164,6 +165,25 @@ class Estimate:
         return Interval(self.mean - reach, self.mean + reach)
 
 
+def over_images(right: Sequence[np.ndarray], looks: Looks = EVERY_LOOK) -> tuple[float, Interval]:
+    """Return the mean of one arm's right answers (bool (runs, images)), or of the first less the second, and how sure.
+
+    The interval counts both runs and images as samples. Every run has the same images, so that their variances add,
+    less what both of them hold: the residual.
+    """
+    signs = [1.0, -1.0][: len(right)]
+    found = Estimate(*(each.mean(axis=1) for each in right), looks=looks)
+    by_image = np.sum([sign * each.mean(axis=0) for sign, each in zip(signs, right, strict=True)], axis=0)
+    residual = 0.0
+    for each in right:
+        (runs, images), rows, columns = each.shape, each.mean(axis=1, keepdims=True), each.mean(axis=0)
+        rest = (each - rows - columns + each.mean()) ** 2
+        residual += float(rest.sum()) / ((runs - 1) * (images - 1) * runs * images)
+    variance = max(found.error**2 + float(np.var(by_image, ddof=1)) / len(by_image) - residual, found.error**2)
+    reach = (found.interval().high - found.mean) * math.sqrt(variance) / max(found.error, TINY)
+    return found.mean, Interval(found.mean - reach, found.mean + reach)
+
+
 class Outcome(str, Enum):
     """What runs say of an arm and the one that it is compared with."""
 
@@ -212,21 +232,25 @@ def compare(estimates: Mapping[str, Estimate], margin: float = 0.0) -> dict[str,
     return {name: (found | few)[name] for name in estimates}
 
 
-def power(effect: float, deviation: float, n: int, level: float = LEVEL, samples: int = 1) -> float:
+def power(
+    effect: float, deviation: float, n: int, level: float = LEVEL, samples: int = 1, *, overlap: float = 0.0
+) -> float:
     """Return the probability that a single two-sided t-test tells a mean of `n` values from one `effect` away from it.
 
     `deviation` is that of one value; of two samples of `n` each, that of one difference.
     """
     degrees = samples * (n - 1)
-    limit, shift = -special.stdtrit(degrees, level / 2), abs(effect) / (deviation * math.sqrt(1 / n))
+    limit, shift = -special.stdtrit(degrees, level / 2), abs(effect) / (deviation * math.sqrt(1 / n + overlap))
     below = np.nan_to_num(special.nctdtr(degrees, shift, -limit))  # of a large shift it is nothing, and SciPy says NaN
     return float(1 - special.nctdtr(degrees, shift, limit) + below)
 
 
-def seeds_for(effect: float, deviation: float, looks: Looks, level: float = LEVEL, samples: int = 2) -> int | None:
+def seeds_for(
+    effect: float, deviation: float, looks: Looks, level: float = LEVEL, samples: int = 2, *, overlap: float = 0.0
+) -> int | None:
     """Return with how many seeds of each arm 80 % of studies find an effect; None: with more than are looked at."""
     nominal, possible = looks.nominal(level, samples), range(looks.most if looks.once else FEWEST, looks.most + 1)
-    place = bisect_left(possible, POWER, key=lambda n: power(effect, deviation, n, nominal, samples))
+    place = bisect_left(possible, POWER, key=lambda n: power(effect, deviation, n, nominal, samples, overlap=overlap))
     return possible[place] if place < len(possible) else None
 
 
@@ -237,8 +261,9 @@ def seeds_to_decide(estimate: Estimate, edge: float = 0.0, level: float = LEVEL)
     """
     ends = estimate.degrees / stats.chi2.ppf([0.5, 0.9, 0.1], estimate.degrees)
     effect, deviations = estimate.mean - edge, np.sqrt(ends) * estimate.deviation
+    samples, overlap = len(estimate.samples), estimate.overlap
     return tuple(
-        seeds_for(effect, max(each, TINY), estimate.looks, level, len(estimate.samples)) for each in deviations
+        seeds_for(effect, max(each, TINY), estimate.looks, level, samples, overlap=overlap) for each in deviations
     )
 
 
