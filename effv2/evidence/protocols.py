@@ -18,7 +18,7 @@ from effv2.config.schema import Group, TrainConfig
 from effv2.config.studies import NOTHING, Published, Settings, Value, open_study
 from effv2.core.errors import InputError
 from effv2.evidence.quantities import TEST, TRAIN, Quantity, number, quantity
-from effv2.evidence.statistics import FEWEST
+from effv2.evidence.statistics import EVERY_LOOK, FEWEST, Looks
 from effv2.tracking.read import BEST_TEST, LAST_TEST, RunRecord
 from effv2.tracking.tags import CONFIG_HASH, DATA_DIGEST, MACHINE, OUTCOME, SEED
 
@@ -187,6 +187,23 @@ def split_of(run: RunRecord) -> str:
 def pair_of(run: RunRecord) -> SplitAndSeed:
     """Return a run's split, and the seed of its training: its own id where none was logged, so that it has no pair."""
     return split_of(run), run.params.get(SEED_SETTING) or run.tags.get(SEED) or run.run_id
+
+
+def looks_of(parent: RunRecord | None, runs: Iterable[RunRecord]) -> Looks:
+    """Return how often a study's runs may be looked at: as its run was stamped before the first of them, if it was."""
+    most = number(parent.params.get("study.max_seeds", "")) if parent else math.nan
+    if parent is None or not most >= 1 or any(run.started < parent.started for run in runs):
+        return EVERY_LOOK
+    return Looks(int(most), parent.params.get("study.looks") == "once")
+
+
+def overlap_of(runs: Sequence[RunRecord]) -> float:
+    """Return the ratio of test to other images where splits share images of either; 0 if all have one test set."""
+    tests = {run.images.get("test") for run in runs}
+    if len(tests) == 1 and None not in tests:
+        return 0.0
+    share = number(runs[0].params.get("data.test_fraction", ""))
+    return share / (1 - share) if 0 < share < 1 else PUBLISHED_OVERLAP
 
 
 @dataclass(frozen=True)

@@ -88,6 +88,11 @@ class Quantity:
         """Say whether it is a fraction, whose differences are percentage points."""
         return self.text is percent
 
+    @property
+    def unit(self) -> str:
+        """Return the unit of its differences."""
+        return "percentage points" if self.is_accuracy else self.words
+
     def difference(self, value: float) -> str:
         """Write a difference of two values: percentage points for fractions."""
         return points(value) if self.is_accuracy else f"{value:+.3g}"
