@@ -109,8 +109,9 @@ def publish(experiment: str, own: Path | None, target: Path | None, reporter: Re
         reporter.progress("logging the report")
         with run.new_artifacts() as folder:
             _write(folder, report.files)
-        answers = (f"- {line}\n" for line in report.answers)
-        run.describe(f"{''.join(answers)}\n{report.summary}.\n\n{show_in_ui(run.experiment_id, run.run_id, HTML)}")
+        lines = [f"- {line}\n" for line in report.answers]
+        parts = ["".join(lines), f"{report.summary}.", show_in_ui(run.experiment_id, run.run_id, HTML)]
+        run.describe("\n\n".join(filter(None, parts)))
         if target is not None:
             reporter.progress("exporting")
             _export(report, evidence, target, claims)
