@@ -191,7 +191,7 @@ def ranking(rights: dict[str, list[bool]], where: str = UNSEEN) -> str:
         TrackedStudy(NO_STUDY, runs), lambda run: dict(zip(map(str, range(99)), rights[run.name], strict=False))
     )
     assert sorted(found.details[0][1:]) == sorted(rights)
-    return found.sentence
+    return found.short
 
 
 def test_a_difference_is_claimed_only_where_it_is_real() -> None:

@@ -157,9 +157,13 @@ def _run_and_show(make: Callable[..., Any], options: StudyOptions) -> None:
         load = load_once(partial(reporter.progress, "decoding images"))
         plan = make(load=load, reporter=reporter)
         end = run_study(plan, open_experiment(options.experiment), options, load, reporter)
+    for answer in end.results.answers:
+        click.echo(answer)
     print_table(end.results.table)
+    for warning in end.results.warnings:
+        click.echo(warning)
     models = [f"model of {name}: {address}" for name, address in end.models.items()]
-    for line in (end.results.sentence, *models, run_address(end.parent.run_id, end.parent.experiment_id)):
+    for line in (*models, run_address(end.parent.run_id, end.parent.experiment_id)):
         click.echo(line)
     if end.failed:
         failures = [f"{name}: {error}" for name, error in end.failed.items()]
@@ -207,9 +211,9 @@ def evaluate_pretrained(models: str | None, weights_dir: str | None, layer: Laye
 @cli.option("claims", "Claims of your own (YAML), beside the published ones.", "FILE")
 @cli.takes({}, "experiment")
 def report(export: str | None, from_export: str | None, claims: str | None, layer: Layer, how: StudyOptions) -> None:
-    """Judge every published claim on the runs of an experiment, and show its studies beside them.
+    """Show what the studies of an experiment answer, and judge claims on its runs: yours, and the published ones.
 
-    One page (HTML, and Markdown) is logged to the run of every study that it covers. It needs no network to be read.
+    One page (HTML, and Markdown) is logged to a run of its own. It needs no network to be read.
     """
     target = (_path(export) or Path()).resolve()
     sources = [path.resolve() for word in (from_export or "").split(",") if (path := _path(word.strip()))]
@@ -226,5 +230,7 @@ def report(export: str | None, from_export: str | None, claims: str | None, laye
             made, address = rebuild(sources, _path(claims), target, reporter), ""
         else:
             made, address = publish(how.experiment, _path(claims), target if export else None, reporter)
-    for line in filter(None, (*made.own, made.summary, address, target / "report.html" if export else "")):
+    for line in filter(
+        None, (*made.answers, *made.own, made.summary, address, target / "report.html" if export else "")
+    ):
         click.echo(line)

@@ -50,6 +50,28 @@ def accuracy_curves(
     return figure
 
 
+def forest(
+    differences: Mapping[str, tuple[float, float, float, bool]], title: str, unit: str, margin: float = 0.0
+) -> Figure:
+    """Draw differences by name: mean, low and high end (NaN: none), and whether it is decided, which is drawn filled.
+
+    A band shows the `margin` within which differences don't matter.
+    """
+    figure = Figure(figsize=(SIZE[0], 1.2 + 0.34 * len(differences)), layout="constrained")
+    axes = figure.add_subplot(title=plain(title), xlabel=plain(unit))
+    if margin:
+        axes.axvspan(-margin, margin, color="#b0b0b0", alpha=0.4, linewidth=0)
+    axes.axvline(0, color="#555555", linewidth=1)
+    for place, (mean, low, high, decided) in enumerate(differences.values()):
+        style: dict[str, Any] = {"color": PALETTE[0], "markersize": 7, "fillstyle": "full" if decided else "none"}
+        axes.plot([low, high], [place, place], color=PALETTE[0], linewidth=2 if decided else 1)
+        axes.plot([mean], [place], marker="o", **style)
+    axes.set_yticks(range(len(differences)), list(map(plain, differences)))
+    axes.set_ylim(len(differences) - 0.5, -0.5)
+    axes.grid(axis="x", alpha=0.3)
+    return figure
+
+
 def bars(values: Mapping[str, Sequence[float]], title: str, unit: str) -> Figure:
     """Draw means as bars, ranges as lines across their ends."""
     figure = Figure(figsize=(SIZE[0], 1.2 + 0.34 * len(values)), layout="constrained")

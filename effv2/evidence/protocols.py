@@ -312,16 +312,16 @@ def _as_planned(arms: Mapping[str, Runs], aside: list[str], known: Sequence[RunR
     planned = looks.most * int(parent.params.get("study.splits", 1)) if parent and looks.once else 0
     there = min(map(len, first.values()))
     why = f"{planned} seeds planned, {there} are there: no verdict before all are" if there < planned else ""
-    return Chosen(first, len(shared), _overlap(first) if len(shared) > 1 else 0.0, looks, aside, why)
+    return Chosen(first, len(shared), overlap_of([list(each.values()) for each in first.values()]) if len(shared) > 1 else 0.0, looks, aside, why)
 
 
-def _overlap(arms: Mapping[str, Runs]) -> float:
-    """Return the ratio of test to other images where splits share images of either; 0 if all have one test set."""
-    tests = [{run.images.get("test") for run in of_arm.values()} for of_arm in arms.values()]
+def overlap_of(arms: Collection[Sequence[RunRecord]]) -> float:
+    """Return the ratio of test to other images where splits share images of either; 0 if each arm has one test set."""
+    found = [run for runs in arms for run in runs]
+    tests = [{run.images.get("test") for run in runs} for runs in arms]
     if all(len(each) == 1 and None not in each for each in tests):
         return 0.0
-    some_run = next(run for of_arm in arms.values() for run in of_arm.values())
-    share = number(some_run.params.get("data.test_fraction", ""))
+    share = number(found[0].params.get("data.test_fraction", ""))
     return share / (1 - share) if 0 < share < 1 else PUBLISHED_OVERLAP
 
 

@@ -8,6 +8,7 @@ from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from textwrap import shorten
 from typing import Any
 
 import matplotlib
@@ -20,21 +21,24 @@ from effv2.core.figures import PALETTE
 from effv2.core.paths import write_csv
 from effv2.core.reporter import Reporter
 from effv2.evidence.claims import Claims, read_claims
+from effv2.evidence.compared import NOTHING_YET
 from effv2.evidence.exports import Evidence, export, exported, tracked
 from effv2.evidence.judge import Finding, Judgement, Verdict, judge
-from effv2.evidence.quantities import EXPORTED, HISTORIES
+from effv2.evidence.protocols import counted
+from effv2.evidence.quantities import CURVES, EXPORTED, HISTORIES
 from effv2.evidence.results import results_of
 from effv2.evidence.statistics import p_text
-from effv2.evidence.study import StudyResults, studies_of
+from effv2.evidence.study import StudyResults
 from effv2.tracking.read import read_experiment
 from effv2.tracking.run import open_experiment, open_report_run
 from effv2.tracking.store import tracking_faults
-from effv2.tracking.tags import REUSED, as_tags, reused
+from effv2.tracking.tags import ANSWER, REUSED, as_tags, reused
 from effv2.tracking.writer import TrackedRun, run_address, show_in_ui
 
 Content = str | Figure | Sequence[Sequence[Any]]  # of a file that is logged: a text, a figure, a table
 HTML, MARKDOWN, FIGURES, DATA = "report.html", "report.md", "figures", "data"  # in an export
 SETTINGS = {"svg.fonttype": "none", "svg.hashsalt": "effv2", "font.family": "sans-serif", "font.size": 9}
+LONGEST_ANSWER = 500  # characters of a tag
 TAG, NUMBER = re.compile(r"<[^>]+>"), re.compile(r"-?\d+\.\d{2,}")
 # What makes an SVG file a part of a page: its colours become the page's variables, its text takes the page's font.
 AS_PART = {
@@ -53,6 +57,7 @@ class Report:
     """What came out in one sentence, and files by name: a page, its Markdown twin, the figures that the twin shows."""
 
     summary: str
+    answers: Sequence[str]  # a line a study
     own: Sequence[str]  # the verdicts of the user's own claims, a line each
     studies: Sequence[StudyResults]
     files: Mapping[str, str]
@@ -61,14 +66,13 @@ class Report:
 def publish_study(parent: TrackedRun, used: Mapping[str, str]) -> StudyResults:
     """Log to a study's run what came out of it, with a report, and return it. It may be repeated.
 
-    `used` are the finished runs of the study by name, some of them other studies'. Claims that none of its runs can
-    tell anything about are left out of the report.
+    `used` are the finished runs of the study by name, some of them other studies'.
     """
     read = read_experiment(parent.experiment_id, (), parent.run_id)
     own = {run.run_id for run in read if run.parent == parent.run_id}
     others = [reused(run_id, name) for name, run_id in used.items() if run_id not in own]
     parent.set_tags(as_tags(REUSED, others))
-    report = make_report(tracked(parent.experiment_id, parent=parent.run_id), read_claims(), only_touched=True)
+    report = make_report(tracked(parent.experiment_id, parent=parent.run_id), read_claims(), of_study=True)
     results = next(each for each in report.studies if each.run_id == parent.run_id)
     files: dict[str, Content] = {**report.files, **results.files}
     if results.table and results.document:
@@ -76,6 +80,7 @@ def publish_study(parent: TrackedRun, used: Mapping[str, str]) -> StudyResults:
     with parent.new_artifacts() as folder:
         _write(folder, files)
     parent.log_metrics(results.metrics)
+    parent.set_tags({ANSWER: shorten(results.short or NOTHING_YET, LONGEST_ANSWER)})
     parent.describe(results.markdown(show_in_ui(parent.experiment_id, parent.run_id, HTML)))
     return results
 
@@ -88,7 +93,7 @@ def read_results(parent: TrackedRun) -> StudyResults:
 
 
 def publish(experiment: str, own: Path | None, target: Path | None, reporter: Reporter) -> tuple[Report, str]:
-    """Report on a whole experiment; log that to a run of its own and to the run of every study; export to `target`.
+    """Report on a whole experiment; log that to a run of its own; export to `target`.
 
     `own` is a file of claims that are judged beside the published ones. Returns the report and where its run is to be
     seen. InputError before any run is created.
@@ -101,12 +106,12 @@ def publish(experiment: str, own: Path | None, target: Path | None, reporter: Re
         reporter.progress("reading runs")
         evidence = tracked(run.experiment_id, HISTORIES if target is None else EXPORTED)
         report = make_report(evidence, claims, progress=reporter.progress)
-        parents = [study.parent.run_id for study in studies_of(evidence.runs) if study.kind]
-        for place in [run, *(TrackedRun(run_id, run.experiment_id) for run_id in parents)]:
-            reporter.progress("logging the report")
-            with place.new_artifacts() as folder:
-                _write(folder, report.files)
-        run.describe(f"{report.summary}.\n\n{show_in_ui(run.experiment_id, run.run_id, HTML)}")
+        reporter.progress("logging the report")
+        with run.new_artifacts() as folder:
+            _write(folder, report.files)
+        lines = [f"- {line}\n" for line in report.answers]
+        parts = ["".join(lines), f"{report.summary}.", show_in_ui(run.experiment_id, run.run_id, HTML)]
+        run.describe("\n\n".join(filter(None, parts)))
         if target is not None:
             reporter.progress("exporting")
             _export(report, evidence, target, claims)
@@ -164,12 +169,14 @@ def _export(report: Report, evidence: Evidence, target: Path, claims: Claims) ->
 
 
 def make_report(
-    evidence: Evidence, claims: Claims, only_touched: bool = False, progress: Callable[[str], None] = lambda _: None
+    evidence: Evidence, claims: Claims, of_study: bool = False, progress: Callable[[str], None] = lambda _: None
 ) -> Report:
-    """Judge the claims on the evidence and write it up; with `only_touched`, those alone of which there are runs."""
+    """Judge the claims on the evidence and write it up, of an experiment or of one study."""
     progress("judging claims")
-    judgements = judge(claims, evidence.runs, evidence.right)
-    shown = [each for each in judgements if not only_touched or each.tested or each.nearest]
+    judgements, known = judge(claims, evidence.runs, evidence.right), read_claims().claims
+    own = [each for each in judgements if each.id not in known]
+    posts = [each for each in judgements if each.id in known]
+    touched = [each for each in posts if each.tested or each.nearest]
     studies, drawn = results_of(evidence.runs, claims, evidence.right), []
     for number, study in enumerate(studies, 1):
         progress(f"drawing {study.title}")
@@ -184,29 +191,27 @@ def make_report(
     environment.filters |= {"cell": _cell, "drawing": _inline, "why": _why, "numbers": _numbers, "slug": _slug}
     values = {
         "evidence": evidence,
-        "judgements": shown,
-        "left_out": len(judgements) - len(shown),
-        "title": studies[0].title if only_touched and studies else evidence.experiment,
-        "summary": (summary := _summary(evidence, shown)),
+        "claims": {"Your claims": own, "Published claims": touched},
+        "untouched": [] if of_study else [each.id for each in posts if each not in touched],
+        "title": studies[0].title if of_study and studies else evidence.experiment,
+        "summary": (summary := _summary(evidence, [*own, *touched])),
         "sections": list(zip(studies, drawn, strict=True)),
         "figures": FIGURES,
+        "curves": CURVES,
     }
     files = {name: environment.get_template(f"{name}.j2").render(values) for name in (HTML, MARKDOWN)}
     files[MARKDOWN] = re.sub(r"\n{3,}", "\n\n", files[MARKDOWN])
     files |= {f"{FIGURES}/{name}": svg for each in drawn for name, (_, svg) in each.items()}
-    own = [f"{each.id} {each.verdict.value}: {_why(each)}" for each in shown if each.id not in read_claims().claims]
-    return Report(summary, own, studies, files)
+    verdicts = [f"{each.id} {each.verdict.value}: {_why(each)}" for each in own]
+    return Report(summary, [f"{each.title}: {each.short}" for each in studies if each.short], verdicts, studies, files)
 
 
 def _summary(evidence: Evidence, judgements: Sequence[Judgement]) -> str:
     counts = Counter(each.verdict for each in judgements)
-    published = sum(each.on_published_alone for each in judgements)
-    aside = {Verdict.UNDECIDED: f" ({published} of them on the published figures alone)"} if published else {}
-    words = ", ".join(f"{counts[verdict]} {verdict.value}{aside.get(verdict, '')}" for verdict in Verdict)
-    decided = f"of {len(judgements)} claims {words}" if judgements else "no published claim is about them"
+    words = ", ".join(f"{counts[verdict]} {verdict.value}" for verdict in Verdict if counts[verdict])
     parents = {run.parent for run in evidence.runs}
     runs = sum(bool(run.metrics) and run.run_id not in parents for run in evidence.runs)
-    return f"{runs} runs; {decided}"
+    return f"{counted(runs, 'run')}; {f'claims: {words}' if words else 'no claim is about them'}"
 
 
 def _slug(text: str) -> str:
@@ -227,10 +232,9 @@ def _why(judgement: Judgement) -> str:
         text = f"of {len(findings)} things said {words}" if len(findings) > 1 else _estimated(findings[0])
         more = [each.lacking for each in findings if each.verdict == Verdict.UNDECIDED and each.lacking]
         return "; ".join([text, *more[:1]])
-    text = "the published figures alone, one run each; not tested here" if judgement.on_published_alone else ""
     near_misses = list(dict.fromkeys(each.lacking for each in findings if each.lacking))
     lacking = f"needs {judgement.needs}" if judgement.needs else "; ".join(near_misses[:2]) or "no such runs yet"
-    return "; ".join(filter(None, (text, lacking, "see the nearest evidence" if judgement.nearest else "")))
+    return "; ".join(filter(None, (lacking, "see the nearest evidence" if judgement.nearest else "")))
 
 
 def _numbers(finding: Finding) -> list[str]:

@@ -93,6 +93,11 @@ class Quantity:
         """Say whether it is an accuracy, or a difference of two."""
         return self.text in (percent, points)
 
+    @property
+    def unit(self) -> str:
+        """Return the unit of its differences."""
+        return "percentage points" if self.is_accuracy else self.words
+
     def difference(self, value: float) -> str:
         """Write a difference of two values: percentage points for fractions."""
         return points(value) if self.is_fraction else f"{value:+.3g}"

@@ -14,10 +14,11 @@ from matplotlib.ticker import LogLocator, NullLocator, StrMethodFormatter
 from effv2.core.errors import joined
 from effv2.core.figures import MARKERS, PALETTE, plain
 from effv2.evidence.claims import Claims
+from effv2.evidence.compared import NONE
 from effv2.evidence.protocols import SEED_SETTING, SPLIT_SEED, RightAnswers, complete
 from effv2.evidence.quantities import EPOCH_SECONDS, EVALUATE_RATE, SHOWN, VALIDATION, duration, number, percent, whole
 from effv2.evidence.statistics import LEVEL, holm, mcnemar, p_text, wilson
-from effv2.evidence.study import NO_STUDY, NONE, Rows, StudyResults, TrackedStudy, arms_results, line_of, studies_of
+from effv2.evidence.study import NO_STUDY, Rows, StudyResults, TrackedStudy, arms_results, line_of, studies_of
 from effv2.tracking import tags
 from effv2.tracking.read import SELECTED_TEST, SELECTED_VALIDATION, RunRecord
 
@@ -132,9 +133,10 @@ def search_results(study: TrackedStudy) -> StudyResults:
     for best in (run for run in ranked if run.run_id == study.parent.tags.get(tags.BEST_RUN)):
         metrics = {name: best.metrics[name] for name in (SELECTED_VALIDATION, SELECTED_TEST) if name in best.metrics}
         tested = f", {percent(metrics[SELECTED_TEST])} on the test set" if SELECTED_TEST in metrics else ""
-        sentence = f"Best: **{best.name}**, {percent(metrics[SELECTED_VALIDATION])} on validation{tested}."
+        sentence = f"Best: {best.name}, {percent(metrics[SELECTED_VALIDATION])} on validation{tested}."
     return StudyResults(
-        sentence=sentence,
+        answers=[sentence],
+        short=sentence,
         table=table if ranked else [],
         notes=_notes_on_trials(study, bool(ranked)),
         metrics=metrics,
@@ -186,8 +188,10 @@ def networks_results(study: TrackedStudy, right: RightAnswers) -> StudyResults:
         counts = int(ranked[label].sum()), len(ranked[label])
         rows.append((label, run.run_id, *counts, *wilson(*counts), *map(run.metrics.get, metrics)))
     files = {"ranking.csv": rows, "pairs.csv": [NetworkPair._fields, *pairs]}
+    sentence = _sentence(runs, ranked, origin, pairs)
     return StudyResults(
-        sentence=_sentence(runs, ranked, origin, pairs),
+        answers=[sentence],
+        short=sentence,
         table=_table(ordered.values()),
         details=_details(ordered, images),
         document="ranking.md",

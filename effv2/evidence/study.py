@@ -2,6 +2,7 @@
 
 import math
 import statistics
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -11,21 +12,21 @@ from typing import Any
 
 from matplotlib.figure import Figure
 
-from effv2.core.figures import accuracy_against_time, accuracy_curves, bars
+from effv2.core.figures import accuracy_against_time, accuracy_curves, bars, forest
 from effv2.evidence.claims import Claims
+from effv2.evidence.compared import NONE, NOTHING_YET, Arms, Held, hold
 from effv2.evidence.protocols import complete, counted, has, is_like, pair_of, published_runs, settings_of, split_of
-from effv2.evidence.quantities import CURVES, SHOWN, TRAIN_SECONDS, Quantity, percent, points, quantity, shown_for
-from effv2.evidence.statistics import FEWEST, TINY, Estimate, holm, p_text
+from effv2.evidence.quantities import CURVES, SHOWN, TRAIN_SECONDS, Quantity, percent, quantity, shown_for
+from effv2.evidence.statistics import FEWEST, TINY, Estimate
 from effv2.tracking import tags
-from effv2.tracking.read import BEST_TEST, SELECTED_TEST, SELECTED_VALIDATION, RunRecord, decisive_accuracy
+from effv2.tracking.read import BEST_TEST, LAST_TEST, SELECTED_TEST, SELECTED_VALIDATION, RunRecord
 
-NONE = "none"  # in a cell: the runs lack the figure
 MOST_NAMED, LONGEST_REASON = 6, 150  # of the runs that a study lacks; characters
-NOTHING_YET = "No accuracies yet."
 MOST_COLUMNS = 8  # of a table: more arms have a line each
+DIFFERENCES = "differences"  # the figure that stands first
+NEAR_CHANCE, FEW_IMAGES = 0.03, 1_000  # accuracy above chance level; test images
 LONGEST_END = 100  # characters that are shown of either end of a setting
 Rows = list[tuple[str, ...]]  # of a table, its titles first
-Arms = Mapping[str, Sequence[RunRecord]]
 NO_STUDY = RunRecord("", "Single runs", "", {}, {}, {})  # stands for the parent of runs that belong to no study
 
 
@@ -74,23 +75,26 @@ class StudyResults:
     title: str = ""
     description: str = ""
     run_id: str = ""
-    sentence: str = ""
+    answers: Sequence[str] = ()  # a sentence a variant
+    short: str = ""  # the same without what would decide, for a cell
     table: Rows = field(default_factory=list)
+    warnings: Sequence[str] = ()
     details: Rows = field(default_factory=list)  # a second table, of what the first leaves out
-    notes: Sequence[str] = ()
+    notes: Sequence[str] = ()  # how to read them
     figures: Mapping[str, Figure] = field(default_factory=dict)  # by the words that name their files
     missing: str = ""  # what there should be and isn't
     commands: Sequence[str] = ()
     environment: Rows = field(default_factory=list)
     metrics: Mapping[str, float] = field(default_factory=dict)  # of the study's run, as are the files
-    document: str = ""  # the name of a file with title, sentence and tables
+    document: str = ""  # the name of a file with title, answers and tables
     files: Mapping[str, Sequence[Sequence[Any]] | Figure] = field(default_factory=dict)
 
     def markdown(self, links: str = "") -> str:
-        """Write sentence, links, description, tables and notes as Markdown."""
-        ruled = [[rows[0], ("---",) * len(rows[0]), *rows[1:]] for rows in (self.table, self.details) if rows]
-        tables = ["\n".join(f"| {' | '.join(cells)} |" for cells in rows) for rows in ruled]
-        return "\n\n".join(filter(None, (self.sentence, links, self.description, *tables, *self.notes)))
+        """Write answers, links, description, tables and what is to be known of them as Markdown."""
+        ruled = [rows and [rows[0], ("---",) * len(rows[0]), *rows[1:]] for rows in (self.table, self.details)]
+        table, details = ("\n".join(f"| {' | '.join(cells)} |" for cells in rows) for rows in ruled)
+        parts = (*self.answers, links, self.description, table, *self.warnings, details, *self.notes)
+        return "\n\n".join(filter(None, parts))
 
 
 def studies_of(runs: Sequence[RunRecord]) -> list[TrackedStudy]:
@@ -104,7 +108,7 @@ def studies_of(runs: Sequence[RunRecord]) -> list[TrackedStudy]:
         of_it = list(children.get(run.run_id, ()))
         for run_id, name in tags.reused_in(run.tags).items():  # of other studies: here they have its names and arms
             if run_id in by_id:
-                arm = name.rpartition(", seed ")[0]
+                arm = arm_in(name)
                 own = by_id[run_id].tags | ({tags.ARM: arm} if arm else {})
                 of_it.append(replace(by_id[run_id], name=name, tags=own))
         if of_it or "study.kind" in run.params:
@@ -112,6 +116,11 @@ def studies_of(runs: Sequence[RunRecord]) -> list[TrackedStudy]:
     parents = {study.parent.run_id for study in studies}
     single = [run for run in complete(runs) if not parents & {run.run_id, run.parent} and has_figures(run)]
     return [*studies, *([TrackedStudy(NO_STUDY, single)] if single else [])]
+
+
+def arm_in(name: str) -> str:
+    """Return the arm in the name of a run, empty where there is none."""
+    return name.rpartition(", seed ")[0]
 
 
 def has_figures(run: RunRecord) -> bool:
@@ -137,25 +146,29 @@ def line_of(groups: Mapping[str, Sequence[RunRecord]], name: str) -> Rows:
 def arms_results(study: TrackedStudy, claims: Claims) -> StudyResults:
     """Return what came out of an ablation, a hyper-parameter check, or single runs."""
     found: dict[str, list[RunRecord]] = {}
-    for run in filter(has_figures, complete(study.in_order())):
+    for run in complete(study.in_order()):
         arm = run.tags.get(tags.ARM) or run.tags.get(tags.STUDY) or run.params.get("model.variant") or run.name
         found.setdefault(arm, []).append(run)
-    if not found:
-        return StudyResults(sentence=NOTHING_YET)
-    arms, differences = _parted(found) if study.parent is NO_STUDY else (found, [])
-    own = study.parent.params.get("study.baseline", "")
-    baseline = "" if study.parent is NO_STUDY else own if own in arms else next(iter(arms))
+    having = {arm: kept for arm, runs in found.items() if (kept := [run for run in runs if has_figures(run)])}
+    if not having:
+        return StudyResults(answers=[NOTHING_YET])
+    alone = study.parent is NO_STUDY
+    parts = {arm: list({pair_of(run): run for run in runs}.values()) for arm, runs in having.items()}
+    arms, differences = _parted(having) if alone else (parts, [])
+    held = hold(arms, study.parent)
     named = [(arm, run) for arm, runs in arms.items() for run in runs]
     quantities = shown_for(run for _, run in named)
     shown = [what for what in quantities.values() if what.values(run for _, run in named)]
     rows = [(arm, run.tags.get(tags.SEED), run.run_id, *(what.value(run) for what in shown)) for arm, run in named]
-    decisive = decisive_accuracy([run for _, run in named])
     published, protocol = _published_curves(arms, claims)
     return StudyResults(
-        sentence=_sentence(arms, decisive),
-        table=_table(arms, baseline, decisive),
-        notes=[*differences, *_notes(arms, protocol, decisive)],
-        figures=_figures(arms, study.parent.name, published),
+        answers=[] if alone else held.sentences(),
+        short="" if alone else " ".join(f"{each}." for each in held.short().values()),
+        table=_table(arms, held),
+        warnings=[*differences, *([] if alone else _counts(study, found, held)), *_warnings(arms, held.what)],
+        details=_details(arms, held.what.name),
+        notes=list(_notes(arms, protocol, held)),
+        figures=_figures(arms, study.parent.name, published, held),
         # Of what runs log under that very name: accuracies and the time that training took.
         metrics={
             f"{arm}/{name}": statistics.fmean(values)
@@ -168,19 +181,31 @@ def arms_results(study: TrackedStudy, claims: Claims) -> StudyResults:
     )
 
 
-def _sentence(arms: Arms, decisive: str) -> str:
-    """Say which arm has the highest mean of the accuracy that decides, and that it is no verdict."""
-    means = {arm: statistics.fmean(values) for arm, values in values_of(arms, decisive).items()}
-    if not means:
-        return NOTHING_YET
-    best = max(means, key=lambda arm: means[arm])
-    runs = "1 run" if len(arms[best]) == 1 else f"mean of {len(arms[best])} runs"
-    words = f"{percent(means[best])} {quantity(decisive).words} ({runs})"
-    return f"Highest: **{best}**, {words}; the report says how sure that is."
+def _counts(study: TrackedStudy, found: Arms, held: Held) -> Iterator[str]:
+    """Say of each arm which runs don't count: repeated, failed, missing, without a figure, or beyond the plan."""
+    planned = tags.names_in(study.parent.tags, tags.PLANNED)
+    failed = Counter(run.tags.get(tags.ARM, "") for run in study.runs if run.status == "FAILED")
+    over = {run.name for run in study.runs if run.status in ("FINISHED", "FAILED")}
+    missing = Counter(arm_in(name) for name in planned if name not in over)
+    for arm in dict.fromkeys([*found, *failed, *missing]):
+        runs = found.get(arm, [])
+        counts = {
+            "replaced by a later one of the same seed": len(runs) - len(set(map(pair_of, runs))),
+            "failed": failed[arm],
+            "not finished": missing[arm],
+            f"without {held.what.words}": len(runs) - len(held.what.values(runs)),
+            f"beyond the {held.looks.most} that a verdict rests on, and left out of it": held.beyond.get(arm, 0),
+        }
+        if words := [f"{counted(count, 'run')} {why}" for why, count in counts.items() if count]:
+            yield f"{arm}: {', '.join(words)}."
 
 
-def _figures(arms: Arms, title: str, published: Mapping[str, RunRecord]) -> dict[str, Figure]:
+def _figures(arms: Arms, title: str, published: Mapping[str, RunRecord], held: Held) -> dict[str, Figure]:
     figures: dict[str, Figure] = {}
+    if drawn := held.drawn():
+        others = set(held.others.values()) - {""}
+        unit = f"difference from {others.pop() if len(others) == 1 else 'its reference'}, {held.what.unit}"
+        figures[DIFFERENCES] = forest(drawn, f"{title}: differences", unit, 100 * held.margin)
     for name, metric in CURVES.items():
         found = {arm: [run.history[metric] for run in runs if run.history.get(metric)] for arm, runs in arms.items()}
         curves = {arm: kept for arm, kept in found.items() if kept}
@@ -217,16 +242,29 @@ def _parted(arms: Arms) -> tuple[dict[str, list[RunRecord]], list[str]]:
     return parted, notes
 
 
-def _table(arms: Arms, baseline: str, decisive: str) -> Rows:
+def _table(arms: Arms, held: Held) -> Rows:
+    """Return the short table, a line an arm: the accuracy that decides, the difference, what it costs."""
+    last = [LAST_TEST] if held.what.name == BEST_TEST else []  # beside a maximum over epochs
+    columns: Rows = [("variant", *arms), ("runs", *(str(len(runs)) for runs in arms.values()))]
+    for name in (held.what.name, *last):
+        columns += line_of(arms, name)
+    if held.answers:
+        others = set(held.others.values()) - {""}
+        title = f"less {others.pop()}" if len(others) == 1 else "difference"
+        columns.append((f"{title} [interval]", *(held.cell(arm) for arm in arms)))
+    for name in (TRAIN_SECONDS, "model/parameters"):
+        columns += line_of(arms, name)
+    return list(zip(*columns, strict=True))
+
+
+def _details(arms: Arms, decisive: str) -> Rows:
     """Return a line a figure and a column an arm, accuracies with intervals; of many arms a line each, main figures."""
-    main: Rows = [("variant", *arms), ("runs", *(str(len(runs)) for runs in arms.values()))]
+    main: Rows = [("variant", *arms)]
     more: Rows = []
     for name, what in shown_for(run for runs in arms.values() for run in runs).items():
         lines = line_of(arms, name)
         if lines and name in (BEST_TEST, SELECTED_TEST, decisive):
             lines += _intervals(arms, what)
-        if lines and name == decisive and baseline:
-            lines += _differences(arms, baseline, what)
         (main if what.shown == "main" else more).extend(lines)
     return [*main, *more] if len(arms) <= MOST_COLUMNS else list(zip(*main, strict=True))
 
@@ -245,31 +283,6 @@ def _intervals(arms: Arms, what: Quantity) -> Rows:
     return [(f"{words}, {what.words}", *cells) for words, *cells in lines if set(cells) != {NONE}]
 
 
-def _differences(arms: Arms, baseline: str, what: Quantity) -> Iterator[tuple[str, ...]]:
-    """Return lines that hold each arm against its baseline, on the seeds that both have: difference and p-value.
-
-    An arm is held against the baseline under its own learning rate schedule, if there is one, so that the two differ in
-    one thing alone. Nothing where there are several splits, whose runs don't count one by one; claims are judged so.
-    """
-    if len({split_of(run) for runs in arms.values() for run in runs}) > 1:
-        return
-    values = {arm: {pair_of(run): value for run in runs for value in what.values([run])} for arm, runs in arms.items()}
-    tests: dict[tuple[str, str], Estimate] = {}
-    for arm, runs in arms.items():
-        own = {f"{baseline}_{run.params.get('schedule.name', '')}" for run in runs} & arms.keys() - {arm}
-        other = own.pop() if len(own) == 1 else baseline
-        pairs = [pair for pair in values[arm] if pair in values[other]]
-        if arm != baseline and len(pairs) >= FEWEST:
-            tests[other, arm] = Estimate([values[arm][pair] - values[other][pair] for pair in pairs])
-    corrected = dict(zip(tests, holm([estimate.p(0) for estimate in tests.values()]), strict=True))
-    for other in dict.fromkeys(against for against, _ in tests):
-        found = [tests.get((other, arm)) for arm in arms]
-        cells = [f"{points(e.mean)} [{e.interval().text(lambda x: f'{100 * x:+.2f}')}]" if e else "" for e in found]
-        yield f"less {other}, {what.words}, paired [95 %]", *cells
-        ps = [p_text(corrected[other, arm]) if (other, arm) in tests else "" for arm in arms]
-        yield f"p of that, after Holm for {len(tests)}", *ps
-
-
 def _published_curves(arms: Arms, claims: Claims) -> tuple[dict[str, RunRecord], str]:
     """Return the published runs of arms that follow a published protocol, or come near it, and the protocol's name."""
     for source, published in published_runs().items():
@@ -282,25 +295,45 @@ def _published_curves(arms: Arms, claims: Claims) -> tuple[dict[str, RunRecord],
     return {}, ""
 
 
-def _notes(arms: Arms, protocol: str, decisive: str) -> Iterator[str]:
-    """Say what a reader of the table and the figures must know."""
+def _warnings(arms: Arms, what: Quantity) -> Iterator[str]:
+    """Say what makes the answers less than they seem."""
     runs = [run for of_arm in arms.values() for run in of_arm]
-    if len(runs) > len(arms):
-        yield "± is the standard deviation over runs."
-    if (few := min(map(len, arms.values()))) < FEWEST:
-        yield f"An arm has {counted(few, 'run')}: fewer than {FEWEST} decide nothing about training."
-    if len(set(map(split_of, runs))) == 1:
+    tests = [each for run in runs if (each := run.images.get("test"))]
+    classes = {len(each.classes) for each in tests if each.classes}
+    means = [statistics.fmean(values) for values in values_of(arms, what.name).values()]
+    if len(classes) == 1 and means and max(means) < (chance := 1 / min(classes)) + NEAR_CHANCE:
         yield (
-            "All runs share one split of the data, so what is said holds for that split; another data.split_seed "
-            "repeats it on others, and the claims are judged over all of them."
+            f"All networks are near chance level, {percent(chance)} for {min(classes)} classes: they have learned "
+            "next to nothing, so that their differences say little."
         )
-    if all(has(run, "data.validation_fraction", 0) for run in runs):
+    if len(set(map(split_of, runs))) == 1:
+        yield "All runs share one split of the images: what is said holds for that split alone."
+    few = min((each.images for each in tests if each.images), default=FEW_IMAGES)
+    if few < FEW_IMAGES and means and "test" in what.name:
+        share = statistics.fmean(means)
+        error = math.sqrt(share * (1 - share) / few)
+        yield (
+            f"The test set has {few} images: with other images an accuracy would vary by {what.size(error)} (standard "
+            "error). The intervals are about training seeds, on these images."
+        )
+    if what.name == BEST_TEST and all(has(run, "data.validation_fraction", 0) for run in runs):
         watched = any(has(run, "schedule.name", "plateau") or not has(run, "stopping.patience", 0) for run in runs)
         yield (
             "The protocol has no validation split: the best epoch is the best on the test set itself, which flatters "
             f"every arm{', and plateau and stopping watch the test set' if watched else ''}."
         )
+    if what.name == SELECTED_VALIDATION:
+        yield "The test set was left alone: this is validation at its best epoch, which flatters every arm."
+
+
+def _notes(arms: Arms, protocol: str, held: Held) -> Iterator[str]:
+    """Say how the tables and the figures are to be read."""
+    if sum(map(len, arms.values())) > len(arms):
+        yield "± is the standard deviation over runs."
+    if held.answers:
+        yield (
+            f"Differences are in {held.what.unit}. In 5 % of studies at most any of their intervals misses the truth "
+            f"({held.looks.text()})."
+        )
     if protocol:
         yield f"Dotted: the post's own curves ({protocol}), one run an arm."
-    if decisive == SELECTED_VALIDATION:
-        yield "The test set was left alone: this is validation at its best epoch, which flatters every arm."

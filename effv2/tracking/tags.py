@@ -36,6 +36,7 @@ CALIBRATION = "effv2.calibration"
 QUEUE = "effv2.queue"  # the name of the study in Optuna's storage
 PLANNED = "effv2.planned"  # the names of all runs that it is to have
 REUSED = "effv2.borrowed"  # runs that were finished before, for other studies, as `reused` writes them
+ANSWER = "effv2.answer"  # what came out, for MLflow's table of runs
 BEST_RUN = "effv2.best_run"
 LOOKS = "effv2.tested_runs"  # of a search: all trials that were looked at on the test set, separated by commas
 REPORT = "effv2.report"  # of the run that an experiment's report is logged to
