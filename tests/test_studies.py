@@ -13,12 +13,12 @@ import pytest
 from effv2.architecture import PUBLISHED_VARIANTS, parse_table
 from effv2.cli.main import SHORT_EPOCHS
 from effv2.config.layers import Layer, Written
-from effv2.config.schema import TrainConfig
+from effv2.config.schema import StudyOptions, TrainConfig
 from effv2.config.studies import SWEEPS, Sources, Study, open_study, read_study
 from effv2.core.errors import InputError
 from effv2.core.reporter import Reporter
 from effv2.data.dataset import load_once
-from effv2.studies.plan import Grid, make_grid
+from effv2.studies.grid import Grid, make_grid
 from tests import protocols
 from tests.conftest import ROOT
 
@@ -112,7 +112,7 @@ def test_every_study_file_opens_with_its_command(path: Path) -> None:
 
 def make(study: Study, chosen: list[str], seeds: tuple[int, ...] = ()) -> Grid:
     load = load_once(lambda done, total: None)
-    return make_grid("ablate", study, chosen, NO_OPTIONS, seeds=seeds, load=load, reporter=Reporter())
+    return make_grid("ablate", study, chosen, NO_OPTIONS, StudyOptions(seeds=seeds), load=load, reporter=Reporter())
 
 
 def test_one_variant_brings_its_baseline_and_all_brings_all() -> None:

@@ -4,7 +4,16 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from effv2.evidence.quantities import Quantity
-from effv2.evidence.statistics import EVERY_LOOK, Comparison, Estimate, Interval, Looks, Outcome, compare, seeds_to_decide
+from effv2.evidence.statistics import (
+    EVERY_LOOK,
+    Comparison,
+    Estimate,
+    Interval,
+    Looks,
+    Outcome,
+    compare,
+    seeds_to_decide,
+)
 
 SplitAndSeed = tuple[str, str]  # which split of the images a run used, and the seed of its training
 Values = Mapping[SplitAndSeed, float]  # of the runs of an arm
