@@ -8,6 +8,7 @@ import gc
 import os
 import sys
 from collections.abc import Callable
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -154,11 +155,14 @@ def _run_or_plan(make: Callable[..., Any], options: StudyOptions) -> None:
     from effv2.cli.console import ConsoleReporter, print_table
     from effv2.data.dataset import load_once
     from effv2.studies.forecast import forecast
-    from effv2.tracking.run import find_experiment
+    from effv2.tracking.store import open_store
 
     with ConsoleReporter() as reporter:
         load = load_once(partial(reporter.progress, "decoding images"))
-        found = forecast(make(load=load, reporter=reporter), options, load, find_experiment(options.experiment))
+        plan, there = make(load=load, reporter=reporter), None
+        with suppress(InputError):  # an experiment that isn't there is not created for it
+            there = open_store(options.experiment, create=False)
+        found = forecast(plan, options, load, there)
     for line in found.lines:
         click.echo(line)
     print_table(found.table)

@@ -4,6 +4,7 @@ import math
 import statistics
 import time
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 
 from effv2.config.schema import StudyOptions, TrainConfig
@@ -102,7 +103,7 @@ def _is_like(run: RunRecord, config: TrainConfig) -> bool:
 
 
 def _timed(config: TrainConfig, load: LoadData, limit: float) -> float:
-    """Return about how many seconds a training takes, from its first steps; the first one, which warms up, is left out."""
+    """Return about how many seconds a training takes, from its first steps but for the very first."""
     training, began, made, steps_of_all = Training(config, load(config.data)), 0.0, 0, 0
 
     def on_step(step: int, steps: int) -> None:
@@ -112,8 +113,6 @@ def _timed(config: TrainConfig, load: LoadData, limit: float) -> float:
             raise _TimeIsUp
 
     training.on_step = on_step
-    try:
+    with suppress(_TimeIsUp):
         next(iter(training))
-    except _TimeIsUp:
-        pass
     return (time.perf_counter() - began) / max(1, made - 1) * steps_of_all
