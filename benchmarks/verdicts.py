@@ -8,12 +8,9 @@
 Each line ends with what it took. The standard deviation of an arm is 1 unless a line says otherwise.
 """
 
-import argparse
 import time
-from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor
-from functools import partial
 from itertools import product
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -24,7 +21,7 @@ import yaml
 from effv2.evidence.answers import answers
 from effv2.evidence.claims import Claims, read_claims
 from effv2.evidence.judge import Verdict, judge
-from effv2.evidence.statistics import Looks, Outcome
+from effv2.evidence.statistics import Outcome
 from effv2.tracking.read import RunRecord
 
 FEWEST, MOST = 3, 30
@@ -47,7 +44,9 @@ def claims_of(count: int, checks: int) -> Claims:
     """Return so many claims of one family, each of so many checks on arms of its own."""
     with TemporaryDirectory() as folder:
         path = Path(folder) / "claims.yaml"
-        arms = {f"{kind}{c}{k}": {"my.arm": f"{kind}{c}{k}"} for kind, c, k in product("ab", range(count), range(checks))}
+        arms = {
+            f"{kind}{c}{k}": {"my.arm": f"{kind}{c}{k}"} for kind, c, k in product("ab", range(count), range(checks))
+        }
         found = {
             f"S{c}": {
                 "words": "drawn",
@@ -64,7 +63,9 @@ def claims_of(count: int, checks: int) -> Claims:
         return read_claims(path)
 
 
-def false_claims(looks: Sequence[int], ratio: float, count: int, checks: int, plan: tuple[int, bool] | None, seed: int) -> bool:
+def false_claims(
+    looks: Sequence[int], ratio: float, count: int, checks: int, plan: tuple[int, bool] | None, seed: int
+) -> bool:
     """Draw runs without any effect; say whether any claim is ever supported or contradicted at these looks."""
     random, claims = np.random.default_rng(seed), claims_of(count, checks)
     mine = {id_: claim for id_, claim in claims.claims.items() if id_.startswith("S")}

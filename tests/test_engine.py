@@ -197,7 +197,8 @@ import sys
 from optuna.trial import TrialState
 from effv2.studies.queue import Queue
 from effv2.studies.storage import open_storage
-queue = Queue(open_storage(sys.argv[1]), "q", 0, {str(number): {} for number in range(24)})
+names = {str(number): {} for number in range(24)}
+queue = Queue(open_storage(sys.argv[1]), "q", 0, lambda trials: names)
 while (lease := queue.lease()) is not None:
     print(lease.user_attrs["slot"])
     queue.finish(lease, TrialState.COMPLETE, 0.5, "")
@@ -326,7 +327,7 @@ def storage(empty_queue: Path, tmp_path: Path) -> Iterator[Storage]:
 def make_queue(storage: Storage, trials: int = 3, retries: int = 1) -> Queue:
     if "q" not in [study.study_name for study in storage.optuna.get_all_studies()]:
         storage.optuna.create_new_study([StudyDirection.MAXIMIZE], "q")
-    return Queue(storage, "q", retries, {str(number): {} for number in range(trials)})
+    return Queue(storage, "q", retries, lambda _: {str(number): {} for number in range(trials)})
 
 
 @contextmanager

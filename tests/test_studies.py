@@ -2,23 +2,31 @@
 
 from __future__ import annotations
 
+import math
 import shutil
 import subprocess
 import sys
 import zipfile
+from collections.abc import Callable
+from datetime import datetime, timedelta
 from pathlib import Path
+from typing import Any
 
 import pytest
+from optuna.trial import FrozenTrial, TrialState, create_trial
 
 from effv2.architecture import PUBLISHED_VARIANTS, parse_table
 from effv2.cli.main import SHORT_EPOCHS
 from effv2.config.layers import Layer, Written
-from effv2.config.schema import TrainConfig
+from effv2.config.schema import StudyOptions, TrainConfig
 from effv2.config.studies import SWEEPS, Sources, Study, open_study, read_study
 from effv2.core.errors import InputError
 from effv2.core.reporter import Reporter
 from effv2.data.dataset import load_once
-from effv2.studies.plan import Grid, make_grid
+from effv2.evidence.statistics import Looks
+from effv2.studies.grid import Grid, make_grid
+from effv2.studies.queue import NAME, Trials
+from effv2.studies.seeds import ACCURACY, AutoSeeds, next_seeds
 from tests import protocols
 from tests.conftest import ROOT
 
@@ -112,7 +120,7 @@ def test_every_study_file_opens_with_its_command(path: Path) -> None:
 
 def make(study: Study, chosen: list[str], seeds: tuple[int, ...] = ()) -> Grid:
     load = load_once(lambda done, total: None)
-    return make_grid("ablate", study, chosen, NO_OPTIONS, seeds=seeds, load=load, reporter=Reporter())
+    return make_grid("ablate", study, chosen, NO_OPTIONS, StudyOptions(seeds=seeds), load=load, reporter=Reporter())
 
 
 def test_one_variant_brings_its_baseline_and_all_brings_all() -> None:
@@ -145,3 +153,58 @@ def test_a_file_without_seeds_keeps_the_configurations_own(tmp_path: Path) -> No
 def test_training_refuses_a_study_of_arms() -> None:
     with pytest.raises(InputError, match="use the command ablate"):
         read_study(SWEEPS / "ablate-digits.yaml").config(NO_OPTIONS)
+
+
+def auto(reached: Callable[[str, int], float], margin: float = 0.0, most: int = 8, **more: Any) -> tuple[Any, Trials]:
+    """Train what is wanted until nothing is, half of it at a time; `reached` is the accuracy of an arm's seed."""
+    arms = dict.fromkeys(("base", "arm"), TrainConfig())
+    rule, trials = AutoSeeds(arms, ("base", "arm"), "base", margin=margin, most=most, **more), dict[str, FrozenTrial]()
+    while True:
+        wanted = rule.trials(rule.rounds(trials)[-1].counts)
+        if not (left := [name for name in wanted if name not in trials]):
+            return rule.rounds(trials)[-1], trials
+        for name in left[: (len(left) + 1) // 2]:
+            value = reached(str(wanted[name]["arm"]), int(wanted[name]["seed"]))
+            attributes = {NAME: name} | ({} if math.isnan(value) else {ACCURACY: value})
+            state = TrialState.FAIL if math.isnan(value) else TrialState.COMPLETE
+            hour = timedelta(hours=1)
+            made = create_trial(state=state, value=None if math.isnan(value) else value, user_attrs=attributes)
+            made.params, made.number = dict(wanted[name]), len(trials)
+            made.datetime_start, made.datetime_complete = datetime(2026, 1, 1), datetime(2026, 1, 1) + hour
+            trials[name] = made
+
+
+def test_seeds_are_added_until_the_answer_is_known() -> None:
+    noise = [0.01, -0.012, 0.003, -0.006, 0.011, -0.004, 0.008, -0.009]
+    clear, _ = auto(lambda arm, seed: 0.5 + 0.1 * (arm == "arm") + noise[seed] / 10)
+    assert clear.counts == {"base": 3, "arm": 3} and "decided" in clear.ending and "beats base" in clear.lines()[0]
+    equal, _ = auto(lambda arm, seed: 0.5 + noise[seed if arm == "arm" else seed - 1])
+    assert equal.counts == {"base": 8, "arm": 8} and "8 seeds" in equal.ending
+    near, _ = auto(lambda arm, seed: 0.5 + noise[seed if arm == "arm" else seed - 1], margin=0.2)
+    assert near.counts == {"base": 3, "arm": 3} and "no difference above" in near.lines()[0]
+    dear, trials = auto(lambda arm, seed: 0.5 + noise[seed if arm == "arm" else seed - 1], budget=9.0)
+    assert len(trials) == 8 and "budget" in dear.ending and dear.hours == 8
+    broken, trials = auto(lambda arm, seed: math.nan if (arm, seed) == ("arm", 1) else 0.5 + noise[seed])
+    assert broken.counts == {"base": 3, "arm": 3} and broken.ending
+
+
+def test_an_arm_that_opens_again_gets_more() -> None:
+    values = {"base": [0.5, 0.51, 0.49], "a": [0.6, 0.61, 0.59], "b": [0.5, 0.53, 0.47]}
+    samples = {arm: {("", str(seed)): each for seed, each in enumerate(of)} for arm, of in values.items()}
+    others, counts = {"a": "base", "b": "base"}, dict.fromkeys(values, 3)
+    after, _ = next_seeds(counts, samples, others, Looks(8), most=8)
+    assert after == {"base": 4, "a": 3, "b": 4}
+    samples["base"]["", "3"] = 0.75
+    again, _ = next_seeds(after, samples, others, Looks(8), most=8)
+    assert again["a"] == 4 and again["base"] == 5
+
+
+def test_splits_hold_the_seeds() -> None:
+    study = open_study("ablate").model_copy(update={"splits": 2, "seeds": (0,)})
+    grid = make(study, ["default"])
+    assert [*grid.trials] == ["default, split 0, seed 0", "default, split 1, seed 0"]
+    assert [grid.configuration(each).data.split_seed for each in grid.trials.values()] == [0, 1]
+    assert grid.stamps() == {"study.splits": 2} and grid.definition["splits"] == 2
+    with pytest.raises(InputError, match="has 2 splits, whose number is fixed"):
+        make_grid("ablate", study, ["default", "drop_one"], NO_OPTIONS, StudyOptions(seeds="auto"),
+                  load=load_once(lambda done, total: None), reporter=Reporter())  # fmt: skip

@@ -8,6 +8,7 @@ import gc
 import os
 import sys
 from collections.abc import Callable
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -78,7 +79,7 @@ def train(study: str | None, layer: Layer, how: StudyOptions) -> None:
 )
 @cli.study_option
 @cli.set_option
-@cli.takes(cli.SHARED, "seeds", *cli.STUDY)
+@cli.takes(cli.SHARED, *cli.GRID)
 def ablate(variant: str | None, study: str | None, layer: Layer, how: StudyOptions) -> None:
     """Train architecture variants beside their baseline and compare them in MLflow.
 
@@ -90,9 +91,9 @@ def ablate(variant: str | None, study: str | None, layer: Layer, how: StudyOptio
     chosen = open_study(study or f"{SWEEPS}/ablate.yaml").with_variant(variant or "all")
     names = chosen.select(variant or "all")
 
-    from effv2.studies.plan import make_grid
+    from effv2.studies.grid import make_grid
 
-    _run_and_show(partial(make_grid, "ablate", chosen, names, layer, seeds=how.seeds), how)
+    _run_or_plan(partial(make_grid, "ablate", chosen, names, layer, how), how)
 
 
 @main.command("hparam-check", cls=cli.Command)
@@ -104,7 +105,7 @@ def ablate(variant: str | None, study: str | None, layer: Layer, how: StudyOptio
 @cli.option("scheduler", "With ReduceLROnPlateau, without, or both.  [default: both]", "[both|plateau|none]")
 @cli.study_option
 @cli.set_option
-@cli.takes(WITHOUT_SCHEDULER, "seeds", *cli.STUDY, epochs=SHORT_EPOCHS, log_model="best")
+@cli.takes(WITHOUT_SCHEDULER, *cli.GRID, epochs=SHORT_EPOCHS, log_model="best")
 def hparam_check(check: str | None, scheduler: str | None, study: str | None, layer: Layer, how: StudyOptions) -> None:
     """Change one hyper-parameter at a time, with and without ReduceLROnPlateau, and compare in MLflow.
 
@@ -116,9 +117,9 @@ def hparam_check(check: str | None, scheduler: str | None, study: str | None, la
     chosen = open_study(study or f"{SWEEPS}/hparam-digits.yaml").with_plateau()
     names = chosen.select_checks(check or "all", scheduler or "both")
 
-    from effv2.studies.plan import make_grid
+    from effv2.studies.grid import make_grid
 
-    _run_and_show(partial(make_grid, "hparam-check", chosen, names, layer, seeds=how.seeds), how)
+    _run_or_plan(partial(make_grid, "hparam-check", chosen, names, layer, how), how)
 
 
 @main.command(cls=cli.Command)
@@ -145,6 +146,28 @@ def _path(text: str | None) -> Path | None:
     return Path(os.path.expanduser(text)) if text else None
 
 
+def _run_or_plan(make: Callable[..., Any], options: StudyOptions) -> None:
+    """Run a grid and show its results; where a plan alone is asked for, print what it would take and find."""
+    if not options.plan:
+        _run_and_show(make, options)
+        return
+
+    from effv2.cli.console import ConsoleReporter, print_table
+    from effv2.data.dataset import load_once
+    from effv2.studies.forecast import forecast
+    from effv2.tracking.store import open_store
+
+    with ConsoleReporter() as reporter:
+        load = load_once(partial(reporter.progress, "decoding images"))
+        plan, there = make(load=load, reporter=reporter), None
+        with suppress(InputError):  # an experiment that isn't there is not created for it
+            there = open_store(options.experiment, create=False)
+        found = forecast(plan, options, load, there)
+    for line in found.lines:
+        click.echo(line)
+    print_table(found.table)
+
+
 def _run_and_show(make: Callable[..., Any], options: StudyOptions) -> None:
     """Make the plan of a study (`make` takes `load` and `reporter`), run it, print its results and where to look."""
     from effv2.cli.console import ConsoleReporter, print_table
@@ -169,7 +192,7 @@ def _run_and_show(make: Callable[..., Any], options: StudyOptions) -> None:
         failures = [f"{name}: {error}" for name, error in end.failed.items()]
         more = [f"and {len(failures) - SHOWN_FAILURES} more"] if len(failures) > SHOWN_FAILURES else []
         shown = "; ".join(failures[:SHOWN_FAILURES] + more)
-        raise RunError(f"{len(failures)} of {len(plan.trials)} runs failed. {shown}")
+        raise RunError(f"{len(failures)} of {end.planned} runs failed. {shown}")
 
 
 @main.command("evaluate-pretrained", cls=cli.Command)

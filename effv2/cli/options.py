@@ -43,6 +43,7 @@ QUEUE = ("workers", "storage")
 CHECKPOINTS = ("checkpoint_dir", "checkpoint_minutes", "checkpoint_upload_minutes")
 LOGGING = ("fresh", "log_model", "experiment")
 STUDY = (*QUEUE, *CHECKPOINTS, *LOGGING)
+GRID = ("seeds", "max_seeds", "margin", "budget_hours", "plan", *STUDY)
 
 
 class Option(click.Option):
@@ -170,7 +171,8 @@ def _metavar(field: FieldInfo) -> str:
     kind: Any = field.annotation
     names = [*get_args(kind)] if get_origin(kind) is Literal else []
     names = next((each.names() for each in field.metadata if isinstance(each, Registry)), names)
-    words = {int: "INTEGER", int | None: "INTEGER", float: "NUMBER", bool: "[true|false]"}
+    words: dict[Any, str] = {int: "INTEGER", float: "NUMBER", bool: "[true|false]"}
+    words |= {int | None: "INTEGER", float | None: "NUMBER"}
     return f"[{'|'.join(names)}]" if names else words.get(kind, "TEXT")
 
 

@@ -237,9 +237,10 @@ class TrainConfig(Group):
     execution: ExecutionConfig = Field(default_factory=ExecutionConfig)
     random: RandomConfig = Field(default_factory=RandomConfig)
 
-    def with_seed(self, seed: int) -> "TrainConfig":
-        """Return this configuration for another seed."""
-        return self.model_copy(update={"random": RandomConfig(seed=seed)})
+    def with_seed(self, seed: int, split: int = 0) -> "TrainConfig":
+        """Return this configuration for another seed, and so many splits of the images further on."""
+        data = self.data.model_copy(update={"split_seed": (self.data.split_seed + split) % 2**32})
+        return self.model_copy(update={"random": RandomConfig(seed=seed), "data": data})
 
     def identity(self) -> dict[str, Any]:
         """Return what decides a run: the fields under dotted names, and the resolved stage table.
@@ -292,6 +293,7 @@ def _distinct_seeds(value: Any) -> Any:
 
 
 Seeds = Annotated[tuple[int, ...], BeforeValidator(_distinct_seeds)]
+AUTO: Literal["auto"] = "auto"  # instead of seeds: as many as the answers take
 
 
 class CheckpointOptions(Group):
@@ -318,7 +320,22 @@ class StudyOptions(CheckpointOptions):
     experiment: str = Field("", description="The MLflow experiment.  [default: MLflow's own choice]")
     log_model: LogModel = Field("all", description="Which runs log their model: the best of the study, all, none.")
     fresh: bool = Field(False, description="Start over, repeating what was finished.")
-    seeds: Seeds = Field((), description="Seeds of every arm, as 0,1,2.  [default: 0, or the study's]")
+    seeds: Annotated[
+        tuple[int, ...] | Literal["auto"],
+        BeforeValidator(lambda value: value if value == AUTO else _distinct_seeds(value)),
+    ] = Field(
+        (),
+        description="Seeds of every arm, as 0,1,2; auto: three, then more of each arm until its difference from the "
+        "baseline is decided.  [default: 0, or the study's]",
+    )
+    max_seeds: int | None = Field(
+        None, ge=3, le=50, description="Seeds of an arm at most, fixed before the study begins.  [default: 30]"
+    )
+    margin: float | None = Field(
+        None, gt=0, lt=1, description="Smallest difference of interest, 0.01 = one point: arms closer count as equal."
+    )
+    budget_hours: float | None = Field(None, gt=0, description="Hours of runs, added up, that auto seeds may take.")
+    plan: bool = Field(False, description="Say what the study would take and find; run nothing.")
     trials: int | None = Field(
         None, ge=1, le=100_000, description="Trials of the study in all.  [default: 12, or the study's]"
     )

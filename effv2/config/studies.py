@@ -125,7 +125,8 @@ class Study(Group):
     arms: dict[Annotated[str, AfterValidator(_plain)], Layer] = {}
     baseline: str = ""
     seeds: Seeds = ()
-    paired: bool = False  # compared seed by seed: only where a seed is known to move all arms alike
+    splits: int = Field(1, ge=1, le=50)  # of the images, each with every seed
+    paired: bool = False  # whether runs of equal seed have more in common than others
     retries: int = Field(1, ge=0, le=100)
     search: SearchFile | None = None
     protocol: Sources = Sources()
@@ -147,6 +148,7 @@ class Study(Group):
         for there, problem, remedy in (
             (self.search, "describes a search, which train can't make", "use the command search"),
             (self.seeds, "has seeds, but train makes one run", "give it `seed` instead"),
+            (self.splits > 1, "has splits, but train makes one run", "give it `split_seed` instead"),
             (self.arms, f"has arms ({', '.join(self.arms)}), which train doesn't know", "use the command ablate"),
         ):
             if there:

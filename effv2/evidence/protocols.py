@@ -312,7 +312,8 @@ def _as_planned(arms: Mapping[str, Runs], aside: list[str], known: Sequence[RunR
     planned = looks.most * int(parent.params.get("study.splits", 1)) if parent and looks.once else 0
     there = min(map(len, first.values()))
     why = f"{planned} seeds planned, {there} are there: no verdict before all are" if there < planned else ""
-    return Chosen(first, len(shared), overlap_of([list(each.values()) for each in first.values()]) if len(shared) > 1 else 0.0, looks, aside, why)
+    overlap = overlap_of([list(each.values()) for each in first.values()]) if len(shared) > 1 else 0.0
+    return Chosen(first, len(shared), overlap, looks, aside, why)
 
 
 def overlap_of(arms: Collection[Sequence[RunRecord]]) -> float:

@@ -8,6 +8,7 @@ from collections import Counter
 from collections.abc import Callable, Mapping
 from contextlib import closing, suppress
 from dataclasses import dataclass
+from functools import partial
 from multiprocessing.context import SpawnProcess
 from typing import Any
 
@@ -24,7 +25,8 @@ from effv2.data.dataset import LoadData
 from effv2.evidence.publication import publish_study, read_results
 from effv2.evidence.study import StudyResults
 from effv2.studies.plan import Plan, progress_of, run_ids
-from effv2.studies.queue import ERROR, RUN, Queue, Trials
+from effv2.studies.queue import ERROR, NAME, RUN, Queue, Trials
+from effv2.studies.seeds import ACCURACY
 from effv2.studies.storage import DATABASE_ERRORS, OUTAGE_SECONDS, Storage, cannot_use, open_storage
 from effv2.studies.worker import AWAY, OpenedStudy, Worker, worker_process
 from effv2.tracking import store
@@ -34,7 +36,7 @@ from effv2.tracking.tags import CODE_VERSION, COMMAND, PLANNED, QUEUE, STUDY, as
 from effv2.tracking.writer import TrackedRun, model_address, run_address, status_after
 
 # User attributes of Optuna's study.
-DEFINITION, PARENT, FRESH, PUBLISHED = "definition", "parent_run", "fresh", "published"
+DEFINITION, PARENT, FRESH, PUBLISHED, BEGUN = "definition", "parent_run", "fresh", "published", "auto_begun"
 WATCH_SECONDS = 0.5
 MOST_IN_VAIN = 3  # ends of workers, for each of them, in which no run was finished
 ENDING_SECONDS = 60  # so long workers may take to end after SIGTERM
@@ -49,6 +51,7 @@ class StudyEnd:
     results: StudyResults
     failed: Mapping[str, str]
     models: Mapping[str, str]
+    planned: int  # runs that were wanted in the end
 
 
 def run_study(plan: Plan, experiment_id: str, options: StudyOptions, load: LoadData, reporter: Reporter) -> StudyEnd:
@@ -75,14 +78,26 @@ def run_study(plan: Plan, experiment_id: str, options: StudyOptions, load: LoadD
 def _work(study: OpenedStudy, queue: Queue, load: LoadData, reporter: Reporter) -> None:
     if queue.deserted() and (repeated := queue.repeat(_deleted(queue.trials(), study.parent.experiment_id))):
         reporter.message(f"{repeated} finished runs were deleted from the tracking store: they are repeated.")
+    if study.plan.rounds({}) and queue.deserted():  # seeds by what was reached, which trials of before don't say
+        complete = [each for each in queue.trials().values() if each.state == TrialState.COMPLETE]
+        queue.repeat({each.user_attrs[RUN] for each in complete if ACCURACY not in each.user_attrs})
     reporter.message(run_address(study.parent.run_id, study.parent.experiment_id))
+    said = sum(each.complete for each in study.plan.rounds(queue.trials()))
 
     def show() -> None:
-        reporter.study_progress(progress_of(study.plan, queue.trials()))
+        nonlocal said
+        trials = queue.trials()
+        reporter.study_progress(progress_of(study.plan, trials))
+        complete = [each for each in study.plan.rounds(trials) if each.complete]
+        for number, each in enumerate(complete[said:], said + 1):
+            for line in each.lines():
+                reporter.message(f"round {number}: {line}")
+        said = max(said, len(complete))
 
     show()
     if not queue.unfinished():
-        reporter.message(f"All {len(study.plan.trials)} runs were finished before; `fresh` repeats them.")
+        total = len(study.plan.wanted(queue.trials()))
+        reporter.message(f"All {total} runs were finished before; `fresh` repeats them.")
     elif study.options.workers == 1:
         Worker(study, queue, load, reporter, show).work()
     else:
@@ -119,11 +134,33 @@ def _open(plan: Plan, storage: Storage, experiment_id: str, options: StudyOption
     except DATABASE_ERRORS as error:
         raise cannot_use(storage.shown, error) from error
     parent = TrackedRun(attributes[PARENT], experiment_id)
-    parent.take_over_adopted()
     (record,) = read_runs([parent.run_id])
-    planned = dict.fromkeys([*names_in(record.tags, PLANNED), *plan.trials])
-    parent.set_tags({COMMAND: provenance.COMMAND.get()} | as_tags(PLANNED, planned))
-    return OpenedStudy(plan, options, queue, parent, attributes[FRESH])
+    plan = plan.resumed(record.params, partial(_begin, storage, queue))
+    parent.take_over_adopted()
+    study = OpenedStudy(plan, options, queue, parent, attributes[FRESH])
+    parent.set_tags({COMMAND: provenance.COMMAND.get()})
+    _note_planned(study, storage.retry(lambda: study.queue(storage).trials()))
+    return study
+
+
+def _begin(storage: Storage, name: str, what: str) -> list[str]:
+    """Return the trials that were finished when `what` was first wanted of a study: now, unless it was before."""
+    with storage.lock("studies"):
+        number = storage.optuna.get_study_id_from_name(name)
+        begun: dict[str, list[str]] = dict(storage.optuna.get_study_user_attrs(number).get(BEGUN, {}))
+        if what not in begun:
+            trials = storage.optuna.get_all_trials(number, deepcopy=False)
+            begun[what] = [each.user_attrs[NAME] for each in trials if each.state.is_finished()]
+            storage.optuna.set_study_user_attr(number, BEGUN, begun)
+        return begun[what]
+
+
+def _note_planned(study: OpenedStudy, trials: Trials) -> None:
+    """Add the trials that are wanted now to those that the study's run is known to want."""
+    (record,) = read_runs([study.parent.run_id])
+    study.parent.set_tags(
+        as_tags(PLANNED, dict.fromkeys([*names_in(record.tags, PLANNED), *study.plan.wanted(trials)]))
+    )
 
 
 def _create(plan: Plan, storage: Storage, name: str, definition: Mapping[str, Any], fresh: bool) -> dict[str, Any]:
@@ -132,7 +169,7 @@ def _create(plan: Plan, storage: Storage, name: str, definition: Mapping[str, An
     parent = begin_run(plan.name, definition["experiment"], tags)
     try:
         shown = ("kind", "name", "description", "baseline")
-        parent.log_params({f"study.{field}": getattr(plan, field) for field in shown})
+        parent.log_params({f"study.{field}": getattr(plan, field) for field in shown} | plan.stamps())
         parent.log_git()
         created = storage.optuna.create_new_study([StudyDirection.MAXIMIZE], name)
         attributes = {DEFINITION: definition, FRESH: fresh, PARENT: parent.run_id}
@@ -172,6 +209,7 @@ def _publish(study: OpenedStudy, queue: Queue, load: LoadData, reporter: Reporte
     models: Mapping[str, str] = {}
     with storage.lock(f"publish {study.name}"):
         trials = queue.trials()
+        wanted = plan.wanted(trials)
         deleted = _deleted(trials, study.parent.experiment_id)  # of trials that aren't wanted now
         trials = {name: trial for name, trial in trials.items() if trial.user_attrs.get(RUN) not in deleted}
         finished = sorted(trial.number for trial in trials.values() if trial.state.is_finished())
@@ -179,6 +217,7 @@ def _publish(study: OpenedStudy, queue: Queue, load: LoadData, reporter: Reporte
         if storage.optuna.get_study_user_attrs(queue.study_id).get(PUBLISHED) == stands:
             results = read_results(study.parent)
         else:
+            _note_planned(study, trials)
             models, used = plan.conclude(trials, study.parent, log_model, load), run_ids(trials)
             results = publish_study(study.parent, used)
             storage.optuna.set_study_user_attr(queue.study_id, PUBLISHED, stands)
@@ -189,7 +228,8 @@ def _publish(study: OpenedStudy, queue: Queue, load: LoadData, reporter: Reporte
             name: str(each.user_attrs.get(ERROR)) for name, each in trials.items() if each.state == TrialState.FAIL
         }
         study.end(queue, "FAILED" if failed else "FINISHED")
-    return StudyEnd(study.parent, results, {name: failed[name] for name in failed if name in plan.trials}, models)
+    failed = {name: failed[name] for name in failed if name in wanted}
+    return StudyEnd(study.parent, results, failed, models, len(wanted))
 
 
 def _supervise(study: OpenedStudy, queue: Queue, message: Message, show: Callable[[], None]) -> None:
@@ -212,17 +252,18 @@ def _supervise(study: OpenedStudy, queue: Queue, message: Message, show: Callabl
         return process
 
     processes: list[SpawnProcess] = []
-    ended = Counter[int]()  # ends of workers, by how many trials were unfinished
+    ended = Counter[int]()  # ends of workers, by how many trials were finished
     try:
         processes += map(start, range(workers))
-        while unfinished := len(queue.unfinished()):
+        while queue.unfinished():
             show()
             for index, process in enumerate(processes):
                 if process.exitcode == AWAY:
                     raise RunError("The storage or the tracking store is away; start it.", resumes=True)
                 if process.exitcode is not None:
-                    ended[unfinished] += 1
-                    if ended[unfinished] > MOST_IN_VAIN * workers:
+                    finished = sum(trial.state.is_finished() for trial in queue.trials().values())
+                    ended[finished] += 1
+                    if ended[finished] > MOST_IN_VAIN * workers:
                         raise RunError("Workers end before they finish a run; see above why.", resumes=True)
                     message("A worker has ended too early; another one takes its place.")
                     processes[index] = start(index)

@@ -1,7 +1,7 @@
 """What a study is to the engine: trials, how each is worked on, what is computed once at the end.
 
-A grid is arms by seeds, each trained once, then compared: what `ablate` and `hparam-check` run. A search samples ranges
-by TPE and prunes poor runs early; its best run is tested once. Of published weights each network is evaluated once.
+A search samples ranges by TPE and prunes poor runs early; its best run is tested once. Of published weights each
+network is evaluated once. A grid, of arms by seeds, has a module of its own.
 """
 
 import warnings
@@ -35,6 +35,7 @@ from effv2.pretrained.weights import find_all_weights, load_network, parse_model
 from effv2.run.records import WEIGHTS, log_network, log_test, restore
 from effv2.run.run import Attempt, RunSpec, attempt, prepare, study_text
 from effv2.studies.queue import ERROR, NAME, RUN, Params, Trials
+from effv2.studies.seeds import Round
 from effv2.tracking.read import SELECTED_TEST, SELECTED_VALIDATION, read_runs
 from effv2.tracking.tags import BEST_RUN, LOOKS
 from effv2.tracking.writer import TrackedRun, model_address
@@ -83,6 +84,29 @@ class Plan(ABC):
         """Return the parameters of a leased trial."""
         return {}
 
+    def wanted(self, trials: Trials) -> Mapping[str, Params]:
+        """Return the trials that are wanted as those that are there stand, by name, with their fixed parameters."""
+        return self.trials
+
+    def stamps(self) -> dict[str, Any]:
+        """Return what was settled before the first run: params of the study's run, which never change."""
+        return {}
+
+    def resumed(self, stamped: Mapping[str, str], begin: Callable[[str], Sequence[str]]) -> "Plan":
+        """Return the plan by the rules that a study was begun with; InputError where others are asked for.
+
+        `begin` takes a name for what is wanted, and returns the trials that were finished when it was first begun.
+        """
+        return self
+
+    def rounds(self, trials: Trials) -> list[Round]:
+        """Return the rounds of seeds so far, where their number follows from what was reached."""
+        return []
+
+    def facts(self, params: Params, metrics: Mapping[str, float]) -> dict[str, Any]:
+        """Return what is to be noted of a finished trial besides its value."""
+        return {}
+
     @abstractmethod
     def execute(self, spec: RunSpec, params: Params, load: LoadData) -> Attempt:
         """Work on a trial, in a run named as it. It may be finished before, or interrupted."""
@@ -123,22 +147,6 @@ class TrainingPlan(Plan):
             if record.parent == parent.run_id:  # the study's own: they kept their weights until the best was known
                 TrackedRun(record.run_id, parent.experiment_id).discard(WEIGHTS)
         return {best.user_attrs[NAME]: model_address(run.run_id)} if model else {}
-
-
-@dataclass(frozen=True, kw_only=True)
-class Grid(TrainingPlan):
-    """The resolved arms of a study, whichever are wanted. Trials have an arm and a seed."""
-
-    arms: Mapping[str, TrainConfig]
-
-    def suggest(self, trial: optuna.Trial) -> Params:
-        """Return the trial's arm and seed."""
-        arm = trial.suggest_categorical("arm", sorted(self.arms))  # one order, whatever that of the study file
-        return {"arm": arm, "seed": trial.suggest_int("seed", 0, 2**32 - 1)}
-
-    def configuration(self, params: Params) -> TrainConfig:
-        """Return the arm with the seed."""
-        return self.arms[params["arm"]].with_seed(params["seed"])
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -227,36 +235,13 @@ def _draw(trials: Trials, folder: Path) -> None:
         pyplot.close("all")
 
 
-def make_grid(
-    kind: str, study: Study, names: list[str], layer: Layer, *, seeds: Sequence[int], load: LoadData, reporter: Reporter
-) -> Grid:
-    """Load every data set and check it, so that nothing wrong is found half-way, then resolve `auto`.
-
-    `names` are those of the wanted arms; `seeds` go before those of the study, those before its arms' own.
-    """
-    asked = [study.arm(name, layer) for name in study.arms]
-    if len({config.evaluation.test_set for config in asked}) > 1:
-        problem = "true in some arms and false in others"
-        raise InputError("evaluation.test_set", "", problem, "give all arms the same")
-    arms = dict(zip(study.arms, prepare(asked, load, reporter.message), strict=True))
-    identities = {arm: config.identity() for arm, config in arms.items()}
-    for identity in identities.values():
-        del identity["random.seed"]  # so that a study may grow by some
-    data = {arm: load(config.data).digest() for arm, config in arms.items()}
-    definition = {"arms": identities, "data": data, "code": provenance.code_version()}
-    epochs = max(config.schedule.epochs for config in arms.values())
-    wanted = [(arm, seed) for seed in seeds or study.seeds for arm in names]
-    wanted = wanted or [(arm, arms[arm].random.seed) for arm in names]
-    trials = {f"{arm}, seed {seed}": {"arm": arm, "seed": seed} for arm, seed in wanted}
-    about = study.model_dump(include=ABOUT)
-    return Grid(kind=kind, trials=trials, definition=definition, epochs=epochs, arms=arms, **about)
-
-
 def make_search(study: Study, layer: Layer, trials: int, load: LoadData, reporter: Reporter) -> Search:
     """Load the data, check that it can be searched on, resolve `auto`; `trials` 0 leaves their number as it is."""
     if study.arms or study.seeds:
         problem = "has arms or seeds, which a search doesn't know"
         raise InputError("study", study.name, problem, "use the commands ablate or hparam-check")
+    if study.splits > 1:
+        raise InputError("study", study.name, "has splits, but a search has one", "give it `split_seed` instead")
     untested = {"evaluation.test_set": Written(False)}
     (config,) = prepare([build(TrainConfig, study.base | layer | untested)], load, reporter.message)
     ranges, epochs = study.search or SearchFile(), config.schedule.epochs
@@ -318,13 +303,14 @@ def progress_of(plan: Plan, trials: Trials) -> StudyProgress:
             return f"failed: {trial.user_attrs.get(ERROR, 'no reason known')}"
         return f"{'pruned at' if trial.state == TrialState.PRUNED else 'reached'} {trial.value or 0.0:.2%}"
 
-    wanted = [trial for name, trial in trials.items() if name in plan.trials]
+    names = plan.wanted(trials)
+    wanted = [trial for name, trial in trials.items() if name in names]
     count, best = Counter(trial.state for trial in wanted), best_of(wanted)
     shares = [(trial.last_step or 0) / plan.epochs for trial in wanted if trial.state == TrialState.RUNNING]
     finished = [trial for trial in wanted if trial.state.is_finished()]
     finished.sort(key=lambda trial: str(trial.datetime_complete))
     return StudyProgress(
-        total=len(plan.trials),
+        total=len(names),
         done=len(finished) + sum(shares),
         counts={word: count[state] for word, state in COUNTED.items()},
         best=(best.user_attrs[NAME], best.value or 0.0) if best else None,

@@ -29,6 +29,7 @@ P = ParamSpec("P")
 R = TypeVar("R")
 Params = Mapping[str, Any]
 Trials = Mapping[str, FrozenTrial]  # by name
+NOTHING_MORE: Params = {}
 # User attributes of a trial.
 NAME, OWNER, RUN, ERROR, FAILURES, LOST, FINAL = "slot", "owner", "run_id", "error", "failures", "lost", "final"
 PRUNED_AT = "pruned_at"  # the epoch; Optuna's pruner doesn't answer the same question twice
@@ -56,9 +57,14 @@ def retried(method: Method[P, R]) -> Method[P, R]:
 
 
 class Queue:
-    """The trials of one study that are wanted here: their fixed parameters, none where a sampler chooses them."""
+    """The trials of one study, and those that are wanted here, which follow from how the others stand.
 
-    def __init__(self, storage: Storage, study: str, retries: int, wanted: Mapping[str, Params]) -> None:
+    `wanted` returns their fixed parameters by name, none where a sampler chooses them.
+    """
+
+    def __init__(
+        self, storage: Storage, study: str, retries: int, wanted: Callable[[Trials], Mapping[str, Params]]
+    ) -> None:
         self.storage, self.study, self.retries, self.wanted = storage, study, retries, wanted
         self.study_id = storage.retry(lambda: storage.optuna.get_study_id_from_name(study))
         self._stale: dict[int, float] = {}  # trials that had no heartbeat at the last look, and since when
@@ -73,11 +79,13 @@ class Queue:
         """
         repeated = 0
         with self.storage.lock(self.study):
-            for name, trial in self._by_name().items():
+            there = self._by_name()
+            wanted = self.wanted(there)
+            for name, trial in there.items():
                 failed = trial.state == TrialState.FAIL and not trial.user_attrs.get(FINAL)
                 lost = trial.state.is_finished() and trial.user_attrs.get(RUN) in deleted
-                if name in self.wanted and (failed or lost):
-                    self._enqueue(name, self.wanted[name] or trial.params, trial if failed else None)
+                if name in wanted and (failed or lost):
+                    self._enqueue(name, wanted[name] or trial.params, trial if failed else None)
                     repeated += not failed
         return repeated
 
@@ -144,11 +152,13 @@ class Queue:
         return prunes
 
     @retried
-    def finish(self, trial: FrozenTrial, state: TrialState, value: float, run_id: str) -> None:
-        """Finish a trial with its value and the run that reached it; LeaseLost if the trial is no longer ours."""
+    def finish(
+        self, trial: FrozenTrial, state: TrialState, value: float, run_id: str, about: Params = NOTHING_MORE
+    ) -> None:
+        """Finish a trial with its value, the run that reached it and more attributes; LeaseLost if it isn't ours."""
         with self.storage.lock(self.study):
             if not self._own(trial).state.is_finished():  # else the answer to an earlier attempt to finish was lost
-                self._set(trial, state, {RUN: run_id}, value)
+                self._set(trial, state, {**about, RUN: run_id}, value)
 
     @retried
     def fail(self, trial: FrozenTrial, error: str, final: bool) -> None:
@@ -174,8 +184,8 @@ class Queue:
 
     def unfinished(self) -> list[str]:
         """Return the names of the wanted trials that are not finished."""
-        finished = {name for name, trial in self.trials().items() if trial.state.is_finished()}
-        return [name for name in self.wanted if name not in finished]
+        trials = self.trials()
+        return [name for name in self.wanted(trials) if name not in trials or not trials[name].state.is_finished()]
 
     @retried
     def deserted(self) -> bool:
@@ -203,12 +213,13 @@ class Queue:
         Not all at once, which would slow every look at the queue.
         """
         there = self._by_name()
-        waiting = [each for name, each in there.items() if each.state == TrialState.WAITING and name in self.wanted]
+        wanted = self.wanted(there)
+        waiting = [each for name, each in there.items() if each.state == TrialState.WAITING and name in wanted]
         if waiting:
             return min(waiting, key=lambda trial: trial.number)
-        new = [name for name in self.wanted if name not in there][:AHEAD]
+        new = [name for name in wanted if name not in there][:AHEAD]
         for name in new:
-            self._enqueue(name, self.wanted[name])
+            self._enqueue(name, wanted[name])
         return self._by_name()[new[0]] if new else None
 
     def _enqueue(self, name: str, params: Params, failed: FrozenTrial | None = None) -> None:

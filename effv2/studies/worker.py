@@ -24,6 +24,7 @@ from effv2.data.dataset import LoadData, load_once
 from effv2.run.run import RunSpec
 from effv2.studies.plan import Plan, best_of
 from effv2.studies.queue import NAME, RUN, Queue
+from effv2.studies.seeds import ELSEWHERE
 from effv2.studies.storage import LEAVING_SECONDS, OUTAGE_SECONDS, Storage, open_storage
 from effv2.tracking.read import find_runs, read_history, read_run
 from effv2.tracking.run import end_left_open
@@ -52,7 +53,7 @@ class OpenedStudy:
 
     def queue(self, storage: Storage) -> Queue:
         """Return the queue of the study in its opened storage."""
-        return Queue(storage, self.name, self.plan.retries, self.plan.trials)
+        return Queue(storage, self.name, self.plan.retries, self.plan.wanted)
 
     def end(self, queue: Queue, status: str) -> None:
         """End the study's run, and children that a dead process left open, unless somebody still works on it.
@@ -172,8 +173,11 @@ class Worker:
         run_id, state = ended.run.run_id, TrialState.PRUNED if ended.pruned else TrialState.COMPLETE
         if ended.was_finished and "train/loss" in ended.metrics:
             queue.report(lease, max(read_history(run_id, "train/loss")), ended.accuracy)
+        about = plan.facts(params, ended.metrics)
+        if ended.was_finished and (run := read_run(run_id)) is not None and run.parent != study.parent.run_id:
+            about[ELSEWHERE] = True
         try:
-            queue.finish(lease, state, ended.accuracy, run_id)
+            queue.finish(lease, state, ended.accuracy, run_id, about)
         except LeaseLost:
             if not ended.was_finished and queue.trials()[name].user_attrs.get(RUN) != run_id:
                 ended.run.set_status("KILLED")  # the run of the worker that has the trial now counts

@@ -1,0 +1,118 @@
+"""What a grid would take and find, said before anything is created: runs, hours, and differences that it can tell."""
+
+import math
+import statistics
+import time
+from collections.abc import Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+
+from effv2.config.schema import StudyOptions, TrainConfig
+from effv2.data.dataset import LoadData
+from effv2.evidence.protocols import FREE, complete
+from effv2.evidence.quantities import TRAIN_SECONDS, duration, points
+from effv2.evidence.statistics import FEWEST, Looks, power
+from effv2.studies.grid import MAX_SEEDS, Grid
+from effv2.tracking.read import RunRecord, decisive_accuracy, read_experiment
+from effv2.training.loop import Training
+
+TIMED_SECONDS = 15.0  # of training, all arms together, where no run was finished before
+GUESSED_DEVIATION = 0.02  # of accuracies of runs that differ in their seeds, where none were finished before
+CHANCES = 0.5, 0.8, 0.95
+LARGEST, HALVINGS = 1.0, 30  # of differences of fractions, and how closely they are found
+
+
+class _TimeIsUp(Exception):
+    """Ends a training that was only timed."""
+
+
+@dataclass(frozen=True)
+class Forecast:
+    """Sentences, and a table of differences that would be found, its titles first."""
+
+    lines: Sequence[str]
+    table: Sequence[Sequence[str]]
+
+
+def forecast(plan: Grid, options: StudyOptions, load: LoadData, experiment_id: str | None) -> Forecast:
+    """Foresee a grid, from finished runs of the same arms in the experiment, if it is there, else a short timing."""
+    runs = complete(read_experiment(experiment_id, ())) if experiment_id is not None else []
+    names = sorted({str(params["arm"]) for params in plan.trials.values()})
+    same = {arm: [run for run in runs if _is_like(run, plan.arms[arm])] for arm in names}
+    seconds, timed = dict[str, float](), list[str]()
+    for arm in names:
+        found = [run.metrics[TRAIN_SECONDS] for run in same[arm] if TRAIN_SECONDS in run.metrics]
+        seconds[arm] = statistics.fmean(found) if found else _timed(plan.arms[arm], load, TIMED_SECONDS / len(names))
+        timed += [] if found else [arm]
+    most = int(plan.stamps().get(MAX_SEEDS, 30))
+    one = sum(seconds.values())
+    if plan.auto:
+        count = f"{FEWEST * len(names)} to {most * len(names)} runs, as many as the answers take"
+        hours = f"{duration(FEWEST * one)} to {duration(most * one)}"
+    else:
+        count = f"{len(plan.trials)} runs"
+        hours = duration(sum(seconds[str(params["arm"])] for params in plan.trials.values()))
+    from_runs = [arm for arm in names if arm not in timed]
+    how = [f"finished runs of {', '.join(from_runs)}"] * bool(from_runs)
+    how += [f"a timing of a few steps of {', '.join(timed)}"] * bool(timed)
+    shared = f"; {options.workers} workers share the machine" if options.workers > 1 else ""
+    deviation, source = _deviation(same)
+    lines = [
+        f"{count}, about {hours} of training added up, by {' and '.join(how)}{shared}. Evaluation comes on top.",
+        f"Differences from the baseline that would be found, with a standard deviation of {100 * deviation:.2f} points "
+        f"({source}):",
+    ]
+    return Forecast(lines, _table(Looks(most), sorted({3, 6, 10, most}), deviation))
+
+
+def _table(looks: Looks, counts: Sequence[int], deviation: float) -> list[list[str]]:
+    """Return the differences of one arm that are found with some probabilities at a number of seeds."""
+    nominal = looks.nominal(0.05, 2)
+    rows = [["seeds of each arm", *(f"found in {chance:.0%}" for chance in CHANCES)]]
+    for count in counts:
+        if count <= looks.most:
+            found = (_difference(chance, deviation, count, nominal) for chance in CHANCES)
+            rows.append([str(count), *(points(each).lstrip("+") if each < LARGEST else "none" for each in found)])
+    return rows
+
+
+def _difference(chance: float, deviation: float, count: int, nominal: float) -> float:
+    """Return the difference that a test of that level finds with a probability, by bisection."""
+    low, high = 0.0, LARGEST
+    for _ in range(HALVINGS):
+        middle = (low + high) / 2
+        found = power(middle, math.sqrt(2) * deviation, count, nominal, samples=2) >= chance
+        low, high = (low, middle) if found else (middle, high)
+    return high
+
+
+def _deviation(same: dict[str, list[RunRecord]]) -> tuple[float, str]:
+    """Return the standard deviation of runs that differ in their seeds alone, pooled, and where it is from."""
+    decisive = [run for runs in same.values() for run in runs]
+    name = decisive_accuracy(decisive)
+    groups = [[run.metrics[name] for run in runs if name in run.metrics] for runs in same.values()]
+    groups = [group for group in groups if len(group) > 1]
+    degrees = sum(len(group) - 1 for group in groups)
+    found = math.sqrt(sum(statistics.variance(group) * (len(group) - 1) for group in groups) / max(1, degrees))
+    return (found, f"that of {degrees + len(groups)} finished runs") if found else (GUESSED_DEVIATION, "a guess")
+
+
+def _is_like(run: RunRecord, config: TrainConfig) -> bool:
+    """Say whether a run has all settings but the seed and how it was computed."""
+    return all(run.params.get(name) == str(value) for name, value in config.flat().items() if name not in FREE)
+
+
+def _timed(config: TrainConfig, load: LoadData, limit: float) -> float:
+    """Return about how many seconds a training takes, from its first steps but for the very first."""
+    training, began, made, steps_of_all = Training(config, load(config.data)), 0.0, 0, 0
+
+    def on_step(step: int, steps: int) -> None:
+        nonlocal began, made, steps_of_all
+        began, made, steps_of_all = began or time.perf_counter(), made + 1, steps * config.schedule.epochs
+        if made > 1 and time.perf_counter() - began > limit:
+            raise _TimeIsUp
+
+    training.on_step = on_step
+    with suppress(_TimeIsUp):
+        next(iter(training))
+    return (time.perf_counter() - began) / max(1, made - 1) * steps_of_all

@@ -1,0 +1,165 @@
+"""A grid: arms by seeds, over one split of the images or several, each trained once, then compared.
+
+It is what `ablate` and `hparam-check` run.
+"""
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import optuna
+
+from effv2.config.layers import Layer
+from effv2.config.schema import AUTO, StudyOptions, TrainConfig
+from effv2.config.studies import Study
+from effv2.core import provenance
+from effv2.core.errors import InputError
+from effv2.core.reporter import Reporter
+from effv2.data.dataset import LoadData
+from effv2.evidence.statistics import EVERY_LOOK
+from effv2.run.run import prepare
+from effv2.studies.plan import ABOUT, TrainingPlan
+from effv2.studies.queue import Params, Trials
+from effv2.studies.seeds import ACCURACY, AutoSeeds, Round
+from effv2.tracking.read import RunRecord, decisive_accuracy
+
+MAX_SEEDS, MARGIN, LOOKS = "study.max_seeds", "study.margin", "study.looks"  # params of a study's run
+FEWEST_ARMS = 2  # that can be compared
+
+
+@dataclass(frozen=True, kw_only=True)
+class Grid(TrainingPlan):
+    """The resolved arms of a study, whichever are wanted. Trials have an arm, a seed and, of several, a split.
+
+    With `auto` there are as many seeds as it takes. `settled` are the stamps of a study that begins now.
+    """
+
+    arms: Mapping[str, TrainConfig]
+    splits: int = 1
+    auto: AutoSeeds | None = None
+    options: StudyOptions
+    settled: Mapping[str, Any]
+
+    def wanted(self, trials: Trials) -> Mapping[str, Params]:
+        """Return the seeds that the study names, or those of the last round."""
+        return self.auto.trials(self.auto.rounds(trials)[-1].counts) if self.auto else self.trials
+
+    def rounds(self, trials: Trials) -> list[Round]:
+        """Return the rounds of seeds so far."""
+        return self.auto.rounds(trials) if self.auto else []
+
+    def stamps(self) -> dict[str, Any]:
+        """Return what verdicts rest on besides the runs: it is logged before the first of them."""
+        return dict(self.settled)
+
+    def resumed(self, stamped: Mapping[str, str], begin: Callable[[str], Sequence[str]]) -> "Grid":
+        """Return the plan by the rules that a study was begun with; InputError where others are asked for."""
+        for name, given in ((MAX_SEEDS, self.options.max_seeds), (MARGIN, self.options.margin)):
+            if given is not None and stamped.get(name) != str(given):
+                was = f"with {stamped[name]}" if name in stamped else "without it"
+                problem = f"the study was begun {was}, which can't be changed once its runs were seen"
+                raise InputError(name.partition(".")[2], given, problem, "leave it out, or begin anew with `fresh`")
+        if not self.auto:
+            return self
+        if stamped.get(LOOKS) == "once":
+            problem = f"the study was begun for one look, at {stamped[MAX_SEEDS]} seeds"
+            raise InputError("seeds", AUTO, problem, "give those seeds, or begin anew with `fresh`")
+        most, margin = int(stamped.get(MAX_SEEDS, EVERY_LOOK.most)), float(stamped.get(MARGIN, 0))
+        before = tuple(begin(", ".join(self.auto.wanted)))
+        return replace(self, auto=replace(self.auto, most=most, margin=margin, before=before))
+
+    def suggest(self, trial: optuna.Trial) -> Params:
+        """Return the trial's arm, seed and split."""
+        arm = trial.suggest_categorical("arm", sorted(self.arms))  # one order, whatever that of the study file
+        params = {"arm": arm, "seed": trial.suggest_int("seed", 0, 2**32 - 1)}
+        return params | ({"split": trial.suggest_int("split", 0, 2**32 - 1)} if self.splits > 1 else {})
+
+    def configuration(self, params: Params) -> TrainConfig:
+        """Return the arm with the seed, on the split."""
+        return self.arms[params["arm"]].with_seed(params["seed"], params.get("split", 0))
+
+    def facts(self, params: Params, metrics: Mapping[str, float]) -> dict[str, Any]:
+        """Return the accuracy that verdicts rest on, which is not the one that the training was selected by."""
+        settings = {name: str(value) for name, value in self.configuration(params).flat().items()}
+        run = RunRecord("", "", "FINISHED", settings, dict(metrics), {})
+        return {ACCURACY: metrics[decisive_accuracy([run])]}
+
+
+def make_grid(
+    kind: str,
+    study: Study,
+    names: list[str],
+    layer: Layer,
+    options: StudyOptions,
+    *,
+    load: LoadData,
+    reporter: Reporter,
+) -> Grid:
+    """Load every data set and check it, so that nothing wrong is found half-way, then resolve `auto`.
+
+    `names` are those of the wanted arms; seeds of the options go before those of the study, those before its arms' own.
+    """
+    stamps = _stamps(study, names, options)
+    asked = [study.arm(name, layer) for name in study.arms]
+    if len({config.evaluation.test_set for config in asked}) > 1:
+        problem = "true in some arms and false in others"
+        raise InputError("evaluation.test_set", "", problem, "give all arms the same")
+    splits = [each.with_seed(each.random.seed, split) for split in range(study.splits) for each in asked]
+    arms = dict(zip(study.arms, prepare(splits, load, reporter.message), strict=False))  # the first split's
+    identities = {arm: config.identity() for arm, config in arms.items()}
+    for identity in identities.values():
+        del identity["random.seed"]  # so that a study may grow by some
+    data = {arm: load(config.data).digest() for arm, config in arms.items()}
+    definition: dict[str, Any] = {"arms": identities, "data": data, "code": provenance.code_version()}
+    # What came later, where it isn't the default: studies of before are the same.
+    definition |= {"splits": study.splits} if study.splits > 1 else {}
+    definition |= {"paired": True} if study.paired else {}
+    auto = AutoSeeds(arms, tuple(names), study.baseline, paired=study.paired, budget=options.budget_hours or math.inf)
+    trials: dict[str, Params] = auto.trials(dict.fromkeys(names, 1))
+    if seeds := _seeds(study, options):
+        wanted = [(arm, seed) for seed in seeds for arm in names]
+        trials = {f"{arm}, seed {seed}": {"arm": arm, "seed": seed} for arm, seed in wanted}
+    if study.splits > 1:
+        trials = {
+            name.replace(", seed ", f", split {split}, seed "): {**params, "split": split}
+            for split in range(study.splits)
+            for name, params in trials.items()
+        }
+    return Grid(
+        kind=kind,
+        trials=trials,
+        definition=definition,
+        epochs=max(config.schedule.epochs for config in arms.values()),
+        arms=arms,
+        splits=study.splits,
+        auto=auto if options.seeds == AUTO else None,
+        options=options,
+        settled=stamps,
+        **study.model_dump(include=ABOUT),
+    )
+
+
+def _seeds(study: Study, options: StudyOptions) -> tuple[int, ...]:
+    """Return the seeds that are named."""
+    return () if options.seeds == AUTO else options.seeds or study.seeds
+
+
+def _stamps(study: Study, names: list[str], options: StudyOptions) -> dict[str, Any]:
+    """Return what is settled before the first run; InputError for options that don't go together."""
+    auto, most, count = options.seeds == AUTO, options.max_seeds, len(_seeds(study, options))
+    if auto and len(names) < FEWEST_ARMS:
+        raise InputError("seeds", AUTO, "takes two arms or more to compare", "name a variant beside the baseline")
+    if auto and study.splits > 1:
+        problem = f"the study {study.name} has {study.splits} splits, whose number is fixed"
+        raise InputError("seeds", AUTO, problem, "give seeds, as 0,1,2, or leave splits out")
+    if options.budget_hours is not None and not auto:
+        raise InputError("budget_hours", options.budget_hours, "ends seeds=auto alone", "give `seeds` auto as well")
+    if most is not None and count > most:
+        raise InputError("max_seeds", most, f"{count} seeds are given", "give more, or fewer seeds")
+    stamps: dict[str, Any] = {}
+    if auto or most is not None:
+        stamps = {MAX_SEEDS: most or EVERY_LOOK.most, LOOKS: "once" if count == most else "every"}
+    stamps |= {MARGIN: options.margin} if options.margin is not None else {}
+    stamps |= {"study.paired": "true"} if study.paired else {}
+    return stamps | ({"study.splits": study.splits} if study.splits > 1 else {})
