@@ -51,7 +51,8 @@ def p_values(samples: list[Sample]) -> np.ndarray:
     variance = sum(v for _, v in moments)
     distance = moments[0][0] - (moments[1][0] if len(samples) > 1 else 0)
     degrees = variance**2 / sum(v**2 / (each.n - 1) for (_, v), each in zip(moments, samples, strict=True))
-    return 2 * special.stdtr(degrees, -np.abs(distance) / np.sqrt(variance))
+    found: np.ndarray = 2 * special.stdtr(degrees, -np.abs(distance) / np.sqrt(variance))
+    return found
 
 
 def counts(ratio: float, seed: int) -> np.ndarray:
@@ -71,7 +72,7 @@ def counts(ratio: float, seed: int) -> np.ndarray:
 
 def levels(paths: int, ratio: float, pool: ProcessPoolExecutor) -> np.ndarray:
     """Return the nominal level of each N and alpha."""
-    total = sum(pool.map(partial(counts, ratio), range(-(-paths // CHUNK)))).cumsum(1)
+    total = np.sum(list(pool.map(partial(counts, ratio), range(-(-paths // CHUNK)))), axis=0).cumsum(1)
     shares = total / total[:, -1:]
     return np.array([10 ** np.interp(np.log(ALPHAS), np.log(np.maximum(each, 1e-9)), BINS[1:]) for each in shares])
 

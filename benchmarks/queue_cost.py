@@ -28,7 +28,8 @@ from effv2.studies.storage import open_storage
 
 def work(url: str, study: str, trials: int, results: Any, start: Any) -> None:
     """Lease and finish trials until none is left, then put the seconds of each into `results`."""
-    queue = Queue(open_storage(url), study, 0, {str(number): {} for number in range(trials)})
+    wanted: dict[str, dict[str, Any]] = {str(number): {} for number in range(trials)}
+    queue = Queue(open_storage(url), study, 0, lambda _: wanted)
     seconds = []
     start.wait()
     while True:

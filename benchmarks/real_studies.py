@@ -1,7 +1,7 @@
 """Real trainings under seeds=auto: a network against itself, and one with a known effect.
 
     python benchmarks/real_studies.py same 100     # both arms alike: how many studies say that they differ?
-    python benchmarks/real_studies.py effect 20    # one arm learns a hundred times slower: after how many seeds is it said?
+    python benchmarks/real_studies.py effect 20    # one arm learns a hundred times slower: how many seeds does it take?
 
 A small network on digits, up to 10 seeds; each study has images of its own split, and seeds of its own.
 """
@@ -15,18 +15,19 @@ from collections import Counter
 from concurrent.futures import ProcessPoolExecutor
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import yaml
 from click.testing import CliRunner
 
-CONFIG = {
+CONFIG: dict[str, dict[str, Any]] = {
     "data": {"image_size": 8},
     "model": {"variant": "tiny", "table": "F 1 3 1 8 8 1 / M 2 3 2 8 16 1"},
     "schedule": {"epochs": 5, "name": "onecycle"},
     "optimiser": {"batch_size": 64, "lr": 3e-3},
     "execution": {"precision": "fp32", "device": "cpu"},
 }
-CHANGES: dict[str, dict[str, dict[str, float]]] = {"same": {}, "effect": {"optimiser": {"lr": 3e-5}}}
+CHANGES: dict[str, dict[str, dict[str, Any]]] = {"same": {}, "effect": {"optimiser": {"lr": 3e-5}}}
 
 
 def study(kind: str, number: int) -> tuple[str, int]:
@@ -43,7 +44,10 @@ def study(kind: str, number: int) -> tuple[str, int]:
     os.environ["MLFLOW_TRACKING_URI"] = f"sqlite:///{folder}/mlflow.db"
     mlflow.set_tracking_uri(os.environ["MLFLOW_TRACKING_URI"])
     config = {**CONFIG, "data": {**CONFIG["data"], "split_seed": number}}
-    arms = {"one": {"random": {"seed": 1000 * number}}, "other": {"random": {"seed": 1000 * number + 500}}}
+    arms: dict[str, dict[str, dict[str, Any]]] = {
+        "one": {"random": {"seed": 1000 * number}},
+        "other": {"random": {"seed": 1000 * number + 500}},
+    }
     arms["other"] |= CHANGES[kind]
     path = folder / "study.yaml"
     path.write_text(yaml.safe_dump({"name": f"{kind}-{number}", "config": config, "arms": arms}))
@@ -66,12 +70,14 @@ if __name__ == "__main__":
     given = parser.parse_args()
     began = time.monotonic()
     with ProcessPoolExecutor(given.workers) as pool:
-        found = list(pool.map(partial(study, given.kind), range(given.count)))
-    for answer, _ in found:
-        print(answer)
-    decided = [seeds for answer, seeds in found if "beats" in answer or "worse" in answer]
+        found = []
+        for answer, seeds in pool.map(partial(study, given.kind), range(given.count)):
+            found.append((answer, seeds))
+            print(answer, flush=True)
+    decided = sum("beats" in answer or "worse" in answer for answer, _ in found)
+    seeds_each = [seeds for _, seeds in found]
     print(
-        f"{given.kind}: {len(decided)} of {given.count} studies say that the arms differ; seeds of an arm: median "
-        f"{statistics.median(seeds for _, seeds in found):g}, mean {statistics.fmean(seeds for _, seeds in found):.1f}; "
+        f"{given.kind}: {decided} of {given.count} studies say that the arms differ; seeds of an arm: median "
+        f"{statistics.median(seeds_each):g}, mean {statistics.fmean(seeds_each):.1f}; "
         f"{(time.monotonic() - began) / 60:.0f} minutes"
     )

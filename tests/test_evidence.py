@@ -439,8 +439,8 @@ def test_what_is_told_of_curves() -> None:
     assert quantity("best/train_accuracy").value(short) is None
 
 
-def tabulated(arms: int, values: Sequence[float], **params: Any) -> tuple[Sequence[tuple[str, ...]], dict[str, str]]:
-    """Return the table of a study, each arm a point above the one before, and what it says of the second."""
+def tabulated(arms: int, values: Sequence[float], **params: Any) -> tuple[StudyResults, dict[str, str]]:
+    """Return the results of a study, each arm a point above the one before, and what its tables say of the second."""
     runs = []
     for number in range(arms):
         for seed, value in enumerate(values):
@@ -450,48 +450,52 @@ def tabulated(arms: int, values: Sequence[float], **params: Any) -> tuple[Sequen
     parent = replace(run(0), params={"study.kind": "ablate", "study.baseline": "arm0"}, metrics={})
     found = results(runs, parent)
     assert ("epochs took", f"{1.5 * len(runs):.1f} minutes, finished runs: {len(runs)}") in found.environment
-    lines = found.table if arms <= 8 else list(zip(*found.table, strict=True))
-    return found.table, {line[0]: line[2] for line in lines}
+    lines = found.details if arms <= 8 else list(zip(*found.details, strict=True))
+    short = dict(zip(found.table[0], found.table[2], strict=True))
+    return found, {line[0]: line[2] for line in lines} | short
 
 
 @pytest.mark.parametrize("arms", [2, 9])
 @pytest.mark.parametrize("rules", ["published", "standard"])
 def test_tables_hold_intervals_and_differences_however_many_arms_there_are(arms: int, rules: str) -> None:
     values = [0.5, 0.52, 0.55]
-    table, told = tabulated(arms, values, data__sampling=rules)
-    assert len(table) == (arms + 1 if arms == 9 else len(told))
+    found, told = tabulated(arms, values, data__sampling=rules)
+    assert len(found.table) == arms + 1
     reach = stats.t(2).ppf(0.975) * np.std(values, ddof=1) * np.sqrt(1 + 1 / 3)
     for words, more in (("best", 0.11), ("selected", 0.01)):
         low, high = (100 * (np.mean(values) + more + sign * reach) for sign in (-1, 1))
         assert (
             told[f"a single re-run is expected (95 %), test accuracy, {words} epoch"] == f"{low:.2f} % to {high:.2f} %"
         )
-    decisive = "best" if rules == "published" else "selected"
-    assert told[f"less arm0, test accuracy, {decisive} epoch, paired [95 %]"].startswith("+1.00 points")
+    assert f"test accuracy, {'best' if rules == 'published' else 'selected'} epoch" in found.table[0]
+    assert told["less arm0 [interval]"].startswith("+1.00 [")
+    assert len(found.answers) == arms - 1 and "arm1 against arm0: undecided, +1.00 points" in found.answers[0]
 
 
-def test_the_highest_arm_is_the_one_by_the_accuracy_that_decides() -> None:
-    best, selected = {"a": 0.985, "b": 0.984}, {"a": 0.975, "b": 0.983}
-    for rules, highest in (("published", "a"), ("standard", "b")):
+def test_the_answer_goes_by_the_accuracy_that_decides() -> None:
+    best, selected = {"a": 0.95, "b": 0.9}, {"a": 0.8, "b": 0.9}
+    for rules, words in (("published", "is worse than a by 5.00 points"), ("standard", "beats a by 10.00 points")):
         runs = [
-            replace(run(0, data__sampling=rules, tags={"effv2.arm": arm}), metrics={**metrics})
+            replace(run(0, seed, data__sampling=rules, tags={"effv2.arm": arm}), metrics={**metrics})
             for arm in "ab"
-            for metrics in [{"best/test_accuracy": best[arm], "selected/test_accuracy": selected[arm]}]
+            for seed in range(3)
+            for noise in [seed / 1000]
+            for metrics in [{"best/test_accuracy": best[arm] + noise, "selected/test_accuracy": selected[arm] + noise}]
         ]
-        found = results(runs, run(0))
-        assert found.sentence.startswith(f"Highest: **{highest}**")
+        parent = replace(run(0), params={"study.kind": "ablate", "study.baseline": "a"}, metrics={})
+        assert f"b {words} [" in results(runs, parent).answers[0]
 
 
 def test_single_runs_are_repeats_only_where_nothing_but_seeds_differs() -> None:
     alone = [run(0.5, seed, model__variant="a", optimiser__lr=lr) for lr in (0.1, 0.01) for seed in range(3)]
     found = results(alone)
-    assert found.table[0][1:] == ("a (1)", "a (2)") and found.table[1][1:] == ("3", "3")
-    assert list(found.notes[:2]) == ["a (1): optimiser.lr 0.1.", "a (2): optimiser.lr 0.01."]
+    assert [line[:2] for line in found.table[1:]] == [("a (1)", "3"), ("a (2)", "3")]
+    assert list(found.warnings[:2]) == ["a (1): optimiser.lr 0.1.", "a (2): optimiser.lr 0.01."]
     cats, dogs = ({"test": Images("folder", "", 9, names)} for names in (("cat", "lynx"), ("dog", "wolf")))
     others = [replace(alone[0], images=cats), replace(alone[1], images=dogs)]
-    assert results(others).table[0][1:] == ("a (1)", "a (2)")
+    assert [line[0] for line in results(others).table[1:]] == ["a (1)", "a (2)"]
     again = replace(alone[0], run_id="with --fresh")
-    assert results([*alone[:3], again]).table[1][1:] == ("3",)
+    assert results([*alone[:3], again]).table[1][1] == "3"
 
 
 def test_a_study_says_what_it_lacks_and_why() -> None:
@@ -539,11 +543,12 @@ def test_arms_are_held_against_the_baseline_under_their_own_schedule() -> None:
         for seed in range(3)
     ]
     parent = replace(run(0), params={"study.kind": "hparam-check", "study.baseline": "default"}, metrics={})
-    table = results(runs, parent).table
-    told = {line[0]: [cell.partition(" ")[0] for cell in line[1:]] for line in table}
-    words = "test accuracy, selected epoch, paired [95 %]"
-    assert told[f"less default, {words}"] == ["", "+2.00", "+20.00", ""]
-    assert told[f"less default_plateau, {words}"] == ["", "", "", "+4.00"]
+    answers = results(runs, parent).answers
+    assert [each.partition(" points")[0] for each in answers] == [
+        "dropout beats default by 2.00",
+        "default_plateau beats default by 20.00",
+        "dropout_plateau beats default_plateau by 4.00",
+    ]
 
 
 def test_intervals_end_where_values_do_and_equal_values_have_none(tmp_path: Path) -> None:
@@ -611,7 +616,7 @@ WRONG = {
     "claims: {X1: {words: x, checks: [CHECK]}}": "give a study or a protocol",
     "claims: {X1: {words: x, study: ../mine.yaml, checks: [CHECK]}}": "should match pattern",
     "claims: {X1: {words: x, study: ablate-mnits, checks: [CHECK]}}": "did you mean 'ablate-mnist'",
-    "claims: {X1: {words: x, study: ablate-mnist, ignore: [data.sizes], checks: [CHECK]}}": "ignore data.sizes: no setting",
+    "claims: {X1: {words: x, study: ablate-mnist, ignore: [data.sizes], checks: [CHECK]}}": "ignore data.sizes: no",
 }  # fmt: skip
 
 

@@ -6,6 +6,7 @@ It is what `ablate` and `hparam-check` run.
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import product
 from typing import Any
 
 import optuna
@@ -116,16 +117,7 @@ def make_grid(
     definition |= {"splits": study.splits} if study.splits > 1 else {}
     definition |= {"paired": True} if study.paired else {}
     auto = AutoSeeds(arms, tuple(names), study.baseline, paired=study.paired, budget=options.budget_hours or math.inf)
-    trials: dict[str, Params] = auto.trials(dict.fromkeys(names, 1))
-    if seeds := _seeds(study, options):
-        wanted = [(arm, seed) for seed in seeds for arm in names]
-        trials = {f"{arm}, seed {seed}": {"arm": arm, "seed": seed} for arm, seed in wanted}
-    if study.splits > 1:
-        trials = {
-            name.replace(", seed ", f", split {split}, seed "): {**params, "split": split}
-            for split in range(study.splits)
-            for name, params in trials.items()
-        }
+    trials = _trials(names, _seeds(study, options), study.splits) or auto.trials(dict.fromkeys(names, 1))
     return Grid(
         kind=kind,
         trials=trials,
@@ -138,6 +130,14 @@ def make_grid(
         settled=stamps,
         **study.model_dump(include=ABOUT),
     )
+
+
+def _trials(names: Sequence[str], seeds: Sequence[int], splits: int) -> dict[str, Params]:
+    """Return the trials of these seeds on each split: all arms with the first seed, then with the next one."""
+    wanted = product(range(splits), seeds, names)
+    if splits == 1:
+        return {f"{arm}, seed {seed}": {"arm": arm, "seed": seed} for _, seed, arm in wanted}
+    return {f"{a}, split {k}, seed {seed}": {"arm": a, "seed": seed, "split": k} for k, seed, a in wanted}
 
 
 def _seeds(study: Study, options: StudyOptions) -> tuple[int, ...]:

@@ -173,15 +173,18 @@ class Worker:
         run_id, state = ended.run.run_id, TrialState.PRUNED if ended.pruned else TrialState.COMPLETE
         if ended.was_finished and "train/loss" in ended.metrics:
             queue.report(lease, max(read_history(run_id, "train/loss")), ended.accuracy)
-        about = plan.facts(params, ended.metrics)
-        if ended.was_finished and (run := read_run(run_id)) is not None and run.parent != study.parent.run_id:
-            about[ELSEWHERE] = True
+        about = plan.facts(params, ended.metrics) | (self._origin(run_id) if ended.was_finished else {})
         try:
             queue.finish(lease, state, ended.accuracy, run_id, about)
         except LeaseLost:
             if not ended.was_finished and queue.trials()[name].user_attrs.get(RUN) != run_id:
                 ended.run.set_status("KILLED")  # the run of the worker that has the trial now counts
             raise
+
+    def _origin(self, run_id: str) -> dict[str, bool]:
+        """Return the fact that a finished run is another study's, if it is."""
+        run = read_run(run_id)
+        return {ELSEWHERE: True} if run is not None and run.parent != self.study.parent.run_id else {}
 
 
 class WorkerReporter(Reporter):
