@@ -65,13 +65,18 @@ class Answer:
         """Return of how many seeds each arm has at least so many; over splits, of how many splits."""
         return self.comparison.estimate.n
 
+    def interval(self, what: Quantity) -> Interval:
+        """Return the interval of the difference, as far as fractions can differ."""
+        found = self.comparison.interval
+        return found.within(Interval(-1, 1)) if what.is_accuracy else found
+
     def sentence(self, what: Quantity) -> str:
         """Say it in one sentence, with the difference, its interval and the number of seeds."""
         outcome, found = self.comparison.outcome, self.comparison.estimate
         seeds = "1 seed" if self.seeds == 1 else f"{self.seeds} seeds"
         if outcome is Outcome.FEW:
             return f"{self.arm} against {self.other}: {seeds}, no verdict below 3"
-        low, high = self.comparison.interval
+        low, high = self.interval(what)
         if outcome in (Outcome.BETTER, Outcome.WORSE):
             verb = "beats" if outcome is Outcome.BETTER else "is worse than"
             ends = sorted((abs(low), abs(high)))

@@ -49,14 +49,14 @@ class Held:
         if not (answer := self.answers.get(arm)):
             return "" if not self.others[arm] else NONE
         mean = self.what.signed(answer.comparison.estimate.mean)
-        return mean if self._few(arm) else f"{mean} [{answer.comparison.interval.text(self.what.signed)}]"
+        return mean if self._few(arm) else f"{mean} [{answer.interval(self.what).text(self.what.signed)}]"
 
     def drawn(self) -> dict[str, tuple[float, float, float, bool]]:
         """Return mean, ends and whether it is decided of each difference, in percentage points where it is one."""
         found, scale = {}, 100 if self.what.is_accuracy else 1
         for arm, answer in self.answers.items():
             comparison = answer.comparison
-            low, high = (math.nan, math.nan) if self._few(arm) else comparison.interval
+            low, high = (math.nan, math.nan) if self._few(arm) else answer.interval(self.what)
             decided = not self._few(arm) and comparison.outcome is not Outcome.OPEN
             found[arm] = (scale * comparison.estimate.mean, scale * low, scale * high, decided)
         return found

@@ -165,8 +165,7 @@ class Worker:
         except Diverged:
             if not plan.searches:
                 raise
-            # In a search an answer like any other: this is no place to look for the best.
-            trial = queue.trials()[name]
+            trial = queue.trials()[name]  # in a search an answer like any other: here is no place for the best
             best = max(trial.intermediate_values.values(), default=0.0)
             queue.finish(lease, TrialState.PRUNED, best, trial.user_attrs[RUN])
             return
