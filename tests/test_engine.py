@@ -192,6 +192,34 @@ def test_a_killed_worker_and_a_killed_coordinator_cost_nothing(
     storage.close()
 
 
+@many_processes
+def test_seeds_until_known_end_alike_whatever_is_killed(sqlite_store: str, study: Path, tmp_path: Path) -> None:
+    words = ["--study", str(study), "--seeds", "auto", "--log-model", "none", "--epochs", "5", "--per-class", "12"]
+    assert CliRunner().invoke(ablate, [*words, "--plan", "true"], catch_exceptions=False).exit_code == 0
+    assert not runs() and not (tmp_path / "optuna.db").exists(), "a plan creates nothing"
+    storage = f"sqlite:///{tmp_path / 'optuna.db'}"
+    command = [*words, "--max-seeds", "4", "--storage", storage]
+    with running(ROOT / "entry_points" / "ablate.py", *command, "--workers", "2") as first:
+        wait_for((tmp_path / "optuna.db").exists, first)
+        opened = open_storage(storage)
+        os.kill(wait_for(lambda: in_mid_epoch(opened, 1), first), signal.SIGKILL)
+        wait_for(lambda: in_mid_epoch(opened, 3), first)
+        first.kill()
+        first.rest()
+    resumed = CliRunner().invoke(ablate, command, catch_exceptions=False)
+    assert resumed.exit_code == 0 and "the end" in resumed.output
+    found = trials(opened)
+    assert {trial.state for trial in found} == {TrialState.COMPLETE}
+    names = {trial.user_attrs[NAME] for trial in found}
+    counts = {arm: sum(name.startswith(f"{arm}, ") for name in names) for arm in ("default", "other")}
+    assert len(names) == len(found) and counts["default"] == counts["other"] in (3, 4)
+    (parent,) = (run for run in runs() if "mlflow.parentRunId" not in run.data.tags)
+    assert parent.data.params["study.max_seeds"] == "4" and "default" in parent.data.tags["effv2.answer"]
+    refused = CliRunner().invoke(ablate, [*words, "--max-seeds", "5", "--storage", storage])
+    assert refused.exit_code == 2 and "was begun with 4" in refused.output
+    opened.close()
+
+
 LEASE_ALL = """
 import sys
 from optuna.trial import TrialState
