@@ -636,3 +636,11 @@ def test_a_setting_that_an_arm_leaves_out_has_its_default() -> None:
         [True, False],
         [False, True],
     ]
+
+
+def test_files_of_before_may_call_ignored_settings_free(tmp_path: Path) -> None:
+    path = tmp_path / "claims.yaml"
+    check = "{kind: difference, arm: depth_plateau, against: default_plateau}"
+    written = f"words: x, study: hparam-imagenette-128, free: [schedule.epochs], checks: [{check}]"
+    path.write_text(f"claims: {{Z1: {{{written}}}}}")
+    assert read_claims(path).claims["Z1"].ignore == ["schedule.epochs"]

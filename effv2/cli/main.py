@@ -155,13 +155,13 @@ def _run_or_plan(make: Callable[..., Any], options: StudyOptions) -> None:
     from effv2.cli.console import ConsoleReporter, print_table
     from effv2.data.dataset import load_once
     from effv2.studies.forecast import forecast
-    from effv2.tracking.store import open_store
+    from effv2.tracking.store import is_begun, open_store
 
     with ConsoleReporter() as reporter:
         load = load_once(partial(reporter.progress, "decoding images"))
         plan, there = make(load=load, reporter=reporter), None
         with suppress(InputError):  # an experiment that isn't there is not created for it
-            there = open_store(options.experiment, create=False)
+            there = open_store(options.experiment, create=False) if is_begun() else None
         found = forecast(plan, options, load, there)
     for line in found.lines:
         click.echo(line)

@@ -111,6 +111,15 @@ class Check(Group):
             yield Contrast(protocol, self.metric or kind.metric, arm, *self.edges(), against, kind.ratio)
 
 
+def _as_of_now(claim: object) -> object:
+    """Rename what was called otherwise in files of before."""
+    return (
+        {"ignore" if key == "free" else key: value for key, value in claim.items()}
+        if isinstance(claim, dict)
+        else claim
+    )
+
+
 class Claim(Group):
     """A claim holds where all of its checks hold. It is about the arms of a study, or of a protocol of its own."""
 
@@ -141,7 +150,7 @@ class ClaimsFile(Group):
     """The keys of a file of claims."""
 
     protocols: dict[Name, Protocol] = Field(default_factory=dict)
-    claims: dict[Id, Claim] = Field(min_length=1)
+    claims: dict[Id, Annotated[Claim, BeforeValidator(_as_of_now)]] = Field(min_length=1)
 
 
 @dataclass(frozen=True)

@@ -104,15 +104,16 @@ def _is_like(run: RunRecord, config: TrainConfig) -> bool:
 
 def _timed(config: TrainConfig, load: LoadData, limit: float) -> float:
     """Return about how many seconds a training takes, from its first steps but for the very first."""
-    training, began, made, steps_of_all = Training(config, load(config.data)), 0.0, 0, 0
+    training, ends, steps_of_all = Training(config, load(config.data)), list[float](), 0
 
     def on_step(step: int, steps: int) -> None:
-        nonlocal began, made, steps_of_all
-        began, made, steps_of_all = began or time.perf_counter(), made + 1, steps * config.schedule.epochs
-        if made > 1 and time.perf_counter() - began > limit:
+        nonlocal steps_of_all
+        ends.append(time.perf_counter())
+        steps_of_all = steps * config.schedule.epochs
+        if len(ends) > 1 and ends[-1] - ends[0] > limit:
             raise _TimeIsUp
 
     training.on_step = on_step
     with suppress(_TimeIsUp):
         next(iter(training))
-    return (time.perf_counter() - began) / max(1, made - 1) * steps_of_all
+    return (ends[-1] - ends[0]) / max(1, len(ends) - 1) * steps_of_all

@@ -73,9 +73,8 @@ def open_store(experiment: str, create: bool = True) -> str:
     `mlflow run`, of MLFLOW_EXPERIMENT_NAME or _ID, or `Default`. A database is created and migrated nowhere else.
     """
     configure()
-    uri = mlflow.get_tracking_uri()
     try:
-        file = make_url(uri).database if uri.startswith("sqlite:") else None
+        file = _database_file()
         # Processes that start at once must not migrate a new database together, which fails.
         with FileLock(f"{file}.lock") if file and os.access(Path(file).parent, os.W_OK) else nullcontext():
             _probe()
@@ -86,6 +85,19 @@ def open_store(experiment: str, create: bool = True) -> str:
         raise InputError("experiment", found.name, "that experiment was deleted", "restore it or choose another one")
     _check_artifacts(found)
     return str(found.experiment_id)
+
+
+def _database_file() -> str | None:
+    """Return the path of the tracking store's database, if it is a file."""
+    uri = mlflow.get_tracking_uri()
+    return make_url(uri).database if uri.startswith("sqlite:") else None
+
+
+def is_begun() -> bool:
+    """Say whether there is a store; a database that is a file may not have been created yet."""
+    configure()
+    file = _database_file()
+    return not file or Path(file).is_file()
 
 
 def _check_artifacts(experiment: Experiment) -> None:
