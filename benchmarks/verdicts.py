@@ -45,7 +45,7 @@ def record(arm: str, seed: int, value: float) -> RunRecord:
 
 
 def claims_of(count: int, checks: int) -> Claims:
-    """Return so many claims of one family, each of so many checks on arms of its own."""
+    """Return `count` claims of one family, each with its own arms and number of `checks`."""
     arms = {f"{kind}{c}{k}": {"my.arm": f"{kind}{c}{k}"} for kind, c, k in product("ab", range(count), range(checks))}
     pairs = {c: [(f"a{c}{k}", f"b{c}{k}") for k in range(checks)] for c in range(count)}
     written = {
@@ -107,7 +107,7 @@ def automatic(effects: tuple[float, ...], margin: float, seed: int) -> tuple[int
 
 
 def drawn(what: Callable[[int], T], count: int) -> list[T]:
-    """Return what came of so many studies."""
+    """Return the results of `count` studies."""
     with ProcessPoolExecutor() as pool:
         return list(pool.map(what, range(count), chunksize=max(1, count // 40)))
 

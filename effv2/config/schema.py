@@ -238,7 +238,7 @@ class TrainConfig(Group):
     random: RandomConfig = Field(default_factory=RandomConfig)
 
     def with_seed(self, seed: int, split: int = 0) -> "TrainConfig":
-        """Return this configuration for another seed, and so many splits of the images further on."""
+        """Return this configuration for another seed, and for the split that many places after its own."""
         data = self.data.model_copy(update={"split_seed": (self.data.split_seed + split) % 2**32})
         return self.model_copy(update={"random": RandomConfig(seed=seed), "data": data})
 

@@ -62,7 +62,7 @@ class Answer:
 
     @property
     def seeds(self) -> int:
-        """Return of how many seeds each arm has at least so many; over splits, of how many splits."""
+        """Return the number of seeds of the arm that has fewer; over splits that of the splits."""
         return self.comparison.estimate.n
 
     def interval(self, what: Quantity) -> Interval:

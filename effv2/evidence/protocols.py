@@ -309,9 +309,10 @@ def _as_planned(arms: Mapping[str, Runs], aside: list[str], known: Sequence[RunR
         first[arm] = dict(chain.from_iterable(each[: looks.most] for each in of_splits))
     if beyond := sum(total[split] for split in shared) - sum(map(len, first.values())):
         aside.append(f"{counted(beyond, 'run')} beyond {looks.most} seeds of an arm left out")
-    planned = looks.most * int(parent.params.get("study.splits", 1)) if parent and looks.once else 0
+    splits = number(parent.params.get("study.splits", "1")) if parent else 1
+    planned = looks.most * splits if looks.once else 0
     there = min(map(len, first.values()))
-    why = f"{planned} seeds planned, {there} are there: no verdict before all are" if there < planned else ""
+    why = f"{planned:.0f} seeds planned, {there} are there: no verdict before all are" if there < planned else ""
     overlap = overlap_of([list(each.values()) for each in first.values()]) if len(shared) > 1 else 0.0
     return Chosen(first, len(shared), overlap, looks, aside, why)
 

@@ -15,6 +15,7 @@ from matplotlib.figure import Figure
 from effv2.core.figures import accuracy_against_time, accuracy_curves, bars, forest
 from effv2.evidence.claims import Claims
 from effv2.evidence.compared import NONE, NOTHING_YET, Arms, Held, hold
+from effv2.evidence.judge import FEW_IMAGES
 from effv2.evidence.protocols import complete, counted, has, is_like, pair_of, published_runs, settings_of, split_of
 from effv2.evidence.quantities import CURVES, SHOWN, TRAIN_SECONDS, Quantity, percent, quantity, shown_for
 from effv2.evidence.statistics import FEWEST, TINY, Estimate
@@ -24,7 +25,7 @@ from effv2.tracking.read import BEST_TEST, LAST_TEST, SELECTED_TEST, SELECTED_VA
 MOST_NAMED, LONGEST_REASON = 6, 150  # of the runs that a study lacks; characters
 MOST_COLUMNS = 8  # of a table: more arms have a line each
 DIFFERENCES = "differences"  # the figure that stands first
-NEAR_CHANCE, FEW_IMAGES = 0.03, 1_000  # accuracy above chance level; test images
+NEAR_CHANCE = 0.03  # accuracy above chance level
 LONGEST_END = 100  # characters that are shown of either end of a setting
 Rows = list[tuple[str, ...]]  # of a table, its titles first
 NO_STUDY = RunRecord("", "Single runs", "", {}, {}, {})  # stands for the parent of runs that belong to no study

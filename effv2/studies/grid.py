@@ -60,12 +60,12 @@ class Grid(TrainingPlan):
             if given is not None and stamped.get(name) != str(given):
                 was = f"with {stamped[name]}" if name in stamped else "without it"
                 problem = f"the study was begun {was}, which can't be changed once its runs were seen"
-                raise InputError(name.partition(".")[2], given, problem, "leave it out, or begin anew with `fresh`")
+                raise InputError(name.partition(".")[2], given, problem, "leave it out, or start over with `fresh`")
         if not self.auto:
             return self
         if stamped.get(LOOKS) == "once":
             problem = f"the study was begun for one look, at {stamped[MAX_SEEDS]} seeds"
-            raise InputError("seeds", AUTO, problem, "give those seeds, or begin anew with `fresh`")
+            raise InputError("seeds", AUTO, problem, "give those seeds, or start over with `fresh`")
         most, margin = int(stamped.get(MAX_SEEDS, EVERY_LOOK.most)), float(stamped.get(MARGIN, 0))
         before = tuple(begin(", ".join(self.auto.wanted)))
         return replace(self, auto=replace(self.auto, most=most, margin=margin, before=before))
