@@ -1,12 +1,17 @@
 """Figures that runs and reports share, in colours that survive colour blindness (Okabe & Ito 2008)."""
 
+import io
+import re
+import warnings
 from collections.abc import Mapping, Sequence
+from html import escape
 from itertools import cycle
 from typing import Any
 
+import matplotlib
 import numpy as np
 from matplotlib.figure import Figure
-from matplotlib.ticker import MaxNLocator
+from matplotlib.ticker import LogLocator, MaxNLocator, NullLocator, StrMethodFormatter
 from scipy import stats
 
 Curve = Mapping[int, float]  # by epoch
@@ -15,6 +20,18 @@ PALETTE = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#0
 STYLES: tuple[Any, ...] = ("-", "--", "-.", (0, (5, 1, 1, 1, 1, 1)))  # dotted are published curves
 MARKERS = ("o", "s", "^", "D")
 SIZE = (5.2, 3.6)  # inches: legible on a phone, two side by side on a screen
+SVG = {"svg.fonttype": "none", "svg.hashsalt": "effv2", "font.family": "sans-serif", "font.size": 9}
+TAG, NUMBER = re.compile(r"<[^>]+>"), re.compile(r"-?\d+\.\d{2,}")
+# What makes an SVG file a part of a page: its colours become the page's variables, its text takes the page's font.
+AS_PART = {
+    r'<g id="patch_\d+">\s*<path [^>]*style="[^"]*fill: #ffffff[^"]*"/>\s*</g>': "",  # paper
+    r"#(b0b0b0|cccccc)\b": "var(--line)",  # grid and legend
+    r"#(000000|262626|333333|555555)\b": "var(--ink)",  # text, axes and ticks
+    **{f"(?i){colour}": f"var(--c{index})" for index, colour in enumerate(PALETTE, 1)},
+    r'<g id="(?!m)[a-z0-9_]+">': "<g>",
+    r"font-family: [^;\"]*; ?": "",
+    r"(?s)<style.*?</style>|\s*<metadata>.*?</metadata>": "",
+}
 
 
 def plain(text: str) -> str:
@@ -100,7 +117,51 @@ def accuracy_against_time(
     return figure
 
 
+def accuracy_against_cost(
+    accuracies: Mapping[str, tuple[float, float, float]], costs: Mapping[str, tuple[float | None, float]], title: str
+) -> Figure:
+    """Draw accuracies (share, low and high end) against arithmetic and measured time: GFLOPs, ms an image, if known."""
+    figure = Figure(figsize=(9, 4.2), layout="constrained")
+    panels = figure.subplots(1, 2, sharey=True)
+    for index, ((label, (share, low, high)), colour) in enumerate(
+        zip(accuracies.items(), cycle(PALETTE), strict=False)
+    ):
+        reach = [[100 * (share - low)], [100 * (high - share)]]
+        style = {"fmt": MARKERS[index // len(PALETTE) % len(MARKERS)], "color": colour, "capsize": 3}
+        for axes, cost in zip(panels, costs[label], strict=True):
+            if cost:
+                axes.errorbar(cost, 100 * share, yerr=reach, label=plain(label), **style)
+    for axes, unit in zip(panels, ("GFLOPs", "milliseconds, at full rate:"), strict=True):
+        axes.set(xscale="log", xlabel=f"{unit} an image (log)")
+        ticks = {"major_locator": LogLocator(subs=(1, 2, 5)), "minor_locator": NullLocator()}
+        axes.xaxis.set(major_formatter=StrMethodFormatter("{x:g}"), **ticks)
+        axes.grid(alpha=0.3)
+    panels[0].set_ylabel("accuracy, %")
+    figure.suptitle(title)
+    figure.legend(*panels[0].get_legend_handles_labels(), loc="outside lower center", ncols=3)
+    return figure
+
+
 def _spread(values: Sequence[float]) -> tuple[float, np.ndarray]:
     """Return the mean of values, and how far it is to the lowest and to the highest of them (2, 1)."""
     mean = float(np.mean(values))
-    return mean, np.array([[mean - min(values)], [max(values) - mean]])
+    return mean, np.maximum(0, [[mean - min(values)], [max(values) - mean]])  # the mean is rounded
+
+
+def svg_file(figure: Figure) -> str:
+    """Return the figure as an SVG file, the same for the same figure."""
+    text = io.StringIO()
+    with matplotlib.rc_context(SVG), warnings.catch_warnings():  # type: ignore[arg-type]
+        warnings.filterwarnings("ignore", message="Glyph")  # a name in a script that the font lacks
+        figure.savefig(text, format="svg", metadata={"Date": None, "Creator": None})
+    return TAG.sub(lambda tag: NUMBER.sub(lambda found: f"{float(found[0]):.1f}", tag[0]), text.getvalue())
+
+
+def svg_part(svg: str, label: str) -> str:
+    """Turn an SVG file into an element of a page, `label` being read to those who don't see it."""
+    body = svg[svg.index("<svg") :]
+    for pattern, ours in AS_PART.items():
+        body = re.sub(pattern, ours, body)
+    size = re.search(r'viewBox="[^"]*"', body)
+    start = f'<svg role="img" aria-label="{escape(label)}" {size[0] if size else ""}'
+    return start + body[body.index(">") :]

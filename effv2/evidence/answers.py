@@ -1,22 +1,43 @@
-"""The arms of a study held against its baseline: the answer to "does this change help?", a sentence an arm."""
+"""The arms of a study held against its baseline: the answer to "does this change help?", in words and cells."""
 
+import math
+import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from effv2.evidence.quantities import Quantity
+from effv2.evidence.protocols import SplitAndSeed, counted, first_seeds, looks_of, overlap_of, pair_of
+from effv2.evidence.quantities import EPOCH_SECONDS, TRAIN_SECONDS, Quantity, duration, number, points, quantity
 from effv2.evidence.statistics import (
     EVERY_LOOK,
+    FEWEST,
     Comparison,
     Estimate,
     Interval,
     Looks,
     Outcome,
     compare,
+    seeds_for,
     seeds_to_decide,
 )
+from effv2.tracking.read import RunRecord, decisive_accuracy
 
-SplitAndSeed = tuple[str, str]  # which split of the images a run used, and the seed of its training
+NOTHING_YET, NONE = "No accuracies yet.", "none"  # in a cell: the runs lack the figure
+FEW_SEEDS, LARGE = 6, 2.0  # what is guessed where there are no verdicts yet: seeds, and a difference in deviations
+Arms = Mapping[str, Sequence[RunRecord]]
 Values = Mapping[SplitAndSeed, float]  # of the runs of an arm
+
+
+def _units(values: Sequence[Values]) -> list[Values]:
+    """Return what counts once of each arm: its runs, or over several splits its mean on each of these."""
+    if len({split for of_arm in values for split, _ in of_arm}) < 2:
+        return list(values)
+    means: list[Values] = []
+    for of_arm in values:
+        splits: dict[str, list[float]] = {}
+        for (split, _), value in of_arm.items():
+            splits.setdefault(split, []).append(value)
+        means.append({(split, ""): sum(each) / len(each) for split, each in splits.items()})
+    return means
 
 
 def estimate(values: Sequence[Values], looks: Looks, paired: bool = False, overlap: float = 0.0) -> Estimate:
@@ -25,73 +46,12 @@ def estimate(values: Sequence[Values], looks: Looks, paired: bool = False, overl
     Within one split runs are independent: their seeds pair nothing, unless the study says that they do (`paired`).
     Over several splits the mean of an arm on a split counts once, and arms are compared on the splits that they share.
     """
-    splits = {split for of_arm in values for split, _ in of_arm}
-    if len(splits) == 1 and not paired:
-        return Estimate(*(list(of_arm.values()) for of_arm in values), looks=looks)
-    units = [_by_split(of_arm) if len(splits) > 1 else dict(of_arm) for of_arm in values]
+    units, several = _units(values), len({split for of_arm in values for split, _ in of_arm}) > 1
+    if not several and not paired:
+        return Estimate(*(list(of_arm.values()) for of_arm in units), looks=looks)
     shared = [unit for unit in units[0] if all(unit in other for other in units)]
     differences = [units[0][unit] - sum(other[unit] for other in units[1:]) for unit in shared]
-    return Estimate(differences or [float("nan")], overlap=overlap if len(splits) > 1 else 0.0, looks=looks)
-
-
-def _by_split(values: Values) -> dict[SplitAndSeed, float]:
-    """Return the mean of each split."""
-    splits: dict[SplitAndSeed, list[float]] = {}
-    for (split, _), value in values.items():
-        splits.setdefault((split, ""), []).append(value)
-    return {split: sum(each) / len(each) for split, each in splits.items()}
-
-
-def reference(arm: str, baseline: str, schedules: Mapping[str, str]) -> str:
-    """Return what an arm is compared with: the baseline under its own learning rate schedule, where there is one.
-
-    So the two differ in one thing alone. `schedules` are the names of the arms' schedules; empty for the baseline.
-    """
-    own = f"{baseline}_{schedules[arm]}"
-    return "" if arm == baseline else own if own in schedules and own != arm else baseline
-
-
-@dataclass(frozen=True)
-class Answer:
-    """What runs say of an arm and the one that it is compared with."""
-
-    arm: str
-    other: str
-    comparison: Comparison
-    margin: float = 0.0
-
-    @property
-    def seeds(self) -> int:
-        """Return the number of seeds of the arm that has fewer; over splits that of the splits."""
-        return self.comparison.estimate.n
-
-    def interval(self, what: Quantity) -> Interval:
-        """Return the interval of the difference, as far as fractions can differ."""
-        found = self.comparison.interval
-        return found.within(Interval(-1, 1)) if what.is_accuracy else found
-
-    def sentence(self, what: Quantity) -> str:
-        """Say it in one sentence, with the difference, its interval and the number of seeds."""
-        outcome, found = self.comparison.outcome, self.comparison.estimate
-        seeds = "1 seed" if self.seeds == 1 else f"{self.seeds} seeds"
-        if outcome is Outcome.FEW:
-            return f"{self.arm} against {self.other}: {seeds}, no verdict below 3"
-        low, high = self.interval(what)
-        if outcome in (Outcome.BETTER, Outcome.WORSE):
-            verb = "beats" if outcome is Outcome.BETTER else "is worse than"
-            ends = sorted((abs(low), abs(high)))
-            size = what.size(abs(found.mean))
-            return f"{self.arm} {verb} {self.other} by {size} [{Interval(*ends).text(what.bare)}], {seeds}"
-        shown = f"{what.difference(found.mean)} [{Interval(low, high).text(what.signed)}], {seeds}"
-        if outcome is Outcome.EQUIVALENT:
-            return f"{self.arm} and {self.other}: no difference above {what.size(self.margin)}, {shown}"
-        return f"{self.arm} against {self.other}: undecided, {shown}"
-
-    def outlook(self) -> str:
-        """Say how many seeds would decide where they don't yet."""
-        if self.comparison.outcome is not Outcome.OPEN:
-            return ""
-        return outlook(self.comparison.estimate, self.comparison.level)
+    return Estimate(differences or [math.nan], overlap=overlap if several else 0.0, looks=looks)
 
 
 def outlook(
@@ -111,6 +71,67 @@ def outlook(
     )
 
 
+@dataclass(frozen=True)
+class Answer:
+    """What runs say of an arm and the one that it is compared with, by an accuracy."""
+
+    arm: str
+    other: str
+    comparison: Comparison
+    margin: float = 0.0
+    waits: str = ""  # for what, where there is no verdict yet
+
+    @property
+    def interval(self) -> Interval:
+        """Return the interval of the difference, as far as fractions can differ."""
+        return self.comparison.interval.within(Interval(-1, 1))
+
+    def sentence(self) -> str:
+        """Say it in one sentence, with the difference, its interval and the number of seeds, or of splits."""
+        outcome, found = self.comparison.outcome, self.comparison.estimate
+        if self.waits:
+            return f"{self.arm} against {self.other}: {self.waits}"
+        if outcome in (Outcome.BETTER, Outcome.WORSE):
+            verb = "beats" if outcome is Outcome.BETTER else "is worse than"
+            ends = Interval(*sorted(map(abs, self.interval))).text(lambda end: points(end, "", ""))
+            return f"{self.arm} {verb} {self.other} by {points(abs(found.mean), '')} [{ends}], {found.n} seeds"
+        shown = f"{points(found.mean)} [{self.interval.text(signed)}], {found.n} seeds"
+        if outcome is Outcome.EQUIVALENT:
+            return f"{self.arm} and {self.other}: no difference above {points(self.margin, '')}, {shown}"
+        return f"{self.arm} against {self.other}: undecided, {shown}"
+
+    def outlook(self) -> str:
+        """Say how many seeds would decide where they don't yet."""
+        undecided = self.comparison.outcome is Outcome.OPEN and not self.waits
+        return outlook(self.comparison.estimate, self.comparison.level) if undecided else ""
+
+    def cell(self) -> str:
+        """Return the difference and its interval, where there are runs enough for one."""
+        mean = signed(self.comparison.estimate.mean)
+        return mean if self.waits else f"{mean} [{self.interval.text(signed)}]"
+
+    def drawn(self) -> tuple[float, float, float, bool]:
+        """Return mean and ends in percentage points, and whether it is decided."""
+        mean, outcome = 100 * self.comparison.estimate.mean, self.comparison.outcome
+        if self.waits:
+            return mean, math.nan, math.nan, False
+        return mean, 100 * self.interval.low, 100 * self.interval.high, outcome is not Outcome.OPEN
+
+
+def signed(value: float) -> str:
+    """Write a difference of accuracies without its unit, percentage points."""
+    return points(value, unit="")
+
+
+def reference(arm: str, baseline: str, schedules: Mapping[str, str]) -> str:
+    """Return what an arm is compared with: the baseline under its own learning rate schedule, where there is one.
+
+    So the two differ in one thing alone. `schedules` are the names of the arms' schedules; empty for the baseline.
+    """
+    own = f"{baseline}_{schedules[arm]}"
+    return "" if arm == baseline else own if own in schedules and own != arm else baseline
+
+
 def answers(
     values: Mapping[str, Values],
     others: Mapping[str, str],
@@ -122,8 +143,94 @@ def answers(
 ) -> dict[str, Answer]:
     """Hold each arm against the one that `others` names; corrected for the number of arms (Holm).
 
-    `values` are those of all arms with runs; an arm that lacks them, or whose other does, has no answer.
+    `values` are those of all arms with runs, of which the first count; an arm that lacks them, or whose other does,
+    has no answer.
     """
     pairs = {arm: other for arm, other in others.items() if other and values.get(arm) and values.get(other)}
-    estimates = {arm: estimate([values[arm], values[other]], looks, paired, overlap) for arm, other in pairs.items()}
-    return {arm: Answer(arm, pairs[arm], each, margin) for arm, each in compare(estimates, margin).items()}
+    both = {arm: [first_seeds(values[each], looks.most) for each in (arm, other)] for arm, other in pairs.items()}
+    estimates = {arm: estimate(each, looks, paired, overlap) for arm, each in both.items()}
+    found = {}
+    for arm, each in compare(estimates, margin).items():
+        there, waits = min(map(len, _units(both[arm]))), ""
+        if looks.once and there < looks.most:
+            waits = f"{looks.most} seeds planned, {there} there, no verdict before all are"
+        elif each.outcome is Outcome.FEW:
+            waits = f"{counted(each.estimate.n, 'seed')}, no verdict below {FEWEST}"
+        found[arm] = Answer(arm, pairs[arm], each, margin, waits)
+    return found
+
+
+@dataclass(frozen=True)
+class Held:
+    """Arms held against their references, by the accuracy that decides."""
+
+    arms: Arms
+    what: Quantity
+    looks: Looks
+    margin: float
+    others: Mapping[str, str]  # the reference of each arm; empty for the baseline
+    answers: Mapping[str, Answer]
+    values: Mapping[str, Values]  # the oldest first
+
+    def short(self) -> dict[str, str]:
+        """Return a sentence an arm but for the baseline; of a single arm how well it does."""
+        lacking = "nothing to compare, a figure is missing"
+        found = {
+            arm: self.answers[arm].sentence() if arm in self.answers else f"{arm} against {other}: {lacking}"
+            for arm, other in self.others.items()
+            if other
+        }
+        if not found and (values := self.what.values(run for runs in self.arms.values() for run in runs)):
+            arm, mean = next(iter(self.arms)), self.what.text(statistics.fmean(values))
+            found[arm] = f"{arm}: {mean} {self.what.words}, {counted(len(values), 'run')}, nothing to compare it with"
+        return found
+
+    def sentences(self) -> list[str]:
+        """Return the sentences with what would decide those that are undecided."""
+        ends = {arm: each.outlook() for arm, each in self.answers.items()}
+        found = [f"{'; '.join(filter(None, (text, ends.get(arm))))}." for arm, text in self.short().items()]
+        few = [each for each in self.answers.values() if each.waits and not self.looks.once]
+        return [*found, *([self._cost(few)] if few else [])] or [NOTHING_YET]
+
+    def cell(self, arm: str) -> str:
+        """Return the difference of an arm; nothing for the baseline."""
+        return self.answers[arm].cell() if arm in self.answers else NONE if self.others[arm] else ""
+
+    def beyond(self, arm: str) -> int:
+        """Return how many runs of an arm don't count, since the plan had fewer."""
+        values = self.values.get(arm, {})
+        return len(values) - len(first_seeds(values, self.looks.most))
+
+    def _cost(self, few: Sequence[Answer]) -> str:
+        """Say how many seeds a verdict on some arms is likely to take, and how long they would train."""
+        spreads = [statistics.variance(found.values()) for found in self.values.values() if len(found) > 1]
+        seeds, guess = FEW_SEEDS, ""
+        if spreads:
+            seeds = seeds_for(LARGE, math.sqrt(2), self.looks) or self.looks.most
+            size = points(LARGE * math.sqrt(statistics.fmean(spreads)), "")
+            guess = f", if the true difference is twice the standard deviation between seeds (here {size})"
+        seconds, units = 0.0, dict(zip(self.values, _units(list(self.values.values())), strict=True))
+        for arm in {name for each in few for name in (each.arm, each.other)}:
+            took = [
+                sum(run.history.get(EPOCH_SECONDS, {}).values()) or run.metrics.get(TRAIN_SECONDS, 0)
+                for run in self.arms[arm]
+            ]
+            seconds += statistics.fmean(took) * max(0, seeds - len(units[arm]))
+        return f"`seeds=auto` would take about {seeds} seeds of each, {duration(seconds)} more{guess}."
+
+
+def hold(arms: Arms, parent: RunRecord) -> Held:
+    """Hold the arms of a study against their references, by what its run was stamped with when it began."""
+    runs = [run for of_arm in arms.values() for run in of_arm]
+    what, looks = quantity(decisive_accuracy(runs)), looks_of(parent, runs)
+    own = parent.params.get("study.baseline", "")
+    baseline = own if own in arms else next(iter(arms))
+    schedules = {arm: of_arm[0].params.get("schedule.name", "") for arm, of_arm in arms.items()}
+    others = {arm: reference(arm, baseline, schedules) if parent.run_id else "" for arm in arms}
+    values = dict[str, Values]()
+    for arm, of_arm in arms.items():
+        oldest = sorted(of_arm, key=lambda run: run.started)
+        values[arm] = {pair_of(run): value for run in oldest for value in what.values([run])}
+    margin, paired = number(parent.params.get("study.margin", "0")), parent.params.get("study.paired") == "true"
+    held = answers(values, others, looks, margin=margin, paired=paired, overlap=overlap_of(list(arms.values())))
+    return Held(arms, what, looks, margin, others, held, values)

@@ -109,16 +109,14 @@ def judge(claims: Claims, runs: Sequence[RunRecord], right: RightAnswers) -> lis
     the smallest counts, times their number. Claims of a family are corrected for their number (Holm).
     """
     find_one = partial(_find, claims, runs, right)
-    found = {id_: [find_one(contrast) for contrast in claims.contrasts(id_)] for id_ in claims.claims}
-    levels = _levels(claims, found)
+    uncorrected = {id_: [find_one(contrast) for contrast in claims.contrasts(id_)] for id_ in claims.claims}
 
     def texts(of: Sequence[Finding], name: str) -> list[str]:
         known = (getattr(claims.protocols[each.contrast.protocol], name) for each in of)
         return list(dict.fromkeys(filter(None, known)))
 
     judgements = []
-    for id_, uncorrected in found.items():
-        findings = [_corrected(each, *levels[id_]) if each.p is not None else each for each in uncorrected]
+    for id_, findings in _corrected(claims, uncorrected).items():
         untested = [each for each in findings if not each.evidence]
         undecided = [each for each in findings if each.verdict == Verdict.UNDECIDED]
         near = {each.contrast: claims.protocols[each.contrast.protocol].nearest for each in untested}
@@ -130,41 +128,40 @@ def judge(claims: Claims, runs: Sequence[RunRecord], right: RightAnswers) -> lis
     return judgements
 
 
-def _levels(claims: Claims, found: Mapping[str, Sequence[Finding]]) -> dict[str, tuple[float, int, int]]:
-    """Return by claim the level at which it is tested, how many claims its family has, and how many checks it has.
+def _corrected(claims: Claims, found: Mapping[str, Sequence[Finding]]) -> dict[str, list[Finding]]:
+    """Return the findings by claim, their p-values below the level of tests where they decide at that of the claim.
 
     A user's claims are no part of a published family, and claims without a family are judged by themselves.
     """
-    tested = {id_: [each for each in findings if each.p is not None] for id_, findings in found.items()}
     families: dict[object, dict[str, float]] = defaultdict(dict)  # p-values by claim
-    for id_, findings in tested.items():
-        inside = [each.p or 0.0 if each.inside else 1.0 for each in findings]
-        outside = [1.0 if each.inside else len(findings) * (each.p or 0.0) for each in findings]
-        whole = all(each.p is not None or each.decided for each in found[id_])  # otherwise it can't be supported
-        name = claims.claims[id_].family
-        if findings:
+    for id_, findings in found.items():
+        p = [(each.p, each.inside) for each in findings if each.p is not None]
+        if p:
+            whole = all(each.p is not None or each.decided for each in findings)  # otherwise it can't be supported
+            supported = max(value if inside else 1.0 for value, inside in p) if whole else 1.0
+            contradicted = len(p) * min(1.0 if inside else value for value, inside in p)
+            name = claims.claims[id_].family
             family = (name, id_ in read_claims().claims) if name else id_
-            families[family][id_] = min([max(inside) if whole else 1.0, *outside])
-    levels = {}
+            families[family][id_] = min(supported, contradicted, 1.0)
+    corrected = {id_: list(findings) for id_, findings in found.items()}
     for tests in families.values():
-        weights = {id_: claims.claims[id_].weight for id_ in tests}
-        corrected = dict(zip(tests, statistics.holm(list(tests.values()), list(weights.values())), strict=True))
-        for id_, p in tests.items():
-            later = (k for k in tests if tests[k] / weights[k] >= p / weights[id_] or corrected[k] >= LEVEL)
-            left = sum(weights[k] for k in later)  # Holm's, at its step or at the one at which it stopped
-            levels[id_] = LEVEL * weights[id_] / left, len(tests), len(tested[id_])
-    return levels
+        weights = [claims.claims[id_].weight for id_ in tests]
+        for id_, (_, level) in zip(tests, statistics.holm(list(tests.values()), weights), strict=True):
+            checks = sum(each.p is not None for each in found[id_])
+            corrected[id_] = [_at_level(each, level, len(tests), checks) for each in found[id_]]
+    return corrected
 
 
-def _corrected(finding: Finding, level: float, claims: int, checks: int) -> Finding:
-    """Correct a p-value so that it is below the level of tests where it decides at the level of its claim."""
+def _at_level(finding: Finding, level: float, claims: int, checks: int) -> Finding:
+    """Correct the p-value of a finding, if it has one, for the level of its claim and the number of its checks."""
+    if finding.p is None:
+        return finding
     times = 1 if finding.inside else checks
-    corrected = min((finding.p or 0.0) * times * LEVEL / level, 1.0)
+    corrected = min(finding.p * times * LEVEL / level, 1.0)
+    finding = replace(finding, corrected=corrected, tests=claims * times)
     if corrected < LEVEL:
-        evidence = "; ".join(filter(None, (finding.evidence, finding.warning)))
-        return replace(finding, corrected=corrected, tests=claims * times, evidence=evidence)
-    lacking = finding.further(level / times) if finding.further else ""
-    return replace(finding, corrected=corrected, tests=claims * times, lacking=lacking or finding.lacking)
+        return replace(finding, evidence="; ".join(filter(None, (finding.evidence, finding.warning))))
+    return replace(finding, lacking=finding.further(level / times) if finding.further else finding.lacking)
 
 
 def _find(claims: Claims, runs: Sequence[RunRecord], right: RightAnswers, contrast: Contrast) -> Finding:

@@ -8,16 +8,15 @@ from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
-from itertools import chain, islice, product
+from itertools import islice, product
 from pathlib import Path
-from typing import Literal
+from typing import Literal, TypeVar
 
 from pydantic import Field
 
 from effv2.config.schema import Group, TrainConfig
 from effv2.config.studies import NOTHING, Published, Settings, Value, open_study
 from effv2.core.errors import InputError
-from effv2.evidence.answers import SplitAndSeed
 from effv2.evidence.quantities import TEST, TRAIN, Quantity, number, quantity
 from effv2.evidence.statistics import EVERY_LOOK, FEWEST, MOST_LOOKS, Looks
 from effv2.tracking.read import BEST_TEST, LAST_TEST, RunRecord
@@ -36,9 +35,11 @@ PUBLISHED_OVERLAP = 0.25  # test over training images of the published split
 DEFAULTS = TrainConfig().flat()
 UNFINISHED = "unfinished"  # a run that isn't counted among those left out
 FEW = 2  # settings in which a run may differ to be near
+SplitAndSeed = tuple[str, str]  # which split of the images a run used, and the seed of its training
 Runs = Mapping[SplitAndSeed, RunRecord]  # of an arm
 Alike = frozenset[tuple[str, str]]  # names and values of what runs that repeat each other have in common
 RightAnswers = Callable[[RunRecord], Mapping[str, bool]]  # by image, of a run's predictions of its test images
+T = TypeVar("T")
 
 
 class Protocol(Group):
@@ -229,45 +230,53 @@ def choose(
     (fixed networks differ in more than the protocol's settings: in weights and transforms).
     Of a run that was repeated the last one counts. `runs` are the oldest first.
     """
-    like = {arm: [run for run in runs if is_like(run, protocol, arm)] for arm in arms}
     groups: dict[Alike, dict[str, dict[SplitAndSeed, RunRecord]]] = {}
     unused: dict[str, list[tuple[Alike, str]]] = {arm: [] for arm in arms}  # settings of runs, and why they don't count
     varies_data = any(name.startswith("data.") for name in protocol.varied())
-    for arm, found in like.items():
-        for run in found:
-            settings, (split, seed) = _left_open(run, protocol, what), pair_of(run)
-            pair = (run.params.get(SPLIT_SEED, "") if varies_data else split, seed)
-            if why := _unusable(run, what, positive):
-                unused[arm].append((settings, why))
-                continue
-            of_arm = groups.setdefault(settings, {}).setdefault(arm, {})
-            if of_arm.pop(pair, None):  # so that the last one stands last
-                unused[arm].append((settings, "repeated since"))
-            of_arm[pair] = run
-    if lacking := [arm for arm in arms if not any(arm in group for group in groups.values())]:
-        known = complete(runs)
-        reasons = {arm: ", ".join(dict.fromkeys(why for _, why in unused[arm] if why != UNFINISHED)) for arm in lacking}
-        words = [f"the runs of {a} are {reasons[a]}" if reasons[a] else _nearest(known, protocol, a) for a in lacking]
-        return Chosen({}, why="; ".join(filter(None, words)))
+    for arm, run in ((arm, run) for arm in arms for run in runs if is_like(run, protocol, arm)):
+        settings, (split, seed) = _left_open(run, protocol, what), pair_of(run)
+        if why := _unusable(run, what, positive):
+            unused[arm].append((settings, why))
+            continue
+        of_arm = groups.setdefault(settings, {}).setdefault(arm, {})
+        pair = (run.params.get(SPLIT_SEED, "") if varies_data else split, seed)
+        if of_arm.pop(pair, None):  # so that the last one stands last
+            unused[arm].append((settings, "repeated since"))
+        of_arm[pair] = run
     whole = {settings: group for settings, group in groups.items() if len(group) == len(arms)}
     if not whole:
-        first, last = ([settings for settings, group in groups.items() if arm in group] for arm in (arms[0], arms[-1]))
-        names = min((_differing(*both) for both in product(first, last)), key=len)
-        why = (
-            f"runs of {' and of '.join(arms)} differ in {', '.join(names)}; name it under `ignore` if it doesn't matter"
-        )
-        return Chosen({}, why=why)
+        return Chosen({}, why=_why_none(runs, protocol, groups, unused))
     settings = max(whole, key=lambda each: min(map(len, whole[each].values())))
-    most, aside = whole.pop(settings), list[str]()
+    most = whole.pop(settings)
     if protocol.over == "images" or what.fixed:
         return Chosen(most)
+    aside = list[str]()
     for arm, others in unused.items():
         counts = Counter(why for theirs, why in others if theirs <= settings and why != UNFINISHED)
         aside += [f"{counted(count, 'run')} of {arm} {why}" for why, count in counts.items()]
     if count := sum(len(of_arm) for group in whole.values() for of_arm in group.values()):
         names = _differing(settings, *whole)
-        aside.append(f"{counted(count, 'run')} left aside that differ from these in {', '.join(names)}")
+        aside.append(f"{counted(count, 'run')} left aside that differ from these in {names}")
     return _as_planned(most, aside, runs)
+
+
+def _why_none(
+    runs: Sequence[RunRecord],
+    protocol: Protocol,
+    groups: Mapping[Alike, Collection[str]],
+    unused: Mapping[str, Sequence[tuple[Alike, str]]],
+) -> str:
+    """Say why no runs of all arms (those of `unused`) are alike."""
+    having = {arm: [settings for settings, group in groups.items() if arm in group] for arm in unused}
+    if all(having.values()):
+        first, *_, last = having.values()
+        names = min((_differing(*both) for both in product(first, last)), key=lambda each: each.count(", "))
+        return f"runs of {' and of '.join(having)} differ in {names}; name it under `ignore` if it doesn't matter"
+    words = []
+    for arm in (arm for arm in unused if not having[arm]):
+        reasons = ", ".join(dict.fromkeys(why for _, why in unused[arm] if why != UNFINISHED))
+        words.append(f"the runs of {arm} are {reasons}" if reasons else _nearest(complete(runs), protocol, arm))
+    return "; ".join(filter(None, words))
 
 
 def _unusable(run: RunRecord, what: Quantity, positive: bool) -> str:
@@ -281,8 +290,16 @@ def _unusable(run: RunRecord, what: Quantity, positive: bool) -> str:
     return "left out: above 1, where accuracies are fractions (a point is 0.01)" if percentage else ""
 
 
-def _differing(one: Alike, *others: Alike) -> list[str]:
-    return sorted({name for other in others for name, _ in one ^ other})
+def _differing(one: Alike, *others: Alike) -> str:
+    return ", ".join(sorted({name for other in others for name, _ in one ^ other}))
+
+
+def first_seeds(values: Mapping[SplitAndSeed, T], most: int) -> dict[SplitAndSeed, T]:
+    """Return those of the first splits, and on each those of the first seeds, `most` of either."""
+    splits: dict[str, list[SplitAndSeed]] = {}
+    for pair in values:
+        splits.setdefault(pair[0], []).append(pair)
+    return {pair: values[pair] for pairs in list(splits.values())[:most] for pair in pairs[:most]}
 
 
 def _as_planned(arms: Mapping[str, Runs], aside: list[str], known: Sequence[RunRecord]) -> Chosen:
@@ -303,11 +320,12 @@ def _as_planned(arms: Mapping[str, Runs], aside: list[str], known: Sequence[RunR
         others = counted(sum(total[split] for split in shared if split != kept), "run")
         aside.append(f"on one split alone, {others} on another left aside: a third would count all")
         shared = [kept]
-    first: dict[str, dict[SplitAndSeed, RunRecord]] = {}
-    for arm, of_arm in arms.items():
-        of_splits = ([each for each in of_arm.items() if each[0][0] == split] for split in shared)
-        first[arm] = dict(chain.from_iterable(each[: looks.most] for each in of_splits))
-    if beyond := sum(total[split] for split in shared) - sum(map(len, first.values())):
+    of_splits = {
+        arm: {pair: run for split in shared for pair, run in of_arm.items() if pair[0] == split}
+        for arm, of_arm in arms.items()
+    }
+    first = {arm: first_seeds(of_arm, looks.most) for arm, of_arm in of_splits.items()}
+    if beyond := sum(map(len, of_splits.values())) - sum(map(len, first.values())):
         aside.append(f"{counted(beyond, 'run')} beyond {looks.most} seeds of an arm left out")
     splits = number(parent.params.get("study.splits", "1")) if parent else 1
     planned = looks.most * splits if looks.once else 0

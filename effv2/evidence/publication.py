@@ -1,9 +1,7 @@
 """The report of an experiment or a study, logged to the runs that it is about, and exported."""
 
-import io
 import re
 import tempfile
-import warnings
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -11,17 +9,16 @@ from pathlib import Path
 from textwrap import shorten
 from typing import Any
 
-import matplotlib
 from jinja2 import Environment, PackageLoader, StrictUndefined, select_autoescape
-from markupsafe import Markup, escape
+from markupsafe import Markup
 from matplotlib.figure import Figure
 
 from effv2.core.errors import InputError
-from effv2.core.figures import PALETTE
+from effv2.core.figures import svg_file, svg_part
 from effv2.core.paths import write_csv
 from effv2.core.reporter import Reporter
+from effv2.evidence.answers import NOTHING_YET
 from effv2.evidence.claims import Claims, read_claims
-from effv2.evidence.compared import NOTHING_YET
 from effv2.evidence.exports import Evidence, export, exported, tracked
 from effv2.evidence.judge import Finding, Judgement, Verdict, judge
 from effv2.evidence.protocols import counted
@@ -37,19 +34,7 @@ from effv2.tracking.writer import TrackedRun, run_address, show_in_ui
 
 Content = str | Figure | Sequence[Sequence[Any]]  # of a file that is logged: a text, a figure, a table
 HTML, MARKDOWN, FIGURES, DATA = "report.html", "report.md", "figures", "data"  # in an export
-SETTINGS = {"svg.fonttype": "none", "svg.hashsalt": "effv2", "font.family": "sans-serif", "font.size": 9}
 LONGEST_ANSWER = 500  # characters of a tag
-TAG, NUMBER = re.compile(r"<[^>]+>"), re.compile(r"-?\d+\.\d{2,}")
-# What makes an SVG file a part of a page: its colours become the page's variables, its text takes the page's font.
-AS_PART = {
-    r'<g id="patch_\d+">\s*<path [^>]*style="[^"]*fill: #ffffff[^"]*"/>\s*</g>': "",  # paper
-    r"#(b0b0b0|cccccc)\b": "var(--line)",  # grid and legend
-    r"#(000000|262626|333333|555555)\b": "var(--ink)",  # text, axes and ticks
-    **{f"(?i){colour}": f"var(--c{index})" for index, colour in enumerate(PALETTE, 1)},
-    r'<g id="(?!m)[a-z0-9_]+">': "<g>",
-    r"font-family: [^;\"]*; ?": "",
-    r"(?s)<style.*?</style>|\s*<metadata>.*?</metadata>": "",
-}
 
 
 @dataclass(frozen=True)
@@ -180,7 +165,7 @@ def make_report(
     studies, drawn = results_of(evidence.runs, claims, evidence.right), []
     for number, study in enumerate(studies, 1):
         progress(f"drawing {study.title}")
-        drawn.append({f"{number:02}-{_slug(name)}.svg": (name, _svg_file(f)) for name, f in study.figures.items()})
+        drawn.append({f"{number:02}-{_slug(name)}.svg": (name, svg_file(f)) for name, f in study.figures.items()})
     environment = Environment(
         loader=PackageLoader("effv2.evidence"),
         autoescape=select_autoescape(["html.j2"]),
@@ -188,7 +173,13 @@ def make_report(
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters |= {"cell": _cell, "drawing": _inline, "why": _why, "numbers": _numbers, "slug": _slug}
+    environment.filters |= {
+        "cell": _cell,
+        "drawing": lambda *of: Markup(svg_part(*of)),  # noqa: S704 (our own SVG, the label escaped)
+        "why": _why,
+        "numbers": _numbers,
+        "slug": _slug,
+    }
     values = {
         "evidence": evidence,
         "claims": {"Your claims": own, "Published claims": touched},
@@ -246,22 +237,3 @@ def _estimated(finding: Finding) -> str:
     written = list(dict.fromkeys(p_text(p) for p in (finding.p, finding.corrected) if p is not None))
     holm = [f"({p} after Holm for {finding.tests} tests)" for p in written[1:]]
     return ", ".join(filter(None, (finding.evidence, " ".join([*written[:1], *holm]))))
-
-
-def _svg_file(figure: Figure) -> str:
-    """Return the figure as an SVG file, the same for the same figure."""
-    text = io.StringIO()
-    with matplotlib.rc_context(SETTINGS), warnings.catch_warnings():  # type: ignore[arg-type]
-        warnings.filterwarnings("ignore", message="Glyph")  # a name in a script that the font lacks
-        figure.savefig(text, format="svg", metadata={"Date": None, "Creator": None})
-    return TAG.sub(lambda tag: NUMBER.sub(lambda found: f"{float(found[0]):.1f}", tag[0]), text.getvalue())
-
-
-def _inline(svg: str, label: str) -> Markup:
-    """Turn an SVG file into an element of a page, `label` being read to those who don't see it."""
-    body = svg[svg.index("<svg") :]
-    for pattern, ours in AS_PART.items():
-        body = re.sub(pattern, ours, body)
-    size = re.search(r'viewBox="[^"]*"', body)
-    start = f'<svg role="img" aria-label="{escape(label)}" {size[0] if size else ""}'
-    return Markup(start + body[body.index(">") :])  # noqa: S704 (our own SVG, the label escaped)

@@ -30,9 +30,9 @@ def percent(value: float) -> str:
     return f"{100 * value:.2f} %"
 
 
-def points(value: float) -> str:
-    """Write a difference of two fractions in percentage points."""
-    return f"{100 * value:+.2f} points"
+def points(value: float, sign: str = "+", unit: str = " points") -> str:
+    """Write a difference of two fractions in percentage points; `sign` and `unit` may be empty."""
+    return f"{100 * value:{sign}.2f}{unit}"
 
 
 def decimal(value: float) -> str:
@@ -93,26 +93,9 @@ class Quantity:
         """Say whether it is an accuracy, or a difference of two."""
         return self.text in (percent, points)
 
-    @property
-    def unit(self) -> str:
-        """Return the unit of its differences."""
-        return "percentage points" if self.is_accuracy else self.words
-
     def difference(self, value: float) -> str:
         """Write a difference of two values: percentage points for fractions."""
         return points(value) if self.is_fraction else f"{value:+.3g}"
-
-    def size(self, value: float) -> str:
-        """Write how large a difference is, without its sign."""
-        return f"{100 * value:.2f} points" if self.is_accuracy else decimal(value)
-
-    def signed(self, value: float) -> str:
-        """Write a difference without its unit."""
-        return f"{100 * value:+.2f}" if self.is_accuracy else f"{value:+.3g}"
-
-    def bare(self, value: float) -> str:
-        """Write the size of a difference without its unit."""
-        return f"{100 * value:.2f}" if self.is_accuracy else decimal(value)
 
     @property
     def possible(self) -> Interval:

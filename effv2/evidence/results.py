@@ -4,17 +4,15 @@ import math
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
-from itertools import combinations, cycle
+from itertools import combinations
 from typing import Any, NamedTuple
 
 import numpy as np
-from matplotlib.figure import Figure
-from matplotlib.ticker import LogLocator, NullLocator, StrMethodFormatter
 
 from effv2.core.errors import joined
-from effv2.core.figures import MARKERS, PALETTE, plain
+from effv2.core.figures import accuracy_against_cost
+from effv2.evidence.answers import NONE
 from effv2.evidence.claims import Claims
-from effv2.evidence.compared import NONE
 from effv2.evidence.protocols import SEED_SETTING, SPLIT_SEED, RightAnswers, complete
 from effv2.evidence.quantities import EPOCH_SECONDS, EVALUATE_RATE, SHOWN, VALIDATION, duration, number, percent, whole
 from effv2.evidence.statistics import LEVEL, holm, mcnemar, p_text, wilson
@@ -177,7 +175,7 @@ def networks_results(study: TrackedStudy, right: RightAnswers) -> StudyResults:
     ranked, images, origin = _rank(runs, right)
     names = list(combinations(ranked, 2))
     tests = [mcnemar(ranked[one], ranked[other]) for one, other in names]
-    found = zip(names, tests, holm([p for *_, p in tests]), strict=True)
+    found = zip(names, tests, [each.p for each in holm([p for *_, p in tests])], strict=True)
     pairs = [NetworkPair(*both, one, other, p, holms, holms < LEVEL) for both, (one, other, p), holms in found]
     ordered = {label: runs[label] for label in dict.fromkeys([*ranked, *runs])}
     wanted = [f"{which}/{name}" for which in dict.fromkeys(("eval", images)) for name in OF_ANY_IMAGES]
@@ -189,6 +187,10 @@ def networks_results(study: TrackedStudy, right: RightAnswers) -> StudyResults:
         rows.append((label, run.run_id, *counts, *wilson(*counts), *map(run.metrics.get, metrics)))
     files = {"ranking.csv": rows, "pairs.csv": [NetworkPair._fields, *pairs]}
     sentence = _sentence(runs, ranked, origin, pairs)
+    shares = {label: (each.mean(), *wilson(int(each.sum()), len(each))) for label, each in ranked.items()}
+    rates = {label: runs[label].metrics.get(EVALUATE_RATE, math.inf) for label in ranked}
+    costs = {label: (runs[label].metrics.get("model/gflops"), 1000 / rate) for label, rate in rates.items()}
+    title = f"top-1 of 1000, {len(next(iter(ranked.values()), ())):,} {origin} images"
     return StudyResults(
         answers=[sentence],
         short=sentence,
@@ -196,7 +198,7 @@ def networks_results(study: TrackedStudy, right: RightAnswers) -> StudyResults:
         details=_details(ordered, images),
         document="ranking.md",
         metrics={f"{label}/{name}": runs[label].metrics[name] for label, name in logged},
-        files=files | {"accuracy_against_cost.png": _figure(runs, ranked, origin)} if ranked else {},
+        files=files | {"accuracy_against_cost.png": accuracy_against_cost(shares, costs, title)} if ranked else {},
     )
 
 
@@ -266,27 +268,3 @@ def _details(runs: Mapping[str, RunRecord], images: str) -> Rows:
     weights = [(words, *(run.params.get(name, NONE) for run in runs.values())) for name, words in params.items()]
     figures = [line for name in names for line in line_of(groups, name)]
     return [("network", *runs), *figures, *weights, ("run", *(run.run_id for run in runs.values()))]
-
-
-def _figure(runs: Mapping[str, RunRecord], ranked: Ranked, origin: str) -> Figure:
-    """Draw accuracy with its 95 % interval against arithmetic and against measured time, both an image."""
-    figure = Figure(figsize=(9, 4.2), layout="constrained")
-    panels, size = figure.subplots(1, 2, sharey=True), 0
-    for index, ((label, each), colour) in enumerate(zip(ranked.items(), cycle(PALETTE), strict=False)):
-        metrics, size = runs[label].metrics, len(each)
-        low, high = wilson(int(each.sum()), size)
-        reach = [[100 * (each.mean() - low)], [100 * (high - each.mean())]]
-        costs = (metrics.get("model/gflops"), 1000 / metrics.get(EVALUATE_RATE, math.inf))
-        style = {"fmt": MARKERS[index // len(PALETTE) % len(MARKERS)], "color": colour, "capsize": 3}
-        for axes, cost in zip(panels, costs, strict=True):
-            if cost:
-                axes.errorbar(cost, 100 * each.mean(), yerr=reach, label=plain(label), **style)
-    for axes, unit in zip(panels, ("GFLOPs", "milliseconds, at full rate:"), strict=True):
-        axes.set(xscale="log", xlabel=f"{unit} an image (log)")
-        ticks = {"major_locator": LogLocator(subs=(1, 2, 5)), "minor_locator": NullLocator()}
-        axes.xaxis.set(major_formatter=StrMethodFormatter("{x:g}"), **ticks)
-        axes.grid(alpha=0.3)
-    panels[0].set_ylabel("accuracy, %")
-    figure.suptitle(f"top-1 of 1000, {size:,} {origin} images")
-    figure.legend(*panels[0].get_legend_handles_labels(), loc="outside lower center", ncols=3)
-    return figure

@@ -102,13 +102,26 @@ def mcnemar(first: np.ndarray, second: np.ndarray) -> tuple[int, int, float]:
     return only_first, only_second, float(binomtest(only_first, differing).pvalue) if differing else 1.0
 
 
-def holm(p_values: Sequence[float], weights: Sequence[float] = ()) -> list[float]:
-    """Return p-values corrected for their number (Holm 1979), in the given order; heavier ones less."""
+class Corrected(NamedTuple):
+    """A p-value corrected for the number of tests, and the level at which the test itself is made."""
+
+    p: float
+    level: float
+
+
+def holm(p_values: Sequence[float], weights: Sequence[float] = ()) -> list[Corrected]:
+    """Correct p-values for their number (Holm 1979), in the given order; heavier ones less.
+
+    The level of a test is that of its step, or of the one at which Holm's procedure stopped.
+    """
     p, w = np.asarray(p_values, dtype=float), np.asarray(weights or [1.0] * len(p_values))
     order = np.argsort(p / w, kind="stable")
+    steps = (p / w)[order]
     left = np.cumsum(w[order][::-1])[::-1]  # of the weights, at each step
-    found = np.minimum(np.maximum.accumulate(p[order] / w[order] * left), 1)
-    return [float(each) for each in found[np.argsort(order)]]
+    corrected = np.minimum(np.maximum.accumulate(steps * left), 1)
+    step = np.minimum(np.searchsorted(steps, steps), np.sum(corrected < LEVEL))  # equal ones share the first
+    found = [Corrected(*map(float, each)) for each in zip(corrected, LEVEL * w[order] / left[step], strict=True)]
+    return [found[place] for place in np.argsort(order)]
 
 
 class Estimate:
@@ -216,20 +229,15 @@ def compare(estimates: Mapping[str, Estimate], margin: float = 0.0) -> dict[str,
     enough = {name: each for name, each in estimates.items() if each.n >= FEWEST}
     differ = {name: each.p(0) for name, each in enough.items()}
     alike = {name: each.p_within(-margin, margin) if margin else 1.0 for name, each in enough.items()}
-    smaller = {name: min(differ[name], alike[name]) for name in enough}
-    corrected = dict(zip(enough, holm(list(smaller.values())), strict=True))
-    found, left = {}, len(enough)
-    for name in sorted(enough, key=lambda name: smaller[name]):
-        outcome, estimate = Outcome.OPEN, enough[name]
-        level = LEVEL / max(left, 1)
-        if corrected[name] < LEVEL:
-            left -= 1
-            outcome = Outcome.BETTER if estimate.mean > 0 else Outcome.WORSE
-            if alike[name] < differ[name]:
-                outcome = Outcome.EQUIVALENT
-        found[name] = Comparison(outcome, estimate, corrected[name], level)
-    few = {name: Comparison(Outcome.FEW, each, 1.0, LEVEL) for name, each in estimates.items() if name not in enough}
-    return {name: (found | few)[name] for name in estimates}
+    corrected = dict(zip(enough, holm([min(differ[name], alike[name]) for name in enough]), strict=True))
+    found = {name: Comparison(Outcome.FEW, each, 1.0, LEVEL) for name, each in estimates.items()}
+    for name, (p, level) in corrected.items():
+        outcome = Outcome.OPEN
+        if p < LEVEL:
+            differs = Outcome.BETTER if enough[name].mean > 0 else Outcome.WORSE
+            outcome = Outcome.EQUIVALENT if alike[name] < differ[name] else differs
+        found[name] = Comparison(outcome, enough[name], p, level)
+    return found
 
 
 def power(

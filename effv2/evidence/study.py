@@ -13,11 +13,11 @@ from typing import Any
 from matplotlib.figure import Figure
 
 from effv2.core.figures import accuracy_against_time, accuracy_curves, bars, forest
+from effv2.evidence.answers import NONE, NOTHING_YET, Arms, Held, hold
 from effv2.evidence.claims import Claims
-from effv2.evidence.compared import NONE, NOTHING_YET, Arms, Held, hold
 from effv2.evidence.judge import FEW_IMAGES
 from effv2.evidence.protocols import complete, counted, has, is_like, pair_of, published_runs, settings_of, split_of
-from effv2.evidence.quantities import CURVES, SHOWN, TRAIN_SECONDS, Quantity, percent, quantity, shown_for
+from effv2.evidence.quantities import CURVES, SHOWN, TRAIN_SECONDS, Quantity, percent, points, quantity, shown_for
 from effv2.evidence.statistics import FEWEST, TINY, Estimate
 from effv2.tracking import tags
 from effv2.tracking.read import BEST_TEST, LAST_TEST, SELECTED_TEST, SELECTED_VALIDATION, RunRecord
@@ -195,7 +195,7 @@ def _counts(study: TrackedStudy, found: Arms, held: Held) -> Iterator[str]:
             "failed": failed[arm],
             "not finished": missing[arm],
             f"without {held.what.words}": len(runs) - len(held.what.values(runs)),
-            f"beyond the {held.looks.most} that a verdict rests on, and left out of it": held.beyond.get(arm, 0),
+            f"beyond the {held.looks.most} that a verdict rests on, and left out of it": held.beyond(arm),
         }
         if words := [f"{counted(count, 'run')} {why}" for why, count in counts.items() if count]:
             yield f"{arm}: {', '.join(words)}."
@@ -203,9 +203,9 @@ def _counts(study: TrackedStudy, found: Arms, held: Held) -> Iterator[str]:
 
 def _figures(arms: Arms, title: str, published: Mapping[str, RunRecord], held: Held) -> dict[str, Figure]:
     figures: dict[str, Figure] = {}
-    if drawn := held.drawn():
+    if drawn := {arm: each.drawn() for arm, each in held.answers.items()}:
         others = set(held.others.values()) - {""}
-        unit = f"difference from {others.pop() if len(others) == 1 else 'its reference'}, {held.what.unit}"
+        unit = f"difference from {others.pop() if len(others) == 1 else 'its reference'}, percentage points"
         figures[DIFFERENCES] = forest(drawn, f"{title}: differences", unit, 100 * held.margin)
     for name, metric in CURVES.items():
         found = {arm: [run.history[metric] for run in runs if run.history.get(metric)] for arm, runs in arms.items()}
@@ -312,9 +312,9 @@ def _warnings(arms: Arms, what: Quantity) -> Iterator[str]:
     few = min((each.images for each in tests if each.images), default=FEW_IMAGES)
     if few < FEW_IMAGES and means and "test" in what.name:
         share = statistics.fmean(means)
-        error = math.sqrt(share * (1 - share) / few)
+        error = math.sqrt(max(0, share * (1 - share)) / few)
         yield (
-            f"The test set has {few} images: with other images an accuracy would vary by {what.size(error)} (standard "
+            f"The test set has {few} images: with other images an accuracy would vary by {points(error, '')} (standard "
             "error). The intervals are about training seeds, on these images."
         )
     if what.name == BEST_TEST and all(has(run, "data.validation_fraction", 0) for run in runs):
@@ -333,7 +333,7 @@ def _notes(arms: Arms, protocol: str, held: Held) -> Iterator[str]:
         yield "± is the standard deviation over runs."
     if held.answers:
         yield (
-            f"Differences are in {held.what.unit}. In 5 % of studies at most any of their intervals misses the truth "
+            f"Differences are in percentage points. In 5 % of studies at most any of their intervals misses the truth "
             f"({held.looks.text()})."
         )
     if protocol:

@@ -7,6 +7,8 @@ from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 
+from scipy.optimize import brentq
+
 from effv2.config.schema import StudyOptions, TrainConfig
 from effv2.data.dataset import LoadData
 from effv2.evidence.protocols import FREE, complete
@@ -19,7 +21,7 @@ from effv2.training.loop import Training
 TIMED_SECONDS = 15.0  # of training, all arms together, where no run was finished before
 GUESSED_DEVIATION = 0.02  # of accuracies of runs that differ in their seeds, where none were finished before
 CHANCES = 0.5, 0.8, 0.95
-LARGEST, HALVINGS = 1.0, 30  # of differences of fractions, and how closely they are found
+LARGEST = 1.0  # of differences of fractions
 
 
 class _TimeIsUp(Exception):
@@ -72,18 +74,17 @@ def _table(looks: Looks, counts: Sequence[int], deviation: float) -> list[list[s
     for count in counts:
         if count <= looks.most:
             found = (_difference(chance, deviation, count, nominal) for chance in CHANCES)
-            rows.append([str(count), *(points(each).lstrip("+") if each < LARGEST else "none" for each in found)])
+            rows.append([str(count), *(points(each, "") if each < LARGEST else "none" for each in found)])
     return rows
 
 
 def _difference(chance: float, deviation: float, count: int, nominal: float) -> float:
-    """Return the difference that a test of that level finds with a probability, by bisection."""
-    low, high = 0.0, LARGEST
-    for _ in range(HALVINGS):
-        middle = (low + high) / 2
-        found = power(middle, math.sqrt(2) * deviation, count, nominal, samples=2) >= chance
-        low, high = (low, middle) if found else (middle, high)
-    return high
+    """Return the difference that a test of that level finds with a probability, at most LARGEST."""
+
+    def lacks(difference: float) -> float:
+        return power(difference, math.sqrt(2) * deviation, count, nominal, samples=2) - chance
+
+    return float(brentq(lacks, 0, LARGEST)) if lacks(LARGEST) > 0 else LARGEST
 
 
 def _deviation(same: dict[str, list[RunRecord]]) -> tuple[float, str]:

@@ -12,11 +12,10 @@ from optuna.trial import FrozenTrial, TrialState
 
 from effv2.config.schema import TrainConfig
 from effv2.evidence.answers import Answer, Values, answers, reference
-from effv2.evidence.protocols import counted
-from effv2.evidence.quantities import duration, quantity
+from effv2.evidence.protocols import SplitAndSeed, counted
+from effv2.evidence.quantities import duration
 from effv2.evidence.statistics import EVERY_LOOK, FEWEST, Looks, Outcome
 from effv2.studies.queue import Params, Trials
-from effv2.tracking.read import SELECTED_TEST
 
 # User attributes of a finished trial: the accuracy that verdicts rest on, and whether another study's run reached it.
 ACCURACY, ELSEWHERE = "accuracy", "elsewhere"
@@ -58,7 +57,7 @@ class Round:
     def lines(self) -> list[str]:
         """Say how every arm is doing, a sentence each, and what was spent."""
         runs = f"{counted(sum(self.counts.values()), 'run')}, {duration(3600 * self.hours)} of runs so far"
-        said = [answer.sentence(quantity(SELECTED_TEST)) for answer in self.answers.values()]
+        said = [answer.sentence() for answer in self.answers.values()]
         return [*said, f"{runs}; {self.ending or 'more seeds for what is undecided'}"]
 
 
@@ -134,11 +133,9 @@ class AutoSeeds:
         # What was planned counts for the study's own runs alone: others were there before it.
         own = not any(trial.user_attrs.get(ELSEWHERE) for trial in complete)
         looks = Looks(self.most) if own else EVERY_LOOK
-        values: dict[str, dict[tuple[str, str], float]] = {}
+        values: dict[str, dict[SplitAndSeed, float]] = {}
         for trial in complete:
-            of_arm = values.setdefault(trial.params["arm"], {})
-            if len(of_arm) < looks.most:
-                of_arm["", str(trial.params["seed"])] = trial.user_attrs[ACCURACY]
+            values.setdefault(trial.params["arm"], {})["", str(trial.params["seed"])] = trial.user_attrs[ACCURACY]
         schedules = {arm: self.arms[arm].schedule.name for arm in self.arms if arm in values}
         others = {arm: reference(arm, self.baseline, schedules) for arm in schedules}
         most = min(self.most, looks.most)
