@@ -3,6 +3,7 @@
     python benchmarks/verdicts.py claims    # no effect: claims that are judged after every seed
     python benchmarks/verdicts.py power     # two arms: how often a difference is found, and with how many seeds
     python benchmarks/verdicts.py auto      # seeds=auto: five variants against a baseline, with margins
+    python benchmarks/verdicts.py level     # a level, where three runs in ten take off and the others stay low
 
 The standard deviation of an arm is 1 unless a line says otherwise.
 """
@@ -25,7 +26,7 @@ from effv2.config.schema import TrainConfig
 from effv2.evidence.answers import answers
 from effv2.evidence.claims import Claims, read_claims
 from effv2.evidence.judge import Judgement, Verdict, judge
-from effv2.evidence.statistics import Outcome
+from effv2.evidence.statistics import LEVEL, Estimate, Outcome
 from effv2.studies.seeds import ACCURACY, AutoSeeds
 from effv2.tracking.read import RunRecord
 
@@ -131,6 +132,13 @@ def finished(number: int, params: Mapping[str, Any], accuracy: float) -> FrozenT
     return trial
 
 
+def misjudged(seeds: int, seed: int) -> bool:
+    """Say whether so many runs decide anything of their true mean, where three in ten take off from 10 to 40 %."""
+    random = np.random.default_rng(seed)
+    values = np.where(random.random(seeds) < 0.3, 0.4, 0.1) + 0.01 * random.standard_normal(seeds)
+    return Estimate(list(values)).p(0.19) < LEVEL
+
+
 def drawn(what: Callable[[int], T], count: int) -> list[T]:
     """Return the results of `count` studies."""
     with ProcessPoolExecutor() as pool:
@@ -155,6 +163,10 @@ def lines(kind: str, count: int) -> Iterator[str]:
         for effect in (0.0, 0.5, 1.0, 2.0, 3.0):
             seeds = drawn(partial(found, effect * 2**0.5, 1.0), count)
             yield f"| {effect:g} | {np.mean(np.array(seeds) > 0):.3f} | {np.mean([n or MOST for n in seeds]):.1f} |"
+    elif kind == "level":
+        yield "| runs | false verdicts |\n|---|---|"
+        for runs in (3, 5, 6, 8, 10, 15, 20):
+            yield f"| {runs} | {np.mean(drawn(partial(misjudged, runs), count)):.3f} |"
     else:
         yield "| variants differ from the baseline by | margin | mean runs | most runs | wrong |\n|---|---|---|---|---|"
         for effects, margin in product([(0.0,) * 5, (2.0, 0.0, 0.0, 0.0, 0.0)], (0.0, 1.0, 1.5, 2.0)):
@@ -165,7 +177,7 @@ def lines(kind: str, count: int) -> Iterator[str]:
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("kind", choices=("claims", "power", "auto"))
+    parser.add_argument("kind", choices=("claims", "power", "auto", "level"))
     parser.add_argument("--studies", type=int, default=1000)
     given = parser.parse_args()
     for line in lines(given.kind, given.studies):
