@@ -3,30 +3,35 @@
     python benchmarks/verdicts.py claims    # no effect: claims that are judged after every seed
     python benchmarks/verdicts.py power     # two arms: how often a difference is found, and with how many seeds
     python benchmarks/verdicts.py auto      # seeds=auto: five variants against a baseline, with margins
+    python benchmarks/verdicts.py race      # seeds=race: the best of six
+    python benchmarks/verdicts.py level     # a level, where three runs in ten take off and the others stay low
 
 The standard deviation of an arm is 1 unless a line says otherwise.
 """
 
 import argparse
-from collections.abc import Callable, Iterator
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from functools import partial
 from itertools import product
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 import yaml
+from optuna.trial import FrozenTrial, TrialState, create_trial
 
+from effv2.config.schema import TrainConfig
 from effv2.evidence.answers import answers
 from effv2.evidence.claims import Claims, read_claims
-from effv2.evidence.judge import Verdict, judge
-from effv2.evidence.statistics import Looks, Outcome
-from effv2.studies.seeds import next_seeds
+from effv2.evidence.judge import Judgement, Verdict, judge
+from effv2.evidence.statistics import LEVEL, Estimate, Outcome
+from effv2.studies.seeds import ACCURACY, AutoSeeds
 from effv2.tracking.read import RunRecord
 
-FEWEST, MOST = 3, 30
+FEWEST, MOST, WORKERS = 3, 30, 4
 DIFFER = (Outcome.BETTER, Outcome.WORSE)
 T = TypeVar("T")
 
@@ -65,16 +70,29 @@ def claims_of(count: int, checks: int) -> Claims:
 
 
 def judged(most: int, looks: str, ratio: float, claims: Claims, seed: int) -> bool:
-    """Draw runs without any effect; say whether a claim is supported or contradicted after any seed."""
-    random, runs = np.random.default_rng(seed), [study(most, looks)]
+    """Draw runs without any effect; say whether a claim is supported or contradicted at any look.
+
+    `looks` are after every seed; once, at `most` seeds; or, as advised, at the numbers of seeds that verdicts name.
+    """
+    random, parent = np.random.default_rng(seed), study(most, "once" if looks == "once" else "every")
     arms = list(dict.fromkeys(arm for id_ in claims.claims for each in claims.contrasts(id_) for arm in each.arms))
-    for n in range(most):
-        runs += [record(arm, n, (ratio if arm[0] == "a" else 1) * random.standard_normal()) for arm in arms]
-        if n + 1 >= FEWEST:
-            verdicts = {each.verdict for each in judge(claims, runs, lambda run: {})}
-            if verdicts & {Verdict.SUPPORTED, Verdict.CONTRADICTED}:
-                return True
-    return False
+    drawn = [(ratio if arm[0] == "a" else 1) * random.standard_normal(most) for arm in arms]
+    runs = [record(arm, n, value[n]) for n in range(most) for arm, value in zip(arms, drawn, strict=True)]
+    seeds = most if looks == "once" else FEWEST
+    while True:
+        judgements = judge(claims, [parent, *runs[: seeds * len(arms)]], lambda run: {})
+        if {each.verdict for each in judgements} & {Verdict.SUPPORTED, Verdict.CONTRADICTED}:
+            return True
+        if seeds >= most:
+            return False
+        seeds = advised(judgements, seeds, most) if looks == "advised" else seeds + 1
+
+
+def advised(judgements: Sequence[Judgement], seeds: int, most: int) -> int:
+    """Return the smallest number of seeds that decides by the words of a verdict; all where none is named."""
+    words = " ".join(finding.lacking for each in judgements for finding in each.findings)
+    named = [int(number) for number in re.findall(r"as seen, (\d+) seeds \(", words)]
+    return min((number for number in named if number > seeds), default=most)
 
 
 def found(effect: float, ratio: float, seed: int) -> int:
@@ -88,22 +106,41 @@ def found(effect: float, ratio: float, seed: int) -> int:
     return 0
 
 
-def automatic(effects: tuple[float, ...], margin: float, seed: int) -> tuple[int, bool]:
-    """Return how many runs seeds=auto takes, and whether it says anything that isn't so."""
+def automatic(effects: tuple[float, ...], margin: float, race: bool, seed: int) -> tuple[int, bool]:
+    """Return how many runs seeds=auto, or a race, takes, and whether it ever says anything that isn't so.
+
+    Workers end the runs of a round in any order, and ask for more after every few.
+    """
     random = np.random.default_rng(seed)
     drawn = {str(k): effect + random.standard_normal(MOST) for k, effect in enumerate((0.0, *effects))}
-    others = {arm: "" if arm == "0" else "0" for arm in drawn}
-    counts, wrong = dict.fromkeys(drawn, FEWEST), False
-    while True:
-        values = {arm: {("", str(k)): float(drawn[arm][k]) for k in range(n)} for arm, n in counts.items()}
-        more, said = next_seeds(counts, values, others, Looks(MOST), most=MOST, margin=margin)
-        for arm, each in said.items():
-            true = effects[int(arm) - 1]
-            outcome = each.comparison.outcome
-            wrong |= (outcome in DIFFER and true == 0) or (outcome is Outcome.EQUIVALENT and abs(true) >= margin)
-        if more == counts:
-            return sum(counts.values()), wrong
-        counts = dict(more)
+    plan = AutoSeeds(dict.fromkeys(drawn, TrainConfig()), tuple(drawn), "0", most=MOST, margin=margin, race=race)
+    trials: dict[str, FrozenTrial] = {}
+    while missing := {n: p for n, p in plan.trials(plan.rounds(trials)[-1].counts).items() if n not in trials}:
+        for name in random.permutation(list(missing))[:WORKERS]:
+            arm, index = missing[name]["arm"], missing[name]["seed"]
+            trials[name] = finished(len(trials), missing[name], float(drawn[arm][index]))
+    wrong = False
+    for arm, each in ((arm, each) for of_round in plan.rounds(trials) for arm, each in of_round.answers.items()):
+        difference = (0.0, *effects)[int(arm)] - (0.0, *effects)[int(each.other)]
+        outcome = each.comparison.outcome
+        wrong |= outcome is Outcome.BETTER and difference <= 0
+        wrong |= outcome is Outcome.WORSE and difference >= 0
+        wrong |= outcome is Outcome.EQUIVALENT and abs(difference) >= margin
+    return len(trials), wrong
+
+
+def finished(number: int, params: Mapping[str, Any], accuracy: float) -> FrozenTrial:
+    """Return a trial that reached an accuracy."""
+    trial = create_trial(state=TrialState.COMPLETE, value=accuracy, user_attrs={ACCURACY: accuracy})
+    trial.number, trial.params = number, dict(params)
+    return trial
+
+
+def misjudged(seeds: int, seed: int) -> bool:
+    """Say whether so many runs decide anything of their true mean, where three in ten take off from 10 to 40 %."""
+    random = np.random.default_rng(seed)
+    values = np.where(random.random(seeds) < 0.3, 0.4, 0.1) + 0.01 * random.standard_normal(seeds)
+    return Estimate(list(values)).p(0.19) < LEVEL
 
 
 def drawn(what: Callable[[int], T], count: int) -> list[T]:
@@ -115,30 +152,37 @@ def drawn(what: Callable[[int], T], count: int) -> list[T]:
 def lines(kind: str, count: int) -> Iterator[str]:
     """Yield the lines of a table."""
     if kind == "claims":
-        yield "| claims x checks | seeds, looks | ratio of standard deviations | false verdicts |\n|---|---|---|---|"
+        yield "| claims x checks | seeds, looks | ratio of standard deviations | studies | false verdicts |"
+        yield "|---|---|---|---|---|"
+        planned = [(30, "every"), (30, "advised"), (10, "every"), (10, "once"), (5, "every"), (5, "once")]
         for (claims, checks), (most, looks), ratio in (
-            *product([(1, 1)], [(30, "every"), (10, "every"), (5, "every"), (5, "once")], [1.0, 3.0, 9.0]),
-            ((5, 3), (30, "every"), 1.0),
-            ((5, 1), (30, "every"), 3.0),
+            *product([(1, 1)], planned, [1.0, 3.0, 9.0]),
+            *product([(5, 1), (5, 3)], planned[:2], [1.0, 3.0]),
         ):
-            of = drawn(partial(judged, most, looks, ratio, claims_of(claims, checks)), count)
-            yield f"| {claims} x {checks} | {most}, {looks} | {ratio:g} | {np.mean(of):.3f} |"
+            studies = count if claims == 1 else count // 4
+            of = drawn(partial(judged, most, looks, ratio, claims_of(claims, checks)), studies)
+            yield f"| {claims} x {checks} | {most}, {looks} | {ratio:g} | {studies} | {np.mean(of):.3f} |"
     elif kind == "power":
         yield "| difference, SD of a difference | found | mean seeds of an arm |\n|---|---|---|"
         for effect in (0.0, 0.5, 1.0, 2.0, 3.0):
             seeds = drawn(partial(found, effect * 2**0.5, 1.0), count)
             yield f"| {effect:g} | {np.mean(np.array(seeds) > 0):.3f} | {np.mean([n or MOST for n in seeds]):.1f} |"
+    elif kind == "level":
+        yield "| runs | false verdicts |\n|---|---|"
+        for runs in (3, 5, 6, 8, 10, 15, 20):
+            yield f"| {runs} | {np.mean(drawn(partial(misjudged, runs), count)):.3f} |"
     else:
         yield "| variants differ from the baseline by | margin | mean runs | most runs | wrong |\n|---|---|---|---|---|"
-        for effects, margin in product([(0.0,) * 5, (2.0, 0.0, 0.0, 0.0, 0.0)], (0.0, 1.0, 1.5, 2.0)):
-            of_runs, wrong = zip(*drawn(partial(automatic, effects, margin), count), strict=True)
+        steps = ((1.0, 2.0, 3.0, 4.0, 5.0), (2.0, 0.0, 0.0, 0.0, 0.0), (0.0,) * 5)
+        for effects, margin in product(steps if kind == "race" else steps[:0:-1], (0.0, 1.0, 1.5, 2.0)):
+            of_runs, wrong = zip(*drawn(partial(automatic, effects, margin, kind == "race"), count), strict=True)
             words = ", ".join(f"{each:g}" for each in effects)
             yield f"| {words} SD | {margin:g} SD | {np.mean(of_runs):.0f} | {max(of_runs)} | {np.mean(wrong):.3f} |"
 
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("kind", choices=("claims", "power", "auto"))
+    parser.add_argument("kind", choices=("claims", "power", "auto", "race", "level"))
     parser.add_argument("--studies", type=int, default=1000)
     given = parser.parse_args()
     for line in lines(given.kind, given.studies):

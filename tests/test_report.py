@@ -85,10 +85,10 @@ def test_a_study_ends_with_a_report_and_views(sqlite_store: str, tiny_study: Pat
     drawn = {file.path for file in MlflowClient().list_artifacts(parent.info.run_id, "figures")}
     assert set(re.findall(r"\(figures/([\w.-]+)\)", markdown)) == {path.removeprefix("figures/") for path in drawn}
     assert len(drawn) == 5 and html.count("<svg") == 5
-    # MLflow's UI: where to look stands first, in the experiment and on the run; both views are saved.
+    # MLflow's UI: where to look stands first, in the experiment and on the run; the views are saved.
     experiment = MlflowClient().get_experiment(parent.info.experiment_id)
     saved = {name for name in experiment.tags if name.startswith("mlflow.sharedViewState.")}
-    assert saved == {"mlflow.sharedViewState.effv2-table", "mlflow.sharedViewState.effv2-curves"}
+    assert saved == {f"mlflow.sharedViewState.effv2-{name}" for name in ("answers", "table", "curves")}
     assert all(
         "viewStateShareKey=effv2-curves" in tags["mlflow.note.content"] for tags in (experiment.tags, parent.data.tags)
     )

@@ -155,10 +155,16 @@ def test_training_refuses_a_study_of_arms() -> None:
         read_study(SWEEPS / "ablate-digits.yaml").config(NO_OPTIONS)
 
 
-def auto(reached: Callable[[str, int], float], margin: float = 0.0, most: int = 8, **more: Any) -> tuple[Any, Trials]:
+def auto(
+    reached: Callable[[str, int], float],
+    margin: float = 0.0,
+    most: int = 8,
+    names: tuple[str, ...] = ("base", "arm"),
+    **more: Any,
+) -> tuple[Any, Trials]:
     """Train what is wanted until nothing is, half of it at a time; `reached` is the accuracy of an arm's seed."""
-    arms = dict.fromkeys(("base", "arm"), TrainConfig())
-    rule, trials = AutoSeeds(arms, ("base", "arm"), "base", margin=margin, most=most, **more), dict[str, FrozenTrial]()
+    arms, trials = dict.fromkeys(names, TrainConfig()), dict[str, FrozenTrial]()
+    rule = AutoSeeds(arms, names, "base", margin=margin, most=most, **more)
     while True:
         wanted = rule.trials(rule.rounds(trials)[-1].counts)
         if not (left := [name for name in wanted if name not in trials]):
@@ -186,6 +192,16 @@ def test_seeds_are_added_until_the_answer_is_known() -> None:
     assert len(trials) == 8 and "budget" in dear.ending and dear.hours == 8
     broken, trials = auto(lambda arm, seed: math.nan if (arm, seed) == ("arm", 1) else 0.5 + noise[seed])
     assert broken.counts == {"base": 3, "arm": 3} and broken.ending
+
+
+def test_a_race_gives_seeds_to_what_may_be_the_best() -> None:
+    means = {"base": 0.5, "low": 0.4, "high": 0.7, "near": 0.701}
+    noise = [0.01, -0.012, 0.003, -0.006, 0.011, -0.004, 0.008, -0.009]
+    won, _ = auto(lambda arm, seed: means[arm] + noise[seed] / 10, names=("base", "low", "high"), race=True)
+    assert won.counts == dict.fromkeys(("base", "low", "high"), 3) and won.lines()[0] == "high is the best of 3."
+    tied, _ = auto(lambda arm, seed: means[arm] + noise[seed] / 10, names=tuple(means), race=True)
+    assert tied.counts == {"base": 3, "low": 3, "high": 8, "near": 8}
+    assert tied.lines()[0] == "near leads; may be better: high."
 
 
 def test_an_arm_that_opens_again_gets_more() -> None:

@@ -293,7 +293,7 @@ def _distinct_seeds(value: Any) -> Any:
 
 
 Seeds = Annotated[tuple[int, ...], BeforeValidator(_distinct_seeds)]
-AUTO: Literal["auto"] = "auto"  # instead of seeds: as many as the answers take
+AUTO, RACE = "auto", "race"  # instead of seeds: as many as it takes to know each answer, or the best arm
 
 
 class CheckpointOptions(Group):
@@ -321,12 +321,12 @@ class StudyOptions(CheckpointOptions):
     log_model: LogModel = Field("all", description="Which runs log their model: the best of the study, all, none.")
     fresh: bool = Field(False, description="Start over, repeating what was finished.")
     seeds: Annotated[
-        tuple[int, ...] | Literal["auto"],
-        BeforeValidator(lambda value: value if value == AUTO else _distinct_seeds(value)),
+        tuple[int, ...] | Literal["auto", "race"],
+        BeforeValidator(lambda value: value if value in (AUTO, RACE) else _distinct_seeds(value)),
     ] = Field(
         (),
         description="Seeds of every arm, as 0,1,2; auto: three, then more of each arm until its difference from the "
-        "baseline is decided.  [default: 0, or the study's]",
+        "baseline is decided; race: until it is known which arm is best.  [default: 0, or the study's]",
     )
     max_seeds: int | None = Field(
         None, ge=3, le=50, description="Seeds of an arm at most, fixed before the study begins.  [default: 30]"

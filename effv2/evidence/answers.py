@@ -5,6 +5,7 @@ import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+from effv2.config.schema import RACE
 from effv2.evidence.protocols import SplitAndSeed, counted, first_seeds, looks_of, overlap_of, pair_of
 from effv2.evidence.quantities import EPOCH_SECONDS, TRAIN_SECONDS, Quantity, duration, number, points, quantity
 from effv2.evidence.statistics import (
@@ -132,6 +133,26 @@ def reference(arm: str, baseline: str, schedules: Mapping[str, str]) -> str:
     return "" if arm == baseline else own if own in schedules and own != arm else baseline
 
 
+def leader(values: Mapping[str, Values]) -> str:
+    """Return the arm with the best mean, against which a race holds the others.
+
+    It may be any of them. So each test counts as many times as there are others: the best arm is then called worse in
+    5 % of races at most.
+    """
+    return max(values, key=lambda arm: statistics.fmean(values[arm].values()))
+
+
+def leads(held: Mapping[str, Answer]) -> str:
+    """Say which arm is the best of a race, or may be."""
+    best = next(each.other for each in held.values())
+    rivals = [arm for arm, each in held.items() if each.comparison.outcome is not Outcome.WORSE]
+    if not rivals:
+        return f"{best} is the best of {len(held) + 1}."
+    alike = all(held[arm].comparison.outcome is Outcome.EQUIVALENT for arm in rivals)
+    words = "no better or worse than it by more than the margin" if alike else "may be better"
+    return f"{best} leads; {words}: {', '.join(rivals)}."
+
+
 def answers(
     values: Mapping[str, Values],
     others: Mapping[str, str],
@@ -140,8 +161,9 @@ def answers(
     margin: float = 0.0,
     paired: bool = False,
     overlap: float = 0.0,
+    tests: int = 0,
 ) -> dict[str, Answer]:
-    """Hold each arm against the one that `others` names; corrected for the number of arms (Holm).
+    """Hold each arm against the one that `others` names; corrected for the number of arms (Holm), or as `compare` says.
 
     `values` are those of all arms with runs, of which the first count; an arm that lacks them, or whose other does,
     has no answer.
@@ -150,7 +172,7 @@ def answers(
     both = {arm: [first_seeds(values[each], looks.most) for each in (arm, other)] for arm, other in pairs.items()}
     estimates = {arm: estimate(each, looks, paired, overlap) for arm, each in both.items()}
     found = {}
-    for arm, each in compare(estimates, margin).items():
+    for arm, each in compare(estimates, margin, tests).items():
         there, waits = min(map(len, _units(both[arm]))), ""
         if looks.once and there < looks.most:
             waits = f"{looks.most} seeds planned, {there} there, no verdict before all are"
@@ -171,6 +193,7 @@ class Held:
     others: Mapping[str, str]  # the reference of each arm; empty for the baseline
     answers: Mapping[str, Answer]
     values: Mapping[str, Values]  # the oldest first
+    leads: str = ""  # how far a race is
 
     def short(self) -> dict[str, str]:
         """Return a sentence an arm but for the baseline; of a single arm how well it does."""
@@ -190,7 +213,7 @@ class Held:
         ends = {arm: each.outlook() for arm, each in self.answers.items()}
         found = [f"{'; '.join(filter(None, (text, ends.get(arm))))}." for arm, text in self.short().items()]
         few = [each for each in self.answers.values() if each.waits and not self.looks.once]
-        return [*found, *([self._cost(few)] if few else [])] or [NOTHING_YET]
+        return [*filter(None, [self.leads]), *found, *([self._cost(few)] if few else [])] or [NOTHING_YET]
 
     def cell(self, arm: str) -> str:
         """Return the difference of an arm; nothing for the baseline."""
@@ -226,11 +249,15 @@ def hold(arms: Arms, parent: RunRecord) -> Held:
     own = parent.params.get("study.baseline", "")
     baseline = own if own in arms else next(iter(arms))
     schedules = {arm: of_arm[0].params.get("schedule.name", "") for arm, of_arm in arms.items()}
-    others = {arm: reference(arm, baseline, schedules) if parent.run_id else "" for arm in arms}
     values = dict[str, Values]()
     for arm, of_arm in arms.items():
         oldest = sorted(of_arm, key=lambda run: run.started)
         values[arm] = {pair_of(run): value for run in oldest for value in what.values([run])}
     margin, paired = number(parent.params.get("study.margin", "0")), parent.params.get("study.paired") == "true"
-    held = answers(values, others, looks, margin=margin, paired=paired, overlap=overlap_of(list(arms.values())))
-    return Held(arms, what, looks, margin, others, held, values)
+    others, tests = {arm: reference(arm, baseline, schedules) if parent.run_id else "" for arm in arms}, 0
+    if parent.params.get("study.looks") == RACE and all(values.values()):
+        best, tests = leader(values), len(values) - 1
+        others = {arm: "" if arm == best else best for arm in arms}
+    overlap = overlap_of(list(arms.values()))
+    held = answers(values, others, looks, margin=margin, paired=paired, overlap=overlap, tests=tests)
+    return Held(arms, what, looks, margin, others, held, values, leads(held) if tests else "")

@@ -7,7 +7,7 @@ import re
 from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, cached_property
 from itertools import islice, product
 from pathlib import Path
 from typing import Literal, TypeVar
@@ -64,6 +64,7 @@ class Protocol(Group):
         named = self.arms[arm]
         return named if isinstance(named, dict) else {}
 
+    @cached_property
     def varied(self) -> set[str]:
         """Return the settings in which arms differ."""
         return {name for arm in self.arms for name in self.own(arm)}
@@ -153,7 +154,7 @@ def is_like(run: RunRecord, protocol: Protocol, arm: str) -> bool:
 def _unlike(run: RunRecord, protocol: Protocol, arm: str) -> Iterator[tuple[str, Value]]:
     """Return the settings of an arm that a run doesn't have."""
     settings = protocol.runs | protocol.own(arm)
-    others = DEFAULTS.keys() - FREE if protocol.others == "default" else protocol.varied()
+    others = DEFAULTS.keys() - FREE if protocol.others == "default" else protocol.varied
     others = (others - settings.keys() - {"model.table"}) & run.params.keys() & DEFAULTS.keys()
     wanted = settings | {name: DEFAULTS[name] for name in sorted(others)}
     return ((name, value) for name, value in wanted.items() if not has(run, name, value))
@@ -232,7 +233,7 @@ def choose(
     """
     groups: dict[Alike, dict[str, dict[SplitAndSeed, RunRecord]]] = {}
     unused: dict[str, list[tuple[Alike, str]]] = {arm: [] for arm in arms}  # settings of runs, and why they don't count
-    varies_data = any(name.startswith("data.") for name in protocol.varied())
+    varies_data = any(name.startswith("data.") for name in protocol.varied)
     for arm, run in ((arm, run) for arm in arms for run in runs if is_like(run, protocol, arm)):
         settings, (split, seed) = _left_open(run, protocol, what), pair_of(run)
         if why := _unusable(run, what, positive):
@@ -360,7 +361,7 @@ def _left_open(run: RunRecord, protocol: Protocol, what: Quantity) -> Alike:
     """Return what the protocol leaves open: other settings, and of times the machine; nothing of fixed networks."""
     if protocol.over == "images":
         return frozenset()
-    named = (protocol.runs.keys() | protocol.varied() | FREE) - (COMPUTED if what.timed else set())
+    named = (protocol.runs.keys() | protocol.varied | FREE) - (COMPUTED if what.timed else set())
     if "model.variant" in named:
         named.add("model.table")  # which goes by that name
     machine = {(tag, run.tags.get(tag, "")) for tag in OF_TIMES if what.timed}

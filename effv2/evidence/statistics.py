@@ -221,15 +221,18 @@ class Comparison(NamedTuple):
         return self.estimate.interval(2 * self.level if self.outcome is Outcome.EQUIVALENT else self.level)
 
 
-def compare(estimates: Mapping[str, Estimate], margin: float = 0.0) -> dict[str, Comparison]:
+def compare(estimates: Mapping[str, Estimate], margin: float = 0.0, tests: int = 0) -> dict[str, Comparison]:
     """Say of each difference whether it is above 0, below 0, or within the margin; wrong in 5 % of studies at most.
 
     Holm's correction counts each difference once: of its being 0 and its being as large as the margin one is false.
+    `tests` is the number of all comparisons that there could be, where the data say which ones are made (Bonferroni).
     """
     enough = {name: each for name, each in estimates.items() if each.n >= FEWEST}
     differ = {name: each.p(0) for name, each in enough.items()}
     alike = {name: each.p_within(-margin, margin) if margin else 1.0 for name, each in enough.items()}
-    corrected = dict(zip(enough, holm([min(differ[name], alike[name]) for name in enough]), strict=True))
+    smaller = [min(differ[name], alike[name]) for name in enough]
+    each_alone = [Corrected(min(p * tests, 1.0), LEVEL / max(tests, 1)) for p in smaller]
+    corrected = dict(zip(enough, each_alone if tests else holm(smaller), strict=True))
     found = {name: Comparison(Outcome.FEW, each, 1.0, LEVEL) for name, each in estimates.items()}
     for name, (p, level) in corrected.items():
         outcome = Outcome.OPEN

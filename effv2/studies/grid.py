@@ -12,7 +12,7 @@ from typing import Any
 import optuna
 
 from effv2.config.layers import Layer
-from effv2.config.schema import AUTO, StudyOptions, TrainConfig
+from effv2.config.schema import RACE, StudyOptions, TrainConfig
 from effv2.config.studies import Study
 from effv2.core import provenance
 from effv2.core.errors import InputError
@@ -63,9 +63,11 @@ class Grid(TrainingPlan):
                 raise InputError(name.partition(".")[2], given, problem, "leave it out, or start over with `fresh`")
         if not self.auto:
             return self
-        if stamped.get(LOOKS) == "once":
-            problem = f"the study was begun for one look, at {stamped[MAX_SEEDS]} seeds"
-            raise InputError("seeds", AUTO, problem, "give those seeds, or start over with `fresh`")
+        began, asked = stamped.get(LOOKS, "every"), str(self.options.seeds)
+        if began != self.settled[LOOKS]:
+            ways = {"once": f"for one look, at {stamped[MAX_SEEDS]} seeds", RACE: "as a race"}
+            problem = f"the study was begun {ways.get(began, 'with auto seeds or a list')}"
+            raise InputError("seeds", asked, problem, "give what it was begun with, or start over with `fresh`")
         most, margin = int(stamped.get(MAX_SEEDS, EVERY_LOOK.most)), float(stamped.get(MARGIN, 0))
         before = tuple(begin(", ".join(self.auto.wanted)))
         return replace(self, auto=replace(self.auto, most=most, margin=margin, before=before))
@@ -116,7 +118,8 @@ def make_grid(
     # What came later, where it isn't the default: studies of before are the same.
     definition |= {"splits": study.splits} if study.splits > 1 else {}
     definition |= {"paired": True} if study.paired else {}
-    auto = AutoSeeds(arms, tuple(names), study.baseline, paired=study.paired, budget=options.budget_hours or math.inf)
+    how: dict[str, Any] = {"budget": options.budget_hours or math.inf, "race": options.seeds == RACE}
+    auto = AutoSeeds(arms, tuple(names), study.baseline, paired=study.paired, **how)
     trials = _trials(names, _seeds(study, options), study.splits) or auto.trials(dict.fromkeys(names, 1))
     return Grid(
         kind=kind,
@@ -125,7 +128,7 @@ def make_grid(
         epochs=max(config.schedule.epochs for config in arms.values()),
         arms=arms,
         splits=study.splits,
-        auto=auto if options.seeds == AUTO else None,
+        auto=auto if isinstance(options.seeds, str) else None,
         options=options,
         settled=stamps,
         **study.model_dump(include=ABOUT),
@@ -142,24 +145,25 @@ def _trials(names: Sequence[str], seeds: Sequence[int], splits: int) -> dict[str
 
 def _seeds(study: Study, options: StudyOptions) -> tuple[int, ...]:
     """Return the seeds that are named."""
-    return () if options.seeds == AUTO else options.seeds or study.seeds
+    return () if isinstance(options.seeds, str) else options.seeds or study.seeds
 
 
 def _stamps(study: Study, names: list[str], options: StudyOptions) -> dict[str, Any]:
     """Return what is settled before the first run; InputError for options that don't go together."""
-    auto, most, count = options.seeds == AUTO, options.max_seeds, len(_seeds(study, options))
+    auto, most, count = isinstance(options.seeds, str), options.max_seeds, len(_seeds(study, options))
     if auto and len(names) < FEWEST_ARMS:
-        raise InputError("seeds", AUTO, "takes two arms or more to compare", "name a variant beside the baseline")
+        raise InputError("seeds", options.seeds, "takes two arms or more", "name a variant beside the baseline")
     if auto and study.splits > 1:
         problem = f"the study {study.name} has {study.splits} splits, whose number is fixed"
-        raise InputError("seeds", AUTO, problem, "give seeds, as 0,1,2, or leave splits out")
+        raise InputError("seeds", options.seeds, problem, "give seeds, as 0,1,2, or leave splits out")
     if options.budget_hours is not None and not auto:
-        raise InputError("budget_hours", options.budget_hours, "ends seeds=auto alone", "give `seeds` auto as well")
+        raise InputError("budget_hours", options.budget_hours, "ends auto seeds alone", "give `seeds` auto as well")
     if most is not None and count > most:
         raise InputError("max_seeds", most, f"{count} seeds are given", "give more, or fewer seeds")
     stamps: dict[str, Any] = {}
     if auto or most is not None:
-        stamps = {MAX_SEEDS: most or EVERY_LOOK.most, LOOKS: "once" if count == most else "every"}
+        looks = RACE if options.seeds == RACE else "once" if count == most else "every"
+        stamps = {MAX_SEEDS: most or EVERY_LOOK.most, LOOKS: looks}
     stamps |= {MARGIN: options.margin} if options.margin is not None else {}
     stamps |= {"study.paired": "true"} if study.paired else {}
     return stamps | ({"study.splits": study.splits} if study.splits > 1 else {})

@@ -7,11 +7,12 @@ the finished trials, each with the trials that it rested on when it was first de
 import math
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 from optuna.trial import FrozenTrial, TrialState
 
 from effv2.config.schema import TrainConfig
-from effv2.evidence.answers import Answer, Values, answers, reference
+from effv2.evidence.answers import Answer, Values, answers, leader, leads, reference
 from effv2.evidence.protocols import SplitAndSeed, counted
 from effv2.evidence.quantities import duration
 from effv2.evidence.statistics import EVERY_LOOK, FEWEST, Looks, Outcome
@@ -31,13 +32,14 @@ def next_seeds(
     margin: float = 0.0,
     paired: bool = False,
     failed: Collection[str] = (),
+    tests: int = 0,
 ) -> tuple[dict[str, int], dict[str, Answer]]:
     """Return how many seeds arms are to have next, and what is said of each now; equal counts: nothing more is wanted.
 
     An arm whose difference from its other is open gets one more, and so does the other; no arm gets more than `most`.
     An arm that `failed` gets none, nor does one that is compared with it.
     """
-    found = answers(values, others, looks, margin=margin, paired=paired)
+    found = answers(values, others, looks, margin=margin, paired=paired, tests=tests)
     left = [each for each in found.values() if each.comparison.outcome is Outcome.OPEN]
     left = [each for each in left if each.arm in counts and not {each.arm, each.other} & set(failed)]
     growing = {arm for each in left for arm in (each.arm, each.other)}
@@ -52,13 +54,14 @@ class Round:
     answers: Mapping[str, Answer] = field(default_factory=dict)
     hours: float = 0.0
     ending: str = ""
+    leads: str = ""  # how far a race is
     complete: bool = True
 
     def lines(self) -> list[str]:
         """Say how every arm is doing, a sentence each, and what was spent."""
         runs = f"{counted(sum(self.counts.values()), 'run')}, {duration(3600 * self.hours)} of runs so far"
         said = [answer.sentence() for answer in self.answers.values()]
-        return [*said, f"{runs}; {self.ending or 'more seeds for what is undecided'}"]
+        return [*filter(None, [self.leads]), *said, f"{runs}; {self.ending or 'more seeds for what is undecided'}"]
 
 
 @dataclass(frozen=True)
@@ -76,6 +79,7 @@ class AutoSeeds:
     margin: float = 0.0
     budget: float = math.inf  # hours
     paired: bool = False
+    race: bool = False  # against the best arm, not the baseline
     before: tuple[str, ...] = ()
     _known: dict[tuple[int, ...], list[Round]] = field(default_factory=dict, compare=False, repr=False)
 
@@ -118,7 +122,7 @@ class AutoSeeds:
                 ending = f"the end, at {most} seeds of an arm or failed runs" if stuck else "the end: all is decided"
             elif hours + more * hours / max(1, len(spent)) > self.budget:
                 ending = "the end: another round would pass the budget"
-            found.append(Round(counts, said, hours, ending))
+            found.append(Round(counts, said, hours, ending, leads(said) if self.race and said else ""))
             if ending:
                 return found
             counts = after
@@ -137,11 +141,13 @@ class AutoSeeds:
         for trial in complete:
             values.setdefault(trial.params["arm"], {})["", str(trial.params["seed"])] = trial.user_attrs[ACCURACY]
         schedules = {arm: self.arms[arm].schedule.name for arm in self.arms if arm in values}
-        others = {arm: reference(arm, self.baseline, schedules) for arm in schedules}
+        others, tests = {arm: reference(arm, self.baseline, schedules) for arm in schedules}, 0
+        if self.race and values:
+            best, tests = leader(values), len(values) - 1
+            others = {arm: "" if arm == best else best for arm in values}
         most = min(self.most, looks.most)
-        after, said = next_seeds(
-            counts, values, others, looks, most=most, margin=self.margin, paired=self.paired, failed=failed
-        )
+        how: dict[str, Any] = {"margin": self.margin, "paired": self.paired, "failed": failed, "tests": tests}
+        after, said = next_seeds(counts, values, others, looks, most=most, **how)
         return after, said, most
 
 

@@ -29,8 +29,9 @@ from effv2.tracking.tags import CONTINUES, DATA_CONTEXT, GIT_COMMIT, GIT_DIRTY, 
 
 Item = Metric | Param | RunTag | Callable[[], None]  # a value, of which a call takes many, or a call of its own
 KnownSteps = dict[str, set[int]]  # the steps of each metric that the run has
-SHARED_VIEW, TABLE, CURVES = "mlflow.sharedViewState.", "effv2-table", "effv2-curves"
-# What MLflow's UI writes when somebody saves a view: training runs by best test accuracy, and the mean curves of arms.
+SHARED_VIEW, CURVES = "mlflow.sharedViewState.", "effv2-curves"
+# What MLflow's UI writes when somebody saves a view: answers of studies, training runs by best test accuracy, and the
+# mean curves of arms.
 VIEWS: dict[str, dict[str, Any]] = json.loads(files("effv2.tracking").joinpath("views.json").read_text("utf-8"))
 
 
@@ -216,7 +217,7 @@ def log_served_model(run_id: str, files: Mapping[str, Path], example: str) -> No
 
 
 def show_in_ui(experiment_id: str, run_id: str, page: str) -> str:
-    """Save both views in the experiment, describe it by links to them and to an artifact of a run; return the links.
+    """Save the views in the experiment, describe it by links to them and to an artifact of a run; return the links.
 
     Views that are there stay, as somebody may have changed them; so does a description that isn't ours, or was changed.
     """
@@ -227,12 +228,12 @@ def show_in_ui(experiment_id: str, run_id: str, page: str) -> str:
             value = {"name": view["name"], "createdAt": now, "updatedAt": now, "state": json.dumps(view["state"])}
             client.set_experiment_tag(experiment_id, f"{SHARED_VIEW}{key}", json.dumps(value))
     runs, kind = f"#/experiments/{experiment_id}/runs", "workflowType=machine_learning"
-    links = (
-        f"[Report]({runs}/{run_id}/artifacts/{page}?{kind}) · "
-        f"[{VIEWS[TABLE]['name']}]({runs}?{kind}&viewStateShareKey={TABLE}) · "
-        f"[{VIEWS[CURVES]['name']}]({runs}?{kind}&compareRunsMode=CHART&viewStateShareKey={CURVES})"
-    )
+    links = [f"[Report]({runs}/{run_id}/artifacts/{page}?{kind})"]
+    for key, view in VIEWS.items():
+        charts = "&compareRunsMode=CHART" if key == CURVES else ""
+        links.append(f"[{view['name']}]({runs}?{kind}{charts}&viewStateShareKey={key})")
+    text = " · ".join(links)
     if tags.get(NOTE, "") in ("", tags.get(WRITTEN)):
         for tag in (NOTE, WRITTEN):
-            client.set_experiment_tag(experiment_id, tag, links)
-    return links
+            client.set_experiment_tag(experiment_id, tag, text)
+    return text
