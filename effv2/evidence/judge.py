@@ -13,8 +13,8 @@ from scipy.stats import fisher_exact
 from effv2.core.errors import close_names
 from effv2.evidence import statistics
 from effv2.evidence.answers import estimate, outlook
-from effv2.evidence.claims import OF_ANSWERS, Claim, Claims, Contrast, read_claims
-from effv2.evidence.protocols import Chosen, RightAnswers, choose, published_value
+from effv2.evidence.claims import OF_ANSWERS, Claim, Claims, Contrast, published_value, read_claims
+from effv2.evidence.protocols import Chosen, RightAnswers, choose
 from effv2.evidence.quantities import LEVEL_EPOCHS, QUANTITIES, TEST, Quantity, quantity
 from effv2.evidence.statistics import EVERY_LOOK, FEWEST, LEVEL, Estimate, p_text
 from effv2.tracking.read import BEST_TEST, LAST_TEST, SELECTED_TEST, RunRecord
@@ -87,11 +87,6 @@ class Judgement:
         return any(each.evidence for each in self.findings)
 
     @property
-    def on_published_alone(self) -> bool:
-        """Say whether it is undecided since published single runs are all there is."""
-        return not self.tested and self.words != NO_FIGURES
-
-    @property
     def verdict(self) -> Verdict:
         """Return what the evidence decides; where there are published figures alone, that is nothing."""
         found = {each.verdict for each in self.findings}
@@ -99,7 +94,7 @@ class Judgement:
             return Verdict.CONTRADICTED
         if found == {Verdict.SUPPORTED}:
             return Verdict.SUPPORTED
-        return Verdict.UNDECIDED if self.tested or self.on_published_alone else Verdict.NOT_TESTED
+        return Verdict.UNDECIDED if self.tested or self.words != NO_FIGURES else Verdict.NOT_TESTED
 
 
 def judge(claims: Claims, runs: Sequence[RunRecord], right: RightAnswers) -> list[Judgement]:
@@ -225,17 +220,15 @@ def _on_fixed(finding: Finding, what: Quantity, chosen: Chosen) -> Finding:
 def _over_images(finding: Finding, what: Quantity, chosen: Chosen, right: RightAnswers) -> Finding:
     """Judge fixed networks on their test images: Wilson's interval of one, McNemar's exact test of two."""
     contrast = finding.contrast
-    answers = [right(list(of_arm.values())[-1]) for of_arm in chosen.arms.values()]
-    shared = sorted(set.intersection(*map(set, answers)))
-    if not shared:
+    correct = statistics.right_on_shared([right(list(of_arm.values())[-1]) for of_arm in chosen.arms.values()])
+    if not correct.size:
         return replace(finding, evidence="the runs have no test images in common")
-    correct = [np.array([each[image] for image in shared]) for each in answers]
-    shown, size = " against ".join(what.text(each.mean()) for each in correct), f"on {len(shared):,} images"
+    shown, size = " against ".join(what.text(each.mean()) for each in correct), f"on {correct.shape[1]:,} images"
     if contrast.against:
         first, second, p = statistics.mcnemar(*correct)
         text = f"{shown} {size}; {first} and {second} right alone (McNemar)"
         return replace(finding, evidence=text, inside=first > second, p=p)
-    interval = statistics.wilson(int(correct[0].sum()), len(shared))
+    interval = statistics.wilson(int(correct.sum()), correct.size)
     inside = contrast.low <= interval.low and interval.high <= contrast.high
     outside = interval.high < contrast.low or interval.low > contrast.high
     text = f"{shown} [{interval.text(what.text)}] {size} (Wilson)"
@@ -293,21 +286,15 @@ def _beside(contrast: Contrast, what: Quantity, chosen: Chosen, paired: bool, ri
         last = quantity("level/test_accuracy" if long else LAST_TEST)
         if len(last.values(runs)) == len(runs) and (not contrast.ratio or min(last.values(runs)) > 0):
             yield f"{last.words}: {_estimate(contrast, last, chosen, paired)[1]}"
-    known = (run.images["test"].images if "test" in run.images else 0 for run in runs)
-    if (
-        what.name in (BEST_TEST, SELECTED_TEST, LAST_TEST)
-        and not contrast.ratio
-        and all(0 < n < FEW_IMAGES for n in known)
-    ):
-        answers = [list(map(right, of_arm.values())) for of_arm in chosen.arms.values()]
-        shared = sorted(set.intersection(*(set(each) for of_arm in answers for each in of_arm)))
-        if len(shared) > 1 and min(map(len, answers)) >= FEWEST:
-            tables = [np.array([[each[image] for image in shared] for each in of_arm], float) for of_arm in answers]
-            mean, interval = statistics.over_images(tables, chosen.looks)
-            text = _text(contrast, what)
+    few = all("test" in run.images and 0 < run.images["test"].images < FEW_IMAGES for run in runs)
+    counts = [len(of_arm) for of_arm in chosen.arms.values()]
+    if few and not contrast.ratio and min(counts) >= FEWEST and what.name in (BEST_TEST, SELECTED_TEST, LAST_TEST):
+        correct, text = statistics.right_on_shared(list(map(right, runs))), _text(contrast, what)
+        if correct.shape[1] > 1:
+            mean, interval = statistics.over_images(np.split(correct, np.cumsum(counts)[:-1]), chosen.looks)
             yield (
-                f"with the {len(shared)} test images counted as a sample too, {text(mean)} [{interval.text(text)}] "
-                "(selected epoch); the verdict is over seeds, on these images"
+                f"with the {correct.shape[1]} test images counted as a sample too, {text(mean)} "
+                f"[{interval.text(text)}] (selected epoch); the verdict is over seeds, on these images"
             )
 
 

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import csv
 import re
 from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cache
 from itertools import islice, product
 from pathlib import Path
 from typing import Literal, TypeVar
@@ -17,12 +15,11 @@ from pydantic import Field
 from effv2.config.schema import Group, TrainConfig
 from effv2.config.studies import NOTHING, Published, Settings, Value, open_study
 from effv2.core.errors import InputError
-from effv2.evidence.quantities import TEST, TRAIN, Quantity, number, quantity
+from effv2.evidence.quantities import Quantity, number
 from effv2.evidence.statistics import EVERY_LOOK, FEWEST, MOST_LOOKS, Looks
-from effv2.tracking.read import BEST_TEST, LAST_TEST, RunRecord
+from effv2.tracking.read import RunRecord
 from effv2.tracking.tags import CONFIG_HASH, DATA_DIGEST, MACHINE, OUTCOME, SEED
 
-PUBLISHED = Path(__file__).with_name("published")
 ONLY_ARM = "default"  # of a study that has no arms
 SEED_SETTING, SPLIT_SEED = "random.seed", "data.split_seed"
 # What may differ between runs that are compared: what pairs them, where the images lie and, but for times, how they
@@ -111,28 +108,6 @@ def study_protocols(name: str, ignore: Sequence[str], folder: Path) -> dict[str,
         runs=protocol.runs | near, arms=protocol.arms, assumed=differing, ignore=protocol.ignore, paired=protocol.paired
     )
     return {title: protocol, protocol.nearest: others}
-
-
-@cache
-def published_runs() -> Mapping[str, Mapping[str, RunRecord]]:
-    """Return the post's training runs, as far as it published their curves, by study and arm; one run an arm."""
-    found: dict[str, dict[str, RunRecord]] = {}
-    with (PUBLISHED / "curves.csv").open(newline="", encoding="utf-8") as file:
-        for row in csv.DictReader(file):
-            run = RunRecord("", row["arm"], "FINISHED", {}, {}, {}, {TRAIN: {}, TEST: {}})
-            run = found.setdefault(row["study"], {}).setdefault(row["arm"], run)
-            for name, column in ((TRAIN, "train_accuracy_percent"), (TEST, "test_accuracy_percent")):
-                run.history[name][int(row["epoch"])] = round(float(row[column]) / 100, 6)
-            test = run.history[TEST]
-            run.metrics.update({BEST_TEST: max(test.values()), LAST_TEST: test[max(test)]})
-    return found
-
-
-def published_value(protocol: Protocol, metric: str, arm: str) -> float | None:
-    """Return the published figure of an arm: as it was printed, else from the published curve; None without one."""
-    printed = protocol.published.figures.get(metric, {})
-    run = published_runs().get(protocol.study, {}).get(arm)
-    return printed.get(arm, None if run is None else quantity(metric).value(run))
 
 
 def complete(runs: Iterable[RunRecord]) -> list[RunRecord]:
