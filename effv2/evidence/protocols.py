@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import islice, product
 from pathlib import Path
 from typing import Literal, TypeVar
@@ -192,6 +192,7 @@ class Chosen:
     splits: int = 1  # that all arms have
     overlap: float = 0.0  # of several splits: the ratio of test to other images, where the test images differ too
     looks: Looks = EVERY_LOOK
+    paired: bool = False  # by seed, within a split
     aside: Sequence[str] = ()  # which runs were left aside
     why: str = ""  # there are none, or no verdict yet
 
@@ -232,7 +233,7 @@ def choose(
     if count := sum(len(of_arm) for group in whole.values() for of_arm in group.values()):
         names = _differing(settings, *whole)
         aside.append(f"{counted(count, 'run')} left aside that differ from these in {names}")
-    return _as_planned(most, aside, runs)
+    return replace(_as_planned(most, aside, runs), paired=protocol.paired)
 
 
 def _why_none(
@@ -307,7 +308,7 @@ def _as_planned(arms: Mapping[str, Runs], aside: list[str], known: Sequence[RunR
     there = min(map(len, first.values()))
     why = f"{planned:.0f} seeds planned, {there} are there: no verdict before all are" if there < planned else ""
     overlap = overlap_of([list(each.values()) for each in first.values()]) if len(shared) > 1 else 0.0
-    return Chosen(first, len(shared), overlap, looks, aside, why)
+    return Chosen(first, len(shared), overlap, looks, aside=aside, why=why)
 
 
 def overlap_of(arms: Collection[Sequence[RunRecord]]) -> float:

@@ -61,7 +61,7 @@ def forecast(plan: Grid, options: StudyOptions, load: LoadData, experiment_id: s
     deviation, source = _deviation(same)
     lines = [
         f"{count}, about {hours} of training added up, by {' and '.join(how)}{shared}. Evaluation comes on top.",
-        f"Differences from the baseline that would be found, with a standard deviation of {100 * deviation:.2f} points "
+        f"Differences from the baseline that would be found, with a standard deviation of {points(deviation, '')} "
         f"({source}):",
     ]
     return Forecast(lines, _table(Looks(most), sorted({3, 6, 10, most}), deviation))
