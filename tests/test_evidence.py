@@ -17,9 +17,9 @@ from scipy import stats
 from effv2.config.schema import TrainConfig
 from effv2.config.studies import open_study
 from effv2.core.errors import InputError
-from effv2.evidence.claims import Claims, read_claims
+from effv2.evidence.claims import Claims, published_runs, read_claims
 from effv2.evidence.judge import CONSISTENT, INCONSISTENT, NO_FIGURES, Judgement, Verdict, judge
-from effv2.evidence.protocols import FREE, Protocol, is_like, published_runs
+from effv2.evidence.protocols import FREE, Protocol, is_like
 from effv2.evidence.quantities import TEST, TRAIN, quantity
 from effv2.evidence.results import study_results
 from effv2.evidence.statistics import FEWEST, LEVEL, Estimate, Interval, Looks, over_images, seeds_to_decide
@@ -560,6 +560,14 @@ def test_intervals_end_where_values_do_and_equal_values_have_none(tmp_path: Path
     assert "[0.00 % to 100.00 %], 3 runs" in evidence(claims, study({"a": [0.0, 0.3, 0.8]}))
     gap = Interval(-0.08, -0.04)  # of a metric that is called an accuracy and is none
     assert gap.within(quantity("accuracy_gap").possible) == gap
+
+
+@pytest.mark.parametrize("accuracy", [0.51, 51.0])  # the mean of six times 0.51 is a little less than that
+def test_equal_accuracies_and_percentages_have_tables_and_figures(accuracy: float) -> None:
+    metrics = dict.fromkeys(["best/test_accuracy", "selected/test_accuracy", "time/total_train_seconds"], accuracy)
+    images = {"test": Images("folder", "", 200, ("cat", "dog"))}
+    runs = [replace(run(0, seed, tags={"effv2.arm": "a"}), metrics=metrics, images=images) for seed in range(6)]
+    assert "accuracy against time" in results(runs, replace(run(0), metrics={})).figures
 
 
 def test_published_networks_have_a_line_for_unseen_images_and_one_for_all() -> None:

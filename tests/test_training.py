@@ -23,7 +23,7 @@ from effv2.core.errors import RunError, Terminated
 from effv2.core.randomness import stream_seed
 from effv2.data.batches import NORMALISATIONS, normalised
 from effv2.data.dataset import Dataset, Split, load_dataset
-from effv2.evidence.protocols import published_runs
+from effv2.evidence.claims import published_runs
 from effv2.execution.device import make_execution
 from effv2.training.loop import EPOCH_METRICS, Evaluation, Metrics, Progress, Training, TrainState, evaluate
 from effv2.training.optimisers import Schedule

@@ -195,6 +195,12 @@ class Held:
     values: Mapping[str, Values]  # the oldest first
     leads: str = ""  # how far a race is
 
+    @property
+    def against(self) -> str:
+        """Return the one reference of all arms; empty where they have several, or none."""
+        others = set(self.others.values()) - {""}
+        return others.pop() if len(others) == 1 else ""
+
     def short(self) -> dict[str, str]:
         """Return a sentence an arm but for the baseline; of a single arm how well it does."""
         lacking = "nothing to compare, a figure is missing"

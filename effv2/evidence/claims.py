@@ -1,5 +1,6 @@
 """Claims as data, as docs/claims.md describes their keys: the published ones, and those of a file of the user's own."""
 
+import csv
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -14,9 +15,11 @@ from effv2.config.layers import Document, Place, read_document, validate
 from effv2.config.schema import Group
 from effv2.config.studies import Settings
 from effv2.core.errors import InputError, nearest
-from effv2.evidence.protocols import CLASSES, PUBLISHED, Protocol, protocol_title, study_protocols
-from effv2.evidence.quantities import quantity
+from effv2.evidence.protocols import CLASSES, Protocol, protocol_title, study_protocols
+from effv2.evidence.quantities import TEST, TRAIN, quantity
+from effv2.tracking.read import BEST_TEST, LAST_TEST, RunRecord
 
+PUBLISHED = Path(__file__).with_name("published")
 EXPORTED_AS = "claims.yaml"  # name of a file of claims in an export
 # A shipped study's name, or that of a file beside the claims, which an export takes along beside its own.
 StudyName = Annotated[str, Field(pattern=r"^([\w-]*|[\w.-]+\.ya?ml)$")]
@@ -113,11 +116,8 @@ class Check(Group):
 
 def _as_of_now(claim: object) -> object:
     """Rename what was called otherwise in files of before."""
-    return (
-        {"ignore" if key == "free" else key: value for key, value in claim.items()}
-        if isinstance(claim, dict)
-        else claim
-    )
+    names = {"free": "ignore"}
+    return {names.get(key, key): value for key, value in claim.items()} if isinstance(claim, dict) else claim
 
 
 class Claim(Group):
@@ -260,3 +260,25 @@ def _check(contrast: Contrast, protocols: Mapping[str, Protocol], document: Docu
         remedy = "leave the region out, and name the better one as arm"
     if problem:
         raise InputError(document.where((*claim, "checks")), "", problem, remedy)
+
+
+@cache
+def published_runs() -> Mapping[str, Mapping[str, RunRecord]]:
+    """Return the post's training runs, as far as it published their curves, by study and arm; one run an arm."""
+    found: dict[str, dict[str, RunRecord]] = {}
+    with (PUBLISHED / "curves.csv").open(newline="", encoding="utf-8") as file:
+        for row in csv.DictReader(file):
+            run = RunRecord("", row["arm"], "FINISHED", {}, {}, {}, {TRAIN: {}, TEST: {}})
+            run = found.setdefault(row["study"], {}).setdefault(row["arm"], run)
+            for name, column in ((TRAIN, "train_accuracy_percent"), (TEST, "test_accuracy_percent")):
+                run.history[name][int(row["epoch"])] = round(float(row[column]) / 100, 6)
+            test = run.history[TEST]
+            run.metrics.update({BEST_TEST: max(test.values()), LAST_TEST: test[max(test)]})
+    return found
+
+
+def published_value(protocol: Protocol, metric: str, arm: str) -> float | None:
+    """Return the published figure of an arm: as it was printed, else from the published curve; None without one."""
+    printed = protocol.published.figures.get(metric, {})
+    run = published_runs().get(protocol.study, {}).get(arm)
+    return printed.get(arm, None if run is None else quantity(metric).value(run))

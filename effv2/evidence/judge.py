@@ -13,8 +13,8 @@ from scipy.stats import fisher_exact
 from effv2.core.errors import close_names
 from effv2.evidence import statistics
 from effv2.evidence.answers import estimate, outlook
-from effv2.evidence.claims import OF_ANSWERS, Claim, Claims, Contrast, read_claims
-from effv2.evidence.protocols import Chosen, RightAnswers, choose, published_value
+from effv2.evidence.claims import OF_ANSWERS, Claim, Claims, Contrast, published_value, read_claims
+from effv2.evidence.protocols import Chosen, RightAnswers, choose
 from effv2.evidence.quantities import LEVEL_EPOCHS, QUANTITIES, TEST, Quantity, quantity
 from effv2.evidence.statistics import EVERY_LOOK, FEWEST, LEVEL, Estimate, p_text
 from effv2.tracking.read import BEST_TEST, LAST_TEST, SELECTED_TEST, RunRecord
@@ -22,6 +22,7 @@ from effv2.tracking.read import BEST_TEST, LAST_TEST, SELECTED_TEST, RunRecord
 FEW_IMAGES = 1_000  # test images below which they matter as much as seeds
 FEW_RUNS = 10  # below which a verdict on a level asks for normal values
 TAKE_OFF = "where a third of runs take off, 28 % of such verdicts are false with 3 runs, 18 % with 5, 6 % with 10"
+Number = Callable[[float], float]
 CONSISTENT, INCONSISTENT, NO_FIGURES = "consistent", "contradicted", "no figures"  # words beside published figures
 
 
@@ -87,11 +88,6 @@ class Judgement:
         return any(each.evidence for each in self.findings)
 
     @property
-    def on_published_alone(self) -> bool:
-        """Say whether it is undecided since published single runs are all there is."""
-        return not self.tested and self.words != NO_FIGURES
-
-    @property
     def verdict(self) -> Verdict:
         """Return what the evidence decides; where there are published figures alone, that is nothing."""
         found = {each.verdict for each in self.findings}
@@ -99,7 +95,7 @@ class Judgement:
             return Verdict.CONTRADICTED
         if found == {Verdict.SUPPORTED}:
             return Verdict.SUPPORTED
-        return Verdict.UNDECIDED if self.tested or self.on_published_alone else Verdict.NOT_TESTED
+        return Verdict.UNDECIDED if self.tested or self.words != NO_FIGURES else Verdict.NOT_TESTED
 
 
 def judge(claims: Claims, runs: Sequence[RunRecord], right: RightAnswers) -> list[Judgement]:
@@ -167,7 +163,7 @@ def _at_level(finding: Finding, level: float, claims: int, checks: int) -> Findi
 def _find(claims: Claims, runs: Sequence[RunRecord], right: RightAnswers, contrast: Contrast) -> Finding:
     """Return what the published figures, one run an arm, and the finished runs say of one thing that a claim says."""
     protocol, what = claims.protocols[contrast.protocol], quantity(contrast.metric)
-    text, ends = _text(contrast, what), (contrast.low, contrast.high)
+    text, ends = _writing(contrast, what)[-1], (contrast.low, contrast.high)
     where = [f"{word} {text(end)}" for word, end in zip(("above", "below"), ends, strict=True) if math.isfinite(end)]
     region = where[0] if len(where) == 1 else f"from {text(contrast.low)} to {text(contrast.high)}"
     finding = Finding(contrast, f"{what.words}: {(' / ' if contrast.ratio else ' − ').join(contrast.arms)} {region}")
@@ -189,7 +185,7 @@ def _find(claims: Claims, runs: Sequence[RunRecord], right: RightAnswers, contra
         return _on_fixed(finding, what, chosen)
     if protocol.over == "images":
         return _over_images(finding, what, chosen, right)
-    return _over_seeds(finding, what, chosen, protocol.paired, right)
+    return _over_seeds(finding, what, chosen, right)
 
 
 def _misspelt(metric: str, runs: Sequence[RunRecord]) -> str:
@@ -199,11 +195,12 @@ def _misspelt(metric: str, runs: Sequence[RunRecord]) -> str:
     return f"no run has {metric}; did you mean {near}?" if near else ""
 
 
-def _text(contrast: Contrast, what: Quantity) -> Callable[[float], str]:
-    """Return how values of a contrast are written."""
+def _writing(contrast: Contrast, what: Quantity) -> tuple[Number, Number, Callable[[float], str]]:
+    """Return what turns values of a contrast into what is averaged (of ratios logarithms), back, and into words."""
     if contrast.ratio:
-        return "{:.2f}".format
-    return (lambda value: "0" if value == 0 else what.difference(value)) if contrast.against else what.text
+        return math.log, math.exp, "{:.2f}".format
+    text = (lambda value: "0" if value == 0 else what.difference(value)) if contrast.against else what.text
+    return float, float, text
 
 
 def _is_inside(contrast: Contrast, first: float, second: float | None = None) -> bool:
@@ -225,33 +222,32 @@ def _on_fixed(finding: Finding, what: Quantity, chosen: Chosen) -> Finding:
 def _over_images(finding: Finding, what: Quantity, chosen: Chosen, right: RightAnswers) -> Finding:
     """Judge fixed networks on their test images: Wilson's interval of one, McNemar's exact test of two."""
     contrast = finding.contrast
-    answers = [right(list(of_arm.values())[-1]) for of_arm in chosen.arms.values()]
-    shared = sorted(set.intersection(*map(set, answers)))
-    if not shared:
+    correct = statistics.right_on_shared([right(list(of_arm.values())[-1]) for of_arm in chosen.arms.values()])
+    if not correct.size:
         return replace(finding, evidence="the runs have no test images in common")
-    correct = [np.array([each[image] for image in shared]) for each in answers]
-    shown, size = " against ".join(what.text(each.mean()) for each in correct), f"on {len(shared):,} images"
+    shown, size = " against ".join(what.text(each.mean()) for each in correct), f"on {correct.shape[1]:,} images"
     if contrast.against:
         first, second, p = statistics.mcnemar(*correct)
         text = f"{shown} {size}; {first} and {second} right alone (McNemar)"
         return replace(finding, evidence=text, inside=first > second, p=p)
-    interval = statistics.wilson(int(correct[0].sum()), len(shared))
+    interval = statistics.wilson(int(correct.sum()), correct.size)
     inside = contrast.low <= interval.low and interval.high <= contrast.high
     outside = interval.high < contrast.low or interval.low > contrast.high
     text = f"{shown} [{interval.text(what.text)}] {size} (Wilson)"
     return replace(finding, evidence=text, inside=inside, decided=inside or outside)
 
 
-def _over_seeds(finding: Finding, what: Quantity, chosen: Chosen, paired: bool, right: RightAnswers) -> Finding:
+def _over_seeds(finding: Finding, what: Quantity, chosen: Chosen, right: RightAnswers) -> Finding:
     """Judge trained networks: the interval of a mean, or of a mean difference, over runs."""
-    contrast, unit, scale = finding.contrast, "splits" if chosen.splits > 1 else "seeds", _scale(finding.contrast)
-    found, evidence = _estimate(contrast, what, chosen, paired)
+    contrast, unit = finding.contrast, "splits" if chosen.splits > 1 else "seeds"
+    scale, back, written = _writing(contrast, what)
+    found, evidence = _estimate(contrast, what, chosen)
     if not math.isfinite(found.mean):
         return replace(finding, lacking="the arms have no seed in common, and the protocol says that they are paired")
     finding = replace(
         finding,
-        evidence="; ".join(filter(None, [evidence, *_beside(contrast, what, chosen, paired, right), *chosen.aside])),
-        inside=_is_inside(contrast, found.mean if scale is float else math.exp(found.mean)),
+        evidence="; ".join(filter(None, [evidence, *_beside(contrast, what, chosen, right), *chosen.aside])),
+        inside=_is_inside(contrast, back(found.mean)),
         single="" if contrast.against or found.n < 2 else _single(contrast, what, found, chosen),
         warning="" if contrast.against or found.n >= FEW_RUNS else f"fewer than {FEW_RUNS} runs: {TAKE_OFF}",
     )
@@ -263,51 +259,45 @@ def _over_seeds(finding: Finding, what: Quantity, chosen: Chosen, paired: bool, 
     edge = max(edges, key=found.p) if finding.inside else min(edges, key=lambda each: abs(each - found.mean))
     sides = len(edges) if finding.inside else 1  # inside of two edges either is tested from one side
     p = found.p_within(*edges) if sides == 2 else found.p(edge)
-    nothing = (
-        "there is none" if edge == 0 else f"it is {_text(contrast, what)(math.exp(edge) if contrast.ratio else edge)}"
-    )
+    nothing = f"it is {written(back(edge))}" if edge else "there is none"
     return replace(finding, p=p, further=lambda level: outlook(found, sides * level, edge, unit, nothing))
 
 
-def _scale(contrast: Contrast) -> Callable[[float], float]:
-    return math.log if contrast.ratio else float
-
-
-def _estimate(contrast: Contrast, what: Quantity, chosen: Chosen, paired: bool) -> tuple[Estimate, str]:
+def _estimate(contrast: Contrast, what: Quantity, chosen: Chosen) -> tuple[Estimate, str]:
     """Return the mean of a quantity over runs, or a mean difference, and say it with its interval."""
-    scale, back, looks = _scale(contrast), math.exp if contrast.ratio else float, chosen.looks
+    (scale, back, written), looks = _writing(contrast, what), chosen.looks
     values = [{pair: scale(what.value(run) or 0.0) for pair, run in runs.items()} for runs in chosen.arms.values()]
-    found, written = estimate(values, looks, paired, chosen.overlap), _text(contrast, what)
+    found = estimate(values, looks, chosen.paired, chosen.overlap)
     on = " and ".join(str(len(each)) for each in values) + (" run" if [len(v) for v in values] == [1] else " runs")
-    on += f" on {chosen.splits} splits" if chosen.splits > 1 else f", {found.n} pairs" if paired and values[1:] else ""
+    on += (
+        f" on {chosen.splits} splits"
+        if chosen.splits > 1
+        else f", {found.n} pairs"
+        if chosen.paired and values[1:]
+        else ""
+    )
     interval = found.interval() if contrast.against else found.interval().within(what.possible)
     between = f" [{interval.text(lambda value: written(back(value)))}]" if found.n > 1 else ""
     return found, f"{written(back(found.mean))}{between}, {on}{f', {looks.text()}' if looks != EVERY_LOOK else ''}"
 
 
-def _beside(contrast: Contrast, what: Quantity, chosen: Chosen, paired: bool, right: RightAnswers) -> Iterator[str]:
+def _beside(contrast: Contrast, what: Quantity, chosen: Chosen, right: RightAnswers) -> Iterator[str]:
     """Say what must stand beside a test accuracy: the last epoch's beside the best one's, and few images counted."""
     runs = [run for of_arm in chosen.arms.values() for run in of_arm.values()]
     if what.name == BEST_TEST:
         long = all(len(run.history.get(TEST, ())) >= LEVEL_EPOCHS for run in runs)
         last = quantity("level/test_accuracy" if long else LAST_TEST)
         if len(last.values(runs)) == len(runs) and (not contrast.ratio or min(last.values(runs)) > 0):
-            yield f"{last.words}: {_estimate(contrast, last, chosen, paired)[1]}"
-    known = (run.images["test"].images if "test" in run.images else 0 for run in runs)
-    if (
-        what.name in (BEST_TEST, SELECTED_TEST, LAST_TEST)
-        and not contrast.ratio
-        and all(0 < n < FEW_IMAGES for n in known)
-    ):
-        answers = [list(map(right, of_arm.values())) for of_arm in chosen.arms.values()]
-        shared = sorted(set.intersection(*(set(each) for of_arm in answers for each in of_arm)))
-        if len(shared) > 1 and min(map(len, answers)) >= FEWEST:
-            tables = [np.array([[each[image] for image in shared] for each in of_arm], float) for of_arm in answers]
-            mean, interval = statistics.over_images(tables, chosen.looks)
-            text = _text(contrast, what)
+            yield f"{last.words}: {_estimate(contrast, last, chosen)[1]}"
+    few = all("test" in run.images and 0 < run.images["test"].images < FEW_IMAGES for run in runs)
+    counts = [len(of_arm) for of_arm in chosen.arms.values()]
+    if few and not contrast.ratio and min(counts) >= FEWEST and what.name in (BEST_TEST, SELECTED_TEST, LAST_TEST):
+        correct, text = statistics.right_on_shared(list(map(right, runs))), _writing(contrast, what)[-1]
+        if correct.shape[1] > 1:
+            mean, interval = statistics.over_images(np.split(correct, np.cumsum(counts)[:-1]), chosen.looks)
             yield (
-                f"with the {len(shared)} test images counted as a sample too, {text(mean)} [{interval.text(text)}] "
-                "(selected epoch); the verdict is over seeds, on these images"
+                f"with the {correct.shape[1]} test images counted as a sample too, {text(mean)} "
+                f"[{interval.text(text)}] (selected epoch); the verdict is over seeds, on these images"
             )
 
 

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import csv
 import re
 from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache, cached_property
 from itertools import islice, product
 from pathlib import Path
@@ -17,12 +16,11 @@ from pydantic import Field
 from effv2.config.schema import Group, TrainConfig
 from effv2.config.studies import NOTHING, Published, Settings, Value, open_study
 from effv2.core.errors import InputError
-from effv2.evidence.quantities import TEST, TRAIN, Quantity, number, quantity
+from effv2.evidence.quantities import Quantity, number
 from effv2.evidence.statistics import EVERY_LOOK, FEWEST, MOST_LOOKS, Looks
-from effv2.tracking.read import BEST_TEST, LAST_TEST, RunRecord
+from effv2.tracking.read import RunRecord
 from effv2.tracking.tags import CONFIG_HASH, DATA_DIGEST, MACHINE, OUTCOME, SEED
 
-PUBLISHED = Path(__file__).with_name("published")
 ONLY_ARM = "default"  # of a study that has no arms
 SEED_SETTING, SPLIT_SEED = "random.seed", "data.split_seed"
 # What may differ between runs that are compared: what pairs them, where the images lie and, but for times, how they
@@ -114,28 +112,6 @@ def study_protocols(name: str, ignore: Sequence[str], folder: Path) -> dict[str,
     return {title: protocol, protocol.nearest: others}
 
 
-@cache
-def published_runs() -> Mapping[str, Mapping[str, RunRecord]]:
-    """Return the post's training runs, as far as it published their curves, by study and arm; one run an arm."""
-    found: dict[str, dict[str, RunRecord]] = {}
-    with (PUBLISHED / "curves.csv").open(newline="", encoding="utf-8") as file:
-        for row in csv.DictReader(file):
-            run = RunRecord("", row["arm"], "FINISHED", {}, {}, {}, {TRAIN: {}, TEST: {}})
-            run = found.setdefault(row["study"], {}).setdefault(row["arm"], run)
-            for name, column in ((TRAIN, "train_accuracy_percent"), (TEST, "test_accuracy_percent")):
-                run.history[name][int(row["epoch"])] = round(float(row[column]) / 100, 6)
-            test = run.history[TEST]
-            run.metrics.update({BEST_TEST: max(test.values()), LAST_TEST: test[max(test)]})
-    return found
-
-
-def published_value(protocol: Protocol, metric: str, arm: str) -> float | None:
-    """Return the published figure of an arm: as it was printed, else from the published curve; None without one."""
-    printed = protocol.published.figures.get(metric, {})
-    run = published_runs().get(protocol.study, {}).get(arm)
-    return printed.get(arm, None if run is None else quantity(metric).value(run))
-
-
 def complete(runs: Iterable[RunRecord]) -> list[RunRecord]:
     """Return the runs that were finished, not pruned."""
     return [run for run in runs if run.status == "FINISHED" and run.tags.get(OUTCOME, "complete") == "complete"]
@@ -218,6 +194,7 @@ class Chosen:
     splits: int = 1  # that all arms have
     overlap: float = 0.0  # of several splits: the ratio of test to other images, where the test images differ too
     looks: Looks = EVERY_LOOK
+    paired: bool = False  # by seed, within a split
     aside: Sequence[str] = ()  # which runs were left aside
     why: str = ""  # there are none, or no verdict yet
 
@@ -258,7 +235,7 @@ def choose(
     if count := sum(len(of_arm) for group in whole.values() for of_arm in group.values()):
         names = _differing(settings, *whole)
         aside.append(f"{counted(count, 'run')} left aside that differ from these in {names}")
-    return _as_planned(most, aside, runs)
+    return replace(_as_planned(most, aside, runs), paired=protocol.paired)
 
 
 def _why_none(
@@ -333,7 +310,7 @@ def _as_planned(arms: Mapping[str, Runs], aside: list[str], known: Sequence[RunR
     there = min(map(len, first.values()))
     why = f"{planned:.0f} seeds planned, {there} are there: no verdict before all are" if there < planned else ""
     overlap = overlap_of([list(each.values()) for each in first.values()]) if len(shared) > 1 else 0.0
-    return Chosen(first, len(shared), overlap, looks, aside, why)
+    return Chosen(first, len(shared), overlap, looks, aside=aside, why=why)
 
 
 def overlap_of(arms: Collection[Sequence[RunRecord]]) -> float:

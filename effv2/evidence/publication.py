@@ -173,13 +173,7 @@ def make_report(
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters |= {
-        "cell": _cell,
-        "drawing": lambda *of: Markup(svg_part(*of)),  # noqa: S704 (our own SVG, the label escaped)
-        "why": _why,
-        "numbers": _numbers,
-        "slug": _slug,
-    }
+    environment.filters |= {"cell": _cell, "drawing": _drawing, "why": _why, "numbers": _numbers, "slug": _slug}
     values = {
         "evidence": evidence,
         "claims": {"Your claims": own, "Published claims": touched},
@@ -198,11 +192,15 @@ def make_report(
 
 
 def _summary(evidence: Evidence, judgements: Sequence[Judgement]) -> str:
-    counts = Counter(each.verdict for each in judgements)
-    words = ", ".join(f"{counts[verdict]} {verdict.value}" for verdict in Verdict if counts[verdict])
+    words = _tally(judgements)
     parents = {run.parent for run in evidence.runs}
     runs = sum(bool(run.metrics) and run.run_id not in parents for run in evidence.runs)
     return f"{counted(runs, 'run')}; {f'claims: {words}' if words else 'no claim is about them'}"
+
+
+def _tally(judged: Sequence[Judgement] | Sequence[Finding]) -> str:
+    counts = Counter(each.verdict for each in judged)
+    return ", ".join(f"{counts[verdict]} {verdict.value}" for verdict in Verdict if counts[verdict])
 
 
 def _slug(text: str) -> str:
@@ -218,9 +216,7 @@ def _why(judgement: Judgement) -> str:
     """Say in one sentence why the evidence decides what it does."""
     findings = judgement.findings
     if judgement.tested:
-        counts = Counter(each.verdict for each in findings)
-        words = ", ".join(f"{counts[verdict]} {verdict.value}" for verdict in Verdict if counts[verdict])
-        text = f"of {len(findings)} things said {words}" if len(findings) > 1 else _estimated(findings[0])
+        text = f"of {len(findings)} things said {_tally(findings)}" if len(findings) > 1 else _estimated(findings[0])
         more = [each.lacking for each in findings if each.verdict == Verdict.UNDECIDED and each.lacking]
         return "; ".join([text, *more[:1]])
     near_misses = list(dict.fromkeys(each.lacking for each in findings if each.lacking))
@@ -237,3 +233,7 @@ def _estimated(finding: Finding) -> str:
     written = list(dict.fromkeys(p_text(p) for p in (finding.p, finding.corrected) if p is not None))
     holm = [f"({p} after Holm for {finding.tests} tests)" for p in written[1:]]
     return ", ".join(filter(None, (finding.evidence, " ".join([*written[:1], *holm]))))
+
+
+def _drawing(svg: str, label: str) -> Markup:
+    return Markup(svg_part(svg, label))  # noqa: S704 (our own SVG, the label escaped)

@@ -15,7 +15,7 @@ from effv2.evidence.answers import NONE
 from effv2.evidence.claims import Claims
 from effv2.evidence.protocols import SEED_SETTING, SPLIT_SEED, RightAnswers, complete
 from effv2.evidence.quantities import EPOCH_SECONDS, EVALUATE_RATE, SHOWN, VALIDATION, duration, number, percent, whole
-from effv2.evidence.statistics import LEVEL, holm, mcnemar, p_text, wilson
+from effv2.evidence.statistics import LEVEL, holm, mcnemar, p_text, right_on_shared, wilson
 from effv2.evidence.study import NO_STUDY, Rows, StudyResults, TrackedStudy, arms_results, line_of, studies_of
 from effv2.tracking import tags
 from effv2.tracking.read import SELECTED_TEST, SELECTED_VALIDATION, RunRecord
@@ -210,13 +210,12 @@ def _rank(runs: Mapping[str, RunRecord], right: RightAnswers) -> tuple[Ranked, s
     answers = {label: found for label, run in runs.items() if (found := right(run))}
     if not answers:
         return {}, "eval", "unknown"
-    shared = sorted(set.intersection(*map(set, answers.values())))
-    correct = {label: np.array([each[image] for image in shared], bool) for label, each in answers.items()}
+    correct = right_on_shared(answers.values())
     first = runs[next(iter(answers))]
-    fitting = [name for name in SETS if first.metrics.get(f"{name}/images") == len(shared)]
+    fitting = [name for name in SETS if first.metrics.get(f"{name}/images") == correct.shape[1]]
     images = first.params.get("evaluation.ranked_on", (*fitting, "eval")[0])
     origin = first.params.get("evaluation.ranked_origin", images if images in IMAGES else "unknown")
-    return dict(sorted(correct.items(), key=lambda item: -int(item[1].sum()))), images, origin
+    return dict(sorted(zip(answers, correct, strict=True), key=lambda item: -int(item[1].sum()))), images, origin
 
 
 def _sentence(runs: Iterable[str], ranked: Ranked, origin: str, pairs: Sequence[NetworkPair]) -> str:

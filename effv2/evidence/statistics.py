@@ -3,7 +3,7 @@
 import csv
 import math
 from bisect import bisect_left
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from enum import Enum
 from functools import cache
 from pathlib import Path
@@ -49,17 +49,11 @@ class Looks(NamedTuple):
 
         The tests are Student's of one sample, or Welch's of two. `benchmarks/levels.py` simulated the table.
         """
-        if self.once:
-            return p
-        alphas, levels = _levels(samples, self.most)
-        return float(np.exp(_interpolate(np.log(max(p, 1e-300)), np.log(levels), np.log(alphas))))
+        return p if self.once else _interpolate(p, *reversed(_levels(samples, self.most)))
 
     def nominal(self, alpha: float, samples: int) -> float:
         """Return how small the p-value of a single look has to be, for a share `alpha` of errors over all looks."""
-        if self.once:
-            return alpha
-        alphas, levels = _levels(samples, self.most)
-        return float(np.exp(_interpolate(np.log(alpha), np.log(alphas), np.log(levels))))
+        return alpha if self.once else _interpolate(alpha, *_levels(samples, self.most))
 
     def text(self) -> str:
         """Say it."""
@@ -71,25 +65,31 @@ EVERY_LOOK = Looks()  # where nothing else was said beforehand
 
 @cache
 def _levels(samples: int, most: int) -> tuple[np.ndarray, np.ndarray]:
-    """Return levels overall and those of a single look, for the next number of seeds of the table."""
+    """Return logarithms of levels, overall and of a single look, for the next number of seeds of the table."""
     with LEVELS.open(newline="", encoding="utf-8") as file:
         (_, _, *alphas), *rows = csv.reader(file)
     known = {int(row[1]): row[2:] for row in rows if int(row[0]) == samples}
     row = known[min(each for each in known if each >= most)]
-    return np.array(alphas, float), np.array(row, float)
+    return np.log(np.array(alphas, float)), np.log(np.array(row, float))
 
 
-def _interpolate(x: float, xs: np.ndarray, ys: np.ndarray) -> float:
-    """Interpolate between points in rising order; go on below the first as between the first two."""
-    if x < xs[0]:
-        return float(ys[0] + (x - xs[0]) * (ys[1] - ys[0]) / (xs[1] - xs[0]))
-    return float(np.interp(x, xs, ys))
+def _interpolate(p: float, xs: np.ndarray, ys: np.ndarray) -> float:
+    """Interpolate between points in rising order, on logarithms; go on below the first as between the first two."""
+    x = np.log(max(p, 1e-300))
+    below = ys[0] + (x - xs[0]) * (ys[1] - ys[0]) / (xs[1] - xs[0])
+    return float(np.exp(below if x < xs[0] else np.interp(x, xs, ys)))
 
 
 def wilson(right: int, count: int) -> Interval:
     """Return Wilson's 95 % interval of a proportion (Wilson 1927), without continuity correction."""
     found = binomtest(right, count).proportion_ci(CONFIDENCE, method="wilson")
     return Interval(float(found.low), float(found.high))
+
+
+def right_on_shared(answers: Collection[Mapping[str, bool]]) -> np.ndarray:
+    """Return which images networks got right (bool (networks, images)), of those images that all of them have."""
+    shared = sorted(set.intersection(*map(set, answers)))
+    return np.array([[each[image] for image in shared] for each in answers], bool)
 
 
 def mcnemar(first: np.ndarray, second: np.ndarray) -> tuple[int, int, float]:

@@ -14,9 +14,9 @@ from matplotlib.figure import Figure
 
 from effv2.core.figures import accuracy_against_time, accuracy_curves, bars, forest
 from effv2.evidence.answers import NONE, NOTHING_YET, Arms, Held, hold
-from effv2.evidence.claims import Claims
+from effv2.evidence.claims import Claims, published_runs
 from effv2.evidence.judge import FEW_IMAGES
-from effv2.evidence.protocols import complete, counted, has, is_like, pair_of, published_runs, settings_of, split_of
+from effv2.evidence.protocols import complete, counted, has, is_like, pair_of, settings_of, split_of
 from effv2.evidence.quantities import CURVES, SHOWN, TRAIN_SECONDS, Quantity, percent, points, quantity, shown_for
 from effv2.evidence.statistics import FEWEST, TINY, Estimate
 from effv2.tracking import tags
@@ -43,28 +43,30 @@ class TrackedStudy:
         """Return which command made it."""
         return self.parent.params.get("study.kind", "")
 
+    @property
+    def planned(self) -> list[str]:
+        """Return the names of the runs that were planned."""
+        return tags.names_in(self.parent.tags, tags.PLANNED)
+
     def in_order(self) -> list[RunRecord]:
         """Return the runs in the order in which they were planned, whichever worker was quicker."""
-        place = {name: index for index, name in enumerate(tags.names_in(self.parent.tags, tags.PLANNED))}
+        place = {name: index for index, name in enumerate(self.planned)}
         return sorted(self.runs, key=lambda run: place.get(run.name, len(place)))
 
     def missing(self) -> str:
         """Say what it lacks: runs that failed, and planned ones. A run that diverged is an answer to a search."""
         there = {run.name for run in self.runs if run.status == "FINISHED"}
         failed = {run.name: run.tags.get(tags.ERROR, "no reason known") for run in self.runs if run.status == "FAILED"}
-        planned = tags.names_in(self.parent.tags, tags.PLANNED)
-        lacking = [name for name in planned if name not in there | failed.keys()]
+        lacking = [name for name in self.planned if name not in there | failed.keys()]
         diverged = {name for name, error in failed.items() if error.startswith("Diverged:")}
         hidden = there | (diverged if self.kind == "search" else set())
         errors = [f"{name} ({shorten(error, LONGEST_REASON)})" for name, error in failed.items() if name not in hidden]
         running = any(run.status == "RUNNING" for run in self.runs)
         found = ["it is being worked on, or its process died"] if running else []
         for words, names in {"failed": errors, "planned but not finished": lacking}.items():
-            if names:
-                more = f" and {len(names) - MOST_NAMED} more" if len(names) > MOST_NAMED else ""
-                found.append(f"{counted(len(names), 'run')} {words}: {', '.join(names[:MOST_NAMED])}{more}")
-        if not self.runs:
-            found.append("it has no runs yet")
+            more = f" and {len(names) - MOST_NAMED} more" if len(names) > MOST_NAMED else ""
+            found += [f"{counted(len(names), 'run')} {words}: {', '.join(names[:MOST_NAMED])}{more}"] if names else []
+        found += [] if self.runs else ["it has no runs yet"]
         resumes = self.parent.tags.get(tags.COMMAND) and (lacking or failed.keys() - there - diverged)
         return f"{'; '.join(found)}.{' The command below resumes it.' if resumes else ''}" if found else ""
 
@@ -184,10 +186,9 @@ def arms_results(study: TrackedStudy, claims: Claims) -> StudyResults:
 
 def _counts(study: TrackedStudy, found: Arms, held: Held) -> Iterator[str]:
     """Say of each arm which runs don't count: repeated, failed, missing, without a figure, or beyond the plan."""
-    planned = tags.names_in(study.parent.tags, tags.PLANNED)
     failed = Counter(run.tags.get(tags.ARM, "") for run in study.runs if run.status == "FAILED")
     over = {run.name for run in study.runs if run.status in ("FINISHED", "FAILED")}
-    missing = Counter(arm_in(name) for name in planned if name not in over)
+    missing = Counter(arm_in(name) for name in study.planned if name not in over)
     for arm in dict.fromkeys([*found, *failed, *missing]):
         runs = found.get(arm, [])
         counts = {
@@ -204,12 +205,14 @@ def _counts(study: TrackedStudy, found: Arms, held: Held) -> Iterator[str]:
 def _figures(arms: Arms, title: str, published: Mapping[str, RunRecord], held: Held) -> dict[str, Figure]:
     figures: dict[str, Figure] = {}
     if drawn := {arm: each.drawn() for arm, each in held.answers.items()}:
-        others = set(held.others.values()) - {""}
-        unit = f"difference from {others.pop() if len(others) == 1 else 'its reference'}, percentage points"
+        unit = f"difference from {held.against or 'its reference'}, percentage points"
         figures[DIFFERENCES] = forest(drawn, f"{title}: differences", unit, 100 * held.margin)
     for name, metric in CURVES.items():
-        found = {arm: [run.history[metric] for run in runs if run.history.get(metric)] for arm, runs in arms.items()}
-        curves = {arm: kept for arm, kept in found.items() if kept}
+        curves = {
+            arm: kept
+            for arm, runs in arms.items()
+            if (kept := [run.history[metric] for run in runs if run.history.get(metric)])
+        }
         if curves and not (name == "validation accuracy" and "test accuracy" in figures):
             theirs = {arm: run.history[metric] for arm, run in published.items() if metric in run.history}
             figures[name] = accuracy_curves(curves, f"{title}: {name}", theirs)
@@ -250,8 +253,7 @@ def _table(arms: Arms, held: Held) -> Rows:
     for name in (held.what.name, *last):
         columns += line_of(arms, name)
     if held.answers:
-        others = set(held.others.values()) - {""}
-        title = f"less {others.pop()}" if len(others) == 1 else "difference"
+        title = f"less {held.against}" if held.against else "difference"
         columns.append((f"{title} [interval]", *(held.cell(arm) for arm in arms)))
     for name in (TRAIN_SECONDS, "model/parameters"):
         columns += line_of(arms, name)

@@ -169,7 +169,7 @@ def _create(plan: Plan, storage: Storage, name: str, definition: Mapping[str, An
     parent = begin_run(plan.name, definition["experiment"], tags)
     try:
         shown = ("kind", "name", "description", "baseline")
-        parent.log_params({f"study.{field}": getattr(plan, field) for field in shown} | plan.stamps())
+        parent.log_params({f"study.{field}": getattr(plan, field) for field in shown} | dict(plan.stamps))
         parent.log_git()
         created = storage.optuna.create_new_study([StudyDirection.MAXIMIZE], name)
         attributes = {DEFINITION: definition, FRESH: fresh, PARENT: parent.run_id}

@@ -46,7 +46,7 @@ def forecast(plan: Grid, options: StudyOptions, load: LoadData, experiment_id: s
         found = [run.metrics[TRAIN_SECONDS] for run in same[arm] if TRAIN_SECONDS in run.metrics]
         seconds[arm] = statistics.fmean(found) if found else _timed(plan.arms[arm], load, TIMED_SECONDS / len(names))
         timed += [] if found else [arm]
-    most = int(plan.stamps().get(MAX_SEEDS, 30))
+    most = int(plan.stamps.get(MAX_SEEDS, 30))
     one = sum(seconds.values())
     if plan.auto:
         count = f"{FEWEST * len(names)} to {most * len(names)} runs, as many as the answers take"
@@ -61,7 +61,7 @@ def forecast(plan: Grid, options: StudyOptions, load: LoadData, experiment_id: s
     deviation, source = _deviation(same)
     lines = [
         f"{count}, about {hours} of training added up, by {' and '.join(how)}{shared}. Evaluation comes on top.",
-        f"Differences from the baseline that would be found, with a standard deviation of {100 * deviation:.2f} points "
+        f"Differences from the baseline that would be found, with a standard deviation of {points(deviation, '')} "
         f"({source}):",
     ]
     return Forecast(lines, _table(Looks(most), sorted({3, 6, 10, most}), deviation))

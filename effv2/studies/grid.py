@@ -33,14 +33,13 @@ FEWEST_ARMS = 2  # that can be compared
 class Grid(TrainingPlan):
     """The resolved arms of a study, whichever are wanted. Trials have an arm, a seed and, of several, a split.
 
-    With `auto` there are as many seeds as it takes. `settled` are the stamps of a study that begins now.
+    With `auto` there are as many seeds as it takes.
     """
 
     arms: Mapping[str, TrainConfig]
     splits: int = 1
     auto: AutoSeeds | None = None
     options: StudyOptions
-    settled: Mapping[str, Any]
 
     def wanted(self, trials: Trials) -> Mapping[str, Params]:
         """Return the seeds that the study names, or those of the last round."""
@@ -49,10 +48,6 @@ class Grid(TrainingPlan):
     def rounds(self, trials: Trials) -> list[Round]:
         """Return the rounds of seeds so far."""
         return self.auto.rounds(trials) if self.auto else []
-
-    def stamps(self) -> dict[str, Any]:
-        """Return what verdicts rest on besides the runs: it is logged before the first of them."""
-        return dict(self.settled)
 
     def resumed(self, stamped: Mapping[str, str], begin: Callable[[str], Sequence[str]]) -> "Grid":
         """Return the plan by the rules that a study was begun with; InputError where others are asked for."""
@@ -130,7 +125,7 @@ def make_grid(
         splits=study.splits,
         auto=auto if isinstance(options.seeds, str) else None,
         options=options,
-        settled=stamps,
+        stamps=stamps,
         **study.model_dump(include=ABOUT),
     )
 

@@ -9,7 +9,7 @@ from abc import ABC, abstractmethod
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -59,7 +59,8 @@ class Plan(ABC):
     `kind` is the command that makes it. `trials` are those that are wanted now, by name, with their fixed parameters.
     `definition` holds, as plain values, what makes this study this study: another definition is another study.
     `epochs` are those of a trial at most. A plan that `searches` lets a sampler choose the parameters; its poor and its
-    diverged runs are pruned, and its best one is tested.
+    diverged runs are pruned, and its best one is tested. `stamps` are settled before the first run: params of the
+    study's run, which never change.
     """
 
     kind: str
@@ -70,6 +71,7 @@ class Plan(ABC):
     description: str = ""
     retries: int = 0
     baseline: str = ""
+    stamps: Mapping[str, Any] = field(default_factory=dict)
     searches: ClassVar[bool] = False
 
     def sampler(self, number: int) -> optuna.samplers.BaseSampler | None:
@@ -87,10 +89,6 @@ class Plan(ABC):
     def wanted(self, trials: Trials) -> Mapping[str, Params]:
         """Return the trials that are wanted as those that are there stand, by name, with their fixed parameters."""
         return self.trials
-
-    def stamps(self) -> dict[str, Any]:
-        """Return what was settled before the first run: params of the study's run, which never change."""
-        return {}
 
     def resumed(self, stamped: Mapping[str, str], begin: Callable[[str], Sequence[str]]) -> "Plan":
         """Return the plan by the rules that a study was begun with; InputError where others are asked for.
