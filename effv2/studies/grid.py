@@ -59,7 +59,7 @@ class Grid(TrainingPlan):
         if not self.auto:
             return self
         began, asked = stamped.get(LOOKS, "every"), str(self.options.seeds)
-        if began != self.settled[LOOKS]:
+        if began != self.stamps[LOOKS]:
             ways = {"once": f"for one look, at {stamped[MAX_SEEDS]} seeds", RACE: "as a race"}
             problem = f"the study was begun {ways.get(began, 'with auto seeds or a list')}"
             raise InputError("seeds", asked, problem, "give what it was begun with, or start over with `fresh`")
