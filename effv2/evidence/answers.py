@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from effv2.config.schema import RACE
+from effv2.core.errors import joined
 from effv2.evidence.protocols import SplitAndSeed, counted, first_seeds, looks_of, overlap_of, pair_of
 from effv2.evidence.quantities import EPOCH_SECONDS, TRAIN_SECONDS, Quantity, duration, number, points, quantity
 from effv2.evidence.statistics import (
@@ -55,21 +56,18 @@ def estimate(values: Sequence[Values], looks: Looks, paired: bool = False, overl
     return Estimate(differences or [math.nan], overlap=overlap if several else 0.0, looks=looks)
 
 
-def outlook(
-    found: Estimate, level: float, edge: float = 0.0, unit: str = "seeds", nothing: str = "there is none"
-) -> str:
-    """Say how many seeds tell a mean, or a difference, from an edge."""
+def outlook(found: Estimate, level: float, edge: float = 0.0, unit: str = "seeds", nothing: str = "") -> str:
+    """Say how many seeds tell a mean, or a difference, from an edge, and that none do if there is `nothing`."""
     most = found.looks.most
     if found.n >= most:
         return f"all {most} {unit} that count are there: it stays undecided"
     about, few, many = seeds_to_decide(found, edge, level)
     if about is None:
         return f"if the true difference is as seen, {most} {unit} decide in fewer than 80 % of studies"
-    ends = f"{few or most} to {many or f'over {most}'}"
-    return (
-        f"if the true difference is as seen, {about} {unit} ({ends}) decide in 80 % of studies; if {nothing}, none "
-        f"will; adding {unit} is allowed, the level accounts for it"
-    )
+    about, few = max(about, found.n + 1), max(few or most, found.n + 1)
+    ends = f"{few} to {max(many, few) if many else f'over {most}'}"
+    rest = f"; if {nothing}, none will; adding {unit} is allowed, the level accounts for it" if nothing else ""
+    return f"if the true difference is as seen, {about} {unit} ({ends}) decide in 80 % of studies{rest}"
 
 
 @dataclass(frozen=True)
@@ -201,25 +199,31 @@ class Held:
         others = set(self.others.values()) - {""}
         return others.pop() if len(others) == 1 else ""
 
-    def short(self) -> dict[str, str]:
-        """Return a sentence an arm but for the baseline; of a single arm how well it does."""
-        lacking = "nothing to compare, a figure is missing"
-        found = {
-            arm: self.answers[arm].sentence() if arm in self.answers else f"{arm} against {other}: {lacking}"
-            for arm, other in self.others.items()
-            if other
-        }
+    def sentences(self, short: bool = False) -> list[str]:
+        """Return what is said of the arms: each apart, and those together of which there is no verdict yet.
+
+        The short form has all undecided ones together, and not what would decide them.
+        """
+        apart, together = list[str](), dict[tuple[str, str], list[str]]()
+        for arm, other in ((arm, other) for arm, other in self.others.items() if other):
+            answer = self.answers.get(arm)
+            why = answer.waits if answer else "nothing to compare, a figure is missing"
+            if answer and not why and short and answer.comparison.outcome is Outcome.OPEN:
+                why = f"undecided, {answer.comparison.estimate.n} seeds"
+            if answer and not why:
+                apart.append("; ".join(filter(None, (answer.sentence(), "" if short else answer.outlook()))))
+            else:
+                together.setdefault((other, why), []).append(arm)
+        found = [*apart, *(f"{joined(arms)} against {other}: {why}" for (other, why), arms in together.items())]
         if not found and (values := self.what.values(run for runs in self.arms.values() for run in runs)):
             arm, mean = next(iter(self.arms)), self.what.text(statistics.fmean(values))
-            found[arm] = f"{arm}: {mean} {self.what.words}, {counted(len(values), 'run')}, nothing to compare it with"
-        return found
-
-    def sentences(self) -> list[str]:
-        """Return the sentences with what would decide those that are undecided."""
-        ends = {arm: each.outlook() for arm, each in self.answers.items()}
-        found = [f"{'; '.join(filter(None, (text, ends.get(arm))))}." for arm, text in self.short().items()]
+            found = [f"{arm}: {mean} {self.what.words}, {counted(len(values), 'run')}, nothing to compare it with"]
+        lines = [*filter(None, [self.leads]), *(f"{each}." for each in found)]
         few = [each for each in self.answers.values() if each.waits and not self.looks.once]
-        return [*filter(None, [self.leads]), *found, *([self._cost(few)] if few else [])] or [NOTHING_YET]
+        more = [self._cost(few)] if few else []
+        if any(each.outlook() for each in self.answers.values()):
+            more.append("Adding seeds is allowed, the level accounts for it. Without a difference, none decide.")
+        return [*lines, *([] if short else more)] or [NOTHING_YET]
 
     def cell(self, arm: str) -> str:
         """Return the difference of an arm; nothing for the baseline."""

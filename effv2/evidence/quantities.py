@@ -49,9 +49,10 @@ def number(text: str) -> float:
 
 
 def duration(seconds: float) -> str:
-    """Write a duration in minutes or hours."""
-    minutes = seconds / 60
-    return f"{minutes / 60:.1f} hours" if minutes >= 60 else f"{minutes:.1f} minutes"
+    """Write a duration in seconds, minutes or hours."""
+    if seconds < 60:
+        return f"{seconds:.0f} seconds"
+    return f"{seconds / 3600:.1f} hours" if seconds >= 3600 else f"{seconds / 60:.1f} minutes"
 
 
 @dataclass(frozen=True)

@@ -166,7 +166,7 @@ def arms_results(study: TrackedStudy, claims: Claims) -> StudyResults:
     published, protocol = _published_curves(arms, claims)
     return StudyResults(
         answers=[] if alone else held.sentences(),
-        short="" if alone else " ".join(f"{each}." for each in held.short().values()),
+        short="" if alone else " ".join(held.sentences(short=True)),
         table=_table(arms, held),
         warnings=[*differences, *([] if alone else _counts(study, found, held)), *_warnings(arms, held.what)],
         details=_details(arms, held.what.name),

@@ -60,7 +60,7 @@ class Grid(TrainingPlan):
             return self
         began, asked = stamped.get(LOOKS, "every"), str(self.options.seeds)
         if began != self.stamps[LOOKS]:
-            ways = {"once": f"for one look, at {stamped[MAX_SEEDS]} seeds", RACE: "as a race"}
+            ways = {"once": f"for one look, at {stamped.get(MAX_SEEDS)} seeds", RACE: "as a race"}
             problem = f"the study was begun {ways.get(began, 'with auto seeds or a list')}"
             raise InputError("seeds", asked, problem, "give what it was begun with, or start over with `fresh`")
         most, margin = int(stamped.get(MAX_SEEDS, EVERY_LOOK.most)), float(stamped.get(MARGIN, 0))
