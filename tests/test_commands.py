@@ -11,10 +11,11 @@ import statistics
 import subprocess
 import sys
 import time
-from contextlib import suppress
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
+import click
 import pytest
 from click.testing import CliRunner, Result
 from mlflow import MlflowClient
@@ -23,11 +24,14 @@ from mlflow.exceptions import MlflowException
 from mlflow.projects._project_spec import load_project
 
 from effv2.architecture import parse_table
+from effv2.cli.console import ConsoleReporter
 from effv2.cli.main import ablate, evaluate_pretrained, hparam_check, report, search, train
 from effv2.cli.options import in_options
 from effv2.core.errors import Terminated
 from effv2.core.processes import ending_signals, uninterrupted
 from effv2.run.run import RunSpec
+from effv2.studies.storage import open_storage
+from effv2.tracking.sender import Sender
 from tests.conftest import ROOT, TINY_TABLE, make_image_tree, running
 
 EPOCH_METRICS = {
@@ -156,14 +160,55 @@ def test_sigterm_leaves_no_run_running(sqlite_store: str, tiny_study: Path) -> N
     assert [run.info.status for run in all_runs()] == ["KILLED", "KILLED"]
 
 
-def test_a_signal_that_python_swallowed_is_raised_after_the_step() -> None:
+class Swallows:
+    """Its destructor is ended by SIGTERM, which Python drops."""
+
+    def __del__(self) -> None:
+        os.kill(os.getpid(), signal.SIGTERM)
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+@pytest.mark.parametrize("looks", ["a step", "a wait for the store", "a call of the queue", "progress"])
+def test_a_signal_that_python_swallowed_ends_what_follows(sqlite_store: str, tmp_path: Path, looks: str) -> None:
+    run = MlflowClient().create_run("0")
+    storage = open_storage(f"sqlite:///{tmp_path / 'optuna.db'}")
+
+    def look() -> None:
+        if looks == "a step":
+            with uninterrupted():
+                pass
+        elif looks == "a wait for the store":
+            with closing(Sender(run.info.run_id, print, resumed=False)) as sender:
+                sender.put(lambda: time.sleep(0.5))
+                sender.flush(60)
+        elif looks == "a call of the queue":
+            storage.retry(lambda: None)
+        else:
+            with click.Context(ablate), ConsoleReporter() as reporter:
+                reporter.progress("steps", 1, 2)
+
     with ending_signals():
-        with suppress(Terminated):  # as in a destructor
-            os.kill(os.getpid(), signal.SIGTERM)
-        with pytest.raises(Terminated), uninterrupted():
-            pass
-    with uninterrupted():
-        pass
+        Swallows()
+        with pytest.raises(Terminated):
+            look()
+        try:
+            raise Terminated
+        except Terminated:
+            look()  # on the way out nothing is cut short
+    look()
+
+
+@pytest.mark.parametrize(("seconds", "code"), [(0.0, 0), (0.8, -signal.SIGTERM)])
+def test_a_second_signal_ends_at_once_what_hears_none(seconds: float, code: int) -> None:
+    """But for one that comes with the first."""
+    script = (
+        "import os, signal, time\nfrom contextlib import suppress\nfrom effv2.core.processes import ending_signals\n"
+        "with ending_signals():\n    for pause in (0, SECONDS):\n        time.sleep(pause)\n"
+        "        with suppress(BaseException):\n            os.kill(os.getpid(), signal.SIGTERM)\n"
+    )
+    with running("-c", script.replace("SECONDS", str(seconds))) as process:
+        process.rest()
+    assert process.returncode == code
 
 
 def test_a_signal_waits_for_the_end_of_the_outermost_block() -> None:

@@ -19,6 +19,7 @@ from sqlalchemy import exc
 from sqlalchemy.engine import URL
 
 from effv2.core.errors import InputError, StoreAway
+from effv2.core.processes import stop_if_told
 from effv2.core.provenance import without_password
 from effv2.tracking.store import reason
 
@@ -95,6 +96,7 @@ class Storage:
         """
         pause, away_since = 0.05, float("inf")
         while True:
+            stop_if_told()
             began = time.monotonic()
             try:
                 return operation()

@@ -212,7 +212,7 @@ def worker_process(study: OpenedStudy, threads: int, gpu: str) -> None:
     tune_allocator()
     torch.set_num_threads(threads)
     configure()
-    with ending_signals():
+    with ending_signals(repeated=False):  # which the process that started this one may send, too
         try:
             threading.Thread(target=end_with_starter, daemon=True).start()
             storage = open_storage(study.options.storage, OUTAGE_SECONDS)

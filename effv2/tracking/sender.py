@@ -12,6 +12,7 @@ from contextlib import suppress
 from itertools import islice, takewhile
 
 from effv2.core.errors import RunError
+from effv2.core.processes import stop_if_told
 from effv2.core.reporter import Message
 from effv2.tracking.store import WAIT_SECONDS, TrackingAway, answers, is_refusal, reason, shown_uri
 from effv2.tracking.writer import Item, KnownSteps, send
@@ -66,6 +67,7 @@ class Sender:
                         f"what the run {self.run_id} logged isn't there yet; start it."
                     )
                 self._changed.wait(LOOK_SECONDS)
+                stop_if_told()
             trouble = self._refusal or self.trouble
         if trouble is not None:
             raise RunError(
