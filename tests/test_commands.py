@@ -455,6 +455,12 @@ STUDY_ERRORS = {
     "seeds: [0, 0]\narms: {a: {}}": r"line 2: seeds.*the same seed appears twice",
     "arms: {'a[/x]': {}}": r"line 2: arms.*letters, digits",
     "arms: {a: &a {model: *a}}": r"contains itself",
+    "a: &a [x,x,x,x,x,x,x,x,x]\nb: &b [*a,*a,*a,*a,*a,*a,*a]\nc: &c [*b,*b,*b,*b,*b,*b]\nd: &d [*c,*c,*c,*c,*c,*c]\n"
+    "e: &e [*d,*d,*d,*d,*d,*d]\nf: [*e,*e,*e,*e,*e,*e,*e,*e]": r"more than 50,000 values",
+    "config: " + "[" * 60 + "]" * 60: r"or 50 levels",
+    "config: {random: {seed: 0x" + "f" * 6000 + "}}": r"line 2: a number of more than 100 digits; correct it",
+    "name: !!int ''": r"not valid YAML \(IndexError\); correct it",
+    "name: " + "x" * 1_000_001: r"can't be read \(it is larger than 1 MB\)",
     "config: {schedule: {epochs: 2, warmup_epochs: 2}}": r"line 2: config.schedule.warmup_epochs 2: the warm-up",
     "config: {model: {outputs: 5}}\narms: {a: {}}": r"model.outputs 5: the data has 10 classes",
     "config: {data: {image_sise: 32}}": r"line 2: config.data.image_sise: unknown key.*'image_size'",
