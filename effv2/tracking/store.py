@@ -9,10 +9,10 @@ from collections import Counter
 from collections.abc import Iterator
 from contextlib import closing, contextmanager, nullcontext, suppress
 from pathlib import Path
+from typing import Any
 
 import mlflow
 from filelock import FileLock
-from mlflow import MlflowClient
 from mlflow.entities import Experiment
 from mlflow.exceptions import MlflowException
 from mlflow.utils.credentials import get_default_host_creds
@@ -33,6 +33,7 @@ MOST_SETBACKS = 5  # so often a piece of work is begun again because the store f
 TrackingError = MlflowException
 TRACKING_ERRORS = (MlflowException, SQLAlchemyError, OSError)  # a store that is away, or refuses
 REFUSALS = ("INVALID_PARAMETER_VALUE", "BAD_REQUEST")
+CUT = "Connection broken|IncompleteRead"  # what an answer that broke off looks like
 MISSING = "RESOURCE_DOES_NOT_EXIST"  # there is no run, model or experiment of that id
 HALF_BUILT = "already exists|out-of-date|no such (table|column)|duplicate column"  # what opening such a database says
 LASTING = (MISSING, "PERMISSION_DENIED", "UNAUTHENTICATED")
@@ -63,6 +64,30 @@ EXPLANATIONS = (
     ),
     ("", "the tracking store doesn't answer ({reason})", "start the server or correct the address"),
 )
+
+
+class MlflowClient(mlflow.MlflowClient):
+    """MLflow's client, which repeats calls whose answer was cut; MLflow itself repeats those that failed otherwise.
+
+    A call may so arrive more than once: none but `create_run` and `create_logged_model` minds.
+    """
+
+    def __getattribute__(self, name: str) -> Any:
+        """Return an attribute; a method that repeats itself."""
+        found = super().__getattribute__(name)
+        if name.startswith("_") or not callable(found):
+            return found
+
+        def repeated(*args: Any, **kwargs: Any) -> Any:
+            for _ in range(MOST_SETBACKS):
+                try:
+                    return found(*args, **kwargs)
+                except TRACKING_ERRORS as error:
+                    if not re.search(CUT, str(error)):
+                        raise
+            return found(*args, **kwargs)
+
+        return repeated
 
 
 class TrackingAway(StoreAway):
@@ -148,7 +173,10 @@ def configure() -> None:
         logging.getLogger(name).setLevel(logging.WARNING)
     logging.getLogger("mlflow.store.db.utils").setLevel(logging.CRITICAL)  # it prints the stack of what we explain
     os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
-    os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "2")
+    os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "5")
+    os.environ.setdefault(
+        "MLFLOW_HTTP_REQUEST_BACKOFF_FACTOR", "0"
+    )  # half a second apart: the wait for a server is ours
     os.environ.setdefault("MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT", "true")
 
 
@@ -157,7 +185,7 @@ def _probe() -> None:
     uri = mlflow.get_tracking_uri()
     if uri.startswith("http"):
         creds = get_default_host_creds(uri)  # type: ignore[no-untyped-call]
-        http_request(creds, "/health", "GET", timeout=PROBE_SECONDS, max_retries=1)  # type: ignore[no-untyped-call]
+        http_request(creds, "/health", "GET", timeout=PROBE_SECONDS, max_retries=3)  # type: ignore[no-untyped-call]
     MlflowClient().search_experiments(max_results=1)  # a server whose database is away says that it is well
 
 
