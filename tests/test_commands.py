@@ -28,7 +28,7 @@ from effv2.cli.console import ConsoleReporter
 from effv2.cli.main import ablate, evaluate_pretrained, hparam_check, report, search, train
 from effv2.cli.options import in_options
 from effv2.core.errors import Terminated
-from effv2.core.processes import ending_signals, uninterrupted
+from effv2.core.processes import ending_signals, is_alive, this_process, uninterrupted
 from effv2.run.run import RunSpec
 from effv2.studies.storage import open_storage
 from effv2.tracking.sender import Sender
@@ -238,6 +238,35 @@ def test_second_signal_does_not_cut_the_marking_short(
     monkeypatch.setattr(loop, "evaluate", lambda *_: os.kill(os.getpid(), signal.SIGINT))
     assert invoke(ablate, "--study", tiny_study).exit_code == 130
     assert [run.info.status for run in all_runs()] == ["KILLED", "KILLED"]
+
+
+@pytest.mark.parametrize("damage", ["removed", "overwritten"])
+def test_a_queue_that_is_gone_in_mid_study_is_named(
+    sqlite_store: str, tiny_study: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, damage: str
+) -> None:
+    from effv2.training import loop
+    from effv2.training.loop import evaluate
+
+    def lost(*args: Any) -> Any:
+        (tmp_path / "optuna.db").unlink()
+        if damage == "overwritten":
+            (tmp_path / "optuna.db").write_bytes(b"something else" * 100)
+        return evaluate(*args)
+
+    words = (ablate, "--study", tiny_study, "--log-model", "none")
+    with monkeypatch.context() as patch:
+        patch.setattr(loop, "evaluate", lost)
+        result = invoke(*words)
+    assert result.exit_code == 1 and "optuna.db was removed, replaced or damaged" in result.stderr, result.stderr
+    assert {run.info.status for run in all_runs()} == {"FAILED"}
+    if damage == "removed":
+        assert invoke(*words).exit_code == 0
+
+
+@pytest.mark.parametrize("pid", ["x", "-1", "1e3", "9" * 30, ""])
+def test_a_process_tag_that_somebody_wrote_stops_no_command(pid: str) -> None:
+    *where, _, started, unique = this_process().split("/")
+    assert is_alive("/".join([*where, pid, started, unique])) is None
 
 
 def test_ignored_hangup_stays_ignored(sqlite_store: str, tiny_study: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -162,6 +162,22 @@ def test_what_a_kill_at_the_end_left_is_completed(
     assert weights(run)
 
 
+@pytest.mark.parametrize("folders", [("one", "one"), ("one", "other")], ids=["one folder", "two folders"])
+def test_two_equal_commands_at_one_moment_train_once(
+    sqlite_store: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, folders: tuple[str, str]
+) -> None:
+    monkeypatch.setenv("EFFV2_CACHE", str(tmp_path / "cache"))
+    study = tmp_path / "everything.yaml"
+    study.write_text(EVERYTHING.replace("EPOCHS", "20"))
+    words = [ROOT / "entry_points" / "train.py", "--study", study, "--log-model", "none", "--checkpoint-dir"]
+    with running(*words, tmp_path / folders[0]) as first, running(*words, tmp_path / folders[1]) as second:
+        said = [first.rest(), second.rest()]
+    assert sorted([first.returncode, second.returncode]) == [0, 1], said
+    assert "trains the same" in said[1 if second.returncode else 0]
+    assert [run.info.status for run in all_runs("Default")].count("FINISHED") == 1
+    assert len([run for run in all_runs("Default") if run.data.tags["effv2.config_hash"]]) == 1
+
+
 def test_another_machine_goes_on_from_the_checkpoint_that_was_uploaded(
     sqlite_store: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

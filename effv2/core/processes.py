@@ -2,6 +2,7 @@
 
 import ctypes
 import os
+import re
 import signal
 import sys
 import threading
@@ -132,7 +133,7 @@ def is_gone(process: str) -> bool:
 def is_alive(process: str) -> bool | None:
     """Say whether a process lives; None where that can't be seen from here, as on another machine."""
     *where, pid, started, _ = process.split("/") if process.count("/") == 4 else ("", "", "", "")
-    if not pid or "/".join(where) != _where():
+    if not re.fullmatch("[0-9]{1,9}", pid) or "/".join(where) != _where():  # the former where somebody wrote it
         return None
     if _started(int(pid)) == started:
         return True

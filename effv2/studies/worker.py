@@ -74,14 +74,17 @@ class OpenedStudy:
         """
         storage.patience = LEAVING_SECONDS
         with suppress(Exception, LeaseLost):
+            away = True
             with suppress(StoreAway):
                 self.queue(storage).release()
+                away = False
             run = read_run(self.parent.run_id) if status and answers() else None
             if run is not None and run.status == "RUNNING":
-                try:
-                    storage.retry(lambda: self.end(self.queue(storage), status))
-                except StoreAway:
-                    self.parent.set_status(status)
+                with suppress(StoreAway):
+                    if not away:
+                        storage.retry(lambda: self.end(self.queue(storage), status))
+                        return
+                self.parent.set_status(status)
 
 
 @dataclass
