@@ -142,6 +142,35 @@ train(sys.argv[1:])
 """
 
 
+INTERRUPTED = """
+import os, signal, sys, time
+from concurrent.futures import ThreadPoolExecutor
+from mlflow import MlflowClient
+from effv2.cli.main import train
+def uploads_for_long(*_, **__):
+    os.kill(os.getpid(), signal.SIGINT)
+    ThreadPoolExecutor(1).submit(time.sleep, 100).result()
+MlflowClient.log_model_artifacts = uploads_for_long
+train(sys.argv[1:])
+"""
+
+
+def test_ctrl_c_while_the_model_is_logged_ends_within_seconds(
+    sqlite_store: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("EFFV2_CACHE", str(tmp_path / "cache"))
+    study = tmp_path / "short.yaml"
+    study.write_text(SHORT)
+    with running("-c", INTERRUPTED, "--study", study) as process:
+        process.until("epoch 6/6")
+        began = time.monotonic()
+        said = process.rest()
+    assert process.returncode == 130 and "Interrupted" in said, said
+    assert time.monotonic() - began < 60
+    (run,) = all_runs("Default")
+    assert run.info.status == "KILLED"
+
+
 @pytest.mark.parametrize("where", ["log_model_artifacts", "set_terminated"])
 def test_what_a_kill_at_the_end_left_is_completed(
     sqlite_store: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, where: str

@@ -18,7 +18,7 @@ from optuna.trial import FrozenTrial, TrialState
 
 from effv2.config.schema import StudyOptions
 from effv2.core.errors import Diverged, LeaseLost, RunError, StoreAway, Terminated
-from effv2.core.processes import ending_signals, tune_allocator
+from effv2.core.processes import ending_signals, leave, tune_allocator
 from effv2.core.reporter import Reporter
 from effv2.data.dataset import LoadData, load_once
 from effv2.run.run import RunSpec
@@ -228,5 +228,5 @@ def worker_process(study: OpenedStudy, threads: int, gpu: str) -> None:
                 study.leave(storage, "" if starter is not None and starter.is_alive() else "KILLED")
             if isinstance(error, RunError):
                 print(error, file=sys.stderr)
-                sys.exit(AWAY)
-            sys.exit(1)
+                leave(AWAY)
+            leave(1)

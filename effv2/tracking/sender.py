@@ -13,7 +13,7 @@ from contextlib import suppress
 from itertools import islice, takewhile
 
 from effv2.core.errors import RunError
-from effv2.core.processes import stop_if_told
+from effv2.core.processes import SENDER, stop_if_told
 from effv2.core.reporter import Message
 from effv2.tracking.store import WAIT_SECONDS, TrackingAway, answers, is_refusal, reason, shown_uri
 from effv2.tracking.writer import Item, LatestSteps, send
@@ -37,7 +37,7 @@ class Sender:
         self._failures = 0  # of the last attempts
         self._refusal: Exception | None = None  # the first that was for good
         self.checked, self.closed, self._at_once = False, False, MOST_AT_ONCE
-        self._thread = threading.Thread(target=self._send_all, name=f"sender {run_id}", daemon=True)
+        self._thread = threading.Thread(target=self._send_all, name=f"{SENDER}{run_id}", daemon=True)
         self._thread.start()
 
     def put(self, *items: Item) -> None:
