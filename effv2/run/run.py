@@ -123,9 +123,7 @@ def attempt(config: TrainConfig, dataset: Dataset, spec: RunSpec) -> Attempt:
             checkpointer.remove()  # if the status alone was missing
             pruned = earlier.tags.get(tag.OUTCOME) == "pruned"
             return Attempt(there, earlier.metrics, reached_accuracy(earlier.metrics), pruned, was_finished=True)
-    alone = spec.previous is None and not spec.fresh
-    if alone:
-        _must_be_alone(tags, spec)
+    _must_be_alone(tags, spec)
     try:
         with ExitStack() as stack:
             if earlier is not None:
@@ -137,8 +135,7 @@ def attempt(config: TrainConfig, dataset: Dataset, spec: RunSpec) -> Attempt:
             if earlier is None:
                 checkpointer = Checkpointer(run.run_id, *keeping)
                 stack.enter_context(checkpointer.lock())
-                if alone:
-                    _must_be_alone(tags, spec, run)
+                _must_be_alone(tags, spec, run)
             if earlier is None or FIRST_LOGGED not in earlier.metrics:
                 _log_beginning(run, config, dataset, earlier.params if earlier else {})
             ended = _train(config, dataset, spec, run, checkpointer)
@@ -158,8 +155,11 @@ def attempt(config: TrainConfig, dataset: Dataset, spec: RunSpec) -> Attempt:
 def _must_be_alone(tags: Mapping[str, str], spec: RunSpec, run: OpenRun | None = None) -> None:
     """Refuse what another process of this machine trains as a run of its own: of two that begin at once the later.
 
-    A `run` that was opened in vain is then no longer known as one to be resumed.
+    A `run` that was opened in vain is then no longer known as one to be resumed. Studies have their queue, and `fresh`
+    asks for another.
     """
+    if spec.previous is not None or spec.fresh:
+        return
     known = find_runs(spec.experiment_id, {tag.CONFIG_HASH: tags[tag.CONFIG_HASH]}, running=True)
     equal = [each for each in known if all(each.tags.get(name) == tags[name] for name in tag.IDENTITY)]
     ours = next(((each.started, each.run_id) for each in equal if run and each.run_id == run.run_id), None)
