@@ -81,7 +81,7 @@ def check_complete(epochs: int) -> None:
     assert len(run.outputs.model_outputs if run.outputs else []) == 1
 
 
-@pytest.mark.parametrize(("seconds", "epochs"), [(0.5, 60), pytest.param(60, 900, marks=long)])
+@pytest.mark.parametrize(("seconds", "epochs"), [(3, 60), pytest.param(60, 900, marks=long)])
 def test_an_outage_costs_no_metric_and_no_time(server: Server, tmp_path: Path, seconds: float, epochs: int) -> None:
     with running(ROOT / "entry_points" / "train.py", "--study", make_study(tmp_path, epochs)) as process:
         wait_for_epoch(epochs // 6, process)

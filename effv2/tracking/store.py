@@ -101,8 +101,9 @@ def open_store(experiment: str, create: bool = True) -> str:
     `mlflow run`, of MLFLOW_EXPERIMENT_NAME or _ID, or `Default`. A database is created and migrated nowhere else.
     """
     configure()
-    file = _database_file()
+    file = None
     try:
+        file = _database_file()
         # Processes that start at once must not migrate a new database together, which fails.
         with FileLock(f"{file}.lock") if file and os.access(Path(file).parent, os.W_OK) else nullcontext():
             if file:
@@ -123,7 +124,8 @@ def open_store(experiment: str, create: bool = True) -> str:
 def _database_file() -> str | None:
     """Return the path of the tracking store's database, if it is a file."""
     uri = mlflow.get_tracking_uri()
-    return make_url(uri).database if uri.startswith("sqlite:") else None
+    database = make_url(uri).database if uri.startswith("sqlite:") else None
+    return None if database is None or database == ":memory:" or database.startswith("file:") else database
 
 
 def _create_database(file: Path) -> None:
@@ -174,9 +176,7 @@ def configure() -> None:
     logging.getLogger("mlflow.store.db.utils").setLevel(logging.CRITICAL)  # it prints the stack of what we explain
     os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
     os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "5")
-    os.environ.setdefault(
-        "MLFLOW_HTTP_REQUEST_BACKOFF_FACTOR", "0"
-    )  # half a second apart: the wait for a server is ours
+    os.environ.setdefault("MLFLOW_HTTP_REQUEST_BACKOFF_FACTOR", "0")  # half a second: waiting for a server is ours
     os.environ.setdefault("MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT", "true")
 
 
