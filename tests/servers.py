@@ -1,10 +1,15 @@
-"""Real MLflow servers for the tests, which are killed and started again."""
+"""Real MLflow servers for the tests, which are killed and started again, and one between that fails now and then."""
 
 from __future__ import annotations
 
+import http.client
+import http.server
 import os
+import random
 import socket
+import threading
 import time
+from collections import Counter
 from contextlib import closing, suppress
 from pathlib import Path
 
@@ -60,3 +65,68 @@ class Server:
     def stop(self) -> None:
         self.process.kill()
         self.process.wait()
+
+
+class Failing(http.server.ThreadingHTTPServer):
+    """Passes requests on to a server, and fails in a share of them, in every way in turn that networks know."""
+
+    FAULTS = ("drop", "delay", "lost", "502", "500", "503", "429", "cut")
+    daemon_threads = True
+
+    def __init__(self, port: int, share: float) -> None:
+        super().__init__(("127.0.0.1", 0), Passing)
+        self.port, self.share, self.chance, self.lock = port, share, random.Random(0), threading.Lock()  # noqa: S311
+        self.failed: Counter[str] = Counter()
+        threading.Thread(target=self.serve_forever, args=[0.02], daemon=True).start()
+
+    def fault(self) -> str:
+        with self.lock:
+            fails = self.chance.random() < self.share
+            fault = self.FAULTS[self.failed.total() % len(self.FAULTS)] if fails else ""
+            self.failed[fault] += fails
+            return fault
+
+    def handle_error(self, *_: object) -> None:
+        """Say nothing of clients that hang up."""
+
+
+class Passing(http.server.BaseHTTPRequestHandler):
+    """One request to a Failing server."""
+
+    protocol_version = "HTTP/1.1"
+    server: Failing
+
+    def do_GET(self) -> None:
+        body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
+        fault = self.server.fault()
+        self.close_connection = bool(fault)
+        if fault == "drop":
+            return
+        if fault == "delay":
+            time.sleep(0.5)
+        if fault in ("500", "503", "429"):
+            self.answer(int(fault), [], b"")
+            return
+        with closing(http.client.HTTPConnection("127.0.0.1", self.server.port)) as connection:
+            connection.request(self.command, self.path, body, dict(self.headers))
+            answer = connection.getresponse()
+            content, headers = answer.read(), answer.getheaders()
+        if fault == "502":
+            self.answer(502, [], b"")
+        elif fault != "lost":
+            self.answer(answer.status, headers, content, len(content) // 2 if fault == "cut" else len(content))
+
+    do_POST = do_PUT = do_PATCH = do_DELETE = do_GET
+
+    def answer(self, status: int, headers: list[tuple[str, str]], content: bytes, sent: int = 0) -> None:
+        self.send_response_only(status)
+        for name, value in headers:
+            if name.lower() not in ("content-length", "transfer-encoding", "connection"):
+                self.send_header(name, value)
+        self.send_header("Content-Length", str(len(content)))
+        self.send_header("Connection", "close" if self.close_connection else "keep-alive")
+        self.end_headers()
+        self.wfile.write(content[:sent])
+
+    def log_message(self, *_: object) -> None:
+        """Say nothing."""

@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 
 from effv2.config.schema import CheckpointOptions
 from effv2.core.errors import InputError
+from effv2.run.records import whole_weights
 from effv2.training import checkpoint
 from effv2.training.checkpoint import Checkpointer
 from effv2.training.loop import Progress
@@ -69,6 +70,18 @@ def test_what_is_damaged_is_never_read(checkpoints: Checkpointer, data: st.DataO
     found = checkpoints.read()
     newest.write_bytes(whole)
     assert found is not None and found["step"] == 10
+
+
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture], max_examples=100)
+@given(place=st.floats(0, 1, exclude_max=True), bit=st.integers(0, 7))
+def test_damaged_weights_are_never_read(tmp_path: Path, place: float, bit: int) -> None:
+    path, weights = tmp_path / "selected.pt", {"a": torch.arange(500.0), "b": torch.arange(7)}
+    torch.save(weights, path)
+    content = bytearray(path.read_bytes())
+    content[int(place * len(content))] ^= 1 << bit
+    path.write_bytes(content)
+    found = whole_weights(path)
+    assert found is None or (found.keys() == weights.keys() and all(torch.equal(found[k], weights[k]) for k in found))
 
 
 def test_a_new_checkpoint_outlives_damaged_ones_of_later_steps(checkpoints: Checkpointer) -> None:

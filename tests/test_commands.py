@@ -11,10 +11,11 @@ import statistics
 import subprocess
 import sys
 import time
-from contextlib import suppress
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
+import click
 import pytest
 from click.testing import CliRunner, Result
 from mlflow import MlflowClient
@@ -23,11 +24,15 @@ from mlflow.exceptions import MlflowException
 from mlflow.projects._project_spec import load_project
 
 from effv2.architecture import parse_table
+from effv2.cli.console import ConsoleReporter
 from effv2.cli.main import ablate, evaluate_pretrained, hparam_check, report, search, train
 from effv2.cli.options import in_options
+from effv2.core import processes
 from effv2.core.errors import Terminated
-from effv2.core.processes import ending_signals, uninterrupted
+from effv2.core.processes import ending_signals, is_alive, this_process, uninterrupted
 from effv2.run.run import RunSpec
+from effv2.studies.storage import open_storage
+from effv2.tracking.sender import Sender
 from tests.conftest import ROOT, TINY_TABLE, make_image_tree, running
 
 EPOCH_METRICS = {
@@ -156,14 +161,55 @@ def test_sigterm_leaves_no_run_running(sqlite_store: str, tiny_study: Path) -> N
     assert [run.info.status for run in all_runs()] == ["KILLED", "KILLED"]
 
 
-def test_a_signal_that_python_swallowed_is_raised_after_the_step() -> None:
+class Swallows:
+    """Its destructor is ended by SIGTERM, which Python drops."""
+
+    def __del__(self) -> None:
+        os.kill(os.getpid(), signal.SIGTERM)
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+@pytest.mark.parametrize("looks", ["a step", "a wait for the store", "a call of the queue", "progress"])
+def test_a_signal_that_python_swallowed_ends_what_follows(sqlite_store: str, tmp_path: Path, looks: str) -> None:
+    run = MlflowClient().create_run("0")
+    storage = open_storage(f"sqlite:///{tmp_path / 'optuna.db'}")
+
+    def look() -> None:
+        if looks == "a step":
+            with uninterrupted():
+                pass
+        elif looks == "a wait for the store":
+            with closing(Sender(run.info.run_id, print, resumed=False)) as sender:
+                sender.put(lambda: time.sleep(0.5))
+                sender.flush(60)
+        elif looks == "a call of the queue":
+            storage.retry(lambda: None)
+        else:
+            with click.Context(ablate), ConsoleReporter() as reporter:
+                reporter.progress("steps", 1, 2)
+
     with ending_signals():
-        with suppress(Terminated):  # as in a destructor
-            os.kill(os.getpid(), signal.SIGTERM)
-        with pytest.raises(Terminated), uninterrupted():
-            pass
-    with uninterrupted():
-        pass
+        Swallows()
+        with pytest.raises(Terminated):
+            look()
+        try:
+            raise Terminated
+        except Terminated:
+            look()  # on the way out nothing is cut short
+    look()
+
+
+@pytest.mark.parametrize(("seconds", "code"), [(0.0, 0), (0.8, -signal.SIGTERM)])
+def test_a_second_signal_ends_at_once_what_hears_none(seconds: float, code: int) -> None:
+    """But for one that comes with the first."""
+    script = (
+        "import os, signal, time\nfrom contextlib import suppress\nfrom effv2.core.processes import ending_signals\n"
+        "with ending_signals():\n    for pause in (0, SECONDS):\n        time.sleep(pause)\n"
+        "        with suppress(BaseException):\n            os.kill(os.getpid(), signal.SIGTERM)\n"
+    )
+    with running("-c", script.replace("SECONDS", str(seconds))) as process:
+        process.rest()
+    assert process.returncode == code
 
 
 def test_a_signal_waits_for_the_end_of_the_outermost_block() -> None:
@@ -183,16 +229,47 @@ def test_second_signal_does_not_cut_the_marking_short(
 
     from effv2.training import loop
 
-    ended = Client.set_terminated
+    ended, signals = Client.set_terminated, iter([signal.SIGTERM])
 
     def signalled_again(*args: Any, **kwargs: Any) -> None:
-        os.kill(os.getpid(), signal.SIGTERM)
+        for number in signals:
+            os.kill(os.getpid(), number)
         ended(*args, **kwargs)
 
+    monkeypatch.setattr(processes, "TOGETHER_SECONDS", 60)  # however slow this machine is
     monkeypatch.setattr(Client, "set_terminated", signalled_again)
     monkeypatch.setattr(loop, "evaluate", lambda *_: os.kill(os.getpid(), signal.SIGINT))
     assert invoke(ablate, "--study", tiny_study).exit_code == 130
     assert [run.info.status for run in all_runs()] == ["KILLED", "KILLED"]
+
+
+@pytest.mark.parametrize("damage", ["removed", "overwritten"])
+def test_a_queue_that_is_gone_in_mid_study_is_named(
+    sqlite_store: str, tiny_study: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, damage: str
+) -> None:
+    from effv2.training import loop
+    from effv2.training.loop import evaluate
+
+    def lost(*args: Any) -> Any:
+        (tmp_path / "optuna.db").unlink()
+        if damage == "overwritten":
+            (tmp_path / "optuna.db").write_bytes(b"something else" * 100)
+        return evaluate(*args)
+
+    words = (ablate, "--study", tiny_study, "--log-model", "none")
+    with monkeypatch.context() as patch:
+        patch.setattr(loop, "evaluate", lost)
+        result = invoke(*words)
+    assert result.exit_code == 1 and "optuna.db was removed, replaced or damaged" in result.stderr, result.stderr
+    assert {run.info.status for run in all_runs()} == {"FAILED"}
+    if damage == "removed":
+        assert invoke(*words).exit_code == 0
+
+
+@pytest.mark.parametrize("pid", ["x", "-1", "1e3", "9" * 30, ""])
+def test_a_process_tag_that_somebody_wrote_stops_no_command(pid: str) -> None:
+    *where, _, started, unique = this_process().split("/")
+    assert is_alive("/".join([*where, pid, started, unique])) is None
 
 
 def test_ignored_hangup_stays_ignored(sqlite_store: str, tiny_study: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -410,6 +487,12 @@ STUDY_ERRORS = {
     "seeds: [0, 0]\narms: {a: {}}": r"line 2: seeds.*the same seed appears twice",
     "arms: {'a[/x]': {}}": r"line 2: arms.*letters, digits",
     "arms: {a: &a {model: *a}}": r"contains itself",
+    "a: &a [x,x,x,x,x,x,x,x,x]\nb: &b [*a,*a,*a,*a,*a,*a,*a]\nc: &c [*b,*b,*b,*b,*b,*b]\nd: &d [*c,*c,*c,*c,*c,*c]\n"
+    "e: &e [*d,*d,*d,*d,*d,*d]\nf: [*e,*e,*e,*e,*e,*e,*e,*e]": r"more than 50,000 values",
+    "config: " + "[" * 60 + "]" * 60: r"or 50 levels",
+    "config: {random: {seed: 0x" + "f" * 6000 + "}}": r"line 2: a number of more than 100 digits; correct it",
+    "name: !!int ''": r"not valid YAML \(IndexError\); correct it",
+    "name: " + "x" * 1_000_001: r"can't be read \(it is larger than 1 MB\)",
     "config: {schedule: {epochs: 2, warmup_epochs: 2}}": r"line 2: config.schedule.warmup_epochs 2: the warm-up",
     "config: {model: {outputs: 5}}\narms: {a: {}}": r"model.outputs 5: the data has 10 classes",
     "config: {data: {image_sise: 32}}": r"line 2: config.data.image_sise: unknown key.*'image_size'",

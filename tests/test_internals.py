@@ -83,6 +83,17 @@ def test_optuna_names_trials_and_studies_and_misses_heartbeats(tmp_path: Path) -
         rdb.engine.dispose()
 
 
+def test_mlflow_tells_the_latest_steps(store: str) -> None:
+    from mlflow import MlflowClient
+
+    client = MlflowClient()
+    run_id = client.create_run("0").info.run_id
+    for step in (1, 2, 3):
+        client.log_metric(run_id, "loss", float("nan") if step == 3 else 1.0, step=step)
+    client.log_metric(run_id, "best", 1.0)
+    assert internals.latest_steps(client.get_run(run_id)) == {"loss": 3, "best": 0}
+
+
 def test_mlflow_names_its_experiment(sqlite_store: str, monkeypatch: pytest.MonkeyPatch) -> None:
     import mlflow
     from mlflow.tracking import fluent

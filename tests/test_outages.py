@@ -1,8 +1,9 @@
-"""A real MLflow server that is away for a while, and trainers that are killed with it: every metric arrives once."""
+"""A real MLflow server that is away, or fails now and then, and trainers killed with it: every metric arrives once."""
 
 from __future__ import annotations
 
 import shutil
+import signal
 import sqlite3
 import statistics
 import time
@@ -18,7 +19,7 @@ from mlflow.entities import Metric, Run
 from effv2.cli.main import train
 from tests.conftest import ROOT, TINY_TABLE, running
 from tests.forks import Forked
-from tests.servers import Server
+from tests.servers import Failing, Server
 
 STUDY = f"""
 name: outage
@@ -80,7 +81,7 @@ def check_complete(epochs: int) -> None:
     assert len(run.outputs.model_outputs if run.outputs else []) == 1
 
 
-@pytest.mark.parametrize(("seconds", "epochs"), [(0.5, 60), pytest.param(60, 900, marks=long)])
+@pytest.mark.parametrize(("seconds", "epochs"), [(3, 60), pytest.param(60, 900, marks=long)])
 def test_an_outage_costs_no_metric_and_no_time(server: Server, tmp_path: Path, seconds: float, epochs: int) -> None:
     with running(ROOT / "entry_points" / "train.py", "--study", make_study(tmp_path, epochs)) as process:
         wait_for_epoch(epochs // 6, process)
@@ -116,3 +117,23 @@ def test_a_trainer_that_dies_with_the_server_loses_nothing(
     result = CliRunner().invoke(train, ["--study", str(study)], catch_exceptions=False)
     assert result.exit_code == 0 and "resuming the run" in result.stderr
     check_complete(epochs)
+
+
+def test_a_server_that_fails_in_a_third_of_all_requests_gets_everything_once(
+    server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    study, failing = make_study(tmp_path, 30), Failing(server.port, 0.3)
+    with closing(failing.socket):
+        monkeypatch.setenv("MLFLOW_TRACKING_URI", f"http://127.0.0.1:{failing.server_port}")
+        with running(ROOT / "entry_points" / "train.py", "--study", study) as process:
+            process.until("epoch 12/")
+            process.send_signal(signal.SIGTERM)
+            said = process.rest()
+        assert process.returncode == 143, said
+        with running(ROOT / "entry_points" / "train.py", "--study", study) as process:
+            said = process.rest()
+        assert process.returncode == 0 and "resuming the run" in said, said
+        failing.shutdown()
+    assert set(Failing.FAULTS) <= failing.failed.keys()
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", server.uri)
+    check_complete(30)

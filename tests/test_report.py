@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import hashlib
 import json
+import os
 import re
 import shutil
 from html.parser import HTMLParser
@@ -15,8 +16,11 @@ from mlflow import MlflowClient
 from mlflow.entities import Metric, Param, RunTag
 
 from effv2.cli.main import ablate, report, train
+from effv2.core.errors import InputError
+from effv2.core.paths import write_csv
 from effv2.evidence.claims import read_claims
-from effv2.tracking.read import read_experiment
+from effv2.evidence.exports import Evidence, export, exported
+from effv2.tracking.read import Images, RunRecord, read_experiment
 from effv2.tracking.tags import ANSWER, REUSED, reused, reused_in
 from tests.test_commands import all_runs, invoke
 
@@ -207,6 +211,65 @@ def test_exports_of_several_experiments_are_joined(sqlite_store: str, tmp_path: 
     assert json.loads((joined / "data" / "manifest.json").read_text())["experiment"] == "other, one"
 
 
+NAMED = RunRecord(
+    "r1",
+    '=HYPERLINK("x")',
+    "FINISHED",
+    {"@a": "-1", "b": "-1+1", "c": "'=1", "d": "'plain", "e": "\tx"},
+    {"train/loss": -0.5},
+    {"effv2.arm": "+x"},
+    {"train/loss": {1: -0.5}},
+    {"train": Images("=x", "d", 2, ("=a", "b"))},
+    1,
+    2,
+)
+
+
+def export_one(folder: Path) -> Path:
+    written = [("id", "true", "predicted", "probability"), ("=1.png", "=a", "=a", "0.5"), ("'2.png", "b", "=a", "0.5")]
+    write_csv(folder / "predictions.csv", written)
+    predictions = {"predictions.csv": (folder / "predictions.csv").read_text()}
+    export(Evidence("mine", "", [NAMED], lambda _: predictions), folder / "data", {})
+    return folder / "data"
+
+
+def test_no_name_is_a_formula_in_a_csv_and_all_are_read_back(tmp_path: Path) -> None:
+    folder = export_one(tmp_path)
+    for path in folder.rglob("*.csv"):
+        with path.open(newline="") as file:
+            cells = [cell for row in csv.reader(file) for cell in row]
+        assert not [cell for cell in cells if cell[:1] in tuple("=+-@\t") and not re.fullmatch(r"-[\d.]+", cell)], path
+    read = exported([folder])
+    assert list(read.runs) == [NAMED]
+    assert read.right(NAMED) == {"=1.png": True, "'2.png": False}
+
+
+@pytest.mark.parametrize(
+    ("table", "line"),
+    [
+        ("runs.csv", "r1,name,FINISHED,yesterday,2"),
+        ("runs.csv", "r1,name"),
+        ("params.csv", "r1,a"),
+        ("tags.csv", ""),
+        ("metrics.csv", "r1,loss,high"),
+        ("epochs.csv", "r1,loss,1e999,0.5"),
+        ("images.csv", "r1,train,digits,x,2,null"),
+        ("images.csv", "r1,train,digits,x,2," + "[" * 10_000),
+    ],
+)
+def test_an_export_with_values_of_wrong_kinds_is_refused(tmp_path: Path, table: str, line: str) -> None:
+    folder = export_one(tmp_path)
+    content = (folder / table).read_text().splitlines()[0] + f"\n{line}\n"
+    (folder / table).write_text(content)
+    about = json.loads((folder / "manifest.json").read_text())
+    about["sha256"][table] = hashlib.sha256(content.encode()).hexdigest()
+    (folder / "manifest.json").write_text(json.dumps(about))
+    with pytest.raises(
+        InputError, match=r"^from_export .*: one of its tables holds what no export has .*; export again"
+    ):
+        exported([folder])
+
+
 def test_empty_and_half_finished_studies_say_what_is_missing(sqlite_store: str, tmp_path: Path) -> None:
     out = tmp_path / "out"
     assert invoke(report, "--export", out).exit_code == 0
@@ -257,9 +320,12 @@ def test_the_run_that_mlflow_opened_gets_the_report(
     ("words", "said"),
     [
         (["--claims", "nowhere.yaml"], "--claims nowhere.yaml: can't be read"),
+        (["--claims", "/dev/zero"], "--claims /dev/zero: can't be read (it is no plain file)"),
+        (["--claims", "pipe"], "--claims pipe: can't be read (it is no plain file)"),
         (["--from-export", "x"], "name one with --export"),
         (["--from-export", " ,"], "names no folder"),
         (["--from-export", "x", "--export", "y"], "has no manifest.json"),
+        (["--from-export", "nested", "--export", "y"], "has no manifest.json"),
         (["--export", "file"], "can't be written"),
         (["--experiment", "Defualt"], "no such experiment; did you mean 'Default'?"),
     ],
@@ -268,6 +334,9 @@ def test_wrong_input_is_told_before_anything_is_made(
     sqlite_store: str, tmp_path: Path, words: list[str], said: str
 ) -> None:
     (tmp_path / "file").write_text("")
+    os.mkfifo("pipe")
+    Path("nested").mkdir()
+    Path("nested/manifest.json").write_text("[" * 10_000)
     result = invoke(report, *words)
     assert result.exit_code == 2 and said in result.output and result.output.count("\n") == 1
     assert not all_runs() and not Path("y").exists()

@@ -142,6 +142,35 @@ train(sys.argv[1:])
 """
 
 
+INTERRUPTED = """
+import os, signal, sys, time
+from concurrent.futures import ThreadPoolExecutor
+from mlflow import MlflowClient
+from effv2.cli.main import train
+def uploads_for_long(*_, **__):
+    os.kill(os.getpid(), signal.SIGINT)
+    ThreadPoolExecutor(1).submit(time.sleep, 100).result()
+MlflowClient.log_model_artifacts = uploads_for_long
+train(sys.argv[1:])
+"""
+
+
+def test_ctrl_c_while_the_model_is_logged_ends_within_seconds(
+    sqlite_store: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("EFFV2_CACHE", str(tmp_path / "cache"))
+    study = tmp_path / "short.yaml"
+    study.write_text(SHORT)
+    with running("-c", INTERRUPTED, "--study", study) as process:
+        process.until("epoch 6/6")
+        began = time.monotonic()
+        said = process.rest()
+    assert process.returncode == 130 and "Interrupted" in said, said
+    assert time.monotonic() - began < 60
+    (run,) = all_runs("Default")
+    assert run.info.status == "KILLED"
+
+
 @pytest.mark.parametrize("where", ["log_model_artifacts", "set_terminated"])
 def test_what_a_kill_at_the_end_left_is_completed(
     sqlite_store: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, where: str
@@ -160,6 +189,22 @@ def test_what_a_kill_at_the_end_left_is_completed(
     assert len(history := histories(run)["best/test_accuracy"]) == 1, history
     assert [step for step, _ in histories(run)["train/loss"]] == [1, 2, 3, 4, 5, 6]
     assert weights(run)
+
+
+@pytest.mark.parametrize("folders", [("one", "one"), ("one", "other")], ids=["one folder", "two folders"])
+def test_two_equal_commands_at_one_moment_train_once(
+    sqlite_store: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, folders: tuple[str, str]
+) -> None:
+    monkeypatch.setenv("EFFV2_CACHE", str(tmp_path / "cache"))
+    study = tmp_path / "everything.yaml"
+    study.write_text(EVERYTHING.replace("EPOCHS", "20"))
+    words = [ROOT / "entry_points" / "train.py", "--study", study, "--log-model", "none", "--checkpoint-dir"]
+    with running(*words, tmp_path / folders[0]) as first, running(*words, tmp_path / folders[1]) as second:
+        said = [first.rest(), second.rest()]
+    assert {first.returncode, second.returncode} == {0, 1}, said
+    assert "trains the same" in said[1 if second.returncode else 0]
+    assert [run.info.status for run in all_runs("Default")].count("FINISHED") == 1
+    assert len([run for run in all_runs("Default") if run.data.tags["effv2.config_hash"]]) == 1
 
 
 def test_another_machine_goes_on_from_the_checkpoint_that_was_uploaded(

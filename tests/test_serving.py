@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import csv
+import io
 import json
 import os
 import shutil
@@ -130,6 +131,13 @@ def test_served_model_answers_files_as_training_saw_them(trained: Trained, serve
     assert ask(server, []) == (200, [])
     status, text = ask(server, [str(root / rows[0]["id"])])
     assert status == 400  # a path is never opened for a caller
+    large = io.BytesIO()
+    Image.new("1", (10_000, 8_000)).save(large, "PNG")
+    began = time.monotonic()
+    status, text = ask(server, 20 * [base64.b64encode(large.getvalue()).decode()])
+    assert status == 400 and "holds 1,600,000,000 pixels, more than 300,000,000: send fewer" in text
+    status, text = ask(server, 1_001 * files[:1])
+    assert status == 400 and "holds 1,001 images, more than 1,000" in text and time.monotonic() - began < 15
 
 
 def test_an_image_too_long_to_be_enlarged_is_refused() -> None:

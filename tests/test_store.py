@@ -5,6 +5,7 @@ from __future__ import annotations
 import http.server
 import os
 import shutil
+import signal
 import ssl
 import subprocess
 import threading
@@ -18,6 +19,7 @@ from mlflow.entities import Experiment
 from effv2.core.errors import InputError, RunError, what_ran_out
 from effv2.tracking import store
 from effv2.tracking.store import open_store, shown_uri
+from tests.conftest import running
 
 
 class Refusing(http.server.BaseHTTPRequestHandler):
@@ -93,6 +95,37 @@ def test_a_certificate_that_nobody_vouches_for(serve: Callable[..., None], tmp_p
     serve(200, b"{}", "https", certificate)
     with pytest.raises(InputError, match="certificate can't be verified; set MLFLOW_TRACKING_SERVER_CERT_PATH"):
         open_store("")
+
+
+CUT_SHORT = """
+import os, signal
+from sqlalchemy import event
+from sqlalchemy.engine import Engine
+
+@event.listens_for(Engine, "after_cursor_execute")
+def die(connection, cursor, statement, *_):
+    if "CREATE TABLE label_schemas" in statement:
+        os.kill(os.getpid(), signal.SIGKILL)
+
+"""
+BY_US = "from effv2.tracking.store import open_store; open_store('')"
+BY_MLFLOW = "from mlflow import MlflowClient; MlflowClient().search_experiments()"
+
+
+@pytest.mark.parametrize("creates", [BY_US, BY_MLFLOW])
+def test_a_database_whose_creation_was_killed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, creates: str) -> None:
+    """Our own is made anew; that of another program is known as what it is, and refused."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path}/new.db")
+    with running("-c", CUT_SHORT + creates) as process:
+        said = process.rest()
+    assert process.returncode == -signal.SIGKILL, said
+    if creates == BY_MLFLOW:
+        with pytest.raises(InputError, match=r"new.db: its creation was cut short.*; remove the file .*new.db"):
+            open_store("")
+    else:
+        assert open_store("") == "0"
+    assert {path.name for path in tmp_path.glob("new.db*")} <= {"new.db", "new.db.lock"}
 
 
 @pytest.mark.parametrize("location", ["mlflow-artifacts:/1", "dbfs:/runs/1", "s3://bucket/1"])

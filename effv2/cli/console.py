@@ -9,6 +9,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Column, Table
 
 from effv2.cli.options import in_options
+from effv2.core.processes import stop_if_told
 from effv2.core.reporter import Reporter, StudyProgress
 
 CELL_PADDING = 3  # characters: a space on both sides and a line
@@ -55,6 +56,7 @@ class ConsoleReporter(Reporter):
 
     def progress(self, what: str, done: int = 0, total: int | None = None) -> None:
         """Show what is done now; whatever is counted anew gets a bar, and an estimate, of its own."""
+        stop_if_told()
         if what != self._counted[0] or done < self._counted[1]:
             self._progress.reset(self._now)
         if total and not done:

@@ -5,7 +5,6 @@ Every value is taken as text and validated by pydantic, so that an error reads t
 
 import re
 import shlex
-import sys
 from collections.abc import Callable, Mapping, Sequence
 from functools import reduce, wraps
 from itertools import chain
@@ -17,7 +16,7 @@ from pydantic.fields import FieldInfo
 from effv2.config.layers import Layer, Written, validate
 from effv2.config.schema import OPTIMISERS, Group, Registry, StudyOptions, TrainConfig, field_of
 from effv2.core.errors import InputError, RunError, Terminated, nearest
-from effv2.core.processes import ending_signals, tune_allocator
+from effv2.core.processes import ending_signals, leave, tune_allocator
 from effv2.core.provenance import COMMAND, without_password
 
 Function = Callable[..., Any]
@@ -87,7 +86,7 @@ class Command(click.Command):
             finally:
                 COMMAND.reset(token)
             click.echo((text if code == 2 else in_options(text, self)).replace("\n", " "), err=True)
-            sys.exit(code)
+            return leave(code)
 
 
 def _command_line(ctx: click.Context) -> str:

@@ -14,8 +14,12 @@ from pydantic import BaseModel, ValidationError
 
 from effv2.config.schema import UNKNOWN_KEY
 from effv2.core.errors import InputError
+from effv2.core.paths import read_text
 
 Place = tuple[str | int, ...]
+# Of a file whose aliases are written out; and digits of a number, which Python could not even print.
+MOST_VALUES, DEEPEST, MOST_DIGITS = 50_000, 50, 100
+NUMBERS = ("tag:yaml.org,2002:int", "tag:yaml.org,2002:float")
 Model = TypeVar("Model", bound=BaseModel)
 
 
@@ -114,13 +118,16 @@ def read_document(path: Path, parameter: str) -> Document:
     """Read a YAML file of plain values; InputError for a missing, malformed or repetitive one."""
     named = f"{parameter} {path}"
     try:
-        text = path.read_text(encoding="utf-8")
+        text = read_text(path)
         root = yaml.compose(text, Loader=getattr(yaml, "CSafeLoader", yaml.SafeLoader))  # libyaml is much faster
+        _must_be_small(root, named)
         values = yaml.SafeLoader("").construct_document(root) if root else None
     except (OSError, UnicodeDecodeError) as error:
         reason = getattr(error, "strerror", None) or "it is not UTF-8 text"
         raise InputError(named, "", f"can't be read ({reason})", "give the path of a YAML file") from error
-    except (yaml.YAMLError, ValueError, RecursionError) as error:
+    except InputError:
+        raise
+    except Exception as error:  # PyYAML's constructors raise what they happen to
         mark = getattr(error, "problem_mark", None)
         line = f", line {mark.line + 1}" if mark else ""
         problem = getattr(error, "problem", None) or type(error).__name__
@@ -128,11 +135,26 @@ def read_document(path: Path, parameter: str) -> Document:
     if not isinstance(values, dict) or not all(isinstance(key, str) for key in values):
         raise InputError(named, "", "must be a mapping of keys to values", "write `key: value`")
     document = Document(named, text.partition("\n")[0], values, {})
-    try:
-        _note_lines(root, (), document)
-    except RecursionError as error:
-        raise InputError(named, "", "a part of it contains itself", "write it without aliases") from error
+    _note_lines(root, (), document)
     return document
+
+
+def _must_be_small(root: yaml.Node | None, named: str) -> None:
+    """Refuse what is too much or too deep once its aliases are written out; numbers of too many digits, too."""
+    waiting, count = [(root, 0)], 0
+    while waiting:
+        node, depth = waiting.pop()
+        count += 1
+        if count > MOST_VALUES or depth > DEEPEST:
+            problem = f"it holds more than {MOST_VALUES:,} values or {DEEPEST} levels, or a part of it contains itself"
+            raise InputError(named, "", problem, "shorten it, and write it without aliases")
+        if isinstance(node, yaml.CollectionNode):
+            pairs = isinstance(node, yaml.MappingNode)
+            inner = [each for pair in node.value for each in pair] if pairs else node.value
+            waiting += [(each, depth + 1) for each in inner]
+        elif isinstance(node, yaml.ScalarNode) and node.tag in NUMBERS and len(node.value) > MOST_DIGITS:
+            line = f"{named}, line {node.start_mark.line + 1}"
+            raise InputError(line, "", f"a number of more than {MOST_DIGITS} digits", "correct it")
 
 
 def _note_lines(node: yaml.Node | None, place: Place, document: Document) -> None:

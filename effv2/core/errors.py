@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from difflib import get_close_matches
 
 LISTED = 30  # names that an error message lists
+LONGEST_VALUE = 500  # characters of a value that it shows
 
 
 class InputError(Exception):
@@ -23,7 +24,8 @@ class InputError(Exception):
         self, what: str, value: object = "", problem: str = "", remedy: str = "", choices: Iterable[str] = ()
     ) -> None:
         remedy = nearest(str(value), list(choices)) if choices else remedy
-        self.what, self.value, self.problem, self.remedy = what, str(value), problem, remedy
+        shown = str(value) if len(str(value)) <= LONGEST_VALUE else f"{str(value)[:LONGEST_VALUE]}…"
+        self.what, self.value, self.problem, self.remedy = what, shown, problem, remedy
         named = f"{what} {value}" if self.value else what
         super().__init__(f"{named}: {'; '.join(filter(None, (problem, remedy)))}." if problem else named)
 

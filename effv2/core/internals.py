@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from mlflow.entities import Run
     from optuna.storages import BaseStorage
     from optuna.study._frozen import FrozenStudy as FrozenStudy  # noqa: PLC0414
     from optuna.trial import FrozenTrial
@@ -65,6 +66,11 @@ def study_id(study: FrozenStudy) -> int:
 def stale_trial_ids(storage: BaseStorage, study_id: int) -> list[int]:
     """Return the running trials whose heartbeat has been missing for longer than the storage's grace period."""
     return list(storage._get_stale_trial_ids(study_id))  # type: ignore[attr-defined]
+
+
+def latest_steps(run: Run) -> dict[str, int]:
+    """Return the latest step of each metric of a run."""
+    return {each.key: each.step for each in run.data._metric_objs}
 
 
 def default_experiment_id() -> str:

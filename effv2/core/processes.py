@@ -2,14 +2,17 @@
 
 import ctypes
 import os
+import re
 import signal
 import sys
+import threading
+import time
 import uuid
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from effv2.core.errors import Terminated
 
@@ -22,6 +25,9 @@ ALLOCATOR = {
     -2: 64 * 2**20,  # M_TOP_PAD: what the heap grows by
 }
 ENDING_SIGNALS = [signal.SIGINT, signal.SIGTERM, *([signal.SIGHUP] if hasattr(signal, "SIGHUP") else [])]
+# Signals that come within so many seconds are one: Ctrl-C under `mlflow run` is followed by a SIGTERM.
+TOGETHER_SECONDS = 0.5
+SENDER = "sender "  # how the names of threads begin that send to the tracking store
 
 
 def tune_allocator() -> None:
@@ -33,14 +39,23 @@ def tune_allocator() -> None:
 
 
 class _Ending:
-    """A signal handler that remembers the first signal, and raises it unless that must wait."""
+    """A signal handler that remembers the first signal, and raises it unless that must wait.
 
-    deferred, first = False, 0
+    Where `repeated`, a later one ends the process at once, but for one that comes with the first.
+    """
+
+    deferred, first, came = False, 0, 0.0
+
+    def __init__(self, repeated: bool) -> None:
+        self.repeated = repeated
 
     def __call__(self, number: int, _frame: Any) -> None:
         if not self.first:
-            self.first = number
+            self.first, self.came = number, time.monotonic()
             self.raise_first()
+        elif self.repeated and time.monotonic() - self.came > TOGETHER_SECONDS:
+            signal.signal(number, signal.SIG_DFL)
+            os.kill(os.getpid(), number)
 
     def raise_first(self) -> None:
         """Raise KeyboardInterrupt or Terminated if there was a signal."""
@@ -49,14 +64,14 @@ class _Ending:
 
 
 @contextmanager
-def ending_signals() -> Iterator[None]:
-    """Raise KeyboardInterrupt or Terminated at the first of Ctrl-C, SIGTERM and a lost terminal, ignore further ones.
+def ending_signals(repeated: bool = True) -> Iterator[None]:
+    """Raise KeyboardInterrupt or Terminated at the first of Ctrl-C, SIGTERM and a lost terminal.
 
-    Further ones would cut short the marking of runs. A signal that is ignored stays so: nohup and background jobs
-    of a shell ask for it.
+    A `repeated` one ends the process at once; it is ignored otherwise, as it would cut short the marking of runs. A
+    signal that is ignored stays so: nohup and background jobs of a shell ask for it.
     """
     heard = [number for number in ENDING_SIGNALS if signal.getsignal(number) is not signal.SIG_IGN]
-    ending = _Ending()
+    ending = _Ending(repeated)
     before = {number: signal.signal(number, ending) for number in heard}
     try:
         yield
@@ -65,15 +80,44 @@ def ending_signals() -> Iterator[None]:
             signal.signal(number, handler)
 
 
+def _ending() -> _Ending | None:
+    return next((each for each in map(signal.getsignal, ENDING_SIGNALS) if isinstance(each, _Ending)), None)
+
+
+def stop_if_told() -> None:
+    """Raise the ending signal that has come, if any, once more; nothing on the way out, nor outside the main thread.
+
+    In a destructor or a callback of a weak reference, Python drops what a handler raises. So whatever takes long looks.
+    """
+    error = sys.exc_info()[1]
+    while error is not None and not isinstance(error, (KeyboardInterrupt, Terminated)):
+        error = error.__context__
+    if error is None and threading.current_thread() is threading.main_thread() and (ending := _ending()) is not None:
+        ending.raise_first()
+
+
+def leave(code: int) -> NoReturn:
+    """End with this code; at once where a thread still talks to the tracking store, as within a call that takes long.
+
+    Python's own end would wait for what that thread waits for, or take torch's libraries away under it. Whoever has put
+    something in the place of the outputs, as tests do, goes on.
+    """
+    sending = any(thread.name.startswith(SENDER) for thread in threading.enumerate())
+    if sending and sys.stderr is sys.__stderr__:
+        with suppress(OSError, AttributeError):
+            sys.stdout.flush()
+        os._exit(code)
+    sys.exit(code)
+
+
 @contextmanager
 def uninterrupted() -> Iterator[None]:
     """Let what is done inside be done whole: an ending signal that arrives meanwhile is raised at the end.
 
-    One that was raised before is raised again: in a destructor or a callback, Python swallows what a handler raises.
-    Within another such block nothing is raised before the end of that one.
+    One that was raised before is raised again, as by stop_if_told. Within another such block nothing is raised before
+    the end of that one.
     """
-    handlers = map(signal.getsignal, ENDING_SIGNALS)
-    ending = next((handler for handler in handlers if isinstance(handler, _Ending)), None)
+    ending = _ending()
     if ending is None or ending.deferred:
         yield
         return
@@ -82,7 +126,7 @@ def uninterrupted() -> Iterator[None]:
         yield
     finally:
         ending.deferred = False
-    ending.raise_first()
+    stop_if_told()
 
 
 @cache
@@ -104,7 +148,7 @@ def is_gone(process: str) -> bool:
 def is_alive(process: str) -> bool | None:
     """Say whether a process lives; None where that can't be seen from here, as on another machine."""
     *where, pid, started, _ = process.split("/") if process.count("/") == 4 else ("", "", "", "")
-    if not pid or "/".join(where) != _where():
+    if not re.fullmatch("[0-9]{1,9}", pid) or "/".join(where) != _where():  # the former where somebody wrote it
         return None
     if _started(int(pid)) == started:
         return True

@@ -15,7 +15,7 @@ from typing import Any
 
 from effv2 import __version__
 from effv2.core.errors import InputError
-from effv2.core.paths import write_atomically, write_csv
+from effv2.core.paths import from_cell, read_text, write_atomically, write_csv
 from effv2.core.provenance import sha256_of_file
 from effv2.evidence.claims import EXPORTED_AS
 from effv2.evidence.quantities import HISTORIES
@@ -27,6 +27,7 @@ from effv2.tracking.tags import PARENT, PID, PROCESS, QUEUE
 # stand last.
 PREDICTIONS = ("predictions.csv", "unknown/predictions.csv", "unseen/predictions.csv")
 MANIFEST, RUNS = "manifest.json", "runs.csv"
+LARGEST_MANIFEST, LARGEST_TABLE = 50_000_000, 2_000_000_000  # bytes: of millions of epochs
 LARGEST_FIELD = 10_000_000  # characters of a CSV field: thousands of class names
 TABLES = {  # of an export: their titles after `run_id`
     RUNS: "name status started ended",
@@ -56,7 +57,7 @@ class Evidence:
             files = self.predictions(run)
             text = next((files[name] for name in reversed(PREDICTIONS) if name in files), "")
             rows = [row for row in csv.DictReader(io.StringIO(text)) if {"id", "true", "predicted"} <= row.keys()]
-            self.answers[run.run_id] = {row["id"]: row["true"] == row["predicted"] for row in rows}
+            self.answers[run.run_id] = {from_cell(row["id"]): row["true"] == row["predicted"] for row in rows}
         return self.answers[run.run_id]
 
 
@@ -124,14 +125,21 @@ def exported(folders: Sequence[Path]) -> Evidence:
     manifests = {folder: _manifest(folder) for folder in folders}
     for folder, about in manifests.items():
         for name, wanted in about["sha256"].items():
-            if not (folder / name).is_file() or sha256_of_file(folder / name) != wanted:
+            file = folder / name
+            if not file.is_file() or file.stat().st_size > LARGEST_TABLE or sha256_of_file(file) != wanted:
                 raise InputError("from_export", folder, f"the file {name} is missing or was changed", "export again")
-    held = {run.run_id: (run, folder) for folder in folders for run in _read_runs(folder)}
+    held: dict[str, tuple[RunRecord, Path]] = {}
+    for folder in folders:
+        try:
+            held |= {run.run_id: (run, folder) for run in _read_runs(folder)}
+        except (ValueError, TypeError, OverflowError, RecursionError, csv.Error) as error:
+            problem = f"one of its tables holds what no export has ({str(error)[:100]})"
+            raise InputError("from_export", folder, problem, "export again") from error
 
     def predictions(run: RunRecord) -> dict[str, str]:
         folder = held[run.run_id][1]
         there = [name for name in PREDICTIONS if _place(run, name) in manifests[folder]["sha256"]]
-        return {name: (folder / _place(run, name)).read_text(encoding="utf-8") for name in there}
+        return {name: (folder / _place(run, name)).read_text(encoding="utf-8", errors="replace") for name in there}
 
     claims = [folder / EXPORTED_AS for folder, about in manifests.items() if EXPORTED_AS in about["sha256"]]
     return Evidence(
@@ -149,7 +157,7 @@ def _read_runs(folder: Path) -> Iterator[RunRecord]:
     lines: dict[str, dict[str, list[list[str]]]] = defaultdict(lambda: {name: [] for name in TABLES})  # by run
     for table in TABLES:
         with (folder / table).open(newline="", encoding="utf-8") as file:
-            for run_id, *values in list(csv.reader(file))[1:]:
+            for run_id, *values in [[from_cell(text) for text in row] for row in csv.reader(file)][1:]:
                 lines[run_id][table].append(values)
     for run_id, of_run in lines.items():
         if not of_run[RUNS] or not re.fullmatch(r"[\w-]+", run_id):
@@ -161,7 +169,7 @@ def _read_runs(folder: Path) -> Iterator[RunRecord]:
         for metric, epoch, value in of_run["epochs.csv"]:
             history.setdefault(metric, {})[int(epoch)] = float(value)
         images = {
-            context: Images(called, digest, int(count), tuple(json.loads(classes)))
+            context: Images(called, digest, int(count), tuple(map(str, json.loads(classes))))
             for context, called, digest, count, classes in of_run["images.csv"]
         }
         yield RunRecord(run_id, name, status, params, numbers, tags, history, images, int(started), int(ended))
@@ -170,13 +178,13 @@ def _read_runs(folder: Path) -> Iterator[RunRecord]:
 def _manifest(folder: Path) -> dict[str, Any]:
     """Return what an export's manifest says; InputError where there is none, or it names files outside the export."""
     try:
-        about = dict(json.loads((folder / MANIFEST).read_text(encoding="utf-8")))
+        about = dict(json.loads(read_text(folder / MANIFEST, LARGEST_MANIFEST)))
         hashes, ui = about["sha256"], about["ui"]
         texts = [about["experiment"], ui, *hashes, *hashes.values()]
         whole = all(isinstance(text, str) for text in texts) and TABLES.keys() <= hashes.keys()
         if not whole or not re.match(r"https?://|$", ui):
             raise ValueError
-    except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
+    except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
         remedy = "give a folder that `export` wrote"
         raise InputError("from_export", folder, f"has no {MANIFEST} of an export", remedy) from error
     for name in hashes:

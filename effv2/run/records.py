@@ -2,7 +2,9 @@
 
 import tempfile
 import warnings
+import zipfile
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +14,7 @@ from matplotlib.figure import Figure
 from PIL import Image
 from scipy.special import softmax
 from sklearn.metrics import confusion_matrix, precision_recall_fscore_support
-from torch import nn
+from torch import Tensor, nn
 
 from effv2.architecture import build_model, count_gflops, count_parameters
 from effv2.config.schema import TrainConfig
@@ -158,12 +160,20 @@ def keep_weights(run: TrackedRun, network: nn.Module) -> None:
         torch.save(network.state_dict(), folder / WEIGHTS)
 
 
+def whole_weights(path: Path | None) -> dict[str, Tensor] | None:
+    """Read a file of weights; None without one, or where it is damaged. torch itself compares no checksums."""
+    with suppress(Exception):  # of the many that damage leads to
+        if path is not None and zipfile.ZipFile(path).testzip() is None:
+            return dict(torch.load(path, map_location="cpu", weights_only=True))
+    return None
+
+
 def restore(run_id: str, config: TrainConfig, dataset: Dataset) -> Training:
-    """Return the training of a finished run, at the weights that it kept; trained again where it kept none."""
+    """Return the training of a finished run, at the weights that it kept; trained again where none are kept whole."""
     training = Training(config, dataset)
     with tempfile.TemporaryDirectory() as folder:
-        if path := download(run_id, WEIGHTS, Path(folder)):
-            weights = torch.load(path, map_location="cpu", weights_only=True)
+        weights = whole_weights(download(run_id, WEIGHTS, Path(folder)))
+        if weights is not None:
             training.state.evaluated.load_state_dict(weights)
             return training
     for _ in training:

@@ -11,7 +11,7 @@ import yaml
 
 from effv2.config.schema import CheckpointOptions, StudyOptions, TrainConfig
 from effv2.core import provenance
-from effv2.core.errors import Diverged, InputError, Terminated, what_ran_out
+from effv2.core.errors import Diverged, InputError, RunError, Terminated, what_ran_out
 from effv2.core.processes import is_alive, this_process
 from effv2.core.reporter import Message, Reporter
 from effv2.data.dataset import Dataset, LoadData, load_once
@@ -123,6 +123,7 @@ def attempt(config: TrainConfig, dataset: Dataset, spec: RunSpec) -> Attempt:
             checkpointer.remove()  # if the status alone was missing
             pruned = earlier.tags.get(tag.OUTCOME) == "pruned"
             return Attempt(there, earlier.metrics, reached_accuracy(earlier.metrics), pruned, was_finished=True)
+    _must_be_alone(tags, spec)
     try:
         with ExitStack() as stack:
             if earlier is not None:
@@ -134,6 +135,7 @@ def attempt(config: TrainConfig, dataset: Dataset, spec: RunSpec) -> Attempt:
             if earlier is None:
                 checkpointer = Checkpointer(run.run_id, *keeping)
                 stack.enter_context(checkpointer.lock())
+                _must_be_alone(tags, spec, run)
             if earlier is None or FIRST_LOGGED not in earlier.metrics:
                 _log_beginning(run, config, dataset, earlier.params if earlier else {})
             ended = _train(config, dataset, spec, run, checkpointer)
@@ -148,6 +150,27 @@ def attempt(config: TrainConfig, dataset: Dataset, spec: RunSpec) -> Attempt:
         raise
     checkpointer.remove()
     return ended
+
+
+def _must_be_alone(tags: Mapping[str, str], spec: RunSpec, run: OpenRun | None = None) -> None:
+    """Refuse what another process of this machine trains as a run of its own: of two that begin at once the later.
+
+    A `run` that was opened in vain is then no longer known as one to be resumed. Studies have their queue, and `fresh`
+    asks for another.
+    """
+    if spec.previous is not None or spec.fresh:
+        return
+    known = find_runs(spec.experiment_id, {tag.CONFIG_HASH: tags[tag.CONFIG_HASH]}, running=True)
+    equal = [each for each in known if all(each.tags.get(name) == tags[name] for name in tag.IDENTITY)]
+    ours = next(((each.started, each.run_id) for each in equal if run and each.run_id == run.run_id), None)
+    for each in equal:
+        process = each.tags.get(tag.PROCESS, "")
+        first = ours is None or (each.started, each.run_id) < ours
+        if first and not each.parent and process != this_process() and is_alive(process):
+            if run:
+                run.set_tags({tag.CONFIG_HASH: ""})
+            problem = f"Another process trains the same, with equal data and code, in the run {each.run_id}"
+            raise RunError(f"{problem}; wait for it, or repeat it with `fresh`.")
 
 
 def _log_beginning(run: OpenRun, config: TrainConfig, dataset: Dataset, known: Mapping[str, str]) -> None:

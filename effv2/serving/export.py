@@ -12,6 +12,7 @@ from PIL import Image
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from effv2.core.processes import uninterrupted
 from effv2.data.batches import Statistics
 from effv2.data.images import CentreCrop, Preparation, to_rgb
 
@@ -63,9 +64,10 @@ def write_served(
     files["settings"].write_text(json.dumps(settings), encoding="utf-8")
     example = torch.zeros(2, 3, preparation.size, preparation.size, dtype=torch.uint8)  # 2: a batch of 1 would be kept
     served = _Served(network, statistics, len(names)).eval()
-    program = torch.export.export(served, (example,), dynamic_shapes=({0: torch.export.Dim("batch")},))
-    program.example_inputs = None  # it would be stored as a pickle
-    torch.export.save(program, files["program"])
+    with uninterrupted():  # what is raised within torch's tracing may abort the process
+        program = torch.export.export(served, (example,), dynamic_shapes=({0: torch.export.Dim("batch")},))
+        program.example_inputs = None  # it would be stored as a pickle
+        torch.export.save(program, files["program"])
     return files
 
 

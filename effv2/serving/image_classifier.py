@@ -12,6 +12,7 @@ import binascii
 import io
 import json
 import warnings
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -24,20 +25,28 @@ from mlflow.pyfunc.model import PythonModel, PythonModelContext
 from PIL import Image, UnidentifiedImageError
 
 LONGEST = 100  # times its width that an image may be high, or the other way round: it is enlarged as a whole
+MOST = {"images": 1_000, "bytes": 200_000_000, "pixels": 300_000_000}  # of a request, all images together
 # What Pillow and NumPy raise for something that is no image, or one that is too large to be honest.
 BROKEN = (OSError, ValueError, SyntaxError, TypeError, Image.DecompressionBombWarning, Image.DecompressionBombError)
 PLAINLY = {binascii.Error: "it is not base64", UnidentifiedImageError: "it is in no image format that Pillow knows"}
 
 
-class BadImage(MlflowException):
-    """An input that is no image: HTTP status 400."""
+class Refused(MlflowException):
+    """A request that isn't answered: HTTP status 400."""
 
-    def __init__(self, position: int, reason: str) -> None:
-        self._text = f"Image {position} of the request can't be read: {reason}."
+    def __init__(self, text: str) -> None:
+        self._text = text
         super().__init__(self._text, error_code=INVALID_PARAMETER_VALUE)
 
     # MLflow would prefix the whole request to a message that it can write to.
     message = property(lambda self: self._text, lambda self, _: None)
+
+
+class BadImage(Refused):
+    """An input that is no image."""
+
+    def __init__(self, position: int, reason: str) -> None:
+        super().__init__(f"Image {position} of the request can't be read: {reason}.")
 
 
 class ImageClassifier(PythonModel):
@@ -52,6 +61,7 @@ class ImageClassifier(PythonModel):
         """Return, for each image, `label`, its `probability`, and `probabilities` of all classes by name."""
         if not model_input:
             return []
+        _must_fit(model_input)
         names = self.settings["names"]
         pixels = np.stack([_pixels(item, i, self.settings) for i, item in enumerate(model_input)])
         with torch.inference_mode():
@@ -60,6 +70,24 @@ class ImageClassifier(PythonModel):
             {"label": names[column], "probability": row[column], "probabilities": dict(zip(names, row, strict=True))}
             for row, column in zip(table.tolist(), predicted.tolist(), strict=True)
         ]
+
+
+def _must_fit(items: list[Any]) -> None:
+    """Refuse a request that would take too long or too much memory, before a pixel of it is decoded."""
+    held = {"images": len(items), "bytes": sum(len(item) for item in items if isinstance(item, (str, bytes)))}
+    _must_be_few(held)
+    for item in items:
+        with warnings.catch_warnings(), suppress(*BROKEN):  # which is told when it is decoded
+            warnings.simplefilter("ignore", Image.DecompressionBombWarning)
+            width, height = _open(item).size
+            held["pixels"] = held.get("pixels", 0) + width * height
+    _must_be_few(held)
+
+
+def _must_be_few(held: dict[str, int]) -> None:
+    for unit, count in held.items():
+        if count > MOST[unit]:
+            raise Refused(f"The request holds {count:,} {unit}, more than {MOST[unit]:,}: send fewer images at once.")
 
 
 def to_pixels(image: Image.Image, settings: dict[str, Any]) -> Any:

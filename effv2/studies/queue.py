@@ -20,7 +20,7 @@ from optuna.pruners import BasePruner
 from optuna.samplers import BaseSampler
 from optuna.trial import FrozenTrial, Trial, TrialState, create_trial
 
-from effv2.core.errors import LeaseLost
+from effv2.core.errors import LeaseLost, StoreAway
 from effv2.core.internals import stale_trial_ids, trial_id
 from effv2.core.processes import is_gone, this_process
 from effv2.studies.storage import DATABASE_ERRORS, GRACE_SECONDS, HEARTBEAT_SECONDS, LEAVING_SECONDS, Storage
@@ -66,7 +66,12 @@ class Queue:
         self, storage: Storage, study: str, retries: int, wanted: Callable[[Trials], Mapping[str, Params]]
     ) -> None:
         self.storage, self.study, self.retries, self.wanted = storage, study, retries, wanted
-        self.study_id = storage.retry(lambda: storage.optuna.get_study_id_from_name(study))
+        try:
+            self.study_id = storage.retry(lambda: storage.optuna.get_study_id_from_name(study))
+        except KeyError:
+            raise StoreAway(
+                f"The storage {storage.shown} no longer has the study: it was removed or replaced."
+            ) from None
         self._stale: dict[int, float] = {}  # trials that had no heartbeat at the last look, and since when
         self._looked = -math.inf
 

@@ -2,11 +2,12 @@
 
 import hashlib
 import random
+import re
 import sqlite3
 import time
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -19,6 +20,7 @@ from sqlalchemy import exc
 from sqlalchemy.engine import URL
 
 from effv2.core.errors import InputError, StoreAway
+from effv2.core.processes import stop_if_told
 from effv2.core.provenance import without_password
 from effv2.tracking.store import reason
 
@@ -59,6 +61,7 @@ class Storage:
         self._locks = sqlalchemy.create_engine(url, **engine)
         self._rdb = self.retry(lambda: self._opened(engine)) if wait else self._opened(engine)
         self.optuna = get_storage(self._rdb)
+        self._opened_file = _number(self._file) if self._file else None
 
     def _opened(self, engine: dict[str, Any]) -> RDBStorage:
         with self.lock("tables"), warnings.catch_warnings():  # two processes that create them at once would fail
@@ -95,11 +98,16 @@ class Storage:
         """
         pause, away_since = 0.05, float("inf")
         while True:
+            stop_if_told()
             began = time.monotonic()
             try:
                 return operation()
             except DATABASE_ERRORS as error:
                 if not _is_away(error):
+                    if self._is_lost(error):
+                        why = reason(error.__cause__ or error)
+                        problem = f"The storage's file {self._file} was removed, replaced or damaged ({why})."
+                        raise StoreAway(problem) from error
                     raise
                 now = time.monotonic()
                 # An attempt that lasted had the database for most of that time.
@@ -110,11 +118,25 @@ class Storage:
             time.sleep(pause * random.uniform(0.5, 1.5))  # noqa: S311
             pause = min(2 * pause, 5.0)
 
+    def _is_lost(self, error: Exception) -> bool:
+        """Say whether the file of a database on this machine is no longer the one that was opened, or can't be read."""
+        if not self._file:
+            return False
+        damaged = re.search("malformed|not a database|disk I/O error", str(error.__cause__ or error))
+        return bool(damaged) or _number(self._file) != self._opened_file
+
     def close(self) -> None:
         """Close the connections of this thread and those that wait for use."""
         self._rdb.remove_session()
         self._rdb.engine.dispose()
         self._locks.dispose()
+
+
+def _number(file: str) -> int | None:
+    """Return the number by which the file system knows a file; None without one."""
+    with suppress(OSError):
+        return Path(file).stat().st_ino
+    return None
 
 
 def open_storage(url: str, wait: float = 0) -> Storage:

@@ -18,7 +18,7 @@ from optuna.trial import FrozenTrial, TrialState
 
 from effv2.config.schema import StudyOptions
 from effv2.core.errors import Diverged, LeaseLost, RunError, StoreAway, Terminated
-from effv2.core.processes import ending_signals, tune_allocator
+from effv2.core.processes import ending_signals, leave, tune_allocator
 from effv2.core.reporter import Reporter
 from effv2.data.dataset import LoadData, load_once
 from effv2.run.run import RunSpec
@@ -74,14 +74,17 @@ class OpenedStudy:
         """
         storage.patience = LEAVING_SECONDS
         with suppress(Exception, LeaseLost):
+            away = True
             with suppress(StoreAway):
                 self.queue(storage).release()
+                away = False
             run = read_run(self.parent.run_id) if status and answers() else None
             if run is not None and run.status == "RUNNING":
-                try:
-                    storage.retry(lambda: self.end(self.queue(storage), status))
-                except StoreAway:
-                    self.parent.set_status(status)
+                with suppress(StoreAway):
+                    if not away:
+                        storage.retry(lambda: self.end(self.queue(storage), status))
+                        return
+                self.parent.set_status(status)
 
 
 @dataclass
@@ -212,7 +215,7 @@ def worker_process(study: OpenedStudy, threads: int, gpu: str) -> None:
     tune_allocator()
     torch.set_num_threads(threads)
     configure()
-    with ending_signals():
+    with ending_signals(repeated=False):  # which the process that started this one may send, too
         try:
             threading.Thread(target=end_with_starter, daemon=True).start()
             storage = open_storage(study.options.storage, OUTAGE_SECONDS)
@@ -225,5 +228,5 @@ def worker_process(study: OpenedStudy, threads: int, gpu: str) -> None:
                 study.leave(storage, "" if starter is not None and starter.is_alive() else "KILLED")
             if isinstance(error, RunError):
                 print(error, file=sys.stderr)
-                sys.exit(AWAY)
-            sys.exit(1)
+                leave(AWAY)
+            leave(1)

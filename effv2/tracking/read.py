@@ -9,11 +9,10 @@ from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path, PurePosixPath
 
-from mlflow import MlflowClient
 from mlflow.entities import Run
 from mlflow.exceptions import MlflowException
 
-from effv2.tracking.store import MISSING
+from effv2.tracking.store import MISSING, MlflowClient
 from effv2.tracking.tags import DATA_CONTEXT, PARENT, reused_in
 
 # Accuracies on the test set: of its best epoch, of the selected one (the best on validation, or the last), of the last.

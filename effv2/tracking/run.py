@@ -10,7 +10,6 @@ from contextlib import AbstractContextManager, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-from mlflow import MlflowClient
 from mlflow.entities import RunTag
 from mlflow.environment_variables import MLFLOW_ENABLE_SYSTEM_METRICS_LOGGING
 from mlflow.tracking.context.registry import resolve_tags
@@ -20,7 +19,7 @@ from effv2.core.processes import is_gone, this_process
 from effv2.core.reporter import Message
 from effv2.tracking.read import find_runs
 from effv2.tracking.sender import Sender
-from effv2.tracking.store import TRACKING_ERRORS, TrackingAway, answers, open_store
+from effv2.tracking.store import TRACKING_ERRORS, MlflowClient, TrackingAway, answers, open_store
 from effv2.tracking.tags import ERROR, LONGEST_TAG, OUTCOME, PARENT, PID, PROCESS, REPORT, RUN_NAME
 from effv2.tracking.writer import Item, TrackedRun, discard, status_after
 
@@ -144,12 +143,22 @@ def begin_run(
     run = TrackedRun(resumes or adopted, experiment_id)
     if not run.run_id:
         known = {**resolve_tags(), **tags, **({PARENT: parent} if parent else {})}
-        return TrackedRun(client.create_run(experiment_id, run_name=name, tags=known).info.run_id, experiment_id)
+        return TrackedRun(_create_run(experiment_id, name, known), experiment_id)
     run.set_tags(tags)  # before it is RUNNING under a process that is gone
     client.update_run(run.run_id, "RUNNING")
     if adopted and GENERATED_NAME.fullmatch(client.get_run(adopted).info.run_name or ""):  # not named by the user
         client.set_tag(adopted, RUN_NAME, name)
     return run
+
+
+def _create_run(experiment_id: str, name: str, tags: dict[str, str]) -> str:
+    """Create a run, and delete those that were created beside it where the server's answer was lost; return its id."""
+    client, now = MlflowClient(), int(time.time() * 1000)
+    run_id = str(client.create_run(experiment_id, now, tags, name).info.run_id)
+    for twin in client.search_runs([experiment_id], f"attributes.start_time = {now}"):
+        if twin.info.run_id != run_id and twin.data.tags.items() >= tags.items():
+            client.delete_run(twin.info.run_id)
+    return run_id
 
 
 def _monitor(run_id: str, resumed: bool, message: Message) -> Any:

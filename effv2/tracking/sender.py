@@ -4,6 +4,7 @@ What waits is held in memory: names and numbers that the training holds anyway, 
 What a process can't deliver before it ends, the same command delivers from the run's last checkpoint.
 """
 
+import math
 import threading
 import time
 from collections import deque
@@ -12,13 +13,15 @@ from contextlib import suppress
 from itertools import islice, takewhile
 
 from effv2.core.errors import RunError
+from effv2.core.processes import SENDER, stop_if_told
 from effv2.core.reporter import Message
 from effv2.tracking.store import WAIT_SECONDS, TrackingAway, answers, is_refusal, reason, shown_uri
-from effv2.tracking.writer import Item, KnownSteps, send
+from effv2.tracking.writer import Item, LatestSteps, send
 
 MOST_AT_ONCE = 1_000  # values: as many as the server takes
 LOOK_SECONDS = 0.2  # between two looks at how long a store has been away
 LAST_CALL = 1.0  # seconds that the call in progress has to come to an end
+MOST_FAILURES = 3  # in a row, of a store that has taken nothing yet
 LONGEST_WAIT = 15.0  # seconds between two attempts
 
 
@@ -27,13 +30,14 @@ class Sender:
 
     def __init__(self, run_id: str, message: Message, resumed: bool) -> None:
         self.run_id, self._message = run_id, message
-        self._known: KnownSteps | None = {} if resumed else None
+        self._known: LatestSteps | None = {} if resumed else None
         self._waiting: deque[Item] = deque()
         self._changed = threading.Condition()
         self.trouble: Exception | None = None  # why the last attempt failed
+        self._failures = 0  # of the last attempts
         self._refusal: Exception | None = None  # the first that was for good
         self.checked, self.closed, self._at_once = False, False, MOST_AT_ONCE
-        self._thread = threading.Thread(target=self._send_all, name=f"sender {run_id}", daemon=True)
+        self._thread = threading.Thread(target=self._send_all, name=f"{SENDER}{run_id}", daemon=True)
         self._thread.start()
 
     def put(self, *items: Item) -> None:
@@ -45,19 +49,19 @@ class Sender:
             self._changed.notify_all()
 
     def check(self) -> None:
-        """Wait until everything is delivered; RunError at the first failure: before a training begins."""
-        self.flush(0)
+        """Wait until everything is delivered; RunError after a few failures: before a training begins."""
+        self.flush(math.inf)
         self.checked = True
 
     def flush(self, seconds: float) -> None:
         """Wait until everything is delivered, however long that takes while the store answers.
 
         TrackingAway where it has been away for so many seconds. RunError after a refusal and, until `check` has
-        succeeded, at the first failure.
+        succeeded, after a few failures.
         """
         with self._changed:
             deadline = time.monotonic() + seconds
-            while self._waiting and (self.checked or self.trouble is None):
+            while self._waiting and (self.checked or self._failures < MOST_FAILURES):
                 if self.trouble is None:
                     deadline = time.monotonic() + seconds
                 elif time.monotonic() > deadline:
@@ -66,7 +70,8 @@ class Sender:
                         f"what the run {self.run_id} logged isn't there yet; start it."
                     )
                 self._changed.wait(LOOK_SECONDS)
-            trouble = self._refusal or self.trouble
+                stop_if_told()
+            trouble = self._refusal or (self.trouble if self._waiting else None)
         if trouble is not None:
             raise RunError(
                 f"The tracking store {shown_uri()} doesn't take what the run logs ({reason(trouble)}); fix it.",
@@ -99,6 +104,7 @@ class Sender:
                 batch = list(islice(values, self._at_once)) or [self._waiting[0]]
             done = self._try(batch)
             with self._changed:
+                self._failures = 0 if done else self._failures + 1
                 for _ in batch if done else []:
                     self._waiting.popleft()
                 self._changed.notify_all()

@@ -3,15 +3,16 @@
 import logging
 import os
 import re
+import sqlite3
 import time
 from collections import Counter
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext, suppress
+from contextlib import closing, contextmanager, nullcontext, suppress
 from pathlib import Path
+from typing import Any
 
 import mlflow
 from filelock import FileLock
-from mlflow import MlflowClient
 from mlflow.entities import Experiment
 from mlflow.exceptions import MlflowException
 from mlflow.utils.credentials import get_default_host_creds
@@ -22,6 +23,7 @@ from sqlalchemy.exc import SQLAlchemyError
 
 from effv2.core.errors import InputError, RunError, StoreAway
 from effv2.core.internals import default_experiment_id
+from effv2.core.processes import stop_if_told
 from effv2.core.provenance import without_password
 from effv2.core.reporter import Message
 
@@ -31,7 +33,9 @@ MOST_SETBACKS = 5  # so often a piece of work is begun again because the store f
 TrackingError = MlflowException
 TRACKING_ERRORS = (MlflowException, SQLAlchemyError, OSError)  # a store that is away, or refuses
 REFUSALS = ("INVALID_PARAMETER_VALUE", "BAD_REQUEST")
+CUT = "Connection broken|IncompleteRead"  # what an answer that broke off looks like
 MISSING = "RESOURCE_DOES_NOT_EXIST"  # there is no run, model or experiment of that id
+HALF_BUILT = "already exists|out-of-date|no such (table|column)|duplicate column"  # what opening such a database says
 LASTING = (MISSING, "PERMISSION_DENIED", "UNAUTHENTICATED")
 # What the code and the text of an error look like, and what is wrong with the store, with the remedy: the first found.
 EXPLANATIONS = (
@@ -62,6 +66,30 @@ EXPLANATIONS = (
 )
 
 
+class MlflowClient(mlflow.MlflowClient):
+    """MLflow's client, which repeats calls whose answer was cut; MLflow itself repeats those that failed otherwise.
+
+    A call may so arrive more than once: none but `create_run` and `create_logged_model` minds.
+    """
+
+    def __getattribute__(self, name: str) -> Any:
+        """Return an attribute; a method that repeats itself."""
+        found = super().__getattribute__(name)
+        if name.startswith("_") or not callable(found):
+            return found
+
+        def repeated(*args: Any, **kwargs: Any) -> Any:
+            for _ in range(MOST_SETBACKS):
+                try:
+                    return found(*args, **kwargs)
+                except TRACKING_ERRORS as error:
+                    if not re.search(CUT, str(error)):
+                        raise
+            return found(*args, **kwargs)
+
+        return repeated
+
+
 class TrackingAway(StoreAway):
     """The tracking store was away for longer than a run waits for it."""
 
@@ -73,13 +101,19 @@ def open_store(experiment: str, create: bool = True) -> str:
     `mlflow run`, of MLFLOW_EXPERIMENT_NAME or _ID, or `Default`. A database is created and migrated nowhere else.
     """
     configure()
+    file = None
     try:
         file = _database_file()
         # Processes that start at once must not migrate a new database together, which fails.
         with FileLock(f"{file}.lock") if file and os.access(Path(file).parent, os.W_OK) else nullcontext():
+            if file:
+                _create_database(Path(file))
             _probe()
             found = _experiment(experiment, create)
     except (MlflowException, SQLAlchemyError, OSError, ImportError) as error:
+        if file and re.search(HALF_BUILT, str(error)) and _is_empty(Path(file)):
+            problem = "its creation was cut short, and nothing is in it"
+            raise InputError("MLFLOW_TRACKING_URI", shown_uri(), problem, f"remove the file {file}") from error
         raise _explained(error, experiment) from error
     if found.lifecycle_stage != "active":
         raise InputError("experiment", found.name, "that experiment was deleted", "restore it or choose another one")
@@ -90,7 +124,30 @@ def open_store(experiment: str, create: bool = True) -> str:
 def _database_file() -> str | None:
     """Return the path of the tracking store's database, if it is a file."""
     uri = mlflow.get_tracking_uri()
-    return make_url(uri).database if uri.startswith("sqlite:") else None
+    database = make_url(uri).database if uri.startswith("sqlite:") else None
+    return None if database is None or database == ":memory:" or database.startswith("file:") else database
+
+
+def _create_database(file: Path) -> None:
+    """Create a database that is missing, beside its place first: a creation that is killed leaves none there."""
+    if file.is_file() and file.stat().st_size:
+        return
+    building = file.with_name(f"{file.name}.new")
+    for left in (building, building.with_name(f"{building.name}-journal")):
+        left.unlink(missing_ok=True)
+    url = make_url(mlflow.get_tracking_uri()).set(database=str(building))
+    MlflowClient(url.render_as_string()).search_experiments(max_results=1)
+    building.replace(file)
+
+
+def _is_empty(file: Path) -> bool:
+    """Say whether a file is a database of MLflow's in which nothing was logged, perhaps not all of its tables."""
+    with suppress(sqlite3.Error), closing(sqlite3.connect(f"{file.absolute().as_uri()}?mode=ro", uri=True)) as opened:
+        tables = {name for (name,) in opened.execute("SELECT name FROM sqlite_master WHERE type = 'table'")}
+        held = tables.intersection(("runs", "registered_models", "trace_info", "studies"))  # the last are Optuna's
+        full = (opened.execute(f"SELECT 1 FROM {table} LIMIT 1").fetchone() for table in held)  # noqa: S608
+        return "experiments" in tables and not any(full)
+    return False
 
 
 def is_begun() -> bool:
@@ -118,7 +175,8 @@ def configure() -> None:
         logging.getLogger(name).setLevel(logging.WARNING)
     logging.getLogger("mlflow.store.db.utils").setLevel(logging.CRITICAL)  # it prints the stack of what we explain
     os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
-    os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "2")
+    os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "5")
+    os.environ.setdefault("MLFLOW_HTTP_REQUEST_BACKOFF_FACTOR", "0")  # half a second: waiting for a server is ours
     os.environ.setdefault("MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT", "true")
 
 
@@ -127,7 +185,7 @@ def _probe() -> None:
     uri = mlflow.get_tracking_uri()
     if uri.startswith("http"):
         creds = get_default_host_creds(uri)  # type: ignore[no-untyped-call]
-        http_request(creds, "/health", "GET", timeout=PROBE_SECONDS, max_retries=1)  # type: ignore[no-untyped-call]
+        http_request(creds, "/health", "GET", timeout=PROBE_SECONDS, max_retries=3)  # type: ignore[no-untyped-call]
     MlflowClient().search_experiments(max_results=1)  # a server whose database is away says that it is well
 
 
@@ -153,6 +211,7 @@ def outage_passed(error: Exception, setbacks: Counter[str], work: str, seconds: 
         return False
     deadline = time.monotonic() + seconds
     while not answers():
+        stop_if_told()
         if time.monotonic() > deadline:
             problem = f"The tracking store {shown_uri()} has been away for {seconds} seconds; start it."
             raise StoreAway(problem) from error

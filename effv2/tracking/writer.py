@@ -15,7 +15,6 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 import mlflow
-from mlflow import MlflowClient
 from mlflow.entities import Dataset, DatasetInput, InputTag, LoggedModel, LoggedModelStatus, Metric, Param, RunTag
 from mlflow.exceptions import MlflowException
 from mlflow.store.artifact.artifact_repository_registry import get_artifact_repository
@@ -23,35 +22,33 @@ from mlflow.tracking.context.registry import resolve_tags
 
 from effv2 import serving
 from effv2.core.errors import LeaseLost, Terminated
+from effv2.core.internals import latest_steps
 from effv2.core.provenance import git_state, machine
-from effv2.tracking.store import MISSING, shown_uri, ui_address
+from effv2.tracking.store import MISSING, MlflowClient, shown_uri, ui_address
 from effv2.tracking.tags import CONTINUES, DATA_CONTEXT, GIT_COMMIT, GIT_DIRTY, LONGEST_TAG, NOTE, WRITTEN
 
 Item = Metric | Param | RunTag | Callable[[], None]  # a value, of which a call takes many, or a call of its own
-KnownSteps = dict[str, set[int]]  # the steps of each metric that the run has
+LatestSteps = dict[str, int]  # of each metric that the run has
 SHARED_VIEW, CURVES = "mlflow.sharedViewState.", "effv2-curves"
 # What MLflow's UI writes when somebody saves a view: answers of studies, training runs by best test accuracy, and the
 # mean curves of arms.
 VIEWS: dict[str, dict[str, Any]] = json.loads(files("effv2.tracking").joinpath("views.json").read_text("utf-8"))
 
 
-def send(run_id: str, items: Sequence[Item], known: KnownSteps | None = None) -> None:
+def send(run_id: str, items: Sequence[Item], known: LatestSteps | None = None) -> None:
     """Make calls, which may be repeated, and send values together; not the metrics that the run has, if `known` tells.
 
-    `known` is filled from the store as it is needed: there is one value a metric and step.
+    An empty `known` is filled from the store. There is one value a metric and step, and steps are sent in order.
     """
-    client, metrics = MlflowClient(), []
+    client = MlflowClient()
     for item in items:
-        if isinstance(item, Metric):
-            if known is not None:
-                if item.key not in known:
-                    known[item.key] = {each.step for each in client.get_metric_history(run_id, item.key)}
-                if item.step in known[item.key]:
-                    continue
-                known[item.key].add(item.step)
-            metrics.append(item)
-        elif callable(item):
+        if callable(item):
             item()
+    metrics = [item for item in items if isinstance(item, Metric)]
+    if known is not None and metrics:
+        known |= {} if known else latest_steps(client.get_run(run_id))
+        metrics = [item for item in metrics if item.step > known.get(item.key, -1)]
+        known |= {item.key: item.step for item in metrics}
     params = {item.key: item for item in items if isinstance(item, Param)}
     tags = {item.key: item for item in items if isinstance(item, RunTag)}
     client.log_batch(run_id, metrics, [*params.values()], [*tags.values()])  # in parts that the server takes
@@ -198,6 +195,9 @@ def log_served_model(run_id: str, files: Mapping[str, Path], example: str) -> No
         run = client.get_run(run_id)
         about = {"tags": resolve_tags(), "params": run.data.params}
         new = client.create_logged_model(run.info.experiment_id, "model", run_id, **about)
+        for twin in client.search_logged_models([run.info.experiment_id], f"source_run_id = '{run_id}'"):
+            if twin.model_id != new.model_id:  # created before an answer was lost, or the process killed
+                client.delete_logged_model(twin.model_id)
     with warnings.catch_warnings(record=True):  # MLflow remarks that inputs are of any type: they are so on purpose
         Model.log(
             artifact_path=None,
