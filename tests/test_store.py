@@ -17,7 +17,8 @@ from mlflow.entities import Experiment
 
 from effv2.core.errors import InputError, RunError, what_ran_out
 from effv2.tracking import store
-from effv2.tracking.store import open_store, shown_uri
+from effv2.tracking.addresses import shown_uri
+from effv2.tracking.store import open_store
 
 
 class Refusing(http.server.BaseHTTPRequestHandler):

@@ -19,8 +19,8 @@ from effv2.core.paths import write_atomically, write_csv
 from effv2.core.provenance import sha256_of_file
 from effv2.evidence.claims import EXPORTED_AS
 from effv2.evidence.quantities import HISTORIES
+from effv2.tracking.addresses import ui_address
 from effv2.tracking.read import READERS, Images, RunRecord, experiment_name, read_artifacts, read_experiment
-from effv2.tracking.store import ui_address
 from effv2.tracking.tags import PARENT, PID, PROCESS, QUEUE
 
 # Predictions of a run: of published networks those of the images that they weren't fitted to, as far as that is known,

@@ -24,7 +24,9 @@ from mlflow.tracking.context.registry import resolve_tags
 from effv2 import serving
 from effv2.core.errors import LeaseLost, Terminated
 from effv2.core.provenance import git_state, machine
-from effv2.tracking.store import MISSING, shown_uri, ui_address
+from effv2.core.secrets import masked
+from effv2.tracking.addresses import shown_uri, ui_address
+from effv2.tracking.store import MISSING
 from effv2.tracking.tags import CONTINUES, DATA_CONTEXT, GIT_COMMIT, GIT_DIRTY, LONGEST_TAG, NOTE, WRITTEN
 
 Item = Metric | Param | RunTag | Callable[[], None]  # a value, of which a call takes many, or a call of its own
@@ -75,8 +77,8 @@ class TrackedRun:
         self._send(*(Metric(name, float(value), now, step) for name, value in metrics.items()))
 
     def set_tags(self, tags: Mapping[str, str]) -> None:
-        """Set tags, the longest cut."""
-        self._send(*(RunTag(name, value[:LONGEST_TAG]) for name, value in tags.items()))
+        """Set tags, the longest cut, secrets masked."""
+        self._send(*(RunTag(name, masked(value)[:LONGEST_TAG]) for name, value in tags.items()))
 
     def describe(self, markdown: str) -> None:
         """Set the description that the UI shows, cut at the last line that fits."""
@@ -168,6 +170,11 @@ def model_address(run_id: str) -> str:
     return f"models:/{ready[-1].model_id}" if ready else ""
 
 
+def own_tags() -> dict[str, str]:
+    """Return what MLflow notes of each run: user, program, commit; the checkout's address without what is secret."""
+    return {name: masked(str(value)) for name, value in resolve_tags().items()}
+
+
 def _models(run_id: str) -> list[LoggedModel]:
     """Return the models of a run that were not deleted."""
     client, found = MlflowClient(), []
@@ -195,8 +202,8 @@ def log_served_model(run_id: str, files: Mapping[str, Path], example: str) -> No
     client, new = MlflowClient(), None
     if not there:
         run = client.get_run(run_id)
-        about = {"tags": resolve_tags(), "params": run.data.params}
-        new = client.create_logged_model(run.info.experiment_id, "model", run_id, **about)
+        params = {name: masked(value) for name, value in run.data.params.items()}
+        new = client.create_logged_model(run.info.experiment_id, "model", run_id, own_tags(), params)
     with warnings.catch_warnings(record=True):  # MLflow remarks that inputs are of any type: they are so on purpose
         Model.log(
             artifact_path=None,
