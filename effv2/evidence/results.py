@@ -12,7 +12,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, NullLocator, StrMethodFormatter
 
 from effv2.core.errors import joined
-from effv2.core.figures import MARKERS, PALETTE, plain
+from effv2.core.figures import MARKERS, PALETTE, short
 from effv2.evidence.claims import Claims
 from effv2.evidence.compared import NONE
 from effv2.evidence.protocols import SEED_SETTING, SPLIT_SEED, RightAnswers, complete
@@ -280,7 +280,7 @@ def _figure(runs: Mapping[str, RunRecord], ranked: Ranked, origin: str) -> Figur
         style = {"fmt": MARKERS[index // len(PALETTE) % len(MARKERS)], "color": colour, "capsize": 3}
         for axes, cost in zip(panels, costs, strict=True):
             if cost:
-                axes.errorbar(cost, 100 * each.mean(), yerr=reach, label=plain(label), **style)
+                axes.errorbar(cost, 100 * each.mean(), yerr=reach, label=short(label), **style)
     for axes, unit in zip(panels, ("GFLOPs", "milliseconds, at full rate:"), strict=True):
         axes.set(xscale="log", xlabel=f"{unit} an image (log)")
         ticks = {"major_locator": LogLocator(subs=(1, 2, 5)), "minor_locator": NullLocator()}

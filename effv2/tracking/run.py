@@ -157,9 +157,9 @@ def begin_run(
 
 def _monitor(run_id: str, resumed: bool, message: Message) -> Any:
     """Log the machine's load to the run where the user asked MLflow for that."""
-    if not MLFLOW_ENABLE_SYSTEM_METRICS_LOGGING.get():  # type: ignore[no-untyped-call]
-        return None
     try:
+        if not MLFLOW_ENABLE_SYSTEM_METRICS_LOGGING.get():  # type: ignore[no-untyped-call]
+            return None
         from mlflow.system_metrics.system_metrics_monitor import SystemMetricsMonitor
 
         monitor = SystemMetricsMonitor(run_id, resume_logging=resumed)  # type: ignore[no-untyped-call]
