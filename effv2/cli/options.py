@@ -71,7 +71,8 @@ class Command(click.Command):
         super().__init__(name, **about)
 
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
-        """Read the options; what click says of wrong ones shows no secrets."""
+        """Read the options; neither the process's name nor what click says of wrong ones shows secrets."""
+        mask_command_line()
         try:
             return super().parse_args(ctx, args)
         except click.UsageError as error:
@@ -81,7 +82,6 @@ class Command(click.Command):
 
     def invoke(self, ctx: click.Context) -> Any:
         """Run the command."""
-        mask_command_line()
         tune_allocator()  # before torch is imported
         token = COMMAND.set(_command_line(ctx))
         again = "the same command without `fresh`" if ctx.params.get("fresh") == "true" else "the same command"

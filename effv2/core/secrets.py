@@ -2,6 +2,7 @@
 
 import ctypes
 import re
+from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
 
@@ -22,6 +23,11 @@ def masked(text: str) -> str:
         return text
     text = OF_OTHERS.sub(r"\1:***@", OF_WEB.sub(r"\1***@", NAMED.sub(r"\1***", text)))
     return WITHOUT_SCHEME.sub(r"\1:***@", text)
+
+
+def masked_values(values: Mapping[str, str]) -> dict[str, str]:
+    """Return named values, as tags, with *** for what is secret in them."""
+    return {name: masked(value) for name, value in values.items()}
 
 
 def mask_command_line() -> None:

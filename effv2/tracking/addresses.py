@@ -57,10 +57,15 @@ def check_address(what: str, uri: str) -> None:
         raise InputError(what, uri, "nobody reads the ~ in it as a home folder", f"write {home}")
     if re.match(r"(\w[\w.-]*|\[[\da-fA-F:]+\]):\d+(/|$)", uri):
         raise InputError(what, uri, "has no scheme", f"write http://{uri}")
-    with suppress(SQLAlchemyError, ValueError):  # those that are no addresses are explained elsewhere
-        if re.match(r"[\w+]+://[^/]*\s.*@", uri) or (DATABASES.match(uri) and "@" in (make_url(uri).host or "")):
-            shown, remedy = "%20".join(uri.split()), "write @ as %40, a space as %20"
-            raise InputError(what, shown, "its user or password holds an @ or a space", remedy)
+    try:
+        host = make_url(uri).host or "" if DATABASES.match(uri) else ""
+    except ValueError as error:
+        raise InputError(what, uri, "its port is no number", "correct it") from error
+    except SQLAlchemyError:
+        host = ""  # no address, as is explained elsewhere
+    if "@" in host or re.match(r"[\w+]+://[^/]*\s.*@", uri):
+        shown, remedy = "%20".join(uri.split()), "write @ as %40, a space as %20"
+        raise InputError(what, shown, "its user or password holds an @ or a space", remedy)
 
 
 def tables_of(url: URL) -> set[str]:

@@ -13,7 +13,7 @@ from mlflow import MlflowClient
 from mlflow.entities import Run
 from mlflow.exceptions import MlflowException
 
-from effv2.core.secrets import masked
+from effv2.core.secrets import masked_values
 from effv2.tracking.store import MISSING
 from effv2.tracking.tags import DATA_CONTEXT, PARENT, reused_in
 
@@ -186,9 +186,9 @@ def _record(run: Run) -> RunRecord:
         run_id=info.run_id,
         name=info.run_name,
         status=info.status,
-        params={name: masked(value) for name, value in data.params.items()},  # `mlflow run` logs the options as given
+        params=masked_values(data.params),  # `mlflow run` logs the options as given
         metrics=data.metrics,
-        tags={name: masked(value) for name, value in data.tags.items()},
+        tags=masked_values(data.tags),
         images=dict(_images(run)),
         started=info.start_time or 0,
         ended=info.end_time or 0,

@@ -13,16 +13,17 @@ from typing import Any
 from mlflow import MlflowClient
 from mlflow.entities import RunTag
 from mlflow.environment_variables import MLFLOW_ENABLE_SYSTEM_METRICS_LOGGING
+from mlflow.tracking.context.registry import resolve_tags
 
 from effv2.core.errors import LeaseLost, RunError
 from effv2.core.processes import is_gone, this_process
 from effv2.core.reporter import Message
-from effv2.core.secrets import masked
+from effv2.core.secrets import masked, masked_values
 from effv2.tracking.read import find_runs
 from effv2.tracking.sender import Sender
 from effv2.tracking.store import TRACKING_ERRORS, TrackingAway, answers, open_store
 from effv2.tracking.tags import ERROR, LONGEST_TAG, OUTCOME, PARENT, PID, PROCESS, REPORT, RUN_NAME
-from effv2.tracking.writer import Item, TrackedRun, discard, own_tags, status_after
+from effv2.tracking.writer import Item, TrackedRun, discard, status_after
 
 PATIENCE = 120.0  # seconds that the end of a run waits for a store that is away
 EARLY_PATIENCE = 3.0  # seconds that a run which ends early waits for the store
@@ -143,7 +144,7 @@ def begin_run(
     client, adopted = MlflowClient(), "" if parent or resumes else os.environ.pop("MLFLOW_RUN_ID", "")
     run = TrackedRun(resumes or adopted, experiment_id)
     if not run.run_id:
-        known = {**own_tags(), **tags, **({PARENT: parent} if parent else {})}
+        known = {**masked_values(resolve_tags()), **tags, **({PARENT: parent} if parent else {})}
         return TrackedRun(client.create_run(experiment_id, run_name=name, tags=known).info.run_id, experiment_id)
     if adopted:
         there = client.get_run(adopted)

@@ -44,7 +44,7 @@ EXPLANATIONS = (
         "MLflow keeps runs in plain files only where MLFLOW_ALLOW_FILE_STORE=true is set",
         f"set it, or use {STORES}",
     ),
-    ("unsupported URI", "no such kind of store", f"use {STORES}"),
+    ("unsupported URI|Can't load plugin", "no such kind of store", f"use {STORES}"),
     (
         "^OLDER_SCHEMA",
         "its tables are those of an older MLflow",

@@ -24,7 +24,7 @@ from mlflow.tracking.context.registry import resolve_tags
 from effv2 import serving
 from effv2.core.errors import LeaseLost, Terminated
 from effv2.core.provenance import git_state, machine
-from effv2.core.secrets import masked
+from effv2.core.secrets import masked_values
 from effv2.tracking.addresses import shown_uri, ui_address
 from effv2.tracking.store import MISSING
 from effv2.tracking.tags import CONTINUES, DATA_CONTEXT, GIT_COMMIT, GIT_DIRTY, LONGEST_TAG, NOTE, WRITTEN
@@ -78,7 +78,7 @@ class TrackedRun:
 
     def set_tags(self, tags: Mapping[str, str]) -> None:
         """Set tags, the longest cut, secrets masked."""
-        self._send(*(RunTag(name, masked(value)[:LONGEST_TAG]) for name, value in tags.items()))
+        self._send(*(RunTag(name, value[:LONGEST_TAG]) for name, value in masked_values(tags).items()))
 
     def describe(self, markdown: str) -> None:
         """Set the description that the UI shows, cut at the last line that fits."""
@@ -170,11 +170,6 @@ def model_address(run_id: str) -> str:
     return f"models:/{ready[-1].model_id}" if ready else ""
 
 
-def own_tags() -> dict[str, str]:
-    """Return what MLflow notes of each run: user, program, commit; the checkout's address without what is secret."""
-    return {name: masked(str(value)) for name, value in resolve_tags().items()}
-
-
 def _models(run_id: str) -> list[LoggedModel]:
     """Return the models of a run that were not deleted."""
     client, found = MlflowClient(), []
@@ -202,8 +197,8 @@ def log_served_model(run_id: str, files: Mapping[str, Path], example: str) -> No
     client, new = MlflowClient(), None
     if not there:
         run = client.get_run(run_id)
-        params = {name: masked(value) for name, value in run.data.params.items()}
-        new = client.create_logged_model(run.info.experiment_id, "model", run_id, own_tags(), params)
+        about = masked_values(resolve_tags()), masked_values(run.data.params)
+        new = client.create_logged_model(run.info.experiment_id, "model", run_id, *about)
     with warnings.catch_warnings(record=True):  # MLflow remarks that inputs are of any type: they are so on purpose
         Model.log(
             artifact_path=None,
