@@ -148,10 +148,8 @@ def test_the_commit_and_the_changes_are_those_of_this_checkout(tmp_path: Path, s
     plain = {name: value for name, value in os.environ.items() if not name.startswith(("GIT_", "PYTHONPATH"))}
     plain |= {"HOME": str(tmp_path / "nobody"), "PYTHONDONTWRITEBYTECODE": "1"}
 
-    def run(*command: str, folder: Path = tmp_path, **variables: str) -> str:
-        return subprocess.run(
-            command, cwd=folder, env=plain | variables, text=True, capture_output=True, check=True
-        ).stdout
+    def run(*command: str, folder: Path = tmp_path) -> str:
+        return subprocess.run(command, cwd=folder, env=plain, text=True, capture_output=True, check=True).stdout
 
     def git(*words: str, folder: Path = tmp_path) -> str:
         return run("git", "-c", "user.name=a", "-c", "user.email=a@b", *words, folder=folder).strip()
@@ -165,9 +163,9 @@ def test_the_commit_and_the_changes_are_those_of_this_checkout(tmp_path: Path, s
     git("commit", "-q", "-m", "all")
     with (core / "provenance.py").open("a") as file:
         file.write("# A change.\n")
-    commit, variables = git("rev-parse", "HEAD"), {}
+    commit = git("rev-parse", "HEAD")
     if spoilt == "variables":
-        variables = {"GIT_DIR": str(other / ".git"), "GIT_WORK_TREE": str(other), "GIT_EXTERNAL_DIFF": "true"}
+        plain |= {"GIT_DIR": str(other / ".git"), "GIT_WORK_TREE": str(other), "GIT_EXTERNAL_DIFF": "true"}
     elif spoilt == "settings":
         (tmp_path / ".git/info/attributes").write_text("*.py diff=py\n")
         for setting in ("color.ui always", "diff.external true", "diff.noprefix true", "status.showUntrackedFiles no"):
@@ -179,7 +177,7 @@ def test_the_commit_and_the_changes_are_those_of_this_checkout(tmp_path: Path, s
         for path in (tmp_path, tmp_path / ".git"):
             os.chown(path, 12345, 12345)
     program = "from effv2.core.provenance import git_state; print(*git_state(), sep='')"
-    found = run(sys.executable, "-c", program, **variables)
+    found = run(sys.executable, "-c", program)
     assert found.startswith(f"{commit} M effv2/core/provenance.py\n?? other/\n"), found
     assert "\n+++ b/effv2/core/provenance.py\n" in found and "\n+# A change.\n" in found
 

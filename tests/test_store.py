@@ -15,6 +15,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import closing
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -234,10 +235,12 @@ def test_a_relative_path_is_that_of_where_mlflow_run_was_typed(sqlite_store: str
         "import os; from effv2.tracking.store import open_store; open_store(''); print(os.environ['MLFLOW_RUN_ID'])"
     )
     command = [sys.executable, "-c", program]
-    done = subprocess.run(
-        command, cwd=tmp_path / "project", env=os.environ | given, capture_output=True, text=True, check=True
-    )
-    assert done.stdout.strip() == given["MLFLOW_RUN_ID"] and not [*(tmp_path / "project").iterdir()]
+    how: dict[str, Any] = {"cwd": tmp_path / "project", "env": os.environ | given, "capture_output": True, "text": True}
+    assert subprocess.run(command, **how).stdout.strip() == given["MLFLOW_RUN_ID"]
+    (tmp_path / "mlflow.db").rename(tmp_path / "moved.db")
+    *_, last = subprocess.run(command, **how).stderr.strip().splitlines()
+    assert f"MLFLOW_RUN_ID {given['MLFLOW_RUN_ID']}: the tracking store sqlite:///mlflow.db has no such run" in last
+    assert not [*(tmp_path / "project").iterdir()]
 
 
 @pytest.mark.parametrize(("value", "logged"), [("true", True), ("false", False), ("perhaps", False)])

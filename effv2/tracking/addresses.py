@@ -18,6 +18,7 @@ TRACKING_URI = "MLFLOW_TRACKING_URI"
 STORES = "sqlite:///mlflow.db, http://HOST:PORT or postgresql://USER@HOST/DATABASE"
 DATABASES = re.compile(r"(sqlite|postgresql|mysql|mssql)[:+]")
 OF_MLFLOW, OF_OPTUNA = {"experiments", "metrics"}, {"studies", "trials"}  # tables that tell whose a database is
+PATIENCE = {"pysqlite": {"timeout": 60}, "psycopg": {"connect_timeout": 10}}  # seconds, by driver
 
 
 def shown_uri() -> str:
@@ -72,7 +73,7 @@ def tables_of(url: URL) -> set[str]:
     """Return the names of the tables in a database; none where it is a file that isn't there."""
     if url.get_backend_name() == "sqlite" and not os.path.isfile(url.database or ""):  # noqa: PTH113 (never raises)
         return set()
-    engine = create_engine(url)
+    engine = create_engine(url, connect_args=PATIENCE.get(url.get_driver_name(), {}))
     try:
         return set(inspect(engine).get_table_names())
     finally:

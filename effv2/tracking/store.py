@@ -51,7 +51,7 @@ EXPLANATIONS = (
         "keep a copy of it, then bring it up to date: mlflow db upgrade {uri}",
     ),
     ("^NEWER_SCHEMA", "its tables are those of a newer MLflow", "install that MLflow here, or use another database"),
-    ("No module named '(\\w+)", "needs the Python package {package}", "install it with: pip install {package}"),
+    ("No module named", "needs the Python package {package}", "install it with: pip install {package}"),
     (
         "^UNAUTHENTICATED",
         "the server doesn't know the user, or wants one",
@@ -85,6 +85,8 @@ def open_store(experiment: str, create: bool = True, message: Message = lambda t
     """
     configure()
     check_address(TRACKING_URI, mlflow.get_tracking_uri())
+    if (run_id := os.environ.get("MLFLOW_RUN_ID")) and not is_begun():
+        raise _no_run(run_id)
     try:
         file = _database_file()
         # Processes that start at once must not migrate a new database together, which fails.
@@ -213,16 +215,17 @@ def _adopted(message: Message) -> Run | None:
     try:
         run = MlflowClient().get_run(run_id)
     except MlflowException as error:
-        if error.error_code != MISSING:
-            raise
-        problem = f"the tracking store {shown_uri()} has no such run"
-        remedy = "unset it, or give MLFLOW_TRACKING_URI the right store, a file by its absolute path"
-        raise InputError("MLFLOW_RUN_ID", run_id, problem, remedy) from error
+        raise (_no_run(run_id) if error.error_code == MISSING else error) from error
     if run.info.status == "RUNNING" and not any(name.startswith("effv2.") for name in run.data.tags):
         return run
     del os.environ["MLFLOW_RUN_ID"]
     message(f"MLFLOW_RUN_ID names the run {run_id}, which was not opened for this command: it is left alone.")
     return None
+
+
+def _no_run(run_id: str) -> InputError:
+    remedy = "unset it, or give MLFLOW_TRACKING_URI the right store, a file by its absolute path"
+    return InputError("MLFLOW_RUN_ID", run_id, f"the tracking store {shown_uri()} has no such run", remedy)
 
 
 def _experiment(name: str, create: bool, message: Message) -> Experiment:
