@@ -7,8 +7,8 @@ from contextlib import suppress
 from pathlib import Path
 
 NAMED = re.compile(  # in the query of an address, or in the words that a database's driver takes
-    r"((?:^|[?&#;,\s'\"(])[\w.-]*(?:pass|passw(?:or)?d|passphrase|pwd|token|secret|credentials?|sig|signature|sas|auth"
-    r"|authorization|jwt|odbc_connect|key|key[-_]?id)=)(?:'[^']*'|[^&\s]+)",
+    r"((?:^|[?&#;,\s'\"(])(?:key|[\w.-]*(?:pass|passw(?:or)?d|passphrase|pwd|token|secret|credentials?|sig|signature|sas"
+    r"|auth|authorization|jwt|odbc_connect|(?:api|access|account|secret)[-_]?key(?:[-_]?id)?))=)(?:'[^']*'|[^&\s]+)",
     re.IGNORECASE,
 )
 # Up to the last @ of the word, as a password may hold all of / ? # @.

@@ -92,9 +92,13 @@ def is_tracking_database(url: URL) -> bool:
     uri = mlflow.get_tracking_uri()
     mine = make_url(uri) if DATABASES.match(uri) else None
 
-    def place(database: URL) -> tuple[object, ...]:
-        kind = database.get_backend_name()
-        where = os.path.realpath(database.database or "") if kind == "sqlite" else database.database
-        return kind, database.host, database.port or 5432, where, database.query.get("options")
+    def place(of: URL) -> tuple[object, ...]:
+        return (
+            of.get_backend_name(),
+            of.host,
+            of.port or 5432,
+            os.path.realpath(of.database or ""),
+            of.query.get("options"),
+        )
 
     return (mine is not None and place(mine) == place(url)) or tables_of(url) >= OF_MLFLOW
