@@ -421,7 +421,7 @@ ABLATE_ERRORS = {
     "--storage mysql://u:secret@h/d": f"--storage mysql://u:***@h/d: {STORAGE}",
     "--storage sqlite://": STORAGE,
     "--storage nonsense": "--storage nonsense: not an address",
-    "--storage postgresql://u:secret@host:port/db": "--storage postgresql://u:***@host:port/db: not an address",
+    "--storage postgresql://u:secret@host:port/db": "--storage postgresql://u:***@host:port/db: its port is no number",
     "--storage sqlite:////proc/nowhere/optuna.db": "optuna.db: can't be used (no such folder); create it",
     "--storage postgresql://me:secret@127.0.0.1:9/db": "--storage postgresql://me:***@127.0.0.1:9/db: can't be",
     "--variant drop_two": "--variant drop_two: no such variant; did you mean 'drop_one'?",

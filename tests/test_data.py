@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
+import unicodedata
 from pathlib import Path
 from typing import Any
 
@@ -256,6 +258,19 @@ def test_what_is_no_part_beside_a_training_part_is_named(tmp_path: Path) -> None
             load_folder(root)
         (root / other).rename(root / "val")
         assert load_folder(root).classes == ("class 0", "class 1", "class 2")
+
+
+def test_forms_of_unicode_are_one_name(tmp_path: Path) -> None:
+    """An archive of a Mac writes é as e and an accent."""
+    one, two = (unicodedata.normalize(form, "Café") for form in ("NFC", "NFD"))
+    make_image_tree(tmp_path, ("train", "test"))
+    (tmp_path / "train" / "class 0").rename(tmp_path / "train" / two)
+    (tmp_path / "test" / "class 0").rename(tmp_path / "test" / one)
+    found = load_dataset(DataConfig(dataset="folder", dir=str(tmp_path), image_size=8))
+    assert len(found.test) == 18 and sorted(found.test.labels.tolist()) == sorted([0, 1, 2] * 6)
+    shutil.copytree(tmp_path / "test" / one, tmp_path / "train" / one)
+    with pytest.raises(InputError, match="Café is there twice, in two forms of Unicode; merge the two folders"):
+        load_dataset(DataConfig(dataset="folder", dir=str(tmp_path), image_size=8))
 
 
 def test_different_classes_in_train_and_test_are_named(tmp_path: Path) -> None:

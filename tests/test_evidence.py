@@ -17,6 +17,7 @@ from scipy import stats
 from effv2.config.schema import TrainConfig
 from effv2.config.studies import open_study
 from effv2.core.errors import InputError
+from effv2.core.figures import bars, forest
 from effv2.evidence.claims import Claims, published_runs, read_claims
 from effv2.evidence.judge import CONSISTENT, INCONSISTENT, NO_FIGURES, Judgement, Verdict, judge
 from effv2.evidence.protocols import FREE, Protocol, is_like
@@ -24,6 +25,7 @@ from effv2.evidence.quantities import TEST, TRAIN, quantity
 from effv2.evidence.results import study_results
 from effv2.evidence.statistics import FEWEST, LEVEL, Estimate, Interval, Looks, over_images, seeds_to_decide
 from effv2.evidence.study import NO_STUDY, StudyResults, TrackedStudy
+from effv2.run.records import _confusion_figure
 from effv2.tracking.read import Images, RunRecord
 from effv2.tracking.tags import COMMAND, LONGEST_TAG, LOOKS, PLANNED, as_tags, names_in
 
@@ -653,3 +655,19 @@ def test_files_of_before_may_call_ignored_settings_free(tmp_path: Path) -> None:
     written = f"words: x, study: hparam-imagenette-128, free: [schedule.epochs], checks: [{check}]"
     path.write_text(f"claims: {{Z1: {{{written}}}}}")
     assert read_claims(path).claims["Z1"].ignore == ["schedule.epochs"]
+
+
+@pytest.mark.parametrize("count", [2, 40])
+def test_names_of_80_letters_leave_room_in_figures(count: int) -> None:
+    names = [f"{'species of a bird ' * 5}"[:77] + f"{number:03d}" for number in range(count)]
+    drawn = [
+        bars({name: [1.0, 2.0] for name in names}, "title", "unit"),
+        forest(dict.fromkeys(names, (0.1, 0.0, 0.2, True)), "title", "unit"),
+        _confusion_figure(np.ones((count, count)), names),
+    ]
+    for figure in drawn:
+        figure.draw_without_rendering()
+        (axes,) = figure.axes
+        assert axes.get_position().width > 0.35 and axes.get_position().height > 0.35
+        shown = [label.get_text() for label in axes.get_yticklabels()]
+        assert len({*shown}) == count and shown[1].startswith("species of") and shown[1].endswith("001")

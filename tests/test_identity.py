@@ -137,6 +137,51 @@ def test_edits_of_arithmetic_are_refused(old: str, new: str) -> None:
     assert changed({"batches": definitions(source)}, {"batches": definitions(source.replace(old, new))})
 
 
+@pytest.mark.parametrize("spoilt", ["", "variables", "settings", "owner"])
+def test_the_commit_and_the_changes_are_those_of_this_checkout(tmp_path: Path, spoilt: str) -> None:
+    """Whatever variables and settings of git say, and whoever owns it."""
+    core = tmp_path / "effv2" / "core"
+    core.mkdir(parents=True)
+    for path in (core / "__init__.py", core.parent / "__init__.py"):
+        path.touch()
+    shutil.copy(ROOT / "effv2" / "core" / "provenance.py", core)
+    plain = {name: value for name, value in os.environ.items() if not name.startswith(("GIT_", "PYTHONPATH"))}
+    plain |= {"HOME": str(tmp_path / "nobody"), "PYTHONDONTWRITEBYTECODE": "1"}
+
+    def run(*command: str, folder: Path = tmp_path) -> str:
+        return subprocess.run(command, cwd=folder, env=plain, text=True, capture_output=True, check=True).stdout
+
+    def git(*words: str, folder: Path = tmp_path) -> str:
+        return run("git", "-c", "user.name=a", "-c", "user.email=a@b", *words, folder=folder).strip()
+
+    other = tmp_path / "other"
+    other.mkdir()
+    for folder in (other, tmp_path):
+        git("init", "-q", folder=folder)
+        git("commit", "-q", "--allow-empty", "-m", str(folder), folder=folder)
+    git("add", "effv2")
+    git("commit", "-q", "-m", "all")
+    with (core / "provenance.py").open("a") as file:
+        file.write("# A change.\n")
+    commit = git("rev-parse", "HEAD")
+    if spoilt == "variables":
+        plain |= {"GIT_DIR": str(other / ".git"), "GIT_WORK_TREE": str(other), "GIT_EXTERNAL_DIFF": "true"}
+    elif spoilt == "settings":
+        (tmp_path / ".git/info/attributes").write_text("*.py diff=py\n")
+        for setting in ("color.ui always", "diff.external true", "diff.noprefix true", "status.showUntrackedFiles no"):
+            git("config", *setting.split())
+        git("config", "diff.py.textconv", "cat /dev/null")
+    elif spoilt == "owner":
+        if os.geteuid() != 0:
+            pytest.skip("only root may give a folder to somebody else")
+        for path in (tmp_path, tmp_path / ".git"):
+            os.chown(path, 12345, 12345)
+    program = "from effv2.core.provenance import git_state; print(*git_state(), sep='')"
+    found = run(sys.executable, "-c", program)
+    assert found.startswith(f"{commit} M effv2/core/provenance.py\n?? other/\n"), found
+    assert "\n+++ b/effv2/core/provenance.py\n" in found and "\n+# A change.\n" in found
+
+
 AGAIN = """
 import sys
 from click.testing import CliRunner

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import csv
 import hashlib
 import math
@@ -410,6 +411,27 @@ def test_wrong_input_is_one_sentence_before_anything_is_created(wrong_files: Pat
         (line,) = result.stderr.strip().splitlines()
         assert line.startswith("Error: ") and re.search(expected, line) and line.endswith("."), line
     assert not (wrong_files / "was-run").exists() and not all_runs()
+
+
+@pytest.mark.parametrize(
+    ("held", "around"),
+    [
+        ("module.", {}),
+        ("module._orig_mod.", {"model": None, "optimizer": {"state": {}}, "args": argparse.Namespace(path=Path("x"))}),
+        ("model.", {"state_dict": None, "pytorch-lightning_version": "2.5", "hyper_parameters": {"lr": 0.1}}),
+        ("", {"model": None, "model_ema": {"n_averaged": torch.tensor(1)}, "epoch": 3}),
+        ("", {"model_state_dict": None, "loss": 0.5}),
+    ],
+)
+def test_weights_are_found_in_what_training_programs_save(tmp_path: Path, held: str, around: dict[str, Any]) -> None:
+    """DataParallel, torchvision's own training with torch.compile, Lightning, and the like."""
+    state = torch.load(seeded_weights(tmp_path / "plain.pth", "squeezenet1_1"), weights_only=True)
+    saved: dict[str, Any] = {f"{held}{name}": value for name, value in state.items()}
+    saved |= {"criterion.weight": torch.ones(1000)} if held == "model." else {}
+    torch.save({key: saved if value is None else value for key, value in around.items()} or saved, tmp_path / "own.pth")
+    (found,) = find_all_weights(parse_models(f"squeezenet1_1={tmp_path / 'own.pth'}"), None, False)
+    loaded = load_network(found).state_dict()
+    assert loaded.keys() == state.keys() and all(torch.equal(loaded[name], state[name]) for name in state)
 
 
 # Images as the weights want them.

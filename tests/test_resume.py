@@ -198,7 +198,8 @@ def test_two_equal_commands_at_one_moment_train_once(
     monkeypatch.setenv("EFFV2_CACHE", str(tmp_path / "cache"))
     study = tmp_path / "everything.yaml"
     study.write_text(EVERYTHING.replace("EPOCHS", "20"))
-    words = [ROOT / "entry_points" / "train.py", "--study", study, "--log-model", "none", "--checkpoint-dir"]
+    words: list[str | Path] = [ROOT / "entry_points" / "train.py", "--study", study]
+    words += ["--log-model", "none", "--checkpoint-dir"]
     with running(*words, tmp_path / folders[0]) as first, running(*words, tmp_path / folders[1]) as second:
         said = [first.rest(), second.rest()]
     assert {first.returncode, second.returncode} == {0, 1}, said

@@ -4,21 +4,35 @@ from __future__ import annotations
 
 import http.server
 import os
+import re
 import shutil
 import signal
+import sqlite3
 import ssl
 import subprocess
+import sys
 import threading
+import time
 from collections.abc import Callable, Iterator
+from contextlib import closing
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from click.testing import CliRunner
+from mlflow import MlflowClient
 from mlflow.entities import Experiment
 
+from effv2.cli.main import ablate
 from effv2.core.errors import InputError, RunError, what_ran_out
+from effv2.core.secrets import masked
+from effv2.studies.storage import open_storage
 from effv2.tracking import store
-from effv2.tracking.store import open_store, shown_uri
+from effv2.tracking.addresses import shown_uri
+from effv2.tracking.read import read_run
+from effv2.tracking.run import open_experiment, open_run
+from effv2.tracking.store import open_store
 from tests.conftest import running
 
 
@@ -136,20 +150,206 @@ def test_artifacts_that_a_server_keeps_need_no_folder_here(location: str, monkey
         store._check_artifacts(Experiment("1", "kept here", "file:///runs/1", "active"))
 
 
+HOME = os.path.expanduser("~")
+
+
+@pytest.mark.parametrize(
+    ("address", "remedy"),
+    [
+        ("127.0.0.1:5000", "has no scheme; write http://127.0.0.1:5000"),
+        ("my-server:5000/mlflow", "has no scheme; write http://my-server:5000/mlflow"),
+        ("'http://h:5000'", "quotes or spaces around it; write it without, as http://h:5000"),
+        ('"sqlite:///new.db"', "quotes or spaces around it; write it without, as sqlite:///new.db"),
+        ("sqlite:///new.db\n", "quotes or spaces around it"),
+        ("sqlite:///~/new.db", f"write sqlite:///{HOME}/new.db"),
+        ("file:~/new", f"write file:{HOME}/new"),
+        ("postgresql://u:a@b@h/d", "write @ as %40"),
+        ("postgresql://u:a b@h/d", "write @ as %40, a space as %20"),
+        ("postgresql://u:a@h:port/d", "port is no number"),
+        ("mysql+nodriver://u@h/d", "no such kind of store"),
+        ("mysql+pymysql://u@h/d", "needs the Python package pymysql; install it with: pip install pymysql"),
+        ("mysql+mysqldb://u@h/d", "install it with: pip install mysqlclient"),
+    ],
+)
+def test_an_address_that_is_not_what_it_is_meant_for(
+    address: str, remedy: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", address)
+    with pytest.raises(InputError, match=re.escape(remedy)) as raised:
+        open_store("")
+    assert str(raised.value).startswith("MLFLOW_TRACKING_URI ") and not [*tmp_path.iterdir()]
+
+
+@pytest.mark.parametrize(
+    ("statements", "remedy"),
+    [
+        (["update alembic_version set version_num = 'cfd24bdc0731'"], "older MLflow.*mlflow db upgrade sqlite:///"),
+        (["update alembic_version set version_num = 'abcdef012345'"], "newer MLflow; install that MLflow here"),
+        (
+            ["update alembic_version set version_num = 'abcdef012345'", "drop table trace_tags"],
+            "newer MLflow; install that MLflow here",
+        ),
+    ],
+)
+def test_tables_of_another_mlflow(sqlite_store: str, statements: list[str], remedy: str) -> None:
+    with closing(sqlite3.connect("mlflow.db")) as database:
+        for statement in statements:
+            database.execute(statement)
+        database.commit()
+    with pytest.raises(InputError, match=remedy):
+        open_store("")
+
+
+def test_variables_that_name_experiments_must_agree(sqlite_store: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    client = MlflowClient()
+    other = client.create_experiment("other")
+    monkeypatch.setenv("MLFLOW_EXPERIMENT_ID", other)
+    for name in ("Default", "new"):
+        monkeypatch.setenv("MLFLOW_EXPERIMENT_NAME", name)
+        with pytest.raises(InputError, match=f"MLFLOW_EXPERIMENT_ID {other}: MLFLOW_EXPERIMENT_NAME .* {name}; unset"):
+            open_store("")
+    assert len(client.search_experiments()) == 2
+    monkeypatch.setenv("MLFLOW_EXPERIMENT_NAME", "other")
+    assert open_store("") == other
+    monkeypatch.delenv("MLFLOW_EXPERIMENT_NAME")
+    monkeypatch.setenv("MLFLOW_EXPERIMENT_ID", "77")
+    with pytest.raises(InputError, match="MLFLOW_EXPERIMENT_ID 77: no such experiment; correct or unset it"):
+        open_store("")
+
+
+def test_one_database_is_not_mlflows_and_optunas(
+    sqlite_store: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "link.db").symlink_to(tmp_path / "new.db")
+    for tracking, storage in (("mlflow.db", "mlflow.db"), ("other.db", "mlflow.db"), ("new.db", "link.db")):
+        monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path / tracking}")
+        result = CliRunner().invoke(ablate, ["--storage", f"sqlite:///{storage}", "--experiment", "new"])
+        assert result.exit_code == 2 and "is a database of MLflow's" in result.stderr, result.output
+    assert sorted(each.name for each in tmp_path.iterdir()) == ["link.db", "mlflow.db"]
+    with closing(open_storage("sqlite:///optuna.db")):
+        monkeypatch.setenv("MLFLOW_TRACKING_URI", "sqlite:///optuna.db")
+        with pytest.raises(InputError, match=r"MLFLOW_TRACKING_URI sqlite:///optuna\.db: holds Optuna's studies"):
+            open_store("")
+    with closing(sqlite3.connect("optuna.db")) as database:
+        assert not database.execute("select * from sqlite_master where name = 'experiments'").fetchall()
+
+
+@pytest.mark.parametrize("kind", ["finished", "ours", "opened for it", "of nobody"])
+def test_a_run_is_adopted_only_where_it_was_opened_for_the_command(
+    sqlite_store: str, kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run_id = MlflowClient().create_run("0", tags={"effv2.study": "x"} if kind == "ours" else {}).info.run_id
+    if kind == "finished":
+        MlflowClient().set_terminated(run_id)
+    monkeypatch.setenv("MLFLOW_RUN_ID", "0" * 32 if kind == "of nobody" else run_id)
+    said: list[str] = []
+    if kind == "of nobody":
+        with pytest.raises(InputError, match=r"MLFLOW_RUN_ID 0+: the tracking store .* has no such run; unset it"):
+            open_experiment("", said.append)
+        return
+    before = MlflowClient().get_run(run_id).info.status
+    experiment = open_experiment("", said.append)
+    with open_run("run", experiment, {"effv2.study": "y"}, message=said.append) as run:
+        run.log_params({"a.b": "c"})
+    there = MlflowClient().get_run(run_id)
+    if kind == "opened for it":
+        assert run.run_id == run_id and not said
+    else:
+        assert f"the run {run_id}, which was not opened for this command: it is left alone" in said[0]
+        assert run.run_id != run_id and there.info.status == before and not there.data.params
+
+
+def test_a_relative_path_is_that_of_where_mlflow_run_was_typed(sqlite_store: str, tmp_path: Path) -> None:
+    """`mlflow run` starts the command in the project's folder, with the address as it was given."""
+    (tmp_path / "project").mkdir()
+    given = {"MLFLOW_RUN_ID": MlflowClient().create_run("0").info.run_id, "MLFLOW_TRACKING_URI": "sqlite:///mlflow.db"}
+    program = (
+        "import os; from effv2.tracking.store import open_store; open_store(''); print(os.environ['MLFLOW_RUN_ID'])"
+    )
+    command = [sys.executable, "-c", program]
+    how: dict[str, Any] = {"cwd": tmp_path / "project", "env": os.environ | given, "capture_output": True, "text": True}
+    assert subprocess.run(command, **how).stdout.strip() == given["MLFLOW_RUN_ID"]
+    (tmp_path / "mlflow.db").rename(tmp_path / "moved.db")
+    *_, last = subprocess.run(command, **how).stderr.strip().splitlines()
+    assert f"MLFLOW_RUN_ID {given['MLFLOW_RUN_ID']}: the tracking store sqlite:///mlflow.db has no such run" in last
+    assert not [*(tmp_path / "project").iterdir()]
+
+
+@pytest.mark.parametrize(("value", "logged"), [("true", True), ("false", False), ("perhaps", False)])
+def test_system_metrics_are_logged_where_they_are_asked_for(
+    sqlite_store: str, value: str, logged: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("MLFLOW_ENABLE_SYSTEM_METRICS_LOGGING", value)
+    monkeypatch.setenv("MLFLOW_SYSTEM_METRICS_SAMPLING_INTERVAL", "0.05")
+    said: list[str] = []
+    with open_run("run", open_store(""), {}, message=said.append) as run:
+        deadline = time.monotonic() + 20
+        while logged and time.monotonic() < deadline and not MlflowClient().get_run(run.run_id).data.metrics:
+            time.sleep(0.05)
+    there = MlflowClient().get_run(run.run_id)
+    assert there.info.status == "FINISHED" and ("system/cpu_utilization_percentage" in there.data.metrics) == logged
+    assert [each[:30] for each in said] == (["System metrics can't be logged"] if value == "perhaps" else [])
+
+
 def test_tls_where_there_is_none(serve: Callable[..., None]) -> None:
     serve(200, b"{}", "https")
     with pytest.raises(InputError, match="speaks no TLS; use an http:// address"):
         open_store("")
 
 
-def test_no_password_is_shown_or_kept(monkeypatch: pytest.MonkeyPatch) -> None:
-    for uri in (
-        "postgresql://user:secret@host/db",
-        "postgresql://host/db?user=u&password=secret&a=b",
-        "http://u:secret@h",
+S = "s3cr3t"
+SECRET_ADDRESSES = f"""
+postgresql://user:{S}@host/db postgresql://user:{S}@{S}@host/db postgresql+psycopg://user:a/{S}?#{S}@host:5432/db
+postgresql://host/db?user=u&password={S}&a=b postgresql://host/db?password={S}@{S} redis://:{S}@host:6379/0
+postgresql://u:x@h/db?sslpassword={S}&sslmode=require mysql+pymysql://u:{S}@h/db?charset=utf8 s3://AKIA:{S}@bucket/x
+http://u:{S}@h:5000 HTTP://{S}@h:5000/p https://{S}:x-oauth-basic@github.com/o/r.git git+https://{S}@host/o/r@main
+https://h/x?token={S} https://h/x?a=b&access_token={S}#x https://h/#id_token={S} https://h/x?api_key={S}&b=c
+https://h/x?X-Amz-Signature={S}&X-Amz-Credential={S} https://a.blob/x?sv=1&sig={S} http://u:p/{S}?#{S}@h
+mssql+pyodbc:///?odbc_connect=Driver%3Dx%3BPWD%3D{S} user:{S}@host/db postgresql:/u:{S}@h/db --storage=http://u:{S}@h
+(OperationalError:postgresql://u:{S}@h/db) AccountName=x;AccountKey={S}==;E=1
+""".split()
+CLEAN = (
+    "sqlite:///mlflow.db http://127.0.0.1:5000/a postgresql://user@host/db git@github.com:o/r.git ssh://git@host/o/r "
+    "https://github.com/o/r/tree@main resnet50=/a/x.pth models:/m-1 #/runs?a=b&viewStateShareKey=c lr=0.1 /a/b@c"
+)
+
+
+@pytest.mark.parametrize("address", [*SECRET_ADDRESSES, f"host=h password={S} user=u", f"password='a {S}' user=u"])
+def test_no_secret_of_an_address_is_shown(address: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", address)
+    shown = [
+        shown_uri(),
+        str(InputError("storage", address, f"no {address}", f"not {address}")),
+        str(RunError(address)),
+    ]
+    assert all("***" in each and S not in each for each in shown), shown
+    assert masked(f"{CLEAN} {address} {CLEAN}") == f"{CLEAN} {masked(address)} {CLEAN}"
+
+
+def test_what_a_command_shows_and_records_holds_no_secret(sqlite_store: str, tmp_path: Path) -> None:
+    """Its whole output, its words as other users see them, the tags and parameters that are read back."""
+    program = (
+        "import sys; from pathlib import Path; from effv2.cli.main import main\n"
+        "try: main()\nfinally: print(Path('/proc/self/cmdline').read_bytes())"
+    )
+    address = f"postgresql://u:{S}@127.0.0.1:9/db"
+    for more in ([], [address]):
+        words = ["ablate", "--storage", f"{address}?password={S}", *more]
+        done = subprocess.run([sys.executable, "-c", program, *words], cwd=tmp_path, capture_output=True, text=True)
+        assert done.returncode == 2 and S not in done.stdout + done.stderr and "u:***@127.0.0.1" in done.stdout, done
+    experiment = open_store("")
+    given = MlflowClient().create_run("0", tags={"mlflow.source.name": f"https://{S}@host/o/r"})  # as `mlflow run` does
+    MlflowClient().log_param(given.info.run_id, "storage", address)
+    os.environ["MLFLOW_RUN_ID"] = given.info.run_id  # taken away by what adopts it
+    with (
+        pytest.raises(ZeroDivisionError),
+        open_run("run", experiment, {"effv2.command": f"--storage {address}"}, message=print),
     ):
-        monkeypatch.setenv("MLFLOW_TRACKING_URI", uri)
-        assert "secret" not in shown_uri()
+        raise ZeroDivisionError(f"no connection to {address}")
+    run = MlflowClient().get_run(given.info.run_id)
+    assert S not in str(run.data.tags) and "u:***@127.0.0.1" in run.data.tags["effv2.error"]
+    assert S not in str(read_run(given.info.run_id))
 
 
 def full_disk_of_torch() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 import shutil
 import subprocess
 import sys
@@ -213,6 +214,45 @@ def test_an_arm_that_opens_again_gets_more() -> None:
     samples["base"]["", "3"] = 0.75
     again, _ = next_seeds(after, samples, others, Looks(8), most=8)
     assert again["a"] == 4 and again["base"] == 5
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("arms: {on: {}, off: {}}\nbaseline: off", (["on", "off"], "off", ())),
+        ("arms: {yes: {}, no: {}}", (["yes", "no"], "yes", ())),
+        (
+            "arms: {1: {}, 0.5: {}, 2020-01-01: {}, null: {}, true: {}}",
+            (["1", "0.5", "2020-01-01", "null", "true"], "1", ()),
+        ),
+        ("arms: {a: {}}\nseeds: 0", (["a"], "a", (0,))),
+        ("arms: {a: {}}\nseeds: 012", (["a"], "a", (12,))),
+        ("arms: {a: {}}\nseeds: [3, 1]", (["a"], "a", (3, 1))),
+        ("arms: {a: {augment: {flip: on}}}\ndescription: no", (["a"], "a", ())),
+        ("x: &x {on: 1}", "line 2: x: unknown key 'x'"),
+        ("arms: {a: {}, b: {}}\nbaseline: no", "line 3: baseline no: is no arm; choose from: a, b"),
+        (
+            "arms: {a: {}, b: {}}\nbaseline: false",
+            "line 3: baseline False: input should be a valid string; write it in q",
+        ),
+        ("arms: {a: {model: {on: 1}}}", "line 2: arms.a.model.on: unknown key 'on'"),
+        ("on: 1", "line 2: on: unknown key 'on'"),
+        ("seeds: true", "line 2: seeds True: must be whole numbers"),
+        ("arms: {a: {data: {per_class: 1:30}}}", "line 2: arms.a.data.per_class 1:30: input should be a valid integer"),
+    ],
+)
+def test_keys_and_values_are_what_they_look_like(text: str, expected: Any, tmp_path: Path) -> None:
+    """YAML 1.1 reads on and no as truth values, 012 as ten, 1:30 as ninety."""
+    path = tmp_path / "study.yaml"
+    path.write_text(f"name: yes\n{text}\n")
+    if isinstance(expected, str):
+        with pytest.raises(InputError, match=re.escape(expected)):
+            read_study(path)
+        return
+    study = read_study(path)
+    assert study.name == "yes" and ([*study.arms], study.baseline, study.seeds) == expected
+    for arm in study.arms:
+        assert study.arm(arm, {}).augment.flip == ("flip" in text)
 
 
 def test_splits_hold_the_seeds() -> None:

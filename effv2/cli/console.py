@@ -11,6 +11,7 @@ from rich.table import Column, Table
 from effv2.cli.options import in_options
 from effv2.core.processes import stop_if_told
 from effv2.core.reporter import Reporter, StudyProgress
+from effv2.core.secrets import masked
 
 CELL_PADDING = 3  # characters: a space on both sides and a line
 
@@ -52,7 +53,7 @@ class ConsoleReporter(Reporter):
     def message(self, text: str) -> None:
         """Print a line above the progress."""
         text = in_options(text, self._command, settings=False)  # these say what differs, not what to give
-        self.console.print(text, highlight=False, markup=False, soft_wrap=True)
+        self.console.print(masked(text), highlight=False, markup=False, soft_wrap=True)
 
     def progress(self, what: str, done: int = 0, total: int | None = None) -> None:
         """Show what is done now; whatever is counted anew gets a bar, and an estimate, of its own."""

@@ -173,13 +173,16 @@ def _run_and_show(make: Callable[..., Any], options: StudyOptions) -> None:
     from effv2.cli.console import ConsoleReporter, print_table
     from effv2.data.dataset import load_once
     from effv2.studies.engine import run_study
+    from effv2.studies.storage import check_storage
     from effv2.tracking.run import open_experiment
     from effv2.tracking.writer import run_address
 
     with ConsoleReporter() as reporter:
         load = load_once(partial(reporter.progress, "decoding images"))
         plan = make(load=load, reporter=reporter)
-        end = run_study(plan, open_experiment(options.experiment), options, load, reporter)
+        check_storage(options.storage)  # before an experiment is created
+        experiment_id = open_experiment(options.experiment, reporter.message)
+        end = run_study(plan, experiment_id, options, load, reporter)
     for answer in end.results.answers:
         click.echo(answer)
     print_table(end.results.table)

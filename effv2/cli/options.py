@@ -17,7 +17,8 @@ from effv2.config.layers import Layer, Written, validate
 from effv2.config.schema import OPTIMISERS, Group, Registry, StudyOptions, TrainConfig, field_of
 from effv2.core.errors import InputError, RunError, Terminated, nearest
 from effv2.core.processes import ending_signals, leave, tune_allocator
-from effv2.core.provenance import COMMAND, without_password
+from effv2.core.provenance import COMMAND
+from effv2.core.secrets import mask_command_line, masked
 
 Function = Callable[..., Any]
 Decorator = Callable[[Function], Function]
@@ -68,6 +69,16 @@ class Command(click.Command):
         about["context_settings"] = {"token_normalize_func": lambda token: token.replace("_", "-")}
         super().__init__(name, **about)
 
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        """Read the options; neither the process's name nor what click says of wrong ones shows secrets."""
+        mask_command_line()
+        try:
+            return super().parse_args(ctx, args)
+        except click.UsageError as error:
+            if masked(error.message) == error.message:
+                raise
+            raise click.UsageError(masked(error.message), ctx) from None
+
     def invoke(self, ctx: click.Context) -> Any:
         """Run the command."""
         tune_allocator()  # before torch is imported
@@ -90,12 +101,12 @@ class Command(click.Command):
 
 
 def _command_line(ctx: click.Context) -> str:
-    """Return the command as it may be given again to resume: without empty options, passwords and --fresh."""
+    """Return the command as it may be given again to resume: without empty options, secrets and --fresh."""
     words = ["effv2", str(ctx.command.name)]
     for option in ctx.command.params:
         value = ctx.params.get(str(option.name))
         for text in value if isinstance(value, tuple) else (value,):
-            words += [option.opts[0], without_password(text)] if text and option.name != "fresh" else []
+            words += [option.opts[0], masked(text)] if text and option.name != "fresh" else []
     return shlex.join(words)
 
 

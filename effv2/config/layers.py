@@ -30,6 +30,26 @@ class Written(NamedTuple):
     where: str = ""
 
 
+class _Loader(yaml.SafeLoader):
+    """Takes as text what YAML 1.1 would change: keys, words for truth but true and false, numbers as 012 and 1:30."""
+
+    def flatten_mapping(self, node: yaml.MappingNode) -> None:
+        """Make every key a text, once what others share with it is merged."""
+        super().flatten_mapping(node)
+        for key, _ in node.value:
+            if isinstance(key, yaml.ScalarNode):
+                key.tag = "tag:yaml.org,2002:str"
+
+    def construct_plainly(self, node: yaml.ScalarNode) -> bool | int | str:
+        """Return a truth value or a whole number where everybody reads it as that, else the text."""
+        text = str(node.value)
+        number = re.fullmatch(r"[-+]?(0|[1-9]\d*)", text)
+        return text.lower() == "true" if text.lower() in ("true", "false") else int(text) if number else text
+
+
+for _kind in ("bool", "int"):
+    _Loader.add_constructor(f"tag:yaml.org,2002:{_kind}", _Loader.construct_plainly)
+
 Layer = dict[str, Written]  # by dotted setting; `below | above` are both, one over the other
 
 
@@ -54,6 +74,8 @@ def validate(model: type[Model], values: Mapping[str, Any], where: Callable[[Pla
             names = re.findall(r"'([^']*)'", first["ctx"]["expected"])
             raise InputError(where(place), value, "no such choice", choices=names) from None
         problem, _, remedy = first["msg"].removeprefix("Value error, ").partition("; ")
+        if kind == "string_type" and not isinstance(value, dict | list):
+            remedy = "write it in quotes"
         shown = "" if kind in (UNKNOWN_KEY, "missing") else value
         raise InputError(where(place), shown, problem[0].lower() + problem[1:], remedy) from None
 
@@ -121,7 +143,7 @@ def read_document(path: Path, parameter: str) -> Document:
         text = read_text(path)
         root = yaml.compose(text, Loader=getattr(yaml, "CSafeLoader", yaml.SafeLoader))  # libyaml is much faster
         _must_be_small(root, named)
-        values = yaml.SafeLoader("").construct_document(root) if root else None
+        values = _Loader("").construct_document(root) if root else None
     except (OSError, UnicodeDecodeError) as error:
         reason = getattr(error, "strerror", None) or "it is not UTF-8 text"
         raise InputError(named, "", f"can't be read ({reason})", "give the path of a YAML file") from error

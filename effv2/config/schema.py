@@ -285,6 +285,7 @@ def field_of(setting: str, config: type[Group] = TrainConfig) -> FieldInfo:
 
 def _distinct_seeds(value: Any) -> Any:
     words = [word.strip() for word in value.split(",")] if isinstance(value, str) else value
+    words = [words] if type(words) is int else words
     if not isinstance(words, (list, tuple)) or not all(str(word).isdecimal() and int(word) < 2**32 for word in words):
         raise ValueError("must be whole numbers from 0 on, separated by commas, as 0,1,2")
     if len(set(map(int, words))) < len(words):

@@ -221,7 +221,7 @@ def read_study(path: Path) -> Study:
         values.setdefault("command", document.first.removeprefix("# "))
     if isinstance(arms := values.get("arms"), dict):
         values["arms"] = {name: document.layer("arms", name) for name in arms}
-        values["baseline"] = values.get("baseline") or next(iter(arms), "")
+        values["baseline"] = next(iter(arms), "") if values.get("baseline") in (None, "") else values["baseline"]
     study = validate(Study, values, document.where)
     if study.baseline and study.baseline not in study.arms:
         raise InputError(document.where(("baseline",)), study.baseline, "is no arm", choices=study.arms)

@@ -8,6 +8,8 @@ from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from difflib import get_close_matches
 
+from effv2.core.secrets import masked
+
 LISTED = 30  # names that an error message lists
 LONGEST_VALUE = 500  # characters of a value that it shows
 
@@ -25,9 +27,9 @@ class InputError(Exception):
     ) -> None:
         remedy = nearest(str(value), list(choices)) if choices else remedy
         shown = str(value) if len(str(value)) <= LONGEST_VALUE else f"{str(value)[:LONGEST_VALUE]}…"
-        self.what, self.value, self.problem, self.remedy = what, shown, problem, remedy
-        named = f"{what} {value}" if self.value else what
-        super().__init__(f"{named}: {'; '.join(filter(None, (problem, remedy)))}." if problem else named)
+        self.what, self.value, self.problem, self.remedy = map(masked, (what, shown, problem, remedy))
+        named = f"{self.what} {self.value}" if self.value else self.what
+        super().__init__(f"{named}: {'; '.join(filter(None, (self.problem, self.remedy)))}." if problem else named)
 
 
 class RunError(Exception):
@@ -38,7 +40,7 @@ class RunError(Exception):
 
     def __init__(self, problem: str, *, resumes: bool = False) -> None:
         self.resumes = resumes
-        super().__init__(problem)
+        super().__init__(masked(problem))
 
 
 class Diverged(RunError):

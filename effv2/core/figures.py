@@ -19,6 +19,7 @@ Curve = Mapping[int, float]  # by epoch
 PALETTE = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 STYLES: tuple[Any, ...] = ("-", "--", "-.", (0, (5, 1, 1, 1, 1, 1)))  # dotted are published curves
 MARKERS = ("o", "s", "^", "D")
+LONGEST_NAME = 30  # characters of a name in a figure
 SIZE = (5.2, 3.6)  # inches: legible on a phone, two side by side on a screen
 SVG = {"svg.fonttype": "none", "svg.hashsalt": "effv2", "font.family": "sans-serif", "font.size": 9}
 TAG, NUMBER = re.compile(r"<[^>]+>"), re.compile(r"-?\d+\.\d{2,}")
@@ -35,8 +36,14 @@ AS_PART = {
 
 
 def plain(text: str) -> str:
-    """Keep matplotlib from reading a name as mathematics."""
+    """Keep matplotlib from reading a text as mathematics."""
     return text.replace("$", r"\$")
+
+
+def short(name: str) -> str:
+    """Return a name that leaves room for the figure: of a long one both ends, as names often differ in the last."""
+    half = LONGEST_NAME // 2
+    return plain(name if len(name) <= LONGEST_NAME else f"{name[:half]}…{name[-half:]}")
 
 
 def accuracy_curves(
@@ -55,7 +62,7 @@ def accuracy_curves(
         if published and name in published:
             theirs = {epoch: value for epoch, value in published[name].items() if epoch <= max(epochs, default=0)}
             axes.plot(list(theirs), list(theirs.values()), ":", color=colour, linewidth=1, alpha=0.8)
-        axes.plot(epochs, values.mean(0), linestyle=style, color=colour, label=plain(name), marker=marker)
+        axes.plot(epochs, values.mean(0), linestyle=style, color=colour, label=short(name), marker=marker)
         if len(runs) > 1:
             reach = stats.t.ppf(0.975, len(runs) - 1) * values.std(0, ddof=1) / np.sqrt(len(runs))
             low, high = values.mean(0) - reach, values.mean(0) + reach
@@ -83,7 +90,7 @@ def forest(
         style: dict[str, Any] = {"color": PALETTE[0], "markersize": 7, "fillstyle": "full" if decided else "none"}
         axes.plot([low, high], [place, place], color=PALETTE[0], linewidth=2 if decided else 1)
         axes.plot([mean], [place], marker="o", **style)
-    axes.set_yticks(range(len(differences)), list(map(plain, differences)))
+    axes.set_yticks(range(len(differences)), list(map(short, differences)))
     axes.set_ylim(len(differences) - 0.5, -0.5)
     axes.grid(axis="x", alpha=0.3)
     return figure
@@ -94,7 +101,7 @@ def bars(values: Mapping[str, Sequence[float]], title: str, unit: str) -> Figure
     figure = Figure(figsize=(SIZE[0], 1.2 + 0.34 * len(values)), layout="constrained")
     axes = figure.add_subplot(title=plain(title), xlabel=unit)
     means, reach = zip(*map(_spread, values.values()), strict=True)
-    drawn = axes.barh(list(map(plain, values)), means, xerr=np.hstack(reach), color=PALETTE[0], ecolor="#555555")
+    drawn = axes.barh(list(map(short, values)), means, xerr=np.hstack(reach), color=PALETTE[0], ecolor="#555555")
     axes.bar_label(drawn, fmt="%.3g", padding=4)
     axes.invert_yaxis()
     axes.margins(x=0.12)
@@ -110,7 +117,7 @@ def accuracy_against_time(
     both = [name for name in accuracies if name in seconds]
     for name, colour, marker in zip(both, cycle(PALETTE), cycle(MARKERS), strict=False):
         (across, sideways), (up, upright) = _spread(seconds[name]), _spread(accuracies[name])
-        axes.errorbar(across, up, yerr=upright, xerr=sideways, fmt=marker, color=colour, label=plain(name))
+        axes.errorbar(across, up, yerr=upright, xerr=sideways, fmt=marker, color=colour, label=short(name))
     axes.margins(0.15)
     axes.grid(alpha=0.3)
     axes.legend(loc="best", fontsize="small")
@@ -130,7 +137,7 @@ def accuracy_against_cost(
         style = {"fmt": MARKERS[index // len(PALETTE) % len(MARKERS)], "color": colour, "capsize": 3}
         for axes, cost in zip(panels, costs[label], strict=True):
             if cost:
-                axes.errorbar(cost, 100 * share, yerr=reach, label=plain(label), **style)
+                axes.errorbar(cost, 100 * share, yerr=reach, label=short(label), **style)
     for axes, unit in zip(panels, ("GFLOPs", "milliseconds, at full rate:"), strict=True):
         axes.set(xscale="log", xlabel=f"{unit} an image (log)")
         ticks = {"major_locator": LogLocator(subs=(1, 2, 5)), "minor_locator": NullLocator()}

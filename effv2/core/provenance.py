@@ -4,7 +4,6 @@ import hashlib
 import json
 import os
 import platform
-import re
 import subprocess
 import sys
 from contextvars import ContextVar
@@ -22,8 +21,12 @@ OF_TRAINING = ("network", "batches", "training", "execution")
 OF_EVALUATION = ("decoding", "batches", "execution", "evaluation")
 RECORDED_PACKAGES = ("torch", "torchvision", "mlflow", "numpy", "pillow", "scikit-learn")
 PRINTABLE_DIFF_CHARACTERS = 5_000_000
-# The command that this process runs, as it resumes what it began, without passwords; empty where it is none of ours.
+# The command that this process runs, as it resumes what it began, without secrets; empty where it is none of ours.
 COMMAND = ContextVar("COMMAND", default="")
+# Commands of git that no setting of a user's or of the checkout's changes; one of another owner is read as well.
+GIT = ("git", "-c", "safe.directory=*", "-c", "core.fsmonitor=false", "-C", str(PACKAGE.parent))
+CHANGED_FILES = ("status", "--porcelain", "--untracked-files=normal")
+CHANGES = ("diff", "HEAD", "--no-color", "--no-ext-diff", "--no-textconv", "--src-prefix=a/", "--dst-prefix=b/")
 
 
 def code_version(rooms: tuple[str, ...] = OF_TRAINING) -> str:
@@ -51,8 +54,8 @@ def git_state() -> tuple[str, str] | None:
     commit = _git("rev-parse", "HEAD")
     if commit is None:
         return None
-    changed = _git("status", "--porcelain") or ""
-    return commit.strip(), changed and f"{changed}\n{_git('diff', 'HEAD') or ''}"[:PRINTABLE_DIFF_CHARACTERS]
+    changed = _git(*CHANGED_FILES) or ""
+    return commit.strip(), changed and f"{changed}\n{_git(*CHANGES) or ''}"[:PRINTABLE_DIFF_CHARACTERS]
 
 
 @cache
@@ -72,12 +75,6 @@ def machine() -> dict[str, str]:
     } | versions
 
 
-def without_password(text: str) -> str:
-    """Return an address, or a text with addresses in it, without passwords."""
-    text = re.sub(r"(://[^/@:\s]*):[^@\s]*@", r"\1:***@", text)
-    return re.sub(r"(password=)[^&\s]*", r"\1***", text)
-
-
 def _processor() -> str:
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
@@ -91,9 +88,10 @@ def _git(*words: str) -> str | None:
     """Run git on the checkout around the package; None without git or a checkout."""
     if not (PACKAGE.parent / ".git").exists():
         return None
-    command = ["git", "-C", str(PACKAGE.parent), *words]
-    quiet = subprocess.DEVNULL
+    # Without git's variables, which name another checkout within a hook, or another program to compare by.
+    plain = {name: value for name, value in os.environ.items() if not name.startswith("GIT_")}
     try:
-        return subprocess.check_output(command, stderr=quiet, text=True, errors="replace", timeout=30)  # noqa: S603
+        found = subprocess.run([*GIT, *words], env=plain, capture_output=True, timeout=30, check=True)  # noqa: S603
+        return found.stdout.decode(errors="replace")
     except (OSError, subprocess.SubprocessError):
         return None

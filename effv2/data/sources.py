@@ -10,6 +10,7 @@ import errno
 import os
 import tarfile
 import tempfile
+import unicodedata
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -192,7 +193,7 @@ def _read_folders(root: Path, what: str) -> Source:
         remedy = f"rename parts to {VALIDATION_NAMES[0]} or {TEST_NAMES[0]}, or the class {train.name} otherwise"
         raise InputError("data.dir", root, problem, remedy)
     for part in filter(None, (validation, test)):
-        if differing := sorted({*classes} ^ {*_classes(part, what)}):
+        if differing := sorted({*map(_composed, classes)} ^ {*map(_composed, _classes(part, what))}):
             problem = f"the folders {train.name} and {part.name} hold different classes ({', '.join(differing)})"
             raise InputError("data.dir", root, problem, "give both the same ones")
     of_val, of_test = (_images(root, part, classes) if part else None for part in (validation, test))
@@ -215,6 +216,9 @@ def _classes(folder: Path, what: str) -> list[str]:
     if len(classes) < 2:
         problem = f"holds {len(classes)} class folders, but at least 2 are needed"
         raise InputError("data.dir", folder, problem, f"give {what}")
+    if twice := [name for name in classes if _composed(name) != name and _composed(name) in classes]:
+        problem = f"{', '.join(map(_composed, twice))} is there twice, in two forms of Unicode"
+        raise InputError("data.dir", folder, problem, "merge the two folders")
     for inside in classes:
         if any(inner.lower() in PARTS for inner in _folders(folder / inside)):
             problem = f"{inside} in it is a data set of its own, not a class"
@@ -228,8 +232,9 @@ def _images(root: Path, folder: Path, classes: list[str]) -> LabelledImages:
 
     paths: list[Path] = []
     labels: list[int] = []
+    there = {_composed(name): name for name in _folders(folder)}  # an archive of a Mac may have another form of it
     for label, name in enumerate(classes):
-        files = sorted(_files(folder / name))
+        files = sorted(_files(folder / there[_composed(name)]))
         if not files:
             problem = f"the class folder {folder / name} holds no images ({', '.join(EXTENSIONS)})"
             raise InputError("data.dir", root, problem, "fill or remove it")
@@ -250,6 +255,11 @@ def _files(folder: Path) -> Iterator[Path]:
                 if not entry.is_file() and path.exists():  # a pipe or a device, which might never end
                     raise OSError(errno.EINVAL, "not a regular file", str(path))
                 yield path
+
+
+def _composed(name: str) -> str:
+    """Return a name in the form of Unicode in which an accented letter is one character."""
+    return unicodedata.normalize("NFC", name)
 
 
 def _printable(name: str) -> str:

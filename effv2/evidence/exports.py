@@ -17,10 +17,11 @@ from effv2 import __version__
 from effv2.core.errors import InputError
 from effv2.core.paths import from_cell, read_text, write_atomically, write_csv
 from effv2.core.provenance import sha256_of_file
+from effv2.core.secrets import masked_values
 from effv2.evidence.claims import EXPORTED_AS
 from effv2.evidence.quantities import HISTORIES
+from effv2.tracking.addresses import ui_address
 from effv2.tracking.read import READERS, Images, RunRecord, experiment_name, read_artifacts, read_experiment
-from effv2.tracking.store import ui_address
 from effv2.tracking.tags import PARENT, PID, PROCESS, QUEUE
 
 # Predictions of a run: of published networks those of the images that they weren't fitted to, as far as that is known,
@@ -163,7 +164,7 @@ def _read_runs(folder: Path) -> Iterator[RunRecord]:
         if not of_run[RUNS] or not re.fullmatch(r"[\w-]+", run_id):
             raise InputError("from_export", folder, "names a run that can't be one", "export again")
         name, status, started, ended = of_run[RUNS][0]
-        params, tags, metrics = (dict(of_run[f"{of}.csv"]) for of in ("params", "tags", "metrics"))
+        params, tags, metrics = (masked_values(dict(of_run[f"{of}.csv"])) for of in ("params", "tags", "metrics"))
         numbers = {metric: float(value) for metric, value in metrics.items()}
         history: dict[str, dict[int, float]] = {}
         for metric, epoch, value in of_run["epochs.csv"]:

@@ -86,7 +86,7 @@ def publish(experiment: str, own: Path | None, target: Path | None, reporter: Re
     claims = read_claims(own)
     if target is not None:
         _prepare(target)
-    experiment_id = open_experiment(experiment, create=False)
+    experiment_id = open_experiment(experiment, reporter.message, create=False)
     with tracking_faults(), open_report_run(experiment_id, reporter.message) as run:
         reporter.progress("reading runs")
         evidence = tracked(run.experiment_id, HISTORIES if target is None else EXPORTED)

@@ -3,13 +3,15 @@
 torchvision checks the hash of a file only when it downloads it; here a published file is verified whatever way it came.
 """
 
+import argparse
 import os
 import re
 import socket
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
@@ -23,6 +25,8 @@ from effv2.data.batches import Statistics
 from effv2.data.images import CentreCrop
 
 OUTPUTS = 1000
+WRAPPERS = ("state_dict", "model_state_dict", "model", "net", "network")  # keys of whole checkpoints
+HOLDERS = ("module.", "_orig_mod.", "model.", "net.", "network.")  # what names of parameters begin with
 LONGEST_STEM = 60  # characters of a file's name in a label, which becomes part of the names of metrics
 SILENT_SECONDS = 20  # of a server, after which a download is given up
 
@@ -181,16 +185,31 @@ def load_network(requested: Requested) -> nn.Module:
     """
     weights = requested.weights
     try:
-        state = torch.load(requested.path, map_location="cpu", weights_only=True)
+        with torch.serialization.safe_globals([argparse.Namespace, type(Path())]):  # options that programs save too
+            state = _unwrapped(torch.load(requested.path, map_location="cpu", weights_only=True))
         weights.get_state_dict = lambda *_, **__: state  # of this member of the enumeration alone
         network: nn.Module = models.get_model(requested.network, weights=weights, progress=False)
     except Exception as error:  # torch and Python raise many kinds for what is no state dict
         problem = f"{requested.path} can't be loaded as weights of {requested.network} ({_in_short(error)})"
-        remedy = f"give a state dict of this network with {OUTPUTS} outputs, as torch.save writes it"
+        remedy = f"give its state dict with {OUTPUTS} outputs, as torch.save(model.state_dict(), FILE) writes it"
         raise InputError("models", requested.text, problem, remedy) from error
     finally:
         vars(weights).pop("get_state_dict", None)
     return network.eval().requires_grad_(False)
+
+
+def _unwrapped(state: Any) -> Any:
+    """Return the parameters of a network out of what training programs save around them.
+
+    That is Lightning's `state_dict` or torchvision's `model`, beside the optimiser's; and the names under which
+    DataParallel, Lightning and torch.compile hold a network.
+    """
+    if not isinstance(state, Mapping):
+        return {}
+    state = next((state[key] for key in WRAPPERS if isinstance(state.get(key), Mapping)), state)
+    while held := next((each for each in HOLDERS if any(name.startswith(each) for name in state)), ""):
+        state = {name.removeprefix(held): value for name, value in state.items() if name.startswith(held)}
+    return state
 
 
 def _in_short(error: Exception) -> str:

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from effv2.architecture import build_model, count_gflops, count_parameters
 from effv2.config.schema import TrainConfig
-from effv2.core.figures import accuracy_curves, plain
+from effv2.core.figures import accuracy_curves, short
 from effv2.core.paths import write_csv
 from effv2.data.batches import NORMALISATIONS
 from effv2.data.dataset import Dataset
@@ -124,9 +124,9 @@ def write_predictions(
 
 def _confusion_figure(matrix: np.ndarray, columns: Sequence[str]) -> Figure:
     """Draw a confusion matrix, rows being true classes and colours the share of the row."""
-    columns = list(map(plain, columns))
+    columns = list(map(short, columns))
     rows = columns[: len(matrix)]
-    side = min(14.0, 2.5 + 0.38 * len(columns))
+    side = min(14.0, 2.5 + 0.38 * len(columns) + 0.06 * max(0, max(map(len, columns)) - 10))
     figure = Figure(figsize=(side, side), layout="constrained")
     axes = figure.add_subplot()
     share = matrix / np.maximum(matrix.sum(1, keepdims=True), 1)

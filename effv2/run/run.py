@@ -95,7 +95,7 @@ def train_single(config: TrainConfig, name: str, study: str, options: StudyOptio
     load = load_once(partial(reporter.progress, "decoding images"))
     (config,) = prepare([config], load, reporter.message)
     with tracking_faults():
-        where, keeps = open_experiment(options.experiment), options.log_model != "none"
+        where, keeps = open_experiment(options.experiment, reporter.message), options.log_model != "none"
         spec = RunSpec(name, where, study, log_model=keeps, checkpoints=options, fresh=options.fresh, reporter=reporter)
         ended = attempt(config, load(config.data), spec)
         return replace(ended, model_address=model_address(ended.run.run_id))

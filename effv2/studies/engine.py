@@ -30,6 +30,7 @@ from effv2.studies.seeds import ACCURACY
 from effv2.studies.storage import DATABASE_ERRORS, OUTAGE_SECONDS, Storage, cannot_use, open_storage
 from effv2.studies.worker import AWAY, OpenedStudy, Worker, worker_process
 from effv2.tracking import store
+from effv2.tracking.addresses import shown_uri
 from effv2.tracking.read import known_runs, read_run, read_runs
 from effv2.tracking.run import begin_run
 from effv2.tracking.tags import CODE_VERSION, COMMAND, PLANNED, QUEUE, STUDY, as_tags, names_in
@@ -118,9 +119,7 @@ def _open(plan: Plan, storage: Storage, experiment_id: str, options: StudyOption
                 queue, attributes = found.study_name, dict(found.user_attrs)
             else:
                 if same and not options.fresh:
-                    text = (
-                        f"The tracking store {store.shown_uri()} has no run of this study: a new one is started there."
-                    )
+                    text = f"The tracking store {shown_uri()} has no run of this study: a new one is started there."
                     reporter.message(text)
                 if begun and not same:
                     words = differences(begun[0].user_attrs[DEFINITION], definition)

@@ -21,7 +21,8 @@ from sqlalchemy.engine import URL
 
 from effv2.core.errors import InputError, StoreAway
 from effv2.core.processes import stop_if_told
-from effv2.core.provenance import without_password
+from effv2.core.secrets import masked
+from effv2.tracking.addresses import check_address, is_tracking_database
 from effv2.tracking.store import reason
 
 HEARTBEAT_SECONDS = 10
@@ -52,7 +53,8 @@ class Storage:
     """
 
     def __init__(self, url: URL, wait: float) -> None:
-        self.url, self.shown = url.render_as_string(hide_password=False), url.render_as_string(hide_password=True)
+        self.url = url.render_as_string(hide_password=False)
+        self.shown = masked(self.url)
         self.patience = wait or OUTAGE_SECONDS
         self._file = url.database if url.get_backend_name() == "sqlite" else None
         ours = {name: value for name, value in POSTGRESQL_ARGUMENTS.items() if name not in url.query}
@@ -146,24 +148,40 @@ def open_storage(url: str, wait: float = 0) -> Storage:
     before may be away now: `wait` is how many seconds it is waited for.
     """
     optuna.logging.set_verbosity(optuna.logging.WARNING)
+    parsed = check_storage(url) if not wait else _parsed(url)
+    try:
+        return Storage(parsed, wait)
+    except (exc.SQLAlchemyError, StorageInternalError, OSError, RuntimeError) as error:
+        raise cannot_use(masked(url), error) from error
+
+
+def check_storage(url: str) -> URL:
+    """Return the address of a storage; InputError where it is none, or holds or is to hold what MLflow tracks."""
+    check_address("storage", url)
+    parsed = _parsed(url)
+    try:
+        if is_tracking_database(parsed):
+            problem = "is a database of MLflow's, to which Optuna would add its tables"
+            raise InputError("storage", url, problem, "give another one, as sqlite:///optuna.db")
+    except ImportError as error:
+        remedy = "install it with: pip install 'effv2[postgresql]'"
+        raise InputError("storage", url, f"needs the package {error.name}", remedy) from error
+    except (exc.SQLAlchemyError, OSError) as error:
+        raise cannot_use(masked(url), error) from error
+    return parsed
+
+
+def _parsed(url: str) -> URL:
     try:
         parsed = sqlalchemy.make_url(url)
     except (exc.ArgumentError, ValueError):  # the latter for a port that is no number
-        raise InputError("storage", without_password(url), "not an address", f"use {FORMS}") from None
-    shown, backend = parsed.render_as_string(hide_password=True), parsed.get_backend_name()
+        raise InputError("storage", url, "not an address", f"use {FORMS}") from None
+    shown, backend = masked(url), parsed.get_backend_name()
     if backend not in ("sqlite", "postgresql") or parsed.database in (None, "", ":memory:"):
         raise InputError("storage", shown, "no such kind of storage", f"use {FORMS}")
     if backend == "sqlite" and not Path(str(parsed.database)).absolute().parent.is_dir():
         raise InputError("storage", shown, "can't be used (no such folder)", "create it or correct the path")
-    if parsed.drivername == "postgresql":
-        parsed = parsed.set(drivername="postgresql+psycopg")
-    try:
-        return Storage(parsed, wait)
-    except ImportError as error:
-        remedy = "install it with: pip install 'effv2[postgresql]'"
-        raise InputError("storage", shown, f"needs the package {error.name}", remedy) from error
-    except (exc.SQLAlchemyError, StorageInternalError, OSError, RuntimeError) as error:
-        raise cannot_use(shown, error) from error
+    return parsed.set(drivername="postgresql+psycopg") if parsed.drivername == "postgresql" else parsed
 
 
 def cannot_use(shown: str, error: Exception) -> InputError:

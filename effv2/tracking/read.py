@@ -12,6 +12,7 @@ from pathlib import Path, PurePosixPath
 from mlflow.entities import Run
 from mlflow.exceptions import MlflowException
 
+from effv2.core.secrets import masked_values
 from effv2.tracking.store import MISSING, MlflowClient
 from effv2.tracking.tags import DATA_CONTEXT, PARENT, reused_in
 
@@ -184,9 +185,9 @@ def _record(run: Run) -> RunRecord:
         run_id=info.run_id,
         name=info.run_name,
         status=info.status,
-        params=data.params,
+        params=masked_values(data.params),  # `mlflow run` logs the options as given
         metrics=data.metrics,
-        tags=data.tags,
+        tags=masked_values(data.tags),
         images=dict(_images(run)),
         started=info.start_time or 0,
         ended=info.end_time or 0,

@@ -17,6 +17,7 @@ from mlflow.tracking.context.registry import resolve_tags
 from effv2.core.errors import LeaseLost, RunError
 from effv2.core.processes import is_gone, this_process
 from effv2.core.reporter import Message
+from effv2.core.secrets import masked, masked_values
 from effv2.tracking.read import find_runs
 from effv2.tracking.sender import Sender
 from effv2.tracking.store import TRACKING_ERRORS, MlflowClient, TrackingAway, answers, open_store
@@ -85,7 +86,7 @@ class OpenRun(TrackedRun):
         ended = int(time.time() * 1000)
         last: list[Item] = [lambda: MlflowClient().set_terminated(self.run_id, status, ended)]
         if status == "FAILED":
-            why = f"{type(error).__name__}: {error}"[:LONGEST_TAG]
+            why = masked(f"{type(error).__name__}: {error}")[:LONGEST_TAG]
             last = [RunTag(ERROR, why), RunTag(OUTCOME, "failed"), *last]
         uploads = self._uploading and self.sender.trouble is None
         briefly = error is not None and (status_after(error) == "KILLED" or not self.sender.checked)
@@ -111,9 +112,9 @@ def open_run(
     """Begin a run as `begin_run` does, and end it FINISHED, FAILED or KILLED. Raises what an OpenRun does."""
     known = {**tags, PID: str(os.getpid()), PROCESS: this_process()}
     begun = begin_run(name, experiment_id, known, parent, resumes)
-    run = OpenRun(begun.run_id, experiment_id, message, patience, bool(resumes))
-    monitor = _monitor(run.run_id, bool(resumes), message)
+    run, monitor = OpenRun(begun.run_id, experiment_id, message, patience, bool(resumes)), None
     try:
+        monitor = _monitor(run.run_id, bool(resumes), message)
         yield run
         run.sender.flush(patience)
         run.end("FINISHED")
@@ -142,12 +143,15 @@ def begin_run(
     client, adopted = MlflowClient(), "" if parent or resumes else os.environ.pop("MLFLOW_RUN_ID", "")
     run = TrackedRun(resumes or adopted, experiment_id)
     if not run.run_id:
-        known = {**resolve_tags(), **tags, **({PARENT: parent} if parent else {})}
+        known = {**masked_values(resolve_tags()), **tags, **({PARENT: parent} if parent else {})}
         return TrackedRun(_create_run(experiment_id, name, known), experiment_id)
+    if adopted:
+        there = client.get_run(adopted)
+        tags = {**there.data.tags, **tags}  # again, for secrets in the project's address
+        if GENERATED_NAME.fullmatch(there.info.run_name or ""):  # not named by the user
+            tags[RUN_NAME] = name
     run.set_tags(tags)  # before it is RUNNING under a process that is gone
     client.update_run(run.run_id, "RUNNING")
-    if adopted and GENERATED_NAME.fullmatch(client.get_run(adopted).info.run_name or ""):  # not named by the user
-        client.set_tag(adopted, RUN_NAME, name)
     return run
 
 
@@ -163,9 +167,9 @@ def _create_run(experiment_id: str, name: str, tags: dict[str, str]) -> str:
 
 def _monitor(run_id: str, resumed: bool, message: Message) -> Any:
     """Log the machine's load to the run where the user asked MLflow for that."""
-    if not MLFLOW_ENABLE_SYSTEM_METRICS_LOGGING.get():  # type: ignore[no-untyped-call]
-        return None
     try:
+        if not MLFLOW_ENABLE_SYSTEM_METRICS_LOGGING.get():  # type: ignore[no-untyped-call]
+            return None
         from mlflow.system_metrics.system_metrics_monitor import SystemMetricsMonitor
 
         monitor = SystemMetricsMonitor(run_id, resume_logging=resumed)  # type: ignore[no-untyped-call]
@@ -176,9 +180,9 @@ def _monitor(run_id: str, resumed: bool, message: Message) -> Any:
     return monitor
 
 
-def open_experiment(experiment: str, create: bool = True) -> str:
+def open_experiment(experiment: str, message: Message, create: bool = True) -> str:
     """Open the tracking store as `open_store` does, and end the runs that dead processes of this machine left open."""
-    experiment_id = open_store(experiment, create)
+    experiment_id = open_store(experiment, create, message)
     for run in find_runs(experiment_id, {}, running=True):
         if is_gone(run.tags.get(PROCESS, "")):
             with suppress(*TRACKING_ERRORS):  # what matters more will fail next, and say so

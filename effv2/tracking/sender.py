@@ -15,7 +15,8 @@ from itertools import islice, takewhile
 from effv2.core.errors import RunError
 from effv2.core.processes import SENDER, stop_if_told
 from effv2.core.reporter import Message
-from effv2.tracking.store import WAIT_SECONDS, TrackingAway, answers, is_refusal, reason, shown_uri
+from effv2.tracking.addresses import shown_uri
+from effv2.tracking.store import WAIT_SECONDS, TrackingAway, answers, is_refusal, reason
 from effv2.tracking.writer import Item, LatestSteps, send
 
 MOST_AT_ONCE = 1_000  # values: as many as the server takes

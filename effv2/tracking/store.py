@@ -12,8 +12,9 @@ from pathlib import Path
 from typing import Any
 
 import mlflow
+from alembic.util import CommandError
 from filelock import FileLock
-from mlflow.entities import Experiment
+from mlflow.entities import Experiment, Run
 from mlflow.exceptions import MlflowException
 from mlflow.utils.credentials import get_default_host_creds
 from mlflow.utils.file_utils import local_file_uri_to_path
@@ -24,8 +25,9 @@ from sqlalchemy.exc import SQLAlchemyError
 from effv2.core.errors import InputError, RunError, StoreAway
 from effv2.core.internals import default_experiment_id
 from effv2.core.processes import stop_if_told
-from effv2.core.provenance import without_password
 from effv2.core.reporter import Message
+from effv2.core.secrets import masked
+from effv2.tracking.addresses import STORES, TRACKING_URI, check_address, check_database, read_where_typed, shown_uri
 
 PROBE_SECONDS = 4  # that a server has to answer whether it is there; MLflow's own limits are minutes
 WAIT_SECONDS = 2.0  # between two looks at a store that is away
@@ -37,14 +39,23 @@ CUT = "Connection broken|IncompleteRead"  # what an answer that broke off looks 
 MISSING = "RESOURCE_DOES_NOT_EXIST"  # there is no run, model or experiment of that id
 HALF_BUILT = "already exists|out-of-date|no such (table|column)|duplicate column"  # what opening such a database says
 LASTING = (MISSING, "PERMISSION_DENIED", "UNAUTHENTICATED")
+MIGRATIONS = Path(mlflow.__file__).with_name("store") / "db_migrations" / "versions"  # named by the schema's version
+DRIVERS = {"psycopg": "'psycopg[binary]'", "psycopg2": "psycopg2-binary", "MySQLdb": "mysqlclient"}
 # What the code and the text of an error look like, and what is wrong with the store, with the remedy: the first found.
 EXPLANATIONS = (
     (
         "MLFLOW_ALLOW_FILE_STORE",
         "MLflow keeps runs in plain files only where MLFLOW_ALLOW_FILE_STORE=true is set",
-        "set it, or use sqlite:///mlflow.db",
+        f"set it, or use {STORES}",
     ),
-    ("unsupported URI", "no such kind of store", "use sqlite:///FILE, http://HOST:PORT or a database"),
+    ("unsupported URI|Can't load plugin", "no such kind of store", f"use {STORES}"),
+    (
+        "^OLDER_SCHEMA",
+        "its tables are those of an older MLflow",
+        "keep a copy of it, then bring it up to date: mlflow db upgrade {uri}",
+    ),
+    ("^NEWER_SCHEMA", "its tables are those of a newer MLflow", "install that MLflow here, or use another database"),
+    ("No module named", "needs the Python package {package}", "install it with: pip install {package}"),
     (
         "^UNAUTHENTICATED",
         "the server doesn't know the user, or wants one",
@@ -94,13 +105,16 @@ class TrackingAway(StoreAway):
     """The tracking store was away for longer than a run waits for it."""
 
 
-def open_store(experiment: str, create: bool = True) -> str:
+def open_store(experiment: str, create: bool = True, message: Message = lambda text: None) -> str:
     """Answer with the id of the experiment to log to; InputError if the store doesn't answer.
 
     Without `create`, an experiment of that name must be there. An empty name leaves the choice to MLflow: that of
     `mlflow run`, of MLFLOW_EXPERIMENT_NAME or _ID, or `Default`. A database is created and migrated nowhere else.
     """
     configure()
+    check_address(TRACKING_URI, mlflow.get_tracking_uri())
+    if (run_id := os.environ.get("MLFLOW_RUN_ID")) and not is_begun():
+        raise _no_run(run_id)
     file = None
     try:
         file = _database_file()
@@ -108,9 +122,10 @@ def open_store(experiment: str, create: bool = True) -> str:
         with FileLock(f"{file}.lock") if file and os.access(Path(file).parent, os.W_OK) else nullcontext():
             if file:
                 _create_database(Path(file))
+            check_database()
             _probe()
-            found = _experiment(experiment, create)
-    except (MlflowException, SQLAlchemyError, OSError, ImportError) as error:
+            found = _experiment(experiment, create, message)
+    except (MlflowException, SQLAlchemyError, CommandError, OSError, ImportError) as error:
         if file and re.search(HALF_BUILT, str(error)) and _is_empty(Path(file)):
             problem = "its creation was cut short, and nothing is in it"
             raise InputError("MLFLOW_TRACKING_URI", shown_uri(), problem, f"remove the file {file}") from error
@@ -178,6 +193,8 @@ def configure() -> None:
     os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "5")
     os.environ.setdefault("MLFLOW_HTTP_REQUEST_BACKOFF_FACTOR", "0")  # half a second: waiting for a server is ours
     os.environ.setdefault("MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT", "true")
+    if os.environ.get("MLFLOW_RUN_ID"):
+        read_where_typed()
 
 
 def _probe() -> None:
@@ -228,17 +245,6 @@ def tracking_faults() -> Iterator[None]:
         raise RunError(f"The tracking store failed ({reason(error)}); fix it.", resumes=True) from error
 
 
-def shown_uri() -> str:
-    """Return the tracking URI without a password in it."""
-    return without_password(mlflow.get_tracking_uri())
-
-
-def ui_address() -> str:
-    """Return the address of the server's pages; empty where the tracking store is no server."""
-    uri = shown_uri()
-    return uri.rstrip("/") if uri.startswith("http") else ""
-
-
 def is_refusal(error: Exception) -> bool:
     """Say whether the store understood and refused, so that trying again won't help; a run that was deleted too."""
     if isinstance(error, MlflowException) and error.error_code in REFUSALS:
@@ -255,19 +261,53 @@ def reason(error: BaseException) -> str:
         return "no connection"
     if found := re.search(r"\(\w+\.\w+Error\) ([^\[\n]+)", str(error)):  # of a database, between SQL and addresses
         return found[1].strip()
-    return without_password(" ".join(str(error).split()))[:200].rstrip(".") or type(error).__name__
+    return masked(" ".join(str(error).split()))[:200].rstrip(".") or type(error).__name__
 
 
-def _experiment(name: str, create: bool) -> Experiment:
+def _adopted(message: Message) -> Run | None:
+    """Return the run that `mlflow run` opened for this command: it is RUNNING, and nothing of ours.
+
+    Another one that MLFLOW_RUN_ID names, as one of before, is left alone, and the variable forgotten.
+    """
+    if not (run_id := os.environ.get("MLFLOW_RUN_ID")):
+        return None
+    try:
+        run = MlflowClient().get_run(run_id)
+    except MlflowException as error:
+        raise (_no_run(run_id) if error.error_code == MISSING else error) from error
+    if run.info.status == "RUNNING" and not any(name.startswith("effv2.") for name in run.data.tags):
+        return run
+    del os.environ["MLFLOW_RUN_ID"]
+    message(f"MLFLOW_RUN_ID names the run {run_id}, which was not opened for this command: it is left alone.")
+    return None
+
+
+def _no_run(run_id: str) -> InputError:
+    remedy = "unset it, or give MLFLOW_TRACKING_URI the right store, a file by its absolute path"
+    return InputError("MLFLOW_RUN_ID", run_id, f"the tracking store {shown_uri()} has no such run", remedy)
+
+
+def _experiment(name: str, create: bool, message: Message) -> Experiment:
     client = MlflowClient()
-    if adopted := os.environ.get("MLFLOW_RUN_ID"):
-        given = client.get_experiment(client.get_run(adopted).info.experiment_id)
+    if adopted := _adopted(message):
+        given = client.get_experiment(adopted.info.experiment_id)
         if name and given.name != name:
             problem = "`mlflow run` already opened a run in another experiment"
             raise InputError("experiment", name, problem, "give the name to `mlflow run` itself, as --experiment-name")
         return given
     if not name:
-        return client.get_experiment(default_experiment_id())
+        number, called = (os.environ.get(f"MLFLOW_EXPERIMENT_{each}", "") for each in ("ID", "NAME"))
+        named = client.get_experiment_by_name(called) if called else None
+        if number and called and (named is None or named.experiment_id != number):
+            problem = f"MLFLOW_EXPERIMENT_NAME names another experiment, {called}"
+            raise InputError("MLFLOW_EXPERIMENT_ID", number, problem, "unset one of them")
+        try:
+            return client.get_experiment(default_experiment_id())
+        except MlflowException as error:
+            if not number or error.error_code not in (MISSING, *REFUSALS):
+                raise
+            remedy = "correct or unset it"
+            raise InputError("MLFLOW_EXPERIMENT_ID", number, "no such experiment", remedy) from error
     found = client.get_experiment_by_name(name)
     if found is None and not create:
         names = [each.name for each in client.search_experiments()]
@@ -284,7 +324,10 @@ def _explained(error: Exception, experiment: str) -> InputError:
     code, why = str(getattr(error, "error_code", "")), reason(error)
     if code == MISSING or (code == "INVALID_PARAMETER_VALUE" and experiment):
         return InputError("experiment", experiment[:80], f"refused ({why})", "correct the option or MLflow's variables")
-    problem, remedy = next(
-        words for pattern, *words in EXPLANATIONS if re.search(pattern, f"{code} {error}", re.DOTALL)
-    )
-    return InputError("MLFLOW_TRACKING_URI", shown_uri(), problem.format(reason=why), remedy)
+    text = f"{code} {error}"
+    if schema := re.search(r"found version (?!None)(\w+)|revision identified by '(\w+)'", text):
+        text = f"{'OLDER' if [*MIGRATIONS.glob(f'{schema[1] or schema[2]}_*')] else 'NEWER'}_SCHEMA"
+    package = getattr(error, "name", "")
+    known = {"reason": why, "uri": shown_uri(), "package": DRIVERS.get(package, package)}
+    words = next(words for pattern, *words in EXPLANATIONS if re.search(pattern, text, re.DOTALL))
+    return InputError(TRACKING_URI, shown_uri(), *(each.format(**known) for each in words))

@@ -24,7 +24,9 @@ from effv2 import serving
 from effv2.core.errors import LeaseLost, Terminated
 from effv2.core.internals import latest_steps
 from effv2.core.provenance import git_state, machine
-from effv2.tracking.store import MISSING, MlflowClient, shown_uri, ui_address
+from effv2.core.secrets import masked_values
+from effv2.tracking.addresses import shown_uri, ui_address
+from effv2.tracking.store import MISSING, MlflowClient
 from effv2.tracking.tags import CONTINUES, DATA_CONTEXT, GIT_COMMIT, GIT_DIRTY, LONGEST_TAG, NOTE, WRITTEN
 
 Item = Metric | Param | RunTag | Callable[[], None]  # a value, of which a call takes many, or a call of its own
@@ -73,8 +75,8 @@ class TrackedRun:
         self._send(*(Metric(name, float(value), now, step) for name, value in metrics.items()))
 
     def set_tags(self, tags: Mapping[str, str]) -> None:
-        """Set tags, the longest cut."""
-        self._send(*(RunTag(name, value[:LONGEST_TAG]) for name, value in tags.items()))
+        """Set tags, the longest cut, secrets masked."""
+        self._send(*(RunTag(name, value[:LONGEST_TAG]) for name, value in masked_values(tags).items()))
 
     def describe(self, markdown: str) -> None:
         """Set the description that the UI shows, cut at the last line that fits."""
@@ -193,8 +195,8 @@ def log_served_model(run_id: str, files: Mapping[str, Path], example: str) -> No
     client, new = MlflowClient(), None
     if not there:
         run = client.get_run(run_id)
-        about = {"tags": resolve_tags(), "params": run.data.params}
-        new = client.create_logged_model(run.info.experiment_id, "model", run_id, **about)
+        about = masked_values(resolve_tags()), masked_values(run.data.params)
+        new = client.create_logged_model(run.info.experiment_id, "model", run_id, *about)
         for twin in client.search_logged_models([run.info.experiment_id], f"source_run_id = '{run_id}'"):
             if twin.model_id != new.model_id:  # created before an answer was lost, or the process killed
                 client.delete_logged_model(twin.model_id)

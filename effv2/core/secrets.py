@@ -1,0 +1,43 @@
+"""Secrets in addresses: passwords and tokens, which nothing that is shown or recorded may hold."""
+
+import ctypes
+import re
+from collections.abc import Mapping
+from contextlib import suppress
+from pathlib import Path
+
+NAMED = re.compile(  # in the query of an address, or in the words that a database's driver takes
+    r"((?:^|[?&#;,\s'\"(])(?:key|[\w.-]*(?:pass|passw(?:or)?d|passphrase|pwd|token|secret|credentials?|sig|signature|sas"
+    r"|auth|authorization|jwt|odbc_connect|(?:api|access|account|secret)[-_]?key(?:[-_]?id)?))=)(?:'[^']*'|[^&\s]+)",
+    re.IGNORECASE,
+)
+# Up to the last @ of the word, as a password may hold all of / ? # @.
+OF_WEB = re.compile(r"(https?://)(?:[^/\s]*|[^/:@\s]*:\S*)@", re.IGNORECASE)  # a token may stand in the user's place
+OF_OTHERS = re.compile(r"(://[^/:@\s]*):\S*@")
+WITHOUT_SCHEME = re.compile(r"((?:^|[\s='\"(])[^\s:='\"(]+):(?!//)\S*@")
+
+
+def masked(text: str) -> str:
+    """Return an address, or a text with addresses in it, with *** for what is secret."""
+    if "@" not in text and "=" not in text:
+        return text
+    text = OF_OTHERS.sub(r"\1:***@", OF_WEB.sub(r"\1***@", NAMED.sub(r"\1***", text)))
+    return WITHOUT_SCHEME.sub(r"\1:***@", text)
+
+
+def masked_values(values: Mapping[str, str]) -> dict[str, str]:
+    """Return named values, as tags, with *** for what is secret in them."""
+    return {name: masked(value) for name, value in values.items()}
+
+
+def mask_command_line() -> None:
+    """Overwrite what is secret in the words by which this process was started, as others see them; on Linux."""
+    with suppress(OSError, ValueError, IndexError):
+        fields = Path("/proc/self/stat").read_text().rpartition(")")[2].split()
+        start, end = map(int, fields[45:47])  # proc(5): arg_start, arg_end
+        words = ctypes.string_at(start, end - start).split(b"\0") if start else []
+        for word in words:
+            shown = masked(word.decode(errors="surrogateescape")).encode(errors="surrogateescape")
+            if shown != word:
+                ctypes.memmove(start, shown[: len(word)].ljust(len(word), b"\0"), len(word))
+            start += len(word) + 1

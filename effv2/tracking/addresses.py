@@ -1,0 +1,104 @@
+"""Addresses of stores: checked before anything is opened, read as they were meant, shown without secrets."""
+
+import os
+import re
+from contextlib import suppress
+from pathlib import Path
+
+import mlflow
+import psutil
+from sqlalchemy import create_engine, inspect
+from sqlalchemy.engine import URL, make_url
+from sqlalchemy.exc import SQLAlchemyError
+
+from effv2.core.errors import InputError
+from effv2.core.secrets import masked
+
+TRACKING_URI = "MLFLOW_TRACKING_URI"
+STORES = "sqlite:///mlflow.db, http://HOST:PORT or postgresql://USER@HOST/DATABASE"
+DATABASES = re.compile(r"(sqlite|postgresql|mysql|mssql)[:+]")
+OF_MLFLOW, OF_OPTUNA = {"experiments", "metrics"}, {"studies", "trials"}  # tables that tell whose a database is
+PATIENCE = {"pysqlite": {"timeout": 60}, "psycopg": {"connect_timeout": 10}}  # seconds, by driver
+
+
+def shown_uri() -> str:
+    """Return the tracking URI without what is secret in it."""
+    return masked(mlflow.get_tracking_uri())
+
+
+def ui_address() -> str:
+    """Return the address of the server's pages; empty where the tracking store is no server."""
+    uri = shown_uri()
+    return uri.rstrip("/") if uri.startswith("http") else ""
+
+
+def read_where_typed() -> None:
+    """Make a relative path in the tracking URI absolute: `mlflow run` meant it in the folder where it was typed.
+
+    It starts the command in the project's folder, so the next process above it that works elsewhere is `mlflow run`.
+    """
+    uri = os.environ.get(TRACKING_URI, "")
+    relative = re.fullmatch(r"(sqlite:///|file:|)((?![/:~'\"\s]|\w[\w+]*:)[^?]+)(\?.*)?", uri)
+    if relative is None:
+        return
+    with suppress(psutil.Error):
+        folders = (Path(above.cwd()) for above in psutil.Process().parents())
+        path = next((folder for folder in folders if folder != Path.cwd()), Path()) / relative[2]
+        if path.is_absolute() and path.exists():
+            os.environ[TRACKING_URI] = f"{relative[1]}{path}{relative[3] or ''}"
+
+
+def check_address(what: str, uri: str) -> None:
+    """Refuse the address of a store, as which `what` was given, that others would read otherwise than it is meant."""
+    bare = uri.strip("\"' \t\r\n")
+    home = re.sub(r"(^|:|/)(~\w*)", lambda found: found[1] + os.path.expanduser(found[2]), bare, count=1)
+    if bare != uri:
+        raise InputError(what, uri, "has quotes or spaces around it", f"write it without, as {bare}")
+    if home != bare and re.match(r"(sqlite:///|file:/*)?~", bare):
+        raise InputError(what, uri, "nobody reads the ~ in it as a home folder", f"write {home}")
+    if re.match(r"(\w[\w.-]*|\[[\da-fA-F:]+\]):\d+(/|$)", uri):
+        raise InputError(what, uri, "has no scheme", f"write http://{uri}")
+    try:
+        host = make_url(uri).host or "" if DATABASES.match(uri) else ""
+    except ValueError as error:
+        raise InputError(what, uri, "its port is no number", "correct it") from error
+    except SQLAlchemyError:
+        host = ""  # no address, as is explained elsewhere
+    if "@" in host or re.match(r"[\w+]+://[^/]*\s.*@", uri):
+        shown, remedy = "%20".join(uri.split()), "write @ as %40, a space as %20"
+        raise InputError(what, shown, "its user or password holds an @ or a space", remedy)
+
+
+def tables_of(url: URL) -> set[str]:
+    """Return the names of the tables in a database; none where it is a file that isn't there."""
+    if url.get_backend_name() == "sqlite" and not os.path.isfile(url.database or ""):  # noqa: PTH113 (never raises)
+        return set()
+    engine = create_engine(url, connect_args=PATIENCE.get(url.get_driver_name(), {}))
+    try:
+        return set(inspect(engine).get_table_names())
+    finally:
+        engine.dispose()
+
+
+def check_database() -> None:
+    """Refuse a database that is Optuna's, to which MLflow would add its tables."""
+    uri = mlflow.get_tracking_uri()
+    if DATABASES.match(uri) and tables_of(make_url(uri)) >= OF_OPTUNA:
+        raise InputError(TRACKING_URI, uri, "holds Optuna's studies, so no runs", f"use {STORES}")
+
+
+def is_tracking_database(url: URL) -> bool:
+    """Say whether a database is the one that the tracking URI names, or holds the tables of some tracking store."""
+    uri = mlflow.get_tracking_uri()
+    mine = make_url(uri) if DATABASES.match(uri) else None
+
+    def place(of: URL) -> tuple[object, ...]:
+        return (
+            of.get_backend_name(),
+            of.host,
+            of.port or 5432,
+            os.path.realpath(of.database or ""),
+            of.query.get("options"),
+        )
+
+    return (mine is not None and place(mine) == place(url)) or tables_of(url) >= OF_MLFLOW
