@@ -232,10 +232,10 @@ def test_published_sampling_without_rgb_images_is_explained(tmp_path: Path) -> N
 def test_images_shared_by_train_and_test_are_counted(tmp_path: Path) -> None:
     root = make_image_tree(tmp_path / "set", ("train", "test"))  # different images
     dataset = load_folder(root)
-    assert dataset.test.images_also_in(dataset.train) == 0
+    assert not dataset.test.also_in(dataset.train)
     (root / "test" / "class 0" / "0.jpg").write_bytes((root / "train" / "class 0" / "4.jpg").read_bytes())
     dataset = load_folder(root, validation_fraction=0)
-    assert dataset.test.images_also_in(dataset.train) == 1
+    assert dataset.test.also_in(dataset.train) == {"test/class 0/0.jpg": "train/class 0/4.jpg"}
 
 
 def test_class_with_too_few_images_is_named(tmp_path: Path) -> None:

@@ -21,13 +21,12 @@ from typing import Any
 import numpy as np
 import pytest
 from click.testing import CliRunner
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from mlflow import MlflowClient
 from PIL import Image
 
 from effv2.cli.main import train
-from effv2.data.images import CentreCrop, LabelledImages, Square
+from effv2.data import decoder
+from effv2.data.images import LabelledImages
 from tests.conftest import TINY_TABLE, make_image_tree
 
 OUTPUTS = 7  # wider than the three classes: the rest is the column `other`
@@ -133,11 +132,8 @@ def test_served_model_answers_files_as_training_saw_them(trained: Trained, serve
 
 
 def test_an_image_too_long_to_be_enlarged_is_refused() -> None:
-    from effv2.serving import image_classifier
-
-    settings = {"image_size": 224, "shorter_side": 256, "interpolation": "BILINEAR"}
     with pytest.raises(ValueError, match="1x1500 pixels is too long"):
-        image_classifier.to_pixels(Image.new("RGB", (1, 1500)), settings)
+        decoder.prepare(Image.new("RGB", (1, 1500)), 224, 256)
 
 
 POSTSCRIPT = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 8 8\n%%EndComments\n"
@@ -158,11 +154,7 @@ IPTC = (
 
 @pytest.mark.parametrize("content", [POSTSCRIPT, IPTC], ids=["as it is", "in IPTC"])
 def test_postscript_is_run_by_nobody(tmp_path: Path, content: bytes) -> None:
-    from effv2.serving import image_classifier
-
     (tmp_path / "program.jpg").write_bytes(content)
-    with pytest.raises(ValueError, match="is a program"):
-        image_classifier._open(content)
     with pytest.raises(ValueError, match="is a program"):
         LabelledImages.of_files([tmp_path / "program.jpg"], [0], ["program"]).open(0)
 
@@ -192,24 +184,3 @@ def test_model_loads_in_python_and_takes_what_notebooks_hold(trained: Trained) -
         assert all(answer == answers[0] for answer in answers)
         with pytest.raises(Exception, match="must hold bytes"):
             model.predict([pixels / 255])
-
-
-@settings(max_examples=40)
-@given(
-    mode=st.sampled_from(["1", "L", "LA", "P", "RGB", "RGBA", "CMYK", "I;16", "I", "F"]),
-    size=st.tuples(st.integers(1, 40), st.integers(1, 40)),
-    seed=st.integers(0, 99),
-)
-def test_serving_and_training_prepare_images_alike(mode: str, size: tuple[int, int], seed: int) -> None:
-    from effv2.serving import image_classifier
-
-    generator = np.random.default_rng(seed)
-    grey = generator.integers(0, 65_536, size, dtype=np.uint16)
-    eight_bits = Image.fromarray((grey >> 8).astype(np.uint8))
-    image = Image.fromarray(grey) if mode == "I;16" else eight_bits.convert(mode)
-    ours, theirs = Square(8)(image), image_classifier.to_pixels(image, {"image_size": 8})
-    assert ours.shape == (8, 8, 3) and np.array_equal(ours, theirs)
-    cropped = {"image_size": 7, "shorter_side": 9, "interpolation": "BICUBIC"}
-    assert np.array_equal(CentreCrop(7, 9, "bicubic")(image), image_classifier.to_pixels(image, cropped))
-    if mode == "I;16":
-        assert np.array_equal(ours, Square(8)(eight_bits))
