@@ -16,17 +16,23 @@ import urllib.request
 import zipfile
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from click.testing import CliRunner
 from mlflow import MlflowClient
 from PIL import Image
+from torch import nn
 
 from effv2.cli.main import train
 from effv2.data import decoder
-from effv2.data.images import LabelledImages
+from effv2.data.batches import NORMALISATIONS
+from effv2.data.images import CentreCrop, LabelledImages, Preparation, Square, decode
+from effv2.serving.export import write_served
+from effv2.serving.image_classifier import ImageClassifier
 from tests.conftest import TINY_TABLE, make_image_tree
 
 OUTPUTS = 7  # wider than the three classes: the rest is the column `other`
@@ -184,3 +190,33 @@ def test_model_loads_in_python_and_takes_what_notebooks_hold(trained: Trained) -
         assert all(answer == answers[0] for answer in answers)
         with pytest.raises(Exception, match="must hold bytes"):
             model.predict([pixels / 255])
+
+
+DEEP = {"I;16": np.uint16, "I": np.int32, "F": np.float32}
+MODES = ["1", "L", "LA", "P", "PA", "RGB", "RGBA", "CMYK", "YCbCr", "LAB", *DEEP]
+
+
+@pytest.mark.parametrize("preparation", [Square(8), CentreCrop(7, 9, "bicubic")], ids=["train", "evaluate-pretrained"])
+def test_a_served_model_gets_the_pixels_that_training_and_evaluation_get(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, preparation: Preparation
+) -> None:
+    monkeypatch.setenv("EFFV2_CACHE", str(tmp_path / "cache"))
+    generator, exif = np.random.default_rng(0), Image.Exif()
+    exif[0x0112] = 6
+    paths = []
+    for number, mode in enumerate(MODES):
+        image = Image.fromarray(generator.integers(0, 4096, (20 + number, 15)).astype(DEEP.get(mode, np.uint8)))
+        image = image if mode in DEEP else image.convert("P" if mode == "PA" else mode)
+        if mode in ("P", "PA"):
+            image.info["transparency"] = 3 if mode == "P" else bytes(range(256))
+        paths.append(tmp_path / f"{number}.{'tif' if mode in ('CMYK', 'YCbCr', 'LAB', 'I', 'F') else 'png'}")
+        image.save(paths[-1], exif=exif)
+    network = nn.Sequential(nn.Flatten(), nn.LazyLinear(2))
+    network(torch.zeros(1, 3, preparation.size, preparation.size))
+    files = write_served(tmp_path, network, NORMALISATIONS["none"], preparation, ["a", "b"])
+    model: Any = ImageClassifier()
+    model.load_context(SimpleNamespace(artifacts=files))
+    images = LabelledImages.of_files(paths, [0] * len(paths), MODES)
+    for path, pixels in zip(paths, decode(images, preparation).pixels, strict=True):
+        assert np.array_equal(model.pixels(path.read_bytes()), pixels), path
+        assert pixels.std() > 1, path

@@ -98,7 +98,7 @@ class Dataset:
         """Return what one should know of the data before trusting results, a sentence each."""
         found = []
         if self.left_out:
-            kinds = ", ".join(f"{count} {kind}" for kind, count in sorted(self.left_out.items()))
+            kinds = ", ".join(f"{kind} ({count})" for kind, count in sorted(self.left_out.items()))
             found.append(f"Left out in {self.location}: {kinds}.")
         if self.broken:
             found.append(

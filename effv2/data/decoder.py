@@ -42,6 +42,8 @@ def allow(megapixels: float) -> None:
 def open_image(file: Path | IO[bytes]) -> Image.Image:
     """Open an image, not decoded yet. ValueError for PostScript, else one of BROKEN, or of TOO_LARGE."""
     image = Image.open(file)
+    if hasattr(image, "filename"):  # else Pillow maps the file into memory, and turns such a TIFF to a wrong shape
+        image.filename = ""
     if image.format in PROGRAMS:
         image.close()
         raise ValueError("PostScript, or what may hold it, is a program that Pillow would have run")

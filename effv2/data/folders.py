@@ -145,7 +145,7 @@ def _find_parts(root: Path, labelled: bool, left_out: Counter[str]) -> dict[str,
     With labels in a file it is the train part alone, which holds no class folders.
     """
     place = _unwrapped(root)
-    names = _folders(place, left_out)
+    names = _folders(place)
     parts = _parts_among(names)
     inside = {name: _unwrapped(place / name) for named in parts.values() for name in named}
     flat = [name for name, folder in inside.items() if not _folders(folder)]
@@ -153,12 +153,12 @@ def _find_parts(root: Path, labelled: bool, left_out: Counter[str]) -> dict[str,
     train = parts.get(TRAIN, [])
 
     def refusal(problem: str, remedy: str) -> InputError:
-        return InputError("data.dir", root, problem, f"{remedy}, or {OTHERWISE}")
+        return InputError("data.dir", root, problem, remedy)
 
     if not labelled and not set(nested).intersection(train):
         if nested:
             problem = f"holds a part for testing but none named train ({', '.join(names)})"
-            raise refusal(problem, "rename the training part")
+            raise refusal(problem, f"rename the training part, or {OTHERWISE}")
         if flat and (len(flat) == len(names) or (train and len(parts) > 1)):
             raise refusal(f"{joined(flat)} hold no class folders", "give a CSV of labels as data.labels")
     if not train or not (labelled or set(nested).intersection(train)):
@@ -166,9 +166,9 @@ def _find_parts(root: Path, labelled: bool, left_out: Counter[str]) -> dict[str,
     used = {part: named for part, named in parts.items() if part != UNLABELLED and (part == TRAIN or not labelled)}
     for part, twice in used.items():
         if len(twice) > 1:
-            raise refusal(f"{joined(twice)} are both the {part} part by their names", "remove one")
+            raise refusal(f"{joined(twice)} are both the {part} part by their names", f"remove one, or {OTHERWISE}")
     found = {part: inside[named[0]] for part, named in used.items()}
-    left_out.update(f"folder {_printable(name)}" for name in names if [name] not in used.values())
+    left_out.update(f"folder {_printable(name)}" for name in _folders(place, left_out) if [name] not in used.values())
     if labelled:
         return found
     if without := [named[0] for named in used.values() if named[0] in flat]:
@@ -177,7 +177,8 @@ def _find_parts(root: Path, labelled: bool, left_out: Counter[str]) -> dict[str,
     classes = set(_folders(found[TRAIN]))
     if others := [name for name in names if name not in inside and classes.intersection(_folders(place / name))]:
         problem = f"{train[0]} is the training part by its name, but {', '.join(others)} beside it is no part"
-        raise refusal(problem, f"rename parts to val or test, or the class {train[0]} otherwise")
+        remedy = f"rename parts to val or test, or the class {train[0]} otherwise, or {OTHERWISE}"
+        raise refusal(problem, remedy)
     return found
 
 
@@ -245,7 +246,7 @@ def _refuse_versions(folder: Path, names: list[str]) -> None:
         if not all(name.casefold() in VERSIONS for name in names):
             return
         problem = f"{joined(names)} are versions of one set by their names, not classes"
-    remedy = f"give one of them, {OTHERWISE}, or this folder as data.train_dir if they are its classes"
+    remedy = f"give one of them, {OTHERWISE}, or this folder as data.train_dir if these are its classes"
     raise InputError("data.dir", folder, problem, remedy)
 
 
