@@ -313,7 +313,7 @@ def _checked_classes(
     classes = sorted({name for found in parts.values() for name, files in found.items() if files})
     for part, found in parts.items():
         if lacking := [name for name in classes if not found.get(name)]:
-            left_out[f"classes that {part} lacks ({', '.join(lacking[:SHOWN])})"] = len(lacking)
+            left_out[f"classes that {part} lacks, as {lacking[0]}"] = len(lacking)
     if len(classes) < 2 or not any(train.values()):
         raise InputError("data.dir", root, "less than 2 classes with images are left", "add images")
     return classes
