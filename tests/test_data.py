@@ -456,6 +456,8 @@ def test_labels_come_from_a_csv(tmp_path: Path, table: str, values: str) -> None
              for id_, label in zip(split.ids, split.labels.tolist(), strict=True)}  # fmt: skip
     assert found == {f"train/train{number}.png": "ab"[number % 2] for number in range(7)}
     assert dataset.left_out == {"folder test": 1, "images without a label": 1}
+    with pytest.raises(InputError, match=r"train and test hold different classes \(a, b\)"):
+        load_folder(root, labels="labels.csv", train_dir="train", test_dir="test")
 
 
 @pytest.mark.parametrize(

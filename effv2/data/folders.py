@@ -87,10 +87,11 @@ def read_folders(config: DataConfig, root: Path, what: str) -> Source:
         parts = read_labels(labels if labels.exists() else root / labels, files, left_out)
     else:
         parts = {part: _classes(folder, what, named, left_out) for part, folder in folders.items()}
-    parts = {part: found for part, found in parts.items() if part == TRAIN or any(found.values())}
     classes = _checked_classes(root, folders, parts, config, left_out)
     made = {
-        part: _images(root, (part, folders[part]) if named else None, found, classes) for part, found in parts.items()
+        part: _images(root, (part, folders[part]) if named else None, found, classes)
+        for part, found in parts.items()
+        if any(found.values())
     }
     if TEST not in made and VALIDATION in made:  # a set with train and val alone uses val for testing
         made[TEST] = made.pop(VALIDATION)
@@ -296,20 +297,17 @@ def _checked_classes(
     root: Path, folders: Mapping[str, Path], parts: Mapping[str, Classes], config: DataConfig, left_out: Counter[str]
 ) -> list[str]:
     """Return the classes, sorted. InputError where a part lacks one or holds no image of it, unless that is allowed."""
-    remedy, train = "fill or remove it, or give data.allow_incomplete_classes", parts[TRAIN]
-    for part, found in parts.items():
-        differing = sorted({*train} ^ {*found})
-        empty = [name for name, files in found.items() if not files]
-        if differing and not config.allow_incomplete_classes:
+    train, or_allow = parts[TRAIN], "or give data.allow_incomplete_classes"
+    for part, found in () if config.allow_incomplete_classes else parts.items():
+        if differing := sorted({*train} ^ {*found}):
             names = f"{folders[TRAIN].name} and {folders[part].name}"
             problem = f"the folders {names} hold different classes ({', '.join(differing)})"
-            raise InputError("data.dir", root, problem, "give both the same ones, or data.allow_incomplete_classes")
-        if empty and not config.allow_incomplete_classes:
-            there = Counter(path.suffix or "files" for path in (folders[part] / empty[0]).rglob("*") if path.is_file())
+            raise InputError("data.dir", root, problem, f"give both the same ones, {or_allow}")
+        for folder in (folders[part] / name for name, files in found.items() if not files):
+            there = Counter(path.suffix or "files" for path in folder.rglob("*") if path.is_file())
             but = f", but {', '.join(f'{count} {kind}' for kind, count in there.most_common(SHOWN))}" * bool(there)
-            raise InputError(
-                "data.dir", root, f"the class folder {folders[part] / empty[0]} holds no images{but}", remedy
-            )
+            problem = f"the class folder {folder} holds no images{but}"
+            raise InputError("data.dir", root, problem, f"fill or remove it, {or_allow}")
     classes = sorted({name for found in parts.values() for name, files in found.items() if files})
     for part, found in parts.items():
         if lacking := [name for name in classes if not found.get(name)]:
