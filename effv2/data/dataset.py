@@ -18,7 +18,7 @@ from effv2.config.schema import DataConfig
 from effv2.core.errors import InputError
 from effv2.core.randomness import stream_seed
 from effv2.core.reporter import Reporter
-from effv2.data.folders import Source
+from effv2.data.folders import Source, left_out_note
 from effv2.data.images import LabelledImages, Labels, OnDecoded, Square, decode
 from effv2.data.sources import open_source
 
@@ -96,10 +96,7 @@ class Dataset:
     @cached_property
     def notes(self) -> list[str]:
         """Return what one should know of the data before trusting results, a sentence each."""
-        found = []
-        if self.left_out:
-            kinds = ", ".join(f"{kind} ({count})" for kind, count in sorted(self.left_out.items()))
-            found.append(f"Left out in {self.location}: {kinds}.")
+        found = [note] if (note := left_out_note(self.location, self.left_out)) else []
         if self.broken:
             found.append(
                 f"Left out, since they can't be read: {len(self.broken)} images, as {next(iter(self.broken))}."

@@ -33,8 +33,8 @@ PART_WORDS = {
 }
 FILLER = "data|sets?|datasets?|images?|imgs?|pictures?|photos?|files?|folders?|parts?|splits?|samples?|seg"
 # Folders that are no classes: thumbnails and bins of other programs, and what runs write where they are started.
-NO_CLASSES = {"@eadir", "thumbs", "thumbnails", "__macosx", "__pycache__", "#recycle", "$recycle.bin", "lost+found"}
-NO_CLASSES |= {"system volume information", "mlruns", "mlartifacts", "checkpoints"}
+NO_CLASSES = {"thumbs", "thumbnails", "__macosx", "__pycache__", "lost+found", "system volume information"}
+NO_CLASSES |= {"mlruns", "mlartifacts", "checkpoints", "wandb", "lightning_logs", "venv", "node_modules"}
 # Folders of these names alone are versions of one set, not classes.
 VERSIONS = {"original", "resized", "raw", "processed", "augmented", "cropped", "color", "colour", "gray", "grey"}
 VERSIONS |= {"grayscale", "greyscale", "segmented", "images", "masks", "labels", "annotations"}
@@ -62,6 +62,12 @@ class Source:
     left_out: Mapping[str, int] = field(default_factory=dict)
     published: tuple[LabelledImages, ...] = ()
     published_split_first: bool = False
+
+
+def left_out_note(location: str, left_out: Mapping[str, int]) -> str:
+    """Return the sentence that says what was left out, empty where nothing was."""
+    kinds = ", ".join(f"{kind} ({count})" for kind, count in sorted(left_out.items()))
+    return f"Left out in {location}: {kinds}." * bool(kinds)
 
 
 @cache
@@ -203,7 +209,7 @@ def _folders(place: Path, left_out: Counter[str] | None = None) -> list[str]:
     for path in (place / name for name in found):
         if path.is_symlink() and path.parent.resolve().is_relative_to(path.resolve()):
             raise OSError(errno.ELOOP, os.strerror(errno.ELOOP), str(path))
-    others = [name for name in found if name.casefold() in NO_CLASSES]
+    others = [name for name in found if name[0] in "@#$~" or name.casefold() in NO_CLASSES]  # @eaDir, $RECYCLE.BIN
     if left_out is not None:
         left_out.update(f"folder {_printable(name)}" for name in others)
     return [name for name in found if name not in others]
