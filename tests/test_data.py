@@ -387,6 +387,7 @@ def test_parts_are_known_in_all_usual_spellings(tmp_path: Path, folders: tuple[s
         (within("128", "256"), "128 and 256 hold the same folders"),
         (("original", "resized"), "original and resized are versions of one set by their names"),
         (within("val", "test"), "holds a part for testing but none named train"),
+        (within("test"), "holds a part for testing but none named train"),
         (within("set/train", "other"), "set in it is a data set of its own"),
     ],
     ids=lambda value: "" if isinstance(value, str) else " ".join(value[::3]),
@@ -514,7 +515,7 @@ def test_sound_files_of_many_pixels_and_with_long_texts_are_taken(tmp_path: Path
     text.add_text("history", "a" * 3_000_000, zip=True)
     Image.new("RGB", (1500, 1000)).save(root / "ant" / "long.png", pnginfo=text)
     assert sum(map(len, load_folder(root).splits.values())) == 9
-    with pytest.raises(InputError, match=r"1 images have more than 1 megapixels \(.*long.png .*raise data.max_megapix"):
+    with pytest.raises(InputError, match=r"long.png \(more than 1 megapixels\)\); raise data.max_megapixels"):
         load_folder(root, max_megapixels=1)
     assert len(load_folder(root, max_megapixels=1, skip_broken=True).broken) == 1
     assert DataConfig().max_megapixels == decoder.MEGAPIXELS

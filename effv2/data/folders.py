@@ -151,10 +151,10 @@ def _find_parts(root: Path, labelled: bool, left_out: Counter[str]) -> dict[str,
 
     With labels in a file it is the train part alone, which holds no class folders.
     """
-    place = _unwrapped(root)
+    place = _unwrapped(root, is_part=False)
     names = _folders(place)
     parts = _parts_among(names)
-    inside = {name: _unwrapped(place / name) for named in parts.values() for name in named}
+    inside = {name: _unwrapped(place / name, is_part=True) for named in parts.values() for name in named}
     flat = [name for name, folder in inside.items() if not _folders(folder)]
     nested = [name for name in inside if name not in flat]
     train = parts.get(TRAIN, [])
@@ -189,11 +189,11 @@ def _find_parts(root: Path, labelled: bool, left_out: Counter[str]) -> dict[str,
     return found
 
 
-def _unwrapped(folder: Path) -> Path:
-    """Return the folder in which the set or the part begins: that inside, where there is nothing else but one."""
+def _unwrapped(folder: Path, is_part: bool) -> Path:
+    """Return the folder in which the set, or the part, begins: that inside, where there is nothing else but one."""
     while len(names := _folders(folder)) == 1 and not _images_right_in(folder):
-        inner = folder / names[0]
-        if not _folders(inner) and not _part_of(names[0]) and not re.fullmatch(FILLER, names[0].casefold()):
+        inner, of_part = folder / names[0], _part_of(names[0]) is not None
+        if (of_part and not is_part) or not (_folders(inner) or of_part or re.fullmatch(FILLER, names[0].casefold())):
             break
         folder = inner
     return folder
@@ -272,12 +272,14 @@ def _files(folder: Path, left_out: Counter[str]) -> Iterator[Path]:
             left_out["links to folders"] += 1
         else:
             yield from _files(inner, left_out)
+    known = extensions()
     with os.scandir(folder) as entries:
         for entry in entries:
             if entry.name.startswith(".") or entry.is_dir():
                 continue
-            path, ending = Path(entry), Path(entry.name).suffix.lower()
-            named = ending in extensions()
+            path, (stem, dot, tail) = Path(entry), entry.name.rpartition(".")
+            ending = (dot + tail).lower() if stem else ""
+            named = ending in known
             if named and not entry.is_file() and path.exists():  # a pipe or a device, which might never end
                 raise OSError(errno.EINVAL, "not a regular file", str(path))
             if named or (not re.fullmatch(r"\.[a-z]\w{0,8}", ending) and entry.is_file() and _holds_image(path)):

@@ -37,7 +37,7 @@ from effv2.data.decoder import BROKEN, MEGAPIXELS, TOO_LARGE, allow, open_image,
 
 ABANDONED_SECONDS = 24 * 3600
 CHUNK = 256  # images decoded at a time, which wait in memory
-TOO_LARGE_NAMES = [each.__name__ for each in TOO_LARGE]
+LARGE = "more than"  # begins why an image isn't read that has too many pixels
 OnDecoded = Callable[[int, int], None]  # called with how many images are decoded, and of how many
 Labels = NDArray[np.int64]
 Bytes = NDArray[np.uint8]
@@ -176,7 +176,7 @@ def decode(
 
     def sound(found: Decoded) -> Decoded:
         if found.broken and not skip_broken:
-            raise _refusal(images, found.broken, megapixels, skip_broken is not None)
+            raise _refusal(images, found.broken, skip_broken is not None)
         return found
 
     pointer = folder / "stamps" / key(images.stamp())
@@ -201,22 +201,13 @@ def decode(
     return sound(found)
 
 
-def _refusal(images: LabelledImages, broken: Mapping[int, str], megapixels: float, may_skip: bool) -> InputError:
-    """Return the error that names images which can't be read, and what to do about them."""
-    large = [at for at, why in broken.items() if why in TOO_LARGE_NAMES]
-    others = [at for at in broken if at not in large]
-    problems, remedies = list[str](), list[str]()
-    for found, what, remedy in (
-        (others, "can't be read", "repair or remove them"),
-        (large, f"have more than {megapixels:g} megapixels", "raise data.max_megapixels"),
-    ):
-        if found:
-            named = ", ".join(f"{images.items[at]} ({broken[at]})" for at in found)
-            problems.append(f"{len(found)} images {what} ({named})")
-            remedies.append(remedy)
-    if may_skip:
-        remedies.append("give data.skip_broken")
-    return InputError("data.dir", "", "; ".join(problems), ", or ".join(remedies))
+def _refusal(images: LabelledImages, broken: Mapping[int, str], may_skip: bool) -> InputError:
+    """Return the error that names the images that can't be read, and what to do about them."""
+    named = ", ".join(f"{images.items[at]} ({why})" for at, why in broken.items())
+    large = [why.startswith(LARGE) for why in broken.values()]
+    remedies = {"raise data.max_megapixels": any(large), "repair or remove them": not all(large)}
+    chosen = [remedy for remedy, helps in (remedies | {"give data.skip_broken": may_skip}).items() if helps]
+    return InputError("data.dir", "", f"{len(broken)} images can't be read ({named})", ", or ".join(chosen))
 
 
 def _prepared(
@@ -229,7 +220,9 @@ def _prepared(
             with images.open(index) as image:
                 stored = image.mode
                 return preparation(image), stored == "RGB"
-        except (*BROKEN, *TOO_LARGE) as error:
+        except TOO_LARGE:
+            return f"{LARGE} {megapixels:g} megapixels"
+        except BROKEN as error:
             return type(error).__name__
 
     count = len(images)

@@ -35,8 +35,7 @@ def read_labels(
     for file, label in _rows(path):
         wanted = PurePosixPath("/", file.replace("\\", "/"))
         found = known.get(wanted.name, [])
-        ends = [each for each in found if _ends_with(each[2], wanted)]
-        found = ends or found
+        found = [each for each in found if _ends_with(each[2], wanted)] or found
         if not found or not label:
             missing += [] if found else [file]
             left_out["rows without a label"] += not label
