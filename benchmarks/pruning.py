@@ -66,6 +66,7 @@ def search(folder: Path, text: str) -> tuple[float, int]:
     from effv2.config.schema import StudyOptions
     from effv2.config.studies import read_study
     from effv2.core.internals import study_id
+    from effv2.core.reporter import Reporter
     from effv2.data.dataset import load_once
     from effv2.studies.engine import run_study
     from effv2.studies.plan import make_search
@@ -76,7 +77,7 @@ def search(folder: Path, text: str) -> tuple[float, int]:
     path.write_text(text)
     storage = f"sqlite:///{folder / 'optuna.db'}"
     os.chdir(folder)  # MLflow's artifacts lie below the working directory
-    load = load_once(lambda done, total: None)
+    load = load_once(Reporter())
     options = StudyOptions(storage=storage, log_model="none")
     with ConsoleReporter() as reporter:
         plan = make_search(read_study(path), {}, 0, load, reporter)

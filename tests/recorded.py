@@ -47,7 +47,10 @@ RECORDED = Path(__file__).with_suffix(".json")
 # The modules behind each version, and which of their definitions, all where none is named. Stage tables are part of a
 # run's configuration; which images there are, and how they are split, is part of the digest of its data.
 DECIDING: dict[str, dict[str, tuple[str, ...]]] = {
-    "decoding": {"data/images.py": ("LabelledImages", "sha256_of", "Square", "CentreCrop", "Preparation", "to_rgb")},
+    "decoding": {
+        "data/decoder.py": (),
+        "data/images.py": ("LabelledImages", "sha256_of", "Square", "CentreCrop", "Preparation"),
+    },
     "network": {
         "architecture.py": ("build_model", "_block_config", "Stage", "Table", "count_parameters", "gflops_of"),
     },
@@ -69,6 +72,8 @@ DECIDING: dict[str, dict[str, tuple[str, ...]]] = {
 }
 # Modules of the rooms above in which nothing decides a result, or nothing that the digest of the data doesn't hold.
 EXEMPT = {
+    "data/folders.py",
+    "data/labels.py",
     "data/sources.py",
     "execution/resolve.py",
     "training/checkpoint.py",

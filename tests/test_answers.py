@@ -126,7 +126,7 @@ def test_power_is_the_share_of_studies_that_find_an_effect(effect: float, n: int
     ],
 )
 def test_options_that_do_not_go_together_are_refused(names: list[str], options: dict[str, Any], message: str) -> None:
-    load, given = load_once(lambda done, total: None), StudyOptions.model_validate(options)
+    load, given = load_once(Reporter()), StudyOptions.model_validate(options)
     with pytest.raises(InputError, match=message):
         make_grid("ablate", open_study("ablate"), names, {}, given, load=load, reporter=Reporter())
 

@@ -24,8 +24,8 @@ from effv2.cli.main import ablate, train
 from effv2.config.schema import DATASETS, DataConfig
 from effv2.core.errors import InputError, RunError
 from effv2.data.dataset import load_dataset
+from effv2.data.folders import Source
 from effv2.data.images import LabelledImages
-from effv2.data.sources import Source
 from effv2.training.loop import EPOCH_METRICS, Evaluation, epoch_metrics
 from tests.conftest import TINY_STUDY
 

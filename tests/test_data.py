@@ -15,11 +15,13 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from PIL import Image
+from PIL import Image, ImageOps
+from PIL.PngImagePlugin import PngInfo
 from sklearn.model_selection import train_test_split
 
 from effv2.config.schema import DataConfig
 from effv2.core.errors import InputError
+from effv2.data import decoder
 from effv2.data.batches import NORMALISATIONS, batch_count, epoch_order, normalised, training_batches
 from effv2.data.dataset import Dataset, load_dataset, stratified_split
 from effv2.data.images import LabelledImages, Square, decode, sha256_of
@@ -234,10 +236,10 @@ def test_published_sampling_without_rgb_images_is_explained(tmp_path: Path) -> N
 def test_images_shared_by_train_and_test_are_counted(tmp_path: Path) -> None:
     root = make_image_tree(tmp_path / "set", ("train", "test"))  # different images
     dataset = load_folder(root)
-    assert dataset.test.images_also_in(dataset.train) == 0
+    assert not dataset.test.also_in(dataset.train)
     (root / "test" / "class 0" / "0.jpg").write_bytes((root / "train" / "class 0" / "4.jpg").read_bytes())
     dataset = load_folder(root, validation_fraction=0)
-    assert dataset.test.images_also_in(dataset.train) == 1
+    assert dataset.test.also_in(dataset.train) == {"test/class 0/0.jpg": "train/class 0/4.jpg"}
 
 
 def test_class_with_too_few_images_is_named(tmp_path: Path) -> None:
@@ -345,3 +347,262 @@ def test_published_imagenette_has_9296_rgb_images(real_data: Path) -> None:
     )
     dataset = load_dataset(config)
     assert len(dataset.train) + len(dataset.test) == 9_296
+
+
+# Folders.
+
+
+def write_tree(root: Path, *folders: str, images: int = 4) -> Path:
+    """Write folders of small random images, each of other pixels; a name with a dot is that of a text."""
+    generator = np.random.default_rng(1)
+    for name in folders:
+        if name.endswith((".txt", ".csv")):
+            (root / name).write_text("text")
+            continue
+        (root / name).mkdir(parents=True, exist_ok=True)
+        for number in range(images):
+            pixels = generator.integers(0, 256, (12, 12, 3), dtype=np.uint8)
+            Image.fromarray(pixels).save(root / name / f"{Path(name).name}{number}.png")
+    return root
+
+
+def within(*parts: str) -> tuple[str, ...]:
+    return tuple(f"{part}/{name}" for part in parts for name in ("ant", "bee", "cow"))
+
+
+@pytest.mark.parametrize(
+    ("folders", "tests"),
+    [
+        (within("seg_train/seg_train", "seg_test/seg_test"), "seg_test/seg_test/"),
+        (within("Training Data", "Testing Data"), "Testing Data/"),
+        (within("Train_Set_Folder", "Test_Set_Folder"), "Test_Set_Folder/"),
+        (within("TrainSet", "ValidationSet", "TestSet"), "TestSet/"),
+        (within("train1", "test-1"), "test-1/"),
+        (within("birds_train", "birds_test"), "birds_test/"),
+        (within("archive/data/train", "archive/data/val"), "archive/data/val/"),
+    ],
+    ids=lambda value: value[0] if isinstance(value, tuple) else "",
+)
+def test_parts_are_known_in_all_usual_spellings(tmp_path: Path, folders: tuple[str, ...], tests: str) -> None:
+    dataset = load_folder(write_tree(tmp_path / "set", *folders))
+    assert dataset.classes == ("ant", "bee", "cow") and len(dataset.test) == 12
+    assert all(id_.startswith(tests) for id_ in dataset.test.ids)
+
+
+@pytest.mark.parametrize(
+    ("folders", "said"),
+    [
+        (("train", "test"), "test and train hold no class folders; give a CSV of labels as data.labels"),
+        ((*within("train"), "test"), "test beside train holds no class folders; .*data.train_dir"),
+        ((*within("train"), "val/images"), "val beside train holds no class folders"),
+        (within("train", "val", "valid"), "val and valid are both the validation part"),
+        (within("train", "Train", "test"), "Train and train are both the train part"),
+        (within("train1", "train2"), "train1 and train2 are both the train part"),
+        (within("color", "grayscale", "segmented"), r"color, grayscale and segmented hold the same folders \(ant, bee"),
+        (within("128", "256"), "128 and 256 hold the same folders"),
+        (("original", "resized"), "original and resized are versions of one set by their names"),
+        (within("val", "test"), "holds a part for testing but none named train"),
+        (within("test"), "holds a part for testing but none named train"),
+        (within("set/train", "other"), "set in it is a data set of its own"),
+    ],
+    ids=lambda value: "" if isinstance(value, str) else " ".join(value[::3]),
+)
+def test_layouts_that_may_be_read_in_two_ways_are_refused(tmp_path: Path, folders: tuple[str, ...], said: str) -> None:
+    with pytest.raises(InputError, match=said):
+        load_folder(write_tree(tmp_path / "set", *folders))
+
+
+def test_what_is_no_class_is_left_out_and_counted(tmp_path: Path, own_cache: Path) -> None:
+    noise = (
+        "@eaDir/ant",
+        "ant/@eaDir/ant1.png",
+        "bee/thumbs",
+        "mlruns/0/models",
+        "checkpoints/x",
+        ".ipynb_checkpoints/y",
+    )
+    root = write_tree(tmp_path / "set", "ant", "bee", *noise, "ant/notes.txt", "ant/README.txt")
+    for name in ("ant/clip.mp4", "ant/page.pdf", "bee/LICENSE", "bee/drawing.eps"):
+        (root / name).write_bytes(b"%!PS")
+    (root / "ant" / "ant0.png").rename(root / "beside.png")
+    (root / "ant" / "ant1.png").rename(root / "ant" / "0f3a9c")  # without an extension
+    for number, ending in enumerate(("jfif", "jpe", "tga", "pnm")):
+        Image.new("RGB", (9, 9), (number, 0, 0)).save(root / "bee" / f"x.{ending}")
+    dataset = load_folder(root)
+    assert dataset.classes == ("ant", "bee") and sum(map(len, dataset.splits.values())) == 3 + 4 + 4
+    assert dataset.left_out == {
+        ".txt files": 2, ".mp4 files": 1, ".pdf files": 1, ".eps files": 1, "files without an extension": 1,
+        "images beside the class folders": 1, "folder @eaDir": 2, "folder thumbs": 1, "folder mlruns": 1,
+        "folder checkpoints": 1,
+    }  # fmt: skip
+    assert ".mp4 files (1)" in dataset.notes[0]
+
+
+def test_a_part_of_a_set_may_be_named(tmp_path: Path) -> None:
+    root = write_tree(tmp_path / "set", *within("one", "two"))
+    dataset = load_folder(root, train_dir="one", test_dir=str(root / "two"))
+    assert len(dataset.test) == 12 and dataset.test.ids[0] == "test/ant/ant0.png"
+    assert len(load_folder(root, train_dir=".").classes) == 2  # one and two are the classes
+    wrong: dict[str, dict[str, str]] = {
+        "data.test_dir two: names the test part": {"test_dir": "two"},
+        "data.train_dir three: no such folder": {"train_dir": "three"},
+        "one part lies in the other": {"train_dir": ".", "test_dir": "two"},
+    }
+    for said, values in wrong.items():
+        with pytest.raises(InputError, match=said):
+            load_folder(root, **values)
+    with pytest.raises(InputError, match="has its own parts"):
+        load_dataset(DataConfig(train_dir="one"))
+
+
+@pytest.mark.parametrize(
+    ("table", "values"),
+    [
+        ("image_id,species\n{}", "train{},{}"),
+        ("Label;File Name\n{}", "{1};train/train{0}.png"),
+        ("\ufeffid\tbreed\tage\n{}", "train{}.png\t{}\t3"),
+    ],
+)
+def test_labels_come_from_a_csv(tmp_path: Path, table: str, values: str) -> None:
+    root = write_tree(tmp_path / "set", "train", "test", images=8)
+    rows = "\n".join(values.format(number, "ab"[number % 2]) for number in range(7))
+    (root / "labels.csv").write_text(table.format(rows), encoding="utf-8")
+    dataset = load_folder(root, labels="labels.csv")
+    found = {id_: dataset.classes[label] for split in dataset.splits.values()
+             for id_, label in zip(split.ids, split.labels.tolist(), strict=True)}  # fmt: skip
+    assert found == {f"train/train{number}.png": "ab"[number % 2] for number in range(7)}
+    assert dataset.left_out == {"folder test": 1, "images without a label": 1}
+    with pytest.raises(InputError, match=r"train and test hold different classes \(a, b\)"):
+        load_folder(root, labels="labels.csv", train_dir="train", test_dir="test")
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        (b"", r"names no column of files and one of labels \(it is empty\)"),
+        (b"a,b\n1,2\n", r"names no column .*\(a, b\); call them file and label"),
+        (b"file,label\nnone.png,a\nx0,b\n", r"1 of its files are not there as images \(none.png\)"),
+        (b"file,label\nx0,a\nx0.png,b\n", "x0.png has the labels a and b"),
+        (b"file,label\ny0.png,a\n", "y0.png may be .*write it with its folder"),
+        (b"file,label\n\xff,a\n", "it is no CSV in UTF-8"),
+        (None, "no such file"),
+    ],
+)
+def test_wrong_tables_of_labels_are_explained(tmp_path: Path, content: bytes | None, said: str) -> None:
+    root = write_tree(tmp_path / "set", "x", "one/y", "two/y")
+    if content is not None:
+        (root / "labels.csv").write_bytes(content)
+    with pytest.raises(InputError, match=rf"data\.labels .*labels\.csv: .*{said}"):
+        load_folder(root, labels="labels.csv")
+
+
+def test_classes_that_lack_images_are_refused_unless_allowed(tmp_path: Path) -> None:
+    root = write_tree(tmp_path / "set", *within("train"), "test/ant", "test/bee")
+    write_tree(root, "train/dog", images=1)
+    (root / "train" / "empty").mkdir()
+    with pytest.raises(InputError, match=r"different classes \(cow, dog, empty\); .*data.allow_incomplete_classes"):
+        load_folder(root)
+    dataset = load_folder(root, allow_incomplete_classes=True, per_class=2)
+    assert dataset.classes == ("ant", "bee", "cow", "dog")
+    assert {name: len(split) for name, split in dataset.splits.items()} == {"train": 7, "validation": 3, "test": 8}
+    assert dataset.left_out["classes that test lacks, as cow"] == 2
+
+
+def test_broken_images_are_skipped_where_that_is_wanted(tmp_path: Path, own_cache: Path) -> None:
+    root = write_tree(tmp_path / "set", *within("train", "test"))
+    (root / "train" / "ant" / "ant1.png").write_bytes(b"no image")
+    (root / "test" / "cow" / "cow0.png").write_bytes((root / "train" / "bee" / "bee0.png").read_bytes())
+    for _ in range(2):  # the second time from the cache
+        dataset = load_folder(root, skip_broken=True, validation_fraction=0)
+        assert len(dataset.train) == 11 and dataset.broken == {"train/ant/ant1.png": "UnidentifiedImageError"}
+        assert dataset.notes[0] == "Left out, since they can't be read: 1 images, as train/ant/ant1.png."
+        assert dataset.notes[1].endswith("as images of train: test/cow/cow0.png is train/bee/bee0.png.")
+        with pytest.raises(InputError, match=r"1 images can't be read .*ant1.*or give data\.skip_broken"):
+            load_folder(root)
+
+
+# Pixels.
+
+
+def test_sound_files_of_many_pixels_and_with_long_texts_are_taken(tmp_path: Path, own_cache: Path) -> None:
+    root = write_tree(tmp_path / "set", "ant", "bee")
+    text = PngInfo()
+    text.add_text("history", "a" * 3_000_000, zip=True)
+    Image.new("RGB", (1500, 1000)).save(root / "ant" / "long.png", pnginfo=text)
+    assert sum(map(len, load_folder(root).splits.values())) == 9
+    with pytest.raises(InputError, match=r"long.png \(more than 1 megapixels\)\); raise data.max_megapixels"):
+        load_folder(root, max_megapixels=1)
+    assert len(load_folder(root, max_megapixels=1, skip_broken=True).broken) == 1
+    assert DataConfig().max_megapixels == decoder.MEGAPIXELS
+
+
+@pytest.mark.parametrize("orientation", range(1, 10))
+@pytest.mark.parametrize("ending", ["png", "jpg", "tif", "webp"])
+def test_images_are_brought_upright(tmp_path: Path, orientation: int, ending: str) -> None:
+    corners = Image.fromarray(np.arange(0, 256, 16, dtype=np.uint8).reshape(4, 4)).resize((40, 32), 0).convert("RGB")
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    corners.save(tmp_path / f"x.{ending}", exif=exif, quality=100)
+    with decoder.open_image(tmp_path / f"x.{ending}") as image:
+        ours = decoder.to_rgb(image)
+    with Image.open(tmp_path / f"x.{ending}") as image:
+        theirs = ImageOps.exif_transpose(image).convert("RGB")
+    assert np.array_equal(np.asarray(ours), np.asarray(theirs))
+    assert ours.size == ((40, 32) if orientation in (1, 2, 3, 4, 9) else (32, 40))
+
+
+def icon(mode: str, colour: int, folder: Path) -> Path:
+    """Write an image that is transparent but for a square of a grey in its middle."""
+    image = Image.new("RGBA", (9, 9), (colour, colour, colour, 0))
+    image.paste((colour, colour, colour, 255), (3, 3, 6, 6))
+    more: dict[str, Any] = {}
+    if mode in ("L", "RGB"):  # a colour that stands for transparency
+        more["transparency"] = 77 if mode == "L" else (77, 77, 77)
+        image = Image.composite(image, Image.new("RGBA", (9, 9), (77, 77, 77)), image.getchannel("A"))
+    image.convert(mode).save(folder / "icon.png", **more)
+    return folder / "icon.png"
+
+
+@pytest.mark.parametrize("mode", ["RGBA", "LA", "P", "L", "RGB"])
+@pytest.mark.parametrize(("colour", "background"), [(0, 255), (100, 255), (255, 0)])
+def test_what_is_visible_is_seen_on_its_background(tmp_path: Path, mode: str, colour: int, background: int) -> None:
+    with decoder.open_image(icon(mode, colour, tmp_path)) as image:
+        pixels = np.asarray(decoder.to_rgb(image))
+    assert pixels[4, 4].tolist() == [colour] * 3 and pixels[0, 0].tolist() == [background] * 3
+
+
+RAMP = np.linspace(0, 1, 64).reshape(8, 8)
+
+
+@pytest.mark.parametrize(
+    ("values", "ending"),
+    [
+        pytest.param((RAMP * 65_535).astype(np.uint16), "png", id="16 bits"),
+        pytest.param((RAMP * 65_535).astype(np.uint16), "tif", id="16 bits in TIFF"),
+        pytest.param((RAMP * 4_095).astype(np.uint16), "png", id="12 bits in 16"),
+        pytest.param((RAMP * 255).astype(np.uint16), "png", id="8 bits in 16"),
+        pytest.param((RAMP * 65_535).astype(np.uint16), "pgm", id="16 bits in PGM"),
+        pytest.param((RAMP * 60_000 - 30_000).astype(np.int32), "tif", id="signed"),
+        pytest.param((RAMP * (2**31 - 1)).astype(np.int32), "tif", id="32 bits"),
+        pytest.param(RAMP.astype(np.float32), "tif", id="floats to 1"),
+        pytest.param((RAMP * 255).astype(np.float32), "tif", id="floats to 255"),
+        pytest.param((RAMP * 8 - 4).astype(np.float32), "tif", id="floats around 0"),
+        pytest.param(np.where(RAMP == 0, np.nan, RAMP).astype(np.float32), "tif", id="floats that are no numbers"),
+    ],
+)
+def test_deep_greys_are_scaled_to_bytes(tmp_path: Path, values: Any, ending: str) -> None:
+    Image.fromarray(values).save(tmp_path / f"x.{ending}")
+    with decoder.open_image(tmp_path / f"x.{ending}") as image:
+        pixels = np.asarray(decoder.to_rgb(image))
+    assert np.abs(pixels[..., 0] - RAMP * 255).max() <= 4 and np.array_equal(pixels[..., 0], pixels[..., 2])
+
+
+@pytest.mark.parametrize("ending", ["gif", "tif", "png", "webp"])
+def test_the_first_frame_that_is_not_blank_is_taken(tmp_path: Path, ending: str) -> None:
+    generator = np.random.default_rng(0)
+    first, second = (Image.fromarray(generator.integers(0, 2, (9, 9), dtype=np.uint8) * 255) for _ in range(2))
+    blank = Image.new("L", (9, 9), 255)
+    for name, frames, expected in (("full", (first, second), first), ("blank", (blank, first, second), first)):
+        frames[0].save(path := tmp_path / f"{name}.{ending}", save_all=True, append_images=frames[1:], lossless=True)
+        with decoder.open_image(path) as image:
+            assert np.array_equal(np.asarray(decoder.to_rgb(image))[..., 0], np.asarray(expected)), name

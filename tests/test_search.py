@@ -220,7 +220,7 @@ def test_the_order_of_arms_changes_nothing(sqlite_store: str, tiny_study: Path) 
 def test_a_trial_is_pruned_after_a_quarter_of_its_epochs_at_the_earliest() -> None:
     settings = {"data.image_size": 8, "schedule.epochs": 30, "execution.precision": "fp32"}
     options = {name: Written(value) for name, value in settings.items()}
-    load = load_once(lambda done, total: None)
+    load = load_once(Reporter())
     pruner = make_search(open_study("search"), options, 0, load, Reporter()).pruner()
     study = optuna.create_study(direction="maximize", pruner=pruner)
     pruned_at = []

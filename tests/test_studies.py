@@ -120,7 +120,7 @@ def test_every_study_file_opens_with_its_command(path: Path) -> None:
 
 
 def make(study: Study, chosen: list[str], seeds: tuple[int, ...] = ()) -> Grid:
-    load = load_once(lambda done, total: None)
+    load = load_once(Reporter())
     return make_grid("ablate", study, chosen, NO_OPTIONS, StudyOptions(seeds=seeds), load=load, reporter=Reporter())
 
 
@@ -263,4 +263,4 @@ def test_splits_hold_the_seeds() -> None:
     assert grid.stamps == {"study.splits": 2} and grid.definition["splits"] == 2
     with pytest.raises(InputError, match="has 2 splits, whose number is fixed"):
         make_grid("ablate", study, ["default", "drop_one"], NO_OPTIONS, StudyOptions(seeds="auto"),
-                  load=load_once(lambda done, total: None), reporter=Reporter())  # fmt: skip
+                  load=load_once(Reporter()), reporter=Reporter())  # fmt: skip

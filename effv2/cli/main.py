@@ -158,7 +158,7 @@ def _run_or_plan(make: Callable[..., Any], options: StudyOptions) -> None:
     from effv2.tracking.store import is_begun, open_store
 
     with ConsoleReporter() as reporter:
-        load = load_once(partial(reporter.progress, "decoding images"))
+        load = load_once(reporter)
         plan, there = make(load=load, reporter=reporter), None
         with suppress(InputError):  # an experiment that isn't there is not created for it
             there = open_store(options.experiment, create=False) if is_begun() else None
@@ -178,7 +178,7 @@ def _run_and_show(make: Callable[..., Any], options: StudyOptions) -> None:
     from effv2.tracking.writer import run_address
 
     with ConsoleReporter() as reporter:
-        load = load_once(partial(reporter.progress, "decoding images"))
+        load = load_once(reporter)
         plan = make(load=load, reporter=reporter)
         check_storage(options.storage)  # before an experiment is created
         experiment_id = open_experiment(options.experiment, reporter.message)

@@ -32,7 +32,8 @@ def options_for(settings: str) -> dict[str, str]:
 
 
 SHARED = options_for(
-    "data.dataset data.dir data.download data.image_size data.per_class data.split_seed schedule.epochs "
+    "data.dataset data.dir data.train_dir data.test_dir data.labels data.allow_incomplete_classes data.skip_broken "
+    "data.max_megapixels data.download data.image_size data.per_class data.split_seed schedule.epochs "
     "optimiser.batch_size optimiser.lr schedule.name execution.device execution.precision execution.compile"
 )
 ONE_RUN = SHARED | options_for(

@@ -98,6 +98,14 @@ class DataConfig(Group):
 
     dataset: Annotated[str, DATASETS] = Field("digits", description="The data set; `digits` needs no files.")
     dir: str = Field("", description="Folder of the data set, where it comes as files.")
+    train_dir: str = Field("", description="Folder of the training images, where its name doesn't tell.")
+    test_dir: str = Field("", description="Folder of the test images.")
+    labels: str = Field("", description="CSV with a column of image files and one of labels, instead of class folders.")
+    allow_incomplete_classes: bool = Field(
+        False, description="Go on where classes have no or too few images, in a part or at all."
+    )
+    skip_broken: bool = Field(False, description="Leave out images that can't be read; the run logs which.")
+    max_megapixels: float = Field(200.0, gt=0, le=10_000, description="Pixels that an image may have, in millions.")
     download: bool = Field(False, description="Download the data set into the folder if it isn't there.")
     image_size: int = Field(32, ge=8, le=1024, description="Side of the square input in pixels.")
     per_class: int = Field(0, ge=0, description="Images per class, 0 = all; with published sampling train + test.")
@@ -258,7 +266,8 @@ class TrainConfig(Group):
         return sha256_of_values(self.identity())[:16]
 
 
-NO_IDENTITY = {"data.dir", "data.download"}
+NO_IDENTITY = {"data.dir", "data.download", "data.train_dir", "data.test_dir", "data.labels"}
+NO_IDENTITY |= {"data.allow_incomplete_classes", "data.skip_broken", "data.max_megapixels"}
 # The fields that every identity holds. One added later need not be listed, but its default must then stay.
 FIRST_FIELDS = {
     f"{group}.{name}"

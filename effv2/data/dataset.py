@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable
-from dataclasses import dataclass, replace
-from functools import cache, cached_property
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
+from functools import cache, cached_property, partial
+from itertools import combinations
 from typing import Any
 
 import numpy as np
@@ -16,11 +17,15 @@ from torch import Tensor
 from effv2.config.schema import DataConfig
 from effv2.core.errors import InputError
 from effv2.core.randomness import stream_seed
+from effv2.core.reporter import Reporter
+from effv2.data.folders import Source, left_out_note
 from effv2.data.images import LabelledImages, Labels, OnDecoded, Square, decode
-from effv2.data.sources import Source, open_source
+from effv2.data.sources import open_source
 
 Positions = NDArray[np.int64]
 LoadData = Callable[[DataConfig], "Dataset"]
+# From positions in a part of a source to its images; which of them were stored as RGB, and which could be read.
+Decode = Callable[[LabelledImages, Positions], "tuple[Split, NDArray[np.bool_], NDArray[np.bool_]]"]
 
 
 def to_device(tensor: Tensor, device: torch.device) -> Tensor:
@@ -66,14 +71,18 @@ class Split:
         digest.update("\0".join(self.ids).encode())
         return digest.hexdigest()[:16]
 
-    def images_also_in(self, other: Split) -> int:
-        """Count the samples whose pixels, at this size, are those of a sample of `other`."""
-        return sum(map(set(other.image_hashes).__contains__, self.image_hashes))
+    def also_in(self, other: Split) -> dict[str, str]:
+        """Return the samples whose pixels, at this size, are those of a sample of `other`, which they lead to."""
+        theirs = dict(zip(other.image_hashes, other.ids, strict=True))
+        return {id_: theirs[image] for id_, image in zip(self.ids, self.image_hashes, strict=True) if image in theirs}
 
 
 @dataclass(frozen=True)
 class Dataset:
-    """Class names and the splits; `location` says where the images came from."""
+    """Class names and the splits; `location` says where the images came from.
+
+    `left_out` counts by kind what lies there and was not taken, `broken` says of images by their ids why not.
+    """
 
     name: str
     location: str
@@ -81,6 +90,23 @@ class Dataset:
     train: Split
     validation: Split | None
     test: Split
+    left_out: Mapping[str, int] = field(default_factory=dict)
+    broken: Mapping[str, str] = field(default_factory=dict)
+
+    @cached_property
+    def notes(self) -> list[str]:
+        """Return what one should know of the data before trusting results, a sentence each."""
+        found = [note] if (note := left_out_note(self.location, self.left_out)) else []
+        if self.broken:
+            found.append(
+                f"Left out, since they can't be read: {len(self.broken)} images, as {next(iter(self.broken))}."
+            )
+        for (first, one), (second, other) in combinations(self.splits.items(), 2):
+            if shared := other.also_in(one):
+                example = " is ".join(next(iter(shared.items())))
+                pixels = f"the same pixels, at this size, as images of {first}"
+                found.append(f"{len(shared)} images of {second} have {pixels}: {example}.")
+        return found
 
     @property
     def splits(self) -> dict[str, Split]:
@@ -105,32 +131,40 @@ class Dataset:
         return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
-def load_once(on_decoded: OnDecoded) -> LoadData:
-    """Return what loads data sets, each once a process."""
-    return cache(lambda config: load_dataset(config, on_decoded))
+def load_once(reporter: Reporter) -> LoadData:
+    """Return what loads data sets, each once a process, and then tells what one should know of it."""
+
+    @cache
+    def load(config: DataConfig) -> Dataset:
+        dataset = load_dataset(config, partial(reporter.progress, "decoding images"))
+        for note in dataset.notes:
+            reporter.message(note)
+        return dataset
+
+    return load
 
 
 def load_dataset(config: DataConfig, on_decoded: OnDecoded | None = None) -> Dataset:
     """Find, sample, decode and split; InputError for everything that is wrong with the folder."""
-    source = open_source(config)
+    source, broken = open_source(config), dict[str, str]()
+
+    def decoded(part: LabelledImages, positions: Positions) -> tuple[Split, NDArray[np.bool_], NDArray[np.bool_]]:
+        chosen = part.take(positions)
+        found = decode(chosen, Square(config.image_size), on_decoded, config.max_megapixels, config.skip_broken)
+        labels, rows, sound = torch.from_numpy(chosen.labels), torch.arange(len(positions)), np.ones(len(chosen), bool)
+        sound[list(found.broken)] = False
+        broken.update((chosen.ids[at], why) for at, why in found.broken.items())
+        return Split(torch.from_numpy(found.pixels), rows, labels, chosen.ids), found.rgb, sound
+
     load = _load_published if config.sampling == "published" else _load_standard
-    splits = load(config, source, on_decoded)
+    splits = load(config, source, decoded)
     if len(splits["train"]) < 2:  # batch norm can't train on one
         raise InputError("data.dir", config.dir, "less than 2 images are left to train on", "add images")
-    return Dataset(config.dataset, source.location, source.classes, validation=splits.pop("validation", None), **splits)
+    about = config.dataset, source.location, source.classes
+    return Dataset(*about, splits["train"], splits.get("validation"), splits["test"], source.left_out, broken)
 
 
-def _decoded(
-    part: LabelledImages, positions: Positions, config: DataConfig, on_decoded: OnDecoded | None
-) -> tuple[Split, NDArray[np.bool_]]:
-    """Decode the images at `positions` of a part of a source; return them, and which were stored as RGB."""
-    chosen = part.take(positions)
-    found = decode(chosen, Square(config.image_size), on_decoded)
-    labels, rows = torch.from_numpy(chosen.labels), torch.arange(len(positions))
-    return Split(torch.from_numpy(found.pixels), rows, labels, chosen.ids), found.rgb
-
-
-def _load_standard(config: DataConfig, source: Source, on_decoded: OnDecoded | None) -> dict[str, Split]:
+def _load_standard(config: DataConfig, source: Source, decoded: Decode) -> dict[str, Split]:
     """Hold out the test and validation images first, so that `per_class` never changes them."""
     left = np.arange(len(source.train))
     chosen: dict[str, tuple[LabelledImages, Positions]] = {}
@@ -142,9 +176,11 @@ def _load_standard(config: DataConfig, source: Source, on_decoded: OnDecoded | N
             chosen[name] = part, np.arange(len(part))
         elif fraction:
             labels = source.train.labels[left]
-            kept, held = stratified_split(labels, fraction, source.classes, config.split_seed, name)
+            few = config.allow_incomplete_classes
+            kept, held = stratified_split(labels, fraction, source.classes, config.split_seed, name, allow_few=few)
             left, chosen[name] = left[kept], (source.train, left[held])
-    sampled = sample_per_class(source.train.labels[left], config.per_class, source.classes, config.split_seed)
+    labels, few = source.train.labels[left], config.allow_incomplete_classes
+    sampled = sample_per_class(labels, config.per_class, source.classes, config.split_seed, few)
     chosen["train"] = source.train, left[sampled]
 
     # What comes from one part shares one cache entry: without per_class, whatever the split seed.
@@ -152,12 +188,13 @@ def _load_standard(config: DataConfig, source: Source, on_decoded: OnDecoded | N
     for part in {id(part): part for part, _ in chosen.values()}.values():
         positions = {name: at for name, (of, at) in chosen.items() if of is part}
         needed = np.unique(np.concatenate(list(positions.values())))
-        whole, _ = _decoded(part, needed, config, on_decoded)
-        splits |= {name: whole.take(np.searchsorted(needed, at)) for name, at in positions.items()}
+        whole, _, sound = decoded(part, needed)
+        rows = {name: np.searchsorted(needed, at) for name, at in positions.items()}
+        splits |= {name: whole.take(at[sound[at]]) for name, at in rows.items()}
     return splits
 
 
-def _load_published(config: DataConfig, source: Source, on_decoded: OnDecoded | None) -> dict[str, Split]:
+def _load_published(config: DataConfig, source: Source, decoded: Decode) -> dict[str, Split]:
     """Take the first images of each class, drop what isn't RGB, and split 80/20, shuffled, as the notebooks did."""
     from sklearn.model_selection import train_test_split
 
@@ -167,8 +204,8 @@ def _load_published(config: DataConfig, source: Source, on_decoded: OnDecoded | 
 
     def halves(part: LabelledImages) -> list[Split]:
         positions = sample_per_class(part.labels, config.per_class, source.classes, None)
-        whole, rgb = _decoded(part, positions, config, on_decoded)
-        left = np.arange(len(whole)) if source.published_split_first else np.flatnonzero(rgb)
+        whole, rgb, sound = decoded(part, positions)
+        left = np.flatnonzero(sound if source.published_split_first else rgb)
         sizes = {"test_size": config.test_fraction, "random_state": config.split_seed}
         parts = train_test_split(left, **sizes) if len(left) > 1 else (left, left)
         train, test = (at[rgb[at]] for at in parts)
@@ -181,32 +218,45 @@ def _load_published(config: DataConfig, source: Source, on_decoded: OnDecoded | 
     return {"train": pairs[0][0], "test": pairs[-1][1]}
 
 
-def sample_per_class(labels: Labels, per_class: int, classes: tuple[str, ...], seed: int | None) -> Positions:
-    """Return `per_class` positions of each class (0 = all), in the given order; the first ones where `seed` is None."""
+def sample_per_class(
+    labels: Labels, per_class: int, classes: tuple[str, ...], seed: int | None, allow_few: bool = False
+) -> Positions:
+    """Return `per_class` positions of each class (0 = all), in the given order; the first ones where `seed` is None.
+
+    InputError for a class with fewer, unless that is allowed.
+    """
     if not per_class:
         return np.arange(len(labels))
     counts = np.bincount(labels, minlength=len(classes))
-    if counts.min() < per_class:
+    if counts.min() < per_class and not allow_few:
         problem = f"the class {classes[counts.argmin()]!r} has only {counts.min()} images to take from"
         raise InputError("data.per_class", per_class, problem, "lower data.per_class or add images")
     members = [np.flatnonzero(labels == label) for label in range(len(classes))]
     if seed is None:
         return np.sort(np.concatenate([each[:per_class] for each in members]))
     generator = np.random.default_rng(stream_seed(seed, "sample"))
-    return np.sort(np.concatenate([generator.choice(each, per_class, replace=False) for each in members]))
+    return np.sort(
+        np.concatenate([generator.choice(each, min(per_class, len(each)), replace=False) for each in members])
+    )
 
 
 def stratified_split(
-    labels: Labels, fraction: float, classes: tuple[str, ...], split_seed: int, stream: str
+    labels: Labels, fraction: float, classes: tuple[str, ...], split_seed: int, stream: str, *, allow_few: bool = False
 ) -> tuple[Positions, Positions]:
-    """Split `fraction` of each class off (at least one sample); both parts keep the given order."""
+    """Split `fraction` of each class off (at least one sample); both parts keep the given order.
+
+    InputError for a class of less than two, unless that is allowed; nothing is split off it then.
+    """
     generator = np.random.default_rng(stream_seed(split_seed, stream))
     held = []
     for label, name in enumerate(classes):
         members = np.flatnonzero(labels == label)
         if len(members) < 2:
+            if allow_few:
+                continue
             problem = f"the class {name!r} has only {len(members)} images to split for {stream}, 2 are needed"
-            raise InputError("data.dir", "", problem, "add images or remove the class")
+            remedy = "add images, remove the class, or give data.allow_incomplete_classes"
+            raise InputError("data.dir", "", problem, remedy)
         count = min(len(members) - 1, max(1, round(fraction * len(members))))
         held.append(generator.choice(members, count, replace=False))
     second = np.sort(np.concatenate(held))

@@ -6,7 +6,7 @@ nor decodes a file. A finished entry appears by renaming a folder: a kill loses 
 
     <cache>/stamps/<hash of names, sizes, times and settings>    text: the key of the entry
     <cache>/entries/<key>/pixels.npy                             uint8 (N, size, size, 3)
-    <cache>/entries/<key>/index.json                             {"rgb": [...], "sha256": "..."}
+    <cache>/entries/<key>/index.json                             {"rgb": [...], "sha256": "...", "broken": {}}
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ import shutil
 import time
 import uuid
 import warnings
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, closing, suppress
 from dataclasses import dataclass
@@ -29,20 +29,19 @@ import numpy as np
 import PIL
 from numpy.typing import NDArray
 from PIL import Image
-from torchvision.transforms import InterpolationMode
-from torchvision.transforms import functional as F
 
 from effv2.core.errors import InputError
 from effv2.core.paths import cache_folder, write_atomically
 from effv2.core.provenance import VERSIONS
+from effv2.data.decoder import BROKEN, MEGAPIXELS, TOO_LARGE, allow, open_image, prepare
 
 ABANDONED_SECONDS = 24 * 3600
 CHUNK = 256  # images decoded at a time, which wait in memory
-# What Pillow raises for a broken image, or one that is too large to be honest.
-BROKEN = (OSError, ValueError, SyntaxError, Image.DecompressionBombWarning, Image.DecompressionBombError)
+LARGE = "more than"  # begins why an image isn't read that has too many pixels
 OnDecoded = Callable[[int, int], None]  # called with how many images are decoded, and of how many
 Labels = NDArray[np.int64]
 Bytes = NDArray[np.uint8]
+Result = tuple[Bytes, bool] | str  # pixels, and whether they were stored as RGB; or why an image can't be read
 
 
 @dataclass(frozen=True)
@@ -66,14 +65,10 @@ class LabelledImages:
         return len(self.items)
 
     def open(self, index: int) -> Image.Image:
-        """Return one image, whole; OSError, ValueError or SyntaxError (Pillow) for a broken one."""
+        """Open one image, as open_image does; close it after use."""
         if self.items.dtype != object:  # the grey channel copied to three, as the published notebooks did
             return Image.fromarray(self.items[index]).convert("RGB")
-        with Image.open(self.items[index]) as image:
-            if image.format in ("EPS", "IPTC"):
-                raise ValueError("PostScript, or what may hold it, is a program that Pillow would have run")
-            image.load()
-            return image
+        return open_image(self.items[index])
 
     def stamp(self) -> str:
         """Return a string that changes whenever the content may have changed, quickly."""
@@ -126,13 +121,13 @@ class Square:
     size: int
 
     def __call__(self, image: Image.Image) -> Bytes:
-        """Turn an image of any size and mode into RGB bytes (size, size, 3); the served model has a copy of this."""
-        return np.asarray(to_rgb(image).resize((self.size, self.size), Image.Resampling.BILINEAR), dtype=np.uint8)
+        """Turn an image of any size and mode into RGB bytes (size, size, 3)."""
+        return prepare(image, self.size)
 
 
 @dataclass(frozen=True)
 class CentreCrop:
-    """The shorter side resized to `resize`, then the central square of `size`: torchvision's preset, by its functions.
+    """The shorter side resized to `resize`, then the central square of `size`: torchvision's preset.
 
     `interpolation` is torchvision's name of it, as bilinear.
     """
@@ -143,87 +138,105 @@ class CentreCrop:
 
     def __call__(self, image: Image.Image) -> Bytes:
         """Turn an image of any size and mode into RGB bytes (size, size, 3)."""
-        resized = F.resize(to_rgb(image), [self.resize], InterpolationMode(self.interpolation))
-        return np.asarray(F.center_crop(resized, [self.size]), dtype=np.uint8)
+        return prepare(image, self.size, self.resize, self.interpolation.upper())
 
 
 Preparation = Square | CentreCrop
 
 
-def to_rgb(image: Image.Image) -> Image.Image:
-    """Turn an image of any mode into RGB."""
-    if image.mode.startswith("I;16"):  # Pillow would clip 16-bit greys at 255
-        image = Image.fromarray((np.asarray(image, dtype=np.uint16) >> 8).astype(np.uint8))
-    return image.convert("RGB")
-
-
 @dataclass(frozen=True)
 class Decoded:
-    """Pixels (N, size, size, 3), a file mapped into memory; their SHA-256; which of the images were stored as RGB."""
+    """Pixels (N, size, size, 3), a file mapped into memory; their SHA-256; which of the images were stored as RGB.
+
+    `broken` says of images that can't be read, by their positions, why; their pixels are black, not stored as RGB.
+    """
 
     pixels: Bytes
     sha256: str
     rgb: NDArray[np.bool_]
+    broken: Mapping[int, str]
 
 
-def decode(images: LabelledImages, preparation: Preparation, on_decoded: OnDecoded | None = None) -> Decoded:
-    """Return `images` as `preparation` makes them, from the cache where it has them; InputError names all broken."""
-    settings = f"{VERSIONS['decoding']}/{preparation}/Pillow {PIL.__version__}"
+def decode(
+    images: LabelledImages,
+    preparation: Preparation,
+    on_decoded: OnDecoded | None = None,
+    megapixels: float = MEGAPIXELS,
+    skip_broken: bool | None = None,
+) -> Decoded:
+    """Return `images` as `preparation` makes them, from the cache where it has them.
+
+    InputError names all that are broken or have more pixels than wanted, unless they may be skipped (None: never).
+    """
+    settings = f"{VERSIONS['decoding']}/{preparation}/{megapixels:g}/Pillow {PIL.__version__}"
     folder = cache_folder()
 
     def key(content: str) -> str:
         return hashlib.sha256(f"{content}/{settings}".encode()).hexdigest()
 
+    def sound(found: Decoded) -> Decoded:
+        if found.broken and not skip_broken:
+            raise _refusal(images, found.broken, skip_broken is not None)
+        return found
+
     pointer = folder / "stamps" / key(images.stamp())
     with suppress(OSError, ValueError):
         known = _read(folder / "entries" / pointer.read_text("ascii"))
         if known and len(known.rgb) == len(images):
-            return known
+            return sound(known)
     entry = folder / "entries" / key(images.digest())
     try:
         if (found := _read(entry)) is None:
             entry.parent.mkdir(parents=True, exist_ok=True)  # before the work, not after it
             shape = (len(images), preparation.size, preparation.size, 3)
-            found = _write(entry, shape, _prepared(images, preparation, on_decoded))
+            found = _write(entry, shape, _prepared(images, preparation, on_decoded, megapixels), sound)
     except OSError as error:
         problem = f"can't be written ({error.strerror or error})"
         remedy = "free space there or set EFFV2_CACHE to another folder"
         raise InputError("EFFV2_CACHE", folder, problem, remedy) from error
     with suppress(OSError):  # a cache that can only be read serves as well
-        pointer.parent.mkdir(parents=True, exist_ok=True)
-        write_atomically(pointer, entry.name)
-    return found
+        if not found.broken:  # one that can't be read may be allowed to, which no stamp shows
+            pointer.parent.mkdir(parents=True, exist_ok=True)
+            write_atomically(pointer, entry.name)
+    return sound(found)
+
+
+def _refusal(images: LabelledImages, broken: Mapping[int, str], may_skip: bool) -> InputError:
+    """Return the error that names the images that can't be read, and what to do about them."""
+    named = ", ".join(f"{images.items[at]} ({why})" for at, why in broken.items())
+    large = [why.startswith(LARGE) for why in broken.values()]
+    remedies = {"raise data.max_megapixels": any(large), "repair or remove them": not all(large)}
+    chosen = [remedy for remedy, helps in (remedies | {"give data.skip_broken": may_skip}).items() if helps]
+    return InputError("data.dir", "", f"{len(broken)} images can't be read ({named})", ", or ".join(chosen))
 
 
 def _prepared(
-    images: LabelledImages, preparation: Preparation, on_decoded: OnDecoded | None
-) -> Generator[tuple[Bytes, bool]]:
-    """Yield pixels, and whether they were stored as RGB, in order; every failure is collected for the end."""
+    images: LabelledImages, preparation: Preparation, on_decoded: OnDecoded | None, megapixels: float
+) -> Generator[Result]:
+    """Yield what becomes of each image, in order."""
 
-    def one(index: int) -> tuple[Bytes, bool] | str:
+    def one(index: int) -> Result:
         try:
-            image = images.open(index)
-            return preparation(image), image.mode == "RGB"
+            with images.open(index) as image:
+                stored = image.mode
+                return preparation(image), stored == "RGB"
+        except TOO_LARGE:
+            return f"{LARGE} {megapixels:g} megapixels"
         except BROKEN as error:
-            return f"{images.items[index]} ({type(error).__name__})"
+            return type(error).__name__
 
-    broken, count = list[str](), len(images)
+    count = len(images)
     with warnings.catch_warnings(), ExitStack() as stack:
         warnings.simplefilter("ignore")
         warnings.simplefilter("error", Image.DecompressionBombWarning)
+        allow(megapixels)
         pool = ThreadPoolExecutor(os.cpu_count())  # threads suffice: Pillow lets go of the interpreter lock
         stack.callback(pool.shutdown, cancel_futures=True)
         for start in range(0, count, CHUNK):
             for done, result in enumerate(pool.map(one, range(start, min(start + CHUNK, count))), start + 1):
-                if isinstance(result, str):
-                    broken.append(result)
-                else:
-                    yield result
+                yield result
                 if on_decoded:
                     on_decoded(done, count)
-    if broken:
-        problem = f"{len(broken)} images can't be read ({', '.join(broken)})"
-        raise InputError("data.dir", "", problem, "repair or remove them")
 
 
 def _read(entry: Path) -> Decoded | None:
@@ -231,35 +244,46 @@ def _read(entry: Path) -> Decoded | None:
     try:
         index = json.loads((entry / "index.json").read_text())
         rgb, sha256 = np.array(index["rgb"], dtype=bool), str(index["sha256"])
+        broken = {int(at): str(why) for at, why in index["broken"].items()}
         pixels: Bytes = np.load(entry / "pixels.npy", mmap_mode="c", allow_pickle=False)
-    except (OSError, ValueError, EOFError, KeyError, TypeError):
+    except (OSError, ValueError, EOFError, KeyError, TypeError, AttributeError):
         return None
-    return Decoded(pixels, sha256, rgb) if len(rgb) == len(pixels) and sha256_of(pixels) == sha256 else None
+    return Decoded(pixels, sha256, rgb, broken) if len(rgb) == len(pixels) and sha256_of(pixels) == sha256 else None
 
 
-def _write(entry: Path, shape: tuple[int, ...], prepared: Generator[tuple[Bytes, bool]]) -> Decoded:
-    """Build an entry, never all of it in memory; what a loss of power tears, the checksum tells."""
+def _write(
+    entry: Path, shape: tuple[int, ...], prepared: Generator[Result], sound: Callable[[Decoded], Decoded]
+) -> Decoded:
+    """Build an entry, never all of it in memory; what a loss of power tears, the checksum tells.
+
+    `sound` raises an error for what isn't to be kept.
+    """
     for path in entry.parent.glob("building-*"):  # of processes that were killed
         with suppress(FileNotFoundError):  # finished by its process meanwhile
             if path.stat().st_mtime < time.time() - ABANDONED_SECONDS:
                 shutil.rmtree(path, ignore_errors=True)
     building = entry.with_name(f"building-{uuid.uuid4().hex}")
     building.mkdir()  # not by tempfile, which would hide it from other users for good
+    black = np.zeros(shape[1:], dtype=np.uint8)
     try:
-        digest, rgb = hashlib.sha256(), []
+        digest, rgb, broken = hashlib.sha256(), list[bool](), dict[int, str]()
         with (building / "pixels.npy").open("wb") as file, closing(prepared):
             np.lib.format.write_array_header_1_0(file, {"descr": "|u1", "fortran_order": False, "shape": shape})
-            for pixels, is_rgb in prepared:
+            for at, result in enumerate(prepared):
+                if isinstance(result, str):
+                    broken[at] = result
+                pixels, is_rgb = (black, False) if isinstance(result, str) else result
                 content = np.ascontiguousarray(pixels).data
                 file.write(content)
                 digest.update(content)
                 rgb.append(is_rgb)
-        (building / "index.json").write_text(json.dumps({"rgb": rgb, "sha256": digest.hexdigest()}))
+        (building / "index.json").write_text(json.dumps({"rgb": rgb, "sha256": digest.hexdigest(), "broken": broken}))
         # A file that is mapped stays, whatever becomes of its name.
         written: Bytes = np.load(building / "pixels.npy", mmap_mode="c", allow_pickle=False)
+        found = sound(Decoded(written, digest.hexdigest(), np.array(rgb, dtype=bool), broken))
         shutil.rmtree(entry, ignore_errors=True)  # one that is broken, or of another process that was quicker
         with suppress(OSError):  # another process was quicker still
             building.rename(entry)
     finally:
         shutil.rmtree(building, ignore_errors=True)
-    return Decoded(written, digest.hexdigest(), np.array(rgb, dtype=bool))
+    return found

@@ -6,52 +6,32 @@ module, so what is heavy is imported inside the functions.
 
 from __future__ import annotations
 
-import errno
 import os
 import tarfile
 import tempfile
-import unicodedata
-from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from effv2.config.schema import DATASETS, DataConfig
 from effv2.core.errors import InputError
 from effv2.core.internals import imagenette
+from effv2.data.folders import Source, read_folders
 
 if TYPE_CHECKING:
     from effv2.data.images import LabelledImages
 
 NUMERALS = tuple("0123456789")
 BIRDS_PAGE = "https://www.kaggle.com/datasets/arjunbasandrai/25-indian-bird-species-with-226k-images"
-EXTENSIONS = (".jpg", ".jpeg", ".png", ".bmp", ".gif", ".webp", ".tif", ".tiff", ".ppm", ".pgm")
-# Names that the parts of a set go by, whatever their case, in order of preference.
-TRAIN_NAMES = ("train", "training", "training_set", "train_set")
-VALIDATION_NAMES = ("val", "valid", "validation", "validation_set", "val_set")
-TEST_NAMES = ("test", "testing", "test_set", "testing_set")
-PARTS = {*TRAIN_NAMES, *VALIDATION_NAMES, *TEST_NAMES}
-
-
-@dataclass(frozen=True)
-class Source:
-    """A data set: class names and its parts. Without a test part, one is split off the train part.
-
-    The last two are for published sampling: what is split 80/20 where that isn't the train part (train images are of
-    the first, test images of the last), and whether what isn't RGB is dropped after the split, not before.
-    """
-
-    location: str
-    classes: tuple[str, ...]
-    train: LabelledImages
-    validation: LabelledImages | None = None
-    test: LabelledImages | None = None
-    published: tuple[LabelledImages, ...] = ()
-    published_split_first: bool = False
 
 
 def open_source(config: DataConfig) -> Source:
     """Find the data set that `config` names; InputError where it isn't there, can't be read or is malformed."""
+    if config.dataset in ("digits", "imagenette", "mnist"):
+        for name in ("train_dir", "test_dir", "labels"):
+            if value := getattr(config, name):
+                problem = f"the data set {config.dataset!r} has its own parts and labels"
+                raise InputError(f"data.{name}", value, problem, "leave it out, or give data.dataset folder")
     try:
         source: Source = DATASETS[config.dataset](config)
         _check(source)
@@ -113,7 +93,7 @@ def _imagenette(config: DataConfig) -> Source:
             problem = f"Imagenette can't be fetched ({str(error) or type(error).__name__})"
             remedy = f"unpack imagenette2-160.tgz from https://github.com/fastai/imagenette into {root}"
             raise InputError("data.download", "true", problem, remedy) from error
-    source = _read_folders(folder if folder.is_dir() else root, what)
+    source = read_folders(config, folder if folder.is_dir() else root, what)
     if source.test is None or source.classes != tuple(names):
         problem = "this is no imagenette2-160, whose folders train and val hold ten classes"
         raise InputError("data.dir", config.dir, problem, f"give {what}, or data.dataset folder for another set")
@@ -141,17 +121,19 @@ def _mnist(config: DataConfig) -> Source:
 @DATASETS.register("birds")
 def _birds(config: DataConfig) -> Source:
     what = f"the folder of the bird species, downloaded and unpacked from {BIRDS_PAGE}"
-    return replace(_read_folders(_folder(config, what), what), published_split_first=True)
+    return replace(read_folders(config, _folder(config, what), what), published_split_first=True)
 
 
 @DATASETS.register("folder")
 def _any_folder(config: DataConfig) -> Source:
     what = "a folder with one sub-folder of images per class"
-    return _read_folders(_folder(config, what), what)
+    return read_folders(config, _folder(config, what), what)
 
 
 def _folder(config: DataConfig, what: str, downloads: bool = False) -> Path:
     """Return the folder of a data set, made where the set can be downloaded into it; `what` it is to be."""
+    if config.train_dir and not config.dir:
+        return Path.cwd()
     if not config.dir:
         raise InputError("data.dir", "", f"the data set {config.dataset!r} needs {what}", "give its path")
     folder = Path(os.path.expanduser(config.dir))
@@ -166,102 +148,3 @@ def _from_arrays(pixels: Any, labels: Any, name: str) -> LabelledImages:
     from effv2.data.images import LabelledImages
 
     return LabelledImages(pixels, labels.astype("int64"), tuple(f"{name}/{i:05d}" for i in range(len(labels))))
-
-
-def _read_folders(root: Path, what: str) -> Source:
-    """Return the set at `root`: class folders, with or without a split into train, validation and test above them.
-
-    InputError for what is no such tree, whose remedy is to give `what`; OSError for what can't be read.
-    """
-    parts = {name.lower(): root / name for name in _folders(root) if _folders(root / name)}  # others are classes
-    found, validation, test = (
-        next((parts[name] for name in names if name in parts), None)
-        for names in (TRAIN_NAMES, VALIDATION_NAMES, TEST_NAMES)
-    )
-    if found is None and (validation or test):
-        problem = f"holds a part for testing but none named {TRAIN_NAMES[0]}"
-        remedy = "rename the training part, or give the path of the part that is wanted"
-        raise InputError("data.dir", root, problem, remedy)
-    if test is None:  # a set with train and val alone uses val for testing, as Imagenette does
-        validation, test = None, validation
-    train = found or root
-    classes = _classes(train, what)
-    # A part under another name, or classes of which one is called train; not what just lies there, as MLflow's files.
-    others = [other for other in _folders(root) if found and other.lower() not in PARTS]
-    if others := [other for other in others if not set(classes).isdisjoint(_folders(root / other))]:
-        problem = f"{train.name} is the training part by its name, but {', '.join(others)} beside it is no part"
-        remedy = f"rename parts to {VALIDATION_NAMES[0]} or {TEST_NAMES[0]}, or the class {train.name} otherwise"
-        raise InputError("data.dir", root, problem, remedy)
-    for part in filter(None, (validation, test)):
-        if differing := sorted({*map(_composed, classes)} ^ {*map(_composed, _classes(part, what))}):
-            problem = f"the folders {train.name} and {part.name} hold different classes ({', '.join(differing)})"
-            raise InputError("data.dir", root, problem, "give both the same ones")
-    of_val, of_test = (_images(root, part, classes) if part else None for part in (validation, test))
-    return Source(str(root), tuple(map(_printable, classes)), _images(root, train, classes), of_val, of_test)
-
-
-def _folders(place: str | os.PathLike[str]) -> list[str]:
-    """Return the names of the folders in a folder. OSError for a link that leads back to a folder around it."""
-    with os.scandir(place) as entries:
-        found = sorted(entry.name for entry in entries if entry.is_dir() and not entry.name.startswith("."))
-    for path in (Path(place, name) for name in found):
-        if path.is_symlink() and path.parent.resolve().is_relative_to(path.resolve()):
-            raise OSError(errno.ELOOP, os.strerror(errno.ELOOP), str(path))
-    return found
-
-
-def _classes(folder: Path, what: str) -> list[str]:
-    """Return the names of the class folders in `folder`."""
-    classes = _folders(folder)
-    if len(classes) < 2:
-        problem = f"holds {len(classes)} class folders, but at least 2 are needed"
-        raise InputError("data.dir", folder, problem, f"give {what}")
-    if twice := [name for name in classes if _composed(name) != name and _composed(name) in classes]:
-        problem = f"{', '.join(map(_composed, twice))} is there twice, in two forms of Unicode"
-        raise InputError("data.dir", folder, problem, "merge the two folders")
-    for inside in classes:
-        if any(inner.lower() in PARTS for inner in _folders(folder / inside)):
-            problem = f"{inside} in it is a data set of its own, not a class"
-            raise InputError("data.dir", folder, problem, "give the path of one set")
-    return classes
-
-
-def _images(root: Path, folder: Path, classes: list[str]) -> LabelledImages:
-    """Return the images of the class folders in `folder`, with their paths below `root` as ids."""
-    from effv2.data.images import LabelledImages
-
-    paths: list[Path] = []
-    labels: list[int] = []
-    there = {_composed(name): name for name in _folders(folder)}  # an archive of a Mac may have another form of it
-    for label, name in enumerate(classes):
-        files = sorted(_files(folder / there[_composed(name)]))
-        if not files:
-            problem = f"the class folder {folder / name} holds no images ({', '.join(EXTENSIONS)})"
-            raise InputError("data.dir", root, problem, "fill or remove it")
-        paths += files
-        labels += [label] * len(files)
-    return LabelledImages.of_files(paths, labels, [_printable(path.relative_to(root).as_posix()) for path in paths])
-
-
-def _files(folder: Path) -> Iterator[Path]:
-    """Walk one class folder at any depth for images, hidden files and links to folders left out."""
-    for inner in map(folder.joinpath, _folders(folder)):
-        if not inner.is_symlink():
-            yield from _files(inner)
-    with os.scandir(folder) as entries:
-        for entry in entries:
-            if entry.name.lower().endswith(EXTENSIONS) and not entry.name.startswith(".") and not entry.is_dir():
-                path = Path(entry)
-                if not entry.is_file() and path.exists():  # a pipe or a device, which might never end
-                    raise OSError(errno.EINVAL, "not a regular file", str(path))
-                yield path
-
-
-def _composed(name: str) -> str:
-    """Return a name in the form of Unicode in which an accented letter is one character."""
-    return unicodedata.normalize("NFC", name)
-
-
-def _printable(name: str) -> str:
-    """Make a file name printable whatever its bytes are."""
-    return os.fsencode(name).decode("utf-8", "backslashreplace")

@@ -65,7 +65,8 @@ class Evaluation:
 
     def decode(self, reporter: Reporter) -> Decoded:
         """Return the images as the weights want them, decoded once."""
-        return decode(self.images.part, self.requested.preparation, partial(reporter.progress, "decoding images"))
+        tell, limit = partial(reporter.progress, "decoding images"), self.config.data.max_megapixels
+        return decode(self.images.part, self.requested.preparation, tell, limit)
 
     def data_digest(self, decoded: Decoded) -> str:
         """Hash the images: pixels, names and classes."""
@@ -185,7 +186,8 @@ def log_network(evaluation: Evaluation, run: TrackedRun) -> None:
     module, statistics = load_network(requested), requested.normalisation
     with tempfile.TemporaryDirectory() as folder:
         files = write_served(Path(folder), module, statistics, requested.preparation, class_names())
-        run.log_model(files, as_base64(evaluation.images.part.open(0)))
+        with evaluation.images.part.open(0) as image:
+            run.log_model(files, as_base64(image))
 
 
 def logits_of(execution: Execution, network: Forward, statistics: Statistics, pixels: Tensor) -> Tensor:

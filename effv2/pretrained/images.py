@@ -20,6 +20,7 @@ from effv2.config.schema import DataConfig
 from effv2.core.errors import InputError, close_names
 from effv2.core.randomness import stream_seed
 from effv2.data.dataset import Positions, sample_per_class
+from effv2.data.folders import left_out_note
 from effv2.data.images import LabelledImages, Labels
 from effv2.data.sources import open_source
 from effv2.pretrained.config import ImagesConfig
@@ -72,7 +73,8 @@ def outputs_of(names: Sequence[str], config: ImagesConfig) -> Labels:
 class EvaluationImages:
     """Test images, and behind them others that are of ImageNet's validation set.
 
-    `part` holds files and labels 0 to K - 1; `outputs` (K) are the networks' outputs that the labels mean.
+    `part` holds files and labels 0 to K - 1; `outputs` (K) are the networks' outputs that the labels mean. `note` says
+    what was left out of the folder.
     """
 
     name: str
@@ -80,6 +82,7 @@ class EvaluationImages:
     part: LabelledImages
     outputs: Labels
     tests: int
+    note: str = ""
 
     @property
     def classes(self) -> tuple[str, ...]:
@@ -154,4 +157,5 @@ def choose_images(config: ImagesConfig) -> EvaluationImages:
         firsts = [mixed[images.labels[mixed] == label][: config.per_class] for label in range(len(outputs))]
         unseen = np.sort(np.concatenate(firsts))
     chosen = images.take(np.concatenate([tests, draw(unseen, "unseen limit")]))
-    return EvaluationImages(config.dataset, source.location, chosen, outputs, len(tests))
+    note = left_out_note(source.location, source.left_out)
+    return EvaluationImages(config.dataset, source.location, chosen, outputs, len(tests), note)

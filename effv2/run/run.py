@@ -3,7 +3,6 @@
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, suppress
 from dataclasses import dataclass, field, replace
-from functools import partial
 from typing import Any
 
 import numpy as np
@@ -92,7 +91,7 @@ def prepare(configs: Sequence[TrainConfig], load: LoadData, message: Message) ->
 
 def train_single(config: TrainConfig, name: str, study: str, options: StudyOptions, reporter: Reporter) -> Attempt:
     """Make a run of its own, from its settings to its end. InputError before any run is created."""
-    load = load_once(partial(reporter.progress, "decoding images"))
+    load = load_once(reporter)
     (config,) = prepare([config], load, reporter.message)
     with tracking_faults():
         where, keeps = open_experiment(options.experiment, reporter.message), options.log_model != "none"
@@ -182,11 +181,14 @@ def _log_beginning(run: OpenRun, config: TrainConfig, dataset: Dataset, known: M
     # The first file, so that an artifact store that refuses is noticed before anything is trained.
     run.log_text(study_text(config), "study.yaml")
     run.log_git()
+    if dataset.notes:
+        broken = (f"{id_}: {why}" for id_, why in dataset.broken.items())
+        run.log_text("\n".join([*dataset.notes, *broken, ""]), "data_notes.txt")
     for name, split in dataset.splits.items():
         counts = np.bincount(split.labels.numpy(), minlength=len(dataset.classes)).tolist()
         profile: dict[str, Any] = {"images": len(split), "classes": dict(zip(dataset.classes, counts, strict=True))}
         if name != "train":
-            profile["images_also_in_train"] = split.images_also_in(dataset.train)
+            profile["images_also_in_train"] = len(split.also_in(dataset.train))
         run.log_dataset(dataset.name, name, split.digest, dataset.location, profile)
 
 

@@ -13,8 +13,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from effv2.core.processes import uninterrupted
+from effv2.data import decoder
 from effv2.data.batches import Statistics
-from effv2.data.images import CentreCrop, Preparation, to_rgb
+from effv2.data.images import CentreCrop, Preparation
 
 OTHER = "other"
 
@@ -53,11 +54,11 @@ class _Served(nn.Module):
 def write_served(
     folder: Path, network: nn.Module, statistics: Statistics, preparation: Preparation, names: Sequence[str]
 ) -> dict[str, Path]:
-    """Write the files of the served model besides its code, no pickle among them; return them by the names it knows.
+    """Write the files of the served model besides its own, no pickle among them; return them by the names it knows.
 
     The probabilities get `names`, as output_names gives them.
     """
-    files = {"program": folder / "program.pt2", "settings": folder / "settings.json"}
+    files = {"program": folder / "program.pt2", "settings": folder / "settings.json", "decoder": Path(decoder.__file__)}
     settings: dict[str, Any] = {"image_size": preparation.size, "names": list(names)}
     if isinstance(preparation, CentreCrop):
         settings |= {"shorter_side": preparation.resize, "interpolation": preparation.interpolation.upper()}
@@ -74,5 +75,5 @@ def write_served(
 def as_base64(image: Image.Image) -> str:
     """Return an image as a request holds it."""
     buffer = io.BytesIO()
-    to_rgb(image).save(buffer, "PNG")  # PNG knows no CMYK
+    decoder.to_rgb(image).save(buffer, "PNG")  # PNG knows no CMYK
     return base64.b64encode(buffer.getvalue()).decode()

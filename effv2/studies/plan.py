@@ -264,6 +264,8 @@ def make_weights(
     """
     requests, evaluations = parse_models(models), {}
     images = choose_images(config.data)
+    if images.note:
+        reporter.message(images.note)
     precision = "bf16" if config.execution.precision == "bf16" else "fp32"
     resolved = {"device": resolve_device(config.execution.device), "precision": precision}
     config = config.model_copy(update={"execution": config.execution.model_copy(update=resolved)})

@@ -219,7 +219,7 @@ def worker_process(study: OpenedStudy, threads: int, gpu: str) -> None:
         try:
             threading.Thread(target=end_with_starter, daemon=True).start()
             storage = open_storage(study.options.storage, OUTAGE_SECONDS)
-            load = load_once(lambda done, total: None)
+            load = load_once(Reporter())
             Worker(study, study.queue(storage), load, WorkerReporter(), lambda: None).work()
         except (KeyboardInterrupt, Terminated, StoreAway) as error:
             with suppress(Exception):

@@ -1,0 +1,123 @@
+"""One decoder for training, evaluation and serving: from an image file to upright RGB bytes (docs/data.md).
+
+The served model carries this file along and answers without the rest of the package, so nothing of it is imported here.
+"""
+
+from contextlib import suppress
+from pathlib import Path
+from typing import IO, Any
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image, PngImagePlugin
+
+Transpose = Image.Transpose
+# What brings an image upright, by the value of its EXIF tag Orientation.
+UPRIGHT = {
+    2: Transpose.FLIP_LEFT_RIGHT,
+    3: Transpose.ROTATE_180,
+    4: Transpose.FLIP_TOP_BOTTOM,
+    5: Transpose.TRANSPOSE,
+    6: Transpose.ROTATE_270,
+    7: Transpose.TRANSVERSE,
+    8: Transpose.ROTATE_90,
+}
+ORIENTATION = 0x0112
+MEGAPIXELS = 200.0  # that an image may have: scans have 120, and files that are made to fill the memory many more
+FRAMES = 16  # that are looked at for one that isn't blank
+PROGRAMS = ("EPS", "IPTC")  # formats of PostScript, or of what may hold it
+WHITES = (255, 4_095, 65_535)  # of greys that say no depth: the first that an image keeps to
+LONGEST = 100  # times its width that an image may be high, or the other way round: it is enlarged as a whole
+# What Pillow raises for what is no image, or a broken one, and for one of more pixels than `allow` allows.
+TOO_LARGE = (Image.DecompressionBombWarning, Image.DecompressionBombError)
+BROKEN = (OSError, ValueError, SyntaxError, TypeError, IndexError, KeyError, RuntimeError, OverflowError)
+
+
+def allow(megapixels: float) -> None:
+    """Let Pillow, in this process, take images of so many pixels, and PNGs with long texts, which are as sound."""
+    Image.MAX_IMAGE_PIXELS = round(megapixels * 1e6)
+    PngImagePlugin.MAX_TEXT_CHUNK, PngImagePlugin.MAX_TEXT_MEMORY = 2**26, 2**28
+
+
+def open_image(file: Path | IO[bytes]) -> Image.Image:
+    """Open an image, not decoded yet. ValueError for PostScript, else one of BROKEN, or of TOO_LARGE."""
+    image = Image.open(file)
+    if hasattr(image, "filename"):  # else Pillow maps the file into memory, and turns such a TIFF to a wrong shape
+        image.filename = ""
+    if image.format in PROGRAMS:
+        image.close()
+        raise ValueError("PostScript, or what may hold it, is a program that Pillow would have run")
+    return image
+
+
+def prepare(image: Image.Image, size: int, shorter_side: int = 0, interpolation: str = "BILINEAR") -> NDArray[np.uint8]:
+    """Return the RGB bytes (size, size, 3) of an image of any size and mode: what a network gets.
+
+    Both sides are resized to `size`; or, with `shorter_side`, the shorter one to that, and the central square is taken,
+    as torchvision's presets do. ValueError for an image too long to be enlarged.
+    """
+    image = to_rgb(image)
+    if not shorter_side:
+        return np.asarray(image.resize((size, size), Image.Resampling[interpolation]), dtype=np.uint8)
+    width, height = image.size
+    longer = int(shorter_side * max(width, height) / min(width, height))
+    if longer > LONGEST * shorter_side:
+        raise ValueError(f"an image of {width}x{height} pixels is too long for its width")
+    shape = (shorter_side, longer) if width <= height else (longer, shorter_side)
+    image = image.resize(shape, Image.Resampling[interpolation])
+    left, top = (round((length - size) / 2) for length in shape)
+    return np.asarray(image.crop((left, top, left + size, top + size)), dtype=np.uint8)
+
+
+def to_rgb(image: Image.Image) -> Image.Image:
+    """Return an image of any mode in RGB and upright: its first frame, or where that is blank the first that isn't."""
+    first = _frame_in_rgb(image)
+    if _is_blank(first):
+        with suppress(EOFError, AttributeError, *BROKEN):  # where there is no other, or it is broken
+            for number in range(1, FRAMES):
+                image.seek(number)
+                if not _is_blank(frame := _frame_in_rgb(image)):
+                    return frame
+    return first
+
+
+def _is_blank(image: Image.Image) -> bool:
+    return all(low == high for low, high in image.getextrema())  # type: ignore[misc]  # RGB has three pairs
+
+
+def _frame_in_rgb(image: Image.Image) -> Image.Image:
+    """Return the current frame in RGB, on a background where it is transparent, and upright."""
+    image.load()
+    if image.mode in ("I", "F") or image.mode.startswith("I;"):  # Pillow would clip them at 255
+        rgb = Image.fromarray(_grey_bytes(np.asarray(image))).convert("RGB")
+    elif image.has_transparency_data:
+        colours = image.convert("LA" if image.mode == "La" else image.mode).convert("RGBA")
+        for background in ("white", "black"):  # black for what would be white on white
+            rgb = Image.alpha_composite(Image.new("RGBA", image.size, background), colours).convert("RGB")
+            if not _is_blank(rgb):
+                break
+    else:
+        rgb = image.convert("RGB")
+    orientation = None
+    with suppress(Exception):  # whatever may be wrong with what a camera wrote there
+        orientation = image.getexif().get(ORIENTATION)
+    return rgb.transpose(UPRIGHT[orientation]) if orientation in UPRIGHT else rgb
+
+
+def _grey_bytes(values: NDArray[Any]) -> NDArray[np.uint8]:
+    """Scale greys of 16 bits, of 32 bits and floats to bytes, by their range, since none says how deep they are.
+
+    White is 1 for floats from 0 to 1; else the first of WHITES that no value exceeds. Other ranges, as those below 0,
+    are stretched from their smallest value to their largest.
+    """
+    if values.dtype.kind == "f":
+        finite = np.isfinite(values)
+        values = np.where(finite, values, values[finite].min() if finite.any() else 0)
+    low, high = values.min(), values.max()
+    white = next((white for white in WHITES if low >= 0 and high <= white), None)
+    if white is None:
+        span = max(float(high) - float(low), 1e-30)
+        return ((values.astype(np.float32) - np.float32(low)) * np.float32(255 / span)).astype(np.uint8)
+    if values.dtype.kind == "f":
+        return np.rint(values * np.float32(255 / (white if high > 1 else 1))).astype(np.uint8)
+    return (values >> (white.bit_length() - 8)).astype(np.uint8)

@@ -1,0 +1,340 @@
+"""Trees of image files: which folder is which part of a set, which folders are classes, which files are images.
+
+What may be read in two ways is refused, with what was found and what to give. What is left out is counted by kind.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import re
+import unicodedata
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cache
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from effv2.config.schema import DataConfig
+from effv2.core.errors import InputError, joined
+from effv2.data.labels import read_labels
+
+if TYPE_CHECKING:
+    from effv2.data.images import LabelledImages
+
+# What the parts of a set are called, in any case and with any digits, dashes and words like `set` and `data` around it.
+TRAIN, VALIDATION, TEST, UNLABELLED = "train", "validation", "test", "unlabelled"
+PART_WORDS = {
+    TRAIN: "train(?:ing)?",
+    VALIDATION: "val(?:id(?:ation)?)?",
+    TEST: "test(?:ing)?",
+    UNLABELLED: "pred(?:ict(?:ion)?s?)?|unlabell?ed",
+}
+FILLER = "data|sets?|datasets?|images?|imgs?|pictures?|photos?|files?|folders?|parts?|splits?|samples?|seg"
+# Folders that are no classes: thumbnails and bins of other programs, and what runs write where they are started.
+NO_CLASSES = {"thumbs", "thumbnails", "__macosx", "__pycache__", "lost+found", "system volume information"}
+NO_CLASSES |= {"mlruns", "mlartifacts", "checkpoints", "wandb", "lightning_logs", "venv", "node_modules"}
+# Folders of these names alone are versions of one set, not classes.
+VERSIONS = {"original", "resized", "raw", "processed", "augmented", "cropped", "color", "colour", "gray", "grey"}
+VERSIONS |= {"grayscale", "greyscale", "segmented", "images", "masks", "labels", "annotations"}
+# Formats whose files Pillow opens, but that are programs, films or containers.
+NO_IMAGES = {"EPS", "IPTC", "WMF", "MPEG", "BUFR", "GRIB", "HDF5"}
+SHOWN = 5
+Classes = dict[str, list[Path]]  # files by class
+OTHERWISE = "give the parts as data.train_dir and data.test_dir"
+
+
+@dataclass(frozen=True)
+class Source:
+    """A data set: class names and its parts. Without a test part, one is split off the train part.
+
+    `left_out` counts, by kind, what lies there and was not taken. The last two are for published sampling: what is
+    split 80/20 where that isn't the train part (train images are of the first, test images of the last), and whether
+    what isn't RGB is dropped after the split, not before.
+    """
+
+    location: str
+    classes: tuple[str, ...]
+    train: LabelledImages
+    validation: LabelledImages | None = None
+    test: LabelledImages | None = None
+    left_out: Mapping[str, int] = field(default_factory=dict)
+    published: tuple[LabelledImages, ...] = ()
+    published_split_first: bool = False
+
+
+def left_out_note(location: str, left_out: Mapping[str, int]) -> str:
+    """Return the sentence that says what was left out, empty where nothing was."""
+    kinds = ", ".join(f"{kind} ({count})" for kind, count in sorted(left_out.items()))
+    return f"Left out in {location}: {kinds}." * bool(kinds)
+
+
+@cache
+def extensions() -> frozenset[str]:
+    """Return the extensions of the images that Pillow reads here."""
+    from PIL import Image
+
+    known = Image.registered_extensions()
+    return frozenset(ending for ending, kind in known.items() if kind in Image.OPEN and kind not in NO_IMAGES)
+
+
+def read_folders(config: DataConfig, root: Path, what: str) -> Source:
+    """Return the set at `root`: class folders or images with labels in a CSV, with or without parts above them.
+
+    InputError for what is no such tree, whose remedy is to give `what`; OSError for what can't be read.
+    """
+    left_out: Counter[str] = Counter()
+    named, explicit = bool(config.train_dir or config.test_dir), bool(config.labels)
+    folders = _named_parts(config, root) if named else _find_parts(root, explicit, left_out)
+    if explicit:
+        files = {part: (folder, list(_files(folder, left_out))) for part, folder in folders.items()}
+        labels = Path(os.path.expanduser(config.labels))
+        parts = read_labels(labels if labels.exists() else root / labels, files, left_out)
+    else:
+        parts = {part: _classes(folder, what, named, left_out) for part, folder in folders.items()}
+    classes = _checked_classes(root, folders, parts, config, left_out)
+    made = {
+        part: _images(root, (part, folders[part]) if named else None, found, classes)
+        for part, found in parts.items()
+        if any(found.values())
+    }
+    if TEST not in made and VALIDATION in made:  # a set with train and val alone uses val for testing
+        made[TEST] = made.pop(VALIDATION)
+    return Source(str(root), tuple(classes), made[TRAIN], made.get(VALIDATION), made.get(TEST), dict(left_out))
+
+
+def _named_parts(config: DataConfig, root: Path) -> dict[str, Path]:
+    """Return the parts that settings name, which lie below `root` or anywhere."""
+    if not config.train_dir:
+        problem = "names the test part, but which is the training part isn't said"
+        raise InputError("data.test_dir", config.test_dir, problem, "give data.train_dir as well")
+    found = {}
+    for part, value in ((TRAIN, config.train_dir), (TEST, config.test_dir)):
+        if value:
+            found[part] = (root / os.path.expanduser(value)).resolve()
+            if not found[part].is_dir():
+                raise InputError(f"data.{part}_dir", value, "no such folder", "give a folder, or its path in data.dir")
+    if len(found) > 1 and (found[TRAIN].is_relative_to(found[TEST]) or found[TEST].is_relative_to(found[TRAIN])):
+        raise InputError("data.test_dir", config.test_dir, "one part lies in the other", "give two folders apart")
+    return found
+
+
+def _part_of(name: str) -> tuple[str, tuple[str, ...]] | None:
+    """Return the part that a folder is by its name, and the words of it that say something else; None for no part."""
+    words = re.findall(r"[^\W\d_]+", name.casefold())
+    found = [
+        (part, at)
+        for at, word in enumerate(words)
+        for part, pattern in PART_WORDS.items()
+        if re.fullmatch(f"(?:{pattern})(?:{FILLER})*", word)
+    ]
+    if len(found) != 1:
+        return None
+    part, at = found[0]
+    rest = (word for number, word in enumerate(words) if number != at and not re.fullmatch(FILLER, word))
+    return part, tuple(rest)
+
+
+def _parts_among(names: Sequence[str]) -> dict[str, list[str]]:
+    """Return folders by the part that they are: by their names alone, or with another part alike, as birds_train."""
+    known = {name: found for name in names if (found := _part_of(name))}
+    parts: dict[str, list[str]] = {}
+    for name, (part, rest) in known.items():
+        if not rest or any(other != part and more == rest for other, more in known.values()):
+            parts.setdefault(part, []).append(name)
+    return parts
+
+
+def _find_parts(root: Path, labelled: bool, left_out: Counter[str]) -> dict[str, Path]:
+    """Return the folders of the parts of the set at `root`, which is the train part where there are none.
+
+    With labels in a file it is the train part alone, which holds no class folders.
+    """
+    place = _unwrapped(root, is_part=False)
+    names = _folders(place)
+    parts = _parts_among(names)
+    inside = {name: _unwrapped(place / name, is_part=True) for named in parts.values() for name in named}
+    flat = [name for name, folder in inside.items() if not _folders(folder)]
+    nested = [name for name in inside if name not in flat]
+    train = parts.get(TRAIN, [])
+
+    def refusal(problem: str, remedy: str) -> InputError:
+        return InputError("data.dir", root, problem, remedy)
+
+    if not labelled and not set(nested).intersection(train):
+        if nested:
+            problem = f"holds a part for testing but none named train ({', '.join(names)})"
+            raise refusal(problem, f"rename the training part, or {OTHERWISE}")
+        if flat and (len(flat) == len(names) or (train and len(parts) > 1)):
+            raise refusal(f"{joined(flat)} hold no class folders", "give a CSV of labels as data.labels")
+    if not train or not (labelled or set(nested).intersection(train)):
+        return {TRAIN: place}
+    used = {part: named for part, named in parts.items() if part != UNLABELLED and (part == TRAIN or not labelled)}
+    for part, twice in used.items():
+        if len(twice) > 1:
+            raise refusal(f"{joined(twice)} are both the {part} part by their names", f"remove one, or {OTHERWISE}")
+    found = {part: inside[named[0]] for part, named in used.items()}
+    left_out.update(f"folder {_printable(name)}" for name in _folders(place, left_out) if [name] not in used.values())
+    if labelled:
+        return found
+    if without := [named[0] for named in used.values() if named[0] in flat]:
+        problem = f"{joined(without)} beside {train[0]} holds no class folders"
+        raise refusal(problem, "remove it, or give data.train_dir alone, of which a test part is split off")
+    classes = set(_folders(found[TRAIN]))
+    if others := [name for name in names if name not in inside and classes.intersection(_folders(place / name))]:
+        problem = f"{train[0]} is the training part by its name, but {', '.join(others)} beside it is no part"
+        remedy = f"rename parts to val or test, or the class {train[0]} otherwise, or {OTHERWISE}"
+        raise refusal(problem, remedy)
+    return found
+
+
+def _unwrapped(folder: Path, is_part: bool) -> Path:
+    """Return the folder in which the set, or the part, begins: that inside, where there is nothing else but one."""
+    while len(names := _folders(folder)) == 1 and not _images_right_in(folder):
+        inner, of_part = folder / names[0], _part_of(names[0]) is not None
+        if (of_part and not is_part) or not (_folders(inner) or of_part or re.fullmatch(FILLER, names[0].casefold())):
+            break
+        folder = inner
+    return folder
+
+
+def _folders(place: Path, left_out: Counter[str] | None = None) -> list[str]:
+    """Return the names of the folders in a folder, but for hidden ones and those that are no classes.
+
+    OSError for a link that leads back to a folder around it.
+    """
+    with os.scandir(place) as entries:
+        found = sorted(entry.name for entry in entries if entry.is_dir() and not entry.name.startswith("."))
+    for path in (place / name for name in found):
+        if path.is_symlink() and path.parent.resolve().is_relative_to(path.resolve()):
+            raise OSError(errno.ELOOP, os.strerror(errno.ELOOP), str(path))
+    others = [name for name in found if name[0] in "@#$~" or name.casefold() in NO_CLASSES]  # @eaDir, $RECYCLE.BIN
+    if left_out is not None:
+        left_out.update(f"folder {_printable(name)}" for name in others)
+    return [name for name in found if name not in others]
+
+
+def _classes(folder: Path, what: str, named: bool, left_out: Counter[str]) -> Classes:
+    """Return the images of the class folders in `folder`; what could be parts or versions is refused unless `named`."""
+    names = _folders(folder, left_out)
+    beside = _images_right_in(folder)
+    if len(names) < 2:
+        problem = (
+            f"holds {len(names)} class folders{f' beside {beside} images' * bool(beside)}, but at least 2 are needed"
+        )
+        remedy = f"give {what}" + ", or a CSV of labels as data.labels" * bool(beside)
+        raise InputError("data.dir", folder, problem, remedy)
+    if beside:
+        left_out["images beside the class folders"] += beside
+    if not named:
+        _refuse_versions(folder, names)
+    found: Classes = {}
+    for name in names:
+        found.setdefault(unicodedata.normalize("NFC", _printable(name)), []).extend(_files(folder / name, left_out))
+    return found
+
+
+def _refuse_versions(folder: Path, names: list[str]) -> None:
+    """Raise InputError where folders are parts or versions of one set, or hold such, rather than classes."""
+    inner = {name: set(_folders(folder / name)) for name in names}
+    for name, inside in inner.items():
+        if any((part := _part_of(each)) and part[0] != UNLABELLED and not part[1] for each in inside):
+            problem = f"{name} in it is a data set of its own, not a class"
+            raise InputError("data.dir", folder, problem, "give the path of one set")
+    several = {name: inside for name, inside in inner.items() if len(inside) > 1}
+    for name, inside in several.items():
+        alike = [other for other, more in several.items() if len(inside & more) > 1]
+        if len(alike) > 1:
+            shared = ", ".join(sorted(inside & several[next(other for other in alike if other != name)])[:SHOWN])
+            problem = f"{joined(alike)} hold the same folders ({shared}), as versions or parts of one set do"
+            break
+    else:
+        if not all(name.casefold() in VERSIONS for name in names):
+            return
+        problem = f"{joined(names)} are versions of one set by their names, not classes"
+    remedy = f"give one of them, {OTHERWISE}, or this folder as data.train_dir if these are its classes"
+    raise InputError("data.dir", folder, problem, remedy)
+
+
+def _images_right_in(folder: Path) -> int:
+    """Count the images in a folder, by their names, not those in folders in it."""
+    endings = tuple(extensions())
+    with os.scandir(folder) as entries:
+        found = [entry for entry in entries if entry.name.lower().endswith(endings) and not entry.is_dir()]
+    return sum(not entry.name.startswith(".") for entry in found)
+
+
+def _files(folder: Path, left_out: Counter[str]) -> Iterator[Path]:
+    """Walk a folder at any depth for images; hidden files are left out, other files and links to folders counted."""
+    for inner in map(folder.joinpath, _folders(folder, left_out)):
+        if inner.is_symlink():
+            left_out["links to folders"] += 1
+        else:
+            yield from _files(inner, left_out)
+    known = extensions()
+    with os.scandir(folder) as entries:
+        for entry in entries:
+            if entry.name.startswith(".") or entry.is_dir():
+                continue
+            path, (stem, dot, tail) = Path(entry), entry.name.rpartition(".")
+            ending = (dot + tail).lower() if stem else ""
+            named = ending in known
+            if named and not entry.is_file() and path.exists():  # a pipe or a device, which might never end
+                raise OSError(errno.EINVAL, "not a regular file", str(path))
+            if named or (not re.fullmatch(r"\.[a-z]\w{0,8}", ending) and entry.is_file() and _holds_image(path)):
+                yield path
+            else:
+                left_out[f"{_printable(ending)} files" if ending else "files without an extension"] += 1
+
+
+def _holds_image(path: Path) -> bool:
+    """Say whether a file whose name doesn't tell begins as an image does."""
+    from effv2.data.decoder import BROKEN, TOO_LARGE, open_image
+
+    try:
+        with open_image(path) as image:
+            return image.format not in NO_IMAGES
+    except TOO_LARGE:
+        return True
+    except BROKEN:
+        return False
+
+
+def _checked_classes(
+    root: Path, folders: Mapping[str, Path], parts: Mapping[str, Classes], config: DataConfig, left_out: Counter[str]
+) -> list[str]:
+    """Return the classes, sorted. InputError where a part lacks one or holds no image of it, unless that is allowed."""
+    train, or_allow = parts[TRAIN], "or give data.allow_incomplete_classes"
+    for part, found in () if config.allow_incomplete_classes else parts.items():
+        if differing := sorted({*train} ^ {*found}):
+            names = f"{folders[TRAIN].name} and {folders[part].name}"
+            problem = f"the folders {names} hold different classes ({', '.join(differing)})"
+            raise InputError("data.dir", root, problem, f"give both the same ones, {or_allow}")
+        for folder in (folders[part] / name for name, files in found.items() if not files):
+            there = Counter(path.suffix or "files" for path in folder.rglob("*") if path.is_file())
+            but = f", but {', '.join(f'{count} {kind}' for kind, count in there.most_common(SHOWN))}" * bool(there)
+            problem = f"the class folder {folder} holds no images{but}"
+            raise InputError("data.dir", root, problem, f"fill or remove it, {or_allow}")
+    classes = sorted({name for found in parts.values() for name, files in found.items() if files})
+    for part, found in parts.items():
+        if lacking := [name for name in classes if not found.get(name)]:
+            left_out[f"classes that {part} lacks, as {lacking[0]}"] = len(lacking)
+    if len(classes) < 2 or not any(train.values()):
+        raise InputError("data.dir", root, "less than 2 classes with images are left", "add images")
+    return classes
+
+
+def _images(root: Path, named: tuple[str, Path] | None, found: Classes, classes: Sequence[str]) -> LabelledImages:
+    """Return images whose ids are their paths below `root`, or those in a named part after its name."""
+    from effv2.data.images import LabelledImages
+
+    files = [(path, label) for label, name in enumerate(classes) for path in sorted(found.get(name, []))]
+    ids = [path.relative_to(named[1] if named else root).as_posix() for path, _ in files]
+    paths, labels = [path for path, _ in files], [label for _, label in files]
+    return LabelledImages.of_files(paths, labels, [_printable(f"{named[0]}/{id_}" if named else id_) for id_ in ids])
+
+
+def _printable(name: str) -> str:
+    """Make a file name printable whatever its bytes are."""
+    return os.fsencode(name).decode("utf-8", "backslashreplace")

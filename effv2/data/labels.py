@@ -1,0 +1,89 @@
+"""Labels of images from a CSV with a column of files and one of labels, as Kaggle has them."""
+
+from __future__ import annotations
+
+import csv
+import re
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from pathlib import Path, PurePosixPath
+
+from effv2.core.errors import InputError
+
+# What the columns go by, whatever their case, spaces and dashes; the surest first.
+FILE_COLUMNS = "filename file filepath imagefile imagepath imagename image imageid img imgname imgid path photo id name"
+LABEL_COLUMNS = "label labels class classname category categoryname target species breed variety diagnosis type y"
+SHOWN = 5
+
+
+def read_labels(
+    path: Path, files: Mapping[str, tuple[Path, Sequence[Path]]], left_out: Counter[str]
+) -> dict[str, dict[str, list[Path]]]:
+    """Return the files of each part by label; `files` are those there are, by part, with the part's folder.
+
+    A file may stand there with or without its extension, and with any folders before it. InputError for what is no such
+    table, and for files that aren't there or could be several.
+    """
+    known: dict[str, list[tuple[str, Path, PurePosixPath]]] = {}
+    for part, (folder, paths) in files.items():
+        for each in paths:
+            inside = PurePosixPath(folder.name, each.relative_to(folder).as_posix())
+            for name in {inside.name, inside.stem}:
+                known.setdefault(name, []).append((part, each, inside))
+    labels: dict[Path, tuple[str, str]] = {}  # part and label by file
+    missing: list[str] = []
+    for file, label in _rows(path):
+        wanted = PurePosixPath("/", file.replace("\\", "/"))
+        found = known.get(wanted.name, [])
+        found = [each for each in found if _ends_with(each[2], wanted)] or found
+        if not found or not label:
+            missing += [] if found else [file]
+            left_out["rows without a label"] += not label
+            continue
+        part, there, _ = found[0]
+        if len(found) > 1:
+            problem = f"{file} may be {found[0][1]} or {found[1][1]}"
+            raise InputError("data.labels", path, problem, "write it with its folder and its extension")
+        if labels.setdefault(there, (part, label)) != (part, label):
+            problem = f"{file} has the labels {labels[there][1]} and {label}"
+            raise InputError("data.labels", path, problem, "keep one")
+    if missing:
+        problem = f"{len(missing)} of its files are not there as images ({', '.join(missing[:SHOWN])})"
+        raise InputError("data.labels", path, problem, "give the folder that holds them as data.train_dir")
+    if without := sum(len(paths) for _, paths in files.values()) - len(labels):
+        left_out["images without a label"] += without
+    parts: dict[str, dict[str, list[Path]]] = {part: {} for part in files}
+    for there, (part, label) in labels.items():
+        parts[part].setdefault(label, []).append(there)
+    return parts
+
+
+def _ends_with(path: PurePosixPath, wanted: PurePosixPath) -> bool:
+    """Say whether a path, with or without its extension, ends as is wanted."""
+    return any(f"/{each}".endswith(str(wanted)) for each in (path, path.with_suffix("")))
+
+
+def _rows(path: Path) -> list[tuple[str, str]]:
+    """Return file and label of each line."""
+    if not path.is_file():
+        raise InputError("data.labels", path, "no such file", "give a CSV with a column of files and one of labels")
+    try:
+        with path.open(newline="", encoding="utf-8-sig") as file:
+            head = file.readline()
+            file.seek(0)
+            rows = list(csv.DictReader(file, delimiter=max(",;\t", key=head.count)))
+    except (csv.Error, UnicodeDecodeError) as error:
+        raise InputError("data.labels", path, f"it is no CSV in UTF-8 ({error})", "correct it") from error
+    names = [name for name in (rows[0] if rows else {}) if name]
+    plain = {re.sub(r"[\W_]+", "", name.casefold()): name for name in reversed(names)}
+    columns = [
+        next((plain[each] for each in known.split() if each in plain), "") for known in (FILE_COLUMNS, LABEL_COLUMNS)
+    ]
+    if len(names) == 2 and any(columns):  # the other is the other
+        columns = [column or next(name for name in names if name not in columns) for column in columns]
+    if not all(columns) or columns[0] == columns[1]:
+        problem = (
+            f"its first line names no column of files and one of labels ({', '.join(names[:SHOWN]) or 'it is empty'})"
+        )
+        raise InputError("data.labels", path, problem, "call them file and label")
+    return [((row[columns[0]] or "").strip(), (row[columns[1]] or "").strip()) for row in rows]
