@@ -15,6 +15,7 @@ from effv2.core.errors import Diverged, InputError, Terminated, what_ran_out
 from effv2.core.processes import is_alive, this_process
 from effv2.core.reporter import Message, Reporter
 from effv2.data.dataset import Dataset, LoadData, load_once
+from effv2.data.inspection import contact_sheet
 from effv2.execution.resolve import remembered, resolve_study, with_device
 from effv2.run.records import keep_weights, log_end, log_network
 from effv2.tracking import tags as tag
@@ -159,6 +160,8 @@ def _log_beginning(run: OpenRun, config: TrainConfig, dataset: Dataset, known: M
     # The first file, so that an artifact store that refuses is noticed before anything is trained.
     run.log_text(study_text(config), "study.yaml")
     run.log_git()
+    with run.new_artifacts() as folder:
+        contact_sheet(dataset).save(folder / "images.jpg")
     for name, split in dataset.splits.items():
         counts = np.bincount(split.labels.numpy(), minlength=len(dataset.classes)).tolist()
         profile: dict[str, Any] = {"images": len(split), "classes": dict(zip(dataset.classes, counts, strict=True))}
