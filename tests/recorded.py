@@ -75,6 +75,7 @@ EXEMPT = {
     "data/folders.py",
     "data/labels.py",
     "data/sources.py",
+    "data/torchvision_sets.py",
     "execution/resolve.py",
     "training/checkpoint.py",
 }

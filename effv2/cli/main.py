@@ -18,7 +18,7 @@ import click
 from effv2 import __version__
 from effv2.architecture import VARIANTS
 from effv2.cli import options as cli
-from effv2.config.layers import Layer, build
+from effv2.config.layers import Layer, Written, build
 from effv2.config.schema import StudyOptions, TrainConfig
 from effv2.core.errors import InputError, RunError
 from effv2.pretrained.config import PretrainedConfig
@@ -224,6 +224,39 @@ def evaluate_pretrained(models: str | None, weights_dir: str | None, layer: Laye
 
     make = partial(make_weights, models or PUBLISHED_COMPARISON, config, _path(weights_dir))
     _run_and_show(partial(make, progress=sys.stderr.isatty()), how)
+
+
+@main.group()
+def data() -> None:
+    """Look at data sets before anything is trained."""
+
+
+@data.command(cls=cli.Command)
+@click.argument("folder", default="")
+@cli.option("sheet", "Write a few images of each class there, as they enter the network.", "FILE")
+@cli.takes({name: setting for name, setting in cli.DATA.items() if name != "data_dir"}, dataset="folder")
+def check(folder: str, sheet: str | None, layer: Layer, how: StudyOptions) -> None:
+    """Say what the data set in FOLDER holds, what in it is broken, and what is there more than once.
+
+    The exit code is 1 where trainings would fail, or their tests see training images.
+    """
+    given = {"data.dir": Written(folder)} | ({"data.dataset": Written("folder")} if folder else {}) | dict(layer)
+    config = build(TrainConfig, given).data
+
+    from effv2.cli.console import ConsoleReporter, print_table
+    from effv2.data.inspection import contact_sheet, inspect
+    from effv2.data.sources import open_source
+
+    with ConsoleReporter() as reporter:
+        found = inspect(open_source(config), config.max_megapixels, partial(reporter.progress, "looking at images"))
+        if sheet and not found.broken:
+            from effv2.data.dataset import load_dataset
+
+            contact_sheet(load_dataset(config, partial(reporter.progress, "decoding images"))).save(sheet)
+    print_table(found.table())
+    for sentence in found.sentences():
+        click.echo(sentence)
+    sys.exit(int(found.harmful))
 
 
 @main.command(cls=cli.Command)

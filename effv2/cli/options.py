@@ -31,10 +31,13 @@ def options_for(settings: str) -> dict[str, str]:
     return {OTHER_NAMES.get(setting, setting.rpartition(".")[2]): setting for setting in settings.split()}
 
 
-SHARED = options_for(
+DATA = options_for(
     "data.dataset data.dir data.train_dir data.test_dir data.labels data.allow_incomplete_classes data.skip_broken "
-    "data.max_megapixels data.download data.image_size data.per_class data.split_seed schedule.epochs "
-    "optimiser.batch_size optimiser.lr schedule.name execution.device execution.precision execution.compile"
+    "data.max_megapixels data.download data.image_size"
+)
+SHARED = DATA | options_for(
+    "data.per_class data.split_seed schedule.epochs optimiser.batch_size optimiser.lr schedule.name execution.device "
+    "execution.precision execution.compile"
 )
 ONE_RUN = SHARED | options_for(
     "model.variant model.dropout model.stochastic_depth model.depth_multiplier model.width_multiplier random.seed"

@@ -59,7 +59,7 @@ class Registry:
         return core_schema.no_info_after_validator_function(known, handler(source))
 
 
-DATASETS = Registry("data set", "effv2.data.sources")
+DATASETS = Registry("data set", "effv2.data.torchvision_sets")
 OPTIMISERS = Registry("optimiser", "effv2.training.optimisers")
 SCHEDULES = Registry("schedule", "effv2.training.optimisers")
 UNKNOWN_KEY = "unknown_key"  # type of an error

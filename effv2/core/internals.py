@@ -48,6 +48,11 @@ def imagenette() -> tuple[str, str, dict[str, str]]:
     return url, md5, {folder: names[0] for folder, names in Imagenette._WNID_TO_CLASS.items()}
 
 
+def pet_files(pets: Any) -> list[tuple[Path, int]]:
+    """Return paths and labels of torchvision's OxfordIIITPet, which opens its files itself."""
+    return list(zip(pets._images, pets._labels, strict=True))
+
+
 def imagenet_metrics(weights: Any) -> Mapping[str, float]:
     """Return what torchvision publishes of weights on ImageNet, in percent: acc@1 and acc@5; empty where nothing."""
     return dict(weights.meta["_metrics"].get("ImageNet-1K", {}))

@@ -175,7 +175,7 @@ def _find_parts(root: Path, labelled: bool, left_out: Counter[str]) -> dict[str,
         if len(twice) > 1:
             raise refusal(f"{joined(twice)} are both the {part} part by their names", f"remove one, or {OTHERWISE}")
     found = {part: inside[named[0]] for part, named in used.items()}
-    left_out.update(f"folder {_printable(name)}" for name in _folders(place, left_out) if [name] not in used.values())
+    left_out.update(f"folder {printable(name)}" for name in _folders(place, left_out) if [name] not in used.values())
     if labelled:
         return found
     if without := [named[0] for named in used.values() if named[0] in flat]:
@@ -211,7 +211,7 @@ def _folders(place: Path, left_out: Counter[str] | None = None) -> list[str]:
             raise OSError(errno.ELOOP, os.strerror(errno.ELOOP), str(path))
     others = [name for name in found if name[0] in "@#$~" or name.casefold() in NO_CLASSES]  # @eaDir, $RECYCLE.BIN
     if left_out is not None:
-        left_out.update(f"folder {_printable(name)}" for name in others)
+        left_out.update(f"folder {printable(name)}" for name in others)
     return [name for name in found if name not in others]
 
 
@@ -231,7 +231,7 @@ def _classes(folder: Path, what: str, named: bool, left_out: Counter[str]) -> Cl
         _refuse_versions(folder, names)
     found: Classes = {}
     for name in names:
-        found.setdefault(unicodedata.normalize("NFC", _printable(name)), []).extend(_files(folder / name, left_out))
+        found.setdefault(unicodedata.normalize("NFC", printable(name)), []).extend(_files(folder / name, left_out))
     return found
 
 
@@ -285,7 +285,7 @@ def _files(folder: Path, left_out: Counter[str]) -> Iterator[Path]:
             if named or (not re.fullmatch(r"\.[a-z]\w{0,8}", ending) and entry.is_file() and _holds_image(path)):
                 yield path
             else:
-                left_out[f"{_printable(ending)} files" if ending else "files without an extension"] += 1
+                left_out[f"{printable(ending)} files" if ending else "files without an extension"] += 1
 
 
 def _holds_image(path: Path) -> bool:
@@ -332,9 +332,9 @@ def _images(root: Path, named: tuple[str, Path] | None, found: Classes, classes:
     files = [(path, label) for label, name in enumerate(classes) for path in sorted(found.get(name, []))]
     ids = [path.relative_to(named[1] if named else root).as_posix() for path, _ in files]
     paths, labels = [path for path, _ in files], [label for _, label in files]
-    return LabelledImages.of_files(paths, labels, [_printable(f"{named[0]}/{id_}" if named else id_) for id_ in ids])
+    return LabelledImages.of_files(paths, labels, [printable(f"{named[0]}/{id_}" if named else id_) for id_ in ids])
 
 
-def _printable(name: str) -> str:
+def printable(name: str) -> str:
     """Make a file name printable whatever its bytes are."""
     return os.fsencode(name).decode("utf-8", "backslashreplace")

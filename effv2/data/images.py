@@ -48,8 +48,8 @@ Result = tuple[Bytes, bool] | str  # pixels, and whether they were stored as RGB
 class LabelledImages:
     """Images with labels and ids, in the order (class, file) of the published rule.
 
-    `items` is an array of paths (N) or of greyscale bytes (N, H, W). Files are trusted to be unchanged while their
-    sizes and modification times are.
+    `items` is an array of paths (N), or of bytes: greyscale (N, H, W) or RGB (N, H, W, 3). Files are trusted to be
+    unchanged while their sizes and modification times are.
     """
 
     items: NDArray[Any]

@@ -71,7 +71,7 @@ def _digits(config: DataConfig) -> Source:
         raise InputError("data.dir", config.dir, problem, "give another data.dataset, or leave the folder out")
     found = load_digits()
     pixels = np.rint(found.images * (255 / 16)).astype(np.uint8)
-    return Source("scikit-learn", NUMERALS, _from_arrays(pixels, found.target, "digits"))
+    return Source("scikit-learn", NUMERALS, from_arrays(pixels, found.target, "digits"))
 
 
 @DATASETS.register("imagenette")
@@ -80,7 +80,7 @@ def _imagenette(config: DataConfig) -> Source:
 
     url, md5, names = imagenette()
     what = "a folder that holds imagenette2-160, or data.download to fetch it"
-    root = _folder(config, what, downloads=True)
+    root = folder_of(config, what, downloads=True)
     folder = root / "imagenette2-160"
     if config.download and not folder.is_dir():
         try:  # unpacked beside its place, so that a kill leaves nothing that looks complete
@@ -100,37 +100,19 @@ def _imagenette(config: DataConfig) -> Source:
     return replace(source, classes=tuple(names.values()))
 
 
-@DATASETS.register("mnist")
-def _mnist(config: DataConfig) -> Source:
-    from torchvision.datasets import MNIST
-
-    root = _folder(config, "a folder that holds MNIST/raw with the four files of MNIST", downloads=True)
-    parts = []
-    for name in ("train", "test"):
-        try:
-            found = MNIST(root, train=name == "train", download=config.download)
-        except (RuntimeError, OSError, ValueError, AssertionError, KeyError, EOFError) as error:
-            problem = f"MNIST can't be read there ({str(error) or type(error).__name__})"
-            remedy = "name the folder that holds MNIST/raw/*-ubyte, or give data.download to fetch it"
-            raise InputError("data.dir", config.dir, problem, remedy) from error
-        parts.append(_from_arrays(found.data.numpy(), found.targets.numpy(), name))
-    train, test = parts
-    return Source(str(root), NUMERALS, train, test=test, published=(train.take(range(len(train))[:20_000]), test))
-
-
 @DATASETS.register("birds")
 def _birds(config: DataConfig) -> Source:
     what = f"the folder of the bird species, downloaded and unpacked from {BIRDS_PAGE}"
-    return replace(read_folders(config, _folder(config, what), what), published_split_first=True)
+    return replace(read_folders(config, folder_of(config, what), what), published_split_first=True)
 
 
 @DATASETS.register("folder")
 def _any_folder(config: DataConfig) -> Source:
     what = "a folder with one sub-folder of images per class"
-    return read_folders(config, _folder(config, what), what)
+    return read_folders(config, folder_of(config, what), what)
 
 
-def _folder(config: DataConfig, what: str, downloads: bool = False) -> Path:
+def folder_of(config: DataConfig, what: str, downloads: bool = False) -> Path:
     """Return the folder of a data set, made where the set can be downloaded into it; `what` it is to be."""
     if config.train_dir and not config.dir:
         return Path.cwd()
@@ -144,7 +126,8 @@ def _folder(config: DataConfig, what: str, downloads: bool = False) -> Path:
     return folder.resolve()
 
 
-def _from_arrays(pixels: Any, labels: Any, name: str) -> LabelledImages:
+def from_arrays(pixels: Any, labels: Any, name: str) -> LabelledImages:
+    """Return images in an array of bytes, named by part and position."""
     from effv2.data.images import LabelledImages
 
     return LabelledImages(pixels, labels.astype("int64"), tuple(f"{name}/{i:05d}" for i in range(len(labels))))

@@ -14,6 +14,7 @@ from effv2.core.errors import Diverged, InputError, RunError, Terminated, what_r
 from effv2.core.processes import is_alive, this_process
 from effv2.core.reporter import Message, Reporter
 from effv2.data.dataset import Dataset, LoadData, load_once
+from effv2.data.inspection import contact_sheet
 from effv2.execution.resolve import remembered, resolve_study, with_device
 from effv2.run.records import keep_weights, log_end, log_network
 from effv2.tracking import tags as tag
@@ -184,6 +185,8 @@ def _log_beginning(run: OpenRun, config: TrainConfig, dataset: Dataset, known: M
     if dataset.notes:
         broken = (f"{id_}: {why}" for id_, why in dataset.broken.items())
         run.log_text("\n".join([*dataset.notes, *broken, ""]), "data_notes.txt")
+    with run.new_artifacts() as folder:
+        contact_sheet(dataset).save(folder / "images.jpg")
     for name, split in dataset.splits.items():
         counts = np.bincount(split.labels.numpy(), minlength=len(dataset.classes)).tolist()
         profile: dict[str, Any] = {"images": len(split), "classes": dict(zip(dataset.classes, counts, strict=True))}

@@ -1,0 +1,184 @@
+"""A look at a data set before anything is trained: what is there, what is broken, what is there more than once."""
+
+from __future__ import annotations
+
+import hashlib
+import math
+import os
+import warnings
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from PIL import Image, ImageDraw
+
+from effv2.data.dataset import Dataset
+from effv2.data.decoder import BROKEN, TOO_LARGE, allow, to_rgb
+from effv2.data.folders import Source, left_out_note
+from effv2.data.images import LabelledImages
+
+NEAR_BITS = 4  # of 64, by which the perceptual hashes of nearly identical images differ at most
+BANDS = [(0, 13), (13, 13), (26, 13), (39, 13), (52, 12)]  # one more than NEAR_BITS: near hashes share one of them
+LARGEST_GROUP = 4_000  # images of one band that are compared with each other
+LEAST_SIDE = 32  # pixels: hashes of smaller images say nothing
+MOST_NAMED = 5
+ROWS, COLUMNS, LEAST_TILE, GAP = 40, 8, 48, 2  # of a contact sheet: classes, images of each, pixels
+
+
+class Alike(NamedTuple):
+    """Two images by part and id, of which the files are identical, or the pictures nearly so."""
+
+    one: str
+    other: str
+    identical: bool
+    across: bool  # they are in two parts
+
+
+@dataclass(frozen=True)
+class Inspection:
+    """What a data set holds."""
+
+    note: str  # what was left out
+    classes: Sequence[str]
+    counts: dict[str, list[int]]  # images of each class, by part
+    sizes: Counter[tuple[int, int]]  # width and height
+    modes: Counter[str]  # Pillow's
+    broken: Sequence[str]
+    alike: Sequence[Alike]
+
+    def table(self) -> list[tuple[str, ...]]:
+        """Return the number of images of each class and part, titles first."""
+        rows = zip(*self.counts.values(), strict=True)
+        counted = [(name, *(f"{n:,}" for n in row)) for name, row in zip(self.classes, rows, strict=True)]
+        total = [f"{sum(each):,}" for each in self.counts.values()]
+        return [("class", *self.counts), *counted, (f"{len(self.classes)} classes", *total)]
+
+    def sentences(self) -> Iterator[str]:
+        """Say what the images are, and what is wrong with them."""
+        if self.sizes:
+            ends = [each(self.sizes, key=math.prod) for each in (min, max)]
+            least, most, usual = (f"{w}x{h}" for w, h in (*ends, self.sizes.most_common(1)[0][0]))
+            between = f"all {usual}" if len(self.sizes) == 1 else f"from {least} to {most}, most often {usual}"
+            modes = ", ".join(f"{n:,} {mode}" for mode, n in self.modes.most_common())
+            yield f"Sizes in pixels: {between}. Modes: {modes}."
+        if self.note:
+            yield self.note
+        if self.broken:
+            yield f"{len(self.broken):,} images can't be read: {_named(self.broken)}."
+        for identical, words in ((True, "identical"), (False, "nearly identical")):
+            for across, where in (
+                (True, "in two parts, so that tests see training images"),
+                (False, "in one part"),
+            ):
+                found = [f"{each.one} and {each.other}" for each in self.alike if each[2:] == (identical, across)]
+                if found:
+                    yield f"{len(found):,} pairs are {words} {where}: {_named(found)}."
+
+    @property
+    def harmful(self) -> bool:
+        """Say whether trainings would fail, or their tests see what was trained on."""
+        return bool(self.broken) or any(each.identical and each.across for each in self.alike)
+
+
+def _named(names: Sequence[str]) -> str:
+    more = f" and {len(names) - MOST_NAMED:,} more" if len(names) > MOST_NAMED else ""
+    return "; ".join(names[:MOST_NAMED]) + more
+
+
+class _Seen(NamedTuple):
+    name: str
+    part: str
+    digest: bytes
+    size: tuple[int, int]
+    mode: str
+    hash: int
+
+
+def inspect(
+    source: Source, megapixels: float, on_seen: Callable[[int, int], None] = lambda done, total: None
+) -> Inspection:
+    """Open every image once; those of more than so many `megapixels` are broken."""
+    allow(megapixels)
+    named = {"train": source.train, "validation": source.validation, "test": source.test}
+    parts = {part: images for part, images in named.items() if images is not None}
+    places = [(part, images, index) for part, images in parts.items() for index in range(len(images))]
+    seen, broken = list[_Seen](), list[str]()
+    with warnings.catch_warnings(), ThreadPoolExecutor(os.cpu_count()) as pool:
+        warnings.simplefilter("ignore")
+        warnings.simplefilter("error", Image.DecompressionBombWarning)
+        for done, found in enumerate(pool.map(lambda place: _look(*place), places), 1):
+            (broken if isinstance(found, str) else seen).append(found)  # type: ignore[arg-type]
+            on_seen(done, len(places))
+    counts = {
+        part: np.bincount(images.labels, minlength=len(source.classes)).tolist() for part, images in parts.items()
+    }
+    sizes, modes = Counter(each.size for each in seen), Counter(each.mode for each in seen)
+    note = left_out_note(source.location, source.left_out)
+    return Inspection(note, source.classes, counts, sizes, modes, broken, list(_alike(seen)))
+
+
+def _look(part: str, images: LabelledImages, index: int) -> _Seen | str:
+    """Return what there is to know of an image, or why it can't be read."""
+    import imagehash
+
+    name, item = images.ids[index], images.items[index]
+    try:
+        digest = hashlib.sha256(item.read_bytes() if images.items.dtype == object else item.tobytes()).digest()
+        with images.open(index) as image:
+            rgb, hashed = to_rgb(image), 0
+            if min(rgb.size) >= LEAST_SIDE:
+                hashed = int.from_bytes(np.packbits(imagehash.phash(rgb).hash).tobytes(), "big")
+            return _Seen(name, part, digest, rgb.size, image.mode, hashed)
+    except (*BROKEN, *TOO_LARGE) as error:
+        return f"{name} ({type(error).__name__})"
+
+
+def _alike(seen: Sequence[_Seen]) -> Iterator[Alike]:
+    """Yield pairs: each identical file with the first one, and pictures that are nearly alike."""
+    first: dict[bytes, _Seen] = {}
+    for each in seen:
+        known = first.setdefault(each.digest, each)
+        if known is not each:
+            yield Alike(known.name, each.name, True, known.part != each.part)
+    single = [each for each in first.values() if each.hash]
+    for one, other in near(np.array([each.hash for each in single], np.uint64)):
+        yield Alike(single[one].name, single[other].name, False, single[one].part != single[other].part)
+
+
+def near(hashes: NDArray[np.uint64]) -> list[tuple[int, int]]:
+    """Return the positions of all pairs of hashes (N) that differ in few bits."""
+    pairs = set[tuple[int, int]]()
+    for start, bits in BANDS:
+        band = (hashes >> np.uint64(start)) & np.uint64((1 << bits) - 1)
+        order = np.argsort(band, kind="stable")
+        starts = np.flatnonzero(np.diff(band[order])) + 1
+        for begin, end in pairwise([0, *starts, len(order)]):
+            group = order[begin:end][:LARGEST_GROUP]
+            if len(group) > 1:
+                differing = np.bitwise_count(hashes[group][:, None] ^ hashes[group][None])
+                for one, other in np.argwhere(np.triu(differing <= NEAR_BITS, 1)):
+                    pairs.add((min(group[one], group[other]), max(group[one], group[other])))
+    return sorted((int(one), int(other)) for one, other in pairs)
+
+
+def contact_sheet(dataset: Dataset) -> Image.Image:
+    """Return a few training images of each class, a row a class, as they enter the network but for augmentation."""
+    labels, side = dataset.train.labels, dataset.train.pixels.shape[1]
+    tile = side * max(1, -(-LEAST_TILE // side))
+    names, step = dataset.classes[:ROWS], tile + GAP
+    left = 8 * min(24, max(map(len, names)))
+    sheet = Image.new("RGB", (left + COLUMNS * step, len(names) * step), "white")
+    draw = ImageDraw.Draw(sheet)
+    for row, name in enumerate(names):
+        draw.text((GAP, row * step + tile // 2 - 6), name[:24].encode("ascii", "replace").decode(), fill="black")
+        shown = torch.nonzero(labels == row).flatten()[:COLUMNS]
+        for column, image in enumerate(dataset.train.images(shown).permute(0, 2, 3, 1).cpu().numpy()):
+            scaled = Image.fromarray(image).resize((tile, tile), Image.Resampling.NEAREST)
+            sheet.paste(scaled, (left + column * step, row * step))
+    return sheet

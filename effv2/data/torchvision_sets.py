@@ -1,0 +1,103 @@
+"""Data sets by the names of torchvision's classes, which find, verify and, if asked, download them.
+
+Their own train, validation and test parts are used. A new one is a line of SETS.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from effv2.config.schema import DATASETS, DataConfig
+from effv2.core.errors import InputError
+from effv2.core.internals import pet_files
+from effv2.data.folders import Source, printable
+from effv2.data.sources import NUMERALS, folder_of, from_arrays
+
+if TYPE_CHECKING:
+    from effv2.data.images import LabelledImages
+
+PUBLISHED_IMAGES = 20_000  # of MNIST's training part, which the post took
+
+
+class Parts(NamedTuple):
+    """A class of torchvision, and by which arguments it gives its parts; a test part is split off where it has none."""
+
+    name: str
+    train: Mapping[str, Any]
+    test: Mapping[str, Any] | None = None
+    validation: Mapping[str, Any] | None = None
+
+
+FLAG = {"train": True}, {"train": False}
+SPLIT = {"split": "train"}, {"split": "test"}
+SETS = {
+    "mnist": Parts("MNIST", *FLAG),
+    "fashion_mnist": Parts("FashionMNIST", *FLAG),
+    "kmnist": Parts("KMNIST", *FLAG),
+    "cifar10": Parts("CIFAR10", *FLAG),
+    "cifar100": Parts("CIFAR100", *FLAG),
+    "svhn": Parts("SVHN", *SPLIT),
+    "stl10": Parts("STL10", *SPLIT),
+    "food101": Parts("Food101", *SPLIT),
+    "stanford_cars": Parts("StanfordCars", *SPLIT),
+    "oxford_pets": Parts("OxfordIIITPet", {"split": "trainval"}, {"split": "test"}),
+    "flowers102": Parts("Flowers102", *SPLIT, {"split": "val"}),
+    "dtd": Parts("DTD", *SPLIT, {"split": "val"}),
+    "fgvc_aircraft": Parts("FGVCAircraft", *SPLIT, {"split": "val"}),
+    "eurosat": Parts("EuroSAT", {}),
+}
+
+
+def _read(name: str, config: DataConfig) -> Source:
+    """Return a set of torchvision's; InputError where it isn't there and isn't to be fetched."""
+    import torchvision
+
+    parts = SETS[name]
+    kind = getattr(torchvision.datasets, parts.name)
+    root = folder_of(config, f"the folder in which torchvision keeps {parts.name}", downloads=True)
+
+    def part(label: str, arguments: Mapping[str, Any] | None) -> tuple[Any, LabelledImages | None]:
+        if arguments is None:
+            return None, None
+        try:
+            loads = {"loader": str} if "loader" in kind.__init__.__annotations__ else {}  # paths in place of images
+            found = kind(root, download=config.download, **arguments, **loads)
+            return found, _images(found, root, label)
+        except (RuntimeError, OSError, ValueError, AssertionError, KeyError, EOFError) as error:
+            problem = f"{parts.name} can't be read there ({str(error).strip() or type(error).__name__})"
+            remedy = f"name the folder that holds what torchvision.datasets.{parts.name} wants, or give data.download"
+            raise InputError("data.dir", config.dir, problem, remedy) from error
+
+    found, train = part("train", parts.train)
+    assert train is not None  # noqa: S101 (it has arguments)
+    _, validation = part("validation", parts.validation)
+    _, test = part("test", parts.test)
+    classes = tuple(map(str, getattr(found, "classes", NUMERALS)))
+    source = Source(str(root), NUMERALS if name == "mnist" else classes, train, validation, test)
+    if name == "mnist" and test is not None:
+        source = replace(source, published=(train.take(range(len(train))[:PUBLISHED_IMAGES]), test))
+    return source
+
+
+for _name in SETS:
+    DATASETS.register(_name)(partial(_read, _name))
+
+
+def _images(found: Any, root: Path, label: str) -> LabelledImages:
+    """Return the images of a part, from its arrays or its files."""
+    import numpy as np
+
+    from effv2.data.images import LabelledImages
+
+    if hasattr(found, "data"):
+        pixels = np.asarray(found.data)
+        if pixels.ndim == 4 and pixels.shape[1] == 3:  # channels first
+            pixels = np.ascontiguousarray(pixels.transpose(0, 2, 3, 1))
+        return from_arrays(pixels, np.asarray(found.targets if hasattr(found, "targets") else found.labels), label)
+    pairs = pet_files(found) if type(found).__name__ == "OxfordIIITPet" else [found[i] for i in range(len(found))]
+    paths, labels = [Path(path) for path, _ in pairs], [int(number) for _, number in pairs]
+    return LabelledImages.of_files(paths, labels, [printable(path.relative_to(root).as_posix()) for path in paths])

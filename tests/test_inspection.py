@@ -1,0 +1,79 @@
+"""A look at a data set: counts, what is broken, and what is there more than once."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+from click.testing import CliRunner
+from PIL import Image, ImageFilter
+
+from effv2.cli.main import main
+from effv2.config.schema import DataConfig
+from effv2.data.dataset import load_dataset
+from effv2.data.inspection import COLUMNS, GAP, NEAR_BITS, contact_sheet, inspect, near
+from effv2.data.sources import open_source
+
+random = np.random.default_rng(0)
+
+
+def photo() -> Image.Image:
+    """Return a picture that is like no other: blurred noise."""
+    noise = Image.fromarray(random.integers(0, 256, (120, 90, 3), np.uint8))
+    return noise.filter(ImageFilter.GaussianBlur(6))
+
+
+@pytest.fixture
+def tree(tmp_path: Path) -> Path:
+    """Return a set of two parts and two classes, four images each."""
+    for part in ("train", "test"):
+        for name in ("cat", "dog"):
+            folder = tmp_path / "set" / part / name
+            folder.mkdir(parents=True)
+            for number in range(4):
+                photo().save(folder / f"{number}.png")
+    return tmp_path / "set"
+
+
+def test_what_is_broken_or_there_twice_is_named(tree: Path) -> None:
+    assert not inspect(open_source(DataConfig(dataset="folder", dir=str(tree))), 200).alike
+    (tree / "test" / "dog" / "0.png").write_bytes((tree / "train" / "dog" / "3.png").read_bytes())
+    with Image.open(tree / "train" / "cat" / "1.png") as image:  # the same picture, smaller and compressed
+        image.resize((60, 80)).save(tree / "test" / "cat" / "again.jpg", quality=60)
+    (tree / "train" / "cat" / "2.png").write_bytes(b"no image")
+    Image.fromarray(random.integers(0, 256, (40, 40), np.uint8)).save(tree / "train" / "cat" / "grey.png")
+    found = inspect(open_source(DataConfig(dataset="folder", dir=str(tree))), 200)
+    assert found.counts == {"train": [5, 4], "test": [5, 4]} and found.modes == {"RGB": 16, "L": 1}
+    assert found.sizes == {(90, 120): 15, (60, 80): 1, (40, 40): 1}
+    assert [name.partition(" ")[0] for name in found.broken] == ["train/cat/2.png"] and found.harmful
+    assert {each[:2] for each in found.alike if each.identical} == {("train/dog/3.png", "test/dog/0.png")}
+    assert {each[:2] for each in found.alike if not each.identical} == {("train/cat/1.png", "test/cat/again.jpg")}
+    assert all(each.across for each in found.alike)
+
+
+def test_the_command_says_it_and_ends_by_it(tree: Path, tmp_path: Path) -> None:
+    sheet = tmp_path / "sheet.png"
+    sound = CliRunner().invoke(main, ["data", "check", str(tree), "--sheet", str(sheet)])
+    assert sound.exit_code == 0 and "all 90x120" in sound.output and sheet.is_file()
+    (tree / "test" / "dog" / "0.png").write_bytes((tree / "train" / "dog" / "3.png").read_bytes())
+    leaking = CliRunner().invoke(main, ["data", "check", str(tree)])
+    assert leaking.exit_code == 1 and "train/dog/3.png and test/dog/0.png" in leaking.output
+    assert CliRunner().invoke(main, ["data", "check", str(tmp_path / "nowhere")]).exit_code == 2
+
+
+def test_near_hashes_are_all_found() -> None:
+    base = random.integers(0, 2**63, 60, dtype=np.uint64)
+    flips = [np.uint64(sum(1 << int(bit) for bit in random.choice(64, count, replace=False))) for count in range(7)]
+    hashes = np.concatenate([base, [base[0] ^ flip for flip in flips], [base[1] ^ flips[4]]])
+    apart = np.bitwise_count(hashes[:, None] ^ hashes[None])
+    assert near(hashes) == [tuple(pair) for pair in np.argwhere(np.triu(apart <= NEAR_BITS, 1)).tolist()]
+    assert near(hashes[:0]) == []
+
+
+def test_a_contact_sheet_shows_what_enters_the_network(tree: Path) -> None:
+    dataset = load_dataset(DataConfig(dataset="folder", dir=str(tree), image_size=48, validation_fraction=0))
+    sheet = contact_sheet(dataset)
+    left = sheet.width - COLUMNS * (48 + GAP)
+    first = np.asarray(sheet.crop((left, 48 + GAP, left + 48, 96 + GAP)))  # of the second class
+    assert np.array_equal(first, dataset.train.pixels[int(dataset.train.rows[4])].numpy())
