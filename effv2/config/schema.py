@@ -253,8 +253,8 @@ class TrainConfig(Group):
     def identity(self) -> dict[str, Any]:
         """Return what decides a run: the fields under dotted names, and the resolved stage table.
 
-        Left out is where the images come from, since they have a digest of their own, and a field that was added later
-        at its default, at which a run computes what it did without the field.
+        Left out is where the images come from, and a field that was added later at its default, at which a run computes
+        what it did without the field.
         """
         values, defaults, table = self.flat(), type(self)().flat(), self.model.build_table()
         absent = NO_IDENTITY | {name for name in values if name not in FIRST_FIELDS and values[name] == defaults[name]}
@@ -266,8 +266,8 @@ class TrainConfig(Group):
         return sha256_of_values(self.identity())[:16]
 
 
-NO_IDENTITY = {"data.dir", "data.download", "data.train_dir", "data.test_dir", "data.labels"}
-NO_IDENTITY |= {"data.allow_incomplete_classes", "data.skip_broken", "data.max_megapixels"}
+WHERE = "dir download train_dir test_dir labels allow_incomplete_classes skip_broken max_megapixels"
+NO_IDENTITY = {f"data.{name}" for name in WHERE.split()}  # where images come from: they have a digest
 # The fields that every identity holds. One added later need not be listed, but its default must then stay.
 FIRST_FIELDS = {
     f"{group}.{name}"
