@@ -72,8 +72,8 @@ def prepare(image: Image.Image, size: int, shorter_side: int = 0, interpolation:
 def to_rgb(image: Image.Image) -> Image.Image:
     """Return an image of any mode in RGB and upright: its first frame, or where that is blank the first that isn't."""
     first = _frame_in_rgb(image)
-    if _is_blank(first):
-        with suppress(EOFError, AttributeError, *BROKEN):  # where there is no other, or it is broken
+    with suppress(EOFError, AttributeError, *BROKEN):  # where there is no other, or it is broken
+        if getattr(image, "is_animated", False) and _is_blank(first):
             for number in range(1, FRAMES):
                 image.seek(number)
                 if not _is_blank(frame := _frame_in_rgb(image)):

@@ -218,6 +218,7 @@ def _prepared(
     def one(index: int) -> Result:
         try:
             with images.open(index) as image:
+                image.load()  # which may change the mode, as later frames may
                 stored = image.mode
                 return preparation(image), stored == "RGB"
         except TOO_LARGE:
