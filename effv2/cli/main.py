@@ -188,11 +188,12 @@ def _run_and_show(make: Callable[..., Any], options: StudyOptions) -> None:
     models = [f"model of {name}: {address}" for name, address in end.models.items()]
     for line in (*models, run_address(end.parent.run_id, end.parent.experiment_id)):
         click.echo(line)
-    if end.failed:
+    if end.failed or end.in_vain:
         failures = [f"{name}: {error}" for name, error in end.failed.items()]
         more = [f"and {len(failures) - SHOWN_FAILURES} more"] if len(failures) > SHOWN_FAILURES else []
         shown = "; ".join(failures[:SHOWN_FAILURES] + more)
-        raise RunError(f"{len(failures)} of {end.planned} runs failed. {shown}")
+        nothing = "No trial of the search was completed: " if end.in_vain else ""
+        raise RunError(f"{nothing}{len(failures)} of {end.planned} runs failed. {shown}")
 
 
 @main.command("evaluate-pretrained", cls=cli.Command)
