@@ -172,7 +172,13 @@ class ScheduleConfig(Group):
     name: Annotated[str, SCHEDULES] = Field(
         "cosine", description="Learning rate schedule; plateau watches validation accuracy, test accuracy without it."
     )
-    epochs: int = Field(6, ge=1, le=100_000, description="Epochs at most.")
+    epochs: int = Field(
+        6,
+        ge=1,
+        le=100_000,
+        description="Epochs at most. Unless given, sets other than digits, imagenette, mnist and birds have as many as "
+        "make 1,000 steps, 6 to 100.",
+    )
     warmup_epochs: int = Field(0, ge=0, description="Epochs of linear warm-up (not for onecycle).")
 
     @field_validator("warmup_epochs")
@@ -204,6 +210,13 @@ class EvaluationConfig(Group):
         True, description="Evaluate the test set after each epoch; a search leaves it alone until its best is chosen."
     )
     batch_size: int = Field(256, ge=1, le=65_536, description="Images a forward pass.")
+    batch_norm_images: int = Field(
+        0,
+        ge=0,
+        description="Training images from which batch norm's statistics are estimated anew before each evaluation (Wu "
+        "& Johnson 2021), 0 = running averages. Unless given, sets other than digits, imagenette, mnist and birds have "
+        "1,024 in trainings of less than 1,000 steps.",
+    )
 
 
 class ExecutionConfig(Group):
@@ -241,6 +254,12 @@ class TrainConfig(Group):
         """Return this configuration for another seed, and for the split that many places after its own."""
         data = self.data.model_copy(update={"split_seed": (self.data.split_seed + split) % 2**32})
         return self.model_copy(update={"random": RandomConfig(seed=seed), "data": data})
+
+    def with_defaults(self, group: str, **values: Any) -> "TrainConfig":
+        """Return this configuration with other values of a group for those that were not given."""
+        there = getattr(self, group)
+        new = {name: value for name, value in values.items() if name not in there.model_fields_set}
+        return self.model_copy(update={group: there.model_copy(update=new)})
 
     def identity(self) -> dict[str, Any]:
         """Return what decides a run: the fields under dotted names, and the resolved stage table.

@@ -299,6 +299,8 @@ class Training:
         splits = {name: split for name, split in chosen.items() if split is not None}
         metrics: Metrics = {}
         started = time.perf_counter()
+        if self.config.evaluation.batch_norm_images:
+            self._estimate_batch_norm(self.config.evaluation.batch_norm_images)
         network = self.network_for_inference()
         for name, split in splits.items():
             result = evaluate(network, split, self.config.evaluation.batch_size)
@@ -307,6 +309,33 @@ class Training:
         seconds = time.perf_counter() - started
         rate = sum(map(len, splits.values())) / seconds
         return metrics | {"time/evaluate_seconds": seconds, "throughput/evaluate_images_per_second": rate}
+
+    @torch.no_grad()
+    def _estimate_batch_norm(self, count: int) -> None:
+        """Give the network that is evaluated the statistics of batch norm over `count` training images, as they are.
+
+        The images are the same each time, and all else is as in inference, so that nothing is drawn. Training itself
+        never reads these statistics.
+        """
+        network, config, train = self.state.evaluated, self.config, self.dataset.train
+        training, norms = network.training, [each for each in network.modules() if isinstance(each, nn.BatchNorm2d)]
+        order = batches.epoch_order(len(train), config.random.seed, 0)[: max(2, count)]  # training begins with epoch 1
+        size = max(config.evaluation.batch_size, config.optimiser.batch_size)
+        momenta = [norm.momentum for norm in norms]
+        try:
+            network.eval()
+            for norm in norms:
+                norm.reset_running_stats()
+                norm.train().momentum = None  # every batch counts alike
+            for images, _ in batches.training_batches(train, order, size):
+                there = to_device(images, self.execution.device)
+                inputs = batches.normalised(there, self._statistics, self.execution.channels_last)
+                with self.execution.autocast(), self.execution.eager(True):
+                    network(inputs)
+        finally:
+            for norm, momentum in zip(norms, momenta, strict=True):
+                norm.momentum = momentum
+            network.train(training)
 
     def _must_be_finite(self, loss: float, name: str) -> None:
         if not math.isfinite(loss):
