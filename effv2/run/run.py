@@ -1,5 +1,6 @@
 """One training run: found finished, resumed where it ended early, or trained from its beginning."""
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, suppress
 from dataclasses import dataclass, field, replace
@@ -15,7 +16,9 @@ from effv2.core.errors import Diverged, InputError, Terminated, what_ran_out
 from effv2.core.processes import is_alive, this_process
 from effv2.core.reporter import Message, Reporter
 from effv2.data.batches import batch_count
-from effv2.data.dataset import Dataset, LoadData, load_once
+from effv2.data.dataset import Dataset, LoadData, Split, load_once
+from effv2.evidence.quantities import percent
+from effv2.evidence.study import NEAR_CHANCE
 from effv2.execution.resolve import remembered, resolve_study, with_device
 from effv2.run.records import keep_weights, log_end, log_network
 from effv2.tracking import tags as tag
@@ -119,8 +122,8 @@ def _with_length(configs: Sequence[TrainConfig], load: LoadData, message: Messag
     if found != list(configs):
         now = found[free.index(True)]
         images = now.evaluation.batch_norm_images
-        estimated = f", each evaluated with batch norm estimated from {images:,} training images at most"
-        message(f"{now.schedule.epochs} epochs of {steps} steps{estimated if images else ''} (docs/training.md).")
+        estimated = f", each evaluated with batch norm estimated from training images, {images:,} at most"
+        message(f"{now.schedule.epochs} epochs of {steps} steps{estimated if images else ''} (docs/performance.md).")
     return found
 
 
@@ -132,7 +135,19 @@ def train_single(config: TrainConfig, name: str, study: str, options: StudyOptio
         where, keeps = open_experiment(options.experiment), options.log_model != "none"
         spec = RunSpec(name, where, study, log_model=keeps, checkpoints=options, fresh=options.fresh, reporter=reporter)
         ended = attempt(config, load(config.data), spec)
+        if config.evaluation.test_set:
+            _say_if_near_chance(ended.metrics["selected/test_accuracy"], load(config.data).test, reporter.message)
         return replace(ended, model_address=model_address(ended.run.run_id))
+
+
+def _say_if_near_chance(accuracy: float, test: Split, message: Message) -> None:
+    """Say so where an accuracy is hardly above that of naming the most frequent class, for the number of images."""
+    chance = np.bincount(test.labels.numpy()).max() / len(test)
+    if accuracy < chance + max(NEAR_CHANCE, 2 * math.sqrt(chance * (1 - chance) / len(test))):
+        message(
+            f"The network is near chance level: {percent(accuracy)} of the test images are right, where always naming "
+            f"the most frequent class gives {percent(chance)}. It has learned next to nothing: train for more epochs."
+        )
 
 
 def attempt(config: TrainConfig, dataset: Dataset, spec: RunSpec) -> Attempt:
