@@ -290,6 +290,16 @@ def test_pixels_move_to_a_device_once_for_all_splits() -> None:
     assert moved.train.labels.equal(data.train.labels) and data.train.pixels.device.type == "cpu"
 
 
+def test_balanced_epochs_have_as_many_images_of_every_class() -> None:
+    labels = torch.tensor([0] * 900 + [1] * 90 + [2] * 10)
+    order = epoch_order(1000, 0, 1, labels)
+    counts = labels[order].bincount()
+    assert len(order) == 1000 and counts.sum() == 1000 and counts.min() > 280 and counts.max() < 390
+    assert torch.equal(order, epoch_order(1000, 0, 1, labels)) and not torch.equal(
+        order, epoch_order(1000, 0, 2, labels)
+    )
+
+
 def test_batches_hold_every_sample_once_in_channels_last() -> None:
     dataset = load_dataset(DataConfig(image_size=8))
     order = epoch_order(len(dataset.train), 0, 1)

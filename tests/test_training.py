@@ -30,6 +30,7 @@ from effv2.training.optimisers import Schedule
 from tests.conftest import tiny_config
 
 EVERYTHING: dict[str, Any] = {
+    "data": {"balance": True},
     "augment": {"crop": 1, "flip": True, "trivial_augment": True, "erasing": 0.5, "mixup": 0.4, "cutmix": 1.0},
     "optimiser": {"batch_size": 32, "label_smoothing": 0.1, "clip_norm": 1.0, "ema_decay": 0.9},
     "schedule": {"epochs": 3, "name": "plateau", "plateau_patience": 0, "warmup_epochs": 1},

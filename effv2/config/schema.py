@@ -105,6 +105,9 @@ class DataConfig(Group):
     test_fraction: Fraction = Field(0.2, gt=0, description="Share held out for testing where a set has no test part.")
     validation_fraction: Fraction = Field(0.1, description="Share of the train part kept for validation, 0 = none.")
     split_seed: int = Field(0, ge=0, lt=2**32, description="Seed of sampling and splits.")
+    balance: bool = Field(
+        False, description="Draw training images so that all classes come equally often: with replacement, each epoch."
+    )
     normalise: Literal["none", "imagenet"] = Field("none", description="By whose mean and standard deviation.")
 
 

@@ -242,7 +242,7 @@ class Training:
 
     def _train_epoch(self) -> Metrics:
         """Make the steps of the epoch that were not made yet."""
-        order = batches.epoch_order(len(self.dataset.train), self.config.random.seed, self.state.progress.epoch + 1)
+        order = self._order(self.state.progress.epoch + 1)
         batch_size, sums = self.config.optimiser.batch_size, self.state.sums
         steps = batches.batch_count(len(order), batch_size)
         check_every = 1 if self.execution.device.type == "cpu" else STEPS_BETWEEN_LOSS_CHECKS
@@ -265,6 +265,12 @@ class Training:
             "time/train_seconds": sums.seconds,
             "throughput/train_images_per_second": sums.images / sums.seconds,
         }
+
+    def _order(self, epoch: int) -> Tensor:
+        """Return which training images an epoch takes, in order; epoch 0 comes before the training."""
+        train, config = self.dataset.train, self.config
+        balanced = train.labels if config.data.balance else None
+        return batches.epoch_order(len(train), config.random.seed, epoch, balanced)
 
     def _train_step(self, images: Tensor, labels: Tensor) -> None:
         """Make one step and add it to the sums of the epoch, without waiting for the device."""
@@ -317,9 +323,8 @@ class Training:
         The images are the same each time, and all else is as in inference, so that nothing is drawn. Training itself
         never reads these statistics.
         """
-        network, config, train = self.state.evaluated, self.config, self.dataset.train
+        network, config = self.state.evaluated, self.config
         training, norms = network.training, [each for each in network.modules() if isinstance(each, nn.BatchNorm2d)]
-        order = batches.epoch_order(len(train), config.random.seed, 0)[: max(2, count)]  # training begins with epoch 1
         size = max(config.evaluation.batch_size, config.optimiser.batch_size)
         momenta = [norm.momentum for norm in norms]
         try:
@@ -327,7 +332,7 @@ class Training:
             for norm in norms:
                 norm.reset_running_stats()
                 norm.train().momentum = None  # every batch counts alike
-            for images, _ in batches.training_batches(train, order, size):
+            for images, _ in batches.training_batches(self.dataset.train, self._order(0)[: max(2, count)], size):
                 there = to_device(images, self.execution.device)
                 inputs = batches.normalised(there, self._statistics, self.execution.channels_last)
                 with self.execution.autocast(), self.execution.eager(True):
