@@ -16,6 +16,7 @@ from torch import Tensor
 from effv2.config.schema import DataConfig
 from effv2.core.errors import InputError
 from effv2.core.randomness import stream_seed
+from effv2.data.hashes import Hashes, image_hashes
 from effv2.data.images import LabelledImages, Labels, OnDecoded, Square, decode
 from effv2.data.sources import Source, open_source
 
@@ -33,13 +34,14 @@ class Split:
     """Samples of one use: rows of an array of decoded images.
 
     `pixels` is uint8 (M, H, W, 3) and may be a file mapped into memory, shared by several splits; sample i is
-    pixels[rows[i]] with labels[i] (int64) and ids[i].
+    pixels[rows[i]] with labels[i] (int64) and ids[i]. `hashes` are those of all pixels (data.hashes), where known.
     """
 
     pixels: Tensor
     rows: Tensor
     labels: Tensor
     ids: tuple[str, ...]
+    hashes: Hashes | None = None
 
     def __len__(self) -> int:
         return len(self.ids)
@@ -47,7 +49,8 @@ class Split:
     def take(self, positions: Positions) -> Split:
         """Return the samples at `positions`."""
         at = torch.from_numpy(positions)
-        return Split(self.pixels, self.rows[at], self.labels[at], tuple(map(self.ids.__getitem__, positions)))
+        ids = tuple(map(self.ids.__getitem__, positions))
+        return Split(self.pixels, self.rows[at], self.labels[at], ids, self.hashes)
 
     def images(self, positions: Tensor) -> Tensor:
         """Return uint8 (B, 3, H, W) of the samples at `positions`, channels last in memory."""
@@ -56,8 +59,8 @@ class Split:
     @cached_property
     def image_hashes(self) -> list[bytes]:
         """Return a hash of each sample's pixels."""
-        pixels = self.pixels.numpy()
-        return [hashlib.sha256(pixels[row].data).digest() for row in self.rows.tolist()]
+        hashes = image_hashes(self.pixels.numpy()) if self.hashes is None else self.hashes
+        return [each.tobytes() for each in hashes[self.rows.numpy()]]
 
     @cached_property
     def digest(self) -> str:
@@ -127,7 +130,7 @@ def _decoded(
     chosen = part.take(positions)
     found = decode(chosen, Square(config.image_size), on_decoded)
     labels, rows = torch.from_numpy(chosen.labels), torch.arange(len(positions))
-    return Split(torch.from_numpy(found.pixels), rows, labels, chosen.ids), found.rgb
+    return Split(torch.from_numpy(found.pixels), rows, labels, chosen.ids, image_hashes(found.pixels)), found.rgb
 
 
 def _load_standard(config: DataConfig, source: Source, on_decoded: OnDecoded | None) -> dict[str, Split]:
