@@ -35,7 +35,7 @@ import torch
 from torch.utils.data import DataLoader, Dataset
 from torchvision import models
 
-from effv2.config.schema import StudyOptions
+from effv2.config.options import StudyOptions
 from effv2.core.reporter import Reporter
 from effv2.data.dataset import load_once
 from effv2.data.images import LabelledImages

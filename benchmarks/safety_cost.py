@@ -56,7 +56,8 @@ def stop(server: subprocess.Popen[bytes]) -> None:
 
 def measure(seconds: float, server: subprocess.Popen[bytes]) -> dict[str, object]:
     """Train for so long; return the figures."""
-    from effv2.config.schema import CheckpointOptions, TrainConfig
+    from effv2.config.options import CheckpointOptions
+    from effv2.config.schema import TrainConfig
     from effv2.core.errors import StoreAway
     from effv2.data.dataset import load_dataset
     from effv2.execution.resolve import resolve_study

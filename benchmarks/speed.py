@@ -87,7 +87,7 @@ def make_config(case: Case, precision: str, compiled: bool = False) -> Any:
 def effv2_form(config: Any, dataset: Any, folder: Path) -> Form:
     """The training loop as `train` runs it."""
     from effv2.cli.console import ConsoleReporter
-    from effv2.config.schema import CheckpointOptions
+    from effv2.config.options import CheckpointOptions
     from effv2.training.checkpoint import Checkpointer
     from effv2.training.loop import Training, evaluate
 

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from effv2.config.schema import StudyOptions
+from effv2.config.options import StudyOptions
 from effv2.config.studies import open_study
 from effv2.core.errors import InputError
 from effv2.core.reporter import Reporter

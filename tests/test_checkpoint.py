@@ -12,7 +12,7 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from effv2.config.schema import CheckpointOptions
+from effv2.config.options import CheckpointOptions
 from effv2.core.errors import InputError
 from effv2.run.records import whole_weights
 from effv2.training import checkpoint

@@ -27,10 +27,13 @@ from effv2.architecture import parse_table
 from effv2.cli.console import ConsoleReporter
 from effv2.cli.main import ablate, evaluate_pretrained, hparam_check, report, search, train
 from effv2.cli.options import in_options
+from effv2.config.schema import TrainConfig
 from effv2.core import processes
 from effv2.core.errors import Terminated
 from effv2.core.processes import ending_signals, is_alive, this_process, uninterrupted
-from effv2.run.run import RunSpec
+from effv2.core.reporter import Reporter
+from effv2.data.dataset import load_once
+from effv2.run.run import RunSpec, prepare
 from effv2.studies.storage import open_storage
 from effv2.tracking.sender import Sender
 from tests.conftest import ROOT, TINY_TABLE, make_image_tree, running
@@ -54,6 +57,16 @@ COMMANDS = {
     "evaluate-pretrained": evaluate_pretrained,
     "report": report,
 }
+
+TINY_TRAINING = f"""
+name: tiny
+config:
+  data: {{{{image_size: 8}}}}
+  model: {{{{variant: tiny, table: {TINY_TABLE}}}}}
+  optimiser: {{{{lr: {{lr}}}}}}
+  schedule: {{{{epochs: {{epochs}}}}}}
+  execution: {{{{device: cpu, precision: fp32}}}}
+"""
 
 
 def all_runs() -> list[Run]:
@@ -479,6 +492,38 @@ def test_faults_in_data_are_found_before_a_run_is_created(sqlite_store: str, tmp
         and re.search(r"2 images.*class 0/0.jpg.*class 2/lost.jpg", result.stderr)
         and not all_runs()
     )
+
+
+@pytest.mark.parametrize(
+    ("groups", "images", "expected"),
+    [
+        pytest.param({}, 60, (100, 1024), id="few images"),
+        pytest.param({"optimiser": {"batch_size": 2}}, 60, (48, 0), id="some"),
+        pytest.param({"schedule": {"epochs": 6}}, 60, (6, 1024), id="given epochs"),
+        pytest.param({"evaluation": {"batch_norm_images": 0}}, 60, (100, 0), id="given images"),
+        pytest.param({"data": {"sampling": "published", "validation_fraction": 0}}, 60, (6, 0), id="published"),
+        pytest.param({"data": {"dataset": "digits", "dir": ""}}, 0, (6, 0), id="digits"),
+    ],
+)
+def test_few_images_get_more_epochs_and_estimates_of_batch_norm(
+    tmp_path: Path, groups: dict[str, Any], images: int, expected: tuple[int, int]
+) -> None:
+    """Three classes of 20 images leave 42 to train on, after the test and the validation images."""
+    root, said = make_image_tree(tmp_path / "set", images=images // 3), list[str]()
+    data = {"dataset": "folder", "dir": str(root), "image_size": 8} | groups.get("data", {})
+    config = TrainConfig.model_validate(groups | {"data": data, "execution": {"precision": "fp32"}})
+    configs = [config, config.with_seed(1)]
+    found = prepare(configs, load_once(Reporter()), said.append)
+    assert {(each.schedule.epochs, each.evaluation.batch_norm_images) for each in found} == {expected}
+    assert bool(said) == (expected != (6, 0)) and all(f"{expected[0]} epochs of " in each for each in said)
+
+
+def test_a_training_near_chance_level_says_so(sqlite_store: str, tmp_path: Path) -> None:
+    for epochs, said in ((2, True), (3, False)):
+        study = tmp_path / f"{epochs}.yaml"
+        study.write_text(TINY_TRAINING.format(epochs=epochs, lr=1e-6 if said else 0.02))
+        result = invoke(train, "--study", study, "--log-model", "none")
+        assert result.exit_code == 0 and ("The network is near chance level: " in result.stderr) == said, result.output
 
 
 STUDY_ERRORS = {

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import shutil
 import subprocess
@@ -24,6 +25,7 @@ from effv2.core.errors import InputError
 from effv2.data import decoder
 from effv2.data.batches import NORMALISATIONS, batch_count, epoch_order, normalised, training_batches
 from effv2.data.dataset import Dataset, load_dataset, stratified_split
+from effv2.data.hashes import image_hashes
 from effv2.data.images import LabelledImages, Square, decode, sha256_of
 from tests.conftest import make_image_tree
 
@@ -135,10 +137,22 @@ def test_second_start_decodes_nothing_and_an_edit_is_seen(
     assert not np.array_equal(decode(images, Square(8)).pixels, first.pixels)
 
 
+def test_second_start_hashes_no_pixels(tmp_path: Path, own_cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    root = make_image_tree(tmp_path / "set")
+    config = DataConfig(dataset="folder", dir=str(root), image_size=8)
+    first = load_dataset(config)
+    plain = [hashlib.sha256(image.data).digest() for image in first.train.pixels.numpy()]
+    assert first.train.image_hashes == [plain[row] for row in first.train.rows]
+    monkeypatch.setattr("effv2.data.images.sha256_of", lambda array: pytest.fail("hashed again"))
+    monkeypatch.setattr("effv2.data.hashes.hashlib", None)
+    assert load_dataset(config).train.image_hashes == first.train.image_hashes
+
+
 @pytest.mark.parametrize("damage", ["flip", "truncate", "empty", "no index", "wrong index", "stamp"])
 def test_damaged_entry_is_rebuilt(tmp_path: Path, own_cache: Path, damage: str) -> None:
     images = files_in(make_image_tree(tmp_path / "set"))
-    first = np.array(decode(images, Square(8)).pixels)
+    decoded = decode(images, Square(8))
+    first, hashes = np.array(decoded.pixels), image_hashes(decoded.pixels)
     (pixels,) = own_cache.rglob("pixels.npy")
     if damage == "flip":
         content = bytearray(pixels.read_bytes())
@@ -155,7 +169,8 @@ def test_damaged_entry_is_rebuilt(tmp_path: Path, own_cache: Path, damage: str) 
         pixels.with_name("index.json").write_text("{}")
     else:
         pixels.with_name("index.json").unlink()
-    assert np.array_equal(decode(images, Square(8)).pixels, first)
+    again = decode(images, Square(8)).pixels
+    assert np.array_equal(again, first) and np.array_equal(image_hashes(again), hashes)
     assert json.loads(pixels.with_name("index.json").read_text())["sha256"] == sha256_of(first)
 
 
@@ -305,6 +320,16 @@ def test_pixels_move_to_a_device_once_for_all_splits() -> None:
     batch = moved.train.images(torch.tensor([3, 1]))
     assert batch.device.type == "meta" and batch.shape == (2, 3, 32, 32)
     assert moved.train.labels.equal(data.train.labels) and data.train.pixels.device.type == "cpu"
+
+
+def test_balanced_epochs_have_as_many_images_of_every_class() -> None:
+    labels = torch.tensor([0] * 900 + [1] * 90 + [2] * 10)
+    order = epoch_order(1000, 0, 1, labels)
+    counts = labels[order].bincount()
+    assert len(order) == 1000 and counts.sum() == 1000 and counts.min() > 280 and counts.max() < 390
+    assert torch.equal(order, epoch_order(1000, 0, 1, labels)) and not torch.equal(
+        order, epoch_order(1000, 0, 2, labels)
+    )
 
 
 def test_batches_hold_every_sample_once_in_channels_last() -> None:

@@ -23,6 +23,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from mlflow import MlflowClient
 from mlflow.entities import Run
+from optuna.pruners import SuccessiveHalvingPruner
 from optuna.study import StudyDirection
 from optuna.trial import FrozenTrial, TrialState
 
@@ -421,6 +422,27 @@ def test_a_failed_trial_is_retried_as_often_as_the_study_says(storage: Storage) 
     queue.fail(again, "diverged", final=True)
     queue.repeat(())
     assert queue.lease() is None
+
+
+@pytest.mark.parametrize(
+    "end",
+    [
+        pytest.param(lambda queue, lease: queue.finish(lease, TrialState.PRUNED, 0.9, ""), id="diverged"),
+        pytest.param(lambda queue, lease: queue.fail(lease, "for a test", final=True), id="failed"),
+    ],
+)
+def test_what_a_lost_trial_reached_prunes_no_other(storage: Storage, end: Callable[[Queue, FrozenTrial], None]) -> None:
+    queue, pruner = make_queue(storage), SuccessiveHalvingPruner(min_resource=1, reduction_factor=2)
+    pruned = []
+    for accuracy in (0.9, 0.8, 0.7):
+        lease = queue.lease()
+        assert lease is not None
+        pruned.append(queue.report(lease, 1, accuracy, pruner))
+        if len(pruned) == 1:
+            end(queue, lease)
+        else:
+            queue.finish(lease, TrialState.PRUNED if pruned[-1] else TrialState.COMPLETE, accuracy, "")
+    assert pruned == [False, False, True]
 
 
 def test_a_trial_that_kills_its_workers_is_given_up(storage: Storage) -> None:

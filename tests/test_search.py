@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import math
 import os
 import signal
 from pathlib import Path
@@ -15,6 +16,7 @@ from mlflow.exceptions import MlflowException
 
 from effv2.cli.main import ablate, hparam_check, search, train
 from effv2.config.layers import Written
+from effv2.config.schema import TrainConfig
 from effv2.config.studies import open_study
 from effv2.core.reporter import Reporter
 from effv2.data.dataset import load_once
@@ -234,12 +236,23 @@ def test_a_trial_is_pruned_after_a_quarter_of_its_epochs_at_the_earliest() -> No
     assert pruned_at == [7, 7, 7]
 
 
-def test_a_diverging_trial_is_an_answer_of_a_search(sqlite_store: str, tiny_search: Path) -> None:
-    text = TINY_SEARCH.replace("low: 1e-4, high: 1e-1, log: true", "low: 99, high: 100")
-    sgd = "optimiser: {name: sgd, clip_norm: 0, momentum: 0.99}"
-    text = text.replace("schedule: {epochs: 4}", f"{sgd}\n  schedule: {{epochs: 30}}")
-    tiny_search.write_text(text.replace("trials: 6", "trials: 3\n  prune: false"))
-    assert invoke(search, "--study", tiny_search, "--log-model", "none").exit_code == 0
-    parent, *children = all_runs()
-    assert parent.info.status == "FINISHED" and len(children) == 3
-    assert "failed" in {run.data.tags["effv2.outcome"] for run in children}
+@pytest.mark.parametrize(("sound", "code", "status"), [(1, 0, "FINISHED"), (0, 1, "FAILED")])
+def test_a_diverging_trial_is_an_answer_of_a_search_unless_all_are(
+    sqlite_store: str, tiny_search: Path, monkeypatch: pytest.MonkeyPatch, sound: int, code: int, status: str
+) -> None:
+    """Trials diverge in their second epoch, but for the first one where it is `sound`."""
+    tiny_search.write_text(TINY_SEARCH.replace("trials: 6", "trials: 3"))
+    check = loop.Training._must_be_finite
+
+    def must_be_finite(training: loop.Training, loss: float, name: str) -> None:
+        first = training.config.optimiser.lr == TrainConfig().optimiser.lr
+        check(training, math.nan if training.state.progress.epoch and not (first and sound) else loss, name)
+
+    monkeypatch.setattr(loop.Training, "_must_be_finite", must_be_finite)
+    for _ in range(2):  # said again, too
+        result = invoke(search, "--study", tiny_search, "--log-model", "none")
+        parent, *children = all_runs()
+        assert (result.exit_code, parent.info.status, len(children)) == (code, status, 3), result.output
+    assert [run.data.tags["effv2.outcome"] for run in children].count("failed") == 3 - sound
+    assert sound or "No trial of the search was completed: 3 of 3 runs failed. trial 0: The train" in result.stderr
+    assert sound or "Traceback" not in result.output

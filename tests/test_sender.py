@@ -12,7 +12,7 @@ import pytest
 from mlflow import MlflowClient
 from mlflow.exceptions import MlflowException
 
-from effv2.config.schema import CheckpointOptions
+from effv2.config.options import CheckpointOptions
 from effv2.core.errors import RunError, StoreAway, Terminated
 from effv2.tracking import run as tracking_run
 from effv2.tracking import sender

@@ -19,7 +19,8 @@ from optuna.trial import FrozenTrial, TrialState, create_trial
 from effv2.architecture import PUBLISHED_VARIANTS, parse_table
 from effv2.cli.main import SHORT_EPOCHS
 from effv2.config.layers import Layer, Written
-from effv2.config.schema import StudyOptions, TrainConfig
+from effv2.config.options import StudyOptions
+from effv2.config.schema import TrainConfig
 from effv2.config.studies import SWEEPS, Sources, Study, open_study, read_study
 from effv2.core.errors import InputError
 from effv2.core.reporter import Reporter

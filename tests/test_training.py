@@ -21,7 +21,7 @@ from effv2.config.schema import OPTIMISERS, SCHEDULES, ScheduleConfig, StoppingC
 from effv2.config.studies import open_study
 from effv2.core.errors import RunError, Terminated
 from effv2.core.randomness import stream_seed
-from effv2.data.batches import NORMALISATIONS, normalised
+from effv2.data.batches import NORMALISATIONS, epoch_order, normalised
 from effv2.data.dataset import Dataset, Split, load_dataset
 from effv2.evidence.claims import published_runs
 from effv2.execution.device import make_execution
@@ -30,10 +30,11 @@ from effv2.training.optimisers import Schedule
 from tests.conftest import tiny_config
 
 EVERYTHING: dict[str, Any] = {
+    "data": {"balance": True},
     "augment": {"crop": 1, "flip": True, "trivial_augment": True, "erasing": 0.5, "mixup": 0.4, "cutmix": 1.0},
     "optimiser": {"batch_size": 32, "label_smoothing": 0.1, "clip_norm": 1.0, "ema_decay": 0.9},
     "schedule": {"epochs": 3, "name": "plateau", "plateau_patience": 0, "warmup_epochs": 1},
-    "evaluation": {"train_set": True},
+    "evaluation": {"train_set": True, "batch_norm_images": 50},
 }
 
 
@@ -159,8 +160,10 @@ def test_evaluation_is_the_plain_one_and_restores_the_mode() -> None:
     assert found.loss == pytest.approx(torch.nn.functional.cross_entropy(logits, dataset.test.labels).item(), rel=1e-4)
 
 
-def test_selected_weights_are_those_of_the_best_validation_epoch() -> None:
-    config = tiny_config(schedule={"epochs": 5}, optimiser={"lr": 0.02})
+@pytest.mark.parametrize("images", [0, 64])
+def test_selected_weights_are_those_of_the_best_validation_epoch(images: int) -> None:
+    evaluation = {"batch_norm_images": images}
+    config = tiny_config(schedule={"epochs": 5}, optimiser={"lr": 0.02}, evaluation=evaluation)
     dataset, state, training = start(config)
     list(training)
     accuracies = [metrics["val/accuracy"] for metrics in state.progress.history]
@@ -169,6 +172,26 @@ def test_selected_weights_are_those_of_the_best_validation_epoch() -> None:
     state.model.load_state_dict(state.selected)
     found = evaluated(state.model, dataset.test, config)
     assert found.accuracy == state.progress.history[state.progress.best_epoch - 1]["test/accuracy"]
+
+
+def test_batch_norm_is_estimated_from_the_same_images_and_changes_no_step() -> None:
+    found = {}
+    for images in (0, 64):
+        dataset, state, training = start(tiny_config(evaluation={"batch_norm_images": images}))
+        found[images] = numbers(list(training)), dict(state.model.named_parameters()), torch.rand(1)
+    (plain, *first), (estimated, *second) = found.values()
+    assert equal(first[0], second[0]) and [each["train/loss"] for each in plain] == [
+        each["train/loss"] for each in estimated
+    ]
+    assert plain[-1]["val/loss"] != estimated[-1]["val/loss"]
+    # The first norm sees what the first convolution makes of those images, however many a batch has.
+    order = epoch_order(len(dataset.train), 0, 0)[:64]
+    inputs = normalised(dataset.train.images(order), NORMALISATIONS["none"], channels_last=True)
+    convolution, norm = state.model.features[0][0], state.model.features[0][1]
+    seen = convolution(inputs).transpose(0, 1).flatten(1)
+    assert torch.allclose(norm.running_mean, seen.mean(1), atol=1e-5) and norm.momentum == 0.1
+    assert torch.allclose(norm.running_var, seen.var(1), rtol=1e-4)
+    assert state.model.training
 
 
 def test_diverging_loss_ends_with_an_explanation() -> None:

@@ -19,7 +19,8 @@ from effv2 import __version__
 from effv2.architecture import VARIANTS
 from effv2.cli import options as cli
 from effv2.config.layers import Layer, Written, build
-from effv2.config.schema import StudyOptions, TrainConfig
+from effv2.config.options import StudyOptions
+from effv2.config.schema import TrainConfig
 from effv2.core.errors import InputError, RunError
 from effv2.pretrained.config import PretrainedConfig
 
@@ -191,11 +192,12 @@ def _run_and_show(make: Callable[..., Any], options: StudyOptions) -> None:
     models = [f"model of {name}: {address}" for name, address in end.models.items()]
     for line in (*models, run_address(end.parent.run_id, end.parent.experiment_id)):
         click.echo(line)
-    if end.failed:
+    if end.failed or end.in_vain:
         failures = [f"{name}: {error}" for name, error in end.failed.items()]
         more = [f"and {len(failures) - SHOWN_FAILURES} more"] if len(failures) > SHOWN_FAILURES else []
         shown = "; ".join(failures[:SHOWN_FAILURES] + more)
-        raise RunError(f"{len(failures)} of {end.planned} runs failed. {shown}")
+        nothing = "No trial of the search was completed: " if end.in_vain else ""
+        raise RunError(f"{nothing}{len(failures)} of {end.planned} runs failed. {shown}")
 
 
 @main.command("evaluate-pretrained", cls=cli.Command)

@@ -1,4 +1,4 @@
-"""The settings: what decides a run, frozen, validated, hashed; and the options, which decide how it is run and kept.
+"""The settings: what decides a run, frozen, validated, hashed.
 
 Each field carries its meaning, unit and bounds; the command line takes its help and defaults from here. Imports nothing
 heavy: commands build options before they do.
@@ -8,7 +8,7 @@ from collections.abc import Callable
 from importlib import import_module
 from typing import Annotated, Any, Literal, TypeVar, cast
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationInfo, field_validator, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator, model_validator
 from pydantic.fields import FieldInfo
 from pydantic_core import CoreSchema, PydanticCustomError, core_schema
 
@@ -66,7 +66,6 @@ UNKNOWN_KEY = "unknown_key"  # type of an error
 
 Device = Literal["auto", "cpu", "cuda", "mps"]
 Precision = Literal["fp32", "bf16", "auto"]
-LogModel = Literal["best", "all", "none"]
 
 Fraction = Annotated[float, Field(ge=0, lt=1)]
 Probability = Annotated[float, Field(ge=0, le=1)]
@@ -113,6 +112,9 @@ class DataConfig(Group):
     test_fraction: Fraction = Field(0.2, gt=0, description="Share held out for testing where a set has no test part.")
     validation_fraction: Fraction = Field(0.1, description="Share of the train part kept for validation, 0 = none.")
     split_seed: int = Field(0, ge=0, lt=2**32, description="Seed of sampling and splits.")
+    balance: bool = Field(
+        False, description="Draw training images so that all classes come equally often: with replacement, each epoch."
+    )
     normalise: Literal["none", "imagenet"] = Field("none", description="By whose mean and standard deviation.")
 
 
@@ -180,7 +182,13 @@ class ScheduleConfig(Group):
     name: Annotated[str, SCHEDULES] = Field(
         "cosine", description="Learning rate schedule; plateau watches validation accuracy, test accuracy without it."
     )
-    epochs: int = Field(6, ge=1, le=100_000, description="Epochs at most.")
+    epochs: int = Field(
+        6,
+        ge=1,
+        le=100_000,
+        description="Epochs at most. Unless given, sets other than digits, imagenette, mnist and birds have as many as "
+        "make 1,000 steps, 6 to 100.",
+    )
     warmup_epochs: int = Field(0, ge=0, description="Epochs of linear warm-up (not for onecycle).")
 
     @field_validator("warmup_epochs")
@@ -212,6 +220,13 @@ class EvaluationConfig(Group):
         True, description="Evaluate the test set after each epoch; a search leaves it alone until its best is chosen."
     )
     batch_size: int = Field(256, ge=1, le=65_536, description="Images a forward pass.")
+    batch_norm_images: int = Field(
+        0,
+        ge=0,
+        description="Training images from which batch norm's statistics are estimated anew before each evaluation (Wu "
+        "& Johnson 2021), 0 = running averages. Unless given, sets other than digits, imagenette, mnist and birds have "
+        "1,024 in trainings of less than 1,000 steps.",
+    )
 
 
 class ExecutionConfig(Group):
@@ -249,6 +264,12 @@ class TrainConfig(Group):
         """Return this configuration for another seed, and for the split that many places after its own."""
         data = self.data.model_copy(update={"split_seed": (self.data.split_seed + split) % 2**32})
         return self.model_copy(update={"random": RandomConfig(seed=seed), "data": data})
+
+    def with_defaults(self, group: str, **values: Any) -> "TrainConfig":
+        """Return this configuration with other values of a group for those that were not given."""
+        there = getattr(self, group)
+        new = {name: value for name, value in values.items() if name not in there.model_fields_set}
+        return self.model_copy(update={group: there.model_copy(update=new)})
 
     def identity(self) -> dict[str, Any]:
         """Return what decides a run: the fields under dotted names, and the resolved stage table.
@@ -290,62 +311,3 @@ def field_of(setting: str, config: type[Group] = TrainConfig) -> FieldInfo:
     """Return the field of a dotted setting such as `optimiser.lr`."""
     group, name = setting.split(".")
     return cast(type[Group], config.model_fields[group].annotation).model_fields[name]
-
-
-def _distinct_seeds(value: Any) -> Any:
-    words = [word.strip() for word in value.split(",")] if isinstance(value, str) else value
-    words = [words] if type(words) is int else words
-    if not isinstance(words, (list, tuple)) or not all(str(word).isdecimal() and int(word) < 2**32 for word in words):
-        raise ValueError("must be whole numbers from 0 on, separated by commas, as 0,1,2")
-    if len(set(map(int, words))) < len(words):
-        raise ValueError("the same seed appears twice; remove one")
-    return words
-
-
-Seeds = Annotated[tuple[int, ...], BeforeValidator(_distinct_seeds)]
-AUTO, RACE = "auto", "race"  # instead of seeds: as many as it takes to know each answer, or the best arm
-
-
-class CheckpointOptions(Group):
-    """Where and how often a training is saved."""
-
-    checkpoint_dir: str = Field("checkpoints", description="Folder for checkpoints, from which a killed run resumes.")
-    checkpoint_minutes: float = Field(
-        10.0, ge=0, description="Minutes of training that a kill may cost; checkpoints take 2 % of the time at most."
-    )
-    checkpoint_upload_minutes: float = Field(
-        0.0, ge=0, description="Minutes between checkpoints uploaded for another machine to resume from, 0 = never."
-    )
-
-
-class StudyOptions(CheckpointOptions):
-    """Where a study is kept and logged, and how it is run. `seeds` and `trials` go before those of the study file."""
-
-    workers: int = Field(1, ge=1, le=100_000, description="Processes that share the study here.")
-    storage: str = Field(
-        "sqlite:///optuna.db",
-        description="Optuna's storage, which keeps the state of studies: sqlite:///FILE, or for several machines "
-        "postgresql://USER@HOST/DATABASE.",
-    )
-    experiment: str = Field("", description="The MLflow experiment.  [default: MLflow's own choice]")
-    log_model: LogModel = Field("all", description="Which runs log their model: the best of the study, all, none.")
-    fresh: bool = Field(False, description="Start over, repeating what was finished.")
-    seeds: Annotated[
-        tuple[int, ...] | Literal["auto", "race"],
-        BeforeValidator(lambda value: value if value in (AUTO, RACE) else _distinct_seeds(value)),
-    ] = Field(
-        (),
-        description="Seeds of every arm, as 0,1,2; auto: three, then more of each arm until its difference from the "
-        "baseline is decided; race: until it is known which arm is best.  [default: 0, or the study's]",
-    )
-    max_seeds: int | None = Field(
-        None, ge=3, le=50, description="Seeds of an arm at most, fixed before the study begins.  [default: 30]"
-    )
-    margin: float | None = Field(
-        None, gt=0, lt=1, description="Smallest difference of interest, 0.01 = one point: arms closer count as equal."
-    )
-    budget_hours: float | None = Field(None, gt=0, description="Hours of runs, added up, that auto seeds may take.")
-    plan: bool = Field(False, description="Say what the study would take and find; run nothing.")
-    trials: int | None = Field(
-        None, ge=1, le=100_000, description="Trials of the study in all.  [default: 12, or the study's]"
-    )

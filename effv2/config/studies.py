@@ -18,7 +18,8 @@ from pydantic import AfterValidator, Field, model_validator
 import effv2
 from effv2.architecture import VARIANTS
 from effv2.config.layers import Layer, Written, build, read_document, validate
-from effv2.config.schema import Group, Seeds, TrainConfig
+from effv2.config.options import Seeds
+from effv2.config.schema import Group, TrainConfig
 from effv2.core.errors import InputError, nearest
 
 # Numbers that a search may choose; trials share everything else: data, length, machine.

@@ -35,11 +35,17 @@ def read_text(path: Path, most: int = LARGEST_TEXT) -> str:
     return text
 
 
-def write_atomically(path: Path, text: str) -> None:
-    """Write a small file so that it is seen whole or not at all, whoever else writes it; OSError."""
+def write_atomically(path: Path, content: str | bytes) -> None:
+    """Write a file so that it is seen whole or not at all, whoever else writes it, after a loss of power too; OSError.
+
+    A text is written in UTF-8.
+    """
     unfinished = path.parent / f".{uuid.uuid4().hex}"  # not by tempfile, which would hide it from other users for good
     try:
-        unfinished.write_text(text, encoding="utf-8")
+        with unfinished.open("wb") as file:
+            file.write(content.encode() if isinstance(content, str) else content)
+            file.flush()
+            os.fsync(file.fileno())
         unfinished.replace(path)
     finally:
         unfinished.unlink(missing_ok=True)

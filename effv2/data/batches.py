@@ -25,10 +25,16 @@ ERASED_AREA = (0.02, 0.33)
 ERASED_RATIO = (0.3, 3.3)
 
 
-def epoch_order(count: int, seed: int, epoch: int) -> Tensor:
-    """Return the shuffled positions of an epoch, a pure function of its arguments."""
+def epoch_order(count: int, seed: int, epoch: int, balanced: Tensor | None = None) -> Tensor:
+    """Return the shuffled positions of an epoch, a pure function of its arguments.
+
+    `balanced` are the labels where classes are to come equally often: then as many positions, drawn with replacement.
+    """
     generator = torch.Generator().manual_seed(stream_seed(seed, "order", epoch))
-    return torch.randperm(count, generator=generator)
+    if balanced is None:
+        return torch.randperm(count, generator=generator)
+    share = 1 / balanced.bincount().double()
+    return torch.multinomial(share[balanced], count, replacement=True, generator=generator)
 
 
 def batch_count(count: int, batch_size: int) -> int:

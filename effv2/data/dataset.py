@@ -19,6 +19,7 @@ from effv2.core.errors import InputError
 from effv2.core.randomness import stream_seed
 from effv2.core.reporter import Reporter
 from effv2.data.folders import Source, left_out_note
+from effv2.data.hashes import Hashes, image_hashes
 from effv2.data.images import LabelledImages, Labels, OnDecoded, Square, decode
 from effv2.data.sources import open_source
 
@@ -38,13 +39,14 @@ class Split:
     """Samples of one use: rows of an array of decoded images.
 
     `pixels` is uint8 (M, H, W, 3) and may be a file mapped into memory, shared by several splits; sample i is
-    pixels[rows[i]] with labels[i] (int64) and ids[i].
+    pixels[rows[i]] with labels[i] (int64) and ids[i]. `hashes` are those of all pixels (data.hashes), where known.
     """
 
     pixels: Tensor
     rows: Tensor
     labels: Tensor
     ids: tuple[str, ...]
+    hashes: Hashes | None = None
 
     def __len__(self) -> int:
         return len(self.ids)
@@ -52,7 +54,8 @@ class Split:
     def take(self, positions: Positions) -> Split:
         """Return the samples at `positions`."""
         at = torch.from_numpy(positions)
-        return Split(self.pixels, self.rows[at], self.labels[at], tuple(map(self.ids.__getitem__, positions)))
+        ids = tuple(map(self.ids.__getitem__, positions))
+        return Split(self.pixels, self.rows[at], self.labels[at], ids, self.hashes)
 
     def images(self, positions: Tensor) -> Tensor:
         """Return uint8 (B, 3, H, W) of the samples at `positions`, channels last in memory."""
@@ -61,8 +64,8 @@ class Split:
     @cached_property
     def image_hashes(self) -> list[bytes]:
         """Return a hash of each sample's pixels."""
-        pixels = self.pixels.numpy()
-        return [hashlib.sha256(pixels[row].data).digest() for row in self.rows.tolist()]
+        hashes = image_hashes(self.pixels.numpy()) if self.hashes is None else self.hashes
+        return [each.tobytes() for each in hashes[self.rows.numpy()]]
 
     @cached_property
     def digest(self) -> str:
@@ -154,7 +157,8 @@ def load_dataset(config: DataConfig, on_decoded: OnDecoded | None = None) -> Dat
         labels, rows, sound = torch.from_numpy(chosen.labels), torch.arange(len(positions)), np.ones(len(chosen), bool)
         sound[list(found.broken)] = False
         broken.update((chosen.ids[at], why) for at, why in found.broken.items())
-        return Split(torch.from_numpy(found.pixels), rows, labels, chosen.ids), found.rgb, sound
+        pixels, hashes = torch.from_numpy(found.pixels), image_hashes(found.pixels)
+        return Split(pixels, rows, labels, chosen.ids, hashes), found.rgb, sound
 
     load = _load_published if config.sampling == "published" else _load_standard
     splits = load(config, source, decoded)

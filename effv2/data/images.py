@@ -34,6 +34,7 @@ from effv2.core.errors import InputError
 from effv2.core.paths import cache_folder, write_atomically
 from effv2.core.provenance import VERSIONS
 from effv2.data.decoder import BROKEN, MEGAPIXELS, TOO_LARGE, allow, open_image, prepare
+from effv2.data.hashes import known_hashes
 
 ABANDONED_SECONDS = 24 * 3600
 CHUNK = 256  # images decoded at a time, which wait in memory
@@ -241,7 +242,7 @@ def _prepared(
 
 
 def _read(entry: Path) -> Decoded | None:
-    """Return the entry if it is whole: its pixels must have the checksum that was written with them."""
+    """Return the entry if it is whole: its pixels must have the checksum that was written with them, or had it."""
     try:
         index = json.loads((entry / "index.json").read_text())
         rgb, sha256 = np.array(index["rgb"], dtype=bool), str(index["sha256"])
@@ -249,7 +250,8 @@ def _read(entry: Path) -> Decoded | None:
         pixels: Bytes = np.load(entry / "pixels.npy", mmap_mode="c", allow_pickle=False)
     except (OSError, ValueError, EOFError, KeyError, TypeError, AttributeError):
         return None
-    return Decoded(pixels, sha256, rgb, broken) if len(rgb) == len(pixels) and sha256_of(pixels) == sha256 else None
+    whole = len(rgb) == len(pixels) and (known_hashes(pixels) is not None or sha256_of(pixels) == sha256)
+    return Decoded(pixels, sha256, rgb, broken) if whole else None
 
 
 def _write(
@@ -281,6 +283,7 @@ def _write(
         (building / "index.json").write_text(json.dumps({"rgb": rgb, "sha256": digest.hexdigest(), "broken": broken}))
         # A file that is mapped stays, whatever becomes of its name.
         written: Bytes = np.load(building / "pixels.npy", mmap_mode="c", allow_pickle=False)
+        written.filename = entry / "pixels.npy"  # type: ignore[attr-defined]  # from now on
         found = sound(Decoded(written, digest.hexdigest(), np.array(rgb, dtype=bool), broken))
         shutil.rmtree(entry, ignore_errors=True)  # one that is broken, or of another process that was quicker
         with suppress(OSError):  # another process was quicker still

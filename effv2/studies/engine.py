@@ -16,7 +16,7 @@ import torch
 from optuna.study import StudyDirection
 from optuna.trial import TrialState
 
-from effv2.config.schema import StudyOptions
+from effv2.config.options import StudyOptions
 from effv2.core import provenance
 from effv2.core.errors import RunError
 from effv2.core.internals import study_id
@@ -24,8 +24,8 @@ from effv2.core.reporter import Message, Reporter
 from effv2.data.dataset import LoadData
 from effv2.evidence.publication import publish_study, read_results
 from effv2.evidence.study import StudyResults
-from effv2.studies.plan import Plan, progress_of, run_ids
-from effv2.studies.queue import ERROR, NAME, RUN, Queue, Trials
+from effv2.studies.plan import Plan, best_of, progress_of, run_ids
+from effv2.studies.queue import ERROR, FINAL, NAME, RUN, Queue, Trials
 from effv2.studies.seeds import ACCURACY
 from effv2.studies.storage import DATABASE_ERRORS, OUTAGE_SECONDS, Storage, cannot_use, open_storage
 from effv2.studies.worker import AWAY, OpenedStudy, Worker, worker_process
@@ -46,13 +46,17 @@ MOST_DIFFERENCES = 4  # that are named
 
 @dataclass(frozen=True)
 class StudyEnd:
-    """The run of a study, its results, why runs failed, and addresses of models logged last; both by trial."""
+    """The run of a study, its results, why runs failed, and addresses of models logged last; both by trial.
+
+    `in_vain` is a search of which no trial was completed: there what diverged counts as failed.
+    """
 
     parent: TrackedRun
     results: StudyResults
     failed: Mapping[str, str]
     models: Mapping[str, str]
     planned: int  # runs that were wanted in the end
+    in_vain: bool
 
 
 def run_study(plan: Plan, experiment_id: str, options: StudyOptions, load: LoadData, reporter: Reporter) -> StudyEnd:
@@ -223,12 +227,15 @@ def _publish(study: OpenedStudy, queue: Queue, load: LoadData, reporter: Reporte
             if log_model == "all" and (without := [run for run in used.values() if not model_address(run)]):
                 text = f"{len(without)} runs were finished before without a model; `fresh` repeats them with it."
                 reporter.message(text)
+        in_vain = plan.searches and best_of(trials.values()) is None
         failed = {
-            name: str(each.user_attrs.get(ERROR)) for name, each in trials.items() if each.state == TrialState.FAIL
+            name: str(each.user_attrs.get(ERROR))
+            for name, each in trials.items()
+            if each.state == TrialState.FAIL or (in_vain and each.user_attrs.get(FINAL))
         }
-        study.end(queue, "FAILED" if failed else "FINISHED")
+        study.end(queue, "FAILED" if failed or in_vain else "FINISHED")
     failed = {name: failed[name] for name in failed if name in wanted}
-    return StudyEnd(study.parent, results, failed, models, len(wanted))
+    return StudyEnd(study.parent, results, failed, models, len(wanted), in_vain)
 
 
 def _supervise(study: OpenedStudy, queue: Queue, message: Message, show: Callable[[], None]) -> None:

@@ -9,7 +9,8 @@ from dataclasses import dataclass
 
 from scipy.optimize import brentq
 
-from effv2.config.schema import StudyOptions, TrainConfig
+from effv2.config.options import StudyOptions
+from effv2.config.schema import TrainConfig
 from effv2.data.dataset import LoadData
 from effv2.evidence.protocols import FREE, complete
 from effv2.evidence.quantities import TRAIN_SECONDS, duration, points

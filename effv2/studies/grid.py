@@ -12,7 +12,8 @@ from typing import Any
 import optuna
 
 from effv2.config.layers import Layer
-from effv2.config.schema import RACE, StudyOptions, TrainConfig
+from effv2.config.options import RACE, StudyOptions
+from effv2.config.schema import TrainConfig
 from effv2.config.studies import Study
 from effv2.core import provenance
 from effv2.core.errors import InputError

@@ -20,7 +20,8 @@ from optuna.trial import FrozenTrial, TrialState
 from optuna.visualization import matplotlib as plots
 
 from effv2.config.layers import Layer, Written, build
-from effv2.config.schema import LogModel, TrainConfig, field_of
+from effv2.config.options import LogModel
+from effv2.config.schema import TrainConfig, field_of
 from effv2.config.studies import SearchFile, Study
 from effv2.core import provenance
 from effv2.core.errors import InputError
@@ -34,7 +35,7 @@ from effv2.pretrained.images import choose_images
 from effv2.pretrained.weights import find_all_weights, load_network, parse_models
 from effv2.run.records import WEIGHTS, log_network, log_test, restore
 from effv2.run.run import Attempt, RunSpec, attempt, prepare, study_text
-from effv2.studies.queue import ERROR, NAME, RUN, Params, Trials
+from effv2.studies.queue import ERROR, FINAL, NAME, RUN, Params, Trials
 from effv2.studies.seeds import Round
 from effv2.tracking.read import SELECTED_TEST, SELECTED_VALIDATION, read_runs
 from effv2.tracking.tags import BEST_RUN, LOOKS
@@ -301,6 +302,8 @@ def progress_of(plan: Plan, trials: Trials) -> StudyProgress:
     def ending(trial: FrozenTrial) -> str:
         if trial.state == TrialState.FAIL:
             return f"failed: {trial.user_attrs.get(ERROR, 'no reason known')}"
+        if trial.user_attrs.get(FINAL):
+            return f"diverged: {trial.user_attrs[ERROR]}"
         return f"{'pruned at' if trial.state == TrialState.PRUNED else 'reached'} {trial.value or 0.0:.2%}"
 
     names = plan.wanted(trials)

@@ -151,8 +151,7 @@ class Queue:
         pruned = trial.user_attrs.get(PRUNED_AT)  # an earlier attempt was, or had come further and was not
         if pruner is None or pruned is not None or (trial.last_step or 0) > epoch:
             return pruned is not None and epoch >= pruned
-        study = optuna.load_study(study_name=self.study, storage=storage, pruner=pruner)
-        if prunes := bool(pruner.prune(study, trial)):
+        if prunes := bool(pruner.prune(_Rivals(self.study, storage), trial)):
             storage.set_trial_user_attr(number, PRUNED_AT, epoch)
         return prunes
 
@@ -254,6 +253,19 @@ class Queue:
         for name, attribute in attributes.items():
             self.storage.optuna.set_trial_user_attr(trial_id(trial), name, attribute)
         self.storage.optuna.set_trial_state_values(trial_id(trial), state, None if value is None else [value])
+
+
+class _Rivals(optuna.Study):
+    """A study as its pruner sees it: without trials that failed or diverged, which reached nothing in the end."""
+
+    def get_trials(self, *arguments: Any, **options: Any) -> list[FrozenTrial]:
+        """Return the trials that others are held against."""
+        return [each for each in super().get_trials(*arguments, **options) if not _is_void(each)]
+
+
+def _is_void(trial: FrozenTrial) -> bool:
+    """Say whether a trial failed, or ended as pruned although no pruner ended it: it diverged."""
+    return trial.state == TrialState.FAIL or (trial.state == TrialState.PRUNED and PRUNED_AT not in trial.user_attrs)
 
 
 def _is_ours(trial: FrozenTrial) -> bool:

@@ -16,14 +16,14 @@ from multiprocessing import connection, parent_process
 import torch
 from optuna.trial import FrozenTrial, TrialState
 
-from effv2.config.schema import StudyOptions
+from effv2.config.options import StudyOptions
 from effv2.core.errors import Diverged, LeaseLost, RunError, StoreAway, Terminated
 from effv2.core.processes import ending_signals, leave, tune_allocator
 from effv2.core.reporter import Reporter
 from effv2.data.dataset import LoadData, load_once
 from effv2.run.run import RunSpec
 from effv2.studies.plan import Plan, best_of
-from effv2.studies.queue import NAME, RUN, Queue
+from effv2.studies.queue import ERROR, FINAL, NAME, RUN, Queue
 from effv2.studies.seeds import ELSEWHERE
 from effv2.studies.storage import LEAVING_SECONDS, OUTAGE_SECONDS, Storage, open_storage
 from effv2.tracking.read import find_runs, read_history, read_run
@@ -165,12 +165,13 @@ class Worker:
         )
         try:
             ended = plan.execute(spec, params, self.load)
-        except Diverged:
+        except Diverged as error:
             if not plan.searches:
                 raise
             trial = queue.trials()[name]  # in a search an answer like any other: here is no place for the best
             best = max(trial.intermediate_values.values(), default=0.0)
-            queue.finish(lease, TrialState.PRUNED, best, trial.user_attrs[RUN])
+            about = {ERROR: str(error), FINAL: True}
+            queue.finish(lease, TrialState.PRUNED, best, trial.user_attrs[RUN], about)
             return
         run_id, state = ended.run.run_id, TrialState.PRUNED if ended.pruned else TrialState.COMPLETE
         if ended.was_finished and "train/loss" in ended.metrics:

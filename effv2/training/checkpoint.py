@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from filelock import FileLock, Timeout
 
-from effv2.config.schema import CheckpointOptions
+from effv2.config.options import CheckpointOptions
 from effv2.core.errors import InputError, RunError
 from effv2.core.provenance import sha256_of_file
 from effv2.core.reporter import Message

@@ -242,7 +242,7 @@ class Training:
 
     def _train_epoch(self) -> Metrics:
         """Make the steps of the epoch that were not made yet."""
-        order = batches.epoch_order(len(self.dataset.train), self.config.random.seed, self.state.progress.epoch + 1)
+        order = self._order(self.state.progress.epoch + 1)
         batch_size, sums = self.config.optimiser.batch_size, self.state.sums
         steps = batches.batch_count(len(order), batch_size)
         check_every = 1 if self.execution.device.type == "cpu" else STEPS_BETWEEN_LOSS_CHECKS
@@ -265,6 +265,12 @@ class Training:
             "time/train_seconds": sums.seconds,
             "throughput/train_images_per_second": sums.images / sums.seconds,
         }
+
+    def _order(self, epoch: int) -> Tensor:
+        """Return which training images an epoch takes, in order; epoch 0 comes before the training."""
+        train, config = self.dataset.train, self.config
+        balanced = train.labels if config.data.balance else None
+        return batches.epoch_order(len(train), config.random.seed, epoch, balanced)
 
     def _train_step(self, images: Tensor, labels: Tensor) -> None:
         """Make one step and add it to the sums of the epoch, without waiting for the device."""
@@ -299,6 +305,8 @@ class Training:
         splits = {name: split for name, split in chosen.items() if split is not None}
         metrics: Metrics = {}
         started = time.perf_counter()
+        if self.config.evaluation.batch_norm_images:
+            self._estimate_batch_norm(self.config.evaluation.batch_norm_images)
         network = self.network_for_inference()
         for name, split in splits.items():
             result = evaluate(network, split, self.config.evaluation.batch_size)
@@ -307,6 +315,32 @@ class Training:
         seconds = time.perf_counter() - started
         rate = sum(map(len, splits.values())) / seconds
         return metrics | {"time/evaluate_seconds": seconds, "throughput/evaluate_images_per_second": rate}
+
+    @torch.no_grad()
+    def _estimate_batch_norm(self, count: int) -> None:
+        """Give the network that is evaluated the statistics of batch norm over `count` training images, as they are.
+
+        The images are the same each time, and all else is as in inference, so that nothing is drawn. Training itself
+        never reads these statistics.
+        """
+        network, config = self.state.evaluated, self.config
+        training, norms = network.training, [each for each in network.modules() if isinstance(each, nn.BatchNorm2d)]
+        size = max(config.evaluation.batch_size, config.optimiser.batch_size)
+        momenta = [norm.momentum for norm in norms]
+        try:
+            network.eval()
+            for norm in norms:
+                norm.reset_running_stats()
+                norm.train().momentum = None  # every batch counts alike
+            for images, _ in batches.training_batches(self.dataset.train, self._order(0)[: max(2, count)], size):
+                there = to_device(images, self.execution.device)
+                inputs = batches.normalised(there, self._statistics, self.execution.channels_last)
+                with self.execution.autocast(), self.execution.eager(True):
+                    network(inputs)
+        finally:
+            for norm, momentum in zip(norms, momenta, strict=True):
+                norm.momentum = momentum
+            network.train(training)
 
     def _must_be_finite(self, loss: float, name: str) -> None:
         if not math.isfinite(loss):
