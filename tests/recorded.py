@@ -77,6 +77,7 @@ EXEMPT = {
     "data/hashes.py",
     "data/sources.py",
     "data/torchvision_sets.py",
+    "data/inspection.py",
     "execution/resolve.py",
     "training/checkpoint.py",
 }
