@@ -31,8 +31,9 @@ ROOMS = (
 FLOORS = {"__init__": 0, "architecture": 3} | {room: 2 * number for number, room in enumerate(ROOMS, 1)}
 OPTION = re.compile(r"(?<![\w-])--[a-z][a-z-]+(?![\w-])")
 OPTIONS = {name for command in main.commands.values() for each in command.params for name in each.opts}
-# Lines are a cost. Seeds until the answer is known, splits and the plan raised the first number from 10,000.
-MOST_LINES, LONGEST_MODULE, LONGEST_FUNCTION = 11_120, 350, 50
+# Lines are a cost. Seeds until the answer is known, splits and the plan raised the first number from 10,000; trainings
+# on few images and hashes that are kept raised it once more.
+MOST_LINES, LONGEST_MODULE, LONGEST_FUNCTION = 11_310, 350, 50
 MODULES = sorted(path for path in PACKAGE.rglob("*.py"))
 
 
