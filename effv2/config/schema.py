@@ -112,9 +112,7 @@ class DataConfig(Group):
     test_fraction: Fraction = Field(0.2, gt=0, description="Share held out for testing where a set has no test part.")
     validation_fraction: Fraction = Field(0.1, description="Share of the train part kept for validation, 0 = none.")
     split_seed: int = Field(0, ge=0, lt=2**32, description="Seed of sampling and splits.")
-    balance: bool = Field(
-        False, description="Draw training images so that all classes come equally often: with replacement, each epoch."
-    )
+    balance: bool = Field(False, description="Draw training images of all classes equally often, with replacement.")
     normalise: Literal["none", "imagenet"] = Field("none", description="By whose mean and standard deviation.")
 
 
@@ -182,13 +180,7 @@ class ScheduleConfig(Group):
     name: Annotated[str, SCHEDULES] = Field(
         "cosine", description="Learning rate schedule; plateau watches validation accuracy, test accuracy without it."
     )
-    epochs: int = Field(
-        6,
-        ge=1,
-        le=100_000,
-        description="Epochs at most. Unless given, sets other than digits, imagenette, mnist and birds have as many as "
-        "make 1,000 steps, 6 to 100.",
-    )
+    epochs: int = Field(6, ge=1, le=100_000, description="Epochs at most; on a folder as many as make 1,000 steps.")
     warmup_epochs: int = Field(0, ge=0, description="Epochs of linear warm-up (not for onecycle).")
 
     @field_validator("warmup_epochs")
@@ -221,11 +213,7 @@ class EvaluationConfig(Group):
     )
     batch_size: int = Field(256, ge=1, le=65_536, description="Images a forward pass.")
     batch_norm_images: int = Field(
-        0,
-        ge=0,
-        description="Training images from which batch norm's statistics are estimated anew before each evaluation (Wu "
-        "& Johnson 2021), 0 = running averages. Unless given, sets other than digits, imagenette, mnist and birds have "
-        "1,024 in trainings of less than 1,000 steps.",
+        0, ge=0, description="Training images that batch norm is estimated from anew (Wu & Johnson 2021), 0 = off."
     )
 
 
@@ -264,12 +252,6 @@ class TrainConfig(Group):
         """Return this configuration for another seed, and for the split that many places after its own."""
         data = self.data.model_copy(update={"split_seed": (self.data.split_seed + split) % 2**32})
         return self.model_copy(update={"random": RandomConfig(seed=seed), "data": data})
-
-    def with_defaults(self, group: str, **values: Any) -> "TrainConfig":
-        """Return this configuration with other values of a group for those that were not given."""
-        there = getattr(self, group)
-        new = {name: value for name, value in values.items() if name not in there.model_fields_set}
-        return self.model_copy(update={group: there.model_copy(update=new)})
 
     def identity(self) -> dict[str, Any]:
         """Return what decides a run: the fields under dotted names, and the resolved stage table.

@@ -1,6 +1,5 @@
 """One training run: found finished, resumed where it ended early, or trained from its beginning."""
 
-import math
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, suppress
 from dataclasses import dataclass, field, replace
@@ -15,12 +14,10 @@ from effv2.core import provenance
 from effv2.core.errors import Diverged, InputError, RunError, Terminated, what_ran_out
 from effv2.core.processes import is_alive, this_process
 from effv2.core.reporter import Message, Reporter
-from effv2.data.batches import batch_count
-from effv2.data.dataset import Dataset, LoadData, Split, load_once
+from effv2.data.dataset import Dataset, LoadData, load_once
 from effv2.data.inspection import contact_sheet
-from effv2.evidence.quantities import percent
-from effv2.evidence.study import NEAR_CHANCE
 from effv2.execution.resolve import remembered, resolve_study, with_device
+from effv2.run.few_images import say_if_near_chance, with_length
 from effv2.run.records import keep_weights, log_end, log_network
 from effv2.tracking import tags as tag
 from effv2.tracking.read import RunRecord, artifact_names, download, find_runs, reached_accuracy, read_run
@@ -30,9 +27,6 @@ from effv2.tracking.writer import TrackedRun, model_address
 from effv2.training.checkpoint import Checkpointer
 from effv2.training.loop import Training
 
-FIRST_DATASETS = ("digits", "imagenette", "mnist", "birds")
-MANY_STEPS, MOST_EPOCHS = 1000, 100  # that a training has unless its epochs are given, where its images are few
-BATCH_NORM_IMAGES = 1024
 FIRST_LOGGED = "time/epoch_seconds"  # metric of each epoch: what a run logs at its start is there by then
 
 
@@ -86,10 +80,7 @@ class Attempt:
 
 
 def prepare(configs: Sequence[TrainConfig], load: LoadData, message: Message) -> list[TrainConfig]:
-    """Load and check the data of runs, then resolve `auto` and their length, of all alike.
-
-    InputError before any run is created.
-    """
+    """Load and check the data of runs, then resolve `auto` and length, alike; InputError before any is created."""
     for config in map(with_device, configs):
         dataset, outputs = load(config.data), config.model.outputs
         if 0 < outputs < len(dataset.classes):
@@ -98,34 +89,7 @@ def prepare(configs: Sequence[TrainConfig], load: LoadData, message: Message) ->
         if not config.evaluation.test_set and dataset.validation is None:
             problem = "there is no validation split, and the test set is left alone: nothing would be measured"
             raise InputError("data.validation_fraction", 0, problem, "give it a share, as 0.1")
-    return resolve_study(_with_length(configs, load, message), message)
-
-
-def _with_length(configs: Sequence[TrainConfig], load: LoadData, message: Message) -> list[TrainConfig]:
-    """Return configs as long as the number of images asks for, with batch norm estimated in those of few steps.
-
-    What is given stays. So do the data sets that were there first, whose studies have figures, and published rules. The
-    first configuration decides how many epochs all have.
-    """
-    free = [each.data.dataset not in FIRST_DATASETS and each.data.sampling == "standard" for each in configs]
-    if not any(free):
-        return list(configs)
-    first = configs[free.index(True)]
-    steps = batch_count(len(load(first.data).train), first.optimiser.batch_size)
-    epochs = min(max(-(-MANY_STEPS // steps), first.schedule.epochs), MOST_EPOCHS)
-
-    def settled(config: TrainConfig) -> TrainConfig:
-        config = config.with_defaults("schedule", epochs=epochs)
-        few = config.schedule.epochs * steps < MANY_STEPS
-        return config.with_defaults("evaluation", batch_norm_images=BATCH_NORM_IMAGES if few else 0)
-
-    found = [settled(each) if may else each for each, may in zip(configs, free, strict=True)]
-    if found != list(configs):
-        now = found[free.index(True)]
-        images = now.evaluation.batch_norm_images
-        estimated = f", each evaluated with batch norm estimated from training images, {images:,} at most"
-        message(f"{now.schedule.epochs} epochs of {steps} steps{estimated if images else ''} (docs/performance.md).")
-    return found
+    return resolve_study(with_length(configs, load, message), message)
 
 
 def train_single(config: TrainConfig, name: str, study: str, options: StudyOptions, reporter: Reporter) -> Attempt:
@@ -137,18 +101,8 @@ def train_single(config: TrainConfig, name: str, study: str, options: StudyOptio
         spec = RunSpec(name, where, study, log_model=keeps, checkpoints=options, fresh=options.fresh, reporter=reporter)
         ended = attempt(config, load(config.data), spec)
         if config.evaluation.test_set:
-            _say_if_near_chance(ended.metrics["selected/test_accuracy"], load(config.data).test, reporter.message)
+            say_if_near_chance(ended.metrics["selected/test_accuracy"], load(config.data).test, reporter.message)
         return replace(ended, model_address=model_address(ended.run.run_id))
-
-
-def _say_if_near_chance(accuracy: float, test: Split, message: Message) -> None:
-    """Say so where an accuracy is hardly above that of naming the most frequent class, for the number of images."""
-    chance = np.bincount(test.labels.numpy()).max() / len(test)
-    if accuracy < chance + max(NEAR_CHANCE, 2 * math.sqrt(chance * (1 - chance) / len(test))):
-        message(
-            f"The network is near chance level: {percent(accuracy)} of the test images are right, where always naming "
-            f"the most frequent class gives {percent(chance)}. It has learned next to nothing: train for more epochs."
-        )
 
 
 def attempt(config: TrainConfig, dataset: Dataset, spec: RunSpec) -> Attempt:

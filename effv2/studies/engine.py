@@ -46,17 +46,14 @@ MOST_DIFFERENCES = 4  # that are named
 
 @dataclass(frozen=True)
 class StudyEnd:
-    """The run of a study, its results, why runs failed, and addresses of models logged last; both by trial.
-
-    `in_vain` is a search of which no trial was completed: there what diverged counts as failed.
-    """
+    """The run of a study, its results, why runs failed, and addresses of models logged last; both by trial."""
 
     parent: TrackedRun
     results: StudyResults
     failed: Mapping[str, str]
     models: Mapping[str, str]
     planned: int  # runs that were wanted in the end
-    in_vain: bool
+    in_vain: bool  # a search of which no trial was completed: there what diverged has failed
 
 
 def run_study(plan: Plan, experiment_id: str, options: StudyOptions, load: LoadData, reporter: Reporter) -> StudyEnd:

@@ -256,16 +256,12 @@ class Queue:
 
 
 class _Rivals(optuna.Study):
-    """A study as its pruner sees it: without trials that failed or diverged, which reached nothing in the end."""
+    """A study as its pruner sees it: without trials that failed, or that no pruner ended as pruned: they diverged."""
 
     def get_trials(self, *arguments: Any, **options: Any) -> list[FrozenTrial]:
-        """Return the trials that others are held against."""
-        return [each for each in super().get_trials(*arguments, **options) if not _is_void(each)]
-
-
-def _is_void(trial: FrozenTrial) -> bool:
-    """Say whether a trial failed, or ended as pruned although no pruner ended it: it diverged."""
-    return trial.state == TrialState.FAIL or (trial.state == TrialState.PRUNED and PRUNED_AT not in trial.user_attrs)
+        there = super().get_trials(*arguments, **options)
+        ended = TrialState.FAIL, TrialState.PRUNED
+        return [each for each in there if each.state not in ended or PRUNED_AT in each.user_attrs]
 
 
 def _is_ours(trial: FrozenTrial) -> bool:

@@ -170,8 +170,7 @@ class Worker:
                 raise
             trial = queue.trials()[name]  # in a search an answer like any other: here is no place for the best
             best = max(trial.intermediate_values.values(), default=0.0)
-            about = {ERROR: str(error), FINAL: True}
-            queue.finish(lease, TrialState.PRUNED, best, trial.user_attrs[RUN], about)
+            queue.finish(lease, TrialState.PRUNED, best, trial.user_attrs[RUN], {ERROR: str(error), FINAL: True})
             return
         run_id, state = ended.run.run_id, TrialState.PRUNED if ended.pruned else TrialState.COMPLETE
         if ended.was_finished and "train/loss" in ended.metrics:

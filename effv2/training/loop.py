@@ -318,10 +318,9 @@ class Training:
 
     @torch.no_grad()
     def _estimate_batch_norm(self, count: int) -> None:
-        """Give the network that is evaluated the statistics of batch norm over `count` training images, as they are.
+        """Estimate the statistics of batch norm, which training never reads, from `count` training images as they are.
 
-        The images are the same each time, and all else is as in inference, so that nothing is drawn. Training itself
-        never reads these statistics.
+        They are the same images each time. All else is as in inference, so that nothing is drawn.
         """
         network, config = self.state.evaluated, self.config
         training, norms = network.training, [each for each in network.modules() if isinstance(each, nn.BatchNorm2d)]

@@ -1,0 +1,63 @@
+"""What few images ask for: trainings that are long enough, evaluations that don't lag behind, a word where it fails."""
+
+import math
+from collections.abc import Sequence
+
+import numpy as np
+
+from effv2.config.schema import TrainConfig
+from effv2.core.reporter import Message
+from effv2.data.batches import batch_count
+from effv2.data.dataset import LoadData, Split
+from effv2.evidence.quantities import percent
+from effv2.evidence.study import NEAR_CHANCE
+
+FIRST_DATASETS = ("digits", "imagenette", "mnist", "birds")
+# A training has so many steps unless its epochs are given. With less, running averages of batch norm count too much of
+# the time before (docs/performance.md).
+MANY_STEPS, MOST_EPOCHS = 1000, 100
+BATCH_NORM_IMAGES = 1024
+
+
+def with_length(configs: Sequence[TrainConfig], load: LoadData, message: Message) -> list[TrainConfig]:
+    """Return configs as long as the number of images asks for, with batch norm estimated in those of few steps.
+
+    What is given stays. So do the data sets that were there first, whose studies have figures, and published rules. The
+    first configuration decides how many epochs all have.
+    """
+    free = [each.data.dataset not in FIRST_DATASETS and each.data.sampling == "standard" for each in configs]
+    if not any(free):
+        return list(configs)
+    first = configs[free.index(True)]
+    steps = batch_count(len(load(first.data).train), first.optimiser.batch_size)
+    epochs = min(max(-(-MANY_STEPS // steps), first.schedule.epochs), MOST_EPOCHS)
+
+    def settled(config: TrainConfig) -> TrainConfig:
+        config = _with_default(config, "schedule", "epochs", epochs)
+        few = config.schedule.epochs * steps < MANY_STEPS
+        return _with_default(config, "evaluation", "batch_norm_images", BATCH_NORM_IMAGES if few else 0)
+
+    found = [settled(each) if may else each for each, may in zip(configs, free, strict=True)]
+    if found != list(configs):
+        now = found[free.index(True)]
+        images = now.evaluation.batch_norm_images
+        estimated = f", each evaluated with batch norm estimated from training images, {images:,} at most"
+        message(f"{now.schedule.epochs} epochs of {steps} steps{estimated if images else ''} (docs/performance.md).")
+    return found
+
+
+def _with_default(config: TrainConfig, group: str, name: str, value: int) -> TrainConfig:
+    """Return a configuration with a setting at a value, unless it was given."""
+    there = getattr(config, group)
+    given = name in there.model_fields_set
+    return config if given else config.model_copy(update={group: there.model_copy(update={name: value})})
+
+
+def say_if_near_chance(accuracy: float, test: Split, message: Message) -> None:
+    """Say so where an accuracy is hardly above that of naming the most frequent class, for the number of images."""
+    chance = np.bincount(test.labels.numpy()).max() / len(test)
+    if accuracy < chance + max(NEAR_CHANCE, 2 * math.sqrt(chance * (1 - chance) / len(test))):
+        message(
+            f"The network is near chance level: {percent(accuracy)} of the test images are right, where always naming "
+            f"the most frequent class gives {percent(chance)}. It has learned next to nothing: train for more epochs."
+        )
