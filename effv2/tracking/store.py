@@ -37,7 +37,10 @@ TRACKING_ERRORS = (MlflowException, SQLAlchemyError, OSError)  # a store that is
 REFUSALS = ("INVALID_PARAMETER_VALUE", "BAD_REQUEST")
 CUT = "Connection broken|IncompleteRead"  # what an answer that broke off looks like
 MISSING = "RESOURCE_DOES_NOT_EXIST"  # there is no run, model or experiment of that id
-HALF_BUILT = "already exists|out-of-date|no such (table|column)|duplicate column"  # what opening such a database says
+# What opening a database says whose creation was cut short, and which names no version of its tables.
+HALF_BUILT = (
+    r"(?s)^(?!.*found version (?!None)\w).*(already exists|out-of-date|no such (table|column)|duplicate column)"
+)
 LASTING = (MISSING, "PERMISSION_DENIED", "UNAUTHENTICATED")
 MIGRATIONS = Path(mlflow.__file__).with_name("store") / "db_migrations" / "versions"  # named by the schema's version
 DRIVERS = {"psycopg": "'psycopg[binary]'", "psycopg2": "psycopg2-binary", "MySQLdb": "mysqlclient"}
