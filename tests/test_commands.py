@@ -437,7 +437,7 @@ def test_few_images_get_more_epochs_and_estimates_of_batch_norm(
     configs = [config, config.with_seed(1)]
     found = prepare(configs, load_once(lambda done, total: None), said.append)
     assert {(each.schedule.epochs, each.evaluation.batch_norm_images) for each in found} == {expected}
-    assert bool(said) == (expected != (6, 0)) and all(f"{expected[0]} epochs of " in each for each in said)
+    assert bool(said) == (expected != (6, 0)) and all(f"Epochs: {expected[0]}, of " in each for each in said)
 
 
 def test_a_training_near_chance_level_says_so(sqlite_store: str, tmp_path: Path) -> None:
