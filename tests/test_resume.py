@@ -33,6 +33,7 @@ config:
   model: {{variant: tiny, table: {TINY_TABLE}, dropout: 0.3, stochastic_depth: 0.5}}
   optimiser: {{batch_size: 20, ema_decay: 0.95, label_smoothing: 0.1}}
   schedule: {{name: plateau, plateau_patience: 2, epochs: EPOCHS}}
+  evaluation: {{batch_norm_images: 40}}
   execution: {{device: cpu, precision: fp32}}
 """
 TIMED = ("time/", "throughput/", "inference/")

@@ -42,7 +42,7 @@ def with_length(configs: Sequence[TrainConfig], load: LoadData, message: Message
         now = found[free.index(True)]
         images = now.evaluation.batch_norm_images
         estimated = f", each evaluated with batch norm estimated from training images, {images:,} at most"
-        message(f"{now.schedule.epochs} epochs of {steps} steps{estimated if images else ''} (docs/performance.md).")
+        message(f"Epochs: {now.schedule.epochs}, of {steps} steps{estimated if images else ''} (docs/performance.md).")
     return found
 
 
