@@ -24,7 +24,7 @@ from effv2.config.schema import DataConfig
 from effv2.core.errors import InputError
 from effv2.data import decoder
 from effv2.data.batches import NORMALISATIONS, batch_count, epoch_order, normalised, training_batches
-from effv2.data.dataset import Dataset, load_dataset, stratified_split
+from effv2.data.dataset import Dataset, Split, load_dataset, stratified_split
 from effv2.data.hashes import image_hashes
 from effv2.data.images import LabelledImages, Square, decode, sha256_of
 from tests.conftest import make_image_tree
@@ -344,6 +344,23 @@ def test_batches_hold_every_sample_once_in_channels_last() -> None:
     as_imagenet = normalised(images, NORMALISATIONS["imagenet"], channels_last=True)
     assert torch.allclose(as_imagenet[:, 0], (inputs[:, 0] - 0.485) / 0.229)
     assert (batch_count(64, 32), batch_count(65, 32), batch_count(66, 32)) == (2, 2, 3)
+
+
+def test_batches_for_another_device_are_gathered_one_ahead(monkeypatch: pytest.MonkeyPatch) -> None:
+    dataset, gathered = load_dataset(DataConfig(image_size=8)), list[int]()
+    order, plain = epoch_order(len(dataset.train), 0, 1), Split.images
+    wanted = list(training_batches(dataset.train, order, 100))
+
+    def images(split: Split, positions: torch.Tensor) -> torch.Tensor:
+        gathered.append(len(positions))
+        return plain(split, positions)
+
+    monkeypatch.setattr(Split, "images", images)
+    found = training_batches(dataset.train, order, 100, torch.device("cuda"))
+    for number, (batch, (images_wanted, labels_wanted)) in enumerate(zip(found, wanted, strict=True), 1):
+        assert torch.equal(batch[0], images_wanted) and torch.equal(batch[1], labels_wanted)
+        assert len(gathered) <= number + 1
+    assert len(gathered) == len(wanted)
 
 
 @pytest.mark.parametrize(

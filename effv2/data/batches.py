@@ -5,6 +5,7 @@ each step. Images are bytes (B, 3, H, W) until they are the network's input.
 """
 
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 
 import torch
 from torch import Tensor
@@ -14,6 +15,7 @@ from effv2.config.schema import AugmentConfig
 from effv2.core.randomness import stream_seed
 from effv2.data.dataset import Split, to_device
 
+CPU = torch.device("cpu")
 Statistics = tuple[Sequence[float], Sequence[float]]
 # Mean and standard deviation that are applied after scaling to [0, 1]; ImageNet's are those of torchvision's presets.
 NORMALISATIONS: dict[str, Statistics] = {
@@ -43,10 +45,27 @@ def batch_count(count: int, batch_size: int) -> int:
     return full + (rest > 1)
 
 
-def training_batches(split: Split, order: Tensor, batch_size: int) -> Iterator[tuple[Tensor, Tensor]]:
-    """Yield (uint8 images (B, 3, H, W), labels (B)) in the given order."""
-    for positions in order.split(batch_size)[: batch_count(len(order), batch_size)]:
-        yield split.images(positions), split.labels[positions]
+def training_batches(
+    split: Split, order: Tensor, batch_size: int, device: torch.device = CPU
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """Yield (uint8 images (B, 3, H, W), labels (B)) in the given order.
+
+    Where the images aren't on the device of the network, the next batch is gathered while the last one is trained on.
+    """
+
+    def gather(positions: Tensor) -> tuple[Tensor, Tensor]:
+        return split.images(positions), split.labels[positions]
+
+    parts = order.split(batch_size)[: batch_count(len(order), batch_size)]
+    if split.pixels.device != CPU or device == CPU:
+        yield from map(gather, parts)
+        return
+    with ThreadPoolExecutor(1) as pool:
+        waiting = [pool.submit(gather, part) for part in parts[:1]]
+        for following in [*parts[1:], None]:
+            found = waiting.pop().result()
+            waiting += [] if following is None else [pool.submit(gather, following)]
+            yield found
 
 
 def normalised(images: Tensor, statistics: Statistics, channels_last: bool) -> Tensor:

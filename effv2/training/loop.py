@@ -247,7 +247,8 @@ class Training:
         steps = batches.batch_count(len(order), batch_size)
         check_every = 1 if self.execution.device.type == "cpu" else STEPS_BETWEEN_LOSS_CHECKS
         made = self.state.progress.step - self.state.progress.epoch * steps
-        left = batches.training_batches(self.dataset.train, order[made * batch_size :], batch_size)
+        rest, device = order[made * batch_size :], self.execution.device
+        left = batches.training_batches(self.dataset.train, rest, batch_size, device)
         self.state.model.train()
         started = time.perf_counter()
         for step, (images, labels) in enumerate(left, made + 1):
