@@ -586,6 +586,8 @@ def test_wrong_study_files_name_the_line(empty_store: str, tmp_path: Path, text:
         ("sqlite:////proc/nowhere/mlflow.db", "doesn't answer"),
         ("nonsense://x", "MLFLOW_TRACKING_URI nonsense://x: no such kind of store"),
         ("http://me:secret@127.0.0.1:9", "http://***@127.0.0.1:9"),
+        ("postgresql://u:secret@h:x/d", "MLFLOW_TRACKING_URI postgresql://u:***@h:x/d: its port is no number"),
+        ("sqlite:mlflow.db", "MLFLOW_TRACKING_URI sqlite:mlflow.db: is no address of a database; use sqlite:///FILE"),
     ],
 )
 def test_tracking_store_that_does_not_answer(

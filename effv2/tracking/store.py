@@ -27,7 +27,7 @@ from effv2.core.internals import default_experiment_id
 from effv2.core.processes import stop_if_told
 from effv2.core.reporter import Message
 from effv2.core.secrets import masked
-from effv2.tracking.addresses import STORES, TRACKING_URI, check_address, check_database, read_where_typed, shown_uri
+from effv2.tracking.addresses import STORES, TRACKING_URI, check_database, read_where_typed, shown_uri, tracking_uri
 
 PROBE_SECONDS = 4  # that a server has to answer whether it is there; MLflow's own limits are minutes
 WAIT_SECONDS = 2.0  # between two looks at a store that is away
@@ -115,12 +115,10 @@ def open_store(experiment: str, create: bool = True, message: Message = lambda t
     `mlflow run`, of MLFLOW_EXPERIMENT_NAME or _ID, or `Default`. A database is created and migrated nowhere else.
     """
     configure()
-    check_address(TRACKING_URI, mlflow.get_tracking_uri())
+    file = _database_file()
     if (run_id := os.environ.get("MLFLOW_RUN_ID")) and not is_begun():
         raise _no_run(run_id)
-    file = None
     try:
-        file = _database_file()
         # Processes that start at once must not migrate a new database together, which fails.
         with FileLock(f"{file}.lock") if file and os.access(Path(file).parent, os.W_OK) else nullcontext():
             if file:
@@ -140,22 +138,28 @@ def open_store(experiment: str, create: bool = True, message: Message = lambda t
 
 
 def _database_file() -> str | None:
-    """Return the path of the tracking store's database, if it is a file."""
-    uri = mlflow.get_tracking_uri()
+    """Return the path of the tracking store's database, if it is a file; InputError as check_address."""
+    uri = tracking_uri()
     database = make_url(uri).database if uri.startswith("sqlite:") else None
     return None if database is None or database == ":memory:" or database.startswith("file:") else database
 
 
 def _create_database(file: Path) -> None:
     """Create a database that is missing, beside its place first: a creation that is killed leaves none there."""
-    if file.is_file() and file.stat().st_size:
+    file = file.resolve()  # of a link, where that leads
+
+    def is_there() -> bool:
+        return file.exists() and file.stat().st_size > 0
+
+    if is_there():
         return
     building = file.with_name(f"{file.name}.new")
     for left in (building, building.with_name(f"{building.name}-journal")):
         left.unlink(missing_ok=True)
     url = make_url(mlflow.get_tracking_uri()).set(database=str(building))
     MlflowClient(url.render_as_string()).search_experiments(max_results=1)
-    building.replace(file)
+    if not is_there():  # no server has made it meanwhile
+        building.replace(file)
 
 
 def _is_empty(file: Path) -> bool:
