@@ -23,11 +23,12 @@ import torch
 from click.testing import CliRunner
 from mlflow import MlflowClient
 from mlflow.entities import Experiment
+from sqlalchemy.exc import OperationalError
 
 from effv2.cli.main import ablate
 from effv2.core.errors import InputError, RunError, what_ran_out
 from effv2.core.secrets import masked
-from effv2.studies.storage import open_storage
+from effv2.studies.storage import Storage, open_storage
 from effv2.tracking import store
 from effv2.tracking.addresses import shown_uri
 from effv2.tracking.read import read_run
@@ -254,6 +255,19 @@ def test_one_database_is_not_mlflows_and_optunas(
             open_store("")
     with closing(sqlite3.connect("optuna.db")) as database:
         assert not database.execute("select * from sqlite_master where name = 'experiments'").fetchall()
+
+
+def test_a_fault_of_a_storage_that_is_only_being_opened_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As a worker opens one, which waits for a database that was there before."""
+
+    def opened(*_: object) -> None:
+        raise OperationalError("SELECT", {}, sqlite3.OperationalError("no such column: x"))
+
+    monkeypatch.setattr(Storage, "_opened", opened)
+    with pytest.raises(InputError, match=r"storage sqlite:///.*optuna.db: can't be used \(no such column: x\)"):
+        open_storage(f"sqlite:///{tmp_path}/optuna.db", wait=1)
 
 
 @pytest.mark.parametrize("kind", ["finished", "ours", "opened for it", "of nobody"])

@@ -39,10 +39,7 @@ def tune_allocator() -> None:
 
 
 class _Ending:
-    """A signal handler that remembers the first signal, and raises it unless that must wait.
-
-    Where `repeated`, a later one ends the process at once, but for one that comes with the first.
-    """
+    """Remembers and raises the first signal, unless that must wait; where `repeated`, a later one ends the process."""
 
     deferred, first, came = False, 0, 0.0
 

@@ -1,7 +1,4 @@
-"""A grid: arms by seeds, over one split of the images or several, each trained once, then compared.
-
-It is what `ablate` and `hparam-check` run.
-"""
+"""A grid, of `ablate` or `hparam-check`: arms by seeds, on one or several splits of the images, then compared."""
 
 import math
 from collections.abc import Callable, Mapping, Sequence

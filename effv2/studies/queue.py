@@ -69,9 +69,8 @@ class Queue:
         try:
             self.study_id = storage.retry(lambda: storage.optuna.get_study_id_from_name(study))
         except KeyError:
-            raise StoreAway(
-                f"The storage {storage.shown} no longer has the study: it was removed or replaced."
-            ) from None
+            problem = f"The storage {storage.shown} no longer has the study: it was removed or replaced."
+            raise StoreAway(problem) from None
         self._stale: dict[int, float] = {}  # trials that had no heartbeat at the last look, and since when
         self._looked = -math.inf
 
@@ -212,10 +211,7 @@ class Queue:
         return [trial for trial in self._by_name().values() if trial.state == TrialState.RUNNING]
 
     def _first_waiting(self) -> FrozenTrial | None:
-        """Return the oldest wanted trial that waits; where none does, the next ones are enqueued.
-
-        Not all at once, which would slow every look at the queue.
-        """
+        """Return the oldest wanted trial that waits; if none, enqueue a few: all would slow every look at the queue."""
         there = self._by_name()
         wanted = self.wanted(there)
         waiting = [each for name, each in there.items() if each.state == TrialState.WAITING and name in wanted]

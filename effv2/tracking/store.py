@@ -81,10 +81,7 @@ EXPLANATIONS = (
 
 
 class MlflowClient(mlflow.MlflowClient):
-    """MLflow's client, which repeats calls whose answer was cut; MLflow itself repeats those that failed otherwise.
-
-    A call may so arrive more than once: none but `create_run` and `create_logged_model` minds.
-    """
+    """MLflow's client, which repeats calls whose answer was cut; `create_run` and `create_logged_model` alone mind."""
 
     def __getattribute__(self, name: str) -> Any:
         """Return an attribute; a method that repeats itself."""
