@@ -148,10 +148,9 @@ def _run_or_plan(kind: str, study: Study, arms: list[str], layer: Layer, options
         plan, there = make(load=load, reporter=reporter), None
         with suppress(InputError):  # an experiment that isn't there is not created for it
             there = open_store(options.experiment, create=False) if is_begun() else None
-        found = forecast(plan, options, load, there)
-    for line in found.lines:
-        click.echo(line)
-    print_table(found.table)
+        lines, table = forecast(plan, options, load, there)
+    click.echo("\n".join(lines))
+    print_table(table)
 
 
 def _run_and_show(make: Callable[..., Any], options: StudyOptions) -> None:

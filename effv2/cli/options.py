@@ -62,12 +62,10 @@ class Option(click.Option):
 
 
 class Command(click.Command):
-    """A command that ends wrong input, faults and signals with one sentence and exit code 2, 1, 130 or 143.
-
-    Its options may be spelt with underscores, as the parameters of `mlflow run` are.
-    """
+    """A command that ends wrong input, faults and signals with one sentence and exit code 2, 1, 130 or 143."""
 
     def __init__(self, name: str, **about: Any) -> None:
+        # Options may be spelt with underscores, as the parameters of `mlflow run` are.
         about["context_settings"] = {"token_normalize_func": lambda token: token.replace("_", "-")}
         super().__init__(name, **about)
 

@@ -77,10 +77,7 @@ def accuracy_curves(
 def forest(
     differences: Mapping[str, tuple[float, float, float, bool]], title: str, unit: str, margin: float = 0.0
 ) -> Figure:
-    """Draw differences by name: mean, low and high end (NaN: none), and whether it is decided, which is drawn filled.
-
-    A band shows the `margin` within which differences don't matter.
-    """
+    """Draw differences by name: mean, low, high end (NaN: none), filled if decided; a band is the `margin` around 0."""
     figure = Figure(figsize=(SIZE[0], 1.2 + 0.34 * len(differences)), layout="constrained")
     axes = figure.add_subplot(title=plain(title), xlabel=plain(unit))
     if margin:

@@ -109,11 +109,7 @@ def leave(code: int) -> NoReturn:
 
 @contextmanager
 def uninterrupted() -> Iterator[None]:
-    """Let what is done inside be done whole: an ending signal that arrives meanwhile is raised at the end.
-
-    One that was raised before is raised again, as by stop_if_told. Within another such block nothing is raised before
-    the end of that one.
-    """
+    """Let all inside be done: an ending signal, also one of before, is raised at the end of the outermost block."""
     ending = _ending()
     if ending is None or ending.deferred:
         yield

@@ -29,10 +29,7 @@ FEWEST_ARMS = 2  # that can be compared
 
 @dataclass(frozen=True, kw_only=True)
 class Grid(TrainingPlan):
-    """The resolved arms of a study, whichever are wanted. Trials have an arm, a seed and, of several, a split.
-
-    With `auto` there are as many seeds as it takes.
-    """
+    """The resolved arms of a study. Trials have an arm, a seed and, of several, a split; `auto` says how many."""
 
     arms: Mapping[str, TrainConfig]
     splits: int = 1

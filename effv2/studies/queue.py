@@ -57,10 +57,7 @@ def retried(method: Method[P, R]) -> Method[P, R]:
 
 
 class Queue:
-    """The trials of one study, and those that are wanted here, which follow from how the others stand.
-
-    `wanted` returns their fixed parameters by name, none where a sampler chooses them.
-    """
+    """The trials of a study, and those `wanted`, as the others stand, by name, each with its fixed parameters."""
 
     def __init__(
         self, storage: Storage, study: str, retries: int, wanted: Callable[[Trials], Mapping[str, Params]]
@@ -140,10 +137,7 @@ class Queue:
 
     @retried
     def report(self, trial: FrozenTrial, epoch: int, value: float, pruner: BasePruner | None = None) -> bool:
-        """Record the value reached at an epoch and ask the pruner, if any, whether the trial should end there.
-
-        LeaseLost if the trial is no longer ours.
-        """
+        """Record a value at an epoch and ask the pruner, if any, to end the trial there; LeaseLost if it isn't ours."""
         storage, number = self.storage.optuna, trial_id(self._own(trial))
         storage.set_trial_intermediate_value(number, epoch, value)
         trial = storage.get_trial(number)

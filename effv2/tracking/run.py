@@ -58,10 +58,7 @@ class OpenRun(TrackedRun):
         self.completed = True
 
     def upload_checkpoint(self, path: Path) -> None:
-        """Upload a checkpoint for other machines, without waiting for it, then delete the one before.
-
-        While the one before still waits to be delivered, nothing is done.
-        """
+        """Upload a checkpoint for other machines in the background, in the place of that before, unless that waits."""
         if self._uploading:
             return
         folder = Path(tempfile.mkdtemp(dir=path.parent, prefix="."))  # beside it, so that a link will do

@@ -46,17 +46,9 @@ MIGRATIONS = Path(mlflow.__file__).with_name("store") / "db_migrations" / "versi
 DRIVERS = {"psycopg": "'psycopg[binary]'", "psycopg2": "psycopg2-binary", "MySQLdb": "mysqlclient"}
 # What the code and the text of an error look like, and what is wrong with the store, with the remedy: the first found.
 EXPLANATIONS = (
-    (
-        "MLFLOW_ALLOW_FILE_STORE",
-        "MLflow keeps runs in plain files only where MLFLOW_ALLOW_FILE_STORE=true is set",
-        f"set it, or use {STORES}",
-    ),
+    ("ALLOW_FILE_STORE", "MLflow wants MLFLOW_ALLOW_FILE_STORE=true for plain files", f"set it, or use {STORES}"),
     ("unsupported URI|Can't load plugin", "no such kind of store", f"use {STORES}"),
-    (
-        "^OLDER_SCHEMA",
-        "its tables are those of an older MLflow",
-        "keep a copy of it, then bring it up to date: mlflow db upgrade {uri}",
-    ),
+    ("^OLDER_SCHEMA", "its tables are those of an older MLflow", "keep a copy, then run: mlflow db upgrade {uri}"),
     ("^NEWER_SCHEMA", "its tables are those of a newer MLflow", "install that MLflow here, or use another database"),
     ("No module named", "needs the Python package {package}", "install it with: pip install {package}"),
     (
@@ -64,11 +56,7 @@ EXPLANATIONS = (
         "the server doesn't know the user, or wants one",
         "set MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD, or MLFLOW_TRACKING_TOKEN",
     ),
-    (
-        "^PERMISSION_DENIED.*Invalid Host",
-        "the server doesn't answer under this name",
-        "start it with --allowed-hosts, or use an address that it allows",
-    ),
+    ("DENIED.*Invalid Host", "the server refuses this name", "start it with --allowed-hosts, or use another address"),
     ("^PERMISSION_DENIED", "the user may not do this ({reason})", "ask whoever keeps the server"),
     ("WRONG_VERSION_NUMBER|record layer failure", "the server speaks no TLS", "use an http:// address"),
     (
@@ -269,10 +257,7 @@ def reason(error: BaseException) -> str:
 
 
 def _adopted(message: Message) -> Run | None:
-    """Return the run that `mlflow run` opened for this command: it is RUNNING, and nothing of ours.
-
-    Another one that MLFLOW_RUN_ID names, as one of before, is left alone, and the variable forgotten.
-    """
+    """Return the RUNNING run that `mlflow run` opened for this command; any other is left alone and forgotten."""
     if not (run_id := os.environ.get("MLFLOW_RUN_ID")):
         return None
     try:
