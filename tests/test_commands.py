@@ -536,7 +536,7 @@ STUDY_ERRORS = {
     "e: &e [*d,*d,*d,*d,*d,*d]\nf: [*e,*e,*e,*e,*e,*e,*e,*e]": r"more than 50,000 values",
     "config: " + "[" * 60 + "]" * 60: r"or 50 levels",
     "config: {random: {seed: 0x" + "f" * 6000 + "}}": r"line 2: a number of more than 100 digits; correct it",
-    "name: !!int ''": r"line 1: name: string should match pattern",
+    "arms: !!int ''": r"line 2: arms: input should be a valid dictionary",
     "name: " + "x" * 1_000_001: r"can't be read \(it is larger than 1 MB\)",
     "config: {schedule: {epochs: 2, warmup_epochs: 2}}": r"line 2: config.schedule.warmup_epochs 2: the warm-up",
     "config: {model: {outputs: 5}}\narms: {a: {}}": r"model.outputs 5: the data has 10 classes",
