@@ -536,6 +536,7 @@ STUDY_ERRORS = {
     "e: &e [*d,*d,*d,*d,*d,*d]\nf: [*e,*e,*e,*e,*e,*e,*e,*e]": r"more than 50,000 values",
     "config: " + "[" * 60 + "]" * 60: r"or 50 levels",
     "config: {random: {seed: 0x" + "f" * 6000 + "}}": r"line 2: a number of more than 100 digits; correct it",
+    "arms: !!int ''": r"line 2: arms: input should be a valid dictionary",
     "name: " + "x" * 1_000_001: r"can't be read \(it is larger than 1 MB\)",
     "config: {schedule: {epochs: 2, warmup_epochs: 2}}": r"line 2: config.schedule.warmup_epochs 2: the warm-up",
     "config: {model: {outputs: 5}}\narms: {a: {}}": r"model.outputs 5: the data has 10 classes",
@@ -585,6 +586,8 @@ def test_wrong_study_files_name_the_line(empty_store: str, tmp_path: Path, text:
         ("sqlite:////proc/nowhere/mlflow.db", "doesn't answer"),
         ("nonsense://x", "MLFLOW_TRACKING_URI nonsense://x: no such kind of store"),
         ("http://me:secret@127.0.0.1:9", "http://***@127.0.0.1:9"),
+        ("postgresql://u:secret@h:x/d", "MLFLOW_TRACKING_URI postgresql://u:***@h:x/d: its port is no number"),
+        ("sqlite:mlflow.db", "MLFLOW_TRACKING_URI sqlite:mlflow.db: is no address of a database; use sqlite:///FILE"),
     ],
 )
 def test_tracking_store_that_does_not_answer(

@@ -16,9 +16,9 @@ from effv2.config.options import CheckpointOptions
 from effv2.core.errors import RunError, StoreAway, Terminated
 from effv2.tracking import run as tracking_run
 from effv2.tracking import sender
-from effv2.tracking.run import open_experiment, open_run
+from effv2.tracking.run import begin_run, open_experiment, open_run
 from effv2.tracking.store import open_store
-from effv2.tracking.tags import OUTCOME, PROCESS
+from effv2.tracking.tags import CREATION, OUTCOME, PROCESS
 from effv2.training.checkpoint import Checkpointer
 
 
@@ -145,6 +145,21 @@ def test_a_run_that_was_complete_ends_finished_whatever_interrupts_its_end(sqlit
         run.complete()
         raise Terminated
     assert MlflowClient().get_run(run.run_id).info.status == "FINISHED"
+
+
+def test_a_run_that_was_created_twice_is_there_once(sqlite_store: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And none of another process is deleted, which may have begun the same in the same millisecond."""
+    create, others = MlflowClient.create_run, list[str]()
+
+    def answer_lost(client: Any, experiment: str, start_time: int | None = None, **how: Any) -> Any:
+        known = {name: value for name, value in how["tags"].items() if name != CREATION}
+        others.append(create(client, experiment, 1, tags=known).info.run_id)
+        create(client, experiment, 1, **how)
+        return create(client, experiment, 1, **how)
+
+    monkeypatch.setattr(MlflowClient, "create_run", answer_lost)
+    begun = begin_run("study", "0", {"effv2.queue": "study#1"})
+    assert {run.info.run_id for run in MlflowClient().search_runs(["0"])} == {begun.run_id, *others}
 
 
 @pytest.mark.parametrize(("outcome", "status"), [({}, "KILLED"), ({OUTCOME: "complete"}, "FINISHED")])

@@ -23,11 +23,12 @@ import torch
 from click.testing import CliRunner
 from mlflow import MlflowClient
 from mlflow.entities import Experiment
+from sqlalchemy.exc import OperationalError
 
 from effv2.cli.main import ablate
 from effv2.core.errors import InputError, RunError, what_ran_out
 from effv2.core.secrets import masked
-from effv2.studies.storage import open_storage
+from effv2.studies.storage import Storage, open_storage
 from effv2.tracking import store
 from effv2.tracking.addresses import shown_uri
 from effv2.tracking.read import read_run
@@ -142,6 +143,26 @@ def test_a_database_whose_creation_was_killed(tmp_path: Path, monkeypatch: pytes
     assert {path.name for path in tmp_path.glob("new.db*")} <= {"new.db", "new.db.lock"}
 
 
+def test_a_database_is_created_where_a_link_leads(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "disk").mkdir()
+    (tmp_path / "link.db").symlink_to("disk/real.db")
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "sqlite:///link.db")
+    assert open_store("") == "0" and (tmp_path / "link.db").is_symlink() and (tmp_path / "disk/real.db").is_file()
+
+
+def test_a_database_that_a_server_made_meanwhile_stays(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(store, "MlflowClient", lambda uri: type(uri, (), {"search_experiments": made_by_a_server}))
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path}/new.db")
+
+    def made_by_a_server(**_: object) -> None:
+        (tmp_path / "new.db").write_text("a server's")
+        (tmp_path / "new.db.new").write_text("ours")
+
+    store._create_database(tmp_path / "new.db")
+    assert (tmp_path / "new.db").read_text() == "a server's"
+
+
 @pytest.mark.parametrize("location", ["mlflow-artifacts:/1", "dbfs:/runs/1", "s3://bucket/1"])
 def test_artifacts_that_a_server_keeps_need_no_folder_here(location: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(os, "access", lambda *_: False)
@@ -166,6 +187,7 @@ HOME = os.path.expanduser("~")
         ("postgresql://u:a@b@h/d", "write @ as %40"),
         ("postgresql://u:a b@h/d", "write @ as %40, a space as %20"),
         ("postgresql://u:a@h:port/d", "port is no number"),
+        ("sqlite:new.db", "is no address of a database; use sqlite:///FILE"),
         ("mysql+nodriver://u@h/d", "no such kind of store"),
         ("mysql+pymysql://u@h/d", "needs the Python package pymysql; install it with: pip install pymysql"),
         ("mysql+mysqldb://u@h/d", "install it with: pip install mysqlclient"),
@@ -233,6 +255,19 @@ def test_one_database_is_not_mlflows_and_optunas(
             open_store("")
     with closing(sqlite3.connect("optuna.db")) as database:
         assert not database.execute("select * from sqlite_master where name = 'experiments'").fetchall()
+
+
+def test_a_fault_of_a_storage_that_is_only_being_opened_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As a worker opens one, which waits for a database that was there before."""
+
+    def opened(*_: object) -> None:
+        raise OperationalError("SELECT", {}, sqlite3.OperationalError("no such column: x"))
+
+    monkeypatch.setattr(Storage, "_opened", opened)
+    with pytest.raises(InputError, match=r"storage sqlite:///.*optuna.db: can't be used \(no such column: x\)"):
+        open_storage(f"sqlite:///{tmp_path}/optuna.db", wait=1)
 
 
 @pytest.mark.parametrize("kind", ["finished", "ours", "opened for it", "of nobody"])

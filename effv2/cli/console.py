@@ -69,9 +69,8 @@ class ConsoleReporter(Reporter):
         """Show how far the study is, and each trial that has ended."""
         words = [f"{count} {what}" for what, count in progress.counts.items() if count]
         words += [f"best {progress.best[1]:.2%} ({progress.best[0]})"] if progress.best else []
-        self._progress.update(
-            self._study, total=progress.total, completed=progress.done, note=escape(", ".join(words)), visible=True
-        )
+        note = escape(", ".join(words))
+        self._progress.update(self._study, total=progress.total, completed=progress.done, note=note, visible=True)
         self._progress.update(self._now, visible=False)
         for number, (trial, ending) in enumerate(progress.ended.items(), 1):
             if trial not in self._reported:

@@ -1,7 +1,4 @@
-"""The console script `effv2` and its commands: options to configuration to one call.
-
-Commands import what is heavy when they need it, so that `--help` and wrong input are answered at once.
-"""
+"""The console script `effv2` and its commands, which import what is heavy late: `--help` is answered at once."""
 
 import atexit
 import gc
@@ -21,6 +18,7 @@ from effv2.cli import options as cli
 from effv2.config.layers import Layer, Written, build
 from effv2.config.options import StudyOptions
 from effv2.config.schema import TrainConfig
+from effv2.config.studies import SWEEPS, Study, open_study
 from effv2.core.errors import InputError, RunError
 from effv2.pretrained.config import PretrainedConfig
 
@@ -47,8 +45,6 @@ def train(study: str | None, layer: Layer, how: StudyOptions) -> None:
 
     Without options: the default variant on scikit-learn's digits, a minute on two cores.
     """
-    from effv2.config.studies import open_study
-
     file = open_study(study) if study else None
     config = file.config(layer) if file else build(TrainConfig, layer)
 
@@ -87,14 +83,8 @@ def ablate(variant: str | None, study: str | None, layer: Layer, how: StudyOptio
     Without a study file: the five published variants of EfficientNetV2-S under one short protocol on
     scikit-learn's digits. The same command again resumes where the last one ended.
     """
-    from effv2.config.studies import SWEEPS, open_study
-
     chosen = open_study(study or f"{SWEEPS}/ablate.yaml").with_variant(variant or "all")
-    names = chosen.select(variant or "all")
-
-    from effv2.studies.grid import make_grid
-
-    _run_or_plan(partial(make_grid, "ablate", chosen, names, layer, how), how)
+    _run_or_plan("ablate", chosen, chosen.select(variant or "all"), layer, how)
 
 
 @main.command("hparam-check", cls=cli.Command)
@@ -113,14 +103,8 @@ def hparam_check(check: str | None, scheduler: str | None, study: str | None, la
     Without a study: hparam-digits, the published check shortened to three epochs a run on scikit-learn's digits; the
     full protocols are the studies hparam-*. The same command again resumes where the last one ended.
     """
-    from effv2.config.studies import SWEEPS, open_study
-
     chosen = open_study(study or f"{SWEEPS}/hparam-digits.yaml").with_plateau()
-    names = chosen.select_checks(check or "all", scheduler or "both")
-
-    from effv2.studies.grid import make_grid
-
-    _run_or_plan(partial(make_grid, "hparam-check", chosen, names, layer, how), how)
+    _run_or_plan("hparam-check", chosen, chosen.select_checks(check or "all", scheduler or "both"), layer, how)
 
 
 @main.command(cls=cli.Command)
@@ -133,8 +117,6 @@ def search(study: str | None, layer: Layer, how: StudyOptions) -> None:
     Without a study file: dropout, stochastic depth and depth multiplier on scikit-learn's digits. The same command
     again resumes where the last one ended; with more trials, the search grows.
     """
-    from effv2.config.studies import SWEEPS, open_study
-
     chosen = open_study(study or f"{SWEEPS}/search.yaml")
 
     from effv2.studies.plan import make_search
@@ -147,8 +129,11 @@ def _path(text: str | None) -> Path | None:
     return Path(os.path.expanduser(text)) if text else None
 
 
-def _run_or_plan(make: Callable[..., Any], options: StudyOptions) -> None:
+def _run_or_plan(kind: str, study: Study, arms: list[str], layer: Layer, options: StudyOptions) -> None:
     """Run a grid and show its results; where a plan alone is asked for, print what it would take and find."""
+    from effv2.studies.grid import make_grid
+
+    make = partial(make_grid, kind, study, arms, layer, options)
     if not options.plan:
         _run_and_show(make, options)
         return
@@ -163,10 +148,9 @@ def _run_or_plan(make: Callable[..., Any], options: StudyOptions) -> None:
         plan, there = make(load=load, reporter=reporter), None
         with suppress(InputError):  # an experiment that isn't there is not created for it
             there = open_store(options.experiment, create=False) if is_begun() else None
-        found = forecast(plan, options, load, there)
-    for line in found.lines:
-        click.echo(line)
-    print_table(found.table)
+        lines, table = forecast(plan, options, load, there)
+    click.echo("\n".join(lines))
+    print_table(table)
 
 
 def _run_and_show(make: Callable[..., Any], options: StudyOptions) -> None:
@@ -179,18 +163,15 @@ def _run_and_show(make: Callable[..., Any], options: StudyOptions) -> None:
     from effv2.tracking.writer import run_address
 
     with ConsoleReporter() as reporter:
-        load = load_once(reporter)
-        plan = make(load=load, reporter=reporter)
+        plan = make(load=(load := load_once(reporter)), reporter=reporter)
         check_storage(options.storage)  # before an experiment is created
         experiment_id = open_experiment(options.experiment, reporter.message)
         end = run_study(plan, experiment_id, options, load, reporter)
     for answer in end.results.answers:
         click.echo(answer)
     print_table(end.results.table)
-    for warning in end.results.warnings:
-        click.echo(warning)
     models = [f"model of {name}: {address}" for name, address in end.models.items()]
-    for line in (*models, run_address(end.parent.run_id, end.parent.experiment_id)):
+    for line in (*end.results.warnings, *models, run_address(end.parent.run_id, end.parent.experiment_id)):
         click.echo(line)
     if end.failed or end.in_vain:
         failures = [f"{name}: {error}" for name, error in end.failed.items()]
@@ -291,7 +272,6 @@ def report(export: str | None, from_export: str | None, claims: str | None, laye
             made, address = rebuild(sources, _path(claims), target, reporter), ""
         else:
             made, address = publish(how.experiment, _path(claims), target if export else None, reporter)
-    for line in filter(
-        None, (*made.answers, *made.own, made.summary, address, target / "report.html" if export else "")
-    ):
+    written = target / "report.html" if export else ""
+    for line in filter(None, (*made.answers, *made.own, made.summary, address, written)):
         click.echo(line)

@@ -1,7 +1,4 @@
-"""What the commands share: options from the schema, wrong input and signals as one sentence and an exit code.
-
-Every value is taken as text and validated by pydantic, so that an error reads the same wherever the value was written.
-"""
+"""What the commands share: options from the schema, taken as text; faults as one sentence and an exit code."""
 
 import re
 import shlex
@@ -65,12 +62,10 @@ class Option(click.Option):
 
 
 class Command(click.Command):
-    """A command that ends wrong input, faults and signals with one sentence and exit code 2, 1, 130 or 143.
-
-    Its options may be spelt with underscores, as the parameters of `mlflow run` are.
-    """
+    """A command that ends wrong input, faults and signals with one sentence and exit code 2, 1, 130 or 143."""
 
     def __init__(self, name: str, **about: Any) -> None:
+        # Options may be spelt with underscores, as the parameters of `mlflow run` are.
         about["context_settings"] = {"token_normalize_func": lambda token: token.replace("_", "-")}
         super().__init__(name, **about)
 
@@ -153,10 +148,7 @@ set_option = option(
 
 
 def takes(settings: Mapping[str, str], *names: str, config: type[Group] = TrainConfig, **defaults: Any) -> Decorator:
-    """Add options for settings and for fields of StudyOptions; the function gets them as `layer` and as `how`.
-
-    `defaults` are those of the command, where it has its own.
-    """
+    """Add options for settings and StudyOptions, given as `layer` and `how`; `defaults` are the command's own."""
     options = [
         _field_option(name, field_of(setting, config), defaults, setting=setting) for name, setting in settings.items()
     ] + [_field_option(name, StudyOptions.model_fields[name], defaults) for name in names]

@@ -1,7 +1,4 @@
-"""Settings that know where they were written: in a study file, in an arm of it, on the command line.
-
-So an error names the file's line, or the setting, and says what would be right.
-"""
+"""Settings that know where they were written, so that errors name a file's line, or a setting, and the remedy."""
 
 import re
 from collections.abc import Callable, Mapping
@@ -130,8 +127,7 @@ class Document:
                 raise InputError(self.where((*place, group)), "", problem, "write the group, and its settings below it")
             if not isinstance(fields, dict) or not fields:  # perhaps an error, to be named when it is built
                 layer[str(group)] = Written(fields, self.where((*place, str(group))))
-                continue
-            for name, value in fields.items():
+            for name, value in fields.items() if isinstance(fields, dict) else ():
                 layer[f"{group}.{name}"] = Written(value, self.where((*place, str(group), str(name))))
         return layer
 

@@ -90,8 +90,7 @@ class Sources(Group):
 
     def settings(self, kind: str) -> list[str]:
         """Return what is stated, shown, inferred or assumed, one by one."""
-        keys: dict[str, str] = getattr(self, kind)
-        return [name for key in keys for name in key.split(", ")]
+        return [name for key in getattr(self, kind) for name in key.split(", ")]
 
 
 class Published(Group):

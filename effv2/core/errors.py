@@ -1,7 +1,4 @@
-"""The ways in which a command ends badly on purpose.
-
-Anything else that escapes is a bug of ours and shows its traceback.
-"""
+"""The ways in which a command ends badly on purpose. Anything else is a bug of ours and shows its traceback."""
 
 import errno
 from collections.abc import Iterable, Iterator, Sequence
@@ -33,10 +30,7 @@ class InputError(Exception):
 
 
 class RunError(Exception):
-    """A fault while running (a loss that is no number, memory that is full), named as in an InputError. Exit code 1.
-
-    `resumes` says that the same command resumes the work once the fault is fixed.
-    """
+    """A fault while running, named as in an InputError. Exit code 1. Once it is fixed, the same command `resumes`."""
 
     def __init__(self, problem: str, *, resumes: bool = False) -> None:
         self.resumes = resumes

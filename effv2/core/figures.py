@@ -77,10 +77,7 @@ def accuracy_curves(
 def forest(
     differences: Mapping[str, tuple[float, float, float, bool]], title: str, unit: str, margin: float = 0.0
 ) -> Figure:
-    """Draw differences by name: mean, low and high end (NaN: none), and whether it is decided, which is drawn filled.
-
-    A band shows the `margin` within which differences don't matter.
-    """
+    """Draw differences by name: mean, low, high end (NaN: none), filled if decided; a band is the `margin` around 0."""
     figure = Figure(figsize=(SIZE[0], 1.2 + 0.34 * len(differences)), layout="constrained")
     axes = figure.add_subplot(title=plain(title), xlabel=plain(unit))
     if margin:
@@ -130,11 +127,9 @@ def accuracy_against_cost(
     """Draw accuracies (share, low and high end) against arithmetic and measured time: GFLOPs, ms an image, if known."""
     figure = Figure(figsize=(9, 4.2), layout="constrained")
     panels = figure.subplots(1, 2, sharey=True)
-    for index, ((label, (share, low, high)), colour) in enumerate(
-        zip(accuracies.items(), cycle(PALETTE), strict=False)
-    ):
+    styles = ({"fmt": marker, "color": colour, "capsize": 3} for marker in cycle(MARKERS) for colour in PALETTE)
+    for (label, (share, low, high)), style in zip(accuracies.items(), styles, strict=False):
         reach = [[100 * (share - low)], [100 * (high - share)]]
-        style = {"fmt": MARKERS[index // len(PALETTE) % len(MARKERS)], "color": colour, "capsize": 3}
         for axes, cost in zip(panels, costs[label], strict=True):
             if cost:
                 axes.errorbar(cost, 100 * share, yerr=reach, label=short(label), **style)

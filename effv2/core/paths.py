@@ -22,10 +22,7 @@ def cache_folder() -> Path:
 
 
 def read_text(path: Path, most: int = LARGEST_TEXT) -> str:
-    """Return the text of a file that a user named; OSError where it is too large, or what might never end; ValueError.
-
-    A pipe would be waited for, and a device read for ever.
-    """
+    """Return the text of a user's plain file, no pipe or device; OSError where it is that, or too large; ValueError."""
     if not stat.S_ISREG(path.stat().st_mode):
         raise OSError(errno.EINVAL, "it is no plain file", str(path))
     with path.open(encoding="utf-8") as file:
@@ -36,10 +33,7 @@ def read_text(path: Path, most: int = LARGEST_TEXT) -> str:
 
 
 def write_atomically(path: Path, content: str | bytes) -> None:
-    """Write a file so that it is seen whole or not at all, whoever else writes it, after a loss of power too; OSError.
-
-    A text is written in UTF-8.
-    """
+    """Write a file, text in UTF-8, so that it is seen whole or not at all, after a loss of power too; OSError."""
     unfinished = path.parent / f".{uuid.uuid4().hex}"  # not by tempfile, which would hide it from other users for good
     try:
         with unfinished.open("wb") as file:

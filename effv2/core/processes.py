@@ -39,10 +39,7 @@ def tune_allocator() -> None:
 
 
 class _Ending:
-    """A signal handler that remembers the first signal, and raises it unless that must wait.
-
-    Where `repeated`, a later one ends the process at once, but for one that comes with the first.
-    """
+    """Remembers and raises the first signal, unless that must wait; where `repeated`, a later one ends the process."""
 
     deferred, first, came = False, 0, 0.0
 
@@ -112,11 +109,7 @@ def leave(code: int) -> NoReturn:
 
 @contextmanager
 def uninterrupted() -> Iterator[None]:
-    """Let what is done inside be done whole: an ending signal that arrives meanwhile is raised at the end.
-
-    One that was raised before is raised again, as by stop_if_told. Within another such block nothing is raised before
-    the end of that one.
-    """
+    """Let all inside be done: an ending signal, also one of before, is raised at the end of the outermost block."""
     ending = _ending()
     if ending is None or ending.deferred:
         yield

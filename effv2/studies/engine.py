@@ -57,10 +57,7 @@ class StudyEnd:
 
 
 def run_study(plan: Plan, experiment_id: str, options: StudyOptions, load: LoadData, reporter: Reporter) -> StudyEnd:
-    """Run what of the study isn't finished, then publish all of it.
-
-    The same call on several machines, with one PostgreSQL storage and one tracking server, shares the work.
-    """
+    """Run what isn't finished of a study, then publish it; machines with one storage and one server share the work."""
     with store.tracking_faults(), closing(open_storage(options.storage)) as storage:
         study, setbacks = _open(plan, storage, experiment_id, options, reporter), Counter[str]()
         try:
@@ -158,9 +155,8 @@ def _begin(storage: Storage, name: str, what: str) -> list[str]:
 def _note_planned(study: OpenedStudy, trials: Trials) -> None:
     """Add the trials that are wanted now to those that the study's run is known to want."""
     (record,) = read_runs([study.parent.run_id])
-    study.parent.set_tags(
-        as_tags(PLANNED, dict.fromkeys([*names_in(record.tags, PLANNED), *study.plan.wanted(trials)]))
-    )
+    planned = dict.fromkeys([*names_in(record.tags, PLANNED), *study.plan.wanted(trials)])
+    study.parent.set_tags(as_tags(PLANNED, planned))
 
 
 def _create(plan: Plan, storage: Storage, name: str, definition: Mapping[str, Any], fresh: bool) -> dict[str, Any]:

@@ -5,7 +5,6 @@ import statistics
 import time
 from collections.abc import Sequence
 from contextlib import suppress
-from dataclasses import dataclass
 
 from scipy.optimize import brentq
 
@@ -29,16 +28,13 @@ class _TimeIsUp(Exception):
     """Ends a training that was only timed."""
 
 
-@dataclass(frozen=True)
-class Forecast:
-    """Sentences, and a table of differences that would be found, its titles first."""
+def forecast(
+    plan: Grid, options: StudyOptions, load: LoadData, experiment_id: str | None
+) -> tuple[list[str], list[list[str]]]:
+    """Foresee a grid in sentences, and a table of differences that would be found, its titles first.
 
-    lines: Sequence[str]
-    table: Sequence[Sequence[str]]
-
-
-def forecast(plan: Grid, options: StudyOptions, load: LoadData, experiment_id: str | None) -> Forecast:
-    """Foresee a grid, from finished runs of the same arms in the experiment, if it is there, else a short timing."""
+    From finished runs of the same arms in the experiment, if it is there, else from a short timing.
+    """
     runs = complete(read_experiment(experiment_id, ())) if experiment_id is not None else []
     names = sorted({str(params["arm"]) for params in plan.trials.values()})
     same = {arm: [run for run in runs if _is_like(run, plan.arms[arm])] for arm in names}
@@ -65,7 +61,7 @@ def forecast(plan: Grid, options: StudyOptions, load: LoadData, experiment_id: s
         f"Differences from the baseline that would be found, with a standard deviation of {points(deviation, '')} "
         f"({source}):",
     ]
-    return Forecast(lines, _table(Looks(most), sorted({3, 6, 10, most}), deviation))
+    return lines, _table(Looks(most), sorted({3, 6, 10, most}), deviation)
 
 
 def _table(looks: Looks, counts: Sequence[int], deviation: float) -> list[list[str]]:

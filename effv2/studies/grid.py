@@ -1,7 +1,4 @@
-"""A grid: arms by seeds, over one split of the images or several, each trained once, then compared.
-
-It is what `ablate` and `hparam-check` run.
-"""
+"""A grid, of `ablate` or `hparam-check`: arms by seeds, on one or several splits of the images, then compared."""
 
 import math
 from collections.abc import Callable, Mapping, Sequence
@@ -32,10 +29,7 @@ FEWEST_ARMS = 2  # that can be compared
 
 @dataclass(frozen=True, kw_only=True)
 class Grid(TrainingPlan):
-    """The resolved arms of a study, whichever are wanted. Trials have an arm, a seed and, of several, a split.
-
-    With `auto` there are as many seeds as it takes.
-    """
+    """The resolved arms of a study. Trials have an arm, a seed and, of several, a split; `auto` says how many."""
 
     arms: Mapping[str, TrainConfig]
     splits: int = 1

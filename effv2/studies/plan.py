@@ -161,9 +161,8 @@ class Search(TrainingPlan):
         seed = stream_seed(self.base.random.seed, "sampler", number) % 2**32
         with warnings.catch_warnings():  # its options count as experimental in some versions
             warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
-            return optuna.samplers.TPESampler(
-                seed=seed, n_startup_trials=RANDOM_TRIALS, multivariate=True, constant_liar=True
-            )
+            how: dict[str, Any] = {"n_startup_trials": RANDOM_TRIALS, "multivariate": True, "constant_liar": True}
+            return optuna.samplers.TPESampler(seed=seed, **how)
 
     def pruner(self) -> optuna.pruners.BasePruner | None:
         """Return asynchronous successive halving (Li et al. 2020)."""
@@ -245,13 +244,12 @@ def make_search(study: Study, layer: Layer, trials: int, load: LoadData, reporte
     (config,) = prepare([build(TrainConfig, study.base | layer | untested)], load, reporter.message)
     ranges, epochs = study.search or SearchFile(), config.schedule.epochs
     ranges = ranges.model_copy(update={"min_epochs": ranges.min_epochs or max(1, epochs // 4)})
-    searched = ranges.model_dump(exclude={"trials"})  # which may grow
     # The base's own values first, which the search is to beat.
     own = {name: config.flat()[name] for name in ranges.space}
     inside = all(limits.low <= own[name] <= limits.high for name, limits in ranges.space.items())
     wanted = {f"trial {number}": own if inside and not number else {} for number in range(trials or ranges.trials)}
     data, code = load(config.data).digest(), provenance.code_version()
-    definition = {"base": config.identity(), **searched, "data": data, "code": code}
+    definition = {"base": config.identity(), "data": data, "code": code, **ranges.model_dump(exclude={"trials"})}
     about = study.model_dump(include=ABOUT) | {"kind": "search", "epochs": epochs}
     return Search(trials=wanted, definition=definition, base=config, ranges=ranges, **about)
 
@@ -310,8 +308,9 @@ def progress_of(plan: Plan, trials: Trials) -> StudyProgress:
     wanted = [trial for name, trial in trials.items() if name in names]
     count, best = Counter(trial.state for trial in wanted), best_of(wanted)
     shares = [(trial.last_step or 0) / plan.epochs for trial in wanted if trial.state == TrialState.RUNNING]
-    finished = [trial for trial in wanted if trial.state.is_finished()]
-    finished.sort(key=lambda trial: str(trial.datetime_complete))
+    finished = sorted(
+        (each for each in wanted if each.state.is_finished()), key=lambda each: str(each.datetime_complete)
+    )
     return StudyProgress(
         total=len(names),
         done=len(finished) + sum(shares),

@@ -57,10 +57,7 @@ def retried(method: Method[P, R]) -> Method[P, R]:
 
 
 class Queue:
-    """The trials of one study, and those that are wanted here, which follow from how the others stand.
-
-    `wanted` returns their fixed parameters by name, none where a sampler chooses them.
-    """
+    """The trials of a study, and those `wanted`, as the others stand, by name, each with its fixed parameters."""
 
     def __init__(
         self, storage: Storage, study: str, retries: int, wanted: Callable[[Trials], Mapping[str, Params]]
@@ -69,9 +66,8 @@ class Queue:
         try:
             self.study_id = storage.retry(lambda: storage.optuna.get_study_id_from_name(study))
         except KeyError:
-            raise StoreAway(
-                f"The storage {storage.shown} no longer has the study: it was removed or replaced."
-            ) from None
+            problem = f"The storage {storage.shown} no longer has the study: it was removed or replaced."
+            raise StoreAway(problem) from None
         self._stale: dict[int, float] = {}  # trials that had no heartbeat at the last look, and since when
         self._looked = -math.inf
 
@@ -141,10 +137,7 @@ class Queue:
 
     @retried
     def report(self, trial: FrozenTrial, epoch: int, value: float, pruner: BasePruner | None = None) -> bool:
-        """Record the value reached at an epoch and ask the pruner, if any, whether the trial should end there.
-
-        LeaseLost if the trial is no longer ours.
-        """
+        """Record a value at an epoch and ask the pruner, if any, to end the trial there; LeaseLost if it isn't ours."""
         storage, number = self.storage.optuna, trial_id(self._own(trial))
         storage.set_trial_intermediate_value(number, epoch, value)
         trial = storage.get_trial(number)
@@ -212,10 +205,7 @@ class Queue:
         return [trial for trial in self._by_name().values() if trial.state == TrialState.RUNNING]
 
     def _first_waiting(self) -> FrozenTrial | None:
-        """Return the oldest wanted trial that waits; where none does, the next ones are enqueued.
-
-        Not all at once, which would slow every look at the queue.
-        """
+        """Return the oldest wanted trial that waits; if none, enqueue a few: all would slow every look at the queue."""
         there = self._by_name()
         wanted = self.wanted(there)
         waiting = [each for name, each in there.items() if each.state == TrialState.WAITING and name in wanted]

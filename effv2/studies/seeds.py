@@ -107,11 +107,8 @@ class AutoSeeds:
             names = self.trials(counts)
             if not names.keys() <= finished.keys():
                 return [*found, Round(counts, complete=False)]
-            used = {
-                name: trial
-                for name, trial in finished.items()
-                if name in names or name in self.before or trial.params.get("arm") not in counts
-            }
+            others = (name for name, trial in finished.items() if trial.params.get("arm") not in counts)
+            used = {name: finished[name] for name in dict.fromkeys([*names, *self.before, *others]) if name in finished}
             failed = {str(names[name]["arm"]) for name in names if finished[name].state == TrialState.FAIL}
             after, said, most = self._decide(counts, used, failed)
             spent = [_hours(trial) for trial in used.values() if not trial.user_attrs.get(ELSEWHERE)]
@@ -131,9 +128,8 @@ class AutoSeeds:
         self, counts: dict[str, int], used: Mapping[str, FrozenTrial], failed: Collection[str]
     ) -> tuple[dict[str, int], dict[str, Answer], int]:
         """Return what `next_seeds` does, of these trials, and the most seeds of an arm."""
-        complete = sorted(
-            (trial for trial in used.values() if ACCURACY in trial.user_attrs), key=lambda each: each.number
-        )
+        noted = (trial for trial in used.values() if ACCURACY in trial.user_attrs)
+        complete = sorted(noted, key=lambda trial: trial.number)
         # What was planned counts for the study's own runs alone: others were there before it.
         own = not any(trial.user_attrs.get(ELSEWHERE) for trial in complete)
         looks = Looks(self.most) if own else EVERY_LOOK

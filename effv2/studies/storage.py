@@ -7,7 +7,7 @@ import sqlite3
 import time
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -56,14 +56,15 @@ class Storage:
         self.url = url.render_as_string(hide_password=False)
         self.shown = masked(self.url)
         self.patience = wait or OUTAGE_SECONDS
-        self._file = url.database if url.get_backend_name() == "sqlite" else None
+        self._file = Path(str(url.database)) if url.get_backend_name() == "sqlite" else None
+        self._opened_file: int | None = None
         ours = {name: value for name, value in POSTGRESQL_ARGUMENTS.items() if name not in url.query}
         arguments = {"timeout": 60} if self._file else ours
         engine: dict[str, Any] = {"connect_args": arguments, "pool_pre_ping": True}
         self._locks = sqlalchemy.create_engine(url, **engine)
         self._rdb = self.retry(lambda: self._opened(engine)) if wait else self._opened(engine)
         self.optuna = get_storage(self._rdb)
-        self._opened_file = _number(self._file) if self._file else None
+        self._opened_file = self._file_number()
 
     def _opened(self, engine: dict[str, Any]) -> RDBStorage:
         with self.lock("tables"), warnings.catch_warnings():  # two processes that create them at once would fail
@@ -122,23 +123,18 @@ class Storage:
 
     def _is_lost(self, error: Exception) -> bool:
         """Say whether the file of a database on this machine is no longer the one that was opened, or can't be read."""
-        if not self._file:
-            return False
         damaged = re.search("malformed|not a database|disk I/O error", str(error.__cause__ or error))
-        return bool(damaged) or _number(self._file) != self._opened_file
+        return self._file is not None and (damaged is not None or self._opened_file not in (None, self._file_number()))
+
+    def _file_number(self) -> int | None:
+        """Return the number by which the file system knows the database's file; None without one."""
+        return self._file.stat().st_ino if self._file and self._file.exists() else None
 
     def close(self) -> None:
         """Close the connections of this thread and those that wait for use."""
         self._rdb.remove_session()
         self._rdb.engine.dispose()
         self._locks.dispose()
-
-
-def _number(file: str) -> int | None:
-    """Return the number by which the file system knows a file; None without one."""
-    with suppress(OSError):
-        return Path(file).stat().st_ino
-    return None
 
 
 def open_storage(url: str, wait: float = 0) -> Storage:
@@ -202,6 +198,5 @@ def _is_away(error: Exception) -> bool:
         return state[:2] in ("08", "53", "55", "57", "40") or state in CUT_TRANSACTION
     if isinstance(cause, exc.PendingRollbackError):  # Optuna asked again within the transaction that was cut
         return cause.code == "8s2b"
-    return isinstance(cause, (exc.OperationalError, exc.InterfaceError)) or bool(
-        getattr(cause, "connection_invalidated", 0)
-    )
+    invalidated = bool(getattr(cause, "connection_invalidated", False))
+    return invalidated or isinstance(cause, (exc.OperationalError, exc.InterfaceError))

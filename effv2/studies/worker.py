@@ -56,10 +56,7 @@ class OpenedStudy:
         return Queue(storage, self.name, self.plan.retries, self.plan.wanted)
 
     def end(self, queue: Queue, status: str) -> None:
-        """End the study's run, and children that a dead process left open, unless somebody still works on it.
-
-        Who leases a trial afterwards sets the study's run to RUNNING again.
-        """
+        """End the study's run and children of dead processes, unless somebody works on it; a later lease reopens it."""
         with queue.storage.lock(self.name):  # nobody leases a trial meanwhile
             if queue.deserted():
                 for child in find_runs(self.parent.experiment_id, {PARENT: self.parent.run_id}, running=True):
@@ -89,10 +86,7 @@ class OpenedStudy:
 
 @dataclass
 class Worker:
-    """Takes trial after trial until all wanted ones are finished, here or elsewhere.
-
-    `changed` is called when a trial begins, after each of its epochs, and when it ends.
-    """
+    """Takes trial after trial until none is left; `changed` is called when one begins, after each epoch, at its end."""
 
     study: OpenedStudy
     queue: Queue

@@ -21,6 +21,13 @@ OF_MLFLOW, OF_OPTUNA = {"experiments", "metrics"}, {"studies", "trials"}  # tabl
 PATIENCE = {"pysqlite": {"timeout": 60}, "psycopg": {"connect_timeout": 10}}  # seconds, by driver
 
 
+def tracking_uri() -> str:
+    """Return the tracking URI; InputError as check_address."""
+    uri = mlflow.get_tracking_uri()
+    check_address(TRACKING_URI, uri)
+    return uri
+
+
 def shown_uri() -> str:
     """Return the tracking URI without what is secret in it."""
     return masked(mlflow.get_tracking_uri())
@@ -62,8 +69,9 @@ def check_address(what: str, uri: str) -> None:
         host = make_url(uri).host or "" if DATABASES.match(uri) else ""
     except ValueError as error:
         raise InputError(what, uri, "its port is no number", "correct it") from error
-    except SQLAlchemyError:
-        host = ""  # no address, as is explained elsewhere
+    except SQLAlchemyError as error:
+        remedy = "use sqlite:///FILE or postgresql://USER@HOST/DATABASE"
+        raise InputError(what, uri, "is no address of a database", remedy) from error
     if "@" in host or re.match(r"[\w+]+://[^/]*\s.*@", uri):
         shown, remedy = "%20".join(uri.split()), "write @ as %40, a space as %20"
         raise InputError(what, shown, "its user or password holds an @ or a space", remedy)
@@ -82,23 +90,18 @@ def tables_of(url: URL) -> set[str]:
 
 def check_database() -> None:
     """Refuse a database that is Optuna's, to which MLflow would add its tables."""
-    uri = mlflow.get_tracking_uri()
+    uri = tracking_uri()
     if DATABASES.match(uri) and tables_of(make_url(uri)) >= OF_OPTUNA:
         raise InputError(TRACKING_URI, uri, "holds Optuna's studies, so no runs", f"use {STORES}")
 
 
 def is_tracking_database(url: URL) -> bool:
     """Say whether a database is the one that the tracking URI names, or holds the tables of some tracking store."""
-    uri = mlflow.get_tracking_uri()
-    mine = make_url(uri) if DATABASES.match(uri) else None
 
     def place(of: URL) -> tuple[object, ...]:
-        return (
-            of.get_backend_name(),
-            of.host,
-            of.port or 5432,
-            os.path.realpath(of.database or ""),
-            of.query.get("options"),
-        )
+        database, options = os.path.realpath(of.database or ""), of.query.get("options")
+        return of.get_backend_name(), of.host, of.port or 5432, database, options
 
-    return (mine is not None and place(mine) == place(url)) or tables_of(url) >= OF_MLFLOW
+    uri = tracking_uri()
+    mine = DATABASES.match(uri) is not None and place(make_url(uri)) == place(url)
+    return mine or tables_of(url) >= OF_MLFLOW

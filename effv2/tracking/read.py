@@ -123,13 +123,12 @@ def known_runs(experiment_id: str) -> set[str]:
 
 def _all_runs(experiment_id: str, condition: str = "") -> Iterator[Run]:
     """Yield runs of an experiment, the oldest first, however many there are."""
-    token: str | None = None
-    while True:
-        page = MlflowClient().search_runs([experiment_id], condition, order_by=["start_time ASC"], page_token=token)
+    token: str | None = ""
+    while token is not None:
+        order, after = ["start_time ASC"], token or None
+        page = MlflowClient().search_runs([experiment_id], condition, order_by=order, page_token=after)
         yield from page
-        token = page.token
-        if not token:
-            break
+        token = page.token or None
 
 
 def read_run(run_id: str) -> RunRecord | None:

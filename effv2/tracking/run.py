@@ -5,6 +5,7 @@ import re
 import shutil
 import tempfile
 import time
+import uuid
 from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, suppress
 from pathlib import Path
@@ -21,7 +22,7 @@ from effv2.core.secrets import masked, masked_values
 from effv2.tracking.read import find_runs
 from effv2.tracking.sender import Sender
 from effv2.tracking.store import TRACKING_ERRORS, MlflowClient, TrackingAway, answers, open_store
-from effv2.tracking.tags import ERROR, LONGEST_TAG, OUTCOME, PARENT, PID, PROCESS, REPORT, RUN_NAME
+from effv2.tracking.tags import CREATION, ERROR, LONGEST_TAG, OUTCOME, PARENT, PID, PROCESS, REPORT, RUN_NAME
 from effv2.tracking.writer import Item, TrackedRun, discard, status_after
 
 PATIENCE = 120.0  # seconds that the end of a run waits for a store that is away
@@ -57,10 +58,7 @@ class OpenRun(TrackedRun):
         self.completed = True
 
     def upload_checkpoint(self, path: Path) -> None:
-        """Upload a checkpoint for other machines, without waiting for it, then delete the one before.
-
-        While the one before still waits to be delivered, nothing is done.
-        """
+        """Upload a checkpoint for other machines in the background, in the place of that before, unless that waits."""
         if self._uploading:
             return
         folder = Path(tempfile.mkdtemp(dir=path.parent, prefix="."))  # beside it, so that a link will do
@@ -157,10 +155,10 @@ def begin_run(
 
 def _create_run(experiment_id: str, name: str, tags: dict[str, str]) -> str:
     """Create a run, and delete those that were created beside it where the server's answer was lost; return its id."""
-    client, now = MlflowClient(), int(time.time() * 1000)
-    run_id = str(client.create_run(experiment_id, now, tags, name).info.run_id)
-    for twin in client.search_runs([experiment_id], f"attributes.start_time = {now}"):
-        if twin.info.run_id != run_id and twin.data.tags.items() >= tags.items():
+    client, creation = MlflowClient(), uuid.uuid4().hex
+    run_id = str(client.create_run(experiment_id, tags={**tags, CREATION: creation}, run_name=name).info.run_id)
+    for twin in client.search_runs([experiment_id], f"tags.`{CREATION}` = '{creation}'"):
+        if twin.info.run_id != run_id:
             client.delete_run(twin.info.run_id)
     return run_id
 

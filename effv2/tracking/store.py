@@ -27,7 +27,7 @@ from effv2.core.internals import default_experiment_id
 from effv2.core.processes import stop_if_told
 from effv2.core.reporter import Message
 from effv2.core.secrets import masked
-from effv2.tracking.addresses import STORES, TRACKING_URI, check_address, check_database, read_where_typed, shown_uri
+from effv2.tracking.addresses import STORES, TRACKING_URI, check_database, read_where_typed, shown_uri, tracking_uri
 
 PROBE_SECONDS = 4  # that a server has to answer whether it is there; MLflow's own limits are minutes
 WAIT_SECONDS = 2.0  # between two looks at a store that is away
@@ -46,17 +46,9 @@ MIGRATIONS = Path(mlflow.__file__).with_name("store") / "db_migrations" / "versi
 DRIVERS = {"psycopg": "'psycopg[binary]'", "psycopg2": "psycopg2-binary", "MySQLdb": "mysqlclient"}
 # What the code and the text of an error look like, and what is wrong with the store, with the remedy: the first found.
 EXPLANATIONS = (
-    (
-        "MLFLOW_ALLOW_FILE_STORE",
-        "MLflow keeps runs in plain files only where MLFLOW_ALLOW_FILE_STORE=true is set",
-        f"set it, or use {STORES}",
-    ),
+    ("ALLOW_FILE_STORE", "MLflow wants MLFLOW_ALLOW_FILE_STORE=true for plain files", f"set it, or use {STORES}"),
     ("unsupported URI|Can't load plugin", "no such kind of store", f"use {STORES}"),
-    (
-        "^OLDER_SCHEMA",
-        "its tables are those of an older MLflow",
-        "keep a copy of it, then bring it up to date: mlflow db upgrade {uri}",
-    ),
+    ("^OLDER_SCHEMA", "its tables are those of an older MLflow", "keep a copy, then run: mlflow db upgrade {uri}"),
     ("^NEWER_SCHEMA", "its tables are those of a newer MLflow", "install that MLflow here, or use another database"),
     ("No module named", "needs the Python package {package}", "install it with: pip install {package}"),
     (
@@ -64,11 +56,7 @@ EXPLANATIONS = (
         "the server doesn't know the user, or wants one",
         "set MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD, or MLFLOW_TRACKING_TOKEN",
     ),
-    (
-        "^PERMISSION_DENIED.*Invalid Host",
-        "the server doesn't answer under this name",
-        "start it with --allowed-hosts, or use an address that it allows",
-    ),
+    ("DENIED.*Invalid Host", "the server refuses this name", "start it with --allowed-hosts, or use another address"),
     ("^PERMISSION_DENIED", "the user may not do this ({reason})", "ask whoever keeps the server"),
     ("WRONG_VERSION_NUMBER|record layer failure", "the server speaks no TLS", "use an http:// address"),
     (
@@ -81,10 +69,7 @@ EXPLANATIONS = (
 
 
 class MlflowClient(mlflow.MlflowClient):
-    """MLflow's client, which repeats calls whose answer was cut; MLflow itself repeats those that failed otherwise.
-
-    A call may so arrive more than once: none but `create_run` and `create_logged_model` minds.
-    """
+    """MLflow's client, which repeats calls whose answer was cut; `create_run` and `create_logged_model` alone mind."""
 
     def __getattribute__(self, name: str) -> Any:
         """Return an attribute; a method that repeats itself."""
@@ -115,12 +100,10 @@ def open_store(experiment: str, create: bool = True, message: Message = lambda t
     `mlflow run`, of MLFLOW_EXPERIMENT_NAME or _ID, or `Default`. A database is created and migrated nowhere else.
     """
     configure()
-    check_address(TRACKING_URI, mlflow.get_tracking_uri())
+    file = _database_file()
     if (run_id := os.environ.get("MLFLOW_RUN_ID")) and not is_begun():
         raise _no_run(run_id)
-    file = None
     try:
-        file = _database_file()
         # Processes that start at once must not migrate a new database together, which fails.
         with FileLock(f"{file}.lock") if file and os.access(Path(file).parent, os.W_OK) else nullcontext():
             if file:
@@ -140,22 +123,28 @@ def open_store(experiment: str, create: bool = True, message: Message = lambda t
 
 
 def _database_file() -> str | None:
-    """Return the path of the tracking store's database, if it is a file."""
-    uri = mlflow.get_tracking_uri()
+    """Return the path of the tracking store's database, if it is a file; InputError as check_address."""
+    uri = tracking_uri()
     database = make_url(uri).database if uri.startswith("sqlite:") else None
     return None if database is None or database == ":memory:" or database.startswith("file:") else database
 
 
 def _create_database(file: Path) -> None:
     """Create a database that is missing, beside its place first: a creation that is killed leaves none there."""
-    if file.is_file() and file.stat().st_size:
+    file = file.resolve()  # of a link, where that leads
+
+    def is_there() -> bool:
+        return file.exists() and file.stat().st_size > 0
+
+    if is_there():
         return
     building = file.with_name(f"{file.name}.new")
     for left in (building, building.with_name(f"{building.name}-journal")):
         left.unlink(missing_ok=True)
     url = make_url(mlflow.get_tracking_uri()).set(database=str(building))
     MlflowClient(url.render_as_string()).search_experiments(max_results=1)
-    building.replace(file)
+    if not is_there():  # no server has made it meanwhile
+        building.replace(file)
 
 
 def _is_empty(file: Path) -> bool:
@@ -268,10 +257,7 @@ def reason(error: BaseException) -> str:
 
 
 def _adopted(message: Message) -> Run | None:
-    """Return the run that `mlflow run` opened for this command: it is RUNNING, and nothing of ours.
-
-    Another one that MLFLOW_RUN_ID names, as one of before, is left alone, and the variable forgotten.
-    """
+    """Return the RUNNING run that `mlflow run` opened for this command; any other is left alone and forgotten."""
     if not (run_id := os.environ.get("MLFLOW_RUN_ID")):
         return None
     try:

@@ -23,6 +23,7 @@ VARIANT = "effv2.variant"
 SEED = "effv2.seed"
 COMMAND = "effv2.command"  # of a study's run, and of a run of its own: the command that made it, as it was given
 PID = "effv2.pid"
+CREATION = "effv2.creation"  # unique, by which those are found that were created twice
 PROCESS = "effv2.process"  # the process that works on the run
 OUTCOME = "effv2.outcome"  # complete, pruned or failed
 ERROR = "effv2.error"

@@ -118,10 +118,7 @@ class TrackedRun:
         self._send(lambda: discard(self.run_id, name))
 
     def set_status(self, status: str) -> None:
-        """Set the status of a run that isn't open in this process: RUNNING, FINISHED, FAILED or KILLED.
-
-        One that has it already keeps its end time.
-        """
+        """Set the status of a run that isn't open here: RUNNING or how it ended; one that has it keeps its end time."""
         client = MlflowClient()
         if client.get_run(self.run_id).info.status == status:
             return
