@@ -434,7 +434,13 @@ def test_parts_are_known_in_all_usual_spellings(tmp_path: Path, folders: tuple[s
 @pytest.mark.parametrize(
     ("folders", "said"),
     [
-        (("train", "test"), "test and train hold no class folders; give a CSV of labels as data.labels"),
+        (("train", "test"), "test and train, parts by their names, hold no class folders; give a CSV of labels"),
+        (("ant", "bee", "test"), "test, parts by their names, hold no class folders; .*data.train_dir . if all"),
+        (("trainA", "trainB", "testA", "testB"), "are versions or pieces of one set by their names"),
+        (("photos_part_1", "photos_part_2"), "are versions or pieces of one set by their names"),
+        (("fold1", "fold2", "fold3"), "are versions or pieces of one set by their names"),
+        (("image", "label"), "are versions or pieces of one set by their names"),
+        (("JPEGImages", "SegmentationClass"), "are versions or pieces of one set by their names"),
         ((*within("train"), "test"), "test beside train holds no class folders; .*data.train_dir"),
         ((*within("train"), "val/images"), "val beside train holds no class folders"),
         (within("train", "val", "valid"), "val and valid are both the validation part"),
@@ -442,7 +448,7 @@ def test_parts_are_known_in_all_usual_spellings(tmp_path: Path, folders: tuple[s
         (within("train1", "train2"), "train1 and train2 are both the train part"),
         (within("color", "grayscale", "segmented"), r"color, grayscale and segmented hold the same folders \(ant, bee"),
         (within("128", "256"), "128 and 256 hold the same folders"),
-        (("original", "resized"), "original and resized are versions of one set by their names"),
+        (("original", "resized"), "original and resized are versions or pieces of one set by their names"),
         (within("val", "test"), "holds a part for testing but none named train"),
         (within("test"), "holds a part for testing but none named train"),
         (within("set/train", "other"), "set in it is a data set of its own"),
@@ -513,9 +519,41 @@ def test_labels_come_from_a_csv(tmp_path: Path, table: str, values: str) -> None
     found = {id_: dataset.classes[label] for split in dataset.splits.values()
              for id_, label in zip(split.ids, split.labels.tolist(), strict=True)}  # fmt: skip
     assert found == {f"train/train{number}.png": "ab"[number % 2] for number in range(7)}
-    assert dataset.left_out == {"folder test": 1, "images without a label": 1}
+    assert dataset.left_out == {"images without a label": 9}
     with pytest.raises(InputError, match=r"train and test hold different classes \(a, b\)"):
         load_folder(root, labels="labels.csv", train_dir="train", test_dir="test")
+
+
+def test_labels_of_a_part_are_for_its_images_alone(tmp_path: Path) -> None:
+    """Both parts hold files of the same names."""
+    root = tmp_path / "set"
+    for part in ("train", "val"):
+        for number in range(6):
+            folder = root / part
+            folder.mkdir(parents=True, exist_ok=True)
+            Image.new("RGB", (9, 9), (40 * number, 9, 9)).save(folder / f"{number}.png")
+    rows = {part: [f"{part}/{number}.png,{'ab'[number % 2]}" for number in range(6)] for part in ("train", "val")}
+
+    def labels(*lines: str) -> DataConfig:
+        (root / "labels.csv").write_text("\n".join(["file,label", *lines]))
+        return DataConfig(dataset="folder", dir=str(root), labels="labels.csv", image_size=8, validation_fraction=0)
+
+    both = load_dataset(labels(*rows["train"], *rows["val"]))
+    assert [id_.partition("/")[0] for id_ in (*both.train.ids, *both.test.ids)] == ["train"] * 6 + ["val"] * 6
+    with pytest.raises(InputError, match=r"labels no training image; give the folder that it labels as data.train_dir"):
+        load_dataset(labels(*rows["val"]))
+    lines = [f"{number}.png,{'ab'[number % 2]}" for number in range(6)]
+    with pytest.raises(InputError, match=r"may be .*, or give the folder alone that it labels as data.train_dir"):
+        load_dataset(labels(*lines))
+    (root / "labels.csv").write_text(
+        "\n".join(["file,label,split", *(f"{line},{part}" for part in ("train", "val") for line in lines)])
+    )
+    split = load_dataset(
+        DataConfig(dataset="folder", dir=str(root), labels="labels.csv", image_size=8, validation_fraction=0)
+    )
+    assert (split.train.ids, split.test.ids) == (both.train.ids, both.test.ids)
+    with pytest.raises(InputError, match="a label holds a line break"):
+        load_dataset(labels('train/0.png,"a', "train/1.png,b"))
 
 
 @pytest.mark.parametrize(

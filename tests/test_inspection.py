@@ -46,10 +46,15 @@ def test_what_is_broken_or_there_twice_is_named(tree: Path) -> None:
     found = inspect(open_source(DataConfig(dataset="folder", dir=str(tree))), 200)
     assert found.counts == {"train": [5, 4], "test": [5, 4]} and found.modes == {"RGB": 16, "L": 1}
     assert found.sizes == {(90, 120): 15, (60, 80): 1, (40, 40): 1}
-    assert [name.partition(" ")[0] for name in found.broken] == ["train/cat/2.png"] and found.harmful
+    assert [name.partition(" ")[0] for name in found.broken] == ["train/cat/2.png"] and found.harmful(False)
     assert {each[:2] for each in found.alike if each.identical} == {("train/dog/3.png", "test/dog/0.png")}
     assert {each[:2] for each in found.alike if not each.identical} == {("train/cat/1.png", "test/cat/again.jpg")}
     assert all(each.across for each in found.alike)
+    # Without a test part one is split off, which then holds training images; two labels of one image harm always.
+    (tree / "train" / "dog" / "0.png").write_bytes((tree / "train" / "cat" / "0.png").read_bytes())
+    alone = inspect(open_source(DataConfig(dataset="folder", dir=str(tree / "train"))), 200)
+    assert alone.harmful(True) and "split off" in " ".join(alone.sentences())
+    assert "1 of these pairs are in two classes: cat/0.png and dog/0.png" in " ".join(alone.sentences())
 
 
 def test_the_command_says_it_and_ends_by_it(tree: Path, tmp_path: Path) -> None:

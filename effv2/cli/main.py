@@ -221,7 +221,7 @@ def data() -> None:
 def check(folder: str, sheet: str | None, layer: Layer, how: StudyOptions) -> None:
     """Say what the data set in FOLDER holds, what in it is broken, and what is there more than once.
 
-    The exit code is 1 where trainings would fail, or their tests see training images.
+    The exit code is 1 where trainings would fail, learn two labels of one image, or test what they were trained on.
     """
     given = {"data.dir": Written(folder)} | ({"data.dataset": Written("folder")} if folder else {}) | dict(layer)
     config = build(TrainConfig, given).data
@@ -239,7 +239,7 @@ def check(folder: str, sheet: str | None, layer: Layer, how: StudyOptions) -> No
     print_table(found.table())
     for sentence in found.sentences():
         click.echo(sentence)
-    sys.exit(int(found.harmful))
+    sys.exit(int(found.harmful(config.skip_broken)))
 
 
 @main.command(cls=cli.Command)

@@ -19,25 +19,23 @@ from typing import TYPE_CHECKING
 from effv2.config.schema import DataConfig
 from effv2.core.errors import InputError, joined
 from effv2.data.labels import read_labels
+from effv2.data.part_names import (
+    FILLER,
+    NO_CLASSES,
+    TEST,
+    TRAIN,
+    UNLABELLED,
+    VALIDATION,
+    VERSIONS,
+    are_pieces,
+    hold_masks,
+    part_of,
+    parts_among,
+)
 
 if TYPE_CHECKING:
     from effv2.data.images import LabelledImages
 
-# What the parts of a set are called, in any case and with any digits, dashes and words like `set` and `data` around it.
-TRAIN, VALIDATION, TEST, UNLABELLED = "train", "validation", "test", "unlabelled"
-PART_WORDS = {
-    TRAIN: "train(?:ing)?",
-    VALIDATION: "val(?:id(?:ation)?)?",
-    TEST: "test(?:ing)?",
-    UNLABELLED: "pred(?:ict(?:ion)?s?)?|unlabell?ed",
-}
-FILLER = "data|sets?|datasets?|images?|imgs?|pictures?|photos?|files?|folders?|parts?|splits?|samples?|seg"
-# Folders that are no classes: thumbnails and bins of other programs, and what runs write where they are started.
-NO_CLASSES = {"thumbs", "thumbnails", "__macosx", "__pycache__", "lost+found", "system volume information"}
-NO_CLASSES |= {"mlruns", "mlartifacts", "checkpoints", "wandb", "lightning_logs", "venv", "node_modules"}
-# Folders of these names alone are versions of one set, not classes.
-VERSIONS = {"original", "resized", "raw", "processed", "augmented", "cropped", "color", "colour", "gray", "grey"}
-VERSIONS |= {"grayscale", "greyscale", "segmented", "images", "masks", "labels", "annotations"}
 # Formats whose files Pillow opens, but that are programs, films or containers.
 NO_IMAGES = {"EPS", "IPTC", "WMF", "MPEG", "BUFR", "GRIB", "HDF5"}
 SHOWN = 5
@@ -90,7 +88,13 @@ def read_folders(config: DataConfig, root: Path, what: str) -> Source:
     if explicit:
         files = {part: (folder, list(_files(folder, left_out))) for part, folder in folders.items()}
         labels = Path(os.path.expanduser(config.labels))
-        parts = read_labels(labels if labels.exists() else root / labels, files, left_out)
+        path = labels if labels.exists() else root / labels
+        parts = read_labels(path, files, left_out)
+        if TRAIN not in parts:
+            remedy = "give the folder that it labels as data.train_dir"
+            raise InputError("data.labels", path, "labels no training image", remedy)
+        parts = {part: {} for part in (folders if named else ())} | parts  # a part that was named must not be empty
+        folders = {part: folders.get(part, folders[TRAIN]) for part in parts}
     else:
         parts = {part: _classes(folder, what, named, left_out) for part, folder in folders.items()}
     classes = _checked_classes(root, folders, parts, config, left_out)
@@ -120,40 +124,14 @@ def _named_parts(config: DataConfig, root: Path) -> dict[str, Path]:
     return found
 
 
-def _part_of(name: str) -> tuple[str, tuple[str, ...]] | None:
-    """Return the part that a folder is by its name, and the words of it that say something else; None for no part."""
-    words = re.findall(r"[^\W\d_]+", name.casefold())
-    found = [
-        (part, at)
-        for at, word in enumerate(words)
-        for part, pattern in PART_WORDS.items()
-        if re.fullmatch(f"(?:{pattern})(?:{FILLER})*", word)
-    ]
-    if len(found) != 1:
-        return None
-    part, at = found[0]
-    rest = (word for number, word in enumerate(words) if number != at and not re.fullmatch(FILLER, word))
-    return part, tuple(rest)
-
-
-def _parts_among(names: Sequence[str]) -> dict[str, list[str]]:
-    """Return folders by the part that they are: by their names alone, or with another part alike, as birds_train."""
-    known = {name: found for name in names if (found := _part_of(name))}
-    parts: dict[str, list[str]] = {}
-    for name, (part, rest) in known.items():
-        if not rest or any(other != part and more == rest for other, more in known.values()):
-            parts.setdefault(part, []).append(name)
-    return parts
-
-
 def _find_parts(root: Path, labelled: bool, left_out: Counter[str]) -> dict[str, Path]:
     """Return the folders of the parts of the set at `root`, which is the train part where there are none.
 
-    With labels in a file it is the train part alone, which holds no class folders.
+    With labels in a file they hold no class folders.
     """
     place = _unwrapped(root, is_part=False)
     names = _folders(place)
-    parts = _parts_among(names)
+    parts = parts_among(names)
     inside = {name: _unwrapped(place / name, is_part=True) for named in parts.values() for name in named}
     flat = [name for name, folder in inside.items() if not _folders(folder)]
     nested = [name for name in inside if name not in flat]
@@ -166,11 +144,14 @@ def _find_parts(root: Path, labelled: bool, left_out: Counter[str]) -> dict[str,
         if nested:
             problem = f"holds a part for testing but none named train ({', '.join(names)})"
             raise refusal(problem, f"rename the training part, or {OTHERWISE}")
-        if flat and (len(flat) == len(names) or (train and len(parts) > 1)):
-            raise refusal(f"{joined(flat)} hold no class folders", "give a CSV of labels as data.labels")
+        if flat:
+            problem = f"{joined(flat)}, parts by their names, hold no class folders"
+            raise refusal(
+                problem, "give a CSV of labels as data.labels, or data.train_dir . if all folders are classes"
+            )
     if not train or not (labelled or set(nested).intersection(train)):
         return {TRAIN: place}
-    used = {part: named for part, named in parts.items() if part != UNLABELLED and (part == TRAIN or not labelled)}
+    used = {part: named for part, named in parts.items() if part != UNLABELLED}
     for part, twice in used.items():
         if len(twice) > 1:
             raise refusal(f"{joined(twice)} are both the {part} part by their names", f"remove one, or {OTHERWISE}")
@@ -192,7 +173,7 @@ def _find_parts(root: Path, labelled: bool, left_out: Counter[str]) -> dict[str,
 def _unwrapped(folder: Path, is_part: bool) -> Path:
     """Return the folder in which the set, or the part, begins: that inside, where there is nothing else but one."""
     while len(names := _folders(folder)) == 1 and not _images_right_in(folder):
-        inner, of_part = folder / names[0], _part_of(names[0]) is not None
+        inner, of_part = folder / names[0], part_of(names[0]) is not None
         if (of_part and not is_part) or not (_folders(inner) or of_part or re.fullmatch(FILLER, names[0].casefold())):
             break
         folder = inner
@@ -239,7 +220,7 @@ def _refuse_versions(folder: Path, names: list[str]) -> None:
     """Raise InputError where folders are parts or versions of one set, or hold such, rather than classes."""
     inner = {name: set(_folders(folder / name)) for name in names}
     for name, inside in inner.items():
-        if any((part := _part_of(each)) and part[0] != UNLABELLED and not part[1] for each in inside):
+        if any((part := part_of(each)) and part[0] != UNLABELLED and not part[1] for each in inside):
             problem = f"{name} in it is a data set of its own, not a class"
             raise InputError("data.dir", folder, problem, "give the path of one set")
     several = {name: inside for name, inside in inner.items() if len(inside) > 1}
@@ -250,9 +231,9 @@ def _refuse_versions(folder: Path, names: list[str]) -> None:
             problem = f"{joined(alike)} hold the same folders ({shared}), as versions or parts of one set do"
             break
     else:
-        if not all(name.casefold() in VERSIONS for name in names):
+        if not (all(name.casefold() in VERSIONS for name in names) or are_pieces(names) or hold_masks(names)):
             return
-        problem = f"{joined(names)} are versions of one set by their names, not classes"
+        problem = f"{joined(names)} are versions or pieces of one set by their names, not classes"
     remedy = f"give one of them, {OTHERWISE}, or this folder as data.train_dir if these are its classes"
     raise InputError("data.dir", folder, problem, remedy)
 

@@ -38,6 +38,7 @@ class Alike(NamedTuple):
     other: str
     identical: bool
     across: bool  # they are in two parts
+    classes: tuple[str, str]  # in which they are
 
 
 @dataclass(frozen=True)
@@ -76,14 +77,19 @@ class Inspection:
                 (True, "in two parts, so that tests see training images"),
                 (False, "in one part"),
             ):
-                found = [f"{each.one} and {each.other}" for each in self.alike if each[2:] == (identical, across)]
+                found = [f"{each.one} and {each.other}" for each in self.alike if each[2:4] == (identical, across)]
                 if found:
                     yield f"{len(found):,} pairs are {words} {where}: {_named(found)}."
+        if torn := [f"{one} and {other}" for one, other, same, _, of in self.alike if same and of[0] != of[1]]:
+            yield f"{len(torn):,} of these pairs are in two classes: {_named(torn)}."
+        if "test" not in self.counts and any(each.identical for each in self.alike):
+            yield "A test part is split off the training part, so that tests will see some of these."
 
-    @property
-    def harmful(self) -> bool:
-        """Say whether trainings would fail, or their tests see what was trained on."""
-        return bool(self.broken) or any(each.identical and each.across for each in self.alike)
+    def harmful(self, skip_broken: bool) -> bool:
+        """Say whether trainings would fail, learn two labels of one image, or test what they were trained on."""
+        pairs = (each for each in self.alike if each.identical)
+        same = any(each.across or each.classes[0] != each.classes[1] or "test" not in self.counts for each in pairs)
+        return same or bool(self.broken and not skip_broken)
 
 
 def _named(names: Sequence[str]) -> str:
@@ -94,6 +100,7 @@ def _named(names: Sequence[str]) -> str:
 class _Seen(NamedTuple):
     name: str
     part: str
+    label: str
     digest: bytes
     size: tuple[int, int]
     mode: str
@@ -112,7 +119,7 @@ def inspect(
     with warnings.catch_warnings(), ThreadPoolExecutor(os.cpu_count()) as pool:
         warnings.simplefilter("ignore")
         warnings.simplefilter("error", Image.DecompressionBombWarning)
-        for done, found in enumerate(pool.map(lambda place: _look(*place), places), 1):
+        for done, found in enumerate(pool.map(lambda place: _look(source.classes, *place), places), 1):
             (broken if isinstance(found, str) else seen).append(found)  # type: ignore[arg-type]
             on_seen(done, len(places))
     counts = {
@@ -123,7 +130,7 @@ def inspect(
     return Inspection(note, source.classes, counts, sizes, modes, broken, list(_alike(seen)))
 
 
-def _look(part: str, images: LabelledImages, index: int) -> _Seen | str:
+def _look(classes: Sequence[str], part: str, images: LabelledImages, index: int) -> _Seen | str:
     """Return what there is to know of an image, or why it can't be read."""
     import imagehash
 
@@ -134,8 +141,10 @@ def _look(part: str, images: LabelledImages, index: int) -> _Seen | str:
             rgb, hashed = to_rgb(image), 0
             if min(rgb.size) >= LEAST_SIDE:
                 hashed = int.from_bytes(np.packbits(imagehash.phash(rgb).hash).tobytes(), "big")
-            return _Seen(name, part, digest, rgb.size, image.mode, hashed)
-    except (*BROKEN, *TOO_LARGE) as error:
+            return _Seen(name, part, classes[images.labels[index]], digest, rgb.size, image.mode, hashed)
+    except TOO_LARGE:
+        return f"{name} (too large, see data.max_megapixels)"
+    except BROKEN as error:
         return f"{name} ({type(error).__name__})"
 
 
@@ -145,10 +154,10 @@ def _alike(seen: Sequence[_Seen]) -> Iterator[Alike]:
     for each in seen:
         known = first.setdefault(each.digest, each)
         if known is not each:
-            yield Alike(known.name, each.name, True, known.part != each.part)
+            yield Alike(known.name, each.name, True, known.part != each.part, (known.label, each.label))
     single = [each for each in first.values() if each.hash]
-    for one, other in near(np.array([each.hash for each in single], np.uint64)):
-        yield Alike(single[one].name, single[other].name, False, single[one].part != single[other].part)
+    for one, other in ((single[i], single[j]) for i, j in near(np.array([each.hash for each in single], np.uint64))):
+        yield Alike(one.name, other.name, False, one.part != other.part, (one.label, other.label))
 
 
 def near(hashes: NDArray[np.uint64]) -> list[tuple[int, int]]:

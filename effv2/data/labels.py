@@ -9,10 +9,14 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path, PurePosixPath
 
 from effv2.core.errors import InputError
+from effv2.data.part_names import part_of
 
 # What the columns go by, whatever their case, spaces and dashes; the surest first.
 FILE_COLUMNS = "filename file filepath imagefile imagepath imagename image imageid img imgname imgid path photo id name"
-LABEL_COLUMNS = "label labels class classname category categoryname target species breed variety diagnosis type y"
+FILE_COLUMNS += " filepaths filenames images imageindex"
+LABEL_COLUMNS = "label labels class classname category categoryname target species breed variety diagnosis dx type y"
+LABEL_COLUMNS += " classid findinglabels"
+PART_COLUMNS = "split part subset set usage partition"
 SHOWN = 5
 
 
@@ -21,50 +25,62 @@ def read_labels(
 ) -> dict[str, dict[str, list[Path]]]:
     """Return the files of each part by label; `files` are those there are, by part, with the part's folder.
 
-    A file may stand there with or without its extension, and with any folders before it. InputError for what is no such
-    table, and for files that aren't there or could be several.
+    A file may stand there with or without its extension, and with any folders before it, but those of another part. A
+    column that names parts goes before the folders. InputError for what is no such table, and
+    for files that aren't there or could be several.
     """
     known: dict[str, list[tuple[str, Path, PurePosixPath]]] = {}
     for part, (folder, paths) in files.items():
         for each in paths:
             inside = PurePosixPath(folder.name, each.relative_to(folder).as_posix())
-            for name in {inside.name, inside.stem}:
+            for name in {inside.name.casefold(), inside.stem.casefold()}:
                 known.setdefault(name, []).append((part, each, inside))
     labels: dict[Path, tuple[str, str]] = {}  # part and label by file
     missing: list[str] = []
-    for file, label in _rows(path):
+    for file, label, named in _rows(path):
         wanted = PurePosixPath("/", file.replace("\\", "/"))
-        found = known.get(wanted.name, [])
-        found = [each for each in found if _ends_with(each[2], wanted)] or found
+        of_folder = next(filter(None, map(_part, reversed(wanted.parts[1:-1]))), "")
+        found = known.get(wanted.name.casefold(), [])
+        found = [each for each in found if each[0] == _part(named)] or found
+        found = [each for each in found if _ends_with(each[2], wanted)] or [
+            each for each in found if of_folder in ("", each[0])
+        ]
         if not found or not label:
             missing += [] if found else [file]
             left_out["rows without a label"] += not label
             continue
-        part, there, _ = found[0]
+        part, there = _part(named) or found[0][0], found[0][1]
         if len(found) > 1:
             problem = f"{file} may be {found[0][1]} or {found[1][1]}"
-            raise InputError("data.labels", path, problem, "write it with its folder and its extension")
+            remedy = "write it with its folder and its extension, or give the folder alone that it labels"
+            raise InputError("data.labels", path, problem, f"{remedy} as data.train_dir")
         if labels.setdefault(there, (part, label)) != (part, label):
             problem = f"{file} has the labels {labels[there][1]} and {label}"
             raise InputError("data.labels", path, problem, "keep one")
     if missing:
         problem = f"{len(missing)} of its files are not there as images ({', '.join(missing[:SHOWN])})"
-        raise InputError("data.labels", path, problem, "give the folder that holds them as data.train_dir")
+        remedy = "remove these rows, or give the folders that hold them as data.train_dir and data.test_dir"
+        raise InputError("data.labels", path, problem, remedy)
     if without := sum(len(paths) for _, paths in files.values()) - len(labels):
         left_out["images without a label"] += without
-    parts: dict[str, dict[str, list[Path]]] = {part: {} for part in files}
+    parts: dict[str, dict[str, list[Path]]] = {}
     for there, (part, label) in labels.items():
-        parts[part].setdefault(label, []).append(there)
+        parts.setdefault(part, {}).setdefault(label, []).append(there)
     return parts
+
+
+def _part(name: str) -> str:
+    """Return the part that a word names, empty for none."""
+    return (part_of(name) or ("",))[0]
 
 
 def _ends_with(path: PurePosixPath, wanted: PurePosixPath) -> bool:
     """Say whether a path, with or without its extension, ends as is wanted."""
-    return any(f"/{each}".endswith(str(wanted)) for each in (path, path.with_suffix("")))
+    return any(f"/{each}".casefold().endswith(str(wanted).casefold()) for each in (path, path.with_suffix("")))
 
 
-def _rows(path: Path) -> list[tuple[str, str]]:
-    """Return file and label of each line."""
+def _rows(path: Path) -> list[tuple[str, str, str]]:
+    """Return file, label and, where a column says it, part of each line."""
     if not path.is_file():
         raise InputError("data.labels", path, "no such file", "give a CSV with a column of files and one of labels")
     try:
@@ -86,4 +102,11 @@ def _rows(path: Path) -> list[tuple[str, str]]:
             f"its first line names no column of files and one of labels ({', '.join(names[:SHOWN]) or 'it is empty'})"
         )
         raise InputError("data.labels", path, problem, "call them file and label")
-    return [((row[columns[0]] or "").strip(), (row[columns[1]] or "").strip()) for row in rows]
+    columns.append(next((plain[each] for each in PART_COLUMNS.split() if each in plain), ""))
+    of_file, of_label, part = columns
+    found = [
+        ((row[of_file] or "").strip("\0 "), (row[of_label] or "").strip("\0 "), row.get(part) or "") for row in rows
+    ]
+    if broken := next((label for _, label, _ in found if "\n" in label), ""):
+        raise InputError("data.labels", path, f"a label holds a line break ({broken[:40]!r})", "close its quote")
+    return found
