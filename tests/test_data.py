@@ -361,6 +361,7 @@ def test_batches_for_another_device_are_gathered_one_ahead(monkeypatch: pytest.M
         assert torch.equal(batch[0], images_wanted) and torch.equal(batch[1], labels_wanted)
         assert len(gathered) <= number + 1
     assert len(gathered) == len(wanted)
+    assert not [*training_batches(dataset.train, order[:0], 100, torch.device("cuda"))]  # a training that resumes there
 
 
 @pytest.mark.parametrize(

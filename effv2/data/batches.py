@@ -57,7 +57,7 @@ def training_batches(
         return split.images(positions), split.labels[positions]
 
     parts = order.split(batch_size)[: batch_count(len(order), batch_size)]
-    if split.pixels.device != CPU or device == CPU:
+    if not parts or split.pixels.device != CPU or device == CPU:
         yield from map(gather, parts)
         return
     with ThreadPoolExecutor(1) as pool:
