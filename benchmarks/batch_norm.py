@@ -2,7 +2,7 @@
 
     python benchmarks/batch_norm.py [--dataset folder --data-dir <folder>] [--epochs 40] [--every 4] [--seeds 3]
 
-Each seed trains once, by this project's default recipe. After every so many epochs the test set is evaluated twice:
+Each seed trains once, by this project's default recipe. Every few epochs the test set is evaluated twice:
 with the running averages of batch norm, then with statistics from 1,024 training images at most, after which the
 averages are put back. Prints a Markdown table of means over the seeds, ranges in parentheses.
 """

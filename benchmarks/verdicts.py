@@ -137,7 +137,7 @@ def finished(number: int, params: Mapping[str, Any], accuracy: float) -> FrozenT
 
 
 def misjudged(seeds: int, seed: int) -> bool:
-    """Say whether so many runs decide anything of their true mean, where three in ten take off from 10 to 40 %."""
+    """Say whether runs of as many seeds decide anything of their true mean, where three in ten take off."""
     random = np.random.default_rng(seed)
     values = np.where(random.random(seeds) < 0.3, 0.4, 0.1) + 0.01 * random.standard_normal(seeds)
     return Estimate(list(values)).p(0.19) < LEVEL

@@ -346,6 +346,18 @@ def test_batches_hold_every_sample_once_in_channels_last() -> None:
     assert (batch_count(64, 32), batch_count(65, 32), batch_count(66, 32)) == (2, 2, 3)
 
 
+@pytest.mark.parametrize(
+    ("broken", "said"),
+    [("test/*/*", "no image of the test part can be read"), ("train/ant/*", "no training image of the class 'ant'")],
+)
+def test_what_is_skipped_may_not_be_all(tmp_path: Path, own_cache: Path, broken: str, said: str) -> None:
+    root = write_tree(tmp_path / "set", "train/ant", "train/bee", "test/ant", "test/bee")
+    for path in root.glob(broken):
+        path.write_bytes(b"no image")
+    with pytest.raises(InputError, match=said):
+        load_folder(root, skip_broken=True, validation_fraction=0)
+
+
 def test_batches_for_another_device_are_gathered_one_ahead(monkeypatch: pytest.MonkeyPatch) -> None:
     dataset, gathered = load_dataset(DataConfig(image_size=8)), list[int]()
     order, plain = epoch_order(len(dataset.train), 0, 1), Split.images

@@ -12,7 +12,7 @@ from PIL import Image, ImageFilter
 from effv2.cli.main import main
 from effv2.config.schema import DataConfig
 from effv2.data.dataset import load_dataset
-from effv2.data.inspection import COLUMNS, GAP, NEAR_BITS, contact_sheet, inspect, near
+from effv2.data.inspection import COLUMNS, GAP, MOST_TILE, NEAR_BITS, contact_sheet, inspect, near
 from effv2.data.sources import open_source
 
 random = np.random.default_rng(0)
@@ -82,3 +82,5 @@ def test_a_contact_sheet_shows_what_enters_the_network(tree: Path) -> None:
     left = sheet.width - COLUMNS * (48 + GAP)
     first = np.asarray(sheet.crop((left, 48 + GAP, left + 48, 96 + GAP)))  # of the second class
     assert np.array_equal(first, dataset.train.pixels[int(dataset.train.rows[4])].numpy())
+    large = load_dataset(DataConfig(dataset="folder", dir=str(tree), image_size=300, validation_fraction=0))
+    assert contact_sheet(large).width == left + COLUMNS * (MOST_TILE + GAP)

@@ -124,3 +124,9 @@ def test_a_set_that_is_not_there_is_told(tmp_path: Path) -> None:
     (tmp_path / "FashionMNIST" / "raw" / "train-images-idx3-ubyte").write_bytes(gzip.compress(b"broken"))
     with pytest.raises(InputError, match="FashionMNIST can't be read there"):
         DATASETS["fashion_mnist"](DataConfig(dataset="fashion_mnist", dir=str(tmp_path)))
+
+
+@pytest.mark.parametrize("name", ["train_dir", "test_dir", "labels"])
+def test_a_set_has_parts_and_labels_of_its_own(tmp_path: Path, name: str) -> None:
+    with pytest.raises(InputError, match=rf"data.{name} .*'cifar10' has its own parts and labels"):
+        DATASETS["cifar10"](DataConfig.model_validate({"dataset": "cifar10", name: str(tmp_path)}))

@@ -19,7 +19,7 @@ from effv2.config.layers import Layer, Written, build
 from effv2.config.options import StudyOptions
 from effv2.config.schema import TrainConfig
 from effv2.config.studies import SWEEPS, Study, open_study
-from effv2.core.errors import InputError, RunError
+from effv2.core.errors import InputError, RunError, listed
 from effv2.pretrained.config import PretrainedConfig
 
 WITHOUT_SCHEDULER = {name: setting for name, setting in cli.SHARED.items() if name != "scheduler"}
@@ -175,8 +175,7 @@ def _run_and_show(make: Callable[..., Any], options: StudyOptions) -> None:
         click.echo(line)
     if end.failed or end.in_vain:
         failures = [f"{name}: {error}" for name, error in end.failed.items()]
-        more = [f"and {len(failures) - SHOWN_FAILURES} more"] if len(failures) > SHOWN_FAILURES else []
-        shown = "; ".join(failures[:SHOWN_FAILURES] + more)
+        shown = listed(failures, SHOWN_FAILURES)
         nothing = "No trial of the search was completed: " if end.in_vain else ""
         raise RunError(f"{nothing}{len(failures)} of {end.planned} runs failed. {shown}")
 

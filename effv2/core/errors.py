@@ -63,6 +63,12 @@ def close_names(name: str, names: Sequence[str], count: int = 3) -> str:
     return joined([repr(folded[each]) for each in near], "or")
 
 
+def listed(names: Sequence[str], most: int, separator: str = "; ") -> str:
+    """Write the first names, and how many more there are."""
+    more = f" and {len(names) - most:,} more" if len(names) > most else ""
+    return separator.join(names[:most]) + more
+
+
 def joined(words: Sequence[str], last: str = "and") -> str:
     """Write words with commas, and `last` before the last of them."""
     return f" {last} ".join(filter(None, (", ".join(words[:-1]), *words[-1:])))

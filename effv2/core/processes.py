@@ -25,7 +25,7 @@ ALLOCATOR = {
     -2: 64 * 2**20,  # M_TOP_PAD: what the heap grows by
 }
 ENDING_SIGNALS = [signal.SIGINT, signal.SIGTERM, *([signal.SIGHUP] if hasattr(signal, "SIGHUP") else [])]
-# Signals that come within so many seconds are one: Ctrl-C under `mlflow run` is followed by a SIGTERM.
+# Two signals within this many seconds count as one: Ctrl-C under `mlflow run` is followed by a SIGTERM.
 TOGETHER_SECONDS = 0.5
 SENDER = "sender "  # how the names of threads begin that send to the tracking store
 

@@ -164,6 +164,13 @@ def load_dataset(config: DataConfig, on_decoded: OnDecoded | None = None) -> Dat
     splits = load(config, source, decoded)
     if len(splits["train"]) < 2:  # batch norm can't train on one
         raise InputError("data.dir", config.dir, "less than 2 images are left to train on", "add images")
+    if empty := [name for name, split in splits.items() if not len(split)]:
+        raise InputError("data.dir", config.dir, f"no image of the {empty[0]} part can be read", "add images")
+    learned = set(splits["train"].labels.tolist())
+    if broken and not config.allow_incomplete_classes and len(learned) < len(source.classes):
+        lacking = next(name for label, name in enumerate(source.classes) if label not in learned)
+        remedy = "add images, or give data.allow_incomplete_classes"
+        raise InputError("data.dir", config.dir, f"no training image of the class {lacking!r} can be read", remedy)
     about = config.dataset, source.location, source.classes
     return Dataset(*about, splits["train"], splits.get("validation"), splits["test"], source.left_out, broken)
 

@@ -34,7 +34,7 @@ BROKEN = (OSError, ValueError, SyntaxError, TypeError, IndexError, KeyError, Run
 
 
 def allow(megapixels: float) -> None:
-    """Let Pillow, in this process, take images of so many pixels, and PNGs with long texts, which are as sound."""
+    """Set how large an image Pillow takes in this process; let it take PNGs with long texts, too."""
     Image.MAX_IMAGE_PIXELS = round(megapixels * 1e6)
     PngImagePlugin.MAX_TEXT_CHUNK, PngImagePlugin.MAX_TEXT_MEMORY = 2**26, 2**28
 

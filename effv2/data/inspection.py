@@ -18,6 +18,7 @@ import torch
 from numpy.typing import NDArray
 from PIL import Image, ImageDraw
 
+from effv2.core.errors import listed
 from effv2.data.dataset import Dataset
 from effv2.data.decoder import BROKEN, TOO_LARGE, allow, to_rgb
 from effv2.data.folders import Source, left_out_note
@@ -28,7 +29,7 @@ BANDS = [(0, 13), (13, 13), (26, 13), (39, 13), (52, 12)]  # one more than NEAR_
 LARGEST_GROUP = 4_000  # images of one band that are compared with each other
 LEAST_SIDE = 32  # pixels: hashes of smaller images say nothing
 MOST_NAMED = 5
-ROWS, COLUMNS, LEAST_TILE, GAP = 40, 8, 48, 2  # of a contact sheet: classes, images of each, pixels
+ROWS, COLUMNS, LEAST_TILE, MOST_TILE, GAP = 40, 8, 48, 128, 2  # of a contact sheet: classes, images of each, pixels
 
 
 class Alike(NamedTuple):
@@ -71,7 +72,7 @@ class Inspection:
         if self.note:
             yield self.note
         if self.broken:
-            yield f"{len(self.broken):,} images can't be read: {_named(self.broken)}."
+            yield f"{len(self.broken):,} images can't be read: {listed(self.broken, MOST_NAMED)}."
         for identical, words in ((True, "identical"), (False, "nearly identical")):
             for across, where in (
                 (True, "in two parts, so that tests see training images"),
@@ -79,9 +80,9 @@ class Inspection:
             ):
                 found = [f"{each.one} and {each.other}" for each in self.alike if each[2:4] == (identical, across)]
                 if found:
-                    yield f"{len(found):,} pairs are {words} {where}: {_named(found)}."
+                    yield f"{len(found):,} pairs are {words} {where}: {listed(found, MOST_NAMED)}."
         if torn := [f"{one} and {other}" for one, other, same, _, of in self.alike if same and of[0] != of[1]]:
-            yield f"{len(torn):,} of these pairs are in two classes: {_named(torn)}."
+            yield f"{len(torn):,} of these pairs are in two classes: {listed(torn, MOST_NAMED)}."
         if "test" not in self.counts and any(each.identical for each in self.alike):
             yield "A test part is split off the training part, so that tests will see some of these."
 
@@ -90,11 +91,6 @@ class Inspection:
         pairs = (each for each in self.alike if each.identical)
         same = any(each.across or each.classes[0] != each.classes[1] or "test" not in self.counts for each in pairs)
         return same or bool(self.broken and not skip_broken)
-
-
-def _named(names: Sequence[str]) -> str:
-    more = f" and {len(names) - MOST_NAMED:,} more" if len(names) > MOST_NAMED else ""
-    return "; ".join(names[:MOST_NAMED]) + more
 
 
 class _Seen(NamedTuple):
@@ -110,7 +106,7 @@ class _Seen(NamedTuple):
 def inspect(
     source: Source, megapixels: float, on_seen: Callable[[int, int], None] = lambda done, total: None
 ) -> Inspection:
-    """Open every image once; those of more than so many `megapixels` are broken."""
+    """Open every image once; one of more `megapixels` counts as broken."""
     allow(megapixels)
     named = {"train": source.train, "validation": source.validation, "test": source.test}
     parts = {part: images for part, images in named.items() if images is not None}
@@ -177,9 +173,12 @@ def near(hashes: NDArray[np.uint64]) -> list[tuple[int, int]]:
 
 
 def contact_sheet(dataset: Dataset) -> Image.Image:
-    """Return a few training images of each class, a row a class, as they enter the network but for augmentation."""
+    """Return a few training images of each class, a row a class, as they enter the network but for augmentation.
+
+    Small ones are enlarged, large ones reduced.
+    """
     labels, side = dataset.train.labels, dataset.train.pixels.shape[1]
-    tile = side * max(1, -(-LEAST_TILE // side))
+    tile = min(side * max(1, -(-LEAST_TILE // side)), MOST_TILE)
     names, step = dataset.classes[:ROWS], tile + GAP
     left = 8 * min(24, max(map(len, names)))
     sheet = Image.new("RGB", (left + COLUMNS * step, len(names) * step), "white")

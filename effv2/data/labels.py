@@ -3,21 +3,27 @@
 from __future__ import annotations
 
 import csv
+import io
 import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path, PurePosixPath
 
 from effv2.core.errors import InputError
+from effv2.core.paths import read_text
 from effv2.data.part_names import part_of
 
 # What the columns go by, whatever their case, spaces and dashes; the surest first.
-FILE_COLUMNS = "filename file filepath imagefile imagepath imagename image imageid img imgname imgid path photo id name"
-FILE_COLUMNS += " filepaths filenames images imageindex"
-LABEL_COLUMNS = "label labels class classname category categoryname target species breed variety diagnosis dx type y"
-LABEL_COLUMNS += " classid findinglabels"
+FILE_COLUMNS = (
+    "filename file filepath imagefile imagepath imagename image imageid img imgname imgid path photo id name "
+    "filepaths filenames images imageindex"
+)
+LABEL_COLUMNS = (
+    "label labels class classname category categoryname target species breed variety diagnosis dx type y "
+    "classid findinglabels"
+)
 PART_COLUMNS = "split part subset set usage partition"
-SHOWN = 5
+SHOWN, LARGEST = 5, 100_000_000  # files; characters of a table
 
 
 def read_labels(
@@ -26,8 +32,8 @@ def read_labels(
     """Return the files of each part by label; `files` are those there are, by part, with the part's folder.
 
     A file may stand there with or without its extension, and with any folders before it, but those of another part. A
-    column that names parts goes before the folders. InputError for what is no such table, and
-    for files that aren't there or could be several.
+    column that names parts goes before the folders. InputError for what is no such table, and for files that aren't
+    there or could be several.
     """
     known: dict[str, list[tuple[str, Path, PurePosixPath]]] = {}
     for part, (folder, paths) in files.items():
@@ -84,10 +90,11 @@ def _rows(path: Path) -> list[tuple[str, str, str]]:
     if not path.is_file():
         raise InputError("data.labels", path, "no such file", "give a CSV with a column of files and one of labels")
     try:
-        with path.open(newline="", encoding="utf-8-sig") as file:
-            head = file.readline()
-            file.seek(0)
-            rows = list(csv.DictReader(file, delimiter=max(",;\t", key=head.count)))
+        text = read_text(path, LARGEST).removeprefix("\ufeff")
+        delimiter = max(",;\t", key=text.partition("\n")[0].count)
+        rows = list(csv.DictReader(io.StringIO(text), delimiter=delimiter))
+    except OSError as error:
+        raise InputError("data.labels", path, f"can't be read ({error.strerror})", "give another file") from error
     except (csv.Error, UnicodeDecodeError) as error:
         raise InputError("data.labels", path, f"it is no CSV in UTF-8 ({error})", "correct it") from error
     names = [name for name in (rows[0] if rows else {}) if name]

@@ -27,11 +27,6 @@ BIRDS_PAGE = "https://www.kaggle.com/datasets/arjunbasandrai/25-indian-bird-spec
 
 def open_source(config: DataConfig) -> Source:
     """Find the data set that `config` names; InputError where it isn't there, can't be read or is malformed."""
-    if config.dataset in ("digits", "imagenette", "mnist"):
-        for name in ("train_dir", "test_dir", "labels"):
-            if value := getattr(config, name):
-                problem = f"the data set {config.dataset!r} has its own parts and labels"
-                raise InputError(f"data.{name}", value, problem, "leave it out, or give data.dataset folder")
     try:
         source: Source = DATASETS[config.dataset](config)
         _check(source)
@@ -66,6 +61,7 @@ def _digits(config: DataConfig) -> Source:
     import numpy as np
     from sklearn.datasets import load_digits
 
+    refuse_layout(config)
     if config.dir:
         problem = "digits come with scikit-learn and take no folder"
         raise InputError("data.dir", config.dir, problem, "give another data.dataset, or leave the folder out")
@@ -78,6 +74,7 @@ def _digits(config: DataConfig) -> Source:
 def _imagenette(config: DataConfig) -> Source:
     from torchvision.datasets.utils import download_url
 
+    refuse_layout(config)
     url, md5, names = imagenette()
     what = "a folder that holds imagenette2-160, or data.download to fetch it"
     root = folder_of(config, what, downloads=True)
@@ -110,6 +107,14 @@ def _birds(config: DataConfig) -> Source:
 def _any_folder(config: DataConfig) -> Source:
     what = "a folder with one sub-folder of images per class"
     return read_folders(config, folder_of(config, what), what)
+
+
+def refuse_layout(config: DataConfig) -> None:
+    """Refuse what says where parts and labels lie, of a set that has its own."""
+    for name in ("train_dir", "test_dir", "labels"):
+        if value := getattr(config, name):
+            problem = f"the data set {config.dataset!r} has its own parts and labels"
+            raise InputError(f"data.{name}", value, problem, "leave it out, or give data.dataset folder")
 
 
 def folder_of(config: DataConfig, what: str, downloads: bool = False) -> Path:

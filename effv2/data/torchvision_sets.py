@@ -15,7 +15,7 @@ from effv2.config.schema import DATASETS, DataConfig
 from effv2.core.errors import InputError
 from effv2.core.internals import pet_files
 from effv2.data.folders import Source, printable
-from effv2.data.sources import NUMERALS, folder_of, from_arrays
+from effv2.data.sources import NUMERALS, folder_of, from_arrays, refuse_layout
 
 if TYPE_CHECKING:
     from effv2.data.images import LabelledImages
@@ -56,6 +56,7 @@ def _read(name: str, config: DataConfig) -> Source:
     """Return a set of torchvision's; InputError where it isn't there and isn't to be fetched."""
     import torchvision
 
+    refuse_layout(config)
     parts = SETS[name]
     kind = getattr(torchvision.datasets, parts.name)
     root = folder_of(config, f"the folder in which torchvision keeps {parts.name}", downloads=True)

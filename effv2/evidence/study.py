@@ -12,6 +12,7 @@ from typing import Any
 
 from matplotlib.figure import Figure
 
+from effv2.core.errors import listed
 from effv2.core.figures import accuracy_against_time, accuracy_curves, bars, forest
 from effv2.evidence.answers import NONE, NOTHING_YET, Arms, Held, hold
 from effv2.evidence.claims import Claims, published_runs
@@ -64,8 +65,7 @@ class TrackedStudy:
         running = any(run.status == "RUNNING" for run in self.runs)
         found = ["it is being worked on, or its process died"] if running else []
         for words, names in {"failed": errors, "planned but not finished": lacking}.items():
-            more = f" and {len(names) - MOST_NAMED} more" if len(names) > MOST_NAMED else ""
-            found += [f"{counted(len(names), 'run')} {words}: {', '.join(names[:MOST_NAMED])}{more}"] if names else []
+            found += [f"{counted(len(names), 'run')} {words}: {listed(names, MOST_NAMED, ', ')}"] if names else []
         found += [] if self.runs else ["it has no runs yet"]
         resumes = self.parent.tags.get(tags.COMMAND) and (lacking or failed.keys() - there - diverged)
         return f"{'; '.join(found)}.{' The command below resumes it.' if resumes else ''}" if found else ""

@@ -13,8 +13,8 @@ from effv2.evidence.quantities import percent
 from effv2.evidence.study import NEAR_CHANCE
 
 FIRST_DATASETS = ("digits", "imagenette", "mnist", "birds")
-# A training has so many steps unless its epochs are given. With less, running averages of batch norm count too much of
-# the time before (docs/performance.md).
+# A training has at least this many steps, unless its epochs are given or the most epochs are fewer. With less, running
+# averages of batch norm lag behind the weights (docs/performance.md).
 MANY_STEPS, MOST_EPOCHS = 1000, 100
 BATCH_NORM_IMAGES = 1024
 

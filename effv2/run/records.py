@@ -163,8 +163,10 @@ def keep_weights(run: TrackedRun, network: nn.Module) -> None:
 def whole_weights(path: Path | None) -> dict[str, Tensor] | None:
     """Read a file of weights; None without one, or where it is damaged. torch itself compares no checksums."""
     with suppress(Exception):  # of the many that damage leads to
-        if path is not None and zipfile.ZipFile(path).testzip() is None:
-            return dict(torch.load(path, map_location="cpu", weights_only=True))
+        if path is not None:
+            with zipfile.ZipFile(path) as file:
+                damaged = file.testzip()
+            return None if damaged else dict(torch.load(path, map_location="cpu", weights_only=True))
     return None
 
 

@@ -76,7 +76,7 @@ class ImageClassifier(PythonModel):
     def pixels(self, item: Any, position: int = 0) -> Any:
         """Return the bytes (size, size, 3) that the network gets of an image; BadImage where it can't be read."""
         how = [self.settings[name] for name in ("shorter_side", "interpolation") if name in self.settings]
-        self.decoder.allow(self.decoder.MEGAPIXELS)
+        self.decoder.allow(MOST["pixels"] / 1e6)
         try:
             with warnings.catch_warnings():
                 warnings.simplefilter("error", Image.DecompressionBombWarning)
@@ -89,7 +89,7 @@ class ImageClassifier(PythonModel):
         """Refuse a request that would take too long or too much memory, before a pixel of it is decoded."""
         held = {"images": len(items), "bytes": sum(len(item) for item in items if isinstance(item, (str, bytes)))}
         _must_be_few(held)
-        self.decoder.allow(self.decoder.MEGAPIXELS)
+        self.decoder.allow(MOST["pixels"] / 1e6)
         told_later = (*self.decoder.BROKEN, *self.decoder.TOO_LARGE)
         for item in items:
             with warnings.catch_warnings(), suppress(*told_later):

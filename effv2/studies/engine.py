@@ -18,7 +18,7 @@ from optuna.trial import TrialState
 
 from effv2.config.options import StudyOptions
 from effv2.core import provenance
-from effv2.core.errors import RunError
+from effv2.core.errors import RunError, listed
 from effv2.core.internals import study_id
 from effv2.core.reporter import Message, Reporter
 from effv2.data.dataset import LoadData
@@ -121,9 +121,8 @@ def _open(plan: Plan, storage: Storage, experiment_id: str, options: StudyOption
                     reporter.message(text)
                 if begun and not same:
                     words = differences(begun[0].user_attrs[DEFINITION], definition)
-                    more = f" and {len(words) - MOST_DIFFERENCES} more" if len(words) > MOST_DIFFERENCES else ""
-                    text = f"Not the study {plan.name} that was begun before: {'; '.join(words[:MOST_DIFFERENCES])}"
-                    reporter.message(f"{text}{more}. What is the same is not repeated.")
+                    text = f"Not the study {plan.name} that was begun before: {listed(words, MOST_DIFFERENCES)}"
+                    reporter.message(f"{text}. What is the same is not repeated.")
                 # Those whose creation was cut short are counted too.
                 numbers = [study.study_name.rpartition("#") for study in studies]
                 queue = f"{name}#{1 + max((int(last) for before, _, last in numbers if before == name), default=0)}"

@@ -13,7 +13,7 @@ from effv2.config.schema import TrainConfig
 from effv2.data.dataset import LoadData
 from effv2.evidence.protocols import FREE, complete
 from effv2.evidence.quantities import TRAIN_SECONDS, duration, points
-from effv2.evidence.statistics import FEWEST, Looks, power
+from effv2.evidence.statistics import EVERY_LOOK, FEWEST, LEVEL, Looks, power
 from effv2.studies.grid import MAX_SEEDS, Grid
 from effv2.tracking.read import RunRecord, decisive_accuracy, read_experiment
 from effv2.training.loop import Training
@@ -43,7 +43,7 @@ def forecast(
         found = [run.metrics[TRAIN_SECONDS] for run in same[arm] if TRAIN_SECONDS in run.metrics]
         seconds[arm] = statistics.fmean(found) if found else _timed(plan.arms[arm], load, TIMED_SECONDS / len(names))
         timed += [] if found else [arm]
-    most = int(plan.stamps.get(MAX_SEEDS, 30))
+    most = int(plan.stamps.get(MAX_SEEDS, EVERY_LOOK.most))
     one = sum(seconds.values())
     if plan.auto:
         count = f"{FEWEST * len(names)} to {most * len(names)} runs, as many as the answers take"
@@ -66,7 +66,7 @@ def forecast(
 
 def _table(looks: Looks, counts: Sequence[int], deviation: float) -> list[list[str]]:
     """Return the differences of one arm that are found with some probabilities at a number of seeds."""
-    nominal = looks.nominal(0.05, 2)
+    nominal = looks.nominal(LEVEL, 2)
     rows = [["seeds of each arm", *(f"found in {chance:.0%}" for chance in CHANCES)]]
     for count in counts:
         if count <= looks.most:
