@@ -9,6 +9,7 @@ with whoever asked for them.
 
 from __future__ import annotations
 
+import faulthandler
 import gc
 import importlib
 import json
@@ -20,6 +21,8 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
+import time
 from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass
@@ -42,6 +45,7 @@ COMMANDS = (
 FORK_SAFE_THREAD = "jemalloc_bg_thd"  # jemalloc, which pyarrow brings along, stops it for a fork
 LOOK_SECONDS = 0.02  # between two looks at which processes have ended
 LONGEST_MESSAGE = 2**17
+LONGEST_REST = 200  # seconds until a process that doesn't end is asked for the stacks of its threads, and killed
 
 
 class Forks:
@@ -127,8 +131,20 @@ class Forked:
 
     def rest(self) -> str:
         """Return what else it says, when it and all that write to the same output have ended."""
+        stuck: list[int] = []
+
+        def show_where() -> None:
+            stuck.append(self.pid)
+            self.send_signal(signal.SIGUSR1)
+            time.sleep(1)
+            self.kill()
+
+        watch = threading.Timer(LONGEST_REST, show_where)
+        watch.start()
         text = self.said.read()
+        watch.cancel()
         self.wait()
+        assert not stuck, f"it did not end within {LONGEST_REST} seconds: {text}"
         return text
 
     def send_signal(self, number: int) -> None:
@@ -172,7 +188,8 @@ def serve(channel: socket.socket) -> dict[str, Any]:
 
 
 def run(command: dict[str, Any]) -> None:
-    """Do what `python WORDS` does, in this process."""
+    """Do what `python WORDS` does, in this process, which writes the stacks of its threads at SIGUSR1."""
+    faulthandler.register(signal.SIGUSR1)
     os.chdir(command["folder"])
     os.environ.clear()
     os.environ.update(command["environment"])
