@@ -14,6 +14,7 @@ import time
 from contextlib import closing
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import click
 import pytest
@@ -314,6 +315,14 @@ def test_one_failing_arm_does_not_cost_the_others(sqlite_store: str, tiny_study:
     parent, *children = all_runs()
     assert [run.info.status for run in (parent, *children)] == ["FAILED", "FAILED", "FINISHED"]
     assert "comparison.csv" in {file.path for file in MlflowClient().list_artifacts(parent.info.run_id)}
+
+
+def test_a_study_that_fails_while_it_begins_is_not_left_running(
+    sqlite_store: str, tiny_study: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("effv2.studies.engine._note_planned", Mock(side_effect=RuntimeError("a fault")))
+    assert isinstance(invoke(ablate, "--study", tiny_study).exception, RuntimeError)
+    assert [run.info.status for run in all_runs()] == ["FAILED"]
 
 
 def test_a_store_that_fails_for_a_moment_costs_no_run(

@@ -465,6 +465,8 @@ def test_parts_are_known_in_all_usual_spellings(tmp_path: Path, folders: tuple[s
         (within("val", "test"), "holds a part for testing but none named train"),
         (within("test"), "holds a part for testing but none named train"),
         (within("set/train", "other"), "set in it is a data set of its own"),
+        (("ant/train", "ant/test", "bee/train", "bee/test"), "each class in it holds parts .*, as test/ant"),
+        (("Ant", "ant", "bee"), "the classes Ant and ant differ in capitals alone"),
     ],
     ids=lambda value: "" if isinstance(value, str) else " ".join(value[::3]),
 )
@@ -485,6 +487,8 @@ def test_what_is_no_class_is_left_out_and_counted(tmp_path: Path, own_cache: Pat
     root = write_tree(tmp_path / "set", "ant", "bee", *noise, "ant/notes.txt", "ant/README.txt")
     for name in ("ant/clip.mp4", "ant/page.pdf", "bee/LICENSE", "bee/drawing.eps"):
         (root / name).write_bytes(b"%!PS")
+    (root / "cow").symlink_to(root / "gone")
+    (root / "more.zip").touch()
     (root / "ant" / "ant0.png").rename(root / "beside.png")
     (root / "ant" / "ant1.png").rename(root / "ant" / "0f3a9c")  # without an extension
     for number, ending in enumerate(("jfif", "jpe", "tga", "pnm")):
@@ -493,8 +497,9 @@ def test_what_is_no_class_is_left_out_and_counted(tmp_path: Path, own_cache: Pat
     assert dataset.classes == ("ant", "bee") and sum(map(len, dataset.splits.values())) == 3 + 4 + 4
     assert dataset.left_out == {
         ".txt files": 2, ".mp4 files": 1, ".pdf files": 1, ".eps files": 1, "files without an extension": 1,
-        "images beside the class folders": 1, "folder @eaDir": 2, "folder thumbs": 1, "folder mlruns": 1,
-        "folder checkpoints": 1,
+        "images beside the class folders": 1, "images in folders @eaDir": 8, "images in folders thumbs": 4,
+        "images in folders mlruns": 4, "images in folders checkpoints": 4, "images in folders .ipynb_checkpoints": 4,
+        "links that lead nowhere": 1, ".zip files": 1,
     }  # fmt: skip
     assert ".mp4 files (1)" in dataset.notes[0]
 
@@ -535,6 +540,17 @@ def test_labels_come_from_a_csv(tmp_path: Path, table: str, values: str) -> None
     assert dataset.left_out == {"images without a label": 9}
     with pytest.raises(InputError, match=r"train and test hold different classes \(a, b\)"):
         load_folder(root, labels="labels.csv", train_dir="train", test_dir="test")
+
+
+def test_lines_of_a_table_without_a_label_and_those_against_a_folder_are_counted(tmp_path: Path) -> None:
+    root = write_tree(tmp_path / "set", "ant", "bee")
+    lines = [f"{name}{number}.png,{name}" for name in ("ant", "bee") for number in range(3)]
+    (root / "labels.csv").write_text("\n".join(["file,label", *lines, "ant3.png,bee", "bee3.png,NaN", ","]))
+    dataset = load_folder(root, labels="labels.csv")
+    assert dataset.classes == ("ant", "bee")
+    assert dataset.left_out == {
+        "rows without a label": 1, "images without a label": 1, "folder names that are other labels than the table's": 1
+    }  # fmt: skip
 
 
 def test_labels_of_a_part_are_for_its_images_alone(tmp_path: Path) -> None:

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import os
+import signal
 import statistics
+import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 from mlflow import MlflowClient
@@ -14,6 +18,7 @@ from mlflow.exceptions import MlflowException
 
 from effv2.config.options import CheckpointOptions
 from effv2.core.errors import RunError, StoreAway, Terminated
+from effv2.core.processes import ending_signals
 from effv2.tracking import run as tracking_run
 from effv2.tracking import sender
 from effv2.tracking.run import begin_run, open_experiment, open_run
@@ -145,6 +150,29 @@ def test_a_run_that_was_complete_ends_finished_whatever_interrupts_its_end(sqlit
         run.complete()
         raise Terminated
     assert MlflowClient().get_run(run.run_id).info.status == "FINISHED"
+
+
+@pytest.mark.parametrize(("fault", "status"), [(Terminated, "KILLED"), (RuntimeError, "FAILED")])
+def test_a_fault_while_a_run_begins_ends_it(
+    sqlite_store: str, monkeypatch: pytest.MonkeyPatch, fault: type[BaseException], status: str
+) -> None:
+    """A signal that comes while it is created, or a thread that can't be started."""
+    create = MlflowClient.create_run
+
+    def created(*words: Any, **how: Any) -> Any:
+        run = create(*words, **how)
+        if fault is Terminated:
+            os.kill(os.getpid(), signal.SIGTERM)
+        else:
+            patch.setattr(threading.Thread, "start", Mock(side_effect=fault))
+        return run
+
+    experiment = open_store("")
+    with monkeypatch.context() as patch, ending_signals(), pytest.raises(fault):
+        patch.setattr(MlflowClient, "create_run", created)
+        with open_run("run", experiment, {}, message=print):
+            raise AssertionError
+    assert [run.info.status for run in MlflowClient().search_runs([experiment])] == [status]
 
 
 def test_a_run_that_was_created_twice_is_there_once(sqlite_store: str, monkeypatch: pytest.MonkeyPatch) -> None:

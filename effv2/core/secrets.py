@@ -11,10 +11,11 @@ NAMED = re.compile(  # in the query of an address, or in the words that a databa
     r"|auth|authorization|jwt|odbc_connect|(?:api|access|account|secret)[-_]?key(?:[-_]?id)?))=)(?:'[^']*'|[^&\s]+)",
     re.IGNORECASE,
 )
-# Up to the last @ of the word, as a password may hold all of / ? # @.
-OF_WEB = re.compile(r"(https?://)(?:[^/\s]*|[^/:@\s]*:\S*)@", re.IGNORECASE)  # a token may stand in the user's place
-OF_OTHERS = re.compile(r"(://[^/:@\s]*):\S*@")
-WITHOUT_SCHEME = re.compile(r"((?:^|[\s='\"(])[^\s:='\"(]+):(?!//)\S*@")
+# Up to the last @ of the word, as a password may hold all of / ? # @; bounded, so that long words take no time. Where a
+# web address names a user, a token may stand.
+OF_WEB = re.compile(r"(https?://)(?:[^/\s]{0,2000}|[^/:@\s]{0,200}:\S{0,2000})@", re.IGNORECASE)
+OF_OTHERS = re.compile(r"(://[^/:@\s]{0,200}):\S{0,2000}@")
+WITHOUT_SCHEME = re.compile(r"((?:^|[\s='\"(])[^\s:='\"(]{1,200}):(?!//)\S{0,2000}@")
 
 
 def masked(text: str) -> str:

@@ -89,6 +89,8 @@ def read_folders(config: DataConfig, root: Path, what: str) -> Source:
         files = {part: (folder, list(_files(folder, left_out))) for part, folder in folders.items()}
         labels = Path(os.path.expanduser(config.labels))
         path = labels if labels.exists() else root / labels
+        if any(path.resolve().is_relative_to(folder) for folder in folders.values()):
+            left_out[f"{path.suffix.lower()} files"] -= 1  # the table itself
         parts = read_labels(path, files, left_out)
         if TRAIN not in parts:
             remedy = "give the folder that it labels as data.train_dir"
@@ -105,7 +107,7 @@ def read_folders(config: DataConfig, root: Path, what: str) -> Source:
     }
     if TEST not in made and VALIDATION in made:  # a set with train and val alone uses val for testing
         made[TEST] = made.pop(VALIDATION)
-    return Source(str(root), tuple(classes), made[TRAIN], made.get(VALIDATION), made.get(TEST), dict(left_out))
+    return Source(str(root), tuple(classes), made[TRAIN], made.get(VALIDATION), made.get(TEST), dict(+left_out))
 
 
 def _named_parts(config: DataConfig, root: Path) -> dict[str, Path]:
@@ -156,7 +158,7 @@ def _find_parts(root: Path, labelled: bool, left_out: Counter[str]) -> dict[str,
         if len(twice) > 1:
             raise refusal(f"{joined(twice)} are both the {part} part by their names", f"remove one, or {OTHERWISE}")
     found = {part: inside[named[0]] for part, named in used.items()}
-    left_out.update(f"folder {printable(name)}" for name in _folders(place, left_out) if [name] not in used.values())
+    _count_images(place, [name for name in _folders(place, left_out) if [name] not in used.values()], left_out)
     if labelled:
         return found
     if without := [named[0] for named in used.values() if named[0] in flat]:
@@ -186,20 +188,29 @@ def _folders(place: Path, left_out: Counter[str] | None = None) -> list[str]:
     OSError for a link that leads back to a folder around it.
     """
     with os.scandir(place) as entries:
-        found = sorted(entry.name for entry in entries if entry.is_dir() and not entry.name.startswith("."))
+        found = sorted(entry.name for entry in entries if entry.is_dir())
     for path in (place / name for name in found):
-        if path.is_symlink() and path.parent.resolve().is_relative_to(path.resolve()):
+        if path.name[0] != "." and path.is_symlink() and path.parent.resolve().is_relative_to(path.resolve()):
             raise OSError(errno.ELOOP, os.strerror(errno.ELOOP), str(path))
-    others = [name for name in found if name[0] in "@#$~" or name.casefold() in NO_CLASSES]  # @eaDir, $RECYCLE.BIN
+    others = [name for name in found if name[0] in ".@#$~" or name.casefold() in NO_CLASSES]  # @eaDir, $RECYCLE.BIN
     if left_out is not None:
-        left_out.update(f"folder {printable(name)}" for name in others)
+        _count_images(place, others, left_out)
     return [name for name in found if name not in others]
+
+
+def _count_images(place: Path, names: Sequence[str], left_out: Counter[str]) -> None:
+    """Count the images in folders that are left out, by their names."""
+    for name in names:
+        inside = sum(
+            file.lower().endswith(tuple(extensions())) for *_, files in os.walk(place / name) for file in files
+        )
+        left_out[f"images in folders {printable(name)}"] += inside
 
 
 def _classes(folder: Path, what: str, named: bool, left_out: Counter[str]) -> Classes:
     """Return the images of the class folders in `folder`; what could be parts or versions is refused unless `named`."""
     names = _folders(folder, left_out)
-    beside = _images_right_in(folder)
+    beside = len(list(_files_in(folder, left_out)))
     if len(names) < 2:
         problem = (
             f"holds {len(names)} class folders{f' beside {beside} images' * bool(beside)}, but at least 2 are needed"
@@ -221,6 +232,12 @@ def _refuse_versions(folder: Path, names: list[str]) -> None:
     inner = {name: set(_folders(folder / name)) for name in names}
     for name, inside in inner.items():
         if any((part := part_of(each)) and part[0] != UNLABELLED and not part[1] for each in inside):
+            if all(inner.values()) and len({frozenset(each) for each in inner.values()}) == 1:
+                problem, remedy = (
+                    f"each class in it holds parts ({', '.join(sorted(inside))})",
+                    "move the parts above the",
+                )
+                raise InputError("data.dir", folder, problem, f"{remedy} classes, as {sorted(inside)[0]}/{name}")
             problem = f"{name} in it is a data set of its own, not a class"
             raise InputError("data.dir", folder, problem, "give the path of one set")
     several = {name: inside for name, inside in inner.items() if len(inside) > 1}
@@ -247,12 +264,17 @@ def _images_right_in(folder: Path) -> int:
 
 
 def _files(folder: Path, left_out: Counter[str]) -> Iterator[Path]:
-    """Walk a folder at any depth for images; hidden files are left out, other files and links to folders counted."""
+    """Walk a folder at any depth for images; hidden files are left out, links to folders counted."""
     for inner in map(folder.joinpath, _folders(folder, left_out)):
         if inner.is_symlink():
             left_out["links to folders"] += 1
         else:
             yield from _files(inner, left_out)
+    yield from _files_in(folder, left_out)
+
+
+def _files_in(folder: Path, left_out: Counter[str]) -> Iterator[Path]:
+    """Return the images right in a folder; other files are counted."""
     known = extensions()
     with os.scandir(folder) as entries:
         for entry in entries:
@@ -265,6 +287,8 @@ def _files(folder: Path, left_out: Counter[str]) -> Iterator[Path]:
                 raise OSError(errno.EINVAL, "not a regular file", str(path))
             if named or (not re.fullmatch(r"\.[a-z]\w{0,8}", ending) and entry.is_file() and _holds_image(path)):
                 yield path
+            elif not path.exists():
+                left_out["links that lead nowhere"] += 1
             else:
                 left_out[f"{printable(ending)} files" if ending else "files without an extension"] += 1
 
@@ -298,6 +322,10 @@ def _checked_classes(
             problem = f"the class folder {folder} holds no images{but}"
             raise InputError("data.dir", root, problem, f"fill or remove it, {or_allow}")
     classes = sorted({name for found in parts.values() for name, files in found.items() if files})
+    spelt = {name.casefold(): name for name in classes}
+    if twice := next((name for name in classes if len(name) > 1 and spelt[name.casefold()] != name), ""):
+        problem = f"the classes {twice} and {spelt[twice.casefold()]} differ in capitals alone"
+        raise InputError("data.dir", root, problem, "write them alike, or give them other names")
     for part, found in parts.items():
         if lacking := [name for name in classes if not found.get(name)]:
             left_out[f"classes that {part} lacks, as {lacking[0]}"] = len(lacking)

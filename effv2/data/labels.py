@@ -69,6 +69,9 @@ def read_labels(
         raise InputError("data.labels", path, problem, remedy)
     if without := sum(len(paths) for _, paths in files.values()) - len(labels):
         left_out["images without a label"] += without
+    names = {label for _, label in labels.values()}
+    if other := sum(there.parent.name in names - {label} for there, (_, label) in labels.items()):
+        left_out["folder names that are other labels than the table's"] += other
     parts: dict[str, dict[str, list[Path]]] = {}
     for there, (part, label) in labels.items():
         parts.setdefault(part, {}).setdefault(label, []).append(there)
@@ -114,6 +117,7 @@ def _rows(path: Path) -> list[tuple[str, str, str]]:
     found = [
         ((row[of_file] or "").strip("\0 "), (row[of_label] or "").strip("\0 "), row.get(part) or "") for row in rows
     ]
+    found = [(file, "" if label.casefold() == "nan" else label, part) for file, label, part in found if file or label]
     if broken := next((label for _, label, _ in found if "\n" in label), ""):
         raise InputError("data.labels", path, f"a label holds a line break ({broken[:40]!r})", "close its quote")
     return found

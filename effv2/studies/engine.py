@@ -7,7 +7,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Mapping
 from contextlib import closing, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from multiprocessing.context import SpawnProcess
 from typing import Any
@@ -20,6 +20,7 @@ from effv2.config.options import StudyOptions
 from effv2.core import provenance
 from effv2.core.errors import RunError, listed
 from effv2.core.internals import study_id
+from effv2.core.processes import uninterrupted
 from effv2.core.reporter import Message, Reporter
 from effv2.data.dataset import LoadData
 from effv2.evidence.publication import publish_study, read_results
@@ -129,13 +130,16 @@ def _open(plan: Plan, storage: Storage, experiment_id: str, options: StudyOption
                 attributes = _create(plan, storage, queue, definition, options.fresh)
     except DATABASE_ERRORS as error:
         raise cannot_use(storage.shown, error) from error
-    parent = TrackedRun(attributes[PARENT], experiment_id)
-    (record,) = read_runs([parent.run_id])
-    plan = plan.resumed(record.params, partial(_begin, storage, queue))
-    parent.take_over_adopted()
-    study = OpenedStudy(plan, options, queue, parent, attributes[FRESH])
-    parent.set_tags({COMMAND: provenance.COMMAND.get()})
-    _note_planned(study, storage.retry(lambda: study.queue(storage).trials()))
+    study = OpenedStudy(plan, options, queue, TrackedRun(attributes[PARENT], experiment_id), attributes[FRESH])
+    try:
+        (record,) = read_runs([study.parent.run_id])
+        study = replace(study, plan=plan.resumed(record.params, partial(_begin, storage, queue)))
+        study.parent.take_over_adopted()
+        study.parent.set_tags({COMMAND: provenance.COMMAND.get()})
+        _note_planned(study, storage.retry(lambda: study.queue(storage).trials()))
+    except BaseException as error:
+        study.leave(storage, status_after(error))
+        raise
     return study
 
 
@@ -161,8 +165,10 @@ def _note_planned(study: OpenedStudy, trials: Trials) -> None:
 def _create(plan: Plan, storage: Storage, name: str, definition: Mapping[str, Any], fresh: bool) -> dict[str, Any]:
     """Create a study's run, then the study of that name in the storage; return the attributes of the latter."""
     tags = {STUDY: plan.name, CODE_VERSION: definition["code"], QUEUE: name}
-    parent = begin_run(plan.name, definition["experiment"], tags)
+    parent = None
     try:
+        with uninterrupted():
+            parent = begin_run(plan.name, definition["experiment"], tags)
         shown = ("kind", "name", "description", "baseline")
         parent.log_params({f"study.{field}": getattr(plan, field) for field in shown} | dict(plan.stamps))
         parent.log_git()
@@ -173,7 +179,7 @@ def _create(plan: Plan, storage: Storage, name: str, definition: Mapping[str, An
         return attributes
     except BaseException as error:
         with suppress(*store.TRACKING_ERRORS):
-            if store.answers():
+            if parent is not None and store.answers():
                 parent.set_status(status_after(error))
         raise
 

@@ -23,6 +23,7 @@ from optuna.trial import FrozenTrial, Trial, TrialState, create_trial
 from effv2.core.errors import LeaseLost, StoreAway
 from effv2.core.internals import stale_trial_ids, trial_id
 from effv2.core.processes import is_gone, this_process
+from effv2.core.secrets import masked
 from effv2.studies.storage import DATABASE_ERRORS, GRACE_SECONDS, HEARTBEAT_SECONDS, LEAVING_SECONDS, Storage
 
 P = ParamSpec("P")
@@ -165,7 +166,7 @@ class Queue:
             if _is_ours(now) and now.state == TrialState.RUNNING:
                 failures = now.user_attrs.get(FAILURES, 0) + 1
                 state = TrialState.FAIL if final or failures > self.retries else TrialState.WAITING
-                self._set(trial, state, {ERROR: error, FAILURES: failures, FINAL: final})
+                self._set(trial, state, {ERROR: masked(error), FAILURES: failures, FINAL: final})
 
     @retried
     def release(self) -> None:

@@ -16,7 +16,7 @@ from mlflow.environment_variables import MLFLOW_ENABLE_SYSTEM_METRICS_LOGGING
 from mlflow.tracking.context.registry import resolve_tags
 
 from effv2.core.errors import LeaseLost, RunError
-from effv2.core.processes import is_gone, this_process
+from effv2.core.processes import is_gone, this_process, uninterrupted
 from effv2.core.reporter import Message
 from effv2.core.secrets import masked, masked_values
 from effv2.tracking.read import find_runs
@@ -109,25 +109,36 @@ def open_run(
 ) -> Iterator[OpenRun]:
     """Begin a run as `begin_run` does, and end it FINISHED, FAILED or KILLED. Raises what an OpenRun does."""
     known = {**tags, PID: str(os.getpid()), PROCESS: this_process()}
-    begun = begin_run(name, experiment_id, known, parent, resumes)
-    run, monitor = OpenRun(begun.run_id, experiment_id, message, patience, bool(resumes)), None
+    begun = run = monitor = None
     try:
+        with uninterrupted():
+            begun = begin_run(name, experiment_id, known, parent, resumes)
+            run = OpenRun(begun.run_id, experiment_id, message, patience, bool(resumes))
         monitor = _monitor(run.run_id, bool(resumes), message)
         yield run
         run.sender.flush(patience)
         run.end("FINISHED")
     except BaseException as error:
-        complete = run.completed and not isinstance(error, RunError)
         with suppress(*TRACKING_ERRORS, RunError):  # a store that is away must not hide why the run ends
-            now = MlflowClient().get_run(run.run_id).data.tags if isinstance(error, LeaseLost) else known
-            # Neither one that another process has resumed by now, nor one that waited in vain already.
-            if now.get(PROCESS) == this_process() and not isinstance(error, TrackingAway):
-                run.end("FINISHED" if complete else status_after(error), error)
+            if run is not None:
+                _end_early(run, error)
+            elif begun is not None:
+                begun.set_status(status_after(error))
         raise
     finally:
-        run.sender.close()
+        if run is not None:
+            run.sender.close()
         if monitor is not None:
             monitor.finish()
+
+
+def _end_early(run: OpenRun, error: BaseException) -> None:
+    """End a run by an error, unless another process has resumed it by now, or it waited in vain already."""
+    lost = isinstance(error, LeaseLost)
+    ours = not lost or MlflowClient().get_run(run.run_id).data.tags.get(PROCESS) == this_process()
+    if ours and not isinstance(error, TrackingAway):
+        complete = run.completed and not isinstance(error, RunError)
+        run.end("FINISHED" if complete else status_after(error), error)
 
 
 def begin_run(
