@@ -321,7 +321,8 @@ def test_a_study_that_fails_while_it_begins_is_not_left_running(
     sqlite_store: str, tiny_study: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("effv2.studies.engine._note_planned", Mock(side_effect=RuntimeError("a fault")))
-    assert isinstance(invoke(ablate, "--study", tiny_study).exception, RuntimeError)
+    with pytest.raises(RuntimeError, match="a fault"):
+        invoke(ablate, "--study", tiny_study)
     assert [run.info.status for run in all_runs()] == ["FAILED"]
 
 
