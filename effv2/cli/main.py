@@ -208,6 +208,31 @@ def evaluate_pretrained(models: str | None, weights_dir: str | None, layer: Laye
     _run_and_show(partial(make, progress=sys.stderr.isatty()), how)
 
 
+@main.command(cls=cli.Command)
+@click.argument("model")
+@click.argument("folder")
+@cli.option(
+    "log",
+    "Also log the ONNX form to MLflow, as another model of the same run.",
+    "[true|false]",
+    is_flag=False,
+    flag_value="true",
+    type=click.Choice(("true", "false")),
+)
+def export(model: str, folder: str, log: str | None) -> None:
+    """Write the ONNX form of a logged MODEL to a new FOLDER, which MLflow serves without torch.
+
+    MODEL is its address: runs:/ID, models:/ID or models:/NAME@ALIAS. Needs pip install 'effv2[onnx]'.
+    """
+    from effv2.run.export import export_onnx
+
+    address = export_onnx(model, target := (_path(folder) or Path()).absolute(), log == "true")
+    click.echo(f"network {target / 'artifacts' / 'model.onnx'}")
+    click.echo(f"serve it with: mlflow models serve --model-uri {target} --env-manager local")
+    if address:
+        click.echo(f"model {address}")
+
+
 @main.group()
 def data() -> None:
     """Look at data sets before anything is trained."""
