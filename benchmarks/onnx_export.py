@@ -28,7 +28,7 @@ from typing import Any
 import click
 import numpy as np
 
-from effv2.run.export import export_onnx
+from effv2.tracking.models import export_onnx
 
 BATCH, TIMED, WARM_UP = 32, 103, 3  # images of a batch, calls that are timed, those of them that don't count
 Answers = list[dict[str, Any]]

@@ -36,7 +36,7 @@ from effv2.data.images import CentreCrop, LabelledImages, Preparation, Square, d
 from effv2.serving import onnx_form
 from effv2.serving.export import write_served
 from effv2.serving.image_classifier import ImageClassifier
-from effv2.tracking.models import fetch_served
+from effv2.tracking.models import fetch_model
 from effv2.tracking.writer import model_address
 from tests.conftest import TINY_TABLE, make_image_tree, running
 
@@ -84,7 +84,7 @@ def exported(trained: Trained) -> Path:
     """Export the model of the run to a folder, and log that form, too; return the folder."""
     folder = trained[0].with_name("onnx form")
     output = invoke(f"runs:/{only_run()}", folder, "--log")
-    assert re.search(r"^model models:/m-\w+$", output, re.MULTILINE)
+    assert re.search(r"--model-uri models:/m-\w+ --env", output)
     return folder
 
 
@@ -313,8 +313,8 @@ def test_a_model_is_found_by_each_of_its_addresses(trained: Trained, tmp_path: P
     version = client.create_model_version("birds", address, run_id, model_id=address.partition("/")[2])
     client.set_registered_model_alias("birds", "champion", version.version)
     for number, name in enumerate((address, f"runs:/{run_id}", "models:/birds@champion", "models:/birds/1")):
-        found = fetch_served(name, tmp_path / str(number))
-        assert found.run_id == run_id and found.files["program"].is_file()
+        assert fetch_model(name, tmp_path / str(number)).run_id == run_id
+        assert (tmp_path / str(number) / "artifacts" / "program.pt2").is_file()
 
 
 def test_what_cannot_be_exported_is_named_before_anything_is_written(

@@ -68,7 +68,7 @@ class ImageClassifier(PythonModel):
 
         With the parameter `top_k` those of so many classes, the label first, then the most likely; with 0 of all.
         """
-        top_k = (params or {}).get("top_k", 0)
+        top_k = (params or {}).get("top_k") or 0
         if top_k < 0:
             raise Refused(f"top_k is {top_k}: give the number of classes to be told of, or 0 for all.")
         if not model_input:
@@ -79,9 +79,8 @@ class ImageClassifier(PythonModel):
         return [self._answer(*each, top_k) for each in zip(table.tolist(), predicted.tolist(), strict=True)]
 
     def _answer(self, row: list[float], column: int, top_k: int) -> dict[str, Any]:
-        names, told = self.settings["names"], list(range(len(row)))
-        if top_k:
-            told = sorted(told, key=lambda each: (each != column, -row[each]))[:top_k]
+        names, columns = self.settings["names"], range(len(row))
+        told = sorted(columns, key=lambda each: (each != column, -row[each]))[:top_k] if top_k else columns
         probabilities = {names[each]: row[each] for each in told}
         return {"label": names[column], "probability": row[column], "probabilities": probabilities}
 

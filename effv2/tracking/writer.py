@@ -215,7 +215,7 @@ def as_served(files: Mapping[str, Path], example: str) -> Iterator[dict[str, Any
     """Give MLflow the served model by what its functions call the parts of it, its remarks on them held back.
 
     `files` are the artifacts that the serving file names, `example` is a base64 image. The requirements are given, as
-    inferring them takes seconds; pandas is one of MLflow's own to serve a model, which its small package leaves out.
+    inferring them takes seconds; mlflow-skinny leaves out pandas, though serving needs it.
     """
     needed = [f"mlflow=={mlflow.__version__}", f"torch=={machine()['torch'].partition('+')[0]}"]
     if ONNX in files:
