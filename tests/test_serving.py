@@ -100,7 +100,7 @@ def only_run() -> str:
     return str(run.info.run_id)
 
 
-@pytest.fixture(params=["torch", pytest.param("onnx", marks=pytest.mark.slow)])
+@pytest.fixture(params=["torch", "onnx"])
 def server(trained: Trained, request: pytest.FixtureRequest) -> Iterator[str]:
     """Serve the model over HTTP without the training package on its path, pickles forbidden."""
     model = trained[1] if request.param == "torch" else request.getfixturevalue("exported")

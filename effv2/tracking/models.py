@@ -21,10 +21,7 @@ PARTS = ("program", "settings", "decoder")  # artifacts of the served model as a
 
 
 def fetch_model(address: str, folder: Path) -> Model:
-    """Download a served model, which runs:/ID or models:/... is the address of, to a folder; return what MLflow knows.
-
-    InputError where there is none, RunError where the store fails.
-    """
+    """Download the served model of runs:/ID or models:/... to a folder; InputError where there is none; RunError."""
     if (form := ADDRESS.fullmatch(address)) is None:
         raise InputError("model", address, "is no address", "give runs:/ID, models:/ID or models:/NAME@ALIAS")
     if not is_begun():
