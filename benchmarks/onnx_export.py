@@ -76,7 +76,7 @@ def environment(requirements: Path, place: Path) -> Path:
     """Install requirements in a new environment, print its size, return its Python."""
     subprocess.run([sys.executable, "-m", "venv", place], check=True)  # noqa: S603
     python = place / "bin" / "python"
-    install = [python, "-m", "pip", "install", "--quiet", "--no-cache-dir", "-r", requirements]
+    install: list[str | Path] = [python, "-m", "pip", "install", "--quiet", "--no-cache-dir", "-r", requirements]
     subprocess.run(install, check=True)  # noqa: S603
     packages = next(place.glob("lib/python*/site-packages"))
     sizes = {
@@ -92,10 +92,10 @@ def serve(python: Path, folder: Path, image: Path) -> Answers:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    words = ["-m", "mlflow", "models", "serve", "--model-uri", folder, "--env-manager", "local", "-p", str(port)]
+    words = ["-m", "mlflow", "models", "serve", "--model-uri", str(folder), "--env-manager", "local", "-p", str(port)]
     path = {"PATH": f"{python.parent}:{os.environ['PATH']}"}
     outside = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
-    command = [python, *words]
+    command: list[str | Path] = [python, *words]
     with subprocess.Popen(command, env=outside | path, cwd=folder, start_new_session=True) as server:  # noqa: S603
         try:
             began = time.monotonic()

@@ -23,7 +23,7 @@ def write_onnx(program: Path, target: Path) -> None:
     import onnxruntime
 
     exported = torch.export.load(program)
-    names: dict[str, list[str]] = {"input_names": ["images"], "output_names": ["probabilities", "predicted"]}
+    names: dict[str, Any] = {"input_names": ["images"], "output_names": ["probabilities", "predicted"]}
     with uninterrupted(), warnings.catch_warnings():  # as when it was exported
         warnings.simplefilter("ignore")  # the exporter's remarks on torch's code
         written: Any = torch.onnx.export(exported, opset_version=OPSET, dynamo=True, verbose=False, **names)

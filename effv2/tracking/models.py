@@ -59,7 +59,7 @@ def export_onnx(address: str, target: Path, log: bool = False) -> str:
         artifacts = found.flavors["python_function"]["artifacts"]
         files = {name: Path(place, "logged", artifacts[name]["path"]) for name in PARTS} | {ONNX: written}
         onnx_form.write_onnx(files.pop("program"), written)
-        (example,) = found.load_input_example(str(Path(place, "logged"))) or [""]
+        example = (found.load_input_example(str(Path(place, "logged"))) or [""])[0]
         with as_served(files, example) as about_it:
             mlflow.pyfunc.save_model(target, **about_it)
         if log:
