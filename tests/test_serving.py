@@ -7,6 +7,7 @@ import csv
 import io
 import json
 import os
+import re
 import shutil
 import socket
 import subprocess
@@ -28,13 +29,16 @@ from mlflow import MlflowClient
 from PIL import Image
 from torch import nn
 
-from effv2.cli.main import train
+from effv2.cli.main import export, train
 from effv2.data import decoder
 from effv2.data.batches import NORMALISATIONS
 from effv2.data.images import CentreCrop, LabelledImages, Preparation, Square, decode
+from effv2.serving import onnx_form
 from effv2.serving.export import write_served
 from effv2.serving.image_classifier import ImageClassifier
-from tests.conftest import TINY_TABLE, make_image_tree
+from effv2.tracking.models import fetch_model
+from effv2.tracking.writer import model_address
+from tests.conftest import TINY_TABLE, make_image_tree, running
 
 OUTPUTS = 7  # wider than the three classes: the rest is the column `other`
 
@@ -75,13 +79,35 @@ def train_in(folder: Path) -> Trained:
     return root, Path(location.removeprefix("file://")), rows
 
 
-@pytest.fixture
-def server(trained: Trained) -> Iterator[str]:
+@pytest.fixture(scope="module")
+def exported(trained: Trained) -> Path:
+    """Export the model of the run to a folder, and log that form, too; return the folder."""
+    folder = trained[0].with_name("onnx form")
+    output = invoke(f"runs:/{only_run()}", folder, "--log")
+    assert re.search(r"--model-uri models:/m-\w+ --env", output)
+    return folder
+
+
+def invoke(*words: str | Path, code: int = 0) -> str:
+    """Run the export with these words, which ends with this code; return what it says."""
+    result = CliRunner().invoke(export, list(map(str, words)), catch_exceptions=False)
+    assert result.exit_code == code, result.output
+    return result.output
+
+
+def only_run() -> str:
+    (run,) = MlflowClient().search_runs(["0"])
+    return str(run.info.run_id)
+
+
+@pytest.fixture(params=["torch", "onnx"])
+def server(trained: Trained, request: pytest.FixtureRequest) -> Iterator[str]:
     """Serve the model over HTTP without the training package on its path, pickles forbidden."""
+    model = trained[1] if request.param == "torch" else request.getfixturevalue("exported")
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    command = [sys.executable, "-m", "mlflow", "models", "serve", "-m", str(trained[1]), "--env-manager", "local"]
+    command = [sys.executable, "-m", "mlflow", "models", "serve", "-m", str(model), "--env-manager", "local"]
     environment = os.environ | {
         "MLFLOW_ALLOW_PICKLE_DESERIALIZATION": "false",
         "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
@@ -109,8 +135,8 @@ def server(trained: Trained) -> Iterator[str]:
             process.wait(20)
 
 
-def ask(address: str, images: list[str]) -> tuple[int, Any]:
-    body = json.dumps({"inputs": images}).encode()
+def ask(address: str, images: list[str], **params: Any) -> tuple[int, Any]:
+    body = json.dumps({"inputs": images, "params": params}).encode()
     request = urllib.request.Request(f"{address}/invocations", body, {"Content-Type": "application/json"})
     try:
         with urllib.request.urlopen(request, timeout=30) as answer:
@@ -131,6 +157,14 @@ def test_served_model_answers_files_as_training_saw_them(trained: Trained, serve
         assert sum(answer["probabilities"].values()) == pytest.approx(1, abs=1e-5)
         if answer["label"] != "other":
             assert answer["probability"] == pytest.approx(float(row["probability"]), abs=1e-5)
+    status, (first, *_) = ask(server, files, top_k=2)
+    assert status == 200 and len(first["probabilities"]) == 2 and next(iter(first["probabilities"])) == first["label"]
+    status, text = ask(server, files, top_k=-1)
+    assert status == 400 and "top_k is -1: give" in text
+    assert ask(server, files, top_k="two")[0] == 400
+    for place in ("ping", "health"):
+        with urllib.request.urlopen(f"{server}/{place}") as answer:
+            assert answer.status == 200
     status, text = ask(server, [files[0], base64.b64encode(b"no image").decode()])
     assert status == 400 and "Image 1 of the request can't be read" in text and files[0] not in text
     assert ask(server, []) == (200, [])
@@ -173,16 +207,16 @@ def test_postscript_is_run_by_nobody(tmp_path: Path, content: bytes) -> None:
         LabelledImages.of_files([tmp_path / "program.jpg"], [0], ["program"]).open(0)
 
 
-def test_nothing_in_the_model_is_a_pickle(trained: Trained) -> None:
+def test_nothing_in_the_model_is_a_pickle(trained: Trained, exported: Path) -> None:
     names = []
-    for path in trained[1].rglob("*"):
+    for path in (*trained[1].rglob("*"), *exported.rglob("*")):
         names.append(path.name)
         if zipfile.is_zipfile(path):
             with zipfile.ZipFile(path) as archive:
                 names += archive.namelist()
                 heads = {name: archive.read(name)[:2] for name in archive.namelist()}
             assert not [name for name, head in heads.items() if head in (b"\x80\x02", b"\x80\x04", b"\x80\x05")]
-    assert "program.pt2" in names
+    assert {"program.pt2", "model.onnx"} <= set(names)
     assert not [name for name in names if name.endswith((".pkl", ".pickle", ".pth"))]
 
 
@@ -198,6 +232,108 @@ def test_model_loads_in_python_and_takes_what_notebooks_hold(trained: Trained) -
         assert all(answer == answers[0] for answer in answers)
         with pytest.raises(Exception, match="must hold bytes"):
             model.predict([pixels / 255])
+
+
+WITHOUT_TORCH = """
+import json, pathlib, sys
+for name in [each for each in sys.modules if each.partition(".")[0] in ("torch", "effv2")]:
+    del sys.modules[name]
+sys.modules["torch"] = sys.modules["effv2"] = None
+import mlflow
+model = mlflow.pyfunc.load_model(sys.argv[1])
+print("answers", json.dumps(model.predict([pathlib.Path(each) for each in sys.argv[2:]])))
+"""
+
+
+def test_the_onnx_form_answers_as_torch_does_without_it(trained: Trained, exported: Path) -> None:
+    import mlflow.pyfunc
+
+    root, location, rows = trained
+    paths = [root / row["id"] for row in rows]
+    expected = mlflow.pyfunc.load_model(str(location)).predict(paths)
+    with running("-c", WITHOUT_TORCH, exported, *paths) as process:
+        said = process.rest()
+    assert process.returncode == 0, said
+    answers = json.loads(said.rpartition("answers ")[2])
+    model = mlflow.pyfunc.load_model(str(exported))
+    singly = [model.predict([path])[0] for path in paths]  # a batch may have any size
+    for answer, alone, row in zip(answers, singly, expected, strict=True):
+        assert answer["label"] == alone["label"] == row["label"]
+        for probabilities in (answer["probabilities"], alone["probabilities"]):
+            assert list(probabilities) == list(row["probabilities"])
+            assert probabilities == pytest.approx(row["probabilities"], abs=1e-5)
+
+
+def test_the_onnx_form_is_one_file_of_a_stated_opset_and_asks_for_no_torch(exported: Path) -> None:
+    import onnx
+
+    assert sorted(path.name for path in (exported / "artifacts").iterdir()) == [
+        "decoder.py",
+        "model.onnx",
+        "settings.json",
+    ]
+    model = onnx.load(exported / "artifacts" / "model.onnx")
+    onnx.checker.check_model(model)
+    assert [each.version for each in model.opset_import if not each.domain] == [onnx_form.OPSET]
+    (images,) = model.graph.input
+    assert [each.dim_param or each.dim_value for each in images.type.tensor_type.shape.dim] == ["batch", 3, 8, 8]
+    assert str(Path(torch.__file__).parent).encode() not in model.SerializeToString()  # where it was written
+    requirements = (exported / "requirements.txt").read_text()
+    assert "onnxruntime==" in requirements and "torch" not in requirements
+
+
+@pytest.mark.parametrize("form", ["torch", "onnx"])
+def test_the_most_likely_classes_are_told_the_label_first(trained: Trained, exported: Path, form: str) -> None:
+    import mlflow.pyfunc
+
+    model = mlflow.pyfunc.load_model(str(exported if form == "onnx" else trained[1]))
+    images = [np.full((8, 8, 3), grey, dtype=np.uint8) for grey in (0, 128, 255)]
+    for every, answer in zip(model.predict(images), model.predict(images, params={"top_k": 3}), strict=True):
+        (label, _), *others = answer["probabilities"].items()
+        assert label == answer["label"] == every["label"] and len(every["probabilities"]) == 4
+        rest = sorted((value for name, value in every["probabilities"].items() if name != label), reverse=True)
+        assert [value for _, value in others] == pytest.approx(rest[:2])
+    with pytest.raises(Exception, match="top_k is -1"):
+        model.predict(images, params={"top_k": -1})
+
+
+def test_the_onnx_form_is_another_model_of_the_run(trained: Trained, exported: Path) -> None:
+    run_id, client = only_run(), MlflowClient()
+    outputs = client.get_run(run_id).outputs
+    assert outputs and len(outputs.model_outputs) == 2
+    for form, file in (("model", "program.pt2"), ("onnx", "model.onnx")):  # a run's address means the first
+        model = client.get_logged_model(model_address(run_id, form).partition("/")[2])
+        assert Path(model.artifact_location.removeprefix("file://"), "artifacts", file).is_file()
+
+
+def test_a_model_is_found_by_each_of_its_addresses(trained: Trained, tmp_path: Path) -> None:
+    client, run_id = MlflowClient(), only_run()
+    address = model_address(run_id)
+    client.create_registered_model("birds")
+    version = client.create_model_version("birds", address, run_id, model_id=address.partition("/")[2])
+    client.set_registered_model_alias("birds", "champion", version.version)
+    for number, name in enumerate((address, f"runs:/{run_id}", "models:/birds@champion", "models:/birds/1")):
+        assert fetch_model(name, tmp_path / str(number)).run_id == run_id
+        assert (tmp_path / str(number) / "artifacts" / "program.pt2").is_file()
+
+
+def test_what_cannot_be_exported_is_named_before_anything_is_written(
+    trained: Trained, exported: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run_id, folder = only_run(), tmp_path / "new"
+    for address, said in {
+        "m-1234": "model m-1234: is no address; give runs:/ID, models:/ID or models:/NAME@ALIAS.",
+        "models:/m-1234": "has none there",
+        "models:/nobody@champion": "has none there",
+        "runs:/1234": "has none there",
+        model_address(run_id, "onnx"): "is no model that effv2 logged",
+    }.items():
+        assert said in invoke(address, folder, code=2), address
+    assert "is there, and not empty; name another one" in invoke(f"runs:/{run_id}", exported, code=2)
+    monkeypatch.setattr(onnx_form, "NEEDED", ("onnx", "no_such_package"))
+    said = invoke(f"runs:/{run_id}", folder, code=2)
+    assert "ONNX needs the packages no_such_package; install them with: pip install 'effv2[onnx]'." in said
+    assert not folder.exists()
 
 
 DEEP = {"I;16": np.uint16, "I": np.int32, "F": np.float32}

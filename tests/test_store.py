@@ -346,7 +346,8 @@ mssql+pyodbc:///?odbc_connect=Driver%3Dx%3BPWD%3D{S} user:{S}@host/db postgresql
 """.split()
 CLEAN = (
     "sqlite:///mlflow.db http://127.0.0.1:5000/a postgresql://user@host/db git@github.com:o/r.git ssh://git@host/o/r "
-    "https://github.com/o/r/tree@main resnet50=/a/x.pth models:/m-1 #/runs?a=b&viewStateShareKey=c lr=0.1 /a/b@c"
+    "https://github.com/o/r/tree@main resnet50=/a/x.pth models:/m-1 models:/a@b "
+    "#/runs?a=b&viewStateShareKey=c lr=0.1 /a/b@c"
 )
 
 

@@ -208,6 +208,24 @@ def evaluate_pretrained(models: str | None, weights_dir: str | None, layer: Laye
     _run_and_show(partial(make, progress=sys.stderr.isatty()), how)
 
 
+@main.command(cls=cli.Command)
+@click.argument("model")
+@click.argument("folder")
+@cli.option(
+    "log", "Also log it, as another model of the same run.", "[true|false]", type=bool, is_flag=False, flag_value="true"
+)
+def export(model: str, folder: str, log: bool | None) -> None:
+    """Write the ONNX form of a logged MODEL to a new FOLDER, which MLflow serves without torch.
+
+    MODEL is its address: runs:/ID, models:/ID or models:/NAME@ALIAS. Needs pip install 'effv2[onnx]'.
+    """
+    from effv2.tracking.models import export_onnx
+
+    logged = export_onnx(model, target := (_path(folder) or Path()).absolute(), bool(log))
+    click.echo(f"{target}/artifacts/model.onnx is the network")
+    click.echo(f"serve it with: mlflow models serve --model-uri {logged or target} --env-manager local")
+
+
 @main.group()
 def data() -> None:
     """Look at data sets before anything is trained."""

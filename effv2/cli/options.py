@@ -106,7 +106,7 @@ def _command_line(ctx: click.Context) -> str:
     for option in ctx.command.params:
         value = ctx.params.get(str(option.name))
         for text in value if isinstance(value, tuple) else (value,):
-            words += [option.opts[0], masked(text)] if text and option.name != "fresh" else []
+            words += [option.opts[0], masked(str(text))] if text and option.name != "fresh" else []
     return shlex.join(words)
 
 

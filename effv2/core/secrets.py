@@ -15,7 +15,7 @@ NAMED = re.compile(  # in the query of an address, or in the words that a databa
 # web address names a user, a token may stand.
 OF_WEB = re.compile(r"(https?://)(?:[^/\s]{0,2000}|[^/:@\s]{0,200}:\S{0,2000})@", re.IGNORECASE)
 OF_OTHERS = re.compile(r"(://[^/:@\s]{0,200}):\S{0,2000}@")
-WITHOUT_SCHEME = re.compile(r"((?:^|[\s='\"(])[^\s:='\"(]{1,200}):(?!//)\S{0,2000}@")
+WITHOUT_SCHEME = re.compile(r"((?:^|[\s='\"(])(?!models:/)[^\s:='\"(]{1,200}):(?!//)\S{0,2000}@")
 
 
 def masked(text: str) -> str:

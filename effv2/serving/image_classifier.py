@@ -1,4 +1,6 @@
-"""The served model, as MLflow loads it (models from code): this file, its decoder, a torch.export program, settings.
+"""The served model, as MLflow loads it (models from code): this file, its decoder, a network, settings.
+
+The network is a torch.export program, or the same as ONNX, which needs no torch: whichever artifact is there.
 
 The decoder is the file by which training made its pixels. Settings (JSON): image_size in pixels, names of the columns;
 and, where the central square is taken of an image whose shorter side was resized, shorter_side in pixels and Pillow's
@@ -14,13 +16,13 @@ import importlib.util
 import io
 import json
 import warnings
+from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import mlflow
 import numpy as np
-import torch
 from mlflow.exceptions import MlflowException
 from mlflow.protos.databricks_pb2 import INVALID_PARAMETER_VALUE
 from mlflow.pyfunc.model import PythonModel, PythonModelContext
@@ -52,26 +54,35 @@ class ImageClassifier(PythonModel):
     """Images of any size and mode to class names and probabilities."""
 
     def load_context(self, context: PythonModelContext) -> None:
-        """Load the decoder, the program and the settings."""
+        """Load the decoder, the network and the settings."""
         spec: Any = importlib.util.spec_from_file_location("decoder", context.artifacts["decoder"])
         self.decoder: Any = importlib.util.module_from_spec(spec)  # this model's own, whatever else is loaded
         spec.loader.exec_module(self.decoder)
         self.settings: dict[str, Any] = json.loads(Path(context.artifacts["settings"]).read_text(encoding="utf-8"))
-        self.network = torch.export.load(context.artifacts["program"]).module()
+        self.network = _load_network(context.artifacts)
 
-    def predict(self, model_input: list[Any]) -> list[dict[str, Any]]:  # type: ignore[override]
-        """Return, for each image, `label`, its `probability`, and `probabilities` of all classes by name."""
+    def predict(  # type: ignore[override]
+        self, model_input: list[Any], params: dict[str, Any] | None = None
+    ) -> list[dict[str, Any]]:
+        """Return, for each image, `label`, its `probability`, and `probabilities` of classes by name.
+
+        With the parameter `top_k` those of so many classes, the label first, then the most likely; with 0 of all.
+        """
+        top_k = (params or {}).get("top_k") or 0
+        if top_k < 0:
+            raise Refused(f"top_k is {top_k}: give the number of classes to be told of, or 0 for all.")
         if not model_input:
             return []
         self._must_fit(model_input)
-        names = self.settings["names"]
         pixels = np.stack([self.pixels(item, i) for i, item in enumerate(model_input)])
-        with torch.inference_mode():
-            table, predicted = self.network(torch.from_numpy(pixels).permute(0, 3, 1, 2).contiguous())
-        return [
-            {"label": names[column], "probability": row[column], "probabilities": dict(zip(names, row, strict=True))}
-            for row, column in zip(table.tolist(), predicted.tolist(), strict=True)
-        ]
+        table, predicted = self.network(np.ascontiguousarray(pixels.transpose(0, 3, 1, 2)))
+        return [self._answer(*each, top_k) for each in zip(table.tolist(), predicted.tolist(), strict=True)]
+
+    def _answer(self, row: list[float], column: int, top_k: int) -> dict[str, Any]:
+        names, columns = self.settings["names"], range(len(row))
+        told = sorted(columns, key=lambda each: (each != column, -row[each]))[:top_k] if top_k else columns
+        probabilities = {names[each]: row[each] for each in told}
+        return {"label": names[column], "probability": row[column], "probabilities": probabilities}
 
     def pixels(self, item: Any, position: int = 0) -> Any:
         """Return the bytes (size, size, 3) that the network gets of an image; BadImage where it can't be read."""
@@ -110,6 +121,25 @@ class ImageClassifier(PythonModel):
             item = base64.b64decode("".join(text.split()), validate=True)
         opened: Image.Image = self.decoder.open_image(io.BytesIO(item.read_bytes() if isinstance(item, Path) else item))
         return opened
+
+
+def _load_network(artifacts: dict[str, str]) -> Callable[[Any], Any]:
+    """Return what makes of bytes (N, 3, size, size) probabilities (N, columns) and predicted columns (N), all NumPy."""
+    if "onnx" in artifacts:
+        import onnxruntime
+
+        session = onnxruntime.InferenceSession(artifacts["onnx"], providers=["CPUExecutionProvider"])
+        return lambda images: session.run(None, {"images": images})
+
+    import torch
+
+    program = torch.export.load(artifacts["program"]).module()
+
+    def run(images: Any) -> list[Any]:
+        with torch.inference_mode():
+            return [each.numpy() for each in program(torch.from_numpy(images))]
+
+    return run
 
 
 def _must_be_few(held: dict[str, int]) -> None:

@@ -10,6 +10,7 @@ import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
+from importlib.metadata import version
 from importlib.resources import files
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -31,6 +32,7 @@ from effv2.tracking.tags import CONTINUES, DATA_CONTEXT, GIT_COMMIT, GIT_DIRTY, 
 
 Item = Metric | Param | RunTag | Callable[[], None]  # a value, of which a call takes many, or a call of its own
 LatestSteps = dict[str, int]  # of each metric that the run has
+TORCH, ONNX = "model", "onnx"  # names of a run's models in two forms; the second also that of the artifact
 SHARED_VIEW, CURVES = "mlflow.sharedViewState.", "effv2-curves"
 # What MLflow's UI writes when somebody saves a view: answers of studies, training runs by best test accuracy, and the
 # mean curves of arms.
@@ -159,14 +161,14 @@ def discard(run_id: str, name: str, but: str = "") -> None:
                 repository.delete_artifacts(file.path)  # type: ignore[no-untyped-call]
 
 
-def model_address(run_id: str) -> str:
+def model_address(run_id: str, form: str = TORCH) -> str:
     """Return the address of the model that was logged to a run, empty where none was, or not all of it."""
-    ready = [model for model in _models(run_id) if model.status == LoggedModelStatus.READY]
+    ready = [model for model in _models(run_id, form) if model.status == LoggedModelStatus.READY]
     return f"models:/{ready[-1].model_id}" if ready else ""
 
 
-def _models(run_id: str) -> list[LoggedModel]:
-    """Return the models of a run that were not deleted."""
+def _models(run_id: str, form: str) -> list[LoggedModel]:
+    """Return the models of a run, in one form, that were not deleted."""
     client, found = MlflowClient(), []
     outputs = client.get_run(run_id).outputs
     for each in outputs.model_outputs if outputs else []:
@@ -175,44 +177,56 @@ def _models(run_id: str) -> list[LoggedModel]:
         except MlflowException as error:
             if error.error_code != MISSING:
                 raise
-    return found
+    return [model for model in found if model.name == form]
 
 
 def log_served_model(run_id: str, files: Mapping[str, Path], example: str) -> None:
     """Log the served model, image in, class names and probabilities out, unless the run has it.
 
-    `files` are the artifacts that the serving file names, `example` is a base64 image. A model that an earlier attempt
-    left unfinished is filled. The requirements are given, since inferring them takes MLflow several seconds.
+    `files` and `example` are those of as_served. A model that an earlier attempt left unfinished is filled.
     """
     from mlflow.models import Model
 
-    there = _models(run_id)
+    form = ONNX if ONNX in files else TORCH
+    there = _models(run_id, form)
     if any(model.status == LoggedModelStatus.READY for model in there):
         return
     client, new = MlflowClient(), None
     if not there:
         run = client.get_run(run_id)
         about = masked_values(resolve_tags()), masked_values(run.data.params)
-        new = client.create_logged_model(run.info.experiment_id, "model", run_id, *about)
-        for twin in client.search_logged_models([run.info.experiment_id], f"source_run_id = '{run_id}'"):
+        new = client.create_logged_model(run.info.experiment_id, form, run_id, *about)
+        same = f"source_run_id = '{run_id}' AND name = '{form}'"
+        for twin in client.search_logged_models([run.info.experiment_id], same):
             if twin.model_id != new.model_id:  # created before an answer was lost, or the process killed
                 client.delete_logged_model(twin.model_id)
-    with warnings.catch_warnings(record=True):  # MLflow remarks that inputs are of any type: they are so on purpose
+    with as_served(files, example) as about_it:
         Model.log(
             artifact_path=None,
             flavor=mlflow.pyfunc,
             model_id=(new or there[-1]).model_id,
             run_id=run_id if new else None,  # to link them; linking them again is refused
-            python_model=str(Path(serving.__file__).with_name("image_classifier.py")),
-            artifacts={name: str(path) for name, path in files.items()},
-            input_example=[example],
-            pip_requirements=[
-                f"mlflow=={mlflow.__version__}",
-                f"torch=={machine()['torch'].partition('+')[0]}",
-                "numpy>=2.0",
-                "pillow>=11",
-            ],
+            **about_it,
         )
+
+
+@contextmanager
+def as_served(files: Mapping[str, Path], example: str) -> Iterator[dict[str, Any]]:
+    """Give MLflow the served model by what its functions call the parts of it, its remarks on them held back.
+
+    `files` are the artifacts that the serving file names, `example` is a base64 image. The requirements are given, as
+    inferring them takes seconds; mlflow-skinny leaves out pandas, though serving needs it.
+    """
+    needed = [f"mlflow=={mlflow.__version__}", f"torch=={machine()['torch'].partition('+')[0]}"]
+    if ONNX in files:
+        needed = [f"mlflow-skinny=={mlflow.__version__}", "pandas>=2", f"onnxruntime=={version('onnxruntime')}"]
+    with warnings.catch_warnings(record=True):  # MLflow remarks that inputs are of any type: they are so on purpose
+        yield {
+            "python_model": str(Path(serving.__file__).with_name("image_classifier.py")),
+            "artifacts": {name: str(path) for name, path in files.items()},
+            "input_example": ([example], {"top_k": 0}),
+            "pip_requirements": [*needed, "numpy>=2.0", "pillow>=11"],
+        }
 
 
 def show_in_ui(experiment_id: str, run_id: str, page: str) -> str:
