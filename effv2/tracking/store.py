@@ -122,6 +122,17 @@ def open_store(experiment: str, create: bool = True, message: Message = lambda t
     return str(found.experiment_id)
 
 
+def check_store() -> None:
+    """Look whether there is a store that answers, and create nothing; InputError otherwise."""
+    if not is_begun():
+        raise InputError(TRACKING_URI, shown_uri(), "there is no such file", f"name the store of your runs: {STORES}")
+    try:
+        check_database()
+        _probe()
+    except (MlflowException, SQLAlchemyError, CommandError, OSError, ImportError) as error:
+        raise _explained(error, "") from error
+
+
 def _database_file() -> str | None:
     """Return the path of the tracking store's database, if it is a file; InputError as check_address."""
     uri = tracking_uri()
