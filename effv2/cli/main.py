@@ -16,7 +16,7 @@ from effv2 import __version__
 from effv2.architecture import VARIANTS
 from effv2.cli import options as cli
 from effv2.config.layers import Layer, Written, build
-from effv2.config.options import PromotionOptions, StudyOptions
+from effv2.config.options import StudyOptions
 from effv2.config.schema import TrainConfig
 from effv2.config.studies import SWEEPS, Study, open_study
 from effv2.core.errors import InputError, RunError, listed
@@ -278,25 +278,24 @@ def report(export: str | None, from_export: str | None, claims: str | None, laye
 
 @main.command(cls=cli.Command)
 @click.argument("model")
+@cli.option("name", "The name in MLflow's registry, under which models are promoted and served.", required=True)
+@click.option("--max-milliseconds", type=float, help="Refuse a model that took longer for one image.")
+@click.option("--max-megabytes", type=float, help="Refuse a model whose files are larger (MB, 10^6 bytes).")
 @click.option("--dry-run", is_flag=True, help="Say what would happen; change nothing.")
-@cli.takes({}, "name", "max_milliseconds", "max_megabytes", kept=PromotionOptions)
-def promote(model: str, dry_run: bool, layer: Layer, how: PromotionOptions) -> None:
-    """Register MODEL under a name, as its champion, if it is better than the model that is.
+def promote(model: str, name: str, dry_run: bool, **limits: float | None) -> None:
+    """Register MODEL, and make it the champion, if it is better than the model that is.
 
     MODEL is models:/ID, or runs:/ID of the run that logged it. Better is who has more right answers to the same test
-    images, by McNemar's exact test; the first is unopposed. Refused models aren't registered: exit code 1.
+    images, by McNemar's exact test; the first is unopposed. A refused model isn't registered, and the exit code is 1.
     """
     from effv2.cli.console import print_table
-    from effv2.evidence.promotion import Outcome
     from effv2.evidence.promotion import promote as decide
 
-    decision = decide(model, how, dry_run=dry_run)
+    decision = decide(model, name, dry_run=dry_run, **limits)
     print_table(decision.table)
-    if decision.outcome is Outcome.REFUSED:
+    if decision.verdict == "refused":
         raise RunError(decision.reason)
     click.echo(decision.reason)
-    if decision.version:
-        click.echo(f"It is {decision.version.words} now; serve it with:")
-        click.echo(f"mlflow models serve --model-uri models:/{how.name}@champion --env-manager local")
-    elif decision.outcome is Outcome.PROMOTED:
-        click.echo("Nothing was changed: without --dry-run it would be the champion.")
+    if decision.verdict == "promoted":
+        serve = f"It is served by: mlflow models serve --model-uri models:/{name}@champion --env-manager local"
+        click.echo("Nothing was changed, as this was a dry run." if dry_run else serve)

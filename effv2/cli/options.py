@@ -147,23 +147,17 @@ set_option = option(
 )
 
 
-def takes(
-    settings: Mapping[str, str],
-    *names: str,
-    config: type[Group] = TrainConfig,
-    kept: type[Group] = StudyOptions,
-    **defaults: Any,
-) -> Decorator:
-    """Add options for settings and names of `kept`, given as `layer` and `how`; `defaults` are the command's own."""
+def takes(settings: Mapping[str, str], *names: str, config: type[Group] = TrainConfig, **defaults: Any) -> Decorator:
+    """Add options for settings and StudyOptions, given as `layer` and `how`; `defaults` are the command's own."""
     options = [
         _field_option(name, field_of(setting, config), defaults, setting=setting) for name, setting in settings.items()
-    ] + [_field_option(name, kept.model_fields[name], defaults) for name in names]
+    ] + [_field_option(name, StudyOptions.model_fields[name], defaults) for name in names]
     own = {name: default for name, default in defaults.items() if name in names}
 
     def decorate(function: Function) -> Function:
         @wraps(function)
         def command(**given: Any) -> Any:
-            how = validate(kept, own | {name: value for name in names if (value := given.pop(name))})
+            how = validate(StudyOptions, own | {name: value for name in names if (value := given.pop(name))})
             options = {setting: value for name, setting in settings.items() if (value := given.pop(name))}
             layer = _layer(options, given.pop("set", ()))
             return function(**given, layer=layer, how=how)

@@ -1,9 +1,8 @@
 """The options: how studies and runs are made and kept, but not what a run computes."""
 
-import re
 from typing import Annotated, Any, Literal
 
-from pydantic import BeforeValidator, Field, field_validator
+from pydantic import BeforeValidator, Field
 
 from effv2.config.schema import Group
 
@@ -67,20 +66,3 @@ class StudyOptions(CheckpointOptions):
     trials: int | None = Field(
         None, ge=1, le=100_000, description="Trials of the study in all.  [default: 12, or the study's]"
     )
-
-
-class PromotionOptions(Group):
-    """Under which name a model is to be served, and what it may take."""
-
-    name: str = Field("", description="Name in MLflow's registry, under which models are promoted and served.")
-    max_milliseconds: float | None = Field(
-        None, gt=0, description="Refuse a model that takes longer for one image, as its run measured it."
-    )
-    max_megabytes: float | None = Field(None, gt=0, description="Refuse a model whose files are larger, in MB (10^6).")
-
-    @field_validator("name")
-    @classmethod
-    def _can_be_served(cls, name: str) -> str:
-        if not re.fullmatch(r"\w[\w .-]*", name):
-            raise ValueError("must be letters, digits, spaces, and any of _ . -, as birds; give one")
-        return name

@@ -2,71 +2,39 @@
 
 import re
 import time
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Callable, Mapping
 
 import mlflow
-from mlflow.entities import LoggedModelStatus
+from mlflow.entities import LoggedModel, LoggedModelStatus
+from mlflow.entities.model_registry import ModelVersion
 from mlflow.exceptions import MlflowException
 
 from effv2.core.errors import InputError
-from effv2.core.processes import stop_if_told, uninterrupted
-from effv2.tracking.store import MISSING, MlflowClient
-from effv2.tracking.tags import LONGEST_TAG, PROMOTING
+from effv2.core.processes import uninterrupted
+from effv2.tracking.store import MISSING, REFUSALS, MlflowClient
+from effv2.tracking.tags import PROMOTING
 from effv2.tracking.writer import model_address
 
 CHAMPION = "champion"  # the alias
-TURN_SECONDS = 30.0  # that a version waits for one before it to be judged, which its process may have died over
-POLL_SECONDS = 0.2
+TURN_SECONDS = 30.0  # that a version waits for one before it to be judged, of which the process may have died
 
 
-@dataclass(frozen=True)
-class ServedModel:
-    """A logged model: its address (models:/ID), the run that logged it, the size of its files."""
-
-    address: str
-    run_id: str
-    megabytes: float
-
-
-@dataclass(frozen=True)
-class Version:
-    """A version of a registered model; `source` is the address of a logged model, or where else its files are."""
-
-    name: str
-    number: int
-    source: str
-    run_id: str
-
-    @property
-    def words(self) -> str:
-        """Name it."""
-        return f"version {self.number} of {self.name}"
-
-
-def find_model(address: str) -> ServedModel:
-    """Return a model by the address of itself or its run; InputError where there is none, or not all of it."""
+def find_model(address: str) -> tuple[LoggedModel, float]:
+    """Return the model of an address, runs:/ID or models:/ID, and its MB; InputError where it isn't there, or whole."""
     kind, _, wanted = address.partition(":/")
     if kind not in ("runs", "models") or not re.fullmatch(r"[\w-]+", wanted):
-        remedy = "give runs:/ID of the run that logged it, or models:/ID"
-        raise InputError("model", address, "is no address of a logged model", remedy)
+        raise InputError("model", address, "is no address of a logged model", "give runs:/ID or models:/ID")
     try:
         found = address if kind == "models" else model_address(wanted)
-        if not found:
-            raise InputError("model", address, "that run has logged no model", "give one that has")
-        model = MlflowClient().get_logged_model(found.removeprefix("models:/"))
+        model = MlflowClient().get_logged_model(found.removeprefix("models:/")) if found else None
     except MlflowException as error:
         if error.error_code != MISSING:
             raise
         raise InputError("model", address, "the tracking store has none of that id", "correct it") from error
-    size = _bytes(model.model_id)
-    if model.status != LoggedModelStatus.READY or not size:
-        raise InputError("model", address, "its files are not all there", "give another one")
-    if not model.source_run_id:
-        raise InputError("model", address, "no run has logged it, so nothing says how good it is", "give another one")
-    return ServedModel(found, model.source_run_id, size / 1e6)
+    size = _bytes(model.model_id) if model else 0
+    if model is None or model.status != LoggedModelStatus.READY or not size:
+        raise InputError("model", address, "no model was logged there, or not all of it", "give another one")
+    return model, size / 1e6
 
 
 def _bytes(model_id: str, folder: str | None = None) -> int:
@@ -74,84 +42,62 @@ def _bytes(model_id: str, folder: str | None = None) -> int:
     return sum(_bytes(model_id, file.path) if file.is_dir else file.file_size or 0 for file in files)
 
 
-def find_champion(name: str) -> Version | None:
-    """Return the version that holds the alias; None where none does."""
-    client = MlflowClient()
+def find_champion(name: str) -> ModelVersion | None:
+    """Return the version that holds the alias; None where none does. InputError for a name that can't be served."""
+    if not re.fullmatch(r"\w[\w .-]*", name):
+        problem = "holds more than letters, digits, spaces and any of _ . -"
+        raise InputError("name", name, problem, "give a name as birds")
     try:
-        number = client.get_registered_model(name).aliases.get(CHAMPION)
-        return _version(client.get_model_version(name, str(number))) if number else None
+        return MlflowClient().get_model_version_by_alias(name, CHAMPION)
     except MlflowException as error:
-        if error.error_code != MISSING:
+        if error.error_code not in (MISSING, *REFUSALS):  # the model, and the alias
             raise
         return None
 
 
-def _version(found: Any) -> Version:
-    return Version(found.name, int(found.version), found.source or "", found.run_id or "")
+def promote_version(name: str, model: LoggedModel, judge: Callable[[], tuple[str, Mapping[str, str]] | None]) -> None:
+    """Register a model, unless it is, and move the alias to it if `judge` returns a description and tags for it.
 
-
-def _versions(name: str) -> list[Any]:
-    """Return all versions of a model, the oldest first."""
-    return sorted(MlflowClient().search_model_versions(f"name = '{name}'"), key=lambda each: int(each.version))
-
-
-@contextmanager
-def registered(name: str, model: ServedModel) -> Iterator["Promotion"]:
-    """Have a version of the model, once all before it are judged: the one that there is, or a new one.
-
-    A new one that isn't made the champion inside is deleted at the end.
+    That is asked when all versions that were registered before are judged. Without them a new version is deleted.
     """
-    there = next((each for each in _versions(name) if each.source == model.address), None)
-    made = None if there else _register(name, model)
-    promotion = Promotion(_version(there or made))
+    client, judged = MlflowClient(), None
+    there = [each for each in _versions(name) if each.source == model.model_uri]
+    version = there[0] if there else _register(name, model)
+    number = str(version.version)
     try:
-        if made:
-            _await_turn(made)
-        yield promotion
+        if not there:
+            _await_turn(version)
+        if judged := judge():
+            with uninterrupted():
+                client.update_model_version(name, number, judged[0])
+                for tag, value in judged[1].items():
+                    client.set_model_version_tag(name, number, tag, value)
+                client.set_registered_model_alias(name, CHAMPION, number)
+                client.delete_model_version_tag(name, number, PROMOTING)
     finally:
-        if made and not promotion.done:
-            MlflowClient().delete_model_version(name, str(made.version))
+        if not there and not judged:
+            client.delete_model_version(name, number)
 
 
-def _register(name: str, model: ServedModel) -> Any:
+def _versions(name: str) -> list[ModelVersion]:
+    return list(MlflowClient().search_model_versions(f"name = '{name}'", order_by=["version_number ASC"]))
+
+
+def _register(name: str, model: LoggedModel) -> ModelVersion:
     try:
         MlflowClient().create_registered_model(name)
     except MlflowException as error:
         if error.error_code != "RESOURCE_ALREADY_EXISTS":
             raise
-    # By a client that doesn't repeat itself: each answer that was cut would leave a version.
-    about = {"tags": {PROMOTING: "true"}, "model_id": model.address.removeprefix("models:/")}
-    return mlflow.MlflowClient().create_model_version(name, model.address, model.run_id, **about)
+    client, about = mlflow.MlflowClient(), {PROMOTING: "true"}  # no client that repeats calls: each leaves a version
+    return client.create_model_version(name, model.model_uri, model.source_run_id, about, model_id=model.model_id)
 
 
-def _await_turn(version: Any) -> None:
-    """Wait for the versions that were registered just before, so that each is judged by what became of them."""
-    deadline = time.monotonic() + TURN_SECONDS
-    since = version.creation_timestamp - 1000 * TURN_SECONDS
-
-    def is_before(other: Any) -> bool:
-        recent = int(other.version) < int(version.version) and other.creation_timestamp >= since
-        return recent and bool(other.tags.get(PROMOTING))
-
-    while any(map(is_before, _versions(version.name))) and time.monotonic() < deadline:
-        stop_if_told()
-        time.sleep(POLL_SECONDS)
-
-
-class Promotion:
-    """A version on its way to the alias."""
-
-    def __init__(self, version: Version) -> None:
-        self.version, self.done = version, False
-
-    def finish(self, description: str, tags: Mapping[str, str]) -> None:
-        """Say why, and move the alias to it."""
-        client, version = MlflowClient(), self.version
-        number = str(version.number)
-        with uninterrupted():
-            client.update_model_version(version.name, number, description)
-            for name, value in tags.items():
-                client.set_model_version_tag(version.name, number, name, value[:LONGEST_TAG])
-            client.set_registered_model_alias(version.name, CHAMPION, number)
-            self.done = True
-            client.delete_model_version_tag(version.name, number, PROMOTING)
+def _await_turn(version: ModelVersion) -> None:
+    """Wait for the versions that were registered in the seconds before, each to be judged by what became of them."""
+    since, deadline = version.creation_timestamp - 1000 * TURN_SECONDS, time.monotonic() + TURN_SECONDS
+    while time.monotonic() < deadline and any(
+        PROMOTING in each.tags and int(each.version) < int(version.version) and each.creation_timestamp > since
+        for each in _versions(version.name)
+    ):
+        time.sleep(0.2)
