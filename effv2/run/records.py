@@ -82,9 +82,7 @@ def log_test(run: TrackedRun, training: Training) -> dict[str, float]:
         if surest := sorted(wrong, key=lambda place: -answers[place].probability)[:MOST_WRONG]:
             captions = [answers[place].lines() for place in surest]
             gallery(dataset.test.images(torch.tensor(surest)), captions).save(folder / "wrong.jpg", quality=90)
-    confidence, right = zip(*((each.probability, each.predicted == each.true) for each in answers), strict=True)
-    error = calibration_error(np.array(confidence), np.array(right))
-    return {"selected/test_accuracy": result.accuracy, "selected/test_ece": error}
+    return {"selected/test_accuracy": result.accuracy, "selected/test_ece": calibration_error(*_sureness(answers))}
 
 
 class Answer(NamedTuple):
@@ -110,9 +108,7 @@ def write_predictions(
     present: Sequence[int] | np.ndarray = (),
     outputs: Sequence[str] = (),
 ) -> list[Answer]:
-    """Write and return what logits (N, outputs) predict of images, by argmax over all outputs, with what shows it.
-
-    That is a confusion matrix, a table of the classes and a reliability diagram.
+    """Write and return what logits (N, outputs) predict of images, by argmax over all outputs; tables, figures of it.
 
     The classes, of which `true` (N) are the numbers, are the outputs `present`, the first ones unless given; outputs
     beyond them share a column. The outputs are called `outputs`, where these are given, else as their columns.
@@ -145,14 +141,18 @@ def write_predictions(
             ),
         ],
     }
+    for name, rows in tables.items():
+        write_csv(folder / f"{name}.csv", rows)
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="Glyph")  # a class name in a script that the font lacks
         _confusion_figure(matrix, columns).savefig(folder / "confusion_matrix.png", dpi=120)
-    right = np.array([each.predicted == each.true for each in answers])
-    reliability_diagram(confidence, right).savefig(folder / "reliability.png", dpi=120)
-    for name, rows in tables.items():
-        write_csv(folder / f"{name}.csv", rows)
+    reliability_diagram(*_sureness(answers)).savefig(folder / "reliability.png", dpi=120)
     return answers
+
+
+def _sureness(answers: Sequence[Answer]) -> tuple[np.ndarray, np.ndarray]:
+    """Return how sure each answer is, and whether it is right."""
+    return np.array([each.probability for each in answers]), np.array([each.true == each.predicted for each in answers])
 
 
 def _confusion_figure(matrix: np.ndarray, columns: Sequence[str]) -> Figure:
