@@ -46,7 +46,7 @@ EPOCH_METRICS = {
 }  # fmt: skip
 FINAL_METRICS = {
     "best/test_accuracy", "best/epoch", "selected/test_accuracy", "selected/epoch", "final/test_accuracy",
-    "model/parameters", "model/gflops",
+    "selected/test_ece", "model/parameters", "model/gflops",
 }  # fmt: skip
 
 TINY_MODEL = f"  model: {{variant: tiny, table: {TINY_TABLE}}}\n"  # the last line of a study's `config`
@@ -109,6 +109,7 @@ def test_ablation_holds_everything(store: str, tiny_study: Path, tmp_path: Path)
         assert json.loads(inputs["train"].profile or "")["classes"]["3"] == 12
         artifacts = {file.path for file in client.list_artifacts(run.info.run_id)}
         assert artifacts >= {"study.yaml", "predictions.csv", "per_class.csv", "confusion_matrix.csv", "curves.png"}
+        assert artifacts >= {"wrong.jpg", "reliability.png"}
         assert len(run.outputs.model_outputs) == 1
     assert len({run.data.tags["effv2.config_hash"] for run in children}) == 2 * len(seeds)
     assert "| test accuracy, best epoch |" in parent.data.tags["mlflow.note.content"]

@@ -657,7 +657,7 @@ def test_files_of_before_may_call_ignored_settings_free(tmp_path: Path) -> None:
     assert read_claims(path).claims["Z1"].ignore == ["schedule.epochs"]
 
 
-@pytest.mark.parametrize("count", [2, 40])
+@pytest.mark.parametrize("count", [2, 30])
 def test_names_of_80_letters_leave_room_in_figures(count: int) -> None:
     names = [f"{'species of a bird ' * 5}"[:77] + f"{number:03d}" for number in range(count)]
     drawn = [

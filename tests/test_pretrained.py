@@ -33,6 +33,7 @@ from torchvision import models
 from torchvision.datasets import Imagenette
 
 from effv2.cli.main import evaluate_pretrained
+from effv2.core.calibration import calibration_error
 from effv2.core.errors import InputError
 from effv2.evidence.quantities import percent
 from effv2.evidence.results import networks_results
@@ -40,7 +41,7 @@ from effv2.evidence.statistics import holm, mcnemar, wilson
 from effv2.evidence.study import NO_STUDY, TrackedStudy
 from effv2.pretrained import evaluation
 from effv2.pretrained.config import ImagesConfig
-from effv2.pretrained.evaluation import calibration_error, scores
+from effv2.pretrained.evaluation import scores
 from effv2.pretrained.images import (
     SEEN,
     TEST,

@@ -292,3 +292,28 @@ def report(export: str | None, from_export: str | None, claims: str | None, laye
     written = target / "report.html" if export else ""
     for line in filter(None, (*made.answers, *made.own, made.summary, address, written)):
         click.echo(line)
+
+
+@main.command(cls=cli.Command)
+@click.argument("model")
+@cli.option("name", "The name in MLflow's registry, under which models are promoted and served.", required=True)
+@click.option("--max-milliseconds", type=float, help="Refuse a model that took longer for one image.")
+@click.option("--max-megabytes", type=float, help="Refuse a model whose files are larger (MB, 10^6 bytes).")
+@click.option("--dry-run", is_flag=True, help="Say what would happen; change nothing.")
+def promote(model: str, name: str, dry_run: bool, **limits: float | None) -> None:
+    """Register MODEL, and make it the champion, if it is better than the model that is.
+
+    MODEL is models:/ID, or runs:/ID of the run that logged it. Better is who has more right answers to the same test
+    images, by McNemar's exact test; the first is unopposed. A refused model isn't registered, and the exit code is 1.
+    """
+    from effv2.cli.console import print_table
+    from effv2.evidence.promotion import promote as decide
+
+    decision = decide(model, name, dry_run=dry_run, **limits)
+    print_table(decision.table)
+    if decision.verdict == "refused":
+        raise RunError(decision.reason)
+    click.echo(decision.reason)
+    if decision.verdict == "promoted":
+        serve = f"It is served by: mlflow models serve --model-uri models:/{name}@champion --env-manager local"
+        click.echo("Nothing was changed, as this was a dry run." if dry_run else serve)

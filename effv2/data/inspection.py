@@ -30,6 +30,7 @@ LARGEST_GROUP = 4_000  # images of one band that are compared with each other
 LEAST_SIDE = 32  # pixels: hashes of smaller images say nothing
 MOST_NAMED = 5
 ROWS, COLUMNS, LEAST_TILE, MOST_TILE, GAP = 40, 8, 48, 128, 2  # of a contact sheet: classes, images of each, pixels
+LINE, LONGEST_LINE = 13, 21  # of a caption: pixels, characters
 
 
 class Alike(NamedTuple):
@@ -182,11 +183,32 @@ def contact_sheet(dataset: Dataset) -> Image.Image:
     names, step = dataset.classes[:ROWS], tile + GAP
     left = 8 * min(24, max(map(len, names)))
     sheet = Image.new("RGB", (left + COLUMNS * step, len(names) * step), "white")
-    draw = ImageDraw.Draw(sheet)
     for row, name in enumerate(names):
-        draw.text((GAP, row * step + tile // 2 - 6), name[:24].encode("ascii", "replace").decode(), fill="black")
+        _write(sheet, name[:24], (GAP, row * step + tile // 2 - 6))
         shown = torch.nonzero(labels == row).flatten()[:COLUMNS]
-        for column, image in enumerate(dataset.train.images(shown).permute(0, 2, 3, 1).cpu().numpy()):
-            scaled = Image.fromarray(image).resize((tile, tile), Image.Resampling.NEAREST)
-            sheet.paste(scaled, (left + column * step, row * step))
+        for column, image in enumerate(dataset.train.images(shown)):
+            sheet.paste(_scaled(image, tile), (left + column * step, row * step))
     return sheet
+
+
+def gallery(images: torch.Tensor, captions: Sequence[Sequence[str]]) -> Image.Image:
+    """Return images (N, 3, side, side) of bytes, each above the lines of its caption, of which both ends are shown."""
+    width, height = MOST_TILE + 4 * GAP, MOST_TILE + LINE * len(captions[0]) + 4 * GAP
+    columns = min(COLUMNS, len(images))
+    sheet = Image.new("RGB", (columns * width, -(-len(images) // columns) * height), "white")
+    for place, (image, caption) in enumerate(zip(images, captions, strict=True)):
+        left, top = place % columns * width + GAP, place // columns * height + GAP
+        sheet.paste(_scaled(image, MOST_TILE), (left, top))
+        for number, line in enumerate(caption):
+            text = line if len(line) <= LONGEST_LINE else f"{line[:8]}..{line[10 - LONGEST_LINE :]}"
+            _write(sheet, text, (left, top + MOST_TILE + LINE * number))
+    return sheet
+
+
+def _scaled(image: torch.Tensor, tile: int) -> Image.Image:
+    pixels = image.permute(1, 2, 0).cpu().numpy()
+    return Image.fromarray(pixels).resize((tile, tile), Image.Resampling.NEAREST)
+
+
+def _write(sheet: Image.Image, text: str, at: tuple[int, int]) -> None:
+    ImageDraw.Draw(sheet).text(at, text.encode("ascii", "replace").decode(), fill="black")

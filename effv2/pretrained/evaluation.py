@@ -17,6 +17,7 @@ from torch.nn import functional as F
 
 from effv2.architecture import count_parameters, gflops_of
 from effv2.core import provenance
+from effv2.core.calibration import calibration_error
 from effv2.core.errors import RunError, is_out_of_memory, what_ran_out
 from effv2.core.reporter import Reporter
 from effv2.data.batches import Statistics
@@ -37,7 +38,6 @@ from effv2.training.loop import median_seconds
 CPU_BATCH_PIXELS = 8 * 224**2
 FULL_BATCH_IMAGES = 128
 COMPARED_IMAGES = 512  # that bf16 is compared with float32 on
-CALIBRATION_BINS = 15
 Progress = Callable[[int], None]  # is given how many images are done
 RANKING = ("evaluation.ranked_on", "evaluation.ranked_origin")  # params
 CODE = provenance.code_version(provenance.OF_EVALUATION)  # versions of what decides an evaluation
@@ -236,17 +236,6 @@ def scores(logits: Tensor, true: Labels, present: Labels) -> dict[str, float]:
         "loss": F.cross_entropy(logits, targets).item(),
         "ece": calibration_error(confidence.double().numpy(), right.numpy()),
     }
-
-
-def calibration_error(confidence: np.ndarray, right: np.ndarray, bins: int = CALIBRATION_BINS) -> float:
-    """Return the expected calibration error (Guo et al. 2017) of confidences (N) in [0, 1] and what was right (N).
-
-    Bins of equal width, open on the left; the mean gap of confidence and accuracy, weighted by the images of a bin.
-    """
-    edges = np.linspace(0, 1, bins + 1)
-    members = np.clip(np.searchsorted(edges, confidence, side="left") - 1, 0, bins - 1)
-    gaps = np.bincount(members, weights=confidence - right, minlength=bins)
-    return float(np.abs(gaps).sum() / len(confidence))
 
 
 def bf16_differences(in_float32: Forward, pixels: Tensor, logits: Tensor, true: Labels, batch: int) -> dict[str, float]:

@@ -6,11 +6,14 @@ import zipfile
 from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+from matplotlib.axes import Axes
+from matplotlib.colors import PowerNorm
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 from PIL import Image
 from scipy.special import softmax
 from sklearn.metrics import confusion_matrix, precision_recall_fscore_support
@@ -18,17 +21,20 @@ from torch import Tensor, nn
 
 from effv2.architecture import build_model, count_gflops, count_parameters
 from effv2.config.schema import TrainConfig
-from effv2.core.figures import accuracy_curves, short
+from effv2.core.calibration import calibration_error, reliability_diagram
+from effv2.core.figures import PALETTE, accuracy_curves, short
 from effv2.core.paths import write_csv
 from effv2.data.batches import NORMALISATIONS
 from effv2.data.dataset import Dataset
 from effv2.data.images import Square
+from effv2.data.inspection import gallery
 from effv2.serving.export import as_base64, output_names, write_served
 from effv2.tracking.read import download
 from effv2.tracking.writer import TrackedRun
 from effv2.training.loop import Training, evaluate, median_seconds
 
 CURVES = {"train": "train/accuracy", "validation": "val/accuracy", "test": "test/accuracy"}
+MOST_WRONG, MOST_NAMED = 24, 30  # images of a gallery; classes, or pairs of them, that a confusion matrix names
 WEIGHTS = "selected.pt"  # artifact: weights of the selected epoch, until the study's best run is known
 
 
@@ -43,7 +49,7 @@ def log_end(run: TrackedRun, training: Training) -> dict[str, float]:
         test = [metrics["test/accuracy"] for metrics in history]
         best = int(np.argmax(test)) + 1
         summary = {"best/test_accuracy": test[best - 1], "best/epoch": best, "final/test_accuracy": test[-1]}
-        summary["selected/test_accuracy"] = log_test(run, training)
+        summary |= log_test(run, training)
     if dataset.validation is not None:
         summary["selected/val_accuracy"] = history[selected - 1]["val/accuracy"]
     image = torch.zeros(1, 3, *2 * [config.data.image_size], dtype=torch.uint8)
@@ -65,14 +71,31 @@ def log_end(run: TrackedRun, training: Training) -> dict[str, float]:
     return summary
 
 
-def log_test(run: TrackedRun, training: Training) -> float:
-    """Log predictions on the test set of the network as it now is, and their tables; return the accuracy."""
+def log_test(run: TrackedRun, training: Training) -> dict[str, float]:
+    """Log predictions on the test set of the network as it now is, and what shows them; return accuracy and ECE."""
     dataset = training.dataset
     result = evaluate(training.network_for_inference(), dataset.test, training.config.evaluation.batch_size)
     with run.new_artifacts() as folder:
         labels = dataset.test.labels.numpy()
-        write_predictions(folder, dataset.classes, dataset.test.ids, labels, result.logits.numpy())
-    return result.accuracy
+        answers = write_predictions(folder, dataset.classes, dataset.test.ids, labels, result.logits.numpy())
+        wrong = [place for place, each in enumerate(answers) if each.predicted != each.true]
+        if surest := sorted(wrong, key=lambda place: -answers[place].probability)[:MOST_WRONG]:
+            captions = [answers[place].lines() for place in surest]
+            gallery(dataset.test.images(torch.tensor(surest)), captions).save(folder / "wrong.jpg", quality=90)
+    return {"selected/test_accuracy": result.accuracy, "selected/test_ece": calibration_error(*_sureness(answers))}
+
+
+class Answer(NamedTuple):
+    """What a network said of a test image, and how sure it was: a line of predictions.csv."""
+
+    id: str
+    true: str
+    predicted: str
+    probability: float
+
+    def lines(self) -> list[str]:
+        """Return it as the lines of a caption."""
+        return [self.id, f"true: {self.true}", f"said: {self.predicted}", f"{self.probability:.1%} sure"]
 
 
 def write_predictions(
@@ -84,8 +107,8 @@ def write_predictions(
     *,
     present: Sequence[int] | np.ndarray = (),
     outputs: Sequence[str] = (),
-) -> None:
-    """Write what logits (N, outputs) predict of images, by argmax over all outputs; confusion matrix, per-class table.
+) -> list[Answer]:
+    """Write and return what logits (N, outputs) predict of images, by argmax over all outputs; tables, figures of it.
 
     The classes, of which `true` (N) are the numbers, are the outputs `present`, the first ones unless given; outputs
     beyond them share a column. The outputs are called `outputs`, where these are given, else as their columns.
@@ -95,13 +118,16 @@ def write_predictions(
     column[present if len(present) else range(len(classes))] = range(len(classes))
     argmax = logits.argmax(1)  # not of probabilities: close logits tie there
     names = [outputs[each] if outputs else columns[column[each]] for each in argmax]
-    images = zip(ids, true, names, softmax(logits, 1)[np.arange(len(argmax)), argmax], strict=True)
+    confidence = softmax(logits, 1)[np.arange(len(argmax)), argmax]
+    answers = [
+        Answer(i, classes[t], name, float(p)) for i, t, name, p in zip(ids, true, names, confidence, strict=True)
+    ]
     matrix = confusion_matrix(true, column[argmax], labels=range(len(columns)))[: len(classes)]
     scores = precision_recall_fscore_support(true, column[argmax], labels=range(len(classes)), zero_division=0)
     tables: dict[str, list[tuple[Any, ...]]] = {
         "predictions": [
-            ("id", "true", "predicted", "probability"),
-            *((id_, classes[t], name, f"{probability:.6f}") for id_, t, name, probability in images),
+            Answer._fields,
+            *((*each[:3], f"{each.probability:.6f}") for each in answers),
         ],
         "confusion_matrix": [
             ("true", *columns),
@@ -115,30 +141,61 @@ def write_predictions(
             ),
         ],
     }
+    for name, rows in tables.items():
+        write_csv(folder / f"{name}.csv", rows)
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="Glyph")  # a class name in a script that the font lacks
         _confusion_figure(matrix, columns).savefig(folder / "confusion_matrix.png", dpi=120)
-    for name, rows in tables.items():
-        write_csv(folder / f"{name}.csv", rows)
+    reliability_diagram(*_sureness(answers)).savefig(folder / "reliability.png", dpi=120)
+    return answers
+
+
+def _sureness(answers: Sequence[Answer]) -> tuple[np.ndarray, np.ndarray]:
+    """Return how sure each answer is, and whether it is right."""
+    return np.array([each.probability for each in answers]), np.array([each.true == each.predicted for each in answers])
 
 
 def _confusion_figure(matrix: np.ndarray, columns: Sequence[str]) -> Figure:
-    """Draw a confusion matrix, rows being true classes and colours the share of the row."""
+    """Draw a confusion matrix, rows being true classes and colours the share of the row.
+
+    Of many classes the most confused pairs are named beside it, not the classes.
+    """
     columns = list(map(short, columns))
-    rows = columns[: len(matrix)]
-    side = min(14.0, 2.5 + 0.38 * len(columns) + 0.06 * max(0, max(map(len, columns)) - 10))
-    figure = Figure(figsize=(side, side), layout="constrained")
-    axes = figure.add_subplot()
+    rows, few = columns[: len(matrix)], len(columns) <= MOST_NAMED
+    side = 2.5 + 0.38 * len(columns) + 0.06 * max(0, max(map(len, columns)) - 10)
+    figure = Figure(figsize=(min(14.0, side),) * 2 if few else (18, 8), layout="constrained")
+    axes, *beside = figure.subplots(1, 1 if few else 2, squeeze=False, width_ratios=(1,) if few else (2.2, 1))[0]
     share = matrix / np.maximum(matrix.sum(1, keepdims=True), 1)
-    axes.imshow(share, cmap="Blues", vmin=0, vmax=1)
+    axes.imshow(share, cmap="Blues", norm=PowerNorm(1 if few else 0.5, 0, 1))  # of many, small shares are to be seen
+    axes.set(xlabel="predicted", ylabel="true")
+    if beside:
+        axes.set(xlabel="predicted, number of the class", ylabel="true, number of the class")
+        _most_confused(beside[0], matrix, rows, columns)
+        return figure
     axes.set_xticks(range(len(columns)), columns, rotation=90)
     axes.set_yticks(range(len(rows)), rows)
-    axes.set(xlabel="predicted", ylabel="true")
-    if len(columns) <= 30:
-        for (row, column), count in np.ndenumerate(matrix):
-            colour = "white" if share[row, column] > 0.5 else "black"
-            axes.text(column, row, str(count), ha="center", va="center", color=colour, fontsize=7, in_layout=False)
+    for (row, column), count in np.ndenumerate(matrix):
+        colour = "white" if share[row, column] > 0.5 else "black"
+        axes.text(column, row, str(count), ha="center", va="center", color=colour, fontsize=7, in_layout=False)
     return figure
+
+
+def _most_confused(axes: Axes, matrix: np.ndarray, rows: Sequence[str], columns: Sequence[str]) -> None:
+    """Draw how many images of one class were taken for another, as bars, the most first."""
+    wrong = matrix.copy()
+    np.fill_diagonal(wrong, 0)
+    most = [divmod(int(each), len(columns)) for each in np.argsort(-wrong, axis=None, kind="stable")[:MOST_NAMED]]
+    pairs = [(row, column) for row, column in most if wrong[row, column]]
+    counts = [int(wrong[pair]) for pair in pairs]
+    bars = axes.barh(range(len(pairs)), counts, color=PALETTE[0])
+    axes.bar_label(bars, [f"{n} of {matrix[row].sum()}" for n, (row, _) in zip(counts, pairs, strict=True)], padding=4)
+    axes.set_yticks(
+        range(len(pairs)), [f"{rows[row]} ({row}) as {columns[column]} ({column})" for row, column in pairs]
+    )
+    axes.set(title="most confused", xlabel="images")
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    axes.invert_yaxis()
+    axes.margins(x=0.25, y=0.01)
 
 
 def log_network(run: TrackedRun, training: Training) -> None:

@@ -139,7 +139,7 @@ class TrainingPlan(Plan):
         if model or test:
             training = restore(run.run_id, config, load(config.data))
             if test:
-                run.log_metrics({SELECTED_TEST: log_test(run, training)})
+                run.log_metrics(log_test(run, training))
             if model:
                 log_network(run, training)
         for record in records.values():

@@ -93,16 +93,19 @@ class TrackingAway(StoreAway):
     """The tracking store was away for longer than a run waits for it."""
 
 
-def open_store(experiment: str, create: bool = True, message: Message = lambda text: None) -> str:
+def open_store(experiment: str | None, create: bool = True, message: Message = lambda text: None) -> str:
     """Answer with the id of the experiment to log to; InputError if the store doesn't answer.
 
     Without `create`, an experiment of that name must be there. An empty name leaves the choice to MLflow: that of
-    `mlflow run`, of MLFLOW_EXPERIMENT_NAME or _ID, or `Default`. A database is created and migrated nowhere else.
+    `mlflow run`, of MLFLOW_EXPERIMENT_NAME or _ID, or `Default`. A database is created and migrated nowhere else. None
+    looks whether there is a store, creates nothing, and answers with nothing.
     """
     configure()
     file = _database_file()
     if (run_id := os.environ.get("MLFLOW_RUN_ID")) and not is_begun():
         raise _no_run(run_id)
+    if experiment is None and not is_begun():
+        raise InputError(TRACKING_URI, shown_uri(), "there is no such file", f"name the store of your runs: {STORES}")
     try:
         # Processes that start at once must not migrate a new database together, which fails.
         with FileLock(f"{file}.lock") if file and os.access(Path(file).parent, os.W_OK) else nullcontext():
@@ -110,12 +113,14 @@ def open_store(experiment: str, create: bool = True, message: Message = lambda t
                 _create_database(Path(file))
             check_database()
             _probe()
+            if experiment is None:
+                return ""
             found = _experiment(experiment, create, message)
     except (MlflowException, SQLAlchemyError, CommandError, OSError, ImportError) as error:
         if file and re.search(HALF_BUILT, str(error)) and _is_empty(Path(file)):
             problem = "its creation was cut short, and nothing is in it"
             raise InputError("MLFLOW_TRACKING_URI", shown_uri(), problem, f"remove the file {file}") from error
-        raise _explained(error, experiment) from error
+        raise _explained(error, experiment or "") from error
     if found.lifecycle_stage != "active":
         raise InputError("experiment", found.name, "that experiment was deleted", "restore it or choose another one")
     _check_artifacts(found)

@@ -42,6 +42,9 @@ BEST_RUN = "effv2.best_run"
 LOOKS = "effv2.tested_runs"  # of a search: all trials that were looked at on the test set, separated by commas
 REPORT = "effv2.report"  # of the run that an experiment's report is logged to
 WRITTEN = "effv2.note"  # of an experiment: the description as we wrote it
+# Of a version of a registered model.
+PROMOTING = "effv2.promoting"  # it is being judged
+PROMOTION = "effv2.promotion."  # and a figure that it was promoted for
 LONGEST_TAG = 8_000  # characters; MLflow cuts longer ones
 MORE = ""  # the last name in a tag, where the list continues in the next tag
 

@@ -1,0 +1,103 @@
+"""MLflow's registry: which version of a model is the champion, and how another one becomes it."""
+
+import re
+import time
+from collections.abc import Callable, Mapping
+
+import mlflow
+from mlflow.entities import LoggedModel, LoggedModelStatus
+from mlflow.entities.model_registry import ModelVersion
+from mlflow.exceptions import MlflowException
+
+from effv2.core.errors import InputError
+from effv2.core.processes import uninterrupted
+from effv2.tracking.store import MISSING, REFUSALS, MlflowClient
+from effv2.tracking.tags import PROMOTING
+from effv2.tracking.writer import model_address
+
+CHAMPION = "champion"  # the alias
+TURN_SECONDS = 30.0  # that a version waits for one before it to be judged, of which the process may have died
+
+
+def find_model(address: str) -> tuple[LoggedModel, float]:
+    """Return the model of an address, runs:/ID or models:/ID, and its MB; InputError where it isn't there, or whole."""
+    kind, _, wanted = address.partition(":/")
+    if kind not in ("runs", "models") or not re.fullmatch(r"[\w-]+", wanted):
+        raise InputError("model", address, "is no address of a logged model", "give runs:/ID or models:/ID")
+    try:
+        found = address if kind == "models" else model_address(wanted)
+        model = MlflowClient().get_logged_model(found.removeprefix("models:/")) if found else None
+    except MlflowException as error:
+        if error.error_code != MISSING:
+            raise
+        raise InputError("model", address, "the tracking store has none of that id", "correct it") from error
+    size = _bytes(model.model_id) if model else 0
+    if model is None or model.status != LoggedModelStatus.READY or not size:
+        raise InputError("model", address, "no model was logged there, or not all of it", "give another one")
+    return model, size / 1e6
+
+
+def _bytes(model_id: str, folder: str | None = None) -> int:
+    files = MlflowClient().list_logged_model_artifacts(model_id, folder)
+    return sum(_bytes(model_id, file.path) if file.is_dir else file.file_size or 0 for file in files)
+
+
+def find_champion(name: str) -> ModelVersion | None:
+    """Return the version that holds the alias; None where none does. InputError for a name that can't be served."""
+    if not re.fullmatch(r"\w[\w .-]*", name):
+        problem = "holds more than letters, digits, spaces and any of _ . -"
+        raise InputError("name", name, problem, "give a name as birds")
+    try:
+        return MlflowClient().get_model_version_by_alias(name, CHAMPION)
+    except MlflowException as error:
+        if error.error_code not in (MISSING, *REFUSALS):  # the model, and the alias
+            raise
+        return None
+
+
+def promote_version(name: str, model: LoggedModel, judge: Callable[[], tuple[str, Mapping[str, str]] | None]) -> None:
+    """Register a model, unless it is, and move the alias to it if `judge` returns a description and tags for it.
+
+    That is asked when all versions that were registered before are judged. Without them a new version is deleted.
+    """
+    client, judged = MlflowClient(), None
+    there = [each for each in _versions(name) if each.source == model.model_uri]
+    version = there[0] if there else _register(name, model)
+    number = str(version.version)
+    try:
+        if not there:
+            _await_turn(version)
+        if judged := judge():
+            with uninterrupted():
+                client.update_model_version(name, number, judged[0])
+                for tag, value in judged[1].items():
+                    client.set_model_version_tag(name, number, tag, value)
+                client.set_registered_model_alias(name, CHAMPION, number)
+                client.delete_model_version_tag(name, number, PROMOTING)
+    finally:
+        if not there and not judged:
+            client.delete_model_version(name, number)
+
+
+def _versions(name: str) -> list[ModelVersion]:
+    return list(MlflowClient().search_model_versions(f"name = '{name}'", order_by=["version_number ASC"]))
+
+
+def _register(name: str, model: LoggedModel) -> ModelVersion:
+    try:
+        MlflowClient().create_registered_model(name)
+    except MlflowException as error:
+        if error.error_code != "RESOURCE_ALREADY_EXISTS":
+            raise
+    client, about = mlflow.MlflowClient(), {PROMOTING: "true"}  # no client that repeats calls: each leaves a version
+    return client.create_model_version(name, model.model_uri, model.source_run_id, about, model_id=model.model_id)
+
+
+def _await_turn(version: ModelVersion) -> None:
+    """Wait for the versions that were registered in the seconds before, each to be judged by what became of them."""
+    since, deadline = version.creation_timestamp - 1000 * TURN_SECONDS, time.monotonic() + TURN_SECONDS
+    while time.monotonic() < deadline and any(
+        PROMOTING in each.tags and int(each.version) < int(version.version) and each.creation_timestamp > since
+        for each in _versions(version.name)
+    ):
+        time.sleep(0.2)
