@@ -546,7 +546,7 @@ STUDY_ERRORS = {
     "a: &a [x,x,x,x,x,x,x,x,x]\nb: &b [*a,*a,*a,*a,*a,*a,*a]\nc: &c [*b,*b,*b,*b,*b,*b]\nd: &d [*c,*c,*c,*c,*c,*c]\n"
     "e: &e [*d,*d,*d,*d,*d,*d]\nf: [*e,*e,*e,*e,*e,*e,*e,*e]": r"more than 50,000 values",
     "config: " + "[" * 60 + "]" * 60: r"or 50 levels",
-    "config: {random: {seed: 0x" + "f" * 6000 + "}}": r"line 2: a number of more than 100 digits; correct it",
+    "config: {random: {seed: 0x" + "f" * 6000 + "}}": r"line 2: config.random.seed 0xf+…: input should be a valid int",
     "arms: !!int ''": r"line 2: arms: input should be a valid dictionary",
     "name: " + "x" * 1_000_001: r"can't be read \(it is larger than 1 MB\)",
     "config: {schedule: {epochs: 2, warmup_epochs: 2}}": r"line 2: config.schedule.warmup_epochs 2: the warm-up",

@@ -25,10 +25,9 @@ from effv2.config.studies import SWEEPS, Sources, Study, open_study, read_study
 from effv2.core.errors import InputError
 from effv2.core.reporter import Reporter
 from effv2.data.dataset import load_once
-from effv2.evidence.statistics import Looks
 from effv2.studies.grid import Grid, make_grid
 from effv2.studies.queue import NAME, Trials
-from effv2.studies.seeds import ACCURACY, AutoSeeds, next_seeds
+from effv2.studies.seeds import ACCURACY, AutoSeeds
 from tests import protocols
 from tests.conftest import ROOT
 
@@ -207,14 +206,15 @@ def test_a_race_gives_seeds_to_what_may_be_the_best() -> None:
 
 
 def test_an_arm_that_opens_again_gets_more() -> None:
-    values = {"base": [0.5, 0.51, 0.49], "a": [0.6, 0.61, 0.59], "b": [0.5, 0.53, 0.47]}
-    samples = {arm: {("", str(seed)): each for seed, each in enumerate(of)} for arm, of in values.items()}
-    others, counts = {"a": "base", "b": "base"}, dict.fromkeys(values, 3)
-    after, _ = next_seeds(counts, samples, others, Looks(8), most=8)
-    assert after == {"base": 4, "a": 3, "b": 4}
-    samples["base"]["", "3"] = 0.75
-    again, _ = next_seeds(after, samples, others, Looks(8), most=8)
-    assert again["a"] == 4 and again["base"] == 5
+    reached = {"base": [0.5, 0.51, 0.49, 0.75], "a": [0.6, 0.61, 0.59], "b": [0.5, 0.53, 0.47]}
+
+    def value(arm: str, seed: int) -> float:
+        return reached[arm][seed] if seed < len(reached[arm]) else 0.5 + seed / 1000
+
+    _, trials = auto(value, names=("base", "a", "b"))
+    rounds = AutoSeeds(dict.fromkeys(reached, TrainConfig()), tuple(reached), "base", most=8).rounds(trials)
+    assert rounds[1].counts == {"base": 4, "a": 3, "b": 4}
+    assert rounds[2].counts["a"] == 4 and rounds[2].counts["base"] == 5
 
 
 @pytest.mark.parametrize(

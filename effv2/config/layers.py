@@ -2,6 +2,7 @@
 
 import re
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
@@ -14,9 +15,7 @@ from effv2.core.errors import InputError
 from effv2.core.paths import read_text
 
 Place = tuple[str | int, ...]
-# Of a file whose aliases are written out; and digits of a number, which Python could not even print.
-MOST_VALUES, DEEPEST, MOST_DIGITS = 50_000, 50, 100
-NUMBERS = ("tag:yaml.org,2002:int", "tag:yaml.org,2002:float")
+MOST_VALUES, DEEPEST = 50_000, 50  # of a file whose aliases are written out
 Model = TypeVar("Model", bound=BaseModel)
 
 
@@ -26,26 +25,6 @@ class Written(NamedTuple):
     value: Any
     where: str = ""
 
-
-class _Loader(yaml.SafeLoader):
-    """Takes as text what YAML 1.1 would change: keys, words for truth but true and false, numbers as 012 and 1:30."""
-
-    def flatten_mapping(self, node: yaml.MappingNode) -> None:
-        """Make every key a text, once what others share with it is merged."""
-        super().flatten_mapping(node)
-        for key, _ in node.value:
-            if isinstance(key, yaml.ScalarNode):
-                key.tag = "tag:yaml.org,2002:str"
-
-    def construct_plainly(self, node: yaml.ScalarNode) -> bool | int | str:
-        """Return a truth value or a whole number where everybody reads it as that, else the text."""
-        text = str(node.value)
-        number = re.fullmatch(r"[-+]?(0|[1-9]\d*)", text)
-        return text.lower() == "true" if text.lower() in ("true", "false") else int(text) if number else text
-
-
-for _kind in ("bool", "int"):
-    _Loader.add_constructor(f"tag:yaml.org,2002:{_kind}", _Loader.construct_plainly)
 
 Layer = dict[str, Written]  # by dotted setting; `below | above` are both, one over the other
 
@@ -122,13 +101,13 @@ class Document:
             raise InputError(self.where(place), "", "must be a mapping of settings", "indent them below the key")
         layer: Layer = {}
         for group, fields in values.items():
-            if "." in str(group):
+            if "." in group:
                 problem = "not a group of settings"
                 raise InputError(self.where((*place, group)), "", problem, "write the group, and its settings below it")
             if not isinstance(fields, dict) or not fields:  # perhaps an error, to be named when it is built
-                layer[str(group)] = Written(fields, self.where((*place, str(group))))
+                layer[group] = Written(fields, self.where((*place, group)))
             for name, value in fields.items() if isinstance(fields, dict) else ():
-                layer[f"{group}.{name}"] = Written(value, self.where((*place, str(group), str(name))))
+                layer[f"{group}.{name}"] = Written(value, self.where((*place, group, name)))
         return layer
 
 
@@ -138,54 +117,60 @@ def read_document(path: Path, parameter: str) -> Document:
     try:
         text = read_text(path)
         root = yaml.compose(text, Loader=getattr(yaml, "CSafeLoader", yaml.SafeLoader))  # libyaml is much faster
-        _must_be_small(root, named)
-        values = _Loader("").construct_document(root) if root else None
     except (OSError, UnicodeDecodeError) as error:
         reason = getattr(error, "strerror", None) or "it is not UTF-8 text"
         raise InputError(named, "", f"can't be read ({reason})", "give the path of a YAML file") from error
-    except InputError:
-        raise
-    except Exception as error:  # PyYAML's constructors raise what they happen to
+    except Exception as error:  # PyYAML raises what it happens to
         mark = getattr(error, "problem_mark", None)
         line = f", line {mark.line + 1}" if mark else ""
         problem = getattr(error, "problem", None) or type(error).__name__
         raise InputError(f"{named}{line}", "", f"not valid YAML ({problem})", "correct it") from error
-    if not isinstance(values, dict) or not all(isinstance(key, str) for key in values):
+    if not isinstance(root, yaml.MappingNode):
         raise InputError(named, "", "must be a mapping of keys to values", "write `key: value`")
-    document = Document(named, text.partition("\n")[0], values, {})
-    _note_lines(root, (), document)
-    return document
+    reader = _Reader(named)
+    return Document(named, text.partition("\n")[0], reader.values(root, ()), reader.lines)
 
 
-def _must_be_small(root: yaml.Node | None, named: str) -> None:
-    """Refuse what is too much or too deep once its aliases are written out; numbers of too many digits, too."""
-    waiting, count = [(root, 0)], 0
-    while waiting:
-        node, depth = waiting.pop()
-        count += 1
-        if count > MOST_VALUES or depth > DEEPEST:
+class _Reader:
+    """Makes plain values of a file's nodes, and notes the line of each.
+
+    Keys are texts, and so is what YAML 1.1 would change: dates, words for truth but true and false, numbers as 012.
+    """
+
+    def __init__(self, named: str) -> None:
+        self.named, self.count = named, 0
+        self.lines: dict[Place, int] = {}
+
+    def values(self, node: yaml.Node, place: Place) -> Any:
+        """Return what a node holds; InputError where that is too much or too deep, or a key is there twice."""
+        self.count += 1
+        if self.count > MOST_VALUES or len(place) > DEEPEST:
             problem = f"it holds more than {MOST_VALUES:,} values or {DEEPEST} levels, or a part of it contains itself"
-            raise InputError(named, "", problem, "shorten it, and write it without aliases")
-        if isinstance(node, yaml.CollectionNode):
-            pairs = isinstance(node, yaml.MappingNode)
-            inner = [each for pair in node.value for each in pair] if pairs else node.value
-            waiting += [(each, depth + 1) for each in inner]
-        elif isinstance(node, yaml.ScalarNode) and node.tag in NUMBERS and len(node.value) > MOST_DIGITS:
-            line = f"{named}, line {node.start_mark.line + 1}"
-            raise InputError(line, "", f"a number of more than {MOST_DIGITS} digits", "correct it")
+            raise InputError(self.named, "", problem, "shorten it, and write it without aliases")
+        if isinstance(node, yaml.MappingNode):
+            return {str(key.value): self._inner(key, value, (*place, str(key.value))) for key, value in node.value}
+        if isinstance(node, yaml.SequenceNode):
+            return [self._inner(each, each, (*place, index)) for index, each in enumerate(node.value)]
+        return _scalar(node)
+
+    def _inner(self, start: yaml.Node, value: yaml.Node, place: Place) -> Any:
+        line = start.start_mark.line + 1
+        if first := self.lines.get(place):
+            problem = f"the key {place[-1]!r} appears twice (first in line {first})"
+            raise InputError(f"{self.named}, line {line}", "", problem, "remove one")
+        self.lines[place] = line
+        return self.values(value, place)
 
 
-def _note_lines(node: yaml.Node | None, place: Place, document: Document) -> None:
-    if isinstance(node, yaml.MappingNode):
-        for key, value in node.value:
-            inner = (*place, str(key.value))
-            line = key.start_mark.line + 1
-            if first := document.lines.get(inner):
-                problem = f"the key {key.value!r} appears twice (first in line {first})"
-                raise InputError(f"{document.named}, line {line}", "", problem, "remove one")
-            document.lines[inner] = line
-            _note_lines(value, inner, document)
-    elif isinstance(node, yaml.SequenceNode):
-        for index, value in enumerate(node.value):
-            document.lines[(*place, index)] = value.start_mark.line + 1
-            _note_lines(value, (*place, index), document)
+def _scalar(node: yaml.Node) -> bool | int | float | str | None:
+    kind, text = node.tag.rpartition(":")[2], str(node.value)
+    if kind == "null":
+        return None
+    if kind == "bool" and text.lower() in ("true", "false"):
+        return text.lower() == "true"
+    if kind == "int" and re.fullmatch(r"[-+]?(0|[1-9]\d{0,17})", text):  # no setting takes more digits
+        return int(text)
+    if kind == "float":
+        with suppress(ValueError):  # as 1:30.5
+            return float(text)
+    return text

@@ -27,7 +27,6 @@ from effv2.evidence.publication import publish_study, read_results
 from effv2.evidence.study import StudyResults
 from effv2.studies.plan import Plan, best_of, progress_of, run_ids
 from effv2.studies.queue import ERROR, FINAL, NAME, RUN, Queue, Trials
-from effv2.studies.seeds import ACCURACY
 from effv2.studies.storage import DATABASE_ERRORS, OUTAGE_SECONDS, Storage, cannot_use, open_storage
 from effv2.studies.worker import AWAY, OpenedStudy, Worker, worker_process
 from effv2.tracking import store
@@ -78,9 +77,6 @@ def run_study(plan: Plan, experiment_id: str, options: StudyOptions, load: LoadD
 def _work(study: OpenedStudy, queue: Queue, load: LoadData, reporter: Reporter) -> None:
     if queue.deserted() and (repeated := queue.repeat(_deleted(queue.trials(), study.parent.experiment_id))):
         reporter.message(f"{repeated} finished runs were deleted from the tracking store: they are repeated.")
-    if study.plan.rounds({}) and queue.deserted():  # seeds by what was reached, which trials of before don't say
-        complete = [each for each in queue.trials().values() if each.state == TrialState.COMPLETE]
-        queue.repeat({each.user_attrs[RUN] for each in complete if ACCURACY not in each.user_attrs})
     reporter.message(run_address(study.parent.run_id, study.parent.experiment_id))
     said = sum(each.complete for each in study.plan.rounds(queue.trials()))
 

@@ -3,6 +3,7 @@
 import math
 import statistics
 import time
+from collections import Counter
 from collections.abc import Sequence
 from contextlib import suppress
 
@@ -36,24 +37,22 @@ def forecast(
     From finished runs of the same arms in the experiment, if it is there, else from a short timing.
     """
     runs = complete(read_experiment(experiment_id, ())) if experiment_id is not None else []
-    names = sorted({str(params["arm"]) for params in plan.trials.values()})
-    same = {arm: [run for run in runs if _is_like(run, plan.arms[arm])] for arm in names}
+    seeds = Counter(str(params["arm"]) for params in plan.trials.values())
+    same = {arm: [run for run in runs if _is_like(run, plan.arms[arm])] for arm in sorted(seeds)}
     seconds, timed = dict[str, float](), list[str]()
-    for arm in names:
-        found = [run.metrics[TRAIN_SECONDS] for run in same[arm] if TRAIN_SECONDS in run.metrics]
-        seconds[arm] = statistics.fmean(found) if found else _timed(plan.arms[arm], load, TIMED_SECONDS / len(names))
-        timed += [] if found else [arm]
+    for arm, alike in same.items():
+        known = [run.metrics[TRAIN_SECONDS] for run in alike if TRAIN_SECONDS in run.metrics]
+        seconds[arm] = statistics.fmean(known) if known else _timed(plan.arms[arm], load, TIMED_SECONDS / len(same))
+        timed += [] if known else [arm]
     most = int(plan.stamps.get(MAX_SEEDS, EVERY_LOOK.most))
-    one = sum(seconds.values())
     if plan.auto:
-        count = f"{FEWEST * len(names)} to {most * len(names)} runs, as many as the answers take"
+        count = f"{FEWEST * len(same)} to {most * len(same)} runs, as many as the answers take"
+        one = sum(seconds.values())
         hours = f"{duration(FEWEST * one)} to {duration(most * one)}"
     else:
-        count = f"{len(plan.trials)} runs"
-        hours = duration(sum(seconds[str(params["arm"])] for params in plan.trials.values()))
-    from_runs = [arm for arm in names if arm not in timed]
-    how = [f"finished runs of {', '.join(from_runs)}"] * bool(from_runs)
-    how += [f"a timing of a few steps of {', '.join(timed)}"] * bool(timed)
+        count, hours = f"{len(plan.trials)} runs", duration(sum(seeds[arm] * seconds[arm] for arm in seeds))
+    how = [f"a timing of a few steps of {', '.join(timed)}"] if timed else []
+    how += ["finished runs"] if len(timed) < len(same) else []
     shared = f"; {options.workers} workers share the machine" if options.workers > 1 else ""
     deviation, source = _deviation(same)
     lines = [
@@ -67,21 +66,15 @@ def forecast(
 def _table(looks: Looks, counts: Sequence[int], deviation: float) -> list[list[str]]:
     """Return the differences of one arm that are found with some probabilities at a number of seeds."""
     nominal = looks.nominal(LEVEL, 2)
-    rows = [["seeds of each arm", *(f"found in {chance:.0%}" for chance in CHANCES)]]
-    for count in counts:
-        if count <= looks.most:
-            found = (_difference(chance, deviation, count, nominal) for chance in CHANCES)
-            rows.append([str(count), *(points(each, "") if each < LARGEST else "none" for each in found)])
-    return rows
 
+    def cell(count: int, chance: float) -> str:
+        def lacks(difference: float) -> float:
+            return power(difference, math.sqrt(2) * deviation, count, nominal, samples=2) - chance
 
-def _difference(chance: float, deviation: float, count: int, nominal: float) -> float:
-    """Return the difference that a test of that level finds with a probability, at most LARGEST."""
+        return points(float(brentq(lacks, 0, LARGEST)), "") if lacks(LARGEST) > 0 else "none"
 
-    def lacks(difference: float) -> float:
-        return power(difference, math.sqrt(2) * deviation, count, nominal, samples=2) - chance
-
-    return float(brentq(lacks, 0, LARGEST)) if lacks(LARGEST) > 0 else LARGEST
+    rows = [[str(count), *(cell(count, chance) for chance in CHANCES)] for count in counts if count <= looks.most]
+    return [["seeds of each arm", *(f"found in {chance:.0%}" for chance in CHANCES)], *rows]
 
 
 def _deviation(same: dict[str, list[RunRecord]]) -> tuple[float, str]:

@@ -93,7 +93,8 @@ def make_grid(
 
     `names` are those of the wanted arms; seeds of the options go before those of the study, those before its arms' own.
     """
-    stamps = _stamps(study, names, options)
+    seeds = () if isinstance(options.seeds, str) else options.seeds or study.seeds
+    stamps = _stamps(study, names, options, len(seeds))
     asked = [study.arm(name, layer) for name in study.arms]
     if len({config.evaluation.test_set for config in asked}) > 1:
         problem = "true in some arms and false in others"
@@ -110,7 +111,7 @@ def make_grid(
     definition |= {"paired": True} if study.paired else {}
     how: dict[str, Any] = {"budget": options.budget_hours or math.inf, "race": options.seeds == RACE}
     auto = AutoSeeds(arms, tuple(names), study.baseline, paired=study.paired, **how)
-    trials = _trials(names, _seeds(study, options), study.splits) or auto.trials(dict.fromkeys(names, 1))
+    trials = _trials(names, seeds, study.splits) or auto.trials(dict.fromkeys(names, 1))
     return Grid(
         kind=kind,
         trials=trials,
@@ -133,14 +134,9 @@ def _trials(names: Sequence[str], seeds: Sequence[int], splits: int) -> dict[str
     return {f"{a}, split {k}, seed {seed}": {"arm": a, "seed": seed, "split": k} for k, seed, a in wanted}
 
 
-def _seeds(study: Study, options: StudyOptions) -> tuple[int, ...]:
-    """Return the seeds that are named."""
-    return () if isinstance(options.seeds, str) else options.seeds or study.seeds
-
-
-def _stamps(study: Study, names: list[str], options: StudyOptions) -> dict[str, Any]:
-    """Return what is settled before the first run; InputError for options that don't go together."""
-    auto, most, count = isinstance(options.seeds, str), options.max_seeds, len(_seeds(study, options))
+def _stamps(study: Study, names: list[str], options: StudyOptions, count: int) -> dict[str, Any]:
+    """Return what is settled before the first run of `count` seeds; InputError for options that don't go together."""
+    auto, most = isinstance(options.seeds, str), options.max_seeds
     if auto and len(names) < FEWEST_ARMS:
         raise InputError("seeds", options.seeds, "takes two arms or more", "name a variant beside the baseline")
     if auto and study.splits > 1:

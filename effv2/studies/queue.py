@@ -12,7 +12,7 @@ import time
 from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from functools import wraps
-from typing import Any, Concatenate, ParamSpec, TypeVar
+from typing import Any, TypeVar, cast
 
 import optuna
 from optuna.exceptions import UpdateFinishedTrialError
@@ -26,8 +26,7 @@ from effv2.core.processes import is_gone, this_process
 from effv2.core.secrets import masked
 from effv2.studies.storage import DATABASE_ERRORS, GRACE_SECONDS, HEARTBEAT_SECONDS, LEAVING_SECONDS, Storage
 
-P = ParamSpec("P")
-R = TypeVar("R")
+Method = TypeVar("Method", bound=Callable[..., Any])
 Params = Mapping[str, Any]
 Trials = Mapping[str, FrozenTrial]  # by name
 NOTHING_MORE: Params = {}
@@ -41,20 +40,19 @@ MOST_LOST = 5  # a trial whose workers died so often is given up: it may be what
 # A worker on another machine is gone if its heartbeat stays out for so long after it was first found missing: after
 # an outage of the database every heartbeat is old for a moment.
 SECOND_LOOK_SECONDS = 2 * HEARTBEAT_SECONDS
-Method = Callable[Concatenate["Queue", P], R]
 
 
-def retried(method: Method[P, R]) -> Method[P, R]:
+def retried(method: Method) -> Method:
     """Let a method repeat itself while the database is away; LeaseLost where the trial is finished by another."""
 
     @wraps(method)
-    def repeated(self: "Queue", /, *args: P.args, **kwargs: P.kwargs) -> R:
+    def repeated(self: "Queue", *args: Any, **kwargs: Any) -> Any:
         try:
             return self.storage.retry(lambda: method(self, *args, **kwargs))
         except UpdateFinishedTrialError:
             raise LeaseLost from None
 
-    return repeated
+    return cast(Method, repeated)
 
 
 class Queue:

@@ -5,14 +5,13 @@ the finished trials, each with the trials that it rested on when it was first de
 """
 
 import math
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
 
 from optuna.trial import FrozenTrial, TrialState
 
 from effv2.config.schema import TrainConfig
-from effv2.evidence.answers import Answer, Values, answers, leader, leads, reference
+from effv2.evidence.answers import Answer, answers, leader, leads, reference
 from effv2.evidence.protocols import SplitAndSeed, counted
 from effv2.evidence.quantities import duration
 from effv2.evidence.statistics import EVERY_LOOK, FEWEST, Looks, Outcome
@@ -20,30 +19,6 @@ from effv2.studies.queue import Params, Trials
 
 # User attributes of a finished trial: the accuracy that verdicts rest on, and whether another study's run reached it.
 ACCURACY, ELSEWHERE = "accuracy", "elsewhere"
-
-
-def next_seeds(
-    counts: Mapping[str, int],
-    values: Mapping[str, Values],
-    others: Mapping[str, str],
-    looks: Looks,
-    *,
-    most: int,
-    margin: float = 0.0,
-    paired: bool = False,
-    failed: Collection[str] = (),
-    tests: int = 0,
-) -> tuple[dict[str, int], dict[str, Answer]]:
-    """Return how many seeds arms are to have next, and what is said of each now; equal counts: nothing more is wanted.
-
-    An arm whose difference from its other is open gets one more, and so does the other; no arm gets more than `most`.
-    An arm that `failed` gets none, nor does one that is compared with it.
-    """
-    found = answers(values, others, looks, margin=margin, paired=paired, tests=tests)
-    left = [each for each in found.values() if each.comparison.outcome is Outcome.OPEN]
-    left = [each for each in left if each.arm in counts and not {each.arm, each.other} & set(failed)]
-    growing = {arm for each in left for arm in (each.arm, each.other)}
-    return {arm: count + (arm in growing and count < most) for arm, count in counts.items()}, found
 
 
 @dataclass(frozen=True)
@@ -101,6 +76,10 @@ class AutoSeeds:
         return self._known[known]
 
     def _rounds(self, trials: Trials) -> list[Round]:
+        """Return the rounds anew. An arm whose difference from its other is open gets one more, and so does the other.
+
+        No arm gets more than there may be. One of which a run failed gets none, nor does one that is compared with it.
+        """
         finished = {name: trial for name, trial in trials.items() if trial.state.is_finished()}
         counts, found = dict.fromkeys(self.wanted, FEWEST), list[Round]()
         while True:
@@ -109,14 +88,19 @@ class AutoSeeds:
                 return [*found, Round(counts, complete=False)]
             others = (name for name, trial in finished.items() if trial.params.get("arm") not in counts)
             used = {name: finished[name] for name in dict.fromkeys([*names, *self.before, *others]) if name in finished}
-            failed = {str(names[name]["arm"]) for name in names if finished[name].state == TrialState.FAIL}
-            after, said, most = self._decide(counts, used, failed)
+            failed = {names[name]["arm"] for name in names if finished[name].state == TrialState.FAIL}
+            said, most = self._answers(used)
+            undecided = [each for each in said.values() if each.comparison.outcome is Outcome.OPEN]
+            left = [each for each in undecided if each.arm in counts and not {each.arm, each.other} & failed]
+            growing = {arm for each in left for arm in (each.arm, each.other)}
+            after = {arm: count + (arm in growing and count < most) for arm, count in counts.items()}
             spent = [_hours(trial) for trial in used.values() if not trial.user_attrs.get(ELSEWHERE)]
             hours, more = sum(spent), sum(after.values()) - sum(counts.values())
             ending = ""
-            if not more:
-                stuck = [each for each in said.values() if each.comparison.outcome is Outcome.OPEN]
-                ending = f"the end, at {most} seeds of an arm or failed runs" if stuck else "the end: all is decided"
+            if not more and undecided:
+                ending = f"the end, at {most} seeds of an arm or failed runs"
+            elif not more:
+                ending = "the end: all is decided"
             elif hours + more * hours / max(1, len(spent)) > self.budget:
                 ending = "the end: another round would pass the budget"
             found.append(Round(counts, said, hours, ending, leads(said) if self.race and said else ""))
@@ -124,10 +108,8 @@ class AutoSeeds:
                 return found
             counts = after
 
-    def _decide(
-        self, counts: dict[str, int], used: Mapping[str, FrozenTrial], failed: Collection[str]
-    ) -> tuple[dict[str, int], dict[str, Answer], int]:
-        """Return what `next_seeds` does, of these trials, and the most seeds of an arm."""
+    def _answers(self, used: Mapping[str, FrozenTrial]) -> tuple[dict[str, Answer], int]:
+        """Return what these trials say of each arm, and the most seeds of an arm."""
         noted = (trial for trial in used.values() if ACCURACY in trial.user_attrs)
         complete = sorted(noted, key=lambda trial: trial.number)
         # What was planned counts for the study's own runs alone: others were there before it.
@@ -141,10 +123,8 @@ class AutoSeeds:
         if self.race and values:
             best, tests = leader(values), len(values) - 1
             others = {arm: "" if arm == best else best for arm in values}
-        most = min(self.most, looks.most)
-        how: dict[str, Any] = {"margin": self.margin, "paired": self.paired, "failed": failed, "tests": tests}
-        after, said = next_seeds(counts, values, others, looks, most=most, **how)
-        return after, said, most
+        said = answers(values, others, looks, margin=self.margin, paired=self.paired, tests=tests)
+        return said, min(self.most, looks.most)
 
 
 def _hours(trial: FrozenTrial) -> float:

@@ -50,7 +50,6 @@ class RunRecord:
     images: dict[str, Images] = field(default_factory=dict)
     started: int = 0
     ended: int = 0
-    experiment_id: str = ""
 
     @property
     def parent(self) -> str:
@@ -190,7 +189,6 @@ def _record(run: Run) -> RunRecord:
         images=dict(_images(run)),
         started=info.start_time or 0,
         ended=info.end_time or 0,
-        experiment_id=info.experiment_id,
     )
 
 

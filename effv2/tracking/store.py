@@ -108,16 +108,16 @@ def open_store(experiment: str | None, create: bool = True, message: Message = l
         raise InputError(TRACKING_URI, shown_uri(), "there is no such file", f"name the store of your runs: {STORES}")
     try:
         # Processes that start at once must not migrate a new database together, which fails.
-        with FileLock(f"{file}.lock") if file and os.access(Path(file).parent, os.W_OK) else nullcontext():
+        with FileLock(f"{file}.lock") if file and os.access(file.parent, os.W_OK) else nullcontext():
             if file:
-                _create_database(Path(file))
+                _create_database(file)
             check_database()
             _probe()
             if experiment is None:
                 return ""
             found = _experiment(experiment, create, message)
     except (MlflowException, SQLAlchemyError, CommandError, OSError, ImportError) as error:
-        if file and re.search(HALF_BUILT, str(error)) and _is_empty(Path(file)):
+        if file and re.search(HALF_BUILT, str(error)) and _is_empty(file):
             problem = "its creation was cut short, and nothing is in it"
             raise InputError("MLFLOW_TRACKING_URI", shown_uri(), problem, f"remove the file {file}") from error
         raise _explained(error, experiment or "") from error
@@ -127,11 +127,11 @@ def open_store(experiment: str | None, create: bool = True, message: Message = l
     return str(found.experiment_id)
 
 
-def _database_file() -> str | None:
+def _database_file() -> Path | None:
     """Return the path of the tracking store's database, if it is a file; InputError as check_address."""
     uri = tracking_uri()
     database = make_url(uri).database if uri.startswith("sqlite:") else None
-    return None if database is None or database == ":memory:" or database.startswith("file:") else database
+    return Path(database) if database and database != ":memory:" and not database.startswith("file:") else None
 
 
 def _create_database(file: Path) -> None:
@@ -166,7 +166,7 @@ def is_begun() -> bool:
     """Say whether there is a store; a database that is a file may not have been created yet."""
     configure()
     file = _database_file()
-    return not file or Path(file).is_file()
+    return not file or file.is_file()
 
 
 def _check_artifacts(experiment: Experiment) -> None:
@@ -290,18 +290,7 @@ def _experiment(name: str, create: bool, message: Message) -> Experiment:
             raise InputError("experiment", name, problem, "give the name to `mlflow run` itself, as --experiment-name")
         return given
     if not name:
-        number, called = (os.environ.get(f"MLFLOW_EXPERIMENT_{each}", "") for each in ("ID", "NAME"))
-        named = client.get_experiment_by_name(called) if called else None
-        if number and called and (named is None or named.experiment_id != number):
-            problem = f"MLFLOW_EXPERIMENT_NAME names another experiment, {called}"
-            raise InputError("MLFLOW_EXPERIMENT_ID", number, problem, "unset one of them")
-        try:
-            return client.get_experiment(default_experiment_id())
-        except MlflowException as error:
-            if not number or error.error_code not in (MISSING, *REFUSALS):
-                raise
-            remedy = "correct or unset it"
-            raise InputError("MLFLOW_EXPERIMENT_ID", number, "no such experiment", remedy) from error
+        return client.get_experiment(default_experiment_id())
     found = client.get_experiment_by_name(name)
     if found is None and not create:
         names = [each.name for each in client.search_experiments()]
@@ -316,7 +305,7 @@ def _experiment(name: str, create: bool, message: Message) -> Experiment:
 
 def _explained(error: Exception, experiment: str) -> InputError:
     code, why = str(getattr(error, "error_code", "")), reason(error)
-    if code == MISSING or (code == "INVALID_PARAMETER_VALUE" and experiment):
+    if code == MISSING or (code == "INVALID_PARAMETER_VALUE" and (experiment or "MLFLOW_EXPERIMENT_ID" in why)):
         return InputError("experiment", experiment[:80], f"refused ({why})", "correct the option or MLflow's variables")
     text = f"{code} {error}"
     if schema := re.search(r"found version (?!None)(\w+)|revision identified by '(\w+)'", text):

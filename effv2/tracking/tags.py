@@ -1,8 +1,8 @@
 """The names of all tags that are written or read here, and lists of names kept in tags."""
 
 import json
-from collections.abc import Iterable, Mapping
-from itertools import count
+from collections.abc import Iterable, Iterator, Mapping
+from itertools import count, takewhile
 
 from effv2.core import provenance
 
@@ -46,7 +46,6 @@ WRITTEN = "effv2.note"  # of an experiment: the description as we wrote it
 PROMOTING = "effv2.promoting"  # it is being judged
 PROMOTION = "effv2.promotion."  # and a figure that it was promoted for
 LONGEST_TAG = 8_000  # characters; MLflow cuts longer ones
-MORE = ""  # the last name in a tag, where the list continues in the next tag
 
 
 def run_tags(config_hash: str, data_digest: str, code_version: str, variant: str, seed: int) -> dict[str, str]:
@@ -58,31 +57,24 @@ def run_tags(config_hash: str, data_digest: str, code_version: str, variant: str
 
 def as_tags(tag: str, names: Iterable[str]) -> dict[str, str]:
     """Write names as tags: `tag`, and as many as they need beside, `tag`.2 and so on."""
-    parts: list[list[str]] = [[]]
-    for name in names:
-        if len(json.dumps([*parts[-1], name, MORE])) > LONGEST_TAG:
-            parts[-1].append(MORE)
-            parts.append([])
-        parts[-1].append(name)
-    return {_part(tag, number): json.dumps(part) for number, part in enumerate(parts, 1)}
+    text = json.dumps([*names])
+    parts = (text[start : start + LONGEST_TAG] for start in range(0, len(text), LONGEST_TAG))
+    return dict(zip(_parts(tag), parts, strict=False))
 
 
 def names_in(tags: Mapping[str, str], tag: str) -> list[str]:
     """Return the names that `as_tags` wrote."""
-    found: list[str] = []
-    for number in count(1):
-        try:
-            found += map(str, json.loads(tags.get(_part(tag, number), "[]")))
-        except (ValueError, TypeError):  # somebody else's
-            return []
-        if found[-1:] != [MORE]:
-            break
-        found.pop()
-    return found
+    text = "".join(tags[name] for name in takewhile(tags.__contains__, _parts(tag)))
+    try:
+        names, _ = json.JSONDecoder().raw_decode(text)  # what follows is the rest of a longer list of before
+        return list(map(str, names))
+    except (ValueError, TypeError):  # none, or somebody else's
+        return []
 
 
-def _part(tag: str, number: int) -> str:
-    return tag if number == 1 else f"{tag}.{number}"
+def _parts(tag: str) -> Iterator[str]:
+    yield tag
+    yield from (f"{tag}.{number}" for number in count(2))
 
 
 def reused(run_id: str, name: str) -> str:

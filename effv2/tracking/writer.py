@@ -236,13 +236,12 @@ def show_in_ui(experiment_id: str, run_id: str, page: str) -> str:
     """
     client, now = MlflowClient(), int(time.time() * 1000)
     tags = client.get_experiment(experiment_id).tags
+    runs, kind = f"#/experiments/{experiment_id}/runs", "workflowType=machine_learning"
+    links = [f"[Report]({runs}/{run_id}/artifacts/{page}?{kind})"]
     for key, view in VIEWS.items():
         if f"{SHARED_VIEW}{key}" not in tags:
             value = {"name": view["name"], "createdAt": now, "updatedAt": now, "state": json.dumps(view["state"])}
             client.set_experiment_tag(experiment_id, f"{SHARED_VIEW}{key}", json.dumps(value))
-    runs, kind = f"#/experiments/{experiment_id}/runs", "workflowType=machine_learning"
-    links = [f"[Report]({runs}/{run_id}/artifacts/{page}?{kind})"]
-    for key, view in VIEWS.items():
         charts = "&compareRunsMode=CHART" if key == CURVES else ""
         links.append(f"[{view['name']}]({runs}?{kind}{charts}&viewStateShareKey={key})")
     text = " · ".join(links)
