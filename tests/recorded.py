@@ -39,8 +39,9 @@ from effv2.core.provenance import VERSIONS
 from effv2.data.batches import NORMALISATIONS, augment, batch_count, epoch_order, normalised
 from effv2.data.dataset import Dataset, Split, load_dataset
 from effv2.data.images import CentreCrop, Square
-from effv2.training.loop import Progress, Training, evaluate
+from effv2.training.loop import Training, evaluate
 from effv2.training.optimisers import Schedule
+from effv2.training.progress import Progress
 
 ROOT = Path(__file__).parents[1]
 RECORDED = Path(__file__).with_suffix(".json")
@@ -60,13 +61,15 @@ DECIDING: dict[str, dict[str, tuple[str, ...]]] = {
     },
     "training": {
         "core/randomness.py": (),
-        **{f"training/{name}.py": () for name in ("loop", "optimisers")},
+        **{f"training/{name}.py": () for name in ("freezing", "loop", "optimisers", "progress")},
+        "run/initial.py": ("fitting",),
         "run/records.py": (),
         "run/run.py": ("attempt", "_train"),
     },
     "execution": {f"execution/{name}.py": () for name in ("device", "fast_paths")},
     "evaluation": {
-        **{f"pretrained/{name}.py": () for name in ("evaluation", "images", "weights")},
+        **{f"pretrained/{name}.py": () for name in ("evaluation", "images")},
+        "run/weights.py": (),
         "run/records.py": ("write_predictions", "_confusion_figure"),
     },
 }

@@ -17,7 +17,7 @@ from effv2.core.errors import InputError
 from effv2.run.records import whole_weights
 from effv2.training import checkpoint
 from effv2.training.checkpoint import Checkpointer
-from effv2.training.loop import Progress
+from effv2.training.progress import Progress
 
 IDENTITY = {"config_hash": "a", "data_digest": "b", "code_version": "c"}
 

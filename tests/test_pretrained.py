@@ -54,7 +54,7 @@ from effv2.pretrained.images import (
     outputs_of,
     wnids,
 )
-from effv2.pretrained.weights import Requested, find_all_weights, load_network, network_names, parse_models
+from effv2.run.weights import Requested, find_all_weights, load_network, network_names, parse_models
 from effv2.tracking.read import RunRecord
 from effv2.training import loop
 from tests.conftest import ROOT, running

@@ -25,8 +25,9 @@ from effv2.data.batches import NORMALISATIONS, epoch_order, normalised
 from effv2.data.dataset import Dataset, Split, load_dataset
 from effv2.evidence.claims import published_runs
 from effv2.execution.device import make_execution
-from effv2.training.loop import EPOCH_METRICS, Evaluation, Metrics, Progress, Training, TrainState, evaluate
+from effv2.training.loop import EPOCH_METRICS, Evaluation, Metrics, Training, TrainState, evaluate
 from effv2.training.optimisers import Schedule
+from effv2.training.progress import Progress
 from tests.conftest import tiny_config
 
 EVERYTHING: dict[str, Any] = {
@@ -100,10 +101,13 @@ def test_same_seed_gives_the_same_bits_whatever_else_draws() -> None:
 
 
 @pytest.mark.parametrize(("schedule", "optimiser"), [*zip(SCHEDULES.names(), cycle(OPTIMISERS.names()), strict=False)])
-def test_state_saved_after_any_step_is_resumed_exactly(schedule: str, optimiser: str) -> None:
+@pytest.mark.parametrize(
+    "layers", [{}, {"frozen_epochs": 1, "head_lr_factor": 10, "layer_decay": 0.8}], ids=["", "frozen"]
+)
+def test_state_saved_after_any_step_is_resumed_exactly(schedule: str, optimiser: str, layers: dict[str, float]) -> None:
     everything = EVERYTHING | {
         "schedule": {**EVERYTHING["schedule"], "name": schedule},
-        "optimiser": {**EVERYTHING["optimiser"], "name": optimiser, "lr": 0.01},
+        "optimiser": {**EVERYTHING["optimiser"], "name": optimiser, "lr": 0.01, **layers},
     }
     config = tiny_config(**everything)
     _, whole, training = start(config)

@@ -35,7 +35,7 @@ DATA = options_for(
 )
 SHARED = DATA | options_for(
     "data.per_class data.split_seed schedule.epochs optimiser.batch_size optimiser.lr schedule.name execution.device "
-    "execution.precision execution.compile"
+    "execution.precision execution.compile model.weights model.weights_partial"
 )
 ONE_RUN = SHARED | options_for(
     "model.variant model.dropout model.stochastic_depth model.depth_multiplier model.width_multiplier random.seed"

@@ -138,6 +138,11 @@ class ModelConfig(Group):
     stochastic_depth: Fraction = Field(0.2, description="Probability of stochastic depth, to which it rises from 0.")
     outputs: int = Field(0, ge=0, le=100_000, description="Width of the head, 0 = the number of classes.")
     zero_init_residual: bool = Field(False, description="Start residual branches at zero (Goyal et al. 2017).")
+    weights: str = Field(
+        "", description="Weights to start from: `published`, IMAGENET1K_V1 or so, a file, runs:/ID, models:/ID."
+    )
+    weights_partial: bool = Field(False, description="Take of the weights what fits by name and shape.")
+    weights_sha256: str = Field("", description="SHA-256 of the weights, found out unless given; others are refused.")
 
     @field_validator("table")
     @classmethod
@@ -172,6 +177,14 @@ class OptimiserConfig(Group):
     clip_norm: float = Field(1.0, ge=0, description="Largest L2 norm of the gradient, 0 = unlimited.")
     label_smoothing: Fraction = Field(0.0, description="Label smoothing (Szegedy et al. 2016).")
     ema_decay: Fraction = Field(0.0, description="Decay a step of the averaged weights that are evaluated, 0 = off.")
+    head_lr_factor: float = Field(1.0, gt=0, le=1e4, description="The head's learning rate over that of the rest.")
+    layer_decay: float = Field(
+        1.0, gt=0, le=1, description="Learning rate of a stage over that of the next one (Clark et al. 2020)."
+    )
+    frozen_epochs: int = Field(
+        0, ge=-1, le=100_000, description="First epochs in which the head alone is trained, -1 = all: a linear probe."
+    )
+    freeze_batch_norm: bool = Field(False, description="Keep batch norm as it is in the weights to start from.")
 
 
 class ScheduleConfig(Group):
@@ -270,7 +283,8 @@ class TrainConfig(Group):
 
 
 WHERE = "dir download train_dir test_dir labels allow_incomplete_classes skip_broken max_megapixels"
-NO_IDENTITY = {f"data.{name}" for name in WHERE.split()}  # where images come from: they have a digest
+# Where images and weights come from: they have digests.
+NO_IDENTITY = {"model.weights", *(f"data.{name}" for name in WHERE.split())}
 # The fields that every identity holds. One added later need not be listed, but its default must then stay.
 FIRST_FIELDS = {
     f"{group}.{name}"

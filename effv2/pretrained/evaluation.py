@@ -25,9 +25,9 @@ from effv2.data.images import Decoded, Labels, decode
 from effv2.execution.device import Execution, Forward, fold_batch_norm
 from effv2.pretrained.config import PretrainedConfig
 from effv2.pretrained.images import TEST, EvaluationImages, class_names
-from effv2.pretrained.weights import Requested, load_network
 from effv2.run.records import write_predictions
 from effv2.run.run import Attempt, RunSpec, find_earlier
+from effv2.run.weights import Requested, load_network
 from effv2.serving.export import as_base64, write_served
 from effv2.tracking.tags import run_tags
 from effv2.tracking.writer import TrackedRun

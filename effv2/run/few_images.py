@@ -33,9 +33,9 @@ def with_length(configs: Sequence[TrainConfig], load: LoadData, message: Message
     epochs = min(max(-(-MANY_STEPS // steps), first.schedule.epochs), MOST_EPOCHS)
 
     def settled(config: TrainConfig) -> TrainConfig:
-        config = _with_default(config, "schedule", "epochs", epochs)
+        config = with_default(config, "schedule", "epochs", epochs)
         few = config.schedule.epochs * steps < MANY_STEPS
-        return _with_default(config, "evaluation", "batch_norm_images", BATCH_NORM_IMAGES if few else 0)
+        return with_default(config, "evaluation", "batch_norm_images", BATCH_NORM_IMAGES if few else 0)
 
     found = [settled(each) if may else each for each, may in zip(configs, free, strict=True)]
     if found != list(configs):
@@ -46,7 +46,7 @@ def with_length(configs: Sequence[TrainConfig], load: LoadData, message: Message
     return found
 
 
-def _with_default(config: TrainConfig, group: str, name: str, value: int) -> TrainConfig:
+def with_default(config: TrainConfig, group: str, name: str, value: int | str) -> TrainConfig:
     """Return a configuration with a setting at a value, unless it was given."""
     there = getattr(config, group)
     given = name in there.model_fields_set

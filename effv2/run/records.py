@@ -28,6 +28,7 @@ from effv2.data.batches import NORMALISATIONS
 from effv2.data.dataset import Dataset
 from effv2.data.images import Square
 from effv2.data.inspection import gallery
+from effv2.run.initial import initialise
 from effv2.serving.export import as_base64, output_names, write_served
 from effv2.tracking.read import download
 from effv2.tracking.writer import TrackedRun
@@ -229,7 +230,7 @@ def whole_weights(path: Path | None) -> dict[str, Tensor] | None:
 
 def restore(run_id: str, config: TrainConfig, dataset: Dataset) -> Training:
     """Return the training of a finished run, at the weights that it kept; trained again where none are kept whole."""
-    training = Training(config, dataset)
+    training = Training(config, dataset, initialise=initialise(config, dataset.classes))
     with tempfile.TemporaryDirectory() as folder:
         weights = whole_weights(download(run_id, WEIGHTS, Path(folder)))
         if weights is not None:

@@ -18,6 +18,7 @@ from effv2.data.dataset import Dataset, LoadData, load_once
 from effv2.data.inspection import contact_sheet
 from effv2.execution.resolve import remembered, resolve_study, with_device
 from effv2.run.few_images import say_if_near_chance, with_length
+from effv2.run.initial import initialise, origin, with_weights
 from effv2.run.records import keep_weights, log_end, log_network
 from effv2.tracking import tags as tag
 from effv2.tracking.read import RunRecord, artifact_names, download, find_runs, reached_accuracy, read_run
@@ -89,7 +90,7 @@ def prepare(configs: Sequence[TrainConfig], load: LoadData, message: Message) ->
         if not config.evaluation.test_set and dataset.validation is None:
             problem = "there is no validation split, and the test set is left alone: nothing would be measured"
             raise InputError("data.validation_fraction", 0, problem, "give it a share, as 0.1")
-    return resolve_study(with_length(configs, load, message), message)
+    return resolve_study(with_weights(with_length(configs, load, message), load, message), message)
 
 
 def train_single(config: TrainConfig, name: str, study: str, options: StudyOptions, reporter: Reporter) -> Attempt:
@@ -116,6 +117,8 @@ def attempt(config: TrainConfig, dataset: Dataset, spec: RunSpec) -> Attempt:
     tags = tag.run_tags(config.hash(), dataset.digest(), code, variant, seed)
     if config.execution.device == "cpu" and (timed := remembered(config)):
         tags[tag.CALIBRATION] = str(timed)
+    if config.model.weights:
+        tags[tag.WEIGHTS] = origin(config, dataset.classes)
     earlier = find_earlier(tags, spec)
     identity = {name.removeprefix("effv2."): tags[name] for name in tag.IDENTITY}
     keeping = spec.checkpoints, identity, spec.reporter.message
@@ -251,7 +254,8 @@ def _train(config: TrainConfig, dataset: Dataset, spec: RunSpec, run: OpenRun, c
 
     A checkpoint is written when the training is told to end, and when it has ended: the rest follows from that one.
     """
-    reporter, training = spec.reporter, Training(config, dataset)
+    reporter = spec.reporter
+    training = Training(config, dataset, initialise=initialise(config, dataset.classes))
     reporter.run_started(spec.name, config.schedule.epochs)
     state = training.state
     if spec.checkpoints.checkpoint_upload_minutes:

@@ -32,9 +32,9 @@ from effv2.execution.resolve import resolve_device
 from effv2.pretrained import evaluation
 from effv2.pretrained.config import PretrainedConfig
 from effv2.pretrained.images import choose_images
-from effv2.pretrained.weights import find_all_weights, load_network, parse_models
 from effv2.run.records import WEIGHTS, log_network, log_test, restore
 from effv2.run.run import Attempt, RunSpec, attempt, prepare, study_text
+from effv2.run.weights import find_all_weights, load_network, parse_models
 from effv2.studies.queue import ERROR, FINAL, NAME, RUN, Params, Trials
 from effv2.studies.seeds import Round
 from effv2.tracking.read import SELECTED_TEST, SELECTED_VALIDATION, read_runs

@@ -27,6 +27,7 @@ CREATION = "effv2.creation"  # unique, by which those are found that were create
 PROCESS = "effv2.process"  # the process that works on the run
 OUTCOME = "effv2.outcome"  # complete, pruned or failed
 ERROR = "effv2.error"
+WEIGHTS = "effv2.weights"  # that it started from, and which share of its parameters they gave
 CONTINUES = "effv2.continues"  # of a run that `mlflow run` opened: the run that was resumed instead
 # Where it was computed.
 GIT_COMMIT = "effv2.git_commit"

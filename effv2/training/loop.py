@@ -3,9 +3,8 @@
 import math
 import statistics
 import time
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import asdict, dataclass, field
-from functools import partial
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
 from itertools import compress
 from typing import Any
 
@@ -15,7 +14,7 @@ from torch.nn import functional as F
 from torch.optim.swa_utils import AveragedModel
 
 from effv2.architecture import build_model
-from effv2.config.schema import StoppingConfig, TrainConfig
+from effv2.config.schema import TrainConfig
 from effv2.core.errors import Diverged, RunError
 from effv2.core.internals import copy_all, lerp_all
 from effv2.core.processes import uninterrupted
@@ -23,13 +22,16 @@ from effv2.core.randomness import private_randomness, seed_generators, stream_se
 from effv2.data import batches
 from effv2.data.dataset import Dataset, Split, to_device
 from effv2.execution.device import Execution, Forward, make_execution
+from effv2.training.freezing import norms_are_frozen, set_modes
 from effv2.training.optimisers import Schedule, make_optimiser
+from effv2.training.progress import EpochSums, Progress, watched_accuracy
 
 # On an accelerator the loss is looked at this seldom, since each look waits for the device.
 STEPS_BETWEEN_LOSS_CHECKS = 50
 TIMED_SECONDS, TIMED_PASSES = 1.0, 11
 
 Metrics = dict[str, float]
+Initialise = Callable[[nn.Module], None]  # is given the network with its first weights, which it may change
 
 
 @dataclass(frozen=True)
@@ -81,60 +83,21 @@ def median_seconds(work: Callable[[], object]) -> float:
     return statistics.median(seconds)
 
 
-@dataclass
-class Progress:
-    """Finished epochs and steps, and the metrics of every epoch by the names they are logged under."""
-
-    epoch: int = 0
-    step: int = 0
-    train_seconds: float = 0.0
-    best_accuracy: float = -1.0
-    best_epoch: int = 0
-    history: list[dict[str, float]] = field(default_factory=list)
-
-    def should_stop(self, stopping: StoppingConfig) -> bool:
-        """Say whether `patience` epochs brought no better watched accuracy, all of them after `min_epochs`.
-
-        Better than all before or, with best_since min_epochs, than those from min_epochs on (docs/protocols.md).
-        """
-        if not stopping.patience or self.epoch < stopping.min_epochs + stopping.patience:
-            return False
-        first = max(1, stopping.min_epochs) if stopping.best_since == "min_epochs" else 1
-        watched = [watched_accuracy(metrics) for metrics in self.history[first - 1 :]]
-        best_epoch = first + watched.index(max(watched))
-        return self.epoch - max(best_epoch, stopping.min_epochs) >= stopping.patience
-
-
-def watched_accuracy(metrics: Mapping[str, float]) -> float:
-    """Return the accuracy that selects, stops and lowers the rate: of validation, of the test set without one."""
-    return metrics["val/accuracy"] if "val/accuracy" in metrics else metrics["test/accuracy"]
-
-
-@dataclass
-class EpochSums:
-    """What the steps of the running epoch add up to: loss (float32) and right answers (int64) over images.
-
-    Zeros on the CPU can be added to what is on any device.
-    """
-
-    loss: Tensor = field(default_factory=partial(torch.tensor, 0.0))
-    right: Tensor = field(default_factory=partial(torch.tensor, 0))
-    images: int = 0
-    seconds: float = 0.0
-
-
 class TrainState:
     """What can be saved after any step; `selected` holds the weights of the best epoch where validation chooses it.
 
     Random numbers need no state: each step seeds its own, and the order of an epoch follows from its number.
     """
 
-    def __init__(self, config: TrainConfig, dataset: Dataset, execution: Execution) -> None:
+    def __init__(
+        self, config: TrainConfig, dataset: Dataset, execution: Execution, initialise: Initialise = lambda network: None
+    ) -> None:
         wanted, optimiser = config.model, config.optimiser
         settings = wanted.dropout, wanted.stochastic_depth, wanted.zero_init_residual
         with private_randomness():
             torch.manual_seed(stream_seed(config.random.seed, "initialisation"))
             network = build_model(wanted.build_table(), wanted.outputs or len(dataset.classes), *settings)
+            initialise(network)
             self.model = execution.place(network)
         self.averaged = AveragedModel(self.model, use_buffers=True) if optimiser.ema_decay else None
         steps_per_epoch = batches.batch_count(len(dataset.train), optimiser.batch_size)
@@ -195,9 +158,15 @@ class Training:
     training exclude evaluation, `on_step` and whatever the caller does between two epochs.
     """
 
-    def __init__(self, config: TrainConfig, dataset: Dataset, execution: Execution | None = None) -> None:
+    def __init__(
+        self,
+        config: TrainConfig,
+        dataset: Dataset,
+        execution: Execution | None = None,
+        initialise: Initialise = lambda network: None,
+    ) -> None:
         execution = execution or make_execution(config.execution)
-        state = TrainState(config, dataset, execution)
+        state = TrainState(config, dataset, execution, initialise)
         self.config, self.state, self.execution = config, state, execution
         # On an accelerator for good where it has room, so that no step waits for its images.
         self.dataset = dataset.on(execution.device) if dataset.bytes <= execution.room_for_data() else dataset
@@ -215,7 +184,9 @@ class Training:
             loss.backward()
             return loss.detach(), (logits.detach().argmax(1) == labels).sum()
 
-        self._differentiate = execution.graphed(differentiate, state.model.parameters())
+        graphed = execution.graphed(differentiate, state.model.parameters())
+        # A graph sets the gradients of the same parameters throughout.
+        self._differentiate = differentiate if config.optimiser.frozen_epochs else graphed
         self._statistics = batches.NORMALISATIONS[config.data.normalise]
         self.network_for_inference = execution.inference_factory(state.evaluated, self._statistics)
 
@@ -249,7 +220,7 @@ class Training:
         made = self.state.progress.step - self.state.progress.epoch * steps
         rest, device = order[made * batch_size :], self.execution.device
         left = batches.training_batches(self.dataset.train, rest, batch_size, device)
-        self.state.model.train()
+        set_modes(self.state.model, self.config.optimiser, self.state.progress.epoch + 1)
         started = time.perf_counter()
         for step, (images, labels) in enumerate(left, made + 1):
             with uninterrupted():
@@ -306,7 +277,8 @@ class Training:
         splits = {name: split for name, split in chosen.items() if split is not None}
         metrics: Metrics = {}
         started = time.perf_counter()
-        if self.config.evaluation.batch_norm_images:
+        frozen = norms_are_frozen(self.config.optimiser, self.state.progress.epoch + 1)
+        if self.config.evaluation.batch_norm_images and not frozen:
             self._estimate_batch_norm(self.config.evaluation.batch_norm_images)
         network = self.network_for_inference()
         for name, split in splits.items():

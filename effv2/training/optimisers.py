@@ -8,6 +8,7 @@ inside.
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
@@ -22,11 +23,26 @@ Groups = list[dict[str, Any]]
 
 
 def make_optimiser(config: OptimiserConfig, model: Module) -> Optimizer:
-    """Build the optimiser. Norms and biases are not decayed."""
-    matrices = [parameter for parameter in model.parameters() if parameter.ndim > 1]
-    vectors = [parameter for parameter in model.parameters() if parameter.ndim <= 1]
-    groups = [{"params": matrices, "weight_decay": config.weight_decay}, {"params": vectors, "weight_decay": 0.0}]
-    optimiser: Optimizer = OPTIMISERS[config.name](groups, config)
+    """Build the optimiser. Norms and biases are not decayed. The highest rate comes first, which is the one logged.
+
+    The head has `head_lr_factor` times the rate; each part of the body, from its end down, `layer_decay` times that of
+    the next one: the last part once, the stem as often as there are parts.
+    """
+    parts = {name: re.match(r"features\.(\d+)\.", name) for name, _ in model.named_parameters()}
+    last = max((int(part[1]) for part in parts.values() if part), default=0)
+
+    def rate(name: str) -> float:
+        part = parts[name]
+        return config.lr * (config.layer_decay ** (last + 1 - int(part[1])) if part else config.head_lr_factor)
+
+    named = sorted(model.named_parameters(), key=lambda each: -rate(each[0]))
+    groups: dict[tuple[bool, float], dict[str, Any]] = {}
+    for decays in (True, False):
+        for name, parameter in named:
+            if (parameter.ndim > 1) == decays:
+                new = {"params": [], "lr": rate(name), "weight_decay": config.weight_decay if decays else 0.0}
+                groups.setdefault((decays, rate(name)), new)["params"].append(parameter)
+    optimiser: Optimizer = OPTIMISERS[config.name](list(groups.values()), config)
     return optimiser
 
 

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import load_file
 from torch import nn
 from torchvision import models
 from torchvision.models import WeightsEnum
@@ -185,8 +186,7 @@ def load_network(requested: Requested) -> nn.Module:
     """
     weights = requested.weights
     try:
-        with torch.serialization.safe_globals([argparse.Namespace, type(Path())]):  # options that programs save too
-            state = _unwrapped(torch.load(requested.path, map_location="cpu", weights_only=True))
+        state = _read(requested.path)
         weights.get_state_dict = lambda *_, **__: state  # of this member of the enumeration alone
         network: nn.Module = models.get_model(requested.network, weights=weights, progress=False)
     except Exception as error:  # torch and Python raise many kinds for what is no state dict
@@ -196,6 +196,26 @@ def load_network(requested: Requested) -> nn.Module:
     finally:
         vars(weights).pop("get_state_dict", None)
     return network.eval().requires_grad_(False)
+
+
+def read_state(path: Path) -> dict[str, torch.Tensor]:
+    """Return the state dict in a file of the user's own, as torch or safetensors writes it; InputError."""
+    try:
+        state = dict(_read(path))
+        if state and all(isinstance(value, torch.Tensor) for value in state.values()):
+            return state
+        problem = "it holds no state dict"
+    except Exception as error:  # torch and Python raise many kinds for what is no state dict
+        problem = f"it can't be loaded ({_in_short(error)})"
+    raise InputError("weights", path, problem, "give a state dict, as torch.save(model.state_dict(), FILE) writes it")
+
+
+def _read(path: Path) -> Any:
+    """Return the parameters in a file, without running what a pickle may hold."""
+    if path.suffix == ".safetensors":
+        return _unwrapped(load_file(path))
+    with torch.serialization.safe_globals([argparse.Namespace, type(Path())]):  # options that programs save too
+        return _unwrapped(torch.load(path, map_location="cpu", weights_only=True))
 
 
 def _unwrapped(state: Any) -> Any:

@@ -1,0 +1,159 @@
+"""The weights that a training starts from: found, verified, held against its network, put into it."""
+
+import hashlib
+import json
+import os
+import tempfile
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from effv2.architecture import build_model
+from effv2.config.schema import ModelConfig, TrainConfig
+from effv2.core.errors import InputError
+from effv2.core.provenance import sha256_of_file
+from effv2.core.reporter import Message
+from effv2.data.batches import NORMALISATIONS
+from effv2.data.dataset import LoadData
+from effv2.run.few_images import with_default
+from effv2.run.weights import find_all_weights, load_network, parse_models, read_state
+from effv2.tracking.models import fetch_model
+
+SETTING, PUBLISHED = "model.weights", "published"
+# What torchvision calls the networks of these tables.
+NETWORKS = {"default": "efficientnet_v2_s"} | {name: name for name in ("efficientnet_v2_m", "efficientnet_v2_l")}
+HEAD = "classifier."  # how the names of its parameters begin
+COUNT = "num_batches_tracked"  # of batch norm: decides nothing
+State = Mapping[str, Tensor]
+
+
+@dataclass(frozen=True)
+class Initial:
+    """Weights: a state dict, its SHA-256, and what they were trained on as far as they tell: classes, normalisation."""
+
+    state: State
+    sha256: str
+    classes: Sequence[str] = ()
+    normalise: str = ""
+
+
+def with_weights(configs: Sequence[TrainConfig], load: LoadData, message: Message) -> list[TrainConfig]:
+    """Return configs with the hash of their weights, and normalised as these want it unless the settings say how.
+
+    InputError for weights that aren't there, or don't fit, or have another hash than is given.
+    """
+
+    def settled(config: TrainConfig) -> TrainConfig:
+        if not config.model.weights:
+            return config
+        initial = _find(config.model)
+        model = config.model.model_copy(update={"weights_sha256": initial.sha256})
+        config = config.model_copy(update={"model": model})
+        return with_default(config, "data", "normalise", initial.normalise) if initial.normalise else config
+
+    found = list(map(settled, configs))
+    for text in dict.fromkeys(origin(each, load(each.data).classes) for each in found if each.model.weights):
+        message(f"Starts from {text}.")
+    return found
+
+
+def origin(config: TrainConfig, classes: Sequence[str]) -> str:
+    """Say which weights a training starts from, and which share of its parameters they give."""
+    with torch.device("meta"):
+        network = build_model(config.model.build_table(), config.model.outputs or len(classes))
+    taken = fitting(_find(config.model), network.state_dict(), config.model, classes)
+    sizes = {name: parameter.numel() for name, parameter in network.named_parameters()}
+    share = sum(size for name, size in sizes.items() if name in taken) / sum(sizes.values())
+    new = "" if any(name.startswith(HEAD) for name in taken) else ", a new head"
+    return f"{config.model.weights} ({config.model.weights_sha256[:10]}): {share:.2%} of the parameters{new}"
+
+
+def initialise(config: TrainConfig, classes: Sequence[str]) -> Callable[[nn.Module], None]:
+    """Return what puts the weights that a resolved config names into a network of it; the rest stays as it is."""
+
+    def put(network: nn.Module) -> None:
+        if config.model.weights:
+            taken = fitting(_find(config.model), network.state_dict(), config.model, classes)
+            network.load_state_dict(taken, strict=False)
+
+    return put
+
+
+def fitting(initial: Initial, network: State, config: ModelConfig, classes: Sequence[str]) -> State:
+    """Return what of the weights a network takes: all of its body, and its head where that is of the same classes.
+
+    With `weights_partial` what has the same name and shape. InputError where that isn't all, or is nothing.
+    """
+    alike = {name for name in network if name in initial.state and network[name].shape == initial.state[name].shape}
+    head = {name for name in network if name.startswith(HEAD)}
+    if not head <= alike or (initial.classes and tuple(initial.classes) != tuple(classes)):
+        alike -= head
+    differing = [name for name in (*network, *initial.state) if name not in alike | head and not name.endswith(COUNT)]
+    if differing and not config.weights_partial:
+        name = differing[0]
+        theirs, ours = (
+            str(tuple(each[name].shape)) if name in each else "not there" for each in (initial.state, network)
+        )
+        problem = f"they are of another network: {name} is {theirs} in them, {ours} in {config.variant}"
+        raise InputError(SETTING, config.weights, problem, "give others, or model.weights_partial to take what fits")
+    if not alike:
+        raise InputError(
+            SETTING, config.weights, "nothing of them fits", "give weights of a network that is more alike"
+        )
+    return {name: initial.state[name] for name in alike}
+
+
+def _find(config: ModelConfig) -> Initial:
+    """Return the weights that a config names; InputError, also for those of another hash than it has."""
+    path = os.path.expanduser(config.weights)
+    written = os.stat(path).st_mtime_ns if os.path.isfile(path) else 0  # noqa: PTH113, PTH116 (as in _found)
+    found = _found(config.weights, "" if config.table else config.variant, written)
+    if config.weights_sha256 and not found.sha256.startswith(config.weights_sha256):
+        problem = f"their SHA-256 begins with {found.sha256[:10]}, not {config.weights_sha256[:10]}"
+        raise InputError(SETTING, config.weights, problem, "give those that were meant")
+    return found
+
+
+@lru_cache(maxsize=2)
+def _found(weights: str, variant: str, _written: int) -> Initial:
+    """Find weights; those that were read last are kept in memory."""
+    try:
+        if weights.startswith(("runs:/", "models:/")):
+            return _logged(weights)
+        path = os.path.expanduser(weights)
+        if os.path.isfile(path):  # noqa: PTH113 (pathlib raises where a folder can't be entered)
+            return Initial(read_state(Path(path)), sha256_of_file(Path(path)))
+        if variant not in NETWORKS:
+            problem = f"no such file, and published weights are of {', '.join(NETWORKS)} alone"
+            raise InputError(SETTING, weights, problem, "give a file, runs:/ID or models:/ID")
+        wanted = NETWORKS[variant] if weights == PUBLISHED else f"{NETWORKS[variant]}:{weights}"
+        (found,) = find_all_weights(parse_models(wanted), None, progress=False)
+        return Initial(load_network(found).state_dict(), found.sha256, (), _name_of(*found.normalisation))
+    except InputError as error:
+        raise InputError(SETTING, weights, error.problem, error.remedy) from error
+
+
+def _logged(address: str) -> Initial:
+    """Return the weights of a logged model, its classes and its normalisation."""
+    with tempfile.TemporaryDirectory() as place:
+        artifacts = fetch_model(address, Path(place)).flavors["python_function"]["artifacts"]
+        program = torch.export.load(Path(place, artifacts["program"]["path"]))
+        names = json.loads(Path(place, artifacts["settings"]["path"]).read_text("utf-8"))["names"]
+    state = {name.removeprefix("network."): value.detach() for name, value in program.state_dict.items()}
+    mean, std = (state.pop(name).flatten().tolist() for name in ("mean", "std"))
+    digest = hashlib.sha256()
+    for name, value in sorted(state.items()):
+        digest.update(f"{name} {value.dtype} {tuple(value.shape)}".encode() + value.contiguous().numpy().tobytes())
+    return Initial(state, digest.hexdigest(), names, _name_of(mean, std))
+
+
+def _name_of(mean: Sequence[float], std: Sequence[float]) -> str:
+    """Return the name of a normalisation, empty for none that has one."""
+    for name, known in NORMALISATIONS.items():
+        if torch.allclose(torch.tensor([mean, std]), torch.tensor(known)):
+            return name
+    return ""

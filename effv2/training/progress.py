@@ -1,0 +1,52 @@
+"""How far a training is: its finished epochs and steps, and what the running epoch adds up to."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from effv2.config.schema import StoppingConfig
+
+
+@dataclass
+class Progress:
+    """Finished epochs and steps, and the metrics of every epoch by the names they are logged under."""
+
+    epoch: int = 0
+    step: int = 0
+    train_seconds: float = 0.0
+    best_accuracy: float = -1.0
+    best_epoch: int = 0
+    history: list[dict[str, float]] = field(default_factory=list)
+
+    def should_stop(self, stopping: StoppingConfig) -> bool:
+        """Say whether `patience` epochs brought no better watched accuracy, all of them after `min_epochs`.
+
+        Better than all before or, with best_since min_epochs, than those from min_epochs on (docs/protocols.md).
+        """
+        if not stopping.patience or self.epoch < stopping.min_epochs + stopping.patience:
+            return False
+        first = max(1, stopping.min_epochs) if stopping.best_since == "min_epochs" else 1
+        watched = [watched_accuracy(metrics) for metrics in self.history[first - 1 :]]
+        best_epoch = first + watched.index(max(watched))
+        return self.epoch - max(best_epoch, stopping.min_epochs) >= stopping.patience
+
+
+def watched_accuracy(metrics: Mapping[str, float]) -> float:
+    """Return the accuracy that selects, stops and lowers the rate: of validation, of the test set without one."""
+    return metrics["val/accuracy"] if "val/accuracy" in metrics else metrics["test/accuracy"]
+
+
+@dataclass
+class EpochSums:
+    """What the steps of the running epoch add up to: loss (float32) and right answers (int64) over images.
+
+    Zeros on the CPU can be added to what is on any device.
+    """
+
+    loss: Tensor = field(default_factory=partial(torch.tensor, 0.0))
+    right: Tensor = field(default_factory=partial(torch.tensor, 0))
+    images: int = 0
+    seconds: float = 0.0

@@ -1,0 +1,201 @@
+"""Weights to start from: found, verified, held against the network; layers that are frozen, or learn more slowly."""
+
+from __future__ import annotations
+
+import hashlib
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from click.testing import CliRunner, Result
+from mlflow import MlflowClient
+from safetensors.torch import save_file
+from torch import nn
+from torchvision import models
+
+from effv2.architecture import build_model
+from effv2.cli.main import train
+from effv2.config.schema import TrainConfig
+from effv2.core.errors import InputError
+from effv2.core.reporter import Reporter
+from effv2.data.dataset import load_dataset, load_once
+from effv2.run.initial import initialise
+from effv2.run.run import prepare
+from effv2.training.loop import Training
+from effv2.training.optimisers import make_optimiser
+from tests.conftest import tiny_config
+
+State = dict[str, torch.Tensor]
+
+
+def network_of(config: TrainConfig, outputs: int = 10, seed: int = 1) -> nn.Module:
+    torch.manual_seed(seed)
+    return build_model(config.model.build_table(), outputs)
+
+
+def saved(path: Path, outputs: int = 10, **model: Any) -> Path:
+    torch.save(network_of(tiny_config(model=model), outputs).state_dict(), path)
+    return path
+
+
+def prepared(path: object, said: list[str] | None = None, **groups: Any) -> TrainConfig:
+    config = tiny_config(**{**groups, "model": {"weights": str(path), **groups.get("model", {})}})
+    messages: list[str] = [] if said is None else said
+    return prepare([config], load_once(Reporter()), messages.append)[0]
+
+
+def started(config: TrainConfig) -> Training:
+    dataset = load_dataset(config.data)
+    return Training(config, dataset, initialise=initialise(config, dataset.classes))
+
+
+def copied(module: nn.Module) -> State:
+    return {name: value.clone() for name, value in module.state_dict().items()}
+
+
+def same(one: State, other: State) -> set[str]:
+    return {name for name, value in one.items() if name in other and torch.equal(value, other[name])}
+
+
+def test_published_weights_give_what_torchvision_gives(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Before the first step, and normalised as they want it."""
+    torch.manual_seed(0)
+    theirs = models.efficientnet_v2_s(weights=None).eval()
+    torch.save(theirs.state_dict(), tmp_path / "new.pth")
+    head = hashlib.sha256((tmp_path / "new.pth").read_bytes()).hexdigest()[:8]
+    (tmp_path / "checkpoints").mkdir()
+    (tmp_path / "new.pth").rename(file := tmp_path / "checkpoints" / f"efficientnet_v2_s-{head}.pth")
+    monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path))
+    published: Any = models.EfficientNet_V2_S_Weights.IMAGENET1K_V1.value
+    monkeypatch.setattr(published, "url", f"http://127.0.0.1:1/{file.name}")
+    model = {"variant": "default", "table": "", "outputs": 1000}
+    config = prepared("published", model=model)
+    assert config.data.normalise == "imagenet" and config.model.weights_sha256.startswith(head)
+    assert prepared("IMAGENET1K_V1", model=model, data={"normalise": "none"}).data.normalise == "none"
+    network = network_of(config, 1000).eval()
+    initialise(config, ())(network)
+    images = torch.randn(2, 3, 64, 64)
+    with torch.inference_mode():
+        assert torch.equal(network(images), theirs(images))
+    file.write_bytes(file.read_bytes()[:-1] + b"x")
+    with pytest.raises(InputError, match="is not the published file"):
+        prepared("DEFAULT", model=model)  # what was found by the other names is kept
+
+
+@pytest.mark.parametrize("kind", ["pth", "wrapped", "safetensors"])
+def test_weights_of_a_file_are_known_by_their_content(tmp_path: Path, kind: str) -> None:
+    state, said = copied(network_of(tiny_config())), list[str]()
+    path = tmp_path / f"one.{kind}"
+    if kind == "safetensors":
+        save_file(state, path)
+    else:
+        torch.save(
+            state if kind == "pth" else {"epoch": 3, "state_dict": {f"module.{k}": v for k, v in state.items()}}, path
+        )
+    config = prepared(path, said)
+    assert len(same(state, copied(started(config).state.model))) == len(state)
+    assert "100.00% of the parameters" in said[0] and "new head" not in said[0]
+    shutil.copy(path, again := tmp_path / f"two.{kind}")
+    assert prepared(again).hash() == config.hash() != tiny_config().hash()
+    torch.save(network_of(tiny_config(), seed=2).state_dict(), tmp_path / "other.pth")
+    assert prepared(tmp_path / "other.pth").hash() != config.hash()
+
+
+def test_a_head_of_other_classes_is_new_and_that_of_the_seed(tmp_path: Path) -> None:
+    said = list[str]()
+    config = prepared(saved(tmp_path / "w.pth", 1000), said)
+    ours, seeded = copied(started(config).state.model), copied(started(tiny_config()).state.model)
+    assert {name for name in same(ours, seeded) if "classifier" in name} == {"classifier.1.weight", "classifier.1.bias"}
+    assert ", a new head" in said[0]
+
+
+def test_networks_that_share_stages_take_what_fits_if_asked(tmp_path: Path) -> None:
+    path = saved(tmp_path / "w.pth")
+    table = f"{tiny_config().model.table} / M 2 3 1 16 16 1"
+    said = list[str]()
+    with pytest.raises(InputError, match=r"they are of another network: features\.\S+ is .* model.weights_partial"):
+        prepared(path, model={"table": table, "variant": "longer"})
+    config = prepared(path, said, model={"table": table, "variant": "longer", "weights_partial": True})
+    assert 0 < float(said[0].partition("): ")[2].partition("%")[0]) < 100
+    assert "features.0.0.weight" in same(torch.load(path, weights_only=True), copied(started(config).state.model))
+
+
+@pytest.mark.parametrize(
+    ("weights", "model", "problem"),
+    [
+        ("/nowhere/w.pth", {}, "no such file, and published weights are of default, .* alone"),
+        ("IMAGENET1K_V9", {"variant": "default", "table": ""}, "did you mean|no published weights"),
+        ("runs:/none", {}, "there is no tracking store|none there"),
+        ("text.pth", {}, "can't be loaded"),
+        ("other.pth", {}, "they are of another network"),
+        ("w.pth", {"weights_sha256": "0123456789"}, "their SHA-256 begins with"),
+    ],
+)
+def test_wrong_weights_are_refused_before_anything_begins(
+    tmp_path: Path, sqlite_store: str, weights: str, model: dict[str, Any], problem: str
+) -> None:
+    saved(tmp_path / "w.pth")
+    (tmp_path / "text.pth").write_text("text")
+    torch.save({"layer": torch.zeros(2)}, tmp_path / "other.pth")
+    place = weights if weights.startswith(("/", "runs", "IMAGE")) else tmp_path / weights
+    with pytest.raises(InputError, match=f"^model.weights .*({problem})"):
+        prepared(place, model=model)
+
+
+def test_frozen_layers_do_not_move_by_a_bit(tmp_path: Path) -> None:
+    """Neither by steps nor weight decay, neither their norms nor the averaged copy; then they learn."""
+    optimiser = {"weight_decay": 0.5, "ema_decay": 0.9, "frozen_epochs": 1}
+    evaluation = {"batch_norm_images": 50}
+    training = started(
+        prepared(saved(tmp_path / "w.pth"), optimiser=optimiser, evaluation=evaluation, schedule={"epochs": 2})
+    )
+    nets = training.state.model, training.state.averaged.module  # type: ignore[union-attr]
+    before = [copied(net) for net in nets]
+    epochs = iter(training)
+    next(epochs)
+    for net, first in zip(nets, before, strict=True):
+        moved = first.keys() - same(first, copied(net))
+        assert moved and all(name.startswith("classifier.") for name in moved)
+    next(epochs)
+    moved = before[0].keys() - same(before[0], copied(nets[0]))
+    assert {"features.0.0.weight", "features.0.1.running_mean"} <= moved
+
+
+def test_batch_norm_stays_while_the_rest_learns(tmp_path: Path) -> None:
+    training = started(prepared(saved(tmp_path / "w.pth"), optimiser={"freeze_batch_norm": True}))
+    before = copied(training.state.model)
+    next(iter(training))
+    kept = same(before, copied(training.state.model))
+    assert {"features.0.1.running_mean", "features.0.1.running_var", "features.0.1.weight"} <= kept
+    assert "features.0.0.weight" not in kept
+
+
+def test_layers_learn_at_their_own_rates() -> None:
+    config = tiny_config(optimiser={"lr": 0.01, "head_lr_factor": 10, "layer_decay": 0.5})
+    network = network_of(config)
+    optimiser = make_optimiser(config.optimiser, network)
+    rates = {id(each): group["lr"] for group in optimiser.param_groups for each in group["params"]}
+    found = {name.rpartition(".")[0]: rates[id(each)] for name, each in network.named_parameters()}
+    parts = len(list(network.get_submodule("features").children()))
+    assert found["classifier.1"] == 0.1 == optimiser.param_groups[0]["lr"]
+    assert found[f"features.{parts - 1}.0"] == 0.005 and found["features.0.0"] == 0.01 * 0.5**parts
+    assert len(make_optimiser(tiny_config().optimiser, network).param_groups) == 2
+
+
+def call(*words: str) -> Result:
+    settings = "model.variant=tiny", f"model.table={tiny_config().model.table}", "data.image_size=16"
+    named = [word for setting in settings for word in ("--set", setting)]
+    return CliRunner().invoke(train, [*named, "--per-class", "8", "--epochs", "1", *words], catch_exceptions=False)
+
+
+def test_a_logged_run_is_started_from(sqlite_store: str) -> None:
+    assert call("--set", "data.normalise=imagenet").exit_code == 0
+    (first,) = MlflowClient().search_runs(["0"])
+    result = call("--weights", f"runs:/{first.info.run_id}", "--seed", "1")
+    assert result.exit_code == 0, result.output
+    second = next(run for run in MlflowClient().search_runs(["0"]) if run.info.run_id != first.info.run_id)
+    assert second.data.params["data.normalise"] == "imagenet"
+    assert second.data.params["model.weights_sha256"]
+    assert "100.00% of the parameters" in second.data.tags["effv2.weights"]
