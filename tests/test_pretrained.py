@@ -504,7 +504,7 @@ def test_the_published_comparison_from_names_to_report(sqlite_store: str, few_im
         assert [row["true"] for row in rows] == ["church"] * 4 + ["tench"] * 4
         assert len(artifact(run, "unseen/predictions.csv", tmp_path)) == 4
     paths = {file.path for file in MlflowClient().list_artifacts(parent.info.run_id)}
-    assert paths >= {"ranking.md", "ranking.csv", "pairs.csv", "accuracy_against_cost.png"}
+    assert paths >= {"report.md", "ranking.csv", "pairs.csv", "accuracy_against_cost.png"}
     assert len(artifact(parent, "pairs.csv", tmp_path)) == 3
     for row, run in zip(artifact(parent, "ranking.csv", tmp_path), children, strict=True):
         assert (row["network"], row["run_id"], row["images"]) == (run.info.run_name, run.info.run_id, "4")

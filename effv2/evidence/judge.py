@@ -248,7 +248,7 @@ def _over_seeds(finding: Finding, what: Quantity, chosen: Chosen, right: RightAn
         finding,
         evidence="; ".join(filter(None, [evidence, *_beside(contrast, what, chosen, right), *chosen.aside])),
         inside=_is_inside(contrast, back(found.mean)),
-        single="" if contrast.against or found.n < 2 else _single(contrast, what, found, chosen),
+        single="" if contrast.against or found.n < 2 or chosen.splits > 1 else _single(contrast, what, found),
         warning="" if contrast.against or found.n >= FEW_RUNS else f"fewer than {FEW_RUNS} runs: {TAKE_OFF}",
     )
     if chosen.why or found.n < FEWEST:
@@ -302,11 +302,9 @@ def _beside(contrast: Contrast, what: Quantity, chosen: Chosen, right: RightAnsw
             )
 
 
-def _single(contrast: Contrast, what: Quantity, found: Estimate, chosen: Chosen) -> str:
+def _single(contrast: Contrast, what: Quantity, found: Estimate) -> str:
     """Say where a single run is expected, and whether the value that is claimed lies there."""
-    values = what.values(next(iter(chosen.arms.values())).values())
-    interval = found.prediction(Estimate(values).deviation).within(what.possible)
-    claimed = (contrast.low + contrast.high) / 2
+    interval, claimed = found.prediction().within(what.possible), (contrast.low + contrast.high) / 2
     lies = "inside" if interval.low <= claimed <= interval.high else "outside"
     known = f"; the claimed {what.text(claimed)} lies {lies}" if math.isfinite(claimed) else ""
     return f"a single run is expected from {interval.text(what.text)}{known}"

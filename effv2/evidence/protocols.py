@@ -182,8 +182,10 @@ def looks_of(parent: RunRecord | None, runs: Iterable[RunRecord]) -> Looks:
     most = parent.params.get("study.max_seeds", "") if parent else ""
     if parent is None or not re.fullmatch("[0-9]{1,6}", most) or any(run.started < parent.started for run in runs):
         return EVERY_LOOK
-    once = parent.params.get("study.looks") == "once"
-    return Looks(int(most) if once else min(int(most), MOST_LOOKS), once)
+    if parent.params.get("study.looks") != "once":
+        return Looks(min(int(most), MOST_LOOKS))
+    splits = number(parent.params.get("study.splits", "1"))
+    return Looks(int(most), once=True, splits=int(splits) if 1 <= splits <= MOST_LOOKS else 1)
 
 
 @dataclass(frozen=True)
@@ -305,12 +307,8 @@ def _as_planned(arms: Mapping[str, Runs], aside: list[str], known: Sequence[RunR
     first = {arm: first_seeds(of_arm, looks.most) for arm, of_arm in of_splits.items()}
     if beyond := sum(map(len, of_splits.values())) - sum(map(len, first.values())):
         aside.append(f"{counted(beyond, 'run')} beyond {looks.most} seeds of an arm left out")
-    splits = number(parent.params.get("study.splits", "1")) if parent else 1
-    planned = looks.most * splits if looks.once else 0
-    there = min(map(len, first.values()))
-    why = f"{planned:.0f} seeds planned, {there} are there: no verdict before all are" if there < planned else ""
     overlap = overlap_of([list(each.values()) for each in first.values()]) if len(shared) > 1 else 0.0
-    return Chosen(first, len(shared), overlap, looks, aside=aside, why=why)
+    return Chosen(first, len(shared), overlap, looks, aside=aside, why=looks.waits(min(map(len, first.values()))))
 
 
 def overlap_of(arms: Collection[Sequence[RunRecord]]) -> float:

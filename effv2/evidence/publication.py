@@ -60,8 +60,6 @@ def publish_study(parent: TrackedRun, used: Mapping[str, str]) -> StudyResults:
     report = make_report(tracked(parent.experiment_id, parent=parent.run_id), read_claims(), of_study=True)
     results = next(each for each in report.studies if each.run_id == parent.run_id)
     files: dict[str, Content] = {**report.files, **results.files}
-    if results.table and results.document:
-        files[results.document] = f"# {results.title}\n\n{results.markdown()}\n"
     with parent.new_artifacts() as folder:
         _write(folder, files)
     parent.log_metrics(results.metrics)

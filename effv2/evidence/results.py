@@ -5,7 +5,7 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from itertools import combinations
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 
@@ -105,11 +105,23 @@ def _environment(runs: Sequence[RunRecord]) -> Iterator[tuple[str, str]]:
 def search_results(study: TrackedStudy) -> StudyResults:
     """Return what came out of a search: its best trials, and the test accuracy of the one that was chosen."""
     runs = study.in_order()
-    ranked = [run for run in runs if SELECTED_VALIDATION in run.metrics]
-    ranked.sort(key=lambda run: -run.metrics[SELECTED_VALIDATION])
+    tried = [run for run in runs if SELECTED_VALIDATION in run.metrics]
+    ranked = sorted(tried, key=lambda run: -run.metrics[SELECTED_VALIDATION])
     named = [name for name in (ranked[0].params if ranked else ()) if "." in name and name != SEED_SETTING]
     searched = [name for name in named if len({run.params.get(name) for run in ranked}) > 1]
-    rows = [
+    shown = ranked[:BEST_TRIALS]
+    table: Rows = [(f"best {len(shown)} of {len(ranked)}", *(run.name for run in shown))]
+    for metric in (SELECTED_VALIDATION, SELECTED_TEST):
+        table += line_of({run.name: [run] for run in shown}, metric)
+    for name in searched:
+        texts = [run.params.get(name, "") for run in shown]
+        table.append((name, *(text if math.isnan(number(text)) else f"{number(text):.4g}" for text in texts)))
+    sentence, metrics = "No trial was chosen yet.", {}
+    for best in (run for run in ranked if run.run_id == study.parent.tags.get(tags.BEST_RUN)):
+        metrics = {name: best.metrics[name] for name in (SELECTED_VALIDATION, SELECTED_TEST) if name in best.metrics}
+        tested = f", {percent(metrics[SELECTED_TEST])} on the test set" if SELECTED_TEST in metrics else ""
+        sentence = f"Best: {best.name}, {percent(metrics[SELECTED_VALIDATION])} on validation{tested}."
+    trials = [
         (
             run.name,
             run.tags.get(tags.OUTCOME, run.status.lower()),
@@ -120,25 +132,13 @@ def search_results(study: TrackedStudy) -> StudyResults:
         )
         for run in runs
     ]
-    shown = ranked[:BEST_TRIALS]
-    table: Rows = [(f"best {len(shown)} of {len(ranked)}", *(run.name for run in shown))]
-    for words, metric in (("validation accuracy", SELECTED_VALIDATION), ("test accuracy", SELECTED_TEST)):
-        table.append((words, *(percent(run.metrics[metric]) if metric in run.metrics else NONE for run in shown)))
-    for name in searched:
-        texts = [run.params.get(name, "") for run in shown]
-        table.append((name, *(text if math.isnan(number(text)) else f"{number(text):.4g}" for text in texts)))
-    sentence, metrics = "No trial was chosen yet.", {}
-    for best in (run for run in ranked if run.run_id == study.parent.tags.get(tags.BEST_RUN)):
-        metrics = {name: best.metrics[name] for name in (SELECTED_VALIDATION, SELECTED_TEST) if name in best.metrics}
-        tested = f", {percent(metrics[SELECTED_TEST])} on the test set" if SELECTED_TEST in metrics else ""
-        sentence = f"Best: {best.name}, {percent(metrics[SELECTED_VALIDATION])} on validation{tested}."
     return StudyResults(
         answers=[sentence],
         short=sentence,
         table=table if ranked else [],
         notes=_notes_on_trials(study, bool(ranked)),
         metrics=metrics,
-        files={"trials.csv": [("trial", "state", "validation accuracy", "epochs", *searched, "run_id"), *rows]},
+        files={"trials.csv": [("trial", "state", "validation accuracy", "epochs", *searched, "run_id"), *trials]},
     )
 
 
@@ -173,32 +173,41 @@ def networks_results(study: TrackedStudy, right: RightAnswers) -> StudyResults:
     """Return what came out of an evaluation of networks; `right` reads which images a run got right."""
     runs = {run.name: run for run in complete(study.in_order())}
     ranked, images, origin = _rank(runs, right)
-    names = list(combinations(ranked, 2))
-    tests = [mcnemar(ranked[one], ranked[other]) for one, other in names]
-    found = zip(names, tests, [each.p for each in holm([p for *_, p in tests])], strict=True)
-    pairs = [NetworkPair(*both, one, other, p, holms, holms < LEVEL) for both, (one, other, p), holms in found]
-    ordered = {label: runs[label] for label in dict.fromkeys([*ranked, *runs])}
-    wanted = [f"{which}/{name}" for which in dict.fromkeys(("eval", images)) for name in OF_ANY_IMAGES]
-    logged = [(label, name) for label in runs for name in wanted if name in runs[label].metrics]
-    metrics = sorted({name for run in runs.values() for name in run.metrics})
-    rows: list[tuple[Any, ...]] = [("network", "run_id", "right", "images", "low", "high", *metrics)]
-    for label, run in ((label, run) for label, run in runs.items() if label in ranked):
-        counts = int(ranked[label].sum()), len(ranked[label])
-        rows.append((label, run.run_id, *counts, *wilson(*counts), *map(run.metrics.get, metrics)))
-    files = {"ranking.csv": rows, "pairs.csv": [NetworkPair._fields, *pairs]}
+    both = list(combinations(ranked, 2))
+    tests = [mcnemar(ranked[better], ranked[worse]) for better, worse in both]
+    holms = [each.p for each in holm([p for *_, p in tests])]
+    pairs = [NetworkPair(*names, *test, p, p < LEVEL) for names, test, p in zip(both, tests, holms, strict=True)]
     sentence = _sentence(runs, ranked, origin, pairs)
-    shares = {label: (each.mean(), *wilson(int(each.sum()), len(each))) for label, each in ranked.items()}
+    counts = {label: (int(each.sum()), len(each)) for label, each in ranked.items()}
+    shares = {label: (count / of, *wilson(count, of)) for label, (count, of) in counts.items()}
     rates = {label: runs[label].metrics.get(EVALUATE_RATE, math.inf) for label in ranked}
     costs = {label: (runs[label].metrics.get("model/gflops"), 1000 / rate) for label, rate in rates.items()}
     title = f"top-1 of 1000, {len(next(iter(ranked.values()), ())):,} {origin} images"
+    metrics = sorted({name for run in runs.values() for name in run.metrics})
+    ranking = [
+        (label, run.run_id, *counts[label], *wilson(*counts[label]), *map(run.metrics.get, metrics))
+        for label, run in runs.items()
+        if label in ranked
+    ]
+    ordered = {label: runs[label] for label in dict.fromkeys([*ranked, *runs])}
     return StudyResults(
         answers=[sentence],
         short=sentence,
         table=_table(ordered.values()),
         details=_details(ordered, images),
-        document="ranking.md",
-        metrics={f"{label}/{name}": runs[label].metrics[name] for label, name in logged},
-        files=files | {"accuracy_against_cost.png": accuracy_against_cost(shares, costs, title)} if ranked else {},
+        metrics={
+            f"{label}/{name}": value
+            for label, run in runs.items()
+            for name, value in run.metrics.items()
+            if name.startswith(("eval/", f"{images}/")) and name.endswith(OF_ANY_IMAGES)
+        },
+        files={
+            "ranking.csv": [("network", "run_id", "right", "images", "low", "high", *metrics), *ranking],
+            "pairs.csv": [NetworkPair._fields, *pairs],
+            "accuracy_against_cost.png": accuracy_against_cost(shares, costs, title),
+        }
+        if ranked
+        else {},
     )
 
 
@@ -231,9 +240,8 @@ def _sentence(runs: Iterable[str], ranked: Ranked, origin: str, pairs: Sequence[
         p = f" ({p_text(pair.p_holm)})" if len(pairs) <= PAIRS_WITH_P else ""
         (better if pair.told_apart else open_).setdefault(pair.better, []).append(f"{pair.worse}{p}")
     words = [f"{one} is better than {joined(others)}" for one, others in better.items()]
-    if open_:
-        either = "; ".join(f"{one} or {joined(others, 'or')}" for one, others in open_.items())
-        words.append(f"it can't be told which is better: {either}")
+    either = "; ".join(f"{one} or {joined(others, 'or')}" for one, others in open_.items())
+    words += [f"it can't be told which is better: {either}"] if either else []
     how = f" (exact McNemar tests, Holm-corrected for {len(pairs)}, {LEVEL:.0%} level)" if pairs else ""
     what = "; ".join(words) or "one network alone, nothing to compare"
     few = f" So few images rarely decide; evaluate more than {FEW_IMAGES}." if size < FEW_IMAGES else ""

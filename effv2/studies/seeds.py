@@ -12,7 +12,7 @@ from typing import Any
 from optuna.trial import FrozenTrial, TrialState
 
 from effv2.config.schema import TrainConfig
-from effv2.evidence.answers import Answer, Values, answers, leader, leads, reference
+from effv2.evidence.answers import Answer, Values, answers, leads, reference, rivals
 from effv2.evidence.protocols import SplitAndSeed, counted
 from effv2.evidence.quantities import duration
 from effv2.evidence.statistics import EVERY_LOOK, FEWEST, Looks, Outcome
@@ -32,15 +32,15 @@ def next_seeds(
     margin: float = 0.0,
     paired: bool = False,
     failed: Collection[str] = (),
-    tests: int = 0,
+    race: bool = False,
 ) -> tuple[dict[str, int], dict[str, Answer]]:
     """Return how many seeds arms are to have next, and what is said of each now; equal counts: nothing more is wanted.
 
     An arm whose difference from its other is open gets one more, and so does the other; no arm gets more than `most`.
     An arm that `failed` gets none, nor does one that is compared with it.
     """
-    found = answers(values, others, looks, margin=margin, paired=paired, tests=tests)
-    left = [each for each in found.values() if each.comparison.outcome is Outcome.OPEN]
+    found = answers(values, others, looks, margin=margin, paired=paired, race=race)
+    left = [each for each in found.values() if each.outcome is Outcome.OPEN]
     left = [each for each in left if each.arm in counts and not {each.arm, each.other} & set(failed)]
     growing = {arm for each in left for arm in (each.arm, each.other)}
     return {arm: count + (arm in growing and count < most) for arm, count in counts.items()}, found
@@ -115,11 +115,11 @@ class AutoSeeds:
             hours, more = sum(spent), sum(after.values()) - sum(counts.values())
             ending = ""
             if not more:
-                stuck = [each for each in said.values() if each.comparison.outcome is Outcome.OPEN]
+                stuck = [each for each in said.values() if each.outcome is Outcome.OPEN]
                 ending = f"the end, at {most} seeds of an arm or failed runs" if stuck else "the end: all is decided"
             elif hours + more * hours / max(1, len(spent)) > self.budget:
                 ending = "the end: another round would pass the budget"
-            found.append(Round(counts, said, hours, ending, leads(said) if self.race and said else ""))
+            found.append(Round(counts, said, hours, ending, leads(said) if self.race else ""))
             if ending:
                 return found
             counts = after
@@ -137,12 +137,10 @@ class AutoSeeds:
         for trial in complete:
             values.setdefault(trial.params["arm"], {})["", str(trial.params["seed"])] = trial.user_attrs[ACCURACY]
         schedules = {arm: self.arms[arm].schedule.name for arm in self.arms if arm in values}
-        others, tests = {arm: reference(arm, self.baseline, schedules) for arm in schedules}, 0
-        if self.race and values:
-            best, tests = leader(values), len(values) - 1
-            others = {arm: "" if arm == best else best for arm in values}
+        race = self.race and bool(values)
+        others = rivals(values) if race else {arm: reference(arm, self.baseline, schedules) for arm in schedules}
         most = min(self.most, looks.most)
-        how: dict[str, Any] = {"margin": self.margin, "paired": self.paired, "failed": failed, "tests": tests}
+        how: dict[str, Any] = {"margin": self.margin, "paired": self.paired, "failed": failed, "race": race}
         after, said = next_seeds(counts, values, others, looks, most=most, **how)
         return after, said, most
 
