@@ -48,7 +48,6 @@ class Protocol(Group):
     arms: dict[str, Settings | str] = Field(min_length=1)
     over: Literal["seeds", "images"] = "seeds"  # what varies: training, or the test images of a fixed network
     command: str = ""
-    others: Literal["same", "default"] = "same"  # settings that nobody names: alike in all runs, or TrainConfig's
     ignore: list[str] = []  # parameters in which runs may differ
     paired: bool = False  # by seed, within a split
     needs: str = ""  # what must be there first
@@ -103,13 +102,9 @@ def study_protocols(name: str, ignore: Sequence[str], folder: Path) -> dict[str,
         published=published,
         study=name,
     )
-    if not near:
-        return {title: protocol}
     differing = f"{protocol.nearest}: {', '.join(f'{key} {value}' for key, value in near.items())}."
-    others = Protocol(
-        runs=protocol.runs | near, arms=protocol.arms, assumed=differing, ignore=protocol.ignore, paired=protocol.paired
-    )
-    return {title: protocol, protocol.nearest: others}
+    changes = {"runs": protocol.runs | near, "assumed": differing, "nearest": "", "study": "", "published": Published()}
+    return {title: protocol} | ({protocol.nearest: protocol.model_copy(update=changes)} if near else {})
 
 
 def complete(runs: Iterable[RunRecord]) -> list[RunRecord]:
@@ -130,9 +125,8 @@ def is_like(run: RunRecord, protocol: Protocol, arm: str) -> bool:
 def _unlike(run: RunRecord, protocol: Protocol, arm: str) -> Iterator[tuple[str, Value]]:
     """Return the settings of an arm that a run doesn't have."""
     settings = protocol.runs | protocol.own(arm)
-    others = DEFAULTS.keys() - FREE if protocol.others == "default" else protocol.varied
-    others = (others - settings.keys() - {"model.table"}) & run.params.keys() & DEFAULTS.keys()
-    wanted = settings | {name: DEFAULTS[name] for name in sorted(others)}
+    left_out = (protocol.varied - settings.keys() - {"model.table"}) & run.params.keys() & DEFAULTS.keys()
+    wanted = settings | {name: DEFAULTS[name] for name in sorted(left_out)}
     return ((name, value) for name, value in wanted.items() if not has(run, name, value))
 
 

@@ -175,8 +175,8 @@ def networks_results(study: TrackedStudy, right: RightAnswers) -> StudyResults:
     ranked, images, origin = _rank(runs, right)
     both = list(combinations(ranked, 2))
     tests = [mcnemar(ranked[better], ranked[worse]) for better, worse in both]
-    holms = [each.p for each in holm([p for *_, p in tests])]
-    pairs = [NetworkPair(*names, *test, p, p < LEVEL) for names, test, p in zip(both, tests, holms, strict=True)]
+    found = zip(both, tests, holm([p for *_, p in tests]), strict=True)
+    pairs = [NetworkPair(*names, one, other, p, holms, holms < LEVEL) for names, (one, other, p), (holms, _) in found]
     sentence = _sentence(runs, ranked, origin, pairs)
     counts = {label: (int(each.sum()), len(each)) for label, each in ranked.items()}
     shares = {label: (count / of, *wilson(count, of)) for label, (count, of) in counts.items()}
@@ -199,7 +199,7 @@ def networks_results(study: TrackedStudy, right: RightAnswers) -> StudyResults:
             f"{label}/{name}": value
             for label, run in runs.items()
             for name, value in run.metrics.items()
-            if name.startswith(("eval/", f"{images}/")) and name.endswith(OF_ANY_IMAGES)
+            if name.endswith(OF_ANY_IMAGES)
         },
         files={
             "ranking.csv": [("network", "run_id", "right", "images", "low", "high", *metrics), *ranking],
