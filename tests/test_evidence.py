@@ -24,9 +24,10 @@ from effv2.evidence.protocols import FREE, Protocol, is_like
 from effv2.evidence.quantities import TEST, TRAIN, quantity
 from effv2.evidence.results import study_results
 from effv2.evidence.statistics import FEWEST, LEVEL, Estimate, Interval, Looks, over_images, seeds_to_decide
-from effv2.evidence.study import NO_STUDY, StudyResults, TrackedStudy
+from effv2.evidence.study import StudyResults
 from effv2.run.records import _confusion_figure
 from effv2.tracking.read import Images, RunRecord
+from effv2.tracking.studies import NO_STUDY, TrackedStudy
 from effv2.tracking.tags import COMMAND, LONGEST_TAG, LOOKS, PLANNED, as_tags, names_in
 
 METRIC = "selected/test_accuracy"

@@ -34,10 +34,9 @@ from torchvision.datasets import Imagenette
 
 from effv2.cli.main import evaluate_pretrained
 from effv2.core.errors import InputError
-from effv2.evidence.quantities import percent
+from effv2.core.words import percent
 from effv2.evidence.results import networks_results
 from effv2.evidence.statistics import holm, mcnemar, wilson
-from effv2.evidence.study import NO_STUDY, TrackedStudy
 from effv2.pretrained import evaluation
 from effv2.pretrained.config import ImagesConfig
 from effv2.pretrained.evaluation import calibration_error, scores
@@ -55,6 +54,7 @@ from effv2.pretrained.images import (
 )
 from effv2.pretrained.weights import Requested, find_all_weights, load_network, network_names, parse_models
 from effv2.tracking.read import RunRecord
+from effv2.tracking.studies import NO_STUDY, TrackedStudy
 from effv2.training import loop
 from tests.conftest import ROOT, running
 

@@ -7,8 +7,9 @@ from dataclasses import dataclass
 
 from effv2.config.options import RACE
 from effv2.core.errors import joined
-from effv2.evidence.protocols import SplitAndSeed, counted, first_seeds, looks_of, overlap_of, pair_of
-from effv2.evidence.quantities import EPOCH_SECONDS, TRAIN_SECONDS, Quantity, duration, number, points, quantity
+from effv2.core.words import counted, duration, number, points
+from effv2.evidence.protocols import SplitAndSeed, first_seeds, looks_of, overlap_of, pair_of
+from effv2.evidence.quantities import EPOCH_SECONDS, TRAIN_SECONDS, Quantity, quantity
 from effv2.evidence.statistics import (
     EVERY_LOOK,
     FEWEST,

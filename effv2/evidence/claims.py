@@ -184,7 +184,7 @@ def _read(path: Path, before: Claims) -> Claims:
 
     def add_study(name: str, place: Place, ignore: Sequence[str] = ()) -> None:
         try:
-            protocols.update(study_protocols(name, ignore, folder))
+            protocols.update(study_protocols(name, ignore, folder) if name else {})
         except InputError as error:
             raise InputError(document.where(place), "", str(error).removesuffix(".")) from error
         if (folder / name).is_file():
@@ -194,11 +194,11 @@ def _read(path: Path, before: Claims) -> Claims:
     for id_, claim in file.claims.items():
         if isinstance(claim.protocol, Protocol):
             written["claims", id_, "protocol"] = claim.protocol
-        for place, part in [((), claim), *((("checks", index), check) for index, check in enumerate(claim.checks))]:
-            if part.study:
-                add_study(part.study, ("claims", id_, *place, "study"), claim.ignore)
+        add_study(claim.study, ("claims", id_, "study"), claim.ignore)
+        for index, check in enumerate(claim.checks):
+            add_study(check.study, ("claims", id_, "checks", index, "study"), claim.ignore)
     for at, protocol in written.items():
-        if protocol.nearest and protocol.nearest not in before.protocols.keys() | file.protocols:
+        if protocol.nearest not in before.protocols.keys() | file.protocols:
             add_study(protocol.nearest, (*at, "nearest"))
         arms, assumed = dict(protocol.arms), protocol.assumed
         for arm, named in ((arm, each) for arm, each in protocol.arms.items() if isinstance(each, str)):

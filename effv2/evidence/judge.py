@@ -268,14 +268,12 @@ def _estimate(contrast: Contrast, what: Quantity, chosen: Chosen) -> tuple[Estim
     (scale, back, written), looks = _writing(contrast, what), chosen.looks
     values = [{pair: scale(what.value(run) or 0.0) for pair, run in runs.items()} for runs in chosen.arms.values()]
     found = estimate(values, looks, chosen.paired, chosen.overlap)
-    on = " and ".join(str(len(each)) for each in values) + (" run" if [len(v) for v in values] == [1] else " runs")
-    on += (
-        f" on {chosen.splits} splits"
-        if chosen.splits > 1
-        else f", {found.n} pairs"
-        if chosen.paired and values[1:]
-        else ""
-    )
+    counts = " and ".join(str(len(each)) for each in values)
+    on = f"{counts} run{'' if counts == '1' else 's'}"
+    if chosen.splits > 1:
+        on += f" on {chosen.splits} splits"
+    elif chosen.paired and contrast.against:
+        on += f", {found.n} pairs"
     interval = found.interval() if contrast.against else found.interval().within(what.possible)
     between = f" [{interval.text(lambda value: written(back(value)))}]" if found.n > 1 else ""
     return found, f"{written(back(found.mean))}{between}, {on}{f', {looks.text()}' if looks != EVERY_LOOK else ''}"

@@ -17,11 +17,11 @@ from effv2.core.errors import InputError
 from effv2.core.figures import svg_file, svg_part
 from effv2.core.paths import write_csv
 from effv2.core.reporter import Reporter
+from effv2.core.words import counted
 from effv2.evidence.answers import NOTHING_YET
 from effv2.evidence.claims import Claims, read_claims
 from effv2.evidence.exports import Evidence, export, exported, tracked
 from effv2.evidence.judge import Finding, Judgement, Verdict, judge
-from effv2.evidence.protocols import counted
 from effv2.evidence.quantities import CURVES, EXPORTED, HISTORIES
 from effv2.evidence.results import results_of
 from effv2.evidence.statistics import p_text

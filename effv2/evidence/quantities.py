@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from effv2.core.figures import Curve
+from effv2.core.words import decimal, percent, points, tenths, whole
 from effv2.evidence.statistics import Interval
 from effv2.tracking.read import BEST_TEST, LAST_TEST, SELECTED_TEST, SELECTED_VALIDATION, RunRecord
 
@@ -21,37 +22,6 @@ LEVEL_EPOCHS = 10  # the last ones, over which a level is averaged
 NEAR_LEVEL = 0.02
 LARGEST = 1e300  # databases keep infinity as the largest number there is
 TIMED = ("rate/", "time/", "inference/", "throughput/")
-whole, tenths = "{:,.0f}".format, "{:,.1f}".format  # numbers without a fraction, to a tenth
-
-
-def percent(value: float) -> str:
-    """Write a fraction as a percentage."""
-    return f"{100 * value:.2f} %"
-
-
-def points(value: float, sign: str = "+", unit: str = " points") -> str:
-    """Write a difference of two fractions in percentage points; `sign` and `unit` may be empty."""
-    return f"{100 * value:{sign}.2f}{unit}"
-
-
-def decimal(value: float) -> str:
-    """Write a number to three digits."""
-    return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.3g}"
-
-
-def number(text: str) -> float:
-    """Read a number; NaN where the text is none."""
-    try:
-        return float(text)
-    except ValueError:
-        return math.nan
-
-
-def duration(seconds: float) -> str:
-    """Write a duration in seconds, minutes or hours."""
-    if seconds < 60:
-        return f"{seconds:.0f} seconds"
-    return f"{seconds / 3600:.1f} hours" if seconds >= 3600 else f"{seconds / 60:.1f} minutes"
 
 
 @dataclass(frozen=True)

@@ -11,14 +11,16 @@ import numpy as np
 
 from effv2.core.errors import joined
 from effv2.core.figures import accuracy_against_cost
+from effv2.core.words import duration, number, percent, whole
 from effv2.evidence.answers import NONE
 from effv2.evidence.claims import Claims
-from effv2.evidence.protocols import SEED_SETTING, SPLIT_SEED, RightAnswers, complete
-from effv2.evidence.quantities import EPOCH_SECONDS, EVALUATE_RATE, SHOWN, VALIDATION, duration, number, percent, whole
+from effv2.evidence.protocols import SEED_SETTING, SPLIT_SEED, RightAnswers
+from effv2.evidence.quantities import EPOCH_SECONDS, EVALUATE_RATE, SHOWN, VALIDATION
 from effv2.evidence.statistics import LEVEL, holm, mcnemar, p_text, right_on_shared, wilson
-from effv2.evidence.study import NO_STUDY, Rows, StudyResults, TrackedStudy, arms_results, line_of, studies_of
+from effv2.evidence.study import Rows, StudyResults, arms_results, line_of
 from effv2.tracking import tags
 from effv2.tracking.read import SELECTED_TEST, SELECTED_VALIDATION, RunRecord
+from effv2.tracking.studies import NO_STUDY, TrackedStudy, complete, studies_of
 
 BEST_TRIALS = 5
 PAIRS_WITH_P = 6  # with more pairs the p-values stand in pairs.csv alone
@@ -35,18 +37,6 @@ IMAGES = {
         "images of which the names don't tell whether they are ImageNet's",
         " Whether the weights were fitted to these images is not known.",
     ),
-}
-# How tags are called where a report tells of the code, the data and the machine.
-ENVIRONMENT = {
-    tags.GIT_COMMIT: "git commit",
-    tags.GIT_DIRTY: "uncommitted changes",
-    tags.CODE_VERSION: "code version",
-    tags.DATA_DIGEST: "data digest",
-    **{f"{tags.MACHINE}{name}": name for name in ("processor", "cores", "threads", "accelerator")},
-    f"{tags.MACHINE}memory_gib": "memory, GiB",
-    f"{tags.MACHINE}system": "system",
-    f"{tags.MACHINE}python": "Python",
-    **{f"{tags.MACHINE}{name}": name for name in ("torch", "torchvision", "mlflow")},
 }
 Ranked = Mapping[str, np.ndarray]  # which images networks got right, the best first: label to bool (N)
 SETS = {"unseen": "images that it was not trained on", "unknown": "images that it may not have been trained on"}
@@ -88,9 +78,11 @@ def study_results(study: TrackedStudy, claims: Claims, right: RightAnswers) -> S
 
 def _environment(runs: Sequence[RunRecord]) -> Iterator[tuple[str, str]]:
     """Yield with which code, on what machine and on which data runs were made, and how long their epochs took."""
-    for tag, words in ENVIRONMENT.items():
-        if values := dict.fromkeys(run.tags[tag] for run in runs if tag in run.tags):
-            yield words, ", ".join(values)
+    of_code = (tags.GIT_COMMIT, tags.GIT_DIRTY, tags.CODE_VERSION, tags.DATA_DIGEST)
+    there = sorted({tag for run in runs for tag in run.tags if tag.startswith((*of_code, tags.MACHINE))})
+    for tag in there:
+        words = tag.removeprefix("effv2.").removeprefix("machine.").replace("_", " ")
+        yield words, ", ".join(dict.fromkeys(run.tags[tag] for run in runs if tag in run.tags))
     sets = dict.fromkeys(
         f"{images.name}, {images.images:,} images of {len(images.classes)} classes, digest {images.digest}: {context}"
         for run in runs

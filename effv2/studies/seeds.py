@@ -12,9 +12,9 @@ from typing import Any
 from optuna.trial import FrozenTrial, TrialState
 
 from effv2.config.schema import TrainConfig
+from effv2.core.words import counted, duration
 from effv2.evidence.answers import Answer, Values, answers, leads, reference, rivals
-from effv2.evidence.protocols import SplitAndSeed, counted
-from effv2.evidence.quantities import duration
+from effv2.evidence.protocols import SplitAndSeed
 from effv2.evidence.statistics import EVERY_LOOK, FEWEST, Looks, Outcome
 from effv2.studies.queue import Params, Trials
 
