@@ -494,6 +494,9 @@ def test_single_runs_have_a_line_each() -> None:
     found = results(alone)
     assert [line[:2] for line in found.table[1:]] == [(f"a run, run {seed}0000000", "1") for seed in range(3)]
     assert not found.answers and "test accuracy, selected epoch" in found.table[0]
+    timed = [replace(each, metrics=each.metrics | {"time/total_train_seconds": 9.0}) for each in alone]
+    many = [replace(timed[0], run_id=f"{number:08d}") for number in range(21)]
+    assert results(timed).figures and not results(many).figures and len(results(many).table) == 22
 
 
 def test_a_study_says_what_it_lacks_and_why() -> None:

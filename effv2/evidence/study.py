@@ -24,6 +24,7 @@ from effv2.tracking.studies import NO_STUDY, TrackedStudy, arm_in, complete
 
 DIFFERENCES = "differences"  # the figure that stands first
 NEAR_CHANCE = 0.03  # accuracy above chance level
+MOST_DRAWN = 20  # single runs: of more there is the table alone
 Rows = list[tuple[str, ...]]  # of a table, its titles first
 
 
@@ -86,7 +87,7 @@ def arms_results(study: TrackedStudy, claims: Claims) -> StudyResults:
         table=_table(arms, held),
         warnings=list(_warnings(arms, held.what)),
         notes=list(_notes(arms, protocol, held)),
-        figures=_figures(arms, study.parent.name, published, held),
+        figures={} if alone and len(arms) > MOST_DRAWN else _figures(arms, study.parent.name, published, held),
     )
     if alone:
         return results
