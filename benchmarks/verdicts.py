@@ -101,7 +101,7 @@ def found(effect: float, ratio: float, seed: int) -> int:
     drawn = {"a": effect + ratio * random.standard_normal(MOST), "b": random.standard_normal(MOST)}
     for n in range(FEWEST, MOST + 1):
         values = {arm: {("", str(k)): float(each[k]) for k in range(n)} for arm, each in drawn.items()}
-        if answers(values, {"a": "b"})["a"].comparison.outcome in DIFFER:
+        if answers(values, {"a": "b"})["a"].outcome in DIFFER:
             return n
     return 0
 
@@ -122,7 +122,7 @@ def automatic(effects: tuple[float, ...], margin: float, race: bool, seed: int) 
     wrong = False
     for arm, each in ((arm, each) for of_round in plan.rounds(trials) for arm, each in of_round.answers.items()):
         difference = (0.0, *effects)[int(arm)] - (0.0, *effects)[int(each.other)]
-        outcome = each.comparison.outcome
+        outcome = each.outcome
         wrong |= outcome is Outcome.BETTER and difference <= 0
         wrong |= outcome is Outcome.WORSE and difference >= 0
         wrong |= outcome is Outcome.EQUIVALENT and abs(difference) >= margin

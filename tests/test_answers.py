@@ -131,6 +131,20 @@ def test_options_that_do_not_go_together_are_refused(names: list[str], options: 
         make_grid("ablate", open_study("ablate"), names, {}, given, load=load, reporter=Reporter())
 
 
+def test_one_look_waits_for_all_seeds_on_all_splits() -> None:
+    stamps = {"study.kind": "ablate", "study.looks": "once", "study.max_seeds": "4", "study.splits": "3"}
+    parent = RunRecord("p", "splits", "FINISHED", stamps, {}, {}, started=0)
+    runs = [
+        replace(each, tags={"effv2.arm": each.params["model.variant"]}, started=1)
+        for split in range(3)
+        for each in study(
+            {"a": [0.5, 0.51, 0.52, 0.5], "b": [0.7, 0.71 + split / 100, 0.72, 0.7]}, data__split_seed=split
+        )
+    ]
+    assert results(runs, parent).answers[0].startswith("b beats a by 20.")
+    assert "12 seeds planned, 11 are there" in results(runs[:-1], parent).answers[0]
+
+
 def test_a_race_is_held_against_the_best_arm() -> None:
     parent = RunRecord("p", "race", "FINISHED", {"study.kind": "ablate", "study.looks": "race"}, {}, {}, started=0)
     runs = study({"a": [0.5, 0.51, 0.505], "b": [0.7, 0.71, 0.705], "c": [0.6, 0.61, 0.605]})

@@ -24,9 +24,10 @@ from effv2.evidence.protocols import FREE, Protocol, is_like
 from effv2.evidence.quantities import TEST, TRAIN, quantity
 from effv2.evidence.results import study_results
 from effv2.evidence.statistics import FEWEST, LEVEL, Estimate, Interval, Looks, over_images, seeds_to_decide
-from effv2.evidence.study import NO_STUDY, StudyResults, TrackedStudy
+from effv2.evidence.study import StudyResults
 from effv2.run.records import _confusion_figure
 from effv2.tracking.read import Images, RunRecord
+from effv2.tracking.studies import NO_STUDY, TrackedStudy
 from effv2.tracking.tags import COMMAND, LONGEST_TAG, LOOKS, PLANNED, as_tags, names_in
 
 METRIC = "selected/test_accuracy"
@@ -452,9 +453,8 @@ def tabulated(arms: int, values: Sequence[float], **params: Any) -> tuple[StudyR
     parent = replace(run(0), params={"study.kind": "ablate", "study.baseline": "arm0"}, metrics={})
     found = results(runs, parent)
     assert ("epochs took", f"{1.5 * len(runs):.1f} minutes, finished runs: {len(runs)}") in found.environment
-    lines = found.details if arms <= 8 else list(zip(*found.details, strict=True))
     short = dict(zip(found.table[0], found.table[2], strict=True))
-    return found, {line[0]: line[2] for line in lines} | short
+    return found, {line[0]: line[2] for line in found.details} | short
 
 
 @pytest.mark.parametrize("arms", [2, 9])
@@ -489,16 +489,14 @@ def test_the_answer_goes_by_the_accuracy_that_decides() -> None:
         assert f"b {words} [" in results(runs, parent).answers[0]
 
 
-def test_single_runs_are_repeats_only_where_nothing_but_seeds_differs() -> None:
-    alone = [run(0.5, seed, model__variant="a", optimiser__lr=lr) for lr in (0.1, 0.01) for seed in range(3)]
+def test_single_runs_have_a_line_each() -> None:
+    alone = [replace(run(0.5, seed, model__variant="a"), run_id=f"{seed}{'0' * 31}") for seed in range(3)]
     found = results(alone)
-    assert [line[:2] for line in found.table[1:]] == [("a (1)", "3"), ("a (2)", "3")]
-    assert list(found.warnings[:2]) == ["a (1): optimiser.lr 0.1.", "a (2): optimiser.lr 0.01."]
-    cats, dogs = ({"test": Images("folder", "", 9, names)} for names in (("cat", "lynx"), ("dog", "wolf")))
-    others = [replace(alone[0], images=cats), replace(alone[1], images=dogs)]
-    assert [line[0] for line in results(others).table[1:]] == ["a (1)", "a (2)"]
-    again = replace(alone[0], run_id="with --fresh")
-    assert results([*alone[:3], again]).table[1][1] == "3"
+    assert [line[:2] for line in found.table[1:]] == [(f"a run, run {seed}0000000", "1") for seed in range(3)]
+    assert not found.answers and "test accuracy, selected epoch" in found.table[0]
+    timed = [replace(each, metrics=each.metrics | {"time/total_train_seconds": 9.0}) for each in alone]
+    many = [replace(timed[0], run_id=f"{number:08d}") for number in range(21)]
+    assert results(timed).figures and not results(many).figures and len(results(many).table) == 22
 
 
 def test_a_study_says_what_it_lacks_and_why() -> None:
@@ -647,14 +645,6 @@ def test_a_setting_that_an_arm_leaves_out_has_its_default() -> None:
         [True, False],
         [False, True],
     ]
-
-
-def test_files_of_before_may_call_ignored_settings_free(tmp_path: Path) -> None:
-    path = tmp_path / "claims.yaml"
-    check = "{kind: difference, arm: depth_plateau, against: default_plateau}"
-    written = f"words: x, study: hparam-imagenette-128, free: [schedule.epochs], checks: [{check}]"
-    path.write_text(f"claims: {{Z1: {{{written}}}}}")
-    assert read_claims(path).claims["Z1"].ignore == ["schedule.epochs"]
 
 
 @pytest.mark.parametrize("count", [2, 30])

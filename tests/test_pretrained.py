@@ -35,10 +35,9 @@ from torchvision.datasets import Imagenette
 from effv2.cli.main import evaluate_pretrained
 from effv2.core.calibration import calibration_error
 from effv2.core.errors import InputError
-from effv2.evidence.quantities import percent
+from effv2.core.words import percent
 from effv2.evidence.results import networks_results
 from effv2.evidence.statistics import holm, mcnemar, wilson
-from effv2.evidence.study import NO_STUDY, TrackedStudy
 from effv2.pretrained import evaluation
 from effv2.pretrained.config import ImagesConfig
 from effv2.pretrained.evaluation import scores
@@ -56,6 +55,7 @@ from effv2.pretrained.images import (
 )
 from effv2.run.weights import Requested, find_all_weights, load_network, network_names, parse_models
 from effv2.tracking.read import RunRecord
+from effv2.tracking.studies import NO_STUDY, TrackedStudy
 from effv2.training import loop
 from tests.conftest import ROOT, running
 
@@ -505,7 +505,7 @@ def test_the_published_comparison_from_names_to_report(sqlite_store: str, few_im
         assert [row["true"] for row in rows] == ["church"] * 4 + ["tench"] * 4
         assert len(artifact(run, "unseen/predictions.csv", tmp_path)) == 4
     paths = {file.path for file in MlflowClient().list_artifacts(parent.info.run_id)}
-    assert paths >= {"ranking.md", "ranking.csv", "pairs.csv", "accuracy_against_cost.png"}
+    assert paths >= {"report.md", "ranking.csv", "pairs.csv", "accuracy_against_cost.png"}
     assert len(artifact(parent, "pairs.csv", tmp_path)) == 3
     for row, run in zip(artifact(parent, "ranking.csv", tmp_path), children, strict=True):
         assert (row["network"], row["run_id"], row["images"]) == (run.info.run_name, run.info.run_id, "4")

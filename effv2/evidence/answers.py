@@ -7,12 +7,12 @@ from dataclasses import dataclass
 
 from effv2.config.options import RACE
 from effv2.core.errors import joined
-from effv2.evidence.protocols import SplitAndSeed, counted, first_seeds, looks_of, overlap_of, pair_of
-from effv2.evidence.quantities import EPOCH_SECONDS, TRAIN_SECONDS, Quantity, duration, number, points, quantity
+from effv2.core.words import counted, duration, number, points
+from effv2.evidence.protocols import SplitAndSeed, first_seeds, looks_of, overlap_of, pair_of
+from effv2.evidence.quantities import EPOCH_SECONDS, TRAIN_SECONDS, Quantity, quantity
 from effv2.evidence.statistics import (
     EVERY_LOOK,
     FEWEST,
-    Comparison,
     Estimate,
     Interval,
     Looks,
@@ -29,31 +29,26 @@ Arms = Mapping[str, Sequence[RunRecord]]
 Values = Mapping[SplitAndSeed, float]  # of the runs of an arm
 
 
-def _units(values: Sequence[Values]) -> list[Values]:
-    """Return what counts once of each arm: its runs, or over several splits its mean on each of these."""
-    if len({split for of_arm in values for split, _ in of_arm}) < 2:
-        return list(values)
-    means: list[Values] = []
-    for of_arm in values:
-        splits: dict[str, list[float]] = {}
-        for (split, _), value in of_arm.items():
-            splits.setdefault(split, []).append(value)
-        means.append({(split, ""): sum(each) / len(each) for split, each in splits.items()})
-    return means
-
-
 def estimate(values: Sequence[Values], looks: Looks, paired: bool = False, overlap: float = 0.0) -> Estimate:
     """Return the mean of one arm, or of the first of two less the second.
 
     Within one split runs are independent: their seeds pair nothing, unless the study says that they do (`paired`).
     Over several splits the mean of an arm on a split counts once, and arms are compared on the splits that they share.
     """
-    units, several = _units(values), len({split for of_arm in values for split, _ in of_arm}) > 1
+    several = len({split for of_arm in values for split, _ in of_arm}) > 1
     if not several and not paired:
-        return Estimate(*(list(of_arm.values()) for of_arm in units), looks=looks)
-    shared = [unit for unit in units[0] if all(unit in other for other in units)]
-    differences = [units[0][unit] - sum(other[unit] for other in units[1:]) for unit in shared]
+        return Estimate(*(list(of_arm.values()) for of_arm in values), looks=looks)
+    first, *others = map(_means_on_splits, values) if several else values
+    shared = [unit for unit in first if all(unit in other for other in others)]
+    differences = [first[unit] - sum(other[unit] for other in others) for unit in shared]
     return Estimate(differences or [math.nan], overlap=overlap if several else 0.0, looks=looks)
+
+
+def _means_on_splits(of_arm: Values) -> Values:
+    splits: dict[str, list[float]] = {}
+    for (split, _), value in of_arm.items():
+        splits.setdefault(split, []).append(value)
+    return {(split, ""): statistics.fmean(each) for split, each in splits.items()}
 
 
 def outlook(found: Estimate, level: float, edge: float = 0.0, unit: str = "seeds", nothing: str = "") -> str:
@@ -76,45 +71,46 @@ class Answer:
 
     arm: str
     other: str
-    comparison: Comparison
+    outcome: Outcome
+    estimate: Estimate  # of the difference
+    level: float  # of the test that said it
     margin: float = 0.0
     waits: str = ""  # for what, where there is no verdict yet
 
     @property
     def interval(self) -> Interval:
-        """Return the interval of the difference, as far as fractions can differ."""
-        return self.comparison.interval.within(Interval(-1, 1))
+        """Return the interval that goes with the outcome: it excludes 0, or lies within the margin, or neither."""
+        level = 2 * self.level if self.outcome is Outcome.EQUIVALENT else self.level
+        return self.estimate.interval(level).within(Interval(-1, 1))
 
     def sentence(self) -> str:
         """Say it in one sentence, with the difference, its interval and the number of seeds, or of splits."""
-        outcome, found = self.comparison.outcome, self.comparison.estimate
+        mean, seeds = self.estimate.mean, f"{self.estimate.n} seeds"
         if self.waits:
             return f"{self.arm} against {self.other}: {self.waits}"
-        if outcome in (Outcome.BETTER, Outcome.WORSE):
-            verb = "beats" if outcome is Outcome.BETTER else "is worse than"
+        if self.outcome in (Outcome.BETTER, Outcome.WORSE):
+            verb = "beats" if self.outcome is Outcome.BETTER else "is worse than"
             ends = Interval(*sorted(map(abs, self.interval))).text(lambda end: points(end, "", ""))
-            return f"{self.arm} {verb} {self.other} by {points(abs(found.mean), '')} [{ends}], {found.n} seeds"
-        shown = f"{points(found.mean)} [{self.interval.text(signed)}], {found.n} seeds"
-        if outcome is Outcome.EQUIVALENT:
+            return f"{self.arm} {verb} {self.other} by {points(abs(mean), '')} [{ends}], {seeds}"
+        shown = f"{points(mean)} [{self.interval.text(signed)}], {seeds}"
+        if self.outcome is Outcome.EQUIVALENT:
             return f"{self.arm} and {self.other}: no difference above {points(self.margin, '')}, {shown}"
         return f"{self.arm} against {self.other}: undecided, {shown}"
 
     def outlook(self) -> str:
         """Say how many seeds would decide where they don't yet."""
-        undecided = self.comparison.outcome is Outcome.OPEN and not self.waits
-        return outlook(self.comparison.estimate, self.comparison.level) if undecided else ""
+        return outlook(self.estimate, self.level) if self.outcome is Outcome.OPEN else ""
 
     def cell(self) -> str:
         """Return the difference and its interval, where there are runs enough for one."""
-        mean = signed(self.comparison.estimate.mean)
+        mean = signed(self.estimate.mean)
         return mean if self.waits else f"{mean} [{self.interval.text(signed)}]"
 
     def drawn(self) -> tuple[float, float, float, bool]:
-        """Return mean and ends in percentage points, and whether it is decided."""
-        mean, outcome = 100 * self.comparison.estimate.mean, self.comparison.outcome
-        if self.waits:
-            return mean, math.nan, math.nan, False
-        return mean, 100 * self.interval.low, 100 * self.interval.high, outcome is not Outcome.OPEN
+        """Return mean and ends in percentage points (ends NaN where it waits), and whether it is decided."""
+        low, high = (math.nan, math.nan) if self.waits else self.interval
+        decided = self.outcome not in (Outcome.OPEN, Outcome.FEW)
+        return 100 * self.estimate.mean, 100 * low, 100 * high, decided
 
 
 def signed(value: float) -> str:
@@ -131,24 +127,27 @@ def reference(arm: str, baseline: str, schedules: Mapping[str, str]) -> str:
     return "" if arm == baseline else own if own in schedules and own != arm else baseline
 
 
-def leader(values: Mapping[str, Values]) -> str:
-    """Return the arm with the best mean, against which a race holds the others.
+def rivals(values: Mapping[str, Values]) -> dict[str, str]:
+    """Return what each arm of a race is compared with: the one with the best mean; empty for itself.
 
     It may be any of them. So each test counts as many times as there are others: the best arm is then called worse in
     5 % of races at most.
     """
-    return max(values, key=lambda arm: statistics.fmean(values[arm].values()))
+    best = max(values, key=lambda arm: statistics.fmean(values[arm].values()))
+    return {arm: "" if arm == best else best for arm in values}
 
 
 def leads(held: Mapping[str, Answer]) -> str:
-    """Say which arm is the best of a race, or may be."""
+    """Say which arm is the best of a race, or may be; empty where there is no other."""
+    if not held:
+        return ""
     best = next(each.other for each in held.values())
-    rivals = [arm for arm, each in held.items() if each.comparison.outcome is not Outcome.WORSE]
-    if not rivals:
+    left = {arm: each.outcome for arm, each in held.items() if each.outcome is not Outcome.WORSE}
+    if not left:
         return f"{best} is the best of {len(held) + 1}."
-    alike = all(held[arm].comparison.outcome is Outcome.EQUIVALENT for arm in rivals)
+    alike = set(left.values()) == {Outcome.EQUIVALENT}
     words = "no better or worse than it by more than the margin" if alike else "may be better"
-    return f"{best} leads; {words}: {', '.join(rivals)}."
+    return f"{best} leads; {words}: {', '.join(left)}."
 
 
 def answers(
@@ -159,9 +158,9 @@ def answers(
     margin: float = 0.0,
     paired: bool = False,
     overlap: float = 0.0,
-    tests: int = 0,
+    race: bool = False,
 ) -> dict[str, Answer]:
-    """Hold each arm against the one that `others` names; corrected for the number of arms (Holm), or as `compare` says.
+    """Hold each arm against the one that `others` names; corrected for the number of arms (Holm), or as `rivals` says.
 
     `values` are those of all arms with runs, of which the first count; an arm that lacks them, or whose other does,
     has no answer.
@@ -170,13 +169,11 @@ def answers(
     both = {arm: [first_seeds(values[each], looks.most) for each in (arm, other)] for arm, other in pairs.items()}
     estimates = {arm: estimate(each, looks, paired, overlap) for arm, each in both.items()}
     found = {}
-    for arm, each in compare(estimates, margin, tests).items():
-        there, waits = min(map(len, _units(both[arm]))), ""
-        if looks.once and there < looks.most:
-            waits = f"{looks.most} seeds planned, {there} there, no verdict before all are"
-        elif each.outcome is Outcome.FEW:
-            waits = f"{counted(each.estimate.n, 'seed')}, no verdict below {FEWEST}"
-        found[arm] = Answer(arm, pairs[arm], each, margin, waits)
+    for arm, (outcome, level) in compare(estimates, margin, len(others) - 1 if race else 0).items():
+        few = f"{counted(estimates[arm].n, 'seed')}, no verdict below {FEWEST}" if outcome is Outcome.FEW else ""
+        waits = looks.waits(min(map(len, both[arm]))) or few
+        said = Outcome.FEW if waits else outcome
+        found[arm] = Answer(arm, pairs[arm], said, estimates[arm], level, margin, waits)
     return found
 
 
@@ -208,8 +205,8 @@ class Held:
         for arm, other in ((arm, other) for arm, other in self.others.items() if other):
             answer = self.answers.get(arm)
             why = answer.waits if answer else "nothing to compare, a figure is missing"
-            if answer and not why and short and answer.comparison.outcome is Outcome.OPEN:
-                why = f"undecided, {answer.comparison.estimate.n} seeds"
+            if answer and short and answer.outcome is Outcome.OPEN:
+                why = f"undecided, {answer.estimate.n} seeds"
             if answer and not why:
                 apart.append("; ".join(filter(None, (answer.sentence(), "" if short else answer.outlook()))))
             else:
@@ -242,32 +239,32 @@ class Held:
             seeds = seeds_for(LARGE, math.sqrt(2), self.looks) or self.looks.most
             size = points(LARGE * math.sqrt(statistics.fmean(spreads)), "")
             guess = f", if the true difference is twice the standard deviation between seeds (here {size})"
-        seconds, units = 0.0, dict(zip(self.values, _units(list(self.values.values())), strict=True))
+        seconds = 0.0
         for arm in {name for each in few for name in (each.arm, each.other)}:
-            took = [
+            took = statistics.fmean(
                 sum(run.history.get(EPOCH_SECONDS, {}).values()) or run.metrics.get(TRAIN_SECONDS, 0)
                 for run in self.arms[arm]
-            ]
-            seconds += statistics.fmean(took) * max(0, seeds - len(units[arm]))
+            )
+            seconds += took * max(0, seeds - len(self.values[arm]))
         return f"`seeds=auto` would take about {seeds} seeds of each, {duration(seconds)} more{guess}."
 
 
 def hold(arms: Arms, parent: RunRecord) -> Held:
     """Hold the arms of a study against their references, by what its run was stamped with when it began."""
-    runs = [run for of_arm in arms.values() for run in of_arm]
+    runs, stamps = [run for of_arm in arms.values() for run in of_arm], parent.params
     what, looks = quantity(decisive_accuracy(runs)), looks_of(parent, runs)
-    own = parent.params.get("study.baseline", "")
-    baseline = own if own in arms else next(iter(arms))
-    schedules = {arm: of_arm[0].params.get("schedule.name", "") for arm, of_arm in arms.items()}
     values = dict[str, Values]()
     for arm, of_arm in arms.items():
         oldest = sorted(of_arm, key=lambda run: run.started)
         values[arm] = {pair_of(run): value for run in oldest for value in what.values([run])}
-    margin, paired = number(parent.params.get("study.margin", "0")), parent.params.get("study.paired") == "true"
-    others, tests = {arm: reference(arm, baseline, schedules) if parent.run_id else "" for arm in arms}, 0
-    if parent.params.get("study.looks") == RACE and all(values.values()):
-        best, tests = leader(values), len(values) - 1
-        others = {arm: "" if arm == best else best for arm in arms}
+    own = stamps.get("study.baseline", "")
+    baseline = own if own in arms else next(iter(arms))
+    schedules = {arm: of_arm[0].params.get("schedule.name", "") for arm, of_arm in arms.items()}
+    others = {arm: reference(arm, baseline, schedules) if parent.run_id else "" for arm in arms}
+    race = stamps.get("study.looks") == RACE and all(values.values())
+    if race:
+        others = rivals(values)
+    margin, paired = number(stamps.get("study.margin", "0")), stamps.get("study.paired") == "true"
     overlap = overlap_of(list(arms.values()))
-    held = answers(values, others, looks, margin=margin, paired=paired, overlap=overlap, tests=tests)
-    return Held(arms, what, looks, margin, others, held, values, leads(held) if tests else "")
+    held = answers(values, others, looks, margin=margin, paired=paired, overlap=overlap, race=race)
+    return Held(arms, what, looks, margin, others, held, values, leads(held) if race else "")

@@ -13,9 +13,8 @@ from pydantic import BeforeValidator, Field, model_validator
 
 from effv2.config.layers import Document, Place, read_document, validate
 from effv2.config.schema import Group
-from effv2.config.studies import Settings
 from effv2.core.errors import InputError, nearest
-from effv2.evidence.protocols import CLASSES, Protocol, protocol_title, study_protocols
+from effv2.evidence.protocols import Protocol, protocol_title, study_protocols
 from effv2.evidence.quantities import TEST, TRAIN, quantity
 from effv2.tracking.read import BEST_TEST, LAST_TEST, RunRecord
 
@@ -114,12 +113,6 @@ class Check(Group):
             yield Contrast(protocol, self.metric or kind.metric, arm, *self.edges(), against, kind.ratio)
 
 
-def _as_of_now(claim: object) -> object:
-    """Rename what was called otherwise in files of before."""
-    names = {"free": "ignore"}
-    return {names.get(key, key): value for key, value in claim.items()} if isinstance(claim, dict) else claim
-
-
 class Claim(Group):
     """A claim holds where all of its checks hold. It is about the arms of a study, or of a protocol of its own."""
 
@@ -150,7 +143,7 @@ class ClaimsFile(Group):
     """The keys of a file of claims."""
 
     protocols: dict[Name, Protocol] = Field(default_factory=dict)
-    claims: dict[Id, Annotated[Claim, BeforeValidator(_as_of_now)]] = Field(min_length=1)
+    claims: dict[Id, Claim] = Field(min_length=1)
 
 
 @dataclass(frozen=True)
@@ -164,9 +157,8 @@ class Claims:
     def contrasts(self, id_: str) -> list[Contrast]:
         """Return all that a claim says."""
         claim = self.claims[id_]
-        own = (
-            id_ if isinstance(claim.protocol, Protocol) else claim.protocol or protocol_title(claim.study, claim.ignore)
-        )
+        written = id_ if isinstance(claim.protocol, Protocol) else claim.protocol
+        own = written or protocol_title(claim.study, claim.ignore)
         named = ((check, check.protocol or protocol_title(check.study, claim.ignore) or own) for check in claim.checks)
         return [each for check, protocol in named for each in check.contrasts(protocol)]
 
@@ -188,74 +180,60 @@ def _read(path: Path, before: Claims) -> Claims:
     twice += [("claims", id_) for id_ in file.claims if id_ in before.claims]
     if twice:
         raise InputError(document.where(twice[0]), "", "there is one of that name", "choose another")
-    protocols: dict[str, Protocol] = {}
-    studies: list[str] = []
+    protocols, files = dict(before.protocols), {EXPORTED_AS: path}
 
     def add_study(name: str, place: Place, ignore: Sequence[str] = ()) -> None:
         try:
             protocols.update(study_protocols(name, ignore, folder) if name else {})
         except InputError as error:
-            problem = f"{error.what} {error.value}".rstrip() + f": {error.problem}"
-            raise InputError(document.where(place), "", problem, error.remedy) from error
-        studies.append(name)
+            raise InputError(document.where(place), "", str(error).removesuffix(".")) from error
+        if (folder / name).is_file():
+            files.setdefault(name, folder / name)
 
     written: dict[Place, Protocol] = {("protocols", name): protocol for name, protocol in file.protocols.items()}
     for id_, claim in file.claims.items():
+        if isinstance(claim.protocol, Protocol):
+            written["claims", id_, "protocol"] = claim.protocol
         add_study(claim.study, ("claims", id_, "study"), claim.ignore)
         for index, check in enumerate(claim.checks):
             add_study(check.study, ("claims", id_, "checks", index, "study"), claim.ignore)
-        if isinstance(claim.protocol, Protocol):
-            written["claims", id_, "protocol"] = claim.protocol
     for at, protocol in written.items():
         if protocol.nearest not in before.protocols.keys() | file.protocols:
             add_study(protocol.nearest, (*at, "nearest"))
         arms, assumed = dict(protocol.arms), protocol.assumed
-        for arm, of_arm in protocol.arms.items():
-            if isinstance(of_arm, str):
-                study, place = of_arm.partition("/")[0], (*at, "arms", arm)
-                add_study(study, place)
-                arms[arm] = _settings_of(of_arm, protocols[study], document.where(place))
-                assumed = assumed or protocols[study].assumed
+        for arm, named in ((arm, each) for arm, each in protocol.arms.items() if isinstance(each, str)):
+            (study, _, name), place = named.partition("/"), (*at, "arms", arm)
+            add_study(study, place)
+            theirs = protocols[study]
+            if name not in theirs.arms:
+                choices = [f"{study}/{each}" for each in theirs.arms]
+                raise InputError(document.where(place), named, "no such arm", choices=choices)
+            arms[arm], assumed = theirs.runs | theirs.own(name), assumed or theirs.assumed
         protocols[str(at[1])] = protocol.model_copy(update={"arms": arms, "assumed": assumed})
-    beside = {study: folder / study for study in studies if study and (folder / study).is_file()}
-    if EXPORTED_AS in beside:
-        problem = f"names a study in {EXPORTED_AS}, as exports call the claims"
-        raise InputError("claims", path, problem, "rename its file")
-    protocols, known = {**before.protocols, **protocols}, {**file.claims, **before.claims}
-    claims = Claims(protocols, known, {EXPORTED_AS: path} | beside)
+    claims = Claims(protocols, {**file.claims, **before.claims}, files)
     for id_ in file.claims:
         for contrast in claims.contrasts(id_):
-            _check(contrast, claims.protocols, document, ("claims", id_))
+            _check(contrast, protocols, document, ("claims", id_))
     return claims
 
 
-def _settings_of(arm: str, protocol: Protocol, where: str) -> Settings:
-    """Return the settings of an arm that is named as `study/arm`, or by the name of a study that has one alone."""
-    names = {f"{protocol.study}/{each}": each for each in protocol.arms}
-    if len(names) == 1:
-        names[protocol.study] = next(iter(protocol.arms))
-    if arm not in names:
-        raise InputError(where, arm, "no such arm", choices=names)
-    settings = protocol.runs | protocol.own(names[arm])
-    return {key: value for key, value in settings.items() if key != CLASSES}  # which no study can set
-
-
 def _check(contrast: Contrast, protocols: Mapping[str, Protocol], document: Document, claim: Place) -> None:
-    """Refuse protocols and arms that there aren't, and what can't be judged over test images."""
+    """Refuse protocols and arms that there aren't, per cent, and what can't be judged over test images."""
     name, metric, region = contrast.protocol, contrast.metric, (contrast.low, contrast.high)
     if name not in protocols:
         raise InputError(document.where((*claim, "protocol")), name, "no such protocol", choices=protocols)
     protocol, what = protocols[name], quantity(metric)
-    edges = [abs(edge) for edge in region if math.isfinite(edge)]
+    largest = max(abs(edge) for edge in region if math.isfinite(edge))
     of_difference = bool(contrast.against) or not what.is_accuracy or contrast.low == 1  # which no fraction exceeds
+    over_images = protocol.over == "images" and not what.fixed
     problem = remedy = ""
     if unknown := next((arm for arm in contrast.arms if arm not in protocol.arms), ""):
         problem, remedy = f"the protocol {name} has no arm {unknown}", nearest(unknown, list(protocol.arms))
-    elif what.is_fraction and not contrast.ratio and (max(edges) > 1 or (max(edges) == 1 and of_difference)):
+    elif what.is_fraction and not contrast.ratio and (largest > 1 or (largest == 1 and of_difference)):
         problem, remedy = f"{metric} is a fraction: a point is 0.01", "give edges between -1 and 1"
-    elif protocol.over == "images" and not what.fixed and metric not in OF_ANSWERS:
+    elif over_images and metric not in OF_ANSWERS:
         problem, remedy = f"on test images {metric} can't be judged", f"name {' or '.join(OF_ANSWERS)}"
-    elif protocol.over == "images" and not what.fixed and contrast.against and region != (0, math.inf):
+    elif over_images and contrast.against and region != (0, math.inf):
         problem = "on the same test images it can only be told which network is better"
         remedy = "leave the region out, and name the better one as arm"
     if problem:

@@ -248,7 +248,7 @@ def _over_seeds(finding: Finding, what: Quantity, chosen: Chosen, right: RightAn
         finding,
         evidence="; ".join(filter(None, [evidence, *_beside(contrast, what, chosen, right), *chosen.aside])),
         inside=_is_inside(contrast, back(found.mean)),
-        single="" if contrast.against or found.n < 2 else _single(contrast, what, found, chosen),
+        single="" if contrast.against or found.n < 2 or chosen.splits > 1 else _single(contrast, what, found),
         warning="" if contrast.against or found.n >= FEW_RUNS else f"fewer than {FEW_RUNS} runs: {TAKE_OFF}",
     )
     if chosen.why or found.n < FEWEST:
@@ -268,14 +268,12 @@ def _estimate(contrast: Contrast, what: Quantity, chosen: Chosen) -> tuple[Estim
     (scale, back, written), looks = _writing(contrast, what), chosen.looks
     values = [{pair: scale(what.value(run) or 0.0) for pair, run in runs.items()} for runs in chosen.arms.values()]
     found = estimate(values, looks, chosen.paired, chosen.overlap)
-    on = " and ".join(str(len(each)) for each in values) + (" run" if [len(v) for v in values] == [1] else " runs")
-    on += (
-        f" on {chosen.splits} splits"
-        if chosen.splits > 1
-        else f", {found.n} pairs"
-        if chosen.paired and values[1:]
-        else ""
-    )
+    counts = " and ".join(str(len(each)) for each in values)
+    on = f"{counts} run{'' if counts == '1' else 's'}"
+    if chosen.splits > 1:
+        on += f" on {chosen.splits} splits"
+    elif chosen.paired and contrast.against:
+        on += f", {found.n} pairs"
     interval = found.interval() if contrast.against else found.interval().within(what.possible)
     between = f" [{interval.text(lambda value: written(back(value)))}]" if found.n > 1 else ""
     return found, f"{written(back(found.mean))}{between}, {on}{f', {looks.text()}' if looks != EVERY_LOOK else ''}"
@@ -302,11 +300,9 @@ def _beside(contrast: Contrast, what: Quantity, chosen: Chosen, right: RightAnsw
             )
 
 
-def _single(contrast: Contrast, what: Quantity, found: Estimate, chosen: Chosen) -> str:
+def _single(contrast: Contrast, what: Quantity, found: Estimate) -> str:
     """Say where a single run is expected, and whether the value that is claimed lies there."""
-    values = what.values(next(iter(chosen.arms.values())).values())
-    interval = found.prediction(Estimate(values).deviation).within(what.possible)
-    claimed = (contrast.low + contrast.high) / 2
+    interval, claimed = found.prediction().within(what.possible), (contrast.low + contrast.high) / 2
     lies = "inside" if interval.low <= claimed <= interval.high else "outside"
     known = f"; the claimed {what.text(claimed)} lies {lies}" if math.isfinite(claimed) else ""
     return f"a single run is expected from {interval.text(what.text)}{known}"

@@ -16,10 +16,12 @@ from pydantic import Field
 from effv2.config.schema import Group, TrainConfig
 from effv2.config.studies import NOTHING, Published, Settings, Value, open_study
 from effv2.core.errors import InputError
-from effv2.evidence.quantities import Quantity, number
+from effv2.core.words import counted, number
+from effv2.evidence.quantities import Quantity
 from effv2.evidence.statistics import EVERY_LOOK, FEWEST, MOST_LOOKS, Looks
 from effv2.tracking.read import RunRecord
-from effv2.tracking.tags import CONFIG_HASH, DATA_DIGEST, MACHINE, OUTCOME, SEED
+from effv2.tracking.studies import complete
+from effv2.tracking.tags import CONFIG_HASH, DATA_DIGEST, MACHINE, SEED
 
 ONLY_ARM = "default"  # of a study that has no arms
 SEED_SETTING, SPLIT_SEED = "random.seed", "data.split_seed"
@@ -48,7 +50,6 @@ class Protocol(Group):
     arms: dict[str, Settings | str] = Field(min_length=1)
     over: Literal["seeds", "images"] = "seeds"  # what varies: training, or the test images of a fixed network
     command: str = ""
-    others: Literal["same", "default"] = "same"  # settings that nobody names: alike in all runs, or TrainConfig's
     ignore: list[str] = []  # parameters in which runs may differ
     paired: bool = False  # by seed, within a split
     needs: str = ""  # what must be there first
@@ -103,23 +104,9 @@ def study_protocols(name: str, ignore: Sequence[str], folder: Path) -> dict[str,
         published=published,
         study=name,
     )
-    if not near:
-        return {title: protocol}
     differing = f"{protocol.nearest}: {', '.join(f'{key} {value}' for key, value in near.items())}."
-    others = Protocol(
-        runs=protocol.runs | near, arms=protocol.arms, assumed=differing, ignore=protocol.ignore, paired=protocol.paired
-    )
-    return {title: protocol, protocol.nearest: others}
-
-
-def complete(runs: Iterable[RunRecord]) -> list[RunRecord]:
-    """Return the runs that were finished, not pruned."""
-    return [run for run in runs if run.status == "FINISHED" and run.tags.get(OUTCOME, "complete") == "complete"]
-
-
-def counted(number: int, word: str) -> str:
-    """Write how many of something there are."""
-    return f"{number} {word}" if number == 1 else f"{number} {word}s"
+    changes = {"runs": protocol.runs | near, "assumed": differing, "nearest": "", "study": "", "published": Published()}
+    return {title: protocol} | ({protocol.nearest: protocol.model_copy(update=changes)} if near else {})
 
 
 def is_like(run: RunRecord, protocol: Protocol, arm: str) -> bool:
@@ -130,9 +117,8 @@ def is_like(run: RunRecord, protocol: Protocol, arm: str) -> bool:
 def _unlike(run: RunRecord, protocol: Protocol, arm: str) -> Iterator[tuple[str, Value]]:
     """Return the settings of an arm that a run doesn't have."""
     settings = protocol.runs | protocol.own(arm)
-    others = DEFAULTS.keys() - FREE if protocol.others == "default" else protocol.varied
-    others = (others - settings.keys() - {"model.table"}) & run.params.keys() & DEFAULTS.keys()
-    wanted = settings | {name: DEFAULTS[name] for name in sorted(others)}
+    left_out = (protocol.varied - settings.keys() - {"model.table"}) & run.params.keys() & DEFAULTS.keys()
+    wanted = settings | {name: DEFAULTS[name] for name in sorted(left_out)}
     return ((name, value) for name, value in wanted.items() if not has(run, name, value))
 
 
@@ -182,8 +168,10 @@ def looks_of(parent: RunRecord | None, runs: Iterable[RunRecord]) -> Looks:
     most = parent.params.get("study.max_seeds", "") if parent else ""
     if parent is None or not re.fullmatch("[0-9]{1,6}", most) or any(run.started < parent.started for run in runs):
         return EVERY_LOOK
-    once = parent.params.get("study.looks") == "once"
-    return Looks(int(most) if once else min(int(most), MOST_LOOKS), once)
+    if parent.params.get("study.looks") != "once":
+        return Looks(min(int(most), MOST_LOOKS))
+    splits = number(parent.params.get("study.splits", "1"))
+    return Looks(int(most), once=True, splits=int(splits) if 1 <= splits <= MOST_LOOKS else 1)
 
 
 @dataclass(frozen=True)
@@ -288,9 +276,9 @@ def _as_planned(arms: Mapping[str, Runs], aside: list[str], known: Sequence[RunR
     runs = [run for of_arm in arms.values() for run in of_arm.values()]
     parent = next((run for run in known if {each.parent for each in runs} == {run.run_id}), None)
     looks = looks_of(parent, runs)
-    counts = [Counter(split for split, _ in of_arm) for of_arm in arms.values()]
-    total = sum(counts, Counter[str]())
-    shared = [split for split in total if all(split in each for each in counts)][: looks.most]
+    total = Counter(split for of_arm in arms.values() for split, _ in of_arm)
+    on_all = set.intersection(*({split for split, _ in of_arm} for of_arm in arms.values()))
+    shared = [split for split in total if split in on_all][: looks.most]
     if not shared:
         return Chosen({}, why="the arms have no split of the data in common")
     if 1 < len(shared) < FEWEST:
@@ -305,12 +293,8 @@ def _as_planned(arms: Mapping[str, Runs], aside: list[str], known: Sequence[RunR
     first = {arm: first_seeds(of_arm, looks.most) for arm, of_arm in of_splits.items()}
     if beyond := sum(map(len, of_splits.values())) - sum(map(len, first.values())):
         aside.append(f"{counted(beyond, 'run')} beyond {looks.most} seeds of an arm left out")
-    splits = number(parent.params.get("study.splits", "1")) if parent else 1
-    planned = looks.most * splits if looks.once else 0
-    there = min(map(len, first.values()))
-    why = f"{planned:.0f} seeds planned, {there} are there: no verdict before all are" if there < planned else ""
     overlap = overlap_of([list(each.values()) for each in first.values()]) if len(shared) > 1 else 0.0
-    return Chosen(first, len(shared), overlap, looks, aside=aside, why=why)
+    return Chosen(first, len(shared), overlap, looks, aside=aside, why=looks.waits(min(map(len, first.values()))))
 
 
 def overlap_of(arms: Collection[Sequence[RunRecord]]) -> float:
@@ -323,24 +307,19 @@ def overlap_of(arms: Collection[Sequence[RunRecord]]) -> float:
     return share / (1 - share) if 0 < share < 1 else PUBLISHED_OVERLAP
 
 
-def settings_of(run: RunRecord, but: Collection[str] = frozenset(FREE)) -> Alike:
-    """Return the parameters of a run `but` some, and which images it used.
-
-    Of our own runs those without a dot are left out: `mlflow run` logs its options so.
-    """
-    images = {f"{context} images": f"{each.name}: {', '.join(each.classes)}" for context, each in run.images.items()}
-    ours = CONFIG_HASH in run.tags
-    params = {name: value for name, value in run.params.items() if (not ours or "." in name) and name not in but}
-    return frozenset((params | images).items())
-
-
 def _left_open(run: RunRecord, protocol: Protocol, what: Quantity) -> Alike:
-    """Return what the protocol leaves open: other settings, and of times the machine; nothing of fixed networks."""
+    """Return what the protocol leaves open: settings, images, and of times the machine; nothing of fixed networks.
+
+    Of our own runs parameters without a dot are left out: `mlflow run` logs its options so.
+    """
     if protocol.over == "images":
         return frozenset()
-    named = (protocol.runs.keys() | protocol.varied | FREE) - (COMPUTED if what.timed else set())
+    named = protocol.runs.keys() | protocol.varied | (FREE - COMPUTED if what.timed else FREE)
     if "model.variant" in named:
         named.add("model.table")  # which goes by that name
-    machine = {(tag, run.tags.get(tag, "")) for tag in OF_TIMES if what.timed}
-    kept = settings_of(run, named) | machine
-    return frozenset(each for each in kept if not each[0].startswith("study.") and each[0] not in protocol.ignore)
+    ours = CONFIG_HASH in run.tags
+    found = {name: value for name, value in run.params.items() if name not in named and ("." in name or not ours)}
+    found |= {f"{context} images": f"{each.name}: {', '.join(each.classes)}" for context, each in run.images.items()}
+    found |= {tag: run.tags.get(tag, "") for tag in OF_TIMES if what.timed}
+    kept = (name for name in found if not name.startswith("study.") and name not in protocol.ignore)
+    return frozenset((name, found[name]) for name in kept)

@@ -17,11 +17,11 @@ from effv2.core.errors import InputError
 from effv2.core.figures import svg_file, svg_part
 from effv2.core.paths import write_csv
 from effv2.core.reporter import Reporter
+from effv2.core.words import counted
 from effv2.evidence.answers import NOTHING_YET
 from effv2.evidence.claims import Claims, read_claims
 from effv2.evidence.exports import Evidence, export, exported, tracked
 from effv2.evidence.judge import Finding, Judgement, Verdict, judge
-from effv2.evidence.protocols import counted
 from effv2.evidence.quantities import CURVES, EXPORTED, HISTORIES
 from effv2.evidence.results import results_of
 from effv2.evidence.statistics import p_text
@@ -60,8 +60,6 @@ def publish_study(parent: TrackedRun, used: Mapping[str, str]) -> StudyResults:
     report = make_report(tracked(parent.experiment_id, parent=parent.run_id), read_claims(), of_study=True)
     results = next(each for each in report.studies if each.run_id == parent.run_id)
     files: dict[str, Content] = {**report.files, **results.files}
-    if results.table and results.document:
-        files[results.document] = f"# {results.title}\n\n{results.markdown()}\n"
     with parent.new_artifacts() as folder:
         _write(folder, files)
     parent.log_metrics(results.metrics)

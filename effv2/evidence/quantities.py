@@ -4,11 +4,11 @@ import math
 import statistics
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from typing import Literal
 
 import numpy as np
 
 from effv2.core.figures import Curve
+from effv2.core.words import decimal, percent, points, tenths, whole
 from effv2.evidence.statistics import Interval
 from effv2.tracking.read import BEST_TEST, LAST_TEST, SELECTED_TEST, SELECTED_VALIDATION, RunRecord
 
@@ -22,37 +22,6 @@ LEVEL_EPOCHS = 10  # the last ones, over which a level is averaged
 NEAR_LEVEL = 0.02
 LARGEST = 1e300  # databases keep infinity as the largest number there is
 TIMED = ("rate/", "time/", "inference/", "throughput/")
-whole, tenths = "{:,.0f}".format, "{:,.1f}".format  # numbers without a fraction, to a tenth
-
-
-def percent(value: float) -> str:
-    """Write a fraction as a percentage."""
-    return f"{100 * value:.2f} %"
-
-
-def points(value: float, sign: str = "+", unit: str = " points") -> str:
-    """Write a difference of two fractions in percentage points; `sign` and `unit` may be empty."""
-    return f"{100 * value:{sign}.2f}{unit}"
-
-
-def decimal(value: float) -> str:
-    """Write a number to three digits."""
-    return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.3g}"
-
-
-def number(text: str) -> float:
-    """Read a number; NaN where the text is none."""
-    try:
-        return float(text)
-    except ValueError:
-        return math.nan
-
-
-def duration(seconds: float) -> str:
-    """Write a duration in seconds, minutes or hours."""
-    if seconds < 60:
-        return f"{seconds:.0f} seconds"
-    return f"{seconds / 3600:.1f} hours" if seconds >= 3600 else f"{seconds / 60:.1f} minutes"
 
 
 @dataclass(frozen=True)
@@ -62,10 +31,10 @@ class Quantity:
     name: str
     words: str
     text: Callable[[float], str] = decimal
-    shown: Literal["", "main", "more"] = ""  # in tables of arms: first, and of many arms alone; after those
     metric: str = ""
     take: Callable[[Curve], float | None] | None = None  # of the values of all epochs
     epochs: int = 1  # that it takes
+    shown: bool = False  # in tables of arms
     scale: float = 1
     fixed: bool = False  # it doesn't vary from run to run: one decides
     timed: bool = False  # it belongs to the machine that it was taken on
@@ -132,28 +101,28 @@ def _gain(curve: Curve) -> float | None:
 
 
 ALL = (  # in the order of tables
-    Quantity(BEST_TEST, "test accuracy, best epoch", percent, "main"),
-    Quantity(SELECTED_TEST, "test accuracy, selected epoch", percent, "main"),
-    Quantity(LAST_TEST, "test accuracy, last epoch", percent, "more"),
-    Quantity(SELECTED_VALIDATION, "validation accuracy, best epoch", percent, "main"),
-    Quantity("first/test_accuracy", "test accuracy, first epoch", percent, "", TEST, lambda curve: curve[min(curve)]),
-    Quantity("best/train_accuracy", "train accuracy, best epoch", percent, "", TRAIN, lambda c: max(c.values())),
-    Quantity("level/train_accuracy", "train accuracy, mean of the last ten epochs", percent, "", TRAIN, _level),
-    Quantity("level/test_accuracy", "test accuracy, mean of the last ten epochs", percent, "", TEST, _level),
-    Quantity("gain/test_after_epoch_10", "gain in test accuracy after epoch 10", points, "", TEST, _gain, epochs=21),
-    Quantity("epochs/to_95_percent", TO_PEAK, tenths, "more", TRAIN, _epochs_to_peak_share, least=1),
-    Quantity("epochs/to_test_level", TO_LEVEL, tenths, "", TEST, _epochs_to_level, epochs=20, least=1),
-    Quantity(TRAIN_SECONDS, "training, s", tenths, "main", timed=True),
-    Quantity(EPOCH_SECONDS, "an epoch, s", decimal, "", EPOCH_SECONDS, _median, timed=True),
-    Quantity("rate/train", "training, images/s", whole, "more", TRAIN_RATE, _median, timed=True),
-    Quantity("rate/evaluate", "inference, images/s", whole, "more", EVALUATE_RATE, _median, timed=True),
-    Quantity("inference/single_image_milliseconds", "one image, ms", tenths, "more", ONE, scale=1000, timed=True),
-    Quantity("inference/batch_128_milliseconds", "128 images, ms", whole, "more", MANY, scale=1000, timed=True),
-    Quantity("model/parameters", "parameters", whole, "more", fixed=True),
-    Quantity("model/gflops", "GFLOPs", lambda g: f"{g:.3f}" if g >= 0.01 else f"{g:.2g}", "more", fixed=True),
-    Quantity("published/top1_accuracy", "top-1 that torchvision publishes", percent, "more"),
-    Quantity("bf16/top1_difference", "bf16 less float32, top-1", points, "more"),
-    Quantity("bf16/predictions_changed", "bf16, predictions changed", percent, "more"),
+    Quantity(BEST_TEST, "test accuracy, best epoch", percent, shown=True),
+    Quantity(SELECTED_TEST, "test accuracy, selected epoch", percent, shown=True),
+    Quantity(SELECTED_VALIDATION, "validation accuracy, best epoch", percent, shown=True),
+    Quantity(TRAIN_SECONDS, "training, s", tenths, shown=True, timed=True),
+    Quantity(LAST_TEST, "test accuracy, last epoch", percent, shown=True),
+    Quantity("first/test_accuracy", "test accuracy, first epoch", percent, TEST, lambda curve: curve[min(curve)]),
+    Quantity("best/train_accuracy", "train accuracy, best epoch", percent, TRAIN, lambda c: max(c.values())),
+    Quantity("level/train_accuracy", "train accuracy, mean of the last ten epochs", percent, TRAIN, _level),
+    Quantity("level/test_accuracy", "test accuracy, mean of the last ten epochs", percent, TEST, _level),
+    Quantity("gain/test_after_epoch_10", "gain in test accuracy after epoch 10", points, TEST, _gain, epochs=21),
+    Quantity("epochs/to_95_percent", TO_PEAK, tenths, TRAIN, _epochs_to_peak_share, shown=True, least=1),
+    Quantity("epochs/to_test_level", TO_LEVEL, tenths, TEST, _epochs_to_level, epochs=20, least=1),
+    Quantity(EPOCH_SECONDS, "an epoch, s", decimal, EPOCH_SECONDS, _median, timed=True),
+    Quantity("rate/train", "training, images/s", whole, TRAIN_RATE, _median, shown=True, timed=True),
+    Quantity("rate/evaluate", "inference, images/s", whole, EVALUATE_RATE, _median, shown=True, timed=True),
+    Quantity("inference/single_image_milliseconds", "one image, ms", tenths, ONE, shown=True, scale=1000, timed=True),
+    Quantity("inference/batch_128_milliseconds", "128 images, ms", whole, MANY, shown=True, scale=1000, timed=True),
+    Quantity("model/parameters", "parameters", whole, shown=True, fixed=True),
+    Quantity("model/gflops", "GFLOPs", lambda g: f"{g:.3f}" if g >= 0.01 else f"{g:.2g}", shown=True, fixed=True),
+    Quantity("published/top1_accuracy", "top-1 that torchvision publishes", percent, shown=True),
+    Quantity("bf16/top1_difference", "bf16 less float32, top-1", points, shown=True),
+    Quantity("bf16/predictions_changed", "bf16, predictions changed", percent, shown=True),
 )
 QUANTITIES = {each.name: each for each in ALL}
 SHOWN = {name: what for name, what in QUANTITIES.items() if what.shown}

@@ -5,20 +5,22 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from itertools import combinations
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 
 from effv2.core.errors import joined
 from effv2.core.figures import accuracy_against_cost
+from effv2.core.words import duration, number, percent, whole
 from effv2.evidence.answers import NONE
 from effv2.evidence.claims import Claims
-from effv2.evidence.protocols import SEED_SETTING, SPLIT_SEED, RightAnswers, complete
-from effv2.evidence.quantities import EPOCH_SECONDS, EVALUATE_RATE, SHOWN, VALIDATION, duration, number, percent, whole
+from effv2.evidence.protocols import SEED_SETTING, SPLIT_SEED, RightAnswers
+from effv2.evidence.quantities import EPOCH_SECONDS, EVALUATE_RATE, SHOWN, VALIDATION
 from effv2.evidence.statistics import LEVEL, holm, mcnemar, p_text, right_on_shared, wilson
-from effv2.evidence.study import NO_STUDY, Rows, StudyResults, TrackedStudy, arms_results, line_of, studies_of
+from effv2.evidence.study import Rows, StudyResults, arms_results, line_of
 from effv2.tracking import tags
 from effv2.tracking.read import SELECTED_TEST, SELECTED_VALIDATION, RunRecord
+from effv2.tracking.studies import NO_STUDY, TrackedStudy, complete, studies_of
 
 BEST_TRIALS = 5
 PAIRS_WITH_P = 6  # with more pairs the p-values stand in pairs.csv alone
@@ -35,18 +37,6 @@ IMAGES = {
         "images of which the names don't tell whether they are ImageNet's",
         " Whether the weights were fitted to these images is not known.",
     ),
-}
-# How tags are called where a report tells of the code, the data and the machine.
-ENVIRONMENT = {
-    tags.GIT_COMMIT: "git commit",
-    tags.GIT_DIRTY: "uncommitted changes",
-    tags.CODE_VERSION: "code version",
-    tags.DATA_DIGEST: "data digest",
-    **{f"{tags.MACHINE}{name}": name for name in ("processor", "cores", "threads", "accelerator")},
-    f"{tags.MACHINE}memory_gib": "memory, GiB",
-    f"{tags.MACHINE}system": "system",
-    f"{tags.MACHINE}python": "Python",
-    **{f"{tags.MACHINE}{name}": name for name in ("torch", "torchvision", "mlflow")},
 }
 Ranked = Mapping[str, np.ndarray]  # which images networks got right, the best first: label to bool (N)
 SETS = {"unseen": "images that it was not trained on", "unknown": "images that it may not have been trained on"}
@@ -88,9 +78,11 @@ def study_results(study: TrackedStudy, claims: Claims, right: RightAnswers) -> S
 
 def _environment(runs: Sequence[RunRecord]) -> Iterator[tuple[str, str]]:
     """Yield with which code, on what machine and on which data runs were made, and how long their epochs took."""
-    for tag, words in ENVIRONMENT.items():
-        if values := dict.fromkeys(run.tags[tag] for run in runs if tag in run.tags):
-            yield words, ", ".join(values)
+    of_code = (tags.GIT_COMMIT, tags.GIT_DIRTY, tags.CODE_VERSION, tags.DATA_DIGEST)
+    there = sorted({tag for run in runs for tag in run.tags if tag.startswith((*of_code, tags.MACHINE))})
+    for tag in there:
+        words = tag.removeprefix("effv2.").removeprefix("machine.").replace("_", " ")
+        yield words, ", ".join(dict.fromkeys(run.tags[tag] for run in runs if tag in run.tags))
     sets = dict.fromkeys(
         f"{images.name}, {images.images:,} images of {len(images.classes)} classes, digest {images.digest}: {context}"
         for run in runs
@@ -105,11 +97,23 @@ def _environment(runs: Sequence[RunRecord]) -> Iterator[tuple[str, str]]:
 def search_results(study: TrackedStudy) -> StudyResults:
     """Return what came out of a search: its best trials, and the test accuracy of the one that was chosen."""
     runs = study.in_order()
-    ranked = [run for run in runs if SELECTED_VALIDATION in run.metrics]
-    ranked.sort(key=lambda run: -run.metrics[SELECTED_VALIDATION])
+    tried = [run for run in runs if SELECTED_VALIDATION in run.metrics]
+    ranked = sorted(tried, key=lambda run: -run.metrics[SELECTED_VALIDATION])
     named = [name for name in (ranked[0].params if ranked else ()) if "." in name and name != SEED_SETTING]
     searched = [name for name in named if len({run.params.get(name) for run in ranked}) > 1]
-    rows = [
+    shown = ranked[:BEST_TRIALS]
+    table: Rows = [(f"best {len(shown)} of {len(ranked)}", *(run.name for run in shown))]
+    for metric in (SELECTED_VALIDATION, SELECTED_TEST):
+        table += line_of({run.name: [run] for run in shown}, metric)
+    for name in searched:
+        texts = [run.params.get(name, "") for run in shown]
+        table.append((name, *(text if math.isnan(number(text)) else f"{number(text):.4g}" for text in texts)))
+    sentence, metrics = "No trial was chosen yet.", {}
+    for best in (run for run in ranked if run.run_id == study.parent.tags.get(tags.BEST_RUN)):
+        metrics = {name: best.metrics[name] for name in (SELECTED_VALIDATION, SELECTED_TEST) if name in best.metrics}
+        tested = f", {percent(metrics[SELECTED_TEST])} on the test set" if SELECTED_TEST in metrics else ""
+        sentence = f"Best: {best.name}, {percent(metrics[SELECTED_VALIDATION])} on validation{tested}."
+    trials = [
         (
             run.name,
             run.tags.get(tags.OUTCOME, run.status.lower()),
@@ -120,25 +124,13 @@ def search_results(study: TrackedStudy) -> StudyResults:
         )
         for run in runs
     ]
-    shown = ranked[:BEST_TRIALS]
-    table: Rows = [(f"best {len(shown)} of {len(ranked)}", *(run.name for run in shown))]
-    for words, metric in (("validation accuracy", SELECTED_VALIDATION), ("test accuracy", SELECTED_TEST)):
-        table.append((words, *(percent(run.metrics[metric]) if metric in run.metrics else NONE for run in shown)))
-    for name in searched:
-        texts = [run.params.get(name, "") for run in shown]
-        table.append((name, *(text if math.isnan(number(text)) else f"{number(text):.4g}" for text in texts)))
-    sentence, metrics = "No trial was chosen yet.", {}
-    for best in (run for run in ranked if run.run_id == study.parent.tags.get(tags.BEST_RUN)):
-        metrics = {name: best.metrics[name] for name in (SELECTED_VALIDATION, SELECTED_TEST) if name in best.metrics}
-        tested = f", {percent(metrics[SELECTED_TEST])} on the test set" if SELECTED_TEST in metrics else ""
-        sentence = f"Best: {best.name}, {percent(metrics[SELECTED_VALIDATION])} on validation{tested}."
     return StudyResults(
         answers=[sentence],
         short=sentence,
         table=table if ranked else [],
         notes=_notes_on_trials(study, bool(ranked)),
         metrics=metrics,
-        files={"trials.csv": [("trial", "state", "validation accuracy", "epochs", *searched, "run_id"), *rows]},
+        files={"trials.csv": [("trial", "state", "validation accuracy", "epochs", *searched, "run_id"), *trials]},
     )
 
 
@@ -173,32 +165,41 @@ def networks_results(study: TrackedStudy, right: RightAnswers) -> StudyResults:
     """Return what came out of an evaluation of networks; `right` reads which images a run got right."""
     runs = {run.name: run for run in complete(study.in_order())}
     ranked, images, origin = _rank(runs, right)
-    names = list(combinations(ranked, 2))
-    tests = [mcnemar(ranked[one], ranked[other]) for one, other in names]
-    found = zip(names, tests, [each.p for each in holm([p for *_, p in tests])], strict=True)
-    pairs = [NetworkPair(*both, one, other, p, holms, holms < LEVEL) for both, (one, other, p), holms in found]
-    ordered = {label: runs[label] for label in dict.fromkeys([*ranked, *runs])}
-    wanted = [f"{which}/{name}" for which in dict.fromkeys(("eval", images)) for name in OF_ANY_IMAGES]
-    logged = [(label, name) for label in runs for name in wanted if name in runs[label].metrics]
-    metrics = sorted({name for run in runs.values() for name in run.metrics})
-    rows: list[tuple[Any, ...]] = [("network", "run_id", "right", "images", "low", "high", *metrics)]
-    for label, run in ((label, run) for label, run in runs.items() if label in ranked):
-        counts = int(ranked[label].sum()), len(ranked[label])
-        rows.append((label, run.run_id, *counts, *wilson(*counts), *map(run.metrics.get, metrics)))
-    files = {"ranking.csv": rows, "pairs.csv": [NetworkPair._fields, *pairs]}
+    both = list(combinations(ranked, 2))
+    tests = [mcnemar(ranked[better], ranked[worse]) for better, worse in both]
+    found = zip(both, tests, holm([p for *_, p in tests]), strict=True)
+    pairs = [NetworkPair(*names, one, other, p, holms, holms < LEVEL) for names, (one, other, p), (holms, _) in found]
     sentence = _sentence(runs, ranked, origin, pairs)
-    shares = {label: (each.mean(), *wilson(int(each.sum()), len(each))) for label, each in ranked.items()}
+    counts = {label: (int(each.sum()), len(each)) for label, each in ranked.items()}
+    shares = {label: (count / of, *wilson(count, of)) for label, (count, of) in counts.items()}
     rates = {label: runs[label].metrics.get(EVALUATE_RATE, math.inf) for label in ranked}
     costs = {label: (runs[label].metrics.get("model/gflops"), 1000 / rate) for label, rate in rates.items()}
     title = f"top-1 of 1000, {len(next(iter(ranked.values()), ())):,} {origin} images"
+    metrics = sorted({name for run in runs.values() for name in run.metrics})
+    ranking = [
+        (label, run.run_id, *counts[label], *wilson(*counts[label]), *map(run.metrics.get, metrics))
+        for label, run in runs.items()
+        if label in ranked
+    ]
+    ordered = {label: runs[label] for label in dict.fromkeys([*ranked, *runs])}
     return StudyResults(
         answers=[sentence],
         short=sentence,
         table=_table(ordered.values()),
         details=_details(ordered, images),
-        document="ranking.md",
-        metrics={f"{label}/{name}": runs[label].metrics[name] for label, name in logged},
-        files=files | {"accuracy_against_cost.png": accuracy_against_cost(shares, costs, title)} if ranked else {},
+        metrics={
+            f"{label}/{name}": value
+            for label, run in runs.items()
+            for name, value in run.metrics.items()
+            if name.endswith(OF_ANY_IMAGES)
+        },
+        files={
+            "ranking.csv": [("network", "run_id", "right", "images", "low", "high", *metrics), *ranking],
+            "pairs.csv": [NetworkPair._fields, *pairs],
+            "accuracy_against_cost.png": accuracy_against_cost(shares, costs, title),
+        }
+        if ranked
+        else {},
     )
 
 
@@ -231,9 +232,8 @@ def _sentence(runs: Iterable[str], ranked: Ranked, origin: str, pairs: Sequence[
         p = f" ({p_text(pair.p_holm)})" if len(pairs) <= PAIRS_WITH_P else ""
         (better if pair.told_apart else open_).setdefault(pair.better, []).append(f"{pair.worse}{p}")
     words = [f"{one} is better than {joined(others)}" for one, others in better.items()]
-    if open_:
-        either = "; ".join(f"{one} or {joined(others, 'or')}" for one, others in open_.items())
-        words.append(f"it can't be told which is better: {either}")
+    either = "; ".join(f"{one} or {joined(others, 'or')}" for one, others in open_.items())
+    words += [f"it can't be told which is better: {either}"] if either else []
     how = f" (exact McNemar tests, Holm-corrected for {len(pairs)}, {LEVEL:.0%} level)" if pairs else ""
     what = "; ".join(words) or "one network alone, nothing to compare"
     few = f" So few images rarely decide; evaluate more than {FEW_IMAGES}." if size < FEW_IMAGES else ""

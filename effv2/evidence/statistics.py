@@ -39,10 +39,14 @@ class Interval(NamedTuple):
 
 
 class Looks(NamedTuple):
-    """How often a comparison may be looked at: after every run, up to `most` seeds of an arm; or once, with all."""
+    """How often a comparison may be looked at: after every run, up to `most` seeds of an arm; or once, with all.
+
+    If once, all are the seeds on each of so many `splits`.
+    """
 
     most: int = 30
     once: bool = False
+    splits: int = 1
 
     def overall(self, p: float, samples: int) -> float:
         """Return how likely a p-value as small comes up at any of the looks where there is no effect.
@@ -54,6 +58,12 @@ class Looks(NamedTuple):
     def nominal(self, alpha: float, samples: int) -> float:
         """Return how small the p-value of a single look has to be, for a share `alpha` of errors over all looks."""
         return alpha if self.once else _interpolate(alpha, *_levels(samples, self.most))
+
+    def waits(self, there: int) -> str:
+        """Say that there is no verdict yet, with so many runs of an arm; empty where there may be one."""
+        planned = self.most * self.splits
+        early = self.once and there < planned
+        return f"{planned} seeds planned, {there} are there: no verdict before all are" if early else ""
 
     def text(self) -> str:
         """Say it."""
@@ -168,13 +178,9 @@ class Estimate:
         """Return the p-value of the mean lying outside of two edges, one test of either (TOST, Schuirmann 1987)."""
         return max(self.p(low), self.p(high)) / 2 if low < self.mean < high else 1.0
 
-    def prediction(self, deviation: float | None = None) -> Interval:
-        """Return the interval in which a single further value is expected (normal values); NaN for one value.
-
-        `deviation` is that of single values, where these are means of several.
-        """
-        spread = math.hypot(self.deviation if deviation is None else deviation, self.error)
-        reach = float(stats.t.ppf((1 + CONFIDENCE) / 2, self.degrees) * spread)
+    def prediction(self) -> Interval:
+        """Return the interval in which a single further value is expected (normal values); NaN for one value."""
+        reach = float(stats.t.ppf((1 + CONFIDENCE) / 2, self.degrees) * math.hypot(self.deviation, self.error))
         return Interval(self.mean - reach, self.mean + reach)
 
 
@@ -207,39 +213,23 @@ class Outcome(str, Enum):
     FEW = "too few runs"
 
 
-class Comparison(NamedTuple):
-    """An arm held against another: what runs say, the difference, and the level of the test that said it."""
-
-    outcome: Outcome
-    estimate: Estimate
-    p: float  # over all looks, corrected for the number of comparisons
-    level: float
-
-    @property
-    def interval(self) -> Interval:
-        """Return the interval that goes with the outcome: it excludes 0, or lies within the margin, or neither."""
-        return self.estimate.interval(2 * self.level if self.outcome is Outcome.EQUIVALENT else self.level)
-
-
-def compare(estimates: Mapping[str, Estimate], margin: float = 0.0, tests: int = 0) -> dict[str, Comparison]:
+def compare(estimates: Mapping[str, Estimate], margin: float = 0.0, tests: int = 0) -> dict[str, tuple[Outcome, float]]:
     """Say of each difference whether it is above 0, below 0, or within the margin; wrong in 5 % of studies at most.
 
-    Holm's correction counts each difference once: of its being 0 and its being as large as the margin one is false.
-    `tests` is the number of all comparisons that there could be, where the data say which ones are made (Bonferroni).
+    Returns the level of its test, too. Holm's correction counts each difference once: of its being 0 and its being as
+    large as the margin one is false. `tests` is the number of all comparisons that there could be, where the data say
+    which ones are made (Bonferroni).
     """
     enough = {name: each for name, each in estimates.items() if each.n >= FEWEST}
     differ = {name: each.p(0) for name, each in enough.items()}
     alike = {name: each.p_within(-margin, margin) if margin else 1.0 for name, each in enough.items()}
     smaller = [min(differ[name], alike[name]) for name in enough]
-    each_alone = [Corrected(min(p * tests, 1.0), LEVEL / max(tests, 1)) for p in smaller]
-    corrected = dict(zip(enough, each_alone if tests else holm(smaller), strict=True))
-    found = {name: Comparison(Outcome.FEW, each, 1.0, LEVEL) for name, each in estimates.items()}
-    for name, (p, level) in corrected.items():
-        outcome = Outcome.OPEN
-        if p < LEVEL:
-            differs = Outcome.BETTER if enough[name].mean > 0 else Outcome.WORSE
-            outcome = Outcome.EQUIVALENT if alike[name] < differ[name] else differs
-        found[name] = Comparison(outcome, enough[name], p, level)
+    corrected = [Corrected(min(p * tests, 1.0), LEVEL / tests) for p in smaller] if tests else holm(smaller)
+    found = dict.fromkeys(estimates, (Outcome.FEW, LEVEL))
+    for (name, each), (p, level) in zip(enough.items(), corrected, strict=True):
+        differs = Outcome.BETTER if each.mean > 0 else Outcome.WORSE
+        decided = Outcome.EQUIVALENT if alike[name] < differ[name] else differs
+        found[name] = decided if p < LEVEL else Outcome.OPEN, level
     return found
 
 

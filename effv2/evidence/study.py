@@ -5,70 +5,27 @@ import statistics
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from functools import partial
 from itertools import product
-from textwrap import shorten
 from typing import Any
 
 from matplotlib.figure import Figure
 
-from effv2.core.errors import listed
 from effv2.core.figures import accuracy_against_time, accuracy_curves, bars, forest
+from effv2.core.words import counted, percent, points
 from effv2.evidence.answers import NONE, NOTHING_YET, Arms, Held, hold
 from effv2.evidence.claims import Claims, published_runs
 from effv2.evidence.judge import FEW_IMAGES
-from effv2.evidence.protocols import complete, counted, has, is_like, pair_of, settings_of, split_of
-from effv2.evidence.quantities import CURVES, SHOWN, TRAIN_SECONDS, Quantity, percent, points, quantity, shown_for
+from effv2.evidence.protocols import has, is_like, pair_of, split_of
+from effv2.evidence.quantities import CURVES, TRAIN_SECONDS, Quantity, quantity, shown_for
 from effv2.evidence.statistics import FEWEST, TINY, Estimate
 from effv2.tracking import tags
 from effv2.tracking.read import BEST_TEST, LAST_TEST, SELECTED_TEST, SELECTED_VALIDATION, RunRecord
+from effv2.tracking.studies import NO_STUDY, TrackedStudy, arm_in, complete
 
-MOST_NAMED, LONGEST_REASON = 6, 150  # of the runs that a study lacks; characters
-MOST_COLUMNS = 8  # of a table: more arms have a line each
 DIFFERENCES = "differences"  # the figure that stands first
 NEAR_CHANCE = 0.03  # accuracy above chance level
-LONGEST_END = 100  # characters that are shown of either end of a setting
+MOST_DRAWN = 20  # single runs: of more there is the table alone
 Rows = list[tuple[str, ...]]  # of a table, its titles first
-NO_STUDY = RunRecord("", "Single runs", "", {}, {}, {})  # stands for the parent of runs that belong to no study
-
-
-@dataclass(frozen=True)
-class TrackedStudy:
-    """A study's own run, or NO_STUDY, and the runs that it rests on."""
-
-    parent: RunRecord
-    runs: Sequence[RunRecord]
-
-    @property
-    def kind(self) -> str:
-        """Return which command made it."""
-        return self.parent.params.get("study.kind", "")
-
-    @property
-    def planned(self) -> list[str]:
-        """Return the names of the runs that were planned."""
-        return tags.names_in(self.parent.tags, tags.PLANNED)
-
-    def in_order(self) -> list[RunRecord]:
-        """Return the runs in the order in which they were planned, whichever worker was quicker."""
-        place = {name: index for index, name in enumerate(self.planned)}
-        return sorted(self.runs, key=lambda run: place.get(run.name, len(place)))
-
-    def missing(self) -> str:
-        """Say what it lacks: runs that failed, and planned ones. A run that diverged is an answer to a search."""
-        there = {run.name for run in self.runs if run.status == "FINISHED"}
-        failed = {run.name: run.tags.get(tags.ERROR, "no reason known") for run in self.runs if run.status == "FAILED"}
-        lacking = [name for name in self.planned if name not in there | failed.keys()]
-        diverged = {name for name, error in failed.items() if error.startswith("Diverged:")}
-        hidden = there | (diverged if self.kind == "search" else set())
-        errors = [f"{name} ({shorten(error, LONGEST_REASON)})" for name, error in failed.items() if name not in hidden]
-        running = any(run.status == "RUNNING" for run in self.runs)
-        found = ["it is being worked on, or its process died"] if running else []
-        for words, names in {"failed": errors, "planned but not finished": lacking}.items():
-            found += [f"{counted(len(names), 'run')} {words}: {listed(names, MOST_NAMED, ', ')}"] if names else []
-        found += [] if self.runs else ["it has no runs yet"]
-        resumes = self.parent.tags.get(tags.COMMAND) and (lacking or failed.keys() - there - diverged)
-        return f"{'; '.join(found)}.{' The command below resumes it.' if resumes else ''}" if found else ""
 
 
 @dataclass(frozen=True)
@@ -89,7 +46,6 @@ class StudyResults:
     commands: Sequence[str] = ()
     environment: Rows = field(default_factory=list)
     metrics: Mapping[str, float] = field(default_factory=dict)  # of the study's run, as are the files
-    document: str = ""  # the name of a file with title, answers and tables
     files: Mapping[str, Sequence[Sequence[Any]] | Figure] = field(default_factory=dict)
 
     def markdown(self, links: str = "") -> str:
@@ -98,37 +54,6 @@ class StudyResults:
         table, details = ("\n".join(f"| {' | '.join(cells)} |" for cells in rows) for rows in ruled)
         parts = (*self.answers, links, self.description, table, *self.warnings, details, *self.notes)
         return "\n\n".join(filter(None, parts))
-
-
-def studies_of(runs: Sequence[RunRecord]) -> list[TrackedStudy]:
-    """Return the studies of an experiment in the order of their beginning, then the training runs of none."""
-    by_id = {run.run_id: run for run in runs}
-    children: dict[str, list[RunRecord]] = {}
-    for run in runs:
-        children.setdefault(run.parent, []).append(run)
-    studies = []
-    for run in runs:
-        of_it = list(children.get(run.run_id, ()))
-        for run_id, name in tags.reused_in(run.tags).items():  # of other studies: here they have its names and arms
-            if run_id in by_id:
-                arm = arm_in(name)
-                own = by_id[run_id].tags | ({tags.ARM: arm} if arm else {})
-                of_it.append(replace(by_id[run_id], name=name, tags=own))
-        if of_it or "study.kind" in run.params:
-            studies.append(TrackedStudy(run, of_it))
-    parents = {study.parent.run_id for study in studies}
-    single = [run for run in complete(runs) if not parents & {run.run_id, run.parent} and has_figures(run)]
-    return [*studies, *([TrackedStudy(NO_STUDY, single)] if single else [])]
-
-
-def arm_in(name: str) -> str:
-    """Return the arm in the name of a run, empty where there is none."""
-    return name.rpartition(", seed ")[0]
-
-
-def has_figures(run: RunRecord) -> bool:
-    """Say whether a run has any of the main figures of a table of arms."""
-    return any(what.values([run]) for what in SHOWN.values() if what.shown == "main")
 
 
 def values_of(groups: Mapping[str, Sequence[RunRecord]], name: str) -> dict[str, list[float]]:
@@ -147,31 +72,32 @@ def line_of(groups: Mapping[str, Sequence[RunRecord]], name: str) -> Rows:
 
 
 def arms_results(study: TrackedStudy, claims: Claims) -> StudyResults:
-    """Return what came out of an ablation, a hyper-parameter check, or single runs."""
+    """Return what came out of an ablation, a hyper-parameter check, or single runs, each of which is an arm."""
+    alone = study.parent is NO_STUDY
     found: dict[str, list[RunRecord]] = {}
     for run in complete(study.in_order()):
-        arm = run.tags.get(tags.ARM) or run.tags.get(tags.STUDY) or run.params.get("model.variant") or run.name
-        found.setdefault(arm, []).append(run)
-    having = {arm: kept for arm, runs in found.items() if (kept := [run for run in runs if has_figures(run)])}
-    if not having:
+        arm = run.tags.get(tags.ARM) or run.params.get("model.variant") or run.name
+        found.setdefault(f"{run.name}, run {run.run_id[:8]}" if alone else arm, []).append(run)
+    if not found:
         return StudyResults(answers=[NOTHING_YET])
-    alone = study.parent is NO_STUDY
-    parts = {arm: list({pair_of(run): run for run in runs}.values()) for arm, runs in having.items()}
-    arms, differences = _parted(having) if alone else (parts, [])
+    arms = {arm: list({pair_of(run): run for run in runs}.values()) for arm, runs in found.items()}
     held = hold(arms, study.parent)
-    named = [(arm, run) for arm, runs in arms.items() for run in runs]
-    quantities = shown_for(run for _, run in named)
-    shown = [what for what in quantities.values() if what.values(run for _, run in named)]
-    rows = [(arm, run.tags.get(tags.SEED), run.run_id, *(what.value(run) for what in shown)) for arm, run in named]
     published, protocol = _published_curves(arms, claims)
-    return StudyResults(
-        answers=[] if alone else held.sentences(),
-        short="" if alone else " ".join(held.sentences(short=True)),
+    results = StudyResults(
         table=_table(arms, held),
-        warnings=[*differences, *([] if alone else _counts(study, found, held)), *_warnings(arms, held.what)],
-        details=_details(arms, held.what.name),
+        warnings=list(_warnings(arms, held.what)),
         notes=list(_notes(arms, protocol, held)),
-        figures=_figures(arms, study.parent.name, published, held),
+        figures={} if alone and len(arms) > MOST_DRAWN else _figures(arms, study.parent.name, published, held),
+    )
+    if alone:
+        return results
+    quantities = shown_for(run for runs in arms.values() for run in runs)
+    return replace(
+        results,
+        answers=held.sentences(),
+        short=" ".join(held.sentences(short=True)),
+        warnings=[*_counts(study, found, held), *results.warnings],
+        details=_details(arms, quantities, held.what.name),
         # Of what runs log under that very name: accuracies and the time that training took.
         metrics={
             f"{arm}/{name}": statistics.fmean(values)
@@ -179,9 +105,16 @@ def arms_results(study: TrackedStudy, claims: Claims) -> StudyResults:
             if not what.metric and not what.fixed
             for arm, values in values_of(arms, name).items()
         },
-        document="comparison.md",
-        files={"comparison.csv": [("variant", "seed", "run_id", *(what.words for what in shown)), *rows]},
+        files={"comparison.csv": _run_by_run(arms, quantities)},
     )
+
+
+def _run_by_run(arms: Arms, quantities: Mapping[str, Quantity]) -> Sequence[Sequence[Any]]:
+    """Return a line a run with those quantities that some run has, titles first."""
+    runs = [(arm, run) for arm, of_arm in arms.items() for run in of_arm]
+    shown = [what for what in quantities.values() if what.values(run for _, run in runs)]
+    rows = [(arm, run.tags.get(tags.SEED), run.run_id, *(what.value(run) for what in shown)) for arm, run in runs]
+    return [("variant", "seed", "run_id", *(what.words for what in shown)), *rows]
 
 
 def _counts(study: TrackedStudy, found: Arms, held: Held) -> Iterator[str]:
@@ -224,28 +157,6 @@ def _figures(arms: Arms, title: str, published: Mapping[str, RunRecord], held: H
     return figures
 
 
-def _parted(arms: Arms) -> tuple[dict[str, list[RunRecord]], list[str]]:
-    """Part single runs of one name that differ in more than seeds; return also in what the parts differ.
-
-    Nobody planned them as repeats of each other. Of a seed that was repeated the last run counts.
-    """
-    parted, notes = dict[str, list[RunRecord]](), list[str]()
-    for arm, runs in arms.items():
-        groups: dict[frozenset[tuple[str, str]], dict[tuple[str, str], RunRecord]] = {}  # by settings and pair
-        for run in runs:
-            groups.setdefault(settings_of(run), {})[pair_of(run)] = run
-        shared = frozenset.intersection(*groups)
-        for number, (settings, of_it) in enumerate(groups.items(), 1):
-            name = arm if len(groups) == 1 else f"{arm} ({number})"
-            parted[name] = list(of_it.values())
-            own = []
-            for key, value in sorted(settings - shared):
-                ends = f"{value[:LONGEST_END]} … {value[-LONGEST_END:]}" if len(value) > 2 * LONGEST_END else value
-                own.append(f"{key} {ends or 'empty'}")
-            notes += [f"{name}: {', '.join(own)}."] if own else []
-    return parted, notes
-
-
 def _table(arms: Arms, held: Held) -> Rows:
     """Return the short table, a line an arm: the accuracy that decides, the difference, what it costs."""
     last = [LAST_TEST] if held.what.name == BEST_TEST else []  # beside a maximum over epochs
@@ -260,16 +171,14 @@ def _table(arms: Arms, held: Held) -> Rows:
     return list(zip(*columns, strict=True))
 
 
-def _details(arms: Arms, decisive: str) -> Rows:
-    """Return a line a figure and a column an arm, accuracies with intervals; of many arms a line each, main figures."""
-    main: Rows = [("variant", *arms)]
-    more: Rows = []
-    for name, what in shown_for(run for runs in arms.values() for run in runs).items():
-        lines = line_of(arms, name)
-        if lines and name in (BEST_TEST, SELECTED_TEST, decisive):
-            lines += _intervals(arms, what)
-        (main if what.shown == "main" else more).extend(lines)
-    return [*main, *more] if len(arms) <= MOST_COLUMNS else list(zip(*main, strict=True))
+def _details(arms: Arms, quantities: Mapping[str, Quantity], decisive: str) -> Rows:
+    """Return a line a figure and a column an arm, accuracies with intervals."""
+    rows: Rows = [("variant", *arms)]
+    for name, what in quantities.items():
+        rows += line_of(arms, name)
+        if name in (BEST_TEST, SELECTED_TEST, decisive):
+            rows += _intervals(arms, what)
+    return rows
 
 
 def _intervals(arms: Arms, what: Quantity) -> Rows:
@@ -289,12 +198,11 @@ def _intervals(arms: Arms, what: Quantity) -> Rows:
 def _published_curves(arms: Arms, claims: Claims) -> tuple[dict[str, RunRecord], str]:
     """Return the published runs of arms that follow a published protocol, or come near it, and the protocol's name."""
     for source, published in published_runs().items():
-        for name in filter(None, (source, claims.protocols[source].nearest)):
-            follows = partial(is_like, protocol=claims.protocols[name])
+        for protocol in (claims.protocols[name] for name in (source, claims.protocols[source].nearest) if name):
             pairs = product(arms, published)
-            found = {arm: published[their] for arm, their in pairs if all(follows(run, arm=their) for run in arms[arm])}
-            if found:
-                return found, source
+            alike = {arm: their for arm, their in pairs if all(is_like(run, protocol, their) for run in arms[arm])}
+            if alike:
+                return {arm: published[their] for arm, their in alike.items()}, source
     return {}, ""
 
 

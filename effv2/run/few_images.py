@@ -7,9 +7,9 @@ import numpy as np
 
 from effv2.config.schema import TrainConfig
 from effv2.core.reporter import Message
+from effv2.core.words import percent
 from effv2.data.batches import batch_count
 from effv2.data.dataset import LoadData, Split
-from effv2.evidence.quantities import percent
 from effv2.evidence.study import NEAR_CHANCE
 
 FIRST_DATASETS = ("digits", "imagenette", "mnist", "birds")

@@ -11,12 +11,14 @@ from scipy.optimize import brentq
 
 from effv2.config.options import StudyOptions
 from effv2.config.schema import TrainConfig
+from effv2.core.words import duration, points
 from effv2.data.dataset import LoadData
-from effv2.evidence.protocols import FREE, complete
-from effv2.evidence.quantities import TRAIN_SECONDS, duration, points
+from effv2.evidence.protocols import FREE
+from effv2.evidence.quantities import TRAIN_SECONDS
 from effv2.evidence.statistics import EVERY_LOOK, FEWEST, LEVEL, Looks, power
 from effv2.studies.grid import MAX_SEEDS, Grid
 from effv2.tracking.read import RunRecord, decisive_accuracy, read_experiment
+from effv2.tracking.studies import complete
 from effv2.training.loop import Training
 
 TIMED_SECONDS = 15.0  # of training, all arms together, where no run was finished before

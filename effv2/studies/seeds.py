@@ -11,9 +11,9 @@ from dataclasses import dataclass, field
 from optuna.trial import FrozenTrial, TrialState
 
 from effv2.config.schema import TrainConfig
-from effv2.evidence.answers import Answer, answers, leader, leads, reference
-from effv2.evidence.protocols import SplitAndSeed, counted
-from effv2.evidence.quantities import duration
+from effv2.core.words import counted, duration
+from effv2.evidence.answers import Answer, answers, leads, reference, rivals
+from effv2.evidence.protocols import SplitAndSeed
 from effv2.evidence.statistics import EVERY_LOOK, FEWEST, Looks, Outcome
 from effv2.studies.queue import Params, Trials
 
@@ -90,20 +90,20 @@ class AutoSeeds:
             used = {name: finished[name] for name in dict.fromkeys([*names, *self.before, *others]) if name in finished}
             failed = {names[name]["arm"] for name in names if finished[name].state == TrialState.FAIL}
             said, most = self._answers(used)
-            undecided = [each for each in said.values() if each.comparison.outcome is Outcome.OPEN]
+            undecided = [each for each in said.values() if each.outcome is Outcome.OPEN]
             left = [each for each in undecided if each.arm in counts and not {each.arm, each.other} & failed]
             growing = {arm for each in left for arm in (each.arm, each.other)}
             after = {arm: count + (arm in growing and count < most) for arm, count in counts.items()}
             spent = [_hours(trial) for trial in used.values() if not trial.user_attrs.get(ELSEWHERE)]
             hours, more = sum(spent), sum(after.values()) - sum(counts.values())
             ending = ""
-            if not more and undecided:
-                ending = f"the end, at {most} seeds of an arm or failed runs"
-            elif not more:
-                ending = "the end: all is decided"
+            if not more:
+                ending = (
+                    f"the end, at {most} seeds of an arm or failed runs" if undecided else "the end: all is decided"
+                )
             elif hours + more * hours / max(1, len(spent)) > self.budget:
                 ending = "the end: another round would pass the budget"
-            found.append(Round(counts, said, hours, ending, leads(said) if self.race and said else ""))
+            found.append(Round(counts, said, hours, ending, leads(said) if self.race else ""))
             if ending:
                 return found
             counts = after
@@ -119,11 +119,9 @@ class AutoSeeds:
         for trial in complete:
             values.setdefault(trial.params["arm"], {})["", str(trial.params["seed"])] = trial.user_attrs[ACCURACY]
         schedules = {arm: self.arms[arm].schedule.name for arm in self.arms if arm in values}
-        others, tests = {arm: reference(arm, self.baseline, schedules) for arm in schedules}, 0
-        if self.race and values:
-            best, tests = leader(values), len(values) - 1
-            others = {arm: "" if arm == best else best for arm in values}
-        said = answers(values, others, looks, margin=self.margin, paired=self.paired, tests=tests)
+        race = self.race and bool(values)
+        others = rivals(values) if race else {arm: reference(arm, self.baseline, schedules) for arm in schedules}
+        said = answers(values, others, looks, margin=self.margin, paired=self.paired, race=race)
         return said, min(self.most, looks.most)
 
 

@@ -1,0 +1,40 @@
+"""Numbers in words, written in one way wherever they are shown."""
+
+import math
+
+whole, tenths = "{:,.0f}".format, "{:,.1f}".format  # numbers without a fraction, to a tenth
+
+
+def percent(value: float) -> str:
+    """Write a fraction as a percentage."""
+    return f"{100 * value:.2f} %"
+
+
+def points(value: float, sign: str = "+", unit: str = " points") -> str:
+    """Write a difference of two fractions in percentage points; `sign` and `unit` may be empty."""
+    return f"{100 * value:{sign}.2f}{unit}"
+
+
+def decimal(value: float) -> str:
+    """Write a number to three digits."""
+    return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.3g}"
+
+
+def number(text: str) -> float:
+    """Read a number; NaN where the text is none."""
+    try:
+        return float(text)
+    except ValueError:
+        return math.nan
+
+
+def duration(seconds: float) -> str:
+    """Write a duration in seconds, minutes or hours."""
+    if seconds < 60:
+        return f"{seconds:.0f} seconds"
+    return f"{seconds / 3600:.1f} hours" if seconds >= 3600 else f"{seconds / 60:.1f} minutes"
+
+
+def counted(number: int, word: str) -> str:
+    """Write how many of something there are."""
+    return f"{number} {word}" if number == 1 else f"{number} {word}s"

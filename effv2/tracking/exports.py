@@ -1,0 +1,152 @@
+"""Tracked runs written as CSV files with a manifest of their hashes, and read back as they were: exports."""
+
+import csv
+import json
+import re
+from collections import defaultdict
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any
+
+from pydantic import BaseModel, Field
+
+from effv2 import __version__
+from effv2.core.errors import InputError
+from effv2.core.paths import from_cell, read_text, write_atomically, write_csv
+from effv2.core.provenance import sha256_of_file
+from effv2.core.secrets import masked_values
+from effv2.tracking.read import Images, RunRecord
+from effv2.tracking.tags import PARENT, PID, PROCESS, QUEUE
+
+MANIFEST, RUNS = "manifest.json", "runs.csv"
+LARGEST_MANIFEST, LARGEST_FILE = 50_000_000, 2_000_000_000  # bytes: of millions of epochs
+LARGEST_FIELD = 10_000_000  # characters of a CSV field: thousands of class names
+TABLES = {  # of an export: their titles after `run_id`
+    RUNS: "name status started ended",
+    "params.csv": "name value",
+    "tags.csv": "name value",
+    "metrics.csv": "name value",
+    "epochs.csv": "name epoch value",
+    "images.csv": "context name digest images classes",
+}
+PRIVATE = {"data.dir", "weights.file", PID, PROCESS, QUEUE}  # where the user's files lie, or who they are
+
+
+class Manifest(BaseModel):
+    """What an export says of itself: the experiment, the address of its pages (empty without), its files' SHA-256."""
+
+    effv2: str = __version__
+    experiment: str
+    ui: Annotated[str, Field(pattern="^(https?://|$)")]
+    sha256: dict[str, str] = {}
+
+
+@dataclass(frozen=True)
+class Export:
+    """An export that was read: its folder, what it says of itself, and its runs."""
+
+    folder: Path
+    manifest: Manifest
+    runs: Sequence[RunRecord]
+
+    def text(self, name: str) -> str | None:
+        """Return the text of one of its files; None where it has none of that name."""
+        there = name in self.manifest.sha256
+        return (self.folder / name).read_text(encoding="utf-8", errors="replace") if there else None
+
+
+def write_export(folder: Path, manifest: Manifest, runs: Sequence[RunRecord], texts: Iterable[tuple[str, str]]) -> None:
+    """Write runs as tables, further `texts` by their names in the folder, and the manifest with the hashes of all.
+
+    The files of an earlier export there are removed first, and no others.
+    """
+    with suppress(InputError):  # there is none
+        for name in (*_manifest(folder).sha256, MANIFEST):
+            (folder / name).unlink(missing_ok=True)
+    folder.mkdir(parents=True, exist_ok=True)
+    lines = {run.run_id: _lines(run) for run in runs}
+    for name, titles in TABLES.items():
+        rows = [(run_id, *line) for run_id, of_run in lines.items() for line in of_run[name]]
+        write_csv(folder / name, [("run_id", *titles.split()), *rows])
+    written = list(TABLES)
+    for name, text in texts:
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_text(text, encoding="utf-8", newline="")
+        written.append(name)
+    hashes = {name: sha256_of_file(folder / name) for name in sorted(written)}
+    whole = manifest.model_copy(update={"sha256": hashes})
+    write_atomically(folder / MANIFEST, json.dumps(whole.model_dump(), indent=1) + "\n")
+
+
+def _lines(run: RunRecord) -> dict[str, list[tuple[Any, ...]]]:
+    """Return what stands of a run in each table, after its id."""
+    params = {name: value for name, value in run.params.items() if name not in PRIVATE}
+    tags = {name: value for name, value in run.tags.items() if name.startswith("effv2.") or name == PARENT}
+    images = [
+        (context, each.name, each.digest, each.images, json.dumps(each.classes)) for context, each in run.images.items()
+    ]
+    return {
+        RUNS: [(run.name, run.status, run.started, run.ended)],
+        "params.csv": sorted(params.items()),
+        "tags.csv": sorted((name, value) for name, value in tags.items() if name not in PRIVATE),
+        "metrics.csv": sorted(run.metrics.items()),
+        "epochs.csv": [(name, *each) for name, curve in sorted(run.history.items()) for each in sorted(curve.items())],
+        "images.csv": sorted(images),
+    }
+
+
+def read_export(folder: Path) -> Export:
+    """Read an export back; InputError where a file of it is missing, was changed, or holds what no export has."""
+    manifest = _manifest(folder)
+    for name, wanted in manifest.sha256.items():
+        file = folder / name
+        if not file.is_file() or file.stat().st_size > LARGEST_FILE or sha256_of_file(file) != wanted:
+            raise _wrong(folder, f"the file {name} is missing or was changed")
+    try:
+        return Export(folder, manifest, list(_read_runs(folder)))
+    except (ValueError, TypeError, OverflowError, RecursionError, csv.Error) as error:
+        raise _wrong(folder, f"one of its tables holds what no export has ({str(error)[:100]})") from error
+
+
+def _manifest(folder: Path) -> Manifest:
+    """Return an export's manifest; InputError where there is none, or it names files outside of the export."""
+    try:
+        manifest = Manifest.model_validate_json(read_text(folder / MANIFEST, LARGEST_MANIFEST))
+        if not manifest.sha256.keys() >= TABLES.keys():
+            raise ValueError
+    except (OSError, ValueError) as error:
+        raise _wrong(folder, f"has no {MANIFEST} of an export", "give a folder that `export` wrote") from error
+    for name in manifest.sha256:
+        if not (folder / name).resolve().is_relative_to(folder.resolve()):
+            raise _wrong(folder, f"its manifest names {name}, outside of it")
+    return manifest
+
+
+def _read_runs(folder: Path) -> Iterator[RunRecord]:
+    """Yield the runs of an export from its tables."""
+    csv.field_size_limit(LARGEST_FIELD)
+    lines: dict[str, dict[str, list[list[str]]]] = defaultdict(lambda: {name: [] for name in TABLES})  # by run
+    for table in TABLES:
+        with (folder / table).open(newline="", encoding="utf-8") as file:
+            for run_id, *values in [[from_cell(text) for text in row] for row in csv.reader(file)][1:]:
+                lines[run_id][table].append(values)
+    for run_id, of_run in lines.items():
+        if not of_run[RUNS] or not re.fullmatch(r"[\w-]+", run_id):
+            raise ValueError("a run that can't be one")
+        name, status, started, ended = of_run[RUNS][0]
+        params, tags, metrics = (masked_values(dict(of_run[f"{of}.csv"])) for of in ("params", "tags", "metrics"))
+        numbers = {metric: float(value) for metric, value in metrics.items()}
+        history: dict[str, dict[int, float]] = {}
+        for metric, epoch, value in of_run["epochs.csv"]:
+            history.setdefault(metric, {})[int(epoch)] = float(value)
+        images = {
+            context: Images(called, digest, int(count), tuple(map(str, json.loads(classes))))
+            for context, called, digest, count, classes in of_run["images.csv"]
+        }
+        yield RunRecord(run_id, name, status, params, numbers, tags, history, images, int(started), int(ended))
+
+
+def _wrong(folder: Path, problem: str, remedy: str = "export again") -> InputError:
+    return InputError("from_export", folder, problem, remedy)
