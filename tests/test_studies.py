@@ -76,7 +76,7 @@ def test_a_study_is_found_by_name_and_by_path(tmp_path: Path, monkeypatch: pytes
     assert open_study("ablate-mnist").name == "ablate-mnist"
     (tmp_path / "ablate-mnist").write_text("name: mine\nconfig: {}\n")
     assert open_study("ablate-mnist").name == open_study(str(tmp_path / "ablate-mnist")).name == "mine"
-    with pytest.raises(InputError, match=r"study ablate-mnits: no file and no study .* did you mean 'ablate-mnist'"):
+    with pytest.raises(InputError, match=r"study ablate-mnits: no file and no study .* the nearest is 'ablate-mnist'"):
         open_study("ablate-mnits")
     with pytest.raises(InputError, match=r"study sweeps/ablate-mnist.yaml: no file and no study of that name"):
         open_study("sweeps/ablate-mnist.yaml")
@@ -114,7 +114,8 @@ def test_component_ablation_changes_one_component_at_a_time() -> None:
 @pytest.mark.parametrize("path", sorted(SWEEPS.glob("*.yaml")), ids=lambda path: path.stem)
 def test_every_study_file_opens_with_its_command(path: Path) -> None:
     study, first = read_study(path), path.read_text().splitlines()[0]
-    entry = {"hparam": "hparam-check", "recipe": "ablate"}.get(path.stem.split("-")[0], path.stem.split("-")[0])
+    entry = "hparam-check" if path.stem.startswith("hparam") else "ablate" if study.arms else "train"
+    entry = "search" if path.stem.startswith("search") else entry
     assert first.startswith(f"# mlflow run . -e {entry} -P study={path.stem}")
     assert study.name == path.stem
 

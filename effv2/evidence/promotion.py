@@ -9,9 +9,10 @@ from typing import Literal, NamedTuple
 import numpy as np
 
 from effv2.core.errors import InputError, RunError
+from effv2.core.words import decimal, percent
 from effv2.evidence.answers import NONE
 from effv2.evidence.exports import PREDICTIONS
-from effv2.evidence.quantities import QUANTITIES, decimal, percent
+from effv2.evidence.quantities import QUANTITIES
 from effv2.evidence.statistics import LEVEL, mcnemar, p_text
 from effv2.evidence.study import Rows, StudyResults
 from effv2.tracking.read import RunRecord, read_artifacts, read_run

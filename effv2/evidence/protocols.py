@@ -29,6 +29,7 @@ SEED_SETTING, SPLIT_SEED = "random.seed", "data.split_seed"
 # are computed.
 COMPUTED = {"execution.device", "execution.compile", "execution.channels_last", "evaluation.batch_size"}
 FREE = {SEED_SETTING, SPLIT_SEED, "data.dir", "data.download", *COMPUTED}
+FOUND_OUT = {"model.weights_sha256"}  # settings that follow from others: left open, and equal in runs that are compared
 CLASSES = "data.classes"  # no parameter, but may stand in a protocol like one: the number of classes in the data
 OF_TIMES = tuple(f"{MACHINE}{name}" for name in ("processor", "accelerator", "threads"))  # tags
 PUBLISHED_OVERLAP = 0.25  # test over training images of the published split
@@ -79,7 +80,7 @@ def study_protocols(name: str, ignore: Sequence[str], folder: Path) -> dict[str,
     study = open_study(name, folder)
     configs = {arm: study.arm(arm, NOTHING) for arm in study.arms} or {ONLY_ARM: study.config(NOTHING)}
     arms = {
-        arm: {key: value for key, value in config.flat().items() if key not in FREE and value != "auto"}
+        arm: {key: value for key, value in config.flat().items() if key not in FREE | FOUND_OUT and value != "auto"}
         for arm, config in configs.items()
     }
     first, published = next(iter(arms.values())), study.published

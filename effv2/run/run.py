@@ -113,12 +113,7 @@ def attempt(config: TrainConfig, dataset: Dataset, spec: RunSpec) -> Attempt:
     training has ended, before anything waits for the store: from it the same command delivers what the store lacks.
     TrackingAway where the store is away for longer than the run waits at its end.
     """
-    code, variant, seed = provenance.code_version(), config.model.variant, config.random.seed
-    tags = tag.run_tags(config.hash(), dataset.digest(), code, variant, seed)
-    if config.execution.device == "cpu" and (timed := remembered(config)):
-        tags[tag.CALIBRATION] = str(timed)
-    if config.model.weights:
-        tags[tag.WEIGHTS] = origin(config, dataset.classes)
+    tags = _tags(config, dataset)
     earlier = find_earlier(tags, spec)
     identity = {name.removeprefix("effv2."): tags[name] for name in tag.IDENTITY}
     keeping = spec.checkpoints, identity, spec.reporter.message
@@ -157,6 +152,17 @@ def attempt(config: TrainConfig, dataset: Dataset, spec: RunSpec) -> Attempt:
         raise
     checkpointer.remove()
     return ended
+
+
+def _tags(config: TrainConfig, dataset: Dataset) -> dict[str, str]:
+    """Return what a run is known by, and what its settings came to on this machine."""
+    code, variant, seed = provenance.code_version(), config.model.variant, config.random.seed
+    tags = tag.run_tags(config.hash(), dataset.digest(), code, variant, seed)
+    if config.execution.device == "cpu" and (timed := remembered(config)):
+        tags[tag.CALIBRATION] = str(timed)
+    if config.model.weights:
+        tags[tag.WEIGHTS] = origin(config, dataset.classes)
+    return tags
 
 
 def _must_be_alone(tags: Mapping[str, str], spec: RunSpec, run: OpenRun | None = None) -> None:
