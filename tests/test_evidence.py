@@ -97,8 +97,8 @@ def results(runs: Sequence[RunRecord], parent: RunRecord = NO_STUDY) -> StudyRes
 def test_the_posts_words_against_its_own_figures_and_single_runs() -> None:
     found = {each.id: each for each in judge(read_claims(), [], nothing)}
     assert set(found) == {
-        "T1", "T2", "T3", "T4", "T5", "P1", "F1", "F2", "F3", "F4", "F5", "H1", "H2", "H3", "H4", "H5", "H6", "H7", "H8",
-        "A1", "A2", "A3", "A4", "A5", "A6", "A7", "A8", "E1", "E2",
+        "T1", "T2", "T3", "T4", "T5", "P1", "F1", "F2", "F3", "F4", "F5",
+        "H1", "H2", "H3", "H4", "H5", "H6", "H7", "H8", "A1", "A2", "A3", "A4", "A5", "A6", "A7", "A8", "E1", "E2",
     }  # fmt: skip
     assert {id_: found[id_].words for id_ in ("A1", "A2", "A3", "P1")} == {
         "A1": INCONSISTENT, "A2": INCONSISTENT, "A3": INCONSISTENT, "P1": CONSISTENT,
