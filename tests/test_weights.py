@@ -16,7 +16,7 @@ from torch import nn
 from torchvision import models
 
 from effv2.architecture import build_model
-from effv2.cli.main import train
+from effv2.cli.main import search, train
 from effv2.config.schema import TrainConfig
 from effv2.core.errors import InputError
 from effv2.core.reporter import Reporter
@@ -188,6 +188,13 @@ def call(*words: str) -> Result:
     settings = "model.variant=tiny", f"model.table={tiny_config().model.table}", "data.image_size=16"
     named = [word for setting in settings for word in ("--set", setting)]
     return CliRunner().invoke(train, [*named, "--per-class", "8", "--epochs", "1", *words], catch_exceptions=False)
+
+
+def test_a_search_of_other_networks_is_refused(tmp_path: Path, sqlite_store: str) -> None:
+    path = saved(tmp_path / "w.pth")
+    table = "--set", f"model.table={tiny_config().model.table}", "--set", "model.variant=tiny"
+    result = CliRunner().invoke(search, ["--weights", str(path), *table])
+    assert result.exit_code == 2 and "--weights-partial" in result.output and "depth_multiplier" in result.output
 
 
 def test_a_logged_run_is_started_from(sqlite_store: str) -> None:

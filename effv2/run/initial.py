@@ -20,7 +20,7 @@ from effv2.core.reporter import Message
 from effv2.data.batches import NORMALISATIONS
 from effv2.data.dataset import LoadData
 from effv2.run.few_images import with_default
-from effv2.run.weights import find_all_weights, load_network, parse_models, read_state
+from effv2.run.weights import OR_THERE, find_all_weights, load_network, parse_models, read_state
 from effv2.tracking.models import fetch_model
 
 SETTING, PUBLISHED = "model.weights", "published"
@@ -134,7 +134,7 @@ def _found(weights: str, variant: str, _written: int) -> Initial:
         (found,) = find_all_weights(parse_models(wanted), None, progress=False)
         return Initial(load_network(found).state_dict(), found.sha256, (), _name_of(*found.normalisation))
     except InputError as error:
-        raise InputError(SETTING, weights, error.problem, error.remedy) from error
+        raise InputError(SETTING, weights, error.problem, error.remedy.removesuffix(OR_THERE)) from error
 
 
 def _logged(address: str) -> Initial:

@@ -29,6 +29,7 @@ OUTPUTS = 1000
 WRAPPERS = ("state_dict", "model_state_dict", "model", "net", "network")  # keys of whole checkpoints
 HOLDERS = ("module.", "_orig_mod.", "model.", "net.", "network.")  # what names of parameters begin with
 LONGEST_STEM = 60  # characters of a file's name in a label, which becomes part of the names of metrics
+OR_THERE = ", or into the folder `weights_dir`"
 SILENT_SECONDS = 20  # of a server, after which a download is given up
 
 
@@ -172,7 +173,7 @@ def _download(requested: Requested, path: Path, missing: Sequence[str], progress
     except Exception as error:
         reason = str(getattr(error, "reason", None) or getattr(error, "strerror", None) or error).rstrip(".")
         problem = f"its weights can't be downloaded ({reason})"
-        into = f"put what you fetched into {path.parent}, or into the folder `weights_dir`"
+        into = f"put what you fetched into {path.parent}{OR_THERE}"
         raise InputError("models", requested.text, problem, f"fetch {', '.join(missing)} and {into}") from error
     finally:
         socket.setdefaulttimeout(patience)
