@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
 from effv2.config.options import CheckpointOptions
@@ -74,6 +74,7 @@ def test_what_is_damaged_is_never_read(checkpoints: Checkpointer, data: st.DataO
 
 @settings(suppress_health_check=[HealthCheck.function_scoped_fixture], max_examples=100)
 @given(place=st.floats(0, 1, exclude_max=True), bit=st.integers(0, 7))
+@example(place=0.93196, bit=4)  # marks an entry as a folder
 def test_damaged_weights_are_never_read(tmp_path: Path, place: float, bit: int) -> None:
     path, weights = tmp_path / "selected.pt", {"a": torch.arange(500.0), "b": torch.arange(7)}
     torch.save(weights, path)

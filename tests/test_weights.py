@@ -194,7 +194,11 @@ def test_a_search_of_other_networks_is_refused(tmp_path: Path, sqlite_store: str
     path = saved(tmp_path / "w.pth")
     table = "--set", f"model.table={tiny_config().model.table}", "--set", "model.variant=tiny"
     result = CliRunner().invoke(search, ["--weights", str(path), *table])
-    assert result.exit_code == 2 and "--weights-partial" in result.output and "depth_multiplier" in result.output
+    assert (
+        result.exit_code == 2
+        and "--weights-partial" in result.output
+        and "a search of --depth-multiplier" in result.output
+    )
 
 
 def test_a_logged_run_is_started_from(sqlite_store: str) -> None:

@@ -36,6 +36,7 @@ from effv2.training.loop import Training, evaluate, median_seconds
 
 CURVES = {"train": "train/accuracy", "validation": "val/accuracy", "test": "test/accuracy"}
 MOST_WRONG, MOST_NAMED = 24, 30  # images of a gallery; classes, or pairs of them, that a confusion matrix names
+FOLDER = 0x10  # attribute of a file in an archive
 WEIGHTS = "selected.pt"  # artifact: weights of the selected epoch, until the study's best run is known
 
 
@@ -222,8 +223,10 @@ def whole_weights(path: Path | None) -> dict[str, Tensor] | None:
     """Read a file of weights; None without one, or where it is damaged. torch itself compares no checksums."""
     with suppress(Exception):  # of the many that damage leads to
         if path is not None:
-            with zipfile.ZipFile(path) as file:
-                damaged = file.testzip()
+            with zipfile.ZipFile(
+                path
+            ) as file:  # what is marked as a folder torch skips, and leaves its tensor as it is
+                damaged = file.testzip() or any(each.external_attr & FOLDER for each in file.infolist())
             return None if damaged else dict(torch.load(path, map_location="cpu", weights_only=True))
     return None
 
