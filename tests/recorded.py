@@ -68,7 +68,7 @@ DECIDING: dict[str, dict[str, tuple[str, ...]]] = {
     },
     "execution": {f"execution/{name}.py": () for name in ("device", "fast_paths")},
     "evaluation": {
-        **{f"pretrained/{name}.py": () for name in ("evaluation", "images")},
+        **{f"pretrained/{name}.py": () for name in ("evaluation", "images", "own")},
         "run/weights.py": (),
         "run/records.py": ("write_predictions", "_confusion_figure"),
     },

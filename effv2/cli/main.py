@@ -184,7 +184,8 @@ def _run_and_show(make: Callable[..., Any], options: StudyOptions) -> None:
 @cli.option(
     "models",
     "Classification networks of torchvision, separated by commas: resnet50 with its default weights, "
-    "resnet50:IMAGENET1K_V1 with others, resnet50=FILE with a state dict of your own, which isn't verified.  "
+    "resnet50:IMAGENET1K_V1 with others, resnet50=FILE with a state dict of your own, which isn't verified; "
+    "mine=runs:/ID or mine=models:/ID with the model of a training. Heads may be of the data's own classes.  "
     f"[default: {PUBLISHED_COMPARISON}]",
     "LIST",
 )

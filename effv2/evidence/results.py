@@ -169,12 +169,12 @@ def networks_results(study: TrackedStudy, right: RightAnswers) -> StudyResults:
     tests = [mcnemar(ranked[better], ranked[worse]) for better, worse in both]
     found = zip(both, tests, holm([p for *_, p in tests]), strict=True)
     pairs = [NetworkPair(*names, one, other, p, holms, holms < LEVEL) for names, (one, other, p), (holms, _) in found]
-    sentence = _sentence(runs, ranked, origin, pairs)
+    sentence = _sentence(runs, ranked, origin, pairs, _heads(runs.values()))
     counts = {label: (int(each.sum()), len(each)) for label, each in ranked.items()}
     shares = {label: (count / of, *wilson(count, of)) for label, (count, of) in counts.items()}
     rates = {label: runs[label].metrics.get(EVALUATE_RATE, math.inf) for label in ranked}
     costs = {label: (runs[label].metrics.get("model/gflops"), 1000 / rate) for label, rate in rates.items()}
-    title = f"top-1 of 1000, {len(next(iter(ranked.values()), ())):,} {origin} images"
+    title = f"top-1 of {_heads(runs.values())}, {len(next(iter(ranked.values()), ())):,} {origin} images"
     metrics = sorted({name for run in runs.values() for name in run.metrics})
     ranking = [
         (label, run.run_id, *counts[label], *wilson(*counts[label]), *map(run.metrics.get, metrics))
@@ -219,7 +219,12 @@ def _rank(runs: Mapping[str, RunRecord], right: RightAnswers) -> tuple[Ranked, s
     return dict(sorted(zip(answers, correct, strict=True), key=lambda item: -int(item[1].sum()))), images, origin
 
 
-def _sentence(runs: Iterable[str], ranked: Ranked, origin: str, pairs: Sequence[NetworkPair]) -> str:
+def _heads(runs: Iterable[RunRecord]) -> str:
+    """Say how many outputs networks choose from."""
+    return joined(sorted({run.params.get("evaluation.outputs", "1000") for run in runs}, key=int), "or")
+
+
+def _sentence(runs: Iterable[str], ranked: Ranked, origin: str, pairs: Sequence[NetworkPair], heads: str) -> str:
     """Say which network is better than which, and of which pairs it can't be told."""
     lost = [label for label in runs if label not in ranked]
     missing = f" Not ranked, since predictions are missing: {joined(lost)}." if lost else ""
@@ -237,12 +242,13 @@ def _sentence(runs: Iterable[str], ranked: Ranked, origin: str, pairs: Sequence[
     how = f" (exact McNemar tests, Holm-corrected for {len(pairs)}, {LEVEL:.0%} level)" if pairs else ""
     what = "; ".join(words) or "one network alone, nothing to compare"
     few = f" So few images rarely decide; evaluate more than {FEW_IMAGES}." if size < FEW_IMAGES else ""
-    return f"Top-1 over 1000 classes on {size:,} {images}{how}: {what}.{few}{caution}{missing}"
+    return f"Top-1 over {heads} classes on {size:,} {images}{how}: {what}.{few}{caution}{missing}"
 
 
 def _table(runs: Iterable[RunRecord]) -> Rows:
     """Return a line a network and set of images: those that it wasn't fitted to, where they are known, and all."""
-    rows: Rows = [("network", "top-1 of 1000 [95 % Wilson]", "among the classes present", "on", "images/s")]
+    runs = list(runs)
+    rows: Rows = [("network", f"top-1 of {_heads(runs)} [95 % Wilson]", "among the classes present", "on", "images/s")]
     for run in runs:
         seen, rate = run.metrics.get("seen/images", 0), run.metrics.get(EVALUATE_RATE)
         every = "test images" + (f", {seen:,.0f} of which it was trained on" if seen else "")

@@ -25,10 +25,11 @@ from effv2.data.images import Decoded, Labels, decode
 from effv2.execution.device import Execution, Forward, fold_batch_norm
 from effv2.pretrained.config import PretrainedConfig
 from effv2.pretrained.images import TEST, EvaluationImages, class_names
+from effv2.pretrained.own import load_network, outputs_of
 from effv2.run.records import write_predictions
 from effv2.run.run import Attempt, RunSpec, find_earlier
-from effv2.run.weights import Requested, load_network
-from effv2.serving.export import as_base64, write_served
+from effv2.run.weights import Requested
+from effv2.serving.export import as_base64, output_names, write_served
 from effv2.tracking.tags import run_tags
 from effv2.tracking.writer import TrackedRun
 from effv2.training.loop import median_seconds
@@ -52,6 +53,16 @@ class Evaluation:
     config: PretrainedConfig
 
     @property
+    def outputs(self) -> Labels:
+        """Return the outputs (K) of the network that the classes of the images mean."""
+        return outputs_of(self.requested, self.images)
+
+    @property
+    def true(self) -> Labels:
+        """Return the output that is right for each image."""
+        return self.outputs[self.images.part.labels]
+
+    @property
     def execution(self) -> Execution:
         """Return device and precision."""
         chosen = self.config.execution
@@ -70,7 +81,7 @@ class Evaluation:
 
     def data_digest(self, decoded: Decoded) -> str:
         """Hash the images: pixels, names and classes."""
-        about = [decoded.sha256, *self.images.part.ids, *map(str, self.images.true), self.images.tests]
+        about = [decoded.sha256, *self.images.part.ids, *map(str, self.true), self.images.tests]
         return provenance.sha256_of_values(about)[:16]
 
     def definition(self) -> dict[str, Any]:
@@ -85,11 +96,11 @@ class Evaluation:
             "bf16": self.execution.bf16,
             "batch": self.batch,
             "torchvision": torchvision.__version__,
-        }
+        } | ({"classes": list(requested.classes)} if requested.classes else {})
 
     def params(self) -> dict[str, Any]:
         """Return the parameters of the run."""
-        requested, preset = self.requested, self.requested.weights.transforms()
+        requested, wanted = self.requested, self.requested.preparation
         ranked_on, ranked_origin = self.images.ranked
         return self.config.flat() | {
             "model.name": requested.network,
@@ -97,14 +108,15 @@ class Evaluation:
             "weights.file": str(requested.path),
             "weights.sha256": requested.sha256,
             "weights.verified": requested.verified,
-            "weights.url": requested.weights.url if requested.file is None else "",
-            "transforms.of": str(requested.weights),
-            "transforms.resize": preset.resize_size[0],
-            "transforms.crop": preset.crop_size[0],
-            "transforms.interpolation": preset.interpolation.value,
-            "transforms.antialias": preset.antialias,
-            "transforms.mean": preset.mean,
-            "transforms.std": preset.std,
+            "weights.url": requested.weights.url if requested.weights and requested.file is None else "",
+            "transforms.of": requested.address or str(requested.weights),
+            "transforms.resize": getattr(wanted, "resize", wanted.size),
+            "transforms.crop": wanted.size,
+            "transforms.interpolation": getattr(wanted, "interpolation", "bilinear"),
+            "transforms.antialias": True,
+            "transforms.mean": requested.normalisation[0],
+            "transforms.std": requested.normalisation[1],
+            "evaluation.outputs": requested.outputs,
             "evaluation.batch_size": self.batch,
             "evaluation.ranked_on": ranked_on,
             "evaluation.ranked_origin": ranked_origin,
@@ -147,7 +159,7 @@ def _measure(evaluation: Evaluation, decoded: Decoded, run: TrackedRun, reporter
     }
     fold_batch_norm(module)
     network = partial(logits_of, execution, execution.place(module), requested.normalisation)
-    pixels, true = torch.from_numpy(decoded.pixels), images.true
+    pixels, true, outputs = torch.from_numpy(decoded.pixels), evaluation.true, evaluation.outputs
     progress = partial(reporter.progress, f"evaluating {requested.label}", total=len(pixels))
     logits, rate = all_logits(network, pixels, evaluation.batch, progress)
     metrics["throughput/evaluate_images_per_second"] = rate
@@ -158,7 +170,7 @@ def _measure(evaluation: Evaluation, decoded: Decoded, run: TrackedRun, reporter
         metrics |= bf16_differences(in_float32, pixels, logits, true, evaluation.batch)
         execution.set_float32()
     for name, members in images.sets.items():
-        found = scores(logits[members], true[members], images.outputs)
+        found = scores(logits[members], true[members], outputs)
         metrics |= {f"{name}/{figure}": value for figure, value in found.items()}
     metrics |= {f"published/{name}": value for name, value in requested.published.items()}
     with run.new_artifacts() as folder:
@@ -167,7 +179,8 @@ def _measure(evaluation: Evaluation, decoded: Decoded, run: TrackedRun, reporter
             place.mkdir(exist_ok=True)
             part, of_set = images.part.take(images.sets[name]), logits[images.sets[name]].numpy()
             about = images.classes, part.ids, part.labels, of_set
-            write_predictions(place, *about, present=images.outputs, outputs=class_names())
+            named = () if requested.classes else class_names()
+            write_predictions(place, *about, present=outputs, outputs=named)
     for name, count in (("single_image", 1), ("batch_128", FULL_BATCH_IMAGES)):  # last, as far as the memory allows
         try:
             again = pixels[torch.arange(count) % len(pixels)]
@@ -185,7 +198,8 @@ def log_network(evaluation: Evaluation, run: TrackedRun) -> None:
     requested = evaluation.requested
     module, statistics = load_network(requested), requested.normalisation
     with tempfile.TemporaryDirectory() as folder:
-        files = write_served(Path(folder), module, statistics, requested.preparation, class_names())
+        names = output_names(requested.classes or class_names(), requested.outputs)
+        files = write_served(Path(folder), module, statistics, requested.preparation, names)
         with evaluation.images.part.open(0) as image:
             run.log_model(files, as_base64(image))
 

@@ -73,8 +73,8 @@ def outputs_of(names: Sequence[str], config: ImagesConfig) -> Labels:
 class EvaluationImages:
     """Test images, and behind them others that are of ImageNet's validation set.
 
-    `part` holds files and labels 0 to K - 1; `outputs` (K) are the networks' outputs that the labels mean. `note` says
-    what was left out of the folder.
+    `part` holds files and labels 0 to K - 1, of classes that the data calls `names` (K); `outputs` (K) are the outputs
+    of ImageNet's networks that they mean, none where no such network is evaluated. `note` says what was left out.
     """
 
     name: str
@@ -83,16 +83,12 @@ class EvaluationImages:
     outputs: Labels
     tests: int
     note: str = ""
+    names: tuple[str, ...] = ()
 
     @property
     def classes(self) -> tuple[str, ...]:
-        """Return torchvision's names of the K classes present."""
-        return tuple(class_names()[output] for output in self.outputs)
-
-    @property
-    def true(self) -> Labels:
-        """Return the output that is right for each image."""
-        return self.outputs[self.part.labels]
+        """Return torchvision's names of the K classes present, or the data's own where they aren't ImageNet's."""
+        return tuple(class_names()[output] for output in self.outputs) or self.names
 
     @cached_property
     def origins(self) -> NDArray[np.str_]:
@@ -127,18 +123,19 @@ class EvaluationImages:
 
     def profile(self) -> dict[str, Any]:
         """Return the number of images of each set, and of each class."""
-        counts = np.bincount(self.part.labels, minlength=len(self.outputs)).tolist()
+        counts = np.bincount(self.part.labels, minlength=len(self.classes)).tolist()
         images = {name: len(members) for name, members in self.sets.items()}
         return {"images": images, "classes": dict(zip(self.classes, counts, strict=True))}
 
 
-def choose_images(config: ImagesConfig) -> EvaluationImages:
+def choose_images(config: ImagesConfig, imagenet: bool = True, own: bool = False) -> EvaluationImages:
     """Find the test part of the set, or all of it where it has none, and all that is of ImageNet's validation set.
 
-    For a quick look as many of either are drawn. InputError where the set isn't there or its classes aren't ImageNet's.
+    For a quick look as many of either are drawn. InputError where the set isn't there or, for networks of `imagenet`,
+    its classes aren't ImageNet's. Where networks were trained on the data's `own`, the training part is left out.
     """
     source = open_source(DataConfig(dataset=config.dataset, dir=config.dir, download=config.download))
-    outputs = outputs_of(source.classes, config)
+    outputs = outputs_of(source.classes, config) if imagenet else np.array([], dtype=np.int64)
     test = source.train if source.test is None else source.test
     images = test if source.test is None else test.join(source.train)
 
@@ -151,11 +148,11 @@ def choose_images(config: ImagesConfig) -> EvaluationImages:
 
     tests = draw(sample_per_class(test.labels, config.per_class, source.classes, config.seed), "limit")
     rest = np.setdiff1d(np.arange(len(images)), tests)
-    unseen = rest[np.array([origin(images.ids[i]) == UNSEEN for i in rest], dtype=bool)]
+    unseen = rest[np.array([origin(images.ids[i]) == UNSEEN and not own for i in rest], dtype=bool)]
     if config.per_class:
         mixed = np.random.default_rng(stream_seed(config.seed, "unseen")).permutation(unseen)
-        firsts = [mixed[images.labels[mixed] == label][: config.per_class] for label in range(len(outputs))]
+        firsts = [mixed[images.labels[mixed] == label][: config.per_class] for label in range(len(source.classes))]
         unseen = np.sort(np.concatenate(firsts))
     chosen = images.take(np.concatenate([tests, draw(unseen, "unseen limit")]))
     note = left_out_note(source.location, source.left_out)
-    return EvaluationImages(config.dataset, source.location, chosen, outputs, len(tests), note)
+    return EvaluationImages(config.dataset, source.location, chosen, outputs, len(tests), note, source.classes)

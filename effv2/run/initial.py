@@ -8,6 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -17,7 +18,7 @@ from effv2.config.schema import ModelConfig, TrainConfig
 from effv2.core.errors import InputError
 from effv2.core.provenance import sha256_of_file
 from effv2.core.reporter import Message
-from effv2.data.batches import NORMALISATIONS
+from effv2.data.batches import NORMALISATIONS, Statistics
 from effv2.data.dataset import LoadData
 from effv2.run.few_images import with_default
 from effv2.run.weights import OR_THERE, find_all_weights, load_network, parse_models, read_state
@@ -123,7 +124,8 @@ def _found(weights: str, variant: str, _written: int) -> Initial:
     """Find weights; those that were read last are kept in memory."""
     try:
         if weights.startswith(("runs:/", "models:/")):
-            return _logged(weights)
+            served = read_served(weights)
+            return Initial(served.state, served.sha256, served.settings["names"], _name_of(*served.statistics))
         path = os.path.expanduser(weights)
         if os.path.isfile(path):  # noqa: PTH113 (pathlib raises where a folder can't be entered)
             return Initial(read_state(Path(path)), sha256_of_file(Path(path)))
@@ -137,18 +139,34 @@ def _found(weights: str, variant: str, _written: int) -> Initial:
         raise InputError(SETTING, weights, error.problem, error.remedy.removesuffix(OR_THERE)) from error
 
 
-def _logged(address: str) -> Initial:
-    """Return the weights of a logged model, its classes and its normalisation."""
+@dataclass(frozen=True)
+class Served:
+    """A logged model, by its own address: its run, weights with their SHA-256, normalisation, settings of the server.
+
+    The settings hold `names`, of its classes and, where the head is wider, of the column of all other outputs.
+    """
+
+    address: str
+    run_id: str
+    state: State
+    sha256: str
+    statistics: Statistics
+    settings: Mapping[str, Any]
+
+
+def read_served(address: str) -> Served:
+    """Read a logged model; InputError as fetch_model."""
     with tempfile.TemporaryDirectory() as place:
-        artifacts = fetch_model(address, Path(place)).flavors["python_function"]["artifacts"]
+        found = fetch_model(address, Path(place))
+        artifacts = found.flavors["python_function"]["artifacts"]
         program = torch.export.load(Path(place, artifacts["program"]["path"]))
-        names = json.loads(Path(place, artifacts["settings"]["path"]).read_text("utf-8"))["names"]
+        settings = json.loads(Path(place, artifacts["settings"]["path"]).read_text("utf-8"))
     state = {name.removeprefix("network."): value.detach() for name, value in program.state_dict.items()}
     mean, std = (state.pop(name).flatten().tolist() for name in ("mean", "std"))
     digest = hashlib.sha256()
     for name, value in sorted(state.items()):
         digest.update(f"{name} {value.dtype} {tuple(value.shape)}".encode() + value.contiguous().numpy().tobytes())
-    return Initial(state, digest.hexdigest(), names, _name_of(mean, std))
+    return Served(f"models:/{found.model_id}", str(found.run_id), state, digest.hexdigest(), (mean, std), settings)
 
 
 def _name_of(mean: Sequence[float], std: Sequence[float]) -> str:

@@ -8,6 +8,7 @@ import os
 import re
 import socket
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
@@ -17,13 +18,13 @@ import torch
 from safetensors.torch import load_file
 from torch import nn
 from torchvision import models
-from torchvision.models import WeightsEnum
 
 from effv2.core.errors import InputError, nearest
 from effv2.core.internals import imagenet_metrics
 from effv2.core.provenance import sha256_of_file
 from effv2.data.batches import Statistics
-from effv2.data.images import CentreCrop
+from effv2.data.images import CentreCrop, Preparation
+from effv2.tracking.models import ADDRESS
 
 OUTPUTS = 1000
 WRAPPERS = ("state_dict", "model_state_dict", "model", "net", "network")  # keys of whole checkpoints
@@ -37,16 +38,23 @@ SILENT_SECONDS = 20  # of a server, after which a download is given up
 class Requested:
     """A network that is asked for, the published weights whose transforms hold, the user's own file or None.
 
-    Once found, the file is at `path`; it is `verified` if its SHA-256 begins as the published name says.
+    Once found, the file is at `path`; it is `verified` if its SHA-256 begins as the published name says. A logged model
+    has the `address` that was given instead, later its own with the run that logged it, and brings what it does to
+    images. Where its `outputs` aren't ImageNet's, `classes` names the first of them.
     """
 
     text: str
     network: str
-    weights: WeightsEnum
+    weights: Any  # of WeightsEnum; None of a logged model
     file: Path | None = None
     path: Path = Path()
     sha256: str = ""
     verified: bool = False
+    address: str = ""
+    run_id: str = ""
+    outputs: int = OUTPUTS
+    classes: tuple[str, ...] = ()
+    brings: tuple[Preparation, Statistics] | None = None
 
     @property
     def label(self) -> str:
@@ -54,23 +62,25 @@ class Requested:
         if self.file is not None:
             stem = re.sub(r"[^A-Za-z0-9_. -]", "_", self.file.stem)[:LONGEST_STEM]
             return stem if stem.startswith(self.network) else f"{self.network} {stem}"
-        return self.network if ":" not in self.text else f"{self.network}:{self.weights.name}"
+        return self.network if ":" not in self.text or self.address else f"{self.network}:{self.weights.name}"
 
     @property
-    def preparation(self) -> CentreCrop:
+    def preparation(self) -> Preparation:
         """Return how the weights want an image resized and cropped."""
+        if self.brings:
+            return self.brings[0]
         preset = self.weights.transforms()
         return CentreCrop(preset.crop_size[0], preset.resize_size[0], preset.interpolation.value)
 
     @property
     def normalisation(self) -> Statistics:
         """Return the mean and standard deviation of each channel that the weights want removed."""
-        return self.weights.transforms().mean, self.weights.transforms().std
+        return self.brings[1] if self.brings else (self.weights.transforms().mean, self.weights.transforms().std)
 
     @property
     def weights_name(self) -> str:
-        """Return the name of published weights, or of the user's own file."""
-        return str(self.weights) if self.file is None else self.file.name
+        """Return the name of published weights, or of the user's own file or model."""
+        return self.address or (str(self.weights) if self.file is None else self.file.name)
 
     @property
     def hash_head(self) -> str:
@@ -80,7 +90,7 @@ class Requested:
     @property
     def published(self) -> dict[str, float]:
         """Return the accuracies that torchvision publishes, as fractions; nobody did for a file of the user's own."""
-        metrics = imagenet_metrics(self.weights) if self.file is None else {}
+        metrics = imagenet_metrics(self.weights) if self.file is None and not self.address else {}
         return {f"top{k}_accuracy": metrics[f"acc@{k}"] / 100 for k in (1, 5) if f"acc@{k}" in metrics}
 
 
@@ -91,12 +101,15 @@ def network_names() -> tuple[str, ...]:
 
 
 def parse_models(text: str) -> list[Requested]:
-    """Read `name`, `name:WEIGHTS`, `name=file` or `name:WEIGHTS=file`, separated by commas; InputError."""
+    """Read `name`, `name:WEIGHTS`, `name=file`, `name:WEIGHTS=file`, `name=runs:/ID` or such, separated by commas.
+
+    InputError for what is none of them.
+    """
     found = [_parse(word.strip()) for word in text.split(",") if word.strip()]
     if not found:
         raise InputError("models", text, "names no network", "give some, separated by commas, as resnet50")
     for one in found:
-        twins = [other.text for other in found if (other.weights, other.file) == (one.weights, one.file)]
+        twins = [each.text for each in found if _source_of(each) == _source_of(one)]
         if len(twins) > 1:
             raise InputError("models", text, f"{' and '.join(twins)} are the same weights", "name each once")
         if [other.label for other in found].count(one.label) > 1:
@@ -104,9 +117,17 @@ def parse_models(text: str) -> list[Requested]:
     return found
 
 
+def _source_of(requested: Requested) -> tuple[Any, ...]:
+    return requested.weights, requested.file, requested.address
+
+
 def _parse(entry: str) -> Requested:
     named, own, file = entry.partition("=")
     network, _, name = (part.strip() for part in named.partition(":"))
+    if ADDRESS.fullmatch(file.strip()):
+        if not re.fullmatch(r"[A-Za-z0-9_. -]{1,60}", named):
+            raise InputError("models", entry, "a logged model needs a name", "write it as mine=runs:/ID")
+        return Requested(entry, network, None, address=file.strip(), outputs=0)
     if network not in network_names():
         problem = "torchvision has no classification network of this name"
         raise InputError("models", network, problem, choices=network_names())
@@ -122,6 +143,10 @@ def _parse(entry: str) -> Requested:
     if not os.path.isfile(path):  # noqa: PTH113 (pathlib raises where a folder can't be entered)
         remedy = f"give the path of a state dict of {network} after the sign of equality"
         raise InputError("models", entry, f"{path} is no file that can be read", remedy)
+    with suppress(Exception):  # what is no state dict is refused where it is loaded
+        with torch.device("meta"):
+            *_, (head, _) = models.get_model(network, weights=None).named_parameters()
+        return Requested(entry, network, weights, path.absolute(), outputs=len(_read(path)[head]))
     return Requested(entry, network, weights, path.absolute())
 
 
@@ -191,7 +216,7 @@ def load_network(requested: Requested) -> nn.Module:
         weights.get_state_dict = lambda *_, **__: state  # of this member of the enumeration alone
         network: nn.Module = models.get_model(requested.network, weights=weights, progress=False)
     except Exception as error:  # torch and Python raise many kinds for what is no state dict
-        problem = f"{requested.path} can't be loaded as weights of {requested.network} ({_in_short(error)})"
+        problem = f"{requested.path} can't be loaded as weights of {requested.network} ({in_short(error)})"
         remedy = f"give its state dict with {OUTPUTS} outputs, as torch.save(model.state_dict(), FILE) writes it"
         raise InputError("models", requested.text, problem, remedy) from error
     finally:
@@ -207,7 +232,7 @@ def read_state(path: Path) -> dict[str, torch.Tensor]:
             return state
         problem = "it holds no state dict"
     except Exception as error:  # torch and Python raise many kinds for what is no state dict
-        problem = f"it can't be loaded ({_in_short(error)})"
+        problem = f"it can't be loaded ({in_short(error)})"
     raise InputError("weights", path, problem, "give a state dict, as torch.save(model.state_dict(), FILE) writes it")
 
 
@@ -233,7 +258,7 @@ def _unwrapped(state: Any) -> Any:
     return state
 
 
-def _in_short(error: Exception) -> str:
+def in_short(error: Exception) -> str:
     """Say in a few words what torch says in many."""
     text = f"{type(error).__name__}: {error}"
     if any(mark in text for mark in ("UnpicklingError", "KeyError", "weights_only")):

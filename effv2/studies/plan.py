@@ -32,9 +32,10 @@ from effv2.execution.resolve import resolve_device
 from effv2.pretrained import evaluation
 from effv2.pretrained.config import PretrainedConfig
 from effv2.pretrained.images import choose_images
+from effv2.pretrained.own import find_networks, load_network
 from effv2.run.records import WEIGHTS, log_network, log_test, restore
 from effv2.run.run import Attempt, RunSpec, attempt, prepare, study_text
-from effv2.run.weights import find_all_weights, load_network, parse_models
+from effv2.run.weights import OUTPUTS, parse_models
 from effv2.studies.queue import ERROR, FINAL, NAME, RUN, Params, Trials
 from effv2.studies.seeds import Round
 from effv2.tracking.read import SELECTED_TEST, SELECTED_VALIDATION, read_runs
@@ -268,13 +269,14 @@ def make_weights(
     `models` are named as `parse_models` says; `folder` holds files of weights; `progress` shows that of downloads.
     """
     requests, evaluations = parse_models(models), {}
-    images = choose_images(config.data)
+    own = [each.outputs != OUTPUTS for each in requests]
+    images = choose_images(config.data, imagenet=not all(own), own=any(own))
     if images.note:
         reporter.message(images.note)
     precision = "bf16" if config.execution.precision == "bf16" else "fp32"
     resolved = {"device": resolve_device(config.execution.device), "precision": precision}
     config = config.model_copy(update={"execution": config.execution.model_copy(update=resolved)})
-    for requested in find_all_weights(requests, folder, progress):
+    for requested in find_networks(requests, folder, progress, images):
         load_network(requested)
         evaluations[requested.label] = evaluation.Evaluation(requested, images, config)
     # All networks and images: what is ranked together is corrected for its number.

@@ -1,0 +1,103 @@
+"""Networks with heads of the data's own classes: state dicts of the user's, and models that trainings logged."""
+
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+from torch import nn
+from torchvision import models
+
+from effv2.architecture import build_model
+from effv2.config.layers import validate
+from effv2.config.schema import ModelConfig
+from effv2.core.errors import InputError, listed
+from effv2.data.images import CentreCrop, Labels, Preparation, Square
+from effv2.pretrained.images import EvaluationImages
+from effv2.run import weights
+from effv2.run.initial import Served, read_served
+from effv2.run.weights import Requested, find_all_weights, read_state
+from effv2.tracking.read import read_run
+
+HEAD = "classifier.1.bias"  # of a trained network: as long as its outputs
+SHOWN = 5  # classes that a message names
+
+
+def find_networks(
+    requests: Sequence[Requested], folder: Path | None, progress: bool, images: EvaluationImages
+) -> list[Requested]:
+    """Find files as find_all_weights does, and logged models; InputError where classes aren't those of the images."""
+    files = iter(find_all_weights([each for each in requests if not each.address], folder, progress))
+    found = []
+    for requested in requests:
+        each = _logged(requested) if requested.address else next(files)
+        if each.outputs != weights.OUTPUTS:
+            each = replace(each, classes=each.classes or images.names)
+        outputs_of(each, images)
+        found.append(each)
+    return found
+
+
+def outputs_of(requested: Requested, images: EvaluationImages) -> Labels:
+    """Return the outputs (K) of a network that the classes of the images mean; InputError."""
+    own = requested.classes
+    if not own:
+        return images.outputs
+    missing = [name for name in images.names if name not in own]
+    if missing or (requested.outputs != len(own) and not requested.address):
+        problem = f"it has {requested.outputs} outputs, and the data {len(images.names)} classes"
+        if missing:
+            problem = f"it knows no class {listed(missing, SHOWN, ', ')}, but {listed(own, SHOWN, ', ')}"
+        remedy = f"give a network of the data's own classes, or of ImageNet's {weights.OUTPUTS}"
+        raise InputError("models", requested.text, problem, remedy)
+    return np.array([own.index(name) for name in images.names], dtype=np.int64)
+
+
+def load_network(requested: Requested) -> nn.Module:
+    """Build the network in eval mode on the CPU; InputError for a file that is no state dict of it."""
+    if not requested.classes:
+        return weights.load_network(requested)
+    network: nn.Module
+    if requested.address:
+        state, run = _read(requested).state, read_run(requested.run_id)
+        params = run.params if run else {}
+        names = [name for name in ModelConfig.model_fields if f"model.{name}" in params]
+        model = validate(ModelConfig, {name: params[f"model.{name}"] for name in names})
+        network = build_model(model.build_table(), requested.outputs)
+    else:
+        network = models.get_model(requested.network, num_classes=requested.outputs)
+        state = read_state(requested.path)
+    try:
+        network.load_state_dict(dict(state))
+    except RuntimeError as error:
+        problem = f"its parameters are not those of {requested.network} ({weights.in_short(error)})"
+        raise InputError("models", requested.text, problem, "give a state dict, or a logged model") from error
+    return network.eval().requires_grad_(False)
+
+
+def _read(requested: Requested) -> Served:
+    try:
+        return read_served(requested.address)
+    except InputError as error:
+        raise InputError("models", requested.text, error.problem, error.remedy) from error
+
+
+def _logged(requested: Requested) -> Requested:
+    """Return what a logged model says of itself: where it is, its classes, how it wants its images."""
+    served = _read(requested)
+    if HEAD not in served.state:
+        raise InputError("models", requested.text, "no training of effv2's logged it", "give its own file or name")
+    settings, outputs = served.settings, len(served.state[HEAD])
+    size, names = settings["image_size"], tuple(settings["names"])
+    preparation: Preparation = Square(size)
+    if "shorter_side" in settings:
+        preparation = CentreCrop(size, settings["shorter_side"], settings["interpolation"].lower())
+    return replace(
+        requested,
+        address=served.address,
+        run_id=served.run_id,
+        sha256=served.sha256,
+        outputs=outputs,
+        classes=names if len(names) == outputs else names[:-1],  # the last are all others
+        brings=(preparation, served.statistics),
+    )
