@@ -433,8 +433,8 @@ TRAIN_ERRORS = {
     "--data-dir /tmp": "--data-dir /tmp: digits come with scikit-learn",
     "--log-model bset": "--log-model bset: no such choice; did you mean 'best'? Choose from: best, all, none",
     "--study nowhere.yaml": "--study nowhere.yaml: no file and no study of that name",
-    "--study ablate-mnist.yaml": "no file and no study of that name; did you mean 'ablate-mnist'?",
-    f"--study {ROOT}/effv2/sweeps/ablate-minst.yaml": f"mean '{ROOT}/effv2/sweeps/ablate-mnist.yaml'? Choose from",
+    "--study ablate-mnist.yaml": "no file and no study of that name; the nearest is 'ablate-mnist'",
+    f"--study {ROOT}/effv2/sweeps/ablate-minst.yaml": f"nearest is '{ROOT}/effv2/sweeps/ablate-mnist.yaml'",
     "--study ~nobody_of_that_name/x.yaml": "--study ~nobody_of_that_name/x.yaml: no file and no study of that name",
     "--study ~/nowhere.yaml": "--study ~/nowhere.yaml: no file and no study of that name",
 }

@@ -624,7 +624,7 @@ WRONG = {
     "claims: {X1: {words: x, protocol: p, ignore: [data.sizes], checks: [CHECK]}}": "ignore goes with a study",
     "claims: {X1: {words: x, checks: [CHECK]}}": "give a study or a protocol",
     "claims: {X1: {words: x, study: ../mine.yaml, checks: [CHECK]}}": "should match pattern",
-    "claims: {X1: {words: x, study: ablate-mnits, checks: [CHECK]}}": "did you mean 'ablate-mnist'",
+    "claims: {X1: {words: x, study: ablate-mnits, checks: [CHECK]}}": "the nearest is 'ablate-mnist'",
     "claims: {X1: {words: x, study: ablate-mnist, ignore: [data.sizes], checks: [CHECK]}}": "ignore data.sizes: no",
 }  # fmt: skip
 

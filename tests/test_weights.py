@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +23,7 @@ from effv2.config.schema import TrainConfig
 from effv2.core.errors import InputError
 from effv2.core.reporter import Reporter
 from effv2.data.dataset import load_dataset, load_once
+from effv2.execution.device import make_execution
 from effv2.run.initial import initialise
 from effv2.run.run import prepare
 from effv2.training.loop import Training
@@ -161,6 +164,34 @@ def test_frozen_layers_do_not_move_by_a_bit(tmp_path: Path) -> None:
     next(epochs)
     moved = before[0].keys() - same(before[0], copied(nets[0]))
     assert {"features.0.0.weight", "features.0.1.running_mean"} <= moved
+
+
+def test_a_resumed_fine_tuning_ends_as_an_undisturbed_one(tmp_path: Path) -> None:
+    """Interrupted while the body is frozen, and after."""
+    groups = {"optimiser": {"frozen_epochs": 1, "head_lr_factor": 5}, "schedule": {"epochs": 3}}
+    config = prepared(saved(tmp_path / "w.pth", 1000), **groups)
+    whole = started(config)
+    states = []
+    for _ in whole:
+        states.append(copy.deepcopy(whole.state.state_dict()))
+    for state in states[:2]:
+        again = started(config)
+        again.state.load_state_dict(copy.deepcopy(state))
+        list(again)
+        assert len(same(copied(whole.state.model), copied(again.state.model))) == len(copied(whole.state.model))
+
+
+def test_a_frozen_body_learns_as_in_plain_torch(tmp_path: Path) -> None:
+    """On the fast paths the head gets the gradients of torch's own layers."""
+    config = prepared(saved(tmp_path / "w.pth"), optimiser={"frozen_epochs": -1, "clip_norm": 0.0})
+    execution, dataset = make_execution(config.execution), load_dataset(config.data)
+    heads = []
+    for fast in (True, False):
+        how = replace(execution, fast_paths=fast), initialise(config, dataset.classes)
+        training = Training(config, dataset, *how)
+        next(iter(training))
+        heads.append(training.state.model.get_parameter("classifier.1.weight"))
+    assert torch.allclose(*heads, atol=1e-5)
 
 
 def test_batch_norm_stays_while_the_rest_learns(tmp_path: Path) -> None:

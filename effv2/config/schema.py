@@ -113,7 +113,7 @@ class DataConfig(Group):
     validation_fraction: Fraction = Field(0.1, description="Share of the train part kept for validation, 0 = none.")
     split_seed: int = Field(0, ge=0, lt=2**32, description="Seed of sampling and splits.")
     balance: bool = Field(False, description="Draw training images of all classes equally often, with replacement.")
-    normalise: Literal["none", "imagenet"] = Field("none", description="By whose mean and standard deviation.")
+    normalise: Literal["none", "half", "imagenet"] = Field("none", description="By whose mean and standard deviation.")
 
 
 class AugmentConfig(Group):

@@ -20,6 +20,7 @@ Statistics = tuple[Sequence[float], Sequence[float]]
 # Mean and standard deviation that are applied after scaling to [0, 1]; ImageNet's are those of torchvision's presets.
 NORMALISATIONS: dict[str, Statistics] = {
     "none": ((0.0,) * 3, (1.0,) * 3),
+    "half": ((0.5,) * 3, (0.5,) * 3),  # EfficientNetV2-L's
     "imagenet": ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),
 }
 # Share of the image that erasing removes, and its aspect ratio (Zhong et al. 2017; torchvision's defaults).

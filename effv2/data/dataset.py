@@ -138,13 +138,13 @@ def load_once(reporter: Reporter) -> LoadData:
     """Return what loads data sets, each once a process, and then tells what one should know of it."""
 
     @cache
-    def load(config: DataConfig) -> Dataset:
+    def once(config: DataConfig) -> Dataset:
         dataset = load_dataset(config, partial(reporter.progress, "decoding images"))
         for note in dataset.notes:
             reporter.message(note)
         return dataset
 
-    return load
+    return lambda config: once(config.model_copy(update={"normalise": "none"}))  # which changes nothing of the data
 
 
 def load_dataset(config: DataConfig, on_decoded: OnDecoded | None = None) -> Dataset:

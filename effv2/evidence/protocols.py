@@ -28,8 +28,8 @@ SEED_SETTING, SPLIT_SEED = "random.seed", "data.split_seed"
 # What may differ between runs that are compared: what pairs them, where the images lie and, but for times, how they
 # are computed.
 COMPUTED = {"execution.device", "execution.compile", "execution.channels_last", "evaluation.batch_size"}
-FREE = {SEED_SETTING, SPLIT_SEED, "data.dir", "data.download", *COMPUTED}
-FOUND_OUT = {"model.weights_sha256"}  # settings that follow from others: left open, and equal in runs that are compared
+WEIGHTS_HASH = "model.weights_sha256"  # follows from model.weights
+FREE = {SEED_SETTING, SPLIT_SEED, WEIGHTS_HASH, "data.dir", "data.download", *COMPUTED}
 CLASSES = "data.classes"  # no parameter, but may stand in a protocol like one: the number of classes in the data
 OF_TIMES = tuple(f"{MACHINE}{name}" for name in ("processor", "accelerator", "threads"))  # tags
 PUBLISHED_OVERLAP = 0.25  # test over training images of the published split
@@ -80,7 +80,7 @@ def study_protocols(name: str, ignore: Sequence[str], folder: Path) -> dict[str,
     study = open_study(name, folder)
     configs = {arm: study.arm(arm, NOTHING) for arm in study.arms} or {ONLY_ARM: study.config(NOTHING)}
     arms = {
-        arm: {key: value for key, value in config.flat().items() if key not in FREE | FOUND_OUT and value != "auto"}
+        arm: {key: value for key, value in config.flat().items() if key not in FREE and value != "auto"}
         for arm, config in configs.items()
     }
     first, published = next(iter(arms.values())), study.published
@@ -320,6 +320,8 @@ def _left_open(run: RunRecord, protocol: Protocol, what: Quantity) -> Alike:
         named.add("model.table")  # which goes by that name
     ours = CONFIG_HASH in run.tags
     found = {name: value for name, value in run.params.items() if name not in named and ("." in name or not ours)}
+    if "model.weights" not in protocol.varied and (sha256 := run.params.get(WEIGHTS_HASH)):
+        found[WEIGHTS_HASH] = sha256
     found |= {f"{context} images": f"{each.name}: {', '.join(each.classes)}" for context, each in run.images.items()}
     found |= {tag: run.tags.get(tag, "") for tag in OF_TIMES if what.timed}
     kept = (name for name in found if not name.startswith("study.") and name not in protocol.ignore)

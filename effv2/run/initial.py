@@ -112,7 +112,10 @@ def _find(config: ModelConfig) -> Initial:
     """Return the weights that a config names; InputError, also for those of another hash than it has."""
     path = os.path.expanduser(config.weights)
     written = os.stat(path).st_mtime_ns if os.path.isfile(path) else 0  # noqa: PTH113, PTH116 (as in _found)
-    found = _found(config.weights, "" if config.table else config.variant, written)
+    variant = "" if config.table else config.variant
+    if config.weights_partial and variant not in NETWORKS:
+        variant = "default"  # whose stages others share
+    found = _found(config.weights, variant, written)
     if config.weights_sha256 and not found.sha256.startswith(config.weights_sha256):
         problem = f"their SHA-256 begins with {found.sha256[:10]}, not {config.weights_sha256[:10]}"
         raise InputError(SETTING, config.weights, problem, "give those that were meant")

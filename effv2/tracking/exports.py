@@ -7,7 +7,7 @@ from collections import defaultdict
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import Annotated, Any
 
 from pydantic import BaseModel, Field
@@ -83,6 +83,9 @@ def write_export(folder: Path, manifest: Manifest, runs: Sequence[RunRecord], te
 def _lines(run: RunRecord) -> dict[str, list[tuple[Any, ...]]]:
     """Return what stands of a run in each table, after its id."""
     params = {name: value for name, value in run.params.items() if name not in PRIVATE}
+    weights = params.get("model.weights", "")
+    if not weights.startswith(("runs:/", "models:/")):  # else perhaps a path, of which the file's name will do
+        params |= {"model.weights": PurePath(weights).name} if weights else {}
     tags = {name: value for name, value in run.tags.items() if name.startswith("effv2.") or name == PARENT}
     images = [
         (context, each.name, each.digest, each.images, json.dumps(each.classes)) for context, each in run.images.items()
