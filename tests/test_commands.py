@@ -120,6 +120,13 @@ def test_ablation_holds_everything(store: str, tiny_study: Path, tmp_path: Path)
     for line in table.splitlines()[1:]:
         _, _, run_id, value, *_ = line.split(",")
         assert float(value) == best[run_id]
+    images = Path(client.download_artifacts(parent.info.run_id, "images.csv", str(tmp_path))).read_text()
+    shares = [[float(share) for share in line.split(",")[1:]] for line in images.splitlines()[1:]]
+    apart = [abs(one - other) for one, other in shares]  # those on which the arms differ most come first
+    assert apart[0] > 0 and apart == sorted(apart, reverse=True)
+    assert statistics.fmean(one for one, _ in shares) == pytest.approx(
+        statistics.fmean(run.data.metrics["selected/test_accuracy"] for run in children[::2]), abs=1e-3
+    )
 
 
 def test_the_same_command_again_repeats_nothing_but_fresh_does(sqlite_store: str, tiny_study: Path) -> None:

@@ -25,10 +25,11 @@ from effv2.evidence.judge import Finding, Judgement, Verdict, judge
 from effv2.evidence.quantities import CURVES, EXPORTED, HISTORIES
 from effv2.evidence.results import results_of
 from effv2.evidence.statistics import p_text
-from effv2.evidence.study import StudyResults
+from effv2.evidence.study import StudyResults, images_apart
 from effv2.tracking.read import read_experiment
 from effv2.tracking.run import open_experiment, open_report_run
 from effv2.tracking.store import tracking_faults
+from effv2.tracking.studies import studies_of
 from effv2.tracking.tags import ANSWER, REUSED, as_tags, reused
 from effv2.tracking.writer import TrackedRun, run_address, show_in_ui
 
@@ -57,9 +58,13 @@ def publish_study(parent: TrackedRun, used: Mapping[str, str]) -> StudyResults:
     own = {run.run_id for run in read if run.parent == parent.run_id}
     others = [reused(run_id, name) for name, run_id in used.items() if run_id not in own]
     parent.set_tags(as_tags(REUSED, others))
-    report = make_report(tracked(parent.experiment_id, parent=parent.run_id), read_claims(), of_study=True)
+    evidence = tracked(parent.experiment_id, parent=parent.run_id)
+    report = make_report(evidence, read_claims(), of_study=True)
     results = next(each for each in report.studies if each.run_id == parent.run_id)
     files: dict[str, Content] = {**report.files, **results.files}
+    (study,) = [each for each in studies_of(evidence.runs) if each.parent.run_id == parent.run_id]
+    if apart := images_apart(study, evidence.right):
+        files["images.csv"] = apart
     with parent.new_artifacts() as folder:
         _write(folder, files)
     parent.log_metrics(results.metrics)

@@ -106,6 +106,7 @@ ALL = (  # in the order of tables
     Quantity(SELECTED_VALIDATION, "validation accuracy, best epoch", percent, shown=True),
     Quantity(TRAIN_SECONDS, "training, s", tenths, shown=True, timed=True),
     Quantity(LAST_TEST, "test accuracy, last epoch", percent, shown=True),
+    Quantity("selected/test_ece", "calibration error, selected epoch", percent, shown=True),
     Quantity("first/test_accuracy", "test accuracy, first epoch", percent, TEST, lambda curve: curve[min(curve)]),
     Quantity("best/train_accuracy", "train accuracy, best epoch", percent, TRAIN, lambda c: max(c.values())),
     Quantity("level/train_accuracy", "train accuracy, mean of the last ten epochs", percent, TRAIN, _level),

@@ -15,7 +15,7 @@ from effv2.core.words import counted, percent, points
 from effv2.evidence.answers import NONE, NOTHING_YET, Arms, Held, hold
 from effv2.evidence.claims import Claims, published_runs
 from effv2.evidence.judge import FEW_IMAGES
-from effv2.evidence.protocols import has, is_like, pair_of, split_of
+from effv2.evidence.protocols import RightAnswers, has, is_like, pair_of, split_of
 from effv2.evidence.quantities import CURVES, TRAIN_SECONDS, Quantity, quantity, shown_for
 from effv2.evidence.statistics import FEWEST, TINY, Estimate
 from effv2.tracking import tags
@@ -115,6 +115,23 @@ def _run_by_run(arms: Arms, quantities: Mapping[str, Quantity]) -> Sequence[Sequ
     shown = [what for what in quantities.values() if what.values(run for _, run in runs)]
     rows = [(arm, run.tags.get(tags.SEED), run.run_id, *(what.value(run) for what in shown)) for arm, run in runs]
     return [("variant", "seed", "run_id", *(what.words for what in shown)), *rows]
+
+
+def images_apart(study: TrackedStudy, right: RightAnswers) -> Rows:
+    """Return which share of the runs of each arm gets a test image right, those first on which arms differ most.
+
+    `right` reads which images a run got right. Nothing where there is but one arm, or no image that all runs have.
+    """
+    arms: dict[str, list[Mapping[str, bool]]] = {}
+    for run in complete(study.in_order()):
+        if answers := right(run):
+            arms.setdefault(run.tags.get(tags.ARM, ""), []).append(answers)
+    if len(arms) < 2:
+        return []
+    shared = set.intersection(*(set(answers) for of_arm in arms.values() for answers in of_arm))
+    shares = {image: [statistics.fmean(each[image] for each in of_arm) for of_arm in arms.values()] for image in shared}
+    apart = sorted(shares, key=lambda image: (min(shares[image]) - max(shares[image]), image))
+    return [("image", *arms), *((image, *(f"{share:.3f}" for share in shares[image])) for image in apart)]
 
 
 def _counts(study: TrackedStudy, found: Arms, held: Held) -> Iterator[str]:
