@@ -19,8 +19,8 @@ from mlflow.entities import LoggedModelOutput
 from effv2.cli import main
 from effv2.core.errors import InputError, RunError
 from effv2.core.paths import write_csv
+from effv2.core.words import percent
 from effv2.evidence.promotion import Decision, promote
-from effv2.evidence.quantities import percent
 from effv2.tracking import registry
 from effv2.tracking.tags import OUTCOME, PROMOTING, PROMOTION
 from effv2.tracking.writer import TrackedRun

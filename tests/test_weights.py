@@ -35,7 +35,8 @@ State = dict[str, torch.Tensor]
 
 def network_of(config: TrainConfig, outputs: int = 10, seed: int = 1) -> nn.Module:
     torch.manual_seed(seed)
-    return build_model(config.model.build_table(), outputs)
+    network: nn.Module = build_model(config.model.build_table(), outputs)
+    return network
 
 
 def saved(path: Path, outputs: int = 10, **model: Any) -> Path:
@@ -168,7 +169,7 @@ def test_frozen_layers_do_not_move_by_a_bit(tmp_path: Path) -> None:
 
 def test_a_resumed_fine_tuning_ends_as_an_undisturbed_one(tmp_path: Path) -> None:
     """Interrupted while the body is frozen, and after."""
-    groups = {"optimiser": {"frozen_epochs": 1, "head_lr_factor": 5}, "schedule": {"epochs": 3}}
+    groups: dict[str, Any] = {"optimiser": {"frozen_epochs": 1, "head_lr_factor": 5}, "schedule": {"epochs": 3}}
     config = prepared(saved(tmp_path / "w.pth", 1000), **groups)
     whole = started(config)
     states = []
@@ -186,12 +187,13 @@ def test_a_frozen_body_learns_as_in_plain_torch(tmp_path: Path) -> None:
     config = prepared(saved(tmp_path / "w.pth"), optimiser={"frozen_epochs": -1, "clip_norm": 0.0})
     execution, dataset = make_execution(config.execution), load_dataset(config.data)
     heads = []
-    for fast in (True, False):
-        how = replace(execution, fast_paths=fast), initialise(config, dataset.classes)
+    for quick in (True, False):
+        how = replace(execution, fast_paths=quick), initialise(config, dataset.classes)
         training = Training(config, dataset, *how)
         next(iter(training))
         heads.append(training.state.model.get_parameter("classifier.1.weight"))
-    assert torch.allclose(*heads, atol=1e-5)
+    fast, plain = heads
+    assert torch.allclose(fast, plain, atol=1e-5)
 
 
 def test_batch_norm_stays_while_the_rest_learns(tmp_path: Path) -> None:
