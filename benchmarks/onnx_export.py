@@ -128,7 +128,7 @@ def main(model: str, images: Path, environments: bool) -> None:
     with tempfile.TemporaryDirectory() as place:
         folder = Path(place, "onnx")
         began = time.perf_counter()
-        export_onnx(model, folder, log=False)
+        export_onnx(model, folder)
         size = (folder / "artifacts" / "model.onnx").stat().st_size / 1e6
         click.echo(f"exported in {time.perf_counter() - began:.0f} s, {size:.1f} MB")
         logged = Path(download_artifacts(artifact_uri=model, dst_path=str(Path(place, "torch"))))

@@ -218,7 +218,12 @@ def test_layers_learn_at_their_own_rates() -> None:
 
 
 def call(*words: str) -> Result:
-    settings = "model.variant=tiny", f"model.table={tiny_config().model.table}", "data.image_size=16"
+    settings = (
+        "model.outputs=13",
+        "model.variant=tiny",
+        f"model.table={tiny_config().model.table}",
+        "data.image_size=16",
+    )
     named = [word for setting in settings for word in ("--set", setting)]
     return CliRunner().invoke(train, [*named, "--per-class", "8", "--epochs", "1", *words], catch_exceptions=False)
 

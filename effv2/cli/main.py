@@ -212,19 +212,16 @@ def evaluate_pretrained(models: str | None, weights_dir: str | None, layer: Laye
 @main.command(cls=cli.Command)
 @click.argument("model")
 @click.argument("folder")
-@cli.option(
-    "log", "Also log it, as another model of the same run.", "[true|false]", type=bool, is_flag=False, flag_value="true"
-)
-def export(model: str, folder: str, log: bool | None) -> None:
+def export(model: str, folder: str) -> None:
     """Write the ONNX form of a logged MODEL to a new FOLDER, which MLflow serves without torch.
 
     MODEL is its address: runs:/ID, models:/ID or models:/NAME@ALIAS. Needs pip install 'effv2[onnx]'.
     """
     from effv2.tracking.models import export_onnx
 
-    logged = export_onnx(model, target := (_path(folder) or Path()).absolute(), bool(log))
+    export_onnx(model, target := (_path(folder) or Path()).absolute())
     click.echo(f"{target}/artifacts/model.onnx is the network")
-    click.echo(f"serve it with: mlflow models serve --model-uri {logged or target} --env-manager local")
+    click.echo(f"serve it with: mlflow models serve --model-uri {target} --env-manager local")
 
 
 @main.group()

@@ -174,7 +174,7 @@ def _find_parts(root: Path, labelled: bool, left_out: Counter[str]) -> dict[str,
 
 def _unwrapped(folder: Path, is_part: bool) -> Path:
     """Return the folder in which the set, or the part, begins: that inside, where there is nothing else but one."""
-    while len(names := _folders(folder)) == 1 and not _images_right_in(folder):
+    while len(names := _folders(folder)) == 1 and not any(_files_in(folder, Counter())):
         inner, of_part = folder / names[0], part_of(names[0]) is not None
         if (of_part and not is_part) or not (_folders(inner) or of_part or re.fullmatch(FILLER, names[0].casefold())):
             break
@@ -253,14 +253,6 @@ def _refuse_versions(folder: Path, names: list[str]) -> None:
         problem = f"{joined(names)} are versions or pieces of one set by their names, not classes"
     remedy = f"give one of them, {OTHERWISE}, or this folder as data.train_dir if these are its classes"
     raise InputError("data.dir", folder, problem, remedy)
-
-
-def _images_right_in(folder: Path) -> int:
-    """Count the images in a folder, by their names, not those in folders in it."""
-    endings = tuple(extensions())
-    with os.scandir(folder) as entries:
-        found = [entry for entry in entries if entry.name.lower().endswith(endings) and not entry.is_dir()]
-    return sum(not entry.name.startswith(".") for entry in found)
 
 
 def _files(folder: Path, left_out: Counter[str]) -> Iterator[Path]:

@@ -72,7 +72,9 @@ def _judged(run_id: str | None) -> tuple[RunRecord, dict[str, tuple[str, str]]]:
     """Return a run and its answers; InputError where it has none to be judged by."""
     run, problem = read_run(run_id) if run_id else None, "it has no run, or that was deleted"
     rows: list[dict[str, str]] = []
-    if run is not None and (run.status != "FINISHED" or run.tags.get(OUTCOME) != "complete"):
+    if run is not None and "weights.name" in run.params:
+        problem = "its run evaluated weights, on images that they may have been trained on"
+    elif run is not None and (run.status != "FINISHED" or run.tags.get(OUTCOME) != "complete"):
         problem = "its run was pruned, isn't complete, or none of effv2's"
     elif run is not None:
         text = read_artifacts(run.run_id, PREDICTIONS[:1]).get(PREDICTIONS[0], "")

@@ -87,8 +87,8 @@ def _logged(requested: Requested) -> Requested:
     served = _read(requested)
     if HEAD not in served.state:
         raise InputError("models", requested.text, "no training of effv2's logged it", "give its own file or name")
-    settings, outputs = served.settings, len(served.state[HEAD])
-    size, names = settings["image_size"], tuple(settings["names"])
+    settings = served.settings
+    size = settings["image_size"]
     preparation: Preparation = Square(size)
     if "shorter_side" in settings:
         preparation = CentreCrop(size, settings["shorter_side"], settings["interpolation"].lower())
@@ -97,7 +97,7 @@ def _logged(requested: Requested) -> Requested:
         address=served.address,
         run_id=served.run_id,
         sha256=served.sha256,
-        outputs=outputs,
-        classes=names if len(names) == outputs else names[:-1],  # the last are all others
+        outputs=served.outputs,
+        classes=served.classes,
         brings=(preparation, served.statistics),
     )

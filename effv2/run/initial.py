@@ -3,6 +3,7 @@
 import hashlib
 import json
 import os
+import re
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -22,6 +23,7 @@ from effv2.data.batches import NORMALISATIONS, Statistics
 from effv2.data.dataset import LoadData
 from effv2.run.few_images import with_default
 from effv2.run.weights import OR_THERE, find_all_weights, load_network, parse_models, read_state
+from effv2.serving.export import read_program
 from effv2.tracking.models import fetch_model
 
 SETTING, PUBLISHED = "model.weights", "published"
@@ -49,8 +51,9 @@ def with_weights(configs: Sequence[TrainConfig], load: LoadData, message: Messag
     """
 
     def settled(config: TrainConfig) -> TrainConfig:
-        if not config.model.weights:
-            return config
+        if not config.model.weights:  # an arm that refuses those of its study, with what belongs to them
+            none = config.model.model_copy(update={"weights_sha256": "", "weights_partial": False})
+            return config.model_copy(update={"model": none})
         initial = _find(config.model)
         model = config.model.model_copy(update={"weights_sha256": initial.sha256})
         config = config.model_copy(update={"model": model})
@@ -101,7 +104,7 @@ def fitting(initial: Initial, network: State, config: ModelConfig, classes: Sequ
         )
         problem = f"they are of another network: {name} is {theirs} in them, {ours} in {config.variant}"
         raise InputError(SETTING, config.weights, problem, "give others, or model.weights_partial to take what fits")
-    if not alike:
+    if all(name.endswith(COUNT) for name in alike):
         raise InputError(
             SETTING, config.weights, "nothing of them fits", "give weights of a network that is more alike"
         )
@@ -128,11 +131,11 @@ def _found(weights: str, variant: str, _written: int) -> Initial:
     try:
         if weights.startswith(("runs:/", "models:/")):
             served = read_served(weights)
-            return Initial(served.state, served.sha256, served.settings["names"], _name_of(*served.statistics))
+            return Initial(served.state, served.sha256, served.classes, _name_of(*served.statistics))
         path = os.path.expanduser(weights)
         if os.path.isfile(path):  # noqa: PTH113 (pathlib raises where a folder can't be entered)
             return Initial(read_state(Path(path)), sha256_of_file(Path(path)))
-        if variant not in NETWORKS:
+        if variant not in NETWORKS or not re.fullmatch(r"\w+", weights):  # the latter of a path
             problem = f"no such file, and published weights are of {', '.join(NETWORKS)} alone"
             raise InputError(SETTING, weights, problem, "give a file, runs:/ID or models:/ID")
         wanted = NETWORKS[variant] if weights == PUBLISHED else f"{NETWORKS[variant]}:{weights}"
@@ -144,10 +147,7 @@ def _found(weights: str, variant: str, _written: int) -> Initial:
 
 @dataclass(frozen=True)
 class Served:
-    """A logged model, by its own address: its run, weights with their SHA-256, normalisation, settings of the server.
-
-    The settings hold `names`, of its classes and, where the head is wider, of the column of all other outputs.
-    """
+    """A logged model: its address and run, weights with their SHA-256, normalisation, settings of the server."""
 
     address: str
     run_id: str
@@ -156,13 +156,24 @@ class Served:
     statistics: Statistics
     settings: Mapping[str, Any]
 
+    @property
+    def outputs(self) -> int:
+        """Return the width of its head."""
+        return len(self.state[f"{HEAD}1.bias"])
+
+    @property
+    def classes(self) -> tuple[str, ...]:
+        """Return its classes; where the head is wider, the last of its columns is all other outputs."""
+        names = tuple(self.settings["names"])
+        return names if len(names) == self.outputs else names[:-1]
+
 
 def read_served(address: str) -> Served:
     """Read a logged model; InputError as fetch_model."""
     with tempfile.TemporaryDirectory() as place:
         found = fetch_model(address, Path(place))
         artifacts = found.flavors["python_function"]["artifacts"]
-        program = torch.export.load(Path(place, artifacts["program"]["path"]))
+        program = read_program(Path(place, artifacts["program"]["path"]))
         settings = json.loads(Path(place, artifacts["settings"]["path"]).read_text("utf-8"))
     state = {name.removeprefix("network."): value.detach() for name, value in program.state_dict.items()}
     mean, std = (state.pop(name).flatten().tolist() for name in ("mean", "std"))

@@ -143,11 +143,11 @@ def _parse(entry: str) -> Requested:
     if not os.path.isfile(path):  # noqa: PTH113 (pathlib raises where a folder can't be entered)
         remedy = f"give the path of a state dict of {network} after the sign of equality"
         raise InputError("models", entry, f"{path} is no file that can be read", remedy)
-    with suppress(Exception):  # what is no state dict is refused where it is loaded
-        with torch.device("meta"):
-            *_, (head, _) = models.get_model(network, weights=None).named_parameters()
-        return Requested(entry, network, weights, path.absolute(), outputs=len(_read(path)[head]))
-    return Requested(entry, network, weights, path.absolute())
+    outputs = OUTPUTS
+    with suppress(Exception), torch.device("meta"):  # what is no state dict is refused where it is loaded
+        *_, (head, _) = models.get_model(network, weights=None).named_parameters()
+        outputs = len(_read(path)[head])
+    return Requested(entry, network, weights, path.absolute(), outputs=outputs)
 
 
 def find_all_weights(requests: Sequence[Requested], weights_dir: Path | None, progress: bool) -> list[Requested]:

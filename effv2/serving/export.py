@@ -3,6 +3,8 @@
 import base64
 import io
 import json
+import re
+import zipfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -10,14 +12,22 @@ from typing import Any
 import torch
 from PIL import Image
 from torch import Tensor, nn
+from torch.export import ExportedProgram
 from torch.nn import functional as F
 
+from effv2.core.errors import InputError
 from effv2.core.processes import uninterrupted
 from effv2.data import decoder
 from effv2.data.batches import Statistics
 from effv2.data.images import CentreCrop, Preparation
 
 OTHER = "other"
+# What write_served writes, none of which torch reads as a pickle, unless its configuration says so.
+PROGRAM_FILE = re.compile(
+    r"[^/]+/(data/weights/(weight_\d+|model_weights_config\.json)|data/constants/(tensor_\d+|model_constants_config\.json)"
+    r"|data/sample_inputs/model\.pt|models/model\.json|archive_format|archive_version|byteorder|version"
+    r"|\.data/(version|serialization_id))"
+)
 
 
 def output_names(classes: Sequence[str], outputs: int) -> list[str]:
@@ -70,6 +80,18 @@ def write_served(
         program.example_inputs = None  # it would be stored as a pickle
         torch.export.save(program, files["program"])
     return files
+
+
+def read_program(path: Path) -> ExportedProgram:
+    """Read the network of a served model; InputError for an archive of which torch would run a pickle."""
+    with zipfile.ZipFile(path) as archive:
+        files = {each.filename: each.file_size for each in archive.infolist()}
+        configs = [json.loads(archive.read(name))["config"] for name in files if name.endswith("_config.json")]
+    pickled = any(each["use_pickle"] for config in configs for each in config.values())
+    inputs = any(size for name, size in files.items() if name.endswith(".pt"))  # which write_served leaves empty
+    if pickled or inputs or not all(map(PROGRAM_FILE.fullmatch, files)):
+        raise InputError("model", path.name, "holds more than tensors and a graph", "give a model that effv2 logged")
+    return torch.export.load(path)
 
 
 def as_base64(image: Image.Image) -> str:

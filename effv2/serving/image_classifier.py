@@ -28,6 +28,7 @@ from mlflow.protos.databricks_pb2 import INVALID_PARAMETER_VALUE
 from mlflow.pyfunc.model import PythonModel, PythonModelContext
 from PIL import Image, UnidentifiedImageError
 
+AT_ONCE = 64  # images of a forward pass
 MOST = {"images": 1_000, "bytes": 200_000_000, "pixels": 300_000_000}  # of a request, all images together
 PLAINLY = {binascii.Error: "it is not base64", UnidentifiedImageError: "it is in no image format that Pillow knows"}
 
@@ -66,7 +67,7 @@ class ImageClassifier(PythonModel):
     ) -> list[dict[str, Any]]:
         """Return, for each image, `label`, its `probability`, and `probabilities` of classes by name.
 
-        With the parameter `top_k` those of so many classes, the label first, then the most likely; with 0 of all.
+        The parameter `top_k` is the number of classes: the label first, then the most likely; 0: all of them.
         """
         top_k = (params or {}).get("top_k") or 0
         if top_k < 0:
@@ -75,8 +76,12 @@ class ImageClassifier(PythonModel):
             return []
         self._must_fit(model_input)
         pixels = np.stack([self.pixels(item, i) for i, item in enumerate(model_input)])
-        table, predicted = self.network(np.ascontiguousarray(pixels.transpose(0, 3, 1, 2)))
-        return [self._answer(*each, top_k) for each in zip(table.tolist(), predicted.tolist(), strict=True)]
+        answers = []
+        for first in range(0, len(pixels), AT_ONCE):
+            images = np.ascontiguousarray(pixels[first : first + AT_ONCE].transpose(0, 3, 1, 2))
+            table, predicted = self.network(images)
+            answers += [self._answer(*each, top_k) for each in zip(table.tolist(), predicted.tolist(), strict=True)]
+        return answers
 
     def _answer(self, row: list[float], column: int, top_k: int) -> dict[str, Any]:
         names, columns = self.settings["names"], range(len(row))

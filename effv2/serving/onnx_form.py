@@ -9,6 +9,7 @@ import torch
 
 from effv2.core.errors import RunError
 from effv2.core.processes import uninterrupted
+from effv2.serving.export import read_program
 
 NEEDED = ("onnx", "onnxscript", "onnxruntime")  # packages, the extra `onnx`
 OPSET = 18  # the lowest that torch writes
@@ -22,7 +23,7 @@ def write_onnx(program: Path, target: Path) -> None:
     """
     import onnxruntime
 
-    exported = torch.export.load(program)
+    exported = read_program(program)
     names: dict[str, Any] = {"input_names": ["images"], "output_names": ["probabilities", "predicted"]}
     with uninterrupted(), warnings.catch_warnings():  # as when it was exported
         warnings.simplefilter("ignore")  # the exporter's remarks on torch's code

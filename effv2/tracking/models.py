@@ -14,7 +14,7 @@ from effv2.core.errors import InputError, joined
 from effv2.serving import onnx_form
 from effv2.tracking.addresses import TRACKING_URI, shown_uri
 from effv2.tracking.store import MISSING, REFUSALS, is_begun, open_store, reason, tracking_faults
-from effv2.tracking.writer import ONNX, as_served, log_served_model, model_address
+from effv2.tracking.writer import ONNX, as_served, model_address
 
 ADDRESS = re.compile(r"runs:/([^/]+)(?:/model)?|models:/.+")
 PARTS = ("program", "settings", "decoder")  # artifacts of the served model as a run logs it
@@ -43,11 +43,10 @@ def fetch_model(address: str, folder: Path) -> Model:
     return found
 
 
-def export_onnx(address: str, target: Path, log: bool = False) -> str:
-    """Save the ONNX form of a logged model to a new or empty folder; log it to the same run, too, if `log` says so.
+def export_onnx(address: str, target: Path) -> None:
+    """Save the ONNX form of a logged model to a new or empty folder.
 
-    Return the address of what was logged, if it was. InputError as fetch_model, and where packages are missing or the
-    folder holds something; RunError as write_onnx.
+    InputError as fetch_model, and where packages are missing or the folder holds something; RunError as write_onnx.
     """
     if missing := [name for name in onnx_form.NEEDED if find_spec(name) is None]:
         remedy = "install them with: pip install 'effv2[onnx]'"
@@ -62,6 +61,3 @@ def export_onnx(address: str, target: Path, log: bool = False) -> str:
         example = (found.load_input_example(str(Path(place, "logged"))) or [""])[0]
         with as_served(files, example) as about_it:
             mlflow.pyfunc.save_model(target, **about_it)
-        if log:
-            log_served_model(found.run_id, files, example)
-    return model_address(found.run_id, ONNX) if log else ""

@@ -32,7 +32,7 @@ from effv2.tracking.tags import CONTINUES, DATA_CONTEXT, GIT_COMMIT, GIT_DIRTY, 
 
 Item = Metric | Param | RunTag | Callable[[], None]  # a value, of which a call takes many, or a call of its own
 LatestSteps = dict[str, int]  # of each metric that the run has
-TORCH, ONNX = "model", "onnx"  # names of a run's models in two forms; the second also that of the artifact
+ONNX = "onnx"  # the artifact that stands in the place of a torch.export program
 SHARED_VIEW, CURVES = "mlflow.sharedViewState.", "effv2-curves"
 # What MLflow's UI writes when somebody saves a view: answers of studies, training runs by best test accuracy, and the
 # mean curves of arms.
@@ -161,14 +161,14 @@ def discard(run_id: str, name: str, but: str = "") -> None:
                 repository.delete_artifacts(file.path)  # type: ignore[no-untyped-call]
 
 
-def model_address(run_id: str, form: str = TORCH) -> str:
+def model_address(run_id: str) -> str:
     """Return the address of the model that was logged to a run, empty where none was, or not all of it."""
-    ready = [model for model in _models(run_id, form) if model.status == LoggedModelStatus.READY]
+    ready = [model for model in _models(run_id) if model.status == LoggedModelStatus.READY]
     return f"models:/{ready[-1].model_id}" if ready else ""
 
 
-def _models(run_id: str, form: str) -> list[LoggedModel]:
-    """Return the models of a run, in one form, that were not deleted."""
+def _models(run_id: str) -> list[LoggedModel]:
+    """Return the models of a run that were not deleted."""
     client, found = MlflowClient(), []
     outputs = client.get_run(run_id).outputs
     for each in outputs.model_outputs if outputs else []:
@@ -177,7 +177,7 @@ def _models(run_id: str, form: str) -> list[LoggedModel]:
         except MlflowException as error:
             if error.error_code != MISSING:
                 raise
-    return [model for model in found if model.name == form]
+    return found
 
 
 def log_served_model(run_id: str, files: Mapping[str, Path], example: str) -> None:
@@ -187,17 +187,15 @@ def log_served_model(run_id: str, files: Mapping[str, Path], example: str) -> No
     """
     from mlflow.models import Model
 
-    form = ONNX if ONNX in files else TORCH
-    there = _models(run_id, form)
+    there = _models(run_id)
     if any(model.status == LoggedModelStatus.READY for model in there):
         return
     client, new = MlflowClient(), None
     if not there:
         run = client.get_run(run_id)
         about = masked_values(resolve_tags()), masked_values(run.data.params)
-        new = client.create_logged_model(run.info.experiment_id, form, run_id, *about)
-        same = f"source_run_id = '{run_id}' AND name = '{form}'"
-        for twin in client.search_logged_models([run.info.experiment_id], same):
+        new = client.create_logged_model(run.info.experiment_id, "model", run_id, *about)
+        for twin in client.search_logged_models([run.info.experiment_id], f"source_run_id = '{run_id}'"):
             if twin.model_id != new.model_id:  # created before an answer was lost, or the process killed
                 client.delete_logged_model(twin.model_id)
     with as_served(files, example) as about_it:
