@@ -120,7 +120,13 @@ class AugmentConfig(Group):
     """What is done to each training image, drawn for each sample apart. All off by default."""
 
     crop: int = Field(0, ge=0, le=256, description="Pad by so many pixels (reflected) and crop at random.")
+    resized_crop: Probability = Field(
+        0.0, description="Smallest share of the image that a random crop, resized, shows (Szegedy et al. 2015), 0 = off."
+    )
     flip: bool = Field(False, description="Mirror left and right with probability 0.5.")
+    rand_augment: float = Field(
+        0.0, ge=0, le=30, description="Magnitude of RandAugment (Cubuk et al. 2020), 10 turns by 30 degrees, 0 = off."
+    )
     trivial_augment: bool = Field(False, description="TrivialAugment (Mueller & Hutter 2021), wide.")
     erasing: Probability = Field(0.0, description="Probability of erasing a rectangle (Zhong et al. 2017).")
     mixup: float = Field(0.0, ge=0, le=10, description="Alpha of mixup's Beta(alpha, alpha), 0 = off.")
@@ -207,6 +213,31 @@ class ScheduleConfig(Group):
     plateau_patience: int = Field(10, ge=0, description="Epochs without gain that ReduceLROnPlateau waits for.")
 
 
+class ProgressiveConfig(Group):
+    """Progressive learning (Tan & Le 2021, section 4): what a stage has rises to what is set for the last one.
+
+    Stages are of equal length, and settings rise linearly (algorithm 1 of the paper).
+    """
+
+    stages: int = Field(1, ge=1, le=100, description="Stages of the training, 1 = settings don't rise.")
+    image_size: int = Field(0, ge=0, le=1024, description="Training image size of the first stage, 0 = the last one's.")
+    last_image_size: int = Field(
+        0, ge=0, le=1024, description="Training image size of the last stage, 0 = data.image_size, that of evaluation."
+    )
+    rand_augment: float = Field(-1, ge=-1, le=30, description="RandAugment of the first stage, -1 = as in the last.")
+    mixup: float = Field(-1, ge=-1, le=10, description="Mixup's alpha in the first stage, -1 = as in the last.")
+    dropout: float = Field(-1, ge=-1, lt=1, description="Dropout in the first stage, -1 = as in the last.")
+
+    @model_validator(mode="after")
+    def _stages_are_needed(self) -> "ProgressiveConfig":
+        firsts = self.image_size, self.rand_augment + 1, self.mixup + 1, self.dropout + 1
+        if self.stages == 1 and any(firsts):
+            raise ValueError("one stage has no settings that rise; set progressive.stages to 2 or more")
+        if any(0 < size < 8 for size in (self.image_size, self.last_image_size)):
+            raise ValueError("an image size is less than 8 pixels; raise it")
+        return self
+
+
 class StoppingConfig(Group):
     """Early stopping on validation accuracy (on test accuracy where there is no validation split)."""
 
@@ -256,10 +287,18 @@ class TrainConfig(Group):
     model: ModelConfig = Field(default_factory=ModelConfig)
     optimiser: OptimiserConfig = Field(default_factory=OptimiserConfig)
     schedule: ScheduleConfig = Field(default_factory=ScheduleConfig)
+    progressive: ProgressiveConfig = Field(default_factory=ProgressiveConfig)
     stopping: StoppingConfig = Field(default_factory=StoppingConfig)
     evaluation: EvaluationConfig = Field(default_factory=EvaluationConfig)
     execution: ExecutionConfig = Field(default_factory=ExecutionConfig)
     random: RandomConfig = Field(default_factory=RandomConfig)
+
+    @model_validator(mode="after")
+    def _stages_have_epochs(self) -> "TrainConfig":
+        if self.progressive.stages > self.schedule.epochs:
+            problem = f"{self.progressive.stages} stages of progressive learning need as many epochs"
+            raise ValueError(f"{problem}, and there are {self.schedule.epochs}; raise schedule.epochs")
+        return self
 
     def with_seed(self, seed: int, split: int = 0) -> "TrainConfig":
         """Return this configuration for another seed, and for the split that many places after its own."""

@@ -4,6 +4,7 @@ Augmentation draws for every sample apart, from torch's global generator on the 
 each step. Images are bytes (B, 3, H, W) until they are the network's input.
 """
 
+import math
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 
@@ -26,6 +27,7 @@ NORMALISATIONS: dict[str, Statistics] = {
 # Share of the image that erasing removes, and its aspect ratio (Zhong et al. 2017; torchvision's defaults).
 ERASED_AREA = (0.02, 0.33)
 ERASED_RATIO = (0.3, 3.3)
+CROP_LOG_RATIO = (math.log(3 / 4), math.log(4 / 3))  # of a resized crop's width to its height
 
 
 def epoch_order(count: int, seed: int, epoch: int, balanced: Tensor | None = None) -> Tensor:
@@ -80,15 +82,21 @@ def normalised(images: Tensor, statistics: Statistics, channels_last: bool) -> T
 
 
 def augment(images: Tensor, config: AugmentConfig) -> Tensor:
-    """Crop, flip, TrivialAugment and erase; bytes in, bytes out, same shape."""
+    """Crop, flip, TrivialAugment, RandAugment and erase; bytes in, bytes out, same shape."""
     if config.crop:
         images = random_crop(images, config.crop)
+    if config.resized_crop:
+        images = random_resized_crop(images, config.resized_crop)
     if config.flip:
         images = random_flip(images)
     if config.trivial_augment:
         from torchvision.transforms.v2 import TrivialAugmentWide
 
         images = torch.stack(list(map(TrivialAugmentWide(), images)))
+    if config.rand_augment:
+        from effv2.data.rand_augment import rand_augment
+
+        images = rand_augment(images, config.rand_augment)
     if config.erasing:
         images = random_erasing(images, config.erasing)
     return images
@@ -108,6 +116,21 @@ def random_crop(images: Tensor, padding: int) -> Tensor:
     sample = torch.arange(count, device=images.device)[:, None, None]
     last = images.permute(0, 2, 3, 1)
     return last[sample, rows[:, :, None], columns[:, None, :]].permute(0, 3, 1, 2)
+
+
+def random_resized_crop(images: Tensor, smallest: float) -> Tensor:
+    """Show a random part of each image: at least the share `smallest` of its area, 3:4 to 4:3, resized to the whole.
+
+    Bilinear. What doesn't fit is cut down to the image's sides (Szegedy et al. 2015; torchvision draws again).
+    """
+    count = len(images)
+    area, ratio = torch.empty(count).uniform_(smallest, 1), torch.empty(count).uniform_(*CROP_LOG_RATIO).exp()
+    sides = torch.stack([(area * ratio).sqrt(), (area / ratio).sqrt()], 1).clamp(max=1)  # of width and height
+    centre = (2 * torch.rand(count, 2) - 1) * (1 - sides)
+    windows = to_device(torch.cat([sides.diag_embed(), centre[:, :, None]], 2), images.device)
+    grid = F.affine_grid(windows, list(images.shape), align_corners=False)
+    shown = F.grid_sample(images.float(), grid, padding_mode="reflection", align_corners=False)
+    return shown.round_().to(torch.uint8)
 
 
 def random_flip(images: Tensor) -> Tensor:

@@ -57,6 +57,10 @@ class Split:
         ids = tuple(map(self.ids.__getitem__, positions))
         return Split(self.pixels, self.rows[at], self.labels[at], ids, self.hashes)
 
+    def on(self, device: torch.device) -> Split:
+        """Return the samples with the pixels on `device`; labels stay on the CPU."""
+        return replace(self, pixels=self.pixels.to(device))
+
     def images(self, positions: Tensor) -> Tensor:
         """Return uint8 (B, 3, H, W) of the samples at `positions`, channels last in memory."""
         return self.pixels[to_device(self.rows[positions], self.pixels.device)].permute(0, 3, 1, 2)
@@ -95,6 +99,7 @@ class Dataset:
     test: Split
     left_out: Mapping[str, int] = field(default_factory=dict)
     broken: Mapping[str, str] = field(default_factory=dict)
+    resized: Callable[[int], Dataset] | None = None  # returns the same images at another size, decoded at that
 
     @cached_property
     def notes(self) -> list[str]:
@@ -171,8 +176,13 @@ def load_dataset(config: DataConfig, on_decoded: OnDecoded | None = None) -> Dat
         lacking = next(name for label, name in enumerate(source.classes) if label not in learned)
         remedy = "add images, or give data.allow_incomplete_classes"
         raise InputError("data.dir", config.dir, f"no training image of the class {lacking!r} can be read", remedy)
+
+    def resized(size: int) -> Dataset:
+        return load_dataset(config.model_copy(update={"image_size": size}), on_decoded)
+
     about = config.dataset, source.location, source.classes
-    return Dataset(*about, splits["train"], splits.get("validation"), splits["test"], source.left_out, broken)
+    parts = splits["train"], splits.get("validation"), splits["test"]
+    return Dataset(*about, *parts, source.left_out, broken, resized)
 
 
 def _load_standard(config: DataConfig, source: Source, decoded: Decode) -> dict[str, Split]:

@@ -21,10 +21,11 @@ from effv2.core.processes import uninterrupted
 from effv2.core.randomness import private_randomness, seed_generators, stream_seed
 from effv2.data import batches
 from effv2.data.dataset import Dataset, Split, to_device
-from effv2.execution.device import Execution, Forward, make_execution
+from effv2.execution.device import Execution, Forward, Function, make_execution
 from effv2.training.freezing import norms_are_frozen, set_modes
 from effv2.training.optimisers import Schedule, make_optimiser
 from effv2.training.progress import EpochSums, Progress, watched_accuracy
+from effv2.training.stages import Stage, set_dropout, stage_metrics, stage_of
 
 # On an accelerator the loss is looked at this seldom, since each look waits for the device.
 STEPS_BETWEEN_LOSS_CHECKS = 50
@@ -170,6 +171,8 @@ class Training:
         self.config, self.state, self.execution = config, state, execution
         # On an accelerator for good where it has room, so that no step waits for its images.
         self.dataset = dataset.on(execution.device) if dataset.bytes <= execution.room_for_data() else dataset
+        self._stage = Stage(0, config.data.image_size, config.augment, config.model.dropout)  # before the first
+        self._train_split = self.dataset.train
         self.on_step: Callable[[int, int], None] = lambda step, steps: None
         usual = min(config.optimiser.batch_size, len(dataset.train))  # a size that is worth compiling
 
@@ -184,9 +187,13 @@ class Training:
             loss.backward()
             return loss.detach(), (logits.detach().argmax(1) == labels).sum()
 
-        graphed = execution.graphed(differentiate, state.model.parameters())
-        # A graph sets the gradients of the same parameters throughout.
-        self._differentiate = differentiate if config.optimiser.frozen_epochs else graphed
+        def recorded() -> Function:
+            """Return `differentiate` as CUDA graphs of its own, where they are used."""
+            # A graph sets the gradients of the same parameters throughout.
+            frozen = config.optimiser.frozen_epochs
+            return differentiate if frozen else execution.graphed(differentiate, state.model.parameters())
+
+        self._recorded, self._differentiate = recorded, recorded()
         self._statistics = batches.NORMALISATIONS[config.data.normalise]
         self.network_for_inference = execution.inference_factory(state.evaluated, self._statistics)
 
@@ -219,7 +226,8 @@ class Training:
         check_every = 1 if self.execution.device.type == "cpu" else STEPS_BETWEEN_LOSS_CHECKS
         made = self.state.progress.step - self.state.progress.epoch * steps
         rest, device = order[made * batch_size :], self.execution.device
-        left = batches.training_batches(self.dataset.train, rest, batch_size, device)
+        self._enter(stage_of(self.config, self.state.progress.epoch + 1))
+        left = batches.training_batches(self._train_split, rest, batch_size, device)
         set_modes(self.state.model, self.config.optimiser, self.state.progress.epoch + 1)
         started = time.perf_counter()
         for step, (images, labels) in enumerate(left, made + 1):
@@ -236,7 +244,21 @@ class Training:
             "learning_rate": self.state.schedule.rate,
             "time/train_seconds": sums.seconds,
             "throughput/train_images_per_second": sums.images / sums.seconds,
+            **stage_metrics(self.config, self._stage),
         }
+
+    def _enter(self, stage: Stage) -> None:
+        """Go over to a stage of progressive learning: its dropout, its images, CUDA graphs of their shape."""
+        if stage == self._stage:
+            return
+        self._stage, self._differentiate = stage, self._recorded()
+        set_dropout(self.state.model, stage.dropout)
+        split, resized = self.dataset.train, self.dataset.resized
+        if stage.image_size != self.config.data.image_size and resized:
+            split = resized(stage.image_size).train
+            if split.pixels.nbytes <= self.execution.room_for_data():
+                split = split.on(self.execution.device)
+        self._train_split = split
 
     def _order(self, epoch: int) -> Tensor:
         """Return which training images an epoch takes, in order; epoch 0 comes before the training."""
@@ -248,12 +270,12 @@ class Training:
         """Make one step and add it to the sums of the epoch, without waiting for the device."""
         config, state, step, device = self.config, self.state, self.state.progress.step, self.execution.device
         seed_generators(stream_seed(config.random.seed, "augmentation", step), device)
-        images = to_device(batches.augment(images, config.augment), device)
+        images = to_device(batches.augment(images, self._stage.augment), device)
         inputs = batches.normalised(images, self._statistics, self.execution.channels_last)
         labels = to_device(labels, device)
         outputs = config.model.outputs or len(self.dataset.classes)
         targets = batches.one_hot(labels, outputs, config.optimiser.label_smoothing)
-        inputs, targets = batches.mix_samples(inputs, targets, config.augment)
+        inputs, targets = batches.mix_samples(inputs, targets, self._stage.augment)
 
         seed_generators(stream_seed(config.random.seed, "dropout", step), device)
         loss, right = self._differentiate(inputs, targets, labels)

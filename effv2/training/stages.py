@@ -1,0 +1,65 @@
+"""The stages of progressive learning (Tan & Le 2021, section 4): what a training has in each of its epochs."""
+
+from dataclasses import dataclass
+
+from torch import nn
+
+from effv2.config.schema import AugmentConfig, ProgressiveConfig, TrainConfig
+
+SIZE_STEP = 8  # pixels: sizes between the first and the last are multiples of it
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One stage, counted from 1: the side of its images in pixels, how they are changed, and the head's dropout."""
+
+    number: int
+    image_size: int
+    augment: AugmentConfig
+    dropout: float
+
+
+def stages_of(config: TrainConfig) -> list[Stage]:
+    """Return the stages of a training; of one without progressive learning the only one."""
+    count = config.progressive.stages
+    shares = [number / (count - 1) for number in range(count)] if count > 1 else [1.0]
+    return [_stage(config, number, share) for number, share in enumerate(shares, 1)]
+
+
+def _stage(config: TrainConfig, number: int, share: float) -> Stage:
+    """Return the stage in which settings have risen by a share of the way to the last."""
+    first, last = config.progressive, config.augment
+
+    def risen(start: float, end: float) -> float:
+        return end if start < 0 or share == 1 else start + share * (end - start)
+
+    last_size = first.last_image_size or config.data.image_size
+    size = round(risen(first.image_size or last_size, last_size))
+    if 0 < share < 1:
+        size = SIZE_STEP * round(size / SIZE_STEP)
+    changed = {
+        "crop": round(last.crop * size / config.data.image_size),
+        "rand_augment": risen(first.rand_augment, last.rand_augment),
+        "mixup": risen(first.mixup, last.mixup),
+    }
+    return Stage(number, size, last.model_copy(update=changed), risen(first.dropout, config.model.dropout))
+
+
+def stage_of(config: TrainConfig, epoch: int) -> Stage:
+    """Return the stage of an epoch, both counted from 1; all stages have as many epochs, give or take one."""
+    stages = stages_of(config)
+    return stages[min(len(stages), 1 + (epoch - 1) * len(stages) // config.schedule.epochs) - 1]
+
+
+def set_dropout(network: nn.Module, dropout: float) -> None:
+    """Set the dropout before the classifier."""
+    for layer in network.get_submodule("classifier").modules():
+        if isinstance(layer, nn.Dropout):
+            layer.p = dropout
+
+
+def stage_metrics(config: TrainConfig, stage: Stage) -> dict[str, float]:
+    """Return what is logged of the stage of an epoch; nothing without progressive learning."""
+    if config.progressive == ProgressiveConfig():
+        return {}
+    return {"progressive/stage": stage.number, "progressive/image_size": stage.image_size}
