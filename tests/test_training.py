@@ -28,6 +28,7 @@ from effv2.execution.device import make_execution
 from effv2.training.loop import EPOCH_METRICS, Evaluation, Metrics, Training, TrainState, evaluate
 from effv2.training.optimisers import Schedule
 from effv2.training.progress import Progress
+from effv2.training.stages import stage_of, stages_of
 from tests.conftest import tiny_config
 
 EVERYTHING: dict[str, Any] = {
@@ -36,6 +37,7 @@ EVERYTHING: dict[str, Any] = {
     "optimiser": {"batch_size": 32, "label_smoothing": 0.1, "clip_norm": 1.0, "ema_decay": 0.9},
     "schedule": {"epochs": 3, "name": "plateau", "plateau_patience": 0, "warmup_epochs": 1},
     "evaluation": {"train_set": True, "batch_norm_images": 50},
+    "progressive": {"stages": 2, "image_size": 12, "dropout": 0, "mixup": 0},
 }
 
 
@@ -122,6 +124,38 @@ def test_state_saved_after_any_step_is_resumed_exactly(schedule: str, optimiser:
         state["progress"] = numbers(state["progress"]["history"])
     assert again["progress"] == expected
     assert equal(kept, again)
+
+
+def test_stages_rise_as_in_the_paper() -> None:
+    wanted = {"stages": 4, "image_size": 128, "rand_augment": 5, "dropout": 0.1}
+    groups = {"data": {"image_size": 300}, "augment": {"rand_augment": 15, "crop": 30}, "model": {"dropout": 0.3}}
+    config = tiny_config(**groups, progressive=wanted, schedule={"epochs": 350})
+    found = stages_of(config)
+    assert [stage.image_size for stage in found] == [128, 184, 244, 300]  # the paper's table 6, on multiples of 4
+    assert [stage.augment.rand_augment for stage in found] == pytest.approx([5, 25 / 3, 35 / 3, 15])
+    assert [stage.dropout for stage in found] == pytest.approx([0.1, 1 / 6, 7 / 30, 0.3])
+    assert [stage.augment.crop for stage in found] == [13, 18, 24, 30]  # as large a part of the image
+    numbers_of = [stage_of(config, epoch).number for epoch in range(1, 351)]
+    assert numbers_of == sorted(numbers_of) and [numbers_of.count(n) for n in (1, 2, 3, 4)] == [88, 87, 88, 87]
+
+
+def test_each_stage_trains_at_its_size_and_is_evaluated_at_the_last() -> None:
+    wanted = {"stages": 3, "image_size": 16, "last_image_size": 24, "dropout": 0}
+    config = tiny_config(data={"image_size": 32}, model={"dropout": 0.5}, progressive=wanted, schedule={"epochs": 3})
+    _, state, training = start(config)
+    seen: list[tuple[bool, int, float]] = []
+
+    def look(network: nn.Module, inputs: tuple[torch.Tensor, ...]) -> None:
+        rate = next(layer.p for layer in network.modules() if isinstance(layer, nn.Dropout))
+        seen.append((network.training, inputs[0].shape[-1], rate))
+
+    state.model.register_forward_pre_hook(look)
+    results = list(training)
+    trained = list(dict.fromkeys(each for each in seen if each[0]))
+    assert trained == [(True, 16, 0.0), (True, 20, 0.25), (True, 24, 0.5)]
+    assert [each["progressive/image_size"] for each in results] == [16, 20, 24]
+    assert [each["progressive/stage"] for each in results] == [1, 2, 3]
+    assert {size for learning, size, _ in seen if not learning} <= {32}
 
 
 def test_a_training_that_is_over_is_freed_at_once() -> None:

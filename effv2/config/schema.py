@@ -121,7 +121,8 @@ class AugmentConfig(Group):
 
     crop: int = Field(0, ge=0, le=256, description="Pad by so many pixels (reflected) and crop at random.")
     resized_crop: Probability = Field(
-        0.0, description="Smallest share of the image that a random crop, resized, shows (Szegedy et al. 2015), 0 = off."
+        0.0,
+        description="Least share of the image that a random crop shows, resized (Szegedy et al. 2015), 0 = off.",
     )
     flip: bool = Field(False, description="Mirror left and right with probability 0.5.")
     rand_augment: float = Field(

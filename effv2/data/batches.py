@@ -147,7 +147,7 @@ def random_erasing(images: Tensor, probability: float) -> Tensor:
     chosen = torch.rand(count) < probability
     heights = (area * ratio).sqrt().round().clamp(1, height) * chosen
     widths = (area / ratio).sqrt().round().clamp(1, width)
-    inside = to_device(_rectangles(heights, widths, height, width), images.device)
+    inside = _rectangles(heights, widths, images)
     return images.masked_fill(inside[:, None], 0)
 
 
@@ -164,14 +164,16 @@ def mix_samples(inputs: Tensor, targets: Tensor, config: AugmentConfig) -> tuple
     cuts = torch.rand(count) < (0.5 if config.mixup and config.cutmix else float(config.cutmix > 0))
 
     blend = _beta(config.mixup, count)
-    taken = 1 - _beta(config.cutmix, count)  # share of the image that the rectangle brings from the partner
-    heights = (taken.sqrt() * height).round() * cuts
-    widths = (taken.sqrt() * width).round()
-    inside = _rectangles(heights, widths, height, width)
-    share = to_device(torch.where(cuts, 1 - inside.flatten(1).float().mean(1), blend), inputs.device)
-
-    pixelwise = torch.where(cuts[:, None, None], 1 - inside.float(), blend[:, None, None])[:, None]
-    mixed = torch.lerp(inputs[partner], inputs, to_device(pixelwise, inputs.device))
+    share = to_device(blend, inputs.device)  # of each sample itself: in all, and in each pixel
+    pixelwise = share[:, None, None]
+    if config.cutmix:
+        taken = 1 - _beta(config.cutmix, count)  # share of the image that the rectangle brings from the partner
+        heights = (taken.sqrt() * height).round() * cuts
+        outside = 1 - _rectangles(heights, (taken.sqrt() * width).round(), inputs).float()
+        there = to_device(cuts, inputs.device)
+        pixelwise = torch.where(there[:, None, None], outside, pixelwise)
+        share = torch.where(there, outside.flatten(1).mean(1), share)
+    mixed = torch.lerp(inputs[partner], inputs, pixelwise[:, None])
     return mixed, torch.lerp(targets[partner], targets, share[:, None])
 
 
@@ -179,15 +181,15 @@ def _beta(alpha: float, count: int) -> Tensor:
     return torch.distributions.Beta(alpha, alpha).sample((count,)) if alpha else torch.ones(count)
 
 
-def _rectangles(heights: Tensor, widths: Tensor, height: int, width: int) -> Tensor:
-    """Return masks (B, height, width) of rectangles of these sizes, uniformly placed inside the image."""
+def _rectangles(heights: Tensor, widths: Tensor, images: Tensor) -> Tensor:
+    """Return masks (B, H, W), on their device, of rectangles of these sizes, uniformly placed inside the images."""
 
     def span(sizes: Tensor, length: int) -> Tensor:
         start = (torch.rand(len(sizes)) * (length - sizes + 1)).floor()[:, None]
         line = torch.arange(length)
-        return (line >= start) & (line < start + sizes[:, None])
+        return to_device((line >= start) & (line < start + sizes[:, None]), images.device)
 
-    return span(heights, height)[:, :, None] & span(widths, width)[:, None, :]
+    return span(heights, images.shape[2])[:, :, None] & span(widths, images.shape[3])[:, None, :]
 
 
 def one_hot(labels: Tensor, outputs: int, smoothing: float) -> Tensor:

@@ -99,7 +99,7 @@ class Dataset:
     test: Split
     left_out: Mapping[str, int] = field(default_factory=dict)
     broken: Mapping[str, str] = field(default_factory=dict)
-    resized: Callable[[int], Dataset] | None = None  # returns the same images at another size, decoded at that
+    resized: Callable[[int], Dataset] | None = None  # what at_size returns for another size
 
     @cached_property
     def notes(self) -> list[str]:
@@ -126,6 +126,10 @@ class Dataset:
     def bytes(self) -> int:
         """Return the size of all pixels; an array that splits share counts once."""
         return sum({id(split.pixels): split.pixels.nbytes for split in self.splits.values()}.values())
+
+    def at_size(self, size: int) -> Dataset:
+        """Return the same images with sides of `size` pixels, decoded at that size."""
+        return self if self.resized is None or size == self.train.pixels.shape[1] else self.resized(size)
 
     def on(self, device: torch.device) -> Dataset:
         """Return the data set with its pixels on `device`, still shared by its splits; labels stay on the CPU."""
@@ -177,6 +181,7 @@ def load_dataset(config: DataConfig, on_decoded: OnDecoded | None = None) -> Dat
         remedy = "add images, or give data.allow_incomplete_classes"
         raise InputError("data.dir", config.dir, f"no training image of the class {lacking!r} can be read", remedy)
 
+    @cache
     def resized(size: int) -> Dataset:
         return load_dataset(config.model_copy(update={"image_size": size}), on_decoded)
 

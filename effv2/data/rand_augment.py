@@ -6,11 +6,15 @@ Images that drew the same operation are changed together, so that a GPU has work
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
+from itertools import pairwise
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 from torchvision.transforms.v2 import functional as tv
+
+from effv2.data.dataset import to_device
 
 OPERATIONS_PER_IMAGE = 2
 FULL_STRENGTH = 10  # the magnitude of AutoAugment's largest changes (Cubuk et al. 2019), to which others are relative
@@ -21,7 +25,7 @@ Operation = Callable[[Tensor, Tensor], Tensor]
 
 
 def _warped(images: Tensor, strength: Tensor, kind: Tensor) -> Tensor:
-    """Shear along x or y, shift along x or y, or rotate: what `kind` (B), from 0 to 4, says. Grey comes from outside."""
+    """Shear along x or y, shift along x or y, or rotate: `kind` (B), 0 to 4, says which. Grey comes from outside."""
     shear, shift, angle = SHEAR * strength, 2 * SHIFT * strength, torch.deg2rad(ANGLE * strength)
     turned = kind == 4
     cosine, sine = torch.where(turned, angle.cos(), 1), torch.where(turned, angle.sin(), 0)
@@ -29,7 +33,7 @@ def _warped(images: Tensor, strength: Tensor, kind: Tensor) -> Tensor:
         torch.stack([cosine, torch.where(kind == 0, shear, -sine), torch.where(kind == 2, shift, 0)], 1),
         torch.stack([torch.where(kind == 1, shear, sine), cosine, torch.where(kind == 3, shift, 0)], 1),
     ]
-    matrices = torch.stack(rows, 1).to(images.device, non_blocking=True)
+    matrices = to_device(torch.stack(rows, 1), images.device)
     grid = F.affine_grid(matrices, list(images.shape), align_corners=False)
     return _bytes(F.grid_sample(images.float() - GREY, grid, align_corners=False) + GREY)
 
@@ -38,7 +42,7 @@ def _enhanced(plain: Callable[[Tensor], Tensor]) -> Operation:
     """Return what moves images away from, or towards, what `plain` makes of them (floats 0 to 255)."""
 
     def change(images: Tensor, strength: Tensor) -> Tensor:
-        factor = (1 + ENHANCED * strength).clamp(min=0).to(images.device, non_blocking=True)[:, None, None, None]
+        factor = to_device((1 + ENHANCED * strength).clamp(min=0), images.device)[:, None, None, None]
         pixels = images.float()
         return _bytes(torch.lerp(plain(pixels), pixels, factor))
 
@@ -73,20 +77,19 @@ NOTHING = WARPS + len(CHANGES)  # the last operation leaves the image as it is
 def rand_augment(images: Tensor, magnitude: float) -> Tensor:
     """Change bytes (B, 3, H, W) by RandAugment of `magnitude`, drawn from torch's global generator on the CPU.
 
-    Either direction is as likely. Colours change by the magnitude in either, as those of Pillow in AutoAugment.
+    Shifts, turns and colours go in either direction, as in AutoAugment.
     """
+    count, device = len(images), images.device
+    now = torch.arange(count)  # which image is in which place
     for _ in range(OPERATIONS_PER_IMAGE):
-        drawn = torch.randint(NOTHING + 1, (len(images),))
-        strength = magnitude / FULL_STRENGTH * (2 * torch.randint(2, (len(images),)) - 1)
-        changed = images.clone()
-        for number in range(-1, len(CHANGES)):
-            chosen = (drawn < WARPS if number < 0 else drawn == WARPS + number).nonzero()[:, 0]
-            if not len(chosen):
-                continue
-            there = chosen.to(images.device, non_blocking=True)
-            if number < 0:
-                changed[there] = _warped(images[there], strength[chosen], drawn[chosen])
-            else:
-                changed[there] = CHANGES[number](images[there], strength[chosen])
-        images = changed
-    return images
+        drawn = torch.randint(NOTHING + 1, (count,))
+        strength = magnitude / FULL_STRENGTH * (2 * torch.randint(2, (count,)) - 1)
+        order = drawn.argsort(stable=True)  # equal operations lie side by side
+        drawn, strength, now = drawn[order], strength[order], now[order]
+        images = images[to_device(order, device)]
+        ends = [0, *torch.searchsorted(drawn, torch.arange(WARPS, NOTHING + 1)).tolist()]
+        changes = partial(_warped, kind=drawn[: ends[1]]), *CHANGES
+        spans = zip(changes, pairwise(ends), strict=True)
+        changed = [change(images[a:b], strength[a:b]) for change, (a, b) in spans if a < b]
+        images = torch.cat([*changed, images[ends[-1] :]])
+    return images[to_device(now.argsort(), device)]

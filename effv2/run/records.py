@@ -33,6 +33,7 @@ from effv2.serving.export import as_base64, output_names, write_served
 from effv2.tracking.read import download
 from effv2.tracking.writer import TrackedRun
 from effv2.training.loop import Training, evaluate, median_seconds
+from effv2.training.stages import stage_table
 
 CURVES = {"train": "train/accuracy", "validation": "val/accuracy", "test": "test/accuracy"}
 MOST_WRONG, MOST_NAMED = 24, 30  # images of a gallery; classes, or pairs of them, that a confusion matrix names
@@ -70,6 +71,8 @@ def log_end(run: TrackedRun, training: Training) -> dict[str, float]:
     }
     with run.new_artifacts() as folder:
         accuracy_curves(curves, "accuracy by epoch").savefig(folder / "curves.png", dpi=120)
+        if config.progressive.stages > 1:
+            write_csv(folder / "stages.csv", stage_table(config, history))
     return summary
 
 

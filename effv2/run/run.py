@@ -27,6 +27,7 @@ from effv2.tracking.store import TRACKING_ERRORS, tracking_faults
 from effv2.tracking.writer import TrackedRun, model_address
 from effv2.training.checkpoint import Checkpointer
 from effv2.training.loop import Training
+from effv2.training.stages import stages_of
 
 FIRST_LOGGED = "time/epoch_seconds"  # metric of each epoch: what a run logs at its start is there by then
 
@@ -84,6 +85,8 @@ def prepare(configs: Sequence[TrainConfig], load: LoadData, message: Message) ->
     """Load and check the data of runs, then resolve `auto` and length, alike; InputError before any is created."""
     for config in map(with_device, configs):
         dataset, outputs = load(config.data), config.model.outputs
+        for stage in stages_of(config):
+            dataset.at_size(stage.image_size)  # images of all stages are decoded before a run is created
         if 0 < outputs < len(dataset.classes):
             problem = f"the data has {len(dataset.classes)} classes"
             raise InputError("model.outputs", outputs, problem, "give at least as many outputs, or 0")

@@ -5,7 +5,6 @@ import statistics
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
-from itertools import compress
 from typing import Any
 
 import torch
@@ -101,6 +100,10 @@ class TrainState:
             initialise(network)
             self.model = execution.place(network)
         self.averaged = AveragedModel(self.model, use_buffers=True) if optimiser.ema_decay else None
+        both = (self.averaged.module, self.model) if self.averaged else ()
+        tensors = [[*module.parameters(), *module.buffers()] for module in both]  # which stay the same ones
+        self._smooth = [[each for each in side if each.is_floating_point()] for side in tensors]
+        self._counts = [[each for each in side if not each.is_floating_point()] for side in tensors]
         steps_per_epoch = batches.batch_count(len(dataset.train), optimiser.batch_size)
         self.optimiser = make_optimiser(optimiser, self.model)
         self.schedule = Schedule(config.schedule, self.optimiser, steps_per_epoch)
@@ -119,11 +122,8 @@ class TrainState:
             return
         n = int(self.averaged.n_averaged)
         weight = 1 - min(decay, (1 + n) / (10 + n)) if n else 1.0
-        averaged, current = ([*module.parameters(), *module.buffers()] for module in (self.averaged.module, self.model))
-        smooth = [each.is_floating_point() for each in averaged]
-        lerp_all(list(compress(averaged, smooth)), list(compress(current, smooth)), weight)
-        counts = [not each for each in smooth]
-        copy_all(list(compress(averaged, counts)), list(compress(current, counts)))
+        lerp_all(*self._smooth, weight)
+        copy_all(*self._counts)
         self.averaged.n_averaged += 1  # AveragedModel's own update would wait for a GPU
 
     def state_dict(self) -> dict[str, Any]:
@@ -253,12 +253,9 @@ class Training:
             return
         self._stage, self._differentiate = stage, self._recorded()
         set_dropout(self.state.model, stage.dropout)
-        split, resized = self.dataset.train, self.dataset.resized
-        if stage.image_size != self.config.data.image_size and resized:
-            split = resized(stage.image_size).train
-            if split.pixels.nbytes <= self.execution.room_for_data():
-                split = split.on(self.execution.device)
-        self._train_split = split
+        split = self.dataset.at_size(stage.image_size).train
+        fits = split.pixels.nbytes <= self.execution.room_for_data()
+        self._train_split = split.on(self.execution.device) if fits else split
 
     def _order(self, epoch: int) -> Tensor:
         """Return which training images an epoch takes, in order; epoch 0 comes before the training."""

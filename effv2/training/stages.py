@@ -1,12 +1,15 @@
 """The stages of progressive learning (Tan & Le 2021, section 4): what a training has in each of its epochs."""
 
+import statistics
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from torch import nn
 
 from effv2.config.schema import AugmentConfig, ProgressiveConfig, TrainConfig
+from effv2.training.progress import watched_accuracy
 
-SIZE_STEP = 8  # pixels: sizes between the first and the last are multiples of it
+SIZE_STEP = 4  # pixels: sizes between the first and the last are multiples of it
 
 
 @dataclass(frozen=True)
@@ -63,3 +66,18 @@ def stage_metrics(config: TrainConfig, stage: Stage) -> dict[str, float]:
     if config.progressive == ProgressiveConfig():
         return {}
     return {"progressive/stage": stage.number, "progressive/image_size": stage.image_size}
+
+
+def stage_table(config: TrainConfig, history: Sequence[Mapping[str, float]]) -> list[tuple[str | float, ...]]:
+    """Return a head and a row for each stage that was trained: its settings, time, rate, accuracy after its end."""
+    head = "stage epochs image_size rand_augment mixup dropout train_seconds images_per_second watched_accuracy"
+    rows: list[tuple[str | float, ...]] = [tuple(head.split())]
+    for stage in stages_of(config):
+        epochs = [each for each in history if each["progressive/stage"] == stage.number]
+        if epochs:
+            rate = statistics.median(each["throughput/train_images_per_second"] for each in epochs)
+            seconds = sum(each["time/train_seconds"] for each in epochs)
+            settings = stage.image_size, stage.augment.rand_augment, stage.augment.mixup, stage.dropout
+            ended = watched_accuracy(epochs[-1])
+            rows.append((stage.number, len(epochs), *settings, round(seconds, 3), round(rate), round(ended, 4)))
+    return rows
