@@ -57,11 +57,12 @@ DECIDING: dict[str, dict[str, tuple[str, ...]]] = {
     },
     "batches": {
         "data/batches.py": (),
+        "data/rand_augment.py": (),
         "data/dataset.py": ("Split", "Dataset", "to_device"),
     },
     "training": {
         "core/randomness.py": (),
-        **{f"training/{name}.py": () for name in ("freezing", "loop", "optimisers", "progress")},
+        **{f"training/{name}.py": () for name in ("freezing", "loop", "muon", "optimisers", "progress", "stages")},
         "run/initial.py": ("fitting",),
         "run/records.py": (),
         "run/run.py": ("attempt", "_train"),

@@ -17,7 +17,14 @@ from torch import nn
 from torch.optim.lr_scheduler import OneCycleLR, ReduceLROnPlateau
 
 from effv2.architecture import build_model
-from effv2.config.schema import OPTIMISERS, SCHEDULES, ScheduleConfig, StoppingConfig, TrainConfig
+from effv2.config.schema import (
+    OPTIMISERS,
+    SCHEDULES,
+    OptimiserConfig,
+    ScheduleConfig,
+    StoppingConfig,
+    TrainConfig,
+)
 from effv2.config.studies import open_study
 from effv2.core.errors import RunError, Terminated
 from effv2.core.randomness import stream_seed
@@ -26,7 +33,8 @@ from effv2.data.dataset import Dataset, Split, load_dataset
 from effv2.evidence.claims import published_runs
 from effv2.execution.device import make_execution
 from effv2.training.loop import EPOCH_METRICS, Evaluation, Metrics, Training, TrainState, evaluate
-from effv2.training.optimisers import Schedule
+from effv2.training.muon import orthogonal
+from effv2.training.optimisers import Schedule, make_optimiser
 from effv2.training.progress import Progress
 from effv2.training.stages import stage_of, stages_of
 from tests.conftest import tiny_config
@@ -124,6 +132,29 @@ def test_state_saved_after_any_step_is_resumed_exactly(schedule: str, optimiser:
         state["progress"] = numbers(state["progress"]["history"])
     assert again["progress"] == expected
     assert equal(kept, again)
+
+
+def test_muon_steps_in_all_directions_alike_and_leaves_the_rest_to_adamw() -> None:
+    torch.manual_seed(0)
+    matrices = torch.randn(3, 24, 60) @ torch.diag(torch.logspace(0, -1.5, 60))
+    for wide_or_tall in (matrices, matrices.mT):
+        left, _, right = torch.linalg.svd(wide_or_tall, full_matrices=False)
+        values = left.mT @ orthogonal(wide_or_tall) @ right.mT
+        singular = values.diagonal(dim1=1, dim2=2)
+        assert singular.min() > 0.6 and singular.max() < 1.3
+        assert (values - singular.diag_embed()).abs().max() < 1e-3
+
+    network = nn.Sequential(nn.Conv2d(8, 24, 3), nn.Conv2d(24, 24, 3, groups=24), nn.Flatten(), nn.Linear(24, 5))
+    before = [parameter.detach().clone() for parameter in network.parameters()]
+    ours = make_optimiser(OptimiserConfig(name="muon", lr=0.01, weight_decay=0, momentum=0.95), network)
+    network(torch.randn(4, 8, 5, 5)).square().sum().backward()
+    gradients = [parameter.grad for parameter in network.parameters()]
+    ours.step()
+    kernel, *others = zip(network.parameters(), before, gradients, strict=True)
+    step = (kernel[0] - kernel[1]).detach()
+    assert step.square().mean().sqrt() == pytest.approx(0.01 * 0.2, rel=0.2) and (step * kernel[2]).sum() < 0
+    for after, first, gradient in others:
+        assert torch.allclose(after, first - 0.01 * gradient.sign() * (gradient != 0), atol=1e-4)
 
 
 def test_stages_rise_as_in_the_paper() -> None:

@@ -180,7 +180,7 @@ class OptimiserConfig(Group):
     lr: float = Field(1e-3, gt=0, le=100, description="Peak learning rate.")
     batch_size: int = Field(32, ge=2, le=65_536, description="Images a step.")
     weight_decay: float = Field(0.05, ge=0, le=10, description="Weight decay, of neither biases nor norms.")
-    momentum: Fraction = Field(0.9, description="Momentum of SGD (Nesterov where above 0).")
+    momentum: Fraction = Field(0.9, description="Momentum of SGD and Muon (Nesterov).")
     clip_norm: float = Field(1.0, ge=0, description="Largest L2 norm of the gradient, 0 = unlimited.")
     label_smoothing: Fraction = Field(0.0, description="Label smoothing (Szegedy et al. 2016).")
     ema_decay: Fraction = Field(0.0, description="Decay a step of the averaged weights that are evaluated, 0 = off.")

@@ -88,7 +88,7 @@ def rand_augment(images: Tensor, magnitude: float) -> Tensor:
         drawn, strength, now = drawn[order], strength[order], now[order]
         images = images[to_device(order, device)]
         ends = [0, *torch.searchsorted(drawn, torch.arange(WARPS, NOTHING + 1)).tolist()]
-        changes = partial(_warped, kind=drawn[: ends[1]]), *CHANGES
+        changes: list[Operation] = [partial(_warped, kind=drawn[: ends[1]]), *CHANGES]
         spans = zip(changes, pairwise(ends), strict=True)
         changed = [change(images[a:b], strength[a:b]) for change, (a, b) in spans if a < b]
         images = torch.cat([*changed, images[ends[-1] :]])

@@ -122,8 +122,8 @@ class TrainState:
             return
         n = int(self.averaged.n_averaged)
         weight = 1 - min(decay, (1 + n) / (10 + n)) if n else 1.0
-        lerp_all(*self._smooth, weight)
-        copy_all(*self._counts)
+        lerp_all(self._smooth[0], self._smooth[1], weight)
+        copy_all(self._counts[0], self._counts[1])
         self.averaged.n_averaged += 1  # AveragedModel's own update would wait for a GPU
 
     def state_dict(self) -> dict[str, Any]:
