@@ -6,7 +6,7 @@ import warnings
 from collections.abc import Mapping, Sequence
 from html import escape
 from itertools import cycle
-from typing import Any
+from typing import Any, TypeVar
 
 import matplotlib
 import numpy as np
@@ -15,6 +15,7 @@ from matplotlib.ticker import LogLocator, MaxNLocator, NullLocator, StrMethodFor
 from scipy import stats
 
 Curve = Mapping[int, float]  # by epoch
+Step = TypeVar("Step", int, float)  # an epoch, or seconds
 MOMENTS = 100  # at which a curve over time is drawn
 
 PALETTE = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
@@ -48,7 +49,7 @@ def short(name: str) -> str:
 
 
 def accuracy_curves(
-    curves: Mapping[str, Sequence[Mapping[float, float]]],
+    curves: Mapping[str, Sequence[Mapping[Step, float]]],
     title: str,
     published: Mapping[str, Curve] | None = None,
     over: str = "epoch",
@@ -101,8 +102,9 @@ def bars(values: Mapping[str, Sequence[float]], title: str, unit: str) -> Figure
     """Draw means as bars, ranges as lines across their ends."""
     figure = Figure(figsize=(SIZE[0], 1.2 + 0.34 * len(values)), layout="constrained")
     axes = figure.add_subplot(title=plain(title), xlabel=unit)
-    means, reach = zip(*map(_spread, values.values()), strict=True)
-    drawn = axes.barh(list(map(short, values)), means, xerr=np.hstack(reach), color=PALETTE[0], ecolor="#555555")
+    means, low, high = np.array([(np.mean(each), min(each), max(each)) for each in values.values()]).T
+    reach = np.maximum(0, [means - low, high - means])  # the mean is rounded
+    drawn = axes.barh(list(map(short, values)), means, xerr=reach, color=PALETTE[0], ecolor="#555555")
     axes.bar_label(drawn, fmt="%.3g", padding=4)
     axes.invert_yaxis()
     axes.margins(x=0.12)
@@ -143,12 +145,6 @@ def accuracy_against_cost(
     figure.suptitle(title)
     figure.legend(*panels[0].get_legend_handles_labels(), loc="outside lower center", ncols=3)
     return figure
-
-
-def _spread(values: Sequence[float]) -> tuple[float, np.ndarray]:
-    """Return the mean of values, and how far it is to the lowest and to the highest of them (2, 1)."""
-    mean = float(np.mean(values))
-    return mean, np.maximum(0, [[mean - min(values)], [max(values) - mean]])  # the mean is rounded
 
 
 def svg_file(figure: Figure) -> str:

@@ -241,9 +241,9 @@ def _over_seeds(finding: Finding, what: Quantity, chosen: Chosen, right: RightAn
     """Judge trained networks: the interval of a mean, or of a mean difference, over runs."""
     contrast, unit = finding.contrast, "splits" if chosen.splits > 1 else "seeds"
     scale, back, written = _writing(contrast, what)
-    missed = {arm: [math.isinf(each) for each in what.values(of.values())] for arm, of in chosen.arms.items()}
-    if any(map(any, missed.values())):
-        counts = " and ".join(f"{sum(each)} of {len(each)} runs of {arm}" for arm, each in missed.items() if any(each))
+    missed = {arm: what.values(of_arm.values()).count(math.inf) for arm, of_arm in chosen.arms.items()}
+    if any(missed.values()):
+        counts = " and ".join(f"{n} of {len(chosen.arms[arm])} runs of {arm}" for arm, n in missed.items() if n)
         why = "such a time decides nothing: name a lower accuracy, or train for longer"
         return replace(finding, evidence="; ".join((f"not reached by {counts}", *chosen.aside)), lacking=why)
     found, evidence = _estimate(contrast, what, chosen)

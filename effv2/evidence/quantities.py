@@ -16,8 +16,7 @@ from effv2.evidence.statistics import Interval
 from effv2.tracking.read import BEST_TEST, LAST_TEST, SELECTED_TEST, SELECTED_VALIDATION, RunRecord
 
 TRAIN, TEST, VALIDATION = "train/accuracy", "test/accuracy", "val/accuracy"
-EPOCH_SECONDS, TRAIN_SECONDS = "time/epoch_seconds", "time/total_train_seconds"
-EPOCH_TRAINING = "time/train_seconds"
+EPOCH_SECONDS, EPOCH_TRAINING, TRAIN_SECONDS = "time/epoch_seconds", "time/train_seconds", "time/total_train_seconds"
 TRAIN_RATE, EVALUATE_RATE = "throughput/train_images_per_second", "throughput/evaluate_images_per_second"
 ONE, MANY = "inference/single_image_seconds", "inference/batch_128_seconds"
 TO_PEAK, TO_LEVEL = "epochs to 95 % of peak train accuracy", "epochs until test accuracy stays at its level"
@@ -46,9 +45,8 @@ class Quantity:
 
     def value(self, run: RunRecord) -> float | None:
         """Return the figure of a run; None where the run lacks it, or it is no finite number."""
-        if self.take is None:
-            found = run.metrics.get(self.metric or self.name)
-        else:
+        found = run.metrics.get(self.metric or self.name)
+        if self.take is not None:
             curve = _by_epoch(run, self.metric)
             found = self.take(curve) if len(curve) >= self.epochs else None
         return self.scale * found if found is not None and abs(found) < LARGEST else None
