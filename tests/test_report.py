@@ -114,7 +114,7 @@ def test_a_study_ends_with_a_report_and_views(sqlite_store: str, tiny_study: Pat
     assert len(read_experiment(experiment.experiment_id, (), second.info.run_id)) == 3
     markdown = artifact(second.info.run_id, "report.md", tmp_path)
     assert "| default | 3 |" in markdown and "| variant | default | other |" in markdown
-    assert "| training to 1.00 % test accuracy, s |" in markdown
+    assert "| training to 1 % test accuracy, s |" in markdown
     assert "| less other [interval] |" in markdown and "- default against other: undecided" in markdown
     tags = MlflowClient().get_experiment(parent.info.experiment_id).tags
     assert tags["mlflow.note.content"] == "The user's own words."

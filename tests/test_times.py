@@ -63,7 +63,7 @@ def test_a_level_is_a_fraction_of_a_split(name: str, tmp_path: Path) -> None:
         two_arms(tmp_path, f"{{kind: speed, metric: {name}, arm: a, against: b}}")
     path = tmp_path / "study.yaml"
     path.write_text(f"name: mine\nshow: [{name}]\n")
-    with pytest.raises(InputError, match="line 2: show"):
+    with pytest.raises(InputError, match=r"line 2: show.*write it as seconds/to_test_accuracy_0\.9"):
         read_study(path)
 
 
@@ -124,29 +124,29 @@ def test_claims_on_progressive_learning_are_judged_on_time_and_accuracy() -> Non
 
 
 def test_tables_say_how_many_runs_reach_it_and_figures_have_intervals() -> None:
-    asked = {"effv2.arm": "", **as_tags(SHOWN, [TO_HALF, "seconds/to_val_accuracy_0.5"])}
+    asked = as_tags(SHOWN, [TO_HALF, "seconds/to_val_accuracy_0.5"])
     parent = replace(run(0), params={"study.kind": "ablate", "study.baseline": "b"}, metrics={}, tags=asked)
     runs = arms(reached=4)
     found = results(runs, parent)
     title, *rows = found.table
     cells = {row[0]: dict(zip(title, row, strict=True)) for row in rows}
     times = [3 * (1 + seed / 50) for seed in range(5)]
-    words = "training to 50.00 % test accuracy, s"
+    words = "training to 50 % test accuracy, s"
     assert cells["a"][words] == f"{np.mean(times):.1f} ± {np.std(times, ddof=1):.1f}"
     assert cells["b"][words] == "not reached by 1 of 5"
-    assert cells["a"]["training to 50.00 % validation accuracy, s"] == "none"
+    assert cells["a"]["training to 50 % validation accuracy, s"] == "none"
     assert (words, cells["a"][words], cells["b"][words]) in found.details
     header, *lines = found.files["comparison.csv"]  # type: ignore[misc]
     assert [line[header.index(words)] for line in lines].count(math.inf) == 1
     # Over time stands the mean of the runs, as long as all train, in its interval.
     (axes,) = found.figures["accuracy against time"].axes
     moments, means = (np.asarray(each) for each in axes.lines[0].get_data())
-    (band,) = axes.collections[0].get_paths()
+    edge = np.asarray(axes.collections[0].get_paths()[0].vertices)
     assert (moments[0], moments[-1]) == pytest.approx((1.08, 3.0))
     at_end = [np.interp(3, [1 + s / 50, 2 + s / 25, 3 + 3 * s / 50], [0.2, 0.4, 0.6 + s / 2000]) for s in range(5)]
     assert means[-1] == pytest.approx(np.mean(at_end))
     reach = stats.t(4).ppf(0.975) * stats.sem(at_end)
-    assert band.vertices[band.vertices[:, 0] == moments[-1], 1].max() == pytest.approx(means[-1] + reach)
+    assert edge[edge[:, 0] == moments[-1], 1].max() == pytest.approx(means[-1] + reach)
     # Times of several machines aren't drawn side by side.
     mixed = results(arms(machines="xy"), parent)
     assert "accuracy against time" not in mixed.figures

@@ -43,6 +43,12 @@ def _searchable(name: str) -> str:
     return name
 
 
+def _time_to(name: str) -> str:
+    if not re.match(TIME_TO, name):
+        raise ValueError("is no time to an accuracy; write it as seconds/to_test_accuracy_0.9")
+    return name
+
+
 def _plain(name: str) -> str:
     if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_.-]*", name):
         raise ValueError("an arm must be named by letters, digits and . _ - alone")
@@ -130,7 +136,7 @@ class Study(Group):
     splits: int = Field(1, ge=1, le=50)  # of the images, each with every seed
     paired: bool = False  # whether runs of equal seed have more in common than others
     retries: int = Field(1, ge=0, le=100)
-    show: list[Annotated[str, Field(pattern=TIME_TO)]] = []  # in tables, besides the usual
+    show: list[Annotated[str, AfterValidator(_time_to)]] = []  # in tables, besides the usual
     search: SearchFile | None = None
     protocol: Sources = Sources()
     published: PublishedStudy = PublishedStudy()

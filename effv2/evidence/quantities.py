@@ -171,6 +171,6 @@ def quantity(name: str) -> Quantity:
     if time_to := re.match(TIME_TO, name):
         metric, level = f"{time_to[1]}/accuracy", float(time_to[2])
         accuracy = next(words for words, each in CURVES.items() if each == metric)
-        return TimeTo(name, f"training to {percent(level)} {accuracy}, s", tenths, metric, timed=True, level=level)
+        return TimeTo(name, f"training to {100 * level:g} % {accuracy}, s", tenths, metric, timed=True, level=level)
     text = percent if "accuracy" in name or "top1" in name else decimal
     return QUANTITIES.get(name) or Quantity(name, name, text, timed=name.startswith(TIMED))
