@@ -42,7 +42,7 @@ from effv2.tracking.read import SELECTED_TEST, SELECTED_VALIDATION, read_runs
 from effv2.tracking.tags import BEST_RUN, LOOKS
 from effv2.tracking.writer import TrackedRun, model_address
 
-ABOUT = {"name", "description", "retries", "baseline"}  # what a plan takes from a study file
+ABOUT = {"name", "description", "retries", "baseline", "show"}  # what a plan takes from a study file
 COUNTED = {"running": TrialState.RUNNING, "pruned": TrialState.PRUNED, "failed": TrialState.FAIL}
 LONGEST_NAME = 200  # characters, of a comparison of weights
 RANDOM_TRIALS = 10  # of a search, before TPE has anything to go by
@@ -62,7 +62,7 @@ class Plan(ABC):
     `definition` holds, as plain values, what makes this study this study: another definition is another study.
     `epochs` are those of a trial at most. A plan that `searches` lets a sampler choose the parameters; its poor and its
     diverged runs are pruned, and its best one is tested. `stamps` are settled before the first run: params of the
-    study's run, which never change.
+    study's run, which never change. `show` names what its tables show besides the usual.
     """
 
     kind: str
@@ -73,6 +73,7 @@ class Plan(ABC):
     description: str = ""
     retries: int = 0
     baseline: str = ""
+    show: Sequence[str] = ()
     stamps: Mapping[str, Any] = field(default_factory=dict)
     searches: ClassVar[bool] = False
 
