@@ -2,14 +2,14 @@
 
     python -m tests.reference
 
-fills in what is between `<!-- NAME -->` and `<!-- end -->` on every page in docs/. NAME is a key of BLOCKS, or the name of
-a study, whose settings are then listed with their sources.
+fills in what is between `<!-- NAME -->` and `<!-- end -->` on every page in docs/. NAME is a key of BLOCKS, or the name
+of a study, whose settings are then listed with their sources.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Literal, get_args, get_origin
 
@@ -68,9 +68,9 @@ EPOCH_METRICS = {
 FINAL_METRICS = {
     "best/test_accuracy": "The highest test accuracy of all epochs.",
     "best/epoch": "The epoch with the highest test accuracy.",
-    "selected/test_accuracy": "Test accuracy at the epoch with the best validation accuracy; without validation, the last.",
-    "selected/val_accuracy": "Validation accuracy at that epoch, if there are validation images.",
-    "selected/epoch": "That epoch.",
+    "selected/test_accuracy": "Test accuracy at the selected epoch: the best on validation, or the last without validation.",
+    "selected/val_accuracy": "Validation accuracy at the selected epoch, if there are validation images.",
+    "selected/epoch": "The selected epoch.",
     "selected/test_ece": "Expected calibration error on the test images, 15 bins.",
     "final/test_accuracy": "Test accuracy after the last epoch.",
     "time/total_train_seconds": "Seconds of training, all epochs together.",
@@ -111,7 +111,7 @@ TAGS = {
 }
 
 
-def rows(titles: str, lines: Iterator[tuple[str, ...]] | list[tuple[str, ...]]) -> str:
+def rows(titles: str, lines: Sequence[tuple[str, ...]]) -> str:
     """Return a Markdown table; `titles` are separated by commas."""
     names = titles.split(", ")
     return "\n".join(f"| {' | '.join(line)} |" for line in [tuple(names), ("---",) * len(names), *lines])
@@ -137,9 +137,8 @@ def commands() -> str:
     """Return a section for each command: usage, help, and the names of its options."""
     parts = []
     for name, command in all_commands().items():
-        words = [
-            each.make_metavar(click.Context(command)) for each in command.params if isinstance(each, click.Argument)
-        ]
+        arguments = [each for each in command.params if isinstance(each, click.Argument)]
+        words = [each.make_metavar(click.Context(command)) for each in arguments]
         text = "\n\n".join(" ".join(part.split()) for part in (command.help or "").split("\n\n"))
         names = ", ".join(f"`{each.opts[0]}`" for each in options_of(command))
         usage = " ".join(["effv2", name, "[OPTIONS]", *words])
@@ -152,7 +151,7 @@ def options() -> str:
     found: dict[tuple[str, str], list[str]] = {}
     for name, command in all_commands().items():
         for each in options_of(command):
-            if not getattr(each, "setting", ""):
+            if not setting_of(each):
                 found.setdefault((each.opts[0], " ".join((each.help or "").split())), []).append(name)
     return rows("option, meaning, commands", [(f"`{o}`", cell(text), ", ".join(n)) for (o, text), n in found.items()])
 
@@ -162,14 +161,15 @@ def cell(text: str) -> str:
     return text.replace("|", "\\|")
 
 
+def setting_of(option: click.Option) -> str:
+    """Return the setting that an option gives, if it gives one."""
+    return str(getattr(option, "setting", ""))
+
+
 def option_names() -> dict[str, str]:
     """Return the option for each setting that has one."""
-    return {
-        each.setting: each.opts[0]
-        for command in all_commands().values()
-        for each in options_of(command)
-        if getattr(each, "setting", "") and each.setting in TrainConfig().flat()
-    }
+    found = [each for command in all_commands().values() for each in options_of(command)]
+    return {setting_of(each): each.opts[0] for each in found if setting_of(each) in TrainConfig().flat()}
 
 
 def kind_of(setting: str) -> str:
@@ -182,11 +182,8 @@ def kind_of(setting: str) -> str:
     if names:
         return ", ".join(f"`{name}`" for name in names)
     words = {int: "integer", float: "number", bool: "true or false", str: "text"}
-    limits = [
-        f"{s} {value:g}"
-        for s, value in ((SIGNS[n], getattr(r, n, None)) for n in SIGNS for r in field.metadata)
-        if value is not None
-    ]
+    rules = ((sign, getattr(rule, name, None)) for name, sign in SIGNS.items() for rule in field.metadata)
+    limits = [f"{sign} {limit:g}" for sign, limit in rules if limit is not None]
     return ", ".join([words[annotation], *limits])
 
 
@@ -212,10 +209,8 @@ def described(names: dict[str, str]) -> str:
 
 def quantities() -> str:
     """Return the quantities that claims and tables can name, with their words."""
-    return rows(
-        "name, meaning, logged or derived",
-        [(f"`{q.name}`", q.words, f"from `{q.metric}`" if q.metric else "logged") for q in ALL],
-    )
+    lines = [(f"`{each.name}`", each.words, f"from `{each.metric}`" if each.metric else "logged") for each in ALL]
+    return rows("name, meaning, logged or derived", lines)
 
 
 def studies() -> str:
