@@ -28,6 +28,7 @@ from tests.conftest import ROOT
 
 DOCS = ROOT / "docs"
 BLOCK = re.compile(r"<!-- ([\w-]+) -->\n.*?<!-- end -->", re.DOTALL)
+EVALUATION = "evaluate-pretrained"  # whose settings are its own
 SIGNS = {"ge": "≥", "gt": ">", "le": "≤", "lt": "<"}
 
 STUDY_KEYS = {
@@ -68,7 +69,7 @@ EPOCH_METRICS = {
 FINAL_METRICS = {
     "best/test_accuracy": "The highest test accuracy of all epochs.",
     "best/epoch": "The epoch with the highest test accuracy.",
-    "selected/test_accuracy": "Test accuracy at the selected epoch: the best on validation, or the last without validation.",
+    "selected/test_accuracy": "Test accuracy at the selected epoch: the best on validation, or the last without it.",
     "selected/val_accuracy": "Validation accuracy at the selected epoch, if there are validation images.",
     "selected/epoch": "The selected epoch.",
     "selected/test_ece": "Expected calibration error on the test images, 15 bins.",
@@ -142,16 +143,29 @@ def commands() -> str:
         text = "\n\n".join(" ".join(part.split()) for part in (command.help or "").split("\n\n"))
         names = ", ".join(f"`{each.opts[0]}`" for each in options_of(command))
         usage = " ".join(["effv2", name, "[OPTIONS]", *words])
-        parts.append(f"### {name}\n\n```text\n{usage}\n```\n\n{text}\n\nOptions: {names}.")
+        parts.append(f"### {name}\n\n```text\n{usage}\n```\n\n{text}\n\nOptions: {names}.{own_defaults(command)}")
     return "\n\n".join(parts)
 
 
+def own_defaults(command: click.Command) -> str:
+    """Return in words the defaults of a command that differ from those of the settings."""
+    found = {
+        each.opts[0]: re.search(r"default: ([^;\]]*)", each.help or "")
+        for each in options_of(command)
+        if setting_of(each)
+    }
+    usual = {name: default_of(setting) for setting, name in option_names().items()}
+    given = [f"`{name} {default[1]}`" for name, default in found.items() if default and name in usual]
+    other = [words for words in given if words.strip("`").split()[1] != usual[words.strip("`").split()[0]]]
+    return f" Its own defaults: {', '.join(other)}." if other and command.name != EVALUATION else ""
+
+
 def options() -> str:
-    """Return the options that give no setting, with the commands that take them."""
+    """Return the options that give no setting, and those of an evaluation, with the commands that take them."""
     found: dict[tuple[str, str], list[str]] = {}
     for name, command in all_commands().items():
         for each in options_of(command):
-            if not setting_of(each):
+            if not setting_of(each) or name == EVALUATION:
                 found.setdefault((each.opts[0], " ".join((each.help or "").split())), []).append(name)
     return rows("option, meaning, commands", [(f"`{o}`", cell(text), ", ".join(n)) for (o, text), n in found.items()])
 
@@ -170,6 +184,12 @@ def option_names() -> dict[str, str]:
     """Return the option for each setting that has one."""
     found = [each for command in all_commands().values() for each in options_of(command)]
     return {setting_of(each): each.opts[0] for each in found if setting_of(each) in TrainConfig().flat()}
+
+
+def default_of(setting: str) -> str:
+    """Return the default of a setting as commands show it."""
+    default = field_of(setting).default
+    return f"{default:g}" if isinstance(default, float) else str(default).lower()
 
 
 def kind_of(setting: str) -> str:
@@ -194,8 +214,9 @@ def settings() -> str:
         kind: Any = field.annotation
         lines = []
         for name, own in kind.model_fields.items():
-            setting, default = f"{group}.{name}", str(own.default).lower() if own.default != "" else "none"
+            setting = f"{group}.{name}"
             option = f"`{names[setting]}`" if setting in names else ""
+            default = default_of(setting) or "none"
             lines.append((f"`{setting}`", option, kind_of(setting), default, cell(own.description or "")))
         text = " ".join((kind.__doc__ or "").split())
         parts.append(f"### {group}\n\n{text}\n\n" + rows("setting, option, values, default, meaning", lines))
