@@ -56,7 +56,7 @@ DIALECT = {
     "says so of": r"\b(?:says|say|said) so of\b",
     "lies, lay": r"\b(?:lies|lay)\b",
     "is to be": r"\b(?:is|are) to be\b",
-    "what there is": r"\b(?:what|that) there (?:is|are)\b",
+    "what there is": r"\bwhat there (?:is|are)\b",
     "it asks for": r"\bask(?:s|ed)? for\b",
 }
 
