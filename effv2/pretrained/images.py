@@ -4,9 +4,11 @@ The order of the outputs is that of the sorted WordNet ids of ILSVRC 2012, which
 torchvision's. Tests hold the two together by the classes of which torchvision knows both.
 """
 
+from __future__ import annotations
+
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache, cached_property
 from importlib.resources import files
 from pathlib import PurePath
@@ -74,7 +76,8 @@ class EvaluationImages:
     """Test images, and behind them others that are of ImageNet's validation set.
 
     `part` holds files and labels 0 to K - 1, of classes that the data calls `names` (K); `outputs` (K) are the outputs
-    of ImageNet's networks that they mean, none where no such network is evaluated. `note` says what was left out.
+    of ImageNet's networks that they mean, none where no such network is evaluated. `note` says what was left out,
+    `broken` which of the images.
     """
 
     name: str
@@ -84,6 +87,17 @@ class EvaluationImages:
     tests: int
     note: str = ""
     names: tuple[str, ...] = ()
+    broken: tuple[str, ...] = ()
+
+    def without(self, broken: set[int]) -> EvaluationImages:
+        """Return these images but for those at some positions, which can't be read; InputError where no test remains."""
+        kept = np.setdiff1d(np.arange(len(self.part)), sorted(broken))
+        if not (tests := int((kept < self.tests).sum())):
+            raise InputError("data.dir", self.location, "no test image can be read", "add images")
+        names = tuple(self.part.ids[at] for at in sorted(broken))
+        note = f"Left out, since they can't be read: {len(names)} images, as {names[0]}." if names else ""
+        note = " ".join(filter(None, [self.note, note]))
+        return replace(self, part=self.part.take(kept), tests=tests, note=note, broken=names)
 
     @property
     def classes(self) -> tuple[str, ...]:

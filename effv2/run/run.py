@@ -125,6 +125,8 @@ def attempt(config: TrainConfig, dataset: Dataset, spec: RunSpec) -> Attempt:
             checkpointer.remove()  # if the status alone was missing
             pruned = earlier.tags.get(tag.OUTCOME) == "pruned"
             return Attempt(there, earlier.metrics, reached_accuracy(earlier.metrics), pruned, was_finished=True)
+    elif config.model.weights:
+        tags[tag.WEIGHTS] = origin(config, dataset.classes)  # before the run is there, since they may not be
     _must_be_alone(tags, spec)
     try:
         with ExitStack() as stack:
@@ -160,8 +162,6 @@ def _tags(config: TrainConfig, dataset: Dataset) -> dict[str, str]:
     tags = tag.run_tags(config.hash(), dataset.digest(), code, variant, seed)
     if config.execution.device == "cpu" and (timed := remembered(config)):
         tags[tag.CALIBRATION] = str(timed)
-    if config.model.weights:
-        tags[tag.WEIGHTS] = origin(config, dataset.classes)
     return tags
 
 
@@ -261,7 +261,14 @@ def _train(config: TrainConfig, dataset: Dataset, spec: RunSpec, run: OpenRun, c
     A checkpoint is written when the training is told to end, and when it has ended: the rest follows from that one.
     """
     reporter = spec.reporter
-    training = Training(config, dataset, initialise=initialise(config, dataset.classes))
+    saved = None
+    if run.resumed:
+        here, uploaded = checkpointer.folder, artifact_names(run.run_id, CHECKPOINTS)
+        saved = checkpointer.read(uploaded, lambda name: download(run.run_id, f"{CHECKPOINTS}/{name}", here))
+    first = initialise(config, dataset.classes) if saved is None else lambda network: None
+    training = Training(config, dataset, initialise=first)
+    if not (run.resumed or spec.parent):
+        reporter.message(dataset.summary)
     reporter.run_started(spec.name, config.schedule.epochs)
     state = training.state
     if spec.checkpoints.checkpoint_upload_minutes:
@@ -269,8 +276,6 @@ def _train(config: TrainConfig, dataset: Dataset, spec: RunSpec, run: OpenRun, c
     if training.execution.compiled:
         reporter.message("compiling the blocks: the first step takes a minute or two, unless it was done before")
     if run.resumed:
-        here, uploaded = checkpointer.folder, artifact_names(run.run_id, CHECKPOINTS)
-        saved = checkpointer.read(uploaded, lambda name: download(run.run_id, f"{CHECKPOINTS}/{name}", here))
         if saved is not None:
             state.load_state_dict(saved)
         del saved  # it is as large as the state
@@ -287,7 +292,7 @@ def _train(config: TrainConfig, dataset: Dataset, spec: RunSpec, run: OpenRun, c
     try:
         for metrics in training:
             epoch, best = state.progress.epoch, state.progress.best_accuracy
-            pruned = spec.epoch_ended(epoch, best)  # first, since the trial may be another process's by now
+            pruned = spec.epoch_ended(epoch, max(best, 0.0))  # first, since the trial may be another process's by now
             run.log_metrics(metrics, step=epoch)
             reporter.epoch(epoch, metrics)
             if pruned:
