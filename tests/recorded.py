@@ -64,7 +64,7 @@ DECIDING: dict[str, dict[str, tuple[str, ...]]] = {
         **{f"training/{name}.py": () for name in ("freezing", "loop", "optimisers", "progress")},
         "run/initial.py": ("fitting",),
         "run/records.py": (),
-        "run/run.py": ("attempt", "_train"),
+        "run/run.py": ("attempt", "_begun", "_train"),
     },
     "execution": {f"execution/{name}.py": () for name in ("device", "fast_paths")},
     "evaluation": {

@@ -8,7 +8,7 @@ from collections.abc import Callable
 from importlib import import_module
 from typing import Annotated, Any, Literal, TypeVar, cast
 
-from pydantic import BaseModel, ConfigDict, Field, StringConstraints, ValidationInfo, field_validator, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationInfo, field_validator, model_validator
 from pydantic.fields import FieldInfo
 from pydantic_core import CoreSchema, PydanticCustomError, core_schema
 
@@ -142,8 +142,8 @@ class ModelConfig(Group):
         "", description="Weights to start from: `published`, IMAGENET1K_V1 or so, a file, runs:/ID, models:/ID."
     )
     weights_partial: bool = Field(False, description="Take of the weights what fits by name and shape.")
-    weights_sha256: Annotated[str, StringConstraints(to_lower=True)] = Field(
-        "", description="SHA-256 of the weights, found out unless given; others are refused."
+    weights_sha256: Annotated[str, AfterValidator(str.lower)] = Field(
+        "", description="SHA-256 that the weights must have."
     )
 
     @field_validator("table")

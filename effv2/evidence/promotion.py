@@ -79,10 +79,8 @@ def _judged(run_id: str | None) -> tuple[RunRecord, dict[str, tuple[str, str]]]:
     elif run is not None:
         text = read_artifacts(run.run_id, PREDICTIONS[:1]).get(PREDICTIONS[0], "")
         rows = [row for row in csv.DictReader(io.StringIO(text)) if {"id", "true", "predicted"} <= row.keys()]
-        problem = "its run has no predictions of test images"
+        problem = "its run has no predictions of test images, or several of one"
     answers = {row["id"]: (row["true"], row["predicted"]) for row in rows}
-    if rows and len(answers) < len(rows):
-        problem = "several of its test images have one name"
     if run is None or not rows or len(answers) < len(rows):
         raise InputError("model", f"of the run {run_id}", problem, "give one that can be judged")
     return run, answers

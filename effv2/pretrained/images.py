@@ -4,8 +4,6 @@ The order of the outputs is that of the sorted WordNet ids of ILSVRC 2012, which
 torchvision's. Tests hold the two together by the classes of which torchvision knows both.
 """
 
-from __future__ import annotations
-
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -89,14 +87,13 @@ class EvaluationImages:
     names: tuple[str, ...] = ()
     broken: tuple[str, ...] = ()
 
-    def without(self, broken: set[int]) -> EvaluationImages:
-        """Return these images but for those at some positions, which can't be read; InputError where no test remains."""
+    def without(self, broken: set[int]) -> "EvaluationImages":
+        """Return these images but for some positions, which can't be read; InputError where no test image is left."""
         kept = np.setdiff1d(np.arange(len(self.part)), sorted(broken))
         if not (tests := int((kept < self.tests).sum())):
             raise InputError("data.dir", self.location, "no test image can be read", "add images")
         names = tuple(self.part.ids[at] for at in sorted(broken))
-        note = f"Left out, since they can't be read: {len(names)} images, as {names[0]}." if names else ""
-        note = " ".join(filter(None, [self.note, note]))
+        note = f"{self.note} Left out, since they can't be read: {len(names)} images, as {names[0]}.".strip()
         return replace(self, part=self.part.take(kept), tests=tests, note=note, broken=names)
 
     @property

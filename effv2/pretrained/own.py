@@ -85,10 +85,9 @@ def _read(requested: Requested) -> Served:
 def _logged(requested: Requested) -> Requested:
     """Return what a logged model says of itself: where it is, its classes, how it wants its images."""
     served = _read(requested)
-    run = read_run(served.run_id)
-    weights_name = run.params.get("weights.name", "") if run else ""
-    if weights_name or HEAD not in served.state:
-        problem = f"it was logged by an evaluation of weights ({weights_name}), not by a training"
+    name = run.params.get("weights.name", "") if (run := read_run(served.run_id)) else ""
+    if name or HEAD not in served.state:
+        problem = f"it was logged by an evaluation of weights ({name or 'which is gone'}), not by a training"
         raise InputError("models", requested.text, problem, "name these weights, or their file, instead")
     settings = served.settings
     size = settings["image_size"]

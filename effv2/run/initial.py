@@ -30,7 +30,6 @@ SETTING, PUBLISHED = "model.weights", "published"
 # What torchvision calls the networks of these tables.
 NETWORKS = {"default": "efficientnet_v2_s"} | {name: name for name in ("efficientnet_v2_m", "efficientnet_v2_l")}
 HEAD = "classifier."  # how the names of its parameters begin
-SHA256_DIGITS = 64
 TELLING = r"\w+|(runs|models):/.+"  # weights that tell how images are normalised: published ones and logged models
 COUNT = "num_batches_tracked"  # of batch norm: decides nothing
 State = Mapping[str, Tensor]
@@ -38,10 +37,7 @@ State = Mapping[str, Tensor]
 
 @dataclass(frozen=True)
 class Initial:
-    """Weights: a state dict, its SHA-256, and what they were trained on as far as they tell: classes, normalisation.
-
-    Those of a logged model have the `address` that always means it, as an alias or runs:/ID may not.
-    """
+    """Weights: state dict, SHA-256; as far as they tell classes, normalisation, and the address that stays theirs."""
 
     state: State
     sha256: str
@@ -50,15 +46,11 @@ class Initial:
     address: str = ""
 
 
-class NotRead(InputError):
-    """Weights that aren't there, or can't be read."""
-
-
 def with_weights(configs: Sequence[TrainConfig], load: LoadData, message: Message) -> list[TrainConfig]:
     """Return configs with hash and lasting address of their weights, normalised as these want it unless that is given.
 
-    InputError for weights that don't fit, have another hash than is given, or aren't there. Where all that is wanted of
-    them here is given, the last is for the training that begins with them to find out: one of before needs them no more.
+    InputError for weights that don't fit, have another hash than is given, or aren't there, unless all that is to be
+    known of them is given: then the training that begins with them will see, and one of before needs them no more.
     """
     said = dict[str, None]()
 
@@ -66,11 +58,12 @@ def with_weights(configs: Sequence[TrainConfig], load: LoadData, message: Messag
         if not config.model.weights:  # an arm that refuses those of its study, with what belongs to them
             none = config.model.model_copy(update={"weights_sha256": "", "weights_partial": False})
             return config.model_copy(update={"model": none})
-        given = "normalise" in config.data.model_fields_set or not re.fullmatch(TELLING, config.model.weights)
         try:
             initial = _find(config.model)
-        except NotRead:
-            if given and len(config.model.weights_sha256) == SHA256_DIGITS:
+        except InputError:
+            given = "normalise" in config.data.model_fields_set or not re.fullmatch(TELLING, config.model.weights)
+            known = given and re.fullmatch(r"[0-9a-f]{64}", config.model.weights_sha256)
+            if known and not os.path.exists(os.path.expanduser(config.model.weights)):  # noqa: PTH110
                 return config
             raise
         said[origin(config, load(config.data).classes)] = None
@@ -164,7 +157,7 @@ def _found(weights: str, variant: str, _written: int) -> Initial:
         (found,) = find_all_weights(parse_models(wanted), None, progress=False)
         return Initial(load_network(found).state_dict(), found.sha256, (), _name_of(*found.normalisation))
     except InputError as error:
-        raise NotRead(SETTING, weights, error.problem, error.remedy.removesuffix(OR_THERE)) from error
+        raise InputError(SETTING, weights, error.problem, error.remedy.removesuffix(OR_THERE)) from error
 
 
 @dataclass(frozen=True)

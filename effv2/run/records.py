@@ -127,10 +127,7 @@ def write_predictions(
     matrix = confusion_matrix(true, column[argmax], labels=range(len(columns)))[: len(classes)]
     scores = precision_recall_fscore_support(true, column[argmax], labels=range(len(classes)), zero_division=0)
     tables: dict[str, list[tuple[Any, ...]]] = {
-        "predictions": [
-            Answer._fields,
-            *((*each[:3], f"{each.probability:.6f}") for each in answers),
-        ],
+        "predictions": [Answer._fields, *((*each[:3], f"{each.probability:.6f}") for each in answers)],
         "confusion_matrix": [
             ("true", *columns),
             *((name, *row) for name, row in zip(classes, matrix.tolist(), strict=True)),

@@ -255,18 +255,25 @@ def _is_worked_on(run: RunRecord, spec: RunSpec) -> bool:
     return here or Checkpointer(run.run_id, spec.checkpoints, {}, spec.reporter.message).is_locked()
 
 
+def _begun(config: TrainConfig, dataset: Dataset, run: OpenRun, checkpointer: Checkpointer) -> Training:
+    """Return a training at the last checkpoint of a run, if there is one, else at its first weights, then read anew."""
+    if run.resumed:
+        here, uploaded = checkpointer.folder, artifact_names(run.run_id, CHECKPOINTS)
+        saved = checkpointer.read(uploaded, lambda name: download(run.run_id, f"{CHECKPOINTS}/{name}", here))
+        if saved is not None:
+            training = Training(config, dataset)
+            training.state.load_state_dict(saved)
+            return training
+    return Training(config, dataset, initialise=initialise(config, dataset.classes))
+
+
 def _train(config: TrainConfig, dataset: Dataset, spec: RunSpec, run: OpenRun, checkpointer: Checkpointer) -> Attempt:
     """Train from the run's last checkpoint, if it has one, log each epoch, and what follows from the training.
 
     A checkpoint is written when the training is told to end, and when it has ended: the rest follows from that one.
     """
     reporter = spec.reporter
-    saved = None
-    if run.resumed:
-        here, uploaded = checkpointer.folder, artifact_names(run.run_id, CHECKPOINTS)
-        saved = checkpointer.read(uploaded, lambda name: download(run.run_id, f"{CHECKPOINTS}/{name}", here))
-    first = initialise(config, dataset.classes) if saved is None else lambda network: None
-    training = Training(config, dataset, initialise=first)
+    training = _begun(config, dataset, run, checkpointer)
     if not (run.resumed or spec.parent):
         reporter.message(dataset.summary)
     reporter.run_started(spec.name, config.schedule.epochs)
@@ -276,9 +283,6 @@ def _train(config: TrainConfig, dataset: Dataset, spec: RunSpec, run: OpenRun, c
     if training.execution.compiled:
         reporter.message("compiling the blocks: the first step takes a minute or two, unless it was done before")
     if run.resumed:
-        if saved is not None:
-            state.load_state_dict(saved)
-        del saved  # it is as large as the state
         reporter.message(f"resuming the run {run.run_id} at epoch {state.progress.epoch + 1}")
         for epoch, metrics in enumerate(state.progress.history, 1):
             run.log_metrics(metrics, step=epoch)  # those that the store has are not logged again

@@ -278,7 +278,8 @@ def make_weights(
     found = find_networks(requests, folder, progress, images)
     if config.data.skip_broken:  # for all networks those that any of them can't be given
         all_ = (evaluation.Evaluation(each, images, config).decode(reporter) for each in found)
-        images = images.without({at for decoded in all_ for at in decoded.broken})
+        if broken := {at for decoded in all_ for at in decoded.broken}:
+            images = images.without(broken)
     if images.note:
         reporter.message(images.note)
     for requested in found:

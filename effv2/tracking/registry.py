@@ -69,13 +69,13 @@ def promote_version(name: str, model: LoggedModel, judge: Callable[[], tuple[str
         version = next((each for each in before if each.source == model.model_uri), turn)
         number = str(version.version)
         if judged := judge():
-            old = [tag for tag in version.tags if tag.startswith(PROMOTION)]
+            ours = {tag for tag in version.tags if tag.startswith((PROMOTING, PROMOTION))}
             with uninterrupted():
                 client.update_model_version(name, number, judged[0])
                 for tag, value in judged[1].items():
                     client.set_model_version_tag(name, number, tag, value)
                 client.set_registered_model_alias(name, CHAMPION, number)
-                for tag in {*old, PROMOTING} - judged[1].keys():
+                for tag in ours - judged[1].keys():
                     client.delete_model_version_tag(name, number, tag)
     finally:
         left = not judged and PROMOTING in version.tags and not version.description

@@ -29,18 +29,14 @@ class Progress:
         if not stopping.patience or self.epoch < stopping.min_epochs + stopping.patience:
             return False
         first = max(1, stopping.min_epochs) if stopping.best_since == "min_epochs" else 1
-        found = {epoch: watched_accuracy(metrics) for epoch, metrics in enumerate(self.history, 1) if epoch >= first}
-        watched = {epoch: accuracy for epoch, accuracy in found.items() if accuracy is not None}
-        if self.epoch not in watched:  # nothing new is known
-            return False
-        return self.epoch - max(max(watched, key=watched.__getitem__), stopping.min_epochs) >= stopping.patience
+        found = map(watched_accuracy, self.history[first - 1 :])
+        watched = {epoch: accuracy for epoch, accuracy in enumerate(found, first) if accuracy is not None}
+        best_epoch = max(watched, key=watched.__getitem__, default=0)
+        return self.epoch in watched and self.epoch - max(best_epoch, stopping.min_epochs) >= stopping.patience
 
 
 def watched_accuracy(metrics: Mapping[str, float]) -> float | None:
-    """Return the accuracy that selects, stops and lowers the rate: of validation, of the test set without one.
-
-    None for an epoch after which nothing was evaluated.
-    """
+    """Return the accuracy that selects, stops and lowers the rate: of validation, else of the test set, else None."""
     return metrics.get("val/accuracy", metrics.get("test/accuracy"))
 
 
