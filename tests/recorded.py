@@ -65,7 +65,7 @@ DECIDING: dict[str, dict[str, tuple[str, ...]]] = {
         **{f"training/{name}.py": () for name in ("freezing", "loop", "muon", "optimisers", "progress", "stages")},
         "run/initial.py": ("fitting",),
         "run/records.py": (),
-        "run/run.py": ("attempt", "_train"),
+        "run/run.py": ("attempt", "_begun", "_train"),
     },
     "execution": {f"execution/{name}.py": () for name in ("device", "fast_paths")},
     "evaluation": {

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import gc
 import io
 import weakref
@@ -13,6 +14,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from pydantic import ValidationError
 from torch import nn
 from torch.optim.lr_scheduler import OneCycleLR, ReduceLROnPlateau
 
@@ -293,6 +295,50 @@ def test_stopping_follows_its_rule(accuracies: list[float], minimum: int, patien
         len(accuracies),
     )
     assert stops_at(accuracies, stopping, len(accuracies)) == expected
+
+
+def test_stopping_looks_at_evaluated_epochs_alone() -> None:
+    stopping, progress = StoppingConfig(patience=2), Progress()
+    for progress.epoch, accuracy in enumerate([None, 0.1, None, 0.2, None, None, None, 0.3, None, None, 0.3, 0.4], 1):
+        progress.history.append({} if accuracy is None else {"test/accuracy": accuracy})
+        if progress.should_stop(stopping):
+            break
+    assert progress.epoch == 11
+
+
+@pytest.mark.parametrize("validation", [0, 0.2])
+def test_epochs_between_evaluations_change_no_other_number(validation: float) -> None:
+    """Also of a training that is resumed; rate and weights follow from evaluated epochs alone."""
+    groups: dict[str, Any] = {
+        "data": {"validation_fraction": validation},
+        "schedule": {"epochs": 5, "name": "plateau", "plateau_patience": 0},
+    }
+    _, every, plain = start(tiny_config(**{**groups, "schedule": {"epochs": 5}}))
+    wanted = numbers(list(plain))
+    config = tiny_config(**{**groups, "schedule": {"epochs": 5}}, evaluation={"every": 2})
+    _, seldom, training = start(config)
+    found, saved = [], []
+    for metrics in training:
+        found.append(metrics)
+        saved.append(copy.deepcopy(seldom.state_dict()))
+    assert [epoch for epoch, each in enumerate(found, 1) if "test/accuracy" in each] == [2, 4, 5]
+    assert all(each.items() <= there.items() for each, there in zip(numbers(found), wanted, strict=True))
+    assert equal(every.model.state_dict(), seldom.model.state_dict())
+    best = max((2, 4, 5), key=lambda epoch: wanted[epoch - 1]["val/accuracy" if validation else "test/accuracy"])
+    assert seldom.progress.best_epoch == best
+    for state in saved[:2]:
+        _, again, rest = start(config)
+        again.load_state_dict(copy.deepcopy(state))
+        list(rest)
+        assert equal(again.model.state_dict(), seldom.model.state_dict()) and equal(again.selected, seldom.selected)
+    _, _, training = start(tiny_config(**groups, evaluation={"every": 2}))
+    rates = [each["learning_rate"] for each in training]
+    assert rates[0] == rates[1] == rates[2]  # the first that was evaluated can't be worse than another
+
+
+def test_the_train_set_is_evaluated_in_every_epoch_or_in_none() -> None:
+    with pytest.raises(ValidationError, match="give 1, or train_set false"):
+        tiny_config(evaluation={"train_set": True, "every": 2})
 
 
 def changes(rates: Sequence[float]) -> list[int]:

@@ -8,7 +8,7 @@ from collections.abc import Callable
 from importlib import import_module
 from typing import Annotated, Any, Literal, TypeVar, cast
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationInfo, field_validator, model_validator
 from pydantic.fields import FieldInfo
 from pydantic_core import CoreSchema, PydanticCustomError, core_schema
 
@@ -149,7 +149,9 @@ class ModelConfig(Group):
         "", description="Weights to start from: `published`, IMAGENET1K_V1 or so, a file, runs:/ID, models:/ID."
     )
     weights_partial: bool = Field(False, description="Take of the weights what fits by name and shape.")
-    weights_sha256: str = Field("", description="SHA-256 of the weights, found out unless given; others are refused.")
+    weights_sha256: Annotated[str, AfterValidator(str.lower)] = Field(
+        "", description="SHA-256 that the weights must have."
+    )
 
     @field_validator("table")
     @classmethod
@@ -211,7 +213,7 @@ class ScheduleConfig(Group):
         return warmup
 
     plateau_factor: float = Field(0.1, gt=0, lt=1, description="Factor of ReduceLROnPlateau.")
-    plateau_patience: int = Field(10, ge=0, description="Epochs without gain that ReduceLROnPlateau waits for.")
+    plateau_patience: int = Field(10, ge=0, description="Evaluated epochs without gain before plateau acts.")
 
 
 class ProgressiveConfig(Group):
@@ -250,7 +252,7 @@ class StoppingConfig(Group):
 
 
 class EvaluationConfig(Group):
-    """What is measured after each epoch."""
+    """What is measured after epochs, and after which ones."""
 
     train_set: bool = Field(False, description="Evaluate the train set in eval mode, not over the steps.")
     test_set: bool = Field(
@@ -260,6 +262,14 @@ class EvaluationConfig(Group):
     batch_norm_images: int = Field(
         0, ge=0, description="Training images that batch norm is estimated from anew (Wu & Johnson 2021), 0 = off."
     )
+    every: int = Field(1, ge=1, description="Evaluate after every so many epochs, and after the last.")
+
+    @field_validator("every")
+    @classmethod
+    def _epochs_are_alike(cls, every: int, info: ValidationInfo) -> int:
+        if every > 1 and info.data.get("train_set"):
+            raise ValueError("the train set is to be evaluated, in every epoch or in none; give 1, or train_set false")
+        return every
 
 
 class ExecutionConfig(Group):

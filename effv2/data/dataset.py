@@ -117,6 +117,15 @@ class Dataset:
         return found
 
     @property
+    def summary(self) -> str:
+        """Say how many images each split has, and the smallest and the largest class of the training split."""
+        counts = np.bincount(self.train.labels.numpy(), minlength=len(self.classes))
+        ends = [f"{counts[at]:,} ({self.classes[at]})" for at in (counts.argmin(), counts.argmax())]
+        between = f"{counts[0]:,} of each" if counts.min() == counts.max() else f"from {' to '.join(ends)} of each"
+        held = ", ".join(f"{name} {len(split):,}" for name, split in self.splits.items())
+        return f"Data: {len(self.classes)} classes; {held} images, for training {between}."
+
+    @property
     def splits(self) -> dict[str, Split]:
         """Return the splits there are, by name."""
         named = {"train": self.train, "validation": self.validation, "test": self.test}

@@ -124,6 +124,8 @@ def _open(plan: Plan, storage: Storage, experiment_id: str, options: StudyOption
                 numbers = [study.study_name.rpartition("#") for study in studies]
                 queue = f"{name}#{1 + max((int(last) for before, _, last in numbers if before == name), default=0)}"
                 attributes = _create(plan, storage, queue, definition, options.fresh)
+                for line in plan.about:
+                    reporter.message(line)
     except DATABASE_ERRORS as error:
         raise cannot_use(storage.shown, error) from error
     study = OpenedStudy(plan, options, queue, TrackedRun(attributes[PARENT], experiment_id), attributes[FRESH])

@@ -201,17 +201,19 @@ class Training:
         """Train until the last epoch or early stopping, yielding each epoch's metrics; Diverged."""
         progress = self.state.progress
         while progress.epoch < self.config.schedule.epochs and not progress.should_stop(self.config.stopping):
+            last = progress.epoch + 1 == self.config.schedule.epochs
+            evaluates = last or (progress.epoch + 1) % self.config.evaluation.every == 0
             with private_randomness():
-                metrics = self._train_epoch() | self._evaluate_epoch()
+                metrics = self._train_epoch() | (self._evaluate_epoch() if evaluates else {})
             with uninterrupted():
-                metrics["time/epoch_seconds"] = metrics["time/train_seconds"] + metrics["time/evaluate_seconds"]
+                metrics["time/epoch_seconds"] = metrics["time/train_seconds"] + metrics.get("time/evaluate_seconds", 0)
                 progress.epoch += 1
                 progress.train_seconds += metrics["time/train_seconds"]
                 self.state.sums = EpochSums()
                 progress.history.append(metrics)
-                watched = watched_accuracy(metrics)
-                self.state.schedule.after_epoch(progress.epoch, watched)
-                if watched > progress.best_accuracy:
+                if (watched := watched_accuracy(metrics)) is not None:
+                    self.state.schedule.after_epoch(progress.epoch, watched)
+                if watched is not None and watched > progress.best_accuracy:
                     progress.best_accuracy, progress.best_epoch = watched, progress.epoch
                     if self.dataset.validation is not None:
                         weights = self.state.evaluated.state_dict()
