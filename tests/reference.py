@@ -19,7 +19,8 @@ import torch
 from effv2.architecture import VARIANTS, build_model, count_gflops, count_parameters
 from effv2.cli.main import main
 from effv2.config.layers import build
-from effv2.config.schema import Group, Registry, TrainConfig, field_of
+from effv2.config.registry import Registry
+from effv2.config.schema import Group, TrainConfig, field_of
 from effv2.config.studies import SWEEPS, SearchFile, Sources, Study, open_study
 from effv2.evidence.claims import read_claims
 from effv2.evidence.quantities import ALL

@@ -34,7 +34,8 @@ from effv2.data.batches import NORMALISATIONS, epoch_order, normalised
 from effv2.data.dataset import Dataset, Split, load_dataset
 from effv2.evidence.claims import published_runs
 from effv2.execution.device import make_execution
-from effv2.training.loop import EPOCH_METRICS, Evaluation, Metrics, Training, TrainState, evaluate
+from effv2.training.evaluation import EPOCH_METRICS, Evaluation, Metrics, evaluate
+from effv2.training.loop import Training, TrainState
 from effv2.training.muon import orthogonal
 from effv2.training.optimisers import Schedule, make_optimiser
 from effv2.training.progress import Progress
@@ -150,7 +151,7 @@ def test_muon_steps_in_all_directions_alike_and_leaves_the_rest_to_adamw() -> No
     before = [parameter.detach().clone() for parameter in network.parameters()]
     ours = make_optimiser(OptimiserConfig(name="muon", lr=0.01, weight_decay=0, momentum=0.95), network)
     network(torch.randn(4, 8, 5, 5)).square().sum().backward()
-    gradients = [parameter.grad for parameter in network.parameters()]
+    gradients = [parameter.grad for parameter in network.parameters() if parameter.grad is not None]
     ours.step()
     kernel, *others = zip(network.parameters(), before, gradients, strict=True)
     step = (kernel[0] - kernel[1]).detach()

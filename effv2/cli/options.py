@@ -12,7 +12,8 @@ from pydantic.fields import FieldInfo
 
 from effv2.config.layers import Layer, Written, validate
 from effv2.config.options import StudyOptions
-from effv2.config.schema import OPTIMISERS, Group, Registry, TrainConfig, field_of
+from effv2.config.registry import Registry
+from effv2.config.schema import OPTIMISERS, Group, TrainConfig, field_of
 from effv2.core.errors import InputError, RunError, Terminated, nearest
 from effv2.core.processes import ending_signals, leave, tune_allocator
 from effv2.core.provenance import COMMAND

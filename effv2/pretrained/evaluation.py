@@ -32,7 +32,7 @@ from effv2.run.weights import Requested
 from effv2.serving.export import as_base64, output_names, write_served
 from effv2.tracking.tags import run_tags
 from effv2.tracking.writer import TrackedRun
-from effv2.training.loop import median_seconds
+from effv2.training.evaluation import median_seconds
 
 # On a CPU a pass over few images stays in caches and in memory that the process already has: 2 to 4 times the rate of
 # batches of 128 (benchmarks/pretrained.md).

@@ -32,7 +32,8 @@ from effv2.run.initial import initialise
 from effv2.serving.export import as_base64, output_names, write_served
 from effv2.tracking.read import download
 from effv2.tracking.writer import TrackedRun
-from effv2.training.loop import Training, evaluate, median_seconds
+from effv2.training.evaluation import evaluate, median_seconds
+from effv2.training.loop import Training
 from effv2.training.stages import stage_table
 
 CURVES = {"train": "train/accuracy", "validation": "val/accuracy", "test": "test/accuracy"}

@@ -1,10 +1,9 @@
-"""The training loop, a generator over a state that can be saved after any step; evaluation on a split."""
+"""The training loop, a generator over a state that can be saved after any step."""
 
 import math
-import statistics
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from typing import Any
 
 import torch
@@ -14,13 +13,14 @@ from torch.optim.swa_utils import AveragedModel
 
 from effv2.architecture import build_model
 from effv2.config.schema import TrainConfig
-from effv2.core.errors import Diverged, RunError
+from effv2.core.errors import Diverged
 from effv2.core.internals import copy_all, lerp_all
 from effv2.core.processes import uninterrupted
 from effv2.core.randomness import private_randomness, seed_generators, stream_seed
 from effv2.data import batches
-from effv2.data.dataset import Dataset, Split, to_device
-from effv2.execution.device import Execution, Forward, Function, make_execution
+from effv2.data.dataset import Dataset, to_device
+from effv2.execution.device import Execution, Function, make_execution
+from effv2.training.evaluation import Metrics, epoch_metrics, evaluate
 from effv2.training.freezing import norms_are_frozen, set_modes
 from effv2.training.optimisers import Schedule, make_optimiser
 from effv2.training.progress import EpochSums, Progress, watched_accuracy
@@ -28,59 +28,7 @@ from effv2.training.stages import Stage, set_dropout, stage_metrics, stage_of
 
 # On an accelerator the loss is looked at this seldom, since each look waits for the device.
 STEPS_BETWEEN_LOSS_CHECKS = 50
-TIMED_SECONDS, TIMED_PASSES = 1.0, 11
-
-Metrics = dict[str, float]
 Initialise = Callable[[nn.Module], None]  # is given the network with its first weights, which it may change
-
-
-@dataclass(frozen=True)
-class Evaluation:
-    """Mean cross-entropy, fraction right, float32 logits (N, outputs) and labels (N) in the split's order."""
-
-    loss: float
-    accuracy: float
-    logits: Tensor
-    labels: Tensor
-
-
-# What is measured of each evaluated split after each epoch, and logged as `<split>/<name>`. A new metric is one entry.
-EPOCH_METRICS: dict[str, Callable[[Evaluation], float]] = {
-    "loss": lambda found: found.loss,
-    "accuracy": lambda found: found.accuracy,
-}
-
-
-def evaluate(network: Forward, split: Split, batch_size: int) -> Evaluation:
-    """Run a network for inference (of Execution) over `split`; the argmax is over all outputs."""
-    parts = map(split.images, torch.arange(len(split)).split(batch_size))
-    logits = torch.cat(list(map(network, parts))).cpu()
-    loss = F.cross_entropy(logits, split.labels).item()
-    accuracy = (logits.argmax(1) == split.labels).double().mean().item()
-    return Evaluation(loss, accuracy, logits, split.labels)
-
-
-def epoch_metrics(found: Evaluation) -> Metrics:
-    """Return the figures by name; RunError names one that fails or is no number."""
-    figures = {}
-    for name, measure in EPOCH_METRICS.items():
-        try:
-            figures[name] = float(measure(found))
-        except Exception as error:
-            problem = f"The metric {name!r} of EPOCH_METRICS failed ({type(error).__name__}: {error})"
-            raise RunError(f"{problem}; correct it.", resumes=True) from error
-    return figures
-
-
-def median_seconds(work: Callable[[], object]) -> float:
-    """Return the median seconds of `work`, done as often as fits a second, 1 to 11 times, after a first."""
-    work()
-    seconds: list[float] = []
-    while len(seconds) < TIMED_PASSES and sum(seconds) < TIMED_SECONDS:
-        started = time.perf_counter()
-        work()
-        seconds.append(time.perf_counter() - started)
-    return statistics.median(seconds)
 
 
 class TrainState:

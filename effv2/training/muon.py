@@ -39,16 +39,17 @@ class Muon(AdamW):
                     alike[parameter.shape].append(parameter)
             for parameters in alike.values():
                 self._step_of_equal_shapes(parameters, group["lr"], group["weight_decay"])
-        return super().step(closure)
+        loss: float | None = super().step(closure)
+        return loss
 
     def _step_of_equal_shapes(self, parameters: list[Tensor], rate: float, weight_decay: float) -> None:
-        gradients, averages = [], []
+        gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
+        averages = []
         for parameter in parameters:
             state = self.state[parameter]
             if not state:  # AdamW, when it loads a state, expects a step in it
                 state |= {"step": torch.zeros(()), "momentum_buffer": torch.zeros_like(parameter)}
             averages.append(state["momentum_buffer"])
-            gradients.append(parameter.grad)
             parameter.grad = None
         lerp_all(averages, gradients, 1 - self._momentum)
         ahead = torch.stack(gradients).lerp_(torch.stack(averages), self._momentum)
@@ -78,4 +79,5 @@ def orthogonal(matrices: Tensor) -> Tensor:
     for _ in range(ITERATIONS):
         square = x @ x.mT
         x = a * x + (b * square + c * square @ square) @ x
-    return (x.mT if tall else x).to(matrices.dtype)
+    found: Tensor = x.mT if tall else x
+    return found.to(matrices.dtype)

@@ -69,7 +69,7 @@ def stage_metrics(config: TrainConfig, stage: Stage) -> dict[str, float]:
 
 
 def stage_table(config: TrainConfig, history: Sequence[Mapping[str, float]]) -> list[tuple[str | float, ...]]:
-    """Return a head and a row for each stage that was trained: its settings, time, rate, accuracy after its end."""
+    """Return a head and a row for each stage that was trained: its settings, time, rate, and last accuracy."""
     head = "stage epochs image_size rand_augment mixup dropout train_seconds images_per_second watched_accuracy"
     rows: list[tuple[str | float, ...]] = [tuple(head.split())]
     for stage in stages_of(config):
@@ -78,6 +78,7 @@ def stage_table(config: TrainConfig, history: Sequence[Mapping[str, float]]) -> 
             rate = statistics.median(each["throughput/train_images_per_second"] for each in epochs)
             seconds = sum(each["time/train_seconds"] for each in epochs)
             settings = stage.image_size, stage.augment.rand_augment, stage.augment.mixup, stage.dropout
-            ended = watched_accuracy(epochs[-1])
-            rows.append((stage.number, len(epochs), *settings, round(seconds, 3), round(rate), round(ended, 4)))
+            reached = [accuracy for each in epochs if (accuracy := watched_accuracy(each)) is not None]
+            ended = round(reached[-1], 4) if reached else ""
+            rows.append((stage.number, len(epochs), *settings, round(seconds, 3), round(rate), ended))
     return rows
