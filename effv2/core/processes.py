@@ -65,8 +65,12 @@ def ending_signals(repeated: bool = True) -> Iterator[None]:
     """Raise KeyboardInterrupt or Terminated at the first of Ctrl-C, SIGTERM and a lost terminal.
 
     A `repeated` one ends the process at once; it is ignored otherwise, as it would cut short the marking of runs. A
-    signal that is ignored stays so: nohup and background jobs of a shell ask for it.
+    signal that is ignored stays so: nohup and background jobs of a shell ask for it. Nothing changes where a caller
+    raises them already, nor outside the main thread, which alone may.
     """
+    if _ending() is not None or threading.current_thread() is not threading.main_thread():
+        yield
+        return
     heard = [number for number in ENDING_SIGNALS if signal.getsignal(number) is not signal.SIG_IGN]
     ending = _Ending(repeated)
     before = {number: signal.signal(number, ending) for number in heard}
