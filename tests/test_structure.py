@@ -26,6 +26,7 @@ ROOMS = (
     "run",
     "pretrained",
     "studies",
+    "api",
     "cli",
 )
 FLOORS = {"__init__": 0, "architecture": 3} | {room: 2 * number for number, room in enumerate(ROOMS, 1)}

@@ -44,7 +44,7 @@ class LineReporter(Reporter):
     """Prints a line for each message, epoch and trial to the standard error: for a log, or a notebook."""
 
     def __init__(self) -> None:
-        self._epochs = 0
+        self._most = 0
         self._ended: set[str] = set()
 
     def line(self, text: str) -> None:
@@ -70,12 +70,12 @@ class LineReporter(Reporter):
 
     def run_started(self, name: str, epochs: int) -> None:
         """Print that a run begins."""
-        self._epochs = epochs
+        self._most = epochs
         self.line(f"training {name}, at most {epochs} epochs")
 
     def epoch(self, epoch: int, metrics: Mapping[str, float]) -> None:
         """Print a finished epoch with its accuracies."""
-        self.line(f"epoch {epoch}/{self._epochs}: {accuracies(metrics)}")
+        self.line(f"epoch {epoch}/{self._most}: {accuracies(metrics)}")
 
 
 def accuracies(metrics: Mapping[str, float]) -> str:
