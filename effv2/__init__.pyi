@@ -1,4 +1,6 @@
 # Types of the Python API, written from the options by: python -m tests.stubs
+# fmt: off
+# ruff: noqa: E702
 from collections.abc import Iterable, Mapping
 from os import PathLike
 from typing import Literal, TypedDict
@@ -13,107 +15,41 @@ from effv2.core.reporter import Reporter
 __version__: str
 
 class _Settings(TypedDict, total=False):
-    allow_incomplete_classes: bool
-    batch_size: int
-    compile: bool
-    data_dir: str | PathLike[str]
-    dataset: str
-    device: Literal["auto", "cpu", "cuda", "mps"]
-    download: bool
-    epochs: int
-    image_size: int
-    labels: str | PathLike[str]
-    lr: float
-    max_megapixels: float
-    per_class: int
-    precision: Literal["fp32", "bf16", "auto"]
-    skip_broken: bool
-    split_seed: int
-    test_dir: str | PathLike[str]
-    train_dir: str | PathLike[str]
-    weights: str | PathLike[str]
-    weights_partial: bool
-
+    dataset: str; data_dir: str | PathLike[str]; train_dir: str | PathLike[str]; test_dir: str | PathLike[str]
+    labels: str | PathLike[str]; allow_incomplete_classes: bool; skip_broken: bool; max_megapixels: float
+    download: bool; image_size: int; per_class: int; split_seed: int; epochs: int; batch_size: int; lr: float
+    device: Literal["auto", "cpu", "cuda", "mps"]; precision: Literal["fp32", "bf16", "auto"]; compile: bool
+    weights: str | PathLike[str]; weights_partial: bool
 class _OneRun(TypedDict, total=False):
-    depth_multiplier: float
-    dropout: float
+    variant: str; dropout: float; stochastic_depth: float; depth_multiplier: float; width_multiplier: float
     seed: int
-    stochastic_depth: float
-    variant: str
-    width_multiplier: float
-
 class _Checkpoints(TypedDict, total=False):
-    checkpoint_dir: str | PathLike[str]
-    checkpoint_minutes: float
-    checkpoint_upload_minutes: float
-
+    checkpoint_dir: str | PathLike[str]; checkpoint_minutes: float; checkpoint_upload_minutes: float
 class _Logging(TypedDict, total=False):
-    experiment: str
-    fresh: bool
-    log_model: Literal["best", "all", "none"]
-
+    fresh: bool; log_model: Literal["best", "all", "none"]; experiment: str
 class _Queue(TypedDict, total=False):
-    storage: str
-    workers: int
-
+    workers: int; storage: str
 class _Grid(TypedDict, total=False):
-    budget_hours: float | None
-    margin: float | None
-    max_seeds: int | None
+    seeds: Iterable[int] | int | str; max_seeds: int | None; margin: float | None; budget_hours: float | None
     plan: bool
-    seeds: Iterable[int] | int | str
-
 class _Train(_Settings, _OneRun, _Checkpoints, _Logging, total=False):
-    study: str | PathLike[str]
-    set: Mapping[str, object] | Iterable[str] | str
-    scheduler: str
-
+    study: str | PathLike[str]; set: Mapping[str, object] | Iterable[str] | str; scheduler: str
 def train(*, reporter: Reporter | None = None, **options: Unpack[_Train]) -> Training: ...
-
 class _Ablate(_Settings, _Queue, _Checkpoints, _Logging, _Grid, total=False):
-    variant: str
-    study: str | PathLike[str]
-    set: Mapping[str, object] | Iterable[str] | str
-    scheduler: str
-
+    variant: str; study: str | PathLike[str]; set: Mapping[str, object] | Iterable[str] | str; scheduler: str
 def ablate(*, reporter: Reporter | None = None, **options: Unpack[_Ablate]) -> StudyResult: ...
-
 class _HparamCheck(_Settings, _Queue, _Checkpoints, _Logging, _Grid, total=False):
-    check: str
-    scheduler: str
-    study: str | PathLike[str]
-    set: Mapping[str, object] | Iterable[str] | str
-
+    check: str; scheduler: str; study: str | PathLike[str]; set: Mapping[str, object] | Iterable[str] | str
 def hparam_check(*, reporter: Reporter | None = None, **options: Unpack[_HparamCheck]) -> StudyResult: ...
-
 class _Search(_Settings, _OneRun, _Queue, _Checkpoints, _Logging, total=False):
-    study: str | PathLike[str]
-    set: Mapping[str, object] | Iterable[str] | str
-    scheduler: str
+    study: str | PathLike[str]; set: Mapping[str, object] | Iterable[str] | str; scheduler: str
     trials: int | None
-
 def search(*, reporter: Reporter | None = None, **options: Unpack[_Search]) -> StudyResult: ...
-
 class _EvaluatePretrained(_Queue, _Logging, total=False):
-    models: str | Iterable[str]
-    weights_dir: str | PathLike[str]
-    dataset: str
-    data_dir: str | PathLike[str]
-    download: bool
-    max_megapixels: float
-    per_class: int
-    limit: int
-    seed: int
-    device: Literal["auto", "cpu", "cuda", "mps"]
-    precision: Literal["fp32", "bf16", "auto"]
-    batch_size: int
-
+    models: str | Iterable[str]; weights_dir: str | PathLike[str]; dataset: str; data_dir: str | PathLike[str]
+    download: bool; max_megapixels: float; per_class: int; limit: int; seed: int
+    device: Literal["auto", "cpu", "cuda", "mps"]; precision: Literal["fp32", "bf16", "auto"]; batch_size: int
 def evaluate_pretrained(*, reporter: Reporter | None = None, **options: Unpack[_EvaluatePretrained]) -> StudyResult: ...
-
 class _Report(TypedDict, total=False):
-    export: str | PathLike[str]
-    from_export: str | Iterable[str]
-    claims: str | PathLike[str]
-    experiment: str
-
+    export: str | PathLike[str]; from_export: str | Iterable[str]; claims: str | PathLike[str]; experiment: str
 def report(*, reporter: Reporter | None = None, **options: Unpack[_Report]) -> Report: ...

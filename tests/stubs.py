@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+from textwrap import wrap
 from typing import Any, Literal, get_args, get_origin
 
 from pydantic.fields import FieldInfo
@@ -11,7 +13,10 @@ from effv2.config import options as o
 from tests.conftest import ROOT
 
 STUB = ROOT / "effv2" / "__init__.pyi"
+WIDTH = 110  # characters of the lines of fields
 HEAD = """# Types of the Python API, written from the options by: python -m tests.stubs
+# fmt: off
+# ruff: noqa: E702
 from collections.abc import Iterable, Mapping
 from os import PathLike
 from typing import Literal, TypedDict
@@ -49,33 +54,35 @@ def kind_of(name: str, field: FieldInfo) -> str:
     return str(kind) if get_args(kind) else str(kind.__name__)
 
 
+def listed(head: str, fields: Iterable[str]) -> str:
+    """Return a class of fields, as many in a line as fit."""
+    words = "; ".join(field.replace(" ", "\0") for field in fields)  # so that a field is not broken
+    lines = [f"    {line.rstrip(';')}" for line in wrap(words, WIDTH, break_long_words=False)]
+    return "\n".join([f"class {head}, total=False):", *lines]).replace("\0", " ")
+
+
 def stub() -> str:
     """Return the text of the stub: the options that commands share in classes, the others in one of each command."""
-    parts, written = [HEAD], dict[str, set[str]]()
+    shared, own = dict[str, str](), list[str]()
     for call in CALLS:
         name, fields = call.function.__name__, call.taken.fields
-        kinds = {option: kind_of(option, field) for option, field in fields.items()}
+        kinds = {option: f"{option}: {kind_of(option, field)}" for option, field in fields.items()}
         bases = [base for base, names in SHARED.items() if set(names) <= kinds.keys()]
         for base in bases:
-            lines = {f"    {option}: {kinds[option]}" for option in SHARED[base]}
-            assert written.setdefault(base, lines) == lines, f"{base} has other types in {name}"
-        shared = {option for base in bases for option in SHARED[base]}
-        own = [f"    {option}: {kind}\n" for option, kind in kinds.items() if option not in shared]
+            text = listed(f"{base}(TypedDict", (kinds[option] for option in SHARED[base]))
+            assert shared.setdefault(base, text) == text, f"{base} has other types in {name}"
+        inherited = {option for base in bases for option in SHARED[base]}
         title = "".join(word.title() for word in name.split("_"))
-        parts.append(f"class _{title}({', '.join(bases or ['TypedDict'])}, total=False):\n{''.join(own)}")
-        returns = call.function.__annotations__["return"]
+        more = (kind for option, kind in kinds.items() if option not in inherited)
+        own.append(listed(f"_{title}({', '.join(bases or ['TypedDict'])}", more))
         options = f"reporter: Reporter | None = None, **options: Unpack[_{title}]"
-        parts.append(f"def {name}(*, {options}) -> {returns}: ...\n")
-    classes = [
-        f"class {base}(TypedDict, total=False):\n" + "".join(f"{line}\n" for line in sorted(lines))
-        for base, lines in written.items()
-    ]
-    return "\n".join([*parts[:1], *classes, *parts[1:]]).replace("\n\ndef ", "\ndef ")
+        own.append(f"def {name}(*, {options}) -> {call.function.__annotations__['return']}: ...")
+    return "\n".join([HEAD, *shared.values(), *own, ""])
 
 
 def is_current() -> bool:
-    """Say whether the file is what the options give, however it is broken into lines."""
-    return STUB.read_text().split() == stub().split()
+    """Say whether the file is what the options give."""
+    return STUB.read_text() == stub()
 
 
 if __name__ == "__main__":
