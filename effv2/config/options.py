@@ -50,7 +50,7 @@ class StudyOptions(CheckpointOptions):
     storage: str = Field(
         "sqlite:///optuna.db",
         description="Optuna's storage, which keeps the state of studies: sqlite:///FILE, or for several machines "
-        "postgresql://USER@HOST/DATABASE.",
+        "postgresql://USER@HOST/DATABASE, or journal:///FOLDER/FILE in a folder that they share.",
     )
     experiment: str = Field("", description="The MLflow experiment.  [default: MLflow's own choice]")
     log_model: LogModel = Field("all", description="Which runs log their model: the best of the study, all, none.")
