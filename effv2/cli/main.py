@@ -100,6 +100,19 @@ def export(model: str, folder: str) -> None:
     click.echo(f"serve it with: mlflow models serve --model-uri {target} --env-manager local")
 
 
+@main.command(cls=cli.Command)
+@click.option("--port", default=5000, show_default=True, help="The port of this machine to serve at.")
+@cli.takes(Taken(more=("experiment",)))
+def ui(port: int, given: Mapping[str, Any]) -> None:
+    """Open MLflow's UI on the store in use, at the comparison of the newest study. Ctrl-C ends it.
+
+    Without a browser on this machine, the address is printed alone.
+    """
+    from effv2.tracking.ui import open_ui
+
+    open_ui(given.get("experiment", ""), port, click.echo, browse=sys.stdout.isatty())
+
+
 @main.group()
 def data() -> None:
     """Look at data sets before anything is trained."""
