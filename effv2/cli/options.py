@@ -11,7 +11,7 @@ from pydantic.fields import FieldInfo
 from effv2.config.options import Taken
 from effv2.config.schema import Registry
 from effv2.core.errors import InputError, RunError, Terminated
-from effv2.core.processes import ending_signals, leave
+from effv2.core.processes import ending_signals, leave, work_where_typed
 from effv2.core.secrets import mask_command_line, masked
 
 Function = Callable[..., Any]
@@ -51,6 +51,7 @@ class Command(click.Command):
 
     def invoke(self, ctx: click.Context) -> Any:
         """Run the command."""
+        work_where_typed()
         again = "the same command without `fresh`" if ctx.params.get("fresh") == "true" else "the same command"
         with ending_signals():
             try:

@@ -27,6 +27,7 @@ ALLOCATOR = {
 ENDING_SIGNALS = [signal.SIGINT, signal.SIGTERM, *([signal.SIGHUP] if hasattr(signal, "SIGHUP") else [])]
 # Two signals within this many seconds count as one: Ctrl-C under `mlflow run` is followed by a SIGTERM.
 TOGETHER_SECONDS = 0.5
+SHELLS = ("bash", "sh", "dash")  # between `mlflow run` and the command
 SENDER = "sender "  # how the names of threads begin that send to the tracking store
 
 
@@ -36,6 +37,19 @@ def tune_allocator() -> None:
         if mallopt := getattr(ctypes.CDLL(None), "mallopt", None):
             for parameter, value in ALLOCATOR.items():
                 mallopt(parameter, value)
+
+
+def work_where_typed() -> None:
+    """Work in the folder in which `mlflow run` was typed: it starts commands in the project's, perhaps a passing clone.
+
+    Relative paths then mean what they say, and what is kept for the same command again is found.
+    """
+    import psutil
+
+    if sys.argv[0].startswith("entry_points") and "MLFLOW_RUN_ID" in os.environ:
+        with suppress(psutil.Error, OSError, StopIteration):
+            above = (each for each in psutil.Process().parents() if each.name() not in SHELLS)
+            os.chdir(next(above).cwd())
 
 
 class _Ending:
