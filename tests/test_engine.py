@@ -28,6 +28,7 @@ from optuna.study import StudyDirection
 from optuna.trial import FrozenTrial, TrialState
 
 from effv2.cli.main import ablate
+from effv2.core import processes
 from effv2.core.errors import LeaseLost, StoreAway
 from effv2.core.internals import study_id
 from effv2.core.processes import is_gone, this_process
@@ -478,6 +479,20 @@ def test_a_worker_on_a_lost_machine_is_replaced_and_may_not_finish(
     assert queue.trials()["0"].state == TrialState.RUNNING
 
 
+@pytest.fixture(params=["linux", "macos"])
+def _processes(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Know of processes through /proc, or without it."""
+    caches = (processes.this_process, processes._where)
+    for cached in caches:
+        cached.cache_clear()
+    if request.param == "macos":
+        monkeypatch.setattr(processes, "PROC", tmp_path / "nowhere")
+    yield
+    for cached in caches:
+        cached.cache_clear()
+
+
+@pytest.mark.usefixtures("_processes")
 def test_processes_of_this_machine_are_known_to_live_or_not() -> None:
     assert not is_gone(this_process())
     boot, space, _, started, unique = this_process().split("/")

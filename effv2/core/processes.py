@@ -144,7 +144,7 @@ def uninterrupted() -> Iterator[None]:
 def this_process() -> str:
     """Name this process for good: machine since its start, process namespace, pid, start time, a random part.
 
-    Where the system doesn't tell (anything but Linux) only the random part remains, and is_alive knows nothing.
+    Where the system doesn't tell only the random part remains, and is_alive knows nothing.
     """
     unique = uuid.uuid4().hex
     where, started = _where(), _started(os.getpid())
@@ -178,12 +178,19 @@ def _where() -> str:
     try:
         boot = (PROC / "sys/kernel/random/boot_id").read_text().strip()
         return f"{boot}/{(PROC / 'self/ns/pid').readlink()}"
-    except OSError:
-        return ""
+    except OSError:  # no Linux: start times alone tell processes apart
+        return "" if PROC.exists() else f"{uuid.getnode():x}/{sys.platform}"
 
 
 def _started(pid: int) -> str:
-    """Return the start time of a process in ticks, empty where it has ended (a zombie has)."""
+    """Return the start time of a process, on Linux in ticks, empty where it has ended (a zombie has)."""
+    if not PROC.exists():
+        import psutil
+
+        with suppress(psutil.Error):
+            process = psutil.Process(pid)
+            return "" if process.status() == psutil.STATUS_ZOMBIE else f"{process.create_time():.2f}"
+        return ""
     try:
         # The name, in parentheses, may hold anything; state is the first field after it, start time the twentieth.
         fields = (PROC / str(pid) / "stat").read_text().rpartition(")")[2].split()
