@@ -46,7 +46,7 @@ def test_its_types_and_its_help_follow_from_the_options() -> None:
     for call in stubs.CALLS:
         parameters = inspect.signature(call).parameters
         assert [*parameters][:-1] == [*call.taken.fields] and all(
-            f"{name}: " in call.__doc__ for name in call.taken.fields
+            f"{name}: " in str(call.__doc__) for name in call.taken.fields
         )
     assert inspect.signature(effv2.train).parameters["image_size"].default == 32
 

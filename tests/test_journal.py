@@ -67,10 +67,10 @@ def test_processes_that_share_a_folder_finish_a_study_of_which_one_is_killed(
         processes = [stack.enter_context(running(ROOT / "entry_points" / "ablate.py", *words)) for _ in range(3)]
         killed = wait_for(lambda: in_mid_epoch(storage, 1), processes[0])
         os.kill(killed, signal.SIGKILL)
-        codes = []
+        codes: list[int] = []
         for process in processes:
             process.rest()
-            codes.append(process.returncode)
+            codes.append(process.returncode or 0)
         assert sorted(codes) == [-signal.SIGKILL, 0, 0]
         end(stack.enter_context(running(ROOT / "entry_points" / "ablate.py", *words)))
     check_small(storage, undisturbed(1), tmp_path)  # type: ignore[operator]

@@ -235,7 +235,7 @@ def _plan(make: Callable[..., Any], how: Options, reporter: Reporter) -> StudyRe
     with suppress(InputError):  # an experiment that isn't there is not created for it
         there = open_store(how.experiment, create=False) if is_begun() else None
     lines, table = forecast(plan, how, load, there)
-    return StudyResult(lines, table=table)
+    return StudyResult(lines, table=list(map(tuple, table)))
 
 
 def _run(make: Callable[..., Any], how: Options, reporter: Reporter) -> StudyResult:

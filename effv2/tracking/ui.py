@@ -9,7 +9,6 @@ import time
 import webbrowser
 from collections.abc import Callable
 from contextlib import suppress
-from typing import Any
 from urllib.request import urlopen
 
 from mlflow.entities import ViewType
@@ -49,11 +48,11 @@ def open_ui(experiment: str, port: int, say: Callable[[str], None], browse: bool
             raise InputError("port", port, "is in use", "name another one")
     # The store's address is not among the words, which other users of the machine can read.
     environment = {"MLFLOW_BACKEND_STORE_URI": tracking_uri(), "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"}
-    words = ["-m", "mlflow", "ui", "--port", str(port), "--workers", "1", "--uvicorn-opts", "--log-level warning"]
+    words = [sys.executable, "-m", "mlflow", "ui", "-p", str(port), "-w", "1"]
     with tempfile.TemporaryFile() as log:
-        outputs: dict[str, Any] = {"stdout": log, "stderr": log}
-        own = {"env": os.environ | environment, "start_new_session": True}  # a session: it hears no Ctrl-C
-        process = subprocess.Popen([sys.executable, *words], **outputs, **own)  # noqa: S603
+        process = subprocess.Popen(  # noqa: S603 (in a session of its own it hears no Ctrl-C)
+            words, stdout=log, stderr=log, env=os.environ | environment, start_new_session=True
+        )
         try:
             if not _answers(f"http://127.0.0.1:{port}/health", process):
                 log.seek(0)
