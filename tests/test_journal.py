@@ -52,7 +52,7 @@ def test_processes_that_share_a_folder_finish_a_study_of_which_one_is_killed(
     """Three commands: no database, no server, no process that started the others."""
     study = tmp_path / "shared" / "small.yaml"
     study.write_text(SMALL)
-    words = [
+    words: list[str | Path] = [
         "--study",
         study,
         "--storage",
