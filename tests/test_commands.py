@@ -445,7 +445,8 @@ TRAIN_ERRORS = {
     "--study ~nobody_of_that_name/x.yaml": "--study ~nobody_of_that_name/x.yaml: no file and no study of that name",
     "--study ~/nowhere.yaml": "--study ~/nowhere.yaml: no file and no study of that name",
 }
-STORAGE = "no such kind of storage; use sqlite:///FILE or postgresql://USER@HOST/DATABASE"
+FORMS = "sqlite:///FILE, postgresql://USER@HOST/DATABASE or journal:///FOLDER/FILE"
+STORAGE = f"no such kind of storage; use {FORMS}"
 ABLATE_ERRORS = {
     "--workers 0": "--workers 0: input should be greater than or equal to 1",
     "--fresh maybe": "--fresh maybe",

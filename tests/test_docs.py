@@ -17,9 +17,8 @@ from click.testing import CliRunner
 from mlflow import MlflowClient
 
 from effv2.cli.main import main, train
-from effv2.cli.options import _layer
 from effv2.config.layers import Layer, Written, build, validate
-from effv2.config.options import StudyOptions
+from effv2.config.options import StudyOptions, _layer
 from effv2.config.schema import TrainConfig
 from effv2.config.studies import open_study, read_study
 from effv2.evidence.claims import read_claims

@@ -28,12 +28,13 @@ from optuna.study import StudyDirection
 from optuna.trial import FrozenTrial, TrialState
 
 from effv2.cli.main import ablate
+from effv2.core import processes
 from effv2.core.errors import LeaseLost, StoreAway
 from effv2.core.internals import study_id
 from effv2.core.processes import is_gone, this_process
 from effv2.studies import queue as queue_module
 from effv2.studies.queue import ERROR, MOST_LOST, NAME, OWNER, RUN, Queue
-from effv2.studies.storage import Storage, open_storage
+from effv2.studies.storage import Database, Storage, open_storage
 from tests.conftest import OTHER_TINY_TABLE, ROOT, TINY_TABLE, running
 from tests.forks import Forked
 from tests.servers import Server, free_port
@@ -324,6 +325,7 @@ def test_four_workers_on_postgresql_survive_whatever_is_killed(
 
 def test_a_connection_that_is_cut_within_a_query_is_waited_for(cluster: Cluster) -> None:
     storage = open_storage(cluster.database("cut"))
+    assert isinstance(storage, Database)
     queue = make_queue(storage)
     assert queue.lease() is not None
     cut: list[int] = []
@@ -462,7 +464,7 @@ def test_a_worker_on_a_lost_machine_is_replaced_and_may_not_finish(
 ) -> None:
     queue = make_queue(storage, trials=1)
     lease = queue.lease()
-    assert lease is not None
+    assert lease is not None and isinstance(storage, Database)
     with sqlalchemy.create_engine(storage.url).begin() as connection:
         old = "UPDATE trial_heartbeats SET heartbeat = datetime(heartbeat, '-1 day')"
         connection.execute(sqlalchemy.text(old))
@@ -478,6 +480,20 @@ def test_a_worker_on_a_lost_machine_is_replaced_and_may_not_finish(
     assert queue.trials()["0"].state == TrialState.RUNNING
 
 
+@pytest.fixture(params=["linux", "macos"])
+def _processes(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Know of processes through /proc, or without it."""
+    caches = (processes.this_process, processes._where)
+    for cached in caches:
+        cached.cache_clear()
+    if request.param == "macos":
+        monkeypatch.setattr(processes, "PROC", tmp_path / "nowhere")
+    yield
+    for cached in caches:
+        cached.cache_clear()
+
+
+@pytest.mark.usefixtures("_processes")
 def test_processes_of_this_machine_are_known_to_live_or_not() -> None:
     assert not is_gone(this_process())
     boot, space, _, started, unique = this_process().split("/")

@@ -28,7 +28,7 @@ from sqlalchemy.exc import OperationalError
 from effv2.cli.main import ablate
 from effv2.core.errors import InputError, RunError, what_ran_out
 from effv2.core.secrets import masked
-from effv2.studies.storage import Storage, open_storage
+from effv2.studies.storage import Database, open_storage
 from effv2.tracking import store
 from effv2.tracking.addresses import shown_uri
 from effv2.tracking.read import read_run
@@ -264,7 +264,7 @@ def test_a_fault_of_a_storage_that_is_only_being_opened_is_named(
     def opened(*_: object) -> None:
         raise OperationalError("SELECT", {}, sqlite3.OperationalError("no such column: x"))
 
-    monkeypatch.setattr(Storage, "_opened", opened)
+    monkeypatch.setattr(Database, "_opened", opened)
     with pytest.raises(InputError, match=r"storage sqlite:///.*optuna.db: can't be used \(no such column: x\)"):
         open_storage(f"sqlite:///{tmp_path}/optuna.db", wait=1)
 

@@ -16,8 +16,8 @@ from typing import Any
 import pytest
 from optuna.trial import FrozenTrial, TrialState, create_trial
 
+from effv2.api.calls import SHORT_EPOCHS
 from effv2.architecture import PUBLISHED_VARIANTS, parse_table
-from effv2.cli.main import SHORT_EPOCHS
 from effv2.config.layers import Layer, Written
 from effv2.config.options import StudyOptions
 from effv2.config.schema import TrainConfig

@@ -9,17 +9,17 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Column, Table
 
 from effv2.cli.options import in_options
-from effv2.core.processes import stop_if_told
-from effv2.core.reporter import Reporter, StudyProgress
+from effv2.core.reporter import LineReporter, StudyProgress, accuracies
 from effv2.core.secrets import masked
 
 CELL_PADDING = 3  # characters: a space on both sides and a line
 
 
-class ConsoleReporter(Reporter):
+class ConsoleReporter(LineReporter):
     """Shows a study, a run's epochs and what is done now; a context manager, so that the terminal is left tidy."""
 
     def __init__(self) -> None:
+        super().__init__()
         self.console = Console(stderr=True)
         self._command = click.get_current_context().command
         self._progress = Progress(
@@ -36,7 +36,6 @@ class ConsoleReporter(Reporter):
             self._progress.add_task(name, total=None, visible=False, note="") for name in ("study", "epochs", "")
         )
         self._counted = "", 0
-        self._reported: set[str] = set()
 
     def __enter__(self) -> "ConsoleReporter":
         self._progress.start()
@@ -45,7 +44,7 @@ class ConsoleReporter(Reporter):
     def __exit__(self, *_: object) -> None:
         self._progress.stop()
 
-    def _log(self, text: str) -> None:
+    def line(self, text: str) -> None:
         """Print a line where there is no terminal to show bars on."""
         if not self.console.is_terminal:
             self.message(text)
@@ -57,11 +56,9 @@ class ConsoleReporter(Reporter):
 
     def progress(self, what: str, done: int = 0, total: int | None = None) -> None:
         """Show what is done now; whatever is counted anew gets a bar, and an estimate, of its own."""
-        stop_if_told()
+        super().progress(what, done, total)
         if what != self._counted[0] or done < self._counted[1]:
             self._progress.reset(self._now)
-        if total and not done:
-            self._log(f"{what}: {total:,}")
         self._counted = what, done
         self._progress.update(self._now, description=escape(what), completed=done, total=total, visible=True)
 
@@ -72,23 +69,18 @@ class ConsoleReporter(Reporter):
         note = escape(", ".join(words))
         self._progress.update(self._study, total=progress.total, completed=progress.done, note=note, visible=True)
         self._progress.update(self._now, visible=False)
-        for number, (trial, ending) in enumerate(progress.ended.items(), 1):
-            if trial not in self._reported:
-                self._log(f"[{number}/{progress.total}] {trial}: {ending}")
-        self._reported |= set(progress.ended)
+        super().study_progress(progress)
 
     def run_started(self, name: str, epochs: int) -> None:
         """Show a new run in place of the last one."""
         self._progress.reset(self._epochs, description=escape(f"{name}: epochs"), total=epochs, note="", visible=True)
         self._progress.update(self._now, visible=False)
-        self._log(f"training {name}, at most {epochs} epochs")
+        super().run_started(name, epochs)
 
     def epoch(self, epoch: int, metrics: Mapping[str, float]) -> None:
         """Show a finished epoch with its accuracies."""
-        named = ((name, metrics.get(f"{name}/accuracy")) for name in ("train", "val", "test"))
-        words = ", ".join(f"{name} {accuracy:.1%}" for name, accuracy in named if accuracy is not None)
-        self._progress.update(self._epochs, completed=epoch, note=words)
-        self._log(f"epoch {epoch}/{self._progress.tasks[self._epochs].total}: {words}")
+        self._progress.update(self._epochs, completed=epoch, note=accuracies(metrics))
+        super().epoch(epoch, metrics)
 
 
 def print_table(rows: Sequence[Sequence[str]]) -> None:

@@ -1,32 +1,32 @@
 """The console script `effv2` and its commands, which import what is heavy late: `--help` is answered at once."""
 
+from __future__ import annotations
+
 import atexit
 import gc
 import os
 import sys
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from effv2 import __version__
-from effv2.architecture import VARIANTS
+from effv2.api import calls
 from effv2.cli import options as cli
-from effv2.config.layers import Layer, Written, build
-from effv2.config.options import StudyOptions
+from effv2.config.layers import Written, build
+from effv2.config.options import DATA, Taken
 from effv2.config.schema import TrainConfig
-from effv2.config.studies import SWEEPS, Study, open_study
-from effv2.core.errors import InputError, RunError, listed
-from effv2.pretrained.config import PretrainedConfig
+from effv2.core.errors import RunError, listed
 
-WITHOUT_SCHEDULER = {name: setting for name, setting in cli.SHARED.items() if name != "scheduler"}
-EVALUATION = cli.options_for(" ".join(PretrainedConfig().flat()))
-PUBLISHED_COMPARISON = "efficientnet_v2_s,efficientnet_b0,resnet50"
+if TYPE_CHECKING:
+    from effv2.api.results import Result, StudyResult
+
 SHOWN_FAILURES = 5
-SHORT_EPOCHS = 3  # in the studies that hparam-check and search run without one
+OF_CHECK = {name: setting for name, setting in DATA.items() if name != "data_dir"}
+CHECKED = Taken(settings=OF_CHECK, defaults={"dataset": "folder"})
 atexit.register(gc.freeze)  # so that the end of a command looks for no garbage in all that was imported: a second
 
 
@@ -36,177 +36,53 @@ def main() -> None:
     """Train, ablate and compare EfficientNetV2 on small images, tracked in MLflow."""
 
 
-@main.command(cls=cli.Command)
-@cli.study_option
-@cli.set_option
-@cli.takes(cli.ONE_RUN, *cli.CHECKPOINTS, *cli.LOGGING)
-def train(study: str | None, layer: Layer, how: StudyOptions) -> None:
-    """Train one EfficientNetV2 and track it in MLflow.
+def _command(call: calls.Call, show: Callable[[Any], None]) -> click.Command:
+    """Make the command of a function of the API, of which it shows what is returned."""
 
-    Without options: the default variant on scikit-learn's digits, a minute on two cores.
-    """
-    file = open_study(study) if study else None
-    config = file.config(layer) if file else build(TrainConfig, layer)
+    @cli.takes(call.taken)
+    def command(given: Mapping[str, Any]) -> None:
+        from effv2.cli.console import ConsoleReporter
 
-    from effv2.cli.console import ConsoleReporter
-    from effv2.run.run import train_single
-    from effv2.tracking.writer import run_address
+        with ConsoleReporter() as reporter:
+            result = call(**given, reporter=reporter)
+        show(result)
 
-    name = file.name if file else f"{config.model.variant}, seed {config.random.seed}"
-    with ConsoleReporter() as reporter:
-        ended = train_single(config, name, file.name if file else "", how, reporter)
-    if ended.was_finished:
-        without = ", but without a model" if how.log_model != "none" and not ended.model_address else ""
-        click.echo(f"Finished before, with the same configuration, data and code{without}; --fresh repeats it.")
-    if "best/test_accuracy" in ended.metrics:
-        click.echo(
-            f"test accuracy {ended.metrics['selected/test_accuracy']:.2%} at the selected epoch "
-            f"{ended.metrics['selected/epoch']:.0f}, best {ended.metrics['best/test_accuracy']:.2%}"
-        )
-    if ended.model_address:
-        click.echo(f"model {ended.model_address}")
-    click.echo(run_address(ended.run.run_id, ended.run.experiment_id))
+    name = call.function.__name__.replace("_", "-")
+    made = click.command(name, cls=cli.Command, help=call.help)(command)
+    main.add_command(made)
+    return made
 
 
-@main.command(cls=cli.Command)
-@cli.option(
-    "variant",
-    f"The variant to train beside the baseline: {', '.join(VARIANTS)}, or what the study file calls its arms; or all "
-    "arms.  [default: all]",
-)
-@cli.study_option
-@cli.set_option
-@cli.takes(cli.SHARED, *cli.GRID)
-def ablate(variant: str | None, study: str | None, layer: Layer, how: StudyOptions) -> None:
-    """Train architecture variants beside their baseline and compare them in MLflow.
-
-    Without a study file: the five published variants of EfficientNetV2-S under one short protocol on
-    scikit-learn's digits. The same command again resumes where the last one ended.
-    """
-    chosen = open_study(study or f"{SWEEPS}/ablate.yaml").with_variant(variant or "all")
-    _run_or_plan("ablate", chosen, chosen.select(variant or "all"), layer, how)
+def _show(result: Result) -> None:
+    """Print what came of a training or a report."""
+    model, file = getattr(result, "model_address", ""), getattr(result, "file", None)
+    command = click.get_current_context().command
+    for line in filter(None, (*result.answers, model and f"model {model}", result.address, file)):
+        click.echo(cli.in_options(str(line), command, settings=False))
 
 
-@main.command("hparam-check", cls=cli.Command)
-@cli.option(
-    "check",
-    "The change to train beside the default, or all: depth (depth multiplier 0.1), half_layers, dropout (0.6), "
-    "stochastic_depth (0.5), or what the study file names.  [default: all]",
-)
-@cli.option("scheduler", "With ReduceLROnPlateau, without, or both.  [default: both]", "[both|plateau|none]")
-@cli.study_option
-@cli.set_option
-@cli.takes(WITHOUT_SCHEDULER, *cli.GRID, epochs=SHORT_EPOCHS, log_model="best")
-def hparam_check(check: str | None, scheduler: str | None, study: str | None, layer: Layer, how: StudyOptions) -> None:
-    """Change one hyper-parameter at a time, with and without ReduceLROnPlateau, and compare in MLflow.
+def _show_study(result: StudyResult) -> None:
+    """Print the results of a study and where to look; RunError where runs failed."""
+    from effv2.cli.console import print_table
 
-    Without a study: hparam-digits, the published check shortened to three epochs a run on scikit-learn's digits; the
-    full protocols are the studies hparam-*. The same command again resumes where the last one ended.
-    """
-    chosen = open_study(study or f"{SWEEPS}/hparam-digits.yaml").with_plateau()
-    _run_or_plan("hparam-check", chosen, chosen.select_checks(check or "all", scheduler or "both"), layer, how)
-
-
-@main.command(cls=cli.Command)
-@cli.study_option
-@cli.set_option
-@cli.takes(cli.ONE_RUN, "trials", *cli.STUDY, epochs=SHORT_EPOCHS, log_model="best")
-def search(study: str | None, layer: Layer, how: StudyOptions) -> None:
-    """Search for the best hyper-parameters on the validation split, with Optuna; test the best once.
-
-    Without a study file: dropout, stochastic depth and depth multiplier on scikit-learn's digits. The same command
-    again resumes where the last one ended; with more trials, the search grows.
-    """
-    chosen = open_study(study or f"{SWEEPS}/search.yaml")
-
-    from effv2.studies.plan import make_search
-
-    _run_and_show(partial(make_search, chosen, layer, how.trials or 0), how)
-
-
-def _path(text: str | None) -> Path | None:
-    """Return the path that an option gave, if any. `~` is expanded where the system knows that user."""
-    return Path(os.path.expanduser(text)) if text else None
-
-
-def _run_or_plan(kind: str, study: Study, arms: list[str], layer: Layer, options: StudyOptions) -> None:
-    """Run a grid and show its results; where a plan alone is asked for, print what it would take and find."""
-    from effv2.studies.grid import make_grid
-
-    make = partial(make_grid, kind, study, arms, layer, options)
-    if not options.plan:
-        _run_and_show(make, options)
-        return
-
-    from effv2.cli.console import ConsoleReporter, print_table
-    from effv2.data.dataset import load_once
-    from effv2.studies.forecast import forecast
-    from effv2.tracking.store import is_begun, open_store
-
-    with ConsoleReporter() as reporter:
-        load = load_once(reporter)
-        plan, there = make(load=load, reporter=reporter), None
-        with suppress(InputError):  # an experiment that isn't there is not created for it
-            there = open_store(options.experiment, create=False) if is_begun() else None
-        lines, table = forecast(plan, options, load, there)
-    click.echo("\n".join(lines))
-    print_table(table)
-
-
-def _run_and_show(make: Callable[..., Any], options: StudyOptions) -> None:
-    """Make the plan of a study (`make` takes `load` and `reporter`), run it, print its results and where to look."""
-    from effv2.cli.console import ConsoleReporter, print_table
-    from effv2.data.dataset import load_once
-    from effv2.studies.engine import run_study
-    from effv2.studies.storage import check_storage
-    from effv2.tracking.run import open_experiment
-    from effv2.tracking.writer import run_address
-
-    with ConsoleReporter() as reporter:
-        plan = make(load=(load := load_once(reporter)), reporter=reporter)
-        check_storage(options.storage)  # before an experiment is created
-        experiment_id = open_experiment(options.experiment, reporter.message)
-        end = run_study(plan, experiment_id, options, load, reporter)
-    for answer in end.results.answers:
-        click.echo(answer)
-    print_table(end.results.table)
-    models = [f"model of {name}: {address}" for name, address in end.models.items()]
-    for line in (*end.results.warnings, *models, run_address(end.parent.run_id, end.parent.experiment_id)):
+    click.echo("\n".join(result.answers))
+    print_table(result.table)
+    models = [f"model of {name}: {address}" for name, address in result.models.items()]
+    for line in filter(None, (*result.warnings, *models, result.address)):
         click.echo(line)
-    if end.failed or end.in_vain:
-        failures = [f"{name}: {error}" for name, error in end.failed.items()]
+    if result.failed or result.in_vain:
+        failures = [f"{name}: {error}" for name, error in result.failed.items()]
         shown = listed(failures, SHOWN_FAILURES)
-        nothing = "No trial of the search was completed: " if end.in_vain else ""
-        raise RunError(f"{nothing}{len(failures)} of {end.planned} runs failed. {shown}")
+        nothing = "No trial of the search was completed: " if result.in_vain else ""
+        raise RunError(f"{nothing}{len(failures)} of {result.wanted} runs failed. {shown}")
 
 
-@main.command("evaluate-pretrained", cls=cli.Command)
-@cli.option(
-    "models",
-    "Classification networks of torchvision, separated by commas: resnet50 with its default weights, "
-    "resnet50:IMAGENET1K_V1 with others, resnet50=FILE with a state dict of your own, which isn't verified; "
-    "mine=runs:/ID or mine=models:/ID with the model of a training. Heads may be of the data's own classes.  "
-    f"[default: {PUBLISHED_COMPARISON}]",
-    "LIST",
-)
-@cli.option(
-    "weights-dir",
-    "Folder with published files of weights, looked into before torchvision's cache and its download.",
-    "FOLDER",
-)
-@cli.takes(EVALUATION, *cli.QUEUE, *cli.LOGGING, config=PretrainedConfig, log_model="none")
-def evaluate_pretrained(models: str | None, weights_dir: str | None, layer: Layer, how: StudyOptions) -> None:
-    """Evaluate published ImageNet weights, each with its own transforms, and say which are really better.
-
-    On Imagenette, or any folder whose classes are ImageNet's. Rankings rest on images that the weights were not fitted
-    to. The same command again resumes where the last one ended.
-    """
-    config = build(PretrainedConfig, layer)
-
-    from effv2.studies.plan import make_weights
-
-    make = partial(make_weights, models or PUBLISHED_COMPARISON, config, _path(weights_dir))
-    _run_and_show(partial(make, progress=sys.stderr.isatty()), how)
+train = _command(calls.train, _show)
+ablate = _command(calls.ablate, _show_study)
+hparam_check = _command(calls.hparam_check, _show_study)
+search = _command(calls.search, _show_study)
+evaluate_pretrained = _command(calls.evaluate_pretrained, _show_study)
+report = _command(calls.report, _show)
 
 
 @main.command(cls=cli.Command)
@@ -219,9 +95,22 @@ def export(model: str, folder: str) -> None:
     """
     from effv2.tracking.models import export_onnx
 
-    export_onnx(model, target := (_path(folder) or Path()).absolute())
+    export_onnx(model, target := Path(os.path.expanduser(folder)).absolute())
     click.echo(f"{target}/artifacts/model.onnx is the network")
     click.echo(f"serve it with: mlflow models serve --model-uri {target} --env-manager local")
+
+
+@main.command(cls=cli.Command)
+@click.option("--port", default=5000, show_default=True, help="The port of this machine to serve at.")
+@cli.takes(Taken(more=("experiment",)))
+def ui(port: int, given: Mapping[str, Any]) -> None:
+    """Open MLflow's UI on the store in use, at the comparison of the newest study. Ctrl-C ends it.
+
+    Without a browser on this machine, the address is printed alone.
+    """
+    from effv2.tracking.ui import open_ui
+
+    open_ui(given.get("experiment", ""), port, click.echo, browse=sys.stdout.isatty())
 
 
 @main.group()
@@ -231,15 +120,15 @@ def data() -> None:
 
 @data.command(cls=cli.Command)
 @click.argument("folder", default="")
-@cli.option("sheet", "Write a few images of each class there, as they enter the network.", "FILE")
-@cli.takes({name: setting for name, setting in cli.DATA.items() if name != "data_dir"}, dataset="folder")
-def check(folder: str, sheet: str | None, layer: Layer, how: StudyOptions) -> None:
+@click.option("--sheet", metavar="FILE", help="Write a few images of each class there, as they enter the network.")
+@cli.takes(CHECKED)
+def check(folder: str, sheet: str | None, given: Mapping[str, Any]) -> None:
     """Say what the data set in FOLDER holds, what in it is broken, and what is there more than once.
 
     The exit code is 1 where trainings would fail, learn two labels of one image, or test what they were trained on.
     """
-    given = {"data.dir": Written(folder)} | ({"data.dataset": Written("folder")} if folder else {}) | dict(layer)
-    config = build(TrainConfig, given).data
+    layer = {"data.dir": Written(folder)} | ({"data.dataset": Written("folder")} if folder else {})
+    config = build(TrainConfig, layer | CHECKED.read(given)[0]).data
 
     from effv2.cli.console import ConsoleReporter, print_table
     from effv2.data.inspection import contact_sheet, inspect
@@ -258,43 +147,8 @@ def check(folder: str, sheet: str | None, layer: Layer, how: StudyOptions) -> No
 
 
 @main.command(cls=cli.Command)
-@cli.option("export", "Also write the report there, with its data as CSV and a manifest of their hashes.", "FOLDER")
-@cli.option(
-    "from-export",
-    "Read these exports, folders separated by commas, as one, instead of the tracking server; a run in several is "
-    "that of the last. Needs --export for another folder.",
-    "LIST",
-)
-@cli.option("claims", "Claims of your own (YAML), beside the published ones.", "FILE")
-@cli.takes({}, "experiment")
-def report(export: str | None, from_export: str | None, claims: str | None, layer: Layer, how: StudyOptions) -> None:
-    """Show what the studies of an experiment answer, and judge claims on its runs: yours, and the published ones.
-
-    One page (HTML, and Markdown) is logged to a run of its own. It needs no network to be read.
-    """
-    target = (_path(export) or Path()).resolve()
-    sources = [path.resolve() for word in (from_export or "").split(",") if (path := _path(word.strip()))]
-    if from_export and not sources:
-        raise InputError("from_export", from_export, "names no folder", "give some, separated by commas")
-    if sources and (not export or target in sources):
-        raise InputError("from_export", from_export, "the report needs a folder of its own", "name one with `export`")
-
-    from effv2.cli.console import ConsoleReporter
-    from effv2.evidence.publication import publish, rebuild
-
-    with ConsoleReporter() as reporter:
-        if sources:
-            made, address = rebuild(sources, _path(claims), target, reporter), ""
-        else:
-            made, address = publish(how.experiment, _path(claims), target if export else None, reporter)
-    written = target / "report.html" if export else ""
-    for line in filter(None, (*made.answers, *made.own, made.summary, address, written)):
-        click.echo(line)
-
-
-@main.command(cls=cli.Command)
 @click.argument("model")
-@cli.option("name", "The name in MLflow's registry, under which models are promoted and served.", required=True)
+@click.option("--name", metavar="NAME", required=True, help="The name in MLflow's registry to promote and serve under.")
 @click.option("--max-milliseconds", type=float, help="Refuse a model that took longer for one image.")
 @click.option("--max-megabytes", type=float, help="Refuse a model whose files are larger (MB, 10^6 bytes).")
 @click.option("--dry-run", is_flag=True, help="Say what would happen; change nothing.")

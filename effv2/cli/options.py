@@ -1,52 +1,21 @@
 """What the commands share: options from the schema, taken as text; faults as one sentence and an exit code."""
 
 import re
-import shlex
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable
 from functools import reduce, wraps
-from itertools import chain
 from typing import Any, Literal, cast, get_args, get_origin
 
 import click
 from pydantic.fields import FieldInfo
 
-from effv2.config.layers import Layer, Written, validate
-from effv2.config.options import StudyOptions
+from effv2.config.options import Taken
 from effv2.config.registry import Registry
-from effv2.config.schema import OPTIMISERS, Group, TrainConfig, field_of
-from effv2.core.errors import InputError, RunError, Terminated, nearest
-from effv2.core.processes import ending_signals, leave, tune_allocator
-from effv2.core.provenance import COMMAND
+from effv2.core.errors import InputError, RunError, Terminated
+from effv2.core.processes import ending_signals, leave, work_where_typed
 from effv2.core.secrets import mask_command_line, masked
 
 Function = Callable[..., Any]
 Decorator = Callable[[Function], Function]
-
-OTHER_NAMES = {"data.dir": "data_dir", "schedule.name": "scheduler"}
-
-
-def options_for(settings: str) -> dict[str, str]:
-    """Return settings by the names of their options: their own last names, but for a few."""
-    return {OTHER_NAMES.get(setting, setting.rpartition(".")[2]): setting for setting in settings.split()}
-
-
-DATA = options_for(
-    "data.dataset data.dir data.train_dir data.test_dir data.labels data.allow_incomplete_classes data.skip_broken "
-    "data.max_megapixels data.download data.image_size"
-)
-SHARED = DATA | options_for(
-    "data.per_class data.split_seed schedule.epochs optimiser.batch_size optimiser.lr schedule.name execution.device "
-    "execution.precision execution.compile model.weights model.weights_partial"
-)
-ONE_RUN = SHARED | options_for(
-    "model.variant model.dropout model.stochastic_depth model.depth_multiplier model.width_multiplier random.seed"
-)
-# Names of options that are fields of StudyOptions.
-QUEUE = ("workers", "storage")
-CHECKPOINTS = ("checkpoint_dir", "checkpoint_minutes", "checkpoint_upload_minutes")
-LOGGING = ("fresh", "log_model", "experiment")
-STUDY = (*QUEUE, *CHECKPOINTS, *LOGGING)
-GRID = ("seeds", "max_seeds", "margin", "budget_hours", "plan", *STUDY)
 
 
 class Option(click.Option):
@@ -82,8 +51,7 @@ class Command(click.Command):
 
     def invoke(self, ctx: click.Context) -> Any:
         """Run the command."""
-        tune_allocator()  # before torch is imported
-        token = COMMAND.set(_command_line(ctx))
+        work_where_typed()
         again = "the same command without `fresh`" if ctx.params.get("fresh") == "true" else "the same command"
         with ending_signals():
             try:
@@ -95,20 +63,8 @@ class Command(click.Command):
             except (KeyboardInterrupt, Terminated) as error:
                 text, code = ("Terminated", 143) if isinstance(error, Terminated) else ("Interrupted", 130)
                 text += f"; runs that had begun end KILLED, and {again} resumes them." if "fresh" in ctx.params else "."
-            finally:
-                COMMAND.reset(token)
             click.echo((text if code == 2 else in_options(text, self)).replace("\n", " "), err=True)
             return leave(code)
-
-
-def _command_line(ctx: click.Context) -> str:
-    """Return the command as it may be given again to resume: without empty options, secrets and --fresh."""
-    words = ["effv2", str(ctx.command.name)]
-    for option in ctx.command.params:
-        value = ctx.params.get(str(option.name))
-        for text in value if isinstance(value, tuple) else (value,):
-            words += [option.opts[0], masked(str(text))] if text and option.name != "fresh" else []
-    return shlex.join(words)
 
 
 def _options_by_name(command: click.Command) -> dict[str, str]:
@@ -131,48 +87,28 @@ def _with_options(error: InputError, command: click.Command) -> InputError:
     return InputError(what, error.value, in_options(error.problem, command), in_options(error.remedy, command))
 
 
-def option(name: str, text: str, metavar: str = "NAME", **about: Any) -> Decorator:
-    """Add an option that no schema describes."""
-    return click.option(f"--{name}", cls=Option, metavar=metavar, help=text, **about)
-
-
-study_option = option(
-    "study", "Study whose settings the options then change: the path of a file (YAML), or a name, as ablate-mnist."
-)
-set_option = option(
-    "set",
-    f"Any setting, as optimiser.name=sgd (of {', '.join(OPTIMISERS.names())}). May be given again; may hold several, "
-    "separated by commas or spaces.",
-    "SETTING=VALUE",
-    multiple=True,
-)
-
-
-def takes(settings: Mapping[str, str], *names: str, config: type[Group] = TrainConfig, **defaults: Any) -> Decorator:
-    """Add options for settings and StudyOptions, given as `layer` and `how`; `defaults` are the command's own."""
-    options = [
-        _field_option(name, field_of(setting, config), defaults, setting=setting) for name, setting in settings.items()
-    ] + [_field_option(name, StudyOptions.model_fields[name], defaults) for name in names]
-    own = {name: default for name, default in defaults.items() if name in names}
+def takes(taken: Taken) -> Decorator:
+    """Add options, of which the command gets those with a value as `given`."""
 
     def decorate(function: Function) -> Function:
         @wraps(function)
-        def command(**given: Any) -> Any:
-            how = validate(StudyOptions, own | {name: value for name in names if (value := given.pop(name))})
-            options = {setting: value for name, setting in settings.items() if (value := given.pop(name))}
-            layer = _layer(options, given.pop("set", ()))
-            return function(**given, layer=layer, how=how)
+        def command(**values: Any) -> Any:
+            given = {name: value for name in taken.fields if (value := values.pop(name))}
+            return function(given=given, **values)
 
-        return reduce(lambda decorated, each: each(decorated), reversed(options), cast(Function, command))
+        options = (_option(name, field, taken) for name, field in reversed(taken.fields.items()))
+        return reduce(lambda decorated, each: each(decorated), options, cast(Function, command))
 
     return decorate
 
 
-def _field_option(name: str, field: FieldInfo, defaults: Mapping[str, Any], **about: Any) -> Decorator:
+def _option(name: str, field: FieldInfo, taken: Taken) -> Decorator:
+    about: dict[str, Any] = {"help": _help(field, taken.default(name)), "metavar": field.title or _metavar(field)}
     if field.annotation is bool:
         about |= {"is_flag": False, "flag_value": "true"}
-    text = _help(field, defaults.get(name, field.default))
-    return option(name.replace("_", "-"), text, _metavar(field), **about)
+    option = f"--{name.replace('_', '-')}"
+    setting = taken.settings.get(name, "")
+    return click.option(option, cls=Option, setting=setting, multiple=field.annotation == tuple[str, ...], **about)
 
 
 def _metavar(field: FieldInfo) -> str:
@@ -191,23 +127,3 @@ def _help(field: FieldInfo, default: Any) -> str:
     shown = f"{default:g}" if isinstance(default, float) else str(default).lower()
     notes = "; ".join(filter(None, ("" if default in ("", None, ()) else f"default: {shown}", limits)))
     return f"{field.description}  [{notes}]" if notes else str(field.description)
-
-
-def _layer(options: Mapping[str, str], more: Sequence[str]) -> Layer:
-    """Return settings that were given by options of their own, and `more` of them, as --set takes them."""
-    layer = {name: Written(value) for name, value in options.items()}
-    known = list(TrainConfig().flat())
-    for part in chain.from_iterable(re.split(r"[,\s]+(?=[\w.]+=)", text.strip(", ")) for text in more):
-        name, sign, value = part.partition("=")
-        problem, remedy = "", "remove one"
-        if not sign:
-            problem, remedy = "has no value", "write SETTING=VALUE"
-        elif name not in known:
-            same = [each for each in known if each.endswith(f".{name}")]
-            problem, remedy = "no such setting", f"give {same[0]}" if same else nearest(name, known)
-        elif name in layer:
-            problem = f"{name} is given as well" if name in options else "is given twice"
-        if problem:
-            raise InputError(f"set {name}", value, problem, remedy)
-        layer[name] = Written(value, f"set {name}")
-    return layer

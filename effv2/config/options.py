@@ -1,10 +1,18 @@
-"""The options: how studies and runs are made and kept, but not what a run computes."""
+"""The options of commands and of their functions in Python: those of settings, and how studies are made and kept."""
 
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from itertools import chain
 from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field
+from pydantic.fields import FieldInfo
 
-from effv2.config.schema import Group
+from effv2.architecture import VARIANTS
+from effv2.config.layers import Layer, Written, validate
+from effv2.config.schema import OPTIMISERS, Group, TrainConfig, field_of
+from effv2.core.errors import InputError, nearest
 
 LogModel = Literal["best", "all", "none"]
 
@@ -42,7 +50,7 @@ class StudyOptions(CheckpointOptions):
     storage: str = Field(
         "sqlite:///optuna.db",
         description="Optuna's storage, which keeps the state of studies: sqlite:///FILE, or for several machines "
-        "postgresql://USER@HOST/DATABASE.",
+        "postgresql://USER@HOST/DATABASE, or journal:///FOLDER/FILE in a folder that they share.",
     )
     experiment: str = Field("", description="The MLflow experiment.  [default: MLflow's own choice]")
     log_model: LogModel = Field("all", description="Which runs log their model: the best of the study, all, none.")
@@ -66,3 +74,136 @@ class StudyOptions(CheckpointOptions):
     trials: int | None = Field(
         None, ge=1, le=100_000, description="Trials of the study in all.  [default: 12, or the study's]"
     )
+
+
+class Options(StudyOptions):
+    """All options that are no settings; each command takes some. A title is the word for the value in its help."""
+
+    variant: str = Field(
+        "all",
+        title="NAME",
+        description=f"The variant to train beside the baseline: {', '.join(VARIANTS)}, or what the study file calls "
+        "its arms; or all arms.",
+    )
+    check: str = Field(
+        "all",
+        title="NAME",
+        description="The change to train beside the default, or all: depth (depth multiplier 0.1), half_layers, "
+        "dropout (0.6), stochastic_depth (0.5), or what the study file names.",
+    )
+    scheduler: str = Field("both", title="[both|plateau|none]", description="With ReduceLROnPlateau, without, or both.")
+    study: str = Field(
+        "",
+        title="NAME",
+        description="Study whose settings the options then change: the path of a file (YAML), or a name, as "
+        "ablate-mnist.",
+    )
+    set: tuple[str, ...] = Field(
+        (),
+        title="SETTING=VALUE",
+        description=f"Any setting, as optimiser.name=sgd (of {', '.join(OPTIMISERS.names())}). May be given again; may "
+        "hold several, separated by commas or spaces.",
+    )
+    models: str = Field(
+        "efficientnet_v2_s,efficientnet_b0,resnet50",
+        title="LIST",
+        description="Classification networks of torchvision, separated by commas: resnet50 with its default weights, "
+        "resnet50:IMAGENET1K_V1 with others, resnet50=FILE with a state dict of your own, which isn't verified; "
+        "mine=runs:/ID or mine=models:/ID with the model of a training. Heads may be of the data's own classes.",
+    )
+    weights_dir: str = Field(
+        "",
+        title="FOLDER",
+        description="Folder with published files of weights, looked into before torchvision's cache and its download.",
+    )
+    export: str = Field(
+        "",
+        title="FOLDER",
+        description="Also write the report there, with its data as CSV and a manifest of their hashes.",
+    )
+    from_export: str = Field(
+        "",
+        title="LIST",
+        description="Read these exports, folders separated by commas, as one, instead of the tracking server; a run in "
+        "several is that of the last. Needs `export` for another folder.",
+    )
+    claims: str = Field("", title="FILE", description="Claims of your own (YAML), beside the published ones.")
+
+
+OTHER_NAMES = {"data.dir": "data_dir", "schedule.name": "scheduler"}
+
+
+def options_for(settings: str) -> dict[str, str]:
+    """Return settings by the names of their options: their own last names, but for a few."""
+    return {OTHER_NAMES.get(setting, setting.rpartition(".")[2]): setting for setting in settings.split()}
+
+
+DATA = options_for(
+    "data.dataset data.dir data.train_dir data.test_dir data.labels data.allow_incomplete_classes data.skip_broken "
+    "data.max_megapixels data.download data.image_size"
+)
+SHARED = DATA | options_for(
+    "data.per_class data.split_seed schedule.epochs optimiser.batch_size optimiser.lr schedule.name execution.device "
+    "execution.precision execution.compile model.weights model.weights_partial"
+)
+ONE_RUN = SHARED | options_for(
+    "model.variant model.dropout model.stochastic_depth model.depth_multiplier model.width_multiplier random.seed"
+)
+QUEUE = ("workers", "storage")
+CHECKPOINTS = ("checkpoint_dir", "checkpoint_minutes", "checkpoint_upload_minutes")
+LOGGING = ("fresh", "log_model", "experiment")
+STUDY = (*QUEUE, *CHECKPOINTS, *LOGGING)
+GRID = ("seeds", "max_seeds", "margin", "budget_hours", "plan", *STUDY)
+
+
+@dataclass(frozen=True)
+class Taken:
+    """What a command takes: `own` options, those of `settings` of a configuration, and `more`, all by name.
+
+    `defaults` are those of the command, where it has others; of settings they are what its own study has.
+    """
+
+    own: Sequence[str] = ()
+    settings: Mapping[str, str] = field(default_factory=dict)
+    more: Sequence[str] = ()
+    config: type[Group] = TrainConfig
+    defaults: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def fields(self) -> dict[str, FieldInfo]:
+        """Return all options, in the order of the help."""
+        known = Options.model_fields
+        settings = {name: field_of(setting, self.config) for name, setting in self.settings.items()}
+        return {name: known[name] for name in self.own} | settings | {name: known[name] for name in self.more}
+
+    def default(self, name: str) -> Any:
+        """Return the default of an option."""
+        return self.defaults.get(name, self.fields[name].default)
+
+    def read(self, given: Mapping[str, Any]) -> tuple[Layer, Options]:
+        """Return the settings and the validated options among those that were given; InputError."""
+        names = (*self.own, *self.more)
+        values = {name: value for name, value in (*self.defaults.items(), *given.items()) if name in names}
+        how = validate(Options, values)
+        options = {setting: given[name] for name, setting in self.settings.items() if name in given}
+        return _layer(options, how.set), how
+
+
+def _layer(options: Mapping[str, Any], more: Sequence[str]) -> Layer:
+    """Return settings that were given by options of their own, and `more` of them, as the option `set` takes them."""
+    layer = {name: Written(value) for name, value in options.items()}
+    known = list(TrainConfig().flat())
+    for part in chain.from_iterable(re.split(r"[,\s]+(?=[\w.]+=)", text.strip(", ")) for text in more):
+        name, sign, value = part.partition("=")
+        problem, remedy = "", "remove one"
+        if not sign:
+            problem, remedy = "has no value", "write SETTING=VALUE"
+        elif name not in known:
+            same = [each for each in known if each.endswith(f".{name}")]
+            problem, remedy = "no such setting", f"give {same[0]}" if same else nearest(name, known)
+        elif name in layer:
+            problem = f"{name} is given as well" if name in options else "is given twice"
+        if problem:
+            raise InputError(f"set {name}", value, problem, remedy)
+        layer[name] = Written(value, f"set {name}")
+    return layer

@@ -27,6 +27,7 @@ ALLOCATOR = {
 ENDING_SIGNALS = [signal.SIGINT, signal.SIGTERM, *([signal.SIGHUP] if hasattr(signal, "SIGHUP") else [])]
 # Two signals within this many seconds count as one: Ctrl-C under `mlflow run` is followed by a SIGTERM.
 TOGETHER_SECONDS = 0.5
+SHELLS = ("bash", "sh", "dash")  # between `mlflow run` and the command
 SENDER = "sender "  # how the names of threads begin that send to the tracking store
 
 
@@ -36,6 +37,19 @@ def tune_allocator() -> None:
         if mallopt := getattr(ctypes.CDLL(None), "mallopt", None):
             for parameter, value in ALLOCATOR.items():
                 mallopt(parameter, value)
+
+
+def work_where_typed() -> None:
+    """Work in the folder in which `mlflow run` was typed: it starts commands in the project's, perhaps a passing clone.
+
+    Relative paths then mean what they say, and what is kept for the same command again is found.
+    """
+    import psutil
+
+    if sys.argv[0].startswith("entry_points") and "MLFLOW_RUN_ID" in os.environ:
+        with suppress(psutil.Error, OSError, StopIteration):
+            above = (each for each in psutil.Process().parents() if each.name() not in SHELLS)
+            os.chdir(next(above).cwd())
 
 
 class _Ending:
@@ -65,8 +79,12 @@ def ending_signals(repeated: bool = True) -> Iterator[None]:
     """Raise KeyboardInterrupt or Terminated at the first of Ctrl-C, SIGTERM and a lost terminal.
 
     A `repeated` one ends the process at once; it is ignored otherwise, as it would cut short the marking of runs. A
-    signal that is ignored stays so: nohup and background jobs of a shell ask for it.
+    signal that is ignored stays so: nohup and background jobs of a shell ask for it. Nothing changes where a caller
+    raises them already, nor outside the main thread, which alone may.
     """
+    if _ending() is not None or threading.current_thread() is not threading.main_thread():
+        yield
+        return
     heard = [number for number in ENDING_SIGNALS if signal.getsignal(number) is not signal.SIG_IGN]
     ending = _Ending(repeated)
     before = {number: signal.signal(number, ending) for number in heard}
@@ -126,7 +144,7 @@ def uninterrupted() -> Iterator[None]:
 def this_process() -> str:
     """Name this process for good: machine since its start, process namespace, pid, start time, a random part.
 
-    Where the system doesn't tell (anything but Linux) only the random part remains, and is_alive knows nothing.
+    Where the system doesn't tell only the random part remains, and is_alive knows nothing.
     """
     unique = uuid.uuid4().hex
     where, started = _where(), _started(os.getpid())
@@ -160,12 +178,19 @@ def _where() -> str:
     try:
         boot = (PROC / "sys/kernel/random/boot_id").read_text().strip()
         return f"{boot}/{(PROC / 'self/ns/pid').readlink()}"
-    except OSError:
-        return ""
+    except OSError:  # no Linux: start times alone tell processes apart
+        return "" if PROC.exists() else f"{uuid.getnode():x}/{sys.platform}"
 
 
 def _started(pid: int) -> str:
-    """Return the start time of a process in ticks, empty where it has ended (a zombie has)."""
+    """Return the start time of a process, on Linux in ticks, empty where it has ended (a zombie has)."""
+    if not PROC.exists():
+        import psutil
+
+        with suppress(psutil.Error):
+            process = psutil.Process(pid)
+            return "" if process.status() == psutil.STATUS_ZOMBIE else f"{process.create_time():.2f}"
+        return ""
     try:
         # The name, in parentheses, may hold anything; state is the first field after it, start time the twentieth.
         fields = (PROC / str(pid) / "stat").read_text().rpartition(")")[2].split()

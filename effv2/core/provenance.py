@@ -61,13 +61,14 @@ def git_state() -> tuple[str, str] | None:
 @cache
 def machine() -> dict[str, str]:
     """Return processor, cores, memory, accelerator, system and versions by plain names."""
+    import psutil
     import torch
 
     versions = {package: metadata.version(package) for package in RECORDED_PACKAGES}
     return {
         "processor": _processor(),
         "cores": str(len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()),
-        "memory_gib": f"{os.sysconf('SC_PAGE_SIZE') * os.sysconf('SC_PHYS_PAGES') / 2**30:.1f}",
+        "memory_gib": f"{psutil.virtual_memory().total / 2**30:.1f}",
         "accelerator": torch.cuda.get_device_name() if torch.cuda.is_available() else "none",
         "threads": str(torch.get_num_threads()),
         "system": platform.platform(),

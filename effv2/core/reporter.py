@@ -1,7 +1,11 @@
 """What a command tells whoever watches it: a terminal, a log, nobody."""
 
+import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+
+from effv2.core.processes import stop_if_told
+from effv2.core.secrets import masked
 
 Message = Callable[[str], None]
 
@@ -34,3 +38,47 @@ class Reporter:
 
     def epoch(self, epoch: int, metrics: Mapping[str, float]) -> None:
         """Report a finished epoch, counted from 1, and its metrics."""
+
+
+class LineReporter(Reporter):
+    """Prints a line for each message, epoch and trial to the standard error: for a log, or a notebook."""
+
+    def __init__(self) -> None:
+        self._most = 0
+        self._ended: set[str] = set()
+
+    def line(self, text: str) -> None:
+        """Print a line of what happens on the way."""
+        self.message(text)
+
+    def message(self, text: str) -> None:
+        """Print something."""
+        print(masked(text), file=sys.stderr, flush=True)
+
+    def progress(self, what: str, done: int = 0, total: int | None = None) -> None:
+        """Print what begins and how much of it there is."""
+        stop_if_told()
+        if total and not done:
+            self.line(f"{what}: {total:,}")
+
+    def study_progress(self, progress: StudyProgress) -> None:
+        """Print each trial that has ended, once."""
+        for number, (trial, ending) in enumerate(progress.ended.items(), 1):
+            if trial not in self._ended:
+                self.line(f"[{number}/{progress.total}] {trial}: {ending}")
+        self._ended |= set(progress.ended)
+
+    def run_started(self, name: str, epochs: int) -> None:
+        """Print that a run begins."""
+        self._most = epochs
+        self.line(f"training {name}, at most {epochs} epochs")
+
+    def epoch(self, epoch: int, metrics: Mapping[str, float]) -> None:
+        """Print a finished epoch with its accuracies."""
+        self.line(f"epoch {epoch}/{self._most}: {accuracies(metrics)}")
+
+
+def accuracies(metrics: Mapping[str, float]) -> str:
+    """Write the accuracies among the metrics of an epoch."""
+    named = ((name, metrics.get(f"{name}/accuracy")) for name in ("train", "val", "test"))
+    return ", ".join(f"{name} {accuracy:.1%}" for name, accuracy in named if accuracy is not None)

@@ -26,7 +26,7 @@ from effv2.evidence.quantities import CURVES, EXPORTED, HISTORIES
 from effv2.evidence.results import results_of
 from effv2.evidence.statistics import p_text
 from effv2.evidence.study import StudyResults, images_apart
-from effv2.tracking.read import read_experiment
+from effv2.tracking.read import RunRecord, read_experiment
 from effv2.tracking.run import open_experiment, open_report_run
 from effv2.tracking.store import tracking_faults
 from effv2.tracking.studies import studies_of
@@ -47,6 +47,8 @@ class Report:
     own: Sequence[str]  # the verdicts of the user's own claims, a line each
     studies: Sequence[StudyResults]
     files: Mapping[str, str]
+    judgements: Sequence[Judgement] = ()  # of the claims that runs are about, or come near
+    runs: Sequence[RunRecord] = ()
 
 
 def publish_study(parent: TrackedRun, used: Mapping[str, str]) -> StudyResults:
@@ -176,7 +178,7 @@ def make_report(
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters |= {"cell": _cell, "drawing": _drawing, "why": _why, "numbers": _numbers, "slug": _slug}
+    environment.filters |= {"cell": _cell, "drawing": _drawing, "why": why, "numbers": _numbers, "slug": _slug}
     values = {
         "evidence": evidence,
         "claims": {"Your claims": own, "Published claims": touched},
@@ -190,8 +192,9 @@ def make_report(
     files = {name: environment.get_template(f"{name}.j2").render(values) for name in (HTML, MARKDOWN)}
     files[MARKDOWN] = re.sub(r"\n{3,}", "\n\n", files[MARKDOWN])
     files |= {f"{FIGURES}/{name}": svg for each in drawn for name, (_, svg) in each.items()}
-    verdicts = [f"{each.id} {each.verdict.value}: {_why(each)}" for each in own]
-    return Report(summary, [f"{each.title}: {each.short}" for each in studies if each.short], verdicts, studies, files)
+    verdicts = [f"{each.id} {each.verdict.value}: {why(each)}" for each in own]
+    answers = [f"{each.title}: {each.short}" for each in studies if each.short]
+    return Report(summary, answers, verdicts, studies, files, [*own, *touched], evidence.runs)
 
 
 def _summary(evidence: Evidence, judgements: Sequence[Judgement]) -> str:
@@ -215,7 +218,7 @@ def _cell(text: object) -> str:
     return " ".join(re.sub(r"<(?=[A-Za-z/!?])", "&lt;", re.sub(r"(\||(?<=\])\()", r"\\\1", str(text))).split())
 
 
-def _why(judgement: Judgement) -> str:
+def why(judgement: Judgement) -> str:
     """Say in one sentence why the evidence decides what it does."""
     findings = judgement.findings
     if judgement.tested:

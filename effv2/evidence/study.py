@@ -47,6 +47,7 @@ class StudyResults:
     environment: Rows = field(default_factory=list)
     metrics: Mapping[str, float] = field(default_factory=dict)  # of the study's run, as are the files
     files: Mapping[str, Sequence[Sequence[Any]] | Figure] = field(default_factory=dict)
+    held: Held | None = None  # the arms against their baseline, where there are some
 
     def markdown(self, links: str = "") -> str:
         """Write answers, links, description, tables and what is to be known of them as Markdown."""
@@ -100,6 +101,7 @@ def arms_results(study: TrackedStudy, claims: Claims) -> StudyResults:
     return replace(
         results,
         answers=held.sentences(),
+        held=held,
         short=" ".join(held.sentences(short=True)),
         warnings=[*_counts(study, found, held), *results.warnings],
         details=_details(arms, quantities, held.what.name),

@@ -13,10 +13,11 @@ from effv2.config.layers import validate
 from effv2.config.schema import ModelConfig
 from effv2.core.errors import InputError, listed
 from effv2.data.images import CentreCrop, Labels, Preparation, Square
-from effv2.pretrained.images import EvaluationImages
+from effv2.pretrained.images import EvaluationImages, class_names
 from effv2.run import weights
 from effv2.run.initial import Served, read_served
 from effv2.run.weights import Requested, find_all_weights, read_state
+from effv2.serving.classifier import Classifier
 from effv2.tracking.read import read_run
 
 HEAD = "classifier.1.bias"  # of a trained network: as long as its outputs
@@ -103,3 +104,14 @@ def _logged(requested: Requested) -> Requested:
         classes=served.classes,
         brings=(preparation, served.statistics),
     )
+
+
+def open_network(requested: Requested) -> Classifier:
+    """Return a network that was found, with what it does to images."""
+    classes = requested.classes or class_names()
+    return Classifier(load_network(requested), requested.preparation, requested.normalisation, classes)
+
+
+def open_logged(address: str) -> Classifier:
+    """Return the model of a training by its address; InputError where it is none."""
+    return open_network(_logged(Requested(address, "model", None, address=address, outputs=0)))

@@ -21,10 +21,17 @@ from optuna.samplers import BaseSampler
 from optuna.trial import FrozenTrial, Trial, TrialState, create_trial
 
 from effv2.core.errors import LeaseLost, StoreAway
-from effv2.core.internals import stale_trial_ids, trial_id
+from effv2.core.internals import trial_id
 from effv2.core.processes import is_gone, this_process
 from effv2.core.secrets import masked
-from effv2.studies.storage import DATABASE_ERRORS, GRACE_SECONDS, HEARTBEAT_SECONDS, LEAVING_SECONDS, Storage
+from effv2.studies.storage import (
+    DATABASE_ERRORS,
+    GRACE_SECONDS,
+    HEARTBEAT_SECONDS,
+    LEAVING_SECONDS,
+    SECOND_LOOK_SECONDS,
+    Storage,
+)
 
 Method = TypeVar("Method", bound=Callable[..., Any])
 Params = Mapping[str, Any]
@@ -37,9 +44,6 @@ PRUNED_AT = "pruned_at"  # the epoch; Optuna's pruner doesn't answer the same qu
 FIXED, RUNG = "fixed_params", "completed_rung_"
 AHEAD = 8  # so many trials are enqueued at a time
 MOST_LOST = 5  # a trial whose workers died so often is given up: it may be what kills them
-# A worker on another machine is gone if its heartbeat stays out for so long after it was first found missing: after
-# an outage of the database every heartbeat is old for a moment.
-SECOND_LOOK_SECONDS = 2 * HEARTBEAT_SECONDS
 
 
 def retried(method: Method) -> Method:
@@ -100,7 +104,7 @@ class Queue:
             if (trial := self._first_waiting()) is not None:
                 # Owner and heartbeat before the state: a running trial always has both.
                 self.storage.optuna.set_trial_user_attr(trial_id(trial), OWNER, this_process())
-                self.storage.optuna.record_heartbeat(trial_id(trial))  # type: ignore[attr-defined]
+                self.storage.beat(trial_id(trial))
                 self.storage.optuna.set_trial_state_values(trial_id(trial), TrialState.RUNNING)
             return trial
 
@@ -112,7 +116,7 @@ class Queue:
         def beat() -> None:
             while not ended.wait(HEARTBEAT_SECONDS):
                 with suppress(*DATABASE_ERRORS):  # the database is away; others look twice before they take the trial
-                    self.storage.optuna.record_heartbeat(trial_id(trial))  # type: ignore[attr-defined]
+                    self.storage.beat(trial_id(trial))
 
         thread = threading.Thread(target=beat, daemon=True)
         thread.start()
@@ -186,7 +190,7 @@ class Queue:
     @retried
     def deserted(self) -> bool:
         """Say whether nobody works on the study, as far as can be seen."""
-        stale = stale_trial_ids(self.storage.optuna, self.study_id)
+        stale = self.storage.stale(self.study_id)
         return all(is_gone(trial.user_attrs[OWNER]) or trial_id(trial) in stale for trial in self._running())
 
     def _own(self, trial: FrozenTrial) -> FrozenTrial:
@@ -228,7 +232,7 @@ class Queue:
         """Let the trials of gone workers (seen on this machine, by heartbeat elsewhere) wait again, or give them up."""
         now = time.monotonic()
         before = self._stale if now - self._looked <= GRACE_SECONDS else {}
-        stale = stale_trial_ids(self.storage.optuna, self.study_id) if running else ()
+        stale = self.storage.stale(self.study_id) if running else ()
         self._stale, self._looked = {each: before.get(each, now) for each in stale}, now
         for trial in running:
             missing = now - self._stale.get(trial_id(trial), math.inf) >= SECOND_LOOK_SECONDS

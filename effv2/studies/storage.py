@@ -6,8 +6,9 @@ import re
 import sqlite3
 import time
 import warnings
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -15,20 +16,27 @@ import optuna
 import sqlalchemy
 from filelock import FileLock, Timeout
 from optuna.exceptions import StorageInternalError
-from optuna.storages import RDBStorage, get_storage
+from optuna.storages import BaseStorage, JournalStorage, RDBStorage, get_storage
+from optuna.trial import TrialState
 from sqlalchemy import exc
 from sqlalchemy.engine import URL
 
 from effv2.core.errors import InputError, StoreAway
+from effv2.core.internals import stale_trial_ids, trial_id
 from effv2.core.processes import stop_if_told
 from effv2.core.secrets import masked
+from effv2.studies.journal import LockFile, Log, LogAway, faults, silence
 from effv2.tracking.addresses import check_address, is_tracking_database
 from effv2.tracking.store import reason
 
 HEARTBEAT_SECONDS = 10
 GRACE_SECONDS = 60  # without a heartbeat for so long, a worker that can't be seen from here counts as gone
-FORMS = "sqlite:///FILE or postgresql://USER@HOST/DATABASE"
+# A worker that can't be seen from here is gone if it stays silent for so long after it was first found silent: after an
+# outage of the storage every sign of life is old for a moment.
+SECOND_LOOK_SECONDS = 2 * HEARTBEAT_SECONDS
+FORMS = "sqlite:///FILE, postgresql://USER@HOST/DATABASE or journal:///FOLDER/FILE"
 OUTAGE_SECONDS = 600  # so long a database may be away
+LONG = "publish "  # how the name of a lock begins that may be held for long
 LEAVING_SECONDS = 5  # so long on the way out
 # Seconds, and milliseconds for tcp_user_timeout. A peer whose machine died would otherwise be waited for for hours, and
 # the lock of a client that died with its machine be kept.
@@ -41,58 +49,42 @@ POSTGRESQL_ARGUMENTS: dict[str, Any] = {
     "options": "-c tcp_keepalives_idle=30 -c tcp_keepalives_interval=10 -c tcp_keepalives_count=3",
 }
 CUT_TRANSACTION = ("25P02", "25P03")  # Optuna asked again within the transaction; it was idle for too long
-DATABASE_ERRORS = (StorageInternalError, exc.DBAPIError)
+DATABASE_ERRORS = (StorageInternalError, exc.DBAPIError, LogAway)
 R = TypeVar("R")
 
 
-class Storage:
+class Storage(ABC):
     """An open storage and the lock that serialises changes to a study; the lock dies with its process.
 
-    `patience` is how many seconds the database may be away; StoreAway after them. With `wait` it may so from the
-    beginning, for so many seconds.
+    `patience` is how many seconds the storage may be away; StoreAway after them. With `wait` it may so from the
+    beginning, for so many seconds. `file` is the one that it is in, if it is in one.
     """
 
-    def __init__(self, url: URL, wait: float) -> None:
-        self.url = url.render_as_string(hide_password=False)
-        self.shown = masked(self.url)
-        self.patience = wait or OUTAGE_SECONDS
-        self._file = Path(str(url.database)) if url.get_backend_name() == "sqlite" else None
+    optuna: BaseStorage
+
+    def __init__(self, shown: str, file: Path | None, wait: float) -> None:
+        self.shown, self.file, self.patience = shown, file, wait or OUTAGE_SECONDS
         self._opened_file: int | None = None
-        ours = {name: value for name, value in POSTGRESQL_ARGUMENTS.items() if name not in url.query}
-        arguments = {"timeout": 60} if self._file else ours
-        engine: dict[str, Any] = {"connect_args": arguments, "pool_pre_ping": True}
-        self._locks = sqlalchemy.create_engine(url, **engine)
-        self._rdb = self.retry(lambda: self._opened(engine)) if wait else self._opened(engine)
-        self.optuna = get_storage(self._rdb)
-        self._opened_file = self._file_number()
 
-    def _opened(self, engine: dict[str, Any]) -> RDBStorage:
-        with self.lock("tables"), warnings.catch_warnings():  # two processes that create them at once would fail
-            warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
-            return RDBStorage(self.url, engine, heartbeat_interval=HEARTBEAT_SECONDS, grace_period=GRACE_SECONDS)
-
-    @contextmanager
-    def lock(self, name: str) -> Iterator[None]:
+    @abstractmethod
+    def lock(self, name: str) -> AbstractContextManager[None]:
         """Hold the lock of that name, not to be taken twice.
 
-        On sqlite all names share the file's own lock, but for `publish`, which may be held for long. StoreAway
-        where another process keeps a lock for longer than we wait for a database.
+        In a file all names share one lock, but for `publish`, which may be held for long. StoreAway where another
+        process keeps a lock for longer than we wait for the storage.
         """
-        long = name.startswith("publish ")
-        if self._file:
-            path = f"{self._file}.publish.lock" if long else f"{self._file}.lock"
-            try:
-                with FileLock(path, timeout=-1 if long else self.patience):
-                    yield
-            except Timeout as error:
-                raise StoreAway(f"Another process keeps {error.lock_file} locked; end it.") from error
-            return
-        key = int.from_bytes(hashlib.sha256(f"effv2 {name}".encode()).digest()[:8], "big", signed=True)
-        with self._locks.begin() as connection:
-            if not long:
-                connection.execute(sqlalchemy.text(f"SET LOCAL lock_timeout = {round(1000 * self.patience)}"))
-            connection.execute(sqlalchemy.text("SELECT pg_advisory_xact_lock(:key)"), {"key": key})
-            yield
+
+    @abstractmethod
+    def beat(self, trial: int) -> None:
+        """Note that somebody works on a trial."""
+
+    @abstractmethod
+    def stale(self, study: int) -> list[int]:
+        """Return the running trials of which that was not noted for GRACE_SECONDS."""
+
+    @abstractmethod
+    def close(self) -> None:
+        """Close what this thread has open."""
 
     def retry(self, operation: Callable[[], R]) -> R:
         """Repeat an operation while the database is away; StoreAway where it is for longer than our patience.
@@ -109,7 +101,7 @@ class Storage:
                 if not _is_away(error):
                     if self._is_lost(error):
                         why = reason(error.__cause__ or error)
-                        problem = f"The storage's file {self._file} was removed, replaced or damaged ({why})."
+                        problem = f"The storage's file {self.file} was removed, replaced or damaged ({why})."
                         raise StoreAway(problem) from error
                     raise
                 now = time.monotonic()
@@ -122,41 +114,120 @@ class Storage:
             pause = min(2 * pause, 5.0)
 
     def _is_lost(self, error: Exception) -> bool:
-        """Say whether the file of a database on this machine is no longer the one that was opened, or can't be read."""
+        """Say whether the file of a storage is no longer the one that was opened, or can't be read."""
+        if isinstance(error, LogAway):
+            return error.lost
         damaged = re.search("malformed|not a database|disk I/O error", str(error.__cause__ or error))
-        return self._file is not None and (damaged is not None or self._opened_file not in (None, self._file_number()))
+        return self.file is not None and (damaged is not None or self._opened_file not in (None, self._file_number()))
 
     def _file_number(self) -> int | None:
-        """Return the number by which the file system knows the database's file; None without one."""
-        return self._file.stat().st_ino if self._file and self._file.exists() else None
+        """Return the number by which the file system knows the storage's file; None without one."""
+        return self.file.stat().st_ino if self.file and self.file.exists() else None
 
-    def close(self) -> None:
-        """Close the connections of this thread and those that wait for use."""
+
+class Database(Storage):
+    """A storage in sqlite or PostgreSQL."""
+
+    def __init__(self, url: URL, wait: float) -> None:
+        file = Path(str(url.database)) if url.get_backend_name() == "sqlite" else None
+        super().__init__(masked(url.render_as_string(hide_password=False)), file, wait)
+        self.url = url.render_as_string(hide_password=False)
+        ours = {name: value for name, value in POSTGRESQL_ARGUMENTS.items() if name not in url.query}
+        arguments = {"timeout": 60} if file else ours
+        engine: dict[str, Any] = {"connect_args": arguments, "pool_pre_ping": True}
+        self._locks = sqlalchemy.create_engine(url, **engine)
+        self._rdb = self.retry(lambda: self._opened(engine)) if wait else self._opened(engine)
+        self.optuna = get_storage(self._rdb)
+        self._opened_file = self._file_number()
+
+    def _opened(self, engine: dict[str, Any]) -> RDBStorage:
+        with self.lock("tables"), warnings.catch_warnings():  # two processes that create them at once would fail
+            warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
+            return RDBStorage(self.url, engine, heartbeat_interval=HEARTBEAT_SECONDS, grace_period=GRACE_SECONDS)
+
+    @contextmanager
+    def lock(self, name: str) -> Iterator[None]:  # noqa: D102
+        long = name.startswith(LONG)
+        if self.file:
+            path = f"{self.file}.publish.lock" if long else f"{self.file}.lock"
+            try:
+                with FileLock(path, timeout=-1 if long else self.patience):
+                    yield
+            except Timeout as error:
+                raise StoreAway(f"Another process keeps {error.lock_file} locked; end it.") from error
+            return
+        key = int.from_bytes(hashlib.sha256(f"effv2 {name}".encode()).digest()[:8], "big", signed=True)
+        with self._locks.begin() as connection:
+            if not long:
+                connection.execute(sqlalchemy.text(f"SET LOCAL lock_timeout = {round(1000 * self.patience)}"))
+            connection.execute(sqlalchemy.text("SELECT pg_advisory_xact_lock(:key)"), {"key": key})
+            yield
+
+    def beat(self, trial: int) -> None:  # noqa: D102
+        self._rdb.record_heartbeat(trial)
+
+    def stale(self, study: int) -> list[int]:  # noqa: D102
+        return stale_trial_ids(self._rdb, study)
+
+    def close(self) -> None:  # noqa: D102
         self._rdb.remove_session()
         self._rdb.engine.dispose()
         self._locks.dispose()
 
 
+class Journal(Storage):
+    """A storage in a folder that machines share: a log, its locks, and beside it a file for each running trial."""
+
+    def __init__(self, file: Path, wait: float) -> None:
+        super().__init__(f"journal://{file}", file, wait)
+        self._signs = Path(f"{file}.alive")
+        names = ("lock", "publish.lock", "append.lock")
+        self._lock, self._long, appending = (
+            LockFile(Path(f"{file}.{name}"), GRACE_SECONDS, SECOND_LOOK_SECONDS) for name in names
+        )
+        self._signs.mkdir(exist_ok=True)
+        self.optuna = JournalStorage(Log(file, appending, [self._lock, self._long]))
+
+    def lock(self, name: str) -> AbstractContextManager[None]:  # noqa: D102
+        long = name.startswith(LONG)
+        return self._long.held(float("inf")) if long else self._lock.held(self.patience)
+
+    def beat(self, trial: int) -> None:  # noqa: D102
+        with faults():
+            (self._signs / str(trial)).touch()
+
+    def stale(self, study: int) -> list[int]:  # noqa: D102
+        running = self.optuna.get_all_trials(study, deepcopy=False, states=(TrialState.RUNNING,))
+        with faults():
+            return [each for each in map(trial_id, running) if silence(self._signs / str(each)) > GRACE_SECONDS]
+
+    def close(self) -> None:  # noqa: D102
+        pass
+
+
 def open_storage(url: str, wait: float = 0) -> Storage:
     """Open a storage, creating its tables where they are missing; InputError if it can't be used.
 
-    `url` is sqlite:///FILE, for one machine, or postgresql://USER@HOST/DATABASE, for many. A database that was open
-    before may be away now: `wait` is how many seconds it is waited for.
+    `url` is sqlite:///FILE, for one machine, or for many postgresql://USER@HOST/DATABASE or journal:///FOLDER/FILE, in
+    a folder that they share. One that was open before may be away now: `wait` is how many seconds it is waited for.
     """
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     parsed = check_storage(url) if not wait else _parsed(url)
     try:
-        return Storage(parsed, wait)
-    except (exc.SQLAlchemyError, StorageInternalError, OSError, RuntimeError) as error:
+        return Journal(parsed, wait) if isinstance(parsed, Path) else Database(parsed, wait)
+    except (exc.SQLAlchemyError, StorageInternalError, LogAway, OSError, RuntimeError) as error:
         raise cannot_use(masked(url), error) from error
 
 
-def check_storage(url: str) -> URL:
-    """Return the address of a storage; InputError where it is none, or holds or is to hold what MLflow tracks."""
+def check_storage(url: str) -> URL | Path:
+    """Return the address of a storage, or the file of a log.
+
+    InputError where it is none, or holds or is to hold what MLflow tracks.
+    """
     check_address("storage", url)
     parsed = _parsed(url)
     try:
-        if is_tracking_database(parsed):
+        if isinstance(parsed, URL) and is_tracking_database(parsed):
             problem = "is a database of MLflow's, to which Optuna would add its tables"
             raise InputError("storage", url, problem, "give another one, as sqlite:///optuna.db")
     except ImportError as error:
@@ -167,7 +238,11 @@ def check_storage(url: str) -> URL:
     return parsed
 
 
-def _parsed(url: str) -> URL:
+def _parsed(url: str) -> URL | Path:
+    if url.startswith("journal://") and (file := Path(url.removeprefix("journal://"))).name:
+        if not file.absolute().parent.is_dir():
+            raise InputError("storage", url, "can't be used (no such folder)", "create it or correct the path")
+        return file.absolute()
     try:
         parsed = sqlalchemy.make_url(url)
     except (exc.ArgumentError, ValueError):  # the latter for a port that is no number
@@ -188,6 +263,8 @@ def cannot_use(shown: str, error: Exception) -> InputError:
 
 def _is_away(error: Exception) -> bool:
     """Say whether an error means that the database can't be reached or is busy, rather than that it refuses."""
+    if isinstance(error, LogAway):
+        return not error.lost
     # Optuna wraps what SQLAlchemy raises, and SQLAlchemy what the driver does.
     cause = error.__cause__ or error if isinstance(error, StorageInternalError) else error
     original = getattr(cause, "orig", None)

@@ -33,6 +33,7 @@ from effv2.tracking.tags import CONTINUES, DATA_CONTEXT, GIT_COMMIT, GIT_DIRTY, 
 Item = Metric | Param | RunTag | Callable[[], None]  # a value, of which a call takes many, or a call of its own
 LatestSteps = dict[str, int]  # of each metric that the run has
 ONNX = "onnx"  # the artifact that stands in the place of a torch.export program
+TRAINING_VIEW = "workflowType=machine_learning"  # of the UI's addresses
 SHARED_VIEW, CURVES = "mlflow.sharedViewState.", "effv2-curves"
 # What MLflow's UI writes when somebody saves a view: answers of studies, training runs by best test accuracy, and the
 # mean curves of arms.
@@ -145,8 +146,13 @@ def status_after(error: BaseException) -> str:
 def run_address(run_id: str, experiment_id: str) -> str:
     """Say where the run can be seen: its page on a server, else the command that opens the UI on the store."""
     if server := ui_address():
-        return f"{server}/#/experiments/{experiment_id}/runs/{run_id}"
-    return f"run {run_id}; see it with: mlflow ui --backend-store-uri {shown_uri()}"
+        return f"{server}/{page_of(experiment_id, run_id)}"
+    return f"run {run_id} in {shown_uri()}; see it with: effv2 ui"
+
+
+def page_of(experiment_id: str, run_id: str, artifact: str = "") -> str:
+    """Return the page of a run, or of an artifact of it, in the view for model training: MLflow opens on another."""
+    return f"#/experiments/{experiment_id}/runs/{run_id}{artifact and f'/artifacts/{artifact}'}?{TRAINING_VIEW}"
 
 
 def discard(run_id: str, name: str, but: str = "") -> None:
@@ -234,14 +240,14 @@ def show_in_ui(experiment_id: str, run_id: str, page: str) -> str:
     """
     client, now = MlflowClient(), int(time.time() * 1000)
     tags = client.get_experiment(experiment_id).tags
-    runs, kind = f"#/experiments/{experiment_id}/runs", "workflowType=machine_learning"
-    links = [f"[Report]({runs}/{run_id}/artifacts/{page}?{kind})"]
+    runs = f"#/experiments/{experiment_id}/runs"
+    links = [f"[Report]({page_of(experiment_id, run_id, page)})"]
     for key, view in VIEWS.items():
         if f"{SHARED_VIEW}{key}" not in tags:
             value = {"name": view["name"], "createdAt": now, "updatedAt": now, "state": json.dumps(view["state"])}
             client.set_experiment_tag(experiment_id, f"{SHARED_VIEW}{key}", json.dumps(value))
         charts = "&compareRunsMode=CHART" if key == CURVES else ""
-        links.append(f"[{view['name']}]({runs}?{kind}{charts}&viewStateShareKey={key})")
+        links.append(f"[{view['name']}]({runs}?{TRAINING_VIEW}{charts}&viewStateShareKey={key})")
     text = " · ".join(links)
     if tags.get(NOTE, "") in ("", tags.get(WRITTEN)):
         for tag in (NOTE, WRITTEN):

@@ -1,0 +1,252 @@
+"""A function for each command, with the options' names; what is heavy is imported inside."""
+
+from __future__ import annotations
+
+import os
+import shlex
+import sys
+from collections.abc import Callable, Iterable, Mapping
+from contextlib import suppress
+from functools import partial, wraps
+from inspect import Parameter, Signature
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from effv2.config.layers import Layer, build
+from effv2.config.options import CHECKPOINTS, GRID, LOGGING, ONE_RUN, QUEUE, SHARED, STUDY, Options, Taken, options_for
+from effv2.config.schema import TrainConfig
+from effv2.config.studies import SWEEPS, Study, open_study
+from effv2.core.errors import InputError, nearest
+from effv2.core.processes import ending_signals, tune_allocator
+from effv2.core.provenance import COMMAND
+from effv2.core.reporter import LineReporter, Reporter
+from effv2.core.secrets import masked
+from effv2.pretrained.config import PretrainedConfig
+
+if TYPE_CHECKING:
+    from effv2.api.results import Report, StudyResult, Training
+
+SHORT_EPOCHS = 3  # in the studies that hparam_check and search run without one
+WITHOUT_SCHEDULER = {name: setting for name, setting in SHARED.items() if name != "scheduler"}
+
+
+class Call:
+    """A function of the API: it takes options as keyword arguments, of which `taken` says what they are.
+
+    A `reporter` hears what happens on the way. InputError before anything is created; RunError for a fault.
+    """
+
+    def __init__(self, function: Callable[[Layer, Options, Reporter], Any], taken: Taken) -> None:
+        self.function, self.taken = function, taken
+        wraps(function)(self)
+        fields = taken.fields.items()
+        words = [
+            Parameter(name, Parameter.KEYWORD_ONLY, default=taken.default(name), annotation=field.annotation)
+            for name, field in fields
+        ]
+        returns = function.__annotations__["return"]
+        self.__signature__ = Signature([*words, Parameter("reporter", Parameter.KEYWORD_ONLY, default=None)])
+        self.__signature__ = self.__signature__.replace(return_annotation=returns)
+        self.help = str(function.__doc__)
+        self.__doc__ = f"{self.help}\n" + "".join(f"\n    {name}: {field.description}" for name, field in fields)
+
+    def __call__(self, *, reporter: Reporter | None = None, **options: Any) -> Any:
+        """Call the function; an option that is None or empty is not given."""
+        fields, name = self.taken.fields, self.function.__name__
+        if unknown := [each for each in options if each not in fields]:
+            raise TypeError(f"{name}() has no option {unknown[0]!r}; {nearest(unknown[0], list(fields))}")
+        given = {each: _plain(options[each], fields[each].annotation) for each in fields if each in options}
+        given = {each: value for each, value in given.items() if value not in (None, "", (), [])}
+        tune_allocator()  # before torch is imported
+        token = COMMAND.set(_command_line(name.replace("_", "-"), given))
+        try:
+            with ending_signals(repeated=False):  # a notebook may be interrupted twice
+                return self.function(*self.taken.read(given), reporter or LineReporter())
+        except InputError as error:
+            names = {setting: option for option, setting in self.taken.settings.items()}
+            first, space, more = error.what.partition(" ")
+            if first not in names:
+                raise
+            what = f"{names[first]}{space}{more}"
+            raise InputError(what, error.value, error.problem, error.remedy) from error.__cause__
+        finally:
+            COMMAND.reset(token)
+
+
+def call(taken: Taken) -> Callable[[Callable[[Layer, Options, Reporter], Any]], Call]:
+    """Make a function of the API."""
+    return partial(Call, taken=taken)
+
+
+def _plain(value: Any, kind: Any) -> Any:
+    """Return what a command would have been given: texts for paths, and for lists where the option is a text."""
+    if isinstance(value, os.PathLike):
+        return os.fspath(value)
+    if isinstance(value, Mapping):
+        return tuple(f"{name}={each}" for name, each in value.items())
+    if isinstance(value, Iterable) and not isinstance(value, str):
+        value = tuple(value)
+        return ",".join(map(str, value)) if kind is str else value
+    return (value,) if kind == tuple[str, ...] and isinstance(value, str) else value
+
+
+def _command_line(name: str, given: Mapping[str, Any]) -> str:
+    """Return the command that resumes what is called: without secrets and `fresh`."""
+    words = ["effv2", name]
+    for option, value in given.items():
+        texts = value if option == "set" else [",".join(map(str, value)) if isinstance(value, tuple) else value]
+        for text in texts if option != "fresh" else ():
+            words += [f"--{option.replace('_', '-')}", masked(str(text).lower() if text is True else str(text))]
+    return shlex.join(words)
+
+
+@call(Taken(("study", "set"), ONE_RUN, (*CHECKPOINTS, *LOGGING)))
+def train(layer: Layer, how: Options, reporter: Reporter) -> Training:
+    """Train one EfficientNetV2 and track it in MLflow.
+
+    Without options: the default variant on scikit-learn's digits, a minute on two cores.
+    """
+    file = open_study(how.study) if how.study else None
+    config = file.config(layer) if file else build(TrainConfig, layer)
+
+    from effv2.api.results import Training
+    from effv2.run.run import train_single
+
+    name = file.name if file else f"{config.model.variant}, seed {config.random.seed}"
+    return Training.of(train_single(config, name, file.name if file else "", how, reporter), how.log_model)
+
+
+@call(Taken(("variant", "study", "set"), SHARED, GRID))
+def ablate(layer: Layer, how: Options, reporter: Reporter) -> StudyResult:
+    """Train architecture variants beside their baseline and compare them in MLflow.
+
+    Without a study file: the five published variants of EfficientNetV2-S under one short protocol on
+    scikit-learn's digits. The same command again resumes where the last one ended.
+    """
+    chosen = open_study(how.study or f"{SWEEPS}/ablate.yaml").with_variant(how.variant)
+    return _grid("ablate", chosen, chosen.select(how.variant))(layer, how, reporter)
+
+
+@call(
+    Taken(
+        ("check", "scheduler", "study", "set"),
+        WITHOUT_SCHEDULER,
+        GRID,
+        defaults={"epochs": SHORT_EPOCHS, "log_model": "best"},
+    )
+)
+def hparam_check(layer: Layer, how: Options, reporter: Reporter) -> StudyResult:
+    """Change one hyper-parameter at a time, with and without ReduceLROnPlateau, and compare in MLflow.
+
+    Without a study: hparam-digits, the published check shortened to three epochs a run on scikit-learn's digits; the
+    full protocols are the studies hparam-*. The same command again resumes where the last one ended.
+    """
+    chosen = open_study(how.study or f"{SWEEPS}/hparam-digits.yaml").with_plateau()
+    return _grid("hparam-check", chosen, chosen.select_checks(how.check, how.scheduler))(layer, how, reporter)
+
+
+@call(
+    Taken(("study", "set"), ONE_RUN, ("trials", *STUDY), defaults={"epochs": SHORT_EPOCHS, "log_model": "best"}),
+)
+def search(layer: Layer, how: Options, reporter: Reporter) -> StudyResult:
+    """Search for the best hyper-parameters on the validation split, with Optuna; test the best once.
+
+    Without a study file: dropout, stochastic depth and depth multiplier on scikit-learn's digits. The same command
+    again resumes where the last one ended; with more trials, the search grows.
+    """
+    chosen = open_study(how.study or f"{SWEEPS}/search.yaml")
+
+    from effv2.studies.plan import make_search
+
+    return _run(partial(make_search, chosen, layer, how.trials or 0), how, reporter)
+
+
+@call(
+    Taken(
+        ("models", "weights_dir"),
+        options_for(" ".join(PretrainedConfig().flat())),
+        (*QUEUE, *LOGGING),
+        PretrainedConfig,
+        {"log_model": "none"},
+    )
+)
+def evaluate_pretrained(layer: Layer, how: Options, reporter: Reporter) -> StudyResult:
+    """Evaluate published ImageNet weights, each with its own transforms, and say which are really better.
+
+    On Imagenette, or any folder whose classes are ImageNet's. Rankings rest on images that the weights were not fitted
+    to. The same command again resumes where the last one ended.
+    """
+    config = build(PretrainedConfig, layer)
+
+    from effv2.studies.plan import make_weights
+
+    make = partial(make_weights, how.models, config, _path(how.weights_dir), progress=sys.stderr.isatty())
+    return _run(make, how, reporter)
+
+
+@call(Taken(("export", "from_export", "claims"), {}, ("experiment",)))
+def report(layer: Layer, how: Options, reporter: Reporter) -> Report:
+    """Show what the studies of an experiment answer, and judge claims on its runs: yours, and the published ones.
+
+    One page (HTML, and Markdown) is logged to a run of its own. It needs no network to be read.
+    """
+    target = (_path(how.export) or Path()).resolve()
+    sources = [path.resolve() for word in how.from_export.split(",") if (path := _path(word.strip()))]
+    if how.from_export and not sources:
+        raise InputError("from_export", how.from_export, "names no folder", "give some, separated by commas")
+    if sources and (not how.export or target in sources):
+        problem = "the report needs a folder of its own"
+        raise InputError("from_export", how.from_export, problem, "name one with `export`")
+
+    from effv2.api.results import Report
+    from effv2.evidence.publication import publish, rebuild
+
+    if sources:
+        made, address = rebuild(sources, _path(how.claims), target, reporter), ""
+    else:
+        made, address = publish(how.experiment, _path(how.claims), target if how.export else None, reporter)
+    return Report.of(made, address, target if how.export else None)
+
+
+def _path(text: str) -> Path | None:
+    """Return the path that an option gave, if any. `~` is expanded where the system knows that user."""
+    return Path(os.path.expanduser(text)) if text else None
+
+
+def _grid(kind: str, study: Study, arms: list[str]) -> Callable[[Layer, Options, Reporter], StudyResult]:
+    """Return what runs a grid; where a plan alone is asked for, what says what it would take and find."""
+    from effv2.studies.grid import make_grid
+
+    def run(layer: Layer, how: Options, reporter: Reporter) -> StudyResult:
+        make = partial(make_grid, kind, study, arms, layer, how)
+        return (_plan if how.plan else _run)(make, how, reporter)
+
+    return run
+
+
+def _plan(make: Callable[..., Any], how: Options, reporter: Reporter) -> StudyResult:
+    from effv2.api.results import StudyResult
+    from effv2.data.dataset import load_once
+    from effv2.studies.forecast import forecast
+    from effv2.tracking.store import is_begun, open_store
+
+    load = load_once(reporter)
+    plan, there = make(load=load, reporter=reporter), None
+    with suppress(InputError):  # an experiment that isn't there is not created for it
+        there = open_store(how.experiment, create=False) if is_begun() else None
+    lines, table = forecast(plan, how, load, there)
+    return StudyResult(lines, table=list(map(tuple, table)))
+
+
+def _run(make: Callable[..., Any], how: Options, reporter: Reporter) -> StudyResult:
+    """Make the plan of a study (`make` takes `load` and `reporter`) and run it."""
+    from effv2.api.results import StudyResult
+    from effv2.data.dataset import load_once
+    from effv2.studies.engine import run_study
+    from effv2.studies.storage import check_storage
+    from effv2.tracking.run import open_experiment
+
+    plan = make(load=(load := load_once(reporter)), reporter=reporter)
+    check_storage(how.storage)  # before an experiment is created
+    experiment_id = open_experiment(how.experiment, reporter.message)
+    return StudyResult.of(plan, run_study(plan, experiment_id, how, load, reporter))

@@ -1,0 +1,205 @@
+"""What the functions of the API return: verdicts, runs, models and figures of what is tracked."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import pandas as pd
+from matplotlib.figure import Figure
+
+from effv2.core.errors import InputError
+from effv2.evidence import publication
+from effv2.evidence.answers import Answer
+from effv2.evidence.claims import read_claims
+from effv2.evidence.exports import tracked
+from effv2.evidence.results import results_of
+from effv2.evidence.study import Rows, StudyResults
+from effv2.pretrained.own import open_logged, open_network
+from effv2.run.weights import Requested
+from effv2.serving.classifier import Classifier
+from effv2.tracking import tags
+from effv2.tracking.read import BEST_TEST, SELECTED_VALIDATION, RunRecord
+from effv2.tracking.studies import studies_of
+from effv2.tracking.writer import model_address, run_address
+
+if TYPE_CHECKING:
+    from effv2.config.options import LogModel
+    from effv2.run.run import Attempt
+    from effv2.studies.engine import StudyEnd
+    from effv2.studies.plan import Plan
+
+JUDGED_BY = (SELECTED_VALIDATION, BEST_TEST, "eval/top1_accuracy")  # metrics: the first that a run has
+
+
+@dataclass(frozen=True, repr=False)
+class Result:
+    """What a call came to: sentences as the command prints them, and where it is to be seen in MLflow."""
+
+    answers: Sequence[str] = ()
+    address: str = ""
+    run_id: str = ""
+    experiment_id: str = ""
+    networks: Mapping[str, Requested] = field(default_factory=dict)  # published ones, by the names of their runs
+
+    def __repr__(self) -> str:
+        return "\n".join([*self.answers, self.address])
+
+    @cached_property
+    def records(self) -> Sequence[RunRecord]:
+        """Return the runs with their parent, as they are tracked."""
+        return tracked(self.experiment_id, parent=self.run_id).runs if self.run_id else ()
+
+    @cached_property
+    def studies(self) -> Sequence[StudyResults]:
+        """Return the tables, warnings and figures of each study."""
+        return results_of(self.records, read_claims(), lambda run: {})
+
+    @property
+    def verdicts(self) -> pd.DataFrame:
+        """Return a line a verdict: of arms against their baseline, of pairs of networks, or of claims."""
+        held = [answer for study in self.studies if study.held for answer in study.held.answers.values()]
+        pairs = [row for study in self.studies for row in study.files.get("pairs.csv", ())]  # type: ignore[union-attr]
+        return pd.DataFrame(pairs[1:], columns=pairs[0]) if pairs else pd.DataFrame(map(_verdict, held))
+
+    @cached_property
+    def runs(self) -> pd.DataFrame:
+        """Return a line a run: its study, arm and seed, status, parameters (a.b) and last metrics (a/b)."""
+        about = {"arm": tags.ARM, "seed": tags.SEED}
+        return pd.DataFrame(
+            {"study": study.parent.name, "name": run.name, "run_id": run.run_id, "status": run.status}
+            | {column: run.tags.get(tag) for column, tag in about.items()}
+            | run.params
+            | run.metrics
+            for study in studies_of(self.records)
+            for run in study.in_order()
+        )
+
+    @property
+    def figures(self) -> dict[str, Figure]:
+        """Return all figures by name; where there are several studies, the name begins with that of its study."""
+        several = len(self.studies) > 1
+        drawn = [(each.title, name, drawn) for each in self.studies for name, drawn in _figures(each).items()]
+        return {f"{title}: {name}" if several else name: figure for title, name, figure in drawn}
+
+    def figure(self, name: str = "") -> Figure:
+        """Return a figure by its name, the first without one; InputError where there is none."""
+        figures = self.figures
+        if not figures or (name and name not in figures):
+            raise InputError("figure", name, "no such figure", choices=figures or ["none, there are no figures yet"])
+        return figures[name or next(iter(figures))]
+
+    def model(self, name: str = "") -> Classifier:
+        """Return the network of a run or an arm by its name, of several the best; InputError where none was logged.
+
+        Best is by validation where there is some.
+        """
+        runs = {run.run_id: run for study in studies_of(self.records) for run in study.in_order()}
+        named = {run_id: (run_id, run.name, run.tags.get(tags.ARM, "")) for run_id, run in runs.items()}
+        chosen = [run for run_id, run in runs.items() if not name or name in named[run_id]]
+        if not chosen:
+            choices = dict.fromkeys(each for _, *names in named.values() for each in names if each)
+            raise InputError("model", name, "no such run", choices=choices or ["none, there are no runs yet"])
+        for run in sorted(chosen, key=_accuracy, reverse=True):
+            if run.name in self.networks:
+                return open_network(self.networks[run.name])
+            if address := model_address(run.run_id):
+                return open_logged(address)
+        raise InputError("model", name, "no run logged its model", "repeat it with `fresh` and another `log_model`")
+
+
+@dataclass(frozen=True, repr=False)
+class Training(Result):
+    """A training run; `was_finished` by an earlier call of the same settings."""
+
+    metrics: Mapping[str, float] = field(default_factory=dict)
+    model_address: str = ""
+    was_finished: bool = False
+
+    @classmethod
+    def of(cls, ended: Attempt, log_model: LogModel) -> Training:
+        """Return the result of a training."""
+        run, metrics, answers, address = ended.run, ended.metrics, list[str](), ended.model_address
+        if ended.was_finished:
+            without = ", but without a model" if log_model != "none" and not address else ""
+            answers = [f"Finished before, with the same configuration, data and code{without}; `fresh` repeats it."]
+        if BEST_TEST in metrics:
+            selected = f"{metrics['selected/test_accuracy']:.2%} at the selected epoch {metrics['selected/epoch']:.0f}"
+            answers.append(f"test accuracy {selected}, best {metrics[BEST_TEST]:.2%}")
+        where = run_address(run.run_id, run.experiment_id), run.run_id, run.experiment_id
+        return cls(answers, *where, {}, metrics, address, ended.was_finished)
+
+
+@dataclass(frozen=True, repr=False)
+class StudyResult(Result):
+    """A study, or the plan of one; `failed` says why runs did. `models` are addresses of those logged last, by run."""
+
+    table: Rows = field(default_factory=list)
+    warnings: Sequence[str] = ()
+    models: Mapping[str, str] = field(default_factory=dict)
+    failed: Mapping[str, str] = field(default_factory=dict)
+    wanted: int = 0  # runs
+    in_vain: bool = False  # a search of which no trial was completed
+
+    @classmethod
+    def of(cls, plan: Plan, end: StudyEnd) -> StudyResult:
+        """Return the result of a study that was run."""
+        run, found = end.parent, end.results
+        networks = {name: each.requested for name, each in getattr(plan, "evaluations", {}).items()}
+        where = run_address(run.run_id, run.experiment_id), run.run_id, run.experiment_id, networks
+        said = found.table, found.warnings
+        result = cls(found.answers, *where, *said, end.models, end.failed, end.planned, end.in_vain)
+        result.__dict__["studies"] = [found]  # as it was published
+        return result
+
+    def _repr_markdown_(self) -> str:
+        return "\n\n".join([*(study.markdown() for study in self.studies), self.address])
+
+
+@dataclass(frozen=True, repr=False)
+class Report(Result):
+    """The report of an experiment; `file` is its page where it was exported."""
+
+    file: Path | None = None
+    made: publication.Report | None = None
+
+    @classmethod
+    def of(cls, made: publication.Report, address: str, target: Path | None) -> Report:
+        """Return the result of a report."""
+        file, answers = target and target / "report.html", [*made.answers, *made.own, made.summary]
+        result = cls(answers, address, file=file, made=made)
+        result.__dict__.update(records=made.runs, studies=made.studies)
+        return result
+
+    @property
+    def verdicts(self) -> pd.DataFrame:
+        """Return a line a claim that runs are about, or come near."""
+        judged = self.made.judgements if self.made else ()
+        rows = [(each.id, each.verdict.value, publication.why(each)) for each in judged]
+        return pd.DataFrame(rows, columns=["claim", "verdict", "why"])
+
+
+def _verdict(answer: Answer) -> dict[str, object]:
+    low, high = (None, None) if answer.waits else answer.interval
+    return {
+        "arm": answer.arm,
+        "against": answer.other,
+        "verdict": answer.outcome.value,
+        "difference": answer.estimate.mean,
+        "low": low,
+        "high": high,
+        "seeds": answer.estimate.n,
+        "sentence": f"{answer.sentence()}.",
+    }
+
+
+def _figures(study: StudyResults) -> dict[str, Figure]:
+    more = {name.removesuffix(".png"): file for name, file in study.files.items() if isinstance(file, Figure)}
+    return {**study.figures, **more}
+
+
+def _accuracy(run: RunRecord) -> float:
+    return next((run.metrics[name] for name in JUDGED_BY if name in run.metrics), 0.0)

@@ -1,0 +1,59 @@
+"""A trained network with what it does to images, as a module of PyTorch."""
+
+from collections.abc import Iterable, Sequence
+from os import PathLike
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor, nn
+
+from effv2.data.batches import Statistics
+from effv2.data.decoder import open_image
+from effv2.data.images import Preparation
+
+Picture = str | PathLike[str] | Image.Image | np.ndarray[Any, Any]  # a path, an image, bytes (height, width, 3)
+
+
+class Classifier(nn.Module):
+    """Images of any size and mode to logits (N, outputs), of which the first are of `classes`. In eval mode at first.
+
+    `network` alone takes normalised images; all of it can be trained on.
+    """
+
+    mean: Tensor
+    std: Tensor
+
+    def __init__(
+        self, network: nn.Module, preparation: Preparation, statistics: Statistics, classes: Sequence[str]
+    ) -> None:
+        super().__init__()
+        self.network, self.preparation, self.classes = network.requires_grad_(True), preparation, tuple(classes)
+        for name, numbers in zip(("mean", "std"), statistics, strict=True):
+            self.register_buffer(name, torch.tensor(numbers).view(3, 1, 1))
+        self.eval()
+
+    def preprocess(self, images: Iterable[Picture]) -> Tensor:
+        """Return the bytes (N, 3, size, size) that images become: decoded, upright, in RGB, resized."""
+        pixels = np.stack([self.preparation(_opened(image)) for image in images])
+        return torch.from_numpy(pixels).permute(0, 3, 1, 2)
+
+    def forward(self, images: Tensor | Iterable[Picture]) -> Tensor:
+        """Return logits (N, outputs) of images, or of bytes as `preprocess` makes them."""
+        pixels = images if isinstance(images, Tensor) else self.preprocess(images)
+        logits: Tensor = self.network((pixels.to(self.mean.device).float() / 255 - self.mean) / self.std)
+        return logits
+
+    @torch.inference_mode()
+    def predict(self, images: Iterable[Picture]) -> list[tuple[str, float]]:
+        """Return the most likely class of each image and its probability, over all outputs."""
+        found = self(images).softmax(1)[:, : len(self.classes)].max(1)
+        return [(self.classes[int(index)], float(p)) for p, index in zip(*found, strict=True)]
+
+
+def _opened(image: Picture) -> Image.Image:
+    if isinstance(image, np.ndarray):
+        return Image.fromarray(image)
+    return image if isinstance(image, Image.Image) else open_image(Path(image))

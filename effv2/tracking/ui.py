@@ -1,0 +1,77 @@
+"""MLflow's UI on the store in use, opened at the comparison."""
+
+import os
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+import webbrowser
+from collections.abc import Callable
+from contextlib import suppress
+from urllib.request import urlopen
+
+from mlflow.entities import ViewType
+
+from effv2.core.errors import InputError, RunError
+from effv2.tracking.addresses import tracking_uri, ui_address
+from effv2.tracking.read import artifact_names
+from effv2.tracking.store import MlflowClient, open_store, tracking_faults
+from effv2.tracking.writer import page_of
+
+START_SECONDS = 120.0
+PAGE = "report.html"  # of a study
+
+
+def comparison(experiment: str) -> str:
+    """Return the page of the newest study, or of the newest run where there is none; InputError for no such store."""
+    client, own = MlflowClient(), open_store(experiment or None, create=False)
+    with tracking_faults():
+        ids = [own] if own else [each.experiment_id for each in client.search_experiments(ViewType.ACTIVE_ONLY)]
+        for condition in ("params.`study.kind` != ''", ""):
+            for run in client.search_runs(ids, condition, order_by=["attributes.start_time DESC"], max_results=1):
+                page = PAGE if PAGE in artifact_names(run.info.run_id, "") else ""
+                return page_of(run.info.experiment_id, run.info.run_id, page)
+    raise InputError("experiment", experiment, "holds no runs yet", "make some, as with the command ablate")
+
+
+def open_ui(experiment: str, port: int, say: Callable[[str], None], browse: bool) -> None:
+    """Say where the comparison is to be seen, and open it if `browse`; serve it until Ctrl-C where no server does."""
+    page, server = comparison(experiment), ui_address()
+    if server:
+        say(f"{server}/{page}")
+        if browse:
+            webbrowser.open(f"{server}/{page}")
+        return
+    with socket.socket() as probe:
+        if probe.connect_ex(("127.0.0.1", port)) == 0:
+            raise InputError("port", port, "is in use", "name another one")
+    # The store's address is not among the words, which other users of the machine can read.
+    environment = {"MLFLOW_BACKEND_STORE_URI": tracking_uri(), "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"}
+    words = [sys.executable, "-m", "mlflow", "ui", "-p", str(port), "-w", "1"]
+    with tempfile.TemporaryFile() as log:
+        process = subprocess.Popen(  # noqa: S603 (in a session of its own it hears no Ctrl-C)
+            words, stdout=log, stderr=log, env=os.environ | environment, start_new_session=True
+        )
+        try:
+            if not _answers(f"http://127.0.0.1:{port}/health", process):
+                log.seek(0)
+                *_, last = log.read().decode(errors="replace").splitlines() or [""]
+                raise RunError(f"MLflow's UI doesn't start: {last}")
+            say(f"http://127.0.0.1:{port}/{page}")
+            if browse:
+                webbrowser.open(f"http://127.0.0.1:{port}/{page}")
+            with suppress(KeyboardInterrupt):
+                process.wait()
+        finally:
+            process.terminate()
+            process.wait()
+
+
+def _answers(address: str, process: subprocess.Popen[bytes]) -> bool:
+    deadline = time.monotonic() + START_SECONDS
+    while process.poll() is None and time.monotonic() < deadline:
+        with suppress(OSError), urlopen(address):  # noqa: S310
+            return True
+        time.sleep(0.2)
+    return False

@@ -1,0 +1,52 @@
+"""`effv2 ui`: the comparison of the newest study, on a server that it starts, or on the one that is there."""
+
+from __future__ import annotations
+
+import signal
+from pathlib import Path
+from urllib.request import urlopen
+
+import pytest
+from mlflow import MlflowClient
+
+from effv2.cli.main import main
+from effv2.tracking.writer import TrackedRun, page_of, run_address
+from tests.conftest import running
+from tests.servers import free_port
+from tests.test_commands import invoke
+
+
+def make_study(experiment: str = "0") -> str:
+    run = MlflowClient().create_run(experiment)
+    TrackedRun(run.info.run_id, experiment).log_params({"study.kind": "ablate"})
+    with TrackedRun(run.info.run_id, experiment).new_artifacts() as folder:
+        (folder / "report.html").write_text("the comparison")
+    return str(run.info.run_id)
+
+
+def test_it_serves_the_comparison_until_it_is_told_to_end(sqlite_store: str) -> None:
+    study = make_study()
+    MlflowClient().create_run("0")  # a newer one, of no study
+    port = free_port()
+    with running("-m", "effv2", "ui", "--port", str(port)) as process:
+        address = process.until(r"http://.*\n").strip()
+        page = page_of("0", study, "report.html")
+        assert address.endswith(f"http://127.0.0.1:{port}/{page}") and "workflowType=machine_learning" in page
+        with urlopen(f"http://127.0.0.1:{port}/get-artifact?path=report.html&run_uuid={study}") as answer:
+            assert answer.read() == b"the comparison"
+        process.send_signal(signal.SIGINT)
+        process.rest()
+    assert process.returncode == 0
+    with pytest.raises(OSError):
+        urlopen(f"http://127.0.0.1:{port}/health")
+
+
+def test_without_runs_or_with_another_server_it_says_so(
+    empty_store: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    result = invoke(main, "ui")
+    assert result.exit_code == 2 and "holds no runs yet" in result.stderr
+    assert invoke(main, "ui", "--experiment", "nobody's").exit_code == 2
+    assert run_address("R", "0").endswith("see it with: effv2 ui")
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://server:5000/")
+    assert run_address("R", "7") == "http://server:5000/#/experiments/7/runs/R?workflowType=machine_learning"
