@@ -13,14 +13,14 @@ from torchvision import models
 
 from effv2.cli.main import evaluate_pretrained, train
 from effv2.pretrained import evaluation
-from effv2.training import loop
+from effv2.training import evaluation as training_evaluation
 from tests.conftest import TINY_TABLE, make_image_tree
 
 
 @pytest.fixture
 def images(tmp_path: Path, sqlite_store: str, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setattr(evaluation, "FULL_BATCH_IMAGES", 2)
-    monkeypatch.setattr(loop, "TIMED_PASSES", 1)
+    monkeypatch.setattr(training_evaluation, "TIMED_PASSES", 1)
     return make_image_tree(tmp_path / "set", ("train", "test"))
 
 
@@ -103,7 +103,7 @@ def test_own_heads_and_published_networks_are_ranked_together(
 ) -> None:
     """On images of ImageNet's classes under WordNet's names, each by the outputs that mean them."""
     monkeypatch.setattr(evaluation, "FULL_BATCH_IMAGES", 2)
-    monkeypatch.setattr(loop, "TIMED_PASSES", 1)
+    monkeypatch.setattr(training_evaluation, "TIMED_PASSES", 1)
     images = make_image_tree(tmp_path / "set", ("train", "val"), classes=2)
     for part in ("train", "val"):
         for label, name in enumerate(("n01440764", "n03028079")):

@@ -258,6 +258,11 @@ def test_a_logged_run_is_started_from_and_a_name_by_what_it_means_now(sqlite_sto
         assert found.data.params["data.normalise"] == "imagenet"
         assert found.data.params["model.weights_sha256"]
         assert "100.00% of the parameters" in found.data.tags["effv2.weights"]
+    table = {"variant": "tiny", "table": tiny_config().model.table, "weights": model.model_uri}
+    for data, size in (({"per_class": 8}, 16), ({"per_class": 8, "image_size": 12}, 12)):
+        free = TrainConfig.model_validate({"data": data, "model": table})
+        (wanted,) = prepare([free], load_once(Reporter()), lambda text: None)
+        assert (wanted.data.image_size, wanted.data.normalise) == (size, "imagenet")
 
 
 def test_weights_that_are_gone_are_missed_only_where_a_training_begins_with_them(

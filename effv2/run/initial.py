@@ -30,24 +30,28 @@ SETTING, PUBLISHED = "model.weights", "published"
 # What torchvision calls the networks of these tables.
 NETWORKS = {"default": "efficientnet_v2_s"} | {name: name for name in ("efficientnet_v2_m", "efficientnet_v2_l")}
 HEAD = "classifier."  # how the names of its parameters begin
-TELLING = r"\w+|(runs|models):/.+"  # weights that tell how images are normalised: published ones and logged models
+TELLING = r"\w+|(runs|models):/.+"  # weights that tell how they want images: published ones and logged models
+WANTED = {"image_size", "normalise"}  # of the data, as weights want them
 COUNT = "num_batches_tracked"  # of batch norm: decides nothing
 State = Mapping[str, Tensor]
 
 
 @dataclass(frozen=True)
 class Initial:
-    """Weights: state dict, SHA-256; as far as they tell classes, normalisation, and the address that stays theirs."""
+    """Weights: state dict, SHA-256; as far as they tell classes, normalisation, image size, an address that stays."""
 
     state: State
     sha256: str
     classes: Sequence[str] = ()
     normalise: str = ""
+    image_size: int = 0
     address: str = ""
 
 
 def with_weights(configs: Sequence[TrainConfig], load: LoadData, message: Message) -> list[TrainConfig]:
-    """Return configs with hash and lasting address of their weights, normalised as these want it unless that is given.
+    """Return configs with hash and lasting address of their weights, with normalisation and image size of these.
+
+    What of the latter two is given stays.
 
     InputError for weights that don't fit, have another hash than is given, or aren't there, unless all that is to be
     known of them is given: then the training that begins with them will see, and one of before needs them no more.
@@ -61,15 +65,17 @@ def with_weights(configs: Sequence[TrainConfig], load: LoadData, message: Messag
         try:
             initial = _find(config.model)
         except InputError:
-            given = "normalise" in config.data.model_fields_set or not re.fullmatch(TELLING, config.model.weights)
+            given = config.data.model_fields_set >= WANTED or not re.fullmatch(TELLING, config.model.weights)
             known = given and re.fullmatch(r"[0-9a-f]{64}", config.model.weights_sha256)
             if known and not os.path.exists(os.path.expanduser(config.model.weights)):  # noqa: PTH110
                 return config
             raise
-        said[origin(config, load(config.data).classes)] = None
+        for name in sorted(WANTED):
+            if wanted := getattr(initial, name):
+                config = with_default(config, "data", name, wanted)
+        said[f"{origin(config, load(config.data).classes)}, images of {config.data.image_size} pixels"] = None
         now = {"weights": initial.address or config.model.weights, "weights_sha256": initial.sha256}
-        config = config.model_copy(update={"model": config.model.model_copy(update=now)})
-        return with_default(config, "data", "normalise", initial.normalise) if initial.normalise else config
+        return config.model_copy(update={"model": config.model.model_copy(update=now)})
 
     found = list(map(settled, configs))
     for text in said:
@@ -143,7 +149,8 @@ def _found(weights: str, variant: str, _written: int) -> Initial:
     try:
         if weights.startswith(("runs:/", "models:/")):
             served = read_served(weights)
-            return Initial(served.state, served.sha256, served.classes, _name_of(*served.statistics), served.address)
+            wanted = _name_of(*served.statistics), served.settings["image_size"]
+            return Initial(served.state, served.sha256, served.classes, *wanted, served.address)
         path = os.path.expanduser(weights)
         if os.path.isfile(path):  # noqa: PTH113 (pathlib raises where a folder can't be entered)
             return Initial(read_state(Path(path)), sha256_of_file(Path(path)))
@@ -151,9 +158,10 @@ def _found(weights: str, variant: str, _written: int) -> Initial:
             problem = f"no such file, and published weights are of {', '.join(NETWORKS)} alone"
             remedy = "give a file, runs:/ID or models:/ID; a run that had them is found by its model.weights_sha256"
             raise InputError(SETTING, weights, problem, remedy)
-        wanted = NETWORKS[variant] if weights == PUBLISHED else f"{NETWORKS[variant]}:{weights}"
-        (found,) = find_all_weights(parse_models(wanted), None, progress=False)
-        return Initial(load_network(found).state_dict(), found.sha256, (), _name_of(*found.normalisation))
+        name = NETWORKS[variant] if weights == PUBLISHED else f"{NETWORKS[variant]}:{weights}"
+        (found,) = find_all_weights(parse_models(name), None, progress=False)
+        wanted = _name_of(*found.normalisation), found.preparation.size
+        return Initial(load_network(found).state_dict(), found.sha256, (), *wanted)
     except InputError as error:
         raise InputError(SETTING, weights, error.problem, error.remedy.removesuffix(OR_THERE)) from error
 

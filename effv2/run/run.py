@@ -83,6 +83,7 @@ class Attempt:
 
 def prepare(configs: Sequence[TrainConfig], load: LoadData, message: Message) -> list[TrainConfig]:
     """Load and check the data of runs, then resolve `auto` and length, alike; InputError before any is created."""
+    configs = with_weights(configs, load, message)
     for config in map(with_device, configs):
         dataset, outputs = load(config.data), config.model.outputs
         for stage in stages_of(config):
@@ -93,7 +94,7 @@ def prepare(configs: Sequence[TrainConfig], load: LoadData, message: Message) ->
         if not config.evaluation.test_set and dataset.validation is None:
             problem = "there is no validation split, and the test set is left alone: nothing would be measured"
             raise InputError("data.validation_fraction", 0, problem, "give it a share, as 0.1")
-    return resolve_study(with_weights(with_length(configs, load, message), load, message), message)
+    return resolve_study(with_length(configs, load, message), message)
 
 
 def train_single(config: TrainConfig, name: str, study: str, options: StudyOptions, reporter: Reporter) -> Attempt:
