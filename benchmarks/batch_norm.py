@@ -23,7 +23,8 @@ from effv2.config.schema import TrainConfig  # noqa: E402
 from effv2.core.randomness import private_randomness  # noqa: E402
 from effv2.data.dataset import load_dataset  # noqa: E402
 from effv2.run.few_images import BATCH_NORM_IMAGES  # noqa: E402
-from effv2.training.loop import Training, evaluate  # noqa: E402
+from effv2.training.evaluation import evaluate  # noqa: E402
+from effv2.training.loop import Training  # noqa: E402
 
 
 def both(training: Training) -> tuple[float, float]:

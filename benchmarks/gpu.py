@@ -1,18 +1,22 @@
-"""What CUDA graphs gain: the training loop with them and without, in float32 and bfloat16.
+"""What CUDA graphs gain: the training loop with them and without, in float32 and bfloat16; and timm's network.
 
     python benchmarks/gpu.py [--variant default] [--image-size 32] [--batch-size 128]
 
 Each form, in a process of its own, trains on STEPS batches of random bytes that lie on the GPU and evaluates as many
 an epoch, as `train` does: without graphs, with the copy for inference made anew after each. Medians leave out the first
-WARM_UP epochs. Prints a Markdown table: images/s and their gain over eager float32, peak memory.
+WARM_UP epochs. With the default variant timm's efficientnetv2_s trains beside them in a plain loop, on one batch that
+lies on the GPU, under bfloat16 autocast, channels last; it isn't evaluated. Prints a Markdown table: images/s and their
+gain over eager float32, peak memory.
 """
 
 from __future__ import annotations
 
 import json
+import math
 import statistics
 import subprocess
 import sys
+import time
 from dataclasses import replace
 
 import click
@@ -24,6 +28,7 @@ from effv2.execution.device import make_execution
 from effv2.training.loop import Training
 
 STEPS, WARM_UP, EPOCHS = 16, 2, 5
+TIMM = {"timm, bf16": False, "timm, bf16, compiled": True}
 FORMS = {f"{precision}{how}": (precision, how) for precision in ("fp32", "bf16") for how in ("", ", CUDA graphs")}
 
 
@@ -47,6 +52,35 @@ def measure(config: TrainConfig, cuda_graphs: bool) -> dict[str, float]:
     return rates | {"peak": torch.cuda.max_memory_reserved() / 1e9}
 
 
+def measure_timm(image_size: int, batch_size: int, compiled: bool) -> dict[str, float]:
+    """Return what `measure` does of timm's network, trained in a plain loop."""
+    import timm
+
+    device = torch.device("cuda")
+    model = timm.create_model("efficientnetv2_s", num_classes=10).to(device, memory_format=torch.channels_last)
+    network = torch.compile(model) if compiled else model
+    optimiser = torch.optim.AdamW(model.parameters(), lr=1e-3, fused=True)
+    images = torch.rand(batch_size, 3, image_size, image_size, device=device)
+    images, labels = images.contiguous(memory_format=torch.channels_last), torch.zeros(batch_size, dtype=torch.int64)
+    labels = labels.to(device)
+
+    def epoch() -> float:
+        started = time.perf_counter()
+        for _ in range(STEPS):
+            optimiser.zero_grad()
+            with torch.autocast("cuda", torch.bfloat16):
+                logits = network(images)
+            torch.nn.functional.cross_entropy(logits.float(), labels).backward()
+            torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+            optimiser.step()
+        torch.cuda.synchronize()
+        return STEPS * batch_size / (time.perf_counter() - started)
+
+    rates = [epoch() for _ in range(EPOCHS)][WARM_UP:]
+    peak = torch.cuda.max_memory_reserved() / 1e9
+    return {"train": statistics.median(rates), "evaluate": math.nan, "peak": peak}
+
+
 @click.command()
 @click.option("--variant", default="default", show_default=True, help="The architecture.")
 @click.option("--image-size", default=32, show_default=True, help="Side of the images in pixels.")
@@ -54,6 +88,9 @@ def measure(config: TrainConfig, cuda_graphs: bool) -> dict[str, float]:
 @click.option("--form", default="", hidden=True)
 def main(variant: str, image_size: int, batch_size: int, form: str) -> None:
     """Measure and print a table."""
+    if form in TIMM:
+        click.echo(json.dumps(measure_timm(image_size, batch_size, TIMM[form])))
+        return
     if form:
         precision, how = FORMS[form]
         config = TrainConfig.model_validate(
@@ -72,7 +109,7 @@ def main(variant: str, image_size: int, batch_size: int, form: str) -> None:
     click.echo("| form | training, images/s | times fp32 | evaluation, images/s | times fp32 | peak GB |")
     click.echo("|---|---|---|---|---|---|")
     base: dict[str, float] = {}
-    for name in FORMS:
+    for name in [*FORMS, *(TIMM if variant == "default" else ())]:
         words = ["--variant", variant, "--image-size", image_size, "--batch-size", batch_size, "--form", name]
         done = subprocess.run([sys.executable, __file__, *map(str, words)], stdout=subprocess.PIPE, check=True)  # noqa: S603
         found: dict[str, float] = json.loads(done.stdout)

@@ -89,7 +89,8 @@ def effv2_form(config: Any, dataset: Any, folder: Path) -> Form:
     from effv2.cli.console import ConsoleReporter
     from effv2.config.options import CheckpointOptions
     from effv2.training.checkpoint import Checkpointer
-    from effv2.training.loop import Training, evaluate
+    from effv2.training.evaluation import evaluate
+    from effv2.training.loop import Training
 
     training = Training(config, dataset)
     reporter = ConsoleReporter()

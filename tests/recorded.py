@@ -39,7 +39,8 @@ from effv2.core.provenance import VERSIONS
 from effv2.data.batches import NORMALISATIONS, augment, batch_count, epoch_order, normalised
 from effv2.data.dataset import Dataset, Split, load_dataset
 from effv2.data.images import CentreCrop, Square
-from effv2.training.loop import Training, evaluate
+from effv2.training.evaluation import evaluate
+from effv2.training.loop import Training
 from effv2.training.optimisers import Schedule
 from effv2.training.progress import Progress
 
@@ -57,14 +58,18 @@ DECIDING: dict[str, dict[str, tuple[str, ...]]] = {
     },
     "batches": {
         "data/batches.py": (),
+        "data/rand_augment.py": (),
         "data/dataset.py": ("Split", "Dataset", "to_device"),
     },
     "training": {
         "core/randomness.py": (),
-        **{f"training/{name}.py": () for name in ("freezing", "loop", "optimisers", "progress")},
+        **{
+            f"training/{name}.py": ()
+            for name in ("evaluation", "freezing", "loop", "muon", "optimisers", "progress", "stages")
+        },
         "run/initial.py": ("fitting",),
         "run/records.py": (),
-        "run/run.py": ("attempt", "_train"),
+        "run/run.py": ("attempt", "_begun", "_train"),
     },
     "execution": {f"execution/{name}.py": () for name in ("device", "fast_paths")},
     "evaluation": {

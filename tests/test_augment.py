@@ -2,13 +2,25 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from PIL import Image
+from PIL.ImageEnhance import Brightness, Color, Contrast, Sharpness
 
 from effv2.config.schema import AugmentConfig
-from effv2.data.batches import augment, mix_samples, one_hot, random_crop, random_erasing, random_flip
+from effv2.data.batches import (
+    augment,
+    mix_samples,
+    one_hot,
+    random_crop,
+    random_erasing,
+    random_flip,
+    random_resized_crop,
+)
+from effv2.data.rand_augment import CHANGES, _warped, rand_augment
 
 
 def gradient_images(count: int = 16, size: int = 8) -> torch.Tensor:
@@ -23,7 +35,14 @@ def distinct(images: torch.Tensor) -> int:
 
 @pytest.mark.parametrize(
     "options",
-    [{"crop": 2}, {"flip": True}, {"trivial_augment": True}, {"erasing": 0.7}],
+    [
+        {"crop": 2},
+        {"resized_crop": 0.3},
+        {"flip": True},
+        {"trivial_augment": True},
+        {"rand_augment": 10},
+        {"erasing": 0.7},
+    ],
     ids=lambda options: next(iter(options)),
 )
 def test_each_sample_is_drawn_apart_and_repeatably(options: dict[str, object]) -> None:
@@ -55,6 +74,34 @@ def test_flip_mirrors_some_and_leaves_some() -> None:
     mirrored = [torch.equal(after, before.flip(2)) for before, after in zip(images, flipped, strict=True)]
     same = [torch.equal(after, before) for before, after in zip(images, flipped, strict=True)]
     assert any(mirrored) and any(same) and sum(mirrored) + sum(same) == 64
+
+
+def test_resized_crop_shows_a_part_in_its_place() -> None:
+    ramp = torch.arange(0, 256, 4, dtype=torch.uint8).expand(256, 3, 64, 64)  # grows from left to right
+    torch.manual_seed(0)
+    shown = random_resized_crop(ramp, 0.25).float()
+    left, right = shown[:, :, 32, 0].mean(1), shown[:, :, 32, -1].mean(1)
+    width = (right - left) / 252  # of the window, as a share
+    assert 0.4 < width.min() < 0.5 and 0.95 < width.max() <= 1.01
+    assert left.min() < 10 and left.max() > 90
+    assert torch.equal(random_resized_crop(ramp, 1.0)[0, 0, 0].float().diff() >= 0, torch.ones(63, dtype=torch.bool))
+
+
+def test_rand_augment_changes_images_as_pillow_does_and_leaves_them_in_their_places() -> None:
+    torch.manual_seed(0)
+    plain = torch.arange(0, 250, 2, dtype=torch.uint8)[:, None, None, None].expand(-1, 3, 16, 16)
+    assert torch.equal(rand_augment(plain, 1e-6), plain)
+    noise = torch.randint(0, 256, (3, 24, 24), dtype=torch.uint8).repeat_interleave(4, 1).repeat_interleave(4, 2)
+    image = Image.fromarray(noise.permute(1, 2, 0).numpy())
+    for place, change in enumerate((Brightness, Color, Contrast, Sharpness)):
+        for strength in (0.5, -0.5, 1.0):
+            ours = CHANGES[place](noise[None], torch.tensor([strength]))[0].permute(1, 2, 0).numpy()
+            theirs = np.asarray(change(image).enhance(1 + 0.9 * strength))
+            inside = np.s_[1:-1, 1:-1]  # Pillow doesn't smooth the border
+            assert np.abs(ours[inside].astype(int) - theirs[inside].astype(int)).max() <= 2
+    turned = _warped(noise[None], torch.tensor([1.0]), torch.tensor([4]))[0].permute(1, 2, 0).numpy()
+    theirs = np.asarray(image.rotate(30, Image.Resampling.BILINEAR, fillcolor=(128,) * 3))
+    assert np.median(np.abs(turned.astype(int) - theirs.astype(int))) <= 1
 
 
 def test_erasing_removes_a_share_within_its_bounds() -> None:

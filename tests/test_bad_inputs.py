@@ -26,7 +26,7 @@ from effv2.core.errors import InputError, RunError
 from effv2.data.dataset import load_dataset
 from effv2.data.folders import Source
 from effv2.data.images import LabelledImages
-from effv2.training.loop import EPOCH_METRICS, Evaluation, epoch_metrics
+from effv2.training.evaluation import EPOCH_METRICS, Evaluation, epoch_metrics
 from tests.conftest import TINY_STUDY
 
 BAD_VALUES = ["x", "-1", "nan", "inf", "1e99", "null", "[]", "\x00", "ä" * 300, "../..", "0.5.5", "~", "$HOME"]

@@ -270,7 +270,7 @@ def test_a_queue_that_is_gone_in_mid_study_is_named(
     sqlite_store: str, tiny_study: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, damage: str
 ) -> None:
     from effv2.training import loop
-    from effv2.training.loop import evaluate
+    from effv2.training.evaluation import evaluate
 
     def lost(*args: Any) -> Any:
         (tmp_path / "optuna.db").unlink()
@@ -297,7 +297,7 @@ def test_a_process_tag_that_somebody_wrote_stops_no_command(pid: str) -> None:
 def test_ignored_hangup_stays_ignored(sqlite_store: str, tiny_study: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """As under nohup."""
     from effv2.training import loop
-    from effv2.training.loop import evaluate
+    from effv2.training.evaluation import evaluate
 
     evaluated = evaluate
 

@@ -44,8 +44,8 @@ def trained(images: Path, seed: int, outputs: int = 0) -> Run:
     return run
 
 
-def evaluate(images: Path, networks: str) -> Result:
-    words = ["--models", networks, "--dataset", "folder", "--data-dir", str(images)]
+def evaluate(images: Path, networks: str, *more: str) -> Result:
+    words = ["--models", networks, "--dataset", "folder", "--data-dir", str(images), *more]
     return CliRunner().invoke(evaluate_pretrained, words, catch_exceptions=False)
 
 
@@ -78,3 +78,45 @@ def test_heads_of_other_classes_are_refused(images: Path, tmp_path: Path) -> Non
         result = evaluate(images, network)
         assert result.exit_code == 2 and words in result.stderr, result.stderr
     assert len(MlflowClient().search_runs(["0"])) == before
+
+
+def test_images_that_cannot_be_read_are_left_out_for_all_networks_if_asked(images: Path, tmp_path: Path) -> None:
+    run = trained(images, 0)
+    torch.save(models.get_model("squeezenet1_1", num_classes=3).state_dict(), tmp_path / "squeezenet1_1.pth")
+    (images / "test" / "class 1" / "0.jpg").write_bytes(b"no image")
+    networks = f"mine=runs:/{run.info.run_id},squeezenet1_1={tmp_path}/squeezenet1_1.pth"
+    refused = evaluate(images, networks)
+    assert refused.exit_code == 2 and "0.jpg" in refused.stderr and "give --skip-broken" in refused.stderr
+    done = evaluate(images, networks, "--skip-broken", "--log-model", "all")
+    assert done.exit_code == 0 and "can't be read: 1 images, as test/class 1/0.jpg" in done.output, done.output
+    found = [run for run in MlflowClient().search_runs(["0"]) if "model.name" in run.data.params]
+    assert [run.data.metrics["eval/images"] for run in found] == [17, 17]
+    for each in found:
+        text = MlflowClient().download_artifacts(each.info.run_id, "data_notes.txt", str(tmp_path))
+        assert Path(text).read_text().splitlines()[-1] == "test/class 1/0.jpg"
+        again = evaluate(images, f"again=runs:/{each.info.run_id}", "--skip-broken")
+        assert again.exit_code == 2 and "logged by an evaluation of weights" in again.stderr, again.stderr
+
+
+def test_own_heads_and_published_networks_are_ranked_together(
+    tmp_path: Path, sqlite_store: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On images of ImageNet's classes under WordNet's names, each by the outputs that mean them."""
+    monkeypatch.setattr(evaluation, "FULL_BATCH_IMAGES", 2)
+    monkeypatch.setattr(loop, "TIMED_PASSES", 1)
+    images = make_image_tree(tmp_path / "set", ("train", "val"), classes=2)
+    for part in ("train", "val"):
+        for label, name in enumerate(("n01440764", "n03028079")):
+            (images / part / f"class {label}").rename(images / part / name)
+    run = trained(images, 0)
+    torch.manual_seed(0)
+    torch.save(models.get_model("squeezenet1_1", weights=None).state_dict(), tmp_path / "squeezenet1_1.pth")
+    result = evaluate(images, f"mine=runs:/{run.info.run_id},squeezenet1_1={tmp_path}/squeezenet1_1.pth")
+    assert result.exit_code == 0, result.stderr
+    found = {
+        run.info.run_name: run.data for run in MlflowClient().search_runs(["0"]) if "model.name" in run.data.params
+    }
+    assert found["mine"].metrics["eval/top1_accuracy"] == pytest.approx(run.data.metrics["selected/test_accuracy"])
+    assert {each.params["evaluation.outputs"] for each in found.values()} == {"2", "1000"}
+    assert {each.metrics["eval/images"] for each in found.values()} == {12}
+    assert "Top-1 over 2 or 1000 classes" in result.output, result.output

@@ -56,7 +56,7 @@ from effv2.pretrained.images import (
 from effv2.run.weights import Requested, find_all_weights, load_network, network_names, parse_models
 from effv2.tracking.read import RunRecord
 from effv2.tracking.studies import NO_STUDY, TrackedStudy
-from effv2.training import loop
+from effv2.training import evaluation as training_evaluation
 from tests.conftest import ROOT, running
 
 SQUEEZENET = "weights/squeezenet1_1-imagenet-caffe-ndf.pth"
@@ -112,7 +112,7 @@ def two_files(tmp_path: Path) -> list[Path]:
 def short_batches(monkeypatch: pytest.MonkeyPatch) -> None:
     """Time a full batch of 2 images, since 128 of them take long, and time it once."""
     monkeypatch.setattr(evaluation, "FULL_BATCH_IMAGES", 2)
-    monkeypatch.setattr(loop, "TIMED_PASSES", 1)
+    monkeypatch.setattr(training_evaluation, "TIMED_PASSES", 1)
 
 
 # Statistics, against computations that share nothing with them.
@@ -608,7 +608,7 @@ CUT_SHORT = """
 import os, signal, sys
 from effv2.cli.main import evaluate_pretrained
 from effv2.pretrained import evaluation
-from effv2.training import loop
+from effv2.training import evaluation as training
 
 scores, calls = evaluation.scores, 0
 
@@ -619,7 +619,7 @@ def cut_short(*args):
         os.kill(os.getpid(), {signal})
     return scores(*args)
 
-evaluation.scores, evaluation.FULL_BATCH_IMAGES, loop.TIMED_PASSES = cut_short, 2, 1
+evaluation.scores, evaluation.FULL_BATCH_IMAGES, training.TIMED_PASSES = cut_short, 2, 1
 evaluate_pretrained(sys.argv[1:])
 """
 

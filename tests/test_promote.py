@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import shutil
+import time
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -20,6 +21,7 @@ from effv2.cli import main
 from effv2.core.errors import InputError, RunError
 from effv2.core.paths import write_csv
 from effv2.core.words import percent
+from effv2.evidence import promotion
 from effv2.evidence.promotion import Decision, promote
 from effv2.tracking import registry
 from effv2.tracking.tags import OUTCOME, PROMOTING, PROMOTION
@@ -43,13 +45,14 @@ def log(template_database: Path, tmp_path_factory: pytest.TempPathFactory) -> It
         true: str = "dog",
         digest: str = "",
         ending: str = "",
+        names: int = IMAGES,
     ) -> tuple[str, str]:
         client, place = MlflowClient(), folder / str(next(NUMBERS))
         place.mkdir()
         run_id = client.create_run("0", tags={OUTCOME: "complete", **tags}).info.run_id
         for name, value in {"inference/single_image_seconds": 0.012, "model/parameters": 5000}.items():
             client.log_metric(run_id, name, value)
-        rows = [(f"{ids} {k}", true, true if k < right else "cat", "0.5") for k in range(IMAGES)]
+        rows = [(f"{ids} {k % names}", true, true if k < right else "cat", "0.5") for k in range(IMAGES)]
         write_csv(place / f"predictions.csv{ending}", [("id", "true", "predicted", "probability"), *rows])
         client.log_artifact(run_id, str(place / f"predictions.csv{ending}"))
         TrackedRun(run_id, "0").log_dataset("dogs", "test", digest, "", {"images": IMAGES, "classes": ["cat", "dog"]})
@@ -173,11 +176,46 @@ def test_of_models_at_one_moment_each_is_judged_by_what_became_of_those_before(
     assert not any(PROMOTING in tags for _, (_, tags) in versions)
 
 
-def test_a_model_has_one_version_also_after_a_kill(log: Log, name: str) -> None:
+def test_a_model_has_one_version_also_after_a_kill(log: Log, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(registry, "TURN_SECONDS", 0.1)
     address, run = log(100)
     left = registry._register(name, registry.find_model(run)[0])  # what a kill leaves
     assert try_out(name, address).verdict == "promoted"
     assert champion(name) == int(left.version) and list(held(name)) == [1] and PROMOTING not in held(name)[1][1]
+    worse, run = log(90)
+    registry._register(name, registry.find_model(run)[0])
+    monkeypatch.setattr(promotion, "_against_champion", better_at_first(promotion._against_champion))
+    assert try_out(name, worse).verdict == "refused" and list(held(name)) == [1]
+
+
+def better_at_first(judge: Callable[..., Decision]) -> Callable[..., Decision]:
+    """Return what judges by itself at first that a model is better, as if the champion had come meanwhile."""
+    looks = iter([Decision("promoted", "", [])])
+    return lambda *args: next(looks, None) or judge(*args)
+
+
+def test_a_version_that_is_there_takes_its_turn(log: Log, name: str) -> None:
+    client, (address, run), (better, _) = MlflowClient(), log(100), log(150)
+    client.create_registered_model(name)
+    client.create_model_version(name, address, run.removeprefix("runs:/"))
+    other = registry._register(name, registry.find_model(better)[0])  # that is just being judged
+    with ThreadPoolExecutor(1) as pool:
+        waiting = pool.submit(try_out, name, address)
+        time.sleep(1)
+        assert not waiting.done()
+        client.set_registered_model_alias(name, "champion", str(other.version))
+        client.delete_model_version_tag(name, str(other.version), PROMOTING)
+        assert waiting.result(20).verdict == "refused"
+    assert champion(name) == 2 and {number: each[0] for number, each in held(name).items()} == {1: address, 2: better}
+
+
+def test_figures_of_an_earlier_promotion_go(log: Log, name: str) -> None:
+    try_out(name, log(100)[0])
+    again, _ = log(150)
+    assert try_out(name, again).verdict == "promoted" and f"{PROMOTION}champion_accuracy" in held(name)[2][1]
+    MlflowClient().delete_registered_model_alias(name, "champion")
+    assert try_out(name, again).verdict == "promoted" and champion(name) == 2 and sorted(held(name)) == [1, 2]
+    assert [tag for tag in held(name)[2][1] if "champion" in tag] == [] and f"{PROMOTION}accuracy" in held(name)[2][1]
 
 
 def test_a_champion_that_is_gone_or_cannot_be_judged(log: Log, name: str) -> None:
@@ -206,6 +244,7 @@ def test_what_cannot_be_judged_is_refused_before_anything_is_registered(log: Log
     client.delete_logged_model(deleted.removeprefix("models:/"))
     unfinished = client.create_logged_model("0", "model", run.removeprefix("runs:/"))
     without, _ = log(100, ending=".old")
+    twice, _ = log(100, names=IMAGES - 1)
     for address, problem in {
         pruned: "was pruned, isn't complete",
         foreign: "isn't complete, or none of effv2's",
@@ -213,6 +252,7 @@ def test_what_cannot_be_judged_is_refused_before_anything_is_registered(log: Log
         run: "no model was logged there, or not all of it",
         f"models:/{unfinished.model_id}": "or not all of it",
         without: "has no predictions of test images",
+        twice: "or several of one",
         "runs:/nothing": "has none of that id",
         f"models:/{name}/1": "is no address of a logged model",
     }.items():

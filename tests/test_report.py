@@ -102,7 +102,8 @@ def test_a_study_ends_with_a_report_and_views(sqlite_store: str, tiny_study: Pat
     assert state["orderByKey"] == "metrics.`best/test_accuracy`" and not state["orderByAsc"]
     # A third seed joins; runs that another study finished before are reused in this one's report.
     MlflowClient().set_experiment_tag(experiment.experiment_id, "mlflow.note.content", "The user's own words.")
-    tiny_study.write_text(tiny_study.read_text().replace("name: tiny", "name: second\nbaseline: other"))
+    second_study = "name: second\nbaseline: other\nshow: [seconds/to_test_accuracy_0.01]"
+    tiny_study.write_text(tiny_study.read_text().replace("name: tiny", second_study))
     assert invoke(ablate, *words, "--seeds", "0,1,2").exit_code == 0
     second = next(run for run in all_runs() if run.data.params.get("study.name") == "second")
     assert sorted(reused_in(second.data.tags).values()) == [
@@ -113,6 +114,7 @@ def test_a_study_ends_with_a_report_and_views(sqlite_store: str, tiny_study: Pat
     assert len(read_experiment(experiment.experiment_id, (), second.info.run_id)) == 3
     markdown = artifact(second.info.run_id, "report.md", tmp_path)
     assert "| default | 3 |" in markdown and "| variant | default | other |" in markdown
+    assert "| training to 1 % test accuracy, s |" in markdown
     assert "| less other [interval] |" in markdown and "- default against other: undecided" in markdown
     tags = MlflowClient().get_experiment(parent.info.experiment_id).tags
     assert tags["mlflow.note.content"] == "The user's own words."
@@ -285,7 +287,12 @@ def test_empty_and_half_finished_studies_say_what_is_missing(sqlite_store: str, 
     }
     client.log_batch(run_id, params=[Param("study.kind", "ablate")], tags=[RunTag(*each) for each in tags.items()])
     child = client.create_run("0", run_name="default, seed 0", tags={"mlflow.parentRunId": run_id}).info.run_id
-    values = {"best/test_accuracy": 0.5, "test/accuracy": 0.5, "time/total_train_seconds": 1.0}
+    values = {
+        "best/test_accuracy": 0.5,
+        "test/accuracy": 0.5,
+        "time/total_train_seconds": 1.0,
+        "time/train_seconds": 1.0,
+    }
     client.log_batch(child, [Metric(key, value, 0, 1) for key, value in values.items()], [Param("model.variant", name)])
     client.set_terminated(child)
     assert invoke(report, "--export", out).exit_code == 0

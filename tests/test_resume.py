@@ -214,7 +214,7 @@ def test_another_machine_goes_on_from_the_checkpoint_that_was_uploaded(
     sqlite_store: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from effv2.training import loop
-    from effv2.training.loop import evaluate
+    from effv2.training.evaluation import evaluate
 
     study = tmp_path / "short.yaml"
     study.write_text(SHORT)

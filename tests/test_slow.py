@@ -1,4 +1,4 @@
-"""Promises that take minutes: the README's first command as it stands. Run with -m slow."""
+"""Promises that take minutes: the quick default, as the README has it, under MLflow. Run with -m slow."""
 
 from __future__ import annotations
 

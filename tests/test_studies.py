@@ -28,7 +28,6 @@ from effv2.data.dataset import load_once
 from effv2.studies.grid import Grid, make_grid
 from effv2.studies.queue import NAME, Trials
 from effv2.studies.seeds import ACCURACY, AutoSeeds
-from tests import protocols
 from tests.conftest import ROOT
 
 NO_OPTIONS: Layer = {}
@@ -47,11 +46,6 @@ def test_every_setting_of_a_published_protocol_has_one_source(name: str) -> None
         "model.stochastic_depth",
         "evaluation.train_set",
     }
-
-
-def test_protocols_in_the_docs_are_those_of_the_study_files() -> None:
-    page = protocols.PAGE.read_text()
-    assert page == protocols.filled(page), "write them anew: python -m tests.protocols"
 
 
 def test_hyper_parameter_check_crosses_each_change_with_plateau() -> None:

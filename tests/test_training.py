@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import gc
 import io
 import weakref
@@ -13,11 +14,19 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from pydantic import ValidationError
 from torch import nn
 from torch.optim.lr_scheduler import OneCycleLR, ReduceLROnPlateau
 
 from effv2.architecture import build_model
-from effv2.config.schema import OPTIMISERS, SCHEDULES, ScheduleConfig, StoppingConfig, TrainConfig
+from effv2.config.schema import (
+    OPTIMISERS,
+    SCHEDULES,
+    OptimiserConfig,
+    ScheduleConfig,
+    StoppingConfig,
+    TrainConfig,
+)
 from effv2.config.studies import open_study
 from effv2.core.errors import RunError, Terminated
 from effv2.core.randomness import stream_seed
@@ -25,9 +34,12 @@ from effv2.data.batches import NORMALISATIONS, epoch_order, normalised
 from effv2.data.dataset import Dataset, Split, load_dataset
 from effv2.evidence.claims import published_runs
 from effv2.execution.device import make_execution
-from effv2.training.loop import EPOCH_METRICS, Evaluation, Metrics, Training, TrainState, evaluate
-from effv2.training.optimisers import Schedule
+from effv2.training.evaluation import EPOCH_METRICS, Evaluation, Metrics, evaluate
+from effv2.training.loop import Training, TrainState
+from effv2.training.muon import orthogonal
+from effv2.training.optimisers import Schedule, make_optimiser
 from effv2.training.progress import Progress
+from effv2.training.stages import stage_of, stages_of
 from tests.conftest import tiny_config
 
 EVERYTHING: dict[str, Any] = {
@@ -36,6 +48,7 @@ EVERYTHING: dict[str, Any] = {
     "optimiser": {"batch_size": 32, "label_smoothing": 0.1, "clip_norm": 1.0, "ema_decay": 0.9},
     "schedule": {"epochs": 3, "name": "plateau", "plateau_patience": 0, "warmup_epochs": 1},
     "evaluation": {"train_set": True, "batch_norm_images": 50},
+    "progressive": {"stages": 2, "image_size": 12, "dropout": 0, "mixup": 0},
 }
 
 
@@ -122,6 +135,61 @@ def test_state_saved_after_any_step_is_resumed_exactly(schedule: str, optimiser:
         state["progress"] = numbers(state["progress"]["history"])
     assert again["progress"] == expected
     assert equal(kept, again)
+
+
+def test_muon_steps_in_all_directions_alike_and_leaves_the_rest_to_adamw() -> None:
+    torch.manual_seed(0)
+    matrices = torch.randn(3, 24, 60) @ torch.diag(torch.logspace(0, -1.5, 60))
+    for wide_or_tall in (matrices, matrices.mT):
+        left, _, right = torch.linalg.svd(wide_or_tall, full_matrices=False)
+        values = left.mT @ orthogonal(wide_or_tall) @ right.mT
+        singular = values.diagonal(dim1=1, dim2=2)
+        assert singular.min() > 0.6 and singular.max() < 1.3
+        assert (values - singular.diag_embed()).abs().max() < 1e-3
+
+    network = nn.Sequential(nn.Conv2d(8, 24, 3), nn.Conv2d(24, 24, 3, groups=24), nn.Flatten(), nn.Linear(24, 5))
+    before = [parameter.detach().clone() for parameter in network.parameters()]
+    ours = make_optimiser(OptimiserConfig(name="muon", lr=0.01, weight_decay=0, momentum=0.95), network)
+    network(torch.randn(4, 8, 5, 5)).square().sum().backward()
+    gradients = [parameter.grad for parameter in network.parameters() if parameter.grad is not None]
+    ours.step()
+    kernel, *others = zip(network.parameters(), before, gradients, strict=True)
+    step = (kernel[0] - kernel[1]).detach()
+    assert step.square().mean().sqrt() == pytest.approx(0.01 * 0.2, rel=0.2) and (step * kernel[2]).sum() < 0
+    for after, first, gradient in others:
+        assert torch.allclose(after, first - 0.01 * gradient.sign() * (gradient != 0), atol=1e-4)
+
+
+def test_stages_rise_as_in_the_paper() -> None:
+    wanted = {"stages": 4, "image_size": 128, "rand_augment": 5, "dropout": 0.1}
+    groups = {"data": {"image_size": 300}, "augment": {"rand_augment": 15, "crop": 30}, "model": {"dropout": 0.3}}
+    config = tiny_config(**groups, progressive=wanted, schedule={"epochs": 350})
+    found = stages_of(config)
+    assert [stage.image_size for stage in found] == [128, 184, 244, 300]  # the paper's table 6, on multiples of 4
+    assert [stage.augment.rand_augment for stage in found] == pytest.approx([5, 25 / 3, 35 / 3, 15])
+    assert [stage.dropout for stage in found] == pytest.approx([0.1, 1 / 6, 7 / 30, 0.3])
+    assert [stage.augment.crop for stage in found] == [13, 18, 24, 30]  # as large a part of the image
+    numbers_of = [stage_of(config, epoch).number for epoch in range(1, 351)]
+    assert numbers_of == sorted(numbers_of) and [numbers_of.count(n) for n in (1, 2, 3, 4)] == [88, 87, 88, 87]
+
+
+def test_each_stage_trains_at_its_size_and_is_evaluated_at_the_last() -> None:
+    wanted = {"stages": 3, "image_size": 16, "last_image_size": 24, "dropout": 0}
+    config = tiny_config(data={"image_size": 32}, model={"dropout": 0.5}, progressive=wanted, schedule={"epochs": 3})
+    _, state, training = start(config)
+    seen: list[tuple[bool, int, float]] = []
+
+    def look(network: nn.Module, inputs: tuple[torch.Tensor, ...]) -> None:
+        rate = next(layer.p for layer in network.modules() if isinstance(layer, nn.Dropout))
+        seen.append((network.training, inputs[0].shape[-1], rate))
+
+    state.model.register_forward_pre_hook(look)
+    results = list(training)
+    trained = list(dict.fromkeys(each for each in seen if each[0]))
+    assert trained == [(True, 16, 0.0), (True, 20, 0.25), (True, 24, 0.5)]
+    assert [each["progressive/image_size"] for each in results] == [16, 20, 24]
+    assert [each["progressive/stage"] for each in results] == [1, 2, 3]
+    assert {size for learning, size, _ in seen if not learning} <= {32}
 
 
 def test_a_training_that_is_over_is_freed_at_once() -> None:
@@ -228,6 +296,50 @@ def test_stopping_follows_its_rule(accuracies: list[float], minimum: int, patien
         len(accuracies),
     )
     assert stops_at(accuracies, stopping, len(accuracies)) == expected
+
+
+def test_stopping_looks_at_evaluated_epochs_alone() -> None:
+    stopping, progress = StoppingConfig(patience=2), Progress()
+    for progress.epoch, accuracy in enumerate([None, 0.1, None, 0.2, None, None, None, 0.3, None, None, 0.3, 0.4], 1):
+        progress.history.append({} if accuracy is None else {"test/accuracy": accuracy})
+        if progress.should_stop(stopping):
+            break
+    assert progress.epoch == 11
+
+
+@pytest.mark.parametrize("validation", [0, 0.2])
+def test_epochs_between_evaluations_change_no_other_number(validation: float) -> None:
+    """Also of a training that is resumed; rate and weights follow from evaluated epochs alone."""
+    groups: dict[str, Any] = {
+        "data": {"validation_fraction": validation},
+        "schedule": {"epochs": 5, "name": "plateau", "plateau_patience": 0},
+    }
+    _, every, plain = start(tiny_config(**{**groups, "schedule": {"epochs": 5}}))
+    wanted = numbers(list(plain))
+    config = tiny_config(**{**groups, "schedule": {"epochs": 5}}, evaluation={"every": 2})
+    _, seldom, training = start(config)
+    found, saved = [], []
+    for metrics in training:
+        found.append(metrics)
+        saved.append(copy.deepcopy(seldom.state_dict()))
+    assert [epoch for epoch, each in enumerate(found, 1) if "test/accuracy" in each] == [2, 4, 5]
+    assert all(each.items() <= there.items() for each, there in zip(numbers(found), wanted, strict=True))
+    assert equal(every.model.state_dict(), seldom.model.state_dict())
+    best = max((2, 4, 5), key=lambda epoch: wanted[epoch - 1]["val/accuracy" if validation else "test/accuracy"])
+    assert seldom.progress.best_epoch == best
+    for state in saved[:2]:
+        _, again, rest = start(config)
+        again.load_state_dict(copy.deepcopy(state))
+        list(rest)
+        assert equal(again.model.state_dict(), seldom.model.state_dict()) and equal(again.selected, seldom.selected)
+    _, _, training = start(tiny_config(**groups, evaluation={"every": 2}))
+    rates = [each["learning_rate"] for each in training]
+    assert rates[0] == rates[1] == rates[2]  # the first that was evaluated can't be worse than another
+
+
+def test_the_train_set_is_evaluated_in_every_epoch_or_in_none() -> None:
+    with pytest.raises(ValidationError, match="give 1, or train_set false"):
+        tiny_config(evaluation={"train_set": True, "every": 2})
 
 
 def changes(rates: Sequence[float]) -> list[int]:

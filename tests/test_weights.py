@@ -18,9 +18,11 @@ from torch import nn
 from torchvision import models
 
 from effv2.architecture import build_model
+from effv2.cli.console import ConsoleReporter
 from effv2.cli.main import search, train
 from effv2.config.schema import TrainConfig
 from effv2.core.errors import InputError
+from effv2.core.provenance import sha256_of_file
 from effv2.core.reporter import Reporter
 from effv2.data.dataset import load_dataset, load_once
 from effv2.execution.device import make_execution
@@ -239,12 +241,60 @@ def test_a_search_of_other_networks_is_refused(tmp_path: Path, sqlite_store: str
     )
 
 
-def test_a_logged_run_is_started_from(sqlite_store: str) -> None:
+def test_a_logged_run_is_started_from_and_a_name_by_what_it_means_now(sqlite_store: str) -> None:
+    client = MlflowClient()
     assert call("--set", "data.normalise=imagenet").exit_code == 0
-    (first,) = MlflowClient().search_runs(["0"])
-    result = call("--weights", f"runs:/{first.info.run_id}", "--seed", "1")
-    assert result.exit_code == 0, result.output
-    second = next(run for run in MlflowClient().search_runs(["0"]) if run.info.run_id != first.info.run_id)
-    assert second.data.params["data.normalise"] == "imagenet"
-    assert second.data.params["model.weights_sha256"]
-    assert "100.00% of the parameters" in second.data.tags["effv2.weights"]
+    (first,) = client.search_runs(["0"])
+    (model,) = client.search_logged_models(["0"])
+    client.create_registered_model("digits")
+    client.create_model_version("digits", model.model_uri, first.info.run_id, model_id=model.model_id)
+    client.set_registered_model_alias("digits", "best", "1")
+    for seed, address in enumerate((f"runs:/{first.info.run_id}", "models:/digits@best", "models:/digits/1"), 1):
+        result = call("--weights", address, "--seed", str(seed))
+        assert result.exit_code == 0, result.output
+        assert f"Starts from {address} (" in result.output and model.model_uri in result.output
+        found, *_ = client.search_runs(["0"])
+        assert found.data.params["model.weights"] == model.model_uri
+        assert found.data.params["data.normalise"] == "imagenet"
+        assert found.data.params["model.weights_sha256"]
+        assert "100.00% of the parameters" in found.data.tags["effv2.weights"]
+
+
+def test_weights_that_are_gone_are_missed_only_where_a_training_begins_with_them(
+    tmp_path: Path, sqlite_store: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Not by a run that is finished or has a checkpoint, if their hash is known in full."""
+    path = saved(tmp_path / "w.pth", 1000)
+    plain = "--weights", str(path)
+    words = *plain, "--set", f"model.weights_sha256={sha256_of_file(path).upper()}", "--epochs", "2"
+    with monkeypatch.context() as patch:
+
+        def interrupt(*_: object) -> None:
+            raise KeyboardInterrupt
+
+        patch.setattr(ConsoleReporter, "epoch", interrupt)
+        assert call(*words).exit_code == 130
+    path.unlink()
+    resumed = call(*words)
+    assert resumed.exit_code == 0 and "resuming the run" in resumed.output, resumed.output
+    assert "Finished before" in call(*words).output
+    (run,) = MlflowClient().search_runs(["0"])
+    assert "a new head" in run.data.tags["effv2.weights"] and run.data.params["model.weights"] == str(path)
+    for refused in (call(*words, "--seed", "1"), call(*plain)):
+        assert refused.exit_code == 2 and f"--weights {path}: no such file" in refused.output
+        assert "model.weights_sha256" in refused.output
+    assert len(MlflowClient().search_runs(["0"])) == 1
+
+
+def test_a_run_shows_its_data_once_and_what_it_evaluated(sqlite_store: str) -> None:
+    words = "--set", "evaluation.every=2", "--epochs", "3"
+    shown = "Data: 10 classes; train 80, validation "
+    first = call(*words)
+    assert first.exit_code == 0 and first.output.count(shown) == 1, first.output
+    assert " images, for training 8 of each.\n" in first.output
+    assert shown not in call(*words).output
+    (run,) = MlflowClient().search_runs(["0"])
+    epochs = [each.step for each in MlflowClient().get_metric_history(run.info.run_id, "test/accuracy")]
+    assert epochs == [2, 3] and run.data.metrics["best/epoch"] in epochs
+    assert run.data.metrics["final/test_accuracy"] == run.data.metrics["test/accuracy"]
+    assert len(MlflowClient().get_metric_history(run.info.run_id, "train/loss")) == 3

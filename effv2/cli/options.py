@@ -9,7 +9,7 @@ import click
 from pydantic.fields import FieldInfo
 
 from effv2.config.options import Taken
-from effv2.config.schema import Registry
+from effv2.config.registry import Registry
 from effv2.core.errors import InputError, RunError, Terminated
 from effv2.core.processes import ending_signals, leave, work_where_typed
 from effv2.core.secrets import mask_command_line, masked

@@ -4,60 +4,16 @@ Each field carries its meaning, unit and bounds; the command line takes its help
 heavy: commands build options before they do.
 """
 
-from collections.abc import Callable
-from importlib import import_module
-from typing import Annotated, Any, Literal, TypeVar, cast
+from typing import Annotated, Any, Literal, cast
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationInfo, field_validator, model_validator
 from pydantic.fields import FieldInfo
-from pydantic_core import CoreSchema, PydanticCustomError, core_schema
+from pydantic_core import PydanticCustomError
 
 from effv2 import architecture
+from effv2.config.registry import Registry
 from effv2.core.errors import nearest
 from effv2.core.provenance import sha256_of_values
-
-Function = TypeVar("Function", bound=Callable[..., Any])
-
-
-class Registry:
-    """Functions by name, each entered where it stands. `Annotated[str, registry]` makes a field one of the names.
-
-    `module` holds the entries. It is imported when names are first asked for, by the commands' help too: so it imports
-    torch, numpy and the like inside functions only.
-    """
-
-    def __init__(self, kind: str, module: str) -> None:
-        self._kind, self._module = kind, module
-        self._functions: dict[str, Callable[..., Any]] = {}
-
-    def register(self, name: str) -> Callable[[Function], Function]:
-        """Enter the decorated function under a name."""
-
-        def enter(function: Function) -> Function:
-            if self._functions.setdefault(name, function) is not function:
-                raise ValueError(f"there are two of the {self._kind} {name!r}; rename one")
-            return function
-
-        return enter
-
-    def names(self) -> list[str]:
-        """Return the names, in the order of their entry."""
-        import_module(self._module)
-        return list(self._functions)
-
-    def __getitem__(self, name: str) -> Callable[..., Any]:
-        """Return the function; ValueError names the nearest ones."""
-        if name not in self.names():
-            raise ValueError(f"no such {self._kind}; {nearest(name, self.names())}")
-        return self._functions[name]
-
-    def __get_pydantic_core_schema__(self, source: Any, handler: Any) -> CoreSchema:
-        def known(name: str) -> str:
-            self[name]
-            return name
-
-        return core_schema.no_info_after_validator_function(known, handler(source))
-
 
 DATASETS = Registry("data set", "effv2.data.torchvision_sets")
 OPTIMISERS = Registry("optimiser", "effv2.training.optimisers")
@@ -120,7 +76,14 @@ class AugmentConfig(Group):
     """What is done to each training image, drawn for each sample apart. All off by default."""
 
     crop: int = Field(0, ge=0, le=256, description="Pad by so many pixels (reflected) and crop at random.")
+    resized_crop: Probability = Field(
+        0.0,
+        description="Least share of the image that a random crop shows, resized (Szegedy et al. 2015), 0 = off.",
+    )
     flip: bool = Field(False, description="Mirror left and right with probability 0.5.")
+    rand_augment: float = Field(
+        0.0, ge=0, le=30, description="Magnitude of RandAugment (Cubuk et al. 2020), 10 turns by 30 degrees, 0 = off."
+    )
     trivial_augment: bool = Field(False, description="TrivialAugment (Mueller & Hutter 2021), wide.")
     erasing: Probability = Field(0.0, description="Probability of erasing a rectangle (Zhong et al. 2017).")
     mixup: float = Field(0.0, ge=0, le=10, description="Alpha of mixup's Beta(alpha, alpha), 0 = off.")
@@ -142,7 +105,9 @@ class ModelConfig(Group):
         "", description="Weights to start from: `published`, IMAGENET1K_V1 or so, a file, runs:/ID, models:/ID."
     )
     weights_partial: bool = Field(False, description="Take of the weights what fits by name and shape.")
-    weights_sha256: str = Field("", description="SHA-256 of the weights, found out unless given; others are refused.")
+    weights_sha256: Annotated[str, AfterValidator(str.lower)] = Field(
+        "", description="SHA-256 that the weights must have."
+    )
 
     @field_validator("table")
     @classmethod
@@ -173,7 +138,7 @@ class OptimiserConfig(Group):
     lr: float = Field(1e-3, gt=0, le=100, description="Peak learning rate.")
     batch_size: int = Field(32, ge=2, le=65_536, description="Images a step.")
     weight_decay: float = Field(0.05, ge=0, le=10, description="Weight decay, of neither biases nor norms.")
-    momentum: Fraction = Field(0.9, description="Momentum of SGD (Nesterov where above 0).")
+    momentum: Fraction = Field(0.9, description="Momentum of SGD and Muon (Nesterov).")
     clip_norm: float = Field(1.0, ge=0, description="Largest L2 norm of the gradient, 0 = unlimited.")
     label_smoothing: Fraction = Field(0.0, description="Label smoothing (Szegedy et al. 2016).")
     ema_decay: Fraction = Field(0.0, description="Decay a step of the averaged weights that are evaluated, 0 = off.")
@@ -204,7 +169,32 @@ class ScheduleConfig(Group):
         return warmup
 
     plateau_factor: float = Field(0.1, gt=0, lt=1, description="Factor of ReduceLROnPlateau.")
-    plateau_patience: int = Field(10, ge=0, description="Epochs without gain that ReduceLROnPlateau waits for.")
+    plateau_patience: int = Field(10, ge=0, description="Evaluated epochs without gain before plateau acts.")
+
+
+class ProgressiveConfig(Group):
+    """Progressive learning (Tan & Le 2021, section 4): what a stage has rises to what is set for the last one.
+
+    Stages are of equal length, and settings rise linearly (algorithm 1 of the paper).
+    """
+
+    stages: int = Field(1, ge=1, le=100, description="Stages of the training, 1 = settings don't rise.")
+    image_size: int = Field(0, ge=0, le=1024, description="Training image size of the first stage, 0 = the last one's.")
+    last_image_size: int = Field(
+        0, ge=0, le=1024, description="Training image size of the last stage, 0 = data.image_size, that of evaluation."
+    )
+    rand_augment: float = Field(-1, ge=-1, le=30, description="RandAugment of the first stage, -1 = as in the last.")
+    mixup: float = Field(-1, ge=-1, le=10, description="Mixup's alpha in the first stage, -1 = as in the last.")
+    dropout: float = Field(-1, ge=-1, lt=1, description="Dropout in the first stage, -1 = as in the last.")
+
+    @model_validator(mode="after")
+    def _stages_are_needed(self) -> "ProgressiveConfig":
+        firsts = self.image_size, self.rand_augment + 1, self.mixup + 1, self.dropout + 1
+        if self.stages == 1 and any(firsts):
+            raise ValueError("one stage has no settings that rise; set progressive.stages to 2 or more")
+        if any(0 < size < 8 for size in (self.image_size, self.last_image_size)):
+            raise ValueError("an image size is less than 8 pixels; raise it")
+        return self
 
 
 class StoppingConfig(Group):
@@ -218,7 +208,7 @@ class StoppingConfig(Group):
 
 
 class EvaluationConfig(Group):
-    """What is measured after each epoch."""
+    """What is measured after epochs, and after which ones."""
 
     train_set: bool = Field(False, description="Evaluate the train set in eval mode, not over the steps.")
     test_set: bool = Field(
@@ -228,6 +218,14 @@ class EvaluationConfig(Group):
     batch_norm_images: int = Field(
         0, ge=0, description="Training images that batch norm is estimated from anew (Wu & Johnson 2021), 0 = off."
     )
+    every: int = Field(1, ge=1, description="Evaluate after every so many epochs, and after the last.")
+
+    @field_validator("every")
+    @classmethod
+    def _epochs_are_alike(cls, every: int, info: ValidationInfo) -> int:
+        if every > 1 and info.data.get("train_set"):
+            raise ValueError("the train set is to be evaluated, in every epoch or in none; give 1, or train_set false")
+        return every
 
 
 class ExecutionConfig(Group):
@@ -256,10 +254,18 @@ class TrainConfig(Group):
     model: ModelConfig = Field(default_factory=ModelConfig)
     optimiser: OptimiserConfig = Field(default_factory=OptimiserConfig)
     schedule: ScheduleConfig = Field(default_factory=ScheduleConfig)
+    progressive: ProgressiveConfig = Field(default_factory=ProgressiveConfig)
     stopping: StoppingConfig = Field(default_factory=StoppingConfig)
     evaluation: EvaluationConfig = Field(default_factory=EvaluationConfig)
     execution: ExecutionConfig = Field(default_factory=ExecutionConfig)
     random: RandomConfig = Field(default_factory=RandomConfig)
+
+    @model_validator(mode="after")
+    def _stages_have_epochs(self) -> "TrainConfig":
+        if self.progressive.stages > self.schedule.epochs:
+            problem = f"{self.progressive.stages} stages of progressive learning need as many epochs"
+            raise ValueError(f"{problem}, and there are {self.schedule.epochs}; raise schedule.epochs")
+        return self
 
     def with_seed(self, seed: int, split: int = 0) -> "TrainConfig":
         """Return this configuration for another seed, and for the split that many places after its own."""

@@ -30,6 +30,8 @@ SEARCHABLE = [
 ]
 PLATEAU = "_plateau"  # ends the name of an arm that is another one under ReduceLROnPlateau
 SWEEPS = Path(effv2.__file__).with_name("sweeps")
+# Names of times that tables and claims may ask for: seconds of training until an accuracy is first reached.
+TIME_TO = r"^seconds/to_(train|val|test)_accuracy_(0?\.\d+|1)$"
 Value = bool | int | float | str
 Settings = dict[str, Value]  # dotted parameters and the values that they have
 NOTHING: Layer = {}
@@ -38,6 +40,12 @@ NOTHING: Layer = {}
 def _searchable(name: str) -> str:
     if name not in SEARCHABLE:
         raise ValueError(f"can't be searched; {nearest(name, SEARCHABLE)}")
+    return name
+
+
+def _time_to(name: str) -> str:
+    if not re.match(TIME_TO, name):
+        raise ValueError("is no time to an accuracy; write it as seconds/to_test_accuracy_0.9")
     return name
 
 
@@ -128,6 +136,7 @@ class Study(Group):
     splits: int = Field(1, ge=1, le=50)  # of the images, each with every seed
     paired: bool = False  # whether runs of equal seed have more in common than others
     retries: int = Field(1, ge=0, le=100)
+    show: list[Annotated[str, AfterValidator(_time_to)]] = []  # in tables, besides the usual
     search: SearchFile | None = None
     protocol: Sources = Sources()
     published: PublishedStudy = PublishedStudy()

@@ -6,7 +6,7 @@ import warnings
 from collections.abc import Mapping, Sequence
 from html import escape
 from itertools import cycle
-from typing import Any
+from typing import Any, TypeVar
 
 import matplotlib
 import numpy as np
@@ -15,6 +15,8 @@ from matplotlib.ticker import LogLocator, MaxNLocator, NullLocator, StrMethodFor
 from scipy import stats
 
 Curve = Mapping[int, float]  # by epoch
+Step = TypeVar("Step", int, float)  # an epoch, or seconds
+MOMENTS = 100  # at which a curve over time is drawn
 
 PALETTE = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 STYLES: tuple[Any, ...] = ("-", "--", "-.", (0, (5, 1, 1, 1, 1, 1)))  # dotted are published curves
@@ -47,14 +49,17 @@ def short(name: str) -> str:
 
 
 def accuracy_curves(
-    curves: Mapping[str, Sequence[Curve]], title: str, published: Mapping[str, Curve] | None = None
+    curves: Mapping[str, Sequence[Mapping[Step, float]]],
+    title: str,
+    published: Mapping[str, Curve] | None = None,
+    over: str = "epoch",
 ) -> Figure:
     """Draw accuracy over epochs: a line a name, the mean of its runs, in a band: its 95 % interval, of two the range.
 
     `published` curves of some of the names are dotted behind them, as far as ours go.
     """
     figure = Figure(figsize=SIZE, layout="constrained")
-    axes = figure.add_subplot(title=plain(title), xlabel="epoch", ylabel="accuracy", ylim=(0, 1))
+    axes = figure.add_subplot(title=plain(title), xlabel=over, ylabel="accuracy", ylim=(0, 1))
     for index, ((name, runs), colour) in enumerate(zip(curves.items(), cycle(PALETTE), strict=False)):
         epochs = sorted(set.intersection(*(set(run) for run in runs)))
         values = np.array([[run[epoch] for epoch in epochs] for run in runs])
@@ -97,28 +102,26 @@ def bars(values: Mapping[str, Sequence[float]], title: str, unit: str) -> Figure
     """Draw means as bars, ranges as lines across their ends."""
     figure = Figure(figsize=(SIZE[0], 1.2 + 0.34 * len(values)), layout="constrained")
     axes = figure.add_subplot(title=plain(title), xlabel=unit)
-    means, reach = zip(*map(_spread, values.values()), strict=True)
-    drawn = axes.barh(list(map(short, values)), means, xerr=np.hstack(reach), color=PALETTE[0], ecolor="#555555")
+    means, low, high = np.array([(np.mean(each), min(each), max(each)) for each in values.values()]).T
+    reach = np.maximum(0, [means - low, high - means])  # the mean is rounded
+    drawn = axes.barh(list(map(short, values)), means, xerr=reach, color=PALETTE[0], ecolor="#555555")
     axes.bar_label(drawn, fmt="%.3g", padding=4)
     axes.invert_yaxis()
     axes.margins(x=0.12)
     return figure
 
 
-def accuracy_against_time(
-    accuracies: Mapping[str, Sequence[float]], seconds: Mapping[str, Sequence[float]], title: str
-) -> Figure:
-    """Draw the mean test accuracy of each name against its mean training time, with the ranges of both."""
-    figure = Figure(figsize=SIZE, layout="constrained")
-    axes = figure.add_subplot(title=plain(title), xlabel="training, seconds", ylabel="test accuracy, best epoch")
-    both = [name for name in accuracies if name in seconds]
-    for name, colour, marker in zip(both, cycle(PALETTE), cycle(MARKERS), strict=False):
-        (across, sideways), (up, upright) = _spread(seconds[name]), _spread(accuracies[name])
-        axes.errorbar(across, up, yerr=upright, xerr=sideways, fmt=marker, color=colour, label=short(name))
-    axes.margins(0.15)
-    axes.grid(alpha=0.3)
-    axes.legend(loc="best", fontsize="small")
-    return figure
+def accuracy_against_time(curves: Mapping[str, Sequence[Mapping[float, float]]], title: str) -> Figure:
+    """Draw accuracy over seconds of training as `accuracy_curves` does over epochs; straight from epoch to epoch.
+
+    A line goes from when the last of its runs has an accuracy to when the first one ends.
+    """
+    drawn: dict[str, list[dict[float, float]]] = {}
+    for name, runs in curves.items():
+        moments = np.linspace(max(map(min, runs)), min(map(max, runs)), MOMENTS)
+        values = (np.interp(moments, list(run), list(run.values())) for run in runs)
+        drawn[name] = [dict(zip(moments.tolist(), each.tolist(), strict=True)) for each in values]
+    return accuracy_curves(drawn, title, over="training, seconds")
 
 
 def accuracy_against_cost(
@@ -142,12 +145,6 @@ def accuracy_against_cost(
     figure.suptitle(title)
     figure.legend(*panels[0].get_legend_handles_labels(), loc="outside lower center", ncols=3)
     return figure
-
-
-def _spread(values: Sequence[float]) -> tuple[float, np.ndarray]:
-    """Return the mean of values, and how far it is to the lowest and to the highest of them (2, 1)."""
-    mean = float(np.mean(values))
-    return mean, np.maximum(0, [[mean - min(values)], [max(values) - mean]])  # the mean is rounded
 
 
 def svg_file(figure: Figure) -> str:

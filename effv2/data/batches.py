@@ -4,6 +4,7 @@ Augmentation draws for every sample apart, from torch's global generator on the 
 each step. Images are bytes (B, 3, H, W) until they are the network's input.
 """
 
+import math
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 
@@ -26,6 +27,7 @@ NORMALISATIONS: dict[str, Statistics] = {
 # Share of the image that erasing removes, and its aspect ratio (Zhong et al. 2017; torchvision's defaults).
 ERASED_AREA = (0.02, 0.33)
 ERASED_RATIO = (0.3, 3.3)
+CROP_LOG_RATIO = (math.log(3 / 4), math.log(4 / 3))  # of a resized crop's width to its height
 
 
 def epoch_order(count: int, seed: int, epoch: int, balanced: Tensor | None = None) -> Tensor:
@@ -80,15 +82,21 @@ def normalised(images: Tensor, statistics: Statistics, channels_last: bool) -> T
 
 
 def augment(images: Tensor, config: AugmentConfig) -> Tensor:
-    """Crop, flip, TrivialAugment and erase; bytes in, bytes out, same shape."""
+    """Crop, flip, TrivialAugment, RandAugment and erase; bytes in, bytes out, same shape."""
     if config.crop:
         images = random_crop(images, config.crop)
+    if config.resized_crop:
+        images = random_resized_crop(images, config.resized_crop)
     if config.flip:
         images = random_flip(images)
     if config.trivial_augment:
         from torchvision.transforms.v2 import TrivialAugmentWide
 
         images = torch.stack(list(map(TrivialAugmentWide(), images)))
+    if config.rand_augment:
+        from effv2.data.rand_augment import rand_augment
+
+        images = rand_augment(images, config.rand_augment)
     if config.erasing:
         images = random_erasing(images, config.erasing)
     return images
@@ -110,6 +118,21 @@ def random_crop(images: Tensor, padding: int) -> Tensor:
     return last[sample, rows[:, :, None], columns[:, None, :]].permute(0, 3, 1, 2)
 
 
+def random_resized_crop(images: Tensor, smallest: float) -> Tensor:
+    """Show a random part of each image: at least the share `smallest` of its area, 3:4 to 4:3, resized to the whole.
+
+    Bilinear. What doesn't fit is cut down to the image's sides (Szegedy et al. 2015; torchvision draws again).
+    """
+    count = len(images)
+    area, ratio = torch.empty(count).uniform_(smallest, 1), torch.empty(count).uniform_(*CROP_LOG_RATIO).exp()
+    sides = torch.stack([(area * ratio).sqrt(), (area / ratio).sqrt()], 1).clamp(max=1)  # of width and height
+    centre = (2 * torch.rand(count, 2) - 1) * (1 - sides)
+    windows = to_device(torch.cat([sides.diag_embed(), centre[:, :, None]], 2), images.device)
+    grid = F.affine_grid(windows, list(images.shape), align_corners=False)
+    shown = F.grid_sample(images.float(), grid, padding_mode="reflection", align_corners=False)
+    return shown.round_().to(torch.uint8)
+
+
 def random_flip(images: Tensor) -> Tensor:
     """Mirror each image with probability 0.5."""
     mirrored = to_device(torch.rand(len(images)) < 0.5, images.device)
@@ -124,7 +147,7 @@ def random_erasing(images: Tensor, probability: float) -> Tensor:
     chosen = torch.rand(count) < probability
     heights = (area * ratio).sqrt().round().clamp(1, height) * chosen
     widths = (area / ratio).sqrt().round().clamp(1, width)
-    inside = to_device(_rectangles(heights, widths, height, width), images.device)
+    inside = _rectangles(heights, widths, images)
     return images.masked_fill(inside[:, None], 0)
 
 
@@ -141,14 +164,16 @@ def mix_samples(inputs: Tensor, targets: Tensor, config: AugmentConfig) -> tuple
     cuts = torch.rand(count) < (0.5 if config.mixup and config.cutmix else float(config.cutmix > 0))
 
     blend = _beta(config.mixup, count)
-    taken = 1 - _beta(config.cutmix, count)  # share of the image that the rectangle brings from the partner
-    heights = (taken.sqrt() * height).round() * cuts
-    widths = (taken.sqrt() * width).round()
-    inside = _rectangles(heights, widths, height, width)
-    share = to_device(torch.where(cuts, 1 - inside.flatten(1).float().mean(1), blend), inputs.device)
-
-    pixelwise = torch.where(cuts[:, None, None], 1 - inside.float(), blend[:, None, None])[:, None]
-    mixed = torch.lerp(inputs[partner], inputs, to_device(pixelwise, inputs.device))
+    share = to_device(blend, inputs.device)  # of each sample itself: in all, and in each pixel
+    pixelwise = share[:, None, None]
+    if config.cutmix:
+        taken = 1 - _beta(config.cutmix, count)  # share of the image that the rectangle brings from the partner
+        heights = (taken.sqrt() * height).round() * cuts
+        outside = 1 - _rectangles(heights, (taken.sqrt() * width).round(), inputs).float()
+        there = to_device(cuts, inputs.device)
+        pixelwise = torch.where(there[:, None, None], outside, pixelwise)
+        share = torch.where(there, outside.flatten(1).mean(1), share)
+    mixed = torch.lerp(inputs[partner], inputs, pixelwise[:, None])
     return mixed, torch.lerp(targets[partner], targets, share[:, None])
 
 
@@ -156,15 +181,15 @@ def _beta(alpha: float, count: int) -> Tensor:
     return torch.distributions.Beta(alpha, alpha).sample((count,)) if alpha else torch.ones(count)
 
 
-def _rectangles(heights: Tensor, widths: Tensor, height: int, width: int) -> Tensor:
-    """Return masks (B, height, width) of rectangles of these sizes, uniformly placed inside the image."""
+def _rectangles(heights: Tensor, widths: Tensor, images: Tensor) -> Tensor:
+    """Return masks (B, H, W), on their device, of rectangles of these sizes, uniformly placed inside the images."""
 
     def span(sizes: Tensor, length: int) -> Tensor:
         start = (torch.rand(len(sizes)) * (length - sizes + 1)).floor()[:, None]
         line = torch.arange(length)
-        return (line >= start) & (line < start + sizes[:, None])
+        return to_device((line >= start) & (line < start + sizes[:, None]), images.device)
 
-    return span(heights, height)[:, :, None] & span(widths, width)[:, None, :]
+    return span(heights, images.shape[2])[:, :, None] & span(widths, images.shape[3])[:, None, :]
 
 
 def one_hot(labels: Tensor, outputs: int, smoothing: float) -> Tensor:

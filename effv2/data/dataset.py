@@ -57,6 +57,10 @@ class Split:
         ids = tuple(map(self.ids.__getitem__, positions))
         return Split(self.pixels, self.rows[at], self.labels[at], ids, self.hashes)
 
+    def on(self, device: torch.device) -> Split:
+        """Return the samples with the pixels on `device`; labels stay on the CPU."""
+        return replace(self, pixels=self.pixels.to(device))
+
     def images(self, positions: Tensor) -> Tensor:
         """Return uint8 (B, 3, H, W) of the samples at `positions`, channels last in memory."""
         return self.pixels[to_device(self.rows[positions], self.pixels.device)].permute(0, 3, 1, 2)
@@ -95,6 +99,7 @@ class Dataset:
     test: Split
     left_out: Mapping[str, int] = field(default_factory=dict)
     broken: Mapping[str, str] = field(default_factory=dict)
+    resized: Callable[[int], Dataset] | None = None  # what at_size returns for another size
 
     @cached_property
     def notes(self) -> list[str]:
@@ -112,6 +117,15 @@ class Dataset:
         return found
 
     @property
+    def summary(self) -> str:
+        """Say how many images each split has, and the smallest and the largest class of the training split."""
+        counts = np.bincount(self.train.labels.numpy(), minlength=len(self.classes))
+        ends = [f"{counts[at]:,} ({self.classes[at]})" for at in (counts.argmin(), counts.argmax())]
+        between = f"{counts[0]:,} of each" if counts.min() == counts.max() else f"from {' to '.join(ends)} of each"
+        held = ", ".join(f"{name} {len(split):,}" for name, split in self.splits.items())
+        return f"Data: {len(self.classes)} classes; {held} images, for training {between}."
+
+    @property
     def splits(self) -> dict[str, Split]:
         """Return the splits there are, by name."""
         named = {"train": self.train, "validation": self.validation, "test": self.test}
@@ -121,6 +135,10 @@ class Dataset:
     def bytes(self) -> int:
         """Return the size of all pixels; an array that splits share counts once."""
         return sum({id(split.pixels): split.pixels.nbytes for split in self.splits.values()}.values())
+
+    def at_size(self, size: int) -> Dataset:
+        """Return the same images with sides of `size` pixels, decoded at that size."""
+        return self if self.resized is None or size == self.train.pixels.shape[1] else self.resized(size)
 
     def on(self, device: torch.device) -> Dataset:
         """Return the data set with its pixels on `device`, still shared by its splits; labels stay on the CPU."""
@@ -171,8 +189,14 @@ def load_dataset(config: DataConfig, on_decoded: OnDecoded | None = None) -> Dat
         lacking = next(name for label, name in enumerate(source.classes) if label not in learned)
         remedy = "add images, or give data.allow_incomplete_classes"
         raise InputError("data.dir", config.dir, f"no training image of the class {lacking!r} can be read", remedy)
+
+    @cache
+    def resized(size: int) -> Dataset:
+        return load_dataset(config.model_copy(update={"image_size": size}), on_decoded)
+
     about = config.dataset, source.location, source.classes
-    return Dataset(*about, splits["train"], splits.get("validation"), splits["test"], source.left_out, broken)
+    parts = splits["train"], splits.get("validation"), splits["test"]
+    return Dataset(*about, *parts, source.left_out, broken, resized)
 
 
 def _load_standard(config: DataConfig, source: Source, decoded: Decode) -> dict[str, Split]:

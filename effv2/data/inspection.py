@@ -75,10 +75,7 @@ class Inspection:
         if self.broken:
             yield f"{len(self.broken):,} images can't be read: {listed(self.broken, MOST_NAMED)}."
         for identical, words in ((True, "identical"), (False, "nearly identical")):
-            for across, where in (
-                (True, "in two parts, so that tests see training images"),
-                (False, "in one part"),
-            ):
+            for across, where in ((True, "in two parts, so that tests see training images"), (False, "in one part")):
                 found = [f"{each.one} and {each.other}" for each in self.alike if each[2:4] == (identical, across)]
                 if found:
                     yield f"{len(found):,} pairs are {words} {where}: {listed(found, MOST_NAMED)}."

@@ -191,7 +191,7 @@ def _find(claims: Claims, runs: Sequence[RunRecord], right: RightAnswers, contra
 def _misspelt(metric: str, runs: Sequence[RunRecord]) -> str:
     """Say which name may be meant by that of a metric that no run has; empty where none is near."""
     names = dict.fromkeys([*QUANTITIES, *OF_ANSWERS, *(name for run in runs for name in run.metrics)])
-    near = "" if metric in names else close_names(metric, list(names), 1)
+    near = "" if metric in names or quantity(metric).metric else close_names(metric, list(names), 1)
     return f"no run has {metric}; did you mean {near}?" if near else ""
 
 
@@ -241,6 +241,11 @@ def _over_seeds(finding: Finding, what: Quantity, chosen: Chosen, right: RightAn
     """Judge trained networks: the interval of a mean, or of a mean difference, over runs."""
     contrast, unit = finding.contrast, "splits" if chosen.splits > 1 else "seeds"
     scale, back, written = _writing(contrast, what)
+    missed = {arm: what.values(of_arm.values()).count(math.inf) for arm, of_arm in chosen.arms.items()}
+    if any(missed.values()):
+        counts = " and ".join(f"{n} of {len(chosen.arms[arm])} runs of {arm}" for arm, n in missed.items() if n)
+        why = "such a time decides nothing: name a lower accuracy, or train for longer"
+        return replace(finding, evidence="; ".join((f"not reached by {counts}", *chosen.aside)), lacking=why)
     found, evidence = _estimate(contrast, what, chosen)
     if not math.isfinite(found.mean):
         return replace(finding, lacking="the arms have no seed in common, and the protocol says that they are paired")

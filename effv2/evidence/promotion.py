@@ -79,10 +79,11 @@ def _judged(run_id: str | None) -> tuple[RunRecord, dict[str, tuple[str, str]]]:
     elif run is not None:
         text = read_artifacts(run.run_id, PREDICTIONS[:1]).get(PREDICTIONS[0], "")
         rows = [row for row in csv.DictReader(io.StringIO(text)) if {"id", "true", "predicted"} <= row.keys()]
-        problem = "its run has no predictions of test images"
-    if run is None or not rows:
+        problem = "its run has no predictions of test images, or several of one"
+    answers = {row["id"]: (row["true"], row["predicted"]) for row in rows}
+    if run is None or not rows or len(answers) < len(rows):
         raise InputError("model", f"of the run {run_id}", problem, "give one that can be judged")
-    return run, {row["id"]: (row["true"], row["predicted"]) for row in rows}
+    return run, answers
 
 
 def _against_champion(candidate: Contender, name: str, limits: Mapping[str, float | None]) -> Decision:

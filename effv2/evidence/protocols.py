@@ -154,6 +154,11 @@ def has(run: RunRecord, name: str, value: Value) -> bool:
     return value in map(number, _logged(run, name))
 
 
+def machine_of(run: RunRecord) -> tuple[str, ...]:
+    """Return the machine that a run's times belong to, as far as it was logged."""
+    return tuple(run.tags.get(tag, "") for tag in OF_TIMES)
+
+
 def split_of(run: RunRecord) -> str:
     """Return which split of which images a run used: the seed, and the digest of the data where it was logged."""
     return f"{run.params.get(SPLIT_SEED, '')} {run.tags.get(DATA_DIGEST, '')}".strip()
@@ -323,6 +328,6 @@ def _left_open(run: RunRecord, protocol: Protocol, what: Quantity) -> Alike:
     if "model.weights" not in protocol.varied and (sha256 := run.params.get(WEIGHTS_HASH)):
         found[WEIGHTS_HASH] = sha256
     found |= {f"{context} images": f"{each.name}: {', '.join(each.classes)}" for context, each in run.images.items()}
-    found |= {tag: run.tags.get(tag, "") for tag in OF_TIMES if what.timed}
+    found |= dict(zip(OF_TIMES, machine_of(run), strict=True)) if what.timed else {}
     kept = (name for name in found if not name.startswith("study.") and name not in protocol.ignore)
     return frozenset((name, found[name]) for name in kept)

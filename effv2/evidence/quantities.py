@@ -1,19 +1,22 @@
 """What of a run a claim or a table can be about: any logged metric, or a figure derived from its epochs."""
 
 import math
+import re
 import statistics
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from itertools import accumulate
 
 import numpy as np
 
+from effv2.config.studies import TIME_TO
 from effv2.core.figures import Curve
 from effv2.core.words import decimal, percent, points, tenths, whole
 from effv2.evidence.statistics import Interval
 from effv2.tracking.read import BEST_TEST, LAST_TEST, SELECTED_TEST, SELECTED_VALIDATION, RunRecord
 
 TRAIN, TEST, VALIDATION = "train/accuracy", "test/accuracy", "val/accuracy"
-EPOCH_SECONDS, TRAIN_SECONDS = "time/epoch_seconds", "time/total_train_seconds"
+EPOCH_SECONDS, EPOCH_TRAINING, TRAIN_SECONDS = "time/epoch_seconds", "time/train_seconds", "time/total_train_seconds"
 TRAIN_RATE, EVALUATE_RATE = "throughput/train_images_per_second", "throughput/evaluate_images_per_second"
 ONE, MANY = "inference/single_image_seconds", "inference/batch_128_seconds"
 TO_PEAK, TO_LEVEL = "epochs to 95 % of peak train accuracy", "epochs until test accuracy stays at its level"
@@ -42,10 +45,9 @@ class Quantity:
 
     def value(self, run: RunRecord) -> float | None:
         """Return the figure of a run; None where the run lacks it, or it is no finite number."""
-        if self.take is None:
-            found = run.metrics.get(self.metric or self.name)
-        else:
-            curve = {epoch: value for epoch, value in run.history.get(self.metric, {}).items() if abs(value) < LARGEST}
+        found = run.metrics.get(self.metric or self.name)
+        if self.take is not None:
+            curve = _by_epoch(run, self.metric)
             found = self.take(curve) if len(curve) >= self.epochs else None
         return self.scale * found if found is not None and abs(found) < LARGEST else None
 
@@ -71,6 +73,30 @@ class Quantity:
     def possible(self) -> Interval:
         """Return where its values can lie, as far as that is known."""
         return Interval(0, 1) if self.is_accuracy else Interval(0 if self.timed else self.least, math.inf)
+
+
+@dataclass(frozen=True)
+class TimeTo(Quantity):
+    """Seconds of training until an accuracy is first reached: infinite in a run that never reaches it."""
+
+    level: float = 1.0
+
+    def value(self, run: RunRecord) -> float | None:
+        """Return the seconds; None where the run lacks the accuracies, or the time of an epoch."""
+        curve = over_time(run, self.metric)
+        return min((s for s, accuracy in curve.items() if accuracy >= self.level), default=math.inf) if curve else None
+
+
+def _by_epoch(run: RunRecord, metric: str) -> dict[int, float]:
+    """Return the finite values of a metric, in the order of epochs."""
+    return {epoch: value for epoch, value in sorted(run.history.get(metric, {}).items()) if abs(value) < LARGEST}
+
+
+def over_time(run: RunRecord, metric: str) -> dict[float, float]:
+    """Return a metric of every epoch by the seconds of training so far; empty where the time of an epoch lacks."""
+    curve, seconds = _by_epoch(run, metric), _by_epoch(run, EPOCH_TRAINING)
+    spent = dict(zip(seconds, accumulate(seconds.values()), strict=True))
+    return {spent[epoch]: value for epoch, value in curve.items()} if curve.keys() <= spent.keys() else {}
 
 
 def _median(curve: Curve) -> float:
@@ -129,9 +155,9 @@ QUANTITIES = {each.name: each for each in ALL}
 SHOWN = {name: what for name, what in QUANTITIES.items() if what.shown}
 CURVES = {"test accuracy": TEST, "validation accuracy": VALIDATION, "train accuracy": TRAIN}  # that are drawn
 # The metrics whose epochs are read, and those that are exported with them.
-HISTORIES = tuple(dict.fromkeys([*CURVES.values(), *(each.metric for each in ALL if each.take)]))
+HISTORIES = tuple(dict.fromkeys([*CURVES.values(), EPOCH_TRAINING, *(each.metric for each in ALL if each.take)]))
 OF_SPLITS = ("train/", "val/", "test/")  # how the metrics of every epoch of a split begin
-EXPORTED = (*HISTORIES, *OF_SPLITS, "learning_rate", "time/train_seconds")
+EXPORTED = (*HISTORIES, *OF_SPLITS, "learning_rate")
 
 
 def shown_for(runs: Iterable[RunRecord]) -> dict[str, Quantity]:
@@ -141,6 +167,10 @@ def shown_for(runs: Iterable[RunRecord]) -> dict[str, Quantity]:
 
 
 def quantity(name: str) -> Quantity:
-    """Return a named quantity; any other name is a logged metric's."""
+    """Return a named quantity, or a time to an accuracy; any other name is a logged metric's."""
+    if time_to := re.match(TIME_TO, name):
+        metric, level = f"{time_to[1]}/accuracy", float(time_to[2])
+        accuracy = next(words for words, each in CURVES.items() if each == metric)
+        return TimeTo(name, f"training to {100 * level:g} % {accuracy}, s", tenths, metric, timed=True, level=level)
     text = percent if "accuracy" in name or "top1" in name else decimal
     return QUANTITIES.get(name) or Quantity(name, name, text, timed=name.startswith(TIMED))

@@ -15,8 +15,8 @@ from effv2.core.words import counted, percent, points
 from effv2.evidence.answers import NONE, NOTHING_YET, Arms, Held, hold
 from effv2.evidence.claims import Claims, published_runs
 from effv2.evidence.judge import FEW_IMAGES
-from effv2.evidence.protocols import RightAnswers, has, is_like, pair_of, split_of
-from effv2.evidence.quantities import CURVES, TRAIN_SECONDS, Quantity, quantity, shown_for
+from effv2.evidence.protocols import RightAnswers, has, is_like, machine_of, pair_of, split_of
+from effv2.evidence.quantities import CURVES, TRAIN, TRAIN_SECONDS, Quantity, TimeTo, over_time, quantity, shown_for
 from effv2.evidence.statistics import FEWEST, TINY, Estimate
 from effv2.tracking import tags
 from effv2.tracking.read import BEST_TEST, LAST_TEST, SELECTED_TEST, SELECTED_VALIDATION, RunRecord
@@ -63,13 +63,17 @@ def values_of(groups: Mapping[str, Sequence[RunRecord]], name: str) -> dict[str,
 
 
 def line_of(groups: Mapping[str, Sequence[RunRecord]], name: str) -> Rows:
-    """Return a quantity as a line, a cell a group: its mean, ± its standard deviation; no line where all lack it."""
+    """Return a quantity as a line, a cell a group: its mean, ± its standard deviation; no line where all lack it.
+
+    A time to an accuracy has no mean where a run doesn't reach it, and has a line in any case, as it was asked for.
+    """
     what, values = quantity(name), values_of(groups, name)
     cells = dict.fromkeys(groups, NONE)
     for group, each in values.items():
-        spread = f" ± {what.text(statistics.stdev(each))}" if len(set(each)) > 1 else ""
-        cells[group] = what.text(statistics.fmean(each)) + spread
-    return [(what.words, *cells.values())] if values else []
+        spread = f" ± {what.text(statistics.stdev(each))}" if len(set(each)) > 1 and math.inf not in each else ""
+        missed = f"not reached by {each.count(math.inf)} of {len(each)}" if math.inf in each else ""
+        cells[group] = missed or what.text(statistics.fmean(each)) + spread
+    return [(what.words, *cells.values())] if values or isinstance(what, TimeTo) else []
 
 
 def arms_results(study: TrackedStudy, claims: Claims) -> StudyResults:
@@ -84,15 +88,16 @@ def arms_results(study: TrackedStudy, claims: Claims) -> StudyResults:
     arms = {arm: list({pair_of(run): run for run in runs}.values()) for arm, runs in found.items()}
     held = hold(arms, study.parent)
     published, protocol = _published_curves(arms, claims)
+    asked = tags.names_in(study.parent.tags, tags.SHOWN)
     results = StudyResults(
-        table=_table(arms, held),
+        table=_table(arms, held, asked),
         warnings=list(_warnings(arms, held.what)),
         notes=list(_notes(arms, protocol, held)),
         figures={} if alone and len(arms) > MOST_DRAWN else _figures(arms, study.parent.name, published, held),
     )
     if alone:
         return results
-    quantities = shown_for(run for runs in arms.values() for run in runs)
+    quantities = shown_for(run for runs in arms.values() for run in runs) | {name: quantity(name) for name in asked}
     return replace(
         results,
         answers=held.sentences(),
@@ -155,7 +160,7 @@ def _counts(study: TrackedStudy, found: Arms, held: Held) -> Iterator[str]:
 
 
 def _figures(arms: Arms, title: str, published: Mapping[str, RunRecord], held: Held) -> dict[str, Figure]:
-    figures: dict[str, Figure] = {}
+    figures, one_machine = dict[str, Figure](), len({machine_of(run) for runs in arms.values() for run in runs}) == 1
     if drawn := {arm: each.drawn() for arm, each in held.answers.items()}:
         unit = f"difference from {held.against or 'its reference'}, percentage points"
         figures[DIFFERENCES] = forest(drawn, f"{title}: differences", unit, 100 * held.margin)
@@ -168,16 +173,16 @@ def _figures(arms: Arms, title: str, published: Mapping[str, RunRecord], held: H
         if curves and not (name == "validation accuracy" and "test accuracy" in figures):
             theirs = {arm: run.history[metric] for arm, run in published.items() if metric in run.history}
             figures[name] = accuracy_curves(curves, f"{title}: {name}", theirs)
-    best, seconds = (values_of(arms, name) for name in (BEST_TEST, TRAIN_SECONDS))
-    if best and seconds:
-        figures["accuracy against time"] = accuracy_against_time(best, seconds, f"{title}: accuracy and time")
-    if seconds:
+            timed = {arm: [over_time(run, metric) for run in arms[arm] if run.history.get(metric)] for arm in curves}
+            if metric != TRAIN and one_machine and all(map(all, timed.values())):
+                figures["accuracy against time"] = accuracy_against_time(timed, f"{title}: {name} and training time")
+    if seconds := values_of(arms, TRAIN_SECONDS):
         figures["training time"] = bars(seconds, f"{title}: training", "seconds")
     return figures
 
 
-def _table(arms: Arms, held: Held) -> Rows:
-    """Return the short table, a line an arm: the accuracy that decides, the difference, what it costs."""
+def _table(arms: Arms, held: Held, asked: Sequence[str]) -> Rows:
+    """Return the short table, a line an arm: the accuracy that decides, the difference, costs, what is asked for."""
     last = [LAST_TEST] if held.what.name == BEST_TEST else []  # beside a maximum over epochs
     columns: Rows = [("variant", *arms), ("runs", *(str(len(runs)) for runs in arms.values()))]
     for name in (held.what.name, *last):
@@ -185,7 +190,7 @@ def _table(arms: Arms, held: Held) -> Rows:
     if held.answers:
         title = f"less {held.against}" if held.against else "difference"
         columns.append((f"{title} [interval]", *(held.cell(arm) for arm in arms)))
-    for name in (TRAIN_SECONDS, "model/parameters"):
+    for name in (TRAIN_SECONDS, *asked, "model/parameters"):
         columns += line_of(arms, name)
     return list(zip(*columns, strict=True))
 
@@ -238,6 +243,8 @@ def _warnings(arms: Arms, what: Quantity) -> Iterator[str]:
         )
     if len(set(map(split_of, runs))) == 1:
         yield "All runs share one split of the images: what is said holds for that split alone."
+    if (machines := len(set(map(machine_of, runs)))) > 1:
+        yield f"The runs are from {machines} machines: times and rates compare only within one."
     few = min((each.images for each in tests if each.images), default=FEW_IMAGES)
     if few < FEW_IMAGES and means and "test" in what.name:
         share = statistics.fmean(means)

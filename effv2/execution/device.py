@@ -94,11 +94,15 @@ class Execution:
         return torch.cuda.mem_get_info(self.device)[0] // 2 if self.device.type == "cuda" else 0
 
     def set_float32(self) -> None:
-        """Let CUDA compute what isn't in bfloat16 in TF32 beside it, else in float32 itself, in the whole process."""
+        """Let CUDA compute what isn't in bfloat16 in TF32 beside it, else in float32 itself, in the whole process.
+
+        Convolutions then take ways that repeat to the last bit; some of cuDNN's others, in float32, don't.
+        """
         if self.device.type == "cuda":
             precision = "tf32" if self.bf16 else "ieee"
             torch.backends.cuda.matmul.fp32_precision = precision
             torch.backends.cudnn.fp32_precision = precision
+            torch.backends.cudnn.deterministic = True
             # With torch 2.11 convolutions keep a setting of their own: TF32.
             torch.backends.cudnn.conv.fp32_precision = precision  # type: ignore[attr-defined]
 

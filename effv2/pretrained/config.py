@@ -15,6 +15,7 @@ class ImagesConfig(Group):
     dataset: Annotated[str, DATASETS] = Field("imagenette", description="A data set whose classes are ImageNet's.")
     dir: str = Field("", description="Folder of the data set.")
     download: bool = Field(False, description="Download imagenette into the folder if it isn't there.")
+    skip_broken: bool = Field(False, description="Leave out images that can't be read; the run logs which.")
     max_megapixels: float = Field(200.0, gt=0, le=10_000, description="Pixels that an image may have, in millions.")
     per_class: int = Field(0, ge=0, description=QUICK_LOOK.format(" per class"))
     limit: int = Field(0, ge=0, description=QUICK_LOOK.format(""))

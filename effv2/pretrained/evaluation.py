@@ -32,7 +32,7 @@ from effv2.run.weights import Requested
 from effv2.serving.export import as_base64, output_names, write_served
 from effv2.tracking.tags import run_tags
 from effv2.tracking.writer import TrackedRun
-from effv2.training.loop import median_seconds
+from effv2.training.evaluation import median_seconds
 
 # On a CPU a pass over few images stays in caches and in memory that the process already has: 2 to 4 times the rate of
 # batches of 128 (benchmarks/pretrained.md).
@@ -76,8 +76,8 @@ class Evaluation:
 
     def decode(self, reporter: Reporter) -> Decoded:
         """Return the images as the weights want them, decoded once."""
-        tell, limit = partial(reporter.progress, "decoding images"), self.config.data.max_megapixels
-        return decode(self.images.part, self.requested.preparation, tell, limit)
+        tell, chosen = partial(reporter.progress, "decoding images"), self.config.data
+        return decode(self.images.part, self.requested.preparation, tell, chosen.max_megapixels, chosen.skip_broken)
 
     def data_digest(self, decoded: Decoded) -> str:
         """Hash the images: pixels, names and classes."""
@@ -140,6 +140,8 @@ def evaluate(evaluation: Evaluation, spec: RunSpec) -> Attempt:
         spec.run_opened(run.run_id)
         run.log_params(params)
         run.log_git()
+        if images.note:
+            run.log_text("\n".join([images.note, *images.broken, ""]), "data_notes.txt")
         run.log_dataset(images.name, "test", digest, images.location, images.profile())
         run.sender.check()
         metrics = _measure(evaluation, decoded, run, spec.reporter)

@@ -6,7 +6,7 @@ torchvision's. Tests hold the two together by the classes of which torchvision k
 
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache, cached_property
 from importlib.resources import files
 from pathlib import PurePath
@@ -74,7 +74,8 @@ class EvaluationImages:
     """Test images, and behind them others that are of ImageNet's validation set.
 
     `part` holds files and labels 0 to K - 1, of classes that the data calls `names` (K); `outputs` (K) are the outputs
-    of ImageNet's networks that they mean, none where no such network is evaluated. `note` says what was left out.
+    of ImageNet's networks that they mean, none where no such network is evaluated. `note` says what was left out,
+    `broken` which of the images.
     """
 
     name: str
@@ -84,6 +85,16 @@ class EvaluationImages:
     tests: int
     note: str = ""
     names: tuple[str, ...] = ()
+    broken: tuple[str, ...] = ()
+
+    def without(self, broken: set[int]) -> "EvaluationImages":
+        """Return these images but for some positions, which can't be read; InputError where no test image is left."""
+        kept = np.setdiff1d(np.arange(len(self.part)), sorted(broken))
+        if not (tests := int((kept < self.tests).sum())):
+            raise InputError("data.dir", self.location, "no test image can be read", "add images")
+        names = tuple(self.part.ids[at] for at in sorted(broken))
+        note = f"{self.note} Left out, since they can't be read: {len(names)} images, as {names[0]}.".strip()
+        return replace(self, part=self.part.take(kept), tests=tests, note=note, broken=names)
 
     @property
     def classes(self) -> tuple[str, ...]:

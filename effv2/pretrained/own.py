@@ -86,8 +86,10 @@ def _read(requested: Requested) -> Served:
 def _logged(requested: Requested) -> Requested:
     """Return what a logged model says of itself: where it is, its classes, how it wants its images."""
     served = _read(requested)
-    if HEAD not in served.state:
-        raise InputError("models", requested.text, "no training of effv2's logged it", "give its own file or name")
+    name = run.params.get("weights.name", "") if (run := read_run(served.run_id)) else ""
+    if name or HEAD not in served.state:
+        problem = f"it was logged by an evaluation of weights ({name or 'which is gone'}), not by a training"
+        raise InputError("models", requested.text, problem, "name these weights, or their file, instead")
     settings = served.settings
     size = settings["image_size"]
     preparation: Preparation = Square(size)

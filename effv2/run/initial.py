@@ -30,37 +30,49 @@ SETTING, PUBLISHED = "model.weights", "published"
 # What torchvision calls the networks of these tables.
 NETWORKS = {"default": "efficientnet_v2_s"} | {name: name for name in ("efficientnet_v2_m", "efficientnet_v2_l")}
 HEAD = "classifier."  # how the names of its parameters begin
+TELLING = r"\w+|(runs|models):/.+"  # weights that tell how images are normalised: published ones and logged models
 COUNT = "num_batches_tracked"  # of batch norm: decides nothing
 State = Mapping[str, Tensor]
 
 
 @dataclass(frozen=True)
 class Initial:
-    """Weights: a state dict, its SHA-256, and what they were trained on as far as they tell: classes, normalisation."""
+    """Weights: state dict, SHA-256; as far as they tell classes, normalisation, and the address that stays theirs."""
 
     state: State
     sha256: str
     classes: Sequence[str] = ()
     normalise: str = ""
+    address: str = ""
 
 
 def with_weights(configs: Sequence[TrainConfig], load: LoadData, message: Message) -> list[TrainConfig]:
-    """Return configs with the hash of their weights, and normalised as these want it unless the settings say how.
+    """Return configs with hash and lasting address of their weights, normalised as these want it unless that is given.
 
-    InputError for weights that aren't there, or don't fit, or have another hash than is given.
+    InputError for weights that don't fit, have another hash than is given, or aren't there, unless all that is to be
+    known of them is given: then the training that begins with them will see, and one of before needs them no more.
     """
+    said = dict[str, None]()
 
     def settled(config: TrainConfig) -> TrainConfig:
         if not config.model.weights:  # an arm that refuses those of its study, with what belongs to them
             none = config.model.model_copy(update={"weights_sha256": "", "weights_partial": False})
             return config.model_copy(update={"model": none})
-        initial = _find(config.model)
-        model = config.model.model_copy(update={"weights_sha256": initial.sha256})
-        config = config.model_copy(update={"model": model})
+        try:
+            initial = _find(config.model)
+        except InputError:
+            given = "normalise" in config.data.model_fields_set or not re.fullmatch(TELLING, config.model.weights)
+            known = given and re.fullmatch(r"[0-9a-f]{64}", config.model.weights_sha256)
+            if known and not os.path.exists(os.path.expanduser(config.model.weights)):  # noqa: PTH110
+                return config
+            raise
+        said[origin(config, load(config.data).classes)] = None
+        now = {"weights": initial.address or config.model.weights, "weights_sha256": initial.sha256}
+        config = config.model_copy(update={"model": config.model.model_copy(update=now)})
         return with_default(config, "data", "normalise", initial.normalise) if initial.normalise else config
 
     found = list(map(settled, configs))
-    for text in dict.fromkeys(origin(each, load(each.data).classes) for each in found if each.model.weights):
+    for text in said:
         message(f"Starts from {text}.")
     return found
 
@@ -69,11 +81,13 @@ def origin(config: TrainConfig, classes: Sequence[str]) -> str:
     """Say which weights a training starts from, and which share of its parameters they give."""
     with torch.device("meta"):
         network = build_model(config.model.build_table(), config.model.outputs or len(classes))
-    taken = fitting(_find(config.model), network.state_dict(), config.model, classes)
+    found = _find(config.model)
+    taken = fitting(found, network.state_dict(), config.model, classes)
     sizes = {name: parameter.numel() for name, parameter in network.named_parameters()}
     share = sum(size for name, size in sizes.items() if name in taken) / sum(sizes.values())
     new = "" if any(name.startswith(HEAD) for name in taken) else ", a new head"
-    return f"{config.model.weights} ({config.model.weights_sha256[:10]}): {share:.2%} of the parameters{new}"
+    now = f"now {found.address}, " if found.address not in ("", config.model.weights) else ""
+    return f"{config.model.weights} ({now}{found.sha256[:10]}): {share:.2%} of the parameters{new}"
 
 
 def initialise(config: TrainConfig, classes: Sequence[str]) -> Callable[[nn.Module], None]:
@@ -131,13 +145,14 @@ def _found(weights: str, variant: str, _written: int) -> Initial:
     try:
         if weights.startswith(("runs:/", "models:/")):
             served = read_served(weights)
-            return Initial(served.state, served.sha256, served.classes, _name_of(*served.statistics))
+            return Initial(served.state, served.sha256, served.classes, _name_of(*served.statistics), served.address)
         path = os.path.expanduser(weights)
         if os.path.isfile(path):  # noqa: PTH113 (pathlib raises where a folder can't be entered)
             return Initial(read_state(Path(path)), sha256_of_file(Path(path)))
         if variant not in NETWORKS or not re.fullmatch(r"\w+", weights):  # the latter of a path
             problem = f"no such file, and published weights are of {', '.join(NETWORKS)} alone"
-            raise InputError(SETTING, weights, problem, "give a file, runs:/ID or models:/ID")
+            remedy = "give a file, runs:/ID or models:/ID, or to find a run of before its model.weights_sha256 as well"
+            raise InputError(SETTING, weights, problem, remedy)
         wanted = NETWORKS[variant] if weights == PUBLISHED else f"{NETWORKS[variant]}:{weights}"
         (found,) = find_all_weights(parse_models(wanted), None, progress=False)
         return Initial(load_network(found).state_dict(), found.sha256, (), _name_of(*found.normalisation))

@@ -32,7 +32,9 @@ from effv2.run.initial import initialise
 from effv2.serving.export import as_base64, output_names, write_served
 from effv2.tracking.read import download
 from effv2.tracking.writer import TrackedRun
-from effv2.training.loop import Training, evaluate, median_seconds
+from effv2.training.evaluation import evaluate, median_seconds
+from effv2.training.loop import Training
+from effv2.training.stages import stage_table
 
 CURVES = {"train": "train/accuracy", "validation": "val/accuracy", "test": "test/accuracy"}
 MOST_WRONG, MOST_NAMED = 24, 30  # images of a gallery; classes, or pairs of them, that a confusion matrix names
@@ -48,9 +50,9 @@ def log_end(run: TrackedRun, training: Training) -> dict[str, float]:
     outputs = config.model.outputs or len(dataset.classes)
     summary: dict[str, float] = {}
     if config.evaluation.test_set:
-        test = [metrics["test/accuracy"] for metrics in history]
-        best = int(np.argmax(test)) + 1
-        summary = {"best/test_accuracy": test[best - 1], "best/epoch": best, "final/test_accuracy": test[-1]}
+        test = {epoch: each["test/accuracy"] for epoch, each in enumerate(history, 1) if "test/accuracy" in each}
+        best = max(test, key=test.__getitem__)
+        summary = {"best/test_accuracy": test[best], "best/epoch": best, "final/test_accuracy": test[len(history)]}
         summary |= log_test(run, training)
     if dataset.validation is not None:
         summary["selected/val_accuracy"] = history[selected - 1]["val/accuracy"]
@@ -64,12 +66,14 @@ def log_end(run: TrackedRun, training: Training) -> dict[str, float]:
     }
     run.log_metrics(summary)
     curves = {
-        name: [{epoch: metrics[key] for epoch, metrics in enumerate(history, 1)}]
+        name: [{epoch: metrics[key] for epoch, metrics in enumerate(history, 1) if key in metrics}]
         for name, key in CURVES.items()
-        if key in history[0]
+        if key in history[-1]
     }
     with run.new_artifacts() as folder:
         accuracy_curves(curves, "accuracy by epoch").savefig(folder / "curves.png", dpi=120)
+        if config.progressive.stages > 1:
+            write_csv(folder / "stages.csv", stage_table(config, history))
     return summary
 
 
@@ -127,10 +131,7 @@ def write_predictions(
     matrix = confusion_matrix(true, column[argmax], labels=range(len(columns)))[: len(classes)]
     scores = precision_recall_fscore_support(true, column[argmax], labels=range(len(classes)), zero_division=0)
     tables: dict[str, list[tuple[Any, ...]]] = {
-        "predictions": [
-            Answer._fields,
-            *((*each[:3], f"{each.probability:.6f}") for each in answers),
-        ],
+        "predictions": [Answer._fields, *((*each[:3], f"{each.probability:.6f}") for each in answers)],
         "confusion_matrix": [
             ("true", *columns),
             *((name, *row) for name, row in zip(classes, matrix.tolist(), strict=True)),
@@ -233,12 +234,13 @@ def whole_weights(path: Path | None) -> dict[str, Tensor] | None:
 
 def restore(run_id: str, config: TrainConfig, dataset: Dataset) -> Training:
     """Return the training of a finished run, at the weights that it kept; trained again where none are kept whole."""
-    training = Training(config, dataset, initialise=initialise(config, dataset.classes))
     with tempfile.TemporaryDirectory() as folder:
         weights = whole_weights(download(run_id, WEIGHTS, Path(folder)))
-        if weights is not None:
-            training.state.evaluated.load_state_dict(weights)
-            return training
+    if weights is not None:
+        training = Training(config, dataset)
+        training.state.evaluated.load_state_dict(weights)
+        return training
+    training = Training(config, dataset, initialise=initialise(config, dataset.classes))
     for _ in training:
         pass
     training.state.take_selected()

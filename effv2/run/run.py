@@ -27,6 +27,7 @@ from effv2.tracking.store import TRACKING_ERRORS, tracking_faults
 from effv2.tracking.writer import TrackedRun, model_address
 from effv2.training.checkpoint import Checkpointer
 from effv2.training.loop import Training
+from effv2.training.stages import stages_of
 
 FIRST_LOGGED = "time/epoch_seconds"  # metric of each epoch: what a run logs at its start is there by then
 
@@ -84,6 +85,8 @@ def prepare(configs: Sequence[TrainConfig], load: LoadData, message: Message) ->
     """Load and check the data of runs, then resolve `auto` and length, alike; InputError before any is created."""
     for config in map(with_device, configs):
         dataset, outputs = load(config.data), config.model.outputs
+        for stage in stages_of(config):
+            dataset.at_size(stage.image_size)  # images of all stages are decoded before a run is created
         if 0 < outputs < len(dataset.classes):
             problem = f"the data has {len(dataset.classes)} classes"
             raise InputError("model.outputs", outputs, problem, "give at least as many outputs, or 0")
@@ -125,6 +128,8 @@ def attempt(config: TrainConfig, dataset: Dataset, spec: RunSpec) -> Attempt:
             checkpointer.remove()  # if the status alone was missing
             pruned = earlier.tags.get(tag.OUTCOME) == "pruned"
             return Attempt(there, earlier.metrics, reached_accuracy(earlier.metrics), pruned, was_finished=True)
+    elif config.model.weights:
+        tags[tag.WEIGHTS] = origin(config, dataset.classes)  # before the run is there, since they may not be
     _must_be_alone(tags, spec)
     try:
         with ExitStack() as stack:
@@ -160,8 +165,6 @@ def _tags(config: TrainConfig, dataset: Dataset) -> dict[str, str]:
     tags = tag.run_tags(config.hash(), dataset.digest(), code, variant, seed)
     if config.execution.device == "cpu" and (timed := remembered(config)):
         tags[tag.CALIBRATION] = str(timed)
-    if config.model.weights:
-        tags[tag.WEIGHTS] = origin(config, dataset.classes)
     return tags
 
 
@@ -255,13 +258,27 @@ def _is_worked_on(run: RunRecord, spec: RunSpec) -> bool:
     return here or Checkpointer(run.run_id, spec.checkpoints, {}, spec.reporter.message).is_locked()
 
 
+def _begun(config: TrainConfig, dataset: Dataset, run: OpenRun, checkpointer: Checkpointer) -> Training:
+    """Return a training at the last checkpoint of a run, if there is one, else at its first weights, then read anew."""
+    if run.resumed:
+        here, uploaded = checkpointer.folder, artifact_names(run.run_id, CHECKPOINTS)
+        saved = checkpointer.read(uploaded, lambda name: download(run.run_id, f"{CHECKPOINTS}/{name}", here))
+        if saved is not None:
+            training = Training(config, dataset)
+            training.state.load_state_dict(saved)
+            return training
+    return Training(config, dataset, initialise=initialise(config, dataset.classes))
+
+
 def _train(config: TrainConfig, dataset: Dataset, spec: RunSpec, run: OpenRun, checkpointer: Checkpointer) -> Attempt:
     """Train from the run's last checkpoint, if it has one, log each epoch, and what follows from the training.
 
     A checkpoint is written when the training is told to end, and when it has ended: the rest follows from that one.
     """
     reporter = spec.reporter
-    training = Training(config, dataset, initialise=initialise(config, dataset.classes))
+    training = _begun(config, dataset, run, checkpointer)
+    if not (run.resumed or spec.parent):
+        reporter.message(dataset.summary)
     reporter.run_started(spec.name, config.schedule.epochs)
     state = training.state
     if spec.checkpoints.checkpoint_upload_minutes:
@@ -269,11 +286,6 @@ def _train(config: TrainConfig, dataset: Dataset, spec: RunSpec, run: OpenRun, c
     if training.execution.compiled:
         reporter.message("compiling the blocks: the first step takes a minute or two, unless it was done before")
     if run.resumed:
-        here, uploaded = checkpointer.folder, artifact_names(run.run_id, CHECKPOINTS)
-        saved = checkpointer.read(uploaded, lambda name: download(run.run_id, f"{CHECKPOINTS}/{name}", here))
-        if saved is not None:
-            state.load_state_dict(saved)
-        del saved  # it is as large as the state
         reporter.message(f"resuming the run {run.run_id} at epoch {state.progress.epoch + 1}")
         for epoch, metrics in enumerate(state.progress.history, 1):
             run.log_metrics(metrics, step=epoch)  # those that the store has are not logged again
@@ -287,7 +299,7 @@ def _train(config: TrainConfig, dataset: Dataset, spec: RunSpec, run: OpenRun, c
     try:
         for metrics in training:
             epoch, best = state.progress.epoch, state.progress.best_accuracy
-            pruned = spec.epoch_ended(epoch, best)  # first, since the trial may be another process's by now
+            pruned = spec.epoch_ended(epoch, max(best, 0.0))  # first, since the trial may be another process's by now
             run.log_metrics(metrics, step=epoch)
             reporter.epoch(epoch, metrics)
             if pruned:

@@ -33,7 +33,7 @@ from effv2.tracking import store
 from effv2.tracking.addresses import shown_uri
 from effv2.tracking.read import known_runs, read_run, read_runs
 from effv2.tracking.run import begin_run
-from effv2.tracking.tags import CODE_VERSION, COMMAND, PLANNED, QUEUE, STUDY, as_tags, names_in
+from effv2.tracking.tags import CODE_VERSION, COMMAND, PLANNED, QUEUE, SHOWN, STUDY, as_tags, names_in
 from effv2.tracking.writer import TrackedRun, model_address, run_address, status_after
 
 # User attributes of Optuna's study.
@@ -124,6 +124,8 @@ def _open(plan: Plan, storage: Storage, experiment_id: str, options: StudyOption
                 numbers = [study.study_name.rpartition("#") for study in studies]
                 queue = f"{name}#{1 + max((int(last) for before, _, last in numbers if before == name), default=0)}"
                 attributes = _create(plan, storage, queue, definition, options.fresh)
+                for line in plan.about:
+                    reporter.message(line)
     except DATABASE_ERRORS as error:
         raise cannot_use(storage.shown, error) from error
     study = OpenedStudy(plan, options, queue, TrackedRun(attributes[PARENT], experiment_id), attributes[FRESH])
@@ -131,7 +133,7 @@ def _open(plan: Plan, storage: Storage, experiment_id: str, options: StudyOption
         (record,) = read_runs([study.parent.run_id])
         study = replace(study, plan=plan.resumed(record.params, partial(_begin, storage, queue)))
         study.parent.take_over_adopted()
-        study.parent.set_tags({COMMAND: provenance.COMMAND.get()})
+        study.parent.set_tags({COMMAND: provenance.COMMAND.get()} | as_tags(SHOWN, plan.show))
         _note_planned(study, storage.retry(lambda: study.queue(storage).trials()))
     except BaseException as error:
         study.leave(storage, status_after(error))

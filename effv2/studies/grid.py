@@ -116,6 +116,7 @@ def make_grid(
         kind=kind,
         trials=trials,
         definition=definition,
+        about=list({load(config.data).summary: "" for config in arms.values()}),
         epochs=max(config.schedule.epochs for config in arms.values()),
         arms=arms,
         splits=study.splits,

@@ -42,7 +42,7 @@ from effv2.tracking.read import SELECTED_TEST, SELECTED_VALIDATION, read_runs
 from effv2.tracking.tags import BEST_RUN, LOOKS
 from effv2.tracking.writer import TrackedRun, model_address
 
-ABOUT = {"name", "description", "retries", "baseline"}  # what a plan takes from a study file
+ABOUT = {"name", "description", "retries", "baseline", "show"}  # what a plan takes from a study file
 COUNTED = {"running": TrialState.RUNNING, "pruned": TrialState.PRUNED, "failed": TrialState.FAIL}
 LONGEST_NAME = 200  # characters, of a comparison of weights
 RANDOM_TRIALS = 10  # of a search, before TPE has anything to go by
@@ -60,9 +60,9 @@ class Plan(ABC):
 
     `kind` is the command that makes it. `trials` are those that are wanted now, by name, with their fixed parameters.
     `definition` holds, as plain values, what makes this study this study: another definition is another study.
-    `epochs` are those of a trial at most. A plan that `searches` lets a sampler choose the parameters; its poor and its
-    diverged runs are pruned, and its best one is tested. `stamps` are settled before the first run: params of the
-    study's run, which never change.
+    `about` is said when it begins. `epochs` are those of a trial at most. A plan that `searches` lets a sampler choose
+    the parameters; its poor and its diverged runs are pruned, and its best one is tested. `stamps` are settled before
+    the first run: params of the study's run, which never change. `show` names what its tables show besides the usual.
     """
 
     kind: str
@@ -70,9 +70,11 @@ class Plan(ABC):
     trials: Mapping[str, Params]
     definition: Mapping[str, Any]
     epochs: int = 1
+    about: Sequence[str] = ()
     description: str = ""
     retries: int = 0
     baseline: str = ""
+    show: Sequence[str] = ()
     stamps: Mapping[str, Any] = field(default_factory=dict)
     searches: ClassVar[bool] = False
 
@@ -257,8 +259,8 @@ def make_search(study: Study, layer: Layer, trials: int, load: LoadData, reporte
     wanted = {f"trial {number}": own if inside and not number else {} for number in range(trials or ranges.trials)}
     data, code = load(config.data).digest(), provenance.code_version()
     definition = {"base": config.identity(), "data": data, "code": code, **ranges.model_dump(exclude={"trials"})}
-    about = study.model_dump(include=ABOUT) | {"kind": "search", "epochs": epochs}
-    return Search(trials=wanted, definition=definition, base=config, ranges=ranges, **about)
+    named = study.model_dump(include=ABOUT) | {"kind": "search", "epochs": epochs, "about": [load(config.data).summary]}
+    return Search(trials=wanted, definition=definition, base=config, ranges=ranges, **named)
 
 
 def make_weights(
@@ -271,12 +273,17 @@ def make_weights(
     requests, evaluations = parse_models(models), {}
     own = [each.outputs != OUTPUTS for each in requests]
     images = choose_images(config.data, imagenet=not all(own), own=any(own))
-    if images.note:
-        reporter.message(images.note)
     precision = "bf16" if config.execution.precision == "bf16" else "fp32"
     resolved = {"device": resolve_device(config.execution.device), "precision": precision}
     config = config.model_copy(update={"execution": config.execution.model_copy(update=resolved)})
-    for requested in find_networks(requests, folder, progress, images):
+    found = find_networks(requests, folder, progress, images)
+    if config.data.skip_broken:  # for all networks those that any of them can't be given
+        all_ = (evaluation.Evaluation(each, images, config).decode(reporter) for each in found)
+        if broken := {at for decoded in all_ for at in decoded.broken}:
+            images = images.without(broken)
+    if images.note:
+        reporter.message(images.note)
+    for requested in found:
         load_network(requested)
         evaluations[requested.label] = evaluation.Evaluation(requested, images, config)
     # All networks and images: what is ranked together is corrected for its number.

@@ -17,7 +17,7 @@ import torch
 from optuna.trial import FrozenTrial, TrialState
 
 from effv2.config.options import StudyOptions
-from effv2.core.errors import Diverged, LeaseLost, RunError, StoreAway, Terminated
+from effv2.core.errors import Diverged, InputError, LeaseLost, RunError, StoreAway, Terminated
 from effv2.core.processes import ending_signals, leave, tune_allocator
 from effv2.core.reporter import Reporter
 from effv2.data.dataset import LoadData, load_once
@@ -117,7 +117,7 @@ class Worker:
             raise
         except LeaseLost:
             pass
-        except RunError as error:
+        except (RunError, InputError) as error:
             self.queue.fail(lease, str(error), final=isinstance(error, Diverged))
         except Exception as error:  # a fault of ours or of a library costs one run, not the study
             if outage_passed(error, self.setbacks, name, OUTAGE_SECONDS, self.reporter.message):

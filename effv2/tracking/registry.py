@@ -12,7 +12,7 @@ from mlflow.exceptions import MlflowException
 from effv2.core.errors import InputError
 from effv2.core.processes import uninterrupted
 from effv2.tracking.store import MISSING, REFUSALS, MlflowClient
-from effv2.tracking.tags import PROMOTING
+from effv2.tracking.tags import PROMOTING, PROMOTION
 from effv2.tracking.writer import model_address
 
 CHAMPION = "champion"  # the alias
@@ -58,25 +58,30 @@ def find_champion(name: str) -> ModelVersion | None:
 def promote_version(name: str, model: LoggedModel, judge: Callable[[], tuple[str, Mapping[str, str]] | None]) -> None:
     """Register a model, unless it is, and move the alias to it if `judge` returns a description and tags for it.
 
-    That is asked when all versions that were registered before are judged. Without them a new version is deleted.
+    That is asked when all versions that were registered before are judged: a new version takes the turn. It is deleted
+    where the model has another, or isn't promoted; then also what a kill has left of it.
     """
     client, judged = MlflowClient(), None
-    there = [each for each in _versions(name) if each.source == model.model_uri]
-    version = there[0] if there else _register(name, model)
-    number = str(version.version)
+    turn = version = _register(name, model)
     try:
-        if not there:
-            _await_turn(version)
+        _await_turn(turn)
+        before = (each for each in _versions(name) if int(each.version) < int(turn.version))
+        version = next((each for each in before if each.source == model.model_uri), turn)
+        number = str(version.version)
         if judged := judge():
+            ours = {tag for tag in version.tags if tag.startswith((PROMOTING, PROMOTION))}
             with uninterrupted():
                 client.update_model_version(name, number, judged[0])
                 for tag, value in judged[1].items():
                     client.set_model_version_tag(name, number, tag, value)
                 client.set_registered_model_alias(name, CHAMPION, number)
-                client.delete_model_version_tag(name, number, PROMOTING)
+                for tag in ours - judged[1].keys():
+                    client.delete_model_version_tag(name, number, tag)
     finally:
-        if not there and not judged:
-            client.delete_model_version(name, number)
+        left = not judged and PROMOTING in version.tags and not version.description
+        for each in {turn.version: turn, version.version: version}.values():
+            if left or each is not version:
+                client.delete_model_version(name, str(each.version))
 
 
 def _versions(name: str) -> list[ModelVersion]:

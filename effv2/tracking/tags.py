@@ -37,6 +37,7 @@ CALIBRATION = "effv2.calibration"
 # Of a study's run.
 QUEUE = "effv2.queue"  # the name of the study in Optuna's storage
 PLANNED = "effv2.planned"  # the names of all runs that it is to have
+SHOWN = "effv2.shown"  # the names of what its tables show besides the usual
 REUSED = "effv2.borrowed"  # runs that were finished before, for other studies, as `reused` writes them
 ANSWER = "effv2.answer"  # what came out, for MLflow's table of runs
 BEST_RUN = "effv2.best_run"

@@ -41,13 +41,7 @@ class Checkpointer:
 
     upload: Callable[[Path], None] | None = None
 
-    def __init__(
-        self,
-        run_id: str,
-        options: CheckpointOptions,
-        identity: Mapping[str, str],
-        message: Message,
-    ) -> None:
+    def __init__(self, run_id: str, options: CheckpointOptions, identity: Mapping[str, str], message: Message) -> None:
         self.folder = Path(os.path.expanduser(options.checkpoint_dir)) / run_id
         self._longest, self._between_uploads = 60 * options.checkpoint_minutes, 60 * options.checkpoint_upload_minutes
         self._identity, self._message = dict(identity), message

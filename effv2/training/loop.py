@@ -1,11 +1,9 @@
-"""The training loop, a generator over a state that can be saved after any step; evaluation on a split."""
+"""The training loop, a generator over a state that can be saved after any step."""
 
 import math
-import statistics
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass
-from itertools import compress
+from dataclasses import asdict
 from typing import Any
 
 import torch
@@ -15,72 +13,22 @@ from torch.optim.swa_utils import AveragedModel
 
 from effv2.architecture import build_model
 from effv2.config.schema import TrainConfig
-from effv2.core.errors import Diverged, RunError
+from effv2.core.errors import Diverged
 from effv2.core.internals import copy_all, lerp_all
 from effv2.core.processes import uninterrupted
 from effv2.core.randomness import private_randomness, seed_generators, stream_seed
 from effv2.data import batches
-from effv2.data.dataset import Dataset, Split, to_device
-from effv2.execution.device import Execution, Forward, make_execution
+from effv2.data.dataset import Dataset, to_device
+from effv2.execution.device import Execution, Function, make_execution
+from effv2.training.evaluation import Metrics, epoch_metrics, evaluate
 from effv2.training.freezing import norms_are_frozen, set_modes
 from effv2.training.optimisers import Schedule, make_optimiser
 from effv2.training.progress import EpochSums, Progress, watched_accuracy
+from effv2.training.stages import Stage, set_dropout, stage_metrics, stage_of
 
 # On an accelerator the loss is looked at this seldom, since each look waits for the device.
 STEPS_BETWEEN_LOSS_CHECKS = 50
-TIMED_SECONDS, TIMED_PASSES = 1.0, 11
-
-Metrics = dict[str, float]
 Initialise = Callable[[nn.Module], None]  # is given the network with its first weights, which it may change
-
-
-@dataclass(frozen=True)
-class Evaluation:
-    """Mean cross-entropy, fraction right, float32 logits (N, outputs) and labels (N) in the split's order."""
-
-    loss: float
-    accuracy: float
-    logits: Tensor
-    labels: Tensor
-
-
-# What is measured of each evaluated split after each epoch, and logged as `<split>/<name>`. A new metric is one entry.
-EPOCH_METRICS: dict[str, Callable[[Evaluation], float]] = {
-    "loss": lambda found: found.loss,
-    "accuracy": lambda found: found.accuracy,
-}
-
-
-def evaluate(network: Forward, split: Split, batch_size: int) -> Evaluation:
-    """Run a network for inference (of Execution) over `split`; the argmax is over all outputs."""
-    parts = map(split.images, torch.arange(len(split)).split(batch_size))
-    logits = torch.cat(list(map(network, parts))).cpu()
-    loss = F.cross_entropy(logits, split.labels).item()
-    accuracy = (logits.argmax(1) == split.labels).double().mean().item()
-    return Evaluation(loss, accuracy, logits, split.labels)
-
-
-def epoch_metrics(found: Evaluation) -> Metrics:
-    """Return the figures by name; RunError names one that fails or is no number."""
-    figures = {}
-    for name, measure in EPOCH_METRICS.items():
-        try:
-            figures[name] = float(measure(found))
-        except Exception as error:
-            problem = f"The metric {name!r} of EPOCH_METRICS failed ({type(error).__name__}: {error})"
-            raise RunError(f"{problem}; correct it.", resumes=True) from error
-    return figures
-
-
-def median_seconds(work: Callable[[], object]) -> float:
-    """Return the median seconds of `work`, done as often as fits a second, 1 to 11 times, after a first."""
-    work()
-    seconds: list[float] = []
-    while len(seconds) < TIMED_PASSES and sum(seconds) < TIMED_SECONDS:
-        started = time.perf_counter()
-        work()
-        seconds.append(time.perf_counter() - started)
-    return statistics.median(seconds)
 
 
 class TrainState:
@@ -100,6 +48,10 @@ class TrainState:
             initialise(network)
             self.model = execution.place(network)
         self.averaged = AveragedModel(self.model, use_buffers=True) if optimiser.ema_decay else None
+        both = (self.averaged.module, self.model) if self.averaged else ()
+        tensors = [[*module.parameters(), *module.buffers()] for module in both]  # which stay the same ones
+        self._smooth = [[each for each in side if each.is_floating_point()] for side in tensors]
+        self._counts = [[each for each in side if not each.is_floating_point()] for side in tensors]
         steps_per_epoch = batches.batch_count(len(dataset.train), optimiser.batch_size)
         self.optimiser = make_optimiser(optimiser, self.model)
         self.schedule = Schedule(config.schedule, self.optimiser, steps_per_epoch)
@@ -118,11 +70,8 @@ class TrainState:
             return
         n = int(self.averaged.n_averaged)
         weight = 1 - min(decay, (1 + n) / (10 + n)) if n else 1.0
-        averaged, current = ([*module.parameters(), *module.buffers()] for module in (self.averaged.module, self.model))
-        smooth = [each.is_floating_point() for each in averaged]
-        lerp_all(list(compress(averaged, smooth)), list(compress(current, smooth)), weight)
-        counts = [not each for each in smooth]
-        copy_all(list(compress(averaged, counts)), list(compress(current, counts)))
+        lerp_all(self._smooth[0], self._smooth[1], weight)
+        copy_all(self._counts[0], self._counts[1])
         self.averaged.n_averaged += 1  # AveragedModel's own update would wait for a GPU
 
     def state_dict(self) -> dict[str, Any]:
@@ -170,6 +119,8 @@ class Training:
         self.config, self.state, self.execution = config, state, execution
         # On an accelerator for good where it has room, so that no step waits for its images.
         self.dataset = dataset.on(execution.device) if dataset.bytes <= execution.room_for_data() else dataset
+        self._stage = Stage(0, config.data.image_size, config.augment, config.model.dropout)  # before the first
+        self._train_split = self.dataset.train
         self.on_step: Callable[[int, int], None] = lambda step, steps: None
         usual = min(config.optimiser.batch_size, len(dataset.train))  # a size that is worth compiling
 
@@ -184,9 +135,13 @@ class Training:
             loss.backward()
             return loss.detach(), (logits.detach().argmax(1) == labels).sum()
 
-        graphed = execution.graphed(differentiate, state.model.parameters())
-        # A graph sets the gradients of the same parameters throughout.
-        self._differentiate = differentiate if config.optimiser.frozen_epochs else graphed
+        def recorded() -> Function:
+            """Return `differentiate` as CUDA graphs of its own, where they are used."""
+            # A graph sets the gradients of the same parameters throughout.
+            frozen = config.optimiser.frozen_epochs
+            return differentiate if frozen else execution.graphed(differentiate, state.model.parameters())
+
+        self._recorded, self._differentiate = recorded, recorded()
         self._statistics = batches.NORMALISATIONS[config.data.normalise]
         self.network_for_inference = execution.inference_factory(state.evaluated, self._statistics)
 
@@ -194,17 +149,19 @@ class Training:
         """Train until the last epoch or early stopping, yielding each epoch's metrics; Diverged."""
         progress = self.state.progress
         while progress.epoch < self.config.schedule.epochs and not progress.should_stop(self.config.stopping):
+            last = progress.epoch + 1 == self.config.schedule.epochs
+            evaluates = last or (progress.epoch + 1) % self.config.evaluation.every == 0
             with private_randomness():
-                metrics = self._train_epoch() | self._evaluate_epoch()
+                metrics = self._train_epoch() | (self._evaluate_epoch() if evaluates else {})
             with uninterrupted():
-                metrics["time/epoch_seconds"] = metrics["time/train_seconds"] + metrics["time/evaluate_seconds"]
+                metrics["time/epoch_seconds"] = metrics["time/train_seconds"] + metrics.get("time/evaluate_seconds", 0)
                 progress.epoch += 1
                 progress.train_seconds += metrics["time/train_seconds"]
                 self.state.sums = EpochSums()
                 progress.history.append(metrics)
-                watched = watched_accuracy(metrics)
-                self.state.schedule.after_epoch(progress.epoch, watched)
-                if watched > progress.best_accuracy:
+                if (watched := watched_accuracy(metrics)) is not None:
+                    self.state.schedule.after_epoch(progress.epoch, watched)
+                if watched is not None and watched > progress.best_accuracy:
                     progress.best_accuracy, progress.best_epoch = watched, progress.epoch
                     if self.dataset.validation is not None:
                         weights = self.state.evaluated.state_dict()
@@ -219,7 +176,8 @@ class Training:
         check_every = 1 if self.execution.device.type == "cpu" else STEPS_BETWEEN_LOSS_CHECKS
         made = self.state.progress.step - self.state.progress.epoch * steps
         rest, device = order[made * batch_size :], self.execution.device
-        left = batches.training_batches(self.dataset.train, rest, batch_size, device)
+        self._enter(stage_of(self.config, self.state.progress.epoch + 1))
+        left = batches.training_batches(self._train_split, rest, batch_size, device)
         set_modes(self.state.model, self.config.optimiser, self.state.progress.epoch + 1)
         started = time.perf_counter()
         for step, (images, labels) in enumerate(left, made + 1):
@@ -236,7 +194,18 @@ class Training:
             "learning_rate": self.state.schedule.rate,
             "time/train_seconds": sums.seconds,
             "throughput/train_images_per_second": sums.images / sums.seconds,
+            **stage_metrics(self.config, self._stage),
         }
+
+    def _enter(self, stage: Stage) -> None:
+        """Go over to a stage of progressive learning: its dropout, its images, CUDA graphs of their shape."""
+        if stage == self._stage:
+            return
+        self._stage, self._differentiate = stage, self._recorded()
+        set_dropout(self.state.model, stage.dropout)
+        split = self.dataset.at_size(stage.image_size).train
+        fits = split.pixels.nbytes <= self.execution.room_for_data()
+        self._train_split = split.on(self.execution.device) if fits else split
 
     def _order(self, epoch: int) -> Tensor:
         """Return which training images an epoch takes, in order; epoch 0 comes before the training."""
@@ -248,12 +217,12 @@ class Training:
         """Make one step and add it to the sums of the epoch, without waiting for the device."""
         config, state, step, device = self.config, self.state, self.state.progress.step, self.execution.device
         seed_generators(stream_seed(config.random.seed, "augmentation", step), device)
-        images = to_device(batches.augment(images, config.augment), device)
+        images = to_device(batches.augment(images, self._stage.augment), device)
         inputs = batches.normalised(images, self._statistics, self.execution.channels_last)
         labels = to_device(labels, device)
         outputs = config.model.outputs or len(self.dataset.classes)
         targets = batches.one_hot(labels, outputs, config.optimiser.label_smoothing)
-        inputs, targets = batches.mix_samples(inputs, targets, config.augment)
+        inputs, targets = batches.mix_samples(inputs, targets, self._stage.augment)
 
         seed_generators(stream_seed(config.random.seed, "dropout", step), device)
         loss, right = self._differentiate(inputs, targets, labels)

@@ -67,6 +67,13 @@ def _sgd(groups: Groups, config: OptimiserConfig) -> Optimizer:
     return SGD(groups, lr=config.lr, momentum=config.momentum, nesterov=config.momentum > 0, fused=True)
 
 
+@OPTIMISERS.register("muon")
+def _muon(groups: Groups, config: OptimiserConfig) -> Optimizer:
+    from effv2.training.muon import Muon
+
+    return Muon(groups, config.lr, config.momentum)
+
+
 def after_warmup(factor: Callable[[int, int], float]) -> Callable[[ScheduleConfig, int, int], float]:
     """Put the linear warm-up before a function of the step after it and of how many such steps there are."""
 

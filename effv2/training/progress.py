@@ -29,14 +29,15 @@ class Progress:
         if not stopping.patience or self.epoch < stopping.min_epochs + stopping.patience:
             return False
         first = max(1, stopping.min_epochs) if stopping.best_since == "min_epochs" else 1
-        watched = [watched_accuracy(metrics) for metrics in self.history[first - 1 :]]
-        best_epoch = first + watched.index(max(watched))
-        return self.epoch - max(best_epoch, stopping.min_epochs) >= stopping.patience
+        found = map(watched_accuracy, self.history[first - 1 :])
+        watched = {epoch: accuracy for epoch, accuracy in enumerate(found, first) if accuracy is not None}
+        best_epoch = max(watched, key=watched.__getitem__, default=0)
+        return self.epoch in watched and self.epoch - max(best_epoch, stopping.min_epochs) >= stopping.patience
 
 
-def watched_accuracy(metrics: Mapping[str, float]) -> float:
-    """Return the accuracy that selects, stops and lowers the rate: of validation, of the test set without one."""
-    return metrics["val/accuracy"] if "val/accuracy" in metrics else metrics["test/accuracy"]
+def watched_accuracy(metrics: Mapping[str, float]) -> float | None:
+    """Return the accuracy that selects, stops and lowers the rate: of validation, else of the test set, else None."""
+    return metrics.get("val/accuracy", metrics.get("test/accuracy"))
 
 
 @dataclass

@@ -1,0 +1,84 @@
+"""The stages of progressive learning (Tan & Le 2021, section 4): what a training has in each of its epochs."""
+
+import statistics
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from torch import nn
+
+from effv2.config.schema import AugmentConfig, ProgressiveConfig, TrainConfig
+from effv2.training.progress import watched_accuracy
+
+SIZE_STEP = 4  # pixels: sizes between the first and the last are multiples of it
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One stage, counted from 1: the side of its images in pixels, how they are changed, and the head's dropout."""
+
+    number: int
+    image_size: int
+    augment: AugmentConfig
+    dropout: float
+
+
+def stages_of(config: TrainConfig) -> list[Stage]:
+    """Return the stages of a training; of one without progressive learning the only one."""
+    count = config.progressive.stages
+    shares = [number / (count - 1) for number in range(count)] if count > 1 else [1.0]
+    return [_stage(config, number, share) for number, share in enumerate(shares, 1)]
+
+
+def _stage(config: TrainConfig, number: int, share: float) -> Stage:
+    """Return the stage in which settings have risen by a share of the way to the last."""
+    first, last = config.progressive, config.augment
+
+    def risen(start: float, end: float) -> float:
+        return end if start < 0 or share == 1 else start + share * (end - start)
+
+    last_size = first.last_image_size or config.data.image_size
+    size = round(risen(first.image_size or last_size, last_size))
+    if 0 < share < 1:
+        size = SIZE_STEP * round(size / SIZE_STEP)
+    changed = {
+        "crop": round(last.crop * size / config.data.image_size),
+        "rand_augment": risen(first.rand_augment, last.rand_augment),
+        "mixup": risen(first.mixup, last.mixup),
+    }
+    return Stage(number, size, last.model_copy(update=changed), risen(first.dropout, config.model.dropout))
+
+
+def stage_of(config: TrainConfig, epoch: int) -> Stage:
+    """Return the stage of an epoch, both counted from 1; all stages have as many epochs, give or take one."""
+    stages = stages_of(config)
+    return stages[min(len(stages), 1 + (epoch - 1) * len(stages) // config.schedule.epochs) - 1]
+
+
+def set_dropout(network: nn.Module, dropout: float) -> None:
+    """Set the dropout before the classifier."""
+    for layer in network.get_submodule("classifier").modules():
+        if isinstance(layer, nn.Dropout):
+            layer.p = dropout
+
+
+def stage_metrics(config: TrainConfig, stage: Stage) -> dict[str, float]:
+    """Return what is logged of the stage of an epoch; nothing without progressive learning."""
+    if config.progressive == ProgressiveConfig():
+        return {}
+    return {"progressive/stage": stage.number, "progressive/image_size": stage.image_size}
+
+
+def stage_table(config: TrainConfig, history: Sequence[Mapping[str, float]]) -> list[tuple[str | float, ...]]:
+    """Return a head and a row for each stage that was trained: its settings, time, rate, and last accuracy."""
+    head = "stage epochs image_size rand_augment mixup dropout train_seconds images_per_second watched_accuracy"
+    rows: list[tuple[str | float, ...]] = [tuple(head.split())]
+    for stage in stages_of(config):
+        epochs = [each for each in history if each["progressive/stage"] == stage.number]
+        if epochs:
+            rate = statistics.median(each["throughput/train_images_per_second"] for each in epochs)
+            seconds = sum(each["time/train_seconds"] for each in epochs)
+            settings = stage.image_size, stage.augment.rand_augment, stage.augment.mixup, stage.dropout
+            reached = [accuracy for each in epochs if (accuracy := watched_accuracy(each)) is not None]
+            ended = round(reached[-1], 4) if reached else ""
+            rows.append((stage.number, len(epochs), *settings, round(seconds, 3), round(rate), ended))
+    return rows
