@@ -47,7 +47,7 @@ class _Search(_Settings, _OneRun, _Queue, _Checkpoints, _Logging, total=False):
 def search(*, reporter: Reporter | None = None, **options: Unpack[_Search]) -> StudyResult: ...
 class _EvaluatePretrained(_Queue, _Logging, total=False):
     models: str | Iterable[str]; weights_dir: str | PathLike[str]; dataset: str; data_dir: str | PathLike[str]
-    download: bool; max_megapixels: float; per_class: int; limit: int; seed: int
+    download: bool; skip_broken: bool; max_megapixels: float; per_class: int; limit: int; seed: int
     device: Literal["auto", "cpu", "cuda", "mps"]; precision: Literal["fp32", "bf16", "auto"]; batch_size: int
 def evaluate_pretrained(*, reporter: Reporter | None = None, **options: Unpack[_EvaluatePretrained]) -> StudyResult: ...
 class _Report(TypedDict, total=False):

@@ -127,3 +127,26 @@ def _help(field: FieldInfo, default: Any) -> str:
     shown = f"{default:g}" if isinstance(default, float) else str(default).lower()
     notes = "; ".join(filter(None, ("" if default in ("", None, ()) else f"default: {shown}", limits)))
     return f"{field.description}  [{notes}]" if notes else str(field.description)
+<<<<<<< HEAD
+=======
+
+
+def _layer(options: Mapping[str, str], more: Sequence[str]) -> Layer:
+    """Return settings that were given by options of their own, and `more` of them, as --set takes them."""
+    layer = {name: Written(value) for name, value in options.items()}
+    known = list(TrainConfig().flat())
+    for part in chain.from_iterable(re.split(r"[,\s]+(?=\w+\.\w+=)", text.strip(", ")) for text in more):
+        name, sign, value = part.partition("=")
+        problem, remedy = "", "remove one"
+        if not sign:
+            problem, remedy = "has no value", "write SETTING=VALUE"
+        elif name not in known:
+            same = [each for each in known if each.endswith(f".{name}")]
+            problem, remedy = "no such setting", f"give {same[0]}" if same else nearest(name, known)
+        elif name in layer:
+            problem = f"{name} is given as well" if name in options else "is given twice"
+        if problem:
+            raise InputError(f"set {name}", value, problem, remedy)
+        layer[name] = Written(value, f"set {name}")
+    return layer
+>>>>>>> left
