@@ -41,6 +41,7 @@ STUDY_KEYS = {
     "seeds": "A list such as `[0, 1, 2]`, or a single seed.",
     "splits": "Number of splits of the images. Every seed is trained on each split. Default: 1.",
     "paired": "`true` compares runs of equal seed with each other. Default: false.",
+    "show": "Times to an accuracy that tables also show, such as `[seconds/to_test_accuracy_0.9]`.",
     "retries": "How often a failed run is tried again. Default: 1.",
     "search": "Ranges to search, instead of arms.",
     "protocol": "Sources of the settings: `stated`, `shown`, `inferred`, `assumed`.",
@@ -66,6 +67,8 @@ EPOCH_METRICS = {
     "time/evaluate_seconds": "Seconds of evaluation.",
     "throughput/train_images_per_second": "Training images per second.",
     "throughput/evaluate_images_per_second": "Evaluated images per second.",
+    "progressive/stage": "Stage of the training, if it has stages.",
+    "progressive/image_size": "Size of the training images in pixels, if there are stages.",
 }
 FINAL_METRICS = {
     "best/test_accuracy": "The highest test accuracy of all epochs.",
@@ -103,6 +106,7 @@ TAGS = {
     tags.QUEUE: "On a study: its name in Optuna's storage.",
     tags.PLANNED: "On a study: the names of its planned runs.",
     tags.REUSED: "On a study: finished runs that it reuses.",
+    tags.SHOWN: "On a study: the times that its tables also show.",
     tags.ANSWER: "On a study: its answers in sentences.",
     tags.BEST_RUN: "On a search: the id of the best run.",
     tags.LOOKS: "On a search: the trials that were evaluated on the test set.",

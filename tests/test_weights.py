@@ -264,8 +264,8 @@ def test_weights_that_are_gone_are_missed_only_where_a_training_begins_with_them
     tmp_path: Path, sqlite_store: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Not by a run that is finished or has a checkpoint, if their hash is known in full."""
-    path = saved(tmp_path / "w.pth", 1000)
-    plain = "--weights", str(path)
+    path = saved(tmp_path / "a,b=c.pth", 1000)
+    plain = "--set", f"optimiser.momentum=0.8,model.weights={path}"
     words = *plain, "--set", f"model.weights_sha256={sha256_of_file(path).upper()}", "--epochs", "2"
     with monkeypatch.context() as patch:
 
@@ -281,7 +281,7 @@ def test_weights_that_are_gone_are_missed_only_where_a_training_begins_with_them
     (run,) = MlflowClient().search_runs(["0"])
     assert "a new head" in run.data.tags["effv2.weights"] and run.data.params["model.weights"] == str(path)
     for refused in (call(*words, "--seed", "1"), call(*plain)):
-        assert refused.exit_code == 2 and f"--weights {path}: no such file" in refused.output
+        assert refused.exit_code == 2 and f" {path}: no such file" in refused.output
         assert "model.weights_sha256" in refused.output
     assert len(MlflowClient().search_runs(["0"])) == 1
 

@@ -193,7 +193,7 @@ def _layer(options: Mapping[str, Any], more: Sequence[str]) -> Layer:
     """Return settings that were given by options of their own, and `more` of them, as the option `set` takes them."""
     layer = {name: Written(value) for name, value in options.items()}
     known = list(TrainConfig().flat())
-    for part in chain.from_iterable(re.split(r"[,\s]+(?=[\w.]+=)", text.strip(", ")) for text in more):
+    for part in chain.from_iterable(re.split(r"[,\s]+(?=\w+\.\w+=)", text.strip(", ")) for text in more):
         name, sign, value = part.partition("=")
         problem, remedy = "", "remove one"
         if not sign:

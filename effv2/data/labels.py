@@ -108,9 +108,8 @@ def _rows(path: Path) -> list[tuple[str, str, str]]:
     if len(names) == 2 and any(columns):  # the other is the other
         columns = [column or next(name for name in names if name not in columns) for column in columns]
     if not all(columns) or columns[0] == columns[1]:
-        problem = (
-            f"its first line names no column of files and one of labels ({', '.join(names[:SHOWN]) or 'it is empty'})"
-        )
+        shown = ", ".join(names[:SHOWN]) or "it is empty"
+        problem = f"its first line names no column of files and one of labels ({shown})"
         raise InputError("data.labels", path, problem, "call them file and label")
     columns.append(next((plain[each] for each in PART_COLUMNS.split() if each in plain), ""))
     of_file, of_label, part = columns

@@ -119,9 +119,7 @@ def fitting(initial: Initial, network: State, config: ModelConfig, classes: Sequ
         problem = f"they are of another network: {name} is {theirs} in them, {ours} in {config.variant}"
         raise InputError(SETTING, config.weights, problem, "give others, or model.weights_partial to take what fits")
     if all(name.endswith(COUNT) for name in alike):
-        raise InputError(
-            SETTING, config.weights, "nothing of them fits", "give weights of a network that is more alike"
-        )
+        raise InputError(SETTING, config.weights, "nothing of them fits", "give those of a network that is more alike")
     return {name: initial.state[name] for name in alike}
 
 
@@ -151,7 +149,7 @@ def _found(weights: str, variant: str, _written: int) -> Initial:
             return Initial(read_state(Path(path)), sha256_of_file(Path(path)))
         if variant not in NETWORKS or not re.fullmatch(r"\w+", weights):  # the latter of a path
             problem = f"no such file, and published weights are of {', '.join(NETWORKS)} alone"
-            remedy = "give a file, runs:/ID or models:/ID, or to find a run of before its model.weights_sha256 as well"
+            remedy = "give a file, runs:/ID or models:/ID; a run that had them is found by its model.weights_sha256"
             raise InputError(SETTING, weights, problem, remedy)
         wanted = NETWORKS[variant] if weights == PUBLISHED else f"{NETWORKS[variant]}:{weights}"
         (found,) = find_all_weights(parse_models(wanted), None, progress=False)

@@ -224,9 +224,8 @@ def whole_weights(path: Path | None) -> dict[str, Tensor] | None:
     """Read a file of weights; None without one, or where it is damaged. torch itself compares no checksums."""
     with suppress(Exception):  # of the many that damage leads to
         if path is not None:
-            with zipfile.ZipFile(
-                path
-            ) as file:  # what is marked as a folder torch skips, and leaves its tensor as it is
+            with zipfile.ZipFile(path) as file:
+                # What is marked as a folder torch skips, and leaves its tensor as it is.
                 damaged = file.testzip() or any(each.external_attr & FOLDER for each in file.infolist())
             return None if damaged else dict(torch.load(path, map_location="cpu", weights_only=True))
     return None

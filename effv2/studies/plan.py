@@ -250,9 +250,7 @@ def make_search(study: Study, layer: Layer, trials: int, load: LoadData, reporte
     other = next((name for name in ranges.space if name.endswith("_multiplier")), "")
     if other and config.model.weights and not config.model.weights_partial:
         problem = f"a search of {other} makes other networks than they are of"
-        raise InputError(
-            "model.weights", config.model.weights, problem, "give model.weights_partial, or another search"
-        )
+        raise InputError("model.weights", config.model.weights, problem, "give model.weights_partial, or search others")
     # The base's own values first, which the search is to beat.
     own = {name: config.flat()[name] for name in ranges.space}
     inside = all(limits.low <= own[name] <= limits.high for name, limits in ranges.space.items())
