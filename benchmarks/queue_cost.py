@@ -68,7 +68,7 @@ def main(storage: str, workers: int, trials: int) -> None:
         opened.optuna.delete_study(study_id)
         opened.close()
     figures = {
-        "storage": "sqlite" if url.startswith("sqlite") else "postgresql",
+        "storage": url.partition(":")[0],
         "workers": workers,
         "trials": trials,
         "median seconds a trial": round(statistics.median(seconds), 4),
