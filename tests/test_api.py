@@ -17,10 +17,11 @@ from PIL import Image
 
 import effv2
 from effv2.cli.main import train
+from effv2.core.errors import InputError
 from effv2.data.images import Square
 from effv2.tracking.writer import model_address
 from tests import stubs
-from tests.conftest import TINY_TABLE
+from tests.conftest import TINY_STUDY, TINY_TABLE
 from tests.test_commands import all_runs, invoke
 
 TINY: dict[str, Any] = {
@@ -127,3 +128,21 @@ def test_wrong_input_is_an_error_with_its_parts(
     assert not MlflowClient().search_runs(["0"])
     with pytest.raises(TypeError, match=r"no option 'epoch'; the nearest is 'epochs'"):
         effv2.train(epoch=3)  # type: ignore[call-arg]
+
+
+def test_a_script_with_several_workers_runs_once(tmp_path: Path) -> None:
+    script = tmp_path / "script.py"
+    script.write_text(
+        "import effv2\n"
+        "print('once')\n"
+        "study = effv2.ablate(study='tiny.yaml', workers=2, log_model='none')\n"
+        "print(sorted(study.runs['status']))\n"
+    )
+    (tmp_path / "tiny.yaml").write_text(TINY_STUDY)
+    done = subprocess.run([sys.executable, script], cwd=tmp_path, capture_output=True, text=True, timeout=200)
+    assert done.stdout.count("once") == 1 and "['FINISHED', 'FINISHED']" in done.stdout, done.stdout + done.stderr
+
+
+def test_a_setting_of_another_kind_is_named() -> None:
+    with pytest.raises(InputError, match="set"):
+        effv2.train(set=5)  # type: ignore[arg-type]

@@ -28,7 +28,7 @@ from effv2.config.schema import (
     TrainConfig,
 )
 from effv2.config.studies import open_study
-from effv2.core.errors import RunError, Terminated
+from effv2.core.errors import InputError, RunError, Terminated
 from effv2.core.randomness import stream_seed
 from effv2.data.batches import NORMALISATIONS, epoch_order, normalised
 from effv2.data.dataset import Dataset, Split, load_dataset
@@ -39,7 +39,7 @@ from effv2.training.loop import Training, TrainState
 from effv2.training.muon import orthogonal
 from effv2.training.optimisers import Schedule, make_optimiser
 from effv2.training.progress import Progress
-from effv2.training.stages import stage_of, stages_of
+from effv2.training.stages import check_stages, stage_of, stages_of
 from tests.conftest import tiny_config
 
 EVERYTHING: dict[str, Any] = {
@@ -171,6 +171,22 @@ def test_stages_rise_as_in_the_paper() -> None:
     assert [stage.augment.crop for stage in found] == [13, 18, 24, 30]  # as large a part of the image
     numbers_of = [stage_of(config, epoch).number for epoch in range(1, 351)]
     assert numbers_of == sorted(numbers_of) and [numbers_of.count(n) for n in (1, 2, 3, 4)] == [88, 87, 88, 87]
+
+
+@pytest.mark.parametrize(
+    ("wanted", "said"),
+    [
+        ({"stages": 3, "image_size": 16}, "there are only 2 epochs"),
+        ({"stages": 2}, "nothing rises"),
+        ({"image_size": 16}, "set progressive.stages to 2"),
+        ({"dropout": 0}, "set progressive.stages to 2"),
+        ({"stages": 2, "image_size": 4}, "less than 8 pixels"),
+        ({"stages": 2, "mixup": -0.5}, "give -1"),
+    ],
+)
+def test_stages_that_make_no_sense_are_refused(wanted: dict[str, Any], said: str) -> None:
+    with pytest.raises((InputError, ValidationError), match=said):
+        check_stages(tiny_config(progressive=wanted))
 
 
 def test_each_stage_trains_at_its_size_and_is_evaluated_at_the_last() -> None:

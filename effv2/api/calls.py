@@ -58,10 +58,12 @@ class Call:
         given = {each: _plain(options[each], fields[each].annotation) for each in fields if each in options}
         given = {each: value for each, value in given.items() if value not in (None, "", (), [])}
         tune_allocator()  # before torch is imported
-        token = COMMAND.set(_command_line(name.replace("_", "-"), given))
+        token = COMMAND.set("")
         try:
+            read = self.taken.read(given)
+            COMMAND.set(_command_line(name.replace("_", "-"), given))
             with ending_signals(repeated=False):  # a notebook may be interrupted twice
-                return self.function(*self.taken.read(given), reporter or LineReporter())
+                return self.function(*read, reporter or LineReporter())
         except InputError as error:
             names = {setting: option for option, setting in self.taken.settings.items()}
             first, space, more = error.what.partition(" ")

@@ -187,14 +187,17 @@ class ProgressiveConfig(Group):
     mixup: float = Field(-1, ge=-1, le=10, description="Mixup's alpha in the first stage, -1 = as in the last.")
     dropout: float = Field(-1, ge=-1, lt=1, description="Dropout in the first stage, -1 = as in the last.")
 
-    @model_validator(mode="after")
-    def _stages_are_needed(self) -> "ProgressiveConfig":
-        firsts = self.image_size, self.rand_augment + 1, self.mixup + 1, self.dropout + 1
-        if self.stages == 1 and any(firsts):
-            raise ValueError("one stage has no settings that rise; set progressive.stages to 2 or more")
-        if any(0 < size < 8 for size in (self.image_size, self.last_image_size)):
-            raise ValueError("an image size is less than 8 pixels; raise it")
-        return self
+    @field_validator("image_size", "last_image_size", "rand_augment", "mixup", "dropout")
+    @classmethod
+    def _in_stages(cls, value: float, info: ValidationInfo) -> float:
+        if isinstance(value, int) and 0 < value < 8:
+            raise ValueError("it is less than 8 pixels; raise it")
+        if -1 < value < 0:
+            raise ValueError("it is below 0; give -1 for the value of the last stage")
+        rises = info.field_name != "last_image_size" and value != cls.model_fields[str(info.field_name)].default
+        if rises and info.data.get("stages") == 1:
+            raise ValueError("nothing rises in one stage; set progressive.stages to 2 or more")
+        return value
 
 
 class StoppingConfig(Group):
@@ -259,13 +262,6 @@ class TrainConfig(Group):
     evaluation: EvaluationConfig = Field(default_factory=EvaluationConfig)
     execution: ExecutionConfig = Field(default_factory=ExecutionConfig)
     random: RandomConfig = Field(default_factory=RandomConfig)
-
-    @model_validator(mode="after")
-    def _stages_have_epochs(self) -> "TrainConfig":
-        if self.progressive.stages > self.schedule.epochs:
-            problem = f"{self.progressive.stages} stages of progressive learning need as many epochs"
-            raise ValueError(f"{problem}, and there are {self.schedule.epochs}; raise schedule.epochs")
-        return self
 
     def with_seed(self, seed: int, split: int = 0) -> "TrainConfig":
         """Return this configuration for another seed, and for the split that many places after its own."""

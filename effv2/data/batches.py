@@ -169,10 +169,10 @@ def mix_samples(inputs: Tensor, targets: Tensor, config: AugmentConfig) -> tuple
     if config.cutmix:
         taken = 1 - _beta(config.cutmix, count)  # share of the image that the rectangle brings from the partner
         heights = (taken.sqrt() * height).round() * cuts
-        outside = 1 - _rectangles(heights, (taken.sqrt() * width).round(), inputs).float()
+        inside = _rectangles(heights, (taken.sqrt() * width).round(), inputs).float()
         there = to_device(cuts, inputs.device)
-        pixelwise = torch.where(there[:, None, None], outside, pixelwise)
-        share = torch.where(there, outside.flatten(1).mean(1), share)
+        pixelwise = torch.where(there[:, None, None], 1 - inside, pixelwise)
+        share = torch.where(there, 1 - inside.flatten(1).mean(1), share)
     mixed = torch.lerp(inputs[partner], inputs, pixelwise[:, None])
     return mixed, torch.lerp(targets[partner], targets, share[:, None])
 

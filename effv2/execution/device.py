@@ -25,7 +25,7 @@ Module = TypeVar("Module", bound=nn.Module)
 Forward = Callable[[Tensor], Tensor]
 Tensors = tuple[Tensor, ...]
 Function = Callable[..., Tensors]
-COMPILED_FORMS = 256  # of torchvision's one block function: as many as a network has different blocks
+COMPILED_FORMS = 4096  # of torchvision's one block function: as many as a network has different blocks, at all sizes
 # So often a shape is computed eagerly before it is captured: libraries must have chosen their kernels by then.
 WARM_UP = 3
 

@@ -48,6 +48,10 @@ class Initial:
     address: str = ""
 
 
+class OtherWeights(InputError):
+    """The weights are there, but aren't those of the given hash."""
+
+
 def with_weights(configs: Sequence[TrainConfig], load: LoadData, message: Message) -> list[TrainConfig]:
     """Return configs with hash and lasting address of their weights, with normalisation and image size of these.
 
@@ -64,10 +68,11 @@ def with_weights(configs: Sequence[TrainConfig], load: LoadData, message: Messag
             return config.model_copy(update={"model": none})
         try:
             initial = _find(config.model)
-        except InputError:
+        except InputError as error:
             given = config.data.model_fields_set >= WANTED or not re.fullmatch(TELLING, config.model.weights)
             known = given and re.fullmatch(r"[0-9a-f]{64}", config.model.weights_sha256)
-            if known and not os.path.exists(os.path.expanduser(config.model.weights)):  # noqa: PTH110
+            gone = not isinstance(error, OtherWeights) and not os.path.exists(os.path.expanduser(config.model.weights))  # noqa: PTH110
+            if known and gone:
                 return config
             raise
         for name in sorted(WANTED):
@@ -78,6 +83,10 @@ def with_weights(configs: Sequence[TrainConfig], load: LoadData, message: Messag
         return config.model_copy(update={"model": config.model.model_copy(update=now)})
 
     found = list(map(settled, configs))
+    first = next((config.data for config in found if config.model.weights), None)
+    for name in sorted(WANTED) if first else ():  # an arm without weights is compared on the same images
+        wanted = getattr(first, name)
+        found = [each if each.model.weights else with_default(each, "data", name, wanted) for each in found]
     for text in said:
         message(f"Starts from {text}.")
     return found
@@ -139,7 +148,7 @@ def _find(config: ModelConfig) -> Initial:
     found = _found(config.weights, variant, written)
     if config.weights_sha256 and not found.sha256.startswith(config.weights_sha256):
         problem = f"their SHA-256 begins with {found.sha256[:10]}, not {config.weights_sha256[:10]}"
-        raise InputError(SETTING, config.weights, problem, "give those that were meant")
+        raise OtherWeights(SETTING, config.weights, problem, "give those that were meant")
     return found
 
 

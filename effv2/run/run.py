@@ -27,7 +27,8 @@ from effv2.tracking.store import TRACKING_ERRORS, tracking_faults
 from effv2.tracking.writer import TrackedRun, model_address
 from effv2.training.checkpoint import Checkpointer
 from effv2.training.loop import Training
-from effv2.training.stages import stages_of
+from effv2.training.progress import watched_accuracy
+from effv2.training.stages import check_stages, stages_of
 
 FIRST_LOGGED = "time/epoch_seconds"  # metric of each epoch: what a run logs at its start is there by then
 
@@ -83,8 +84,9 @@ class Attempt:
 
 def prepare(configs: Sequence[TrainConfig], load: LoadData, message: Message) -> list[TrainConfig]:
     """Load and check the data of runs, then resolve `auto` and length, alike; InputError before any is created."""
-    configs = with_weights(configs, load, message)
-    for config in map(with_device, configs):
+    configs = with_length(with_weights(list(map(with_device, configs)), load, message), load, message)
+    for config in configs:
+        check_stages(config)
         dataset, outputs = load(config.data), config.model.outputs
         for stage in stages_of(config):
             dataset.at_size(stage.image_size)  # images of all stages are decoded before a run is created
@@ -94,7 +96,7 @@ def prepare(configs: Sequence[TrainConfig], load: LoadData, message: Message) ->
         if not config.evaluation.test_set and dataset.validation is None:
             problem = "there is no validation split, and the test set is left alone: nothing would be measured"
             raise InputError("data.validation_fraction", 0, problem, "give it a share, as 0.1")
-    return resolve_study(with_length(configs, load, message), message)
+    return resolve_study(configs, message)
 
 
 def train_single(config: TrainConfig, name: str, study: str, options: StudyOptions, reporter: Reporter) -> Attempt:
@@ -300,7 +302,8 @@ def _train(config: TrainConfig, dataset: Dataset, spec: RunSpec, run: OpenRun, c
     try:
         for metrics in training:
             epoch, best = state.progress.epoch, state.progress.best_accuracy
-            pruned = spec.epoch_ended(epoch, max(best, 0.0))  # first, since the trial may be another process's by now
+            evaluated = watched_accuracy(metrics) is not None
+            pruned = evaluated and spec.epoch_ended(epoch, best)  # first: the trial may be another process's by now
             run.log_metrics(metrics, step=epoch)
             reporter.epoch(epoch, metrics)
             if pruned:

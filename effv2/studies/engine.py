@@ -3,6 +3,7 @@
 import multiprocessing
 import os
 import signal
+import sys
 import time
 from collections import Counter
 from collections.abc import Callable, Mapping
@@ -10,6 +11,7 @@ from contextlib import closing, suppress
 from dataclasses import dataclass, replace
 from functools import partial
 from multiprocessing.context import SpawnProcess
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -246,10 +248,12 @@ def _supervise(study: OpenedStudy, queue: Queue, message: Message, show: Callabl
         gpu = gpus[index % len(gpus)] if len(gpus) > 1 else ""
         process = context.Process(target=worker_process, args=(study, threads, gpu), daemon=True)
         # It inherits that Ctrl-C, which reaches a whole group, is ignored: this process ends it in order.
-        before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+        before, main = signal.signal(signal.SIGINT, signal.SIG_IGN), sys.modules["__main__"]
+        sys.modules["__main__"] = ModuleType("__main__")  # a script that calls effv2 isn't run again in each worker
         try:
             process.start()
         finally:
+            sys.modules["__main__"] = main
             signal.signal(signal.SIGINT, before)
         return process
 

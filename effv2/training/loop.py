@@ -217,7 +217,7 @@ class Training:
         """Make one step and add it to the sums of the epoch, without waiting for the device."""
         config, state, step, device = self.config, self.state, self.state.progress.step, self.execution.device
         seed_generators(stream_seed(config.random.seed, "augmentation", step), device)
-        images = to_device(batches.augment(images, self._stage.augment), device)
+        images = batches.augment(to_device(images, device), self._stage.augment)  # the same device, whatever memory
         inputs = batches.normalised(images, self._statistics, self.execution.channels_last)
         labels = to_device(labels, device)
         outputs = config.model.outputs or len(self.dataset.classes)

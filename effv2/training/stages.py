@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from torch import nn
 
 from effv2.config.schema import AugmentConfig, ProgressiveConfig, TrainConfig
+from effv2.core.errors import InputError
 from effv2.training.progress import watched_accuracy
 
 SIZE_STEP = 4  # pixels: sizes between the first and the last are multiples of it
@@ -52,6 +53,17 @@ def stage_of(config: TrainConfig, epoch: int) -> Stage:
     """Return the stage of an epoch, both counted from 1; all stages have as many epochs, give or take one."""
     stages = stages_of(config)
     return stages[min(len(stages), 1 + (epoch - 1) * len(stages) // config.schedule.epochs) - 1]
+
+
+def check_stages(config: TrainConfig) -> None:
+    """InputError for more stages than epochs, and for stages in which nothing rises."""
+    first, stages = config.progressive, config.progressive.stages
+    if stages > config.schedule.epochs:
+        problem = f"there are only {config.schedule.epochs} epochs"
+        raise InputError("progressive.stages", stages, problem, "give fewer stages or raise schedule.epochs")
+    if stages > 1 and not first.image_size and first.rand_augment == first.mixup == first.dropout == -1:
+        remedy = "give progressive.image_size, rand_augment, mixup or dropout for the first stage"
+        raise InputError("progressive.stages", stages, "nothing rises in them", remedy)
 
 
 def set_dropout(network: nn.Module, dropout: float) -> None:
