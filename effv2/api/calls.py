@@ -106,7 +106,7 @@ def _command_line(name: str, given: Mapping[str, Any]) -> str:
 def train(layer: Layer, how: Options, reporter: Reporter) -> Training:
     """Train one EfficientNetV2 and track it in MLflow.
 
-    Without options: the default variant on scikit-learn's digits, a minute on two cores.
+    Without options, it trains the default variant on scikit-learn's digits. This takes a minute on two cores.
     """
     file = open_study(how.study) if how.study else None
     config = file.config(layer) if file else build(TrainConfig, layer)
@@ -120,10 +120,10 @@ def train(layer: Layer, how: Options, reporter: Reporter) -> Training:
 
 @call(Taken(("variant", "study", "set"), SHARED, GRID))
 def ablate(layer: Layer, how: Options, reporter: Reporter) -> StudyResult:
-    """Train architecture variants beside their baseline and compare them in MLflow.
+    """Train architecture variants and their baseline, and compare them in MLflow.
 
-    Without a study file: the five published variants of EfficientNetV2-S under one short protocol on
-    scikit-learn's digits. The same command again resumes where the last one ended.
+    Without a study file, it trains the five published variants of EfficientNetV2-S with a short protocol on
+    scikit-learn's digits. The same command again resumes an interrupted study.
     """
     chosen = open_study(how.study or f"{SWEEPS}/ablate.yaml").with_variant(how.variant)
     return _grid("ablate", chosen, chosen.select(how.variant))(layer, how, reporter)
@@ -140,8 +140,8 @@ def ablate(layer: Layer, how: Options, reporter: Reporter) -> StudyResult:
 def hparam_check(layer: Layer, how: Options, reporter: Reporter) -> StudyResult:
     """Change one hyper-parameter at a time, with and without ReduceLROnPlateau, and compare in MLflow.
 
-    Without a study: hparam-digits, the published check shortened to three epochs a run on scikit-learn's digits; the
-    full protocols are the studies hparam-*. The same command again resumes where the last one ended.
+    Without a study, it runs hparam-digits: the published check on scikit-learn's digits, shortened to three epochs per
+    run. The studies hparam-* have the full protocols. The same command again resumes an interrupted study.
     """
     chosen = open_study(how.study or f"{SWEEPS}/hparam-digits.yaml").with_plateau()
     return _grid("hparam-check", chosen, chosen.select_checks(how.check, how.scheduler))(layer, how, reporter)
@@ -151,10 +151,10 @@ def hparam_check(layer: Layer, how: Options, reporter: Reporter) -> StudyResult:
     Taken(("study", "set"), ONE_RUN, ("trials", *STUDY), defaults={"epochs": SHORT_EPOCHS, "log_model": "best"}),
 )
 def search(layer: Layer, how: Options, reporter: Reporter) -> StudyResult:
-    """Search for the best hyper-parameters on the validation split, with Optuna; test the best once.
+    """Search for the best hyper-parameters on the validation split with Optuna, and test the best once.
 
-    Without a study file: dropout, stochastic depth and depth multiplier on scikit-learn's digits. The same command
-    again resumes where the last one ended; with more trials, the search grows.
+    Without a study file, it varies dropout, stochastic depth and depth multiplier on scikit-learn's digits. The same
+    command again resumes an interrupted search. With more trials, it extends the search.
     """
     chosen = open_study(how.study or f"{SWEEPS}/search.yaml")
 
@@ -173,10 +173,10 @@ def search(layer: Layer, how: Options, reporter: Reporter) -> StudyResult:
     )
 )
 def evaluate_pretrained(layer: Layer, how: Options, reporter: Reporter) -> StudyResult:
-    """Evaluate published ImageNet weights, each with its own transforms, and say which are really better.
+    """Evaluate published ImageNet weights, each with its own transforms, and report which are better.
 
-    On Imagenette, or any folder whose classes are ImageNet's. Rankings rest on images that the weights were not fitted
-    to. The same command again resumes where the last one ended.
+    The images are Imagenette, or any folder with classes of ImageNet. Rankings use only images that the weights were
+    not trained on. The same command again resumes an interrupted evaluation.
     """
     config = build(PretrainedConfig, layer)
 
@@ -188,9 +188,9 @@ def evaluate_pretrained(layer: Layer, how: Options, reporter: Reporter) -> Study
 
 @call(Taken(("export", "from_export", "claims"), {}, ("experiment",)))
 def report(layer: Layer, how: Options, reporter: Reporter) -> Report:
-    """Show what the studies of an experiment answer, and judge claims on its runs: yours, and the published ones.
+    """Report the results of the studies of an experiment, and judge your claims and the published ones on its runs.
 
-    One page (HTML, and Markdown) is logged to a run of its own. It needs no network to be read.
+    The report is one page (HTML and Markdown) that needs no network. It is logged to a separate run.
     """
     target = (_path(how.export) or Path()).resolve()
     sources = [path.resolve() for word in how.from_export.split(",") if (path := _path(word.strip()))]

@@ -89,7 +89,7 @@ report = _command(calls.report, _show)
 @click.argument("model")
 @click.argument("folder")
 def export(model: str, folder: str) -> None:
-    """Write the ONNX form of a logged MODEL to a new FOLDER, which MLflow serves without torch.
+    """Write a logged MODEL in ONNX format to a new FOLDER, which MLflow can serve without torch.
 
     MODEL is its address: runs:/ID, models:/ID or models:/NAME@ALIAS. Needs pip install 'effv2[onnx]'.
     """
@@ -101,12 +101,12 @@ def export(model: str, folder: str) -> None:
 
 
 @main.command(cls=cli.Command)
-@click.option("--port", default=5000, show_default=True, help="The port of this machine to serve at.")
+@click.option("--port", default=5000, show_default=True, help="The port of this machine to serve on.")
 @cli.takes(Taken(more=("experiment",)))
 def ui(port: int, given: Mapping[str, Any]) -> None:
-    """Open MLflow's UI on the store in use, at the comparison of the newest study. Ctrl-C ends it.
+    """Open MLflow's UI for the current store, at the comparison of the newest study. Ctrl-C ends it.
 
-    Without a browser on this machine, the address is printed alone.
+    Without a browser on this machine, it only prints the address.
     """
     from effv2.tracking.ui import open_ui
 
@@ -115,17 +115,17 @@ def ui(port: int, given: Mapping[str, Any]) -> None:
 
 @main.group()
 def data() -> None:
-    """Look at data sets before anything is trained."""
+    """Check data sets before training."""
 
 
 @data.command(cls=cli.Command)
 @click.argument("folder", default="")
-@click.option("--sheet", metavar="FILE", help="Write a few images of each class there, as they enter the network.")
+@click.option("--sheet", metavar="FILE", help="Write some images of each class here, as the network sees them.")
 @cli.takes(CHECKED)
 def check(folder: str, sheet: str | None, given: Mapping[str, Any]) -> None:
-    """Say what the data set in FOLDER holds, what in it is broken, and what is there more than once.
+    """Report the content of the data set in FOLDER, broken images and duplicates.
 
-    The exit code is 1 where trainings would fail, learn two labels of one image, or test what they were trained on.
+    The exit code is 1 if a training would fail, learn two labels for one image, or test on its training images.
     """
     layer = {"data.dir": Written(folder)} | ({"data.dataset": Written("folder")} if folder else {})
     config = build(TrainConfig, layer | CHECKED.read(given)[0]).data
@@ -148,15 +148,15 @@ def check(folder: str, sheet: str | None, given: Mapping[str, Any]) -> None:
 
 @main.command(cls=cli.Command)
 @click.argument("model")
-@click.option("--name", metavar="NAME", required=True, help="The name in MLflow's registry to promote and serve under.")
-@click.option("--max-milliseconds", type=float, help="Refuse a model that took longer for one image.")
+@click.option("--name", metavar="NAME", required=True, help="Name of the model in MLflow's registry.")
+@click.option("--max-milliseconds", type=float, help="Refuse a model that takes longer for one image.")
 @click.option("--max-megabytes", type=float, help="Refuse a model whose files are larger (MB, 10^6 bytes).")
-@click.option("--dry-run", is_flag=True, help="Say what would happen; change nothing.")
+@click.option("--dry-run", is_flag=True, help="Print what would happen. Change nothing.")
 def promote(model: str, name: str, dry_run: bool, **limits: float | None) -> None:
-    """Register MODEL, and make it the champion, if it is better than the model that is.
+    """Register MODEL and make it the champion, if it is better than the current champion.
 
-    MODEL is models:/ID, or runs:/ID of the run that logged it. Better is who has more right answers to the same test
-    images, by McNemar's exact test; the first is unopposed. A refused model isn't registered, and the exit code is 1.
+    MODEL is models:/ID, or runs:/ID of the run that logged it. The better model classifies more of the same test images
+    correctly, by McNemar's exact test. The first model has no rival. A refused model isn't registered: exit code 1.
     """
     from effv2.cli.console import print_table
     from effv2.evidence.promotion import promote as decide

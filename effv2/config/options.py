@@ -34,45 +34,45 @@ AUTO, RACE = "auto", "race"  # instead of seeds: as many as it takes to know eac
 class CheckpointOptions(Group):
     """Where and how often a training is saved."""
 
-    checkpoint_dir: str = Field("checkpoints", description="Folder for checkpoints, from which a killed run resumes.")
+    checkpoint_dir: str = Field("checkpoints", description="Folder for checkpoints. A killed run resumes from them.")
     checkpoint_minutes: float = Field(
-        10.0, ge=0, description="Minutes of training that a kill may cost; checkpoints take 2 % of the time at most."
+        10.0, ge=0, description="Minutes of training that a kill may cost. Checkpoints take at most 2 % of the time."
     )
     checkpoint_upload_minutes: float = Field(
-        0.0, ge=0, description="Minutes between checkpoints uploaded for another machine to resume from, 0 = never."
+        0.0, ge=0, description="Minutes between checkpoint uploads. Another machine can resume from them. 0 = never."
     )
 
 
 class StudyOptions(CheckpointOptions):
     """Where a study is kept and logged, and how it is run. `seeds` and `trials` go before those of the study file."""
 
-    workers: int = Field(1, ge=1, le=100_000, description="Processes that share the study here.")
+    workers: int = Field(1, ge=1, le=100_000, description="Processes on this machine that share the study.")
     storage: str = Field(
         "sqlite:///optuna.db",
-        description="Optuna's storage, which keeps the state of studies: sqlite:///FILE, or for several machines "
-        "postgresql://USER@HOST/DATABASE, or journal:///FOLDER/FILE in a folder that they share.",
+        description="Optuna's storage for the state of studies: sqlite:///FILE. For several machines: "
+        "postgresql://USER@HOST/DATABASE, or journal:///FOLDER/FILE in a shared folder.",
     )
-    experiment: str = Field("", description="The MLflow experiment.  [default: MLflow's own choice]")
-    log_model: LogModel = Field("all", description="Which runs log their model: the best of the study, all, none.")
-    fresh: bool = Field(False, description="Start over, repeating what was finished.")
+    experiment: str = Field("", description="Name of the MLflow experiment.  [default: MLflow's choice]")
+    log_model: LogModel = Field("all", description="Which runs log their model: the best of the study, all, or none.")
+    fresh: bool = Field(False, description="Start over and repeat finished runs.")
     seeds: Annotated[
         tuple[int, ...] | Literal["auto", "race"],
         BeforeValidator(lambda value: value if value in (AUTO, RACE) else _distinct_seeds(value)),
     ] = Field(
         (),
-        description="Seeds of every arm, as 0,1,2; auto: three, then more of each arm until its difference from the "
-        "baseline is decided; race: until it is known which arm is best.  [default: 0, or the study's]",
+        description="Seeds of each arm, such as 0,1,2. auto: three seeds, then more until each arm's difference from "
+        "the baseline is decided. race: until the best arm is known.  [default: 0, or the study's]",
     )
     max_seeds: int | None = Field(
-        None, ge=3, le=50, description="Seeds of an arm at most, fixed before the study begins.  [default: 30]"
+        None, ge=3, le=50, description="Maximum number of seeds per arm, fixed before the study begins.  [default: 30]"
     )
     margin: float | None = Field(
-        None, gt=0, lt=1, description="Smallest difference of interest, 0.01 = one point: arms closer count as equal."
+        None, gt=0, lt=1, description="Smallest difference of interest, 0.01 = one point. Closer arms count as equal."
     )
-    budget_hours: float | None = Field(None, gt=0, description="Hours of runs, added up, that auto seeds may take.")
-    plan: bool = Field(False, description="Say what the study would take and find; run nothing.")
+    budget_hours: float | None = Field(None, gt=0, description="Maximum hours for auto seeds, summed over runs.")
+    plan: bool = Field(False, description="Print what the study would take and find. Run nothing.")
     trials: int | None = Field(
-        None, ge=1, le=100_000, description="Trials of the study in all.  [default: 12, or the study's]"
+        None, ge=1, le=100_000, description="Total trials of the search.  [default: 12, or the study's]"
     )
 
 
@@ -82,52 +82,51 @@ class Options(StudyOptions):
     variant: str = Field(
         "all",
         title="NAME",
-        description=f"The variant to train beside the baseline: {', '.join(VARIANTS)}, or what the study file calls "
-        "its arms; or all arms.",
+        description=f"The variant to compare with the baseline: {', '.join(VARIANTS)}, an arm of the study file, "
+        "or all arms.",
     )
     check: str = Field(
         "all",
         title="NAME",
-        description="The change to train beside the default, or all: depth (depth multiplier 0.1), half_layers, "
-        "dropout (0.6), stochastic_depth (0.5), or what the study file names.",
+        description="The change to compare with the default, or all: depth (depth multiplier 0.1), half_layers, "
+        "dropout (0.6), stochastic_depth (0.5), or a change in the study file.",
     )
     scheduler: str = Field("both", title="[both|plateau|none]", description="With ReduceLROnPlateau, without, or both.")
     study: str = Field(
         "",
         title="NAME",
-        description="Study whose settings the options then change: the path of a file (YAML), or a name, as "
-        "ablate-mnist.",
+        description="The study: the path of a YAML file, or a name such as ablate-mnist. Options change its settings.",
     )
     set: tuple[str, ...] = Field(
         (),
         title="SETTING=VALUE",
-        description=f"Any setting, as optimiser.name=sgd (of {', '.join(OPTIMISERS.names())}). May be given again; may "
-        "hold several, separated by commas or spaces.",
+        description=f"Any setting, such as optimiser.name=sgd (one of {', '.join(OPTIMISERS.names())}). Repeat it, "
+        "or separate several settings by commas or spaces.",
     )
     models: str = Field(
         "efficientnet_v2_s,efficientnet_b0,resnet50",
         title="LIST",
-        description="Classification networks of torchvision, separated by commas: resnet50 with its default weights, "
-        "resnet50:IMAGENET1K_V1 with others, resnet50=FILE with a state dict of your own, which isn't verified; "
-        "mine=runs:/ID or mine=models:/ID with the model of a training. Heads may be of the data's own classes.",
+        description="Classification networks, separated by commas. Of torchvision: resnet50 with its default weights, "
+        "resnet50:IMAGENET1K_V1 with others, or resnet50=FILE with your state dict (not verified). From a training: "
+        "mine=runs:/ID or mine=models:/ID. Heads may have the classes of the data.",
     )
     weights_dir: str = Field(
         "",
         title="FOLDER",
-        description="Folder with published files of weights, looked into before torchvision's cache and its download.",
+        description="Folder with published weight files. It is searched before torchvision's cache and download.",
     )
     export: str = Field(
         "",
         title="FOLDER",
-        description="Also write the report there, with its data as CSV and a manifest of their hashes.",
+        description="Also write the report to this folder, with its data as CSV and a manifest of hashes.",
     )
     from_export: str = Field(
         "",
         title="LIST",
-        description="Read these exports, folders separated by commas, as one, instead of the tracking server; a run in "
-        "several is that of the last. Needs `export` for another folder.",
+        description="Read and combine these exports (folders separated by commas) instead of the tracking server. "
+        "The last export of a run counts. Needs `export` with another folder.",
     )
-    claims: str = Field("", title="FILE", description="Claims of your own (YAML), beside the published ones.")
+    claims: str = Field("", title="FILE", description="YAML file with your claims, in addition to the published ones.")
 
 
 OTHER_NAMES = {"data.dir": "data_dir", "schedule.name": "scheduler"}

@@ -52,61 +52,61 @@ class DataConfig(Group):
     """Which images, how they are sampled and split."""
 
     dataset: Annotated[str, DATASETS] = Field("digits", description="The data set; `digits` needs no files.")
-    dir: str = Field("", description="Folder of the data set, where it comes as files.")
-    train_dir: str = Field("", description="Folder of the training images, where its name doesn't tell.")
+    dir: str = Field("", description="Folder of the data set, if it consists of files.")
+    train_dir: str = Field("", description="Folder of the training images, if it has an unusual name.")
     test_dir: str = Field("", description="Folder of the test images.")
-    labels: str = Field("", description="CSV with a column of image files and one of labels, instead of class folders.")
+    labels: str = Field("", description="CSV with columns of image files and labels, instead of class folders.")
     allow_incomplete_classes: bool = Field(
-        False, description="Go on where classes have no or too few images, in a part or at all."
+        False, description="Train even if a class has no images, or too few, in the data set or in one part of it."
     )
-    skip_broken: bool = Field(False, description="Leave out images that can't be read; the run logs which.")
-    max_megapixels: float = Field(200.0, gt=0, le=10_000, description="Pixels that an image may have, in millions.")
-    download: bool = Field(False, description="Download the data set into the folder if it isn't there.")
+    skip_broken: bool = Field(False, description="Leave out unreadable images. The run logs which.")
+    max_megapixels: float = Field(200.0, gt=0, le=10_000, description="Maximum pixels per image, in millions.")
+    download: bool = Field(False, description="Download the data set into the folder if it is missing.")
     image_size: int = Field(32, ge=8, le=1024, description="Side of the square input in pixels.")
-    per_class: int = Field(0, ge=0, description="Images per class, 0 = all; with published sampling train + test.")
+    per_class: int = Field(0, ge=0, description="Images per class, 0 = all. With published sampling: train + test.")
     sampling: Literal["standard", "published"] = Field("standard", description="The rule of sampling and splits.")
-    test_fraction: Fraction = Field(0.2, gt=0, description="Share held out for testing where a set has no test part.")
-    validation_fraction: Fraction = Field(0.1, description="Share of the train part kept for validation, 0 = none.")
+    test_fraction: Fraction = Field(0.2, gt=0, description="Share for testing, if the data set has no test part.")
+    validation_fraction: Fraction = Field(0.1, description="Share of the train part for validation, 0 = none.")
     split_seed: int = Field(0, ge=0, lt=2**32, description="Seed of sampling and splits.")
     balance: bool = Field(False, description="Draw training images of all classes equally often, with replacement.")
-    normalise: Literal["none", "half", "imagenet"] = Field("none", description="By whose mean and standard deviation.")
+    normalise: Literal["none", "half", "imagenet"] = Field("none", description="Source of mean and standard deviation.")
 
 
 class AugmentConfig(Group):
-    """What is done to each training image, drawn for each sample apart. All off by default."""
+    """Augmentation of training images, drawn separately for each sample. All off by default."""
 
-    crop: int = Field(0, ge=0, le=256, description="Pad by so many pixels (reflected) and crop at random.")
+    crop: int = Field(0, ge=0, le=256, description="Pixels of reflected padding before a random crop, 0 = off.")
     resized_crop: Probability = Field(
         0.0,
-        description="Least share of the image that a random crop shows, resized (Szegedy et al. 2015), 0 = off.",
+        description="Minimum share of the image in a resized random crop (Szegedy et al. 2015), 0 = off.",
     )
     flip: bool = Field(False, description="Mirror left and right with probability 0.5.")
     rand_augment: float = Field(
-        0.0, ge=0, le=30, description="Magnitude of RandAugment (Cubuk et al. 2020), 10 turns by 30 degrees, 0 = off."
+        0.0, ge=0, le=30, description="Magnitude of RandAugment (Cubuk et al. 2020), 0 = off. 10 rotates by 30 degrees."
     )
     trivial_augment: bool = Field(False, description="TrivialAugment (Mueller & Hutter 2021), wide.")
     erasing: Probability = Field(0.0, description="Probability of erasing a rectangle (Zhong et al. 2017).")
     mixup: float = Field(0.0, ge=0, le=10, description="Alpha of mixup's Beta(alpha, alpha), 0 = off.")
-    cutmix: float = Field(0.0, ge=0, le=10, description="Alpha of CutMix's Beta; with mixup on, a coin decides.")
+    cutmix: float = Field(0.0, ge=0, le=10, description="Alpha of CutMix's Beta, 0 = off. With mixup, a coin decides.")
 
 
 class ModelConfig(Group):
-    """The network, from a named table or one's own."""
+    """The network: a named architecture or a custom stage table."""
 
-    table: str = Field("", description="Own stage table, rows between slashes; `variant` is then only its name.")
+    table: str = Field("", description="Custom stage table, rows separated by slashes. `variant` is then its name.")
     variant: str = Field("default", description=f"The architecture: {', '.join(architecture.VARIANTS)}.")
     depth_multiplier: float = Field(1.0, gt=0, le=10, description="Multiplies the layers of MBConv stages.")
     width_multiplier: float = Field(1.0, gt=0, le=10, description="Multiplies the channels of all stages.")
     dropout: Fraction = Field(0.2, description="Dropout before the classifier.")
-    stochastic_depth: Fraction = Field(0.2, description="Probability of stochastic depth, to which it rises from 0.")
+    stochastic_depth: Fraction = Field(0.2, description="Stochastic depth of the last block, rising from 0.")
     outputs: int = Field(0, ge=0, le=100_000, description="Width of the head, 0 = the number of classes.")
     zero_init_residual: bool = Field(False, description="Start residual branches at zero (Goyal et al. 2017).")
     weights: str = Field(
-        "", description="Weights to start from: `published`, IMAGENET1K_V1 or so, a file, runs:/ID, models:/ID."
+        "", description="Initial weights: `published`, a name such as IMAGENET1K_V1, a file, runs:/ID or models:/ID."
     )
-    weights_partial: bool = Field(False, description="Take of the weights what fits by name and shape.")
+    weights_partial: bool = Field(False, description="Load only the weights that match by name and shape.")
     weights_sha256: Annotated[str, AfterValidator(str.lower)] = Field(
-        "", description="SHA-256 that the weights must have."
+        "", description="Expected SHA-256 of the weights."
     )
 
     @field_validator("table")
@@ -132,34 +132,34 @@ class ModelConfig(Group):
 
 
 class OptimiserConfig(Group):
-    """The loss and how a step follows from it."""
+    """The optimiser and the loss."""
 
     name: Annotated[str, OPTIMISERS] = Field("adamw", description="The optimiser.")
     lr: float = Field(1e-3, gt=0, le=100, description="Peak learning rate.")
-    batch_size: int = Field(32, ge=2, le=65_536, description="Images a step.")
-    weight_decay: float = Field(0.05, ge=0, le=10, description="Weight decay, of neither biases nor norms.")
+    batch_size: int = Field(32, ge=2, le=65_536, description="Images per step.")
+    weight_decay: float = Field(0.05, ge=0, le=10, description="Weight decay. Biases and norms have none.")
     momentum: Fraction = Field(0.9, description="Momentum of SGD and Muon (Nesterov).")
     clip_norm: float = Field(1.0, ge=0, description="Largest L2 norm of the gradient, 0 = unlimited.")
     label_smoothing: Fraction = Field(0.0, description="Label smoothing (Szegedy et al. 2016).")
-    ema_decay: Fraction = Field(0.0, description="Decay a step of the averaged weights that are evaluated, 0 = off.")
-    head_lr_factor: float = Field(1.0, gt=0, le=1e4, description="The head's learning rate over that of the rest.")
+    ema_decay: Fraction = Field(0.0, description="Decay per step of the weight average that is evaluated, 0 = off.")
+    head_lr_factor: float = Field(1.0, gt=0, le=1e4, description="Learning rate of the head, over that of the rest.")
     layer_decay: float = Field(
-        1.0, gt=0, le=1, description="Learning rate of a stage over that of the next one (Clark et al. 2020)."
+        1.0, gt=0, le=1, description="Learning rate of a stage, over that of the next one (Clark et al. 2020)."
     )
     frozen_epochs: int = Field(
-        0, ge=-1, le=100_000, description="First epochs in which the head alone is trained, -1 = all: a linear probe."
+        0, ge=-1, le=100_000, description="First epochs that train only the head. -1 = all epochs: a linear probe."
     )
-    freeze_batch_norm: bool = Field(False, description="Keep batch norm as it is in the weights to start from.")
+    freeze_batch_norm: bool = Field(False, description="Keep batch norm as it is in the initial weights.")
 
 
 class ScheduleConfig(Group):
-    """How long and at which rate."""
+    """The number of epochs and the learning rate over time."""
 
     name: Annotated[str, SCHEDULES] = Field(
-        "cosine", description="Learning rate schedule; plateau watches validation accuracy, test accuracy without it."
+        "cosine", description="Learning rate schedule. plateau follows validation accuracy, or else test accuracy."
     )
-    epochs: int = Field(6, ge=1, le=100_000, description="Epochs at most; on a folder as many as make 1,000 steps.")
-    warmup_epochs: int = Field(0, ge=0, description="Epochs of linear warm-up (not for onecycle).")
+    epochs: int = Field(6, ge=1, le=100_000, description="Maximum epochs. For a folder: as many as make 1,000 steps.")
+    warmup_epochs: int = Field(0, ge=0, description="Epochs of linear warm-up (not with onecycle).")
 
     @field_validator("warmup_epochs")
     @classmethod
@@ -168,20 +168,20 @@ class ScheduleConfig(Group):
             raise ValueError("the warm-up must end before the last epoch; lower it or raise the epochs")
         return warmup
 
-    plateau_factor: float = Field(0.1, gt=0, lt=1, description="Factor of ReduceLROnPlateau.")
-    plateau_patience: int = Field(10, ge=0, description="Evaluated epochs without gain before plateau acts.")
+    plateau_factor: float = Field(0.1, gt=0, lt=1, description="Factor by which ReduceLROnPlateau lowers the rate.")
+    plateau_patience: int = Field(10, ge=0, description="Evaluated epochs without gain before ReduceLROnPlateau acts.")
 
 
 class ProgressiveConfig(Group):
-    """Progressive learning (Tan & Le 2021, section 4): what a stage has rises to what is set for the last one.
+    """Progressive learning (Tan & Le 2021, section 4): size and regularisation rise from stage to stage.
 
-    Stages are of equal length, and settings rise linearly (algorithm 1 of the paper).
+    Stages have equal length. Settings rise linearly to their values in the last stage (algorithm 1 of the paper).
     """
 
-    stages: int = Field(1, ge=1, le=100, description="Stages of the training, 1 = settings don't rise.")
-    image_size: int = Field(0, ge=0, le=1024, description="Training image size of the first stage, 0 = the last one's.")
+    stages: int = Field(1, ge=1, le=100, description="Stages of the training, 1 = off.")
+    image_size: int = Field(0, ge=0, le=1024, description="Training image size of the first stage, 0 = as in the last.")
     last_image_size: int = Field(
-        0, ge=0, le=1024, description="Training image size of the last stage, 0 = data.image_size, that of evaluation."
+        0, ge=0, le=1024, description="Training image size of the last stage, 0 = data.image_size, as in evaluation."
     )
     rand_augment: float = Field(-1, ge=-1, le=30, description="RandAugment of the first stage, -1 = as in the last.")
     mixup: float = Field(-1, ge=-1, le=10, description="Mixup's alpha in the first stage, -1 = as in the last.")
@@ -201,52 +201,52 @@ class ProgressiveConfig(Group):
 
 
 class StoppingConfig(Group):
-    """Early stopping on validation accuracy (on test accuracy where there is no validation split)."""
+    """Early stopping on validation accuracy, or on test accuracy without a validation split."""
 
-    min_epochs: int = Field(0, ge=0, description="Epochs that are trained in any case.")
-    patience: int = Field(0, ge=0, description="Epochs without gain, counted from min_epochs on, 0 = never stop.")
+    min_epochs: int = Field(0, ge=0, description="Epochs before a training may stop.")
+    patience: int = Field(0, ge=0, description="Epochs without gain that end it, counted from min_epochs on, 0 = off.")
     best_since: Literal["start", "min_epochs"] = Field(
-        "start", description="The gain is over the best of all epochs, or of those from min_epochs on."
+        "start", description="Whether a gain exceeds the best of all epochs, or the best from min_epochs on."
     )
 
 
 class EvaluationConfig(Group):
-    """What is measured after epochs, and after which ones."""
+    """What is evaluated, and after which epochs."""
 
     train_set: bool = Field(False, description="Evaluate the train set in eval mode, not over the steps.")
     test_set: bool = Field(
-        True, description="Evaluate the test set after each epoch; a search leaves it alone until its best is chosen."
+        True, description="Evaluate the test set after each epoch. A search evaluates only its best trial on it."
     )
-    batch_size: int = Field(256, ge=1, le=65_536, description="Images a forward pass.")
+    batch_size: int = Field(256, ge=1, le=65_536, description="Images per forward pass.")
     batch_norm_images: int = Field(
-        0, ge=0, description="Training images that batch norm is estimated from anew (Wu & Johnson 2021), 0 = off."
+        0, ge=0, description="Training images to re-estimate batch norm from (Wu & Johnson 2021), 0 = off."
     )
-    every: int = Field(1, ge=1, description="Evaluate after every so many epochs, and after the last.")
+    every: int = Field(1, ge=1, description="Epochs between evaluations. The last epoch is always evaluated.")
 
     @field_validator("every")
     @classmethod
     def _epochs_are_alike(cls, every: int, info: ValidationInfo) -> int:
         if every > 1 and info.data.get("train_set"):
-            raise ValueError("the train set is to be evaluated, in every epoch or in none; give 1, or train_set false")
+            raise ValueError("the train set must be evaluated in every epoch or in none; give 1, or train_set false")
         return every
 
 
 class ExecutionConfig(Group):
-    """Where and how it is computed."""
+    """Device, number format and compilation."""
 
-    device: Device = Field("auto", description="auto = cuda where there is one, then mps, then cpu.")
+    device: Device = Field("auto", description="auto = cuda if available, then mps, then cpu.")
     precision: Precision = Field(
         "auto",
-        description="auto = bf16 where the device has it and, on CPUs, a short timing finds it faster; else fp32.",
+        description="auto = bf16 if the device supports it and, on CPUs, a short timing shows that it is faster.",
     )
-    channels_last: bool = Field(True, description="Memory format of images and kernels.")
-    compile: bool = Field(False, description="Compile for training (torch.compile): a minute or two for a batch shape.")
+    channels_last: bool = Field(True, description="Channels-last memory format of images and kernels.")
+    compile: bool = Field(False, description="Compile for training (torch.compile). It takes 1 to 2 minutes per shape.")
 
 
 class RandomConfig(Group):
-    """The one seed, from which every stream has its own."""
+    """The seed of all random numbers. Each random stream has its own, derived from it."""
 
-    seed: int = Field(0, ge=0, lt=2**32, description="Seed of order, augmentation, initialisation and dropout.")
+    seed: int = Field(0, ge=0, lt=2**32, description="Seed of image order, augmentation, initialisation and dropout.")
 
 
 class TrainConfig(Group):
