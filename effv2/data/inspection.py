@@ -30,6 +30,7 @@ LARGEST_GROUP = 4_000  # images of one band that are compared with each other
 LEAST_SIDE = 32  # pixels: hashes of smaller images say nothing
 MOST_NAMED = 5
 ROWS, COLUMNS, LEAST_TILE, MOST_TILE, GAP = 40, 8, 48, 128, 2  # of a contact sheet: classes, images of each, pixels
+WRONG = "wrong.jpg"  # artifact of a run: the gallery of its surest mistakes
 LINE, LONGEST_LINE = 13, 21  # of a caption: pixels, characters
 
 

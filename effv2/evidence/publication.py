@@ -2,13 +2,17 @@
 
 import re
 import tempfile
+from base64 import b64encode
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from io import BytesIO
 from pathlib import Path
 from textwrap import shorten
+from types import MappingProxyType
 from typing import Any
 
+import torch
 from jinja2 import Environment, PackageLoader, StrictUndefined, select_autoescape
 from markupsafe import Markup
 from matplotlib.figure import Figure
@@ -18,6 +22,8 @@ from effv2.core.figures import svg_file, svg_part
 from effv2.core.paths import write_csv
 from effv2.core.reporter import Reporter
 from effv2.core.words import counted
+from effv2.data.dataset import Dataset
+from effv2.data.inspection import WRONG, gallery
 from effv2.evidence.answers import NOTHING_YET
 from effv2.evidence.claims import Claims, read_claims
 from effv2.evidence.exports import Evidence, export, exported, tracked
@@ -26,16 +32,18 @@ from effv2.evidence.quantities import CURVES, EXPORTED, HISTORIES
 from effv2.evidence.results import results_of
 from effv2.evidence.statistics import p_text
 from effv2.evidence.study import StudyResults, images_apart
-from effv2.tracking.read import RunRecord, read_experiment
+from effv2.tracking.read import RunRecord, download, read_experiment
 from effv2.tracking.run import open_experiment, open_report_run
 from effv2.tracking.store import tracking_faults
-from effv2.tracking.studies import studies_of
-from effv2.tracking.tags import ANSWER, REUSED, as_tags, reused
+from effv2.tracking.studies import TrackedStudy, complete, studies_of
+from effv2.tracking.tags import ANSWER, ARM, REUSED, as_tags, reused
 from effv2.tracking.writer import TrackedRun, run_address, show_in_ui
 
-Content = str | Figure | Sequence[Sequence[Any]]  # of a file that is logged: a text, a figure, a table
+# Of a file that is logged: a text, an image, a figure, a table.
+Content = str | bytes | Figure | Sequence[Sequence[Any]]
 HTML, MARKDOWN, FIGURES, DATA = "report.html", "report.md", "figures", "data"  # in an export
 LONGEST_ANSWER = 500  # characters of a tag
+MOST_SHOWN, MOST_ARMS = 24, 5  # images of a gallery, arms in its captions
 
 
 @dataclass(frozen=True)
@@ -51,22 +59,28 @@ class Report:
     runs: Sequence[RunRecord] = ()
 
 
-def publish_study(parent: TrackedRun, used: Mapping[str, str]) -> StudyResults:
+def publish_study(parent: TrackedRun, used: Mapping[str, str], dataset: Dataset | None = None) -> StudyResults:
     """Log to a study's run what came out of it, with a report, and return it. It may be repeated.
 
-    `used` are the finished runs of the study by name, some of them other studies'.
+    `used` are the finished runs of the study by name, some of them other studies'. `dataset` has the test images, of
+    which the report shows some.
     """
     read = read_experiment(parent.experiment_id, (), parent.run_id)
     own = {run.run_id for run in read if run.parent == parent.run_id}
     others = [reused(run_id, name) for name, run_id in used.items() if run_id not in own]
     parent.set_tags(as_tags(REUSED, others))
     evidence = tracked(parent.experiment_id, parent=parent.run_id)
-    report = make_report(evidence, read_claims(), of_study=True)
+    (study,) = [each for each in studies_of(evidence.runs) if each.parent.run_id == parent.run_id]
+    apart = images_apart(study, evidence.right)
+    shown = _differing(apart, dataset) if apart and dataset else None
+    galleries = {"Test images on which the arms differ most": shown} if shown else {}
+    report = make_report(evidence, read_claims(), of_study=True, galleries=galleries | _mistakes(study))
     results = next(each for each in report.studies if each.run_id == parent.run_id)
     files: dict[str, Content] = {**report.files, **results.files}
-    (study,) = [each for each in studies_of(evidence.runs) if each.parent.run_id == parent.run_id]
-    if apart := images_apart(study, evidence.right):
+    if apart:
         files["images.csv"] = apart
+    if shown:
+        files["images.jpg"] = shown
     with parent.new_artifacts() as folder:
         _write(folder, files)
     parent.log_metrics(results.metrics)
@@ -132,6 +146,8 @@ def _write(folder: Path, files: Mapping[str, Content]) -> None:
         path.parent.mkdir(exist_ok=True)
         if isinstance(content, str):
             path.write_text(content, encoding="utf-8")
+        elif isinstance(content, bytes):
+            path.write_bytes(content)
         elif isinstance(content, Figure):
             content.savefig(path, dpi=120)
         else:
@@ -158,10 +174,45 @@ def _export(report: Report, evidence: Evidence, target: Path, claims: Claims) ->
     export(evidence, target / DATA, own)
 
 
+def _differing(apart: Sequence[Sequence[Any]], dataset: Dataset) -> bytes:
+    """Return a gallery of the first images of images_apart that arms differ on, a JPEG; empty without any."""
+    places, arms = {id_: place for place, id_ in enumerate(dataset.test.ids)}, apart[0][1 : MOST_ARMS + 1]
+    rows = [row for row in apart[1:] if row[0] in places and len(set(row[1:])) > 1][:MOST_SHOWN]
+    chosen = torch.tensor([places[row[0]] for row in rows])
+    labels = dataset.test.labels[chosen].tolist()
+    captions = [
+        [
+            row[0],
+            dataset.classes[label],
+            *(f"{arm}: {float(share):.0%}" for arm, share in zip(arms, row[1:], strict=False)),
+        ]
+        for row, label in zip(rows, labels, strict=True)
+    ]
+    file = BytesIO()
+    if rows:
+        gallery(dataset.test.images(chosen), captions).save(file, "JPEG", quality=85)
+    return file.getvalue()
+
+
+def _mistakes(study: TrackedStudy) -> dict[str, bytes]:
+    """Return the gallery of mistakes of the first run of each arm, where there is one, by title."""
+    first = {run.tags.get(ARM, ""): run for run in reversed(complete(study.in_order()))}
+    found = {}
+    with tempfile.TemporaryDirectory() as folder:
+        for arm in list(reversed(first))[:MOST_ARMS]:
+            if path := download(first[arm].run_id, WRONG, Path(folder)):
+                found[f"The surest mistakes of {first[arm].name}"] = path.read_bytes()
+    return found
+
+
 def make_report(
-    evidence: Evidence, claims: Claims, of_study: bool = False, progress: Callable[[str], None] = lambda _: None
+    evidence: Evidence,
+    claims: Claims,
+    of_study: bool = False,
+    progress: Callable[[str], None] = lambda _: None,
+    galleries: Mapping[str, bytes] = MappingProxyType({}),
 ) -> Report:
-    """Judge the claims on the evidence and write it up, of an experiment or of one study."""
+    """Judge the claims on the evidence and write it up, of an experiment or of one study, the latter with galleries."""
     progress("judging claims")
     judgements, known = judge(claims, evidence.runs, evidence.right), read_claims().claims
     own = [each for each in judgements if each.id not in known]
@@ -188,6 +239,7 @@ def make_report(
         "sections": list(zip(studies, drawn, strict=True)),
         "figures": FIGURES,
         "curves": CURVES,
+        "galleries": {title: b64encode(image).decode() for title, image in galleries.items()},
     }
     files = {name: environment.get_template(f"{name}.j2").render(values) for name in (HTML, MARKDOWN)}
     files[MARKDOWN] = re.sub(r"\n{3,}", "\n\n", files[MARKDOWN])

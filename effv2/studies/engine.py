@@ -220,7 +220,7 @@ def _publish(study: OpenedStudy, queue: Queue, load: LoadData, reporter: Reporte
         else:
             _note_planned(study, trials)
             models, used = plan.conclude(trials, study.parent, log_model, load), run_ids(trials)
-            results = publish_study(study.parent, used)
+            results = publish_study(study.parent, used, plan.dataset(load))
             storage.optuna.set_study_user_attr(queue.study_id, PUBLISHED, stands)
             if log_model == "all" and (without := [run for run in used.values() if not model_address(run)]):
                 text = f"{len(without)} runs were finished before without a model; `fresh` repeats them with it."

@@ -15,7 +15,7 @@ from effv2.config.studies import Study
 from effv2.core import provenance
 from effv2.core.errors import InputError
 from effv2.core.reporter import Reporter
-from effv2.data.dataset import LoadData
+from effv2.data.dataset import Dataset, LoadData
 from effv2.evidence.statistics import EVERY_LOOK
 from effv2.run.run import prepare
 from effv2.studies.plan import ABOUT, TrainingPlan
@@ -35,6 +35,10 @@ class Grid(TrainingPlan):
     splits: int = 1
     auto: AutoSeeds | None = None
     options: StudyOptions
+
+    def dataset(self, load: LoadData) -> Dataset | None:
+        """Return the images of the first arm; test images are those of all of them."""
+        return load(next(iter(self.arms.values())).data)
 
     def wanted(self, trials: Trials) -> Mapping[str, Params]:
         """Return the seeds that the study names, or those of the last round."""

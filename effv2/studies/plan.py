@@ -27,7 +27,7 @@ from effv2.core import provenance
 from effv2.core.errors import InputError
 from effv2.core.randomness import stream_seed
 from effv2.core.reporter import Reporter, StudyProgress
-from effv2.data.dataset import LoadData
+from effv2.data.dataset import Dataset, LoadData
 from effv2.execution.resolve import resolve_device
 from effv2.pretrained import evaluation
 from effv2.pretrained.config import PretrainedConfig
@@ -116,6 +116,10 @@ class Plan(ABC):
     @abstractmethod
     def conclude(self, trials: Trials, parent: TrackedRun, log_model: LogModel, load: LoadData) -> Mapping[str, str]:
         """Compute what needs all trials, once; return addresses of models logged now, by trial. May be repeated."""
+
+    def dataset(self, load: LoadData) -> Dataset | None:
+        """Return the data set that trials share, if they do."""
+        return None
 
 
 class TrainingPlan(Plan):
