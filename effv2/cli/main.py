@@ -101,7 +101,7 @@ def export(model: str, folder: str) -> None:
 
 
 @main.command(cls=cli.Command)
-@click.option("--port", default=5000, show_default=True, help="The port of this machine to serve at.")
+@click.option("--port", default=5000, show_default=True, type=click.IntRange(1, 65535), help="The port to serve at.")
 @cli.takes(Taken(more=("experiment",)))
 def ui(port: int, given: Mapping[str, Any]) -> None:
     """Open MLflow's UI on the store in use, at the comparison of the newest study. Ctrl-C ends it.
