@@ -121,7 +121,7 @@ def test_ablation_holds_everything(store: str, tiny_study: Path, tmp_path: Path)
         _, _, run_id, value, *_ = line.split(",")
         assert float(value) == best[run_id]
     images = Path(client.download_artifacts(parent.info.run_id, "images.csv", str(tmp_path))).read_text()
-    assert {"images.jpg", "report.html"} <= {file.path for file in client.list_artifacts(parent.info.run_id)}
+    assert {"differing.jpg", "report.html"} <= {file.path for file in client.list_artifacts(parent.info.run_id)}
     page = Path(client.download_artifacts(parent.info.run_id, "report.html", str(tmp_path))).read_text()
     assert page.count("data:image/jpeg;base64,") == 3 and "Test images on which the arms differ most" in page
     shares = [[float(share) for share in line.split(",")[1:]] for line in images.splitlines()[1:]]

@@ -4,19 +4,25 @@ from __future__ import annotations
 
 import os
 import signal
+import tempfile
 import time
-from contextlib import ExitStack
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 import pytest
+from mlflow import MlflowClient
 from optuna.trial import TrialState
 
-from effv2.core.errors import InputError, LeaseLost, StoreAway
+from effv2.cli.main import main
+from effv2.core.errors import InputError, LeaseLost, StoreAway, Terminated
 from effv2.core.internals import trial_id
+from effv2.core.processes import ending_signals
 from effv2.studies import queue as queue_module
-from effv2.studies.journal import LockFile, LogAway
+from effv2.studies.journal import LockFile, Log, LogAway
 from effv2.studies.storage import Journal, check_storage, open_storage
 from tests.conftest import ROOT, running
+from tests.test_commands import invoke
 from tests.test_engine import (
     LEASE_ALL,
     RUNS,
@@ -115,7 +121,7 @@ def test_a_lock_of_a_silent_owner_is_taken_and_that_one_writes_no_more(tmp_path:
     path = tmp_path / "lock"
     lock = LockFile(path, grace=60, longer=0.3)
     path.write_text(owner)
-    with pytest.raises(LogAway, match=r"keeps .* locked"), lock.held(0.5):
+    with pytest.raises(StoreAway, match=r"keeps .* locked"), lock.held(0.5):
         pass
     assert path.read_text() == owner, "an owner that isn't silent keeps it"
     age(path)
@@ -155,6 +161,110 @@ def test_half_a_line_is_cut_off_and_a_lost_log_is_named(url: str) -> None:
     storage.file.unlink()
     with pytest.raises(StoreAway, match=r"study.log was removed, replaced or damaged"):
         queue.lease()
+
+
+def test_what_is_no_log_is_refused_and_stays_as_it_is(sqlite_store: str, url: str, tmp_path: Path) -> None:
+    """It is before the experiment and a folder are created."""
+    log = tmp_path / "shared" / "study.log"
+    start = b'{"op_code":0,"worker_id":"w","study_name":"q","directions":[2]}\n'
+    for text in (b"my thesis", b"my thesis\n", b'{"a": 1}', start + b"!\n" + start):
+        log.write_bytes(text)
+        result = invoke(main, "ablate", "--storage", url, "--experiment", "new")
+        assert result.exit_code == 2 and "give another file" in result.stderr, text
+        assert log.read_bytes() == text
+    for path in (log.parent, "/proc/study.log"):  # a folder, and one in which nobody can write
+        with pytest.raises(InputError, match="give another file"):
+            check_storage(f"journal://{path}")
+    assert MlflowClient().get_experiment_by_name("new") is None and [*log.parent.iterdir()] == [log]
+    log.write_bytes(start)
+    storage = open_storage(url)
+    log.write_bytes(start + b"my thesis")
+    with pytest.raises(StoreAway, match="ends with something else"):
+        storage.retry(lambda: storage.optuna.set_study_user_attr(0, "name", "value"))
+    assert log.read_bytes() == start + b"my thesis"
+
+
+class Slept(LockFile):
+    """The lock of a process that slept after it had taken it, or, `late`, after it had made sure of it."""
+
+    late = False
+
+    @contextmanager
+    def held(self, patience: float) -> Iterator[None]:
+        with super().held(patience):
+            if not self.late:
+                self.path.write_text("another/machine/1/1/x z")
+            yield
+
+    def is_lost(self) -> bool:
+        if not self.late:
+            return super().is_lost()
+        with (self.path.parent / "study.log").open("ab") as file:
+            file.write(b'{"op_code":1}\n')
+        return False
+
+
+def test_who_slept_before_it_wrote_overwrites_nothing(tmp_path: Path) -> None:
+    lock = Slept(tmp_path / "lock", 60, 20)
+    log = Log(tmp_path / "study.log", [lock], lambda: 1.0)
+    with pytest.raises(LogAway, match="others took its lock"):
+        log.append_logs([{"op_code": 2}])
+    assert log.path.read_bytes() == b""
+    lock.path.unlink()
+    lock.late = True
+    log.append_logs([{"op_code": 2}])
+    assert log.path.read_bytes() == b'{"op_code":1}\n{"op_code":2}\n'
+
+
+def test_a_lock_that_a_process_keeps_is_named(url: str) -> None:
+    storage = open_storage(url)
+    queue = make_queue(storage, trials=1)
+    storage.patience = 0.3
+    for name in ("lock", "append.lock"):
+        lock = Path(f"{storage.file}.{name}")
+        lock.write_text("another/machine/1/1/x y")
+        with pytest.raises(StoreAway, match=rf"keeps .*\.{name} locked; end it"):
+            queue.lease()
+        lock.unlink()
+    assert queue.lease() is not None
+
+
+def test_signs_of_life_end_with_the_work_and_cost_one_look_at_the_clock(
+    url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    storage = open_storage(url)
+    queue = make_queue(storage, trials=3)
+    looks: list[object] = []
+    make = tempfile.TemporaryFile
+    monkeypatch.setattr(tempfile, "TemporaryFile", lambda **words: (looks.append(words), make(**words))[1])
+    for name in ("a", "b", "c"):
+        with worker(name, set()):
+            lease = queue.lease()
+            assert lease is not None
+    assert len(looks) == 2, "one a lease while others run"
+    with worker("a", {"b"}):
+        queue.release()
+        queue.lease()
+    with worker("c", set()):
+        queue.finish(lease, TrialState.COMPLETE, 0.5, "")
+    running = [trial_id(each) for each in trials(storage) if each.state == TrialState.RUNNING]
+    assert [each.name for each in Path(f"{storage.file}.alive").iterdir()] == [*map(str, running)] and len(running) == 1
+    looks.clear()
+    Path(f"{storage.file}.lock").write_text("another/machine/1/1/x y")
+    storage.patience = 0.5
+    with pytest.raises(StoreAway):
+        queue.lease()
+    assert len(looks) == 1
+
+
+def test_a_signal_within_a_lease_waits_for_its_end(url: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    storage = open_storage(url)
+    queue = make_queue(storage, trials=1)
+    beat = storage.beat
+    monkeypatch.setattr(storage, "beat", lambda trial: (os.kill(os.getpid(), signal.SIGTERM), beat(trial)))
+    with pytest.raises(Terminated), ending_signals():
+        queue.lease()
+    assert [each.state for each in trials(storage)] == [TrialState.RUNNING]
 
 
 def test_wrong_addresses_are_refused(tmp_path: Path, url: str) -> None:

@@ -6,6 +6,7 @@ import signal
 from pathlib import Path
 from urllib.request import urlopen
 
+import psutil
 import pytest
 from mlflow import MlflowClient
 
@@ -50,3 +51,14 @@ def test_without_runs_or_with_another_server_it_says_so(
     assert run_address("R", "0").endswith("see it with: effv2 ui")
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://server:5000/")
     assert run_address("R", "7") == "http://server:5000/#/experiments/7/runs/R?workflowType=machine_learning"
+
+
+def test_a_port_that_is_none_and_a_server_that_dies_are_named(sqlite_store: str) -> None:
+    assert "70000 is not in the range" in invoke(main, "ui", "--port", "70000").stderr
+    make_study()
+    with running("-m", "effv2", "ui", "--port", str(free_port())) as process:
+        process.until(r"http://.*\n")
+        for each in reversed(psutil.Process(process.pid).children(recursive=True)):
+            each.kill()
+        assert "MLflow's UI has ended" in process.rest()
+    assert process.returncode == 1

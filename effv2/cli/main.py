@@ -101,7 +101,7 @@ def export(model: str, folder: str) -> None:
 
 
 @main.command(cls=cli.Command)
-@click.option("--port", default=5000, show_default=True, help="The port of this machine to serve on.")
+@click.option("--port", default=5000, show_default=True, type=click.IntRange(1, 65535), help="The port to serve on.")
 @cli.takes(Taken(more=("experiment",)))
 def ui(port: int, given: Mapping[str, Any]) -> None:
     """Open MLflow's UI for the current store, at the comparison of the newest study. Ctrl-C ends it.

@@ -80,7 +80,7 @@ def publish_study(parent: TrackedRun, used: Mapping[str, str], dataset: Dataset 
     if apart:
         files["images.csv"] = apart
     if shown:
-        files["images.jpg"] = shown
+        files["differing.jpg"] = shown
     with parent.new_artifacts() as folder:
         _write(folder, files)
     parent.log_metrics(results.metrics)

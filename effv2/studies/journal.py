@@ -7,24 +7,25 @@ lock lost before it writes.
 """
 
 import json
-import math
 import os
 import tempfile
 import threading
 import time
 import uuid
 from collections import defaultdict
-from collections.abc import Generator, Iterator
+from collections.abc import Callable, Generator, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 from optuna.storages.journal import JournalFileBackend
 
+from effv2.core.errors import StoreAway
 from effv2.core.processes import is_gone, stop_if_told, this_process
 
 TOUCH_SECONDS = 10.0
 LONGEST_PAUSE = 0.2  # seconds between two attempts to take a lock
+ENTRY = b'{"op_code"'  # how each line begins
 THREADS: dict[Path, threading.Lock] = defaultdict(threading.Lock)  # of this process, which take turns
 
 
@@ -36,13 +37,21 @@ class LogAway(Exception):
         super().__init__(str(problem))
 
 
-def silence(path: Path) -> float:
-    """Return how long ago a file was touched, in seconds by the clock of its file system; infinity where it is gone."""
-    with tempfile.TemporaryFile(dir=path.parent) as probe:
-        now = os.fstat(probe.fileno()).st_mtime
-    with suppress(FileNotFoundError), path.open("rb") as file:  # opened: NFS then asks its server
-        return now - os.fstat(file.fileno()).st_mtime
-    return math.inf
+def clock(folder: Path) -> float:
+    """Return the time in seconds by the clock of a folder's file system, to which a file is written for it."""
+    with tempfile.TemporaryFile(dir=folder) as probe:
+        return os.fstat(probe.fileno()).st_mtime
+
+
+def check_log(path: Path) -> None:
+    """Raise LogAway where a file is there that is no log, or a damaged one, or where none can be written."""
+    with faults():
+        clock(path.parent)
+        if path.exists():
+            with path.open("r+b") as file:
+                if not ENTRY.startswith(file.readline()[: len(ENTRY)]):
+                    raise ValueError("the file holds something else than the log of a study")
+            list(JournalFileBackend(str(path)).read_logs(0))
 
 
 class LockFile:
@@ -54,10 +63,10 @@ class LockFile:
 
     @contextmanager
     def held(self, patience: float) -> Iterator[None]:
-        """Hold the lock, and touch it meanwhile; LogAway where others keep it for longer than `patience` seconds."""
+        """Hold the lock, and touch it meanwhile; StoreAway where others keep it for longer than `patience` seconds."""
         ended = threading.Event()
         if not self._threads.acquire(timeout=min(patience, threading.TIMEOUT_MAX)):
-            raise LogAway(f"another thread keeps {self.path} locked")
+            raise StoreAway(f"Another thread keeps {self.path} locked.")
 
         def touch() -> None:
             while not ended.wait(TOUCH_SECONDS):
@@ -87,25 +96,26 @@ class LockFile:
 
     def _take(self, deadline: float) -> None:
         self._token = f"{this_process()} {uuid.uuid4().hex}"
-        silent: str | None = None
-        pause, since = 0.001, 0.0
+        before, behind, pause, since = ("", 0.0), None, 0.001, 0.0
         while True:
             with suppress(FileExistsError):
                 with self.path.open("x", encoding="utf-8") as file:
                     file.write(self._token)
                 return
             with suppress(FileNotFoundError):  # it was given back
-                owner, now = self.path.read_text("utf-8"), time.monotonic()
-                if silence(self.path) < self.grace or owner != silent:
-                    silent, since = owner, now
-                process = owner.partition(" ")[0]
+                with self.path.open(encoding="utf-8") as file:  # opened: NFS then asks its server
+                    seen, now = (file.read(), os.fstat(file.fileno()).st_mtime), time.monotonic()
+                behind = clock(self.path.parent) - now if behind is None else behind
+                if now + behind - seen[1] < self.grace or seen != before:
+                    before, since = seen, now
+                process = seen[0].partition(" ")[0]
                 # Where it is of this process, what had taken it was interrupted: another thread would still hold it.
                 if is_gone(process) or process == this_process() or now - since > self.longer:
-                    self._break(owner)
+                    self._break(seen[0])
                     continue
             stop_if_told()
             if time.monotonic() > deadline:
-                raise LogAway(f"another process keeps {self.path} locked; end it")
+                raise StoreAway(f"Another process keeps {self.path} locked; end it.")
             time.sleep(pause)
             pause = min(2 * pause, LONGEST_PAUSE)
 
@@ -120,12 +130,11 @@ class LockFile:
 
 
 class Log(JournalFileBackend):
-    """Optuna's log as a file: whole lines are appended, by one process at a time, under locks that weren't lost."""
+    """Optuna's log as a file: whole lines are appended under the last of `locks`, by who has lost none of them."""
 
-    def __init__(self, path: Path, appending: LockFile, above: list[LockFile]) -> None:
+    def __init__(self, path: Path, locks: list[LockFile], patience: Callable[[], float]) -> None:
         super().__init__(str(path))
-        self.path, self.appending, self.above = path, appending, above
-        self.number, self.patience = path.stat().st_ino, math.inf
+        self.path, self.locks, self.patience, self.number = path, locks, patience, path.stat().st_ino
 
     def read_logs(self, log_number_from: int) -> Generator[dict[str, Any], None, None]:
         """Yield the entries from that number on."""
@@ -135,21 +144,24 @@ class Log(JournalFileBackend):
     def append_logs(self, logs: list[dict[str, Any]]) -> None:
         """Append entries, after cutting off what a dead process left of one."""
         lines = "".join(json.dumps(log, separators=(",", ":")) + "\n" for log in logs).encode()
-        with self.appending.held(self.patience), faults(), self.path.open("r+b") as file:
+        with self.locks[-1].held(self.patience()), faults(), self.path.open("r+b") as file:
             if os.fstat(file.fileno()).st_ino != self.number:
                 raise FileNotFoundError(f"{self.path} was replaced")
-            if any(lock.is_lost() for lock in self.above):
-                raise LogAway("this process was silent for so long that others took its lock")
-            end = file.seek(0, os.SEEK_END)
+            end, left = file.seek(0, os.SEEK_END), b""
             file.seek(max(0, end - 1))
             if file.read() not in (b"", b"\n"):
                 file.seek(0)
-                end = file.read().rfind(b"\n") + 1
-                file.truncate(end)
-            file.seek(end)
-            file.write(lines)
-            file.flush()
-            os.fsync(file.fileno())
+                left = file.read().rpartition(b"\n")[2]
+            if not ENTRY.startswith(left[: len(ENTRY)]):
+                raise ValueError(f"{self.path} ends with something else than an entry")
+            if any(lock.is_lost() for lock in self.locks):
+                raise LogAway("this process was silent for so long that others took its lock")
+            if left:
+                file.truncate(end - len(left))
+            with self.path.open("ab") as file_end:  # as it is then, so that nothing of others is overwritten
+                file_end.write(lines)
+                file_end.flush()
+                os.fsync(file_end.fileno())
 
 
 @contextmanager

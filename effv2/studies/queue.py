@@ -22,7 +22,7 @@ from optuna.trial import FrozenTrial, Trial, TrialState, create_trial
 
 from effv2.core.errors import LeaseLost, StoreAway
 from effv2.core.internals import trial_id
-from effv2.core.processes import is_gone, this_process
+from effv2.core.processes import is_gone, this_process, uninterrupted
 from effv2.core.secrets import masked
 from effv2.studies.storage import (
     DATABASE_ERRORS,
@@ -82,7 +82,7 @@ class Queue:
         of the pruner of them.
         """
         repeated = 0
-        with self.storage.lock(self.study):
+        with self.storage.lock(self.study), uninterrupted():  # a signal within a commit comes out as another error
             there = self._by_name()
             wanted = self.wanted(there)
             for name, trial in there.items():
@@ -96,7 +96,7 @@ class Queue:
     @retried
     def lease(self) -> FrozenTrial | None:
         """Take the first waiting trial, after freeing those whose worker is gone; None where none waits."""
-        with self.storage.lock(self.study):
+        with self.storage.lock(self.study), uninterrupted():
             running = self._running()
             if ours := next(filter(_is_ours, running), None):  # left over where the answer to an earlier call was lost
                 return ours
@@ -133,12 +133,14 @@ class Queue:
         return choose(Trial(study, trial_id(trial)))
 
     @retried
+    @uninterrupted()
     def note_run(self, trial: FrozenTrial, run_id: str) -> None:
         """Record which run works on the trial; LeaseLost if the trial is no longer ours."""
         self._own(trial)
         self.storage.optuna.set_trial_user_attr(trial_id(trial), RUN, run_id)
 
     @retried
+    @uninterrupted()
     def report(self, trial: FrozenTrial, epoch: int, value: float, pruner: BasePruner | None = None) -> bool:
         """Record a value at an epoch and ask the pruner, if any, to end the trial there; LeaseLost if it isn't ours."""
         storage, number = self.storage.optuna, trial_id(self._own(trial))
@@ -156,14 +158,14 @@ class Queue:
         self, trial: FrozenTrial, state: TrialState, value: float, run_id: str, about: Params = NOTHING_MORE
     ) -> None:
         """Finish a trial with its value, the run that reached it and more attributes; LeaseLost if it isn't ours."""
-        with self.storage.lock(self.study):
+        with self.storage.lock(self.study), uninterrupted():
             if not self._own(trial).state.is_finished():  # else the answer to an earlier attempt to finish was lost
                 self._set(trial, state, {**about, RUN: run_id}, value)
 
     @retried
     def fail(self, trial: FrozenTrial, error: str, final: bool) -> None:
         """Let a failed trial wait again, or FAIL it where its retries are spent or another attempt would fail alike."""
-        with self.storage.lock(self.study):
+        with self.storage.lock(self.study), uninterrupted():
             now = self.storage.optuna.get_trial(trial_id(trial))
             if _is_ours(now) and now.state == TrialState.RUNNING:
                 failures = now.user_attrs.get(FAILURES, 0) + 1
@@ -173,11 +175,12 @@ class Queue:
     @retried
     def release(self) -> None:
         """Give back what this process works on, as on Ctrl-C, even where it came within `lease`."""
-        with self.storage.lock(self.study):
+        with self.storage.lock(self.study), uninterrupted():
             for trial in filter(_is_ours, self._running()):
                 self._set(trial, TrialState.WAITING, {})
 
     @retried
+    @uninterrupted()
     def trials(self) -> dict[str, FrozenTrial]:
         """Return the study's trials by name, of those that were repeated the last."""
         return self._by_name()
@@ -246,6 +249,7 @@ class Queue:
         for name, attribute in attributes.items():
             self.storage.optuna.set_trial_user_attr(trial_id(trial), name, attribute)
         self.storage.optuna.set_trial_state_values(trial_id(trial), state, None if value is None else [value])
+        self.storage.beat(trial_id(trial), ended=True)
 
 
 class _Rivals(optuna.Study):

@@ -1,6 +1,7 @@
 """Optuna's storage: opened, its tables created, locked across processes, and waited for where it goes away."""
 
 import hashlib
+import os
 import random
 import re
 import sqlite3
@@ -8,7 +9,7 @@ import time
 import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, suppress
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -25,7 +26,7 @@ from effv2.core.errors import InputError, StoreAway
 from effv2.core.internals import stale_trial_ids, trial_id
 from effv2.core.processes import stop_if_told
 from effv2.core.secrets import masked
-from effv2.studies.journal import LockFile, Log, LogAway, faults, silence
+from effv2.studies.journal import LockFile, Log, LogAway, check_log, clock, faults
 from effv2.tracking.addresses import check_address, is_tracking_database
 from effv2.tracking.store import reason
 
@@ -75,8 +76,8 @@ class Storage(ABC):
         """
 
     @abstractmethod
-    def beat(self, trial: int) -> None:
-        """Note that somebody works on a trial."""
+    def beat(self, trial: int, ended: bool = False) -> None:
+        """Note that somebody works on a trial, or that the work has `ended`."""
 
     @abstractmethod
     def stale(self, study: int) -> list[int]:
@@ -163,8 +164,9 @@ class Database(Storage):
             connection.execute(sqlalchemy.text("SELECT pg_advisory_xact_lock(:key)"), {"key": key})
             yield
 
-    def beat(self, trial: int) -> None:  # noqa: D102
-        self._rdb.record_heartbeat(trial)
+    def beat(self, trial: int, ended: bool = False) -> None:  # noqa: D102
+        if not ended:
+            self._rdb.record_heartbeat(trial)
 
     def stale(self, study: int) -> list[int]:  # noqa: D102
         return stale_trial_ids(self._rdb, study)
@@ -182,24 +184,29 @@ class Journal(Storage):
         super().__init__(f"journal://{file}", file, wait)
         self._signs = Path(f"{file}.alive")
         names = ("lock", "publish.lock", "append.lock")
-        self._lock, self._long, appending = (
-            LockFile(Path(f"{file}.{name}"), GRACE_SECONDS, SECOND_LOOK_SECONDS) for name in names
-        )
+        locks = [LockFile(Path(f"{file}.{name}"), GRACE_SECONDS, SECOND_LOOK_SECONDS) for name in names]
+        self._lock, self._long, _ = locks
+        self.optuna = JournalStorage(Log(file, locks, lambda: self.patience))
         self._signs.mkdir(exist_ok=True)
-        self.optuna = JournalStorage(Log(file, appending, [self._lock, self._long]))
 
     def lock(self, name: str) -> AbstractContextManager[None]:  # noqa: D102
-        long = name.startswith(LONG)
-        return self._long.held(float("inf")) if long else self._lock.held(self.patience)
+        return self._long.held(float("inf")) if name.startswith(LONG) else self._lock.held(self.patience)
 
-    def beat(self, trial: int) -> None:  # noqa: D102
+    def beat(self, trial: int, ended: bool = False) -> None:  # noqa: D102
+        sign = self._signs / str(trial)
         with faults():
-            (self._signs / str(trial)).touch()
+            sign.unlink(missing_ok=True) if ended else sign.touch()
 
     def stale(self, study: int) -> list[int]:  # noqa: D102
         running = self.optuna.get_all_trials(study, deepcopy=False, states=(TrialState.RUNNING,))
         with faults():
-            return [each for each in map(trial_id, running) if silence(self._signs / str(each)) > GRACE_SECONDS]
+            since = clock(self._signs) - GRACE_SECONDS if running else 0.0
+            return [each for each in map(trial_id, running) if self._touched(each) < since]
+
+    def _touched(self, trial: int) -> float:
+        with suppress(FileNotFoundError), (self._signs / str(trial)).open("rb") as file:  # opened: NFS asks its server
+            return os.fstat(file.fileno()).st_mtime
+        return 0.0
 
     def close(self) -> None:  # noqa: D102
         pass
@@ -222,7 +229,7 @@ def open_storage(url: str, wait: float = 0) -> Storage:
 def check_storage(url: str) -> URL | Path:
     """Return the address of a storage, or the file of a log.
 
-    InputError where it is none, or holds or is to hold what MLflow tracks.
+    InputError where it is none, holds or is to hold what MLflow tracks, or is a file that can't be a log.
     """
     check_address("storage", url)
     parsed = _parsed(url)
@@ -230,10 +237,12 @@ def check_storage(url: str) -> URL | Path:
         if isinstance(parsed, URL) and is_tracking_database(parsed):
             problem = "is a database of MLflow's, to which Optuna would add its tables"
             raise InputError("storage", url, problem, "give another one, as sqlite:///optuna.db")
+        if isinstance(parsed, Path):
+            check_log(parsed)
     except ImportError as error:
         remedy = "install it with: pip install 'effv2[postgresql]'"
         raise InputError("storage", url, f"needs the package {error.name}", remedy) from error
-    except (exc.SQLAlchemyError, OSError) as error:
+    except (exc.SQLAlchemyError, OSError, LogAway) as error:
         raise cannot_use(masked(url), error) from error
     return parsed
 
@@ -258,7 +267,8 @@ def _parsed(url: str) -> URL | Path:
 def cannot_use(shown: str, error: Exception) -> InputError:
     """Return what to raise where a database fails before anything was begun."""
     problem = f"can't be used ({reason(error.__cause__ or error)})"  # in the words of what Optuna or SQLAlchemy wrapped
-    return InputError("storage", shown, problem, "start the database or correct the address")
+    remedy = "give another file" if shown.startswith("journal:") else "start the database or correct the address"
+    return InputError("storage", shown, problem, remedy)
 
 
 def _is_away(error: Exception) -> bool:

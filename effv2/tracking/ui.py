@@ -49,20 +49,19 @@ def open_ui(experiment: str, port: int, say: Callable[[str], None], browse: bool
     # The store's address is not among the words, which other users of the machine can read.
     environment = {"MLFLOW_BACKEND_STORE_URI": tracking_uri(), "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"}
     words = [sys.executable, "-m", "mlflow", "ui", "-p", str(port), "-w", "1"]
-    with tempfile.TemporaryFile() as log:
+    with tempfile.TemporaryFile() as log, suppress(KeyboardInterrupt):
         process = subprocess.Popen(  # noqa: S603 (in a session of its own it hears no Ctrl-C)
             words, stdout=log, stderr=log, env=os.environ | environment, start_new_session=True
         )
         try:
-            if not _answers(f"http://127.0.0.1:{port}/health", process):
-                log.seek(0)
-                *_, last = log.read().decode(errors="replace").splitlines() or [""]
-                raise RunError(f"MLflow's UI doesn't start: {last}")
-            say(f"http://127.0.0.1:{port}/{page}")
-            if browse:
-                webbrowser.open(f"http://127.0.0.1:{port}/{page}")
-            with suppress(KeyboardInterrupt):
+            if started := _answers(f"http://127.0.0.1:{port}/health", process):
+                say(f"http://127.0.0.1:{port}/{page}")
+                if browse:
+                    webbrowser.open(f"http://127.0.0.1:{port}/{page}")
                 process.wait()
+            log.seek(0)
+            *_, last = log.read().decode(errors="replace").splitlines() or [""]
+            raise RunError(f"MLflow's UI {'has ended' if started else 'has not started'}: {last}")
         finally:
             process.terminate()
             process.wait()
