@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+from itertools import chain
 from pathlib import Path
 
 import numpy as np
@@ -34,7 +35,10 @@ def test_a_run_shows_its_surest_mistakes_and_how_sure_it_may_be(sqlite_store: st
     sheet = np.asarray(Image.open(folder / "wrong.jpg"), float)
     assert sheet.shape[1] == COLUMNS * (MOST_TILE + 4 * GAP) and (right == 0).sum() > MOST_WRONG
     wrong = [place for place in np.argsort(-sure, kind="stable") if not right[place]]
-    pixels = dataset.test.pixels[dataset.test.rows[wrong[:MOST_WRONG]]].numpy().astype(float)
+    labels = dataset.test.labels.tolist()
+    assert {labels[place] for place in wrong} == set(range(10))
+    surest = [[place for place in wrong if labels[place] == label][: MOST_WRONG // 10] for label in range(10)]
+    pixels = dataset.test.pixels[dataset.test.rows[list(chain(*surest))]].numpy().astype(float)
     shown = [sheet[GAP : GAP + MOST_TILE, GAP + left : GAP + left + MOST_TILE] for left in (0, MOST_TILE + 4 * GAP)]
     for tile, image in zip(shown, pixels, strict=False):  # in their order; of each pixel the middle, as it is a JPEG
         middle = tile[8::16, 8::16]

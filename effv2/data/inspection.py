@@ -189,6 +189,15 @@ def contact_sheet(dataset: Dataset) -> Image.Image:
     return sheet
 
 
+def of_each_class(places: Sequence[int], labels: Sequence[int], most: int) -> list[int]:
+    """Return the first ones of `places` of each class, as many of each as fit into `most`, class after class."""
+    by_class: dict[int, list[int]] = {}
+    for place in places:
+        by_class.setdefault(labels[place], []).append(place)
+    each = max(1, most // max(1, len(by_class)))
+    return [place for label in sorted(by_class) for place in by_class[label][:each]][:most]
+
+
 def gallery(images: torch.Tensor, captions: Sequence[Sequence[str]]) -> Image.Image:
     """Return images (N, 3, side, side) of bytes, each above the lines of its caption, of which both ends are shown."""
     width, height = MOST_TILE + 4 * GAP, MOST_TILE + LINE * len(captions[0]) + 4 * GAP

@@ -23,7 +23,7 @@ from effv2.core.paths import write_csv
 from effv2.core.reporter import Reporter
 from effv2.core.words import counted
 from effv2.data.dataset import Dataset
-from effv2.data.inspection import WRONG, gallery
+from effv2.data.inspection import WRONG, gallery, of_each_class
 from effv2.evidence.answers import NOTHING_YET
 from effv2.evidence.claims import Claims, read_claims
 from effv2.evidence.exports import Evidence, export, exported, tracked
@@ -177,20 +177,17 @@ def _export(report: Report, evidence: Evidence, target: Path, claims: Claims) ->
 def _differing(apart: Sequence[Sequence[Any]], dataset: Dataset) -> bytes:
     """Return a gallery of the first images of images_apart that arms differ on, a JPEG; empty without any."""
     places, arms = {id_: place for place, id_ in enumerate(dataset.test.ids)}, apart[0][1 : MOST_ARMS + 1]
-    rows = [row for row in apart[1:] if row[0] in places and len(set(row[1:])) > 1][:MOST_SHOWN]
-    chosen = torch.tensor([places[row[0]] for row in rows])
-    labels = dataset.test.labels[chosen].tolist()
-    captions = [
-        [
-            row[0],
-            dataset.classes[label],
-            *(f"{arm}: {float(share):.0%}" for arm, share in zip(arms, row[1:], strict=False)),
-        ]
-        for row, label in zip(rows, labels, strict=True)
-    ]
-    file = BytesIO()
-    if rows:
-        gallery(dataset.test.images(chosen), captions).save(file, "JPEG", quality=85)
+    shares = {places[row[0]]: row[1:] for row in apart[1:] if row[0] in places and len(set(row[1:])) > 1}
+    labels, file = dataset.test.labels.tolist(), BytesIO()
+    captions = {
+        place: [dataset.test.ids[place], dataset.classes[labels[place]]]
+        + [f"{arm}: {float(share):.0%}" for arm, share in zip(arms, shares[place], strict=False)]
+        for place in of_each_class(list(shares), labels, MOST_SHOWN)
+    }
+    if captions:
+        gallery(dataset.test.images(torch.tensor(list(captions))), list(captions.values())).save(
+            file, "JPEG", quality=85
+        )
     return file.getvalue()
 
 

@@ -27,7 +27,7 @@ from effv2.core.paths import write_csv
 from effv2.data.batches import NORMALISATIONS
 from effv2.data.dataset import Dataset
 from effv2.data.images import Square
-from effv2.data.inspection import WRONG, gallery
+from effv2.data.inspection import WRONG, gallery, of_each_class
 from effv2.run.initial import initialise
 from effv2.serving.export import as_base64, output_names, write_served
 from effv2.tracking.read import download
@@ -85,7 +85,8 @@ def log_test(run: TrackedRun, training: Training) -> dict[str, float]:
         labels = dataset.test.labels.numpy()
         answers = write_predictions(folder, dataset.classes, dataset.test.ids, labels, result.logits.numpy())
         wrong = [place for place, each in enumerate(answers) if each.predicted != each.true]
-        if surest := sorted(wrong, key=lambda place: -answers[place].probability)[:MOST_WRONG]:
+        wrong.sort(key=lambda place: -answers[place].probability)
+        if surest := of_each_class(wrong, labels.tolist(), MOST_WRONG):
             captions = [answers[place].lines() for place in surest]
             gallery(dataset.test.images(torch.tensor(surest)), captions).save(folder / WRONG, quality=90)
     return {"selected/test_accuracy": result.accuracy, "selected/test_ece": calibration_error(*_sureness(answers))}
