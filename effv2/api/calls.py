@@ -236,6 +236,7 @@ def _plan(make: Callable[..., Any], how: Options, reporter: Reporter) -> StudyRe
     plan, there = make(load=load, reporter=reporter), None
     with suppress(InputError):  # an experiment that isn't there is not created for it
         there = open_store(how.experiment, create=False) if is_begun() else None
+    reporter.progress("timing a few steps")
     lines, table = forecast(plan, how, load, there)
     return StudyResult(lines, table=list(map(tuple, table)))
 

@@ -14,7 +14,7 @@ from effv2.evidence.study import NEAR_CHANCE
 
 FIRST_DATASETS = ("digits", "imagenette", "mnist", "birds")
 # A training has at least this many steps, unless its epochs are given or the most epochs are fewer. With less, running
-# averages of batch norm lag behind the weights (docs/performance.md).
+# averages of batch norm lag behind the weights (docs/few-images.md).
 MANY_STEPS, MOST_EPOCHS = 1000, 100
 BATCH_NORM_IMAGES = 1024
 
@@ -41,8 +41,8 @@ def with_length(configs: Sequence[TrainConfig], load: LoadData, message: Message
     if found != list(configs):
         now = found[free.index(True)]
         images = now.evaluation.batch_norm_images
-        estimated = f", each evaluated with batch norm estimated from training images, {images:,} at most"
-        message(f"Epochs: {now.schedule.epochs}, of {steps} steps{estimated if images else ''} (docs/performance.md).")
+        estimated = f", evaluated with batch norm estimated from training images, {images:,} at most"
+        message(f"Epochs: {now.schedule.epochs}, of {steps} steps each{estimated if images else ''} (docs/few-images.md).")
     return found
 
 

@@ -314,6 +314,7 @@ def _train(config: TrainConfig, dataset: Dataset, spec: RunSpec, run: OpenRun, c
         checkpointer.save(state, leaving=True)
         raise
     checkpointer.save(state)
+    reporter.progress("logging what it learned")
     state.take_selected()
     if spec.keeps_weights(state.progress.best_accuracy):
         keep_weights(run, state.evaluated)
