@@ -9,6 +9,7 @@ import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
+from typing import Any
 
 import pytest
 from mlflow import MlflowClient
@@ -223,7 +224,7 @@ def test_a_lock_that_a_process_keeps_is_named(url: str) -> None:
     for name in ("lock", "append.lock"):
         lock = Path(f"{storage.file}.{name}")
         lock.write_text("another/machine/1/1/x y")
-        with pytest.raises(StoreAway, match=rf"keeps .*\.{name} locked; end it"):
+        with pytest.raises(StoreAway, match=rf"^Another process keeps .*\.{name} locked; end it"):
             queue.lease()
         lock.unlink()
     assert queue.lease() is not None
@@ -236,7 +237,12 @@ def test_signs_of_life_end_with_the_work_and_cost_one_look_at_the_clock(
     queue = make_queue(storage, trials=3)
     looks: list[object] = []
     make = tempfile.TemporaryFile
-    monkeypatch.setattr(tempfile, "TemporaryFile", lambda **words: (looks.append(words), make(**words))[1])
+
+    def counted(**words: Any) -> Any:
+        looks.append(words)
+        return make(**words)
+
+    monkeypatch.setattr(tempfile, "TemporaryFile", counted)
     for name in ("a", "b", "c"):
         with worker(name, set()):
             lease = queue.lease()
@@ -246,6 +252,7 @@ def test_signs_of_life_end_with_the_work_and_cost_one_look_at_the_clock(
         queue.release()
         queue.lease()
     with worker("c", set()):
+        assert lease is not None
         queue.finish(lease, TrialState.COMPLETE, 0.5, "")
     running = [trial_id(each) for each in trials(storage) if each.state == TrialState.RUNNING]
     assert [each.name for each in Path(f"{storage.file}.alive").iterdir()] == [*map(str, running)] and len(running) == 1
@@ -261,7 +268,12 @@ def test_a_signal_within_a_lease_waits_for_its_end(url: str, monkeypatch: pytest
     storage = open_storage(url)
     queue = make_queue(storage, trials=1)
     beat = storage.beat
-    monkeypatch.setattr(storage, "beat", lambda trial: (os.kill(os.getpid(), signal.SIGTERM), beat(trial)))
+
+    def interrupted(trial: int) -> None:
+        os.kill(os.getpid(), signal.SIGTERM)
+        beat(trial)
+
+    monkeypatch.setattr(storage, "beat", interrupted)
     with pytest.raises(Terminated), ending_signals():
         queue.lease()
     assert [each.state for each in trials(storage)] == [TrialState.RUNNING]
