@@ -42,7 +42,8 @@ def with_length(configs: Sequence[TrainConfig], load: LoadData, message: Message
         now = found[free.index(True)]
         images = now.evaluation.batch_norm_images
         estimated = f", evaluated with batch norm estimated from training images, {images:,} at most"
-        message(f"Epochs: {now.schedule.epochs}, of {steps} steps each{estimated if images else ''} (docs/few-images.md).")
+        length = f"Epochs: {now.schedule.epochs}, of {steps} steps each{estimated if images else ''}"
+        message(f"{length} (docs/few-images.md).")
     return found
 
 
