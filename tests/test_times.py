@@ -27,7 +27,7 @@ TOGETHER = """{kind: difference, metric: selected/test_accuracy, arm: a, against
 
 
 def trained(arm: str, seed: int, seconds: float, accuracies: Sequence[float], machine: str = "one") -> RunRecord:
-    """Return a run of as many epochs as accuracies, each of so many seconds of training."""
+    """Return a run of as many epochs as accuracies, and the seconds of training that each takes."""
     epochs = range(1, len(accuracies) + 1)
     history = {
         "test/accuracy": dict(zip(epochs, accuracies, strict=True)),

@@ -48,6 +48,9 @@ def test_without_runs_or_with_another_server_it_says_so(
     result = invoke(main, "ui")
     assert result.exit_code == 2 and "holds no runs yet" in result.stderr
     assert invoke(main, "ui", "--experiment", "nobody's").exit_code == 2
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path}/none.db")
+    nowhere = invoke(main, "ui")
+    assert nowhere.exit_code == 2 and "there is no such file" in nowhere.stderr and not list(tmp_path.glob("*.db"))
     assert run_address("R", "0").endswith("see it with: effv2 ui")
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://server:5000/")
     assert run_address("R", "7") == "http://server:5000/#/experiments/7/runs/R?workflowType=machine_learning"

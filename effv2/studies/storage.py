@@ -57,8 +57,8 @@ R = TypeVar("R")
 class Storage(ABC):
     """An open storage and the lock that serialises changes to a study; the lock dies with its process.
 
-    `patience` is how many seconds the storage may be away; StoreAway after them. With `wait` it may so from the
-    beginning, for so many seconds. `file` is the one that it is in, if it is in one.
+    `patience` is the number of seconds that the storage may be away before StoreAway; `wait` is that number while it is
+    opened. `file` is the file of the storage, if it has one.
     """
 
     optuna: BaseStorage

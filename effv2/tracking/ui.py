@@ -14,7 +14,7 @@ from urllib.request import urlopen
 from mlflow.entities import ViewType
 
 from effv2.core.errors import InputError, RunError
-from effv2.tracking.addresses import tracking_uri, ui_address
+from effv2.tracking.addresses import TRACKING_URI, shown_uri, tracking_uri, ui_address
 from effv2.tracking.read import artifact_names
 from effv2.tracking.store import MlflowClient, open_store, tracking_faults
 from effv2.tracking.writer import page_of
@@ -25,14 +25,15 @@ PAGE = "report.html"  # of a study
 
 def comparison(experiment: str) -> str:
     """Return the page of the newest study, or of the newest run where there is none; InputError for no such store."""
-    client, own = MlflowClient(), open_store(experiment or None, create=False)
+    own, client = open_store(experiment or None, create=False), MlflowClient()  # which would create a database
     with tracking_faults():
         ids = [own] if own else [each.experiment_id for each in client.search_experiments(ViewType.ACTIVE_ONLY)]
         for condition in ("params.`study.kind` != ''", ""):
             for run in client.search_runs(ids, condition, order_by=["attributes.start_time DESC"], max_results=1):
                 page = PAGE if PAGE in artifact_names(run.info.run_id, "") else ""
                 return page_of(run.info.experiment_id, run.info.run_id, page)
-    raise InputError("experiment", experiment, "holds no runs yet", "make some, as with the command ablate")
+    where = ("experiment", experiment) if experiment else (TRACKING_URI, shown_uri())
+    raise InputError(*where, "holds no runs yet", "name the one of your runs, or make some with `effv2 ablate`")
 
 
 def open_ui(experiment: str, port: int, say: Callable[[str], None], browse: bool) -> None:
