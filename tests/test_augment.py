@@ -126,3 +126,13 @@ def test_smoothed_targets_are_torchs() -> None:
     logits, labels = torch.randn(5, 7), torch.arange(5)
     loss = torch.nn.functional.cross_entropy
     assert torch.allclose(loss(logits, one_hot(labels, 7, 0.1)), loss(logits, labels, label_smoothing=0.1))
+
+
+def test_cutmix_shares_have_the_bits_that_finished_runs_had() -> None:
+    torch.manual_seed(0)
+    count, side = 32, 28  # 784 pixels: no power of two, so that 1 - inside and outside differ in their last bits
+    inputs = torch.arange(count).float()[:, None, None, None].expand(-1, 3, side, side)
+    mixed, targets = mix_samples(inputs, torch.eye(count), AugmentConfig(cutmix=1.0))
+    inside = (mixed[:, 0] != inputs[:, 0]).flatten(1).float()
+    expected, cut = 1 - inside.mean(1), inside.any(1)
+    assert cut.sum() > 20 and torch.equal(targets.diagonal()[cut], expected[cut])
