@@ -256,7 +256,7 @@ def test_no_name_is_a_formula_in_a_csv_and_all_are_read_back(tmp_path: Path) -> 
         ("params.csv", "r1,a"),
         ("tags.csv", ""),
         ("metrics.csv", "r1,loss,high"),
-        ("epochs.csv", "r1,loss,1e999,0.5"),
+        ("epochs.csv", "r1,1e999,0.5"),
         ("images.csv", "r1,train,digits,x,2,null"),
         ("images.csv", "r1,train,digits,x,2," + "[" * 10_000),
     ],

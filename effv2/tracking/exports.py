@@ -20,15 +20,15 @@ from effv2.core.secrets import masked_values
 from effv2.tracking.read import Images, RunRecord
 from effv2.tracking.tags import PARENT, PID, PROCESS, QUEUE
 
-MANIFEST, RUNS = "manifest.json", "runs.csv"
+MANIFEST, RUNS, EPOCHS = "manifest.json", "runs.csv", "epochs.csv"
 LARGEST_MANIFEST, LARGEST_FILE = 50_000_000, 2_000_000_000  # bytes: of millions of epochs
 LARGEST_FIELD = 10_000_000  # characters of a CSV field: thousands of class names
-TABLES = {  # of an export: their titles after `run_id`
+TABLES = {  # of an export: their titles after `run_id`; those of epochs.csv end with a column per metric
     RUNS: "name status started ended",
     "params.csv": "name value",
     "tags.csv": "name value",
     "metrics.csv": "name value",
-    "epochs.csv": "name epoch value",
+    EPOCHS: "epoch",
     "images.csv": "context name digest images classes",
 }
 PRIVATE = {"data.dir", "weights.file", PID, PROCESS, QUEUE}  # where the user's files lie, or who they are
@@ -66,10 +66,11 @@ def write_export(folder: Path, manifest: Manifest, runs: Sequence[RunRecord], te
         for name in (*_manifest(folder).sha256, MANIFEST):
             (folder / name).unlink(missing_ok=True)
     folder.mkdir(parents=True, exist_ok=True)
-    lines = {run.run_id: _lines(run) for run in runs}
+    metrics = sorted({metric for run in runs for metric in run.history})
+    lines = {run.run_id: _lines(run, metrics) for run in runs}
     for name, titles in TABLES.items():
         rows = [(run_id, *line) for run_id, of_run in lines.items() for line in of_run[name]]
-        write_csv(folder / name, [("run_id", *titles.split()), *rows])
+        write_csv(folder / name, [("run_id", *titles.split(), *(metrics if name == EPOCHS else ())), *rows])
     written = list(TABLES)
     for name, text in texts:
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
@@ -80,13 +81,14 @@ def write_export(folder: Path, manifest: Manifest, runs: Sequence[RunRecord], te
     write_atomically(folder / MANIFEST, json.dumps(whole.model_dump(), indent=1) + "\n")
 
 
-def _lines(run: RunRecord) -> dict[str, list[tuple[Any, ...]]]:
-    """Return what stands of a run in each table, after its id."""
+def _lines(run: RunRecord, metrics: Sequence[str]) -> dict[str, list[tuple[Any, ...]]]:
+    """Return the lines of a run in each table, after its id; in epochs.csv with the values of `metrics`."""
     params = {name: value for name, value in run.params.items() if name not in PRIVATE}
     weights = params.get("model.weights", "")
     if not weights.startswith(("runs:/", "models:/")):  # else perhaps a path, of which the file's name will do
         params |= {"model.weights": PurePath(weights).name} if weights else {}
     tags = {name: value for name, value in run.tags.items() if name.startswith("effv2.") or name == PARENT}
+    epochs = sorted({epoch for curve in run.history.values() for epoch in curve})
     images = [
         (context, each.name, each.digest, each.images, json.dumps(each.classes)) for context, each in run.images.items()
     ]
@@ -95,7 +97,7 @@ def _lines(run: RunRecord) -> dict[str, list[tuple[Any, ...]]]:
         "params.csv": sorted(params.items()),
         "tags.csv": sorted((name, value) for name, value in tags.items() if name not in PRIVATE),
         "metrics.csv": sorted(run.metrics.items()),
-        "epochs.csv": [(name, *each) for name, curve in sorted(run.history.items()) for each in sorted(curve.items())],
+        EPOCHS: [(epoch, *(run.history.get(name, {}).get(epoch, "") for name in metrics)) for epoch in epochs],
         "images.csv": sorted(images),
     }
 
@@ -131,10 +133,12 @@ def _read_runs(folder: Path) -> Iterator[RunRecord]:
     """Yield the runs of an export from its tables."""
     csv.field_size_limit(LARGEST_FIELD)
     lines: dict[str, dict[str, list[list[str]]]] = defaultdict(lambda: {name: [] for name in TABLES})  # by run
+    titles: dict[str, list[str]] = {}  # by table, after `run_id`
     for table in TABLES:
         with (folder / table).open(newline="", encoding="utf-8") as file:
-            for run_id, *values in [[from_cell(text) for text in row] for row in csv.reader(file)][1:]:
-                lines[run_id][table].append(values)
+            (_, *titles[table]), *rows = [[from_cell(text) for text in row] for row in csv.reader(file)]
+        for run_id, *values in rows:
+            lines[run_id][table].append(values)
     for run_id, of_run in lines.items():
         if not of_run[RUNS] or not re.fullmatch(r"[\w-]+", run_id):
             raise ValueError("a run that can't be one")
@@ -142,8 +146,10 @@ def _read_runs(folder: Path) -> Iterator[RunRecord]:
         params, tags, metrics = (masked_values(dict(of_run[f"{of}.csv"])) for of in ("params", "tags", "metrics"))
         numbers = {metric: float(value) for metric, value in metrics.items()}
         history: dict[str, dict[int, float]] = {}
-        for metric, epoch, value in of_run["epochs.csv"]:
-            history.setdefault(metric, {})[int(epoch)] = float(value)
+        for epoch, *values in of_run[EPOCHS]:
+            for metric, value in zip(titles[EPOCHS][1:], values, strict=True):
+                if value:
+                    history.setdefault(metric, {})[int(epoch)] = float(value)
         images = {
             context: Images(called, digest, int(count), tuple(map(str, json.loads(classes))))
             for context, called, digest, count, classes in of_run["images.csv"]
