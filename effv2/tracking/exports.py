@@ -1,21 +1,25 @@
-"""Tracked runs written as CSV files with a manifest of their hashes, and read back as they were: exports."""
+"""Tracked runs written as CSV files with a manifest of their hashes, and read back as they were: exports.
+
+Predictions of the same images share a table, with two columns per run.
+"""
 
 import csv
+import io
 import json
 import re
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path, PurePath
-from typing import Annotated, Any
+from typing import Annotated, Any, NamedTuple
 
 from pydantic import BaseModel, Field
 
 from effv2 import __version__
 from effv2.core.errors import InputError
 from effv2.core.paths import from_cell, read_text, write_atomically, write_csv
-from effv2.core.provenance import sha256_of_file
+from effv2.core.provenance import sha256_of_file, sha256_of_values
 from effv2.core.secrets import masked_values
 from effv2.tracking.read import Images, RunRecord
 from effv2.tracking.tags import PARENT, PID, PROCESS, QUEUE
@@ -31,6 +35,8 @@ TABLES = {  # of an export: their titles after `run_id`; those of epochs.csv end
     EPOCHS: "epoch",
     "images.csv": "context name digest images classes",
 }
+ANSWERS = ["id", "true", "predicted", "probability"]  # the titles of a run's predictions
+SHARED = re.compile(r"(.*predictions)-[0-9a-f]{12}(\.csv)")  # the tables of an export that hold those of several runs
 PRIVATE = {"data.dir", "weights.file", PID, PROCESS, QUEUE}  # where the user's files lie, or who they are
 
 
@@ -43,13 +49,24 @@ class Manifest(BaseModel):
     sha256: dict[str, str] = {}
 
 
+class Answers(NamedTuple):
+    """What a run predicted: images as pairs of id and true class, and as many pairs of class and probability."""
+
+    images: tuple[tuple[str, str], ...]
+    predicted: Sequence[tuple[str, str]]
+
+
+Predictions = Mapping[str, Answers]  # of a run, by the names of its files
+
+
 @dataclass(frozen=True)
 class Export:
-    """An export that was read: its folder, what it says of itself, and its runs."""
+    """An export that was read: its folder, what it says of itself, its runs, and their predictions by run."""
 
     folder: Path
     manifest: Manifest
     runs: Sequence[RunRecord]
+    predictions: Mapping[str, Predictions]
 
     def text(self, name: str) -> str | None:
         """Return the text of one of its files; None where it has none of that name."""
@@ -57,8 +74,22 @@ class Export:
         return (self.folder / name).read_text(encoding="utf-8", errors="replace") if there else None
 
 
-def write_export(folder: Path, manifest: Manifest, runs: Sequence[RunRecord], texts: Iterable[tuple[str, str]]) -> None:
-    """Write runs as tables, further `texts` by their names in the folder, and the manifest with the hashes of all.
+def answers_of(text: str) -> Answers | None:
+    """Return what a run's file of predictions says; None of another table."""
+    titles, *rows = [list(map(from_cell, row)) for row in csv.reader(io.StringIO(text))] or [[]]
+    if titles != ANSWERS or not rows or any(len(row) != len(ANSWERS) for row in rows):
+        return None
+    return Answers(tuple((row[0], row[1]) for row in rows), [(row[2], row[3]) for row in rows])
+
+
+def write_export(
+    folder: Path,
+    manifest: Manifest,
+    runs: Sequence[RunRecord],
+    predictions: Mapping[str, Predictions],
+    texts: Mapping[str, str],
+) -> None:
+    """Write runs as tables, their predictions, `texts` by their names in the folder, and a manifest with all hashes.
 
     The files of an earlier export there are removed first, and no others.
     """
@@ -71,14 +102,28 @@ def write_export(folder: Path, manifest: Manifest, runs: Sequence[RunRecord], te
     for name, titles in TABLES.items():
         rows = [(run_id, *line) for run_id, of_run in lines.items() for line in of_run[name]]
         write_csv(folder / name, [("run_id", *titles.split(), *(metrics if name == EPOCHS else ())), *rows])
-    written = list(TABLES)
-    for name, text in texts:
+    tables = _shared(predictions)
+    for name, table in tables.items():
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        write_csv(folder / name, table)
+    for name, text in texts.items():
         (folder / name).write_text(text, encoding="utf-8", newline="")
-        written.append(name)
-    hashes = {name: sha256_of_file(folder / name) for name in sorted(written)}
+    hashes = {name: sha256_of_file(folder / name) for name in sorted((*TABLES, *tables, *texts))}
     whole = manifest.model_copy(update={"sha256": hashes})
     write_atomically(folder / MANIFEST, json.dumps(whole.model_dump(), indent=1) + "\n")
+
+
+def _shared(predictions: Mapping[str, Predictions]) -> dict[str, Iterable[tuple[str, ...]]]:
+    """Return the tables of predictions by name: an image's id and true class, then what each run said."""
+    columns: dict[str, list[tuple[str, ...]]] = {}
+    for run_id, files in predictions.items():
+        for file, answers in files.items():
+            name = f"{file.removesuffix('.csv')}-{sha256_of_values(answers.images)[:12]}.csv"
+            ids, true = zip(*answers.images, strict=True)
+            predicted, probability = zip(*answers.predicted, strict=True)
+            columns.setdefault(name, [("id", *ids), ("true", *true)])
+            columns[name] += [(f"{run_id} predicted", *predicted), (f"{run_id} probability", *probability)]
+    return {name: zip(*each, strict=True) for name, each in columns.items()}
 
 
 def _lines(run: RunRecord, metrics: Sequence[str]) -> dict[str, list[tuple[Any, ...]]]:
@@ -110,7 +155,7 @@ def read_export(folder: Path) -> Export:
         if not file.is_file() or file.stat().st_size > LARGEST_FILE or sha256_of_file(file) != wanted:
             raise _wrong(folder, f"the file {name} is missing or was changed")
     try:
-        return Export(folder, manifest, list(_read_runs(folder)))
+        return Export(folder, manifest, list(_read_runs(folder)), _read_predictions(folder, manifest))
     except (ValueError, TypeError, OverflowError, RecursionError, csv.Error) as error:
         raise _wrong(folder, f"one of its tables holds what no export has ({str(error)[:100]})") from error
 
@@ -155,6 +200,21 @@ def _read_runs(folder: Path) -> Iterator[RunRecord]:
             for context, called, digest, count, classes in of_run["images.csv"]
         }
         yield RunRecord(run_id, name, status, params, numbers, tags, history, images, int(started), int(ended))
+
+
+def _read_predictions(folder: Path, manifest: Manifest) -> dict[str, dict[str, Answers]]:
+    """Return the predictions of an export's runs, by run and the name of the run's file."""
+    found: dict[str, dict[str, Answers]] = defaultdict(dict)
+    for name in manifest.sha256:
+        if file := SHARED.fullmatch(name):
+            with (folder / name).open(newline="", encoding="utf-8") as table:
+                rows = [[from_cell(text) for text in row] for row in csv.reader(table)]
+            (_, *ids), (_, *true), *said = zip(*rows, strict=True)
+            images = tuple(zip(ids, true, strict=True))
+            for (title, *predicted), (_, *probability) in zip(said[::2], said[1::2], strict=True):
+                answers = Answers(images, list(zip(predicted, probability, strict=True)))
+                found[title.split()[0]]["".join(file.groups())] = answers
+    return found
 
 
 def _wrong(folder: Path, problem: str, remedy: str = "export again") -> InputError:
