@@ -1,6 +1,5 @@
 """How sure a difference is: tests and intervals that hold at every look, and correction for many; on SciPy."""
 
-import csv
 import math
 from bisect import bisect_left
 from collections.abc import Callable, Collection, Mapping, Sequence
@@ -10,6 +9,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
+import pandas as pd
 from scipy import special, stats
 from scipy.stats import binomtest
 
@@ -76,11 +76,8 @@ EVERY_LOOK = Looks()  # where nothing else was said beforehand
 @cache
 def _levels(samples: int, most: int) -> tuple[np.ndarray, np.ndarray]:
     """Return logarithms of levels, overall and of a single look, for the next number of seeds of the table."""
-    with LEVELS.open(newline="", encoding="utf-8") as file:
-        (_, _, *alphas), *rows = csv.reader(file)
-    known = {int(row[1]): row[2:] for row in rows if int(row[0]) == samples}
-    row = known[min(each for each in known if each >= most)]
-    return np.log(np.array(alphas, float)), np.log(np.array(row, float))
+    row = pd.read_csv(LEVELS, index_col=["kind", "most"]).loc[samples].loc[most:].iloc[0]
+    return np.log(row.index.to_numpy(float)), np.log(row.to_numpy())
 
 
 def _interpolate(p: float, xs: np.ndarray, ys: np.ndarray) -> float:
@@ -112,17 +109,10 @@ def mcnemar(first: np.ndarray, second: np.ndarray) -> tuple[int, int, float]:
     return only_first, only_second, float(binomtest(only_first, differing).pvalue) if differing else 1.0
 
 
-class Corrected(NamedTuple):
-    """A p-value corrected for the number of tests, and the level at which the test itself is made."""
+def holm(p_values: Sequence[float], weights: Sequence[float] = ()) -> list[tuple[float, float]]:
+    """Correct p-values for their number (Holm 1979), heavier ones less; return each with the level of its own test.
 
-    p: float
-    level: float
-
-
-def holm(p_values: Sequence[float], weights: Sequence[float] = ()) -> list[Corrected]:
-    """Correct p-values for their number (Holm 1979), in the given order; heavier ones less.
-
-    The level of a test is that of its step, or of the one at which Holm's procedure stopped.
+    That is the level of its step, or of the one at which Holm's procedure stopped.
     """
     p, w = np.asarray(p_values, dtype=float), np.asarray(weights or [1.0] * len(p_values))
     order = np.argsort(p / w, kind="stable")
@@ -130,8 +120,8 @@ def holm(p_values: Sequence[float], weights: Sequence[float] = ()) -> list[Corre
     left = np.cumsum(w[order][::-1])[::-1]  # of the weights, at each step
     corrected = np.minimum(np.maximum.accumulate(steps * left), 1)
     step = np.minimum(np.searchsorted(steps, steps), np.sum(corrected < LEVEL))  # equal ones share the first
-    found = [Corrected(*map(float, each)) for each in zip(corrected, LEVEL * w[order] / left[step], strict=True)]
-    return [found[place] for place in np.argsort(order)]
+    found = np.column_stack([corrected, LEVEL * w[order] / left[step]])[np.argsort(order)]
+    return list(map(tuple, found.tolist()))
 
 
 class Estimate:
@@ -224,7 +214,7 @@ def compare(estimates: Mapping[str, Estimate], margin: float = 0.0, tests: int =
     differ = {name: each.p(0) for name, each in enough.items()}
     alike = {name: each.p_within(-margin, margin) if margin else 1.0 for name, each in enough.items()}
     smaller = [min(differ[name], alike[name]) for name in enough]
-    corrected = [Corrected(min(p * tests, 1.0), LEVEL / tests) for p in smaller] if tests else holm(smaller)
+    corrected = [(min(p * tests, 1.0), LEVEL / tests) for p in smaller] if tests else holm(smaller)
     found = dict.fromkeys(estimates, (Outcome.FEW, LEVEL))
     for (name, each), (p, level) in zip(enough.items(), corrected, strict=True):
         differs = Outcome.BETTER if each.mean > 0 else Outcome.WORSE
