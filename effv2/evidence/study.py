@@ -16,7 +16,7 @@ from effv2.evidence.answers import NONE, NOTHING_YET, Arms, Held, hold
 from effv2.evidence.claims import Claims, published_runs
 from effv2.evidence.judge import FEW_IMAGES
 from effv2.evidence.protocols import RightAnswers, has, is_like, machine_of, pair_of, split_of
-from effv2.evidence.quantities import CURVES, TRAIN, TRAIN_SECONDS, Quantity, TimeTo, over_time, quantity, shown_for
+from effv2.evidence.quantities import CURVES, TRAIN, TRAIN_SECONDS, Quantity, over_time, quantity, shown_for
 from effv2.evidence.statistics import FEWEST, TINY, Estimate
 from effv2.tracking import tags
 from effv2.tracking.read import BEST_TEST, LAST_TEST, SELECTED_TEST, SELECTED_VALIDATION, RunRecord
@@ -73,7 +73,7 @@ def line_of(groups: Mapping[str, Sequence[RunRecord]], name: str) -> Rows:
         spread = f" ± {what.text(statistics.stdev(each))}" if len(set(each)) > 1 and math.inf not in each else ""
         missed = f"not reached by {each.count(math.inf)} of {len(each)}" if math.inf in each else ""
         cells[group] = missed or what.text(statistics.fmean(each)) + spread
-    return [(what.words, *cells.values())] if values or isinstance(what, TimeTo) else []
+    return [(what.words, *cells.values())] if values or what.over_time else []
 
 
 def arms_results(study: TrackedStudy, claims: Claims) -> StudyResults:
