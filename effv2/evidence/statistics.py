@@ -4,7 +4,7 @@ import math
 from bisect import bisect_left
 from collections.abc import Callable, Collection, Mapping, Sequence
 from enum import Enum
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -173,6 +173,15 @@ class Estimate:
         reach = float(stats.t.ppf((1 + CONFIDENCE) / 2, self.degrees) * math.hypot(self.deviation, self.error))
         return Interval(self.mean - reach, self.mean + reach)
 
+    def seeds_to_decide(self, edge: float = 0.0, level: float = LEVEL) -> tuple[int | None, ...]:
+        """Return how many seeds tell the mean from `edge` in 80 % of studies, and that number's 80 % interval.
+
+        As if the mean seen were the true one. The ends are those of the standard deviation (chi-square).
+        """
+        ends = self.degrees / stats.chi2.ppf([0.5, 0.9, 0.1], self.degrees)
+        found = partial(seeds_for, self.mean - edge, looks=self.looks, level=level, overlap=self.overlap)
+        return tuple(found(max(each, TINY), samples=len(self.samples)) for each in np.sqrt(ends) * self.deviation)
+
 
 def over_images(right: Sequence[np.ndarray], looks: Looks = EVERY_LOOK) -> tuple[float, Interval]:
     """Return the mean of one arm's right answers (bool (runs, images)), or of the first less the second, and how sure.
@@ -243,19 +252,6 @@ def seeds_for(
     nominal, possible = looks.nominal(level, samples), range(looks.most if looks.once else FEWEST, looks.most + 1)
     place = bisect_left(possible, POWER, key=lambda n: power(effect, deviation, n, nominal, samples, overlap=overlap))
     return possible[place] if place < len(possible) else None
-
-
-def seeds_to_decide(estimate: Estimate, edge: float = 0.0, level: float = LEVEL) -> tuple[int | None, ...]:
-    """Return how many seeds tell the mean from `edge` in 80 % of studies, and the ends of that number's 80 % interval.
-
-    As if the difference seen were the true one. The ends are those of the standard deviation (chi-square).
-    """
-    ends = estimate.degrees / stats.chi2.ppf([0.5, 0.9, 0.1], estimate.degrees)
-    effect, deviations = estimate.mean - edge, np.sqrt(ends) * estimate.deviation
-    samples, overlap = len(estimate.samples), estimate.overlap
-    return tuple(
-        seeds_for(effect, max(each, TINY), estimate.looks, level, samples, overlap=overlap) for each in deviations
-    )
 
 
 def p_text(p: float) -> str:

@@ -12,7 +12,7 @@ from optuna.trial import FrozenTrial, TrialState
 
 from effv2.config.schema import TrainConfig
 from effv2.core.words import counted, duration
-from effv2.evidence.answers import Answer, answers, leads, reference, rivals
+from effv2.evidence.answers import Answer, answers, leads, opponents
 from effv2.evidence.protocols import SplitAndSeed
 from effv2.evidence.statistics import EVERY_LOOK, FEWEST, Looks, Outcome
 from effv2.studies.queue import Params, Trials
@@ -119,9 +119,8 @@ class AutoSeeds:
         for trial in complete:
             values.setdefault(trial.params["arm"], {})["", str(trial.params["seed"])] = trial.user_attrs[ACCURACY]
         schedules = {arm: self.arms[arm].schedule.name for arm in self.arms if arm in values}
-        race = self.race and bool(values)
-        others = rivals(values) if race else {arm: reference(arm, self.baseline, schedules) for arm in schedules}
-        said = answers(values, others, looks, margin=self.margin, paired=self.paired, race=race)
+        others = opponents(values, self.baseline, schedules, self.race)
+        said = answers(values, others, looks, margin=self.margin, paired=self.paired, race=self.race)
         return said, min(self.most, looks.most)
 
 
