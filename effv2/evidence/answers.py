@@ -17,7 +17,7 @@ from effv2.evidence.statistics import EVERY_LOOK, FEWEST, Estimate, Interval, Lo
 from effv2.tracking.read import RunRecord, decisive_accuracy
 
 NOTHING_YET, NONE = "No accuracies yet.", "none"  # in a cell: the runs lack the figure
-FEW_SEEDS, LARGE = 6, 2.0  # what is guessed where there are no verdicts yet: seeds, and a difference in deviations
+LARGE = 2.0  # the difference in standard deviations that is guessed where there are no verdicts yet
 signed = partial(points, unit="")  # writes a difference of accuracies without its unit, percentage points
 Arms = Mapping[str, Sequence[RunRecord]]
 Values = Mapping[SplitAndSeed, float]  # of the runs of an arm
@@ -87,11 +87,6 @@ class Answer:
     def outlook(self) -> str:
         """Say how many seeds would decide where they don't yet."""
         return outlook(self.estimate, self.level) if self.outcome is Outcome.OPEN else ""
-
-    def cell(self) -> str:
-        """Return the difference and its interval, where there are runs enough for one."""
-        mean = signed(self.estimate.mean)
-        return mean if self.waits else f"{mean} [{self.interval.text(signed)}]"
 
     def drawn(self) -> tuple[float, float, float, bool]:
         """Return mean and ends in percentage points (ends NaN where it waits), and whether it is decided."""
@@ -203,23 +198,18 @@ class Held:
         return [*lines, *([] if short else more)] or [NOTHING_YET]
 
     def cell(self, arm: str) -> str:
-        """Return the difference of an arm; nothing for the baseline."""
-        return self.answers[arm].cell() if arm in self.answers else NONE if self.others[arm] else ""
-
-    def beyond(self, arm: str) -> int:
-        """Return how many runs of an arm don't count, since the plan had fewer."""
-        values = self.values.get(arm, {})
-        return len(values) - len(first_seeds(values, self.looks.most))
+        """Return the difference of an arm, its interval where there are runs enough; nothing for the baseline."""
+        if (answer := self.answers.get(arm)) is None:
+            return NONE if self.others[arm] else ""
+        interval = "" if answer.waits else f" [{answer.interval.text(signed)}]"
+        return f"{signed(answer.estimate.mean)}{interval}"
 
     def _cost(self, few: Sequence[Answer]) -> str:
         """Say how many seeds a verdict on some arms is likely to take, and how long they would train."""
         spreads = [statistics.variance(found.values()) for found in self.values.values() if len(found) > 1]
-        seeds, guess = FEW_SEEDS, ""
-        if spreads:
-            seeds = seeds_for(LARGE, math.sqrt(2), self.looks) or self.looks.most
-            size = points(LARGE * math.sqrt(statistics.fmean(spreads)), "")
-            guess = f", if the true difference is twice the standard deviation between seeds (here {size})"
-        seconds = 0.0
+        size = points(LARGE * math.sqrt(statistics.fmean(spreads)), "") if spreads else ""
+        guess = f", if the true difference is twice the standard deviation between seeds (here {size})" if size else ""
+        seeds, seconds = seeds_for(LARGE, math.sqrt(2), self.looks) or self.looks.most, 0.0
         for arm in {name for each in few for name in (each.arm, each.other)}:
             took = statistics.fmean(
                 sum(run.history.get(EPOCH_SECONDS, {}).values()) or run.metrics.get(TRAIN_SECONDS, 0)

@@ -39,20 +39,14 @@ class Interval(NamedTuple):
 
 
 class Looks(NamedTuple):
-    """How often a comparison may be looked at: after every run, up to `most` seeds of an arm; or once, with all.
-
-    If once, all are the seeds on each of so many `splits`.
-    """
+    """How often a comparison may be looked at: after every run, up to `most` seeds of an arm; or once, with all."""
 
     most: int = 30
     once: bool = False
-    splits: int = 1
+    splits: int = 1  # on each of which all seeds are then planned
 
     def overall(self, p: float, samples: int) -> float:
-        """Return how likely a p-value as small comes up at any of the looks where there is no effect.
-
-        The tests are Student's of one sample, or Welch's of two. `benchmarks/levels.py` simulated the table.
-        """
+        """Return how likely as small a p-value, Student's or Welch's, comes up at any look where there is no effect."""
         return p if self.once else _interpolate(p, *reversed(_levels(samples, self.most)))
 
     def nominal(self, alpha: float, samples: int) -> float:
@@ -100,13 +94,12 @@ def right_on_shared(answers: Collection[Mapping[str, bool]]) -> np.ndarray:
 
 
 def mcnemar(first: np.ndarray, second: np.ndarray) -> tuple[int, int, float]:
-    """Return on how many images only one of two networks is right, either (bool (N) each), and McNemar's exact p.
+    """Return on how many images only one of two networks is right, either (bool (N) each), and the exact p of that.
 
     McNemar 1947, two-sided; if they are right equally often these images fall to either as a coin does.
     """
-    only_first, only_second = int((first & ~second).sum()), int((second & ~first).sum())
-    differing = only_first + only_second
-    return only_first, only_second, float(binomtest(only_first, differing).pvalue) if differing else 1.0
+    alone = int((first & ~second).sum()), int((second & ~first).sum())
+    return *alone, float(binomtest(alone[0], sum(alone)).pvalue) if any(alone) else 1.0
 
 
 def holm(p_values: Sequence[float], weights: Sequence[float] = ()) -> list[tuple[float, float]]:

@@ -15,7 +15,7 @@ from effv2.core.words import counted, percent, points
 from effv2.evidence.answers import NONE, NOTHING_YET, Arms, Held, hold
 from effv2.evidence.claims import Claims, published_runs
 from effv2.evidence.judge import FEW_IMAGES
-from effv2.evidence.protocols import RightAnswers, has, is_like, machine_of, pair_of, split_of
+from effv2.evidence.protocols import RightAnswers, first_seeds, has, is_like, machine_of, pair_of, split_of
 from effv2.evidence.quantities import CURVES, TRAIN, TRAIN_SECONDS, Quantity, over_time, quantity, shown_for
 from effv2.evidence.statistics import FEWEST, TINY, Estimate
 from effv2.tracking import tags
@@ -147,13 +147,14 @@ def _counts(study: TrackedStudy, found: Arms, held: Held) -> Iterator[str]:
     over = {run.name for run in study.runs if run.status in ("FINISHED", "FAILED")}
     missing = Counter(arm_in(name) for name in study.planned if name not in over)
     for arm in dict.fromkeys([*found, *failed, *missing]):
-        runs = found.get(arm, [])
+        runs, values = found.get(arm, []), held.values.get(arm, {})
         counts = {
             "replaced by a later one of the same seed": len(runs) - len(set(map(pair_of, runs))),
             "failed": failed[arm],
             "not finished": missing[arm],
             f"without {held.what.words}": len(runs) - len(held.what.values(runs)),
-            f"beyond the {held.looks.most} that a verdict rests on, and left out of it": held.beyond(arm),
+            f"beyond the {held.looks.most} that a verdict rests on, and left out of it": len(values)
+            - len(first_seeds(values, held.looks.most)),
         }
         if words := [f"{counted(count, 'run')} {why}" for why, count in counts.items() if count]:
             yield f"{arm}: {', '.join(words)}."
