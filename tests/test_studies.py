@@ -257,6 +257,8 @@ def test_splits_hold_the_seeds() -> None:
     assert [*grid.trials] == ["default, split 0, seed 0", "default, split 1, seed 0"]
     assert [grid.configuration(each).data.split_seed for each in grid.trials.values()] == [0, 1]
     assert grid.stamps == {"study.splits": 2} and grid.definition["splits"] == 2
+    own = make(study.model_copy(update={"seeds": ()}), ["default"])  # the seed of each arm's configuration
+    assert own.trials == grid.trials
     with pytest.raises(InputError, match="has 2 splits, whose number is fixed"):
         make_grid("ablate", study, ["default", "drop_one"], NO_OPTIONS, StudyOptions(seeds="auto"),
                   load=load_once(Reporter()), reporter=Reporter())  # fmt: skip

@@ -115,10 +115,9 @@ def make_grid(
     definition |= {"paired": True} if study.paired else {}
     how: dict[str, Any] = {"budget": options.budget_hours or math.inf, "race": options.seeds == RACE}
     auto = AutoSeeds(arms, tuple(names), study.baseline, paired=study.paired, **how)
-    trials = _trials(names, seeds, study.splits) or auto.trials(dict.fromkeys(names, 1))
     return Grid(
         kind=kind,
-        trials=trials,
+        trials=_trials(arms, names, seeds, study.splits),
         definition=definition,
         about=list({load(config.data).summary: "" for config in arms.values()}),
         epochs=max(config.schedule.epochs for config in arms.values()),
@@ -131,12 +130,14 @@ def make_grid(
     )
 
 
-def _trials(names: Sequence[str], seeds: Sequence[int], splits: int) -> dict[str, Params]:
-    """Return the trials of these seeds on each split: all arms with the first seed, then with the next one."""
-    wanted = product(range(splits), seeds, names)
-    if splits == 1:
-        return {f"{arm}, seed {seed}": {"arm": arm, "seed": seed} for _, seed, arm in wanted}
-    return {f"{a}, split {k}, seed {seed}": {"arm": a, "seed": seed, "split": k} for k, seed, a in wanted}
+def _trials(arms: Mapping[str, TrainConfig], names: list[str], seeds: Sequence[int], splits: int) -> dict[str, Params]:
+    """Return the trials of these seeds, or of each arm's own, on each split: all arms with the first seed, then on."""
+    trials: dict[str, Params] = {}
+    for split, seed, arm in product(range(splits), seeds or (None,), names):
+        own: Params = {"arm": arm, "seed": arms[arm].random.seed if seed is None else seed}
+        on, place = (f", split {split}", {"split": split}) if splits > 1 else ("", {})
+        trials[f"{arm}{on}, seed {own['seed']}"] = {**own, **place}
+    return trials
 
 
 def _stamps(study: Study, names: list[str], options: StudyOptions, count: int) -> dict[str, Any]:
