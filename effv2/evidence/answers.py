@@ -17,7 +17,7 @@ from effv2.evidence.statistics import EVERY_LOOK, FEWEST, Estimate, Interval, Lo
 from effv2.tracking.read import RunRecord, decisive_accuracy
 
 NOTHING_YET, NONE = "No accuracies yet.", "none"  # in a cell: the runs lack the figure
-LARGE = 2.0  # the difference in standard deviations that is guessed where there are no verdicts yet
+FEW_SEEDS, LARGE = 6, 2.0  # what is guessed where there are no verdicts yet: seeds, and a difference in deviations
 signed = partial(points, unit="")  # writes a difference of accuracies without its unit, percentage points
 Arms = Mapping[str, Sequence[RunRecord]]
 Values = Mapping[SplitAndSeed, float]  # of the runs of an arm
@@ -63,6 +63,7 @@ class Answer:
     level: float  # of the test that said it
     margin: float = 0.0
     waits: str = ""  # for what, where there is no verdict yet
+    unit: str = "seed"  # or split, of which there are so many
 
     @property
     def interval(self) -> Interval:
@@ -72,7 +73,7 @@ class Answer:
 
     def sentence(self) -> str:
         """Say it in one sentence, with the difference, its interval and the number of seeds, or of splits."""
-        mean, seeds = self.estimate.mean, f"{self.estimate.n} seeds"
+        mean, seeds = self.estimate.mean, f"{self.estimate.n} {self.unit}s"
         if self.waits:
             return f"{self.arm} against {self.other}: {self.waits}"
         if self.outcome in (Outcome.BETTER, Outcome.WORSE):
@@ -86,7 +87,7 @@ class Answer:
 
     def outlook(self) -> str:
         """Say how many seeds would decide where they don't yet."""
-        return outlook(self.estimate, self.level) if self.outcome is Outcome.OPEN else ""
+        return outlook(self.estimate, self.level, unit=f"{self.unit}s") if self.outcome is Outcome.OPEN else ""
 
     def drawn(self) -> tuple[float, float, float, bool]:
         """Return mean and ends in percentage points (ends NaN where it waits), and whether it is decided."""
@@ -145,10 +146,11 @@ def answers(
     estimates = {arm: estimate(each, looks, paired, overlap) for arm, each in both.items()}
     found = {}
     for arm, (outcome, level) in compare(estimates, margin, len(others) - 1 if race else 0).items():
-        few = f"{counted(estimates[arm].n, 'seed')}, no verdict below {FEWEST}" if outcome is Outcome.FEW else ""
+        unit = "split" if len({split for split, _ in both[arm][0]}) > 1 else "seed"
+        few = f"{counted(estimates[arm].n, unit)}, no verdict below {FEWEST}" if outcome is Outcome.FEW else ""
         waits = looks.waits(min(map(len, both[arm]))) or few
         said = Outcome.FEW if waits else outcome
-        found[arm] = Answer(arm, pairs[arm], said, estimates[arm], level, margin, waits)
+        found[arm] = Answer(arm, pairs[arm], said, estimates[arm], level, margin, waits, unit)
     return found
 
 
@@ -181,7 +183,7 @@ class Held:
             answer = self.answers.get(arm)
             why = answer.waits if answer else "nothing to compare, a figure is missing"
             if answer and short and answer.outcome is Outcome.OPEN:
-                why = f"undecided, {answer.estimate.n} seeds"
+                why = f"undecided, {answer.estimate.n} {answer.unit}s"
             if answer and not why:
                 apart.append("; ".join(filter(None, (answer.sentence(), "" if short else answer.outlook()))))
             else:
@@ -207,9 +209,11 @@ class Held:
     def _cost(self, few: Sequence[Answer]) -> str:
         """Say how many seeds a verdict on some arms is likely to take, and how long they would train."""
         spreads = [statistics.variance(found.values()) for found in self.values.values() if len(found) > 1]
-        size = points(LARGE * math.sqrt(statistics.fmean(spreads)), "") if spreads else ""
-        guess = f", if the true difference is twice the standard deviation between seeds (here {size})" if size else ""
-        seeds, seconds = seeds_for(LARGE, math.sqrt(2), self.looks) or self.looks.most, 0.0
+        seeds, seconds, guess = FEW_SEEDS, 0.0, ""
+        if spreads:
+            seeds = seeds_for(LARGE, math.sqrt(2), self.looks) or self.looks.most
+            size = points(LARGE * math.sqrt(statistics.fmean(spreads)), "")
+            guess = f", if the true difference is twice the standard deviation between seeds (here {size})"
         for arm in {name for each in few for name in (each.arm, each.other)}:
             took = statistics.fmean(
                 sum(run.history.get(EPOCH_SECONDS, {}).values()) or run.metrics.get(TRAIN_SECONDS, 0)
