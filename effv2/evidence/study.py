@@ -97,7 +97,10 @@ def arms_results(study: TrackedStudy, claims: Claims) -> StudyResults:
     )
     if alone:
         return results
-    quantities = shown_for(run for runs in arms.values() for run in runs) | {name: quantity(name) for name in asked}
+    runs = [(arm, run) for arm, of_arm in arms.items() for run in of_arm]
+    quantities = shown_for(run for _, run in runs) | {name: quantity(name) for name in asked}
+    shown = [what for what in quantities.values() if what.values(run for _, run in runs)]
+    rows = [(arm, run.tags.get(tags.SEED), run.run_id, *(what.value(run) for what in shown)) for arm, run in runs]
     return replace(
         results,
         answers=held.sentences(),
@@ -112,16 +115,8 @@ def arms_results(study: TrackedStudy, claims: Claims) -> StudyResults:
             if not what.metric and not what.fixed
             for arm, values in values_of(arms, name).items()
         },
-        files={"comparison.csv": _run_by_run(arms, quantities)},
+        files={"comparison.csv": [("variant", "seed", "run_id", *(what.words for what in shown)), *rows]},
     )
-
-
-def _run_by_run(arms: Arms, quantities: Mapping[str, Quantity]) -> Sequence[Sequence[Any]]:
-    """Return a line a run with those quantities that some run has, titles first."""
-    runs = [(arm, run) for arm, of_arm in arms.items() for run in of_arm]
-    shown = [what for what in quantities.values() if what.values(run for _, run in runs)]
-    rows = [(arm, run.tags.get(tags.SEED), run.run_id, *(what.value(run) for what in shown)) for arm, run in runs]
-    return [("variant", "seed", "run_id", *(what.words for what in shown)), *rows]
 
 
 def images_apart(study: TrackedStudy, right: RightAnswers) -> Rows:
