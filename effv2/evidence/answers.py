@@ -195,8 +195,8 @@ class Held:
         lines = [*filter(None, [self.leads]), *(f"{each}." for each in found)]
         few = [each for each in self.answers.values() if each.waits and not self.looks.once]
         more = [self._cost(few)] if few else []
-        if any(each.outlook() for each in self.answers.values()):
-            more.append("Adding seeds is allowed, the level accounts for it. Without a difference, none decide.")
+        for unit in sorted({each.unit for each in self.answers.values() if each.outlook()}):
+            more.append(f"Adding {unit}s is allowed, the level accounts for it. Without a difference, none decide.")
         return [*lines, *([] if short else more)] or [NOTHING_YET]
 
     def cell(self, arm: str) -> str:
