@@ -39,7 +39,7 @@ STUDY_KEYS = {
     "arms": "Arms by name. Each holds the settings in which it differs.",
     "baseline": "The arm that the others are compared with. Default: the first.",
     "seeds": "A list such as `[0, 1, 2]`, or a single seed.",
-    "splits": "Number of splits of the images. Every seed is trained on each split. Default: 1.",
+    "splits": "Number of splits. Every seed is trained on each; `--seeds auto` gives each its own. Default: 1.",
     "paired": "`true` compares runs of equal seed with each other. Default: false.",
     "show": "Times to an accuracy that tables also show, such as `[seconds/to_test_accuracy_0.9]`.",
     "retries": "How often a failed run is tried again. Default: 1.",

@@ -141,7 +141,8 @@ def test_one_look_waits_for_all_seeds_on_all_splits() -> None:
             {"a": [0.5, 0.51, 0.52, 0.5], "b": [0.7, 0.71 + split / 100, 0.72, 0.7]}, data__split_seed=split
         )
     ]
-    assert results(runs, parent).answers[0].startswith("b beats a by 20.")
+    answer = results(runs, parent).answers[0]
+    assert answer.startswith("b beats a by 20.") and answer.endswith("3 splits.")
     assert "12 seeds planned, 11 are there" in results(runs[:-1], parent).answers[0]
 
 

@@ -23,7 +23,7 @@ from effv2.evidence.judge import CONSISTENT, INCONSISTENT, NO_FIGURES, Judgement
 from effv2.evidence.protocols import FREE, Protocol, is_like
 from effv2.evidence.quantities import TEST, TRAIN, quantity
 from effv2.evidence.results import study_results
-from effv2.evidence.statistics import FEWEST, LEVEL, Estimate, Interval, Looks, over_images, seeds_to_decide
+from effv2.evidence.statistics import FEWEST, LEVEL, Estimate, Interval, Looks, over_images
 from effv2.evidence.study import StudyResults
 from effv2.run.records import _confusion_figure
 from effv2.tracking.read import Images, RunRecord
@@ -417,10 +417,10 @@ def test_repeated_splits_count_once_each_and_widen_the_interval(tmp_path: Path) 
 
 
 def test_how_many_seeds_decide_and_where_one_more_is_expected() -> None:
-    about, few, many = seeds_to_decide(Estimate((0.02, 0.01, -0.005, 0.015)))
+    about, few, many = Estimate((0.02, 0.01, -0.005, 0.015)).seeds_to_decide()
     assert few and about and few < about < (many or 99)
     # On overlapping splits the error of a mean has an end, and below it nothing ever decides.
-    assert seeds_to_decide(Estimate((0.031, -0.019, 0.011, -0.009, 0.016), overlap=0.25))[0] is None
+    assert Estimate((0.031, -0.019, 0.011, -0.009, 0.016), overlap=0.25).seeds_to_decide()[0] is None
     random = np.random.default_rng(0)
     inside = 0
     for _ in range(1000):

@@ -131,7 +131,7 @@ def test_mcnemar_counts_coins(pairs: list[tuple[bool, bool]]) -> None:
 
 @given(st.lists(st.floats(0, 1), min_size=1, max_size=12))
 def test_holm_rejects_as_his_steps_do(p_values: list[float]) -> None:
-    corrected = [each.p for each in holm(p_values)]
+    corrected = [p for p, _ in holm(p_values)]
     for level in (0.01, 0.05, 0.2):
         rejected: set[int] = set()
         for step, index in enumerate(sorted(range(len(p_values)), key=lambda i: p_values[i])):
@@ -507,12 +507,17 @@ def test_the_published_comparison_from_names_to_report(sqlite_store: str, few_im
     paths = {file.path for file in MlflowClient().list_artifacts(parent.info.run_id)}
     assert paths >= {"report.md", "ranking.csv", "pairs.csv", "accuracy_against_cost.png"}
     assert len(artifact(parent, "pairs.csv", tmp_path)) == 3
-    for row, run in zip(artifact(parent, "ranking.csv", tmp_path), children, strict=True):
-        assert (row["network"], row["run_id"], row["images"]) == (run.info.run_name, run.info.run_id, "4")
+    ranking = artifact(parent, "ranking.csv", tmp_path)
+    assert [int(row["right"]) for row in ranking] == sorted((int(row["right"]) for row in ranking), reverse=True)
+    named_rows = {row["network"]: row for row in ranking}
+    for run in children:
+        row = named_rows.pop(run.info.run_name)
+        assert (row["run_id"], row["images"]) == (run.info.run_id, "4")
         interval = wilson(round(4 * run.data.metrics["unseen/top1_accuracy"]), 4)
         assert (float(row["low"]), float(row["high"])) == (interval.low, interval.high)
         written = f"{percent(run.data.metrics['unseen/top1_accuracy'])} [{' to '.join(map(percent, interval))}]"
         assert written in parent.data.tags["mlflow.note.content"]
+    assert not named_rows
     assert parent.data.metrics.keys() >= {f"{name}/eval/top1_accuracy" for name in named}
     assert "on 4 images of ImageNet's validation set" in result.output
     assert parent.info.status == "FINISHED" and "can't be told" in parent.data.tags["mlflow.note.content"]

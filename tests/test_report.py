@@ -115,6 +115,7 @@ def test_a_study_ends_with_a_report_and_views(sqlite_store: str, tiny_study: Pat
     MlflowClient().set_tag(second.info.run_id, REUSED, deleted_since)
     assert len(read_experiment(experiment.experiment_id, (), second.info.run_id)) == 3
     markdown = artifact(second.info.run_id, "report.md", tmp_path)
+    assert "## Single runs" not in markdown  # the reused ones stand in the study
     assert "| default | 3 |" in markdown and "| variant | default | other |" in markdown
     assert "| training to 1 % test accuracy, s |" in markdown
     assert "| less other [interval] |" in markdown and "- default against other: undecided" in markdown

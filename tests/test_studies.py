@@ -152,13 +152,16 @@ def test_training_refuses_a_study_of_arms() -> None:
 
 
 def auto(
-    reached: Callable[[str, int], float],
+    reached: Callable[..., float],
     margin: float = 0.0,
     most: int = 8,
     names: tuple[str, ...] = ("base", "arm"),
     **more: Any,
 ) -> tuple[Any, Trials]:
-    """Train what is wanted until nothing is, half of it at a time; `reached` is the accuracy of an arm's seed."""
+    """Train what is wanted until nothing is, half of it at a time; `reached` is the accuracy of an arm's seed.
+
+    Where each seed has a split of its own, it is that of an arm's seed on the split.
+    """
     arms, trials = dict.fromkeys(names, TrainConfig()), dict[str, FrozenTrial]()
     rule = AutoSeeds(arms, names, "base", margin=margin, most=most, **more)
     while True:
@@ -166,7 +169,7 @@ def auto(
         if not (left := [name for name in wanted if name not in trials]):
             return rule.rounds(trials)[-1], trials
         for name in left[: (len(left) + 1) // 2]:
-            value = reached(str(wanted[name]["arm"]), int(wanted[name]["seed"]))
+            value = reached(*wanted[name].values())
             attributes = {NAME: name} | ({} if math.isnan(value) else {ACCURACY: value})
             state = TrialState.FAIL if math.isnan(value) else TrialState.COMPLETE
             hour = timedelta(hours=1)
@@ -198,6 +201,24 @@ def test_a_race_gives_seeds_to_what_may_be_the_best() -> None:
     tied, _ = auto(lambda arm, seed: means[arm] + noise[seed] / 10, names=tuple(means), race=True)
     assert tied.counts == {"base": 3, "low": 3, "high": 8, "near": 8}
     assert tied.lines()[0] == "near leads; may be better: high."
+
+
+def test_auto_seeds_of_several_splits_have_one_each_and_pair_by_split() -> None:
+    noise = [0.01, -0.012, 0.003, -0.006, 0.011, -0.004, 0.008, -0.009]
+    of_split = [0.2, -0.3, 0.1, 0.3, -0.1, 0.25, -0.2, 0.0]  # which both arms share
+
+    def value(arm: str, seed: int, split: int) -> float:
+        assert seed == split
+        return 0.5 + of_split[split] + (arm == "arm") * (0.1 + noise[seed] / 10)
+
+    clear, trials = auto(value, own_splits=True)
+    assert clear.counts == {"base": 3, "arm": 3} and "arm, split 2, seed 2" in trials
+    assert "beats base by 10.00 points" in clear.lines()[0] and clear.lines()[0].endswith("3 splits")
+    near, _ = auto(lambda arm, seed, split: value(arm, seed, split) - 0.1 * (arm == "arm"), own_splits=True)
+    assert near.counts == {"base": 8, "arm": 8} and "undecided" in near.lines()[0]
+    # Where splits share images, the same accuracies say less.
+    low = [auto(value, own_splits=True, overlap=each, most=3)[0].answers["arm"].interval.low for each in (0.0, 0.25)]
+    assert low[1] < low[0]
 
 
 def test_an_arm_that_opens_again_gets_more() -> None:
@@ -257,6 +278,21 @@ def test_splits_hold_the_seeds() -> None:
     assert [*grid.trials] == ["default, split 0, seed 0", "default, split 1, seed 0"]
     assert [grid.configuration(each).data.split_seed for each in grid.trials.values()] == [0, 1]
     assert grid.stamps == {"study.splits": 2} and grid.definition["splits"] == 2
-    with pytest.raises(InputError, match="has 2 splits, whose number is fixed"):
-        make_grid("ablate", study, ["default", "drop_one"], NO_OPTIONS, StudyOptions(seeds="auto"),
-                  load=load_once(Reporter()), reporter=Reporter())  # fmt: skip
+    own = make(study.model_copy(update={"seeds": ()}), ["default"])  # the seed of each arm's configuration
+    assert own.trials == grid.trials
+    how: dict[str, Any] = {"load": load_once(Reporter()), "reporter": Reporter()}
+
+    def automatic(splits: int, **options: Any) -> Grid:
+        of_splits, given = study.model_copy(update={"splits": splits}), StudyOptions(seeds="auto", **options)
+        return make_grid("ablate", of_splits, ["default", "drop_one"], NO_OPTIONS, given, **how)
+
+    for splits, options in ((2, {}), (4, {"max_seeds": 5})):
+        with pytest.raises(InputError, match=f"has {splits} splits, each for one of these seeds"):
+            automatic(splits, **options)
+    auto_grid = automatic(4)
+    assert [*auto_grid.wanted({})][2:4] == ["default, split 1, seed 1", "drop_one, split 1, seed 1"]
+    assert len(auto_grid.wanted({})) == 6 and auto_grid.stamps["study.max_seeds"] == 4
+    assert auto_grid.auto is not None and auto_grid.auto.overlap == pytest.approx(0.25)  # of digits' test fraction
+    with pytest.raises(InputError, match="the study was begun with"):
+        auto_grid.resumed({"study.splits": "4"}, lambda _: [])  # seeds were a list then
+    assert auto_grid.resumed({"study.max_seeds": "4"}, lambda _: []).auto.most == 4  # type: ignore[union-attr]

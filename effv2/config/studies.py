@@ -133,7 +133,7 @@ class Study(Group):
     arms: dict[Annotated[str, AfterValidator(_plain)], Layer] = {}
     baseline: str = ""
     seeds: Seeds = ()
-    splits: int = Field(1, ge=1, le=50)  # of the images, each with every seed
+    splits: int = Field(1, ge=1, le=50)  # of the images, each with every seed, or with one of `auto`
     paired: bool = False  # whether runs of equal seed have more in common than others
     retries: int = Field(1, ge=0, le=100)
     show: list[Annotated[str, AfterValidator(_time_to)]] = []  # in tables, besides the usual

@@ -4,27 +4,21 @@ import math
 import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
+
+import pandas as pd
 
 from effv2.config.options import RACE
 from effv2.core.errors import joined
 from effv2.core.words import counted, duration, number, points
 from effv2.evidence.protocols import SplitAndSeed, first_seeds, looks_of, overlap_of, pair_of
 from effv2.evidence.quantities import EPOCH_SECONDS, TRAIN_SECONDS, Quantity, quantity
-from effv2.evidence.statistics import (
-    EVERY_LOOK,
-    FEWEST,
-    Estimate,
-    Interval,
-    Looks,
-    Outcome,
-    compare,
-    seeds_for,
-    seeds_to_decide,
-)
+from effv2.evidence.statistics import EVERY_LOOK, FEWEST, Estimate, Interval, Looks, Outcome, compare, seeds_for
 from effv2.tracking.read import RunRecord, decisive_accuracy
 
 NOTHING_YET, NONE = "No accuracies yet.", "none"  # in a cell: the runs lack the figure
 FEW_SEEDS, LARGE = 6, 2.0  # what is guessed where there are no verdicts yet: seeds, and a difference in deviations
+signed = partial(points, unit="")  # writes a difference of accuracies without its unit, percentage points
 Arms = Mapping[str, Sequence[RunRecord]]
 Values = Mapping[SplitAndSeed, float]  # of the runs of an arm
 
@@ -38,17 +32,10 @@ def estimate(values: Sequence[Values], looks: Looks, paired: bool = False, overl
     several = len({split for of_arm in values for split, _ in of_arm}) > 1
     if not several and not paired:
         return Estimate(*(list(of_arm.values()) for of_arm in values), looks=looks)
-    first, *others = map(_means_on_splits, values) if several else values
-    shared = [unit for unit in first if all(unit in other for other in others)]
-    differences = [first[unit] - sum(other[unit] for other in others) for unit in shared]
+    by_pair = map(pd.Series, values)
+    first, *other = (each.groupby(level=0).mean() for each in by_pair) if several else by_pair
+    differences = first.sub(*other).dropna().tolist() if other else first.tolist()
     return Estimate(differences or [math.nan], overlap=overlap if several else 0.0, looks=looks)
-
-
-def _means_on_splits(of_arm: Values) -> Values:
-    splits: dict[str, list[float]] = {}
-    for (split, _), value in of_arm.items():
-        splits.setdefault(split, []).append(value)
-    return {(split, ""): statistics.fmean(each) for split, each in splits.items()}
 
 
 def outlook(found: Estimate, level: float, edge: float = 0.0, unit: str = "seeds", nothing: str = "") -> str:
@@ -56,7 +43,7 @@ def outlook(found: Estimate, level: float, edge: float = 0.0, unit: str = "seeds
     most = found.looks.most
     if found.n >= most:
         return f"all {most} {unit} that count are there: it stays undecided"
-    about, few, many = seeds_to_decide(found, edge, level)
+    about, few, many = found.seeds_to_decide(edge, level)
     if about is None:
         return f"if the true difference is as seen, {most} {unit} decide in fewer than 80 % of studies"
     about, few = max(about, found.n + 1), max(few or most, found.n + 1)
@@ -76,6 +63,7 @@ class Answer:
     level: float  # of the test that said it
     margin: float = 0.0
     waits: str = ""  # for what, where there is no verdict yet
+    unit: str = "seed"  # or split, of which there are so many
 
     @property
     def interval(self) -> Interval:
@@ -85,7 +73,7 @@ class Answer:
 
     def sentence(self) -> str:
         """Say it in one sentence, with the difference, its interval and the number of seeds, or of splits."""
-        mean, seeds = self.estimate.mean, f"{self.estimate.n} seeds"
+        mean, seeds = self.estimate.mean, f"{self.estimate.n} {self.unit}s"
         if self.waits:
             return f"{self.arm} against {self.other}: {self.waits}"
         if self.outcome in (Outcome.BETTER, Outcome.WORSE):
@@ -99,12 +87,7 @@ class Answer:
 
     def outlook(self) -> str:
         """Say how many seeds would decide where they don't yet."""
-        return outlook(self.estimate, self.level) if self.outcome is Outcome.OPEN else ""
-
-    def cell(self) -> str:
-        """Return the difference and its interval, where there are runs enough for one."""
-        mean = signed(self.estimate.mean)
-        return mean if self.waits else f"{mean} [{self.interval.text(signed)}]"
+        return outlook(self.estimate, self.level, unit=f"{self.unit}s") if self.outcome is Outcome.OPEN else ""
 
     def drawn(self) -> tuple[float, float, float, bool]:
         """Return mean and ends in percentage points (ends NaN where it waits), and whether it is decided."""
@@ -113,28 +96,21 @@ class Answer:
         return 100 * self.estimate.mean, 100 * low, 100 * high, decided
 
 
-def signed(value: float) -> str:
-    """Write a difference of accuracies without its unit, percentage points."""
-    return points(value, unit="")
+def opponents(values: Mapping[str, Values], baseline: str, schedules: Mapping[str, str], race: bool) -> dict[str, str]:
+    """Return what each arm is compared with; empty for the one that others are compared with.
 
-
-def reference(arm: str, baseline: str, schedules: Mapping[str, str]) -> str:
-    """Return what an arm is compared with: the baseline under its own learning rate schedule, where there is one.
-
-    So the two differ in one thing alone. `schedules` are the names of the arms' schedules; empty for the baseline.
+    In a race that is the arm with the best mean. It may be any of them, so that each test counts as many times as there
+    are others: the best arm is then called worse in 5 % of races at most. Otherwise it is the baseline under the arm's
+    own learning rate schedule (`schedules` names them), where there is one: so the two differ in one thing alone.
     """
-    own = f"{baseline}_{schedules[arm]}"
-    return "" if arm == baseline else own if own in schedules and own != arm else baseline
-
-
-def rivals(values: Mapping[str, Values]) -> dict[str, str]:
-    """Return what each arm of a race is compared with: the one with the best mean; empty for itself.
-
-    It may be any of them. So each test counts as many times as there are others: the best arm is then called worse in
-    5 % of races at most.
-    """
-    best = max(values, key=lambda arm: statistics.fmean(values[arm].values()))
-    return {arm: "" if arm == best else best for arm in values}
+    if race:
+        baseline = max(values, key=lambda arm: statistics.fmean(values[arm].values()), default="")
+    others = dict.fromkeys(schedules, baseline) | {baseline: ""}
+    for arm, schedule in schedules.items():
+        own = f"{baseline}_{schedule}"
+        if own in schedules and not race and arm not in (own, baseline):
+            others[arm] = own
+    return others
 
 
 def leads(held: Mapping[str, Answer]) -> str:
@@ -170,10 +146,11 @@ def answers(
     estimates = {arm: estimate(each, looks, paired, overlap) for arm, each in both.items()}
     found = {}
     for arm, (outcome, level) in compare(estimates, margin, len(others) - 1 if race else 0).items():
-        few = f"{counted(estimates[arm].n, 'seed')}, no verdict below {FEWEST}" if outcome is Outcome.FEW else ""
+        unit = "split" if len({split for split, _ in both[arm][0]}) > 1 else "seed"
+        few = f"{counted(estimates[arm].n, unit)}, no verdict below {FEWEST}" if outcome is Outcome.FEW else ""
         waits = looks.waits(min(map(len, both[arm]))) or few
         said = Outcome.FEW if waits else outcome
-        found[arm] = Answer(arm, pairs[arm], said, estimates[arm], level, margin, waits)
+        found[arm] = Answer(arm, pairs[arm], said, estimates[arm], level, margin, waits, unit)
     return found
 
 
@@ -206,7 +183,7 @@ class Held:
             answer = self.answers.get(arm)
             why = answer.waits if answer else "nothing to compare, a figure is missing"
             if answer and short and answer.outcome is Outcome.OPEN:
-                why = f"undecided, {answer.estimate.n} seeds"
+                why = f"undecided, {answer.estimate.n} {answer.unit}s"
             if answer and not why:
                 apart.append("; ".join(filter(None, (answer.sentence(), "" if short else answer.outlook()))))
             else:
@@ -218,28 +195,25 @@ class Held:
         lines = [*filter(None, [self.leads]), *(f"{each}." for each in found)]
         few = [each for each in self.answers.values() if each.waits and not self.looks.once]
         more = [self._cost(few)] if few else []
-        if any(each.outlook() for each in self.answers.values()):
-            more.append("Adding seeds is allowed, the level accounts for it. Without a difference, none decide.")
+        for unit in sorted({each.unit for each in self.answers.values() if each.outlook()}):
+            more.append(f"Adding {unit}s is allowed, the level accounts for it. Without a difference, none decide.")
         return [*lines, *([] if short else more)] or [NOTHING_YET]
 
     def cell(self, arm: str) -> str:
-        """Return the difference of an arm; nothing for the baseline."""
-        return self.answers[arm].cell() if arm in self.answers else NONE if self.others[arm] else ""
-
-    def beyond(self, arm: str) -> int:
-        """Return how many runs of an arm don't count, since the plan had fewer."""
-        values = self.values.get(arm, {})
-        return len(values) - len(first_seeds(values, self.looks.most))
+        """Return the difference of an arm, its interval where there are runs enough; nothing for the baseline."""
+        if (answer := self.answers.get(arm)) is None:
+            return NONE if self.others[arm] else ""
+        interval = "" if answer.waits else f" [{answer.interval.text(signed)}]"
+        return f"{signed(answer.estimate.mean)}{interval}"
 
     def _cost(self, few: Sequence[Answer]) -> str:
         """Say how many seeds a verdict on some arms is likely to take, and how long they would train."""
         spreads = [statistics.variance(found.values()) for found in self.values.values() if len(found) > 1]
-        seeds, guess = FEW_SEEDS, ""
+        seeds, seconds, guess = FEW_SEEDS, 0.0, ""
         if spreads:
             seeds = seeds_for(LARGE, math.sqrt(2), self.looks) or self.looks.most
             size = points(LARGE * math.sqrt(statistics.fmean(spreads)), "")
             guess = f", if the true difference is twice the standard deviation between seeds (here {size})"
-        seconds = 0.0
         for arm in {name for each in few for name in (each.arm, each.other)}:
             took = statistics.fmean(
                 sum(run.history.get(EPOCH_SECONDS, {}).values()) or run.metrics.get(TRAIN_SECONDS, 0)
@@ -260,10 +234,8 @@ def hold(arms: Arms, parent: RunRecord) -> Held:
     own = stamps.get("study.baseline", "")
     baseline = own if own in arms else next(iter(arms))
     schedules = {arm: of_arm[0].params.get("schedule.name", "") for arm, of_arm in arms.items()}
-    others = {arm: reference(arm, baseline, schedules) if parent.run_id else "" for arm in arms}
     race = stamps.get("study.looks") == RACE and all(values.values())
-    if race:
-        others = rivals(values)
+    others = opponents(values, baseline, schedules, race) if parent.run_id else dict.fromkeys(arms, "")
     margin, paired = number(stamps.get("study.margin", "0")), stamps.get("study.paired") == "true"
     overlap = overlap_of(list(arms.values()))
     held = answers(values, others, looks, margin=margin, paired=paired, overlap=overlap, race=race)

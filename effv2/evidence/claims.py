@@ -1,6 +1,5 @@
 """Claims as data, as docs/claims.md describes their keys: the published ones, and those of a file of the user's own."""
 
-import csv
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -9,6 +8,7 @@ from itertools import chain, pairwise, product
 from pathlib import Path
 from typing import Annotated, Literal, NamedTuple
 
+import pandas as pd
 from pydantic import BeforeValidator, Field, model_validator
 
 from effv2.config.layers import Document, Place, read_document, validate
@@ -246,14 +246,12 @@ def _check(contrast: Contrast, protocols: Mapping[str, Protocol], document: Docu
 def published_runs() -> Mapping[str, Mapping[str, RunRecord]]:
     """Return the post's training runs, as far as it published their curves, by study and arm; one run an arm."""
     found: dict[str, dict[str, RunRecord]] = {}
-    with (PUBLISHED / "curves.csv").open(newline="", encoding="utf-8") as file:
-        for row in csv.DictReader(file):
-            run = RunRecord("", row["arm"], "FINISHED", {}, {}, {}, {TRAIN: {}, TEST: {}})
-            run = found.setdefault(row["study"], {}).setdefault(row["arm"], run)
-            for name, column in ((TRAIN, "train_accuracy_percent"), (TEST, "test_accuracy_percent")):
-                run.history[name][int(row["epoch"])] = round(float(row[column]) / 100, 6)
-            test = run.history[TEST]
-            run.metrics.update({BEST_TEST: max(test.values()), LAST_TEST: test[max(test)]})
+    table = pd.read_csv(PUBLISHED / "curves.csv", index_col="epoch")
+    for (study, arm), rows in table.groupby(["study", "arm"], sort=False):
+        curves = (rows[["train_accuracy_percent", "test_accuracy_percent"]] / 100).round(6)
+        curves.columns = [TRAIN, TEST]
+        metrics = {BEST_TEST: curves[TEST].max(), LAST_TEST: curves[TEST].iloc[-1]}
+        found.setdefault(study, {})[arm] = RunRecord("", arm, "FINISHED", {}, metrics, {}, curves.to_dict())
     return found
 
 

@@ -180,19 +180,15 @@ def _find(claims: Claims, runs: Sequence[RunRecord], right: RightAnswers, contra
         finding = replace(finding, published=shown, agrees=_is_inside(contrast, *known))
     chosen = choose(runs, protocol, contrast.arms, what, positive=contrast.ratio)
     if not chosen.arms:
-        return replace(finding, lacking=_misspelt(contrast.metric, runs) or chosen.why)
+        names = dict.fromkeys([*QUANTITIES, *OF_ANSWERS, *(name for run in runs for name in run.metrics)])
+        misspelt = contrast.metric not in names and not what.metric
+        near = close_names(contrast.metric, list(names), 1) if misspelt else ""
+        return replace(finding, lacking=f"no run has {contrast.metric}; did you mean {near}?" if near else chosen.why)
     if what.fixed:
         return _on_fixed(finding, what, chosen)
     if protocol.over == "images":
         return _over_images(finding, what, chosen, right)
     return _over_seeds(finding, what, chosen, right)
-
-
-def _misspelt(metric: str, runs: Sequence[RunRecord]) -> str:
-    """Say which name may be meant by that of a metric that no run has; empty where none is near."""
-    names = dict.fromkeys([*QUANTITIES, *OF_ANSWERS, *(name for run in runs for name in run.metrics)])
-    near = "" if metric in names or quantity(metric).metric else close_names(metric, list(names), 1)
-    return f"no run has {metric}; did you mean {near}?" if near else ""
 
 
 def _writing(contrast: Contrast, what: Quantity) -> tuple[Number, Number, Callable[[float], str]]:

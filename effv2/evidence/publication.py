@@ -9,12 +9,10 @@ from dataclasses import dataclass
 from io import BytesIO
 from pathlib import Path
 from textwrap import shorten
-from types import MappingProxyType
 from typing import Any
 
 import torch
 from jinja2 import Environment, PackageLoader, StrictUndefined, select_autoescape
-from markupsafe import Markup
 from matplotlib.figure import Figure
 
 from effv2.core.errors import InputError
@@ -70,17 +68,14 @@ def publish_study(parent: TrackedRun, used: Mapping[str, str], dataset: Dataset 
     others = [reused(run_id, name) for name, run_id in used.items() if run_id not in own]
     parent.set_tags(as_tags(REUSED, others))
     evidence = tracked(parent.experiment_id, parent=parent.run_id)
-    (study,) = [each for each in studies_of(evidence.runs) if each.parent.run_id == parent.run_id]
+    study = studies_of(evidence.runs)[0]
     apart = images_apart(study, evidence.right)
-    shown = _differing(apart, dataset) if apart and dataset else None
-    galleries = {"Test images on which the arms differ most": shown} if shown else {}
-    report = make_report(evidence, read_claims(), of_study=True, galleries=galleries | _mistakes(study))
-    results = next(each for each in report.studies if each.run_id == parent.run_id)
-    files: dict[str, Content] = {**report.files, **results.files}
-    if apart:
-        files["images.csv"] = apart
-    if shown:
-        files["differing.jpg"] = shown
+    shown = _differing(apart, dataset) if apart and dataset else b""
+    galleries = {"Test images on which the arms differ most": shown, **_mistakes(study)}
+    report = make_report(evidence, read_claims(), {title: image for title, image in galleries.items() if image})
+    results = report.studies[0]
+    more: dict[str, Content] = {"images.csv": apart, "differing.jpg": shown}
+    files = {**report.files, **results.files, **{name: content for name, content in more.items() if content}}
     with parent.new_artifacts() as folder:
         _write(folder, files)
     parent.log_metrics(results.metrics)
@@ -92,8 +87,7 @@ def publish_study(parent: TrackedRun, used: Mapping[str, str], dataset: Dataset 
 def read_results(parent: TrackedRun) -> StudyResults:
     """Return what came out of a study, from its tracked runs as they are."""
     evidence = tracked(parent.experiment_id, parent=parent.run_id)
-    studies = results_of(evidence.runs, read_claims(), evidence.right)
-    return next(each for each in studies if each.run_id == parent.run_id)
+    return results_of(evidence.runs, read_claims(), evidence.right)[0]
 
 
 def publish(experiment: str, own: Path | None, target: Path | None, reporter: Reporter) -> tuple[Report, str]:
@@ -179,15 +173,12 @@ def _differing(apart: Sequence[Sequence[Any]], dataset: Dataset) -> bytes:
     places, arms = {id_: place for place, id_ in enumerate(dataset.test.ids)}, apart[0][1 : MOST_ARMS + 1]
     shares = {places[row[0]]: row[1:] for row in apart[1:] if row[0] in places and len(set(row[1:])) > 1}
     labels, file = dataset.test.labels.tolist(), BytesIO()
-    captions = {
-        place: [dataset.test.ids[place], dataset.classes[labels[place]]]
-        + [f"{arm}: {float(share):.0%}" for arm, share in zip(arms, shares[place], strict=False)]
-        for place in of_each_class(list(shares), labels, MOST_SHOWN)
-    }
-    if captions:
-        gallery(dataset.test.images(torch.tensor(list(captions))), list(captions.values())).save(
-            file, "JPEG", quality=85
-        )
+    if chosen := of_each_class(list(shares), labels, MOST_SHOWN):
+        of_arms = (zip(arms, shares[place], strict=False) for place in chosen)
+        right = [[f"{arm}: {float(share):.0%}" for arm, share in each] for each in of_arms]
+        about = [[dataset.test.ids[place], dataset.classes[labels[place]]] for place in chosen]
+        captions = [[*image, *shown] for image, shown in zip(about, right, strict=True)]
+        gallery(dataset.test.images(torch.tensor(chosen)), captions).save(file, "JPEG", quality=85)
     return file.getvalue()
 
 
@@ -205,11 +196,10 @@ def _mistakes(study: TrackedStudy) -> dict[str, bytes]:
 def make_report(
     evidence: Evidence,
     claims: Claims,
-    of_study: bool = False,
+    galleries: Mapping[str, bytes] | None = None,
     progress: Callable[[str], None] = lambda _: None,
-    galleries: Mapping[str, bytes] = MappingProxyType({}),
 ) -> Report:
-    """Judge the claims on the evidence and write it up, of an experiment or of one study, the latter with galleries."""
+    """Judge the claims on the evidence and write it up, of an experiment or, with galleries, of its first study."""
     progress("judging claims")
     judgements, known = judge(claims, evidence.runs, evidence.right), read_claims().claims
     own = [each for each in judgements if each.id not in known]
@@ -226,7 +216,8 @@ def make_report(
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters |= {"cell": _cell, "drawing": _drawing, "why": why, "numbers": _numbers, "slug": _slug}
+    environment.filters |= {"cell": _cell, "drawing": svg_part, "why": why, "numbers": _numbers, "slug": _slug}
+    of_study = galleries is not None
     values = {
         "evidence": evidence,
         "claims": {"Your claims": own, "Published claims": touched},
@@ -236,7 +227,7 @@ def make_report(
         "sections": list(zip(studies, drawn, strict=True)),
         "figures": FIGURES,
         "curves": CURVES,
-        "galleries": {title: b64encode(image).decode() for title, image in galleries.items()},
+        "galleries": {title: b64encode(image).decode() for title, image in (galleries or {}).items()},
     }
     files = {name: environment.get_template(f"{name}.j2").render(values) for name in (HTML, MARKDOWN)}
     files[MARKDOWN] = re.sub(r"\n{3,}", "\n\n", files[MARKDOWN])
@@ -279,16 +270,12 @@ def why(judgement: Judgement) -> str:
     return "; ".join(filter(None, (lacking, "see the nearest evidence" if judgement.nearest else "")))
 
 
-def _numbers(finding: Finding) -> list[str]:
+def _numbers(finding: Finding) -> str:
     published = f"published: {finding.published}" if finding.published else ""
-    return list(filter(None, (published, _estimated(finding), finding.single, finding.lacking)))
+    return "; ".join(filter(None, (published, _estimated(finding), finding.single, finding.lacking)))
 
 
 def _estimated(finding: Finding) -> str:
     written = list(dict.fromkeys(p_text(p) for p in (finding.p, finding.corrected) if p is not None))
     holm = [f"({p} after Holm for {finding.tests} tests)" for p in written[1:]]
     return ", ".join(filter(None, (finding.evidence, " ".join([*written[:1], *holm]))))
-
-
-def _drawing(svg: str, label: str) -> Markup:
-    return Markup(svg_part(svg, label))  # noqa: S704 (our own SVG, the label escaped)

@@ -3,9 +3,11 @@
 import math
 import re
 import statistics
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from itertools import accumulate
+from typing import Any
 
 import numpy as np
 
@@ -35,8 +37,9 @@ class Quantity:
     words: str
     text: Callable[[float], str] = decimal
     metric: str = ""
-    take: Callable[[Curve], float | None] | None = None  # of the values of all epochs
+    take: Callable[[Any], float | None] | None = None  # of the values of all epochs
     epochs: int = 1  # that it takes
+    over_time: bool = False  # the values by seconds of training, not by epoch
     shown: bool = False  # in tables of arms
     scale: float = 1
     fixed: bool = False  # it doesn't vary from run to run: one decides
@@ -44,12 +47,12 @@ class Quantity:
     least: float = -math.inf  # that it can be
 
     def value(self, run: RunRecord) -> float | None:
-        """Return the figure of a run; None where the run lacks it, or it is no finite number."""
-        found = run.metrics.get(self.metric or self.name)
-        if self.take is not None:
-            curve = _by_epoch(run, self.metric)
-            found = self.take(curve) if len(curve) >= self.epochs else None
-        return self.scale * found if found is not None and abs(found) < LARGEST else None
+        """Return the figure of a run; None where it lacks that, or logged no finite number; infinite if not reached."""
+        if self.take is None:
+            found = run.metrics.get(self.metric or self.name)
+            return self.scale * found if found is not None and abs(found) < LARGEST else None
+        curve = over_time(run, self.metric) if self.over_time else _by_epoch(run, self.metric)
+        return self.take(curve) if len(curve) >= self.epochs else None
 
     def values(self, runs: Iterable[RunRecord]) -> list[float]:
         """Return the figures of those runs that have it."""
@@ -75,24 +78,12 @@ class Quantity:
         return Interval(0, 1) if self.is_accuracy else Interval(0 if self.timed else self.least, math.inf)
 
 
-@dataclass(frozen=True)
-class TimeTo(Quantity):
-    """Seconds of training until an accuracy is first reached: infinite in a run that never reaches it."""
-
-    level: float = 1.0
-
-    def value(self, run: RunRecord) -> float | None:
-        """Return the seconds; None where the run lacks the accuracies, or the time of an epoch."""
-        curve = over_time(run, self.metric)
-        return min((s for s, accuracy in curve.items() if accuracy >= self.level), default=math.inf) if curve else None
-
-
-def _by_epoch(run: RunRecord, metric: str) -> dict[int, float]:
+def _by_epoch(run: RunRecord, metric: str) -> Mapping[int, float]:
     """Return the finite values of a metric, in the order of epochs."""
     return {epoch: value for epoch, value in sorted(run.history.get(metric, {}).items()) if abs(value) < LARGEST}
 
 
-def over_time(run: RunRecord, metric: str) -> dict[float, float]:
+def over_time(run: RunRecord, metric: str) -> Mapping[float, float]:
     """Return a metric of every epoch by the seconds of training so far; empty where the time of an epoch lacks."""
     curve, seconds = _by_epoch(run, metric), _by_epoch(run, EPOCH_TRAINING)
     spent = dict(zip(seconds, accumulate(seconds.values()), strict=True))
@@ -104,20 +95,23 @@ def _median(curve: Curve) -> float:
 
 
 def _level(curve: Curve) -> float:
-    return statistics.fmean(curve[epoch] for epoch in sorted(curve)[-LEVEL_EPOCHS:])
+    return statistics.fmean(list(curve.values())[-LEVEL_EPOCHS:])
 
 
-def _epochs_to_peak_share(curve: Curve) -> int:
+def _first_at(curve: Mapping[Any, float], level: float) -> float:
+    return min((place for place, accuracy in curve.items() if accuracy >= level), default=math.inf)
+
+
+def _epochs_to_peak_share(curve: Curve) -> float:
     best = max(curve.values())
-    return min(epoch for epoch, accuracy in curve.items() if accuracy >= min(best, PEAK_SHARE * best))
+    return _first_at(curve, min(best, PEAK_SHARE * best))
 
 
 def _epochs_to_level(curve: Curve) -> int:
     """Return the first epoch from which the mean of five epochs stays within two points of the last ten's."""
-    epochs = sorted(curve)
-    smooth = np.convolve([curve[epoch] for epoch in epochs], np.full(5, 0.2), "valid")
+    smooth = np.convolve(list(curve.values()), np.full(5, 0.2), "valid")
     away = np.flatnonzero(np.abs(smooth - _level(curve)) > NEAR_LEVEL)
-    return epochs[int(away[-1]) + 1 if len(away) else 0]
+    return list(curve)[int(away[-1]) + 1 if len(away) else 0]
 
 
 def _gain(curve: Curve) -> float | None:
@@ -171,6 +165,7 @@ def quantity(name: str) -> Quantity:
     if time_to := re.match(TIME_TO, name):
         metric, level = f"{time_to[1]}/accuracy", float(time_to[2])
         accuracy = next(words for words, each in CURVES.items() if each == metric)
-        return TimeTo(name, f"training to {100 * level:g} % {accuracy}, s", tenths, metric, timed=True, level=level)
+        words, take = f"training to {100 * level:g} % {accuracy}, s", partial(_first_at, level=level)
+        return Quantity(name, words, tenths, metric, take, over_time=True, timed=True)
     text = percent if "accuracy" in name or "top1" in name else decimal
     return QUANTITIES.get(name) or Quantity(name, name, text, timed=name.startswith(TIMED))

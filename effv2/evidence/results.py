@@ -5,7 +5,7 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from itertools import combinations
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -45,18 +45,11 @@ SETS = {"unseen": "images that it was not trained on", "unknown": "images that i
 def results_of(runs: Sequence[RunRecord], claims: Claims, right: RightAnswers) -> list[StudyResults]:
     """Return what came out of all studies; those of one name also say their split, or which run they are."""
     studies = studies_of(runs)
-    titles, made = Counter(study.parent.name for study in studies), []
-    for study in studies:
-        results = study_results(study, claims, right)
-        if titles[results.title] > 1:
-            splits = ", ".join(dict.fromkeys(run.params.get(SPLIT_SEED, "") for run in study.runs))
-            split = f"split {splits}, " if splits else ""
-            results = replace(results, title=f"{results.title} ({split}run {results.run_id[:8]})")
-        made.append(results)
-    return made
+    names = Counter(study.parent.name for study in studies)
+    return [study_results(study, claims, right, names[study.parent.name] > 1) for study in studies]
 
 
-def study_results(study: TrackedStudy, claims: Claims, right: RightAnswers) -> StudyResults:
+def study_results(study: TrackedStudy, claims: Claims, right: RightAnswers, of_several: bool = False) -> StudyResults:
     """Return what came out of a study; `right` reads which images a run of a fixed network got right."""
     if study.kind == "search":
         own = search_results(study)
@@ -65,9 +58,11 @@ def study_results(study: TrackedStudy, claims: Claims, right: RightAnswers) -> S
     else:
         own = arms_results(study, claims)
     parent, known = study.parent, [] if study.parent is NO_STUDY else [study.parent]
+    splits = ", ".join(dict.fromkeys(run.params.get(SPLIT_SEED, "") for run in study.runs))
+    which = f" ({f'split {splits}, ' if splits else ''}run {parent.run_id[:8]})" if of_several else ""
     return replace(
         own,
-        title=parent.name,
+        title=f"{parent.name}{which}",
         description=parent.params.get("study.description", ""),
         run_id=parent.run_id,
         missing=study.missing(),
@@ -101,36 +96,29 @@ def search_results(study: TrackedStudy) -> StudyResults:
     ranked = sorted(tried, key=lambda run: -run.metrics[SELECTED_VALIDATION])
     named = [name for name in (ranked[0].params if ranked else ()) if "." in name and name != SEED_SETTING]
     searched = [name for name in named if len({run.params.get(name) for run in ranked}) > 1]
-    shown = ranked[:BEST_TRIALS]
-    table: Rows = [(f"best {len(shown)} of {len(ranked)}", *(run.name for run in shown))]
-    for metric in (SELECTED_VALIDATION, SELECTED_TEST):
-        table += line_of({run.name: [run] for run in shown}, metric)
+    shown = {run.name: [run] for run in ranked[:BEST_TRIALS]}
+    table: Rows = [(f"best {len(shown)} of {len(ranked)}", *shown)]
+    table += [*line_of(shown, SELECTED_VALIDATION), *line_of(shown, SELECTED_TEST)]
     for name in searched:
-        texts = [run.params.get(name, "") for run in shown]
+        texts = [run.params.get(name, "") for (run,) in shown.values()]
         table.append((name, *(text if math.isnan(number(text)) else f"{number(text):.4g}" for text in texts)))
     sentence, metrics = "No trial was chosen yet.", {}
     for best in (run for run in ranked if run.run_id == study.parent.tags.get(tags.BEST_RUN)):
         metrics = {name: best.metrics[name] for name in (SELECTED_VALIDATION, SELECTED_TEST) if name in best.metrics}
         tested = f", {percent(metrics[SELECTED_TEST])} on the test set" if SELECTED_TEST in metrics else ""
         sentence = f"Best: {best.name}, {percent(metrics[SELECTED_VALIDATION])} on validation{tested}."
-    trials = [
-        (
-            run.name,
-            run.tags.get(tags.OUTCOME, run.status.lower()),
-            run.metrics.get(SELECTED_VALIDATION),
-            max(run.history.get(VALIDATION, ()), default=0),
-            *map(run.params.get, searched),
-            run.run_id,
-        )
-        for run in runs
-    ]
+    trials: list[tuple[Any, ...]] = [("trial", "state", "validation accuracy", "epochs", *searched, "run_id")]
+    for run in runs:
+        state, epochs = run.tags.get(tags.OUTCOME, run.status.lower()), max(run.history.get(VALIDATION, ()), default=0)
+        accuracy = run.metrics.get(SELECTED_VALIDATION)
+        trials.append((run.name, state, accuracy, epochs, *map(run.params.get, searched), run.run_id))
     return StudyResults(
         answers=[sentence],
         short=sentence,
         table=table if ranked else [],
         notes=_notes_on_trials(study, bool(ranked)),
         metrics=metrics,
-        files={"trials.csv": [("trial", "state", "validation accuracy", "epochs", *searched, "run_id"), *trials]},
+        files={"trials.csv": trials},
     )
 
 
@@ -165,42 +153,35 @@ def networks_results(study: TrackedStudy, right: RightAnswers) -> StudyResults:
     """Return what came out of an evaluation of networks; `right` reads which images a run got right."""
     runs = {run.name: run for run in complete(study.in_order())}
     ranked, images, origin = _rank(runs, right)
-    both = list(combinations(ranked, 2))
+    both, heads = list(combinations(ranked, 2)), _heads(runs.values())
     tests = [mcnemar(ranked[better], ranked[worse]) for better, worse in both]
     found = zip(both, tests, holm([p for *_, p in tests]), strict=True)
     pairs = [NetworkPair(*names, one, other, p, holms, holms < LEVEL) for names, (one, other, p), (holms, _) in found]
-    sentence = _sentence(runs, ranked, origin, pairs, _heads(runs.values()))
-    counts = {label: (int(each.sum()), len(each)) for label, each in ranked.items()}
-    shares = {label: (count / of, *wilson(count, of)) for label, (count, of) in counts.items()}
-    rates = {label: runs[label].metrics.get(EVALUATE_RATE, math.inf) for label in ranked}
-    costs = {label: (runs[label].metrics.get("model/gflops"), 1000 / rate) for label, rate in rates.items()}
-    title = f"top-1 of {_heads(runs.values())}, {len(next(iter(ranked.values()), ())):,} {origin} images"
-    metrics = sorted({name for run in runs.values() for name in run.metrics})
-    ranking = [
-        (label, run.run_id, *counts[label], *wilson(*counts[label]), *map(run.metrics.get, metrics))
-        for label, run in runs.items()
-        if label in ranked
-    ]
+    sentence = _sentence(runs, ranked, origin, pairs, heads)
     ordered = {label: runs[label] for label in dict.fromkeys([*ranked, *runs])}
+    title = f"top-1 of {heads}, {len(next(iter(ranked.values()), ())):,} {origin} images"
+    named = [(label, name, run.metrics[name]) for label, run in runs.items() for name in run.metrics]
     return StudyResults(
         answers=[sentence],
         short=sentence,
-        table=_table(ordered.values()),
+        table=_table(ordered.values(), heads),
         details=_details(ordered, images),
-        metrics={
-            f"{label}/{name}": value
-            for label, run in runs.items()
-            for name, value in run.metrics.items()
-            if name.endswith(OF_ANY_IMAGES)
-        },
-        files={
-            "ranking.csv": [("network", "run_id", "right", "images", "low", "high", *metrics), *ranking],
-            "pairs.csv": [NetworkPair._fields, *pairs],
-            "accuracy_against_cost.png": accuracy_against_cost(shares, costs, title),
-        }
-        if ranked
-        else {},
+        metrics={f"{label}/{name}": value for label, name, value in named if name.endswith(OF_ANY_IMAGES)},
+        files=_ranking(runs, ranked, title) | {"pairs.csv": [NetworkPair._fields, *pairs]} if ranked else {},
     )
+
+
+def _ranking(runs: Mapping[str, RunRecord], ranked: Ranked, title: str) -> dict[str, Any]:
+    """Return a table of the networks that were ranked, and the figure of their accuracies and costs, by file."""
+    metrics = sorted({name for run in runs.values() for name in run.metrics})
+    table: list[tuple[Any, ...]] = [("network", "run_id", "right", "images", "low", "high", *metrics)]
+    shares, costs = {}, {}
+    for label, answers in ranked.items():
+        run, count, interval = runs[label], int(answers.sum()), wilson(int(answers.sum()), len(answers))
+        table.append((label, run.run_id, count, len(answers), *interval, *map(run.metrics.get, metrics)))
+        shares[label] = (count / len(answers), *interval)
+        costs[label] = run.metrics.get("model/gflops"), 1000 / run.metrics.get(EVALUATE_RATE, math.inf)
+    return {"ranking.csv": table, "accuracy_against_cost.png": accuracy_against_cost(shares, costs, title)}
 
 
 def _rank(runs: Mapping[str, RunRecord], right: RightAnswers) -> tuple[Ranked, str, str]:
@@ -245,10 +226,9 @@ def _sentence(runs: Iterable[str], ranked: Ranked, origin: str, pairs: Sequence[
     return f"Top-1 over {heads} classes on {size:,} {images}{how}: {what}.{few}{caution}{missing}"
 
 
-def _table(runs: Iterable[RunRecord]) -> Rows:
+def _table(runs: Iterable[RunRecord], heads: str) -> Rows:
     """Return a line a network and set of images: those that it wasn't fitted to, where they are known, and all."""
-    runs = list(runs)
-    rows: Rows = [("network", f"top-1 of {_heads(runs)} [95 % Wilson]", "among the classes present", "on", "images/s")]
+    rows: Rows = [("network", f"top-1 of {heads} [95 % Wilson]", "among the classes present", "on", "images/s")]
     for run in runs:
         seen, rate = run.metrics.get("seen/images", 0), run.metrics.get(EVALUATE_RATE)
         every = "test images" + (f", {seen:,.0f} of which it was trained on" if seen else "")

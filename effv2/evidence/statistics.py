@@ -1,15 +1,15 @@
 """How sure a difference is: tests and intervals that hold at every look, and correction for many; on SciPy."""
 
-import csv
 import math
 from bisect import bisect_left
 from collections.abc import Callable, Collection, Mapping, Sequence
 from enum import Enum
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
+import pandas as pd
 from scipy import special, stats
 from scipy.stats import binomtest
 
@@ -39,20 +39,14 @@ class Interval(NamedTuple):
 
 
 class Looks(NamedTuple):
-    """How often a comparison may be looked at: after every run, up to `most` seeds of an arm; or once, with all.
-
-    If once, all are the seeds on each of so many `splits`.
-    """
+    """How often a comparison may be looked at: after every run, up to `most` seeds of an arm; or once, with all."""
 
     most: int = 30
     once: bool = False
-    splits: int = 1
+    splits: int = 1  # on each of which all seeds are then planned
 
     def overall(self, p: float, samples: int) -> float:
-        """Return how likely a p-value as small comes up at any of the looks where there is no effect.
-
-        The tests are Student's of one sample, or Welch's of two. `benchmarks/levels.py` simulated the table.
-        """
+        """Return how likely as small a p-value, Student's or Welch's, comes up at any look where there is no effect."""
         return p if self.once else _interpolate(p, *reversed(_levels(samples, self.most)))
 
     def nominal(self, alpha: float, samples: int) -> float:
@@ -76,11 +70,8 @@ EVERY_LOOK = Looks()  # where nothing else was said beforehand
 @cache
 def _levels(samples: int, most: int) -> tuple[np.ndarray, np.ndarray]:
     """Return logarithms of levels, overall and of a single look, for the next number of seeds of the table."""
-    with LEVELS.open(newline="", encoding="utf-8") as file:
-        (_, _, *alphas), *rows = csv.reader(file)
-    known = {int(row[1]): row[2:] for row in rows if int(row[0]) == samples}
-    row = known[min(each for each in known if each >= most)]
-    return np.log(np.array(alphas, float)), np.log(np.array(row, float))
+    row = pd.read_csv(LEVELS, index_col=["kind", "most"]).loc[samples].loc[most:].iloc[0]
+    return np.log(row.index.to_numpy(float)), np.log(row.to_numpy())
 
 
 def _interpolate(p: float, xs: np.ndarray, ys: np.ndarray) -> float:
@@ -103,26 +94,18 @@ def right_on_shared(answers: Collection[Mapping[str, bool]]) -> np.ndarray:
 
 
 def mcnemar(first: np.ndarray, second: np.ndarray) -> tuple[int, int, float]:
-    """Return on how many images only one of two networks is right, either (bool (N) each), and McNemar's exact p.
+    """Return on how many images only one of two networks is right, either (bool (N) each), and the exact p of that.
 
     McNemar 1947, two-sided; if they are right equally often these images fall to either as a coin does.
     """
-    only_first, only_second = int((first & ~second).sum()), int((second & ~first).sum())
-    differing = only_first + only_second
-    return only_first, only_second, float(binomtest(only_first, differing).pvalue) if differing else 1.0
+    alone = int((first & ~second).sum()), int((second & ~first).sum())
+    return *alone, float(binomtest(alone[0], sum(alone)).pvalue) if any(alone) else 1.0
 
 
-class Corrected(NamedTuple):
-    """A p-value corrected for the number of tests, and the level at which the test itself is made."""
+def holm(p_values: Sequence[float], weights: Sequence[float] = ()) -> list[tuple[float, float]]:
+    """Correct p-values for their number (Holm 1979), heavier ones less; return each with the level of its own test.
 
-    p: float
-    level: float
-
-
-def holm(p_values: Sequence[float], weights: Sequence[float] = ()) -> list[Corrected]:
-    """Correct p-values for their number (Holm 1979), in the given order; heavier ones less.
-
-    The level of a test is that of its step, or of the one at which Holm's procedure stopped.
+    That is the level of its step, or of the one at which Holm's procedure stopped.
     """
     p, w = np.asarray(p_values, dtype=float), np.asarray(weights or [1.0] * len(p_values))
     order = np.argsort(p / w, kind="stable")
@@ -130,8 +113,8 @@ def holm(p_values: Sequence[float], weights: Sequence[float] = ()) -> list[Corre
     left = np.cumsum(w[order][::-1])[::-1]  # of the weights, at each step
     corrected = np.minimum(np.maximum.accumulate(steps * left), 1)
     step = np.minimum(np.searchsorted(steps, steps), np.sum(corrected < LEVEL))  # equal ones share the first
-    found = [Corrected(*map(float, each)) for each in zip(corrected, LEVEL * w[order] / left[step], strict=True)]
-    return [found[place] for place in np.argsort(order)]
+    found = np.column_stack([corrected, LEVEL * w[order] / left[step]])[np.argsort(order)]
+    return list(map(tuple, found.tolist()))
 
 
 class Estimate:
@@ -183,6 +166,15 @@ class Estimate:
         reach = float(stats.t.ppf((1 + CONFIDENCE) / 2, self.degrees) * math.hypot(self.deviation, self.error))
         return Interval(self.mean - reach, self.mean + reach)
 
+    def seeds_to_decide(self, edge: float = 0.0, level: float = LEVEL) -> tuple[int | None, ...]:
+        """Return how many seeds tell the mean from `edge` in 80 % of studies, and that number's 80 % interval.
+
+        As if the mean seen were the true one. The ends are those of the standard deviation (chi-square).
+        """
+        ends = self.degrees / stats.chi2.ppf([0.5, 0.9, 0.1], self.degrees)
+        found = partial(seeds_for, self.mean - edge, looks=self.looks, level=level, overlap=self.overlap)
+        return tuple(found(max(each, TINY), samples=len(self.samples)) for each in np.sqrt(ends) * self.deviation)
+
 
 def over_images(right: Sequence[np.ndarray], looks: Looks = EVERY_LOOK) -> tuple[float, Interval]:
     """Return the mean of one arm's right answers (bool (runs, images)), or of the first less the second, and how sure.
@@ -224,7 +216,7 @@ def compare(estimates: Mapping[str, Estimate], margin: float = 0.0, tests: int =
     differ = {name: each.p(0) for name, each in enough.items()}
     alike = {name: each.p_within(-margin, margin) if margin else 1.0 for name, each in enough.items()}
     smaller = [min(differ[name], alike[name]) for name in enough]
-    corrected = [Corrected(min(p * tests, 1.0), LEVEL / tests) for p in smaller] if tests else holm(smaller)
+    corrected = [(min(p * tests, 1.0), LEVEL / tests) for p in smaller] if tests else holm(smaller)
     found = dict.fromkeys(estimates, (Outcome.FEW, LEVEL))
     for (name, each), (p, level) in zip(enough.items(), corrected, strict=True):
         differs = Outcome.BETTER if each.mean > 0 else Outcome.WORSE
@@ -253,19 +245,6 @@ def seeds_for(
     nominal, possible = looks.nominal(level, samples), range(looks.most if looks.once else FEWEST, looks.most + 1)
     place = bisect_left(possible, POWER, key=lambda n: power(effect, deviation, n, nominal, samples, overlap=overlap))
     return possible[place] if place < len(possible) else None
-
-
-def seeds_to_decide(estimate: Estimate, edge: float = 0.0, level: float = LEVEL) -> tuple[int | None, ...]:
-    """Return how many seeds tell the mean from `edge` in 80 % of studies, and the ends of that number's 80 % interval.
-
-    As if the difference seen were the true one. The ends are those of the standard deviation (chi-square).
-    """
-    ends = estimate.degrees / stats.chi2.ppf([0.5, 0.9, 0.1], estimate.degrees)
-    effect, deviations = estimate.mean - edge, np.sqrt(ends) * estimate.deviation
-    samples, overlap = len(estimate.samples), estimate.overlap
-    return tuple(
-        seeds_for(effect, max(each, TINY), estimate.looks, level, samples, overlap=overlap) for each in deviations
-    )
 
 
 def p_text(p: float) -> str:

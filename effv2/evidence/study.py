@@ -15,8 +15,8 @@ from effv2.core.words import counted, percent, points
 from effv2.evidence.answers import NONE, NOTHING_YET, Arms, Held, hold
 from effv2.evidence.claims import Claims, published_runs
 from effv2.evidence.judge import FEW_IMAGES
-from effv2.evidence.protocols import RightAnswers, has, is_like, machine_of, pair_of, split_of
-from effv2.evidence.quantities import CURVES, TRAIN, TRAIN_SECONDS, Quantity, TimeTo, over_time, quantity, shown_for
+from effv2.evidence.protocols import RightAnswers, first_seeds, has, is_like, machine_of, pair_of, split_of
+from effv2.evidence.quantities import CURVES, TRAIN, TRAIN_SECONDS, Quantity, over_time, quantity, shown_for
 from effv2.evidence.statistics import FEWEST, TINY, Estimate
 from effv2.tracking import tags
 from effv2.tracking.read import BEST_TEST, LAST_TEST, SELECTED_TEST, SELECTED_VALIDATION, RunRecord
@@ -73,7 +73,7 @@ def line_of(groups: Mapping[str, Sequence[RunRecord]], name: str) -> Rows:
         spread = f" ± {what.text(statistics.stdev(each))}" if len(set(each)) > 1 and math.inf not in each else ""
         missed = f"not reached by {each.count(math.inf)} of {len(each)}" if math.inf in each else ""
         cells[group] = missed or what.text(statistics.fmean(each)) + spread
-    return [(what.words, *cells.values())] if values or isinstance(what, TimeTo) else []
+    return [(what.words, *cells.values())] if values or what.over_time else []
 
 
 def arms_results(study: TrackedStudy, claims: Claims) -> StudyResults:
@@ -97,7 +97,10 @@ def arms_results(study: TrackedStudy, claims: Claims) -> StudyResults:
     )
     if alone:
         return results
-    quantities = shown_for(run for runs in arms.values() for run in runs) | {name: quantity(name) for name in asked}
+    runs = [(arm, run) for arm, of_arm in arms.items() for run in of_arm]
+    quantities = shown_for(run for _, run in runs) | {name: quantity(name) for name in asked}
+    shown = [what for what in quantities.values() if what.values(run for _, run in runs)]
+    rows = [(arm, run.tags.get(tags.SEED), run.run_id, *(what.value(run) for what in shown)) for arm, run in runs]
     return replace(
         results,
         answers=held.sentences(),
@@ -112,16 +115,8 @@ def arms_results(study: TrackedStudy, claims: Claims) -> StudyResults:
             if not what.metric and not what.fixed
             for arm, values in values_of(arms, name).items()
         },
-        files={"comparison.csv": _run_by_run(arms, quantities)},
+        files={"comparison.csv": [("variant", "seed", "run_id", *(what.words for what in shown)), *rows]},
     )
-
-
-def _run_by_run(arms: Arms, quantities: Mapping[str, Quantity]) -> Sequence[Sequence[Any]]:
-    """Return a line a run with those quantities that some run has, titles first."""
-    runs = [(arm, run) for arm, of_arm in arms.items() for run in of_arm]
-    shown = [what for what in quantities.values() if what.values(run for _, run in runs)]
-    rows = [(arm, run.tags.get(tags.SEED), run.run_id, *(what.value(run) for what in shown)) for arm, run in runs]
-    return [("variant", "seed", "run_id", *(what.words for what in shown)), *rows]
 
 
 def images_apart(study: TrackedStudy, right: RightAnswers) -> Rows:
@@ -147,13 +142,14 @@ def _counts(study: TrackedStudy, found: Arms, held: Held) -> Iterator[str]:
     over = {run.name for run in study.runs if run.status in ("FINISHED", "FAILED")}
     missing = Counter(arm_in(name) for name in study.planned if name not in over)
     for arm in dict.fromkeys([*found, *failed, *missing]):
-        runs = found.get(arm, [])
+        runs, values = found.get(arm, []), held.values.get(arm, {})
         counts = {
             "replaced by a later one of the same seed": len(runs) - len(set(map(pair_of, runs))),
             "failed": failed[arm],
             "not finished": missing[arm],
             f"without {held.what.words}": len(runs) - len(held.what.values(runs)),
-            f"beyond the {held.looks.most} that a verdict rests on, and left out of it": held.beyond(arm),
+            f"beyond the {held.looks.most} that a verdict rests on, and left out of it": len(values)
+            - len(first_seeds(values, held.looks.most)),
         }
         if words := [f"{counted(count, 'run')} {why}" for why, count in counts.items() if count]:
             yield f"{arm}: {', '.join(words)}."

@@ -16,12 +16,13 @@ from effv2.core import provenance
 from effv2.core.errors import InputError
 from effv2.core.reporter import Reporter
 from effv2.data.dataset import Dataset, LoadData
-from effv2.evidence.statistics import EVERY_LOOK
+from effv2.evidence.protocols import overlap_of
+from effv2.evidence.statistics import EVERY_LOOK, FEWEST
 from effv2.run.run import prepare
 from effv2.studies.plan import ABOUT, TrainingPlan
 from effv2.studies.queue import Params, Trials
-from effv2.studies.seeds import ACCURACY, AutoSeeds, Round
-from effv2.tracking.read import RunRecord, decisive_accuracy
+from effv2.studies.seeds import ACCURACY, AutoSeeds, Round, named_trial
+from effv2.tracking.read import Images, RunRecord, decisive_accuracy
 
 MAX_SEEDS, MARGIN, LOOKS = "study.max_seeds", "study.margin", "study.looks"  # params of a study's run
 FEWEST_ARMS = 2  # that can be compared
@@ -58,7 +59,7 @@ class Grid(TrainingPlan):
         if not self.auto:
             return self
         began, asked = stamped.get(LOOKS, "every"), str(self.options.seeds)
-        if began != self.stamps[LOOKS]:
+        if began != self.stamps[LOOKS] or (self.splits > 1 and MAX_SEEDS not in stamped):
             ways = {"once": f"for one look, at {stamped.get(MAX_SEEDS)} seeds", RACE: "as a race"}
             problem = f"the study was begun {ways.get(began, 'with auto seeds or a list')}"
             raise InputError("seeds", asked, problem, "give what it was begun with, or start over with `fresh`")
@@ -104,7 +105,8 @@ def make_grid(
         problem = "true in some arms and false in others"
         raise InputError("evaluation.test_set", "", problem, "give all arms the same")
     splits = [each.with_seed(each.random.seed, split) for split in range(study.splits) for each in asked]
-    arms = dict(zip(study.arms, prepare(splits, load, reporter.message), strict=False))  # the first split's
+    prepared = prepare(splits, load, reporter.message)
+    arms = dict(zip(study.arms, prepared, strict=False))  # the first split's
     identities = {arm: config.identity() for arm, config in arms.items()}
     for identity in identities.values():
         del identity["random.seed"]  # so that a study may grow by some
@@ -114,11 +116,12 @@ def make_grid(
     definition |= {"splits": study.splits} if study.splits > 1 else {}
     definition |= {"paired": True} if study.paired else {}
     how: dict[str, Any] = {"budget": options.budget_hours or math.inf, "race": options.seeds == RACE}
+    if study.splits > 1:
+        how |= {"own_splits": True, "overlap": _overlap(prepared[:: len(arms)], load)}
     auto = AutoSeeds(arms, tuple(names), study.baseline, paired=study.paired, **how)
-    trials = _trials(names, seeds, study.splits) or auto.trials(dict.fromkeys(names, 1))
     return Grid(
         kind=kind,
-        trials=trials,
+        trials=_trials(arms, names, seeds, study.splits),
         definition=definition,
         about=list({load(config.data).summary: "" for config in arms.values()}),
         epochs=max(config.schedule.epochs for config in arms.values()),
@@ -131,12 +134,19 @@ def make_grid(
     )
 
 
-def _trials(names: Sequence[str], seeds: Sequence[int], splits: int) -> dict[str, Params]:
-    """Return the trials of these seeds on each split: all arms with the first seed, then with the next one."""
-    wanted = product(range(splits), seeds, names)
-    if splits == 1:
-        return {f"{arm}, seed {seed}": {"arm": arm, "seed": seed} for _, seed, arm in wanted}
-    return {f"{a}, split {k}, seed {seed}": {"arm": a, "seed": seed, "split": k} for k, seed, a in wanted}
+def _trials(arms: Mapping[str, TrainConfig], names: list[str], seeds: Sequence[int], splits: int) -> dict[str, Params]:
+    """Return the trials of these seeds, or of each arm's own, on each split: all arms with the first seed, then on."""
+    wanted = product(range(splits) if splits > 1 else (None,), seeds or (None,), names)
+    return dict(named_trial(arm, arms[arm].random.seed if seed is None else seed, split) for split, seed, arm in wanted)
+
+
+def _overlap(configs: Sequence[TrainConfig], load: LoadData) -> float:
+    """Return the ratio of test to other images of the splits of one arm, by the rule for its runs."""
+    runs = []
+    for config in configs:
+        images = {"test": Images("", load(config.data).test.digest)} if config.evaluation.test_set else {}
+        runs.append(RunRecord("", "", "", {"data.test_fraction": str(config.data.test_fraction)}, {}, {}, {}, images))
+    return overlap_of([runs])
 
 
 def _stamps(study: Study, names: list[str], options: StudyOptions, count: int) -> dict[str, Any]:
@@ -144,9 +154,11 @@ def _stamps(study: Study, names: list[str], options: StudyOptions, count: int) -
     auto, most = isinstance(options.seeds, str), options.max_seeds
     if auto and len(names) < FEWEST_ARMS:
         raise InputError("seeds", options.seeds, "takes two arms or more", "name a variant beside the baseline")
-    if auto and study.splits > 1:
-        problem = f"the study {study.name} has {study.splits} splits, whose number is fixed"
-        raise InputError("seeds", options.seeds, problem, "give seeds, as 0,1,2, or leave splits out")
+    limit = study.splits if auto and study.splits > 1 else EVERY_LOOK.most
+    if limit < FEWEST or (auto and study.splits > 1 and (most or limit) > limit):
+        problem = f"the study {study.name} has {study.splits} splits, each for one of these seeds"
+        remedy = f"have {FEWEST} splits or more, and no larger `max_seeds`"
+        raise InputError("seeds", options.seeds, problem, remedy)
     if options.budget_hours is not None and not auto:
         raise InputError("budget_hours", options.budget_hours, "ends auto seeds alone", "give `seeds` auto as well")
     if most is not None and count > most:
@@ -154,7 +166,7 @@ def _stamps(study: Study, names: list[str], options: StudyOptions, count: int) -
     stamps: dict[str, Any] = {}
     if auto or most is not None:
         looks = RACE if options.seeds == RACE else "once" if count == most else "every"
-        stamps = {MAX_SEEDS: most or EVERY_LOOK.most, LOOKS: looks}
+        stamps = {MAX_SEEDS: most or limit, LOOKS: looks}
     stamps |= {MARGIN: options.margin} if options.margin is not None else {}
     stamps |= {"study.paired": "true"} if study.paired else {}
     return stamps | ({"study.splits": study.splits} if study.splits > 1 else {})

@@ -7,12 +7,13 @@ the finished trials, each with the trials that it rested on when it was first de
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 from optuna.trial import FrozenTrial, TrialState
 
 from effv2.config.schema import TrainConfig
 from effv2.core.words import counted, duration
-from effv2.evidence.answers import Answer, answers, leads, reference, rivals
+from effv2.evidence.answers import Answer, answers, leads, opponents
 from effv2.evidence.protocols import SplitAndSeed
 from effv2.evidence.statistics import EVERY_LOOK, FEWEST, Looks, Outcome
 from effv2.studies.queue import Params, Trials
@@ -44,7 +45,8 @@ class AutoSeeds:
     """The rule of a study: `arms` by name, of which the `wanted` ones get seeds, their own `random.seed` the first.
 
     `before` names the trials that were finished when this was first asked for: they count from the first round on, as
-    those of arms that aren't wanted do.
+    those of arms that aren't wanted do. On `own_splits` each seed has a split of the images of its own, whose test
+    and other images have the ratio `overlap`: arms are then compared split by split.
     """
 
     arms: Mapping[str, TrainConfig]
@@ -56,6 +58,8 @@ class AutoSeeds:
     paired: bool = False
     race: bool = False  # against the best arm, not the baseline
     before: tuple[str, ...] = ()
+    own_splits: bool = False
+    overlap: float = 0.0
     _known: dict[tuple[int, ...], list[Round]] = field(default_factory=dict, compare=False, repr=False)
 
     def trials(self, counts: Mapping[str, int]) -> dict[str, Params]:
@@ -64,7 +68,8 @@ class AutoSeeds:
         for number in range(max(counts.values())):
             for arm in (arm for arm, count in counts.items() if number < count):
                 seed = (self.arms[arm].random.seed + number) % 2**32
-                found[f"{arm}, seed {seed}"] = {"arm": arm, "seed": seed}
+                name, params = named_trial(arm, seed, number if self.own_splits else None)
+                found[name] = params
         return found
 
     def rounds(self, trials: Trials) -> list[Round]:
@@ -117,12 +122,19 @@ class AutoSeeds:
         looks = Looks(self.most) if own else EVERY_LOOK
         values: dict[str, dict[SplitAndSeed, float]] = {}
         for trial in complete:
-            values.setdefault(trial.params["arm"], {})["", str(trial.params["seed"])] = trial.user_attrs[ACCURACY]
+            pair = str(trial.params.get("split", "")), str(trial.params["seed"])
+            values.setdefault(trial.params["arm"], {})[pair] = trial.user_attrs[ACCURACY]
         schedules = {arm: self.arms[arm].schedule.name for arm in self.arms if arm in values}
-        race = self.race and bool(values)
-        others = rivals(values) if race else {arm: reference(arm, self.baseline, schedules) for arm in schedules}
-        said = answers(values, others, looks, margin=self.margin, paired=self.paired, race=race)
-        return said, min(self.most, looks.most)
+        others = opponents(values, self.baseline, schedules, self.race)
+        rules: dict[str, Any] = {"margin": self.margin, "paired": self.paired, "overlap": self.overlap}
+        return answers(values, others, looks, race=self.race, **rules), min(self.most, looks.most)
+
+
+def named_trial(arm: str, seed: int, split: int | None) -> tuple[str, Params]:
+    """Return the name and the parameters of a trial; `split` is None where there is but one."""
+    if split is None:
+        return f"{arm}, seed {seed}", {"arm": arm, "seed": seed}
+    return f"{arm}, split {split}, seed {seed}", {"arm": arm, "seed": seed, "split": split}
 
 
 def _hours(trial: FrozenTrial) -> float:

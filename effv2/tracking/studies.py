@@ -68,7 +68,7 @@ def studies_of(runs: Sequence[RunRecord]) -> list[TrackedStudy]:
                 of_it.append(replace(by_id[run_id], name=name, tags=own))
         if of_it or "study.kind" in run.params:
             studies.append(TrackedStudy(run, of_it))
-    known = {study.parent.run_id for study in studies}
+    known = {study.parent.run_id for study in studies} | {run.run_id for study in studies for run in study.runs}
     single = [run for run in complete(runs) if run.metrics and not known & {run.run_id, run.parent}]
     return [*studies, *([TrackedStudy(NO_STUDY, single)] if single else [])]
 
