@@ -20,6 +20,7 @@ from torchvision.ops import Conv2dNormActivation, SqueezeExcitation
 from effv2.architecture import build_model, parse_table
 from effv2.config.schema import TrainConfig
 from effv2.core.errors import InputError
+from effv2.execution import norms
 from effv2.execution import resolve as resolving
 from effv2.execution.device import Execution, fold_batch_norm
 from effv2.execution.fast_paths import FEWEST_IMAGES, use_fast_paths
@@ -81,6 +82,44 @@ def test_fast_paths_equal_torchs_layers(
         assert (expected - found).norm() <= share * expected.norm() + atol
     with torch.no_grad(), torch.autocast("cpu", torch.bfloat16, enabled=bf16):
         assert plain(images).dtype == output.dtype
+
+
+@pytest.mark.parametrize("bf16", [False, True])
+def test_a_norm_of_many_pixels_is_exact_and_has_the_same_bits_with_any_number_of_threads(bf16: bool) -> None:
+    """Against float64, on maps far from zero, whose sums are those of three blocks."""
+    torch.manual_seed(0)
+    plain = Conv2dNormActivation(4, 24, 1, activation_layer=nn.SiLU)
+    nn.init.normal_(plain[1].weight)
+    images = torch.randn(8, 4, 32, 32) + 30
+    results = []
+    for threads, exact in ((1, False), (2, False), (1, True)):
+        layer, before = copy.deepcopy(plain), torch.get_num_threads()
+        inputs = images.clone()
+        if exact:
+            layer, inputs = layer.double(), inputs.double()
+        else:
+            use_fast_paths(layer)
+        torch.set_num_threads(threads)
+        try:
+            with torch.autocast("cpu", torch.bfloat16, enabled=bf16 and not exact):
+                output = layer(inputs.requires_grad_())
+            (output.double() * torch.arange(output.numel()).view(output.shape).cos()).sum().backward()
+        finally:
+            torch.set_num_threads(before)
+        gradients = [parameter.grad for parameter in layer[1].parameters()]
+        results.append([output, *gradients, layer[1].running_mean, layer[1].running_var])
+    for one, two, expected in zip(*results, strict=True):
+        assert torch.equal(one, two)
+        assert (one.double() - expected).norm() <= (0.1 if bf16 else 1e-5) * expected.norm()
+
+
+def test_without_a_compiler_batch_norms_are_left_alone(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    monkeypatch.setenv("EFFV2_CACHE", str(tmp_path))
+    monkeypatch.setattr(norms, "_library", norms._library.__wrapped__)
+    layer = Conv2dNormActivation(4, 8, 1)
+    use_fast_paths(layer)
+    assert type(layer) is Conv2dNormActivation
 
 
 def test_squeeze_excitation_of_other_functions_is_left_alone() -> None:

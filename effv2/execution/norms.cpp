@@ -21,7 +21,7 @@ static inline void store(float *to, float value) { *to = value; }
 static inline void store(BFloat16 *to, float value) {  // to the nearest, ties to even
     uint32_t bits;
     memcpy(&bits, &value, 4);
-    to->bits = value != value ? 0x7fc0 : (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
+    to->bits = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
 }
 
 // 1 / (1 + exp(-z)), within 2e-7: 2^t as 2^n times a polynomial on [-1/2, 1/2].
@@ -94,7 +94,8 @@ static void forward(const T *x, T *y, const float *weight, const float *bias, fl
         }
     });
     for (long c = 0; c < maps.channels; c++) {
-        double n = maps.rows, from = sums[c] / n, var = std::max(0., sums[maps.channels + c] / n - from * from);
+        double n = maps.rows, from = sums[c] / n, var = sums[maps.channels + c] / n - from * from;
+        if (var < 0) var = 0;
         mean[c] = shift[c] + from;
         scale[c] = 1 / std::sqrt(var + eps);
         running_mean[c] += momentum * (mean[c] - running_mean[c]);
@@ -117,6 +118,7 @@ static void backward(const T *x, const T *gradient, T *of_x, const float *weight
     auto sums = maps.sums([=](long at, float *first, float *second) {
         EACH_CHANNEL {
             float v = (load(x[at + c]) - m[c]) * s[c], u = load(gradient[at + c]) * slope<silu>(v * w[c] + b[c]);
+            if (silu) store(of_x + at + c, u);
             first[c] += u;
             second[c] += u * v;
         }
@@ -127,10 +129,11 @@ static void backward(const T *x, const T *gradient, T *of_x, const float *weight
         second[c] = (of_weight[c] = sums[maps.channels + c]) / maps.rows;
     }
     Vector firsts = maps.repeated(first.data()), seconds = maps.repeated(second.data());
+    const T *of_z = silu ? of_x : gradient;
     maps.each([=, p = firsts.data(), q = seconds.data()](long at) {
         EACH_CHANNEL {
-            float v = (load(x[at + c]) - m[c]) * s[c], u = load(gradient[at + c]) * slope<silu>(v * w[c] + b[c]);
-            store(of_x + at + c, w[c] * s[c] * (u - p[c] - v * q[c]));
+            float v = (load(x[at + c]) - m[c]) * s[c];
+            store(of_x + at + c, w[c] * s[c] * (load(of_z[at + c]) - p[c] - v * q[c]));
         }
     });
 }

@@ -39,24 +39,27 @@ class ConvNorm(Conv2dNormActivation):  # type: ignore[misc]
     def forward(self, input: Tensor) -> Tensor:
         """Return the maps (N, C', H', W') of maps (N, C, H, W)."""
         convolution, norm, *activation = self
+        output: Tensor
         if not norm.training or not torch.is_grad_enabled() or torch.compiler.is_compiling():
-            return super().forward(input)
+            output = super().forward(input)
+            return output
         maps = convolution(input).contiguous(memory_format=torch.channels_last)
-        if maps.dtype not in KINDS or norm.weight.dtype != torch.float32 or maps.numel() == maps.shape[1]:
-            return nn.Sequential(norm, *activation)(maps)
-        norm.num_batches_tracked.add_(1)
-        settings = norm.running_mean, norm.running_var, norm.momentum, norm.eps, bool(activation)
-        output: Tensor = _NormSiLU.apply(maps, norm.weight, norm.bias, settings)
+        if maps.dtype in KINDS and norm.weight.dtype == torch.float32 and maps.numel() > maps.shape[1]:
+            norm.num_batches_tracked.add_(1)
+            settings = norm.running_mean, norm.running_var, norm.momentum, norm.eps, bool(activation)
+            output = _NormSiLU.apply(maps, norm.weight, norm.bias, settings)
+        else:  # torch's own error where there is one value a channel
+            output = nn.Sequential(norm, *activation)(maps)
         return output
 
 
 def applies(layer: nn.Module) -> bool:
     """Return whether a layer can become a ConvNorm, on this machine."""
-    if type(layer) is not Conv2dNormActivation or len(layer) < 2 or type(layer[1]) is not nn.BatchNorm2d:
+    parts = [*layer.children()][1:] if type(layer) is Conv2dNormActivation else []
+    if [*map(type, parts)] not in ([nn.BatchNorm2d], [nn.BatchNorm2d, nn.SiLU]):
         return False
-    _, norm, *activation = layer
-    usual = norm.affine and norm.track_running_stats and norm.momentum is not None
-    return usual and [*map(type, activation)] in ([], [nn.SiLU]) and _library() is not None
+    usual = parts[0].affine and parts[0].track_running_stats and parts[0].momentum is not None
+    return bool(usual) and _library() is not None
 
 
 class _NormSiLU(torch.autograd.Function):
