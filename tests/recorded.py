@@ -71,7 +71,7 @@ DECIDING: dict[str, dict[str, tuple[str, ...]]] = {
         "run/records.py": (),
         "run/run.py": ("attempt", "_begun", "_train"),
     },
-    "execution": {f"execution/{name}.py": () for name in ("device", "fast_paths")},
+    "execution": {f"execution/{name}": () for name in ("device.py", "fast_paths.py", "norms.cpp", "norms.py")},
     "evaluation": {
         **{f"pretrained/{name}.py": () for name in ("evaluation", "images", "own")},
         "run/weights.py": (),
@@ -99,7 +99,9 @@ def code(root: Path = ROOT / "effv2") -> Code:
     found: Code = {}
     for version, files in DECIDING.items():
         for file, wanted in files.items():
-            for name, digest in definitions((root / file).read_text()).items():
+            text = (root / file).read_text()
+            whole = {"whole": hashlib.sha256(text.encode()).hexdigest()[:12]}
+            for name, digest in (definitions(text) if file.endswith(".py") else whole).items():
                 if not wanted or name.partition(".")[0] in wanted or STATEMENT in name:
                     found.setdefault(version, {})[f"{file} {name}"] = digest
     return found

@@ -15,18 +15,18 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from torch import nn
 from torchvision import models
-from torchvision.ops import SqueezeExcitation
+from torchvision.ops import Conv2dNormActivation, SqueezeExcitation
 
 from effv2.architecture import build_model, parse_table
 from effv2.config.schema import TrainConfig
 from effv2.core.errors import InputError
+from effv2.execution import norms
 from effv2.execution import resolve as resolving
 from effv2.execution.device import Execution, fold_batch_norm
 from effv2.execution.fast_paths import FEWEST_IMAGES, use_fast_paths
 from effv2.execution.resolve import Calibration, check_compiler, remembered, resolve_study
 from tests.conftest import tiny_config
 
-NARROW = 20  # channels that fill no whole vector
 LAYERS: dict[str, Callable[[bool], nn.Module]] = {
     "pointwise": lambda bias: nn.Conv2d(16, 24, 1, bias=bias),
     "dense": lambda bias: nn.Conv2d(16, 24, 3, padding=1, bias=bias),
@@ -35,7 +35,8 @@ LAYERS: dict[str, Callable[[bool], nn.Module]] = {
     "depthwise, stride 2": lambda bias: nn.Conv2d(16, 16, 3, stride=2, padding=1, groups=16, bias=bias),
     "depthwise, uneven stride": lambda bias: nn.Conv2d(16, 16, 3, stride=(1, 2), padding=1, groups=16, bias=bias),
     "squeeze-excitation": lambda _: SqueezeExcitation(16, 4, activation=nn.SiLU),
-    "batch norm": lambda _: nn.BatchNorm2d(NARROW, eps=1e-3),
+    "norm": lambda _: Conv2dNormActivation(16, 20, 1, activation_layer=None),  # 20 channels fill no whole vector
+    "norm, SiLU": lambda _: Conv2dNormActivation(16, 20, 1, activation_layer=nn.SiLU),
 }
 
 
@@ -62,10 +63,9 @@ def test_fast_paths_equal_torchs_layers(
     use_fast_paths(fast)
     assert type(fast) is not type(plain) and fast.state_dict().keys() == plain.state_dict().keys()
     memory_format = torch.channels_last if channels_last else torch.contiguous_format
-    channels = NARROW if kind == "batch norm" else 16
     results = []
     for layer, autocast in ((plain, False), (fast, bf16)):
-        images = torch.randn(count, channels, *size, generator=torch.Generator().manual_seed(1))
+        images = torch.randn(count, 16, *size, generator=torch.Generator().manual_seed(1))
         images = images.contiguous(memory_format=memory_format).requires_grad_()
         with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
             output = layer(images)
@@ -82,6 +82,44 @@ def test_fast_paths_equal_torchs_layers(
         assert (expected - found).norm() <= share * expected.norm() + atol
     with torch.no_grad(), torch.autocast("cpu", torch.bfloat16, enabled=bf16):
         assert plain(images).dtype == output.dtype
+
+
+@pytest.mark.parametrize("bf16", [False, True])
+def test_a_norm_of_many_pixels_is_exact_and_has_the_same_bits_with_any_number_of_threads(bf16: bool) -> None:
+    """Against float64, on maps far from zero, whose sums are those of three blocks."""
+    torch.manual_seed(0)
+    plain = Conv2dNormActivation(4, 24, 1, activation_layer=nn.SiLU)
+    nn.init.normal_(plain[1].weight)
+    images = torch.randn(8, 4, 32, 32) + 30
+    results = []
+    for threads, exact in ((1, False), (2, False), (1, True)):
+        layer, before = copy.deepcopy(plain), torch.get_num_threads()
+        inputs = images.clone()
+        if exact:
+            layer, inputs = layer.double(), inputs.double()
+        else:
+            use_fast_paths(layer)
+        torch.set_num_threads(threads)
+        try:
+            with torch.autocast("cpu", torch.bfloat16, enabled=bf16 and not exact):
+                output = layer(inputs.requires_grad_())
+            (output.double() * torch.arange(output.numel()).view(output.shape).cos()).sum().backward()
+        finally:
+            torch.set_num_threads(before)
+        gradients = [parameter.grad for parameter in layer[1].parameters()]
+        results.append([output, *gradients, layer[1].running_mean, layer[1].running_var])
+    for one, two, expected in zip(*results, strict=True):
+        assert torch.equal(one, two)
+        assert (one.double() - expected).norm() <= (0.1 if bf16 else 1e-5) * expected.norm()
+
+
+def test_without_a_compiler_batch_norms_are_left_alone(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    monkeypatch.setenv("EFFV2_CACHE", str(tmp_path))
+    monkeypatch.setattr(norms, "_library", norms._library.__wrapped__)
+    layer = Conv2dNormActivation(4, 8, 1)
+    use_fast_paths(layer)
+    assert type(layer) is Conv2dNormActivation
 
 
 def test_squeeze_excitation_of_other_functions_is_left_alone() -> None:

@@ -60,7 +60,7 @@ def test_every_module_of_the_deciding_rooms_is_recorded_or_exempt() -> None:
     listed = {file for files in DECIDING.values() for file in files}
     package = ROOT / "effv2"
     rooms = (package / room for room in ("data", "training", "execution"))
-    found = {path.relative_to(package).as_posix() for room in rooms for path in room.glob("[!_]*.py")}
+    found = {path.relative_to(package).as_posix() for room in rooms for path in room.glob("[!_]*.*")}
     assert found == {file for file in listed if file.startswith(("data/", "training/", "execution/"))} | EXEMPT
 
 

@@ -13,9 +13,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torchvision.ops import SqueezeExcitation
 
+from effv2.execution import norms
+
 LARGEST_POINTWISE_MAP = 16
 FEWEST_IMAGES = 8  # from which on a matrix between the pixels of 2x2 maps is worth building
-VECTOR = 16 if "AVX512" in torch.backends.cpu.get_cpu_capability() else 8  # float32 numbers
 
 
 class _PointwiseConv2d(nn.Conv2d):
@@ -70,20 +71,6 @@ class _SqueezeExcitation(SqueezeExcitation):  # type: ignore[misc]
         return output
 
 
-class _BatchNorm2d(nn.BatchNorm2d):
-    """Batch norm whose gradient in training is computed on whole vectors of channels: torch is slow on a remainder."""
-
-    def forward(self, input: Tensor) -> Tensor:
-        channels_last = input.is_contiguous(memory_format=torch.channels_last)
-        if not self.training or not torch.is_grad_enabled() or not channels_last:
-            return super().forward(input)
-        if self.num_batches_tracked is not None:
-            self.num_batches_tracked.add_(1)
-        settings = self.running_mean, self.running_var, self.momentum, self.eps
-        output: Tensor = _PaddedBatchNorm.apply(input, self.weight, self.bias, settings)
-        return output
-
-
 def use_fast_paths(model: nn.Module) -> None:
     """Let the layers of `model` that have a fast path take it, in place."""
     for module in model.modules():
@@ -98,9 +85,8 @@ def _path(layer: nn.Module) -> type[nn.Module] | None:
     if type(layer) is SqueezeExcitation:
         usual = isinstance(layer.activation, nn.SiLU) and isinstance(layer.scale_activation, nn.Sigmoid)
         return _SqueezeExcitation if usual else None
-    if type(layer) is nn.BatchNorm2d:
-        usual = layer.affine and layer.track_running_stats and layer.momentum is not None
-        return _BatchNorm2d if usual and layer.num_features % VECTOR else None
+    if norms.applies(layer):
+        return norms.ConvNorm
     if type(layer) is not nn.Conv2d or layer.padding_mode != "zeros" or layer.dilation != (1, 1):
         return None
     dense, depthwise = layer.groups == 1, layer.groups == layer.in_channels == layer.out_channels
@@ -219,31 +205,6 @@ class _DepthwiseStride2(torch.autograd.Function):
             [2, 2], [1, 1], [1, 1], False, [0, 0], input.shape[1], wanted,
         )  # fmt: skip
         return tuple(None if found is None else found.to(input.dtype) for found in (of_input, of_weight))
-
-
-class _PaddedBatchNorm(torch.autograd.Function):
-    """Batch norm in training mode, channels filled up backwards; `settings`: running mean, variance, momentum, eps."""
-
-    @staticmethod
-    def forward(ctx: Any, input: Tensor, weight: Tensor, bias: Tensor, settings: Any) -> Tensor:
-        mean, variance, momentum, eps = settings
-        output, *of_batch = torch.native_batch_norm(input, weight, bias, mean, variance, True, momentum, eps)
-        ctx.save_for_backward(input, weight, *of_batch)  # its mean and its inverse standard deviation
-        ctx.eps = eps
-        return output
-
-    @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
-        input, *vectors = ctx.saved_tensors
-        channels = input.shape[1]
-        missing = (0, -channels % VECTOR)
-        gradient, input = (F.pad(t.permute(0, 2, 3, 1), missing).permute(0, 3, 1, 2) for t in (gradients[0], input))
-        weight, mean, scale = (F.pad(vector, missing) for vector in vectors)
-        found = torch.ops.aten.native_batch_norm_backward(
-            gradient, input, weight, None, None, mean, scale, True, ctx.eps, [True, True, True]
-        )
-        of_input, of_weight, of_bias = (each[:, :channels] if each.dim() > 1 else each[:channels] for each in found)
-        return of_input.contiguous(memory_format=torch.channels_last), of_weight, of_bias, None
 
 
 class _Excitation(torch.autograd.Function):

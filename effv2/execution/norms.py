@@ -1,0 +1,110 @@
+"""Batch norm in training on CPUs, with the SiLU after it: one pass for torch's two, nothing stored between them.
+
+norms.cpp is compiled once, at its first use, and kept in the cache folder. Without a C++ compiler torch's layers stay.
+
+<cache>/compiled/norms-<hash of source and flags>.so
+"""
+
+import ctypes
+import os
+import subprocess
+import uuid
+from contextlib import suppress
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torchvision.ops import Conv2dNormActivation
+
+from effv2.core.paths import cache_folder
+from effv2.core.provenance import sha256_of_values
+
+SOURCE = Path(__file__).with_suffix(".cpp")
+FLAGS = ["-std=c++17", "-O3", "-fno-math-errno", "-fno-trapping-math", "-fPIC", "-fopenmp", "-shared"]
+VECTORS = {  # by what torch found the processor able to do
+    "AVX2": ["-mavx2", "-mfma"],
+    "AVX512": [*(f"-mavx512{part}" for part in ("f", "bw", "dq", "vl")), "-mfma", "-mprefer-vector-width=512"],
+}
+KINDS = {torch.float32: "float32", torch.bfloat16: "bfloat16"}
+POINTER = ctypes.c_void_p
+FORWARD = [POINTER] * 8 + [ctypes.c_float] * 2 + [ctypes.c_long] * 2 + [ctypes.c_int]
+BACKWARD = [POINTER] * 9 + [ctypes.c_long] * 2 + [ctypes.c_int]
+
+
+class ConvNorm(Conv2dNormActivation):  # type: ignore[misc]
+    """A convolution, its batch norm and perhaps a SiLU, these two as one function in training."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        """Return the maps (N, C', H', W') of maps (N, C, H, W)."""
+        convolution, norm, *activation = self
+        output: Tensor
+        if not norm.training or not torch.is_grad_enabled() or torch.compiler.is_compiling():
+            output = super().forward(input)
+            return output
+        maps = convolution(input).contiguous(memory_format=torch.channels_last)
+        if maps.dtype in KINDS and norm.weight.dtype == torch.float32 and maps.numel() > maps.shape[1]:
+            norm.num_batches_tracked.add_(1)
+            settings = norm.running_mean, norm.running_var, norm.momentum, norm.eps, bool(activation)
+            output = _NormSiLU.apply(maps, norm.weight, norm.bias, settings)
+        else:  # torch's own error where there is one value a channel
+            output = nn.Sequential(norm, *activation)(maps)
+        return output
+
+
+def applies(layer: nn.Module) -> bool:
+    """Return whether a layer can become a ConvNorm, on this machine."""
+    parts = [*layer.children()][1:] if type(layer) is Conv2dNormActivation else []
+    if [*map(type, parts)] not in ([nn.BatchNorm2d], [nn.BatchNorm2d, nn.SiLU]):
+        return False
+    usual = parts[0].affine and parts[0].track_running_stats and parts[0].momentum is not None
+    return bool(usual) and _library() is not None
+
+
+class _NormSiLU(torch.autograd.Function):
+    """Batch norm of maps (N, C, H, W) in channels-last memory by its own statistics, then SiLU if wanted."""
+
+    @staticmethod
+    def forward(ctx: Any, maps: Tensor, weight: Tensor, bias: Tensor, settings: Any) -> Tensor:
+        *statistics, momentum, eps, silu = settings
+        channels, output = len(weight), torch.empty_like(maps)
+        of_batch = torch.empty(2, channels)  # its mean and its inverse standard deviation
+        tensors = maps, output, weight, bias, *of_batch, *statistics
+        _call("forward", tensors, momentum, eps, maps.numel() // channels, channels, silu)
+        ctx.save_for_backward(maps, weight, bias, of_batch)
+        ctx.silu = silu
+        return output
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        maps, weight, bias, of_batch = ctx.saved_tensors
+        gradient = gradients[0].to(maps.dtype).contiguous(memory_format=torch.channels_last)
+        channels, of_maps, found = len(weight), torch.empty_like(maps), torch.empty(2, len(weight))
+        tensors = maps, gradient, of_maps, weight, bias, *of_batch, *found
+        _call("backward", tensors, maps.numel() // channels, channels, ctx.silu)
+        return of_maps, *found, None
+
+
+def _call(name: str, tensors: tuple[Tensor, ...], *numbers: float) -> None:
+    getattr(_library(), f"{name}_{KINDS[tensors[0].dtype]}")(*(tensor.data_ptr() for tensor in tensors), *numbers)
+
+
+@cache
+def _library() -> ctypes.CDLL | None:
+    """Return the compiled functions, None where they can't be compiled or kept."""
+    flags = [*FLAGS, *VECTORS.get(torch.backends.cpu.get_cpu_capability(), [])]
+    path = cache_folder() / "compiled" / f"norms-{sha256_of_values([SOURCE.read_text(), *flags])[:16]}.so"
+    with suppress(OSError, AttributeError, subprocess.SubprocessError):
+        if not path.exists() or path.stat().st_uid != os.getuid():  # another user's code isn't run
+            path.parent.mkdir(parents=True, exist_ok=True)
+            unfinished = path.with_name(f".{uuid.uuid4().hex}.so")
+            command = [os.environ.get("CXX", "g++"), *flags, str(SOURCE), "-o", str(unfinished)]
+            subprocess.run(command, check=True, capture_output=True, timeout=300)  # noqa: S603
+            unfinished.replace(path)
+        library = ctypes.CDLL(str(path))
+        for kind in KINDS.values():
+            getattr(library, f"forward_{kind}").argtypes = FORWARD
+            getattr(library, f"backward_{kind}").argtypes = BACKWARD
+        return library
+    return None
