@@ -577,7 +577,7 @@ STUDY_ERRORS = {
     "config: {data: [1}": r"line 2: not valid YAML",
     "config: {}\nconfig: {}": r"line 3: the key 'config' appears twice \(first in line 2\)",
     "config: 3": r"line 2: config",
-    "arms: {a: {}}\nbaseline: b": r"line 3: baseline b: is no arm",
+    "arms: {a: {}}\nbaseline: b": r"line 3: baseline b: is not an arm",
     "search: {sampler: tpe}": r"line 2: search.sampler: unknown key.*hoose from: trials, space, prune",
     "search: {space: {model.dropout: {step: 1}}}": r"unknown key 'step'; choose from: low, high, log|low",
     "search: {space: {}}": r"line 2: search.space",

@@ -329,8 +329,8 @@ def test_the_run_that_mlflow_opened_gets_the_report(
     ("words", "said"),
     [
         (["--claims", "nowhere.yaml"], "--claims nowhere.yaml: can't be read"),
-        (["--claims", "/dev/zero"], "--claims /dev/zero: can't be read (it is no plain file)"),
-        (["--claims", "pipe"], "--claims pipe: can't be read (it is no plain file)"),
+        (["--claims", "/dev/zero"], "--claims /dev/zero: can't be read (it is not a regular file)"),
+        (["--claims", "pipe"], "--claims pipe: can't be read (it is not a regular file)"),
         (["--from-export", "x"], "name one with --export"),
         (["--from-export", " ,"], "names no folder"),
         (["--from-export", "x", "--export", "y"], "has no manifest.json"),
