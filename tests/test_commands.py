@@ -426,7 +426,7 @@ TRAIN_ERRORS = {
     "--dataset folder": "--data-dir: the data set 'folder' needs a folder",
     "--dataset birds": "kaggle.com",
     "--dataset folder --data-dir /nowhere": "--data-dir /nowhere: no such folder",
-    "--dataset imagenette --data-dir .": "give a folder that holds imagenette2-160, or --download to fetch it",
+    "--dataset imagenette --data-dir .": "give a folder that holds imagenette2-160, or --download to download it",
     "--dataset mnist --data-dir .": "MNIST can't be read",
     "--image-size 7": "--image-size 7: input should be greater than or equal to 8",
     "--image-size big": "--image-size big: input should be a valid integer",

@@ -371,7 +371,7 @@ WRONG_INPUT = {
     "--models squeezenet1_1=squeezenet.pth --weights-dir /nowhere": r"--weights-dir /nowhere: no such folder",
     "--models squeezenet1_1=squeezenet.pth --dataset imagenete": r"--dataset imagenete: .* did you mean 'imagenette'",
     "--models squeezenet1_1=squeezenet.pth --dataset digits --data-dir=": r"--dataset digits: the class '0' is none of",
-    "--models squeezenet1_1=squeezenet.pth --dataset imagenette": r"no imagenette2-160",
+    "--models squeezenet1_1=squeezenet.pth --dataset imagenette": r"not imagenette2-160",
     "--models squeezenet1_1=squeezenet.pth --data-dir cats": r"the class 'Persian' is none of ImageNet's "
     r"\(did you mean 'Persian cat'",
     "--models squeezenet1_1=squeezenet.pth --data-dir twins": r"church and n03028079 are the same class",

@@ -203,7 +203,7 @@ IPTC = (
 @pytest.mark.parametrize("content", [POSTSCRIPT, IPTC], ids=["as it is", "in IPTC"])
 def test_postscript_is_run_by_nobody(tmp_path: Path, content: bytes) -> None:
     (tmp_path / "program.jpg").write_bytes(content)
-    with pytest.raises(ValueError, match="is a program"):
+    with pytest.raises(ValueError, match="PostScript, a program"):
         LabelledImages.of_files([tmp_path / "program.jpg"], [0], ["program"]).open(0)
 
 
