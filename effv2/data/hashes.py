@@ -2,8 +2,7 @@
 
     <entry>/hashes-<size, times of the file of pixels>.npy    uint8 (N, 32): the SHA-256 of each image
 
-They are written when the pixels are on the disk and known to be whole. They are trusted as long as that file is
-unchanged.
+They are written when the pixels are on the disk and known to be whole. They are valid while that file is unchanged.
 """
 
 import hashlib
