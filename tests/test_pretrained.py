@@ -348,7 +348,7 @@ def test_published_files_are_verified_however_they_came(hub: Path, server: tuple
     assert find(own).path == own / name
     for place, weights_dir in ((own, own), (hub, None)):
         (place / name).write_bytes(b"other")
-        with pytest.raises(InputError, match=rf"{name} is not the published file.*delete it and fetch {address}"):
+        with pytest.raises(InputError, match=rf"{name} is not the published file.*delete it and download {address}"):
             find(weights_dir)
     (hub / name).unlink()
     (folder / name).write_bytes(b"tampered")
@@ -362,11 +362,11 @@ WRONG_INPUT = {
     "--models resnet50:IMAGENET1K_V9": r"no published weights 'IMAGENET1K_V9'; did you mean 'IMAGENET1K_V2'\?",
     "--models vgg16:IMAGENET1K_FEATURES": r"no published weights 'IMAGENET1K_FEATURES'",
     "--models resnet50,resnet50:DEFAULT": r"are the same weights",
-    "--models resnet50=nowhere.pth": r"nowhere.pth is no file that can be read",
+    "--models resnet50=nowhere.pth": r"nowhere.pth is not a readable file",
     "--models ,": r"--models ,: names no network",
     "--models resnet50": r"resnet50: its weights can't be downloaded \(.*fetch https://\S+/resnet50-11ad3fa6.pth and",
     "--models squeezenet1_1=truncated.pth": r"truncated.pth can't be loaded as weights of \S+ \(it is damaged",
-    "--models squeezenet1_1=code.pth": r"code.pth can't be loaded .*holds something else than tensors",
+    "--models squeezenet1_1=code.pth": r"code.pth can't be loaded .*holds something other than tensors",
     "--models resnet18=squeezenet.pth": r"squeezenet.pth can't be loaded as .* resnet18 \(parameters are missing",
     "--models squeezenet1_1=squeezenet.pth --weights-dir /nowhere": r"--weights-dir /nowhere: no such folder",
     "--models squeezenet1_1=squeezenet.pth --dataset imagenete": r"--dataset imagenete: .* did you mean 'imagenette'",
