@@ -120,8 +120,8 @@ def test_power_is_the_share_of_studies_that_find_an_effect(effect: float, n: int
 @pytest.mark.parametrize(
     ("names", "options", "message"),
     [
-        (["default"], {"seeds": "auto"}, "takes two arms or more"),
-        (["default", "drop_one"], {"seeds": (0, 1, 2), "budget_hours": 1.0}, "ends auto seeds alone"),
+        (["default"], {"seeds": "auto"}, "needs two arms or more"),
+        (["default", "drop_one"], {"seeds": (0, 1, 2), "budget_hours": 1.0}, "only applies to auto seeds"),
         (["default", "drop_one"], {"seeds": (0, 1, 2, 3), "max_seeds": 3}, "4 seeds are given"),
     ],
 )

@@ -583,7 +583,7 @@ def test_what_was_evaluated_is_not_repeated(
     assert evaluate_squeezenets(few_images, two_files[:1]).exit_code == 0
     before = [run.info.run_id for run in all_runs()]
     again = evaluate_squeezenets(few_images, two_files[:1])
-    assert again.exit_code == 0 and "finished before; --fresh" in again.stderr
+    assert again.exit_code == 0 and "already finished; --fresh" in again.stderr
     assert [run.info.run_id for run in all_runs()] == before
     assert evaluate_squeezenets(few_images, two_files).exit_code == 0
     assert len(all_runs()) == len(before) + 2  # a parent and the second network

@@ -147,7 +147,7 @@ def test_a_study_whose_run_is_gone_begins_anew(sqlite_store: str, tiny_study: Pa
     deleted = all_runs()[0].info.run_id
     MlflowClient().delete_run(deleted)
     result = invoke(ablate, "--study", tiny_study, "--log-model", "none")
-    assert result.exit_code == 0 and "has no run of this study: a new one is started there." in result.stderr
+    assert result.exit_code == 0 and "has no run of this study, so a new one is started there." in result.stderr
     parents = [run for run in all_runs() if "mlflow.parentRunId" not in run.data.tags]
     assert [run.info.run_id != deleted and run.info.status for run in parents] == ["FINISHED"]
 

@@ -257,6 +257,6 @@ def test_splits_hold_the_seeds() -> None:
     assert [*grid.trials] == ["default, split 0, seed 0", "default, split 1, seed 0"]
     assert [grid.configuration(each).data.split_seed for each in grid.trials.values()] == [0, 1]
     assert grid.stamps == {"study.splits": 2} and grid.definition["splits"] == 2
-    with pytest.raises(InputError, match="has 2 splits, whose number is fixed"):
+    with pytest.raises(InputError, match="has a fixed number of 2 splits"):
         make_grid("ablate", study, ["default", "drop_one"], NO_OPTIONS, StudyOptions(seeds="auto"),
                   load=load_once(Reporter()), reporter=Reporter())  # fmt: skip

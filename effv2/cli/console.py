@@ -65,7 +65,7 @@ class ConsoleReporter(LineReporter):
     def study_progress(self, progress: StudyProgress) -> None:
         """Show how far the study is, and each trial that has ended."""
         words = [f"{count} {what}" for what, count in progress.counts.items() if count]
-        words += [f"best {progress.best[1]:.2%} ({progress.best[0]})"] if progress.best else []
+        words += [f"best: {progress.best}"] if progress.best else []
         note = escape(", ".join(words))
         self._progress.update(self._study, total=progress.total, completed=progress.done, note=note, visible=True)
         self._progress.update(self._now, visible=False)

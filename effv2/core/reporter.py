@@ -17,7 +17,7 @@ class StudyProgress:
     total: int
     done: float
     counts: Mapping[str, int]  # of trials that are running, pruned and failed
-    best: tuple[str, float] | None
+    best: str  # the best trial and its accuracy; empty without one
     ended: Mapping[str, str]  # trials by name: how each ended, in that order
 
 
