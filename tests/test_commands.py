@@ -456,7 +456,7 @@ ABLATE_ERRORS = {
     "--storage mysql://u:secret@h/d": f"--storage mysql://u:***@h/d: {STORAGE}",
     "--storage sqlite://": STORAGE,
     "--storage nonsense": "--storage nonsense: not an address",
-    "--storage postgresql://u:secret@host:port/db": "--storage postgresql://u:***@host:port/db: its port is no number",
+    "--storage postgresql://u:secret@h:port/db": "--storage postgresql://u:***@h:port/db: its port is not a number",
     "--storage sqlite:////proc/nowhere/optuna.db": "optuna.db: can't be used (no such folder); create it",
     "--storage postgresql://me:secret@127.0.0.1:9/db": "--storage postgresql://me:***@127.0.0.1:9/db: can't be",
     "--variant drop_two": "--variant drop_two: no such variant; did you mean 'drop_one'?",
@@ -608,8 +608,8 @@ def test_wrong_study_files_name_the_line(empty_store: str, tmp_path: Path, text:
         ("sqlite:////proc/nowhere/mlflow.db", "doesn't answer"),
         ("nonsense://x", "MLFLOW_TRACKING_URI nonsense://x: no such kind of store"),
         ("http://me:secret@127.0.0.1:9", "http://***@127.0.0.1:9"),
-        ("postgresql://u:secret@h:x/d", "MLFLOW_TRACKING_URI postgresql://u:***@h:x/d: its port is no number"),
-        ("sqlite:mlflow.db", "MLFLOW_TRACKING_URI sqlite:mlflow.db: is no address of a database; use sqlite:///FILE"),
+        ("postgresql://u:secret@h:x/d", "MLFLOW_TRACKING_URI postgresql://u:***@h:x/d: its port is not a number"),
+        ("sqlite:mlflow.db", "MLFLOW_TRACKING_URI sqlite:mlflow.db: is not the address of a database; use sqlite:///"),
     ],
 )
 def test_tracking_store_that_does_not_answer(

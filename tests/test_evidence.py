@@ -513,7 +513,7 @@ def test_a_study_says_what_it_lacks_and_why() -> None:
         return results(runs, replace(run(0), params={"study.kind": kind}, tags=tags))
 
     assert told("ablate", runs).missing == (
-        "it is being worked on, or its process died; 1 run failed: trial 3 (Diverged: no number); 2 runs planned but "
+        "it is in progress, or its process died; 1 run failed: trial 3 (Diverged: no number); 2 runs planned but "
         "not finished: trial 1, trial 2. The command below resumes it."
     )
     finished = [replace(each, name=f"trial {number}") for number, each in enumerate([done, done, done])]

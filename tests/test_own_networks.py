@@ -73,7 +73,7 @@ def test_heads_of_other_classes_are_refused(images: Path, tmp_path: Path) -> Non
     before = len(MlflowClient().search_runs(["0"]))
     for network, words in (
         (f"squeezenet1_1={tmp_path}/five.pth", "it has 5 outputs, and the data 3 classes"),
-        ("mine=runs:/0123456789abcdef0123456789abcdef", "none there"),
+        ("mine=runs:/0123456789abcdef0123456789abcdef", "no model there"),
     ):
         result = evaluate(images, network)
         assert result.exit_code == 2 and words in result.stderr, result.stderr

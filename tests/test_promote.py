@@ -248,13 +248,13 @@ def test_what_cannot_be_judged_is_refused_before_anything_is_registered(log: Log
     for address, problem in {
         pruned: "was pruned, isn't complete",
         foreign: "isn't complete, or none of effv2's",
-        deleted: "has none of that id",
-        run: "no model was logged there, or not all of it",
-        f"models:/{unfinished.model_id}": "or not all of it",
+        deleted: "has no model of that id",
+        run: "no model was logged there, or it is incomplete",
+        f"models:/{unfinished.model_id}": "or it is incomplete",
         without: "has no predictions of test images",
         twice: "or several of one",
-        "runs:/nothing": "has none of that id",
-        f"models:/{name}/1": "is no address of a logged model",
+        "runs:/nothing": "has no model of that id",
+        f"models:/{name}/1": "is not the address of a logged model",
     }.items():
         with pytest.raises(InputError, match=problem):
             try_out(name, address)

@@ -115,7 +115,7 @@ def test_what_a_run_could_not_deliver_is_delivered_when_it_is_resumed(store: str
 def test_a_store_that_takes_nothing_is_named_before_anything_is_trained(store: str, door: Store) -> None:
     opened = open_run("run", open_store(""), {}, message=print)
     began = time.monotonic()
-    with pytest.raises(RunError, match=r"doesn't take what the run logs .* fix it"), opened as run:
+    with pytest.raises(RunError, match=r"doesn't accept values of the run .* fix it"), opened as run:
         door.shut = "before"
         run.log_text("a study", "study.yaml")
     assert time.monotonic() - began < 10

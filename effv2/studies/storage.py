@@ -259,7 +259,7 @@ def _parsed(url: str) -> URL | Path:
         raise InputError("storage", url, "not an address", f"use {FORMS}") from None
     shown, backend = masked(url), parsed.get_backend_name()
     if backend not in ("sqlite", "postgresql") or parsed.database in (None, "", ":memory:"):
-        raise InputError("storage", shown, "this kind of storage doesn't exist", f"use {FORMS}")
+        raise InputError("storage", shown, "no such kind of storage", f"use {FORMS}")
     if backend == "sqlite" and not Path(str(parsed.database)).absolute().parent.is_dir():
         raise InputError("storage", shown, "can't be used (no such folder)", "create it or correct the path")
     return parsed.set(drivername="postgresql+psycopg") if parsed.drivername == "postgresql" else parsed

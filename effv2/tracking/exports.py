@@ -1,4 +1,4 @@
-"""Tracked runs written as CSV files with a manifest of their hashes, and read back as they were: exports."""
+"""Exports: tracked runs as CSV files with a manifest of their hashes, which can be read back without loss."""
 
 import csv
 import json
@@ -21,9 +21,9 @@ from effv2.tracking.read import Images, RunRecord
 from effv2.tracking.tags import PARENT, PID, PROCESS, QUEUE
 
 MANIFEST, RUNS = "manifest.json", "runs.csv"
-LARGEST_MANIFEST, LARGEST_FILE = 50_000_000, 2_000_000_000  # bytes: of millions of epochs
+LARGEST_MANIFEST, LARGEST_FILE = 50_000_000, 2_000_000_000  # bytes: enough for millions of epochs
 LARGEST_FIELD = 10_000_000  # characters of a CSV field: thousands of class names
-TABLES = {  # of an export: their titles after `run_id`
+TABLES = {  # tables of an export: their titles after `run_id`
     RUNS: "name status started ended",
     "params.csv": "name value",
     "tags.csv": "name value",
@@ -31,11 +31,11 @@ TABLES = {  # of an export: their titles after `run_id`
     "epochs.csv": "name epoch value",
     "images.csv": "context name digest images classes",
 }
-PRIVATE = {"data.dir", "weights.file", PID, PROCESS, QUEUE}  # where the user's files lie, or who they are
+PRIVATE = {"data.dir", "weights.file", PID, PROCESS, QUEUE}  # paths of the user's files, and the user's name
 
 
 class Manifest(BaseModel):
-    """What an export says of itself: the experiment, the address of its pages (empty without), its files' SHA-256."""
+    """The description of an export: the experiment, the address of its pages (or empty), the SHA-256 of its files."""
 
     effv2: str = __version__
     experiment: str
@@ -45,22 +45,22 @@ class Manifest(BaseModel):
 
 @dataclass(frozen=True)
 class Export:
-    """An export that was read: its folder, what it says of itself, and its runs."""
+    """An export that was read: its folder, its manifest and its runs."""
 
     folder: Path
     manifest: Manifest
     runs: Sequence[RunRecord]
 
     def text(self, name: str) -> str | None:
-        """Return the text of one of its files; None where it has none of that name."""
+        """Return the text of one of its files; None if it has no file of that name."""
         there = name in self.manifest.sha256
         return (self.folder / name).read_text(encoding="utf-8", errors="replace") if there else None
 
 
 def write_export(folder: Path, manifest: Manifest, runs: Sequence[RunRecord], texts: Iterable[tuple[str, str]]) -> None:
-    """Write runs as tables, further `texts` by their names in the folder, and the manifest with the hashes of all.
+    """Write runs as tables, further `texts` by file name, and the manifest with the hashes of all.
 
-    The files of an earlier export there are removed first, and no others.
+    First, the files of an earlier export there are removed, and no others.
     """
     with suppress(InputError):  # there is none
         for name in (*_manifest(folder).sha256, MANIFEST):
@@ -81,10 +81,10 @@ def write_export(folder: Path, manifest: Manifest, runs: Sequence[RunRecord], te
 
 
 def _lines(run: RunRecord) -> dict[str, list[tuple[Any, ...]]]:
-    """Return what stands of a run in each table, after its id."""
+    """Return the rows of a run in each table, without its id."""
     params = {name: value for name, value in run.params.items() if name not in PRIVATE}
     weights = params.get("model.weights", "")
-    if not weights.startswith(("runs:/", "models:/")):  # else perhaps a path, of which the file's name will do
+    if not weights.startswith(("runs:/", "models:/")):  # otherwise perhaps a path, of which only the file name is kept
         params |= {"model.weights": PurePath(weights).name} if weights else {}
     tags = {name: value for name, value in run.tags.items() if name.startswith("effv2.") or name == PARENT}
     images = [
@@ -101,7 +101,7 @@ def _lines(run: RunRecord) -> dict[str, list[tuple[Any, ...]]]:
 
 
 def read_export(folder: Path) -> Export:
-    """Read an export back; InputError where a file of it is missing, was changed, or holds what no export has."""
+    """Read an export; InputError if one of its files is missing, changed or invalid."""
     manifest = _manifest(folder)
     for name, wanted in manifest.sha256.items():
         file = folder / name
@@ -110,11 +110,11 @@ def read_export(folder: Path) -> Export:
     try:
         return Export(folder, manifest, list(_read_runs(folder)))
     except (ValueError, TypeError, OverflowError, RecursionError, csv.Error) as error:
-        raise _wrong(folder, f"one of its tables holds what no export has ({str(error)[:100]})") from error
+        raise _wrong(folder, f"one of its tables is invalid ({str(error)[:100]})") from error
 
 
 def _manifest(folder: Path) -> Manifest:
-    """Return an export's manifest; InputError where there is none, or it names files outside of the export."""
+    """Return the manifest of an export; InputError if it is missing, or names files outside of the export."""
     try:
         manifest = Manifest.model_validate_json(read_text(folder / MANIFEST, LARGEST_MANIFEST))
         if not manifest.sha256.keys() >= TABLES.keys():
@@ -137,7 +137,7 @@ def _read_runs(folder: Path) -> Iterator[RunRecord]:
                 lines[run_id][table].append(values)
     for run_id, of_run in lines.items():
         if not of_run[RUNS] or not re.fullmatch(r"[\w-]+", run_id):
-            raise ValueError("a run that can't be one")
+            raise ValueError("an invalid run")
         name, status, started, ended = of_run[RUNS][0]
         params, tags, metrics = (masked_values(dict(of_run[f"{of}.csv"])) for of in ("params", "tags", "metrics"))
         numbers = {metric: float(value) for metric, value in metrics.items()}
