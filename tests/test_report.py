@@ -268,9 +268,7 @@ def test_an_export_with_values_of_wrong_kinds_is_refused(tmp_path: Path, table: 
     about = json.loads((folder / "manifest.json").read_text())
     about["sha256"][table] = hashlib.sha256(content.encode()).hexdigest()
     (folder / "manifest.json").write_text(json.dumps(about))
-    with pytest.raises(
-        InputError, match=r"^from_export .*: one of its tables is invalid .*; export again"
-    ):
+    with pytest.raises(InputError, match=r"^from_export .*: one of its tables is invalid .*; export again"):
         exported([folder])
 
 
