@@ -29,10 +29,10 @@ from tests.conftest import ROOT, TINY_TABLE
 
 README = ROOT / "README.md"
 PAGES = [README, *reference.pages()]
-RESULTS = reference.DOCS / "results" / "README.md"
+RESULTS, POST = (reference.DOCS / "results" / name for name in ("README.md", "the-post.md"))
 LINKED = [*PAGES, *(reference.DOCS / "results").glob("*.md")]
 MOST_LINES, MOST_WORDS, LONGEST_MEAN, LONGEST = 120, 2_000, 18, 35
-FEWER_WORDS = {README: 1_200, RESULTS: 1_800}  # of the results without their tables
+FEWER_WORDS = {README: 1_200, RESULTS: 1_800, POST: 800}  # of the results without their tables
 FENCE = re.compile(r"^```(\w*)[^\n]*\n(.*?)^```", re.DOTALL | re.MULTILINE)
 LINK = re.compile(r"!?\[[^\]]*\]\(([^)\s]+)\)")
 UNITS = "images|seeds|runs|trials|epochs|steps|seconds|hours|minutes|milliseconds|ms|points|bits|calls"
@@ -101,7 +101,7 @@ def sentences(path: Path) -> Iterator[str]:
             yield from (each for each in re.split(r"(?<=[.!?])[\")]*\s+|(?<=[.!?]\")\s+", flat) if len(words(each)) > 2)
 
 
-@pytest.mark.parametrize("path", [*PAGES, RESULTS], ids=name_of)
+@pytest.mark.parametrize("path", [*PAGES, RESULTS, POST], ids=name_of)
 def test_a_page_is_short_and_plain(path: Path) -> None:
     found = list(sentences(path))
     counts = [len(words(each)) for each in found]
@@ -131,9 +131,8 @@ def test_every_page_is_in_the_navigation() -> None:
             yield from files(each)
 
     site = yaml.safe_load((ROOT / "mkdocs.yml").read_text())
-    assert sorted(files(site["nav"])) == sorted(
-        ["results/README.md", *(str(path.relative_to(reference.DOCS)) for path in reference.pages())]
-    )
+    pages = RESULTS, POST, *reference.pages()
+    assert sorted(files(site["nav"])) == sorted(str(path.relative_to(reference.DOCS)) for path in pages)
 
 
 def anchors(path: Path) -> set[str]:

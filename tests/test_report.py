@@ -17,9 +17,9 @@ from mlflow.entities import Metric, Param, RunTag
 
 from effv2.cli.main import ablate, report, train
 from effv2.core.errors import InputError
-from effv2.core.paths import write_csv
 from effv2.evidence.claims import read_claims
 from effv2.evidence.exports import Evidence, export, exported
+from effv2.tracking.exports import Answers
 from effv2.tracking.read import Images, RunRecord, read_experiment
 from effv2.tracking.tags import ANSWER, REUSED, reused, reused_in
 from tests.test_commands import all_runs, invoke
@@ -166,7 +166,8 @@ def test_an_experiment_is_reported_exported_and_rebuilt(sqlite_store: str, tiny_
     assert (out / "data" / "manifest.json").stat().st_mode == (out / "report.md").stat().st_mode
     files = {path.relative_to(out / "data").as_posix() for path in (out / "data").rglob("*.csv")}
     files.add("claims.yaml")
-    assert set(hashes) == files and len([name for name in files if "predictions" in name]) == 7
+    (shared,) = (name for name in files if "predictions" in name)  # of all runs, as their images are the same
+    assert set(hashes) == files and len((out / "data" / shared).read_text().splitlines()[0].split(",")) == 2 + 2 * 7
     assert all(hashlib.sha256((out / "data" / name).read_bytes()).hexdigest() == hashes[name] for name in files)
     with (out / "data" / "metrics.csv").open(newline="") as file:
         known = {(row["run_id"], row["name"]): float(row["value"]) for row in csv.DictReader(file)}
@@ -204,12 +205,12 @@ def test_exports_of_several_experiments_are_joined(sqlite_store: str, tmp_path: 
     result = invoke(report, *sources, "--export", joined, "--claims", claims)
     assert result.exit_code == 0, result.output
 
-    def rows(folder: Path) -> set[tuple[str, str]]:
-        tables = list((folder / "data").rglob("*.csv"))
-        return {(str(path.relative_to(folder)), line) for path in tables for line in path.read_text().splitlines()}
+    def held(folder: Path) -> dict[str, object]:
+        read = exported([folder / "data"])
+        return {run.run_id: (run, read.predictions(run)) for run in read.runs}
 
-    assert rows(joined) == rows(late) | rows(other)
-    assert rows(early) - rows(late)  # the run that went on, of which the export named last counts
+    assert held(joined) == held(late) | held(other)
+    assert held(early).keys() == held(late).keys() and held(early) != held(late)  # the export named last counts
     order = [(folder / "data" / "runs.csv").read_text().splitlines()[1:] for folder in (late, other, joined)]
     assert order[2] == order[0] + order[1]  # the oldest first
     assert json.loads((joined / "data" / "manifest.json").read_text())["experiment"] == "other, one"
@@ -230,9 +231,8 @@ NAMED = RunRecord(
 
 
 def export_one(folder: Path) -> Path:
-    written = [("id", "true", "predicted", "probability"), ("=1.png", "=a", "=a", "0.5"), ("'2.png", "b", "=a", "0.5")]
-    write_csv(folder / "predictions.csv", written)
-    predictions = {"predictions.csv": (folder / "predictions.csv").read_text()}
+    answers = Answers((("=1.png", "=a"), ("'2.png", "b")), [("=a", "0.5"), ("=a", "0.5")])
+    predictions = {"predictions.csv": answers, "unseen/predictions.csv": answers}
     export(Evidence("mine", "", [NAMED], lambda _: predictions), folder / "data", {})
     return folder / "data"
 
@@ -246,6 +246,7 @@ def test_no_name_is_a_formula_in_a_csv_and_all_are_read_back(tmp_path: Path) -> 
     read = exported([folder])
     assert list(read.runs) == [NAMED]
     assert read.right(NAMED) == {"=1.png": True, "'2.png": False}
+    assert read.predictions(NAMED)["predictions.csv"] == read.predictions(NAMED)["unseen/predictions.csv"]
 
 
 @pytest.mark.parametrize(
@@ -256,7 +257,7 @@ def test_no_name_is_a_formula_in_a_csv_and_all_are_read_back(tmp_path: Path) -> 
         ("params.csv", "r1,a"),
         ("tags.csv", ""),
         ("metrics.csv", "r1,loss,high"),
-        ("epochs.csv", "r1,loss,1e999,0.5"),
+        ("epochs.csv", "r1,1e999,0.5"),
         ("images.csv", "r1,train,digits,x,2,null"),
         ("images.csv", "r1,train,digits,x,2," + "[" * 10_000),
     ],

@@ -1,17 +1,14 @@
 """Where evidence comes from: the tracking store, or exports of some, which say the same without the store."""
 
-import csv
-import io
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from effv2.core.paths import from_cell
 from effv2.evidence.claims import EXPORTED_AS
 from effv2.evidence.quantities import HISTORIES
 from effv2.tracking.addresses import ui_address
-from effv2.tracking.exports import Manifest, read_export, write_export
+from effv2.tracking.exports import Answers, Manifest, Predictions, answers_of, read_export, write_export
 from effv2.tracking.read import READERS, RunRecord, experiment_name, read_artifacts, read_experiment
 
 # Predictions of a run: of published networks those of the images that they weren't fitted to, as far as that is known,
@@ -26,7 +23,7 @@ class Evidence:
     experiment: str
     ui: str  # the address of its pages, empty without a server
     runs: Sequence[RunRecord]  # the oldest first
-    predictions: Callable[[RunRecord], Mapping[str, str]]  # the texts of those prediction files that a run has
+    predictions: Callable[[RunRecord], Predictions]
     claims: Sequence[Path] = ()  # exported: what was judged beside the published ones, several where exports differ
     answers: dict[str, dict[str, bool]] = field(default_factory=dict)  # what `right` found, by run
 
@@ -34,9 +31,9 @@ class Evidence:
         """Return by image whether a run got it right; of published networks those they weren't fitted to, if known."""
         if run.run_id not in self.answers:
             files = self.predictions(run)
-            text = next((files[name] for name in reversed(PREDICTIONS) if name in files), "")
-            rows = [row for row in csv.DictReader(io.StringIO(text)) if {"id", "true", "predicted"} <= row.keys()]
-            self.answers[run.run_id] = {from_cell(row["id"]): row["true"] == row["predicted"] for row in rows}
+            found = next((files[name] for name in reversed(PREDICTIONS) if name in files), Answers((), []))
+            said = zip(found.images, found.predicted, strict=True)
+            self.answers[run.run_id] = {image: true == predicted for (image, true), (predicted, _) in said}
         return self.answers[run.run_id]
 
 
@@ -46,20 +43,21 @@ def tracked(experiment_id: str, histories: Sequence[str] = HISTORIES, parent: st
     read = read_experiment(experiment_id, histories, parent)
     parents = {run.parent for run in read}
     runs = [run for run in read if run.run_id in parents or run.parent or any("." in name for name in run.params)]
-    return Evidence(experiment_name(experiment_id), ui, runs, lambda run: read_artifacts(run.run_id, PREDICTIONS))
+    return Evidence(experiment_name(experiment_id), ui, runs, predictions_of)
+
+
+def predictions_of(run: RunRecord) -> Predictions:
+    """Return what a tracked run predicted, by the names of its files."""
+    texts = read_artifacts(run.run_id, PREDICTIONS)
+    return {name: answers for name, text in texts.items() if (answers := answers_of(text))}
 
 
 def export(evidence: Evidence, folder: Path, own: Mapping[str, str]) -> None:
     """Write the evidence to a folder, with the texts of the user's `own` files by name."""
-
-    def texts() -> Iterator[tuple[str, str]]:
-        yield from own.items()
-        finished = [run for run in evidence.runs if run.status == "FINISHED"]
-        with ThreadPoolExecutor(READERS) as pool:
-            for run, found in zip(finished, pool.map(evidence.predictions, finished), strict=True):
-                yield from ((_place(run, name), text) for name, text in found.items())
-
-    write_export(folder, Manifest(experiment=evidence.experiment, ui=evidence.ui), evidence.runs, texts())
+    finished = [run for run in evidence.runs if run.status == "FINISHED"]
+    with ThreadPoolExecutor(READERS) as pool:
+        predictions = dict(zip((run.run_id for run in finished), pool.map(evidence.predictions, finished), strict=True))
+    write_export(folder, Manifest(experiment=evidence.experiment, ui=evidence.ui), evidence.runs, predictions, own)
 
 
 def exported(folders: Sequence[Path]) -> Evidence:
@@ -69,20 +67,11 @@ def exported(folders: Sequence[Path]) -> Evidence:
     """
     exports = list(map(read_export, folders))
     held = {run.run_id: (run, each) for each in exports for run in each.runs}
-
-    def predictions(run: RunRecord) -> dict[str, str]:
-        texts = {name: held[run.run_id][1].text(_place(run, name)) for name in PREDICTIONS}
-        return {name: text for name, text in texts.items() if text is not None}
-
     claims = {text: each.folder / EXPORTED_AS for each in exports if (text := each.text(EXPORTED_AS)) is not None}
     return Evidence(
         experiment=", ".join(dict.fromkeys(each.manifest.experiment for each in exports)),
         ui=exports[0].manifest.ui if len(exports) == 1 else "",
         runs=sorted((run for run, _ in held.values()), key=lambda run: run.started),
-        predictions=predictions,
+        predictions=lambda run: held[run.run_id][1].predictions.get(run.run_id, {}),
         claims=list(claims.values()),
     )
-
-
-def _place(run: RunRecord, name: str) -> str:
-    return f"predictions/{run.run_id}/{name}"

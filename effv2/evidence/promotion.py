@@ -1,7 +1,5 @@
 """Whether a model takes the place of the champion, the one in service: only where it is better on evidence."""
 
-import csv
-import io
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from typing import Literal, NamedTuple
@@ -11,11 +9,12 @@ import numpy as np
 from effv2.core.errors import InputError, RunError
 from effv2.core.words import decimal, percent
 from effv2.evidence.answers import NONE
-from effv2.evidence.exports import PREDICTIONS
+from effv2.evidence.exports import PREDICTIONS, predictions_of
 from effv2.evidence.quantities import QUANTITIES
 from effv2.evidence.statistics import LEVEL, mcnemar, p_text
 from effv2.evidence.study import Rows, StudyResults
-from effv2.tracking.read import RunRecord, read_artifacts, read_run
+from effv2.tracking.exports import Answers
+from effv2.tracking.read import RunRecord, read_run
 from effv2.tracking.registry import CHAMPION, find_champion, find_model, promote_version
 from effv2.tracking.store import open_store, tracking_faults
 from effv2.tracking.tags import OUTCOME, PROMOTION
@@ -71,17 +70,17 @@ def promote(address: str, name: str, *, dry_run: bool = False, **limits: float |
 def _judged(run_id: str | None) -> tuple[RunRecord, dict[str, tuple[str, str]]]:
     """Return a run and its answers; InputError where it has none to be judged by."""
     run, problem = read_run(run_id) if run_id else None, "it has no run, or that was deleted"
-    rows: list[dict[str, str]] = []
+    found = Answers((), [])
     if run is not None and "weights.name" in run.params:
         problem = "its run evaluated weights, on images that they may have been trained on"
     elif run is not None and (run.status != "FINISHED" or run.tags.get(OUTCOME) != "complete"):
         problem = "its run was pruned, isn't complete, or none of effv2's"
     elif run is not None:
-        text = read_artifacts(run.run_id, PREDICTIONS[:1]).get(PREDICTIONS[0], "")
-        rows = [row for row in csv.DictReader(io.StringIO(text)) if {"id", "true", "predicted"} <= row.keys()]
+        found = predictions_of(run).get(PREDICTIONS[0], found)
         problem = "its run has no predictions of test images, or several of one"
-    answers = {row["id"]: (row["true"], row["predicted"]) for row in rows}
-    if run is None or not rows or len(answers) < len(rows):
+    said = zip(found.images, found.predicted, strict=True)
+    answers = {image: (true, predicted) for (image, true), (predicted, _) in said}
+    if run is None or not answers or len(answers) < len(found.images):
         raise InputError("model", f"of the run {run_id}", problem, "give one that can be judged")
     return run, answers
 
