@@ -370,9 +370,9 @@ WRONG_INPUT = {
     "--models resnet18=squeezenet.pth": r"squeezenet.pth can't be loaded as .* resnet18 \(parameters are missing",
     "--models squeezenet1_1=squeezenet.pth --weights-dir /nowhere": r"--weights-dir /nowhere: no such folder",
     "--models squeezenet1_1=squeezenet.pth --dataset imagenete": r"--dataset imagenete: .* did you mean 'imagenette'",
-    "--models squeezenet1_1=squeezenet.pth --dataset digits --data-dir=": r"--dataset digits: the class '0' is none of",
+    "--models squeezenet1_1=squeezenet.pth --dataset digits --data-dir=": r"--dataset digits: the class '0' is not one of",
     "--models squeezenet1_1=squeezenet.pth --dataset imagenette": r"not imagenette2-160",
-    "--models squeezenet1_1=squeezenet.pth --data-dir cats": r"the class 'Persian' is none of ImageNet's "
+    "--models squeezenet1_1=squeezenet.pth --data-dir cats": r"the class 'Persian' is not one of ImageNet's "
     r"\(did you mean 'Persian cat'",
     "--models squeezenet1_1=squeezenet.pth --data-dir twins": r"church and n03028079 are the same class",
     "--models squeezenet1_1=squeezenet.pth --data-dir broken": r"1 images can't be read.*tench/1.jpg",
@@ -570,7 +570,7 @@ def test_a_batch_too_large_for_the_memory_costs_its_latency_alone(
 
     monkeypatch.setattr(evaluation, "median_seconds", timed)
     result = evaluate_squeezenets(few_images, [seeded_weights(tmp_path / "squeezenet1_1.pth", "squeezenet1_1")])
-    assert result.exit_code == 0 and "no memory to time 128 images at once" in result.stderr
+    assert result.exit_code == 0 and "not enough memory to time 128 images at once" in result.stderr
     metrics = all_runs()[-1].data.metrics
     assert metrics["eval/images"] == 8 and metrics["inference/single_image_seconds"] == 0.5
     assert "inference/batch_128_seconds" not in metrics

@@ -118,7 +118,7 @@ def test_a_better_model_alone_moves_the_alias(log: Log, name: str) -> None:
 def test_the_command_says_what_it_did_and_what_it_would_do(log: Log, name: str) -> None:
     first, run = log(100)
     dry = call(run, "--name", name, "--dry-run")
-    assert dry.exit_code == 0 and "Nothing was changed" in dry.stdout and not held(name)
+    assert dry.exit_code == 0 and "nothing was changed" in dry.stdout and not held(name)
     done = call(run, "--name", name)
     assert done.exit_code == 0 and f"mlflow models serve --model-uri models:/{name}@champion" in done.stdout
     again = call(first, "--name", name)
