@@ -87,7 +87,7 @@ def test_few_test_images_are_counted_too(tmp_path: Path) -> None:
         return answers[run.run_id]
 
     (judgement,) = judge(two_arms(tmp_path, ABOVE), runs, right)
-    assert "with the 40 test images counted as a sample too" in judgement.findings[0].evidence
+    assert "if the 40 test images also count as a sample" in judgement.findings[0].evidence
 
 
 @pytest.mark.parametrize(
@@ -142,7 +142,7 @@ def test_one_look_waits_for_all_seeds_on_all_splits() -> None:
         )
     ]
     assert results(runs, parent).answers[0].startswith("b beats a by 20.")
-    assert "12 seeds planned, 11 are there" in results(runs[:-1], parent).answers[0]
+    assert "11 of 12 planned seeds" in results(runs[:-1], parent).answers[0]
 
 
 def test_a_race_is_held_against_the_best_arm() -> None:

@@ -84,7 +84,9 @@ def test_a_study_ends_with_a_report_and_views(sqlite_store: str, tiny_study: Pat
         each for each in Page(html).addresses if not each.startswith(("#", "data:"))
     ]  # nothing comes from elsewhere
     first = html[html.index("<section") : html.index("<table")]
-    assert "other against default: 2 seeds, no verdict below 3." in first and "`seeds=auto` would take about" in first
+    assert (
+        "other against default: 2 seeds, but a verdict needs 3." in first and "`--seeds auto` would take about" in first
+    )
     assert "<svg" in first  # the forest plot
     assert "laims</h2>" not in html and "Not complete" not in html
     assert f"effv2 ablate --study {tiny_study} --seeds 0,1 --log-model none" in html
@@ -99,7 +101,7 @@ def test_a_study_ends_with_a_report_and_views(sqlite_store: str, tiny_study: Pat
         "viewStateShareKey=effv2-curves" in tags["mlflow.note.content"] for tags in (experiment.tags, parent.data.tags)
     )
     assert parent.data.tags["mlflow.note.content"].startswith("other against default: 2 seeds")
-    assert parent.data.tags[ANSWER] == "other against default: 2 seeds, no verdict below 3."
+    assert parent.data.tags[ANSWER] == "other against default: 2 seeds, but a verdict needs 3."
     state = json.loads(json.loads(experiment.tags["mlflow.sharedViewState.effv2-table"])["state"])
     assert state["orderByKey"] == "metrics.`best/test_accuracy`" and not state["orderByAsc"]
     # A third seed joins; runs that another study finished before are reused in this one's report.
@@ -128,8 +130,8 @@ def test_arms_may_be_compared_on_validation_alone(sqlite_store: str, tiny_study:
     parent, *children = all_runs()
     assert not any("test" in name for run in (parent, *children) for name in run.data.metrics)
     markdown = artifact(parent.info.run_id, "report.md", tmp_path)
-    assert "| variant | runs | validation accuracy, best epoch | less default [interval] |" in markdown
-    assert "The test set was left alone" in markdown and "validation-accuracy.svg" in markdown
+    assert "| variant | runs | validation accuracy, best epoch | minus default [interval] |" in markdown
+    assert "The test set was not evaluated" in markdown and "validation-accuracy.svg" in markdown
     assert "| none |" not in parent.data.tags["mlflow.note.content"]
     tiny_study.write_text(tiny_study.read_text().replace("default: {", "default: {evaluation: {test_set: true}, "))
     refused = invoke(ablate, "--study", tiny_study)

@@ -1,4 +1,4 @@
-"""The arms of a study held against its baseline: the answer to "does this change help?", in words and cells."""
+"""The arms of a study compared with its baseline: the answers to "does this change help?", in words and cells."""
 
 import math
 import statistics
@@ -23,17 +23,17 @@ from effv2.evidence.statistics import (
 )
 from effv2.tracking.read import RunRecord, decisive_accuracy
 
-NOTHING_YET, NONE = "No accuracies yet.", "none"  # in a cell: the runs lack the figure
-FEW_SEEDS, LARGE = 6, 2.0  # what is guessed where there are no verdicts yet: seeds, and a difference in deviations
+NOTHING_YET, NONE = "No accuracies yet.", "none"  # in a cell: the runs don't have the figure
+FEW_SEEDS, LARGE = 6, 2.0  # assumptions before a verdict: number of seeds, and a difference in standard deviations
 Arms = Mapping[str, Sequence[RunRecord]]
 Values = Mapping[SplitAndSeed, float]  # of the runs of an arm
 
 
 def estimate(values: Sequence[Values], looks: Looks, paired: bool = False, overlap: float = 0.0) -> Estimate:
-    """Return the mean of one arm, or of the first of two less the second.
+    """Return the mean of one arm, or of the first of two minus the second.
 
-    Within one split runs are independent: their seeds pair nothing, unless the study says that they do (`paired`).
-    Over several splits the mean of an arm on a split counts once, and arms are compared on the splits that they share.
+    Within one split, runs are independent: equal seeds form no pairs, unless the study is `paired`. Over several
+    splits, the mean of an arm on a split counts once, and arms are compared on their common splits.
     """
     several = len({split for of_arm in values for split, _ in of_arm}) > 1
     if not several and not paired:
@@ -52,39 +52,39 @@ def _means_on_splits(of_arm: Values) -> Values:
 
 
 def outlook(found: Estimate, level: float, edge: float = 0.0, unit: str = "seeds", nothing: str = "") -> str:
-    """Say how many seeds tell a mean, or a difference, from an edge, and that none do if there is `nothing`."""
+    """Estimate how many seeds distinguish a mean, or a difference, from an edge. If `nothing` is true, none do."""
     most = found.looks.most
     if found.n >= most:
-        return f"all {most} {unit} that count are there: it stays undecided"
+        return f"all {most} {unit} that count are there, so it remains undecided"
     about, few, many = seeds_to_decide(found, edge, level)
     if about is None:
         return f"if the true difference is as seen, {most} {unit} decide in fewer than 80 % of studies"
     about, few = max(about, found.n + 1), max(few or most, found.n + 1)
     ends = f"{few} to {max(many, few) if many else f'over {most}'}"
-    rest = f"; if {nothing}, none will; adding {unit} is allowed, the level accounts for it" if nothing else ""
+    rest = f"; if {nothing}, no number will; more {unit} don't invalidate the test" if nothing else ""
     return f"if the true difference is as seen, {about} {unit} ({ends}) decide in 80 % of studies{rest}"
 
 
 @dataclass(frozen=True)
 class Answer:
-    """What runs say of an arm and the one that it is compared with, by an accuracy."""
+    """The comparison of an arm with its reference, by an accuracy."""
 
     arm: str
     other: str
     outcome: Outcome
     estimate: Estimate  # of the difference
-    level: float  # of the test that said it
+    level: float  # of the test
     margin: float = 0.0
-    waits: str = ""  # for what, where there is no verdict yet
+    waits: str = ""  # why there is no verdict yet
 
     @property
     def interval(self) -> Interval:
-        """Return the interval that goes with the outcome: it excludes 0, or lies within the margin, or neither."""
+        """Return the interval that agrees with the outcome: it excludes 0, is within the margin, or neither."""
         level = 2 * self.level if self.outcome is Outcome.EQUIVALENT else self.level
         return self.estimate.interval(level).within(Interval(-1, 1))
 
     def sentence(self) -> str:
-        """Say it in one sentence, with the difference, its interval and the number of seeds, or of splits."""
+        """Return the answer in one sentence, with the difference, its interval and the number of seeds or splits."""
         mean, seeds = self.estimate.mean, f"{self.estimate.n} seeds"
         if self.waits:
             return f"{self.arm} against {self.other}: {self.waits}"
@@ -98,16 +98,16 @@ class Answer:
         return f"{self.arm} against {self.other}: undecided, {shown}"
 
     def outlook(self) -> str:
-        """Say how many seeds would decide where they don't yet."""
+        """Estimate how many seeds would decide an undecided difference."""
         return outlook(self.estimate, self.level) if self.outcome is Outcome.OPEN else ""
 
     def cell(self) -> str:
-        """Return the difference and its interval, where there are runs enough for one."""
+        """Return the difference and, with enough runs, its interval."""
         mean = signed(self.estimate.mean)
         return mean if self.waits else f"{mean} [{self.interval.text(signed)}]"
 
     def drawn(self) -> tuple[float, float, float, bool]:
-        """Return mean and ends in percentage points (ends NaN where it waits), and whether it is decided."""
+        """Return mean and ends in percentage points (ends NaN if it waits), and whether it is decided."""
         low, high = (math.nan, math.nan) if self.waits else self.interval
         decided = self.outcome not in (Outcome.OPEN, Outcome.FEW)
         return 100 * self.estimate.mean, 100 * low, 100 * high, decided
@@ -119,26 +119,26 @@ def signed(value: float) -> str:
 
 
 def reference(arm: str, baseline: str, schedules: Mapping[str, str]) -> str:
-    """Return what an arm is compared with: the baseline under its own learning rate schedule, where there is one.
+    """Return the reference of an arm: the baseline with the arm's learning rate schedule, if there is one.
 
-    So the two differ in one thing alone. `schedules` are the names of the arms' schedules; empty for the baseline.
+    So the two differ in only one setting. `schedules` are the names of the arms' schedules. Empty for the baseline.
     """
     own = f"{baseline}_{schedules[arm]}"
     return "" if arm == baseline else own if own in schedules and own != arm else baseline
 
 
 def rivals(values: Mapping[str, Values]) -> dict[str, str]:
-    """Return what each arm of a race is compared with: the one with the best mean; empty for itself.
+    """Return the reference of each arm of a race: the arm with the best mean; empty for that arm itself.
 
-    It may be any of them. So each test counts as many times as there are others: the best arm is then called worse in
-    5 % of races at most.
+    It may be any of them. So each test counts as many times as there are others. Then the best arm is called worse in
+    at most 5 % of races.
     """
     best = max(values, key=lambda arm: statistics.fmean(values[arm].values()))
     return {arm: "" if arm == best else best for arm in values}
 
 
 def leads(held: Mapping[str, Answer]) -> str:
-    """Say which arm is the best of a race, or may be; empty where there is no other."""
+    """Name the arms of a race that are, or may be, the best; empty if there are no others."""
     if not held:
         return ""
     best = next(each.other for each in held.values())
@@ -160,17 +160,17 @@ def answers(
     overlap: float = 0.0,
     race: bool = False,
 ) -> dict[str, Answer]:
-    """Hold each arm against the one that `others` names; corrected for the number of arms (Holm), or as `rivals` says.
+    """Compare each arm with its reference in `others`, corrected for the number of arms (Holm, or as in `rivals`).
 
-    `values` are those of all arms with runs, of which the first count; an arm that lacks them, or whose other does,
-    has no answer.
+    `values` are those of all arms with runs. The first seeds count. An arm without values, or with a reference
+    without values, has no answer.
     """
     pairs = {arm: other for arm, other in others.items() if other and values.get(arm) and values.get(other)}
     both = {arm: [first_seeds(values[each], looks.most) for each in (arm, other)] for arm, other in pairs.items()}
     estimates = {arm: estimate(each, looks, paired, overlap) for arm, each in both.items()}
     found = {}
     for arm, (outcome, level) in compare(estimates, margin, len(others) - 1 if race else 0).items():
-        few = f"{counted(estimates[arm].n, 'seed')}, no verdict below {FEWEST}" if outcome is Outcome.FEW else ""
+        few = f"{counted(estimates[arm].n, 'seed')}, but a verdict needs {FEWEST}" if outcome is Outcome.FEW else ""
         waits = looks.waits(min(map(len, both[arm]))) or few
         said = Outcome.FEW if waits else outcome
         found[arm] = Answer(arm, pairs[arm], said, estimates[arm], level, margin, waits)
@@ -179,7 +179,7 @@ def answers(
 
 @dataclass(frozen=True)
 class Held:
-    """Arms held against their references, by the accuracy that decides."""
+    """Arms compared with their references, by the accuracy that decides."""
 
     arms: Arms
     what: Quantity
@@ -188,23 +188,23 @@ class Held:
     others: Mapping[str, str]  # the reference of each arm; empty for the baseline
     answers: Mapping[str, Answer]
     values: Mapping[str, Values]  # the oldest first
-    leads: str = ""  # how far a race is
+    leads: str = ""  # the state of a race
 
     @property
     def against(self) -> str:
-        """Return the one reference of all arms; empty where they have several, or none."""
+        """Return the common reference of all arms; empty if they have several, or none."""
         others = set(self.others.values()) - {""}
         return others.pop() if len(others) == 1 else ""
 
     def sentences(self, short: bool = False) -> list[str]:
-        """Return what is said of the arms: each apart, and those together of which there is no verdict yet.
+        """Return the answers: one sentence per arm, and one for all arms that wait for a verdict.
 
-        The short form has all undecided ones together, and not what would decide them.
+        The short form has one for all undecided arms, and does not estimate what would decide them.
         """
         apart, together = list[str](), dict[tuple[str, str], list[str]]()
         for arm, other in ((arm, other) for arm, other in self.others.items() if other):
             answer = self.answers.get(arm)
-            why = answer.waits if answer else "nothing to compare, a figure is missing"
+            why = answer.waits if answer else "nothing to compare, because a figure is missing"
             if answer and short and answer.outcome is Outcome.OPEN:
                 why = f"undecided, {answer.estimate.n} seeds"
             if answer and not why:
@@ -214,25 +214,25 @@ class Held:
         found = [*apart, *(f"{joined(arms)} against {other}: {why}" for (other, why), arms in together.items())]
         if not found and (values := self.what.values(run for runs in self.arms.values() for run in runs)):
             arm, mean = next(iter(self.arms)), self.what.text(statistics.fmean(values))
-            found = [f"{arm}: {mean} {self.what.words}, {counted(len(values), 'run')}, nothing to compare it with"]
+            found = [f"{arm}: {mean} {self.what.words}, {counted(len(values), 'run')}, and nothing to compare it with"]
         lines = [*filter(None, [self.leads]), *(f"{each}." for each in found)]
         few = [each for each in self.answers.values() if each.waits and not self.looks.once]
         more = [self._cost(few)] if few else []
         if any(each.outlook() for each in self.answers.values()):
-            more.append("Adding seeds is allowed, the level accounts for it. Without a difference, none decide.")
+            more.append("More seeds don't invalidate the test. If there is no difference, no number of seeds decides.")
         return [*lines, *([] if short else more)] or [NOTHING_YET]
 
     def cell(self, arm: str) -> str:
-        """Return the difference of an arm; nothing for the baseline."""
+        """Return the difference of an arm; empty for the baseline."""
         return self.answers[arm].cell() if arm in self.answers else NONE if self.others[arm] else ""
 
     def beyond(self, arm: str) -> int:
-        """Return how many runs of an arm don't count, since the plan had fewer."""
+        """Return how many runs of an arm exceed the plan and don't count."""
         values = self.values.get(arm, {})
         return len(values) - len(first_seeds(values, self.looks.most))
 
     def _cost(self, few: Sequence[Answer]) -> str:
-        """Say how many seeds a verdict on some arms is likely to take, and how long they would train."""
+        """Estimate how many seeds a verdict on some arms needs, and their training time."""
         spreads = [statistics.variance(found.values()) for found in self.values.values() if len(found) > 1]
         seeds, guess = FEW_SEEDS, ""
         if spreads:
@@ -246,11 +246,11 @@ class Held:
                 for run in self.arms[arm]
             )
             seconds += took * max(0, seeds - len(self.values[arm]))
-        return f"`seeds=auto` would take about {seeds} seeds of each, {duration(seconds)} more{guess}."
+        return f"`--seeds auto` would take about {seeds} seeds per arm, {duration(seconds)} more{guess}."
 
 
 def hold(arms: Arms, parent: RunRecord) -> Held:
-    """Hold the arms of a study against their references, by what its run was stamped with when it began."""
+    """Compare the arms of a study with their references, by the rules that its run recorded when it began."""
     runs, stamps = [run for of_arm in arms.values() for run in of_arm], parent.params
     what, looks = quantity(decisive_accuracy(runs)), looks_of(parent, runs)
     values = dict[str, Values]()
