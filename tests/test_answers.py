@@ -153,4 +153,4 @@ def test_a_race_is_held_against_the_best_arm() -> None:
     assert found.answers[0] == "b is the best of 3." and found.answers[1].startswith(
         "a is worse than b by 20.00 points"
     )
-    assert found.table[0][3] == "less b [interval]"
+    assert found.table[0][3] == "minus b [interval]"

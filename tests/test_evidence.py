@@ -469,7 +469,7 @@ def test_tables_hold_intervals_and_differences_however_many_arms_there_are(arms:
         low, high = (100 * (np.mean(values) + more + sign * reach) for sign in (-1, 1))
         assert told[f"range of a single re-run (95 %), test accuracy, {words} epoch"] == f"{low:.2f} % to {high:.2f} %"
     assert f"test accuracy, {'best' if rules == 'published' else 'selected'} epoch" in found.table[0]
-    assert told["less arm0 [interval]"].startswith("+1.00 [")
+    assert told["minus arm0 [interval]"].startswith("+1.00 [")
     assert len(found.answers) == arms and found.answers[-1].startswith("More seeds don't invalidate")
     assert "arm1 against arm0: undecided, +1.00 points" in found.answers[0]
 
@@ -626,7 +626,7 @@ WRONG = {
     "claims: {X1: {words: x, checks: [CHECK]}}": "give either a study or a protocol",
     "claims: {X1: {words: x, study: ../mine.yaml, checks: [CHECK]}}": "should match pattern",
     "claims: {X1: {words: x, study: ablate-mnits, checks: [CHECK]}}": "the nearest is 'ablate-mnist'",
-    "claims: {X1: {words: x, study: ablate-mnist, ignore: [data.sizes], checks: [CHECK]}}": "ignore data.sizes: no",
+    "claims: {X1: {words: x, study: ablate-mnist, ignore: [data.sizes], checks: [CHECK]}}": "ignore data.sizes: is not",
 }  # fmt: skip
 
 

@@ -100,10 +100,7 @@ def test_a_better_model_alone_moves_the_alias(log: Log, name: str) -> None:
     assert try_out(name, run).verdict == "promoted" and champion(name) == 1  # unopposed
     for right, alone, theirs in ((140, 0, 10), (150, 0, 0), (155, 5, 0)):  # worse, equal, better by chance
         refused = try_out(name, log(right)[0])
-        assert (
-            refused.verdict == "refused"
-            and f"right, {alone} against {theirs} where only" in refused.reason
-        )
+        assert refused.verdict == "refused" and f"right, {alone} against {theirs} where only" in refused.reason
     assert list(held(name)) == [1] and champion(name) == 1
     better, _ = log(156)  # six images are right here alone: p = 2 / 2^6
     assert "(exact McNemar, p = 0.031)" in try_out(name, better).reason and champion(name) == 2

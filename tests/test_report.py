@@ -84,9 +84,7 @@ def test_a_study_ends_with_a_report_and_views(sqlite_store: str, tiny_study: Pat
         each for each in Page(html).addresses if not each.startswith(("#", "data:"))
     ]  # nothing comes from elsewhere
     first = html[html.index("<section") : html.index("<table")]
-    assert (
-        "other against default: 2 seeds, but a verdict needs 3." in first and "`--seeds auto` would take about" in first
-    )
+    assert "other against default: 2 seeds, but a verdict needs 3." in first and "With `seeds` auto, about" in first
     assert "<svg" in first  # the forest plot
     assert "laims</h2>" not in html and "Not complete" not in html
     assert f"effv2 ablate --study {tiny_study} --seeds 0,1 --log-model none" in html

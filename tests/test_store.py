@@ -167,7 +167,7 @@ def test_a_database_that_a_server_made_meanwhile_stays(tmp_path: Path, monkeypat
 def test_artifacts_that_a_server_keeps_need_no_folder_here(location: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(os, "access", lambda *_: False)
     store._check_artifacts(Experiment("1", "kept elsewhere", location, "active"))
-    with pytest.raises(InputError, match="the folder of its artifacts, .*, can't be written"):
+    with pytest.raises(InputError, match=r"the folder of its artifacts, .*, can't be written"):
         store._check_artifacts(Experiment("1", "kept here", "file:///runs/1", "active"))
 
 

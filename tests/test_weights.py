@@ -133,7 +133,7 @@ def test_networks_that_share_stages_take_what_fits_if_asked(tmp_path: Path) -> N
     [
         ("/nowhere/w.pth", {}, "no such file, and only default, .* have published weights"),
         ("IMAGENET1K_V9", {"variant": "default", "table": ""}, "did you mean|no published weights"),
-        ("runs:/none", {}, "there is no tracking store|none there"),
+        ("runs:/none", {}, "there is no tracking store|no model there"),
         ("text.pth", {}, "can't be loaded"),
         ("other.pth", {}, "they belong to another network"),
         ("w.pth", {"weights_sha256": "0123456789"}, "their SHA-256 begins with"),

@@ -65,7 +65,7 @@ def _show_study(result: StudyResult) -> None:
     """Print the results of a study and where to see them; RunError if runs failed."""
     from effv2.cli.console import print_table
 
-    click.echo("\n".join(result.answers))
+    click.echo(cli.in_options("\n".join(result.answers), click.get_current_context().command, settings=False))
     print_table(result.table)
     models = [f"model of {name}: {address}" for name, address in result.models.items()]
     for line in filter(None, (*result.warnings, *models, result.address)):

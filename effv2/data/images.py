@@ -128,10 +128,7 @@ class Square:
 
 @dataclass(frozen=True)
 class CentreCrop:
-    """The shorter side resized to `resize`, then the central square of `size`: torchvision's preset.
-
-    `interpolation` has torchvision's name, such as bilinear.
-    """
+    """The shorter side resized to `resize`, then the central square of `size`; `interpolation` as in torchvision."""
 
     size: int
     resize: int

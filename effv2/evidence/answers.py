@@ -246,7 +246,7 @@ class Held:
                 for run in self.arms[arm]
             )
             seconds += took * max(0, seeds - len(self.values[arm]))
-        return f"`--seeds auto` would take about {seeds} seeds per arm, {duration(seconds)} more{guess}."
+        return f"With `seeds` auto, about {seeds} seeds per arm would be needed, {duration(seconds)} more{guess}."
 
 
 def hold(arms: Arms, parent: RunRecord) -> Held:

@@ -251,7 +251,7 @@ def _table(runs: Iterable[RunRecord]) -> Rows:
     rows: Rows = [("network", f"top-1 of {_heads(runs)} [95 % Wilson]", "among the classes present", "on", "images/s")]
     for run in runs:
         seen, rate = run.metrics.get("seen/images", 0), run.metrics.get(EVALUATE_RATE)
-        every = "test images" + (f", of which it was trained on {seen:,.0f}" if seen else "")
+        every = "test images" + (f", {seen:,.0f} of which it was trained on" if seen else "")
         for images, which in (SETS | {"eval": every}).items():
             value, present = (run.metrics.get(f"{images}/{name}") for name in OF_ANY_IMAGES[:2])
             if value is None:

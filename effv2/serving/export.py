@@ -41,8 +41,7 @@ def output_names(classes: Sequence[str], outputs: int) -> list[str]:
 class _Served(nn.Module):
     """Bytes (N, 3, size, size) to probabilities (N, columns) and the columns of the predictions (N).
 
-    The last column sums all outputs from there on. The prediction is the largest logit, because probabilities of close
-    logits can be equal.
+    The last column sums all outputs from there on. Predicted is the largest logit: close ones have equal probabilities.
     """
 
     mean: Tensor
@@ -65,10 +64,7 @@ class _Served(nn.Module):
 def write_served(
     folder: Path, network: nn.Module, statistics: Statistics, preparation: Preparation, names: Sequence[str]
 ) -> dict[str, Path]:
-    """Write the additional files of the served model, without a pickle. Return them by the names that it uses.
-
-    The probabilities get `names`, from output_names.
-    """
+    """Write the served model's other files, without a pickle; its columns are `names`. Return them by their names."""
     files = {"program": folder / "program.pt2", "settings": folder / "settings.json", "decoder": Path(decoder.__file__)}
     settings: dict[str, Any] = {"image_size": preparation.size, "names": list(names)}
     if isinstance(preparation, CentreCrop):

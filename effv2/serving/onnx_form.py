@@ -17,10 +17,7 @@ TOLERANCE = 1e-4  # tolerance of a probability's difference from torch's
 
 
 def write_onnx(program: Path, target: Path) -> None:
-    """Write a torch.export program of the served model as one ONNX file, for batches of any size.
-
-    RunError if ONNX Runtime and torch differ on random images.
-    """
+    """Write a torch.export program as one ONNX file, for batches of any size; RunError if their answers differ."""
     import onnxruntime
 
     exported = read_program(program)

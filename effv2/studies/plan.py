@@ -60,11 +60,10 @@ FIGURES: dict[str, Callable[[optuna.Study], Any]] = {
 class Plan(ABC):
     """A fixed grid, a search, or published weights. Plans are sent to worker processes, so they only hold plain data.
 
-    `kind` is the command that makes it. `trials` are the trials that are wanted now, by name, with their fixed
-    parameters. `definition` identifies the study, in plain values. `about` is shown when it begins. `epochs` is the
-    maximum per trial. If a plan `searches`, a sampler chooses the parameters, poor and diverged runs are pruned, and
-    the best one is tested. `stamps` are params of the study's run that are fixed before the first trial. `show` names
-    additional columns of its tables.
+    `kind` is the command that makes it. `trials` are wanted now, by name, with their fixed parameters. `definition`
+    identifies the study, in plain values. `about` is shown when it begins. `epochs` is the maximum per trial. If a plan
+    `searches`, a sampler chooses the parameters, poor and diverged runs are pruned, and the best one is tested. `stamps`
+    are params of the study's run, fixed before the first trial. `show` names additional columns of its tables.
     """
 
     kind: str

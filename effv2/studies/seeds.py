@@ -1,4 +1,4 @@
-"""`--seeds auto`: the number of seeds per arm, as a function of the accuracies of a study's finished trials.
+"""Automatic seeds: the number of seeds per arm, as a function of the accuracies of a study's finished trials.
 
 There is no other state, so kills, several machines and resumption change nothing. The rounds are computed again from
 the finished trials. Each round uses the trials that it used when it was first decided.

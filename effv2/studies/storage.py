@@ -6,7 +6,6 @@ import random
 import re
 import sqlite3
 import time
-import re
 import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator

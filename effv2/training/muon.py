@@ -67,10 +67,7 @@ def _mixes_channels(parameter: Tensor) -> bool:
 
 
 def orthogonal(matrices: Tensor) -> Tensor:
-    """Return matrices (N, rows, columns) with singular values near 1 and the same singular vectors.
-
-    On a GPU, bfloat16 is precise enough.
-    """
+    """Return matrices (N, rows, columns) with the same singular vectors and values near 1, on a GPU in bfloat16."""
     x = matrices.bfloat16() if matrices.is_cuda else matrices
     tall = x.shape[1] > x.shape[2]
     x = x.mT if tall else x
