@@ -1,4 +1,4 @@
-"""Rules of verdicts that a claim or a command may choose, and what is said beside a verdict."""
+"""Rules of verdicts that a claim or a command may choose, and the remarks on a verdict."""
 
 from __future__ import annotations
 

@@ -76,7 +76,7 @@ def test_per_class_and_seed_change_training_alone() -> None:
     assert few["test"] == whole["test"] and few["validation"] == whole["validation"]
     assert len(few["train"]) == 200 and few["train"] < whole["train"]
     digests = [load_dataset(DataConfig(image_size=8, per_class=n)).test.digest for n in (0, 20)]
-    assert digests[0] == digests[1]  # whatever else was decoded beside it
+    assert digests[0] == digests[1]  # whatever else was decoded with it
     other = ids(load_dataset(DataConfig(image_size=8, split_seed=1)))
     assert other["test"] != whole["test"]
     for parts in (whole, few, other):
@@ -661,7 +661,7 @@ def test_images_are_brought_upright(tmp_path: Path, orientation: int, ending: st
 
 
 def icon(mode: str, colour: int, folder: Path) -> Path:
-    """Write an image that is transparent but for a square of a grey in its middle."""
+    """Write an image that is transparent except for a square of a grey in its middle."""
     image = Image.new("RGBA", (9, 9), (colour, colour, colour, 0))
     image.paste((colour, colour, colour, 255), (3, 3, 6, 6))
     more: dict[str, Any] = {}

@@ -155,7 +155,7 @@ def in_mid_epoch(storage: Storage, finished: int) -> int:
         return 0
     running = (trial for trial in found if trial.state == TrialState.RUNNING)
     begun = (trial.user_attrs[OWNER] for trial in running if 0 < len(trial.intermediate_values) < EPOCHS)
-    # The trial of a killed worker stands as running until another worker looks for work.
+    # The trial of a killed worker remains running until another worker looks for work.
     return next((int(owner.split("/")[2]) for owner in begun if not is_gone(owner)), 0)
 
 

@@ -1,4 +1,4 @@
-"""Heads of the data's own classes beside ImageNet's: logged models, state dicts, and what is refused of them."""
+"""Heads of the data's own classes next to ImageNet's: logged models, state dicts, and what is refused of them."""
 
 from __future__ import annotations
 

@@ -91,7 +91,7 @@ def seeded_weights(path: Path, network: str, seed: int = 0) -> Path:
 
 @pytest.fixture
 def few_images(tmp_path: Path) -> Path:
-    """Write four images a class of two classes, half of them named as ImageNet's validation images."""
+    """Write four images per class for two classes, half of them named as ImageNet's validation images."""
     generator = np.random.default_rng(0)
     for folder in ("n01440764", "church"):
         for index in range(4):

@@ -91,7 +91,7 @@ def test_a_study_ends_with_a_report_and_views(sqlite_store: str, tiny_study: Pat
     drawn = {file.path for file in MlflowClient().list_artifacts(parent.info.run_id, "figures")}
     assert set(re.findall(r"\(figures/([\w.-]+)\)", markdown)) == {path.removeprefix("figures/") for path in drawn}
     assert len(drawn) == 5 and html.count("<svg") == 5
-    # MLflow's UI: where to look stands first, in the experiment and on the run; the views are saved.
+    # MLflow's UI: where to look comes first, in the experiment and on the run; the views are saved.
     experiment = MlflowClient().get_experiment(parent.info.experiment_id)
     saved = {name for name in experiment.tags if name.startswith("mlflow.sharedViewState.")}
     assert saved == {f"mlflow.sharedViewState.effv2-{name}" for name in ("answers", "table", "curves")}
@@ -117,7 +117,7 @@ def test_a_study_ends_with_a_report_and_views(sqlite_store: str, tiny_study: Pat
     markdown = artifact(second.info.run_id, "report.md", tmp_path)
     assert "| default | 3 |" in markdown and "| variant | default | other |" in markdown
     assert "| training to 1 % test accuracy, s |" in markdown
-    assert "| less other [interval] |" in markdown and "- default against other: undecided" in markdown
+    assert "| minus other [interval] |" in markdown and "- default against other: undecided" in markdown
     tags = MlflowClient().get_experiment(parent.info.experiment_id).tags
     assert tags["mlflow.note.content"] == "The user's own words."
 
@@ -161,7 +161,7 @@ def test_an_experiment_is_reported_exported_and_rebuilt(sqlite_store: str, tiny_
     assert artifact(made[0].info.run_id, "report.html", tmp_path) == (out / "report.html").read_text()
     assert "<title>tiny: effv2" in artifact(parent.info.run_id, "report.html", tmp_path)
     assert len(made) == 1 and made[0].info.status == "FINISHED"
-    # Every number is there, and hashed; the report follows from them alone.
+    # Every number is there, and hashed; the report follows only from them.
     hashes = json.loads((out / "data" / "manifest.json").read_text())["sha256"]
     assert (out / "data" / "manifest.json").stat().st_mode == (out / "report.md").stat().st_mode
     files = {path.relative_to(out / "data").as_posix() for path in (out / "data").rglob("*.csv")}

@@ -240,7 +240,7 @@ def test_a_trial_is_pruned_after_a_quarter_of_its_epochs_at_the_earliest() -> No
 def test_a_diverging_trial_is_an_answer_of_a_search_unless_all_are(
     sqlite_store: str, tiny_search: Path, monkeypatch: pytest.MonkeyPatch, sound: int, code: int, status: str
 ) -> None:
-    """Trials diverge in their second epoch, but for the first one where it is `sound`."""
+    """Trials diverge in their second epoch, except the first one if it is `sound`."""
     tiny_search.write_text(TINY_SEARCH.replace("trials: 6", "trials: 3"))
     check = loop.Training._must_be_finite
 

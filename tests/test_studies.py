@@ -158,7 +158,7 @@ def auto(
     names: tuple[str, ...] = ("base", "arm"),
     **more: Any,
 ) -> tuple[Any, Trials]:
-    """Train what is wanted until nothing is, half of it at a time; `reached` is the accuracy of an arm's seed."""
+    """Train what is wanted until nothing is, half of it at a time; `reached` is the accuracy of a seed of an arm."""
     arms, trials = dict.fromkeys(names, TrainConfig()), dict[str, FrozenTrial]()
     rule = AutoSeeds(arms, names, "base", margin=margin, most=most, **more)
     while True:

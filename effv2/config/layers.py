@@ -30,7 +30,7 @@ Layer = dict[str, Written]  # by dotted setting; `below | above` merges two, and
 
 
 def dotted(place: Place) -> str:
-    """Name a place by its keys alone."""
+    """Name a place by its keys."""
     return ".".join(map(str, place))
 
 

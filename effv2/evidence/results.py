@@ -57,7 +57,7 @@ def results_of(runs: Sequence[RunRecord], claims: Claims, right: RightAnswers) -
 
 
 def study_results(study: TrackedStudy, claims: Claims, right: RightAnswers) -> StudyResults:
-    """Return the results of a study. `right` reads which images a run of a fixed network got right."""
+    """Return the results of a study. `right` reads which images are right in a run of a fixed network."""
     if study.kind == "search":
         own = search_results(study)
     elif study.kind == "evaluate-pretrained":
@@ -162,7 +162,7 @@ class NetworkPair(NamedTuple):
 
 
 def networks_results(study: TrackedStudy, right: RightAnswers) -> StudyResults:
-    """Return the results of an evaluation of networks. `right` reads which images a run got right."""
+    """Return the results of an evaluation of networks. `right` reads which images are right in a run."""
     runs = {run.name: run for run in complete(study.in_order())}
     ranked, images, origin = _rank(runs, right)
     both = list(combinations(ranked, 2))

@@ -127,7 +127,7 @@ def _run_by_run(arms: Arms, quantities: Mapping[str, Quantity]) -> Sequence[Sequ
 def images_apart(study: TrackedStudy, right: RightAnswers) -> Rows:
     """Return the share of each arm's runs that get a test image right, first the images on which arms differ most.
 
-    `right` reads which images a run got right. Empty if there is only one arm, or no image that all runs have.
+    `right` reads which images are right in a run. Empty if there is only one arm, or no image that all runs have.
     """
     arms: dict[str, list[Mapping[str, bool]]] = {}
     for run in complete(study.in_order()):

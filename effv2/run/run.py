@@ -137,7 +137,7 @@ def attempt(config: TrainConfig, dataset: Dataset, spec: RunSpec) -> Attempt:
     try:
         with ExitStack() as stack:
             if earlier is not None:
-                stack.enter_context(checkpointer.lock())  # before the store is told
+                stack.enter_context(checkpointer.lock())  # before the store knows it
             resumes = "" if earlier is None else earlier.run_id
             run = stack.enter_context(spec.open_run(tags | {tag.ARM: spec.arm}, resumes))
             stack.enter_context(what_ran_out())

@@ -62,8 +62,8 @@ class Plan(ABC):
 
     `kind` is the command that makes it. `trials` are wanted now, by name, with their fixed parameters. `definition`
     identifies the study, in plain values. `about` is shown when it begins. `epochs` is the maximum per trial. If a plan
-    `searches`, a sampler chooses the parameters, poor and diverged runs are pruned, and the best one is tested. `stamps`
-    are params of the study's run, fixed before the first trial. `show` names additional columns of its tables.
+    `searches`, a sampler chooses the parameters, poor and diverged runs are pruned, and the best one is tested.
+    `stamps` are params of the study's run, fixed before the first trial. `show` names additional columns of its tables.
     """
 
     kind: str

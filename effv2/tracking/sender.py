@@ -68,7 +68,7 @@ class Sender:
                 elif time.monotonic() > deadline:
                     raise TrackingAway(
                         f"The tracking store {shown_uri()} doesn't accept values ({reason(self.trouble)}): some values "
-                        f"of the run {self.run_id} are not there yet; start the store."
+                        f"of the run {self.run_id} are not there yet; start it."
                     )
                 self._changed.wait(LOOK_SECONDS)
                 stop_if_told()

@@ -74,7 +74,7 @@ def set_dropout(network: nn.Module, dropout: float) -> None:
 
 
 def stage_metrics(config: TrainConfig, stage: Stage) -> dict[str, float]:
-    """Return the logged metrics of an epoch's stage; empty without progressive learning."""
+    """Return the logged metrics for the stage of an epoch; empty without progressive learning."""
     if config.progressive == ProgressiveConfig():
         return {}
     return {"progressive/stage": stage.number, "progressive/image_size": stage.image_size}
