@@ -345,7 +345,7 @@ def logging_an_epoch() -> float:
 
 
 def table(case: Case, found: dict[str, Rates], peaks: dict[str, float]) -> list[str]:
-    """Return the rows of a Markdown table, each form next to its ratio to `plain` (median of the rounds' own ratios)."""
+    """Return the rows of a Markdown table, each form next to its ratio to `plain` (median of the rounds' ratios)."""
     from effv2.data.dataset import load_dataset
 
     dataset = load_dataset(make_config(case, "fp32").data)

@@ -106,7 +106,7 @@ def test_a_better_model_alone_moves_the_alias(log: Log, name: str) -> None:
     assert "(exact McNemar, p = 0.031)" in try_out(name, better).reason and champion(name) == 2
     version = MlflowClient().get_model_version_by_alias(name, "champion")
     assert version.description and "78.00 % against 75.00 % of 200 test images right" in version.description
-    assert "| only one right | 6 | 0 |" in version.description
+    assert "| right alone | 6 | 0 |" in version.description
     figures = {key.removeprefix(PROMOTION): value for key, value in held(name)[2][1].items()}
     mine = {"accuracy": "78.00 %", "right_alone": "6", "McNemar": "p = 0.031", "images": "200", "milliseconds": "12"}
     mine |= {"megabytes": "2", "parameters": "5,000"}

@@ -165,7 +165,7 @@ class Study(Group):
         return build(TrainConfig, self.base | options)
 
     def arm(self, name: str, options: Layer) -> TrainConfig:
-        """Return the configuration of an arm. Options override shared settings, and the arm's settings override both."""
+        """Return the configuration of an arm. Options override shared settings; the arm's settings override both."""
         return build(TrainConfig, self.base | options | self.arms[name])
 
     def with_variant(self, name: str) -> Study:

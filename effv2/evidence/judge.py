@@ -309,5 +309,5 @@ def _single(contrast: Contrast, what: Quantity, found: Estimate) -> str:
     """Return the range of a single further run, and whether the claimed value is in it."""
     interval, claimed = found.prediction().within(what.possible), (contrast.low + contrast.high) / 2
     lies = "inside" if interval.low <= claimed <= interval.high else "outside"
-    known = f"; the claimed {what.text(claimed)} lies {lies}" if math.isfinite(claimed) else ""
+    known = f"; the claimed {what.text(claimed)} is {lies}" if math.isfinite(claimed) else ""
     return f"a single run is expected from {interval.text(what.text)}{known}"

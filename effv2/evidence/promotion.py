@@ -119,7 +119,7 @@ def decide(candidate: Contender, champion: Contender | None, limits: Mapping[str
         against.append(differ)
     elif champion:
         *alone, p = mcnemar(*right)
-        table += [("only one right", *map(decimal, alone)), ("McNemar", p_text(p), p_text(p))]
+        table += [("right alone", *map(decimal, alone)), ("McNemar", p_text(p), p_text(p))]
         shares, images = f"{table[1][1]} against {table[1][2]}", f"{len(right[0]):,} test images"
         alone_right = f"{alone[0]:,} against {alone[1]:,} where only one is right"
         words = f"better than {champion.name}: {shares} of {images} right, {alone_right} (exact McNemar, {p_text(p)})"
