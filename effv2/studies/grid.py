@@ -95,7 +95,7 @@ def make_grid(
 ) -> Grid:
     """Load and check every data set, so that errors appear before the first run, then resolve `auto`.
 
-    `names` are those of the wanted arms. Seeds in the options override those of the study, and these override those of arms.
+    `names` are those of the wanted arms. Seeds in options override those of the study, which override those of arms.
     """
     seeds = () if isinstance(options.seeds, str) else options.seeds or study.seeds
     stamps = _stamps(study, names, options, len(seeds))
