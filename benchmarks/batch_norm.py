@@ -1,4 +1,4 @@
-"""What estimating batch norm anew before an evaluation changes: test accuracies of the same weights, both ways.
+"""What a new estimate of batch norm before an evaluation changes: test accuracies of the same weights, both ways.
 
     python benchmarks/batch_norm.py [--dataset folder --data-dir <folder>] [--epochs 40] [--every 4] [--seeds 3]
 
@@ -28,7 +28,7 @@ from effv2.training.loop import Training  # noqa: E402
 
 
 def both(training: Training) -> tuple[float, float]:
-    """Return the test accuracy with running averages, and with statistics that are estimated anew."""
+    """Return the test accuracy with running averages, and with statistics that are estimated again."""
     network, split, size = training.state.evaluated, training.dataset.test, training.config.evaluation.batch_size
     running = evaluate(training.network_for_inference(), split, size).accuracy
     kept = {name: buffer.clone() for name, buffer in network.named_buffers()}
@@ -72,7 +72,7 @@ def main(batch_size: int, epochs: int, every: int, seeds: int, **data: str | int
             if epoch % every == 0 or epoch == 1:
                 found[training.state.progress.step].append((metrics["train/accuracy"], *both(training)))
                 sys.stderr.write(f"seed {seed}, epoch {epoch}: {found[training.state.progress.step][-1]}\n")
-    print("| steps | training accuracy | test, running averages | test, estimated anew |\n|---|---|---|---|")
+    print("| steps | training accuracy | test, running averages | test, estimated again |\n|---|---|---|---|")
     for step, rows in found.items():
         print(f"| {step} | {' | '.join(cell(list(column)) for column in zip(*rows, strict=True))} |")
 

@@ -3,7 +3,7 @@
     python benchmarks/gpu.py [--variant default] [--image-size 32] [--batch-size 128]
 
 Each form, in a process of its own, trains on STEPS batches of random bytes that lie on the GPU and evaluates as many
-an epoch, as `train` does: without graphs, with the copy for inference made anew after each. Medians leave out the first
+an epoch, as `train` does: without graphs, with a new copy for inference after each. Medians leave out the first
 WARM_UP epochs. With the default variant timm's efficientnetv2_s trains beside them in a plain loop, on one batch that
 lies on the GPU, under bfloat16 autocast, channels last; it isn't evaluated. Prints a Markdown table: images/s and their
 gain over eager float32, peak memory.

@@ -2,7 +2,7 @@
 
     python benchmarks/learning.py [--dataset imagenette --data-dir <folder>] [--epochs 10] [--seeds 5]
 
-Both forms train from the same weights on the same batches, 128 images a step, with this project's default recipe for
+Both forms train from the same weights on the same batches, 128 images per step, with this project's default recipe for
 that many epochs and no validation split, and are scored on the test set after the last epoch. Prints a Markdown table
 with the mean difference and its 95 % interval (Student, paired).
 """

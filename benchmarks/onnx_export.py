@@ -35,7 +35,7 @@ Answers = list[dict[str, Any]]
 
 
 def milliseconds(function: Callable[[Any], Any], inputs: Iterable[Any]) -> float:
-    """Return how many milliseconds a call takes, the median, the first few left out."""
+    """Return how many milliseconds per call, the median, the first few left out."""
     found = []
     for each in inputs:
         began = time.perf_counter()
@@ -61,8 +61,8 @@ def compare(forms: dict[str, Any], paths: list[Path], size: int) -> None:
         batched = milliseconds(model.predict, batches[:-1]) / BATCH
         bare = milliseconds(network, pixels[:, :1]), milliseconds(network, pixels) / BATCH
         click.echo(
-            f"{name}: milliseconds an image, singly and in batches of {BATCH}: from a file on {whole:.2f} and "
-            f"{batched:.2f}, of the network alone {bare[0]:.2f} and {bare[1]:.2f}"
+            f"{name}: milliseconds per image, singly and in batches of {BATCH}: from a file on {whole:.2f} and "
+            f"{batched:.2f}, of the network only {bare[0]:.2f} and {bare[1]:.2f}"
         )
     torch, onnx = answers
     labels = [[answer["label"] for answer in each] for each in (torch, onnx)]

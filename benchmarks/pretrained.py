@@ -1,4 +1,4 @@
-"""What evaluate-pretrained costs beside its bare forward passes and decoding, and beside a plain loop.
+"""What evaluate-pretrained costs compared with its bare forward passes and decoding, and beside a plain loop.
 
     python benchmarks/pretrained.py --data-dir <folder of imagenette2-160>
 

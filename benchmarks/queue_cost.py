@@ -3,7 +3,7 @@
     python benchmarks/queue_cost.py [--storage postgresql://USER@HOST/DATABASE] [--workers 4] [--trials 200]
 
 Prints the seconds that a worker spends between wanting a trial and having finished it, enqueueing and waiting for
-other workers included, and the trials a second of all workers together. Without --storage: sqlite in a folder that
+other workers included, and the trials per second of all workers together. Without --storage: sqlite in a folder that
 is removed afterwards.
 """
 
@@ -71,9 +71,9 @@ def main(storage: str, workers: int, trials: int) -> None:
         "storage": url.partition(":")[0],
         "workers": workers,
         "trials": trials,
-        "median seconds a trial": round(statistics.median(seconds), 4),
+        "median seconds per trial": round(statistics.median(seconds), 4),
         "95th percentile": round(statistics.quantiles(seconds, n=20)[-1], 4),
-        "trials a second": round(trials / elapsed, 1),
+        "trials per second": round(trials / elapsed, 1),
     }
     print(json.dumps(figures))
 

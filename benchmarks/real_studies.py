@@ -1,4 +1,4 @@
-"""Real trainings under seeds=auto: a network against itself, and one with a known effect.
+"""Real trainings with --seeds auto: a network against itself, and one with a known effect.
 
     python benchmarks/real_studies.py same 100     # both arms alike: how many studies say that they differ?
     python benchmarks/real_studies.py effect 20    # one arm learns a hundred times slower: how many seeds does it take?

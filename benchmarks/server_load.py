@@ -2,7 +2,7 @@
 
     MLFLOW_TRACKING_URI=http://127.0.0.1:5000 python benchmarks/server_load.py [--clients 4]
 
-Each client logs runs as `train` does: parameters, tags, the metrics of each epoch, a summary. Prints epochs a second
+Each client logs runs as `train` does: parameters, tags, the metrics of each epoch, a summary. Prints epochs per second
 of all clients together and the seconds that one call takes: the first bounds how many workers one server serves.
 """
 
@@ -63,8 +63,8 @@ def main(clients: int, runs: int, epochs: int) -> None:
         process.join()
     figures = {
         "clients": clients,
-        "epochs a second, whole runs": round(clients * runs * epochs / elapsed, 1),
-        "median seconds an epoch": round(statistics.median(seconds), 4),
+        "epochs per second, whole runs": round(clients * runs * epochs / elapsed, 1),
+        "median seconds per epoch": round(statistics.median(seconds), 4),
         "95th percentile": round(statistics.quantiles(seconds, n=20)[-1], 4),
     }
     print(json.dumps(figures))

@@ -11,7 +11,7 @@ For every image size and variant, in one process, all forms taking turns, a warm
     post      the post's way: NCHW, float32, Adam, a DataLoader with 2 workers
     plain     channels last, float32, the images in memory
     plain16   the same under bfloat16 autocast
-    timm      timm's model of the same network in the loop of `plain` (default variant alone)
+    timm      timm's model of the same network in the loop of `plain` (default variant only)
     floor     forward, backward and step of effv2's network on one batch that stays the same
 
 A round is STEPS training steps and one evaluated pass of each form. Rates are medians over the rounds, with their
@@ -125,7 +125,7 @@ def effv2_form(config: Any, dataset: Any, folder: Path) -> Form:
 
 
 def floor_form(config: Any, dataset: Any) -> Form:
-    """Forward, backward and optimiser step alone."""
+    """Only forward, backward and optimiser step."""
     import torch
     from torch.nn import functional as F
 
@@ -345,7 +345,7 @@ def logging_an_epoch() -> float:
 
 
 def table(case: Case, found: dict[str, Rates], peaks: dict[str, float]) -> list[str]:
-    """Return the rows of a Markdown table, each form beside its ratio to `plain` (median of the rounds' own ratios)."""
+    """Return the rows of a Markdown table, each form next to its ratio to `plain` (median of the rounds' ratios)."""
     from effv2.data.dataset import load_dataset
 
     dataset = load_dataset(make_config(case, "fp32").data)
@@ -392,7 +392,7 @@ def draw(found: dict[str, dict[str, Rates]], path: Path) -> None:
 
 @click.command()
 @click.option("--data-dir", required=True, help="Folder that holds imagenette2-160.")
-@click.option("--sizes", default="32:128,128:64", show_default=True, help="Pixels a side and images a step.")
+@click.option("--sizes", default="32:128,128:64", show_default=True, help="Pixels per side and images per step.")
 @click.option("--variants", default="default", show_default=True, help="Architecture variants.")
 @click.option("--rounds", default=9, show_default=True, help="Rounds after one of warm-up.")
 @click.option("--out", default="speed", show_default=True, help="Folder of the results.")

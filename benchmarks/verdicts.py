@@ -2,7 +2,7 @@
 
     python benchmarks/verdicts.py claims    # no effect: claims that are judged after every seed
     python benchmarks/verdicts.py power     # two arms: how often a difference is found, and with how many seeds
-    python benchmarks/verdicts.py auto      # seeds=auto: five variants against a baseline, with margins
+    python benchmarks/verdicts.py auto      # --seeds auto: five variants against a baseline, with margins
     python benchmarks/verdicts.py race      # seeds=race: the best of six
     python benchmarks/verdicts.py level     # a level, where three runs in ten take off and the others stay low
 
@@ -107,7 +107,7 @@ def found(effect: float, ratio: float, seed: int) -> int:
 
 
 def automatic(effects: tuple[float, ...], margin: float, race: bool, seed: int) -> tuple[int, bool]:
-    """Return how many runs seeds=auto, or a race, takes, and whether it ever says anything that isn't so.
+    """Return how many runs --seeds auto, or a race, takes, and whether it ever says anything that isn't so.
 
     Workers end the runs of a round in any order, and ask for more after every few.
     """

@@ -1,8 +1,8 @@
-"""EfficientNetV2 as data: stage tables, the functions that turn one table into another, the network of a table.
+"""EfficientNetV2 as data: stage tables, functions from table to table, and the network of a table.
 
-A table is written as the paper (Tan & Le 2021, table 4) reads it, one stage between slashes:
-`block expansion kernel stride in_channels out_channels layers`, where the block is F (Fused-MBConv) or
-M (MBConv), and an M stage may end in `noSE` to go without squeeze-and-excitation.
+A table is written as in the paper (Tan & Le 2021, table 4), with slashes between stages:
+`block expansion kernel stride in_channels out_channels layers`. The block is F (Fused-MBConv) or M (MBConv).
+An M stage that ends in `noSE` has no squeeze-and-excitation.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ Block = Literal["F", "M"]
 
 @dataclass(frozen=True)
 class Stage:
-    """One row: `layers` blocks, of which the first has the stride and changes the channels."""
+    """One row: `layers` blocks. The first block has the stride and changes the channels."""
 
     block: Block
     expand_ratio: float
@@ -74,8 +74,8 @@ def _parse_stage(row: str) -> Stage:
     if not 1 <= ratio <= 64 or kernel % 2 == 0 or stride not in (1, 2) or not all(0 < n < 10_000 for n in numbers):
         bounds = "expansion is 1 to 64, the kernel odd, the stride 1 or 2, channels and layers are positive"
         raise ValueError(f"the row {row!r} is out of bounds; {bounds}")
-    if in_channels % 8 or out_channels % 8:  # torchvision would build others
-        raise ValueError(f"the row {row!r} has channels that are no multiples of 8, as the network needs them")
+    if in_channels % 8 or out_channels % 8:  # torchvision would round them
+        raise ValueError(f"the row {row!r} has channels that are not multiples of 8, which the network needs")
     return Stage(block, ratio, kernel, stride, in_channels, out_channels, layers, not found[4])
 
 
@@ -84,17 +84,17 @@ def _each(table: Table, change: Callable[[Stage], Stage]) -> Table:
 
 
 def replace_blocks(table: Table, block: Block) -> Table:
-    """Make every stage of one block type; a Fused-MBConv has no squeeze-and-excitation to lose."""
+    """Give every stage one block type. A Fused-MBConv has no squeeze-and-excitation."""
     return _each(table, lambda s: replace(s, block=block, squeeze_excitation=s.squeeze_excitation or block == "F"))
 
 
 def halve_layers(table: Table) -> Table:
-    """Half the layers of every stage, rounded down, at least one."""
+    """Halve the layers of every stage, rounded down, to at least one."""
     return _each(table, lambda s: replace(s, layers=max(1, s.layers // 2)))
 
 
 def scale_depth(table: Table, multiplier: float) -> Table:
-    """Multiply the layers of the MBConv stages, rounded up, as torchvision and the published hyper-parameter check."""
+    """Multiply the layers of the MBConv stages, rounded up, as torchvision and the post's hyper-parameter check do."""
     return _each(table, lambda s: replace(s, layers=math.ceil(s.layers * multiplier)) if s.block == "M" else s)
 
 
@@ -113,7 +113,7 @@ EFFICIENTNET_V2_S = parse_table(
     "F 1 3 1 24 24 2 / F 4 3 2 24 48 4 / F 4 3 2 48 64 4 / M 4 3 2 64 128 6 / M 6 3 1 128 160 9 / M 6 3 2 160 256 15"
 )
 
-# The five variants of the published ablation, the first being what the others are compared with.
+# The five variants of the published ablation. The others are compared with the first.
 PUBLISHED_VARIANTS: dict[str, Table] = {
     "default": EFFICIENTNET_V2_S,
     "mbconv_only": replace_blocks(EFFICIENTNET_V2_S, "M"),
@@ -122,7 +122,7 @@ PUBLISHED_VARIANTS: dict[str, Table] = {
     "drop_one": parse_table("F 1 3 1 24 48 2 / F 4 3 2 48 64 4 / M 4 3 2 64 128 6 / M 6 3 2 128 256 15"),
 }
 
-# Every table that has a name. A new variant is one entry here and nothing else.
+# All named tables. A new variant is one entry here and nothing else.
 VARIANTS: dict[str, Table] = PUBLISHED_VARIANTS | {
     "efficientnet_v2_m": parse_table(
         "F 1 3 1 24 24 3 / F 4 3 2 24 48 5 / F 4 3 2 48 80 5"
@@ -144,10 +144,10 @@ def build_model(
 ) -> EfficientNet:
     """Build torchvision's EfficientNetV2 from `table`: images (N, 3, H, W) to logits (N, num_classes).
 
-    `dropout` is that before the classifier; stochastic depth rises linearly from 0 at the first of n blocks to
+    `dropout` applies before the classifier. Stochastic depth rises linearly from 0 at the first of n blocks to
     (n - 1) / n of `stochastic_depth` at the last. Parameters are initialised from torch's global generator. With
     `zero_init_residual` the last batch norm of every residual branch begins with a weight of zero, so that each of
-    these blocks begins as the identity (Goyal et al. 2017, section 5.1); nothing else changes.
+    these blocks begins as the identity (Goyal et al. 2017, section 5.1). Nothing else changes.
     """
     from torch import nn
     from torchvision.models import EfficientNet
@@ -182,12 +182,12 @@ def _block_config(stage: Stage) -> object:
 
 
 def count_parameters(model: nn.Module) -> int:
-    """Count the trainable numbers."""
+    """Count the trainable parameters."""
     return sum(parameter.numel() for parameter in model.parameters())
 
 
 def count_gflops(table: Table, num_classes: int, image_size: int) -> float:
-    """Count 10^9 multiply-accumulates of one image, as the paper and torchvision: no element-wise work."""
+    """Count the 10^9 multiply-accumulates of one image, without element-wise work, as the paper and torchvision do."""
     import torch
 
     with torch.device("meta"):
@@ -195,7 +195,7 @@ def count_gflops(table: Table, num_classes: int, image_size: int) -> float:
 
 
 def gflops_of(model: nn.Module, image_size: int) -> float:
-    """Count as count_gflops, of any network in eval mode, on torch's meta device, where nothing is computed."""
+    """Count as count_gflops does, for any network in eval mode, on torch's meta device, which computes nothing."""
     import torch
     from torch.utils.flop_counter import FlopCounterMode
 

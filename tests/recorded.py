@@ -418,7 +418,7 @@ def refusals(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
 
 
 def main() -> None:
-    """Record anew, unless results differ without a version that says so; losses that are equal stay as they were."""
+    """Record again, unless results differ without a version that says so; losses that are equal stay as they were."""
     now: dict[str, Any] = {"versions": VERSIONS, "defaults": defaults(), "code": code(), "numbers": numbers()}
     before: dict[str, Any] = json.loads(RECORDED.read_text()) if RECORDED.exists() else now
     if said := refusals(before, now):

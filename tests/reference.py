@@ -318,7 +318,7 @@ def block(name: str) -> str:
 
 
 def pages() -> list[Path]:
-    """Return the hand-written pages: those in docs/ but for the results, which are written with their runs."""
+    """Return the hand-written pages: those in docs/ except the results, which are written with their runs."""
     return sorted(path for path in DOCS.rglob("*.md") if DOCS / "results" not in path.parents)
 
 

@@ -1,4 +1,4 @@
-"""Rules of verdicts that a claim or a command may choose, and what is said beside a verdict."""
+"""Rules of verdicts that a claim or a command may choose, and the remarks on a verdict."""
 
 from __future__ import annotations
 
@@ -87,7 +87,7 @@ def test_few_test_images_are_counted_too(tmp_path: Path) -> None:
         return answers[run.run_id]
 
     (judgement,) = judge(two_arms(tmp_path, ABOVE), runs, right)
-    assert "with the 40 test images counted as a sample too" in judgement.findings[0].evidence
+    assert "if the 40 test images also count as a sample" in judgement.findings[0].evidence
 
 
 @pytest.mark.parametrize(
@@ -120,8 +120,8 @@ def test_power_is_the_share_of_studies_that_find_an_effect(effect: float, n: int
 @pytest.mark.parametrize(
     ("names", "options", "message"),
     [
-        (["default"], {"seeds": "auto"}, "takes two arms or more"),
-        (["default", "drop_one"], {"seeds": (0, 1, 2), "budget_hours": 1.0}, "ends auto seeds alone"),
+        (["default"], {"seeds": "auto"}, "needs two arms or more"),
+        (["default", "drop_one"], {"seeds": (0, 1, 2), "budget_hours": 1.0}, "only applies to auto seeds"),
         (["default", "drop_one"], {"seeds": (0, 1, 2, 3), "max_seeds": 3}, "4 seeds are given"),
     ],
 )
@@ -154,4 +154,4 @@ def test_a_race_is_held_against_the_best_arm() -> None:
     assert found.answers[0] == "b is the best of 3." and found.answers[1].startswith(
         "a is worse than b by 20.00 points"
     )
-    assert found.table[0][3] == "less b [interval]"
+    assert found.table[0][3] == "minus b [interval]"

@@ -1,4 +1,4 @@
-"""Augmentation draws for each sample apart and keeps what it must keep."""
+"""Augmentation draws separately for each sample, and preserves what it must preserve."""
 
 from __future__ import annotations
 

@@ -119,7 +119,7 @@ def test_a_disk_that_is_full_costs_no_checkpoint_and_is_told_once(
 
 def test_a_checkpoint_of_another_run_is_refused_with_what_differs(checkpoints: Checkpointer) -> None:
     other = make(checkpoints.folder.parent, data_digest="x")
-    with pytest.raises(InputError, match=r"is of another run \(data_digest was b, is x\); remove it"):
+    with pytest.raises(InputError, match=r"belongs to another run \(data_digest was b, is x\); remove it"):
         other.read()
 
 

@@ -76,7 +76,7 @@ def test_per_class_and_seed_change_training_alone() -> None:
     assert few["test"] == whole["test"] and few["validation"] == whole["validation"]
     assert len(few["train"]) == 200 and few["train"] < whole["train"]
     digests = [load_dataset(DataConfig(image_size=8, per_class=n)).test.digest for n in (0, 20)]
-    assert digests[0] == digests[1]  # whatever else was decoded beside it
+    assert digests[0] == digests[1]  # whatever else was decoded with it
     other = ids(load_dataset(DataConfig(image_size=8, split_seed=1)))
     assert other["test"] != whole["test"]
     for parts in (whole, few, other):
@@ -271,7 +271,7 @@ def test_what_is_no_part_beside_a_training_part_is_named(tmp_path: Path) -> None
     for other in ("dev", "bus"):  # another name for validation; a class beside one called train
         root = make_image_tree(tmp_path / other, ("train", other))
         (root / "mlruns" / "1").mkdir(parents=True)  # what a command in that folder leaves there
-        with pytest.raises(InputError, match=f"train is the training part by its name, but {other} beside it is no"):
+        with pytest.raises(InputError, match=f"train is the training part by its name, but {other} next to it is not"):
             load_folder(root)
         (root / other).rename(root / "val")
         assert load_folder(root).classes == ("class 0", "class 1", "class 2")
@@ -447,15 +447,15 @@ def test_parts_are_known_in_all_usual_spellings(tmp_path: Path, folders: tuple[s
 @pytest.mark.parametrize(
     ("folders", "said"),
     [
-        (("train", "test"), "test and train, parts by their names, hold no class folders; give a CSV of labels"),
-        (("ant", "bee", "test"), "test, parts by their names, hold no class folders; .*data.train_dir . if all"),
+        (("train", "test"), r"no class folders in test and train \(parts by name\); give a CSV of labels"),
+        (("ant", "bee", "test"), r"no class folders in test \(parts by name\); .*data.train_dir . if all"),
         (("trainA", "trainB", "testA", "testB"), "are versions or pieces of one set by their names"),
         (("photos_part_1", "photos_part_2"), "are versions or pieces of one set by their names"),
         (("fold1", "fold2", "fold3"), "are versions or pieces of one set by their names"),
         (("image", "label"), "are versions or pieces of one set by their names"),
         (("JPEGImages", "SegmentationClass"), "are versions or pieces of one set by their names"),
-        ((*within("train"), "test"), "test beside train holds no class folders; .*data.train_dir"),
-        ((*within("train"), "val/images"), "val beside train holds no class folders"),
+        ((*within("train"), "test"), "test next to train holds no class folders; .*data.train_dir"),
+        ((*within("train"), "val/images"), "val next to train holds no class folders"),
         (within("train", "val", "valid"), "val and valid are both the validation part"),
         (within("train", "Train", "test"), "Train and train are both the train part"),
         (within("train1", "train2"), "train1 and train2 are both the train part"),
@@ -466,7 +466,7 @@ def test_parts_are_known_in_all_usual_spellings(tmp_path: Path, folders: tuple[s
         (within("test"), "holds a part for testing but none named train"),
         (within("set/train", "other"), "set in it is a data set of its own"),
         (("ant/train", "ant/test", "bee/train", "bee/test"), "each class in it holds parts .*, as test/ant"),
-        (("Ant", "ant", "bee"), "the classes Ant and ant differ in capitals alone"),
+        (("Ant", "ant", "bee"), "the classes Ant and ant differ only in capitals"),
     ],
     ids=lambda value: "" if isinstance(value, str) else " ".join(value[::3]),
 )
@@ -497,9 +497,9 @@ def test_what_is_no_class_is_left_out_and_counted(tmp_path: Path, own_cache: Pat
     assert dataset.classes == ("ant", "bee") and sum(map(len, dataset.splits.values())) == 3 + 4 + 4
     assert dataset.left_out == {
         ".txt files": 2, ".mp4 files": 1, ".pdf files": 1, ".eps files": 1, "files without an extension": 1,
-        "images beside the class folders": 1, "images in folders @eaDir": 8, "images in folders thumbs": 4,
+        "images outside the class folders": 1, "images in folders @eaDir": 8, "images in folders thumbs": 4,
         "images in folders mlruns": 4, "images in folders checkpoints": 4, "images in folders .ipynb_checkpoints": 4,
-        "links that lead nowhere": 1, ".zip files": 1,
+        "broken links": 1, ".zip files": 1,
     }  # fmt: skip
     assert ".mp4 files (1)" in dataset.notes[0]
 
@@ -512,7 +512,7 @@ def test_a_part_of_a_set_may_be_named(tmp_path: Path) -> None:
     wrong: dict[str, dict[str, str]] = {
         "data.test_dir two: names the test part": {"test_dir": "two"},
         "data.train_dir three: no such folder": {"train_dir": "three"},
-        "one part lies in the other": {"train_dir": ".", "test_dir": "two"},
+        "one part is inside the other": {"train_dir": ".", "test_dir": "two"},
     }
     for said, values in wrong.items():
         with pytest.raises(InputError, match=said):
@@ -549,7 +549,7 @@ def test_lines_of_a_table_without_a_label_and_those_against_a_folder_are_counted
     dataset = load_folder(root, labels="labels.csv")
     assert dataset.classes == ("ant", "bee")
     assert dataset.left_out == {
-        "rows without a label": 1, "images without a label": 1, "folder names that are other labels than the table's": 1
+        "rows without a label": 1, "images without a label": 1, "folder names that differ from the table's labels": 1
     }  # fmt: skip
 
 
@@ -572,7 +572,7 @@ def test_labels_of_a_part_are_for_its_images_alone(tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"labels no training image; give the folder that it labels as data.train_dir"):
         load_dataset(labels(*rows["val"]))
     lines = [f"{number}.png,{'ab'[number % 2]}" for number in range(6)]
-    with pytest.raises(InputError, match=r"may be .*, or give the folder alone that it labels as data.train_dir"):
+    with pytest.raises(InputError, match=r"may be .*, or give only the folder that it labels as data.train_dir"):
         load_dataset(labels(*lines))
     (root / "labels.csv").write_text(
         "\n".join(["file,label,split", *(f"{line},{part}" for part in ("train", "val") for line in lines)])
@@ -588,12 +588,12 @@ def test_labels_of_a_part_are_for_its_images_alone(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("content", "said"),
     [
-        (b"", r"names no column of files and one of labels \(it is empty\)"),
-        (b"a,b\n1,2\n", r"names no column .*\(a, b\); call them file and label"),
-        (b"file,label\nnone.png,a\nx0,b\n", r"1 of its files are not there as images \(none.png\)"),
+        (b"", r"doesn't name a column of files and one of labels \(it is empty\)"),
+        (b"a,b\n1,2\n", r"doesn't name a column .*\(a, b\); name them file and label"),
+        (b"file,label\nnone.png,a\nx0,b\n", r"1 of its files don't exist as images \(none.png\)"),
         (b"file,label\nx0,a\nx0.png,b\n", "x0.png has the labels a and b"),
         (b"file,label\ny0.png,a\n", "y0.png may be .*write it with its folder"),
-        (b"file,label\n\xff,a\n", "it is no CSV in UTF-8"),
+        (b"file,label\n\xff,a\n", "it is not a CSV in UTF-8"),
         (None, "no such file"),
     ],
 )
@@ -614,7 +614,7 @@ def test_classes_that_lack_images_are_refused_unless_allowed(tmp_path: Path) -> 
     dataset = load_folder(root, allow_incomplete_classes=True, per_class=2)
     assert dataset.classes == ("ant", "bee", "cow", "dog")
     assert {name: len(split) for name, split in dataset.splits.items()} == {"train": 7, "validation": 3, "test": 8}
-    assert dataset.left_out["classes that test lacks, as cow"] == 2
+    assert dataset.left_out["classes that test lacks, such as cow"] == 2
 
 
 def test_broken_images_are_skipped_where_that_is_wanted(tmp_path: Path, own_cache: Path) -> None:
@@ -624,7 +624,7 @@ def test_broken_images_are_skipped_where_that_is_wanted(tmp_path: Path, own_cach
     for _ in range(2):  # the second time from the cache
         dataset = load_folder(root, skip_broken=True, validation_fraction=0)
         assert len(dataset.train) == 11 and dataset.broken == {"train/ant/ant1.png": "UnidentifiedImageError"}
-        assert dataset.notes[0] == "Left out, since they can't be read: 1 images, as train/ant/ant1.png."
+        assert dataset.notes[0] == "Left out because they can't be read: 1 images, such as train/ant/ant1.png."
         assert dataset.notes[1].endswith("as images of train: test/cow/cow0.png is train/bee/bee0.png.")
         with pytest.raises(InputError, match=r"1 images can't be read .*ant1.*or give data\.skip_broken"):
             load_folder(root)
@@ -661,7 +661,7 @@ def test_images_are_brought_upright(tmp_path: Path, orientation: int, ending: st
 
 
 def icon(mode: str, colour: int, folder: Path) -> Path:
-    """Write an image that is transparent but for a square of a grey in its middle."""
+    """Write an image that is transparent except for a square of a grey in its middle."""
     image = Image.new("RGBA", (9, 9), (colour, colour, colour, 0))
     image.paste((colour, colour, colour, 255), (3, 3, 6, 6))
     more: dict[str, Any] = {}

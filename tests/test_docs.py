@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import ast
+import io
 import re
 import shlex
 import statistics
 import textwrap
+import tokenize
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -30,6 +32,8 @@ from tests.conftest import ROOT, TINY_TABLE
 README = ROOT / "README.md"
 PAGES = [README, *reference.pages()]
 RESULTS, POST = (reference.DOCS / "results" / name for name in ("README.md", "the-post.md"))
+SOURCES = sorted([*ROOT.glob("effv2/*/**/*.py"), *ROOT.glob("sweeps/*.yaml"), *ROOT.glob("effv2/**/claims.yaml")])
+SPOKEN = {tokenize.COMMENT, tokenize.STRING, getattr(tokenize, "FSTRING_MIDDLE", tokenize.STRING)}  # since Python 3.12
 LINKED = [*PAGES, *(reference.DOCS / "results").glob("*.md")]
 MOST_LINES, MOST_WORDS, LONGEST_MEAN, LONGEST = 120, 2_000, 18, 35
 FEWER_WORDS = {README: 1_200, RESULTS: 1_800, POST: 800}  # of the results without their tables
@@ -46,14 +50,14 @@ DIALECT = {
     "an epoch's": r"\ban? (?:epoch|arm|seed)'s\b(?! metrics)",
     "what it gave": r"\bwhat (?:it|they|that) (?:gave|gives|give|came|took)\b",
     "what becomes of": r"\bbecomes? of\b",
-    "is none": r"\bis none\b",
+    "is none": r"(?<!there )\bis none\b",
     "of yours": r"\bof (?:yours|ours|one's own)\b",
     "but for": r"\bbut for\b",
     "for want of": r"\bfor want of\b",
     "at hand": r"\bat hand\b",
     "beside": r"\bbeside\b",
     "anew": r"\banew\b",
-    "alone": r"(?<!these files )\balone\b(?! decide)",
+    "alone": r"(?<!these files )(?<!right )\balone\b(?! decide)",
     "says so of": r"\b(?:says|say|said) so of\b",
     "lies, lay": r"\b(?:lies|lay)\b",
     "is to be": r"\b(?:is|are) to be\b",
@@ -87,6 +91,15 @@ def plain(path: Path) -> str:
     return re.sub(r"`[^`]+`(?:, `[^`]+`)*", "code", re.sub(r"!?\[([^\]]*)\]\([^)]*\)", r"\1", text))
 
 
+def source_words(path: Path) -> str:
+    """Return the words of a source: its comments and texts, without names of variables and code in backticks."""
+    text = path.read_text()
+    if path.suffix == ".py":
+        tokens = list(tokenize.generate_tokens(io.StringIO(text).readline))
+        text = " | ".join(each.string for each in tokens if each.type in SPOKEN)
+    return " ".join(re.sub(r"(?m)`[^`\n]+`|\{[^{}\n]*\}|'[^'\n]{30,}'|^ *# mlflow run.*$|^ +#", "code", text).split())
+
+
 def words(text: str) -> list[str]:
     return [word for word in text.split() if re.search(r"\w", word)]
 
@@ -110,6 +123,13 @@ def test_a_page_is_short_and_plain(path: Path) -> None:
     assert statistics.fmean(counts or [0]) <= LONGEST_MEAN
     assert not [each for each, count in zip(found, counts, strict=True) if count > LONGEST]
     text = " ".join(plain(path).split())
+    odd = {name: re.findall(f".{{0,30}}(?:{pattern}).{{0,30}}", text) for name, pattern in DIALECT.items()}
+    assert not {name: each for name, each in odd.items() if each}, "say it in standard English"
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=name_of)
+def test_a_source_is_in_standard_english(path: Path) -> None:
+    text = source_words(path)
     odd = {name: re.findall(f".{{0,30}}(?:{pattern}).{{0,30}}", text) for name, pattern in DIALECT.items()}
     assert not {name: each for name, each in odd.items() if each}, "say it in standard English"
 

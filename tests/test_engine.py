@@ -155,7 +155,7 @@ def in_mid_epoch(storage: Storage, finished: int) -> int:
         return 0
     running = (trial for trial in found if trial.state == TrialState.RUNNING)
     begun = (trial.user_attrs[OWNER] for trial in running if 0 < len(trial.intermediate_values) < EPOCHS)
-    # The trial of a killed worker stands as running until another worker looks for work.
+    # The trial of a killed worker remains running until another worker looks for work.
     return next((int(owner.split("/")[2]) for owner in begun if not is_gone(owner)), 0)
 
 
@@ -218,7 +218,7 @@ def test_seeds_until_known_end_alike_whatever_is_killed(sqlite_store: str, study
     (parent,) = (run for run in runs() if "mlflow.parentRunId" not in run.data.tags)
     assert parent.data.params["study.max_seeds"] == "4" and "default" in parent.data.tags["effv2.answer"]
     refused = CliRunner().invoke(ablate, [*words, "--max-seeds", "5", "--storage", storage])
-    assert refused.exit_code == 2 and "was begun with 4" in refused.output
+    assert refused.exit_code == 2 and "began with 4" in refused.output
     opened.close()
 
 
@@ -344,7 +344,7 @@ def test_a_connection_that_is_cut_within_a_query_is_waited_for(cluster: Cluster)
 
 def test_a_database_that_cannot_be_reached_is_waited_for_then_named() -> None:
     pytest.importorskip("psycopg")
-    with pytest.raises(StoreAway, match="The storage has been away for"):
+    with pytest.raises(StoreAway, match="The storage has not answered for"):
         open_storage("postgresql+psycopg://nobody@127.0.0.1:1/nothing", wait=0.5)
 
 

@@ -191,7 +191,7 @@ def test_float32_means_float32_on_cuda_unless_bf16_is_wanted() -> None:
 
 def test_without_a_compiler_nothing_is_compiled(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("CXX", "no-such-compiler")
-    with pytest.raises(InputError, match=r"execution\.compile true: the C\+\+ compiler no-such-compiler isn't there"):
+    with pytest.raises(InputError, match=r"execution\.compile true: the C\+\+ compiler no-such-compiler is missing"):
         resolve_study([tiny_config(execution={"compile": True})], print)
 
 

@@ -193,7 +193,7 @@ for words in sys.argv[1:]:
 
 def test_comments_in_every_file_leave_finished_runs_found(sqlite_store: str, tmp_path: Path, tiny_study: Path) -> None:
     ablate = f"ablate --study {tiny_study} --variant other --log-model none"
-    assert "finished before" not in CliRunner().invoke(main, ablate.split(), catch_exceptions=False).output
+    assert "already finished" not in CliRunner().invoke(main, ablate.split(), catch_exceptions=False).output
     single = tmp_path / "single.yaml"
     study = yaml.safe_load(tiny_study.read_text())
     model = study["arms"]["other"]["model"]
@@ -205,7 +205,7 @@ def test_comments_in_every_file_leave_finished_runs_found(sqlite_store: str, tmp
     command = [sys.executable, "-c", AGAIN, ablate, f"train --study {single} --log-model none"]
     environment = {**os.environ, "PYTHONPATH": str(package.parent)}
     done = subprocess.run(command, cwd=tmp_path, env=environment, text=True, capture_output=True)
-    assert "All 2 runs were finished before" in done.stdout and "Finished before" in done.stdout, done
+    assert "All 2 runs were already finished" in done.stdout and "Finished before" in done.stdout, done
 
 
 def test_an_entry_added_to_a_table_is_no_change_and_one_that_differs_is() -> None:

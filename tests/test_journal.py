@@ -122,7 +122,7 @@ def test_a_lock_of_a_silent_owner_is_taken_and_that_one_writes_no_more(tmp_path:
     path = tmp_path / "lock"
     lock = LockFile(path, grace=60, longer=0.3)
     path.write_text(owner)
-    with pytest.raises(StoreAway, match=r"keeps .* locked"), lock.held(0.5):
+    with pytest.raises(StoreAway, match=r"holds the lock"), lock.held(0.5):
         pass
     assert path.read_text() == owner, "an owner that isn't silent keeps it"
     age(path)
@@ -139,7 +139,7 @@ def test_who_lost_its_lock_changes_nothing(url: str) -> None:
     assert isinstance(storage, Journal) and storage.file is not None
     queue, lock = make_queue(storage, trials=1), Path(f"{storage.file}.lock")
     before = storage.file.read_bytes()
-    with pytest.raises(LogAway, match="others took its lock"), storage.lock("q"):
+    with pytest.raises(LogAway, match="another one took its lock"), storage.lock("q"):
         lock.write_text("another/machine/1/1/x z")
         storage.optuna.set_study_user_attr(queue.study_id, "name", "value")
     assert storage.file.read_bytes() == before
@@ -180,7 +180,7 @@ def test_what_is_no_log_is_refused_and_stays_as_it_is(sqlite_store: str, url: st
     log.write_bytes(start)
     storage = open_storage(url)
     log.write_bytes(start + b"my thesis")
-    with pytest.raises(StoreAway, match="ends with something else"):
+    with pytest.raises(StoreAway, match="does not end with an entry"):
         storage.retry(lambda: storage.optuna.set_study_user_attr(0, "name", "value"))
     assert log.read_bytes() == start + b"my thesis"
 
@@ -208,7 +208,7 @@ class Slept(LockFile):
 def test_who_slept_before_it_wrote_overwrites_nothing(tmp_path: Path) -> None:
     lock = Slept(tmp_path / "lock", 60, 20)
     log = Log(tmp_path / "study.log", [lock], lambda: 1.0)
-    with pytest.raises(LogAway, match="others took its lock"):
+    with pytest.raises(LogAway, match="another one took its lock"):
         log.append_logs([{"op_code": 2}])
     assert log.path.read_bytes() == b""
     lock.path.unlink()
@@ -224,7 +224,7 @@ def test_a_lock_that_a_process_keeps_is_named(url: str) -> None:
     for name in ("lock", "append.lock"):
         lock = Path(f"{storage.file}.{name}")
         lock.write_text("another/machine/1/1/x y")
-        with pytest.raises(StoreAway, match=rf"^Another process keeps .*\.{name} locked; end it"):
+        with pytest.raises(StoreAway, match=rf"^Another process holds the lock .*\.{name}; end that process"):
             queue.lease()
         lock.unlink()
     assert queue.lease() is not None

@@ -87,13 +87,13 @@ def test_an_outage_costs_no_metric_and_no_time(server: Server, tmp_path: Path, s
         wait_for_epoch(epochs // 6, process)
         began = time.time() * 1000
         server.stop()
-        errors = process.until("is away")
+        errors = process.until("doesn't accept values")
         time.sleep(seconds)
         ended = time.time() * 1000
         server.start()
         errors += process.rest()
     assert process.returncode == 0, errors
-    assert errors.count("is away") == 1 and errors.count("is back") == 1
+    assert errors.count("doesn't accept values") == 1 and errors.count("answers again") == 1
     check_complete(epochs)
     times = history("time/epoch_seconds")
     before = [each.value for each in times if each.timestamp < began][2:]

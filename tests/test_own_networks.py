@@ -1,4 +1,4 @@
-"""Heads of the data's own classes beside ImageNet's: logged models, state dicts, and what is refused of them."""
+"""Heads of the data's own classes next to ImageNet's: logged models, state dicts, and what is refused of them."""
 
 from __future__ import annotations
 
@@ -72,8 +72,8 @@ def test_heads_of_other_classes_are_refused(images: Path, tmp_path: Path) -> Non
     torch.save(models.get_model("squeezenet1_1", num_classes=5).state_dict(), tmp_path / "five.pth")
     before = len(MlflowClient().search_runs(["0"]))
     for network, words in (
-        (f"squeezenet1_1={tmp_path}/five.pth", "it has 5 outputs, and the data 3 classes"),
-        ("mine=runs:/0123456789abcdef0123456789abcdef", "none there"),
+        (f"squeezenet1_1={tmp_path}/five.pth", "it has 5 outputs, but the data has 3 classes"),
+        ("mine=runs:/0123456789abcdef0123456789abcdef", "no model there"),
     ):
         result = evaluate(images, network)
         assert result.exit_code == 2 and words in result.stderr, result.stderr
@@ -88,7 +88,7 @@ def test_images_that_cannot_be_read_are_left_out_for_all_networks_if_asked(image
     refused = evaluate(images, networks)
     assert refused.exit_code == 2 and "0.jpg" in refused.stderr and "give --skip-broken" in refused.stderr
     done = evaluate(images, networks, "--skip-broken", "--log-model", "all")
-    assert done.exit_code == 0 and "can't be read: 1 images, as test/class 1/0.jpg" in done.output, done.output
+    assert done.exit_code == 0 and "can't be read: 1 images, such as test/class 1/0.jpg" in done.output, done.output
     found = [run for run in MlflowClient().search_runs(["0"]) if "model.name" in run.data.params]
     assert [run.data.metrics["eval/images"] for run in found] == [17, 17]
     for each in found:

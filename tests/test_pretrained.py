@@ -91,7 +91,7 @@ def seeded_weights(path: Path, network: str, seed: int = 0) -> Path:
 
 @pytest.fixture
 def few_images(tmp_path: Path) -> Path:
-    """Write four images a class of two classes, half of them named as ImageNet's validation images."""
+    """Write four images per class for two classes, half of them named as ImageNet's validation images."""
     generator = np.random.default_rng(0)
     for folder in ("n01440764", "church"):
         for index in range(4):
@@ -201,9 +201,9 @@ def test_a_difference_is_claimed_only_where_it_is_real() -> None:
     poor = [True] * 10 + [False] * 22
     text = ranking({"poor": poor, "best": best, "good": good})
     assert "best is better than poor (p < 0.001); good is better than poor (p < 0.001)" in text
-    assert "it can't be told which is better: best or good (p = 1.00)" in text
+    assert "undecided which is better: best or good (p = 1.00)" in text
     assert "Holm-corrected for 3" in text and "32 images of ImageNet's validation set" in text
-    assert "little of how they predict others" in ranking({"a": best, "b": good}, SEEN)
+    assert "this says little about other images" in ranking({"a": best, "b": good}, SEEN)
     assert "not known" in ranking({"a": best, "b": good}, UNKNOWN)
     assert "nothing to compare" in ranking({"a": best})
 
@@ -212,7 +212,7 @@ def test_many_networks_are_all_named() -> None:
     rights = {str(count): [True] * count + [False] * (99 - count) for count in (99, 70, 40, 39, 5)}
     text = ranking(rights)
     assert "99 is better than 70, 40, 39 and 5; 70 is better than 40, 39 and 5; 40 is better than 5; 39" in text
-    assert "it can't be told which is better: 40 or 39." in text
+    assert "undecided which is better: 40 or 39." in text
 
 
 def test_the_published_comparison_on_138_images_decides_nothing() -> None:
@@ -348,7 +348,7 @@ def test_published_files_are_verified_however_they_came(hub: Path, server: tuple
     assert find(own).path == own / name
     for place, weights_dir in ((own, own), (hub, None)):
         (place / name).write_bytes(b"other")
-        with pytest.raises(InputError, match=rf"{name} is not the published file.*delete it and fetch {address}"):
+        with pytest.raises(InputError, match=rf"{name} is not the published file.*delete it and download {address}"):
             find(weights_dir)
     (hub / name).unlink()
     (folder / name).write_bytes(b"tampered")
@@ -362,17 +362,17 @@ WRONG_INPUT = {
     "--models resnet50:IMAGENET1K_V9": r"no published weights 'IMAGENET1K_V9'; did you mean 'IMAGENET1K_V2'\?",
     "--models vgg16:IMAGENET1K_FEATURES": r"no published weights 'IMAGENET1K_FEATURES'",
     "--models resnet50,resnet50:DEFAULT": r"are the same weights",
-    "--models resnet50=nowhere.pth": r"nowhere.pth is no file that can be read",
+    "--models resnet50=nowhere.pth": r"nowhere.pth is not a readable file",
     "--models ,": r"--models ,: names no network",
     "--models resnet50": r"resnet50: its weights can't be downloaded \(.*fetch https://\S+/resnet50-11ad3fa6.pth and",
     "--models squeezenet1_1=truncated.pth": r"truncated.pth can't be loaded as weights of \S+ \(it is damaged",
-    "--models squeezenet1_1=code.pth": r"code.pth can't be loaded .*holds something else than tensors",
+    "--models squeezenet1_1=code.pth": r"code.pth can't be loaded .*holds something other than tensors",
     "--models resnet18=squeezenet.pth": r"squeezenet.pth can't be loaded as .* resnet18 \(parameters are missing",
     "--models squeezenet1_1=squeezenet.pth --weights-dir /nowhere": r"--weights-dir /nowhere: no such folder",
     "--models squeezenet1_1=squeezenet.pth --dataset imagenete": r"--dataset imagenete: .* did you mean 'imagenette'",
-    "--models squeezenet1_1=squeezenet.pth --dataset digits --data-dir=": r"--dataset digits: the class '0' is none of",
-    "--models squeezenet1_1=squeezenet.pth --dataset imagenette": r"no imagenette2-160",
-    "--models squeezenet1_1=squeezenet.pth --data-dir cats": r"the class 'Persian' is none of ImageNet's "
+    "--models squeezenet1_1=squeezenet.pth --dataset digits --data-dir=": r"digits: the class '0' is not one of",
+    "--models squeezenet1_1=squeezenet.pth --dataset imagenette": r"not imagenette2-160",
+    "--models squeezenet1_1=squeezenet.pth --data-dir cats": r"the class 'Persian' is not one of ImageNet's "
     r"\(did you mean 'Persian cat'",
     "--models squeezenet1_1=squeezenet.pth --data-dir twins": r"church and n03028079 are the same class",
     "--models squeezenet1_1=squeezenet.pth --data-dir broken": r"1 images can't be read.*tench/1.jpg",
@@ -520,7 +520,7 @@ def test_the_published_comparison_from_names_to_report(sqlite_store: str, few_im
     assert not named_rows
     assert parent.data.metrics.keys() >= {f"{name}/eval/top1_accuracy" for name in named}
     assert "on 4 images of ImageNet's validation set" in result.output
-    assert parent.info.status == "FINISHED" and "can't be told" in parent.data.tags["mlflow.note.content"]
+    assert parent.info.status == "FINISHED" and "undecided which" in parent.data.tags["mlflow.note.content"]
 
 
 @pytest.mark.usefixtures("short_batches")
@@ -575,7 +575,7 @@ def test_a_batch_too_large_for_the_memory_costs_its_latency_alone(
 
     monkeypatch.setattr(evaluation, "median_seconds", timed)
     result = evaluate_squeezenets(few_images, [seeded_weights(tmp_path / "squeezenet1_1.pth", "squeezenet1_1")])
-    assert result.exit_code == 0 and "no memory to time 128 images at once" in result.stderr
+    assert result.exit_code == 0 and "not enough memory to time 128 images at once" in result.stderr
     metrics = all_runs()[-1].data.metrics
     assert metrics["eval/images"] == 8 and metrics["inference/single_image_seconds"] == 0.5
     assert "inference/batch_128_seconds" not in metrics
@@ -588,7 +588,7 @@ def test_what_was_evaluated_is_not_repeated(
     assert evaluate_squeezenets(few_images, two_files[:1]).exit_code == 0
     before = [run.info.run_id for run in all_runs()]
     again = evaluate_squeezenets(few_images, two_files[:1])
-    assert again.exit_code == 0 and "finished before; --fresh" in again.stderr
+    assert again.exit_code == 0 and "already finished; --fresh" in again.stderr
     assert [run.info.run_id for run in all_runs()] == before
     assert evaluate_squeezenets(few_images, two_files).exit_code == 0
     assert len(all_runs()) == len(before) + 2  # a parent and the second network

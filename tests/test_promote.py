@@ -100,7 +100,7 @@ def test_a_better_model_alone_moves_the_alias(log: Log, name: str) -> None:
     assert try_out(name, run).verdict == "promoted" and champion(name) == 1  # unopposed
     for right, alone, theirs in ((140, 0, 10), (150, 0, 0), (155, 5, 0)):  # worse, equal, better by chance
         refused = try_out(name, log(right)[0])
-        assert refused.verdict == "refused" and f"right, {alone} against {theirs} of them alone" in refused.reason
+        assert refused.verdict == "refused" and f"right, {alone} against {theirs} where only" in refused.reason
     assert list(held(name)) == [1] and champion(name) == 1
     better, _ = log(156)  # six images are right here alone: p = 2 / 2^6
     assert "(exact McNemar, p = 0.031)" in try_out(name, better).reason and champion(name) == 2
@@ -118,11 +118,11 @@ def test_a_better_model_alone_moves_the_alias(log: Log, name: str) -> None:
 def test_the_command_says_what_it_did_and_what_it_would_do(log: Log, name: str) -> None:
     first, run = log(100)
     dry = call(run, "--name", name, "--dry-run")
-    assert dry.exit_code == 0 and "Nothing was changed" in dry.stdout and not held(name)
+    assert dry.exit_code == 0 and "nothing was changed" in dry.stdout and not held(name)
     done = call(run, "--name", name)
     assert done.exit_code == 0 and f"mlflow models serve --model-uri models:/{name}@champion" in done.stdout
     again = call(first, "--name", name)
-    assert again.exit_code == 0 and f"is the champion already, as version 1 of {name}" in again.stdout
+    assert again.exit_code == 0 and f"is already the champion, as version 1 of {name}" in again.stdout
     for extra in ((), ("--dry-run",)):
         refused = call(log(90)[0], "--name", name, *extra)
         assert refused.exit_code == 1 and "45.00 % against 50.00 % of 200 test images right" in refused.stderr
@@ -142,7 +142,7 @@ def test_limits_hold_for_the_first_model_too(log: Log, name: str) -> None:
 @pytest.mark.parametrize(
     ("other", "problem"),
     [
-        ({"ids": "picture"}, "400 belong to one alone, as image 0"),
+        ({"ids": "picture"}, "only one of the two has 400, such as image 0"),
         ({"true": "wolf"}, "200 test images have other labels than the champion's: image 0 is wolf, was dog"),
         ({"digest": "2"}, "have the names of the champion's, but other pixels"),
     ],
@@ -224,14 +224,14 @@ def test_a_champion_that_is_gone_or_cannot_be_judged(log: Log, name: str) -> Non
     try_out(name, run)
     client.delete_run(run.removeprefix("runs:/"))
     with pytest.raises(
-        RunError, match=r"version 1 of .* can't be judged, since it has no run, or that was deleted; correct that"
+        RunError, match=r"version 1 of .* can't be judged, because it has no run, or its run was deleted; correct that"
     ):
         try_out(name, log(200)[0])
     client.delete_model_version(name, "1")
     assert try_out(name, log(50)[0]).verdict == "promoted"  # nobody is the champion
     by_hand = client.create_model_version(name, str(Path.cwd()))
     client.set_registered_model_alias(name, "champion", str(by_hand.version))
-    with pytest.raises(RunError, match="can't be judged, since it has no run"):
+    with pytest.raises(RunError, match="can't be judged, because it has no run"):
         try_out(name, log(200)[0])
     assert champion(name) == int(by_hand.version) and len(held(name)) == 2
 
@@ -246,15 +246,15 @@ def test_what_cannot_be_judged_is_refused_before_anything_is_registered(log: Log
     without, _ = log(100, ending=".old")
     twice, _ = log(100, names=IMAGES - 1)
     for address, problem in {
-        pruned: "was pruned, isn't complete",
-        foreign: "isn't complete, or none of effv2's",
-        deleted: "has none of that id",
-        run: "no model was logged there, or not all of it",
-        f"models:/{unfinished.model_id}": "or not all of it",
+        pruned: "was pruned, is incomplete",
+        foreign: "is incomplete, or is not a run of effv2",
+        deleted: "has no model of that id",
+        run: "no model was logged there, or it is incomplete",
+        f"models:/{unfinished.model_id}": "or it is incomplete",
         without: "has no predictions of test images",
-        twice: "or several of one",
-        "runs:/nothing": "has none of that id",
-        f"models:/{name}/1": "is no address of a logged model",
+        twice: "or several for one image",
+        "runs:/nothing": "has no model of that id",
+        f"models:/{name}/1": "is not the address of a logged model",
     }.items():
         with pytest.raises(InputError, match=problem):
             try_out(name, address)

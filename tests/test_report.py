@@ -84,14 +84,14 @@ def test_a_study_ends_with_a_report_and_views(sqlite_store: str, tiny_study: Pat
         each for each in Page(html).addresses if not each.startswith(("#", "data:"))
     ]  # nothing comes from elsewhere
     first = html[html.index("<section") : html.index("<table")]
-    assert "other against default: 2 seeds, no verdict below 3." in first and "`seeds=auto` would take about" in first
+    assert "other against default: 2 seeds, but a verdict needs 3." in first and "With `seeds` auto, about" in first
     assert "<svg" in first  # the forest plot
     assert "laims</h2>" not in html and "Not complete" not in html
     assert f"effv2 ablate --study {tiny_study} --seeds 0,1 --log-model none" in html
     drawn = {file.path for file in MlflowClient().list_artifacts(parent.info.run_id, "figures")}
     assert set(re.findall(r"\(figures/([\w.-]+)\)", markdown)) == {path.removeprefix("figures/") for path in drawn}
     assert len(drawn) == 5 and html.count("<svg") == 5
-    # MLflow's UI: where to look stands first, in the experiment and on the run; the views are saved.
+    # MLflow's UI: where to look comes first, in the experiment and on the run; the views are saved.
     experiment = MlflowClient().get_experiment(parent.info.experiment_id)
     saved = {name for name in experiment.tags if name.startswith("mlflow.sharedViewState.")}
     assert saved == {f"mlflow.sharedViewState.effv2-{name}" for name in ("answers", "table", "curves")}
@@ -99,7 +99,7 @@ def test_a_study_ends_with_a_report_and_views(sqlite_store: str, tiny_study: Pat
         "viewStateShareKey=effv2-curves" in tags["mlflow.note.content"] for tags in (experiment.tags, parent.data.tags)
     )
     assert parent.data.tags["mlflow.note.content"].startswith("other against default: 2 seeds")
-    assert parent.data.tags[ANSWER] == "other against default: 2 seeds, no verdict below 3."
+    assert parent.data.tags[ANSWER] == "other against default: 2 seeds, but a verdict needs 3."
     state = json.loads(json.loads(experiment.tags["mlflow.sharedViewState.effv2-table"])["state"])
     assert state["orderByKey"] == "metrics.`best/test_accuracy`" and not state["orderByAsc"]
     # A third seed joins; runs that another study finished before are reused in this one's report.
@@ -118,7 +118,7 @@ def test_a_study_ends_with_a_report_and_views(sqlite_store: str, tiny_study: Pat
     assert "## Single runs" not in markdown  # the reused ones stand in the study
     assert "| default | 3 |" in markdown and "| variant | default | other |" in markdown
     assert "| training to 1 % test accuracy, s |" in markdown
-    assert "| less other [interval] |" in markdown and "- default against other: undecided" in markdown
+    assert "| minus other [interval] |" in markdown and "- default against other: undecided" in markdown
     tags = MlflowClient().get_experiment(parent.info.experiment_id).tags
     assert tags["mlflow.note.content"] == "The user's own words."
 
@@ -129,8 +129,8 @@ def test_arms_may_be_compared_on_validation_alone(sqlite_store: str, tiny_study:
     parent, *children = all_runs()
     assert not any("test" in name for run in (parent, *children) for name in run.data.metrics)
     markdown = artifact(parent.info.run_id, "report.md", tmp_path)
-    assert "| variant | runs | validation accuracy, best epoch | less default [interval] |" in markdown
-    assert "The test set was left alone" in markdown and "validation-accuracy.svg" in markdown
+    assert "| variant | runs | validation accuracy, best epoch | minus default [interval] |" in markdown
+    assert "The test set was not evaluated" in markdown and "validation-accuracy.svg" in markdown
     assert "| none |" not in parent.data.tags["mlflow.note.content"]
     tiny_study.write_text(tiny_study.read_text().replace("default: {", "default: {evaluation: {test_set: true}, "))
     refused = invoke(ablate, "--study", tiny_study)
@@ -162,7 +162,7 @@ def test_an_experiment_is_reported_exported_and_rebuilt(sqlite_store: str, tiny_
     assert artifact(made[0].info.run_id, "report.html", tmp_path) == (out / "report.html").read_text()
     assert "<title>tiny: effv2" in artifact(parent.info.run_id, "report.html", tmp_path)
     assert len(made) == 1 and made[0].info.status == "FINISHED"
-    # Every number is there, and hashed; the report follows from them alone.
+    # Every number is there, and hashed; the report follows only from them.
     hashes = json.loads((out / "data" / "manifest.json").read_text())["sha256"]
     assert (out / "data" / "manifest.json").stat().st_mode == (out / "report.md").stat().st_mode
     files = {path.relative_to(out / "data").as_posix() for path in (out / "data").rglob("*.csv")}
@@ -270,9 +270,7 @@ def test_an_export_with_values_of_wrong_kinds_is_refused(tmp_path: Path, table: 
     about = json.loads((folder / "manifest.json").read_text())
     about["sha256"][table] = hashlib.sha256(content.encode()).hexdigest()
     (folder / "manifest.json").write_text(json.dumps(about))
-    with pytest.raises(
-        InputError, match=r"^from_export .*: one of its tables holds what no export has .*; export again"
-    ):
+    with pytest.raises(InputError, match=r"^from_export .*: one of its tables is invalid .*; export again"):
         exported([folder])
 
 
@@ -331,8 +329,8 @@ def test_the_run_that_mlflow_opened_gets_the_report(
     ("words", "said"),
     [
         (["--claims", "nowhere.yaml"], "--claims nowhere.yaml: can't be read"),
-        (["--claims", "/dev/zero"], "--claims /dev/zero: can't be read (it is no plain file)"),
-        (["--claims", "pipe"], "--claims pipe: can't be read (it is no plain file)"),
+        (["--claims", "/dev/zero"], "--claims /dev/zero: can't be read (it is not a regular file)"),
+        (["--claims", "pipe"], "--claims pipe: can't be read (it is not a regular file)"),
         (["--from-export", "x"], "name one with --export"),
         (["--from-export", " ,"], "names no folder"),
         (["--from-export", "x", "--export", "y"], "has no manifest.json"),

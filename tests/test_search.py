@@ -147,7 +147,7 @@ def test_a_study_whose_run_is_gone_begins_anew(sqlite_store: str, tiny_study: Pa
     deleted = all_runs()[0].info.run_id
     MlflowClient().delete_run(deleted)
     result = invoke(ablate, "--study", tiny_study, "--log-model", "none")
-    assert result.exit_code == 0 and "has no run of this study: a new one is started there." in result.stderr
+    assert result.exit_code == 0 and "has no run of this study, so a new one is started there." in result.stderr
     parents = [run for run in all_runs() if "mlflow.parentRunId" not in run.data.tags]
     assert [run.info.run_id != deleted and run.info.status for run in parents] == ["FINISHED"]
 
@@ -240,7 +240,7 @@ def test_a_trial_is_pruned_after_a_quarter_of_its_epochs_at_the_earliest() -> No
 def test_a_diverging_trial_is_an_answer_of_a_search_unless_all_are(
     sqlite_store: str, tiny_search: Path, monkeypatch: pytest.MonkeyPatch, sound: int, code: int, status: str
 ) -> None:
-    """Trials diverge in their second epoch, but for the first one where it is `sound`."""
+    """Trials diverge in their second epoch, except the first one if it is `sound`."""
     tiny_search.write_text(TINY_SEARCH.replace("trials: 6", "trials: 3"))
     check = loop.Training._must_be_finite
 

@@ -203,7 +203,7 @@ IPTC = (
 @pytest.mark.parametrize("content", [POSTSCRIPT, IPTC], ids=["as it is", "in IPTC"])
 def test_postscript_is_run_by_nobody(tmp_path: Path, content: bytes) -> None:
     (tmp_path / "program.jpg").write_bytes(content)
-    with pytest.raises(ValueError, match="is a program"):
+    with pytest.raises(ValueError, match="PostScript, a program"):
         LabelledImages.of_files([tmp_path / "program.jpg"], [0], ["program"]).open(0)
 
 
@@ -342,12 +342,12 @@ def test_what_cannot_be_exported_is_named_before_anything_is_written(
     run_id, folder = only_run(), tmp_path / "new"
     for address, said in {
         "m-1234": "model m-1234: is no address; give runs:/ID, models:/ID or models:/NAME@ALIAS.",
-        "models:/m-1234": "has none there",
-        "models:/nobody@champion": "has none there",
-        "runs:/1234": "has none there",
+        "models:/m-1234": "has no model there",
+        "models:/nobody@champion": "has no model there",
+        "runs:/1234": "has no model there",
     }.items():
         assert said in invoke(address, folder, code=2), address
-    assert "is there, and not empty; name another one" in invoke(f"runs:/{run_id}", exported, code=2)
+    assert "exists and is not empty; name another one" in invoke(f"runs:/{run_id}", exported, code=2)
     monkeypatch.setattr(onnx_form, "NEEDED", ("onnx", "no_such_package"))
     said = invoke(f"runs:/{run_id}", folder, code=2)
     assert "ONNX needs the packages no_such_package; install them with: pip install 'effv2[onnx]'." in said

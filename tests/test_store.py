@@ -85,7 +85,7 @@ def serve(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., None]]:
     [
         (401, b"You are not authenticated.", "set MLFLOW_TRACKING_USERNAME"),
         (403, b"Invalid Host header - possible DNS rebinding attack detected", "start it with --allowed-hosts"),
-        (403, b'{"error_code": "PERMISSION_DENIED", "message": "no"}', "ask whoever keeps the server"),
+        (403, b'{"error_code": "PERMISSION_DENIED", "message": "no"}', "ask the administrator of the server"),
         (500, b"oops", "start the server or correct the address"),
         (200, b"<html>another site</html>", "start the server or correct the address"),
     ],
@@ -136,7 +136,7 @@ def test_a_database_whose_creation_was_killed(tmp_path: Path, monkeypatch: pytes
         said = process.rest()
     assert process.returncode == -signal.SIGKILL, said
     if creates == BY_MLFLOW:
-        with pytest.raises(InputError, match=r"new.db: its creation was cut short.*; remove the file .*new.db"):
+        with pytest.raises(InputError, match=r"new.db: its creation was interrupted.*; remove the file .*new.db"):
             open_store("")
     else:
         assert open_store("") == "0"
@@ -167,7 +167,7 @@ def test_a_database_that_a_server_made_meanwhile_stays(tmp_path: Path, monkeypat
 def test_artifacts_that_a_server_keeps_need_no_folder_here(location: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(os, "access", lambda *_: False)
     store._check_artifacts(Experiment("1", "kept elsewhere", location, "active"))
-    with pytest.raises(InputError, match="can't be written, where its artifacts go"):
+    with pytest.raises(InputError, match=r"the folder of its artifacts, .*, can't be written"):
         store._check_artifacts(Experiment("1", "kept here", "file:///runs/1", "active"))
 
 
@@ -179,15 +179,15 @@ HOME = os.path.expanduser("~")
     [
         ("127.0.0.1:5000", "has no scheme; write http://127.0.0.1:5000"),
         ("my-server:5000/mlflow", "has no scheme; write http://my-server:5000/mlflow"),
-        ("'http://h:5000'", "quotes or spaces around it; write it without, as http://h:5000"),
-        ('"sqlite:///new.db"', "quotes or spaces around it; write it without, as sqlite:///new.db"),
+        ("'http://h:5000'", "quotes or spaces around it; write it without them, as http://h:5000"),
+        ('"sqlite:///new.db"', "quotes or spaces around it; write it without them, as sqlite:///new.db"),
         ("sqlite:///new.db\n", "quotes or spaces around it"),
         ("sqlite:///~/new.db", f"write sqlite:///{HOME}/new.db"),
         ("file:~/new", f"write file:{HOME}/new"),
         ("postgresql://u:a@b@h/d", "write @ as %40"),
         ("postgresql://u:a b@h/d", "write @ as %40, a space as %20"),
-        ("postgresql://u:a@h:port/d", "port is no number"),
-        ("sqlite:new.db", "is no address of a database; use sqlite:///FILE"),
+        ("postgresql://u:a@h:port/d", "port is not a number"),
+        ("sqlite:new.db", "is not the address of a database; use sqlite:///FILE"),
         ("mysql+nodriver://u@h/d", "no such kind of store"),
         ("mysql+pymysql://u@h/d", "needs the Python package pymysql; install it with: pip install pymysql"),
         ("mysql+mysqldb://u@h/d", "install it with: pip install mysqlclient"),
@@ -290,7 +290,7 @@ def test_a_run_is_adopted_only_where_it_was_opened_for_the_command(
     if kind == "opened for it":
         assert run.run_id == run_id and not said
     else:
-        assert f"the run {run_id}, which was not opened for this command: it is left alone" in said[0]
+        assert f"the run {run_id}, which was not opened for this command, so it is ignored" in said[0]
         assert run.run_id != run_id and there.info.status == before and not there.data.params
 
 
@@ -328,7 +328,7 @@ def test_system_metrics_are_logged_where_they_are_asked_for(
 
 def test_tls_where_there_is_none(serve: Callable[..., None]) -> None:
     serve(200, b"{}", "https")
-    with pytest.raises(InputError, match="speaks no TLS; use an http:// address"):
+    with pytest.raises(InputError, match="doesn't use TLS; use an http:// address"):
         open_store("")
 
 

@@ -67,12 +67,12 @@ def test_a_module_keeps_to_the_rules(path: Path) -> None:
         if isinstance(node, ast.FunctionDef):
             assert (node.end_lineno or 0) - node.lineno + 1 <= LONGEST_FUNCTION, node.name
     if room not in ("cli", "__main__"):
-        assert "click" not in found, "commands alone know click"
+        assert "click" not in found, "only commands know click"
         strings = (node.value for node in ast.walk(tree) if isinstance(node, ast.Constant))
         options = [text for text in strings if isinstance(text, str) and OPTIONS.intersection(OPTION.findall(text))]
-        assert not options, "commands alone know options"
+        assert not options, "only commands know options"
     if room not in ("tracking", "serving") and path.stem != "internals":
-        assert not [name for name in found if name.split(".")[0] == "mlflow"], "tracking alone knows MLflow"
+        assert not [name for name in found if name.split(".")[0] == "mlflow"], "only tracking knows MLflow"
 
 
 def test_imports_have_no_cycle() -> None:

@@ -247,7 +247,7 @@ def test_an_arm_that_opens_again_gets_more() -> None:
         ("arms: {a: {}}\nseeds: [3, 1]", (["a"], "a", (3, 1))),
         ("arms: {a: {augment: {flip: on}}}\ndescription: no", (["a"], "a", ())),
         ("x: &x {on: 1}", "line 2: x: unknown key 'x'"),
-        ("arms: {a: {}, b: {}}\nbaseline: no", "line 3: baseline no: is no arm; choose from: a, b"),
+        ("arms: {a: {}, b: {}}\nbaseline: no", "line 3: baseline no: is not an arm; choose from: a, b"),
         (
             "arms: {a: {}, b: {}}\nbaseline: false",
             "line 3: baseline False: input should be a valid string; write it in q",

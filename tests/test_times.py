@@ -138,7 +138,7 @@ def test_tables_say_how_many_runs_reach_it_and_figures_have_intervals() -> None:
     assert (words, cells["a"][words], cells["b"][words]) in found.details
     header, *lines = found.files["comparison.csv"]  # type: ignore[misc]
     assert [line[header.index(words)] for line in lines].count(math.inf) == 1
-    # Over time stands the mean of the runs, as long as all train, in its interval.
+    # Curves over time are the mean of the runs, as long as all train, in its interval.
     (axes,) = found.figures["accuracy against time"].axes
     moments, means = (np.asarray(each) for each in axes.lines[0].get_data())
     edge = np.asarray(axes.collections[0].get_paths()[0].vertices)

@@ -119,7 +119,7 @@ def test_a_set_that_is_not_there_is_told(tmp_path: Path) -> None:
     for name, parts in SETS.items():
         with pytest.raises(InputError, match=rf"{parts.name} can't be read there") as caught:
             DATASETS[name](DataConfig(dataset=name, dir=str(tmp_path)))
-        assert f"torchvision.datasets.{parts.name} wants, or give data.download" in str(caught.value)
+        assert f"torchvision.datasets.{parts.name} needs, or data.download" in str(caught.value)
     (tmp_path / "FashionMNIST" / "raw").mkdir(parents=True)
     (tmp_path / "FashionMNIST" / "raw" / "train-images-idx3-ubyte").write_bytes(gzip.compress(b"broken"))
     with pytest.raises(InputError, match="FashionMNIST can't be read there"):

@@ -325,7 +325,7 @@ def test_stopping_looks_at_evaluated_epochs_alone() -> None:
 
 @pytest.mark.parametrize("validation", [0, 0.2])
 def test_epochs_between_evaluations_change_no_other_number(validation: float) -> None:
-    """Also of a training that is resumed; rate and weights follow from evaluated epochs alone."""
+    """Also of a training that is resumed; rate and weights only follow from evaluated epochs."""
     groups: dict[str, Any] = {
         "data": {"validation_fraction": validation},
         "schedule": {"epochs": 5, "name": "plateau", "plateau_patience": 0},

@@ -121,7 +121,7 @@ def test_networks_that_share_stages_take_what_fits_if_asked(tmp_path: Path) -> N
     path = saved(tmp_path / "w.pth")
     table = f"{tiny_config().model.table} / M 2 3 1 16 16 1"
     said = list[str]()
-    with pytest.raises(InputError, match=r"they are of another network: features\.\S+ is .* model.weights_partial"):
+    with pytest.raises(InputError, match=r"they belong to another network: features\.\S+ is .* model.weights_partial"):
         prepared(path, model={"table": table, "variant": "longer"})
     config = prepared(path, said, model={"table": table, "variant": "longer", "weights_partial": True})
     assert 0 < float(said[0].partition("): ")[2].partition("%")[0]) < 100
@@ -131,11 +131,11 @@ def test_networks_that_share_stages_take_what_fits_if_asked(tmp_path: Path) -> N
 @pytest.mark.parametrize(
     ("weights", "model", "problem"),
     [
-        ("/nowhere/w.pth", {}, "no such file, and published weights are of default, .* alone"),
+        ("/nowhere/w.pth", {}, "no such file, and only default, .* have published weights"),
         ("IMAGENET1K_V9", {"variant": "default", "table": ""}, "did you mean|no published weights"),
-        ("runs:/none", {}, "there is no tracking store|none there"),
+        ("runs:/none", {}, "there is no tracking store|no model there"),
         ("text.pth", {}, "can't be loaded"),
-        ("other.pth", {}, "they are of another network"),
+        ("other.pth", {}, "they belong to another network"),
         ("w.pth", {"weights_sha256": "0123456789"}, "their SHA-256 begins with"),
     ],
 )

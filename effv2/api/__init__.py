@@ -1,1 +1,1 @@
-"""The functions behind `import effv2`, one a command, and what they return."""
+"""The functions behind `import effv2`, one per command, and their results."""

@@ -1,4 +1,4 @@
-"""A function for each command, with the options' names; what is heavy is imported inside."""
+"""A function for each command, with the names of its options. Large packages are imported inside."""
 
 from __future__ import annotations
 
@@ -26,14 +26,14 @@ from effv2.pretrained.config import PretrainedConfig
 if TYPE_CHECKING:
     from effv2.api.results import Report, StudyResult, Training
 
-SHORT_EPOCHS = 3  # in the studies that hparam_check and search run without one
+SHORT_EPOCHS = 3  # the studies that hparam_check and search run by default
 WITHOUT_SCHEDULER = {name: setting for name, setting in SHARED.items() if name != "scheduler"}
 
 
 class Call:
-    """A function of the API: it takes options as keyword arguments, of which `taken` says what they are.
+    """A function of the API: it takes options as keyword arguments, which `taken` describes.
 
-    A `reporter` hears what happens on the way. InputError before anything is created; RunError for a fault.
+    A `reporter` receives the progress. InputError before anything is created; RunError for a fault.
     """
 
     def __init__(self, function: Callable[[Layer, Options, Reporter], Any], taken: Taken) -> None:
@@ -51,7 +51,7 @@ class Call:
         self.__doc__ = f"{self.help}\n" + "".join(f"\n    {name}: {field.description}" for name, field in fields)
 
     def __call__(self, *, reporter: Reporter | None = None, **options: Any) -> Any:
-        """Call the function; an option that is None or empty is not given."""
+        """Call the function. Options that are None or empty count as not given."""
         fields, name = self.taken.fields, self.function.__name__
         if unknown := [each for each in options if each not in fields]:
             raise TypeError(f"{name}() has no option {unknown[0]!r}; {nearest(unknown[0], list(fields))}")
@@ -81,7 +81,7 @@ def call(taken: Taken) -> Callable[[Callable[[Layer, Options, Reporter], Any]], 
 
 
 def _plain(value: Any, kind: Any) -> Any:
-    """Return what a command would have been given: texts for paths, and for lists where the option is a text."""
+    """Return the values that a command would get: text for paths, and for lists if the option is a text."""
     if isinstance(value, os.PathLike):
         return os.fspath(value)
     if isinstance(value, Mapping):
@@ -93,7 +93,7 @@ def _plain(value: Any, kind: Any) -> Any:
 
 
 def _command_line(name: str, given: Mapping[str, Any]) -> str:
-    """Return the command that resumes what is called: without secrets and `fresh`."""
+    """Return the command that resumes a call, without secrets and `fresh`."""
     words = ["effv2", name]
     for option, value in given.items():
         texts = value if option == "set" else [",".join(map(str, value)) if isinstance(value, tuple) else value]
@@ -197,7 +197,7 @@ def report(layer: Layer, how: Options, reporter: Reporter) -> Report:
     if how.from_export and not sources:
         raise InputError("from_export", how.from_export, "names no folder", "give some, separated by commas")
     if sources and (not how.export or target in sources):
-        problem = "the report needs a folder of its own"
+        problem = "the report needs a separate folder"
         raise InputError("from_export", how.from_export, problem, "name one with `export`")
 
     from effv2.api.results import Report
@@ -211,12 +211,12 @@ def report(layer: Layer, how: Options, reporter: Reporter) -> Report:
 
 
 def _path(text: str) -> Path | None:
-    """Return the path that an option gave, if any. `~` is expanded where the system knows that user."""
+    """Return the path that an option gave, if any. `~` is expanded if the system knows that user."""
     return Path(os.path.expanduser(text)) if text else None
 
 
 def _grid(kind: str, study: Study, arms: list[str]) -> Callable[[Layer, Options, Reporter], StudyResult]:
-    """Return what runs a grid; where a plan alone is asked for, what says what it would take and find."""
+    """Return a function that runs a grid or, with `plan`, one that forecasts it."""
     from effv2.studies.grid import make_grid
 
     def run(layer: Layer, how: Options, reporter: Reporter) -> StudyResult:
@@ -234,7 +234,7 @@ def _plan(make: Callable[..., Any], how: Options, reporter: Reporter) -> StudyRe
 
     load = load_once(reporter)
     plan, there = make(load=load, reporter=reporter), None
-    with suppress(InputError):  # an experiment that isn't there is not created for it
+    with suppress(InputError):  # this does not create a missing experiment
         there = open_store(how.experiment, create=False) if is_begun() else None
     reporter.progress("timing a few steps")
     lines, table = forecast(plan, how, load, there)
@@ -250,6 +250,6 @@ def _run(make: Callable[..., Any], how: Options, reporter: Reporter) -> StudyRes
     from effv2.tracking.run import open_experiment
 
     plan = make(load=(load := load_once(reporter)), reporter=reporter)
-    check_storage(how.storage)  # before an experiment is created
+    check_storage(how.storage)  # before any experiment is created
     experiment_id = open_experiment(how.experiment, reporter.message)
     return StudyResult.of(plan, run_study(plan, experiment_id, how, load, reporter))

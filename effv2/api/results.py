@@ -1,4 +1,4 @@
-"""What the functions of the API return: verdicts, runs, models and figures of what is tracked."""
+"""The results of the API's functions: verdicts, runs, models and figures from tracked runs."""
 
 from __future__ import annotations
 
@@ -32,12 +32,12 @@ if TYPE_CHECKING:
     from effv2.studies.engine import StudyEnd
     from effv2.studies.plan import Plan
 
-JUDGED_BY = (SELECTED_VALIDATION, BEST_TEST, "eval/top1_accuracy")  # metrics: the first that a run has
+JUDGED_BY = (SELECTED_VALIDATION, BEST_TEST, "eval/top1_accuracy")  # metrics, of which the first that a run has counts
 
 
 @dataclass(frozen=True, repr=False)
 class Result:
-    """What a call came to: sentences as the command prints them, and where it is to be seen in MLflow."""
+    """The result of a call: the sentences that the command prints, and its place in MLflow."""
 
     answers: Sequence[str] = ()
     address: str = ""
@@ -50,7 +50,7 @@ class Result:
 
     @cached_property
     def records(self) -> Sequence[RunRecord]:
-        """Return the runs with their parent, as they are tracked."""
+        """Return the tracked runs with their parent."""
         return tracked(self.experiment_id, parent=self.run_id).runs if self.run_id else ()
 
     @cached_property
@@ -60,14 +60,14 @@ class Result:
 
     @property
     def verdicts(self) -> pd.DataFrame:
-        """Return a line a verdict: of arms against their baseline, of pairs of networks, or of claims."""
+        """Return one row per verdict: on arms against their baseline, on pairs of networks, or on claims."""
         held = [answer for study in self.studies if study.held for answer in study.held.answers.values()]
         pairs = [row for study in self.studies for row in study.files.get("pairs.csv", ())]  # type: ignore[union-attr]
         return pd.DataFrame(pairs[1:], columns=pairs[0]) if pairs else pd.DataFrame(map(_verdict, held))
 
     @cached_property
     def runs(self) -> pd.DataFrame:
-        """Return a line a run: its study, arm and seed, status, parameters (a.b) and last metrics (a/b)."""
+        """Return one row per run: its study, arm and seed, status, parameters (a.b) and last metrics (a/b)."""
         about = {"arm": tags.ARM, "seed": tags.SEED}
         return pd.DataFrame(
             {"study": study.parent.name, "name": run.name, "run_id": run.run_id, "status": run.status}
@@ -80,29 +80,29 @@ class Result:
 
     @property
     def figures(self) -> dict[str, Figure]:
-        """Return all figures by name; where there are several studies, the name begins with that of its study."""
+        """Return all figures by name. If there are several studies, a name begins with that of its study."""
         several = len(self.studies) > 1
         drawn = [(each.title, name, drawn) for each in self.studies for name, drawn in _figures(each).items()]
         return {f"{title}: {name}" if several else name: figure for title, name, figure in drawn}
 
     def figure(self, name: str = "") -> Figure:
-        """Return a figure by its name, the first without one; InputError where there is none."""
+        """Return a figure by its name, by default the first; InputError if there is none."""
         figures = self.figures
         if not figures or (name and name not in figures):
-            raise InputError("figure", name, "no such figure", choices=figures or ["none, there are no figures yet"])
+            raise InputError("figure", name, "no such figure", choices=figures or ["there are no figures yet"])
         return figures[name or next(iter(figures))]
 
     def model(self, name: str = "") -> Classifier:
-        """Return the network of a run or an arm by its name, of several the best; InputError where none was logged.
+        """Return the network of a run or an arm by its name, of several the best; InputError if none was logged.
 
-        Best is by validation where there is some.
+        The best is by validation accuracy, if there is any.
         """
         runs = {run.run_id: run for study in studies_of(self.records) for run in study.in_order()}
         named = {run_id: (run_id, run.name, run.tags.get(tags.ARM, "")) for run_id, run in runs.items()}
         chosen = [run for run_id, run in runs.items() if not name or name in named[run_id]]
         if not chosen:
             choices = dict.fromkeys(each for _, *names in named.values() for each in names if each)
-            raise InputError("model", name, "no such run", choices=choices or ["none, there are no runs yet"])
+            raise InputError("model", name, "no such run", choices=choices or ["there are no runs yet"])
         for run in sorted(chosen, key=_accuracy, reverse=True):
             if run.name in self.networks:
                 return open_network(self.networks[run.name])
@@ -113,7 +113,7 @@ class Result:
 
 @dataclass(frozen=True, repr=False)
 class Training(Result):
-    """A training run; `was_finished` by an earlier call of the same settings."""
+    """A training run. It `was_finished` if an earlier call had the same settings."""
 
     metrics: Mapping[str, float] = field(default_factory=dict)
     model_address: str = ""
@@ -135,18 +135,18 @@ class Training(Result):
 
 @dataclass(frozen=True, repr=False)
 class StudyResult(Result):
-    """A study, or the plan of one; `failed` says why runs did. `models` are addresses of those logged last, by run."""
+    """A study, or a forecast of one. By run, `failed` holds errors, and `models` the models that were logged last."""
 
     table: Rows = field(default_factory=list)
     warnings: Sequence[str] = ()
     models: Mapping[str, str] = field(default_factory=dict)
     failed: Mapping[str, str] = field(default_factory=dict)
     wanted: int = 0  # runs
-    in_vain: bool = False  # a search of which no trial was completed
+    in_vain: bool = False  # a search without a completed trial
 
     @classmethod
     def of(cls, plan: Plan, end: StudyEnd) -> StudyResult:
-        """Return the result of a study that was run."""
+        """Return the result of a study."""
         run, found = end.parent, end.results
         networks = {name: each.requested for name, each in getattr(plan, "evaluations", {}).items()}
         where = run_address(run.run_id, run.experiment_id), run.run_id, run.experiment_id, networks
@@ -161,7 +161,7 @@ class StudyResult(Result):
 
 @dataclass(frozen=True, repr=False)
 class Report(Result):
-    """The report of an experiment; `file` is its page where it was exported."""
+    """The report of an experiment. `file` is its page, if it was exported."""
 
     file: Path | None = None
     made: publication.Report | None = None
@@ -176,7 +176,7 @@ class Report(Result):
 
     @property
     def verdicts(self) -> pd.DataFrame:
-        """Return a line a claim that runs are about, or come near."""
+        """Return one row per claim with runs, or with near ones."""
         judged = self.made.judgements if self.made else ()
         rows = [(each.id, each.verdict.value, publication.why(each)) for each in judged]
         return pd.DataFrame(rows, columns=["claim", "verdict", "why"])

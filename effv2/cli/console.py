@@ -1,4 +1,4 @@
-"""What is shown while a command works: rich progress on a terminal, a line an epoch and a trial elsewhere."""
+"""The progress of a command: rich progress on a terminal, or a line per epoch and trial."""
 
 from collections.abc import Mapping, Sequence
 
@@ -16,7 +16,7 @@ CELL_PADDING = 3  # characters: a space on both sides and a line
 
 
 class ConsoleReporter(LineReporter):
-    """Shows a study, a run's epochs and what is done now; a context manager, so that the terminal is left tidy."""
+    """Shows a study, the epochs of a run and the current work. A context manager that cleans up the terminal."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -30,7 +30,7 @@ class ConsoleReporter(LineReporter):
             TextColumn("{task.fields[note]}"),
             console=self.console,
             disable=not self.console.is_terminal,
-            speed_estimate_period=3600,  # seconds: a run is long, so what is left follows from all that was done
+            speed_estimate_period=3600,  # seconds: runs are long, so the estimate uses all finished work
         )
         self._study, self._epochs, self._now = (
             self._progress.add_task(name, total=None, visible=False, note="") for name in ("study", "epochs", "")
@@ -45,17 +45,17 @@ class ConsoleReporter(LineReporter):
         self._progress.stop()
 
     def line(self, text: str) -> None:
-        """Print a line where there is no terminal to show bars on."""
+        """Print a line if there is no terminal for bars."""
         if not self.console.is_terminal:
             self.message(text)
 
     def message(self, text: str) -> None:
         """Print a line above the progress."""
-        text = in_options(text, self._command, settings=False)  # these say what differs, not what to give
+        text = in_options(text, self._command, settings=False)  # these name differences, not options
         self.console.print(masked(text), highlight=False, markup=False, soft_wrap=True)
 
     def progress(self, what: str, done: int = 0, total: int | None = None) -> None:
-        """Show what is done now; whatever is counted anew gets a bar, and an estimate, of its own."""
+        """Show the current work. Each new count gets a new bar and estimate."""
         super().progress(what, done, total)
         if what != self._counted[0] or done < self._counted[1]:
             self._progress.reset(self._now)
@@ -63,16 +63,16 @@ class ConsoleReporter(LineReporter):
         self._progress.update(self._now, description=escape(what), completed=done, total=total, visible=True)
 
     def study_progress(self, progress: StudyProgress) -> None:
-        """Show how far the study is, and each trial that has ended."""
+        """Show the progress of the study, and each trial that has ended."""
         words = [f"{count} {what}" for what, count in progress.counts.items() if count]
-        words += [f"best {progress.best[1]:.2%} ({progress.best[0]})"] if progress.best else []
+        words += [f"best: {progress.best}"] if progress.best else []
         note = escape(", ".join(words))
         self._progress.update(self._study, total=progress.total, completed=progress.done, note=note, visible=True)
         self._progress.update(self._now, visible=False)
         super().study_progress(progress)
 
     def run_started(self, name: str, epochs: int) -> None:
-        """Show a new run in place of the last one."""
+        """Show a new run instead of the last one."""
         self._progress.reset(self._epochs, description=escape(f"{name}: epochs"), total=epochs, note="", visible=True)
         self._progress.update(self._now, visible=False)
         super().run_started(name, epochs)
@@ -84,7 +84,7 @@ class ConsoleReporter(LineReporter):
 
 
 def print_table(rows: Sequence[Sequence[str]]) -> None:
-    """Print a table, its titles first; as several, one below the other, where the columns don't fit side by side."""
+    """Print a table, titles first. If the columns don't fit side by side, print several tables below each other."""
     console = Console()
     first, *columns = zip(*rows, strict=True) if rows else [()]
     while columns:

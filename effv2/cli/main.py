@@ -1,4 +1,4 @@
-"""The console script `effv2` and its commands, which import what is heavy late: `--help` is answered at once."""
+"""The console script `effv2` and its commands. They import large packages late, so that `--help` is fast."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 SHOWN_FAILURES = 5
 OF_CHECK = {name: setting for name, setting in DATA.items() if name != "data_dir"}
 CHECKED = Taken(settings=OF_CHECK, defaults={"dataset": "folder"})
-atexit.register(gc.freeze)  # so that the end of a command looks for no garbage in all that was imported: a second
+atexit.register(gc.freeze)  # saves a second at the end of a command, by not searching imported modules for garbage
 
 
 @click.group()
@@ -37,7 +37,7 @@ def main() -> None:
 
 
 def _command(call: calls.Call, show: Callable[[Any], None]) -> click.Command:
-    """Make the command of a function of the API, of which it shows what is returned."""
+    """Make the command of a function of the API. The command shows the result."""
 
     @cli.takes(call.taken)
     def command(given: Mapping[str, Any]) -> None:
@@ -54,7 +54,7 @@ def _command(call: calls.Call, show: Callable[[Any], None]) -> click.Command:
 
 
 def _show(result: Result) -> None:
-    """Print what came of a training or a report."""
+    """Print the result of a training or a report."""
     model, file = getattr(result, "model_address", ""), getattr(result, "file", None)
     command = click.get_current_context().command
     for line in filter(None, (*result.answers, model and f"model {model}", result.address, file)):
@@ -62,10 +62,10 @@ def _show(result: Result) -> None:
 
 
 def _show_study(result: StudyResult) -> None:
-    """Print the results of a study and where to look; RunError where runs failed."""
+    """Print the results of a study and where to see them; RunError if runs failed."""
     from effv2.cli.console import print_table
 
-    click.echo("\n".join(result.answers))
+    click.echo(cli.in_options("\n".join(result.answers), click.get_current_context().command, settings=False))
     print_table(result.table)
     models = [f"model of {name}: {address}" for name, address in result.models.items()]
     for line in filter(None, (*result.warnings, *models, result.address)):
@@ -135,7 +135,7 @@ def check(folder: str, sheet: str | None, given: Mapping[str, Any]) -> None:
     from effv2.data.sources import open_source
 
     with ConsoleReporter() as reporter:
-        found = inspect(open_source(config), config.max_megapixels, partial(reporter.progress, "looking at images"))
+        found = inspect(open_source(config), config.max_megapixels, partial(reporter.progress, "checking images"))
         if sheet and not found.broken:
             from effv2.data.dataset import load_dataset
 
@@ -168,4 +168,4 @@ def promote(model: str, name: str, dry_run: bool, **limits: float | None) -> Non
     click.echo(decision.reason)
     if decision.verdict == "promoted":
         serve = f"It is served by: mlflow models serve --model-uri models:/{name}@champion --env-manager local"
-        click.echo("Nothing was changed, as this was a dry run." if dry_run else serve)
+        click.echo("This was a dry run, so nothing was changed." if dry_run else serve)

@@ -1,4 +1,4 @@
-"""What the commands share: options from the schema, taken as text; faults as one sentence and an exit code."""
+"""The common parts of commands: options from the schema, as text, and errors as one sentence and an exit code."""
 
 import re
 from collections.abc import Callable
@@ -19,28 +19,28 @@ Decorator = Callable[[Function], Function]
 
 
 class Option(click.Option):
-    """An option that takes a text, and the dotted setting that it gives, if it gives one."""
+    """An option that takes a text, and the dotted setting that it sets, if any."""
 
     def __init__(self, names: list[str], setting: str = "", **about: Any) -> None:
         super().__init__(names, **about)
         self.setting = setting
 
     def type_cast_value(self, ctx: click.Context, value: Any) -> Any:
-        """Return the text; an empty one is none: `mlflow run -P lr=` passes it."""
+        """Return the text. An empty text counts as not given, because `mlflow run -P lr=` passes it."""
         text = super().type_cast_value(ctx, value)
         return tuple(filter(None, text)) if self.multiple else text or None
 
 
 class Command(click.Command):
-    """A command that ends wrong input, faults and signals with one sentence and exit code 2, 1, 130 or 143."""
+    """A command that ends with one sentence and exit code 2, 1, 130 or 143 after wrong input, a fault or a signal."""
 
     def __init__(self, name: str, **about: Any) -> None:
-        # Options may be spelt with underscores, as the parameters of `mlflow run` are.
+        # Options may be spelt with underscores, like the parameters of `mlflow run`.
         about["context_settings"] = {"token_normalize_func": lambda token: token.replace("_", "-")}
         super().__init__(name, **about)
 
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
-        """Read the options; neither the process's name nor what click says of wrong ones shows secrets."""
+        """Read the options, without showing secrets in the process's name or in click's errors."""
         mask_command_line()
         try:
             return super().parse_args(ctx, args)
@@ -62,33 +62,33 @@ class Command(click.Command):
                 text, code = f"Error: {error}{f' Then {again} resumes.' if error.resumes else ''}", 1
             except (KeyboardInterrupt, Terminated) as error:
                 text, code = ("Terminated", 143) if isinstance(error, Terminated) else ("Interrupted", 130)
-                text += f"; runs that had begun end KILLED, and {again} resumes them." if "fresh" in ctx.params else "."
+                text += f"; unfinished runs end as KILLED, and {again} resumes them." if "fresh" in ctx.params else "."
             click.echo((text if code == 2 else in_options(text, self)).replace("\n", " "), err=True)
             return leave(code)
 
 
 def _options_by_name(command: click.Command) -> dict[str, str]:
-    """Return the command's options by the parameters and settings that they give."""
+    """Return the command's options by the parameters and settings that they set."""
     names = {name: each.opts[0] for each in command.params for name in (each.name, getattr(each, "setting", ""))}
     return {name: option for name, option in names.items() if name}
 
 
 def in_options(text: str, command: click.Command, settings: bool = True) -> str:
-    """Name settings, unless they are to stay, and parameters in backticks by the command's options for them."""
+    """Replace settings (if wanted) and parameters in backticks by the command's options for them."""
     options = _options_by_name(command)
     pattern = r"`(\w+)`|(?<![\w./=-])([a-z]+\.[a-z_]+)(?!\w|\.\w)" if settings else r"`(\w+)`()"
     return re.sub(pattern, lambda found: options.get(found[1] or found[2], found[0]), text)
 
 
 def _with_options(error: InputError, command: click.Command) -> InputError:
-    """Return the error with the options of the command for the names in it."""
+    """Return the text of an error, with the options of the command instead of the names in it."""
     first, space, more = error.what.partition(" ")
     what = _options_by_name(command).get(first, first) + space + more
     return InputError(what, error.value, in_options(error.problem, command), in_options(error.remedy, command))
 
 
 def takes(taken: Taken) -> Decorator:
-    """Add options, of which the command gets those with a value as `given`."""
+    """Add options. The command gets those with a value as `given`."""
 
     def decorate(function: Function) -> Function:
         @wraps(function)

@@ -1,4 +1,4 @@
-"""Settings that know where they were written, so that errors name a file's line, or a setting, and the remedy."""
+"""Settings with the place where they were written, so that errors name the line of a file, or a setting."""
 
 import re
 from collections.abc import Callable, Mapping
@@ -15,31 +15,31 @@ from effv2.core.errors import InputError
 from effv2.core.paths import read_text
 
 Place = tuple[str | int, ...]
-MOST_VALUES, DEEPEST = 50_000, 50  # of a file whose aliases are written out
+MOST_VALUES, DEEPEST = 50_000, 50  # of a file after its aliases are expanded
 Model = TypeVar("Model", bound=BaseModel)
 
 
 class Written(NamedTuple):
-    """A value, and the words for where it was written; none where its name says it."""
+    """A value and the place where it was written; empty if its name says it."""
 
     value: Any
     where: str = ""
 
 
-Layer = dict[str, Written]  # by dotted setting; `below | above` are both, one over the other
+Layer = dict[str, Written]  # by dotted setting; `below | above` merges two, and `above` has priority
 
 
 def dotted(place: Place) -> str:
-    """Name a place by its keys alone."""
+    """Name a place by its keys."""
     return ".".join(map(str, place))
 
 
 def validate(model: type[Model], values: Mapping[str, Any], where: Callable[[Place], str] = dotted) -> Model:
-    """Validate `values`; InputError names the first thing wrong, where it stands and what would be right."""
+    """Validate `values`; InputError names the first error, its place and its remedy."""
     try:
         return model.model_validate(values)
     except ValidationError as error:
-        # An unknown key is named first: it may be the missing one, misspelt.
+        # An unknown key is named first: it may be a missing key, misspelt.
         first = min(error.errors(), key=lambda one: one["type"] != UNKNOWN_KEY)
         kind, place, value = first["type"], first["loc"], first["input"]
         if kind == UNKNOWN_KEY:
@@ -63,7 +63,7 @@ def build(model: type[Model], layer: Layer) -> Model:
         group, _, field = name.partition(".")
         if field:
             groups.setdefault(group, {})[field] = written.value
-    for name, written in layer.items():  # whole groups: empty ones, and what is none, which is refused
+    for name, written in layer.items():  # whole groups: empty ones, and values that are not groups, which are refused
         if "." not in name and (written.value != {} or name not in groups):
             groups[name] = written.value
 
@@ -77,7 +77,7 @@ def build(model: type[Model], layer: Layer) -> Model:
 
 @dataclass(frozen=True)
 class Document:
-    """A YAML file: the parameter that named it with its path, its first line, its values, and every key's line."""
+    """A YAML file: the parameter that named it, with its path; its first line, its values, and the line of each key."""
 
     named: str
     first: str
@@ -85,7 +85,7 @@ class Document:
     lines: dict[Place, int]
 
     def where(self, place: Place) -> str:
-        """Name a place by file, line (from 1) and dotted key; an unknown one by the nearest key above it."""
+        """Name a place by file, line (from 1) and dotted key; for an unknown place, of the nearest key above."""
         known = place
         while known and known not in self.lines:
             known = known[:-1]
@@ -104,7 +104,7 @@ class Document:
             if "." in group:
                 problem = "not a group of settings"
                 raise InputError(self.where((*place, group)), "", problem, "write the group, and its settings below it")
-            if not isinstance(fields, dict) or not fields:  # perhaps an error, to be named when it is built
+            if not isinstance(fields, dict) or not fields:  # perhaps an error, which `build` names
                 layer[group] = Written(fields, self.where((*place, group)))
             for name, value in fields.items() if isinstance(fields, dict) else ():
                 layer[f"{group}.{name}"] = Written(value, self.where((*place, group, name)))
@@ -120,7 +120,7 @@ def read_document(path: Path, parameter: str) -> Document:
     except (OSError, UnicodeDecodeError) as error:
         reason = getattr(error, "strerror", None) or "it is not UTF-8 text"
         raise InputError(named, "", f"can't be read ({reason})", "give the path of a YAML file") from error
-    except Exception as error:  # PyYAML raises what it happens to
+    except Exception as error:  # PyYAML also raises errors that aren't its own
         mark = getattr(error, "problem_mark", None)
         line = f", line {mark.line + 1}" if mark else ""
         problem = getattr(error, "problem", None) or type(error).__name__
@@ -132,9 +132,9 @@ def read_document(path: Path, parameter: str) -> Document:
 
 
 class _Reader:
-    """Makes plain values of a file's nodes, and notes the line of each.
+    """Turns a file's nodes into plain values, and notes the line of each.
 
-    Keys are texts, and so is what YAML 1.1 would change: dates, words for truth but true and false, numbers as 012.
+    Keys remain text. So do values that YAML 1.1 would convert: dates, yes, no, on and off, and numbers such as 012.
     """
 
     def __init__(self, named: str) -> None:
@@ -142,7 +142,7 @@ class _Reader:
         self.lines: dict[Place, int] = {}
 
     def values(self, node: yaml.Node, place: Place) -> Any:
-        """Return what a node holds; InputError where that is too much or too deep, or a key is there twice."""
+        """Return the value of a node; InputError if it is too large or too deep, or has a key twice."""
         self.count += 1
         if self.count > MOST_VALUES or len(place) > DEEPEST:
             problem = f"it holds more than {MOST_VALUES:,} values or {DEEPEST} levels, or a part of it contains itself"
@@ -168,9 +168,9 @@ def _scalar(node: yaml.Node) -> bool | int | float | str | None:
         return None
     if kind == "bool" and text.lower() in ("true", "false"):
         return text.lower() == "true"
-    if kind == "int" and re.fullmatch(r"[-+]?(0|[1-9]\d{0,17})", text):  # no setting takes more digits
+    if kind == "int" and re.fullmatch(r"[-+]?(0|[1-9]\d{0,17})", text):  # no setting needs more digits
         return int(text)
     if kind == "float":
-        with suppress(ValueError):  # as 1:30.5
+        with suppress(ValueError):  # such as 1:30.5
             return float(text)
     return text

@@ -1,4 +1,4 @@
-"""The options of commands and of their functions in Python: those of settings, and how studies are made and kept."""
+"""The options of the commands and of their Python functions: settings, and how studies are run and stored."""
 
 import re
 from collections.abc import Mapping, Sequence
@@ -21,18 +21,18 @@ def _distinct_seeds(value: Any) -> Any:
     words = [word.strip() for word in value.split(",")] if isinstance(value, str) else value
     words = [words] if type(words) is int else words
     if not isinstance(words, (list, tuple)) or not all(str(word).isdecimal() and int(word) < 2**32 for word in words):
-        raise ValueError("must be whole numbers from 0 on, separated by commas, as 0,1,2")
+        raise ValueError("must be whole numbers of at least 0, separated by commas, such as 0,1,2")
     if len(set(map(int, words))) < len(words):
         raise ValueError("the same seed appears twice; remove one")
     return words
 
 
 Seeds = Annotated[tuple[int, ...], BeforeValidator(_distinct_seeds)]
-AUTO, RACE = "auto", "race"  # instead of seeds: as many as it takes to know each answer, or the best arm
+AUTO, RACE = "auto", "race"  # instead of seeds: as many as needed to decide each difference, or the best arm
 
 
 class CheckpointOptions(Group):
-    """Where and how often a training is saved."""
+    """Where and how often checkpoints are written."""
 
     checkpoint_dir: str = Field("checkpoints", description="Folder for checkpoints. A killed run resumes from them.")
     checkpoint_minutes: float = Field(
@@ -44,7 +44,7 @@ class CheckpointOptions(Group):
 
 
 class StudyOptions(CheckpointOptions):
-    """Where a study is kept and logged, and how it is run. `seeds` and `trials` go before those of the study file."""
+    """Where a study is stored and logged, and how it is run. `seeds` and `trials` override those of the study file."""
 
     workers: int = Field(1, ge=1, le=100_000, description="Processes on this machine that share the study.")
     storage: str = Field(
@@ -77,7 +77,7 @@ class StudyOptions(CheckpointOptions):
 
 
 class Options(StudyOptions):
-    """All options that are no settings; each command takes some. A title is the word for the value in its help."""
+    """All options that aren't settings. Each command takes some. A title is the word for the value in its help."""
 
     variant: str = Field(
         "all",
@@ -133,7 +133,7 @@ OTHER_NAMES = {"data.dir": "data_dir", "schedule.name": "scheduler"}
 
 
 def options_for(settings: str) -> dict[str, str]:
-    """Return settings by the names of their options: their own last names, but for a few."""
+    """Return settings by the names of their options: the last part of each setting's name, with few exceptions."""
     return {OTHER_NAMES.get(setting, setting.rpartition(".")[2]): setting for setting in settings.split()}
 
 
@@ -157,9 +157,9 @@ GRID = ("seeds", "max_seeds", "margin", "budget_hours", "plan", *STUDY)
 
 @dataclass(frozen=True)
 class Taken:
-    """What a command takes: `own` options, those of `settings` of a configuration, and `more`, all by name.
+    """The options of a command by name: its `own`, those of `settings` of a configuration, and `more`.
 
-    `defaults` are those of the command, where it has others; of settings they are what its own study has.
+    `defaults` holds the defaults that differ for this command. For settings they are those of its own study.
     """
 
     own: Sequence[str] = ()
@@ -189,7 +189,7 @@ class Taken:
 
 
 def _layer(options: Mapping[str, Any], more: Sequence[str]) -> Layer:
-    """Return settings that were given by options of their own, and `more` of them, as the option `set` takes them."""
+    """Return settings from their own options, and from `more`, which is in the form of the option `set`."""
     layer = {name: Written(value) for name, value in options.items()}
     known = list(TrainConfig().flat())
     for part in chain.from_iterable(re.split(r"[,\s]+(?=\w+\.\w+=)", text.strip(", ")) for text in more):

@@ -1,4 +1,4 @@
-"""Functions by name, of which a setting names one."""
+"""Registries: functions by name. A setting chooses one of them."""
 
 from collections.abc import Callable
 from importlib import import_module
@@ -12,10 +12,10 @@ Function = TypeVar("Function", bound=Callable[..., Any])
 
 
 class Registry:
-    """Functions by name, each entered where it stands. `Annotated[str, registry]` makes a field one of the names.
+    """Functions by name, each registered at its definition. A field of type `Annotated[str, registry]` is a name.
 
-    `module` holds the entries. It is imported when names are first asked for, by the commands' help too: so it imports
-    torch, numpy and the like inside functions only.
+    `module` holds the entries. It is imported when the names are first needed, also for the commands' help. So it
+    imports torch, numpy and other large packages only inside functions.
     """
 
     def __init__(self, kind: str, module: str) -> None:
@@ -23,22 +23,22 @@ class Registry:
         self._functions: dict[str, Callable[..., Any]] = {}
 
     def register(self, name: str) -> Callable[[Function], Function]:
-        """Enter the decorated function under a name."""
+        """Register the decorated function under a name."""
 
         def enter(function: Function) -> Function:
             if self._functions.setdefault(name, function) is not function:
-                raise ValueError(f"there are two of the {self._kind} {name!r}; rename one")
+                raise ValueError(f"the {self._kind} {name!r} is registered twice; rename one")
             return function
 
         return enter
 
     def names(self) -> list[str]:
-        """Return the names, in the order of their entry."""
+        """Return the names, in the order of registration."""
         import_module(self._module)
         return list(self._functions)
 
     def __getitem__(self, name: str) -> Callable[..., Any]:
-        """Return the function; ValueError names the nearest ones."""
+        """Return the function of a name; ValueError names the nearest names."""
         if name not in self.names():
             raise ValueError(f"no such {self._kind}; {nearest(name, self.names())}")
         return self._functions[name]

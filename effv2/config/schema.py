@@ -1,7 +1,7 @@
-"""The settings: what decides a run, frozen, validated, hashed.
+"""The settings, which decide a run: frozen, validated and hashed.
 
-Each field carries its meaning, unit and bounds; the command line takes its help and defaults from here. Imports nothing
-heavy: commands build options before they do.
+Each field has its meaning, unit and bounds. The command line takes its help and defaults from here. This module imports
+no large package, because commands build their options before they import any.
 """
 
 from typing import Annotated, Any, Literal, cast
@@ -49,7 +49,7 @@ class Group(BaseModel):
 
 
 class DataConfig(Group):
-    """Which images, how they are sampled and split."""
+    """The images, their sampling and their splits."""
 
     dataset: Annotated[str, DATASETS] = Field("digits", description="The data set; `digits` needs no files.")
     dir: str = Field("", description="Folder of the data set, if it consists of files.")
@@ -121,7 +121,7 @@ class ModelConfig(Group):
         if not own and not named:
             raise ValueError(f"no such variant; {nearest(name, list(architecture.VARIANTS))}")
         if own and named and own != str(named):
-            problem = f"a table of your own needs a name of its own, not {name!r}"
+            problem = f"a custom table needs a name of its own, not {name!r}"
             raise ValueError(f"{problem}; set model.variant to a new one")
         return name
 
@@ -250,7 +250,7 @@ class RandomConfig(Group):
 
 
 class TrainConfig(Group):
-    """All of it. Equal hashes mean equal runs on equal data, code and machine."""
+    """All settings of a run. Equal hashes mean equal runs on equal data, code and machine."""
 
     data: DataConfig = Field(default_factory=DataConfig)
     augment: AugmentConfig = Field(default_factory=AugmentConfig)
@@ -264,15 +264,15 @@ class TrainConfig(Group):
     random: RandomConfig = Field(default_factory=RandomConfig)
 
     def with_seed(self, seed: int, split: int = 0) -> "TrainConfig":
-        """Return this configuration for another seed, and for the split that many places after its own."""
+        """Return this configuration with another seed, and with its split seed raised by `split`."""
         data = self.data.model_copy(update={"split_seed": (self.data.split_seed + split) % 2**32})
         return self.model_copy(update={"random": RandomConfig(seed=seed), "data": data})
 
     def identity(self) -> dict[str, Any]:
         """Return what decides a run: the fields under dotted names, and the resolved stage table.
 
-        Left out is where the images come from, and a field that was added later at its default, at which a run computes
-        what it did without the field.
+        The place of the images is left out. So is a field that was added later, as long as it has its default: a run
+        then computes what it did before the field existed.
         """
         values, defaults, table = self.flat(), type(self)().flat(), self.model.build_table()
         absent = NO_IDENTITY | {name for name in values if name not in FIRST_FIELDS and values[name] == defaults[name]}
@@ -285,9 +285,9 @@ class TrainConfig(Group):
 
 
 WHERE = "dir download train_dir test_dir labels allow_incomplete_classes skip_broken max_megapixels"
-# Where images and weights come from: they have digests.
+# The places of images and weights: digests identify their content.
 NO_IDENTITY = {"model.weights", *(f"data.{name}" for name in WHERE.split())}
-# The fields that every identity holds. One added later need not be listed, but its default must then stay.
+# The fields that every identity holds. A field added later need not be listed, but its default must never change.
 FIRST_FIELDS = {
     f"{group}.{name}"
     for group, names in {

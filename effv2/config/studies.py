@@ -1,7 +1,7 @@
-"""Study files: one configuration, and the arms that differ from it with their seeds, or the ranges to search.
+"""Study files: one configuration, with the arms that differ from it and their seeds, or with the ranges to search.
 
-Those in `sweeps/` travel with the package and are found by name. One of a published protocol also says where each
-setting is from, and what was published with it: the claims, the reports and docs/protocols.md take both from there.
+The files in `sweeps/` are part of the package and are found by name. The file of a published protocol also has the
+source of each setting, and the published figures. The claims, the reports and docs/protocols.md use both.
 """
 
 from __future__ import annotations
@@ -28,12 +28,12 @@ SEARCHABLE = [
     for name, value in TrainConfig().flat().items()
     if name.startswith(("augment.", "model.", "optimiser.")) and type(value) in (int, float)
 ]
-PLATEAU = "_plateau"  # ends the name of an arm that is another one under ReduceLROnPlateau
+PLATEAU = "_plateau"  # suffix of the name of an arm that is another arm with ReduceLROnPlateau
 SWEEPS = Path(effv2.__file__).with_name("sweeps")
-# Names of times that tables and claims may ask for: seconds of training until an accuracy is first reached.
+# Names of times in tables and claims: seconds of training until a run first reaches an accuracy.
 TIME_TO = r"^seconds/to_(train|val|test)_accuracy_(0?\.\d+|1)$"
 Value = bool | int | float | str
-Settings = dict[str, Value]  # dotted parameters and the values that they have
+Settings = dict[str, Value]  # dotted parameters and their values
 NOTHING: Layer = {}
 
 
@@ -45,18 +45,18 @@ def _searchable(name: str) -> str:
 
 def _time_to(name: str) -> str:
     if not re.match(TIME_TO, name):
-        raise ValueError("is no time to an accuracy; write it as seconds/to_test_accuracy_0.9")
+        raise ValueError("is not a time to an accuracy; write it as seconds/to_test_accuracy_0.9")
     return name
 
 
 def _plain(name: str) -> str:
     if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_.-]*", name):
-        raise ValueError("an arm must be named by letters, digits and . _ - alone")
+        raise ValueError("the name of an arm may only have letters, digits and . _ -")
     return name
 
 
 class Range(Group):
-    """A range to search, bounds included."""
+    """A range to search, including its bounds."""
 
     low: float
     high: float
@@ -84,29 +84,29 @@ class SearchFile(Group):
         min_length=1,
     )
     prune: bool = True
-    # Epochs before a trial may be pruned, a quarter of all unless named: good ones must have left chance level by then.
+    # Epochs before a trial may be pruned, by default a quarter of all: good trials must have left chance level by then.
     min_epochs: int | None = Field(None, ge=1)
 
 
 class Sources(Group):
-    """Where settings of a published protocol, or what else a key names, are from; commas separate those of a source."""
+    """Sources of the settings of a published protocol. A key names one or more settings, separated by commas."""
 
     stated: dict[str, str] = {}  # in the text or the code that were published
-    shown: dict[str, str] = {}  # by a log or a figure, from which it follows
-    inferred: dict[str, str] = {}  # from them, less surely
-    assumed: dict[str, str] = {}  # for want of anything better
+    shown: dict[str, str] = {}  # it follows from a log or a figure
+    inferred: dict[str, str] = {}  # it follows with less certainty
+    assumed: dict[str, str] = {}  # nothing says so
 
     def settings(self, kind: str) -> list[str]:
-        """Return what is stated, shown, inferred or assumed, one by one."""
+        """Return the settings of one kind: stated, shown, inferred or assumed."""
         return [name for key in getattr(self, kind) for name in key.split(", ")]
 
 
 class Published(Group):
-    """The figures of published runs, one run an arm, in the units of the metrics."""
+    """The figures of published runs, one run per arm, in the units of the metrics."""
 
     figures: dict[str, dict[str, float]] = {}  # quantity: arm: value
     test_images: int = Field(0, ge=0)
-    unchecked: str = ""  # why the figures may be wrong, said wherever they are shown
+    unchecked: str = ""  # why the figures may be wrong; shown with them
 
     @model_validator(mode="after")
     def _fractions(self) -> Published:
@@ -119,13 +119,13 @@ class Published(Group):
 class PublishedStudy(Published):
     """What was published of a study, and which runs are judged by it."""
 
-    runs: Settings = {}  # which they must have besides those of the file
-    needs: str = ""  # what must be there first
-    nearest: Settings = {}  # of runs that come close: they are shown, and decide nothing
+    runs: Settings = {}  # settings that judged runs must have, besides those of the file
+    needs: str = ""  # what the runs need
+    nearest: Settings = {}  # settings of the nearest runs, which are shown and decide nothing
 
 
 class Study(Group):
-    """A study read from its file. `command` is the one that the file opens with."""
+    """A study read from its file. `command` is that of the first line."""
 
     name: str = Field(pattern=r"^[\w.-]+$", max_length=80)
     description: str = ""
@@ -133,17 +133,17 @@ class Study(Group):
     arms: dict[Annotated[str, AfterValidator(_plain)], Layer] = {}
     baseline: str = ""
     seeds: Seeds = ()
-    splits: int = Field(1, ge=1, le=50)  # of the images, each with every seed, or with one of `auto`
+    splits: int = Field(1, ge=1, le=50)  # number of splits of the images, each with every seed, or with one of `auto`
     paired: bool = False  # whether runs of equal seed have more in common than others
     retries: int = Field(1, ge=0, le=100)
-    show: list[Annotated[str, AfterValidator(_time_to)]] = []  # in tables, besides the usual
+    show: list[Annotated[str, AfterValidator(_time_to)]] = []  # in tables, besides the usual columns
     search: SearchFile | None = None
     protocol: Sources = Sources()
     published: PublishedStudy = PublishedStudy()
     command: str = ""
 
     def assumptions(self) -> str:
-        """Name the settings that are inferred or assumed, with their values; empty where no protocol was published."""
+        """Name the settings that are inferred or assumed, with their values; empty without a published protocol."""
         config = build(TrainConfig, self.base).flat()
         words = []
         for kind in ("inferred", "assumed"):
@@ -155,7 +155,7 @@ class Study(Group):
     def config(self, options: Layer) -> TrainConfig:
         """Return the one configuration of a study without arms."""
         for there, problem, remedy in (
-            (self.search, "describes a search, which train can't make", "use the command search"),
+            (self.search, "describes a search, which train can't run", "use the command search"),
             (self.seeds, "has seeds, but train makes one run", "give it `seed` instead"),
             (self.splits > 1, "has splits, but train makes one run", "give it `split_seed` instead"),
             (self.arms, f"has arms ({', '.join(self.arms)}), which train doesn't know", "use the command ablate"),
@@ -165,18 +165,18 @@ class Study(Group):
         return build(TrainConfig, self.base | options)
 
     def arm(self, name: str, options: Layer) -> TrainConfig:
-        """Return the configuration of an arm: options change what all arms share, and its own differences go above."""
+        """Return the configuration of an arm. Options override shared settings; the arm's settings override both."""
         return build(TrainConfig, self.base | options | self.arms[name])
 
     def with_variant(self, name: str) -> Study:
-        """Return its baseline beside another variant of the architecture, unless it has an arm of that name."""
+        """Return the study with its baseline and another variant as arms, unless it has an arm of that name."""
         if not self.arms or name in self.arms or name not in VARIANTS:
             return self
         arms = {self.baseline: self.arms[self.baseline], name: {"model.variant": Written(name)}}
         return self.model_copy(update={"arms": arms})
 
     def select(self, name: str) -> list[str]:
-        """Return the names of all arms, or of one and the baseline it is compared with."""
+        """Return the names of all arms, or of one arm and the baseline that it is compared with."""
         if not self.arms:
             other = "search" if self.search else "train"
             raise InputError("study", self.name, "has no arms to compare", f"use the command {other}")
@@ -185,7 +185,7 @@ class Study(Group):
         return [arm for arm in self.arms if name in ("all", arm) or arm == self.baseline]
 
     def select_checks(self, name: str, scheduler: str) -> list[str]:
-        """Return the names of the baseline and the change called `name`, or all, under each wanted schedule."""
+        """Return the names of the baseline and the change called `name`, or of all, with each wanted schedule."""
         plain = {arm: arm.removesuffix(PLATEAU) for arm in self.select("all")}
         checks = [*dict.fromkeys(plain.values()), "all"]
         if name not in checks:
@@ -196,7 +196,7 @@ class Study(Group):
         return [arm for arm in wanted if name == "all" or plain[arm] in (name, self.baseline.removesuffix(PLATEAU))]
 
     def with_plateau(self) -> Study:
-        """Return the study with each arm also under ReduceLROnPlateau, unless it has such arms of its own."""
+        """Return the study with each arm also with ReduceLROnPlateau, unless it has such arms itself."""
         if "plateau" in map(self._schedule, self.arms):
             return self
         plain, under = (
@@ -205,7 +205,7 @@ class Study(Group):
         )
         if clash := plain.keys() & under.keys():
             problem = f"has an arm {min(clash)} without ReduceLROnPlateau"
-            raise InputError("study", self.name, problem, "name it otherwise")
+            raise InputError("study", self.name, problem, "rename it")
         return self.model_copy(update={"arms": plain | under})
 
     def _schedule(self, arm: str) -> str:
@@ -213,7 +213,7 @@ class Study(Group):
 
 
 def open_study(name: str, folder: Path = Path()) -> Study:
-    """Read the study file at a path from `folder`, or that of a name in `sweeps/`; InputError as read_study."""
+    """Read the study file at a path, relative to `folder`, or of a name in `sweeps/`; InputError as read_study."""
     path, own = folder / os.path.expanduser(name), {each.stem: each for each in sorted(SWEEPS.glob("*.yaml"))}
     if not os.path.exists(path) and name not in own:  # noqa: PTH110
         beside = get_close_matches(path.name, glob("*.y*ml", root_dir=path.parent), cutoff=0.7)  # noqa: PTH207
@@ -223,7 +223,7 @@ def open_study(name: str, folder: Path = Path()) -> Study:
 
 
 def read_study(path: Path) -> Study:
-    """Read a study file; InputError names the line of whatever is wrong, in every arm."""
+    """Read a study file and check every arm; InputError names the line of an error."""
     document = read_document(path, "study")
     values: dict[str, Any] = document.values | {"config": document.layer("config")}
     if document.first.startswith("# mlflow run"):
@@ -233,7 +233,7 @@ def read_study(path: Path) -> Study:
         values["baseline"] = next(iter(arms), "") if values.get("baseline") in (None, "") else values["baseline"]
     study = validate(Study, values, document.where)
     if study.baseline and study.baseline not in study.arms:
-        raise InputError(document.where(("baseline",)), study.baseline, "is no arm", choices=study.arms)
+        raise InputError(document.where(("baseline",)), study.baseline, "is not an arm", choices=study.arms)
     if study.search and study.arms:
         raise InputError(document.where(("search",)), "", "a file has arms or a search, not both", "remove one")
     for arm in study.arms.values() or [NOTHING]:

@@ -1,4 +1,4 @@
-"""Whether a network's confidence is as good as its answers: expected calibration error, and its diagram."""
+"""Whether a network's confidence agrees with its accuracy: expected calibration error, and its diagram."""
 
 import numpy as np
 from matplotlib.figure import Figure
@@ -9,23 +9,23 @@ CALIBRATION_BINS = 15
 
 
 def _binned(confidence: np.ndarray, right: np.ndarray, bins: int) -> list[np.ndarray]:
-    """Return images, and sums of confidences and hits, in each of `bins` of equal width, open on the left."""
+    """Return the number of images and the sums of confidences and hits in each of `bins` intervals (low, high]."""
     edges = np.linspace(0, 1, bins + 1)
     members = np.clip(np.searchsorted(edges, confidence, side="left") - 1, 0, bins - 1)
     return [np.bincount(members, weights=each, minlength=bins) for each in (None, confidence, right)]
 
 
 def calibration_error(confidence: np.ndarray, right: np.ndarray, bins: int = CALIBRATION_BINS) -> float:
-    """Return the expected calibration error (Guo et al. 2017) of confidences (N) in [0, 1] and what was right (N).
+    """Return the expected calibration error (Guo et al. 2017) of confidences (N) in [0, 1] and correct answers (N).
 
-    The mean gap of confidence and accuracy of the bins, weighted by their images.
+    It is the mean gap between confidence and accuracy of the bins, weighted by their numbers of images.
     """
     _, sure, hits = _binned(confidence, right, bins)
     return float(np.abs(sure - hits).sum() / len(confidence))
 
 
 def reliability_diagram(confidence: np.ndarray, right: np.ndarray) -> Figure:
-    """Draw accuracy over confidence by bins, and below it how many images there are in each."""
+    """Draw accuracy over confidence by bin, and below it the number of images per bin."""
     (images, sure, hits), width = _binned(confidence, right, CALIBRATION_BINS), 1 / CALIBRATION_BINS
     figure = Figure(figsize=(4.6, 5.2), layout="constrained")
     above, below = figure.subplots(2, 1, sharex=True, height_ratios=(3, 1))
@@ -35,7 +35,7 @@ def reliability_diagram(confidence: np.ndarray, right: np.ndarray) -> Figure:
     above.plot(
         sure[filled] / images[filled], accuracy, "o", color=PALETTE[1], markersize=4, label="at the mean confidence"
     )
-    above.plot([0, 1], [0, 1], "--", color="#555555", linewidth=1, label="as sure as right")
+    above.plot([0, 1], [0, 1], "--", color="#555555", linewidth=1, label="perfectly calibrated")
     title = f"expected calibration error {100 * calibration_error(confidence, right):.2f} points"
     above.set(title=title, ylabel="accuracy", ylim=(0, 1), xlim=(0, 1))
     above.legend(loc="upper left", fontsize="small")

@@ -1,4 +1,4 @@
-"""The ways in which a command ends badly on purpose. Anything else is a bug of ours and shows its traceback."""
+"""The errors that end a command with a message. Any other exception is a bug of effv2 and shows its traceback."""
 
 import errno
 from collections.abc import Iterable, Iterator, Sequence
@@ -12,11 +12,11 @@ LONGEST_VALUE = 500  # characters of a value that it shows
 
 
 class InputError(Exception):
-    """A wrong input: what was given, the value that it was given, what is wrong with that, and the remedy. Exit code 2.
+    """A wrong input: the name of the option, its value, the problem, and the remedy. Exit code 2.
 
-    `what` begins with a dotted setting (`data.dir`), a parameter (`weights_dir`) or an environment variable. In
-    `problem` and `remedy` settings stand under their dotted names and parameters in backticks, for commands to name
-    their options. Of `choices` the remedy names the nearest to the value.
+    `what` begins with a dotted setting (`data.dir`), a parameter (`weights_dir`) or an environment variable. `problem`
+    and `remedy` write settings by dotted name and parameters in backticks. Commands replace these by their options.
+    If there are `choices`, the remedy names those nearest to the value.
     """
 
     def __init__(
@@ -30,7 +30,7 @@ class InputError(Exception):
 
 
 class RunError(Exception):
-    """A fault while running, named as in an InputError. Exit code 1. Once it is fixed, the same command `resumes`."""
+    """A fault at run time, worded as an InputError. Exit code 1. After a fix, the same command `resumes` the work."""
 
     def __init__(self, problem: str, *, resumes: bool = False) -> None:
         self.resumes = resumes
@@ -38,22 +38,22 @@ class RunError(Exception):
 
 
 class Diverged(RunError):
-    """A loss that is no finite number: another attempt would end alike."""
+    """The loss is not finite. Another attempt would end in the same way."""
 
 
 class StoreAway(RunError):
-    """A database or the tracking store was away for longer than we wait."""
+    """A database or the tracking store did not answer for longer than effv2 waits."""
 
     def __init__(self, problem: str) -> None:
         super().__init__(problem, resumes=True)
 
 
 class LeaseLost(BaseException):
-    """The work was given to another process, since this one didn't answer for too long."""
+    """Another process has the work now, because this one did not answer for too long."""
 
 
 class Terminated(BaseException):
-    """SIGTERM arrived. Like KeyboardInterrupt not an Exception, so that nothing swallows it. Exit code 143."""
+    """SIGTERM arrived. Like KeyboardInterrupt it is no Exception, so that no handler swallows it. Exit code 143."""
 
 
 def close_names(name: str, names: Sequence[str], count: int = 3) -> str:
@@ -75,7 +75,7 @@ def joined(words: Sequence[str], last: str = "and") -> str:
 
 
 def nearest(name: str, names: Sequence[str]) -> str:
-    """Say which of `names` the user may have meant, and what there is if that is few: the tail of an error message."""
+    """Return the tail of an error message: the names that the user may have meant, and all names if they are few."""
     close = close_names(name, names, 1)
     if close and len(names) > LISTED:
         return f"the nearest is {close}"
@@ -83,7 +83,7 @@ def nearest(name: str, names: Sequence[str]) -> str:
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Say whether there was no memory left; torch's CPU allocator has no error class of its own."""
+    """Say whether memory ran out. torch's CPU allocator has no error class of its own."""
     import torch
 
     return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or (
@@ -93,13 +93,13 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 @contextmanager
 def what_ran_out(settings: str = "optimiser.batch_size or data.image_size") -> Iterator[None]:
-    """Raise RunError where memory or disk run out inside; `settings` are those that say how much memory is needed."""
+    """Raise RunError if memory or disk run out inside. `settings` names the settings that need the memory."""
     try:
         yield
     except (RuntimeError, MemoryError, OSError) as error:
         if is_out_of_memory(error):
             raise RunError(f"The device's memory is full; lower {settings}.") from error
-        # torch's writer makes a RuntimeError of a disk that is full.
+        # torch's writer raises RuntimeError if the disk is full.
         cause = error if isinstance(error, OSError) else error.__context__
         if not isinstance(cause, OSError) or cause.errno not in (errno.ENOSPC, errno.EDQUOT):
             raise

@@ -1,4 +1,4 @@
-"""Figures that runs and reports share, in colours that survive colour blindness (Okabe & Ito 2008)."""
+"""Figures of runs and reports, in colours that colour-blind readers can tell apart (Okabe & Ito 2008)."""
 
 import io
 import re
@@ -25,7 +25,7 @@ LONGEST_NAME = 30  # characters of a name in a figure
 SIZE = (5.2, 3.6)  # inches: legible on a phone, two side by side on a screen
 SVG = {"svg.fonttype": "none", "svg.hashsalt": "effv2", "font.family": "sans-serif", "font.size": 9}
 TAG, NUMBER = re.compile(r"<[^>]+>"), re.compile(r"-?\d+\.\d{2,}")
-# What makes an SVG file a part of a page: its colours become the page's variables, its text takes the page's font.
+# These changes fit an SVG file into a page: its colours become the page's variables, its text gets the page's font.
 AS_PART = {
     r'<g id="patch_\d+">\s*<path [^>]*style="[^"]*fill: #ffffff[^"]*"/>\s*</g>': "",  # paper
     r"#(b0b0b0|cccccc)\b": "var(--line)",  # grid and legend
@@ -38,12 +38,12 @@ AS_PART = {
 
 
 def plain(text: str) -> str:
-    """Keep matplotlib from reading a text as mathematics."""
+    """Escape a text, so that matplotlib does not read it as mathematics."""
     return text.replace("$", r"\$")
 
 
 def short(name: str) -> str:
-    """Return a name that leaves room for the figure: of a long one both ends, as names often differ in the last."""
+    """Return a name that leaves room for the figure: both ends of a long one, because names often differ at the end."""
     half = LONGEST_NAME // 2
     return plain(name if len(name) <= LONGEST_NAME else f"{name[:half]}…{name[-half:]}")
 
@@ -54,9 +54,9 @@ def accuracy_curves(
     published: Mapping[str, Curve] | None = None,
     over: str = "epoch",
 ) -> Figure:
-    """Draw accuracy over epochs: a line a name, the mean of its runs, in a band: its 95 % interval, of two the range.
+    """Draw accuracy over epochs: per name, the mean of its runs in a band, the 95 % interval (the range of two runs).
 
-    `published` curves of some of the names are dotted behind them, as far as ours go.
+    `published` curves of some of the names are dotted behind them, for as many epochs as ours have.
     """
     figure = Figure(figsize=SIZE, layout="constrained")
     axes = figure.add_subplot(title=plain(title), xlabel=over, ylabel="accuracy", ylim=(0, 1))
@@ -82,7 +82,7 @@ def accuracy_curves(
 def forest(
     differences: Mapping[str, tuple[float, float, float, bool]], title: str, unit: str, margin: float = 0.0
 ) -> Figure:
-    """Draw differences by name: mean, low, high end (NaN: none), filled if decided; a band is the `margin` around 0."""
+    """Draw (mean, low, high) of differences by name (NaN: none), filled if decided, and a band of `margin` around 0."""
     figure = Figure(figsize=(SIZE[0], 1.2 + 0.34 * len(differences)), layout="constrained")
     axes = figure.add_subplot(title=plain(title), xlabel=plain(unit))
     if margin:
@@ -99,7 +99,7 @@ def forest(
 
 
 def bars(values: Mapping[str, Sequence[float]], title: str, unit: str) -> Figure:
-    """Draw means as bars, ranges as lines across their ends."""
+    """Draw means as bars, and ranges as lines across the ends of the bars."""
     figure = Figure(figsize=(SIZE[0], 1.2 + 0.34 * len(values)), layout="constrained")
     axes = figure.add_subplot(title=plain(title), xlabel=unit)
     means, low, high = np.array([(np.mean(each), min(each), max(each)) for each in values.values()]).T
@@ -112,9 +112,9 @@ def bars(values: Mapping[str, Sequence[float]], title: str, unit: str) -> Figure
 
 
 def accuracy_against_time(curves: Mapping[str, Sequence[Mapping[float, float]]], title: str) -> Figure:
-    """Draw accuracy over seconds of training as `accuracy_curves` does over epochs; straight from epoch to epoch.
+    """Draw accuracy over seconds of training as `accuracy_curves` does over epochs, straight between epochs.
 
-    A line goes from when the last of its runs has an accuracy to when the first one ends.
+    A line begins when all of its runs have an accuracy, and ends with the first run that ends.
     """
     drawn: dict[str, list[dict[float, float]]] = {}
     for name, runs in curves.items():
@@ -127,7 +127,7 @@ def accuracy_against_time(curves: Mapping[str, Sequence[Mapping[float, float]]],
 def accuracy_against_cost(
     accuracies: Mapping[str, tuple[float, float, float]], costs: Mapping[str, tuple[float | None, float]], title: str
 ) -> Figure:
-    """Draw accuracies (share, low and high end) against arithmetic and measured time: GFLOPs, ms an image, if known."""
+    """Draw accuracies (share, low, high) against GFLOPs and, if known, against measured time in ms per image."""
     figure = Figure(figsize=(9, 4.2), layout="constrained")
     panels = figure.subplots(1, 2, sharey=True)
     styles = ({"fmt": marker, "color": colour, "capsize": 3} for marker in cycle(MARKERS) for colour in PALETTE)
@@ -137,7 +137,7 @@ def accuracy_against_cost(
             if cost:
                 axes.errorbar(cost, 100 * share, yerr=reach, label=short(label), **style)
     for axes, unit in zip(panels, ("GFLOPs", "milliseconds, at full rate:"), strict=True):
-        axes.set(xscale="log", xlabel=f"{unit} an image (log)")
+        axes.set(xscale="log", xlabel=f"{unit} per image (log)")
         ticks = {"major_locator": LogLocator(subs=(1, 2, 5)), "minor_locator": NullLocator()}
         axes.xaxis.set(major_formatter=StrMethodFormatter("{x:g}"), **ticks)
         axes.grid(alpha=0.3)
@@ -148,7 +148,7 @@ def accuracy_against_cost(
 
 
 def svg_file(figure: Figure) -> str:
-    """Return the figure as an SVG file, the same for the same figure."""
+    """Return the figure as an SVG file. The same figure gives the same bytes."""
     text = io.StringIO()
     with matplotlib.rc_context(SVG), warnings.catch_warnings():  # type: ignore[arg-type]
         warnings.filterwarnings("ignore", message="Glyph")  # a name in a script that the font lacks
@@ -157,7 +157,7 @@ def svg_file(figure: Figure) -> str:
 
 
 def svg_part(svg: str, label: str) -> str:
-    """Turn an SVG file into an element of a page, `label` being read to those who don't see it."""
+    """Turn an SVG file into an element of a page. Screen readers read `label`."""
     body = svg[svg.index("<svg") :]
     for pattern, ours in AS_PART.items():
         body = re.sub(pattern, ours, body)

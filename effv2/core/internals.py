@@ -1,4 +1,4 @@
-"""All private names of other packages that are used, imported when needed; tests/test_internals.py tries each."""
+"""All uses of private names of other packages, imported when needed. tests/test_internals.py tries each."""
 
 from __future__ import annotations
 
@@ -16,21 +16,21 @@ if TYPE_CHECKING:
 
 
 def lerp_all(tensors: list[Tensor], others: list[Tensor], weight: float) -> None:
-    """Move each tensor towards its other by `weight`, in place, a few kernels for all of them."""
+    """Move each tensor towards its partner by `weight`, in place, in a few kernels for all of them."""
     import torch
 
     torch._foreach_lerp_(tensors, others, weight)
 
 
 def copy_all(tensors: list[Tensor], others: list[Tensor]) -> None:
-    """Copy the others into the tensors, a few kernels for all of them."""
+    """Copy each partner into its tensor, in a few kernels for all of them."""
     import torch
 
     torch._foreach_copy_(tensors, others)
 
 
 def set_up_compiler(forms: int, folder: Path) -> None:
-    """Set how many forms of one function torch.compile keeps, and the folder of its code unless the user named one."""
+    """Set how many forms of one function torch.compile keeps, and the folder of its code, unless the user named one."""
     import torch
     from torch._inductor.runtime.cache_dir_utils import default_cache_dir
 
@@ -54,17 +54,17 @@ def pet_files(pets: Any) -> list[tuple[Path, int]]:
 
 
 def imagenet_metrics(weights: Any) -> Mapping[str, float]:
-    """Return what torchvision publishes of weights on ImageNet, in percent: acc@1 and acc@5; empty where nothing."""
+    """Return torchvision's published accuracies of weights on ImageNet, in percent: acc@1 and acc@5; empty if none."""
     return dict(weights.meta["_metrics"].get("ImageNet-1K", {}))
 
 
 def trial_id(trial: FrozenTrial) -> int:
-    """Return the number by which a storage of Optuna knows a trial."""
+    """Return the id of a trial in its Optuna storage."""
     return trial._trial_id
 
 
 def study_id(study: FrozenStudy) -> int:
-    """Return the number by which a storage of Optuna knows a study; later studies have higher ones."""
+    """Return the id of a study in its Optuna storage. Later studies have higher ids."""
     return study._study_id
 
 

@@ -1,4 +1,4 @@
-"""Folders that outlive a command, and files written whole."""
+"""Folders that outlive a command, and atomic writes of files."""
 
 import csv
 import errno
@@ -11,7 +11,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-FORMULA = re.compile(r"'*[=+\-@\t\r\n\uff1d\uff0b\uff0d\uff20]")  # how a formula begins; the last in full width
+FORMULA = re.compile(r"'*[=+\-@\t\r\n\uff1d\uff0b\uff0d\uff20]")  # first characters of a formula, also in full width
 LARGEST_TEXT = 1_000_000  # bytes of a file that a user names: a study, claims, a manifest
 
 
@@ -22,9 +22,9 @@ def cache_folder() -> Path:
 
 
 def read_text(path: Path, most: int = LARGEST_TEXT) -> str:
-    """Return the text of a user's plain file, no pipe or device; OSError where it is that, or too large; ValueError."""
+    """Return the text of a user's regular file. OSError for a pipe, a device or too large a file; ValueError."""
     if not stat.S_ISREG(path.stat().st_mode):
-        raise OSError(errno.EINVAL, "it is no plain file", str(path))
+        raise OSError(errno.EINVAL, "it is not a regular file", str(path))
     with path.open(encoding="utf-8") as file:
         text = file.read(most + 1)
     if len(text) > most:
@@ -33,8 +33,8 @@ def read_text(path: Path, most: int = LARGEST_TEXT) -> str:
 
 
 def write_atomically(path: Path, content: str | bytes) -> None:
-    """Write a file, text in UTF-8, so that it is seen whole or not at all, after a loss of power too; OSError."""
-    unfinished = path.parent / f".{uuid.uuid4().hex}"  # not by tempfile, which would hide it from other users for good
+    """Write a file atomically, also with respect to a loss of power. Text is written in UTF-8. OSError."""
+    unfinished = path.parent / f".{uuid.uuid4().hex}"  # not by tempfile, whose files other users can't read
     try:
         with unfinished.open("wb") as file:
             file.write(content.encode() if isinstance(content, str) else content)
@@ -46,7 +46,7 @@ def write_atomically(path: Path, content: str | bytes) -> None:
 
 
 def write_csv(path: Path, rows: Iterable[Sequence[Any]]) -> None:
-    """Write a table, its titles first, as CSV in UTF-8; an apostrophe stands before what spreadsheets would compute."""
+    """Write a table, titles first, as CSV in UTF-8. An apostrophe precedes text that spreadsheets would compute."""
     with path.open("w", newline="", encoding="utf-8") as file:
         csv.writer(file).writerows([_neutralised(value) for value in row] for row in rows)
 
@@ -61,5 +61,5 @@ def _neutralised(value: Any) -> Any:
 
 
 def from_cell(text: str) -> str:
-    """Return the text that `write_csv` was given for this one."""
+    """Return the text from which `write_csv` made this one."""
     return text[1:] if text.startswith("'") and FORMULA.match(text) else text

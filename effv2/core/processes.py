@@ -1,4 +1,4 @@
-"""The process: its memory, the signals that end it, its name, and whether another one is still there."""
+"""The process: its memory, the signals that end it, its name, and whether another process is still alive."""
 
 import ctypes
 import os
@@ -17,8 +17,8 @@ from typing import Any, NoReturn
 from effv2.core.errors import Terminated
 
 PROC = Path("/proc")
-# mallopt's parameters (malloc.h) and values by which large blocks are kept, where glibc would give each back and fault
-# it in anew.
+# mallopt's parameters (malloc.h) and the values that keep large blocks. By default, glibc returns each of them to the
+# system and faults it in again.
 ALLOCATOR = {
     -4: 0,  # M_MMAP_MAX: no block has a mapping of its own
     -1: 2**31 - 1,  # M_TRIM_THRESHOLD: hardly anything is given back
@@ -28,11 +28,11 @@ ENDING_SIGNALS = [signal.SIGINT, signal.SIGTERM, *([signal.SIGHUP] if hasattr(si
 # Two signals within this many seconds count as one: Ctrl-C under `mlflow run` is followed by a SIGTERM.
 TOGETHER_SECONDS = 0.5
 SHELLS = ("bash", "sh", "dash")  # between `mlflow run` and the command
-SENDER = "sender "  # how the names of threads begin that send to the tracking store
+SENDER = "sender "  # prefix of the names of threads that send to the tracking store
 
 
 def tune_allocator() -> None:
-    """Set glibc's allocator, before torch's first tensor; not with EFFV2_ALLOCATOR=system, nor elsewhere."""
+    """Set glibc's allocator. Call it before torch's first tensor. EFFV2_ALLOCATOR=system turns this off."""
     if os.environ.get("EFFV2_ALLOCATOR") != "system" and sys.platform.startswith("linux"):
         if mallopt := getattr(ctypes.CDLL(None), "mallopt", None):
             for parameter, value in ALLOCATOR.items():
@@ -40,9 +40,9 @@ def tune_allocator() -> None:
 
 
 def work_where_typed() -> None:
-    """Work in the folder in which `mlflow run` was typed: it starts commands in the project's, perhaps a passing clone.
+    """Change to the folder where the user typed `mlflow run`, which starts commands in a copy of the project.
 
-    Relative paths then mean what they say, and what is kept for the same command again is found.
+    Relative paths then mean what the user expects, and the same command finds its files again.
     """
     import psutil
 
@@ -53,7 +53,7 @@ def work_where_typed() -> None:
 
 
 class _Ending:
-    """Remembers and raises the first signal, unless that must wait; where `repeated`, a later one ends the process."""
+    """Remembers and raises the first signal, unless that must wait. If `repeated`, a later one ends the process."""
 
     deferred, first, came = False, 0, 0.0
 
@@ -78,9 +78,9 @@ class _Ending:
 def ending_signals(repeated: bool = True) -> Iterator[None]:
     """Raise KeyboardInterrupt or Terminated at the first of Ctrl-C, SIGTERM and a lost terminal.
 
-    A `repeated` one ends the process at once; it is ignored otherwise, as it would cut short the marking of runs. A
-    signal that is ignored stays so: nohup and background jobs of a shell ask for it. Nothing changes where a caller
-    raises them already, nor outside the main thread, which alone may.
+    If `repeated`, a second one ends the process at once. Otherwise it is ignored, because it would interrupt the
+    marking of runs. A signal that was ignored before remains ignored, as nohup and background jobs require. Nothing
+    changes if a caller already raises them, or outside the main thread, where Python allows no handlers.
     """
     if _ending() is not None or threading.current_thread() is not threading.main_thread():
         yield
@@ -100,9 +100,9 @@ def _ending() -> _Ending | None:
 
 
 def stop_if_told() -> None:
-    """Raise the ending signal that has come, if any, once more; nothing on the way out, nor outside the main thread.
+    """Raise again the ending signal that arrived, if any; not while the process ends, nor outside the main thread.
 
-    In a destructor or a callback of a weak reference, Python drops what a handler raises. So whatever takes long looks.
+    In a destructor or a weak reference's callback, Python drops what a handler raises. So long work calls this.
     """
     error = sys.exc_info()[1]
     while error is not None and not isinstance(error, (KeyboardInterrupt, Terminated)):
@@ -112,10 +112,10 @@ def stop_if_told() -> None:
 
 
 def leave(code: int) -> NoReturn:
-    """End with this code; at once where a thread still talks to the tracking store, as within a call that takes long.
+    """End with this code, at once if a thread still talks to the tracking store, for example in a long call.
 
-    Python's own end would wait for what that thread waits for, or take torch's libraries away under it. Whoever has put
-    something in the place of the outputs, as tests do, goes on.
+    A regular exit of Python would wait for that thread, or unload torch's libraries while the thread uses them. A
+    caller that replaced the outputs, as tests do, continues instead.
     """
     sending = any(thread.name.startswith(SENDER) for thread in threading.enumerate())
     if sending and sys.stderr is sys.__stderr__:
@@ -127,7 +127,7 @@ def leave(code: int) -> NoReturn:
 
 @contextmanager
 def uninterrupted() -> Iterator[None]:
-    """Let all inside be done: an ending signal, also one of before, is raised at the end of the outermost block."""
+    """Delay ending signals, also one that arrived before: they are raised at the end of the outermost block."""
     ending = _ending()
     if ending is None or ending.deferred:
         yield
@@ -142,9 +142,9 @@ def uninterrupted() -> Iterator[None]:
 
 @cache
 def this_process() -> str:
-    """Name this process for good: machine since its start, process namespace, pid, start time, a random part.
+    """Name this process uniquely: boot of the machine, process namespace, pid, start time, a random part.
 
-    Where the system doesn't tell only the random part remains, and is_alive knows nothing.
+    If the system doesn't provide these, only the random part remains, and is_alive knows nothing.
     """
     unique = uuid.uuid4().hex
     where, started = _where(), _started(os.getpid())
@@ -152,12 +152,12 @@ def this_process() -> str:
 
 
 def is_gone(process: str) -> bool:
-    """Say whether a process has ended for certain; False where that can't be seen from here."""
+    """Say whether a process has certainly ended; False if that can't be known from here."""
     return is_alive(process) is False
 
 
 def is_alive(process: str) -> bool | None:
-    """Say whether a process lives; None where that can't be seen from here, as on another machine."""
+    """Say whether a process is alive; None if that can't be known from here, for example on another machine."""
     *where, pid, started, _ = process.split("/") if process.count("/") == 4 else ("", "", "", "")
     if not re.fullmatch("[0-9]{1,9}", pid) or "/".join(where) != _where():  # the former where somebody wrote it
         return None
@@ -167,7 +167,7 @@ def is_alive(process: str) -> bool | None:
         try:
             os.kill(int(pid), 0)
         except PermissionError:
-            return None  # another user's rules keep it from our sight
+            return None  # the process of another user may be hidden
         except OSError:
             pass
     return False
@@ -178,12 +178,12 @@ def _where() -> str:
     try:
         boot = (PROC / "sys/kernel/random/boot_id").read_text().strip()
         return f"{boot}/{(PROC / 'self/ns/pid').readlink()}"
-    except OSError:  # no Linux: start times alone tell processes apart
+    except OSError:  # not Linux: only start times distinguish processes
         return "" if PROC.exists() else f"{uuid.getnode():x}/{sys.platform}"
 
 
 def _started(pid: int) -> str:
-    """Return the start time of a process, on Linux in ticks, empty where it has ended (a zombie has)."""
+    """Return the start time of a process, on Linux in ticks; empty if it has ended (as a zombie has)."""
     if not PROC.exists():
         import psutil
 
@@ -192,7 +192,7 @@ def _started(pid: int) -> str:
             return "" if process.status() == psutil.STATUS_ZOMBIE else f"{process.create_time():.2f}"
         return ""
     try:
-        # The name, in parentheses, may hold anything; state is the first field after it, start time the twentieth.
+        # The name, in parentheses, may hold anything. The 1st field after it is the state, the 20th the start time.
         fields = (PROC / str(pid) / "stat").read_text().rpartition(")")[2].split()
     except OSError:
         return ""

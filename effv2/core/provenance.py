@@ -1,4 +1,4 @@
-"""Where a result comes from: code, commit, machine, versions. Read once a process: what is edited later did not run."""
+"""Where a result comes from: code, commit, machine, versions. Read once per process: later edits did not run."""
 
 import hashlib
 import json
@@ -13,29 +13,29 @@ from pathlib import Path
 from typing import Any
 
 PACKAGE = Path(__file__).parents[1]
-# What is computed, numbered. Raise a number in the commit that changes results: runs, checkpoints and cached images of
-# before are then no longer taken for equal. tests/test_identity.py refuses a change of the deciding code without that.
-# Splits, labels and pixels need no number here: the digest of the data holds them.
+# Versions of what is computed. A commit that changes results raises a number, so that earlier runs, checkpoints and
+# cached images no longer count as equal. tests/test_identity.py refuses a change of the deciding code without that.
+# Splits, labels and pixels need no version, because the digest of the data covers them.
 VERSIONS = {"decoding": 2, "network": 1, "batches": 1, "training": 1, "execution": 2, "evaluation": 1}
 OF_TRAINING = ("network", "batches", "training", "execution")
 OF_EVALUATION = ("decoding", "batches", "execution", "evaluation")
 RECORDED_PACKAGES = ("torch", "torchvision", "mlflow", "numpy", "pillow", "scikit-learn")
 PRINTABLE_DIFF_CHARACTERS = 5_000_000
-# The command that this process runs, as it resumes what it began, without secrets; empty where it is none of ours.
+# The command of this process, in the form that resumes its work, without secrets; empty if it is not an effv2 command.
 COMMAND = ContextVar("COMMAND", default="")
-# Commands of git that no setting of a user's or of the checkout's changes; one of another owner is read as well.
+# Commands of git that ignore the settings of the user and of the checkout, and also read another owner's checkout.
 GIT = ("git", "-c", "safe.directory=*", "-c", "core.fsmonitor=false", "-C", str(PACKAGE.parent))
 CHANGED_FILES = ("status", "--porcelain", "--untracked-files=normal")
 CHANGES = ("diff", "HEAD", "--no-color", "--no-ext-diff", "--no-textconv", "--src-prefix=a/", "--dst-prefix=b/")
 
 
 def code_version(rooms: tuple[str, ...] = OF_TRAINING) -> str:
-    """Return the versions of what decides a run, of training unless others are named, and torch's."""
+    """Return the versions of the parts that decide a run (by default those of a training), and torch's."""
     return ", ".join([*(f"{room} {VERSIONS[room]}" for room in rooms), f"torch {metadata.version('torch')}"])
 
 
 def sha256_of_file(path: Path) -> str:
-    """Hash the content of a file; OSError where it can't be read."""
+    """Hash the content of a file; OSError if it can't be read."""
     digest = hashlib.sha256()
     with path.open("rb") as file:
         while block := file.read(2**20):
@@ -50,7 +50,7 @@ def sha256_of_values(values: Any) -> str:
 
 @cache
 def git_state() -> tuple[str, str] | None:
-    """Return the commit of the checkout that the package runs from, and the changes since; None without a checkout."""
+    """Return the commit of the package's checkout, and its uncommitted changes; None without a checkout."""
     commit = _git("rev-parse", "HEAD")
     if commit is None:
         return None
@@ -89,7 +89,7 @@ def _git(*words: str) -> str | None:
     """Run git on the checkout around the package; None without git or a checkout."""
     if not (PACKAGE.parent / ".git").exists():
         return None
-    # Without git's variables, which name another checkout within a hook, or another program to compare by.
+    # Without git's variables, which can name another checkout (within a hook) or another program for differences.
     plain = {name: value for name, value in os.environ.items() if not name.startswith("GIT_")}
     try:
         found = subprocess.run([*GIT, *words], env=plain, capture_output=True, timeout=30, check=True)  # noqa: S603

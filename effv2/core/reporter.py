@@ -1,4 +1,4 @@
-"""What a command tells whoever watches it: a terminal, a log, nobody."""
+"""How a command reports its progress: to a terminal, a log, or nobody."""
 
 import sys
 from collections.abc import Callable, Mapping
@@ -12,26 +12,26 @@ Message = Callable[[str], None]
 
 @dataclass(frozen=True)
 class StudyProgress:
-    """How far a study is; `done` counts a running trial by the share of its epochs."""
+    """The progress of a study. `done` counts a running trial by its share of finished epochs."""
 
     total: int
     done: float
     counts: Mapping[str, int]  # of trials that are running, pruned and failed
-    best: tuple[str, float] | None
-    ended: Mapping[str, str]  # trials by name: how they ended, in that order
+    best: str  # the best trial and its accuracy; empty without one
+    ended: Mapping[str, str]  # trials by name: how each ended, in that order
 
 
 class Reporter:
-    """Hears what happens, and tells nobody. What else is to become of it is for subclasses to say."""
+    """Receives reports and discards them. Subclasses show them."""
 
     def message(self, text: str) -> None:
-        """Say something once."""
+        """Report a message."""
 
     def progress(self, what: str, done: int = 0, total: int | None = None) -> None:
-        """Say what is being done now, and how much of it is done where that is known."""
+        """Report the current work and, if known, how much of it is done."""
 
     def study_progress(self, progress: StudyProgress) -> None:
-        """Report how far the study is."""
+        """Report the progress of the study."""
 
     def run_started(self, name: str, epochs: int) -> None:
         """Report that a run begins, and its largest number of epochs."""
@@ -41,22 +41,22 @@ class Reporter:
 
 
 class LineReporter(Reporter):
-    """Prints a line for each message, epoch and trial to the standard error: for a log, or a notebook."""
+    """Prints a line for each message, epoch and trial to standard error, for a log or a notebook."""
 
     def __init__(self) -> None:
         self._most = 0
         self._ended: set[str] = set()
 
     def line(self, text: str) -> None:
-        """Print a line of what happens on the way."""
+        """Print a line of progress."""
         self.message(text)
 
     def message(self, text: str) -> None:
-        """Print something."""
+        """Print a message."""
         print(masked(text), file=sys.stderr, flush=True)
 
     def progress(self, what: str, done: int = 0, total: int | None = None) -> None:
-        """Print what begins and how much of it there is."""
+        """Print which work begins, and its amount."""
         stop_if_told()
         if total and not done:
             self.line(f"{what}: {total:,}")

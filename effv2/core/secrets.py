@@ -1,4 +1,4 @@
-"""Secrets in addresses: passwords and tokens, which nothing that is shown or recorded may hold."""
+"""Secrets in addresses: passwords and tokens, which must be neither shown nor recorded."""
 
 import ctypes
 import re
@@ -6,20 +6,20 @@ from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
 
-NAMED = re.compile(  # in the query of an address, or in the words that a database's driver takes
+NAMED = re.compile(  # in the query of an address, or in a driver's options
     r"((?:^|[?&#;,\s'\"(])(?:key|[\w.-]*(?:pass|passw(?:or)?d|passphrase|pwd|token|secret|credentials?|sig|signature|sas"
     r"|auth|authorization|jwt|odbc_connect|(?:api|access|account|secret)[-_]?key(?:[-_]?id)?))=)(?:'[^']*'|[^&\s]+)",
     re.IGNORECASE,
 )
-# Up to the last @ of the word, as a password may hold all of / ? # @; bounded, so that long words take no time. Where a
-# web address names a user, a token may stand.
+# Up to the last @ of the word, because a password may hold all of / ? # @; bounded, so that long words take no time. A
+# web address may have a token in the place of a user.
 OF_WEB = re.compile(r"(https?://)(?:[^/\s]{0,2000}|[^/:@\s]{0,200}:\S{0,2000})@", re.IGNORECASE)
 OF_OTHERS = re.compile(r"(://[^/:@\s]{0,200}):\S{0,2000}@")
 WITHOUT_SCHEME = re.compile(r"((?:^|[\s='\"(])(?!models:/)[^\s:='\"(]{1,200}):(?!//)\S{0,2000}@")
 
 
 def masked(text: str) -> str:
-    """Return an address, or a text with addresses in it, with *** for what is secret."""
+    """Return an address, or a text with addresses in it, with *** instead of secrets."""
     if "@" not in text and "=" not in text:
         return text
     text = OF_OTHERS.sub(r"\1:***@", OF_WEB.sub(r"\1***@", NAMED.sub(r"\1***", text)))
@@ -27,12 +27,12 @@ def masked(text: str) -> str:
 
 
 def masked_values(values: Mapping[str, str]) -> dict[str, str]:
-    """Return named values, as tags, with *** for what is secret in them."""
+    """Return named values, such as tags, with *** instead of secrets."""
     return {name: masked(value) for name, value in values.items()}
 
 
 def mask_command_line() -> None:
-    """Overwrite what is secret in the words by which this process was started, as others see them; on Linux."""
+    """Overwrite secrets in this process's command line, as other users see it; on Linux."""
     with suppress(OSError, ValueError, IndexError):
         fields = Path("/proc/self/stat").read_text().rpartition(")")[2].split()
         start, end = map(int, fields[45:47])  # proc(5): arg_start, arg_end

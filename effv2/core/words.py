@@ -1,8 +1,8 @@
-"""Numbers in words, written in one way wherever they are shown."""
+"""Numbers as text, in the same form wherever they are shown."""
 
 import math
 
-whole, tenths = "{:,.0f}".format, "{:,.1f}".format  # numbers without a fraction, to a tenth
+whole, tenths = "{:,.0f}".format, "{:,.1f}".format  # without decimals, with one decimal
 
 
 def percent(value: float) -> str:
@@ -21,7 +21,7 @@ def decimal(value: float) -> str:
 
 
 def number(text: str) -> float:
-    """Read a number; NaN where the text is none."""
+    """Read a number; NaN if the text is not a number."""
     try:
         return float(text)
     except ValueError:
@@ -36,5 +36,5 @@ def duration(seconds: float) -> str:
 
 
 def counted(number: int, word: str) -> str:
-    """Write how many of something there are."""
+    """Write a count and its noun."""
     return f"{number} {word}" if number == 1 else f"{number} {word}s"

@@ -1,1 +1,1 @@
-"""Images: where they come from, how they are sampled, split, decoded once, and served in batches."""
+"""Images: their sources, sampling and splits, the cache of decoded images, and batches."""

@@ -1,7 +1,7 @@
 """Batches of a split: order, augmentation, scaling, memory format. No worker processes: the pixels are in memory.
 
-Augmentation draws for every sample apart, from torch's global generator on the CPU, which the training loop seeds for
-each step. Images are bytes (B, 3, H, W) until they are the network's input.
+Augmentation draws separately for every sample, from torch's global generator on the CPU, which the training loop seeds
+for each step. Images are bytes (B, 3, H, W) until they become the network's input.
 """
 
 import math
@@ -18,7 +18,7 @@ from effv2.data.dataset import Split, to_device
 
 CPU = torch.device("cpu")
 Statistics = tuple[Sequence[float], Sequence[float]]
-# Mean and standard deviation that are applied after scaling to [0, 1]; ImageNet's are those of torchvision's presets.
+# Mean and standard deviation, applied after scaling to [0, 1]. ImageNet's are those of torchvision's presets.
 NORMALISATIONS: dict[str, Statistics] = {
     "none": ((0.0,) * 3, (1.0,) * 3),
     "half": ((0.5,) * 3, (0.5,) * 3),  # EfficientNetV2-L's
@@ -27,13 +27,13 @@ NORMALISATIONS: dict[str, Statistics] = {
 # Share of the image that erasing removes, and its aspect ratio (Zhong et al. 2017; torchvision's defaults).
 ERASED_AREA = (0.02, 0.33)
 ERASED_RATIO = (0.3, 3.3)
-CROP_LOG_RATIO = (math.log(3 / 4), math.log(4 / 3))  # of a resized crop's width to its height
+CROP_LOG_RATIO = (math.log(3 / 4), math.log(4 / 3))  # ratios of a resized crop's width to its height
 
 
 def epoch_order(count: int, seed: int, epoch: int, balanced: Tensor | None = None) -> Tensor:
     """Return the shuffled positions of an epoch, a pure function of its arguments.
 
-    `balanced` are the labels where classes are to come equally often: then as many positions, drawn with replacement.
+    With `balanced`, the labels, as many positions are drawn with replacement, and all classes are equally likely.
     """
     generator = torch.Generator().manual_seed(stream_seed(seed, "order", epoch))
     if balanced is None:
@@ -53,7 +53,7 @@ def training_batches(
 ) -> Iterator[tuple[Tensor, Tensor]]:
     """Yield (uint8 images (B, 3, H, W), labels (B)) in the given order.
 
-    Where the images aren't on the device of the network, the next batch is gathered while the last one is trained on.
+    If the images aren't on the network's device, the next batch is gathered while the network trains on the last one.
     """
 
     def gather(positions: Tensor) -> tuple[Tensor, Tensor]:
@@ -72,7 +72,7 @@ def training_batches(
 
 
 def normalised(images: Tensor, statistics: Statistics, channels_last: bool) -> Tensor:
-    """Turn bytes (B, 3, H, W) into float32: scaled to [0, 1], less the mean, over the standard deviation."""
+    """Turn bytes (B, 3, H, W) into float32: scaled to [0, 1], minus the mean, divided by the standard deviation."""
     memory_format = torch.channels_last if channels_last else torch.contiguous_format
     scaled = images.to(torch.float32, memory_format=memory_format).div_(255)
     if statistics != NORMALISATIONS["none"]:
@@ -82,7 +82,7 @@ def normalised(images: Tensor, statistics: Statistics, channels_last: bool) -> T
 
 
 def augment(images: Tensor, config: AugmentConfig) -> Tensor:
-    """Crop, flip, TrivialAugment, RandAugment and erase; bytes in, bytes out, same shape."""
+    """Crop, flip, apply TrivialAugment and RandAugment, and erase; bytes in, bytes out, same shape."""
     if config.crop:
         images = random_crop(images, config.crop)
     if config.resized_crop:
@@ -103,11 +103,11 @@ def augment(images: Tensor, config: AugmentConfig) -> Tensor:
 
 
 def random_crop(images: Tensor, padding: int) -> Tensor:
-    """Shift each image by up to `padding` pixels both ways, the border filled by reflection."""
+    """Shift each image by up to `padding` pixels in both directions. Reflection fills the border."""
     count, _, height, width = images.shape
 
     def lines(length: int) -> Tensor:
-        """Fold what lies outside [0, length) back, the edge pixel not repeated."""
+        """Reflect positions outside [0, length) into it, without repeating the edge pixel."""
         shift, period = torch.randint(-padding, padding + 1, (count, 1)), 2 * (length - 1)
         line = (torch.arange(length) + shift).remainder(period)
         return to_device(torch.minimum(line, period - line), images.device)
@@ -119,9 +119,9 @@ def random_crop(images: Tensor, padding: int) -> Tensor:
 
 
 def random_resized_crop(images: Tensor, smallest: float) -> Tensor:
-    """Show a random part of each image: at least the share `smallest` of its area, 3:4 to 4:3, resized to the whole.
+    """Crop a random part of each image, of at least the share `smallest` of its area and 3:4 to 4:3, and resize it.
 
-    Bilinear. What doesn't fit is cut down to the image's sides (Szegedy et al. 2015; torchvision draws again).
+    Bilinear. A part that is too large is cut to the image's sides (Szegedy et al. 2015; torchvision draws again).
     """
     count = len(images)
     area, ratio = torch.empty(count).uniform_(smallest, 1), torch.empty(count).uniform_(*CROP_LOG_RATIO).exp()
@@ -154,8 +154,8 @@ def random_erasing(images: Tensor, probability: float) -> Tensor:
 def mix_samples(inputs: Tensor, targets: Tensor, config: AugmentConfig) -> tuple[Tensor, Tensor]:
     """Mix each sample with another of the batch by mixup or CutMix.
 
-    `inputs` are floats (B, 3, H, W), `targets` class probabilities (B, C); so are the results. With both on, a
-    coin decides for each sample. Mixup: Zhang et al. 2018; CutMix: Yun et al. 2019.
+    `inputs` are floats (B, 3, H, W), and `targets` are class probabilities (B, C). The results have the same form. With
+    both on, a coin decides for each sample. Mixup: Zhang et al. 2018; CutMix: Yun et al. 2019.
     """
     if not config.mixup and not config.cutmix:
         return inputs, targets
@@ -164,10 +164,10 @@ def mix_samples(inputs: Tensor, targets: Tensor, config: AugmentConfig) -> tuple
     cuts = torch.rand(count) < (0.5 if config.mixup and config.cutmix else float(config.cutmix > 0))
 
     blend = _beta(config.mixup, count)
-    share = to_device(blend, inputs.device)  # of each sample itself: in all, and in each pixel
+    share = to_device(blend, inputs.device)  # share of the sample itself: in total, and in each pixel
     pixelwise = share[:, None, None]
     if config.cutmix:
-        taken = 1 - _beta(config.cutmix, count)  # share of the image that the rectangle brings from the partner
+        taken = 1 - _beta(config.cutmix, count)  # share of the image that comes from the partner
         heights = (taken.sqrt() * height).round() * cuts
         inside = _rectangles(heights, (taken.sqrt() * width).round(), inputs).float()
         there = to_device(cuts, inputs.device)
@@ -182,7 +182,7 @@ def _beta(alpha: float, count: int) -> Tensor:
 
 
 def _rectangles(heights: Tensor, widths: Tensor, images: Tensor) -> Tensor:
-    """Return masks (B, H, W), on their device, of rectangles of these sizes, uniformly placed inside the images."""
+    """Return masks (B, H, W), on the same device, of rectangles of these sizes, uniformly placed in the images."""
 
     def span(sizes: Tensor, length: int) -> Tensor:
         start = (torch.rand(len(sizes)) * (length - sizes + 1)).floor()[:, None]

@@ -1,4 +1,4 @@
-"""From a DataConfig to decoded, split, digested data. Which samples train, validate and test are pure functions."""
+"""From a DataConfig to decoded data with splits and a digest. The splits are pure functions of config and source."""
 
 from __future__ import annotations
 
@@ -25,21 +25,21 @@ from effv2.data.sources import open_source
 
 Positions = NDArray[np.int64]
 LoadData = Callable[[DataConfig], "Dataset"]
-# From positions in a part of a source to its images; which of them were stored as RGB, and which could be read.
+# From positions in a part of a source to its images, and to which of these were stored as RGB and which could be read.
 Decode = Callable[[LabelledImages, Positions], "tuple[Split, NDArray[np.bool_], NDArray[np.bool_]]"]
 
 
 def to_device(tensor: Tensor, device: torch.device) -> Tensor:
-    """Return `tensor` on `device`; CUDA takes its copy before this returns, and the step needn't wait for the rest."""
+    """Return `tensor` on `device`. CUDA reads it before this returns, and the step need not wait for the transfer."""
     return tensor.to(device, non_blocking=device.type == "cuda")
 
 
 @dataclass(frozen=True)
 class Split:
-    """Samples of one use: rows of an array of decoded images.
+    """The samples of one split: rows of an array of decoded images.
 
-    `pixels` is uint8 (M, H, W, 3) and may be a file mapped into memory, shared by several splits; sample i is
-    pixels[rows[i]] with labels[i] (int64) and ids[i]. `hashes` are those of all pixels (data.hashes), where known.
+    `pixels` is uint8 (M, H, W, 3). It may be a file mapped into memory, and several splits may share it. Sample i is
+    pixels[rows[i]] with labels[i] (int64) and ids[i]. `hashes` are those of all pixels (data.hashes), if known.
     """
 
     pixels: Tensor
@@ -73,22 +73,22 @@ class Split:
 
     @cached_property
     def digest(self) -> str:
-        """Hash pixels, labels and ids, in order; the same samples have the same digest wherever they lie."""
+        """Hash pixels, labels and ids, in order. The same samples have the same digest wherever they are stored."""
         digest = hashlib.sha256(b"".join(self.image_hashes) + self.labels.numpy().tobytes())
         digest.update("\0".join(self.ids).encode())
         return digest.hexdigest()[:16]
 
     def also_in(self, other: Split) -> dict[str, str]:
-        """Return the samples whose pixels, at this size, are those of a sample of `other`, which they lead to."""
+        """Return the samples whose pixels, at this size, equal those of a sample of `other`, mapped to that sample."""
         theirs = dict(zip(other.image_hashes, other.ids, strict=True))
         return {id_: theirs[image] for id_, image in zip(self.ids, self.image_hashes, strict=True) if image in theirs}
 
 
 @dataclass(frozen=True)
 class Dataset:
-    """Class names and the splits; `location` says where the images came from.
+    """Class names and the splits. `location` is the place of the images.
 
-    `left_out` counts by kind what lies there and was not taken, `broken` says of images by their ids why not.
+    `left_out` counts files there that were not used, by kind. `broken` holds the reasons for images, by their ids.
     """
 
     name: str
@@ -99,15 +99,15 @@ class Dataset:
     test: Split
     left_out: Mapping[str, int] = field(default_factory=dict)
     broken: Mapping[str, str] = field(default_factory=dict)
-    resized: Callable[[int], Dataset] | None = None  # what at_size returns for another size
+    resized: Callable[[int], Dataset] | None = None  # loads the data at another size, for at_size
 
     @cached_property
     def notes(self) -> list[str]:
-        """Return what one should know of the data before trusting results, a sentence each."""
+        """Return warnings about the data, one sentence each, to read before trusting results."""
         found = [note] if (note := left_out_note(self.location, self.left_out)) else []
         if self.broken:
             found.append(
-                f"Left out, since they can't be read: {len(self.broken)} images, as {next(iter(self.broken))}."
+                f"Left out because they can't be read: {len(self.broken)} images, such as {next(iter(self.broken))}."
             )
         for (first, one), (second, other) in combinations(self.splits.items(), 2):
             if shared := other.also_in(one):
@@ -118,7 +118,7 @@ class Dataset:
 
     @property
     def summary(self) -> str:
-        """Say how many images each split has, and the smallest and the largest class of the training split."""
+        """Describe the number of images per split, and the smallest and the largest class of the training split."""
         counts = np.bincount(self.train.labels.numpy(), minlength=len(self.classes))
         ends = [f"{counts[at]:,} of class {self.classes[at]}" for at in (counts.argmin(), counts.argmax())]
         between = f"{counts[0]:,} of each class" if counts.min() == counts.max() else f"from {' to '.join(ends)}"
@@ -127,13 +127,13 @@ class Dataset:
 
     @property
     def splits(self) -> dict[str, Split]:
-        """Return the splits there are, by name."""
+        """Return the existing splits, by name."""
         named = {"train": self.train, "validation": self.validation, "test": self.test}
         return {name: split for name, split in named.items() if split is not None}
 
     @property
     def bytes(self) -> int:
-        """Return the size of all pixels; an array that splits share counts once."""
+        """Return the size of all pixels in bytes. An array that splits share counts once."""
         return sum({id(split.pixels): split.pixels.nbytes for split in self.splits.values()}.values())
 
     def at_size(self, size: int) -> Dataset:
@@ -147,13 +147,13 @@ class Dataset:
         return replace(self, **there)
 
     def digest(self) -> str:
-        """Hash everything that a run sees of the data."""
+        """Hash everything in the data that a run depends on."""
         text = "/".join([*self.classes, *(split.digest for split in self.splits.values())])
         return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
 def load_once(reporter: Reporter) -> LoadData:
-    """Return what loads data sets, each once a process, and then tells what one should know of it."""
+    """Return a function that loads data sets, each once per process, and reports the warnings about each."""
 
     @cache
     def once(config: DataConfig) -> Dataset:
@@ -162,11 +162,11 @@ def load_once(reporter: Reporter) -> LoadData:
             reporter.message(note)
         return dataset
 
-    return lambda config: once(config.model_copy(update={"normalise": "none"}))  # which changes nothing of the data
+    return lambda config: once(config.model_copy(update={"normalise": "none"}))  # which doesn't change the data
 
 
 def load_dataset(config: DataConfig, on_decoded: OnDecoded | None = None) -> Dataset:
-    """Find, sample, decode and split; InputError for everything that is wrong with the folder."""
+    """Find, sample, decode and split the images; InputError for any problem with the folder."""
     source, broken = open_source(config), dict[str, str]()
 
     def decoded(part: LabelledImages, positions: Positions) -> tuple[Split, NDArray[np.bool_], NDArray[np.bool_]]:
@@ -218,7 +218,7 @@ def _load_standard(config: DataConfig, source: Source, decoded: Decode) -> dict[
     sampled = sample_per_class(labels, config.per_class, source.classes, config.split_seed, few)
     chosen["train"] = source.train, left[sampled]
 
-    # What comes from one part shares one cache entry: without per_class, whatever the split seed.
+    # All splits of one part share one cache entry. Without per_class, it is the same for every split seed.
     splits: dict[str, Split] = {}
     for part in {id(part): part for part, _ in chosen.values()}.values():
         positions = {name: at for name, (of, at) in chosen.items() if of is part}
@@ -230,7 +230,7 @@ def _load_standard(config: DataConfig, source: Source, decoded: Decode) -> dict[
 
 
 def _load_published(config: DataConfig, source: Source, decoded: Decode) -> dict[str, Split]:
-    """Take the first images of each class, drop what isn't RGB, and split 80/20, shuffled, as the notebooks did."""
+    """Take the first images of each class, drop others than RGB, and split 80/20, shuffled, as the notebooks do."""
     from sklearn.model_selection import train_test_split
 
     if config.validation_fraction:
@@ -246,7 +246,7 @@ def _load_published(config: DataConfig, source: Source, decoded: Decode) -> dict
         train, test = (at[rgb[at]] for at in parts)
         if len(train) < 2 or not len(test):
             problem = f"only {rgb.sum()} RGB images are left to split, and published sampling drops all others"
-            raise InputError("data.sampling", "published", problem, "choose another set or sampling")
+            raise InputError("data.sampling", "published", problem, "choose another data set or sampling")
         return [whole.take(train), whole.take(test)]
 
     pairs = list(map(halves, source.published or (source.train,)))
@@ -256,15 +256,15 @@ def _load_published(config: DataConfig, source: Source, decoded: Decode) -> dict
 def sample_per_class(
     labels: Labels, per_class: int, classes: tuple[str, ...], seed: int | None, allow_few: bool = False
 ) -> Positions:
-    """Return `per_class` positions of each class (0 = all), in the given order; the first ones where `seed` is None.
+    """Return `per_class` positions of each class (0 = all), in the given order; the first ones if `seed` is None.
 
-    InputError for a class with fewer, unless that is allowed.
+    InputError for a class with fewer images, unless that is allowed.
     """
     if not per_class:
         return np.arange(len(labels))
     counts = np.bincount(labels, minlength=len(classes))
     if counts.min() < per_class and not allow_few:
-        problem = f"the class {classes[counts.argmin()]!r} has only {counts.min()} images to take from"
+        problem = f"the class {classes[counts.argmin()]!r} has only {counts.min()} images"
         raise InputError("data.per_class", per_class, problem, "lower data.per_class or add images")
     members = [np.flatnonzero(labels == label) for label in range(len(classes))]
     if seed is None:
@@ -278,9 +278,9 @@ def sample_per_class(
 def stratified_split(
     labels: Labels, fraction: float, classes: tuple[str, ...], split_seed: int, stream: str, *, allow_few: bool = False
 ) -> tuple[Positions, Positions]:
-    """Split `fraction` of each class off (at least one sample); both parts keep the given order.
+    """Split off `fraction` of each class (at least one sample). Both parts keep the given order.
 
-    InputError for a class of less than two, unless that is allowed; nothing is split off it then.
+    InputError for a class of less than two images, unless that is allowed: such a class then remains whole.
     """
     generator = np.random.default_rng(stream_seed(split_seed, stream))
     held = []
@@ -289,7 +289,7 @@ def stratified_split(
         if len(members) < 2:
             if allow_few:
                 continue
-            problem = f"the class {name!r} has only {len(members)} images to split for {stream}, 2 are needed"
+            problem = f"the class {name!r} has only {len(members)} images to split for {stream}, but 2 are needed"
             remedy = "add images, remove the class, or give data.allow_incomplete_classes"
             raise InputError("data.dir", "", problem, remedy)
         count = min(len(members) - 1, max(1, round(fraction * len(members))))

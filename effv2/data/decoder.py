@@ -1,6 +1,6 @@
-"""One decoder for training, evaluation and serving: from an image file to upright RGB bytes (docs/data.md).
+"""The decoder of training, evaluation and serving: from an image file to upright RGB bytes (docs/data.md).
 
-The served model carries this file along and answers without the rest of the package, so nothing of it is imported here.
+The served model contains this file and works without the rest of the package, so this file imports nothing of it.
 """
 
 from contextlib import suppress
@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from PIL import Image, PngImagePlugin
 
 Transpose = Image.Transpose
-# What brings an image upright, by the value of its EXIF tag Orientation.
+# The operation that turns an image upright, by the value of its EXIF tag Orientation.
 UPRIGHT = {
     2: Transpose.FLIP_LEFT_RIGHT,
     3: Transpose.ROTATE_180,
@@ -23,38 +23,38 @@ UPRIGHT = {
     8: Transpose.ROTATE_90,
 }
 ORIENTATION = 0x0112
-MEGAPIXELS = 200.0  # that an image may have: scans have 120, and files that are made to fill the memory many more
-FRAMES = 16  # that are looked at for one that isn't blank
+MEGAPIXELS = 200.0  # megapixels of an image: scans have 120, and files made to exhaust the memory many more
+FRAMES = 16  # frames that are searched for one that isn't blank
 PROGRAMS = ("EPS", "IPTC")  # formats of PostScript, or of what may hold it
-WHITES = (255, 4_095, 65_535)  # of greys that say no depth: the first that an image keeps to
-LONGEST = 100  # times its width that an image may be high, or the other way round: it is enlarged as a whole
-# What Pillow raises for what is no image, or a broken one, and for one of more pixels than `allow` allows.
+WHITES = (255, 4_095, 65_535)  # for greys of unknown depth: the first that no value exceeds
+LONGEST = 100  # largest ratio of an image's sides, because the whole image is enlarged
+# Pillow's errors for files that aren't images or are broken, and for images with more pixels than `allow` permits.
 TOO_LARGE = (Image.DecompressionBombWarning, Image.DecompressionBombError)
 BROKEN = (OSError, ValueError, SyntaxError, TypeError, IndexError, KeyError, RuntimeError, OverflowError)
 
 
 def allow(megapixels: float) -> None:
-    """Set how large an image Pillow takes in this process; let it take PNGs with long texts, too."""
+    """Set the largest image that Pillow opens in this process, and let it open PNGs with long texts."""
     Image.MAX_IMAGE_PIXELS = round(megapixels * 1e6)
     PngImagePlugin.MAX_TEXT_CHUNK, PngImagePlugin.MAX_TEXT_MEMORY = 2**26, 2**28
 
 
 def open_image(file: Path | IO[bytes]) -> Image.Image:
-    """Open an image, not decoded yet. ValueError for PostScript, else one of BROKEN, or of TOO_LARGE."""
+    """Open an image without decoding it. ValueError for PostScript, and the errors in BROKEN and TOO_LARGE."""
     image = Image.open(file)
-    if hasattr(image, "filename"):  # else Pillow maps the file into memory, and turns such a TIFF to a wrong shape
+    if hasattr(image, "filename"):  # else Pillow maps the file into memory, and gives such a TIFF a wrong shape
         image.filename = ""
     if image.format in PROGRAMS:
         image.close()
-        raise ValueError("PostScript, or what may hold it, is a program that Pillow would have run")
+        raise ValueError("it is or may contain PostScript, a program that Pillow would run")
     return image
 
 
 def prepare(image: Image.Image, size: int, shorter_side: int = 0, interpolation: str = "BILINEAR") -> NDArray[np.uint8]:
-    """Return the RGB bytes (size, size, 3) of an image of any size and mode: what a network gets.
+    """Return the RGB bytes (size, size, 3) of an image of any size and mode, as a network gets them.
 
-    Both sides are resized to `size`; or, with `shorter_side`, the shorter one to that, and the central square is taken,
-    as torchvision's presets do. ValueError for an image too long to be enlarged.
+    Both sides are resized to `size`. With `shorter_side`, the shorter side is resized to that, and the central square
+    is cropped, as in torchvision's presets. ValueError for an image that is too long to be enlarged.
     """
     image = to_rgb(image)
     if not shorter_side:
@@ -70,9 +70,9 @@ def prepare(image: Image.Image, size: int, shorter_side: int = 0, interpolation:
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
-    """Return an image of any mode in RGB and upright: its first frame, or where that is blank the first that isn't."""
+    """Return an image of any mode upright in RGB: its first frame, or if that is blank, the first that isn't."""
     first = _frame_in_rgb(image)
-    with suppress(EOFError, AttributeError, *BROKEN):  # where there is no other, or it is broken
+    with suppress(EOFError, AttributeError, *BROKEN):  # if there is no other, or it is broken
         if getattr(image, "is_animated", False) and _is_blank(first):
             for number in range(1, FRAMES):
                 image.seek(number)
@@ -86,29 +86,29 @@ def _is_blank(image: Image.Image) -> bool:
 
 
 def _frame_in_rgb(image: Image.Image) -> Image.Image:
-    """Return the current frame in RGB, on a background where it is transparent, and upright."""
+    """Return the current frame upright in RGB, with a background behind transparent pixels."""
     image.load()
     if image.mode in ("I", "F") or image.mode.startswith("I;"):  # Pillow would clip them at 255
         rgb = Image.fromarray(_grey_bytes(np.asarray(image))).convert("RGB")
     elif image.has_transparency_data:
         colours = image.convert("LA" if image.mode == "La" else image.mode).convert("RGBA")
-        for background in ("white", "black"):  # black for what would be white on white
+        for background in ("white", "black"):  # black, if the image would be white on white
             rgb = Image.alpha_composite(Image.new("RGBA", image.size, background), colours).convert("RGB")
             if not _is_blank(rgb):
                 break
     else:
         rgb = image.convert("RGB")
     orientation = None
-    with suppress(Exception):  # whatever may be wrong with what a camera wrote there
+    with suppress(Exception):  # whatever errors a camera's EXIF data may have
         orientation = image.getexif().get(ORIENTATION)
     return rgb.transpose(UPRIGHT[orientation]) if orientation in UPRIGHT else rgb
 
 
 def _grey_bytes(values: NDArray[Any]) -> NDArray[np.uint8]:
-    """Scale greys of 16 bits, of 32 bits and floats to bytes, by their range, since none says how deep they are.
+    """Scale greys of 16 bits, of 32 bits and floats to bytes, by their range, because their depth is unknown.
 
-    White is 1 for floats from 0 to 1; else the first of WHITES that no value exceeds. Other ranges, as those below 0,
-    are stretched from their smallest value to their largest.
+    White is 1 for floats from 0 to 1, otherwise the first of WHITES that no value exceeds. Other ranges, such as those
+    with values below 0, are stretched from their smallest value to their largest.
     """
     if values.dtype.kind == "f":
         finite = np.isfinite(values)

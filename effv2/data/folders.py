@@ -1,6 +1,6 @@
-"""Trees of image files: which folder is which part of a set, which folders are classes, which files are images.
+"""Trees of image files: which folders are parts of a data set, which are classes, and which files are images.
 
-What may be read in two ways is refused, with what was found and what to give. What is left out is counted by kind.
+An ambiguous tree is refused with an explanation and a remedy. Files that are left out are counted by kind.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ from effv2.data.part_names import (
 if TYPE_CHECKING:
     from effv2.data.images import LabelledImages
 
-# Formats whose files Pillow opens, but that are programs, films or containers.
+# Formats that Pillow opens, but that are programs, films or containers.
 NO_IMAGES = {"EPS", "IPTC", "WMF", "MPEG", "BUFR", "GRIB", "HDF5"}
 SHOWN = 5
 Classes = dict[str, list[Path]]  # files by class
@@ -47,9 +47,9 @@ OTHERWISE = "give the parts as data.train_dir and data.test_dir"
 class Source:
     """A data set: class names and its parts. Without a test part, one is split off the train part.
 
-    `left_out` counts, by kind, what lies there and was not taken. The last two are for published sampling: what is
-    split 80/20 where that isn't the train part (train images are of the first, test images of the last), and whether
-    what isn't RGB is dropped after the split, not before.
+    `left_out` counts unused files by kind. The last two are for published sampling: the parts that are split 80/20 if
+    not the train part (train images are from the first, test images from the last), and whether images that aren't RGB
+    are dropped after the split instead of before it.
     """
 
     location: str
@@ -63,14 +63,14 @@ class Source:
 
 
 def left_out_note(location: str, left_out: Mapping[str, int]) -> str:
-    """Return the sentence that says what was left out, empty where nothing was."""
+    """Return the sentence on the files that were left out; empty if there are none."""
     kinds = ", ".join(f"{kind} ({count})" for kind, count in sorted(left_out.items()))
     return f"Left out in {location}: {kinds}." * bool(kinds)
 
 
 @cache
 def extensions() -> frozenset[str]:
-    """Return the extensions of the images that Pillow reads here."""
+    """Return the extensions of the images that Pillow reads on this machine."""
     from PIL import Image
 
     known = Image.registered_extensions()
@@ -78,9 +78,9 @@ def extensions() -> frozenset[str]:
 
 
 def read_folders(config: DataConfig, root: Path, what: str) -> Source:
-    """Return the set at `root`: class folders or images with labels in a CSV, with or without parts above them.
+    """Return the set at `root`: class folders or images with labels in a CSV, with or without folders of parts.
 
-    InputError for what is no such tree, whose remedy is to give `what`; OSError for what can't be read.
+    InputError for any other tree, with the remedy to give `what`; OSError if it can't be read.
     """
     left_out: Counter[str] = Counter()
     named, explicit = bool(config.train_dir or config.test_dir), bool(config.labels)
@@ -95,7 +95,7 @@ def read_folders(config: DataConfig, root: Path, what: str) -> Source:
         if TRAIN not in parts:
             remedy = "give the folder that it labels as data.train_dir"
             raise InputError("data.labels", path, "labels no training image", remedy)
-        parts = {part: {} for part in (folders if named else ())} | parts  # a part that was named must not be empty
+        parts = {part: {} for part in (folders if named else ())} | parts  # a named part must not be empty
         folders = {part: folders.get(part, folders[TRAIN]) for part in parts}
     else:
         parts = {part: _classes(folder, what, named, left_out) for part, folder in folders.items()}
@@ -105,15 +105,15 @@ def read_folders(config: DataConfig, root: Path, what: str) -> Source:
         for part, found in parts.items()
         if any(found.values())
     }
-    if TEST not in made and VALIDATION in made:  # a set with train and val alone uses val for testing
+    if TEST not in made and VALIDATION in made:  # a set with only train and val uses val for testing
         made[TEST] = made.pop(VALIDATION)
     return Source(str(root), tuple(classes), made[TRAIN], made.get(VALIDATION), made.get(TEST), dict(+left_out))
 
 
 def _named_parts(config: DataConfig, root: Path) -> dict[str, Path]:
-    """Return the parts that settings name, which lie below `root` or anywhere."""
+    """Return the parts that settings name, by paths below `root` or absolute ones."""
     if not config.train_dir:
-        problem = "names the test part, but which is the training part isn't said"
+        problem = "names the test part, but nothing names the training part"
         raise InputError("data.test_dir", config.test_dir, problem, "give data.train_dir as well")
     found = {}
     for part, value in ((TRAIN, config.train_dir), (TEST, config.test_dir)):
@@ -122,14 +122,14 @@ def _named_parts(config: DataConfig, root: Path) -> dict[str, Path]:
             if not found[part].is_dir():
                 raise InputError(f"data.{part}_dir", value, "no such folder", "give a folder, or its path in data.dir")
     if len(found) > 1 and (found[TRAIN].is_relative_to(found[TEST]) or found[TEST].is_relative_to(found[TRAIN])):
-        raise InputError("data.test_dir", config.test_dir, "one part lies in the other", "give two folders apart")
+        raise InputError("data.test_dir", config.test_dir, "one part is inside the other", "give two separate folders")
     return found
 
 
 def _find_parts(root: Path, labelled: bool, left_out: Counter[str]) -> dict[str, Path]:
-    """Return the folders of the parts of the set at `root`, which is the train part where there are none.
+    """Return the folders of the parts of the set at `root`. Without parts, `root` itself is the train part.
 
-    With labels in a file they hold no class folders.
+    With labels in a file, parts hold no class folders.
     """
     place = _unwrapped(root, is_part=False)
     names = _folders(place)
@@ -147,7 +147,7 @@ def _find_parts(root: Path, labelled: bool, left_out: Counter[str]) -> dict[str,
             problem = f"holds a part for testing but none named train ({', '.join(names)})"
             raise refusal(problem, f"rename the training part, or {OTHERWISE}")
         if flat:
-            problem = f"{joined(flat)}, parts by their names, hold no class folders"
+            problem = f"no class folders in {joined(flat)} (parts by name)"
             raise refusal(
                 problem, "give a CSV of labels as data.labels, or data.train_dir . if all folders are classes"
             )
@@ -162,18 +162,18 @@ def _find_parts(root: Path, labelled: bool, left_out: Counter[str]) -> dict[str,
     if labelled:
         return found
     if without := [named[0] for named in used.values() if named[0] in flat]:
-        problem = f"{joined(without)} beside {train[0]} holds no class folders"
-        raise refusal(problem, "remove it, or give data.train_dir alone, of which a test part is split off")
+        problem = f"{joined(without)} next to {train[0]} holds no class folders"
+        raise refusal(problem, "remove it, or give only data.train_dir, from which a test part is then split off")
     classes = set(_folders(found[TRAIN]))
     if others := [name for name in names if name not in inside and classes.intersection(_folders(place / name))]:
-        problem = f"{train[0]} is the training part by its name, but {', '.join(others)} beside it is no part"
-        remedy = f"rename parts to val or test, or the class {train[0]} otherwise, or {OTHERWISE}"
+        problem = f"{train[0]} is the training part by its name, but {', '.join(others)} next to it is not a part"
+        remedy = f"rename parts to val or test, or give the class {train[0]} another name, or {OTHERWISE}"
         raise refusal(problem, remedy)
     return found
 
 
 def _unwrapped(folder: Path, is_part: bool) -> Path:
-    """Return the folder in which the set, or the part, begins: that inside, where there is nothing else but one."""
+    """Return the folder in which the set, or the part, begins: the inner one while a folder holds just one folder."""
     while len(names := _folders(folder)) == 1 and not any(_files_in(folder, Counter())):
         inner, of_part = folder / names[0], part_of(names[0]) is not None
         if (of_part and not is_part) or not (_folders(inner) or of_part or re.fullmatch(FILLER, names[0].casefold())):
@@ -183,9 +183,9 @@ def _unwrapped(folder: Path, is_part: bool) -> Path:
 
 
 def _folders(place: Path, left_out: Counter[str] | None = None) -> list[str]:
-    """Return the names of the folders in a folder, but for hidden ones and those that are no classes.
+    """Return the names of the folders in a folder, except hidden ones and those that can't be classes.
 
-    OSError for a link that leads back to a folder around it.
+    OSError for a link to a folder that contains it.
     """
     with os.scandir(place) as entries:
         found = sorted(entry.name for entry in entries if entry.is_dir())
@@ -199,7 +199,7 @@ def _folders(place: Path, left_out: Counter[str] | None = None) -> list[str]:
 
 
 def _count_images(place: Path, names: Sequence[str], left_out: Counter[str]) -> None:
-    """Count the images in folders that are left out, by their names."""
+    """Count the images in folders that are left out because of their names."""
     for name in names:
         inside = sum(
             file.lower().endswith(tuple(extensions())) for *_, files in os.walk(place / name) for file in files
@@ -208,17 +208,17 @@ def _count_images(place: Path, names: Sequence[str], left_out: Counter[str]) -> 
 
 
 def _classes(folder: Path, what: str, named: bool, left_out: Counter[str]) -> Classes:
-    """Return the images of the class folders in `folder`; what could be parts or versions is refused unless `named`."""
+    """Return the images of the class folders in `folder`. Unless `named`, possible parts or versions are refused."""
     names = _folders(folder, left_out)
     beside = len(list(_files_in(folder, left_out)))
     if len(names) < 2:
         problem = (
-            f"holds {len(names)} class folders{f' beside {beside} images' * bool(beside)}, but at least 2 are needed"
+            f"holds {len(names)} class folders{f' next to {beside} images' * bool(beside)}, but at least 2 are needed"
         )
         remedy = f"give {what}" + ", or a CSV of labels as data.labels" * bool(beside)
         raise InputError("data.dir", folder, problem, remedy)
     if beside:
-        left_out["images beside the class folders"] += beside
+        left_out["images outside the class folders"] += beside
     if not named:
         _refuse_versions(folder, names)
     found: Classes = {}
@@ -228,7 +228,7 @@ def _classes(folder: Path, what: str, named: bool, left_out: Counter[str]) -> Cl
 
 
 def _refuse_versions(folder: Path, names: list[str]) -> None:
-    """Raise InputError where folders are parts or versions of one set, or hold such, rather than classes."""
+    """Raise InputError if folders are, or contain, parts or versions of one set instead of classes."""
     inner = {name: set(_folders(folder / name)) for name in names}
     for name, inside in inner.items():
         if any((part := part_of(each)) and part[0] != UNLABELLED and not part[1] for each in inside):
@@ -245,7 +245,7 @@ def _refuse_versions(folder: Path, names: list[str]) -> None:
         alike = [other for other, more in several.items() if len(inside & more) > 1]
         if len(alike) > 1:
             shared = ", ".join(sorted(inside & several[next(other for other in alike if other != name)])[:SHOWN])
-            problem = f"{joined(alike)} hold the same folders ({shared}), as versions or parts of one set do"
+            problem = f"{joined(alike)} hold the same folders ({shared}), like versions or parts of one set"
             break
     else:
         if not (all(name.casefold() in VERSIONS for name in names) or are_pieces(names) or hold_masks(names)):
@@ -256,7 +256,7 @@ def _refuse_versions(folder: Path, names: list[str]) -> None:
 
 
 def _files(folder: Path, left_out: Counter[str]) -> Iterator[Path]:
-    """Walk a folder at any depth for images; hidden files are left out, links to folders counted."""
+    """Yield the images in a folder at any depth. Hidden files are ignored, and links to folders are counted."""
     for inner in map(folder.joinpath, _folders(folder, left_out)):
         if inner.is_symlink():
             left_out["links to folders"] += 1
@@ -266,7 +266,7 @@ def _files(folder: Path, left_out: Counter[str]) -> Iterator[Path]:
 
 
 def _files_in(folder: Path, left_out: Counter[str]) -> Iterator[Path]:
-    """Return the images right in a folder; other files are counted."""
+    """Return the images directly in a folder. Other files are counted."""
     known = extensions()
     with os.scandir(folder) as entries:
         for entry in entries:
@@ -280,13 +280,13 @@ def _files_in(folder: Path, left_out: Counter[str]) -> Iterator[Path]:
             if named or (not re.fullmatch(r"\.[a-z]\w{0,8}", ending) and entry.is_file() and _holds_image(path)):
                 yield path
             elif not path.exists():
-                left_out["links that lead nowhere"] += 1
+                left_out["broken links"] += 1
             else:
                 left_out[f"{printable(ending)} files" if ending else "files without an extension"] += 1
 
 
 def _holds_image(path: Path) -> bool:
-    """Say whether a file whose name doesn't tell begins as an image does."""
+    """Say whether a file without a known extension begins like an image."""
     from effv2.data.decoder import BROKEN, TOO_LARGE, open_image
 
     try:
@@ -301,7 +301,7 @@ def _holds_image(path: Path) -> bool:
 def _checked_classes(
     root: Path, folders: Mapping[str, Path], parts: Mapping[str, Classes], config: DataConfig, left_out: Counter[str]
 ) -> list[str]:
-    """Return the classes, sorted. InputError where a part lacks one or holds no image of it, unless that is allowed."""
+    """Return the classes, sorted. InputError if a part lacks one or has no image of it, unless that is allowed."""
     train, or_allow = parts[TRAIN], "or give data.allow_incomplete_classes"
     for part, found in () if config.allow_incomplete_classes else parts.items():
         if differing := sorted({*train} ^ {*found}):
@@ -316,18 +316,18 @@ def _checked_classes(
     classes = sorted({name for found in parts.values() for name, files in found.items() if files})
     spelt = {name.casefold(): name for name in classes}
     if twice := next((name for name in classes if len(name) > 1 and spelt[name.casefold()] != name), ""):
-        problem = f"the classes {twice} and {spelt[twice.casefold()]} differ in capitals alone"
-        raise InputError("data.dir", root, problem, "write them alike, or give them other names")
+        problem = f"the classes {twice} and {spelt[twice.casefold()]} differ only in capitals"
+        raise InputError("data.dir", root, problem, "write them in the same way, or rename one")
     for part, found in parts.items():
         if lacking := [name for name in classes if not found.get(name)]:
-            left_out[f"classes that {part} lacks, as {lacking[0]}"] = len(lacking)
+            left_out[f"classes that {part} lacks, such as {lacking[0]}"] = len(lacking)
     if len(classes) < 2 or not any(train.values()):
         raise InputError("data.dir", root, "less than 2 classes with images are left", "add images")
     return classes
 
 
 def _images(root: Path, named: tuple[str, Path] | None, found: Classes, classes: Sequence[str]) -> LabelledImages:
-    """Return images whose ids are their paths below `root`, or those in a named part after its name."""
+    """Return images. Their ids are their paths below `root`, or below a named part, after the name of the part."""
     from effv2.data.images import LabelledImages
 
     files = [(path, label) for label, name in enumerate(classes) for path in sorted(found.get(name, []))]
@@ -337,5 +337,5 @@ def _images(root: Path, named: tuple[str, Path] | None, found: Classes, classes:
 
 
 def printable(name: str) -> str:
-    """Make a file name printable whatever its bytes are."""
+    """Make a file name printable, whatever its bytes."""
     return os.fsencode(name).decode("utf-8", "backslashreplace")

@@ -1,8 +1,8 @@
-"""Hashes of decoded images, kept beside them in the cache, so that no start hashes again what one has hashed.
+"""Hashes of decoded images, stored next to them in the cache, so that each image is hashed only once.
 
     <entry>/hashes-<size, times of the file of pixels>.npy    uint8 (N, 32): the SHA-256 of each image
 
-They are written once the pixels are on the disk and known to be whole, and trusted while that file is as it was.
+They are written when the pixels are on the disk and known to be whole. They are valid while that file is unchanged.
 """
 
 import hashlib
@@ -21,7 +21,7 @@ Hashes = NDArray[np.uint8]
 
 
 def known_hashes(pixels: NDArray[Any]) -> Hashes | None:
-    """Return the hashes that were kept of pixels mapped from a file, None where there are none for it as it is."""
+    """Return the stored hashes of pixels mapped from a file; None if there are none for the file's current state."""
     with suppress(OSError, ValueError, EOFError):
         found: Hashes = np.load(_path(pixels), allow_pickle=False)
         return found if found.shape == (len(pixels), 32) and found.dtype == np.uint8 else None
@@ -29,7 +29,7 @@ def known_hashes(pixels: NDArray[Any]) -> Hashes | None:
 
 
 def image_hashes(pixels: NDArray[Any]) -> Hashes:
-    """Return the hash of each image, and keep them beside its file where that can be written."""
+    """Return the hash of each image, and store them next to the file of pixels if possible."""
     if (found := known_hashes(pixels)) is not None:
         return found
     digests = b"".join(hashlib.sha256(image.data).digest() for image in np.asarray(pixels))
@@ -38,13 +38,13 @@ def image_hashes(pixels: NDArray[Any]) -> Hashes:
     np.save(content, hashes)
     with suppress(OSError):
         with _file(pixels).open("rb") as file:
-            os.fsync(file.fileno())  # a loss of power must not leave hashes of what was lost
+            os.fsync(file.fileno())  # a loss of power must not leave hashes of lost pixels
         write_atomically(_path(pixels), content.getvalue())
     return hashes
 
 
 def _file(pixels: NDArray[Any]) -> Path:
-    """Return the file that pixels are mapped from; OSError where there is none."""
+    """Return the file that pixels are mapped from; OSError if there is none."""
     if (name := getattr(pixels, "filename", None)) is None:
         raise FileNotFoundError
     return Path(name)

@@ -1,8 +1,8 @@
-"""Labelled images, what is made of each (the square of bytes that a network gets), and the cache of what was made.
+"""Labelled images, their preparation (to the square of bytes that a network gets), and the cache of the results.
 
 An entry of the cache holds the pixels of a list of images after one preparation. Its key is a hash of the files' bytes
-and the settings. A stamp leads from the files' names, sizes and times to that key, so that a second start neither reads
-nor decodes a file. A finished entry appears by renaming a folder: a kill loses work, but leaves no half entry.
+and the settings. A stamp maps the files' names, sizes and times to that key, so that a second start neither reads nor
+decodes a file. A finished entry appears by renaming a folder: a kill loses work, but leaves no partial entry.
 
     <cache>/stamps/<hash of names, sizes, times and settings>    text: the key of the entry
     <cache>/entries/<key>/pixels.npy                             uint8 (N, size, size, 3)
@@ -37,9 +37,9 @@ from effv2.data.decoder import BROKEN, MEGAPIXELS, TOO_LARGE, allow, open_image,
 from effv2.data.hashes import known_hashes
 
 ABANDONED_SECONDS = 24 * 3600
-CHUNK = 256  # images decoded at a time, which wait in memory
-LARGE = "more than"  # begins why an image isn't read that has too many pixels
-OnDecoded = Callable[[int, int], None]  # called with how many images are decoded, and of how many
+CHUNK = 256  # images decoded at a time, which are held in memory
+LARGE = "more than"  # begins the reason for an image with too many pixels
+OnDecoded = Callable[[int, int], None]  # called with the number of decoded images and their total
 Labels = NDArray[np.int64]
 Bytes = NDArray[np.uint8]
 Result = tuple[Bytes, bool] | str  # pixels, and whether they were stored as RGB; or why an image can't be read
@@ -49,8 +49,8 @@ Result = tuple[Bytes, bool] | str  # pixels, and whether they were stored as RGB
 class LabelledImages:
     """Images with labels and ids, in the order (class, file) of the published rule.
 
-    `items` is an array of paths (N), or of bytes: greyscale (N, H, W) or RGB (N, H, W, 3). Files are trusted to be
-    unchanged while their sizes and modification times are.
+    `items` is an array of paths (N), or of bytes: greyscale (N, H, W) or RGB (N, H, W, 3). Files count as unchanged
+    as long as their sizes and modification times are unchanged.
     """
 
     items: NDArray[Any]
@@ -66,13 +66,13 @@ class LabelledImages:
         return len(self.items)
 
     def open(self, index: int) -> Image.Image:
-        """Open one image, as open_image does; close it after use."""
+        """Open one image, as open_image does. The caller closes it."""
         if self.items.dtype != object:  # the grey channel copied to three, as the published notebooks did
             return Image.fromarray(self.items[index]).convert("RGB")
         return open_image(self.items[index])
 
     def stamp(self) -> str:
-        """Return a string that changes whenever the content may have changed, quickly."""
+        """Return, quickly, a string that changes whenever the content may have changed."""
 
         def state(path: Path) -> bytes:
             status = path.stat()
@@ -85,7 +85,7 @@ class LabelledImages:
         return self._hash(lambda path: hashlib.sha256(path.read_bytes()).digest())
 
     def _hash(self, of_file: Callable[[Path], bytes]) -> str:
-        """Hash the bytes of the array, or what stands for each file."""
+        """Hash the bytes of the array, or the result of `of_file` for each file."""
         if self.items.dtype != object:
             return sha256_of(self.items)
         digest = hashlib.sha256()
@@ -102,7 +102,7 @@ class LabelledImages:
         return LabelledImages(self.items[at], self.labels[at], tuple(map(self.ids.__getitem__, at)))
 
     def join(self, others: LabelledImages) -> LabelledImages:
-        """Return these images and then `others`, which must lie alike."""
+        """Return these images followed by `others`, which must be stored in the same form."""
         items, labels = (np.concatenate(both) for both in ((self.items, others.items), (self.labels, others.labels)))
         return LabelledImages(items, labels, self.ids + others.ids)
 
@@ -116,7 +116,7 @@ def sha256_of(array: NDArray[Any]) -> str:
 class Square:
     """Both sides resized to `size` (bilinear with antialiasing), whatever the aspect ratio: the published rule.
 
-    Its repr, as that of CentreCrop, is part of the key by which decoded images are found again.
+    Its repr, like that of CentreCrop, is part of the key of the cached images.
     """
 
     size: int
@@ -128,10 +128,7 @@ class Square:
 
 @dataclass(frozen=True)
 class CentreCrop:
-    """The shorter side resized to `resize`, then the central square of `size`: torchvision's preset.
-
-    `interpolation` is torchvision's name of it, as bilinear.
-    """
+    """The shorter side resized to `resize`, then the central square of `size`; `interpolation` as in torchvision."""
 
     size: int
     resize: int
@@ -147,9 +144,9 @@ Preparation = Square | CentreCrop
 
 @dataclass(frozen=True)
 class Decoded:
-    """Pixels (N, size, size, 3), a file mapped into memory; their SHA-256; which of the images were stored as RGB.
+    """Pixels (N, size, size, 3), a file mapped into memory; their SHA-256; which images were stored as RGB.
 
-    `broken` says of images that can't be read, by their positions, why; their pixels are black, not stored as RGB.
+    `broken` holds the reasons for unreadable images, by position. Their pixels are black and count as not RGB.
     """
 
     pixels: Bytes
@@ -165,9 +162,9 @@ def decode(
     megapixels: float = MEGAPIXELS,
     skip_broken: bool | None = None,
 ) -> Decoded:
-    """Return `images` as `preparation` makes them, from the cache where it has them.
+    """Return `images` after `preparation`, from the cache if it has them.
 
-    InputError names all that are broken or have more pixels than wanted, unless they may be skipped (None: never).
+    InputError names all that are broken or have too many pixels, unless they may be skipped (None: never).
     """
     settings = f"{VERSIONS['decoding']}/{preparation}/{megapixels:g}/Pillow {PIL.__version__}"
     folder = cache_folder()
@@ -188,22 +185,22 @@ def decode(
     entry = folder / "entries" / key(images.digest())
     try:
         if (found := _read(entry)) is None:
-            entry.parent.mkdir(parents=True, exist_ok=True)  # before the work, not after it
+            entry.parent.mkdir(parents=True, exist_ok=True)  # checked before the work
             shape = (len(images), preparation.size, preparation.size, 3)
             found = _write(entry, shape, _prepared(images, preparation, on_decoded, megapixels), sound)
     except OSError as error:
         problem = f"can't be written ({error.strerror or error})"
         remedy = "free space there or set EFFV2_CACHE to another folder"
         raise InputError("EFFV2_CACHE", folder, problem, remedy) from error
-    with suppress(OSError):  # a cache that can only be read serves as well
-        if not found.broken:  # one that can't be read may be allowed to, which no stamp shows
+    with suppress(OSError):  # a read-only cache is also of use
+        if not found.broken:  # unreadable files may be allowed, and no stamp shows these
             pointer.parent.mkdir(parents=True, exist_ok=True)
             write_atomically(pointer, entry.name)
     return sound(found)
 
 
 def _refusal(images: LabelledImages, broken: Mapping[int, str], may_skip: bool) -> InputError:
-    """Return the error that names the images that can't be read, and what to do about them."""
+    """Return the error that names the unreadable images and the remedy."""
     named = ", ".join(f"{images.items[at]} ({why})" for at, why in broken.items())
     large = [why.startswith(LARGE) for why in broken.values()]
     remedies = {"raise data.max_megapixels": any(large), "repair or remove them": not all(large)}
@@ -214,12 +211,12 @@ def _refusal(images: LabelledImages, broken: Mapping[int, str], may_skip: bool) 
 def _prepared(
     images: LabelledImages, preparation: Preparation, on_decoded: OnDecoded | None, megapixels: float
 ) -> Generator[Result]:
-    """Yield what becomes of each image, in order."""
+    """Yield the result for each image, in order."""
 
     def one(index: int) -> Result:
         try:
             with images.open(index) as image:
-                image.load()  # which may change the mode, as later frames may
+                image.load()  # which, like later frames, may change the mode
                 stored = image.mode
                 return preparation(image), stored == "RGB"
         except TOO_LARGE:
@@ -232,7 +229,7 @@ def _prepared(
         warnings.simplefilter("ignore")
         warnings.simplefilter("error", Image.DecompressionBombWarning)
         allow(megapixels)
-        pool = ThreadPoolExecutor(os.cpu_count())  # threads suffice: Pillow lets go of the interpreter lock
+        pool = ThreadPoolExecutor(os.cpu_count())  # threads suffice: Pillow releases the interpreter lock
         stack.callback(pool.shutdown, cancel_futures=True)
         for start in range(0, count, CHUNK):
             for done, result in enumerate(pool.map(one, range(start, min(start + CHUNK, count))), start + 1):
@@ -242,7 +239,7 @@ def _prepared(
 
 
 def _read(entry: Path) -> Decoded | None:
-    """Return the entry if it is whole: its pixels must have the checksum that was written with them, or had it."""
+    """Return the entry if it is whole: its pixels have, or had when last hashed, the checksum written with them."""
     try:
         index = json.loads((entry / "index.json").read_text())
         rgb, sha256 = np.array(index["rgb"], dtype=bool), str(index["sha256"])
@@ -257,16 +254,16 @@ def _read(entry: Path) -> Decoded | None:
 def _write(
     entry: Path, shape: tuple[int, ...], prepared: Generator[Result], sound: Callable[[Decoded], Decoded]
 ) -> Decoded:
-    """Build an entry, never all of it in memory; what a loss of power tears, the checksum tells.
+    """Build an entry, never all of it in memory. The checksum reveals damage by a loss of power.
 
-    `sound` raises an error for what isn't to be kept.
+    `sound` raises an error for content that must not be kept.
     """
-    for path in entry.parent.glob("building-*"):  # of processes that were killed
-        with suppress(FileNotFoundError):  # finished by its process meanwhile
+    for path in entry.parent.glob("building-*"):  # left by killed processes
+        with suppress(FileNotFoundError):  # meanwhile finished by its process
             if path.stat().st_mtime < time.time() - ABANDONED_SECONDS:
                 shutil.rmtree(path, ignore_errors=True)
     building = entry.with_name(f"building-{uuid.uuid4().hex}")
-    building.mkdir()  # not by tempfile, which would hide it from other users for good
+    building.mkdir()  # not by tempfile, whose files other users can't read
     black = np.zeros(shape[1:], dtype=np.uint8)
     try:
         digest, rgb, broken = hashlib.sha256(), list[bool](), dict[int, str]()
@@ -281,12 +278,12 @@ def _write(
                 digest.update(content)
                 rgb.append(is_rgb)
         (building / "index.json").write_text(json.dumps({"rgb": rgb, "sha256": digest.hexdigest(), "broken": broken}))
-        # A file that is mapped stays, whatever becomes of its name.
+        # A mapped file remains usable, even after its name is gone.
         written: Bytes = np.load(building / "pixels.npy", mmap_mode="c", allow_pickle=False)
         written.filename = entry / "pixels.npy"  # type: ignore[attr-defined]  # from now on
         found = sound(Decoded(written, digest.hexdigest(), np.array(rgb, dtype=bool), broken))
-        shutil.rmtree(entry, ignore_errors=True)  # one that is broken, or of another process that was quicker
-        with suppress(OSError):  # another process was quicker still
+        shutil.rmtree(entry, ignore_errors=True)  # a broken one, or that of a faster process
+        with suppress(OSError):  # another process was even faster
             building.rename(entry)
     finally:
         shutil.rmtree(building, ignore_errors=True)

@@ -1,4 +1,4 @@
-"""A look at a data set before anything is trained: what is there, what is broken, what is there more than once."""
+"""Inspection of a data set before training: its content, broken files and duplicates."""
 
 from __future__ import annotations
 
@@ -24,47 +24,47 @@ from effv2.data.decoder import BROKEN, TOO_LARGE, allow, to_rgb
 from effv2.data.folders import Source, left_out_note
 from effv2.data.images import LabelledImages
 
-NEAR_BITS = 4  # of 64, by which the perceptual hashes of nearly identical images differ at most
-BANDS = [(0, 13), (13, 13), (26, 13), (39, 13), (52, 12)]  # one more than NEAR_BITS: near hashes share one of them
-LARGEST_GROUP = 4_000  # images of one band that are compared with each other
-LEAST_SIDE = 32  # pixels: hashes of smaller images say nothing
+NEAR_BITS = 4  # of 64: the perceptual hashes of nearly identical images differ in at most so many
+BANDS = [(0, 13), (13, 13), (26, 13), (39, 13), (52, 12)]  # one more than NEAR_BITS, so that near hashes share a band
+LARGEST_GROUP = 4_000  # images with an equal band that are compared with each other
+LEAST_SIDE = 32  # pixels: the hashes of smaller images are not meaningful
 MOST_NAMED = 5
-ROWS, COLUMNS, LEAST_TILE, MOST_TILE, GAP = 40, 8, 48, 128, 2  # of a contact sheet: classes, images of each, pixels
-WRONG = "wrong.jpg"  # artifact of a run: the gallery of its surest mistakes
+ROWS, COLUMNS, LEAST_TILE, MOST_TILE, GAP = 40, 8, 48, 128, 2  # of a contact sheet: classes, images per class, pixels
+WRONG = "wrong.jpg"  # artifact of a run: the gallery of its most confident mistakes
 LINE, LONGEST_LINE = 13, 21  # of a caption: pixels, characters
 
 
 class Alike(NamedTuple):
-    """Two images by part and id, of which the files are identical, or the pictures nearly so."""
+    """Two images by part and id. Their files are identical, or their pictures are nearly identical."""
 
     one: str
     other: str
     identical: bool
-    across: bool  # they are in two parts
-    classes: tuple[str, str]  # in which they are
+    across: bool  # whether they are in two parts
+    classes: tuple[str, str]  # classes of the two
 
 
 @dataclass(frozen=True)
 class Inspection:
-    """What a data set holds."""
+    """The content of a data set."""
 
-    note: str  # what was left out
+    note: str  # the files that were left out
     classes: Sequence[str]
-    counts: dict[str, list[int]]  # images of each class, by part
+    counts: dict[str, list[int]]  # images per class, by part
     sizes: Counter[tuple[int, int]]  # width and height
     modes: Counter[str]  # Pillow's
     broken: Sequence[str]
     alike: Sequence[Alike]
 
     def table(self) -> list[tuple[str, ...]]:
-        """Return the number of images of each class and part, titles first."""
+        """Return the number of images per class and part, titles first."""
         rows = zip(*self.counts.values(), strict=True)
         counted = [(name, *(f"{n:,}" for n in row)) for name, row in zip(self.classes, rows, strict=True)]
         total = [f"{sum(each):,}" for each in self.counts.values()]
         return [("class", *self.counts), *counted, (f"{len(self.classes)} classes", *total)]
 
     def sentences(self) -> Iterator[str]:
-        """Say what the images are, and what is wrong with them."""
+        """Describe the images, and the problems with them."""
         if self.sizes:
             ends = [each(self.sizes, key=math.prod) for each in (min, max)]
             least, most, usual = (f"{w}x{h}" for w, h in (*ends, self.sizes.most_common(1)[0][0]))
@@ -76,17 +76,17 @@ class Inspection:
         if self.broken:
             yield f"{len(self.broken):,} images can't be read: {listed(self.broken, MOST_NAMED)}."
         for identical, words in ((True, "identical"), (False, "nearly identical")):
-            for across, where in ((True, "in two parts, so that tests see training images"), (False, "in one part")):
+            for across, where in ((True, "in two parts, so tests see training images"), (False, "in one part")):
                 found = [f"{each.one} and {each.other}" for each in self.alike if each[2:4] == (identical, across)]
                 if found:
                     yield f"{len(found):,} pairs are {words} {where}: {listed(found, MOST_NAMED)}."
         if torn := [f"{one} and {other}" for one, other, same, _, of in self.alike if same and of[0] != of[1]]:
             yield f"{len(torn):,} of these pairs are in two classes: {listed(torn, MOST_NAMED)}."
         if "test" not in self.counts and any(each.identical for each in self.alike):
-            yield "A test part is split off the training part, so that tests will see some of these."
+            yield "A test part is split off the training part, so it will contain some of these."
 
     def harmful(self, skip_broken: bool) -> bool:
-        """Say whether trainings would fail, learn two labels of one image, or test what they were trained on."""
+        """Say whether a training would fail, learn two labels for one image, or be tested on training images."""
         pairs = (each for each in self.alike if each.identical)
         same = any(each.across or each.classes[0] != each.classes[1] or "test" not in self.counts for each in pairs)
         return same or bool(self.broken and not skip_broken)
@@ -105,7 +105,7 @@ class _Seen(NamedTuple):
 def inspect(
     source: Source, megapixels: float, on_seen: Callable[[int, int], None] = lambda done, total: None
 ) -> Inspection:
-    """Open every image once; one of more `megapixels` counts as broken."""
+    """Open every image once. An image of more than `megapixels` counts as broken."""
     allow(megapixels)
     named = {"train": source.train, "validation": source.validation, "test": source.test}
     parts = {part: images for part, images in named.items() if images is not None}
@@ -126,7 +126,7 @@ def inspect(
 
 
 def _look(classes: Sequence[str], part: str, images: LabelledImages, index: int) -> _Seen | str:
-    """Return what there is to know of an image, or why it can't be read."""
+    """Return the facts about an image, or the reason why it can't be read."""
     import imagehash
 
     name, item = images.ids[index], images.items[index]
@@ -144,7 +144,7 @@ def _look(classes: Sequence[str], part: str, images: LabelledImages, index: int)
 
 
 def _alike(seen: Sequence[_Seen]) -> Iterator[Alike]:
-    """Yield pairs: each identical file with the first one, and pictures that are nearly alike."""
+    """Yield pairs: each identical file with the first one, and nearly identical pictures."""
     first: dict[bytes, _Seen] = {}
     for each in seen:
         known = first.setdefault(each.digest, each)
@@ -172,9 +172,9 @@ def near(hashes: NDArray[np.uint64]) -> list[tuple[int, int]]:
 
 
 def contact_sheet(dataset: Dataset) -> Image.Image:
-    """Return a few training images of each class, a row a class, as they enter the network but for augmentation.
+    """Return a few training images per class, one row per class, as they enter the network without augmentation.
 
-    Small ones are enlarged, large ones reduced.
+    Small images are enlarged and large images are reduced.
     """
     labels, side = dataset.train.labels, dataset.train.pixels.shape[1]
     tile = min(side * max(1, -(-LEAST_TILE // side)), MOST_TILE)
@@ -190,7 +190,7 @@ def contact_sheet(dataset: Dataset) -> Image.Image:
 
 
 def of_each_class(places: Sequence[int], labels: Sequence[int], most: int) -> list[int]:
-    """Return the first ones of `places` of each class, as many of each as fit into `most`, class after class."""
+    """Return the first `places` of each class, equally many per class and at most `most` in total, class by class."""
     by_class: dict[int, list[int]] = {}
     for place in places:
         by_class.setdefault(labels[place], []).append(place)
@@ -199,7 +199,7 @@ def of_each_class(places: Sequence[int], labels: Sequence[int], most: int) -> li
 
 
 def gallery(images: torch.Tensor, captions: Sequence[Sequence[str]]) -> Image.Image:
-    """Return images (N, 3, side, side) of bytes, each above the lines of its caption, of which both ends are shown."""
+    """Return images (N, 3, side, side) of bytes, each above the lines of its caption. Long lines show both ends."""
     width, height = MOST_TILE + 4 * GAP, MOST_TILE + LINE * len(captions[0]) + 4 * GAP
     columns = min(COLUMNS, len(images))
     sheet = Image.new("RGB", (columns * width, -(-len(images) // columns) * height), "white")

@@ -1,9 +1,9 @@
-"""What folders are by their names: parts of a set, pieces or versions of one, no classes at all."""
+"""The meaning of folders by their names: parts of a set, pieces or versions of one, or no classes at all."""
 
 import re
 from collections.abc import Sequence
 
-# What the parts of a set are called, in any case and with any digits, dashes and words like `set` and `data` around it.
+# Names of the parts of a set, in any case and with any digits, dashes and words like `set` and `data` around them.
 TRAIN, VALIDATION, TEST, UNLABELLED = "train", "validation", "test", "unlabelled"
 PART_WORDS = {
     TRAIN: "train(?:ing)?",
@@ -12,19 +12,19 @@ PART_WORDS = {
     UNLABELLED: "pred(?:ict(?:ion)?s?)?|unlabell?ed",
 }
 FILLER = "data|sets?|datasets?|(?:jpeg)?images?|imgs?|pictures?|photos?|files?|folders?|parts?|splits?|samples?|seg"
-# Folders that are no classes: thumbnails and bins of other programs, and what runs write where they are started.
+# Folders that aren't classes: thumbnails and bins of other programs, and the output of runs started there.
 NO_CLASSES = {"thumbs", "thumbnails", "__macosx", "__pycache__", "lost+found", "system volume information"}
 NO_CLASSES |= {"mlruns", "mlartifacts", "checkpoints", "wandb", "lightning_logs", "venv", "node_modules"}
 NO_CLASSES |= {"runs", "outputs", "output", "results", "plots", "logs"}
-# Folders of these names alone are versions of one set, not classes.
+# If all folders have these names, they are versions of one set, not classes.
 VERSIONS = {"original", "resized", "raw", "processed", "augmented", "cropped", "color", "colour", "gray", "grey"}
 VERSIONS |= {"grayscale", "greyscale", "segmented", "images", "masks", "labels", "annotations"}
-PIECES = f"folds?|shards?|chunks?|batch(?:es)?|{FILLER}|{'|'.join(PART_WORDS.values())}"  # before a number: of one set
-MASKS = "masks?|segmentations?|segmentation(?:class|object)|labels?|annotations?|gt|groundtruth"  # beside their images
+PIECES = f"folds?|shards?|chunks?|batch(?:es)?|{FILLER}|{'|'.join(PART_WORDS.values())}"  # before a number
+MASKS = "masks?|segmentations?|segmentation(?:class|object)|labels?|annotations?|gt|groundtruth"  # next to their images
 
 
 def part_of(name: str) -> tuple[str, tuple[str, ...]] | None:
-    """Return the part that a folder is by its name, and the words of it that say something else; None for no part."""
+    """Return the part that a folder's name means, and the other words of the name; None if it is not a part."""
     words = _words(name)
     found = [
         (part, at)
@@ -40,7 +40,7 @@ def part_of(name: str) -> tuple[str, tuple[str, ...]] | None:
 
 
 def parts_among(names: Sequence[str]) -> dict[str, list[str]]:
-    """Return folders by the part that they are: by their names alone, or with another part alike, as birds_train."""
+    """Return folders by part: by names such as train, or names with equal other words, such as birds_train."""
     known = {name: found for name in names if (found := part_of(name))}
     parts: dict[str, list[str]] = {}
     for name, (part, rest) in known.items():
@@ -50,13 +50,13 @@ def parts_among(names: Sequence[str]) -> dict[str, list[str]]:
 
 
 def are_pieces(names: list[str]) -> bool:
-    """Say whether folders are pieces of one set by their names, as images_001 and images_002, or trainA and testB."""
+    """Say whether folders are pieces of one set by name, such as images_001 and images_002, or trainA and testB."""
     stems = [re.fullmatch(r"(.*?[^\W\d_])(?:[\W_]*\d+|(?<=[a-z])[A-Z])", name) for name in names]
     return all(stem and re.fullmatch(PIECES, _words(stem[1])[-1]) for stem in stems)
 
 
 def hold_masks(names: list[str]) -> bool:
-    """Say whether folders are images and what was drawn on them, as image and mask, or train and train_masks."""
+    """Say whether folders are images and their annotations, such as image and mask, or train and train_masks."""
     words = [_words(name) for name in names]
     drawn = [each[:-1] for each in words if each and re.fullmatch(MASKS, each[-1])]
     return bool(drawn) and any(each in drawn or (each and all(re.fullmatch(FILLER, w) for w in each)) for each in words)

@@ -1,6 +1,6 @@
-"""RandAugment (Cubuk et al. 2020): each image goes through two operations drawn at random, of equal strength.
+"""RandAugment (Cubuk et al. 2020): two random operations of equal strength change each image.
 
-Images that drew the same operation are changed together, so that a GPU has work in few kernels.
+Images with the same operation are changed together, so that a GPU needs few kernels.
 """
 
 from __future__ import annotations
@@ -17,15 +17,15 @@ from torchvision.transforms.v2 import functional as tv
 from effv2.data.dataset import to_device
 
 OPERATIONS_PER_IMAGE = 2
-FULL_STRENGTH = 10  # the magnitude of AutoAugment's largest changes (Cubuk et al. 2019), to which others are relative
-SHEAR, SHIFT, ANGLE, ENHANCED = 0.3, 0.45, 30.0, 0.9  # the largest; an angle in degrees, shifts as shares of a side
+FULL_STRENGTH = 10  # the magnitude of AutoAugment's largest changes (Cubuk et al. 2019); others are relative to it
+SHEAR, SHIFT, ANGLE, ENHANCED = 0.3, 0.45, 30.0, 0.9  # the largest changes: angle in degrees, shift as share of a side
 POSTERIZED_BITS, GREY = 4, 128.0
-# Given bytes (B, 3, H, W) and the strength of each (B), -1 to 1 at FULL_STRENGTH, returns bytes of the same shape.
+# From bytes (B, 3, H, W) and their strengths (B), -1 to 1 at FULL_STRENGTH, to bytes of the same shape.
 Operation = Callable[[Tensor, Tensor], Tensor]
 
 
 def _warped(images: Tensor, strength: Tensor, kind: Tensor) -> Tensor:
-    """Shear along x or y, shift along x or y, or rotate: `kind` (B), 0 to 4, says which. Grey comes from outside."""
+    """Shear along x or y, shift along x or y, or rotate, by `kind` (B), 0 to 4. The outside is grey."""
     shear, shift, angle = SHEAR * strength, 2 * SHIFT * strength, torch.deg2rad(ANGLE * strength)
     turned = kind == 4
     cosine, sine = torch.where(turned, angle.cos(), 1), torch.where(turned, angle.sin(), 0)
@@ -39,7 +39,7 @@ def _warped(images: Tensor, strength: Tensor, kind: Tensor) -> Tensor:
 
 
 def _enhanced(plain: Callable[[Tensor], Tensor]) -> Operation:
-    """Return what moves images away from, or towards, what `plain` makes of them (floats 0 to 255)."""
+    """Return an operation that moves images away from, or towards, their version by `plain` (floats 0 to 255)."""
 
     def change(images: Tensor, strength: Tensor) -> Tensor:
         factor = to_device((1 + ENHANCED * strength).clamp(min=0), images.device)[:, None, None, None]
@@ -71,20 +71,20 @@ CHANGES: tuple[Operation, ...] = (
     lambda images, strength: tv.autocontrast(images),
     lambda images, strength: tv.equalize(images),
 )
-NOTHING = WARPS + len(CHANGES)  # the last operation leaves the image as it is
+NOTHING = WARPS + len(CHANGES)  # the last operation doesn't change the image
 
 
 def rand_augment(images: Tensor, magnitude: float) -> Tensor:
     """Change bytes (B, 3, H, W) by RandAugment of `magnitude`, drawn from torch's global generator on the CPU.
 
-    Shifts, turns and colours go in either direction, as in AutoAugment.
+    Shifts, rotations and colours change in either direction, as in AutoAugment.
     """
     count, device = len(images), images.device
-    now = torch.arange(count)  # which image is in which place
+    now = torch.arange(count)  # the image at each place
     for _ in range(OPERATIONS_PER_IMAGE):
         drawn = torch.randint(NOTHING + 1, (count,))
         strength = magnitude / FULL_STRENGTH * (2 * torch.randint(2, (count,)) - 1)
-        order = drawn.argsort(stable=True)  # equal operations lie side by side
+        order = drawn.argsort(stable=True)  # equal operations are adjacent
         drawn, strength, now = drawn[order], strength[order], now[order]
         images = images[to_device(order, device)]
         ends = [0, *torch.searchsorted(drawn, torch.arange(WARPS, NOTHING + 1)).tolist()]

@@ -1,7 +1,7 @@
 """Data sets by name: each a function from DataConfig to a Source. A new one is one function here and nothing else.
 
-Nothing is decoded here; a missing or malformed folder is answered with an InputError. The command's help imports this
-module, so what is heavy is imported inside the functions.
+Nothing is decoded here. A missing or malformed folder raises InputError. The commands' help imports this module, so
+large packages are imported inside the functions.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ BIRDS_PAGE = "https://www.kaggle.com/datasets/arjunbasandrai/25-indian-bird-spec
 
 
 def open_source(config: DataConfig) -> Source:
-    """Find the data set that `config` names; InputError where it isn't there, can't be read or is malformed."""
+    """Find the data set that `config` names; InputError if it is missing, unreadable or malformed."""
     try:
         source: Source = DATASETS[config.dataset](config)
         _check(source)
@@ -43,7 +43,7 @@ def open_source(config: DataConfig) -> Source:
 
 
 def _check(source: Source) -> None:
-    """Raise ValueError for what the function of a data set must not return."""
+    """Raise ValueError for an invalid result of the function of a data set."""
     count = len(source.classes)
     for part in (source.train, source.validation, source.test):
         if part is None:
@@ -76,23 +76,23 @@ def _imagenette(config: DataConfig) -> Source:
 
     refuse_layout(config)
     url, md5, names = imagenette()
-    what = "a folder that holds imagenette2-160, or data.download to fetch it"
+    what = "a folder that holds imagenette2-160, or data.download to download it"
     root = folder_of(config, what, downloads=True)
     folder = root / "imagenette2-160"
     if config.download and not folder.is_dir():
-        try:  # unpacked beside its place, so that a kill leaves nothing that looks complete
+        try:  # unpacked next to its place, so that a kill leaves nothing that looks complete
             with tempfile.TemporaryDirectory(dir=root) as place:
                 download_url(url, place, md5=md5)
                 with tarfile.open(Path(place, url.rpartition("/")[2])) as archive:
-                    archive.extractall(place, filter="data")  # nothing in it may leave the folder
+                    archive.extractall(place, filter="data")  # no member may leave the folder
                 Path(place, folder.name).rename(folder)
         except (RuntimeError, OSError, TypeError, tarfile.TarError) as error:  # TypeError: Python without filters
-            problem = f"Imagenette can't be fetched ({str(error) or type(error).__name__})"
+            problem = f"Imagenette can't be downloaded ({str(error) or type(error).__name__})"
             remedy = f"unpack imagenette2-160.tgz from https://github.com/fastai/imagenette into {root}"
             raise InputError("data.download", "true", problem, remedy) from error
     source = read_folders(config, folder if folder.is_dir() else root, what)
     if source.test is None or source.classes != tuple(names):
-        problem = "this is no imagenette2-160, whose folders train and val hold ten classes"
+        problem = "this is not imagenette2-160, whose folders train and val hold ten classes"
         raise InputError("data.dir", config.dir, problem, f"give {what}, or data.dataset folder for another set")
     return replace(source, classes=tuple(names.values()))
 
@@ -110,7 +110,7 @@ def _any_folder(config: DataConfig) -> Source:
 
 
 def refuse_layout(config: DataConfig) -> None:
-    """Refuse what says where parts and labels lie, of a set that has its own."""
+    """Refuse settings of parts and labels for a data set that has its own."""
     for name in ("train_dir", "test_dir", "labels"):
         if value := getattr(config, name):
             problem = f"the data set {config.dataset!r} has its own parts and labels"
@@ -118,7 +118,7 @@ def refuse_layout(config: DataConfig) -> None:
 
 
 def folder_of(config: DataConfig, what: str, downloads: bool = False) -> Path:
-    """Return the folder of a data set, made where the set can be downloaded into it; `what` it is to be."""
+    """Return the folder of a data set, created if the set can be downloaded. `what` describes it in errors."""
     if config.train_dir and not config.dir:
         return Path.cwd()
     if not config.dir:

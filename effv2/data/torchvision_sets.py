@@ -1,4 +1,4 @@
-"""Data sets by the names of torchvision's classes, which find, verify and, if asked, download them.
+"""Data sets by the names of torchvision's classes, which find, verify and, on request, download them.
 
 Their own train, validation and test parts are used. A new one is a line of SETS.
 """
@@ -20,11 +20,11 @@ from effv2.data.sources import NUMERALS, folder_of, from_arrays, refuse_layout
 if TYPE_CHECKING:
     from effv2.data.images import LabelledImages
 
-PUBLISHED_IMAGES = 20_000  # of MNIST's training part, which the post took
+PUBLISHED_IMAGES = 20_000  # images of MNIST's training part in the post's protocol
 
 
 class Parts(NamedTuple):
-    """A class of torchvision, and by which arguments it gives its parts; a test part is split off where it has none."""
+    """A class of torchvision, with the arguments for its parts. Without a test part, one is split off."""
 
     name: str
     train: Mapping[str, Any]
@@ -53,7 +53,7 @@ SETS = {
 
 
 def _read(name: str, config: DataConfig) -> Source:
-    """Return a set of torchvision's; InputError where it isn't there and isn't to be fetched."""
+    """Return a data set of torchvision; InputError if it is missing and not to be downloaded."""
     import torchvision
 
     refuse_layout(config)
@@ -70,7 +70,7 @@ def _read(name: str, config: DataConfig) -> Source:
             return found, _images(found, root, label)
         except (RuntimeError, OSError, ValueError, AssertionError, KeyError, EOFError) as error:
             problem = f"{parts.name} can't be read there ({str(error).strip() or type(error).__name__})"
-            remedy = f"name the folder that holds what torchvision.datasets.{parts.name} wants, or give data.download"
+            remedy = f"give the folder with the files that torchvision.datasets.{parts.name} needs, or data.download"
             raise InputError("data.dir", config.dir, problem, remedy) from error
 
     found, train = part("train", parts.train)

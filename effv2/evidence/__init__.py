@@ -1,1 +1,1 @@
-"""What tracked runs show: tables, figures, comparisons. Never trains."""
+"""Evidence from tracked runs: statistics, verdicts, tables, figures and reports. This room never trains."""

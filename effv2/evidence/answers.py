@@ -1,4 +1,4 @@
-"""The arms of a study held against its baseline: the answer to "does this change help?", in words and cells."""
+"""The arms of a study compared with its baseline: the answers to "does this change help?", in words and cells."""
 
 import math
 import statistics
@@ -16,18 +16,18 @@ from effv2.evidence.quantities import EPOCH_SECONDS, TRAIN_SECONDS, Quantity, qu
 from effv2.evidence.statistics import EVERY_LOOK, FEWEST, Estimate, Interval, Looks, Outcome, compare, seeds_for
 from effv2.tracking.read import RunRecord, decisive_accuracy
 
-NOTHING_YET, NONE = "No accuracies yet.", "none"  # in a cell: the runs lack the figure
-FEW_SEEDS, LARGE = 6, 2.0  # what is guessed where there are no verdicts yet: seeds, and a difference in deviations
+NOTHING_YET, NONE = "No accuracies yet.", "none"  # in a cell: the runs don't have the figure
+FEW_SEEDS, LARGE = 6, 2.0  # assumptions before a verdict: number of seeds, and a difference in standard deviations
 signed = partial(points, unit="")  # writes a difference of accuracies without its unit, percentage points
 Arms = Mapping[str, Sequence[RunRecord]]
 Values = Mapping[SplitAndSeed, float]  # of the runs of an arm
 
 
 def estimate(values: Sequence[Values], looks: Looks, paired: bool = False, overlap: float = 0.0) -> Estimate:
-    """Return the mean of one arm, or of the first of two less the second.
+    """Return the mean of one arm, or of the first of two minus the second.
 
-    Within one split runs are independent: their seeds pair nothing, unless the study says that they do (`paired`).
-    Over several splits the mean of an arm on a split counts once, and arms are compared on the splits that they share.
+    Within one split, runs are independent: equal seeds form no pairs, unless the study is `paired`. Over several
+    splits, the mean of an arm on a split counts once, and arms are compared on their common splits.
     """
     several = len({split for of_arm in values for split, _ in of_arm}) > 1
     if not several and not paired:
@@ -39,40 +39,40 @@ def estimate(values: Sequence[Values], looks: Looks, paired: bool = False, overl
 
 
 def outlook(found: Estimate, level: float, edge: float = 0.0, unit: str = "seeds", nothing: str = "") -> str:
-    """Say how many seeds tell a mean, or a difference, from an edge, and that none do if there is `nothing`."""
+    """Estimate how many seeds distinguish a mean, or a difference, from an edge. If `nothing` is true, none do."""
     most = found.looks.most
     if found.n >= most:
-        return f"all {most} {unit} that count are there: it stays undecided"
+        return f"all {most} {unit} that count are there, so it remains undecided"
     about, few, many = found.seeds_to_decide(edge, level)
     if about is None:
         return f"if the true difference is as seen, {most} {unit} decide in fewer than 80 % of studies"
     about, few = max(about, found.n + 1), max(few or most, found.n + 1)
     ends = f"{few} to {max(many, few) if many else f'over {most}'}"
-    rest = f"; if {nothing}, none will; adding {unit} is allowed, the level accounts for it" if nothing else ""
+    rest = f"; if {nothing}, no number will; more {unit} don't invalidate the test" if nothing else ""
     return f"if the true difference is as seen, {about} {unit} ({ends}) decide in 80 % of studies{rest}"
 
 
 @dataclass(frozen=True)
 class Answer:
-    """What runs say of an arm and the one that it is compared with, by an accuracy."""
+    """The comparison of an arm with its reference, by an accuracy."""
 
     arm: str
     other: str
     outcome: Outcome
     estimate: Estimate  # of the difference
-    level: float  # of the test that said it
+    level: float  # of the test
     margin: float = 0.0
-    waits: str = ""  # for what, where there is no verdict yet
-    unit: str = "seed"  # or split, of which there are so many
+    waits: str = ""  # why there is no verdict yet
+    unit: str = "seed"  # what the estimate counts: seeds or splits
 
     @property
     def interval(self) -> Interval:
-        """Return the interval that goes with the outcome: it excludes 0, or lies within the margin, or neither."""
+        """Return the interval that agrees with the outcome: it excludes 0, is within the margin, or neither."""
         level = 2 * self.level if self.outcome is Outcome.EQUIVALENT else self.level
         return self.estimate.interval(level).within(Interval(-1, 1))
 
     def sentence(self) -> str:
-        """Say it in one sentence, with the difference, its interval and the number of seeds, or of splits."""
+        """Return the answer in one sentence, with the difference, its interval and the number of seeds or splits."""
         mean, seeds = self.estimate.mean, f"{self.estimate.n} {self.unit}s"
         if self.waits:
             return f"{self.arm} against {self.other}: {self.waits}"
@@ -86,11 +86,11 @@ class Answer:
         return f"{self.arm} against {self.other}: undecided, {shown}"
 
     def outlook(self) -> str:
-        """Say how many seeds would decide where they don't yet."""
+        """Estimate how many seeds would decide an undecided difference."""
         return outlook(self.estimate, self.level, unit=f"{self.unit}s") if self.outcome is Outcome.OPEN else ""
 
     def drawn(self) -> tuple[float, float, float, bool]:
-        """Return mean and ends in percentage points (ends NaN where it waits), and whether it is decided."""
+        """Return mean and ends in percentage points (ends NaN if it waits), and whether it is decided."""
         low, high = (math.nan, math.nan) if self.waits else self.interval
         decided = self.outcome not in (Outcome.OPEN, Outcome.FEW)
         return 100 * self.estimate.mean, 100 * low, 100 * high, decided
@@ -99,9 +99,9 @@ class Answer:
 def opponents(values: Mapping[str, Values], baseline: str, schedules: Mapping[str, str], race: bool) -> dict[str, str]:
     """Return what each arm is compared with; empty for the one that others are compared with.
 
-    In a race that is the arm with the best mean. It may be any of them, so that each test counts as many times as there
-    are others: the best arm is then called worse in 5 % of races at most. Otherwise it is the baseline under the arm's
-    own learning rate schedule (`schedules` names them), where there is one: so the two differ in one thing alone.
+    In a race, this is the arm with the best mean. It may be any of them, so each test counts as many times as there are
+    others. Then the best arm is called worse in at most 5 % of races. Otherwise, it is the baseline with the arm's own
+    learning rate schedule, if there is one. So the two differ in only one setting. `schedules` names the schedules.
     """
     if race:
         baseline = max(values, key=lambda arm: statistics.fmean(values[arm].values()), default="")
@@ -114,7 +114,7 @@ def opponents(values: Mapping[str, Values], baseline: str, schedules: Mapping[st
 
 
 def leads(held: Mapping[str, Answer]) -> str:
-    """Say which arm is the best of a race, or may be; empty where there is no other."""
+    """Name the arms of a race that are, or may be, the best; empty if there are no others."""
     if not held:
         return ""
     best = next(each.other for each in held.values())
@@ -136,10 +136,10 @@ def answers(
     overlap: float = 0.0,
     race: bool = False,
 ) -> dict[str, Answer]:
-    """Hold each arm against the one that `others` names; corrected for the number of arms (Holm), or as `rivals` says.
+    """Compare each arm with its reference in `others`, corrected for the number of arms (Holm, or as in `rivals`).
 
-    `values` are those of all arms with runs, of which the first count; an arm that lacks them, or whose other does,
-    has no answer.
+    `values` are those of all arms with runs. The first seeds count. An arm without values, or with a reference
+    without values, has no answer.
     """
     pairs = {arm: other for arm, other in others.items() if other and values.get(arm) and values.get(other)}
     both = {arm: [first_seeds(values[each], looks.most) for each in (arm, other)] for arm, other in pairs.items()}
@@ -147,7 +147,7 @@ def answers(
     found = {}
     for arm, (outcome, level) in compare(estimates, margin, len(others) - 1 if race else 0).items():
         unit = "split" if len({split for split, _ in both[arm][0]}) > 1 else "seed"
-        few = f"{counted(estimates[arm].n, unit)}, no verdict below {FEWEST}" if outcome is Outcome.FEW else ""
+        few = f"{counted(estimates[arm].n, unit)}, but a verdict needs {FEWEST}" if outcome is Outcome.FEW else ""
         waits = looks.waits(min(map(len, both[arm]))) or few
         said = Outcome.FEW if waits else outcome
         found[arm] = Answer(arm, pairs[arm], said, estimates[arm], level, margin, waits, unit)
@@ -156,7 +156,7 @@ def answers(
 
 @dataclass(frozen=True)
 class Held:
-    """Arms held against their references, by the accuracy that decides."""
+    """Arms compared with their references, by the accuracy that decides."""
 
     arms: Arms
     what: Quantity
@@ -165,23 +165,23 @@ class Held:
     others: Mapping[str, str]  # the reference of each arm; empty for the baseline
     answers: Mapping[str, Answer]
     values: Mapping[str, Values]  # the oldest first
-    leads: str = ""  # how far a race is
+    leads: str = ""  # the state of a race
 
     @property
     def against(self) -> str:
-        """Return the one reference of all arms; empty where they have several, or none."""
+        """Return the common reference of all arms; empty if they have several, or none."""
         others = set(self.others.values()) - {""}
         return others.pop() if len(others) == 1 else ""
 
     def sentences(self, short: bool = False) -> list[str]:
-        """Return what is said of the arms: each apart, and those together of which there is no verdict yet.
+        """Return the answers: one sentence per arm, and one for all arms that wait for a verdict.
 
-        The short form has all undecided ones together, and not what would decide them.
+        The short form has one for all undecided arms, and does not estimate what would decide them.
         """
         apart, together = list[str](), dict[tuple[str, str], list[str]]()
         for arm, other in ((arm, other) for arm, other in self.others.items() if other):
             answer = self.answers.get(arm)
-            why = answer.waits if answer else "nothing to compare, a figure is missing"
+            why = answer.waits if answer else "nothing to compare, because a figure is missing"
             if answer and short and answer.outcome is Outcome.OPEN:
                 why = f"undecided, {answer.estimate.n} {answer.unit}s"
             if answer and not why:
@@ -191,23 +191,25 @@ class Held:
         found = [*apart, *(f"{joined(arms)} against {other}: {why}" for (other, why), arms in together.items())]
         if not found and (values := self.what.values(run for runs in self.arms.values() for run in runs)):
             arm, mean = next(iter(self.arms)), self.what.text(statistics.fmean(values))
-            found = [f"{arm}: {mean} {self.what.words}, {counted(len(values), 'run')}, nothing to compare it with"]
+            found = [f"{arm}: {mean} {self.what.words}, {counted(len(values), 'run')}, and nothing to compare it with"]
         lines = [*filter(None, [self.leads]), *(f"{each}." for each in found)]
         few = [each for each in self.answers.values() if each.waits and not self.looks.once]
         more = [self._cost(few)] if few else []
         for unit in sorted({each.unit for each in self.answers.values() if each.outlook()}):
-            more.append(f"Adding {unit}s is allowed, the level accounts for it. Without a difference, none decide.")
+            more.append(
+                f"More {unit}s don't invalidate the test. If there is no difference, no number of {unit}s decides."
+            )
         return [*lines, *([] if short else more)] or [NOTHING_YET]
 
     def cell(self, arm: str) -> str:
-        """Return the difference of an arm, its interval where there are runs enough; nothing for the baseline."""
+        """Return the difference of an arm and, with enough runs, its interval; empty for the baseline."""
         if (answer := self.answers.get(arm)) is None:
             return NONE if self.others[arm] else ""
         interval = "" if answer.waits else f" [{answer.interval.text(signed)}]"
         return f"{signed(answer.estimate.mean)}{interval}"
 
     def _cost(self, few: Sequence[Answer]) -> str:
-        """Say how many seeds a verdict on some arms is likely to take, and how long they would train."""
+        """Estimate how many seeds a verdict on some arms needs, and their training time."""
         spreads = [statistics.variance(found.values()) for found in self.values.values() if len(found) > 1]
         seeds, seconds, guess = FEW_SEEDS, 0.0, ""
         if spreads:
@@ -220,11 +222,11 @@ class Held:
                 for run in self.arms[arm]
             )
             seconds += took * max(0, seeds - len(self.values[arm]))
-        return f"`seeds=auto` would take about {seeds} seeds of each, {duration(seconds)} more{guess}."
+        return f"With `seeds` auto, about {seeds} seeds per arm would be needed, {duration(seconds)} more{guess}."
 
 
 def hold(arms: Arms, parent: RunRecord) -> Held:
-    """Hold the arms of a study against their references, by what its run was stamped with when it began."""
+    """Compare the arms of a study with their references, by the rules that its run recorded when it began."""
     runs, stamps = [run for of_arm in arms.values() for run in of_arm], parent.params
     what, looks = quantity(decisive_accuracy(runs)), looks_of(parent, runs)
     values = dict[str, Values]()

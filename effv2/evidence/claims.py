@@ -1,4 +1,4 @@
-"""Claims as data, as docs/claims.md describes their keys: the published ones, and those of a file of the user's own."""
+"""Claims as data: the published ones, and those in a file of the user's. docs/claims.md describes their keys."""
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
@@ -20,15 +20,15 @@ from effv2.tracking.read import BEST_TEST, LAST_TEST, RunRecord
 
 PUBLISHED = Path(__file__).with_name("published")
 EXPORTED_AS = "claims.yaml"  # name of a file of claims in an export
-# A shipped study's name, or that of a file beside the claims, which an export takes along beside its own.
+# The name of an included study, or of a file next to the claims, which an export also includes.
 StudyName = Annotated[str, Field(pattern=r"^([\w-]*|[\w.-]+\.ya?ml)$")]
 Tied = Annotated[list[str], BeforeValidator(lambda arms: [arms] if isinstance(arms, str) else arms)]
-OF_ANSWERS = ("eval/top1_accuracy", "unseen/top1_accuracy")  # over images: what follows from right and wrong answers
+OF_ANSWERS = ("eval/top1_accuracy", "unseen/top1_accuracy")  # over images: quantities of right and wrong answers
 
 
 @dataclass(frozen=True)
 class Contrast:
-    """One thing that a claim says: a quantity of `arm`, less or over that of `against`, lies between two edges."""
+    """One statement of a claim: a quantity of `arm`, minus or divided by that of `against`, is between two edges."""
 
     protocol: str
     metric: str
@@ -40,12 +40,12 @@ class Contrast:
 
     @property
     def arms(self) -> list[str]:
-        """Return the one or the two arms."""
+        """Return the arm, or the two arms."""
         return [self.arm, self.against] if self.against else [self.arm]
 
 
 class Kind(NamedTuple):
-    """What a kind of check names, and what it says unless it gives a metric and a region of its own."""
+    """The keys of a kind of check, and its metric and region unless the check has its own."""
 
     names: tuple[str, ...]
     metric: str = "best/test_accuracy"
@@ -55,15 +55,15 @@ class Kind(NamedTuple):
 
 KINDS = {
     "level": Kind(("arm",)),  # a quantity of one arm
-    "difference": Kind(("arm", "against")),  # that of one arm less that of another
-    "convergence": Kind(("arm", "against"), "epochs/to_95_percent", (-math.inf, 0)),  # fewer epochs: sooner
-    "speed": Kind(("arm", "against"), "rate/train", (1, math.inf), ratio=True),  # a rate or a time over another
-    "ordering": Kind(("order",)),  # arms in falling order, several that the claim doesn't tell apart in brackets
+    "difference": Kind(("arm", "against")),  # that of one arm minus that of another
+    "convergence": Kind(("arm", "against"), "epochs/to_95_percent", (-math.inf, 0)),  # fewer epochs
+    "speed": Kind(("arm", "against"), "rate/train", (1, math.inf), ratio=True),  # a rate or a time divided by another
+    "ordering": Kind(("order",)),  # arms in falling order; arms without an order among them are in brackets
 }
 
 
 class Check(Group):
-    """What has to hold. A region is above or below an edge, or about a value and within so much of it."""
+    """A condition. A region is above or below an edge, or within a distance about a value."""
 
     kind: Literal["level", "difference", "convergence", "speed", "ordering"]
     arm: str = ""
@@ -74,7 +74,7 @@ class Check(Group):
     below: float | None = None
     about: float | None = None
     within: float | None = Field(None, gt=0)
-    protocol: str = ""  # the claim's, where neither is given
+    protocol: str = ""  # by default the claim's
     study: StudyName = ""
 
     @model_validator(mode="after")
@@ -85,11 +85,11 @@ class Check(Group):
         arms = [*filter(None, (self.arm, self.against)), *chain.from_iterable(self.order)]
         twice = [arm for arm in arms if arms.count(arm) > 1]
         for is_so, problem in (
-            (names != kind.names, f"a {self.kind} names {' and '.join(kind.names)}, and of these keys no other"),
+            (names != kind.names, f"a {self.kind} needs {' and '.join(kind.names)}, and no other key of arms"),
             (len(regions) > 1, f"give one of above, below and about, not {' and '.join(regions)}"),
             ((self.about is None) != (self.within is None), "about and within go together; give both"),
-            (self.kind == "level" and not regions, "say where the level is; give above, below, or about"),
-            (self.order and (regions or len(self.order) < 2), "an ordering has two arms or more; give no region"),
+            (self.kind == "level" and not regions, "a level needs a region; give above, below, or about"),
+            (self.order and (regions or len(self.order) < 2), "an ordering needs two arms or more, and no region"),
             (kind.ratio and any(-math.inf < edge <= 0 for edge in self.edges()), "a ratio is above 0; move the edges"),
             (twice, f"{''.join(twice[:1])} is compared with itself; name another arm"),
         ):
@@ -98,7 +98,7 @@ class Check(Group):
         return self
 
     def edges(self) -> tuple[float, float]:
-        """Return the ends of the region, that of its kind where none was given."""
+        """Return the ends of the region, by default those of its kind."""
         if self.about is not None and self.within is not None:
             return self.about - self.within, self.about + self.within
         if self.above is not None:
@@ -106,7 +106,7 @@ class Check(Group):
         return KINDS[self.kind].region if self.below is None else (-math.inf, self.below)
 
     def contrasts(self, protocol: str) -> Iterator[Contrast]:
-        """Return what the check says, one thing at a time; in an order each arm is above each of the next place."""
+        """Return the statements of the check. In an ordering, each arm is above each arm of the next place."""
         kind = KINDS[self.kind]
         pairs = chain.from_iterable(product(*both) for both in pairwise(self.order))
         for arm, against in pairs if self.order else [(self.arm, self.against)]:
@@ -114,13 +114,13 @@ class Check(Group):
 
 
 class Claim(Group):
-    """A claim holds where all of its checks hold. It is about the arms of a study, or of a protocol of its own."""
+    """A claim holds if all of its checks hold. It is about the arms of a study, or of its own protocol."""
 
     words: str = Field(min_length=1)
     source: str = ""
     study: StudyName = ""
     ignore: list[str] = []  # settings of the study in which runs may differ, and other parameters
-    family: str = ""  # of claims, in which p-values are corrected for their number; none: judged by itself
+    family: str = ""  # p-values are corrected for the number of claims in the family; empty: judged by itself
     weight: float = Field(1, gt=0)  # in its family
     protocol: str | Protocol = ""
     checks: list[Check] = Field(min_length=1)
@@ -129,9 +129,9 @@ class Claim(Group):
     @model_validator(mode="after")
     def _one_protocol(self) -> "Claim":
         if bool(self.study) == bool(self.protocol):
-            raise ValueError("give a study or a protocol, one of the two: the runs that the claim is about")
+            raise ValueError("give either a study or a protocol: the runs that the claim is about")
         if self.ignore and not self.study:
-            raise ValueError("ignore goes with a study; a protocol has an ignore of its own")
+            raise ValueError("ignore only applies to a study; a protocol has its own ignore")
         return self
 
 
@@ -148,14 +148,14 @@ class ClaimsFile(Group):
 
 @dataclass(frozen=True)
 class Claims:
-    """Claims by id, those of the user's own first, and the protocols that they name."""
+    """Claims by id, the user's own first, and the protocols that they name."""
 
     protocols: Mapping[str, Protocol]
     claims: Mapping[str, Claim]
-    files: Mapping[str, Path] = field(default_factory=dict)  # the user's own by name: claims, studies that they name
+    files: Mapping[str, Path] = field(default_factory=dict)  # the user's: claims and their studies
 
     def contrasts(self, id_: str) -> list[Contrast]:
-        """Return all that a claim says."""
+        """Return all statements of a claim."""
         claim = self.claims[id_]
         written = id_ if isinstance(claim.protocol, Protocol) else claim.protocol
         own = written or protocol_title(claim.study, claim.ignore)
@@ -164,7 +164,7 @@ class Claims:
 
 
 def read_claims(own: Path | None = None) -> Claims:
-    """Read the published claims and those of a file; InputError names the line of whatever is wrong."""
+    """Read the published claims and those of a file; InputError names the line of an error."""
     return _shipped() if own is None else _read(own, _shipped())
 
 
@@ -218,7 +218,7 @@ def _read(path: Path, before: Claims) -> Claims:
 
 
 def _check(contrast: Contrast, protocols: Mapping[str, Protocol], document: Document, claim: Place) -> None:
-    """Refuse protocols and arms that there aren't, per cent, and what can't be judged over test images."""
+    """Refuse unknown protocols and arms, percentages, and quantities that test images can't judge."""
     name, metric, region = contrast.protocol, contrast.metric, (contrast.low, contrast.high)
     if name not in protocols:
         raise InputError(document.where((*claim, "protocol")), name, "no such protocol", choices=protocols)
@@ -230,13 +230,13 @@ def _check(contrast: Contrast, protocols: Mapping[str, Protocol], document: Docu
     if unknown := next((arm for arm in contrast.arms if arm not in protocol.arms), ""):
         problem, remedy = f"the protocol {name} has no arm {unknown}", nearest(unknown, list(protocol.arms))
     elif metric.startswith("seconds/to_") and not what.metric:
-        problem, remedy = f"{metric} is no time to an accuracy", "write it as seconds/to_test_accuracy_0.9"
+        problem, remedy = f"{metric} is not a time to an accuracy", "write it as seconds/to_test_accuracy_0.9"
     elif what.is_fraction and not contrast.ratio and (largest > 1 or (largest == 1 and of_difference)):
         problem, remedy = f"{metric} is a fraction: a point is 0.01", "give edges between -1 and 1"
     elif over_images and metric not in OF_ANSWERS:
-        problem, remedy = f"on test images {metric} can't be judged", f"name {' or '.join(OF_ANSWERS)}"
+        problem, remedy = f"{metric} can't be judged on test images", f"name {' or '.join(OF_ANSWERS)}"
     elif over_images and contrast.against and region != (0, math.inf):
-        problem = "on the same test images it can only be told which network is better"
+        problem = "the same test images can only show which network is better"
         remedy = "leave the region out, and name the better one as arm"
     if problem:
         raise InputError(document.where((*claim, "checks")), "", problem, remedy)
@@ -244,7 +244,7 @@ def _check(contrast: Contrast, protocols: Mapping[str, Protocol], document: Docu
 
 @cache
 def published_runs() -> Mapping[str, Mapping[str, RunRecord]]:
-    """Return the post's training runs, as far as it published their curves, by study and arm; one run an arm."""
+    """Return the post's training runs with published curves, by study and arm; one run per arm."""
     found: dict[str, dict[str, RunRecord]] = {}
     table = pd.read_csv(PUBLISHED / "curves.csv", index_col="epoch")
     for (study, arm), rows in table.groupby(["study", "arm"], sort=False):
@@ -256,7 +256,7 @@ def published_runs() -> Mapping[str, Mapping[str, RunRecord]]:
 
 
 def published_value(protocol: Protocol, metric: str, arm: str) -> float | None:
-    """Return the published figure of an arm: as it was printed, else from the published curve; None without one."""
+    """Return the published figure of an arm: as printed, or from the published curve; None without one."""
     printed = protocol.published.figures.get(metric, {})
     run = published_runs().get(protocol.study, {}).get(arm)
     return printed.get(arm, None if run is None else quantity(metric).value(run))

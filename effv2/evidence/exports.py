@@ -1,4 +1,4 @@
-"""Where evidence comes from: the tracking store, or exports of some, which say the same without the store."""
+"""The sources of evidence: the tracking store, or exports, which give the same results without a store."""
 
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -11,24 +11,24 @@ from effv2.tracking.addresses import ui_address
 from effv2.tracking.exports import Answers, Manifest, Predictions, answers_of, read_export, write_export
 from effv2.tracking.read import READERS, RunRecord, experiment_name, read_artifacts, read_experiment
 
-# Predictions of a run: of published networks those of the images that they weren't fitted to, as far as that is known,
-# stand last.
+# Predictions of a run. The last ones of a published network are those of images that it wasn't fitted to, as far as
+# known.
 PREDICTIONS = ("predictions.csv", "unknown/predictions.csv", "unseen/predictions.csv")
 
 
 @dataclass(frozen=True)
 class Evidence:
-    """The runs of an experiment, and what they predicted."""
+    """The runs of an experiment, and their predictions."""
 
     experiment: str
     ui: str  # the address of its pages, empty without a server
     runs: Sequence[RunRecord]  # the oldest first
     predictions: Callable[[RunRecord], Predictions]
-    claims: Sequence[Path] = ()  # exported: what was judged beside the published ones, several where exports differ
-    answers: dict[str, dict[str, bool]] = field(default_factory=dict)  # what `right` found, by run
+    claims: Sequence[Path] = ()  # exported: claims besides the published ones, several if exports differ
+    answers: dict[str, dict[str, bool]] = field(default_factory=dict)  # the results of `right`, by run
 
     def right(self, run: RunRecord) -> dict[str, bool]:
-        """Return by image whether a run got it right; of published networks those they weren't fitted to, if known."""
+        """Return by image whether a run was right, for published networks on images not fitted to, if known."""
         if run.run_id not in self.answers:
             files = self.predictions(run)
             found = next((files[name] for name in reversed(PREDICTIONS) if name in files), Answers((), []))
@@ -47,7 +47,7 @@ def tracked(experiment_id: str, histories: Sequence[str] = HISTORIES, parent: st
 
 
 def predictions_of(run: RunRecord) -> Predictions:
-    """Return what a tracked run predicted, by the names of its files."""
+    """Return the predictions of a tracked run, by the names of its files."""
     texts = read_artifacts(run.run_id, PREDICTIONS)
     return {name: answers for name, text in texts.items() if (answers := answers_of(text))}
 
@@ -61,9 +61,10 @@ def export(evidence: Evidence, folder: Path, own: Mapping[str, str]) -> None:
 
 
 def exported(folders: Sequence[Path]) -> Evidence:
-    """Return the evidence in exports as if one store held it; of a run in several, that of the one named last.
+    """Return the evidence in exports as if it were in one store. If several have a run, the last one counts.
 
-    Of several exports no run leads to its page, as their stores differ. InputError for a missing or altered file.
+    With several exports, no run links to its page, because their stores differ. InputError for a missing or changed
+    file.
     """
     exports = list(map(read_export, folders))
     held = {run.run_id: (run, each) for each in exports for run in each.runs}

@@ -1,4 +1,4 @@
-"""Claims judged, by the rules of docs/claims.md: do words agree with published figures, what do the runs decide?"""
+"""Claims judged by the rules of docs/claims.md: agreement with published figures, and the decision of the runs."""
 
 import math
 from collections import defaultdict
@@ -19,15 +19,15 @@ from effv2.evidence.quantities import LEVEL_EPOCHS, QUANTITIES, TEST, Quantity, 
 from effv2.evidence.statistics import EVERY_LOOK, FEWEST, LEVEL, Estimate, p_text
 from effv2.tracking.read import BEST_TEST, LAST_TEST, SELECTED_TEST, RunRecord
 
-FEW_IMAGES = 1_000  # test images below which they matter as much as seeds
-FEW_RUNS = 10  # below which a verdict on a level asks for normal values
-TAKE_OFF = "where a third of runs take off, 30 % of verdicts on 3 runs are false, 18 % on 5, 3 % on 10"
+FEW_IMAGES = 1_000  # test images below which images matter as much as seeds
+FEW_RUNS = 10  # runs below which a verdict on a level assumes normal values
+TAKE_OFF = "if a third of runs take off, 30 % of verdicts on 3 runs are false, 18 % on 5, 3 % on 10"
 Number = Callable[[float], float]
-CONSISTENT, INCONSISTENT, NO_FIGURES = "consistent", "contradicted", "no figures"  # words beside published figures
+CONSISTENT, INCONSISTENT, NO_FIGURES = "consistent", "contradicted", "no figures"  # of published figures
 
 
 class Verdict(str, Enum):
-    """What evidence says of a claim."""
+    """The verdict of the evidence on a claim."""
 
     SUPPORTED = "supported"
     CONTRADICTED = "contradicted"
@@ -37,26 +37,26 @@ class Verdict(str, Enum):
 
 @dataclass(frozen=True)
 class Finding:
-    """One thing that a claim says, and what figures and runs say of it, in words."""
+    """One statement of a claim, and the results of figures and runs for it, in words."""
 
     contrast: Contrast
     says: str
     published: str = ""
-    agrees: bool | None = None  # with the words; None without published figures
+    agrees: bool | None = None  # whether the words agree; None without published figures
     evidence: str = ""  # empty without runs
-    single: str = ""  # where a single run is expected
+    single: str = ""  # the range of a single further run
     inside: bool = False
     decided: bool = False  # without a test
-    p: float | None = None  # of the side on which the mean lies; None where runs are too few
+    p: float | None = None  # of the side of the mean; None with too few runs
     corrected: float | None = None  # for the claims of the family (Holm), and outside the region for the checks
-    tests: int = 1  # that it was corrected for
-    further: Callable[[float], str] | None = None  # says what would decide at a level
-    warning: str = ""  # that goes with a verdict
-    lacking: str = ""  # runs at all, or more of them
+    tests: int = 1  # number of tests in the correction
+    further: Callable[[float], str] | None = None  # estimates what would decide at a level
+    warning: str = ""  # a remark on a verdict
+    lacking: str = ""  # missing: any runs, or more of them
 
     @property
     def verdict(self) -> Verdict:
-        """Return what the runs say of this one thing."""
+        """Return the verdict of the runs on this statement."""
         if not self.evidence:
             return Verdict.NOT_TESTED
         if not self.decided and (self.corrected is None or self.corrected >= LEVEL):
@@ -66,19 +66,19 @@ class Finding:
 
 @dataclass(frozen=True)
 class Judgement:
-    """A claim and all that was found."""
+    """A claim and all findings."""
 
     id: str
     claim: Claim
     findings: Sequence[Finding]
-    nearest: Sequence[Finding] = ()  # on other runs that come close, which decide nothing
+    nearest: Sequence[Finding] = ()  # on the nearest other runs, which decide nothing
     needs: str = ""
     assumed: str = ""
     commands: Sequence[str] = ()
 
     @property
     def words(self) -> str:
-        """Say whether the words agree with the figures that were published with them."""
+        """Return whether the words agree with the figures that were published with them."""
         known = [each.agrees for each in self.findings if each.agrees is not None]
         return (CONSISTENT if all(known) else INCONSISTENT) if known else NO_FIGURES
 
@@ -89,7 +89,7 @@ class Judgement:
 
     @property
     def verdict(self) -> Verdict:
-        """Return what the evidence decides; where there are published figures alone, that is nothing."""
+        """Return the verdict of the evidence. Published figures without runs decide nothing."""
         found = {each.verdict for each in self.findings}
         if Verdict.CONTRADICTED in found:
             return Verdict.CONTRADICTED
@@ -99,10 +99,10 @@ class Judgement:
 
 
 def judge(claims: Claims, runs: Sequence[RunRecord], right: RightAnswers) -> list[Judgement]:
-    """Judge all claims on the runs there are, the oldest first.
+    """Judge all claims on the runs, which are in order of age, the oldest first.
 
-    A claim is supported where all that it says is: the largest p-value counts. It is contradicted where one thing is:
-    the smallest counts, times their number. Claims of a family are corrected for their number (Holm).
+    A claim is supported if all its statements are: the largest p-value counts. It is contradicted if one statement is:
+    the smallest p-value counts, times their number. Claims of a family are corrected for their number (Holm).
     """
     find_one = partial(_find, claims, runs, right)
     uncorrected = {id_: [find_one(contrast) for contrast in claims.contrasts(id_)] for id_ in claims.claims}
@@ -125,9 +125,9 @@ def judge(claims: Claims, runs: Sequence[RunRecord], right: RightAnswers) -> lis
 
 
 def _corrected(claims: Claims, found: Mapping[str, Sequence[Finding]]) -> dict[str, list[Finding]]:
-    """Return the findings by claim, their p-values below the level of tests where they decide at that of the claim.
+    """Return the findings by claim. Their p-values are below the level of tests if they decide at that of the claim.
 
-    A user's claims are no part of a published family, and claims without a family are judged by themselves.
+    A user's claims don't belong to a published family. Claims without a family are judged by themselves.
     """
     families: dict[object, dict[str, float]] = defaultdict(dict)  # p-values by claim
     for id_, findings in found.items():
@@ -161,7 +161,7 @@ def _at_level(finding: Finding, level: float, claims: int, checks: int) -> Findi
 
 
 def _find(claims: Claims, runs: Sequence[RunRecord], right: RightAnswers, contrast: Contrast) -> Finding:
-    """Return what the published figures, one run an arm, and the finished runs say of one thing that a claim says."""
+    """Compare one statement of a claim with the published figures, one run per arm, and with the finished runs."""
     protocol, what = claims.protocols[contrast.protocol], quantity(contrast.metric)
     text, ends = _writing(contrast, what)[-1], (contrast.low, contrast.high)
     where = [f"{word} {text(end)}" for word, end in zip(("above", "below"), ends, strict=True) if math.isfinite(end)]
@@ -192,7 +192,7 @@ def _find(claims: Claims, runs: Sequence[RunRecord], right: RightAnswers, contra
 
 
 def _writing(contrast: Contrast, what: Quantity) -> tuple[Number, Number, Callable[[float], str]]:
-    """Return what turns values of a contrast into what is averaged (of ratios logarithms), back, and into words."""
+    """Return functions from a contrast's values to averaged ones (logarithms for ratios), back, and to words."""
     if contrast.ratio:
         return math.log, math.exp, "{:.2f}".format
     text = (lambda value: "0" if value == 0 else what.difference(value)) if contrast.against else what.text
@@ -200,17 +200,17 @@ def _writing(contrast: Contrast, what: Quantity) -> tuple[Number, Number, Callab
 
 
 def _is_inside(contrast: Contrast, first: float, second: float | None = None) -> bool:
-    """Say whether the value of one arm, or of two, is in the claimed region, of which an open edge isn't part."""
+    """Return whether the value of one arm, or of two, is in the claimed region, without its open edge."""
     value = first if second is None else first / second if contrast.ratio else first - second
     low, high = contrast.low, contrast.high
     return low < value < high if math.isinf(low) or math.isinf(high) else low <= value <= high
 
 
 def _on_fixed(finding: Finding, what: Quantity, chosen: Chosen) -> Finding:
-    """Judge a quantity that doesn't vary: one run of each arm decides."""
+    """Judge a quantity that doesn't vary: one run per arm decides."""
     values = [value for of_arm in chosen.arms.values() for value in set(what.values(of_arm.values()))]
     if len(values) > len(chosen.arms):
-        return replace(finding, evidence=f"runs differ in it: {', '.join(map(what.text, sorted(values)))}")
+        return replace(finding, evidence=f"its value differs between runs: {', '.join(map(what.text, sorted(values)))}")
     text = f"{' against '.join(map(what.text, values))}, the same in every run"
     return replace(finding, evidence=text, inside=_is_inside(finding.contrast, *values), decided=True)
 
@@ -224,7 +224,7 @@ def _over_images(finding: Finding, what: Quantity, chosen: Chosen, right: RightA
     shown, size = " against ".join(what.text(each.mean()) for each in correct), f"on {correct.shape[1]:,} images"
     if contrast.against:
         first, second, p = statistics.mcnemar(*correct)
-        text = f"{shown} {size}; {first} and {second} right alone (McNemar)"
+        text = f"{shown} {size}; only one is right on {first} and {second} (McNemar)"
         return replace(finding, evidence=text, inside=first > second, p=p)
     interval = statistics.wilson(int(correct.sum()), correct.size)
     inside = contrast.low <= interval.low and interval.high <= contrast.high
@@ -240,11 +240,11 @@ def _over_seeds(finding: Finding, what: Quantity, chosen: Chosen, right: RightAn
     missed = {arm: what.values(of_arm.values()).count(math.inf) for arm, of_arm in chosen.arms.items()}
     if any(missed.values()):
         counts = " and ".join(f"{n} of {len(chosen.arms[arm])} runs of {arm}" for arm, n in missed.items() if n)
-        why = "such a time decides nothing: name a lower accuracy, or train for longer"
+        why = "such a time decides nothing: name a lower accuracy, or train longer"
         return replace(finding, evidence="; ".join((f"not reached by {counts}", *chosen.aside)), lacking=why)
     found, evidence = _estimate(contrast, what, chosen)
     if not math.isfinite(found.mean):
-        return replace(finding, lacking="the arms have no seed in common, and the protocol says that they are paired")
+        return replace(finding, lacking="the arms have no common seed, but the protocol is paired")
     finding = replace(
         finding,
         evidence="; ".join(filter(None, [evidence, *_beside(contrast, what, chosen, right), *chosen.aside])),
@@ -253,19 +253,19 @@ def _over_seeds(finding: Finding, what: Quantity, chosen: Chosen, right: RightAn
         warning="" if contrast.against or found.n >= FEW_RUNS else f"fewer than {FEW_RUNS} runs: {TAKE_OFF}",
     )
     if chosen.why or found.n < FEWEST:
-        few = f"fewer than {FEWEST} {unit} decide nothing; {FEWEST - found.n} more at least"
+        few = f"fewer than {FEWEST} {unit} decide nothing; at least {FEWEST - found.n} more are needed"
         return replace(finding, lacking=chosen.why or few)
     edges = [scale(each) for each in (contrast.low, contrast.high) if math.isfinite(each)]
-    # The edge that decides is the one that is harder to tell from the mean.
+    # The edge that is harder to distinguish from the mean decides.
     edge = max(edges, key=found.p) if finding.inside else min(edges, key=lambda each: abs(each - found.mean))
-    sides = len(edges) if finding.inside else 1  # inside of two edges either is tested from one side
+    sides = len(edges) if finding.inside else 1  # between two edges, each is tested from one side
     p = found.p_within(*edges) if sides == 2 else found.p(edge)
     nothing = f"it is {written(back(edge))}" if edge else "there is none"
     return replace(finding, p=p, further=lambda level: outlook(found, sides * level, edge, unit, nothing))
 
 
 def _estimate(contrast: Contrast, what: Quantity, chosen: Chosen) -> tuple[Estimate, str]:
-    """Return the mean of a quantity over runs, or a mean difference, and say it with its interval."""
+    """Return the mean of a quantity over runs, or a mean difference, and its text with the interval."""
     (scale, back, written), looks = _writing(contrast, what), chosen.looks
     values = [{pair: scale(what.value(run) or 0.0) for pair, run in runs.items()} for runs in chosen.arms.values()]
     found = estimate(values, looks, chosen.paired, chosen.overlap)
@@ -281,7 +281,7 @@ def _estimate(contrast: Contrast, what: Quantity, chosen: Chosen) -> tuple[Estim
 
 
 def _beside(contrast: Contrast, what: Quantity, chosen: Chosen, right: RightAnswers) -> Iterator[str]:
-    """Say what must stand beside a test accuracy: the last epoch's beside the best one's, and few images counted."""
+    """Return remarks on a test accuracy: that of the last epoch next to the best one, and the effect of few images."""
     runs = [run for of_arm in chosen.arms.values() for run in of_arm.values()]
     if what.name == BEST_TEST:
         long = all(len(run.history.get(TEST, ())) >= LEVEL_EPOCHS for run in runs)
@@ -296,14 +296,14 @@ def _beside(contrast: Contrast, what: Quantity, chosen: Chosen, right: RightAnsw
             mean, interval = statistics.over_images(np.split(correct, np.cumsum(counts)[:-1]), chosen.looks)
             interval = interval if contrast.against else interval.within(what.possible)
             yield (
-                f"with the {correct.shape[1]} test images counted as a sample too, {text(mean)} "
+                f"if the {correct.shape[1]} test images also count as a sample, {text(mean)} "
                 f"[{interval.text(text)}] (selected epoch); the verdict is over seeds, on these images"
             )
 
 
 def _single(contrast: Contrast, what: Quantity, found: Estimate) -> str:
-    """Say where a single run is expected, and whether the value that is claimed lies there."""
+    """Return the range of a single further run, and whether the claimed value is in it."""
     interval, claimed = found.prediction().within(what.possible), (contrast.low + contrast.high) / 2
     lies = "inside" if interval.low <= claimed <= interval.high else "outside"
-    known = f"; the claimed {what.text(claimed)} lies {lies}" if math.isfinite(claimed) else ""
+    known = f"; the claimed {what.text(claimed)} is {lies}" if math.isfinite(claimed) else ""
     return f"a single run is expected from {interval.text(what.text)}{known}"

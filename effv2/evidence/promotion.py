@@ -1,4 +1,4 @@
-"""Whether a model takes the place of the champion, the one in service: only where it is better on evidence."""
+"""Promotion: a model replaces the champion, the one in service, only if the evidence says that it is better."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
@@ -32,14 +32,14 @@ class Contender(NamedTuple):
 
 
 class Decision(NamedTuple):
-    """What becomes of a model, why, and its figures beside the champion's."""
+    """The decision on a model, its reason, and its figures next to the champion's."""
 
     verdict: Literal["promoted", "refused", "there"]
     reason: str
     table: Rows
 
     def of_version(self) -> tuple[str, dict[str, str]]:
-        """Return description and tags of the version of a model that is promoted."""
+        """Return description and tags of a promoted version."""
         titles, *rows = self.table
         sides = list(zip(("", "champion "), range(1, len(titles)), strict=False))
         tags = {f"{PROMOTION}{side}{row[0]}".replace(" ", "_"): row[column] for row in rows for side, column in sides}
@@ -59,7 +59,7 @@ def promote(address: str, name: str, *, dry_run: bool = False, **limits: float |
         found = [_against_champion(candidate, name, limits)]
 
         def judge() -> tuple[str, dict[str, str]] | None:
-            found.append(_against_champion(candidate, name, limits))  # perhaps another one by now
+            found.append(_against_champion(candidate, name, limits))  # perhaps there is another one by now
             return found[-1].of_version() if found[-1].verdict == "promoted" else None
 
         if found[0].verdict == "promoted" and not dry_run:
@@ -68,16 +68,16 @@ def promote(address: str, name: str, *, dry_run: bool = False, **limits: float |
 
 
 def _judged(run_id: str | None) -> tuple[RunRecord, dict[str, tuple[str, str]]]:
-    """Return a run and its answers; InputError where it has none to be judged by."""
-    run, problem = read_run(run_id) if run_id else None, "it has no run, or that was deleted"
+    """Return a run and its answers; InputError if it has none for a judgement."""
+    run, problem = read_run(run_id) if run_id else None, "it has no run, or its run was deleted"
     found = Answers((), [])
     if run is not None and "weights.name" in run.params:
         problem = "its run evaluated weights, on images that they may have been trained on"
     elif run is not None and (run.status != "FINISHED" or run.tags.get(OUTCOME) != "complete"):
-        problem = "its run was pruned, isn't complete, or none of effv2's"
+        problem = "its run was pruned, is incomplete, or is not a run of effv2"
     elif run is not None:
         found = predictions_of(run).get(PREDICTIONS[0], found)
-        problem = "its run has no predictions of test images, or several of one"
+        problem = "its run has no predictions of test images, or several for one image"
     said = zip(found.images, found.predicted, strict=True)
     answers = {image: (true, predicted) for (image, true), (predicted, _) in said}
     if run is None or not answers or len(answers) < len(found.images):
@@ -86,27 +86,27 @@ def _judged(run_id: str | None) -> tuple[RunRecord, dict[str, tuple[str, str]]]:
 
 
 def _against_champion(candidate: Contender, name: str, limits: Mapping[str, float | None]) -> Decision:
-    """Decide with what the registry says now; RunError for a champion that can't be judged."""
+    """Decide on the current state of the registry; RunError for a champion that can't be judged."""
     if (version := find_champion(name)) is None:
         return decide(candidate, None, limits)
     called, megabytes = f"version {version.version} of {name}", None
     if version.source == candidate.name:
-        return Decision("there", f"{candidate.name} is the champion already, as {called}.", [])
-    with suppress(InputError):  # no logged model, or one that was deleted: its run may still tell
+        return Decision("there", f"{candidate.name} is already the champion, as {called}.", [])
+    with suppress(InputError):  # no logged model, or a deleted one: its run may have the facts
         _, megabytes = find_model(version.source or "")
     try:
         champion = Contender(called, *_judged(version.run_id), megabytes)
     except InputError as error:
-        problem = f"The champion, {called}, can't be judged, since {error.problem}"
-        raise RunError(f"{problem}; correct that, or take the alias {CHAMPION} away from it.") from error
+        problem = f"The champion, {called}, can't be judged, because {error.problem}"
+        raise RunError(f"{problem}; correct that, or remove its alias {CHAMPION}.") from error
     return decide(candidate, champion, limits)
 
 
 def decide(candidate: Contender, champion: Contender | None, limits: Mapping[str, float | None]) -> Decision:
     """Decide whether a model is within the limits and better than the champion, if there is one.
 
-    Better has more right answers to the same images, and p < 0.05 by McNemar's exact test, two-sided: of equally good
-    models at most one in forty is taken for better.
+    Better means more right answers on the same images, and p < 0.05 by McNemar's exact test, two-sided. Of equally good
+    models, at most one in forty is called better.
     """
     held = [candidate, *([champion] if champion else [])]
     right = [np.array([t == predicted for _, (t, predicted) in sorted(each.answers.items())]) for each in held]
@@ -121,7 +121,7 @@ def decide(candidate: Contender, champion: Contender | None, limits: Mapping[str
         *alone, p = mcnemar(*right)
         table += [("right alone", *map(decimal, alone)), ("McNemar", p_text(p), p_text(p))]
         shares, images = f"{table[1][1]} against {table[1][2]}", f"{len(right[0]):,} test images"
-        alone_right = f"{alone[0]:,} against {alone[1]:,} of them alone"
+        alone_right = f"{alone[0]:,} against {alone[1]:,} where only one is right"
         words = f"better than {champion.name}: {shares} of {images} right, {alone_right} (exact McNemar, {p_text(p)})"
         against += [f"it isn't {words}"] if p >= LEVEL or alone[0] <= alone[1] else []
     figures: dict[str, Sequence[float | None]] = {
@@ -137,19 +137,19 @@ def decide(candidate: Contender, champion: Contender | None, limits: Mapping[str
 
 
 def _too_much(candidate: Contender, limits: Mapping[str, float | None]) -> Iterator[str]:
-    """Say which limits a model exceeds."""
+    """Describe the limits that a model exceeds."""
     found = {"max_milliseconds": MILLISECONDS.value(candidate.run), "max_megabytes": candidate.megabytes}
     for name, limit in limits.items():
         value = found[name]
         if limit is not None and (value is None or not value <= limit):
-            yield f"it takes {'unknown' if value is None else decimal(value)} {name[4:]}, where {limit:g} are allowed"
+            yield f"it takes {'unknown' if value is None else decimal(value)} {name[4:]}, but {limit:g} are allowed"
 
 
 def _other_images(candidate: Contender, champion: Contender) -> str:
-    """Say how the test images of two models differ; empty where they are the same ones."""
+    """Describe the difference of two models' test images; empty if they are the same."""
     ours, theirs = candidate.answers, champion.answers
     if apart := sorted(ours.keys() ^ theirs.keys()):
-        return f"its test images are others than the champion's: {len(apart):,} belong to one alone, as {apart[0]}"
+        return f"its test images aren't the champion's: only one of the two has {len(apart):,}, such as {apart[0]}"
     if apart := [id_ for id_, (true, _) in ours.items() if theirs[id_][0] != true]:
         one, other = ours[apart[0]][0], theirs[apart[0]][0]
         return f"{len(apart):,} test images have other labels than the champion's: {apart[0]} is {one}, was {other}"

@@ -1,4 +1,4 @@
-"""Which runs a claim is about: those like an arm of a protocol or a study; which count, and which are left aside."""
+"""The runs that a claim is about: those like an arm of a protocol or study, which of them count, and which don't."""
 
 from __future__ import annotations
 
@@ -23,44 +23,44 @@ from effv2.tracking.read import RunRecord
 from effv2.tracking.studies import complete
 from effv2.tracking.tags import CONFIG_HASH, DATA_DIGEST, MACHINE, SEED
 
-ONLY_ARM = "default"  # of a study that has no arms
+ONLY_ARM = "default"  # the arm of a study without arms
 SEED_SETTING, SPLIT_SEED = "random.seed", "data.split_seed"
-# What may differ between runs that are compared: what pairs them, where the images lie and, but for times, how they
-# are computed.
+# Settings that may differ between compared runs: what pairs them, the place of the images and, except for times, the
+# execution.
 COMPUTED = {"execution.device", "execution.compile", "execution.channels_last", "evaluation.batch_size"}
 WEIGHTS_HASH = "model.weights_sha256"  # follows from model.weights
 FREE = {SEED_SETTING, SPLIT_SEED, WEIGHTS_HASH, "data.dir", "data.download", *COMPUTED}
-CLASSES = "data.classes"  # no parameter, but may stand in a protocol like one: the number of classes in the data
+CLASSES = "data.classes"  # not a parameter, but a protocol may name it: the number of classes in the data
 OF_TIMES = tuple(f"{MACHINE}{name}" for name in ("processor", "accelerator", "threads"))  # tags
-PUBLISHED_OVERLAP = 0.25  # test over training images of the published split
+PUBLISHED_OVERLAP = 0.25  # ratio of test to training images in the published split
 DEFAULTS = TrainConfig().flat()
-UNFINISHED = "unfinished"  # a run that isn't counted among those left out
-FEW = 2  # settings in which a run may differ to be near
-SplitAndSeed = tuple[str, str]  # which split of the images a run used, and the seed of its training
+UNFINISHED = "unfinished"  # for runs that aren't mentioned as left out
+FEW = 2  # most settings in which a near run may differ
+SplitAndSeed = tuple[str, str]  # the split of the images, and the seed of the training
 Runs = Mapping[SplitAndSeed, RunRecord]  # of an arm
-Alike = frozenset[tuple[str, str]]  # names and values of what runs that repeat each other have in common
-RightAnswers = Callable[[RunRecord], Mapping[str, bool]]  # by image, of a run's predictions of its test images
+Alike = frozenset[tuple[str, str]]  # names and values that repeated runs have in common
+RightAnswers = Callable[[RunRecord], Mapping[str, bool]]  # by image, for a run's predictions of its test images
 T = TypeVar("T")
 
 
 class Protocol(Group):
-    """Which runs a claim is about: those that have the settings of `runs` and of an arm."""
+    """The runs that a claim is about: those with the settings of `runs` and of an arm."""
 
     runs: Settings = Field(default_factory=dict)
-    # Their settings, or a `study/arm` that has them. What an arm lacks and others name is as in `runs`, or the default.
+    # Their settings, or a `study/arm` that has them. Settings of other arms only are as in `runs`, or the default.
     arms: dict[str, Settings | str] = Field(min_length=1)
     over: Literal["seeds", "images"] = "seeds"  # what varies: training, or the test images of a fixed network
     command: str = ""
     ignore: list[str] = []  # parameters in which runs may differ
     paired: bool = False  # by seed, within a split
-    needs: str = ""  # what must be there first
-    assumed: str = ""  # what the source doesn't state, said with every claim
-    nearest: str = ""  # a protocol with the same arms that comes close, shown where this one has no runs
+    needs: str = ""  # what the runs need
+    assumed: str = ""  # settings that the source doesn't state, shown with every claim
+    nearest: str = ""  # the nearest protocol with the same arms, shown if this one has no runs
     published: Published = Published()
-    study: str = ""  # of which it is the protocol, and under whose name the published curves stand
+    study: str = ""  # the study of the protocol, which also names the published curves
 
     def own(self, arm: str) -> Settings:
-        """Return the settings that an arm names, once those of studies are resolved."""
+        """Return the settings that an arm names, after those of studies are resolved."""
         named = self.arms[arm]
         return named if isinstance(named, dict) else {}
 
@@ -76,7 +76,7 @@ def protocol_title(study: str, ignore: Sequence[str]) -> str:
 
 
 def study_protocols(name: str, ignore: Sequence[str], folder: Path) -> dict[str, Protocol]:
-    """Return the protocol of a study, without the settings that it is to `ignore`, and that of its nearest runs."""
+    """Return the protocol of a study, without the settings in `ignore`, and that of its nearest runs."""
     study = open_study(name, folder)
     configs = {arm: study.arm(arm, NOTHING) for arm in study.arms} or {ONLY_ARM: study.config(NOTHING)}
     arms = {
@@ -85,8 +85,8 @@ def study_protocols(name: str, ignore: Sequence[str], folder: Path) -> dict[str,
     }
     first, published = next(iter(arms.values())), study.published
     if unknown := next((key for key in ignore if "." in key and key not in first | published.runs), ""):
-        raise InputError("ignore", unknown, "no setting of the study", choices=first)
-    kept = set.intersection(*map(set, arms.values())) - set(ignore)  # what is `auto` in an arm is left open too
+        raise InputError("ignore", unknown, "is not a setting of the study", choices=first)
+    kept = set.intersection(*map(set, arms.values())) - set(ignore)  # also without `auto`
     shared = {key for key in kept if all(arm[key] == first[key] for arm in arms.values())}
     named, near = (
         {key: each[key] for key in each if key not in ignore} for each in (published.runs, published.nearest)
@@ -111,7 +111,7 @@ def study_protocols(name: str, ignore: Sequence[str], folder: Path) -> dict[str,
 
 
 def is_like(run: RunRecord, protocol: Protocol, arm: str) -> bool:
-    """Say whether a run has the settings of an arm."""
+    """Return whether a run has the settings of an arm."""
     return not any(_unlike(run, protocol, arm))
 
 
@@ -124,7 +124,7 @@ def _unlike(run: RunRecord, protocol: Protocol, arm: str) -> Iterator[tuple[str,
 
 
 def _nearest(runs: Sequence[RunRecord], protocol: Protocol, arm: str) -> str:
-    """Say in which few settings the nearest runs differ from an arm; empty where none comes near and knows these."""
+    """Describe the few settings in which the nearest runs differ from an arm; empty if there are no near runs."""
     unlike = [(run, list(islice(_unlike(run, protocol, arm), FEW + 1))) for run in runs]
     known = [(run, settings) for run, settings in unlike if all(_logged(run, name) for name, _ in settings)]
     least = min((settings for _, settings in known), key=len, default=[])
@@ -136,9 +136,9 @@ def _nearest(runs: Sequence[RunRecord], protocol: Protocol, arm: str) -> str:
 
 
 def _logged(run: RunRecord, name: str) -> list[str]:
-    """Return what a run logged as a setting: a value, none, or several numbers of classes.
+    """Return the logged value of a setting: one, none, or several numbers of classes.
 
-    A training of ours has the default of a setting younger than itself.
+    A training of effv2 has the default of a setting that is newer than itself.
     """
     if name == CLASSES:
         return list(dict.fromkeys(str(len(each.classes)) for each in run.images.values() if each.classes))
@@ -155,22 +155,22 @@ def has(run: RunRecord, name: str, value: Value) -> bool:
 
 
 def machine_of(run: RunRecord) -> tuple[str, ...]:
-    """Return the machine that a run's times belong to, as far as it was logged."""
+    """Return the machine of a run's times, as far as it was logged."""
     return tuple(run.tags.get(tag, "") for tag in OF_TIMES)
 
 
 def split_of(run: RunRecord) -> str:
-    """Return which split of which images a run used: the seed, and the digest of the data where it was logged."""
+    """Return the split and the images of a run: the seed, and the digest of the data if it was logged."""
     return f"{run.params.get(SPLIT_SEED, '')} {run.tags.get(DATA_DIGEST, '')}".strip()
 
 
 def pair_of(run: RunRecord) -> SplitAndSeed:
-    """Return a run's split, and the seed of its training: its own id where none was logged, so that it has no pair."""
+    """Return a run's split, and the seed of its training or, if none was logged, its id, which has no pair."""
     return split_of(run), run.params.get(SEED_SETTING) or run.tags.get(SEED) or run.run_id
 
 
 def looks_of(parent: RunRecord | None, runs: Iterable[RunRecord]) -> Looks:
-    """Return how often the runs of a study are looked at: as its own run says, if it began before them; else always."""
+    """Return the looks at a study's runs: those that its own run recorded, if it began before them; else every look."""
     most = parent.params.get("study.max_seeds", "") if parent else ""
     if parent is None or not re.fullmatch("[0-9]{1,6}", most) or any(run.started < parent.started for run in runs):
         return EVERY_LOOK
@@ -182,25 +182,25 @@ def looks_of(parent: RunRecord | None, runs: Iterable[RunRecord]) -> Looks:
 
 @dataclass(frozen=True)
 class Chosen:
-    """The runs of some arms, by split and seed, that differ in nothing else; no arms where there are none."""
+    """The runs of some arms, by split and seed, that differ in nothing else; no arms if there are none."""
 
     arms: Mapping[str, Runs]
     splits: int = 1  # that all arms have
-    overlap: float = 0.0  # of several splits: the ratio of test to other images, where the test images differ too
+    overlap: float = 0.0  # with several splits: the ratio of test to other images, if the test images differ
     looks: Looks = EVERY_LOOK
     paired: bool = False  # by seed, within a split
-    aside: Sequence[str] = ()  # which runs were left aside
-    why: str = ""  # there are none, or no verdict yet
+    aside: Sequence[str] = ()  # descriptions of unused runs
+    why: str = ""  # why there are no runs, or no verdict yet
 
 
 def choose(
     runs: Sequence[RunRecord], protocol: Protocol, arms: Sequence[str], what: Quantity, positive: bool
 ) -> Chosen:
-    """Choose complete runs of some arms of a protocol that have a quantity, `positive` where it must be.
+    """Choose complete runs of some arms of a protocol that have a quantity, `positive` if it must be.
 
-    Where the protocol leaves something open in which runs differ, those are taken of which there are most
+    If runs differ in something that the protocol leaves open, the largest group of equal runs counts
     (fixed networks differ in more than the protocol's settings: in weights and transforms).
-    Of a run that was repeated the last one counts. `runs` are the oldest first.
+    Of repeated runs, the last one counts. `runs` are in order of age, the oldest first.
     """
     groups: dict[Alike, dict[str, dict[SplitAndSeed, RunRecord]]] = {}
     unused: dict[str, list[tuple[Alike, str]]] = {arm: [] for arm in arms}  # settings of runs, and why they don't count
@@ -212,7 +212,7 @@ def choose(
             continue
         of_arm = groups.setdefault(settings, {}).setdefault(arm, {})
         pair = (run.params.get(SPLIT_SEED, "") if varies_data else split, seed)
-        if of_arm.pop(pair, None):  # so that the last one stands last
+        if of_arm.pop(pair, None):  # so that the last run is last
             unused[arm].append((settings, "repeated since"))
         of_arm[pair] = run
     whole = {settings: group for settings, group in groups.items() if len(group) == len(arms)}
@@ -228,7 +228,7 @@ def choose(
         aside += [f"{counted(count, 'run')} of {arm} {why}" for why, count in counts.items()]
     if count := sum(len(of_arm) for group in whole.values() for of_arm in group.values()):
         names = _differing(settings, *whole)
-        aside.append(f"{counted(count, 'run')} left aside that differ from these in {names}")
+        aside.append(f"{counted(count, 'run')} not used, which differ from these in {names}")
     return replace(_as_planned(most, aside, runs), paired=protocol.paired)
 
 
@@ -238,7 +238,7 @@ def _why_none(
     groups: Mapping[Alike, Collection[str]],
     unused: Mapping[str, Sequence[tuple[Alike, str]]],
 ) -> str:
-    """Say why no runs of all arms (those of `unused`) are alike."""
+    """Explain why no runs of all arms (those of `unused`) are equal in other settings."""
     having = {arm: [settings for settings, group in groups.items() if arm in group] for arm in unused}
     if all(having.values()):
         first, *_, last = having.values()
@@ -252,14 +252,14 @@ def _why_none(
 
 
 def _unusable(run: RunRecord, what: Quantity, positive: bool) -> str:
-    """Say why a run doesn't count; empty where it does."""
+    """Return why a run doesn't count; empty if it does."""
     if not complete([run]):
         return "failed" if run.status == "FAILED" else UNFINISHED
     value = what.value(run)
     if value is None or (positive and value <= 0):
         return f"without a usable {what.words}"
     percentage = what.is_accuracy and value > 1
-    return "left out: above 1, where accuracies are fractions (a point is 0.01)" if percentage else ""
+    return "left out: above 1, but accuracies are fractions (a point is 0.01)" if percentage else ""
 
 
 def _differing(one: Alike, *others: Alike) -> str:
@@ -267,7 +267,7 @@ def _differing(one: Alike, *others: Alike) -> str:
 
 
 def first_seeds(values: Mapping[SplitAndSeed, T], most: int) -> dict[SplitAndSeed, T]:
-    """Return those of the first splits, and on each those of the first seeds, `most` of either."""
+    """Return the values of the first splits, and on each of the first seeds, at most `most` of either."""
     splits: dict[str, list[SplitAndSeed]] = {}
     for pair in values:
         splits.setdefault(pair[0], []).append(pair)
@@ -275,9 +275,9 @@ def first_seeds(values: Mapping[SplitAndSeed, T], most: int) -> dict[SplitAndSee
 
 
 def _as_planned(arms: Mapping[str, Runs], aside: list[str], known: Sequence[RunRecord]) -> Chosen:
-    """Keep the splits that all arms have, as an arm on other images says nothing, and as many seeds as are looked at.
+    """Keep the splits of all arms, because arms on other images aren't comparable, and at most the planned seeds.
 
-    Fewer than three splits decide nothing, so that of two the one with more runs counts.
+    Fewer than three splits decide nothing, so of two only the one with more runs counts.
     """
     runs = [run for of_arm in arms.values() for run in of_arm.values()]
     parent = next((run for run in known if {each.parent for each in runs} == {run.run_id}), None)
@@ -290,7 +290,7 @@ def _as_planned(arms: Mapping[str, Runs], aside: list[str], known: Sequence[RunR
     if 1 < len(shared) < FEWEST:
         kept = max(sorted(shared), key=lambda split: total[split])
         others = counted(sum(total[split] for split in shared if split != kept), "run")
-        aside.append(f"on one split alone, {others} on another left aside: a third would count all")
+        aside.append(f"only on one split, {others} on another not used: with a third split, all would count")
         shared = [kept]
     of_splits = {
         arm: {pair: run for split in shared for pair, run in of_arm.items() if pair[0] == split}
@@ -304,7 +304,7 @@ def _as_planned(arms: Mapping[str, Runs], aside: list[str], known: Sequence[RunR
 
 
 def overlap_of(arms: Collection[Sequence[RunRecord]]) -> float:
-    """Return the ratio of test to other images where splits share images of either; 0 if each arm has one test set."""
+    """Return the ratio of test to other images if splits share images; 0 if each arm has one test set."""
     found = [run for runs in arms for run in runs]
     tests = [{run.images.get("test") for run in runs} for runs in arms]
     if all(len(each) == 1 and None not in each for each in tests):
@@ -314,15 +314,15 @@ def overlap_of(arms: Collection[Sequence[RunRecord]]) -> float:
 
 
 def _left_open(run: RunRecord, protocol: Protocol, what: Quantity) -> Alike:
-    """Return what the protocol leaves open: settings, images, and of times the machine; nothing of fixed networks.
+    """Return the facts that the protocol leaves open: settings, images, and the machine for times; none if over images.
 
-    Of our own runs parameters without a dot are left out: `mlflow run` logs its options so.
+    For runs of effv2, parameters without a dot are left out: `mlflow run` logs its options in this form.
     """
     if protocol.over == "images":
         return frozenset()
     named = protocol.runs.keys() | protocol.varied | (FREE - COMPUTED if what.timed else FREE)
     if "model.variant" in named:
-        named.add("model.table")  # which goes by that name
+        named.add("model.table")  # under that name
     ours = CONFIG_HASH in run.tags
     found = {name: value for name, value in run.params.items() if name not in named and ("." in name or not ours)}
     if "model.weights" not in protocol.varied and (sha256 := run.params.get(WEIGHTS_HASH)):

@@ -1,4 +1,4 @@
-"""The report of an experiment or a study, logged to the runs that it is about, and exported."""
+"""The report of an experiment or a study, logged to its runs, and exported."""
 
 import re
 import tempfile
@@ -37,7 +37,7 @@ from effv2.tracking.studies import TrackedStudy, complete, studies_of
 from effv2.tracking.tags import ANSWER, ARM, REUSED, as_tags, reused
 from effv2.tracking.writer import TrackedRun, run_address, show_in_ui
 
-# Of a file that is logged: a text, an image, a figure, a table.
+# The content of a logged file: a text, an image, a figure, a table.
 Content = str | bytes | Figure | Sequence[Sequence[Any]]
 HTML, MARKDOWN, FIGURES, DATA = "report.html", "report.md", "figures", "data"  # in an export
 LONGEST_ANSWER = 500  # characters of a tag
@@ -46,22 +46,22 @@ MOST_SHOWN, MOST_ARMS = 24, 5  # images of a gallery, arms in its captions
 
 @dataclass(frozen=True)
 class Report:
-    """What came out in one sentence, and files by name: a page, its Markdown twin, the figures that the twin shows."""
+    """The results in one sentence, and files by name: a page, the same as Markdown, and its figures."""
 
     summary: str
-    answers: Sequence[str]  # a line a study
-    own: Sequence[str]  # the verdicts of the user's own claims, a line each
+    answers: Sequence[str]  # a line per study
+    own: Sequence[str]  # the verdicts on the user's own claims, one line each
     studies: Sequence[StudyResults]
     files: Mapping[str, str]
-    judgements: Sequence[Judgement] = ()  # of the claims that runs are about, or come near
+    judgements: Sequence[Judgement] = ()  # of the claims with runs, or with near ones
     runs: Sequence[RunRecord] = ()
 
 
 def publish_study(parent: TrackedRun, used: Mapping[str, str], dataset: Dataset | None = None) -> StudyResults:
-    """Log to a study's run what came out of it, with a report, and return it. It may be repeated.
+    """Log the results of a study to its run, with a report, and return them. This may be repeated.
 
-    `used` are the finished runs of the study by name, some of them other studies'. `dataset` has the test images, of
-    which the report shows some.
+    `used` are the finished runs of the study by name, including those of other studies. `dataset` has the test images,
+    and the report shows some of them.
     """
     read = read_experiment(parent.experiment_id, (), parent.run_id)
     own = {run.run_id for run in read if run.parent == parent.run_id}
@@ -85,16 +85,16 @@ def publish_study(parent: TrackedRun, used: Mapping[str, str], dataset: Dataset 
 
 
 def read_results(parent: TrackedRun) -> StudyResults:
-    """Return what came out of a study, from its tracked runs as they are."""
+    """Return the results of a study, from the current state of its runs."""
     evidence = tracked(parent.experiment_id, parent=parent.run_id)
     return results_of(evidence.runs, read_claims(), evidence.right)[0]
 
 
 def publish(experiment: str, own: Path | None, target: Path | None, reporter: Reporter) -> tuple[Report, str]:
-    """Report on a whole experiment; log that to a run of its own; export to `target`.
+    """Report on a whole experiment, log the report to a separate run, and export it to `target`.
 
-    `own` is a file of claims that are judged beside the published ones. Returns the report and where its run is to be
-    seen. InputError before any run is created.
+    `own` is a file of claims that are judged in addition to the published ones. Returns the report and the address of
+    its run. InputError before any run is created.
     """
     claims = read_claims(own)
     if target is not None:
@@ -113,16 +113,16 @@ def publish(experiment: str, own: Path | None, target: Path | None, reporter: Re
         if target is not None:
             reporter.progress("exporting")
             _export(report, evidence, target, claims)
-        run.complete()  # also where the last report had failed
+        run.complete()  # even if the last report had failed
     return report, run_address(run.run_id, run.experiment_id)
 
 
 def rebuild(sources: Sequence[Path], own: Path | None, target: Path, reporter: Reporter) -> Report:
-    """Make the report of an export again, or one of several, without a tracking server, and write both to `target`.
+    """Make the report of one or several exports without a tracking server, and write report and data to `target`.
 
-    Where no file of claims is given, it is the one that was exported with them. InputError before anything is made.
+    By default, the file of claims is the one in the exports. InputError before anything is created.
     """
-    reporter.progress("reading what was exported")
+    reporter.progress("reading the exports")
     evidence = exported([source / DATA for source in sources])
     if own is None and len(evidence.claims) > 1:
         files = " and ".join(map(str, evidence.claims))
@@ -158,7 +158,7 @@ def _prepare(target: Path) -> None:
 
 
 def _export(report: Report, evidence: Evidence, target: Path, claims: Claims) -> None:
-    """Write a report and its data, in the place of the data and the figures of an earlier one there."""
+    """Write a report and its data, and replace the data and the figures of an earlier one."""
     page = target / MARKDOWN
     earlier = page.read_text(encoding="utf-8", errors="replace") if page.is_file() else ""
     for name in re.findall(rf"\]\({FIGURES}/(\d+-[a-z0-9-]+\.svg)\)", earlier):
@@ -169,7 +169,7 @@ def _export(report: Report, evidence: Evidence, target: Path, claims: Claims) ->
 
 
 def _differing(apart: Sequence[Sequence[Any]], dataset: Dataset) -> bytes:
-    """Return a gallery of the first images of images_apart that arms differ on, a JPEG; empty without any."""
+    """Return a JPEG gallery of the first images of images_apart on which arms differ; empty without any."""
     places, arms = {id_: place for place, id_ in enumerate(dataset.test.ids)}, apart[0][1 : MOST_ARMS + 1]
     shares = {places[row[0]]: row[1:] for row in apart[1:] if row[0] in places and len(set(row[1:])) > 1}
     labels, file = dataset.test.labels.tolist(), BytesIO()
@@ -183,13 +183,13 @@ def _differing(apart: Sequence[Sequence[Any]], dataset: Dataset) -> bytes:
 
 
 def _mistakes(study: TrackedStudy) -> dict[str, bytes]:
-    """Return the gallery of mistakes of the first run of each arm, where there is one, by title."""
+    """Return the existing galleries of mistakes of the first run of each arm, by title."""
     first = {run.tags.get(ARM, ""): run for run in reversed(complete(study.in_order()))}
     found = {}
     with tempfile.TemporaryDirectory() as folder:
         for arm in list(reversed(first))[:MOST_ARMS]:
             if path := download(first[arm].run_id, WRONG, Path(folder)):
-                found[f"The surest mistakes of {first[arm].name}"] = path.read_bytes()
+                found[f"The most confident mistakes of {first[arm].name}"] = path.read_bytes()
     return found
 
 
@@ -199,7 +199,7 @@ def make_report(
     galleries: Mapping[str, bytes] | None = None,
     progress: Callable[[str], None] = lambda _: None,
 ) -> Report:
-    """Judge the claims on the evidence and write it up, of an experiment or, with galleries, of its first study."""
+    """Judge the claims on the evidence and write the report of an experiment or, with galleries, of its first study."""
     progress("judging claims")
     judgements, known = judge(claims, evidence.runs, evidence.right), read_claims().claims
     own = [each for each in judgements if each.id not in known]
@@ -254,15 +254,15 @@ def _slug(text: str) -> str:
 
 
 def _cell(text: object) -> str:
-    """Write a text into a cell of a Markdown table."""
+    """Write a text for a cell of a Markdown table."""
     return " ".join(re.sub(r"<(?=[A-Za-z/!?])", "&lt;", re.sub(r"(\||(?<=\])\()", r"\\\1", str(text))).split())
 
 
 def why(judgement: Judgement) -> str:
-    """Say in one sentence why the evidence decides what it does."""
+    """Explain the verdict in one sentence."""
     findings = judgement.findings
     if judgement.tested:
-        text = f"of {len(findings)} things said {_tally(findings)}" if len(findings) > 1 else _estimated(findings[0])
+        text = f"of {len(findings)} statements {_tally(findings)}" if len(findings) > 1 else _estimated(findings[0])
         more = [each.lacking for each in findings if each.verdict == Verdict.UNDECIDED and each.lacking]
         return "; ".join([text, *more[:1]])
     near_misses = list(dict.fromkeys(each.lacking for each in findings if each.lacking))

@@ -1,4 +1,4 @@
-"""What of a run a claim or a table can be about: any logged metric, or a figure derived from its epochs."""
+"""The quantities of claims and tables: any logged metric of a run, or a figure derived from its epochs."""
 
 import math
 import re
@@ -23,31 +23,31 @@ TRAIN_RATE, EVALUATE_RATE = "throughput/train_images_per_second", "throughput/ev
 ONE, MANY = "inference/single_image_seconds", "inference/batch_128_seconds"
 TO_PEAK, TO_LEVEL = "epochs to 95 % of peak train accuracy", "epochs until test accuracy stays at its level"
 PEAK_SHARE = 0.95
-LEVEL_EPOCHS = 10  # the last ones, over which a level is averaged
+LEVEL_EPOCHS = 10  # the last epochs, over which a level is averaged
 NEAR_LEVEL = 0.02
-LARGEST = 1e300  # databases keep infinity as the largest number there is
+LARGEST = 1e300  # databases store infinity as the largest number
 TIMED = ("rate/", "time/", "inference/", "throughput/")
 
 
 @dataclass(frozen=True)
 class Quantity:
-    """A figure of a run: the logged metric of its name, or what `take` derives from the epochs of `metric`."""
+    """A figure of a run: the logged metric of its name, or the result of `take` for the epochs of `metric`."""
 
     name: str
     words: str
     text: Callable[[float], str] = decimal
     metric: str = ""
     take: Callable[[Any], float | None] | None = None  # of the values of all epochs
-    epochs: int = 1  # that it takes
-    over_time: bool = False  # the values by seconds of training, not by epoch
+    epochs: int = 1  # that it needs
+    over_time: bool = False  # the values are by seconds of training, not by epoch
     shown: bool = False  # in tables of arms
     scale: float = 1
-    fixed: bool = False  # it doesn't vary from run to run: one decides
-    timed: bool = False  # it belongs to the machine that it was taken on
+    fixed: bool = False  # it doesn't vary between runs, so one run decides
+    timed: bool = False  # it depends on the machine
     least: float = -math.inf  # that it can be
 
     def value(self, run: RunRecord) -> float | None:
-        """Return the figure of a run; None where it lacks that, or logged no finite number; infinite if not reached."""
+        """Return the figure of a run, infinite if it is never reached; None if the run doesn't have a finite one."""
         if self.take is None:
             found = run.metrics.get(self.metric or self.name)
             return self.scale * found if found is not None and abs(found) < LARGEST else None
@@ -55,17 +55,17 @@ class Quantity:
         return self.take(curve) if len(curve) >= self.epochs else None
 
     def values(self, runs: Iterable[RunRecord]) -> list[float]:
-        """Return the figures of those runs that have it."""
+        """Return the figures of the runs that have it."""
         return [found for found in map(self.value, runs) if found is not None]
 
     @property
     def is_accuracy(self) -> bool:
-        """Say whether it is a fraction, whose differences are percentage points."""
+        """Return whether it is a fraction, with differences in percentage points."""
         return self.text is percent
 
     @property
     def is_fraction(self) -> bool:
-        """Say whether it is an accuracy, or a difference of two."""
+        """Return whether it is an accuracy, or a difference of two."""
         return self.text in (percent, points)
 
     def difference(self, value: float) -> str:
@@ -74,7 +74,7 @@ class Quantity:
 
     @property
     def possible(self) -> Interval:
-        """Return where its values can lie, as far as that is known."""
+        """Return the range of possible values, if known."""
         return Interval(0, 1) if self.is_accuracy else Interval(0 if self.timed else self.least, math.inf)
 
 
@@ -84,7 +84,7 @@ def _by_epoch(run: RunRecord, metric: str) -> Mapping[int, float]:
 
 
 def over_time(run: RunRecord, metric: str) -> Mapping[float, float]:
-    """Return a metric of every epoch by the seconds of training so far; empty where the time of an epoch lacks."""
+    """Return a metric of every epoch by the seconds of training so far; empty if the time of an epoch is missing."""
     curve, seconds = _by_epoch(run, metric), _by_epoch(run, EPOCH_TRAINING)
     spent = dict(zip(seconds, accumulate(seconds.values()), strict=True))
     return {spent[epoch]: value for epoch, value in curve.items()} if curve.keys() <= spent.keys() else {}
@@ -115,7 +115,7 @@ def _epochs_to_level(curve: Curve) -> int:
 
 
 def _gain(curve: Curve) -> float | None:
-    """Return by how much the last ten epochs' mean exceeds that of epochs 9 to 11; None without those."""
+    """Return the mean of the last ten epochs minus that of epochs 9 to 11; None without those."""
     around = [curve[epoch] for epoch in (9, 10, 11) if epoch in curve]
     return _level(curve) - statistics.fmean(around) if len(around) == 3 else None
 
@@ -134,15 +134,15 @@ ALL = (  # in the order of tables
     Quantity("gain/test_after_epoch_10", "gain in test accuracy after epoch 10", points, TEST, _gain, epochs=21),
     Quantity("epochs/to_95_percent", TO_PEAK, tenths, TRAIN, _epochs_to_peak_share, shown=True, least=1),
     Quantity("epochs/to_test_level", TO_LEVEL, tenths, TEST, _epochs_to_level, epochs=20, least=1),
-    Quantity(EPOCH_SECONDS, "an epoch, s", decimal, EPOCH_SECONDS, _median, timed=True),
+    Quantity(EPOCH_SECONDS, "one epoch, s", decimal, EPOCH_SECONDS, _median, timed=True),
     Quantity("rate/train", "training, images/s", whole, TRAIN_RATE, _median, shown=True, timed=True),
     Quantity("rate/evaluate", "inference, images/s", whole, EVALUATE_RATE, _median, shown=True, timed=True),
     Quantity("inference/single_image_milliseconds", "one image, ms", tenths, ONE, shown=True, scale=1000, timed=True),
     Quantity("inference/batch_128_milliseconds", "128 images, ms", whole, MANY, shown=True, scale=1000, timed=True),
     Quantity("model/parameters", "parameters", whole, shown=True, fixed=True),
     Quantity("model/gflops", "GFLOPs", lambda g: f"{g:.3f}" if g >= 0.01 else f"{g:.2g}", shown=True, fixed=True),
-    Quantity("published/top1_accuracy", "top-1 that torchvision publishes", percent, shown=True),
-    Quantity("bf16/top1_difference", "bf16 less float32, top-1", points, shown=True),
+    Quantity("published/top1_accuracy", "top-1 published by torchvision", percent, shown=True),
+    Quantity("bf16/top1_difference", "bf16 minus float32, top-1", points, shown=True),
     Quantity("bf16/predictions_changed", "bf16, predictions changed", percent, shown=True),
 )
 QUANTITIES = {each.name: each for each in ALL}
@@ -150,18 +150,18 @@ SHOWN = {name: what for name, what in QUANTITIES.items() if what.shown}
 CURVES = {"test accuracy": TEST, "validation accuracy": VALIDATION, "train accuracy": TRAIN}  # that are drawn
 # The metrics whose epochs are read, and those that are exported with them.
 HISTORIES = tuple(dict.fromkeys([*CURVES.values(), EPOCH_TRAINING, *(each.metric for each in ALL if each.take)]))
-OF_SPLITS = ("train/", "val/", "test/")  # how the metrics of every epoch of a split begin
+OF_SPLITS = ("train/", "val/", "test/")  # prefixes of the metrics of every epoch of a split
 EXPORTED = (*HISTORIES, *OF_SPLITS, "learning_rate")
 
 
 def shown_for(runs: Iterable[RunRecord]) -> dict[str, Quantity]:
-    """Return the quantities of tables: the usual ones, and each other metric of every epoch, whose last one counts."""
+    """Return the quantities of tables: the usual ones, and the last value of each other metric of every epoch."""
     logged = {name for run in runs for name in run.metrics if name.startswith(OF_SPLITS)}
     return SHOWN | {name: quantity(name) for name in sorted(logged) if not name.endswith(("/loss", "/accuracy"))}
 
 
 def quantity(name: str) -> Quantity:
-    """Return a named quantity, or a time to an accuracy; any other name is a logged metric's."""
+    """Return a named quantity, a time to an accuracy, or a logged metric for any other name."""
     if time_to := re.match(TIME_TO, name):
         metric, level = f"{time_to[1]}/accuracy", float(time_to[2])
         accuracy = next(words for words, each in CURVES.items() if each == metric)

@@ -1,4 +1,4 @@
-"""What came out of studies, made once, from tracked runs alone: of arms in `study`, of searches and networks here."""
+"""The results of studies, made once, only from tracked runs: of searches and networks here, of arms in `study`."""
 
 import math
 from collections import Counter
@@ -23,34 +23,34 @@ from effv2.tracking.read import SELECTED_TEST, SELECTED_VALIDATION, RunRecord
 from effv2.tracking.studies import NO_STUDY, TrackedStudy, complete, studies_of
 
 BEST_TRIALS = 5
-PAIRS_WITH_P = 6  # with more pairs the p-values stand in pairs.csv alone
+PAIRS_WITH_P = 6  # with more pairs, only pairs.csv has the p-values
 FEW_IMAGES = 100
 OF_ANY_IMAGES = ("top1_accuracy", "top1_present", "top5_accuracy", "loss", "ece")
-# What a ranking rests on, by the origin of the images, and what to make of it.
+# The images of a ranking, by origin, and a remark on their use.
 IMAGES = {
     "unseen": ("images of ImageNet's validation set, to which published weights were not fitted", ""),
     "seen": (
         "images of ImageNet's training set",
-        " Published weights were fitted to these images: this says how well, little of how they predict others.",
+        " Published weights were fitted to these images, so this says little about other images.",
     ),
     "unknown": (
-        "images of which the names don't tell whether they are ImageNet's",
+        "images whose names don't show whether they are ImageNet's",
         " Whether the weights were fitted to these images is not known.",
     ),
 }
-Ranked = Mapping[str, np.ndarray]  # which images networks got right, the best first: label to bool (N)
+Ranked = Mapping[str, np.ndarray]  # the images that each network got right, the best first: label to bool (N)
 SETS = {"unseen": "images that it was not trained on", "unknown": "images that it may not have been trained on"}
 
 
 def results_of(runs: Sequence[RunRecord], claims: Claims, right: RightAnswers) -> list[StudyResults]:
-    """Return what came out of all studies; those of one name also say their split, or which run they are."""
+    """Return the results of all studies. Studies of equal name also show their split or run."""
     studies = studies_of(runs)
     names = Counter(study.parent.name for study in studies)
     return [study_results(study, claims, right, names[study.parent.name] > 1) for study in studies]
 
 
 def study_results(study: TrackedStudy, claims: Claims, right: RightAnswers, of_several: bool = False) -> StudyResults:
-    """Return what came out of a study; `right` reads which images a run of a fixed network got right."""
+    """Return the results of a study. `right` reads which images are right in a run of a fixed network."""
     if study.kind == "search":
         own = search_results(study)
     elif study.kind == "evaluate-pretrained":
@@ -72,7 +72,7 @@ def study_results(study: TrackedStudy, claims: Claims, right: RightAnswers, of_s
 
 
 def _environment(runs: Sequence[RunRecord]) -> Iterator[tuple[str, str]]:
-    """Yield with which code, on what machine and on which data runs were made, and how long their epochs took."""
+    """Yield the code, the machine and the data of runs, and the total time of their epochs."""
     of_code = (tags.GIT_COMMIT, tags.GIT_DIRTY, tags.CODE_VERSION, tags.DATA_DIGEST)
     there = sorted({tag for run in runs for tag in run.tags if tag.startswith((*of_code, tags.MACHINE))})
     for tag in there:
@@ -90,7 +90,7 @@ def _environment(runs: Sequence[RunRecord]) -> Iterator[tuple[str, str]]:
 
 
 def search_results(study: TrackedStudy) -> StudyResults:
-    """Return what came out of a search: its best trials, and the test accuracy of the one that was chosen."""
+    """Return the results of a search: its best trials, and the test accuracy of the chosen one."""
     runs = study.in_order()
     tried = [run for run in runs if SELECTED_VALIDATION in run.metrics]
     ranked = sorted(tried, key=lambda run: -run.metrics[SELECTED_VALIDATION])
@@ -123,7 +123,7 @@ def search_results(study: TrackedStudy) -> StudyResults:
 
 
 def _notes_on_trials(study: TrackedStudy, any_ranked: bool) -> list[str]:
-    """Say how the trials ended, and how often the test set was looked at."""
+    """Describe how the trials ended, and how often the test set was evaluated."""
     parent, ended = study.parent, [run for run in study.runs if run.status in ("FINISHED", "FAILED")]
     outcomes = Counter(run.tags.get(tags.OUTCOME, "unknown") for run in ended)
     words = ", ".join(f"{count} {outcome}" for outcome, count in sorted(outcomes.items()))
@@ -132,8 +132,8 @@ def _notes_on_trials(study: TrackedStudy, any_ranked: bool) -> list[str]:
     if parent.status == "FINISHED" and parent.ended > parent.started:
         words += f"; {duration((parent.ended - parent.started) / 1000)} from its first start to its end"
     looks = len(parent.tags.get(tags.LOOKS, "").split(","))
-    seen = "the best one alone" if looks == 1 else f"{looks}, each the best one when the search had come that far"
-    how = f"Trials are chosen on validation; the test set is looked at by {seen}, after it was chosen."
+    seen = "only the best one" if looks == 1 else f"{looks}, each the best one at its time"
+    how = f"Trials are chosen on validation. Evaluated on the test set, after the choice: {seen}."
     return [f"Trials: {words}.", how]
 
 
@@ -150,7 +150,7 @@ class NetworkPair(NamedTuple):
 
 
 def networks_results(study: TrackedStudy, right: RightAnswers) -> StudyResults:
-    """Return what came out of an evaluation of networks; `right` reads which images a run got right."""
+    """Return the results of an evaluation of networks. `right` reads which images are right in a run."""
     runs = {run.name: run for run in complete(study.in_order())}
     ranked, images, origin = _rank(runs, right)
     both, heads = list(combinations(ranked, 2)), _heads(runs.values())
@@ -185,9 +185,9 @@ def _ranking(runs: Mapping[str, RunRecord], ranked: Ranked, title: str) -> dict[
 
 
 def _rank(runs: Mapping[str, RunRecord], right: RightAnswers) -> tuple[Ranked, str, str]:
-    """Rank networks by the images that their runs have predictions of, all of the same ones.
+    """Rank networks by the predictions of their runs, all for the same images.
 
-    Runs that don't say which images those are, and where they are from, are older: the number of images tells.
+    Older runs don't record these images and their origin: for them, the number of images decides.
     """
     answers = {label: found for label, run in runs.items() if (found := right(run))}
     if not answers:
@@ -201,14 +201,14 @@ def _rank(runs: Mapping[str, RunRecord], right: RightAnswers) -> tuple[Ranked, s
 
 
 def _heads(runs: Iterable[RunRecord]) -> str:
-    """Say how many outputs networks choose from."""
+    """Describe the number of outputs of networks."""
     return joined(sorted({run.params.get("evaluation.outputs", "1000") for run in runs}, key=int), "or")
 
 
 def _sentence(runs: Iterable[str], ranked: Ranked, origin: str, pairs: Sequence[NetworkPair], heads: str) -> str:
-    """Say which network is better than which, and of which pairs it can't be told."""
+    """Describe which networks are better, and which pairs are undecided."""
     lost = [label for label in runs if label not in ranked]
-    missing = f" Not ranked, since predictions are missing: {joined(lost)}." if lost else ""
+    missing = f" Not ranked, because predictions are missing: {joined(lost)}." if lost else ""
     if not ranked:
         return f"No network was ranked.{missing}"
     size = len(next(iter(ranked.values())))
@@ -219,15 +219,15 @@ def _sentence(runs: Iterable[str], ranked: Ranked, origin: str, pairs: Sequence[
         (better if pair.told_apart else open_).setdefault(pair.better, []).append(f"{pair.worse}{p}")
     words = [f"{one} is better than {joined(others)}" for one, others in better.items()]
     either = "; ".join(f"{one} or {joined(others, 'or')}" for one, others in open_.items())
-    words += [f"it can't be told which is better: {either}"] if either else []
+    words += [f"undecided which is better: {either}"] if either else []
     how = f" (exact McNemar tests, Holm-corrected for {len(pairs)}, {LEVEL:.0%} level)" if pairs else ""
-    what = "; ".join(words) or "one network alone, nothing to compare"
-    few = f" So few images rarely decide; evaluate more than {FEW_IMAGES}." if size < FEW_IMAGES else ""
+    what = "; ".join(words) or "only one network, nothing to compare"
+    few = f" So few images rarely decide. Evaluate more than {FEW_IMAGES}." if size < FEW_IMAGES else ""
     return f"Top-1 over {heads} classes on {size:,} {images}{how}: {what}.{few}{caution}{missing}"
 
 
 def _table(runs: Iterable[RunRecord], heads: str) -> Rows:
-    """Return a line a network and set of images: those that it wasn't fitted to, where they are known, and all."""
+    """Return one row per network and set of images: those that it wasn't fitted to, if known, and all."""
     rows: Rows = [("network", f"top-1 of {heads} [95 % Wilson]", "among the classes present", "on", "images/s")]
     for run in runs:
         seen, rate = run.metrics.get("seen/images", 0), run.metrics.get(EVALUATE_RATE)
@@ -236,7 +236,7 @@ def _table(runs: Iterable[RunRecord], heads: str) -> Rows:
             value, present = (run.metrics.get(f"{images}/{name}") for name in OF_ANY_IMAGES[:2])
             if value is None:
                 continue
-            count = int(run.metrics.get(f"{images}/images", 0))  # which older runs lack
+            count = int(run.metrics.get(f"{images}/images", 0))  # missing in older runs
             shown = percent(value) + (f" [{wilson(round(value * count), count).text(percent)}]" if count else "")
             cells = (NONE if present is None else percent(present), f"{count:,} {which}" if count else which)
             rows.append((run.name, shown, *cells, NONE if rate is None else whole(rate)))
@@ -244,7 +244,7 @@ def _table(runs: Iterable[RunRecord], heads: str) -> Rows:
 
 
 def _details(runs: Mapping[str, RunRecord], images: str) -> Rows:
-    """Return the other figures of networks, and what their weights are: a line each, a column a network."""
+    """Return the other figures of networks and their weights: one row each, one column per network."""
     if not runs:
         return []
     groups = {label: [run] for label, run in runs.items()}

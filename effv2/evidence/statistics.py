@@ -1,4 +1,4 @@
-"""How sure a difference is: tests and intervals that hold at every look, and correction for many; on SciPy."""
+"""Certainty of differences: tests and intervals that hold at every look, corrected for many; on SciPy."""
 
 import math
 from bisect import bisect_left
@@ -15,21 +15,21 @@ from scipy.stats import binomtest
 
 CONFIDENCE = 0.95
 LEVEL = 0.05  # of every test, two-sided
-POWER = 0.8  # with which more runs are to decide
-FEWEST = 3  # runs that a verdict takes
-TINY = 1e-12  # below which a difference is rounding
-MOST_LOOKS = 50  # seeds, to which the table of levels goes
+POWER = 0.8  # probability with which more runs should decide
+FEWEST = 3  # runs that a verdict needs
+TINY = 1e-12  # differences below this are rounding
+MOST_LOOKS = 50  # largest number of seeds in the table of levels
 LEVELS = Path(__file__).with_name("levels.csv")  # made by benchmarks/levels.py
 
 
 class Interval(NamedTuple):
-    """Values from one to another, as a confidence interval has."""
+    """The values between two ends, such as a confidence interval."""
 
     low: float
     high: float
 
     def within(self, other: "Interval") -> "Interval":
-        """Return its part within another, as that of all values that a quantity can have; itself if there is none."""
+        """Return its part within another, such as the range of a quantity; itself if there is none."""
         low, high = max(self.low, other.low), min(self.high, other.high)
         return Interval(low, high) if low <= high else self
 
@@ -39,32 +39,32 @@ class Interval(NamedTuple):
 
 
 class Looks(NamedTuple):
-    """How often a comparison may be looked at: after every run, up to `most` seeds of an arm; or once, with all."""
+    """How often a comparison is looked at: after every run, up to `most` seeds per arm, or once with all runs."""
 
     most: int = 30
     once: bool = False
     splits: int = 1  # on each of which all seeds are then planned
 
     def overall(self, p: float, samples: int) -> float:
-        """Return how likely as small a p-value, Student's or Welch's, comes up at any look where there is no effect."""
+        """Return the probability, without an effect, of so small a p-value at any look (Student's or Welch's)."""
         return p if self.once else _interpolate(p, *reversed(_levels(samples, self.most)))
 
     def nominal(self, alpha: float, samples: int) -> float:
-        """Return how small the p-value of a single look has to be, for a share `alpha` of errors over all looks."""
+        """Return the level of a single look that gives a share `alpha` of errors over all looks."""
         return alpha if self.once else _interpolate(alpha, *_levels(samples, self.most))
 
     def waits(self, there: int) -> str:
-        """Say that there is no verdict yet, with so many runs of an arm; empty where there may be one."""
+        """Explain why so many runs of an arm allow no verdict yet; empty if they may allow one."""
         planned = self.most * self.splits
         early = self.once and there < planned
-        return f"{planned} seeds planned, {there} are there: no verdict before all are" if early else ""
+        return f"{there} of {planned} planned seeds, and a verdict needs all" if early else ""
 
     def text(self) -> str:
-        """Say it."""
+        """Return this in words."""
         return f"one look, at {self.most} seeds" if self.once else f"every look up to {self.most} seeds"
 
 
-EVERY_LOOK = Looks()  # where nothing else was said beforehand
+EVERY_LOOK = Looks()  # unless another rule was fixed in advance
 
 
 @cache
@@ -75,7 +75,7 @@ def _levels(samples: int, most: int) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _interpolate(p: float, xs: np.ndarray, ys: np.ndarray) -> float:
-    """Interpolate between points in rising order, on logarithms; go on below the first as between the first two."""
+    """Interpolate between points in rising order, on logarithms. Extrapolate below the first two points."""
     x = np.log(max(p, 1e-300))
     below = ys[0] + (x - xs[0]) * (ys[1] - ys[0]) / (xs[1] - xs[0])
     return float(np.exp(below if x < xs[0] else np.interp(x, xs, ys)))
@@ -88,15 +88,15 @@ def wilson(right: int, count: int) -> Interval:
 
 
 def right_on_shared(answers: Collection[Mapping[str, bool]]) -> np.ndarray:
-    """Return which images networks got right (bool (networks, images)), of those images that all of them have."""
+    """Return which images networks got right, bool (networks, images), for the images that all of them have."""
     shared = sorted(set.intersection(*map(set, answers)))
     return np.array([[each[image] for image in shared] for each in answers], bool)
 
 
 def mcnemar(first: np.ndarray, second: np.ndarray) -> tuple[int, int, float]:
-    """Return on how many images only one of two networks is right, either (bool (N) each), and the exact p of that.
+    """Return on how many images only the first, and only the second network is right (bool (N) each), and McNemar's p.
 
-    McNemar 1947, two-sided; if they are right equally often these images fall to either as a coin does.
+    Exact and two-sided (McNemar 1947). If both are right equally often, a fair coin decides which one is right there.
     """
     alone = int((first & ~second).sum()), int((second & ~first).sum())
     return *alone, float(binomtest(alone[0], sum(alone)).pvalue) if any(alone) else 1.0
@@ -112,18 +112,17 @@ def holm(p_values: Sequence[float], weights: Sequence[float] = ()) -> list[tuple
     steps = (p / w)[order]
     left = np.cumsum(w[order][::-1])[::-1]  # of the weights, at each step
     corrected = np.minimum(np.maximum.accumulate(steps * left), 1)
-    step = np.minimum(np.searchsorted(steps, steps), np.sum(corrected < LEVEL))  # equal ones share the first
+    step = np.minimum(np.searchsorted(steps, steps), np.sum(corrected < LEVEL))  # equal p-values share the first level
     found = np.column_stack([corrected, LEVEL * w[order] / left[step]])[np.argsort(order)]
     return list(map(tuple, found.tolist()))
 
 
 class Estimate:
-    """The mean of one sample, or of the first of two less the second (Welch 1947), and how sure it is.
+    """The mean of one sample, or of the first of two minus the second (Welch 1947), and its certainty.
 
-    A sample is independent values of one quantity, one a run or a pair of runs; intervals are Student's. They and the
-    p-values hold however often one looked, as `looks` says. `overlap` is the ratio of test to training images where
-    the values come from repeated splits of one set, whose parts overlap: it widens the error as Nadeau & Bengio (2003)
-    do; 0 for independent values.
+    A sample is independent values of one quantity, one per run or pair of runs. Intervals are Student's. Intervals and
+    p-values hold at all `looks`. `overlap` is the ratio of test to training images if the values come from repeated
+    splits of one set, whose parts overlap. It widens the error (Nadeau & Bengio 2003). It is 0 for independent values.
     """
 
     def __init__(self, *samples: Sequence[float], overlap: float = 0.0, looks: Looks = EVERY_LOOK) -> None:
@@ -134,14 +133,14 @@ class Estimate:
         errors = [deviation * math.sqrt(1 / n + overlap) for deviation, n in zip(deviations, counts, strict=True)]
         self.n = min(counts)
         self.mean = means[0] - sum(means[1:])
-        self.deviation = math.hypot(*deviations)  # of one more value, or of one more of each; NaN for one value
+        self.deviation = math.hypot(*deviations)  # of one more value, or of one more difference; NaN for one value
         self.error = math.hypot(*errors)  # of the mean; NaN for one value
         self.degrees = float(sum(counts) - len(counts))  # of freedom
         if len(samples) > 1 and self.error > 0:
             self.degrees = self.error**4 / sum(each**4 / (n - 1) for each, n in zip(errors, counts, strict=True))
 
     def interval(self, level: float = LEVEL) -> Interval:
-        """Return the confidence interval of the mean, which misses it at any look in a share `level`; NaN for one."""
+        """Return the interval of the mean, which misses it at any look in a share `level`; NaN for one value."""
         nominal = self.looks.nominal(level, len(self.samples))
         reach = float(-special.stdtrit(self.degrees, nominal / 2) * self.error)
         return Interval(self.mean - reach, self.mean + reach)
@@ -149,7 +148,7 @@ class Estimate:
     def p(self, edge: float) -> float:
         """Return the two-sided p-value, over all looks, of the mean being `edge`, for two values or more.
 
-        Values that are all the same show nothing of how much they vary: then it is the sign test's.
+        Equal values don't show how much they vary: for them it is the p-value of the sign test.
         """
         if self.error < TINY:
             nominal = 1.0 if abs(self.mean - edge) < TINY else min(1.0, 2 * 0.5**self.n)
@@ -158,11 +157,11 @@ class Estimate:
         return self.looks.overall(nominal, len(self.samples))
 
     def p_within(self, low: float, high: float) -> float:
-        """Return the p-value of the mean lying outside of two edges, one test of either (TOST, Schuirmann 1987)."""
+        """Return the p-value of a mean outside of two edges, from one test of each (TOST, Schuirmann 1987)."""
         return max(self.p(low), self.p(high)) / 2 if low < self.mean < high else 1.0
 
     def prediction(self) -> Interval:
-        """Return the interval in which a single further value is expected (normal values); NaN for one value."""
+        """Return the prediction interval of a single further value (normal values); NaN for one value."""
         reach = float(stats.t.ppf((1 + CONFIDENCE) / 2, self.degrees) * math.hypot(self.deviation, self.error))
         return Interval(self.mean - reach, self.mean + reach)
 
@@ -177,10 +176,10 @@ class Estimate:
 
 
 def over_images(right: Sequence[np.ndarray], looks: Looks = EVERY_LOOK) -> tuple[float, Interval]:
-    """Return the mean of one arm's right answers (bool (runs, images)), or of the first less the second, and how sure.
+    """Return the mean and interval of one arm's right answers (bool (runs, images)), or of the first minus the second.
 
-    The interval counts both runs and images as samples. Every run has the same images, so that their variances add,
-    less what both of them hold: the residual.
+    The interval counts both runs and images as samples. Every run has the same images, so the two variances add, minus
+    the residual, which both contain.
     """
     signs = [1.0, -1.0][: len(right)]
     found = Estimate(*(each.mean(axis=1) for each in right), looks=looks)
@@ -196,7 +195,7 @@ def over_images(right: Sequence[np.ndarray], looks: Looks = EVERY_LOOK) -> tuple
 
 
 class Outcome(str, Enum):
-    """What runs say of an arm and the one that it is compared with."""
+    """The result of the comparison of an arm with its reference."""
 
     BETTER = "better"
     WORSE = "worse"
@@ -206,11 +205,11 @@ class Outcome(str, Enum):
 
 
 def compare(estimates: Mapping[str, Estimate], margin: float = 0.0, tests: int = 0) -> dict[str, tuple[Outcome, float]]:
-    """Say of each difference whether it is above 0, below 0, or within the margin; wrong in 5 % of studies at most.
+    """Decide for each difference whether it is above 0, below 0, or within the margin; wrong in at most 5 % of studies.
 
-    Returns the level of its test, too. Holm's correction counts each difference once: of its being 0 and its being as
-    large as the margin one is false. `tests` is the number of all comparisons that there could be, where the data say
-    which ones are made (Bonferroni).
+    Also returns the level of each test. Holm's correction counts each difference once, because it can't both be 0 and
+    be as large as the margin. If the data choose the comparisons, `tests` is the number of all possible ones
+    (Bonferroni).
     """
     enough = {name: each for name, each in estimates.items() if each.n >= FEWEST}
     differ = {name: each.p(0) for name, each in enough.items()}
@@ -228,25 +227,25 @@ def compare(estimates: Mapping[str, Estimate], margin: float = 0.0, tests: int =
 def power(
     effect: float, deviation: float, n: int, level: float = LEVEL, samples: int = 1, *, overlap: float = 0.0
 ) -> float:
-    """Return the probability that a single two-sided t-test tells a mean of `n` values from one `effect` away from it.
+    """Return the power of a single two-sided t-test for a mean of `n` values at a distance `effect`.
 
-    `deviation` is that of one value; of two samples of `n` each, that of one difference.
+    `deviation` is that of one value or, for two samples of `n` each, that of one difference.
     """
     degrees = samples * (n - 1)
     limit, shift = -special.stdtrit(degrees, level / 2), abs(effect) / (deviation * math.sqrt(1 / n + overlap))
-    below = np.nan_to_num(special.nctdtr(degrees, shift, -limit))  # of a large shift it is nothing, and SciPy says NaN
+    below = np.nan_to_num(special.nctdtr(degrees, shift, -limit))  # for a large shift it is 0, and SciPy returns NaN
     return float(1 - special.nctdtr(degrees, shift, limit) + below)
 
 
 def seeds_for(
     effect: float, deviation: float, looks: Looks, level: float = LEVEL, samples: int = 2, *, overlap: float = 0.0
 ) -> int | None:
-    """Return with how many seeds of each arm 80 % of studies find an effect; None: with more than are looked at."""
+    """Return the seeds per arm with which 80 % of studies find an effect; None if the looks don't allow so many."""
     nominal, possible = looks.nominal(level, samples), range(looks.most if looks.once else FEWEST, looks.most + 1)
     place = bisect_left(possible, POWER, key=lambda n: power(effect, deviation, n, nominal, samples, overlap=overlap))
     return possible[place] if place < len(possible) else None
 
 
 def p_text(p: float) -> str:
-    """Write a p-value, to three digits where it is near the level of the tests or below it."""
+    """Write a p-value, with three decimals if it is near the level of the tests or below it."""
     return "p < 0.001" if p < 0.001 else f"p = {p:.3f}" if p < 0.1 else f"p = {p:.2f}"

@@ -1,4 +1,4 @@
-"""A study as tracked runs show it: the runs that it rests on, what it lacks, and its arms side by side."""
+"""The results of a study from tracked runs: the runs that it uses, missing runs, and its arms side by side."""
 
 import math
 import statistics
@@ -22,35 +22,35 @@ from effv2.tracking import tags
 from effv2.tracking.read import BEST_TEST, LAST_TEST, SELECTED_TEST, SELECTED_VALIDATION, RunRecord
 from effv2.tracking.studies import NO_STUDY, TrackedStudy, arm_in, complete
 
-DIFFERENCES = "differences"  # the figure that stands first
+DIFFERENCES = "differences"  # the first figure
 NEAR_CHANCE = 0.03  # accuracy above chance level
-MOST_DRAWN = 20  # single runs: of more there is the table alone
+MOST_DRAWN = 20  # single runs: with more, there is only the table
 Rows = list[tuple[str, ...]]  # of a table, its titles first
 
 
 @dataclass(frozen=True)
 class StudyResults:
-    """What came out of a study, made once for the terminal, the report, MLflow and exports."""
+    """The results of a study, made once for the terminal, the report, MLflow and exports."""
 
     title: str = ""
     description: str = ""
     run_id: str = ""
-    answers: Sequence[str] = ()  # a sentence a variant
-    short: str = ""  # the same without what would decide, for a cell
+    answers: Sequence[str] = ()  # a sentence per variant
+    short: str = ""  # the same without estimates of what would decide, for a cell
     table: Rows = field(default_factory=list)
     warnings: Sequence[str] = ()
-    details: Rows = field(default_factory=list)  # a second table, of what the first leaves out
+    details: Rows = field(default_factory=list)  # a second table, with the other figures
     notes: Sequence[str] = ()  # how to read them
-    figures: Mapping[str, Figure] = field(default_factory=dict)  # by the words that name their files
-    missing: str = ""  # what there should be and isn't
+    figures: Mapping[str, Figure] = field(default_factory=dict)  # by the words in the names of their files
+    missing: str = ""  # a description of missing runs
     commands: Sequence[str] = ()
     environment: Rows = field(default_factory=list)
     metrics: Mapping[str, float] = field(default_factory=dict)  # of the study's run, as are the files
     files: Mapping[str, Sequence[Sequence[Any]] | Figure] = field(default_factory=dict)
-    held: Held | None = None  # the arms against their baseline, where there are some
+    held: Held | None = None  # the arms against their baseline, if there are any
 
     def markdown(self, links: str = "") -> str:
-        """Write answers, links, description, tables and what is to be known of them as Markdown."""
+        """Write answers, links, description, tables and remarks on them as Markdown."""
         ruled = [rows and [rows[0], ("---",) * len(rows[0]), *rows[1:]] for rows in (self.table, self.details)]
         table, details = ("\n".join(f"| {' | '.join(cells)} |" for cells in rows) for rows in ruled)
         parts = (*self.answers, links, self.description, table, *self.warnings, details, *self.notes)
@@ -58,14 +58,14 @@ class StudyResults:
 
 
 def values_of(groups: Mapping[str, Sequence[RunRecord]], name: str) -> dict[str, list[float]]:
-    """Return a quantity of the runs of each group, of those groups that have it."""
+    """Return a quantity of the runs of each group, for groups that have it."""
     return {group: found for group, runs in groups.items() if (found := quantity(name).values(runs))}
 
 
 def line_of(groups: Mapping[str, Sequence[RunRecord]], name: str) -> Rows:
-    """Return a quantity as a line, a cell a group: its mean, ± its standard deviation; no line where all lack it.
+    """Return a quantity as a row with one cell per group: mean ± standard deviation. No row if all groups lack it.
 
-    A time to an accuracy has no mean where a run doesn't reach it, and has a line in any case, as it was asked for.
+    A time to an accuracy has no mean if a run doesn't reach it. It always has a row, because the study requires it.
     """
     what, values = quantity(name), values_of(groups, name)
     cells = dict.fromkeys(groups, NONE)
@@ -77,7 +77,7 @@ def line_of(groups: Mapping[str, Sequence[RunRecord]], name: str) -> Rows:
 
 
 def arms_results(study: TrackedStudy, claims: Claims) -> StudyResults:
-    """Return what came out of an ablation, a hyper-parameter check, or single runs, each of which is an arm."""
+    """Return the results of an ablation, a hyper-parameter check, or single runs, each of which is an arm."""
     alone = study.parent is NO_STUDY
     found: dict[str, list[RunRecord]] = {}
     for run in complete(study.in_order()):
@@ -108,7 +108,7 @@ def arms_results(study: TrackedStudy, claims: Claims) -> StudyResults:
         short=" ".join(held.sentences(short=True)),
         warnings=[*_counts(study, found, held), *results.warnings],
         details=_details(arms, quantities, held.what.name),
-        # Of what runs log under that very name: accuracies and the time that training took.
+        # Metrics that runs log under these names: accuracies and the time of training.
         metrics={
             f"{arm}/{name}": statistics.fmean(values)
             for name, what in quantities.items()
@@ -120,9 +120,9 @@ def arms_results(study: TrackedStudy, claims: Claims) -> StudyResults:
 
 
 def images_apart(study: TrackedStudy, right: RightAnswers) -> Rows:
-    """Return which share of the runs of each arm gets a test image right, those first on which arms differ most.
+    """Return the share of each arm's runs that get a test image right, first the images on which arms differ most.
 
-    `right` reads which images a run got right. Nothing where there is but one arm, or no image that all runs have.
+    `right` reads which images are right in a run. Empty if there is only one arm, or no image that all runs have.
     """
     arms: dict[str, list[Mapping[str, bool]]] = {}
     for run in complete(study.in_order()):
@@ -137,7 +137,7 @@ def images_apart(study: TrackedStudy, right: RightAnswers) -> Rows:
 
 
 def _counts(study: TrackedStudy, found: Arms, held: Held) -> Iterator[str]:
-    """Say of each arm which runs don't count: repeated, failed, missing, without a figure, or beyond the plan."""
+    """Describe runs of each arm that don't count: repeated, failed, missing, without a figure, or beyond the plan."""
     failed = Counter(run.tags.get(tags.ARM, "") for run in study.runs if run.status == "FAILED")
     over = {run.name for run in study.runs if run.status in ("FINISHED", "FAILED")}
     missing = Counter(arm_in(name) for name in study.planned if name not in over)
@@ -148,7 +148,7 @@ def _counts(study: TrackedStudy, found: Arms, held: Held) -> Iterator[str]:
             "failed": failed[arm],
             "not finished": missing[arm],
             f"without {held.what.words}": len(runs) - len(held.what.values(runs)),
-            f"beyond the {held.looks.most} that a verdict rests on, and left out of it": len(values)
+            f"beyond the {held.looks.most} that the verdict uses, and left out of it": len(values)
             - len(first_seeds(values, held.looks.most)),
         }
         if words := [f"{counted(count, 'run')} {why}" for why, count in counts.items() if count]:
@@ -178,13 +178,13 @@ def _figures(arms: Arms, title: str, published: Mapping[str, RunRecord], held: H
 
 
 def _table(arms: Arms, held: Held, asked: Sequence[str]) -> Rows:
-    """Return the short table, a line an arm: the accuracy that decides, the difference, costs, what is asked for."""
-    last = [LAST_TEST] if held.what.name == BEST_TEST else []  # beside a maximum over epochs
+    """Return the short table, one row per arm: the deciding accuracy, the difference, costs, requested columns."""
+    last = [LAST_TEST] if held.what.name == BEST_TEST else []  # next to a maximum over epochs
     columns: Rows = [("variant", *arms), ("runs", *(str(len(runs)) for runs in arms.values()))]
     for name in (held.what.name, *last):
         columns += line_of(arms, name)
     if held.answers:
-        title = f"less {held.against}" if held.against else "difference"
+        title = f"minus {held.against}" if held.against else "difference"
         columns.append((f"{title} [interval]", *(held.cell(arm) for arm in arms)))
     for name in (TRAIN_SECONDS, *asked, "model/parameters"):
         columns += line_of(arms, name)
@@ -192,7 +192,7 @@ def _table(arms: Arms, held: Held, asked: Sequence[str]) -> Rows:
 
 
 def _details(arms: Arms, quantities: Mapping[str, Quantity], decisive: str) -> Rows:
-    """Return a line a figure and a column an arm, accuracies with intervals."""
+    """Return one row per figure and one column per arm, accuracies with intervals."""
     rows: Rows = [("variant", *arms)]
     for name, what in quantities.items():
         rows += line_of(arms, name)
@@ -202,11 +202,11 @@ def _details(arms: Arms, quantities: Mapping[str, Quantity], decisive: str) -> R
 
 
 def _intervals(arms: Arms, what: Quantity) -> Rows:
-    """Return lines with the intervals of a quantity's mean and of one more run, where there are runs enough.
+    """Return rows with the intervals of a quantity's mean and of one more run, if there are enough runs.
 
-    Equal values don't show how much they vary, and runs of several splits don't count one by one.
+    Equal values don't show how much they vary. Runs of several splits are not independent.
     """
-    lines = ["95 % interval of the mean"], ["a single re-run is expected (95 %)"]
+    lines = ["95 % interval of the mean"], ["range of a single re-run (95 %)"]
     for runs in arms.values():
         estimate = Estimate(what.values(runs) or [math.nan])
         enough = estimate.n >= FEWEST and estimate.deviation > TINY and len(set(map(split_of, runs))) == 1
@@ -216,7 +216,7 @@ def _intervals(arms: Arms, what: Quantity) -> Rows:
 
 
 def _published_curves(arms: Arms, claims: Claims) -> tuple[dict[str, RunRecord], str]:
-    """Return the published runs of arms that follow a published protocol, or come near it, and the protocol's name."""
+    """Return the published runs of arms that follow, or nearly follow, a published protocol, and its name."""
     for source, published in published_runs().items():
         for protocol in (claims.protocols[name] for name in (source, claims.protocols[source].nearest) if name):
             pairs = product(arms, published)
@@ -227,7 +227,7 @@ def _published_curves(arms: Arms, claims: Claims) -> tuple[dict[str, RunRecord],
 
 
 def _warnings(arms: Arms, what: Quantity) -> Iterator[str]:
-    """Say what makes the answers less than they seem."""
+    """Describe what limits the answers."""
     runs = [run for of_arm in arms.values() for run in of_arm]
     tests = [each for run in runs if (each := run.images.get("test"))]
     classes = {len(each.classes) for each in tests if each.classes}
@@ -235,19 +235,19 @@ def _warnings(arms: Arms, what: Quantity) -> Iterator[str]:
     if len(classes) == 1 and means and max(means) < (chance := 1 / min(classes)) + NEAR_CHANCE:
         yield (
             f"All networks are near chance level, {percent(chance)} for {min(classes)} classes: they have learned "
-            "next to nothing, so that their differences say little."
+            "next to nothing, so their differences mean little."
         )
     if len(set(map(split_of, runs))) == 1:
-        yield "All runs share one split of the images: what is said holds for that split alone."
+        yield "All runs share one split of the images, so the answers only hold for that split."
     if (machines := len(set(map(machine_of, runs)))) > 1:
-        yield f"The runs are from {machines} machines: times and rates compare only within one."
+        yield f"The runs are from {machines} machines. Times and rates are only comparable on the same machine."
     few = min((each.images for each in tests if each.images), default=FEW_IMAGES)
     if few < FEW_IMAGES and means and "test" in what.name:
         share = statistics.fmean(means)
         error = math.sqrt(max(0, share * (1 - share)) / few)
         yield (
-            f"The test set has {few} images: with other images an accuracy would vary by {points(error, '')} (standard "
-            "error). The intervals are about training seeds, on these images."
+            f"The test set has {few} images. On other images, an accuracy would vary by {points(error, '')} (standard "
+            "error). The intervals cover training seeds, on these images."
         )
     if what.name == BEST_TEST and all(has(run, "data.validation_fraction", 0) for run in runs):
         watched = any(has(run, "schedule.name", "plateau") or not has(run, "stopping.patience", 0) for run in runs)
@@ -256,17 +256,17 @@ def _warnings(arms: Arms, what: Quantity) -> Iterator[str]:
             f"every arm{', and plateau and stopping watch the test set' if watched else ''}."
         )
     if what.name == SELECTED_VALIDATION:
-        yield "The test set was left alone: this is validation at its best epoch, which flatters every arm."
+        yield "The test set was not evaluated: this is validation at its best epoch, which flatters every arm."
 
 
 def _notes(arms: Arms, protocol: str, held: Held) -> Iterator[str]:
-    """Say how the tables and the figures are to be read."""
+    """Explain how to read the tables and the figures."""
     if sum(map(len, arms.values())) > len(arms):
         yield "± is the standard deviation over runs."
     if held.answers:
         yield (
-            f"Differences are in percentage points. In 5 % of studies at most any of their intervals misses the truth "
+            f"Differences are in percentage points. In at most 5 % of studies, any of their intervals misses the truth "
             f"({held.looks.text()})."
         )
     if protocol:
-        yield f"Dotted: the post's own curves ({protocol}), one run an arm."
+        yield f"Dotted: the post's own curves ({protocol}), one run per arm."

@@ -1,1 +1,1 @@
-"""Where and how the network is computed, without changing its results beyond rounding."""
+"""The device and the form of computation, without changes of results beyond rounding."""

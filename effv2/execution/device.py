@@ -1,4 +1,4 @@
-"""Where and how the network is computed: device, precision, memory format, compiled blocks, CUDA graphs."""
+"""The execution of a network: device, precision, memory format, compiled blocks, CUDA graphs."""
 
 import copy
 from collections import Counter
@@ -25,8 +25,8 @@ Module = TypeVar("Module", bound=nn.Module)
 Forward = Callable[[Tensor], Tensor]
 Tensors = tuple[Tensor, ...]
 Function = Callable[..., Tensors]
-COMPILED_FORMS = 4096  # of torchvision's one block function: as many as a network has different blocks, at all sizes
-# So often a shape is computed eagerly before it is captured: libraries must have chosen their kernels by then.
+COMPILED_FORMS = 4096  # compiled forms of torchvision's block function: one per different block of a network and size
+# Eager computations of a shape before it is captured: libraries must have chosen their kernels by then.
 WARM_UP = 3
 
 
@@ -52,7 +52,7 @@ class Execution:
         return model.to(self.device).to(memory_format=memory_format)
 
     def inference_copy(self, model: nn.Module) -> nn.Module:
-        """Return a copy of a placed network for inference alone: norms folded, weights in autocast's precision."""
+        """Return a copy of a placed network only for inference: norms folded, weights in autocast's precision."""
         network = sharing_copy(model).eval()
         fold_batch_norm(network)
         for module in network.modules() if self.bf16 else ():
@@ -62,48 +62,48 @@ class Execution:
         return network
 
     def inference_factory(self, model: nn.Module, statistics: Statistics) -> Callable[[], Forward]:
-        """Return what gives `logits` of `model`, called when its weights have changed; valid until the next call."""
+        """Return a function for `logits` of `model`. Call this after each change of weights; only the last is valid."""
         if not self.cuda_graphs:
             return lambda: partial(self.logits, self.inference_copy(model), statistics)
         network = sharing_copy(model).eval()
         graphed = GraphedFunction(lambda inputs: (network(inputs),))
 
         def forward(inputs: Tensor) -> Tensor:
-            # What is captured in inference mode couldn't be used outside of it, the generators' state neither.
+            # Graphs captured in inference mode can't be used outside of it, and neither can the generators' state.
             with torch.inference_mode(False), torch.no_grad():
                 return graphed(inputs)[0]
 
         return lambda: partial(self.logits, forward, statistics)
 
     def logits(self, network: Forward, statistics: Statistics, images: Tensor) -> Tensor:
-        """Return float32 logits (B, outputs), on the device and for good, of bytes (B, 3, H, W)."""
+        """Return float32 logits (B, outputs), a tensor of its own on the device, of bytes (B, 3, H, W)."""
         inputs = normalised(to_device(images, self.device), statistics, self.channels_last)
         with torch.inference_mode(), self.autocast():
             return network(inputs).to(torch.float32, copy=True)
 
     def graphed(self, function: Function, parameters: Iterable[nn.Parameter]) -> Function:
-        """Return `function`, which sets the gradients of `parameters`, as CUDA graphs where they are used."""
+        """Return `function`, which sets the gradients of `parameters`, as CUDA graphs if they are used."""
         return GraphedFunction(function, parameters) if self.cuda_graphs else function
 
     def eager(self, wanted: bool) -> AbstractContextManager[None]:
-        """Return a context in which compiled blocks run eagerly if wanted: for the odd last batch of an epoch."""
+        """Return a context in which compiled blocks run eagerly if wanted, for the smaller last batch of an epoch."""
         return torch.compiler.set_stance("force_eager") if wanted and self.compiled else nullcontext()
 
     def room_for_data(self) -> int:
-        """Return how many bytes of images may lie on the device for good: half of what an accelerator has free."""
+        """Return how many bytes of images may remain on the device: half of an accelerator's free memory."""
         return torch.cuda.mem_get_info(self.device)[0] // 2 if self.device.type == "cuda" else 0
 
     def set_float32(self) -> None:
-        """Let CUDA compute what isn't in bfloat16 in TF32 beside it, else in float32 itself, in the whole process.
+        """Set CUDA's float32 arithmetic for the whole process: TF32 along with bfloat16, otherwise exact float32.
 
-        Convolutions then take ways that repeat to the last bit; some of cuDNN's others, in float32, don't.
+        Convolutions then use deterministic algorithms. Some of cuDNN's other float32 algorithms are not.
         """
         if self.device.type == "cuda":
             precision = "tf32" if self.bf16 else "ieee"
             torch.backends.cuda.matmul.fp32_precision = precision
             torch.backends.cudnn.fp32_precision = precision
             torch.backends.cudnn.deterministic = True
-            # With torch 2.11 convolutions keep a setting of their own: TF32.
+            # In torch 2.11, convolutions keep a separate setting: TF32.
             torch.backends.cudnn.conv.fp32_precision = precision  # type: ignore[attr-defined]
 
     def autocast(self) -> AbstractContextManager[None]:
@@ -119,9 +119,9 @@ def make_execution(config: ExecutionConfig) -> Execution:
 
 
 def _compile_blocks(model: nn.Module) -> None:
-    """Let the blocks of `model` be compiled when first used, and kept in the cache folder (docs/performance.md).
+    """Compile the blocks of `model` at their first use, and keep them in the cache folder (docs/performance.md).
 
-    Not their shortcut and stochastic depth: equal blocks share their code, and random draws are the eager network's.
+    Shortcuts and stochastic depth stay eager: equal blocks share their code, and random draws equal the eager ones.
     """
     set_up_compiler(COMPILED_FORMS, cache_folder() / "compiled")
     for module in model.modules():
@@ -132,7 +132,7 @@ def _compile_blocks(model: nn.Module) -> None:
 def fold_batch_norm(model: nn.Module) -> None:
     """Fold every batch norm that directly follows a convolution, in place and in eval mode: exact up to rounding.
 
-    What can't be traced, or is used several times, is left as it is. The state dict is another one afterwards.
+    Modules that can't be traced, or are used several times, don't change. The state dict has other keys afterwards.
     """
     try:
         graph = _Tracer().trace(model)
@@ -154,12 +154,12 @@ def fold_batch_norm(model: nn.Module) -> None:
 
 
 def sharing_copy(module: Module) -> Module:
-    """Return a copy whose parameters and buffers are the very tensors of `module`."""
+    """Return a copy that shares the parameters and buffers of `module`."""
     return copy.deepcopy(module, {id(tensor): tensor for tensor in [*module.parameters(), *module.buffers()]})
 
 
 class _Tracer(fx.Tracer):
-    """Takes layers on a fast path as torch's own: as they are."""
+    """Treats layers on a fast path like torch's own layers, as leaves."""
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         return type(m).__module__ == use_fast_paths.__module__ or super().is_leaf_module(m, module_qualified_name)
@@ -168,11 +168,11 @@ class _Tracer(fx.Tracer):
 class GraphedFunction:
     """A function of tensors on the current GPU: captured as a CUDA graph for each shape of its inputs, then replayed.
 
-    A graph is one launch, not one for each short kernel (docs/performance.md). The function must consist of kernels
-    alone, wait for none, and read nothing beside its inputs that is ever moved: parameters and buffers are changed in
-    place. It may set the gradients of `parameters`. Random draws follow the global generator's seed, as always. Every
-    call must come in the same modes (autocast, gradients, inference) and with the same type and layout of inputs; what
-    it returns and the gradients are good until the next call of any shape.
+    A graph is one launch instead of one per short kernel (docs/performance.md). The function must consist only of
+    kernels and wait for none. Besides its inputs it may only read tensors that never move: parameters and buffers
+    change in place. It may set the gradients of `parameters`. Random draws follow the seed of the global generator.
+    Every call needs the same modes (autocast, gradients, inference) and the same type and layout of inputs. Results
+    and gradients are valid until the next call of any shape.
     """
 
     def __init__(self, function: Function, parameters: Iterable[nn.Parameter] = ()) -> None:
@@ -186,7 +186,7 @@ class GraphedFunction:
         shapes = tuple(each.shape for each in inputs)
         self._calls[shapes] += 1
         if self._calls[shapes] <= WARM_UP:
-            # On the stream that will be captured: autograd remembers where a gradient was first added up.
+            # On the stream that will be captured: autograd remembers the stream of a gradient's first accumulation.
             current = torch.cuda.current_stream()
             self._stream.wait_stream(current)
             with torch.cuda.stream(self._stream):
@@ -198,7 +198,7 @@ class GraphedFunction:
         return self._graphs[shapes](*inputs)
 
     def _capture(self, inputs: Tensors) -> Function:
-        """Return the captured function; shapes share the memory of what lies between their inputs and their results."""
+        """Return the captured function. Shapes share the memory of their intermediate results."""
         kept, parameters = tuple(each.clone() for each in inputs), self._parameters
         graph = torch.cuda.CUDAGraph()
         # Other threads may use the GPU meanwhile. A signal must not leave a capture that never ends.
@@ -211,7 +211,7 @@ class GraphedFunction:
                 own.copy_(given)
             graph.replay()
             for parameter, gradient in zip(parameters, gradients, strict=True):
-                parameter.grad = gradient  # another shape may have left its own
+                parameter.grad = gradient  # another shape may have set other tensors
             return outputs
 
         return replay

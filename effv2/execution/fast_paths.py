@@ -1,9 +1,9 @@
-"""Layers computed by a cheaper exact route on CPUs, in channels-last memory.
+"""Fast paths: cheaper exact computations of layers on CPUs, in channels-last memory.
 
-oneDNN's overhead dominates on maps of a few pixels, where most layers work when images are small; other kernels of
-oneDNN and torch are far slower than their neighbours. Each path is the same sum in another order, and falls back to
-torch's own layer where it doesn't apply. Parameters and their names stay. What each gains is in docs/performance.md.
-Layers take and return maps (N, C, H, W). SiLUs no longer work in place: they would copy what they overwrite.
+With small images, most layers have maps of a few pixels, where oneDNN's overhead dominates. Some other kernels of
+oneDNN and torch are far slower than similar ones. Each path computes the same sum in another order, and uses torch's
+own layer where it doesn't apply. Parameters keep their names. docs/performance.md has the gain of each path. Layers
+take and return maps (N, C, H, W). SiLUs no longer work in place, because they would copy their input.
 """
 
 from typing import Any
@@ -16,11 +16,11 @@ from torchvision.ops import SqueezeExcitation
 from effv2.execution import norms
 
 LARGEST_POINTWISE_MAP = 16
-FEWEST_IMAGES = 8  # from which on a matrix between the pixels of 2x2 maps is worth building
+FEWEST_IMAGES = 8  # images from which on a matrix between the pixels of 2x2 maps is worth building
 
 
 class _PointwiseConv2d(nn.Conv2d):
-    """A 1x1 convolution as a matrix product over pixels, on maps of at most 16 of them."""
+    """A 1x1 convolution as a matrix product over pixels, on maps of at most 16 pixels."""
 
     def forward(self, input: Tensor) -> Tensor:
         pixels = input.shape[2] * input.shape[3]
@@ -41,10 +41,10 @@ class _DenseConv2d(nn.Conv2d):
 
 
 class _DepthwiseConv2d(nn.Conv2d):
-    """A depthwise 3x3 convolution, padding 1, that leaves out taps which only ever meet padding.
+    """A depthwise 3x3 convolution, padding 1, without the taps that only meet padding.
 
-    On maps of one pixel it is the centre tap, on maps of 2x2 those that can meet the image, pixel by pixel. On larger
-    ones, with stride 2 in bfloat16, its gradients are computed in float32.
+    Maps of one pixel need only the centre tap. Maps of 2x2 use, for each pixel, the taps that meet the image. On larger
+    maps, with stride 2 in bfloat16, gradients are computed in float32.
     """
 
     def forward(self, input: Tensor) -> Tensor:
@@ -63,7 +63,7 @@ class _DepthwiseConv2d(nn.Conv2d):
 
 
 class _SqueezeExcitation(SqueezeExcitation):  # type: ignore[misc]
-    """Squeeze and excitation (Hu et al. 2018) with SiLU and sigmoid, backwards without stored broadcasts."""
+    """Squeeze and excitation (Hu et al. 2018) with SiLU and sigmoid. The backward pass stores no broadcasts."""
 
     def forward(self, input: Tensor) -> Tensor:
         weights = self.fc1.weight.flatten(1), self.fc1.bias, self.fc2.weight.flatten(1), self.fc2.bias
@@ -72,7 +72,7 @@ class _SqueezeExcitation(SqueezeExcitation):  # type: ignore[misc]
 
 
 def use_fast_paths(model: nn.Module) -> None:
-    """Let the layers of `model` that have a fast path take it, in place."""
+    """Switch the layers of `model` that have a fast path to it, in place."""
     for module in model.modules():
         if type(module) is nn.SiLU:
             module.inplace = False
@@ -81,7 +81,7 @@ def use_fast_paths(model: nn.Module) -> None:
 
 
 def _path(layer: nn.Module) -> type[nn.Module] | None:
-    """Return the class with the path of a layer, None where there is none."""
+    """Return the class with the fast path of a layer; None if there is none."""
     if type(layer) is SqueezeExcitation:
         usual = isinstance(layer.activation, nn.SiLU) and isinstance(layer.scale_activation, nn.Sigmoid)
         return _SqueezeExcitation if usual else None
@@ -97,7 +97,7 @@ def _path(layer: nn.Module) -> type[nn.Module] | None:
 
 
 def _as_autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
-    """Return the tensors as autocast hands them to a convolution."""
+    """Return the tensors as autocast passes them to a convolution."""
     return tuple(tensor.to(_autocast_dtype(tensor)) for tensor in tensors)
 
 
@@ -106,7 +106,7 @@ def _autocast_dtype(tensor: Tensor) -> torch.dtype:
 
 
 def _taps(side: int, stride: int) -> list[list[int]]:
-    """Return which of the nine taps leads from an input pixel to an output pixel, [output][input], of a tiny map."""
+    """Return the tap (of nine) from an input pixel to an output pixel, as [output][input], of a tiny map."""
     outputs = [(y, x) for y in range(0, side, stride) for x in range(0, side, stride)]
     inputs = [(y, x) for y in range(side) for x in range(side)]
     return [[3 * (i - y + 1) + (j - x + 1) for i, j in inputs] for y, x in outputs]
@@ -144,7 +144,7 @@ class _DenseOnFewPixels(torch.autograd.Function):
 
 
 def _between_pixels(weight: Tensor, taps: list[list[int]]) -> Tensor:
-    """Return the matrix (output pixels x channels, input pixels x channels) that a kernel (O, I, 3, 3) stands for."""
+    """Return the matrix (output pixels x channels, input pixels x channels) that equals a kernel (O, I, 3, 3)."""
     of_taps = weight.permute(0, 2, 3, 1).flatten(1, 2)  # (O, 9, I)
     if taps == TAPS[1, 1]:
         return of_taps[:, taps[0][0]]
@@ -189,7 +189,7 @@ class _DepthwiseOn2x2(torch.autograd.Function):
 
 
 class _DepthwiseStride2(torch.autograd.Function):
-    """Depthwise 3x3, padding 1, stride 2: forwards in bfloat16, backwards in float32."""
+    """Depthwise 3x3, padding 1, stride 2: forward in bfloat16, backward in float32."""
 
     @staticmethod
     def forward(ctx: Any, input: Tensor, weight: Tensor) -> Tensor:
@@ -208,7 +208,7 @@ class _DepthwiseStride2(torch.autograd.Function):
 
 
 class _Excitation(torch.autograd.Function):
-    """Squeeze and excitation, in the precision of its weights but for the map that is scaled."""
+    """Squeeze and excitation, in the precision of its weights, except for the map that is scaled."""
 
     @staticmethod
     def forward(ctx: Any, input: Tensor, *weights: Tensor) -> Tensor:
@@ -232,6 +232,6 @@ class _Excitation(torch.autograd.Function):
 
 
 def _sum_of_pixels(images: Tensor, divisor: int) -> Tensor:
-    """Sum (N, C, H, W) over the pixels and divide, (N, C): torch's pooling is quicker at it than its sums."""
+    """Sum (N, C, H, W) over the pixels and divide: (N, C). torch's pooling does this faster than its sums."""
     size = images.shape[2:]
     return (images if size == (1, 1) else F.avg_pool2d(images, size, divisor_override=divisor)).flatten(1)

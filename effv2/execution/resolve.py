@@ -1,8 +1,8 @@
-"""What `auto` means on this machine, for a run or for all runs of a study.
+"""The meaning of `auto` on this machine, for a run or for all runs of a study.
 
-Which precision is the quicker for a network on this processor is timed once and remembered in the cache folder:
+The faster precision for a network on this processor is determined once by timing, and stored in the cache folder:
 
-<cache>/calibrations/<hash of network, input, code and processor>.json    {"fp32": ..., "bf16": ...} seconds a step
+<cache>/calibrations/<hash of network, input, code and processor>.json    {"fp32": ..., "bf16": ...} seconds per step
 """
 
 import json
@@ -28,15 +28,15 @@ from effv2.core.randomness import private_randomness
 from effv2.core.reporter import Message
 from effv2.execution.device import Execution
 
-COMPILES_FOR_CUDA = (2, 11)  # torch before: reported to refuse our settings of TF32 (pytorch issue 166387); not tried
-# So much quicker bf16 must be to be chosen: below it the gain isn't worth the rounding, and noise may sway the choice.
+COMPILES_FOR_CUDA = (2, 11)  # reports say that older ones refuse our settings of TF32 (pytorch issue 166387)
+# Minimum speed-up of bf16. Below it the gain isn't worth the rounding, and noise may decide the choice.
 WORTHWHILE = 1.1
 STEPS = 3
-PIXELS = 2**18  # a timed step has at most so many, so that large images don't make it long
+PIXELS = 2**18  # maximum for a timed step, so that large images don't make it long
 
 
 def with_device(config: TrainConfig) -> TrainConfig:
-    """Return `config` with a device of this machine, quickly; InputError for a device or a compiler that it lacks."""
+    """Return `config` with a device of this machine, without timing; InputError for a missing device or compiler."""
     device = resolve_device(config.execution.device)
     if config.execution.compile:
         check_compiler(device)
@@ -44,7 +44,7 @@ def with_device(config: TrainConfig) -> TrainConfig:
 
 
 def resolve_study(configs: Sequence[TrainConfig], message: Message) -> list[TrainConfig]:
-    """Resolve configs alike: where the precision is `auto`, all take what is best for the first, if need be timed."""
+    """Resolve configs alike: if the precision is `auto`, all get the faster one for the first, timed if needed."""
     resolved = list(map(with_device, configs))
     undecided = [config for config in resolved if config.execution.precision == "auto"]
     shared = "bf16" if undecided and _prefers_bf16(undecided[0], message) else "fp32"
@@ -52,7 +52,7 @@ def resolve_study(configs: Sequence[TrainConfig], message: Message) -> list[Trai
 
 
 def resolve_device(device: Device) -> Device:
-    """Return what `auto` means on this machine; InputError for a device it lacks."""
+    """Return the device that `auto` means on this machine; InputError for a missing device."""
     available = {"cpu": True, "cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
     if device == "auto":
         device = "cuda" if available["cuda"] else "mps" if available["mps"] else "cpu"
@@ -63,19 +63,19 @@ def resolve_device(device: Device) -> Device:
 
 
 def check_compiler(device: str) -> None:
-    """InputError where a network can't be compiled: for want of a C++ compiler, or of a torch that can."""
+    """Raise InputError if a network can't be compiled: without a C++ compiler, or with an older torch."""
     if device == "cuda" and tuple(map(int, torch.__version__.split(".")[:2])) < COMPILES_FOR_CUDA:
         problem = f"on a GPU it needs torch 2.11 or newer, and this is {torch.__version__}"
         raise InputError("execution.compile", "true", problem, "update it, or give false")
     compiler = os.environ.get("CXX", "g++")
     if device == "cpu" and shutil.which(compiler) is None:
         remedy = "install it, name another in CXX, or give false"
-        raise InputError("execution.compile", "true", f"the C++ compiler {compiler} isn't there", remedy)
+        raise InputError("execution.compile", "true", f"the C++ compiler {compiler} is missing", remedy)
 
 
 @dataclass(frozen=True)
 class Calibration:
-    """Median seconds of forward and backward in either precision."""
+    """Median seconds of a forward and backward pass in each precision."""
 
     fp32: float
     bf16: float
@@ -85,7 +85,7 @@ class Calibration:
 
 
 def remembered(config: TrainConfig) -> Calibration | None:
-    """Return what was timed before for the network and input of `config`, whatever its precision."""
+    """Return the stored timing for the network and input of `config`, for any precision."""
     try:
         return Calibration(**json.loads(_path(config).read_text()))
     except (OSError, ValueError, TypeError):
@@ -110,12 +110,12 @@ def _cpu_has_bf16() -> bool:
 
 
 def _calibrate(config: TrainConfig, message: Message) -> Calibration:
-    """Return what is remembered for the network and input of `config`; timed first where there is nothing."""
+    """Return the stored timing for the network and input of `config`. Without one, time and store it first."""
     path = _path(config)
     with ExitStack() as stack:
-        with suppress(OSError):  # a folder that can't be written costs the memory alone
+        with suppress(OSError):  # if the folder can't be written, only the stored timing is lost
             path.parent.mkdir(parents=True, exist_ok=True)
-            stack.enter_context(FileLock(f"{path}.lock"))  # two that are timed at once would disturb each other
+            stack.enter_context(FileLock(f"{path}.lock"))  # two simultaneous timings would disturb each other
         if found := remembered(config):
             return found
         found = _time_steps(config)
@@ -134,7 +134,7 @@ def _path(config: TrainConfig) -> Path:
 
 
 def _time_steps(config: TrainConfig) -> Calibration:
-    """Time both precisions in turn, after a step of each that isn't counted."""
+    """Time both precisions in turn, after one step of each that isn't counted."""
     size, device = config.data.image_size, torch.device("cpu")
     executions = [Execution(device, bf16, config.execution.channels_last) for bf16 in (False, True)]
     with private_randomness():

@@ -1,4 +1,4 @@
-"""Settings of an evaluation of published weights: the images, and how it is computed."""
+"""Settings of an evaluation of published weights: the images and the execution."""
 
 from typing import Annotated
 
@@ -10,7 +10,7 @@ QUICK_LOOK = "For a quick look: number of test images{}, and of images of ImageN
 
 
 class ImagesConfig(Group):
-    """Which images."""
+    """The images."""
 
     dataset: Annotated[str, DATASETS] = Field("imagenette", description="A data set whose classes are ImageNet's.")
     dir: str = Field("", description="Folder of the data set.")
@@ -23,7 +23,7 @@ class ImagesConfig(Group):
 
 
 class ComputeConfig(Group):
-    """Where and how it is computed."""
+    """Device, precision and batches."""
 
     device: Device = Field("auto", description="auto = cuda if available, then mps, then cpu.")
     precision: Precision = Field(
@@ -35,7 +35,7 @@ class ComputeConfig(Group):
 
 
 class PretrainedConfig(Group):
-    """All of it; params of the run under dotted names."""
+    """All settings, logged as params of the run under dotted names."""
 
     data: ImagesConfig = ImagesConfig()
     execution: ComputeConfig = ComputeConfig()

@@ -1,4 +1,4 @@
-"""One published network evaluated in a tracked run of its own: its logits, what they are worth, how long they took."""
+"""The evaluation of one published network in a tracked run: its logits, their accuracy, and times."""
 
 import tempfile
 import time
@@ -34,19 +34,19 @@ from effv2.tracking.tags import run_tags
 from effv2.tracking.writer import TrackedRun
 from effv2.training.evaluation import median_seconds
 
-# On a CPU a pass over few images stays in caches and in memory that the process already has: 2 to 4 times the rate of
+# On a CPU, a pass over few images stays in caches and in memory that the process already has: 2 to 4 times the rate of
 # batches of 128 (benchmarks/pretrained.md).
 CPU_BATCH_PIXELS = 8 * 224**2
 FULL_BATCH_IMAGES = 128
-COMPARED_IMAGES = 512  # that bf16 is compared with float32 on
-Progress = Callable[[int], None]  # is given how many images are done
+COMPARED_IMAGES = 512  # images on which bf16 is compared with float32
+Progress = Callable[[int], None]  # called with the number of finished images
 RANKING = ("evaluation.ranked_on", "evaluation.ranked_origin")  # params
-CODE = provenance.code_version(provenance.OF_EVALUATION)  # versions of what decides an evaluation
+CODE = provenance.code_version(provenance.OF_EVALUATION)  # versions of the parts that decide an evaluation
 
 
 @dataclass(frozen=True)
 class Evaluation:
-    """What is evaluated on which images, and how: plain data. `config` is resolved: no `auto`."""
+    """The network, the images and the settings of an evaluation, as plain data. `config` is resolved: no `auto`."""
 
     requested: Requested
     images: EvaluationImages
@@ -54,12 +54,12 @@ class Evaluation:
 
     @property
     def outputs(self) -> Labels:
-        """Return the outputs (K) of the network that the classes of the images mean."""
+        """Return the outputs (K) of the network for the classes of the images."""
         return outputs_of(self.requested, self.images)
 
     @property
     def true(self) -> Labels:
-        """Return the output that is right for each image."""
+        """Return the correct output of each image."""
         return self.outputs[self.images.part.labels]
 
     @property
@@ -70,12 +70,12 @@ class Evaluation:
 
     @property
     def batch(self) -> int:
-        """Return the images a pass: as wanted, or what suits the device at this image size."""
+        """Return the images per pass: as given, or suitable for the device and this image size."""
         on_cpu = max(1, round(CPU_BATCH_PIXELS / self.requested.preparation.size**2))
         return self.config.execution.batch_size or (on_cpu if self.execution.device.type == "cpu" else 128)
 
     def decode(self, reporter: Reporter) -> Decoded:
-        """Return the images as the weights want them, decoded once."""
+        """Return the images as the weights require them, decoded once."""
         tell, chosen = partial(reporter.progress, "decoding images"), self.config.data
         return decode(self.images.part, self.requested.preparation, tell, chosen.max_megapixels, chosen.skip_broken)
 
@@ -85,7 +85,7 @@ class Evaluation:
         return provenance.sha256_of_values(about)[:16]
 
     def definition(self) -> dict[str, Any]:
-        """Return, as plain values, what decides the figures besides the images and the machine."""
+        """Return, as plain values, everything that decides the figures, except the images and the machine."""
         requested = self.requested
         return {
             "network": requested.network,
@@ -124,17 +124,17 @@ class Evaluation:
 
 
 def evaluate(evaluation: Evaluation, spec: RunSpec) -> Attempt:
-    """Find the run of a task finished, or evaluate from the beginning: it takes too little time to be resumed."""
+    """Find the finished run of a task, or evaluate from the beginning: this is too fast to need resuming."""
     images, requested, params = evaluation.images, evaluation.requested, evaluation.params()
     decoded, judged_by = evaluation.decode(spec.reporter), f"{params['evaluation.ranked_on']}/top1_accuracy"
-    machine = [provenance.machine()[name] for name in ("processor", "accelerator", "threads")]  # speeds are figures too
+    machine = [provenance.machine()[name] for name in ("processor", "accelerator", "threads")]  # speeds count, too
     deciding = provenance.sha256_of_values(evaluation.definition() | {"machine": machine})[:16]
     digest = evaluation.data_digest(decoded)
     tags = run_tags(deciding, digest, CODE, requested.network, evaluation.config.data.seed)
     done = find_earlier(tags, spec)
     if done is not None and done.status == "FINISHED":
         run = TrackedRun(done.run_id, spec.experiment_id)
-        run.log_params({name: params[name] for name in RANKING if name not in done.params})  # an older run
+        run.log_params({name: params[name] for name in RANKING if name not in done.params})  # missing in an older run
         return Attempt(run, done.metrics, done.metrics[judged_by], was_finished=True)
     with spec.open_run(tags) as run, what_ran_out("execution.batch_size"):
         spec.run_opened(run.run_id)
@@ -150,10 +150,10 @@ def evaluate(evaluation: Evaluation, spec: RunSpec) -> Attempt:
 
 
 def _measure(evaluation: Evaluation, decoded: Decoded, run: TrackedRun, reporter: Reporter) -> dict[str, float]:
-    """Log and return all figures; log the predictions, too."""
+    """Log and return all figures. Also log the predictions."""
     requested, images, execution = evaluation.requested, evaluation.images, evaluation.execution
     module = load_network(requested)
-    # What torchvision's builder does to inputs with these weights alone (inception_v3, googlenet).
+    # torchvision's builder transforms inputs only with these weights (inception_v3, googlenet).
     run.log_params({"model.transform_input": bool(getattr(module, "transform_input", False))})
     metrics: dict[str, float] = {
         "model/parameters": count_parameters(module),
@@ -183,20 +183,20 @@ def _measure(evaluation: Evaluation, decoded: Decoded, run: TrackedRun, reporter
             about = images.classes, part.ids, part.labels, of_set
             named = () if requested.classes else class_names()
             write_predictions(place, *about, present=outputs, outputs=named)
-    for name, count in (("single_image", 1), ("batch_128", FULL_BATCH_IMAGES)):  # last, as far as the memory allows
+    for name, count in (("single_image", 1), ("batch_128", FULL_BATCH_IMAGES)):  # last, if the memory suffices
         try:
             again = pixels[torch.arange(count) % len(pixels)]
             metrics[f"inference/{name}_seconds"] = median_seconds(partial(network, again))
-        except RuntimeError as error:  # torch's of memory among them, on CPUs a plain one
+        except RuntimeError as error:  # includes torch's memory errors, which are plain ones on CPUs
             if not is_out_of_memory(error):
                 raise
-            reporter.message(f"{requested.label}: no memory to time {count} images at once; left out.")
+            reporter.message(f"{requested.label}: not enough memory to time {count} images at once; left out.")
     run.log_metrics(metrics)
     return metrics
 
 
 def log_network(evaluation: Evaluation, run: TrackedRun) -> None:
-    """Log the network with its preprocessing to the run that evaluated it, which may have ended."""
+    """Log the network with its preprocessing to the run that evaluated it. The run may have ended."""
     requested = evaluation.requested
     module, statistics = load_network(requested), requested.normalisation
     with tempfile.TemporaryDirectory() as folder:
@@ -212,9 +212,9 @@ def logits_of(execution: Execution, network: Forward, statistics: Statistics, pi
 
 
 def all_logits(network: Forward, pixels: Tensor, batch: int, progress: Progress) -> tuple[Tensor, float]:
-    """Return logits (N, outputs) of bytes, and images/s: of the median pass, the first left out, transfers included.
+    """Return logits (N, outputs) of bytes, and images/s of the median pass without the first, including transfers.
 
-    RunError for logits that are no finite numbers.
+    RunError for logits that aren't finite.
     """
     logits: list[Tensor] = []
     rates: list[float] = []
@@ -234,11 +234,12 @@ def all_logits(network: Forward, pixels: Tensor, batch: int, progress: Progress)
 def scores(logits: Tensor, true: Labels, present: Labels) -> dict[str, float]:
     """Return the figures of a set: `true` (N) and `present` (K) are outputs of the network.
 
-    top1_accuracy and top5_accuracy over all outputs, top1_present among those of the classes present alone, loss the
-    mean cross-entropy over all outputs, ece the calibration error of the top-1 prediction; accuracies as fractions.
+    top1_accuracy and top5_accuracy are over all outputs, and top1_present only over those of the present classes. loss
+    is the mean cross-entropy over all outputs, and ece the calibration error of the top-1 prediction. Accuracies are
+    fractions.
     """
     targets = torch.from_numpy(true)
-    predicted = logits.argmax(1)  # not of probabilities: close logits tie there
+    predicted = logits.argmax(1)  # not of probabilities, where close logits can be equal
     confidence = logits.softmax(1).gather(1, predicted[:, None])[:, 0]
     right = predicted == targets
     own = logits.gather(1, targets[:, None])
@@ -255,7 +256,7 @@ def scores(logits: Tensor, true: Labels, present: Labels) -> dict[str, float]:
 
 
 def bf16_differences(in_float32: Forward, pixels: Tensor, logits: Tensor, true: Labels, batch: int) -> dict[str, float]:
-    """Say what bf16 changes: its `logits` of all images against float32 ones of at most 512, evenly spaced."""
+    """Return the changes by bf16: its `logits` of all images against float32 logits of at most 512, evenly spaced."""
     chosen = np.unique(np.linspace(0, len(pixels) - 1, min(len(pixels), COMPARED_IMAGES)).round().astype(int))
     exact, _ = all_logits(in_float32, pixels[chosen], batch, lambda _: None)
     before, after = exact.argmax(1).numpy(), logits[chosen].argmax(1).numpy()

@@ -1,7 +1,7 @@
-"""The images that networks are evaluated on: ImageNet's classes, where files come from, and what is reported apart.
+"""The images of evaluations: ImageNet's classes, the origin of files, and the sets that are reported separately.
 
-The order of the outputs is that of the sorted WordNet ids of ILSVRC 2012, which imagenet_wnids.txt lists; the names are
-torchvision's. Tests hold the two together by the classes of which torchvision knows both.
+The order of the outputs is that of the sorted WordNet ids of ILSVRC 2012, which imagenet_wnids.txt lists. The names are
+torchvision's. Tests compare the two for the classes of which torchvision has both.
 """
 
 import re
@@ -25,15 +25,15 @@ from effv2.data.images import LabelledImages, Labels
 from effv2.data.sources import open_source
 from effv2.pretrained.config import ImagesConfig
 
-TEST = "eval"  # the set of all test images; the others are named by their origin
-# Where an image comes from: of ImageNet's validation set, held out when published weights were trained, or of its
-# training set, which they were fitted to.
+TEST = "eval"  # the set of all test images; other sets are named by their origin
+# The origin of an image: ImageNet's validation set, which was held out when published weights were trained, or its
+# training set, to which they were fitted.
 UNSEEN, SEEN, UNKNOWN = "unseen", "seen", "unknown"
 
 
 @cache
 def origin(file: str) -> str:
-    """Return where an image comes from by ImageNet's names: ILSVRC2012_val_00000293.JPEG or n01440764_10026.JPEG."""
+    """Return the origin of an image, from ImageNet's names: ILSVRC2012_val_00000293.JPEG or n01440764_10026.JPEG."""
     name = PurePath(file).name
     if re.match(r"ILSVRC2012_val_\d{8}\b", name):
         return UNSEEN
@@ -53,15 +53,15 @@ def class_names() -> tuple[str, ...]:
 
 
 def outputs_of(names: Sequence[str], config: ImagesConfig) -> Labels:
-    """Return the output (0 to 999) that each class means by its WordNet id or torchvision's name; InputError."""
+    """Return the output (0 to 999) of each class, by its WordNet id or torchvision's name; InputError."""
     known = {name: index for names in (class_names(), wnids()) for index, name in enumerate(names)}
     what, value = ("data.dir", config.dir) if config.dir else ("data.dataset", config.dataset)
     found = [known.get(name.replace("_", " ")) for name in names]  # French_horn is French horn
     for name, output in zip(names, found, strict=True):
         if output is None:
             hint = f" (did you mean {near}?)" if (near := close_names(name, class_names())) else ""
-            problem = f"the class {name!r} is none of ImageNet's{hint}"
-            remedy = "name every class by its WordNet id, as n01440764, or by torchvision's name, as tench"
+            problem = f"the class {name!r} is not one of ImageNet's{hint}"
+            remedy = "name every class by its WordNet id, such as n01440764, or by torchvision's name, such as tench"
             raise InputError(what, value, problem, remedy)
     twice = [name for name, output in zip(names, found, strict=True) if found.count(output) > 1]
     if twice:
@@ -71,11 +71,11 @@ def outputs_of(names: Sequence[str], config: ImagesConfig) -> Labels:
 
 @dataclass(frozen=True)
 class EvaluationImages:
-    """Test images, and behind them others that are of ImageNet's validation set.
+    """Test images, followed by other images from ImageNet's validation set.
 
-    `part` holds files and labels 0 to K - 1, of classes that the data calls `names` (K); `outputs` (K) are the outputs
-    of ImageNet's networks that they mean, none where no such network is evaluated. `note` says what was left out,
-    `broken` which of the images.
+    `part` holds files and labels 0 to K - 1, of the data's classes `names` (K). `outputs` (K) are the outputs of
+    ImageNet's networks for these, empty if no such network is evaluated. `note` describes files that were left out,
+    and `broken` names unreadable images.
     """
 
     name: str
@@ -88,31 +88,31 @@ class EvaluationImages:
     broken: tuple[str, ...] = ()
 
     def without(self, broken: set[int]) -> "EvaluationImages":
-        """Return these images but for some positions, which can't be read; InputError where no test image is left."""
+        """Return these images without unreadable positions; InputError if no test image is left."""
         kept = np.setdiff1d(np.arange(len(self.part)), sorted(broken))
         if not (tests := int((kept < self.tests).sum())):
             raise InputError("data.dir", self.location, "no test image can be read", "add images")
         names = tuple(self.part.ids[at] for at in sorted(broken))
-        note = f"{self.note} Left out, since they can't be read: {len(names)} images, as {names[0]}.".strip()
+        note = f"{self.note} Left out because they can't be read: {len(names)} images, such as {names[0]}.".strip()
         return replace(self, part=self.part.take(kept), tests=tests, note=note, broken=names)
 
     @property
     def classes(self) -> tuple[str, ...]:
-        """Return torchvision's names of the K classes present, or the data's own where they aren't ImageNet's."""
+        """Return torchvision's names of the K present classes, or the data's names if they aren't ImageNet's."""
         return tuple(class_names()[output] for output in self.outputs) or self.names
 
     @cached_property
     def origins(self) -> NDArray[np.str_]:
-        """Return where each image comes from."""
+        """Return the origin of each image."""
         return np.array([origin(file) for file in self.part.ids])
 
     @cached_property
     def sets(self) -> dict[str, Positions]:
         """Return the positions of the images of each set.
 
-        `eval`: the test images. Then, where they aren't all of the test images: `unseen`, of ImageNet's validation set,
-        also those that came along from the training part; `seen`, test images of ImageNet's training set; `unknown`,
-        where the names of some don't say, the test images that are not known to be seen.
+        `eval`: the test images. The others exist if they differ from this. `unseen`: images of ImageNet's validation
+        set, including those in the training part. `seen`: test images of ImageNet's training set. `unknown`, if some
+        names don't show their origin: test images that are not known to be seen.
         """
         tests = np.arange(self.tests)
         members = {name: np.flatnonzero(self.origins == name) for name in (UNSEEN, SEEN)}
@@ -123,27 +123,27 @@ class EvaluationImages:
 
     @property
     def ranked(self) -> tuple[str, str]:
-        """Return the set that networks are ranked on, and where its images come from.
+        """Return the set that networks are ranked on, and the origin of its images.
 
-        As far as is known, weights were not fitted to them: those of ImageNet's validation set, unless more test images
-        are of unknown origin.
+        As far as known, weights were not fitted to these images. They are those of ImageNet's validation set, unless
+        more test images are of unknown origin.
         """
         unseen, unknown = ((self.origins == name).sum() for name in (UNSEEN, UNKNOWN))
         where = SEEN if not unseen + unknown else UNSEEN if unseen >= unknown else UNKNOWN
         return where if where in self.sets else TEST, where
 
     def profile(self) -> dict[str, Any]:
-        """Return the number of images of each set, and of each class."""
+        """Return the number of images per set, and per class."""
         counts = np.bincount(self.part.labels, minlength=len(self.classes)).tolist()
         images = {name: len(members) for name, members in self.sets.items()}
         return {"images": images, "classes": dict(zip(self.classes, counts, strict=True))}
 
 
 def choose_images(config: ImagesConfig, imagenet: bool = True, own: bool = False) -> EvaluationImages:
-    """Find the test part of the set, or all of it where it has none, and all that is of ImageNet's validation set.
+    """Find the test part of the set, or all of it without a test part, and all images of ImageNet's validation set.
 
-    For a quick look as many of either are drawn. InputError where the set isn't there or, for networks of `imagenet`,
-    its classes aren't ImageNet's. Where networks were trained on the data's `own`, the training part is left out.
+    With a limit, as many of each are drawn. InputError if the set is missing or, for networks of `imagenet`, its
+    classes aren't ImageNet's. If networks were trained on the data's `own` classes, the training part is left out.
     """
     source = open_source(DataConfig(dataset=config.dataset, dir=config.dir, download=config.download))
     outputs = outputs_of(source.classes, config) if imagenet else np.array([], dtype=np.int64)
@@ -151,7 +151,7 @@ def choose_images(config: ImagesConfig, imagenet: bool = True, own: bool = False
     images = test if source.test is None else test.join(source.train)
 
     def draw(positions: Positions, stream: str) -> Positions:
-        """Return as many as the limit allows, drawn at random, in order."""
+        """Return a random choice, in order, of as many as the limit allows."""
         if not 0 < config.limit < len(positions):
             return positions
         generator = np.random.default_rng(stream_seed(config.seed, stream))

@@ -1,4 +1,4 @@
-"""Networks with heads of the data's own classes: state dicts of the user's, and models that trainings logged."""
+"""Networks with heads for the data's own classes: the user's state dicts, and logged models of trainings."""
 
 from collections.abc import Sequence
 from dataclasses import replace
@@ -20,14 +20,14 @@ from effv2.run.weights import Requested, find_all_weights, read_state
 from effv2.serving.classifier import Classifier
 from effv2.tracking.read import read_run
 
-HEAD = "classifier.1.bias"  # of a trained network: as long as its outputs
+HEAD = "classifier.1.bias"  # names of a trained network's outputs
 SHOWN = 5  # classes that a message names
 
 
 def find_networks(
     requests: Sequence[Requested], folder: Path | None, progress: bool, images: EvaluationImages
 ) -> list[Requested]:
-    """Find files as find_all_weights does, and logged models; InputError where classes aren't those of the images."""
+    """Find files as find_all_weights does, and logged models; InputError if the classes don't fit the images."""
     files = iter(find_all_weights([each for each in requests if not each.address], folder, progress))
     found = []
     for requested in requests:
@@ -40,22 +40,22 @@ def find_networks(
 
 
 def outputs_of(requested: Requested, images: EvaluationImages) -> Labels:
-    """Return the outputs (K) of a network that the classes of the images mean; InputError."""
+    """Return the outputs (K) of a network for the classes of the images; InputError."""
     own = requested.classes
     if not own:
         return images.outputs
     missing = [name for name in images.names if name not in own]
     if missing or (requested.outputs != len(own) and not requested.address):
-        problem = f"it has {requested.outputs} outputs, and the data {len(images.names)} classes"
+        problem = f"it has {requested.outputs} outputs, but the data has {len(images.names)} classes"
         if missing:
-            problem = f"it knows no class {listed(missing, SHOWN, ', ')}, but {listed(own, SHOWN, ', ')}"
-        remedy = f"give a network of the data's own classes, or of ImageNet's {weights.OUTPUTS}"
+            problem = f"it doesn't have the classes {listed(missing, SHOWN, ', ')}, but {listed(own, SHOWN, ', ')}"
+        remedy = f"give a network for the classes of the data, or for ImageNet's {weights.OUTPUTS}"
         raise InputError("models", requested.text, problem, remedy)
     return np.array([own.index(name) for name in images.names], dtype=np.int64)
 
 
 def load_network(requested: Requested) -> nn.Module:
-    """Build the network in eval mode on the CPU; InputError for a file that is no state dict of it."""
+    """Build the network in eval mode on the CPU; InputError for a file that is not a state dict of it."""
     if not requested.classes:
         return weights.load_network(requested)
     network: nn.Module
@@ -84,12 +84,12 @@ def _read(requested: Requested) -> Served:
 
 
 def _logged(requested: Requested) -> Requested:
-    """Return what a logged model says of itself: where it is, its classes, how it wants its images."""
+    """Return the description in a logged model: its place, its classes, its preprocessing."""
     served = _read(requested)
     name = run.params.get("weights.name", "") if (run := read_run(served.run_id)) else ""
     if name or HEAD not in served.state:
         problem = f"it was logged by an evaluation of weights ({name or 'which is gone'}), not by a training"
-        raise InputError("models", requested.text, problem, "name these weights, or their file, instead")
+        raise InputError("models", requested.text, problem, "name these weights or their file instead")
     settings = served.settings
     size = settings["image_size"]
     preparation: Preparation = Square(size)
@@ -107,11 +107,11 @@ def _logged(requested: Requested) -> Requested:
 
 
 def open_network(requested: Requested) -> Classifier:
-    """Return a network that was found, with what it does to images."""
+    """Return a found network with its preprocessing."""
     classes = requested.classes or class_names()
     return Classifier(load_network(requested), requested.preparation, requested.normalisation, classes)
 
 
 def open_logged(address: str) -> Classifier:
-    """Return the model of a training by its address; InputError where it is none."""
+    """Return the model of a training by its address; InputError if it is not one."""
     return open_network(_logged(Requested(address, "model", None, address=address, outputs=0)))

@@ -1,4 +1,4 @@
-"""What few images ask for: trainings that are long enough, evaluations that don't lag behind, a word where it fails."""
+"""Data sets of few images: long enough trainings, evaluations that don't lag behind, a warning near chance level."""
 
 import math
 from collections.abc import Sequence
@@ -13,17 +13,17 @@ from effv2.data.dataset import LoadData, Split
 from effv2.evidence.study import NEAR_CHANCE
 
 FIRST_DATASETS = ("digits", "imagenette", "mnist", "birds")
-# A training has at least this many steps, unless its epochs are given or the most epochs are fewer. With less, running
-# averages of batch norm lag behind the weights (docs/few-images.md).
+# A training has at least this many steps, unless its epochs are given or the maximum of epochs is fewer. With less, the
+# running averages of batch norm lag behind the weights (docs/few-images.md).
 MANY_STEPS, MOST_EPOCHS = 1000, 100
 BATCH_NORM_IMAGES = 1024
 
 
 def with_length(configs: Sequence[TrainConfig], load: LoadData, message: Message) -> list[TrainConfig]:
-    """Return configs as long as the number of images asks for, with batch norm estimated in those of few steps.
+    """Return configs of a length that fits the number of images, with estimated batch norm if there are few steps.
 
-    What is given stays. So do the data sets that were there first, whose studies have figures, and published rules. The
-    first configuration decides how many epochs all have.
+    Given settings don't change. Neither do the original data sets, whose studies have figures, and published sampling.
+    The first configuration decides the number of epochs of all.
     """
     free = [each.data.dataset not in FIRST_DATASETS and each.data.sampling == "standard" for each in configs]
     if not any(free):
@@ -48,14 +48,14 @@ def with_length(configs: Sequence[TrainConfig], load: LoadData, message: Message
 
 
 def with_default(config: TrainConfig, group: str, name: str, value: int | str) -> TrainConfig:
-    """Return a configuration with a setting at a value, unless it was given."""
+    """Return a configuration with a setting at a value, unless the user gave the setting."""
     there = getattr(config, group)
     given = name in there.model_fields_set
     return config if given else config.model_copy(update={group: there.model_copy(update={name: value})})
 
 
 def say_if_near_chance(accuracy: float, test: Split, message: Message) -> None:
-    """Say so where an accuracy is hardly above that of naming the most frequent class, for the number of images."""
+    """Return a warning if an accuracy, for this number of images, is hardly above that of naming the largest class."""
     chance = np.bincount(test.labels.numpy()).max() / len(test)
     if accuracy < chance + max(NEAR_CHANCE, 2 * math.sqrt(chance * (1 - chance) / len(test))):
         message(

@@ -1,4 +1,4 @@
-"""The weights that a training starts from: found, verified, held against its network, put into it."""
+"""The initial weights of a training: found, verified, compared with its network and loaded into it."""
 
 import hashlib
 import json
@@ -27,18 +27,18 @@ from effv2.serving.export import read_program
 from effv2.tracking.models import fetch_model
 
 SETTING, PUBLISHED = "model.weights", "published"
-# What torchvision calls the networks of these tables.
+# torchvision's names of the networks of these tables.
 NETWORKS = {"default": "efficientnet_v2_s"} | {name: name for name in ("efficientnet_v2_m", "efficientnet_v2_l")}
-HEAD = "classifier."  # how the names of its parameters begin
-TELLING = r"\w+|(runs|models):/.+"  # weights that tell how they want images: published ones and logged models
-WANTED = {"image_size", "normalise"}  # of the data, as weights want them
-COUNT = "num_batches_tracked"  # of batch norm: decides nothing
+HEAD = "classifier."  # prefix of the names of its parameters
+TELLING = r"\w+|(runs|models):/.+"  # weights that know their preprocessing: published ones and logged models
+WANTED = {"image_size", "normalise"}  # settings of the data that weights choose
+COUNT = "num_batches_tracked"  # of batch norm: without influence
 State = Mapping[str, Tensor]
 
 
 @dataclass(frozen=True)
 class Initial:
-    """Weights: state dict, SHA-256; as far as they tell classes, normalisation, image size, an address that stays."""
+    """Weights: state dict and SHA-256; if known, classes, normalisation, image size and a permanent address."""
 
     state: State
     sha256: str
@@ -49,21 +49,21 @@ class Initial:
 
 
 class OtherWeights(InputError):
-    """The weights are there, but aren't those of the given hash."""
+    """The weights exist, but have another hash than the given one."""
 
 
 def with_weights(configs: Sequence[TrainConfig], load: LoadData, message: Message) -> list[TrainConfig]:
-    """Return configs with hash and lasting address of their weights, with normalisation and image size of these.
+    """Return configs with the hash, the permanent address, the normalisation and the image size of their weights.
 
-    What of the latter two is given stays.
+    Given values of the latter two don't change.
 
-    InputError for weights that don't fit, have another hash than is given, or aren't there, unless all that is to be
-    known of them is given: then the training that begins with them will see, and one of before needs them no more.
+    InputError for weights that don't fit or have another hash than the given one. The same for missing weights, unless
+    all facts about them are given: then a new training checks them, and an earlier one no longer needs them.
     """
     said = dict[str, None]()
 
     def settled(config: TrainConfig) -> TrainConfig:
-        if not config.model.weights:  # an arm that refuses those of its study, with what belongs to them
+        if not config.model.weights:  # an arm that refuses the weights of its study, and their preprocessing
             none = config.model.model_copy(update={"weights_sha256": "", "weights_partial": False})
             return config.model_copy(update={"model": none})
         try:
@@ -84,7 +84,7 @@ def with_weights(configs: Sequence[TrainConfig], load: LoadData, message: Messag
 
     found = list(map(settled, configs))
     first = next((config.data for config in found if config.model.weights), None)
-    for name in sorted(WANTED) if first else ():  # an arm without weights is compared on the same images
+    for name in sorted(WANTED) if first else ():  # an arm without weights gets the same images
         wanted = getattr(first, name)
         found = [each if each.model.weights else with_default(each, "data", name, wanted) for each in found]
     for text in said:
@@ -93,7 +93,7 @@ def with_weights(configs: Sequence[TrainConfig], load: LoadData, message: Messag
 
 
 def origin(config: TrainConfig, classes: Sequence[str]) -> str:
-    """Say which weights a training starts from, and which share of its parameters they give."""
+    """Describe the weights that a training starts from, and the share of parameters that they supply."""
     with torch.device("meta"):
         network = build_model(config.model.build_table(), config.model.outputs or len(classes))
     found = _find(config.model)
@@ -106,7 +106,7 @@ def origin(config: TrainConfig, classes: Sequence[str]) -> str:
 
 
 def initialise(config: TrainConfig, classes: Sequence[str]) -> Callable[[nn.Module], None]:
-    """Return what puts the weights that a resolved config names into a network of it; the rest stays as it is."""
+    """Return a function that loads the weights of a resolved config into its network. Other parameters don't change."""
 
     def put(network: nn.Module) -> None:
         if config.model.weights:
@@ -117,9 +117,9 @@ def initialise(config: TrainConfig, classes: Sequence[str]) -> Callable[[nn.Modu
 
 
 def fitting(initial: Initial, network: State, config: ModelConfig, classes: Sequence[str]) -> State:
-    """Return what of the weights a network takes: all of its body, and its head where that is of the same classes.
+    """Return the weights that a network takes: its whole body, and its head if the classes are the same.
 
-    With `weights_partial` what has the same name and shape. InputError where that isn't all, or is nothing.
+    With `weights_partial`, those of equal name and shape. InputError if these don't suffice.
     """
     alike = {name for name in network if name in initial.state and network[name].shape == initial.state[name].shape}
     head = {name for name in network if name.startswith(HEAD)}
@@ -131,30 +131,30 @@ def fitting(initial: Initial, network: State, config: ModelConfig, classes: Sequ
         theirs, ours = (
             str(tuple(each[name].shape)) if name in each else "not there" for each in (initial.state, network)
         )
-        problem = f"they are of another network: {name} is {theirs} in them, {ours} in {config.variant}"
+        problem = f"they belong to another network: {name} is {theirs} there and {ours} in {config.variant}"
         raise InputError(SETTING, config.weights, problem, "give others, or model.weights_partial to take what fits")
     if all(name.endswith(COUNT) for name in alike):
-        raise InputError(SETTING, config.weights, "nothing of them fits", "give those of a network that is more alike")
+        raise InputError(SETTING, config.weights, "none of them fits", "give those of a more similar network")
     return {name: initial.state[name] for name in alike}
 
 
 def _find(config: ModelConfig) -> Initial:
-    """Return the weights that a config names; InputError, also for those of another hash than it has."""
+    """Return the weights that a config names; InputError, also for another hash than that of the config."""
     path = os.path.expanduser(config.weights)
     written = os.stat(path).st_mtime_ns if os.path.isfile(path) else 0  # noqa: PTH113, PTH116 (as in _found)
     variant = "" if config.table else config.variant
     if config.weights_partial and variant not in NETWORKS:
-        variant = "default"  # whose stages others share
+        variant = "default"  # other tables share these stages
     found = _found(config.weights, variant, written)
     if config.weights_sha256 and not found.sha256.startswith(config.weights_sha256):
         problem = f"their SHA-256 begins with {found.sha256[:10]}, not {config.weights_sha256[:10]}"
-        raise OtherWeights(SETTING, config.weights, problem, "give those that were meant")
+        raise OtherWeights(SETTING, config.weights, problem, "give the intended weights")
     return found
 
 
 @lru_cache(maxsize=2)
 def _found(weights: str, variant: str, _written: int) -> Initial:
-    """Find weights; those that were read last are kept in memory."""
+    """Find weights. The last ones are kept in memory."""
     try:
         if weights.startswith(("runs:/", "models:/")):
             served = read_served(weights)
@@ -164,8 +164,8 @@ def _found(weights: str, variant: str, _written: int) -> Initial:
         if os.path.isfile(path):  # noqa: PTH113 (pathlib raises where a folder can't be entered)
             return Initial(read_state(Path(path)), sha256_of_file(Path(path)))
         if variant not in NETWORKS or not re.fullmatch(r"\w+", weights):  # the latter of a path
-            problem = f"no such file, and published weights are of {', '.join(NETWORKS)} alone"
-            remedy = "give a file, runs:/ID or models:/ID; a run that had them is found by its model.weights_sha256"
+            problem = f"no such file, and only {', '.join(NETWORKS)} have published weights"
+            remedy = "give a file, runs:/ID or models:/ID; model.weights_sha256 finds the runs that used them"
             raise InputError(SETTING, weights, problem, remedy)
         name = NETWORKS[variant] if weights == PUBLISHED else f"{NETWORKS[variant]}:{weights}"
         (found,) = find_all_weights(parse_models(name), None, progress=False)
@@ -193,7 +193,7 @@ class Served:
 
     @property
     def classes(self) -> tuple[str, ...]:
-        """Return its classes; where the head is wider, the last of its columns is all other outputs."""
+        """Return its classes. If the head is wider, the last column stands for all other outputs."""
         names = tuple(self.settings["names"])
         return names if len(names) == self.outputs else names[:-1]
 
@@ -214,7 +214,7 @@ def read_served(address: str) -> Served:
 
 
 def _name_of(mean: Sequence[float], std: Sequence[float]) -> str:
-    """Return the name of a normalisation, empty for none that has one."""
+    """Return the name of a normalisation; empty if it has none."""
     for name, known in NORMALISATIONS.items():
         if torch.allclose(torch.tensor([mean, std]), torch.tensor(known)):
             return name

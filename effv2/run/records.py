@@ -1,4 +1,4 @@
-"""What a run logs after its last epoch: its figures, predictions and their tables, its network."""
+"""The results that a run logs after its last epoch: metrics, predictions with tables and figures, and the network."""
 
 import tempfile
 import warnings
@@ -37,7 +37,7 @@ from effv2.training.loop import Training
 from effv2.training.stages import stage_table
 
 CURVES = {"train": "train/accuracy", "validation": "val/accuracy", "test": "test/accuracy"}
-MOST_WRONG, MOST_NAMED = 24, 30  # images of a gallery; classes, or pairs of them, that a confusion matrix names
+MOST_WRONG, MOST_NAMED = 24, 30  # images of a gallery; classes, or pairs of classes, that a confusion matrix names
 FOLDER = 0x10  # attribute of a file in an archive
 WEIGHTS = "selected.pt"  # artifact: weights of the selected epoch, until the study's best run is known
 
@@ -78,7 +78,7 @@ def log_end(run: TrackedRun, training: Training) -> dict[str, float]:
 
 
 def log_test(run: TrackedRun, training: Training) -> dict[str, float]:
-    """Log predictions on the test set of the network as it now is, and what shows them; return accuracy and ECE."""
+    """Log the current network's predictions on the test set with their tables and figures; return accuracy and ECE."""
     dataset = training.dataset
     result = evaluate(training.network_for_inference(), dataset.test, training.config.evaluation.batch_size)
     with run.new_artifacts() as folder:
@@ -93,7 +93,7 @@ def log_test(run: TrackedRun, training: Training) -> dict[str, float]:
 
 
 class Answer(NamedTuple):
-    """What a network said of a test image, and how sure it was: a line of predictions.csv."""
+    """The prediction for a test image and its probability: a line of predictions.csv."""
 
     id: str
     true: str
@@ -102,7 +102,7 @@ class Answer(NamedTuple):
 
     def lines(self) -> list[str]:
         """Return it as the lines of a caption."""
-        return [self.id, f"true: {self.true}", f"said: {self.predicted}", f"{self.probability:.1%} sure"]
+        return [self.id, f"true: {self.true}", f"predicted: {self.predicted}", f"probability: {self.probability:.1%}"]
 
 
 def write_predictions(
@@ -115,15 +115,15 @@ def write_predictions(
     present: Sequence[int] | np.ndarray = (),
     outputs: Sequence[str] = (),
 ) -> list[Answer]:
-    """Write and return what logits (N, outputs) predict of images, by argmax over all outputs; tables, figures of it.
+    """Write and return the predictions of logits (N, outputs), by argmax over all outputs, with tables and figures.
 
-    The classes, of which `true` (N) are the numbers, are the outputs `present`, the first ones unless given; outputs
-    beyond them share a column. The outputs are called `outputs`, where these are given, else as their columns.
+    `true` (N) are the numbers of the classes. The classes are the outputs `present`, by default the first ones. Other
+    outputs share a column. `outputs` names the outputs; by default they have the names of their columns.
     """
     columns = output_names(classes, logits.shape[1])
     column = np.full(logits.shape[1], len(classes))
     column[present if len(present) else range(len(classes))] = range(len(classes))
-    argmax = logits.argmax(1)  # not of probabilities: close logits tie there
+    argmax = logits.argmax(1)  # not of probabilities, where close logits can be equal
     names = [outputs[each] if outputs else columns[column[each]] for each in argmax]
     confidence = softmax(logits, 1)[np.arange(len(argmax)), argmax]
     answers = [
@@ -155,14 +155,14 @@ def write_predictions(
 
 
 def _sureness(answers: Sequence[Answer]) -> tuple[np.ndarray, np.ndarray]:
-    """Return how sure each answer is, and whether it is right."""
+    """Return the confidence of each prediction, and whether it is correct."""
     return np.array([each.probability for each in answers]), np.array([each.true == each.predicted for each in answers])
 
 
 def _confusion_figure(matrix: np.ndarray, columns: Sequence[str]) -> Figure:
-    """Draw a confusion matrix, rows being true classes and colours the share of the row.
+    """Draw a confusion matrix. Rows are true classes, and colours show the share of the row.
 
-    Of many classes the most confused pairs are named beside it, not the classes.
+    With many classes, the most confused pairs are named next to it instead of all classes.
     """
     columns = list(map(short, columns))
     rows, few = columns[: len(matrix)], len(columns) <= MOST_NAMED
@@ -170,7 +170,7 @@ def _confusion_figure(matrix: np.ndarray, columns: Sequence[str]) -> Figure:
     figure = Figure(figsize=(min(14.0, side),) * 2 if few else (18, 8), layout="constrained")
     axes, *beside = figure.subplots(1, 1 if few else 2, squeeze=False, width_ratios=(1,) if few else (2.2, 1))[0]
     share = matrix / np.maximum(matrix.sum(1, keepdims=True), 1)
-    axes.imshow(share, cmap="Blues", norm=PowerNorm(1 if few else 0.5, 0, 1))  # of many, small shares are to be seen
+    axes.imshow(share, cmap="Blues", norm=PowerNorm(1 if few else 0.5, 0, 1))  # shows small shares
     axes.set(xlabel="predicted", ylabel="true")
     if beside:
         axes.set(xlabel="predicted, number of the class", ylabel="true, number of the class")
@@ -185,7 +185,7 @@ def _confusion_figure(matrix: np.ndarray, columns: Sequence[str]) -> Figure:
 
 
 def _most_confused(axes: Axes, matrix: np.ndarray, rows: Sequence[str], columns: Sequence[str]) -> None:
-    """Draw how many images of one class were taken for another, as bars, the most first."""
+    """Draw how many images of one class were predicted as another, as bars, the largest first."""
     wrong = matrix.copy()
     np.fill_diagonal(wrong, 0)
     most = [divmod(int(each), len(columns)) for each in np.argsort(-wrong, axis=None, kind="stable")[:MOST_NAMED]]
@@ -203,7 +203,7 @@ def _most_confused(axes: Axes, matrix: np.ndarray, rows: Sequence[str], columns:
 
 
 def log_network(run: TrackedRun, training: Training) -> None:
-    """Log a trained network, with its preprocessing, to its run, which may have ended."""
+    """Log a trained network with its preprocessing to its run, which may have ended."""
     config, dataset, classes = training.config, training.dataset, training.dataset.classes
     outputs = config.model.outputs or len(classes)
     own = build_model(config.model.build_table(), outputs)  # without the paths of the device it was trained on
@@ -216,24 +216,24 @@ def log_network(run: TrackedRun, training: Training) -> None:
 
 
 def keep_weights(run: TrackedRun, network: nn.Module) -> None:
-    """Log the weights of the selected epoch, so that they outlive the process that trained them."""
+    """Log the weights of the selected epoch, so that they outlive the training process."""
     with run.new_artifacts() as folder:
         torch.save(network.state_dict(), folder / WEIGHTS)
 
 
 def whole_weights(path: Path | None) -> dict[str, Tensor] | None:
-    """Read a file of weights; None without one, or where it is damaged. torch itself compares no checksums."""
-    with suppress(Exception):  # of the many that damage leads to
+    """Read a file of weights; None if it is missing or damaged. torch itself compares no checksums."""
+    with suppress(Exception):  # one of the many errors that damage causes
         if path is not None:
             with zipfile.ZipFile(path) as file:
-                # What is marked as a folder torch skips, and leaves its tensor as it is.
+                # torch skips an entry that is marked as a folder, and doesn't set its tensor.
                 damaged = file.testzip() or any(each.external_attr & FOLDER for each in file.infolist())
             return None if damaged else dict(torch.load(path, map_location="cpu", weights_only=True))
     return None
 
 
 def restore(run_id: str, config: TrainConfig, dataset: Dataset) -> Training:
-    """Return the training of a finished run, at the weights that it kept; trained again where none are kept whole."""
+    """Return the training of a finished run with its stored weights. Without intact weights, train again."""
     with tempfile.TemporaryDirectory() as folder:
         weights = whole_weights(download(run_id, WEIGHTS, Path(folder)))
     if weights is not None:

@@ -1,4 +1,4 @@
-"""One training run: found finished, resumed where it ended early, or trained from its beginning."""
+"""One training run: found finished, resumed if it ended early, or trained from its beginning."""
 
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, suppress
@@ -30,16 +30,16 @@ from effv2.training.loop import Training
 from effv2.training.progress import watched_accuracy
 from effv2.training.stages import check_stages, stages_of
 
-FIRST_LOGGED = "time/epoch_seconds"  # metric of each epoch: what a run logs at its start is there by then
+FIRST_LOGGED = "time/epoch_seconds"  # a metric of each epoch: the start of the run is logged before it
 
 
 @dataclass(frozen=True)
 class RunSpec:
-    """How a run is named, grouped and kept, and what its study wants to know of it and decides.
+    """How a run is named, grouped and stored, and how its study follows and controls it.
 
-    `parent` is the id of the run that it becomes a child of, `previous` that of the run which an earlier attempt at the
-    same trial left; None for a run of its own, which no queue knows. With `fresh`, nothing counts that was there before
-    the run's study, or before the run itself.
+    `parent` is the id of the parent run. `previous` is the id of the run of an earlier attempt at the same trial. It is
+    None for a single run, which belongs to no queue. With `fresh`, runs from before the study, or before the single run
+    itself, don't count.
     """
 
     name: str
@@ -52,10 +52,10 @@ class RunSpec:
     fresh: bool = False
     previous: str | None = None
     reporter: Reporter = field(default_factory=Reporter)
-    patience: float = PATIENCE  # seconds that the end of the run waits for a tracking store that is away
+    patience: float = PATIENCE  # seconds that the end of the run waits for an unreachable tracking store
     run_opened: Callable[[str], None] = lambda run_id: None
     epoch_ended: Callable[[int, float], bool] = lambda epoch, best: False  # best accuracy so far; whether to prune
-    keeps_weights: Callable[[float], bool] = lambda accuracy: False  # whether they must outlive the process
+    keeps_weights: Callable[[float], bool] = lambda accuracy: False  # whether the weights must outlive the process
 
     def open_run(self, tags: Mapping[str, str], resumes: str = "") -> AbstractContextManager[OpenRun]:
         """Open the run with these tags; with `resumes` the run of that id again."""
@@ -72,18 +72,18 @@ class RunSpec:
 
 @dataclass(frozen=True)
 class Attempt:
-    """The run that answers, its last metrics, and the accuracy that it is judged by."""
+    """The run with the result, its last metrics, and the accuracy that it is judged by."""
 
     run: TrackedRun
     metrics: Mapping[str, float]
     accuracy: float
     pruned: bool = False
-    was_finished: bool = False  # by an earlier command: nothing was computed
-    model_address: str = ""  # of a run of its own
+    was_finished: bool = False  # by an earlier command, so nothing was computed
+    model_address: str = ""  # of a single run
 
 
 def prepare(configs: Sequence[TrainConfig], load: LoadData, message: Message) -> list[TrainConfig]:
-    """Load and check the data of runs, then resolve `auto` and length, alike; InputError before any is created."""
+    """Load and check the data of runs, then resolve `auto` and length for all; InputError before any run is created."""
     configs = with_length(with_weights(list(map(with_device, configs)), load, message), load, message)
     for config in configs:
         check_stages(config)
@@ -94,13 +94,13 @@ def prepare(configs: Sequence[TrainConfig], load: LoadData, message: Message) ->
             problem = f"the data has {len(dataset.classes)} classes"
             raise InputError("model.outputs", outputs, problem, "give at least as many outputs, or 0")
         if not config.evaluation.test_set and dataset.validation is None:
-            problem = "there is no validation split, and the test set is left alone: nothing would be measured"
-            raise InputError("data.validation_fraction", 0, problem, "give it a share, as 0.1")
+            problem = "there is no validation split, and the test set is not evaluated: nothing would be measured"
+            raise InputError("data.validation_fraction", 0, problem, "give a share, such as 0.1")
     return resolve_study(configs, message)
 
 
 def train_single(config: TrainConfig, name: str, study: str, options: StudyOptions, reporter: Reporter) -> Attempt:
-    """Make a run of its own, from its settings to its end. InputError before any run is created."""
+    """Make a single run, from its settings to its end. InputError before any run is created."""
     load = load_once(reporter)
     (config,) = prepare([config], load, reporter.message)
     with tracking_faults():
@@ -113,11 +113,11 @@ def train_single(config: TrainConfig, name: str, study: str, options: StudyOptio
 
 
 def attempt(config: TrainConfig, dataset: Dataset, spec: RunSpec) -> Attempt:
-    """Find the run of a resolved configuration finished, resume it where it ended early, or train it.
+    """Find the finished run of a resolved configuration, resume it if it ended early, or train it.
 
-    What its last checkpoint holds is not trained again, what the store has is not logged again. One is written when the
-    training has ended, before anything waits for the store: from it the same command delivers what the store lacks.
-    TrackingAway where the store is away for longer than the run waits at its end.
+    Steps in its last checkpoint are not trained again, and metrics in the store are not logged again. When the training
+    has ended, a checkpoint is written before anything waits for the store. From this checkpoint, the same command
+    delivers what the store lacks. TrackingAway if the store is unreachable for longer than the run waits at its end.
     """
     tags = _tags(config, dataset)
     earlier = find_earlier(tags, spec)
@@ -128,16 +128,16 @@ def attempt(config: TrainConfig, dataset: Dataset, spec: RunSpec) -> Attempt:
         there.take_over_adopted()
         checkpointer = Checkpointer(earlier.run_id, *keeping)
         if earlier.status == "FINISHED":
-            checkpointer.remove()  # if the status alone was missing
+            checkpointer.remove()  # if only the status was missing
             pruned = earlier.tags.get(tag.OUTCOME) == "pruned"
             return Attempt(there, earlier.metrics, reached_accuracy(earlier.metrics), pruned, was_finished=True)
     elif config.model.weights:
-        tags[tag.WEIGHTS] = origin(config, dataset.classes)  # before the run is there, since they may not be
+        tags[tag.WEIGHTS] = origin(config, dataset.classes)  # before the run is created: it may fail
     _must_be_alone(tags, spec)
     try:
         with ExitStack() as stack:
             if earlier is not None:
-                stack.enter_context(checkpointer.lock())  # before the store hears of it
+                stack.enter_context(checkpointer.lock())  # before the store knows it
             resumes = "" if earlier is None else earlier.run_id
             run = stack.enter_context(spec.open_run(tags | {tag.ARM: spec.arm}, resumes))
             stack.enter_context(what_ran_out())
@@ -152,7 +152,7 @@ def attempt(config: TrainConfig, dataset: Dataset, spec: RunSpec) -> Attempt:
             if run.resumed or spec.checkpoints.checkpoint_upload_minutes:  # perhaps uploaded by an earlier command
                 run.discard(CHECKPOINTS)
             run.complete("pruned" if ended.pruned else "complete")
-    except Diverged:  # it would again, so that what led there isn't needed once the store has it
+    except Diverged:  # it would diverge again, so the checkpoints aren't needed once the store has the result
         if run.delivered:
             checkpointer.remove()
             with suppress(*TRACKING_ERRORS):
@@ -163,7 +163,7 @@ def attempt(config: TrainConfig, dataset: Dataset, spec: RunSpec) -> Attempt:
 
 
 def _tags(config: TrainConfig, dataset: Dataset) -> dict[str, str]:
-    """Return what a run is known by, and what its settings came to on this machine."""
+    """Return the identity of a run, and the resolved settings of this machine."""
     code, variant, seed = provenance.code_version(), config.model.variant, config.random.seed
     tags = tag.run_tags(config.hash(), dataset.digest(), code, variant, seed)
     if config.execution.device == "cpu" and (timed := remembered(config)):
@@ -172,10 +172,10 @@ def _tags(config: TrainConfig, dataset: Dataset) -> dict[str, str]:
 
 
 def _must_be_alone(tags: Mapping[str, str], spec: RunSpec, run: OpenRun | None = None) -> None:
-    """Refuse what another process of this machine trains as a run of its own: of two that begin at once the later.
+    """Refuse a single run that another process of this machine already trains. Of two that begin at once, the later.
 
-    A `run` that was opened in vain is then no longer known as one to be resumed. Studies have their queue, and `fresh`
-    asks for another.
+    A `run` that was opened in vain then loses its identity, so that it is not resumed. Studies have their queue, and
+    with `fresh` a second run is intended.
     """
     if spec.previous is not None or spec.fresh:
         return
@@ -188,17 +188,17 @@ def _must_be_alone(tags: Mapping[str, str], spec: RunSpec, run: OpenRun | None =
         if first and not each.parent and process != this_process() and is_alive(process):
             if run:
                 run.set_tags({tag.CONFIG_HASH: ""})
-            problem = f"Another process trains the same, with equal data and code, in the run {each.run_id}"
+            problem = f"Another process trains this configuration, with equal data and code, in the run {each.run_id}"
             raise RunError(f"{problem}; wait for it, or repeat it with `fresh`.")
 
 
 def _log_beginning(run: OpenRun, config: TrainConfig, dataset: Dataset, known: Mapping[str, str]) -> None:
-    """Log what is known before the first epoch; not the params `known`, which a run that resumes has.
+    """Log the facts that are known before the first epoch, except the params `known`, which a resumed run has.
 
-    They may differ now, as the folder of the data does, and the store would refuse them.
+    They may differ now, as the data folder can, and the store would refuse them.
     """
     run.log_params({name: value for name, value in config.flat().items() if name not in known})
-    # The first file, so that an artifact store that refuses is noticed before anything is trained.
+    # This is the first file, so that a failing artifact store is noticed before any training.
     run.log_text(study_text(config), "study.yaml")
     run.log_git()
     if dataset.notes:
@@ -215,7 +215,7 @@ def _log_beginning(run: OpenRun, config: TrainConfig, dataset: Dataset, known: M
 
 
 def study_text(config: TrainConfig, name: str = "again") -> str:
-    """Write `config` as a study file that `train` runs as it is."""
+    """Write `config` as a study file that `train` can run."""
     groups = config.model_dump()
     table = str(config.model.build_table())
     command = "# mlflow run . -e train -P study=<this file>"
@@ -223,11 +223,11 @@ def study_text(config: TrainConfig, name: str = "again") -> str:
 
 
 def find_earlier(tags: Mapping[str, str], spec: RunSpec) -> RunRecord | None:
-    """Return the run of this identity that earlier commands left: a finished one, or one to resume, which is not.
+    """Return the run of this identity from earlier commands: a finished one, or an unfinished one to resume.
 
-    Of a trial that was worked on before it is the run of that attempt, ended where a dead process left it open; not
-    while a living process works on it. Without a queue it is the last interrupted run that belongs to no study, unless
-    another one was finished after it began. A fresh study counts finished runs of its own alone.
+    For a trial with an earlier attempt, it is the run of that attempt, which is ended if a dead process left it open;
+    not while a live process works on it. Without a queue, it is the last interrupted run outside of any study, unless
+    another run finished after that one began. A fresh study only counts its own finished runs.
     """
     if spec.fresh and spec.previous is None:
         return None
@@ -255,14 +255,14 @@ def find_earlier(tags: Mapping[str, str], spec: RunSpec) -> RunRecord | None:
 
 
 def _is_worked_on(run: RunRecord, spec: RunSpec) -> bool:
-    """Say whether another process works on a run: one of this machine, perhaps stopped for a while, or of another."""
+    """Say whether another process works on a run: one of this machine, even if suspended, or of another machine."""
     process = run.tags.get(tag.PROCESS, "")
     here = run.status == "RUNNING" and process != this_process() and is_alive(process)
     return here or Checkpointer(run.run_id, spec.checkpoints, {}, spec.reporter.message).is_locked()
 
 
 def _begun(config: TrainConfig, dataset: Dataset, run: OpenRun, checkpointer: Checkpointer) -> Training:
-    """Return a training at the last checkpoint of a run, if there is one, else at its first weights, then read anew."""
+    """Return a training at a run's last checkpoint, or without one, at its initial weights, which are read again."""
     if run.resumed:
         here, uploaded = checkpointer.folder, artifact_names(run.run_id, CHECKPOINTS)
         saved = checkpointer.read(uploaded, lambda name: download(run.run_id, f"{CHECKPOINTS}/{name}", here))
@@ -274,9 +274,9 @@ def _begun(config: TrainConfig, dataset: Dataset, run: OpenRun, checkpointer: Ch
 
 
 def _train(config: TrainConfig, dataset: Dataset, spec: RunSpec, run: OpenRun, checkpointer: Checkpointer) -> Attempt:
-    """Train from the run's last checkpoint, if it has one, log each epoch, and what follows from the training.
+    """Train from the run's last checkpoint, if it has one, and log each epoch and the results.
 
-    A checkpoint is written when the training is told to end, and when it has ended: the rest follows from that one.
+    A checkpoint is written on an ending signal and at the end of the training. The results follow from the last one.
     """
     reporter = spec.reporter
     training = _begun(config, dataset, run, checkpointer)
@@ -291,7 +291,7 @@ def _train(config: TrainConfig, dataset: Dataset, spec: RunSpec, run: OpenRun, c
     if run.resumed:
         reporter.message(f"resuming the run {run.run_id} at epoch {state.progress.epoch + 1}")
         for epoch, metrics in enumerate(state.progress.history, 1):
-            run.log_metrics(metrics, step=epoch)  # those that the store has are not logged again
+            run.log_metrics(metrics, step=epoch)  # epochs in the store are not logged again
     run.sender.check()
 
     def on_step(step: int, steps: int) -> None:
@@ -303,7 +303,7 @@ def _train(config: TrainConfig, dataset: Dataset, spec: RunSpec, run: OpenRun, c
         for metrics in training:
             epoch, best = state.progress.epoch, state.progress.best_accuracy
             evaluated = watched_accuracy(metrics) is not None
-            pruned = evaluated and spec.epoch_ended(epoch, best)  # first: the trial may be another process's by now
+            pruned = evaluated and spec.epoch_ended(epoch, best)  # first: another process may have the trial
             run.log_metrics(metrics, step=epoch)
             reporter.epoch(epoch, metrics)
             if pruned:
@@ -314,7 +314,7 @@ def _train(config: TrainConfig, dataset: Dataset, spec: RunSpec, run: OpenRun, c
         checkpointer.save(state, leaving=True)
         raise
     checkpointer.save(state)
-    reporter.progress("logging what it learned")
+    reporter.progress("logging the results")
     state.take_selected()
     if spec.keeps_weights(state.progress.best_accuracy):
         keep_weights(run, state.evaluated)

@@ -1,6 +1,6 @@
 """torchvision's classification networks and their published weights: named, found, verified, loaded.
 
-torchvision checks the hash of a file only when it downloads it; here a published file is verified whatever way it came.
+torchvision checks the hash of a file only when it downloads it. effv2 verifies every published file.
 """
 
 import argparse
@@ -28,19 +28,19 @@ from effv2.tracking.models import ADDRESS
 
 OUTPUTS = 1000
 WRAPPERS = ("state_dict", "model_state_dict", "model", "net", "network")  # keys of whole checkpoints
-HOLDERS = ("module.", "_orig_mod.", "model.", "net.", "network.")  # what names of parameters begin with
-LONGEST_STEM = 60  # characters of a file's name in a label, which becomes part of the names of metrics
+HOLDERS = ("module.", "_orig_mod.", "model.", "net.", "network.")  # prefixes of the names of parameters
+LONGEST_STEM = 60  # characters of a file name in a label, which becomes part of the names of metrics
 OR_THERE = ", or into the folder `weights_dir`"
-SILENT_SECONDS = 20  # of a server, after which a download is given up
+SILENT_SECONDS = 20  # seconds without an answer after which a download fails
 
 
 @dataclass(frozen=True)
 class Requested:
-    """A network that is asked for, the published weights whose transforms hold, the user's own file or None.
+    """A requested network, the published weights whose transforms apply, and the user's own file or None.
 
-    Once found, the file is at `path`; it is `verified` if its SHA-256 begins as the published name says. A logged model
-    has the `address` that was given instead, later its own with the run that logged it, and brings what it does to
-    images. Where its `outputs` aren't ImageNet's, `classes` names the first of them.
+    Once found, the file is at `path`. It is `verified` if its SHA-256 begins as in the published name. A logged model
+    has the given `address` instead (later its own, with the run that logged it), and its own preprocessing. If its
+    `outputs` aren't ImageNet's, `classes` names the first of them.
     """
 
     text: str
@@ -58,7 +58,7 @@ class Requested:
 
     @property
     def label(self) -> str:
-        """Return a short name: the network, and what was asked for beyond its default weights."""
+        """Return a short name: the network, and the weights if they aren't the default."""
         if self.file is not None:
             stem = re.sub(r"[^A-Za-z0-9_. -]", "_", self.file.stem)[:LONGEST_STEM]
             return stem if stem.startswith(self.network) else f"{self.network} {stem}"
@@ -66,7 +66,7 @@ class Requested:
 
     @property
     def preparation(self) -> Preparation:
-        """Return how the weights want an image resized and cropped."""
+        """Return how the weights require an image to be resized and cropped."""
         if self.brings:
             return self.brings[0]
         preset = self.weights.transforms()
@@ -74,7 +74,7 @@ class Requested:
 
     @property
     def normalisation(self) -> Statistics:
-        """Return the mean and standard deviation of each channel that the weights want removed."""
+        """Return the mean and standard deviation per channel with which the weights require images to be normalised."""
         return self.brings[1] if self.brings else (self.weights.transforms().mean, self.weights.transforms().std)
 
     @property
@@ -84,12 +84,12 @@ class Requested:
 
     @property
     def hash_head(self) -> str:
-        """Return how the SHA-256 of the published file begins: the end of its name."""
+        """Return the first digits of the published file's SHA-256, from the end of its name."""
         return str(self.weights.url).rpartition("-")[2].removesuffix(".pth")
 
     @property
     def published(self) -> dict[str, float]:
-        """Return the accuracies that torchvision publishes, as fractions; nobody did for a file of the user's own."""
+        """Return torchvision's published accuracies, as fractions; empty for a file of the user's own."""
         metrics = imagenet_metrics(self.weights) if self.file is None and not self.address else {}
         return {f"top{k}_accuracy": metrics[f"acc@{k}"] / 100 for k in (1, 5) if f"acc@{k}" in metrics}
 
@@ -103,17 +103,17 @@ def network_names() -> tuple[str, ...]:
 def parse_models(text: str) -> list[Requested]:
     """Read `name`, `name:WEIGHTS`, `name=file`, `name:WEIGHTS=file`, `name=runs:/ID` or such, separated by commas.
 
-    InputError for what is none of them.
+    InputError for anything else.
     """
     found = [_parse(word.strip()) for word in text.split(",") if word.strip()]
     if not found:
-        raise InputError("models", text, "names no network", "give some, separated by commas, as resnet50")
+        raise InputError("models", text, "names no network", "give some, separated by commas, such as resnet50")
     for one in found:
         twins = [each.text for each in found if _source_of(each) == _source_of(one)]
         if len(twins) > 1:
             raise InputError("models", text, f"{' and '.join(twins)} are the same weights", "name each once")
         if [other.label for other in found].count(one.label) > 1:
-            raise InputError("models", text, f"two files would both be called {one.label!r}", "rename one of them")
+            raise InputError("models", text, f"two files would both be named {one.label!r}", "rename one of them")
     return found
 
 
@@ -141,25 +141,25 @@ def _parse(entry: str) -> Requested:
         return Requested(entry, network, weights)
     path = Path(os.path.expanduser(file.strip()))
     if not os.path.isfile(path):  # noqa: PTH113 (pathlib raises where a folder can't be entered)
-        remedy = f"give the path of a state dict of {network} after the sign of equality"
-        raise InputError("models", entry, f"{path} is no file that can be read", remedy)
+        remedy = f"give the path of a state dict of {network} after the equals sign"
+        raise InputError("models", entry, f"{path} is not a readable file", remedy)
     outputs = OUTPUTS
-    with suppress(Exception), torch.device("meta"):  # what is no state dict is refused where it is loaded
+    with suppress(Exception), torch.device("meta"):  # loading refuses anything but a state dict
         *_, (head, _) = models.get_model(network, weights=None).named_parameters()
         outputs = len(_read(path)[head])
     return Requested(entry, network, weights, path.absolute(), outputs=outputs)
 
 
 def find_all_weights(requests: Sequence[Requested], weights_dir: Path | None, progress: bool) -> list[Requested]:
-    """Find the files in `weights_dir`, in torchvision's cache, or download them there, which `progress` shows.
+    """Find the files in `weights_dir` or torchvision's cache, or download them there; `progress` shows downloads.
 
-    All are hashed, published ones verified. InputError for a folder that isn't there, a file that isn't what its name
-    says, and for those that can't be had, all in one message.
+    All are hashed, and published ones are verified. InputError for a missing folder, a file that differs from the
+    published one, and for all unavailable files in one message.
     """
-    # As below os.path, since pathlib raises where a folder can't be entered.
+    # os.path here and below, because pathlib raises if a folder can't be entered.
     if weights_dir is not None and not os.path.isdir(weights_dir):  # noqa: PTH112
-        remedy = "give the one with the files of weights"
-        raise InputError("weights_dir", weights_dir, "no such folder that can be read", remedy)
+        remedy = "give the folder with the weight files"
+        raise InputError("weights_dir", weights_dir, "it is not a readable folder", remedy)
     folders = [*filter(None, [weights_dir]), Path(torch.hub.get_dir(), "checkpoints")]
     paths, missing = [], []
     for requested in requests:
@@ -182,14 +182,14 @@ def _verified(requested: Requested, path: Path) -> Requested:
     published, head = requested.file is None, requested.hash_head
     if published and not sha256.startswith(head):
         problem = f"{path} is not the published file (its SHA-256 begins with {sha256[:10]}, not {head})"
-        own = f"or give it as {requested.network}={path} if it is your own"
-        remedy = f"delete it and fetch {requested.weights.url} again, {own}"
+        own = f"or, if it is your own, give it as {requested.network}={path}"
+        remedy = f"delete it and download {requested.weights.url} again, {own}"
         raise InputError("models", requested.text, problem, remedy)
     return replace(requested, path=path, sha256=sha256, verified=published)
 
 
 def _download(requested: Requested, path: Path, missing: Sequence[str], progress: bool) -> None:
-    """Let torch fetch a published file, whole and verified or not at all; a failure names all addresses `missing`."""
+    """Let torch download a published file, whole and verified or not at all. An error names all addresses `missing`."""
     patience = socket.getdefaulttimeout()
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -198,24 +198,24 @@ def _download(requested: Requested, path: Path, missing: Sequence[str], progress
     except Exception as error:
         reason = str(getattr(error, "reason", None) or getattr(error, "strerror", None) or error).rstrip(".")
         problem = f"its weights can't be downloaded ({reason})"
-        into = f"put what you fetched into {path.parent}{OR_THERE}"
-        raise InputError("models", requested.text, problem, f"fetch {', '.join(missing)} and {into}") from error
+        into = f"put the files into {path.parent}{OR_THERE}"
+        raise InputError("models", requested.text, problem, f"download {', '.join(missing)} and {into}") from error
     finally:
         socket.setdefaulttimeout(patience)
 
 
 def load_network(requested: Requested) -> nn.Module:
-    """Build the network in eval mode on the CPU; InputError for a file that is no state dict of it.
+    """Build the network in eval mode on the CPU; InputError for a file that is not a state dict of it.
 
-    Renamed keys, auxiliary heads, image sizes of transformers: torchvision's own builders know. They get the verified
-    file, loaded without running what a pickle may hold, in place of what they would fetch.
+    torchvision's builders handle renamed keys, auxiliary heads and image sizes of transformers. Instead of a download,
+    they get the verified file, loaded without running the code that a pickle may hold.
     """
     weights = requested.weights
     try:
         state = _read(requested.path)
-        weights.get_state_dict = lambda *_, **__: state  # of this member of the enumeration alone
+        weights.get_state_dict = lambda *_, **__: state  # only of this member of the enumeration
         network: nn.Module = models.get_model(requested.network, weights=weights, progress=False)
-    except Exception as error:  # torch and Python raise many kinds for what is no state dict
+    except Exception as error:  # torch and Python raise many errors for files that aren't state dicts
         problem = f"{requested.path} can't be loaded as weights of {requested.network} ({in_short(error)})"
         remedy = f"give its state dict with {OUTPUTS} outputs, as torch.save(model.state_dict(), FILE) writes it"
         raise InputError("models", requested.text, problem, remedy) from error
@@ -230,25 +230,25 @@ def read_state(path: Path) -> dict[str, torch.Tensor]:
         state = dict(_read(path))
         if state and all(isinstance(value, torch.Tensor) for value in state.values()):
             return state
-        problem = "it holds no state dict"
-    except Exception as error:  # torch and Python raise many kinds for what is no state dict
+        problem = "it doesn't hold a state dict"
+    except Exception as error:  # torch and Python raise many errors for files that aren't state dicts
         problem = f"it can't be loaded ({in_short(error)})"
     raise InputError("weights", path, problem, "give a state dict, as torch.save(model.state_dict(), FILE) writes it")
 
 
 def _read(path: Path) -> Any:
-    """Return the parameters in a file, without running what a pickle may hold."""
+    """Return the parameters in a file, without running the code that a pickle may hold."""
     if path.suffix == ".safetensors":
         return _unwrapped(load_file(path))
-    with torch.serialization.safe_globals([argparse.Namespace, type(Path())]):  # options that programs save too
+    with torch.serialization.safe_globals([argparse.Namespace, type(Path())]):  # options that programs also save
         return _unwrapped(torch.load(path, map_location="cpu", weights_only=True))
 
 
 def _unwrapped(state: Any) -> Any:
-    """Return the parameters of a network out of what training programs save around them.
+    """Return the parameters of a network from the checkpoint of a training program.
 
-    That is Lightning's `state_dict` or torchvision's `model`, beside the optimiser's; and the names under which
-    DataParallel, Lightning and torch.compile hold a network.
+    They are in Lightning's `state_dict` or torchvision's `model`, next to the optimiser's state. DataParallel,
+    Lightning and torch.compile add prefixes to their names.
     """
     if not isinstance(state, Mapping):
         return {}
@@ -259,10 +259,10 @@ def _unwrapped(state: Any) -> Any:
 
 
 def in_short(error: Exception) -> str:
-    """Say in a few words what torch says in many."""
+    """Shorten a long error message of torch."""
     text = f"{type(error).__name__}: {error}"
     if any(mark in text for mark in ("UnpicklingError", "KeyError", "weights_only")):
-        return "it holds something else than tensors, or is damaged"
+        return "it holds something other than tensors, or is damaged"
     kinds = {"Missing key": "parameters are missing", "Unexpected key": "it has parameters of another network",
              "size mismatch": "shapes differ", "PytorchStreamReader": "it is damaged or cut short"}  # fmt: skip
     return ", ".join(words for mark, words in kinds.items() if mark in text) or " ".join(text.split())[:120]

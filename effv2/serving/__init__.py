@@ -1,1 +1,1 @@
-"""The model as it is logged and served: image in, class names and probabilities out."""
+"""The logged and served model: image in, class names and probabilities out."""

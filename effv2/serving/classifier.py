@@ -1,4 +1,4 @@
-"""A trained network with what it does to images, as a module of PyTorch."""
+"""A trained network with its preprocessing, as a module of PyTorch."""
 
 from collections.abc import Iterable, Sequence
 from os import PathLike
@@ -18,9 +18,9 @@ Picture = str | PathLike[str] | Image.Image | np.ndarray[Any, Any]  # a path, an
 
 
 class Classifier(nn.Module):
-    """Images of any size and mode to logits (N, outputs), of which the first are of `classes`. In eval mode at first.
+    """From images of any size and mode to logits (N, outputs), the first ones of `classes`. It starts in eval mode.
 
-    `network` alone takes normalised images; all of it can be trained on.
+    `network` itself takes normalised images, and can be trained further.
     """
 
     mean: Tensor
@@ -36,12 +36,12 @@ class Classifier(nn.Module):
         self.eval()
 
     def preprocess(self, images: Iterable[Picture]) -> Tensor:
-        """Return the bytes (N, 3, size, size) that images become: decoded, upright, in RGB, resized."""
+        """Return images as bytes (N, 3, size, size): decoded, upright, in RGB, resized."""
         pixels = np.stack([self.preparation(_opened(image)) for image in images])
         return torch.from_numpy(pixels).permute(0, 3, 1, 2)
 
     def forward(self, images: Tensor | Iterable[Picture]) -> Tensor:
-        """Return logits (N, outputs) of images, or of bytes as `preprocess` makes them."""
+        """Return logits (N, outputs) of images, or of bytes from `preprocess`."""
         pixels = images if isinstance(images, Tensor) else self.preprocess(images)
         logits: Tensor = self.network((pixels.to(self.mean.device).float() / 255 - self.mean) / self.std)
         return logits

@@ -1,4 +1,4 @@
-"""From a trained network to the one file that the served model runs: bytes in, class probabilities out."""
+"""From a trained network to the files of the served model: bytes in, class probabilities out."""
 
 import base64
 import io
@@ -22,7 +22,7 @@ from effv2.data.batches import Statistics
 from effv2.data.images import CentreCrop, Preparation
 
 OTHER = "other"
-# What write_served writes, none of which torch reads as a pickle, unless its configuration says so.
+# The files of write_served. torch reads none of them as a pickle, unless its configuration is changed.
 PROGRAM_FILE = re.compile(
     r"[^/]+/(data/weights/(weight_\d+|model_weights_config\.json)|data/constants/(tensor_\d+|model_constants_config\.json)"
     r"|data/sample_inputs/model\.pt|models/model\.json|archive_format|archive_version|byteorder|version"
@@ -31,7 +31,7 @@ PROGRAM_FILE = re.compile(
 
 
 def output_names(classes: Sequence[str], outputs: int) -> list[str]:
-    """Name the columns of probabilities: the classes and, where the head is wider, one of all outputs beyond them."""
+    """Name the columns of probabilities: the classes and, if the head is wider, one for all other outputs."""
     other = OTHER
     while other in classes:
         other += "_"
@@ -41,7 +41,7 @@ def output_names(classes: Sequence[str], outputs: int) -> list[str]:
 class _Served(nn.Module):
     """Bytes (N, 3, size, size) to probabilities (N, columns) and the columns of the predictions (N).
 
-    The last column sums up all outputs from there on. Predicted is the largest logit: close ones tie as probabilities.
+    The last column sums all outputs from there on. Predicted is the largest logit: close ones have equal probabilities.
     """
 
     mean: Tensor
@@ -64,18 +64,15 @@ class _Served(nn.Module):
 def write_served(
     folder: Path, network: nn.Module, statistics: Statistics, preparation: Preparation, names: Sequence[str]
 ) -> dict[str, Path]:
-    """Write the files of the served model besides its own, no pickle among them; return them by the names it knows.
-
-    The probabilities get `names`, as output_names gives them.
-    """
+    """Write the served model's other files, without a pickle; its columns are `names`. Return them by their names."""
     files = {"program": folder / "program.pt2", "settings": folder / "settings.json", "decoder": Path(decoder.__file__)}
     settings: dict[str, Any] = {"image_size": preparation.size, "names": list(names)}
     if isinstance(preparation, CentreCrop):
         settings |= {"shorter_side": preparation.resize, "interpolation": preparation.interpolation.upper()}
     files["settings"].write_text(json.dumps(settings), encoding="utf-8")
-    example = torch.zeros(2, 3, preparation.size, preparation.size, dtype=torch.uint8)  # 2: a batch of 1 would be kept
+    example = torch.zeros(2, 3, preparation.size, preparation.size, dtype=torch.uint8)  # 2: a batch of 1 would be fixed
     served = _Served(network, statistics, len(names)).eval()
-    with uninterrupted():  # what is raised within torch's tracing may abort the process
+    with uninterrupted():  # an exception within torch's tracing may abort the process
         program = torch.export.export(served, (example,), dynamic_shapes=({0: torch.export.Dim("batch")},))
         program.example_inputs = None  # it would be stored as a pickle
         torch.export.save(program, files["program"])
@@ -83,19 +80,19 @@ def write_served(
 
 
 def read_program(path: Path) -> ExportedProgram:
-    """Read the network of a served model; InputError for an archive of which torch would run a pickle."""
+    """Read the network of a served model; InputError for an archive with a pickle that torch would run."""
     with zipfile.ZipFile(path) as archive:
         files = {each.filename: each.file_size for each in archive.infolist()}
         configs = [json.loads(archive.read(name))["config"] for name in files if name.endswith("_config.json")]
     pickled = any(each["use_pickle"] for config in configs for each in config.values())
-    inputs = any(size for name, size in files.items() if name.endswith(".pt"))  # which write_served leaves empty
+    inputs = any(size for name, size in files.items() if name.endswith(".pt"))  # write_served leaves these empty
     if pickled or inputs or not all(map(PROGRAM_FILE.fullmatch, files)):
         raise InputError("model", path.name, "holds more than tensors and a graph", "give a model that effv2 logged")
     return torch.export.load(path)
 
 
 def as_base64(image: Image.Image) -> str:
-    """Return an image as a request holds it."""
+    """Return an image in the form of a request."""
     buffer = io.BytesIO()
-    decoder.to_rgb(image).save(buffer, "PNG")  # PNG knows no CMYK
+    decoder.to_rgb(image).save(buffer, "PNG")  # PNG has no CMYK
     return base64.b64encode(buffer.getvalue()).decode()

@@ -1,12 +1,12 @@
 """The served model, as MLflow loads it (models from code): this file, its decoder, a network, settings.
 
-The network is a torch.export program, or the same as ONNX, which needs no torch: whichever artifact is there.
+The network is a torch.export program, or an equal ONNX file, which needs no torch. The existing artifact is used.
 
-The decoder is the file by which training made its pixels. Settings (JSON): image_size in pixels, names of the columns;
-and, where the central square is taken of an image whose shorter side was resized, shorter_side in pixels and Pillow's
-name of the interpolation.
+The decoder is the file that also decodes images for training. Settings (JSON): image_size in pixels, and names of the
+columns. If the shorter side is resized and the central square is cropped: shorter_side in pixels, and Pillow's name of
+the interpolation.
 
-It answers without the rest of the package. A request holds images: base64 text over HTTP; from Python also bytes, paths
+The rest of the package is not needed. A request holds images: base64 text over HTTP; from Python also bytes, paths
 (pathlib), PIL images and arrays. A string is never a path: callers over HTTP could read the server's files.
 """
 
@@ -28,24 +28,24 @@ from mlflow.protos.databricks_pb2 import INVALID_PARAMETER_VALUE
 from mlflow.pyfunc.model import PythonModel, PythonModelContext
 from PIL import Image, UnidentifiedImageError
 
-AT_ONCE = 64  # images of a forward pass
-MOST = {"images": 1_000, "bytes": 200_000_000, "pixels": 300_000_000}  # of a request, all images together
-PLAINLY = {binascii.Error: "it is not base64", UnidentifiedImageError: "it is in no image format that Pillow knows"}
+AT_ONCE = 64  # images per forward pass
+MOST = {"images": 1_000, "bytes": 200_000_000, "pixels": 300_000_000}  # limits per request, all images together
+PLAINLY = {binascii.Error: "it is not base64", UnidentifiedImageError: "Pillow doesn't know its format"}
 
 
 class Refused(MlflowException):
-    """A request that isn't answered: HTTP status 400."""
+    """A refused request: HTTP status 400."""
 
     def __init__(self, text: str) -> None:
         self._text = text
         super().__init__(self._text, error_code=INVALID_PARAMETER_VALUE)
 
-    # MLflow would prefix the whole request to a message that it can write to.
+    # MLflow would prefix the whole request to a writable message.
     message = property(lambda self: self._text, lambda self, _: None)
 
 
 class BadImage(Refused):
-    """An input that is no image."""
+    """An input that is not an image."""
 
     def __init__(self, position: int, reason: str) -> None:
         super().__init__(f"Image {position} of the request can't be read: {reason}.")
@@ -57,7 +57,7 @@ class ImageClassifier(PythonModel):
     def load_context(self, context: PythonModelContext) -> None:
         """Load the decoder, the network and the settings."""
         spec: Any = importlib.util.spec_from_file_location("decoder", context.artifacts["decoder"])
-        self.decoder: Any = importlib.util.module_from_spec(spec)  # this model's own, whatever else is loaded
+        self.decoder: Any = importlib.util.module_from_spec(spec)  # the decoder of this model
         spec.loader.exec_module(self.decoder)
         self.settings: dict[str, Any] = json.loads(Path(context.artifacts["settings"]).read_text(encoding="utf-8"))
         self.network = _load_network(context.artifacts)
@@ -67,11 +67,11 @@ class ImageClassifier(PythonModel):
     ) -> list[dict[str, Any]]:
         """Return, for each image, `label`, its `probability`, and `probabilities` of classes by name.
 
-        The parameter `top_k` is the number of classes: the label first, then the most likely; 0: all of them.
+        The parameter `top_k` is the number of classes: the label first, then the most likely others. 0 means all.
         """
         top_k = (params or {}).get("top_k") or 0
         if top_k < 0:
-            raise Refused(f"top_k is {top_k}: give the number of classes to be told of, or 0 for all.")
+            raise Refused(f"top_k is {top_k}: give the number of classes in the answer, or 0 for all.")
         if not model_input:
             return []
         self._must_fit(model_input)
@@ -90,7 +90,7 @@ class ImageClassifier(PythonModel):
         return {"label": names[column], "probability": row[column], "probabilities": probabilities}
 
     def pixels(self, item: Any, position: int = 0) -> Any:
-        """Return the bytes (size, size, 3) that the network gets of an image; BadImage where it can't be read."""
+        """Return an image as the network's bytes (size, size, 3); BadImage if it can't be read."""
         how = [self.settings[name] for name in ("shorter_side", "interpolation") if name in self.settings]
         self.decoder.allow(MOST["pixels"] / 1e6)
         try:
@@ -102,7 +102,7 @@ class ImageClassifier(PythonModel):
             raise BadImage(position, reason) from None
 
     def _must_fit(self, items: list[Any]) -> None:
-        """Refuse a request that would take too long or too much memory, before a pixel of it is decoded."""
+        """Refuse a request that would take too long or too much memory, before any decoding."""
         held = {"images": len(items), "bytes": sum(len(item) for item in items if isinstance(item, (str, bytes)))}
         _must_be_few(held)
         self.decoder.allow(MOST["pixels"] / 1e6)
@@ -122,14 +122,14 @@ class ImageClassifier(PythonModel):
                 raise ValueError("an array must hold bytes (uint8)")
             return Image.fromarray(item)
         if isinstance(item, str):
-            text = item.partition("base64,")[2] or item  # a data URL brings a head along
+            text = item.partition("base64,")[2] or item  # a data URL has a head
             item = base64.b64decode("".join(text.split()), validate=True)
         opened: Image.Image = self.decoder.open_image(io.BytesIO(item.read_bytes() if isinstance(item, Path) else item))
         return opened
 
 
 def _load_network(artifacts: dict[str, str]) -> Callable[[Any], Any]:
-    """Return what makes of bytes (N, 3, size, size) probabilities (N, columns) and predicted columns (N), all NumPy."""
+    """Return a NumPy function from bytes (N, 3, size, size) to probabilities (N, columns) and predicted columns (N)."""
     if "onnx" in artifacts:
         import onnxruntime
 

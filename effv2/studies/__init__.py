@@ -1,1 +1,1 @@
-"""Study files and the runs that follow from them."""
+"""Studies: their plans, their queue of trials, and the engine that runs them."""

@@ -1,4 +1,4 @@
-"""Run a study to its end: open or resume it, have it worked on by one process or several, publish what came out."""
+"""Run a study to its end: open or resume it, work on it with one or several processes, publish the results."""
 
 import multiprocessing
 import os
@@ -41,25 +41,25 @@ from effv2.tracking.writer import TrackedRun, model_address, run_address, status
 # User attributes of Optuna's study.
 DEFINITION, PARENT, FRESH, PUBLISHED, BEGUN = "definition", "parent_run", "fresh", "published", "auto_begun"
 WATCH_SECONDS = 0.5
-MOST_IN_VAIN = 3  # ends of workers, for each of them, in which no run was finished
-ENDING_SECONDS = 60  # so long workers may take to end after SIGTERM
-MOST_DIFFERENCES = 4  # that are named
+MOST_IN_VAIN = 3  # per worker: ends of workers without a newly finished run
+ENDING_SECONDS = 60  # seconds that workers may take to end after SIGTERM
+MOST_DIFFERENCES = 4  # that a message names
 
 
 @dataclass(frozen=True)
 class StudyEnd:
-    """The run of a study, its results, why runs failed, and addresses of models logged last; both by trial."""
+    """The run of a study, its results, and by trial: the errors of failed runs and the models logged last."""
 
     parent: TrackedRun
     results: StudyResults
     failed: Mapping[str, str]
     models: Mapping[str, str]
-    planned: int  # runs that were wanted in the end
-    in_vain: bool  # a search of which no trial was completed: there what diverged has failed
+    planned: int  # the runs that were wanted at the end
+    in_vain: bool  # a search without a completed trial: there, diverged runs count as failed
 
 
 def run_study(plan: Plan, experiment_id: str, options: StudyOptions, load: LoadData, reporter: Reporter) -> StudyEnd:
-    """Run what isn't finished of a study, then publish it; machines with one storage and one server share the work."""
+    """Run a study's unfinished trials, then publish it. Machines with one storage and one server share the work."""
     with store.tracking_faults(), closing(open_storage(options.storage)) as storage:
         study, setbacks = _open(plan, storage, experiment_id, options, reporter), Counter[str]()
         try:
@@ -71,14 +71,14 @@ def run_study(plan: Plan, experiment_id: str, options: StudyOptions, load: LoadD
                 except store.TrackingError as error:
                     if not store.outage_passed(error, setbacks, "publish", OUTAGE_SECONDS, reporter.message):
                         raise
-        except BaseException as error:  # of an ending signal too: what this process has is given back
+        except BaseException as error:  # also after an ending signal: this process gives back its trials
             study.leave(storage, status_after(error))
             raise
 
 
 def _work(study: OpenedStudy, queue: Queue, load: LoadData, reporter: Reporter) -> None:
     if queue.deserted() and (repeated := queue.repeat(_deleted(queue.trials(), study.parent.experiment_id))):
-        reporter.message(f"{repeated} finished runs were deleted from the tracking store: they are repeated.")
+        reporter.message(f"{repeated} finished runs were deleted from the tracking store and are repeated.")
     reporter.message(run_address(study.parent.run_id, study.parent.experiment_id))
     said = sum(each.complete for each in study.plan.rounds(queue.trials()))
 
@@ -95,7 +95,7 @@ def _work(study: OpenedStudy, queue: Queue, load: LoadData, reporter: Reporter) 
     show()
     if not queue.unfinished():
         total = len(study.plan.wanted(queue.trials()))
-        reporter.message(f"All {total} runs were finished before; `fresh` repeats them.")
+        reporter.message(f"All {total} runs were already finished; `fresh` repeats them.")
     elif study.options.workers == 1:
         Worker(study, queue, load, reporter, show).work()
     else:
@@ -103,7 +103,7 @@ def _work(study: OpenedStudy, queue: Queue, load: LoadData, reporter: Reporter) 
 
 
 def _open(plan: Plan, storage: Storage, experiment_id: str, options: StudyOptions, reporter: Reporter) -> OpenedStudy:
-    """Open the newest study of this definition whose run the tracking store has, or create both."""
+    """Open the newest study of this definition that has a run in the tracking store, or create both."""
     definition, kind = {**plan.definition, "experiment": experiment_id}, f"{plan.kind} {plan.name} "
     name = f"{kind}{provenance.sha256_of_values(definition)[:12]}"
     try:
@@ -116,13 +116,13 @@ def _open(plan: Plan, storage: Storage, experiment_id: str, options: StudyOption
                 queue, attributes = found.study_name, dict(found.user_attrs)
             else:
                 if same and not options.fresh:
-                    text = f"The tracking store {shown_uri()} has no run of this study: a new one is started there."
+                    text = f"The tracking store {shown_uri()} has no run of this study, so a new one is started there."
                     reporter.message(text)
                 if begun and not same:
                     words = differences(begun[0].user_attrs[DEFINITION], definition)
-                    text = f"Not the study {plan.name} that was begun before: {listed(words, MOST_DIFFERENCES)}"
-                    reporter.message(f"{text}. What is the same is not repeated.")
-                # Those whose creation was cut short are counted too.
+                    text = f"This differs from the earlier study {plan.name}: {listed(words, MOST_DIFFERENCES)}"
+                    reporter.message(f"{text}. Equal runs are not repeated.")
+                # Studies whose creation was interrupted count as well.
                 numbers = [study.study_name.rpartition("#") for study in studies]
                 queue = f"{name}#{1 + max((int(last) for before, _, last in numbers if before == name), default=0)}"
                 attributes = _create(plan, storage, queue, definition, options.fresh)
@@ -144,7 +144,7 @@ def _open(plan: Plan, storage: Storage, experiment_id: str, options: StudyOption
 
 
 def _begin(storage: Storage, name: str, what: str) -> list[str]:
-    """Return the trials that were finished when `what` was first wanted of a study: now, unless it was before."""
+    """Return the trials that were finished when the study first began `what`: now, unless that was earlier."""
     with storage.lock("studies"):
         number = storage.optuna.get_study_id_from_name(name)
         begun: dict[str, list[str]] = dict(storage.optuna.get_study_user_attrs(number).get(BEGUN, {}))
@@ -156,14 +156,14 @@ def _begin(storage: Storage, name: str, what: str) -> list[str]:
 
 
 def _note_planned(study: OpenedStudy, trials: Trials) -> None:
-    """Add the trials that are wanted now to those that the study's run is known to want."""
+    """Add the trials that are wanted now to the planned trials of the study's run."""
     (record,) = read_runs([study.parent.run_id])
     planned = dict.fromkeys([*names_in(record.tags, PLANNED), *study.plan.wanted(trials)])
     study.parent.set_tags(as_tags(PLANNED, planned))
 
 
 def _create(plan: Plan, storage: Storage, name: str, definition: Mapping[str, Any], fresh: bool) -> dict[str, Any]:
-    """Create a study's run, then the study of that name in the storage; return the attributes of the latter."""
+    """Create the run of a study, then the study in the storage. Return the attributes of the latter."""
     tags = {STUDY: plan.name, CODE_VERSION: definition["code"], QUEUE: name}
     parent = None
     try:
@@ -185,7 +185,7 @@ def _create(plan: Plan, storage: Storage, name: str, definition: Mapping[str, An
 
 
 def differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
-    """Say in a few words each how two definitions differ."""
+    """Return the differences of two definitions, in a few words each."""
     found: list[str] = []
     for name in sorted({**before, **now}):
         old, new = (each.get(name, "absent") for each in (before, now))
@@ -198,20 +198,20 @@ def differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
 
 
 def _deleted(trials: Trials, experiment_id: str) -> set[str]:
-    """Return the runs of finished trials that somebody has deleted since."""
+    """Return the deleted runs of finished trials."""
     runs = {trial.user_attrs[RUN] for trial in trials.values() if trial.state.is_finished() and RUN in trial.user_attrs}
-    # Asked for once more, one by one: a deletion meanwhile may hide a run between two pages of the list.
+    # Read again, one by one: a simultaneous deletion may hide a run between two pages of the list.
     return {run_id for run_id in runs - known_runs(experiment_id) if read_run(run_id) is None} if runs else set()
 
 
 def _publish(study: OpenedStudy, queue: Queue, load: LoadData, reporter: Reporter) -> StudyEnd:
-    """Publish the study unless another process just did, and end its run unless others work on it."""
+    """Publish the study unless another process just did, and end its run unless other processes work on it."""
     storage, plan, log_model = queue.storage, study.plan, study.options.log_model
     models: Mapping[str, str] = {}
     with storage.lock(f"publish {study.name}"):
         trials = queue.trials()
         wanted = plan.wanted(trials)
-        deleted = _deleted(trials, study.parent.experiment_id)  # of trials that aren't wanted now
+        deleted = _deleted(trials, study.parent.experiment_id)  # of trials that are no longer wanted
         trials = {name: trial for name, trial in trials.items() if trial.user_attrs.get(RUN) not in deleted}
         finished = sorted(trial.number for trial in trials.values() if trial.state.is_finished())
         stands = {"trials": finished, "log_model": log_model}
@@ -223,7 +223,7 @@ def _publish(study: OpenedStudy, queue: Queue, load: LoadData, reporter: Reporte
             results = publish_study(study.parent, used, plan.dataset(load))
             storage.optuna.set_study_user_attr(queue.study_id, PUBLISHED, stands)
             if log_model == "all" and (without := [run for run in used.values() if not model_address(run)]):
-                text = f"{len(without)} runs were finished before without a model; `fresh` repeats them with it."
+                text = f"{len(without)} runs were already finished, without a model; `fresh` repeats them with a model."
                 reporter.message(text)
         in_vain = plan.searches and best_of(trials.values()) is None
         failed = {
@@ -237,8 +237,8 @@ def _publish(study: OpenedStudy, queue: Queue, load: LoadData, reporter: Reporte
 
 
 def _supervise(study: OpenedStudy, queue: Queue, message: Message, show: Callable[[], None]) -> None:
-    """Start worker processes and watch until all wanted trials are finished; replace those that end before."""
-    # Not by a server that forks: workers would not be our own children, to be waited for whatever happens to it.
+    """Start worker processes, and replace those that end early, until all wanted trials are finished."""
+    # No fork server: workers must be children of this process, which can then always wait for them.
     context, workers = multiprocessing.get_context("spawn"), study.options.workers
     threads = max(1, torch.get_num_threads() // workers)
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
@@ -247,9 +247,9 @@ def _supervise(study: OpenedStudy, queue: Queue, message: Message, show: Callabl
     def start(index: int) -> SpawnProcess:
         gpu = gpus[index % len(gpus)] if len(gpus) > 1 else ""
         process = context.Process(target=worker_process, args=(study, threads, gpu), daemon=True)
-        # It inherits that Ctrl-C, which reaches a whole group, is ignored: this process ends it in order.
+        # Workers inherit that Ctrl-C, which reaches the whole group, is ignored: this process ends them in order.
         before, main = signal.signal(signal.SIGINT, signal.SIG_IGN), sys.modules["__main__"]
-        sys.modules["__main__"] = ModuleType("__main__")  # a script that calls effv2 isn't run again in each worker
+        sys.modules["__main__"] = ModuleType("__main__")  # workers must not run the calling script again
         try:
             process.start()
         finally:
@@ -258,20 +258,20 @@ def _supervise(study: OpenedStudy, queue: Queue, message: Message, show: Callabl
         return process
 
     processes: list[SpawnProcess] = []
-    ended = Counter[int]()  # ends of workers, by how many trials were finished
+    ended = Counter[int]()  # ends of workers, by the number of finished trials
     try:
         processes += map(start, range(workers))
         while queue.unfinished():
             show()
             for index, process in enumerate(processes):
                 if process.exitcode == AWAY:
-                    raise RunError("The storage or the tracking store is away; start it.", resumes=True)
+                    raise RunError("The storage or the tracking store does not answer; start it.", resumes=True)
                 if process.exitcode is not None:
                     finished = sum(trial.state.is_finished() for trial in queue.trials().values())
                     ended[finished] += 1
                     if ended[finished] > MOST_IN_VAIN * workers:
-                        raise RunError("Workers end before they finish a run; see above why.", resumes=True)
-                    message("A worker has ended too early; another one takes its place.")
+                        raise RunError("Workers end before they finish a run; see the messages above.", resumes=True)
+                    message("A worker ended early; another one replaces it.")
                     processes[index] = start(index)
             time.sleep(WATCH_SECONDS)
         show()
@@ -280,11 +280,11 @@ def _supervise(study: OpenedStudy, queue: Queue, message: Message, show: Callabl
 
 
 def _stop(processes: list[SpawnProcess]) -> None:
-    """End the workers, which give back what they work on; kill those that take too long."""
+    """End the workers, which give back their trials. Kill workers that take too long."""
     for process in processes:
         process.terminate()
     deadline = time.monotonic() + ENDING_SECONDS
     for process in processes:
         process.join(max(0.0, deadline - time.monotonic()))
-        process.kill()  # where it still runs
+        process.kill()  # if it still runs
         process.join()

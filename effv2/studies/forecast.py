@@ -1,4 +1,4 @@
-"""What a grid would take and find, said before anything is created: runs, hours, and differences that it can tell."""
+"""A forecast of a grid before anything is created: runs, hours, and the differences that it can detect."""
 
 import math
 import statistics
@@ -21,22 +21,22 @@ from effv2.tracking.read import RunRecord, decisive_accuracy, read_experiment
 from effv2.tracking.studies import complete
 from effv2.training.loop import Training
 
-TIMED_SECONDS = 15.0  # of training, all arms together, where no run was finished before
-GUESSED_DEVIATION = 0.02  # of accuracies of runs that differ in their seeds, where none were finished before
+TIMED_SECONDS = 15.0  # of training for all arms together, if there are no finished runs
+GUESSED_DEVIATION = 0.02  # standard deviation of accuracy over seeds, if there are no finished runs
 CHANCES = 0.5, 0.8, 0.95
-LARGEST = 1.0  # of differences of fractions
+LARGEST = 1.0  # differences, as fractions
 
 
 class _TimeIsUp(Exception):
-    """Ends a training that was only timed."""
+    """Ends a training after its timing."""
 
 
 def forecast(
     plan: Grid, options: StudyOptions, load: LoadData, experiment_id: str | None
 ) -> tuple[list[str], list[list[str]]]:
-    """Foresee a grid in sentences, and a table of differences that would be found, its titles first.
+    """Forecast a grid in sentences and a table, titles first, of the differences that it would detect.
 
-    From finished runs of the same arms in the experiment, if it is there, else from a short timing.
+    The basis is finished runs of the same arms in the experiment, if there are any, otherwise a short timing.
     """
     runs = complete(read_experiment(experiment_id, ())) if experiment_id is not None else []
     seeds = Counter(str(params["arm"]) for params in plan.trials.values())
@@ -48,7 +48,7 @@ def forecast(
         timed += [] if known else [arm]
     most = int(plan.stamps.get(MAX_SEEDS, EVERY_LOOK.most))
     if plan.auto:
-        count = f"{FEWEST * len(same)} to {most * len(same)} runs, as many as the answers take"
+        count = f"{FEWEST * len(same)} to {most * len(same)} runs, as many as the verdicts need"
         one = sum(seconds.values())
         hours = f"{duration(FEWEST * one)} to {duration(most * one)}"
     else:
@@ -58,15 +58,15 @@ def forecast(
     shared = f"; {options.workers} workers share the machine" if options.workers > 1 else ""
     deviation, source = _deviation(same)
     lines = [
-        f"{count}, about {hours} of training added up, by {' and '.join(how)}{shared}. Evaluation comes on top.",
-        f"Differences from the baseline that would be found, with a standard deviation of {points(deviation, '')} "
+        f"{count}, about {hours} of training in total, by {' and '.join(how)}{shared}. Evaluation takes extra time.",
+        f"Differences from the baseline that would be detected, with a standard deviation of {points(deviation, '')} "
         f"({source}):",
     ]
     return lines, _table(Looks(most), sorted({3, 6, 10, most}), deviation)
 
 
 def _table(looks: Looks, counts: Sequence[int], deviation: float) -> list[list[str]]:
-    """Return the differences of one arm that are found with some probabilities at a number of seeds."""
+    """Return the differences of one arm that a number of seeds detects with certain probabilities."""
     nominal = looks.nominal(LEVEL, 2)
 
     def cell(count: int, chance: float) -> str:
@@ -76,11 +76,11 @@ def _table(looks: Looks, counts: Sequence[int], deviation: float) -> list[list[s
         return points(float(brentq(lacks, 0, LARGEST)), "") if lacks(LARGEST) > 0 else "none"
 
     rows = [[str(count), *(cell(count, chance) for chance in CHANCES)] for count in counts if count <= looks.most]
-    return [["seeds of each arm", *(f"found in {chance:.0%}" for chance in CHANCES)], *rows]
+    return [["seeds per arm", *(f"detected in {chance:.0%}" for chance in CHANCES)], *rows]
 
 
 def _deviation(same: dict[str, list[RunRecord]]) -> tuple[float, str]:
-    """Return the standard deviation of runs that differ in their seeds alone, pooled, and where it is from."""
+    """Return the pooled standard deviation of runs that differ only in their seeds, and its source."""
     decisive = [run for runs in same.values() for run in runs]
     name = decisive_accuracy(decisive)
     groups = [[run.metrics[name] for run in runs if name in run.metrics] for runs in same.values()]
@@ -91,12 +91,12 @@ def _deviation(same: dict[str, list[RunRecord]]) -> tuple[float, str]:
 
 
 def _is_like(run: RunRecord, config: TrainConfig) -> bool:
-    """Say whether a run has all settings but the seed and how it was computed."""
+    """Say whether a run has all settings, except the seed and the execution."""
     return all(run.params.get(name) == str(value) for name, value in config.flat().items() if name not in FREE)
 
 
 def _timed(config: TrainConfig, load: LoadData, limit: float) -> float:
-    """Return about how many seconds a training takes, from its first steps but for the very first."""
+    """Estimate the seconds of a training, from its first steps except the very first."""
     training, ends, steps_of_all = Training(config, load(config.data)), list[float](), 0
 
     def on_step(step: int, steps: int) -> None:

@@ -1,4 +1,4 @@
-"""A grid, of `ablate` or `hparam-check`: arms by seeds, on one or several splits of the images, then compared."""
+"""The grid of `ablate` or `hparam-check`: arms by seeds, on one or several splits of the images."""
 
 import math
 from collections.abc import Callable, Mapping, Sequence
@@ -21,16 +21,16 @@ from effv2.evidence.statistics import EVERY_LOOK, FEWEST
 from effv2.run.run import prepare
 from effv2.studies.plan import ABOUT, TrainingPlan
 from effv2.studies.queue import Params, Trials
-from effv2.studies.seeds import ACCURACY, AutoSeeds, Round, named_trial
+from effv2.studies.seeds import ACCURACY, MEASURE, AutoSeeds, Round, named_trial
 from effv2.tracking.read import Images, RunRecord, decisive_accuracy
 
 MAX_SEEDS, MARGIN, LOOKS = "study.max_seeds", "study.margin", "study.looks"  # params of a study's run
-FEWEST_ARMS = 2  # that can be compared
+FEWEST_ARMS = 2  # that a comparison can have
 
 
 @dataclass(frozen=True, kw_only=True)
 class Grid(TrainingPlan):
-    """The resolved arms of a study. Trials have an arm, a seed and, of several, a split; `auto` says how many."""
+    """The resolved arms of a study. A trial has an arm, a seed and, if there are several, a split."""
 
     arms: Mapping[str, TrainConfig]
     splits: int = 1
@@ -38,11 +38,11 @@ class Grid(TrainingPlan):
     options: StudyOptions
 
     def dataset(self, load: LoadData) -> Dataset | None:
-        """Return the images of the first arm; test images are those of all of them."""
+        """Return the images of the first arm. All arms have the same test images."""
         return load(next(iter(self.arms.values())).data)
 
     def wanted(self, trials: Trials) -> Mapping[str, Params]:
-        """Return the seeds that the study names, or those of the last round."""
+        """Return the trials of the listed seeds, or of the last round."""
         return self.auto.trials(self.auto.rounds(trials)[-1].counts) if self.auto else self.trials
 
     def rounds(self, trials: Trials) -> list[Round]:
@@ -50,26 +50,26 @@ class Grid(TrainingPlan):
         return self.auto.rounds(trials) if self.auto else []
 
     def resumed(self, stamped: Mapping[str, str], begin: Callable[[str], Sequence[str]]) -> "Grid":
-        """Return the plan by the rules that a study was begun with; InputError where others are asked for."""
+        """Return the plan with the rules that a study began with; InputError if the options give others."""
         for name, given in ((MAX_SEEDS, self.options.max_seeds), (MARGIN, self.options.margin)):
             if given is not None and stamped.get(name) != str(given):
                 was = f"with {stamped[name]}" if name in stamped else "without it"
-                problem = f"the study was begun {was}, which can't be changed once its runs were seen"
+                problem = f"the study began {was}, which can't change after its first runs"
                 raise InputError(name.partition(".")[2], given, problem, "leave it out, or start over with `fresh`")
         if not self.auto:
             return self
         began, asked = stamped.get(LOOKS, "every"), str(self.options.seeds)
         if began != self.stamps[LOOKS] or (self.splits > 1 and MAX_SEEDS not in stamped):
             ways = {"once": f"for one look, at {stamped.get(MAX_SEEDS)} seeds", RACE: "as a race"}
-            problem = f"the study was begun {ways.get(began, 'with auto seeds or a list')}"
-            raise InputError("seeds", asked, problem, "give what it was begun with, or start over with `fresh`")
+            problem = f"the study began {ways.get(began, 'with auto seeds or a list')}"
+            raise InputError("seeds", asked, problem, "give the same again, or start over with `fresh`")
         most, margin = int(stamped.get(MAX_SEEDS, EVERY_LOOK.most)), float(stamped.get(MARGIN, 0))
         before = tuple(begin(", ".join(self.auto.wanted)))
         return replace(self, auto=replace(self.auto, most=most, margin=margin, before=before))
 
     def suggest(self, trial: optuna.Trial) -> Params:
         """Return the trial's arm, seed and split."""
-        arm = trial.suggest_categorical("arm", sorted(self.arms))  # one order, whatever that of the study file
+        arm = trial.suggest_categorical("arm", sorted(self.arms))  # in one order, independent of the study file's
         params = {"arm": arm, "seed": trial.suggest_int("seed", 0, 2**32 - 1)}
         return params | ({"split": trial.suggest_int("split", 0, 2**32 - 1)} if self.splits > 1 else {})
 
@@ -78,10 +78,10 @@ class Grid(TrainingPlan):
         return self.arms[params["arm"]].with_seed(params["seed"], params.get("split", 0))
 
     def facts(self, params: Params, metrics: Mapping[str, float]) -> dict[str, Any]:
-        """Return the accuracy that verdicts rest on, which is not the one that the training was selected by."""
+        """Return the accuracy that verdicts use, with its name. It is not the one that selected the epoch."""
         settings = {name: str(value) for name, value in self.configuration(params).flat().items()}
         run = RunRecord("", "", "FINISHED", settings, dict(metrics), {})
-        return {ACCURACY: metrics[decisive_accuracy([run])]}
+        return {ACCURACY: metrics[name := decisive_accuracy([run])], MEASURE: name}
 
 
 def make_grid(
@@ -94,25 +94,25 @@ def make_grid(
     load: LoadData,
     reporter: Reporter,
 ) -> Grid:
-    """Load every data set and check it, so that nothing wrong is found half-way, then resolve `auto`.
+    """Load and check every data set, so that errors appear before the first run, then resolve `auto`.
 
-    `names` are those of the wanted arms; seeds of the options go before those of the study, those before its arms' own.
+    `names` are those of the wanted arms. Seeds in options override those of the study, which override those of arms.
     """
     seeds = () if isinstance(options.seeds, str) else options.seeds or study.seeds
     stamps = _stamps(study, names, options, len(seeds))
     asked = [study.arm(name, layer) for name in study.arms]
     if len({config.evaluation.test_set for config in asked}) > 1:
         problem = "true in some arms and false in others"
-        raise InputError("evaluation.test_set", "", problem, "give all arms the same")
+        raise InputError("evaluation.test_set", "", problem, "give all arms the same value")
     splits = [each.with_seed(each.random.seed, split) for split in range(study.splits) for each in asked]
     prepared = prepare(splits, load, reporter.message)
-    arms = dict(zip(study.arms, prepared, strict=False))  # the first split's
+    arms = dict(zip(study.arms, prepared, strict=False))  # those of the first split
     identities = {arm: config.identity() for arm, config in arms.items()}
     for identity in identities.values():
-        del identity["random.seed"]  # so that a study may grow by some
+        del identity["random.seed"]  # so that a study may get more
     data = {arm: load(config.data).digest() for arm, config in arms.items()}
     definition: dict[str, Any] = {"arms": identities, "data": data, "code": provenance.code_version()}
-    # What came later, where it isn't the default: studies of before are the same.
+    # Later additions, unless they have the default, so that earlier studies remain the same.
     definition |= {"splits": study.splits} if study.splits > 1 else {}
     definition |= {"paired": True} if study.paired else {}
     how: dict[str, Any] = {"budget": options.budget_hours or math.inf, "race": options.seeds == RACE}
@@ -135,7 +135,7 @@ def make_grid(
 
 
 def _trials(arms: Mapping[str, TrainConfig], names: list[str], seeds: Sequence[int], splits: int) -> dict[str, Params]:
-    """Return the trials of these seeds, or of each arm's own, on each split: all arms with the first seed, then on."""
+    """Return the trials of these seeds, or of each arm's own, on each split: all arms with the first seed first."""
     wanted = product(range(splits) if splits > 1 else (None,), seeds or (None,), names)
     return dict(named_trial(arm, arms[arm].random.seed if seed is None else seed, split) for split, seed, arm in wanted)
 
@@ -150,19 +150,19 @@ def _overlap(configs: Sequence[TrainConfig], load: LoadData) -> float:
 
 
 def _stamps(study: Study, names: list[str], options: StudyOptions, count: int) -> dict[str, Any]:
-    """Return what is settled before the first run of `count` seeds; InputError for options that don't go together."""
+    """Return what is fixed before the first run of `count` seeds; InputError for options that exclude each other."""
     auto, most = isinstance(options.seeds, str), options.max_seeds
     if auto and len(names) < FEWEST_ARMS:
-        raise InputError("seeds", options.seeds, "takes two arms or more", "name a variant beside the baseline")
+        raise InputError("seeds", options.seeds, "needs two arms or more", "name a variant besides the baseline")
     limit = study.splits if auto and study.splits > 1 else EVERY_LOOK.most
     if limit < FEWEST or (auto and study.splits > 1 and (most or limit) > limit):
-        problem = f"the study {study.name} has {study.splits} splits, each for one of these seeds"
-        remedy = f"have {FEWEST} splits or more, and no larger `max_seeds`"
+        problem = f"the study {study.name} has {study.splits} splits, and each of these seeds needs one"
+        remedy = f"use at least {FEWEST} splits, and no larger `max_seeds`"
         raise InputError("seeds", options.seeds, problem, remedy)
     if options.budget_hours is not None and not auto:
-        raise InputError("budget_hours", options.budget_hours, "ends auto seeds alone", "give `seeds` auto as well")
+        raise InputError("budget_hours", options.budget_hours, "only applies to auto seeds", "also set `seeds` to auto")
     if most is not None and count > most:
-        raise InputError("max_seeds", most, f"{count} seeds are given", "give more, or fewer seeds")
+        raise InputError("max_seeds", most, f"{count} seeds are given", "raise it, or give fewer seeds")
     stamps: dict[str, Any] = {}
     if auto or most is not None:
         looks = RACE if options.seeds == RACE else "once" if count == most else "every"

@@ -1,9 +1,9 @@
-"""A log in a folder that machines share, its locks, and signs of life: what a storage without a database is made of.
+"""A log in a shared folder, its locks, and heartbeats: the parts of a storage without a database.
 
-All that it asks of the file system is that one process alone creates a file that must be new, as on NFS 3 and later. A
-lock is such a file, which its owner touches while it works, and removes at the end. Others remove it where the owner is
-gone: a process of this machine that has ended, or one that has long touched nothing. If that one wakes up, it finds the
-lock lost before it writes.
+Its only requirement is that the file system lets just one process create a new file exclusively, as NFS 3 and later do.
+A lock is such a file. Its owner touches it during the work, and removes it at the end. Others remove it if the owner is
+gone: a process of this machine that has ended, or one that has not touched it for long. If such an owner wakes up, it
+notices the lost lock before it writes.
 """
 
 import json
@@ -25,12 +25,12 @@ from effv2.core.processes import is_gone, stop_if_told, this_process
 
 TOUCH_SECONDS = 10.0
 LONGEST_PAUSE = 0.2  # seconds between two attempts to take a lock
-ENTRY = b'{"op_code"'  # how each line begins
-THREADS: dict[Path, threading.Lock] = defaultdict(threading.Lock)  # of this process, which take turns
+ENTRY = b'{"op_code"'  # prefix of each line
+THREADS: dict[Path, threading.Lock] = defaultdict(threading.Lock)  # of this process, one for each thread in turn
 
 
 class LogAway(Exception):
-    """The log can't be read or written now; `lost` if it is no longer the file that was opened, or is damaged."""
+    """The log can't be read or written now. It is `lost` if it is damaged or no longer the file that was opened."""
 
     def __init__(self, problem: object, lost: bool = False) -> None:
         self.lost = lost
@@ -38,24 +38,24 @@ class LogAway(Exception):
 
 
 def clock(folder: Path) -> float:
-    """Return the time in seconds by the clock of a folder's file system, to which a file is written for it."""
+    """Return the time in seconds by the clock of a folder's file system, from a file written to it."""
     with tempfile.TemporaryFile(dir=folder) as probe:
         return os.fstat(probe.fileno()).st_mtime
 
 
 def check_log(path: Path) -> None:
-    """Raise LogAway where a file is there that is no log, or a damaged one, or where none can be written."""
+    """Raise LogAway if the file is not a log or is damaged, or if no log can be written."""
     with faults():
         clock(path.parent)
         if path.exists():
             with path.open("r+b") as file:
                 if not ENTRY.startswith(file.readline()[: len(ENTRY)]):
-                    raise ValueError("the file holds something else than the log of a study")
+                    raise ValueError("the file is not the log of a study")
             list(JournalFileBackend(str(path)).read_logs(0))
 
 
 class LockFile:
-    """A lock; one that was silent for `grace` seconds, and is so for `longer` more, belongs to nobody."""
+    """A lock. It expires after `grace` seconds without a touch, followed by `longer` seconds of observation."""
 
     def __init__(self, path: Path, grace: float, longer: float) -> None:
         self.path, self.grace, self.longer = path, grace, longer
@@ -63,10 +63,10 @@ class LockFile:
 
     @contextmanager
     def held(self, patience: float) -> Iterator[None]:
-        """Hold the lock, and touch it meanwhile; StoreAway where others keep it for longer than `patience` seconds."""
+        """Hold the lock, and touch it meanwhile; StoreAway if others hold it for longer than `patience` seconds."""
         ended = threading.Event()
         if not self._threads.acquire(timeout=min(patience, threading.TIMEOUT_MAX)):
-            raise StoreAway(f"Another thread keeps {self.path} locked.")
+            raise StoreAway(f"Another thread holds the lock {self.path}.")
 
         def touch() -> None:
             while not ended.wait(TOUCH_SECONDS):
@@ -87,11 +87,11 @@ class LockFile:
             self._threads.release()
 
     def is_held(self) -> bool:
-        """Say whether the lock is ours."""
+        """Say whether this process holds the lock."""
         return bool(self._token) and self.path.exists() and self.path.read_text("utf-8") == self._token
 
     def is_lost(self) -> bool:
-        """Say whether the lock was ours, and was taken away."""
+        """Say whether this process held the lock and lost it."""
         return bool(self._token) and not self.is_held()
 
     def _take(self, deadline: float) -> None:
@@ -103,24 +103,24 @@ class LockFile:
                     file.write(self._token)
                 return
             with suppress(FileNotFoundError):  # it was given back
-                with self.path.open(encoding="utf-8") as file:  # opened: NFS then asks its server
+                with self.path.open(encoding="utf-8") as file:  # NFS then asks its server
                     seen, now = (file.read(), os.fstat(file.fileno()).st_mtime), time.monotonic()
                 behind = clock(self.path.parent) - now if behind is None else behind
                 if now + behind - seen[1] < self.grace or seen != before:
                     before, since = seen, now
                 process = seen[0].partition(" ")[0]
-                # Where it is of this process, what had taken it was interrupted: another thread would still hold it.
+                # A lock of this process is left from an interruption: another thread would still hold its turn.
                 if is_gone(process) or process == this_process() or now - since > self.longer:
                     self._break(seen[0])
                     continue
             stop_if_told()
             if time.monotonic() > deadline:
-                raise StoreAway(f"Another process keeps {self.path} locked; end it.")
+                raise StoreAway(f"Another process holds the lock {self.path}; end that process.")
             time.sleep(pause)
             pause = min(2 * pause, LONGEST_PAUSE)
 
     def _break(self, owner: str) -> None:
-        """Remove the lock of an owner; put back what another process has taken in the meantime."""
+        """Remove the lock of an owner. Put it back if another process has taken it in the meantime."""
         aside = self.path.with_name(f"{self.path.name}.{uuid.uuid4().hex}")
         self.path.rename(aside)
         if aside.read_text("utf-8") != owner:
@@ -130,19 +130,19 @@ class LockFile:
 
 
 class Log(JournalFileBackend):
-    """Optuna's log as a file: whole lines are appended under the last of `locks`, by who has lost none of them."""
+    """Optuna's log as a file. Whole lines are appended under the last of `locks`, unless one of these was lost."""
 
     def __init__(self, path: Path, locks: list[LockFile], patience: Callable[[], float]) -> None:
         super().__init__(str(path))
         self.path, self.locks, self.patience, self.number = path, locks, patience, path.stat().st_ino
 
     def read_logs(self, log_number_from: int) -> Generator[dict[str, Any], None, None]:
-        """Yield the entries from that number on."""
+        """Yield the entries, beginning with this number."""
         with faults():
             yield from super().read_logs(log_number_from)
 
     def append_logs(self, logs: list[dict[str, Any]]) -> None:
-        """Append entries, after cutting off what a dead process left of one."""
+        """Append entries, after cutting off the partial entry of a dead process."""
         lines = "".join(json.dumps(log, separators=(",", ":")) + "\n" for log in logs).encode()
         with self.locks[-1].held(self.patience()), faults(), self.path.open("r+b") as file:
             if os.fstat(file.fileno()).st_ino != self.number:
@@ -153,12 +153,12 @@ class Log(JournalFileBackend):
                 file.seek(0)
                 left = file.read().rpartition(b"\n")[2]
             if not ENTRY.startswith(left[: len(ENTRY)]):
-                raise ValueError(f"{self.path} ends with something else than an entry")
+                raise ValueError(f"{self.path} does not end with an entry")
             if any(lock.is_lost() for lock in self.locks):
-                raise LogAway("this process was silent for so long that others took its lock")
+                raise LogAway("this process did not answer for so long that another one took its lock")
             if left:
                 file.truncate(end - len(left))
-            with self.path.open("ab") as file_end:  # as it is then, so that nothing of others is overwritten
+            with self.path.open("ab") as file_end:  # at the current end, so that no entry of others is overwritten
                 file_end.write(lines)
                 file_end.flush()
                 os.fsync(file_end.fileno())
@@ -166,7 +166,7 @@ class Log(JournalFileBackend):
 
 @contextmanager
 def faults() -> Iterator[None]:
-    """Raise LogAway for what a file system, or a damaged log, raises."""
+    """Turn errors of the file system or of a damaged log into LogAway."""
     try:
         yield
     except (OSError, ValueError) as error:

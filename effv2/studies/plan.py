@@ -1,9 +1,10 @@
-"""What a study is to the engine: trials, how each is worked on, what is computed once at the end.
+"""Plans, the engine's view of a study: its trials, the work on each, and the computations at the end.
 
-A search samples ranges by TPE and prunes poor runs early; its best run is tested once. Of published weights each
-network is evaluated once. A grid, of arms by seeds, has a module of its own.
+A search samples ranges by TPE and prunes poor runs early. Its best run is tested once. For published weights, each
+network is evaluated once. The grid of arms by seeds has a module of its own.
 """
 
+import re
 import warnings
 from abc import ABC, abstractmethod
 from collections import Counter
@@ -27,6 +28,7 @@ from effv2.core import provenance
 from effv2.core.errors import InputError
 from effv2.core.randomness import stream_seed
 from effv2.core.reporter import Reporter, StudyProgress
+from effv2.core.words import percent
 from effv2.data.dataset import Dataset, LoadData
 from effv2.execution.resolve import resolve_device
 from effv2.pretrained import evaluation
@@ -37,15 +39,15 @@ from effv2.run.records import WEIGHTS, log_network, log_test, restore
 from effv2.run.run import Attempt, RunSpec, attempt, prepare, study_text
 from effv2.run.weights import OUTPUTS, parse_models
 from effv2.studies.queue import ERROR, FINAL, NAME, RUN, Params, Trials
-from effv2.studies.seeds import Round
+from effv2.studies.seeds import ACCURACY, MEASURE, Round
 from effv2.tracking.read import SELECTED_TEST, SELECTED_VALIDATION, read_runs
 from effv2.tracking.tags import BEST_RUN, LOOKS
 from effv2.tracking.writer import TrackedRun, model_address
 
-ABOUT = {"name", "description", "retries", "baseline", "show"}  # what a plan takes from a study file
+ABOUT = {"name", "description", "retries", "baseline", "show"}  # keys that a plan takes from a study file
 COUNTED = {"running": TrialState.RUNNING, "pruned": TrialState.PRUNED, "failed": TrialState.FAIL}
-LONGEST_NAME = 200  # characters, of a comparison of weights
-RANDOM_TRIALS = 10  # of a search, before TPE has anything to go by
+LONGEST_NAME = 200  # characters of the name of a comparison of weights
+RANDOM_TRIALS = 10  # of a search, before TPE has enough data
 FIGURES: dict[str, Callable[[optuna.Study], Any]] = {
     "importance": plots.plot_param_importances,
     "history": plots.plot_optimization_history,
@@ -56,13 +58,12 @@ FIGURES: dict[str, Callable[[optuna.Study], Any]] = {
 
 @dataclass(frozen=True, kw_only=True)
 class Plan(ABC):
-    """A fixed grid, a search, or published weights. Plans travel to worker processes, so they hold plain data alone.
+    """A fixed grid, a search, or published weights. Plans are sent to worker processes, so they only hold plain data.
 
-    `kind` is the command that makes it. `trials` are those that are wanted now, by name, with their fixed parameters.
-    `definition` holds, as plain values, what makes this study this study: another definition is another study.
-    `about` is said when it begins. `epochs` are those of a trial at most. A plan that `searches` lets a sampler choose
-    the parameters; its poor and its diverged runs are pruned, and its best one is tested. `stamps` are settled before
-    the first run: params of the study's run, which never change. `show` names what its tables show besides the usual.
+    `kind` is the command that makes it. `trials` are wanted now, by name, with their fixed parameters. `definition`
+    identifies the study, in plain values. `about` is shown when it begins. `epochs` is the maximum per trial. If a plan
+    `searches`, a sampler chooses the parameters, poor and diverged runs are pruned, and the best one is tested.
+    `stamps` are params of the study's run, fixed before the first trial. `show` names additional columns of its tables.
     """
 
     kind: str
@@ -77,13 +78,14 @@ class Plan(ABC):
     show: Sequence[str] = ()
     stamps: Mapping[str, Any] = field(default_factory=dict)
     searches: ClassVar[bool] = False
+    measure: ClassVar[str] = "accuracy"  # of trials that don't record a name
 
     def sampler(self, number: int) -> optuna.samplers.BaseSampler | None:
-        """Return what chooses the parameters of a trial."""
+        """Return the sampler of a trial's parameters."""
         return None
 
     def pruner(self) -> optuna.pruners.BasePruner | None:
-        """Return what ends poor trials."""
+        """Return the pruner, which ends poor trials."""
         return None
 
     def suggest(self, trial: optuna.Trial) -> Params:
@@ -91,34 +93,39 @@ class Plan(ABC):
         return {}
 
     def wanted(self, trials: Trials) -> Mapping[str, Params]:
-        """Return the trials that are wanted as those that are there stand, by name, with their fixed parameters."""
+        """Return the trials that are wanted, given the existing ones, by name, with their fixed parameters."""
         return self.trials
 
     def resumed(self, stamped: Mapping[str, str], begin: Callable[[str], Sequence[str]]) -> "Plan":
-        """Return the plan by the rules that a study was begun with; InputError where others are asked for.
+        """Return the plan with the rules that a study began with; InputError if the options give others.
 
-        `begin` takes a name for what is wanted, and returns the trials that were finished when it was first begun.
+        `begin` takes the name of a selection, and returns the trials that were finished when the study first began it.
         """
         return self
 
     def rounds(self, trials: Trials) -> list[Round]:
-        """Return the rounds of seeds so far, where their number follows from what was reached."""
+        """Return the rounds of seeds so far, if the results decide their number."""
         return []
 
     def facts(self, params: Params, metrics: Mapping[str, float]) -> dict[str, Any]:
-        """Return what is to be noted of a finished trial besides its value."""
+        """Return the attributes to record of a finished trial, besides its value."""
         return {}
+
+    def measured(self, trial: FrozenTrial) -> str:
+        """Write the accuracy that a trial is compared by, with its name."""
+        name = str(trial.user_attrs.get(MEASURE, self.measure)).replace("val_", "validation_")
+        return f"{re.sub('[/_]', ' ', name)} {percent(trial.user_attrs.get(ACCURACY, trial.value or 0.0))}"
 
     @abstractmethod
     def execute(self, spec: RunSpec, params: Params, load: LoadData) -> Attempt:
-        """Work on a trial, in a run named as it. It may be finished before, or interrupted."""
+        """Work on a trial, in a run of the same name. The run may already be finished, or interrupted."""
 
     @abstractmethod
     def conclude(self, trials: Trials, parent: TrackedRun, log_model: LogModel, load: LoadData) -> Mapping[str, str]:
-        """Compute what needs all trials, once; return addresses of models logged now, by trial. May be repeated."""
+        """Make the computations that need all trials; return addresses of models logged now, by trial. Repeatable."""
 
     def dataset(self, load: LoadData) -> Dataset | None:
-        """Return the data set that trials share, if they do."""
+        """Return the data set that all trials share, if any."""
         return None
 
 
@@ -135,7 +142,7 @@ class TrainingPlan(Plan):
         return attempt(config, load(config.data), spec)
 
     def conclude(self, trials: Trials, parent: TrackedRun, log_model: LogModel, load: LoadData) -> Mapping[str, str]:
-        """Log the model of the best run where it alone is wanted, and test the best run of a search."""
+        """Log the model of the best run if only that is wanted, and test the best run of a search."""
         best = best_of(trials.values())
         if best is None or not (log_model == "best" or self.searches):
             return {}
@@ -150,30 +157,31 @@ class TrainingPlan(Plan):
             if model:
                 log_network(run, training)
         for record in records.values():
-            if record.parent == parent.run_id:  # the study's own: they kept their weights until the best was known
+            if record.parent == parent.run_id:  # the study's own runs keep their weights until the best run is known
                 TrackedRun(record.run_id, parent.experiment_id).discard(WEIGHTS)
         return {best.user_attrs[NAME]: model_address(run.run_id)} if model else {}
 
 
 @dataclass(frozen=True, kw_only=True)
 class Search(TrainingPlan):
-    """A resolved base configuration and the ranges that are searched around it."""
+    """A resolved base configuration and the ranges that the search varies."""
 
     base: TrainConfig
     ranges: SearchFile
     searches: ClassVar[bool] = True
+    measure: ClassVar[str] = "validation accuracy"
 
     def sampler(self, number: int) -> optuna.samplers.BaseSampler:
-        """Return TPE for one trial; its random numbers follow from the seed and the trial's number alone."""
+        """Return TPE for one trial. Its random numbers follow only from the seed and the trial's number."""
         seed = stream_seed(self.base.random.seed, "sampler", number) % 2**32
-        with warnings.catch_warnings():  # its options count as experimental in some versions
+        with warnings.catch_warnings():  # some versions call its options experimental
             warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
             how: dict[str, Any] = {"n_startup_trials": RANDOM_TRIALS, "multivariate": True, "constant_liar": True}
             return optuna.samplers.TPESampler(seed=seed, **how)
 
     def pruner(self) -> optuna.pruners.BasePruner | None:
         """Return asynchronous successive halving (Li et al. 2020)."""
-        least = self.ranges.min_epochs or 1  # make_search has filled it in
+        least = self.ranges.min_epochs or 1  # make_search has set it
         halving = optuna.pruners.SuccessiveHalvingPruner(min_resource=least, reduction_factor=2)
         return halving if self.ranges.prune else None
 
@@ -191,7 +199,7 @@ class Search(TrainingPlan):
         return build(TrainConfig, {name: Written(value) for name, value in {**self.base.flat(), **params}.items()})
 
     def conclude(self, trials: Trials, parent: TrackedRun, log_model: LogModel, load: LoadData) -> Mapping[str, str]:
-        """Log the configuration of the best trial, its accuracies and Optuna's figures on the parent, too."""
+        """Also log the configuration of the best trial, its accuracies and Optuna's figures to the parent."""
         models, best = super().conclude(trials, parent, log_model, load), best_of(trials.values())
         if best is not None:
             own, tested = read_runs([parent.run_id, best.user_attrs[RUN]])
@@ -207,8 +215,9 @@ class Search(TrainingPlan):
 
 @dataclass(frozen=True, kw_only=True)
 class Weights(Plan):
-    """The evaluations of a comparison by label."""
+    """The evaluations of a comparison, by label."""
 
+    measure: ClassVar[str] = "top-1 accuracy"
     evaluations: Mapping[str, evaluation.Evaluation]
 
     def execute(self, spec: RunSpec, params: Params, load: LoadData) -> Attempt:
@@ -216,7 +225,7 @@ class Weights(Plan):
         return evaluation.evaluate(self.evaluations[spec.name], spec)
 
     def conclude(self, trials: Trials, parent: TrackedRun, log_model: LogModel, load: LoadData) -> dict[str, str]:
-        """Log the networks that are wanted to the runs that evaluated them, those that have none."""
+        """Log the wanted networks to the runs that evaluated them, unless these have one."""
         best, models = best_of(trials.values()), dict[str, str]()
         for name, run_id in run_ids(trials).items() if log_model != "none" else ():
             run = TrackedRun(run_id, parent.experiment_id)
@@ -228,7 +237,7 @@ class Weights(Plan):
 
 
 def _draw(trials: Trials, folder: Path) -> None:
-    """Draw Optuna's figures; one that the trials don't suffice for is left out."""
+    """Draw Optuna's figures. Figures that need more trials are left out."""
     matplotlib.use("agg")
     study = optuna.create_study(direction="maximize")
     study.add_trials([trial for trial in trials.values() if trial.state.is_finished()])
@@ -241,9 +250,9 @@ def _draw(trials: Trials, folder: Path) -> None:
 
 
 def make_search(study: Study, layer: Layer, trials: int, load: LoadData, reporter: Reporter) -> Search:
-    """Load the data, check that it can be searched on, resolve `auto`; `trials` 0 leaves their number as it is."""
+    """Load the data, check that it suits a search, and resolve `auto`. `trials` 0 keeps the number of the study."""
     if study.arms or study.seeds:
-        problem = "has arms or seeds, which a search doesn't know"
+        problem = "has arms or seeds, which a search can't have"
         raise InputError("study", study.name, problem, "use the commands ablate or hparam-check")
     if study.splits > 1:
         raise InputError("study", study.name, "has splits, but a search has one", "give it `split_seed` instead")
@@ -253,9 +262,9 @@ def make_search(study: Study, layer: Layer, trials: int, load: LoadData, reporte
     ranges = ranges.model_copy(update={"min_epochs": ranges.min_epochs or max(1, epochs // 4)})
     other = next((name for name in ranges.space if name.endswith("_multiplier")), "")
     if other and config.model.weights and not config.model.weights_partial:
-        problem = f"a search of {other} makes other networks than they are of"
+        problem = f"a search of {other} makes networks that don't fit them"
         raise InputError("model.weights", config.model.weights, problem, "give model.weights_partial, or search others")
-    # The base's own values first, which the search is to beat.
+    # First the values of the base, which the search must beat.
     own = {name: config.flat()[name] for name in ranges.space}
     inside = all(limits.low <= own[name] <= limits.high for name, limits in ranges.space.items())
     wanted = {f"trial {number}": own if inside and not number else {} for number in range(trials or ranges.trials)}
@@ -268,9 +277,9 @@ def make_search(study: Study, layer: Layer, trials: int, load: LoadData, reporte
 def make_weights(
     models: str, config: PretrainedConfig, folder: Path | None, *, progress: bool, load: LoadData, reporter: Reporter
 ) -> Weights:
-    """Find images and weights and load every network, so that nothing wrong is found half-way; resolve `auto`.
+    """Find images and weights and load every network, so that errors appear before the first run; resolve `auto`.
 
-    `models` are named as `parse_models` says; `folder` holds files of weights; `progress` shows that of downloads.
+    `models` is in the form of `parse_models`, `folder` holds weight files, and `progress` shows downloads.
     """
     requests, evaluations = parse_models(models), {}
     own = [each.outputs != OUTPUTS for each in requests]
@@ -279,7 +288,7 @@ def make_weights(
     resolved = {"device": resolve_device(config.execution.device), "precision": precision}
     config = config.model_copy(update={"execution": config.execution.model_copy(update=resolved)})
     found = find_networks(requests, folder, progress, images)
-    if config.data.skip_broken:  # for all networks those that any of them can't be given
+    if config.data.skip_broken:  # for all networks, without the images that any of them can't take
         all_ = (evaluation.Evaluation(each, images, config).decode(reporter) for each in found)
         if broken := {at for decoded in all_ for at in decoded.broken}:
             images = images.without(broken)
@@ -288,7 +297,7 @@ def make_weights(
     for requested in found:
         load_network(requested)
         evaluations[requested.label] = evaluation.Evaluation(requested, images, config)
-    # All networks and images: what is ranked together is corrected for its number.
+    # All networks and images, because corrections depend on the number of networks that are ranked together.
     definition = {
         "networks": {label: each.definition() for label, each in evaluations.items()},
         "data": {label: each.data_digest(each.decode(reporter)) for label, each in evaluations.items()},
@@ -301,25 +310,25 @@ def make_weights(
 
 
 def best_of(trials: Iterable[FrozenTrial]) -> FrozenTrial | None:
-    """Return the complete trial with the highest value, the first of equals."""
+    """Return the complete trial with the highest value; of equals, the first."""
     complete = [trial for trial in trials if trial.state == TrialState.COMPLETE]
     return max(complete, key=lambda trial: (trial.value or 0.0, -trial.number), default=None)
 
 
 def run_ids(trials: Trials) -> dict[str, str]:
-    """Return the runs of the complete trials by name."""
+    """Return the run ids of the complete trials, by name."""
     return {name: trial.user_attrs[RUN] for name, trial in trials.items() if trial.state == TrialState.COMPLETE}
 
 
 def progress_of(plan: Plan, trials: Trials) -> StudyProgress:
-    """Sum up the wanted trials."""
+    """Summarise the wanted trials."""
 
     def ending(trial: FrozenTrial) -> str:
         if trial.state == TrialState.FAIL:
-            return f"failed: {trial.user_attrs.get(ERROR, 'no reason known')}"
+            return f"failed: {trial.user_attrs.get(ERROR, 'for an unknown reason')}"
         if trial.user_attrs.get(FINAL):
             return f"diverged: {trial.user_attrs[ERROR]}"
-        return f"{'pruned at' if trial.state == TrialState.PRUNED else 'reached'} {trial.value or 0.0:.2%}"
+        return f"{'pruned at ' * (trial.state == TrialState.PRUNED)}{plan.measured(trial)}"
 
     names = plan.wanted(trials)
     wanted = [trial for name, trial in trials.items() if name in names]
@@ -332,6 +341,6 @@ def progress_of(plan: Plan, trials: Trials) -> StudyProgress:
         total=len(names),
         done=len(finished) + sum(shares),
         counts={word: count[state] for word, state in COUNTED.items()},
-        best=(best.user_attrs[NAME], best.value or 0.0) if best else None,
+        best=f"{best.user_attrs[NAME]}, {plan.measured(best)}" if best else "",
         ended={trial.user_attrs[NAME]: ending(trial) for trial in finished},
     )

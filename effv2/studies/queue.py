@@ -1,9 +1,9 @@
-"""An Optuna study as a queue that ends with exactly as many trials as are wanted, whatever is killed.
+"""An Optuna study as a queue that ends with exactly the wanted number of trials, whichever processes are killed.
 
-Each trial has a name and is enqueued once before it is worked on. Workers lease, finish and give back trials under one
-lock that dies with its process. The trial of a worker that is gone waits again, in place, so that none is lost or
-copied. Work is done at least once: a worker killed between finishing and saying so leaves a finished run behind, which
-the next one finds by its identity.
+Each trial has a name and is enqueued once before any work on it. Workers lease, finish and give back trials under one
+lock, which disappears with its process. If a worker is gone, its trial itself waits again, so none is lost or copied.
+Work is done at least once: a worker that is killed between finishing a run and recording this leaves a finished run,
+which the next worker finds by its identity.
 """
 
 import math
@@ -39,15 +39,15 @@ Trials = Mapping[str, FrozenTrial]  # by name
 NOTHING_MORE: Params = {}
 # User attributes of a trial.
 NAME, OWNER, RUN, ERROR, FAILURES, LOST, FINAL = "slot", "owner", "run_id", "error", "failures", "lost", "final"
-PRUNED_AT = "pruned_at"  # the epoch; Optuna's pruner doesn't answer the same question twice
-# System attributes of Optuna's: parameters that the sampler is to leave as they are; what successive halving keeps.
+PRUNED_AT = "pruned_at"  # the epoch; Optuna's pruner answers each question only once
+# System attributes of Optuna: parameters that the sampler must not change; the state of successive halving.
 FIXED, RUNG = "fixed_params", "completed_rung_"
-AHEAD = 8  # so many trials are enqueued at a time
-MOST_LOST = 5  # a trial whose workers died so often is given up: it may be what kills them
+AHEAD = 8  # trials that are enqueued at a time
+MOST_LOST = 5  # deaths of workers after which a trial is given up, because it may be the cause
 
 
 def retried(method: Method) -> Method:
-    """Let a method repeat itself while the database is away; LeaseLost where the trial is finished by another."""
+    """Repeat a method while the database doesn't answer; LeaseLost if another process has finished the trial."""
 
     @wraps(method)
     def repeated(self: "Queue", *args: Any, **kwargs: Any) -> Any:
@@ -60,7 +60,7 @@ def retried(method: Method) -> Method:
 
 
 class Queue:
-    """The trials of a study, and those `wanted`, as the others stand, by name, each with its fixed parameters."""
+    """The trials of a study. `wanted` maps them to the wanted trials, by name, each with its fixed parameters."""
 
     def __init__(
         self, storage: Storage, study: str, retries: int, wanted: Callable[[Trials], Mapping[str, Params]]
@@ -71,18 +71,18 @@ class Queue:
         except KeyError:
             problem = f"The storage {storage.shown} no longer has the study: it was removed or replaced."
             raise StoreAway(problem) from None
-        self._stale: dict[int, float] = {}  # trials that had no heartbeat at the last look, and since when
+        self._stale: dict[int, float] = {}  # trials without a heartbeat at the last look, and since when
         self._looked = -math.inf
 
     @retried
     def repeat(self, deleted: Collection[str]) -> int:
-        """Enqueue wanted trials once more: those whose finished run is among `deleted`, and how many is returned.
+        """Enqueue wanted trials again if their finished run is among `deleted`. Return the number of these.
 
-        Those that failed for a reason that may be gone, too: their runs are resumed, with what was reported and asked
-        of the pruner of them.
+        Also enqueue trials that failed for a reason that may be gone. Their runs are resumed, with their reports and
+        the state of their pruner.
         """
         repeated = 0
-        with self.storage.lock(self.study), uninterrupted():  # a signal within a commit comes out as another error
+        with self.storage.lock(self.study), uninterrupted():  # a signal within a commit can appear as another error
             there = self._by_name()
             wanted = self.wanted(there)
             for name, trial in there.items():
@@ -95,10 +95,10 @@ class Queue:
 
     @retried
     def lease(self) -> FrozenTrial | None:
-        """Take the first waiting trial, after freeing those whose worker is gone; None where none waits."""
+        """Lease the first waiting trial, after freeing those whose worker is gone; None if none waits."""
         with self.storage.lock(self.study), uninterrupted():
             running = self._running()
-            if ours := next(filter(_is_ours, running), None):  # left over where the answer to an earlier call was lost
+            if ours := next(filter(_is_ours, running), None):  # left from an earlier call whose answer was lost
                 return ours
             self._free(running)
             if (trial := self._first_waiting()) is not None:
@@ -115,7 +115,7 @@ class Queue:
 
         def beat() -> None:
             while not ended.wait(HEARTBEAT_SECONDS):
-                with suppress(*DATABASE_ERRORS):  # the database is away; others look twice before they take the trial
+                with suppress(*DATABASE_ERRORS):  # the database doesn't answer; others wait before they take the trial
                     self.storage.beat(trial_id(trial))
 
         thread = threading.Thread(target=beat, daemon=True)
@@ -128,25 +128,25 @@ class Queue:
 
     @retried
     def suggest(self, trial: FrozenTrial, sampler: BaseSampler | None, choose: Callable[[Trial], Params]) -> Params:
-        """Let `choose` suggest the parameters of a trial; those that were suggested before stay as they were."""
+        """Let `choose` suggest the parameters of a trial. Earlier suggestions don't change."""
         study = optuna.load_study(study_name=self.study, storage=self.storage.optuna, sampler=sampler)
         return choose(Trial(study, trial_id(trial)))
 
     @retried
     @uninterrupted()
     def note_run(self, trial: FrozenTrial, run_id: str) -> None:
-        """Record which run works on the trial; LeaseLost if the trial is no longer ours."""
+        """Record the run of the trial; LeaseLost if the trial is no longer ours."""
         self._own(trial)
         self.storage.optuna.set_trial_user_attr(trial_id(trial), RUN, run_id)
 
     @retried
     @uninterrupted()
     def report(self, trial: FrozenTrial, epoch: int, value: float, pruner: BasePruner | None = None) -> bool:
-        """Record a value at an epoch and ask the pruner, if any, to end the trial there; LeaseLost if it isn't ours."""
+        """Record a value at an epoch, and return whether a pruner ends the trial; LeaseLost if it isn't ours."""
         storage, number = self.storage.optuna, trial_id(self._own(trial))
         storage.set_trial_intermediate_value(number, epoch, value)
         trial = storage.get_trial(number)
-        pruned = trial.user_attrs.get(PRUNED_AT)  # an earlier attempt was, or had come further and was not
+        pruned = trial.user_attrs.get(PRUNED_AT)  # an earlier attempt was pruned here, or got further without pruning
         if pruner is None or pruned is not None or (trial.last_step or 0) > epoch:
             return pruned is not None and epoch >= pruned
         if prunes := bool(pruner.prune(_Rivals(self.study, storage), trial)):
@@ -157,14 +157,14 @@ class Queue:
     def finish(
         self, trial: FrozenTrial, state: TrialState, value: float, run_id: str, about: Params = NOTHING_MORE
     ) -> None:
-        """Finish a trial with its value, the run that reached it and more attributes; LeaseLost if it isn't ours."""
+        """Finish a trial with its value, its run and more attributes; LeaseLost if it isn't ours."""
         with self.storage.lock(self.study), uninterrupted():
-            if not self._own(trial).state.is_finished():  # else the answer to an earlier attempt to finish was lost
+            if not self._own(trial).state.is_finished():  # else the answer to an earlier attempt was lost
                 self._set(trial, state, {**about, RUN: run_id}, value)
 
     @retried
     def fail(self, trial: FrozenTrial, error: str, final: bool) -> None:
-        """Let a failed trial wait again, or FAIL it where its retries are spent or another attempt would fail alike."""
+        """Let a failed trial wait again, or FAIL it if no retries are left or another attempt would fail too."""
         with self.storage.lock(self.study), uninterrupted():
             now = self.storage.optuna.get_trial(trial_id(trial))
             if _is_ours(now) and now.state == TrialState.RUNNING:
@@ -174,7 +174,7 @@ class Queue:
 
     @retried
     def release(self) -> None:
-        """Give back what this process works on, as on Ctrl-C, even where it came within `lease`."""
+        """Give back the trials of this process, for example after Ctrl-C, even during `lease`."""
         with self.storage.lock(self.study), uninterrupted():
             for trial in filter(_is_ours, self._running()):
                 self._set(trial, TrialState.WAITING, {})
@@ -182,7 +182,7 @@ class Queue:
     @retried
     @uninterrupted()
     def trials(self) -> dict[str, FrozenTrial]:
-        """Return the study's trials by name, of those that were repeated the last."""
+        """Return the study's trials by name. Of repeated trials, return the last."""
         return self._by_name()
 
     def unfinished(self) -> list[str]:
@@ -192,12 +192,12 @@ class Queue:
 
     @retried
     def deserted(self) -> bool:
-        """Say whether nobody works on the study, as far as can be seen."""
+        """Say whether no process is known to work on the study."""
         stale = self.storage.stale(self.study_id)
         return all(is_gone(trial.user_attrs[OWNER]) or trial_id(trial) in stale for trial in self._running())
 
     def _own(self, trial: FrozenTrial) -> FrozenTrial:
-        """Return a leased trial as it is now; LeaseLost if it is no longer ours."""
+        """Return the current state of a leased trial; LeaseLost if it is no longer ours."""
         now = self.storage.optuna.get_trial(trial_id(trial))
         if not _is_ours(now):
             raise LeaseLost
@@ -211,7 +211,7 @@ class Queue:
         return [trial for trial in self._by_name().values() if trial.state == TrialState.RUNNING]
 
     def _first_waiting(self) -> FrozenTrial | None:
-        """Return the oldest wanted trial that waits; if none, enqueue a few: all would slow every look at the queue."""
+        """Return the oldest waiting trial. Without one, enqueue a few, since all would slow every look at the queue."""
         there = self._by_name()
         wanted = self.wanted(there)
         waiting = [each for name, each in there.items() if each.state == TrialState.WAITING and name in wanted]
@@ -223,7 +223,7 @@ class Queue:
         return self._by_name()[new[0]] if new else None
 
     def _enqueue(self, name: str, params: Params, failed: FrozenTrial | None = None) -> None:
-        """Add a trial that waits. One that `failed` takes along its run, and what it reported and the pruner noted."""
+        """Add a waiting trial. One that `failed` keeps its run, its reports and the state of its pruner."""
         trial = create_trial(state=TrialState.WAITING, user_attrs={NAME: name}, system_attrs={FIXED: dict(params)})
         if failed is not None:
             trial.user_attrs |= {key: value for key, value in failed.user_attrs.items() if key == RUN}
@@ -232,7 +232,7 @@ class Queue:
         self.storage.optuna.create_new_trial(self.study_id, trial)
 
     def _free(self, running: list[FrozenTrial]) -> None:
-        """Let the trials of gone workers (seen on this machine, by heartbeat elsewhere) wait again, or give them up."""
+        """Let the trials of gone workers (by heartbeat if on other machines) wait again, or give them up."""
         now = time.monotonic()
         before = self._stale if now - self._looked <= GRACE_SECONDS else {}
         stale = self.storage.stale(self.study_id) if running else ()
@@ -245,7 +245,7 @@ class Queue:
                 self._set(trial, state, {LOST: lost, ERROR: f"its worker was gone, {lost} times"})
 
     def _set(self, trial: FrozenTrial, state: TrialState, attributes: Params, value: float | None = None) -> None:
-        """Give a trial attributes, then the state that they explain."""
+        """Set attributes of a trial, then the state that they explain."""
         for name, attribute in attributes.items():
             self.storage.optuna.set_trial_user_attr(trial_id(trial), name, attribute)
         self.storage.optuna.set_trial_state_values(trial_id(trial), state, None if value is None else [value])
@@ -253,7 +253,7 @@ class Queue:
 
 
 class _Rivals(optuna.Study):
-    """A study as its pruner sees it: without trials that failed, or that no pruner ended as pruned: they diverged."""
+    """A study from the pruner's view: without failed trials and without diverged ones, which no pruner ended."""
 
     def get_trials(self, *arguments: Any, **options: Any) -> list[FrozenTrial]:
         there = super().get_trials(*arguments, **options)

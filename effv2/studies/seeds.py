@@ -1,7 +1,7 @@
-"""`seeds=auto`: how many seeds each arm is to have, as a function of what the finished trials of a study reached.
+"""Automatic seeds: the number of seeds per arm, as a function of the accuracies of a study's finished trials.
 
-No state is kept, so that kills, several machines and resumption change nothing: the rounds are gone through anew from
-the finished trials, each with the trials that it rested on when it was first decided.
+There is no other state, so kills, several machines and resumption change nothing. The rounds are computed again from
+the finished trials. Each round uses the trials that it used when it was first decided.
 """
 
 import math
@@ -18,35 +18,35 @@ from effv2.evidence.protocols import SplitAndSeed
 from effv2.evidence.statistics import EVERY_LOOK, FEWEST, Looks, Outcome
 from effv2.studies.queue import Params, Trials
 
-# User attributes of a finished trial: the accuracy that verdicts rest on, and whether another study's run reached it.
-ACCURACY, ELSEWHERE = "accuracy", "elsewhere"
+# User attributes of a finished trial: the accuracy for verdicts, its name, and whether the run is another study's.
+ACCURACY, MEASURE, ELSEWHERE = "accuracy", "measure", "elsewhere"
 
 
 @dataclass(frozen=True)
 class Round:
-    """So many seeds of each arm; once all are finished, what is said of each arm, hours so far, and why it ends."""
+    """The number of seeds per arm. Once all are finished: a sentence per arm, hours so far, and why the rounds end."""
 
     counts: Mapping[str, int]
     answers: Mapping[str, Answer] = field(default_factory=dict)
     hours: float = 0.0
     ending: str = ""
-    leads: str = ""  # how far a race is
+    leads: str = ""  # the state of a race
     complete: bool = True
 
     def lines(self) -> list[str]:
-        """Say how every arm is doing, a sentence each, and what was spent."""
+        """Describe the state of every arm, in one sentence each, and the time spent."""
         runs = f"{counted(sum(self.counts.values()), 'run')}, {duration(3600 * self.hours)} of runs so far"
         said = [answer.sentence() for answer in self.answers.values()]
-        return [*filter(None, [self.leads]), *said, f"{runs}; {self.ending or 'more seeds for what is undecided'}"]
+        return [*filter(None, [self.leads]), *said, f"{runs}; {self.ending or 'undecided arms get more seeds'}"]
 
 
 @dataclass(frozen=True)
 class AutoSeeds:
-    """The rule of a study: `arms` by name, of which the `wanted` ones get seeds, their own `random.seed` the first.
+    """The rule of a study. Of `arms`, the `wanted` ones get seeds, beginning with their own `random.seed`.
 
-    `before` names the trials that were finished when this was first asked for: they count from the first round on, as
-    those of arms that aren't wanted do. On `own_splits` each seed has a split of the images of its own, whose test
-    and other images have the ratio `overlap`: arms are then compared split by split.
+    `before` names the trials that were finished when this rule was first used. They count from the first round on, and
+    so do trials of arms that aren't wanted. With `own_splits`, each seed has its own split of the images, whose test
+    and other images have the ratio `overlap`. Arms are then compared split by split.
     """
 
     arms: Mapping[str, TrainConfig]
@@ -63,7 +63,7 @@ class AutoSeeds:
     _known: dict[tuple[int, ...], list[Round]] = field(default_factory=dict, compare=False, repr=False)
 
     def trials(self, counts: Mapping[str, int]) -> dict[str, Params]:
-        """Return the trials of so many seeds of each arm, seed by seed."""
+        """Return the trials of the given numbers of seeds per arm, seed by seed."""
         found: dict[str, Params] = {}
         for number in range(max(counts.values())):
             for arm in (arm for arm, count in counts.items() if number < count):
@@ -73,7 +73,7 @@ class AutoSeeds:
         return found
 
     def rounds(self, trials: Trials) -> list[Round]:
-        """Return all rounds so far, the last of which may be under way."""
+        """Return all rounds so far. The last one may be unfinished."""
         known = tuple(sorted(trial.number for trial in trials.values() if trial.state.is_finished()))
         if known not in self._known:
             self._known.clear()
@@ -81,9 +81,9 @@ class AutoSeeds:
         return self._known[known]
 
     def _rounds(self, trials: Trials) -> list[Round]:
-        """Return the rounds anew. An arm whose difference from its other is open gets one more, and so does the other.
+        """Compute the rounds. If the difference of an arm from its reference is undecided, both get one more seed.
 
-        No arm gets more than there may be. One of which a run failed gets none, nor does one that is compared with it.
+        No arm gets more than the maximum. An arm with a failed run gets none, and neither do arms compared with it.
         """
         finished = {name: trial for name, trial in trials.items() if trial.state.is_finished()}
         counts, found = dict.fromkeys(self.wanted, FEWEST), list[Round]()
@@ -114,10 +114,10 @@ class AutoSeeds:
             counts = after
 
     def _answers(self, used: Mapping[str, FrozenTrial]) -> tuple[dict[str, Answer], int]:
-        """Return what these trials say of each arm, and the most seeds of an arm."""
+        """Return the answers of these trials about each arm, and the highest number of seeds of an arm."""
         noted = (trial for trial in used.values() if ACCURACY in trial.user_attrs)
         complete = sorted(noted, key=lambda trial: trial.number)
-        # What was planned counts for the study's own runs alone: others were there before it.
+        # The plan only limits the study's own runs. Other runs existed before it.
         own = not any(trial.user_attrs.get(ELSEWHERE) for trial in complete)
         looks = Looks(self.most) if own else EVERY_LOOK
         values: dict[str, dict[SplitAndSeed, float]] = {}

@@ -1,4 +1,4 @@
-"""Optuna's storage: opened, its tables created, locked across processes, and waited for where it goes away."""
+"""Optuna's storage: opening it, creating its tables, locking it across processes, and waiting when it is away."""
 
 import hashlib
 import os
@@ -31,16 +31,16 @@ from effv2.tracking.addresses import check_address, is_tracking_database
 from effv2.tracking.store import reason
 
 HEARTBEAT_SECONDS = 10
-GRACE_SECONDS = 60  # without a heartbeat for so long, a worker that can't be seen from here counts as gone
-# A worker that can't be seen from here is gone if it stays silent for so long after it was first found silent: after an
-# outage of the storage every sign of life is old for a moment.
+GRACE_SECONDS = 60  # seconds without a heartbeat after which a remote worker is suspected to be gone
+# Seconds of further silence after which it counts as gone: after an outage of the storage, every heartbeat is old for a
+# moment.
 SECOND_LOOK_SECONDS = 2 * HEARTBEAT_SECONDS
 FORMS = "sqlite:///FILE, postgresql://USER@HOST/DATABASE or journal:///FOLDER/FILE"
-OUTAGE_SECONDS = 600  # so long a database may be away
-LONG = "publish "  # how the name of a lock begins that may be held for long
-LEAVING_SECONDS = 5  # so long on the way out
-# Seconds, and milliseconds for tcp_user_timeout. A peer whose machine died would otherwise be waited for for hours, and
-# the lock of a client that died with its machine be kept.
+OUTAGE_SECONDS = 600  # seconds that a database may be away
+LONG = "publish "  # prefix of the names of locks that may be held for long
+LEAVING_SECONDS = 5  # the same while the process ends
+# Seconds, and milliseconds for tcp_user_timeout. Otherwise a client would wait for hours for a peer whose machine died,
+# and the server would keep the lock of such a client.
 POSTGRESQL_ARGUMENTS: dict[str, Any] = {
     "connect_timeout": 10,
     "keepalives_idle": 30,
@@ -49,16 +49,16 @@ POSTGRESQL_ARGUMENTS: dict[str, Any] = {
     "tcp_user_timeout": 60_000,
     "options": "-c tcp_keepalives_idle=30 -c tcp_keepalives_interval=10 -c tcp_keepalives_count=3",
 }
-CUT_TRANSACTION = ("25P02", "25P03")  # Optuna asked again within the transaction; it was idle for too long
+CUT_TRANSACTION = ("25P02", "25P03")  # Optuna used the transaction again; it was idle for too long
 DATABASE_ERRORS = (StorageInternalError, exc.DBAPIError, LogAway)
 R = TypeVar("R")
 
 
 class Storage(ABC):
-    """An open storage and the lock that serialises changes to a study; the lock dies with its process.
+    """An open storage, and the lock that serialises changes to a study and disappears with its process.
 
-    `patience` is the number of seconds that the storage may be away before StoreAway; `wait` is that number while it is
-    opened. `file` is the file of the storage, if it has one.
+    `patience` is the number of seconds that the storage may be away before StoreAway. `wait` is that number during the
+    opening. `file` is the file of the storage, if it has one.
     """
 
     optuna: BaseStorage
@@ -69,28 +69,28 @@ class Storage(ABC):
 
     @abstractmethod
     def lock(self, name: str) -> AbstractContextManager[None]:
-        """Hold the lock of that name, not to be taken twice.
+        """Hold the lock of that name. It is not reentrant.
 
-        In a file all names share one lock, but for `publish`, which may be held for long. StoreAway where another
-        process keeps a lock for longer than we wait for the storage.
+        In a file, all names share one lock, except `publish`, which may be held for long. StoreAway if another
+        process holds a lock for longer than this process waits for the storage.
         """
 
     @abstractmethod
     def beat(self, trial: int, ended: bool = False) -> None:
-        """Note that somebody works on a trial, or that the work has `ended`."""
+        """Record a heartbeat of the work on a trial, or that the work has `ended`."""
 
     @abstractmethod
     def stale(self, study: int) -> list[int]:
-        """Return the running trials of which that was not noted for GRACE_SECONDS."""
+        """Return the running trials without a heartbeat for GRACE_SECONDS."""
 
     @abstractmethod
     def close(self) -> None:
-        """Close what this thread has open."""
+        """Close the connections of this thread."""
 
     def retry(self, operation: Callable[[], R]) -> R:
-        """Repeat an operation while the database is away; StoreAway where it is for longer than our patience.
+        """Repeat an operation while the database is away; StoreAway if that takes longer than `patience`.
 
-        The operation must be one that may be repeated, since the answer to the last attempt may just have been lost.
+        The operation must be repeatable, because the answer to the last attempt may have been lost.
         """
         pause, away_since = 0.05, float("inf")
         while True:
@@ -106,11 +106,11 @@ class Storage(ABC):
                         raise StoreAway(problem) from error
                     raise
                 now = time.monotonic()
-                # An attempt that lasted had the database for most of that time.
+                # After a long attempt: the database was there for most of that time.
                 away_since = min(away_since, began) if now - began < GRACE_SECONDS else now
                 if now - away_since > self.patience:
                     why = f"for {now - away_since:.0f} seconds ({reason(error.__cause__ or error)})"
-                    raise StoreAway(f"The storage has been away {why}; start the database.") from error
+                    raise StoreAway(f"The storage has not answered {why}; start the database.") from error
             time.sleep(pause * random.uniform(0.5, 1.5))  # noqa: S311
             pause = min(2 * pause, 5.0)
 
@@ -122,7 +122,7 @@ class Storage(ABC):
         return self.file is not None and (damaged is not None or self._opened_file not in (None, self._file_number()))
 
     def _file_number(self) -> int | None:
-        """Return the number by which the file system knows the storage's file; None without one."""
+        """Return the inode of the storage's file; None without a file."""
         return self.file.stat().st_ino if self.file and self.file.exists() else None
 
 
@@ -155,7 +155,7 @@ class Database(Storage):
                 with FileLock(path, timeout=-1 if long else self.patience):
                     yield
             except Timeout as error:
-                raise StoreAway(f"Another process keeps {error.lock_file} locked; end it.") from error
+                raise StoreAway(f"Another process holds the lock {error.lock_file}; end that process.") from error
             return
         key = int.from_bytes(hashlib.sha256(f"effv2 {name}".encode()).digest()[:8], "big", signed=True)
         with self._locks.begin() as connection:
@@ -178,7 +178,7 @@ class Database(Storage):
 
 
 class Journal(Storage):
-    """A storage in a folder that machines share: a log, its locks, and beside it a file for each running trial."""
+    """A storage in a shared folder: a log, its locks, and a file for each running trial."""
 
     def __init__(self, file: Path, wait: float) -> None:
         super().__init__(f"journal://{file}", file, wait)
@@ -204,7 +204,7 @@ class Journal(Storage):
             return [each for each in map(trial_id, running) if self._touched(each) < since]
 
     def _touched(self, trial: int) -> float:
-        with suppress(FileNotFoundError), (self._signs / str(trial)).open("rb") as file:  # opened: NFS asks its server
+        with suppress(FileNotFoundError), (self._signs / str(trial)).open("rb") as file:  # NFS then asks its server
             return os.fstat(file.fileno()).st_mtime
         return 0.0
 
@@ -213,10 +213,10 @@ class Journal(Storage):
 
 
 def open_storage(url: str, wait: float = 0) -> Storage:
-    """Open a storage, creating its tables where they are missing; InputError if it can't be used.
+    """Open a storage and create its tables if they are missing; InputError if it can't be used.
 
-    `url` is sqlite:///FILE, for one machine, or for many postgresql://USER@HOST/DATABASE or journal:///FOLDER/FILE, in
-    a folder that they share. One that was open before may be away now: `wait` is how many seconds it is waited for.
+    `url` is sqlite:///FILE for one machine. For several machines it is postgresql://USER@HOST/DATABASE, or
+    journal:///FOLDER/FILE in a shared folder. A storage that was open before may be away: `wait` is in seconds.
     """
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     parsed = check_storage(url) if not wait else _parsed(url)
@@ -229,14 +229,14 @@ def open_storage(url: str, wait: float = 0) -> Storage:
 def check_storage(url: str) -> URL | Path:
     """Return the address of a storage, or the file of a log.
 
-    InputError where it is none, holds or is to hold what MLflow tracks, or is a file that can't be a log.
+    InputError for anything else, for a database of MLflow's, and for a file that can't be a log.
     """
     check_address("storage", url)
     parsed = _parsed(url)
     try:
         if isinstance(parsed, URL) and is_tracking_database(parsed):
             problem = "is a database of MLflow's, to which Optuna would add its tables"
-            raise InputError("storage", url, problem, "give another one, as sqlite:///optuna.db")
+            raise InputError("storage", url, problem, "give another one, such as sqlite:///optuna.db")
         if isinstance(parsed, Path):
             check_log(parsed)
     except ImportError as error:
@@ -254,7 +254,7 @@ def _parsed(url: str) -> URL | Path:
         return file.absolute()
     try:
         parsed = sqlalchemy.make_url(url)
-    except (exc.ArgumentError, ValueError):  # the latter for a port that is no number
+    except (exc.ArgumentError, ValueError):  # the latter for a port that isn't a number
         raise InputError("storage", url, "not an address", f"use {FORMS}") from None
     shown, backend = masked(url), parsed.get_backend_name()
     if backend not in ("sqlite", "postgresql") or parsed.database in (None, "", ":memory:"):
@@ -265,17 +265,17 @@ def _parsed(url: str) -> URL | Path:
 
 
 def cannot_use(shown: str, error: Exception) -> InputError:
-    """Return what to raise where a database fails before anything was begun."""
-    problem = f"can't be used ({reason(error.__cause__ or error)})"  # in the words of what Optuna or SQLAlchemy wrapped
+    """Return the error for a database that fails before any work."""
+    problem = f"can't be used ({reason(error.__cause__ or error)})"  # from the error that Optuna or SQLAlchemy wrapped
     remedy = "give another file" if shown.startswith("journal:") else "start the database or correct the address"
     return InputError("storage", shown, problem, remedy)
 
 
 def _is_away(error: Exception) -> bool:
-    """Say whether an error means that the database can't be reached or is busy, rather than that it refuses."""
+    """Say whether an error means that the database is unreachable or busy, and not that it refuses."""
     if isinstance(error, LogAway):
         return not error.lost
-    # Optuna wraps what SQLAlchemy raises, and SQLAlchemy what the driver does.
+    # Optuna wraps errors of SQLAlchemy, which wraps those of the driver.
     cause = error.__cause__ or error if isinstance(error, StorageInternalError) else error
     original = getattr(cause, "orig", None)
     if isinstance(original, sqlite3.Error):
@@ -283,7 +283,7 @@ def _is_away(error: Exception) -> bool:
     state = getattr(original, "sqlstate", None)
     if state:  # connection, resources, shutdown, a lock that isn't free, a conflict
         return state[:2] in ("08", "53", "55", "57", "40") or state in CUT_TRANSACTION
-    if isinstance(cause, exc.PendingRollbackError):  # Optuna asked again within the transaction that was cut
+    if isinstance(cause, exc.PendingRollbackError):  # Optuna used the broken transaction again
         return cause.code == "8s2b"
     invalidated = bool(getattr(cause, "connection_invalidated", False))
     return invalidated or isinstance(cause, (exc.OperationalError, exc.InterfaceError))

@@ -1,4 +1,4 @@
-"""Work on a study's queue until nothing is left: lease a trial, work on its run, say how it ended."""
+"""Work on a study's queue until nothing is left: lease a trial, work on its run, record how it ended."""
 
 import os
 import random
@@ -32,17 +32,17 @@ from effv2.tracking.store import answers, configure, outage_passed
 from effv2.tracking.tags import PARENT
 from effv2.tracking.writer import TrackedRun
 
-POLL_SECONDS = 1.0  # between two looks at a queue whose last trials others work on
-AWAY = 3  # exit code of a worker that waited in vain for a database or the tracking store
-ORPHAN_SECONDS = 60  # so long a worker may take to end after the process that started it
+POLL_SECONDS = 1.0  # seconds between two looks at a queue whose last trials belong to others
+AWAY = 3  # exit code of a worker after it waited in vain for a database or the tracking store
+ORPHAN_SECONDS = 60  # seconds that a worker may take to end after the process that started it
 
 
 @dataclass(frozen=True)
 class OpenedStudy:
-    """An opened study, as its workers and its coordinator share it: plain data alone.
+    """An opened study, which its workers and its coordinator share: only plain data.
 
-    `name` is that of the queue, `parent` the study's run, `fresh` whether the study was begun to repeat what was
-    finished before it.
+    `name` is the queue's name, `parent` is the study's run, and with `fresh` the study repeats runs that were finished
+    before it.
     """
 
     plan: Plan
@@ -56,18 +56,18 @@ class OpenedStudy:
         return Queue(storage, self.name, self.plan.retries, self.plan.wanted)
 
     def end(self, queue: Queue, status: str) -> None:
-        """End the study's run and children of dead processes, unless somebody works on it; a later lease reopens it."""
-        with queue.storage.lock(self.name):  # nobody leases a trial meanwhile
+        """End the study's run and the children of dead processes, unless a process works on it. A lease reopens it."""
+        with queue.storage.lock(self.name):  # no process leases a trial meanwhile
             if queue.deserted():
                 for child in find_runs(self.parent.experiment_id, {PARENT: self.parent.run_id}, running=True):
                     end_left_open(child.run_id)
                 self.parent.set_status(status)
 
     def leave(self, storage: Storage, status: str = "") -> None:
-        """Give back what this process works on, and end the study's run if it is open and a status is given.
+        """Give back the trials of this process, and end the study's run if it is open and a status is given.
 
-        Within seconds: the process ends. Where the storage is away, the trials are taken up for want of a heartbeat.
-        Nothing hides the reason to leave.
+        This takes seconds at most, because the process ends. If the storage is away, others take the trials when their
+        heartbeat stops. No error here hides the reason for the end.
         """
         storage.patience = LEAVING_SECONDS
         with suppress(Exception, LeaseLost):
@@ -86,7 +86,7 @@ class OpenedStudy:
 
 @dataclass
 class Worker:
-    """Takes trial after trial until none is left; `changed` is called when one begins, after each epoch, at its end."""
+    """Takes one trial after the other. It calls `changed` when a trial begins, after each epoch, and when it ends."""
 
     study: OpenedStudy
     queue: Queue
@@ -96,7 +96,7 @@ class Worker:
     setbacks: Counter[str] = field(default_factory=Counter)  # of each trial
 
     def work(self) -> None:
-        """Work until nothing is left. The queue learns of a run that fails, and the rest is worked on."""
+        """Work until nothing is left. A failed run is reported to the queue, and the work continues."""
         while True:
             lease = self.queue.lease()
             self.changed()
@@ -119,17 +119,17 @@ class Worker:
             pass
         except (RunError, InputError) as error:
             self.queue.fail(lease, str(error), final=isinstance(error, Diverged))
-        except Exception as error:  # a fault of ours or of a library costs one run, not the study
+        except Exception as error:  # an error in effv2 or in a library costs one run, not the study
             if outage_passed(error, self.setbacks, name, OUTAGE_SECONDS, self.reporter.message):
-                self.queue.release()  # the trial is not to blame
+                self.queue.release()  # the trial is not the cause
             else:
                 traceback.print_exc()
                 self.queue.fail(lease, f"{type(error).__name__}: {error}", final=False)
 
     def _attempt(self, lease: FrozenTrial, name: str) -> None:
-        """Let the plan find, resume or start the run of a trial; say how it ended."""
+        """Let the plan find, resume or start the run of a trial, and record how it ended."""
         study, queue, plan = self.study, self.queue, self.study.plan
-        study.parent.set_status("RUNNING")  # where somebody who left had ended it
+        study.parent.set_status("RUNNING")  # another process may have ended it
         params = queue.suggest(lease, plan.sampler(lease.number), plan.suggest)
 
         def epoch_ended(epoch: int, best: float) -> bool:
@@ -153,7 +153,7 @@ class Worker:
             previous=lease.user_attrs.get(RUN, ""),
             reporter=self.reporter,
             patience=OUTAGE_SECONDS,
-            run_opened=lambda run_id: queue.note_run(lease, run_id),  # so that whoever takes the trial up knows of it
+            run_opened=lambda run_id: queue.note_run(lease, run_id),  # so that the next worker of the trial knows it
             epoch_ended=epoch_ended,
             keeps_weights=may_be_best,
         )
@@ -162,7 +162,7 @@ class Worker:
         except Diverged as error:
             if not plan.searches:
                 raise
-            trial = queue.trials()[name]  # in a search an answer like any other: here is no place for the best
+            trial = queue.trials()[name]  # in a search this is a valid result: the ranges include bad values
             best = max(trial.intermediate_values.values(), default=0.0)
             queue.finish(lease, TrialState.PRUNED, best, trial.user_attrs[RUN], {ERROR: str(error), FINAL: True})
             return
@@ -174,27 +174,27 @@ class Worker:
             queue.finish(lease, state, ended.accuracy, run_id, about)
         except LeaseLost:
             if not ended.was_finished and queue.trials()[name].user_attrs.get(RUN) != run_id:
-                ended.run.set_status("KILLED")  # the run of the worker that has the trial now counts
+                ended.run.set_status("KILLED")  # the run of the trial's current worker counts
             raise
 
     def _origin(self, run_id: str) -> dict[str, bool]:
-        """Return the fact that a finished run is another study's, if it is."""
+        """Return an attribute if a finished run belongs to another study."""
         run = read_run(run_id)
         return {ELSEWHERE: True} if run is not None and run.parent != self.study.parent.run_id else {}
 
 
 class WorkerReporter(Reporter):
-    """Says what must be known, and nothing else: what a worker process does is seen through the storage."""
+    """Prints only important messages. The storage shows the progress of a worker process."""
 
     def message(self, text: str) -> None:
-        """Say it past the progress of the process that started this one."""
+        """Print a message in a way that doesn't disturb the progress of the parent process."""
         print(text, file=sys.stderr)
 
 
 def worker_process(study: OpenedStudy, threads: int, gpu: str) -> None:
-    """Work in a process of its own, which ends when the one that started it does; exit code AWAY after an outage.
+    """Work in a separate process, which ends when its parent process ends; exit code AWAY after an outage.
 
-    The environment names the tracking store. The worker sees the named GPU alone, if any is named.
+    The environment names the tracking store. If a GPU is named, the worker only sees that one.
     """
     storage, starter = None, parent_process()
 
@@ -209,7 +209,7 @@ def worker_process(study: OpenedStudy, threads: int, gpu: str) -> None:
     tune_allocator()
     torch.set_num_threads(threads)
     configure()
-    with ending_signals(repeated=False):  # which the process that started this one may send, too
+    with ending_signals(repeated=False):  # the parent process may also send it
         try:
             threading.Thread(target=end_with_starter, daemon=True).start()
             storage = open_storage(study.options.storage, OUTAGE_SECONDS)
@@ -218,7 +218,7 @@ def worker_process(study: OpenedStudy, threads: int, gpu: str) -> None:
         except (KeyboardInterrupt, Terminated, StoreAway) as error:
             with suppress(Exception):
                 storage = storage or open_storage(study.options.storage, LEAVING_SECONDS)
-                # The process that started this one ends the study's run, unless it is gone.
+                # The parent process ends the study's run, unless it is gone.
                 study.leave(storage, "" if starter is not None and starter.is_alive() else "KILLED")
             if isinstance(error, RunError):
                 print(error, file=sys.stderr)

@@ -1,1 +1,1 @@
-"""MLflow: the life of a run, what it holds, and reading it back. The one room that imports mlflow."""
+"""MLflow: opening, writing and reading runs. The only room that imports mlflow."""

@@ -1,4 +1,4 @@
-"""Addresses of stores: checked before anything is opened, read as they were meant, shown without secrets."""
+"""Addresses of stores: checked before they are opened, interpreted as intended, shown without secrets."""
 
 import os
 import re
@@ -17,7 +17,7 @@ from effv2.core.secrets import masked
 TRACKING_URI = "MLFLOW_TRACKING_URI"
 STORES = "sqlite:///mlflow.db, http://HOST:PORT or postgresql://USER@HOST/DATABASE"
 DATABASES = re.compile(r"(sqlite|postgresql|mysql|mssql)[:+]")
-OF_MLFLOW, OF_OPTUNA = {"experiments", "metrics"}, {"studies", "trials"}  # tables that tell whose a database is
+OF_MLFLOW, OF_OPTUNA = {"experiments", "metrics"}, {"studies", "trials"}  # tables of each
 PATIENCE = {"pysqlite": {"timeout": 60}, "psycopg": {"connect_timeout": 10}}  # seconds, by driver
 
 
@@ -29,20 +29,20 @@ def tracking_uri() -> str:
 
 
 def shown_uri() -> str:
-    """Return the tracking URI without what is secret in it."""
+    """Return the tracking URI without secrets."""
     return masked(mlflow.get_tracking_uri())
 
 
 def ui_address() -> str:
-    """Return the address of the server's pages; empty where the tracking store is no server."""
+    """Return the address of the server's pages; empty if the tracking store is not a server."""
     uri = shown_uri()
     return uri.rstrip("/") if uri.startswith("http") else ""
 
 
 def read_where_typed() -> None:
-    """Make a relative path in the tracking URI absolute: `mlflow run` meant it in the folder where it was typed.
+    """Make a relative path in the tracking URI absolute: the user meant the folder where they typed `mlflow run`.
 
-    It starts the command in the project's folder, so the next process above it that works elsewhere is `mlflow run`.
+    `mlflow run` starts the command in the project's folder. So it is the nearest parent process in another folder.
     """
     uri = os.environ.get(TRACKING_URI, "")
     relative = re.fullmatch(r"(sqlite:///|file:|)((?![/:~'\"\s]|\w[\w+]*:)[^?]+)(\?.*)?", uri)
@@ -56,29 +56,29 @@ def read_where_typed() -> None:
 
 
 def check_address(what: str, uri: str) -> None:
-    """Refuse the address of a store, as which `what` was given, that others would read otherwise than it is meant."""
+    """Refuse the address of a store, given as `what`, that MLflow or SQLAlchemy would not read as intended."""
     bare = uri.strip("\"' \t\r\n")
     home = re.sub(r"(^|:|/)(~\w*)", lambda found: found[1] + os.path.expanduser(found[2]), bare, count=1)
     if bare != uri:
-        raise InputError(what, uri, "has quotes or spaces around it", f"write it without, as {bare}")
+        raise InputError(what, uri, "has quotes or spaces around it", f"write it without them, as {bare}")
     if home != bare and re.match(r"(sqlite:///|file:/*)?~", bare):
-        raise InputError(what, uri, "nobody reads the ~ in it as a home folder", f"write {home}")
+        raise InputError(what, uri, "the ~ in it is not replaced by the home folder", f"write {home}")
     if re.match(r"(\w[\w.-]*|\[[\da-fA-F:]+\]):\d+(/|$)", uri):
         raise InputError(what, uri, "has no scheme", f"write http://{uri}")
     try:
         host = make_url(uri).host or "" if DATABASES.match(uri) else ""
     except ValueError as error:
-        raise InputError(what, uri, "its port is no number", "correct it") from error
+        raise InputError(what, uri, "its port is not a number", "correct it") from error
     except SQLAlchemyError as error:
         remedy = "use sqlite:///FILE or postgresql://USER@HOST/DATABASE"
-        raise InputError(what, uri, "is no address of a database", remedy) from error
+        raise InputError(what, uri, "is not the address of a database", remedy) from error
     if "@" in host or re.match(r"[\w+]+://[^/]*\s.*@", uri):
         shown, remedy = "%20".join(uri.split()), "write @ as %40, a space as %20"
         raise InputError(what, shown, "its user or password holds an @ or a space", remedy)
 
 
 def tables_of(url: URL) -> set[str]:
-    """Return the names of the tables in a database; none where it is a file that isn't there."""
+    """Return the names of the tables in a database; none if its file is missing."""
     if url.get_backend_name() == "sqlite" and not os.path.isfile(url.database or ""):  # noqa: PTH113 (never raises)
         return set()
     engine = create_engine(url, connect_args=PATIENCE.get(url.get_driver_name(), {}))
@@ -89,14 +89,14 @@ def tables_of(url: URL) -> set[str]:
 
 
 def check_database() -> None:
-    """Refuse a database that is Optuna's, to which MLflow would add its tables."""
+    """Refuse a database of Optuna's, because MLflow would add its tables to it."""
     uri = tracking_uri()
     if DATABASES.match(uri) and tables_of(make_url(uri)) >= OF_OPTUNA:
-        raise InputError(TRACKING_URI, uri, "holds Optuna's studies, so no runs", f"use {STORES}")
+        raise InputError(TRACKING_URI, uri, "holds Optuna's studies, not runs", f"use {STORES}")
 
 
 def is_tracking_database(url: URL) -> bool:
-    """Say whether a database is the one that the tracking URI names, or holds the tables of some tracking store."""
+    """Say whether a database is the one of the tracking URI, or holds the tables of any tracking store."""
 
     def place(of: URL) -> tuple[object, ...]:
         database, options = os.path.realpath(of.database or ""), of.query.get("options")

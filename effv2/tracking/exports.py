@@ -1,4 +1,4 @@
-"""Tracked runs written as CSV files with a manifest of their hashes, and read back as they were: exports.
+"""Exports: tracked runs as CSV files with a manifest of their hashes, which can be read back without loss.
 
 Predictions of the same images share a table, with two columns per run.
 """
@@ -25,9 +25,9 @@ from effv2.tracking.read import Images, RunRecord
 from effv2.tracking.tags import PARENT, PID, PROCESS, QUEUE
 
 MANIFEST, RUNS, EPOCHS = "manifest.json", "runs.csv", "epochs.csv"
-LARGEST_MANIFEST, LARGEST_FILE = 50_000_000, 2_000_000_000  # bytes: of millions of epochs
+LARGEST_MANIFEST, LARGEST_FILE = 50_000_000, 2_000_000_000  # bytes: enough for millions of epochs
 LARGEST_FIELD = 10_000_000  # characters of a CSV field: thousands of class names
-TABLES = {  # of an export: their titles after `run_id`; those of epochs.csv end with a column per metric
+TABLES = {  # tables of an export: their titles after `run_id`; those of epochs.csv end with a column per metric
     RUNS: "name status started ended",
     "params.csv": "name value",
     "tags.csv": "name value",
@@ -35,13 +35,13 @@ TABLES = {  # of an export: their titles after `run_id`; those of epochs.csv end
     EPOCHS: "epoch",
     "images.csv": "context name digest images classes",
 }
-ANSWERS = ["id", "true", "predicted", "probability"]  # the titles of a run's predictions
-SHARED = re.compile(r"(.*predictions)-[0-9a-f]{12}(\.csv)")  # the tables of an export that hold those of several runs
-PRIVATE = {"data.dir", "weights.file", PID, PROCESS, QUEUE}  # where the user's files lie, or who they are
+ANSWERS = ["id", "true", "predicted", "probability"]  # titles of the predictions of a run
+SHARED = re.compile(r"(.*predictions)-[0-9a-f]{12}(\.csv)")  # tables with predictions of several runs
+PRIVATE = {"data.dir", "weights.file", PID, PROCESS, QUEUE}  # paths of the user's files, and the user's name
 
 
 class Manifest(BaseModel):
-    """What an export says of itself: the experiment, the address of its pages (empty without), its files' SHA-256."""
+    """The description of an export: the experiment, the address of its pages (or empty), the SHA-256 of its files."""
 
     effv2: str = __version__
     experiment: str
@@ -50,7 +50,7 @@ class Manifest(BaseModel):
 
 
 class Answers(NamedTuple):
-    """What a run predicted: images as pairs of id and true class, and as many pairs of class and probability."""
+    """The predictions of a run: images as pairs of id and true class, and as many pairs of class and probability."""
 
     images: tuple[tuple[str, str], ...]
     predicted: Sequence[tuple[str, str]]
@@ -61,7 +61,7 @@ Predictions = Mapping[str, Answers]  # of a run, by the names of its files
 
 @dataclass(frozen=True)
 class Export:
-    """An export that was read: its folder, what it says of itself, its runs, and their predictions by run."""
+    """An export that was read: its folder, its manifest, its runs, and their predictions by run."""
 
     folder: Path
     manifest: Manifest
@@ -69,13 +69,13 @@ class Export:
     predictions: Mapping[str, Predictions]
 
     def text(self, name: str) -> str | None:
-        """Return the text of one of its files; None where it has none of that name."""
+        """Return the text of one of its files; None if it has no file of that name."""
         there = name in self.manifest.sha256
         return (self.folder / name).read_text(encoding="utf-8", errors="replace") if there else None
 
 
 def answers_of(text: str) -> Answers | None:
-    """Return what a run's file of predictions says; None of another table."""
+    """Return the predictions in a file of a run; None for another table."""
     titles, *rows = [list(map(from_cell, row)) for row in csv.reader(io.StringIO(text))] or [[]]
     if titles != ANSWERS or not rows or any(len(row) != len(ANSWERS) for row in rows):
         return None
@@ -89,9 +89,9 @@ def write_export(
     predictions: Mapping[str, Predictions],
     texts: Mapping[str, str],
 ) -> None:
-    """Write runs as tables, their predictions, `texts` by their names in the folder, and a manifest with all hashes.
+    """Write runs as tables, their predictions, `texts` by file name, and a manifest with all hashes.
 
-    The files of an earlier export there are removed first, and no others.
+    First, the files of an earlier export there are removed, and no others.
     """
     with suppress(InputError):  # there is none
         for name in (*_manifest(folder).sha256, MANIFEST):
@@ -114,7 +114,7 @@ def write_export(
 
 
 def _shared(predictions: Mapping[str, Predictions]) -> dict[str, Iterable[tuple[str, ...]]]:
-    """Return the tables of predictions by name: an image's id and true class, then what each run said."""
+    """Return the tables of predictions by name: an image's id and true class, then the prediction of each run."""
     columns: dict[str, list[tuple[str, ...]]] = {}
     for run_id, files in predictions.items():
         for file, answers in files.items():
@@ -127,10 +127,10 @@ def _shared(predictions: Mapping[str, Predictions]) -> dict[str, Iterable[tuple[
 
 
 def _lines(run: RunRecord, metrics: Sequence[str]) -> dict[str, list[tuple[Any, ...]]]:
-    """Return the lines of a run in each table, after its id; in epochs.csv with the values of `metrics`."""
+    """Return the rows of a run in each table, without its id; in epochs.csv with the values of `metrics`."""
     params = {name: value for name, value in run.params.items() if name not in PRIVATE}
     weights = params.get("model.weights", "")
-    if not weights.startswith(("runs:/", "models:/")):  # else perhaps a path, of which the file's name will do
+    if not weights.startswith(("runs:/", "models:/")):  # otherwise perhaps a path, of which only the file name is kept
         params |= {"model.weights": PurePath(weights).name} if weights else {}
     tags = {name: value for name, value in run.tags.items() if name.startswith("effv2.") or name == PARENT}
     epochs = sorted({epoch for curve in run.history.values() for epoch in curve})
@@ -148,7 +148,7 @@ def _lines(run: RunRecord, metrics: Sequence[str]) -> dict[str, list[tuple[Any, 
 
 
 def read_export(folder: Path) -> Export:
-    """Read an export back; InputError where a file of it is missing, was changed, or holds what no export has."""
+    """Read an export; InputError if one of its files is missing, changed or invalid."""
     manifest = _manifest(folder)
     for name, wanted in manifest.sha256.items():
         file = folder / name
@@ -157,11 +157,11 @@ def read_export(folder: Path) -> Export:
     try:
         return Export(folder, manifest, list(_read_runs(folder)), _read_predictions(folder, manifest))
     except (ValueError, TypeError, OverflowError, RecursionError, csv.Error) as error:
-        raise _wrong(folder, f"one of its tables holds what no export has ({str(error)[:100]})") from error
+        raise _wrong(folder, f"one of its tables is invalid ({str(error)[:100]})") from error
 
 
 def _manifest(folder: Path) -> Manifest:
-    """Return an export's manifest; InputError where there is none, or it names files outside of the export."""
+    """Return the manifest of an export; InputError if it is missing, or names files outside of the export."""
     try:
         manifest = Manifest.model_validate_json(read_text(folder / MANIFEST, LARGEST_MANIFEST))
         if not manifest.sha256.keys() >= TABLES.keys():
@@ -186,7 +186,7 @@ def _read_runs(folder: Path) -> Iterator[RunRecord]:
             lines[run_id][table].append(values)
     for run_id, of_run in lines.items():
         if not of_run[RUNS] or not re.fullmatch(r"[\w-]+", run_id):
-            raise ValueError("a run that can't be one")
+            raise ValueError("an invalid run")
         name, status, started, ended = of_run[RUNS][0]
         params, tags, metrics = (masked_values(dict(of_run[f"{of}.csv"])) for of in ("params", "tags", "metrics"))
         numbers = {metric: float(value) for metric, value in metrics.items()}

@@ -1,4 +1,4 @@
-"""Runs read back as plain data, for tables, figures and verdicts."""
+"""Tracked runs read as plain data, for tables, figures and verdicts."""
 
 import json
 import shutil
@@ -16,16 +16,16 @@ from effv2.core.secrets import masked_values
 from effv2.tracking.store import MISSING, MlflowClient
 from effv2.tracking.tags import DATA_CONTEXT, PARENT, reused_in
 
-# Accuracies on the test set: of its best epoch, of the selected one (the best on validation, or the last), of the last.
+# Accuracies on the test set: at its best epoch, at the selected one (the best on validation, or the last), at the last.
 BEST_TEST, SELECTED_TEST, LAST_TEST = "best/test_accuracy", "selected/test_accuracy", "final/test_accuracy"
 SELECTED_VALIDATION = "selected/val_accuracy"
-OF_TRIALS = "val/accuracy"  # the metric whose epochs are read of the trials of a search
-READERS = 8  # histories that are asked for at once: a server answers each in milliseconds, but after a while
+OF_TRIALS = "val/accuracy"  # the metric whose epochs are read for the trials of a search
+READERS = 8  # simultaneous requests for histories: a server answers each in milliseconds, but with a delay
 
 
 @dataclass(frozen=True)
 class Images:
-    """A data set of a run: its name, digest, number of images and names of classes, as far as they were logged."""
+    """A data set of a run: its name, and if logged, its digest, number of images and names of classes."""
 
     name: str
     digest: str
@@ -37,7 +37,7 @@ class Images:
 class RunRecord:
     """A tracked run: parameters, last metrics and tags as logged; `history` maps a metric to {epoch: value}.
 
-    `images` holds data sets by what they were used as: train, validation or test. Times are milliseconds since 1970.
+    `images` holds data sets by their use: train, validation or test. Times are milliseconds since 1970.
     """
 
     run_id: str
@@ -53,19 +53,19 @@ class RunRecord:
 
     @property
     def parent(self) -> str:
-        """Return the id of the run that it is a child of, empty where it is none."""
+        """Return the id of the parent run; empty if there is none."""
         return self.tags.get(PARENT, "")
 
 
 def reached_accuracy(metrics: Mapping[str, float]) -> float:
-    """Return the accuracy that a finished run was trained by, at its best: on validation where it has that."""
+    """Return the best accuracy that a finished run was selected by: on validation, if it has that."""
     return metrics[SELECTED_VALIDATION if SELECTED_VALIDATION in metrics else BEST_TEST]
 
 
 def decisive_accuracy(runs: Sequence[RunRecord]) -> str:
-    """Return the accuracy by which runs are compared: under the published rules, without validation, the best epoch's.
+    """Return the metric by which runs are compared: for published sampling without validation, that of the best epoch.
 
-    Elsewhere it is the selected epoch's. Where the test set was left alone, it is that on validation.
+    Otherwise it is that of the selected epoch. If the test set was not evaluated, it is the accuracy on validation.
     """
     if not any(SELECTED_TEST in run.metrics for run in runs):
         return SELECTED_VALIDATION
@@ -75,7 +75,7 @@ def decisive_accuracy(runs: Sequence[RunRecord]) -> str:
 
 
 def find_runs(experiment_id: str, tags: Mapping[str, str], *, running: bool) -> list[RunRecord]:
-    """Return the runs of the experiment with these tags that are RUNNING, or those that have ended, the last first."""
+    """Return the experiment's runs with these tags that are RUNNING, or those that have ended, the latest first."""
     wanted = [f"attributes.status {'=' if running else '!='} 'RUNNING'"]
     wanted += [f"tags.`{name}` = '{value}'" for name, value in tags.items()]
     found = MlflowClient().search_runs([experiment_id], " and ".join(wanted), order_by=["attributes.start_time DESC"])
@@ -89,15 +89,15 @@ def read_runs(run_ids: Iterable[str]) -> list[RunRecord]:
 
 
 def read_history(run_id: str, name: str) -> dict[int, float]:
-    """Read the values of a metric by epoch."""
+    """Read the values of a metric, by epoch."""
     return {each.step: each.value for each in MlflowClient().get_metric_history(run_id, name)}
 
 
 def read_experiment(experiment_id: str, histories: Sequence[str], parent: str = "") -> list[RunRecord]:
-    """Read all runs of an experiment, the oldest first; or a study's run, its children, and those that it reuses.
+    """Read all runs of an experiment, the oldest first, or a study's run, its children, and the runs that it reuses.
 
-    With the histories, of finished runs, of metrics whose names begin so. The trials of a search, which may be
-    thousands, have none, or where its study is read alone that of the accuracy on validation.
+    Finished runs have the histories of the metrics with these prefixes. The trials of a search, which may be thousands,
+    have none. If only the study is read, its trials have that of the accuracy on validation.
     """
     runs = list(map(_record, _all_runs(experiment_id, f"tags.`{PARENT}` = '{parent}'" if parent else "")))
     if parent:
@@ -116,12 +116,12 @@ def read_experiment(experiment_id: str, histories: Sequence[str], parent: str = 
 
 
 def known_runs(experiment_id: str) -> set[str]:
-    """Return the ids of the experiment's runs but for those that were deleted."""
+    """Return the ids of the experiment's runs, without deleted ones."""
     return {run.info.run_id for run in _all_runs(experiment_id)}
 
 
 def _all_runs(experiment_id: str, condition: str = "") -> Iterator[Run]:
-    """Yield runs of an experiment, the oldest first, however many there are."""
+    """Yield all runs of an experiment, the oldest first."""
     token: str | None = ""
     while token is not None:
         order, after = ["start_time ASC"], token or None
@@ -131,7 +131,7 @@ def _all_runs(experiment_id: str, condition: str = "") -> Iterator[Run]:
 
 
 def read_run(run_id: str) -> RunRecord | None:
-    """Return a run without histories; None where the store has none of that id, or the run was deleted."""
+    """Return a run without histories; None if the store has no run of that id, or the run was deleted."""
     try:
         run = MlflowClient().get_run(run_id)
     except MlflowException as error:
@@ -147,13 +147,13 @@ def experiment_name(experiment_id: str) -> str:
 
 
 def artifact_names(run_id: str, folder: str) -> list[str]:
-    """Return the names of the artifacts in a folder of theirs."""
+    """Return the names of the artifacts in a folder of artifacts."""
     found = MlflowClient().list_artifacts(run_id, folder or None)
     return [PurePosixPath(file.path).name for file in found if not file.is_dir]
 
 
 def download(run_id: str, name: str, folder: Path) -> Path | None:
-    """Download an artifact into `folder`, which is created; None where the run has none of that name."""
+    """Download an artifact into `folder`, which is created; None if the run has no artifact of that name."""
     above, _, own = name.rpartition("/")
     if own not in artifact_names(run_id, above):
         return None
@@ -163,7 +163,7 @@ def download(run_id: str, name: str, folder: Path) -> Path | None:
 
 
 def read_artifacts(run_id: str, names: Iterable[str]) -> dict[str, str]:
-    """Return the texts of those named artifacts that a run has."""
+    """Return the texts of the named artifacts, as far as the run has them."""
     client, found = MlflowClient(), dict[str, str]()
     there = {file.path for file in client.list_artifacts(run_id)}
     with tempfile.TemporaryDirectory() as folder:
@@ -172,7 +172,7 @@ def read_artifacts(run_id: str, names: Iterable[str]) -> dict[str, str]:
             if above and above in there:
                 there |= {file.path for file in client.list_artifacts(run_id, above)}
             if name in there:
-                with suppress(UnicodeDecodeError):  # no file of ours
+                with suppress(UnicodeDecodeError):  # not a file of effv2
                     found[name] = Path(client.download_artifacts(run_id, name, folder)).read_text(encoding="utf-8")
     return found
 
@@ -199,7 +199,7 @@ def _images(run: Run) -> Iterable[tuple[str, Images]]:
         try:
             profile = json.loads(about.profile or "{}")
             count = profile.get("images", 0)
-            count = count if isinstance(count, int) else max(count.values())  # published networks have several sets
+            count = count if isinstance(count, int) else max(count.values())  # by weights
             yield context, Images(about.name, digest, count, tuple(profile.get("classes", ())))
-        except (ValueError, TypeError, AttributeError, LookupError):  # logged by something else
+        except (ValueError, TypeError, AttributeError, LookupError):  # logged by another program
             yield context, Images(about.name, digest)

@@ -1,4 +1,4 @@
-"""MLflow's registry: which version of a model is the champion, and how another one becomes it."""
+"""MLflow's registry: the champion among the versions of a model, and its replacement."""
 
 import re
 import time
@@ -16,24 +16,24 @@ from effv2.tracking.tags import PROMOTING, PROMOTION
 from effv2.tracking.writer import model_address
 
 CHAMPION = "champion"  # the alias
-TURN_SECONDS = 30.0  # that a version waits for one before it to be judged, of which the process may have died
+TURN_SECONDS = 30.0  # seconds that a version waits for the judgement of an earlier one, whose process may have died
 
 
 def find_model(address: str) -> tuple[LoggedModel, float]:
-    """Return the model of an address, runs:/ID or models:/ID, and its MB; InputError where it isn't there, or whole."""
+    """Return the model of an address, runs:/ID or models:/ID, and its MB; InputError if it is missing or incomplete."""
     kind, _, wanted = address.partition(":/")
     if kind not in ("runs", "models") or not re.fullmatch(r"[\w-]+", wanted):
-        raise InputError("model", address, "is no address of a logged model", "give runs:/ID or models:/ID")
+        raise InputError("model", address, "is not the address of a logged model", "give runs:/ID or models:/ID")
     try:
         found = address if kind == "models" else model_address(wanted)
         model = MlflowClient().get_logged_model(found.removeprefix("models:/")) if found else None
     except MlflowException as error:
         if error.error_code != MISSING:
             raise
-        raise InputError("model", address, "the tracking store has none of that id", "correct it") from error
+        raise InputError("model", address, "the tracking store has no model of that id", "correct it") from error
     size = _bytes(model.model_id) if model else 0
     if model is None or model.status != LoggedModelStatus.READY or not size:
-        raise InputError("model", address, "no model was logged there, or not all of it", "give another one")
+        raise InputError("model", address, "no model was logged there, or it is incomplete", "give another one")
     return model, size / 1e6
 
 
@@ -43,10 +43,10 @@ def _bytes(model_id: str, folder: str | None = None) -> int:
 
 
 def find_champion(name: str) -> ModelVersion | None:
-    """Return the version that holds the alias; None where none does. InputError for a name that can't be served."""
+    """Return the version that has the alias; None if no version has it. InputError for a name that can't be served."""
     if not re.fullmatch(r"\w[\w .-]*", name):
-        problem = "holds more than letters, digits, spaces and any of _ . -"
-        raise InputError("name", name, problem, "give a name as birds")
+        problem = "may only have letters, digits, spaces and _ . -"
+        raise InputError("name", name, problem, "give a name such as birds")
     try:
         return MlflowClient().get_model_version_by_alias(name, CHAMPION)
     except MlflowException as error:
@@ -56,10 +56,10 @@ def find_champion(name: str) -> ModelVersion | None:
 
 
 def promote_version(name: str, model: LoggedModel, judge: Callable[[], tuple[str, Mapping[str, str]] | None]) -> None:
-    """Register a model, unless it is, and move the alias to it if `judge` returns a description and tags for it.
+    """Register a model, unless it is registered, and move the alias to it if `judge` returns a description and tags.
 
-    That is asked when all versions that were registered before are judged: a new version takes the turn. It is deleted
-    where the model has another, or isn't promoted; then also what a kill has left of it.
+    `judge` is called after the judgement of all earlier versions. A new version marks the turn. It is deleted if the
+    model has another version, or isn't promoted. What a kill has left of it is then deleted, too.
     """
     client, judged = MlflowClient(), None
     turn = version = _register(name, model)
@@ -94,12 +94,12 @@ def _register(name: str, model: LoggedModel) -> ModelVersion:
     except MlflowException as error:
         if error.error_code != "RESOURCE_ALREADY_EXISTS":
             raise
-    client, about = mlflow.MlflowClient(), {PROMOTING: "true"}  # no client that repeats calls: each leaves a version
+    client, about = mlflow.MlflowClient(), {PROMOTING: "true"}  # without repeats: each creates a version
     return client.create_model_version(name, model.model_uri, model.source_run_id, about, model_id=model.model_id)
 
 
 def _await_turn(version: ModelVersion) -> None:
-    """Wait for the versions that were registered in the seconds before, each to be judged by what became of them."""
+    """Wait for the judgement of the versions that were registered shortly before."""
     since, deadline = version.creation_timestamp - 1000 * TURN_SECONDS, time.monotonic() + TURN_SECONDS
     while time.monotonic() < deadline and any(
         PROMOTING in each.tags and int(each.version) < int(version.version) and each.creation_timestamp > since

@@ -1,4 +1,4 @@
-"""One MLflow run: opened, adopted or resumed, filled, and ended with the status it deserves."""
+"""One MLflow run: opened, adopted or resumed, filled, and ended with the right status."""
 
 import os
 import re
@@ -25,17 +25,17 @@ from effv2.tracking.store import TRACKING_ERRORS, MlflowClient, TrackingAway, an
 from effv2.tracking.tags import CREATION, ERROR, LONGEST_TAG, OUTCOME, PARENT, PID, PROCESS, REPORT, RUN_NAME
 from effv2.tracking.writer import Item, TrackedRun, discard, status_after
 
-PATIENCE = 120.0  # seconds that the end of a run waits for a store that is away
-EARLY_PATIENCE = 3.0  # seconds that a run which ends early waits for the store
+PATIENCE = 120.0  # seconds that the end of a run waits for an unreachable store
+EARLY_PATIENCE = 3.0  # seconds that a run that ends early waits for the store
 UPLOAD_PATIENCE = 30.0  # the same, while its last checkpoint is uploaded to a store that answers
 CHECKPOINTS = "checkpoints"  # folder of the artifacts: the last checkpoint, for other machines
-GENERATED_NAME = re.compile(r"[a-z]+-[a-z]+-\d+")  # what MLflow calls a run that nobody named
+GENERATED_NAME = re.compile(r"[a-z]+-[a-z]+-\d+")  # MLflow's tag for a run without a name from the user
 
 
 class OpenRun(TrackedRun):
-    """A run that this process has open. Until it ends values are sent by a thread; what has files waits for that.
+    """A run that this process has open. A thread sends its values until it ends. Calls with files wait for the thread.
 
-    TrackingAway where the store is away for `patience` seconds; RunError where the store refuses something for good.
+    TrackingAway if the store is away for `patience` seconds; RunError if the store permanently refuses something.
     """
 
     def __init__(self, run_id: str, experiment_id: str, message: Message, patience: float, resumed: bool) -> None:
@@ -53,15 +53,15 @@ class OpenRun(TrackedRun):
             self.sender.flush(self.patience)
 
     def complete(self, outcome: str = "complete") -> None:
-        """Say that all was logged: from here on the run ends FINISHED, whatever interrupts it."""
+        """Declare that everything is logged. From here on, the run ends FINISHED, even if it is interrupted."""
         self.set_tags({OUTCOME: outcome})
         self.completed = True
 
     def upload_checkpoint(self, path: Path) -> None:
-        """Upload a checkpoint for other machines in the background, in the place of that before, unless that waits."""
+        """Upload a checkpoint for other machines in the background, and replace the last, unless that still waits."""
         if self._uploading:
             return
-        folder = Path(tempfile.mkdtemp(dir=path.parent, prefix="."))  # beside it, so that a link will do
+        folder = Path(tempfile.mkdtemp(dir=path.parent, prefix="."))  # next to it, so that a hard link suffices
         try:
             (folder / path.name).hardlink_to(path)
         except OSError:
@@ -77,9 +77,9 @@ class OpenRun(TrackedRun):
         self.sender.put(upload)
 
     def end(self, status: str, error: BaseException | None = None) -> None:
-        """Deliver what waits, then the status; past what can't be delivered where an error ended the run.
+        """Deliver waiting values, then the status. After an error, values that can't be delivered are skipped.
 
-        One that is told to end, or that the store never took anything of, waits for seconds alone.
+        After an ending signal, or if the store never accepted anything of the run, this waits only for seconds.
         """
         ended = int(time.time() * 1000)
         last: list[Item] = [lambda: MlflowClient().set_terminated(self.run_id, status, ended)]
@@ -93,7 +93,7 @@ class OpenRun(TrackedRun):
         if error is None and not self.delivered:
             self.sender.flush(0)
         elif not self.delivered and answers():
-            self.set_status("KILLED" if status == "FINISHED" else status)  # finished is what can be read
+            self.set_status("KILLED" if status == "FINISHED" else status)  # a finished run must be readable
 
 
 @contextmanager
@@ -107,7 +107,7 @@ def open_run(
     message: Message,
     patience: float = PATIENCE,
 ) -> Iterator[OpenRun]:
-    """Begin a run as `begin_run` does, and end it FINISHED, FAILED or KILLED. Raises what an OpenRun does."""
+    """Begin a run as `begin_run` does, and end it FINISHED, FAILED or KILLED. Raises the errors of OpenRun."""
     known = {**tags, PID: str(os.getpid()), PROCESS: this_process()}
     begun = run = monitor = None
     try:
@@ -119,7 +119,7 @@ def open_run(
         run.sender.flush(patience)
         run.end("FINISHED")
     except BaseException as error:
-        with suppress(*TRACKING_ERRORS, RunError):  # a store that is away must not hide why the run ends
+        with suppress(*TRACKING_ERRORS, RunError):  # an unreachable store must not hide why the run ends
             if run is not None:
                 _end_early(run, error)
             elif begun is not None:
@@ -133,7 +133,7 @@ def open_run(
 
 
 def _end_early(run: OpenRun, error: BaseException) -> None:
-    """End a run by an error, unless another process has resumed it by now, or it waited in vain already."""
+    """End a run after an error, unless another process has resumed it, or it has already waited in vain."""
     lost = isinstance(error, LeaseLost)
     ours = not lost or MlflowClient().get_run(run.run_id).data.tags.get(PROCESS) == this_process()
     if ours and not isinstance(error, TrackingAway):
@@ -144,10 +144,10 @@ def _end_early(run: OpenRun, error: BaseException) -> None:
 def begin_run(
     name: str, experiment_id: str, tags: Mapping[str, str], parent: str = "", resumes: str = ""
 ) -> TrackedRun:
-    """Return a run that is RUNNING: the one that `resumes` is the id of, that of `mlflow run`, or a new one.
+    """Return a RUNNING run: the one with the id `resumes`, that of `mlflow run`, or a new one.
 
-    A child of `parent`, where that is given, adopts no run. Several processes may work on a study, so its run belongs
-    to none of them: whoever ends the study ends it.
+    A child of `parent` adopts no run. Several processes may work on a study, so its run belongs to none of them: the
+    process that ends the study ends it.
     """
     client, adopted = MlflowClient(), "" if parent or resumes else os.environ.pop("MLFLOW_RUN_ID", "")
     run = TrackedRun(resumes or adopted, experiment_id)
@@ -156,16 +156,16 @@ def begin_run(
         return TrackedRun(_create_run(experiment_id, name, known), experiment_id)
     if adopted:
         there = client.get_run(adopted)
-        tags = {**there.data.tags, **tags}  # again, for secrets in the project's address
-        if GENERATED_NAME.fullmatch(there.info.run_name or ""):  # not named by the user
+        tags = {**there.data.tags, **tags}  # set again, because the project's address may have secrets
+        if GENERATED_NAME.fullmatch(there.info.run_name or ""):  # the user gave no name
             tags[RUN_NAME] = name
-    run.set_tags(tags)  # before it is RUNNING under a process that is gone
+    run.set_tags(tags)  # otherwise it would be RUNNING for a process that is gone
     client.update_run(run.run_id, "RUNNING")
     return run
 
 
 def _create_run(experiment_id: str, name: str, tags: dict[str, str]) -> str:
-    """Create a run, and delete those that were created beside it where the server's answer was lost; return its id."""
+    """Create a run and return its id. If answers of the server were lost, delete the additional runs."""
     client, creation = MlflowClient(), uuid.uuid4().hex
     run_id = str(client.create_run(experiment_id, tags={**tags, CREATION: creation}, run_name=name).info.run_id)
     for twin in client.search_runs([experiment_id], f"tags.`{CREATION}` = '{creation}'"):
@@ -175,7 +175,7 @@ def _create_run(experiment_id: str, name: str, tags: dict[str, str]) -> str:
 
 
 def _monitor(run_id: str, resumed: bool, message: Message) -> Any:
-    """Log the machine's load to the run where the user asked MLflow for that."""
+    """Log the machine's load to the run, if the user turned this on in MLflow."""
     try:
         if not MLFLOW_ENABLE_SYSTEM_METRICS_LOGGING.get():  # type: ignore[no-untyped-call]
             return None
@@ -183,25 +183,25 @@ def _monitor(run_id: str, resumed: bool, message: Message) -> Any:
 
         monitor = SystemMetricsMonitor(run_id, resume_logging=resumed)  # type: ignore[no-untyped-call]
         monitor.start()  # type: ignore[no-untyped-call]
-    except Exception as error:  # as MLflow itself does: for want of a package, for one
+    except Exception as error:  # as MLflow itself does, for example if a package is missing
         message(f"System metrics can't be logged: {error}")
         return None
     return monitor
 
 
 def open_experiment(experiment: str, message: Message, create: bool = True) -> str:
-    """Open the tracking store as `open_store` does, and end the runs that dead processes of this machine left open."""
+    """Open the tracking store as `open_store` does, and end runs that dead processes of this machine left open."""
     experiment_id = open_store(experiment, create, message)
     for run in find_runs(experiment_id, {}, running=True):
         if is_gone(run.tags.get(PROCESS, "")):
-            with suppress(*TRACKING_ERRORS):  # what matters more will fail next, and say so
+            with suppress(*TRACKING_ERRORS):  # a more important call will fail next, with a message
                 end_left_open(run.run_id)
     return experiment_id
 
 
 def end_left_open(run_id: str) -> bool:
-    """End a run that its process left open: FINISHED if all was logged, which is returned, KILLED otherwise."""
-    run = MlflowClient().get_run(run_id)  # as it is now: its process may just have ended it
+    """End a run that its process left open: FINISHED if everything was logged (which is returned), otherwise KILLED."""
+    run = MlflowClient().get_run(run_id)  # read again: its process may just have ended it
     complete = run.data.tags.get(OUTCOME) in ("complete", "pruned")
     if run.info.status == "RUNNING":
         TrackedRun(run_id, run.info.experiment_id).set_status("FINISHED" if complete else "KILLED")
@@ -209,8 +209,8 @@ def end_left_open(run_id: str) -> bool:
 
 
 def open_report_run(experiment_id: str, message: Message) -> AbstractContextManager[OpenRun]:
-    """Open the run of an experiment's report: the one that `mlflow run` opened, the last one, or a new one."""
+    """Open the run for the report of an experiment: the one that `mlflow run` opened, the last one, or a new one."""
     known = MlflowClient().search_runs([experiment_id], f"tags.`{REPORT}` = 'true'", max_results=1)
     last = known[0].info.run_id if known and not os.environ.get("MLFLOW_RUN_ID") else ""
-    tags = {REPORT: "true"} | (dict.fromkeys((OUTCOME, ERROR), "") if last else {})  # of this report, not of the last
+    tags = {REPORT: "true"} | (dict.fromkeys((OUTCOME, ERROR), "") if last else {})  # those of this report
     return open_run("report", experiment_id, tags, resumes=last, message=message)

@@ -1,4 +1,4 @@
-"""The tracking store that MLflow's own settings name: opened, checked before anything is trained, explained."""
+"""The tracking store of MLflow's own settings: opened, checked before any training, its errors explained."""
 
 import logging
 import os
@@ -29,22 +29,22 @@ from effv2.core.reporter import Message
 from effv2.core.secrets import masked
 from effv2.tracking.addresses import STORES, TRACKING_URI, check_database, read_where_typed, shown_uri, tracking_uri
 
-PROBE_SECONDS = 4  # that a server has to answer whether it is there; MLflow's own limits are minutes
-WAIT_SECONDS = 2.0  # between two looks at a store that is away
-MOST_SETBACKS = 5  # so often a piece of work is begun again because the store failed, and answered again
+PROBE_SECONDS = 4  # seconds for a server's sign of life; MLflow's own limits are minutes
+WAIT_SECONDS = 2.0  # seconds between two checks of an unreachable store
+MOST_SETBACKS = 5  # repetitions of a piece of work after failures of the store
 TrackingError = MlflowException
-TRACKING_ERRORS = (MlflowException, SQLAlchemyError, OSError)  # a store that is away, or refuses
+TRACKING_ERRORS = (MlflowException, SQLAlchemyError, OSError)  # the store is unreachable, or refuses
 REFUSALS = ("INVALID_PARAMETER_VALUE", "BAD_REQUEST")
-CUT = "Connection broken|IncompleteRead"  # what an answer that broke off looks like
-MISSING = "RESOURCE_DOES_NOT_EXIST"  # there is no run, model or experiment of that id
-# What opening a database says whose creation was cut short, and which names no version of its tables.
+CUT = "Connection broken|IncompleteRead"  # signs of a cut answer
+MISSING = "RESOURCE_DOES_NOT_EXIST"  # no run, model or experiment has that id
+# Errors on opening a database whose creation was interrupted, and which has no version of its tables.
 HALF_BUILT = (
     r"(?s)^(?!.*found version (?!None)\w).*(already exists|out-of-date|no such (table|column)|duplicate column)"
 )
 LASTING = (MISSING, "PERMISSION_DENIED", "UNAUTHENTICATED")
-MIGRATIONS = Path(mlflow.__file__).with_name("store") / "db_migrations" / "versions"  # named by the schema's version
+MIGRATIONS = Path(mlflow.__file__).with_name("store") / "db_migrations" / "versions"  # named by schema version
 DRIVERS = {"psycopg": "'psycopg[binary]'", "psycopg2": "psycopg2-binary", "MySQLdb": "mysqlclient"}
-# What the code and the text of an error look like, and what is wrong with the store, with the remedy: the first found.
+# Patterns of an error's code and text, each with the problem of the store and the remedy. The first match counts.
 EXPLANATIONS = (
     ("ALLOW_FILE_STORE", "MLflow wants MLFLOW_ALLOW_FILE_STORE=true for plain files", f"set it, or use {STORES}"),
     ("unsupported URI|Can't load plugin", "no such kind of store", f"use {STORES}"),
@@ -53,26 +53,26 @@ EXPLANATIONS = (
     ("No module named", "needs the Python package {package}", "install it with: pip install {package}"),
     (
         "^UNAUTHENTICATED",
-        "the server doesn't know the user, or wants one",
+        "the server requires a known user",
         "set MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD, or MLFLOW_TRACKING_TOKEN",
     ),
     ("DENIED.*Invalid Host", "the server refuses this name", "start it with --allowed-hosts, or use another address"),
-    ("^PERMISSION_DENIED", "the user may not do this ({reason})", "ask whoever keeps the server"),
-    ("WRONG_VERSION_NUMBER|record layer failure", "the server speaks no TLS", "use an http:// address"),
+    ("^PERMISSION_DENIED", "the user may not do this ({reason})", "ask the administrator of the server"),
+    ("WRONG_VERSION_NUMBER|record layer failure", "the server doesn't use TLS", "use an http:// address"),
     (
         "SSLError",
         "the server's certificate can't be verified",
-        "set MLFLOW_TRACKING_SERVER_CERT_PATH to that of the authority which signed it, or correct the address",
+        "set MLFLOW_TRACKING_SERVER_CERT_PATH to that of the authority that signed it, or correct the address",
     ),
     ("", "the tracking store doesn't answer ({reason})", "start the server or correct the address"),
 )
 
 
 class MlflowClient(mlflow.MlflowClient):
-    """MLflow's client, which repeats calls whose answer was cut; `create_run` and `create_logged_model` alone mind."""
+    """MLflow's client, which repeats calls whose answer was cut. `create_run` and `create_logged_model` differ."""
 
     def __getattribute__(self, name: str) -> Any:
-        """Return an attribute; a method that repeats itself."""
+        """Return an attribute. A method repeats its calls."""
         found = super().__getattribute__(name)
         if name.startswith("_") or not callable(found):
             return found
@@ -90,15 +90,15 @@ class MlflowClient(mlflow.MlflowClient):
 
 
 class TrackingAway(StoreAway):
-    """The tracking store was away for longer than a run waits for it."""
+    """The tracking store was unreachable for longer than a run waits for it."""
 
 
 def open_store(experiment: str | None, create: bool = True, message: Message = lambda text: None) -> str:
-    """Answer with the id of the experiment to log to; InputError if the store doesn't answer.
+    """Return the id of the experiment to log to; InputError if the store doesn't answer.
 
-    Without `create`, an experiment of that name must be there. An empty name leaves the choice to MLflow: that of
-    `mlflow run`, of MLFLOW_EXPERIMENT_NAME or _ID, or `Default`. A database is created and migrated nowhere else. None
-    looks whether there is a store, creates nothing, and answers with nothing.
+    Without `create`, an experiment of that name must exist. An empty name leaves the choice to MLflow: that of
+    `mlflow run`, of MLFLOW_EXPERIMENT_NAME or _ID, or `Default`. A database is created and migrated only here. With
+    None, this checks the store, creates nothing, and returns an empty text.
     """
     configure()
     file = _database_file()
@@ -107,7 +107,7 @@ def open_store(experiment: str | None, create: bool = True, message: Message = l
     if experiment is None and not is_begun():
         raise InputError(TRACKING_URI, shown_uri(), "there is no such file", f"name the store of your runs: {STORES}")
     try:
-        # Processes that start at once must not migrate a new database together, which fails.
+        # Processes that start simultaneously must not migrate a new database together: that fails.
         with FileLock(f"{file}.lock") if file and os.access(file.parent, os.W_OK) else nullcontext():
             if file:
                 _create_database(file)
@@ -118,7 +118,7 @@ def open_store(experiment: str | None, create: bool = True, message: Message = l
             found = _experiment(experiment, create, message)
     except (MlflowException, SQLAlchemyError, CommandError, OSError, ImportError) as error:
         if file and re.search(HALF_BUILT, str(error)) and _is_empty(file):
-            problem = "its creation was cut short, and nothing is in it"
+            problem = "its creation was interrupted, and it is empty"
             raise InputError("MLFLOW_TRACKING_URI", shown_uri(), problem, f"remove the file {file}") from error
         raise _explained(error, experiment or "") from error
     if found.lifecycle_stage != "active":
@@ -135,8 +135,8 @@ def _database_file() -> Path | None:
 
 
 def _create_database(file: Path) -> None:
-    """Create a database that is missing, beside its place first: a creation that is killed leaves none there."""
-    file = file.resolve()  # of a link, where that leads
+    """Create a missing database, first in another place: a killed creation leaves none in the right place."""
+    file = file.resolve()  # the target of a link
 
     def is_there() -> bool:
         return file.exists() and file.stat().st_size > 0
@@ -148,59 +148,59 @@ def _create_database(file: Path) -> None:
         left.unlink(missing_ok=True)
     url = make_url(mlflow.get_tracking_uri()).set(database=str(building))
     MlflowClient(url.render_as_string()).search_experiments(max_results=1)
-    if not is_there():  # no server has made it meanwhile
+    if not is_there():  # no server has created it meanwhile
         building.replace(file)
 
 
 def _is_empty(file: Path) -> bool:
-    """Say whether a file is a database of MLflow's in which nothing was logged, perhaps not all of its tables."""
+    """Say whether a file is a database of MLflow's without any logged data, perhaps without some of its tables."""
     with suppress(sqlite3.Error), closing(sqlite3.connect(f"{file.absolute().as_uri()}?mode=ro", uri=True)) as opened:
         tables = {name for (name,) in opened.execute("SELECT name FROM sqlite_master WHERE type = 'table'")}
-        held = tables.intersection(("runs", "registered_models", "trace_info", "studies"))  # the last are Optuna's
+        held = tables.intersection(("runs", "registered_models", "trace_info", "studies"))  # the last ones are Optuna's
         full = (opened.execute(f"SELECT 1 FROM {table} LIMIT 1").fetchone() for table in held)  # noqa: S608
         return "experiments" in tables and not any(full)
     return False
 
 
 def is_begun() -> bool:
-    """Say whether there is a store; a database that is a file may not have been created yet."""
+    """Say whether there is a store. The file of a database may not exist yet."""
     configure()
     file = _database_file()
     return not file or file.is_file()
 
 
 def _check_artifacts(experiment: Experiment) -> None:
-    """Refuse a folder for artifacts that can't be written; other places show it when a run's first one is logged."""
+    """Refuse a folder for artifacts that can't be written. Other places fail when the first artifact is logged."""
     location = experiment.artifact_location
-    if re.match(r"(?!file:)[a-z][a-z0-9+.-]+:", location):  # the server's own have one slash: mlflow-artifacts:/1
+    if re.match(r"(?!file:)[a-z][a-z0-9+.-]+:", location):  # those of the server have one slash: mlflow-artifacts:/1
         return
     folder = Path(local_file_uri_to_path(location)).absolute()  # type: ignore[no-untyped-call]
     there = next(path for path in (folder, *folder.parents) if os.path.exists(path))  # noqa: PTH110 (never raises)
     if not os.access(there, os.W_OK):
-        problem = f"the folder {there} can't be written, where its artifacts go"
+        problem = f"the folder of its artifacts, {there}, can't be written"
         raise InputError("experiment", experiment.name, problem, "make it writable, or choose another experiment")
 
 
 def configure() -> None:
-    """Keep MLflow's own lines from running through our progress, and its retries short: ours say that they wait."""
+    """Hide MLflow's own lines, which would disturb our progress, and shorten its retries: ours report waiting."""
     for name in ("alembic", "mlflow"):
         logging.getLogger(name).setLevel(logging.WARNING)
-    logging.getLogger("mlflow.store.db.utils").setLevel(logging.CRITICAL)  # it prints the stack of what we explain
+    logging.getLogger("mlflow.store.db.utils").setLevel(logging.CRITICAL)  # it prints stack traces
     os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
     os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "5")
-    os.environ.setdefault("MLFLOW_HTTP_REQUEST_BACKOFF_FACTOR", "0")  # half a second: waiting for a server is ours
+    os.environ.setdefault("MLFLOW_HTTP_REQUEST_BACKOFF_FACTOR", "0")  # half a second: effv2 itself waits for servers
     os.environ.setdefault("MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT", "true")
     if os.environ.get("MLFLOW_RUN_ID"):
         read_where_typed()
 
 
 def _probe() -> None:
-    """Ask the store for a sign of life, with little patience; one of TRACKING_ERRORS without it."""
+    """Check quickly whether the store answers; one of TRACKING_ERRORS if it doesn't."""
     uri = mlflow.get_tracking_uri()
     if uri.startswith("http"):
         creds = get_default_host_creds(uri)  # type: ignore[no-untyped-call]
         http_request(creds, "/health", "GET", timeout=PROBE_SECONDS, max_retries=3)  # type: ignore[no-untyped-call]
-    MlflowClient().search_experiments(max_results=1)  # a server whose database is away says that it is well
+    MlflowClient().search_experiments(max_results=1)  # a server without its database still reports that it is healthy
 
 
 def answers() -> bool:
@@ -212,14 +212,14 @@ def answers() -> bool:
 
 
 def outage_passed(error: Exception, setbacks: Counter[str], work: str, seconds: float, message: Message) -> bool:
-    """Say, after waiting for it to answer, whether the tracking store failed as it may for a while.
+    """Wait until the tracking store answers, and return whether its failure was temporary.
 
-    Not too often for the same piece of work, which `setbacks` count. StoreAway where it is away for too many seconds.
+    `setbacks` limits this for one piece of work. StoreAway if the store is unreachable for too many seconds.
     """
     lasting = is_refusal(error) or getattr(error, "error_code", "") in LASTING
     if isinstance(error, MlflowException) and not lasting and setbacks[work] < MOST_SETBACKS:
         setbacks[work] += 1
-        message(f"The tracking store failed ({reason(error)}); the work is resumed when it answers.")
+        message(f"The tracking store failed ({reason(error)}); the work resumes when it answers.")
         time.sleep(WAIT_SECONDS * setbacks[work])
     elif answers():
         return False
@@ -227,7 +227,7 @@ def outage_passed(error: Exception, setbacks: Counter[str], work: str, seconds: 
     while not answers():
         stop_if_told()
         if time.monotonic() > deadline:
-            problem = f"The tracking store {shown_uri()} has been away for {seconds} seconds; start it."
+            problem = f"The tracking store {shown_uri()} has not answered for {seconds} seconds; start it."
             raise StoreAway(problem) from error
         time.sleep(WAIT_SECONDS)
     return True
@@ -235,7 +235,7 @@ def outage_passed(error: Exception, setbacks: Counter[str], work: str, seconds: 
 
 @contextmanager
 def tracking_faults() -> Iterator[None]:
-    """Turn what the tracking store raises inside into one sentence."""
+    """Turn errors of the tracking store inside into one sentence."""
     try:
         yield
     except TrackingError as error:
@@ -243,10 +243,10 @@ def tracking_faults() -> Iterator[None]:
 
 
 def is_refusal(error: Exception) -> bool:
-    """Say whether the store understood and refused, so that trying again won't help; a run that was deleted too."""
+    """Say whether the store understood and refused, so that repeating won't help. A deleted run counts, too."""
     if isinstance(error, MlflowException) and error.error_code in REFUSALS:
         return True
-    status = getattr(getattr(error, "response", None), "status_code", "")  # of an artifact
+    status = getattr(getattr(error, "response", None), "status_code", "")  # for an artifact
     return bool(re.search(r"error code (400|413|422)", f"error code {status} {error}"))
 
 
@@ -256,13 +256,13 @@ def reason(error: BaseException) -> str:
         return f"it answers with HTTP status {found[1] or found[2]}"
     if "Max retries exceeded" in str(error):
         return "no connection"
-    if found := re.search(r"\(\w+\.\w+Error\) ([^\[\n]+)", str(error)):  # of a database, between SQL and addresses
+    if found := re.search(r"\(\w+\.\w+Error\) ([^\[\n]+)", str(error)):  # for a database, between SQL and addresses
         return found[1].strip()
     return masked(" ".join(str(error).split()))[:200].rstrip(".") or type(error).__name__
 
 
 def _adopted(message: Message) -> Run | None:
-    """Return the RUNNING run that `mlflow run` opened for this command; any other is left alone and forgotten."""
+    """Return the RUNNING run that `mlflow run` opened for this command. Any other run is ignored."""
     if not (run_id := os.environ.get("MLFLOW_RUN_ID")):
         return None
     try:
@@ -272,12 +272,12 @@ def _adopted(message: Message) -> Run | None:
     if run.info.status == "RUNNING" and not any(name.startswith("effv2.") for name in run.data.tags):
         return run
     del os.environ["MLFLOW_RUN_ID"]
-    message(f"MLFLOW_RUN_ID names the run {run_id}, which was not opened for this command: it is left alone.")
+    message(f"MLFLOW_RUN_ID names the run {run_id}, which was not opened for this command, so it is ignored.")
     return None
 
 
 def _no_run(run_id: str) -> InputError:
-    remedy = "unset it, or give MLFLOW_TRACKING_URI the right store, a file by its absolute path"
+    remedy = "unset it, or set MLFLOW_TRACKING_URI to the right store, a file by its absolute path"
     return InputError("MLFLOW_RUN_ID", run_id, f"the tracking store {shown_uri()} has no such run", remedy)
 
 
@@ -287,7 +287,7 @@ def _experiment(name: str, create: bool, message: Message) -> Experiment:
         given = client.get_experiment(adopted.info.experiment_id)
         if name and given.name != name:
             problem = "`mlflow run` already opened a run in another experiment"
-            raise InputError("experiment", name, problem, "give the name to `mlflow run` itself, as --experiment-name")
+            raise InputError("experiment", name, problem, "give the name to `mlflow run`, with --experiment-name")
         return given
     if not name:
         return client.get_experiment(default_experiment_id())
@@ -300,7 +300,7 @@ def _experiment(name: str, create: bool, message: Message) -> Experiment:
     except MlflowException:
         if (found := client.get_experiment_by_name(name)) is None:
             raise
-        return found  # another process was quicker
+        return found  # another process was faster
 
 
 def _explained(error: Exception, experiment: str) -> InputError:

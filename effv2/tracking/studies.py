@@ -1,4 +1,4 @@
-"""Studies as tracked runs show them: the runs that each rests on, and what it lacks."""
+"""Studies from tracked runs: the runs of each study, and the runs that it lacks."""
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
@@ -9,20 +9,20 @@ from effv2.core.words import counted
 from effv2.tracking import tags
 from effv2.tracking.read import RunRecord
 
-MOST_NAMED, LONGEST_REASON = 6, 150  # of the runs that a study lacks; characters
-NO_STUDY = RunRecord("", "Single runs", "", {}, {}, {})  # stands for the parent of runs that belong to no study
+MOST_NAMED, LONGEST_REASON = 6, 150  # missing runs of a study that are named; characters of a reason
+NO_STUDY = RunRecord("", "Single runs", "", {}, {}, {})  # replaces the parent of runs that belong to no study
 
 
 @dataclass(frozen=True)
 class TrackedStudy:
-    """A study's own run, or NO_STUDY, and the runs that it rests on."""
+    """A study's own run, or NO_STUDY, and the training runs that the study uses."""
 
     parent: RunRecord
     runs: Sequence[RunRecord]
 
     @property
     def kind(self) -> str:
-        """Return which command made it."""
+        """Return the command that made it."""
         return self.parent.params.get("study.kind", "")
 
     @property
@@ -31,20 +31,20 @@ class TrackedStudy:
         return tags.names_in(self.parent.tags, tags.PLANNED)
 
     def in_order(self) -> list[RunRecord]:
-        """Return the runs in the order in which they were planned, whichever worker was quicker."""
+        """Return the runs in their planned order."""
         place = {name: index for index, name in enumerate(self.planned)}
         return sorted(self.runs, key=lambda run: place.get(run.name, len(place)))
 
     def missing(self) -> str:
-        """Say what it lacks: runs that failed, and planned ones. A run that diverged is an answer to a search."""
+        """Describe its missing runs, failed or unfinished. For a search, a diverged run is a valid result."""
         there = {run.name for run in self.runs if run.status == "FINISHED"}
-        failed = {run.name: run.tags.get(tags.ERROR, "no reason known") for run in self.runs if run.status == "FAILED"}
+        failed = {run.name: run.tags.get(tags.ERROR, "unknown reason") for run in self.runs if run.status == "FAILED"}
         lacking = [name for name in self.planned if name not in there | failed.keys()]
         diverged = {name for name, error in failed.items() if error.startswith("Diverged:")}
         hidden = there | (diverged if self.kind == "search" else set())
         errors = [f"{name} ({shorten(error, LONGEST_REASON)})" for name, error in failed.items() if name not in hidden]
         running = any(run.status == "RUNNING" for run in self.runs)
-        found = ["it is being worked on, or its process died"] if running else []
+        found = ["it is in progress, or its process died"] if running else []
         for words, names in {"failed": errors, "planned but not finished": lacking}.items():
             found += [f"{counted(len(names), 'run')} {words}: {listed(names, MOST_NAMED, ', ')}"] if names else []
         found += [] if self.runs else ["it has no runs yet"]
@@ -53,7 +53,7 @@ class TrackedStudy:
 
 
 def studies_of(runs: Sequence[RunRecord]) -> list[TrackedStudy]:
-    """Return the studies of an experiment in the order of their beginning, then the training runs of none."""
+    """Return the studies of an experiment in the order of their beginning, then the training runs without a study."""
     by_id = {run.run_id: run for run in runs}
     children: dict[str, list[RunRecord]] = {}
     for run in runs:
@@ -61,7 +61,7 @@ def studies_of(runs: Sequence[RunRecord]) -> list[TrackedStudy]:
     studies = []
     for run in runs:
         of_it = list(children.get(run.run_id, ()))
-        for run_id, name in tags.reused_in(run.tags).items():  # of other studies: here they have its names and arms
+        for run_id, name in tags.reused_in(run.tags).items():  # with this study's names
             if run_id in by_id:
                 arm = arm_in(name)
                 own = by_id[run_id].tags | ({tags.ARM: arm} if arm else {})
@@ -79,5 +79,5 @@ def complete(runs: Iterable[RunRecord]) -> list[RunRecord]:
 
 
 def arm_in(name: str) -> str:
-    """Return the arm in the name of a run, empty where there is none."""
+    """Return the arm in the name of a run; empty if there is none."""
     return name.rpartition(", seed ")[0]

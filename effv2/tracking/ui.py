@@ -1,4 +1,4 @@
-"""MLflow's UI on the store in use, opened at the comparison."""
+"""MLflow's UI on the current store, opened at the comparison."""
 
 import os
 import socket
@@ -24,8 +24,8 @@ PAGE = "report.html"  # of a study
 
 
 def comparison(experiment: str) -> str:
-    """Return the page of the newest study, or of the newest run where there is none; InputError for no such store."""
-    own, client = open_store(experiment or None, create=False), MlflowClient()  # which would create a database
+    """Return the page of the newest study, or without one of the newest run; InputError if there is no store."""
+    own, client = open_store(experiment or None, create=False), MlflowClient()  # the UI would create a database
     with tracking_faults():
         ids = [own] if own else [each.experiment_id for each in client.search_experiments(ViewType.ACTIVE_ONLY)]
         for condition in ("params.`study.kind` != ''", ""):
@@ -33,11 +33,11 @@ def comparison(experiment: str) -> str:
                 page = PAGE if PAGE in artifact_names(run.info.run_id, "") else ""
                 return page_of(run.info.experiment_id, run.info.run_id, page)
     where = ("experiment", experiment) if experiment else (TRACKING_URI, shown_uri())
-    raise InputError(*where, "holds no runs yet", "name the one of your runs, or make some with `effv2 ablate`")
+    raise InputError(*where, "holds no runs yet", "name the store of your runs, or make some with `effv2 ablate`")
 
 
 def open_ui(experiment: str, port: int, say: Callable[[str], None], browse: bool) -> None:
-    """Say where the comparison is to be seen, and open it if `browse`; serve it until Ctrl-C where no server does."""
+    """Print the address of the comparison and, with `browse`, open it. Without a server, serve it until Ctrl-C."""
     page, server = comparison(experiment), ui_address()
     if server:
         say(f"{server}/{page}")
@@ -47,7 +47,7 @@ def open_ui(experiment: str, port: int, say: Callable[[str], None], browse: bool
     with socket.socket() as probe:
         if probe.connect_ex(("127.0.0.1", port)) == 0:
             raise InputError("port", port, "is in use", "name another one")
-    # The store's address is not among the words, which other users of the machine can read.
+    # The command line, which other users of the machine can read, doesn't hold the store's address.
     environment = {"MLFLOW_BACKEND_STORE_URI": tracking_uri(), "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"}
     words = [sys.executable, "-m", "mlflow", "ui", "-p", str(port), "-w", "1"]
     with tempfile.TemporaryFile() as log, suppress(KeyboardInterrupt):

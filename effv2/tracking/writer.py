@@ -1,6 +1,6 @@
-"""Writing to one run: params, metrics, tags, data sets, artifacts, its status, and its model, which holds no pickle.
+"""Writing to one run: params, metrics, tags, data sets, artifacts, its status, and its model, without a pickle.
 
-And the views of its experiment: MLflow's UI keeps one that somebody shares in a tag, and lists it under `Views`.
+This module also writes the views of the experiment: MLflow's UI stores a shared view in a tag, listed under `Views`.
 """
 
 import json
@@ -30,20 +30,20 @@ from effv2.tracking.addresses import shown_uri, ui_address
 from effv2.tracking.store import MISSING, MlflowClient
 from effv2.tracking.tags import CONTINUES, DATA_CONTEXT, GIT_COMMIT, GIT_DIRTY, LONGEST_TAG, NOTE, WRITTEN
 
-Item = Metric | Param | RunTag | Callable[[], None]  # a value, of which a call takes many, or a call of its own
-LatestSteps = dict[str, int]  # of each metric that the run has
-ONNX = "onnx"  # the artifact that stands in the place of a torch.export program
+Item = Metric | Param | RunTag | Callable[[], None]  # a value (a call takes many), or a separate call
+LatestSteps = dict[str, int]  # the last step of each metric that the run has
+ONNX = "onnx"  # the artifact in the place of a torch.export program
 TRAINING_VIEW = "workflowType=machine_learning"  # of the UI's addresses
 SHARED_VIEW, CURVES = "mlflow.sharedViewState.", "effv2-curves"
-# What MLflow's UI writes when somebody saves a view: answers of studies, training runs by best test accuracy, and the
-# mean curves of arms.
+# In the form that MLflow's UI writes when a user saves a view: answers of studies, training runs by best test accuracy,
+# and the mean curves of arms.
 VIEWS: dict[str, dict[str, Any]] = json.loads(files("effv2.tracking").joinpath("views.json").read_text("utf-8"))
 
 
 def send(run_id: str, items: Sequence[Item], known: LatestSteps | None = None) -> None:
-    """Make calls, which may be repeated, and send values together; not the metrics that the run has, if `known` tells.
+    """Make calls, which may be repeated, and send values together, without metrics that the run has (`known`).
 
-    An empty `known` is filled from the store. There is one value a metric and step, and steps are sent in order.
+    An empty `known` is filled from the store. There is one value per metric and step, and steps are sent in order.
     """
     client = MlflowClient()
     for item in items:
@@ -56,11 +56,11 @@ def send(run_id: str, items: Sequence[Item], known: LatestSteps | None = None) -
         known |= {item.key: item.step for item in metrics}
     params = {item.key: item for item in items if isinstance(item, Param)}
     tags = {item.key: item for item in items if isinstance(item, RunTag)}
-    client.log_batch(run_id, metrics, [*params.values()], [*tags.values()])  # in parts that the server takes
+    client.log_batch(run_id, metrics, [*params.values()], [*tags.values()])  # in parts that the server accepts
 
 
 class TrackedRun:
-    """Writes to one run, at once."""
+    """Writes to one run, immediately."""
 
     def __init__(self, run_id: str, experiment_id: str) -> None:
         self.run_id, self.experiment_id = run_id, experiment_id
@@ -73,12 +73,12 @@ class TrackedRun:
         self._send(*(Param(name, str(value)) for name, value in params.items()))
 
     def log_metrics(self, metrics: Mapping[str, float], step: int = 0) -> None:
-        """Log metrics, at `step` where they belong to an epoch."""
+        """Log metrics, at `step` if they belong to an epoch."""
         now = int(time.time() * 1000)
         self._send(*(Metric(name, float(value), now, step) for name, value in metrics.items()))
 
     def set_tags(self, tags: Mapping[str, str]) -> None:
-        """Set tags, the longest cut, secrets masked."""
+        """Set tags. Long values are cut and secrets are masked."""
         self._send(*(RunTag(name, value[:LONGEST_TAG]) for name, value in masked_values(tags).items()))
 
     def describe(self, markdown: str) -> None:
@@ -117,11 +117,11 @@ class TrackedRun:
         self._send(lambda: log_served_model(self.run_id, files, example))
 
     def discard(self, name: str) -> None:
-        """Delete an artifact, or a folder of them, where it is there and the store lets us."""
+        """Delete an artifact, or a folder of artifacts, if it exists and the store permits it."""
         self._send(lambda: discard(self.run_id, name))
 
     def set_status(self, status: str) -> None:
-        """Set the status of a run that isn't open here: RUNNING or how it ended; one that has it keeps its end time."""
+        """Set the status of a run that isn't open here: RUNNING or how it ended. An equal status keeps the end time."""
         client = MlflowClient()
         if client.get_run(self.run_id).info.status == status:
             return
@@ -131,7 +131,7 @@ class TrackedRun:
             client.set_terminated(self.run_id, status)
 
     def take_over_adopted(self) -> None:
-        """Make the run that `mlflow run` opened, if it did, a pointer to this one, which was there before."""
+        """Make the run that `mlflow run` opened, if any, a pointer to this earlier one."""
         if adopted := os.environ.pop("MLFLOW_RUN_ID", ""):
             pointer = TrackedRun(adopted, self.experiment_id)
             pointer.set_tags({CONTINUES: self.run_id})
@@ -144,19 +144,19 @@ def status_after(error: BaseException) -> str:
 
 
 def run_address(run_id: str, experiment_id: str) -> str:
-    """Say where the run can be seen: its page on a server, else the command that opens the UI on the store."""
+    """Describe where to see the run: its page on a server, or the command that opens the UI on the store."""
     if server := ui_address():
         return f"{server}/{page_of(experiment_id, run_id)}"
     return f"run {run_id} in {shown_uri()}; see it with: effv2 ui"
 
 
 def page_of(experiment_id: str, run_id: str, artifact: str = "") -> str:
-    """Return the page of a run, or of an artifact of it, in the view for model training: MLflow opens on another."""
+    """Return the page of a run, or of an artifact of it, in the view for model training, not MLflow's default view."""
     return f"#/experiments/{experiment_id}/runs/{run_id}{artifact and f'/artifacts/{artifact}'}?{TRAINING_VIEW}"
 
 
 def discard(run_id: str, name: str, but: str = "") -> None:
-    """Delete an artifact of a run, or all in a folder but one; those that the store keeps stay."""
+    """Delete an artifact of a run, or all artifacts in a folder except one, as far as the store permits it."""
     client = MlflowClient()
     here = [file for file in client.list_artifacts(run_id, name.rpartition("/")[0] or None) if file.path == name]
     found = client.list_artifacts(run_id, name) if here and here[0].is_dir else here
@@ -168,13 +168,13 @@ def discard(run_id: str, name: str, but: str = "") -> None:
 
 
 def model_address(run_id: str) -> str:
-    """Return the address of the model that was logged to a run, empty where none was, or not all of it."""
+    """Return the address of the model of a run; empty if there is none, or an incomplete one."""
     ready = [model for model in _models(run_id) if model.status == LoggedModelStatus.READY]
     return f"models:/{ready[-1].model_id}" if ready else ""
 
 
 def _models(run_id: str) -> list[LoggedModel]:
-    """Return the models of a run that were not deleted."""
+    """Return the models of a run, without deleted ones."""
     client, found = MlflowClient(), []
     outputs = client.get_run(run_id).outputs
     for each in outputs.model_outputs if outputs else []:
@@ -189,7 +189,7 @@ def _models(run_id: str) -> list[LoggedModel]:
 def log_served_model(run_id: str, files: Mapping[str, Path], example: str) -> None:
     """Log the served model, image in, class names and probabilities out, unless the run has it.
 
-    `files` and `example` are those of as_served. A model that an earlier attempt left unfinished is filled.
+    `files` and `example` are those of as_served. A model that an earlier attempt left incomplete is completed.
     """
     from mlflow.models import Model
 
@@ -202,29 +202,29 @@ def log_served_model(run_id: str, files: Mapping[str, Path], example: str) -> No
         about = masked_values(resolve_tags()), masked_values(run.data.params)
         new = client.create_logged_model(run.info.experiment_id, "model", run_id, *about)
         for twin in client.search_logged_models([run.info.experiment_id], f"source_run_id = '{run_id}'"):
-            if twin.model_id != new.model_id:  # created before an answer was lost, or the process killed
+            if twin.model_id != new.model_id:  # created before an answer was lost, or before a kill
                 client.delete_logged_model(twin.model_id)
     with as_served(files, example) as about_it:
         Model.log(
             artifact_path=None,
             flavor=mlflow.pyfunc,
             model_id=(new or there[-1]).model_id,
-            run_id=run_id if new else None,  # to link them; linking them again is refused
+            run_id=run_id if new else None,  # links run and model; a second link is refused
             **about_it,
         )
 
 
 @contextmanager
 def as_served(files: Mapping[str, Path], example: str) -> Iterator[dict[str, Any]]:
-    """Give MLflow the served model by what its functions call the parts of it, its remarks on them held back.
+    """Pass the parts of the served model to MLflow under the names of its arguments, and hide its remarks.
 
-    `files` are the artifacts that the serving file names, `example` is a base64 image. The requirements are given, as
-    inferring them takes seconds; mlflow-skinny leaves out pandas, though serving needs it.
+    `files` are the artifacts that the serving file names, and `example` is a base64 image. The requirements are given,
+    because inferring them takes seconds. mlflow-skinny does not include pandas, though serving needs it.
     """
     needed = [f"mlflow=={mlflow.__version__}", f"torch=={machine()['torch'].partition('+')[0]}"]
     if ONNX in files:
         needed = [f"mlflow-skinny=={mlflow.__version__}", "pandas>=2", f"onnxruntime=={version('onnxruntime')}"]
-    with warnings.catch_warnings(record=True):  # MLflow remarks that inputs are of any type: they are so on purpose
+    with warnings.catch_warnings(record=True):  # MLflow warns about inputs of any type, which are intended
         yield {
             "python_model": str(Path(serving.__file__).with_name("image_classifier.py")),
             "artifacts": {name: str(path) for name, path in files.items()},
@@ -236,7 +236,8 @@ def as_served(files: Mapping[str, Path], example: str) -> Iterator[dict[str, Any
 def show_in_ui(experiment_id: str, run_id: str, page: str) -> str:
     """Save the views in the experiment, describe it by links to them and to an artifact of a run; return the links.
 
-    Views that are there stay, as somebody may have changed them; so does a description that isn't ours, or was changed.
+    Existing views are kept, because a user may have changed them. So is a description that effv2 didn't write, or that
+    was changed.
     """
     client, now = MlflowClient(), int(time.time() * 1000)
     tags = client.get_experiment(experiment_id).tags

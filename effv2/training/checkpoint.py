@@ -1,8 +1,8 @@
-"""Checkpoints on disk: appear whole or not at all, are verified before they are read, two kept.
+"""Checkpoints on disk: written atomically, verified before they are read. The last two are kept.
 
     <folder>/<run id>/step-<step>-<head of the SHA-256 of the content>.pt
 
-The content is {"format", "identity", "state"}, loadable with weights_only: tensors and plain values alone. The state
+The content is {"format", "identity", "state"}, only tensors and plain values, loadable with weights_only. The state
 holds the metrics of every epoch so far, so a checkpoint is also the journal of what its run logs.
 """
 
@@ -25,18 +25,18 @@ from effv2.core.provenance import sha256_of_file
 from effv2.core.reporter import Message
 from effv2.training.loop import TrainState
 
-FORMAT = 1  # raise it when what a state holds changes
+FORMAT = 1  # raise it when the content of a state changes
 KEPT = 2
 BUILDING, LOCK = ".building", ".lock"
 NAME = re.compile(r"step-(\d+)-([0-9a-f]{16})\.pt")
-# A checkpoint is written no sooner than this many times the seconds that the last one took: at most 2 % of the time.
+# Seconds between checkpoints, as a multiple of the seconds that the last one took: at most 2 % of the time.
 LEAST_COSTS_BETWEEN = 50
 
 
 class Checkpointer:
-    """The checkpoints of one run; `identity` names what decides the run, and must be that of what is read.
+    """The checkpoints of one run. `identity` holds what decides the run. A checkpoint of another identity is refused.
 
-    `upload`, where one is set, is given a checkpoint every `checkpoint_upload_minutes`, and the last on the way out.
+    If `upload` is set, it gets a checkpoint every `checkpoint_upload_minutes`, and the last one at the end.
     """
 
     upload: Callable[[Path], None] | None = None
@@ -46,12 +46,12 @@ class Checkpointer:
         self._longest, self._between_uploads = 60 * options.checkpoint_minutes, 60 * options.checkpoint_upload_minutes
         self._identity, self._message = dict(identity), message
         self._cost, self._disk_refused = 0.0, False
-        self._last = (-1, -1)  # step and epoch of the last one written
+        self._last = (-1, -1)  # step and epoch of the last checkpoint
         self._written = self._uploaded = monotonic()
 
     @contextmanager
     def lock(self) -> Iterator[None]:
-        """Work on the run alone; RunError where another process does. A disk that refuses costs the lock alone."""
+        """Lock the run; RunError if another process works on it. Without a lock if the disk refuses it."""
         lock = FileLock(self.folder / LOCK)
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
@@ -59,7 +59,7 @@ class Checkpointer:
             for left in (path for path in self.folder.glob(".*") if path.is_dir()):  # to be uploaded once
                 shutil.rmtree(left, ignore_errors=True)
         except Timeout:
-            raise RunError(f"The run {self.folder.name} can't be worked on: another process works on it.") from None
+            raise RunError(f"The run {self.folder.name} is locked: another process works on it.") from None
         except OSError as error:
             self._say_disk_refused(error)
         try:
@@ -78,13 +78,13 @@ class Checkpointer:
             return isinstance(error, Timeout)
 
     def save_if_due(self, state: TrainState, epoch_ended: bool) -> None:
-        """Write a checkpoint: at the end of an epoch as soon as its cost allows, else after the longest time."""
+        """Write a checkpoint: after an epoch as soon as its cost allows, within an epoch after the longest time."""
         waited, least = monotonic() - self._written, LEAST_COSTS_BETWEEN * self._cost
         if waited >= (least if epoch_ended else max(least, self._longest)):
             self.save(state)
 
     def save(self, state: TrainState, leaving: bool = False) -> None:
-        """Write a checkpoint, unless that of this step is there; a disk that refuses doesn't end the training."""
+        """Write a checkpoint, unless this step has one. A disk that refuses doesn't end the training."""
         started, now = monotonic(), (state.progress.step, state.progress.epoch)
         try:
             if now == self._last and not (leaving and self.upload):
@@ -102,11 +102,11 @@ class Checkpointer:
     def _say_disk_refused(self, error: OSError) -> None:
         if not self._disk_refused:
             problem = f"No checkpoint can be written to {self.folder} ({error.strerror or error})"
-            self._message(f"{problem}: training continues, the last one that was stays. Free space there.")
+            self._message(f"{problem}: training continues, and the last checkpoint remains. Free space there.")
         self._disk_refused = True
 
     def _write(self, state: Mapping[str, Any], step: int) -> Path:
-        """Write a checkpoint, then remove all but the last two; OSError leaves those there were."""
+        """Write a checkpoint, then remove all but the last two. After an OSError, the earlier ones remain."""
         self.folder.mkdir(parents=True, exist_ok=True)
         building = self.folder / BUILDING
         try:
@@ -116,12 +116,12 @@ class Checkpointer:
                 os.fsync(file.fileno())
             written = building.rename(self.folder / f"step-{step}-{sha256_of_file(building)[:16]}.pt")
             _sync(self.folder)
-        except RuntimeError as error:  # what torch's writer makes of a disk that is full
+        except RuntimeError as error:  # torch's writer raises this if the disk is full
             cause = error.__context__
             raise cause if isinstance(cause, OSError) else OSError(str(error)) from error
         finally:
             building.unlink(missing_ok=True)
-        # Those of later steps were damaged, or this training wouldn't have come by here.
+        # Checkpoints of later steps must have been damaged, or this training would have begun there.
         found = self._found()
         at = found.index(written) if written in found else len(found)
         for old in found[: max(0, at + 1 - KEPT)] + found[at + 1 :]:
@@ -131,9 +131,9 @@ class Checkpointer:
     def read(
         self, uploaded: Iterable[str] = (), fetch: Callable[[str], object] = lambda name: None
     ) -> dict[str, Any] | None:
-        """Return the newest state that is whole, None without one; InputError for one of another identity.
+        """Return the newest whole state; None without one; InputError for one of another identity.
 
-        Those `uploaded` are fetched into the folder when it is their turn.
+        Checkpoints in `uploaded` are downloaded into the folder when they are needed.
         """
         places = [(path.name, False) for path in reversed(self._found())] + [(name, True) for name in uploaded]
         named = [(name, elsewhere) for name, elsewhere in places if NAME.fullmatch(name)]
@@ -143,24 +143,24 @@ class Checkpointer:
             path = self.folder / name
             content = _read(path)
             if content is None:
-                self._message(f"{path} is damaged, or of another version, and is left out.")
+                self._message(f"{path} is damaged or of another version, and is not used.")
                 continue
             theirs, ours = content["identity"], self._identity
             differing = [name for name in ours if theirs.get(name) != ours[name]]
             if differing:
                 words = "; ".join(f"{name} was {theirs.get(name)}, is {ours[name]}" for name in differing)
                 remedy = "remove it, or give another folder"
-                raise InputError("checkpoint_dir", path, f"it is of another run ({words})", remedy)
+                raise InputError("checkpoint_dir", path, f"it belongs to another run ({words})", remedy)
             state: dict[str, Any] = content["state"]
             return state
         return None
 
     def remove(self) -> None:
-        """Remove all, once the run has ended well."""
+        """Remove all checkpoints after the run has ended well."""
         shutil.rmtree(self.folder, ignore_errors=True)
 
     def _found(self) -> list[Path]:
-        """Return the checkpoints there are, by step."""
+        """Return the existing checkpoints, by step."""
         with suppress(OSError):
             found = [path for path in self.folder.glob("step-*") if NAME.fullmatch(path.name)]
             return sorted(found, key=lambda path: (_step(path.name), path.stat().st_mtime_ns))
@@ -168,12 +168,12 @@ class Checkpointer:
 
 
 def _step(name: str) -> int:
-    """Return the step of the checkpoint of this name."""
+    """Return the step in the name of a checkpoint."""
     return int(name.split("-")[1])
 
 
 def _read(path: Path) -> dict[str, Any] | None:
-    """Return the content of a checkpoint; None where it is damaged, or of another format."""
+    """Return the content of a checkpoint; None if it is damaged or of another format."""
     try:
         if sha256_of_file(path)[:16] != path.stem.rpartition("-")[2]:
             return None
@@ -184,7 +184,7 @@ def _read(path: Path) -> dict[str, Any] | None:
 
 
 def _sync(folder: Path) -> None:
-    """Make sure that a rename is on the disk, where the system can open folders."""
+    """Make sure that a rename is on the disk, if the system can open folders."""
     with suppress(OSError):
         handle = os.open(folder, os.O_RDONLY)
         try:

@@ -1,4 +1,4 @@
-"""Evaluation of a network on a split, what is measured of it after each epoch, and times of inference."""
+"""Evaluation of a network on a split, the metrics of each epoch, and the timing of inference."""
 
 import statistics
 import time
@@ -20,7 +20,7 @@ Metrics = dict[str, float]
 
 @dataclass(frozen=True)
 class Evaluation:
-    """Mean cross-entropy, fraction right, float32 logits (N, outputs) and labels (N) in the split's order."""
+    """Mean cross-entropy, accuracy (a fraction), float32 logits (N, outputs) and labels (N) in the split's order."""
 
     loss: float
     accuracy: float
@@ -28,7 +28,7 @@ class Evaluation:
     labels: Tensor
 
 
-# What is measured of each evaluated split after each epoch, and logged as `<split>/<name>`. A new metric is one entry.
+# The metrics of each evaluated split after each epoch, logged as `<split>/<name>`. A new metric is one entry.
 EPOCH_METRICS: dict[str, Callable[[Evaluation], float]] = {
     "loss": lambda found: found.loss,
     "accuracy": lambda found: found.accuracy,
@@ -36,7 +36,7 @@ EPOCH_METRICS: dict[str, Callable[[Evaluation], float]] = {
 
 
 def evaluate(network: Forward, split: Split, batch_size: int) -> Evaluation:
-    """Run a network for inference (of Execution) over `split`; the argmax is over all outputs."""
+    """Run a network for inference (from Execution) on `split`. The argmax is over all outputs."""
     parts = map(split.images, torch.arange(len(split)).split(batch_size))
     logits = torch.cat(list(map(network, parts))).cpu()
     loss = F.cross_entropy(logits, split.labels).item()
@@ -45,7 +45,7 @@ def evaluate(network: Forward, split: Split, batch_size: int) -> Evaluation:
 
 
 def epoch_metrics(found: Evaluation) -> Metrics:
-    """Return the figures by name; RunError names one that fails or is no number."""
+    """Return the metrics by name; RunError names one that fails or is not a number."""
     figures = {}
     for name, measure in EPOCH_METRICS.items():
         try:
@@ -57,7 +57,7 @@ def epoch_metrics(found: Evaluation) -> Metrics:
 
 
 def median_seconds(work: Callable[[], object]) -> float:
-    """Return the median seconds of `work`, done as often as fits a second, 1 to 11 times, after a first."""
+    """Return the median seconds of `work` over 1 to 11 calls, as many as fit into a second, after a first call."""
     work()
     seconds: list[float] = []
     while len(seconds) < TIMED_PASSES and sum(seconds) < TIMED_SECONDS:

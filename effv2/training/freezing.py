@@ -1,4 +1,4 @@
-"""Which layers of a network learn in an epoch. The body of EfficientNetV2 is its `features`, the head `classifier`."""
+"""Frozen layers by epoch. The body of EfficientNetV2 is its `features`, and the head is its `classifier`."""
 
 from torch import nn
 
@@ -6,9 +6,9 @@ from effv2.config.schema import OptimiserConfig
 
 
 def set_modes(network: nn.Module, config: OptimiserConfig, epoch: int) -> None:
-    """Put a network into training mode for an epoch, counted from 1, but for what is frozen.
+    """Put a network into training mode for an epoch, counted from 1, except frozen layers.
 
-    That is in eval mode and gets no gradients, so that neither steps nor weight decay nor batches change it.
+    Frozen layers are in eval mode and get no gradients, so neither steps nor weight decay nor batches change them.
     """
     body, frozen = network.get_submodule("features"), body_is_frozen(config, epoch)
     network.train()
@@ -20,10 +20,10 @@ def set_modes(network: nn.Module, config: OptimiserConfig, epoch: int) -> None:
 
 
 def body_is_frozen(config: OptimiserConfig, epoch: int) -> bool:
-    """Say whether the head alone is trained in an epoch."""
+    """Say whether only the head is trained in an epoch."""
     return config.frozen_epochs < 0 or epoch <= config.frozen_epochs
 
 
 def norms_are_frozen(config: OptimiserConfig, epoch: int) -> bool:
-    """Say whether batch norm stays as it is in an epoch."""
+    """Say whether batch norm is frozen in an epoch."""
     return config.freeze_batch_norm or body_is_frozen(config, epoch)

@@ -26,15 +26,16 @@ from effv2.training.optimisers import Schedule, make_optimiser
 from effv2.training.progress import EpochSums, Progress, watched_accuracy
 from effv2.training.stages import Stage, set_dropout, stage_metrics, stage_of
 
-# On an accelerator the loss is looked at this seldom, since each look waits for the device.
+# Steps between checks of the loss on an accelerator, because each check waits for the device.
 STEPS_BETWEEN_LOSS_CHECKS = 50
-Initialise = Callable[[nn.Module], None]  # is given the network with its first weights, which it may change
+Initialise = Callable[[nn.Module], None]  # gets the initialised network and may change its weights
 
 
 class TrainState:
-    """What can be saved after any step; `selected` holds the weights of the best epoch where validation chooses it.
+    """The state of a training, which can be saved after any step.
 
-    Random numbers need no state: each step seeds its own, and the order of an epoch follows from its number.
+    `selected` holds the weights of the best epoch if validation chooses it. Random numbers need no state: each step
+    seeds its own, and the order of an epoch follows from its number.
     """
 
     def __init__(
@@ -49,7 +50,7 @@ class TrainState:
             self.model = execution.place(network)
         self.averaged = AveragedModel(self.model, use_buffers=True) if optimiser.ema_decay else None
         both = (self.averaged.module, self.model) if self.averaged else ()
-        tensors = [[*module.parameters(), *module.buffers()] for module in both]  # which stay the same ones
+        tensors = [[*module.parameters(), *module.buffers()] for module in both]  # which remain the same objects
         self._smooth = [[each for each in side if each.is_floating_point()] for side in tensors]
         self._counts = [[each for each in side if not each.is_floating_point()] for side in tensors]
         steps_per_epoch = batches.batch_count(len(dataset.train), optimiser.batch_size)
@@ -60,12 +61,12 @@ class TrainState:
 
     @property
     def evaluated(self) -> nn.Module:
-        """Return the network that is evaluated and kept: the averaged one where there is one."""
+        """Return the network that is evaluated and kept: the averaged one if there is one."""
         return self.averaged.module if self.averaged else self.model
 
     @torch.no_grad()
     def average(self, decay: float) -> None:
-        """Let the averaged weights follow, the decay rising from 0.1 as (1 + n) / (10 + n): the start is forgotten."""
+        """Update the averaged weights. The decay rises from 0.1 as (1 + n) / (10 + n), to forget the first ones."""
         if self.averaged is None:
             return
         n = int(self.averaged.n_averaged)
@@ -75,7 +76,7 @@ class TrainState:
         self.averaged.n_averaged += 1  # AveragedModel's own update would wait for a GPU
 
     def state_dict(self) -> dict[str, Any]:
-        """Return all of it as tensors and plain values."""
+        """Return the state as tensors and plain values."""
         return {
             "model": self.model.state_dict(),
             "averaged": self.averaged.state_dict() if self.averaged else None,
@@ -87,7 +88,7 @@ class TrainState:
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Take over what state_dict returned."""
+        """Restore the result of state_dict."""
         for name in ("model", "averaged", "optimiser", "schedule"):
             if (part := getattr(self, name)) is not None:
                 part.load_state_dict(state[name])
@@ -95,16 +96,16 @@ class TrainState:
         self.selected = state["selected"]
 
     def take_selected(self) -> None:
-        """Go back to the weights of the selected epoch; without a validation split it is the last one."""
+        """Restore the weights of the selected epoch. Without a validation split, that is the last one."""
         if self.selected is not None:
             self.evaluated.load_state_dict(self.selected)
 
 
 class Training:
-    """A training from its beginning, or from what is loaded into `state`. Iterate over it to train.
+    """A training from its beginning, or from the state loaded into `state`. Iterate over it to train.
 
-    `on_step` is called with (step of the epoch, steps an epoch), after which the state may be saved. Seconds of
-    training exclude evaluation, `on_step` and whatever the caller does between two epochs.
+    `on_step` is called with (step of the epoch, steps per epoch). It may save the state. Seconds of training exclude
+    evaluation, `on_step` and the caller's work between two epochs.
     """
 
     def __init__(
@@ -117,16 +118,16 @@ class Training:
         execution = execution or make_execution(config.execution)
         state = TrainState(config, dataset, execution, initialise)
         self.config, self.state, self.execution = config, state, execution
-        # On an accelerator for good where it has room, so that no step waits for its images.
+        # Kept on an accelerator that has room, so that no step waits for its images.
         self.dataset = dataset.on(execution.device) if dataset.bytes <= execution.room_for_data() else dataset
         self._stage = Stage(0, config.data.image_size, config.augment, config.model.dropout)  # before the first
         self._train_split = self.dataset.train
         self.on_step: Callable[[int, int], None] = lambda step, steps: None
-        usual = min(config.optimiser.batch_size, len(dataset.train))  # a size that is worth compiling
+        usual = min(config.optimiser.batch_size, len(dataset.train))  # a size worth compiling
 
-        # Not a method: what held `self` would keep the network in memory.
+        # Not a method: a reference to `self` would keep the network in memory.
         def differentiate(inputs: Tensor, targets: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-            """Set the gradients of a batch; return its mean loss and how many were right, on the device."""
+            """Set the gradients of a batch. Return its mean loss and its number of correct answers, on the device."""
             state.optimiser.zero_grad(set_to_none=True)
             with execution.autocast(), execution.eager(len(inputs) != usual):
                 logits = state.model(inputs)
@@ -136,8 +137,8 @@ class Training:
             return loss.detach(), (logits.detach().argmax(1) == labels).sum()
 
         def recorded() -> Function:
-            """Return `differentiate` as CUDA graphs of its own, where they are used."""
-            # A graph sets the gradients of the same parameters throughout.
+            """Return `differentiate` as separate CUDA graphs, if they are used."""
+            # A graph always sets the gradients of the same parameters.
             frozen = config.optimiser.frozen_epochs
             return differentiate if frozen else execution.graphed(differentiate, state.model.parameters())
 
@@ -146,7 +147,7 @@ class Training:
         self.network_for_inference = execution.inference_factory(state.evaluated, self._statistics)
 
     def __iter__(self) -> Iterator[Metrics]:
-        """Train until the last epoch or early stopping, yielding each epoch's metrics; Diverged."""
+        """Train until the last epoch or early stopping, and yield the metrics of each epoch; Diverged."""
         progress = self.state.progress
         while progress.epoch < self.config.schedule.epochs and not progress.should_stop(self.config.stopping):
             last = progress.epoch + 1 == self.config.schedule.epochs
@@ -169,7 +170,7 @@ class Training:
             yield metrics
 
     def _train_epoch(self) -> Metrics:
-        """Make the steps of the epoch that were not made yet."""
+        """Make the remaining steps of the epoch."""
         order = self._order(self.state.progress.epoch + 1)
         batch_size, sums = self.config.optimiser.batch_size, self.state.sums
         steps = batches.batch_count(len(order), batch_size)
@@ -198,7 +199,7 @@ class Training:
         }
 
     def _enter(self, stage: Stage) -> None:
-        """Go over to a stage of progressive learning: its dropout, its images, CUDA graphs of their shape."""
+        """Enter a stage of progressive learning: set its dropout, its images, and CUDA graphs of their shape."""
         if stage == self._stage:
             return
         self._stage, self._differentiate = stage, self._recorded()
@@ -208,16 +209,16 @@ class Training:
         self._train_split = split.on(self.execution.device) if fits else split
 
     def _order(self, epoch: int) -> Tensor:
-        """Return which training images an epoch takes, in order; epoch 0 comes before the training."""
+        """Return the training images of an epoch, in order. Epoch 0 precedes the training."""
         train, config = self.dataset.train, self.config
         balanced = train.labels if config.data.balance else None
         return batches.epoch_order(len(train), config.random.seed, epoch, balanced)
 
     def _train_step(self, images: Tensor, labels: Tensor) -> None:
-        """Make one step and add it to the sums of the epoch, without waiting for the device."""
+        """Make one step and add its results to the sums of the epoch, without waiting for the device."""
         config, state, step, device = self.config, self.state, self.state.progress.step, self.execution.device
         seed_generators(stream_seed(config.random.seed, "augmentation", step), device)
-        images = batches.augment(to_device(images, device), self._stage.augment)  # the same device, whatever memory
+        images = batches.augment(to_device(images, device), self._stage.augment)  # the same device, in any memory
         inputs = batches.normalised(images, self._statistics, self.execution.channels_last)
         labels = to_device(labels, device)
         outputs = config.model.outputs or len(self.dataset.classes)
@@ -237,7 +238,7 @@ class Training:
         state.progress.step += 1
 
     def _evaluate_epoch(self) -> Metrics:
-        """Measure test, validation and, the post's way, the whole train set, in eval mode."""
+        """Evaluate the test set, the validation set and, as in the post, the whole train set, in eval mode."""
         chosen = {
             "test": self.dataset.test if self.config.evaluation.test_set else None,
             "val": self.dataset.validation,
@@ -260,9 +261,9 @@ class Training:
 
     @torch.no_grad()
     def _estimate_batch_norm(self, count: int) -> None:
-        """Estimate the statistics of batch norm, which training never reads, from `count` training images as they are.
+        """Estimate the statistics of batch norm, which training never reads, from `count` training images, unaugmented.
 
-        They are the same images each time. All else is as in inference, so that nothing is drawn.
+        They are the same images each time. Everything else is in eval mode, so that nothing is drawn.
         """
         network, config = self.state.evaluated, self.config
         training, norms = network.training, [each for each in network.modules() if isinstance(each, nn.BatchNorm2d)]

@@ -1,7 +1,7 @@
 """Muon (Jordan et al. 2024) for the convolutions that mix channels, AdamW for all other parameters.
 
-Muon steps along the momentum made orthogonal, so that all directions of a matrix learn at one pace. Its steps are as
-large as AdamW's usually are (Liu et al. 2025, section 2.2): learning rates and weight decays carry over.
+Muon makes the momentum orthogonal before a step, so that all directions of a matrix learn at the same rate. Its steps
+are as large as AdamW's usual steps (Liu et al. 2025, section 2.2), so learning rates and weight decays carry over.
 """
 
 from __future__ import annotations
@@ -16,14 +16,14 @@ from torch.optim import AdamW
 
 from effv2.core.internals import copy_all, lerp_all
 
-NEWTON_SCHULZ = 3.4445, -4.7750, 2.0315  # coefficients of an iteration that brings singular values near 1
+NEWTON_SCHULZ = 3.4445, -4.7750, 2.0315  # coefficients of an iteration that moves singular values near 1
 ITERATIONS = 5
-STEP_SIZE = 0.2  # root mean square of AdamW's steps, over the learning rate
+STEP_SIZE = 0.2  # root mean square of AdamW's steps, divided by the learning rate
 BETAS = 0.9, 0.99  # of AdamW
 
 
 class Muon(AdamW):
-    """Takes parameter groups of AdamW, each with `lr` and `weight_decay`; `momentum` is Nesterov's."""
+    """Takes parameter groups as AdamW does, each with `lr` and `weight_decay`. `momentum` is Nesterov's."""
 
     def __init__(self, groups: list[dict[str, Any]], lr: float, momentum: float) -> None:
         super().__init__(groups, lr=lr, betas=BETAS, fused=True)
@@ -31,7 +31,7 @@ class Muon(AdamW):
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
-        """Make a step. The gradients that Muon has used are None afterwards, which AdamW passes over."""
+        """Make a step. Muon sets the gradients that it used to None, so that AdamW skips them."""
         for group in self.param_groups:
             alike: dict[torch.Size, list[Tensor]] = defaultdict(list)
             for parameter in group["params"]:
@@ -62,15 +62,12 @@ class Muon(AdamW):
 
 
 def _mixes_channels(parameter: Tensor) -> bool:
-    """Say whether it is the kernel of a convolution of all channels, behind the stem, which sees three."""
+    """Say whether it is the kernel of a convolution that mixes channels, and not that of the stem, which has three."""
     return parameter.ndim == 4 and parameter.shape[1] > 3
 
 
 def orthogonal(matrices: Tensor) -> Tensor:
-    """Return matrices (N, rows, columns) with singular values near 1 and the same singular vectors.
-
-    On a GPU they are computed in bfloat16, which suffices.
-    """
+    """Return matrices (N, rows, columns) with the same singular vectors and values near 1, on a GPU in bfloat16."""
     x = matrices.bfloat16() if matrices.is_cuda else matrices
     tall = x.shape[1] > x.shape[2]
     x = x.mT if tall else x

@@ -1,8 +1,8 @@
 """Optimisers and learning rates by name: each one registered function here, and nothing else.
 
-An optimiser is made of (parameter groups, config) and takes its step in one fused kernel. A schedule gives the factor
-of the peak rate by (config, step from 0, steps an epoch). The command's help imports this module, so torch is imported
-inside.
+An optimiser is made from (parameter groups, config) and makes its step in one fused kernel. A schedule maps (config,
+step from 0, steps per epoch) to the factor of the peak rate. The commands' help imports this module, so torch is
+imported inside functions.
 """
 
 from __future__ import annotations
@@ -23,10 +23,10 @@ Groups = list[dict[str, Any]]
 
 
 def make_optimiser(config: OptimiserConfig, model: Module) -> Optimizer:
-    """Build the optimiser. Norms and biases are not decayed. The highest rate comes first, which is the one logged.
+    """Build the optimiser. Norms and biases are not decayed. The group with the highest rate is first: it is logged.
 
-    The head has `head_lr_factor` times the rate; each part of the body, from its end down, `layer_decay` times that of
-    the next one: the last part once, the stem as often as there are parts.
+    The head has `head_lr_factor` times the rate. Each part of the body has `layer_decay` times the rate of the next
+    part: the last part has the factor once, and the stem has it as often as there are parts.
     """
     parts = {name: re.match(r"features\.(\d+)\.", name) for name, _ in model.named_parameters()}
     last = max((int(part[1]) for part in parts.values() if part), default=0)
@@ -75,7 +75,7 @@ def _muon(groups: Groups, config: OptimiserConfig) -> Optimizer:
 
 
 def after_warmup(factor: Callable[[int, int], float]) -> Callable[[ScheduleConfig, int, int], float]:
-    """Put the linear warm-up before a function of the step after it and of how many such steps there are."""
+    """Put the linear warm-up before `shape`, a function of the step after the warm-up and the number of such steps."""
 
     def with_warmup(config: ScheduleConfig, step: int, steps_per_epoch: int) -> float:
         warmup = config.warmup_epochs * steps_per_epoch
@@ -86,20 +86,20 @@ def after_warmup(factor: Callable[[int, int], float]) -> Callable[[ScheduleConfi
     return with_warmup
 
 
-@SCHEDULES.register("plateau")  # lowered by Schedule where the watched accuracy stalls
+@SCHEDULES.register("plateau")  # Schedule lowers it when the watched accuracy stalls
 @SCHEDULES.register("none")
 @after_warmup
 def _constant(_step: int, _steps: int) -> float:
     return 1.0
 
 
-@SCHEDULES.register("cosine")  # half a cosine down to 0 (Loshchilov & Hutter 2017)
+@SCHEDULES.register("cosine")  # half a period of a cosine, down to 0 (Loshchilov & Hutter 2017)
 @after_warmup
 def _half_cosine(step: int, steps: int) -> float:
     return _cosine(1.0, 0.0, step / max(1, steps))
 
 
-@SCHEDULES.register("onecycle")  # 30 % of the steps up from 1/25 (Smith & Topin 2018, torch's defaults)
+@SCHEDULES.register("onecycle")  # rises from 1/25 for 30 % of the steps (Smith & Topin 2018, torch's defaults)
 def _one_cycle(config: ScheduleConfig, step: int, steps_per_epoch: int) -> float:
     total = config.epochs * steps_per_epoch
     peak = 0.3 * total - 1
@@ -113,7 +113,7 @@ def _cosine(start: float, end: float, progress: float) -> float:
 
 
 class Schedule:
-    """Sets the optimiser's rate before each step and lets plateau look at each epoch."""
+    """Sets the optimiser's rate before each step, and reports each epoch to plateau."""
 
     def __init__(self, config: ScheduleConfig, optimiser: Optimizer, steps_per_epoch: int) -> None:
         from torch.optim.lr_scheduler import ReduceLROnPlateau
@@ -131,21 +131,21 @@ class Schedule:
     def before_step(self, step: int) -> None:
         """Set the rate of `step`, counted from 0 over the whole training."""
         if self._plateau and step >= self._config.warmup_epochs * self._steps_per_epoch:
-            return  # from here on the rate is plateau's
+            return  # from here on, plateau sets the rate
         factor = self._factor(self._config, step, self._steps_per_epoch)
         for group, peak in zip(self._optimiser.param_groups, self._peak, strict=True):
             group["lr"] = peak * factor
 
     def after_epoch(self, epoch: int, accuracy: float) -> None:
-        """Tell plateau the watched accuracy of `epoch`, counted from 1."""
+        """Report the watched accuracy of `epoch`, counted from 1, to plateau."""
         if self._plateau and epoch > self._config.warmup_epochs:
             self._plateau.step(accuracy)
 
     def state_dict(self) -> dict[str, Any]:
-        """Return what a resumed run needs (the rate itself is the optimiser's)."""
+        """Return the state that a resumed run needs (the optimiser holds the rate)."""
         return self._plateau.state_dict() if self._plateau else {}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Take over what state_dict returned."""
+        """Restore the result of state_dict."""
         if self._plateau:
             self._plateau.load_state_dict(state)

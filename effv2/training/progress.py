@@ -1,4 +1,4 @@
-"""How far a training is: its finished epochs and steps, and what the running epoch adds up to."""
+"""The progress of a training: its finished epochs and steps, and the sums of the current epoch."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -12,7 +12,7 @@ from effv2.config.schema import StoppingConfig
 
 @dataclass
 class Progress:
-    """Finished epochs and steps, and the metrics of every epoch by the names they are logged under."""
+    """Finished epochs and steps, and the metrics of every epoch under their logged names."""
 
     epoch: int = 0
     step: int = 0
@@ -36,15 +36,15 @@ class Progress:
 
 
 def watched_accuracy(metrics: Mapping[str, float]) -> float | None:
-    """Return the accuracy that selects, stops and lowers the rate: of validation, else of the test set, else None."""
+    """Return the accuracy that selects, stops and lowers the rate: on validation, or on the test set, or None."""
     return metrics.get("val/accuracy", metrics.get("test/accuracy"))
 
 
 @dataclass
 class EpochSums:
-    """What the steps of the running epoch add up to: loss (float32) and right answers (int64) over images.
+    """Sums over the images of the current epoch: loss (float32) and correct answers (int64).
 
-    Zeros on the CPU can be added to what is on any device.
+    The zeros on the CPU can be added to tensors on any device.
     """
 
     loss: Tensor = field(default_factory=partial(torch.tensor, 0.0))

@@ -1,4 +1,4 @@
-"""The stages of progressive learning (Tan & Le 2021, section 4): what a training has in each of its epochs."""
+"""The stages of progressive learning (Tan & Le 2021, section 4): the settings of each epoch."""
 
 import statistics
 from collections.abc import Mapping, Sequence
@@ -10,12 +10,12 @@ from effv2.config.schema import AugmentConfig, ProgressiveConfig, TrainConfig
 from effv2.core.errors import InputError
 from effv2.training.progress import watched_accuracy
 
-SIZE_STEP = 4  # pixels: sizes between the first and the last are multiples of it
+SIZE_STEP = 4  # pixels: sizes between the first and the last are multiples of this
 
 
 @dataclass(frozen=True)
 class Stage:
-    """One stage, counted from 1: the side of its images in pixels, how they are changed, and the head's dropout."""
+    """One stage, counted from 1: the side of its images in pixels, their augmentation, and the dropout of the head."""
 
     number: int
     image_size: int
@@ -24,14 +24,14 @@ class Stage:
 
 
 def stages_of(config: TrainConfig) -> list[Stage]:
-    """Return the stages of a training; of one without progressive learning the only one."""
+    """Return the stages of a training; one stage without progressive learning."""
     count = config.progressive.stages
     shares = [number / (count - 1) for number in range(count)] if count > 1 else [1.0]
     return [_stage(config, number, share) for number, share in enumerate(shares, 1)]
 
 
 def _stage(config: TrainConfig, number: int, share: float) -> Stage:
-    """Return the stage in which settings have risen by a share of the way to the last."""
+    """Return the stage in which settings have risen by a share of the way to those of the last stage."""
     first, last = config.progressive, config.augment
 
     def risen(start: float, end: float) -> float:
@@ -50,13 +50,13 @@ def _stage(config: TrainConfig, number: int, share: float) -> Stage:
 
 
 def stage_of(config: TrainConfig, epoch: int) -> Stage:
-    """Return the stage of an epoch, both counted from 1; all stages have as many epochs, give or take one."""
+    """Return the stage of an epoch, both counted from 1. The numbers of epochs of two stages differ by at most one."""
     stages = stages_of(config)
     return stages[min(len(stages), 1 + (epoch - 1) * len(stages) // config.schedule.epochs) - 1]
 
 
 def check_stages(config: TrainConfig) -> None:
-    """InputError for more stages than epochs, and for stages in which nothing rises."""
+    """Raise InputError for more stages than epochs, and for stages without a rising setting."""
     first, stages = config.progressive, config.progressive.stages
     if stages > config.schedule.epochs:
         problem = f"there are only {config.schedule.epochs} epochs"
@@ -74,14 +74,14 @@ def set_dropout(network: nn.Module, dropout: float) -> None:
 
 
 def stage_metrics(config: TrainConfig, stage: Stage) -> dict[str, float]:
-    """Return what is logged of the stage of an epoch; nothing without progressive learning."""
+    """Return the logged metrics for the stage of an epoch; empty without progressive learning."""
     if config.progressive == ProgressiveConfig():
         return {}
     return {"progressive/stage": stage.number, "progressive/image_size": stage.image_size}
 
 
 def stage_table(config: TrainConfig, history: Sequence[Mapping[str, float]]) -> list[tuple[str | float, ...]]:
-    """Return a head and a row for each stage that was trained: its settings, time, rate, and last accuracy."""
+    """Return titles, and a row for each trained stage: its settings, time, throughput and last accuracy."""
     head = "stage epochs image_size rand_augment mixup dropout train_seconds images_per_second watched_accuracy"
     rows: list[tuple[str | float, ...]] = [tuple(head.split())]
     for stage in stages_of(config):
