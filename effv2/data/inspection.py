@@ -2,13 +2,9 @@
 
 from __future__ import annotations
 
-import hashlib
 import math
-import os
-import warnings
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import NamedTuple
@@ -17,17 +13,20 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from PIL import Image, ImageDraw
+from torch.nn import functional as F
 
+from effv2.config.schema import DataConfig
 from effv2.core.errors import listed
-from effv2.data.dataset import Dataset
-from effv2.data.decoder import BROKEN, TOO_LARGE, allow, to_rgb
-from effv2.data.folders import Source, left_out_note
-from effv2.data.images import LabelledImages
+from effv2.data.dataset import Dataset, Split, decoded_split
+from effv2.data.folders import left_out_note
+from effv2.data.images import OnDecoded
+from effv2.data.sources import open_source
 
 NEAR_BITS = 4  # of 64, by which the perceptual hashes of nearly identical images differ at most
 BANDS = [(0, 13), (13, 13), (26, 13), (39, 13), (52, 12)]  # one more than NEAR_BITS: near hashes share one of them
 LARGEST_GROUP = 4_000  # images of one band that are compared with each other
 LEAST_SIDE = 32  # pixels: hashes of smaller images say nothing
+HASHED = 1_024  # images at a time
 MOST_NAMED = 5
 ROWS, COLUMNS, LEAST_TILE, MOST_TILE, GAP = 40, 8, 48, 128, 2  # of a contact sheet: classes, images of each, pixels
 WRONG = "wrong.jpg"  # artifact of a run: the gallery of its surest mistakes
@@ -35,7 +34,7 @@ LINE, LONGEST_LINE = 13, 21  # of a caption: pixels, characters
 
 
 class Alike(NamedTuple):
-    """Two images by part and id, of which the files are identical, or the pictures nearly so."""
+    """Two images by id, of which the pixels are identical at the size that was looked at, or the pictures nearly so."""
 
     one: str
     other: str
@@ -63,33 +62,44 @@ class Inspection:
         total = [f"{sum(each):,}" for each in self.counts.values()]
         return [("class", *self.counts), *counted, (f"{len(self.classes)} classes", *total)]
 
+    @property
+    def kinds(self) -> str:
+        """Say what sizes and modes the images have; empty where that isn't known."""
+        if not self.sizes:
+            return ""
+        ends = [each(self.sizes, key=math.prod) for each in (min, max)]
+        least, most, usual = (f"{w}x{h}" for w, h in (*ends, self.sizes.most_common(1)[0][0]))
+        between = f"all {usual}" if len(self.sizes) == 1 else f"from {least} to {most}, most often {usual}"
+        modes = ", ".join(f"{n:,} {mode}" for mode, n in self.modes.most_common())
+        return f"Sizes in pixels: {between}. Modes: {modes}."
+
+    def pairs(self, identical: bool, across: bool, most: int = MOST_NAMED) -> str:
+        """Name the first pairs that are identical or nearly so, in two parts or in one; empty without any."""
+        found = [f"{each.one} and {each.other}" for each in self.alike if each[2:4] == (identical, across)]
+        words = "identical" if identical else "nearly identical"
+        where = "in two parts, so that evaluations see training images" if across else "in one part"
+        return f"{len(found):,} pairs are {words} {where}: {listed(found, most)}." if found else ""
+
     def sentences(self) -> Iterator[str]:
         """Say what the images are, and what is wrong with them."""
-        if self.sizes:
-            ends = [each(self.sizes, key=math.prod) for each in (min, max)]
-            least, most, usual = (f"{w}x{h}" for w, h in (*ends, self.sizes.most_common(1)[0][0]))
-            between = f"all {usual}" if len(self.sizes) == 1 else f"from {least} to {most}, most often {usual}"
-            modes = ", ".join(f"{n:,} {mode}" for mode, n in self.modes.most_common())
-            yield f"Sizes in pixels: {between}. Modes: {modes}."
-        if self.note:
-            yield self.note
+        yield from filter(None, (self.kinds, self.note))
         if self.broken:
             yield f"{len(self.broken):,} images can't be read: {listed(self.broken, MOST_NAMED)}."
-        for identical, words in ((True, "identical"), (False, "nearly identical")):
-            for across, where in ((True, "in two parts, so that tests see training images"), (False, "in one part")):
-                found = [f"{each.one} and {each.other}" for each in self.alike if each[2:4] == (identical, across)]
-                if found:
-                    yield f"{len(found):,} pairs are {words} {where}: {listed(found, MOST_NAMED)}."
+        yield from filter(None, (self.pairs(same, across) for same in (True, False) for across in (True, False)))
         if torn := [f"{one} and {other}" for one, other, same, _, of in self.alike if same and of[0] != of[1]]:
             yield f"{len(torn):,} of these pairs are in two classes: {listed(torn, MOST_NAMED)}."
         if "test" not in self.counts and any(each.identical for each in self.alike):
             yield "A test part is split off the training part, so that tests will see some of these."
 
-    def harmful(self, skip_broken: bool) -> bool:
-        """Say whether trainings would fail, learn two labels of one image, or test what they were trained on."""
+    def remedy(self, skip_broken: bool) -> str:
+        """Say what to do before a training that would fail, learn two labels of one image, or test on its own images.
+
+        Empty where there is nothing to do.
+        """
         pairs = (each for each in self.alike if each.identical)
         same = any(each.across or each.classes[0] != each.classes[1] or "test" not in self.counts for each in pairs)
-        return same or bool(self.broken and not skip_broken)
+        broken = "repair or remove the broken images, or give data.skip_broken" * bool(self.broken and not skip_broken)
+        return "; ".join(filter(None, (broken, "keep one image of each identical pair" * same)))
 
 
 class _Seen(NamedTuple):
@@ -97,54 +107,76 @@ class _Seen(NamedTuple):
     part: str
     label: str
     digest: bytes
-    size: tuple[int, int]
-    mode: str
     hash: int
 
 
+def check(config: DataConfig, on_decoded: OnDecoded | None = None) -> Inspection:
+    """Decode all images of a data set, into the cache, and look at them; InputError where there is none."""
+    source, parts, broken = open_source(config), dict[str, Split](), list[str]()
+    wanted = config.model_copy(update={"image_size": max(config.image_size, LEAST_SIDE), "skip_broken": True})
+    for part, images in {"train": source.train, "validation": source.validation, "test": source.test}.items():
+        if images is not None:
+            parts[part], found = decoded_split(images, wanted, on_decoded)
+            broken += [f"{images.ids[at]} ({why})" for at, why in found.broken.items()]
+    return inspect(source.classes, parts, left_out_note(source.location, source.left_out), broken)
+
+
+def in_short(dataset: Dataset) -> list[str]:
+    """Say in three lines at most what a training begins with; notes of the data set say what else is wrong."""
+    found = inspect(dataset.classes, dataset.splits)
+    return [dataset.summary, *filter(None, (found.kinds, found.pairs(False, True, most=1)))]
+
+
 def inspect(
-    source: Source, megapixels: float, on_seen: Callable[[int, int], None] = lambda done, total: None
+    classes: Sequence[str], parts: Mapping[str, Split], note: str = "", broken: Sequence[str] = ()
 ) -> Inspection:
-    """Open every image once; one of more `megapixels` counts as broken."""
-    allow(megapixels)
-    named = {"train": source.train, "validation": source.validation, "test": source.test}
-    parts = {part: images for part, images in named.items() if images is not None}
-    places = [(part, images, index) for part, images in parts.items() for index in range(len(images))]
-    seen, broken = list[_Seen](), list[str]()
-    with warnings.catch_warnings(), ThreadPoolExecutor(os.cpu_count()) as pool:
-        warnings.simplefilter("ignore")
-        warnings.simplefilter("error", Image.DecompressionBombWarning)
-        for done, found in enumerate(pool.map(lambda place: _look(source.classes, *place), places), 1):
-            (broken if isinstance(found, str) else seen).append(found)  # type: ignore[arg-type]
-            on_seen(done, len(places))
-    counts = {
-        part: np.bincount(images.labels, minlength=len(source.classes)).tolist() for part, images in parts.items()
-    }
-    sizes, modes = Counter(each.size for each in seen), Counter(each.mode for each in seen)
-    note = left_out_note(source.location, source.left_out)
-    return Inspection(note, source.classes, counts, sizes, modes, broken, list(_alike(seen)))
+    """Look at decoded images by part; at those alone of which is known how they were stored."""
+    counts = {part: np.bincount(each.labels.numpy(), minlength=len(classes)).tolist() for part, each in parts.items()}
+    stored = Counter(each for split in parts.values() for each in _stored(split) if each)
+    sizes, modes = Counter[tuple[int, int]](), Counter[str]()
+    for each, number in stored.items():
+        mode, _, size = each.partition(" ")
+        sizes[_size(size)] += number
+        modes[mode] += number
+    seen = [each for part, split in parts.items() for each in _seen(part, split, classes)]
+    return Inspection(note, classes, counts, sizes, modes, broken, list(_alike(seen)))
 
 
-def _look(classes: Sequence[str], part: str, images: LabelledImages, index: int) -> _Seen | str:
-    """Return what there is to know of an image, or why it can't be read."""
-    import imagehash
+def _stored(split: Split) -> list[str]:
+    return [] if split.stored is None else list(split.stored[split.rows.numpy()].tolist())
 
-    name, item = images.ids[index], images.items[index]
-    try:
-        digest = hashlib.sha256(item.read_bytes() if images.items.dtype == object else item.tobytes()).digest()
-        with images.open(index) as image:
-            rgb, hashed = to_rgb(image), 0
-            if min(rgb.size) >= LEAST_SIDE:
-                hashed = int.from_bytes(np.packbits(imagehash.phash(rgb).hash).tobytes(), "big")
-            return _Seen(name, part, classes[images.labels[index]], digest, rgb.size, image.mode, hashed)
-    except TOO_LARGE:
-        return f"{name} (too large, see data.max_megapixels)"
-    except BROKEN as error:
-        return f"{name} ({type(error).__name__})"
+
+def _size(text: str) -> tuple[int, int]:
+    width, height = map(int, text.split("x"))
+    return width, height
+
+
+def _seen(part: str, split: Split, classes: Sequence[str]) -> Iterator[_Seen]:
+    """Yield what there is to compare of the images of a part; a hash of 0 of those that are too small."""
+    hashes = perceptual_hashes(split) if split.pixels.shape[1] >= LEAST_SIDE else np.zeros(len(split), np.uint64)
+    columns = split.ids, split.labels.tolist(), split.image_hashes, hashes.tolist(), _stored(split)
+    for name, label, digest, hashed, stored in zip(*columns, strict=False):
+        if stored:
+            large = min(_size(stored.partition(" ")[2])) >= LEAST_SIDE
+            yield _Seen(name, part, classes[label], digest, hashed * large)
+
+
+def perceptual_hashes(split: Split) -> NDArray[np.uint64]:
+    """Return pHash of each image: which of the lowest 8x8 cosines of its 32x32 grey pixels exceed their median."""
+    steps, found = torch.arange(32), []
+    basis = torch.cos(math.pi / 64 * torch.arange(8)[:, None] * (2 * steps + 1))
+    for positions in torch.arange(len(split)).split(HASHED):
+        colours = split.images(positions).float()
+        grey = torch.einsum("nchw,c->nhw", colours, torch.tensor([0.299, 0.587, 0.114]))
+        small = F.interpolate(grey[:, None], (32, 32), mode="bilinear", antialias=True)[:, 0]
+        low = (basis @ small @ basis.T).flatten(1)
+        bits = np.packbits((low > low.median(1, keepdim=True).values).numpy(), axis=1)
+        found.append(bits.view(">u8")[:, 0].astype(np.uint64))
+    return np.concatenate(found)
 
 
 def _alike(seen: Sequence[_Seen]) -> Iterator[Alike]:
-    """Yield pairs: each identical file with the first one, and pictures that are nearly alike."""
+    """Yield pairs: each identical image with the first one, and pictures that are nearly alike."""
     first: dict[bytes, _Seen] = {}
     for each in seen:
         known = first.setdefault(each.digest, each)

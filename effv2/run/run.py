@@ -15,7 +15,7 @@ from effv2.core.errors import Diverged, InputError, RunError, Terminated, what_r
 from effv2.core.processes import is_alive, this_process
 from effv2.core.reporter import Message, Reporter
 from effv2.data.dataset import Dataset, LoadData, load_once
-from effv2.data.inspection import contact_sheet
+from effv2.data.inspection import contact_sheet, in_short
 from effv2.execution.resolve import remembered, resolve_study, with_device
 from effv2.run.few_images import say_if_near_chance, with_length
 from effv2.run.initial import initialise, origin, with_weights
@@ -281,7 +281,8 @@ def _train(config: TrainConfig, dataset: Dataset, spec: RunSpec, run: OpenRun, c
     reporter = spec.reporter
     training = _begun(config, dataset, run, checkpointer)
     if not (run.resumed or spec.parent):
-        reporter.message(dataset.summary)
+        for line in in_short(dataset):
+            reporter.message(line)
     reporter.run_started(spec.name, config.schedule.epochs)
     state = training.state
     if spec.checkpoints.checkpoint_upload_minutes:
