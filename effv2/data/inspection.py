@@ -132,33 +132,19 @@ def inspect(
 ) -> Inspection:
     """Look at decoded images by part; at those alone of which is known how they were stored."""
     counts = {part: np.bincount(each.labels.numpy(), minlength=len(classes)).tolist() for part, each in parts.items()}
-    stored = Counter(each for split in parts.values() for each in _stored(split) if each)
-    sizes, modes = Counter[tuple[int, int]](), Counter[str]()
-    for each, number in stored.items():
-        mode, _, size = each.partition(" ")
-        sizes[_size(size)] += number
-        modes[mode] += number
-    seen = [each for part, split in parts.items() for each in _seen(part, split, classes)]
+    sizes, modes, seen = Counter[tuple[int, int]](), Counter[str](), list[_Seen]()
+    for part, split in parts.items():
+        stored = [] if split.stored is None else split.stored[split.rows.numpy()].tolist()
+        columns = split.ids, split.labels.tolist(), split.image_hashes, perceptual_hashes(split).tolist(), stored
+        for name, label, digest, hashed, text in zip(*columns, strict=False):
+            if text:
+                mode, _, size = text.partition(" ")
+                width, height = map(int, size.split("x"))
+                sizes[width, height] += 1
+                modes[mode] += 1
+                large = min(width, height, split.pixels.shape[1]) >= LEAST_SIDE
+                seen.append(_Seen(name, part, classes[label], digest, hashed * large))
     return Inspection(note, classes, counts, sizes, modes, broken, list(_alike(seen)))
-
-
-def _stored(split: Split) -> list[str]:
-    return [] if split.stored is None else list(split.stored[split.rows.numpy()].tolist())
-
-
-def _size(text: str) -> tuple[int, int]:
-    width, height = map(int, text.split("x"))
-    return width, height
-
-
-def _seen(part: str, split: Split, classes: Sequence[str]) -> Iterator[_Seen]:
-    """Yield what there is to compare of the images of a part; a hash of 0 of those that are too small."""
-    hashes = perceptual_hashes(split) if split.pixels.shape[1] >= LEAST_SIDE else np.zeros(len(split), np.uint64)
-    columns = split.ids, split.labels.tolist(), split.image_hashes, hashes.tolist(), _stored(split)
-    for name, label, digest, hashed, stored in zip(*columns, strict=False):
-        if stored:
-            large = min(_size(stored.partition(" ")[2])) >= LEAST_SIDE
-            yield _Seen(name, part, classes[label], digest, hashed * large)
 
 
 def perceptual_hashes(split: Split) -> NDArray[np.uint64]:

@@ -24,8 +24,9 @@ from effv2.tracking import tags as tag
 from effv2.tracking.read import RunRecord, artifact_names, download, find_runs, reached_accuracy, read_run
 from effv2.tracking.run import CHECKPOINTS, PATIENCE, OpenRun, end_left_open, open_experiment, open_run
 from effv2.tracking.store import TRACKING_ERRORS, tracking_faults
-from effv2.tracking.writer import TrackedRun, model_address
+from effv2.tracking.writer import TrackedRun, check_metric_name, model_address
 from effv2.training.checkpoint import Checkpointer
+from effv2.training.evaluation import EPOCH_METRICS
 from effv2.training.loop import Training
 from effv2.training.progress import watched_accuracy
 from effv2.training.stages import check_stages, stages_of
@@ -84,6 +85,8 @@ class Attempt:
 
 def prepare(configs: Sequence[TrainConfig], load: LoadData, message: Message) -> list[TrainConfig]:
     """Load and check the data of runs, then resolve `auto` and length, alike; InputError before any is created."""
+    for name in EPOCH_METRICS:
+        check_metric_name(name)
     configs = with_length(with_weights(list(map(with_device, configs)), load, message), load, message)
     for config in configs:
         check_stages(config)
