@@ -12,8 +12,7 @@ from PIL import Image, ImageFilter
 from effv2.cli.main import main
 from effv2.config.schema import DataConfig
 from effv2.data.dataset import load_dataset
-from effv2.data.inspection import COLUMNS, GAP, MOST_TILE, NEAR_BITS, contact_sheet, inspect, near
-from effv2.data.sources import open_source
+from effv2.data.inspection import COLUMNS, GAP, MOST_TILE, NEAR_BITS, check, contact_sheet, in_short, near
 
 random = np.random.default_rng(0)
 
@@ -37,34 +36,51 @@ def tree(tmp_path: Path) -> Path:
 
 
 def test_what_is_broken_or_there_twice_is_named(tree: Path) -> None:
-    assert not inspect(open_source(DataConfig(dataset="folder", dir=str(tree))), 200).alike
+    assert not check(DataConfig(dataset="folder", dir=str(tree))).alike
     (tree / "test" / "dog" / "0.png").write_bytes((tree / "train" / "dog" / "3.png").read_bytes())
     with Image.open(tree / "train" / "cat" / "1.png") as image:  # the same picture, smaller and compressed
         image.resize((60, 80)).save(tree / "test" / "cat" / "again.jpg", quality=60)
     (tree / "train" / "cat" / "2.png").write_bytes(b"no image")
     Image.fromarray(random.integers(0, 256, (40, 40), np.uint8)).save(tree / "train" / "cat" / "grey.png")
-    found = inspect(open_source(DataConfig(dataset="folder", dir=str(tree))), 200)
+    found = check(DataConfig(dataset="folder", dir=str(tree)))
     assert found.counts == {"train": [5, 4], "test": [5, 4]} and found.modes == {"RGB": 16, "L": 1}
     assert found.sizes == {(90, 120): 15, (60, 80): 1, (40, 40): 1}
-    assert [name.partition(" ")[0] for name in found.broken] == ["train/cat/2.png"] and found.harmful(False)
+    assert [name.partition(" ")[0] for name in found.broken] == ["train/cat/2.png"]
+    assert "data.skip_broken" in found.remedy(False)
     assert {each[:2] for each in found.alike if each.identical} == {("train/dog/3.png", "test/dog/0.png")}
     assert {each[:2] for each in found.alike if not each.identical} == {("train/cat/1.png", "test/cat/again.jpg")}
     assert all(each.across for each in found.alike)
     # Without a test part one is split off, which then holds training images; two labels of one image harm always.
     (tree / "train" / "dog" / "0.png").write_bytes((tree / "train" / "cat" / "0.png").read_bytes())
-    alone = inspect(open_source(DataConfig(dataset="folder", dir=str(tree / "train"))), 200)
-    assert alone.harmful(True) and "split off" in " ".join(alone.sentences())
+    alone = check(DataConfig(dataset="folder", dir=str(tree / "train")))
+    assert alone.remedy(True) == "keep one image of each identical pair" and "split off" in " ".join(alone.sentences())
     assert "1 of these pairs are in two classes: cat/0.png and dog/0.png" in " ".join(alone.sentences())
 
 
 def test_the_command_says_it_and_ends_by_it(tree: Path, tmp_path: Path) -> None:
     sheet = tmp_path / "sheet.png"
-    sound = CliRunner().invoke(main, ["data", "check", str(tree), "--sheet", str(sheet)])
+    words = ["data", "check", str(tree), "--image-size", "40"]
+    sound = CliRunner().invoke(main, [*words, "--sheet", str(sheet)])
     assert sound.exit_code == 0 and "all 90x120" in sound.output and sheet.is_file()
+    *_, advice = sound.output.splitlines()
+    assert advice.endswith(f": effv2 train --dataset folder --data-dir {tree} --image-size 40")
     (tree / "test" / "dog" / "0.png").write_bytes((tree / "train" / "dog" / "3.png").read_bytes())
     leaking = CliRunner().invoke(main, ["data", "check", str(tree)])
     assert leaking.exit_code == 1 and "train/dog/3.png and test/dog/0.png" in leaking.output
+    (tree / "test" / "dog" / "1.png").write_bytes(b"no image")
+    *_, advice = CliRunner().invoke(main, words).output.splitlines()
+    assert advice.startswith("First repair or remove the broken images, or give --skip-broken; keep one image of")
     assert CliRunner().invoke(main, ["data", "check", str(tmp_path / "nowhere")]).exit_code == 2
+
+
+def test_a_training_begins_with_the_same_in_three_lines(tree: Path) -> None:
+    config = DataConfig(dataset="folder", dir=str(tree), validation_fraction=0)
+    assert in_short(load_dataset(config))[1:] == ["Sizes in pixels: all 90x120. Modes: 16 RGB."]
+    with Image.open(tree / "train" / "cat" / "1.png") as image:
+        image.resize((60, 80)).save(tree / "test" / "cat" / "again.jpg", quality=60)
+    data, kinds, pairs = in_short(load_dataset(config))
+    assert data == load_dataset(config).summary and "from 60x80 to 90x120, most often 90x120" in kinds
+    assert pairs.startswith("1 pairs are nearly identical in two parts") and pairs[:-1].endswith("test/cat/again.jpg")
 
 
 def test_near_hashes_are_all_found() -> None:

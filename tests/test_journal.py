@@ -7,7 +7,7 @@ import signal
 import tempfile
 import time
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,7 @@ from effv2.cli.main import main
 from effv2.core.errors import InputError, LeaseLost, StoreAway, Terminated
 from effv2.core.internals import trial_id
 from effv2.core.processes import ending_signals
+from effv2.studies import journal
 from effv2.studies import queue as queue_module
 from effv2.studies.journal import LockFile, Log, LogAway
 from effv2.studies.storage import Journal, check_storage, open_storage
@@ -183,6 +184,28 @@ def test_what_is_no_log_is_refused_and_stays_as_it_is(sqlite_store: str, url: st
     with pytest.raises(StoreAway, match="does not end with an entry"):
         storage.retry(lambda: storage.optuna.set_study_user_attr(0, "name", "value"))
     assert log.read_bytes() == start + b"my thesis"
+
+
+def test_a_folder_that_is_away_is_named_with_what_helps(url: str) -> None:
+    storage = open_storage(url)
+
+    def away() -> None:
+        raise LogAway("Stale file handle")
+
+    storage.patience = -1
+    with pytest.raises(StoreAway, match=r"away .* \(Stale file handle\); see that .*/shared/study.log can be read and"):
+        storage.retry(away)
+
+
+def test_of_a_long_log_the_ends_are_checked(url: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(journal, "CHECKED_BYTES", 500)
+    log, lines = Path(url.removeprefix("journal://")), [b'{"op_code":0,"worker_id":"w","study_name":"q"}\n'] * 40
+    log.write_bytes(b"".join(lines))
+    check_storage(url)
+    for at, refused in ((0, True), (len(lines) // 2, False), (len(lines) - 2, True)):
+        log.write_bytes(b"".join([*lines[:at], b"!" + lines[at], *lines[at + 1 :]]))
+        with pytest.raises(InputError, match="give another file") if refused else nullcontext():
+            check_storage(url)
 
 
 class Slept(LockFile):

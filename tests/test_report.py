@@ -313,6 +313,18 @@ def test_empty_and_half_finished_studies_say_what_is_missing(sqlite_store: str, 
     assert list((out / "figures").iterdir()) == mine[1:] and {path.read_text() for path in mine} == {"mine"}
 
 
+def test_where_no_store_is_none_is_created(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "sqlite:///mlflow.db")
+    refused = invoke(report)
+    assert refused.exit_code == 2 and "no such file yet; train something first" in refused.stderr
+    assert not list(tmp_path.iterdir())
+    assert invoke(report, "--export", "out").exit_code == 0
+    assert [each.name for each in tmp_path.iterdir()] == ["out"]
+    assert "that no run here is about: T1, " in (tmp_path / "out" / "report.md").read_text()
+    assert invoke(report, "--from-export", "out", "--export", "again").exit_code == 0
+
+
 def test_the_run_that_mlflow_opened_gets_the_report(
     sqlite_store: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

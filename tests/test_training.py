@@ -30,10 +30,12 @@ from effv2.config.schema import (
 from effv2.config.studies import open_study
 from effv2.core.errors import InputError, RunError, Terminated
 from effv2.core.randomness import stream_seed
+from effv2.core.reporter import Reporter
 from effv2.data.batches import NORMALISATIONS, epoch_order, normalised
-from effv2.data.dataset import Dataset, Split, load_dataset
+from effv2.data.dataset import Dataset, Split, load_dataset, load_once
 from effv2.evidence.claims import published_runs
 from effv2.execution.device import make_execution
+from effv2.run.run import prepare
 from effv2.training.evaluation import EPOCH_METRICS, Evaluation, Metrics, evaluate
 from effv2.training.loop import Training, TrainState
 from effv2.training.muon import orthogonal
@@ -471,6 +473,13 @@ def test_a_metric_is_one_entry(monkeypatch: pytest.MonkeyPatch) -> None:
     for metrics in start(tiny_config())[2]:
         for split in ("test", "val"):
             assert metrics[f"{split}/accuracy"] <= metrics[f"{split}/top3_accuracy"] <= 1
+
+
+@pytest.mark.parametrize("name", ["recall@5", "a//b", "/a", "../a", "", "5%"])
+def test_a_metric_that_mlflow_would_refuse_is_refused_first(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    monkeypatch.setitem(EPOCH_METRICS, name, lambda found: 0.5)
+    with pytest.raises(InputError, match="MLflow logs no metric of this name"):
+        prepare([tiny_config()], load_once(Reporter()), lambda text: None)
 
 
 def test_bf16_trains_too() -> None:

@@ -19,7 +19,7 @@ from torchvision import models
 
 from effv2.architecture import build_model
 from effv2.cli.console import ConsoleReporter
-from effv2.cli.main import search, train
+from effv2.cli.main import ablate, search, train
 from effv2.config.schema import TrainConfig
 from effv2.core.errors import InputError
 from effv2.core.provenance import sha256_of_file
@@ -30,7 +30,7 @@ from effv2.run.initial import initialise
 from effv2.run.run import prepare
 from effv2.training.loop import Training
 from effv2.training.optimisers import make_optimiser
-from tests.conftest import tiny_config
+from tests.conftest import OTHER_TINY_TABLE, TINY_STUDY, TINY_TABLE, tiny_config
 
 State = dict[str, torch.Tensor]
 
@@ -289,6 +289,24 @@ def test_weights_that_are_gone_are_missed_only_where_a_training_begins_with_them
         assert refused.exit_code == 2 and f" {path}: no such file" in refused.output
         assert "model.weights_sha256" in refused.output
     assert len(MlflowClient().search_runs(["0"])) == 1
+
+
+def test_a_new_study_whose_weights_are_nowhere_is_refused_before_its_run(tmp_path: Path, sqlite_store: str) -> None:
+    """Though it is known what they should be; one that was begun with them goes on, and is found finished."""
+    path, study = saved(tmp_path / "w.pth"), tmp_path / "tiny.yaml"
+    study.write_text(TINY_STUDY.replace("other, table: " + OTHER_TINY_TABLE, "other, table: " + TINY_TABLE))
+    known = f"model.weights_sha256={sha256_of_file(path)}"
+
+    def again(weights: str) -> Result:
+        words = ["--study", str(study), "--epochs", "1", "--set", f"model.weights={weights}", "--set", known]
+        return CliRunner().invoke(ablate, [*words, "--log-model", "none"], catch_exceptions=False)
+
+    refused = again(f"{path}h")
+    assert refused.exit_code == 2 and f"{path}h: no such file" in refused.output, refused.output
+    assert not MlflowClient().search_runs(["0"])
+    assert again(str(path)).exit_code == 0
+    path.unlink()
+    assert again(str(path)).exit_code == 0 and len(MlflowClient().search_runs(["0"])) == 3
 
 
 def test_a_run_shows_its_data_once_and_what_it_evaluated(sqlite_store: str) -> None:

@@ -61,7 +61,7 @@ class Call:
         token = COMMAND.set("")
         try:
             read = self.taken.read(given)
-            COMMAND.set(_command_line(name.replace("_", "-"), given))
+            COMMAND.set(command_line(name.replace("_", "-"), given))
             with ending_signals(repeated=False):  # a notebook may be interrupted twice
                 return self.function(*read, reporter or LineReporter())
         except InputError as error:
@@ -92,7 +92,7 @@ def _plain(value: Any, kind: Any) -> Any:
     return (value,) if kind == tuple[str, ...] and isinstance(value, str) else value
 
 
-def _command_line(name: str, given: Mapping[str, Any]) -> str:
+def command_line(name: str, given: Mapping[str, Any]) -> str:
     """Return the command that resumes a call, without secrets and `fresh`."""
     words = ["effv2", name]
     for option, value in given.items():

@@ -118,11 +118,11 @@ def data() -> None:
     """Check data sets before training."""
 
 
-@data.command(cls=cli.Command)
+@data.command("check", cls=cli.Command)
 @click.argument("folder", default="")
 @click.option("--sheet", metavar="FILE", help="Write some images of each class here, as the network sees them.")
 @cli.takes(CHECKED)
-def check(folder: str, sheet: str | None, given: Mapping[str, Any]) -> None:
+def data_check(folder: str, sheet: str | None, given: Mapping[str, Any]) -> None:
     """Report the content of the data set in FOLDER, broken images and duplicates.
 
     The exit code is 1 if a training would fail, learn two labels for one image, or test on its training images.
@@ -131,19 +131,21 @@ def check(folder: str, sheet: str | None, given: Mapping[str, Any]) -> None:
     config = build(TrainConfig, layer | CHECKED.read(given)[0]).data
 
     from effv2.cli.console import ConsoleReporter, print_table
-    from effv2.data.inspection import contact_sheet, inspect
-    from effv2.data.sources import open_source
+    from effv2.data.inspection import check, contact_sheet
 
     with ConsoleReporter() as reporter:
-        found = inspect(open_source(config), config.max_megapixels, partial(reporter.progress, "checking images"))
+        found = check(config, partial(reporter.progress, "decoding images"))
         if sheet and not found.broken:
             from effv2.data.dataset import load_dataset
 
             contact_sheet(load_dataset(config, partial(reporter.progress, "decoding images"))).save(sheet)
     print_table(found.table())
-    for sentence in found.sentences():
+    remedy, command = found.remedy(config.skip_broken), click.get_current_context().command
+    words = {"dataset": config.dataset} | ({"data_dir": folder} if folder else {}) | dict(given)
+    advice = f"First {remedy}; then check again." if remedy else f"Train on it: {calls.command_line('train', words)}"
+    for sentence in (*found.sentences(), cli.in_options(advice, command)):
         click.echo(sentence)
-    sys.exit(int(found.harmful(config.skip_broken)))
+    sys.exit(int(bool(remedy)))
 
 
 @main.command(cls=cli.Command)

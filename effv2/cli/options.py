@@ -1,5 +1,6 @@
 """The common parts of commands: options from the schema, as text, and errors as one sentence and an exit code."""
 
+import os
 import re
 from collections.abc import Callable
 from functools import reduce, wraps
@@ -55,6 +56,7 @@ class Command(click.Command):
         again = "the same command without `fresh`" if ctx.params.get("fresh") == "true" else "the same command"
         with ending_signals():
             try:
+                _refuse_logged(ctx.params.get("storage") or "")
                 return super().invoke(ctx)
             except InputError as error:
                 text, code = f"Error: {_with_options(error, self)}", 2
@@ -65,6 +67,15 @@ class Command(click.Command):
                 text += f"; unfinished runs end as KILLED, and {again} resumes them." if "fresh" in ctx.params else "."
             click.echo((text if code == 2 else in_options(text, self)).replace("\n", " "), err=True)
             return leave(code)
+
+
+def _refuse_logged(storage: str) -> None:
+    """Refuse an address with a password under `mlflow run`, which has logged it as it was given."""
+    if (run_id := os.environ.get("MLFLOW_RUN_ID")) and masked(storage) != storage:
+        problem = f"`mlflow run` has logged its password in the run {run_id}"
+        deleted = f"delete that by `mlflow runs delete --run-id {run_id}` and `mlflow gc --run-ids {run_id}`"
+        remedy = f"{deleted}, and give the password as PGPASSWORD or in ~/.pgpass"
+        raise InputError("storage", storage, problem, remedy)
 
 
 def _options_by_name(command: click.Command) -> dict[str, str]:

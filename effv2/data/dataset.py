@@ -20,7 +20,7 @@ from effv2.core.randomness import stream_seed
 from effv2.core.reporter import Reporter
 from effv2.data.folders import Source, left_out_note
 from effv2.data.hashes import Hashes, image_hashes
-from effv2.data.images import LabelledImages, Labels, OnDecoded, Square, decode
+from effv2.data.images import Decoded, LabelledImages, Labels, OnDecoded, Square, decode
 from effv2.data.sources import open_source
 
 Positions = NDArray[np.int64]
@@ -39,7 +39,8 @@ class Split:
     """The samples of one split: rows of an array of decoded images.
 
     `pixels` is uint8 (M, H, W, 3). It may be a file mapped into memory, and several splits may share it. Sample i is
-    pixels[rows[i]] with labels[i] (int64) and ids[i]. `hashes` are those of all pixels (data.hashes), if known.
+    pixels[rows[i]] with labels[i] (int64) and ids[i]. `hashes` are those of all pixels (data.hashes), and `stored` says
+    how their images were stored, as in images.Decoded, if known.
     """
 
     pixels: Tensor
@@ -47,6 +48,7 @@ class Split:
     labels: Tensor
     ids: tuple[str, ...]
     hashes: Hashes | None = None
+    stored: NDArray[np.str_] | None = None
 
     def __len__(self) -> int:
         return len(self.ids)
@@ -55,7 +57,7 @@ class Split:
         """Return the samples at `positions`."""
         at = torch.from_numpy(positions)
         ids = tuple(map(self.ids.__getitem__, positions))
-        return Split(self.pixels, self.rows[at], self.labels[at], ids, self.hashes)
+        return replace(self, rows=self.rows[at], labels=self.labels[at], ids=ids)
 
     def on(self, device: torch.device) -> Split:
         """Return the samples with the pixels on `device`; labels stay on the CPU."""
@@ -170,13 +172,11 @@ def load_dataset(config: DataConfig, on_decoded: OnDecoded | None = None) -> Dat
     source, broken = open_source(config), dict[str, str]()
 
     def decoded(part: LabelledImages, positions: Positions) -> tuple[Split, NDArray[np.bool_], NDArray[np.bool_]]:
-        chosen = part.take(positions)
-        found = decode(chosen, Square(config.image_size), on_decoded, config.max_megapixels, config.skip_broken)
-        labels, rows, sound = torch.from_numpy(chosen.labels), torch.arange(len(positions)), np.ones(len(chosen), bool)
+        split, found = decoded_split(part.take(positions), config, on_decoded)
+        sound = np.ones(len(split), bool)
         sound[list(found.broken)] = False
-        broken.update((chosen.ids[at], why) for at, why in found.broken.items())
-        pixels, hashes = torch.from_numpy(found.pixels), image_hashes(found.pixels)
-        return Split(pixels, rows, labels, chosen.ids, hashes), found.rgb, sound
+        broken.update((split.ids[at], why) for at, why in found.broken.items())
+        return split, found.rgb, sound
 
     load = _load_published if config.sampling == "published" else _load_standard
     splits = load(config, source, decoded)
@@ -197,6 +197,14 @@ def load_dataset(config: DataConfig, on_decoded: OnDecoded | None = None) -> Dat
     about = config.dataset, source.location, source.classes
     parts = splits["train"], splits.get("validation"), splits["test"]
     return Dataset(*about, *parts, source.left_out, broken, resized)
+
+
+def decoded_split(images: LabelledImages, config: DataConfig, on_decoded: OnDecoded | None) -> tuple[Split, Decoded]:
+    """Return images as the network gets them, and what there is to know of them; InputError as `decode`."""
+    found = decode(images, Square(config.image_size), on_decoded, config.max_megapixels, config.skip_broken)
+    pixels, hashes = torch.from_numpy(found.pixels), image_hashes(found.pixels)
+    rows, labels = torch.arange(len(images)), torch.from_numpy(images.labels)
+    return Split(pixels, rows, labels, images.ids, hashes, found.stored), found
 
 
 def _load_standard(config: DataConfig, source: Source, decoded: Decode) -> dict[str, Split]:

@@ -6,7 +6,7 @@ decodes a file. A finished entry appears by renaming a folder: a kill loses work
 
     <cache>/stamps/<hash of names, sizes, times and settings>    text: the key of the entry
     <cache>/entries/<key>/pixels.npy                             uint8 (N, size, size, 3)
-    <cache>/entries/<key>/index.json                             {"rgb": [...], "sha256": "...", "broken": {}}
+    <cache>/entries/<key>/index.json                             {"stored": [...], "sha256": "...", "broken": {}}
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ LARGE = "more than"  # begins the reason for an image with too many pixels
 OnDecoded = Callable[[int, int], None]  # called with the number of decoded images and their total
 Labels = NDArray[np.int64]
 Bytes = NDArray[np.uint8]
-Result = tuple[Bytes, bool] | str  # pixels, and whether they were stored as RGB; or why an image can't be read
+Result = tuple[Bytes, str] | str  # pixels, and how they were stored; or why an image can't be read
 
 
 @dataclass(frozen=True)
@@ -144,15 +144,20 @@ Preparation = Square | CentreCrop
 
 @dataclass(frozen=True)
 class Decoded:
-    """Pixels (N, size, size, 3), a file mapped into memory; their SHA-256; which images were stored as RGB.
+    """Pixels (N, size, size, 3), a file mapped into memory; their SHA-256; how images were stored, as `RGB 500x375`.
 
-    `broken` holds the reasons for unreadable images, by position. Their pixels are black and count as not RGB.
+    `broken` holds the reasons for unreadable images, by position. Their pixels are black, and `stored` is empty.
     """
 
     pixels: Bytes
     sha256: str
-    rgb: NDArray[np.bool_]
+    stored: NDArray[np.str_]
     broken: Mapping[int, str]
+
+    @property
+    def rgb(self) -> NDArray[np.bool_]:
+        """Return which of the images were stored as RGB."""
+        return np.strings.startswith(self.stored, "RGB ")
 
 
 def decode(
@@ -180,7 +185,7 @@ def decode(
     pointer = folder / "stamps" / key(images.stamp())
     with suppress(OSError, ValueError):
         known = _read(folder / "entries" / pointer.read_text("ascii"))
-        if known and len(known.rgb) == len(images):
+        if known and len(known.stored) == len(images):
             return sound(known)
     entry = folder / "entries" / key(images.digest())
     try:
@@ -217,8 +222,8 @@ def _prepared(
         try:
             with images.open(index) as image:
                 image.load()  # which, like later frames, may change the mode
-                stored = image.mode
-                return preparation(image), stored == "RGB"
+                stored = f"{image.mode} {image.width}x{image.height}"
+                return preparation(image), stored
         except TOO_LARGE:
             return f"{LARGE} {megapixels:g} megapixels"
         except BROKEN as error:
@@ -242,13 +247,13 @@ def _read(entry: Path) -> Decoded | None:
     """Return the entry if it is whole: its pixels have, or had when last hashed, the checksum written with them."""
     try:
         index = json.loads((entry / "index.json").read_text())
-        rgb, sha256 = np.array(index["rgb"], dtype=bool), str(index["sha256"])
+        stored, sha256 = np.array(index["stored"], dtype=np.str_), str(index["sha256"])
         broken = {int(at): str(why) for at, why in index["broken"].items()}
         pixels: Bytes = np.load(entry / "pixels.npy", mmap_mode="c", allow_pickle=False)
     except (OSError, ValueError, EOFError, KeyError, TypeError, AttributeError):
         return None
-    whole = len(rgb) == len(pixels) and (known_hashes(pixels) is not None or sha256_of(pixels) == sha256)
-    return Decoded(pixels, sha256, rgb, broken) if whole else None
+    whole = len(stored) == len(pixels) and (known_hashes(pixels) is not None or sha256_of(pixels) == sha256)
+    return Decoded(pixels, sha256, stored, broken) if whole else None
 
 
 def _write(
@@ -266,22 +271,23 @@ def _write(
     building.mkdir()  # not by tempfile, whose files other users can't read
     black = np.zeros(shape[1:], dtype=np.uint8)
     try:
-        digest, rgb, broken = hashlib.sha256(), list[bool](), dict[int, str]()
+        digest, stored, broken = hashlib.sha256(), list[str](), dict[int, str]()
         with (building / "pixels.npy").open("wb") as file, closing(prepared):
             np.lib.format.write_array_header_1_0(file, {"descr": "|u1", "fortran_order": False, "shape": shape})
             for at, result in enumerate(prepared):
                 if isinstance(result, str):
                     broken[at] = result
-                pixels, is_rgb = (black, False) if isinstance(result, str) else result
+                pixels, how = (black, "") if isinstance(result, str) else result
                 content = np.ascontiguousarray(pixels).data
                 file.write(content)
                 digest.update(content)
-                rgb.append(is_rgb)
-        (building / "index.json").write_text(json.dumps({"rgb": rgb, "sha256": digest.hexdigest(), "broken": broken}))
+                stored.append(how)
+        index = {"stored": stored, "sha256": digest.hexdigest(), "broken": broken}
+        (building / "index.json").write_text(json.dumps(index))
         # A mapped file remains usable, even after its name is gone.
         written: Bytes = np.load(building / "pixels.npy", mmap_mode="c", allow_pickle=False)
         written.filename = entry / "pixels.npy"  # type: ignore[attr-defined]  # from now on
-        found = sound(Decoded(written, digest.hexdigest(), np.array(rgb, dtype=bool), broken))
+        found = sound(Decoded(written, digest.hexdigest(), np.array(stored, dtype=np.str_), broken))
         shutil.rmtree(entry, ignore_errors=True)  # a broken one, or that of a faster process
         with suppress(OSError):  # another process was even faster
             building.rename(entry)

@@ -2,13 +2,9 @@
 
 from __future__ import annotations
 
-import hashlib
 import math
-import os
-import warnings
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import NamedTuple
@@ -18,16 +14,18 @@ import torch
 from numpy.typing import NDArray
 from PIL import Image, ImageDraw
 
+from effv2.config.schema import DataConfig
 from effv2.core.errors import listed
-from effv2.data.dataset import Dataset
-from effv2.data.decoder import BROKEN, TOO_LARGE, allow, to_rgb
-from effv2.data.folders import Source, left_out_note
-from effv2.data.images import LabelledImages
+from effv2.data.dataset import Dataset, Split, decoded_split
+from effv2.data.folders import left_out_note
+from effv2.data.images import OnDecoded
+from effv2.data.sources import open_source
 
 NEAR_BITS = 4  # of 64: the perceptual hashes of nearly identical images differ in at most so many
 BANDS = [(0, 13), (13, 13), (26, 13), (39, 13), (52, 12)]  # one more than NEAR_BITS, so that near hashes share a band
 LARGEST_GROUP = 4_000  # images with an equal band that are compared with each other
 LEAST_SIDE = 32  # pixels: the hashes of smaller images are not meaningful
+MOST_HASHED = 20_000  # images that the start of a training hashes: a few seconds
 MOST_NAMED = 5
 ROWS, COLUMNS, LEAST_TILE, MOST_TILE, GAP = 40, 8, 48, 128, 2  # of a contact sheet: classes, images per class, pixels
 WRONG = "wrong.jpg"  # artifact of a run: the gallery of its most confident mistakes
@@ -35,7 +33,7 @@ LINE, LONGEST_LINE = 13, 21  # of a caption: pixels, characters
 
 
 class Alike(NamedTuple):
-    """Two images by part and id. Their files are identical, or their pictures are nearly identical."""
+    """Two images by id. Their pixels are identical at the decoded size, or their pictures are nearly identical."""
 
     one: str
     other: str
@@ -63,33 +61,44 @@ class Inspection:
         total = [f"{sum(each):,}" for each in self.counts.values()]
         return [("class", *self.counts), *counted, (f"{len(self.classes)} classes", *total)]
 
+    @property
+    def kinds(self) -> str:
+        """Describe the sizes and modes of the images; empty if unknown."""
+        if not self.sizes:
+            return ""
+        ends = [each(self.sizes, key=math.prod) for each in (min, max)]
+        least, most, usual = (f"{w}x{h}" for w, h in (*ends, self.sizes.most_common(1)[0][0]))
+        between = f"all {usual}" if len(self.sizes) == 1 else f"from {least} to {most}, most often {usual}"
+        modes = ", ".join(f"{n:,} {mode}" for mode, n in self.modes.most_common())
+        return f"Sizes in pixels: {between}. Modes: {modes}."
+
+    def pairs(self, identical: bool, across: bool, most: int = MOST_NAMED) -> str:
+        """Name the first pairs that are identical or nearly so, in two parts or in one; empty if there are none."""
+        found = [f"{each.one} and {each.other}" for each in self.alike if each[2:4] == (identical, across)]
+        words = "identical" if identical else "nearly identical"
+        where = "in two parts, so tests see training images" if across else "in one part"
+        return f"{len(found):,} pairs are {words} {where}: {listed(found, most)}." if found else ""
+
     def sentences(self) -> Iterator[str]:
         """Describe the images, and the problems with them."""
-        if self.sizes:
-            ends = [each(self.sizes, key=math.prod) for each in (min, max)]
-            least, most, usual = (f"{w}x{h}" for w, h in (*ends, self.sizes.most_common(1)[0][0]))
-            between = f"all {usual}" if len(self.sizes) == 1 else f"from {least} to {most}, most often {usual}"
-            modes = ", ".join(f"{n:,} {mode}" for mode, n in self.modes.most_common())
-            yield f"Sizes in pixels: {between}. Modes: {modes}."
-        if self.note:
-            yield self.note
+        yield from filter(None, (self.kinds, self.note))
         if self.broken:
             yield f"{len(self.broken):,} images can't be read: {listed(self.broken, MOST_NAMED)}."
-        for identical, words in ((True, "identical"), (False, "nearly identical")):
-            for across, where in ((True, "in two parts, so tests see training images"), (False, "in one part")):
-                found = [f"{each.one} and {each.other}" for each in self.alike if each[2:4] == (identical, across)]
-                if found:
-                    yield f"{len(found):,} pairs are {words} {where}: {listed(found, MOST_NAMED)}."
+        yield from filter(None, (self.pairs(same, across) for same in (True, False) for across in (True, False)))
         if torn := [f"{one} and {other}" for one, other, same, _, of in self.alike if same and of[0] != of[1]]:
             yield f"{len(torn):,} of these pairs are in two classes: {listed(torn, MOST_NAMED)}."
         if "test" not in self.counts and any(each.identical for each in self.alike):
             yield "A test part is split off the training part, so it will contain some of these."
 
-    def harmful(self, skip_broken: bool) -> bool:
-        """Say whether a training would fail, learn two labels for one image, or be tested on training images."""
+    def remedy(self, skip_broken: bool) -> str:
+        """Say what to do before a training that would fail, learn two labels for one image, or test on training images.
+
+        Empty if there is nothing to do.
+        """
         pairs = (each for each in self.alike if each.identical)
         same = any(each.across or each.classes[0] != each.classes[1] or "test" not in self.counts for each in pairs)
-        return same or bool(self.broken and not skip_broken)
+        broken = "repair or remove the broken images, or give data.skip_broken" * bool(self.broken and not skip_broken)
+        return "; ".join(filter(None, (broken, "keep one image of each identical pair" * same)))
 
 
 class _Seen(NamedTuple):
@@ -97,54 +106,60 @@ class _Seen(NamedTuple):
     part: str
     label: str
     digest: bytes
-    size: tuple[int, int]
-    mode: str
     hash: int
 
 
+def check(config: DataConfig, on_decoded: OnDecoded | None = None) -> Inspection:
+    """Decode all images of a data set into the cache, and inspect them; InputError if there is none."""
+    source, parts, broken = open_source(config), dict[str, Split](), list[str]()
+    wanted = config.model_copy(update={"image_size": max(config.image_size, LEAST_SIDE), "skip_broken": True})
+    for part, images in {"train": source.train, "validation": source.validation, "test": source.test}.items():
+        if images is not None:
+            parts[part], found = decoded_split(images, wanted, on_decoded)
+            broken += [f"{images.ids[at]} ({why})" for at, why in found.broken.items()]
+    return inspect(source.classes, parts, left_out_note(source.location, source.left_out), broken)
+
+
+def in_short(dataset: Dataset) -> list[str]:
+    """Describe the images of a training in at most three lines, besides the notes of the data set."""
+    few = sum(map(len, dataset.splits.values())) <= MOST_HASHED
+    found = inspect(dataset.classes, dataset.splits, hashed=few)
+    near = "" if few else f"`data check` also looks for nearly identical images among more than {MOST_HASHED:,}."
+    return [dataset.summary, *filter(None, (found.kinds, near or found.pairs(False, True, most=1)))]
+
+
 def inspect(
-    source: Source, megapixels: float, on_seen: Callable[[int, int], None] = lambda done, total: None
+    classes: Sequence[str], parts: Mapping[str, Split], note: str = "", broken: Sequence[str] = (), hashed: bool = True
 ) -> Inspection:
-    """Open every image once. An image of more than `megapixels` counts as broken."""
-    allow(megapixels)
-    named = {"train": source.train, "validation": source.validation, "test": source.test}
-    parts = {part: images for part, images in named.items() if images is not None}
-    places = [(part, images, index) for part, images in parts.items() for index in range(len(images))]
-    seen, broken = list[_Seen](), list[str]()
-    with warnings.catch_warnings(), ThreadPoolExecutor(os.cpu_count()) as pool:
-        warnings.simplefilter("ignore")
-        warnings.simplefilter("error", Image.DecompressionBombWarning)
-        for done, found in enumerate(pool.map(lambda place: _look(source.classes, *place), places), 1):
-            (broken if isinstance(found, str) else seen).append(found)  # type: ignore[arg-type]
-            on_seen(done, len(places))
-    counts = {
-        part: np.bincount(images.labels, minlength=len(source.classes)).tolist() for part, images in parts.items()
-    }
-    sizes, modes = Counter(each.size for each in seen), Counter(each.mode for each in seen)
-    note = left_out_note(source.location, source.left_out)
-    return Inspection(note, source.classes, counts, sizes, modes, broken, list(_alike(seen)))
+    """Inspect decoded images by part, if it is known how they were stored; for near ones only if `hashed`."""
+    counts = {part: np.bincount(each.labels.numpy(), minlength=len(classes)).tolist() for part, each in parts.items()}
+    sizes, modes, seen = Counter[tuple[int, int]](), Counter[str](), list[_Seen]()
+    for part, split in parts.items():
+        stored = [] if split.stored is None else split.stored[split.rows.numpy()].tolist()
+        hashes = perceptual_hashes(split) if hashed and stored else [0] * len(split)
+        columns = split.ids, split.labels.tolist(), split.image_hashes, hashes, stored
+        for name, label, digest, phash, text in zip(*columns, strict=False):
+            if text:
+                mode, _, size = text.partition(" ")
+                width, height = map(int, size.split("x"))
+                sizes[width, height] += 1
+                modes[mode] += 1
+                large = min(width, height, split.pixels.shape[1]) >= LEAST_SIDE
+                seen.append(_Seen(name, part, classes[label], digest, phash * large))
+    return Inspection(note, classes, counts, sizes, modes, broken, list(_alike(seen)))
 
 
-def _look(classes: Sequence[str], part: str, images: LabelledImages, index: int) -> _Seen | str:
-    """Return the facts about an image, or the reason why it can't be read."""
+def perceptual_hashes(split: Split) -> list[int]:
+    """Return imagehash's phash of each image, 64 bits."""
     import imagehash
 
-    name, item = images.ids[index], images.items[index]
-    try:
-        digest = hashlib.sha256(item.read_bytes() if images.items.dtype == object else item.tobytes()).digest()
-        with images.open(index) as image:
-            rgb, hashed = to_rgb(image), 0
-            if min(rgb.size) >= LEAST_SIDE:
-                hashed = int.from_bytes(np.packbits(imagehash.phash(rgb).hash).tobytes(), "big")
-            return _Seen(name, part, classes[images.labels[index]], digest, rgb.size, image.mode, hashed)
-    except TOO_LARGE:
-        return f"{name} (too large, see data.max_megapixels)"
-    except BROKEN as error:
-        return f"{name} ({type(error).__name__})"
+    pixels = (split.pixels[row].numpy() for row in split.rows.tolist())
+    found = (imagehash.phash(Image.fromarray(each)).hash for each in pixels)
+    return [int.from_bytes(np.packbits(each).tobytes(), "big") for each in found]
 
 
 def _alike(seen: Sequence[_Seen]) -> Iterator[Alike]:
-    """Yield pairs: each identical file with the first one, and nearly identical pictures."""
+    """Yield pairs: each identical image with the first one, and nearly identical pictures."""
     first: dict[bytes, _Seen] = {}
     for each in seen:
         known = first.setdefault(each.digest, each)

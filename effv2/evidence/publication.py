@@ -32,7 +32,7 @@ from effv2.evidence.statistics import p_text
 from effv2.evidence.study import StudyResults, images_apart
 from effv2.tracking.read import RunRecord, download, read_experiment
 from effv2.tracking.run import open_experiment, open_report_run
-from effv2.tracking.store import tracking_faults
+from effv2.tracking.store import is_begun, open_store, tracking_faults
 from effv2.tracking.studies import TrackedStudy, complete, studies_of
 from effv2.tracking.tags import ANSWER, ARM, REUSED, as_tags, reused
 from effv2.tracking.writer import TrackedRun, run_address, show_in_ui
@@ -94,11 +94,16 @@ def publish(experiment: str, own: Path | None, target: Path | None, reporter: Re
     """Report on a whole experiment, log the report to a separate run, and export it to `target`.
 
     `own` is a file of claims that are judged in addition to the published ones. Returns the report and the address of
-    its run. InputError before any run is created.
+    its run. InputError before any run is created. If there is no store, none is created, and an export has no runs.
     """
     claims = read_claims(own)
     if target is not None:
         _prepare(target)
+    if not is_begun():
+        if target is None:
+            open_store(None, create=False)
+        nothing = Evidence(experiment or "no runs yet", "", [], lambda run: {})
+        return _exported(nothing, claims, target or Path(), reporter), ""
     experiment_id = open_experiment(experiment, reporter.message, create=False)
     with tracking_faults(), open_report_run(experiment_id, reporter.message) as run:
         reporter.progress("reading runs")
@@ -129,6 +134,10 @@ def rebuild(sources: Sequence[Path], own: Path | None, target: Path, reporter: R
         raise InputError("from_export", files, "the exports' claims.yaml differ", "name one of them as `claims`")
     claims = read_claims(own or next(iter(evidence.claims), None))
     _prepare(target)
+    return _exported(evidence, claims, target, reporter)
+
+
+def _exported(evidence: Evidence, claims: Claims, target: Path, reporter: Reporter) -> Report:
     report = make_report(evidence, claims, progress=reporter.progress)
     _export(report, evidence, target, claims)
     return report

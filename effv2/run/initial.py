@@ -67,7 +67,7 @@ def with_weights(configs: Sequence[TrainConfig], load: LoadData, message: Messag
             none = config.model.model_copy(update={"weights_sha256": "", "weights_partial": False})
             return config.model_copy(update={"model": none})
         try:
-            initial = _find(config.model)
+            initial = find_weights(config.model)
         except InputError as error:
             given = config.data.model_fields_set >= WANTED or not re.fullmatch(TELLING, config.model.weights)
             known = given and re.fullmatch(r"[0-9a-f]{64}", config.model.weights_sha256)
@@ -96,7 +96,7 @@ def origin(config: TrainConfig, classes: Sequence[str]) -> str:
     """Describe the weights that a training starts from, and the share of parameters that they supply."""
     with torch.device("meta"):
         network = build_model(config.model.build_table(), config.model.outputs or len(classes))
-    found = _find(config.model)
+    found = find_weights(config.model)
     taken = fitting(found, network.state_dict(), config.model, classes)
     sizes = {name: parameter.numel() for name, parameter in network.named_parameters()}
     share = sum(size for name, size in sizes.items() if name in taken) / sum(sizes.values())
@@ -110,7 +110,7 @@ def initialise(config: TrainConfig, classes: Sequence[str]) -> Callable[[nn.Modu
 
     def put(network: nn.Module) -> None:
         if config.model.weights:
-            taken = fitting(_find(config.model), network.state_dict(), config.model, classes)
+            taken = fitting(find_weights(config.model), network.state_dict(), config.model, classes)
             network.load_state_dict(taken, strict=False)
 
     return put
@@ -138,7 +138,7 @@ def fitting(initial: Initial, network: State, config: ModelConfig, classes: Sequ
     return {name: initial.state[name] for name in alike}
 
 
-def _find(config: ModelConfig) -> Initial:
+def find_weights(config: ModelConfig) -> Initial:
     """Return the weights that a config names; InputError, also for another hash than that of the config."""
     path = os.path.expanduser(config.weights)
     written = os.stat(path).st_mtime_ns if os.path.isfile(path) else 0  # noqa: PTH113, PTH116 (as in _found)

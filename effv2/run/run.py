@@ -15,7 +15,7 @@ from effv2.core.errors import Diverged, InputError, RunError, Terminated, what_r
 from effv2.core.processes import is_alive, this_process
 from effv2.core.reporter import Message, Reporter
 from effv2.data.dataset import Dataset, LoadData, load_once
-from effv2.data.inspection import contact_sheet
+from effv2.data.inspection import contact_sheet, in_short
 from effv2.execution.resolve import remembered, resolve_study, with_device
 from effv2.run.few_images import say_if_near_chance, with_length
 from effv2.run.initial import initialise, origin, with_weights
@@ -24,8 +24,9 @@ from effv2.tracking import tags as tag
 from effv2.tracking.read import RunRecord, artifact_names, download, find_runs, reached_accuracy, read_run
 from effv2.tracking.run import CHECKPOINTS, PATIENCE, OpenRun, end_left_open, open_experiment, open_run
 from effv2.tracking.store import TRACKING_ERRORS, tracking_faults
-from effv2.tracking.writer import TrackedRun, model_address
+from effv2.tracking.writer import TrackedRun, check_metric_name, model_address
 from effv2.training.checkpoint import Checkpointer
+from effv2.training.evaluation import EPOCH_METRICS
 from effv2.training.loop import Training
 from effv2.training.progress import watched_accuracy
 from effv2.training.stages import check_stages, stages_of
@@ -84,6 +85,8 @@ class Attempt:
 
 def prepare(configs: Sequence[TrainConfig], load: LoadData, message: Message) -> list[TrainConfig]:
     """Load and check the data of runs, then resolve `auto` and length for all; InputError before any run is created."""
+    for name in EPOCH_METRICS:
+        check_metric_name(name)
     configs = with_length(with_weights(list(map(with_device, configs)), load, message), load, message)
     for config in configs:
         check_stages(config)
@@ -281,7 +284,8 @@ def _train(config: TrainConfig, dataset: Dataset, spec: RunSpec, run: OpenRun, c
     reporter = spec.reporter
     training = _begun(config, dataset, run, checkpointer)
     if not (run.resumed or spec.parent):
-        reporter.message(dataset.summary)
+        for line in in_short(dataset):
+            reporter.message(line)
     reporter.run_started(spec.name, config.schedule.epochs)
     state = training.state
     if spec.checkpoints.checkpoint_upload_minutes:

@@ -125,7 +125,7 @@ def _parse(entry: str) -> Requested:
     named, own, file = entry.partition("=")
     network, _, name = (part.strip() for part in named.partition(":"))
     if ADDRESS.fullmatch(file.strip()):
-        if not re.fullmatch(r"[A-Za-z0-9_. -]{1,60}", named):
+        if not re.fullmatch(r"\w[A-Za-z0-9_. -]{0,59}", named, re.ASCII):
             raise InputError("models", entry, "a logged model needs a name", "write it as mine=runs:/ID")
         return Requested(entry, network, None, address=file.strip(), outputs=0)
     if network not in network_names():

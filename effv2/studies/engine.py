@@ -27,7 +27,7 @@ from effv2.core.reporter import Message, Reporter
 from effv2.data.dataset import LoadData
 from effv2.evidence.publication import publish_study, read_results
 from effv2.evidence.study import StudyResults
-from effv2.studies.plan import Plan, best_of, progress_of, run_ids
+from effv2.studies.plan import Plan, TrainingPlan, best_of, progress_of, run_ids
 from effv2.studies.queue import ERROR, FINAL, NAME, RUN, Queue, Trials
 from effv2.studies.storage import DATABASE_ERRORS, OUTAGE_SECONDS, Storage, cannot_use, open_storage
 from effv2.studies.worker import AWAY, OpenedStudy, Worker, worker_process
@@ -125,6 +125,8 @@ def _open(plan: Plan, storage: Storage, experiment_id: str, options: StudyOption
                 # Studies whose creation was interrupted count as well.
                 numbers = [study.study_name.rpartition("#") for study in studies]
                 queue = f"{name}#{1 + max((int(last) for before, _, last in numbers if before == name), default=0)}"
+                if isinstance(plan, TrainingPlan):
+                    plan.check_new(experiment_id)
                 attributes = _create(plan, storage, queue, definition, options.fresh)
                 for line in plan.about:
                     reporter.message(line)

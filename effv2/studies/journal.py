@@ -24,6 +24,7 @@ from effv2.core.errors import StoreAway
 from effv2.core.processes import is_gone, stop_if_told, this_process
 
 TOUCH_SECONDS = 10.0
+CHECKED_BYTES = 2**16  # at the end of a log, before it is opened
 LONGEST_PAUSE = 0.2  # seconds between two attempts to take a lock
 ENTRY = b'{"op_code"'  # prefix of each line
 THREADS: dict[Path, threading.Lock] = defaultdict(threading.Lock)  # of this process, one for each thread in turn
@@ -44,14 +45,17 @@ def clock(folder: Path) -> float:
 
 
 def check_log(path: Path) -> None:
-    """Raise LogAway if the file is not a log or is damaged, or if no log can be written."""
+    """Raise LogAway if the first or last lines of the file are not those of a log, or if no log can be written."""
     with faults():
         clock(path.parent)
         if path.exists():
             with path.open("r+b") as file:
-                if not ENTRY.startswith(file.readline()[: len(ENTRY)]):
+                first = file.readline()
+                if not ENTRY.startswith(first[: len(ENTRY)]):
                     raise ValueError("the file is not the log of a study")
-            list(JournalFileBackend(str(path)).read_logs(0))
+                file.seek(max(0, len(first) - 1, file.seek(0, os.SEEK_END) - CHECKED_BYTES))
+                for line in [first, *file.read().split(b"\n")[1:]][:-1]:  # the last may be half a line
+                    json.loads(line)
 
 
 class LockFile:

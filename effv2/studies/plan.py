@@ -35,13 +35,14 @@ from effv2.pretrained import evaluation
 from effv2.pretrained.config import PretrainedConfig
 from effv2.pretrained.images import choose_images
 from effv2.pretrained.own import find_networks, load_network
+from effv2.run.initial import find_weights
 from effv2.run.records import WEIGHTS, log_network, log_test, restore
 from effv2.run.run import Attempt, RunSpec, attempt, prepare, study_text
 from effv2.run.weights import OUTPUTS, parse_models
 from effv2.studies.queue import ERROR, FINAL, NAME, RUN, Params, Trials
 from effv2.studies.seeds import ACCURACY, MEASURE, Round
-from effv2.tracking.read import SELECTED_TEST, SELECTED_VALIDATION, read_runs
-from effv2.tracking.tags import BEST_RUN, LOOKS
+from effv2.tracking.read import SELECTED_TEST, SELECTED_VALIDATION, find_runs, read_runs
+from effv2.tracking.tags import BEST_RUN, CONFIG_HASH, LOOKS
 from effv2.tracking.writer import TrackedRun, model_address
 
 ABOUT = {"name", "description", "retries", "baseline", "show"}  # keys that a plan takes from a study file
@@ -135,6 +136,13 @@ class TrainingPlan(Plan):
     @abstractmethod
     def configuration(self, params: Params) -> TrainConfig:
         """Return the configuration of a trial with these parameters."""
+
+    def check_new(self, experiment_id: str) -> None:
+        """Raise InputError for weights that are gone, unless all that they are for was trained before."""
+        for config in map(self.configuration, self.trials.values()):
+            known = {CONFIG_HASH: config.hash()}
+            if config.model.weights and not find_runs(experiment_id, known, running=False):
+                find_weights(config.model)
 
     def execute(self, spec: RunSpec, params: Params, load: LoadData) -> Attempt:
         """Train the configuration."""

@@ -110,7 +110,8 @@ class Storage(ABC):
                 away_since = min(away_since, began) if now - began < GRACE_SECONDS else now
                 if now - away_since > self.patience:
                     why = f"for {now - away_since:.0f} seconds ({reason(error.__cause__ or error)})"
-                    raise StoreAway(f"The storage has not answered {why}; start the database.") from error
+                    remedy = f"check that {self.file} can be read and written" if self.file else "start the database"
+                    raise StoreAway(f"The storage has not answered {why}; {remedy}.") from error
             time.sleep(pause * random.uniform(0.5, 1.5))  # noqa: S311
             pause = min(2 * pause, 5.0)
 

@@ -105,7 +105,8 @@ def open_store(experiment: str | None, create: bool = True, message: Message = l
     if (run_id := os.environ.get("MLFLOW_RUN_ID")) and not is_begun():
         raise _no_run(run_id)
     if experiment is None and not is_begun():
-        raise InputError(TRACKING_URI, shown_uri(), "there is no such file", f"name the store of your runs: {STORES}")
+        remedy = f"train something first, as with `effv2 ablate`, or name the store of your runs: {STORES}"
+        raise InputError(TRACKING_URI, shown_uri(), "there is no such file yet", remedy)
     try:
         # Processes that start simultaneously must not migrate a new database together: that fails.
         with FileLock(f"{file}.lock") if file and os.access(file.parent, os.W_OK) else nullcontext():

@@ -5,6 +5,7 @@ This module also writes the views of the experiment: MLflow's UI stores a shared
 
 import json
 import os
+import re
 import tempfile
 import time
 import warnings
@@ -22,7 +23,7 @@ from mlflow.store.artifact.artifact_repository_registry import get_artifact_repo
 from mlflow.tracking.context.registry import resolve_tags
 
 from effv2 import serving
-from effv2.core.errors import LeaseLost, Terminated
+from effv2.core.errors import InputError, LeaseLost, Terminated
 from effv2.core.internals import latest_steps
 from effv2.core.provenance import git_state, machine
 from effv2.core.secrets import masked_values
@@ -136,6 +137,13 @@ class TrackedRun:
             pointer = TrackedRun(adopted, self.experiment_id)
             pointer.set_tags({CONTINUES: self.run_id})
             pointer.describe(f"This command resumed, or found finished, {run_address(self.run_id, self.experiment_id)}")
+
+
+def check_metric_name(name: str) -> None:
+    """Refuse the name of a metric that MLflow would refuse, after a split and a slash: InputError."""
+    if not re.fullmatch(r"\w[\w .-]{0,99}(/\w[\w .-]{0,99})?", name):
+        problem = "MLflow logs no metric of this name"
+        raise InputError("EPOCH_METRICS", name, problem, "use letters, digits, spaces and _ . - alone")
 
 
 def status_after(error: BaseException) -> str:
