@@ -133,7 +133,7 @@ def test_the_command_says_what_it_did_and_what_it_would_do(log: Log, name: str) 
 def test_limits_hold_for_the_first_model_too(log: Log, name: str) -> None:
     address, _ = log(100)
     slow = try_out(name, address, max_milliseconds=11.9)
-    assert slow.verdict == "refused" and "it takes 12 milliseconds, where 11.9 are allowed" in slow.reason
+    assert slow.verdict == "refused" and "it takes 12 milliseconds, but 11.9 are allowed" in slow.reason
     large = try_out(name, address, max_megabytes=1.9)
     assert large.verdict == "refused" and "it takes 2 megabytes, where 1.9" in large.reason and not held(name)
     assert try_out(name, address, max_milliseconds=12, max_megabytes=2).verdict == "promoted"
