@@ -143,7 +143,7 @@ def test_one_look_waits_for_all_seeds_on_all_splits() -> None:
     ]
     answer = results(runs, parent).answers[0]
     assert answer.startswith("b beats a by 20.") and answer.endswith("3 splits.")
-    assert "12 seeds planned, 11 are there" in results(runs[:-1], parent).answers[0]
+    assert "11 of 12 planned seeds" in results(runs[:-1], parent).answers[0]
 
 
 def test_a_race_is_held_against_the_best_arm() -> None:
