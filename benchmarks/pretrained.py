@@ -45,8 +45,8 @@ from effv2.pretrained.config import ComputeConfig, ImagesConfig, PretrainedConfi
 from effv2.pretrained.evaluation import Evaluation, all_logits, logits_of
 from effv2.pretrained.images import choose_images
 from effv2.run.weights import Requested, parse_models
+from effv2.studies.comparison import make_weights
 from effv2.studies.engine import run_study
-from effv2.studies.plan import make_weights
 from effv2.tracking.store import open_store
 
 

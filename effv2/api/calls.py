@@ -180,7 +180,7 @@ def evaluate_pretrained(layer: Layer, how: Options, reporter: Reporter) -> Study
     """
     config = build(PretrainedConfig, layer)
 
-    from effv2.studies.plan import make_weights
+    from effv2.studies.comparison import make_weights
 
     make = partial(make_weights, how.models, config, _path(how.weights_dir), progress=sys.stderr.isatty())
     return _run(make, how, reporter)

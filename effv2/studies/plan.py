@@ -1,7 +1,7 @@
 """Plans, the engine's view of a study: its trials, the work on each, and the computations at the end.
 
-A search samples ranges by TPE and prunes poor runs early. Its best run is tested once. For published weights, each
-network is evaluated once. The grid of arms by seeds has a module of its own.
+A search samples ranges by TPE and prunes poor runs early. Its best run is tested once. The grid of arms by seeds and the
+comparison of weights have modules of their own.
 """
 
 import re
@@ -30,15 +30,9 @@ from effv2.core.randomness import stream_seed
 from effv2.core.reporter import Reporter, StudyProgress
 from effv2.core.words import percent
 from effv2.data.dataset import Dataset, LoadData
-from effv2.execution.resolve import resolve_device
-from effv2.pretrained import evaluation
-from effv2.pretrained.config import PretrainedConfig
-from effv2.pretrained.images import choose_images
-from effv2.pretrained.own import find_networks, load_network
 from effv2.run.initial import find_weights
 from effv2.run.records import WEIGHTS, log_network, log_test, restore
 from effv2.run.run import Attempt, RunSpec, attempt, prepare, study_text
-from effv2.run.weights import OUTPUTS, parse_models
 from effv2.studies.queue import ERROR, FINAL, NAME, RUN, Params, Trials
 from effv2.studies.seeds import ACCURACY, MEASURE, Round
 from effv2.tracking.read import SELECTED_TEST, SELECTED_VALIDATION, find_runs, read_runs
@@ -47,7 +41,6 @@ from effv2.tracking.writer import TrackedRun, model_address
 
 ABOUT = {"name", "description", "retries", "baseline", "show"}  # keys that a plan takes from a study file
 COUNTED = {"running": TrialState.RUNNING, "pruned": TrialState.PRUNED, "failed": TrialState.FAIL}
-LONGEST_NAME = 200  # characters of the name of a comparison of weights
 RANDOM_TRIALS = 10  # of a search, before TPE has enough data
 FIGURES: dict[str, Callable[[optuna.Study], Any]] = {
     "importance": plots.plot_param_importances,
@@ -221,29 +214,6 @@ class Search(TrainingPlan):
         return models
 
 
-@dataclass(frozen=True, kw_only=True)
-class Weights(Plan):
-    """The evaluations of a comparison, by label."""
-
-    measure: ClassVar[str] = "top-1 accuracy"
-    evaluations: Mapping[str, evaluation.Evaluation]
-
-    def execute(self, spec: RunSpec, params: Params, load: LoadData) -> Attempt:
-        """Evaluate a network."""
-        return evaluation.evaluate(self.evaluations[spec.name], spec)
-
-    def conclude(self, trials: Trials, parent: TrackedRun, log_model: LogModel, load: LoadData) -> dict[str, str]:
-        """Log the wanted networks to the runs that evaluated them, unless these have one."""
-        best, models = best_of(trials.values()), dict[str, str]()
-        for name, run_id in run_ids(trials).items() if log_model != "none" else ():
-            run = TrackedRun(run_id, parent.experiment_id)
-            wanted = log_model == "all" or (best is not None and best.user_attrs[NAME] == name)
-            if wanted and not model_address(run_id):
-                evaluation.log_network(self.evaluations[name], run)
-                models[name] = model_address(run_id)
-        return models
-
-
 def _draw(trials: Trials, folder: Path) -> None:
     """Draw Optuna's figures. Figures that need more trials are left out."""
     matplotlib.use("agg")
@@ -280,41 +250,6 @@ def make_search(study: Study, layer: Layer, trials: int, load: LoadData, reporte
     definition = {"base": config.identity(), "data": data, "code": code, **ranges.model_dump(exclude={"trials"})}
     named = study.model_dump(include=ABOUT) | {"kind": "search", "epochs": epochs, "about": [load(config.data).summary]}
     return Search(trials=wanted, definition=definition, base=config, ranges=ranges, **named)
-
-
-def make_weights(
-    models: str, config: PretrainedConfig, folder: Path | None, *, progress: bool, load: LoadData, reporter: Reporter
-) -> Weights:
-    """Find images and weights and load every network, so that errors appear before the first run; resolve `auto`.
-
-    `models` is in the form of `parse_models`, `folder` holds weight files, and `progress` shows downloads.
-    """
-    requests, evaluations = parse_models(models), {}
-    own = [each.outputs != OUTPUTS for each in requests]
-    images = choose_images(config.data, imagenet=not all(own), own=any(own))
-    precision = "bf16" if config.execution.precision == "bf16" else "fp32"
-    resolved = {"device": resolve_device(config.execution.device), "precision": precision}
-    config = config.model_copy(update={"execution": config.execution.model_copy(update=resolved)})
-    found = find_networks(requests, folder, progress, images)
-    if config.data.skip_broken:  # for all networks, without the images that any of them can't take
-        all_ = (evaluation.Evaluation(each, images, config).decode(reporter) for each in found)
-        if broken := {at for decoded in all_ for at in decoded.broken}:
-            images = images.without(broken)
-    if images.note:
-        reporter.message(images.note)
-    for requested in found:
-        load_network(requested)
-        evaluations[requested.label] = evaluation.Evaluation(requested, images, config)
-    # All networks and images, because corrections depend on the number of networks that are ranked together.
-    definition = {
-        "networks": {label: each.definition() for label, each in evaluations.items()},
-        "data": {label: each.data_digest(each.decode(reporter)) for label, each in evaluations.items()},
-        "code": evaluation.CODE,
-    }
-    kind = "evaluate-pretrained"
-    name = f"{kind} {images.name}: {', '.join(evaluations)}"[:LONGEST_NAME]
-    trials: dict[str, Params] = {label: {} for label in evaluations}
-    return Weights(kind=kind, name=name, trials=trials, definition=definition, evaluations=evaluations)
 
 
 def best_of(trials: Iterable[FrozenTrial]) -> FrozenTrial | None:
