@@ -1,4 +1,4 @@
-"""The plan of `evaluate-pretrained`: each network with published weights, or weights of one's own, is evaluated once."""
+"""The plan of `evaluate-pretrained`: each network with published weights, or with your own, is evaluated once."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass

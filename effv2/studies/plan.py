@@ -1,7 +1,7 @@
 """Plans, the engine's view of a study: its trials, the work on each, and the computations at the end.
 
-A search samples ranges by TPE and prunes poor runs early. Its best run is tested once. The grid of arms by seeds and the
-comparison of weights have modules of their own.
+A search samples ranges by TPE and prunes poor runs early. Its best run is tested once. Grids of arms and
+seeds, and comparisons of weights, have modules of their own.
 """
 
 import re
