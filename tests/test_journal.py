@@ -193,7 +193,9 @@ def test_a_folder_that_is_away_is_named_with_what_helps(url: str) -> None:
         raise LogAway("Stale file handle")
 
     storage.patience = -1
-    with pytest.raises(StoreAway, match=r"away .* \(Stale file handle\); check that .*/shared/study.log can be read and"):
+    with pytest.raises(
+        StoreAway, match=r"away .* \(Stale file handle\); check that .*/shared/study.log can be read and"
+    ):
         storage.retry(away)
 
 
