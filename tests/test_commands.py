@@ -16,7 +16,6 @@ from pathlib import Path
 from typing import Any
 from unittest.mock import Mock
 
-import click
 import pytest
 from click.testing import CliRunner, Result
 from mlflow import MlflowClient
@@ -25,11 +24,11 @@ from mlflow.exceptions import MlflowException
 from mlflow.projects._project_spec import load_project
 
 from effv2.architecture import parse_table
-from effv2.cli.console import ConsoleReporter
 from effv2.cli.main import ablate, evaluate_pretrained, hparam_check, report, search, train
 from effv2.cli.options import in_options
 from effv2.config.schema import TrainConfig
 from effv2.core import processes
+from effv2.core.console import ConsoleReporter
 from effv2.core.errors import Terminated
 from effv2.core.processes import ending_signals, is_alive, this_process, uninterrupted
 from effv2.core.reporter import Reporter
@@ -210,8 +209,8 @@ def test_a_signal_that_python_swallowed_ends_what_follows(sqlite_store: str, tmp
         elif looks == "a call of the queue":
             storage.retry(lambda: None)
         else:
-            with click.Context(ablate), ConsoleReporter() as reporter:
-                reporter.progress("steps", 1, 2)
+            with ConsoleReporter() as reporter:
+                reporter.step(1, 1, 2, 3.0)
 
     with ending_signals():
         Swallows()

@@ -18,9 +18,9 @@ from torch import nn
 from torchvision import models
 
 from effv2.architecture import build_model
-from effv2.cli.console import ConsoleReporter
 from effv2.cli.main import search, train
 from effv2.config.schema import TrainConfig
+from effv2.core.console import ConsoleReporter
 from effv2.core.errors import InputError
 from effv2.core.provenance import sha256_of_file
 from effv2.core.reporter import Reporter

@@ -41,9 +41,10 @@ def _command(call: calls.Call, show: Callable[[Any], None]) -> click.Command:
 
     @cli.takes(call.taken)
     def command(given: Mapping[str, Any]) -> None:
-        from effv2.cli.console import ConsoleReporter
+        from effv2.core.console import ConsoleReporter
 
-        with ConsoleReporter() as reporter:
+        named = partial(cli.in_options, command=click.get_current_context().command, settings=False)
+        with ConsoleReporter(named) as reporter:
             result = call(**given, reporter=reporter)
         show(result)
 
@@ -130,7 +131,8 @@ def check(folder: str, sheet: str | None, given: Mapping[str, Any]) -> None:
     layer = {"data.dir": Written(folder)} | ({"data.dataset": Written("folder")} if folder else {})
     config = build(TrainConfig, layer | CHECKED.read(given)[0]).data
 
-    from effv2.cli.console import ConsoleReporter, print_table
+    from effv2.cli.console import print_table
+    from effv2.core.console import ConsoleReporter
     from effv2.data.inspection import contact_sheet, inspect
     from effv2.data.sources import open_source
 

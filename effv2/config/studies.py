@@ -37,6 +37,10 @@ Settings = dict[str, Value]  # dotted parameters and the values that they have
 NOTHING: Layer = {}
 
 
+def _names(text: str) -> list[str]:
+    return [name for word in text.split(",") if (name := word.strip())]
+
+
 def _searchable(name: str) -> str:
     if name not in SEARCHABLE:
         raise ValueError(f"can't be searched; {nearest(name, SEARCHABLE)}")
@@ -168,21 +172,25 @@ class Study(Group):
         """Return the configuration of an arm: options change what all arms share, and its own differences go above."""
         return build(TrainConfig, self.base | options | self.arms[name])
 
-    def with_variant(self, name: str) -> Study:
-        """Return its baseline beside another variant of the architecture, unless it has an arm of that name."""
-        if not self.arms or name in self.arms or name not in VARIANTS:
+    def with_variants(self, text: str) -> Study:
+        """Return it with named variants of the architecture that are no arms, beside its baseline and named arms."""
+        names = _names(text)
+        more = {each: {"model.variant": Written(each)} for each in names if each in VARIANTS and each not in self.arms}
+        if not self.arms or not more:
             return self
-        arms = {self.baseline: self.arms[self.baseline], name: {"model.variant": Written(name)}}
-        return self.model_copy(update={"arms": arms})
+        arms = {arm: layer for arm, layer in self.arms.items() if arm in (self.baseline, *names) or "all" in names}
+        return self.model_copy(update={"arms": arms | more})
 
-    def select(self, name: str) -> list[str]:
-        """Return the names of all arms, or of one and the baseline it is compared with."""
+    def select(self, text: str) -> list[str]:
+        """Return the names of all arms, or of named ones and the baseline that they are compared with."""
         if not self.arms:
             other = "search" if self.search else "train"
             raise InputError("study", self.name, "has no arms to compare", f"use the command {other}")
-        if name != "all" and name not in self.arms:
-            raise InputError("variant", name, "no such variant", choices=dict.fromkeys([*self.arms, *VARIANTS, "all"]))
-        return [arm for arm in self.arms if name in ("all", arm) or arm == self.baseline]
+        names, known = _names(text), dict.fromkeys([*self.arms, *VARIANTS, "all"])
+        for name in names:
+            if name != "all" and name not in self.arms:
+                raise InputError("variant", name, "no such variant", choices=known)
+        return [arm for arm in self.arms if arm in (self.baseline, *names) or "all" in names]
 
     def select_checks(self, name: str, scheduler: str) -> list[str]:
         """Return the names of the baseline and the change called `name`, or all, under each wanted schedule."""

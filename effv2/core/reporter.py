@@ -27,7 +27,7 @@ class Reporter:
     def message(self, text: str) -> None:
         """Say something once."""
 
-    def progress(self, what: str, done: int = 0, total: int | None = None) -> None:
+    def progress(self, what: str, done: int = 0, total: int | None = None, note: str = "") -> None:
         """Say what is being done now, and how much of it is done where that is known."""
 
     def study_progress(self, progress: StudyProgress) -> None:
@@ -36,15 +36,18 @@ class Reporter:
     def run_started(self, name: str, epochs: int) -> None:
         """Report that a run begins, and its largest number of epochs."""
 
-    def epoch(self, epoch: int, metrics: Mapping[str, float]) -> None:
-        """Report a finished epoch, counted from 1, and its metrics."""
+    def step(self, epoch: int, step: int, steps: int, images_per_second: float) -> None:
+        """Report a step of an epoch, both counted from 1, and how fast the epoch is."""
+
+    def epoch(self, epoch: int, metrics: Mapping[str, float], best: float) -> None:
+        """Report a finished epoch, its metrics and the best watched accuracy so far, below 0 where there is none."""
 
 
 class LineReporter(Reporter):
     """Prints a line for each message, epoch and trial to the standard error: for a log, or a notebook."""
 
     def __init__(self) -> None:
-        self._most = 0
+        self._most = 1  # epochs of the run
         self._ended: set[str] = set()
 
     def line(self, text: str) -> None:
@@ -55,7 +58,7 @@ class LineReporter(Reporter):
         """Print something."""
         print(masked(text), file=sys.stderr, flush=True)
 
-    def progress(self, what: str, done: int = 0, total: int | None = None) -> None:
+    def progress(self, what: str, done: int = 0, total: int | None = None, note: str = "") -> None:
         """Print what begins and how much of it there is."""
         stop_if_told()
         if total and not done:
@@ -73,9 +76,14 @@ class LineReporter(Reporter):
         self._most = epochs
         self.line(f"training {name}, at most {epochs} epochs")
 
-    def epoch(self, epoch: int, metrics: Mapping[str, float]) -> None:
-        """Print a finished epoch with its accuracies."""
-        self.line(f"epoch {epoch}/{self._most}: {accuracies(metrics)}")
+    def step(self, epoch: int, step: int, steps: int, images_per_second: float) -> None:
+        """Print nothing, but end here where a signal got lost."""
+        stop_if_told()
+
+    def epoch(self, epoch: int, metrics: Mapping[str, float], best: float) -> None:
+        """Print a finished epoch with its accuracies and speed."""
+        rate = metrics.get("throughput/train_images_per_second")
+        self.line(f"epoch {epoch}/{self._most}: {accuracies(metrics)}{f', {rate:,.0f} images/s' if rate else ''}")
 
 
 def accuracies(metrics: Mapping[str, float]) -> str:

@@ -54,12 +54,12 @@ SETS = {
 
 def _read(name: str, config: DataConfig) -> Source:
     """Return a set of torchvision's; InputError where it isn't there and isn't to be fetched."""
-    import torchvision
-
     refuse_layout(config)
     parts = SETS[name]
-    kind = getattr(torchvision.datasets, parts.name)
     root = folder_of(config, f"the folder in which torchvision keeps {parts.name}", downloads=True)
+    import torchvision
+
+    kind = getattr(torchvision.datasets, parts.name)
 
     def part(label: str, arguments: Mapping[str, Any] | None) -> tuple[Any, LabelledImages | None]:
         if arguments is None:

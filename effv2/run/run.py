@@ -104,6 +104,7 @@ def train_single(config: TrainConfig, name: str, study: str, options: StudyOptio
     load = load_once(reporter)
     (config,) = prepare([config], load, reporter.message)
     with tracking_faults():
+        reporter.progress("opening the tracking store")
         where, keeps = open_experiment(options.experiment, reporter.message), options.log_model != "none"
         spec = RunSpec(name, where, study, log_model=keeps, checkpoints=options, fresh=options.fresh, reporter=reporter)
         ended = attempt(config, load(config.data), spec)
@@ -279,6 +280,7 @@ def _train(config: TrainConfig, dataset: Dataset, spec: RunSpec, run: OpenRun, c
     A checkpoint is written when the training is told to end, and when it has ended: the rest follows from that one.
     """
     reporter = spec.reporter
+    reporter.progress("building the network")
     training = _begun(config, dataset, run, checkpointer)
     if not (run.resumed or spec.parent):
         reporter.message(dataset.summary)
@@ -295,7 +297,10 @@ def _train(config: TrainConfig, dataset: Dataset, spec: RunSpec, run: OpenRun, c
     run.sender.check()
 
     def on_step(step: int, steps: int) -> None:
-        reporter.progress("steps", step, steps)
+        sums = state.sums
+        reporter.step(state.progress.epoch + 1, step, steps, sums.images / sums.seconds)
+        if step == steps:
+            reporter.progress("evaluating")
         checkpointer.save_if_due(state, epoch_ended=False)
 
     training.on_step = on_step
@@ -305,7 +310,7 @@ def _train(config: TrainConfig, dataset: Dataset, spec: RunSpec, run: OpenRun, c
             evaluated = watched_accuracy(metrics) is not None
             pruned = evaluated and spec.epoch_ended(epoch, best)  # first: the trial may be another process's by now
             run.log_metrics(metrics, step=epoch)
-            reporter.epoch(epoch, metrics)
+            reporter.epoch(epoch, metrics, best)
             if pruned:
                 run.log_metrics({"selected/val_accuracy": best})
                 return Attempt(run, metrics, best, pruned)
@@ -314,11 +319,12 @@ def _train(config: TrainConfig, dataset: Dataset, spec: RunSpec, run: OpenRun, c
         checkpointer.save(state, leaving=True)
         raise
     checkpointer.save(state)
-    reporter.progress("logging what it learned")
+    reporter.progress("logging the results")
     state.take_selected()
     if spec.keeps_weights(state.progress.best_accuracy):
         keep_weights(run, state.evaluated)
     summary = log_end(run, training)
     if spec.log_model:
+        reporter.progress("logging the model")
         log_network(run, training)
     return Attempt(run, summary, state.progress.best_accuracy)
