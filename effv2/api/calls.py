@@ -14,8 +14,9 @@ from typing import TYPE_CHECKING, Any
 
 from effv2.config.layers import Layer, build
 from effv2.config.options import CHECKPOINTS, GRID, LOGGING, ONE_RUN, QUEUE, SHARED, STUDY, Options, Taken, options_for
-from effv2.config.schema import TrainConfig
+from effv2.config.schema import DataConfig, TrainConfig
 from effv2.config.studies import SWEEPS, Study, open_study
+from effv2.core.console import ConsoleReporter
 from effv2.core.errors import InputError, nearest
 from effv2.core.processes import ending_signals, tune_allocator
 from effv2.core.provenance import COMMAND
@@ -64,8 +65,6 @@ class Call:
         try:
             read = self.taken.read(given)
             COMMAND.set(_command_line(name.replace("_", "-"), given))
-            from effv2.core.console import ConsoleReporter
-
             own = nullcontext(reporter) if reporter else ConsoleReporter(lines=False)
             with ending_signals(repeated=False), own as hears:  # a notebook may be interrupted twice
                 hears.progress("loading PyTorch and MLflow")
@@ -187,7 +186,7 @@ def evaluate_pretrained(layer: Layer, how: Options, reporter: Reporter) -> Study
     not trained on. The same command again resumes an interrupted evaluation.
     """
     config = build(PretrainedConfig, layer)
-    refuse_missing(config.data.place)
+    refuse_missing(DataConfig(**config.data.model_dump(include={"dataset", "dir", "download"})))
 
     from effv2.studies.plan import make_weights
 
@@ -228,8 +227,7 @@ def _grid(kind: str, study: Study, arms: list[str]) -> Callable[[Layer, Options,
     """Return what runs a grid; where a plan alone is asked for, what says what it would take and find."""
 
     def run(layer: Layer, how: Options, reporter: Reporter) -> StudyResult:
-        for arm in study.arms:
-            refuse_missing(study.arm(arm, layer).data)
+        refuse_missing(study.arm(study.baseline, layer).data)
 
         from effv2.studies.grid import make_grid
 

@@ -23,10 +23,9 @@ def _distinct_seeds(value: Any) -> Any:
     words = value if isinstance(value, (list, tuple)) else str(value).split(",")
     found = [re.fullmatch(r"(\d{1,10})(?:-(\d{1,10}))?", str(word).strip(), re.ASCII) for word in words]
     ranges = [range(int(each[1]), int(each[2] or each[1]) + 1) for each in found if each]
-    if len(ranges) < len(words) or not all(each and each[-1] < 2**32 for each in ranges):
-        raise ValueError("must be whole numbers from 0 on, as 0,1,2 or 0-2")
-    if sum(map(len, ranges)) > MOST_SEEDS:
-        raise ValueError(f"more than {MOST_SEEDS:,} seeds; give fewer")
+    valid = len(ranges) == len(words) and all(each and each[-1] < 2**32 for each in ranges)
+    if not valid or sum(map(len, ranges)) > MOST_SEEDS:
+        raise ValueError(f"must be whole numbers from 0 on, as 0,1,2 or 0-2, and {MOST_SEEDS:,} at most")
     seeds = [*chain.from_iterable(ranges)]
     if len(set(seeds)) < len(seeds):
         raise ValueError("the same seed appears twice; remove one")
@@ -34,8 +33,7 @@ def _distinct_seeds(value: Any) -> Any:
 
 
 def _known_networks(text: str) -> str:
-    """Return what names networks; InputError for one that torchvision doesn't have, before that is imported."""
-    known = classification_networks()
+    known = classification_networks()  # before torchvision is imported
     for named, _, file in (entry.partition("=") for entry in text.split(",")):
         name = named.partition(":")[0].strip()
         if name and name not in known and ":/" not in file:  # a logged model may have any name

@@ -37,10 +37,6 @@ Settings = dict[str, Value]  # dotted parameters and the values that they have
 NOTHING: Layer = {}
 
 
-def _names(text: str) -> list[str]:
-    return [name for word in text.split(",") if (name := word.strip())]
-
-
 def _searchable(name: str) -> str:
     if name not in SEARCHABLE:
         raise ValueError(f"can't be searched; {nearest(name, SEARCHABLE)}")
@@ -174,7 +170,7 @@ class Study(Group):
 
     def with_variants(self, text: str) -> Study:
         """Return it with named variants of the architecture that are no arms, beside its baseline and named arms."""
-        names = _names(text)
+        names = re.split(r"[,\s]+", text.strip(", "))
         more = {each: {"model.variant": Written(each)} for each in names if each in VARIANTS and each not in self.arms}
         if not self.arms or not more:
             return self
@@ -186,10 +182,9 @@ class Study(Group):
         if not self.arms:
             other = "search" if self.search else "train"
             raise InputError("study", self.name, "has no arms to compare", f"use the command {other}")
-        names, known = _names(text), dict.fromkeys([*self.arms, *VARIANTS, "all"])
-        for name in names:
-            if name != "all" and name not in self.arms:
-                raise InputError("variant", name, "no such variant", choices=known)
+        names, known = re.split(r"[,\s]+", text.strip(", ")), dict.fromkeys([*self.arms, *VARIANTS, "all"])
+        if unknown := [name for name in names if name != "all" and name not in self.arms]:
+            raise InputError("variant", unknown[0], "no such variant", choices=known)
         return [arm for arm in self.arms if arm in (self.baseline, *names) or "all" in names]
 
     def select_checks(self, name: str, scheduler: str) -> list[str]:

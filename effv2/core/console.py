@@ -1,38 +1,30 @@
-"""What is shown while a command or a call works: rich progress on a terminal, a line an epoch and a trial elsewhere."""
+"""What a terminal shows: progress while a command or a call works, a line an epoch and a trial elsewhere; tables."""
 
-import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from datetime import timedelta
 from importlib.util import find_spec
 
 from rich.console import Console
 from rich.markup import escape
 from rich.progress import BarColumn, Progress, ProgressColumn, Task, TextColumn
-from rich.table import Column
+from rich.table import Column, Table
 from rich.text import Text
 
 from effv2.core.reporter import LineReporter, StudyProgress, accuracies
 from effv2.core.secrets import masked
 
-SHORT_BAR, BAR, WIDE = 10, 30, 100  # characters; the last is the width of a terminal that has room for long bars
-LONGEST_NAME = 26  # characters
-TICK_SECONDS = 1.0  # between two steps that the progress of the run and the study follows
-STUDY, NOW = 0, 2  # places of tasks
-WHOLE_RUN = 3600.0  # seconds: a run is long, so what is left follows from all that was done
+TICKS = 100  # of an epoch, at which the progress of the run and the study follows
+CELL_PADDING = 3  # characters: a space on both sides and a line
 
 
 class Left(ProgressColumn):
-    """How much is done of how much, and how long the rest takes where that is known."""
-
-    max_refresh = 0.5  # seconds
+    """How much is done of how much, and how long the rest takes, as far as that is known."""
 
     def render(self, task: Task) -> Text:
-        """Return the cell of a task, empty where nothing is counted."""
-        if task.total is None:
-            return Text()
+        """Return the cell of a task."""
         seconds = task.time_remaining
         left = f" {timedelta(seconds=round(seconds))} left" if seconds else ""
-        return Text(f"{int(task.completed):,}/{int(task.total):,}{left}", style="progress.download")
+        return Text("" if task.total is None else f"{int(task.completed):,}/{int(task.total):,}{left}")
 
 
 class ConsoleReporter(LineReporter):
@@ -48,21 +40,20 @@ class ConsoleReporter(LineReporter):
         notebook = self.console.is_jupyter
         bars = self.console.is_terminal or (notebook and find_spec("ipywidgets") is not None)
         self._lines = (lines or notebook) and not bars
-        one_line = {"no_wrap": True, "overflow": "ellipsis"}
         self._progress = Progress(
-            TextColumn("{task.description}", table_column=Column(**one_line, max_width=LONGEST_NAME)),
-            BarColumn(BAR if self.console.width >= WIDE else SHORT_BAR),
+            TextColumn("{task.description}", table_column=Column(no_wrap=True, overflow="ellipsis", max_width=26)),
+            BarColumn(self.console.width // 8),
             Left(),
-            TextColumn("{task.fields[note]}", table_column=Column(**one_line, ratio=1)),
+            TextColumn("{task.fields[note]}", table_column=Column(no_wrap=True, overflow="ellipsis", ratio=1)),
             console=self.console,
             disable=not bars,
             expand=True,
-            speed_estimate_period=WHOLE_RUN,
+            speed_estimate_period=3600,  # seconds: a run is long, so what is left follows from all that was done
         )
         self._study, self._epochs, self._now = (
             self._progress.add_task(name, total=None, visible=False, note="") for name in ("study", "epochs", "")
         )
-        self._counted, self._ticked = ("", 0), 0.0
+        self._counted = "", 0
 
     def __enter__(self) -> "ConsoleReporter":
         self._progress.start()
@@ -81,15 +72,14 @@ class ConsoleReporter(LineReporter):
         """Print a line above the progress."""
         self.console.print(masked(self._in_words(text)), highlight=False, markup=False, soft_wrap=True)
 
-    def progress(self, what: str, done: int = 0, total: int | None = None, note: str = "") -> None:
+    def progress(self, what: str, done: int = 0, total: int | None = None) -> None:
         """Show what is done now; whatever is counted anew gets a bar, and an estimate, of its own."""
-        super().progress(what, done, total, note)
+        super().progress(what, done, total)
         if what != self._counted[0] or done < self._counted[1]:
-            self._progress.reset(self._now)
+            self._progress.reset(self._now, note="")
         self._counted = what, done
-        self._progress.tasks[NOW].total = total  # which an update to None leaves as it is
-        about = {"description": escape(what), "note": escape(note), "visible": True}
-        self._progress.update(self._now, completed=done, **about)
+        self._progress.tasks[self._now].total = total  # which an update to None leaves as it is
+        self._progress.update(self._now, description=escape(what), completed=done, visible=True)
 
     def study_progress(self, progress: StudyProgress) -> None:
         """Show how far the study is, and each trial that has ended."""
@@ -108,16 +98,32 @@ class ConsoleReporter(LineReporter):
 
     def step(self, epoch: int, step: int, steps: int, images_per_second: float) -> None:
         """Show how far the epoch is; the run and the study follow, so that what is left is known early."""
-        super().step(epoch, step, steps, images_per_second)
-        self.progress(f"training epoch {epoch}", step, steps, f"{images_per_second:,.0f} images/s")
-        if (now := time.monotonic()) - self._ticked > TICK_SECONDS:
-            self._ticked, epochs = now, epoch - 1 + step / steps
+        self.progress(f"training epoch {epoch}", step, steps)
+        self._progress.update(self._now, note=f"{images_per_second:,.0f} images/s")
+        if step * TICKS % steps < TICKS:
+            epochs, there = epoch - 1 + step / steps, self._progress.tasks[self._study].completed
             self._progress.update(self._epochs, completed=epochs)
-            done = max(self._progress.tasks[STUDY].completed, len(self._ended) + epochs / self._most)
-            self._progress.update(self._study, completed=done)
+            self._progress.update(self._study, completed=max(there, len(self._ended) + epochs / self._most))
+        if step == steps:
+            self.progress("evaluating")
 
     def epoch(self, epoch: int, metrics: Mapping[str, float], best: float) -> None:
         """Show a finished epoch with its accuracies."""
         note = f"best {best:.1%}, " if best >= 0 else ""
         self._progress.update(self._epochs, completed=epoch, note=note + accuracies(metrics))
         super().epoch(epoch, metrics, best)
+
+
+def print_table(rows: Sequence[Sequence[str]]) -> None:
+    """Print a table, its titles first; as several, one below the other, where the columns don't fit side by side."""
+    console = Console()
+    first, *columns = zip(*rows, strict=True) if rows else [()]
+    while columns:
+        shown = [first, columns.pop(0)]
+        while columns and sum(max(map(len, each)) + CELL_PADDING for each in (*shown, columns[0])) < console.width:
+            shown.append(columns.pop(0))
+        titles, *lines = zip(*shown, strict=True)
+        table = Table(titles[0], *(Column(title, justify="right") for title in titles[1:]))
+        for line in lines:
+            table.add_row(*line)
+        console.print(table)

@@ -27,7 +27,7 @@ class Reporter:
     def message(self, text: str) -> None:
         """Say something once."""
 
-    def progress(self, what: str, done: int = 0, total: int | None = None, note: str = "") -> None:
+    def progress(self, what: str, done: int = 0, total: int | None = None) -> None:
         """Say what is being done now, and how much of it is done where that is known."""
 
     def study_progress(self, progress: StudyProgress) -> None:
@@ -58,7 +58,7 @@ class LineReporter(Reporter):
         """Print something."""
         print(masked(text), file=sys.stderr, flush=True)
 
-    def progress(self, what: str, done: int = 0, total: int | None = None, note: str = "") -> None:
+    def progress(self, what: str, done: int = 0, total: int | None = None) -> None:
         """Print what begins and how much of it there is."""
         stop_if_told()
         if total and not done:
@@ -76,14 +76,10 @@ class LineReporter(Reporter):
         self._most = epochs
         self.line(f"training {name}, at most {epochs} epochs")
 
-    def step(self, epoch: int, step: int, steps: int, images_per_second: float) -> None:
-        """Print nothing, but end here where a signal got lost."""
-        stop_if_told()
-
     def epoch(self, epoch: int, metrics: Mapping[str, float], best: float) -> None:
         """Print a finished epoch with its accuracies and speed."""
-        rate = metrics.get("throughput/train_images_per_second")
-        self.line(f"epoch {epoch}/{self._most}: {accuracies(metrics)}{f', {rate:,.0f} images/s' if rate else ''}")
+        rate = metrics["throughput/train_images_per_second"]
+        self.line(f"epoch {epoch}/{self._most}: {accuracies(metrics)}, {rate:,.0f} images/s")
 
 
 def accuracies(metrics: Mapping[str, float]) -> str:

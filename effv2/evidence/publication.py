@@ -105,7 +105,6 @@ def publish(experiment: str, own: Path | None, target: Path | None, reporter: Re
     claims = read_claims(own)
     if target is not None:
         _prepare(target)
-    reporter.progress("opening the tracking store")
     experiment_id = open_experiment(experiment, reporter.message, create=not experiment)
     with tracking_faults(), open_report_run(experiment_id, reporter.message) as run:
         reporter.progress("reading runs")

@@ -4,7 +4,7 @@ from typing import Annotated
 
 from pydantic import Field
 
-from effv2.config.schema import DATASETS, DataConfig, Device, Group, Precision
+from effv2.config.schema import DATASETS, Device, Group, Precision
 
 QUICK_LOOK = "For a quick look: number of test images{}, and of images of ImageNet's validation set. 0 = all."
 
@@ -20,11 +20,6 @@ class ImagesConfig(Group):
     per_class: int = Field(0, ge=0, description=QUICK_LOOK.format(" per class"))
     limit: int = Field(0, ge=0, description=QUICK_LOOK.format(""))
     seed: int = Field(0, ge=0, lt=2**32, description="Seed of the random choice of images.")
-
-    @property
-    def place(self) -> DataConfig:
-        """Return where the images are."""
-        return DataConfig(dataset=self.dataset, dir=self.dir, download=self.download)
 
 
 class ComputeConfig(Group):

@@ -16,6 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 from torchvision.models import ResNet50_Weights
 
+from effv2.config.schema import DataConfig
 from effv2.core.errors import InputError, close_names
 from effv2.core.randomness import stream_seed
 from effv2.data.dataset import Positions, sample_per_class
@@ -144,7 +145,7 @@ def choose_images(config: ImagesConfig, imagenet: bool = True, own: bool = False
     For a quick look as many of either are drawn. InputError where the set isn't there or, for networks of `imagenet`,
     its classes aren't ImageNet's. Where networks were trained on the data's `own`, the training part is left out.
     """
-    source = open_source(config.place)
+    source = open_source(DataConfig(dataset=config.dataset, dir=config.dir, download=config.download))
     outputs = outputs_of(source.classes, config) if imagenet else np.array([], dtype=np.int64)
     test = source.train if source.test is None else source.test
     images = test if source.test is None else test.join(source.train)

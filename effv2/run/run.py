@@ -279,9 +279,7 @@ def _train(config: TrainConfig, dataset: Dataset, spec: RunSpec, run: OpenRun, c
 
     A checkpoint is written when the training is told to end, and when it has ended: the rest follows from that one.
     """
-    reporter = spec.reporter
-    reporter.progress("building the network")
-    training = _begun(config, dataset, run, checkpointer)
+    reporter, training = spec.reporter, _begun(config, dataset, run, checkpointer)
     if not (run.resumed or spec.parent):
         reporter.message(dataset.summary)
     reporter.run_started(spec.name, config.schedule.epochs)
@@ -297,10 +295,7 @@ def _train(config: TrainConfig, dataset: Dataset, spec: RunSpec, run: OpenRun, c
     run.sender.check()
 
     def on_step(step: int, steps: int) -> None:
-        sums = state.sums
-        reporter.step(state.progress.epoch + 1, step, steps, sums.images / sums.seconds)
-        if step == steps:
-            reporter.progress("evaluating")
+        reporter.step(state.progress.epoch + 1, step, steps, state.sums.images / state.sums.seconds)
         checkpointer.save_if_due(state, epoch_ended=False)
 
     training.on_step = on_step
