@@ -98,7 +98,7 @@ def test_a_model_answers_as_its_training_measured(sqlite_store: str, tmp_path: P
     assert [label for label, _ in model.predict(pixels)] == [each["label"] for each in answers]
     assert [p for _, p in model.predict(pixels)] == pytest.approx([each["probability"] for each in answers], abs=1e-5)
     assert model.predict(image) == model.predict(str(image)) == model.predict(pixels[0]) == model.predict([image])
-    with pytest.raises(FileNotFoundError, match="gone.png"):
+    with pytest.raises(FileNotFoundError, match=r"gone\.png"):
         model.predict("gone.png")
     with pytest.raises(MlflowException, match="it is not base64 or a Path"):
         served.predict(["gone.png"])

@@ -242,12 +242,13 @@ def test_a_study_is_shown_in_eighty_columns(monkeypatch: pytest.MonkeyPatch) -> 
     assert shown() == ["loading PyTorch " + 10 * "━"]
     reporter.study_progress(StudyProgress(6, 1, {"running": 1}, ("efficientnet_v2_m, seed 0", 0.9), {"a": "reached"}))
     reporter.run_started("efficientnet_v2_m_of_a_long_name, seed 1", 20)
-    reporter.epoch(4, {"train/accuracy": 0.9, "val/accuracy": 0.8, "test/accuracy": 0.7}, 0.85)
+    metrics = {"train/accuracy": 0.9, "val/accuracy": 0.8, "throughput/train_images_per_second": 1234.5}
+    reporter.epoch(4, metrics, 0.85)
     for step in (1, 2, 3):
         reporter.step(5, step, 12, 1234.5)
     study, run, now = shown()
     assert re.match(r"study ━\S+ 1/6 \d.* left best 90.00% \(effi.*…$", study)
-    assert re.match(r"efficientnet_v2_m_of_a_lo… ━\S+ 4/20 \d:\d\d:\d\d left best 85.0%, tr.*…$", run)
+    assert re.match(r"efficientnet_v2_m_of_a_lo… ━\S+ 4/20 \d:\d\d:\d\d left best 85.0%, tr.*$", run)
     assert re.match(r"training epoch 5 ━\S+ 3/12 \d.* left 1,23[45] images/s$", now)
     reporter.step(5, 12, 12, 1234.5)
     assert shown()[-1] == "evaluating " + 10 * "━"
