@@ -62,7 +62,7 @@ def main(seeds: int, trials: int, epochs: int) -> None:
 def search(folder: Path, text: str) -> tuple[float, int]:
     """Run a search in `folder`; return its best validation accuracy and the epochs of all its trials."""
     os.environ["MLFLOW_TRACKING_URI"] = f"sqlite:///{folder / 'mlflow.db'}"
-    from effv2.cli.console import ConsoleReporter
+    from effv2.api.console import ConsoleReporter
     from effv2.config.options import StudyOptions
     from effv2.config.studies import read_study
     from effv2.core.internals import study_id

@@ -86,7 +86,7 @@ def make_config(case: Case, precision: str, compiled: bool = False) -> Any:
 
 def effv2_form(config: Any, dataset: Any, folder: Path) -> Form:
     """The training loop as `train` runs it."""
-    from effv2.cli.console import ConsoleReporter
+    from effv2.api.console import ConsoleReporter
     from effv2.config.options import CheckpointOptions
     from effv2.training.checkpoint import Checkpointer
     from effv2.training.evaluation import evaluate
@@ -99,7 +99,7 @@ def effv2_form(config: Any, dataset: Any, folder: Path) -> Form:
     marks: list[float] = []
 
     def on_step(step: int, steps: int) -> None:
-        reporter.progress("steps", step, steps)
+        reporter.step(1, step, steps, 0.0)
         checkpointer.save_if_due(training.state, epoch_ended=False)
         marks.append(time.perf_counter())
         if len(marks) > STEPS:
@@ -276,11 +276,8 @@ def peak_gigabytes(name: str, case: Case) -> float:
 
 FIRST_STEP = """
 import os, sys
-from effv2.cli.console import ConsoleReporter
-def progress(self, what, done=0, total=None):
-    if what == "steps":
-        os._exit(0)
-ConsoleReporter.progress = progress
+from effv2.api.console import ConsoleReporter
+ConsoleReporter.step = lambda *_: os._exit(0)
 from effv2.cli.main import main
 sys.argv = ["effv2", "train", *sys.argv[1:]]
 main()

@@ -36,7 +36,8 @@ class _Train(_Settings, _OneRun, _Checkpoints, _Logging, total=False):
     study: str | PathLike[str]; set: Mapping[str, object] | Iterable[str] | str; scheduler: str
 def train(*, reporter: Reporter | None = None, **options: Unpack[_Train]) -> Training: ...
 class _Ablate(_Settings, _Queue, _Checkpoints, _Logging, _Grid, total=False):
-    variant: str; study: str | PathLike[str]; set: Mapping[str, object] | Iterable[str] | str; scheduler: str
+    variant: str | Iterable[str]; study: str | PathLike[str]; set: Mapping[str, object] | Iterable[str] | str
+    scheduler: str
 def ablate(*, reporter: Reporter | None = None, **options: Unpack[_Ablate]) -> StudyResult: ...
 class _HparamCheck(_Settings, _Queue, _Checkpoints, _Logging, _Grid, total=False):
     check: str; scheduler: str; study: str | PathLike[str]; set: Mapping[str, object] | Iterable[str] | str

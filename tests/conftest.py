@@ -156,6 +156,7 @@ def _use_store(uri: str, folder: Path, monkeypatch: pytest.MonkeyPatch) -> Itera
 
     monkeypatch.chdir(folder)
     monkeypatch.setenv("MLFLOW_TRACKING_URI", uri)
+    monkeypatch.setenv("MLFLOW_EXPERIMENT_ID", "0")  # which is there
     yield uri
     while mlflow.active_run():
         mlflow.end_run()

@@ -33,7 +33,7 @@ from typing import IO, Any
 ROOT = Path(__file__).parents[1]
 # What commands of effv2 import, sooner or later.
 COMMANDS = (
-    "effv2.cli.console",
+    "effv2.api.console",
     "effv2.cli.main",
     "effv2.run.run",
     "effv2.studies.engine",

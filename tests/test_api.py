@@ -13,11 +13,13 @@ import pytest
 import torch
 from matplotlib.figure import Figure
 from mlflow import MlflowClient
+from mlflow.exceptions import MlflowException
 from PIL import Image
 
 import effv2
 from effv2.cli.main import train
 from effv2.core.errors import InputError
+from effv2.core.reporter import LineReporter
 from effv2.data.images import Square
 from effv2.tracking.writer import model_address
 from tests import stubs
@@ -95,6 +97,11 @@ def test_a_model_answers_as_its_training_measured(sqlite_store: str, tmp_path: P
     answers = served.predict([image, *[Image.fromarray(each) for each in pixels[1:]]])
     assert [label for label, _ in model.predict(pixels)] == [each["label"] for each in answers]
     assert [p for _, p in model.predict(pixels)] == pytest.approx([each["probability"] for each in answers], abs=1e-5)
+    assert model.predict(image) == model.predict(str(image)) == model.predict(pixels[0]) == model.predict([image])
+    with pytest.raises(FileNotFoundError, match=r"gone\.png"):
+        model.predict("gone.png")
+    with pytest.raises(MlflowException, match="it is not base64 or a Path"):
+        served.predict(["gone.png"])
     assert isinstance(model.preparation, Square) and model.classes == tuple("0123456789")
     one.sum().backward()  # it can be trained on
     assert ended.metrics["best/test_accuracy"] == ended.runs["best/test_accuracy"][0] and not len(ended.verdicts)
@@ -128,6 +135,15 @@ def test_wrong_input_is_an_error_with_its_parts(
     assert not MlflowClient().search_runs(["0"])
     with pytest.raises(TypeError, match=r"no option 'epoch'; the nearest is 'epochs'"):
         effv2.train(epoch=3)  # type: ignore[call-arg]
+
+
+def test_a_call_prints_what_must_be_known_and_more_where_it_is_asked_to(
+    sqlite_store: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for reporter, epochs in ((None, 0), (LineReporter(), 1)):
+        effv2.train(**TINY, fresh=True, reporter=reporter)
+        said = capsys.readouterr().err
+        assert "Data: 10 classes" in said and said.count("epoch 1/1: train") == epochs
 
 
 def test_a_script_with_several_workers_runs_once(tmp_path: Path) -> None:

@@ -16,7 +16,6 @@ from pathlib import Path
 from typing import Any
 from unittest.mock import Mock
 
-import click
 import pytest
 from click.testing import CliRunner, Result
 from mlflow import MlflowClient
@@ -24,15 +23,15 @@ from mlflow.entities import Run
 from mlflow.exceptions import MlflowException
 from mlflow.projects._project_spec import load_project
 
+from effv2.api.console import ConsoleReporter
 from effv2.architecture import parse_table
-from effv2.cli.console import ConsoleReporter
 from effv2.cli.main import ablate, evaluate_pretrained, hparam_check, report, search, train
 from effv2.cli.options import in_options
 from effv2.config.schema import TrainConfig
 from effv2.core import processes
 from effv2.core.errors import Terminated
 from effv2.core.processes import ending_signals, is_alive, this_process, uninterrupted
-from effv2.core.reporter import Reporter
+from effv2.core.reporter import Reporter, StudyProgress
 from effv2.data.dataset import load_once
 from effv2.run.run import RunSpec, prepare
 from effv2.studies.storage import open_storage
@@ -210,8 +209,8 @@ def test_a_signal_that_python_swallowed_ends_what_follows(sqlite_store: str, tmp
         elif looks == "a call of the queue":
             storage.retry(lambda: None)
         else:
-            with click.Context(ablate), ConsoleReporter() as reporter:
-                reporter.progress("steps", 1, 2)
+            with ConsoleReporter() as reporter:
+                reporter.step(1, 1, 2, 3.0)
 
     with ending_signals():
         Swallows()
@@ -222,6 +221,56 @@ def test_a_signal_that_python_swallowed_ends_what_follows(sqlite_store: str, tmp
         except Terminated:
             look()  # on the way out nothing is cut short
     look()
+
+
+def test_a_study_is_shown_in_eighty_columns(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in {"TTY_COMPATIBLE": "1", "COLUMNS": "80", "TERM": "xterm"}.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.delenv("NO_COLOR", raising=False)
+    clock = iter(range(10, 1000, 10))
+    reporter = ConsoleReporter()
+    monkeypatch.setattr(reporter._progress, "get_time", lambda: float(next(clock)))
+
+    def shown() -> list[str]:
+        with reporter.console.capture() as printed:
+            reporter.console.print(reporter._progress)
+        lines = re.sub(r"\x1b\[[0-9;]*m", "", printed.get()).splitlines()
+        assert all(len(line) <= 80 for line in lines)
+        return [" ".join(line.split()) for line in lines]
+
+    reporter.progress("loading PyTorch")
+    assert shown() == ["loading PyTorch " + 10 * "━"]
+    reporter.study_progress(StudyProgress(6, 1, {"running": 1}, "m, seed 0, validation accuracy 90.00 %", {"a": "accuracy 90.00 %"}))
+    reporter.run_started("efficientnet_v2_m_of_a_long_name, seed 1", 20)
+    metrics = {"train/accuracy": 0.9, "val/accuracy": 0.8, "throughput/train_images_per_second": 1234.5}
+    reporter.epoch(4, metrics, 0.85)
+    for step in (1, 2, 3):
+        reporter.step(5, step, 12, 1234.5)
+    study, run, now = shown()
+    assert re.match(r"study ━\S+ 1/6 \d.* left best: m, seed 0, va.*…$", study)
+    assert re.match(r"efficientnet_v2_m_of_a_lo… ━\S+ 4/20 \d:\d\d:\d\d left best 85.0%, tr.*$", run)
+    assert re.match(r"training epoch 5 ━\S+ 3/12 \d.* left 1,23[45] images/s$", now)
+    reporter.step(5, 12, 12, 1234.5)
+    assert shown()[-1] == "evaluating " + 10 * "━"
+
+
+def test_wrong_options_are_answered_before_anything_heavy_is_imported() -> None:
+    cases = [
+        "train --dataset folder --data-dir /nowhere",
+        "train --variant nonsense",
+        "ablate --data-dir /nowhere --dataset mnist",
+        "search --data-dir /nowhere --dataset birds",
+        "evaluate-pretrained --models resnet50,resnet5O",
+        "evaluate-pretrained --data-dir /nowhere",
+    ]
+    script = (
+        "import sys\nfrom click.testing import CliRunner\nfrom effv2.cli.main import main\n"
+        "for words in sys.argv[1:]:\n    done = CliRunner().invoke(main, words.split())\n"
+        "    print(done.exit_code, 'torch' in sys.modules or 'mlflow' in sys.modules, done.stderr.strip())\n"
+    )
+    done = subprocess.run([sys.executable, "-c", script, *cases], capture_output=True, text=True, check=True)
+    assert [line.split(": ")[0] for line in done.stdout.splitlines()] == ["2 False Error"] * len(cases), done.stdout
+    assert "the nearest is 'resnet50'" in done.stdout and done.stdout.count("/nowhere: no such folder; give") == 4
 
 
 @pytest.mark.parametrize(("seconds", "code"), [(0.0, 0), (0.8, -signal.SIGTERM)])

@@ -94,6 +94,12 @@ def test_mlflow_tells_the_latest_steps(store: str) -> None:
     assert internals.latest_steps(client.get_run(run_id)) == {"loss": 3, "best": 0}
 
 
+def test_torchvision_names_its_networks() -> None:
+    from torchvision import models
+
+    assert internals.classification_networks() == models.list_models(module=models)
+
+
 def test_mlflow_names_its_experiment(sqlite_store: str, monkeypatch: pytest.MonkeyPatch) -> None:
     import mlflow
     from mlflow.tracking import fluent

@@ -139,7 +139,7 @@ def test_a_database_whose_creation_was_killed(tmp_path: Path, monkeypatch: pytes
         with pytest.raises(InputError, match=r"new.db: its creation was interrupted.*; remove the file .*new.db"):
             open_store("")
     else:
-        assert open_store("") == "0"
+        assert open_store("") == "1"
     assert {path.name for path in tmp_path.glob("new.db*")} <= {"new.db", "new.db.lock"}
 
 
@@ -148,7 +148,7 @@ def test_a_database_is_created_where_a_link_leads(tmp_path: Path, monkeypatch: p
     (tmp_path / "disk").mkdir()
     (tmp_path / "link.db").symlink_to("disk/real.db")
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "sqlite:///link.db")
-    assert open_store("") == "0" and (tmp_path / "link.db").is_symlink() and (tmp_path / "disk/real.db").is_file()
+    assert open_store("") == "1" and (tmp_path / "link.db").is_symlink() and (tmp_path / "disk/real.db").is_file()
 
 
 def test_a_database_that_a_server_made_meanwhile_stays(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -420,3 +420,19 @@ def test_other_faults_stay_what_they_are() -> None:
         _ = 1 / 0
     with pytest.raises(RuntimeError, match="shape"), what_ran_out():
         raise RuntimeError("shape")
+
+
+def test_runs_land_in_an_experiment_of_their_own(store: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """But where `Default` holds runs of an earlier effv2, they are resumed and reported there."""
+    monkeypatch.delenv("MLFLOW_EXPERIMENT_ID")
+    client = MlflowClient()
+    with pytest.raises(InputError, match="experiment effv2: no such experiment"):
+        open_store("", create=False)
+    client.create_run("0")  # of something else
+    own = open_store("")
+    assert client.get_experiment(own).name == "effv2" and open_store("", create=False) == own
+    monkeypatch.setenv("MLFLOW_EXPERIMENT_NAME", "Default")
+    assert open_store("") == "0"
+    monkeypatch.delenv("MLFLOW_EXPERIMENT_NAME")
+    client.create_run("0", tags={"effv2.pid": "1"})
+    assert open_store("") == "0" and open_store("effv2") == own

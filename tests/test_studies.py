@@ -23,7 +23,7 @@ from effv2.config.options import StudyOptions
 from effv2.config.schema import TrainConfig
 from effv2.config.studies import SWEEPS, Sources, Study, open_study, read_study
 from effv2.core.errors import InputError
-from effv2.core.reporter import Reporter
+from effv2.core.reporter import LineReporter, Reporter
 from effv2.data.dataset import load_once
 from effv2.studies.grid import Grid, make_grid
 from effv2.studies.queue import NAME, Trials
@@ -123,11 +123,30 @@ def test_one_variant_brings_its_baseline_and_all_brings_all() -> None:
     study = open_study("ablate")
     assert study.select("drop_one") == ["default", "drop_one"]
     assert study.select("default") == ["default"]
-    another = study.with_variant("efficientnet_v2_m")
+    assert study.select("half_layers, drop_one") == ["default", "half_layers", "drop_one"]
+    with pytest.raises(InputError, match="variant half_layer: no such variant; did you mean 'half_layers'"):
+        study.select("drop_one,half_layer")
+    assert study.with_variants("half_layers,drop_one") == study  # whose queue is that of all
+    three = study.with_variants("drop_one,efficientnet_v2_m")
+    assert three.select("drop_one,efficientnet_v2_m") == ["default", "drop_one", "efficientnet_v2_m"]
+    every = study.with_variants("all,efficientnet_v2_m")
+    assert every.select("all,efficientnet_v2_m") == [*PUBLISHED_VARIANTS, "efficientnet_v2_m"]
+    another = study.with_variants("efficientnet_v2_m")
     assert another.select("efficientnet_v2_m") == ["default", "efficientnet_v2_m"]
     assert another.arm("efficientnet_v2_m", NO_OPTIONS).model.variant == "efficientnet_v2_m"
     grid = make(study, study.select("all"), (3, 4))
     assert [*grid.trials] == [f"{name}, seed {seed}" for seed in (3, 4) for name in PUBLISHED_VARIANTS]
+
+
+def test_a_number_of_seeds_is_a_seed_and_that_is_said(capsys: pytest.CaptureFixture[str]) -> None:
+    load, study, arms = load_once(Reporter()), open_study("ablate"), ["default"]
+    for seeds in ("3", "0"):
+        options = StudyOptions.model_validate({"seeds": seeds})
+        grid = make_grid("ablate", study, arms, NO_OPTIONS, options, load=load, reporter=LineReporter())
+        assert [*grid.trials] == [f"default, seed {seeds}"]
+    assert [line for line in capsys.readouterr().err.splitlines() if "seed" in line] == [
+        "The only seed is 3; for 3 seeds give `seeds` 0-2."
+    ]
 
 
 def test_options_change_what_arms_share(tmp_path: Path) -> None:
@@ -245,6 +264,14 @@ def test_an_arm_that_opens_again_gets_more() -> None:
         ("arms: {a: {}}\nseeds: 0", (["a"], "a", (0,))),
         ("arms: {a: {}}\nseeds: 012", (["a"], "a", (12,))),
         ("arms: {a: {}}\nseeds: [3, 1]", (["a"], "a", (3, 1))),
+        ("arms: {a: {}}\nseeds: 0-2", (["a"], "a", (0, 1, 2))),
+        ("arms: {a: {}}\nseeds: 7, 2-3", (["a"], "a", (7, 2, 3))),
+        ("seeds: 2-0", "line 2: seeds 2-0: must be whole numbers from 0 on, as 0,1,2 or 0-2"),
+        (
+            "seeds: 0-4000000000",
+            "line 2: seeds 0-4000000000: must be whole numbers from 0 on, as 0,1,2 or 0-2, and 10,000",
+        ),
+        ("seeds: 0-2,1", "line 2: seeds 0-2,1: the same seed appears twice; remove one"),
         ("arms: {a: {augment: {flip: on}}}\ndescription: no", (["a"], "a", ())),
         ("x: &x {on: 1}", "line 2: x: unknown key 'x'"),
         ("arms: {a: {}, b: {}}\nbaseline: no", "line 3: baseline no: is not an arm; choose from: a, b"),

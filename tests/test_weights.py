@@ -17,8 +17,8 @@ from safetensors.torch import save_file
 from torch import nn
 from torchvision import models
 
+from effv2.api.console import ConsoleReporter
 from effv2.architecture import build_model
-from effv2.cli.console import ConsoleReporter
 from effv2.cli.main import ablate, search, train
 from effv2.config.schema import TrainConfig
 from effv2.core.errors import InputError

@@ -6,21 +6,23 @@ import os
 import shlex
 import sys
 from collections.abc import Callable, Iterable, Mapping
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 from functools import partial, wraps
 from inspect import Parameter, Signature
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from effv2.api.console import ConsoleReporter
 from effv2.config.layers import Layer, build
 from effv2.config.options import CHECKPOINTS, GRID, LOGGING, ONE_RUN, QUEUE, SHARED, STUDY, Options, Taken, options_for
-from effv2.config.schema import TrainConfig
+from effv2.config.schema import DataConfig, TrainConfig
 from effv2.config.studies import SWEEPS, Study, open_study
 from effv2.core.errors import InputError, nearest
 from effv2.core.processes import ending_signals, tune_allocator
 from effv2.core.provenance import COMMAND
-from effv2.core.reporter import LineReporter, Reporter
+from effv2.core.reporter import Reporter
 from effv2.core.secrets import masked
+from effv2.data.sources import refuse_missing
 from effv2.pretrained.config import PretrainedConfig
 
 if TYPE_CHECKING:
@@ -33,7 +35,8 @@ WITHOUT_SCHEDULER = {name: setting for name, setting in SHARED.items() if name !
 class Call:
     """A function of the API: it takes options as keyword arguments, which `taken` describes.
 
-    A `reporter` receives the progress. InputError before anything is created; RunError for a fault.
+    A `reporter` receives the progress. Without one, a terminal or a notebook shows what the commands show there.
+    InputError before anything is created; RunError for a fault.
     """
 
     def __init__(self, function: Callable[[Layer, Options, Reporter], Any], taken: Taken) -> None:
@@ -62,8 +65,10 @@ class Call:
         try:
             read = self.taken.read(given)
             COMMAND.set(command_line(name.replace("_", "-"), given))
-            with ending_signals(repeated=False):  # a notebook may be interrupted twice
-                return self.function(*read, reporter or LineReporter())
+            own = nullcontext(reporter) if reporter else ConsoleReporter(lines=False)
+            with ending_signals(repeated=False), own as shown:  # a notebook may be interrupted twice
+                shown.progress("loading PyTorch and MLflow")
+                return self.function(*read, shown)
         except InputError as error:
             names = {setting: option for option, setting in self.taken.settings.items()}
             first, space, more = error.what.partition(" ")
@@ -110,6 +115,7 @@ def train(layer: Layer, how: Options, reporter: Reporter) -> Training:
     """
     file = open_study(how.study) if how.study else None
     config = file.config(layer) if file else build(TrainConfig, layer)
+    refuse_missing(config.data)
 
     from effv2.api.results import Training
     from effv2.run.run import train_single
@@ -125,7 +131,7 @@ def ablate(layer: Layer, how: Options, reporter: Reporter) -> StudyResult:
     Without a study file, it trains the five published variants of EfficientNetV2-S with a short protocol on
     scikit-learn's digits. The same command again resumes an interrupted study.
     """
-    chosen = open_study(how.study or f"{SWEEPS}/ablate.yaml").with_variant(how.variant)
+    chosen = open_study(how.study or f"{SWEEPS}/ablate.yaml").with_variants(how.variant)
     return _grid("ablate", chosen, chosen.select(how.variant))(layer, how, reporter)
 
 
@@ -157,6 +163,7 @@ def search(layer: Layer, how: Options, reporter: Reporter) -> StudyResult:
     command again resumes an interrupted search. With more trials, it extends the search.
     """
     chosen = open_study(how.study or f"{SWEEPS}/search.yaml")
+    refuse_missing(build(TrainConfig, chosen.base | layer).data)
 
     from effv2.studies.plan import make_search
 
@@ -179,6 +186,7 @@ def evaluate_pretrained(layer: Layer, how: Options, reporter: Reporter) -> Study
     not trained on. The same command again resumes an interrupted evaluation.
     """
     config = build(PretrainedConfig, layer)
+    refuse_missing(DataConfig(**config.data.model_dump(include={"dataset", "dir", "download"})))
 
     from effv2.studies.comparison import make_weights
 
@@ -217,9 +225,12 @@ def _path(text: str) -> Path | None:
 
 def _grid(kind: str, study: Study, arms: list[str]) -> Callable[[Layer, Options, Reporter], StudyResult]:
     """Return a function that runs a grid or, with `plan`, one that forecasts it."""
-    from effv2.studies.grid import make_grid
 
     def run(layer: Layer, how: Options, reporter: Reporter) -> StudyResult:
+        refuse_missing(study.arm(study.baseline, layer).data)
+
+        from effv2.studies.grid import make_grid
+
         make = partial(make_grid, kind, study, arms, layer, how)
         return (_plan if how.plan else _run)(make, how, reporter)
 
@@ -251,5 +262,6 @@ def _run(make: Callable[..., Any], how: Options, reporter: Reporter) -> StudyRes
 
     plan = make(load=(load := load_once(reporter)), reporter=reporter)
     check_storage(how.storage)  # before any experiment is created
+    reporter.progress("opening the tracking store")
     experiment_id = open_experiment(how.experiment, reporter.message)
     return StudyResult.of(plan, run_study(plan, experiment_id, how, load, reporter))

@@ -15,6 +15,7 @@ import click
 
 from effv2 import __version__
 from effv2.api import calls
+from effv2.api.console import ConsoleReporter, print_table
 from effv2.cli import options as cli
 from effv2.config.layers import Written, build
 from effv2.config.options import DATA, Taken
@@ -41,9 +42,8 @@ def _command(call: calls.Call, show: Callable[[Any], None]) -> click.Command:
 
     @cli.takes(call.taken)
     def command(given: Mapping[str, Any]) -> None:
-        from effv2.cli.console import ConsoleReporter
-
-        with ConsoleReporter() as reporter:
+        named = partial(cli.in_options, command=click.get_current_context().command, settings=False)
+        with ConsoleReporter(named) as reporter:
             result = call(**given, reporter=reporter)
         show(result)
 
@@ -63,8 +63,6 @@ def _show(result: Result) -> None:
 
 def _show_study(result: StudyResult) -> None:
     """Print the results of a study and where to see them; RunError if runs failed."""
-    from effv2.cli.console import print_table
-
     click.echo(cli.in_options("\n".join(result.answers), click.get_current_context().command, settings=False))
     print_table(result.table)
     models = [f"model of {name}: {address}" for name, address in result.models.items()]
@@ -130,7 +128,6 @@ def data_check(folder: str, sheet: str | None, given: Mapping[str, Any]) -> None
     layer = {"data.dir": Written(folder)} | ({"data.dataset": Written("folder")} if folder else {})
     config = build(TrainConfig, layer | CHECKED.read(given)[0]).data
 
-    from effv2.cli.console import ConsoleReporter, print_table
     from effv2.data.inspection import check, contact_sheet
 
     with ConsoleReporter() as reporter:
@@ -160,7 +157,6 @@ def promote(model: str, name: str, dry_run: bool, **limits: float | None) -> Non
     MODEL is models:/ID, or runs:/ID of the run that logged it. The better model classifies more of the same test images
     correctly, by McNemar's exact test. The first model has no rival. A refused model isn't registered: exit code 1.
     """
-    from effv2.cli.console import print_table
     from effv2.evidence.promotion import promote as decide
 
     decision = decide(model, name, dry_run=dry_run, **limits)

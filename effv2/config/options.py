@@ -6,25 +6,39 @@ from dataclasses import dataclass, field
 from itertools import chain
 from typing import Annotated, Any, Literal
 
-from pydantic import BeforeValidator, Field
+from pydantic import AfterValidator, BeforeValidator, Field
 from pydantic.fields import FieldInfo
 
 from effv2.architecture import VARIANTS
 from effv2.config.layers import Layer, Written, validate
 from effv2.config.schema import OPTIMISERS, Group, TrainConfig, field_of
 from effv2.core.errors import InputError, nearest
+from effv2.core.internals import classification_networks
 
+MOST_SEEDS = 10_000
 LogModel = Literal["best", "all", "none"]
 
 
 def _distinct_seeds(value: Any) -> Any:
-    words = [word.strip() for word in value.split(",")] if isinstance(value, str) else value
-    words = [words] if type(words) is int else words
-    if not isinstance(words, (list, tuple)) or not all(str(word).isdecimal() and int(word) < 2**32 for word in words):
-        raise ValueError("must be whole numbers of at least 0, separated by commas, such as 0,1,2")
-    if len(set(map(int, words))) < len(words):
+    words = value if isinstance(value, (list, tuple)) else str(value).split(",")
+    found = [re.fullmatch(r"(\d{1,10})(?:-(\d{1,10}))?", str(word).strip(), re.ASCII) for word in words]
+    ranges = [range(int(each[1]), int(each[2] or each[1]) + 1) for each in found if each]
+    valid = len(ranges) == len(words) and all(each and each[-1] < 2**32 for each in ranges)
+    if not valid or sum(map(len, ranges)) > MOST_SEEDS:
+        raise ValueError(f"must be at most {MOST_SEEDS:,} whole numbers of at least 0, such as 0,1,2 or 0-2")
+    seeds = [*chain.from_iterable(ranges)]
+    if len(set(seeds)) < len(seeds):
         raise ValueError("the same seed appears twice; remove one")
-    return words
+    return seeds
+
+
+def _known_networks(text: str) -> str:
+    known = classification_networks()  # before torchvision is imported
+    for named, _, file in (entry.partition("=") for entry in text.split(",")):
+        name = named.partition(":")[0].strip()
+        if name and name not in known and ":/" not in file:  # a logged model may have any name
+            raise InputError("models", name, "torchvision has no classification network of this name", choices=known)
+    return text
 
 
 Seeds = Annotated[tuple[int, ...], BeforeValidator(_distinct_seeds)]
@@ -52,7 +66,7 @@ class StudyOptions(CheckpointOptions):
         description="Optuna's storage for the state of studies: sqlite:///FILE. For several machines: "
         "postgresql://USER@HOST/DATABASE, or journal:///FOLDER/FILE in a shared folder.",
     )
-    experiment: str = Field("", description="Name of the MLflow experiment.  [default: MLflow's choice]")
+    experiment: str = Field("", description="Name of the MLflow experiment.  [default: MLflow's choice, else effv2]")
     log_model: LogModel = Field("all", description="Which runs log their model: the best of the study, all, or none.")
     fresh: bool = Field(False, description="Start over and repeat finished runs.")
     seeds: Annotated[
@@ -60,8 +74,8 @@ class StudyOptions(CheckpointOptions):
         BeforeValidator(lambda value: value if value in (AUTO, RACE) else _distinct_seeds(value)),
     ] = Field(
         (),
-        description="Seeds of each arm, such as 0,1,2. auto: three seeds, then more until each arm's difference from "
-        "the baseline is decided. race: until the best arm is known.  [default: 0, or the study's]",
+        description="Seeds of each arm, such as 0,1,2 or 0-2. auto: three seeds, then more until each arm's difference "
+        "from the baseline is decided. race: until the best arm is known.  [default: 0, or the study's]",
     )
     max_seeds: int | None = Field(
         None, ge=3, le=50, description="Maximum number of seeds per arm, fixed before the study begins.  [default: 30]"
@@ -81,9 +95,9 @@ class Options(StudyOptions):
 
     variant: str = Field(
         "all",
-        title="NAME",
-        description=f"The variant to compare with the baseline: {', '.join(VARIANTS)}, an arm of the study file, "
-        "or all arms.",
+        title="LIST",
+        description=f"What to compare with the baseline, separated by commas: {', '.join(VARIANTS)}, arms of the "
+        "study file, or all arms.",
     )
     check: str = Field(
         "all",
@@ -103,7 +117,7 @@ class Options(StudyOptions):
         description=f"Any setting, such as optimiser.name=sgd (one of {', '.join(OPTIMISERS.names())}). Repeat it, "
         "or separate several settings by commas or spaces.",
     )
-    models: str = Field(
+    models: Annotated[str, AfterValidator(_known_networks)] = Field(
         "efficientnet_v2_s,efficientnet_b0,resnet50",
         title="LIST",
         description="Classification networks, separated by commas. Of torchvision: resnet50 with its default weights, "

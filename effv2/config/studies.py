@@ -168,21 +168,24 @@ class Study(Group):
         """Return the configuration of an arm. Options override shared settings; the arm's settings override both."""
         return build(TrainConfig, self.base | options | self.arms[name])
 
-    def with_variant(self, name: str) -> Study:
-        """Return the study with its baseline and another variant as arms, unless it has an arm of that name."""
-        if not self.arms or name in self.arms or name not in VARIANTS:
+    def with_variants(self, text: str) -> Study:
+        """Return the study with its baseline, the named arms, and the named variants that aren't arms yet."""
+        names = re.split(r"[,\s]+", text.strip(", "))
+        more = {each: {"model.variant": Written(each)} for each in names if each in VARIANTS and each not in self.arms}
+        if not self.arms or not more:
             return self
-        arms = {self.baseline: self.arms[self.baseline], name: {"model.variant": Written(name)}}
-        return self.model_copy(update={"arms": arms})
+        arms = {arm: layer for arm, layer in self.arms.items() if arm in (self.baseline, *names) or "all" in names}
+        return self.model_copy(update={"arms": arms | more})
 
-    def select(self, name: str) -> list[str]:
-        """Return the names of all arms, or of one arm and the baseline that it is compared with."""
+    def select(self, text: str) -> list[str]:
+        """Return the names of all arms, or of the named ones and the baseline that they are compared with."""
         if not self.arms:
             other = "search" if self.search else "train"
             raise InputError("study", self.name, "has no arms to compare", f"use the command {other}")
-        if name != "all" and name not in self.arms:
-            raise InputError("variant", name, "no such variant", choices=dict.fromkeys([*self.arms, *VARIANTS, "all"]))
-        return [arm for arm in self.arms if name in ("all", arm) or arm == self.baseline]
+        names, known = re.split(r"[,\s]+", text.strip(", ")), dict.fromkeys([*self.arms, *VARIANTS, "all"])
+        if unknown := [name for name in names if name != "all" and name not in self.arms]:
+            raise InputError("variant", unknown[0], "no such variant", choices=known)
+        return [arm for arm in self.arms if arm in (self.baseline, *names) or "all" in names]
 
     def select_checks(self, name: str, scheduler: str) -> list[str]:
         """Return the names of the baseline and the change called `name`, or of all, with each wanted schedule."""

@@ -79,7 +79,7 @@ def nearest(name: str, names: Sequence[str]) -> str:
     close = close_names(name, names, 1)
     if close and len(names) > LISTED:
         return f"the nearest is {close}"
-    return f"{f'did you mean {close}? Choose' if close else 'choose'} from: {', '.join(names)}"
+    return f"{f'did you mean {close}? Choose' if close else 'choose'} from: {listed(names, LISTED, ', ')}"
 
 
 def is_out_of_memory(error: BaseException) -> bool:

@@ -36,15 +36,18 @@ class Reporter:
     def run_started(self, name: str, epochs: int) -> None:
         """Report that a run begins, and its largest number of epochs."""
 
-    def epoch(self, epoch: int, metrics: Mapping[str, float]) -> None:
-        """Report a finished epoch, counted from 1, and its metrics."""
+    def step(self, epoch: int, step: int, steps: int, images_per_second: float) -> None:
+        """Report a step of an epoch, both counted from 1, and how fast the epoch is."""
+
+    def epoch(self, epoch: int, metrics: Mapping[str, float], best: float) -> None:
+        """Report a finished epoch, its metrics and the best watched accuracy so far, below 0 where there is none."""
 
 
 class LineReporter(Reporter):
     """Prints a line for each message, epoch and trial to standard error, for a log or a notebook."""
 
     def __init__(self) -> None:
-        self._most = 0
+        self._most = 1  # epochs of the run
         self._ended: set[str] = set()
 
     def line(self, text: str) -> None:
@@ -73,9 +76,10 @@ class LineReporter(Reporter):
         self._most = epochs
         self.line(f"training {name}, at most {epochs} epochs")
 
-    def epoch(self, epoch: int, metrics: Mapping[str, float]) -> None:
-        """Print a finished epoch with its accuracies."""
-        self.line(f"epoch {epoch}/{self._most}: {accuracies(metrics)}")
+    def epoch(self, epoch: int, metrics: Mapping[str, float], best: float) -> None:
+        """Print a finished epoch with its accuracies and speed."""
+        rate = metrics["throughput/train_images_per_second"]
+        self.line(f"epoch {epoch}/{self._most}: {accuracies(metrics)}, {rate:,.0f} images/s")
 
 
 def accuracies(metrics: Mapping[str, float]) -> str:

@@ -159,6 +159,7 @@ def load_once(reporter: Reporter) -> LoadData:
 
     @cache
     def once(config: DataConfig) -> Dataset:
+        reporter.progress("reading the data")
         dataset = load_dataset(config, partial(reporter.progress, "decoding images"))
         for note in dataset.notes:
             reporter.message(note)

@@ -42,6 +42,12 @@ def open_source(config: DataConfig) -> Source:
     return source
 
 
+def refuse_missing(config: DataConfig) -> None:
+    """Refuse a folder that isn't there, before anything is imported that takes seconds."""
+    if config.dir and not config.download and not os.path.isdir(os.path.expanduser(config.dir)):  # noqa: PTH112
+        open_source(config)  # which says what should be there
+
+
 def _check(source: Source) -> None:
     """Raise ValueError for an invalid result of the function of a data set."""
     count = len(source.classes)
@@ -72,12 +78,12 @@ def _digits(config: DataConfig) -> Source:
 
 @DATASETS.register("imagenette")
 def _imagenette(config: DataConfig) -> Source:
-    from torchvision.datasets.utils import download_url
-
     refuse_layout(config)
-    url, md5, names = imagenette()
     what = "a folder that holds imagenette2-160, or data.download to download it"
     root = folder_of(config, what, downloads=True)
+    from torchvision.datasets.utils import download_url
+
+    url, md5, names = imagenette()
     folder = root / "imagenette2-160"
     if config.download and not folder.is_dir():
         try:  # unpacked next to its place, so that a kill leaves nothing that looks complete

@@ -54,12 +54,12 @@ SETS = {
 
 def _read(name: str, config: DataConfig) -> Source:
     """Return a data set of torchvision; InputError if it is missing and not to be downloaded."""
-    import torchvision
-
     refuse_layout(config)
     parts = SETS[name]
-    kind = getattr(torchvision.datasets, parts.name)
     root = folder_of(config, f"the folder in which torchvision keeps {parts.name}", downloads=True)
+    import torchvision
+
+    kind = getattr(torchvision.datasets, parts.name)
 
     def part(label: str, arguments: Mapping[str, Any] | None) -> tuple[Any, LabelledImages | None]:
         if arguments is None:

@@ -107,6 +107,7 @@ def train_single(config: TrainConfig, name: str, study: str, options: StudyOptio
     load = load_once(reporter)
     (config,) = prepare([config], load, reporter.message)
     with tracking_faults():
+        reporter.progress("opening the tracking store")
         where, keeps = open_experiment(options.experiment, reporter.message), options.log_model != "none"
         spec = RunSpec(name, where, study, log_model=keeps, checkpoints=options, fresh=options.fresh, reporter=reporter)
         ended = attempt(config, load(config.data), spec)
@@ -281,8 +282,7 @@ def _train(config: TrainConfig, dataset: Dataset, spec: RunSpec, run: OpenRun, c
 
     A checkpoint is written on an ending signal and at the end of the training. The results follow from the last one.
     """
-    reporter = spec.reporter
-    training = _begun(config, dataset, run, checkpointer)
+    reporter, training = spec.reporter, _begun(config, dataset, run, checkpointer)
     if not (run.resumed or spec.parent):
         for line in in_short(dataset):
             reporter.message(line)
@@ -299,7 +299,7 @@ def _train(config: TrainConfig, dataset: Dataset, spec: RunSpec, run: OpenRun, c
     run.sender.check()
 
     def on_step(step: int, steps: int) -> None:
-        reporter.progress("steps", step, steps)
+        reporter.step(state.progress.epoch + 1, step, steps, state.sums.images / state.sums.seconds)
         checkpointer.save_if_due(state, epoch_ended=False)
 
     training.on_step = on_step
@@ -309,7 +309,7 @@ def _train(config: TrainConfig, dataset: Dataset, spec: RunSpec, run: OpenRun, c
             evaluated = watched_accuracy(metrics) is not None
             pruned = evaluated and spec.epoch_ended(epoch, best)  # first: another process may have the trial
             run.log_metrics(metrics, step=epoch)
-            reporter.epoch(epoch, metrics)
+            reporter.epoch(epoch, metrics, best)
             if pruned:
                 run.log_metrics({"selected/val_accuracy": best})
                 return Attempt(run, metrics, best, pruned)
@@ -324,5 +324,6 @@ def _train(config: TrainConfig, dataset: Dataset, spec: RunSpec, run: OpenRun, c
         keep_weights(run, state.evaluated)
     summary = log_end(run, training)
     if spec.log_model:
+        reporter.progress("logging the model")
         log_network(run, training)
     return Attempt(run, summary, state.progress.best_accuracy)

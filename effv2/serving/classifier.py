@@ -3,7 +3,7 @@
 from collections.abc import Iterable, Sequence
 from os import PathLike
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -35,19 +35,21 @@ class Classifier(nn.Module):
             self.register_buffer(name, torch.tensor(numbers).view(3, 1, 1))
         self.eval()
 
-    def preprocess(self, images: Iterable[Picture]) -> Tensor:
-        """Return images as bytes (N, 3, size, size): decoded, upright, in RGB, resized."""
+    def preprocess(self, images: Picture | Iterable[Picture]) -> Tensor:
+        """Return images, or one, as bytes (N, 3, size, size): decoded, upright, in RGB, resized."""
+        if isinstance(images, str | PathLike | Image.Image) or getattr(images, "ndim", 0) == self.mean.ndim:
+            images = [cast(Picture, images)]
         pixels = np.stack([self.preparation(_opened(image)) for image in images])
         return torch.from_numpy(pixels).permute(0, 3, 1, 2)
 
-    def forward(self, images: Tensor | Iterable[Picture]) -> Tensor:
+    def forward(self, images: Tensor | Picture | Iterable[Picture]) -> Tensor:
         """Return logits (N, outputs) of images, or of bytes from `preprocess`."""
         pixels = images if isinstance(images, Tensor) else self.preprocess(images)
         logits: Tensor = self.network((pixels.to(self.mean.device).float() / 255 - self.mean) / self.std)
         return logits
 
     @torch.inference_mode()
-    def predict(self, images: Iterable[Picture]) -> list[tuple[str, float]]:
+    def predict(self, images: Picture | Iterable[Picture]) -> list[tuple[str, float]]:
         """Return the most likely class of each image and its probability, over all outputs."""
         found = self(images).softmax(1)[:, : len(self.classes)].max(1)
         return [(self.classes[int(index)], float(p)) for p, index in zip(*found, strict=True)]

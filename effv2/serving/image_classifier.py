@@ -30,7 +30,7 @@ from PIL import Image, UnidentifiedImageError
 
 AT_ONCE = 64  # images per forward pass
 MOST = {"images": 1_000, "bytes": 200_000_000, "pixels": 300_000_000}  # limits per request, all images together
-PLAINLY = {binascii.Error: "it is not base64", UnidentifiedImageError: "Pillow doesn't know its format"}
+PLAINLY = {binascii.Error: "it is not base64 or a Path", UnidentifiedImageError: "Pillow doesn't know its format"}
 
 
 class Refused(MlflowException):

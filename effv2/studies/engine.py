@@ -65,6 +65,7 @@ def run_study(plan: Plan, experiment_id: str, options: StudyOptions, load: LoadD
         try:
             queue = study.queue(storage)
             _work(study, queue, load, reporter)
+            reporter.progress("comparing the runs")
             while True:
                 try:
                     return storage.retry(lambda: _publish(study, queue, load, reporter))

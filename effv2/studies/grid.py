@@ -100,6 +100,8 @@ def make_grid(
     """
     seeds = () if isinstance(options.seeds, str) else options.seeds or study.seeds
     stamps = _stamps(study, names, options, len(seeds))
+    if len(seeds) == 1 and seeds[0] > 1:
+        reporter.message(f"The only seed is {seeds[0]}; for {seeds[0]} seeds give `seeds` 0-{seeds[0] - 1}.")
     asked = [study.arm(name, layer) for name in study.arms]
     if len({config.evaluation.test_set for config in asked}) > 1:
         problem = "true in some arms and false in others"

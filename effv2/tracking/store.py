@@ -28,6 +28,7 @@ from effv2.core.processes import stop_if_told
 from effv2.core.reporter import Message
 from effv2.core.secrets import masked
 from effv2.tracking.addresses import STORES, TRACKING_URI, check_database, read_where_typed, shown_uri, tracking_uri
+from effv2.tracking.tags import PID
 
 PROBE_SECONDS = 4  # seconds for a server's sign of life; MLflow's own limits are minutes
 WAIT_SECONDS = 2.0  # seconds between two checks of an unreachable store
@@ -36,6 +37,7 @@ TrackingError = MlflowException
 TRACKING_ERRORS = (MlflowException, SQLAlchemyError, OSError)  # the store is unreachable, or refuses
 REFUSALS = ("INVALID_PARAMETER_VALUE", "BAD_REQUEST")
 CUT = "Connection broken|IncompleteRead"  # signs of a cut answer
+DEFAULT, OWN_EXPERIMENT = "0", "effv2"  # the id of MLflow's default experiment, and the name of ours
 MISSING = "RESOURCE_DOES_NOT_EXIST"  # no run, model or experiment has that id
 # Errors on opening a database whose creation was interrupted, and which has no version of its tables.
 HALF_BUILT = (
@@ -96,9 +98,9 @@ class TrackingAway(StoreAway):
 def open_store(experiment: str | None, create: bool = True, message: Message = lambda text: None) -> str:
     """Return the id of the experiment to log to; InputError if the store doesn't answer.
 
-    Without `create`, an experiment of that name must exist. An empty name leaves the choice to MLflow: that of
-    `mlflow run`, of MLFLOW_EXPERIMENT_NAME or _ID, or `Default`. A database is created and migrated only here. With
-    None, this checks the store, creates nothing, and returns an empty text.
+    Without `create`, an experiment of that name must exist. An empty name means that of `mlflow run`, or of
+    MLFLOW_EXPERIMENT_NAME or _ID. Otherwise it means `Default` if that has runs of effv2, else `effv2`. A database is
+    created and migrated only here. With None, this checks the store, creates nothing, and returns an empty text.
     """
     configure()
     file = _database_file()
@@ -291,7 +293,11 @@ def _experiment(name: str, create: bool, message: Message) -> Experiment:
             raise InputError("experiment", name, problem, "give the name to `mlflow run`, with --experiment-name")
         return given
     if not name:
-        return client.get_experiment(default_experiment_id())
+        chosen = default_experiment_id()
+        named = chosen != DEFAULT or any(map(os.environ.get, ("MLFLOW_EXPERIMENT_ID", "MLFLOW_EXPERIMENT_NAME")))
+        if named or client.search_runs([DEFAULT], f"tags.`{PID}` != ''", max_results=1):  # ours of before
+            return client.get_experiment(chosen)
+        name = OWN_EXPERIMENT
     found = client.get_experiment_by_name(name)
     if found is None and not create:
         names = [each.name for each in client.search_experiments()]
