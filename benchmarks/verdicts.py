@@ -4,6 +4,7 @@
     python benchmarks/verdicts.py power     # two arms: how often a difference is found, and with how many seeds
     python benchmarks/verdicts.py auto      # --seeds auto: five variants against a baseline, with margins
     python benchmarks/verdicts.py race      # seeds=race: the best of six
+    python benchmarks/verdicts.py splits    # no effect: seeds that are added on the same splits
     python benchmarks/verdicts.py level     # a level, where three runs in ten take off and the others stay low
 
 The standard deviation of an arm is 1 unless a line says otherwise.
@@ -143,6 +144,13 @@ def misjudged(seeds: int, seed: int) -> bool:
     return Estimate(list(values)).p(0.19) < LEVEL
 
 
+def misjudged_on_splits(splits: int, spread: float, seed: int) -> bool:
+    """Say whether any look decides between equal arms, as seeds are added on the same splits of some `spread`."""
+    random = np.random.default_rng(seed)
+    runs = random.normal(0, spread, (splits, 1)) + random.normal(0, 2**0.5, (splits, MOST))  # differences of two arms
+    return any(Estimate(runs[:, :seeds].mean(1).tolist()).p(0) < LEVEL for seeds in range(FEWEST, MOST + 1))
+
+
 def drawn(what: Callable[[int], T], count: int) -> list[T]:
     """Return the results of `count` studies."""
     with ProcessPoolExecutor() as pool:
@@ -167,6 +175,11 @@ def lines(kind: str, count: int) -> Iterator[str]:
         for effect in (0.0, 0.5, 1.0, 2.0, 3.0):
             seeds = drawn(partial(found, effect * 2**0.5, 1.0), count)
             yield f"| {effect:g} | {np.mean(np.array(seeds) > 0):.3f} | {np.mean([n or MOST for n in seeds]):.1f} |"
+    elif kind == "splits":
+        yield "| splits | spread between splits, SD of a seed | false verdicts |\n|---|---|---|"
+        for splits, spread in product((3, 5, 10), (0.0, 0.5)):
+            wrong = drawn(partial(misjudged_on_splits, splits, spread), count)
+            yield f"| {splits} | {spread:g} | {np.mean(wrong):.3f} |"
     elif kind == "level":
         yield "| runs | false verdicts |\n|---|---|"
         for runs in (3, 5, 6, 8, 10, 15, 20):
@@ -182,7 +195,7 @@ def lines(kind: str, count: int) -> Iterator[str]:
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("kind", choices=("claims", "power", "auto", "race", "level"))
+    parser.add_argument("kind", choices=("claims", "power", "auto", "race", "splits", "level"))
     parser.add_argument("--studies", type=int, default=1000)
     given = parser.parse_args()
     for line in lines(given.kind, given.studies):
