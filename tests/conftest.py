@@ -101,6 +101,7 @@ def _isolated(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
         patch.setenv("EFFV2_CACHE", str(tmp_path_factory.mktemp("cache")))
         for name in [name for name in os.environ if name.startswith("MLFLOW_")]:
             patch.delenv(name)
+        patch.setenv("MLFLOW_EXPERIMENT_ID", "0")  # which every store has
         yield
     for each in STARTED:
         each.close()
@@ -156,7 +157,6 @@ def _use_store(uri: str, folder: Path, monkeypatch: pytest.MonkeyPatch) -> Itera
 
     monkeypatch.chdir(folder)
     monkeypatch.setenv("MLFLOW_TRACKING_URI", uri)
-    monkeypatch.setenv("MLFLOW_EXPERIMENT_ID", "0")  # which is there
     yield uri
     while mlflow.active_run():
         mlflow.end_run()

@@ -240,7 +240,9 @@ def test_a_study_is_shown_in_eighty_columns(monkeypatch: pytest.MonkeyPatch) -> 
 
     reporter.progress("loading PyTorch")
     assert shown() == ["loading PyTorch " + 10 * "━"]
-    reporter.study_progress(StudyProgress(6, 1, {"running": 1}, "m, seed 0, validation accuracy 90.00 %", {"a": "accuracy 90.00 %"}))
+    reporter.study_progress(
+        StudyProgress(6, 1, {"running": 1}, "m, seed 0, validation accuracy 90.00 %", {"a": "accuracy 90.00 %"})
+    )
     reporter.run_started("efficientnet_v2_m_of_a_long_name, seed 1", 20)
     metrics = {"train/accuracy": 0.9, "val/accuracy": 0.8, "throughput/train_images_per_second": 1234.5}
     reporter.epoch(4, metrics, 0.85)

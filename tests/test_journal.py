@@ -194,7 +194,7 @@ def test_a_folder_that_is_away_is_named_with_what_helps(url: str) -> None:
 
     storage.patience = -1
     with pytest.raises(
-        StoreAway, match=r"away .* \(Stale file handle\); check that .*/shared/study.log can be read and"
+        StoreAway, match=r"has not answered .* \(Stale file handle\); check that .*/shared/study.log can be read and"
     ):
         storage.retry(away)
 

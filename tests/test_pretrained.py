@@ -364,7 +364,7 @@ WRONG_INPUT = {
     "--models resnet50,resnet50:DEFAULT": r"are the same weights",
     "--models resnet50=nowhere.pth": r"nowhere.pth is not a readable file",
     "--models ,": r"--models ,: names no network",
-    "--models resnet50": r"resnet50: its weights can't be downloaded \(.*fetch https://\S+/resnet50-11ad3fa6.pth and",
+    "--models resnet50": r"resnet50: its weights can't be downloaded \(.*download https://\S+/resnet50-11ad3fa6.pth and",
     "--models squeezenet1_1=truncated.pth": r"truncated.pth can't be loaded as weights of \S+ \(it is damaged",
     "--models squeezenet1_1=code.pth": r"code.pth can't be loaded .*holds something other than tensors",
     "--models resnet18=squeezenet.pth": r"squeezenet.pth can't be loaded as .* resnet18 \(parameters are missing",

@@ -135,7 +135,7 @@ def test_limits_hold_for_the_first_model_too(log: Log, name: str) -> None:
     slow = try_out(name, address, max_milliseconds=11.9)
     assert slow.verdict == "refused" and "it takes 12 milliseconds, but 11.9 are allowed" in slow.reason
     large = try_out(name, address, max_megabytes=1.9)
-    assert large.verdict == "refused" and "it takes 2 megabytes, where 1.9" in large.reason and not held(name)
+    assert large.verdict == "refused" and "it takes 2 megabytes, but 1.9 are allowed" in large.reason and not held(name)
     assert try_out(name, address, max_milliseconds=12, max_megabytes=2).verdict == "promoted"
 
 

@@ -266,10 +266,10 @@ def test_an_arm_that_opens_again_gets_more() -> None:
         ("arms: {a: {}}\nseeds: [3, 1]", (["a"], "a", (3, 1))),
         ("arms: {a: {}}\nseeds: 0-2", (["a"], "a", (0, 1, 2))),
         ("arms: {a: {}}\nseeds: 7, 2-3", (["a"], "a", (7, 2, 3))),
-        ("seeds: 2-0", "line 2: seeds 2-0: must be whole numbers from 0 on, as 0,1,2 or 0-2"),
+        ("seeds: 2-0", "line 2: seeds 2-0: must be at most 10,000 whole numbers of at least 0, such as 0,1,2 or 0-2"),
         (
             "seeds: 0-4000000000",
-            "line 2: seeds 0-4000000000: must be whole numbers from 0 on, as 0,1,2 or 0-2, and 10,000",
+            "line 2: seeds 0-4000000000: must be at most 10,000 whole numbers",
         ),
         ("seeds: 0-2,1", "line 2: seeds 0-2,1: the same seed appears twice; remove one"),
         ("arms: {a: {augment: {flip: on}}}\ndescription: no", (["a"], "a", ())),
@@ -281,7 +281,7 @@ def test_an_arm_that_opens_again_gets_more() -> None:
         ),
         ("arms: {a: {model: {on: 1}}}", "line 2: arms.a.model.on: unknown key 'on'"),
         ("on: 1", "line 2: on: unknown key 'on'"),
-        ("seeds: true", "line 2: seeds True: must be whole numbers"),
+        ("seeds: true", "line 2: seeds True: must be at most 10,000 whole numbers"),
         ("arms: {a: {data: {per_class: 1:30}}}", "line 2: arms.a.data.per_class 1:30: input should be a valid integer"),
     ],
 )
@@ -314,7 +314,7 @@ def test_splits_hold_the_seeds() -> None:
         return make_grid("ablate", of_splits, ["default", "drop_one"], NO_OPTIONS, given, **how)
 
     for splits, options in ((2, {}), (4, {"max_seeds": 5})):
-        with pytest.raises(InputError, match=f"has {splits} splits, each for one of these seeds"):
+        with pytest.raises(InputError, match=f"has {splits} splits, and each of these seeds needs one"):
             automatic(splits, **options)
     auto_grid = automatic(4)
     assert [*auto_grid.wanted({})][2:4] == ["default, split 1, seed 1", "drop_one, split 1, seed 1"]

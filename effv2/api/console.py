@@ -73,7 +73,7 @@ class ConsoleReporter(LineReporter):
         self.console.print(masked(self._in_words(text)), highlight=False, markup=False, soft_wrap=True)
 
     def progress(self, what: str, done: int = 0, total: int | None = None) -> None:
-        """Show what is done now; whatever is counted anew gets a bar, and an estimate, of its own."""
+        """Show what is done now; each new count gets its own bar and estimate."""
         super().progress(what, done, total)
         if what != self._counted[0] or done < self._counted[1]:
             self._progress.reset(self._now, note="")

@@ -201,7 +201,7 @@ def load_dataset(config: DataConfig, on_decoded: OnDecoded | None = None) -> Dat
 
 
 def decoded_split(images: LabelledImages, config: DataConfig, on_decoded: OnDecoded | None) -> tuple[Split, Decoded]:
-    """Return images as the network gets them, and what there is to know of them; InputError as `decode`."""
+    """Return images as the network gets them, and the facts about them; InputError as in `decode`."""
     found = decode(images, Square(config.image_size), on_decoded, config.max_megapixels, config.skip_broken)
     pixels, hashes = torch.from_numpy(found.pixels), image_hashes(found.pixels)
     rows, labels = torch.arange(len(images)), torch.from_numpy(images.labels)

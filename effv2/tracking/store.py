@@ -37,7 +37,7 @@ TrackingError = MlflowException
 TRACKING_ERRORS = (MlflowException, SQLAlchemyError, OSError)  # the store is unreachable, or refuses
 REFUSALS = ("INVALID_PARAMETER_VALUE", "BAD_REQUEST")
 CUT = "Connection broken|IncompleteRead"  # signs of a cut answer
-DEFAULT, OWN_EXPERIMENT = "0", "effv2"  # the id of MLflow's default experiment, and the name of ours
+DEFAULT, OWN_EXPERIMENT = "0", "effv2"  # the id of MLflow's default experiment, and the name of effv2's
 MISSING = "RESOURCE_DOES_NOT_EXIST"  # no run, model or experiment has that id
 # Errors on opening a database whose creation was interrupted, and which has no version of its tables.
 HALF_BUILT = (
