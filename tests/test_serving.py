@@ -341,7 +341,7 @@ def test_what_cannot_be_exported_is_named_before_anything_is_written(
 ) -> None:
     run_id, folder = only_run(), tmp_path / "new"
     for address, said in {
-        "m-1234": "model m-1234: is no address; give runs:/ID, models:/ID or models:/NAME@ALIAS.",
+        "m-1234": "model m-1234: is not an address; give runs:/ID, models:/ID or models:/NAME@ALIAS.",
         "models:/m-1234": "has no model there",
         "models:/nobody@champion": "has no model there",
         "runs:/1234": "has no model there",

@@ -320,6 +320,6 @@ def test_splits_hold_the_seeds() -> None:
     assert [*auto_grid.wanted({})][2:4] == ["default, split 1, seed 1", "drop_one, split 1, seed 1"]
     assert len(auto_grid.wanted({})) == 6 and auto_grid.stamps["study.max_seeds"] == 4
     assert auto_grid.auto is not None and auto_grid.auto.overlap == pytest.approx(0.25)  # of digits' test fraction
-    with pytest.raises(InputError, match="the study was begun with"):
+    with pytest.raises(InputError, match="the study began with"):
         auto_grid.resumed({"study.splits": "4"}, lambda _: [])  # seeds were a list then
     assert auto_grid.resumed({"study.max_seeds": "4"}, lambda _: []).auto.most == 4  # type: ignore[union-attr]
