@@ -21,6 +21,7 @@ from effv2.evidence.judge import Finding, Verdict, judge
 from effv2.evidence.statistics import power
 from effv2.studies.grid import make_grid
 from effv2.tracking.read import BEST_TEST, LAST_TEST, SELECTED_TEST, Images, RunRecord
+from effv2.tracking.studies import arm_in
 from tests.test_evidence import ABOVE, claims_of, nothing, results, study, two_arms
 
 ARMS = "{a: {model.variant: a}, b: {model.variant: b}}"
@@ -155,3 +156,11 @@ def test_a_race_is_held_against_the_best_arm() -> None:
         "a is worse than b by 20.00 points"
     )
     assert found.table[0][3] == "minus b [interval]"
+
+
+@pytest.mark.parametrize(
+    ("name", "arm"),
+    [("base, seed 1", "base"), ("base, split 1, seed 12", "base"), ("a, seed 1, seed 2", "a, seed 1"), ("trial 3", "")],
+)
+def test_a_run_of_a_split_belongs_to_its_arm(name: str, arm: str) -> None:
+    assert arm_in(name) == arm

@@ -113,6 +113,17 @@ def test_a_norm_of_many_pixels_is_exact_and_has_the_same_bits_with_any_number_of
         assert (one.double() - expected).norm() <= (0.1 if bf16 else 1e-5) * expected.norm()
 
 
+def test_compiled_norms_are_not_loaded_from_a_folder_that_others_can_write_to(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setenv("EFFV2_CACHE", str(tmp_path))
+    assert norms._library.__wrapped__() is not None
+    (folder,) = tmp_path.glob("compiled-*")
+    assert [path.suffix for path in folder.iterdir()] == [".so"] and folder.stat().st_mode & 0o077 == 0
+    folder.chmod(0o770)
+    assert norms._library.__wrapped__() is None
+
+
 def test_without_a_compiler_batch_norms_are_left_alone(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("CXX", "no-such-compiler")
     monkeypatch.setenv("EFFV2_CACHE", str(tmp_path))

@@ -19,7 +19,7 @@ from effv2.cli.main import ablate, report, train
 from effv2.core.errors import InputError
 from effv2.evidence.claims import read_claims
 from effv2.evidence.exports import Evidence, export, exported
-from effv2.tracking.exports import Answers
+from effv2.tracking.exports import Answers, answers_of
 from effv2.tracking.read import Images, RunRecord, read_experiment
 from effv2.tracking.tags import ANSWER, REUSED, reused, reused_in
 from tests.test_commands import all_runs, invoke
@@ -248,6 +248,17 @@ def test_no_name_is_a_formula_in_a_csv_and_all_are_read_back(tmp_path: Path) -> 
     assert list(read.runs) == [NAMED]
     assert read.right(NAMED) == {"=1.png": True, "'2.png": False}
     assert read.predictions(NAMED)["predictions.csv"] == read.predictions(NAMED)["unseen/predictions.csv"]
+
+
+def test_predictions_with_other_columns_are_read_and_damaged_ones_are_not() -> None:
+    assert answers_of("note,predicted,id,true\nx,a,1.png,b\n") == Answers((("1.png", "b"),), [("a", "")])
+    for text in (
+        "",
+        "id,true,predicted\n",
+        "id,true,predicted\n1.png,a\n",
+        f"id,true,predicted\n{'x' * 20_000_000},a,a\n",
+    ):
+        assert answers_of(text) is None
 
 
 @pytest.mark.parametrize(

@@ -34,7 +34,8 @@ def estimate(values: Sequence[Values], looks: Looks, paired: bool = False, overl
         return Estimate(*(list(of_arm.values()) for of_arm in values), looks=looks)
     by_pair = map(pd.Series, values)
     first, *other = (each.groupby(level=0).mean() for each in by_pair) if several else by_pair
-    differences = first.sub(*other).dropna().tolist() if other else first.tolist()
+    common = first.index.intersection(other[0].index) if other else first.index
+    differences = (first[common] - other[0][common] if other else first).tolist()
     return Estimate(differences or [math.nan], overlap=overlap if several else 0.0, looks=looks)
 
 
@@ -136,7 +137,7 @@ def answers(
     overlap: float = 0.0,
     race: bool = False,
 ) -> dict[str, Answer]:
-    """Compare each arm with its reference in `others`, corrected for the number of arms (Holm, or as in `rivals`).
+    """Compare each arm with its reference in `others`, corrected for the number of arms (Holm, or as in a race).
 
     `values` are those of all arms with runs. The first seeds count. An arm without values, or with a reference
     without values, has no answer.

@@ -104,7 +104,7 @@ def publish(experiment: str, own: Path | None, target: Path | None, reporter: Re
             open_store(None, create=False)
         nothing = Evidence(experiment or "no runs yet", "", [], lambda run: {})
         return _exported(nothing, claims, target or Path(), reporter), ""
-    experiment_id = open_experiment(experiment, reporter.message, create=not experiment)
+    experiment_id = open_experiment(experiment, reporter.message, create=False)
     with tracking_faults(), open_report_run(experiment_id, reporter.message) as run:
         reporter.progress("reading runs")
         evidence = tracked(run.experiment_id, HISTORIES if target is None else EXPORTED)

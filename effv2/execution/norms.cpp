@@ -21,6 +21,7 @@ static inline void store(float *to, float value) { *to = value; }
 static inline void store(BFloat16 *to, float value) {  // to the nearest, ties to even
     uint32_t bits;
     memcpy(&bits, &value, 4);
+    if (value != value) bits = 0x7fc00000;
     to->bits = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
 }
 

@@ -1,12 +1,15 @@
 """Batch norm in training on CPUs, with the SiLU after it: one pass for torch's two, nothing stored between them.
 
-norms.cpp is compiled once, at its first use, and kept in the cache folder. Without a C++ compiler torch's layers stay.
+norms.cpp is compiled once, at its first use, and kept in a private folder of the cache. Without a C++ compiler, torch's
+layers stay. The two forms differ by rounding.
 
-<cache>/compiled/norms-<hash of source and flags>.so
+<cache>/compiled-<user id>/norms-<hash of source and flags>.so
 """
 
 import ctypes
 import os
+import shlex
+import stat
 import subprocess
 import uuid
 from contextlib import suppress
@@ -16,6 +19,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 from torchvision.ops import Conv2dNormActivation
 
 from effv2.core.paths import cache_folder
@@ -44,7 +48,8 @@ class ConvNorm(Conv2dNormActivation):  # type: ignore[misc]
             output = super().forward(input)
             return output
         maps = convolution(input).contiguous(memory_format=torch.channels_last)
-        if maps.dtype in KINDS and norm.weight.dtype == torch.float32 and maps.numel() > maps.shape[1]:
+        ours = maps.device.type == "cpu" and maps.dtype in KINDS and norm.weight.dtype == torch.float32
+        if ours and maps.numel() > maps.shape[1]:
             norm.num_batches_tracked.add_(1)
             settings = norm.running_mean, norm.running_var, norm.momentum, norm.eps, bool(activation)
             output = _NormSiLU.apply(maps, norm.weight, norm.bias, settings)
@@ -59,7 +64,12 @@ def applies(layer: nn.Module) -> bool:
     if [*map(type, parts)] not in ([nn.BatchNorm2d], [nn.BatchNorm2d, nn.SiLU]):
         return False
     usual = parts[0].affine and parts[0].track_running_stats and parts[0].momentum is not None
-    return bool(usual) and _library() is not None
+    return bool(usual) and compiled()
+
+
+def compiled() -> bool:
+    """Return whether this machine has the compiled functions."""
+    return _library() is not None
 
 
 class _NormSiLU(torch.autograd.Function):
@@ -77,6 +87,7 @@ class _NormSiLU(torch.autograd.Function):
         return output
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         maps, weight, bias, of_batch = ctx.saved_tensors
         gradient = gradients[0].to(maps.dtype).contiguous(memory_format=torch.channels_last)
@@ -94,14 +105,21 @@ def _call(name: str, tensors: tuple[Tensor, ...], *numbers: float) -> None:
 def _library() -> ctypes.CDLL | None:
     """Return the compiled functions, None where they can't be compiled or kept."""
     flags = [*FLAGS, *VECTORS.get(torch.backends.cpu.get_cpu_capability(), [])]
-    path = cache_folder() / "compiled" / f"norms-{sha256_of_values([SOURCE.read_text(), *flags])[:16]}.so"
+    folder = cache_folder() / f"compiled-{os.getuid()}"
+    path = folder / f"norms-{sha256_of_values([SOURCE.read_text(), *flags])[:16]}.so"
+    unfinished = path.with_name(f".{uuid.uuid4().hex}.so")
     with suppress(OSError, AttributeError, subprocess.SubprocessError):
-        if not path.exists() or path.stat().st_uid != os.getuid():  # another user's code isn't run
-            path.parent.mkdir(parents=True, exist_ok=True)
-            unfinished = path.with_name(f".{uuid.uuid4().hex}.so")
-            command = [os.environ.get("CXX", "g++"), *flags, str(SOURCE), "-o", str(unfinished)]
-            subprocess.run(command, check=True, capture_output=True, timeout=300)  # noqa: S603
-            unfinished.replace(path)
+        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        about = folder.lstat()
+        if not stat.S_ISDIR(about.st_mode) or about.st_uid != os.getuid() or about.st_mode & 0o022:
+            return None  # others could put their code there
+        if not path.exists():
+            command = [*shlex.split(os.environ.get("CXX") or "g++"), *flags, str(SOURCE), "-o", str(unfinished)]
+            try:
+                subprocess.run(command, check=True, capture_output=True, timeout=300)  # noqa: S603
+                unfinished.replace(path)
+            finally:
+                unfinished.unlink(missing_ok=True)
         library = ctypes.CDLL(str(path))
         for kind in KINDS.values():
             getattr(library, f"forward_{kind}").argtypes = FORWARD

@@ -26,6 +26,7 @@ from effv2.core.errors import InputError
 from effv2.core.paths import cache_folder, write_atomically
 from effv2.core.randomness import private_randomness
 from effv2.core.reporter import Message
+from effv2.execution import norms
 from effv2.execution.device import Execution
 
 COMPILES_FOR_CUDA = (2, 11)  # reports say that older ones refuse our settings of TF32 (pytorch issue 166387)
@@ -129,7 +130,7 @@ def _path(config: TrainConfig) -> Path:
     machine = provenance.machine()
     deciding = [str(config.model.build_table()), config.data.image_size, config.optimiser.batch_size]
     deciding += [config.execution.channels_last, os.environ.get("EFFV2_ALLOCATOR", "")]
-    deciding += [provenance.code_version(), machine["processor"], machine["threads"]]
+    deciding += [provenance.code_version(), machine["processor"], machine["threads"], norms.compiled()]
     return cache_folder() / "calibrations" / f"{provenance.sha256_of_values(deciding)[:16]}.json"
 
 

@@ -16,6 +16,7 @@ from effv2.core.processes import is_alive, this_process
 from effv2.core.reporter import Message, Reporter
 from effv2.data.dataset import Dataset, LoadData, load_once
 from effv2.data.inspection import contact_sheet, in_short
+from effv2.execution import norms
 from effv2.execution.resolve import remembered, resolve_study, with_device
 from effv2.run.few_images import say_if_near_chance, with_length
 from effv2.run.initial import initialise, origin, with_weights
@@ -135,6 +136,7 @@ def attempt(config: TrainConfig, dataset: Dataset, spec: RunSpec) -> Attempt:
             checkpointer.remove()  # if only the status was missing
             pruned = earlier.tags.get(tag.OUTCOME) == "pruned"
             return Attempt(there, earlier.metrics, reached_accuracy(earlier.metrics), pruned, was_finished=True)
+        _compare_norms(earlier, tags, spec.reporter)
     elif config.model.weights:
         tags[tag.WEIGHTS] = origin(config, dataset.classes)  # before the run is created: it may fail
     _must_be_alone(tags, spec)
@@ -170,9 +172,20 @@ def _tags(config: TrainConfig, dataset: Dataset) -> dict[str, str]:
     """Return the identity of a run, and the resolved settings of this machine."""
     code, variant, seed = provenance.code_version(), config.model.variant, config.random.seed
     tags = tag.run_tags(config.hash(), dataset.digest(), code, variant, seed)
-    if config.execution.device == "cpu" and (timed := remembered(config)):
-        tags[tag.CALIBRATION] = str(timed)
+    if config.execution.device == "cpu":
+        tags[tag.NORMS] = "compiled" if norms.compiled() else "torch"
+        tags |= {tag.CALIBRATION: str(timed)} if (timed := remembered(config)) else {}
     return tags
+
+
+def _compare_norms(earlier: RunRecord, tags: Mapping[str, str], reporter: Reporter) -> None:
+    """Warn before a run is resumed with the other form of batch norm."""
+    before, now = earlier.tags.get(tag.NORMS), tags.get(tag.NORMS)
+    if before and before != now:
+        text = (
+            f"The run {earlier.run_id} began with the {before} form of batch norm and continues with {now or 'another'}"
+        )
+        reporter.message(f"{text}. Their results differ by rounding.")
 
 
 def _must_be_alone(tags: Mapping[str, str], spec: RunSpec, run: OpenRun | None = None) -> None:

@@ -127,7 +127,7 @@ def _open(plan: Plan, storage: Storage, experiment_id: str, options: StudyOption
                 numbers = [study.study_name.rpartition("#") for study in studies]
                 queue = f"{name}#{1 + max((int(last) for before, _, last in numbers if before == name), default=0)}"
                 if isinstance(plan, TrainingPlan):
-                    plan.check_new(experiment_id)
+                    plan.check_new(experiment_id, options.fresh)
                 attributes = _create(plan, storage, queue, definition, options.fresh)
                 for line in plan.about:
                     reporter.message(line)

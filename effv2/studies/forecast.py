@@ -62,16 +62,21 @@ def forecast(
         f"Differences from the baseline that would be detected, with a standard deviation of {points(deviation, '')} "
         f"({source}):",
     ]
-    return lines, _table(Looks(most), sorted({3, 6, 10, most}), deviation)
+    overlap = plan.auto.overlap if plan.auto and plan.auto.own_splits else None
+    return lines, _table(Looks(most), sorted({3, 6, 10, most}), deviation, overlap)
 
 
-def _table(looks: Looks, counts: Sequence[int], deviation: float) -> list[list[str]]:
-    """Return the differences of one arm that a number of seeds detects with certain probabilities."""
-    nominal = looks.nominal(LEVEL, 2)
+def _table(looks: Looks, counts: Sequence[int], deviation: float, overlap: float | None) -> list[list[str]]:
+    """Return the differences of one arm that a number of seeds detects with certain probabilities.
+
+    With an `overlap`, each seed has its own split, and the arms are paired by split.
+    """
+    samples = 2 if overlap is None else 1
+    nominal, shared = looks.nominal(LEVEL, samples), overlap or 0.0
 
     def cell(count: int, chance: float) -> str:
         def lacks(difference: float) -> float:
-            return power(difference, math.sqrt(2) * deviation, count, nominal, samples=2) - chance
+            return power(difference, math.sqrt(2) * deviation, count, nominal, samples, overlap=shared) - chance
 
         return points(float(brentq(lacks, 0, LARGEST)), "") if lacks(LARGEST) > 0 else "none"
 

@@ -61,7 +61,8 @@ class Grid(TrainingPlan):
         began, asked = stamped.get(LOOKS, "every"), str(self.options.seeds)
         if began != self.stamps[LOOKS] or (self.splits > 1 and MAX_SEEDS not in stamped):
             ways = {"once": f"for one look, at {stamped.get(MAX_SEEDS)} seeds", RACE: "as a race"}
-            problem = f"the study began {ways.get(began, 'with auto seeds or a list')}"
+            usual = "with auto seeds or a list" if self.splits == 1 else "with a list of seeds"
+            problem = f"the study began {ways.get(began, usual)}"
             raise InputError("seeds", asked, problem, "give the same again, or start over with `fresh`")
         most, margin = int(stamped.get(MAX_SEEDS, EVERY_LOOK.most)), float(stamped.get(MARGIN, 0))
         before = tuple(begin(", ".join(self.auto.wanted)))

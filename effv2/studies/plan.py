@@ -130,11 +130,12 @@ class TrainingPlan(Plan):
     def configuration(self, params: Params) -> TrainConfig:
         """Return the configuration of a trial with these parameters."""
 
-    def check_new(self, experiment_id: str) -> None:
-        """Raise InputError for weights that are gone, unless all that they are for was trained before."""
-        for config in map(self.configuration, self.trials.values()):
-            known = {CONFIG_HASH: config.hash()}
-            if config.model.weights and not find_runs(experiment_id, known, running=False):
+    def check_new(self, experiment_id: str, fresh: bool) -> None:
+        """Raise InputError for missing weights, unless all runs that need them are finished and count."""
+        configs = map(self.configuration, self.trials.values())
+        for key, config in {config.hash(): config for config in configs if config.model.weights}.items():
+            known = [] if fresh else find_runs(experiment_id, {CONFIG_HASH: key}, running=False)
+            if not any(run.status == "FINISHED" for run in known):
                 find_weights(config.model)
 
     def execute(self, spec: RunSpec, params: Params, load: LoadData) -> Attempt:

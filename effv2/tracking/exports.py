@@ -26,7 +26,7 @@ from effv2.tracking.tags import PARENT, PID, PROCESS, QUEUE
 
 MANIFEST, RUNS, EPOCHS = "manifest.json", "runs.csv", "epochs.csv"
 LARGEST_MANIFEST, LARGEST_FILE = 50_000_000, 2_000_000_000  # bytes: enough for millions of epochs
-LARGEST_FIELD = 10_000_000  # characters of a CSV field: thousands of class names
+csv.field_size_limit(10_000_000)  # characters: thousands of class names
 TABLES = {  # tables of an export: their titles after `run_id`; those of epochs.csv end with a column per metric
     RUNS: "name status started ended",
     "params.csv": "name value",
@@ -76,10 +76,12 @@ class Export:
 
 def answers_of(text: str) -> Answers | None:
     """Return the predictions in a file of a run; None for another table."""
-    titles, *rows = [list(map(from_cell, row)) for row in csv.reader(io.StringIO(text))] or [[]]
-    if titles != ANSWERS or not rows or any(len(row) != len(ANSWERS) for row in rows):
-        return None
-    return Answers(tuple((row[0], row[1]) for row in rows), [(row[2], row[3]) for row in rows])
+    with suppress(csv.Error):
+        rows = [[row.get(name) for name in ANSWERS] for row in csv.DictReader(io.StringIO(text))]
+        cells = [[from_cell(cell or "") for cell in row] for row in rows if None not in row[:-1]]
+        if cells and len(cells) == len(rows):  # the probability may be missing
+            return Answers(tuple((row[0], row[1]) for row in cells), [(row[2], row[3]) for row in cells])
+    return None
 
 
 def write_export(
@@ -176,7 +178,6 @@ def _manifest(folder: Path) -> Manifest:
 
 def _read_runs(folder: Path) -> Iterator[RunRecord]:
     """Yield the runs of an export from its tables."""
-    csv.field_size_limit(LARGEST_FIELD)
     lines: dict[str, dict[str, list[list[str]]]] = defaultdict(lambda: {name: [] for name in TABLES})  # by run
     titles: dict[str, list[str]] = {}  # by table, after `run_id`
     for table in TABLES:

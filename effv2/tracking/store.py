@@ -295,8 +295,9 @@ def _experiment(name: str, create: bool, message: Message) -> Experiment:
     if not name:
         chosen = default_experiment_id()
         named = chosen != DEFAULT or any(map(os.environ.get, ("MLFLOW_EXPERIMENT_ID", "MLFLOW_EXPERIMENT_NAME")))
-        if named or client.search_runs([DEFAULT], f"tags.`{PID}` != ''", max_results=1):  # ours of before
-            return client.get_experiment(chosen)
+        ours = client.get_experiment_by_name(OWN_EXPERIMENT)
+        if named or client.search_runs([DEFAULT], f"tags.`{PID}` != ''", max_results=1) or not (ours or create):
+            return client.get_experiment(chosen)  # Default for earlier runs of effv2, and for reports on others' runs
         name = OWN_EXPERIMENT
     found = client.get_experiment_by_name(name)
     if found is None and not create:

@@ -1,5 +1,6 @@
 """Studies from tracked runs: the runs of each study, and the runs that it lacks."""
 
+import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from textwrap import shorten
@@ -80,4 +81,5 @@ def complete(runs: Iterable[RunRecord]) -> list[RunRecord]:
 
 def arm_in(name: str) -> str:
     """Return the arm in the name of a run; empty if there is none."""
-    return name.rpartition(", seed ")[0]
+    found = re.fullmatch(r"(.*?)(, split \d+)?, seed \d+", name)
+    return found[1] if found else ""

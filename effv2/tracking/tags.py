@@ -34,6 +34,7 @@ GIT_COMMIT = "effv2.git_commit"
 GIT_DIRTY = "effv2.git_dirty"
 MACHINE = "effv2.machine."  # followed by the fact about the machine, such as processor
 CALIBRATION = "effv2.calibration"
+NORMS = "effv2.norms"  # on a CPU: `compiled`, or `torch` without a C++ compiler; they differ by rounding
 # Of a study's run.
 QUEUE = "effv2.queue"  # the name of the study in Optuna's storage
 PLANNED = "effv2.planned"  # the names of all planned runs
