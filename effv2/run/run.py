@@ -182,10 +182,9 @@ def _compare_norms(earlier: RunRecord, tags: Mapping[str, str], reporter: Report
     """Warn before a run is resumed with the other form of batch norm."""
     before, now = earlier.tags.get(tag.NORMS), tags.get(tag.NORMS)
     if before and before != now:
-        text = (
-            f"The run {earlier.run_id} began with the {before} form of batch norm and continues with {now or 'another'}"
+        reporter.message(
+            f"Batch norm was {before} in the run {earlier.run_id}, and is {now} now: a rounding difference."
         )
-        reporter.message(f"{text}. Their results differ by rounding.")
 
 
 def _must_be_alone(tags: Mapping[str, str], spec: RunSpec, run: OpenRun | None = None) -> None:
