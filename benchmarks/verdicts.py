@@ -178,7 +178,8 @@ def lines(kind: str, count: int) -> Iterator[str]:
     elif kind == "splits":
         yield "| splits | spread between splits, SD of a seed | false verdicts |\n|---|---|---|"
         for splits, spread in product((3, 5, 10), (0.0, 0.5)):
-            yield f"| {splits} | {spread:g} | {np.mean(drawn(partial(misjudged_on_splits, splits, spread), count)):.3f} |"
+            share = np.mean(drawn(partial(misjudged_on_splits, splits, spread), count))
+            yield f"| {splits} | {spread:g} | {share:.3f} |"
     elif kind == "level":
         yield "| runs | false verdicts |\n|---|---|"
         for runs in (3, 5, 6, 8, 10, 15, 20):

@@ -183,7 +183,7 @@ def _compare_norms(earlier: RunRecord, tags: Mapping[str, str], reporter: Report
     before, now = earlier.tags.get(tag.NORMS), tags.get(tag.NORMS)
     if before and before != now:
         reporter.message(
-            f"Batch norm was {before} in the run {earlier.run_id}, and is {now} now: a rounding difference."
+            f"Batch norm was {before} in the run {earlier.run_id} and is {now} now. Digits may differ."
         )
 
 
