@@ -182,9 +182,7 @@ def _compare_norms(earlier: RunRecord, tags: Mapping[str, str], reporter: Report
     """Warn before a run is resumed with the other form of batch norm."""
     before, now = earlier.tags.get(tag.NORMS), tags.get(tag.NORMS)
     if before and before != now:
-        reporter.message(
-            f"Batch norm was {before} in the run {earlier.run_id} and is {now} now. Digits may differ."
-        )
+        reporter.message(f"Batch norm was {before} in the run {earlier.run_id} and is {now} now. Digits may differ.")
 
 
 def _must_be_alone(tags: Mapping[str, str], spec: RunSpec, run: OpenRun | None = None) -> None:
