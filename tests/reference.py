@@ -103,6 +103,7 @@ TAGS = {
     tags.GIT_DIRTY: "Whether there were uncommitted changes.",
     tags.MACHINE: "Several tags: processor, cores, threads, memory, accelerator, system and package versions.",
     tags.CALIBRATION: "The timing behind `precision=auto` on a CPU.",
+    tags.NORMS: "The form of batch norm on a CPU: `compiled`, or `torch` without a C++ compiler.",
     tags.QUEUE: "On a study: its name in Optuna's storage.",
     tags.PLANNED: "On a study: the names of its planned runs.",
     tags.REUSED: "On a study: finished runs that it reuses.",
