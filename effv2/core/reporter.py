@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 from effv2.core.processes import stop_if_told
 from effv2.core.secrets import masked
+from effv2.core.words import counted
 
 Message = Callable[[str], None]
 
@@ -74,7 +75,7 @@ class LineReporter(Reporter):
     def run_started(self, name: str, epochs: int) -> None:
         """Print that a run begins."""
         self._most = epochs
-        self.line(f"training {name}, at most {epochs} epochs")
+        self.line(f"training {name}, at most {counted(epochs, 'epoch')}")
 
     def epoch(self, epoch: int, metrics: Mapping[str, float], best: float) -> None:
         """Print a finished epoch with its accuracies and speed."""
