@@ -38,7 +38,8 @@ class Reporter:
         """Report that a run begins, and its largest number of epochs."""
 
     def step(self, epoch: int, step: int, steps: int, images_per_second: float) -> None:
-        """Report a step of an epoch, both counted from 1, and how fast the epoch is."""
+        """Report a step of an epoch, both counted from 1, and how fast the epoch is; end here if a signal was lost."""
+        stop_if_told()
 
     def epoch(self, epoch: int, metrics: Mapping[str, float], best: float) -> None:
         """Report a finished epoch, its metrics and the best watched accuracy so far, below 0 where there is none."""

@@ -21,7 +21,7 @@ from effv2.data.folders import left_out_note
 from effv2.data.images import OnDecoded
 from effv2.data.sources import open_source
 
-NEAR_BITS = 4  # of 64: the perceptual hashes of nearly identical images differ in at most so many
+NEAR_BITS = 4  # of 64: the most in which the perceptual hashes of nearly identical images differ
 BANDS = [(0, 13), (13, 13), (26, 13), (39, 13), (52, 12)]  # one more than NEAR_BITS, so that near hashes share a band
 LARGEST_GROUP = 4_000  # images with an equal band that are compared with each other
 LEAST_SIDE = 32  # pixels: the hashes of smaller images are not meaningful

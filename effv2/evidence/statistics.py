@@ -54,7 +54,7 @@ class Looks(NamedTuple):
         return alpha if self.once else _interpolate(alpha, *_levels(samples, self.most))
 
     def waits(self, there: int) -> str:
-        """Explain why so many runs of an arm allow no verdict yet; empty if they may allow one."""
+        """Explain why this number of runs per arm allows no verdict yet; empty if it may allow one."""
         planned = self.most * self.splits
         early = self.once and there < planned
         return f"{there} of {planned} planned seeds, and a verdict needs all" if early else ""
@@ -240,7 +240,7 @@ def power(
 def seeds_for(
     effect: float, deviation: float, looks: Looks, level: float = LEVEL, samples: int = 2, *, overlap: float = 0.0
 ) -> int | None:
-    """Return the seeds per arm with which 80 % of studies find an effect; None if the looks don't allow so many."""
+    """Return the seeds per arm with which 80 % of studies find an effect; None if that is more than the looks allow."""
     nominal, possible = looks.nominal(level, samples), range(looks.most if looks.once else FEWEST, looks.most + 1)
     place = bisect_left(possible, POWER, key=lambda n: power(effect, deviation, n, nominal, samples, overlap=overlap))
     return possible[place] if place < len(possible) else None

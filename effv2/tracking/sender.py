@@ -57,7 +57,7 @@ class Sender:
     def flush(self, seconds: float) -> None:
         """Wait until everything is delivered, as long as the store answers.
 
-        TrackingAway after so many `seconds` without an answer. RunError after a refusal and, until `check` has
+        TrackingAway if there is no answer for `seconds`. RunError after a refusal and, until `check` has
         succeeded, after a few failures.
         """
         with self._changed:
