@@ -4,7 +4,7 @@
     python benchmarks/verdicts.py power     # two arms: how often a difference is found, and with how many seeds
     python benchmarks/verdicts.py auto      # --seeds auto: five variants against a baseline, with margins
     python benchmarks/verdicts.py race      # seeds=race: the best of six
-    python benchmarks/verdicts.py splits    # no effect: seeds that are added on the same splits
+    python benchmarks/verdicts.py splits    # no effect: several splits, planned or growing in number or in seeds
     python benchmarks/verdicts.py level     # a level, where three runs in ten take off and the others stay low
 
 The standard deviation of an arm is 1 unless a line says otherwise.
@@ -28,7 +28,7 @@ from effv2.config.schema import TrainConfig
 from effv2.evidence.answers import answers
 from effv2.evidence.claims import Claims, read_claims
 from effv2.evidence.judge import Judgement, Verdict, judge
-from effv2.evidence.statistics import LEVEL, Estimate, Outcome
+from effv2.evidence.statistics import EVERY_LOOK, LEVEL, Estimate, Looks, Outcome
 from effv2.studies.seeds import ACCURACY, AutoSeeds
 from effv2.tracking.read import RunRecord
 
@@ -144,11 +144,24 @@ def misjudged(seeds: int, seed: int) -> bool:
     return Estimate(list(values)).p(0.19) < LEVEL
 
 
-def misjudged_on_splits(splits: int, spread: float, seed: int) -> bool:
-    """Say whether any look decides between equal arms, as seeds are added on the same splits of some `spread`."""
+def misjudged_on_splits(how: str, splits: int, seeds: int, spread: float, seed: int) -> bool:
+    """Say whether any look decides between equal arms, whose difference varies by `spread` from split to split.
+
+    The looks are one, as planned; after each further seed on the same splits; or after each further split, as with auto
+    seeds.
+    """
     random = np.random.default_rng(seed)
-    runs = random.normal(0, spread, (splits, 1)) + random.normal(0, 2**0.5, (splits, MOST))  # differences of two arms
-    return any(Estimate(runs[:, :seeds].mean(1).tolist()).p(0) < LEVEL for seeds in range(FEWEST, MOST + 1))
+    of_split = {"a": random.normal(0, spread, (splits, 1)), "b": 0.0}
+    drawn = {arm: mean + random.standard_normal((splits, seeds)) for arm, mean in of_split.items()}
+    steps = {"planned": [(splits, seeds)], "more seeds": [(splits, k + 1) for k in range(seeds)]}
+    steps["more splits"] = [(k, seeds) for k in range(FEWEST, splits + 1)]
+    looks = Looks(seeds, once=True, splits=splits) if how == "planned" else EVERY_LOOK
+    for step in steps[how]:
+        pairs = list(product(*map(range, step)))
+        values = {arm: {(f"{s}", f"{k}"): float(each[s, k]) for s, k in pairs} for arm, each in drawn.items()}
+        if answers(values, {"a": "b"}, looks)["a"].outcome in DIFFER:
+            return True
+    return False
 
 
 def drawn(what: Callable[[int], T], count: int) -> list[T]:
@@ -176,10 +189,12 @@ def lines(kind: str, count: int) -> Iterator[str]:
             seeds = drawn(partial(found, effect * 2**0.5, 1.0), count)
             yield f"| {effect:g} | {np.mean(np.array(seeds) > 0):.3f} | {np.mean([n or MOST for n in seeds]):.1f} |"
     elif kind == "splits":
-        yield "| splits | spread between splits, SD of a seed | false verdicts |\n|---|---|---|"
-        for splits, spread in product((3, 5, 10), (0.0, 0.5)):
-            share = np.mean(drawn(partial(misjudged_on_splits, splits, spread), count))
-            yield f"| {splits} | {spread:g} | {share:.3f} |"
+        yield "| looks | splits | seeds on each | spread of splits, SD | false verdicts |\n|---|---|---|---|---|"
+        planned = [("planned", splits, 3) for splits in (3, 5, 10)]
+        growing = [*(("more seeds", splits, 10) for splits in (3, 5, 10)), ("more splits", MOST, 1)]
+        for case, spread in product([*planned, *growing], (0.0, 0.5)):
+            share = np.mean(drawn(partial(misjudged_on_splits, *case, spread), count))
+            yield f"| {' | '.join(map(str, case))} | {spread:g} | {share:.3f} |"
     elif kind == "level":
         yield "| runs | false verdicts |\n|---|---|"
         for runs in (3, 5, 6, 8, 10, 15, 20):

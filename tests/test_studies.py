@@ -304,7 +304,11 @@ def test_splits_hold_the_seeds() -> None:
     grid = make(study, ["default"])
     assert [*grid.trials] == ["default, split 0, seed 0", "default, split 1, seed 0"]
     assert [grid.configuration(each).data.split_seed for each in grid.trials.values()] == [0, 1]
-    assert grid.stamps == {"study.splits": 2} and grid.definition["splits"] == 2
+    planned = {"study.max_seeds": 1, "study.looks": "once", "study.splits": 2}
+    assert grid.stamps == planned and grid.definition["splits"] == 2
+    more = make(study.model_copy(update={"seeds": (0, 1)}), ["default"])
+    with pytest.raises(InputError, match="2: the study began for one look, at 1 seed"):
+        more.resumed({name: str(value) for name, value in planned.items()}, lambda _: [])
     own = make(study.model_copy(update={"seeds": ()}), ["default"])  # the seed of each arm's configuration
     assert own.trials == grid.trials
     how: dict[str, Any] = {"load": load_once(Reporter()), "reporter": Reporter()}
@@ -320,6 +324,6 @@ def test_splits_hold_the_seeds() -> None:
     assert [*auto_grid.wanted({})][2:4] == ["default, split 1, seed 1", "drop_one, split 1, seed 1"]
     assert len(auto_grid.wanted({})) == 6 and auto_grid.stamps["study.max_seeds"] == 4
     assert auto_grid.auto is not None and auto_grid.auto.overlap == pytest.approx(0.25)  # of digits' test fraction
-    with pytest.raises(InputError, match="the study began with"):
-        auto_grid.resumed({"study.splits": "4"}, lambda _: [])  # seeds were a list then
+    with pytest.raises(InputError, match="the study began for one look, at 2 seeds"):
+        auto_grid.resumed({"study.max_seeds": "2", "study.looks": "once"}, lambda _: [])  # seeds were a list then
     assert auto_grid.resumed({"study.max_seeds": "4"}, lambda _: []).auto.most == 4  # type: ignore[union-attr]

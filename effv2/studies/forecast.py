@@ -16,7 +16,7 @@ from effv2.data.dataset import LoadData
 from effv2.evidence.protocols import FREE
 from effv2.evidence.quantities import TRAIN_SECONDS
 from effv2.evidence.statistics import EVERY_LOOK, FEWEST, LEVEL, Looks, power
-from effv2.studies.grid import MAX_SEEDS, Grid
+from effv2.studies.grid import LOOKS, MAX_SEEDS, Grid
 from effv2.tracking.read import RunRecord, decisive_accuracy, read_experiment
 from effv2.tracking.studies import complete
 from effv2.training.loop import Training
@@ -62,14 +62,17 @@ def forecast(
         f"Differences from the baseline that would be detected, with a standard deviation of {points(deviation, '')} "
         f"({source}):",
     ]
-    overlap = plan.auto.overlap if plan.auto and plan.auto.own_splits else None
-    return lines, _table(Looks(most), sorted({3, 6, 10, most}), deviation, overlap)
+    once = plan.stamps.get(LOOKS) == "once"
+    if once and plan.splits > 1:  # the mean of a split's seeds counts once
+        deviation, most = deviation / math.sqrt(most), plan.splits
+    counts = [most] if once else sorted({3, 6, 10, most})
+    return lines, _table(Looks(most, once), counts, deviation, plan.overlap if plan.splits > 1 else None)
 
 
 def _table(looks: Looks, counts: Sequence[int], deviation: float, overlap: float | None) -> list[list[str]]:
     """Return the differences of one arm that a number of seeds detects with certain probabilities.
 
-    With an `overlap`, each seed has its own split, and the arms are paired by split.
+    With an `overlap`, it is a number of splits, and the arms are paired by split.
     """
     samples = 2 if overlap is None else 1
     nominal, shared = looks.nominal(LEVEL, samples), overlap or 0.0
@@ -81,7 +84,8 @@ def _table(looks: Looks, counts: Sequence[int], deviation: float, overlap: float
         return points(float(brentq(lacks, 0, LARGEST)), "") if lacks(LARGEST) > 0 else "none"
 
     rows = [[str(count), *(cell(count, chance) for chance in CHANCES)] for count in counts if count <= looks.most]
-    return [["seeds per arm", *(f"detected in {chance:.0%}" for chance in CHANCES)], *rows]
+    unit = "seeds per arm" if overlap is None else "splits"
+    return [[unit, *(f"detected in {chance:.0%}" for chance in CHANCES)], *rows]
 
 
 def _deviation(same: dict[str, list[RunRecord]]) -> tuple[float, str]:
