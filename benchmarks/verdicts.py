@@ -190,10 +190,10 @@ def lines(kind: str, count: int) -> Iterator[str]:
             yield f"| {effect:g} | {np.mean(np.array(seeds) > 0):.3f} | {np.mean([n or MOST for n in seeds]):.1f} |"
     elif kind == "splits":
         yield "| looks | splits | seeds on each | spread of splits, SD | false verdicts |\n|---|---|---|---|---|"
-        fixed = [(how, splits, seeds) for how, seeds in (("planned", 3), ("more seeds", 10)) for splits in (3, 5, 10)]
-        for (how, splits, seeds), spread in product([*fixed, ("more splits", MOST, 1)], (0.0, 0.5)):
-            share = np.mean(drawn(partial(misjudged_on_splits, how, splits, seeds, spread), count))
-            yield f"| {how} | {splits} | {seeds} | {spread:g} | {share:.3f} |"
+        fixed = [(how, splits, each) for how, each in (("planned", 3), ("more seeds", 10)) for splits in (3, 5, 10)]
+        for (how, splits, each), spread in product([*fixed, ("more splits", MOST, 1)], (0.0, 0.5)):
+            share = np.mean(drawn(partial(misjudged_on_splits, how, splits, each, spread), count))
+            yield f"| {how} | {splits} | {each} | {spread:g} | {share:.3f} |"
     elif kind == "level":
         yield "| runs | false verdicts |\n|---|---|"
         for runs in (3, 5, 6, 8, 10, 15, 20):
