@@ -151,7 +151,7 @@ def misjudged_on_splits(how: str, splits: int, seeds: int, spread: float, seed: 
     seeds.
     """
     random = np.random.default_rng(seed)
-    of_split = {"a": random.normal(0, spread, (splits, 1)), "b": 0.0}
+    of_split = {"a": random.normal(0, spread, (splits, 1)), "b": np.zeros((splits, 1))}
     drawn = {arm: mean + random.standard_normal((splits, seeds)) for arm, mean in of_split.items()}
     steps = {"planned": [(splits, seeds)], "more seeds": [(splits, k + 1) for k in range(seeds)]}
     steps["more splits"] = [(k, seeds) for k in range(FEWEST, splits + 1)]
