@@ -10,15 +10,19 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pytest
+from click.testing import CliRunner, Result
 from hypothesis import settings
 from PIL import Image
 
 from effv2.config.schema import TrainConfig
 from tests.forks import COMMANDS, STARTED, Forked, forks
+
+if TYPE_CHECKING:
+    from mlflow.entities import Run
 
 if workers := os.environ.get("PYTEST_XDIST_WORKER_COUNT"):  # processes of the suite divide the cores among them
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // int(workers))))
@@ -30,6 +34,7 @@ settings.load_profile("effv2")
 LONGEST = [f"test_{name}" for name in ("engine", "pretrained", "report", "search", "resume", "outages", "commands")]
 TINY_TABLE = "F 1 3 1 8 8 1 / M 2 3 2 8 16 2"
 OTHER_TINY_TABLE = "M 1 3 1 8 8 1 / M 2 3 2 8 16 1"
+TINY_MODEL = f"  model: {{variant: tiny, table: {TINY_TABLE}}}\n"  # the last line of a study's `config`
 TINY: dict[str, dict[str, Any]] = {
     "data": {"image_size": 8, "per_class": 12},
     "model": {"variant": "tiny", "table": TINY_TABLE},
@@ -75,6 +80,18 @@ def tiny_config(**groups: Any) -> TrainConfig:
         new = groups.get(name, {})
         merged[name] = {**TINY.get(name, {}), **new} if isinstance(new, dict) else new
     return TrainConfig.model_validate(merged)
+
+
+def all_runs() -> list[Run]:
+    from mlflow import MlflowClient
+
+    client = MlflowClient()
+    experiments = [experiment.experiment_id for experiment in client.search_experiments()]
+    return list(client.search_runs(experiments, order_by=["start_time ASC"]))
+
+
+def invoke(command: Any, *words: str | Path) -> Result:
+    return CliRunner().invoke(command, [str(word) for word in words], catch_exceptions=False)
 
 
 @contextmanager

@@ -23,8 +23,7 @@ from effv2.core.reporter import LineReporter
 from effv2.data.images import Square
 from effv2.tracking.writer import model_address
 from tests import stubs
-from tests.conftest import TINY_STUDY, TINY_TABLE
-from tests.test_commands import all_runs, invoke
+from tests.conftest import TINY_STUDY, TINY_TABLE, all_runs, invoke
 
 TINY: dict[str, Any] = {
     "image_size": 8,

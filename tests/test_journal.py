@@ -23,8 +23,7 @@ from effv2.studies import journal
 from effv2.studies import queue as queue_module
 from effv2.studies.journal import LockFile, Log, LogAway
 from effv2.studies.storage import Journal, check_storage, open_storage
-from tests.conftest import ROOT, running
-from tests.test_commands import invoke
+from tests.conftest import ROOT, invoke, running
 from tests.test_engine import (
     LEASE_ALL,
     RUNS,

@@ -12,8 +12,7 @@ from typing import Any
 
 import pytest
 
-from tests.conftest import ROOT
-from tests.test_commands import all_runs
+from tests.conftest import ROOT, all_runs
 
 IN_GIT = ["git", "-C", str(ROOT), "ls-files"]
 SHORT = {"seeds": [0, 1, 2], "epochs": 1, "image_size": 8, "per_class": 12, "device": "cpu", "precision": "fp32"}

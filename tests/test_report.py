@@ -22,7 +22,7 @@ from effv2.evidence.exports import Evidence, export, exported
 from effv2.tracking.exports import Answers, answers_of
 from effv2.tracking.read import Images, RunRecord, read_experiment
 from effv2.tracking.tags import ANSWER, REUSED, reused, reused_in
-from tests.test_commands import all_runs, invoke
+from tests.conftest import all_runs, invoke
 
 CLAIM = """
 claims:

@@ -6,8 +6,7 @@ import re
 from pathlib import Path
 
 from effv2.cli.main import report
-from tests.conftest import ROOT
-from tests.test_commands import invoke
+from tests.conftest import ROOT, invoke
 
 RESULTS = ROOT / "docs" / "results"
 

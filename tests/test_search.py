@@ -22,8 +22,7 @@ from effv2.core.reporter import Reporter
 from effv2.data.dataset import load_once
 from effv2.studies.plan import make_search
 from effv2.training import loop
-from tests.conftest import TINY_TABLE, running
-from tests.test_commands import all_runs, invoke
+from tests.conftest import TINY_TABLE, all_runs, invoke, running
 
 TINY_SEARCH = f"""
 name: tiny-search

@@ -12,9 +12,8 @@ from mlflow import MlflowClient
 
 from effv2.cli.main import main
 from effv2.tracking.writer import TrackedRun, page_of, run_address
-from tests.conftest import running
+from tests.conftest import invoke, running
 from tests.servers import free_port
-from tests.test_commands import invoke
 
 
 def make_study(experiment: str = "0") -> str:

@@ -1,0 +1,141 @@
+"""Processes and signals: what a signal ends, what it leaves, which processes are alive."""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+from contextlib import closing
+from pathlib import Path
+from typing import Any
+
+import pytest
+from mlflow import MlflowClient
+
+from effv2.api.console import ConsoleReporter
+from effv2.cli.main import ablate
+from effv2.core import processes
+from effv2.core.errors import Terminated
+from effv2.core.processes import ending_signals, is_alive, this_process, uninterrupted
+from effv2.studies.storage import open_storage
+from effv2.tracking.sender import Sender
+from tests.conftest import ROOT, all_runs, invoke, running
+
+
+def test_sigterm_leaves_no_run_running(sqlite_store: str, tiny_study: Path) -> None:
+    tiny_study.write_text(tiny_study.read_text().replace("epochs: 2", "epochs: 100000"))
+    with running(ROOT / "entry_points" / "ablate.py", "--study", tiny_study) as process:
+        while not any("train/loss" in run.data.metrics for run in all_runs()):
+            assert process.poll() is None
+            time.sleep(0.1)
+        process.send_signal(signal.SIGTERM)
+        errors = process.rest()
+    assert process.returncode == 143 and "KILLED" in errors and "Traceback" not in errors
+    assert [run.info.status for run in all_runs()] == ["KILLED", "KILLED"]
+
+
+class Swallows:
+    """Its destructor is ended by SIGTERM, which Python drops."""
+
+    def __del__(self) -> None:
+        os.kill(os.getpid(), signal.SIGTERM)
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+@pytest.mark.parametrize("looks", ["a step", "a wait for the store", "a call of the queue", "progress"])
+def test_a_signal_that_python_swallowed_ends_what_follows(sqlite_store: str, tmp_path: Path, looks: str) -> None:
+    run = MlflowClient().create_run("0")
+    storage = open_storage(f"sqlite:///{tmp_path / 'optuna.db'}")
+
+    def look() -> None:
+        if looks == "a step":
+            with uninterrupted():
+                pass
+        elif looks == "a wait for the store":
+            with closing(Sender(run.info.run_id, print, resumed=False)) as sender:
+                sender.put(lambda: time.sleep(0.5))
+                sender.flush(60)
+        elif looks == "a call of the queue":
+            storage.retry(lambda: None)
+        else:
+            with ConsoleReporter() as reporter:
+                reporter.step(1, 1, 2, 3.0)
+
+    with ending_signals():
+        Swallows()
+        with pytest.raises(Terminated):
+            look()
+        try:
+            raise Terminated
+        except Terminated:
+            look()  # on the way out nothing is cut short
+    look()
+
+
+@pytest.mark.parametrize(("seconds", "code"), [(0.0, 0), (0.8, -signal.SIGTERM)])
+def test_a_second_signal_ends_at_once_what_hears_none(seconds: float, code: int) -> None:
+    """But for one that comes with the first."""
+    script = (
+        "import os, signal, time\nfrom contextlib import suppress\nfrom effv2.core.processes import ending_signals\n"
+        "with ending_signals():\n    for pause in (0, SECONDS):\n        time.sleep(pause)\n"
+        "        with suppress(BaseException):\n            os.kill(os.getpid(), signal.SIGTERM)\n"
+    )
+    with running("-c", script.replace("SECONDS", str(seconds))) as process:
+        process.rest()
+    assert process.returncode == code
+
+
+def test_a_signal_waits_for_the_end_of_the_outermost_block() -> None:
+    done = False
+    with ending_signals(), pytest.raises(Terminated), uninterrupted():
+        with uninterrupted():
+            os.kill(os.getpid(), signal.SIGTERM)
+        done = True
+    assert done
+
+
+def test_second_signal_does_not_cut_the_marking_short(
+    sqlite_store: str, tiny_study: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Ctrl-C under `mlflow run` is followed by a SIGTERM."""
+    from mlflow.tracking.client import MlflowClient as Client
+
+    from effv2.training import loop
+
+    ended, signals = Client.set_terminated, iter([signal.SIGTERM])
+
+    def signalled_again(*args: Any, **kwargs: Any) -> None:
+        for number in signals:
+            os.kill(os.getpid(), number)
+        ended(*args, **kwargs)
+
+    monkeypatch.setattr(processes, "TOGETHER_SECONDS", 60)  # however slow this machine is
+    monkeypatch.setattr(Client, "set_terminated", signalled_again)
+    monkeypatch.setattr(loop, "evaluate", lambda *_: os.kill(os.getpid(), signal.SIGINT))
+    assert invoke(ablate, "--study", tiny_study).exit_code == 130
+    assert [run.info.status for run in all_runs()] == ["KILLED", "KILLED"]
+
+
+@pytest.mark.parametrize("pid", ["x", "-1", "1e3", "9" * 30, ""])
+def test_a_process_tag_that_somebody_wrote_stops_no_command(pid: str) -> None:
+    *where, _, started, unique = this_process().split("/")
+    assert is_alive("/".join([*where, pid, started, unique])) is None
+
+
+def test_ignored_hangup_stays_ignored(sqlite_store: str, tiny_study: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As under nohup."""
+    from effv2.training import loop
+    from effv2.training.evaluation import evaluate
+
+    evaluated = evaluate
+
+    def hang_up(*args: Any) -> Any:
+        os.kill(os.getpid(), signal.SIGHUP)
+        return evaluated(*args)
+
+    monkeypatch.setattr(loop, "evaluate", hang_up)
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        assert invoke(ablate, "--study", tiny_study, "--log-model", "none").exit_code == 0
+    finally:
+        signal.signal(signal.SIGHUP, before)
