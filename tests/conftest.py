@@ -6,6 +6,7 @@ import gc
 import os
 import shutil
 import signal
+import urllib.request
 from collections.abc import Iterator
 from contextlib import contextmanager
 from itertools import islice
@@ -211,3 +212,40 @@ def make_image_tree(root: Path, parts: tuple[str, ...] = ("",), classes: int = 3
                 suffix = "png" if mode in ("RGBA", "P") else "jpg"
                 Image.fromarray(pixels).convert(mode).save(folder / f"{index}.{suffix}")
     return root
+
+
+def seeded_weights(path: Path, network: str, seed: int = 0) -> Path:
+    """Save a freshly initialised network as the published files are saved: a state dict."""
+    import torch
+    from torchvision import models
+
+    torch.manual_seed(seed)
+    torch.save(models.get_model(network, weights=None).state_dict(), path)
+    return path
+
+
+@pytest.fixture
+def few_images(tmp_path: Path) -> Path:
+    """Write four images per class for two classes, half of them named as ImageNet's validation images."""
+    generator = np.random.default_rng(0)
+    for folder in ("n01440764", "church"):
+        for index in range(4):
+            name = f"ILSVRC2012_val_{index:08d}" if index % 2 else f"n01440764_{index}"
+            path = tmp_path / "images" / folder / f"{name}.JPEG"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            height, width = generator.integers(30, 90, 2)
+            Image.fromarray(generator.integers(0, 256, (height, width, 3), dtype=np.uint8)).save(path, "JPEG")
+    return tmp_path / "images"
+
+
+@pytest.fixture
+def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Give torch a cache of its own, and no way to the network."""
+    import torch
+
+    monkeypatch.setattr(torch.hub, "_hub_dir", str(tmp_path / "hub"))
+    for name in ("http_proxy", "https_proxy"):
+        monkeypatch.setenv(name, "http://127.0.0.1:9")
+    monkeypatch.setenv("no_proxy", "127.0.0.1")
+    monkeypatch.setattr(urllib.request, "_opener", None)  # what urlopen makes of the proxies, once a process
+    return tmp_path / "hub" / "checkpoints"
