@@ -19,11 +19,13 @@ from click.testing import CliRunner, Result
 from hypothesis import settings
 from PIL import Image
 
-from effv2.config.schema import TrainConfig
+from effv2.config.schema import DataConfig, TrainConfig
 from tests.forks import COMMANDS, STARTED, Forked, forks
 
 if TYPE_CHECKING:
     from mlflow.entities import Run
+
+    from effv2.data.dataset import Dataset
 
 if workers := os.environ.get("PYTEST_XDIST_WORKER_COUNT"):  # processes of the suite divide the cores among them
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // int(workers))))
@@ -249,3 +251,33 @@ def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setenv("no_proxy", "127.0.0.1")
     monkeypatch.setattr(urllib.request, "_opener", None)  # what urlopen makes of the proxies, once a process
     return tmp_path / "hub" / "checkpoints"
+
+
+def load_folder(root: Path, **values: Any) -> Dataset:
+    from effv2.data.dataset import load_dataset
+
+    return load_dataset(DataConfig(dataset="folder", dir=str(root), image_size=8, **values))
+
+
+@pytest.fixture
+def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("EFFV2_CACHE", str(tmp_path / "cache"))
+    return tmp_path / "cache"
+
+
+def write_tree(root: Path, *folders: str, images: int = 4) -> Path:
+    """Write folders of small random images, each of other pixels; a name with a dot is that of a text."""
+    generator = np.random.default_rng(1)
+    for name in folders:
+        if name.endswith((".txt", ".csv")):
+            (root / name).write_text("text")
+            continue
+        (root / name).mkdir(parents=True, exist_ok=True)
+        for number in range(images):
+            pixels = generator.integers(0, 256, (12, 12, 3), dtype=np.uint8)
+            Image.fromarray(pixels).save(root / name / f"{Path(name).name}{number}.png")
+    return root
+
+
+def within(*parts: str) -> tuple[str, ...]:
+    return tuple(f"{part}/{name}" for part in parts for name in ("ant", "bee", "cow"))
