@@ -22,7 +22,7 @@ from effv2.evidence.statistics import power
 from effv2.studies.grid import make_grid
 from effv2.tracking.read import BEST_TEST, LAST_TEST, SELECTED_TEST, Images, RunRecord
 from effv2.tracking.studies import arm_in
-from tests.test_evidence import ABOVE, claims_of, nothing, results, study, two_arms
+from tests.simulated import ABOVE, claims_of, nothing, results, study, two_arms
 
 ARMS = "{a: {model.variant: a}, b: {model.variant: b}}"
 CLOSE = {"a": [0.52, 0.53, 0.525], "b": [0.50, 0.51, 0.505]}

@@ -18,7 +18,7 @@ from effv2.evidence.judge import Verdict, judge
 from effv2.evidence.quantities import quantity
 from effv2.tracking.read import RunRecord
 from effv2.tracking.tags import SHOWN, as_tags
-from tests.test_evidence import logged, nothing, results, run, two_arms
+from tests.simulated import logged, nothing, results, run, two_arms
 
 TO_HALF = "seconds/to_test_accuracy_0.5"
 FASTER = f"{{kind: speed, metric: {TO_HALF}, arm: b, against: a, above: 1.4}}"
