@@ -24,20 +24,8 @@ from effv2.studies import queue as queue_module
 from effv2.studies.journal import LockFile, Log, LogAway
 from effv2.studies.storage import Journal, check_storage, open_storage
 from tests.conftest import ROOT, invoke, running
-from tests.test_engine import (
-    LEASE_ALL,
-    RUNS,
-    SMALL,
-    check_small,
-    end,
-    in_mid_epoch,
-    make_queue,
-    runs,
-    trials,
-    undisturbed,
-    wait_for,
-    worker,
-)
+from tests.queues import LEASE_ALL, make_queue, trials, worker
+from tests.test_engine import RUNS, SMALL, check_small, end, in_mid_epoch, runs, undisturbed, wait_for
 
 __all__ = ["undisturbed"]  # a fixture
 DAY = 86_400.0

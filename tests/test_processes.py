@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import os
 import signal
+import subprocess
+import sys
 import time
+from collections.abc import Iterator
 from contextlib import closing
 from pathlib import Path
 from typing import Any
@@ -16,7 +19,7 @@ from effv2.api.console import ConsoleReporter
 from effv2.cli.main import ablate
 from effv2.core import processes
 from effv2.core.errors import Terminated
-from effv2.core.processes import ending_signals, is_alive, this_process, uninterrupted
+from effv2.core.processes import ending_signals, is_alive, is_gone, this_process, uninterrupted
 from effv2.studies.storage import open_storage
 from effv2.tracking.sender import Sender
 from tests.conftest import ROOT, all_runs, invoke, running
@@ -139,3 +142,28 @@ def test_ignored_hangup_stays_ignored(sqlite_store: str, tiny_study: Path, monke
         assert invoke(ablate, "--study", tiny_study, "--log-model", "none").exit_code == 0
     finally:
         signal.signal(signal.SIGHUP, before)
+
+
+@pytest.fixture(params=["linux", "macos"])
+def _processes(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Know of processes through /proc, or without it."""
+    caches = (processes.this_process, processes._where)
+    for cached in caches:
+        cached.cache_clear()
+    if request.param == "macos":
+        monkeypatch.setattr(processes, "PROC", tmp_path / "nowhere")
+    yield
+    for cached in caches:
+        cached.cache_clear()
+
+
+@pytest.mark.usefixtures("_processes")
+def test_processes_of_this_machine_are_known_to_live_or_not() -> None:
+    assert not is_gone(this_process())
+    boot, space, _, started, unique = this_process().split("/")
+    with subprocess.Popen([sys.executable, "-c", "pass"]) as process:
+        process.wait()
+    assert is_gone(f"{boot}/{space}/{process.pid}/{started}/{unique}")
+    assert is_gone(f"{boot}/{space}/{os.getpid()}/1/{unique}")  # another process had this number before
+    assert not is_gone(f"another machine/{space}/{process.pid}/{started}/{unique}")
+    assert not is_gone(unique)
