@@ -59,7 +59,7 @@ def test_a_family_of_a_published_name_is_ones_own(tmp_path: Path) -> None:
     assert found.tests == 1 and found.corrected == found.p
 
 
-def test_the_last_epoch_stands_beside_the_best_one(tmp_path: Path) -> None:
+def test_the_last_epoch_is_shown_next_to_the_best_one(tmp_path: Path) -> None:
     check = f"{{kind: difference, metric: {BEST_TEST}, arm: a, against: b}}"
     runs = study({"a": [0.90, 0.91, 0.92], "b": [0.51, 0.50, 0.52]})
     runs = [replace(each, metrics={BEST_TEST: (x := each.metrics[SELECTED_TEST]), LAST_TEST: x - 0.1}) for each in runs]

@@ -136,9 +136,7 @@ def test_wrong_input_is_an_error_with_its_parts(
         effv2.train(epoch=3)  # type: ignore[call-arg]
 
 
-def test_a_call_prints_what_must_be_known_and_more_where_it_is_asked_to(
-    sqlite_store: str, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_call_prints_little_unless_verbose(sqlite_store: str, capsys: pytest.CaptureFixture[str]) -> None:
     for reporter, epochs in ((None, 0), (LineReporter(), 1)):
         effv2.train(**TINY, fresh=True, reporter=reporter)
         said = capsys.readouterr().err

@@ -58,7 +58,7 @@ def test_the_last_two_are_kept_and_the_newest_is_read(checkpoints: Checkpointer)
 
 @settings(suppress_health_check=[HealthCheck.function_scoped_fixture], max_examples=60)
 @given(data=st.data())
-def test_what_is_damaged_is_never_read(checkpoints: Checkpointer, data: st.DataObject) -> None:
+def test_damaged_checkpoints_are_never_read(checkpoints: Checkpointer, data: st.DataObject) -> None:
     newest = max(checkpoints.folder.iterdir(), key=lambda path: int(path.name.split("-")[1]))
     whole = newest.read_bytes()
     content = bytearray(whole)
@@ -96,9 +96,7 @@ def test_a_new_checkpoint_outlives_damaged_ones_of_later_steps(checkpoints: Chec
     assert found is not None and found["step"] == 5 and len(list(checkpoints.folder.iterdir())) == 1
 
 
-def test_a_disk_that_is_full_costs_no_checkpoint_and_is_told_once(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_full_disk_costs_no_checkpoint_and_is_reported_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """As a write that fails half-way; on a real full disk torch's writer raises a RuntimeError."""
     whole = torch.save
 

@@ -96,7 +96,7 @@ def test_settings_that_a_claim_leaves_free_may_differ(tmp_path: Path) -> None:
     assert not is_like(record, claims.protocols["ablate-mnist"], "default")
 
 
-def test_a_claim_may_name_a_study_file_beside_it(tmp_path: Path) -> None:
+def test_a_claim_may_name_a_study_file_in_its_folder(tmp_path: Path) -> None:
     (tmp_path / "mine.yaml").write_text(
         "name: mine\nconfig: {schedule: {epochs: 2}}\n"
         "arms: {a: {}, b: {model: {dropout: 0.5}}, c: {execution: {precision: bf16}}}\n"

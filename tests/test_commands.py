@@ -178,7 +178,7 @@ def test_a_study_is_shown_in_eighty_columns(monkeypatch: pytest.MonkeyPatch) -> 
 
 
 @pytest.mark.parametrize("damage", ["removed", "overwritten"])
-def test_a_queue_that_is_gone_in_mid_study_is_named(
+def test_a_queue_lost_during_a_study_is_named(
     sqlite_store: str, tiny_study: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, damage: str
 ) -> None:
     from effv2.training import loop

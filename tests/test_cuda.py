@@ -26,7 +26,7 @@ LONG: dict[str, Any] = {**ON_CUDA, "schedule": {"epochs": 8, "name": "cosine"}, 
 
 
 @pytest.mark.parametrize("bf16", [False, True])
-def test_network_computes_what_it_computes_on_the_cpu(bf16: bool) -> None:
+def test_the_network_gives_the_outputs_of_the_cpu(bf16: bool) -> None:
     torch.manual_seed(0)
     plain = build_model(VARIANTS["default"], 10)
     inputs = torch.rand(16, 3, 32, 32)

@@ -45,7 +45,7 @@ def test_stratified_split_partitions_every_class(
     assert all(np.array_equal(a, b) for a, b in zip((kept, held), again, strict=True))
 
 
-def test_per_class_and_seed_change_training_alone() -> None:
+def test_per_class_and_seed_change_only_the_training_set() -> None:
     whole = ids(load_dataset(DataConfig(image_size=8)))
     few = ids(load_dataset(DataConfig(image_size=8, per_class=20)))
     assert few["test"] == whole["test"] and few["validation"] == whole["validation"]

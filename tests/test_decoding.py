@@ -28,7 +28,7 @@ def files_in(folder: Path) -> LabelledImages:
     return LabelledImages.of_files(paths, [0] * len(paths), [path.name for path in paths])
 
 
-def test_decoding_is_pillows_in_every_mode(tmp_path: Path, own_cache: Path) -> None:
+def test_decoding_equals_pillow_in_every_mode(tmp_path: Path, own_cache: Path) -> None:
     root = make_image_tree(tmp_path / "set")
     images = files_in(root)
     decoded = decode(images, Square(8))
@@ -115,7 +115,7 @@ def test_broken_images_are_named_all_at_once(tmp_path: Path, own_cache: Path) ->
     assert not list(own_cache.rglob("pixels.npy"))
 
 
-def test_a_file_that_can_not_be_read_is_named_beside_decoded_ones(tmp_path: Path, own_cache: Path) -> None:
+def test_an_unreadable_file_is_named_though_others_are_cached(tmp_path: Path, own_cache: Path) -> None:
     root = make_image_tree(tmp_path / "set")
     load_folder(root)
     (root / "class 0" / "9.jpg").symlink_to(tmp_path / "nowhere.jpg")
@@ -135,7 +135,9 @@ def test_cache_that_can_not_be_written_is_explained(tmp_path: Path, monkeypatch:
     ("broken", "said"),
     [("test/*/*", "no image of the test part can be read"), ("train/ant/*", "no training image of the class 'ant'")],
 )
-def test_what_is_skipped_may_not_be_all(tmp_path: Path, own_cache: Path, broken: str, said: str) -> None:
+def test_skipping_may_not_leave_a_part_or_a_class_empty(
+    tmp_path: Path, own_cache: Path, broken: str, said: str
+) -> None:
     root = write_tree(tmp_path / "set", "train/ant", "train/bee", "test/ant", "test/bee")
     for path in root.glob(broken):
         path.write_bytes(b"no image")
@@ -156,7 +158,7 @@ def test_broken_images_are_skipped_where_that_is_wanted(tmp_path: Path, own_cach
             load_folder(root)
 
 
-def test_sound_files_of_many_pixels_and_with_long_texts_are_taken(tmp_path: Path, own_cache: Path) -> None:
+def test_valid_files_of_many_pixels_and_with_long_texts_are_taken(tmp_path: Path, own_cache: Path) -> None:
     root = write_tree(tmp_path / "set", "ant", "bee")
     text = PngInfo()
     text.add_text("history", "a" * 3_000_000, zip=True)
@@ -170,7 +172,7 @@ def test_sound_files_of_many_pixels_and_with_long_texts_are_taken(tmp_path: Path
 
 @pytest.mark.parametrize("orientation", range(1, 10))
 @pytest.mark.parametrize("ending", ["png", "jpg", "tif", "webp"])
-def test_images_are_brought_upright(tmp_path: Path, orientation: int, ending: str) -> None:
+def test_images_are_rotated_upright(tmp_path: Path, orientation: int, ending: str) -> None:
     corners = Image.fromarray(np.arange(0, 256, 16, dtype=np.uint8).reshape(4, 4)).resize((40, 32), 0).convert("RGB")
     exif = Image.Exif()
     exif[0x0112] = orientation
@@ -197,7 +199,9 @@ def icon(mode: str, colour: int, folder: Path) -> Path:
 
 @pytest.mark.parametrize("mode", ["RGBA", "LA", "P", "L", "RGB"])
 @pytest.mark.parametrize(("colour", "background"), [(0, 255), (100, 255), (255, 0)])
-def test_what_is_visible_is_seen_on_its_background(tmp_path: Path, mode: str, colour: int, background: int) -> None:
+def test_a_transparent_image_gets_a_background_that_shows_it(
+    tmp_path: Path, mode: str, colour: int, background: int
+) -> None:
     with decoder.open_image(icon(mode, colour, tmp_path)) as image:
         pixels = np.asarray(decoder.to_rgb(image))
     assert pixels[4, 4].tolist() == [colour] * 3 and pixels[0, 0].tolist() == [background] * 3

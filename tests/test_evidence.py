@@ -174,7 +174,7 @@ def test_a_plan_counts_where_it_was_made_before_the_runs(tmp_path: Path) -> None
     assert "one look" not in evidence(claims, [replace(plan, started=6), *runs])  # made when runs were there
 
 
-def test_a_claim_needs_all_of_its_checks_and_pays_for_its_family_alone(tmp_path: Path) -> None:
+def test_a_claim_needs_all_its_checks_and_is_corrected_within_its_family(tmp_path: Path) -> None:
     arms = "{a: {model.variant: a}, b: {model.variant: b}}"
     text = f"protocols: {{p: {{arms: {arms}}}}}\nclaims:\n" + "".join(
         f"  X{n}: {{words: x, protocol: p, {family} checks: [{', '.join([ABOVE] * checks)}]}}\n"
@@ -249,7 +249,7 @@ def test_how_many_seeds_decide_and_where_one_more_is_expected() -> None:
     assert inside / 1000 == pytest.approx(0.95, abs=0.02)
 
 
-def test_what_is_told_of_curves() -> None:
+def test_quantities_of_curves() -> None:
     curve = {epoch: min(0.5, 0.05 * epoch) for epoch in range(1, 41)}
     record = RunRecord("", "", "FINISHED", {}, {}, {}, {TRAIN: curve, TEST: curve})
     expected = {
@@ -272,7 +272,7 @@ def test_the_nearest_runs_are_those_that_know_the_setting(tmp_path: Path) -> Non
     assert judgement.findings[0].lacking == "no run is like a: in the nearest ones data.classes is 10, not 25"
 
 
-def test_a_misspelt_metric_is_told_from_one_that_is_missing(tmp_path: Path) -> None:
+def test_a_misspelt_metric_is_distinguished_from_a_missing_one(tmp_path: Path) -> None:
     runs = [run(0.6, metric="my/score", model__variant="a")]
     for metric, said in {
         "my/scroe": "no run has my/scroe; did you mean 'my/score'?",

@@ -124,7 +124,7 @@ def test_compiled_norms_are_not_loaded_from_a_folder_that_others_can_write_to(
     assert norms._library.__wrapped__() is None
 
 
-def test_without_a_compiler_batch_norms_are_left_alone(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_without_a_compiler_batch_norms_are_left_unchanged(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("CXX", "no-such-compiler")
     monkeypatch.setenv("EFFV2_CACHE", str(tmp_path))
     monkeypatch.setattr(norms, "_library", norms._library.__wrapped__)
@@ -133,7 +133,7 @@ def test_without_a_compiler_batch_norms_are_left_alone(monkeypatch: pytest.Monke
     assert type(layer) is Conv2dNormActivation
 
 
-def test_squeeze_excitation_of_other_functions_is_left_alone() -> None:
+def test_squeeze_excitation_of_other_functions_is_left_unchanged() -> None:
     layer = SqueezeExcitation(16, 4)
     use_fast_paths(layer)
     assert type(layer) is SqueezeExcitation
@@ -175,7 +175,7 @@ def test_memory_is_faulted_in_once_unless_the_user_wants_the_systems_way() -> No
     ],
     ids=str,
 )
-def test_other_convolutions_are_left_alone(conv: nn.Conv2d) -> None:
+def test_other_convolutions_are_left_unchanged(conv: nn.Conv2d) -> None:
     use_fast_paths(conv)
     assert type(conv) is nn.Conv2d
 
@@ -245,7 +245,7 @@ print(ends[0] - started, last["train/loss"])
 """
 
 
-def test_device_that_is_not_there_is_refused() -> None:
+def test_a_missing_device_is_refused() -> None:
     if torch.cuda.is_available():
         pytest.skip("this machine has CUDA")
     with pytest.raises(InputError, match=r"execution\.device cuda: not available.*cpu"):
@@ -284,7 +284,7 @@ def test_arms_of_a_study_share_the_precision(monkeypatch: pytest.MonkeyPatch) ->
 
 
 @pytest.mark.parametrize("bf16", [False, True])
-def test_a_copy_for_inference_says_what_the_network_says_and_leaves_it_alone(bf16: bool) -> None:
+def test_a_copy_for_inference_gives_the_outputs_of_the_network_and_leaves_it_unchanged(bf16: bool) -> None:
     torch.manual_seed(0)
     execution = Execution(torch.device("cpu"), bf16, channels_last=True)
     network = execution.place(build_model(parse_table("F 1 3 1 8 8 1 / M 2 3 2 8 16 2"), 5)).train()
@@ -308,7 +308,7 @@ def counted(module: nn.Module, kind: type[nn.Module]) -> int:
     ("name", "left"),
     [("resnet18", 0), ("mobilenet_v3_small", 0), ("densenet121", 62), ("swin_t", 0)],
 )
-def test_folded_batch_norm_changes_rounding_alone(name: str, left: int) -> None:
+def test_folded_batch_norm_changes_only_rounding(name: str, left: int) -> None:
     """DenseNet's norms before a convolution stay; what of a network can be folded is."""
     generator = torch.manual_seed(0)
     network = models.get_model(name, weights=None).eval()
@@ -327,7 +327,7 @@ def test_folded_batch_norm_changes_rounding_alone(name: str, left: int) -> None:
     assert torch.allclose(before, after, atol=1e-5 * float(before.abs().max()))
 
 
-def test_a_batch_norm_whose_convolution_serves_others_too_is_left_alone() -> None:
+def test_a_batch_norm_whose_convolution_serves_others_too_is_left_unchanged() -> None:
     class Shared(nn.Module):
         def __init__(self) -> None:
             super().__init__()

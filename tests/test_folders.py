@@ -48,7 +48,7 @@ def test_parts_are_found_whatever_their_case(tmp_path: Path) -> None:
     assert len(dataset.test) == 18 and dataset.classes == ("class 0", "class 1", "class 2")
 
 
-def test_what_is_no_part_beside_a_training_part_is_named(tmp_path: Path) -> None:
+def test_a_folder_next_to_train_that_is_no_part_is_named(tmp_path: Path) -> None:
     for other in ("dev", "bus"):  # another name for validation; a class beside one called train
         root = make_image_tree(tmp_path / other, ("train", other))
         (root / "mlruns" / "1").mkdir(parents=True)  # what a command in that folder leaves there
@@ -144,7 +144,7 @@ def test_layouts_that_may_be_read_in_two_ways_are_refused(tmp_path: Path, folder
         load_folder(write_tree(tmp_path / "set", *folders))
 
 
-def test_what_is_no_class_is_left_out_and_counted(tmp_path: Path, own_cache: Path) -> None:
+def test_files_outside_the_classes_are_left_out_and_counted(tmp_path: Path, own_cache: Path) -> None:
     noise = (
         "@eaDir/ant",
         "ant/@eaDir/ant1.png",
@@ -211,7 +211,7 @@ def test_labels_come_from_a_csv(tmp_path: Path, table: str, values: str) -> None
         load_folder(root, labels="labels.csv", train_dir="train", test_dir="test")
 
 
-def test_lines_of_a_table_without_a_label_and_those_against_a_folder_are_counted(tmp_path: Path) -> None:
+def test_rows_without_a_label_or_against_their_folder_are_counted(tmp_path: Path) -> None:
     root = write_tree(tmp_path / "set", "ant", "bee")
     lines = [f"{name}{number}.png,{name}" for name in ("ant", "bee") for number in range(3)]
     (root / "labels.csv").write_text("\n".join(["file,label", *lines, "ant3.png,bee", "bee3.png,NaN", ","]))
@@ -222,7 +222,7 @@ def test_lines_of_a_table_without_a_label_and_those_against_a_folder_are_counted
     }  # fmt: skip
 
 
-def test_labels_of_a_part_are_for_its_images_alone(tmp_path: Path) -> None:
+def test_labels_of_a_part_are_only_for_its_images(tmp_path: Path) -> None:
     """Both parts hold files of the same names."""
     root = tmp_path / "set"
     for part in ("train", "val"):
@@ -274,7 +274,7 @@ def test_wrong_tables_of_labels_are_explained(tmp_path: Path, content: bytes | N
         load_folder(root, labels="labels.csv")
 
 
-def test_classes_that_lack_images_are_refused_unless_allowed(tmp_path: Path) -> None:
+def test_classes_without_images_are_refused_unless_allowed(tmp_path: Path) -> None:
     root = write_tree(tmp_path / "set", *within("train"), "test/ant", "test/bee")
     write_tree(root, "train/dog", images=1)
     (root / "train" / "empty").mkdir()

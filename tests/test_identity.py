@@ -86,7 +86,7 @@ def test_every_module_of_the_deciding_rooms_is_recorded_or_exempt() -> None:
         ),
     ],
 )  # fmt: skip
-def test_what_differs_is_recorded_only_with_its_version(
+def test_changed_results_are_recorded_only_with_a_new_version(
     recorded: dict[str, Any], change: dict[str, Any], said: str
 ) -> None:
     now = {key: {**value, **change.get(key, {})} for key, value in recorded.items()}

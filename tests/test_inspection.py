@@ -35,7 +35,7 @@ def tree(tmp_path: Path) -> Path:
     return tmp_path / "set"
 
 
-def test_what_is_broken_or_there_twice_is_named(tree: Path) -> None:
+def test_broken_and_duplicate_images_are_named(tree: Path) -> None:
     assert not check(DataConfig(dataset="folder", dir=str(tree))).alike
     (tree / "test" / "dog" / "0.png").write_bytes((tree / "train" / "dog" / "3.png").read_bytes())
     with Image.open(tree / "train" / "cat" / "1.png") as image:  # the same picture, smaller and compressed
@@ -57,7 +57,7 @@ def test_what_is_broken_or_there_twice_is_named(tree: Path) -> None:
     assert "1 of these pairs are in two classes: cat/0.png and dog/0.png" in " ".join(alone.sentences())
 
 
-def test_the_command_says_it_and_ends_by_it(tree: Path, tmp_path: Path) -> None:
+def test_the_command_reports_problems_and_its_exit_code_says_so(tree: Path, tmp_path: Path) -> None:
     sheet = tmp_path / "sheet.png"
     words = ["data", "check", str(tree), "--image-size", "40"]
     sound = CliRunner().invoke(main, [*words, "--sheet", str(sheet)])
@@ -73,7 +73,7 @@ def test_the_command_says_it_and_ends_by_it(tree: Path, tmp_path: Path) -> None:
     assert CliRunner().invoke(main, ["data", "check", str(tmp_path / "nowhere")]).exit_code == 2
 
 
-def test_a_training_begins_with_the_same_in_three_lines(tree: Path) -> None:
+def test_a_training_begins_with_the_same_findings_in_three_lines(tree: Path) -> None:
     config = DataConfig(dataset="folder", dir=str(tree), validation_fraction=0)
     assert in_short(load_dataset(config))[1:] == ["Sizes in pixels: all 90x120. Modes: 16 RGB."]
     with Image.open(tree / "train" / "cat" / "1.png") as image:

@@ -41,7 +41,7 @@ def age(path: Path) -> None:
     os.utime(path, (time.time() - DAY,) * 2)
 
 
-def test_processes_that_share_a_folder_finish_a_study_of_which_one_is_killed(
+def test_processes_that_share_a_folder_finish_a_study_though_one_is_killed(
     file_store: str, url: str, tmp_path: Path, undisturbed: object
 ) -> None:
     """Three commands: no database, no server, no process that started the others."""
@@ -122,7 +122,7 @@ def test_a_lock_of_a_silent_owner_is_taken_and_that_one_writes_no_more(tmp_path:
     assert path.exists() and [*tmp_path.iterdir()] == [path], "what is another's is not removed"
 
 
-def test_who_lost_its_lock_changes_nothing(url: str) -> None:
+def test_a_process_that_lost_its_lock_changes_nothing(url: str) -> None:
     storage = open_storage(url)
     assert isinstance(storage, Journal) and storage.file is not None
     queue, lock = make_queue(storage, trials=1), Path(f"{storage.file}.lock")
@@ -152,7 +152,7 @@ def test_half_a_line_is_cut_off_and_a_lost_log_is_named(url: str) -> None:
         queue.lease()
 
 
-def test_what_is_no_log_is_refused_and_stays_as_it_is(sqlite_store: str, url: str, tmp_path: Path) -> None:
+def test_a_file_that_is_no_log_is_refused_and_left_unchanged(sqlite_store: str, url: str, tmp_path: Path) -> None:
     """It is before the experiment and a folder are created."""
     log = tmp_path / "shared" / "study.log"
     start = b'{"op_code":0,"worker_id":"w","study_name":"q","directions":[2]}\n'
@@ -186,7 +186,7 @@ def test_a_folder_that_is_away_is_named_with_what_helps(url: str) -> None:
         storage.retry(away)
 
 
-def test_of_a_long_log_the_ends_are_checked(url: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_both_ends_of_a_long_log_are_checked(url: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(journal, "CHECKED_BYTES", 500)
     log, lines = Path(url.removeprefix("journal://")), [b'{"op_code":0,"worker_id":"w","study_name":"q"}\n'] * 40
     log.write_bytes(b"".join(lines))
@@ -217,7 +217,7 @@ class Slept(LockFile):
         return False
 
 
-def test_who_slept_before_it_wrote_overwrites_nothing(tmp_path: Path) -> None:
+def test_a_process_that_slept_before_writing_overwrites_nothing(tmp_path: Path) -> None:
     lock = Slept(tmp_path / "lock", 60, 20)
     log = Log(tmp_path / "study.log", [lock], lambda: 1.0)
     with pytest.raises(LogAway, match="another one took its lock"):

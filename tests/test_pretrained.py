@@ -166,7 +166,7 @@ def test_only_the_same_weights_on_the_same_images_are_not_repeated(
 
 
 @pytest.mark.usefixtures("short_batches")
-def test_weights_that_are_no_numbers_fail_their_run(sqlite_store: str, few_images: Path, tmp_path: Path) -> None:
+def test_weights_that_are_not_finite_fail_their_run(sqlite_store: str, few_images: Path, tmp_path: Path) -> None:
     file = seeded_weights(tmp_path / "squeezenet1_1.pth", "squeezenet1_1")
     torch.save({name: value * math.nan for name, value in torch.load(file, weights_only=True).items()}, file)
     result = evaluate_squeezenets(few_images, [file])
@@ -174,7 +174,7 @@ def test_weights_that_are_no_numbers_fail_their_run(sqlite_store: str, few_image
     assert [run.info.status for run in all_runs()] == ["FAILED", "FAILED"]
 
 
-def test_a_batch_too_large_for_the_memory_costs_its_latency_alone(
+def test_a_batch_too_large_for_the_memory_costs_only_its_latency(
     sqlite_store: str, few_images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def timed(work: Any) -> float:
@@ -191,7 +191,7 @@ def test_a_batch_too_large_for_the_memory_costs_its_latency_alone(
 
 
 @pytest.mark.usefixtures("short_batches")
-def test_what_was_evaluated_is_not_repeated(
+def test_finished_evaluations_are_not_repeated(
     sqlite_store: str, few_images: Path, two_files: list[Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     assert evaluate_squeezenets(few_images, two_files[:1]).exit_code == 0

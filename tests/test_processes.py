@@ -76,7 +76,7 @@ def test_a_signal_that_python_swallowed_ends_what_follows(sqlite_store: str, tmp
 
 
 @pytest.mark.parametrize(("seconds", "code"), [(0.0, 0), (0.8, -signal.SIGTERM)])
-def test_a_second_signal_ends_at_once_what_hears_none(seconds: float, code: int) -> None:
+def test_a_second_signal_ends_a_process_that_ignores_the_first(seconds: float, code: int) -> None:
     """But for one that comes with the first."""
     script = (
         "import os, signal, time\nfrom contextlib import suppress\nfrom effv2.core.processes import ending_signals\n"
@@ -97,7 +97,7 @@ def test_a_signal_waits_for_the_end_of_the_outermost_block() -> None:
     assert done
 
 
-def test_second_signal_does_not_cut_the_marking_short(
+def test_a_second_signal_does_not_interrupt_the_update_of_the_status(
     sqlite_store: str, tiny_study: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Ctrl-C under `mlflow run` is followed by a SIGTERM."""
@@ -120,7 +120,7 @@ def test_second_signal_does_not_cut_the_marking_short(
 
 
 @pytest.mark.parametrize("pid", ["x", "-1", "1e3", "9" * 30, ""])
-def test_a_process_tag_that_somebody_wrote_stops_no_command(pid: str) -> None:
+def test_a_malformed_process_tag_stops_no_command(pid: str) -> None:
     *where, _, started, unique = this_process().split("/")
     assert is_alive("/".join([*where, pid, started, unique])) is None
 

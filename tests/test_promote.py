@@ -95,7 +95,7 @@ def call(*words: str) -> Result:
     return CliRunner().invoke(main.promote, words)
 
 
-def test_a_better_model_alone_moves_the_alias(log: Log, name: str) -> None:
+def test_only_a_better_model_moves_the_alias(log: Log, name: str) -> None:
     first, run = log(150)
     assert try_out(name, run).verdict == "promoted" and champion(name) == 1  # unopposed
     for right, alone, theirs in ((140, 0, 10), (150, 0, 0), (155, 5, 0)):  # worse, equal, better by chance
@@ -154,7 +154,7 @@ def test_other_test_images_are_no_evidence(log: Log, name: str, other: dict[str,
     assert refused.verdict == "refused" and problem in refused.reason and list(held(name)) == [1]
 
 
-def test_of_models_at_one_moment_each_is_judged_by_what_became_of_those_before(
+def test_concurrent_promotions_are_judged_one_after_the_other(
     log: Log, name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """All are registered while nobody is the champion yet."""
@@ -194,7 +194,7 @@ def better_at_first(judge: Callable[..., Decision]) -> Callable[..., Decision]:
     return lambda *args: next(looks, None) or judge(*args)
 
 
-def test_a_version_that_is_there_takes_its_turn(log: Log, name: str) -> None:
+def test_an_existing_version_is_judged_in_its_turn(log: Log, name: str) -> None:
     client, (address, run), (better, _) = MlflowClient(), log(100), log(150)
     client.create_registered_model(name)
     client.create_model_version(name, address, run.removeprefix("runs:/"))
@@ -209,7 +209,7 @@ def test_a_version_that_is_there_takes_its_turn(log: Log, name: str) -> None:
     assert champion(name) == 2 and {number: each[0] for number, each in held(name).items()} == {1: address, 2: better}
 
 
-def test_figures_of_an_earlier_promotion_go(log: Log, name: str) -> None:
+def test_figures_of_an_earlier_promotion_are_removed(log: Log, name: str) -> None:
     try_out(name, log(100)[0])
     again, _ = log(150)
     assert try_out(name, again).verdict == "promoted" and f"{PROMOTION}champion_accuracy" in held(name)[2][1]

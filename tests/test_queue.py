@@ -105,7 +105,7 @@ def test_a_failed_trial_is_retried_as_often_as_the_study_says(storage: Storage) 
         pytest.param(lambda queue, lease: queue.fail(lease, "for a test", final=True), id="failed"),
     ],
 )
-def test_what_a_lost_trial_reached_prunes_no_other(storage: Storage, end: Callable[[Queue, FrozenTrial], None]) -> None:
+def test_results_of_a_lost_trial_prune_no_other(storage: Storage, end: Callable[[Queue, FrozenTrial], None]) -> None:
     queue, pruner = make_queue(storage), SuccessiveHalvingPruner(min_resource=1, reduction_factor=2)
     pruned = []
     for accuracy in (0.9, 0.8, 0.7):

@@ -65,7 +65,7 @@ def test_calibration_error_is_the_weighted_gap_of_each_bin(rows: list[tuple[floa
 
 
 @given(st.integers(0, 2**32 - 1), st.sampled_from([0.0, 1e-9, 1.0]))
-def test_what_is_right_over_all_classes_is_right_among_few_and_in_the_top_five(seed: int, spread: float) -> None:
+def test_right_over_all_classes_implies_right_among_few_and_in_the_top_five(seed: int, spread: float) -> None:
     """Also of an untrained network, whose logits are so close that their probabilities tie."""
     generator = np.random.default_rng(seed)
     logits = torch.from_numpy(generator.normal(0, spread, (40, 12)).astype(np.float32))
@@ -133,7 +133,7 @@ def test_the_published_comparison_on_138_images_decides_nothing() -> None:
     assert "which is better: s or r" in ranking(rights)
 
 
-def test_origins_are_told_by_names() -> None:
+def test_origins_follow_from_names() -> None:
     assert origin("val/n01440764/ILSVRC2012_val_00000293.JPEG") == UNSEEN
     assert origin("n01440764/n01440764_10026.JPEG") == SEEN
     assert origin("n01440764/holiday.jpg") == origin("x/my_ILSVRC2012_val_00000293.JPEG") == UNKNOWN
@@ -168,7 +168,7 @@ def test_rankings_rest_on_what_is_not_known_to_be_seen(
     assert found.ranked == ranked and counts == {TEST: sum(map(len, files.values()))} | others
 
 
-def test_a_quick_look_draws_as_many_unseen_images(tmp_path: Path) -> None:
+def test_a_limit_draws_as_many_unseen_images(tmp_path: Path) -> None:
     names = [f"n01440764_{i}.JPEG" for i in range(9)], [f"ILSVRC2012_val_{i:08d}.JPEG" for i in range(9)]
     trees = {f"{part}/{folder}": [*names[0], *names[1]] for part in ("train", "val") for folder in ("tench", "church")}
     whole = images_of(tmp_path, trees)

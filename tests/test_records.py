@@ -45,7 +45,7 @@ def test_a_run_shows_its_surest_mistakes_and_how_sure_it_may_be(sqlite_store: st
         assert abs(middle - image).mean() < min(abs(middle - each).mean() for each in pixels if (each != image).any())
 
 
-def test_of_many_classes_the_most_confused_pairs_are_named() -> None:
+def test_with_many_classes_only_the_most_confused_pairs_are_named() -> None:
     classes = [f"class {number}" for number in range(100)]
     matrix = 40 * np.eye(100, dtype=int)
     for number in range(MOST_NAMED + 5):

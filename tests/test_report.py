@@ -123,7 +123,7 @@ def test_a_study_ends_with_a_report_and_views(sqlite_store: str, tiny_study: Pat
     assert tags["mlflow.note.content"] == "The user's own words."
 
 
-def test_arms_may_be_compared_on_validation_alone(sqlite_store: str, tiny_study: Path, tmp_path: Path) -> None:
+def test_arms_may_be_compared_only_on_validation(sqlite_store: str, tiny_study: Path, tmp_path: Path) -> None:
     tiny_study.write_text(tiny_study.read_text().replace("config:", "config:\n  evaluation: {test_set: false}"))
     assert invoke(ablate, "--study", tiny_study, "--log-model", "none", "--seeds", "0,1,2").exit_code == 0
     parent, *children = all_runs()
@@ -324,7 +324,7 @@ def test_empty_and_half_finished_studies_say_what_is_missing(sqlite_store: str, 
     assert list((out / "figures").iterdir()) == mine[1:] and {path.read_text() for path in mine} == {"mine"}
 
 
-def test_where_no_store_is_none_is_created(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_report_creates_no_store(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "sqlite:///mlflow.db")
     refused = invoke(report)
@@ -362,7 +362,7 @@ def test_the_run_that_mlflow_opened_gets_the_report(
         (["--experiment", "Defualt"], "no such experiment; did you mean 'Default'?"),
     ],
 )
-def test_wrong_input_is_told_before_anything_is_made(
+def test_wrong_input_is_refused_before_anything_is_created(
     sqlite_store: str, tmp_path: Path, words: list[str], said: str
 ) -> None:
     (tmp_path / "file").write_text("")

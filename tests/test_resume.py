@@ -210,7 +210,7 @@ def test_two_equal_commands_at_one_moment_train_once(
     assert len([run for run in all_runs("Default") if run.data.tags["effv2.config_hash"]]) == 1
 
 
-def test_another_machine_goes_on_from_the_checkpoint_that_was_uploaded(
+def test_another_machine_resumes_from_the_uploaded_checkpoint(
     sqlite_store: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from effv2.training import loop
@@ -244,7 +244,7 @@ def test_another_machine_goes_on_from_the_checkpoint_that_was_uploaded(
     assert run.info.status == "FINISHED" and not MlflowClient().list_artifacts(run.info.run_id, "checkpoints")
 
 
-def test_a_run_that_ended_in_its_first_epoch_goes_on_with_its_images_elsewhere(
+def test_a_run_that_ended_in_its_first_epoch_is_resumed_with_its_images_elsewhere(
     sqlite_store: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from effv2.training import loop

@@ -141,7 +141,7 @@ def test_train_again_repeats_only_when_fresh(
     assert {run.info.status for run in all_runs()} == {"FINISHED"}
 
 
-def test_a_study_whose_run_is_gone_begins_anew(sqlite_store: str, tiny_study: Path) -> None:
+def test_a_study_whose_run_was_deleted_begins_again(sqlite_store: str, tiny_study: Path) -> None:
     assert invoke(ablate, "--study", tiny_study, "--log-model", "none").exit_code == 0
     deleted = all_runs()[0].info.run_id
     MlflowClient().delete_run(deleted)
@@ -151,7 +151,7 @@ def test_a_study_whose_run_is_gone_begins_anew(sqlite_store: str, tiny_study: Pa
     assert [run.info.run_id != deleted and run.info.status for run in parents] == ["FINISHED"]
 
 
-def test_a_trial_whose_run_was_deleted_begins_anew(
+def test_a_trial_whose_run_was_deleted_begins_again(
     sqlite_store: str, tiny_study: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     words: tuple[str | Path, ...] = ("--study", tiny_study, "--variant", "default", "--log-model", "none")

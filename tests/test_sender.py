@@ -175,7 +175,7 @@ def test_a_fault_while_a_run_begins_ends_it(
     assert [run.info.status for run in MlflowClient().search_runs([experiment])] == [status]
 
 
-def test_a_run_that_was_created_twice_is_there_once(sqlite_store: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_run_that_was_created_twice_is_kept_once(sqlite_store: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """And none of another process is deleted, which may have begun the same in the same millisecond."""
     create, others = MlflowClient.create_run, list[str]()
 
@@ -207,7 +207,7 @@ def sender_process() -> str:
     return this_process()
 
 
-def test_a_run_that_a_living_process_works_on_is_left_alone(tmp_path: Path) -> None:
+def test_a_run_that_a_living_process_works_on_is_left_unchanged(tmp_path: Path) -> None:
     options = CheckpointOptions(checkpoint_dir=str(tmp_path))
     first, second = (Checkpointer("run", options, {}, print) for _ in range(2))
     with first.lock(), pytest.raises(RunError, match="another process works on it"), second.lock():

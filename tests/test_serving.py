@@ -283,7 +283,7 @@ def test_the_onnx_form_is_one_file_of_a_stated_opset_and_asks_for_no_torch(expor
 
 
 @pytest.mark.parametrize("form", ["torch", "onnx"])
-def test_the_most_likely_classes_are_told_the_label_first(trained: Trained, exported: Path, form: str) -> None:
+def test_the_most_likely_classes_are_listed_the_label_first(trained: Trained, exported: Path, form: str) -> None:
     import mlflow.pyfunc
 
     model = mlflow.pyfunc.load_model(str(exported if form == "onnx" else trained[1]))

@@ -97,7 +97,7 @@ def test_a_server_that_refuses(serve: Callable[..., None], status: int, body: by
 
 
 @pytest.mark.skipif(shutil.which("openssl") is None, reason="no openssl to make a certificate with")
-def test_a_certificate_that_nobody_vouches_for(serve: Callable[..., None], tmp_path: Path) -> None:
+def test_an_untrusted_certificate_is_named(serve: Callable[..., None], tmp_path: Path) -> None:
     certificate = tmp_path / "certificate.pem"
     command = ["openssl", "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-days", "2", "-subj", "/CN=localhost"]
     subprocess.run(
@@ -193,7 +193,7 @@ HOME = os.path.expanduser("~")
         ("mysql+mysqldb://u@h/d", "install it with: pip install mysqlclient"),
     ],
 )
-def test_an_address_that_is_not_what_it_is_meant_for(
+def test_wrong_kinds_of_addresses_are_refused(
     address: str, remedy: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
@@ -326,7 +326,7 @@ def test_system_metrics_are_logged_where_they_are_asked_for(
     assert [each[:30] for each in said] == (["System metrics can't be logged"] if value == "perhaps" else [])
 
 
-def test_tls_where_there_is_none(serve: Callable[..., None]) -> None:
+def test_https_to_a_server_without_tls_is_named(serve: Callable[..., None]) -> None:
     serve(200, b"{}", "https")
     with pytest.raises(InputError, match="doesn't use TLS; use an http:// address"):
         open_store("")
@@ -410,7 +410,7 @@ def no_memory_on_the_host() -> None:
         (full_disk_of_torch, "disk is full at /data/weights.pt; free space"),
     ],
 )
-def test_what_ran_out_is_one_sentence(runs_out: Callable[[], None], sentence: str) -> None:
+def test_an_exhausted_resource_is_one_sentence(runs_out: Callable[[], None], sentence: str) -> None:
     with pytest.raises(RunError, match=sentence), what_ran_out():
         runs_out()
 

@@ -115,7 +115,7 @@ def test_a_set_is_read_by_its_name(
     assert name == "eurosat" or np.array_equal(data.train.images(torch.tensor([0]))[0].permute(1, 2, 0), wanted)
 
 
-def test_a_set_that_is_not_there_is_told(tmp_path: Path) -> None:
+def test_a_missing_set_is_named(tmp_path: Path) -> None:
     for name, parts in SETS.items():
         with pytest.raises(InputError, match=rf"{parts.name} can't be read there") as caught:
             DATASETS[name](DataConfig(dataset=name, dir=str(tmp_path)))

@@ -316,7 +316,7 @@ def test_stopping_follows_its_rule(accuracies: list[float], minimum: int, patien
     assert stops_at(accuracies, stopping, len(accuracies)) == expected
 
 
-def test_stopping_looks_at_evaluated_epochs_alone() -> None:
+def test_stopping_looks_only_at_evaluated_epochs() -> None:
     stopping, progress = StoppingConfig(patience=2), Progress()
     for progress.epoch, accuracy in enumerate([None, 0.1, None, 0.2, None, None, None, 0.3, None, None, 0.3, 0.4], 1):
         progress.history.append({} if accuracy is None else {"test/accuracy": accuracy})

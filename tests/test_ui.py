@@ -55,7 +55,7 @@ def test_without_runs_or_with_another_server_it_says_so(
     assert run_address("R", "7") == "http://server:5000/#/experiments/7/runs/R?workflowType=machine_learning"
 
 
-def test_a_port_that_is_none_and_a_server_that_dies_are_named(sqlite_store: str) -> None:
+def test_an_invalid_port_and_a_dead_server_are_named(sqlite_store: str) -> None:
     assert "70000 is not in the range" in invoke(main, "ui", "--port", "70000").stderr
     make_study()
     with running("-m", "effv2", "ui", "--port", str(free_port())) as process:

@@ -65,7 +65,7 @@ def same(one: State, other: State) -> set[str]:
     return {name for name, value in one.items() if name in other and torch.equal(value, other[name])}
 
 
-def test_published_weights_give_what_torchvision_gives(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_published_weights_give_the_outputs_of_torchvision(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Before the first step, and normalised as they want it."""
     torch.manual_seed(0)
     theirs = models.efficientnet_v2_s(weights=None).eval()
@@ -109,7 +109,7 @@ def test_weights_of_a_file_are_known_by_their_content(tmp_path: Path, kind: str)
     assert prepared(tmp_path / "other.pth").hash() != config.hash()
 
 
-def test_a_head_of_other_classes_is_new_and_that_of_the_seed(tmp_path: Path) -> None:
+def test_a_head_of_other_classes_is_initialised_from_the_seed(tmp_path: Path) -> None:
     said = list[str]()
     config = prepared(saved(tmp_path / "w.pth", 1000), said)
     ours, seeded = copied(started(config).state.model), copied(started(tiny_config()).state.model)
@@ -241,7 +241,7 @@ def test_a_search_of_other_networks_is_refused(tmp_path: Path, sqlite_store: str
     )
 
 
-def test_a_logged_run_is_started_from_and_a_name_by_what_it_means_now(sqlite_store: str) -> None:
+def test_training_starts_from_a_logged_run_and_from_what_a_name_means_now(sqlite_store: str) -> None:
     client = MlflowClient()
     assert call("--set", "data.normalise=imagenet").exit_code == 0
     (first,) = client.search_runs(["0"])
@@ -265,7 +265,7 @@ def test_a_logged_run_is_started_from_and_a_name_by_what_it_means_now(sqlite_sto
         assert (wanted.data.image_size, wanted.data.normalise) == (size, "imagenet")
 
 
-def test_weights_that_are_gone_are_missed_only_where_a_training_begins_with_them(
+def test_missing_weights_matter_only_to_a_training_that_begins_with_them(
     tmp_path: Path, sqlite_store: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Not by a run that is finished or has a checkpoint, if their hash is known in full."""
@@ -291,7 +291,7 @@ def test_weights_that_are_gone_are_missed_only_where_a_training_begins_with_them
     assert len(MlflowClient().search_runs(["0"])) == 1
 
 
-def test_a_new_study_whose_weights_are_nowhere_is_refused_before_its_run(tmp_path: Path, sqlite_store: str) -> None:
+def test_a_new_study_without_its_weights_is_refused_before_its_run(tmp_path: Path, sqlite_store: str) -> None:
     """Though it is known what they should be; one that was begun with them goes on, and is found finished."""
     path, study = saved(tmp_path / "w.pth"), tmp_path / "tiny.yaml"
     study.write_text(TINY_STUDY.replace("other, table: " + OTHER_TINY_TABLE, "other, table: " + TINY_TABLE))
