@@ -41,7 +41,7 @@ def make_queue(storage: Storage, trials: int = 3, retries: int = 1) -> Queue:
 
 @contextmanager
 def worker(name: str, gone: set[str]) -> Iterator[None]:
-    """Be a worker of that name, for whom those in `gone` have died."""
+    """Act as the worker of this name. For it, the workers in `gone` are dead."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(queue_module, "this_process", lambda: name)
         patch.setattr(queue_module, "is_gone", gone.__contains__)

@@ -36,9 +36,9 @@ def free_port() -> int:
 
 
 class Server:
-    """An MLflow server on a port of its own, its runs in the database `store`, its artifacts in `folder`.
+    """An MLflow server on a free port, with its runs in the database `store` and its artifacts in `folder`.
 
-    It is what `mlflow server --workers 1` runs: uvicorn, told by variables what to serve.
+    Like `mlflow server --workers 1`, it runs uvicorn, configured by environment variables.
     """
 
     def __init__(self, store: str, folder: Path) -> None:
@@ -70,7 +70,7 @@ class Server:
 
 
 class Failing(http.server.ThreadingHTTPServer):
-    """Passes requests on to a server, and fails in a share of them, in every way in turn that networks know."""
+    """A proxy that fails in a share of the requests, with each kind of network fault in turn."""
 
     FAULTS = ("drop", "delay", "lost", "502", "500", "503", "429", "cut")
     daemon_threads = True
@@ -135,13 +135,13 @@ class Passing(http.server.BaseHTTPRequestHandler):
 
 
 class Cluster:
-    """A PostgreSQL server on a port of its own."""
+    """A PostgreSQL server on a free port."""
 
     def __init__(self, programs: Path, folder: Path, user: str | None, port: int) -> None:
         self.programs, self.folder, self.user, self.port = programs, folder, user, port
 
     def run(self, program: str, *words: str) -> None:
-        # Output to a file: a server that inherits a pipe would keep it open.
+        # Write to a file: a server that inherits a pipe would keep it open.
         with Path(tempfile.gettempdir(), f"{self.folder.name}.log").open("ab") as log:
             command = [str(self.programs / program), *words]
             subprocess.run(command, check=True, stdout=log, stderr=log, user=self.user, cwd=self.folder, timeout=60)
@@ -151,7 +151,7 @@ class Cluster:
         self.run("pg_ctl", "-D", str(self.folder / "data"), "-w", "-o", options, "start")
 
     def crash(self) -> None:
-        """End every process of the server at once and start it again, as after a loss of power."""
+        """Kill every process of the server at once and restart it, as after a power failure."""
         self.run("pg_ctl", "-D", str(self.folder / "data"), "-m", "immediate", "stop")
         time.sleep(1)
         self.start()

@@ -1,4 +1,4 @@
-"""Runs, studies and claims that the tests of evidence make up."""
+"""Simulated runs, studies and claims for the tests of evidence."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def nothing(run: RunRecord) -> Mapping[str, bool]:
 def run(
     accuracy: float, seed: object = 0, metric: str = METRIC, tags: Mapping[str, str] | None = None, **params: Any
 ) -> RunRecord:
-    """Return a finished run as the tracking store would; `model__variant="a"` is the parameter model.variant."""
+    """Return a finished run as the tracking store does. `model__variant="a"` sets the parameter model.variant."""
     given_params = {name.replace("__", "."): str(value) for name, value in params.items()}
     return RunRecord(
         run_id=f"run {next(numbers)}",

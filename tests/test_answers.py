@@ -35,7 +35,7 @@ def findings(tmp_path: Path, claims: str, runs: Sequence[RunRecord]) -> dict[str
 
 
 def test_seeds_pair_runs_only_where_a_claim_says_so(tmp_path: Path) -> None:
-    luck = [0.0, 0.3, -0.2, 0.1, -0.1]  # of a seed, which both arms share
+    luck = [0.0, 0.3, -0.2, 0.1, -0.1]  # of a seed: both arms share it
     runs = study({"a": [0.5 + x + 0.02 + x / 100 for x in luck], "b": [0.5 + x for x in luck]})
     claims = two_arms(tmp_path, ABOVE)
     paired = {name: each.model_copy(update={"paired": True}) for name, each in claims.protocols.items()}

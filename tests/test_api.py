@@ -1,4 +1,4 @@
-"""The Python API: what the commands do, with values of Python's, and what comes back."""
+"""The Python API: its functions do what the commands do, and return objects."""
 
 from __future__ import annotations
 
@@ -102,10 +102,10 @@ def test_a_model_answers_as_its_training_measured(sqlite_store: str, tmp_path: P
     with pytest.raises(MlflowException, match="it is not base64 or a Path"):
         served.predict(["gone.png"])
     assert isinstance(model.preparation, Square) and model.classes == tuple("0123456789")
-    one.sum().backward()  # it can be trained on
+    one.sum().backward()  # it can be trained further
     assert ended.metrics["best/test_accuracy"] == ended.runs["best/test_accuracy"][0] and not len(ended.verdicts)
     assert effv2.train(**TINY).was_finished and len(all_runs()) == 1
-    # A command of the same settings is the same run.
+    # A command with the same settings gives the same run.
     words = [
         word
         for name in ("image-size", "epochs", "device", "precision")

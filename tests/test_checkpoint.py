@@ -1,4 +1,4 @@
-"""Checkpoints: whole or absent, verified, as seldom as they must be."""
+"""Checkpoints: complete or absent, verified, and written as seldom as possible."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ IDENTITY = {"config_hash": "a", "data_digest": "b", "code_version": "c"}
 
 
 class State:
-    """As much of a training's state as a checkpoint asks for."""
+    """The part of a training's state that a checkpoint needs."""
 
     def __init__(self, step: int) -> None:
         self.progress = Progress(step=step)
@@ -97,7 +97,7 @@ def test_a_new_checkpoint_outlives_damaged_ones_of_later_steps(checkpoints: Chec
 
 
 def test_a_full_disk_costs_no_checkpoint_and_is_reported_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """As a write that fails half-way; on a real full disk torch's writer raises a RuntimeError."""
+    """The write fails half-way. On a full disk, torch's writer raises a RuntimeError."""
     whole = torch.save
 
     def fails(content: Any, file: Any) -> None:

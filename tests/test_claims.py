@@ -1,4 +1,4 @@
-"""Claims: the published ones, the runs that each is about, and wrong files of claims."""
+"""Claims: the published ones, the runs that they are about, and wrong files of claims."""
 
 from __future__ import annotations
 
@@ -28,12 +28,12 @@ def test_the_posts_words_against_its_own_figures_and_single_runs() -> None:
     assert {id_: found[id_].words for id_ in ("A1", "A2", "A3", "P1")} == {
         "A1": INCONSISTENT, "A2": INCONSISTENT, "A3": INCONSISTENT, "P1": CONSISTENT,
     }  # fmt: skip
-    # One run decides nothing either way; where there isn't even one, nothing was tested.
+    # A single run decides nothing. Without any run, nothing was tested.
     for each in found.values():
         nothing_known = each.words == NO_FIGURES
         assert each.verdict == (Verdict.NOT_TESTED if nothing_known else Verdict.UNDECIDED), each.id
     assert all("not tested" in finding.verdict.value for each in found.values() for finding in each.findings)
-    # Its best on MNIST is fused_only: 1,958 against 1,943 of 2,000 right is no evidence either.
+    # The post's best arm on MNIST is fused_only: 1,958 against 1,943 of 2,000 is no evidence.
     assert "1,943 and 1,958 of 2,000 images right; Fisher's exact p = 0.15" in next(
         f.published for f in found["A2"].findings if "fused_only" in f.published + f.says and "−" in f.says
     )
@@ -71,14 +71,14 @@ def test_a_claim_on_a_study_is_about_runs_of_its_arms_and_of_nothing_that_differ
 
 
 def test_runs_older_than_a_setting_count_as_they_were() -> None:
-    """The published runs logged no stopping.best_since; what they did is its default."""
+    """The published runs logged no stopping.best_since. They did what its default says."""
     config = open_study("ablate-mnist").arm("default", {})
     params = {name: value for name, value in logged(config).items() if name != "stopping.best_since"}
     record = RunRecord("", "", "FINISHED", params, {}, {"effv2.config_hash": "0"})
     protocol = read_claims().protocols["ablate-mnist"]
     assert is_like(record, protocol, "default")
     assert not is_like(replace(record, params=params | {"stopping.best_since": "min_epochs"}), protocol, "default")
-    # A run from elsewhere, or an evaluation, which never had these settings, is none of them.
+    # Runs of other programs and evaluations never had these settings, so they don't match.
     assert not is_like(replace(record, tags={}), protocol, "default")
     evaluation = {"data.dataset": "imagenette", "model.name": "resnet50"}
     anything = Protocol(arms={"default": {"model.variant": "default"}})

@@ -1,4 +1,4 @@
-"""The commands as users run them: what they log, how they end, what they answer to wrong input."""
+"""The commands as users run them: what they log, print and repeat, and how they end."""
 
 from __future__ import annotations
 
@@ -95,7 +95,7 @@ def test_ablation_holds_everything(store: str, tiny_study: Path, tmp_path: Path)
     page = Path(client.download_artifacts(parent.info.run_id, "report.html", str(tmp_path))).read_text()
     assert page.count("data:image/jpeg;base64,") == 3 and "Test images on which the arms differ most" in page
     shares = [[float(share) for share in line.split(",")[1:]] for line in images.splitlines()[1:]]
-    apart = [abs(one - other) for one, other in shares]  # those on which the arms differ most come first
+    apart = [abs(one - other) for one, other in shares]  # the images on which the arms differ most come first
     assert apart[0] > 0 and apart == sorted(apart, reverse=True)
     assert statistics.fmean(one for one, _ in shares) == pytest.approx(
         statistics.fmean(run.data.metrics["selected/test_accuracy"] for run in children[::2]), abs=1e-3
@@ -279,7 +279,7 @@ def test_what_auto_chose_is_logged_with_its_reason(
 def test_few_images_get_more_epochs_and_estimates_of_batch_norm(
     tmp_path: Path, groups: dict[str, Any], images: int, expected: tuple[int, int]
 ) -> None:
-    """Three classes of 20 images leave 42 to train on, after the test and the validation images."""
+    """Three classes of 20 images leave 42 training images next to the test and the validation images."""
     root, said = make_image_tree(tmp_path / "set", images=images // 3), list[str]()
     data = {"dataset": "folder", "dir": str(root), "image_size": 8} | groups.get("data", {})
     config = TrainConfig.model_validate(groups | {"data": data, "execution": {"precision": "fp32"}})
@@ -302,7 +302,7 @@ def test_a_training_near_chance_level_says_so(sqlite_store: str, tmp_path: Path)
     [["entry_points/train.py"], ["entry_points/evaluate_pretrained.py"], ["-m", "effv2"], ["-m", "effv2", "ablate"]],
 )
 def test_help_is_complete_and_imports_nothing_slow(words: list[str]) -> None:
-    """So that it is there at once, which a clock would only show on a machine that does nothing else."""
+    """Without these imports, the help appears at once. A clock would be unreliable on a busy machine."""
     command = [sys.executable, "-X", "importtime", *words, "--help"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
     imported = {line.rpartition("|")[2].strip().partition(".")[0] for line in done.stderr.splitlines()}

@@ -1,4 +1,4 @@
-"""The hash names a configuration, and nothing else."""
+"""The hash identifies a configuration and nothing else."""
 
 from __future__ import annotations
 
@@ -47,4 +47,4 @@ def test_flat_holds_every_field_once() -> None:
     flat = TrainConfig().flat()
     assert flat["optimiser.lr"] == 1e-3 and flat["random.seed"] == 0
     assert not any(isinstance(value, float) and not math.isfinite(value) for value in flat.values())
-    assert all("." in name for name in flat)  # never a name that `mlflow run` logs itself
+    assert all("." in name for name in flat)  # so that no name collides with one that `mlflow run` logs

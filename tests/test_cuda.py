@@ -1,4 +1,4 @@
-"""What holds on a GPU too: the same network, the loop, exact resumption, whole runs. Skipped where there is none."""
+"""A GPU: the same network outputs, the loop, exact resumption, whole runs. Skipped without a GPU."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from tests.test_training import EVERYTHING, equal, numbers, saved_after, start
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU that torch sees")
 
 ON_CUDA: dict[str, Any] = {**EVERYTHING, "execution": {"device": "cuda", "precision": "fp32"}}
-# So long that both shapes of a batch, the last of an epoch being smaller, are captured before the end.
+# Enough steps to capture both batch shapes. The last batch of an epoch is smaller.
 LONG: dict[str, Any] = {**ON_CUDA, "schedule": {"epochs": 8, "name": "cosine"}, "evaluation": {}}
 
 
@@ -67,7 +67,7 @@ def test_state_saved_after_a_step_is_resumed_exactly() -> None:
     _, whole, training = start(config)
     expected = numbers(list(training))
     _, second, training = start(config)
-    second.load_state_dict(saved_after(config, whole.progress.step // 2 + 2))  # within an epoch
+    second.load_state_dict(saved_after(config, whole.progress.step // 2 + 2))  # in the middle of an epoch
     list(training)
     assert numbers(second.progress.history) == expected
     assert equal(whole.model.state_dict(), second.model.state_dict())

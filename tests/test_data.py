@@ -51,7 +51,7 @@ def test_per_class_and_seed_change_only_the_training_set() -> None:
     assert few["test"] == whole["test"] and few["validation"] == whole["validation"]
     assert len(few["train"]) == 200 and few["train"] < whole["train"]
     digests = [load_dataset(DataConfig(image_size=8, per_class=n)).test.digest for n in (0, 20)]
-    assert digests[0] == digests[1]  # whatever else was decoded with it
+    assert digests[0] == digests[1]  # though other images were decoded with it
     other = ids(load_dataset(DataConfig(image_size=8, split_seed=1)))
     assert other["test"] != whole["test"]
     for parts in (whole, few, other):
@@ -60,7 +60,7 @@ def test_per_class_and_seed_change_only_the_training_set() -> None:
 
 @pytest.mark.parametrize("name", ["folder", "birds"])
 def test_published_rule_by_hand(tmp_path: Path, name: Any) -> None:
-    """What isn't RGB is dropped before the split, of birds after it, as in the post's notebooks."""
+    """Images that aren't RGB are dropped before the split; with birds, after it. The post's notebooks do the same."""
     root = make_image_tree(tmp_path / "set", ("train", "test"), classes=3, images=12)
     config = DataConfig(
         dataset=name, dir=str(root), image_size=8, sampling="published", per_class=8,
@@ -154,7 +154,7 @@ def test_batches_for_another_device_are_gathered_one_ahead(monkeypatch: pytest.M
         assert torch.equal(batch[0], images_wanted) and torch.equal(batch[1], labels_wanted)
         assert len(gathered) <= number + 1
     assert len(gathered) == len(wanted)
-    assert not [*training_batches(dataset.train, order[:0], 100, torch.device("cuda"))]  # a training that resumes there
+    assert not [*training_batches(dataset.train, order[:0], 100, torch.device("cuda"))]  # resumed at the end
 
 
 @pytest.mark.parametrize(

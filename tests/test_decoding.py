@@ -1,4 +1,4 @@
-"""Decoding: the cache, broken images, and the pixels of every kind of file."""
+"""Decoding: the cache, broken images, and the pixels of all kinds of files."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def test_second_start_decodes_nothing_and_an_edit_is_seen(
     with monkeypatch.context() as patch:
         patch.setattr(LabelledImages, "open", lambda *_: pytest.fail("decoded again"))
         assert np.array_equal(decode(images, Square(8)).pixels, first.pixels)
-        assert np.array_equal(decode(copy, Square(8)).pixels, first.pixels)  # found by content, wherever it lies
+        assert np.array_equal(decode(copy, Square(8)).pixels, first.pixels)  # found by content, in any folder
     Image.new("RGB", (9, 9), "red").save(images.items[0])
     assert not np.array_equal(decode(images, Square(8)).pixels, first.pixels)
 
@@ -186,11 +186,11 @@ def test_images_are_rotated_upright(tmp_path: Path, orientation: int, ending: st
 
 
 def icon(mode: str, colour: int, folder: Path) -> Path:
-    """Write an image that is transparent except for a square of a grey in its middle."""
+    """Write a transparent image with a grey square in its middle."""
     image = Image.new("RGBA", (9, 9), (colour, colour, colour, 0))
     image.paste((colour, colour, colour, 255), (3, 3, 6, 6))
     more: dict[str, Any] = {}
-    if mode in ("L", "RGB"):  # a colour that stands for transparency
+    if mode in ("L", "RGB"):  # one colour means transparency
         more["transparency"] = 77 if mode == "L" else (77, 77, 77)
         image = Image.composite(image, Image.new("RGBA", (9, 9), (77, 77, 77)), image.getchannel("A"))
     image.convert(mode).save(folder / "icon.png", **more)

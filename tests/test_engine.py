@@ -1,4 +1,4 @@
-"""The engine of studies, with its processes and its databases killed for real."""
+"""The study engine: its workers, its coordinator and its databases are really killed."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ from tests.queues import make_queue, trials
 from tests.servers import Cluster, Server, free_port
 
 EPOCHS, SEEDS = 8, [0, 1, 2, 3, 4]
-RUNS = 2 * len(SEEDS)  # more than are enqueued at a time
+RUNS = 2 * len(SEEDS)  # more than the engine enqueues at a time
 SMALL = f"""
 name: small
 config:
@@ -50,7 +50,7 @@ many_processes = pytest.mark.timeout(900)
 
 
 def accuracies(folder: Path) -> Table:
-    """Return the parent's table as a set of (arm, seed, accuracies), the figures that no clock decides."""
+    """Return the rows of the parent's table as (arm, seed, accuracies...), without times."""
     (parent,) = (run for run in runs() if "mlflow.parentRunId" not in run.data.tags)
     path = MlflowClient().download_artifacts(parent.info.run_id, "comparison.csv", str(folder))
     with Path(path).open(encoding="utf-8") as file:
@@ -75,7 +75,7 @@ def study(tmp_path: Path) -> Path:
 
 @pytest.fixture(scope="module")
 def undisturbed(template_database: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[[int], Table]:
-    """Return the table of the same study run in peace, on so many threads."""
+    """Return a function that gives the table of the undisturbed study on a number of threads."""
     known: dict[int, Table] = {}
 
     def table(threads: int) -> Table:
@@ -102,7 +102,7 @@ Start = Callable[[Path, str, int], Forked]
 
 @pytest.fixture
 def start() -> Iterator[Start]:
-    """Return what starts an ablation with (study, storage, workers)."""
+    """Return a function (study, storage, workers) that starts an ablation."""
     with ExitStack() as stack:
 
         def start_one(study: Path, storage: str, workers: int) -> Forked:
@@ -124,7 +124,7 @@ def start() -> Iterator[Start]:
 def wait_for(condition: Callable[[], Any], process: Forked) -> Any:
     deadline = time.monotonic() + 240
     while time.monotonic() < deadline:
-        with suppress(Exception):  # tables that aren't there yet, a database that was just killed
+        with suppress(Exception):  # missing tables, or a database that was just killed
             found = condition()
             if found:
                 return found
@@ -136,7 +136,7 @@ def wait_for(condition: Callable[[], Any], process: Forked) -> Any:
 
 
 def in_mid_epoch(storage: Storage, finished: int) -> int:
-    """Return the pid of a worker that lives and has begun a second epoch, once so many trials are finished."""
+    """Return the pid of a living worker after its first epoch, once `finished` trials have ended; else 0."""
     found = trials(storage)
     if sum(trial.state.is_finished() for trial in found) < finished:
         return 0
@@ -174,7 +174,7 @@ def test_a_killed_worker_and_a_killed_coordinator_cost_nothing(
     os.kill(wait_for(lambda: in_mid_epoch(storage, 2), first), signal.SIGTERM)
     wait_for(lambda: in_mid_epoch(storage, 4), first)
     first.kill()
-    first.rest()  # to the end of its workers, which share the pipe and end by themselves
+    first.rest()  # waits for the end of its workers: they share the pipe and end by themselves
     assert children("KILLED") and not [run for run in runs() if run.info.status == "RUNNING"]
     assert f"[{RUNS}/{RUNS}]" in end(start(study, url, 2))
     check_small(storage, undisturbed(max(1, torch.get_num_threads() // 2)), tmp_path)
@@ -211,7 +211,7 @@ def test_seeds_until_known_end_alike_whatever_is_killed(sqlite_store: str, study
 
 @pytest.fixture(scope="module")
 def cluster() -> Iterator[Cluster]:
-    """Start a PostgreSQL server of our own, as a user that may run one."""
+    """Start a PostgreSQL server as a user that may run one."""
     found = shutil.which("initdb") or next(map(str, Path("/usr/lib/postgresql").glob("*/bin/initdb")), None)
     if found is None:
         pytest.skip("PostgreSQL is not installed: no server to test with")
@@ -242,7 +242,7 @@ def server(cluster: Cluster, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
 def test_four_workers_on_postgresql_survive_whatever_is_killed(
     server: Server, cluster: Cluster, study: Path, tmp_path: Path, undisturbed: Callable[[int], Table], start: Start
 ) -> None:
-    """A worker, the MLflow server, and the database of both, one after the other."""
+    """The test kills a worker, the MLflow server and the database, one after the other."""
     url = cluster.database("optuna")
     process = start(study, url, 4)
     storage = open_storage(url)

@@ -36,7 +36,7 @@ def test_studies_without_an_effect_get_few_false_verdicts(tmp_path: Path, seeds:
     claims, random = claims_of(tmp_path, text), np.random.default_rng(seeds)
     false = {"X1": 0, "Y1": 0}
     for _ in range(studies):
-        luck = random.normal(0, 0.02, seeds)  # of a seed, which all arms share
+        luck = random.normal(0, 0.02, seeds)  # of a seed: all arms share it
         values = {arm: 0.5 + luck + random.normal(0, 0.01, seeds) for arm in "abcd"}
         for each in judge(claims, study({arm: list(map(float, v)) for arm, v in values.items()}), nothing):
             false[each.id] += each.verdict != Verdict.UNDECIDED
@@ -128,7 +128,7 @@ def test_runs_are_compared_only_where_they_differ_in_nothing_else(tmp_path: Path
     unlike = study({"a": high}, optimiser__lr=0.1) + study({"b": low}, optimiser__lr=0.2)
     judgement = judged(claims, unlike)
     assert judgement.verdict == Verdict.NOT_TESTED and "in optimiser.lr" in judgement.findings[0].lacking
-    # What is no finite number, or isn't there, is no evidence.
+    # A missing or non-finite value is no evidence.
     broken = [run(float("nan"), 7, model__variant=arm, optimiser__lr=0.1) for arm in "ab"]
     judgement = judged(claims, [*fitting, *broken])
     assert (
@@ -139,7 +139,7 @@ def test_runs_are_compared_only_where_they_differ_in_nothing_else(tmp_path: Path
         run(0.1, seed, model__variant="a", optimiser__lr=0.1, tags={"effv2.outcome": "pruned"}) for seed in range(3)
     ]
     assert verdict(claims, [*fitting, *pruned]) == Verdict.SUPPORTED
-    # Of a run that was repeated the last one counts; runs that don't pair are compared all the same.
+    # The last repetition of a run counts. Runs that don't pair are compared too.
     assert "3 and 3 runs; 3 runs of a repeated since" in evidence(
         claims, [*study({"a": low}, optimiser__lr=0.1), *fitting]
     )
@@ -147,7 +147,7 @@ def test_runs_are_compared_only_where_they_differ_in_nothing_else(tmp_path: Path
     assert "2 runs of a failed" in evidence(claims, [*fitting, *failed])
     percentages = [run(80.0, 7, model__variant=arm, optimiser__lr=0.1) for arm in "ab"]
     assert "1 run of a left out: above 1, but accuracies are fractions" in evidence(claims, [*fitting, *percentages])
-    # Parameters without a dot count in runs from elsewhere; in ours `mlflow run` logs its options so.
+    # Parameters without a dot count in runs of other programs. In our runs, `mlflow run` logs its options so.
     other = study({"a": high}, lr=0.1) + study({"b": low}, lr=0.2)
     assert "differ in lr; name it under `ignore`" in judged(claims, other).findings[0].lacking
     ours = [replace(each, tags={"effv2.config_hash": "0"}) for each in other]
@@ -171,7 +171,7 @@ def test_a_plan_counts_where_it_was_made_before_the_runs(tmp_path: Path) -> None
     assert "4 and 4 runs, one look, at 4 seeds" in found and "2 runs beyond 4 seeds of an arm left out" in found
     early = judged(claims, [plan, *(each for each in runs if each.params["random.seed"] in "012")])
     assert early.verdict == Verdict.UNDECIDED and "3 of 4 planned seeds" in early.findings[0].lacking
-    assert "one look" not in evidence(claims, [replace(plan, started=6), *runs])  # made when runs were there
+    assert "one look" not in evidence(claims, [replace(plan, started=6), *runs])  # made after the runs
 
 
 def test_a_claim_needs_all_its_checks_and_is_corrected_within_its_family(tmp_path: Path) -> None:
@@ -221,16 +221,16 @@ def test_repeated_splits_count_once_each_and_widen_the_interval(tmp_path: Path) 
     # Nobody planned the second seeds, so they don't count: more seeds aren't more splits.
     words = on_several.findings[0].evidence
     assert "5 and 5 runs on 5 splits" in words and "10 runs beyond one seed per split left out" in words
-    # One run on a second split takes nothing from five on the first.
+    # A run on a second split doesn't change the result of five on the first.
     more = [run(0.5, 9, model__variant=arm, data__split_seed=1) for arm in "ab"]
     assert evidence(claims, [*one, *more]).startswith(f"{on_one.findings[0].evidence}; only on one split, 2 runs")
-    same = {"test": Images("mnist", "digest", 10_000)}  # a test part of its own: the splits share nothing but that
+    same = {"test": Images("mnist", "digest", 10_000)}  # with a test part of its own, the splits share only that
     apart_from_it = judged(claims, [replace(each, images=same) for each in several]).findings[0]
     assert apart_from_it.p == pytest.approx(Estimate(values).p(0))
     apart = study({"a": values}, data__split_seed=1) + study({"b": [0.0, 0.001] * 2}, data__split_seed=2)
     judgement = judged(claims, apart)
     assert judgement.verdict == Verdict.NOT_TESTED and "no split" in judgement.findings[0].lacking
-    corrected = Estimate(values, overlap=0.25)  # Nadeau & Bengio's: 1/n and the ratio of test to training images
+    corrected = Estimate(values, overlap=0.25)  # of Nadeau and Bengio: 1/n plus the ratio of test to training images
     assert corrected.error == pytest.approx(np.std(values, ddof=1) * np.sqrt(1 / 5 + 0.25))
     assert on_several.findings[0].p == pytest.approx(corrected.p(0))
 
@@ -238,7 +238,7 @@ def test_repeated_splits_count_once_each_and_widen_the_interval(tmp_path: Path) 
 def test_how_many_seeds_decide_and_where_one_more_is_expected() -> None:
     about, few, many = Estimate((0.02, 0.01, -0.005, 0.015)).seeds_to_decide()
     assert few and about and few < about < (many or 99)
-    # On overlapping splits the error of a mean has an end, and below it nothing ever decides.
+    # On overlapping splits, more seeds can't reduce the error of a mean below a limit. Smaller effects stay undecided.
     assert Estimate((0.031, -0.019, 0.011, -0.009, 0.016), overlap=0.25).seeds_to_decide()[0] is None
     random = np.random.default_rng(0)
     inside = 0

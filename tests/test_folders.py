@@ -1,4 +1,4 @@
-"""Folders of images: their layouts, their parts, tables of labels, what is left out."""
+"""Folders of images: layouts, parts, tables of labels, and files that are left out."""
 
 from __future__ import annotations
 
@@ -49,9 +49,9 @@ def test_parts_are_found_whatever_their_case(tmp_path: Path) -> None:
 
 
 def test_a_folder_next_to_train_that_is_no_part_is_named(tmp_path: Path) -> None:
-    for other in ("dev", "bus"):  # another name for validation; a class beside one called train
+    for other in ("dev", "bus"):  # another name for validation; a class next to a class called train
         root = make_image_tree(tmp_path / other, ("train", other))
-        (root / "mlruns" / "1").mkdir(parents=True)  # what a command in that folder leaves there
+        (root / "mlruns" / "1").mkdir(parents=True)  # a command in that folder leaves it there
         with pytest.raises(InputError, match=f"train is the training part by its name, but {other} next to it is not"):
             load_folder(root)
         (root / other).rename(root / "val")
@@ -59,7 +59,7 @@ def test_a_folder_next_to_train_that_is_no_part_is_named(tmp_path: Path) -> None
 
 
 def test_forms_of_unicode_are_one_name(tmp_path: Path) -> None:
-    """An archive of a Mac writes é as e and an accent."""
+    """Archives from macOS write é as e and a combining accent."""
     one, two = (unicodedata.normalize(form, "Café") for form in ("NFC", "NFD"))
     make_image_tree(tmp_path, ("train", "test"))
     (tmp_path / "train" / "class 0").rename(tmp_path / "train" / two)

@@ -1,4 +1,4 @@
-"""Runs are known again after edits that change no number, and by no edit that does."""
+"""Identity: a finished run is found after edits that change no number, and after no other edits."""
 
 from __future__ import annotations
 
@@ -139,7 +139,7 @@ def test_edits_of_arithmetic_are_refused(old: str, new: str) -> None:
 
 @pytest.mark.parametrize("spoilt", ["", "variables", "settings", "owner"])
 def test_the_commit_and_the_changes_are_those_of_this_checkout(tmp_path: Path, spoilt: str) -> None:
-    """Whatever variables and settings of git say, and whoever owns it."""
+    """Git's variables, its settings and the owner of the folder don't matter."""
     core = tmp_path / "effv2" / "core"
     core.mkdir(parents=True)
     for path in (core / "__init__.py", core.parent / "__init__.py"):
@@ -234,7 +234,7 @@ def test_added_field_is_left_out_of_the_identity_at_its_default() -> None:
 
 
 def test_fields_that_every_identity_holds_are_as_they_were() -> None:
-    """Another hash of the defaults voids the finished runs of whoever takes the defaults: change it with them alone."""
+    """A new hash of the defaults voids all finished runs with defaults. It may change only with a default."""
     assert TrainConfig().hash() == "e94ea176d41059fa"
     assert set(TrainConfig().flat()) >= schema.FIRST_FIELDS
 

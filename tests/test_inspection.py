@@ -1,4 +1,4 @@
-"""A look at a data set: counts, what is broken, and what is there more than once."""
+"""Inspection of a data set: counts, broken images and duplicates."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ random = np.random.default_rng(0)
 
 
 def photo() -> Image.Image:
-    """Return a picture that is like no other: blurred noise."""
+    """Return a unique picture: blurred noise."""
     noise = Image.fromarray(random.integers(0, 256, (120, 90, 3), np.uint8))
     return noise.filter(ImageFilter.GaussianBlur(6))
 
@@ -50,7 +50,7 @@ def test_broken_and_duplicate_images_are_named(tree: Path) -> None:
     assert {each[:2] for each in found.alike if each.identical} == {("train/dog/3.png", "test/dog/0.png")}
     assert {each[:2] for each in found.alike if not each.identical} == {("train/cat/1.png", "test/cat/again.jpg")}
     assert all(each.across for each in found.alike)
-    # Without a test part one is split off, which then holds training images; two labels of one image harm always.
+    # Without a test part, the test images are split off, so duplicates leak. Two labels of one image always harm.
     (tree / "train" / "dog" / "0.png").write_bytes((tree / "train" / "cat" / "0.png").read_bytes())
     alone = check(DataConfig(dataset="folder", dir=str(tree / "train")))
     assert alone.remedy(True) == "keep one image of each identical pair" and "split off" in " ".join(alone.sentences())
@@ -96,7 +96,7 @@ def test_a_contact_sheet_shows_what_enters_the_network(tree: Path) -> None:
     dataset = load_dataset(DataConfig(dataset="folder", dir=str(tree), image_size=48, validation_fraction=0))
     sheet = contact_sheet(dataset)
     left = sheet.width - COLUMNS * (48 + GAP)
-    first = np.asarray(sheet.crop((left, 48 + GAP, left + 48, 96 + GAP)))  # of the second class
+    first = np.asarray(sheet.crop((left, 48 + GAP, left + 48, 96 + GAP)))  # the first image of the second class
     assert np.array_equal(first, dataset.train.pixels[int(dataset.train.rows[4])].numpy())
     large = load_dataset(DataConfig(dataset="folder", dir=str(tree), image_size=300, validation_fraction=0))
     assert contact_sheet(large).width == left + COLUMNS * (MOST_TILE + GAP)

@@ -1,4 +1,4 @@
-"""Studies of processes that share nothing but a folder: exactly as many trials as are wanted, whatever is killed."""
+"""Studies of processes that share only a folder: exactly as many trials as planned, whatever is killed."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def age(path: Path) -> None:
 def test_processes_that_share_a_folder_finish_a_study_though_one_is_killed(
     file_store: str, url: str, tmp_path: Path, undisturbed: object
 ) -> None:
-    """Three commands: no database, no server, no process that started the others."""
+    """Three commands run without a database, a server or a coordinator."""
     study = tmp_path / "shared" / "small.yaml"
     study.write_text(SMALL)
     words: list[str | Path] = [
@@ -95,9 +95,9 @@ def test_a_machine_that_is_lost_is_replaced_and_may_not_finish(url: str, monkeyp
     lease = queue.lease()
     assert lease is not None
     with worker("elsewhere", set()):
-        assert queue.lease() is None  # it gave a sign of life
+        assert queue.lease() is None  # it sent a heartbeat
         age(Path(f"{storage.file}.alive", str(trial_id(lease))))
-        assert queue.lease() is None  # at first sight the file system may just have been away
+        assert queue.lease() is None  # at first, the file system may only have been away
         monkeypatch.setattr(queue_module, "SECOND_LOOK_SECONDS", 0)
         taken = queue.lease()
         assert taken is not None and taken.number == lease.number
@@ -105,21 +105,21 @@ def test_a_machine_that_is_lost_is_replaced_and_may_not_finish(url: str, monkeyp
         queue.finish(lease, TrialState.COMPLETE, 0.5, "")
 
 
-@pytest.mark.parametrize("owner", ["another/machine/1/1/x y", ""])  # the latter died before it had written
+@pytest.mark.parametrize("owner", ["another/machine/1/1/x y", ""])  # the empty one's owner died before it had written
 def test_a_lock_of_a_silent_owner_is_taken_and_that_one_writes_no_more(tmp_path: Path, owner: str) -> None:
     path = tmp_path / "lock"
     lock = LockFile(path, grace=60, longer=0.3)
     path.write_text(owner)
     with pytest.raises(StoreAway, match=r"holds the lock"), lock.held(0.5):
         pass
-    assert path.read_text() == owner, "an owner that isn't silent keeps it"
+    assert path.read_text() == owner, "an owner with heartbeats keeps its lock"
     age(path)
     began = time.monotonic()
     with lock.held(5):
         assert time.monotonic() - began > 0.3 and lock.is_held()
         path.write_text("another/machine/1/1/x z")
         assert lock.is_lost()
-    assert path.exists() and [*tmp_path.iterdir()] == [path], "what is another's is not removed"
+    assert path.exists() and [*tmp_path.iterdir()] == [path], "a lock of another process is not removed"
 
 
 def test_a_process_that_lost_its_lock_changes_nothing(url: str) -> None:
@@ -153,7 +153,7 @@ def test_half_a_line_is_cut_off_and_a_lost_log_is_named(url: str) -> None:
 
 
 def test_a_file_that_is_no_log_is_refused_and_left_unchanged(sqlite_store: str, url: str, tmp_path: Path) -> None:
-    """It is before the experiment and a folder are created."""
+    """The refusal comes before the experiment and a folder are created."""
     log = tmp_path / "shared" / "study.log"
     start = b'{"op_code":0,"worker_id":"w","study_name":"q","directions":[2]}\n'
     for text in (b"my thesis", b"my thesis\n", b'{"a": 1}', start + b"!\n" + start):
@@ -161,7 +161,7 @@ def test_a_file_that_is_no_log_is_refused_and_left_unchanged(sqlite_store: str, 
         result = invoke(main, "ablate", "--storage", url, "--experiment", "new")
         assert result.exit_code == 2 and "give another file" in result.stderr, text
         assert log.read_bytes() == text
-    for path in (log.parent, "/proc/study.log"):  # a folder, and one in which nobody can write
+    for path in (log.parent, "/proc/study.log"):  # a folder, and one without write access
         with pytest.raises(InputError, match="give another file"):
             check_storage(f"journal://{path}")
     assert MlflowClient().get_experiment_by_name("new") is None and [*log.parent.iterdir()] == [log]
@@ -198,7 +198,7 @@ def test_both_ends_of_a_long_log_are_checked(url: str, monkeypatch: pytest.Monke
 
 
 class Slept(LockFile):
-    """The lock of a process that slept after it had taken it, or, `late`, after it had made sure of it."""
+    """The process slept after it had taken its lock, or, if `late`, after it had checked it."""
 
     late = False
 
@@ -259,7 +259,7 @@ def test_signs_of_life_end_with_the_work_and_cost_one_look_at_the_clock(
         with worker(name, set()):
             lease = queue.lease()
             assert lease is not None
-    assert len(looks) == 2, "one a lease while others run"
+    assert len(looks) == 2, "one per lease while others run"
     with worker("a", {"b"}):
         queue.release()
         queue.lease()

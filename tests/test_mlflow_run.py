@@ -1,4 +1,4 @@
-"""Commands under `mlflow run`: their parameters, the run that MLflow opens, wrong input."""
+"""Commands under `mlflow run`: their parameters, the run that MLflow opens, and wrong input."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def test_mlflow_run_adopts_its_run(
     study.write_text(tiny_study.read_text().partition("arms:")[0] + TINY_MODEL)
     file = study if entry == "train" else tiny_study
     words = {"study": str(file), "epochs": "1", "image-size": "9", "lr": "1e-3"}
-    alone = entry == "train"  # with its model, which a study's runs log likewise
+    alone = entry == "train"  # with its model; the runs of a study log theirs in the same way
     words |= {} if alone else {"storage": f"sqlite:///{tmp_path / 'optuna.db'}", "log-model": "none"}
     command = [sys.executable, "-m", "mlflow", "run", str(ROOT), "-e", entry, "--env-manager", "local"]
     for name, value in words.items():
@@ -41,7 +41,7 @@ def test_mlflow_run_adopts_its_run(
     environment = os.environ | {"PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
     done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=120)
     assert done.returncode == 0, done.stderr
-    # The same command again, with a run opened for it as `mlflow run` does.
+    # Repeat the command, with an open run as `mlflow run` prepares it.
     monkeypatch.setenv("MLFLOW_RUN_ID", MlflowClient().create_run("0").info.run_id)
     assert (
         invoke(COMMANDS[entry], *(word for name, value in words.items() for word in (f"--{name}", value))).exit_code
@@ -82,7 +82,7 @@ def test_a_password_that_mlflow_run_has_logged_is_not_passed_over(
 
 @pytest.mark.parametrize("name", COMMANDS)
 def test_parameters_of_mlflow_run_are_the_options_of_the_command(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """MLflow passes on every parameter under its own name, an empty one too."""
+    """MLflow passes on every parameter by its name, even an empty one."""
     entry_point = load_project(str(ROOT)).get_entry_point(name)  # type: ignore[no-untyped-call]
     options = [str(option.name) for option in COMMANDS[name].params]
     words = shlex.split(entry_point.compute_command(dict.fromkeys(options, ""), None))

@@ -1,4 +1,4 @@
-"""Published weights: found, verified, evaluated as torchvision would, ranked; seeded networks and real weights."""
+"""Evaluations of published weights: as plain PyTorch, ranked, resumed, never repeated."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def two_files(tmp_path: Path) -> list[Path]:
 
 @pytest.fixture
 def short_batches(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Time a full batch of 2 images, since 128 of them take long, and time it once."""
+    """Use 2 images as a full batch, since 128 take long, and time it once."""
     monkeypatch.setattr(evaluation, "FULL_BATCH_IMAGES", 2)
     monkeypatch.setattr(training_evaluation, "TIMED_PASSES", 1)
 
@@ -102,7 +102,7 @@ def test_the_published_comparison_from_names_to_report(sqlite_store: str, few_im
         meta = models.get_model_weights(name).DEFAULT.meta
         assert metrics["model/parameters"] == meta["num_params"]
         assert metrics["model/gflops"] == pytest.approx(meta["_ops"], abs=1e-3)
-        assert "published/top1_accuracy" not in metrics  # nobody published what these files reach
+        assert "published/top1_accuracy" not in metrics  # no accuracy is published for these files
         assert (metrics["eval/images"], metrics["unseen/images"], metrics["seen/images"]) == (8, 4, 4)
         for figure in ("top1_accuracy", "top1_present", "top5_accuracy", "loss", "ece"):
             assert f"eval/{figure}" in metrics and f"unseen/{figure}" in metrics
@@ -136,7 +136,7 @@ def test_the_published_comparison_from_names_to_report(sqlite_store: str, few_im
 def test_only_the_same_weights_on_the_same_images_are_not_repeated(
     sqlite_store: str, few_images: Path, tmp_path: Path, hub: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A published file is not the user's own of the same bytes: its name and that it was verified are told."""
+    """A published file and the user's own are different runs, even with equal bytes: one is verified."""
     own = seeded_weights(tmp_path / "mine.pth", "squeezenet1_1")
     head = hashlib.sha256(own.read_bytes()).hexdigest()[:8]
     published = models.SqueezeNet1_1_Weights.IMAGENET1K_V1
@@ -204,7 +204,7 @@ def test_finished_evaluations_are_not_repeated(
     assert evaluate_squeezenets(few_images, two_files, "--fresh", "--workers", "2").exit_code == 0
     assert len(all_runs()) == len(before) + 5
 
-    # What --fresh began is gone on with, and takes nothing from those before it.
+    # The run that --fresh began is resumed, and reuses nothing from earlier ones.
     def interrupted(evaluation_: Any, task: Any) -> Any:
         if evaluation_.requested.file == two_files[1]:
             raise KeyboardInterrupt
@@ -245,7 +245,7 @@ evaluate_pretrained(sys.argv[1:])
 def test_a_comparison_that_was_cut_short_is_resumed_in_its_run(
     sqlite_store: str, few_images: Path, two_files: list[Path], number: int, code: int, left: str
 ) -> None:
-    """A comparison of others that comes before ends runs that a killed one left open."""
+    """Another comparison in between ends the runs that a killed one left open."""
     words = ["--models", ",".join(f"squeezenet1_1={file}" for file in two_files)]
     words += ["--dataset", "folder", "--data-dir", str(few_images)]
     script = CUT_SHORT.format(signal=int(number))
@@ -311,7 +311,7 @@ def test_the_best_network_is_served_with_its_own_preprocessing(
 ) -> None:
     import mlflow.pyfunc
 
-    first = min(few_images.rglob("*.JPEG"))  # the example of a request, whatever its mode
+    first = min(few_images.rglob("*.JPEG"))  # the example of a request, in an unusual mode
     with Image.open(first) as image:
         image.convert("CMYK").save(first)
     result = evaluate_squeezenets(few_images, two_files, "--log-model", "best")

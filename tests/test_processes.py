@@ -1,4 +1,4 @@
-"""Processes and signals: what a signal ends, what it leaves, which processes are alive."""
+"""Processes and signals: how signals end commands, and which processes are alive."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def test_sigterm_leaves_no_run_running(sqlite_store: str, tiny_study: Path) -> N
 
 
 class Swallows:
-    """Its destructor is ended by SIGTERM, which Python drops."""
+    """A signal arrives in its destructor, where Python drops the exception."""
 
     def __del__(self) -> None:
         os.kill(os.getpid(), signal.SIGTERM)
@@ -71,13 +71,13 @@ def test_a_signal_that_python_swallowed_ends_what_follows(sqlite_store: str, tmp
         try:
             raise Terminated
         except Terminated:
-            look()  # on the way out nothing is cut short
+            look()  # nothing is interrupted once the process is ending
     look()
 
 
 @pytest.mark.parametrize(("seconds", "code"), [(0.0, 0), (0.8, -signal.SIGTERM)])
 def test_a_second_signal_ends_a_process_that_ignores_the_first(seconds: float, code: int) -> None:
-    """But for one that comes with the first."""
+    """A signal that comes with the first one has no effect."""
     script = (
         "import os, signal, time\nfrom contextlib import suppress\nfrom effv2.core.processes import ending_signals\n"
         "with ending_signals():\n    for pause in (0, SECONDS):\n        time.sleep(pause)\n"
@@ -100,7 +100,7 @@ def test_a_signal_waits_for_the_end_of_the_outermost_block() -> None:
 def test_a_second_signal_does_not_interrupt_the_update_of_the_status(
     sqlite_store: str, tiny_study: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Ctrl-C under `mlflow run` is followed by a SIGTERM."""
+    """Under `mlflow run`, a SIGTERM follows Ctrl-C."""
     from mlflow.tracking.client import MlflowClient as Client
 
     from effv2.training import loop
@@ -112,7 +112,7 @@ def test_a_second_signal_does_not_interrupt_the_update_of_the_status(
             os.kill(os.getpid(), number)
         ended(*args, **kwargs)
 
-    monkeypatch.setattr(processes, "TOGETHER_SECONDS", 60)  # however slow this machine is
+    monkeypatch.setattr(processes, "TOGETHER_SECONDS", 60)  # for slow machines
     monkeypatch.setattr(Client, "set_terminated", signalled_again)
     monkeypatch.setattr(loop, "evaluate", lambda *_: os.kill(os.getpid(), signal.SIGINT))
     assert invoke(ablate, "--study", tiny_study).exit_code == 130
@@ -126,7 +126,7 @@ def test_a_malformed_process_tag_stops_no_command(pid: str) -> None:
 
 
 def test_ignored_hangup_stays_ignored(sqlite_store: str, tiny_study: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """As under nohup."""
+    """The shell ignores it under nohup."""
     from effv2.training import loop
     from effv2.training.evaluation import evaluate
 
@@ -146,7 +146,7 @@ def test_ignored_hangup_stays_ignored(sqlite_store: str, tiny_study: Path, monke
 
 @pytest.fixture(params=["linux", "macos"])
 def _processes(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Know of processes through /proc, or without it."""
+    """Find processes with /proc, or without it as on macOS."""
     caches = (processes.this_process, processes._where)
     for cached in caches:
         cached.cache_clear()

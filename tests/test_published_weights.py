@@ -129,7 +129,7 @@ WRONG_INPUT = {
 
 
 class Code:
-    """Something that a pickle would run."""
+    """An object whose pickle runs code."""
 
     def __reduce__(self) -> tuple[Any, ...]:
         return (os.mkdir, ("was-run",))
@@ -171,7 +171,7 @@ def test_wrong_input_is_one_sentence_before_anything_is_created(wrong_files: Pat
     ],
 )
 def test_weights_are_found_in_what_training_programs_save(tmp_path: Path, held: str, around: dict[str, Any]) -> None:
-    """DataParallel, torchvision's own training with torch.compile, Lightning, and the like."""
+    """The files of DataParallel, torchvision's training with torch.compile, Lightning and others."""
     state = torch.load(seeded_weights(tmp_path / "plain.pth", "squeezenet1_1"), weights_only=True)
     saved: dict[str, Any] = {f"{held}{name}": value for name, value in state.items()}
     saved |= {"criterion.weight": torch.ones(1000)} if held == "model." else {}

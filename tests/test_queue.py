@@ -1,4 +1,4 @@
-"""The queue of trials: each is leased by one worker, retried, and finished exactly once."""
+"""The queue: each trial is leased to one worker at a time, retried, and finished exactly once."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def storage(empty_queue: Path, tmp_path: Path) -> Iterator[Storage]:
 
 @pytest.fixture(scope="module")
 def empty_queue(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Create the tables of a storage once; a copy takes milliseconds."""
+    """Create the tables of a storage once. Copying them takes milliseconds."""
     path = tmp_path_factory.mktemp("queue") / "queue.db"
     open_storage(f"sqlite:///{path}").close()
     return path
@@ -55,7 +55,7 @@ def empty_queue(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_every_trial_is_finished_exactly_once_whatever_happens(
     empty_queue: Path, events: list[tuple[int, str]]
 ) -> None:
-    """Three workers lease, fail, give back and die in any order; the rest is then worked off."""
+    """Three workers lease, fail, give back and die in any order. A fourth one finishes the rest."""
     gone: set[str] = set()
     with tempfile.TemporaryDirectory() as folder, pytest.MonkeyPatch.context() as patch:
         patch.setattr(queue_module, "MOST_LOST", 100)
@@ -89,7 +89,7 @@ def test_a_failed_trial_is_retried_as_often_as_the_study_says(storage: Storage) 
         queue.report(lease, 1, 0.5)
         queue.fail(lease, "for a test", final=False)
     assert attempts == 3 and queue.trials()["0"].state == TrialState.FAIL
-    queue.repeat(())  # the same command again: what failed may work now
+    queue.repeat(())  # the command was given again: failed trials get another attempt
     again = queue.lease()
     assert again is not None and again.user_attrs[RUN] == "its run"
     assert queue.trials()["0"].intermediate_values == {1: 0.5}
@@ -141,7 +141,7 @@ def test_a_worker_on_a_lost_machine_is_replaced_and_may_not_finish(
         old = "UPDATE trial_heartbeats SET heartbeat = datetime(heartbeat, '-1 day')"
         connection.execute(sqlalchemy.text(old))
     with worker("elsewhere", set()):
-        assert queue.lease() is None  # at first sight the database may just have been away
+        assert queue.lease() is None  # at first, the database may only have been away
         monkeypatch.setattr(queue_module, "SECOND_LOOK_SECONDS", 0)
         taken = queue.lease()
         assert taken is not None and taken.number == lease.number

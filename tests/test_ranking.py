@@ -66,7 +66,7 @@ def test_calibration_error_is_the_weighted_gap_of_each_bin(rows: list[tuple[floa
 
 @given(st.integers(0, 2**32 - 1), st.sampled_from([0.0, 1e-9, 1.0]))
 def test_right_over_all_classes_implies_right_among_few_and_in_the_top_five(seed: int, spread: float) -> None:
-    """Also of an untrained network, whose logits are so close that their probabilities tie."""
+    """This holds for an untrained network too, whose logits are so close that probabilities tie."""
     generator = np.random.default_rng(seed)
     logits = torch.from_numpy(generator.normal(0, spread, (40, 12)).astype(np.float32))
     present = np.sort(generator.choice(12, 7, replace=False))
@@ -77,7 +77,7 @@ def test_right_over_all_classes_implies_right_among_few_and_in_the_top_five(seed
 def test_scores_are_those_of_a_plain_loop() -> None:
     generator = np.random.default_rng(0)
     logits, present = torch.from_numpy(generator.normal(0, 2, (60, 12)).astype(np.float32)), np.array([1, 4, 5, 9])
-    logits[0] = 0  # all tie: the first output is predicted
+    logits[0] = 0  # all outputs tie: the first one is predicted
     true = np.array([5, *generator.choice(present, 59)])
     counts = {"top1_accuracy": 0, "top1_present": 0, "top5_accuracy": 0}
     losses, confidences, hits = [], [], []
@@ -98,7 +98,7 @@ def test_scores_are_those_of_a_plain_loop() -> None:
 
 
 def ranking(rights: dict[str, list[bool]], where: str = UNSEEN) -> str:
-    """Return what is said of networks that got these images right."""
+    """Return the sentences on networks that classified these images correctly."""
     params = {"evaluation.ranked_on": "eval", "evaluation.ranked_origin": where}
     runs = [RunRecord(name, name, "FINISHED", params, {}, {}) for name in rights]
     found = networks_results(
@@ -128,7 +128,7 @@ def test_many_networks_are_all_named() -> None:
 
 
 def test_the_published_comparison_on_138_images_decides_nothing() -> None:
-    """116, 112 and 109 right, even if they differed in no more images than they must."""
+    """116, 112 and 109 images are right, and the networks differ in as few images as possible."""
     rights = {name: [True] * right + [False] * (138 - right) for name, right in (("s", 116), ("r", 112), ("b", 109))}
     assert "which is better: s or r" in ranking(rights)
 
@@ -150,7 +150,7 @@ def images_of(tmp_path: Path, files: dict[str, list[str]]) -> EvaluationImages:
 
 @pytest.mark.parametrize(
     ("tench", "church", "ranked", "others"),
-    [  # also where one image of the validation set has strayed among one's own
+    [  # first: one image of the validation set among the user's own
         ("own own", "own val", (TEST, UNKNOWN), {UNSEEN: 1}),
         ("val train", "val own", (UNSEEN, UNSEEN), {UNSEEN: 2, SEEN: 1, UNKNOWN: 3}),
         ("own train", "own", (UNKNOWN, UNKNOWN), {SEEN: 1, UNKNOWN: 2}),

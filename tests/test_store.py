@@ -1,4 +1,4 @@
-"""Trouble with the tracking store or with resources is one sentence that names the remedy."""
+"""Faults of the tracking store and exhausted resources: one sentence that names the remedy."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ from tests.conftest import running
 
 
 class Refusing(http.server.BaseHTTPRequestHandler):
-    """Answers everything with one status and one body."""
+    """Answers every request with one status and one body."""
 
     status, body = 200, b""
 
@@ -58,7 +58,7 @@ class Refusing(http.server.BaseHTTPRequestHandler):
 
 @pytest.fixture
 def serve(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., None]]:
-    """Return what starts such a server, with TLS where a certificate is given, and points MLflow at it."""
+    """Return a function that starts such a server and points MLflow at it. A certificate turns on TLS."""
     servers: list[http.server.HTTPServer] = []
 
     def start(status: int, body: bytes, scheme: str = "http", certificate: Path | None = None) -> None:
@@ -68,7 +68,7 @@ def serve(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., None]]:
             context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
             context.load_cert_chain(certificate)
             server.socket = context.wrap_socket(server.socket, server_side=True)
-            server.handle_error = lambda *_: None  # type: ignore[method-assign]  # clients that hang up
+            server.handle_error = lambda *_: None  # type: ignore[method-assign]  # for clients that hang up
         servers.append(server)
         threading.Thread(target=server.serve_forever, args=[0.02], daemon=True).start()
         monkeypatch.setenv("MLFLOW_TRACKING_URI", f"{scheme}://127.0.0.1:{server.server_port}")
@@ -129,7 +129,7 @@ BY_MLFLOW = "from mlflow import MlflowClient; MlflowClient().search_experiments(
 
 @pytest.mark.parametrize("creates", [BY_US, BY_MLFLOW])
 def test_a_database_whose_creation_was_killed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, creates: str) -> None:
-    """Our own is made anew; that of another program is known as what it is, and refused."""
+    """effv2 creates its own database again. One of another program is refused as interrupted."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path}/new.db")
     with running("-c", CUT_SHORT + creates) as process:
@@ -259,7 +259,7 @@ def test_one_database_is_not_mlflows_and_optunas(
 def test_a_fault_of_a_storage_that_is_only_being_opened_is_named(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """As a worker opens one, which waits for a database that was there before."""
+    """A worker waits for its database, but not with such a fault."""
 
     def opened(*_: object) -> None:
         raise OperationalError("SELECT", {}, sqlite3.OperationalError("no such column: x"))
@@ -295,7 +295,7 @@ def test_a_run_is_adopted_only_where_it_was_opened_for_the_command(
 
 
 def test_a_relative_path_is_that_of_where_mlflow_run_was_typed(sqlite_store: str, tmp_path: Path) -> None:
-    """`mlflow run` starts the command in the project's folder, with the address as it was given."""
+    """`mlflow run` starts the command in the project's folder and passes on the address unchanged."""
     (tmp_path / "project").mkdir()
     given = {"MLFLOW_RUN_ID": MlflowClient().create_run("0").info.run_id, "MLFLOW_TRACKING_URI": "sqlite:///mlflow.db"}
     program = (
@@ -363,7 +363,7 @@ def test_no_secret_of_an_address_is_shown(address: str, monkeypatch: pytest.Monk
 
 
 def test_what_a_command_shows_and_records_holds_no_secret(sqlite_store: str, tmp_path: Path) -> None:
-    """Its whole output, its words as other users see them, the tags and parameters that are read back."""
+    """The test reads its output, its command line as other users see it, its tags and its parameters."""
     program = (
         "import sys; from pathlib import Path; from effv2.cli.main import main\n"
         "try: main()\nfinally: print(Path('/proc/self/cmdline').read_bytes())"
@@ -376,7 +376,7 @@ def test_what_a_command_shows_and_records_holds_no_secret(sqlite_store: str, tmp
     experiment = open_store("")
     given = MlflowClient().create_run("0", tags={"mlflow.source.name": f"https://{S}@host/o/r"})  # as `mlflow run` does
     MlflowClient().log_param(given.info.run_id, "storage", address)
-    os.environ["MLFLOW_RUN_ID"] = given.info.run_id  # taken away by what adopts it
+    os.environ["MLFLOW_RUN_ID"] = given.info.run_id  # effv2 removes it when it adopts the run
     with (
         pytest.raises(ZeroDivisionError),
         open_run("run", experiment, {"effv2.command": f"--storage {address}"}, message=print),
@@ -423,10 +423,10 @@ def test_other_faults_stay_what_they_are() -> None:
 
 
 def test_runs_land_in_an_experiment_of_their_own(store: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """But where `Default` holds runs of an earlier effv2, they are resumed and reported there."""
+    """If `Default` holds runs of an earlier effv2, commands resume and report them there."""
     monkeypatch.delenv("MLFLOW_EXPERIMENT_ID")
     client = MlflowClient()
-    client.create_run("0")  # of something else, on which effv2 can report
+    client.create_run("0")  # a run of another program: effv2 can report on it
     assert open_store("", create=False) == "0"
     own = open_store("")
     assert client.get_experiment(own).name == "effv2" and open_store("", create=False) == own

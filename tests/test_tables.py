@@ -24,7 +24,7 @@ from tests.simulated import METRIC, evidence, results, run, study, two_arms
 
 
 def tabulated(arms: int, values: Sequence[float], **params: Any) -> tuple[StudyResults, dict[str, str]]:
-    """Return the results of a study, each arm a point above the one before, and what its tables say of the second."""
+    """Return the results of a study, and its tables' cells on the second arm. Each arm is a point above the last."""
     runs = []
     for number in range(arms):
         for seed, value in enumerate(values):
@@ -138,11 +138,11 @@ def test_intervals_end_where_values_do_and_equal_values_have_none(tmp_path: Path
     assert not any(name.startswith("a single re-run") for name in told)
     claims = two_arms(tmp_path, f"{{kind: level, metric: {METRIC}, arm: a, about: 0.2, within: 0.1}}")
     assert "[0.00 % to 100.00 %], 3 runs" in evidence(claims, study({"a": [0.0, 0.3, 0.8]}))
-    gap = Interval(-0.08, -0.04)  # of a metric that is called an accuracy and is none
+    gap = Interval(-0.08, -0.04)  # a metric with accuracy in its name that is no accuracy
     assert gap.within(quantity("accuracy_gap").possible) == gap
 
 
-@pytest.mark.parametrize("accuracy", [0.51, 51.0])  # the mean of six times 0.51 is a little less than that
+@pytest.mark.parametrize("accuracy", [0.51, 51.0])  # rounding makes the mean of six times 0.51 a little smaller
 def test_equal_accuracies_and_percentages_have_tables_and_figures(accuracy: float) -> None:
     metrics = dict.fromkeys(["best/test_accuracy", "selected/test_accuracy", "time/total_train_seconds"], accuracy)
     images = {"test": Images("folder", "", 200, ("cat", "dog"))}

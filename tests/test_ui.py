@@ -1,4 +1,4 @@
-"""`effv2 ui`: the comparison of the newest study, on a server that it starts, or on the one that is there."""
+"""`effv2 ui` shows the comparison of the newest study, on a server that it starts or on a running one."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def make_study(experiment: str = "0") -> str:
 
 def test_it_serves_the_comparison_until_it_is_told_to_end(sqlite_store: str) -> None:
     study = make_study()
-    MlflowClient().create_run("0")  # a newer one, of no study
+    MlflowClient().create_run("0")  # a newer run without a study
     port = free_port()
     with running("-m", "effv2", "ui", "--port", str(port)) as process:
         address = process.until(r"http://.*\n").strip()
