@@ -32,7 +32,8 @@ from tests.conftest import ROOT, TINY_TABLE
 README = ROOT / "README.md"
 PAGES = [README, *reference.pages()]
 RESULTS, POST = (reference.DOCS / "results" / name for name in ("README.md", "the-post.md"))
-SOURCES = sorted([*ROOT.glob("effv2/*/**/*.py"), *ROOT.glob("sweeps/*.yaml"), *ROOT.glob("effv2/**/claims.yaml")])
+CODE = [path for place in ("effv2", "tests", "benchmarks", "entry_points") for path in ROOT.glob(f"{place}/**/*.py")]
+SOURCES = sorted({*CODE, *ROOT.glob("sweeps/*.yaml"), *ROOT.glob("effv2/**/claims.yaml")} - {Path(__file__)})
 SPOKEN = {tokenize.COMMENT, tokenize.STRING, getattr(tokenize, "FSTRING_MIDDLE", tokenize.STRING)}  # since Python 3.12
 LINKED = [*PAGES, *(reference.DOCS / "results").glob("*.md")]
 MOST_LINES, MOST_WORDS, LONGEST_MEAN, LONGEST = 120, 2_000, 18, 35

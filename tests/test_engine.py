@@ -129,10 +129,10 @@ def wait_for(condition: Callable[[], Any], process: Forked) -> Any:
             if found:
                 return found
         if process.poll() is not None:
-            pytest.fail(f"ended too early: {process.rest()}")
+            pytest.fail(f"the process ended too early: {process.rest()}")
         time.sleep(0.1)
     process.kill()
-    pytest.fail(f"waited in vain: {process.rest()}")
+    pytest.fail(f"timed out after 240 seconds: {process.rest()}")
 
 
 def in_mid_epoch(storage: Storage, finished: int) -> int:
