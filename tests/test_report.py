@@ -153,7 +153,7 @@ def test_an_experiment_is_reported_exported_and_rebuilt(sqlite_store: str, tiny_
     verdicts = rows_of(markdown)
     assert next(iter(verdicts)) == "M1" and "not tested" not in verdicts["M1"][2]
     assert markdown.index("## tiny") < markdown.index("## Your claims")  # the user's own studies come first
-    (line,) = (line for line in markdown.splitlines() if line.startswith("Published claims that no run here is about"))
+    (line,) = (line for line in markdown.splitlines() if line.startswith("Published claims without runs here"))
     assert all(f"{id_}" in line or id_ in verdicts for id_ in read_claims().claims) and "A1" in line
     assert "## Single runs" in markdown
     # The page is on the run of the report, which the next report reuses. The study's run keeps its own report.
@@ -289,7 +289,7 @@ def test_empty_and_half_finished_studies_say_what_is_missing(sqlite_store: str, 
     out = tmp_path / "out"
     assert invoke(report, "--export", out).exit_code == 0
     markdown = (out / "report.md").read_text()
-    assert "mlflow run . -e ablate -P variant=drop_one" in markdown
+    assert "effv2 ablate --variant drop_one" in markdown
     assert not rows_of(markdown) and "mlflow run . -e ablate" in (out / "report.html").read_text()
     client = MlflowClient()
     name = r"half $x$ | <i>é数\1"  # nothing in this foreign name counts as mathematics, markup or a pattern
@@ -332,7 +332,7 @@ def test_a_report_creates_no_store(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     assert not list(tmp_path.iterdir())
     assert invoke(report, "--export", "out").exit_code == 0
     assert [each.name for each in tmp_path.iterdir()] == ["out"]
-    assert "that no run here is about: T1, " in (tmp_path / "out" / "report.md").read_text()
+    assert "Published claims without runs here: T1, " in (tmp_path / "out" / "report.md").read_text()
     assert invoke(report, "--from-export", "out", "--export", "again").exit_code == 0
 
 
@@ -344,7 +344,7 @@ def test_the_run_that_mlflow_opened_gets_the_report(
     assert invoke(report).exit_code == 0
     (run,) = all_runs()
     assert (run.info.run_name, run.info.status) == ("report", "FINISHED")
-    assert "that no run here is about: T1, " in artifact(opened, "report.md", tmp_path)
+    assert "Published claims without runs here: T1, " in artifact(opened, "report.md", tmp_path)
     assert run.data.tags["mlflow.note.content"].startswith("0 runs; no claim")
 
 
