@@ -34,7 +34,10 @@ ROOT = Path(__file__).parents[1]
 settings.register_profile("effv2", deadline=None)  # other processes may slow the machine down
 settings.load_profile("effv2")
 # The slowest test files, the slowest first. They start first, so that no process ends with one of them.
-LONGEST = [f"test_{name}" for name in ("engine", "pretrained", "report", "search", "resume", "outages", "commands")]
+LONGEST = [
+    f"test_{name}"
+    for name in ("engine", "pretrained", "report", "search", "resume", "outages", "commands", "mlflow_run")
+]
 TINY_TABLE = "F 1 3 1 8 8 1 / M 2 3 2 8 16 2"
 OTHER_TINY_TABLE = "M 1 3 1 8 8 1 / M 2 3 2 8 16 1"
 TINY_MODEL = f"  model: {{variant: tiny, table: {TINY_TABLE}}}\n"  # the last line of a study's `config`

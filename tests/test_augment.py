@@ -45,7 +45,7 @@ def distinct(images: torch.Tensor) -> int:
     ],
     ids=lambda options: next(iter(options)),
 )
-def test_each_sample_is_drawn_apart_and_repeatably(options: dict[str, object]) -> None:
+def test_each_sample_is_drawn_separately_and_repeatably(options: dict[str, object]) -> None:
     config = AugmentConfig.model_validate(options)
     images = gradient_images()
     torch.manual_seed(0)
@@ -68,7 +68,7 @@ def test_crop_shows_a_window_of_the_reflected_image(padding: int, seed: int) -> 
     assert any(torch.equal(cropped[0], window) for window in windows)
 
 
-def test_flip_mirrors_some_and_leaves_some() -> None:
+def test_flip_mirrors_some_images() -> None:
     images = gradient_images(64)
     flipped = random_flip(images)
     mirrored = [torch.equal(after, before.flip(2)) for before, after in zip(images, flipped, strict=True)]

@@ -142,7 +142,7 @@ def own_source(**changes: Any) -> Source:
         (lambda: own_source(items=np.zeros((4, 8, 8))), "paths or bytes"),
     ],
 )
-def test_a_data_set_of_a_newcomer_that_errs_is_named(
+def test_a_faulty_data_set_of_the_user_is_named(
     monkeypatch: pytest.MonkeyPatch, made: Callable[[], Any], said: str
 ) -> None:
     monkeypatch.setitem(DATASETS._functions, "mine", lambda config: made())
@@ -153,7 +153,7 @@ def test_a_data_set_of_a_newcomer_that_errs_is_named(
 
 
 @pytest.mark.parametrize("measure", [lambda found: found.nothing, lambda found: None, lambda found: found.logits])
-def test_a_metric_of_a_newcomer_that_errs_is_named(monkeypatch: pytest.MonkeyPatch, measure: Any) -> None:
+def test_a_faulty_metric_of_the_user_is_named(monkeypatch: pytest.MonkeyPatch, measure: Any) -> None:
     monkeypatch.setitem(EPOCH_METRICS, "mine", measure)
     with pytest.raises(RunError, match=r"The metric 'mine' of EPOCH_METRICS failed \(\w+: .*\); correct it\."):
         epoch_metrics(Evaluation(0.5, 0.5, torch.zeros(2, 3), torch.zeros(2)))

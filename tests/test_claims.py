@@ -56,7 +56,7 @@ def test_published_curves_are_those_of_the_post() -> None:
 
 
 @pytest.mark.parametrize("name", ["ablate-mnist", "hparam-imagenette-32", "train-birds-128"])
-def test_a_claim_on_a_study_is_about_runs_of_its_arms_and_of_nothing_that_differs(name: str) -> None:
+def test_a_claim_on_a_study_matches_only_runs_of_its_arms(name: str) -> None:
     study, protocol = open_study(name), read_claims().protocols[name]
     images = {"train": Images("birds", "", 1995, tuple(map(str, range(25))))} if "birds" in name else {}
     for arm in protocol.arms:

@@ -102,7 +102,7 @@ def test_ablation_holds_everything(store: str, tiny_study: Path, tmp_path: Path)
     )
 
 
-def test_the_same_command_again_repeats_nothing_but_fresh_does(sqlite_store: str, tiny_study: Path) -> None:
+def test_a_repeated_command_trains_nothing_unless_fresh(sqlite_store: str, tiny_study: Path) -> None:
     words = ["--study", str(tiny_study), "--variant", "default", "--log-model", "none"]
     for _ in range(2):
         assert invoke(ablate, *words).exit_code == 0

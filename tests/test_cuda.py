@@ -49,7 +49,7 @@ def test_training_follows_that_of_the_cpu() -> None:
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
-def test_graphed_steps_are_the_eager_ones_and_evaluation_is_up_to_rounding(precision: str) -> None:
+def test_graphed_steps_equal_eager_ones_and_evaluation_up_to_rounding(precision: str) -> None:
     config = tiny_config(**{**LONG, "execution": {"device": "cuda", "precision": precision}})
     dataset, state, training = start(config)
     graphed = numbers(list(training))

@@ -145,7 +145,7 @@ def test_skipping_may_not_leave_a_part_or_a_class_empty(
         load_folder(root, skip_broken=True, validation_fraction=0)
 
 
-def test_broken_images_are_skipped_where_that_is_wanted(tmp_path: Path, own_cache: Path) -> None:
+def test_broken_images_are_skipped_if_requested(tmp_path: Path, own_cache: Path) -> None:
     root = write_tree(tmp_path / "set", *within("train", "test"))
     (root / "train" / "ant" / "ant1.png").write_bytes(b"no image")
     (root / "test" / "cow" / "cow0.png").write_bytes((root / "train" / "bee" / "bee0.png").read_bytes())

@@ -182,7 +182,7 @@ def test_a_killed_worker_and_a_killed_coordinator_cost_nothing(
 
 
 @many_processes
-def test_seeds_until_known_end_alike_whatever_is_killed(sqlite_store: str, study: Path, tmp_path: Path) -> None:
+def test_auto_seeds_end_the_same_whatever_is_killed(sqlite_store: str, study: Path, tmp_path: Path) -> None:
     words = ["--study", str(study), "--seeds", "auto", "--log-model", "none", "--epochs", "5", "--per-class", "12"]
     assert CliRunner().invoke(ablate, [*words, "--plan", "true"], catch_exceptions=False).exit_code == 0
     assert not runs() and not (tmp_path / "optuna.db").exists(), "a plan creates nothing"

@@ -117,7 +117,7 @@ def test_fewer_than_three_runs_decide_nothing_and_one_network_is_judged_on_its_i
     assert second.verdict == Verdict.UNDECIDED and judgement.verdict == Verdict.UNDECIDED
 
 
-def test_runs_are_compared_only_where_they_differ_in_nothing_else(tmp_path: Path) -> None:
+def test_only_runs_that_differ_in_nothing_else_are_compared(tmp_path: Path) -> None:
     claims = two_arms(tmp_path, ABOVE)
     high, low = [0.90, 0.91, 0.92], [0.50, 0.51, 0.49]
     fitting = study({"a": high, "b": low}, optimiser__lr=0.1)
@@ -160,7 +160,7 @@ def replace_protocol(claims: Claims, **changes: Any) -> Claims:
     return replace(claims, protocols={k: each.model_copy(update=changes) for k, each in claims.protocols.items()})
 
 
-def test_a_plan_counts_where_it_was_made_before_the_runs(tmp_path: Path) -> None:
+def test_a_plan_counts_only_if_it_was_made_before_the_runs(tmp_path: Path) -> None:
     claims, values = (
         two_arms(tmp_path, ABOVE),
         {"a": [0.52, 0.53, 0.525, 0.52, 0.6], "b": [0.50, 0.51, 0.505, 0.5, 0.5]},
@@ -187,7 +187,7 @@ def test_a_claim_needs_all_its_checks_and_is_corrected_within_its_family(tmp_pat
     assert over_images([np.eye(3), np.zeros((3, 3))])[0] == pytest.approx(1 / 3)
 
 
-def test_times_and_images_are_compared_where_they_can_be(tmp_path: Path) -> None:
+def test_only_comparable_times_and_images_are_compared(tmp_path: Path) -> None:
     speed = two_arms(tmp_path, "{kind: speed, metric: time/total_train_seconds, arm: a, against: b}")
 
     def timed(arm: str, seconds: float, processor: str) -> list[RunRecord]:
@@ -235,7 +235,7 @@ def test_repeated_splits_count_once_each_and_widen_the_interval(tmp_path: Path) 
     assert on_several.findings[0].p == pytest.approx(corrected.p(0))
 
 
-def test_how_many_seeds_decide_and_where_one_more_is_expected() -> None:
+def test_seeds_to_decide_and_the_interval_of_the_next_seed() -> None:
     about, few, many = Estimate((0.02, 0.01, -0.005, 0.015)).seeds_to_decide()
     assert few and about and few < about < (many or 99)
     # On overlapping splits, more seeds can't reduce the error of a mean below a limit. Smaller effects stay undecided.

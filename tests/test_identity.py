@@ -191,7 +191,9 @@ for words in sys.argv[1:]:
 """
 
 
-def test_comments_in_every_file_leave_finished_runs_found(sqlite_store: str, tmp_path: Path, tiny_study: Path) -> None:
+def test_finished_runs_are_found_after_comments_in_every_file(
+    sqlite_store: str, tmp_path: Path, tiny_study: Path
+) -> None:
     ablate = f"ablate --study {tiny_study} --variant other --log-model none"
     assert "already finished" not in CliRunner().invoke(main, ablate.split(), catch_exceptions=False).output
     single = tmp_path / "single.yaml"
@@ -208,7 +210,7 @@ def test_comments_in_every_file_leave_finished_runs_found(sqlite_store: str, tmp
     assert "All 2 runs were already finished" in done.stdout and "Finished before" in done.stdout, done
 
 
-def test_an_entry_added_to_a_table_is_no_change_and_one_that_differs_is() -> None:
+def test_an_added_entry_of_a_table_is_no_change_but_a_different_one_is() -> None:
     table = "KINDS = {'a': 1, 'b': 2}\n@KINDS.register('c')\ndef _c(x):\n    return x\n"
     more = table.replace("'b': 2", "'b': 2, 'd': 4") + "@KINDS.register('e')\n@twice\ndef _e(x):\n    return -x\n"
     assert not changed({"": definitions(table)}, {"": definitions(more)})

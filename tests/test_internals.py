@@ -83,7 +83,7 @@ def test_optuna_names_trials_and_studies_and_misses_heartbeats(tmp_path: Path) -
         rdb.engine.dispose()
 
 
-def test_mlflow_tells_the_latest_steps(store: str) -> None:
+def test_mlflow_gives_the_latest_steps(store: str) -> None:
     from mlflow import MlflowClient
 
     client = MlflowClient()

@@ -106,7 +106,7 @@ def test_a_machine_that_is_lost_is_replaced_and_may_not_finish(url: str, monkeyp
 
 
 @pytest.mark.parametrize("owner", ["another/machine/1/1/x y", ""])  # the empty one's owner died before it had written
-def test_a_lock_of_a_silent_owner_is_taken_and_that_one_writes_no_more(tmp_path: Path, owner: str) -> None:
+def test_the_lock_of_a_silent_owner_is_taken_and_the_owner_writes_no_more(tmp_path: Path, owner: str) -> None:
     path = tmp_path / "lock"
     lock = LockFile(path, grace=60, longer=0.3)
     path.write_text(owner)
@@ -242,9 +242,7 @@ def test_a_lock_that_a_process_keeps_is_named(url: str) -> None:
     assert queue.lease() is not None
 
 
-def test_signs_of_life_end_with_the_work_and_cost_one_look_at_the_clock(
-    url: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_heartbeats_end_with_the_work_and_cost_one_look_at_the_clock(url: str, monkeypatch: pytest.MonkeyPatch) -> None:
     storage = open_storage(url)
     queue = make_queue(storage, trials=3)
     looks: list[object] = []

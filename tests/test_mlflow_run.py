@@ -69,9 +69,7 @@ def test_mlflow_run_fails_on_wrong_input_before_training(sqlite_store: str) -> N
     assert [run.info.status for run in all_runs()] == ["FAILED"]
 
 
-def test_a_password_that_mlflow_run_has_logged_is_not_passed_over(
-    sqlite_store: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_password_that_mlflow_run_has_logged_is_reported(sqlite_store: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("MLFLOW_RUN_ID", opened := MlflowClient().create_run("0").info.run_id)
     result = invoke(ablate, "--storage", "postgresql://me:secret@127.0.0.1:9/db")
     assert result.exit_code == 2 and "secret" not in result.output and result.stderr.count("\n") == 1

@@ -176,7 +176,7 @@ def test_concurrent_promotions_are_judged_one_after_the_other(
     assert not any(PROMOTING in tags for _, (_, tags) in versions)
 
 
-def test_a_model_has_one_version_also_after_a_kill(log: Log, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_model_has_one_version_even_after_a_kill(log: Log, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(registry, "TURN_SECONDS", 0.1)
     address, run = log(100)
     left = registry._register(name, registry.find_model(run)[0])  # a kill leaves this version

@@ -31,7 +31,7 @@ from effv2.tracking.studies import NO_STUDY, TrackedStudy
 
 
 @given(st.lists(st.tuples(st.booleans(), st.booleans()), min_size=1, max_size=40))
-def test_mcnemar_counts_coins(pairs: list[tuple[bool, bool]]) -> None:
+def test_mcnemar_is_the_exact_binomial_test(pairs: list[tuple[bool, bool]]) -> None:
     first, second = (np.array(side) for side in zip(*pairs, strict=True))
     only_first, only_second, p = mcnemar(first, second)
     b, c = sum(x and not y for x, y in pairs), sum(y and not x for x, y in pairs)
@@ -42,7 +42,7 @@ def test_mcnemar_counts_coins(pairs: list[tuple[bool, bool]]) -> None:
 
 
 @given(st.lists(st.floats(0, 1), min_size=1, max_size=12))
-def test_holm_rejects_as_his_steps_do(p_values: list[float]) -> None:
+def test_holm_rejects_the_same_as_its_steps(p_values: list[float]) -> None:
     corrected = [p for p, _ in holm(p_values)]
     for level in (0.01, 0.05, 0.2):
         rejected: set[int] = set()
@@ -157,7 +157,7 @@ def images_of(tmp_path: Path, files: dict[str, list[str]]) -> EvaluationImages:
         ("train", "train", (TEST, SEEN), {}),
     ],
 )
-def test_rankings_rest_on_what_is_not_known_to_be_seen(
+def test_rankings_use_images_that_are_not_known_to_be_seen(
     tmp_path: Path, tench: str, church: str, ranked: tuple[str, str], others: dict[str, int]
 ) -> None:
     names = {"own": "{}.jpg", "val": "ILSVRC2012_val_0000000{}.JPEG", "train": "n01440764_{}.JPEG"}

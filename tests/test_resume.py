@@ -174,7 +174,7 @@ def test_ctrl_c_while_the_model_is_logged_ends_within_seconds(
 
 
 @pytest.mark.parametrize("where", ["log_model_artifacts", "set_terminated"])
-def test_what_a_kill_at_the_end_left_is_completed(
+def test_a_run_killed_at_its_end_is_completed(
     sqlite_store: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, where: str
 ) -> None:
     """The kill comes during the upload of the model, or when only the status is missing."""
@@ -194,7 +194,7 @@ def test_what_a_kill_at_the_end_left_is_completed(
 
 
 @pytest.mark.parametrize("folders", [("one", "one"), ("one", "other")], ids=["one folder", "two folders"])
-def test_two_equal_commands_at_one_moment_train_once(
+def test_two_equal_commands_at_the_same_time_train_once(
     sqlite_store: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, folders: tuple[str, str]
 ) -> None:
     monkeypatch.setenv("EFFV2_CACHE", str(tmp_path / "cache"))

@@ -236,7 +236,7 @@ def test_a_trial_is_pruned_after_a_quarter_of_its_epochs_at_the_earliest() -> No
 
 
 @pytest.mark.parametrize(("sound", "code", "status"), [(1, 0, "FINISHED"), (0, 1, "FAILED")])
-def test_a_diverging_trial_is_an_answer_of_a_search_unless_all_are(
+def test_a_search_counts_diverging_trials_unless_all_diverge(
     sqlite_store: str, tiny_search: Path, monkeypatch: pytest.MonkeyPatch, sound: int, code: int, status: str
 ) -> None:
     """Trials diverge in their second epoch. If `sound`, the first one doesn't."""

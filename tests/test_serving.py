@@ -201,7 +201,7 @@ IPTC = (
 
 
 @pytest.mark.parametrize("content", [POSTSCRIPT, IPTC], ids=["as it is", "in IPTC"])
-def test_postscript_is_run_by_nobody(tmp_path: Path, content: bytes) -> None:
+def test_postscript_is_never_executed(tmp_path: Path, content: bytes) -> None:
     (tmp_path / "program.jpg").write_bytes(content)
     with pytest.raises(ValueError, match="PostScript, a program"):
         LabelledImages.of_files([tmp_path / "program.jpg"], [0], ["program"]).open(0)
@@ -264,7 +264,7 @@ def test_the_onnx_form_answers_as_torch_does_without_it(trained: Trained, export
             assert probabilities == pytest.approx(row["probabilities"], abs=1e-5)
 
 
-def test_the_onnx_form_is_one_file_of_a_stated_opset_and_asks_for_no_torch(exported: Path) -> None:
+def test_the_onnx_form_is_one_file_of_a_stated_opset_and_needs_no_torch(exported: Path) -> None:
     import onnx
 
     assert sorted(path.name for path in (exported / "artifacts").iterdir()) == [

@@ -239,7 +239,7 @@ def test_variables_that_name_experiments_must_agree(sqlite_store: str, monkeypat
     assert len(client.search_experiments()) == 2
 
 
-def test_one_database_is_not_mlflows_and_optunas(
+def test_mlflow_and_optuna_do_not_share_a_database(
     sqlite_store: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (tmp_path / "link.db").symlink_to(tmp_path / "new.db")
@@ -256,9 +256,7 @@ def test_one_database_is_not_mlflows_and_optunas(
         assert not database.execute("select * from sqlite_master where name = 'experiments'").fetchall()
 
 
-def test_a_fault_of_a_storage_that_is_only_being_opened_is_named(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_fault_while_a_storage_is_opened_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A worker waits for its database, but not with such a fault."""
 
     def opened(*_: object) -> None:
@@ -294,7 +292,7 @@ def test_a_run_is_adopted_only_where_it_was_opened_for_the_command(
         assert run.run_id != run_id and there.info.status == before and not there.data.params
 
 
-def test_a_relative_path_is_that_of_where_mlflow_run_was_typed(sqlite_store: str, tmp_path: Path) -> None:
+def test_relative_paths_start_where_mlflow_run_was_typed(sqlite_store: str, tmp_path: Path) -> None:
     """`mlflow run` starts the command in the project's folder and passes on the address unchanged."""
     (tmp_path / "project").mkdir()
     given = {"MLFLOW_RUN_ID": MlflowClient().create_run("0").info.run_id, "MLFLOW_TRACKING_URI": "sqlite:///mlflow.db"}
@@ -311,7 +309,7 @@ def test_a_relative_path_is_that_of_where_mlflow_run_was_typed(sqlite_store: str
 
 
 @pytest.mark.parametrize(("value", "logged"), [("true", True), ("false", False), ("perhaps", False)])
-def test_system_metrics_are_logged_where_they_are_asked_for(
+def test_system_metrics_are_logged_if_requested(
     sqlite_store: str, value: str, logged: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("MLFLOW_ENABLE_SYSTEM_METRICS_LOGGING", value)
@@ -415,7 +413,7 @@ def test_an_exhausted_resource_is_one_sentence(runs_out: Callable[[], None], sen
         runs_out()
 
 
-def test_other_faults_stay_what_they_are() -> None:
+def test_other_faults_are_unchanged() -> None:
     with pytest.raises(ZeroDivisionError), what_ran_out():
         _ = 1 / 0
     with pytest.raises(RuntimeError, match="shape"), what_ran_out():

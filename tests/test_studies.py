@@ -138,7 +138,7 @@ def test_one_variant_brings_its_baseline_and_all_brings_all() -> None:
     assert [*grid.trials] == [f"{name}, seed {seed}" for seed in (3, 4) for name in PUBLISHED_VARIANTS]
 
 
-def test_a_number_of_seeds_is_a_seed_and_that_is_said(capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_single_number_is_one_seed_and_a_message_says_so(capsys: pytest.CaptureFixture[str]) -> None:
     load, study, arms = load_once(Reporter()), open_study("ablate"), ["default"]
     for seeds in ("3", "0"):
         options = StudyOptions.model_validate({"seeds": seeds})
