@@ -117,15 +117,14 @@ def make_grid(
     identities = {arm: config.identity() for arm, config in arms.items()}
     for identity in identities.values():
         del identity["random.seed"]  # so that a study may get more
-    data = {arm: load(config.data).digest() for arm, config in arms.items()}
-    definition: dict[str, Any] = {"arms": identities, "data": data, "code": provenance.code_version()}
+    definition: dict[str, Any] = {"arms": identities, "code": provenance.code_version()}
+    definition["data"] = {arm: load(config.data).digest() for arm, config in arms.items()}
     # Later additions, unless they have the default, so that earlier studies remain the same.
     definition |= {"splits": study.splits} if study.splits > 1 else {}
     definition |= {"paired": True} if study.paired else {}
-    how: dict[str, Any] = {"budget": options.budget_hours or math.inf, "race": options.seeds == RACE}
-    overlap = _overlap(prepared[:: len(arms)], load) if study.splits > 1 else 0.0
-    how |= {"paired": study.paired, "own_splits": study.splits > 1, "overlap": overlap}
-    auto = AutoSeeds(arms, tuple(names), study.baseline, **how)
+    overlap, race = _overlap(prepared[:: len(arms)], load) if study.splits > 1 else 0.0, options.seeds == RACE
+    how: dict[str, Any] = {"budget": options.budget_hours or math.inf, "paired": study.paired, "race": race}
+    auto = AutoSeeds(arms, tuple(names), study.baseline, own_splits=study.splits > 1, overlap=overlap, **how)
     return Grid(
         kind=kind,
         trials=_trials(arms, names, seeds, study.splits),
