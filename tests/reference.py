@@ -149,7 +149,10 @@ def commands() -> str:
         text = "\n\n".join(" ".join(part.split()) for part in (command.help or "").split("\n\n"))
         names = ", ".join(f"`{each.opts[0]}`" for each in options_of(command))
         usage = " ".join(["effv2", name, "[OPTIONS]", *words])
-        parts.append(f"### {name}\n\n```text\n{usage}\n```\n\n{text}\n\nOptions: {names}.{own_defaults(command)}")
+        parts.append(
+            f"### {name}\n\n```text\n{usage}\n```\n\n{text}"
+            + (f"\n\nOptions: {names}.{own_defaults(command)}" if names else "")
+        )
     return "\n\n".join(parts)
 
 

@@ -140,7 +140,8 @@ def data_check(folder: str, sheet: str | None, given: Mapping[str, Any]) -> None
     remedy, command = found.remedy(config.skip_broken), click.get_current_context().command
     words = {"dataset": config.dataset} | ({"data_dir": folder} if folder else {}) | dict(given)
     advice = f"First {remedy}; then check again." if remedy else f"Train on it: {calls.command_line('train', words)}"
-    for sentence in (*found.sentences(), cli.in_options(advice, command)):
+    written = [f"Images of each class, as the network sees them: {sheet}"] if sheet and not found.broken else []
+    for sentence in (*found.sentences(), *written, cli.in_options(advice, command)):
         click.echo(sentence)
     sys.exit(int(bool(remedy)))
 
