@@ -5,9 +5,11 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
+import struct
 import subprocess
 import sys
 import unicodedata
+from io import BytesIO
 from pathlib import Path
 from typing import Any
 
@@ -466,7 +468,16 @@ def test_parts_are_known_in_all_usual_spellings(tmp_path: Path, folders: tuple[s
         (within("test"), "holds a part for testing but none named train"),
         (within("set/train", "other"), "set in it is a data set of its own"),
         (("ant/train", "ant/test", "bee/train", "bee/test"), "each class in it holds parts .*, as test/ant"),
-        (("Ant", "ant", "bee"), "the classes Ant and ant differ only in capitals"),
+        (
+            within("fold_1/train", "fold_1/val", "fold_2/train", "fold_2/val"),
+            r"fold_1 and fold_2 hold the same folders",
+        ),
+        (("ant/images", "ant/masks", "bee"), r"ant in it holds images and their masks"),
+        (("Ant", "ant", "bee"), "the classes 'Ant' and 'ant' look like two spellings of one name"),
+        (("ant_hill", "ant hill", "bee"), "'ant hill' and 'ant_hill' look like two spellings"),
+        (("1", "01", "2"), "'01' and '1' look like two spellings"),
+        (("ant", "ant - Copy (2)", "bee"), "'ant' and 'ant - Copy .2.' look like two spellings"),
+        (("logs", "planks"), r"holds 1 class folders \(not counting logs, which"),
     ],
     ids=lambda value: "" if isinstance(value, str) else " ".join(value[::3]),
 )
@@ -491,6 +502,7 @@ def test_what_is_no_class_is_left_out_and_counted(tmp_path: Path, own_cache: Pat
     (root / "more.zip").touch()
     (root / "ant" / "ant0.png").rename(root / "beside.png")
     (root / "ant" / "ant1.png").rename(root / "ant" / "0f3a9c")  # without an extension
+    Image.new("L", (9, 9)).save(root / "ant" / "ant2_mask.png")
     for number, ending in enumerate(("jfif", "jpe", "tga", "pnm")):
         Image.new("RGB", (9, 9), (number, 0, 0)).save(root / "bee" / f"x.{ending}")
     dataset = load_folder(root)
@@ -499,7 +511,7 @@ def test_what_is_no_class_is_left_out_and_counted(tmp_path: Path, own_cache: Pat
         ".txt files": 2, ".mp4 files": 1, ".pdf files": 1, ".eps files": 1, "files without an extension": 1,
         "images outside the class folders": 1, "images in folders @eaDir": 8, "images in folders thumbs": 4,
         "images in folders mlruns": 4, "images in folders checkpoints": 4, "images in folders .ipynb_checkpoints": 4,
-        "broken links": 1, ".zip files": 1,
+        "broken links": 1, ".zip files": 1, "masks of images": 1,
     }  # fmt: skip
     assert ".mp4 files (1)" in dataset.notes[0]
 
@@ -553,6 +565,16 @@ def test_lines_of_a_table_without_a_label_and_those_against_a_folder_are_counted
     }  # fmt: skip
 
 
+def test_a_table_may_be_written_with_other_forms_of_unicode_and_bars(tmp_path: Path) -> None:
+    root, forms = tmp_path / "set", [unicodedata.normalize(form, "Café") for form in ("NFC", "NFD")]
+    root.mkdir()
+    for number in range(6):
+        Image.new("RGB", (9, 9), (40 * number, 9, 9)).save(root / f"{forms[number % 2]}{number}.png")
+    rows = [f"{forms[0]}{number}|{[*forms, 'ant'][number % 3]}" for number in range(6)]
+    (root / "labels.csv").write_text("\n".join(["file|class|part", *(f"{row}|wing" for row in rows)]), encoding="utf-8")
+    assert load_folder(root, labels="labels.csv", validation_fraction=0).classes == (forms[0], "ant")
+
+
 def test_labels_of_a_part_are_for_its_images_alone(tmp_path: Path) -> None:
     """Both parts hold files of the same names."""
     root = tmp_path / "set"
@@ -594,6 +616,12 @@ def test_labels_of_a_part_are_for_its_images_alone(tmp_path: Path) -> None:
         (b"file,label\nx0,a\nx0.png,b\n", "x0.png has the labels a and b"),
         (b"file,label\ny0.png,a\n", "y0.png may be .*write it with its folder"),
         (b"file,label\n\xff,a\n", "it is not a CSV in UTF-8"),
+        (b"file,class,species\nx0,a,c\nx1,a,d\n", "its columns class and species hold different labels; name only the"),
+        (b"file,label,Label\nx0,a,c\nx1,a,d\n", "its columns label and Label hold different labels"),
+        (
+            b"file,label,split\nx0,a,train\nx1,b,dev\n",
+            r"its column split names no part in 1 lines \(dev\); write train",
+        ),
         (None, "no such file"),
     ],
 )
@@ -689,6 +717,7 @@ RAMP = np.linspace(0, 1, 64).reshape(8, 8)
         pytest.param((RAMP * 65_535).astype(np.uint16), "png", id="16 bits"),
         pytest.param((RAMP * 65_535).astype(np.uint16), "tif", id="16 bits in TIFF"),
         pytest.param((RAMP * 4_095).astype(np.uint16), "png", id="12 bits in 16"),
+        pytest.param((RAMP * 16_383).astype(np.uint16), "png", id="14 bits in 16"),
         pytest.param((RAMP * 255).astype(np.uint16), "png", id="8 bits in 16"),
         pytest.param((RAMP * 65_535).astype(np.uint16), "pgm", id="16 bits in PGM"),
         pytest.param((RAMP * 60_000 - 30_000).astype(np.int32), "tif", id="signed"),
@@ -704,6 +733,24 @@ def test_deep_greys_are_scaled_to_bytes(tmp_path: Path, values: Any, ending: str
     with decoder.open_image(tmp_path / f"x.{ending}") as image:
         pixels = np.asarray(decoder.to_rgb(image))
     assert np.abs(pixels[..., 0] - RAMP * 255).max() <= 4 and np.array_equal(pixels[..., 0], pixels[..., 2])
+
+
+@pytest.mark.parametrize(
+    ("values", "tags"),
+    [
+        pytest.param((65_535 - RAMP * 65_535).astype(np.uint16), {262: 0}, id="16 bits, 0 is white"),
+        pytest.param((1 - RAMP).astype(np.float32), {262: 0}, id="floats, 0 is white"),
+        pytest.param((RAMP * 255 - 128).astype(np.int8).view(np.uint8), {339: 2}, id="8 bits with a sign"),
+        pytest.param((RAMP * (2**32 - 1)).astype(np.uint32).view(np.int32), {}, id="32 bits without a sign"),
+    ],
+)
+def test_tags_of_tiff_say_what_numbers_mean(values: Any, tags: dict[int, int]) -> None:
+    Image.fromarray(values).save(file := BytesIO(), "TIFF", tiffinfo=tags)
+    if not tags:  # Pillow always writes a sign
+        written, meant = (struct.pack("<HHIH", 339, 3, 1, number) for number in (2, 1))
+        file = BytesIO(file.getvalue().replace(written, meant))
+    with decoder.open_image(file) as image:
+        assert np.abs(np.asarray(decoder.to_rgb(image))[..., 0] - RAMP * 255).max() <= 4
 
 
 @pytest.mark.parametrize("ending", ["gif", "tif", "png", "webp"])
