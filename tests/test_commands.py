@@ -256,7 +256,9 @@ def test_a_study_is_shown_in_eighty_columns(monkeypatch: pytest.MonkeyPatch) -> 
     assert shown()[-1] == "evaluating " + 10 * "━"
 
 
-def test_wrong_options_are_answered_before_anything_heavy_is_imported() -> None:
+def test_wrong_options_are_answered_before_anything_heavy_is_imported(tmp_path: Path) -> None:
+    study = tmp_path / "study.yaml"
+    study.write_text("name: x\narms: {a: {}, b: {data: {dataset: folder, dir: /nowhere}}}\n")
     cases = [
         "train --dataset folder --data-dir /nowhere",
         "train --variant nonsense",
@@ -264,15 +266,23 @@ def test_wrong_options_are_answered_before_anything_heavy_is_imported() -> None:
         "search --data-dir /nowhere --dataset birds",
         "evaluate-pretrained --models resnet50,resnet5O",
         "evaluate-pretrained --data-dir /nowhere",
+        "train --weights /nowhere.pt",
+        "ablate --weights nonsense/x",
+        "ablate --study {}",
     ]
     script = (
         "import sys\nfrom click.testing import CliRunner\nfrom effv2.cli.main import main\n"
         "for words in sys.argv[1:]:\n    done = CliRunner().invoke(main, words.split())\n"
         "    print(done.exit_code, 'torch' in sys.modules or 'mlflow' in sys.modules, done.stderr.strip())\n"
     )
-    done = subprocess.run([sys.executable, "-c", script, *cases], capture_output=True, text=True, check=True)
+    done = subprocess.run(
+        [sys.executable, "-c", script, *(each.format(study) for each in cases)],
+        capture_output=True,
+        text=True,
+        check=True,
+    )
     assert [line.split(": ")[0] for line in done.stdout.splitlines()] == ["2 False Error"] * len(cases), done.stdout
-    assert "the nearest is 'resnet50'" in done.stdout and done.stdout.count("/nowhere: no such folder; give") == 4
+    assert "the nearest is 'resnet50'" in done.stdout and done.stdout.count("/nowhere: no such folder; give") == 5
 
 
 @pytest.mark.parametrize(("seconds", "code"), [(0.0, 0), (0.8, -signal.SIGTERM)])
@@ -471,6 +481,9 @@ def test_a_password_that_mlflow_run_has_logged_is_not_passed_over(
     assert result.exit_code == 2 and "secret" not in result.output and result.stderr.count("\n") == 1
     for said in ("--storage postgresql://me:***@", f"runs delete --run-id {opened}`", "PGPASSWORD"):
         assert said in result.stderr
+    for words in (["--data-dir", "https://me:secret@h/x"], ["--storag", "postgresql://me:secret@h/db"]):
+        result = invoke(train, *words)
+        assert result.exit_code == 2 and "secret" not in result.output and f"--run-id {opened}`" in result.stderr
     assert "can't be used" in invoke(ablate, "--storage", "postgresql://me@127.0.0.1:9/db").stderr
 
 
@@ -667,7 +680,7 @@ def test_wrong_study_files_name_the_line(empty_store: str, tmp_path: Path, text:
     [
         ("http://127.0.0.1:9", "MLFLOW_TRACKING_URI http://127.0.0.1:9: the tracking store doesn't answer"),
         ("file:runs", "MLFLOW_ALLOW_FILE_STORE=true"),
-        ("sqlite:////proc/nowhere/mlflow.db", "doesn't answer"),
+        ("sqlite:////proc/nowhere/mlflow.db", "its file can't be used"),
         ("nonsense://x", "MLFLOW_TRACKING_URI nonsense://x: no such kind of store"),
         ("http://me:secret@127.0.0.1:9", "http://***@127.0.0.1:9"),
         ("postgresql://u:secret@h:x/d", "MLFLOW_TRACKING_URI postgresql://u:***@h:x/d: its port is not a number"),
