@@ -6,6 +6,7 @@ import gc
 import os
 import shutil
 import signal
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from itertools import islice
@@ -18,7 +19,7 @@ from hypothesis import settings
 from PIL import Image
 
 from effv2.config.schema import TrainConfig
-from tests.forks import COMMANDS, STARTED, Forked, forks
+from tests.forks import COMMANDS, LONGEST_LIFE, STARTED, Forked, forks
 
 if workers := os.environ.get("PYTEST_XDIST_WORKER_COUNT"):  # processes of the suite divide the cores among them
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // int(workers))))
@@ -86,9 +87,14 @@ def running(*words: str | Path) -> Iterator[Forked]:
             process = forks(*COMMANDS).start([*map(str, words)], said, writing, os.environ)
         finally:
             os.close(writing)
+        watch = threading.Timer(LONGEST_LIFE, process.show_where)
+        watch.start()
         try:
             yield process
         finally:
+            if watch.finished.is_set():
+                print(f"it ran for {LONGEST_LIFE} seconds: {said.read()}")
+            watch.cancel()
             process.kill()
 
 
