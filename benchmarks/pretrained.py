@@ -101,7 +101,7 @@ def plain(requested: Requested, images: LabelledImages) -> None:
 def evaluate(named: str, config: PretrainedConfig) -> None:
     """Evaluate in this process, without the latency passes."""
     reporter, load = Reporter(), load_once(Reporter())
-    plan = make_weights(named, config, None, progress=False, load=load, reporter=reporter)
+    plan = make_weights(named, config, None, progress=False, reporter=reporter)
     run_study(plan, open_store(""), StudyOptions(fresh=True, log_model="none"), load, reporter)
 
 

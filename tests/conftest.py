@@ -6,6 +6,7 @@ import gc
 import os
 import shutil
 import signal
+import threading
 import urllib.request
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -20,7 +21,7 @@ from hypothesis import settings
 from PIL import Image
 
 from effv2.config.schema import DataConfig, TrainConfig
-from tests.forks import COMMANDS, STARTED, Forked, forks
+from tests.forks import COMMANDS, LONGEST_LIFE, STARTED, Forked, forks
 
 if TYPE_CHECKING:
     from mlflow.entities import Run
@@ -109,9 +110,14 @@ def running(*words: str | Path) -> Iterator[Forked]:
             process = forks(*COMMANDS).start([*map(str, words)], said, writing, os.environ)
         finally:
             os.close(writing)
+        watch = threading.Timer(LONGEST_LIFE, process.show_where)
+        watch.start()
         try:
             yield process
         finally:
+            if watch.finished.is_set():
+                print(f"it ran for {LONGEST_LIFE} seconds: {said.read()}")
+            watch.cancel()
             process.kill()
 
 

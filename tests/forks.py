@@ -45,6 +45,7 @@ FORK_SAFE_THREAD = "jemalloc_bg_thd"  # of jemalloc, from pyarrow, which stops i
 LOOK_SECONDS = 0.02  # between two checks for ended processes
 LONGEST_MESSAGE = 2**17
 LONGEST_REST = 200  # seconds until a process must have ended; then it prints its stacks and is killed
+LONGEST_LIFE = 270  # the same for its whole life: a test ends after 300 seconds
 
 
 class Forks:
@@ -134,9 +135,7 @@ class Forked:
 
         def show_where() -> None:
             stuck.append(self.pid)
-            self.send_signal(signal.SIGUSR1)
-            time.sleep(1)
-            self.kill()
+            self.show_where()
 
         watch = threading.Timer(LONGEST_REST, show_where)
         watch.start()
@@ -149,6 +148,13 @@ class Forked:
     def send_signal(self, number: int) -> None:
         if self.poll() is None:
             os.kill(self.pid, number)
+
+    def show_where(self) -> None:
+        """Let it write the stacks of its threads, and kill it. May be called in a thread, because it reads nothing."""
+        for number in (signal.SIGUSR1, signal.SIGKILL):
+            with suppress(ProcessLookupError):
+                os.kill(self.pid, number)
+            time.sleep(1)
 
     def kill(self) -> None:
         self.send_signal(signal.SIGKILL)

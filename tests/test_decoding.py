@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import hashlib
 import json
+import struct
 import subprocess
 import sys
+from io import BytesIO
 from pathlib import Path
 from typing import Any
 
@@ -216,6 +218,7 @@ RAMP = np.linspace(0, 1, 64).reshape(8, 8)
         pytest.param((RAMP * 65_535).astype(np.uint16), "png", id="16 bits"),
         pytest.param((RAMP * 65_535).astype(np.uint16), "tif", id="16 bits in TIFF"),
         pytest.param((RAMP * 4_095).astype(np.uint16), "png", id="12 bits in 16"),
+        pytest.param((RAMP * 16_383).astype(np.uint16), "png", id="14 bits in 16"),
         pytest.param((RAMP * 255).astype(np.uint16), "png", id="8 bits in 16"),
         pytest.param((RAMP * 65_535).astype(np.uint16), "pgm", id="16 bits in PGM"),
         pytest.param((RAMP * 60_000 - 30_000).astype(np.int32), "tif", id="signed"),
@@ -231,6 +234,24 @@ def test_deep_greys_are_scaled_to_bytes(tmp_path: Path, values: Any, ending: str
     with decoder.open_image(tmp_path / f"x.{ending}") as image:
         pixels = np.asarray(decoder.to_rgb(image))
     assert np.abs(pixels[..., 0] - RAMP * 255).max() <= 4 and np.array_equal(pixels[..., 0], pixels[..., 2])
+
+
+@pytest.mark.parametrize(
+    ("values", "tags"),
+    [
+        pytest.param((65_535 - RAMP * 65_535).astype(np.uint16), {262: 0}, id="16 bits, 0 is white"),
+        pytest.param((1 - RAMP).astype(np.float32), {262: 0}, id="floats, 0 is white"),
+        pytest.param((RAMP * 255 - 128).astype(np.int8).view(np.uint8), {339: 2}, id="8 bits with a sign"),
+        pytest.param((RAMP * (2**32 - 1)).astype(np.uint32).view(np.int32), {}, id="32 bits without a sign"),
+    ],
+)
+def test_tags_of_tiff_say_what_numbers_mean(values: Any, tags: dict[int, int]) -> None:
+    Image.fromarray(values).save(file := BytesIO(), "TIFF", tiffinfo=tags)
+    if not tags:  # Pillow always writes a sign
+        written, meant = (struct.pack("<HHIH", 339, 3, 1, number) for number in (2, 1))
+        file = BytesIO(file.getvalue().replace(written, meant))
+    with decoder.open_image(file) as image:
+        assert np.abs(np.asarray(decoder.to_rgb(image))[..., 0] - RAMP * 255).max() <= 4
 
 
 @pytest.mark.parametrize("ending", ["gif", "tif", "png", "webp"])

@@ -15,7 +15,9 @@ from effv2.cli.main import ablate, hparam_check, search, train
 from tests.conftest import ROOT, all_runs, invoke, make_image_tree
 
 
-def test_wrong_options_are_answered_before_anything_heavy_is_imported() -> None:
+def test_wrong_options_are_answered_before_anything_heavy_is_imported(tmp_path: Path) -> None:
+    study = tmp_path / "study.yaml"
+    study.write_text("name: x\narms: {a: {}, b: {data: {dataset: folder, dir: /nowhere}}}\n")
     cases = [
         "train --dataset folder --data-dir /nowhere",
         "train --variant nonsense",
@@ -23,15 +25,23 @@ def test_wrong_options_are_answered_before_anything_heavy_is_imported() -> None:
         "search --data-dir /nowhere --dataset birds",
         "evaluate-pretrained --models resnet50,resnet5O",
         "evaluate-pretrained --data-dir /nowhere",
+        "train --weights /nowhere.pt",
+        "ablate --weights nonsense/x",
+        "ablate --study {}",
     ]
     script = (
         "import sys\nfrom click.testing import CliRunner\nfrom effv2.cli.main import main\n"
         "for words in sys.argv[1:]:\n    done = CliRunner().invoke(main, words.split())\n"
         "    print(done.exit_code, 'torch' in sys.modules or 'mlflow' in sys.modules, done.stderr.strip())\n"
     )
-    done = subprocess.run([sys.executable, "-c", script, *cases], capture_output=True, text=True, check=True)
+    done = subprocess.run(
+        [sys.executable, "-c", script, *(each.format(study) for each in cases)],
+        capture_output=True,
+        text=True,
+        check=True,
+    )
     assert [line.split(": ")[0] for line in done.stdout.splitlines()] == ["2 False Error"] * len(cases), done.stdout
-    assert "the nearest is 'resnet50'" in done.stdout and done.stdout.count("/nowhere: no such folder; give") == 4
+    assert "the nearest is 'resnet50'" in done.stdout and done.stdout.count("/nowhere: no such folder; give") == 5
 
 
 TRAIN_ERRORS = {
@@ -182,7 +192,7 @@ def test_wrong_study_files_name_the_line(empty_store: str, tmp_path: Path, text:
     [
         ("http://127.0.0.1:9", "MLFLOW_TRACKING_URI http://127.0.0.1:9: the tracking store doesn't answer"),
         ("file:runs", "MLFLOW_ALLOW_FILE_STORE=true"),
-        ("sqlite:////proc/nowhere/mlflow.db", "doesn't answer"),
+        ("sqlite:////proc/nowhere/mlflow.db", "its file can't be used"),
         ("nonsense://x", "MLFLOW_TRACKING_URI nonsense://x: no such kind of store"),
         ("http://me:secret@127.0.0.1:9", "http://***@127.0.0.1:9"),
         ("postgresql://u:secret@h:x/d", "MLFLOW_TRACKING_URI postgresql://u:***@h:x/d: its port is not a number"),

@@ -135,7 +135,16 @@ def test_parts_are_known_in_all_usual_spellings(tmp_path: Path, folders: tuple[s
         (within("test"), "holds a part for testing but none named train"),
         (within("set/train", "other"), "set in it is a data set of its own"),
         (("ant/train", "ant/test", "bee/train", "bee/test"), "each class in it holds parts .*, as test/ant"),
-        (("Ant", "ant", "bee"), "the classes Ant and ant differ only in capitals"),
+        (
+            within("fold_1/train", "fold_1/val", "fold_2/train", "fold_2/val"),
+            r"fold_1 and fold_2 hold the same folders",
+        ),
+        (("ant/images", "ant/masks", "bee"), r"ant in it holds images and their masks"),
+        (("Ant", "ant", "bee"), "the classes 'Ant' and 'ant' look like two spellings of one name"),
+        (("ant_hill", "ant hill", "bee"), "'ant hill' and 'ant_hill' look like two spellings"),
+        (("1", "01", "2"), "'01' and '1' look like two spellings"),
+        (("ant", "ant - Copy (2)", "bee"), "'ant' and 'ant - Copy .2.' look like two spellings"),
+        (("logs", "planks"), r"holds 1 class folders \(not counting logs, which"),
     ],
     ids=lambda value: "" if isinstance(value, str) else " ".join(value[::3]),
 )
@@ -160,6 +169,7 @@ def test_files_outside_the_classes_are_left_out_and_counted(tmp_path: Path, own_
     (root / "more.zip").touch()
     (root / "ant" / "ant0.png").rename(root / "beside.png")
     (root / "ant" / "ant1.png").rename(root / "ant" / "0f3a9c")  # without an extension
+    Image.new("L", (9, 9)).save(root / "ant" / "ant2_mask.png")
     for number, ending in enumerate(("jfif", "jpe", "tga", "pnm")):
         Image.new("RGB", (9, 9), (number, 0, 0)).save(root / "bee" / f"x.{ending}")
     dataset = load_folder(root)
@@ -168,7 +178,7 @@ def test_files_outside_the_classes_are_left_out_and_counted(tmp_path: Path, own_
         ".txt files": 2, ".mp4 files": 1, ".pdf files": 1, ".eps files": 1, "files without an extension": 1,
         "images outside the class folders": 1, "images in folders @eaDir": 8, "images in folders thumbs": 4,
         "images in folders mlruns": 4, "images in folders checkpoints": 4, "images in folders .ipynb_checkpoints": 4,
-        "broken links": 1, ".zip files": 1,
+        "broken links": 1, ".zip files": 1, "masks of images": 1,
     }  # fmt: skip
     assert ".mp4 files (1)" in dataset.notes[0]
 
@@ -263,6 +273,12 @@ def test_labels_of_a_part_are_only_for_its_images(tmp_path: Path) -> None:
         (b"file,label\nx0,a\nx0.png,b\n", "x0.png has the labels a and b"),
         (b"file,label\ny0.png,a\n", "y0.png may be .*write it with its folder"),
         (b"file,label\n\xff,a\n", "it is not a CSV in UTF-8"),
+        (b"file,class,species\nx0,a,c\nx1,a,d\n", "its columns class and species hold different labels; name only the"),
+        (b"file,label,Label\nx0,a,c\nx1,a,d\n", "its columns label and Label hold different labels"),
+        (
+            b"file,label,split\nx0,a,train\nx1,b,dev\n",
+            r"its column split names no part in 1 lines \(dev\); write train",
+        ),
         (None, "no such file"),
     ],
 )
@@ -284,3 +300,13 @@ def test_classes_without_images_are_refused_unless_allowed(tmp_path: Path) -> No
     assert dataset.classes == ("ant", "bee", "cow", "dog")
     assert {name: len(split) for name, split in dataset.splits.items()} == {"train": 7, "validation": 3, "test": 8}
     assert dataset.left_out["classes that test lacks, such as cow"] == 2
+
+
+def test_a_table_may_be_written_with_other_forms_of_unicode_and_bars(tmp_path: Path) -> None:
+    root, forms = tmp_path / "set", [unicodedata.normalize(form, "Café") for form in ("NFC", "NFD")]
+    root.mkdir()
+    for number in range(6):
+        Image.new("RGB", (9, 9), (40 * number, 9, 9)).save(root / f"{forms[number % 2]}{number}.png")
+    rows = [f"{forms[0]}{number}|{[*forms, 'ant'][number % 3]}" for number in range(6)]
+    (root / "labels.csv").write_text("\n".join(["file|class|part", *(f"{row}|wing" for row in rows)]), encoding="utf-8")
+    assert load_folder(root, labels="labels.csv", validation_fraction=0).classes == (forms[0], "ant")

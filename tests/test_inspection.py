@@ -70,7 +70,21 @@ def test_the_command_reports_problems_and_its_exit_code_says_so(tree: Path, tmp_
     (tree / "test" / "dog" / "1.png").write_bytes(b"no image")
     *_, advice = CliRunner().invoke(main, words).output.splitlines()
     assert advice.startswith("First repair or remove the broken images, or give --skip-broken; keep one image of")
-    assert CliRunner().invoke(main, ["data", "check", str(tmp_path / "nowhere")]).exit_code == 2
+    for wrong in ([str(tmp_path / "nowhere")], [str(tree), "--skip-broken", "true", "--sheet", "x.nothing"]):
+        assert CliRunner().invoke(main, ["data", "check", *wrong]).exit_code == 2
+
+
+def test_a_training_that_would_fail_is_told_with_names_as_they_are(tmp_path: Path) -> None:
+    rows = []
+    for number, name in enumerate(("[b]", "[/b]", "\x1b[31m", "rare")):
+        for copy in range(1 if name == "rare" else 3):
+            photo().save(tmp_path / f"{number}{copy}.png")
+            rows.append(f"{number}{copy}.png,{name}")
+    (tmp_path / "labels.csv").write_text("\n".join(["file,label", *rows]))
+    found = CliRunner().invoke(main, ["data", "check", str(tmp_path), "--labels", "labels.csv"])
+    assert found.exit_code == 1 and all(name in found.output for name in ("[b]", "[/b]")) and "\x1b" not in found.output
+    *_, advice = found.output.splitlines()
+    assert advice.startswith("A training would fail: data.dir: the class 'rare' has only 1 images to split for test")
 
 
 def test_a_training_begins_with_the_same_findings_in_three_lines(tree: Path) -> None:

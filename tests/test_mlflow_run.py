@@ -75,6 +75,9 @@ def test_a_password_that_mlflow_run_has_logged_is_reported(sqlite_store: str, mo
     assert result.exit_code == 2 and "secret" not in result.output and result.stderr.count("\n") == 1
     for said in ("--storage postgresql://me:***@", f"runs delete --run-id {opened}`", "PGPASSWORD"):
         assert said in result.stderr
+    for words in (["--data-dir", "https://me:secret@h/x"], ["--storag", "postgresql://me:secret@h/db"]):
+        result = invoke(train, *words)
+        assert result.exit_code == 2 and "secret" not in result.output and f"--run-id {opened}`" in result.stderr
     assert "can't be used" in invoke(ablate, "--storage", "postgresql://me@127.0.0.1:9/db").stderr
 
 

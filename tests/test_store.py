@@ -143,6 +143,23 @@ def test_a_database_whose_creation_was_killed(tmp_path: Path, monkeypatch: pytes
     assert {path.name for path in tmp_path.glob("new.db*")} <= {"new.db", "new.db.lock"}
 
 
+def test_a_database_is_created_in_a_new_folder_of_any_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "sqlite:///my runs/+/new.db")
+    assert open_store("") == "0" and (tmp_path / "my runs/+/new.db").is_file()
+    (tmp_path / "text").write_text("no database " * 200)
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "sqlite:///text")
+    with pytest.raises(InputError, match=r"its file can't be used \(file is not a database\); correct its path"):
+        open_store("")
+
+
+def test_a_variable_of_mlflow_that_can_not_be_read_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://127.0.0.1:9")
+    monkeypatch.setenv("MLFLOW_TRACKING_INSECURE_TLS", "maybe")
+    with pytest.raises(InputError, match=r"MLFLOW_TRACKING_INSECURE_TLS maybe: .*; correct or unset it"):
+        open_store("")
+
+
 def test_a_database_is_created_where_a_link_leads(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     (tmp_path / "disk").mkdir()
@@ -183,6 +200,12 @@ HOME = os.path.expanduser("~")
         ('"sqlite:///new.db"', "quotes or spaces around it; write it without them, as sqlite:///new.db"),
         ("sqlite:///new.db\n", "quotes or spaces around it"),
         ("sqlite:///~/new.db", f"write sqlite:///{HOME}/new.db"),
+        ("sqlite:///$HOME/new.db", "the $HOME in it is not replaced; write the value of that variable"),
+        ("${HOME}/new", "the ${HOME} in it is not replaced"),
+        ("sqlite://", "names no file, so no run would be kept; use sqlite:///mlflow.db"),
+        ("sqlite:///.", "is a folder; name a file in it, as sqlite:///./mlflow.db"),
+        ("sqlite3:///new.db", "no such kind of store"),
+        ("  ", "spaces around it; unset it"),
         ("file:~/new", f"write file:{HOME}/new"),
         ("postgresql://u:a@b@h/d", "write @ as %40"),
         ("postgresql://u:a b@h/d", "write @ as %40, a space as %20"),
@@ -348,7 +371,9 @@ CLEAN = (
 )
 
 
-@pytest.mark.parametrize("address", [*SECRET_ADDRESSES, f"host=h password={S} user=u", f"password='a {S}' user=u"])
+@pytest.mark.parametrize(
+    "address", [*SECRET_ADDRESSES, f"header 'Bearer {S}\\n'", f"host=h password={S} user=u", f"password='a {S}' user=u"]
+)
 def test_no_secret_of_an_address_is_shown(address: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("MLFLOW_TRACKING_URI", address)
     shown = [
