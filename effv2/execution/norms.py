@@ -31,6 +31,7 @@ VECTORS = {  # by what torch found the processor able to do
     "AVX2": ["-mavx2", "-mfma"],
     "AVX512": [*(f"-mavx512{part}" for part in ("f", "bw", "dq", "vl")), "-mfma", "-mprefer-vector-width=512"],
 }
+COMPLETE = b"complete"  # ends a compiled file: a truncated one, which can end the process, is compiled again
 KINDS = {torch.float32: "float32", torch.bfloat16: "bfloat16"}
 POINTER = ctypes.c_void_p
 FORWARD = [POINTER] * 8 + [ctypes.c_float] * 2 + [ctypes.c_long] * 2 + [ctypes.c_int]
@@ -113,10 +114,12 @@ def _library() -> ctypes.CDLL | None:
         about = folder.lstat()
         if not stat.S_ISDIR(about.st_mode) or about.st_uid != os.getuid() or about.st_mode & 0o022:
             return None  # others could put their code there
-        if not path.exists():
+        if not path.exists() or not path.read_bytes().endswith(COMPLETE):
             command = [*shlex.split(os.environ.get("CXX") or "g++"), *flags, str(SOURCE), "-o", str(unfinished)]
             try:
                 subprocess.run(command, check=True, capture_output=True, timeout=300)  # noqa: S603
+                with unfinished.open("ab") as file:
+                    file.write(COMPLETE)
                 unfinished.replace(path)
             finally:
                 unfinished.unlink(missing_ok=True)
