@@ -34,7 +34,7 @@ Log = Callable[..., tuple[str, str]]
 
 @pytest.fixture(scope="module")
 def log(template_database: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Log]:
-    """Return a function that logs a model with so many right answers; it returns the addresses of model and run."""
+    """Return a function that logs a model with a number of right answers. It returns two addresses, the run's last."""
     folder = tmp_path_factory.mktemp("promoted")
     shutil.copy(template_database, folder / "mlflow.db")
 

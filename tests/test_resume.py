@@ -76,7 +76,7 @@ def check_equal(run: Run, expected: Run, folder: Path) -> None:
 
 
 def kill(options: list[str], folder: Path, first: str, kills: int, longest: float) -> str:
-    """Kill so many processes, each a random time after its first file that matches; return their output.
+    """Kill `kills` processes in turn, each a random time after its first file that matches; return their output.
 
     Without a pattern, the time begins when it resumes or has finished its first epoch.
     """

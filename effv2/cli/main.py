@@ -157,9 +157,8 @@ def _write_sheet(sheet: Image, path: str) -> None:
     try:
         sheet.save(os.path.expanduser(path))
     except (OSError, ValueError) as error:  # the latter for an unknown extension
-        raise InputError(
-            "sheet", path, f"can't be written ({error})", "give the path of a .png or .jpg file"
-        ) from error
+        problem = f"can't be written ({error})"
+        raise InputError("sheet", path, problem, "give the path of a .png or .jpg file") from error
 
 
 @main.command(cls=cli.Command)
