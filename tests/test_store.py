@@ -153,6 +153,21 @@ def test_a_database_is_created_in_a_new_folder_of_any_name(tmp_path: Path, monke
         open_store("")
 
 
+SLOW_CREATION = """
+import time
+from mlflow.store.tracking.file_store import FileStore
+from effv2.tracking.store import open_store
+create = FileStore._create_default_experiment
+FileStore._create_default_experiment = lambda store: (time.sleep(3), create(store))
+open_store("")
+"""
+
+
+def test_two_processes_create_a_store_of_files_together(file_store: str) -> None:
+    with running("-c", SLOW_CREATION) as one, running("-c", SLOW_CREATION) as other:
+        assert one.rest() + other.rest() == ""
+
+
 def test_a_variable_of_mlflow_that_can_not_be_read_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://127.0.0.1:9")
     monkeypatch.setenv("MLFLOW_TRACKING_INSECURE_TLS", "maybe")

@@ -15,10 +15,12 @@ import mlflow
 from alembic.util import CommandError
 from filelock import FileLock
 from mlflow.entities import Experiment, Run
+from mlflow.environment_variables import MLFLOW_ALLOW_FILE_STORE
 from mlflow.exceptions import MlflowException
 from mlflow.utils.credentials import get_default_host_creds
 from mlflow.utils.file_utils import local_file_uri_to_path
 from mlflow.utils.rest_utils import http_request
+from mlflow.utils.uri import is_local_uri
 from sqlalchemy.engine import make_url
 from sqlalchemy.exc import SQLAlchemyError
 
@@ -117,8 +119,9 @@ def open_store(experiment: str | None, create: bool = True, message: Message = l
     try:
         if file:  # in whose name MLflow would quote spaces
             file.parent.mkdir(parents=True, exist_ok=True)
-        # Processes that start simultaneously must not migrate a new database together: that fails.
-        with FileLock(f"{file}.lock") if file and os.access(file.parent, os.W_OK) else nullcontext():
+        here = file or _folder()
+        # Processes that start simultaneously must not create or migrate a store together: that fails.
+        with FileLock(f"{here}.lock") if here and os.access(here.parent, os.W_OK) else nullcontext():
             if file:
                 _create_database(file)
             check_database()
@@ -148,6 +151,13 @@ def _database_file() -> Path | None:
     if os.path.isdir(database):  # noqa: PTH112 (never raises)
         raise InputError(TRACKING_URI, uri, "is a folder", f"name a file in it, as sqlite:///{database}/mlflow.db")
     return None if database.startswith("file:") else Path(database)
+
+
+def _folder() -> Path | None:
+    """Return the folder of a tracking store of plain files, if MLflow takes one."""
+    uri = tracking_uri()
+    plain = MLFLOW_ALLOW_FILE_STORE.get() and is_local_uri(uri)  # type: ignore[no-untyped-call]
+    return Path(local_file_uri_to_path(uri)).absolute() if plain else None  # type: ignore[no-untyped-call]
 
 
 def _create_database(file: Path) -> None:
