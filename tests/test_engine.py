@@ -174,8 +174,8 @@ def test_a_killed_worker_and_a_killed_coordinator_cost_nothing(
     os.kill(wait_for(lambda: in_mid_epoch(storage, 2), first), signal.SIGTERM)
     wait_for(lambda: in_mid_epoch(storage, 4), first)
     first.kill()
-    first.rest()  # waits for the end of its workers: they share the pipe and end by themselves
-    assert children("KILLED") and not [run for run in runs() if run.info.status == "RUNNING"]
+    said = first.rest()  # waits for the end of its workers: they share the pipe and end by themselves
+    assert children("KILLED") and not [run for run in runs() if run.info.status == "RUNNING"], said
     assert f"[{RUNS}/{RUNS}]" in end(start(study, url, 2))
     check_small(storage, undisturbed(max(1, torch.get_num_threads() // 2)), tmp_path)
     storage.close()

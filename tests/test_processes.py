@@ -119,6 +119,25 @@ def test_a_second_signal_does_not_interrupt_the_update_of_the_status(
     assert [run.info.status for run in all_runs()] == ["KILLED", "KILLED"]
 
 
+@pytest.mark.parametrize("fails", ["release", "deserted"])
+def test_a_storage_that_a_signal_broke_leaves_no_run_running(
+    sqlite_store: str, tiny_study: Path, monkeypatch: pytest.MonkeyPatch, fails: str
+) -> None:
+    from effv2.studies.queue import Queue
+    from effv2.training import loop
+
+    def break_storage(*_: Any) -> None:
+        monkeypatch.setattr(Queue, fails, broken)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    def broken(_: Queue) -> None:
+        raise RuntimeError("a session of SQLAlchemy that was interrupted")
+
+    monkeypatch.setattr(loop, "evaluate", break_storage)
+    assert invoke(ablate, "--study", tiny_study).exit_code == 143
+    assert [run.info.status for run in all_runs()] == ["KILLED", "KILLED"]
+
+
 @pytest.mark.parametrize("pid", ["x", "-1", "1e3", "9" * 30, ""])
 def test_a_malformed_process_tag_stops_no_command(pid: str) -> None:
     *where, _, started, unique = this_process().split("/")
