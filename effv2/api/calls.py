@@ -256,8 +256,7 @@ def _plan(make: Callable[..., Any], how: Options, reporter: Reporter) -> StudyRe
     plan, there = make(load=load, reporter=reporter), None
     with suppress(InputError):  # this does not create a missing experiment
         there = open_store(how.experiment, create=False) if is_begun() else None
-    reporter.progress("timing a few steps")
-    lines, table = forecast(plan, how, load, there)
+    lines, table = forecast(plan, how, load, there, reporter)
     return StudyResult(lines, table=list(map(tuple, table)))
 
 

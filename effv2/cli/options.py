@@ -65,7 +65,8 @@ class Command(click.Command):
                 text, code = f"Error: {error}{f' Then {again} resumes.' if error.resumes else ''}", 1
             except (KeyboardInterrupt, Terminated) as error:
                 text, code = ("Terminated", 143) if isinstance(error, Terminated) else ("Interrupted", 130)
-                text += f"; unfinished runs end as KILLED, and {again} resumes them." if "fresh" in ctx.params else "."
+                runs = "fresh" in ctx.params and ctx.params.get("plan") != "true"
+                text += f"; unfinished runs end as KILLED, and {again} resumes them." if runs else "."
             click.echo((text if code == 2 else in_options(text, self)).replace("\n", " "), err=True)
             return leave(code)
 

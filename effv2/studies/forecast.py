@@ -11,6 +11,7 @@ from scipy.optimize import brentq
 
 from effv2.config.options import StudyOptions
 from effv2.config.schema import TrainConfig
+from effv2.core.reporter import Reporter
 from effv2.core.words import duration, points
 from effv2.data.dataset import LoadData
 from effv2.evidence.protocols import FREE
@@ -32,7 +33,7 @@ class _TimeIsUp(Exception):
 
 
 def forecast(
-    plan: Grid, options: StudyOptions, load: LoadData, experiment_id: str | None
+    plan: Grid, options: StudyOptions, load: LoadData, experiment_id: str | None, reporter: Reporter
 ) -> tuple[list[str], list[list[str]]]:
     """Forecast a grid in sentences and a table, titles first, of the differences that it would detect.
 
@@ -43,6 +44,7 @@ def forecast(
     same = {arm: [run for run in runs if _is_like(run, plan.arms[arm])] for arm in sorted(seeds)}
     seconds, timed = dict[str, float](), list[str]()
     for arm, alike in same.items():
+        reporter.progress(f"timing a few steps of {arm}")
         known = [run.metrics[TRAIN_SECONDS] for run in alike if TRAIN_SECONDS in run.metrics]
         seconds[arm] = statistics.fmean(known) if known else _timed(plan.arms[arm], load, TIMED_SECONDS / len(same))
         timed += [] if known else [arm]
