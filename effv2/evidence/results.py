@@ -5,9 +5,10 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from itertools import combinations
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
+import pandas as pd
 
 from effv2.core.errors import joined
 from effv2.core.figures import accuracy_against_cost
@@ -137,26 +138,15 @@ def _notes_on_trials(study: TrackedStudy, any_ranked: bool) -> list[str]:
     return [f"Trials: {words}.", how]
 
 
-class NetworkPair(NamedTuple):
-    """Two networks, the one with more right answers first, and McNemar's test of them."""
-
-    better: str
-    worse: str
-    only_better_right: int
-    only_worse_right: int
-    p: float
-    p_holm: float
-    told_apart: bool
-
-
 def networks_results(study: TrackedStudy, right: RightAnswers) -> StudyResults:
     """Return the results of an evaluation of networks. `right` reads which images are right in a run."""
     runs = {run.name: run for run in complete(study.in_order())}
     ranked, images, origin = _rank(runs, right)
-    both, heads = list(combinations(ranked, 2)), _heads(runs.values())
-    tests = [mcnemar(ranked[better], ranked[worse]) for better, worse in both]
-    found = zip(both, tests, holm([p for *_, p in tests]), strict=True)
-    pairs = [NetworkPair(*names, one, other, p, holms, holms < LEVEL) for names, (one, other, p), (holms, _) in found]
+    tests = [(one, other, *mcnemar(ranked[one], ranked[other])) for one, other in combinations(ranked, 2)]
+    pairs = pd.DataFrame(tests, columns=["better", "worse", "only_better_right", "only_worse_right", "p"])
+    pairs["p_holm"] = [p for p, _ in holm(pairs["p"].tolist())]
+    pairs["told_apart"] = pairs["p_holm"] < LEVEL
+    rows, heads = [tuple(pairs), *pairs.itertuples(index=False)], _heads(runs.values())
     sentence = _sentence(runs, ranked, origin, pairs, heads)
     ordered = {label: runs[label] for label in dict.fromkeys([*ranked, *runs])}
     title = f"top-1 of {heads}, {len(next(iter(ranked.values()), ())):,} {origin} images"
@@ -167,7 +157,7 @@ def networks_results(study: TrackedStudy, right: RightAnswers) -> StudyResults:
         table=_table(ordered.values(), heads),
         details=_details(ordered, images),
         metrics={f"{label}/{name}": value for label, name, value in named if name.endswith(OF_ANY_IMAGES)},
-        files=_ranking(runs, ranked, title) | {"pairs.csv": [NetworkPair._fields, *pairs]} if ranked else {},
+        files=_ranking(runs, ranked, title) | {"pairs.csv": rows} if ranked else {},
     )
 
 
@@ -205,7 +195,7 @@ def _heads(runs: Iterable[RunRecord]) -> str:
     return joined(sorted({run.params.get("evaluation.outputs", "1000") for run in runs}, key=int), "or")
 
 
-def _sentence(runs: Iterable[str], ranked: Ranked, origin: str, pairs: Sequence[NetworkPair], heads: str) -> str:
+def _sentence(runs: Iterable[str], ranked: Ranked, origin: str, pairs: pd.DataFrame, heads: str) -> str:
     """Describe which networks are better, and which pairs are undecided."""
     lost = [label for label in runs if label not in ranked]
     missing = f" Not ranked, because predictions are missing: {joined(lost)}." if lost else ""
@@ -214,13 +204,13 @@ def _sentence(runs: Iterable[str], ranked: Ranked, origin: str, pairs: Sequence[
     size = len(next(iter(ranked.values())))
     images, caution = IMAGES[origin]
     better, open_ = dict[str, list[str]](), dict[str, list[str]]()
-    for pair in pairs:
+    for pair in pairs.itertuples():
         p = f" ({p_text(pair.p_holm)})" if len(pairs) <= PAIRS_WITH_P else ""
         (better if pair.told_apart else open_).setdefault(pair.better, []).append(f"{pair.worse}{p}")
     words = [f"{one} is better than {joined(others)}" for one, others in better.items()]
     either = "; ".join(f"{one} or {joined(others, 'or')}" for one, others in open_.items())
     words += [f"undecided which is better: {either}"] if either else []
-    how = f" (exact McNemar tests, Holm-corrected for {len(pairs)}, {LEVEL:.0%} level)" if pairs else ""
+    how = f" (exact McNemar tests, Holm-corrected for {len(pairs)}, {LEVEL:.0%} level)" if len(pairs) else ""
     what = "; ".join(words) or "only one network, nothing to compare"
     few = f" So few images rarely decide. Evaluate more than {FEW_IMAGES}." if size < FEW_IMAGES else ""
     return f"Top-1 over {heads} classes on {size:,} {images}{how}: {what}.{few}{caution}{missing}"
