@@ -27,17 +27,14 @@ BEST_TRIALS = 5
 PAIRS_WITH_P = 6  # with more pairs, only pairs.csv has the p-values
 FEW_IMAGES = 100
 OF_ANY_IMAGES = ("top1_accuracy", "top1_present", "top5_accuracy", "loss", "ece")
-# The images of a ranking, by origin, and a remark on their use.
-IMAGES = {
-    "unseen": ("images of ImageNet's validation set, to which published weights were not fitted", ""),
-    "seen": (
-        "images of ImageNet's training set",
-        " Published weights were fitted to these images, so this says little about other images.",
-    ),
-    "unknown": (
-        "images whose names don't show whether they are ImageNet's",
-        " Whether the weights were fitted to these images is not known.",
-    ),
+IMAGES = {  # of a ranking, by origin
+    "unseen": "images of ImageNet's validation set, to which published weights were not fitted",
+    "seen": "images of ImageNet's training set",
+    "unknown": "images whose names don't show whether they are ImageNet's",
+}
+CAUTIONS = {  # on the use of such images
+    "seen": " Published weights were fitted to these images, so this says little about other images.",
+    "unknown": " Whether the weights were fitted to these images is not known.",
 }
 Ranked = Mapping[str, np.ndarray]  # the images that each network got right, the best first: label to bool (N)
 SETS = {"unseen": "images that it was not trained on", "unknown": "images that it may not have been trained on"}
@@ -201,8 +198,7 @@ def _sentence(runs: Iterable[str], ranked: Ranked, origin: str, pairs: pd.DataFr
     missing = f" Not ranked, because predictions are missing: {joined(lost)}." if lost else ""
     if not ranked:
         return f"No network was ranked.{missing}"
-    size = len(next(iter(ranked.values())))
-    images, caution = IMAGES[origin]
+    size, caution = len(next(iter(ranked.values()))), CAUTIONS.get(origin, "")
     better, open_ = dict[str, list[str]](), dict[str, list[str]]()
     for pair in pairs.itertuples():
         p = f" ({p_text(pair.p_holm)})" if len(pairs) <= PAIRS_WITH_P else ""
@@ -213,7 +209,7 @@ def _sentence(runs: Iterable[str], ranked: Ranked, origin: str, pairs: pd.DataFr
     how = f" (exact McNemar tests, Holm-corrected for {len(pairs)}, {LEVEL:.0%} level)" if len(pairs) else ""
     what = "; ".join(words) or "only one network, nothing to compare"
     few = f" So few images rarely decide. Evaluate more than {FEW_IMAGES}." if size < FEW_IMAGES else ""
-    return f"Top-1 over {heads} classes on {size:,} {images}{how}: {what}.{few}{caution}{missing}"
+    return f"Top-1 over {heads} classes on {size:,} {IMAGES[origin]}{how}: {what}.{few}{caution}{missing}"
 
 
 def _table(runs: Iterable[RunRecord], heads: str) -> Rows:
@@ -223,13 +219,12 @@ def _table(runs: Iterable[RunRecord], heads: str) -> Rows:
         seen, rate = run.metrics.get("seen/images", 0), run.metrics.get(EVALUATE_RATE)
         every = "test images" + (f", {seen:,.0f} of which it was trained on" if seen else "")
         for images, which in (SETS | {"eval": every}).items():
-            value, present = (run.metrics.get(f"{images}/{name}") for name in OF_ANY_IMAGES[:2])
-            if value is None:
+            value, present, count = (run.metrics.get(f"{images}/{name}") for name in (*OF_ANY_IMAGES[:2], "images"))
+            if value is None or count is None:
                 continue
-            count = int(run.metrics.get(f"{images}/images", 0))  # missing in older runs
-            shown = percent(value) + (f" [{wilson(round(value * count), count).text(percent)}]" if count else "")
-            cells = (NONE if present is None else percent(present), f"{count:,} {which}" if count else which)
-            rows.append((run.name, shown, *cells, NONE if rate is None else whole(rate)))
+            shown = f"{percent(value)} [{wilson(round(value * count), int(count)).text(percent)}]"
+            cells = (shown, NONE if present is None else percent(present), f"{count:,.0f} {which}")
+            rows.append((run.name, *cells, NONE if rate is None else whole(rate)))
     return rows if len(rows) > 1 else []
 
 
