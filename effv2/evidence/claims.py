@@ -6,7 +6,7 @@ from dataclasses import dataclass, field, replace
 from functools import cache
 from itertools import chain, pairwise, product
 from pathlib import Path
-from typing import Annotated, Literal, NamedTuple
+from typing import Annotated, Literal
 
 import pandas as pd
 from pydantic import BeforeValidator, Field, model_validator
@@ -44,21 +44,13 @@ class Contrast:
         return [self.arm, self.against] if self.against else [self.arm]
 
 
-class Kind(NamedTuple):
-    """The keys of a kind of check, and its metric and region unless the check has its own."""
-
-    names: tuple[str, ...]
-    metric: str = "best/test_accuracy"
-    region: tuple[float, float] = (0, math.inf)
-    ratio: bool = False
-
-
-KINDS = {
-    "level": Kind(("arm",)),  # a quantity of one arm
-    "difference": Kind(("arm", "against")),  # that of one arm minus that of another
-    "convergence": Kind(("arm", "against"), "epochs/to_95_percent", (-math.inf, 0)),  # fewer epochs
-    "speed": Kind(("arm", "against"), "rate/train", (1, math.inf), ratio=True),  # a rate or a time divided by another
-    "ordering": Kind(("order",)),  # arms in falling order; arms without an order among them are in brackets
+# The keys of each kind of check, and its metric and region unless the check has its own.
+KINDS: dict[str, tuple[tuple[str, ...], str, tuple[float, float]]] = {
+    "level": (("arm",), BEST_TEST, (0, math.inf)),  # a quantity of one arm
+    "difference": (("arm", "against"), BEST_TEST, (0, math.inf)),  # that of one arm minus that of another
+    "convergence": (("arm", "against"), "epochs/to_95_percent", (-math.inf, 0)),  # fewer epochs
+    "speed": (("arm", "against"), "rate/train", (1, math.inf)),  # a rate or a time divided by another
+    "ordering": (("order",), BEST_TEST, (0, math.inf)),  # arms in falling order; those in brackets have no order
 }
 
 
@@ -79,18 +71,19 @@ class Check(Group):
 
     @model_validator(mode="after")
     def _says_one_thing(self) -> "Check":
-        kind = KINDS[self.kind]
+        needed, _, _ = KINDS[self.kind]
         names = tuple(name for name in ("arm", "against", "order") if getattr(self, name))
         regions = [name for name in ("above", "below", "about") if getattr(self, name) is not None]
         arms = [*filter(None, (self.arm, self.against)), *chain.from_iterable(self.order)]
         twice = [arm for arm in arms if arms.count(arm) > 1]
+        low = [edge for edge in self.edges() if -math.inf < edge <= 0]
         for is_so, problem in (
-            (names != kind.names, f"a {self.kind} needs {' and '.join(kind.names)}, and no other key of arms"),
+            (names != needed, f"a {self.kind} needs {' and '.join(needed)}, and no other key of arms"),
             (len(regions) > 1, f"give one of above, below and about, not {' and '.join(regions)}"),
             ((self.about is None) != (self.within is None), "about and within go together; give both"),
             (self.kind == "level" and not regions, "a level needs a region; give above, below, or about"),
             (self.order and (regions or len(self.order) < 2), "an ordering needs two arms or more, and no region"),
-            (kind.ratio and any(-math.inf < edge <= 0 for edge in self.edges()), "a ratio is above 0; move the edges"),
+            (self.kind == "speed" and low, "a ratio is above 0; move the edges"),
             (twice, f"{''.join(twice[:1])} is compared with itself; name another arm"),
         ):
             if is_so:
@@ -103,14 +96,15 @@ class Check(Group):
             return self.about - self.within, self.about + self.within
         if self.above is not None:
             return self.above, math.inf
-        return KINDS[self.kind].region if self.below is None else (-math.inf, self.below)
+        _, _, region = KINDS[self.kind]
+        return region if self.below is None else (-math.inf, self.below)
 
     def contrasts(self, protocol: str) -> Iterator[Contrast]:
         """Return the statements of the check. In an ordering, each arm is above each arm of the next place."""
-        kind = KINDS[self.kind]
+        _, metric, _ = KINDS[self.kind]
         pairs = chain.from_iterable(product(*both) for both in pairwise(self.order))
         for arm, against in pairs if self.order else [(self.arm, self.against)]:
-            yield Contrast(protocol, self.metric or kind.metric, arm, *self.edges(), against, kind.ratio)
+            yield Contrast(protocol, self.metric or metric, arm, *self.edges(), against, self.kind == "speed")
 
 
 class Claim(Group):

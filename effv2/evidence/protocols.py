@@ -34,7 +34,6 @@ CLASSES = "data.classes"  # not a parameter, but a protocol may name it: the num
 OF_TIMES = tuple(f"{MACHINE}{name}" for name in ("processor", "accelerator", "threads"))  # tags
 PUBLISHED_OVERLAP = 0.25  # ratio of test to training images in the published split
 DEFAULTS = TrainConfig().flat()
-UNFINISHED = "unfinished"  # for runs that aren't mentioned as left out
 FEW = 2  # most settings in which a near run may differ
 SplitAndSeed = tuple[str, str]  # the split of the images, and the seed of the training
 Runs = Mapping[SplitAndSeed, RunRecord]  # of an arm
@@ -205,7 +204,8 @@ def choose(
     groups: dict[Alike, dict[str, dict[SplitAndSeed, RunRecord]]] = {}
     unused: dict[str, list[tuple[Alike, str]]] = {arm: [] for arm in arms}  # settings of runs, and why they don't count
     varies_data = any(name.startswith("data.") for name in protocol.varied)
-    for arm, run in ((arm, run) for arm in arms for run in runs if is_like(run, protocol, arm)):
+    ended = [run for run in runs if run.status == "FAILED" or complete([run])]  # only these are counted if left out
+    for arm, run in ((arm, run) for arm in arms for run in ended if is_like(run, protocol, arm)):
         settings, (split, seed) = _left_open(run, protocol, what), pair_of(run)
         if why := _unusable(run, what, positive):
             unused[arm].append((settings, why))
@@ -224,7 +224,7 @@ def choose(
         return Chosen(most)
     aside = list[str]()
     for arm, others in unused.items():
-        counts = Counter(why for theirs, why in others if theirs <= settings and why != UNFINISHED)
+        counts = Counter(why for theirs, why in others if theirs <= settings)
         aside += [f"{counted(count, 'run')} of {arm} {why}" for why, count in counts.items()]
     if count := sum(len(of_arm) for group in whole.values() for of_arm in group.values()):
         names = _differing(settings, *whole)
@@ -246,15 +246,15 @@ def _why_none(
         return f"runs of {' and of '.join(having)} differ in {names}; name it under `ignore` if it doesn't matter"
     words = []
     for arm in (arm for arm in unused if not having[arm]):
-        reasons = ", ".join(dict.fromkeys(why for _, why in unused[arm] if why != UNFINISHED))
+        reasons = ", ".join(dict.fromkeys(why for _, why in unused[arm]))
         words.append(f"the runs of {arm} are {reasons}" if reasons else _nearest(complete(runs), protocol, arm))
     return "; ".join(filter(None, words))
 
 
 def _unusable(run: RunRecord, what: Quantity, positive: bool) -> str:
-    """Return why a run doesn't count; empty if it does."""
-    if not complete([run]):
-        return "failed" if run.status == "FAILED" else UNFINISHED
+    """Return why a complete or failed run doesn't count; empty if it does."""
+    if run.status == "FAILED":
+        return "failed"
     value = what.value(run)
     if value is None or (positive and value <= 0):
         return f"without a usable {what.words}"

@@ -74,10 +74,9 @@ def publish_study(parent: TrackedRun, used: Mapping[str, str], dataset: Dataset 
     galleries = {"Test images on which the arms differ most": shown, **_mistakes(study)}
     report = make_report(evidence, read_claims(), {title: image for title, image in galleries.items() if image})
     results = report.studies[0]
-    more: dict[str, Content] = {"images.csv": apart, "differing.jpg": shown}
-    files = {**report.files, **results.files, **{name: content for name, content in more.items() if content}}
+    files: dict[str, Content] = {**report.files, **results.files, "images.csv": apart, "differing.jpg": shown}
     with parent.new_artifacts() as folder:
-        _write(folder, files)
+        _write(folder, {name: content for name, content in files.items() if content})
     parent.log_metrics(results.metrics)
     parent.set_tags({ANSWER: shorten(results.short or NOTHING_YET, LONGEST_ANSWER)})
     parent.describe(results.markdown(show_in_ui(parent.experiment_id, parent.run_id, HTML)))

@@ -5,9 +5,10 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from itertools import combinations
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
+import pandas as pd
 
 from effv2.core.errors import joined
 from effv2.core.figures import accuracy_against_cost
@@ -26,17 +27,14 @@ BEST_TRIALS = 5
 PAIRS_WITH_P = 6  # with more pairs, only pairs.csv has the p-values
 FEW_IMAGES = 100
 OF_ANY_IMAGES = ("top1_accuracy", "top1_present", "top5_accuracy", "loss", "ece")
-# The images of a ranking, by origin, and a remark on their use.
-IMAGES = {
-    "unseen": ("images of ImageNet's validation set, to which published weights were not fitted", ""),
-    "seen": (
-        "images of ImageNet's training set",
-        " Published weights were fitted to these images, so this says little about other images.",
-    ),
-    "unknown": (
-        "images whose names don't show whether they are ImageNet's",
-        " Whether the weights were fitted to these images is not known.",
-    ),
+IMAGES = {  # of a ranking, by origin
+    "unseen": "images of ImageNet's validation set, to which published weights were not fitted",
+    "seen": "images of ImageNet's training set",
+    "unknown": "images whose names don't show whether they are ImageNet's",
+}
+CAUTIONS = {  # on the use of such images
+    "seen": " Published weights were fitted to these images, so this says little about other images.",
+    "unknown": " Whether the weights were fitted to these images is not known.",
 }
 Ranked = Mapping[str, np.ndarray]  # the images that each network got right, the best first: label to bool (N)
 SETS = {"unseen": "images that it was not trained on", "unknown": "images that it may not have been trained on"}
@@ -137,26 +135,15 @@ def _notes_on_trials(study: TrackedStudy, any_ranked: bool) -> list[str]:
     return [f"Trials: {words}.", how]
 
 
-class NetworkPair(NamedTuple):
-    """Two networks, the one with more right answers first, and McNemar's test of them."""
-
-    better: str
-    worse: str
-    only_better_right: int
-    only_worse_right: int
-    p: float
-    p_holm: float
-    told_apart: bool
-
-
 def networks_results(study: TrackedStudy, right: RightAnswers) -> StudyResults:
     """Return the results of an evaluation of networks. `right` reads which images are right in a run."""
     runs = {run.name: run for run in complete(study.in_order())}
     ranked, images, origin = _rank(runs, right)
-    both, heads = list(combinations(ranked, 2)), _heads(runs.values())
-    tests = [mcnemar(ranked[better], ranked[worse]) for better, worse in both]
-    found = zip(both, tests, holm([p for *_, p in tests]), strict=True)
-    pairs = [NetworkPair(*names, one, other, p, holms, holms < LEVEL) for names, (one, other, p), (holms, _) in found]
+    tests = [(one, other, *mcnemar(ranked[one], ranked[other])) for one, other in combinations(ranked, 2)]
+    pairs = pd.DataFrame(tests, columns=["better", "worse", "only_better_right", "only_worse_right", "p"])
+    pairs["p_holm"] = [p for p, _ in holm(pairs["p"].tolist())]
+    pairs["told_apart"] = pairs["p_holm"] < LEVEL
+    rows, heads = [tuple(pairs), *pairs.itertuples(index=False)], _heads(runs.values())
     sentence = _sentence(runs, ranked, origin, pairs, heads)
     ordered = {label: runs[label] for label in dict.fromkeys([*ranked, *runs])}
     title = f"top-1 of {heads}, {len(next(iter(ranked.values()), ())):,} {origin} images"
@@ -167,7 +154,7 @@ def networks_results(study: TrackedStudy, right: RightAnswers) -> StudyResults:
         table=_table(ordered.values(), heads),
         details=_details(ordered, images),
         metrics={f"{label}/{name}": value for label, name, value in named if name.endswith(OF_ANY_IMAGES)},
-        files=_ranking(runs, ranked, title) | {"pairs.csv": [NetworkPair._fields, *pairs]} if ranked else {},
+        files=_ranking(runs, ranked, title) | {"pairs.csv": rows} if ranked else {},
     )
 
 
@@ -205,25 +192,24 @@ def _heads(runs: Iterable[RunRecord]) -> str:
     return joined(sorted({run.params.get("evaluation.outputs", "1000") for run in runs}, key=int), "or")
 
 
-def _sentence(runs: Iterable[str], ranked: Ranked, origin: str, pairs: Sequence[NetworkPair], heads: str) -> str:
+def _sentence(runs: Iterable[str], ranked: Ranked, origin: str, pairs: pd.DataFrame, heads: str) -> str:
     """Describe which networks are better, and which pairs are undecided."""
     lost = [label for label in runs if label not in ranked]
     missing = f" Not ranked, because predictions are missing: {joined(lost)}." if lost else ""
     if not ranked:
         return f"No network was ranked.{missing}"
-    size = len(next(iter(ranked.values())))
-    images, caution = IMAGES[origin]
+    size, caution = len(next(iter(ranked.values()))), CAUTIONS.get(origin, "")
     better, open_ = dict[str, list[str]](), dict[str, list[str]]()
-    for pair in pairs:
+    for pair in pairs.itertuples():
         p = f" ({p_text(pair.p_holm)})" if len(pairs) <= PAIRS_WITH_P else ""
         (better if pair.told_apart else open_).setdefault(pair.better, []).append(f"{pair.worse}{p}")
     words = [f"{one} is better than {joined(others)}" for one, others in better.items()]
     either = "; ".join(f"{one} or {joined(others, 'or')}" for one, others in open_.items())
     words += [f"undecided which is better: {either}"] if either else []
-    how = f" (exact McNemar tests, Holm-corrected for {len(pairs)}, {LEVEL:.0%} level)" if pairs else ""
+    how = f" (exact McNemar tests, Holm-corrected for {len(pairs)}, {LEVEL:.0%} level)" if len(pairs) else ""
     what = "; ".join(words) or "only one network, nothing to compare"
     few = f" So few images rarely decide. Evaluate more than {FEW_IMAGES}." if size < FEW_IMAGES else ""
-    return f"Top-1 over {heads} classes on {size:,} {images}{how}: {what}.{few}{caution}{missing}"
+    return f"Top-1 over {heads} classes on {size:,} {IMAGES[origin]}{how}: {what}.{few}{caution}{missing}"
 
 
 def _table(runs: Iterable[RunRecord], heads: str) -> Rows:
@@ -233,13 +219,12 @@ def _table(runs: Iterable[RunRecord], heads: str) -> Rows:
         seen, rate = run.metrics.get("seen/images", 0), run.metrics.get(EVALUATE_RATE)
         every = "test images" + (f", {seen:,.0f} of which it was trained on" if seen else "")
         for images, which in (SETS | {"eval": every}).items():
-            value, present = (run.metrics.get(f"{images}/{name}") for name in OF_ANY_IMAGES[:2])
-            if value is None:
+            value, present, count = (run.metrics.get(f"{images}/{name}") for name in (*OF_ANY_IMAGES[:2], "images"))
+            if value is None or count is None:
                 continue
-            count = int(run.metrics.get(f"{images}/images", 0))  # missing in older runs
-            shown = percent(value) + (f" [{wilson(round(value * count), count).text(percent)}]" if count else "")
-            cells = (NONE if present is None else percent(present), f"{count:,} {which}" if count else which)
-            rows.append((run.name, shown, *cells, NONE if rate is None else whole(rate)))
+            shown = f"{percent(value)} [{wilson(round(value * count), int(count)).text(percent)}]"
+            cells = (shown, NONE if present is None else percent(present), f"{count:,.0f} {which}")
+            rows.append((run.name, *cells, NONE if rate is None else whole(rate)))
     return rows if len(rows) > 1 else []
 
 

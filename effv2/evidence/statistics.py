@@ -194,14 +194,12 @@ def over_images(right: Sequence[np.ndarray], looks: Looks = EVERY_LOOK) -> tuple
     The interval counts both runs and images as samples. Every run has the same images, so the two variances add, minus
     the residual, which both contain.
     """
-    signs = [1.0, -1.0][: len(right)]
     found = Estimate(*(each.mean(axis=1) for each in right), looks=looks)
-    by_image = np.sum([sign * each.mean(axis=0) for sign, each in zip(signs, right, strict=True)], axis=0)
-    residual = 0.0
+    first, *other = (each.mean(axis=0) for each in right)
+    by_image, residual = first - sum(other), 0.0
     for each in right:
-        (runs, images), rows, columns = each.shape, each.mean(axis=1, keepdims=True), each.mean(axis=0)
-        rest = (each - rows - columns + each.mean()) ** 2
-        residual += float(rest.sum()) / ((runs - 1) * (images - 1) * runs * images)
+        (runs, images), rest = each.shape, each - each.mean(axis=1, keepdims=True) - each.mean(axis=0)
+        residual += float(np.var(rest)) / ((runs - 1) * (images - 1))
     variance = max(found.error**2 + float(np.var(by_image, ddof=1)) / len(by_image) - residual, found.error**2)
     reach = (found.interval().high - found.mean) * math.sqrt(variance) / max(found.error, TINY)
     return found.mean, Interval(found.mean - reach, found.mean + reach)

@@ -161,15 +161,13 @@ def _figures(arms: Arms, title: str, published: Mapping[str, RunRecord], held: H
         unit = f"difference from {held.against or 'its reference'}, percentage points"
         figures[DIFFERENCES] = forest(drawn, f"{title}: differences", unit, 100 * held.margin)
     for name, metric in CURVES.items():
-        curves = {
-            arm: kept
-            for arm, runs in arms.items()
-            if (kept := [run.history[metric] for run in runs if run.history.get(metric)])
-        }
-        if curves and not (name == "validation accuracy" and "test accuracy" in figures):
+        having = {arm: [run for run in runs if run.history.get(metric)] for arm, runs in arms.items()}
+        logged = {arm: runs for arm, runs in having.items() if runs}
+        if logged and not (name == "validation accuracy" and "test accuracy" in figures):
+            curves = {arm: [run.history[metric] for run in runs] for arm, runs in logged.items()}
             theirs = {arm: run.history[metric] for arm, run in published.items() if metric in run.history}
             figures[name] = accuracy_curves(curves, f"{title}: {name}", theirs)
-            timed = {arm: [over_time(run, metric) for run in arms[arm] if run.history.get(metric)] for arm in curves}
+            timed = {arm: [over_time(run, metric) for run in runs] for arm, runs in logged.items()}
             if metric != TRAIN and one_machine and all(map(all, timed.values())):
                 figures["accuracy against time"] = accuracy_against_time(timed, f"{title}: {name} and training time")
     if seconds := values_of(arms, TRAIN_SECONDS):
