@@ -54,6 +54,12 @@ def test_tables_hold_intervals_and_differences_however_many_arms_there_are(arms:
     assert "arm1 against arm0: undecided, +1.00 points" in found.answers[0]
 
 
+def test_more_seeds_are_no_way_out_once_all_that_count_are_there() -> None:
+    runs = [run(0.5 + seed / 100, seed, tags={"effv2.arm": arm}) for arm in "ab" for seed in range(3)]
+    parent = replace(run(0), params={"study.kind": "ablate", "study.baseline": "a", "study.max_seeds": "3"}, metrics={})
+    assert ["it remains undecided" in each for each in results(runs, parent).answers] == [True]
+
+
 def test_the_answer_goes_by_the_accuracy_that_decides() -> None:
     best, selected = {"a": 0.95, "b": 0.9}, {"a": 0.8, "b": 0.9}
     for rules, words in (("published", "is worse than a by 5.00 points"), ("standard", "beats a by 10.00 points")):

@@ -196,7 +196,8 @@ class Held:
         lines = [*filter(None, [self.leads]), *(f"{each}." for each in found)]
         few = [each for each in self.answers.values() if each.waits and not self.looks.once]
         more = [self._cost(few)] if few else []
-        for unit in sorted({each.unit for each in self.answers.values() if each.outlook()}):
+        open_ = [each for each in self.answers.values() if each.outlook() and each.estimate.n < self.looks.most]
+        for unit in sorted({each.unit for each in open_}):
             more.append(
                 f"More {unit}s don't invalidate the test. If there is no difference, no number of {unit}s decides."
             )
