@@ -38,7 +38,7 @@ MOST_SETBACKS = 5  # repetitions of a piece of work after failures of the store
 TrackingError = MlflowException
 TRACKING_ERRORS = (MlflowException, SQLAlchemyError, OSError)  # the store is unreachable, or refuses
 REFUSALS = ("INVALID_PARAMETER_VALUE", "BAD_REQUEST")
-CUT = "Connection broken|IncompleteRead"  # signs of a cut answer
+CUT = "Connection broken|IncompleteRead|Failed to download artifacts"  # signs of a cut answer; the last hides why
 DEFAULT, OWN_EXPERIMENT = "0", "effv2"  # the id of MLflow's default experiment, and the name of effv2's
 MISSING = "RESOURCE_DOES_NOT_EXIST"  # no run, model or experiment has that id
 # Errors on opening a database whose creation was interrupted, and which has no version of its tables.
@@ -242,7 +242,7 @@ def outage_passed(error: Exception, setbacks: Counter[str], work: str, seconds: 
 
     `setbacks` limits this for one piece of work. StoreAway if the store is unreachable for too many seconds.
     """
-    lasting = is_refusal(error) or getattr(error, "error_code", "") in LASTING
+    lasting = is_refusal(error) or (getattr(error, "error_code", "") in LASTING and not re.search(CUT, str(error)))
     if isinstance(error, MlflowException) and not lasting and setbacks[work] < MOST_SETBACKS:
         setbacks[work] += 1
         message(f"The tracking store failed ({reason(error)}); the work resumes when it answers.")
@@ -282,6 +282,8 @@ def reason(error: BaseException) -> str:
         return f"it answers with HTTP status {found[1] or found[2]}"
     if "Max retries exceeded" in str(error):
         return "no connection"
+    if re.search(CUT, str(error)):
+        return "its answers are cut"
     if found := re.search(r"\(\w+\.\w+Error\) ([^\[\n]+)", str(error)):  # for a database, between SQL and addresses
         return found[1].strip()
     return masked(" ".join(str(error).split()))[:200].rstrip(".") or type(error).__name__
