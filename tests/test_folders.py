@@ -212,6 +212,7 @@ def test_a_part_of_a_set_may_be_named(tmp_path: Path) -> None:
         ("image_id,species\n{}", "train{},{}"),
         ("Label;File Name\n{}", "{1};train/train{0}.png"),
         ("\ufeffid\tbreed\tage\n{}", "train{}.png\t{}\t3"),
+        ("file,label\n{}", "train{}.png,{}\t\xa0"),
     ],
 )
 def test_labels_come_from_a_csv(tmp_path: Path, table: str, values: str) -> None:
