@@ -7,6 +7,7 @@ import json
 import struct
 import subprocess
 import sys
+import zlib
 from io import BytesIO
 from pathlib import Path
 from typing import Any
@@ -112,7 +113,10 @@ def test_broken_images_are_named_all_at_once(tmp_path: Path, own_cache: Path) ->
     (root / "class 0" / "0.jpg").write_bytes(b"no image")
     whole = (root / "class 1" / "0.jpg").read_bytes()
     (root / "class 1" / "0.jpg").write_bytes(whole[: len(whole) // 2])
-    with pytest.raises(InputError, match=r"2 images.*class 0/0\.jpg.*class 1/0\.jpg"):
+    head = b"IHDR" + struct.pack(">IIBBBBB", 100_000_000, 1, 8, 2, 0, 0, 0)  # a row that is longer than Pillow decodes
+    claims = b"\x89PNG\r\n\x1a\n" + struct.pack(">I", 13) + head + struct.pack(">I", zlib.crc32(head))
+    (root / "class 2" / "0.jpg").write_bytes(claims + struct.pack(">I", 9) + b"IDAT" + bytes(13))
+    with pytest.raises(InputError, match=r"3 images.*class 0/0\.jpg.*class 1/0\.jpg.*class 2/0\.jpg"):
         load_folder(root)
     assert not list(own_cache.rglob("pixels.npy"))
 

@@ -139,6 +139,12 @@ def test_parts_are_known_in_all_usual_spellings(tmp_path: Path, folders: tuple[s
             within("fold_1/train", "fold_1/val", "fold_2/train", "fold_2/val"),
             r"fold_1 and fold_2 hold the same folders",
         ),
+        (("ant", "bee", *within("bees_and_ants")), "bees_and_ants in it is a data set of its own"),
+        ((*within("data"), "samples"), "data in it is a data set of its own"),
+        (within("indoors/images", "outdoors/images"), "indoors and outdoors hold the same folders"),
+        (("2024-05-01", "2024-05-02"), "are versions or pieces of one set by their names"),
+        (("100CANON", "101CANON"), "are versions or pieces of one set by their names"),
+        (("ant", "ant (2)", "bee"), "'ant .2.' and 'ant' look like two spellings"),
         (("ant/images", "ant/masks", "bee"), r"ant in it holds images and their masks"),
         (("Ant", "ant", "bee"), "the classes 'Ant' and 'ant' look like two spellings of one name"),
         (("ant_hill", "ant hill", "bee"), "'ant hill' and 'ant_hill' look like two spellings"),
@@ -206,6 +212,7 @@ def test_a_part_of_a_set_may_be_named(tmp_path: Path) -> None:
         ("image_id,species\n{}", "train{},{}"),
         ("Label;File Name\n{}", "{1};train/train{0}.png"),
         ("\ufeffid\tbreed\tage\n{}", "train{}.png\t{}\t3"),
+        ("file,label\n{}", "train{}.png,{}\t\xa0"),
     ],
 )
 def test_labels_come_from_a_csv(tmp_path: Path, table: str, values: str) -> None:

@@ -42,13 +42,15 @@ def test_mlflow_run_adopts_its_run(
     done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=120)
     assert done.returncode == 0, done.stderr
     # Repeat the command, with an open run as `mlflow run` prepares it.
-    monkeypatch.setenv("MLFLOW_RUN_ID", MlflowClient().create_run("0").info.run_id)
+    opened = MlflowClient().create_run("0", tags={"mlflow.source.name": "https://token@h/project"})
+    monkeypatch.setenv("MLFLOW_RUN_ID", opened.info.run_id)
     assert (
         invoke(COMMANDS[entry], *(word for name, value in words.items() for word in (f"--{name}", value))).exit_code
         == 0
     )
     adopted, *children, again = all_runs()
     assert again.data.tags["effv2.continues"] == adopted.info.run_id
+    assert again.data.tags["mlflow.source.name"] == "https://***@h/project"
     assert adopted.data.tags["mlflow.project.entryPoint"] == entry
     assert len(children) == (0 if alone else 2) and bool(adopted.outputs and adopted.outputs.model_outputs) == alone
     assert adopted.data.tags["effv2.study"] == "tiny"

@@ -17,6 +17,7 @@ from mlflow import MlflowClient
 from mlflow.entities import Metric, Run
 
 from effv2.cli.main import train
+from effv2.tracking.read import read_artifacts
 from tests.conftest import ROOT, TINY_TABLE, running
 from tests.forks import Forked
 from tests.servers import Failing, Server
@@ -137,3 +138,18 @@ def test_a_server_that_fails_in_a_third_of_all_requests_gets_everything_once(
     assert set(Failing.FAULTS) <= failing.failed.keys()
     monkeypatch.setenv("MLFLOW_TRACKING_URI", server.uri)
     check_complete(30)
+
+
+def test_files_of_a_run_are_read_although_answers_are_cut(
+    server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    client, failing = MlflowClient(), Failing(server.port, 0.1)
+    run_id = client.create_run("0").info.run_id
+    client.log_text(run_id, "content", "file.txt")
+    monkeypatch.setattr(failing, "FAULTS", ("cut",))
+    with closing(failing.socket):
+        monkeypatch.setenv("MLFLOW_TRACKING_URI", f"http://127.0.0.1:{failing.server_port}")
+        for _ in range(10):
+            assert read_artifacts(run_id, ["file.txt"]) == {"file.txt": "content"}
+        failing.shutdown()
+    assert failing.failed["cut"]

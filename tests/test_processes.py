@@ -88,6 +88,17 @@ def test_a_second_signal_ends_a_process_that_ignores_the_first(seconds: float, c
     assert process.returncode == code
 
 
+def test_a_signal_while_python_ends_shows_no_traceback() -> None:
+    script = (
+        "import atexit, os, signal\nfrom effv2.cli import options\n\n"
+        "class Late(options.Command):\n    def get_params(self, ctx):\n        return []\n\n"
+        "atexit.register(os.kill, os.getpid(), signal.SIGINT)\n"
+        "Late('late', callback=lambda: os.kill(os.getpid(), signal.SIGINT)).main([])"
+    )
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
+    assert done.stderr == "Interrupted.\n" and done.returncode == -signal.SIGINT
+
+
 def test_a_signal_waits_for_the_end_of_the_outermost_block() -> None:
     done = False
     with ending_signals(), pytest.raises(Terminated), uninterrupted():

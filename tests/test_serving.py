@@ -175,6 +175,11 @@ def test_served_model_answers_files_as_training_saw_them(trained: Trained, serve
     began = time.monotonic()
     status, text = ask(server, 20 * [base64.b64encode(large.getvalue()).decode()])
     assert status == 400 and "holds 1,600,000,000 pixels, more than 300,000,000: send fewer" in text
+    frame = io.BytesIO()
+    Image.new("1", (5_000, 4_000)).save(frame, "GIF")
+    header, drawn = frame.getvalue()[:781], frame.getvalue()[781:-1]  # the header has a palette of 256 colours
+    status, text = ask(server, [base64.b64encode(header + 20 * drawn + b";").decode()])
+    assert status == 400 and "holds 320,000,000 pixels, more than 300,000,000: send fewer" in text
     status, text = ask(server, 1_001 * files[:1])
     assert status == 400 and "holds 1,001 images, more than 1,000" in text and time.monotonic() - began < 15
 

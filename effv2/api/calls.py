@@ -23,7 +23,7 @@ from effv2.core.provenance import COMMAND
 from effv2.core.reporter import Reporter
 from effv2.core.secrets import masked
 from effv2.data.sources import refuse_missing
-from effv2.pretrained.config import PretrainedConfig
+from effv2.pretrained.config import PretrainedConfig, refuse_missing_files
 
 if TYPE_CHECKING:
     from effv2.api.results import Report, StudyResult, Training
@@ -187,6 +187,7 @@ def evaluate_pretrained(layer: Layer, how: Options, reporter: Reporter) -> Study
     """
     config = build(PretrainedConfig, layer)
     refuse_missing(DataConfig(**config.data.model_dump(include={"dataset", "dir", "download"})))
+    refuse_missing_files(how.models)
 
     from effv2.studies.comparison import make_weights
 

@@ -68,7 +68,7 @@ class Command(click.Command):
                 runs = "fresh" in ctx.params and ctx.params.get("plan") != "true"
                 text += f"; unfinished runs end as KILLED, and {again} resumes them." if runs else "."
             click.echo((text if code == 2 else in_options(text, self)).replace("\n", " "), err=True)
-            return leave(code)
+        return leave(code)
 
 
 def _refuse_logged(params: Mapping[str, Any]) -> None:

@@ -118,6 +118,8 @@ def leave(code: int) -> NoReturn:
     caller that replaced the outputs, as tests do, continues instead.
     """
     sending = any(thread.name.startswith(SENDER) for thread in threading.enumerate())
+    if sys.stderr is sys.__stderr__ and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+        signal.signal(signal.SIGINT, signal.SIG_DFL)  # another Ctrl-C needs no traceback of how Python ends
     if sending and sys.stderr is sys.__stderr__:
         with suppress(OSError, AttributeError):
             sys.stdout.flush()

@@ -31,7 +31,7 @@ PHOTOMETRIC, SAMPLE_FORMAT = 262, 339  # tags of TIFF: 0 if 0 is white; 2 if num
 LONGEST = 100  # largest ratio of an image's sides, because the whole image is enlarged
 # Pillow's errors for files that aren't images or are broken, and for images with more pixels than `allow` permits.
 TOO_LARGE = (Image.DecompressionBombWarning, Image.DecompressionBombError)
-BROKEN = (OSError, ValueError, SyntaxError, TypeError, IndexError, KeyError, RuntimeError, OverflowError)
+BROKEN = (OSError, ValueError, SyntaxError, TypeError, IndexError, KeyError, RuntimeError, OverflowError, MemoryError)
 
 
 def allow(megapixels: float) -> None:

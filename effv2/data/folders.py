@@ -20,6 +20,7 @@ from effv2.config.schema import DataConfig
 from effv2.core.errors import InputError, joined
 from effv2.data.labels import read_labels
 from effv2.data.part_names import (
+    COPY,
     FILLER,
     NO_CLASSES,
     TEST,
@@ -29,6 +30,7 @@ from effv2.data.part_names import (
     VERSIONS,
     are_pieces,
     hold_masks,
+    is_filler,
     masks_among,
     part_of,
     parts_among,
@@ -44,6 +46,7 @@ NO_IMAGES = {"EPS", "IPTC", "WMF", "MPEG", "BUFR", "GRIB", "HDF5"}
 SHOWN = 5
 Classes = dict[str, list[Path]]  # files by class
 OTHERWISE = "give the parts as data.train_dir and data.test_dir"
+ALL_CLASSES = "this folder as data.train_dir if these are its classes"
 
 
 @dataclass(frozen=True)
@@ -236,15 +239,16 @@ def _classes(folder: Path, what: str, named: bool, left_out: Counter[str]) -> Cl
 
 def _refuse_versions(folder: Path, names: list[str]) -> None:
     """Raise InputError if folders are, or contain, parts or versions of one set instead of classes."""
-    inner = {name: set(_folders(folder / name)) for name in names}
+    inner = {name: set(_folders(_unwrapped(folder / name, is_part=False))) for name in names}
     for name, inside in () if are_pieces(names) else inner.items():
-        if any((part := part_of(each)) and part[0] != UNLABELLED and not part[1] for each in inside):
-            if all(inner.values()) and len({frozenset(each) for each in inner.values()}) == 1:
-                problem = f"each class in it holds parts ({', '.join(sorted(inside))})"
-                remedy = f"move the parts above the classes, as {sorted(inside)[0]}/{name}"
-                raise InputError("data.dir", folder, problem, remedy)
+        parts = any((part := part_of(each)) and part[0] != UNLABELLED and not part[1] for each in inside)
+        if parts and all(inner.values()) and len({frozenset(each) for each in inner.values()}) == 1:
+            problem = f"each class in it holds parts ({', '.join(sorted(inside))})"
+            remedy = f"move the parts above the classes, as {sorted(inside)[0]}/{name}"
+            raise InputError("data.dir", folder, problem, remedy)
+        if parts or len(inside.intersection(names)) > 1 or (len(inside) > 1 and is_filler(name)):
             problem = f"{name} in it is a data set of its own, not a class"
-            raise InputError("data.dir", folder, problem, "give the path of one set")
+            raise InputError("data.dir", folder, problem, f"give the path of one set, or {ALL_CLASSES}")
     several = {name: inside for name, inside in inner.items() if len(inside) > 1}
     if name := next((name for name, inside in several.items() if hold_masks([*inside])), ""):
         problem = f"{name} in it holds images and their masks ({', '.join(sorted(inner[name]))})"
@@ -259,7 +263,7 @@ def _refuse_versions(folder: Path, names: list[str]) -> None:
         if not (all(name.casefold() in VERSIONS for name in names) or are_pieces(names) or hold_masks(names)):
             return
         problem = f"{joined(names)} are versions or pieces of one set by their names, not classes"
-    remedy = f"give one of them, {OTHERWISE}, or this folder as data.train_dir if these are its classes"
+    remedy = f"give one of them, {OTHERWISE}, or {ALL_CLASSES}"
     raise InputError("data.dir", folder, problem, remedy)
 
 
@@ -323,7 +327,7 @@ def _checked_classes(
             raise InputError("data.dir", root, problem, f"fill or remove it, {or_allow}")
     classes = sorted({name for found in parts.values() for name, files in found.items() if files})
     spelt = {spelling(name): name for name in classes}
-    pairs = [(name, spelt[spelling(name)]) for name in classes]
+    pairs = [(name, spelt.get(COPY.sub("", spelling(name))) or spelt[spelling(name)]) for name in classes]
     if twins := next((pair for pair in pairs if len(set(pair)) > 1 and max(map(len, pair)) > 1), ()):
         problem = f"the classes {' and '.join(map(repr, twins))} look like two spellings of one name"
         raise InputError("data.dir", root, problem, "write them in the same way, or rename one")

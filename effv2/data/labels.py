@@ -143,6 +143,6 @@ def _read(path: Path) -> tuple[list[str], list[list[str]]]:
         raise InputError("data.labels", path, f"can't be read ({error.strerror})", "give another file") from error
     except (csv.Error, UnicodeDecodeError) as error:
         raise InputError("data.labels", path, f"it is not a CSV in UTF-8 ({error})", "save it as one") from error
-    cells = [[unicodedata.normalize("NFC", cell).strip("\0 ") for cell in line] for line in lines]
+    cells = [[unicodedata.normalize("NFC", cell).strip("\0").strip() for cell in line] for line in lines]
     header = cells[0] if cells else []
     return header, [line + [""] * (len(header) - len(line)) for line in cells[1:]]

@@ -18,11 +18,13 @@ FILLER = "data|sets?|datasets?|(?:jpeg)?images?|imgs?|pictures?|photos?|files?|f
 # Folders that aren't classes: thumbnails and bins of other programs, and the output of runs started there.
 NO_CLASSES = {"thumbs", "thumbnails", "__macosx", "__pycache__", "lost+found", "system volume information"}
 NO_CLASSES |= {"mlruns", "mlartifacts", "checkpoints", "wandb", "lightning_logs", "venv", "node_modules"}
-NO_CLASSES |= {"runs", "outputs", "output", "results", "plots", "logs"}
+NO_CLASSES |= {"runs", "outputs", "output", "results", "plots", "logs", "segmentations"}
 # If all folders have these names, they are versions of one set, not classes.
 VERSIONS = {"original", "resized", "raw", "processed", "augmented", "cropped", "color", "colour", "gray", "grey"}
 VERSIONS |= {"grayscale", "greyscale", "segmented", "images", "masks", "labels", "annotations"}
 PIECES = f"folds?|shards?|chunks?|batch(?:es)?|{FILLER}|{'|'.join(PART_WORDS.values())}"  # before a number
+DAYS = r"(?:19|20)\d\d([-_. ]?)[01]\d\1[0-3]\d|[1-9]\d\d[A-Z_]{5}"  # 2024-05-01, and what cameras name 100CANON
+COPY = re.compile(r" ?\(\d+\)$")  # after the name of a class: a second copy of it
 MASKS = "masks?|segmentations?|segmentation(?:class|object)|labels?|annotations?|gt|groundtruth"  # next to their images
 MASK_OF = r"(.+?)[\W_]+(?:mask|segmentation|gt|groundtruth)(?:[\W_]*\d+)?"  # the name of a mask next to its image
 
@@ -54,7 +56,9 @@ def parts_among(names: Sequence[str]) -> dict[str, list[str]]:
 
 
 def are_pieces(names: list[str]) -> bool:
-    """Say whether folders are pieces of one set by name, such as images_001 and images_002, or trainA and testB."""
+    """Say whether folders are pieces of one set by name: images_001 and images_002, trainA and testB, or days."""
+    if all(re.fullmatch(DAYS, name) for name in names):
+        return True
     stems = [re.fullmatch(r"(.*?[^\W\d_])(?:[\W_]*\d+|(?<=[a-z])[A-Z])", name) for name in names]
     return all(stem and re.fullmatch(PIECES, _words(stem[1])[-1]) for stem in stems)
 
@@ -63,7 +67,12 @@ def hold_masks(names: list[str]) -> bool:
     """Say whether folders are images and their annotations, such as image and mask, or train and train_masks."""
     words = [_words(name) for name in names]
     drawn = [each[:-1] for each in words if each and re.fullmatch(MASKS, each[-1])]
-    return bool(drawn) and any(each in drawn or (each and all(re.fullmatch(FILLER, w) for w in each)) for each in words)
+    return bool(drawn) and any(words_ in drawn or is_filler(name) for name, words_ in zip(names, words, strict=True))
+
+
+def is_filler(name: str) -> bool:
+    """Say whether a name tells nothing of what a folder holds, such as data or images."""
+    return bool(words := _words(name)) and all(re.fullmatch(FILLER, word) for word in words)
 
 
 def masks_among(files: Sequence[Path]) -> set[Path]:
@@ -75,7 +84,7 @@ def masks_among(files: Sequence[Path]) -> set[Path]:
 def spelling(name: str) -> str:
     """Return a name without what two spellings of one name differ in: capitals, spaces, dashes, zeros, a word copy."""
     plain = re.sub(r"(?<=[^\W_])[\s_-](?=[^\W_])", " ", unicodedata.normalize("NFKC", name).casefold()).strip()
-    plain = re.sub(r"(?<=\w)\W+copy\b\W*\d*\W*$", "", plain)
+    plain = re.sub(r"(?<=\w)\W+(?:copy|[kc]opi[ae])\b\W*\d*\W*$", "", plain)
     return found[1] if (found := re.fullmatch(r"0*(\d+?)(?:\.0+)?", plain)) else plain
 
 

@@ -103,7 +103,7 @@ def network_names() -> tuple[str, ...]:
 def parse_models(text: str) -> list[Requested]:
     """Read `name`, `name:WEIGHTS`, `name=file`, `name:WEIGHTS=file`, `name=runs:/ID` or such, separated by commas.
 
-    InputError for anything else.
+    InputError for anything else, but files that aren't there are refused earlier.
     """
     found = [_parse(word.strip()) for word in text.split(",") if word.strip()]
     if not found:
@@ -140,9 +140,6 @@ def _parse(entry: str) -> Requested:
     if not own:
         return Requested(entry, network, weights)
     path = Path(os.path.expanduser(file.strip()))
-    if not os.path.isfile(path):  # noqa: PTH113 (pathlib raises where a folder can't be entered)
-        remedy = f"give the path of a state dict of {network} after the equals sign"
-        raise InputError("models", entry, f"{path} is not a readable file", remedy)
     outputs = OUTPUTS
     with suppress(Exception), torch.device("meta"):  # loading refuses anything but a state dict
         *_, (head, _) = models.get_model(network, weights=None).named_parameters()

@@ -110,8 +110,9 @@ class ImageClassifier(PythonModel):
         for item in items:
             with warnings.catch_warnings(), suppress(*told_later):
                 warnings.simplefilter("ignore", Image.DecompressionBombWarning)
-                width, height = self._open(item).size
-                held["pixels"] = held.get("pixels", 0) + width * height
+                image = self._open(item)
+                frames = min(getattr(image, "n_frames", 1), self.decoder.FRAMES)  # all may be decoded
+                held["pixels"] = held.get("pixels", 0) + image.width * image.height * frames
         _must_be_few(held)
 
     def _open(self, item: Any) -> Image.Image:

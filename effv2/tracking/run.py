@@ -154,11 +154,8 @@ def begin_run(
     if not run.run_id:
         known = {**masked_values(resolve_tags()), **tags, **({PARENT: parent} if parent else {})}
         return TrackedRun(_create_run(experiment_id, name, known), experiment_id)
-    if adopted:
-        there = client.get_run(adopted)
-        tags = {**there.data.tags, **tags}  # set again, because the project's address may have secrets
-        if GENERATED_NAME.fullmatch(there.info.run_name or ""):  # the user gave no name
-            tags[RUN_NAME] = name
+    if adopted and GENERATED_NAME.fullmatch(client.get_run(adopted).info.run_name or ""):  # the user gave no name
+        tags = {**tags, RUN_NAME: name}
     run.set_tags(tags)  # otherwise it would be RUNNING for a process that is gone
     client.update_run(run.run_id, "RUNNING")
     return run

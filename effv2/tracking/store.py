@@ -14,7 +14,7 @@ from typing import Any
 import mlflow
 from alembic.util import CommandError
 from filelock import FileLock
-from mlflow.entities import Experiment, Run
+from mlflow.entities import Experiment, Run, RunTag
 from mlflow.environment_variables import MLFLOW_ALLOW_FILE_STORE
 from mlflow.exceptions import MlflowException
 from mlflow.utils.credentials import get_default_host_creds
@@ -28,7 +28,7 @@ from effv2.core.errors import InputError, RunError, StoreAway
 from effv2.core.internals import default_experiment_id
 from effv2.core.processes import stop_if_told
 from effv2.core.reporter import Message
-from effv2.core.secrets import masked
+from effv2.core.secrets import masked, masked_values
 from effv2.tracking.addresses import STORES, TRACKING_URI, check_database, read_where_typed, shown_uri, tracking_uri
 from effv2.tracking.tags import PID
 
@@ -38,13 +38,11 @@ MOST_SETBACKS = 5  # repetitions of a piece of work after failures of the store
 TrackingError = MlflowException
 TRACKING_ERRORS = (MlflowException, SQLAlchemyError, OSError)  # the store is unreachable, or refuses
 REFUSALS = ("INVALID_PARAMETER_VALUE", "BAD_REQUEST")
-CUT = "Connection broken|IncompleteRead"  # signs of a cut answer
+CUT = "Connection broken|IncompleteRead|Failed to download artifacts"  # signs of a cut answer; the last hides why
 DEFAULT, OWN_EXPERIMENT = "0", "effv2"  # the id of MLflow's default experiment, and the name of effv2's
 MISSING = "RESOURCE_DOES_NOT_EXIST"  # no run, model or experiment has that id
 # Errors on opening a database whose creation was interrupted, and which has no version of its tables.
-HALF_BUILT = (
-    r"(?s)^(?!.*found version (?!None)\w).*(already exists|out-of-date|no such (table|column)|duplicate column)"
-)
+HALF_BUILT = r"(?s)^(?!.*found version (?!None)\w).*(already exists|out-of-date|no such (table|column)|duplicate col)"
 LASTING = (MISSING, "PERMISSION_DENIED", "UNAUTHENTICATED")
 MIGRATIONS = Path(mlflow.__file__).with_name("store") / "db_migrations" / "versions"  # named by schema version
 DRIVERS = {"psycopg": "'psycopg[binary]'", "psycopg2": "psycopg2-binary", "MySQLdb": "mysqlclient"}
@@ -242,7 +240,7 @@ def outage_passed(error: Exception, setbacks: Counter[str], work: str, seconds: 
 
     `setbacks` limits this for one piece of work. StoreAway if the store is unreachable for too many seconds.
     """
-    lasting = is_refusal(error) or getattr(error, "error_code", "") in LASTING
+    lasting = is_refusal(error) or (getattr(error, "error_code", "") in LASTING and not re.search(CUT, str(error)))
     if isinstance(error, MlflowException) and not lasting and setbacks[work] < MOST_SETBACKS:
         setbacks[work] += 1
         message(f"The tracking store failed ({reason(error)}); the work resumes when it answers.")
@@ -280,7 +278,7 @@ def reason(error: BaseException) -> str:
     """Return why the store failed, in a few words."""
     if found := re.search(r"too many (\d+) error responses|HTTPError: (\d+)", str(error)):
         return f"it answers with HTTP status {found[1] or found[2]}"
-    if "Max retries exceeded" in str(error):
+    if re.search("Max retries exceeded|Connection broken", str(error)):
         return "no connection"
     if found := re.search(r"\(\w+\.\w+Error\) ([^\[\n]+)", str(error)):  # for a database, between SQL and addresses
         return found[1].strip()
@@ -296,6 +294,8 @@ def _adopted(message: Message) -> Run | None:
     except MlflowException as error:
         raise (_no_run(run_id) if error.error_code == MISSING else error) from error
     if run.info.status == "RUNNING" and not any(name.startswith("effv2.") for name in run.data.tags):
+        tags = [RunTag(*each) for each in masked_values(run.data.tags).items()]
+        MlflowClient().log_batch(run_id, tags=tags)  # the project's address may have secrets
         return run
     del os.environ["MLFLOW_RUN_ID"]
     message(f"MLFLOW_RUN_ID names the run {run_id}, which was not opened for this command, so it is ignored.")
