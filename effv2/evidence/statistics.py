@@ -195,7 +195,7 @@ def over_images(right: Sequence[np.ndarray], looks: Looks = EVERY_LOOK) -> tuple
     the residual, which both contain.
     """
     signs = [1.0, -1.0][: len(right)]
-    found = Estimate(*(each.mean(axis=1) for each in right), looks=looks)
+    found = Estimate(*(each.mean(axis=1).tolist() for each in right), looks=looks)
     by_image = np.sum([sign * each.mean(axis=0) for sign, each in zip(signs, right, strict=True)], axis=0)
     residual = 0.0
     for each in right:
