@@ -194,7 +194,7 @@ def over_images(right: Sequence[np.ndarray], looks: Looks = EVERY_LOOK) -> tuple
     The interval counts both runs and images as samples. Every run has the same images, so the two variances add, minus
     the residual, which both contain.
     """
-    found = Estimate(*(each.mean(axis=1) for each in right), looks=looks)
+    found = Estimate(*(each.mean(axis=1).tolist() for each in right), looks=looks)
     first, *other = (each.mean(axis=0) for each in right)
     by_image, residual = first - sum(other), 0.0
     for each in right:
