@@ -35,7 +35,7 @@ from effv2.run.records import WEIGHTS, log_network, log_test, restore
 from effv2.run.run import Attempt, RunSpec, attempt, prepare, study_text
 from effv2.studies.queue import ERROR, FINAL, NAME, RUN, Params, Trials
 from effv2.studies.seeds import ACCURACY, MEASURE, Round
-from effv2.tracking.read import SELECTED_TEST, SELECTED_VALIDATION, find_runs, read_runs
+from effv2.tracking.read import SELECTED_TEST, find_runs, read_runs
 from effv2.tracking.tags import BEST_RUN, CONFIG_HASH, LOOKS
 from effv2.tracking.writer import TrackedRun, model_address
 
@@ -201,13 +201,12 @@ class Search(TrainingPlan):
         return build(TrainConfig, {name: Written(value) for name, value in {**self.base.flat(), **params}.items()})
 
     def conclude(self, trials: Trials, parent: TrackedRun, log_model: LogModel, load: LoadData) -> Mapping[str, str]:
-        """Also log the configuration of the best trial, its accuracies and Optuna's figures to the parent."""
+        """Also log the configuration of the best trial and Optuna's figures to the parent."""
         models, best = super().conclude(trials, parent, log_model, load), best_of(trials.values())
         if best is not None:
             own, tested = read_runs([parent.run_id, best.user_attrs[RUN]])
             looks = [*filter(None, own.tags.get(LOOKS, "").split(",")), tested.run_id]
             parent.set_tags({BEST_RUN: tested.run_id, LOOKS: ",".join(dict.fromkeys(looks))})
-            parent.log_metrics({name: tested.metrics[name] for name in (SELECTED_VALIDATION, SELECTED_TEST)})
             with parent.new_artifacts() as folder:
                 config = self.configuration(best.params | {"evaluation.test_set": True})
                 (folder / "best.yaml").write_text(study_text(config, f"{self.name}-best"), encoding="utf-8")
