@@ -411,10 +411,10 @@ def test_what_a_command_shows_and_records_holds_no_secret(sqlite_store: str, tmp
         words = ["ablate", "--storage", f"{address}?password={S}", *more]
         done = subprocess.run([sys.executable, "-c", program, *words], cwd=tmp_path, capture_output=True, text=True)
         assert done.returncode == 2 and S not in done.stdout + done.stderr and "u:***@127.0.0.1" in done.stdout, done
-    experiment = open_store("")
     given = MlflowClient().create_run("0", tags={"mlflow.source.name": f"https://{S}@host/o/r"})  # as `mlflow run` does
     MlflowClient().log_param(given.info.run_id, "storage", address)
     os.environ["MLFLOW_RUN_ID"] = given.info.run_id  # effv2 removes it when it adopts the run
+    experiment = open_store("")
     with (
         pytest.raises(ZeroDivisionError),
         open_run("run", experiment, {"effv2.command": f"--storage {address}"}, message=print),
