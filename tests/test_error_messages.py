@@ -71,7 +71,7 @@ TRAIN_ERRORS = {
     "--scheduler step": "--scheduler step",
     "--precision fp8": "--precision fp8",
     "--seed -3": "--seed -3",
-    f"--experiment {'x' * 600}": "--experiment xxx",
+    f"--precision fp32 --experiment {'x' * 600}": "--experiment xxx",
     "--data-dir /tmp": "--data-dir /tmp: digits come with scikit-learn",
     "--log-model bset": "--log-model bset: no such choice; did you mean 'best'? Choose from: best, all, none",
     "--study nowhere.yaml": "--study nowhere.yaml: no file and no study of that name",

@@ -269,8 +269,8 @@ def _run(make: Callable[..., Any], how: Options, reporter: Reporter) -> StudyRes
     from effv2.studies.storage import check_storage
     from effv2.tracking.run import open_experiment
 
+    check_storage(how.storage)  # before anything is timed or created
     plan = make(load=(load := load_once(reporter)), reporter=reporter)
-    check_storage(how.storage)  # before any experiment is created
     reporter.progress("opening the tracking store")
     experiment_id = open_experiment(how.experiment, reporter.message)
     return StudyResult.of(plan, run_study(plan, experiment_id, how, load, reporter))
