@@ -21,7 +21,7 @@ from hypothesis import settings
 from PIL import Image
 
 from effv2.config.schema import DataConfig, TrainConfig
-from tests.forks import COMMANDS, LONGEST_LIFE, STARTED, Forked, forks
+from tests.forks import COMMANDS, LIMITS, STARTED, Forked, forks
 
 if TYPE_CHECKING:
     from mlflow.entities import Run
@@ -110,15 +110,23 @@ def running(*words: str | Path) -> Iterator[Forked]:
             process = forks(*COMMANDS).start([*map(str, words)], said, writing, os.environ)
         finally:
             os.close(writing)
-        watch = threading.Timer(LONGEST_LIFE, process.show_where)
+        watch = threading.Timer(LIMITS.life, process.show_where)
         watch.start()
         try:
             yield process
         finally:
             if watch.finished.is_set():
-                print(f"it ran for {LONGEST_LIFE} seconds: {said.read()}")
+                print(f"it ran for {LIMITS.life} seconds: {said.read()}")
             watch.cancel()
             process.kill()
+
+
+@pytest.fixture(autouse=True)
+def _limits(request: pytest.FixtureRequest) -> None:
+    """Let processes live nearly as long as their test."""
+    marker = request.node.get_closest_marker("timeout")
+    seconds = marker.args[0] if marker else float(request.config.getini("timeout"))
+    LIMITS.life, LIMITS.rest = seconds - 30, seconds - 100
 
 
 @pytest.fixture(autouse=True, scope="session")

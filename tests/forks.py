@@ -44,8 +44,17 @@ COMMANDS = (
 FORK_SAFE_THREAD = "jemalloc_bg_thd"  # of jemalloc, from pyarrow, which stops it before a fork
 LOOK_SECONDS = 0.02  # between two checks for ended processes
 LONGEST_MESSAGE = 2**17
-LONGEST_REST = 200  # seconds until a process must have ended; then it prints its stacks and is killed
-LONGEST_LIFE = 270  # the same for its whole life: a test ends after 300 seconds
+
+
+@dataclass
+class Limits:
+    """Seconds until a process must have ended. Then it prints its stacks and is killed, before its test times out."""
+
+    life: float = 270
+    rest: float = 200  # from the moment at which a test waits for its end
+
+
+LIMITS = Limits()  # each test sets them
 
 
 class Forks:
@@ -137,12 +146,12 @@ class Forked:
             stuck.append(self.pid)
             self.show_where()
 
-        watch = threading.Timer(LONGEST_REST, show_where)
+        watch = threading.Timer(LIMITS.rest, show_where)
         watch.start()
         text = self.said.read()
         watch.cancel()
         self.wait()
-        assert not stuck, f"it did not end within {LONGEST_REST} seconds: {text}"
+        assert not stuck, f"it did not end within {LIMITS.rest} seconds: {text}"
         return text
 
     def send_signal(self, number: int) -> None:

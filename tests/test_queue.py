@@ -137,7 +137,8 @@ def test_a_worker_on_a_lost_machine_is_replaced_and_may_not_finish(
     queue = make_queue(storage, trials=1)
     lease = queue.lease()
     assert lease is not None and isinstance(storage, Database)
-    with sqlalchemy.create_engine(storage.url).begin() as connection:
+    engine = sqlalchemy.create_engine(storage.url, poolclass=sqlalchemy.NullPool)  # which closes the connection
+    with engine.begin() as connection:
         old = "UPDATE trial_heartbeats SET heartbeat = datetime(heartbeat, '-1 day')"
         connection.execute(sqlalchemy.text(old))
     with worker("elsewhere", set()):
