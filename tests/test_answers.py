@@ -164,3 +164,9 @@ def test_a_race_is_held_against_the_best_arm() -> None:
 )
 def test_a_run_of_a_split_belongs_to_its_arm(name: str, arm: str) -> None:
     assert arm_in(name) == arm
+
+
+@pytest.mark.parametrize("seeds", [3, 10, 30])
+def test_power_rises_with_the_difference_and_is_always_a_number(seeds: int) -> None:
+    found = [power(difference / 500, 0.0483, seeds, 0.0045, samples=2) for difference in range(500)]
+    assert found == sorted(found) and found[0] == pytest.approx(0.0045) and found[-1] == pytest.approx(1, abs=1e-6)

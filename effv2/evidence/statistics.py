@@ -244,8 +244,7 @@ def power(
     """
     degrees = samples * (n - 1)
     limit, shift = -special.stdtrit(degrees, level / 2), abs(effect) / (deviation * math.sqrt(1 / n + overlap))
-    below = np.nan_to_num(special.nctdtr(degrees, shift, -limit))  # for a large shift it is 0, and SciPy returns NaN
-    return float(1 - special.nctdtr(degrees, shift, limit) + below)
+    return float(sum(stats.nct.sf(limit, degrees, [shift, -shift])))  # the cdf is NaN for many shifts
 
 
 def seeds_for(
