@@ -103,9 +103,8 @@ class AutoSeeds:
             hours, more = sum(spent), sum(after.values()) - sum(counts.values())
             ending = ""
             if not more:
-                ending = (
-                    f"the end, at {most} seeds of an arm or failed runs" if undecided else "the end: all is decided"
-                )
+                limited = f"the end: what is undecided has {most} seeds, or failed runs"
+                ending = limited if undecided else "the end: all is decided"
             elif hours + more * hours / max(1, len(spent)) > self.budget:
                 ending = "the end: another round would pass the budget"
             found.append(Round(counts, said, hours, ending, leads(said) if self.race else ""))
