@@ -302,7 +302,7 @@ def test_a_training_near_chance_level_says_so(sqlite_store: str, tmp_path: Path)
     [
         ("entry_points/train.py --help", "Usage:"),
         ("entry_points/evaluate_pretrained.py --help", "Usage:"),
-        ("-m effv2 --help", "Usage:"),
+        ("-m effv2 --help", "compare them in MLflow."),  # the end of a description that click would cut
         ("-m effv2 ablate --help", "Usage:"),
         ("-m effv2 train --weights nowhere.pth", "no such file"),
         ("-m effv2 evaluate-pretrained --models alexnet,resnet50=nowhere.pth --data-dir .", "is not a readable file"),

@@ -39,7 +39,7 @@ ORPHAN_SECONDS = 60  # seconds that a worker may take to end after the process t
 
 @dataclass(frozen=True)
 class OpenedStudy:
-    """An opened study, which its workers and its coordinator share: only plain data.
+    """An opened study, which its workers and the process that started them share: only plain data.
 
     `name` is the queue's name, `parent` is the study's run, and with `fresh` the study repeats runs that were finished
     before it.
