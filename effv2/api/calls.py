@@ -182,8 +182,8 @@ def search(layer: Layer, how: Options, reporter: Reporter) -> StudyResult:
 def evaluate_pretrained(layer: Layer, how: Options, reporter: Reporter) -> StudyResult:
     """Evaluate published ImageNet weights, each with its own transforms, and report which are better.
 
-    The images are Imagenette, or any folder with classes of ImageNet. Rankings use only images that the weights were
-    not trained on. The same command again resumes an interrupted evaluation.
+    The images are Imagenette, or a folder with classes of ImageNet or of your networks. Rankings use only images that
+    the weights were not trained on, as far as that is known. The same command again resumes an interrupted evaluation.
     """
     config = build(PretrainedConfig, layer)
     refuse_missing(DataConfig(**config.data.model_dump(include={"dataset", "dir", "download"})))

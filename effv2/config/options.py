@@ -84,7 +84,7 @@ class StudyOptions(CheckpointOptions):
         None, gt=0, lt=1, description="Smallest difference of interest, 0.01 = one point. Closer arms count as equal."
     )
     budget_hours: float | None = Field(None, gt=0, description="Maximum hours for auto seeds, summed over runs.")
-    plan: bool = Field(False, description="Print what the study would take and find. Run nothing.")
+    plan: bool = Field(False, description="Only print the runs and hours needed, and what the study could find.")
     trials: int | None = Field(
         None, ge=1, le=100_000, description="Total trials of the search.  [default: 12, or the study's]"
     )

@@ -65,7 +65,7 @@ class DataConfig(Group):
     max_megapixels: float = Field(200.0, gt=0, le=10_000, description="Maximum pixels per image, in millions.")
     download: bool = Field(False, description="Download the data set into the folder if it is missing.")
     image_size: int = Field(32, ge=8, le=1024, description="Side of the square input in pixels.")
-    per_class: int = Field(0, ge=0, description="Images per class, 0 = all. With published sampling: train + test.")
+    per_class: int = Field(0, ge=0, description="Training images per class, 0 = all. Published sampling: train + test.")
     sampling: Literal["standard", "published"] = Field("standard", description="The rule of sampling and splits.")
     test_fraction: Fraction = Field(0.2, gt=0, description="Share for testing, if the data set has no test part.")
     validation_fraction: Fraction = Field(0.1, description="Share of the train part for validation, 0 = none.")
@@ -144,9 +144,9 @@ class OptimiserConfig(Group):
     clip_norm: float = Field(1.0, ge=0, description="Largest L2 norm of the gradient, 0 = unlimited.")
     label_smoothing: Fraction = Field(0.0, description="Label smoothing (Szegedy et al. 2016).")
     ema_decay: Fraction = Field(0.0, description="Decay per step of the weight average that is evaluated, 0 = off.")
-    head_lr_factor: float = Field(1.0, gt=0, le=1e4, description="Learning rate of the head, over that of the rest.")
+    head_lr_factor: float = Field(1.0, gt=0, le=1e4, description="Learning rate of the head, divided by the rest's.")
     layer_decay: float = Field(
-        1.0, gt=0, le=1, description="Learning rate of a stage, over that of the next one (Clark et al. 2020)."
+        1.0, gt=0, le=1, description="Learning rate of a stage, divided by the next one's (Clark et al. 2020)."
     )
     frozen_epochs: int = Field(
         0, ge=-1, le=100_000, description="First epochs that train only the head. -1 = all epochs: a linear probe."
@@ -160,7 +160,9 @@ class ScheduleConfig(Group):
     name: Annotated[str, SCHEDULES] = Field(
         "cosine", description="Learning rate schedule. plateau follows validation accuracy, or else test accuracy."
     )
-    epochs: int = Field(6, ge=1, le=100_000, description="Maximum epochs. For a folder: as many as make 1,000 steps.")
+    epochs: int = Field(
+        6, ge=1, le=100_000, description="Maximum epochs. For a folder and most sets: as many as make 1,000 steps."
+    )
     warmup_epochs: int = Field(0, ge=0, description="Epochs of linear warm-up (not with onecycle).")
 
     @field_validator("warmup_epochs")
@@ -206,16 +208,16 @@ class StoppingConfig(Group):
     """Early stopping on validation accuracy, or on test accuracy without a validation split."""
 
     min_epochs: int = Field(0, ge=0, description="Epochs before a training may stop.")
-    patience: int = Field(0, ge=0, description="Epochs without gain that end it, counted from min_epochs on, 0 = off.")
+    patience: int = Field(0, ge=0, description="Epochs without gain before it stops, counted from min_epochs, 0 = off.")
     best_since: Literal["start", "min_epochs"] = Field(
-        "start", description="Whether a gain exceeds the best of all epochs, or the best from min_epochs on."
+        "start", description="The best that a gain must exceed: that of all epochs, or of those from min_epochs on."
     )
 
 
 class EvaluationConfig(Group):
     """What is evaluated, and after which epochs."""
 
-    train_set: bool = Field(False, description="Evaluate the train set in eval mode, not over the steps.")
+    train_set: bool = Field(False, description="Evaluate the train set after each epoch, not while it is trained on.")
     test_set: bool = Field(
         True, description="Evaluate the test set after each epoch. A search evaluates only its best trial on it."
     )
