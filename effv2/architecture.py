@@ -2,7 +2,8 @@
 
 A table is written as in the paper (Tan & Le 2021, table 4), with slashes between stages:
 `block expansion kernel stride in_channels out_channels layers`. The block is F (Fused-MBConv) or M (MBConv).
-An M stage that ends in `noSE` has no squeeze-and-excitation.
+An M stage that ends in `noSE` has no squeeze-and-excitation. A last row of a single number, such as `/ 1792`, gives the
+output channels of the head's convolution, if they are not EfficientNetV2's 1280.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
     from torchvision.models import EfficientNet
 
 Block = Literal["F", "M"]
+LAST_CHANNELS = 1280
 
 
 @dataclass(frozen=True)
@@ -46,21 +48,28 @@ class Table:
     """The stages between the stem (its width is the first stage's input) and the head's `last_channels`."""
 
     stages: tuple[Stage, ...]
-    last_channels: int = 1280
+    last_channels: int = LAST_CHANNELS
+
+    @property
+    def rows(self) -> list[str]:
+        """Return the stages in the notation of this module."""
+        return list(map(str, self.stages))
 
     def __str__(self) -> str:
         """Return the table in the notation of this module."""
-        return " / ".join(map(str, self.stages))
+        return " / ".join([*self.rows, *([] if self.last_channels == LAST_CHANNELS else [str(self.last_channels)])])
 
 
 def parse_table(text: str) -> Table:
     """Read a table in the notation of this module; ValueError says which row is wrong and why."""
-    stages = tuple(map(_parse_stage, text.split("/")))
+    found = re.fullmatch(r"(.*)/\s*([1-9]\d{0,3})\s*", text, re.DOTALL)
+    rows, last = (found[1], int(found[2])) if found else (text, LAST_CHANNELS)
+    stages = tuple(map(_parse_stage, rows.split("/")))
     for before, after in pairwise(stages):
         if before.out_channels != after.in_channels:
             gives, takes = f"{str(before)!r} gives {before.out_channels}", f"{str(after)!r} takes {after.in_channels}"
             raise ValueError(f"the row {gives} channels, but the next row {takes}; make the two numbers equal")
-    return Table(stages)
+    return Table(stages, last)
 
 
 def _parse_stage(row: str) -> Stage:

@@ -49,7 +49,7 @@ def tables(draw: st.DrawFn) -> Table:
         kernel, stride = draw(st.sampled_from((1, 3, 5))), draw(st.sampled_from((1, 2)))
         squeeze = block == "F" or draw(st.booleans())
         stages.append(Stage(block, ratio, kernel, stride, before, after, draw(st.integers(1, 20)), squeeze))
-    return Table(tuple(stages))
+    return Table(tuple(stages), draw(st.sampled_from((1280, 8, 1792))))
 
 
 @given(tables())
@@ -142,6 +142,7 @@ def _seeded(table: Table, zero_init_residual: bool) -> efficientnet.EfficientNet
         ("F 1 4 1 24 24 2", "out of bounds"),
         ("F 1 3 1 24 24 0", "out of bounds"),
         ("F 1 3 1 24 24 2 / M 4 3 2 32 64 1", "gives 24 channels"),
+        ("F 1 3 1 24 24 2 / 0", "is not a stage"),
     ],
 )
 def test_wrong_tables_are_explained(text: str, words: str) -> None:

@@ -14,10 +14,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from optuna.trial import FrozenTrial, TrialState, create_trial
+from torchvision.models import EfficientNet_B4_Weights, efficientnet_b4
 
 from effv2.api.calls import SHORT_EPOCHS
-from effv2.architecture import PUBLISHED_VARIANTS, parse_table
+from effv2.architecture import PUBLISHED_VARIANTS, build_model, count_gflops, parse_table
 from effv2.config.layers import Layer, Written
 from effv2.config.options import StudyOptions
 from effv2.config.schema import TrainConfig
@@ -103,6 +105,18 @@ def test_component_ablation_changes_one_component_at_a_time() -> None:
     assert parse_table(arms["v1_last_stage"].model.table).stages[:-1] == default.stages
     assert len(parse_table(arms["drop_stage_5"].model.table).stages) == 5
     assert all(config.data.validation_fraction > 0 for config in arms.values())
+
+
+def test_fused_b4_begins_with_torchvisions_b4() -> None:
+    study = read_study(SWEEPS / "ablate-fused-b4.yaml")
+    tables = {name: study.arm(name, NO_OPTIONS).model.build_table() for name in study.arms}
+    with torch.device("meta"):
+        theirs, ours = (model.state_dict() for model in (efficientnet_b4(), build_model(tables["none"], 1000)))
+    assert {name: each.shape for name, each in ours.items()} == {name: each.shape for name, each in theirs.items()}
+    published = EfficientNet_B4_Weights.IMAGENET1K_V1.meta["_ops"]
+    assert count_gflops(tables["none"], 1000, 380) == pytest.approx(published, abs=5e-4)
+    fused = {name: "".join(stage.block for stage in table.stages) for name, table in tables.items()}
+    assert list(fused.values()) == ["MMMMMMM", "FFFMMMM", "FFFFFMM", "FFFFFFF"]
 
 
 @pytest.mark.parametrize("path", sorted(SWEEPS.glob("*.yaml")), ids=lambda path: path.stem)

@@ -281,7 +281,7 @@ class TrainConfig(Group):
         values, defaults, table = self.flat(), type(self)().flat(), self.model.build_table()
         absent = NO_IDENTITY | {name for name in values if name not in FIRST_FIELDS and values[name] == defaults[name]}
         kept = {name: value for name, value in values.items() if name not in absent}
-        return kept | {"model.stages": f"{table} / {table.last_channels}"}
+        return kept | {"model.stages": " / ".join([*table.rows, str(table.last_channels)])}
 
     def hash(self) -> str:
         """Return 16 hexadecimal digits of SHA-256 over the identity."""
