@@ -38,8 +38,7 @@ class Command(click.Command):
     def __init__(self, name: str, **about: Any) -> None:
         # Options may be spelt with underscores, like the parameters of `mlflow run`.
         about["context_settings"] = {"token_normalize_func": lambda token: token.replace("_", "-")}
-        about["short_help"] = about["help"].partition("\n\n")[0]  # the whole sentence: click would cut it
-        super().__init__(name, **about)
+        super().__init__(name, short_help=about["help"].partition("\n\n")[0], **about)  # whole: click would cut it
 
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
         """Read the options, without showing secrets in the process's name or in click's errors."""

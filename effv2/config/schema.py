@@ -160,9 +160,7 @@ class ScheduleConfig(Group):
     name: Annotated[str, SCHEDULES] = Field(
         "cosine", description="Learning rate schedule. plateau follows validation accuracy, or else test accuracy."
     )
-    epochs: int = Field(
-        6, ge=1, le=100_000, description="Maximum epochs. For a folder and most sets: as many as make 1,000 steps."
-    )
+    epochs: int = Field(6, ge=1, le=100_000, description="Maximum epochs. For most sets: as many as make 1,000 steps.")
     warmup_epochs: int = Field(0, ge=0, description="Epochs of linear warm-up (not with onecycle).")
 
     @field_validator("warmup_epochs")
