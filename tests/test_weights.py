@@ -13,6 +13,7 @@ import pytest
 import torch
 from click.testing import CliRunner, Result
 from mlflow import MlflowClient
+from PIL import Image
 from safetensors.torch import save_file
 from torch import nn
 from torchvision import models
@@ -24,10 +25,14 @@ from effv2.config.schema import TrainConfig
 from effv2.core.errors import InputError
 from effv2.core.provenance import sha256_of_file
 from effv2.core.reporter import Reporter
+from effv2.data.batches import NORMALISATIONS
 from effv2.data.dataset import load_dataset, load_once
+from effv2.data.images import Square
 from effv2.execution.device import make_execution
 from effv2.run.initial import initialise
 from effv2.run.run import prepare
+from effv2.serving.export import as_base64, write_served
+from effv2.tracking.writer import TrackedRun
 from effv2.training.loop import Training
 from effv2.training.optimisers import make_optimiser
 from tests.conftest import OTHER_TINY_TABLE, TINY_STUDY, TINY_TABLE, tiny_config
@@ -263,6 +268,15 @@ def test_training_starts_from_a_logged_run_and_from_what_a_name_means_now(sqlite
         free = TrainConfig.model_validate({"data": data, "model": table})
         (wanted,) = prepare([free], load_once(Reporter()), lambda text: None)
         assert (wanted.data.image_size, wanted.data.normalise) == (size, "imagenet")
+
+
+def test_a_logged_model_of_another_kind_is_refused(sqlite_store: str, tmp_path: Path) -> None:
+    network = nn.Sequential(nn.Flatten(), nn.Linear(3 * 8 * 8, 10))
+    files = write_served(tmp_path, network, NORMALISATIONS["none"], Square(8), [*"0123456789"])
+    run = TrackedRun(MlflowClient().create_run("0").info.run_id, "0")
+    run.log_model(files, as_base64(Image.new("RGB", (8, 8))))
+    with pytest.raises(InputError, match=r"model\.weights .*: they belong to another network: features"):
+        prepared(f"runs:/{run.run_id}")
 
 
 def test_missing_weights_matter_only_to_a_training_that_begins_with_them(

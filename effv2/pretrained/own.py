@@ -15,12 +15,11 @@ from effv2.core.errors import InputError, listed
 from effv2.data.images import CentreCrop, Labels, Preparation, Square
 from effv2.pretrained.images import EvaluationImages, class_names
 from effv2.run import weights
-from effv2.run.initial import Served, read_served
+from effv2.run.initial import FoundWeights, read_served
 from effv2.run.weights import Requested, find_all_weights, read_state
 from effv2.serving.classifier import Classifier
 from effv2.tracking.read import read_run
 
-HEAD = "classifier.1.bias"  # names of a trained network's outputs
 SHOWN = 5  # classes that a message names
 
 
@@ -76,7 +75,7 @@ def load_network(requested: Requested) -> nn.Module:
     return network.eval().requires_grad_(False)
 
 
-def _read(requested: Requested) -> Served:
+def _read(requested: Requested) -> FoundWeights:
     try:
         return read_served(requested.address)
     except InputError as error:
@@ -87,7 +86,7 @@ def _logged(requested: Requested) -> Requested:
     """Return the description in a logged model: its place, its classes, its preprocessing."""
     served = _read(requested)
     name = run.params.get("weights.name", "") if (run := read_run(served.run_id)) else ""
-    if name or HEAD not in served.state:
+    if name or not served.outputs:
         problem = f"it was logged by an evaluation of weights ({name or 'which is gone'}), not by a training"
         raise InputError("models", requested.text, problem, "name these weights or their file instead")
     settings = served.settings

@@ -6,7 +6,7 @@ import os
 import re
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -35,15 +35,38 @@ State = Mapping[str, Tensor]
 
 
 @dataclass(frozen=True)
-class Initial:
-    """Weights: state dict and SHA-256; if known, classes, normalisation, image size and a permanent address."""
+class FoundWeights:
+    """A state dict and its SHA-256. Published weights and logged models also have a normalisation and an image size.
+
+    A logged model has a permanent address, the run that logged it, and the settings of its server.
+    """
 
     state: State
     sha256: str
-    classes: Sequence[str] = ()
-    normalise: str = ""
+    statistics: Statistics = (), ()
     image_size: int = 0
     address: str = ""
+    run_id: str = ""
+    settings: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def normalise(self) -> str:
+        """Return the name of the normalisation; empty if it has none."""
+        for name, known in NORMALISATIONS.items() if any(self.statistics) else ():
+            if torch.allclose(torch.tensor(self.statistics), torch.tensor(known)):
+                return name
+        return ""
+
+    @property
+    def outputs(self) -> int:
+        """Return the width of the head; 0 if it is not that of an EfficientNet."""
+        return len(self.state.get(f"{HEAD}1.bias", ()))
+
+    @property
+    def classes(self) -> tuple[str, ...]:
+        """Return the classes of a logged model. If the head is wider, the last name stands for all other outputs."""
+        names = tuple(self.settings.get("names", ()))
+        return names if len(names) == self.outputs else names[:-1]
 
 
 class OtherWeights(InputError):
@@ -114,7 +137,7 @@ def initialise(config: TrainConfig, classes: Sequence[str]) -> Callable[[nn.Modu
     return put
 
 
-def fitting(initial: Initial, network: State, config: ModelConfig, classes: Sequence[str]) -> State:
+def fitting(initial: FoundWeights, network: State, config: ModelConfig, classes: Sequence[str]) -> State:
     """Return the weights that a network takes: its whole body, and its head if the classes are the same.
 
     With `weights_partial`, those of equal name and shape. InputError if these don't suffice.
@@ -136,7 +159,7 @@ def fitting(initial: Initial, network: State, config: ModelConfig, classes: Sequ
     return {name: initial.state[name] for name in alike}
 
 
-def find_weights(config: ModelConfig) -> Initial:
+def find_weights(config: ModelConfig) -> FoundWeights:
     """Return the weights that a config names; InputError, also for another hash than that of the config."""
     refuse_missing_weights(config)
     path = os.path.expanduser(config.weights)
@@ -152,48 +175,23 @@ def find_weights(config: ModelConfig) -> Initial:
 
 
 @lru_cache(maxsize=2)
-def _found(weights: str, variant: str, _written: int) -> Initial:
+def _found(weights: str, variant: str, _written: int) -> FoundWeights:
     """Find weights. The last ones are kept in memory."""
     try:
         if weights.startswith(("runs:/", "models:/")):
-            served = read_served(weights)
-            wanted = _name_of(*served.statistics), served.settings["image_size"]
-            return Initial(served.state, served.sha256, served.classes, *wanted, served.address)
+            return read_served(weights)
         path = os.path.expanduser(weights)
         if os.path.isfile(path):  # noqa: PTH113 (pathlib raises where a folder can't be entered)
-            return Initial(read_state(Path(path)), sha256_of_file(Path(path)))
+            return FoundWeights(read_state(Path(path)), sha256_of_file(Path(path)))
         name = NETWORKS[variant] if weights == PUBLISHED else f"{NETWORKS[variant]}:{weights}"
         (found,) = find_all_weights(parse_models(name), None, progress=False)
-        wanted = _name_of(*found.normalisation), found.preparation.size
-        return Initial(load_network(found).state_dict(), found.sha256, (), *wanted)
+        state, size = load_network(found).state_dict(), found.preparation.size
+        return FoundWeights(state, found.sha256, found.normalisation, size)
     except InputError as error:
         raise InputError(SETTING, weights, error.problem, error.remedy.removesuffix(OR_THERE)) from error
 
 
-@dataclass(frozen=True)
-class Served:
-    """A logged model: its address and run, weights with their SHA-256, normalisation, settings of the server."""
-
-    address: str
-    run_id: str
-    state: State
-    sha256: str
-    statistics: Statistics
-    settings: Mapping[str, Any]
-
-    @property
-    def outputs(self) -> int:
-        """Return the width of its head."""
-        return len(self.state[f"{HEAD}1.bias"])
-
-    @property
-    def classes(self) -> tuple[str, ...]:
-        """Return its classes. If the head is wider, the last column stands for all other outputs."""
-        names = tuple(self.settings["names"])
-        return names if len(names) == self.outputs else names[:-1]
-
-
-def read_served(address: str) -> Served:
+def read_served(address: str) -> FoundWeights:
     """Read a logged model; InputError as fetch_model."""
     with tempfile.TemporaryDirectory() as place:
         found = fetch_model(address, Path(place))
@@ -205,12 +203,5 @@ def read_served(address: str) -> Served:
     digest = hashlib.sha256()
     for name, value in sorted(state.items()):
         digest.update(f"{name} {value.dtype} {tuple(value.shape)}".encode() + value.contiguous().numpy().tobytes())
-    return Served(f"models:/{found.model_id}", str(found.run_id), state, digest.hexdigest(), (mean, std), settings)
-
-
-def _name_of(mean: Sequence[float], std: Sequence[float]) -> str:
-    """Return the name of a normalisation; empty if it has none."""
-    for name, known in NORMALISATIONS.items():
-        if torch.allclose(torch.tensor([mean, std]), torch.tensor(known)):
-            return name
-    return ""
+    about = settings["image_size"], f"models:/{found.model_id}", str(found.run_id), settings
+    return FoundWeights(state, digest.hexdigest(), (mean, std), *about)
