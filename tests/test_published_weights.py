@@ -25,13 +25,14 @@ from torchvision.datasets import Imagenette
 
 from effv2.cli.main import evaluate_pretrained
 from effv2.core.errors import InputError
+from effv2.core.internals import classification_networks
 from effv2.pretrained.config import ImagesConfig
 from effv2.pretrained.images import (
     class_names,
     outputs_of,
     wnids,
 )
-from effv2.run.weights import Requested, find_all_weights, load_network, network_names, parse_models
+from effv2.run.weights import Requested, find_all_weights, load_network, parse_models
 from tests.conftest import all_runs, invoke, seeded_weights
 
 
@@ -45,7 +46,7 @@ def test_class_map_agrees_with_torchvision() -> None:
     assert len(outputs_of(["Cardigan", "cardigan"], ImagesConfig())) == 2
 
 
-@given(st.sampled_from(network_names()))
+@given(st.sampled_from(classification_networks()))
 @settings(max_examples=20)
 def test_every_network_of_torchvision_is_known(name: str) -> None:
     for weights in models.get_model_weights(name):
@@ -109,6 +110,8 @@ WRONG_INPUT = {
     "--models vgg16:IMAGENET1K_FEATURES": r"no published weights 'IMAGENET1K_FEATURES'",
     "--models resnet50,resnet50:DEFAULT": r"are the same weights",
     "--models resnet50=nowhere.pth": r"nowhere.pth is not a readable file",
+    "--models =squeezenet.pth": r"--models: torchvision has no classification network of this name",
+    "--models mine=runs:/": r"--models mine=runs:/: is not an address; give runs:/ID",
     "--models ,": r"--models ,: names no network",
     "--models resnet50": r"resnet50: its weights can't be downloaded \(.*download https://\S+/resnet50-11ad3fa6.pth",
     "--models squeezenet1_1=truncated.pth": r"truncated.pth can't be loaded as weights of \S+ \(it is damaged",

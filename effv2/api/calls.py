@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 from effv2.api.console import ConsoleReporter
 from effv2.config.layers import Layer, build
 from effv2.config.options import CHECKPOINTS, GRID, LOGGING, ONE_RUN, QUEUE, SHARED, STUDY, Options, Taken, options_for
-from effv2.config.schema import DataConfig, TrainConfig, refuse_missing_weights
+from effv2.config.schema import DataConfig, TrainConfig
 from effv2.config.studies import SWEEPS, Study, open_study
 from effv2.core.errors import InputError, nearest
 from effv2.core.processes import ending_signals, tune_allocator
@@ -23,7 +23,8 @@ from effv2.core.provenance import COMMAND
 from effv2.core.reporter import Reporter
 from effv2.core.secrets import masked
 from effv2.data.sources import refuse_missing
-from effv2.pretrained.config import PretrainedConfig, refuse_missing_files
+from effv2.pretrained.config import PretrainedConfig
+from effv2.run.early import refuse_missing_networks, refuse_missing_weights
 
 if TYPE_CHECKING:
     from effv2.api.results import Report, StudyResult, Training
@@ -187,7 +188,7 @@ def evaluate_pretrained(layer: Layer, how: Options, reporter: Reporter) -> Study
     """
     config = build(PretrainedConfig, layer)
     refuse_missing(DataConfig(**config.data.model_dump(include={"dataset", "dir", "download"})))
-    refuse_missing_files(how.models)
+    refuse_missing_networks(how.models)
 
     from effv2.studies.comparison import make_weights
 

@@ -1,12 +1,10 @@
 """Settings of an evaluation of published weights: the images and the execution."""
 
-import os
 from typing import Annotated
 
 from pydantic import Field
 
 from effv2.config.schema import DATASETS, Device, Group, Precision
-from effv2.core.errors import InputError
 
 QUICK_LOOK = "For a quick look: number of test images{}, and of images of ImageNet's validation set. 0 = all."
 
@@ -41,13 +39,3 @@ class PretrainedConfig(Group):
 
     data: ImagesConfig = ImagesConfig()
     execution: ComputeConfig = ComputeConfig()
-
-
-def refuse_missing_files(models: str) -> None:
-    """Refuse files of networks (`name=file`) that aren't there, before torch is imported: InputError."""
-    for entry in models.split(","):
-        name, own, file = map(str.strip, entry.partition("="))
-        is_file = os.path.isfile(os.path.expanduser(file))  # noqa: PTH113 (never raises)
-        if own and not is_file and not file.startswith(("runs:/", "models:/")):
-            remedy = f"give the path of a state dict of {name.partition(':')[0]} after the equals sign"
-            raise InputError("models", entry.strip(), f"{file} is not a readable file", remedy)

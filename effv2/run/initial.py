@@ -15,12 +15,13 @@ import torch
 from torch import Tensor, nn
 
 from effv2.architecture import NETWORKS, build_model
-from effv2.config.schema import ModelConfig, TrainConfig, refuse_missing_weights
+from effv2.config.schema import ModelConfig, TrainConfig
 from effv2.core.errors import InputError
 from effv2.core.provenance import sha256_of_file
 from effv2.core.reporter import Message
 from effv2.data.batches import NORMALISATIONS, Statistics
 from effv2.data.dataset import LoadData
+from effv2.run.early import LOGGED, is_file, refuse_missing_weights
 from effv2.run.few_images import with_default
 from effv2.run.weights import OR_THERE, find_all_weights, load_network, parse_models, read_state
 from effv2.serving.export import read_program
@@ -162,8 +163,8 @@ def fitting(initial: FoundWeights, network: State, config: ModelConfig, classes:
 def find_weights(config: ModelConfig) -> FoundWeights:
     """Return the weights that a config names; InputError, also for another hash than that of the config."""
     refuse_missing_weights(config)
-    path = os.path.expanduser(config.weights)
-    written = os.stat(path).st_mtime_ns if os.path.isfile(path) else 0  # noqa: PTH113, PTH116 (as in _found)
+    path = Path(os.path.expanduser(config.weights))
+    written = path.stat().st_mtime_ns if is_file(config.weights) else 0
     variant = "" if config.table else config.variant
     if config.weights_partial and variant not in NETWORKS:
         variant = "default"  # other tables share these stages
@@ -178,11 +179,11 @@ def find_weights(config: ModelConfig) -> FoundWeights:
 def _found(weights: str, variant: str, _written: int) -> FoundWeights:
     """Find weights. The last ones are kept in memory."""
     try:
-        if weights.startswith(("runs:/", "models:/")):
+        if weights.startswith(LOGGED):
             return read_served(weights)
-        path = os.path.expanduser(weights)
-        if os.path.isfile(path):  # noqa: PTH113 (pathlib raises where a folder can't be entered)
-            return FoundWeights(read_state(Path(path)), sha256_of_file(Path(path)))
+        if is_file(weights):
+            path = Path(os.path.expanduser(weights))
+            return FoundWeights(read_state(path), sha256_of_file(path))
         name = NETWORKS[variant] if weights == PUBLISHED else f"{NETWORKS[variant]}:{weights}"
         (found,) = find_all_weights(parse_models(name), None, progress=False)
         state, size = load_network(found).state_dict(), found.preparation.size

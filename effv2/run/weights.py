@@ -10,7 +10,6 @@ import socket
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
-from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +23,7 @@ from effv2.core.internals import imagenet_metrics
 from effv2.core.provenance import sha256_of_file
 from effv2.data.batches import Statistics
 from effv2.data.images import CentreCrop, Preparation
-from effv2.tracking.models import ADDRESS
+from effv2.run.early import LOGGED
 
 OUTPUTS = 1000
 WRAPPERS = ("state_dict", "model_state_dict", "model", "net", "network")  # keys of whole checkpoints
@@ -94,16 +93,10 @@ class Requested:
         return {f"top{k}_accuracy": metrics[f"acc@{k}"] / 100 for k in (1, 5) if f"acc@{k}" in metrics}
 
 
-@cache
-def network_names() -> tuple[str, ...]:
-    """Return the names of torchvision's classification networks."""
-    return tuple(models.list_models(module=models))
-
-
 def parse_models(text: str) -> list[Requested]:
     """Read `name`, `name:WEIGHTS`, `name=file`, `name:WEIGHTS=file`, `name=runs:/ID` or such, separated by commas.
 
-    InputError for anything else, but files that aren't there are refused earlier.
+    InputError for anything else, but unknown networks and missing files are refused earlier (effv2.run.early).
     """
     found = [_parse(word.strip()) for word in text.split(",") if word.strip()]
     if not found:
@@ -124,13 +117,10 @@ def _source_of(requested: Requested) -> tuple[Any, ...]:
 def _parse(entry: str) -> Requested:
     named, own, file = entry.partition("=")
     network, _, name = (part.strip() for part in named.partition(":"))
-    if ADDRESS.fullmatch(file.strip()):
+    if file.strip().startswith(LOGGED):
         if not re.fullmatch(r"\w[A-Za-z0-9_. -]{0,59}", named, re.ASCII):
             raise InputError("models", entry, "a logged model needs a name", "write it as mine=runs:/ID")
         return Requested(entry, network, None, address=file.strip(), outputs=0)
-    if network not in network_names():
-        problem = "torchvision has no classification network of this name"
-        raise InputError("models", network, problem, choices=network_names())
     default = models.get_model_weights(network).DEFAULT
     published = {each.name: each for each in type(default) if len(each.meta.get("categories") or ()) == OUTPUTS}
     weights = default if name in ("", "DEFAULT") else published.get(name)
