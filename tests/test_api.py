@@ -143,13 +143,18 @@ def test_a_call_prints_little_unless_verbose(sqlite_store: str, capsys: pytest.C
         assert "Data: 10 classes" in said and said.count("epoch 1/1: train") == epochs
 
 
-def test_a_script_with_several_workers_runs_once(tmp_path: Path) -> None:
+def test_a_script_with_several_workers_runs_once_even_from_a_thread(tmp_path: Path) -> None:
     script = tmp_path / "script.py"
     script.write_text(
+        "import threading\n"
         "import effv2\n"
         "print('once')\n"
-        "study = effv2.ablate(study='tiny.yaml', workers=2, log_model='none')\n"
-        "print(sorted(study.runs['status']))\n"
+        "def run():\n"
+        "    study = effv2.ablate(study='tiny.yaml', workers=2, log_model='none')\n"
+        "    print(sorted(study.runs['status']))\n"
+        "thread = threading.Thread(target=run)\n"
+        "thread.start()\n"
+        "thread.join()\n"
     )
     (tmp_path / "tiny.yaml").write_text(TINY_STUDY)
     done = subprocess.run([sys.executable, script], cwd=tmp_path, capture_output=True, text=True, timeout=200)

@@ -95,6 +95,18 @@ def ending_signals(repeated: bool = True) -> Iterator[None]:
             signal.signal(number, handler)
 
 
+@contextmanager
+def interrupts_ignored() -> Iterator[None]:
+    """Ignore Ctrl-C, as processes that start inside then do; not outside the main thread, where Python can't."""
+    in_main = threading.current_thread() is threading.main_thread()
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN) if in_main else None
+    try:
+        yield
+    finally:
+        if in_main:
+            signal.signal(signal.SIGINT, before)
+
+
 def _ending() -> _Ending | None:
     return next((each for each in map(signal.getsignal, ENDING_SIGNALS) if isinstance(each, _Ending)), None)
 

@@ -2,14 +2,12 @@
 
 import multiprocessing
 import os
-import signal
 import sys
 import time
 from collections import Counter
 from collections.abc import Callable, Mapping
 from contextlib import closing, suppress
 from dataclasses import dataclass, replace
-from functools import partial
 from multiprocessing.context import SpawnProcess
 from types import ModuleType
 from typing import Any
@@ -22,13 +20,13 @@ from effv2.config.options import StudyOptions
 from effv2.core import provenance
 from effv2.core.errors import RunError, listed
 from effv2.core.internals import study_id
-from effv2.core.processes import uninterrupted
+from effv2.core.processes import interrupts_ignored, uninterrupted
 from effv2.core.reporter import Message, Reporter
 from effv2.data.dataset import LoadData
 from effv2.evidence.publication import publish_study, read_results
 from effv2.evidence.study import StudyResults
 from effv2.studies.plan import Plan, TrainingPlan, best_of, progress_of, run_ids
-from effv2.studies.queue import ERROR, FINAL, NAME, RUN, Queue, Trials
+from effv2.studies.queue import ERROR, FINAL, RUN, Queue, Trials
 from effv2.studies.storage import DATABASE_ERRORS, OUTAGE_SECONDS, Storage, cannot_use, open_storage
 from effv2.studies.worker import AWAY, OpenedStudy, Worker, worker_process
 from effv2.tracking import store
@@ -39,7 +37,7 @@ from effv2.tracking.tags import CODE_VERSION, COMMAND, PLANNED, QUEUE, SHOWN, ST
 from effv2.tracking.writer import TrackedRun, model_address, run_address, status_after
 
 # User attributes of Optuna's study.
-DEFINITION, PARENT, FRESH, PUBLISHED, BEGUN = "definition", "parent_run", "fresh", "published", "auto_begun"
+DEFINITION, PARENT, FRESH, PUBLISHED = "definition", "parent_run", "fresh", "published"
 WATCH_SECONDS = 0.5
 MOST_IN_VAIN = 3  # per worker: ends of workers without a newly finished run
 ENDING_SECONDS = 60  # seconds that workers may take to end after SIGTERM
@@ -63,6 +61,7 @@ def run_study(plan: Plan, experiment_id: str, options: StudyOptions, load: LoadD
     with store.tracking_faults(), closing(open_storage(options.storage)) as storage:
         study, setbacks = _open(plan, storage, experiment_id, options, reporter), Counter[str]()
         try:
+            study = _begun(study, storage)
             queue = study.queue(storage)
             _work(study, queue, load, reporter)
             reporter.progress("comparing the runs")
@@ -133,29 +132,17 @@ def _open(plan: Plan, storage: Storage, experiment_id: str, options: StudyOption
                     reporter.message(line)
     except DATABASE_ERRORS as error:
         raise cannot_use(storage.shown, error) from error
-    study = OpenedStudy(plan, options, queue, TrackedRun(attributes[PARENT], experiment_id), attributes[FRESH])
-    try:
-        (record,) = read_runs([study.parent.run_id])
-        study = replace(study, plan=plan.resumed(record.params, partial(_begin, storage, queue)))
-        study.parent.take_over_adopted()
-        study.parent.set_tags({COMMAND: provenance.COMMAND.get()} | as_tags(SHOWN, plan.show))
-        _note_planned(study, storage.retry(lambda: study.queue(storage).trials()))
-    except BaseException as error:
-        study.leave(storage, status_after(error))
-        raise
+    return OpenedStudy(plan, options, queue, TrackedRun(attributes[PARENT], experiment_id), attributes[FRESH])
+
+
+def _begun(study: OpenedStudy, storage: Storage) -> OpenedStudy:
+    """Return the study with the rules that it began with, after noting on its run what this command adds."""
+    (record,) = read_runs([study.parent.run_id])
+    study = replace(study, plan=study.plan.resumed(record.params, study.queue(storage).began))
+    study.parent.take_over_adopted()
+    study.parent.set_tags({COMMAND: provenance.COMMAND.get()} | as_tags(SHOWN, study.plan.show))
+    _note_planned(study, study.queue(storage).trials())
     return study
-
-
-def _begin(storage: Storage, name: str, what: str) -> list[str]:
-    """Return the trials that were finished when the study first began `what`: now, unless that was earlier."""
-    with storage.lock("studies"):
-        number = storage.optuna.get_study_id_from_name(name)
-        begun: dict[str, list[str]] = dict(storage.optuna.get_study_user_attrs(number).get(BEGUN, {}))
-        if what not in begun:
-            trials = storage.optuna.get_all_trials(number, deepcopy=False)
-            begun[what] = [each.user_attrs[NAME] for each in trials if each.state.is_finished()]
-            storage.optuna.set_study_user_attr(number, BEGUN, begun)
-        return begun[what]
 
 
 def _note_planned(study: OpenedStudy, trials: Trials) -> None:
@@ -250,14 +237,13 @@ def _supervise(study: OpenedStudy, queue: Queue, message: Message, show: Callabl
     def start(index: int) -> SpawnProcess:
         gpu = gpus[index % len(gpus)] if len(gpus) > 1 else ""
         process = context.Process(target=worker_process, args=(study, threads, gpu), daemon=True)
-        # Workers inherit that Ctrl-C, which reaches the whole group, is ignored: this process ends them in order.
-        before, main = signal.signal(signal.SIGINT, signal.SIG_IGN), sys.modules["__main__"]
+        main = sys.modules["__main__"]
         sys.modules["__main__"] = ModuleType("__main__")  # workers must not run the calling script again
         try:
-            process.start()
+            with interrupts_ignored():  # workers inherit this: Ctrl-C reaches all, and this process ends them in order
+                process.start()
         finally:
             sys.modules["__main__"] = main
-            signal.signal(signal.SIGINT, before)
         return process
 
     processes: list[SpawnProcess] = []

@@ -10,7 +10,7 @@ import math
 import threading
 import time
 from collections.abc import Callable, Collection, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from functools import wraps
 from typing import Any, TypeVar, cast
 
@@ -39,6 +39,7 @@ Trials = Mapping[str, FrozenTrial]  # by name
 NOTHING_MORE: Params = {}
 # User attributes of a trial.
 NAME, OWNER, RUN, ERROR, FAILURES, LOST, FINAL = "slot", "owner", "run_id", "error", "failures", "lost", "final"
+BEGUN = "auto_begun"  # of the study: selections of automatic seeds, each with the trials that were finished before it
 PRUNED_AT = "pruned_at"  # the epoch; Optuna's pruner answers each question only once
 # System attributes of Optuna: parameters that the sampler must not change; the state of successive halving.
 FIXED, RUNG = "fixed_params", "completed_rung_"
@@ -46,17 +47,29 @@ AHEAD = 8  # trials that are enqueued at a time
 MOST_LOST = 5  # deaths of workers after which a trial is given up, because it may be the cause
 
 
-def retried(method: Method) -> Method:
-    """Repeat a method while the database doesn't answer; LeaseLost if another process has finished the trial."""
+def retried(method: Method, lock: bool = False) -> Method:
+    """Repeat a method while the database doesn't answer; LeaseLost if another process has finished the trial.
+
+    Signals wait for its end, because one within a commit can appear as another error.
+    """
 
     @wraps(method)
     def repeated(self: "Queue", *args: Any, **kwargs: Any) -> Any:
+        def attempt() -> Any:
+            with self.storage.lock(self.study) if lock else nullcontext(), uninterrupted():
+                return method(self, *args, **kwargs)
+
         try:
-            return self.storage.retry(lambda: method(self, *args, **kwargs))
+            return self.storage.retry(attempt)
         except UpdateFinishedTrialError:
             raise LeaseLost from None
 
     return cast(Method, repeated)
+
+
+def locked(method: Method) -> Method:
+    """Repeat a method as `retried` does. Each attempt holds the study's lock."""
+    return retried(method, lock=True)
 
 
 class Queue:
@@ -74,7 +87,7 @@ class Queue:
         self._stale: dict[int, float] = {}  # trials without a heartbeat at the last look, and since when
         self._looked = -math.inf
 
-    @retried
+    @locked
     def repeat(self, deleted: Collection[str]) -> int:
         """Enqueue wanted trials again if their finished run is among `deleted`. Return the number of these.
 
@@ -82,31 +95,29 @@ class Queue:
         the state of their pruner.
         """
         repeated = 0
-        with self.storage.lock(self.study), uninterrupted():  # a signal within a commit can appear as another error
-            there = self._by_name()
-            wanted = self.wanted(there)
-            for name, trial in there.items():
-                failed = trial.state == TrialState.FAIL and not trial.user_attrs.get(FINAL)
-                lost = trial.state.is_finished() and trial.user_attrs.get(RUN) in deleted
-                if name in wanted and (failed or lost):
-                    self._enqueue(name, wanted[name] or trial.params, trial if failed else None)
-                    repeated += not failed
+        there = self._by_name()
+        wanted = self.wanted(there)
+        for name, trial in there.items():
+            failed = trial.state == TrialState.FAIL and not trial.user_attrs.get(FINAL)
+            lost = trial.state.is_finished() and trial.user_attrs.get(RUN) in deleted
+            if name in wanted and (failed or lost):
+                self._enqueue(name, wanted[name] or trial.params, trial if failed else None)
+                repeated += not failed
         return repeated
 
-    @retried
+    @locked
     def lease(self) -> FrozenTrial | None:
         """Lease the first waiting trial, after freeing those whose worker is gone; None if none waits."""
-        with self.storage.lock(self.study), uninterrupted():
-            running = self._running()
-            if ours := next(filter(_is_ours, running), None):  # left from an earlier call whose answer was lost
-                return ours
-            self._free(running)
-            if (trial := self._first_waiting()) is not None:
-                # Owner and heartbeat before the state: a running trial always has both.
-                self.storage.optuna.set_trial_user_attr(trial_id(trial), OWNER, this_process())
-                self.storage.beat(trial_id(trial))
-                self.storage.optuna.set_trial_state_values(trial_id(trial), TrialState.RUNNING)
-            return trial
+        running = self._running()
+        if ours := next(filter(_is_ours, running), None):  # left from an earlier call whose answer was lost
+            return ours
+        self._free(running)
+        if (trial := self._first_waiting()) is not None:
+            # Owner and heartbeat before the state: a running trial always has both.
+            self.storage.optuna.set_trial_user_attr(trial_id(trial), OWNER, this_process())
+            self.storage.beat(trial_id(trial))
+            self.storage.optuna.set_trial_state_values(trial_id(trial), TrialState.RUNNING)
+        return trial
 
     @contextmanager
     def heartbeat(self, trial: FrozenTrial) -> Iterator[None]:
@@ -127,21 +138,18 @@ class Queue:
             thread.join(LEAVING_SECONDS)
 
     @retried
-    @uninterrupted()
     def suggest(self, trial: FrozenTrial, sampler: BaseSampler | None, choose: Callable[[Trial], Params]) -> Params:
         """Let `choose` suggest the parameters of a trial. Earlier suggestions don't change."""
         study = optuna.load_study(study_name=self.study, storage=self.storage.optuna, sampler=sampler)
         return choose(Trial(study, trial_id(trial)))
 
     @retried
-    @uninterrupted()
     def note_run(self, trial: FrozenTrial, run_id: str) -> None:
         """Record the run of the trial; LeaseLost if the trial is no longer ours."""
         self._own(trial)
         self.storage.optuna.set_trial_user_attr(trial_id(trial), RUN, run_id)
 
     @retried
-    @uninterrupted()
     def report(self, trial: FrozenTrial, epoch: int, value: float, pruner: BasePruner | None = None) -> bool:
         """Record a value at an epoch, and return whether a pruner ends the trial; LeaseLost if it isn't ours."""
         storage, number = self.storage.optuna, trial_id(self._own(trial))
@@ -154,37 +162,42 @@ class Queue:
             storage.set_trial_user_attr(number, PRUNED_AT, epoch)
         return prunes
 
-    @retried
+    @locked
     def finish(
         self, trial: FrozenTrial, state: TrialState, value: float, run_id: str, about: Params = NOTHING_MORE
     ) -> None:
         """Finish a trial with its value, its run and more attributes; LeaseLost if it isn't ours."""
-        with self.storage.lock(self.study), uninterrupted():
-            if not self._own(trial).state.is_finished():  # else the answer to an earlier attempt was lost
-                self._set(trial, state, {**about, RUN: run_id}, value)
+        if not self._own(trial).state.is_finished():  # else the answer to an earlier attempt was lost
+            self._set(trial, state, {**about, RUN: run_id}, value)
 
-    @retried
+    @locked
     def fail(self, trial: FrozenTrial, error: str, final: bool) -> None:
         """Let a failed trial wait again, or FAIL it if no retries are left or another attempt would fail too."""
-        with self.storage.lock(self.study), uninterrupted():
-            now = self.storage.optuna.get_trial(trial_id(trial))
-            if _is_ours(now) and now.state == TrialState.RUNNING:
-                failures = now.user_attrs.get(FAILURES, 0) + 1
-                state = TrialState.FAIL if final or failures > self.retries else TrialState.WAITING
-                self._set(trial, state, {ERROR: masked(error), FAILURES: failures, FINAL: final})
+        now = self.storage.optuna.get_trial(trial_id(trial))
+        if _is_ours(now) and now.state == TrialState.RUNNING:
+            failures = now.user_attrs.get(FAILURES, 0) + 1
+            state = TrialState.FAIL if final or failures > self.retries else TrialState.WAITING
+            self._set(trial, state, {ERROR: masked(error), FAILURES: failures, FINAL: final})
 
-    @retried
+    @locked
     def release(self) -> None:
         """Give back the trials of this process, for example after Ctrl-C, even during `lease`."""
-        with self.storage.lock(self.study), uninterrupted():
-            for trial in filter(_is_ours, self._running()):
-                self._set(trial, TrialState.WAITING, {})
+        for trial in filter(_is_ours, self._running()):
+            self._set(trial, TrialState.WAITING, {})
 
     @retried
-    @uninterrupted()
     def trials(self) -> dict[str, FrozenTrial]:
         """Return the study's trials by name. Of repeated trials, return the last."""
         return self._by_name()
+
+    @locked
+    def began(self, what: str) -> list[str]:
+        """Return the trials that were finished when the study first began `what`: now, unless that was earlier."""
+        begun = dict(self.storage.optuna.get_study_user_attrs(self.study_id).get(BEGUN, {}))
+        if what not in begun:
+            begun[what] = [name for name, trial in self._by_name().items() if trial.state.is_finished()]
+            self.storage.optuna.set_study_user_attr(self.study_id, BEGUN, begun)
+        return list(begun[what])
 
     def unfinished(self) -> list[str]:
         """Return the names of the wanted trials that are not finished."""
