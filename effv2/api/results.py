@@ -123,14 +123,14 @@ class Training(Result):
     def of(cls, ended: Attempt, log_model: LogModel) -> Training:
         """Return the result of a training."""
         run, metrics, answers, address = ended.run, ended.metrics, list[str](), ended.model_address
-        if ended.was_finished:
+        if ended.found:
             without = ", but without a model" if log_model != "none" and not address else ""
             answers = [f"Finished before, with the same configuration, data and code{without}; `fresh` repeats it."]
         if BEST_TEST in metrics:
             selected = f"{metrics['selected/test_accuracy']:.2%} at the selected epoch {metrics['selected/epoch']:.0f}"
             answers.append(f"test accuracy {selected}, best {metrics[BEST_TEST]:.2%}")
         where = run_address(run.run_id, run.experiment_id), run.run_id, run.experiment_id
-        return cls(answers, *where, {}, metrics, address, ended.was_finished)
+        return cls(answers, *where, {}, metrics, address, ended.found is not None)
 
 
 @dataclass(frozen=True, repr=False)

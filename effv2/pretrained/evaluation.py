@@ -135,7 +135,7 @@ def evaluate(evaluation: Evaluation, spec: RunSpec) -> Attempt:
     if done is not None and done.status == "FINISHED":
         run = TrackedRun(done.run_id, spec.experiment_id)
         run.log_params({name: params[name] for name in RANKING if name not in done.params})  # missing in an older run
-        return Attempt(run, done.metrics, done.metrics[judged_by], was_finished=True)
+        return Attempt(run, done.metrics, done.metrics[judged_by], found=done)
     with spec.open_run(tags) as run, what_ran_out("execution.batch_size"):
         spec.run_opened(run.run_id)
         run.log_params(params)

@@ -80,7 +80,7 @@ class Attempt:
     metrics: Mapping[str, float]
     accuracy: float
     pruned: bool = False
-    was_finished: bool = False  # by an earlier command, so nothing was computed
+    found: RunRecord | None = None  # this run, if an earlier command finished it: nothing was computed
     model_address: str = ""  # of a single run
 
 
@@ -135,7 +135,7 @@ def attempt(config: TrainConfig, dataset: Dataset, spec: RunSpec) -> Attempt:
         if earlier.status == "FINISHED":
             checkpointer.remove()  # if only the status was missing
             pruned = earlier.tags.get(tag.OUTCOME) == "pruned"
-            return Attempt(there, earlier.metrics, reached_accuracy(earlier.metrics), pruned, was_finished=True)
+            return Attempt(there, earlier.metrics, reached_accuracy(earlier.metrics), pruned, earlier)
         _compare_norms(earlier, tags, spec.reporter)
     elif config.model.weights:
         tags[tag.WEIGHTS] = origin(config, dataset.classes)  # before the run is created: it may fail

@@ -21,9 +21,9 @@ from effv2.core.errors import Diverged, InputError, LeaseLost, RunError, StoreAw
 from effv2.core.processes import ending_signals, leave, tune_allocator
 from effv2.core.reporter import Reporter
 from effv2.data.dataset import LoadData, load_once
-from effv2.run.run import RunSpec
+from effv2.run.run import Attempt, RunSpec
 from effv2.studies.plan import Plan, best_of
-from effv2.studies.queue import ERROR, FINAL, NAME, RUN, Queue
+from effv2.studies.queue import ERROR, FINAL, NAME, RUN, Params, Queue
 from effv2.studies.seeds import ELSEWHERE
 from effv2.studies.storage import LEAVING_SECONDS, OUTAGE_SECONDS, Storage, open_storage
 from effv2.tracking.read import find_runs, read_history, read_run
@@ -166,21 +166,22 @@ class Worker:
             best = max(trial.intermediate_values.values(), default=0.0)
             queue.finish(lease, TrialState.PRUNED, best, trial.user_attrs[RUN], {ERROR: str(error), FINAL: True})
             return
-        run_id, state = ended.run.run_id, TrialState.PRUNED if ended.pruned else TrialState.COMPLETE
-        if ended.was_finished and "train/loss" in ended.metrics:
+        self._finish(lease, params, ended)
+
+    def _finish(self, lease: FrozenTrial, params: Params, ended: Attempt) -> None:
+        """Finish a trial with the result of its run, or of the equal run that was found finished."""
+        queue, run_id, about = self.queue, ended.run.run_id, self.study.plan.facts(params, ended.metrics)
+        if ended.found and "train/loss" in ended.metrics:
             queue.report(lease, max(read_history(run_id, "train/loss")), ended.accuracy)
-        about = plan.facts(params, ended.metrics) | (self._origin(run_id) if ended.was_finished else {})
+        if ended.found and ended.found.parent != self.study.parent.run_id:
+            about[ELSEWHERE] = True
         try:
+            state = TrialState.PRUNED if ended.pruned else TrialState.COMPLETE
             queue.finish(lease, state, ended.accuracy, run_id, about)
         except LeaseLost:
-            if not ended.was_finished and queue.trials()[name].user_attrs.get(RUN) != run_id:
+            if not ended.found and queue.trials()[lease.user_attrs[NAME]].user_attrs.get(RUN) != run_id:
                 ended.run.set_status("KILLED")  # the run of the trial's current worker counts
             raise
-
-    def _origin(self, run_id: str) -> dict[str, bool]:
-        """Return an attribute if a finished run belongs to another study."""
-        run = read_run(run_id)
-        return {ELSEWHERE: True} if run is not None and run.parent != self.study.parent.run_id else {}
 
 
 class WorkerReporter(Reporter):
