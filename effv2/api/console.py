@@ -35,11 +35,10 @@ class ConsoleReporter(LineReporter):
     """
 
     def __init__(self, in_words: Callable[[str], str] = str, lines: bool = True) -> None:
-        super().__init__()
         self.console, self._in_words = Console(stderr=True), in_words
         notebook = self.console.is_jupyter
         bars = self.console.is_terminal or (notebook and find_spec("ipywidgets") is not None)
-        self._lines = (lines or notebook) and not bars
+        super().__init__((lines or notebook) and not bars)  # bars show what lines would
         self._progress = Progress(
             TextColumn("{task.description}", table_column=Column(no_wrap=True, overflow="ellipsis", max_width=26)),
             BarColumn(self.console.width // 8),
@@ -62,11 +61,6 @@ class ConsoleReporter(LineReporter):
     def __exit__(self, *_: object) -> None:
         self._progress.update(self._now, visible=False)
         self._progress.stop()
-
-    def line(self, text: str) -> None:
-        """Print a line where there are no bars to show it."""
-        if self._lines:
-            self.message(text)
 
     def message(self, text: str) -> None:
         """Print a line above the progress."""

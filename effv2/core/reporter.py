@@ -46,15 +46,17 @@ class Reporter:
 
 
 class LineReporter(Reporter):
-    """Prints a line for each message, epoch and trial to standard error, for a log or a notebook."""
+    """Prints a line for each message, epoch and trial to standard error; without `lines`, only messages."""
 
-    def __init__(self) -> None:
+    def __init__(self, lines: bool = True) -> None:
+        self.lines = lines
         self._most = 1  # epochs of the run
         self._ended: set[str] = set()
 
     def line(self, text: str) -> None:
         """Print a line of progress."""
-        self.message(text)
+        if self.lines:
+            self.message(text)
 
     def message(self, text: str) -> None:
         """Print a message."""

@@ -19,7 +19,7 @@ from optuna.trial import FrozenTrial, TrialState
 from effv2.config.options import StudyOptions
 from effv2.core.errors import Diverged, InputError, LeaseLost, RunError, StoreAway, Terminated
 from effv2.core.processes import ending_signals, leave, tune_allocator
-from effv2.core.reporter import Reporter
+from effv2.core.reporter import LineReporter, Reporter
 from effv2.data.dataset import LoadData, load_once
 from effv2.run.run import Attempt, RunSpec
 from effv2.studies.plan import Plan, best_of
@@ -184,14 +184,6 @@ class Worker:
             raise
 
 
-class WorkerReporter(Reporter):
-    """Prints only important messages. The storage shows the progress of a worker process."""
-
-    def message(self, text: str) -> None:
-        """Print a message in a way that doesn't disturb the progress of the parent process."""
-        print(text, file=sys.stderr)
-
-
 def worker_process(study: OpenedStudy, threads: int, gpu: str) -> None:
     """Work in a separate process, which ends when its parent process ends; exit code AWAY after an outage.
 
@@ -215,7 +207,7 @@ def worker_process(study: OpenedStudy, threads: int, gpu: str) -> None:
             threading.Thread(target=end_with_starter, daemon=True).start()
             storage = open_storage(study.options.storage, OUTAGE_SECONDS)
             load = load_once(Reporter())
-            Worker(study, study.queue(storage), load, WorkerReporter(), lambda: None).work()
+            Worker(study, study.queue(storage), load, LineReporter(lines=False), lambda: None).work()
         except (KeyboardInterrupt, Terminated, StoreAway) as error:
             with suppress(Exception):
                 storage = storage or open_storage(study.options.storage, LEAVING_SECONDS)
