@@ -330,7 +330,9 @@ def test_a_run_is_adopted_only_where_it_was_opened_for_the_command(
         assert run.run_id != run_id and there.info.status == before and not there.data.params
 
 
-def test_relative_paths_start_where_mlflow_run_was_typed(sqlite_store: str, tmp_path: Path) -> None:
+def test_relative_paths_start_where_mlflow_run_was_typed(
+    sqlite_store: str, template_database: Path, tmp_path: Path
+) -> None:
     """`mlflow run` starts the command in the project's folder and passes on the address unchanged."""
     (tmp_path / "project").mkdir()
     given = {"MLFLOW_RUN_ID": MlflowClient().create_run("0").info.run_id, "MLFLOW_TRACKING_URI": "sqlite:///mlflow.db"}
@@ -344,6 +346,11 @@ def test_relative_paths_start_where_mlflow_run_was_typed(sqlite_store: str, tmp_
     *_, last = subprocess.run(command, **how).stderr.strip().splitlines()
     assert f"MLFLOW_RUN_ID {given['MLFLOW_RUN_ID']}: the tracking store sqlite:///mlflow.db has no such run" in last
     assert not [*(tmp_path / "project").iterdir()]
+    # Typed in the project's folder; the folder of the terminal has the store of another command.
+    (tmp_path / "moved.db").rename(tmp_path / "project" / "mlflow.db")
+    shutil.copy(template_database, tmp_path)
+    typed = [sys.executable, "-c", f"import subprocess; subprocess.run({command})"]
+    assert subprocess.run(typed, **how).stdout.strip() == given["MLFLOW_RUN_ID"]
 
 
 @pytest.mark.parametrize(("value", "logged"), [("true", True), ("false", False), ("perhaps", False)])

@@ -44,12 +44,19 @@ def work_where_typed() -> None:
 
     Relative paths then mean what the user expects, and the same command finds its files again.
     """
+    if sys.argv[0].startswith("entry_points") and "MLFLOW_RUN_ID" in os.environ:
+        with suppress(OSError, StopIteration):
+            os.chdir(next(folders_above()))
+
+
+def folders_above() -> Iterator[Path]:
+    """Yield the folders of the programs that started this one, without shells: under `mlflow run`, first its folder."""
     import psutil
 
-    if sys.argv[0].startswith("entry_points") and "MLFLOW_RUN_ID" in os.environ:
-        with suppress(psutil.Error, OSError, StopIteration):
-            above = (each for each in psutil.Process().parents() if each.name() not in SHELLS)
-            os.chdir(next(above).cwd())
+    with suppress(psutil.Error):
+        for above in psutil.Process().parents():
+            if above.name() not in SHELLS:
+                yield Path(above.cwd())
 
 
 class _Ending:

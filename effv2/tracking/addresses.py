@@ -2,16 +2,14 @@
 
 import os
 import re
-from contextlib import suppress
-from pathlib import Path
 
 import mlflow
-import psutil
 from sqlalchemy import create_engine, inspect
 from sqlalchemy.engine import URL, make_url
 from sqlalchemy.exc import SQLAlchemyError
 
 from effv2.core.errors import InputError
+from effv2.core.processes import folders_above
 from effv2.core.secrets import masked
 
 TRACKING_URI = "MLFLOW_TRACKING_URI"
@@ -42,17 +40,13 @@ def ui_address() -> str:
 def read_where_typed() -> None:
     """Make a relative path in the tracking URI absolute: the user meant the folder where they typed `mlflow run`.
 
-    `mlflow run` starts the command in the project's folder. So it is the nearest parent process in another folder.
+    `mlflow run` starts the command in the project's folder. It created its run in the user's, so that file exists.
     """
     uri = os.environ.get(TRACKING_URI, "")
-    relative = re.fullmatch(r"(sqlite:///|file:|)((?![/:~'\"\s]|\w[\w+]*:)[^?]+)(\?.*)?", uri)
-    if relative is None:
-        return
-    with suppress(psutil.Error):
-        folders = (Path(above.cwd()) for above in psutil.Process().parents())
-        path = next((folder for folder in folders if folder != Path.cwd()), Path()) / relative[2]
-        if path.is_absolute() and path.exists():
-            os.environ[TRACKING_URI] = f"{relative[1]}{path}{relative[3] or ''}"
+    if relative := re.fullmatch(r"(sqlite:///|file:|)((?![/:~'\"\s]|\w[\w+]*:)[^?]+)(\?.*)?", uri):
+        paths = (folder / relative[2] for folder in folders_above())
+        if there := next(filter(os.path.exists, paths), None):
+            os.environ[TRACKING_URI] = f"{relative[1]}{there}{relative[3] or ''}"
 
 
 def check_address(what: str, uri: str) -> None:
