@@ -139,7 +139,7 @@ def test_runs_that_end_badly_say_so(
 
         monkeypatch.setattr(loop, "evaluate", lambda *_: os.kill(os.getpid(), signal.SIGINT))
         code, status, words = 130, "KILLED", "the same command without --fresh resumes them"
-    result = invoke(ablate, "--study", tiny_study, "--fresh")
+    result = invoke(ablate, "--study", tiny_study, "--fresh", "True")
     assert result.exit_code == code and words in result.output
     assert {run.info.status for run in all_runs()} == {status}
 

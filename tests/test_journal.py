@@ -274,6 +274,21 @@ def test_heartbeats_end_with_the_work_and_cost_one_look_at_the_clock(url: str, m
     assert len(looks) == 1
 
 
+def test_a_signal_while_a_lock_is_taken_leaves_no_lock(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    lock, opened = LockFile(tmp_path / "lock", 60, 20), Path.open
+
+    def interrupted(*args: Any, **words: Any) -> Any:
+        file = opened(*args, **words)
+        os.kill(os.getpid(), signal.SIGTERM)
+        return file
+
+    with pytest.raises(Terminated), ending_signals(), monkeypatch.context() as patch:
+        patch.setattr(Path, "open", interrupted)
+        with lock.held(5):
+            pass
+    assert not lock.path.exists()
+
+
 def test_a_signal_within_a_lease_waits_for_its_end(url: str, monkeypatch: pytest.MonkeyPatch) -> None:
     storage = open_storage(url)
     queue = make_queue(storage, trials=1)

@@ -133,7 +133,7 @@ def ablate(layer: Layer, how: Options, reporter: Reporter) -> StudyResult:
     scikit-learn's digits. The same command again resumes an interrupted study.
     """
     chosen = open_study(how.study or f"{SWEEPS}/ablate.yaml").with_variants(how.variant)
-    return _grid("ablate", chosen, chosen.select(how.variant))(layer, how, reporter)
+    return _grid("ablate", chosen, chosen.select(how.variant), layer, how, reporter=reporter)
 
 
 @call(
@@ -151,7 +151,7 @@ def hparam_check(layer: Layer, how: Options, reporter: Reporter) -> StudyResult:
     run. The studies hparam-* have the full protocols. The same command again resumes an interrupted study.
     """
     chosen = open_study(how.study or f"{SWEEPS}/hparam-digits.yaml").with_plateau()
-    return _grid("hparam-check", chosen, chosen.select_checks(how.check, how.scheduler))(layer, how, reporter)
+    return _grid("hparam-check", chosen, chosen.select_checks(how.check, how.scheduler), layer, how, reporter=reporter)
 
 
 @call(
@@ -192,9 +192,9 @@ def evaluate_pretrained(layer: Layer, how: Options, reporter: Reporter) -> Study
 
     from effv2.studies.comparison import make_weights
 
-    where = _path(how.weights_dir)
-    make = partial(make_weights, how.models, config, where, progress=sys.stderr.isatty(), reporter=reporter)
-    return _run(lambda **_: make(), how, reporter)
+    shows = sys.stderr.isatty()
+    make = partial(make_weights, how.models, config, _path(how.weights_dir), progress=shows)
+    return _run(lambda load, reporter: make(reporter=reporter), how, reporter)
 
 
 @call(Taken(("export", "from_export", "claims"), {}, ("experiment",)))
@@ -234,18 +234,13 @@ def _path(text: str) -> Path | None:
     return Path(os.path.expanduser(text)) if text else None
 
 
-def _grid(kind: str, study: Study, arms: list[str]) -> Callable[[Layer, Options, Reporter], StudyResult]:
-    """Return a function that runs a grid or, with `plan`, one that forecasts it."""
+def _grid(kind: str, study: Study, arms: list[str], layer: Layer, how: Options, *, reporter: Reporter) -> StudyResult:
+    """Run a grid or, with `plan`, forecast it."""
+    _refuse_missing(*(study.arm(name, layer) for name in study.arms))
 
-    def run(layer: Layer, how: Options, reporter: Reporter) -> StudyResult:
-        _refuse_missing(*(study.arm(name, layer) for name in study.arms))
+    from effv2.studies.grid import make_grid
 
-        from effv2.studies.grid import make_grid
-
-        make = partial(make_grid, kind, study, arms, layer, how)
-        return (_plan if how.plan else _run)(make, how, reporter)
-
-    return run
+    return (_plan if how.plan else _run)(partial(make_grid, kind, study, arms, layer, how), how, reporter)
 
 
 def _plan(make: Callable[..., Any], how: Options, reporter: Reporter) -> StudyResult:

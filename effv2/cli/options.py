@@ -17,6 +17,7 @@ from effv2.core.secrets import mask_command_line, masked
 
 Function = Callable[..., Any]
 Decorator = Callable[[Function], Function]
+TRUE = ("true", "t", "1", "yes", "y", "on")  # as pydantic reads them
 
 
 class Option(click.Option):
@@ -54,7 +55,8 @@ class Command(click.Command):
     def invoke(self, ctx: click.Context) -> Any:
         """Run the command."""
         work_where_typed()
-        again = "the same command without `fresh`" if ctx.params.get("fresh") == "true" else "the same command"
+        true = [name for name, text in ctx.params.items() if str(text).lower() in TRUE]
+        again = "the same command without `fresh`" if "fresh" in true else "the same command"
         with ending_signals():
             try:
                 _refuse_logged(ctx.params)
@@ -65,7 +67,7 @@ class Command(click.Command):
                 text, code = f"Error: {error}{f' Then {again} resumes.' if error.resumes else ''}", 1
             except (KeyboardInterrupt, Terminated) as error:
                 text, code = ("Terminated", 143) if isinstance(error, Terminated) else ("Interrupted", 130)
-                runs = "fresh" in ctx.params and ctx.params.get("plan") != "true"
+                runs = "fresh" in ctx.params and "plan" not in true
                 text += f"; unfinished runs end as KILLED, and {again} resumes them." if runs else "."
             click.echo((text if code == 2 else in_options(text, self)).replace("\n", " "), err=True)
         return leave(code)

@@ -55,7 +55,7 @@ def with_default(config: TrainConfig, group: str, name: str, value: int | str) -
 
 
 def say_if_near_chance(accuracy: float, test: Split, message: Message) -> None:
-    """Return a warning if an accuracy, for this number of images, is hardly above that of naming the largest class."""
+    """Warn if an accuracy, for this number of images, is hardly above that of naming the largest class."""
     chance = np.bincount(test.labels.numpy()).max() / len(test)
     if accuracy < chance + max(NEAR_CHANCE, 2 * math.sqrt(chance * (1 - chance) / len(test))):
         message(

@@ -21,7 +21,7 @@ from typing import Any
 from optuna.storages.journal import JournalFileBackend
 
 from effv2.core.errors import StoreAway
-from effv2.core.processes import is_gone, stop_if_told, this_process
+from effv2.core.processes import is_gone, stop_if_told, this_process, uninterrupted
 
 TOUCH_SECONDS = 10.0
 CHECKED_BYTES = 2**16  # at the end of a log, before it is opened
@@ -102,7 +102,7 @@ class LockFile:
         self._token = f"{this_process()} {uuid.uuid4().hex}"
         before, behind, pause, since = ("", 0.0), None, 0.001, 0.0
         while True:
-            with suppress(FileExistsError):
+            with suppress(FileExistsError), uninterrupted():  # a lock without its owner's name would stay
                 with self.path.open("x", encoding="utf-8") as file:
                     file.write(self._token)
                 return
