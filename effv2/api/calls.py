@@ -72,11 +72,7 @@ class Call:
                 return self.function(*read, shown)
         except InputError as error:
             names = {setting: option for option, setting in self.taken.settings.items()}
-            first, space, more = error.what.partition(" ")
-            if first not in names:
-                raise
-            what = f"{names[first]}{space}{more}"
-            raise InputError(what, error.value, error.problem, error.remedy) from error.__cause__
+            raise error.renamed(names) from error.__cause__
         finally:
             COMMAND.reset(token)
 

@@ -104,8 +104,7 @@ def in_options(text: str, command: click.Command, settings: bool = True) -> str:
 
 def _with_options(error: InputError, command: click.Command) -> InputError:
     """Return the text of an error, with the options of the command instead of the names in it."""
-    first, space, more = error.what.partition(" ")
-    what = _options_by_name(command).get(first, first) + space + more
+    what = error.renamed(_options_by_name(command)).what
     return InputError(what, error.value, in_options(error.problem, command), in_options(error.remedy, command))
 
 

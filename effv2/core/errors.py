@@ -1,7 +1,7 @@
 """The errors that end a command with a message. Any other exception is a bug of effv2 and shows its traceback."""
 
 import errno
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from difflib import get_close_matches
 
@@ -27,6 +27,11 @@ class InputError(Exception):
         self.what, self.value, self.problem, self.remedy = map(masked, (what, shown, problem, remedy))
         named = f"{self.what} {self.value}" if self.value else self.what
         super().__init__(f"{named}: {'; '.join(filter(None, (self.problem, self.remedy)))}." if problem else named)
+
+    def renamed(self, names: Mapping[str, str]) -> "InputError":
+        """Return the error with the name of the option among `names`, if it is there."""
+        first, space, more = self.what.partition(" ")
+        return InputError(f"{names.get(first, first)}{space}{more}", self.value, self.problem, self.remedy)
 
 
 class RunError(Exception):
