@@ -141,8 +141,7 @@ class StudyResult(Result):
     warnings: Sequence[str] = ()
     models: Mapping[str, str] = field(default_factory=dict)
     failed: Mapping[str, str] = field(default_factory=dict)
-    wanted: int = 0  # runs
-    in_vain: bool = False  # a search without a completed trial
+    trouble: str = ""  # a sentence about failed runs
 
     @classmethod
     def of(cls, plan: Plan, end: StudyEnd) -> StudyResult:
@@ -151,7 +150,7 @@ class StudyResult(Result):
         networks = {name: each.requested for name, each in getattr(plan, "evaluations", {}).items()}
         where = run_address(run.run_id, run.experiment_id), run.run_id, run.experiment_id, networks
         said = found.table, found.warnings
-        result = cls(found.answers, *where, *said, end.models, end.failed, end.planned, end.in_vain)
+        result = cls(found.answers, *where, *said, end.models, end.failed, end.trouble)
         result.__dict__["studies"] = [found]  # as it was published
         return result
 

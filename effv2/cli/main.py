@@ -20,14 +20,13 @@ from effv2.cli import options as cli
 from effv2.config.layers import Written, build
 from effv2.config.options import DATA, Taken
 from effv2.config.schema import TrainConfig
-from effv2.core.errors import InputError, RunError, listed
+from effv2.core.errors import InputError, RunError
 
 if TYPE_CHECKING:
     from PIL.Image import Image
 
     from effv2.api.results import Result, StudyResult
 
-SHOWN_FAILURES = 5
 OF_CHECK = {name: setting for name, setting in DATA.items() if name != "data_dir"}
 CHECKED = Taken(settings=OF_CHECK, defaults={"dataset": "folder"})
 atexit.register(gc.freeze)  # saves a second at the end of a command, by not searching imported modules for garbage
@@ -70,11 +69,8 @@ def _show_study(result: StudyResult) -> None:
     models = [f"model of {name}: {address}" for name, address in result.models.items()]
     for line in filter(None, (*result.warnings, *models, result.address)):
         click.echo(line)
-    if result.failed or result.in_vain:
-        failures = [f"{name}: {error}" for name, error in result.failed.items()]
-        shown = listed(failures, SHOWN_FAILURES)
-        nothing = "No trial of the search was completed: " if result.in_vain else ""
-        raise RunError(f"{nothing}{len(failures)} of {result.wanted} runs failed. {shown}")
+    if result.trouble:
+        raise RunError(result.trouble)
 
 
 train = _command(calls.train, _show)

@@ -41,7 +41,7 @@ DEFINITION, PARENT, FRESH, PUBLISHED = "definition", "parent_run", "fresh", "pub
 WATCH_SECONDS = 0.5
 MOST_IN_VAIN = 3  # per worker: ends of workers without a newly finished run
 ENDING_SECONDS = 60  # seconds that workers may take to end after SIGTERM
-MOST_DIFFERENCES = 4  # that a message names
+MOST_DIFFERENCES, MOST_FAILURES = 4, 5  # that a message names
 
 
 @dataclass(frozen=True)
@@ -52,8 +52,7 @@ class StudyEnd:
     results: StudyResults
     failed: Mapping[str, str]
     models: Mapping[str, str]
-    planned: int  # the runs that were wanted at the end
-    in_vain: bool  # a search without a completed trial: there, diverged runs count as failed
+    trouble: str  # a sentence about the failed runs
 
 
 def run_study(plan: Plan, experiment_id: str, options: StudyOptions, load: LoadData, reporter: Reporter) -> StudyEnd:
@@ -215,7 +214,7 @@ def _publish(study: OpenedStudy, queue: Queue, load: LoadData, reporter: Reporte
             if log_model == "all" and (without := [run for run in used.values() if not model_address(run)]):
                 text = f"{len(without)} runs were already finished, without a model; `fresh` repeats them with a model."
                 reporter.message(text)
-        in_vain = plan.searches and best_of(trials.values()) is None
+        in_vain = plan.searches and best_of(trials.values()) is None  # then diverged runs count as failed
         failed = {
             name: str(each.user_attrs.get(ERROR))
             for name, each in trials.items()
@@ -223,7 +222,11 @@ def _publish(study: OpenedStudy, queue: Queue, load: LoadData, reporter: Reporte
         }
         study.end(queue, "FAILED" if failed or in_vain else "FINISHED")
     failed = {name: failed[name] for name in failed if name in wanted}
-    return StudyEnd(study.parent, results, failed, models, len(wanted), in_vain)
+    trouble = "No trial of the search was completed: " if in_vain else ""
+    if failed or in_vain:
+        errors = listed([f"{name}: {error}" for name, error in failed.items()], MOST_FAILURES)
+        trouble += f"{len(failed)} of {len(wanted)} runs failed. {errors}"
+    return StudyEnd(study.parent, results, failed, models, trouble)
 
 
 def _supervise(study: OpenedStudy, queue: Queue, message: Message, show: Callable[[], None]) -> None:
