@@ -45,7 +45,7 @@ from effv2.pretrained.config import ComputeConfig, ImagesConfig, PretrainedConfi
 from effv2.pretrained.evaluation import Evaluation, all_logits, logits_of
 from effv2.pretrained.images import choose_images
 from effv2.run.weights import Requested, parse_models
-from effv2.studies.comparison import make_weights
+from effv2.studies.comparison import make_comparison
 from effv2.studies.engine import run_study
 from effv2.tracking.store import open_store
 
@@ -101,7 +101,7 @@ def plain(requested: Requested, images: LabelledImages) -> None:
 def evaluate(named: str, config: PretrainedConfig) -> None:
     """Evaluate in this process, without the latency passes."""
     reporter, load = Reporter(), load_once(Reporter())
-    plan = make_weights(named, config, None, progress=False, reporter=reporter)
+    plan = make_comparison(named, config, None, progress=False, reporter=reporter)
     run_study(plan, open_store(""), StudyOptions(fresh=True, log_model="none"), load, reporter)
 
 

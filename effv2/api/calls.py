@@ -186,10 +186,10 @@ def evaluate_pretrained(layer: Layer, how: Options, reporter: Reporter) -> Study
     refuse_missing(DataConfig(**config.data.model_dump(include={"dataset", "dir", "download"})))
     refuse_missing_networks(how.models)
 
-    from effv2.studies.comparison import make_weights
+    from effv2.studies.comparison import make_comparison
 
     shows = sys.stderr.isatty()
-    make = partial(make_weights, how.models, config, _path(how.weights_dir), progress=shows)
+    make = partial(make_comparison, how.models, config, _path(how.weights_dir), progress=shows)
     return _run(lambda load, reporter: make(reporter=reporter), how, reporter)
 
 

@@ -23,7 +23,7 @@ LONGEST_NAME = 200  # characters
 
 
 @dataclass(frozen=True, kw_only=True)
-class Weights(Plan):
+class Comparison(Plan):
     """The evaluations of a comparison, by label."""
 
     measure: ClassVar[str] = "top-1 accuracy"
@@ -45,9 +45,9 @@ class Weights(Plan):
         return models
 
 
-def make_weights(
+def make_comparison(
     models: str, config: PretrainedConfig, folder: Path | None, *, progress: bool, reporter: Reporter
-) -> Weights:
+) -> Comparison:
     """Find images and weights and load every network, so that errors appear before the first run; resolve `auto`.
 
     `models` is in the form of `parse_models`, `folder` holds weight files, and `progress` shows downloads.
@@ -77,4 +77,4 @@ def make_weights(
     kind = "evaluate-pretrained"
     name = f"{kind} {images.name}: {', '.join(evaluations)}"[:LONGEST_NAME]
     trials: dict[str, Params] = {label: {} for label in evaluations}
-    return Weights(kind=kind, name=name, trials=trials, definition=definition, evaluations=evaluations)
+    return Comparison(kind=kind, name=name, trials=trials, definition=definition, evaluations=evaluations)
