@@ -197,7 +197,7 @@ def _publish(study: OpenedStudy, queue: Queue, load: LoadData, reporter: Reporte
     """Publish the study unless another process just did, and end its run unless other processes work on it."""
     storage, plan, log_model = queue.storage, study.plan, study.options.log_model
     models: Mapping[str, str] = {}
-    with storage.lock(f"publish {study.name}"):
+    with storage.lock(f"publish {study.name}", long=True):
         trials = queue.trials()
         wanted = plan.wanted(trials)
         deleted = _deleted(trials, study.parent.experiment_id)  # of trials that are no longer wanted

@@ -37,7 +37,6 @@ GRACE_SECONDS = 60  # seconds without a heartbeat after which a remote worker is
 SECOND_LOOK_SECONDS = 2 * HEARTBEAT_SECONDS
 FORMS = "sqlite:///FILE, postgresql://USER@HOST/DATABASE or journal:///FOLDER/FILE"
 OUTAGE_SECONDS = 600  # seconds that a database may be away
-LONG = "publish "  # prefix of the names of locks that may be held for long
 LEAVING_SECONDS = 5  # the same while the process ends
 # Seconds, and milliseconds for tcp_user_timeout. Otherwise a client would wait for hours for a peer whose machine died,
 # and the server would keep the lock of such a client.
@@ -68,11 +67,11 @@ class Storage(ABC):
         self._opened_file: int | None = None
 
     @abstractmethod
-    def lock(self, name: str) -> AbstractContextManager[None]:
-        """Hold the lock of that name. It is not reentrant.
+    def lock(self, name: str, long: bool = False) -> AbstractContextManager[None]:
+        """Hold the lock of that name, perhaps for `long`. It is not reentrant.
 
-        In a file, all names share one lock, except `publish`, which may be held for long. StoreAway if another
-        process holds a lock for longer than this process waits for the storage.
+        In a file, all names share one lock, and all long ones another. StoreAway if another process holds a lock that
+        isn't long for longer than this process waits for the storage.
         """
 
     @abstractmethod
@@ -148,8 +147,7 @@ class Database(Storage):
             return RDBStorage(self.url, engine, heartbeat_interval=HEARTBEAT_SECONDS, grace_period=GRACE_SECONDS)
 
     @contextmanager
-    def lock(self, name: str) -> Iterator[None]:  # noqa: D102
-        long = name.startswith(LONG)
+    def lock(self, name: str, long: bool = False) -> Iterator[None]:  # noqa: D102
         if self.file:
             path = f"{self.file}.publish.lock" if long else f"{self.file}.lock"
             try:
@@ -190,8 +188,8 @@ class Journal(Storage):
         self.optuna = JournalStorage(Log(file, locks, lambda: self.patience))
         self._signs.mkdir(exist_ok=True)
 
-    def lock(self, name: str) -> AbstractContextManager[None]:  # noqa: D102
-        return self._long.held(float("inf")) if name.startswith(LONG) else self._lock.held(self.patience)
+    def lock(self, name: str, long: bool = False) -> AbstractContextManager[None]:  # noqa: D102
+        return self._long.held(float("inf")) if long else self._lock.held(self.patience)
 
     def beat(self, trial: int, ended: bool = False) -> None:  # noqa: D102
         sign = self._signs / str(trial)
