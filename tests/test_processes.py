@@ -6,6 +6,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from contextlib import closing
@@ -106,6 +107,24 @@ def test_a_signal_waits_for_the_end_of_the_outermost_block() -> None:
             os.kill(os.getpid(), signal.SIGTERM)
         done = True
     assert done
+
+
+def test_a_signal_does_not_wait_for_other_threads() -> None:
+    begun, done = threading.Event(), threading.Event()
+
+    def other() -> None:
+        with uninterrupted():
+            begun.set()
+            done.wait(10)
+
+    with ending_signals():
+        thread = threading.Thread(target=other)
+        thread.start()
+        begun.wait(10)
+        with pytest.raises(Terminated):
+            os.kill(os.getpid(), signal.SIGTERM)
+        done.set()
+        thread.join()
 
 
 def test_a_second_signal_does_not_interrupt_the_update_of_the_status(

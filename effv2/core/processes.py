@@ -89,7 +89,7 @@ def ending_signals(repeated: bool = True) -> Iterator[None]:
     marking of runs. A signal that was ignored before remains ignored, as nohup and background jobs require. Nothing
     changes if a caller already raises them, or outside the main thread, where Python allows no handlers.
     """
-    if _ending() is not None or threading.current_thread() is not threading.main_thread():
+    if _ending() is not None or not _in_main_thread():
         yield
         return
     heard = [number for number in ENDING_SIGNALS if signal.getsignal(number) is not signal.SIG_IGN]
@@ -105,16 +105,24 @@ def ending_signals(repeated: bool = True) -> Iterator[None]:
 @contextmanager
 def interrupts_ignored() -> Iterator[None]:
     """Ignore Ctrl-C, as processes that start inside then do; not outside the main thread, where Python can't."""
-    in_main = threading.current_thread() is threading.main_thread()
-    before = signal.signal(signal.SIGINT, signal.SIG_IGN) if in_main else None
+    if not _in_main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
     try:
         yield
     finally:
-        if in_main:
-            signal.signal(signal.SIGINT, before)
+        signal.signal(signal.SIGINT, before)
+
+
+def _in_main_thread() -> bool:
+    """Say whether this is the main thread: the only one that may set handlers of signals, and that they interrupt."""
+    return threading.current_thread() is threading.main_thread()
 
 
 def _ending() -> _Ending | None:
+    if not _in_main_thread():
+        return None
     return next((each for each in map(signal.getsignal, ENDING_SIGNALS) if isinstance(each, _Ending)), None)
 
 
@@ -126,7 +134,7 @@ def stop_if_told() -> None:
     error = sys.exc_info()[1]
     while error is not None and not isinstance(error, (KeyboardInterrupt, Terminated)):
         error = error.__context__
-    if error is None and threading.current_thread() is threading.main_thread() and (ending := _ending()) is not None:
+    if error is None and (ending := _ending()) is not None:
         ending.raise_first()
 
 
