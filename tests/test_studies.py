@@ -27,9 +27,12 @@ from effv2.config.studies import SWEEPS, Sources, Study, open_study, read_study
 from effv2.core.errors import InputError
 from effv2.core.reporter import LineReporter, Reporter
 from effv2.data.dataset import load_once
+from effv2.studies.forecast import forecast
 from effv2.studies.grid import Grid, make_grid
 from effv2.studies.queue import NAME, Trials
 from effv2.studies.seeds import ACCURACY, AutoSeeds
+from effv2.tracking.read import RunRecord
+from effv2.tracking.tags import CONFIG_HASH
 from tests.conftest import ROOT
 
 NO_OPTIONS: Layer = {}
@@ -311,6 +314,18 @@ def test_keys_and_values_are_what_they_look_like(text: str, expected: Any, tmp_p
     assert study.name == "yes" and ([*study.arms], study.baseline, study.seeds) == expected
     for arm in study.arms:
         assert study.arm(arm, {}).augment.flip == ("flip" in text)
+
+
+def test_a_forecast_counts_runs_that_are_older_than_a_setting(monkeypatch: pytest.MonkeyPatch) -> None:
+    grid = make(open_study("ablate"), ["default"], (5, 6))
+    params = {
+        name: str(value) for name, value in grid.arms["default"].flat().items() if name != "optimiser.layer_decay"
+    }
+    metrics = {"time/total_train_seconds": 3600.0, "selected/test_accuracy": 0.5}
+    runs = [RunRecord(f"{seed}", "", "FINISHED", params, metrics, {CONFIG_HASH: f"{seed}"}) for seed in range(3)]
+    monkeypatch.setattr("effv2.studies.forecast.read_experiment", lambda *_: runs)
+    lines, _ = forecast(grid, StudyOptions(), load_once(Reporter()), "0", Reporter())
+    assert lines[0].startswith("2 runs, about 2.0 hours of training in total, by finished runs.")
 
 
 def test_splits_hold_the_seeds() -> None:

@@ -14,7 +14,7 @@ from effv2.config.schema import TrainConfig
 from effv2.core.reporter import Reporter
 from effv2.core.words import duration, points
 from effv2.data.dataset import LoadData
-from effv2.evidence.protocols import FREE
+from effv2.evidence.protocols import FREE, has
 from effv2.evidence.quantities import TRAIN_SECONDS
 from effv2.evidence.statistics import EVERY_LOOK, FEWEST, LEVEL, Looks, power
 from effv2.studies.grid import LOOKS, MAX_SEEDS, Grid
@@ -103,7 +103,7 @@ def _deviation(same: dict[str, list[RunRecord]]) -> tuple[float, str]:
 
 def _is_like(run: RunRecord, config: TrainConfig) -> bool:
     """Say whether a run has all settings, except the seed and the execution."""
-    return all(run.params.get(name) == str(value) for name, value in config.flat().items() if name not in FREE)
+    return all(has(run, name, value) for name, value in config.flat().items() if name not in FREE)
 
 
 def _timed(config: TrainConfig, load: LoadData, limit: float) -> float:
