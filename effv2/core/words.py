@@ -1,6 +1,8 @@
-"""Numbers as text, in the same form wherever they are shown."""
+"""Numbers and differences as text, in the same form wherever they are shown."""
 
 import math
+from collections.abc import Mapping
+from typing import Any
 
 whole, tenths = "{:,.0f}".format, "{:,.1f}".format  # without decimals, with one decimal
 
@@ -38,3 +40,16 @@ def duration(seconds: float) -> str:
 def counted(number: int, word: str) -> str:
     """Write a count and its noun."""
     return f"{number} {word}" if number == 1 else f"{number} {word}s"
+
+
+def differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
+    """Return the differences of two definitions or identities, in a few words each."""
+    found: list[str] = []
+    for name in sorted({**before, **now}):
+        old, new = (each.get(name, "absent") for each in (before, now))
+        if isinstance(old, Mapping) and isinstance(new, Mapping):
+            found += [f"{name}: {words}" for words in differences(old, new)]
+        elif old != new:
+            was, is_ = ("there" if isinstance(each, Mapping) else each for each in (old, new))
+            found.append(f"{name} was {was}, is {is_}")
+    return found

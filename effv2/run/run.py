@@ -14,6 +14,7 @@ from effv2.core import provenance
 from effv2.core.errors import Diverged, InputError, RunError, Terminated, what_ran_out
 from effv2.core.processes import is_alive, this_process
 from effv2.core.reporter import Message, Reporter
+from effv2.core.words import differences
 from effv2.data.dataset import Dataset, LoadData, load_once
 from effv2.data.inspection import contact_sheet, in_short
 from effv2.execution import norms
@@ -126,8 +127,7 @@ def attempt(config: TrainConfig, dataset: Dataset, spec: RunSpec) -> Attempt:
     """
     tags = _tags(config, dataset)
     earlier = find_earlier(tags, spec)
-    identity = {name.removeprefix("effv2."): tags[name] for name in tag.IDENTITY}
-    keeping = spec.checkpoints, identity, spec.reporter.message
+    keeping = spec.checkpoints, _identity(tags), spec.reporter.message
     if earlier is not None:
         there = TrackedRun(earlier.run_id, spec.experiment_id)
         there.take_over_adopted()
@@ -178,6 +178,11 @@ def _tags(config: TrainConfig, dataset: Dataset) -> dict[str, str]:
     return tags
 
 
+def _identity(tags: Mapping[str, str]) -> dict[str, str]:
+    """Return the identity in the tags of a run."""
+    return {name.removeprefix("effv2."): tags.get(name, "") for name in tag.IDENTITY}
+
+
 def _compare_norms(earlier: RunRecord, tags: Mapping[str, str], reporter: Reporter) -> None:
     """Warn before a run is resumed with the other form of batch norm."""
     before, now = earlier.tags.get(tag.NORMS), tags.get(tag.NORMS)
@@ -194,7 +199,7 @@ def _must_be_alone(tags: Mapping[str, str], spec: RunSpec, run: OpenRun | None =
     if spec.previous is not None or spec.fresh:
         return
     known = find_runs(spec.experiment_id, {tag.CONFIG_HASH: tags[tag.CONFIG_HASH]}, running=True)
-    equal = [each for each in known if all(each.tags.get(name) == tags[name] for name in tag.IDENTITY)]
+    equal = [each for each in known if _identity(each.tags) == _identity(tags)]
     ours = next(((each.started, each.run_id) for each in equal if run and each.run_id == run.run_id), None)
     for each in equal:
         process = each.tags.get(tag.PROCESS, "")
@@ -252,7 +257,7 @@ def find_earlier(tags: Mapping[str, str], spec: RunSpec) -> RunRecord | None:
         return read_run(before.run_id)
     alike = {tag.CONFIG_HASH: tags[tag.CONFIG_HASH]} | ({tag.PARENT: spec.parent} if spec.fresh else {})
     known = find_runs(spec.experiment_id, alike, running=False)
-    equal = [run for run in known if all(run.tags.get(name) == tags[name] for name in tag.IDENTITY)]
+    equal = [run for run in known if _identity(run.tags) == _identity(tags)]
     complete = (run for run in equal if run.status == "FINISHED" and run.tags.get(tag.OUTCOME) == "complete")
     finished = next(complete, None)
     if spec.previous is not None:
@@ -262,9 +267,8 @@ def find_earlier(tags: Mapping[str, str], spec: RunSpec) -> RunRecord | None:
     if last is not None and (finished is None or last.started >= finished.ended):
         return last
     if single and last is None and finished is None:
-        theirs = {name: single[0].tags.get(name) for name in tag.IDENTITY}
-        words = [f"{name[6:]} was {value}, is {tags[name]}" for name, value in theirs.items() if value != tags[name]]
-        spec.reporter.message(f"The run {single[0].run_id} that ended early can't be resumed: {', '.join(words)}.")
+        words = "; ".join(differences(_identity(single[0].tags), _identity(tags)))
+        spec.reporter.message(f"The run {single[0].run_id} that ended early can't be resumed: {words}.")
     return finished
 
 

@@ -22,6 +22,7 @@ from effv2.core.errors import RunError, listed
 from effv2.core.internals import study_id
 from effv2.core.processes import interrupts_ignored, uninterrupted
 from effv2.core.reporter import Message, Reporter
+from effv2.core.words import differences
 from effv2.data.dataset import LoadData
 from effv2.evidence.publication import publish_study, read_results
 from effv2.evidence.study import StudyResults
@@ -171,19 +172,6 @@ def _create(plan: Plan, storage: Storage, name: str, definition: Mapping[str, An
             if parent is not None and store.answers():
                 parent.set_status(status_after(error))
         raise
-
-
-def differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
-    """Return the differences of two definitions, in a few words each."""
-    found: list[str] = []
-    for name in sorted({**before, **now}):
-        old, new = (each.get(name, "absent") for each in (before, now))
-        if isinstance(old, Mapping) and isinstance(new, Mapping):
-            found += [f"{name}: {words}" for words in differences(old, new)]
-        elif old != new:
-            was, is_ = ("there" if isinstance(each, Mapping) else each for each in (old, new))
-            found.append(f"{name} was {was}, is {is_}")
-    return found
 
 
 def _deleted(trials: Trials, experiment_id: str) -> set[str]:

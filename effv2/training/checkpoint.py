@@ -23,6 +23,7 @@ from effv2.config.options import CheckpointOptions
 from effv2.core.errors import InputError, RunError
 from effv2.core.provenance import sha256_of_file
 from effv2.core.reporter import Message
+from effv2.core.words import differences
 from effv2.training.loop import TrainState
 
 FORMAT = 1  # raise it when the content of a state changes
@@ -145,10 +146,7 @@ class Checkpointer:
             if content is None:
                 self._message(f"{path} is damaged or of another version, and is not used.")
                 continue
-            theirs, ours = content["identity"], self._identity
-            differing = [name for name in ours if theirs.get(name) != ours[name]]
-            if differing:
-                words = "; ".join(f"{name} was {theirs.get(name)}, is {ours[name]}" for name in differing)
+            if words := "; ".join(differences(content["identity"], self._identity)):
                 remedy = "remove it, or give another folder"
                 raise InputError("checkpoint_dir", path, f"it belongs to another run ({words})", remedy)
             state: dict[str, Any] = content["state"]
