@@ -9,6 +9,7 @@ from typing import Annotated, Any, Literal, cast
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationInfo, field_validator, model_validator
 from pydantic.fields import FieldInfo
 from pydantic_core import PydanticCustomError
+from typing_extensions import Self
 
 from effv2 import architecture
 from effv2.config.registry import Registry
@@ -46,6 +47,10 @@ class Group(BaseModel):
         """Return every field of a group of groups under its dotted name."""
         groups = self.model_dump()
         return {f"{group}.{name}": value for group, fields in groups.items() for name, value in fields.items()}
+
+    def updated(self, group: str, **values: Any) -> Self:
+        """Return a group of groups with other values in one of them. They are not validated."""
+        return self.model_copy(update={group: getattr(self, group).model_copy(update=values)})
 
 
 class DataConfig(Group):
@@ -265,8 +270,7 @@ class TrainConfig(Group):
 
     def with_seed(self, seed: int, split: int = 0) -> "TrainConfig":
         """Return this configuration with another seed, and with its split seed raised by `split`."""
-        data = self.data.model_copy(update={"split_seed": (self.data.split_seed + split) % 2**32})
-        return self.model_copy(update={"random": RandomConfig(seed=seed), "data": data})
+        return self.updated("data", split_seed=(self.data.split_seed + split) % 2**32).updated("random", seed=seed)
 
     def identity(self) -> dict[str, Any]:
         """Return what decides a run: the fields under dotted names, and the resolved stage table.

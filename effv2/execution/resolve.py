@@ -41,7 +41,7 @@ def with_device(config: TrainConfig) -> TrainConfig:
     device = resolve_device(config.execution.device)
     if config.execution.compile:
         check_compiler(device)
-    return _with_execution(config, device=device)
+    return config.updated("execution", device=device)
 
 
 def resolve_study(configs: Sequence[TrainConfig], message: Message) -> list[TrainConfig]:
@@ -49,7 +49,7 @@ def resolve_study(configs: Sequence[TrainConfig], message: Message) -> list[Trai
     resolved = list(map(with_device, configs))
     undecided = [config for config in resolved if config.execution.precision == "auto"]
     shared = "bf16" if undecided and _prefers_bf16(undecided[0], message) else "fp32"
-    return [_with_execution(each, precision=shared) if each in undecided else each for each in resolved]
+    return [each.updated("execution", precision=shared) if each in undecided else each for each in resolved]
 
 
 def resolve_device(device: Device) -> Device:
@@ -91,10 +91,6 @@ def remembered(config: TrainConfig) -> Calibration | None:
         return Calibration(**json.loads(_path(config).read_text()))
     except (OSError, ValueError, TypeError):
         return None
-
-
-def _with_execution(config: TrainConfig, **update: str) -> TrainConfig:
-    return config.model_copy(update={"execution": config.execution.model_copy(update=update)})
 
 
 def _prefers_bf16(config: TrainConfig, message: Message) -> bool:

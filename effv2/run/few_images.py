@@ -49,9 +49,8 @@ def with_length(configs: Sequence[TrainConfig], load: LoadData, message: Message
 
 def with_default(config: TrainConfig, group: str, name: str, value: int | str) -> TrainConfig:
     """Return a configuration with a setting at a value, unless the user gave the setting."""
-    there = getattr(config, group)
-    given = name in there.model_fields_set
-    return config if given else config.model_copy(update={group: there.model_copy(update={name: value})})
+    given = name in getattr(config, group).model_fields_set
+    return config if given else config.updated(group, **{name: value})
 
 
 def say_if_near_chance(accuracy: float, test: Split, message: Message) -> None:

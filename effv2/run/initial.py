@@ -86,8 +86,7 @@ def with_weights(configs: Sequence[TrainConfig], load: LoadData, message: Messag
 
     def settled(config: TrainConfig) -> TrainConfig:
         if not config.model.weights:  # an arm that refuses the weights of its study, and their preprocessing
-            none = config.model.model_copy(update={"weights_sha256": "", "weights_partial": False})
-            return config.model_copy(update={"model": none})
+            return config.updated("model", weights_sha256="", weights_partial=False)
         try:
             initial = find_weights(config.model)
         except InputError as error:
@@ -101,8 +100,7 @@ def with_weights(configs: Sequence[TrainConfig], load: LoadData, message: Messag
             if wanted := getattr(initial, name):
                 config = with_default(config, "data", name, wanted)
         said[f"{origin(config, load(config.data).classes)}, images of {config.data.image_size} pixels"] = None
-        now = {"weights": initial.address or config.model.weights, "weights_sha256": initial.sha256}
-        return config.model_copy(update={"model": config.model.model_copy(update=now)})
+        return config.updated("model", weights=initial.address or config.model.weights, weights_sha256=initial.sha256)
 
     found = list(map(settled, configs))
     first = next((config.data for config in found if config.model.weights), None)

@@ -56,8 +56,7 @@ def make_comparison(
     own = [each.outputs != OUTPUTS for each in requests]
     images = choose_images(config.data, imagenet=not all(own), own=any(own))
     precision = "bf16" if config.execution.precision == "bf16" else "fp32"
-    resolved = {"device": resolve_device(config.execution.device), "precision": precision}
-    config = config.model_copy(update={"execution": config.execution.model_copy(update=resolved)})
+    config = config.updated("execution", device=resolve_device(config.execution.device), precision=precision)
     found = find_networks(requests, folder, progress, images)
     if config.data.skip_broken:  # for all networks, without the images that any of them can't take
         all_ = (evaluation.Evaluation(each, images, config).decode(reporter) for each in found)
