@@ -92,7 +92,7 @@ def with_weights(configs: Sequence[TrainConfig], load: LoadData, message: Messag
         except InputError as error:
             given = config.data.model_fields_set >= WANTED or not re.fullmatch(TELLING, config.model.weights)
             known = given and re.fullmatch(r"[0-9a-f]{64}", config.model.weights_sha256)
-            gone = not isinstance(error, OtherWeights) and not os.path.exists(os.path.expanduser(config.model.weights))  # noqa: PTH110
+            gone = not isinstance(error, OtherWeights) and not is_file(config.model.weights)
             if known and gone:
                 return config
             raise
