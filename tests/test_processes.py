@@ -94,7 +94,7 @@ def test_a_signal_while_python_ends_shows_no_traceback() -> None:
         "import atexit, os, signal\nfrom effv2.cli import options\n\n"
         "class Late(options.Command):\n    def get_params(self, ctx):\n        return []\n\n"
         "atexit.register(os.kill, os.getpid(), signal.SIGINT)\n"
-        "Late('late', callback=lambda: os.kill(os.getpid(), signal.SIGINT)).main([])"
+        "Late('late', help='Late.', callback=lambda: os.kill(os.getpid(), signal.SIGINT)).main([])"
     )
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
     assert done.stderr == "Interrupted.\n" and done.returncode == -signal.SIGINT
