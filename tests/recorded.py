@@ -83,7 +83,6 @@ EXEMPT = {
     "data/folders.py",
     "data/labels.py",
     "data/part_names.py",
-    "data/hashes.py",
     "data/sources.py",
     "data/torchvision_sets.py",
     "data/inspection.py",

@@ -21,8 +21,7 @@ from effv2.config.schema import DataConfig
 from effv2.core.errors import InputError
 from effv2.data import decoder
 from effv2.data.dataset import load_dataset
-from effv2.data.hashes import image_hashes
-from effv2.data.images import LabelledImages, Square, decode, sha256_of
+from effv2.data.images import LabelledImages, Square, decode, image_hashes, sha256_of
 from tests.conftest import load_folder, make_image_tree, within, write_tree
 
 
@@ -61,16 +60,17 @@ def test_second_start_hashes_no_pixels(tmp_path: Path, own_cache: Path, monkeypa
     first = load_dataset(config)
     plain = [hashlib.sha256(image.data).digest() for image in first.train.pixels.numpy()]
     assert first.train.image_hashes == [plain[row] for row in first.train.rows]
-    monkeypatch.setattr("effv2.data.images.sha256_of", lambda array: pytest.fail("hashed again"))
-    monkeypatch.setattr("effv2.data.hashes.hashlib", None)
+    for name in ("images.sha256_of", "images.image_hashes", "dataset.image_hashes"):
+        monkeypatch.setattr(f"effv2.data.{name}", lambda array: pytest.fail("hashed again"))
     assert load_dataset(config).train.image_hashes == first.train.image_hashes
 
 
-@pytest.mark.parametrize("damage", ["flip", "truncate", "empty", "no index", "wrong index", "stamp"])
+@pytest.mark.parametrize("damage", ["flip", "truncate", "empty", "no index", "wrong index", "hashes", "stamp"])
 def test_damaged_entry_is_rebuilt(tmp_path: Path, own_cache: Path, damage: str) -> None:
     images = files_in(make_image_tree(tmp_path / "set"))
     decoded = decode(images, Square(8))
     first, hashes = np.array(decoded.pixels), image_hashes(decoded.pixels)
+    assert np.array_equal(decoded.hashes, hashes)
     (pixels,) = own_cache.rglob("pixels.npy")
     if damage == "flip":
         content = bytearray(pixels.read_bytes())
@@ -80,6 +80,8 @@ def test_damaged_entry_is_rebuilt(tmp_path: Path, own_cache: Path, damage: str) 
         pixels.write_bytes(pixels.read_bytes()[:-10])
     elif damage == "empty":
         pixels.write_bytes(b"")
+    elif damage == "hashes":
+        pixels.with_name("hashes.npy").write_bytes(bytes(100))
     elif damage == "stamp":
         for stamp in (own_cache / "stamps").iterdir():
             stamp.write_bytes(b"\xff../..")
@@ -87,8 +89,8 @@ def test_damaged_entry_is_rebuilt(tmp_path: Path, own_cache: Path, damage: str) 
         pixels.with_name("index.json").write_text("{}")
     else:
         pixels.with_name("index.json").unlink()
-    again = decode(images, Square(8)).pixels
-    assert np.array_equal(again, first) and np.array_equal(image_hashes(again), hashes)
+    again = decode(images, Square(8))
+    assert np.array_equal(again.pixels, first) and np.array_equal(again.hashes, hashes)
     assert json.loads(pixels.with_name("index.json").read_text())["sha256"] == sha256_of(first)
 
 

@@ -19,8 +19,7 @@ from effv2.core.errors import InputError
 from effv2.core.randomness import stream_seed
 from effv2.core.reporter import Reporter
 from effv2.data.folders import Source, left_out_note
-from effv2.data.hashes import Hashes, image_hashes
-from effv2.data.images import Decoded, LabelledImages, Labels, OnDecoded, Square, decode
+from effv2.data.images import Bytes, Decoded, LabelledImages, Labels, OnDecoded, Square, decode, image_hashes
 from effv2.data.sources import open_source
 
 Positions = NDArray[np.int64]
@@ -39,15 +38,15 @@ class Split:
     """The samples of one split: rows of an array of decoded images.
 
     `pixels` is uint8 (M, H, W, 3). It may be a file mapped into memory, and several splits may share it. Sample i is
-    pixels[rows[i]] with labels[i] (int64) and ids[i]. `hashes` are those of all pixels (data.hashes), and `stored` says
-    how their images were stored, as in images.Decoded, if known.
+    pixels[rows[i]] with labels[i] (int64) and ids[i]. `hashes` of all pixels, and `stored`, which says how
+    their images were stored, are those of images.Decoded, if known.
     """
 
     pixels: Tensor
     rows: Tensor
     labels: Tensor
     ids: tuple[str, ...]
-    hashes: Hashes | None = None
+    hashes: Bytes | None = None
     stored: NDArray[np.str_] | None = None
 
     def __len__(self) -> int:
@@ -203,9 +202,8 @@ def load_dataset(config: DataConfig, on_decoded: OnDecoded | None = None) -> Dat
 def decoded_split(images: LabelledImages, config: DataConfig, on_decoded: OnDecoded | None) -> tuple[Split, Decoded]:
     """Return images as the network gets them, and the facts about them; InputError as in `decode`."""
     found = decode(images, Square(config.image_size), on_decoded, config.max_megapixels, config.skip_broken)
-    pixels, hashes = torch.from_numpy(found.pixels), image_hashes(found.pixels)
-    rows, labels = torch.arange(len(images)), torch.from_numpy(images.labels)
-    return Split(pixels, rows, labels, images.ids, hashes, found.stored), found
+    pixels, rows, labels = torch.from_numpy(found.pixels), torch.arange(len(images)), torch.from_numpy(images.labels)
+    return Split(pixels, rows, labels, images.ids, found.hashes, found.stored), found
 
 
 def _load_standard(config: DataConfig, source: Source, decoded: Decode) -> dict[str, Split]:

@@ -6,7 +6,9 @@ decodes a file. A finished entry appears by renaming a folder: a kill loses work
 
     <cache>/stamps/<hash of names, sizes, times and settings>    text: the key of the entry
     <cache>/entries/<key>/pixels.npy                             uint8 (N, size, size, 3)
+    <cache>/entries/<key>/hashes.npy                             uint8 (N, 32): the SHA-256 of each image's pixels
     <cache>/entries/<key>/index.json                             {"stored": [...], "sha256": "...", "broken": {}}
+    <cache>/entries/<key>/whole-<size and times of pixels.npy>   empty: in this state, that file had these hashes
 """
 
 from __future__ import annotations
@@ -34,7 +36,6 @@ from effv2.core.errors import InputError
 from effv2.core.paths import cache_folder, write_atomically
 from effv2.core.provenance import VERSIONS
 from effv2.data.decoder import BROKEN, MEGAPIXELS, TOO_LARGE, allow, open_image, prepare
-from effv2.data.hashes import known_hashes
 
 ABANDONED_SECONDS = 24 * 3600
 CHUNK = 256  # images decoded at a time, which are held in memory
@@ -112,6 +113,12 @@ def sha256_of(array: NDArray[Any]) -> str:
     return hashlib.sha256(np.ascontiguousarray(array).data).hexdigest()
 
 
+def image_hashes(pixels: Bytes) -> Bytes:
+    """Return the SHA-256 (N, 32) of each image."""
+    digests = b"".join(hashlib.sha256(image.data).digest() for image in np.asarray(pixels))
+    return np.frombuffer(digests, dtype=np.uint8).reshape(-1, 32)
+
+
 @dataclass(frozen=True)
 class Square:
     """Both sides resized to `size` (bilinear with antialiasing), whatever the aspect ratio: the published rule.
@@ -144,12 +151,14 @@ Preparation = Square | CentreCrop
 
 @dataclass(frozen=True)
 class Decoded:
-    """Pixels (N, size, size, 3), a file mapped into memory; their SHA-256; how images were stored, as `RGB 500x375`.
+    """Pixels (N, size, size, 3), a file mapped into memory; the hash of each image; the SHA-256 of all.
 
-    `broken` holds the reasons for unreadable images, by position. Their pixels are black, and `stored` is empty.
+    `stored` says how images were stored, as in `RGB 500x375`. `broken` holds the reasons for unreadable images, by
+    position. Their pixels are black, and their texts in `stored` are empty.
     """
 
     pixels: Bytes
+    hashes: Bytes
     sha256: str
     stored: NDArray[np.str_]
     broken: Mapping[int, str]
@@ -244,22 +253,40 @@ def _prepared(
 
 
 def _read(entry: Path) -> Decoded | None:
-    """Return the entry if it is whole: its pixels have, or had when last hashed, the checksum written with them."""
+    """Return the entry if it is whole: its pixels have the hashes written with them, or had them when last compared."""
     try:
         index = json.loads((entry / "index.json").read_text())
         stored, sha256 = np.array(index["stored"], dtype=np.str_), str(index["sha256"])
         broken = {int(at): str(why) for at, why in index["broken"].items()}
         pixels: Bytes = np.load(entry / "pixels.npy", mmap_mode="c", allow_pickle=False)
+        hashes: Bytes = np.load(entry / "hashes.npy", allow_pickle=False)
+        if not _mark(entry).exists():
+            if not np.array_equal(hashes, image_hashes(pixels)):
+                return None
+            _mark_whole(entry)
     except (OSError, ValueError, EOFError, KeyError, TypeError, AttributeError):
         return None
-    whole = len(stored) == len(pixels) and (known_hashes(pixels) is not None or sha256_of(pixels) == sha256)
-    return Decoded(pixels, sha256, stored, broken) if whole else None
+    return Decoded(pixels, hashes, sha256, stored, broken) if len(stored) == len(pixels) == len(hashes) else None
+
+
+def _mark(entry: Path) -> Path:
+    """Return the file whose existence says that the pixels, in the current state of their file, are whole."""
+    state = (entry / "pixels.npy").stat()
+    return entry / f"whole-{state.st_size}-{state.st_mtime_ns}-{state.st_ctime_ns}"
+
+
+def _mark_whole(entry: Path) -> None:
+    with suppress(OSError):  # the cache may be read-only
+        for name in ("pixels.npy", "hashes.npy"):
+            with (entry / name).open("rb") as file:
+                os.fsync(file.fileno())  # a loss of power must not leave the mark of lost pixels
+        _mark(entry).touch()
 
 
 def _write(
     entry: Path, shape: tuple[int, ...], prepared: Generator[Result], sound: Callable[[Decoded], Decoded]
 ) -> Decoded:
-    """Build an entry, never all of it in memory. The checksum reveals damage by a loss of power.
+    """Build an entry, never all of it in memory. The hashes reveal damage by a loss of power.
 
     `sound` raises an error for content that must not be kept.
     """
@@ -282,12 +309,14 @@ def _write(
                 file.write(content)
                 digest.update(content)
                 stored.append(how)
-        index = {"stored": stored, "sha256": digest.hexdigest(), "broken": broken}
-        (building / "index.json").write_text(json.dumps(index))
         # A mapped file remains usable, even after its name is gone.
         written: Bytes = np.load(building / "pixels.npy", mmap_mode="c", allow_pickle=False)
-        written.filename = entry / "pixels.npy"  # type: ignore[attr-defined]  # from now on
-        found = sound(Decoded(written, digest.hexdigest(), np.array(stored, dtype=np.str_), broken))
+        sha256, kinds = digest.hexdigest(), np.array(stored, dtype=np.str_)
+        found = sound(Decoded(written, image_hashes(written), sha256, kinds, broken))
+        np.save(building / "hashes.npy", found.hashes)
+        index = {"stored": stored, "sha256": sha256, "broken": broken}
+        (building / "index.json").write_text(json.dumps(index))
+        _mark_whole(building)
         shutil.rmtree(entry, ignore_errors=True)  # a broken one, or that of a faster process
         with suppress(OSError):  # another process was even faster
             building.rename(entry)
