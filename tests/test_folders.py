@@ -307,6 +307,13 @@ def test_classes_without_images_are_refused_unless_allowed(tmp_path: Path) -> No
     assert dataset.classes == ("ant", "bee", "cow", "dog")
     assert {name: len(split) for name, split in dataset.splits.items()} == {"train": 7, "validation": 3, "test": 8}
     assert dataset.left_out["classes that test lacks, such as cow"] == 2
+    single = write_tree(
+        tmp_path / "single", "ant", "bee", images=2
+    )  # one of each remains for training, none to validate
+    with pytest.raises(
+        InputError, match=r"'ant' has only 1 images to split for validation, but 2 are needed; add images\."
+    ):
+        load_folder(single, allow_incomplete_classes=True)
 
 
 def test_a_table_may_be_written_with_other_forms_of_unicode_and_bars(tmp_path: Path) -> None:

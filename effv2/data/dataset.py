@@ -287,19 +287,18 @@ def stratified_split(
 ) -> tuple[Positions, Positions]:
     """Split off `fraction` of each class (at least one sample). Both parts keep the given order.
 
-    InputError for a class of less than two images, unless that is allowed: such a class then remains whole.
+    InputError for a class of less than two images, unless that is allowed: such a class then remains whole. It isn't
+    allowed for all classes.
     """
+    members = [np.flatnonzero(labels == label) for label in range(len(classes))]
+    enough = [each for each in members if len(each) > 1]
+    if len(enough) < len(members) and not (allow_few and enough):
+        name, count = next((name, len(each)) for name, each in zip(classes, members, strict=True) if len(each) < 2)
+        problem = f"the class {name!r} has only {count} images to split for {stream}, but 2 are needed"
+        remedy = "add images" + ", remove the class, or give data.allow_incomplete_classes" * (not allow_few)
+        raise InputError("data.dir", "", problem, remedy)
     generator = np.random.default_rng(stream_seed(split_seed, stream))
-    held = []
-    for label, name in enumerate(classes):
-        members = np.flatnonzero(labels == label)
-        if len(members) < 2:
-            if allow_few:
-                continue
-            problem = f"the class {name!r} has only {len(members)} images to split for {stream}, but 2 are needed"
-            remedy = "add images, remove the class, or give data.allow_incomplete_classes"
-            raise InputError("data.dir", "", problem, remedy)
-        count = min(len(members) - 1, max(1, round(fraction * len(members))))
-        held.append(generator.choice(members, count, replace=False))
+    counts = [min(len(each) - 1, max(1, round(fraction * len(each)))) for each in enough]
+    held = [generator.choice(each, count, replace=False) for each, count in zip(enough, counts, strict=True)]
     second = np.sort(np.concatenate(held))
     return np.setdiff1d(np.arange(len(labels)), second), second
