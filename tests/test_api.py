@@ -21,7 +21,7 @@ from effv2.cli.main import train
 from effv2.core.errors import InputError
 from effv2.core.reporter import LineReporter
 from effv2.data.images import Square
-from effv2.tracking.writer import model_address
+from effv2.tracking.models import model_address
 from tests import stubs
 from tests.conftest import TINY_STUDY, TINY_TABLE, all_runs, invoke
 

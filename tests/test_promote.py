@@ -24,6 +24,7 @@ from effv2.core.words import percent
 from effv2.evidence import promotion
 from effv2.evidence.promotion import Decision, promote
 from effv2.tracking import registry
+from effv2.tracking.models import find_model
 from effv2.tracking.tags import OUTCOME, PROMOTING, PROMOTION
 from effv2.tracking.writer import TrackedRun
 from tests.conftest import TINY_TABLE
@@ -179,11 +180,11 @@ def test_concurrent_promotions_are_judged_one_after_the_other(
 def test_a_model_has_one_version_even_after_a_kill(log: Log, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(registry, "TURN_SECONDS", 0.1)
     address, run = log(100)
-    left = registry._register(name, registry.find_model(run)[0])  # a kill leaves this version
+    left = registry._register(name, find_model(run)[0])  # a kill leaves this version
     assert try_out(name, address).verdict == "promoted"
     assert champion(name) == int(left.version) and list(held(name)) == [1] and PROMOTING not in held(name)[1][1]
     worse, run = log(90)
-    registry._register(name, registry.find_model(run)[0])
+    registry._register(name, find_model(run)[0])
     monkeypatch.setattr(promotion, "_against_champion", better_at_first(promotion._against_champion))
     assert try_out(name, worse).verdict == "refused" and list(held(name)) == [1]
 
@@ -198,7 +199,7 @@ def test_an_existing_version_is_judged_in_its_turn(log: Log, name: str) -> None:
     client, (address, run), (better, _) = MlflowClient(), log(100), log(150)
     client.create_registered_model(name)
     client.create_model_version(name, address, run.removeprefix("runs:/"))
-    other = registry._register(name, registry.find_model(better)[0])  # it is being judged
+    other = registry._register(name, find_model(better)[0])  # it is being judged
     with ThreadPoolExecutor(1) as pool:
         waiting = pool.submit(try_out, name, address)
         time.sleep(1)

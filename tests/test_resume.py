@@ -22,7 +22,7 @@ from mlflow import MlflowClient
 from mlflow.entities import Run
 
 from effv2.cli.main import train
-from effv2.tracking.writer import model_address
+from effv2.tracking.models import model_address
 from tests.conftest import ROOT, TINY_TABLE, make_image_tree, running
 
 EVERYTHING = f"""

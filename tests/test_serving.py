@@ -36,8 +36,7 @@ from effv2.data.images import CentreCrop, LabelledImages, Preparation, Square, d
 from effv2.serving import onnx_form
 from effv2.serving.export import read_program, write_served
 from effv2.serving.image_classifier import ImageClassifier
-from effv2.tracking.models import fetch_model
-from effv2.tracking.writer import model_address
+from effv2.tracking.models import fetch_model, model_address
 from tests.conftest import TINY_TABLE, make_image_tree, running
 
 OUTPUTS = 7  # more outputs than the three classes: the rest is the column `other`

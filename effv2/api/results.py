@@ -22,9 +22,10 @@ from effv2.pretrained.own import open_logged, open_network
 from effv2.run.weights import Requested
 from effv2.serving.classifier import Classifier
 from effv2.tracking import tags
+from effv2.tracking.models import model_address
 from effv2.tracking.read import BEST_TEST, SELECTED_VALIDATION, RunRecord
 from effv2.tracking.studies import studies_of
-from effv2.tracking.writer import model_address, run_address
+from effv2.tracking.writer import run_address
 
 if TYPE_CHECKING:
     from effv2.config.options import LogModel

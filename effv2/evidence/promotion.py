@@ -14,8 +14,9 @@ from effv2.evidence.quantities import QUANTITIES
 from effv2.evidence.statistics import LEVEL, mcnemar, p_text
 from effv2.evidence.study import Rows, StudyResults
 from effv2.tracking.exports import Answers
+from effv2.tracking.models import find_model
 from effv2.tracking.read import RunRecord, read_run
-from effv2.tracking.registry import CHAMPION, find_champion, find_model, promote_version
+from effv2.tracking.registry import CHAMPION, find_champion, promote_version
 from effv2.tracking.store import open_store, tracking_faults
 from effv2.tracking.tags import OUTCOME, PROMOTION
 

@@ -23,10 +23,11 @@ from effv2.run.few_images import say_if_near_chance, with_length
 from effv2.run.initial import initialise, origin, with_weights
 from effv2.run.records import keep_weights, log_end, log_network
 from effv2.tracking import tags as tag
+from effv2.tracking.models import model_address
 from effv2.tracking.read import RunRecord, artifact_names, download, find_runs, reached_accuracy, read_run
 from effv2.tracking.run import CHECKPOINTS, PATIENCE, OpenRun, end_left_open, open_experiment, open_run
 from effv2.tracking.store import TRACKING_ERRORS, tracking_faults
-from effv2.tracking.writer import TrackedRun, check_metric_name, model_address
+from effv2.tracking.writer import TrackedRun, check_metric_name
 from effv2.training.checkpoint import Checkpointer
 from effv2.training.evaluation import EPOCH_METRICS
 from effv2.training.loop import Training

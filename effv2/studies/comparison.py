@@ -17,7 +17,8 @@ from effv2.run.run import Attempt, RunSpec
 from effv2.run.weights import OUTPUTS, parse_models
 from effv2.studies.plan import Plan, best_of, run_ids
 from effv2.studies.queue import NAME, Params, Trials
-from effv2.tracking.writer import TrackedRun, model_address
+from effv2.tracking.models import model_address
+from effv2.tracking.writer import TrackedRun
 
 LONGEST_NAME = 200  # characters
 

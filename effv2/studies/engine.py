@@ -32,10 +32,11 @@ from effv2.studies.storage import DATABASE_ERRORS, OUTAGE_SECONDS, Storage, cann
 from effv2.studies.worker import AWAY, OpenedStudy, Worker, worker_process
 from effv2.tracking import store
 from effv2.tracking.addresses import shown_uri
+from effv2.tracking.models import model_address
 from effv2.tracking.read import known_runs, read_run, read_runs
 from effv2.tracking.run import begin_run
 from effv2.tracking.tags import CODE_VERSION, COMMAND, PLANNED, QUEUE, SHOWN, STUDY, as_tags, names_in
-from effv2.tracking.writer import TrackedRun, model_address, run_address, status_after
+from effv2.tracking.writer import TrackedRun, run_address, status_after
 
 # User attributes of Optuna's study.
 DEFINITION, PARENT, FRESH, PUBLISHED = "definition", "parent_run", "fresh", "published"

@@ -35,9 +35,10 @@ from effv2.run.records import WEIGHTS, log_network, log_test, restore
 from effv2.run.run import Attempt, RunSpec, attempt, prepare, study_text
 from effv2.studies.queue import ERROR, FINAL, NAME, RUN, Params, Trials
 from effv2.studies.seeds import ACCURACY, MEASURE, Round
+from effv2.tracking.models import model_address
 from effv2.tracking.read import SELECTED_TEST, find_runs, read_runs
 from effv2.tracking.tags import BEST_RUN, CONFIG_HASH, LOOKS
-from effv2.tracking.writer import TrackedRun, model_address
+from effv2.tracking.writer import TrackedRun
 
 ABOUT = {"name", "description", "retries", "baseline", "show"}  # keys that a plan takes from a study file
 COUNTED = {"running": TrialState.RUNNING, "pruned": TrialState.PRUNED, "failed": TrialState.FAIL}

@@ -3,11 +3,12 @@
 import json
 import shutil
 import tempfile
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path, PurePosixPath
+from typing import TypeVar
 
 from mlflow.entities import Run
 from mlflow.exceptions import MlflowException
@@ -20,6 +21,7 @@ from effv2.tracking.tags import DATA_CONTEXT, PARENT, reused_in
 BEST_TEST, SELECTED_TEST, LAST_TEST = "best/test_accuracy", "selected/test_accuracy", "final/test_accuracy"
 SELECTED_VALIDATION = "selected/val_accuracy"
 OF_TRIALS = "val/accuracy"  # the metric whose epochs are read for the trials of a search
+T = TypeVar("T")
 READERS = 8  # simultaneous requests for histories: a server answers each in milliseconds, but with a delay
 
 
@@ -130,15 +132,20 @@ def _all_runs(experiment_id: str, condition: str = "") -> Iterator[Run]:
         token = page.token or None
 
 
+def if_there(read: Callable[[str], T], name: str, signs: Sequence[str] = ()) -> T | None:
+    """Return what `read` returns; None if the store has nothing of that name, by MISSING or another of `signs`."""
+    try:
+        return read(name)
+    except MlflowException as error:
+        if error.error_code not in (MISSING, *signs):
+            raise
+        return None
+
+
 def read_run(run_id: str) -> RunRecord | None:
     """Return a run without histories; None if the store has no run of that id, or the run was deleted."""
-    try:
-        run = MlflowClient().get_run(run_id)
-    except MlflowException as error:
-        if error.error_code == MISSING:
-            return None
-        raise
-    return _record(run) if run.info.lifecycle_stage == "active" else None
+    run = if_there(MlflowClient().get_run, run_id)
+    return _record(run) if run is not None and run.info.lifecycle_stage == "active" else None
 
 
 def experiment_name(experiment_id: str) -> str:

@@ -3,43 +3,21 @@
 import re
 import time
 from collections.abc import Callable, Mapping
+from functools import partial
 
 import mlflow
-from mlflow.entities import LoggedModel, LoggedModelStatus
+from mlflow.entities import LoggedModel
 from mlflow.entities.model_registry import ModelVersion
 from mlflow.exceptions import MlflowException
 
 from effv2.core.errors import InputError
 from effv2.core.processes import uninterrupted
-from effv2.tracking.store import MISSING, REFUSALS, MlflowClient
+from effv2.tracking.read import if_there
+from effv2.tracking.store import REFUSALS, MlflowClient
 from effv2.tracking.tags import PROMOTING, PROMOTION
-from effv2.tracking.writer import model_address
 
 CHAMPION = "champion"  # the alias
 TURN_SECONDS = 30.0  # seconds that a version waits for the judgement of an earlier one, whose process may have died
-
-
-def find_model(address: str) -> tuple[LoggedModel, float]:
-    """Return the model of an address, runs:/ID or models:/ID, and its MB; InputError if it is missing or incomplete."""
-    kind, _, wanted = address.partition(":/")
-    if kind not in ("runs", "models") or not re.fullmatch(r"[\w-]+", wanted):
-        raise InputError("model", address, "is not the address of a logged model", "give runs:/ID or models:/ID")
-    try:
-        found = address if kind == "models" else model_address(wanted)
-        model = MlflowClient().get_logged_model(found.removeprefix("models:/")) if found else None
-    except MlflowException as error:
-        if error.error_code != MISSING:
-            raise
-        raise InputError("model", address, "the tracking store has no model of that id", "correct it") from error
-    size = _bytes(model.model_id) if model else 0
-    if model is None or model.status != LoggedModelStatus.READY or not size:
-        raise InputError("model", address, "no model was logged there, or it is incomplete", "give another one")
-    return model, size / 1e6
-
-
-def _bytes(model_id: str, folder: str | None = None) -> int:
-    files = MlflowClient().list_logged_model_artifacts(model_id, folder)
-    return sum(_bytes(model_id, file.path) if file.is_dir else file.file_size or 0 for file in files)
 
 
 def find_champion(name: str) -> ModelVersion | None:
@@ -47,12 +25,7 @@ def find_champion(name: str) -> ModelVersion | None:
     if not re.fullmatch(r"\w[\w .-]*", name):
         problem = "may only have letters, digits, spaces and _ . -"
         raise InputError("name", name, problem, "give a name such as birds")
-    try:
-        return MlflowClient().get_model_version_by_alias(name, CHAMPION)
-    except MlflowException as error:
-        if error.error_code not in (MISSING, *REFUSALS):  # the model, and the alias
-            raise
-        return None
+    return if_there(partial(MlflowClient().get_model_version_by_alias, name), CHAMPION, REFUSALS)
 
 
 def promote_version(name: str, model: LoggedModel, judge: Callable[[], tuple[str, Mapping[str, str]] | None]) -> None:

@@ -1,4 +1,4 @@
-"""Writing to one run: params, metrics, tags, data sets, artifacts, its status, and its model, without a pickle.
+"""Writing to one run: params, metrics, tags, data sets, artifacts, its model and its status.
 
 This module also writes the views of the experiment: MLflow's UI stores a shared view in a tag, listed under `Views`.
 """
@@ -8,32 +8,27 @@ import os
 import re
 import tempfile
 import time
-import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from importlib.metadata import version
 from importlib.resources import files
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-import mlflow
-from mlflow.entities import Dataset, DatasetInput, InputTag, LoggedModel, LoggedModelStatus, Metric, Param, RunTag
+from mlflow.entities import Dataset, DatasetInput, InputTag, Metric, Param, RunTag
 from mlflow.exceptions import MlflowException
 from mlflow.store.artifact.artifact_repository_registry import get_artifact_repository
-from mlflow.tracking.context.registry import resolve_tags
 
-from effv2 import serving
 from effv2.core.errors import InputError, LeaseLost, Terminated
 from effv2.core.internals import latest_steps
-from effv2.core.provenance import git_state, machine
+from effv2.core.provenance import git_state
 from effv2.core.secrets import masked_values
 from effv2.tracking.addresses import shown_uri, ui_address
-from effv2.tracking.store import MISSING, MlflowClient
+from effv2.tracking.models import log_served_model
+from effv2.tracking.store import MlflowClient
 from effv2.tracking.tags import CONTINUES, DATA_CONTEXT, GIT_COMMIT, GIT_DIRTY, LONGEST_TAG, NOTE, WRITTEN
 
 Item = Metric | Param | RunTag | Callable[[], None]  # a value (a call takes many), or a separate call
 LatestSteps = dict[str, int]  # the last step of each metric that the run has
-ONNX = "onnx"  # the artifact in the place of a torch.export program
 TRAINING_VIEW = "workflowType=machine_learning"  # of the UI's addresses
 SHARED_VIEW, CURVES = "mlflow.sharedViewState.", "effv2-curves"
 # In the form that MLflow's UI writes when a user saves a view: answers of studies, training runs by best test accuracy,
@@ -173,72 +168,6 @@ def discard(run_id: str, name: str, but: str = "") -> None:
         if PurePosixPath(file.path).name != but:
             with suppress(MlflowException, NotImplementedError, OSError):
                 repository.delete_artifacts(file.path)  # type: ignore[no-untyped-call]
-
-
-def model_address(run_id: str) -> str:
-    """Return the address of the model of a run; empty if there is none, or an incomplete one."""
-    ready = [model for model in _models(run_id) if model.status == LoggedModelStatus.READY]
-    return f"models:/{ready[-1].model_id}" if ready else ""
-
-
-def _models(run_id: str) -> list[LoggedModel]:
-    """Return the models of a run, without deleted ones."""
-    client, found = MlflowClient(), []
-    outputs = client.get_run(run_id).outputs
-    for each in outputs.model_outputs if outputs else []:
-        try:
-            found.append(client.get_logged_model(each.model_id))
-        except MlflowException as error:
-            if error.error_code != MISSING:
-                raise
-    return found
-
-
-def log_served_model(run_id: str, files: Mapping[str, Path], example: str) -> None:
-    """Log the served model, image in, class names and probabilities out, unless the run has it.
-
-    `files` and `example` are those of as_served. A model that an earlier attempt left incomplete is completed.
-    """
-    from mlflow.models import Model
-
-    there = _models(run_id)
-    if any(model.status == LoggedModelStatus.READY for model in there):
-        return
-    client, new = MlflowClient(), None
-    if not there:
-        run = client.get_run(run_id)
-        about = masked_values(resolve_tags()), masked_values(run.data.params)
-        new = client.create_logged_model(run.info.experiment_id, "model", run_id, *about)
-        for twin in client.search_logged_models([run.info.experiment_id], f"source_run_id = '{run_id}'"):
-            if twin.model_id != new.model_id:  # created before an answer was lost, or before a kill
-                client.delete_logged_model(twin.model_id)
-    with as_served(files, example) as about_it:
-        Model.log(
-            artifact_path=None,
-            flavor=mlflow.pyfunc,
-            model_id=(new or there[-1]).model_id,
-            run_id=run_id if new else None,  # links run and model; a second link is refused
-            **about_it,
-        )
-
-
-@contextmanager
-def as_served(files: Mapping[str, Path], example: str) -> Iterator[dict[str, Any]]:
-    """Pass the parts of the served model to MLflow under the names of its arguments, and hide its remarks.
-
-    `files` are the artifacts that the serving file names, and `example` is a base64 image. The requirements are given,
-    because inferring them takes seconds. mlflow-skinny does not include pandas, though serving needs it.
-    """
-    needed = [f"mlflow=={mlflow.__version__}", f"torch=={machine()['torch'].partition('+')[0]}"]
-    if ONNX in files:
-        needed = [f"mlflow-skinny=={mlflow.__version__}", "pandas>=2", f"onnxruntime=={version('onnxruntime')}"]
-    with warnings.catch_warnings(record=True):  # MLflow warns about inputs of any type, which are intended
-        yield {
-            "python_model": str(Path(serving.__file__).with_name("image_classifier.py")),
-            "artifacts": {name: str(path) for name, path in files.items()},
-            "input_example": ([example], {"top_k": 0}),
-            "pip_requirements": [*needed, "numpy>=2.0", "pillow>=11"],
-        }
 
 
 def show_in_ui(experiment_id: str, run_id: str, page: str) -> str:
