@@ -82,7 +82,7 @@ DECIDING: dict[str, dict[str, tuple[str, ...]]] = {
 EXEMPT = {
     "data/folders.py",
     "data/labels.py",
-    "data/part_names.py",
+    "data/folder_names.py",
     "data/sources.py",
     "data/torchvision_sets.py",
     "data/inspection.py",

@@ -18,25 +18,9 @@ from typing import TYPE_CHECKING
 
 from effv2.config.schema import DataConfig
 from effv2.core.errors import InputError, joined
+from effv2.data import folder_names
+from effv2.data.folder_names import TEST, TRAIN, UNLABELLED, VALIDATION, is_filler, part_of, printable
 from effv2.data.labels import read_labels
-from effv2.data.part_names import (
-    COPY,
-    FILLER,
-    NO_CLASSES,
-    TEST,
-    TRAIN,
-    UNLABELLED,
-    VALIDATION,
-    VERSIONS,
-    are_pieces,
-    hold_masks,
-    is_filler,
-    masks_among,
-    part_of,
-    parts_among,
-    printable,
-    spelling,
-)
 
 if TYPE_CHECKING:
     from effv2.data.images import LabelledImages
@@ -139,7 +123,7 @@ def _find_parts(root: Path, labelled: bool, left_out: Counter[str]) -> dict[str,
     """
     place = _unwrapped(root, is_part=False)
     names = _folders(place)
-    parts = parts_among(names)
+    parts = folder_names.parts_among(names)
     inside = {name: _unwrapped(place / name, is_part=True) for named in parts.values() for name in named}
     flat = [name for name, folder in inside.items() if not _folders(folder)]
     nested = [name for name in inside if name not in flat]
@@ -182,7 +166,7 @@ def _unwrapped(folder: Path, is_part: bool) -> Path:
     """Return the folder in which the set, or the part, begins: the inner one while a folder holds just one folder."""
     while len(names := _folders(folder)) == 1 and not any(_files_in(folder, Counter())):
         inner, of_part = folder / names[0], part_of(names[0]) is not None
-        if (of_part and not is_part) or not (_folders(inner) or of_part or re.fullmatch(FILLER, names[0].casefold())):
+        if (of_part and not is_part) or not (_folders(inner) or of_part or is_filler(names[0])):
             break
         folder = inner
     return folder
@@ -198,7 +182,7 @@ def _folders(place: Path, left_out: Counter[str] | None = None) -> list[str]:
     for path in (place / name for name in found):
         if path.name[0] != "." and path.is_symlink() and path.parent.resolve().is_relative_to(path.resolve()):
             raise OSError(errno.ELOOP, os.strerror(errno.ELOOP), str(path))
-    others = [name for name in found if name[0] in ".@#$~" or name.casefold() in NO_CLASSES]  # @eaDir, $RECYCLE.BIN
+    others = list(filter(folder_names.is_no_class, found))
     if left_out is not None:
         _count_images(place, others, left_out)
     return [name for name in found if name not in others]
@@ -231,7 +215,7 @@ def _classes(folder: Path, what: str, named: bool, left_out: Counter[str]) -> Cl
     found: Classes = {}
     for name in names:
         files = list(_files(folder / name, left_out))
-        masks = masks_among(files)
+        masks = folder_names.masks_among(files)
         left_out["masks of images"] += len(masks)
         found.setdefault(unicodedata.normalize("NFC", printable(name)), []).extend({*files} - masks)
     return found
@@ -240,7 +224,7 @@ def _classes(folder: Path, what: str, named: bool, left_out: Counter[str]) -> Cl
 def _refuse_versions(folder: Path, names: list[str]) -> None:
     """Raise InputError if folders are, or contain, parts or versions of one set instead of classes."""
     inner = {name: set(_folders(_unwrapped(folder / name, is_part=False))) for name in names}
-    for name, inside in () if are_pieces(names) else inner.items():
+    for name, inside in () if folder_names.are_pieces(names) else inner.items():
         parts = any((part := part_of(each)) and part[0] != UNLABELLED and not part[1] for each in inside)
         if parts and all(inner.values()) and len({frozenset(each) for each in inner.values()}) == 1:
             problem = f"each class in it holds parts ({', '.join(sorted(inside))})"
@@ -250,7 +234,7 @@ def _refuse_versions(folder: Path, names: list[str]) -> None:
             problem = f"{name} in it is a data set of its own, not a class"
             raise InputError("data.dir", folder, problem, f"give the path of one set, or {ALL_CLASSES}")
     several = {name: inside for name, inside in inner.items() if len(inside) > 1}
-    if name := next((name for name, inside in several.items() if hold_masks([*inside])), ""):
+    if name := next((name for name, inside in several.items() if folder_names.hold_masks([*inside])), ""):
         problem = f"{name} in it holds images and their masks ({', '.join(sorted(inner[name]))})"
         raise InputError("data.dir", folder, problem, "move the masks to another place")
     for name, inside in several.items():
@@ -260,7 +244,7 @@ def _refuse_versions(folder: Path, names: list[str]) -> None:
             problem = f"{joined(alike)} hold the same folders ({shared}), like versions or parts of one set"
             break
     else:
-        if not (all(name.casefold() in VERSIONS for name in names) or are_pieces(names) or hold_masks(names)):
+        if not folder_names.are_versions(names):
             return
         problem = f"{joined(names)} are versions or pieces of one set by their names, not classes"
     remedy = f"give one of them, {OTHERWISE}, or {ALL_CLASSES}"
@@ -326,9 +310,7 @@ def _checked_classes(
             problem = f"the class folder {folder} holds no images{but}"
             raise InputError("data.dir", root, problem, f"fill or remove it, {or_allow}")
     classes = sorted({name for found in parts.values() for name, files in found.items() if files})
-    spelt = {spelling(name): name for name in classes}
-    pairs = [(name, spelt.get(COPY.sub("", spelling(name))) or spelt[spelling(name)]) for name in classes]
-    if twins := next((pair for pair in pairs if len(set(pair)) > 1 and max(map(len, pair)) > 1), ()):
+    if twins := folder_names.twins(classes):
         problem = f"the classes {' and '.join(map(repr, twins))} look like two spellings of one name"
         raise InputError("data.dir", root, problem, "write them in the same way, or rename one")
     for part, found in parts.items():

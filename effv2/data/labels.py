@@ -12,7 +12,7 @@ from pathlib import Path, PurePosixPath
 
 from effv2.core.errors import InputError
 from effv2.core.paths import read_text
-from effv2.data.part_names import UNLABELLED, part_of, printable
+from effv2.data.folder_names import UNLABELLED, part_of, printable
 
 # Names of the columns, without case, spaces and dashes. The most certain names are first.
 FILE_COLUMNS = (

@@ -1,4 +1,4 @@
-"""The meaning of folders by their names: parts of a set, pieces or versions of one, or no classes at all."""
+"""The meaning of folders by their names: parts of a set, pieces or versions of one, classes, or no classes at all."""
 
 import os
 import re
@@ -63,6 +63,11 @@ def are_pieces(names: list[str]) -> bool:
     return all(stem and re.fullmatch(PIECES, _words(stem[1])[-1]) for stem in stems)
 
 
+def are_versions(names: list[str]) -> bool:
+    """Say whether folders are versions or pieces of one set by name: original and resized, or fold1 and fold2."""
+    return all(name.casefold() in VERSIONS for name in names) or are_pieces(names) or hold_masks(names)
+
+
 def hold_masks(names: list[str]) -> bool:
     """Say whether folders are images and their annotations, such as image and mask, or train and train_masks."""
     words = [_words(name) for name in names]
@@ -75,13 +80,25 @@ def is_filler(name: str) -> bool:
     return bool(words := _words(name)) and all(re.fullmatch(FILLER, word) for word in words)
 
 
+def is_no_class(name: str) -> bool:
+    """Say whether a folder is hidden, or of another program, such as @eaDir and $RECYCLE.BIN."""
+    return name[0] in ".@#$~" or name.casefold() in NO_CLASSES
+
+
 def masks_among(files: Sequence[Path]) -> set[Path]:
     """Return the files that are masks of others by their names, such as a_mask.png, or a_mask_1.png, of a.png."""
     stems = {path.stem.casefold() for path in files}
     return {path for path in files if (of := re.fullmatch(MASK_OF, path.stem.casefold())) and of[1] in stems}
 
 
-def spelling(name: str) -> str:
+def twins(classes: Sequence[str]) -> tuple[str, ...]:
+    """Return the first two classes whose names look like spellings of one, or a copy and its original; if any."""
+    spelt = {_spelling(name): name for name in classes}
+    pairs = [(name, spelt.get(COPY.sub("", _spelling(name))) or spelt[_spelling(name)]) for name in classes]
+    return next((pair for pair in pairs if len(set(pair)) > 1 and max(map(len, pair)) > 1), ())
+
+
+def _spelling(name: str) -> str:
     """Return a name without what two spellings of one name differ in: capitals, spaces, dashes, zeros, a word copy."""
     plain = re.sub(r"(?<=[^\W_])[\s_-](?=[^\W_])", " ", unicodedata.normalize("NFKC", name).casefold()).strip()
     plain = re.sub(r"(?<=\w)\W+(?:copy|[kc]opi[ae])\b\W*\d*\W*$", "", plain)
