@@ -19,7 +19,7 @@ from effv2.cli.main import ablate, report, train
 from effv2.core.errors import InputError
 from effv2.evidence.claims import read_claims
 from effv2.evidence.exports import Evidence, export, exported
-from effv2.tracking.exports import Answers, answers_of
+from effv2.tracking.exports import Answers, Manifest, answers_of, read_export, write_export
 from effv2.tracking.read import Images, RunRecord, read_experiment
 from effv2.tracking.tags import ANSWER, REUSED, reused, reused_in
 from tests.conftest import all_runs, invoke
@@ -248,6 +248,15 @@ def test_no_name_is_a_formula_in_a_csv_and_all_are_read_back(tmp_path: Path) -> 
     assert list(read.runs) == [NAMED]
     assert read.right(NAMED) == {"=1.png": True, "'2.png": False}
     assert read.predictions(NAMED)["predictions.csv"] == read.predictions(NAMED)["unseen/predictions.csv"]
+
+
+def test_an_export_names_no_place_of_files(tmp_path: Path) -> None:
+    place = {f"data.{name}": "/home/ann/x" for name in ("dir", "train_dir", "test_dir", "labels")}
+    params = {**place, "weights.file": "/home/ann/x", "model.weights": "/home/ann/x.pt"}
+    run = RunRecord("r1", "one", "FINISHED", params, {}, {"effv2.queue": "ann"})
+    write_export(tmp_path, Manifest(experiment="e", ui=""), [run], {}, {})
+    assert not [path for path in tmp_path.iterdir() if "ann" in path.read_text()]
+    assert [run.params for run in read_export(tmp_path).runs] == [{"model.weights": "x.pt"}]
 
 
 def test_predictions_with_other_columns_are_read_and_damaged_ones_are_not() -> None:

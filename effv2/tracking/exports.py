@@ -37,7 +37,8 @@ TABLES = {  # tables of an export: their titles after `run_id`; those of epochs.
 }
 ANSWERS = ["id", "true", "predicted", "probability"]  # titles of the predictions of a run
 SHARED = re.compile(r"(.*predictions)-[0-9a-f]{12}(\.csv)")  # tables with predictions of several runs
-PRIVATE = {"data.dir", "weights.file", PID, PROCESS, QUEUE}  # paths of the user's files, and the user's name
+PRIVATE = {"data.dir", "data.train_dir", "data.test_dir", "data.labels", "weights.file"}  # paths of the user's files
+PRIVATE |= {PID, PROCESS, QUEUE}  # with the user's name
 
 
 class Manifest(BaseModel):
