@@ -24,8 +24,7 @@ from effv2.data.sources import open_source
 
 Positions = NDArray[np.int64]
 LoadData = Callable[[DataConfig], "Dataset"]
-# From positions in a part of a source to its images, and to which of these were stored as RGB and which could be read.
-Decode = Callable[[LabelledImages, Positions], "tuple[Split, NDArray[np.bool_], NDArray[np.bool_]]"]
+Decode = Callable[[LabelledImages, Positions], "tuple[Split, Decoded]"]  # of positions in a part of a source
 
 
 def to_device(tensor: Tensor, device: torch.device) -> Tensor:
@@ -171,12 +170,10 @@ def load_dataset(config: DataConfig, on_decoded: OnDecoded | None = None) -> Dat
     """Find, sample, decode and split the images; InputError for any problem with the folder."""
     source, broken = open_source(config), dict[str, str]()
 
-    def decoded(part: LabelledImages, positions: Positions) -> tuple[Split, NDArray[np.bool_], NDArray[np.bool_]]:
+    def decoded(part: LabelledImages, positions: Positions) -> tuple[Split, Decoded]:
         split, found = decoded_split(part.take(positions), config, on_decoded)
-        sound = np.ones(len(split), bool)
-        sound[list(found.broken)] = False
         broken.update((split.ids[at], why) for at, why in found.broken.items())
-        return split, found.rgb, sound
+        return split, found
 
     load = _load_published if config.sampling == "published" else _load_standard
     splits = load(config, source, decoded)
@@ -230,9 +227,9 @@ def _load_standard(config: DataConfig, source: Source, decoded: Decode) -> dict[
     for part in {id(part): part for part, _ in chosen.values()}.values():
         positions = {name: at for name, (of, at) in chosen.items() if of is part}
         needed = np.unique(np.concatenate(list(positions.values())))
-        whole, _, sound = decoded(part, needed)
+        whole, found = decoded(part, needed)
         rows = {name: np.searchsorted(needed, at) for name, at in positions.items()}
-        splits |= {name: whole.take(at[sound[at]]) for name, at in rows.items()}
+        splits |= {name: whole.take(at[found.sound[at]]) for name, at in rows.items()}
     return splits
 
 
@@ -246,8 +243,9 @@ def _load_published(config: DataConfig, source: Source, decoded: Decode) -> dict
 
     def halves(part: LabelledImages) -> list[Split]:
         positions = sample_per_class(part.labels, config.per_class, source.classes, None)
-        whole, rgb, sound = decoded(part, positions)
-        left = np.flatnonzero(sound if source.published_split_first else rgb)
+        whole, found = decoded(part, positions)
+        rgb = found.rgb
+        left = np.flatnonzero(found.sound if source.published_split_first else rgb)
         sizes = {"test_size": config.test_fraction, "random_state": config.split_seed}
         parts = train_test_split(left, **sizes) if len(left) > 1 else (left, left)
         train, test = (at[rgb[at]] for at in parts)

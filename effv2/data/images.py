@@ -164,6 +164,11 @@ class Decoded:
     broken: Mapping[int, str]
 
     @property
+    def sound(self) -> NDArray[np.bool_]:
+        """Return which of the images could be read."""
+        return np.not_equal(self.stored, "")
+
+    @property
     def rgb(self) -> NDArray[np.bool_]:
         """Return which of the images were stored as RGB."""
         return np.strings.startswith(self.stored, "RGB ")

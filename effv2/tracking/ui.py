@@ -38,11 +38,15 @@ def comparison(experiment: str) -> str:
 
 def open_ui(experiment: str, port: int, say: Callable[[str], None], browse: bool) -> None:
     """Print the address of the comparison and, with `browse`, open it. Without a server, serve it until Ctrl-C."""
-    page, server = comparison(experiment), ui_address()
-    if server:
+    page = comparison(experiment)
+
+    def show(server: str) -> None:
         say(f"{server}/{page}")
         if browse:
             webbrowser.open(f"{server}/{page}")
+
+    if server := ui_address():
+        show(server)
         return
     with socket.socket() as probe:
         if probe.connect_ex(("127.0.0.1", port)) == 0:
@@ -56,9 +60,7 @@ def open_ui(experiment: str, port: int, say: Callable[[str], None], browse: bool
         )
         try:
             if started := _answers(f"http://127.0.0.1:{port}/health", process):
-                say(f"http://127.0.0.1:{port}/{page}")
-                if browse:
-                    webbrowser.open(f"http://127.0.0.1:{port}/{page}")
+                show(f"http://127.0.0.1:{port}")
                 process.wait()
             log.seek(0)
             *_, last = log.read().decode(errors="replace").splitlines() or [""]
