@@ -140,6 +140,7 @@ def own_source(**changes: Any) -> Source:
         (lambda: own_source(ids=()), "4 images, 4 labels, 0 ids"),
         (lambda: own_source(items=np.zeros(0, np.uint8), labels=np.arange(0), ids=()), "0 images"),
         (lambda: own_source(items=np.zeros((4, 8, 8))), "paths or bytes"),
+        (lambda: own_source(items=np.zeros((4, 8, 8, 1), np.uint8)), r"paths or bytes .*, or \(N, height, width, 3\)"),
     ],
 )
 def test_a_faulty_data_set_of_the_user_is_named(

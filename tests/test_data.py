@@ -77,9 +77,17 @@ def test_published_rule_by_hand(tmp_path: Path, name: Any) -> None:
     assert dataset.validation is None
 
 
-def test_published_sampling_without_rgb_images_is_explained(tmp_path: Path) -> None:
-    values = {"dataset": "folder", "dir": str(tmp_path / "set"), "sampling": "published", "validation_fraction": 0}
-    for path in make_image_tree(tmp_path / "set").rglob("*.*"):
+def test_published_sampling_of_too_few_images_is_explained(tmp_path: Path) -> None:
+    values: dict[str, Any] = {"dataset": "folder", "dir": str(tmp_path / "set"), "sampling": "published"}
+    values |= {"validation_fraction": 0, "image_size": 8}
+    images = list(make_image_tree(tmp_path / "set").rglob("*.*"))
+    with pytest.raises(InputError, match=r"only 6 RGB images are left to split"):  # all of them would be for testing
+        load_dataset(DataConfig.model_validate(values | {"test_fraction": 0.95}))
+    images[0].unlink()
+    with pytest.raises(InputError, match=r"has only 5 images; lower data.per_class"):
+        load_dataset(DataConfig.model_validate(values | {"per_class": 6}))
+    assert load_dataset(DataConfig.model_validate(values | {"per_class": 6, "allow_incomplete_classes": True}))
+    for path in images[1:]:
         with Image.open(path) as image:
             grey = image.convert("L")
         grey.save(path)

@@ -242,13 +242,16 @@ def _load_published(config: DataConfig, source: Source, decoded: Decode) -> dict
         raise InputError("data.validation_fraction", config.validation_fraction, problem, "set it to 0")
 
     def halves(part: LabelledImages) -> list[Split]:
-        positions = sample_per_class(part.labels, config.per_class, source.classes, None)
+        few = config.allow_incomplete_classes
+        positions = sample_per_class(part.labels, config.per_class, source.classes, None, few)
         whole, found = decoded(part, positions)
         rgb = found.rgb
         left = np.flatnonzero(found.sound if source.published_split_first else rgb)
         sizes = {"test_size": config.test_fraction, "random_state": config.split_seed}
-        parts = train_test_split(left, **sizes) if len(left) > 1 else (left, left)
-        train, test = (at[rgb[at]] for at in parts)
+        try:
+            train, test = (at[rgb[at]] for at in train_test_split(left, **sizes))
+        except ValueError:  # one of the two would be empty
+            train = test = left[:0]
         if len(train) < 2 or not len(test):
             problem = f"only {rgb.sum()} RGB images are left to split, and published sampling drops all others"
             raise InputError("data.sampling", "published", problem, "choose another data set or sampling")

@@ -56,8 +56,9 @@ def _check(source: Source) -> None:
             continue
         if not len(part.items) == len(part.labels) == len(part.ids) > 0:
             raise ValueError(f"it returned {len(part.items)} images, {len(part.labels)} labels, {len(part.ids)} ids")
-        if part.items.dtype not in ("object", "uint8"):
-            raise ValueError("images must be paths or bytes (uint8)")
+        shaped = part.items.ndim == 3 or (part.items.ndim == 4 and part.items.shape[3] == 3)
+        if part.items.dtype != "object" and not (part.items.dtype == "uint8" and shaped):
+            raise ValueError("images must be paths or bytes (uint8): (N, height, width), or (N, height, width, 3)")
         if part.labels.dtype != "int64" or not 0 <= part.labels.min() <= part.labels.max() < count:
             raise ValueError(f"labels must be whole numbers (int64) from 0 to {count - 1}")
 
