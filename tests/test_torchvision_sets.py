@@ -106,11 +106,12 @@ def test_a_set_is_read_by_its_name(
     data = load(validation_fraction=0)
     parts = SETS[name]
     assert len(data.train) + len(data.test) == (COUNT if name in ("oxford_pets", "eurosat") else 2 * COUNT)
-    assert (load().validation is not None) and (parts.validation is None or len(load().train) == COUNT)
+    assert (load().validation is not None) and ("validation" not in parts.arguments or len(load().train) == COUNT)
     # Compare with the image and label that torchvision's class gives at this position.
     kind = getattr(datasets, parts.name)
-    image, label = kind(tmp_path, **parts.train)[0]
-    assert data.classes[data.train.labels[0]] == kind(tmp_path, **parts.train).classes[label]
+    found = kind(tmp_path, **parts.arguments["train"])
+    image, label = found[0]
+    assert data.classes[data.train.labels[0]] == found.classes[label]
     wanted = np.asarray(image.convert("RGB").resize((8, 8), Image.Resampling.BILINEAR))
     assert name == "eurosat" or np.array_equal(data.train.images(torch.tensor([0]))[0].permute(1, 2, 0), wanted)
 

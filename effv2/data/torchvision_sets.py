@@ -6,7 +6,6 @@ Their own train, validation and test parts are used. A new one is a line of SETS
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -25,31 +24,30 @@ PUBLISHED_IMAGES = 20_000  # images of MNIST's training part in the post's proto
 
 
 class Parts(NamedTuple):
-    """A class of torchvision, with the arguments for its parts. Without a test part, one is split off."""
+    """A class of torchvision, with its arguments for each part. Without a test part, one is split off."""
 
     name: str
-    train: Mapping[str, Any]
-    test: Mapping[str, Any] | None = None
-    validation: Mapping[str, Any] | None = None
+    arguments: Mapping[str, Mapping[str, Any]]
 
 
-FLAG = {"train": True}, {"train": False}
-SPLIT = {"split": "train"}, {"split": "test"}
+FLAG = {"train": {"train": True}, "test": {"train": False}}
+SPLIT = {"train": {"split": "train"}, "test": {"split": "test"}}
+VALIDATION = {"validation": {"split": "val"}}
 SETS = {
-    "mnist": Parts("MNIST", *FLAG),
-    "fashion_mnist": Parts("FashionMNIST", *FLAG),
-    "kmnist": Parts("KMNIST", *FLAG),
-    "cifar10": Parts("CIFAR10", *FLAG),
-    "cifar100": Parts("CIFAR100", *FLAG),
-    "svhn": Parts("SVHN", *SPLIT),
-    "stl10": Parts("STL10", *SPLIT),
-    "food101": Parts("Food101", *SPLIT),
-    "stanford_cars": Parts("StanfordCars", *SPLIT),
-    "oxford_pets": Parts("OxfordIIITPet", {"split": "trainval"}, {"split": "test"}),
-    "flowers102": Parts("Flowers102", *SPLIT, {"split": "val"}),
-    "dtd": Parts("DTD", *SPLIT, {"split": "val"}),
-    "fgvc_aircraft": Parts("FGVCAircraft", *SPLIT, {"split": "val"}),
-    "eurosat": Parts("EuroSAT", {}),
+    "mnist": Parts("MNIST", FLAG),
+    "fashion_mnist": Parts("FashionMNIST", FLAG),
+    "kmnist": Parts("KMNIST", FLAG),
+    "cifar10": Parts("CIFAR10", FLAG),
+    "cifar100": Parts("CIFAR100", FLAG),
+    "svhn": Parts("SVHN", SPLIT),
+    "stl10": Parts("STL10", SPLIT),
+    "food101": Parts("Food101", SPLIT),
+    "stanford_cars": Parts("StanfordCars", SPLIT),
+    "oxford_pets": Parts("OxfordIIITPet", {"train": {"split": "trainval"}, "test": {"split": "test"}}),
+    "flowers102": Parts("Flowers102", SPLIT | VALIDATION),
+    "dtd": Parts("DTD", SPLIT | VALIDATION),
+    "fgvc_aircraft": Parts("FGVCAircraft", SPLIT | VALIDATION),
+    "eurosat": Parts("EuroSAT", {"train": {}}),
 }
 
 
@@ -61,28 +59,18 @@ def _read(name: str, config: DataConfig) -> Source:
     import torchvision
 
     kind = getattr(torchvision.datasets, parts.name)
-
-    def part(label: str, arguments: Mapping[str, Any] | None) -> tuple[Any, LabelledImages | None]:
-        if arguments is None:
-            return None, None
-        try:
-            loads = {"loader": str} if "loader" in kind.__init__.__annotations__ else {}  # paths in place of images
-            found = kind(root, download=config.download, **arguments, **loads)
-            return found, _images(found, root, label)
-        except (RuntimeError, OSError, ValueError, AssertionError, KeyError, EOFError) as error:
-            problem = f"{parts.name} can't be read there ({str(error).strip() or type(error).__name__})"
-            remedy = f"give the folder with the files that torchvision.datasets.{parts.name} needs, or data.download"
-            raise InputError("data.dir", config.dir, problem, remedy) from error
-
-    found, train = part("train", parts.train)
-    assert train is not None  # noqa: S101 (it has arguments)
-    _, validation = part("validation", parts.validation)
-    _, test = part("test", parts.test)
-    classes = tuple(map(str, getattr(found, "classes", NUMERALS)))
-    source = Source(str(root), NUMERALS if name == "mnist" else classes, train, validation, test)
-    if name == "mnist" and test is not None:
-        source = replace(source, published=(train.take(range(len(train))[:PUBLISHED_IMAGES]), test))
-    return source
+    how = {"loader": str} if "loader" in kind.__init__.__annotations__ else {}  # paths in place of images
+    try:
+        found = {part: kind(root, download=config.download, **how, **own) for part, own in parts.arguments.items()}
+        images: dict[str, Any] = {part: _images(each, root, part) for part, each in found.items()}
+    except (RuntimeError, OSError, ValueError, AssertionError, KeyError, EOFError) as error:
+        problem = f"{parts.name} can't be read there ({str(error).strip() or type(error).__name__})"
+        remedy = f"give the folder with the files that torchvision.datasets.{parts.name} needs, or data.download"
+        raise InputError("data.dir", config.dir, problem, remedy) from error
+    if name == "mnist":
+        published = images["train"].take(range(len(images["train"]))[:PUBLISHED_IMAGES]), images["test"]
+        return Source(str(root), NUMERALS, **images, published=published)
+    return Source(str(root), tuple(map(str, getattr(found["train"], "classes", NUMERALS))), **images)
 
 
 for _name in SETS:
