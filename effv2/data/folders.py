@@ -141,7 +141,7 @@ def _find_parts(root: Path, labelled: bool, left_out: Counter[str]) -> dict[str,
             raise refusal(
                 problem, "give a CSV of labels as data.labels, or data.train_dir . if all folders are classes"
             )
-    if not train or not (labelled or set(nested).intersection(train)):
+    if not train:
         return {TRAIN: place}
     used = {part: named for part, named in parts.items() if part != UNLABELLED}
     for part, twice in used.items():
