@@ -37,8 +37,8 @@ class Split:
     """The samples of one split: rows of an array of decoded images.
 
     `pixels` is uint8 (M, H, W, 3). It may be a file mapped into memory, and several splits may share it. Sample i is
-    pixels[rows[i]] with labels[i] (int64) and ids[i]. `hashes` of all pixels, and `stored`, which says how
-    their images were stored, are those of images.Decoded, if known.
+    pixels[rows[i]] with labels[i] (int64) and ids[i]. `hashes` and `stored` are about all pixels, as in
+    images.Decoded, if known.
     """
 
     pixels: Tensor
