@@ -66,6 +66,7 @@ def test_a_study_comes_back_with_verdicts_runs_figures_and_models(
     means = runs.groupby("arm")["selected/test_accuracy"].mean()
     assert means["other"] - means["default"] == pytest.approx(verdict["difference"])
     assert isinstance(found.figure(), Figure) and found.figure("train accuracy") is found.figures["train accuracy"]
+    assert found.figure()._repr_png_().startswith(b"\x89PNG")  # type: ignore[attr-defined]  # in a notebook
     with pytest.raises(effv2.InputError, match="did you mean 'train accuracy'"):
         found.figure("train acuracy")
 
@@ -97,6 +98,10 @@ def test_a_model_answers_as_its_training_measured(sqlite_store: str, tmp_path: P
     assert [label for label, _ in model.predict(pixels)] == [each["label"] for each in answers]
     assert [p for _, p in model.predict(pixels)] == pytest.approx([each["probability"] for each in answers], abs=1e-5)
     assert model.predict(image) == model.predict(str(image)) == model.predict(pixels[0]) == model.predict([image])
+    grey = pixels[0][..., 0]
+    assert model.predict(grey) == model.predict([grey]) and len(model.predict(grey)) == 1
+    with pytest.raises(effv2.InputError, match="an array of float64.* is no image; give bytes"):
+        model.predict(grey / 255)
     with pytest.raises(FileNotFoundError, match=r"gone\.png"):
         model.predict("gone.png")
     with pytest.raises(MlflowException, match="it is not base64 or a Path"):

@@ -37,6 +37,15 @@ AS_PART = {
 }
 
 
+class Drawing(Figure):
+    """A figure that notebooks show, whether or not they use pyplot."""
+
+    def _repr_png_(self) -> bytes:
+        file = io.BytesIO()
+        self.savefig(file, format="png")
+        return file.getvalue()
+
+
 def plain(text: str) -> str:
     """Escape a text, so that matplotlib does not read it as mathematics."""
     return text.replace("$", r"\$")
@@ -58,7 +67,7 @@ def accuracy_curves(
 
     `published` curves of some of the names are dotted behind them, for as many epochs as ours have.
     """
-    figure = Figure(figsize=SIZE, layout="constrained")
+    figure = Drawing(figsize=SIZE, layout="constrained")
     axes = figure.add_subplot(title=plain(title), xlabel=over, ylabel="accuracy", ylim=(0, 1))
     for index, ((name, runs), colour) in enumerate(zip(curves.items(), cycle(PALETTE), strict=False)):
         epochs = sorted(set.intersection(*(set(run) for run in runs)))
@@ -83,7 +92,7 @@ def forest(
     differences: Mapping[str, tuple[float, float, float, bool]], title: str, unit: str, margin: float = 0.0
 ) -> Figure:
     """Draw (mean, low, high) of differences by name (NaN: none), filled if decided, and a band of `margin` around 0."""
-    figure = Figure(figsize=(SIZE[0], 1.2 + 0.34 * len(differences)), layout="constrained")
+    figure = Drawing(figsize=(SIZE[0], 1.2 + 0.34 * len(differences)), layout="constrained")
     axes = figure.add_subplot(title=plain(title), xlabel=plain(unit))
     if margin:
         axes.axvspan(-margin, margin, color="#b0b0b0", alpha=0.4, linewidth=0)
@@ -100,7 +109,7 @@ def forest(
 
 def bars(values: Mapping[str, Sequence[float]], title: str, unit: str) -> Figure:
     """Draw means as bars, and ranges as lines across the ends of the bars."""
-    figure = Figure(figsize=(SIZE[0], 1.2 + 0.34 * len(values)), layout="constrained")
+    figure = Drawing(figsize=(SIZE[0], 1.2 + 0.34 * len(values)), layout="constrained")
     axes = figure.add_subplot(title=plain(title), xlabel=unit)
     means, low, high = np.array([(np.mean(each), min(each), max(each)) for each in values.values()]).T
     reach = np.maximum(0, [means - low, high - means])  # the mean is rounded
@@ -128,7 +137,7 @@ def accuracy_against_cost(
     accuracies: Mapping[str, tuple[float, float, float]], costs: Mapping[str, tuple[float | None, float]], title: str
 ) -> Figure:
     """Draw accuracies (share, low, high) against GFLOPs and, if known, against measured time in ms per image."""
-    figure = Figure(figsize=(9, 4.2), layout="constrained")
+    figure = Drawing(figsize=(9, 4.2), layout="constrained")
     panels = figure.subplots(1, 2, sharey=True)
     styles = ({"fmt": marker, "color": colour, "capsize": 3} for marker in cycle(MARKERS) for colour in PALETTE)
     for (label, (share, low, high)), style in zip(accuracies.items(), styles, strict=False):

@@ -10,11 +10,13 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
+from effv2.core.errors import InputError
 from effv2.data.batches import Statistics
 from effv2.data.decoder import open_image
 from effv2.data.images import Preparation
 
-Picture = str | PathLike[str] | Image.Image | np.ndarray[Any, Any]  # a path, an image, bytes (height, width, 3)
+# A path, an image, or bytes (height, width) or (height, width, 3).
+Picture = str | PathLike[str] | Image.Image | np.ndarray[Any, Any]
 
 
 class Classifier(nn.Module):
@@ -36,8 +38,11 @@ class Classifier(nn.Module):
         self.eval()
 
     def preprocess(self, images: Picture | Iterable[Picture]) -> Tensor:
-        """Return images, or one, as bytes (N, 3, size, size): decoded, upright, in RGB, resized."""
-        if isinstance(images, str | PathLike | Image.Image) or getattr(images, "ndim", 0) == self.mean.ndim:
+        """Return images, or one, as bytes (N, 3, size, size): decoded, upright, in RGB, resized.
+
+        InputError for an array that is no image.
+        """
+        if isinstance(images, str | PathLike | Image.Image) or getattr(images, "ndim", 0) in (2, 3):
             images = [cast(Picture, images)]
         pixels = np.stack([self.preparation(_opened(image)) for image in images])
         return torch.from_numpy(pixels).permute(0, 3, 1, 2)
@@ -57,5 +62,9 @@ class Classifier(nn.Module):
 
 def _opened(image: Picture) -> Image.Image:
     if isinstance(image, np.ndarray):
+        if image.dtype != np.uint8 or image.ndim not in (2, 3) or image.shape[2:] not in ((), (3,), (4,)):
+            given = f"an array of {image.dtype}, {image.shape}"
+            remedy = "give bytes (uint8) of shape (height, width) or (height, width, 3)"
+            raise InputError("images", given, "is no image", remedy)
         return Image.fromarray(image)
     return image if isinstance(image, Image.Image) else open_image(Path(image))
