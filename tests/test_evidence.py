@@ -56,6 +56,8 @@ def test_intervals_and_p_values_are_those_of_students_test(values: list[float], 
     assert sample.interval() == pytest.approx((low, high))
     assert sample.p(edge) == pytest.approx(stats.ttest_1samp(values, edge).pvalue, abs=1e-9)
     assert (sample.p(edge) < LEVEL) == (not low <= edge <= high) or sample.p(edge) == pytest.approx(LEVEL)
+    equal = Estimate([0.5] * len(values), looks=Looks(12, once=True))
+    assert (equal.interval() == (0.5, 0.5)) == (equal.p(0.4) < LEVEL) == (2 * 0.5 ** len(values) < LEVEL)
     both = Estimate(values, tuple(edge + value / 2 for value in values), looks=Looks(12, once=True))
     welch = stats.ttest_ind(values, [edge + value / 2 for value in values], equal_var=False)
     assert both.p(0) == pytest.approx(welch.pvalue, abs=1e-9)

@@ -276,7 +276,8 @@ def _estimate(contrast: Contrast, what: Quantity, chosen: Chosen) -> tuple[Estim
     elif chosen.paired and contrast.against:
         on += f", {found.n} pairs"
     interval = found.interval() if contrast.against else found.interval().within(what.possible)
-    between = f" [{interval.text(lambda value: written(back(value)))}]" if found.n > 1 else ""
+    shown = found.n > 1 and all(map(math.isfinite, interval))
+    between = f" [{interval.text(lambda value: written(back(value)))}]" if shown else ""
     return found, f"{written(back(found.mean))}{between}, {on}{f', {looks.text()}' if looks != EVERY_LOOK else ''}"
 
 

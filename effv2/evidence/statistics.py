@@ -153,7 +153,12 @@ class Estimate:
             self.degrees = self.error**4 / sum(each**4 / (n - 1) for each, n in zip(errors, counts, strict=True))
 
     def interval(self, level: float = LEVEL) -> Interval:
-        """Return the interval of the mean, which misses it at any look in a share `level`; NaN for one value."""
+        """Return the interval of the mean, which misses it at any look in a share `level`; NaN for one value.
+
+        It agrees with `p`: it has no ends if the values are equal and too few for the sign test.
+        """
+        if self.error < TINY and self.p(math.inf) >= level:
+            return Interval(-math.inf, math.inf)
         nominal = self.looks.nominal(level, len(self.samples))
         reach = float(-special.stdtrit(self.degrees, nominal / 2) * self.error)
         return Interval(self.mean - reach, self.mean + reach)

@@ -57,7 +57,10 @@ def say_if_near_chance(accuracy: float, test: Split, message: Message) -> None:
     """Warn if an accuracy, for this number of images, is hardly above that of naming the largest class."""
     chance = np.bincount(test.labels.numpy()).max() / len(test)
     if accuracy < chance + max(NEAR_CHANCE, 2 * math.sqrt(chance * (1 - chance) / len(test))):
+        few = accuracy >= chance + NEAR_CHANCE  # so only their number makes it possible
         message(
             f"The network is near chance level: {percent(accuracy)} of the test images are right, where always naming "
-            f"the most frequent class gives {percent(chance)}. It has learned next to nothing: train for more epochs."
+            f"the most frequent class gives {percent(chance)}. "
+            + (f"{len(test)} images are too few to tell these apart." if few else "It has learned next to nothing.")
+            + " Train for more epochs."
         )
