@@ -14,13 +14,14 @@ from pathlib import Path
 from typing import Any
 from unittest.mock import Mock
 
+import click
 import pytest
 from mlflow import MlflowClient
 from mlflow.exceptions import MlflowException
 
 from effv2.api.console import ConsoleReporter
 from effv2.architecture import parse_table
-from effv2.cli.main import ablate, evaluate_pretrained, train
+from effv2.cli.main import ablate, evaluate_pretrained, search, train
 from effv2.cli.options import in_options
 from effv2.config.schema import TrainConfig
 from effv2.core.reporter import Reporter, StudyProgress
@@ -263,6 +264,26 @@ def test_what_auto_chose_is_logged_with_its_reason(
     (run,) = all_runs()
     assert run.data.params["execution.precision"] in ("fp32", "bf16")
     assert re.fullmatch(r"a step in bf16 is [\d.]+ times as fast as in fp32", run.data.tags["effv2.calibration"])
+
+
+@pytest.mark.parametrize(
+    ("command", "count", "runs"), [(ablate, "--seeds=0 --seeds=0,1", 4), (search, "--trials=1 --trials=2", 2)]
+)
+def test_auto_means_the_same_in_all_runs_of_a_study(
+    sqlite_store: str, tiny_study: Path, monkeypatch: pytest.MonkeyPatch, command: click.Command, count: str, runs: int
+) -> None:
+    text = tiny_study.read_text().replace("fp32", "auto")
+    tiny_study.write_text(text if command is ablate else text.partition("arms:")[0] + TINY_MODEL)
+    words, (first, second) = ["--study", str(tiny_study), "--log-model", "none"], count.split()
+    for prefers_bf16, option in ((True, first), (False, second)):  # as on two machines, or on a busy one
+        monkeypatch.setattr("effv2.execution.resolve._prefers_bf16", lambda *_, found=prefers_bf16: found)
+        done = invoke(command, *words, option)
+        assert done.exit_code == 0
+    assert "This study began with the precision bf16" in done.output
+    _, *trained = all_runs()
+    assert [run.data.params["execution.precision"] for run in trained] == ["bf16"] * runs
+    done = invoke(command, *words, second, "--storage", f"sqlite:///{tiny_study.parent}/other.db")
+    assert "The tracking store has this study already" in done.output
 
 
 @pytest.mark.parametrize(

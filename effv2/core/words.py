@@ -43,13 +43,20 @@ def counted(number: int, word: str) -> str:
 
 
 def differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
-    """Return the differences of two definitions or identities, in a few words each."""
-    found: list[str] = []
+    """Return the differences of two definitions or identities, in a few words each.
+
+    A difference that several groups of values share is named once, after these groups, or after none if all share it.
+    """
+    found: dict[str, list[str]] = {}  # the groups of each difference
+    groups = 0
     for name in sorted({**before, **now}):
         old, new = (each.get(name, "absent") for each in (before, now))
         if isinstance(old, Mapping) and isinstance(new, Mapping):
-            found += [f"{name}: {words}" for words in differences(old, new)]
+            groups += 1
+            for words in differences(old, new):
+                found.setdefault(words, []).append(name)
         elif old != new:
             was, is_ = ("there" if isinstance(each, Mapping) else each for each in (old, new))
-            found.append(f"{name} was {was}, is {is_}")
-    return found
+            found[f"{name} was {was}, is {is_}"] = []
+    named = ((", ".join(names) if len(names) < max(2, groups) else "", words) for words, names in found.items())
+    return [f"{names}: {words}" if names else words for names, words in named]

@@ -26,14 +26,14 @@ from effv2.core.words import differences
 from effv2.data.dataset import LoadData
 from effv2.evidence.publication import publish_study, read_results
 from effv2.evidence.study import StudyResults
-from effv2.studies.plan import Plan, TrainingPlan, best_of, progress_of, run_ids
+from effv2.studies.plan import PRECISION, Plan, TrainingPlan, best_of, progress_of, run_ids
 from effv2.studies.queue import ERROR, FINAL, RUN, Queue, Trials
 from effv2.studies.storage import DATABASE_ERRORS, OUTAGE_SECONDS, Storage, cannot_use, open_storage
 from effv2.studies.worker import AWAY, OpenedStudy, Worker, worker_process
 from effv2.tracking import store
 from effv2.tracking.addresses import shown_uri
 from effv2.tracking.models import model_address
-from effv2.tracking.read import known_runs, read_run, read_runs
+from effv2.tracking.read import find_runs, known_runs, read_run, read_runs
 from effv2.tracking.run import begin_run
 from effv2.tracking.tags import CODE_VERSION, COMMAND, PLANNED, QUEUE, SHOWN, STUDY, as_tags, names_in
 from effv2.tracking.writer import TrackedRun, run_address, status_after
@@ -62,7 +62,7 @@ def run_study(plan: Plan, experiment_id: str, options: StudyOptions, load: LoadD
     with store.tracking_faults(), closing(open_storage(options.storage)) as storage:
         study, setbacks = _open(plan, storage, experiment_id, options, reporter), Counter[str]()
         try:
-            study = _begun(study, storage)
+            study = _begun(study, storage, reporter)
             queue = study.queue(storage)
             _work(study, queue, load, reporter)
             reporter.progress("comparing the runs")
@@ -119,10 +119,18 @@ def _open(plan: Plan, storage: Storage, experiment_id: str, options: StudyOption
                 if same and not options.fresh:
                     text = f"The tracking store {shown_uri()} has no run of this study, so a new one is started there."
                     reporter.message(text)
-                if begun and not same:
-                    words = differences(begun[0].user_attrs[DEFINITION], definition)
-                    text = f"This differs from the earlier study {plan.name}: {listed(words, MOST_DIFFERENCES)}"
-                    reporter.message(f"{text}. Equal runs are not repeated.")
+                elsewhere = [] if same or options.fresh else find_runs(experiment_id, {QUEUE: f"{name}#1"})
+                if elsewhere:
+                    text = (
+                        f"The tracking store has this study already, run {elsewhere[0].run_id}, from another storage."
+                    )
+                    reporter.message(f"{text} To share its work, stop and give its `storage`.")
+                elif begun and not same:
+                    words = min((differences(each.user_attrs[DEFINITION], definition) for each in begun), key=len)
+                    text = (
+                        f"A new study begins. It differs from an earlier {plan.name}: {listed(words, MOST_DIFFERENCES)}"
+                    )
+                    reporter.message(f"{text}. To resume that one, give its values. Equal runs are not repeated.")
                 # Studies whose creation was interrupted count as well.
                 numbers = [study.study_name.rpartition("#") for study in studies]
                 queue = f"{name}#{1 + max((int(last) for before, _, last in numbers if before == name), default=0)}"
@@ -136,10 +144,12 @@ def _open(plan: Plan, storage: Storage, experiment_id: str, options: StudyOption
     return OpenedStudy(plan, options, queue, TrackedRun(attributes[PARENT], experiment_id), attributes[FRESH])
 
 
-def _begun(study: OpenedStudy, storage: Storage) -> OpenedStudy:
+def _begun(study: OpenedStudy, storage: Storage, reporter: Reporter) -> OpenedStudy:
     """Return the study with the rules that it began with, after noting on its run what this command adds."""
     (record,) = read_runs([study.parent.run_id])
     study = replace(study, plan=study.plan.resumed(record.params, study.queue(storage).began))
+    if (began := record.params.get(PRECISION)) and began != study.plan.stamps.get(PRECISION, began):
+        reporter.message(f"This study began with the precision {began}, which `auto` means for all of its runs.")
     study.parent.take_over_adopted()
     study.parent.set_tags({COMMAND: provenance.COMMAND.get()} | as_tags(SHOWN, study.plan.show))
     _note_planned(study, study.queue(storage).trials())

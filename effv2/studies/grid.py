@@ -21,7 +21,7 @@ from effv2.data.dataset import Dataset, LoadData
 from effv2.evidence.protocols import overlap_of
 from effv2.evidence.statistics import EVERY_LOOK, FEWEST
 from effv2.run.run import prepare
-from effv2.studies.plan import ABOUT, TrainingPlan
+from effv2.studies.plan import ABOUT, PRECISION, TrainingPlan, as_asked
 from effv2.studies.queue import Params, Trials
 from effv2.studies.seeds import ACCURACY, MEASURE, AutoSeeds, Round, named_trial
 from effv2.tracking.read import Images, RunRecord, decisive_accuracy
@@ -66,11 +66,14 @@ class Grid(TrainingPlan):
             asked = self.options.seeds if self.auto else seeds
             problem = f"the study began {ways.get(began, 'with auto seeds or a list')}"
             raise InputError("seeds", asked, problem, "give the same again, or start over with `fresh`")
+        identities = self.definition["arms"]
+        arms = {arm: self.as_begun(config, identities[arm], stamped) for arm, config in self.arms.items()}
         if not self.auto:
-            return self
+            return replace(self, arms=arms)
         margin = float(stamped.get(MARGIN, 0))
         before = tuple(begin(", ".join(self.auto.wanted)))
-        return replace(self, auto=replace(self.auto, most=most, margin=margin, before=before))
+        auto = replace(self.auto, arms=arms, most=most, margin=margin, before=before)
+        return replace(self, arms=arms, auto=auto)
 
     def suggest(self, trial: optuna.Trial) -> Params:
         """Return the trial's arm, seed and split."""
@@ -114,9 +117,11 @@ def make_grid(
     splits = [each.with_seed(each.random.seed, split) for split in range(study.splits) for each in asked]
     prepared = prepare(splits, load, reporter.message)
     arms = dict(zip(study.arms, prepared, strict=False))  # those of the first split
-    identities = {arm: config.identity() for arm, config in arms.items()}
+    identities = {arm: as_asked(arms[arm], before) for arm, before in zip(study.arms, asked, strict=True)}
     for identity in identities.values():
         del identity["random.seed"]  # so that a study may get more
+    chosen = [arms[arm].execution.precision for arm in arms if identities[arm]["execution.precision"] == "auto"]
+    stamps |= {PRECISION: chosen[0]} if chosen else {}
     definition: dict[str, Any] = {"arms": identities, "code": provenance.code_version()}
     definition["data"] = {arm: load(config.data).digest() for arm, config in arms.items()}
     # Later additions, unless they have the default, so that earlier studies remain the same.

@@ -10,7 +10,7 @@ from abc import ABC, abstractmethod
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -41,6 +41,7 @@ from effv2.tracking.tags import BEST_RUN, CONFIG_HASH, LOOKS
 from effv2.tracking.writer import TrackedRun
 
 ABOUT = {"name", "description", "retries", "baseline", "show"}  # keys that a plan takes from a study file
+PRECISION = "study.precision"  # a param of a study's run: what `auto` meant when it began
 COUNTED = {"running": TrialState.RUNNING, "pruned": TrialState.PRUNED, "failed": TrialState.FAIL}
 RANDOM_TRIALS = 10  # of a search, before TPE has enough data
 FIGURES: dict[str, Callable[[optuna.Study], Any]] = {
@@ -131,6 +132,12 @@ class TrainingPlan(Plan):
     def configuration(self, params: Params) -> TrainConfig:
         """Return the configuration of a trial with these parameters."""
 
+    def as_begun(self, config: TrainConfig, identity: Mapping[str, Any], stamped: Mapping[str, str]) -> TrainConfig:
+        """Return a configuration with the precision that `auto` meant when the study began."""
+        if identity["execution.precision"] != "auto" or PRECISION not in stamped:
+            return config
+        return config.updated("execution", precision=stamped[PRECISION])
+
     def check_new(self, experiment_id: str, fresh: bool) -> None:
         """Raise InputError for missing weights, unless all runs that need them are finished and count."""
         configs = map(self.configuration, self.trials.values())
@@ -188,6 +195,10 @@ class Search(TrainingPlan):
         halving = optuna.pruners.SuccessiveHalvingPruner(min_resource=least, reduction_factor=2)
         return halving if self.ranges.prune else None
 
+    def resumed(self, stamped: Mapping[str, str], begin: Callable[[str], Sequence[str]]) -> "Search":
+        """Return the plan with the precision that the search began with."""
+        return replace(self, base=self.as_begun(self.base, self.definition["base"], stamped))
+
     def suggest(self, trial: optuna.Trial) -> Params:
         """Suggest a value for each range."""
         for name, limits in self.ranges.space.items():
@@ -228,6 +239,15 @@ def _draw(trials: Trials, folder: Path) -> None:
         pyplot.close("all")
 
 
+def as_asked(config: TrainConfig, asked: TrainConfig) -> dict[str, Any]:
+    """Return the identity of a resolved configuration for the definition of its study, with `auto` as it was asked for.
+
+    `auto` is a matter of timings, which vary. What it meant when the study began is a stamp, and holds on all machines.
+    """
+    identity, precision = config.identity(), asked.execution.precision
+    return identity | ({"execution.precision": precision} if precision == "auto" else {})
+
+
 def make_search(study: Study, layer: Layer, trials: int, load: LoadData, reporter: Reporter) -> Search:
     """Load the data, check that it suits a search, and resolve `auto`. `trials` 0 keeps the number of the study."""
     if study.arms or study.seeds:
@@ -236,7 +256,8 @@ def make_search(study: Study, layer: Layer, trials: int, load: LoadData, reporte
     if study.splits > 1:
         raise InputError("study", study.name, "has splits, but a search has one", "give it `split_seed` instead")
     untested = {"evaluation.test_set": Written(False)}
-    (config,) = prepare([build(TrainConfig, study.base | layer | untested)], load, reporter.message)
+    asked = build(TrainConfig, study.base | layer | untested)
+    (config,) = prepare([asked], load, reporter.message)
     ranges, epochs = study.search or SearchFile(), config.schedule.epochs
     ranges = ranges.model_copy(update={"min_epochs": ranges.min_epochs or max(1, epochs // 4)})
     other = next((name for name in ranges.space if name.endswith("_multiplier")), "")
@@ -248,9 +269,10 @@ def make_search(study: Study, layer: Layer, trials: int, load: LoadData, reporte
     inside = all(limits.low <= own[name] <= limits.high for name, limits in ranges.space.items())
     wanted = {f"trial {number}": own if inside and not number else {} for number in range(trials or ranges.trials)}
     data, code = load(config.data).digest(), provenance.code_version()
-    definition = {"base": config.identity(), "data": data, "code": code, **ranges.model_dump(exclude={"trials"})}
+    definition = {"base": as_asked(config, asked), "data": data, "code": code, **ranges.model_dump(exclude={"trials"})}
     named = study.model_dump(include=ABOUT) | {"kind": "search", "epochs": epochs, "about": [load(config.data).summary]}
-    return Search(trials=wanted, definition=definition, base=config, ranges=ranges, **named)
+    stamps = {PRECISION: config.execution.precision}
+    return Search(trials=wanted, definition=definition, base=config, ranges=ranges, stamps=stamps, **named)
 
 
 def best_of(trials: Iterable[FrozenTrial]) -> FrozenTrial | None:

@@ -76,9 +76,9 @@ def decisive_accuracy(runs: Sequence[RunRecord]) -> str:
     return BEST_TEST if published and not validated else SELECTED_TEST
 
 
-def find_runs(experiment_id: str, tags: Mapping[str, str], *, running: bool) -> list[RunRecord]:
-    """Return the experiment's runs with these tags that are RUNNING, or those that have ended, the latest first."""
-    wanted = [f"attributes.status {'=' if running else '!='} 'RUNNING'"]
+def find_runs(experiment_id: str, tags: Mapping[str, str], *, running: bool | None = None) -> list[RunRecord]:
+    """Return the experiment's runs with these tags, all or only those that are RUNNING, or not, the latest first."""
+    wanted = [] if running is None else [f"attributes.status {'=' if running else '!='} 'RUNNING'"]
     wanted += [f"tags.`{name}` = '{value}'" for name, value in tags.items()]
     found = MlflowClient().search_runs([experiment_id], " and ".join(wanted), order_by=["attributes.start_time DESC"])
     return [_record(run) for run in found]
