@@ -155,8 +155,15 @@ class StudyResult(Result):
         result.__dict__["studies"] = [found]  # as it was published
         return result
 
+    def __repr__(self) -> str:
+        if self.run_id or not self.table:
+            return super().__repr__()
+        titles, *rows = self.table
+        return "\n".join([*self.answers, pd.DataFrame(rows, columns=titles).to_string(index=False)])
+
     def _repr_markdown_(self) -> str:
-        return "\n\n".join([*(study.markdown() for study in self.studies), self.address])
+        shown = self.studies if self.run_id else [StudyResults(answers=self.answers, table=self.table)]
+        return "\n\n".join([*(study.markdown() for study in shown), self.address])
 
 
 @dataclass(frozen=True, repr=False)

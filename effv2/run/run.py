@@ -280,7 +280,9 @@ def _is_worked_on(run: RunRecord, spec: RunSpec) -> bool:
     return here or Checkpointer(run.run_id, spec.checkpoints, {}, spec.reporter.message).is_locked()
 
 
-def _begun(config: TrainConfig, dataset: Dataset, run: OpenRun, checkpointer: Checkpointer) -> Training:
+def _begun(
+    config: TrainConfig, dataset: Dataset, run: OpenRun, checkpointer: Checkpointer, message: Message
+) -> Training:
     """Return a training at a run's last checkpoint, or without one, at its initial weights, which are read again."""
     if run.resumed:
         here, uploaded = checkpointer.folder, artifact_names(run.run_id, CHECKPOINTS)
@@ -289,6 +291,7 @@ def _begun(config: TrainConfig, dataset: Dataset, run: OpenRun, checkpointer: Ch
             training = Training(config, dataset)
             training.state.load_state_dict(saved)
             return training
+        message(f"The run {run.run_id} has no checkpoint here or in its artifacts, so it begins again.")
     return Training(config, dataset, initialise=initialise(config, dataset.classes))
 
 
@@ -297,7 +300,8 @@ def _train(config: TrainConfig, dataset: Dataset, spec: RunSpec, run: OpenRun, c
 
     A checkpoint is written on an ending signal and at the end of the training. The results follow from the last one.
     """
-    reporter, training = spec.reporter, _begun(config, dataset, run, checkpointer)
+    reporter = spec.reporter
+    training = _begun(config, dataset, run, checkpointer, reporter.message)
     if not (run.resumed or spec.parent):
         for line in in_short(dataset):
             reporter.message(line)
@@ -308,7 +312,9 @@ def _train(config: TrainConfig, dataset: Dataset, spec: RunSpec, run: OpenRun, c
     if training.execution.compiled:
         reporter.message("compiling the blocks: the first step takes a minute or two, unless it was done before")
     if run.resumed:
-        reporter.message(f"resuming the run {run.run_id} at epoch {state.progress.epoch + 1}")
+        at = state.progress.epoch + 1
+        where = f"at epoch {at}" if at <= config.schedule.epochs else "after its last epoch"
+        reporter.message(f"resuming the run {run.run_id} {where}")
         for epoch, metrics in enumerate(state.progress.history, 1):
             run.log_metrics(metrics, step=epoch)  # epochs in the store are not logged again
     run.sender.check()

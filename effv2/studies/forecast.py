@@ -49,12 +49,14 @@ def forecast(
         seconds[arm] = statistics.fmean(known) if known else _timed(plan.arms[arm], load, TIMED_SECONDS / len(same))
         timed += [] if known else [arm]
     most = int(plan.stamps.get(MAX_SEEDS, EVERY_LOOK.most))
-    if plan.auto:
+    if plan.auto and most > FEWEST:
         count = f"{FEWEST * len(same)} to {most * len(same)} runs, as many as the verdicts need"
         one = sum(seconds.values())
         hours = f"{duration(FEWEST * one)} to {duration(most * one)}"
     else:
-        count, hours = f"{len(plan.trials)} runs", duration(sum(seeds[arm] * seconds[arm] for arm in seeds))
+        planned = dict.fromkeys(seeds, FEWEST) if plan.auto else seeds
+        count = f"{sum(planned.values())} runs"
+        hours = duration(sum(planned[arm] * seconds[arm] for arm in planned))
     how = [f"a timing of a few steps of {', '.join(timed)}"] if timed else []
     how += ["finished runs"] if len(timed) < len(same) else []
     shared = f"; {options.workers} workers share the machine" if options.workers > 1 else ""

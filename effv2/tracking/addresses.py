@@ -63,15 +63,16 @@ def check_address(what: str, uri: str) -> None:
     if re.match(r"(\w[\w.-]*|\[[\da-fA-F:]+\]):\d+(/|$)", uri):
         raise InputError(what, uri, "has no scheme", f"write http://{uri}")
     try:
-        host = make_url(uri).host or "" if DATABASES.match(uri) else ""
+        url = make_url(uri) if DATABASES.match(uri) else None
     except ValueError as error:
         raise InputError(what, uri, "its port is not a number", "correct it") from error
     except SQLAlchemyError as error:
         remedy = "use sqlite:///FILE or postgresql://USER@HOST/DATABASE"
         raise InputError(what, uri, "is not the address of a database", remedy) from error
-    if "@" in host or re.match(r"[\w+]+://[^/]*\s.*@", uri):
-        shown, remedy = "%20".join(uri.split()), "write @ as %40, a space as %20"
-        raise InputError(what, shown, "its user or password holds an @ or a space", remedy)
+    split = url is not None and url.host and "@" in f"{url.host}{url.database}"  # inside the password
+    if split or re.match(r"[\w+]+://[^/]*\s.*@", uri):
+        remedy = "write @ as %40, / as %2F, a space as %20"
+        raise InputError(what, f"{uri.partition('//')[0]}//…", "its user or password holds an @ or a space", remedy)
 
 
 def tables_of(url: URL) -> set[str]:
