@@ -56,7 +56,8 @@ def test_the_compiler_is_set_up_by_settings_that_torch_knows(tmp_path: Path, mon
 def test_torchvision_names_imagenettes_classes_and_publishes_accuracies() -> None:
     from torchvision.models import ResNet18_Weights
 
-    names = internals.imagenette_classes()
+    url, md5, names = internals.imagenette()
+    assert url.endswith("imagenette2-160.tgz") and len(md5) == 32
     assert len(names) == 10 and sorted(names) == list(names) and names["n03394916"] == "French horn"
     assert internals.imagenet_metrics(ResNet18_Weights.IMAGENET1K_V1)["acc@1"] == pytest.approx(69.758)
 

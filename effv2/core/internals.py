@@ -42,11 +42,12 @@ def set_up_compiler(forms: int, folder: Path) -> None:
         os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(folder)
 
 
-def imagenette_classes() -> dict[str, str]:
-    """Return the names of Imagenette's classes by their folders."""
+def imagenette() -> tuple[str, str, dict[str, str]]:
+    """Return the address and the MD5 of Imagenette's archive of small images, and names of classes by their folders."""
     from torchvision.datasets import Imagenette
 
-    return {folder: names[0] for folder, names in Imagenette._WNID_TO_CLASS.items()}
+    url, md5 = Imagenette._ARCHIVES["160px"]
+    return url, md5, {folder: names[0] for folder, names in Imagenette._WNID_TO_CLASS.items()}
 
 
 def classification_networks() -> list[str]:

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from effv2.config.schema import DATASETS, DataConfig
 from effv2.core.errors import InputError
-from effv2.core.internals import imagenette_classes
+from effv2.core.internals import imagenette
 from effv2.data.folders import Source, read_folders
 
 if TYPE_CHECKING:
@@ -82,19 +82,21 @@ def _imagenette(config: DataConfig) -> Source:
     refuse_layout(config)
     what = "a folder that holds imagenette2-160, or data.download to download it"
     root = folder_of(config, what, downloads=True)
-    from torchvision.datasets import Imagenette
+    from torchvision.datasets.utils import download_url
 
+    url, md5, names = imagenette()
     folder = root / "imagenette2-160"
     if config.download and not folder.is_dir():
         try:  # unpacked next to its place, so that a kill leaves nothing that looks complete
             with tempfile.TemporaryDirectory(dir=root) as place:
-                Imagenette(place, size="160px", download=True)  # which compares the archive's hash
+                download_url(url, place, md5=md5)
+                with tarfile.open(Path(place, url.rpartition("/")[2])) as archive:
+                    archive.extractall(place, filter="data")  # no member may leave the folder
                 Path(place, folder.name).rename(folder)
-        except (RuntimeError, OSError, tarfile.TarError) as error:
+        except (RuntimeError, OSError, TypeError, tarfile.TarError) as error:  # TypeError: Python without filters
             problem = f"Imagenette can't be downloaded ({str(error) or type(error).__name__})"
             remedy = f"unpack imagenette2-160.tgz from https://github.com/fastai/imagenette into {root}"
             raise InputError("data.download", "true", problem, remedy) from error
-    names = imagenette_classes()
     source = read_folders(config, folder if folder.is_dir() else root, what)
     if source.test is None or source.classes != tuple(names):
         problem = "this is not imagenette2-160, whose folders train and val hold ten classes"
