@@ -328,7 +328,7 @@ def test_a_run_shows_its_data_once_and_what_it_evaluated(sqlite_store: str) -> N
     shown = "Data: 10 classes; train 80, validation "
     first = call(*words)
     assert first.exit_code == 0 and first.output.count(shown) == 1, first.output
-    assert " images. For training 8 of each class.\n" in first.output
+    assert " images. Training images per class: 8.\n" in first.output
     assert shown not in call(*words).output
     (run,) = MlflowClient().search_runs(["0"])
     epochs = [each.step for each in MlflowClient().get_metric_history(run.info.run_id, "test/accuracy")]

@@ -126,8 +126,7 @@ class ModelConfig(Group):
         if not own and not named:
             raise ValueError(f"no such variant; {nearest(name, list(architecture.VARIANTS))}")
         if own and named and own != str(named):
-            problem = f"a custom table needs a name of its own, not {name!r}"
-            raise ValueError(f"{problem}; set model.variant to a new one")
+            raise ValueError("a custom table needs a name of its own; set model.variant, next to it, to a new one")
         return name
 
     def build_table(self) -> architecture.Table:

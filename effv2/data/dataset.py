@@ -120,10 +120,10 @@ class Dataset:
     def summary(self) -> str:
         """Describe the number of images per split, and the smallest and the largest class of the training split."""
         counts = np.bincount(self.train.labels.numpy(), minlength=len(self.classes))
-        ends = [f"{counts[at]:,} of class {self.classes[at]}" for at in (counts.argmin(), counts.argmax())]
-        between = f"{counts[0]:,} of each class" if counts.min() == counts.max() else f"from {' to '.join(ends)}"
+        ends = [f"{counts[at]:,} ({self.classes[at]})" for at in (counts.argmin(), counts.argmax())]
+        between = f"{counts[0]:,}" if counts.min() == counts.max() else " to ".join(ends)
         held = ", ".join(f"{name} {len(split):,}" for name, split in self.splits.items())
-        return f"Data: {len(self.classes)} classes; {held} images. For training {between}."
+        return f"Data: {len(self.classes)} classes; {held} images. Training images per class: {between}."
 
     @property
     def splits(self) -> dict[str, Split]:

@@ -103,10 +103,10 @@ class AutoSeeds:
             hours, more = sum(spent), sum(after.values()) - sum(counts.values())
             ending = ""
             if not more:
-                limited = f"the end: what is undecided has {most} seeds, or failed runs"
-                ending = limited if undecided else "the end: all is decided"
+                limited = f"the last one: every undecided arm has {most} seeds, or failed runs"
+                ending = limited if undecided else "the last one: all is decided"
             elif hours + more * hours / max(1, len(spent)) > self.budget:
-                ending = "the end: another round would pass the budget"
+                ending = "the last one: another would exceed the budget"
             found.append(Round(counts, said, hours, ending, leads(said) if self.race else ""))
             if ending:
                 return found

@@ -61,6 +61,7 @@ def open_ui(experiment: str, port: int, say: Callable[[str], None], browse: bool
         try:
             if started := _answers(f"http://127.0.0.1:{port}/health", process):
                 show(f"http://127.0.0.1:{port}")
+                say("This serves the store until you press Ctrl-C.")
                 process.wait()
             log.seek(0)
             *_, last = log.read().decode(errors="replace").splitlines() or [""]
