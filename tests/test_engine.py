@@ -196,7 +196,7 @@ def test_auto_seeds_end_the_same_whatever_is_killed(sqlite_store: str, study: Pa
         first.kill()
         first.rest()
     resumed = CliRunner().invoke(ablate, command, catch_exceptions=False)
-    assert resumed.exit_code == 0 and "the end" in resumed.output
+    assert resumed.exit_code == 0 and "the last one" in resumed.output
     found = trials(opened)
     assert {trial.state for trial in found} == {TrialState.COMPLETE}
     names = {trial.user_attrs[NAME] for trial in found}

@@ -145,7 +145,10 @@ def test_what_the_store_refuses_ends_the_run_and_costs_nothing_else(sqlite_store
     assert [step for step, _ in history(run.run_id, "loss")][:2] == [1, 2]
 
 
-def test_a_run_that_was_complete_ends_finished_whatever_interrupts_its_end(sqlite_store: str) -> None:
+def test_a_run_that_was_complete_ends_finished_whatever_interrupts_its_end(
+    sqlite_store: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tracking_run, "EARLY_PATIENCE", 30)
     with pytest.raises(Terminated), open_run("run", open_store(""), {}, message=print) as run:
         run.complete()
         raise Terminated

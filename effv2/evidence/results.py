@@ -24,6 +24,7 @@ from effv2.tracking.read import SELECTED_TEST, SELECTED_VALIDATION, RunRecord
 from effv2.tracking.studies import NO_STUDY, TrackedStudy, complete, studies_of
 
 BEST_TRIALS = 5
+COMMON = {"data.dataset": "{}", "data.image_size": "{0}x{0} pixels", "schedule.epochs": "at most {} epochs"}
 PAIRS_WITH_P = 6  # with more pairs, only pairs.csv has the p-values
 FEW_IMAGES = 100
 OF_ANY_IMAGES = ("top1_accuracy", "top1_present", "top5_accuracy", "loss", "ece")
@@ -61,12 +62,19 @@ def study_results(study: TrackedStudy, claims: Claims, right: RightAnswers, of_s
     return replace(
         own,
         title=f"{parent.name}{which}",
-        description=parent.params.get("study.description", ""),
+        description=" ".join(filter(None, (parent.params.get("study.description", ""), _in_short(study.runs)))),
         run_id=parent.run_id,
         missing=study.missing(),
         commands=list(dict.fromkeys(c for run in known or study.runs if (c := run.tags.get(tags.COMMAND, "")))),
         environment=list(_environment([*known, *study.runs])),
     )
+
+
+def _in_short(runs: Sequence[RunRecord]) -> str:
+    """Name the images and the length of trainings, as far as all have the same."""
+    found = {name: {run.params.get(name, "") for run in runs} for name in COMMON}
+    words = [COMMON[name].format(*values) for name, values in found.items() if len(values) == 1 and values != {""}]
+    return f"Data: {', '.join(words)}." if words else ""
 
 
 def _environment(runs: Sequence[RunRecord]) -> Iterator[tuple[str, str]]:

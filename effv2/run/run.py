@@ -290,8 +290,11 @@ def _begun(
         if saved is not None:
             training = Training(config, dataset)
             training.state.load_state_dict(saved)
+            done = training.state.progress.epoch
+            where = f"at epoch {done + 1}" if done < config.schedule.epochs else "after its last epoch"
+            message(f"resuming the run {run.run_id} {where}")
             return training
-        message(f"The run {run.run_id} has no checkpoint here or in its artifacts, so it begins again.")
+        message(f"resuming the run {run.run_id} at epoch 1: it has no checkpoint here or in its artifacts")
     return Training(config, dataset, initialise=initialise(config, dataset.classes))
 
 
@@ -312,9 +315,6 @@ def _train(config: TrainConfig, dataset: Dataset, spec: RunSpec, run: OpenRun, c
     if training.execution.compiled:
         reporter.message("compiling the blocks: the first step takes a minute or two, unless it was done before")
     if run.resumed:
-        at = state.progress.epoch + 1
-        where = f"at epoch {at}" if at <= config.schedule.epochs else "after its last epoch"
-        reporter.message(f"resuming the run {run.run_id} {where}")
         for epoch, metrics in enumerate(state.progress.history, 1):
             run.log_metrics(metrics, step=epoch)  # epochs in the store are not logged again
     run.sender.check()

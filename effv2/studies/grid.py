@@ -18,7 +18,7 @@ from effv2.core.errors import InputError
 from effv2.core.reporter import Reporter
 from effv2.core.words import counted
 from effv2.data.dataset import Dataset, LoadData
-from effv2.evidence.protocols import overlap_of
+from effv2.evidence.protocols import SEED_SETTING, overlap_of
 from effv2.evidence.statistics import EVERY_LOOK, FEWEST
 from effv2.run.run import prepare
 from effv2.studies.plan import ABOUT, PRECISION, TrainingPlan, as_asked
@@ -117,9 +117,7 @@ def make_grid(
     splits = [each.with_seed(each.random.seed, split) for split in range(study.splits) for each in asked]
     prepared = prepare(splits, load, reporter.message)
     arms = dict(zip(study.arms, prepared, strict=False))  # those of the first split
-    identities = {arm: as_asked(arms[arm], before) for arm, before in zip(study.arms, asked, strict=True)}
-    for identity in identities.values():
-        del identity["random.seed"]  # so that a study may get more
+    identities = _identities(arms, asked)
     chosen = [arms[arm].execution.precision for arm in arms if identities[arm]["execution.precision"] == "auto"]
     stamps |= {PRECISION: chosen[0]} if chosen else {}
     definition: dict[str, Any] = {"arms": identities, "code": provenance.code_version()}
@@ -144,6 +142,12 @@ def make_grid(
         stamps=stamps,
         **study.model_dump(include=ABOUT),
     )
+
+
+def _identities(arms: Mapping[str, TrainConfig], asked: Sequence[TrainConfig]) -> dict[str, dict[str, Any]]:
+    """Return the identities of arms for the definition of a study, without seeds, so that it may get more."""
+    found = {arm: as_asked(config, before) for (arm, config), before in zip(arms.items(), asked, strict=True)}
+    return {arm: {name: each[name] for name in each if name != SEED_SETTING} for arm, each in found.items()}
 
 
 def _trials(arms: Mapping[str, TrainConfig], names: list[str], seeds: Sequence[int], splits: int) -> dict[str, Params]:

@@ -240,9 +240,9 @@ def _draw(trials: Trials, folder: Path) -> None:
 
 
 def as_asked(config: TrainConfig, asked: TrainConfig) -> dict[str, Any]:
-    """Return the identity of a resolved configuration for the definition of its study, with `auto` as it was asked for.
+    """Return the identity of a resolved configuration for the definition of its study, with the precision as given.
 
-    `auto` is a matter of timings, which vary. What it meant when the study began is a stamp, and holds on all machines.
+    `auto` depends on timings, which vary. What it meant when the study began is a stamp, and holds on all machines.
     """
     identity, precision = config.identity(), asked.execution.precision
     return identity | ({"execution.precision": precision} if precision == "auto" else {})
