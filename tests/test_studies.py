@@ -334,7 +334,6 @@ def test_splits_hold_the_seeds() -> None:
     assert [*grid.trials] == ["default, split 0, seed 0", "default, split 1, seed 0"]
     assert [grid.configuration(each).data.split_seed for each in grid.trials.values()] == [0, 1]
     planned = {"study.max_seeds": 1, "study.looks": "once", "study.splits": 2}
-    planned["study.precision"] = grid.arms["default"].execution.precision
     assert grid.stamps == planned and grid.definition["splits"] == 2
     more = make(study.model_copy(update={"seeds": (0, 1)}), ["default"])
     with pytest.raises(InputError, match="2: the study began for one look, at 1 seed"):

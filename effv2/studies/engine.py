@@ -26,7 +26,7 @@ from effv2.core.words import differences
 from effv2.data.dataset import LoadData
 from effv2.evidence.publication import publish_study, read_results
 from effv2.evidence.study import StudyResults
-from effv2.studies.plan import PRECISION, Plan, TrainingPlan, best_of, progress_of, run_ids
+from effv2.studies.plan import Plan, TrainingPlan, best_of, progress_of, run_ids
 from effv2.studies.queue import ERROR, FINAL, RUN, Queue, Trials
 from effv2.studies.storage import DATABASE_ERRORS, OUTAGE_SECONDS, Storage, cannot_use, open_storage
 from effv2.studies.worker import AWAY, OpenedStudy, Worker, worker_process
@@ -62,7 +62,7 @@ def run_study(plan: Plan, experiment_id: str, options: StudyOptions, load: LoadD
     with store.tracking_faults(), closing(open_storage(options.storage)) as storage:
         study, setbacks = _open(plan, storage, experiment_id, options, reporter), Counter[str]()
         try:
-            study = _begun(study, storage, reporter)
+            study = _begun(study, storage)
             queue = study.queue(storage)
             _work(study, queue, load, reporter)
             reporter.progress("comparing the runs")
@@ -106,31 +106,32 @@ def _work(study: OpenedStudy, queue: Queue, load: LoadData, reporter: Reporter) 
 def _open(plan: Plan, storage: Storage, experiment_id: str, options: StudyOptions, reporter: Reporter) -> OpenedStudy:
     """Open the newest study of this definition that has a run in the tracking store, or create both."""
     definition, kind = {**plan.definition, "experiment": experiment_id}, f"{plan.kind} {plan.name} "
-    name = f"{kind}{provenance.sha256_of_values(definition)[:12]}"
+    name = _named(plan, experiment_id)
     try:
         with storage.lock("studies"):
             studies = sorted(storage.optuna.get_all_studies(), key=study_id, reverse=True)
             begun = [study for study in studies if study.study_name.startswith(kind) and PARENT in study.user_attrs]
-            same = [study for study in begun if study.study_name.rpartition("#")[0] == name]
+            plans = {study.study_name: plan.as_in(study.user_attrs[DEFINITION]) for study in begun}
+            names = {queue: _named(each, experiment_id) for queue, each in plans.items()}
+            same = [study for study in begun if study.study_name.rpartition("#")[0] == names[study.study_name]]
             there = (study for study in same if not options.fresh and read_run(study.user_attrs[PARENT]) is not None)
             if (found := next(there, None)) is not None:
-                queue, attributes = found.study_name, dict(found.user_attrs)
+                queue, attributes, plan = found.study_name, dict(found.user_attrs), plans[found.study_name]
+                if names[queue] != name:
+                    reporter.message("This study began with another precision than `auto` means here, and keeps it.")
             else:
                 if same and not options.fresh:
                     text = f"The tracking store {shown_uri()} has no run of this study, so a new one is started there."
                     reporter.message(text)
                 elsewhere = [] if same or options.fresh else find_runs(experiment_id, {QUEUE: f"{name}#1"})
                 if elsewhere:
-                    text = (
-                        f"The tracking store has this study already, run {elsewhere[0].run_id}, from another storage."
-                    )
-                    reporter.message(f"{text} To share its work, stop and give its `storage`.")
+                    text = f"Another storage has this study already, as run {elsewhere[0].run_id}."
+                    reporter.message(f"{text} To share its work, stop and give that storage as `storage`.")
                 elif begun and not same:
                     words = min((differences(each.user_attrs[DEFINITION], definition) for each in begun), key=len)
-                    text = (
-                        f"A new study begins. It differs from an earlier {plan.name}: {listed(words, MOST_DIFFERENCES)}"
-                    )
-                    reporter.message(f"{text}. To resume that one, give its values. Equal runs are not repeated.")
+                    text = f"A new study begins. It differs from an earlier {plan.name}: "
+                    text += f"{listed(words, MOST_DIFFERENCES)}. To resume that one, give its values."
+                    reporter.message(f"{text} Equal runs are not repeated.")
                 # Studies whose creation was interrupted count as well.
                 numbers = [study.study_name.rpartition("#") for study in studies]
                 queue = f"{name}#{1 + max((int(last) for before, _, last in numbers if before == name), default=0)}"
@@ -144,12 +145,16 @@ def _open(plan: Plan, storage: Storage, experiment_id: str, options: StudyOption
     return OpenedStudy(plan, options, queue, TrackedRun(attributes[PARENT], experiment_id), attributes[FRESH])
 
 
-def _begun(study: OpenedStudy, storage: Storage, reporter: Reporter) -> OpenedStudy:
+def _named(plan: Plan, experiment_id: str) -> str:
+    """Return the name of a plan's study in the storage, before its number."""
+    definition = {**plan.definition, "experiment": experiment_id}
+    return f"{plan.kind} {plan.name} {provenance.sha256_of_values(definition)[:12]}"
+
+
+def _begun(study: OpenedStudy, storage: Storage) -> OpenedStudy:
     """Return the study with the rules that it began with, after noting on its run what this command adds."""
     (record,) = read_runs([study.parent.run_id])
     study = replace(study, plan=study.plan.resumed(record.params, study.queue(storage).began))
-    if (began := record.params.get(PRECISION)) and began != study.plan.stamps.get(PRECISION, began):
-        reporter.message(f"This study began with the precision {began}, which `auto` means for all of its runs.")
     study.parent.take_over_adopted()
     study.parent.set_tags({COMMAND: provenance.COMMAND.get()} | as_tags(SHOWN, study.plan.show))
     _note_planned(study, study.queue(storage).trials())

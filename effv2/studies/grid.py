@@ -21,7 +21,7 @@ from effv2.data.dataset import Dataset, LoadData
 from effv2.evidence.protocols import SEED_SETTING, overlap_of
 from effv2.evidence.statistics import EVERY_LOOK, FEWEST
 from effv2.run.run import prepare
-from effv2.studies.plan import ABOUT, PRECISION, TrainingPlan, as_asked
+from effv2.studies.plan import ABOUT, TrainingPlan
 from effv2.studies.queue import Params, Trials
 from effv2.studies.seeds import ACCURACY, MEASURE, AutoSeeds, Round, named_trial
 from effv2.tracking.read import Images, RunRecord, decisive_accuracy
@@ -52,6 +52,12 @@ class Grid(TrainingPlan):
         """Return the rounds of seeds so far."""
         return self.auto.rounds(trials) if self.auto else []
 
+    def as_in(self, definition: Mapping[str, Any]) -> "Grid":
+        """Return the grid with the precisions of an earlier one, where they are free."""
+        arms = self.with_precisions(self.arms, definition["arms"])
+        auto = replace(self.auto, arms=arms) if self.auto else None
+        return replace(self, arms=arms, auto=auto, definition={**self.definition, "arms": _identities(arms)})
+
     def resumed(self, stamped: Mapping[str, str], begin: Callable[[str], Sequence[str]]) -> "Grid":
         """Return the plan with the rules that a study began with; InputError if the options give others."""
         for name, given in ((MAX_SEEDS, self.options.max_seeds), (MARGIN, self.options.margin)):
@@ -66,14 +72,11 @@ class Grid(TrainingPlan):
             asked = self.options.seeds if self.auto else seeds
             problem = f"the study began {ways.get(began, 'with auto seeds or a list')}"
             raise InputError("seeds", asked, problem, "give the same again, or start over with `fresh`")
-        identities = self.definition["arms"]
-        arms = {arm: self.as_begun(config, identities[arm], stamped) for arm, config in self.arms.items()}
         if not self.auto:
-            return replace(self, arms=arms)
+            return self
         margin = float(stamped.get(MARGIN, 0))
         before = tuple(begin(", ".join(self.auto.wanted)))
-        auto = replace(self.auto, arms=arms, most=most, margin=margin, before=before)
-        return replace(self, arms=arms, auto=auto)
+        return replace(self, auto=replace(self.auto, most=most, margin=margin, before=before))
 
     def suggest(self, trial: optuna.Trial) -> Params:
         """Return the trial's arm, seed and split."""
@@ -117,10 +120,7 @@ def make_grid(
     splits = [each.with_seed(each.random.seed, split) for split in range(study.splits) for each in asked]
     prepared = prepare(splits, load, reporter.message)
     arms = dict(zip(study.arms, prepared, strict=False))  # those of the first split
-    identities = _identities(arms, asked)
-    chosen = [arms[arm].execution.precision for arm in arms if identities[arm]["execution.precision"] == "auto"]
-    stamps |= {PRECISION: chosen[0]} if chosen else {}
-    definition: dict[str, Any] = {"arms": identities, "code": provenance.code_version()}
+    definition: dict[str, Any] = {"arms": _identities(arms), "code": provenance.code_version()}
     definition["data"] = {arm: load(config.data).digest() for arm, config in arms.items()}
     # Later additions, unless they have the default, so that earlier studies remain the same.
     definition |= {"splits": study.splits} if study.splits > 1 else {}
@@ -135,6 +135,7 @@ def make_grid(
         about=list({load(config.data).summary: "" for config in arms.values()}),
         epochs=max(config.schedule.epochs for config in arms.values()),
         arms=arms,
+        chosen=[arm for arm, each in zip(study.arms, asked, strict=True) if each.execution.precision == "auto"],
         splits=study.splits,
         overlap=overlap,
         auto=auto if isinstance(options.seeds, str) else None,
@@ -144,9 +145,9 @@ def make_grid(
     )
 
 
-def _identities(arms: Mapping[str, TrainConfig], asked: Sequence[TrainConfig]) -> dict[str, dict[str, Any]]:
+def _identities(arms: Mapping[str, TrainConfig]) -> dict[str, dict[str, Any]]:
     """Return the identities of arms for the definition of a study, without seeds, so that it may get more."""
-    found = {arm: as_asked(config, before) for (arm, config), before in zip(arms.items(), asked, strict=True)}
+    found = {arm: config.identity() for arm, config in arms.items()}
     return {arm: {name: each[name] for name in each if name != SEED_SETTING} for arm, each in found.items()}
 
 

@@ -41,7 +41,6 @@ from effv2.tracking.tags import BEST_RUN, CONFIG_HASH, LOOKS
 from effv2.tracking.writer import TrackedRun
 
 ABOUT = {"name", "description", "retries", "baseline", "show"}  # keys that a plan takes from a study file
-PRECISION = "study.precision"  # a param of a study's run: what `auto` meant when it began
 COUNTED = {"running": TrialState.RUNNING, "pruned": TrialState.PRUNED, "failed": TrialState.FAIL}
 RANDOM_TRIALS = 10  # of a search, before TPE has enough data
 FIGURES: dict[str, Callable[[optuna.Study], Any]] = {
@@ -92,6 +91,10 @@ class Plan(ABC):
         """Return the trials that are wanted, given the existing ones, by name, with their fixed parameters."""
         return self.trials
 
+    def as_in(self, definition: Mapping[str, Any]) -> "Plan":
+        """Return the plan with what `auto` meant in an earlier study with this definition: timings vary."""
+        return self
+
     def resumed(self, stamped: Mapping[str, str], begin: Callable[[str], Sequence[str]]) -> "Plan":
         """Return the plan with the rules that a study began with; InputError if the options give others.
 
@@ -125,18 +128,25 @@ class Plan(ABC):
         return None
 
 
+@dataclass(frozen=True, kw_only=True)
 class TrainingPlan(Plan):
-    """A plan whose trials are trainings."""
+    """A plan whose trials are trainings. `chosen` names the configurations whose precision `auto` chose."""
+
+    chosen: Sequence[str] = ()
+
+    def with_precisions(
+        self, configs: Mapping[str, TrainConfig], identities: Mapping[str, Any]
+    ) -> dict[str, TrainConfig]:
+        """Return configurations, those in `chosen` with the precision of the identity of the same name."""
+        there = {name: identities[name]["execution.precision"] for name in self.chosen if name in identities}
+        return {
+            name: config.updated("execution", precision=there[name]) if name in there else config
+            for name, config in configs.items()
+        }
 
     @abstractmethod
     def configuration(self, params: Params) -> TrainConfig:
         """Return the configuration of a trial with these parameters."""
-
-    def as_begun(self, config: TrainConfig, identity: Mapping[str, Any], stamped: Mapping[str, str]) -> TrainConfig:
-        """Return a configuration with the precision that `auto` meant when the study began."""
-        if identity["execution.precision"] != "auto" or PRECISION not in stamped:
-            return config
-        return config.updated("execution", precision=stamped[PRECISION])
 
     def check_new(self, experiment_id: str, fresh: bool) -> None:
         """Raise InputError for missing weights, unless all runs that need them are finished and count."""
@@ -195,9 +205,10 @@ class Search(TrainingPlan):
         halving = optuna.pruners.SuccessiveHalvingPruner(min_resource=least, reduction_factor=2)
         return halving if self.ranges.prune else None
 
-    def resumed(self, stamped: Mapping[str, str], begin: Callable[[str], Sequence[str]]) -> "Search":
-        """Return the plan with the precision that the search began with."""
-        return replace(self, base=self.as_begun(self.base, self.definition["base"], stamped))
+    def as_in(self, definition: Mapping[str, Any]) -> "Search":
+        """Return the search with the precision of an earlier one, if it is free."""
+        base = self.with_precisions({"base": self.base}, definition)["base"]
+        return replace(self, base=base, definition={**self.definition, "base": base.identity()})
 
     def suggest(self, trial: optuna.Trial) -> Params:
         """Suggest a value for each range."""
@@ -239,15 +250,6 @@ def _draw(trials: Trials, folder: Path) -> None:
         pyplot.close("all")
 
 
-def as_asked(config: TrainConfig, asked: TrainConfig) -> dict[str, Any]:
-    """Return the identity of a resolved configuration for the definition of its study, with the precision as given.
-
-    `auto` depends on timings, which vary. What it meant when the study began is a stamp, and holds on all machines.
-    """
-    identity, precision = config.identity(), asked.execution.precision
-    return identity | ({"execution.precision": precision} if precision == "auto" else {})
-
-
 def make_search(study: Study, layer: Layer, trials: int, load: LoadData, reporter: Reporter) -> Search:
     """Load the data, check that it suits a search, and resolve `auto`. `trials` 0 keeps the number of the study."""
     if study.arms or study.seeds:
@@ -269,10 +271,10 @@ def make_search(study: Study, layer: Layer, trials: int, load: LoadData, reporte
     inside = all(limits.low <= own[name] <= limits.high for name, limits in ranges.space.items())
     wanted = {f"trial {number}": own if inside and not number else {} for number in range(trials or ranges.trials)}
     data, code = load(config.data).digest(), provenance.code_version()
-    definition = {"base": as_asked(config, asked), "data": data, "code": code, **ranges.model_dump(exclude={"trials"})}
+    definition = {"base": config.identity(), "data": data, "code": code, **ranges.model_dump(exclude={"trials"})}
     named = study.model_dump(include=ABOUT) | {"kind": "search", "epochs": epochs, "about": [load(config.data).summary]}
-    stamps = {PRECISION: config.execution.precision}
-    return Search(trials=wanted, definition=definition, base=config, ranges=ranges, stamps=stamps, **named)
+    named["chosen"] = ("base",) if asked.execution.precision == "auto" else ()
+    return Search(trials=wanted, definition=definition, base=config, ranges=ranges, **named)
 
 
 def best_of(trials: Iterable[FrozenTrial]) -> FrozenTrial | None:
