@@ -13,7 +13,7 @@ from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
 from effv2.config.options import CheckpointOptions
-from effv2.core.errors import InputError
+from effv2.core.errors import InputError, Terminated
 from effv2.run.records import whole_weights
 from effv2.training import checkpoint
 from effv2.training.checkpoint import Checkpointer
@@ -94,6 +94,34 @@ def test_a_new_checkpoint_outlives_damaged_ones_of_later_steps(checkpoints: Chec
     save(checkpoints, 5)
     found = checkpoints.read()
     assert found is not None and found["step"] == 5 and len(list(checkpoints.folder.iterdir())) == 1
+
+
+def test_an_ending_signal_while_a_checkpoint_is_written_is_no_full_disk(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It arrives in a call of torch's writer, which then can't complete its archive."""
+    said: list[str] = []
+    checkpoints, whole = make(tmp_path, said.append), torch.save
+
+    class Interrupted:
+        def __init__(self, file: Any) -> None:
+            self.file, self.left = file, 2
+
+        def write(self, content: Any) -> int:
+            self.left -= 1
+            if not self.left:
+                raise Terminated
+            return int(self.file.write(content))
+
+        def flush(self) -> None:
+            self.file.flush()
+
+    with monkeypatch.context() as patch, pytest.raises(Terminated):
+        patch.setattr(torch, "save", lambda content, file: whole(content, Interrupted(file)))  # type: ignore[arg-type]
+        save(checkpoints, 100)
+    assert not said
+    save(checkpoints, 100)
+    assert [path.name[:8] for path in checkpoints.folder.iterdir()] == ["step-100"]
 
 
 def test_a_full_disk_costs_no_checkpoint_and_is_reported_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

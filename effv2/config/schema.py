@@ -241,7 +241,7 @@ class ExecutionConfig(Group):
     device: Device = Field("auto", description="auto = cuda if available, then mps, then cpu.")
     precision: Precision = Field(
         "auto",
-        description="auto = bf16 if the device supports it and, on CPUs, a short timing shows that it is faster.",
+        description="auto = bf16 if the device supports it and, on CPUs, a short timing shows a tenth more speed.",
     )
     channels_last: bool = Field(True, description="Channels-last memory format of images and kernels.")
     compile: bool = Field(False, description="Compile for training (torch.compile). It takes 1 to 2 minutes per shape.")

@@ -24,7 +24,13 @@ from effv2.tracking.read import SELECTED_TEST, SELECTED_VALIDATION, RunRecord
 from effv2.tracking.studies import NO_STUDY, TrackedStudy, complete, studies_of
 
 BEST_TRIALS = 5
-COMMON = {"data.dataset": "{}", "data.image_size": "{0}x{0} pixels", "schedule.epochs": "at most {} epochs"}
+COMMON = {  # settings that a description of trainings names
+    "data.dataset": "{}",
+    "data.per_class": "{} images per class",
+    "data.image_size": "{0}x{0} pixels",
+    "execution.precision": "{}",
+    "schedule.epochs": "trained up to epoch {}",
+}
 PAIRS_WITH_P = 6  # with more pairs, only pairs.csv has the p-values
 FEW_IMAGES = 100
 OF_ANY_IMAGES = ("top1_accuracy", "top1_present", "top5_accuracy", "loss", "ece")
@@ -73,7 +79,9 @@ def study_results(study: TrackedStudy, claims: Claims, right: RightAnswers, of_s
 def _in_short(runs: Sequence[RunRecord]) -> str:
     """Name the images and the length of trainings, as far as all have the same."""
     found = {name: {run.params.get(name, "") for run in runs} for name in COMMON}
-    words = [COMMON[name].format(*values) for name, values in found.items() if len(values) == 1 and values != {""}]
+    words = [
+        COMMON[name].format(*values) for name, values in found.items() if len(values) == 1 and not values & {"", "0"}
+    ]
     return f"Data: {', '.join(words)}." if words else ""
 
 

@@ -118,7 +118,7 @@ def _calibrate(config: TrainConfig, message: Message) -> Calibration:
         found = _time_steps(config)
         with suppress(OSError):
             write_atomically(path, json.dumps(asdict(found)))
-    message(f"Timed once on this processor, to choose the precision: {found}.")
+    message(f"Timed once on this processor: {found}. From {WORTHWHILE} on, `auto` means bf16.")
     return found
 
 

@@ -247,7 +247,7 @@ def check_storage(url: str) -> URL | Path:
 
 
 def _parsed(url: str) -> URL | Path:
-    if url.startswith("journal://") and (file := Path(url.removeprefix("journal://"))).name:
+    if url.startswith("journal:///") and (file := Path(url.removeprefix("journal://"))).name:
         if not file.absolute().parent.is_dir():
             raise InputError("storage", url, "can't be used (no such folder)", "create it or correct the path")
         return file.absolute()

@@ -24,11 +24,12 @@ PAGE = "report.html"  # of a study
 
 
 def comparison(experiment: str) -> str:
-    """Return the page of the newest study, or without one of the newest run; InputError if there is no store."""
+    """Return the page of the newest finished study, otherwise of the newest study or run; InputError if there is no store."""
     own, client = open_store(experiment or None, create=False), MlflowClient()  # the UI would create a database
     with tracking_faults():
         ids = [own] if own else [each.experiment_id for each in client.search_experiments(ViewType.ACTIVE_ONLY)]
-        for condition in ("params.`study.kind` != ''", ""):
+        of_studies = "params.`study.kind` != ''"
+        for condition in (f"{of_studies} and attributes.status = 'FINISHED'", of_studies, ""):
             for run in client.search_runs(ids, condition, order_by=["attributes.start_time DESC"], max_results=1):
                 page = PAGE if PAGE in artifact_names(run.info.run_id, "") else ""
                 return page_of(run.info.experiment_id, run.info.run_id, page)

@@ -20,7 +20,7 @@ import torch
 from filelock import FileLock, Timeout
 
 from effv2.config.options import CheckpointOptions
-from effv2.core.errors import InputError, RunError
+from effv2.core.errors import InputError, RunError, Terminated
 from effv2.core.provenance import sha256_of_file
 from effv2.core.reporter import Message
 from effv2.core.words import differences
@@ -117,9 +117,10 @@ class Checkpointer:
                 os.fsync(file.fileno())
             written = building.rename(self.folder / f"step-{step}-{sha256_of_file(building)[:16]}.pt")
             _sync(self.folder)
-        except RuntimeError as error:  # torch's writer raises this if the disk is full
+        except RuntimeError as error:  # torch's writer raises this if the disk is full, or after an ending signal
             cause = error.__context__
-            raise cause if isinstance(cause, OSError) else OSError(str(error)) from error
+            known = isinstance(cause, (OSError, KeyboardInterrupt, Terminated))
+            raise cause if known else OSError(str(error)) from error  # type: ignore[misc]
         finally:
             building.unlink(missing_ok=True)
         # Checkpoints of later steps must have been damaged, or this training would have begun there.
