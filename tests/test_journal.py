@@ -310,5 +310,5 @@ def test_wrong_addresses_are_refused(tmp_path: Path, url: str) -> None:
         check_storage("journal:///nowhere/study.log")
     with pytest.raises(InputError, match="no such kind of storage"):
         check_storage("journal://")
-    with pytest.raises(InputError, match="no such kind of storage; use .* or journal:///FOLDER/FILE"):
+    with pytest.raises(InputError, match=r"no such kind of storage; use .* or journal:///FOLDER/FILE"):
         check_storage("journal://study.log")  # a relative path, which is another file on every machine
