@@ -47,7 +47,7 @@ class TrackedStudy:
         running = any(run.status == "RUNNING" for run in self.runs)
         found = ["it is in progress, or its process died"] if running else []
         for words, names in {"failed": errors, "planned but not finished": lacking}.items():
-            found += [f"{counted(len(names), 'run')} {words}: {listed(names, MOST_NAMED, ', ')}"] if names else []
+            found += [f"{counted(len(names), 'run')} {words}: {listed(names, MOST_NAMED, ' / ')}"] if names else []
         found += [] if self.runs else ["it has no runs yet"]
         resumes = self.parent.tags.get(tags.COMMAND) and (lacking or failed.keys() - there - diverged)
         return f"{'; '.join(found)}.{' The command below resumes it.' if resumes else ''}" if found else ""
