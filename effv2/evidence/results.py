@@ -77,7 +77,7 @@ def study_results(study: TrackedStudy, claims: Claims, right: RightAnswers, of_s
 
 
 def _in_short(runs: Sequence[RunRecord]) -> str:
-    """Name the images and the length of trainings, as far as all have the same."""
+    """Name the images, the precision and the length of trainings, as far as all have the same."""
     found = {name: {run.params.get(name, "") for run in runs} for name in COMMON}
     words = [
         COMMON[name].format(*values) for name, values in found.items() if len(values) == 1 and not values & {"", "0"}

@@ -105,8 +105,8 @@ def _work(study: OpenedStudy, queue: Queue, load: LoadData, reporter: Reporter) 
 
 def _open(plan: Plan, storage: Storage, experiment_id: str, options: StudyOptions, reporter: Reporter) -> OpenedStudy:
     """Open the newest study of this definition that has a run in the tracking store, or create both."""
-    definition, kind = {**plan.definition, "experiment": experiment_id}, f"{plan.kind} {plan.name} "
-    name = _named(plan, experiment_id)
+    definition, name = {**plan.definition, "experiment": experiment_id}, _named(plan, experiment_id)
+    kind = f"{plan.kind} {plan.name} "
     try:
         with storage.lock("studies"):
             studies = sorted(storage.optuna.get_all_studies(), key=study_id, reverse=True)
