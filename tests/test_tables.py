@@ -98,7 +98,7 @@ def test_a_study_says_what_it_lacks_and_why() -> None:
 
     assert told("ablate", runs).missing == (
         "it is in progress, or its process died; 1 run failed: trial 3 (Diverged: no number); 2 runs planned but "
-        "not finished: trial 1, trial 2. The command below resumes it."
+        "not finished: trial 1 / trial 2. The command below resumes it."
     )
     finished = [replace(each, name=f"trial {number}") for number, each in enumerate([done, done, done])]
     assert told("ablate", [*finished, diverged]).missing == "1 run failed: trial 3 (Diverged: no number)."
