@@ -86,7 +86,7 @@ def test_a_study_ends_with_a_report_and_views(sqlite_store: str, tiny_study: Pat
     first = html[html.index("<section") : html.index("<table")]
     assert "other against default: 2 seeds, but a verdict needs 3." in first and "With `seeds` auto, about" in first
     assert "<svg" in first  # the forest plot
-    assert "laims</h2>" not in html and "Not complete" not in html
+    assert "laims</h2>" not in html and "no claim" not in html and "Not complete" not in html
     assert f"effv2 ablate --study {tiny_study} --seeds 0,1 --log-model none" in html
     drawn = {file.path for file in MlflowClient().list_artifacts(parent.info.run_id, "figures")}
     assert set(re.findall(r"\(figures/([\w.-]+)\)", markdown)) == {path.removeprefix("figures/") for path in drawn}

@@ -4,26 +4,28 @@ import math
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
+from datetime import datetime, timezone
 from itertools import combinations
 from typing import Any
 
 import numpy as np
 import pandas as pd
 
-from effv2.core.errors import joined
+from effv2.core.errors import joined, listed
 from effv2.core.figures import accuracy_against_cost
 from effv2.core.words import duration, number, percent, whole
 from effv2.evidence.answers import NONE
 from effv2.evidence.claims import Claims
-from effv2.evidence.protocols import SEED_SETTING, SPLIT_SEED, RightAnswers
+from effv2.evidence.protocols import SEED_SETTING, RightAnswers
 from effv2.evidence.quantities import EPOCH_SECONDS, EVALUATE_RATE, SHOWN, VALIDATION
 from effv2.evidence.statistics import LEVEL, holm, mcnemar, p_text, right_on_shared, wilson
-from effv2.evidence.study import Rows, StudyResults, arms_results, line_of
+from effv2.evidence.study import Rows, StudyResults, arms_results, changed, line_of, shared_settings
 from effv2.tracking import tags
 from effv2.tracking.read import SELECTED_TEST, SELECTED_VALIDATION, RunRecord
 from effv2.tracking.studies import NO_STUDY, TrackedStudy, complete, studies_of
 
 BEST_TRIALS = 5
+MOST_APART = 3  # settings in the title of a study
 COMMON = {  # settings that a description of trainings names
     "data.dataset": "{}",
     "data.per_class": "{} images per class",
@@ -48,13 +50,24 @@ SETS = {"unseen": "images that it was not trained on", "unknown": "images that i
 
 
 def results_of(runs: Sequence[RunRecord], claims: Claims, right: RightAnswers) -> list[StudyResults]:
-    """Return the results of all studies. Studies of equal name also show their split or run."""
+    """Return the results of all studies. The titles of studies of equal name show how they differ."""
     studies = studies_of(runs)
-    names = Counter(study.parent.name for study in studies)
-    return [study_results(study, claims, right, names[study.parent.name] > 1) for study in studies]
+    return [study_results(study, claims, right, _differing(study, studies)) for study in studies]
 
 
-def study_results(study: TrackedStudy, claims: Claims, right: RightAnswers, of_several: bool = False) -> StudyResults:
+def _differing(study: TrackedStudy, studies: Sequence[TrackedStudy]) -> str:
+    """Describe how a study differs from others of its name: by settings, and by the time when it began."""
+    same = [each for each in studies if each.parent.name == study.parent.name]
+    if len(same) == 1:
+        return ""
+    settings, *others = (shared_settings(each.runs) for each in (study, *same))
+    names = dict.fromkeys(name for each in others for name in changed(settings, each))
+    apart = listed([f"{name} {settings[name]}" for name in names], MOST_APART, ", ")
+    began = datetime.fromtimestamp(study.parent.started / 1000, timezone.utc)
+    return f" ({apart}{', ' * bool(apart)}begun {began:%Y-%m-%d %H:%M} UTC)"
+
+
+def study_results(study: TrackedStudy, claims: Claims, right: RightAnswers, differing: str = "") -> StudyResults:
     """Return the results of a study. `right` reads which images are right in a run of a fixed network."""
     if study.kind == "search":
         own = search_results(study)
@@ -63,12 +76,11 @@ def study_results(study: TrackedStudy, claims: Claims, right: RightAnswers, of_s
     else:
         own = arms_results(study, claims)
     parent, known = study.parent, [] if study.parent is NO_STUDY else [study.parent]
-    splits = ", ".join(dict.fromkeys(run.params.get(SPLIT_SEED, "") for run in study.runs))
-    which = f" ({f'split {splits}, ' if splits else ''}run {parent.run_id[:8]})" if of_several else ""
+    about = parent.params.get("study.description", ""), own.description, _in_short(study.runs)
     return replace(
         own,
-        title=f"{parent.name}{which}",
-        description=" ".join(filter(None, (parent.params.get("study.description", ""), _in_short(study.runs)))),
+        title=f"{parent.name}{differing}",
+        description=" ".join(filter(None, about)),
         run_id=parent.run_id,
         missing=study.missing(),
         commands=list(dict.fromkeys(c for run in known or study.runs if (c := run.tags.get(tags.COMMAND, "")))),
@@ -78,10 +90,8 @@ def study_results(study: TrackedStudy, claims: Claims, right: RightAnswers, of_s
 
 def _in_short(runs: Sequence[RunRecord]) -> str:
     """Name the images, the precision and the length of trainings, as far as all have the same."""
-    found = {name: {run.params.get(name, "") for run in runs} for name in COMMON}
-    words = [
-        COMMON[name].format(*values) for name, values in found.items() if len(values) == 1 and not values & {"", "0"}
-    ]
+    common = shared_settings(runs)
+    words = [text.format(common[name]) for name, text in COMMON.items() if common.get(name, "0") not in ("", "0")]
     return f"Data: {', '.join(words)}." if words else ""
 
 
