@@ -14,6 +14,7 @@ from collections.abc import Callable
 from dataclasses import astuple, dataclass, replace
 from functools import partial
 from itertools import chain, combinations, islice, pairwise
+from operator import ne
 from typing import TYPE_CHECKING, Literal, cast
 
 from effv2.core.errors import joined
@@ -96,12 +97,8 @@ def _parse_stage(row: str) -> Stage:
 def unlike(table: Table, other: Table) -> list[str]:
     """Describe what a table has and another has not. Stages are matched so that the fewest numbers differ."""
     few, many = sorted((table.stages, other.stages), key=len)
-
-    def differing(stages: tuple[Stage, ...]) -> int:
-        pairs = zip(chain(*map(astuple, stages)), chain(*map(astuple, few)), strict=True)
-        return sum(one != another for one, another in pairs)
-
-    best = min(islice(combinations(many, len(few)), MOST_MATCHES), key=differing)
+    numbers, matches = list(chain(*map(astuple, few))), islice(combinations(many, len(few)), MOST_MATCHES)
+    best = min(matches, key=lambda stages: sum(map(ne, chain(*map(astuple, stages)), numbers)))
     alone = [str(number) for number, stage in enumerate(many, 1) if not any(stage is each for each in best)]
     words = [f"{'no' if few is table.stages else 'also'} stage{'s' * (len(alone) > 1)} {joined(alone)}"] * bool(alone)
     sides = (few, best) if few is table.stages else (best, few)

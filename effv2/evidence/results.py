@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from effv2.core.errors import joined, listed
+from effv2.core.errors import joined
 from effv2.core.figures import accuracy_against_cost
 from effv2.core.words import duration, number, percent, whole
 from effv2.evidence.answers import NONE
@@ -19,13 +19,12 @@ from effv2.evidence.claims import Claims
 from effv2.evidence.protocols import SEED_SETTING, RightAnswers
 from effv2.evidence.quantities import EPOCH_SECONDS, EVALUATE_RATE, SHOWN, VALIDATION
 from effv2.evidence.statistics import LEVEL, holm, mcnemar, p_text, right_on_shared, wilson
-from effv2.evidence.study import Rows, StudyResults, arms_results, changed, line_of, shared_settings
+from effv2.evidence.study import Rows, StudyResults, arms_results, line_of, shared_settings
 from effv2.tracking import tags
 from effv2.tracking.read import SELECTED_TEST, SELECTED_VALIDATION, RunRecord
 from effv2.tracking.studies import NO_STUDY, TrackedStudy, complete, studies_of
 
 BEST_TRIALS = 5
-MOST_APART = 3  # settings in the title of a study
 COMMON = {  # settings that a description of trainings names
     "data.dataset": "{}",
     "data.per_class": "{} images per class",
@@ -50,24 +49,13 @@ SETS = {"unseen": "images that it was not trained on", "unknown": "images that i
 
 
 def results_of(runs: Sequence[RunRecord], claims: Claims, right: RightAnswers) -> list[StudyResults]:
-    """Return the results of all studies. The titles of studies of equal name show how they differ."""
+    """Return the results of all studies. The titles of studies of equal name also show when they began."""
     studies = studies_of(runs)
-    return [study_results(study, claims, right, _differing(study, studies)) for study in studies]
+    names = Counter(study.parent.name for study in studies)
+    return [study_results(study, claims, right, names[study.parent.name] > 1) for study in studies]
 
 
-def _differing(study: TrackedStudy, studies: Sequence[TrackedStudy]) -> str:
-    """Describe how a study differs from others of its name: by settings, and by the time when it began."""
-    same = [each for each in studies if each.parent.name == study.parent.name]
-    if len(same) == 1:
-        return ""
-    settings, *others = (shared_settings(each.runs) for each in (study, *same))
-    names = dict.fromkeys(name for each in others for name in changed(settings, each))
-    apart = listed([f"{name} {settings[name]}" for name in names], MOST_APART, ", ")
-    began = datetime.fromtimestamp(study.parent.started / 1000, timezone.utc)
-    return f" ({apart}{', ' * bool(apart)}begun {began:%Y-%m-%d %H:%M} UTC)"
-
-
-def study_results(study: TrackedStudy, claims: Claims, right: RightAnswers, differing: str = "") -> StudyResults:
+def study_results(study: TrackedStudy, claims: Claims, right: RightAnswers, of_several: bool = False) -> StudyResults:
     """Return the results of a study. `right` reads which images are right in a run of a fixed network."""
     if study.kind == "search":
         own = search_results(study)
@@ -77,9 +65,10 @@ def study_results(study: TrackedStudy, claims: Claims, right: RightAnswers, diff
         own = arms_results(study, claims)
     parent, known = study.parent, [] if study.parent is NO_STUDY else [study.parent]
     about = parent.params.get("study.description", ""), own.description, _in_short(study.runs)
+    began = datetime.fromtimestamp(parent.started / 1000, timezone.utc)
     return replace(
         own,
-        title=f"{parent.name}{differing}",
+        title=f"{parent.name} (begun {began:%Y-%m-%d %H:%M} UTC)" if of_several else parent.name,
         description=" ".join(filter(None, about)),
         run_id=parent.run_id,
         missing=study.missing(),

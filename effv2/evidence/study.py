@@ -126,12 +126,7 @@ def arms_results(study: TrackedStudy, claims: Claims) -> StudyResults:
 
 def shared_settings(runs: Sequence[RunRecord]) -> dict[str, str]:
     """Return the settings that all runs have in common, by name."""
-    return dict(sorted(set.intersection(*(set(run.params.items()) for run in runs)))) if runs else {}
-
-
-def changed(own: Mapping[str, str], other: Mapping[str, str]) -> list[str]:
-    """Return the names of the settings of a training that both have, with different values."""
-    return [name for name in own if name in protocols.DEFAULTS and other.get(name, own[name]) != own[name]]
+    return dict(set.intersection(*(set(run.params.items()) for run in runs))) if runs else {}
 
 
 def _what_arms_are(arms: Arms, held: Held) -> str:
@@ -141,8 +136,9 @@ def _what_arms_are(arms: Arms, held: Held) -> str:
     for arm, own in ((arm, shared_settings(runs)) for arm, runs in arms.items()):
         tables = [each.get("model.table") or VARIANTS.get(each.get("model.variant", ""), "") for each in (own, base)]
         words = unlike(*(parse_table(str(each)) for each in tables)) if all(tables) else []
-        left = [name for name in changed(own, base) if name not in protocols.FREE | (OF_TABLES if words else set())]
-        words += [f"{name} {own[name] or 'none'} instead of {base[name] or 'none'}" for name in left]
+        names = protocols.DEFAULTS.keys() - protocols.FREE - (OF_TABLES if words else set())
+        pairs = ((name, own[name] or "none", base[name] or "none") for name in sorted(names & own.keys() & base.keys()))
+        words += [f"{name} {mine} instead of {theirs}" for name, mine, theirs in pairs if mine != theirs]
         said += [f"{arm} has {', '.join(words)}"] if words else []
     return f"Unlike {baseline}, {'; '.join(said)}." if said else ""
 
