@@ -114,7 +114,7 @@ def test_a_study_says_what_it_lacks_and_why() -> None:
     assert told("search", [replace(diverged, metrics={})]).notes == ["Trials: 1 unknown."]
 
 
-def of_arms(arms: Mapping[str, Mapping[str, object]], **about: Any) -> tuple[list[RunRecord], RunRecord]:
+def of_arms(arms: Mapping[str, dict[str, Any]], **about: Any) -> tuple[list[RunRecord], RunRecord]:
     """Return a run of each arm, which has the given settings, and the run of their study."""
     parent = replace(run(0), name="ours", params={"study.kind": "ablate", "study.baseline": "default"}, metrics={})
     of_it = {"effv2.arm": "", "mlflow.parentRunId": parent.run_id}

@@ -134,8 +134,8 @@ def _what_arms_are(arms: Arms, held: Held) -> str:
     baseline = next(arm for arm, other in held.others.items() if not other)
     base, said = shared_settings(arms[baseline]), list[str]()
     for arm, own in ((arm, shared_settings(runs)) for arm, runs in arms.items()):
-        tables = [each.get("model.table") or VARIANTS.get(each.get("model.variant", ""), "") for each in (own, base)]
-        words = unlike(*(parse_table(str(each)) for each in tables)) if all(tables) else []
+        texts = [one.get("model.table") or VARIANTS.get(one.get("model.variant", "")) for one in (own, base)]
+        words = unlike(*(parse_table(str(text)) for text in texts)) if all(texts) else []
         names = protocols.DEFAULTS.keys() - protocols.FREE - (OF_TABLES if words else set())
         pairs = ((name, own[name] or "none", base[name] or "none") for name in sorted(names & own.keys() & base.keys()))
         words += [f"{name} {mine} instead of {theirs}" for name, mine, theirs in pairs if mine != theirs]
