@@ -13,8 +13,11 @@ import re
 from collections.abc import Callable
 from dataclasses import astuple, dataclass, replace
 from functools import partial
-from itertools import pairwise
+from itertools import chain, combinations, islice, pairwise
+from operator import ne
 from typing import TYPE_CHECKING, Literal, cast
+
+from effv2.core.errors import joined
 
 if TYPE_CHECKING:
     from torch import nn
@@ -22,6 +25,9 @@ if TYPE_CHECKING:
 
 Block = Literal["F", "M"]
 LAST_CHANNELS = 1280
+# The numbers of a row in words. The input channels follow from the row before.
+COLUMNS = ("blocks (F: Fused-MBConv, M: MBConv)", "expansion", "kernels", "strides", "", "channels", "layers", "SE")
+MOST_MATCHES = 10_000  # of the stages of two tables, from which the best is taken
 
 
 @dataclass(frozen=True)
@@ -86,6 +92,19 @@ def _parse_stage(row: str) -> Stage:
     if in_channels % 8 or out_channels % 8:  # torchvision would round them
         raise ValueError(f"the row {row!r} has channels that are not multiples of 8, which the network needs")
     return Stage(block, ratio, kernel, stride, in_channels, out_channels, layers, not found[4])
+
+
+def unlike(table: Table, other: Table) -> list[str]:
+    """Describe what a table has and another has not. Stages are matched so that the fewest numbers differ."""
+    few, many = sorted((table.stages, other.stages), key=len)
+    numbers, matches = list(chain(*map(astuple, few))), islice(combinations(many, len(few)), MOST_MATCHES)
+    best = min(matches, key=lambda stages: sum(map(ne, chain(*map(astuple, stages)), numbers)))
+    alone = [str(number) for number, stage in enumerate(many, 1) if not any(stage is each for each in best)]
+    words = [f"{'no' if few is table.stages else 'also'} stage{'s' * (len(alone) > 1)} {joined(alone)}"] * bool(alone)
+    sides = (few, best) if few is table.stages else (best, few)
+    columns = zip(COLUMNS, *(zip(*map(astuple, side), strict=True) for side in sides), strict=True)
+    both = ((name, *(" ".join(map(str, each)) for each in values)) for name, *values in columns if name)
+    return words + [f"{name} {own} instead of {their}" for name, own, their in both if own != their]
 
 
 def _each(table: Table, change: Callable[[Stage], Stage]) -> Table:

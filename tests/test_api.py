@@ -64,7 +64,7 @@ def test_a_study_comes_back_with_verdicts_runs_figures_and_models(
     sqlite_store: str, tiny_study: Path, tmp_path: Path
 ) -> None:
     found = effv2.ablate(study=tiny_study, variant="other", seeds=range(3), log_model="best")
-    assert found.answers[0] in repr(found) and found.answers[0].startswith("other against default: ")
+    assert found.answers[0] in repr(found) and "other against default: " in " ".join(found.answers[:2])
     (verdict,) = found.verdicts.to_dict("records")
     assert (verdict["arm"], verdict["against"], verdict["seeds"]) == ("other", "default", 3)
     assert verdict["low"] < verdict["difference"] < verdict["high"] and not found.failed

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -13,14 +13,17 @@ from hypothesis import given
 from hypothesis import strategies as st
 from scipy import stats
 
+from effv2.architecture import VARIANTS
 from effv2.core.figures import bars, forest
+from effv2.evidence.claims import read_claims
 from effv2.evidence.quantities import quantity
+from effv2.evidence.results import results_of
 from effv2.evidence.statistics import Interval
 from effv2.evidence.study import StudyResults
 from effv2.run.records import _confusion_figure
 from effv2.tracking.read import Images, RunRecord
 from effv2.tracking.tags import COMMAND, LONGEST_TAG, LOOKS, PLANNED, as_tags, names_in
-from tests.simulated import METRIC, evidence, results, run, study, two_arms
+from tests.simulated import METRIC, evidence, nothing, results, run, study, two_arms
 
 
 def tabulated(arms: int, values: Sequence[float], **params: Any) -> tuple[StudyResults, dict[str, str]]:
@@ -109,6 +112,50 @@ def test_a_study_says_what_it_lacks_and_why() -> None:
         "(RunError: The disk is full.). The command below resumes it."
     )
     assert told("search", [replace(diverged, metrics={})]).notes == ["Trials: 1 unknown."]
+
+
+def of_arms(arms: Mapping[str, dict[str, Any]], **about: Any) -> tuple[list[RunRecord], RunRecord]:
+    """Return a run of each arm, which has the given settings, and the run of their study."""
+    parent = replace(run(0), name="ours", params={"study.kind": "ablate", "study.baseline": "default"}, metrics={})
+    of_it = {"effv2.arm": "", "mlflow.parentRunId": parent.run_id}
+    made = (run(0.5, tags=of_it | {"effv2.arm": arm}, **params) for arm, params in arms.items())
+    return [replace(each, **about) for each in made], parent
+
+
+def test_a_study_says_what_its_arms_are() -> None:
+    shared = {"model__table": "", "model__variant": "default", "model__dropout": 0.2, "data__test_fraction": 0.2}
+    own = str(replace(VARIANTS["default"], stages=VARIANTS["default"].stages[:5]))
+    arms = {
+        "default": shared,
+        "drop_one": shared | {"model__variant": "drop_one", "study__name": "a", "seeds": "0"},
+        "mbconv_only": shared | {"model__variant": "mbconv_only"},
+        "dropout_0.6": shared | {"model__dropout": 0.6, "model__variant": "half_layers"},
+        "mine": shared | {"model__table": own, "model__variant": "mine"},
+        "elsewhere": shared | {"model__variant": "theirs"},
+    }
+    assert results(*of_arms(arms)).description == (
+        "Unlike default, drop_one has no stages 2 and 5, channels 48 64 128 256 instead of 24 64 128 256; mbconv_only "
+        "has blocks (F: Fused-MBConv, M: MBConv) M M M M M M instead of F F F M M M; dropout_0.6 has layers "
+        "1 2 2 3 4 7 instead of 2 4 4 6 9 15, model.dropout 0.6 instead of 0.2; mine has no stage 6; elsewhere has "
+        "model.variant theirs instead of default."
+    )
+
+
+def test_what_makes_a_verdict_void_stands_before_it() -> None:
+    tested = {"test": Images("some", "", 1000, tuple("ab"))}
+    found = results(*of_arms({"default": {}, "other": {}}, images=tested))
+    assert found.answers[0].startswith("All networks are near chance level, 50.00 % for 2 classes")
+    assert found.short.startswith("All networks are near chance level") and "other against default" in found.short
+    assert not any("chance" in each for each in found.warnings)
+
+
+def test_titles_say_when_studies_of_one_name_began() -> None:
+    runs: list[RunRecord] = []
+    for began in (0, 60_000):
+        of_it, parent = of_arms({"default": {}, "other": {}})
+        runs += [replace(parent, started=began), *of_it]
+    titles = ["ours (begun 1970-01-01 00:00 UTC)", "ours (begun 1970-01-01 00:01 UTC)"]
+    assert [each.title for each in results_of(runs, read_claims(), nothing)] == titles
 
 
 @given(st.lists(st.text(min_size=1, max_size=300), max_size=60))

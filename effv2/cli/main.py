@@ -64,7 +64,8 @@ def _show(result: Result) -> None:
 
 def _show_study(result: StudyResult) -> None:
     """Print the results of a study and where to see them; RunError if runs failed."""
-    click.echo(cli.in_options("\n".join(result.answers), click.get_current_context().command, settings=False))
+    said = [*result.answers, *(study.description for study in result.studies if study.description)]
+    click.echo(cli.in_options("\n".join(said), click.get_current_context().command, settings=False))
     print_table(result.table)
     models = [f"model of {name}: {address}" for name, address in result.models.items()]
     for line in filter(None, (*result.warnings, *models, result.address)):

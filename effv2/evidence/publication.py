@@ -249,7 +249,7 @@ def _summary(evidence: Evidence, judgements: Sequence[Judgement]) -> str:
     words = _tally(judgements)
     parents = {run.parent for run in evidence.runs}
     runs = sum(bool(run.metrics) and run.run_id not in parents for run in evidence.runs)
-    return f"{counted(runs, 'run')}; {f'claims: {words}' if words else 'no claim is about them'}"
+    return "; ".join([counted(runs, "run"), *([f"claims: {words}"] if words else [])])
 
 
 def _tally(judged: Sequence[Judgement] | Sequence[Finding]) -> str:

@@ -4,6 +4,7 @@ import math
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
+from datetime import datetime, timezone
 from itertools import combinations
 from typing import Any
 
@@ -15,10 +16,10 @@ from effv2.core.figures import accuracy_against_cost
 from effv2.core.words import duration, number, percent, whole
 from effv2.evidence.answers import NONE
 from effv2.evidence.claims import Claims
-from effv2.evidence.protocols import SEED_SETTING, SPLIT_SEED, RightAnswers
+from effv2.evidence.protocols import SEED_SETTING, RightAnswers
 from effv2.evidence.quantities import EPOCH_SECONDS, EVALUATE_RATE, SHOWN, VALIDATION
 from effv2.evidence.statistics import LEVEL, holm, mcnemar, p_text, right_on_shared, wilson
-from effv2.evidence.study import Rows, StudyResults, arms_results, line_of
+from effv2.evidence.study import Rows, StudyResults, arms_results, line_of, shared_settings
 from effv2.tracking import tags
 from effv2.tracking.read import SELECTED_TEST, SELECTED_VALIDATION, RunRecord
 from effv2.tracking.studies import NO_STUDY, TrackedStudy, complete, studies_of
@@ -48,7 +49,7 @@ SETS = {"unseen": "images that it was not trained on", "unknown": "images that i
 
 
 def results_of(runs: Sequence[RunRecord], claims: Claims, right: RightAnswers) -> list[StudyResults]:
-    """Return the results of all studies. Studies of equal name also show their split or run."""
+    """Return the results of all studies. The titles of studies of equal name also show when they began."""
     studies = studies_of(runs)
     names = Counter(study.parent.name for study in studies)
     return [study_results(study, claims, right, names[study.parent.name] > 1) for study in studies]
@@ -63,12 +64,12 @@ def study_results(study: TrackedStudy, claims: Claims, right: RightAnswers, of_s
     else:
         own = arms_results(study, claims)
     parent, known = study.parent, [] if study.parent is NO_STUDY else [study.parent]
-    splits = ", ".join(dict.fromkeys(run.params.get(SPLIT_SEED, "") for run in study.runs))
-    which = f" ({f'split {splits}, ' if splits else ''}run {parent.run_id[:8]})" if of_several else ""
+    about = parent.params.get("study.description", ""), own.description, _in_short(study.runs)
+    began = datetime.fromtimestamp(parent.started / 1000, timezone.utc)
     return replace(
         own,
-        title=f"{parent.name}{which}",
-        description=" ".join(filter(None, (parent.params.get("study.description", ""), _in_short(study.runs)))),
+        title=f"{parent.name} (begun {began:%Y-%m-%d %H:%M} UTC)" if of_several else parent.name,
+        description=" ".join(filter(None, about)),
         run_id=parent.run_id,
         missing=study.missing(),
         commands=list(dict.fromkeys(c for run in known or study.runs if (c := run.tags.get(tags.COMMAND, "")))),
@@ -78,10 +79,8 @@ def study_results(study: TrackedStudy, claims: Claims, right: RightAnswers, of_s
 
 def _in_short(runs: Sequence[RunRecord]) -> str:
     """Name the images, the precision and the length of trainings, as far as all have the same."""
-    found = {name: {run.params.get(name, "") for run in runs} for name in COMMON}
-    words = [
-        COMMON[name].format(*values) for name, values in found.items() if len(values) == 1 and not values & {"", "0"}
-    ]
+    common = shared_settings(runs)
+    words = [text.format(common[name]) for name, text in COMMON.items() if common.get(name, "0") not in ("", "0")]
     return f"Data: {', '.join(words)}." if words else ""
 
 

@@ -10,8 +10,10 @@ from typing import Any
 
 from matplotlib.figure import Figure
 
+from effv2.architecture import VARIANTS, parse_table, unlike
 from effv2.core.figures import accuracy_against_time, accuracy_curves, bars, forest
 from effv2.core.words import counted, percent, points
+from effv2.evidence import protocols
 from effv2.evidence.answers import NONE, NOTHING_YET, Arms, Held, hold
 from effv2.evidence.claims import Claims, published_runs
 from effv2.evidence.judge import FEW_IMAGES
@@ -23,6 +25,7 @@ from effv2.tracking.read import BEST_TEST, LAST_TEST, SELECTED_TEST, SELECTED_VA
 from effv2.tracking.studies import NO_STUDY, TrackedStudy, arm_in, complete
 
 DIFFERENCES = "differences"  # the first figure
+OF_TABLES = {"model.variant", "model.table"}
 NEAR_CHANCE = 0.03  # accuracy above chance level
 MOST_DRAWN = 20  # single runs: with more, there is only the table
 Rows = list[tuple[str, ...]]  # of a table, its titles first
@@ -35,7 +38,7 @@ class StudyResults:
     title: str = ""
     description: str = ""
     run_id: str = ""
-    answers: Sequence[str] = ()  # a sentence per variant
+    answers: Sequence[str] = ()  # what makes them void, and a sentence per variant
     short: str = ""  # the same without estimates of what would decide, for a cell
     table: Rows = field(default_factory=list)
     warnings: Sequence[str] = ()
@@ -87,9 +90,10 @@ def arms_results(study: TrackedStudy, claims: Claims) -> StudyResults:
         return StudyResults(answers=[NOTHING_YET])
     arms = {arm: list({pair_of(run): run for run in runs}.values()) for arm, runs in found.items()}
     held = hold(arms, study.parent)
-    published, protocol = _published_curves(arms, claims)
+    void, (published, protocol) = _near_chance(arms, held.what), _published_curves(arms, claims)
     asked = tags.names_in(study.parent.tags, tags.SHOWN)
     results = StudyResults(
+        answers=void,
         table=_table(arms, held, asked),
         warnings=list(_warnings(arms, held.what)),
         notes=list(_notes(arms, protocol, held)),
@@ -103,9 +107,10 @@ def arms_results(study: TrackedStudy, claims: Claims) -> StudyResults:
     rows = [(arm, run.tags.get(tags.SEED), run.run_id, *(what.value(run) for what in shown)) for arm, run in runs]
     return replace(
         results,
-        answers=held.sentences(),
+        description=_what_arms_are(arms, held),
+        answers=[*void, *held.sentences()],
         held=held,
-        short=" ".join(held.sentences(short=True)),
+        short=" ".join([*void, *held.sentences(short=True)]),
         warnings=[*_counts(study, found, held), *results.warnings],
         details=_details(arms, quantities, held.what.name),
         # Metrics that runs log under these names: accuracies and the time of training.
@@ -117,6 +122,25 @@ def arms_results(study: TrackedStudy, claims: Claims) -> StudyResults:
         },
         files={"comparison.csv": [("variant", "seed", "run_id", *(what.words for what in shown)), *rows]},
     )
+
+
+def shared_settings(runs: Sequence[RunRecord]) -> dict[str, str]:
+    """Return the settings that all runs have in common, by name."""
+    return dict(set.intersection(*(set(run.params.items()) for run in runs))) if runs else {}
+
+
+def _what_arms_are(arms: Arms, held: Held) -> str:
+    """Name the stages and settings of each arm that the baseline has not, in one sentence."""
+    baseline = next(arm for arm, other in held.others.items() if not other)
+    base, said = shared_settings(arms[baseline]), list[str]()
+    for arm, own in ((arm, shared_settings(runs)) for arm, runs in arms.items()):
+        texts = [one.get("model.table") or VARIANTS.get(one.get("model.variant", "")) for one in (own, base)]
+        words = unlike(*(parse_table(str(text)) for text in texts)) if all(texts) else []
+        names = protocols.DEFAULTS.keys() - protocols.FREE - (OF_TABLES if words else set())
+        pairs = ((name, own[name] or "none", base[name] or "none") for name in sorted(names & own.keys() & base.keys()))
+        words += [f"{name} {mine} instead of {theirs}" for name, mine, theirs in pairs if mine != theirs]
+        said += [f"{arm} has {', '.join(words)}"] if words else []
+    return f"Unlike {baseline}, {'; '.join(said)}." if said else ""
 
 
 def images_apart(study: TrackedStudy, right: RightAnswers) -> Rows:
@@ -224,17 +248,22 @@ def _published_curves(arms: Arms, claims: Claims) -> tuple[dict[str, RunRecord],
     return {}, ""
 
 
+def _near_chance(arms: Arms, what: Quantity) -> list[str]:
+    """Warn of networks that have learned nothing."""
+    tests = [each for runs in arms.values() for run in runs if (each := run.images.get("test")) and each.classes]
+    classes = {len(each.classes) for each in tests}
+    means = [statistics.fmean(values) for values in values_of(arms, what.name).values()]
+    if len(classes) != 1 or not means or max(means) >= (chance := 1 / min(classes)) + NEAR_CHANCE:
+        return []
+    about = f"All networks are near chance level, {percent(chance)} for {min(classes)} classes"
+    return [f"{about}: they have learned next to nothing, so their differences mean little."]
+
+
 def _warnings(arms: Arms, what: Quantity) -> Iterator[str]:
     """Describe what limits the answers."""
     runs = [run for of_arm in arms.values() for run in of_arm]
     tests = [each for run in runs if (each := run.images.get("test"))]
-    classes = {len(each.classes) for each in tests if each.classes}
     means = [statistics.fmean(values) for values in values_of(arms, what.name).values()]
-    if len(classes) == 1 and means and max(means) < (chance := 1 / min(classes)) + NEAR_CHANCE:
-        yield (
-            f"All networks are near chance level, {percent(chance)} for {min(classes)} classes: they have learned "
-            "next to nothing, so their differences mean little."
-        )
     if len(set(map(split_of, runs))) == 1:
         yield "All runs share one split of the images, so the answers only hold for that split."
     if (machines := len(set(map(machine_of, runs)))) > 1:
