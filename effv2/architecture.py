@@ -10,10 +10,10 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import astuple, dataclass, replace
 from functools import partial
-from itertools import chain, combinations, islice, pairwise
+from itertools import combinations, islice, pairwise
 from operator import ne
 from typing import TYPE_CHECKING, Literal, cast
 
@@ -97,14 +97,22 @@ def _parse_stage(row: str) -> Stage:
 def unlike(table: Table, other: Table) -> list[str]:
     """Describe what a table has and another has not. Stages are matched so that the fewest numbers differ."""
     few, many = sorted((table.stages, other.stages), key=len)
-    numbers, matches = list(chain(*map(astuple, few))), islice(combinations(many, len(few)), MOST_MATCHES)
-    best = min(matches, key=lambda stages: sum(map(ne, chain(*map(astuple, stages)), numbers)))
+    matches, numbers = islice(combinations(many, len(few)), MOST_MATCHES), _numbers(few)
+    best = min(matches, key=lambda stages: sum(map(ne, _numbers(stages), numbers)))
     alone = [str(number) for number, stage in enumerate(many, 1) if not any(stage is each for each in best)]
-    words = [f"{'no' if few is table.stages else 'also'} stage{'s' * (len(alone) > 1)} {joined(alone)}"] * bool(alone)
-    sides = (few, best) if few is table.stages else (best, few)
-    columns = zip(COLUMNS, *(zip(*map(astuple, side), strict=True) for side in sides), strict=True)
-    both = ((name, *(" ".join(map(str, each)) for each in values)) for name, *values in columns if name)
-    return words + [f"{name} {own} instead of {their}" for name, own, their in both if own != their]
+    words = []
+    if alone:
+        words.append(f"{'no' if few is table.stages else 'also'} stage{'s' * (len(alone) > 1)} {joined(alone)}")
+    own, theirs = (few, best) if few is table.stages else (best, few)
+    for name, *values in zip(COLUMNS, *(zip(*map(astuple, side), strict=True) for side in (own, theirs)), strict=True):
+        mine, other_values = (" ".join(map(str, each)) for each in values)
+        if name and mine != other_values:
+            words.append(f"{name} {mine} instead of {other_values}")
+    return words
+
+
+def _numbers(stages: Iterable[Stage]) -> list[object]:
+    return [number for stage in stages for number in astuple(stage)]
 
 
 def _each(table: Table, change: Callable[[Stage], Stage]) -> Table:
