@@ -28,6 +28,10 @@ def test_wrong_options_are_answered_before_anything_heavy_is_imported(tmp_path: 
         "train --weights /nowhere.pt",
         "ablate --weights nonsense/x",
         "ablate --study {}",
+        "ablate --storage nonsense",
+        "search --storage postgresql://me:p@ss@host/db",
+        "hparam-check --storage journal://study.log",
+        "evaluate-pretrained --storage sqlite:////proc/nowhere/optuna.db",
     ]
     script = (
         "import sys\nfrom click.testing import CliRunner\nfrom effv2.cli.main import main\n"
@@ -92,7 +96,7 @@ ABLATE_ERRORS = {
     "--storage sqlite:////proc/nowhere/optuna.db": "optuna.db: can't be used (no such folder); create it",
     "--storage postgresql://me:secret@127.0.0.1:9/db": "--storage postgresql://me:***@127.0.0.1:9/db: can't be",
     "--variant drop_two": "--variant drop_two: no such variant; did you mean 'drop_one'?",
-    "--seeds 1,x": "--seeds 1,x",
+    "--seeds 1,x": "--seeds 1,x: must be at most 10,000 whole numbers of at least 0, such as 0,1,2 or 0-2; the option --seeds also takes auto.",
     "--seeds 1,1": "--seeds 1,1",
 }
 HPARAM_ERRORS = {

@@ -66,6 +66,10 @@ class Call:
         try:
             read = self.taken.read(given)
             COMMAND.set(command_line(name.replace("_", "-"), given))
+            if "storage" in given:
+                from effv2.tracking.addresses import storage_address
+
+                storage_address(given["storage"])
             own = nullcontext(reporter) if reporter else ConsoleReporter(lines=False)
             with ending_signals(repeated=False), own as shown:  # a notebook may be interrupted twice
                 shown.progress("loading PyTorch and MLflow")
