@@ -58,7 +58,9 @@ class Call:
         """Call the function. Options that are None or empty count as not given."""
         fields, name = self.taken.fields, self.function.__name__
         if unknown := [each for each in options if each not in fields]:
-            raise TypeError(f"{name}() has no option {unknown[0]!r}; {nearest(unknown[0], list(fields))}")
+            words = unknown[0].replace("_", " ")
+            meant = [each for each in fields if " " in words and words in str(fields[each].description).lower()]
+            raise TypeError(f"{name}() has no option {unknown[0]!r}; {nearest([*meant, *unknown][0], list(fields))}")
         given = {each: _plain(options[each], fields[each].annotation) for each in fields if each in options}
         given = {each: value for each, value in given.items() if value not in (None, "", (), [])}
         tune_allocator()  # before torch is imported
