@@ -155,6 +155,7 @@ def test_a_call_prints_little_unless_verbose(sqlite_store: str, capsys: pytest.C
         effv2.train(**TINY, fresh=True, reporter=reporter)
         said = capsys.readouterr().err
         assert "Data: 10 classes" in said and said.count("epoch 1/1: train") == epochs
+        assert said.count("\nlogging the results\nlogging the model\n") == epochs  # which may take seconds
 
 
 def test_a_script_with_several_workers_runs_once_even_from_a_thread(tmp_path: Path) -> None:

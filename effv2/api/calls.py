@@ -248,6 +248,7 @@ def _grid(kind: str, study: Study, arms: list[str], layer: Layer, how: Options, 
 def _plan(make: Callable[..., Any], how: Options, reporter: Reporter) -> StudyResult:
     from effv2.api.results import StudyResult
     from effv2.data.dataset import load_once
+    from effv2.studies.engine import as_begun
     from effv2.studies.forecast import forecast
     from effv2.tracking.store import is_begun, open_store
 
@@ -255,6 +256,9 @@ def _plan(make: Callable[..., Any], how: Options, reporter: Reporter) -> StudyRe
     plan, there = make(load=load, reporter=reporter), None
     with suppress(InputError):  # this does not create a missing experiment
         there = open_store(how.experiment, create=False) if is_begun() else None
+    plan, complete = as_begun(plan, there, how) if there is not None else (plan, False)
+    if complete:
+        return StudyResult(["The study is complete: nothing is left to train. Leave out `plan` for the verdicts."])
     lines, table = forecast(plan, how, load, there, reporter)
     return StudyResult(lines, table=list(map(tuple, table)))
 

@@ -8,7 +8,9 @@ from collections import Counter
 from collections.abc import Callable, Mapping
 from contextlib import closing, suppress
 from dataclasses import dataclass, replace
+from functools import partial
 from multiprocessing.context import SpawnProcess
+from pathlib import Path
 from types import ModuleType
 from typing import Any
 
@@ -28,10 +30,10 @@ from effv2.evidence.publication import publish_study, read_results
 from effv2.evidence.study import StudyResults
 from effv2.studies.plan import Plan, TrainingPlan, best_of, progress_of, run_ids
 from effv2.studies.queue import ERROR, FINAL, RUN, Queue, Trials
-from effv2.studies.storage import DATABASE_ERRORS, OUTAGE_SECONDS, Storage, cannot_use, open_storage
+from effv2.studies.storage import DATABASE_ERRORS, OUTAGE_SECONDS, Storage, cannot_use, check_storage, open_storage
 from effv2.studies.worker import AWAY, OpenedStudy, Worker, worker_process
 from effv2.tracking import store
-from effv2.tracking.addresses import shown_uri
+from effv2.tracking.addresses import OF_OPTUNA, shown_uri, tables_of
 from effv2.tracking.models import model_address
 from effv2.tracking.read import find_runs, known_runs, read_run, read_runs
 from effv2.tracking.run import begin_run
@@ -106,18 +108,14 @@ def _work(study: OpenedStudy, queue: Queue, load: LoadData, reporter: Reporter) 
 def _open(plan: Plan, storage: Storage, experiment_id: str, options: StudyOptions, reporter: Reporter) -> OpenedStudy:
     """Open the newest study of this definition that has a run in the tracking store, or create both."""
     definition, name = {**plan.definition, "experiment": experiment_id}, _named(plan, experiment_id)
-    kind = f"{plan.kind} {plan.name} "
     try:
         with storage.lock("studies"):
-            studies = sorted(storage.optuna.get_all_studies(), key=study_id, reverse=True)
-            begun = [study for study in studies if study.study_name.startswith(kind) and PARENT in study.user_attrs]
-            plans = {study.study_name: plan.as_in(study.user_attrs[DEFINITION]) for study in begun}
-            names = {queue: _named(each, experiment_id) for queue, each in plans.items()}
-            same = [study for study in begun if study.study_name.rpartition("#")[0] == names[study.study_name]]
+            studies, begun, same = _earlier(plan, storage, experiment_id)
             there = (study for study in same if not options.fresh and read_run(study.user_attrs[PARENT]) is not None)
             if (found := next(there, None)) is not None:
-                queue, attributes, plan = found.study_name, dict(found.user_attrs), plans[found.study_name]
-                if names[queue] != name:
+                queue, attributes = found.study_name, dict(found.user_attrs)
+                plan = plan.as_in(attributes[DEFINITION])
+                if queue.rpartition("#")[0] != name:
                     reporter.message("This study began with another precision than `auto` means here, and keeps it.")
             else:
                 if same and not options.fresh:
@@ -143,6 +141,33 @@ def _open(plan: Plan, storage: Storage, experiment_id: str, options: StudyOption
     except DATABASE_ERRORS as error:
         raise cannot_use(storage.shown, error) from error
     return OpenedStudy(plan, options, queue, TrackedRun(attributes[PARENT], experiment_id), attributes[FRESH])
+
+
+def _earlier(plan: Plan, storage: Storage, experiment_id: str) -> tuple[list[Any], ...]:
+    """Return all studies, those of the plan's name that have begun, and of these its own, each list newest first."""
+    studies = sorted(storage.optuna.get_all_studies(), key=study_id, reverse=True)
+    kind = f"{plan.kind} {plan.name} "
+    begun = [study for study in studies if study.study_name.startswith(kind) and PARENT in study.user_attrs]
+    plans = {study.study_name: plan.as_in(study.user_attrs[DEFINITION]) for study in begun}
+    names = {queue: _named(each, experiment_id) for queue, each in plans.items()}
+    return studies, begun, [each for each in begun if each.study_name.rpartition("#")[0] == names[each.study_name]]
+
+
+def as_begun(plan: Any, experiment_id: str, options: StudyOptions) -> tuple[Any, bool]:
+    """Return the plan as in the study that it would resume, and whether that is complete. This creates nothing."""
+    address = check_storage(options.storage)
+    there = address.exists() if isinstance(address, Path) else tables_of(address) >= OF_OPTUNA
+    if options.fresh or not there:
+        return plan, False
+    with store.tracking_faults(), closing(open_storage(options.storage)) as storage:
+        for each in _earlier(plan, storage, experiment_id)[2]:
+            if (run := read_run(each.user_attrs[PARENT])) is not None:
+                parent, plan = TrackedRun(run.run_id, experiment_id), plan.as_in(each.user_attrs[DEFINITION])
+                queue = OpenedStudy(plan, options, each.study_name, parent, fresh=False).queue(storage)
+                plan, trials = plan.resumed(run.params, partial(queue.began, note=False)), queue.trials()
+                ended = plan.wanted(trials).keys() <= run_ids(trials).keys()
+                return plan, ended and not _deleted(trials, experiment_id)
+    return plan, False
 
 
 def _named(plan: Plan, experiment_id: str) -> str:

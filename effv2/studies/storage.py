@@ -35,6 +35,7 @@ GRACE_SECONDS = 60  # seconds without a heartbeat after which a remote worker is
 # Seconds of further silence after which it counts as gone: after an outage of the storage, every heartbeat is old for a
 # moment.
 SECOND_LOOK_SECONDS = 2 * HEARTBEAT_SECONDS
+TAKEOVER_SECONDS = GRACE_SECONDS + SECOND_LOOK_SECONDS + HEARTBEAT_SECONDS  # until its trial is taken, at most
 OUTAGE_SECONDS = 600  # seconds that a database may be away
 LEAVING_SECONDS = 5  # the same while the process ends
 # Seconds, and milliseconds for tcp_user_timeout. Otherwise a client would wait for hours for a peer whose machine died,
