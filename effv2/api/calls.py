@@ -248,8 +248,7 @@ def _grid(kind: str, study: Study, arms: list[str], layer: Layer, how: Options, 
 def _plan(make: Callable[..., Any], how: Options, reporter: Reporter) -> StudyResult:
     from effv2.api.results import StudyResult
     from effv2.data.dataset import load_once
-    from effv2.studies.engine import as_begun
-    from effv2.studies.forecast import forecast
+    from effv2.studies.forecast import as_begun, forecast
     from effv2.tracking.store import is_begun, open_store
 
     load = load_once(reporter)

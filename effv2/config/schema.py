@@ -129,8 +129,9 @@ class ModelConfig(Group):
     @model_validator(mode="after")
     def _named_table(self) -> Self:
         if self.table and self.table != str(architecture.VARIANTS.get(self.variant, self.table)):
-            problem = "a custom table needs a name of its own; set model.variant, next to it, to a new one"
-            raise PydanticCustomError(OF_KEY, problem, {"key": "table"})
+            raise PydanticCustomError(
+                OF_KEY, "a custom table needs a name of its own; set model.variant", {"key": "table"}
+            )
         return self
 
     def build_table(self) -> architecture.Table:

@@ -8,9 +8,7 @@ from collections import Counter
 from collections.abc import Callable, Mapping
 from contextlib import closing, suppress
 from dataclasses import dataclass, replace
-from functools import partial
 from multiprocessing.context import SpawnProcess
-from pathlib import Path
 from types import ModuleType
 from typing import Any
 
@@ -21,19 +19,19 @@ from optuna.trial import TrialState
 from effv2.config.options import StudyOptions
 from effv2.core import provenance
 from effv2.core.errors import RunError, listed
-from effv2.core.internals import study_id
 from effv2.core.processes import interrupts_ignored, uninterrupted
 from effv2.core.reporter import Message, Reporter
 from effv2.core.words import differences
 from effv2.data.dataset import LoadData
 from effv2.evidence.publication import publish_study, read_results
 from effv2.evidence.study import StudyResults
+from effv2.studies.earlier import DEFINITION, PARENT, earlier, named
 from effv2.studies.plan import Plan, TrainingPlan, best_of, progress_of, run_ids
 from effv2.studies.queue import ERROR, FINAL, RUN, Queue, Trials
-from effv2.studies.storage import DATABASE_ERRORS, OUTAGE_SECONDS, Storage, cannot_use, check_storage, open_storage
+from effv2.studies.storage import DATABASE_ERRORS, OUTAGE_SECONDS, Storage, cannot_use, open_storage
 from effv2.studies.worker import AWAY, OpenedStudy, Worker, worker_process
 from effv2.tracking import store
-from effv2.tracking.addresses import OF_OPTUNA, shown_uri, tables_of
+from effv2.tracking.addresses import shown_uri
 from effv2.tracking.models import model_address
 from effv2.tracking.read import find_runs, known_runs, read_run, read_runs
 from effv2.tracking.run import begin_run
@@ -41,7 +39,7 @@ from effv2.tracking.tags import CODE_VERSION, COMMAND, PLANNED, QUEUE, SHOWN, ST
 from effv2.tracking.writer import TrackedRun, run_address, status_after
 
 # User attributes of Optuna's study.
-DEFINITION, PARENT, FRESH, PUBLISHED = "definition", "parent_run", "fresh", "published"
+FRESH, PUBLISHED = "fresh", "published"
 WATCH_SECONDS = 0.5
 MOST_IN_VAIN = 3  # per worker: ends of workers without a newly finished run
 ENDING_SECONDS = 60  # seconds that workers may take to end after SIGTERM
@@ -80,7 +78,7 @@ def run_study(plan: Plan, experiment_id: str, options: StudyOptions, load: LoadD
 
 
 def _work(study: OpenedStudy, queue: Queue, load: LoadData, reporter: Reporter) -> None:
-    if queue.deserted() and (repeated := queue.repeat(_deleted(queue.trials(), study.parent.experiment_id))):
+    if queue.deserted() and (repeated := queue.repeat(deleted_runs(queue.trials(), study.parent.experiment_id))):
         reporter.message(f"{repeated} finished runs were deleted from the tracking store and are repeated.")
     reporter.message(run_address(study.parent.run_id, study.parent.experiment_id))
     said = sum(each.complete for each in study.plan.rounds(queue.trials()))
@@ -107,10 +105,10 @@ def _work(study: OpenedStudy, queue: Queue, load: LoadData, reporter: Reporter) 
 
 def _open(plan: Plan, storage: Storage, experiment_id: str, options: StudyOptions, reporter: Reporter) -> OpenedStudy:
     """Open the newest study of this definition that has a run in the tracking store, or create both."""
-    definition, name = {**plan.definition, "experiment": experiment_id}, _named(plan, experiment_id)
+    definition, name = {**plan.definition, "experiment": experiment_id}, named(plan, experiment_id)
     try:
         with storage.lock("studies"):
-            studies, begun, same = _earlier(plan, storage, experiment_id)
+            studies, begun, same = earlier(plan, storage, experiment_id)
             there = (study for study in same if not options.fresh and read_run(study.user_attrs[PARENT]) is not None)
             if (found := next(there, None)) is not None:
                 queue, attributes = found.study_name, dict(found.user_attrs)
@@ -141,39 +139,6 @@ def _open(plan: Plan, storage: Storage, experiment_id: str, options: StudyOption
     except DATABASE_ERRORS as error:
         raise cannot_use(storage.shown, error) from error
     return OpenedStudy(plan, options, queue, TrackedRun(attributes[PARENT], experiment_id), attributes[FRESH])
-
-
-def _earlier(plan: Plan, storage: Storage, experiment_id: str) -> tuple[list[Any], ...]:
-    """Return all studies, those of the plan's name that have begun, and of these its own, each list newest first."""
-    studies = sorted(storage.optuna.get_all_studies(), key=study_id, reverse=True)
-    kind = f"{plan.kind} {plan.name} "
-    begun = [study for study in studies if study.study_name.startswith(kind) and PARENT in study.user_attrs]
-    plans = {study.study_name: plan.as_in(study.user_attrs[DEFINITION]) for study in begun}
-    names = {queue: _named(each, experiment_id) for queue, each in plans.items()}
-    return studies, begun, [each for each in begun if each.study_name.rpartition("#")[0] == names[each.study_name]]
-
-
-def as_begun(plan: Any, experiment_id: str, options: StudyOptions) -> tuple[Any, bool]:
-    """Return the plan as in the study that it would resume, and whether that is complete. This creates nothing."""
-    address = check_storage(options.storage)
-    there = address.exists() if isinstance(address, Path) else tables_of(address) >= OF_OPTUNA
-    if options.fresh or not there:
-        return plan, False
-    with store.tracking_faults(), closing(open_storage(options.storage)) as storage:
-        for each in _earlier(plan, storage, experiment_id)[2]:
-            if (run := read_run(each.user_attrs[PARENT])) is not None:
-                parent, plan = TrackedRun(run.run_id, experiment_id), plan.as_in(each.user_attrs[DEFINITION])
-                queue = OpenedStudy(plan, options, each.study_name, parent, fresh=False).queue(storage)
-                plan, trials = plan.resumed(run.params, partial(queue.began, note=False)), queue.trials()
-                ended = plan.wanted(trials).keys() <= run_ids(trials).keys()
-                return plan, ended and not _deleted(trials, experiment_id)
-    return plan, False
-
-
-def _named(plan: Plan, experiment_id: str) -> str:
-    """Return the name of a plan's study in the storage, before its number."""
-    definition = {**plan.definition, "experiment": experiment_id}
-    return f"{plan.kind} {plan.name} {provenance.sha256_of_values(definition)[:12]}"
 
 
 def _begun(study: OpenedStudy, storage: Storage) -> OpenedStudy:
@@ -215,7 +180,7 @@ def _create(plan: Plan, storage: Storage, name: str, definition: Mapping[str, An
         raise
 
 
-def _deleted(trials: Trials, experiment_id: str) -> set[str]:
+def deleted_runs(trials: Trials, experiment_id: str) -> set[str]:
     """Return the deleted runs of finished trials."""
     runs = {trial.user_attrs[RUN] for trial in trials.values() if trial.state.is_finished() and RUN in trial.user_attrs}
     # Read again, one by one: a simultaneous deletion may hide a run between two pages of the list.
@@ -229,7 +194,7 @@ def _publish(study: OpenedStudy, queue: Queue, load: LoadData, reporter: Reporte
     with storage.lock(f"publish {study.name}", long=True):
         trials = queue.trials()
         wanted = plan.wanted(trials)
-        deleted = _deleted(trials, study.parent.experiment_id)  # of trials that are no longer wanted
+        deleted = deleted_runs(trials, study.parent.experiment_id)  # of trials that are no longer wanted
         trials = {name: trial for name, trial in trials.items() if trial.user_attrs.get(RUN) not in deleted}
         finished = sorted(trial.number for trial in trials.values() if trial.state.is_finished())
         stands = {"trials": finished, "log_model": log_model}

@@ -22,7 +22,7 @@ from optuna.trial import TrialState
 from sqlalchemy import exc
 from sqlalchemy.engine import URL
 
-from effv2.core.errors import InputError, StoreAway
+from effv2.core.errors import InputError, StoreAway, listed
 from effv2.core.internals import stale_trial_ids, trial_id
 from effv2.core.processes import stop_if_told
 from effv2.core.secrets import masked
@@ -243,6 +243,12 @@ def check_storage(url: str) -> URL | Path:
     except (exc.SQLAlchemyError, OSError, LogAway) as error:
         raise cannot_use(masked(url), error) from error
     return parsed
+
+
+def waiting(names: list[str]) -> str:
+    """Say that other processes have the trials of these names, and how long it takes if they are gone."""
+    text = f"Waiting for {listed(names, 5)}, which another process has. If that process is gone"
+    return f"{text}, this one takes over in at most {TAKEOVER_SECONDS} seconds."
 
 
 def cannot_use(shown: str, error: Exception) -> InputError:

@@ -17,7 +17,7 @@ import torch
 from optuna.trial import FrozenTrial, TrialState
 
 from effv2.config.options import StudyOptions
-from effv2.core.errors import Diverged, InputError, LeaseLost, RunError, StoreAway, Terminated, listed
+from effv2.core.errors import Diverged, InputError, LeaseLost, RunError, StoreAway, Terminated
 from effv2.core.processes import ending_signals, leave, tune_allocator
 from effv2.core.reporter import LineReporter, Reporter
 from effv2.data.dataset import LoadData, load_once
@@ -25,14 +25,13 @@ from effv2.run.run import Attempt, RunSpec
 from effv2.studies.plan import Plan, best_of
 from effv2.studies.queue import ERROR, FINAL, NAME, RUN, Params, Queue
 from effv2.studies.seeds import ELSEWHERE
-from effv2.studies.storage import LEAVING_SECONDS, OUTAGE_SECONDS, TAKEOVER_SECONDS, Storage, open_storage
+from effv2.studies.storage import LEAVING_SECONDS, OUTAGE_SECONDS, Storage, open_storage, waiting
 from effv2.tracking.read import find_runs, read_history, read_run
 from effv2.tracking.run import end_left_open
 from effv2.tracking.store import answers, configure, outage_passed
 from effv2.tracking.tags import PARENT
 from effv2.tracking.writer import TrackedRun
 
-MOST_NAMED = 5  # runs that a message names
 POLL_SECONDS = 1.0  # seconds between two looks at a queue whose last trials belong to others
 AWAY = 3  # exit code of a worker after it waited in vain for a database or the tracking store
 ORPHAN_SECONDS = 60  # seconds that a worker may take to end after the process that started it
@@ -108,8 +107,7 @@ class Worker:
                 self.changed()
             elif left := self.queue.unfinished():
                 if self.study.options.workers == 1 and not said.issuperset(left):  # not for workers of one command
-                    text = f"Waiting for {listed(left, MOST_NAMED)}, which another process has. If that process is gone"
-                    self.reporter.message(f"{text}, this one takes over in at most {TAKEOVER_SECONDS} seconds.")
+                    self.reporter.message(waiting(left))
                     said |= set(left)
                 time.sleep(POLL_SECONDS * random.uniform(0.5, 1.5))  # noqa: S311
             else:
