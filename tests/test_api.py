@@ -146,6 +146,8 @@ def test_wrong_input_is_an_error_with_its_parts(
     assert not MlflowClient().search_runs(["0"])
     with pytest.raises(TypeError, match=r"no option 'epoch'; the nearest is 'epochs'"):
         effv2.train(epoch=3)  # type: ignore[call-arg]
+    with pytest.raises(TypeError, match=r"no option 'learning_rate'; the nearest is 'lr'"):
+        effv2.train(learning_rate=0.1)  # type: ignore[call-arg]
 
 
 def test_a_call_prints_little_unless_verbose(sqlite_store: str, capsys: pytest.CaptureFixture[str]) -> None:
@@ -153,6 +155,7 @@ def test_a_call_prints_little_unless_verbose(sqlite_store: str, capsys: pytest.C
         effv2.train(**TINY, fresh=True, reporter=reporter)
         said = capsys.readouterr().err
         assert "Data: 10 classes" in said and said.count("epoch 1/1: train") == epochs
+        assert said.count("\nlogging the results\nlogging the model\n") == epochs  # which may take seconds
 
 
 def test_a_script_with_several_workers_runs_once_even_from_a_thread(tmp_path: Path) -> None:

@@ -282,6 +282,9 @@ def test_auto_means_the_same_in_all_runs_of_a_study(
     assert "This study began with another precision than" in done.output
     _, *trained = all_runs()
     assert [run.data.params["execution.precision"] for run in trained] == ["bf16"] * runs
+    if command is ablate:
+        assert "The study is complete: nothing is left to train" in invoke(ablate, *words, second, "--plan").output
+        assert "by finished runs" in invoke(ablate, *words, "--seeds=0-2", "--plan").output
     monkeypatch.setattr("effv2.execution.resolve._prefers_bf16", lambda *_: True)
     done = invoke(command, *words, second, "--storage", f"sqlite:///{tiny_study.parent}/other.db")
     assert "Another storage has this study already" in done.output

@@ -28,6 +28,10 @@ def test_wrong_options_are_answered_before_anything_heavy_is_imported(tmp_path: 
         "train --weights /nowhere.pt",
         "ablate --weights nonsense/x",
         "ablate --study {}",
+        "ablate --storage nonsense",
+        "search --storage postgresql://me:p@ss@host/db",
+        "hparam-check --storage journal://study.log",
+        "evaluate-pretrained --storage sqlite:////proc/nowhere/optuna.db",
     ]
     script = (
         "import sys\nfrom click.testing import CliRunner\nfrom effv2.cli.main import main\n"
@@ -92,7 +96,7 @@ ABLATE_ERRORS = {
     "--storage sqlite:////proc/nowhere/optuna.db": "optuna.db: can't be used (no such folder); create it",
     "--storage postgresql://me:secret@127.0.0.1:9/db": "--storage postgresql://me:***@127.0.0.1:9/db: can't be",
     "--variant drop_two": "--variant drop_two: no such variant; did you mean 'drop_one'?",
-    "--seeds 1,x": "--seeds 1,x",
+    "--seeds 1,x": "such as 0,1,2 or 0-2; the option --seeds also takes auto.",
     "--seeds 1,1": "--seeds 1,1",
 }
 HPARAM_ERRORS = {
@@ -136,7 +140,7 @@ def test_faults_in_data_are_found_before_a_run_is_created(sqlite_store: str, tmp
 
 
 STUDY_ERRORS = {
-    "arms: {a: {model: {variant: drop_one, table: F 1 3 1 8 8 1}}}": r"line 2: .*needs a name of its own",
+    "arms: {a: {model: {variant: drop_one, table: F 1 3 1 8 8 1}}}": r"line 2: arms.a.model.table: .*needs a name of",
     "description: a": r"has no arms to compare; use the command train",
     "seeds: [0, 0]\narms: {a: {}}": r"line 2: seeds.*the same seed appears twice",
     "arms: {'a[/x]': {}}": r"line 2: arms.*letters, digits",
@@ -152,7 +156,7 @@ STUDY_ERRORS = {
     "config: {data: {image_sise: 32}}": r"line 2: config.data.image_sise: unknown key.*'image_size'",
     "config: {dta: {}}": r"line 2: config.dta: unknown key 'dta'; did you mean 'data'",
     "config: {optimiser.lr: 0.5}": r"line 2: config.optimiser.lr: not a group of settings; write the group",
-    "config: {model: {dropout: 0.3, table: F 1 3 1 24 24 2}}": r"model.variant default: .* needs a name of its own",
+    "config: {model: {dropout: 0.3, table: F 1 3 1 24 24 2}}": r"line 2: config.model.table: .*needs a name of its own",
     "seeds: [1, '01']": "the same seed appears twice",
     "config: {data: {}, model: {}}\narms: {a: {model: {dropout: 0.1}, optimizer: {}}}": r"line 3: arms.a.optimizer: un",
     "config:\n  optimiser:\n    lr: fast": r"line 4: config.optimiser.lr fast",

@@ -70,8 +70,14 @@ def test_the_command_reports_problems_and_its_exit_code_says_so(tree: Path, tmp_
     (tree / "test" / "dog" / "1.png").write_bytes(b"no image")
     *_, advice = CliRunner().invoke(main, words).output.splitlines()
     assert advice.startswith("First repair or remove the broken images, or give --skip-broken; keep one image of")
-    for wrong in ([str(tmp_path / "nowhere")], [str(tree), "--skip-broken", "true", "--sheet", "x.nothing"]):
-        assert CliRunner().invoke(main, ["data", "check", *wrong]).exit_code == 2
+    for wrong, named in (
+        (["/nowhere"], "--data-dir /nowhere: no such folder"),
+        (["--data-dir", "/nowhere"], "--data-dir /nowhere: no such folder"),
+        (["--dataset", "birds"], "--data-dir: the data set 'birds' needs"),
+        ([str(tree), "--skip-broken", "true", "--sheet", "x.nothing"], "sheet x.nothing: can't be written"),
+    ):
+        done = CliRunner().invoke(main, ["data", "check", *wrong])
+        assert done.exit_code == 2 and named in done.stderr
 
 
 def test_a_training_that_would_fail_is_told_with_names_as_they_are(tmp_path: Path) -> None:
@@ -84,7 +90,7 @@ def test_a_training_that_would_fail_is_told_with_names_as_they_are(tmp_path: Pat
     found = CliRunner().invoke(main, ["data", "check", str(tmp_path), "--labels", "labels.csv"])
     assert found.exit_code == 1 and all(name in found.output for name in ("[b]", "[/b]")) and "\x1b" not in found.output
     *_, advice = found.output.splitlines()
-    assert advice.startswith("A training would fail: data.dir: the class 'rare' has only 1 images to split for test")
+    assert advice.startswith("A training would fail: --data-dir: the class 'rare' has only 1 images to split for test")
 
 
 def test_a_training_begins_with_the_same_findings_in_three_lines(tree: Path) -> None:

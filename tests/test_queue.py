@@ -7,6 +7,8 @@ import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import sqlalchemy
@@ -15,10 +17,12 @@ from hypothesis import strategies as st
 from optuna.pruners import SuccessiveHalvingPruner
 from optuna.trial import FrozenTrial, TrialState
 
+from effv2.config.options import StudyOptions
 from effv2.core.errors import LeaseLost
 from effv2.studies import queue as queue_module
 from effv2.studies.queue import ERROR, MOST_LOST, RUN, Queue
 from effv2.studies.storage import Database, Storage, open_storage
+from effv2.studies.worker import Worker
 from tests.conftest import running
 from tests.queues import LEASE_ALL, make_queue, trials, worker
 
@@ -129,6 +133,27 @@ def test_a_trial_that_kills_its_workers_is_given_up(storage: Storage) -> None:
         gone.add(f"{len(gone)}")
     assert len(gone) == MOST_LOST
     assert "its worker was gone" in queue.trials()["0"].user_attrs[ERROR]
+
+
+def test_a_worker_that_waits_for_another_process_says_so_once(
+    storage: Storage, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("effv2.studies.worker.POLL_SECONDS", 0.01)
+    queue, said, looks = make_queue(storage, trials=1), list[str](), iter(range(9))
+    with worker("other", set()):
+        lease = queue.lease()
+        assert lease is not None
+
+    def changed() -> None:
+        if next(looks) == 3:
+            with worker("other", set()):
+                queue.finish(lease, TrialState.COMPLETE, 0.5, "")
+
+    study: Any = SimpleNamespace(options=StudyOptions())
+    reporter: Any = SimpleNamespace(message=said.append)
+    with worker("waiting", set()):
+        Worker(study, queue, lambda config: pytest.fail(), reporter, changed).work()
+    assert len(said) == 1 and said[0].startswith("Waiting for 0, which another process has.")
 
 
 def test_a_worker_on_a_lost_machine_is_replaced_and_may_not_finish(

@@ -58,7 +58,9 @@ class Call:
         """Call the function. Options that are None or empty count as not given."""
         fields, name = self.taken.fields, self.function.__name__
         if unknown := [each for each in options if each not in fields]:
-            raise TypeError(f"{name}() has no option {unknown[0]!r}; {nearest(unknown[0], list(fields))}")
+            words = unknown[0].replace("_", " ")
+            meant = [each for each in fields if " " in words and words in str(fields[each].description).lower()]
+            raise TypeError(f"{name}() has no option {unknown[0]!r}; {nearest([*meant, *unknown][0], list(fields))}")
         given = {each: _plain(options[each], fields[each].annotation) for each in fields if each in options}
         given = {each: value for each, value in given.items() if value not in (None, "", (), [])}
         tune_allocator()  # before torch is imported
@@ -66,6 +68,10 @@ class Call:
         try:
             read = self.taken.read(given)
             COMMAND.set(command_line(name.replace("_", "-"), given))
+            if "storage" in given:
+                from effv2.tracking.addresses import storage_address
+
+                storage_address(given["storage"])
             own = nullcontext(reporter) if reporter else ConsoleReporter(lines=False)
             with ending_signals(repeated=False), own as shown:  # a notebook may be interrupted twice
                 shown.progress("loading PyTorch and MLflow")
@@ -242,13 +248,16 @@ def _grid(kind: str, study: Study, arms: list[str], layer: Layer, how: Options, 
 def _plan(make: Callable[..., Any], how: Options, reporter: Reporter) -> StudyResult:
     from effv2.api.results import StudyResult
     from effv2.data.dataset import load_once
-    from effv2.studies.forecast import forecast
+    from effv2.studies.forecast import as_begun, forecast
     from effv2.tracking.store import is_begun, open_store
 
     load = load_once(reporter)
     plan, there = make(load=load, reporter=reporter), None
     with suppress(InputError):  # this does not create a missing experiment
         there = open_store(how.experiment, create=False) if is_begun() else None
+    plan, complete = as_begun(plan, there, how) if there is not None else (plan, False)
+    if complete:
+        return StudyResult(["The study is complete: nothing is left to train. Leave out `plan` for the verdicts."])
     lines, table = forecast(plan, how, load, there, reporter)
     return StudyResult(lines, table=list(map(tuple, table)))
 

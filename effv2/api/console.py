@@ -98,7 +98,7 @@ class ConsoleReporter(LineReporter):
             epochs, there = epoch - 1 + step / steps, self._progress.tasks[self._study].completed
             self._progress.update(self._epochs, completed=epochs)
             self._progress.update(self._study, completed=max(there, len(self._ended) + epochs / self._most))
-        if step == steps:
+        if step == steps and not self.lines:
             self.progress("evaluating")
 
     def epoch(self, epoch: int, metrics: Mapping[str, float], best: float) -> None:

@@ -27,8 +27,7 @@ if TYPE_CHECKING:
 
     from effv2.api.results import Result, StudyResult
 
-OF_CHECK = {name: setting for name, setting in DATA.items() if name != "data_dir"}
-CHECKED = Taken(settings=OF_CHECK, defaults={"dataset": "folder"})
+CHECKED = Taken(settings=DATA, defaults={"dataset": "folder"})
 atexit.register(gc.freeze)  # saves a second at the end of a command, by not searching imported modules for garbage
 
 
@@ -124,8 +123,11 @@ def data_check(folder: str, sheet: str | None, given: Mapping[str, Any]) -> None
 
     The exit code is 1 if a training would fail, learn two labels for one image, or test on its training images.
     """
-    layer = {"data.dir": Written(folder)} | ({"data.dataset": Written("folder")} if folder else {})
-    config = build(TrainConfig, layer | CHECKED.read(given)[0]).data
+    if folder and "data_dir" in given:
+        raise InputError("data_dir", given["data_dir"], f"the folder {folder} is given too", "name one of them")
+    given = ({"data_dir": folder} if folder else {}) | dict(given)
+    own = {"data.dataset": Written("folder")} if "data_dir" in given else {}
+    config = build(TrainConfig, own | CHECKED.read(given)[0]).data
 
     from effv2.data.dataset import load_dataset
     from effv2.data.inspection import check, contact_sheet
@@ -142,8 +144,7 @@ def data_check(folder: str, sheet: str | None, given: Mapping[str, Any]) -> None
                 _write_sheet(contact_sheet(dataset), sheet)
     print_table(found.table())
     remedy, command = found.remedy(config.skip_broken), click.get_current_context().command
-    words = {"dataset": config.dataset} | ({"data_dir": folder} if folder else {}) | dict(given)
-    advice = fault or f"Train on it: {calls.command_line('train', words)}"
+    advice = fault or f"Train on it: {calls.command_line('train', {'dataset': config.dataset, **given})}"
     written = [f"Images of each class, as the network sees them: {sheet}"] if sheet and not fault else []
     for sentence in (*found.sentences(), *written, f"First {remedy}; then check again." if remedy else advice):
         click.echo(cli.in_options(sentence, command))

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple, TypeVar
 import yaml
 from pydantic import BaseModel, ValidationError
 
-from effv2.config.schema import UNKNOWN_KEY
+from effv2.config.schema import OF_KEY
 from effv2.core.errors import InputError
 from effv2.core.paths import read_text
 
@@ -40,19 +40,19 @@ def validate(model: type[Model], values: Mapping[str, Any], where: Callable[[Pla
         return model.model_validate(values)
     except ValidationError as error:
         # An unknown key is named first: it may be a missing key, misspelt.
-        first = min(error.errors(), key=lambda one: one["type"] != UNKNOWN_KEY)
+        first = min(error.errors(), key=lambda one: one["type"] != OF_KEY)
         kind, place, value = first["type"], first["loc"], first["input"]
-        if kind == UNKNOWN_KEY:
+        if kind == OF_KEY:
             place = (*place, first["ctx"]["key"])
         if place[-1:] == ("[key]",):  # the key itself is wrong
-            place, kind = place[:-1], UNKNOWN_KEY
+            place, kind = place[:-1], OF_KEY
         if kind == "literal_error":
             names = re.findall(r"'([^']*)'", first["ctx"]["expected"])
             raise InputError(where(place), value, "no such choice", choices=names) from None
         problem, _, remedy = first["msg"].removeprefix("Value error, ").partition("; ")
         if kind == "string_type" and not isinstance(value, dict | list):
             remedy = "write it in quotes"
-        shown = "" if kind in (UNKNOWN_KEY, "missing") else value
+        shown = "" if kind in (OF_KEY, "missing") else value
         raise InputError(where(place), shown, problem[0].lower() + problem[1:], remedy) from None
 
 

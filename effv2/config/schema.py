@@ -19,7 +19,7 @@ from effv2.core.provenance import sha256_of_values
 DATASETS = Registry("data set", "effv2.data.torchvision_sets")
 OPTIMISERS = Registry("optimiser", "effv2.training.optimisers")
 SCHEDULES = Registry("schedule", "effv2.training.optimisers")
-UNKNOWN_KEY = "unknown_key"  # type of an error
+OF_KEY = "of_key"  # type of an error about a key of the group
 
 Device = Literal["auto", "cpu", "cuda", "mps"]
 Precision = Literal["fp32", "bf16", "auto"]
@@ -40,7 +40,7 @@ class Group(BaseModel):
         for key in values if isinstance(values, dict) else ():
             if key not in known:
                 about = {"key": str(key), "remedy": nearest(str(key), known)}
-                raise PydanticCustomError(UNKNOWN_KEY, "unknown key '{key}'; {remedy}", about)
+                raise PydanticCustomError(OF_KEY, "unknown key '{key}'; {remedy}", about)
         return values
 
     def flat(self) -> dict[str, Any]:
@@ -122,12 +122,17 @@ class ModelConfig(Group):
     @field_validator("variant")
     @classmethod
     def _known_variant(cls, name: str, info: ValidationInfo) -> str:
-        own, named = info.data.get("table"), architecture.VARIANTS.get(name)
-        if not own and not named:
+        if not info.data.get("table") and name not in architecture.VARIANTS:
             raise ValueError(f"no such variant; {nearest(name, list(architecture.VARIANTS))}")
-        if own and named and own != str(named):
-            raise ValueError("a custom table needs a name of its own; set model.variant, next to it, to a new one")
         return name
+
+    @model_validator(mode="after")
+    def _named_table(self) -> Self:
+        if self.table and self.table != str(architecture.VARIANTS.get(self.variant, self.table)):
+            raise PydanticCustomError(
+                OF_KEY, "a custom table needs a name of its own; set model.variant", {"key": "table"}
+            )
+        return self
 
     def build_table(self) -> architecture.Table:
         """Return the stage table that these fields describe."""

@@ -50,7 +50,7 @@ class LineReporter(Reporter):
 
     def __init__(self, lines: bool = True) -> None:
         self.lines = lines
-        self._most = 1  # epochs of the run
+        self._most = 0  # epochs of the run, 0 before the first one
         self._ended: set[str] = set()
 
     def line(self, text: str) -> None:
@@ -65,8 +65,8 @@ class LineReporter(Reporter):
     def progress(self, what: str, done: int = 0, total: int | None = None) -> None:
         """Print which work begins, and its amount."""
         stop_if_told()
-        if total and not done:
-            self.line(f"{what}: {total:,}")
+        if not done and (total or self._most):  # before a run, a wrong input is answered by one line
+            self.line(f"{what}: {total:,}" if total else what)
 
     def study_progress(self, progress: StudyProgress) -> None:
         """Print each trial that has ended, once."""

@@ -19,13 +19,13 @@ from optuna.trial import TrialState
 from effv2.config.options import StudyOptions
 from effv2.core import provenance
 from effv2.core.errors import RunError, listed
-from effv2.core.internals import study_id
 from effv2.core.processes import interrupts_ignored, uninterrupted
 from effv2.core.reporter import Message, Reporter
 from effv2.core.words import differences
 from effv2.data.dataset import LoadData
 from effv2.evidence.publication import publish_study, read_results
 from effv2.evidence.study import StudyResults
+from effv2.studies.earlier import DEFINITION, PARENT, earlier, named
 from effv2.studies.plan import Plan, TrainingPlan, best_of, progress_of, run_ids
 from effv2.studies.queue import ERROR, FINAL, RUN, Queue, Trials
 from effv2.studies.storage import DATABASE_ERRORS, OUTAGE_SECONDS, Storage, cannot_use, open_storage
@@ -39,7 +39,7 @@ from effv2.tracking.tags import CODE_VERSION, COMMAND, PLANNED, QUEUE, SHOWN, ST
 from effv2.tracking.writer import TrackedRun, run_address, status_after
 
 # User attributes of Optuna's study.
-DEFINITION, PARENT, FRESH, PUBLISHED = "definition", "parent_run", "fresh", "published"
+FRESH, PUBLISHED = "fresh", "published"
 WATCH_SECONDS = 0.5
 MOST_IN_VAIN = 3  # per worker: ends of workers without a newly finished run
 ENDING_SECONDS = 60  # seconds that workers may take to end after SIGTERM
@@ -78,7 +78,7 @@ def run_study(plan: Plan, experiment_id: str, options: StudyOptions, load: LoadD
 
 
 def _work(study: OpenedStudy, queue: Queue, load: LoadData, reporter: Reporter) -> None:
-    if queue.deserted() and (repeated := queue.repeat(_deleted(queue.trials(), study.parent.experiment_id))):
+    if queue.deserted() and (repeated := queue.repeat(deleted_runs(queue.trials(), study.parent.experiment_id))):
         reporter.message(f"{repeated} finished runs were deleted from the tracking store and are repeated.")
     reporter.message(run_address(study.parent.run_id, study.parent.experiment_id))
     said = sum(each.complete for each in study.plan.rounds(queue.trials()))
@@ -105,19 +105,15 @@ def _work(study: OpenedStudy, queue: Queue, load: LoadData, reporter: Reporter) 
 
 def _open(plan: Plan, storage: Storage, experiment_id: str, options: StudyOptions, reporter: Reporter) -> OpenedStudy:
     """Open the newest study of this definition that has a run in the tracking store, or create both."""
-    definition, name = {**plan.definition, "experiment": experiment_id}, _named(plan, experiment_id)
-    kind = f"{plan.kind} {plan.name} "
+    definition, name = {**plan.definition, "experiment": experiment_id}, named(plan, experiment_id)
     try:
         with storage.lock("studies"):
-            studies = sorted(storage.optuna.get_all_studies(), key=study_id, reverse=True)
-            begun = [study for study in studies if study.study_name.startswith(kind) and PARENT in study.user_attrs]
-            plans = {study.study_name: plan.as_in(study.user_attrs[DEFINITION]) for study in begun}
-            names = {queue: _named(each, experiment_id) for queue, each in plans.items()}
-            same = [study for study in begun if study.study_name.rpartition("#")[0] == names[study.study_name]]
+            studies, begun, same = earlier(plan, storage, experiment_id)
             there = (study for study in same if not options.fresh and read_run(study.user_attrs[PARENT]) is not None)
             if (found := next(there, None)) is not None:
-                queue, attributes, plan = found.study_name, dict(found.user_attrs), plans[found.study_name]
-                if names[queue] != name:
+                queue, attributes = found.study_name, dict(found.user_attrs)
+                plan = plan.as_in(attributes[DEFINITION])
+                if queue.rpartition("#")[0] != name:
                     reporter.message("This study began with another precision than `auto` means here, and keeps it.")
             else:
                 if same and not options.fresh:
@@ -143,12 +139,6 @@ def _open(plan: Plan, storage: Storage, experiment_id: str, options: StudyOption
     except DATABASE_ERRORS as error:
         raise cannot_use(storage.shown, error) from error
     return OpenedStudy(plan, options, queue, TrackedRun(attributes[PARENT], experiment_id), attributes[FRESH])
-
-
-def _named(plan: Plan, experiment_id: str) -> str:
-    """Return the name of a plan's study in the storage, before its number."""
-    definition = {**plan.definition, "experiment": experiment_id}
-    return f"{plan.kind} {plan.name} {provenance.sha256_of_values(definition)[:12]}"
 
 
 def _begun(study: OpenedStudy, storage: Storage) -> OpenedStudy:
@@ -190,7 +180,7 @@ def _create(plan: Plan, storage: Storage, name: str, definition: Mapping[str, An
         raise
 
 
-def _deleted(trials: Trials, experiment_id: str) -> set[str]:
+def deleted_runs(trials: Trials, experiment_id: str) -> set[str]:
     """Return the deleted runs of finished trials."""
     runs = {trial.user_attrs[RUN] for trial in trials.values() if trial.state.is_finished() and RUN in trial.user_attrs}
     # Read again, one by one: a simultaneous deletion may hide a run between two pages of the list.
@@ -204,7 +194,7 @@ def _publish(study: OpenedStudy, queue: Queue, load: LoadData, reporter: Reporte
     with storage.lock(f"publish {study.name}", long=True):
         trials = queue.trials()
         wanted = plan.wanted(trials)
-        deleted = _deleted(trials, study.parent.experiment_id)  # of trials that are no longer wanted
+        deleted = deleted_runs(trials, study.parent.experiment_id)  # of trials that are no longer wanted
         trials = {name: trial for name, trial in trials.items() if trial.user_attrs.get(RUN) not in deleted}
         finished = sorted(trial.number for trial in trials.values() if trial.state.is_finished())
         stands = {"trials": finished, "log_model": log_model}

@@ -5,7 +5,10 @@ import statistics
 import time
 from collections import Counter
 from collections.abc import Sequence
-from contextlib import suppress
+from contextlib import closing, suppress
+from functools import partial
+from pathlib import Path
+from typing import Any
 
 from scipy.optimize import brentq
 
@@ -17,15 +20,40 @@ from effv2.data.dataset import LoadData
 from effv2.evidence.protocols import FREE, has
 from effv2.evidence.quantities import TRAIN_SECONDS
 from effv2.evidence.statistics import EVERY_LOOK, FEWEST, LEVEL, Looks, power
+from effv2.studies.earlier import DEFINITION, PARENT, earlier
+from effv2.studies.engine import deleted_runs
 from effv2.studies.grid import LOOKS, MAX_SEEDS, Grid
-from effv2.tracking.read import RunRecord, decisive_accuracy, read_experiment
+from effv2.studies.plan import run_ids
+from effv2.studies.storage import check_storage, open_storage
+from effv2.studies.worker import OpenedStudy
+from effv2.tracking.addresses import OF_OPTUNA, tables_of
+from effv2.tracking.read import RunRecord, decisive_accuracy, read_experiment, read_run
+from effv2.tracking.store import tracking_faults
 from effv2.tracking.studies import complete
+from effv2.tracking.writer import TrackedRun
 from effv2.training.loop import Training
 
 TIMED_SECONDS = 15.0  # of training for all arms together, if there are no finished runs
 GUESSED_DEVIATION = 0.02  # standard deviation of accuracy over seeds, if there are no finished runs
 CHANCES = 0.5, 0.8, 0.95
 LARGEST = 1.0  # differences, as fractions
+
+
+def as_begun(plan: Any, experiment_id: str, options: StudyOptions) -> tuple[Any, bool]:
+    """Return the plan as in the study that it would resume, and whether that is complete. This creates nothing."""
+    address = check_storage(options.storage)
+    there = address.exists() if isinstance(address, Path) else tables_of(address) >= OF_OPTUNA
+    if options.fresh or not there:
+        return plan, False
+    with tracking_faults(), closing(open_storage(options.storage)) as storage:
+        for each in earlier(plan, storage, experiment_id)[2]:
+            if (run := read_run(each.user_attrs[PARENT])) is not None:
+                parent, plan = TrackedRun(run.run_id, experiment_id), plan.as_in(each.user_attrs[DEFINITION])
+                queue = OpenedStudy(plan, options, each.study_name, parent, fresh=False).queue(storage)
+                plan, trials = plan.resumed(run.params, partial(queue.began, note=False)), queue.trials()
+                ended = plan.wanted(trials).keys() <= run_ids(trials).keys()
+                return plan, ended and not deleted_runs(trials, experiment_id)
+    return plan, False
 
 
 class _TimeIsUp(Exception):

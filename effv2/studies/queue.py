@@ -191,12 +191,13 @@ class Queue:
         return self._by_name()
 
     @locked
-    def began(self, what: str) -> list[str]:
+    def began(self, what: str, note: bool = True) -> list[str]:
         """Return the trials that were finished when the study first began `what`: now, unless that was earlier."""
         begun = dict(self.storage.optuna.get_study_user_attrs(self.study_id).get(BEGUN, {}))
         if what not in begun:
             begun[what] = [name for name, trial in self._by_name().items() if trial.state.is_finished()]
-            self.storage.optuna.set_study_user_attr(self.study_id, BEGUN, begun)
+            if note:
+                self.storage.optuna.set_study_user_attr(self.study_id, BEGUN, begun)
         return list(begun[what])
 
     def unfinished(self) -> list[str]:

@@ -22,12 +22,12 @@ from optuna.trial import TrialState
 from sqlalchemy import exc
 from sqlalchemy.engine import URL
 
-from effv2.core.errors import InputError, StoreAway
+from effv2.core.errors import InputError, StoreAway, listed
 from effv2.core.internals import stale_trial_ids, trial_id
 from effv2.core.processes import stop_if_told
 from effv2.core.secrets import masked
 from effv2.studies.journal import LockFile, Log, LogAway, check_log, clock, faults
-from effv2.tracking.addresses import check_address, is_tracking_database
+from effv2.tracking.addresses import is_tracking_database, storage_address
 from effv2.tracking.store import reason
 
 HEARTBEAT_SECONDS = 10
@@ -35,7 +35,7 @@ GRACE_SECONDS = 60  # seconds without a heartbeat after which a remote worker is
 # Seconds of further silence after which it counts as gone: after an outage of the storage, every heartbeat is old for a
 # moment.
 SECOND_LOOK_SECONDS = 2 * HEARTBEAT_SECONDS
-FORMS = "sqlite:///FILE, postgresql://USER@HOST/DATABASE or journal:///FOLDER/FILE"
+TAKEOVER_SECONDS = GRACE_SECONDS + SECOND_LOOK_SECONDS + HEARTBEAT_SECONDS  # until its trial is taken, at most
 OUTAGE_SECONDS = 600  # seconds that a database may be away
 LEAVING_SECONDS = 5  # the same while the process ends
 # Seconds, and milliseconds for tcp_user_timeout. Otherwise a client would wait for hours for a peer whose machine died,
@@ -218,7 +218,7 @@ def open_storage(url: str, wait: float = 0) -> Storage:
     journal:///FOLDER/FILE in a shared folder. A storage that was open before may be away: `wait` is in seconds.
     """
     optuna.logging.set_verbosity(optuna.logging.WARNING)
-    parsed = check_storage(url) if not wait else _parsed(url)
+    parsed = check_storage(url) if not wait else storage_address(url)
     try:
         return Journal(parsed, wait) if isinstance(parsed, Path) else Database(parsed, wait)
     except (exc.SQLAlchemyError, StorageInternalError, LogAway, OSError, RuntimeError) as error:
@@ -230,8 +230,7 @@ def check_storage(url: str) -> URL | Path:
 
     InputError for anything else, for a database of MLflow's, and for a file that can't be a log.
     """
-    check_address("storage", url)
-    parsed = _parsed(url)
+    parsed = storage_address(url)
     try:
         if isinstance(parsed, URL) and is_tracking_database(parsed):
             problem = "is a database of MLflow's, to which Optuna would add its tables"
@@ -246,23 +245,10 @@ def check_storage(url: str) -> URL | Path:
     return parsed
 
 
-def _parsed(url: str) -> URL | Path:
-    if url.startswith("journal:///") and (file := Path(url.removeprefix("journal://"))).name:
-        if not file.absolute().parent.is_dir():
-            raise InputError("storage", url, "can't be used (no such folder)", "create it or correct the path")
-        return file.absolute()
-    try:
-        parsed = sqlalchemy.make_url(url)
-    except (exc.ArgumentError, ValueError):  # the latter for a port that isn't a number
-        raise InputError("storage", url, "not an address", f"use {FORMS}") from None
-    shown, backend = masked(url), parsed.get_backend_name()
-    if backend not in ("sqlite", "postgresql") or parsed.database in (None, "", ":memory:"):
-        raise InputError("storage", shown, "no such kind of storage", f"use {FORMS}")
-    if backend == "sqlite" and not Path(str(parsed.database)).absolute().parent.is_dir():
-        raise InputError("storage", shown, "can't be used (no such folder)", "create it or correct the path")
-    if backend == "sqlite" and Path(str(parsed.database)).is_dir():
-        raise InputError("storage", shown, "is a folder", "name a file in it, as sqlite:///FOLDER/optuna.db")
-    return parsed.set(drivername="postgresql+psycopg") if parsed.drivername == "postgresql" else parsed
+def waiting(names: list[str]) -> str:
+    """Say that other processes have the trials of these names, and how long it takes if they are gone."""
+    text = f"Waiting for {listed(names, 5)}, which another process has. If that process is gone"
+    return f"{text}, this one takes over in at most {TAKEOVER_SECONDS} seconds."
 
 
 def cannot_use(shown: str, error: Exception) -> InputError:

@@ -25,7 +25,7 @@ from effv2.run.run import Attempt, RunSpec
 from effv2.studies.plan import Plan, best_of
 from effv2.studies.queue import ERROR, FINAL, NAME, RUN, Params, Queue
 from effv2.studies.seeds import ELSEWHERE
-from effv2.studies.storage import LEAVING_SECONDS, OUTAGE_SECONDS, Storage, open_storage
+from effv2.studies.storage import LEAVING_SECONDS, OUTAGE_SECONDS, Storage, open_storage, waiting
 from effv2.tracking.read import find_runs, read_history, read_run
 from effv2.tracking.run import end_left_open
 from effv2.tracking.store import answers, configure, outage_passed
@@ -97,6 +97,7 @@ class Worker:
 
     def work(self) -> None:
         """Work until nothing is left. A failed run is reported to the queue, and the work continues."""
+        said = set[str]()
         while True:
             lease = self.queue.lease()
             self.changed()
@@ -104,7 +105,10 @@ class Worker:
                 with self.queue.heartbeat(lease):
                     self._try(lease)
                 self.changed()
-            elif self.queue.unfinished():
+            elif left := self.queue.unfinished():
+                if self.study.options.workers == 1 and not said.issuperset(left):  # not for workers of one command
+                    self.reporter.message(waiting(left))
+                    said |= set(left)
                 time.sleep(POLL_SECONDS * random.uniform(0.5, 1.5))  # noqa: S311
             else:
                 return

@@ -2,8 +2,8 @@
 
 import os
 import re
+from pathlib import Path
 
-import mlflow
 from sqlalchemy import create_engine, inspect
 from sqlalchemy.engine import URL, make_url
 from sqlalchemy.exc import SQLAlchemyError
@@ -14,6 +14,7 @@ from effv2.core.secrets import masked
 
 TRACKING_URI = "MLFLOW_TRACKING_URI"
 STORES = "sqlite:///mlflow.db, http://HOST:PORT or postgresql://USER@HOST/DATABASE"
+FORMS = "sqlite:///FILE, postgresql://USER@HOST/DATABASE or journal:///FOLDER/FILE"
 DATABASES = re.compile(r"(sqlite|postgresql|mysql|mssql)[:+]")
 OF_MLFLOW, OF_OPTUNA = {"experiments", "metrics"}, {"studies", "trials"}  # tables of each
 PATIENCE = {"pysqlite": {"timeout": 60}, "psycopg": {"connect_timeout": 10}}  # seconds, by driver
@@ -21,6 +22,8 @@ PATIENCE = {"pysqlite": {"timeout": 60}, "psycopg": {"connect_timeout": 10}}  # 
 
 def tracking_uri() -> str:
     """Return the tracking URI; InputError as check_address."""
+    import mlflow  # late, because commands refuse a wrong storage before they import it
+
     uri = mlflow.get_tracking_uri()
     check_address(TRACKING_URI, uri)
     return uri
@@ -28,6 +31,8 @@ def tracking_uri() -> str:
 
 def shown_uri() -> str:
     """Return the tracking URI without secrets."""
+    import mlflow
+
     return masked(mlflow.get_tracking_uri())
 
 
@@ -73,6 +78,27 @@ def check_address(what: str, uri: str) -> None:
     if split or re.match(r"[\w+]+://[^/]*\s.*@", uri):
         remedy = "write @ as %40, / as %2F, a space as %20"
         raise InputError(what, f"{uri.partition('//')[0]}//…", "its user or password holds an @ or a space", remedy)
+
+
+def storage_address(url: str) -> URL | Path:
+    """Return the address of Optuna's storage, or the file of a log; InputError for anything else."""
+    check_address("storage", url)
+    if url.startswith("journal:///") and (file := Path(url.removeprefix("journal://"))).name:
+        if not file.absolute().parent.is_dir():
+            raise InputError("storage", url, "can't be used (no such folder)", "create it or correct the path")
+        return file.absolute()
+    try:
+        parsed = make_url(url)
+    except (SQLAlchemyError, ValueError):  # the latter for a port that isn't a number
+        raise InputError("storage", url, "not an address", f"use {FORMS}") from None
+    shown, backend = masked(url), parsed.get_backend_name()
+    if backend not in ("sqlite", "postgresql") or parsed.database in (None, "", ":memory:"):
+        raise InputError("storage", shown, "no such kind of storage", f"use {FORMS}")
+    if backend == "sqlite" and not Path(str(parsed.database)).absolute().parent.is_dir():
+        raise InputError("storage", shown, "can't be used (no such folder)", "create it or correct the path")
+    if backend == "sqlite" and Path(str(parsed.database)).is_dir():
+        raise InputError("storage", shown, "is a folder", "name a file in it, as sqlite:///FOLDER/optuna.db")
+    return parsed.set(drivername="postgresql+psycopg") if parsed.drivername == "postgresql" else parsed
 
 
 def tables_of(url: URL) -> set[str]:
