@@ -216,6 +216,7 @@ def test_exports_of_several_experiments_are_joined(sqlite_store: str, tmp_path: 
     order = [(folder / "data" / "runs.csv").read_text().splitlines()[1:] for folder in (late, other, joined)]
     assert order[2] == order[0] + order[1]  # oldest first
     assert json.loads((joined / "data" / "manifest.json").read_text())["experiment"] == "other, one"
+    assert exported([joined / "data", other / "data"]).experiment == "other, one"  # each name once
 
 
 NAMED = RunRecord(

@@ -70,7 +70,7 @@ def exported(folders: Sequence[Path]) -> Evidence:
     held = {run.run_id: (run, each) for each in exports for run in each.runs}
     claims = {text: each.folder / EXPORTED_AS for each in exports if (text := each.text(EXPORTED_AS)) is not None}
     return Evidence(
-        experiment=", ".join(dict.fromkeys(each.manifest.experiment for each in exports)),
+        experiment=", ".join(dict.fromkeys(name for each in exports for name in each.manifest.experiment.split(", "))),
         ui=exports[0].manifest.ui if len(exports) == 1 else "",
         runs=sorted((run for run, _ in held.values()), key=lambda run: run.started),
         predictions=lambda run: held[run.run_id][1].predictions.get(run.run_id, {}),
