@@ -227,6 +227,7 @@ if __name__ == "__main__":
     threads = [task for task in Path("/proc/self/task").iterdir() if task.name != str(os.getpid())]
     others = {(task / "comm").read_text().strip() for task in threads} - {FORK_SAFE_THREAD}
     assert not others, f"a process with these threads can't be forked: {others}"
-    gc.freeze()  # forked processes share it, and their garbage collectors skip it
+    if sys.version_info < (3, 14):  # see effv2.cli.main
+        gc.freeze()  # forked processes share it, and their garbage collectors skip it
     gc.enable()
     run(serve(socket.socket(fileno=int(sys.argv[1]))))

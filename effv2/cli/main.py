@@ -28,7 +28,8 @@ if TYPE_CHECKING:
     from effv2.api.results import Result, StudyResult
 
 CHECKED = Taken(settings=DATA, defaults={"dataset": "folder"})
-atexit.register(gc.freeze)  # saves a second at the end of a command, by not searching imported modules for garbage
+if sys.version_info < (3, 14):  # since then, triton would list its objects as leaked
+    atexit.register(gc.freeze)  # saves a second at the end of a command, by not searching modules for garbage
 
 
 @click.group()
