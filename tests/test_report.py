@@ -356,7 +356,7 @@ def test_the_run_that_mlflow_opened_gets_the_report(
     (run,) = all_runs()
     assert (run.info.run_name, run.info.status) == ("report", "FINISHED")
     assert "Published claims without runs here: T1, " in artifact(opened, "report.md", tmp_path)
-    assert run.data.tags["mlflow.note.content"].startswith("0 runs; no claim")
+    assert run.data.tags["mlflow.note.content"].startswith("0 runs.\n")
 
 
 @pytest.mark.parametrize(
