@@ -50,7 +50,8 @@ class LineReporter(Reporter):
 
     def __init__(self, lines: bool = True) -> None:
         self.lines = lines
-        self._most = 0  # epochs of the run, 0 before the first one
+        self._most = 1  # epochs of the run
+        self._trained = False  # whether a run has started
         self._ended: set[str] = set()
 
     def line(self, text: str) -> None:
@@ -65,7 +66,7 @@ class LineReporter(Reporter):
     def progress(self, what: str, done: int = 0, total: int | None = None) -> None:
         """Print which work begins, and its amount."""
         stop_if_told()
-        if not done and (total or self._most):  # before a run, a wrong input is answered by one line
+        if not done and (total or self._trained):  # before a run, a wrong input is answered by one line
             self.line(f"{what}: {total:,}" if total else what)
 
     def study_progress(self, progress: StudyProgress) -> None:
@@ -77,7 +78,7 @@ class LineReporter(Reporter):
 
     def run_started(self, name: str, epochs: int) -> None:
         """Print that a run begins."""
-        self._most = epochs
+        self._most, self._trained = epochs, True
         self.line(f"training {name}, at most {counted(epochs, 'epoch')}")
 
     def epoch(self, epoch: int, metrics: Mapping[str, float], best: float) -> None:
