@@ -284,7 +284,8 @@ def test_auto_means_the_same_in_all_runs_of_a_study(
     assert [run.data.params["execution.precision"] for run in trained] == ["bf16"] * runs
     if command is ablate:
         assert "The study is complete: nothing is left to train" in invoke(ablate, *words, second, "--plan").output
-        assert "by finished runs" in invoke(ablate, *words, "--seeds=0-2", "--plan").output
+        planned = invoke(ablate, *words, "--seeds=0-2", "--plan").output
+        assert "4 of 6 runs are finished" in planned and "by finished runs" in planned
     monkeypatch.setattr("effv2.execution.resolve._prefers_bf16", lambda *_: True)
     done = invoke(command, *words, second, "--storage", f"sqlite:///{tiny_study.parent}/other.db")
     assert "Another storage has this study already" in done.output

@@ -6,7 +6,7 @@ import os
 import shlex
 import sys
 from collections.abc import Callable, Iterable, Mapping
-from contextlib import nullcontext, suppress
+from contextlib import nullcontext
 from functools import partial, wraps
 from inspect import Parameter, Signature
 from pathlib import Path
@@ -253,12 +253,17 @@ def _plan(make: Callable[..., Any], how: Options, reporter: Reporter) -> StudyRe
 
     load = load_once(reporter)
     plan, there = make(load=load, reporter=reporter), None
-    with suppress(InputError):  # this does not create a missing experiment
+    try:  # this does not create a missing experiment
         there = open_store(how.experiment, create=False) if is_begun() else None
-    plan, complete = as_begun(plan, there, how) if there is not None else (plan, False)
-    if complete:
+    except InputError as error:
+        if error.what != "experiment":
+            raise
+    plan, done, wanted = as_begun(plan, there, how) if there is not None else (plan, 0, 0)
+    if done and done == wanted:
         return StudyResult(["The study is complete: nothing is left to train. Leave out `plan` for the verdicts."])
     lines, table = forecast(plan, how, load, there, reporter)
+    if done:
+        lines.insert(0, f"The study has begun: {done} of {wanted} runs are finished. The figures below are for all.")
     return StudyResult(lines, table=list(map(tuple, table)))
 
 

@@ -30,7 +30,7 @@ from typing import Any
 import numpy as np
 import PIL
 from numpy.typing import NDArray
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 
 from effv2.core.errors import InputError
 from effv2.core.paths import cache_folder, write_atomically
@@ -40,6 +40,7 @@ from effv2.data.decoder import BROKEN, MEGAPIXELS, TOO_LARGE, allow, open_image,
 ABANDONED_SECONDS = 24 * 3600
 CHUNK = 256  # images decoded at a time, which are held in memory
 LARGE = "more than"  # begins the reason for an image with too many pixels
+UNKNOWN_FORMAT = "Pillow doesn't know its format"
 OnDecoded = Callable[[int, int], None]  # called with the number of decoded images and their total
 Labels = NDArray[np.int64]
 Bytes = NDArray[np.uint8]
@@ -241,7 +242,7 @@ def _prepared(
         except TOO_LARGE:
             return f"{LARGE} {megapixels:g} megapixels"
         except BROKEN as error:
-            return type(error).__name__
+            return UNKNOWN_FORMAT if isinstance(error, UnidentifiedImageError) else str(error) or type(error).__name__
 
     count = len(images)
     with warnings.catch_warnings(), ExitStack() as stack:

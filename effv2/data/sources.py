@@ -134,7 +134,7 @@ def folder_of(config: DataConfig, what: str, downloads: bool = False) -> Path:
     if downloads and config.download and not folder.exists():
         folder.mkdir(parents=True)
     if not folder.is_dir():
-        raise InputError("data.dir", config.dir, "no such folder", f"give {what}")
+        raise InputError("data.dir", config.dir, "is a file" if folder.exists() else "no such folder", f"give {what}")
     return folder.resolve()
 
 

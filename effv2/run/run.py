@@ -294,7 +294,7 @@ def _begun(
             where = f"at epoch {done + 1}" if done < config.schedule.epochs else "after its last epoch"
             message(f"resuming the run {run.run_id} {where}")
             return training
-        message(f"resuming the run {run.run_id} at epoch 1: it has no checkpoint here or in its artifacts")
+        message(f"starting the run {run.run_id} again at epoch 1: it has no checkpoint here or in its artifacts")
     return Training(config, dataset, initialise=initialise(config, dataset.classes))
 
 

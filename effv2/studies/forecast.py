@@ -39,21 +39,25 @@ CHANCES = 0.5, 0.8, 0.95
 LARGEST = 1.0  # differences, as fractions
 
 
-def as_begun(plan: Any, experiment_id: str, options: StudyOptions) -> tuple[Any, bool]:
-    """Return the plan as in the study that it would resume, and whether that is complete. This creates nothing."""
+def as_begun(plan: Any, experiment_id: str, options: StudyOptions) -> tuple[Any, int, int]:
+    """Return the plan as in the study that it would resume, how many trials that has finished, and how many it wants.
+
+    This creates nothing.
+    """
     address = check_storage(options.storage)
     there = address.exists() if isinstance(address, Path) else tables_of(address) >= OF_OPTUNA
     if options.fresh or not there:
-        return plan, False
+        return plan, 0, 0
     with tracking_faults(), closing(open_storage(options.storage)) as storage:
         for each in earlier(plan, storage, experiment_id)[2]:
             if (run := read_run(each.user_attrs[PARENT])) is not None:
                 parent, plan = TrackedRun(run.run_id, experiment_id), plan.as_in(each.user_attrs[DEFINITION])
                 queue = OpenedStudy(plan, options, each.study_name, parent, fresh=False).queue(storage)
                 plan, trials = plan.resumed(run.params, partial(queue.began, note=False)), queue.trials()
-                ended = plan.wanted(trials).keys() <= run_ids(trials).keys()
-                return plan, ended and not deleted_runs(trials, experiment_id)
-    return plan, False
+                deleted, wanted = deleted_runs(trials, experiment_id), plan.wanted(trials).keys()
+                done = wanted & {name for name, run_id in run_ids(trials).items() if run_id not in deleted}
+                return plan, len(done), len(wanted)
+    return plan, 0, 0
 
 
 class _TimeIsUp(Exception):
