@@ -102,7 +102,7 @@ class Result:
         named = {run_id: (run_id, run.name, run.tags.get(tags.ARM, "")) for run_id, run in runs.items()}
         chosen = [run for run_id, run in runs.items() if not name or name in named[run_id]]
         if not chosen:
-            choices = dict.fromkeys(each for _, *names in named.values() for each in names if each)
+            choices = dict.fromkeys(arm or run_name for _, run_name, arm in named.values())
             raise InputError("model", name, "no such run", choices=choices or ["there are no runs yet"])
         for run in sorted(chosen, key=_accuracy, reverse=True):
             if run.name in self.networks:
