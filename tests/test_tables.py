@@ -53,7 +53,7 @@ def test_tables_hold_intervals_and_differences_however_many_arms_there_are(arms:
         assert told[f"range of a single re-run (95 %), test accuracy, {words} epoch"] == f"{low:.2f} % to {high:.2f} %"
     assert f"test accuracy, {'best' if rules == 'published' else 'selected'} epoch" in found.table[0]
     assert told["minus arm0 [interval]"].startswith("+1.00 [")
-    assert len(found.answers) == arms and found.answers[-1].startswith("More seeds don't invalidate")
+    assert len(found.answers) == arms and found.answers[-1].startswith("You may add seeds")
     assert "arm1 against arm0: undecided, +1.00 points" in found.answers[0]
 
 
@@ -147,6 +147,16 @@ def test_what_makes_a_verdict_void_stands_before_it() -> None:
     assert found.answers[0].startswith("All networks are near chance level, 50.00 % for 2 classes")
     assert found.short.startswith("All networks are near chance level") and "other against default" in found.short
     assert not any("chance" in each for each in found.warnings)
+
+
+def test_runs_from_before_a_study_widen_its_intervals_which_is_said() -> None:
+    runs, parent = of_arms({"default": {}, "other": {}}, started=60_000)
+    parent = replace(parent, params=parent.params | {"study.max_seeds": "3", "study.looks": "once"}, started=50_000)
+    assert not any("had begun before" in each for each in results(runs, parent).warnings)
+    assert (
+        "2 runs had begun before this study named its largest number of seeds, so its intervals are wider: those of "
+        "every look up to 30 seeds."
+    ) in results(runs, replace(parent, started=70_000)).warnings
 
 
 def test_titles_say_when_studies_of_one_name_began() -> None:

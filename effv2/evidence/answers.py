@@ -49,7 +49,7 @@ def outlook(found: Estimate, level: float, edge: float = 0.0, unit: str = "seeds
         return f"if the true difference is as seen, {most} {unit} are enough in fewer than 80 % of studies"
     about, few = max(about, found.n + 1), max(few or most, found.n + 1)
     ends = f"{few} to {max(many, few) if many else f'over {most}'}"
-    rest = f"; if {nothing}, no number is; more {unit} don't invalidate the test" if nothing else ""
+    rest = f"; if it is {nothing}, no number of {unit} is" if nothing else ""
     return f"if the true difference is as seen, {about} {unit} ({ends}) are enough in 80 % of studies{rest}"
 
 
@@ -198,9 +198,7 @@ class Held:
         more = [self._cost(few)] if few else []
         open_ = [each for each in self.answers.values() if each.outlook() and each.estimate.n < self.looks.most]
         for unit in sorted({each.unit for each in open_}):
-            more.append(
-                f"More {unit}s don't invalidate the test. If there is no difference, no number of {unit}s decides."
-            )
+            more.append(f"You may add {unit}s, and the test stays valid. That there is no difference needs a `margin`.")
         return [*lines, *([] if short else more)] or [NOTHING_YET]
 
     def cell(self, arm: str) -> str:

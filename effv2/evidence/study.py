@@ -177,6 +177,10 @@ def _counts(study: TrackedStudy, found: Arms, held: Held) -> Iterator[str]:
         }
         if words := [f"{counted(count, 'run')} {why}" for why, count in counts.items() if count]:
             yield f"{arm}: {', '.join(words)}."
+    older = sum(run.started < study.parent.started for runs in found.values() for run in runs)
+    if older and "study.max_seeds" in study.parent.params:
+        begun = f"{counted(older, 'run')} had begun before this study named its largest number of seeds"
+        yield f"{begun}, so its intervals are wider: those of {held.looks.text()}."
 
 
 def _figures(arms: Arms, title: str, published: Mapping[str, RunRecord], held: Held) -> dict[str, Figure]:
