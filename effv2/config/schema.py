@@ -70,7 +70,7 @@ class DataConfig(Group):
     image_size: int = Field(32, ge=8, le=1024, description="Side of the square input in pixels.")
     per_class: int = Field(0, ge=0, description="Training images per class, 0 = all. Published sampling: train + test.")
     sampling: Literal["standard", "published"] = Field("standard", description="The rule of sampling and splits.")
-    test_fraction: Fraction = Field(0.2, gt=0, description="Share for testing, if the data set has no test part.")
+    test_fraction: float = Field(0.2, gt=0, lt=1, description="Share for testing, if the data set has no test part.")
     validation_fraction: Fraction = Field(0.1, description="Share of the train part for validation, 0 = none.")
     split_seed: int = Field(0, ge=0, lt=2**32, description="Seed of sampling and splits.")
     balance: bool = Field(False, description="Draw training images of all classes equally often, with replacement.")

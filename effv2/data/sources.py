@@ -71,7 +71,7 @@ def _digits(config: DataConfig) -> Source:
     refuse_layout(config)
     if config.dir:
         problem = "digits come with scikit-learn and take no folder"
-        raise InputError("data.dir", config.dir, problem, "give another data.dataset, or leave the folder out")
+        raise InputError("data.dir", config.dir, problem, "for your own images, set data.dataset to folder")
     found = load_digits()
     pixels = np.rint(found.images * (255 / 16)).astype(np.uint8)
     return Source("scikit-learn", NUMERALS, from_arrays(pixels, found.target, "digits"))
