@@ -74,6 +74,7 @@ def test_the_command_reports_problems_and_its_exit_code_says_so(tree: Path, tmp_
         (["/nowhere"], "--data-dir /nowhere: no such folder"),
         (["--data-dir", "/nowhere"], "--data-dir /nowhere: no such folder"),
         (["--dataset", "birds"], "--data-dir: the data set 'birds' needs"),
+        ([str(tree), "--data-dir", "/nowhere"], "--data-dir /nowhere: the folder "),
         ([str(tree), "--skip-broken", "true", "--sheet", "x.nothing"], "sheet x.nothing: can't be written"),
     ):
         done = CliRunner().invoke(main, ["data", "check", *wrong])

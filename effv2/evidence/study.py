@@ -161,7 +161,7 @@ def images_apart(study: TrackedStudy, right: RightAnswers) -> Rows:
 
 
 def _counts(study: TrackedStudy, found: Arms, held: Held) -> Iterator[str]:
-    """Describe runs of each arm that don't count: repeated, failed, missing, without a figure, or beyond the plan."""
+    """Describe runs that don't count (repeated, failed, missing, without a figure, beyond the plan) or are older."""
     failed = Counter(run.tags.get(tags.ARM, "") for run in study.runs if run.status == "FAILED")
     over = {run.name for run in study.runs if run.status in ("FINISHED", "FAILED")}
     missing = Counter(arm_in(name) for name in study.planned if name not in over)
