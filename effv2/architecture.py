@@ -26,7 +26,8 @@ if TYPE_CHECKING:
 Block = Literal["F", "M"]
 LAST_CHANNELS = 1280
 # The numbers of a row in words. The input channels follow from the row before.
-COLUMNS = ("blocks (F: Fused-MBConv, M: MBConv)", "expansion", "kernels", "strides", "", "channels", "layers", "SE")
+KINDS = "blocks (F: Fused-MBConv, M: MBConv)"
+COLUMNS = (KINDS, "expansion", "kernels", "strides", "", "channels", "layers", "squeeze-excitation")
 MOST_MATCHES = 10_000  # of the stages of two tables, from which the best is taken
 
 
@@ -105,9 +106,10 @@ def unlike(table: Table, other: Table) -> list[str]:
         words.append(f"{'no' if few is table.stages else 'also'} stage{'s' * (len(alone) > 1)} {joined(alone)}")
     own, theirs = (few, best) if few is table.stages else (best, few)
     for name, *values in zip(COLUMNS, *(zip(*map(astuple, side), strict=True) for side in (own, theirs)), strict=True):
-        mine, other_values = (" ".join(map(str, each)) for each in values)
+        mine, other_values = (" ".join(map(str, each)).replace("True", "yes").replace("False", "no") for each in values)
         if name and mine != other_values:
-            words.append(f"{name} {mine} instead of {other_values}")
+            where = "in the others " if alone and len(words) == 1 else ""
+            words.append(f"{where}{name} {mine} instead of {other_values}")
     return words
 
 

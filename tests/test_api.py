@@ -57,7 +57,7 @@ def test_a_forecast_shows_its_table(sqlite_store: str, tiny_study: Path) -> None
     found = effv2.ablate(study=tiny_study, seeds="auto", max_seeds=3, plan=True)
     assert found.answers[0].startswith("6 runs, about ") and not all_runs()
     for text in (repr(found), found._repr_markdown_()):
-        assert "seeds per arm" in text and "detected in 80%" in text
+        assert "seeds per arm" in text and "found in 80% of studies" in text
 
 
 def test_a_study_comes_back_with_verdicts_runs_figures_and_models(

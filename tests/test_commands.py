@@ -23,9 +23,10 @@ from effv2.api.console import ConsoleReporter
 from effv2.architecture import parse_table
 from effv2.cli.main import ablate, evaluate_pretrained, search, train
 from effv2.cli.options import in_options
-from effv2.config.schema import TrainConfig
+from effv2.config.schema import DataConfig, TrainConfig
 from effv2.core.reporter import Reporter, StudyProgress
-from effv2.data.dataset import load_once
+from effv2.data.dataset import load_dataset, load_once
+from effv2.run.few_images import say_if_near_chance
 from effv2.run.run import RunSpec, prepare
 from tests.conftest import ROOT, TINY_MODEL, TINY_TABLE, all_runs, invoke, make_image_tree
 
@@ -321,6 +322,14 @@ def test_a_training_near_chance_level_says_so(sqlite_store: str, tmp_path: Path)
         study.write_text(TINY_TRAINING.format(epochs=epochs, lr=1e-6 if said else 0.02))
         result = invoke(train, "--study", study, "--log-model", "none")
         assert result.exit_code == 0 and ("The network is near chance level: " in result.stderr) == said, result.output
+
+
+@pytest.mark.parametrize(("images", "advice"), [(10, "3 validation images selected epoch 1"), (300, "Train for")])
+def test_advice_near_chance_level_depends_on_the_validation_images(tmp_path: Path, images: int, advice: str) -> None:
+    root, said = make_image_tree(tmp_path / "set", images=images), list[str]()
+    data = DataConfig(dataset="folder", dir=str(root), image_size=8)
+    say_if_near_chance({"selected/test_accuracy": 0.3, "selected/epoch": 1.0}, load_dataset(data), said.append)
+    assert advice in said[0]
 
 
 @pytest.mark.parametrize(

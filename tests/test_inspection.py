@@ -43,7 +43,7 @@ def test_broken_and_duplicate_images_are_named(tree: Path) -> None:
     (tree / "train" / "cat" / "2.png").write_bytes(b"no image")
     Image.fromarray(random.integers(0, 256, (40, 40), np.uint8)).save(tree / "train" / "cat" / "grey.png")
     found = check(DataConfig(dataset="folder", dir=str(tree)))
-    assert found.counts == {"train": [5, 4], "test": [5, 4]} and found.modes == {"RGB": 16, "L": 1}
+    assert found.counts == {"train": [4, 4], "test": [5, 4]} and found.modes == {"RGB": 16, "L": 1}
     assert found.sizes == {(90, 120): 15, (60, 80): 1, (40, 40): 1}
     assert [name.partition(" ")[0] for name in found.broken] == ["train/cat/2.png"]
     assert "data.skip_broken" in found.remedy(False)
@@ -54,7 +54,7 @@ def test_broken_and_duplicate_images_are_named(tree: Path) -> None:
     (tree / "train" / "dog" / "0.png").write_bytes((tree / "train" / "cat" / "0.png").read_bytes())
     alone = check(DataConfig(dataset="folder", dir=str(tree / "train")))
     assert alone.remedy(True) == "keep one image of each identical pair" and "split off" in " ".join(alone.sentences())
-    assert "1 of these pairs are in two classes: cat/0.png and dog/0.png" in " ".join(alone.sentences())
+    assert "Of these pairs, 1 in two classes: cat/0.png and dog/0.png" in " ".join(alone.sentences())
 
 
 def test_the_command_reports_problems_and_its_exit_code_says_so(tree: Path, tmp_path: Path) -> None:
@@ -62,7 +62,8 @@ def test_the_command_reports_problems_and_its_exit_code_says_so(tree: Path, tmp_
     words = ["data", "check", str(tree), "--image-size", "40"]
     sound = CliRunner().invoke(main, [*words, "--sheet", str(sheet)])
     assert sound.exit_code == 0 and "all 90x120" in sound.output and sheet.is_file()
-    *_, advice = sound.output.splitlines()
+    *_, summary, _, advice = sound.output.splitlines()
+    assert summary.startswith("A training would use: 2 classes; train 6, validation 2, test 8 images.")
     assert advice.endswith(f": effv2 train --dataset folder --data-dir {tree} --image-size 40")
     (tree / "test" / "dog" / "0.png").write_bytes((tree / "train" / "dog" / "3.png").read_bytes())
     leaking = CliRunner().invoke(main, ["data", "check", str(tree)])
@@ -79,6 +80,19 @@ def test_the_command_reports_problems_and_its_exit_code_says_so(tree: Path, tmp_
     ):
         done = CliRunner().invoke(main, ["data", "check", *wrong])
         assert done.exit_code == 2 and named in done.stderr
+
+
+def test_folders_between_the_classes_and_their_images_are_named(tree: Path) -> None:
+    nested = tree / "train"
+    for name, breeds in {"cat": ("manx", "siamese"), "dog": ("poodle", "pug")}.items():
+        for image in [*(nested / name).glob("*.png")]:
+            folder = image.parent / breeds[int(image.stem) % 2]
+            folder.mkdir(exist_ok=True)
+            image.rename(folder / image.name)
+    words = "Every class holds folders, such as cat/manx."
+    assert words in check(DataConfig(dataset="folder", dir=str(nested))).note
+    (nested / "dog" / "poodle" / "0.png").rename(nested / "dog" / "0.png")
+    assert not check(DataConfig(dataset="folder", dir=str(nested))).note
 
 
 def test_a_training_that_would_fail_is_told_with_names_as_they_are(tmp_path: Path) -> None:
@@ -101,7 +115,7 @@ def test_a_training_begins_with_the_same_findings_in_three_lines(tree: Path) -> 
         image.resize((60, 80)).save(tree / "test" / "cat" / "again.jpg", quality=60)
     data, kinds, pairs = in_short(load_dataset(config))
     assert data == load_dataset(config).summary and "from 60x80 to 90x120, most often 90x120" in kinds
-    assert pairs.startswith("1 pairs are nearly identical in two parts") and pairs[:-1].endswith("test/cat/again.jpg")
+    assert pairs.startswith("1 nearly identical pair in two parts") and pairs[:-1].endswith("test/cat/again.jpg")
 
 
 def test_near_hashes_are_all_found() -> None:

@@ -124,7 +124,7 @@ WRONG_INPUT = {
     "--models squeezenet1_1=squeezenet.pth --data-dir cats": r"the class 'Persian' is not one of ImageNet's "
     r"\(did you mean 'Persian cat'",
     "--models squeezenet1_1=squeezenet.pth --data-dir twins": r"church and n03028079 are the same class",
-    "--models squeezenet1_1=squeezenet.pth --data-dir broken": r"1 images can't be read.*tench/1.jpg",
+    "--models squeezenet1_1=squeezenet.pth --data-dir broken": r"1 image can't be read.*tench/1.jpg",
     "--models squeezenet1_1=squeezenet.pth --per-class 9": r"--per-class 9: the class",
     "--models squeezenet1_1=squeezenet.pth --limit -1": r"--limit -1",
     "--models squeezenet1_1=squeezenet.pth --precision fp8": r"--precision fp8",

@@ -322,10 +322,13 @@ def test_a_forecast_counts_runs_that_are_older_than_a_setting(monkeypatch: pytes
         name: str(value) for name, value in grid.arms["default"].flat().items() if name != "optimiser.layer_decay"
     }
     metrics = {"time/total_train_seconds": 3600.0, "selected/test_accuracy": 0.5}
-    runs = [RunRecord(f"{seed}", "", "FINISHED", params, metrics, {CONFIG_HASH: f"{seed}"}) for seed in range(3)]
+    planned = grid.configuration({"arm": "default", "seed": 6}).hash()
+    hashes = ["another", "a third", planned]
+    runs = [RunRecord(each, "", "FINISHED", params, metrics, {CONFIG_HASH: each}) for each in hashes]
     monkeypatch.setattr("effv2.studies.forecast.read_experiment", lambda *_: runs)
-    lines, _ = forecast(grid, StudyOptions(), load_once(Reporter()), "0", Reporter())
+    lines, _ = forecast(grid, StudyOptions(), load_once(Reporter()), "0", Reporter(), begun=False)
     assert lines[0].startswith("2 runs, about 2.0 hours of training in total, by finished runs.")
+    assert lines[1] == "Finished already: 1 run of these."
 
 
 def test_splits_hold_the_seeds() -> None:

@@ -103,7 +103,8 @@ class ConsoleReporter(LineReporter):
 
     def epoch(self, epoch: int, metrics: Mapping[str, float], best: float) -> None:
         """Show a finished epoch with its accuracies."""
-        note = f"best {best:.1%}, " if best >= 0 else ""
+        watched = "val" if "val/accuracy" in metrics else "test"
+        note = f"best {watched} {best:.1%}, " if best >= 0 else ""
         self._progress.update(self._epochs, completed=epoch, note=note + accuracies(metrics))
         super().epoch(epoch, metrics, best)
 

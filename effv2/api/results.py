@@ -129,7 +129,7 @@ class Training(Result):
             answers = [f"Finished before, with the same configuration, data and code{without}; `fresh` repeats it."]
         if BEST_TEST in metrics:
             selected = f"{metrics['selected/test_accuracy']:.2%} at the selected epoch {metrics['selected/epoch']:.0f}"
-            answers.append(f"test accuracy {selected}, best {metrics[BEST_TEST]:.2%}")
+            answers.append(f"test accuracy {selected}, {metrics[BEST_TEST]:.2%} at its best epoch")
         where = run_address(run.run_id, run.experiment_id), run.run_id, run.experiment_id
         return cls(answers, *where, {}, metrics, address, ended.found is not None)
 

@@ -101,7 +101,7 @@ def export(model: str, folder: str) -> None:
 @click.option("--port", default=5000, show_default=True, type=click.IntRange(1, 65535), help="The port to serve on.")
 @cli.takes(Taken(more=("experiment",)))
 def ui(port: int, given: Mapping[str, Any]) -> None:
-    """Open MLflow's UI for the current store, at the comparison of the newest study. Ctrl-C ends it.
+    """Open MLflow's UI for the current store, at the newest finished study. Ctrl-C ends it.
 
     Without a browser on this machine, it only prints the address.
     """
@@ -146,8 +146,10 @@ def data_check(folder: str, sheet: str | None, given: Mapping[str, Any]) -> None
     print_table(found.table())
     remedy, command = found.remedy(config.skip_broken), click.get_current_context().command
     advice = fault or f"Train on it: {calls.command_line('train', {'dataset': config.dataset, **given})}"
+    summary = [] if fault else [f"A training would use: {dataset.summary.removeprefix('Data: ')}"]
     written = [f"Images of each class, as the network sees them: {sheet}"] if sheet and not fault else []
-    for sentence in (*found.sentences(), *written, f"First {remedy}; then check again." if remedy else advice):
+    last = f"First {remedy}; then check again." if remedy else advice
+    for sentence in (*found.sentences(), *summary, *written, last):
         click.echo(cli.in_options(sentence, command))
     sys.exit(int(bool(remedy or fault)))
 

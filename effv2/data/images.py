@@ -35,6 +35,7 @@ from PIL import Image, UnidentifiedImageError
 from effv2.core.errors import InputError
 from effv2.core.paths import cache_folder, write_atomically
 from effv2.core.provenance import VERSIONS
+from effv2.core.words import counted
 from effv2.data.decoder import BROKEN, MEGAPIXELS, TOO_LARGE, allow, open_image, prepare
 
 ABANDONED_SECONDS = 24 * 3600
@@ -225,7 +226,7 @@ def _refusal(images: LabelledImages, broken: Mapping[int, str], may_skip: bool) 
     large = [why.startswith(LARGE) for why in broken.values()]
     remedies = {"raise data.max_megapixels": any(large), "repair or remove them": not all(large)}
     chosen = [remedy for remedy, helps in (remedies | {"give data.skip_broken": may_skip}).items() if helps]
-    return InputError("data.dir", "", f"{len(broken)} images can't be read ({named})", ", or ".join(chosen))
+    return InputError("data.dir", "", f"{counted(len(broken), 'image')} can't be read ({named})", ", or ".join(chosen))
 
 
 def _prepared(

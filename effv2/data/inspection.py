@@ -6,7 +6,7 @@ import math
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import pairwise
+from itertools import pairwise, repeat
 from typing import NamedTuple
 
 import numpy as np
@@ -16,6 +16,7 @@ from PIL import Image, ImageDraw
 
 from effv2.config.schema import DataConfig
 from effv2.core.errors import listed
+from effv2.core.words import counted
 from effv2.data.dataset import Dataset, Split, decoded_split
 from effv2.data.folders import left_out_note
 from effv2.data.images import OnDecoded
@@ -46,7 +47,7 @@ class Alike(NamedTuple):
 class Inspection:
     """The content of a data set."""
 
-    note: str  # the files that were left out
+    note: str  # the files that were left out, and suspicious folders
     classes: Sequence[str]
     counts: dict[str, list[int]]  # images per class, by part
     sizes: Counter[tuple[int, int]]  # width and height
@@ -77,16 +78,16 @@ class Inspection:
         found = [f"{each.one} and {each.other}" for each in self.alike if each[2:4] == (identical, across)]
         words = "identical" if identical else "nearly identical"
         where = "in two parts, so tests see training images" if across else "in one part"
-        return f"{len(found):,} pairs are {words} {where}: {listed(found, most)}." if found else ""
+        return f"{counted(len(found), f'{words} pair')} {where}: {listed(found, most)}." if found else ""
 
     def sentences(self) -> Iterator[str]:
         """Describe the images, and the problems with them."""
         yield from filter(None, (self.kinds, self.note))
         if self.broken:
-            yield f"{len(self.broken):,} images can't be read: {listed(self.broken, MOST_NAMED)}."
+            yield f"{counted(len(self.broken), 'image')} can't be read: {listed(self.broken, MOST_NAMED)}."
         yield from filter(None, (self.pairs(same, across) for same in (True, False) for across in (True, False)))
         if torn := [f"{one} and {other}" for one, other, same, _, of in self.alike if same and of[0] != of[1]]:
-            yield f"{len(torn):,} of these pairs are in two classes: {listed(torn, MOST_NAMED)}."
+            yield f"Of these pairs, {len(torn):,} in two classes: {listed(torn, MOST_NAMED)}."
         if "test" not in self.counts and any(each.identical for each in self.alike):
             yield "A test part is split off the training part, so it will contain some of these."
 
@@ -115,9 +116,25 @@ def check(config: DataConfig, on_decoded: OnDecoded | None = None) -> Inspection
     wanted = config.model_copy(update={"image_size": max(config.image_size, LEAST_SIDE), "skip_broken": True})
     for part, images in {"train": source.train, "validation": source.validation, "test": source.test}.items():
         if images is not None:
-            parts[part], found = decoded_split(images, wanted, on_decoded)
+            split, found = decoded_split(images, wanted, on_decoded)
+            parts[part] = split.take(np.setdiff1d(np.arange(len(split)), [*found.broken]))
             broken += [f"{images.ids[at]} ({why})" for at, why in found.broken.items()]
-    return inspect(source.classes, parts, left_out_note(source.location, source.left_out), broken)
+    notes = filter(None, (left_out_note(source.location, source.left_out), _nested(source.classes, parts)))
+    return inspect(source.classes, parts, " ".join(notes), broken)
+
+
+def _nested(classes: Sequence[str], parts: Mapping[str, Split]) -> str:
+    """Warn if every class holds several folders and no image of its own: perhaps the folders are the classes."""
+    inner: dict[str, set[str]] = {name: set() for name in classes}
+    for split in parts.values():
+        for place, label in zip(map(str.split, split.ids, repeat("/")), split.labels.tolist(), strict=True):
+            if classes[label] not in place[:-2]:  # the image is in its class folder, or has its label from a table
+                return ""
+            inner[classes[label]].add(place[place.index(classes[label]) + 1])
+    if min(map(len, inner.values())) < 2:
+        return ""
+    example = f"{classes[0]}/{min(inner[classes[0]])}"
+    return f"Every class holds folders, such as {example}. If these are the classes, remove the level above them."
 
 
 def in_short(dataset: Dataset) -> list[str]:

@@ -50,7 +50,8 @@ def outlook(found: Estimate, level: float, edge: float = 0.0, unit: str = "seeds
     about, few = max(about, found.n + 1), max(few or most, found.n + 1)
     ends = f"{few} to {max(many, few) if many else f'over {most}'}"
     rest = f"; if it is {nothing}, no number of {unit} is" if nothing else ""
-    return f"if the true difference is as seen, {about} {unit} ({ends}) are enough in 80 % of studies{rest}"
+    about_that = f"{about} {unit} (80 % interval {ends})"
+    return f"if the true difference is as seen, {about_that} are enough in 80 % of studies{rest}"
 
 
 @dataclass(frozen=True)

@@ -1,7 +1,7 @@
 """Data sets of few images: long enough trainings, evaluations that don't lag behind, a warning near chance level."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 
@@ -9,7 +9,7 @@ from effv2.config.schema import TrainConfig
 from effv2.core.reporter import Message
 from effv2.core.words import percent
 from effv2.data.batches import batch_count
-from effv2.data.dataset import LoadData, Split
+from effv2.data.dataset import Dataset, LoadData
 from effv2.evidence.study import NEAR_CHANCE
 
 FIRST_DATASETS = ("digits", "imagenette", "mnist", "birds")
@@ -17,6 +17,7 @@ FIRST_DATASETS = ("digits", "imagenette", "mnist", "birds")
 # running averages of batch norm lag behind the weights (docs/few-images.md).
 MANY_STEPS, MOST_EPOCHS = 1000, 100
 BATCH_NORM_IMAGES = 1024
+FEW_TO_SELECT = 20  # validation images
 
 
 def with_length(configs: Sequence[TrainConfig], load: LoadData, message: Message) -> list[TrainConfig]:
@@ -53,8 +54,13 @@ def with_default(config: TrainConfig, group: str, name: str, value: int | str) -
     return config if given else config.updated(group, **{name: value})
 
 
-def say_if_near_chance(accuracy: float, test: Split, message: Message) -> None:
-    """Warn if an accuracy, for this number of images, is hardly above that of naming the largest class."""
+def say_if_near_chance(metrics: Mapping[str, float], dataset: Dataset, message: Message) -> None:
+    """Warn if the test accuracy, for this number of images, is hardly above that of naming the largest class."""
+    accuracy, test, validation = metrics["selected/test_accuracy"], dataset.test, dataset.validation
+    advice = "Train for more epochs."
+    if validation is not None and len(validation) < FEW_TO_SELECT:
+        chosen = f"{len(validation)} validation images selected epoch {metrics['selected/epoch']:.0f}"
+        advice = f"{chosen}: too few to tell epochs apart. Add images, or set data.validation_fraction to 0."
     chance = np.bincount(test.labels.numpy()).max() / len(test)
     if accuracy < chance + max(NEAR_CHANCE, 2 * math.sqrt(chance * (1 - chance) / len(test))):
         few = accuracy >= chance + NEAR_CHANCE  # so only their number makes it possible
@@ -62,5 +68,5 @@ def say_if_near_chance(accuracy: float, test: Split, message: Message) -> None:
             f"The network is near chance level: {percent(accuracy)} of the test images are right, where always naming "
             f"the most frequent class gives {percent(chance)}. "
             + (f"{len(test)} images are too few to tell these apart." if few else "It has learned next to nothing.")
-            + " Train for more epochs."
+            + f" {advice}"
         )

@@ -115,7 +115,7 @@ def train_single(config: TrainConfig, name: str, study: str, options: StudyOptio
         spec = RunSpec(name, where, study, log_model=keeps, checkpoints=options, fresh=options.fresh, reporter=reporter)
         ended = attempt(config, load(config.data), spec)
         if config.evaluation.test_set:
-            say_if_near_chance(ended.metrics["selected/test_accuracy"], load(config.data).test, reporter.message)
+            say_if_near_chance(ended.metrics, load(config.data), reporter.message)
         return replace(ended, model_address=model_address(ended.run.run_id))
 
 

@@ -78,7 +78,9 @@ def run_study(plan: Plan, experiment_id: str, options: StudyOptions, load: LoadD
 
 
 def _work(study: OpenedStudy, queue: Queue, load: LoadData, reporter: Reporter) -> None:
-    if queue.deserted() and (repeated := queue.repeat(deleted_runs(queue.trials(), study.parent.experiment_id))):
+    if not queue.deserted():
+        reporter.message("Another process works on this study. This one shares the work.")
+    elif repeated := queue.repeat(deleted_runs(queue.trials(), study.parent.experiment_id)):
         reporter.message(f"{repeated} finished runs were deleted from the tracking store and are repeated.")
     reporter.message(run_address(study.parent.run_id, study.parent.experiment_id))
     said = sum(each.complete for each in study.plan.rounds(queue.trials()))

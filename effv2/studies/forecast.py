@@ -1,4 +1,4 @@
-"""A forecast of a grid before anything is created: runs, hours, and the differences that it can detect."""
+"""A forecast of a grid before anything is created: runs, hours, and the differences that it can find."""
 
 import math
 import statistics
@@ -15,7 +15,7 @@ from scipy.optimize import brentq
 from effv2.config.options import StudyOptions
 from effv2.config.schema import TrainConfig
 from effv2.core.reporter import Reporter
-from effv2.core.words import duration, points
+from effv2.core.words import counted, duration, points
 from effv2.data.dataset import LoadData
 from effv2.evidence.protocols import FREE, has
 from effv2.evidence.quantities import TRAIN_SECONDS
@@ -30,6 +30,7 @@ from effv2.tracking.addresses import OF_OPTUNA, tables_of
 from effv2.tracking.read import RunRecord, decisive_accuracy, read_experiment, read_run
 from effv2.tracking.store import tracking_faults
 from effv2.tracking.studies import complete
+from effv2.tracking.tags import CONFIG_HASH
 from effv2.tracking.writer import TrackedRun
 from effv2.training.loop import Training
 
@@ -65,11 +66,12 @@ class _TimeIsUp(Exception):
 
 
 def forecast(
-    plan: Grid, options: StudyOptions, load: LoadData, experiment_id: str | None, reporter: Reporter
+    plan: Grid, options: StudyOptions, load: LoadData, experiment_id: str | None, reporter: Reporter, *, begun: bool
 ) -> tuple[list[str], list[list[str]]]:
-    """Forecast a grid in sentences and a table, titles first, of the differences that it would detect.
+    """Forecast a grid in sentences and a table, titles first, of the differences that it would find.
 
-    The basis is finished runs of the same arms in the experiment, if there are any, otherwise a short timing.
+    The basis is finished runs of the same arms in the experiment, if there are any, otherwise a short timing. If the
+    study has not `begun`, this also counts the runs that it would find finished.
     """
     runs = complete(read_experiment(experiment_id, ())) if experiment_id is not None else []
     seeds = Counter(str(params["arm"]) for params in plan.trials.values())
@@ -89,24 +91,28 @@ def forecast(
         planned = dict.fromkeys(seeds, FEWEST) if plan.auto else seeds
         count = f"{sum(planned.values())} runs"
         hours = duration(sum(planned[arm] * seconds[arm] for arm in planned))
+    first = plan.auto.trials(dict.fromkeys(seeds, FEWEST)) if plan.auto else plan.trials
+    hashes = set() if options.fresh or begun else {run.tags.get(CONFIG_HASH) for run in runs}
+    reused = sum(plan.configuration(params).hash() in hashes for params in first.values())
     how = [f"a timing of a few steps of {', '.join(timed)}"] if timed else []
     how += ["finished runs"] if len(timed) < len(same) else []
     shared = f"; {options.workers} workers share the machine" if options.workers > 1 else ""
     deviation, source = _deviation(same)
     lines = [
         f"{count}, about {hours} of training in total, by {' and '.join(how)}{shared}. Evaluation takes extra time.",
-        f"Differences from the baseline that would be detected, with a standard deviation of {points(deviation, '')} "
-        f"({source}):",
+        *([f"Finished already: {counted(reused, 'run')} of these."] if reused else []),
+        f"Differences from the baseline that verdicts would find, if the standard deviation over seeds is "
+        f"{points(deviation, '')} ({source}). They grow in proportion to it.",
     ]
     once = plan.stamps.get(LOOKS) == "once"
     if once and plan.splits > 1:  # the mean of a split's seeds counts once
         deviation, most = deviation / math.sqrt(most), plan.splits
-    counts = [most] if once else sorted({3, 6, 10, most})
+    counts = [most] if once else sorted({3, 6, 10, most, *(() if plan.auto else seeds.values())} - {1, 2})
     return lines, _table(Looks(most, once), counts, deviation, plan.overlap if plan.splits > 1 else None)
 
 
 def _table(looks: Looks, counts: Sequence[int], deviation: float, overlap: float | None) -> list[list[str]]:
-    """Return the differences of one arm that a number of seeds detects with certain probabilities.
+    """Return the differences of one arm that a number of seeds finds with certain probabilities.
 
     With an `overlap`, it is a number of splits, and the arms are paired by split.
     """
@@ -121,7 +127,7 @@ def _table(looks: Looks, counts: Sequence[int], deviation: float, overlap: float
 
     rows = [[str(count), *(cell(count, chance) for chance in CHANCES)] for count in counts if count <= looks.most]
     unit = "seeds per arm" if overlap is None else "splits"
-    return [[unit, *(f"detected in {chance:.0%}" for chance in CHANCES)], *rows]
+    return [[unit, *(f"found in {chance:.0%} of studies" for chance in CHANCES)], *rows]
 
 
 def _deviation(same: dict[str, list[RunRecord]]) -> tuple[float, str]:

@@ -64,14 +64,15 @@ class Grid(TrainingPlan):
             if given is not None and stamped.get(name) != str(given):
                 was = f"with {stamped[name]}" if name in stamped else "without it"
                 problem = f"the study began {was}, which can't change after its first runs"
-                raise InputError(name.partition(".")[2], given, problem, "leave it out, or start over with `fresh`")
+                remedy = "leave it out, or repeat all runs with `fresh`"
+                raise InputError(name.partition(".")[2], given, problem, remedy)
         began, most = stamped.get(LOOKS, "every"), int(stamped.get(MAX_SEEDS, EVERY_LOOK.most))
         seeds = max(Counter((each["arm"], each.get("split")) for each in self.trials.values()).values(), default=0)
         if (self.auto and began != self.stamps[LOOKS]) or (began == "once" and seeds > most):
             ways = {"once": f"for one look, at {counted(most, 'seed')}", RACE: "as a race"}
             asked = self.options.seeds if self.auto else seeds
             problem = f"the study began {ways.get(began, 'with auto seeds or a list')}"
-            raise InputError("seeds", asked, problem, "give the same again, or start over with `fresh`")
+            raise InputError("seeds", asked, problem, "give the same again, or repeat all runs with `fresh`")
         if not self.auto:
             return self
         margin = float(stamped.get(MARGIN, 0))
