@@ -78,7 +78,7 @@ DECIDING: dict[str, dict[str, tuple[str, ...]]] = {
         "run/records.py": ("write_predictions", "_confusion_figure"),
     },
 }
-# Modules of the same rooms that decide no result, or only what the digest of the data holds.
+# Modules of the same packages that decide no result, or only what the digest of the data holds.
 EXEMPT = {
     "data/folders.py",
     "data/labels.py",

@@ -1,4 +1,4 @@
-"""The structure: imports lead downwards, modules and functions are small, and each room knows only its own packages."""
+"""The structure: imports lead downwards, modules and functions are small, few packages import heavy libraries."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from effv2.cli.main import main
 from tests.conftest import ROOT
 
 PACKAGE = ROOT / "effv2"
-# From the ground up. A room imports from itself and from those before it.
-ROOMS = (
+# From the ground up. A package imports from itself and from those before it.
+PACKAGES = (
     "core",
     "config",
     "data",
@@ -29,7 +29,7 @@ ROOMS = (
     "api",
     "cli",
 )
-FLOORS = {"__init__": 0, "architecture": 3} | {room: 2 * number for number, room in enumerate(ROOMS, 1)}
+FLOORS = {"__init__": 0, "architecture": 3} | {package: 2 * number for number, package in enumerate(PACKAGES, 1)}
 OPTION = re.compile(r"(?<![\w-])--[a-z][a-z-]+(?![\w-])")
 OPTIONS = {name for command in main.commands.values() for each in command.params for name in each.opts}
 # Lines are a cost. Real folders, environments, kills and verdicts raised the first number from 10,000.
@@ -37,7 +37,7 @@ MOST_LINES, LONGEST_MODULE, LONGEST_FUNCTION = 16_046, 350, 50
 MODULES = sorted(path for path in PACKAGE.rglob("*.py"))
 
 
-def room_of(module: str) -> str:
+def package_of(module: str) -> str:
     return [*module.split("."), "__init__"][1]
 
 
@@ -57,21 +57,21 @@ def name_of(path: Path) -> str:
 @pytest.mark.parametrize("path", MODULES, ids=name_of)
 def test_a_module_keeps_to_the_rules(path: Path) -> None:
     text = path.read_text()
-    tree, room = ast.parse(text), room_of(name_of(path))
-    own = FLOORS.get(room, 99)
+    tree, package = ast.parse(text), package_of(name_of(path))
+    own = FLOORS.get(package, 99)
     found = set(imports(tree))
-    upward = [name for name in found if name.startswith("effv2.") and FLOORS.get(room_of(name), 0) > own]
+    upward = [name for name in found if name.startswith("effv2.") and FLOORS.get(package_of(name), 0) > own]
     assert not upward, "imports lead downwards"
     assert text.count("\n") <= LONGEST_MODULE
     for node in ast.walk(tree):
         if isinstance(node, ast.FunctionDef):
             assert (node.end_lineno or 0) - node.lineno + 1 <= LONGEST_FUNCTION, node.name
-    if room not in ("cli", "__main__"):
+    if package not in ("cli", "__main__"):
         assert "click" not in found, "only commands know click"
         strings = (node.value for node in ast.walk(tree) if isinstance(node, ast.Constant))
         options = [text for text in strings if isinstance(text, str) and OPTIONS.intersection(OPTION.findall(text))]
         assert not options, "only commands know options"
-    if room not in ("tracking", "serving") and path.stem != "internals":
+    if package not in ("tracking", "serving") and path.stem != "internals":
         assert not [name for name in found if name.split(".")[0] == "mlflow"], "only tracking knows MLflow"
 
 

@@ -1,1 +1,1 @@
-"""What every room uses: errors, paths, processes, signals, randomness, provenance. Knows no options, no terminal."""
+"""What every package uses: errors, paths, processes, signals, randomness, provenance. Knows no options, no terminal."""

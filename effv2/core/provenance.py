@@ -29,9 +29,9 @@ CHANGED_FILES = ("status", "--porcelain", "--untracked-files=normal")
 CHANGES = ("diff", "HEAD", "--no-color", "--no-ext-diff", "--no-textconv", "--src-prefix=a/", "--dst-prefix=b/")
 
 
-def code_version(rooms: tuple[str, ...] = OF_TRAINING) -> str:
+def code_version(parts: tuple[str, ...] = OF_TRAINING) -> str:
     """Return the versions of the parts that decide a run (by default those of a training), and torch's."""
-    return ", ".join([*(f"{room} {VERSIONS[room]}" for room in rooms), f"torch {metadata.version('torch')}"])
+    return ", ".join([*(f"{part} {VERSIONS[part]}" for part in parts), f"torch {metadata.version('torch')}"])
 
 
 def sha256_of_file(path: Path) -> str:

@@ -1,1 +1,1 @@
-"""Evidence from tracked runs: statistics, verdicts, tables, figures and reports. This room never trains."""
+"""Evidence from tracked runs: statistics, verdicts, tables, figures and reports. This package never trains."""

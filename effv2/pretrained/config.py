@@ -12,7 +12,7 @@ QUICK_LOOK = "For a quick look: number of test images{}, and of images of ImageN
 class ImagesConfig(Group):
     """The images."""
 
-    dataset: Annotated[str, DATASETS] = Field("imagenette", description="With classes of ImageNet or of your networks.")
+    dataset: Annotated[str, DATASETS] = Field("imagenette", description="Of classes of ImageNet, or of your networks.")
     dir: str = Field("", description="Folder of the data set.")
     download: bool = Field(False, description="Download imagenette into the folder if it is missing.")
     skip_broken: bool = Field(False, description="Leave out unreadable images. The run logs which.")
@@ -30,7 +30,10 @@ class ComputeConfig(Group):
         "fp32", description="bf16 also reports what it changes. auto = fp32, because published figures are compared."
     )
     batch_size: int = Field(
-        0, ge=0, le=65_536, description="Images per forward pass, 0 = 128. On a CPU: the pixels of 8 images of 224x224."
+        0,
+        ge=0,
+        le=65_536,
+        description="Images per forward pass. 0 = 128, on a CPU 8 of 224x224 or equal pixels.",
     )
 
 

@@ -1,1 +1,1 @@
-"""MLflow: opening, writing and reading runs. The only room that imports mlflow."""
+"""MLflow: opening, writing and reading runs. The only package that imports mlflow."""
