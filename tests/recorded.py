@@ -63,10 +63,7 @@ DECIDING: dict[str, dict[str, tuple[str, ...]]] = {
     },
     "training": {
         "core/randomness.py": (),
-        **{
-            f"training/{name}.py": ()
-            for name in ("evaluation", "freezing", "loop", "muon", "optimisers", "progress", "stages")
-        },
+        **{f"training/{name}.py": () for name in ("evaluation", "loop", "muon", "optimisers", "progress", "stages")},
         "run/initial.py": ("fitting",),
         "run/records.py": (),
         "run/run.py": ("attempt", "_begun", "_train"),

@@ -114,7 +114,7 @@ def test_the_published_comparison_from_names_to_report(sqlite_store: str, few_im
         assert [row["true"] for row in rows] == ["church"] * 4 + ["tench"] * 4
         assert len(artifact(run, "unseen/predictions.csv", tmp_path)) == 4
     paths = {file.path for file in MlflowClient().list_artifacts(parent.info.run_id)}
-    assert paths >= {"report.md", "ranking.csv", "pairs.csv", "accuracy_against_cost.png"}
+    assert paths >= {"report.md", "ranking.csv", "pairs.csv", "figures"}
     assert len(artifact(parent, "pairs.csv", tmp_path)) == 3
     ranking = artifact(parent, "ranking.csv", tmp_path)
     assert [int(row["right"]) for row in ranking] == sorted((int(row["right"]) for row in ranking), reverse=True)

@@ -33,8 +33,7 @@ from effv2.core.errors import InputError
 from effv2.data import decoder
 from effv2.data.batches import NORMALISATIONS
 from effv2.data.images import CentreCrop, LabelledImages, Preparation, Square, decode
-from effv2.serving import onnx_form
-from effv2.serving.export import read_program, write_served
+from effv2.serving.export import OPSET, read_program, write_served
 from effv2.serving.image_classifier import ImageClassifier
 from effv2.tracking.models import fetch_model, model_address
 from tests.conftest import TINY_TABLE, make_image_tree, running
@@ -278,7 +277,7 @@ def test_the_onnx_form_is_one_file_of_a_stated_opset_and_needs_no_torch(exported
     ]
     model = onnx.load(exported / "artifacts" / "model.onnx")
     onnx.checker.check_model(model)
-    assert [each.version for each in model.opset_import if not each.domain] == [onnx_form.OPSET]
+    assert [each.version for each in model.opset_import if not each.domain] == [OPSET]
     (images,) = model.graph.input
     assert [each.dim_param or each.dim_value for each in images.type.tensor_type.shape.dim] == ["batch", 3, 8, 8]
     assert str(Path(torch.__file__).parent).encode() not in model.SerializeToString()  # no path of this machine
@@ -336,7 +335,7 @@ def test_a_model_is_found_by_each_of_its_addresses(trained: Trained, tmp_path: P
     version = client.create_model_version("birds", address, run_id, model_id=address.partition("/")[2])
     client.set_registered_model_alias("birds", "champion", version.version)
     for number, name in enumerate((address, f"runs:/{run_id}", "models:/birds@champion", "models:/birds/1")):
-        assert fetch_model(name, tmp_path / str(number)).run_id == run_id
+        assert fetch_model(name, tmp_path / str(number))[0].run_id == run_id
         assert (tmp_path / str(number) / "artifacts" / "program.pt2").is_file()
 
 
@@ -352,7 +351,7 @@ def test_what_cannot_be_exported_is_named_before_anything_is_written(
     }.items():
         assert said in invoke(address, folder, code=2), address
     assert "exists and is not empty; name another one" in invoke(f"runs:/{run_id}", exported, code=2)
-    monkeypatch.setattr(onnx_form, "NEEDED", ("onnx", "no_such_package"))
+    monkeypatch.setattr("effv2.serving.export.ONNX_NEEDS", ("onnx", "no_such_package"))
     said = invoke(f"runs:/{run_id}", folder, code=2)
     assert "ONNX needs the packages no_such_package; install them with: pip install 'effv2[onnx]'." in said
     assert not folder.exists()

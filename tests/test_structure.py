@@ -33,7 +33,7 @@ FLOORS = {"__init__": 0, "architecture": 3} | {package: 2 * number for number, p
 OPTION = re.compile(r"(?<![\w-])--[a-z][a-z-]+(?![\w-])")
 OPTIONS = {name for command in main.commands.values() for each in command.params for name in each.opts}
 # Lines are a cost. Real folders, environments, kills and verdicts raised the first number from 10,000.
-MOST_LINES, LONGEST_MODULE, LONGEST_FUNCTION = 16_049, 350, 50
+MOST_LINES, LONGEST_MODULE, LONGEST_FUNCTION = 16_015, 350, 50
 MODULES = sorted(path for path in PACKAGE.rglob("*.py"))
 
 
@@ -90,5 +90,6 @@ def test_the_package_keeps_to_its_budget() -> None:
 
 def test_the_reading_order_fits_an_afternoon() -> None:
     text = (ROOT / "docs" / "architecture.md").read_text()
-    spine = re.findall(r"^\| `(\w+/\w+\.py)` \|", text, re.MULTILINE)
+    first, _, _ = text.partition("Read these when you need them:")
+    spine = re.findall(r"`(\w+/\w+\.py)`", "".join(re.findall(r"^\| .*? \|", first, re.MULTILINE)))
     assert len(spine) > 10 and sum((PACKAGE / file).read_text().count("\n") for file in spine) <= 3_500

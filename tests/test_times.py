@@ -136,7 +136,7 @@ def test_tables_say_how_many_runs_reach_it_and_figures_have_intervals() -> None:
     assert cells["b"][words] == "not reached by 1 of 5"
     assert cells["a"]["training to 50 % validation accuracy, s"] == "none"
     assert (words, cells["a"][words], cells["b"][words]) in found.details
-    header, *lines = found.files["comparison.csv"]  # type: ignore[misc]
+    header, *lines = found.files["comparison.csv"]
     assert [line[header.index(words)] for line in lines].count(math.inf) == 1
     # Curves over time show the mean and its interval, as long as all runs train.
     (axes,) = found.figures["accuracy against time"].axes

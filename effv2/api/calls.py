@@ -30,6 +30,8 @@ if TYPE_CHECKING:
     from effv2.api.results import Report, StudyResult, Training
 
 SHORT_EPOCHS = 3  # the studies that hparam_check and search run by default
+SHORT = {"epochs": SHORT_EPOCHS, "log_model": "best"}
+EVALUATION = options_for(" ".join(PretrainedConfig().flat()))
 WITHOUT_SCHEDULER = {name: setting for name, setting in SHARED.items() if name != "scheduler"}
 
 
@@ -138,14 +140,7 @@ def ablate(layer: Layer, how: Options, reporter: Reporter) -> StudyResult:
     return _grid("ablate", chosen, chosen.select(how.variant), layer, how, reporter=reporter)
 
 
-@call(
-    Taken(
-        ("check", "scheduler", "study", "set"),
-        WITHOUT_SCHEDULER,
-        GRID,
-        defaults={"epochs": SHORT_EPOCHS, "log_model": "best"},
-    )
-)
+@call(Taken(("check", "scheduler", "study", "set"), WITHOUT_SCHEDULER, GRID, defaults=SHORT))
 def hparam_check(layer: Layer, how: Options, reporter: Reporter) -> StudyResult:
     """Change one hyper-parameter at a time, with and without ReduceLROnPlateau, and compare in MLflow.
 
@@ -156,9 +151,7 @@ def hparam_check(layer: Layer, how: Options, reporter: Reporter) -> StudyResult:
     return _grid("hparam-check", chosen, chosen.select_checks(how.check, how.scheduler), layer, how, reporter=reporter)
 
 
-@call(
-    Taken(("study", "set"), ONE_RUN, ("trials", *STUDY), defaults={"epochs": SHORT_EPOCHS, "log_model": "best"}),
-)
+@call(Taken(("study", "set"), ONE_RUN, ("trials", *STUDY), defaults=SHORT))
 def search(layer: Layer, how: Options, reporter: Reporter) -> StudyResult:
     """Search for the best hyper-parameters on the validation split with Optuna, and test the best once.
 
@@ -173,15 +166,7 @@ def search(layer: Layer, how: Options, reporter: Reporter) -> StudyResult:
     return _run(partial(make_search, chosen, layer, how.trials or 0), how, reporter)
 
 
-@call(
-    Taken(
-        ("models", "weights_dir"),
-        options_for(" ".join(PretrainedConfig().flat())),
-        (*QUEUE, *LOGGING),
-        PretrainedConfig,
-        {"log_model": "none"},
-    )
-)
+@call(Taken(("models", "weights_dir"), EVALUATION, (*QUEUE, *LOGGING), PretrainedConfig, {"log_model": "none"}))
 def evaluate_pretrained(layer: Layer, how: Options, reporter: Reporter) -> StudyResult:
     """Evaluate published ImageNet weights, each with its own transforms, and report which are better.
 

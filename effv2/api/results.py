@@ -23,7 +23,7 @@ from effv2.run.weights import Requested
 from effv2.serving.classifier import Classifier
 from effv2.tracking import tags
 from effv2.tracking.models import model_address
-from effv2.tracking.read import BEST_TEST, SELECTED_VALIDATION, RunRecord
+from effv2.tracking.read import BEST_TEST, RunRecord, reached_accuracy
 from effv2.tracking.studies import studies_of
 from effv2.tracking.writer import run_address
 
@@ -32,8 +32,6 @@ if TYPE_CHECKING:
     from effv2.run.run import Attempt
     from effv2.studies.engine import StudyEnd
     from effv2.studies.plan import Plan
-
-JUDGED_BY = (SELECTED_VALIDATION, BEST_TEST, "eval/top1_accuracy")  # metrics, of which the first that a run has counts
 
 
 @dataclass(frozen=True, repr=False)
@@ -63,7 +61,7 @@ class Result:
     def verdicts(self) -> pd.DataFrame:
         """Return one row per verdict: on arms against their baseline, on pairs of networks, or on claims."""
         held = [answer for study in self.studies if study.held for answer in study.held.answers.values()]
-        pairs = [row for study in self.studies for row in study.files.get("pairs.csv", ())]  # type: ignore[union-attr]
+        pairs = [row for study in self.studies for row in study.files.get("pairs.csv", ())]
         return pd.DataFrame(pairs[1:], columns=pairs[0]) if pairs else pd.DataFrame(map(_verdict, held))
 
     @cached_property
@@ -83,7 +81,7 @@ class Result:
     def figures(self) -> dict[str, Figure]:
         """Return all figures by name. If there are several studies, a name begins with that of its study."""
         several = len(self.studies) > 1
-        drawn = [(each.title, name, drawn) for each in self.studies for name, drawn in _figures(each).items()]
+        drawn = [(each.title, name, drawn) for each in self.studies for name, drawn in each.figures.items()]
         return {f"{title}: {name}" if several else name: figure for title, name, figure in drawn}
 
     def figure(self, name: str = "") -> Figure:
@@ -104,7 +102,7 @@ class Result:
         if not chosen:
             choices = dict.fromkeys(arm or run_name for _, run_name, arm in named.values())
             raise InputError("model", name, "no such run", choices=choices or ["there are no runs yet"])
-        for run in sorted(chosen, key=_accuracy, reverse=True):
+        for run in sorted(chosen, key=lambda run: reached_accuracy(run.metrics), reverse=True):
             if run.name in self.networks:
                 return open_network(self.networks[run.name])
             if address := model_address(run.run_id):
@@ -201,12 +199,3 @@ def _verdict(answer: Answer) -> dict[str, object]:
         "seeds": answer.estimate.n,
         "sentence": f"{answer.sentence()}.",
     }
-
-
-def _figures(study: StudyResults) -> dict[str, Figure]:
-    more = {name.removesuffix(".png"): file for name, file in study.files.items() if isinstance(file, Figure)}
-    return {**study.figures, **more}
-
-
-def _accuracy(run: RunRecord) -> float:
-    return next((run.metrics[name] for name in JUDGED_BY if name in run.metrics), 0.0)

@@ -49,6 +49,11 @@ def _time_to(name: str) -> str:
     return name
 
 
+def _named(text: str) -> list[str]:
+    """Return the names in a text, separated by commas or spaces."""
+    return re.split(r"[,\s]+", text.strip(", "))
+
+
 def _plain(name: str) -> str:
     if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_.-]*", name):
         raise ValueError("the name of an arm may only have letters, digits and . _ -")
@@ -170,7 +175,7 @@ class Study(Group):
 
     def with_variants(self, text: str) -> Study:
         """Return the study with its baseline, the named arms, and the named variants that aren't arms yet."""
-        names = re.split(r"[,\s]+", text.strip(", "))
+        names = _named(text)
         more = {each: {"model.variant": Written(each)} for each in names if each in VARIANTS and each not in self.arms}
         if not self.arms or not more:
             return self
@@ -182,7 +187,7 @@ class Study(Group):
         if not self.arms:
             other = "search" if self.search else "train"
             raise InputError("study", self.name, "has no arms to compare", f"use the command {other}")
-        names, known = re.split(r"[,\s]+", text.strip(", ")), dict.fromkeys([*self.arms, *VARIANTS, "all"])
+        names, known = _named(text), dict.fromkeys([*self.arms, *VARIANTS, "all"])
         if unknown := [name for name in names if name != "all" and name not in self.arms]:
             raise InputError("variant", unknown[0], "no such variant", choices=known)
         return [arm for arm in self.arms if arm in (self.baseline, *names) or "all" in names]

@@ -1,7 +1,5 @@
 """Inspection of a data set before training: its content, broken files and duplicates."""
 
-from __future__ import annotations
-
 import math
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence

@@ -1,7 +1,5 @@
 """Labels of images from a CSV with a column of files and one of labels, as on Kaggle."""
 
-from __future__ import annotations
-
 import csv
 import io
 import re

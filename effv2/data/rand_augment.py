@@ -3,8 +3,6 @@
 Images with the same operation are changed together, so that a GPU needs few kernels.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from functools import partial
 from itertools import pairwise

@@ -1,7 +1,5 @@
 """The runs that a claim is about: those like an arm of a protocol or study, which of them count, and which don't."""
 
-from __future__ import annotations
-
 import re
 from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence

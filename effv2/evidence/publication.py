@@ -13,7 +13,6 @@ from typing import Any
 
 import torch
 from jinja2 import Environment, PackageLoader, StrictUndefined, select_autoescape
-from matplotlib.figure import Figure
 
 from effv2.core.errors import InputError
 from effv2.core.figures import svg_file, svg_part
@@ -38,7 +37,7 @@ from effv2.tracking.tags import ANSWER, ARM, REUSED, as_tags, reused
 from effv2.tracking.writer import TrackedRun, run_address, show_in_ui
 
 # The content of a logged file: a text, an image, a figure, a table.
-Content = str | bytes | Figure | Sequence[Sequence[Any]]
+Content = str | bytes | Sequence[Sequence[Any]]
 HTML, MARKDOWN, FIGURES, DATA = "report.html", "report.md", "figures", "data"  # in an export
 LONGEST_ANSWER = 500  # characters of a tag
 MOST_SHOWN, MOST_ARMS = 24, 5  # images of a gallery, arms in its captions
@@ -150,8 +149,6 @@ def _write(folder: Path, files: Mapping[str, Content]) -> None:
             path.write_text(content, encoding="utf-8")
         elif isinstance(content, bytes):
             path.write_bytes(content)
-        elif isinstance(content, Figure):
-            content.savefig(path, dpi=120)
         else:
             write_csv(path, content)
 

@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
+from matplotlib.figure import Figure
 
 from effv2.core.errors import joined
 from effv2.core.figures import accuracy_against_cost
@@ -24,6 +25,7 @@ from effv2.tracking import tags
 from effv2.tracking.read import SELECTED_TEST, SELECTED_VALIDATION, RunRecord
 from effv2.tracking.studies import NO_STUDY, TrackedStudy, complete, studies_of
 
+CsvRows = list[tuple[Any, ...]]
 BEST_TRIALS = 5
 COMMON = {  # settings that a description of trainings names
     "data.dataset": "{}",
@@ -33,7 +35,7 @@ COMMON = {  # settings that a description of trainings names
     "schedule.epochs": "trained up to epoch {}",
 }
 PAIRS_WITH_P = 6  # with more pairs, only pairs.csv has the p-values
-FEW_IMAGES = 100
+ENOUGH_TO_RANK = 100
 OF_ANY_IMAGES = ("top1_accuracy", "top1_present", "top5_accuracy", "loss", "ece")
 IMAGES = {  # of a ranking, by origin
     "unseen": "images of ImageNet's validation set, to which published weights were not fitted",
@@ -162,6 +164,7 @@ def networks_results(study: TrackedStudy, right: RightAnswers) -> StudyResults:
     sentence = _sentence(runs, ranked, origin, pairs, heads)
     ordered = {label: runs[label] for label in dict.fromkeys([*ranked, *runs])}
     title = f"top-1 of {heads}, {len(next(iter(ranked.values()), ())):,} {origin} images"
+    table, figures = _ranking(runs, ranked, title)
     named = [(label, name, run.metrics[name]) for label, run in runs.items() for name in run.metrics]
     return StudyResults(
         answers=[sentence],
@@ -169,21 +172,22 @@ def networks_results(study: TrackedStudy, right: RightAnswers) -> StudyResults:
         table=_table(ordered.values(), heads),
         details=_details(ordered, images),
         metrics={f"{label}/{name}": value for label, name, value in named if name.endswith(OF_ANY_IMAGES)},
-        files=_ranking(runs, ranked, title) | {"pairs.csv": rows} if ranked else {},
+        files={"ranking.csv": table, "pairs.csv": rows} if ranked else {},
+        figures=figures,
     )
 
 
-def _ranking(runs: Mapping[str, RunRecord], ranked: Ranked, title: str) -> dict[str, Any]:
-    """Return a table of the networks that were ranked, and the figure of their accuracies and costs, by file."""
+def _ranking(runs: Mapping[str, RunRecord], ranked: Ranked, title: str) -> tuple[CsvRows, dict[str, Figure]]:
+    """Return a table of the networks that were ranked, and the figure of their accuracies and costs, by its name."""
     metrics = sorted({name for run in runs.values() for name in run.metrics})
-    table: list[tuple[Any, ...]] = [("network", "run_id", "right", "images", "low", "high", *metrics)]
+    table: CsvRows = [("network", "run_id", "right", "images", "low", "high", *metrics)]
     shares, costs = {}, {}
     for label, answers in ranked.items():
         run, count, interval = runs[label], int(answers.sum()), wilson(int(answers.sum()), len(answers))
         table.append((label, run.run_id, count, len(answers), *interval, *map(run.metrics.get, metrics)))
         shares[label] = (count / len(answers), *interval)
         costs[label] = run.metrics.get("model/gflops"), 1000 / run.metrics.get(EVALUATE_RATE, math.inf)
-    return {"ranking.csv": table, "accuracy_against_cost.png": accuracy_against_cost(shares, costs, title)}
+    return table, {"accuracy against cost": accuracy_against_cost(shares, costs, title)} if len(ranked) > 1 else {}
 
 
 def _rank(runs: Mapping[str, RunRecord], right: RightAnswers) -> tuple[Ranked, str, str]:
@@ -223,7 +227,7 @@ def _sentence(runs: Iterable[str], ranked: Ranked, origin: str, pairs: pd.DataFr
     words += [f"undecided which is better: {either}"] if either else []
     how = f" (exact McNemar tests, Holm-corrected for {len(pairs)}, {LEVEL:.0%} level)" if len(pairs) else ""
     what = "; ".join(words) or "only one network, nothing to compare"
-    few = f" So few images rarely decide. Evaluate more than {FEW_IMAGES}." if size < FEW_IMAGES else ""
+    few = f" So few images rarely decide. Evaluate more than {ENOUGH_TO_RANK}." if size < ENOUGH_TO_RANK else ""
     return f"Top-1 over {heads} classes on {size:,} {IMAGES[origin]}{how}: {what}.{few}{caution}{missing}"
 
 

@@ -49,7 +49,7 @@ class StudyResults:
     commands: Sequence[str] = ()
     environment: Rows = field(default_factory=list)
     metrics: Mapping[str, float] = field(default_factory=dict)  # of the study's run, as are the files
-    files: Mapping[str, Sequence[Sequence[Any]] | Figure] = field(default_factory=dict)
+    files: Mapping[str, Sequence[Sequence[Any]]] = field(default_factory=dict)
     held: Held | None = None  # the arms against their baseline, if there are any
 
     def markdown(self, links: str = "") -> str:

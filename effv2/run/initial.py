@@ -193,10 +193,8 @@ def _found(weights: str, variant: str, _written: int) -> FoundWeights:
 def read_served(address: str) -> FoundWeights:
     """Read a logged model; InputError as fetch_model."""
     with tempfile.TemporaryDirectory() as place:
-        found = fetch_model(address, Path(place))
-        artifacts = found.flavors["python_function"]["artifacts"]
-        program = read_program(Path(place, artifacts["program"]["path"]))
-        settings = json.loads(Path(place, artifacts["settings"]["path"]).read_text("utf-8"))
+        found, files = fetch_model(address, Path(place))
+        program, settings = read_program(files["program"]), json.loads(files["settings"].read_text("utf-8"))
     state = {name.removeprefix("network."): value.detach() for name, value in program.state_dict.items()}
     mean, std = (state.pop(name).flatten().tolist() for name in ("mean", "std"))
     digest = hashlib.sha256()

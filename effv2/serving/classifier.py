@@ -14,27 +14,23 @@ from effv2.core.errors import InputError
 from effv2.data.batches import Statistics
 from effv2.data.decoder import open_image
 from effv2.data.images import Preparation
+from effv2.serving.export import Normalised
 
 # A path, an image, or bytes (height, width) or (height, width, 3).
 Picture = str | PathLike[str] | Image.Image | np.ndarray[Any, Any]
 
 
-class Classifier(nn.Module):
+class Classifier(Normalised):
     """From images of any size and mode to logits (N, outputs), the first ones of `classes`. It starts in eval mode.
 
     `network` itself takes normalised images, and can be trained further.
     """
 
-    mean: Tensor
-    std: Tensor
-
     def __init__(
         self, network: nn.Module, preparation: Preparation, statistics: Statistics, classes: Sequence[str]
     ) -> None:
-        super().__init__()
-        self.network, self.preparation, self.classes = network.requires_grad_(True), preparation, tuple(classes)
-        for name, numbers in zip(("mean", "std"), statistics, strict=True):
-            self.register_buffer(name, torch.tensor(numbers).view(3, 1, 1))
+        super().__init__(network.requires_grad_(True), statistics)
+        self.preparation, self.classes = preparation, tuple(classes)
         self.eval()
 
     def preprocess(self, images: Picture | Iterable[Picture]) -> Tensor:
@@ -50,7 +46,7 @@ class Classifier(nn.Module):
     def forward(self, images: Tensor | Picture | Iterable[Picture]) -> Tensor:
         """Return logits (N, outputs) of images, or of bytes from `preprocess`."""
         pixels = images if isinstance(images, Tensor) else self.preprocess(images)
-        logits: Tensor = self.network((pixels.to(self.mean.device).float() / 255 - self.mean) / self.std)
+        logits: Tensor = super().forward(pixels.to(self.mean.device))
         return logits
 
     @torch.inference_mode()

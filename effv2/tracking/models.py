@@ -109,8 +109,11 @@ def as_served(files: Mapping[str, Path], example: str) -> Iterator[dict[str, Any
         }
 
 
-def fetch_model(address: str, folder: Path) -> Model:
-    """Download the served model of runs:/ID or models:/... to a folder; InputError if there is none; RunError."""
+def fetch_model(address: str, folder: Path) -> tuple[Model, dict[str, Path]]:
+    """Download the served model of runs:/ID or models:/... to a folder. Return it with its files by name.
+
+    InputError if there is none; RunError.
+    """
     if (form := ADDRESS.fullmatch(address)) is None:
         raise InputError("model", address, "is not an address", "give runs:/ID, models:/ID or models:/NAME@ALIAS")
     if not is_begun():
@@ -127,9 +130,10 @@ def fetch_model(address: str, folder: Path) -> Model:
                 raise
             problem = f"{shown_uri()} has no model there ({reason(error)})"
             raise InputError("model", address, problem, "correct the address") from error
-    if not set(PARTS) <= found.flavors.get("python_function", {}).get("artifacts", {}).keys():
+    files = found.flavors.get("python_function", {}).get("artifacts", {})
+    if not set(PARTS) <= files.keys():
         raise InputError("model", address, "is not a model of effv2", "give an address that a training printed")
-    return found
+    return found, {name: folder / file["path"] for name, file in files.items()}
 
 
 def export_onnx(address: str, target: Path) -> None:
@@ -137,18 +141,17 @@ def export_onnx(address: str, target: Path) -> None:
 
     InputError as fetch_model, and if packages are missing or the folder isn't empty; RunError as write_onnx.
     """
-    from effv2.serving import onnx_form
+    from effv2.serving.export import ONNX_NEEDS, write_onnx
 
-    if missing := [name for name in onnx_form.NEEDED if find_spec(name) is None]:
+    if missing := [name for name in ONNX_NEEDS if find_spec(name) is None]:
         remedy = "install them with: pip install 'effv2[onnx]'"
         raise InputError("model", address, f"ONNX needs the packages {joined(missing)}", remedy)
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
         raise InputError("folder", target, "exists and is not empty", "name another one")
     with tempfile.TemporaryDirectory() as place:
-        found, written = fetch_model(address, Path(place, "logged")), Path(place, "model.onnx")
-        artifacts = found.flavors["python_function"]["artifacts"]
-        files = {name: Path(place, "logged", artifacts[name]["path"]) for name in PARTS} | {ONNX: written}
-        onnx_form.write_onnx(files.pop("program"), written)
+        found, files = fetch_model(address, Path(place, "logged"))
+        write_onnx(files.pop("program"), written := Path(place, "model.onnx"))
+        files[ONNX] = written
         example = (found.load_input_example(str(Path(place, "logged"))) or [""])[0]
         with as_served(files, example) as about_it:
             mlflow.pyfunc.save_model(target, **about_it)

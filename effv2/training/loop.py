@@ -21,10 +21,9 @@ from effv2.data import batches
 from effv2.data.dataset import Dataset, to_device
 from effv2.execution.device import Execution, Function, make_execution
 from effv2.training.evaluation import Metrics, epoch_metrics, evaluate
-from effv2.training.freezing import norms_are_frozen, set_modes
 from effv2.training.optimisers import Schedule, make_optimiser
 from effv2.training.progress import EpochSums, Progress, watched_accuracy
-from effv2.training.stages import Stage, set_dropout, stage_metrics, stage_of
+from effv2.training.stages import Stage, norms_are_frozen, set_dropout, set_modes, stage_metrics, stage_of
 
 # Steps between checks of the loss on an accelerator, because each check waits for the device.
 STEPS_BETWEEN_LOSS_CHECKS = 50

@@ -4,8 +4,6 @@ Muon makes the momentum orthogonal before a step, so that all directions of a ma
 are as large as AdamW's usual steps (Liu et al. 2025, section 2.2), so learning rates and weight decays carry over.
 """
 
-from __future__ import annotations
-
 from collections import defaultdict
 from collections.abc import Callable
 from typing import Any
