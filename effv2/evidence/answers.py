@@ -49,7 +49,7 @@ def outlook(found: Estimate, level: float, edge: float = 0.0, unit: str = "seeds
         return f"if the true difference is as seen, {most} {unit} are enough in fewer than 80 % of studies"
     about, few = max(about, found.n + 1), max(few or most, found.n + 1)
     ends = f"{few} to {max(many, few) if many else f'over {most}'}"
-    rest = f"; if it is {nothing}, no number of {unit} is" if nothing else ""
+    rest = f"; if {nothing}, no number of {unit} is" if nothing else ""
     about_that = f"{about} {unit} (80 % interval {ends})"
     return f"if the true difference is as seen, {about_that} are enough in 80 % of studies{rest}"
 

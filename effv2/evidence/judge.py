@@ -260,7 +260,7 @@ def _over_seeds(finding: Finding, what: Quantity, chosen: Chosen, right: RightAn
     edge = max(edges, key=found.p) if finding.inside else min(edges, key=lambda each: abs(each - found.mean))
     sides = len(edges) if finding.inside else 1  # between two edges, each is tested from one side
     p = found.p_within(*edges) if sides == 2 else found.p(edge)
-    nothing = f"it is {written(back(edge))}" if edge else "there is none"
+    nothing = f"the truth is {written(back(edge))}" if edge else "there is no difference"
     return replace(finding, p=p, further=lambda level: outlook(found, sides * level, edge, unit, nothing))
 
 
