@@ -89,6 +89,7 @@ TAGS = {
     tags.CODE_VERSION: "Versions of the parts of the code that decide a result, and of torch.",
     tags.STUDY: "Name of the study.",
     tags.ARM: "Name of the arm.",
+    tags.GROUP: "Arm, study, data and epochs. MLflow's views group by it.",
     tags.VARIANT: "Name of the architecture.",
     tags.SEED: "Seed of the run.",
     tags.COMMAND: "The command that resumes the run or study.",

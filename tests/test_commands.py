@@ -26,7 +26,7 @@ from effv2.cli.options import in_options
 from effv2.config.schema import DataConfig, TrainConfig
 from effv2.core.reporter import Reporter, StudyProgress
 from effv2.data.dataset import load_dataset, load_once
-from effv2.run.few_images import say_if_near_chance
+from effv2.run.few_images import in_words
 from effv2.run.run import RunSpec, prepare
 from tests.conftest import ROOT, TINY_MODEL, TINY_TABLE, all_runs, invoke, make_image_tree
 
@@ -324,12 +324,17 @@ def test_a_training_near_chance_level_says_so(sqlite_store: str, tmp_path: Path)
         assert result.exit_code == 0 and ("The network is near chance level: " in result.stderr) == said, result.output
 
 
-@pytest.mark.parametrize(("images", "advice"), [(10, "3 validation images selected epoch 1"), (300, "Train for")])
-def test_advice_near_chance_level_depends_on_the_validation_images(tmp_path: Path, images: int, advice: str) -> None:
-    root, said = make_image_tree(tmp_path / "set", images=images), list[str]()
-    data = DataConfig(dataset="folder", dir=str(root), image_size=8)
-    say_if_near_chance({"selected/test_accuracy": 0.3, "selected/epoch": 1.0}, load_dataset(data), said.append)
-    assert advice in said[0]
+def test_what_an_accuracy_is_worth_depends_on_the_number_of_images(tmp_path: Path) -> None:
+    def worth(images: int, accuracy: float) -> str:
+        root = make_image_tree(tmp_path / f"{images}", images=images)
+        data = load_dataset(DataConfig(dataset="folder", dir=str(root), image_size=8))
+        return " ".join(in_words({"selected/test_accuracy": accuracy, "selected/epoch": 1.0}, data))
+
+    few, many = worth(10, 0.4), worth(300, 0.35)
+    assert few.startswith("40.00 % of the 6 test images are right [9.68 % to 70.00 %, 95 % interval over images].")
+    assert "3 validation images selected epoch 1: too few to tell epochs apart." in few
+    assert few.endswith("These images are too few to tell the two apart.")
+    assert "validation images" not in many and many.endswith("It has learned next to nothing. Train for more epochs.")
 
 
 @pytest.mark.parametrize(

@@ -160,7 +160,7 @@ def test_broken_images_are_skipped_if_requested(tmp_path: Path, own_cache: Path)
     for _ in range(2):  # the second time from the cache
         dataset = load_folder(root, skip_broken=True, validation_fraction=0)
         assert len(dataset.train) == 11 and dataset.broken == {"train/ant/ant1.png": "Pillow doesn't know its format"}
-        assert dataset.notes[0] == "Left out because they can't be read: 1 images, such as train/ant/ant1.png."
+        assert dataset.notes[0] == "Left out because they can't be read: 1 image (train/ant/ant1.png)."
         assert dataset.notes[1].endswith("as images of train: test/cow/cow0.png is train/bee/bee0.png.")
         with pytest.raises(InputError, match=r"1 image can't be read .*ant1.*or give data\.skip_broken"):
             load_folder(root)

@@ -88,7 +88,7 @@ def test_images_that_cannot_be_read_are_left_out_for_all_networks_if_asked(image
     refused = evaluate(images, networks)
     assert refused.exit_code == 2 and "0.jpg" in refused.stderr and "give --skip-broken" in refused.stderr
     done = evaluate(images, networks, "--skip-broken", "--log-model", "all")
-    assert done.exit_code == 0 and "can't be read: 1 images, such as test/class 1/0.jpg" in done.output, done.output
+    assert done.exit_code == 0 and "can't be read: 1 image (test/class 1/0.jpg)" in done.output, done.output
     found = [run for run in MlflowClient().search_runs(["0"]) if "model.name" in run.data.params]
     assert [run.data.metrics["eval/images"] for run in found] == [17, 17]
     for each in found:

@@ -276,6 +276,11 @@ class TrainConfig(Group):
         """Return this configuration with another seed, and with its split seed raised by `split`."""
         return self.updated("data", split_seed=(self.data.split_seed + split) % 2**32).updated("random", seed=seed)
 
+    @property
+    def in_short(self) -> str:
+        """Describe data and length in a few words."""
+        return f"{self.data.dataset} {self.data.image_size}x{self.data.image_size}, {self.schedule.epochs} epochs"
+
     def identity(self) -> dict[str, Any]:
         """Return what decides a run: the fields under dotted names, and the resolved stage table.
 

@@ -18,7 +18,7 @@ from effv2.config.schema import DataConfig
 from effv2.core.errors import InputError
 from effv2.core.randomness import stream_seed
 from effv2.core.reporter import Reporter
-from effv2.data.folders import Source, left_out_note
+from effv2.data.folders import Source, left_out_note, unreadable_note
 from effv2.data.images import Bytes, Decoded, LabelledImages, Labels, OnDecoded, Square, decode, image_hashes
 from effv2.data.sources import open_source
 
@@ -106,9 +106,7 @@ class Dataset:
         """Return warnings about the data, one sentence each, to read before trusting results."""
         found = [note] if (note := left_out_note(self.location, self.left_out)) else []
         if self.broken:
-            found.append(
-                f"Left out because they can't be read: {len(self.broken)} images, such as {next(iter(self.broken))}."
-            )
+            found.append(unreadable_note([*self.broken]))
         for (first, one), (second, other) in combinations(self.splits.items(), 2):
             if shared := other.also_in(one):
                 example = " is ".join(next(iter(shared.items())))

@@ -17,7 +17,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from effv2.config.schema import DataConfig
-from effv2.core.errors import InputError, joined
+from effv2.core.errors import InputError, joined, listed
+from effv2.core.words import counted
 from effv2.data import folder_names
 from effv2.data.folder_names import TEST, TRAIN, UNLABELLED, VALIDATION, is_filler, part_of, printable
 from effv2.data.labels import read_labels
@@ -56,6 +57,11 @@ def left_out_note(location: str, left_out: Mapping[str, int]) -> str:
     """Return the sentence on the files that were left out; empty if there are none."""
     kinds = ", ".join(f"{kind} ({count})" for kind, count in sorted(left_out.items()))
     return f"Left out in {location}: {kinds}." * bool(kinds)
+
+
+def unreadable_note(names: Sequence[str]) -> str:
+    """Return the sentence on images that were left out because they can't be read."""
+    return f"Left out because they can't be read: {counted(len(names), 'image')} ({listed(names, 1)})."
 
 
 @cache

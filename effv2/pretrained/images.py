@@ -20,7 +20,7 @@ from effv2.config.schema import DataConfig
 from effv2.core.errors import InputError, close_names
 from effv2.core.randomness import stream_seed
 from effv2.data.dataset import Positions, sample_per_class
-from effv2.data.folders import left_out_note
+from effv2.data.folders import left_out_note, unreadable_note
 from effv2.data.images import LabelledImages, Labels
 from effv2.data.sources import open_source
 from effv2.pretrained.config import ImagesConfig
@@ -93,7 +93,7 @@ class EvaluationImages:
         if not (tests := int((kept < self.tests).sum())):
             raise InputError("data.dir", self.location, "no test image can be read", "add images")
         names = tuple(self.part.ids[at] for at in sorted(broken))
-        note = f"{self.note} Left out because they can't be read: {len(names)} images, such as {names[0]}.".strip()
+        note = f"{self.note} {unreadable_note(names)}".strip()
         return replace(self, part=self.part.take(kept), tests=tests, note=note, broken=names)
 
     @property

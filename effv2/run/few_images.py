@@ -1,4 +1,4 @@
-"""Data sets of few images: long enough trainings, evaluations that don't lag behind, a warning near chance level."""
+"""Data sets of few images: long enough trainings, evaluations that don't lag behind, and what an accuracy is worth."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -10,6 +10,7 @@ from effv2.core.reporter import Message
 from effv2.core.words import percent
 from effv2.data.batches import batch_count
 from effv2.data.dataset import Dataset, LoadData
+from effv2.evidence.statistics import wilson
 from effv2.evidence.study import NEAR_CHANCE
 
 FIRST_DATASETS = ("digits", "imagenette", "mnist", "birds")
@@ -17,7 +18,7 @@ FIRST_DATASETS = ("digits", "imagenette", "mnist", "birds")
 # running averages of batch norm lag behind the weights (docs/few-images.md).
 MANY_STEPS, MOST_EPOCHS = 1000, 100
 BATCH_NORM_IMAGES = 1024
-FEW_TO_SELECT = 20  # validation images
+FEW_TO_SELECT = 50  # validation images: their accuracy has a standard error of up to 7 points
 
 
 def with_length(configs: Sequence[TrainConfig], load: LoadData, message: Message) -> list[TrainConfig]:
@@ -54,19 +55,21 @@ def with_default(config: TrainConfig, group: str, name: str, value: int | str) -
     return config if given else config.updated(group, **{name: value})
 
 
-def say_if_near_chance(metrics: Mapping[str, float], dataset: Dataset, message: Message) -> None:
-    """Warn if the test accuracy, for this number of images, is hardly above that of naming the largest class."""
+def in_words(metrics: Mapping[str, float], dataset: Dataset) -> list[str]:
+    """Describe the test accuracy of a training with its interval, and what makes it void or uncertain."""
     accuracy, test, validation = metrics["selected/test_accuracy"], dataset.test, dataset.validation
-    advice = "Train for more epochs."
-    if validation is not None and len(validation) < FEW_TO_SELECT:
+    interval = wilson(round(accuracy * len(test)), len(test)).text(percent)
+    about = f"{percent(accuracy)} of the {len(test):,} test images are right"
+    found = [f"{about} [{interval}, 95 % interval over images]."]
+    few_to_select = validation is not None and len(validation) < FEW_TO_SELECT
+    if validation is not None and few_to_select:
         chosen = f"{len(validation)} validation images selected epoch {metrics['selected/epoch']:.0f}"
-        advice = f"{chosen}: too few to tell epochs apart. Add images, or set data.validation_fraction to 0."
+        found.append(f"{chosen}: too few to tell epochs apart. Add images, or set data.validation_fraction to 0.")
     chance = np.bincount(test.labels.numpy()).max() / len(test)
     if accuracy < chance + max(NEAR_CHANCE, 2 * math.sqrt(chance * (1 - chance) / len(test))):
         few = accuracy >= chance + NEAR_CHANCE  # so only their number makes it possible
-        message(
-            f"The network is near chance level: {percent(accuracy)} of the test images are right, where always naming "
-            f"the most frequent class gives {percent(chance)}. "
-            + (f"{len(test)} images are too few to tell these apart." if few else "It has learned next to nothing.")
-            + f" {advice}"
-        )
+        about = "These images are too few to tell the two apart." if few else "It has learned next to nothing."
+        always = f"always naming the most frequent class gives {percent(chance)}"
+        advice = "" if few_to_select else " Train for more epochs."
+        found.append(f"The network is near chance level: {always}. {about}{advice}")
+    return found

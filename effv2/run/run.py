@@ -19,7 +19,7 @@ from effv2.data.dataset import Dataset, LoadData, load_once
 from effv2.data.inspection import contact_sheet, in_short
 from effv2.execution import norms
 from effv2.execution.resolve import remembered, resolve_study, with_device
-from effv2.run.few_images import say_if_near_chance, with_length
+from effv2.run.few_images import in_words, with_length
 from effv2.run.initial import initialise, origin, with_weights
 from effv2.run.records import keep_weights, log_end, log_network
 from effv2.tracking import tags as tag
@@ -63,15 +63,9 @@ class RunSpec:
 
     def open_run(self, tags: Mapping[str, str], resumes: str = "") -> AbstractContextManager[OpenRun]:
         """Open the run with these tags; with `resumes` the run of that id again."""
-        return open_run(
-            self.name,
-            self.experiment_id,
-            {**tags, tag.STUDY: self.study, **({} if self.parent else {tag.COMMAND: provenance.COMMAND.get()})},
-            parent=self.parent,
-            resumes=resumes,
-            message=self.reporter.message,
-            patience=self.patience,
-        )
+        about = {**tags, tag.STUDY: self.study, **({} if self.parent else {tag.COMMAND: provenance.COMMAND.get()})}
+        how: dict[str, Any] = {"message": self.reporter.message, "patience": self.patience}
+        return open_run(self.name, self.experiment_id, about, parent=self.parent, resumes=resumes, **how)
 
 
 @dataclass(frozen=True)
@@ -114,8 +108,11 @@ def train_single(config: TrainConfig, name: str, study: str, options: StudyOptio
         where, keeps = open_experiment(options.experiment, reporter.message), options.log_model != "none"
         spec = RunSpec(name, where, study, log_model=keeps, checkpoints=options, fresh=options.fresh, reporter=reporter)
         ended = attempt(config, load(config.data), spec)
-        if config.evaluation.test_set:
-            say_if_near_chance(ended.metrics, load(config.data), reporter.message)
+        words = in_words(ended.metrics, load(config.data)) if config.evaluation.test_set else []
+        for line in words:
+            reporter.message(line)
+        if words and not ended.found:
+            ended.run.describe("\n\n".join(words))
         return replace(ended, model_address=model_address(ended.run.run_id))
 
 
@@ -146,7 +143,8 @@ def attempt(config: TrainConfig, dataset: Dataset, spec: RunSpec) -> Attempt:
             if earlier is not None:
                 stack.enter_context(checkpointer.lock())  # before the store knows it
             resumes = "" if earlier is None else earlier.run_id
-            run = stack.enter_context(spec.open_run(tags | {tag.ARM: spec.arm}, resumes))
+            group = f"{spec.arm or config.model.variant}, {spec.study or 'train'}: {config.in_short}"
+            run = stack.enter_context(spec.open_run(tags | {tag.ARM: spec.arm, tag.GROUP: group}, resumes))
             stack.enter_context(what_ran_out())
             spec.run_opened(run.run_id)
             if earlier is None:

@@ -5,7 +5,7 @@ from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import product
-from typing import Any
+from typing import Any, ClassVar
 
 import optuna
 
@@ -39,6 +39,7 @@ class Grid(TrainingPlan):
     overlap: float = 0.0  # of several splits: the ratio of test to other images, if the test images differ
     auto: AutoSeeds | None = None
     options: StudyOptions
+    shows_best: ClassVar[bool] = False  # one run is no answer
 
     def dataset(self, load: LoadData) -> Dataset | None:
         """Return the images of the first arm. All arms have the same test images."""

@@ -73,6 +73,7 @@ class Plan(ABC):
     show: Sequence[str] = ()
     stamps: Mapping[str, Any] = field(default_factory=dict)
     searches: ClassVar[bool] = False
+    shows_best: ClassVar[bool] = True  # while it runs
     measure: ClassVar[str] = "accuracy"  # of trials that don't record a name
 
     def sampler(self, number: int) -> optuna.samplers.BaseSampler | None:
@@ -309,6 +310,6 @@ def progress_of(plan: Plan, trials: Trials) -> StudyProgress:
         total=len(names),
         done=len(finished) + sum(shares),
         counts={word: count[state] for word, state in COUNTED.items()},
-        best=f"{best.user_attrs[NAME]}, {plan.measured(best)}" if best else "",
+        best=f"{best.user_attrs[NAME]}, {plan.measured(best)}" if best and plan.shows_best else "",
         ended={trial.user_attrs[NAME]: ending(trial) for trial in finished},
     )

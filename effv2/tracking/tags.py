@@ -19,6 +19,7 @@ IDENTITY = (CONFIG_HASH, DATA_DIGEST, CODE_VERSION)
 # What a run is, which process works on it, and how it ended.
 STUDY = "effv2.study"
 ARM = "effv2.arm"
+GROUP = "effv2.group"  # for MLflow's views: the arm, the study, the data and the number of epochs
 VARIANT = "effv2.variant"
 SEED = "effv2.seed"
 COMMAND = "effv2.command"  # of a study's run, or a single run: the command that made it
