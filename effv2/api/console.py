@@ -104,8 +104,8 @@ class ConsoleReporter(LineReporter):
     def epoch(self, epoch: int, metrics: Mapping[str, float], best: float) -> None:
         """Show a finished epoch with its accuracies."""
         watched = "val" if "val/accuracy" in metrics else "test"
-        note = f"best {watched} {best:.1%}, " if best >= 0 else ""
-        self._progress.update(self._epochs, completed=epoch, note=note + accuracies(metrics))
+        note = f", best {watched} {best:.1%}" if best >= 0 else ""
+        self._progress.update(self._epochs, completed=epoch, note=accuracies(metrics) + note)
         super().epoch(epoch, metrics, best)
 
 
