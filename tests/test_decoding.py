@@ -128,7 +128,7 @@ def test_an_unreadable_file_is_named_though_others_are_cached(tmp_path: Path, ow
     load_folder(root)
     (root / "class 0" / "9.jpg").symlink_to(tmp_path / "nowhere.jpg")
     for _ in range(2):
-        with pytest.raises(InputError, match=r"1 images.*class 0/9\.jpg"):
+        with pytest.raises(InputError, match=r"1 image .*class 0/9\.jpg"):
             load_folder(root)
 
 
