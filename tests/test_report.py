@@ -174,6 +174,7 @@ def test_an_experiment_is_reported_exported_and_rebuilt(sqlite_store: str, tiny_
     with (out / "data" / "metrics.csv").open(newline="") as file:
         known = {(row["run_id"], row["name"]): float(row["value"]) for row in csv.DictReader(file)}
     assert known == {(run.info.run_id, name): value for run in all_runs() for name, value in run.data.metrics.items()}
+    assert "\nOur verdict: " in (out / "report.md").read_text()  # on a claim without a source
     moved = shutil.copytree(out, tmp_path / "elsewhere")
     assert invoke(report, "--from-export", moved, "--export", again).exit_code == 0
     for name in ("report.html", "report.md", "data/manifest.json"):

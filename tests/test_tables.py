@@ -147,6 +147,9 @@ def test_what_makes_a_verdict_void_stands_before_it() -> None:
     assert found.answers[0].startswith("All networks are near chance level, 50.00 % for 2 classes")
     assert found.short.startswith("All networks are near chance level") and "other against default" in found.short
     assert not any("chance" in each for each in found.warnings)
+    (one, other), parent = of_arms({"default": {}, "other": {}}, images=tested)
+    better = replace(other, metrics={**other.metrics, "selected/test_accuracy": 0.9})
+    assert results([one, better], parent).answers[0].startswith("These networks are near chance level, 50.00 % for 2")
 
 
 def test_runs_from_before_a_study_widen_its_intervals_which_is_said() -> None:

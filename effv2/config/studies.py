@@ -230,12 +230,18 @@ def open_study(name: str, folder: Path = Path()) -> Study:
     return read_study(path if path.is_file() else own.get(name, path))
 
 
+def as_command(text: str) -> str:
+    """Write `mlflow run . -e NAME -P option=value` as the console command, which needs no clone of the project."""
+    named = re.sub(r"-P (\w+)=", lambda found: f"--{found[1].replace('_', '-')} ", text)
+    return named.replace("mlflow run . -e", "effv2")
+
+
 def read_study(path: Path) -> Study:
     """Read a study file and check every arm; InputError names the line of an error."""
     document = read_document(path, "study")
     values: dict[str, Any] = document.values | {"config": document.layer("config")}
     if document.first.startswith("# mlflow run"):
-        values.setdefault("command", document.first.removeprefix("# "))
+        values.setdefault("command", as_command(document.first.removeprefix("# ")))
     if isinstance(arms := values.get("arms"), dict):
         values["arms"] = {name: document.layer("arms", name) for name in arms}
         values["baseline"] = next(iter(arms), "") if values.get("baseline") in (None, "") else values["baseline"]

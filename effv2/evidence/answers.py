@@ -199,7 +199,9 @@ class Held:
         more = [self._cost(few)] if few else []
         open_ = [each for each in self.answers.values() if each.outlook() and each.estimate.n < self.looks.most]
         for unit in sorted({each.unit for each in open_}):
-            more.append(f"You may add {unit}s, and the test stays valid. That there is no difference needs a `margin`.")
+            more.append(
+                f"You may add {unit}s, and the test stays valid. To show that there is no difference, give a `margin`."
+            )
         return [*lines, *([] if short else more)] or [NOTHING_YET]
 
     def cell(self, arm: str) -> str:

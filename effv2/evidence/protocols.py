@@ -12,7 +12,7 @@ from typing import Literal, TypeVar
 from pydantic import Field
 
 from effv2.config.schema import Group, TrainConfig
-from effv2.config.studies import NOTHING, Published, Settings, Value, open_study
+from effv2.config.studies import NOTHING, Published, Settings, Value, as_command, open_study
 from effv2.core.errors import InputError
 from effv2.core.words import counted, number
 from effv2.evidence.quantities import Quantity
@@ -88,7 +88,8 @@ def study_protocols(name: str, ignore: Sequence[str], folder: Path) -> dict[str,
     named, near = (
         {key: each[key] for key in each if key not in ignore} for each in (published.runs, published.nearest)
     )
-    seeds = " -P seed=0; then seeds 1 and 2" if " -e train " in study.command else " -P seeds=0,1,2"
+    one = study.command.startswith("effv2 train ")
+    seeds = as_command(" -P seed=0; then seeds 1 and 2" if one else " -P seeds=0,1,2")
     title = protocol_title(name, ignore)
     protocol = Protocol(
         runs={key: value for key, value in first.items() if key in shared} | named,

@@ -18,9 +18,9 @@ from effv2.core.words import duration, number, percent, whole
 from effv2.evidence.answers import NONE
 from effv2.evidence.claims import Claims
 from effv2.evidence.protocols import SEED_SETTING, RightAnswers
-from effv2.evidence.quantities import EPOCH_SECONDS, EVALUATE_RATE, SHOWN, VALIDATION
+from effv2.evidence.quantities import EPOCH_SECONDS, EVALUATE_RATE, SHOWN, VALIDATION, quantity
 from effv2.evidence.statistics import LEVEL, holm, mcnemar, p_text, right_on_shared, wilson
-from effv2.evidence.study import Rows, StudyResults, arms_results, line_of, shared_settings
+from effv2.evidence.study import Rows, StudyResults, arms_results, line_of, near_chance, shared_settings
 from effv2.tracking import tags
 from effv2.tracking.read import SELECTED_TEST, SELECTED_VALIDATION, RunRecord
 from effv2.tracking.studies import NO_STUDY, TrackedStudy, complete, studies_of
@@ -122,14 +122,15 @@ def search_results(study: TrackedStudy) -> StudyResults:
         metrics = {name: best.metrics[name] for name in (SELECTED_VALIDATION, SELECTED_TEST) if name in best.metrics}
         tested = f", {percent(metrics[SELECTED_TEST])} on the test set" if SELECTED_TEST in metrics else ""
         sentence = f"Best: {best.name}, {percent(metrics[SELECTED_VALIDATION])} on validation{tested}."
+    void = near_chance({run.name: [run] for run in ranked[:1]}, quantity(SELECTED_VALIDATION))
     trials: list[tuple[Any, ...]] = [("trial", "state", "validation accuracy", "epochs", *searched, "run_id")]
     for run in runs:
         state, epochs = run.tags.get(tags.OUTCOME, run.status.lower()), max(run.history.get(VALIDATION, ()), default=0)
         accuracy = run.metrics.get(SELECTED_VALIDATION)
         trials.append((run.name, state, accuracy, epochs, *map(run.params.get, searched), run.run_id))
     return StudyResults(
-        answers=[sentence],
-        short=sentence,
+        answers=[*void, sentence],
+        short=" ".join([*void, sentence]),
         table=table if ranked else [],
         notes=_notes_on_trials(study, bool(ranked)),
         metrics=metrics,

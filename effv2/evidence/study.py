@@ -11,6 +11,7 @@ from typing import Any
 from matplotlib.figure import Figure
 
 from effv2.architecture import VARIANTS, parse_table, unlike
+from effv2.core.errors import joined
 from effv2.core.figures import accuracy_against_time, accuracy_curves, bars, forest
 from effv2.core.words import counted, percent, points
 from effv2.evidence import protocols
@@ -90,7 +91,7 @@ def arms_results(study: TrackedStudy, claims: Claims) -> StudyResults:
         return StudyResults(answers=[NOTHING_YET])
     arms = {arm: list({pair_of(run): run for run in runs}.values()) for arm, runs in found.items()}
     held = hold(arms, study.parent)
-    void, (published, protocol) = _near_chance(arms, held.what), _published_curves(arms, claims)
+    void, (published, protocol) = near_chance(arms, held.what), _published_curves(arms, claims)
     asked = tags.names_in(study.parent.tags, tags.SHOWN)
     results = StudyResults(
         answers=void,
@@ -252,15 +253,18 @@ def _published_curves(arms: Arms, claims: Claims) -> tuple[dict[str, RunRecord],
     return {}, ""
 
 
-def _near_chance(arms: Arms, what: Quantity) -> list[str]:
+def near_chance(arms: Arms, what: Quantity) -> list[str]:
     """Warn of networks that have learned nothing."""
     tests = [each for runs in arms.values() for run in runs if (each := run.images.get("test")) and each.classes]
     classes = {len(each.classes) for each in tests}
-    means = [statistics.fmean(values) for values in values_of(arms, what.name).values()]
-    if len(classes) != 1 or not means or max(means) >= (chance := 1 / min(classes)) + NEAR_CHANCE:
+    means = {arm: statistics.fmean(values) for arm, values in values_of(arms, what.name).items()}
+    low = [arm for arm, mean in means.items() if len(classes) == 1 and mean < 1 / min(classes) + NEAR_CHANCE]
+    if not low:
         return []
-    about = f"All networks are near chance level, {percent(chance)} for {min(classes)} classes"
-    return [f"{about}: they have learned next to nothing, so their differences mean little."]
+    chance = f"near chance level, {percent(1 / min(classes))} for {min(classes)} classes"
+    if len(low) < len(means):
+        return [f"These networks are {chance}: {joined(low)}. They have learned next to nothing."]
+    return [f"All networks are {chance}: they have learned next to nothing, so their differences mean little."]
 
 
 def _warnings(arms: Arms, what: Quantity) -> Iterator[str]:

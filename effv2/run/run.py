@@ -328,11 +328,11 @@ def _train(config: TrainConfig, dataset: Dataset, spec: RunSpec, run: OpenRun, c
             evaluated = watched_accuracy(metrics) is not None
             pruned = evaluated and spec.epoch_ended(epoch, best)  # first: another process may have the trial
             run.log_metrics(metrics, step=epoch)
+            checkpointer.save_if_due(state, epoch_ended=True)
             reporter.epoch(epoch, metrics, best)
             if pruned:
                 run.log_metrics({"selected/val_accuracy": best})
                 return Attempt(run, metrics, best, pruned)
-            checkpointer.save_if_due(state, epoch_ended=True)
     except (KeyboardInterrupt, Terminated):
         checkpointer.save(state, leaving=True)
         raise

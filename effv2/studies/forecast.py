@@ -99,7 +99,8 @@ def forecast(
     shared = f"; {options.workers} workers share the machine" if options.workers > 1 else ""
     deviation, source = _deviation(same)
     lines = [
-        f"{count}, about {hours} of training in total, by {' and '.join(how)}{shared}. Evaluation takes extra time.",
+        f"{count}, about {hours} of training in total, by {' and '.join(how)}{shared}.",
+        "Start-up, evaluation and logging take extra time.",
         *([f"Finished already: {counted(reused, 'run')} of these."] if reused else []),
         f"Differences from the baseline that verdicts would find, if the standard deviation over seeds is "
         f"{points(deviation, '')} ({source}). They grow in proportion to it.",

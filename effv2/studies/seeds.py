@@ -103,7 +103,7 @@ class AutoSeeds:
             hours, more = sum(spent), sum(after.values()) - sum(counts.values())
             ending = ""
             if not more:
-                limited = f"the last one: every undecided arm has {most} seeds, or failed runs"
+                limited = f"the last one: every undecided arm has {most} seeds{', or failed runs' * bool(failed)}"
                 ending = limited if undecided else "the last one: all is decided"
             elif hours + more * hours / max(1, len(spent)) > self.budget:
                 ending = "the last one: another would exceed the budget"
