@@ -46,7 +46,7 @@ def outlook(found: Estimate, level: float, edge: float = 0.0, unit: str = "seeds
         return f"all {most} {unit} that count are there, so it remains undecided"
     about, few, many = found.seeds_to_decide(edge, level)
     if about is None:
-        return f"if the true difference is as seen, {most} {unit} are enough in fewer than 80 % of studies"
+        return f"if the true difference is as seen, even {most} {unit} decide in fewer than 80 % of studies"
     about, few = max(about, found.n + 1), max(few or most, found.n + 1)
     ends = f"{few} to {max(many, few) if many else f'over {most}'}"
     rest = f"; if {nothing}, no number of {unit} is" if nothing else ""

@@ -82,7 +82,7 @@ def _work(study: OpenedStudy, queue: Queue, load: LoadData, reporter: Reporter) 
         reporter.message("Another process works on this study. This one shares the work.")
     elif repeated := queue.repeat(deleted_runs(queue.trials(), study.parent.experiment_id)):
         reporter.message(f"{repeated} finished runs were deleted from the tracking store and are repeated.")
-    reporter.message(run_address(study.parent.run_id, study.parent.experiment_id))
+    reporter.message(f"study: {run_address(study.parent.run_id, study.parent.experiment_id)}")
     said = sum(each.complete for each in study.plan.rounds(queue.trials()))
 
     def show() -> None:
