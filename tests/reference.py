@@ -39,7 +39,7 @@ STUDY_KEYS = {
     "arms": "Arms by name. Each holds the settings in which it differs.",
     "baseline": "The arm that the others are compared with. Default: the first.",
     "seeds": "A list such as `[0, 1, 2]`, or a single seed.",
-    "splits": "Number of splits. Every seed is trained on each; `--seeds auto` gives each its own. Default: 1.",
+    "splits": "Number of splits. Every seed runs on every split; `--seeds auto` gives each seed its own. Default: 1.",
     "paired": "`true` compares runs of equal seed with each other. Default: false.",
     "show": "Times to an accuracy that tables also show, such as `[seconds/to_test_accuracy_0.9]`.",
     "retries": "How often a failed run is tried again. Default: 1.",
@@ -73,7 +73,7 @@ EPOCH_METRICS = {
 FINAL_METRICS = {
     "best/test_accuracy": "The highest test accuracy of all epochs.",
     "best/epoch": "The epoch with the highest test accuracy.",
-    "selected/test_accuracy": "Test accuracy at the selected epoch: the best on validation, or the last without it.",
+    "selected/test_accuracy": "Test accuracy at the selected epoch: best on validation, or last without validation.",
     "selected/val_accuracy": "Validation accuracy at the selected epoch, if there are validation images.",
     "selected/epoch": "The selected epoch.",
     "selected/test_ece": "Expected calibration error on the test images, 15 bins.",
@@ -95,7 +95,7 @@ TAGS = {
     tags.COMMAND: "The command that resumes the run or study.",
     tags.PID: "Id of the process that trains.",
     tags.PROCESS: "The process and the machine that work on the run.",
-    tags.CREATION: "A unique text that identifies the creation of the run.",
+    tags.CREATION: "A unique id, to find runs that were created twice.",
     tags.OUTCOME: "`complete`, `pruned` or `failed`.",
     tags.ERROR: "The error that ended the run.",
     tags.WEIGHTS: "The weights that the run started from, and the share of parameters that they supplied.",
@@ -249,7 +249,7 @@ def studies() -> str:
     lines = []
     for path in sorted(SWEEPS.glob("*.yaml")):
         study = open_study(path.stem)
-        command = next(iter(re.findall(r"-e ([\w-]+)", study.command)), "")
+        command = study.command.split()[1]
         lines.append((f"`{study.name}`", command, study.description, ", ".join(study.arms)))
     return rows("study, command, description, arms", lines)
 

@@ -130,7 +130,7 @@ def test_arms_may_be_compared_only_on_validation(sqlite_store: str, tiny_study: 
     parent, *children = all_runs()
     assert not any("test" in name for run in (parent, *children) for name in run.data.metrics)
     markdown = artifact(parent.info.run_id, "report.md", tmp_path)
-    assert "| variant | runs | validation accuracy, best epoch | minus default [interval] |" in markdown
+    assert "| variant | runs | validation accuracy, selected epoch | minus default [interval] |" in markdown
     assert "The test set was not evaluated" in markdown and "validation-accuracy.svg" in markdown
     assert "| none |" not in parent.data.tags["mlflow.note.content"]
     tiny_study.write_text(tiny_study.read_text().replace("default: {", "default: {evaluation: {test_set: true}, "))

@@ -149,7 +149,10 @@ def test_what_makes_a_verdict_void_stands_before_it() -> None:
     assert not any("chance" in each for each in found.warnings)
     (one, other), parent = of_arms({"default": {}, "other": {}}, images=tested)
     better = replace(other, metrics={**other.metrics, "selected/test_accuracy": 0.9})
-    assert results([one, better], parent).answers[0].startswith("These networks are near chance level, 50.00 % for 2")
+    assert results([one, better], parent).answers[0].startswith("Near chance level, 50.00 % for 2 classes: default.")
+    trial = replace(one, metrics={"selected/val_accuracy": 0.5})
+    searched = results([trial], replace(parent, params={"study.kind": "search"})).answers
+    assert searched[0].startswith("All networks are near chance level") and "No trial was chosen" in searched[1]
 
 
 def test_runs_from_before_a_study_widen_its_intervals_which_is_said() -> None:

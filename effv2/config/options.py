@@ -113,7 +113,7 @@ class Options(StudyOptions):
         title="LIST",
         description="Classification networks, separated by commas. Of torchvision: resnet50 with its default weights, "
         "resnet50:IMAGENET1K_V1 with others, or resnet50=FILE with your state dict (not verified). From a training: "
-        "mine=runs:/ID or mine=models:/ID. Heads may have the classes of the data.",
+        "mine=runs:/ID or mine=models:/ID. They may have the classes of the data instead of ImageNet's.",
     )
     weights_dir: str = Field(
         "",

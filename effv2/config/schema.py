@@ -167,7 +167,7 @@ class ScheduleConfig(Group):
     name: Annotated[str, SCHEDULES] = Field(
         "cosine", description="Learning rate schedule. plateau follows validation accuracy, or else test accuracy."
     )
-    epochs: int = Field(6, ge=1, le=100_000, description="Maximum epochs. For most sets: as many as make 1,000 steps.")
+    epochs: int = Field(6, ge=1, le=100_000, description="Maximum epochs. Default for most sets: about 1,000 steps.")
     warmup_epochs: int = Field(0, ge=0, description="Epochs of linear warm-up (not with onecycle).")
 
     @field_validator("warmup_epochs")
@@ -215,14 +215,14 @@ class StoppingConfig(Group):
     min_epochs: int = Field(0, ge=0, description="Epochs before a training may stop.")
     patience: int = Field(0, ge=0, description="Epochs without gain before it stops, counted from min_epochs, 0 = off.")
     best_since: Literal["start", "min_epochs"] = Field(
-        "start", description="The best that a gain must exceed: that of all epochs, or of those from min_epochs on."
+        "start", description="The best to exceed: that of all epochs, or of those from min_epochs on."
     )
 
 
 class EvaluationConfig(Group):
     """What is evaluated, and after which epochs."""
 
-    train_set: bool = Field(False, description="Evaluate the train set after each epoch, not while it is trained on.")
+    train_set: bool = Field(False, description="Evaluate the train set after each epoch, not its training batches.")
     test_set: bool = Field(
         True, description="Evaluate the test set after each epoch. A search evaluates only its best trial on it."
     )
@@ -253,7 +253,7 @@ class ExecutionConfig(Group):
 
 
 class RandomConfig(Group):
-    """The seed of all random numbers. Each random stream has its own, derived from it."""
+    """The seed of training. Each random stream has its own, derived from it."""
 
     seed: int = Field(0, ge=0, lt=2**32, description="Seed of image order, augmentation, initialisation and dropout.")
 

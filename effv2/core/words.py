@@ -14,7 +14,7 @@ def percent(value: float) -> str:
 
 def points(value: float, sign: str = "+", unit: str = " points") -> str:
     """Write a difference of two fractions in percentage points; `sign` and `unit` may be empty."""
-    return f"{100 * value:{sign}.2f}{unit}"
+    return f"{round(100 * value, 2) + 0:{sign}.2f}{unit}"  # + 0: no -0.00
 
 
 def decimal(value: float) -> str:

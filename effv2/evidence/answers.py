@@ -43,7 +43,7 @@ def outlook(found: Estimate, level: float, edge: float = 0.0, unit: str = "seeds
     """Estimate how many seeds distinguish a mean, or a difference, from an edge. If `nothing` is true, none do."""
     most = found.looks.most
     if found.n >= most:
-        return f"all {most} {unit} that count are there, so it remains undecided"
+        return f"the maximum of {most} {unit} is reached, so it remains undecided"
     about, few, many = found.seeds_to_decide(edge, level)
     if about is None:
         return f"if the true difference is as seen, even {most} {unit} decide in fewer than 80 % of studies"

@@ -11,7 +11,7 @@ from effv2.tracking.addresses import ui_address
 from effv2.tracking.exports import Answers, Manifest, Predictions, answers_of, read_export, write_export
 from effv2.tracking.read import READERS, RunRecord, experiment_name, read_artifacts, read_experiment
 
-# Predictions of a run. The last ones of a published network are those of images that it wasn't fitted to, as far as
+# Predictions of a run. The last ones of a published network are those of images that it wasn't trained on, as far as
 # known.
 PREDICTIONS = ("predictions.csv", "unknown/predictions.csv", "unseen/predictions.csv")
 
@@ -28,7 +28,7 @@ class Evidence:
     answers: dict[str, dict[str, bool]] = field(default_factory=dict)  # the results of `right`, by run
 
     def right(self, run: RunRecord) -> dict[str, bool]:
-        """Return by image whether a run was right, for published networks on images not fitted to, if known."""
+        """Return by image whether a run was right, for published networks on images not trained on, if known."""
         if run.run_id not in self.answers:
             files = self.predictions(run)
             found = next((files[name] for name in reversed(PREDICTIONS) if name in files), Answers((), []))

@@ -21,7 +21,7 @@ from effv2.tracking.read import BEST_TEST, LAST_TEST, SELECTED_TEST, RunRecord
 
 FEW_IMAGES = 1_000  # test images below which images matter as much as seeds
 FEW_RUNS = 10  # runs below which a verdict on a level assumes normal values
-TAKE_OFF = "if a third of runs take off, 30 % of verdicts on 3 runs are false, 18 % on 5, 3 % on 10"
+FEW_LEARN = "if only three in ten runs learn, 30 % of verdicts on 3 runs are false, 18 % on 5, 3 % on 10"
 Number = Callable[[float], float]
 CONSISTENT, INCONSISTENT, NO_FIGURES = "consistent", "contradicted", "no figures"  # of published figures
 
@@ -250,7 +250,7 @@ def _over_seeds(finding: Finding, what: Quantity, chosen: Chosen, right: RightAn
         evidence="; ".join(filter(None, [evidence, *_beside(contrast, what, chosen, right), *chosen.aside])),
         inside=_is_inside(contrast, back(found.mean)),
         single="" if contrast.against or found.n < 2 or chosen.splits > 1 else _single(contrast, what, found),
-        warning="" if contrast.against or found.n >= FEW_RUNS else f"fewer than {FEW_RUNS} runs: {TAKE_OFF}",
+        warning="" if contrast.against or found.n >= FEW_RUNS else f"fewer than {FEW_RUNS} runs: {FEW_LEARN}",
     )
     if chosen.why or found.n < FEWEST:
         few = f"fewer than {FEWEST} {unit} decide nothing; at least {FEWEST - found.n} more are needed"

@@ -123,7 +123,7 @@ def _gain(curve: Curve) -> float | None:
 ALL = (  # in the order of tables
     Quantity(BEST_TEST, "test accuracy, best epoch", percent, shown=True),
     Quantity(SELECTED_TEST, "test accuracy, selected epoch", percent, shown=True),
-    Quantity(SELECTED_VALIDATION, "validation accuracy, best epoch", percent, shown=True),
+    Quantity(SELECTED_VALIDATION, "validation accuracy, selected epoch", percent, shown=True),
     Quantity(TRAIN_SECONDS, "training, s", tenths, shown=True, timed=True),
     Quantity(LAST_TEST, "test accuracy, last epoch", percent, shown=True),
     Quantity("selected/test_ece", "calibration error, selected epoch", percent, shown=True),

@@ -38,13 +38,13 @@ PAIRS_WITH_P = 6  # with more pairs, only pairs.csv has the p-values
 ENOUGH_TO_RANK = 100
 OF_ANY_IMAGES = ("top1_accuracy", "top1_present", "top5_accuracy", "loss", "ece")
 IMAGES = {  # of a ranking, by origin
-    "unseen": "images of ImageNet's validation set, to which published weights were not fitted",
+    "unseen": "images of ImageNet's validation set, on which published weights were not trained",
     "seen": "images of ImageNet's training set",
     "unknown": "images whose names don't show whether they are ImageNet's",
 }
 CAUTIONS = {  # on the use of such images
-    "seen": " Published weights were fitted to these images, so this says little about other images.",
-    "unknown": " Whether the weights were fitted to these images is not known.",
+    "seen": " Published weights were trained on these images, so this says little about other images.",
+    "unknown": " Whether the weights were trained on these images is not known.",
 }
 Ranked = Mapping[str, np.ndarray]  # the images that each network got right, the best first: label to bool (N)
 SETS = {"unseen": "images that it was not trained on", "unknown": "images that it may not have been trained on"}
@@ -233,7 +233,7 @@ def _sentence(runs: Iterable[str], ranked: Ranked, origin: str, pairs: pd.DataFr
 
 
 def _table(runs: Iterable[RunRecord], heads: str) -> Rows:
-    """Return one row per network and set of images: those that it wasn't fitted to, if known, and all."""
+    """Return one row per network and set of images: those that it wasn't trained on, if known, and all."""
     rows: Rows = [("network", f"top-1 of {heads} [95 % Wilson]", "among the classes present", "on", "images/s")]
     for run in runs:
         seen, rate = run.metrics.get("seen/images", 0), run.metrics.get(EVALUATE_RATE)

@@ -261,10 +261,10 @@ def near_chance(arms: Arms, what: Quantity) -> list[str]:
     low = [arm for arm, mean in means.items() if len(classes) == 1 and mean < 1 / min(classes) + NEAR_CHANCE]
     if not low:
         return []
-    chance = f"near chance level, {percent(1 / min(classes))} for {min(classes)} classes"
+    chance = f"{percent(1 / min(classes))} for {min(classes)} classes"
     if len(low) < len(means):
-        return [f"These networks are {chance}: {joined(low)}. They have learned next to nothing."]
-    return [f"All networks are {chance}: they have learned next to nothing, so their differences mean little."]
+        return [f"Near chance level, {chance}: {joined(low)}."]
+    return [f"All networks are near chance level, {chance}, so their differences mean little."]
 
 
 def _warnings(arms: Arms, what: Quantity) -> Iterator[str]:

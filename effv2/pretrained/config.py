@@ -6,13 +6,13 @@ from pydantic import Field
 
 from effv2.config.schema import DATASETS, Device, Group, Precision
 
-QUICK_LOOK = "For a quick look: number of test images{}, and of images of ImageNet's validation set. 0 = all."
+QUICK_LOOK = "For a quick look: at most this many test images{}, and as many of ImageNet's validation set. 0 = all."
 
 
 class ImagesConfig(Group):
     """The images."""
 
-    dataset: Annotated[str, DATASETS] = Field("imagenette", description="Of classes of ImageNet, or of your networks.")
+    dataset: Annotated[str, DATASETS] = Field("imagenette", description="Images of ImageNet's or your networks' classes.")
     dir: str = Field("", description="Folder of the data set.")
     download: bool = Field(False, description="Download imagenette into the folder if it is missing.")
     skip_broken: bool = Field(False, description="Leave out unreadable images. The run logs which.")
@@ -33,7 +33,7 @@ class ComputeConfig(Group):
         0,
         ge=0,
         le=65_536,
-        description="Images per forward pass. 0 = 128, on a CPU 8 of 224x224 or equal pixels.",
+        description="Images per forward pass. 0 = 128, and on a CPU as many as have the pixels of 8 at 224x224.",
     )
 
 

@@ -27,7 +27,7 @@ from effv2.pretrained.config import ImagesConfig
 
 TEST = "eval"  # the set of all test images; other sets are named by their origin
 # The origin of an image: ImageNet's validation set, which was held out when published weights were trained, or its
-# training set, to which they were fitted.
+# training set, on which they were trained.
 UNSEEN, SEEN, UNKNOWN = "unseen", "seen", "unknown"
 
 
@@ -125,7 +125,7 @@ class EvaluationImages:
     def ranked(self) -> tuple[str, str]:
         """Return the set that networks are ranked on, and the origin of its images.
 
-        As far as known, weights were not fitted to these images. They are those of ImageNet's validation set, unless
+        As far as known, weights were not trained on these images. They are those of ImageNet's validation set, unless
         more test images are of unknown origin.
         """
         unseen, unknown = ((self.origins == name).sum() for name in (UNSEEN, UNKNOWN))
