@@ -12,7 +12,7 @@ QUICK_LOOK = "For a quick look: at most this many test images{}, and as many of 
 class ImagesConfig(Group):
     """The images."""
 
-    dataset: Annotated[str, DATASETS] = Field("imagenette", description="Images of ImageNet's or your networks' classes.")
+    dataset: Annotated[str, DATASETS] = Field("imagenette", description="Its classes are ImageNet's or your networks'.")
     dir: str = Field("", description="Folder of the data set.")
     download: bool = Field(False, description="Download imagenette into the folder if it is missing.")
     skip_broken: bool = Field(False, description="Leave out unreadable images. The run logs which.")
