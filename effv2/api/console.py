@@ -93,7 +93,7 @@ class ConsoleReporter(LineReporter):
     def step(self, epoch: int, step: int, steps: int, images_per_second: float) -> None:
         """Show how far the epoch is; the run and the study follow, so that what is left is known early."""
         self.progress(f"training epoch {epoch}", step, steps)
-        self._progress.update(self._now, note=f"{images_per_second:,.0f} images/s")
+        self._progress.update(self._now, note=f"{images_per_second:,.1f} images/s")
         if step * TICKS % steps < TICKS:
             epochs, there = epoch - 1 + step / steps, self._progress.tasks[self._study].completed
             self._progress.update(self._epochs, completed=epochs)

@@ -84,7 +84,7 @@ class LineReporter(Reporter):
     def epoch(self, epoch: int, metrics: Mapping[str, float], best: float) -> None:
         """Print a finished epoch with its accuracies and speed."""
         rate = metrics["throughput/train_images_per_second"]
-        self.line(f"epoch {epoch}/{self._most}: {accuracies(metrics)}, {rate:,.0f} images/s")
+        self.line(f"epoch {epoch}/{self._most}: {accuracies(metrics)}, {rate:,.1f} images/s")
 
 
 def accuracies(metrics: Mapping[str, float]) -> str:
