@@ -108,7 +108,7 @@ def unlike(table: Table, other: Table) -> list[str]:
     for name, *values in zip(COLUMNS, *(zip(*map(astuple, side), strict=True) for side in (own, theirs)), strict=True):
         mine, other_values = (" ".join(map(str, each)).replace("True", "yes").replace("False", "no") for each in values)
         if name and mine != other_values:
-            where = "in the others " if alone and len(words) == 1 else ""
+            where = "and in the others " if alone and len(words) == 1 else ""
             words.append(f"{where}{name} {mine} instead of {other_values}")
     return words
 

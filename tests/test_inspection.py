@@ -63,7 +63,7 @@ def test_the_command_reports_problems_and_its_exit_code_says_so(tree: Path, tmp_
     sound = CliRunner().invoke(main, [*words, "--sheet", str(sheet)])
     assert sound.exit_code == 0 and "all 90x120" in sound.output and sheet.is_file()
     *_, summary, _, advice = sound.output.splitlines()
-    assert summary.startswith("A training would use: 2 classes; train 6, validation 2, test 8 images.")
+    assert summary.startswith("Training would use: 2 classes; train 6, validation 2, test 8 images.")
     assert advice.endswith(f": effv2 train --dataset folder --data-dir {tree} --image-size 40")
     (tree / "test" / "dog" / "0.png").write_bytes((tree / "train" / "dog" / "3.png").read_bytes())
     leaking = CliRunner().invoke(main, ["data", "check", str(tree)])
@@ -105,7 +105,7 @@ def test_a_training_that_would_fail_is_told_with_names_as_they_are(tmp_path: Pat
     found = CliRunner().invoke(main, ["data", "check", str(tmp_path), "--labels", "labels.csv"])
     assert found.exit_code == 1 and all(name in found.output for name in ("[b]", "[/b]")) and "\x1b" not in found.output
     *_, advice = found.output.splitlines()
-    assert advice.startswith("A training would fail: --data-dir: the class 'rare' has only 1 images to split for test")
+    assert advice.startswith("Training would fail: --data-dir: the class 'rare' has only 1 images to split for test")
 
 
 def test_a_training_begins_with_the_same_findings_in_three_lines(tree: Path) -> None:

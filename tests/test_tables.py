@@ -134,8 +134,8 @@ def test_a_study_says_what_its_arms_are() -> None:
         "elsewhere": shared | {"model__variant": "theirs"},
     }
     assert results(*of_arms(arms)).description == (
-        "Unlike default, drop_one has no stages 2 and 5, in the others channels 48 64 128 256 instead of 24 64 128 "
-        "256; mbconv_only has blocks (F: Fused-MBConv, M: MBConv) M M M M M M instead of F F F M M M; dropout_0.6 "
+        "Unlike default, drop_one has no stages 2 and 5, and in the others channels 48 64 128 256 instead of 24 64 "
+        "128 256; mbconv_only has blocks (F: Fused-MBConv, M: MBConv) M M M M M M instead of F F F M M M; dropout_0.6 "
         "has layers 1 2 2 3 4 7 instead of 2 4 4 6 9 15, model.dropout 0.6 instead of 0.2; mine has no stage 6; "
         "elsewhere has model.variant theirs instead of default."
     )

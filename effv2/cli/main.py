@@ -122,7 +122,7 @@ def data() -> None:
 def data_check(folder: str, sheet: str | None, given: Mapping[str, Any]) -> None:
     """Report the content of the data set in FOLDER, broken images and duplicates.
 
-    The exit code is 1 if a training would fail, learn two labels for one image, or test on its training images.
+    The exit code is 1 if training would fail, learn two labels for one image, or test on its training images.
     """
     if folder and "data_dir" in given:
         raise InputError("data_dir", given["data_dir"], f"the folder {folder} is given too", "name one of them")
@@ -139,15 +139,16 @@ def data_check(folder: str, sheet: str | None, given: Mapping[str, Any]) -> None
         try:
             dataset = load_dataset(config, partial(reporter.progress, "decoding images"))
         except InputError as error:
-            fault = f"A training would fail: {error}"
+            fault = f"Training would fail: {error}"
         else:
             if sheet:
                 _write_sheet(contact_sheet(dataset), sheet)
     print_table(found.table())
     remedy, command = found.remedy(config.skip_broken), click.get_current_context().command
     advice = fault or f"Train on it: {calls.command_line('train', {'dataset': config.dataset, **given})}"
-    summary = [] if fault else [f"A training would use: {dataset.summary.removeprefix('Data: ')}"]
-    written = [f"Images of each class, as the network sees them: {sheet}"] if sheet and not fault else []
+    summary = [] if fault else [f"Training would use: {dataset.summary.removeprefix('Data: ')}"]
+    shown = f"Images of each class, as the network sees them: {sheet}"
+    written = ["No sheet was written, since training would fail." if fault else shown] if sheet else []
     last = f"First {remedy}; then check again." if remedy else advice
     for sentence in (*found.sentences(), *summary, *written, last):
         click.echo(cli.in_options(sentence, command))

@@ -253,12 +253,18 @@ def _published_curves(arms: Arms, claims: Claims) -> tuple[dict[str, RunRecord],
     return {}, ""
 
 
+def is_near_chance(accuracy: float, chance: float, images: float) -> bool:
+    """Say whether an accuracy on so many images can hardly be told from chance level."""
+    return accuracy < chance + max(NEAR_CHANCE, 2 * math.sqrt(chance * (1 - chance) / images))
+
+
 def near_chance(arms: Arms, what: Quantity) -> list[str]:
     """Warn of networks that have learned nothing."""
     tests = [each for runs in arms.values() for run in runs if (each := run.images.get("test")) and each.classes]
-    classes = {len(each.classes) for each in tests}
+    classes, images = {len(each.classes) for each in tests}, min((each.images or math.inf for each in tests), default=0)
     means = {arm: statistics.fmean(values) for arm, values in values_of(arms, what.name).items()}
-    low = [arm for arm, mean in means.items() if len(classes) == 1 and mean < 1 / min(classes) + NEAR_CHANCE]
+    one = len(classes) == 1
+    low = [arm for arm, mean in means.items() if one and is_near_chance(mean, 1 / min(classes), images)]
     if not low:
         return []
     chance = f"{percent(1 / min(classes))} for {min(classes)} classes"
@@ -272,7 +278,7 @@ def _warnings(arms: Arms, what: Quantity) -> Iterator[str]:
     runs = [run for of_arm in arms.values() for run in of_arm]
     tests = [each for run in runs if (each := run.images.get("test"))]
     means = [statistics.fmean(values) for values in values_of(arms, what.name).values()]
-    if len(set(map(split_of, runs))) == 1:
+    if len(set(map(split_of, runs))) == 1 < len(runs):
         yield "All runs share one split of the images, so the answers only hold for that split."
     if (machines := len(set(map(machine_of, runs)))) > 1:
         yield f"The runs are from {machines} machines. Times and rates are only comparable on the same machine."
@@ -280,10 +286,9 @@ def _warnings(arms: Arms, what: Quantity) -> Iterator[str]:
     if few < FEW_IMAGES and means and "test" in what.name:
         share = statistics.fmean(means)
         error = math.sqrt(max(0, share * (1 - share)) / few)
-        yield (
-            f"The test set has {few} images. On other images, an accuracy would vary by {points(error, '')} (standard "
-            "error). The intervals cover training seeds, on these images."
-        )
+        vary = f"On other images, an accuracy would vary by {points(error, '')} (standard error)."
+        seeds = " The intervals cover training seeds, on these images." if len(runs) > 1 else ""
+        yield f"The test set has {few} images. {vary}{seeds}"
     if what.name == BEST_TEST and all(has(run, "data.validation_fraction", 0) for run in runs):
         watched = any(has(run, "schedule.name", "plateau") or not has(run, "stopping.patience", 0) for run in runs)
         yield (

@@ -1,6 +1,5 @@
 """Data sets of few images: long enough trainings, evaluations that don't lag behind, and what an accuracy is worth."""
 
-import math
 from collections.abc import Mapping, Sequence
 
 import numpy as np
@@ -11,7 +10,7 @@ from effv2.core.words import percent
 from effv2.data.batches import batch_count
 from effv2.data.dataset import Dataset, LoadData
 from effv2.evidence.statistics import wilson
-from effv2.evidence.study import NEAR_CHANCE
+from effv2.evidence.study import NEAR_CHANCE, is_near_chance
 
 FIRST_DATASETS = ("digits", "imagenette", "mnist", "birds")
 # A training has at least this many steps, unless its epochs are given or the maximum of epochs is fewer. With less, the
@@ -66,7 +65,7 @@ def in_words(metrics: Mapping[str, float], dataset: Dataset) -> list[str]:
         chosen = f"{len(validation)} validation images selected epoch {metrics['selected/epoch']:.0f}"
         found.append(f"{chosen}: too few to tell epochs apart. Add images, or set data.validation_fraction to 0.")
     chance = np.bincount(test.labels.numpy()).max() / len(test)
-    if accuracy < chance + max(NEAR_CHANCE, 2 * math.sqrt(chance * (1 - chance) / len(test))):
+    if is_near_chance(accuracy, chance, len(test)):
         few = accuracy >= chance + NEAR_CHANCE  # so only their number makes it possible
         about = "These images are too few to tell the two apart." if few else "It has learned next to nothing."
         always = f"always naming the most frequent class gives {percent(chance)}"
