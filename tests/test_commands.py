@@ -174,7 +174,7 @@ def test_a_study_is_shown_in_eighty_columns(monkeypatch: pytest.MonkeyPatch) -> 
     study, run, now = shown()
     assert re.match(r"study ━\S+ 1/6 \d.* left best: m, seed 0, va.*…$", study)
     assert re.match(r"efficientnet_v2_m_of_a_lo… ━\S+ 4/20 \d:\d\d:\d\d left train 90.0%, va.*$", run)
-    assert re.match(r"training epoch 5 ━\S+ 3/12 \d.* left 1,23[45] images/s$", now)
+    assert re.match(r"training epoch 5 ━\S+ 3/12 \d.* left 1,23[45]\.\d images/s$", now)
     reporter.step(5, 12, 12, 1234.5)
     assert shown()[-1] == "evaluating " + 10 * "━"
 

@@ -21,6 +21,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
+import PIL
 import pytest
 import torch
 from click.testing import CliRunner
@@ -359,6 +360,8 @@ def test_what_cannot_be_exported_is_named_before_anything_is_written(
 
 DEEP = {"I;16": np.uint16, "I": np.int32, "F": np.float32}
 MODES = ["1", "L", "LA", "P", "PA", "RGB", "RGBA", "CMYK", "YCbCr", "LAB", *DEEP]
+if int(PIL.__version__.split(".")[0]) < 13:
+    MODES.remove("YCbCr")  # it can't read such a TIFF of its own
 
 
 @pytest.mark.parametrize("preparation", [Square(8), CentreCrop(7, 9, "bicubic")], ids=["train", "evaluate-pretrained"])
