@@ -105,10 +105,13 @@ def unlike(table: Table, other: Table) -> list[str]:
     if alone:
         words.append(f"{'no' if few is table.stages else 'also'} stage{'s' * (len(alone) > 1)} {joined(alone)}")
     own, theirs = (few, best) if few is table.stages else (best, few)
+    stems = [each.stages[0].in_channels for each in (table, other)]
+    for name, mine, its in (("stem channels", *stems), ("head channels", table.last_channels, other.last_channels)):
+        words += [f"{name} {mine} instead of {its}"] if mine != its else []
     for name, *values in zip(COLUMNS, *(zip(*map(astuple, side), strict=True) for side in (own, theirs)), strict=True):
         mine, other_values = (" ".join(map(str, each)).replace("True", "yes").replace("False", "no") for each in values)
         if name and mine != other_values:
-            where = "and in the others " if alone and len(words) == 1 else ""
+            where, alone = "and in the others " if alone else "", []
             words.append(f"{where}{name} {mine} instead of {other_values}")
     return words
 

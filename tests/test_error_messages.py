@@ -96,7 +96,7 @@ ABLATE_ERRORS = {
     "--storage sqlite:////proc/nowhere/optuna.db": "optuna.db: can't be used (no such folder); create it",
     "--storage postgresql://me:secret@127.0.0.1:9/db": "--storage postgresql://me:***@127.0.0.1:9/db: can't be",
     "--variant drop_two": "--variant drop_two: no such variant; did you mean 'drop_one'?",
-    "--seeds 1,x": "such as 0,1,2 or 0-2; the option --seeds also takes auto.",
+    "--seeds 1,x": "such as 0,1,2 or 0-2; the option --seeds also takes auto or race.",
     "--seeds 1,1": "--seeds 1,1",
 }
 HPARAM_ERRORS = {

@@ -124,7 +124,8 @@ def of_arms(arms: Mapping[str, dict[str, Any]], **about: Any) -> tuple[list[RunR
 
 def test_a_study_says_what_its_arms_are() -> None:
     shared = {"model__table": "", "model__variant": "default", "model__dropout": 0.2, "data__test_fraction": 0.2}
-    own = str(replace(VARIANTS["default"], stages=VARIANTS["default"].stages[:5]))
+    stages = VARIANTS["default"].stages[:5]
+    own = str(replace(VARIANTS["default"], stages=(replace(stages[0], in_channels=16), *stages[1:])))
     arms = {
         "default": shared,
         "drop_one": shared | {"model__variant": "drop_one", "study__name": "a", "seeds": "0"},
@@ -136,8 +137,8 @@ def test_a_study_says_what_its_arms_are() -> None:
     assert results(*of_arms(arms)).description == (
         "Unlike default, drop_one has no stages 2 and 5, and in the others channels 48 64 128 256 instead of 24 64 "
         "128 256; mbconv_only has blocks (F: Fused-MBConv, M: MBConv) M M M M M M instead of F F F M M M; dropout_0.6 "
-        "has layers 1 2 2 3 4 7 instead of 2 4 4 6 9 15, model.dropout 0.6 instead of 0.2; mine has no stage 6; "
-        "elsewhere has model.variant theirs instead of default."
+        "has layers 1 2 2 3 4 7 instead of 2 4 4 6 9 15, model.dropout 0.6 instead of 0.2; mine has no stage 6, "
+        "stem channels 16 instead of 24; elsewhere has model.variant theirs instead of default."
     )
 
 

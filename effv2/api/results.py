@@ -134,7 +134,7 @@ class Training(Result):
 
 @dataclass(frozen=True, repr=False)
 class StudyResult(Result):
-    """A study, or a forecast of one. By run, `failed` holds errors, and `models` the models that were logged last."""
+    """A study, or a forecast of one. By run, `failed` holds errors, and `models` the addresses of models."""
 
     table: Rows = field(default_factory=list)
     warnings: Sequence[str] = ()

@@ -25,7 +25,7 @@ def _distinct_seeds(value: Any) -> Any:
     valid = len(ranges) == len(words) and all(each and each[-1] < 2**32 for each in ranges)
     if not valid or sum(map(len, ranges)) > MOST_SEEDS:
         problem = f"must be at most {MOST_SEEDS:,} whole numbers of at least 0, such as 0,1,2 or 0-2"
-        raise ValueError(f"{problem}; the option `seeds` also takes auto")
+        raise ValueError(f"{problem}; the option `seeds` also takes auto or race")
     seeds = [*chain.from_iterable(ranges)]
     if len(set(seeds)) < len(seeds):
         raise ValueError("the same seed appears twice; remove one")

@@ -123,15 +123,15 @@ class ModelConfig(Group):
     @classmethod
     def _known_variant(cls, name: str, info: ValidationInfo) -> str:
         if not info.data.get("table") and name not in architecture.VARIANTS:
-            raise ValueError(f"no such variant; {nearest(name, list(architecture.VARIANTS))}")
+            several = "ablate compares several" if "," in name else nearest(name, list(architecture.VARIANTS))
+            raise ValueError(f"no such variant; {several}")
         return name
 
     @model_validator(mode="after")
     def _named_table(self) -> Self:
         if self.table and self.table != str(architecture.VARIANTS.get(self.variant, self.table)):
-            raise PydanticCustomError(
-                OF_KEY, "a custom table needs a name of its own; set model.variant", {"key": "table"}
-            )
+            problem = "a custom table needs a name of its own, not that of a variant; set model.variant"
+            raise PydanticCustomError(OF_KEY, problem, {"key": "table"})
         return self
 
     def build_table(self) -> architecture.Table:

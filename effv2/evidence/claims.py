@@ -222,7 +222,7 @@ def _check(contrast: Contrast, protocols: Mapping[str, Protocol], document: Docu
     over_images = protocol.over == "images" and not what.fixed
     problem = remedy = ""
     if unknown := next((arm for arm in contrast.arms if arm not in protocol.arms), ""):
-        problem, remedy = f"the protocol {name} has no arm {unknown}", nearest(unknown, list(protocol.arms))
+        problem, remedy = f"{name} has no arm {unknown}", nearest(unknown, list(protocol.arms))
     elif metric.startswith("seconds/to_") and not what.metric:
         problem, remedy = f"{metric} is not a time to an accuracy", "write it as seconds/to_test_accuracy_0.9"
     elif what.is_fraction and not contrast.ratio and (largest > 1 or (largest == 1 and of_difference)):

@@ -254,7 +254,7 @@ def _published_curves(arms: Arms, claims: Claims) -> tuple[dict[str, RunRecord],
 
 
 def is_near_chance(accuracy: float, chance: float, images: float) -> bool:
-    """Say whether an accuracy on so many images can hardly be told from chance level."""
+    """Say whether an accuracy on so many images hardly differs from chance level."""
     return accuracy < chance + max(NEAR_CHANCE, 2 * math.sqrt(chance * (1 - chance) / images))
 
 

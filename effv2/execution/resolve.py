@@ -118,7 +118,7 @@ def _calibrate(config: TrainConfig, message: Message) -> Calibration:
         found = _time_steps(config)
         with suppress(OSError):
             write_atomically(path, json.dumps(asdict(found)))
-    message(f"Timed once on this processor: {found}. `auto` means bf16 if it is at least {WORTHWHILE} times as fast.")
+    message(f"Timed once for this network: {found}. `auto` means bf16 if it is at least {WORTHWHILE} times as fast.")
     return found
 
 

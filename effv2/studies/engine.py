@@ -48,7 +48,7 @@ MOST_DIFFERENCES, MOST_FAILURES = 4, 5  # that a message names
 
 @dataclass(frozen=True)
 class StudyEnd:
-    """The run of a study, its results, and by trial: the errors of failed runs and the models logged last."""
+    """The run of a study, its results, and by trial: the errors of failed runs and the models to use."""
 
     parent: TrackedRun
     results: StudyResults

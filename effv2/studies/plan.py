@@ -122,7 +122,7 @@ class Plan(ABC):
 
     @abstractmethod
     def conclude(self, trials: Trials, parent: TrackedRun, log_model: LogModel, load: LoadData) -> Mapping[str, str]:
-        """Make the computations that need all trials; return addresses of models logged now, by trial. Repeatable."""
+        """Make the computations that need all trials; return addresses of their models, by trial. Repeatable."""
 
     def dataset(self, load: LoadData) -> Dataset | None:
         """Return the data set that all trials share, if any."""
@@ -180,7 +180,8 @@ class TrainingPlan(Plan):
         for record in records.values():
             if record.parent == parent.run_id:  # the study's own runs keep their weights until the best run is known
                 TrackedRun(record.run_id, parent.experiment_id).discard(WEIGHTS)
-        return {best.user_attrs[NAME]: model_address(run.run_id)} if model else {}
+        address = model_address(run.run_id)
+        return {best.user_attrs[NAME]: address} if address else {}
 
 
 @dataclass(frozen=True, kw_only=True)
