@@ -25,6 +25,7 @@ def test_wrong_options_are_answered_before_anything_heavy_is_imported(tmp_path: 
         "search --data-dir /nowhere --dataset birds",
         "evaluate-pretrained --models resnet50,resnet5O",
         "evaluate-pretrained --data-dir /nowhere",
+        "train --dataset mnist",
         "train --weights /nowhere.pt",
         "ablate --weights nonsense/x",
         "ablate --study {}",

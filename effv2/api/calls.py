@@ -174,8 +174,8 @@ def evaluate_pretrained(layer: Layer, how: Options, reporter: Reporter) -> Study
     the weights were not trained on, as far as that is known. The same command again resumes an interrupted evaluation.
     """
     config = build(PretrainedConfig, layer)
-    refuse_missing(DataConfig(**config.data.model_dump(include={"dataset", "dir", "download"})))
     refuse_missing_networks(how.models)
+    refuse_missing(DataConfig(**config.data.model_dump(include={"dataset", "dir", "download"})))
 
     from effv2.studies.comparison import make_comparison
 

@@ -21,6 +21,7 @@ from effv2.data.folders import Source, read_folders
 if TYPE_CHECKING:
     from effv2.data.images import LabelledImages
 
+IN_FOLDERS = {"birds", "folder", "imagenette", "mnist"}  # need a folder
 NUMERALS = tuple("0123456789")
 BIRDS_PAGE = "https://www.kaggle.com/datasets/arjunbasandrai/25-indian-bird-species-with-226k-images"
 
@@ -43,8 +44,10 @@ def open_source(config: DataConfig) -> Source:
 
 
 def refuse_missing(config: DataConfig) -> None:
-    """Refuse a folder that isn't there, before anything is imported that takes seconds."""
-    if config.dir and not config.download and not os.path.isdir(os.path.expanduser(config.dir)):  # noqa: PTH112
+    """Refuse a folder that isn't there, or wasn't given, before anything is imported that takes seconds."""
+    unnamed = not (config.dir or config.train_dir) and config.dataset in IN_FOLDERS
+    gone = config.dir and not config.download and not os.path.isdir(os.path.expanduser(config.dir))  # noqa: PTH112
+    if unnamed or gone:
         open_source(config)  # which says what should be there
 
 
