@@ -58,7 +58,7 @@ def _show(result: Result) -> None:
     """Print the result of a training or a report."""
     model, file = getattr(result, "model_address", ""), getattr(result, "file", None)
     command = click.get_current_context().command
-    for line in filter(None, (*result.answers, model and f"model {model}", result.address, file)):
+    for line in filter(None, (*result.answers, model and f"model {model}", file, result.address)):
         click.echo(cli.in_options(str(line), command, settings=False))
 
 
