@@ -131,7 +131,7 @@ def test_a_model_answers_as_its_training_measured(sqlite_store: str, tmp_path: P
 @pytest.mark.parametrize(
     ("options", "what", "said"),
     [
-        ({"lr": -1}, "lr", "lr -1: input should be greater than 0"),
+        ({"lr": -1}, "lr", "lr -1: must be greater than 0"),
         ({"dataset": "folder", "data_dir": Path("/nowhere")}, "data_dir", "data_dir /nowhere: no such folder"),
         ({"set": ["optimiser.nam=sgd"]}, "set optimiser.nam", "no such setting"),
         ({"log_model": "bset"}, "log_model", "did you mean 'best'"),

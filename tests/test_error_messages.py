@@ -59,14 +59,15 @@ TRAIN_ERRORS = {
     "--set optimiser.lr=1 --lr 2": "--set optimiser.lr 1: --lr is given as well; remove one",
     "--set model.dropout=0,model.dropout=1": "--set model.dropout 1: is given twice",
     "--set sgd": "--set sgd: has no value; write SETTING=VALUE",
-    "--checkpoint-minutes nan": "--checkpoint-minutes nan: input should be a finite number",
+    "--checkpoint-minutes nan": "--checkpoint-minutes nan: must be a finite number",
     "--dataset folder": "--data-dir: the data set 'folder' needs a folder",
     "--dataset birds": "kaggle.com",
     "--dataset folder --data-dir /nowhere": "--data-dir /nowhere: no such folder",
     "--dataset imagenette --data-dir .": "give a folder that holds imagenette2-160, or --download to download it",
     "--dataset mnist --data-dir .": "MNIST can't be read",
-    "--image-size 7": "--image-size 7: input should be greater than or equal to 8",
-    "--image-size big": "--image-size big: input should be a valid integer",
+    "--image-size 7": "--image-size 7: must be at least 8",
+    "--image-size big": "--image-size big: must be a whole number",
+    "--seed 0-2": "--seed 0-2: must be a whole number of at least 0; only a study takes several",
     "--epochs 0": "--epochs 0",
     "--batch-size 1": "--batch-size 1",
     "--lr nan": "--lr nan",
@@ -88,7 +89,7 @@ TRAIN_ERRORS = {
 FORMS = "sqlite:///FILE, postgresql://USER@HOST/DATABASE or journal:///FOLDER/FILE"
 STORAGE = f"no such kind of storage; use {FORMS}"
 ABLATE_ERRORS = {
-    "--workers 0": "--workers 0: input should be greater than or equal to 1",
+    "--workers 0": "--workers 0: must be at least 1",
     "--fresh maybe": "--fresh maybe",
     "--storage mysql://u:secret@h/d": f"--storage mysql://u:***@h/d: {STORAGE}",
     "--storage sqlite://": STORAGE,
@@ -104,7 +105,7 @@ HPARAM_ERRORS = {
     "--check drop_out": "--check drop_out: no such arm; did you mean 'dropout'?",
     "--scheduler cosine": "--scheduler cosine: no arm of the study hparam-digits has it; use both",
 }
-SEARCH_ERRORS = {"--trials 0": "--trials 0: input should be greater than or equal to 1"}
+SEARCH_ERRORS = {"--trials 0": "--trials 0: must be at least 1"}
 
 
 @pytest.mark.parametrize(
@@ -149,8 +150,8 @@ STUDY_ERRORS = {
     "a: &a [x,x,x,x,x,x,x,x,x]\nb: &b [*a,*a,*a,*a,*a,*a,*a]\nc: &c [*b,*b,*b,*b,*b,*b]\nd: &d [*c,*c,*c,*c,*c,*c]\n"
     "e: &e [*d,*d,*d,*d,*d,*d]\nf: [*e,*e,*e,*e,*e,*e,*e,*e]": r"more than 50,000 values",
     "config: " + "[" * 60 + "]" * 60: r"or 50 levels",
-    "config: {random: {seed: 0x" + "f" * 6000 + "}}": r"line 2: config.random.seed 0xf+…: input should be a valid int",
-    "arms: !!int ''": r"line 2: arms: input should be a valid dictionary",
+    "config: {random: {seed: 0x" + "f" * 6000 + "}}": r"line 2: config.random.seed 0xf+…: must be a whole number",
+    "arms: !!int ''": r"line 2: arms: must be a dictionary",
     "name: " + "x" * 1_000_001: r"can't be read \(it is larger than 1 MB\)",
     "config: {schedule: {epochs: 2, warmup_epochs: 2}}": r"line 2: config.schedule.warmup_epochs 2: the warm-up",
     "config: {model: {outputs: 5}}\narms: {a: {}}": r"model.outputs 5: the data has 10 classes",
@@ -175,7 +176,7 @@ STUDY_ERRORS = {
     "search: {space: {}}": r"line 2: search.space",
     "search: {}\narms: {a: {}}": r"line 2: search: a file has arms or a search, not both",
     "search: {space: {model.droput: {low: 0, high: 1}}}": r"line 2: search.space.model.droput: can't be searched; did",
-    "search: {space: {model.dropout: {low: 0, high: 2}}}": r"line 2: search.space.model.dropout.high 2.0: input should",
+    "search: {space: {model.dropout: {low: 0, high: 2}}}": r"line 2: search.space.model.dropout.high 2.0: must be",
     "search: {space: {model.dropout: {low: 1, high: 0}}}": r"line 2: search.space.model.dropout.*low must be below",
     "search: {space: {optimiser.lr: {low: 0, high: 1, log: true}}}": r"line 2: .*a log scale needs a low above 0",
 }

@@ -294,12 +294,12 @@ def test_an_arm_that_opens_again_gets_more() -> None:
         ("arms: {a: {}, b: {}}\nbaseline: no", "line 3: baseline no: is not an arm; choose from: a, b"),
         (
             "arms: {a: {}, b: {}}\nbaseline: false",
-            "line 3: baseline False: input should be a valid string; write it in q",
+            "line 3: baseline False: must be a string; write it in q",
         ),
         ("arms: {a: {model: {on: 1}}}", "line 2: arms.a.model.on: unknown key 'on'"),
         ("on: 1", "line 2: on: unknown key 'on'"),
         ("seeds: true", "line 2: seeds True: must be at most 10,000 whole numbers"),
-        ("arms: {a: {data: {per_class: 1:30}}}", "line 2: arms.a.data.per_class 1:30: input should be a valid integer"),
+        ("arms: {a: {data: {per_class: 1:30}}}", "line 2: arms.a.data.per_class 1:30: must be a whole number"),
     ],
 )
 def test_keys_and_values_are_what_they_look_like(text: str, expected: Any, tmp_path: Path) -> None:

@@ -53,7 +53,7 @@ def test_tables_hold_intervals_and_differences_however_many_arms_there_are(arms:
         assert told[f"range of a single re-run (95 %), test accuracy, {words} epoch"] == f"{low:.2f} % to {high:.2f} %"
     assert f"test accuracy, {'best' if rules == 'published' else 'selected'} epoch" in found.table[0]
     assert told["minus arm0 [interval]"].startswith("+1.00 [")
-    assert len(found.answers) == arms and found.answers[-1].startswith("You may add seeds")
+    assert len(found.answers) == arms and found.answers[-1].startswith("The test stays valid if you add seeds")
     assert "arm1 against arm0: undecided, +1.00 points" in found.answers[0]
 
 

@@ -34,6 +34,25 @@ def dotted(place: Place) -> str:
     return ".".join(map(str, place))
 
 
+# Pydantic's words, and plainer ones.
+PLAIN = {
+    "input should be ": "must be ",
+    "string should match pattern": "must match the pattern",
+    "a valid integer": "a whole number",
+    "a valid boolean": "true or false",
+    "a valid ": "a ",
+    "greater than or equal to": "at least",
+    "less than or equal to": "at most",
+}
+
+
+def _plain(problem: str) -> str:
+    problem = re.sub(", unable to .*", "", problem[0].lower() + problem[1:])
+    for word, plainer in PLAIN.items():
+        problem = problem.replace(word, plainer)
+    return problem
+
+
 def validate(model: type[Model], values: Mapping[str, Any], where: Callable[[Place], str] = dotted) -> Model:
     """Validate `values`; InputError names the first error, its place and its remedy."""
     try:
@@ -53,7 +72,7 @@ def validate(model: type[Model], values: Mapping[str, Any], where: Callable[[Pla
         if kind == "string_type" and not isinstance(value, dict | list):
             remedy = "write it in quotes"
         shown = "" if kind in (OF_KEY, "missing") else value
-        raise InputError(where(place), shown, problem[0].lower() + problem[1:], remedy) from None
+        raise InputError(where(place), shown, _plain(problem), remedy) from None
 
 
 def build(model: type[Model], layer: Layer) -> Model:

@@ -257,6 +257,13 @@ class RandomConfig(Group):
 
     seed: int = Field(0, ge=0, lt=2**32, description="Seed of image order, augmentation, initialisation and dropout.")
 
+    @field_validator("seed", mode="before")
+    @classmethod
+    def _one(cls, value: Any) -> Any:
+        if isinstance(value, str) and not value.strip().isdecimal():
+            raise ValueError("must be a whole number of at least 0; only a study takes several, by its option `seeds`")
+        return value
+
 
 class TrainConfig(Group):
     """All settings of a run. Equal hashes mean equal runs on equal data, code and machine."""

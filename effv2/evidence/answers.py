@@ -200,7 +200,7 @@ class Held:
         open_ = [each for each in self.answers.values() if each.outlook() and each.estimate.n < self.looks.most]
         for unit in sorted({each.unit for each in open_}):
             more.append(
-                f"You may add {unit}s, and the test stays valid. To show that there is no difference, give a `margin`."
+                f"The test stays valid if you add {unit}s. To show that there is no difference, give a `margin`."
             )
         return [*lines, *([] if short else more)] or [NOTHING_YET]
 
