@@ -146,6 +146,16 @@ def test_compiled_norms_are_not_loaded_from_a_folder_that_others_can_write_to(
     assert norms._library.__wrapped__() is None
 
 
+def test_truncated_norms_are_compiled_again(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("EFFV2_CACHE", str(tmp_path))
+    norms._library.__wrapped__()
+    (path,) = tmp_path.glob("compiled-*/*.so")
+    content = path.read_bytes()
+    path.unlink()  # the file that this process has loaded stays as it was
+    path.write_bytes(content[: len(content) // 2])
+    assert norms._library.__wrapped__() is not None and path.read_bytes() == content
+
+
 def test_without_a_compiler_batch_norms_are_left_alone(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("CXX", "no-such-compiler")
     monkeypatch.setenv("EFFV2_CACHE", str(tmp_path))

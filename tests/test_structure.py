@@ -33,7 +33,8 @@ FLOORS = {"__init__": 0, "architecture": 3} | {room: 2 * number for number, room
 OPTION = re.compile(r"(?<![\w-])--[a-z][a-z-]+(?![\w-])")
 OPTIONS = {name for command in main.commands.values() for each in command.params for name in each.opts}
 # Lines are a cost. What is asked of real folders, environments, kills and verdicts raised the first number from 10,000.
-MOST_LINES, LONGEST_MODULE, LONGEST_FUNCTION = 15_610, 350, 50
+# The compiled middle of a block, 1.1 times faster steps at 64 to 128 pixels, took 115 more.
+MOST_LINES, LONGEST_MODULE, LONGEST_FUNCTION = 15_725, 350, 50
 MODULES = sorted(path for path in PACKAGE.rglob("*.py"))
 
 

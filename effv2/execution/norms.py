@@ -1,7 +1,7 @@
 """Batch norm in training on CPUs, with the SiLU after it: one pass for torch's two, nothing stored between them.
 
-norms.cpp is compiled once, at its first use, and kept in a private folder of the cache. Without a C++ compiler, torch's
-layers stay. The two forms differ by rounding.
+With blocks.cpp, norms.cpp is compiled once, at its first use, and kept in a private folder of the cache. Without a C++
+compiler, torch's layers stay. The two forms differ by rounding.
 
 <cache>/compiled-<user id>/norms-<hash of source and flags>.so
 """
@@ -31,7 +31,7 @@ VECTORS = {  # by what torch found the processor able to do
     "AVX2": ["-mavx2", "-mfma"],
     "AVX512": [*(f"-mavx512{part}" for part in ("f", "bw", "dq", "vl")), "-mfma", "-mprefer-vector-width=512"],
 }
-COMPLETE = b"complete"  # ends a compiled file, so that a truncated one is compiled again
+COMPLETE = b"complete"  # ends a compiled file: a truncated one, which can end the process, is compiled again
 KINDS = {torch.float32: "float32", torch.bfloat16: "bfloat16"}
 
 
