@@ -161,7 +161,7 @@ static void back(const T *x, const T *y, const T *gradient, T *of_x, const float
     const long channels = shape.channels, stride = shape.stride, groups = (shape.images + GROUP - 1) / GROUP;
     Vector parts(groups * 11 * channels);
     shape.in_groups([=, &parts](long group, auto each) {
-        Padded in(shape), slopes(shape), of_out(shape);  // with stride 2, zeros lie between the values of the last
+        Padded in(shape), slopes(shape), of_out(shape);  // with stride 2, the last has zeros between its values
         each([&](long i, long c) {
             const Norm before(norm_x, channels, c), after(norm_y, channels, c);
             const Lanes factor = lanes(excitation + i * channels + c), mean = lanes(of_means + i * channels + c);

@@ -1,4 +1,4 @@
-"""MBConv blocks in training on CPUs: what lies between the two dense convolutions as one function (blocks.cpp).
+"""MBConv blocks in training on CPUs: all between the two dense convolutions as one function (blocks.cpp).
 
 Only the maps before each norm are stored, and far fewer are written. It differs from the layers by rounding.
 """
