@@ -1,9 +1,9 @@
-"""Classes of unequal size: as they come, weighted in the loss, or drawn equally often (data.balance).
+"""Classes of unequal size: unchanged, weighted in the loss, or drawn equally often (data.balance).
 
     python benchmarks/balance.py --data-dir <folder with train and test> [--classes 5] [--epochs 7] [--seeds 3]
 
-Training images fall geometrically from the first class to 1/20 of it in the last. Prints a Markdown table: means over
-the seeds, ranges in parentheses. Accuracy is that on test images as unequal as the training images.
+The number of training images falls geometrically, down to 1/20 in the last class. Prints a Markdown table: means over
+the seeds, with ranges in parentheses. The accuracy is weighted as if the test classes were equally unequal.
 """
 
 from dataclasses import replace
@@ -24,7 +24,7 @@ ONE_HOT = batches.one_hot
 
 @click.command()
 @click.option("--data-dir", "folder", required=True, help="Folder of the data set.")
-@click.option("--classes", default=5, show_default=True, help="How many of its classes, the first ones.")
+@click.option("--classes", default=5, show_default=True, help="Number of its classes, from the first.")
 @click.option("--epochs", default=7, show_default=True, help="Epochs of each training.")
 @click.option("--seeds", default=3, show_default=True, help="Trainings of each kind.")
 def main(folder: str, classes: int, epochs: int, seeds: int) -> None:

@@ -1,10 +1,10 @@
-"""What a new estimate of batch norm before an evaluation changes: test accuracies of the same weights, both ways.
+"""The effect of estimating batch norm again before an evaluation: test accuracies of the same weights, both ways.
 
     python benchmarks/batch_norm.py [--dataset folder --data-dir <folder>] [--epochs 40] [--every 4] [--seeds 3]
 
-Each seed trains once, by this project's default recipe. Every few epochs the test set is evaluated twice:
-with the running averages of batch norm, then with statistics from 1,024 training images at most, after which the
-averages are put back. Prints a Markdown table of means over the seeds, ranges in parentheses.
+Each seed trains once with the default recipe. Every few epochs, the test set is evaluated twice: with the running
+averages of batch norm, and with statistics from at most 1,024 training images. Then the averages are restored. Prints a
+Markdown table of means over the seeds, with ranges in parentheses.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from effv2.training.loop import Training  # noqa: E402
 
 
 def both(training: Training) -> tuple[float, float]:
-    """Return the test accuracy with running averages, and with statistics that are estimated again."""
+    """Return the test accuracy with running averages, and with new statistics."""
     network, split, size = training.state.evaluated, training.dataset.test, training.config.evaluation.batch_size
     running = evaluate(training.network_for_inference(), split, size).accuracy
     kept = {name: buffer.clone() for name, buffer in network.named_buffers()}
@@ -50,8 +50,8 @@ def cell(shares: list[float]) -> str:
 @click.option("--dataset", default="digits", show_default=True, help="As of `effv2 train`.")
 @click.option("--data-dir", "dir", default="", help="Folder of the data set.")
 @click.option("--image-size", default=32, show_default=True, help="Side of the images in pixels.")
-@click.option("--per-class", default=0, show_default=True, help="Training images of each class, 0 = all.")
-@click.option("--batch-size", default=32, show_default=True, help="Images a step.")
+@click.option("--per-class", default=0, show_default=True, help="Training images per class (0 = all).")
+@click.option("--batch-size", default=32, show_default=True, help="Images per step.")
 @click.option("--epochs", default=40, show_default=True, help="Epochs of each training.")
 @click.option("--every", default=4, show_default=True, help="Epochs between two evaluations.")
 @click.option("--seeds", default=3, show_default=True, help="Trainings.")

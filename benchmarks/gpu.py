@@ -1,12 +1,12 @@
-"""What CUDA graphs gain: the training loop with them and without, in float32 and bfloat16; and timm's network.
+"""The speed of CUDA graphs: the training loop with and without them, in float32 and bfloat16, and timm's network.
 
     python benchmarks/gpu.py [--variant default] [--image-size 32] [--batch-size 128]
 
-Each form, in a process of its own, trains on STEPS batches of random bytes that lie on the GPU and evaluates as many
-an epoch, as `train` does: without graphs, with a new copy for inference after each. Medians leave out the first
-WARM_UP epochs. With the default variant timm's efficientnetv2_s trains beside them in a plain loop, on one batch that
-lies on the GPU, under bfloat16 autocast, channels last; it isn't evaluated. Prints a Markdown table: images/s and their
-gain over eager float32, peak memory.
+Each form runs in its own process. In each epoch, it trains on STEPS batches of random bytes on the GPU and evaluates as
+many, as `train` does. Without graphs, it makes a new copy for inference after each epoch. Medians exclude the first
+WARM_UP epochs. With the default variant, timm's efficientnetv2_s also trains, in a plain loop on one batch on the GPU,
+under bfloat16 autocast, channels last. It isn't evaluated. Prints a Markdown table: images/s, gain over eager float32,
+peak memory.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ def measure(config: TrainConfig, cuda_graphs: bool) -> dict[str, float]:
 
 
 def measure_timm(image_size: int, batch_size: int, compiled: bool) -> dict[str, float]:
-    """Return what `measure` does of timm's network, trained in a plain loop."""
+    """Return the figures of `measure` for timm's network in a plain loop."""
     import timm
 
     device = torch.device("cuda")
@@ -84,7 +84,7 @@ def measure_timm(image_size: int, batch_size: int, compiled: bool) -> dict[str, 
 @click.command()
 @click.option("--variant", default="default", show_default=True, help="The architecture.")
 @click.option("--image-size", default=32, show_default=True, help="Side of the images in pixels.")
-@click.option("--batch-size", default=128, show_default=True, help="Images a step.")
+@click.option("--batch-size", default=128, show_default=True, help="Images per step.")
 @click.option("--form", default="", hidden=True)
 def main(variant: str, image_size: int, batch_size: int, form: str) -> None:
     """Measure and print a table."""

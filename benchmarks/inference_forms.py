@@ -1,9 +1,9 @@
-"""Images/s of bare forward passes in float32 on a CPU, by memory layout, folding and images a pass.
+"""Images/s of bare forward passes in float32 on a CPU, by memory layout, folding and images per pass.
 
     python benchmarks/inference_forms.py
 
-Random images, freshly initialised networks of torchvision at the size their weights want; all forms take turns in
-several rounds of one process.
+The images are random. The networks are torchvision's, freshly initialised, at the image size of their weights. All
+forms take turns in several rounds of one process.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ ROUND_IMAGES = 128
 
 
 def rate(network: nn.Module, images: Tensor) -> float:
-    """Return the images/s of a pass, from bytes to logits, the median over passes of ROUND_IMAGES in all."""
+    """Return images/s from bytes to logits: the median over passes of ROUND_IMAGES in total."""
     seconds = []
     memory_format = torch.channels_last if images.is_contiguous(memory_format=torch.channels_last) else None
     with torch.inference_mode():
@@ -35,7 +35,7 @@ def rate(network: nn.Module, images: Tensor) -> float:
 
 
 def forms(name: str) -> dict[str, Callable[[], float]]:
-    """Return what to measure of a network."""
+    """Return a function for each form of a network, which measures its images/s."""
     size = models.get_model_weights(name).DEFAULT.transforms().crop_size[0]
     pixels = torch.randint(0, 256, (ROUND_IMAGES, 3, size, size), dtype=torch.uint8)
     last = pixels.to(memory_format=torch.channels_last)
@@ -56,7 +56,7 @@ def forms(name: str) -> dict[str, Callable[[], float]]:
 
 @click.command()
 @click.option("--networks", default="squeezenet1_1,efficientnet_b0,resnet50,efficientnet_v2_s", show_default=True)
-@click.option("--rounds", default=3, show_default=True, help="Rounds after one of warm-up.")
+@click.option("--rounds", default=3, show_default=True, help="Rounds after a warm-up round.")
 def main(networks: str, rounds: int) -> None:
     """Measure and print images/s."""
     for name in networks.split(","):

@@ -1,9 +1,9 @@
-"""What a set of 226,000 files costs: the first start, the second one, memory, and an epoch without the network.
+"""The cost of a set of 226,000 files: the first start, the second start, memory, and an epoch without the network.
 
     python benchmarks/large_set.py FOLDER [--images 226000] [--size 32]
 
-FOLDER gets that many JPEG files in 25 classes, as the birds of the post have, unless it holds them already; its cache
-of decoded images is made anew. Each start is a process of its own: load the set, and hash it as a run logs it.
+If they are missing, FOLDER gets that many JPEG files in 25 classes, like the birds of the post. The cache of decoded
+images is deleted first. Each start is a process that loads the set and hashes it as a run logs it.
 """
 
 import argparse
@@ -24,7 +24,7 @@ CLASSES, BATCH = 25, 512
 
 
 def fill(root: Path, size: int, count: int, label: int) -> None:
-    """Write the images of a class: noise of its own colour."""
+    """Write the images of a class: noise around a colour of the class."""
     from PIL import Image
 
     random, folder = np.random.default_rng(label), root / f"class-{label:02}"

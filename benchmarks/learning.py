@@ -1,10 +1,10 @@
-"""Whether a network learns as well in bfloat16 on the fast paths as in plain float32: test accuracies, paired by seed.
+"""Does a network learn as well in bfloat16 on the fast paths as in plain float32? Test accuracies, paired by seed.
 
     python benchmarks/learning.py [--dataset imagenette --data-dir <folder>] [--epochs 10] [--seeds 5]
 
-Both forms train from the same weights on the same batches, 128 images per step, with this project's default recipe for
-that many epochs and no validation split, and are scored on the test set after the last epoch. Prints a Markdown table
-with the mean difference and its 95 % interval (Student, paired).
+Both forms train from the same weights on the same batches of 128 images, with the default recipe and without a
+validation split. They are evaluated on the test set after the last epoch. Prints a Markdown table with the mean
+difference and its 95 % interval (Student, paired).
 """
 
 from __future__ import annotations

@@ -1,9 +1,9 @@
-"""Make effv2/evidence/levels.csv: how small a p-value has to be where one looks at it after every run.
+"""Make effv2/evidence/levels.csv: how small a p-value must be if it is checked after every run.
 
-Without any effect, seeds are drawn one by one, and the t-test's p-value is taken after each, from three seeds of an arm
-to N. The smallest one of a path falls below a level in a share of all paths: the columns are shares, the cells levels.
-Kind 1 is Student's test of one sample. Kind 2 is Welch's of two that get their runs in turn; each cell is the worst of
-several ratios of their standard deviations. It takes about a quarter of an hour on two cores:
+Seeds are drawn one by one, without any effect. The p-value of the t-test is computed after each, from three seeds per
+arm to N. In a share of all paths, the smallest p-value falls below a level. The columns are shares, the cells levels.
+Kind 1 is Student's test of one sample. Kind 2 is Welch's test of two samples that get their runs in turn. Each cell is
+the worst of several ratios of their standard deviations. It takes about a quarter of an hour on two cores:
 
     python benchmarks/levels.py > effv2/evidence/levels.csv
 """
@@ -20,13 +20,13 @@ from scipy import special
 
 FEWEST, MOST = 3, (3, 4, 5, 6, 7, 8, 9, 10, 12, 15, 20, 25, 30, 40, 50)
 ALPHAS = np.array([10**-k * f for k in (5, 4, 3, 2) for f in (1, 2, 3, 5, 7)] + [0.1, 0.15, 0.2, 0.3, 0.5, 0.7, 1.0])
-RATIOS = (0, 1, 1 / 2, 1 / 4, 1 / 8, 1 / 16, 1 / 64, 2, 4, 8)  # of standard deviations; 0 is one sample alone
+RATIOS = (0, 1, 1 / 2, 1 / 4, 1 / 8, 1 / 16, 1 / 64, 2, 4, 8)  # of standard deviations; 0 is a single sample
 BINS = np.linspace(-9, 0, 18_001)  # of log10 p
 CHUNK = 100_000
 
 
 class Sample:
-    """Many samples that grow together: their means, and the variances of these."""
+    """Many samples that grow together: their means, and the variances of the means."""
 
     def __init__(self, paths: int, deviation: float) -> None:
         self.n, self.deviation = 0, deviation
@@ -56,7 +56,7 @@ def p_values(samples: list[Sample]) -> np.ndarray:
 
 
 def counts(ratio: float, seed: int) -> np.ndarray:
-    """Return for each N how many of CHUNK paths have their smallest p-value in which bin."""
+    """Return for each N a histogram of the smallest p-values of CHUNK paths."""
     random = np.random.default_rng([round(64 * ratio), seed])
     samples = [Sample(CHUNK, deviation) for deviation in ((ratio, 1.0) if ratio else (1.0,))]
     least, found = np.ones(CHUNK), []

@@ -1,11 +1,11 @@
-"""What the ONNX form of a logged model costs and changes, against the form that runs in torch.
+"""The ONNX form of a logged model, compared with the form that runs in torch: answers, speed, size.
 
     effv2 train --dataset imagenette --data-dir DATA --image-size 32 --per-class 100 --epochs 10
     python benchmarks/onnx_export.py models:/ID DATA/imagenette2-160/val
 
-Compares the answers on all images of a folder, times both forms in one process, image by image and in batches of 32,
-and installs the requirements of both in new environments, which it deletes. In the small one it serves the ONNX form,
-and asks it for one image.
+Compares the answers on all images of a folder. Times both forms in one process, for single images and batches of 32.
+Installs the requirements of both in new environments, and serves one image with the ONNX form in its environment. Then
+deletes the environments.
 """
 
 from __future__ import annotations
@@ -30,12 +30,12 @@ import numpy as np
 
 from effv2.tracking.models import export_onnx
 
-BATCH, TIMED, WARM_UP = 32, 103, 3  # images of a batch, calls that are timed, those of them that don't count
+BATCH, TIMED, WARM_UP = 32, 103, 3  # images per batch, timed calls, and those of them that are discarded
 Answers = list[dict[str, Any]]
 
 
 def milliseconds(function: Callable[[Any], Any], inputs: Iterable[Any]) -> float:
-    """Return how many milliseconds per call, the median, the first few left out."""
+    """Return the median milliseconds per call, without the first few."""
     found = []
     for each in inputs:
         began = time.perf_counter()
@@ -45,12 +45,12 @@ def milliseconds(function: Callable[[Any], Any], inputs: Iterable[Any]) -> float
 
 
 def probabilities(answers: Answers) -> np.ndarray:
-    """Return the probabilities (N, columns) that were answered."""
+    """Return the probabilities (N, columns) of the answers."""
     return np.array([list(answer["probabilities"].values()) for answer in answers])
 
 
 def compare(forms: dict[str, Any], paths: list[Path], size: int) -> None:
-    """Print what the answers of two forms take, for images of `size` pixels, and how they differ."""
+    """Print how the answers of both forms differ, and their times for images of `size` pixels."""
     batches = [paths[start : start + BATCH] for start in range(0, len(paths), BATCH)]
     pixels = np.random.default_rng(0).integers(0, 256, (TIMED, BATCH, 3, size, size), dtype=np.uint8)
     answers = []
@@ -88,7 +88,7 @@ def environment(requirements: Path, place: Path) -> Path:
 
 
 def serve(python: Path, folder: Path, image: Path) -> Answers:
-    """Serve a folder with the MLflow of an environment; return what it answers to an image."""
+    """Serve a folder with the MLflow of an environment; return its answer to an image."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -118,7 +118,7 @@ def serve(python: Path, folder: Path, image: Path) -> Answers:
 @click.command()
 @click.argument("model")
 @click.argument("images", type=click.Path(path_type=Path))
-@click.option("--environments/--no-environments", default=True, show_default=True, help="Install both, for their size.")
+@click.option("--environments/--no-environments", default=True, show_default=True, help="Install and measure both.")
 def main(model: str, images: Path, environments: bool) -> None:
     """Export, compare, time, install and serve."""
     import mlflow.pyfunc

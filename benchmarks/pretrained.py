@@ -1,16 +1,16 @@
-"""What evaluate-pretrained costs compared with its bare forward passes and decoding, and beside a plain loop.
+"""The cost of evaluate-pretrained, compared with its bare forward passes and decoding, and with a plain loop.
 
     python benchmarks/pretrained.py --data-dir <folder of imagenette2-160>
 
-In one process, one after the other, in several rounds, on the test images of Imagenette and freshly initialised
-networks (time doesn't depend on the weights):
+The forms take turns in one process, on Imagenette's test images and freshly initialised networks. Times don't depend on
+the weights.
 
 floor    decoding and transforms in threads into one array, then bare forward passes of the network in effv2's form
 plain    torchvision's transforms in a DataLoader with 2 workers, batches of 128 (NCHW, float32) through its network
-effv2    a whole evaluation: cold cache, a tracked run on sqlite with all its metrics, tables and figures; without the
-         latency passes, which a plain loop doesn't make
-second   the same again for another network with the same preprocessing
-command  the command in a process of its own: start-up, cold cache and latency passes included
+effv2    a whole evaluation, but without the latency passes: cold cache, and a tracked run on sqlite with all its
+         metrics, tables and figures
+second   the same for another network with the same preprocessing
+command  the command in its own process, with start-up, cold cache and latency passes
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ from effv2.tracking.store import open_store
 
 
 class PlainImages(Dataset[torch.Tensor]):
-    """Images as anyone would load them."""
+    """The images of a plain DataLoader."""
 
     def __init__(self, requested: Requested, images: LabelledImages) -> None:
         self.transforms, self.images = requested.weights.transforms(), images
@@ -66,14 +66,14 @@ class PlainImages(Dataset[torch.Tensor]):
 
 
 def seconds_of(function: Callable[[], Any]) -> float:
-    """Return how long a call takes."""
+    """Return the seconds of a call."""
     started = time.perf_counter()
     function()
     return time.perf_counter() - started
 
 
 def floor(evaluated: Evaluation) -> None:
-    """Decode, then pass batches through the network in effv2's form; nothing else."""
+    """Decode, then pass batches through the network in effv2's form."""
     requested, images, execution = evaluated.requested, evaluated.images.part, evaluated.execution
     preparation = requested.preparation
     pixels = np.empty((len(images), preparation.size, preparation.size, 3), dtype=np.uint8)
@@ -101,7 +101,7 @@ def plain(requested: Requested, images: LabelledImages) -> None:
 def evaluate(named: str, config: PretrainedConfig) -> None:
     """Evaluate in this process, without the latency passes."""
     reporter, load = Reporter(), load_once(Reporter())
-    plan = make_weights(named, config, None, progress=False, load=load, reporter=reporter)
+    plan = make_weights(named, config, None, progress=False, reporter=reporter)
     run_study(plan, open_store(""), StudyOptions(fresh=True, log_model="none"), load, reporter)
 
 
@@ -118,7 +118,7 @@ def report(seconds: dict[str, list[float]]) -> None:
 @click.option("--data-dir", required=True, help="Folder that holds imagenette2-160.")
 @click.option("--network", default="squeezenet1_1", show_default=True, help="Network of torchvision.")
 @click.option("--images", default=3925, show_default=True, help="Test images.")
-@click.option("--plain-images", default=1024, show_default=True, help="Of them for the plain loop.")
+@click.option("--plain-images", default=1024, show_default=True, help="Test images for the plain loop.")
 @click.option("--rounds", default=3, show_default=True, help="Rounds.")
 def main(data_dir: str, network: str, images: int, plain_images: int, rounds: int) -> None:
     """Measure and print seconds and ratios."""
@@ -139,7 +139,7 @@ def main(data_dir: str, network: str, images: int, plain_images: int, rounds: in
             torch.save(models.get_model(network).state_dict(), path)
 
         os.environ["EFFV2_CACHE"] = str(folder / "warm-up")
-        evaluate(f"{network}={weights[0]}", config)  # imports, the store's tables
+        evaluate(f"{network}={weights[0]}", config)  # warms up the imports and the store
         for round_ in range(rounds):
             os.environ["EFFV2_CACHE"] = str(folder / str(round_))
             seconds["floor"].append(seconds_of(lambda: floor(evaluated)))

@@ -1,9 +1,9 @@
-"""How often `promote` moves the alias: pairs of models drawn with known accuracies, decided by effv2's own code.
+"""How often `promote` moves the alias: pairs of models with known accuracies, decided by effv2's code.
 
     python benchmarks/promotion.py --pairs 1000
 
-Images differ in how hard they are, so that two models tend to fail on the same ones: each image has a chance of its own
-to be right, drawn from a beta distribution, and either model is right by that chance, independently.
+Some images are harder than others, so two models tend to fail on the same ones. Each image has its own probability of a
+right answer, from a beta distribution. Both models answer it independently with this probability.
 """
 
 import argparse
@@ -20,13 +20,13 @@ SPREAD = 0.5  # of a beta distribution, a + b: most images are easy or hard
 
 
 def contender(name: str, chances: np.ndarray, random: np.random.Generator) -> Contender:
-    """Return a model that is right on each image with its chance (N)."""
+    """Return a model that is right on each image with its probability (N)."""
     right = random.random(len(chances)) < chances
     return Contender(name, RUN, {str(image): ("a", "a" if each else "b") for image, each in enumerate(right)})
 
 
 def moved(images: int, accuracy: float, better_by: float, pairs: int) -> float:
-    """Return in which share of pairs the alias moves to a model that is better by so much."""
+    """Return the share of pairs in which the alias moves to a model that is better by so much."""
     count = 0
     for seed in range(pairs):
         random = np.random.default_rng(seed)

@@ -1,10 +1,10 @@
-"""What pruning saves a search, and what it costs: the same search with and without it, over seeds.
+"""The savings and the cost of pruning: the same searches with and without it.
 
     python benchmarks/pruning.py
 
-Prints a Markdown table: the best validation accuracy of each search, and the epochs that it trained in all. The
-network is a small one on digits at 16 pixels, so that ten searches take minutes; it learns in its first epoch, and is
-pruned from there on.
+Prints a Markdown table: the best validation accuracy of each search, and its total number of epochs. The network is a
+small one on digits at 16 pixels, so that ten searches take minutes. It learns in its first epoch, so pruning begins
+there.
 """
 
 from __future__ import annotations
@@ -38,10 +38,10 @@ search:
 
 @click.command()
 @click.option("--seeds", default=5, show_default=True, help="Searches of each kind.")
-@click.option("--trials", default=24, show_default=True, help="Trials a search.")
-@click.option("--epochs", default=8, show_default=True, help="Epochs a trial at most.")
+@click.option("--trials", default=24, show_default=True, help="Trials per search.")
+@click.option("--epochs", default=8, show_default=True, help="Most epochs per trial.")
 def main(seeds: int, trials: int, epochs: int) -> None:
-    """Run the searches, one after the other, in a folder that is removed afterwards."""
+    """Run the searches one after the other in a temporary folder."""
     print("| seed | best, unpruned | best, pruned | points lost | epochs, unpruned | epochs, pruned | share |")
     print("|---|---|---|---|---|---|---|")
     lost, shares = [], []
@@ -76,7 +76,7 @@ def search(folder: Path, text: str) -> tuple[float, int]:
     path = folder / "study.yaml"
     path.write_text(text)
     storage = f"sqlite:///{folder / 'optuna.db'}"
-    os.chdir(folder)  # MLflow's artifacts lie below the working directory
+    os.chdir(folder)  # MLflow's artifacts go below the working directory
     load = load_once(Reporter())
     options = StudyOptions(storage=storage, log_model="none")
     with ConsoleReporter() as reporter:

@@ -1,10 +1,9 @@
-"""What the queue itself costs: trivial trials leased and finished by several processes.
+"""The cost of the queue: several processes lease and finish trivial trials.
 
     python benchmarks/queue_cost.py [--storage postgresql://USER@HOST/DATABASE] [--workers 4] [--trials 200]
 
-Prints the seconds that a worker spends between wanting a trial and having finished it, enqueueing and waiting for
-other workers included, and the trials per second of all workers together. Without --storage: sqlite in a folder that
-is removed afterwards.
+Prints the seconds of a worker from the request of a trial to its end, including enqueueing and waiting for other
+workers. Prints also the trials per second of all workers. Without --storage, it uses sqlite in a temporary folder.
 """
 
 from __future__ import annotations

@@ -1,9 +1,9 @@
 """Real trainings with --seeds auto: a network against itself, and one with a known effect.
 
-    python benchmarks/real_studies.py same 100     # both arms alike: how many studies say that they differ?
-    python benchmarks/real_studies.py effect 20    # one arm learns a hundred times slower: how many seeds does it take?
+    python benchmarks/real_studies.py same 100     # equal arms: how many studies find a difference?
+    python benchmarks/real_studies.py effect 20    # one arm has a hundredth of the rate: how many seeds are needed?
 
-A small network on digits, up to 10 seeds; each study has images of its own split, and seeds of its own.
+A small network on digits, with up to 10 seeds. Each study has its own split and its own seeds.
 """
 
 import argparse
@@ -31,7 +31,7 @@ CHANGES: dict[str, dict[str, dict[str, Any]]] = {"same": {}, "effect": {"optimis
 
 
 def study(kind: str, number: int) -> tuple[str, int]:
-    """Run a study; return its answer, and how many seeds an arm has at most."""
+    """Run a study; return its answer and the largest number of seeds of an arm."""
     import mlflow
     import torch
 

@@ -1,7 +1,7 @@
-"""How long a report on many runs takes, and how large it is: `python -m benchmarks.reporting --runs 200`.
+"""Time and size of a report on many runs: `python -m benchmarks.reporting --runs 200`.
 
-The runs are made up, five arms by ten seeds a study, 100 epochs each, in a sqlite store and, with --server, behind an
-MLflow server on it.
+The runs are simulated: studies of five arms by ten seeds, with 100 epochs each. They are in a sqlite store. With
+--server, an MLflow server on that store is used.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ ARMS, SEEDS, EPOCHS = ("default", "mbconv_only", "fused_only", "half_layers", "d
 
 
 def make_study(client: MlflowClient, number: int, random: np.random.Generator) -> None:
-    """Log a study of made-up runs."""
+    """Log a study of simulated runs."""
     parent = client.create_run("0", run_name=f"study {number}").info.run_id
     client.log_batch(parent, params=[Param("study.kind", "ablate"), Param("study.name", f"study {number}")])
     for arm in ARMS:
@@ -37,7 +37,7 @@ def make_study(client: MlflowClient, number: int, random: np.random.Generator) -
             name = f"{arm}, seed {seed}"
             run_id = client.create_run("0", run_name=name, tags={"mlflow.parentRunId": parent}).info.run_id
             values = TrainConfig().flat() | PROTOCOL.runs | {"model.variant": arm, "random.seed": seed}
-            values |= {"optimiser.lr": 1e-4 * (number + 1)}  # one study follows the protocol, which has claims on it
+            values |= {"optimiser.lr": 1e-4 * (number + 1)}  # one study follows a protocol with claims
             client.log_batch(run_id, params=[Param(key, str(value)) for key, value in values.items()])
             curve = 0.5 * (1 - np.exp(-np.arange(1, EPOCHS + 1) / 20)) + random.normal(0, 0.01, EPOCHS)
             metrics = [Metric(h, float(v), 0, e) for h in HISTORIES for e, v in enumerate(curve, 1)]

@@ -1,11 +1,11 @@
-"""What checkpoints and logging cost a training.
+"""The cost of checkpoints and logging for a training.
 
     python benchmarks/safety_cost.py [--minutes 3]
 
-Trains the default network on digits at 32 pixels with averaged weights, checkpoints as by default and an MLflow server
-of its own, which is killed half-way. Prints one line of JSON: the share of the training time that writing checkpoints
-took; seconds and size of one; the milliseconds that logging an epoch took the training (median, 95th percentile,
-largest) with the server there and without; the median seconds of an epoch then.
+Trains the default network on digits at 32 pixels with averaged weights and default checkpoints. Starts an MLflow server
+and kills it half-way. Prints one line of JSON: the share of the training time for writing checkpoints; seconds and size
+of one; milliseconds of the training for logging an epoch (median, 95th percentile, largest), with and without the
+server; median seconds of an epoch in both cases.
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ def stop(server: subprocess.Popen[bytes]) -> None:
 
 
 def measure(seconds: float, server: subprocess.Popen[bytes]) -> dict[str, object]:
-    """Train for so long; return the figures."""
+    """Train for this time; return the figures."""
     from effv2.config.options import CheckpointOptions
     from effv2.config.schema import TrainConfig
     from effv2.core.errors import StoreAway

@@ -1,9 +1,9 @@
-"""What one MLflow server bears: processes that log runs without training, as fast as they can.
+"""The capacity of an MLflow server: processes log runs as fast as they can, without training.
 
     MLFLOW_TRACKING_URI=http://127.0.0.1:5000 python benchmarks/server_load.py [--clients 4]
 
-Each client logs runs as `train` does: parameters, tags, the metrics of each epoch, a summary. Prints epochs per second
-of all clients together and the seconds that one call takes: the first bounds how many workers one server serves.
+Each client logs runs as `train` does: parameters, tags, the metrics of each epoch, a summary. Prints the epochs per
+second of all clients and the seconds of a call. The first figure limits how many workers a server can serve.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ EPOCH_METRICS = 13
 
 
 def log_runs(runs: int, epochs: int, results: Any, start: Any) -> None:
-    """Log runs of so many epochs; put the seconds of each epoch's call into `results`."""
+    """Log runs; put the seconds of the call for each epoch into `results`."""
     experiment = open_store("server_load")
     metrics = {f"metric/{number}": 0.5 for number in range(EPOCH_METRICS)}
     seconds = []
@@ -33,7 +33,7 @@ def log_runs(runs: int, epochs: int, results: Any, start: Any) -> None:
     for number in range(runs):
         tags = {f"tag.{name}": "value" for name in range(20)}
         with open_run(f"run {number}", experiment, tags, message=print) as opened:
-            run = TrackedRun(opened.run_id, experiment)  # past the sender's thread, to the server
+            run = TrackedRun(opened.run_id, experiment)  # directly to the server, without the sender's thread
             run.log_params(TrainConfig().flat())
             for epoch in range(1, epochs + 1):
                 began = time.perf_counter()
@@ -45,8 +45,8 @@ def log_runs(runs: int, epochs: int, results: Any, start: Any) -> None:
 
 @click.command()
 @click.option("--clients", default=4, show_default=True, help="Processes that log.")
-@click.option("--runs", default=5, show_default=True, help="Runs a process.")
-@click.option("--epochs", default=40, show_default=True, help="Epochs a run.")
+@click.option("--runs", default=5, show_default=True, help="Runs per process.")
+@click.option("--epochs", default=40, show_default=True, help="Epochs per run.")
 def main(clients: int, runs: int, epochs: int) -> None:
     """Measure and print one line of JSON."""
     open_store("server_load")

@@ -1,23 +1,23 @@
-"""How fast effv2 trains and evaluates, against plain loops over the same images; start-up, data cache, tracking.
+"""The speed of effv2 against plain loops over the same images: training, evaluation, start-up, cache, tracking.
 
     pip install -e '.[benchmark]'
     python benchmarks/speed.py --data-dir <folder of imagenette2-160> [--sizes 32:128,128:64] [--variants default,...]
 
-For every image size and variant, in one process, all forms taking turns, a warm-up round first:
+For every image size and variant, all forms take turns in one process, after a warm-up round:
 
     effv2     the `train` path: its loop with augmentation, checkpoints and progress, precision=auto
     fp32      the same with precision=fp32
     compiled  the same as effv2 with compiled blocks
-    post      the post's way: NCHW, float32, Adam, a DataLoader with 2 workers
+    post      as in the post: NCHW, float32, Adam, a DataLoader with 2 workers
     plain     channels last, float32, the images in memory
     plain16   the same under bfloat16 autocast
     timm      timm's model of the same network in the loop of `plain` (default variant only)
-    floor     forward, backward and step of effv2's network on one batch that stays the same
+    floor     forward, backward and step of effv2's network, always on the same batch
 
-A round is STEPS training steps and one evaluated pass of each form. Rates are medians over the rounds, with their
-extremes. An epoch is computed from them: all images trained on once and then evaluated, with the test images, in eval
-mode, which is what the post did. Peak memory is that of a process that makes a few steps of one form, the default
-variant's. Writes speed.md, speed.json and speed.png into --out and logs them to MLflow.
+A round is STEPS training steps and one evaluation pass of each form. Rates are medians over the rounds, with their
+extremes. The time of an epoch is computed from them: training on all images, then evaluation of these and of the test
+images in eval mode, as in the post. Peak memory is that of a process with a few steps of one form of the default
+variant. Writes speed.md, speed.json and speed.png into --out and logs them to MLflow.
 """
 
 from __future__ import annotations
@@ -44,12 +44,12 @@ from effv2.core.processes import tune_allocator
 EFFV2 = ("effv2", "fp32", "compiled", "floor")
 FORMS = (*EFFV2, "post", "plain", "plain16", "timm")
 STEPS, EVALUATED = 4, 2048
-Form = tuple[Callable[[], float], Callable[[], float]]  # seconds a training step, seconds an evaluated image
+Form = tuple[Callable[[], float], Callable[[], float]]  # seconds per training step, seconds per evaluated image
 
 
 @dataclass(frozen=True)
 class Case:
-    """What the forms are measured on."""
+    """The images and settings of a measurement."""
 
     data_dir: str
     size: int
@@ -111,7 +111,7 @@ def effv2_form(config: Any, dataset: Any, folder: Path) -> Form:
         marks.clear()
         with suppress(_Stop):
             for _ in training:
-                marks.clear()  # an epoch has ended: its evaluation is no step
+                marks.clear()  # after the end of an epoch: its evaluation is no step
         return statistics.median(b - a for a, b in pairwise(marks))
 
     few = _first(dataset.test, EVALUATED)
@@ -156,7 +156,7 @@ def floor_form(config: Any, dataset: Any) -> Form:
 
 
 def loop_form(kind: str, config: Any, dataset: Any) -> Form:
-    """A loop as one writes it by hand."""
+    """A plain hand-written loop."""
     import torch
     from torch.nn import functional as F
 
@@ -240,7 +240,7 @@ def _first(split: Any, count: int) -> Any:
 
 
 def make_form(name: str, case: Case, folder: Path) -> Form:
-    """Build a form with a network of its own."""
+    """Build a form with its own network."""
     from effv2.data.dataset import load_dataset
 
     config = make_config(case, "fp32" if name == "fp32" else "auto", name == "compiled")
@@ -267,7 +267,7 @@ def measure(case: Case, rounds: int) -> dict[str, Rates]:
 
 
 def peak_gigabytes(name: str, case: Case) -> float:
-    """Return the peak memory of a process that makes a few steps; plain loops have the system's own allocator."""
+    """Return the peak memory of a process with a few steps. Plain loops use the system's allocator."""
     words = ["--data-dir", case.data_dir, "--sizes", f"{case.size}:{case.batch}", "--peak", name]
     environment = os.environ | ({} if name in EFFV2 else {"EFFV2_ALLOCATOR": "system"})
     done = subprocess.run([sys.executable, __file__, *words], env=environment, capture_output=True, check=True)  # noqa: S603
@@ -290,7 +290,7 @@ build_model(VARIANTS["default"], 1000)
 
 
 def start_up(data_dir: str, rounds: int) -> dict[str, float]:
-    """Return median seconds from a command to the end of its first step, images cached, store there; of its imports."""
+    """Return the median seconds to the first step, with a warm cache and a store, and those of the imports."""
     words = ["--dataset", "imagenette", "--data-dir", data_dir, "--fresh"]
     seconds: dict[str, list[float]] = {"train": [], "imports": []}
     with tempfile.TemporaryDirectory() as folder:
@@ -321,7 +321,7 @@ def data_cache(data_dir: str, size: int) -> dict[str, float]:
 
 
 def logging_an_epoch() -> float:
-    """Return the median seconds of logging an epoch's twelve metrics to a sqlite store, as a run of effv2 does."""
+    """Return the median seconds to log the twelve metrics of an epoch to a sqlite store, as a run does."""
     import mlflow
 
     from effv2.tracking.run import open_run
@@ -342,7 +342,7 @@ def logging_an_epoch() -> float:
 
 
 def table(case: Case, found: dict[str, Rates], peaks: dict[str, float]) -> list[str]:
-    """Return the rows of a Markdown table, each form next to its ratio to `plain` (median of the rounds' ratios)."""
+    """Return a Markdown table of the forms, with their ratios to `plain` (medians over the rounds)."""
     from effv2.data.dataset import load_dataset
 
     dataset = load_dataset(make_config(case, "fp32").data)
@@ -391,8 +391,8 @@ def draw(found: dict[str, dict[str, Rates]], path: Path) -> None:
 @click.option("--data-dir", required=True, help="Folder that holds imagenette2-160.")
 @click.option("--sizes", default="32:128,128:64", show_default=True, help="Pixels per side and images per step.")
 @click.option("--variants", default="default", show_default=True, help="Architecture variants.")
-@click.option("--rounds", default=9, show_default=True, help="Rounds after one of warm-up.")
-@click.option("--out", default="speed", show_default=True, help="Folder of the results.")
+@click.option("--rounds", default=9, show_default=True, help="Rounds after a warm-up round.")
+@click.option("--out", default="speed", show_default=True, help="Folder for the results.")
 @click.option("--peak", default="", hidden=True)
 def main(data_dir: str, sizes: str, variants: str, out: str, **others: Any) -> None:
     """Measure and write the tables."""

@@ -1,4 +1,4 @@
-"""Draw what a terminal of 80 columns shows of README's small example: docs/terminal-progress.svg, terminal-answer.svg.
+"""Draw README's small example in a terminal of 80 columns: docs/terminal-progress.svg and terminal-answer.svg.
 
 python benchmarks/terminal.py [EPOCHS] runs it in a temporary folder, with two epochs unless another number is given.
 """
@@ -17,12 +17,12 @@ from rich.console import Console
 from rich.text import Text
 
 DOCS = Path(__file__).parents[1] / "docs"
-CODES = re.compile(r"(\r|\n|\x1b\[[0-9;?]*[A-Za-ln-z])")  # all but those of colours, which stay in the text
-CLEARED = "\r\x1b[2K"  # begins what is drawn anew
+CODES = re.compile(r"(\r|\n|\x1b\[[0-9;?]*[A-Za-ln-z])")  # all except colours, which stay in the text
+CLEARED = "\r\x1b[2K"  # begins a new drawing
 
 
 def screen(output: str) -> list[str]:
-    """Return the lines that the terminal shows after this output, in which a cleared line is written anew."""
+    """Return the lines that the terminal shows after this output. A cleared line is overwritten."""
     lines, row = [""], 0
     for piece in CODES.split(output):
         if piece == "\n":
@@ -38,7 +38,7 @@ def screen(output: str) -> list[str]:
 
 
 def main(epochs: str = "2") -> None:
-    """Run the example and draw it at work and at its end."""
+    """Run the example; draw its progress and its end."""
     words = ["effv2", "ablate", "--variant", "drop_one", "--epochs", epochs]
     ours, theirs = pty.openpty()
     about, output = os.environ | {"COLUMNS": "80", "TERM": "xterm-256color"}, b""

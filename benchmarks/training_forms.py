@@ -1,11 +1,11 @@
-"""Which form of a training step is the fastest: precision, fast paths, allocator. Each in a process of its own.
+"""The fastest form of a training step: precision, fast paths, allocator.
 
     python benchmarks/training_forms.py [--variant default] [--image-size 32] [--batch-size 128] [--rounds 3]
 
-One process after the other, every form once a round: warm-up, then steps (forward, backward, AdamW) of EfficientNetV2-S
-(or another variant) with 1000 outputs on random bytes in memory, channels last. Prints a Markdown table: images/s of
-training (median of all steps, spread of the rounds' medians), of evaluation, peak memory, and the gain over plain
-float32.
+Each form runs once per round in its own process: a warm-up, then steps (forward, backward, AdamW) of EfficientNetV2-S
+(or another variant) with 1000 outputs, on random bytes in memory, channels last. Prints a Markdown table: images/s of
+training (median of all steps, range of the rounds' medians) and of evaluation, the gain over plain float32, and peak
+memory.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ BATCHES = 4
 
 
 def measure(form: str, variant: str, size: int, batch: int) -> dict[str, Any]:
-    """Return the seconds of each step, of an evaluated batch, and the peak memory in GB of this process."""
+    """Return the seconds of each step and of an evaluated batch, and the peak memory of this process in GB."""
     bf16, fast, allocator = FORMS[form]
     if allocator:
         from effv2.core.processes import tune_allocator
@@ -88,8 +88,8 @@ def measure(form: str, variant: str, size: int, batch: int) -> dict[str, Any]:
 @click.command()
 @click.option("--variant", default="default", show_default=True, help="The architecture.")
 @click.option("--image-size", default=32, show_default=True, help="Side of the images in pixels.")
-@click.option("--batch-size", default=128, show_default=True, help="Images a step.")
-@click.option("--rounds", default=3, show_default=True, help="How often every form is measured.")
+@click.option("--batch-size", default=128, show_default=True, help="Images per step.")
+@click.option("--rounds", default=3, show_default=True, help="Measurements of every form.")
 @click.option("--form", default="", hidden=True)
 def main(variant: str, image_size: int, batch_size: int, rounds: int, form: str) -> None:
     """Measure and print a table."""

@@ -1,11 +1,11 @@
-"""How often verdicts are wrong, and what they cost: studies drawn from normal distributions, judged by effv2's code.
+"""Errors and cost of verdicts: effv2's code judges studies that are drawn from normal distributions.
 
-    python benchmarks/verdicts.py claims    # no effect: claims that are judged after every seed
-    python benchmarks/verdicts.py power     # two arms: how often a difference is found, and with how many seeds
+    python benchmarks/verdicts.py claims    # no effect: claims are judged after every seed
+    python benchmarks/verdicts.py power     # two arms: how often is a difference found, with how many seeds?
     python benchmarks/verdicts.py auto      # --seeds auto: five variants against a baseline, with margins
     python benchmarks/verdicts.py race      # seeds=race: the best of six
-    python benchmarks/verdicts.py splits    # no effect: seeds that are added on the same splits
-    python benchmarks/verdicts.py level     # a level, where three runs in ten take off and the others stay low
+    python benchmarks/verdicts.py splits    # no effect: several splits, planned or growing in number or in seeds
+    python benchmarks/verdicts.py level     # a level: three runs in ten learn, the others stay low
 
 The standard deviation of an arm is 1 unless a line says otherwise.
 """
@@ -28,7 +28,7 @@ from effv2.config.schema import TrainConfig
 from effv2.evidence.answers import answers
 from effv2.evidence.claims import Claims, read_claims
 from effv2.evidence.judge import Judgement, Verdict, judge
-from effv2.evidence.statistics import LEVEL, Estimate, Outcome
+from effv2.evidence.statistics import EVERY_LOOK, LEVEL, Estimate, Looks, Outcome
 from effv2.studies.seeds import ACCURACY, AutoSeeds
 from effv2.tracking.read import RunRecord
 
@@ -38,7 +38,7 @@ T = TypeVar("T")
 
 
 def study(most: int, looks: str) -> RunRecord:
-    """Return the run of a study that stamped its number of seeds before its first run."""
+    """Return the parent run of a study that planned its number of seeds before its first run."""
     params = {"study.kind": "ablate", "study.max_seeds": str(most), "study.looks": looks}
     return RunRecord("study", "study", "FINISHED", params, {}, {}, started=0)
 
@@ -71,9 +71,9 @@ def claims_of(count: int, checks: int) -> Claims:
 
 
 def judged(most: int, looks: str, ratio: float, claims: Claims, seed: int) -> bool:
-    """Draw runs without any effect; say whether a claim is supported or contradicted at any look.
+    """Draw runs without an effect; say whether a claim is supported or contradicted at any look.
 
-    `looks` are after every seed; once, at `most` seeds; or, as advised, at the numbers of seeds that verdicts name.
+    `looks` are after every seed, once at `most` seeds, or at the numbers of seeds that verdicts advise.
     """
     random, parent = np.random.default_rng(seed), study(most, "once" if looks == "once" else "every")
     arms = list(dict.fromkeys(arm for id_ in claims.claims for each in claims.contrasts(id_) for arm in each.arms))
@@ -90,14 +90,14 @@ def judged(most: int, looks: str, ratio: float, claims: Claims, seed: int) -> bo
 
 
 def advised(judgements: Sequence[Judgement], seeds: int, most: int) -> int:
-    """Return the smallest number of seeds that decides by the words of a verdict; all where none is named."""
+    """Return the smallest number of seeds that a verdict names as enough; all if it names none."""
     words = " ".join(finding.lacking for each in judgements for finding in each.findings)
     named = [int(number) for number in re.findall(r"as seen, (\d+) seeds \(", words)]
     return min((number for number in named if number > seeds), default=most)
 
 
 def found(effect: float, ratio: float, seed: int) -> int:
-    """Return with how many of at most 30 seeds a difference is found; 0 if it isn't."""
+    """Return the number of seeds, up to 30, that find a difference; 0 if none is found."""
     random = np.random.default_rng(seed)
     drawn = {"a": effect + ratio * random.standard_normal(MOST), "b": random.standard_normal(MOST)}
     for n in range(FEWEST, MOST + 1):
@@ -108,9 +108,9 @@ def found(effect: float, ratio: float, seed: int) -> int:
 
 
 def automatic(effects: tuple[float, ...], margin: float, race: bool, seed: int) -> tuple[int, bool]:
-    """Return how many runs --seeds auto, or a race, takes, and whether it ever says anything that isn't so.
+    """Return the number of runs of --seeds auto, or of a race, and whether it ever says something wrong.
 
-    Workers end the runs of a round in any order, and ask for more after every few.
+    Workers end the runs of a round in any order, and want more after every few.
     """
     random = np.random.default_rng(seed)
     drawn = {str(k): effect + random.standard_normal(MOST) for k, effect in enumerate((0.0, *effects))}
@@ -138,17 +138,30 @@ def finished(number: int, params: Mapping[str, Any], accuracy: float) -> FrozenT
 
 
 def misjudged(seeds: int, seed: int) -> bool:
-    """Say whether runs of as many seeds decide anything of their true mean, where three in ten take off."""
+    """Say whether runs on this number of seeds decide anything about their true mean, if three in ten learn."""
     random = np.random.default_rng(seed)
     values = np.where(random.random(seeds) < 0.3, 0.4, 0.1) + 0.01 * random.standard_normal(seeds)
     return Estimate(list(values)).p(0.19) < LEVEL
 
 
-def misjudged_on_splits(splits: int, spread: float, seed: int) -> bool:
-    """Say whether any look decides between equal arms, as seeds are added on the same splits of some `spread`."""
+def misjudged_on_splits(how: str, splits: int, seeds: int, spread: float, seed: int) -> bool:
+    """Say whether any look decides between equal arms. Their difference varies by `spread` between splits.
+
+    There is one planned look, a look after each further seed on the same splits, or a look after each further split, as
+    with auto seeds.
+    """
     random = np.random.default_rng(seed)
-    runs = random.normal(0, spread, (splits, 1)) + random.normal(0, 2**0.5, (splits, MOST))  # differences of two arms
-    return any(Estimate(runs[:, :seeds].mean(1).tolist()).p(0) < LEVEL for seeds in range(FEWEST, MOST + 1))
+    of_split = {"a": random.normal(0, spread, (splits, 1)), "b": np.zeros((splits, 1))}
+    drawn = {arm: mean + random.standard_normal((splits, seeds)) for arm, mean in of_split.items()}
+    steps = {"planned": [(splits, seeds)], "more seeds": [(splits, k + 1) for k in range(seeds)]}
+    steps["more splits"] = [(k, seeds) for k in range(FEWEST, splits + 1)]
+    looks = Looks(seeds, once=True, splits=splits) if how == "planned" else EVERY_LOOK
+    for step in steps[how]:
+        pairs = list(product(*map(range, step)))
+        values = {arm: {(f"{s}", f"{k}"): float(each[s, k]) for s, k in pairs} for arm, each in drawn.items()}
+        if answers(values, {"a": "b"}, looks)["a"].outcome in DIFFER:
+            return True
+    return False
 
 
 def drawn(what: Callable[[int], T], count: int) -> list[T]:
@@ -176,10 +189,11 @@ def lines(kind: str, count: int) -> Iterator[str]:
             seeds = drawn(partial(found, effect * 2**0.5, 1.0), count)
             yield f"| {effect:g} | {np.mean(np.array(seeds) > 0):.3f} | {np.mean([n or MOST for n in seeds]):.1f} |"
     elif kind == "splits":
-        yield "| splits | spread between splits, SD of a seed | false verdicts |\n|---|---|---|"
-        for splits, spread in product((3, 5, 10), (0.0, 0.5)):
-            share = np.mean(drawn(partial(misjudged_on_splits, splits, spread), count))
-            yield f"| {splits} | {spread:g} | {share:.3f} |"
+        yield "| looks | splits | seeds on each | spread of splits, SD | false verdicts |\n|---|---|---|---|---|"
+        fixed = [(how, splits, each) for how, each in (("planned", 3), ("more seeds", 10)) for splits in (3, 5, 10)]
+        for (how, splits, each), spread in product([*fixed, ("more splits", MOST, 1)], (0.0, 0.5)):
+            share = np.mean(drawn(partial(misjudged_on_splits, how, splits, each, spread), count))
+            yield f"| {how} | {splits} | {each} | {spread:g} | {share:.3f} |"
     elif kind == "level":
         yield "| runs | false verdicts |\n|---|---|"
         for runs in (3, 5, 6, 8, 10, 15, 20):

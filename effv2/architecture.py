@@ -133,6 +133,8 @@ VARIANTS: dict[str, Table] = PUBLISHED_VARIANTS | {
         " / M 4 3 2 96 192 10 / M 6 3 1 192 224 19 / M 6 3 2 224 384 25 / M 6 3 1 384 640 7"
     ),
 }
+# torchvision's names of the networks of these tables, which have published weights.
+NETWORKS = {"default": "efficientnet_v2_s"} | {name: name for name in ("efficientnet_v2_m", "efficientnet_v2_l")}
 
 
 def build_model(

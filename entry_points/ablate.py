@@ -3,7 +3,7 @@
 import sys
 from pathlib import Path
 
-# This checkout's package, even where the environment was built from another clone.
+# Import the package of this checkout, even if another clone is installed.
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from effv2.cli.main import ablate

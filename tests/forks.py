@@ -1,10 +1,9 @@
-"""Processes for tests that are there at once: forked from one that has imported what takes seconds.
+"""Processes that start at once: a server forks them after it has imported the slow packages.
 
     python -m tests.forks SOCKET MODULE...
 
-imports the modules, starts no thread and computes nothing, and forks a process for each command that comes through the
-socket. Each is real: with a session, folder, environment and output of its own, to be killed as any other. They die
-with whoever asked for them.
+imports the modules and forks a process for each command from the socket. It starts no thread and computes nothing. Each
+process has its own session, folder, environment and output, and can be killed. All die with the client.
 """
 
 from __future__ import annotations
@@ -31,7 +30,7 @@ from pathlib import Path
 from typing import IO, Any
 
 ROOT = Path(__file__).parents[1]
-# What commands of effv2 import, sooner or later.
+# The modules that commands of effv2 import.
 COMMANDS = (
     "effv2.api.console",
     "effv2.cli.main",
@@ -42,14 +41,15 @@ COMMANDS = (
     "sklearn.model_selection",
     "torch.export",
 )
-FORK_SAFE_THREAD = "jemalloc_bg_thd"  # jemalloc, which pyarrow brings along, stops it for a fork
-LOOK_SECONDS = 0.02  # between two looks at which processes have ended
+FORK_SAFE_THREAD = "jemalloc_bg_thd"  # of jemalloc, from pyarrow, which stops it before a fork
+LOOK_SECONDS = 0.02  # between two checks for ended processes
 LONGEST_MESSAGE = 2**17
-LONGEST_REST = 200  # seconds until a process that doesn't end is asked for the stacks of its threads, and killed
+LONGEST_REST = 200  # seconds until a process must have ended; then it prints its stacks and is killed
+LONGEST_LIFE = 270  # the same for its whole life: a test ends after 300 seconds
 
 
 class Forks:
-    """The client of such a process, which starts with it."""
+    """The client: it starts the server."""
 
     def __init__(self, *modules: str) -> None:
         self._socket, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
@@ -58,7 +58,7 @@ class Forks:
             self._process = subprocess.Popen(
                 command,
                 cwd=ROOT,
-                env={**os.environ, "OPENBLAS_NUM_THREADS": "1"},  # which would start threads when it is imported
+                env={**os.environ, "OPENBLAS_NUM_THREADS": "1"},  # otherwise its import starts threads
                 pass_fds=[theirs.fileno()],
                 stdin=subprocess.DEVNULL,
                 start_new_session=True,
@@ -66,7 +66,7 @@ class Forks:
         self._ended: dict[int, int] = {}
 
     def start(self, words: list[str], said: IO[str], output: int, environment: Mapping[str, str]) -> Forked:
-        """Run Python with these words, in this folder; `said` reads what it writes to the file `output`."""
+        """Run Python with these words in this folder. It writes to the file `output`, which `said` reads."""
         command = {"words": words, "folder": str(Path.cwd()), "environment": dict(environment)}
         socket.send_fds(self._socket, [json.dumps(command).encode()], [output])
         while "started" not in (answer := self._receive()):
@@ -74,7 +74,7 @@ class Forks:
         return Forked(self, answer["started"], said)
 
     def ended(self, number: int, timeout: float | None) -> int | None:
-        """Return how a process has ended, as subprocess does, after waiting for so many seconds; None if it lives."""
+        """Wait up to `timeout` seconds; return the exit code as subprocess does, or None if the process lives."""
         while number not in self._ended and select.select([self._socket], [], [], timeout)[0]:
             self._receive()
         return self._ended.get(number)
@@ -85,7 +85,7 @@ class Forks:
 
     def _receive(self) -> dict[str, int]:
         content = self._socket.recv(LONGEST_MESSAGE)
-        assert content, "the process that forks others has ended: see what it said"
+        assert content, "the fork server has ended: see its output"
         answer: dict[str, int] = json.loads(content)
         if "ended" in answer:
             self._ended[answer["ended"]] = answer["code"]
@@ -94,7 +94,7 @@ class Forks:
 
 @cache
 def forks(*modules: str) -> Forks:
-    """Return the one of this process that has imported these modules."""
+    """Return this process's server with these modules."""
     made = Forks(*modules)
     STARTED.append(made)
     return made
@@ -105,7 +105,7 @@ STARTED: list[Forks] = []
 
 @dataclass
 class Forked:
-    """A process that was forked: its number, and what it says (both of its outputs)."""
+    """A forked process. `said` reads its standard output and standard error."""
 
     of: Forks
     pid: int
@@ -121,23 +121,21 @@ class Forked:
         return self.returncode
 
     def until(self, pattern: str) -> str:
-        """Return what it says up to the line in which the pattern is found."""
+        """Return its output up to the first line that matches the pattern."""
         lines = []
         for line in self.said:
             lines.append(line)
             if re.search(pattern, line):
                 return "".join(lines)
-        raise AssertionError(f"it never said {pattern}: {''.join(lines)}")
+        raise AssertionError(f"no line matches {pattern}: {''.join(lines)}")
 
     def rest(self) -> str:
-        """Return what else it says, when it and all that write to the same output have ended."""
+        """Return the rest of its output, once it and its children have ended."""
         stuck: list[int] = []
 
         def show_where() -> None:
             stuck.append(self.pid)
-            self.send_signal(signal.SIGUSR1)
-            time.sleep(1)
-            self.kill()
+            self.show_where()
 
         watch = threading.Timer(LONGEST_REST, show_where)
         watch.start()
@@ -151,12 +149,19 @@ class Forked:
         if self.poll() is None:
             os.kill(self.pid, number)
 
+    def show_where(self) -> None:
+        """Let it write the stacks of its threads, and kill it. May be called in a thread, because it reads nothing."""
+        for number in (signal.SIGUSR1, signal.SIGKILL):
+            with suppress(ProcessLookupError):
+                os.kill(self.pid, number)
+            time.sleep(1)
+
     def kill(self) -> None:
         self.send_signal(signal.SIGKILL)
 
 
 def serve(channel: socket.socket) -> dict[str, Any]:
-    """Fork a process for each command; returns in each of them, with its command, and nowhere else."""
+    """Fork a process for each command. This function returns only in those processes, with the command."""
     running: set[int] = set()
     while True:
         if select.select([channel], [], [], LOOK_SECONDS if running else None)[0]:
@@ -188,7 +193,7 @@ def serve(channel: socket.socket) -> dict[str, Any]:
 
 
 def run(command: dict[str, Any]) -> None:
-    """Do what `python WORDS` does, in this process, which writes the stacks of its threads at SIGUSR1."""
+    """Do in this process what `python WORDS` does. SIGUSR1 prints the stacks of its threads."""
     faulthandler.register(signal.SIGUSR1)
     os.chdir(command["folder"])
     os.environ.clear()
@@ -207,12 +212,12 @@ def run(command: dict[str, Any]) -> None:
 
 
 if __name__ == "__main__":
-    gc.disable()  # what is imported stays
+    gc.disable()  # keep the imports out of garbage collection
     for name in sys.argv[2:]:
         importlib.import_module(name)
     threads = [task for task in Path("/proc/self/task").iterdir() if task.name != str(os.getpid())]
     others = {(task / "comm").read_text().strip() for task in threads} - {FORK_SAFE_THREAD}
     assert not others, f"a process with these threads can't be forked: {others}"
-    gc.freeze()  # shared with those that are forked, which need not look through it
+    gc.freeze()  # forked processes share it, and their garbage collectors skip it
     gc.enable()
     run(serve(socket.socket(fileno=int(sys.argv[1]))))

@@ -1,12 +1,12 @@
-"""What finished runs rest on, recorded: the code that decides results, definition by definition, and a few numbers.
+"""The record of what decides results: digests of the code, definition by definition, and a few numbers.
 
     python -m tests.recorded
 
-records both again. For each version in effv2.core.provenance.VERSIONS whose code changed, its numbers must then be
-equal to those recorded, or the version must have been raised. Additions don't count, nor do comments, docstrings,
+records both again. If the code behind a version in effv2.core.provenance.VERSIONS changed, its numbers must equal the
+recorded ones, or the version must be raised. Additions don't count as changes. Neither do comments, docstrings,
 annotations, the words of exceptions and the names of local variables. The numbers come from small trainings in float32
 on the CPU. They don't cover bfloat16, GPUs, compiled blocks, TrivialAugment, folded batch norms, what a run logs at its
-end, and evaluations of weights: there, equal digests of the code are all that is checked.
+end, and evaluations of weights. For these, only the digests are compared.
 """
 
 from __future__ import annotations
@@ -46,8 +46,8 @@ from effv2.training.progress import Progress
 
 ROOT = Path(__file__).parents[1]
 RECORDED = Path(__file__).with_suffix(".json")
-# The modules behind each version, and which of their definitions, all where none is named. Stage tables are part of a
-# run's configuration; which images there are, and how they are split, is part of the digest of its data.
+# The modules behind each version, and those of their definitions that count (none named: all). The stage table is part
+# of a run's configuration. The images and their split are part of the digest of its data.
 DECIDING: dict[str, dict[str, tuple[str, ...]]] = {
     "decoding": {
         "data/decoder.py": (),
@@ -81,7 +81,7 @@ DECIDING: dict[str, dict[str, tuple[str, ...]]] = {
         "run/records.py": ("write_predictions", "_confusion_figure"),
     },
 }
-# Modules of the rooms above in which nothing decides a result, or nothing that the digest of the data doesn't hold.
+# Modules of the same rooms that decide no result, or only what the digest of the data holds.
 EXEMPT = {
     "data/folders.py",
     "data/labels.py",
@@ -94,7 +94,7 @@ EXEMPT = {
     "training/checkpoint.py",
 }
 Code = dict[str, dict[str, str]]  # version: "file definition": digest
-TOLERANCE = 1e-3  # of losses: processors and releases of torch round differently, and steps enlarge it
+TOLERANCE = 1e-3  # of losses: processors and releases of torch round differently, and each step amplifies it
 
 
 def code(root: Path = ROOT / "effv2") -> Code:
@@ -111,7 +111,7 @@ def code(root: Path = ROOT / "effv2") -> Code:
 
 
 def changed(before: Code, now: Code) -> dict[str, list[str]]:
-    """Return the recorded definitions that are gone or differ, and added statements that are none, by version."""
+    """Return by version the recorded definitions that are gone or differ, and the added statements."""
     differing = {
         version: [name for name in before.get(version, {}) if names.get(name) != before[version][name]]
         + [name for name in names if STATEMENT in name and name not in before.get(version, {})]
@@ -129,7 +129,7 @@ def definitions(source: str) -> dict[str, str]:
 
 
 def _named(body: list[ast.stmt], owner: str) -> Iterator[tuple[str, list[ast.AST]]]:
-    """Yield what stands behind each name; a name that is defined twice comes twice."""
+    """Yield the code behind each name. A name that is defined twice comes twice."""
     for node in body:
         if isinstance(node, ast.ClassDef):
             yield f"{owner}{node.name}", [*node.bases, *node.keywords, *node.decorator_list, _order(node)]
@@ -151,11 +151,11 @@ def _named(body: list[ast.stmt], owner: str) -> Iterator[tuple[str, list[ast.AST
             yield f"{STATEMENT}{owner} {ast.unparse(node)}", [node]
 
 
-STATEMENT = "statement "  # begins the name of what defines nothing, which can't be added without a word
+STATEMENT = "statement "  # begins the key of a statement that defines no name; an added one counts as a change
 
 
 def _names(node: ast.Assign | ast.AnnAssign) -> list[str]:
-    """Return the names that an assignment defines; none where it assigns to anything else, as an attribute."""
+    """Return the names that an assignment defines; none if a target is something else, such as an attribute."""
     targets = node.targets if isinstance(node, ast.Assign) else [node.target]
     flat = [part for each in targets for part in (each.elts if isinstance(each, ast.Tuple) else [each])]
     names = [each.id for each in flat if isinstance(each, ast.Name)]
@@ -163,7 +163,7 @@ def _names(node: ast.Assign | ast.AnnAssign) -> list[str]:
 
 
 def _order(node: ast.ClassDef) -> ast.AST:
-    """Return the fields and special methods of a class in order, of one with bases all members: those may override."""
+    """Return the fields and special methods of a class in order; all members if it has bases to override."""
     names = [
         each.name if isinstance(each, ast.FunctionDef) else ast.unparse(each.target)
         for each in node.body
@@ -178,7 +178,7 @@ def _for_types(node: ast.stmt) -> bool:
 
 
 def _written(node: Any) -> str:
-    """Write a tree without what is empty, so that releases of Python with more kinds of fields write the same."""
+    """Write a tree without empty fields, so that releases of Python with more fields write the same."""
     if isinstance(node, list):
         return f"[{' '.join(map(_written, node))}]"
     if not isinstance(node, ast.AST):
@@ -188,7 +188,7 @@ def _written(node: Any) -> str:
 
 
 class _Canonical(ast.NodeTransformer):
-    """Leaves what decides a result: no docstring, annotation, or words of an exception; local names by their order."""
+    """Removes docstrings, annotations and the words of exceptions, and numbers local names."""
 
     def __init__(self) -> None:
         self._locals: dict[str, str] = {}
@@ -234,7 +234,7 @@ class _Canonical(ast.NodeTransformer):
 
 
 def _local_names(function: ast.AST) -> list[str]:
-    """Return variables and inner functions in the order of their appearance; not parameters, which callers may name."""
+    """Return variables and inner functions in order of appearance, without parameters: callers may name those."""
     names: dict[str, None] = {}
     shared: set[str] = set()
     for node in ast.walk(function):
@@ -251,7 +251,7 @@ def _local_names(function: ast.AST) -> list[str]:
     return [name for name in names if name not in shared]
 
 
-# Which versions a number depends on: it may differ where one of them was raised. Splits have their own digest.
+# The versions that each number depends on. If one is raised, the number may differ. Splits have their own digest.
 TRAINED = ("network", "batches", "training", "execution")
 DEPENDS = {
     **dict.fromkeys(("square", "square of 16 bits", "centre crop"), ("decoding",)),
@@ -264,12 +264,12 @@ DEPENDS = {
 
 
 def numbers() -> dict[str, Any]:
-    """Return what a few small computations give: digests, which are exact anywhere, and losses."""
+    """Return the results of small computations: digests, which are exact on every machine, and losses."""
     return {**_exact(), **_losses()}
 
 
 def defaults() -> dict[str, Any]:
-    """Return the defaults of the settings that identities leave out at their default: these must stay."""
+    """Return the defaults of the settings that an identity omits at their default. They must not change."""
     return {name: value for name, value in TrainConfig().flat().items() if name not in FIRST_FIELDS | NO_IDENTITY}
 
 
@@ -311,7 +311,7 @@ def _exact() -> dict[str, str]:
 
 
 def _rates(accuracies: list[float]) -> list[int]:
-    """Return the exponent of ten of the rate after each epoch, under plateau with a patience of one."""
+    """Return log10 of the learning rate after each epoch, under plateau with a patience of one."""
     optimiser = torch.optim.SGD([torch.zeros(1)], lr=1.0)
     schedule = Schedule(ScheduleConfig(name="plateau", plateau_patience=1), optimiser, 1)
     rates = []
@@ -322,7 +322,7 @@ def _rates(accuracies: list[float]) -> list[int]:
 
 
 def _stop(accuracies: list[float], since: Any) -> int:
-    """Return the epoch with which a training with these accuracies stops."""
+    """Return the epoch after which a training with these accuracies stops."""
     progress, rule = Progress(), StoppingConfig(min_epochs=3, patience=2, best_since=since)
     for progress.epoch, accuracy in enumerate(accuracies, 1):
         progress.history.append({"test/accuracy": accuracy})
@@ -336,7 +336,7 @@ def _digest(array: np.ndarray[Any, Any]) -> str:
 
 
 def _losses() -> dict[str, list[float]]:
-    """Return the losses of short trainings on random images, each with its own optimiser, schedule and settings."""
+    """Return the losses of short trainings on random images with several optimisers, schedules and settings."""
     table = "F 1 3 1 8 8 1 / F 2 3 2 8 16 1 / M 4 3 2 16 24 2"
     shared = {"data": {"image_size": 16}, "execution": {"device": "cpu", "precision": "fp32"}}
     trainings: Mapping[str, dict[str, Any]] = {
@@ -384,7 +384,7 @@ def _random_images() -> Dataset:
 
 
 def differing(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
-    """Return the recorded numbers that are no longer what they were, or are missing."""
+    """Return the recorded numbers that differ now or are missing."""
 
     def same(old: Any, new: Any) -> bool:
         if isinstance(old, str):
@@ -395,7 +395,7 @@ def differing(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
 
 
 def refusals(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
-    """Say why what is now can't be recorded: results that differ, or may, without a version that says so."""
+    """Say why the current state can't be recorded: results differ, or may differ, and no version was raised."""
     old, new = before["versions"], now["versions"]
     raised = {version for version in new if new[version] > old.get(version, 0)}
     said = [
@@ -421,7 +421,7 @@ def refusals(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
 
 
 def main() -> None:
-    """Record again, unless results differ without a version that says so; losses that are equal stay as they were."""
+    """Record again, unless results differ and no version was raised. Equal losses stay as recorded."""
     now: dict[str, Any] = {"versions": VERSIONS, "defaults": defaults(), "code": code(), "numbers": numbers()}
     before: dict[str, Any] = json.loads(RECORDED.read_text()) if RECORDED.exists() else now
     if said := refusals(before, now):

@@ -1,9 +1,9 @@
-"""The parts of the documentation that follow from the code: reference tables, and the tables of the protocols.
+"""The parts of the documentation that the code generates: reference tables, and the tables of the protocols.
 
     python -m tests.reference
 
-fills in what is between `<!-- NAME -->` and `<!-- end -->` on every page in docs/. NAME is a key of BLOCKS, or the name
-of a study, whose settings are then listed with their sources.
+fills in the text between `<!-- NAME -->` and `<!-- end -->` on every page in docs/. NAME is a key of BLOCKS or the name
+of a study. For a study, the text is a table of its settings with their sources.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from tests.conftest import ROOT
 
 DOCS = ROOT / "docs"
 BLOCK = re.compile(r"<!-- ([\w-]+) -->\n.*?<!-- end -->", re.DOTALL)
-EVALUATION = "evaluate-pretrained"  # whose settings are its own
+EVALUATION = "evaluate-pretrained"  # it has settings of its own
 SIGNS = {"ge": "≥", "gt": ">", "le": "≤", "lt": "<"}
 
 STUDY_KEYS = {
@@ -125,7 +125,7 @@ def rows(titles: str, lines: Sequence[tuple[str, ...]]) -> str:
 
 
 def all_commands() -> dict[str, click.Command]:
-    """Return the commands by their full names, those of groups included."""
+    """Return all commands by their full names, including those of groups."""
     found: dict[str, click.Command] = {}
     for name, command in main.commands.items():
         if isinstance(command, click.Group):
@@ -149,12 +149,15 @@ def commands() -> str:
         text = "\n\n".join(" ".join(part.split()) for part in (command.help or "").split("\n\n"))
         names = ", ".join(f"`{each.opts[0]}`" for each in options_of(command))
         usage = " ".join(["effv2", name, "[OPTIONS]", *words])
-        parts.append(f"### {name}\n\n```text\n{usage}\n```\n\n{text}\n\nOptions: {names}.{own_defaults(command)}")
+        parts.append(
+            f"### {name}\n\n```text\n{usage}\n```\n\n{text}"
+            + (f"\n\nOptions: {names}.{own_defaults(command)}" if names else "")
+        )
     return "\n\n".join(parts)
 
 
 def own_defaults(command: click.Command) -> str:
-    """Return in words the defaults of a command that differ from those of the settings."""
+    """Return a sentence on the defaults of a command that differ from those of the settings."""
     found = {
         each.opts[0]: re.search(r"default: ([^;\]]*)", each.help or "")
         for each in options_of(command)
@@ -167,7 +170,7 @@ def own_defaults(command: click.Command) -> str:
 
 
 def options() -> str:
-    """Return the options that give no setting, and those of an evaluation, with the commands that take them."""
+    """Return the options without a setting, and those of evaluations, with the commands that take them."""
     found: dict[tuple[str, str], list[str]] = {}
     for name, command in all_commands().items():
         for each in options_of(command):
@@ -193,7 +196,7 @@ def option_names() -> dict[str, str]:
 
 
 def default_of(setting: str) -> str:
-    """Return the default of a setting as commands show it."""
+    """Return the default of a setting as the commands show it."""
     default = field_of(setting).default
     return f"{default:g}" if isinstance(default, float) else str(default).lower()
 
@@ -251,17 +254,17 @@ def studies() -> str:
 
 
 def variants() -> str:
-    """Return the named architectures with their parameters, and their arithmetic at 32x32 for ten classes."""
+    """Return the named architectures with their parameters, and their FLOPs at 32x32 for ten classes."""
     lines = []
     for name, table in VARIANTS.items():
-        with torch.device("meta"):  # no memory is needed to count
+        with torch.device("meta"):  # counting needs no memory
             parameters = count_parameters(build_model(table, 10))
         lines.append((f"`{name}`", f"`{table}`", f"{parameters / 1e6:.1f} M", f"{count_gflops(table, 10, 32):.3f}"))
     return rows("variant, stages, parameters, GFLOPs at 32x32", lines)
 
 
 def claims() -> str:
-    """Return the published claims with the commands whose runs they are about, and what those need first."""
+    """Return the published claims with the commands whose runs they use, and what to prepare first."""
     known, lines = read_claims(), []
     for id_, claim in known.claims.items():
         protocols = [known.protocols[name] for name in dict.fromkeys(each.protocol for each in known.contrasts(id_))]
@@ -301,7 +304,7 @@ BLOCKS: dict[str, Callable[[], str]] = {
 
 
 def keys_of(group: type[Group]) -> set[str]:
-    """Return the keys that a file may hold for a group."""
+    """Return the keys that a file may give for a group."""
     return {field.alias or name for name, field in group.model_fields.items()}
 
 
@@ -309,7 +312,7 @@ KEYS = ((STUDY_KEYS, Study), (SEARCH_KEYS, SearchFile))
 
 
 def filled(page: str) -> str:
-    """Return the page with its generated parts as the code has them."""
+    """Return the page with its generated parts up to date."""
     return BLOCK.sub(lambda found: f"<!-- {found[1]} -->\n\n{block(found[1])}\n\n<!-- end -->", page)
 
 
@@ -319,7 +322,7 @@ def block(name: str) -> str:
 
 
 def pages() -> list[Path]:
-    """Return the hand-written pages: those in docs/ except the results, which are written with their runs."""
+    """Return the hand-written pages: those in docs/ except the results."""
     return sorted(path for path in DOCS.rglob("*.md") if DOCS / "results" not in path.parents)
 
 

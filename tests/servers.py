@@ -1,4 +1,4 @@
-"""Real MLflow servers for the tests, which are killed and started again, and one between that fails now and then."""
+"""Real servers for the tests, which kill and restart them, and a proxy that fails now and then."""
 
 from __future__ import annotations
 
@@ -7,6 +7,8 @@ import http.server
 import os
 import random
 import socket
+import subprocess
+import tempfile
 import threading
 import time
 from collections import Counter
@@ -34,9 +36,9 @@ def free_port() -> int:
 
 
 class Server:
-    """An MLflow server on a port of its own, its runs in the database `store`, its artifacts in `folder`.
+    """An MLflow server on a free port, with its runs in the database `store` and its artifacts in `folder`.
 
-    It is what `mlflow server --workers 1` runs: uvicorn, told by variables what to serve.
+    Like `mlflow server --workers 1`, it runs uvicorn, configured by environment variables.
     """
 
     def __init__(self, store: str, folder: Path) -> None:
@@ -68,7 +70,7 @@ class Server:
 
 
 class Failing(http.server.ThreadingHTTPServer):
-    """Passes requests on to a server, and fails in a share of them, in every way in turn that networks know."""
+    """A proxy that fails in a share of the requests, with each kind of network fault in turn."""
 
     FAULTS = ("drop", "delay", "lost", "502", "500", "503", "429", "cut")
     daemon_threads = True
@@ -130,3 +132,30 @@ class Passing(http.server.BaseHTTPRequestHandler):
 
     def log_message(self, *_: object) -> None:
         """Say nothing."""
+
+
+class Cluster:
+    """A PostgreSQL server on a free port."""
+
+    def __init__(self, programs: Path, folder: Path, user: str | None, port: int) -> None:
+        self.programs, self.folder, self.user, self.port = programs, folder, user, port
+
+    def run(self, program: str, *words: str) -> None:
+        # Write to a file: a server that inherits a pipe would keep it open.
+        with Path(tempfile.gettempdir(), f"{self.folder.name}.log").open("ab") as log:
+            command = [str(self.programs / program), *words]
+            subprocess.run(command, check=True, stdout=log, stderr=log, user=self.user, cwd=self.folder, timeout=60)
+
+    def start(self) -> None:
+        options = f"-p {self.port} -k {self.folder} -c listen_addresses=127.0.0.1 -c fsync=off"
+        self.run("pg_ctl", "-D", str(self.folder / "data"), "-w", "-o", options, "start")
+
+    def crash(self) -> None:
+        """Kill every process of the server at once and restart it, as after a power failure."""
+        self.run("pg_ctl", "-D", str(self.folder / "data"), "-m", "immediate", "stop")
+        time.sleep(1)
+        self.start()
+
+    def database(self, name: str) -> str:
+        self.run("createdb", "-h", "127.0.0.1", "-p", str(self.port), "-U", "effv2", name)
+        return f"postgresql://effv2@127.0.0.1:{self.port}/{name}"

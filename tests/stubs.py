@@ -13,7 +13,7 @@ from effv2.config import options as o
 from tests.conftest import ROOT
 
 STUB = ROOT / "effv2" / "__init__.pyi"
-WIDTH = 110  # characters of the lines of fields
+WIDTH = 110  # most characters in a line of fields
 HEAD = """# Types of the Python API, written from the options by: python -m tests.stubs
 # fmt: off
 # ruff: noqa: E702
@@ -55,14 +55,14 @@ def kind_of(name: str, field: FieldInfo) -> str:
 
 
 def listed(head: str, fields: Iterable[str]) -> str:
-    """Return a class of fields, as many in a line as fit."""
-    words = "; ".join(field.replace(" ", "\0") for field in fields)  # so that a field is not broken
+    """Return a class with as many fields per line as fit."""
+    words = "; ".join(field.replace(" ", "\0") for field in fields)  # keep each field in one line
     lines = [f"    {line.rstrip(';')}" for line in wrap(words, WIDTH, break_long_words=False)]
     return "\n".join([f"class {head}, total=False):", *lines]).replace("\0", " ")
 
 
 def stub() -> str:
-    """Return the text of the stub: the options that commands share in classes, the others in one of each command."""
+    """Return the text of the stub: classes of shared options, and a class of the others for each command."""
     shared, own = dict[str, str](), list[str]()
     for call in CALLS:
         name, fields = call.function.__name__, call.taken.fields
@@ -81,7 +81,7 @@ def stub() -> str:
 
 
 def is_current() -> bool:
-    """Say whether the file is what the options give."""
+    """Say whether the file is up to date with the options."""
     return STUB.read_text() == stub()
 
 

@@ -22,7 +22,7 @@ from effv2.evidence.statistics import power
 from effv2.studies.grid import make_grid
 from effv2.tracking.read import BEST_TEST, LAST_TEST, SELECTED_TEST, Images, RunRecord
 from effv2.tracking.studies import arm_in
-from tests.test_evidence import ABOVE, claims_of, nothing, results, study, two_arms
+from tests.simulated import ABOVE, claims_of, nothing, results, study, two_arms
 
 ARMS = "{a: {model.variant: a}, b: {model.variant: b}}"
 CLOSE = {"a": [0.52, 0.53, 0.525], "b": [0.50, 0.51, 0.505]}
@@ -35,7 +35,7 @@ def findings(tmp_path: Path, claims: str, runs: Sequence[RunRecord]) -> dict[str
 
 
 def test_seeds_pair_runs_only_where_a_claim_says_so(tmp_path: Path) -> None:
-    luck = [0.0, 0.3, -0.2, 0.1, -0.1]  # of a seed, which both arms share
+    luck = [0.0, 0.3, -0.2, 0.1, -0.1]  # of a seed: both arms share it
     runs = study({"a": [0.5 + x + 0.02 + x / 100 for x in luck], "b": [0.5 + x for x in luck]})
     claims = two_arms(tmp_path, ABOVE)
     paired = {name: each.model_copy(update={"paired": True}) for name, each in claims.protocols.items()}
@@ -59,7 +59,7 @@ def test_a_family_of_a_published_name_is_ones_own(tmp_path: Path) -> None:
     assert found.tests == 1 and found.corrected == found.p
 
 
-def test_the_last_epoch_stands_beside_the_best_one(tmp_path: Path) -> None:
+def test_the_last_epoch_is_shown_next_to_the_best_one(tmp_path: Path) -> None:
     check = f"{{kind: difference, metric: {BEST_TEST}, arm: a, against: b}}"
     runs = study({"a": [0.90, 0.91, 0.92], "b": [0.51, 0.50, 0.52]})
     runs = [replace(each, metrics={BEST_TEST: (x := each.metrics[SELECTED_TEST]), LAST_TEST: x - 0.1}) for each in runs]

@@ -1,4 +1,4 @@
-"""The Python API: what the commands do, with values of Python's, and what comes back."""
+"""The Python API: its functions do what the commands do, and return objects."""
 
 from __future__ import annotations
 
@@ -23,8 +23,7 @@ from effv2.core.reporter import LineReporter
 from effv2.data.images import Square
 from effv2.tracking.writer import model_address
 from tests import stubs
-from tests.conftest import TINY_STUDY, TINY_TABLE
-from tests.test_commands import all_runs, invoke
+from tests.conftest import TINY_STUDY, TINY_TABLE, all_runs, invoke
 
 TINY: dict[str, Any] = {
     "image_size": 8,
@@ -103,10 +102,10 @@ def test_a_model_answers_as_its_training_measured(sqlite_store: str, tmp_path: P
     with pytest.raises(MlflowException, match="it is not base64 or a Path"):
         served.predict(["gone.png"])
     assert isinstance(model.preparation, Square) and model.classes == tuple("0123456789")
-    one.sum().backward()  # it can be trained on
+    one.sum().backward()  # it can be trained further
     assert ended.metrics["best/test_accuracy"] == ended.runs["best/test_accuracy"][0] and not len(ended.verdicts)
     assert effv2.train(**TINY).was_finished and len(all_runs()) == 1
-    # A command of the same settings is the same run.
+    # A command with the same settings gives the same run.
     words = [
         word
         for name in ("image-size", "epochs", "device", "precision")
@@ -137,9 +136,7 @@ def test_wrong_input_is_an_error_with_its_parts(
         effv2.train(epoch=3)  # type: ignore[call-arg]
 
 
-def test_a_call_prints_what_must_be_known_and_more_where_it_is_asked_to(
-    sqlite_store: str, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_call_prints_little_unless_verbose(sqlite_store: str, capsys: pytest.CaptureFixture[str]) -> None:
     for reporter, epochs in ((None, 0), (LineReporter(), 1)):
         effv2.train(**TINY, fresh=True, reporter=reporter)
         said = capsys.readouterr().err

@@ -1,4 +1,4 @@
-"""Tables are data with laws, and the network is torchvision's."""
+"""Stage tables: their notation, their functions, and the network that torchvision builds from them."""
 
 from __future__ import annotations
 
@@ -63,7 +63,7 @@ def test_table_functions_change_only_what_they_name(table: Table) -> None:
     assert scale_width(scale_depth(table, 1), 1) == table
     assert [s.layers for s in halve_layers(table).stages] == [max(1, s.layers // 2) for s in table.stages]
     for scaled in (scale_depth(table, 0.1), scale_width(table, 0.5), halve_layers(table)):
-        assert parse_table(str(scaled)) == scaled  # channels still meet, every number in bounds
+        assert parse_table(str(scaled)) == scaled  # its stages fit together, within the bounds
 
 
 @given(tables(), st.floats(0.05, 3))

@@ -1,4 +1,4 @@
-"""Augmentation draws separately for each sample, and preserves what it must preserve."""
+"""Augmentation: each sample is drawn separately, and what must not change is preserved."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from effv2.data.rand_augment import CHANGES, _warped, rand_augment
 
 
 def gradient_images(count: int = 16, size: int = 8) -> torch.Tensor:
-    """Return equal images whose pixels are all different, so that any move shows."""
+    """Return equal images whose pixels all differ, so that every shift is visible."""
     image = torch.arange(3 * size * size, dtype=torch.uint8).view(1, size, size, 3)
     return image.expand(count, -1, -1, -1).contiguous().permute(0, 3, 1, 2)
 
@@ -45,7 +45,7 @@ def distinct(images: torch.Tensor) -> int:
     ],
     ids=lambda options: next(iter(options)),
 )
-def test_each_sample_is_drawn_apart_and_repeatably(options: dict[str, object]) -> None:
+def test_each_sample_is_drawn_separately_and_repeatably(options: dict[str, object]) -> None:
     config = AugmentConfig.model_validate(options)
     images = gradient_images()
     torch.manual_seed(0)
@@ -54,7 +54,7 @@ def test_each_sample_is_drawn_apart_and_repeatably(options: dict[str, object]) -
     assert torch.equal(first, augment(images, config))
     assert distinct(first) > 1
     assert first.shape == images.shape and first.dtype == torch.uint8
-    assert torch.equal(images, gradient_images())  # the cache is not written to
+    assert torch.equal(images, gradient_images())  # the cache is unchanged
 
 
 @settings(max_examples=20)
@@ -68,7 +68,7 @@ def test_crop_shows_a_window_of_the_reflected_image(padding: int, seed: int) -> 
     assert any(torch.equal(cropped[0], window) for window in windows)
 
 
-def test_flip_mirrors_some_and_leaves_some() -> None:
+def test_flip_mirrors_some_images() -> None:
     images = gradient_images(64)
     flipped = random_flip(images)
     mirrored = [torch.equal(after, before.flip(2)) for before, after in zip(images, flipped, strict=True)]
@@ -77,11 +77,11 @@ def test_flip_mirrors_some_and_leaves_some() -> None:
 
 
 def test_resized_crop_shows_a_part_in_its_place() -> None:
-    ramp = torch.arange(0, 256, 4, dtype=torch.uint8).expand(256, 3, 64, 64)  # grows from left to right
+    ramp = torch.arange(0, 256, 4, dtype=torch.uint8).expand(256, 3, 64, 64)  # the values grow from left to right
     torch.manual_seed(0)
     shown = random_resized_crop(ramp, 0.25).float()
     left, right = shown[:, :, 32, 0].mean(1), shown[:, :, 32, -1].mean(1)
-    width = (right - left) / 252  # of the window, as a share
+    width = (right - left) / 252  # as a share of the image
     assert 0.4 < width.min() < 0.5 and 0.95 < width.max() <= 1.01
     assert left.min() < 10 and left.max() > 90
     assert torch.equal(random_resized_crop(ramp, 1.0)[0, 0, 0].float().diff() >= 0, torch.ones(63, dtype=torch.bool))
@@ -113,7 +113,7 @@ def test_erasing_removes_a_share_within_its_bounds() -> None:
 @settings(max_examples=30)
 @given(st.sampled_from([(0.4, 0.0), (0.0, 1.0), (0.3, 0.3)]), st.integers(0, 1000))
 def test_mixing_keeps_pixels_and_targets_in_step(alphas: tuple[float, float], seed: int) -> None:
-    """With images that are constant in their class, the mean of a mixed image tells its mixed target."""
+    """Each class has images of one value, so the mean of a mixed image gives its mixed target."""
     torch.manual_seed(seed)
     labels = torch.arange(16) % 2
     inputs = labels.float().view(-1, 1, 1, 1).expand(-1, 3, 8, 8)
@@ -130,7 +130,7 @@ def test_smoothed_targets_are_torchs() -> None:
 
 def test_cutmix_shares_have_the_bits_that_finished_runs_had() -> None:
     torch.manual_seed(0)
-    count, side = 32, 28  # 784 pixels: no power of two, so that 1 - inside and outside differ in their last bits
+    count, side = 32, 28  # 784 is no power of two, so 1 - inside and outside differ in their last bits
     inputs = torch.arange(count).float()[:, None, None, None].expand(-1, 3, side, side)
     mixed, targets = mix_samples(inputs, torch.eye(count), AugmentConfig(cutmix=1.0))
     inside = (mixed[:, 0] != inputs[:, 0]).flatten(1).float()

@@ -1,4 +1,4 @@
-"""Generated bad inputs: each is one sentence or harmless, never a traceback, a hang, an open run or a stray file."""
+"""Generated bad inputs: each gives one sentence or is harmless. None gives a traceback, a hang, a run or a file."""
 
 from __future__ import annotations
 
@@ -36,12 +36,12 @@ generated = settings(max_examples=250, derandomize=True, suppress_health_check=[
 
 
 class Reached(RunError):
-    """The input was good after all: training would begin."""
+    """The input was valid: training would begin."""
 
 
 @pytest.fixture
 def no_training(sqlite_store: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Stop where training would begin."""
+    """Raise an exception where training would begin."""
     from effv2.run import run
     from effv2.studies import engine
 
@@ -57,7 +57,7 @@ def files(folder: Path) -> set[str]:
 
 
 def check(command: Any, words: list[str], folder: Path) -> None:
-    """Check that a command leaves with one sentence, and leaves nothing."""
+    """Check that a command ends with one sentence and creates nothing."""
     before = files(folder)
     result = CliRunner().invoke(command, words, catch_exceptions=False)
     assert result.exit_code in (1, 2), result.output
@@ -77,7 +77,7 @@ def test_values_of_options(no_training: None, tmp_path: Path, values: dict[str, 
 
 @st.composite
 def damaged(draw: st.DrawFn, whole: bytes) -> bytes:
-    """Draw a text or file with pieces cut out, repeated, overwritten."""
+    """Draw a damaged copy: pieces are cut out, inserted or overwritten."""
     content = bytearray(whole)
     for _ in range(draw(st.integers(1, 4))):
         at, length = draw(st.integers(0, len(content))), draw(st.integers(0, 30))
@@ -103,7 +103,7 @@ def image_bytes(kind: str) -> bytes:
 
 @pytest.fixture(scope="module")
 def tree(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Return a set of two classes, each with a place for a damaged image."""
+    """Return a set of two classes with four images each."""
     root = tmp_path_factory.mktemp("set")
     for label in ("a", "b"):
         (root / label).mkdir()
@@ -142,7 +142,7 @@ def own_source(**changes: Any) -> Source:
         (lambda: own_source(items=np.zeros((4, 8, 8))), "paths or bytes"),
     ],
 )
-def test_a_data_set_of_a_newcomer_that_errs_is_named(
+def test_a_faulty_data_set_of_the_user_is_named(
     monkeypatch: pytest.MonkeyPatch, made: Callable[[], Any], said: str
 ) -> None:
     monkeypatch.setitem(DATASETS._functions, "mine", lambda config: made())
@@ -153,7 +153,7 @@ def test_a_data_set_of_a_newcomer_that_errs_is_named(
 
 
 @pytest.mark.parametrize("measure", [lambda found: found.nothing, lambda found: None, lambda found: found.logits])
-def test_a_metric_of_a_newcomer_that_errs_is_named(monkeypatch: pytest.MonkeyPatch, measure: Any) -> None:
+def test_a_faulty_metric_of_the_user_is_named(monkeypatch: pytest.MonkeyPatch, measure: Any) -> None:
     monkeypatch.setitem(EPOCH_METRICS, "mine", measure)
     with pytest.raises(RunError, match=r"The metric 'mine' of EPOCH_METRICS failed \(\w+: .*\); correct it\."):
         epoch_metrics(Evaluation(0.5, 0.5, torch.zeros(2, 3), torch.zeros(2)))

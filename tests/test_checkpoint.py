@@ -1,4 +1,4 @@
-"""Checkpoints: whole or absent, verified, as seldom as they must be."""
+"""Checkpoints: complete or absent, verified, and written as seldom as possible."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ IDENTITY = {"config_hash": "a", "data_digest": "b", "code_version": "c"}
 
 
 class State:
-    """As much of a training's state as a checkpoint asks for."""
+    """The part of a training's state that a checkpoint needs."""
 
     def __init__(self, step: int) -> None:
         self.progress = Progress(step=step)
@@ -58,7 +58,7 @@ def test_the_last_two_are_kept_and_the_newest_is_read(checkpoints: Checkpointer)
 
 @settings(suppress_health_check=[HealthCheck.function_scoped_fixture], max_examples=60)
 @given(data=st.data())
-def test_what_is_damaged_is_never_read(checkpoints: Checkpointer, data: st.DataObject) -> None:
+def test_damaged_checkpoints_are_never_read(checkpoints: Checkpointer, data: st.DataObject) -> None:
     newest = max(checkpoints.folder.iterdir(), key=lambda path: int(path.name.split("-")[1]))
     whole = newest.read_bytes()
     content = bytearray(whole)
@@ -96,10 +96,8 @@ def test_a_new_checkpoint_outlives_damaged_ones_of_later_steps(checkpoints: Chec
     assert found is not None and found["step"] == 5 and len(list(checkpoints.folder.iterdir())) == 1
 
 
-def test_a_disk_that_is_full_costs_no_checkpoint_and_is_told_once(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """As a write that fails half-way; on a real full disk torch's writer raises a RuntimeError."""
+def test_a_full_disk_costs_no_checkpoint_and_is_reported_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The write fails half-way. On a full disk, torch's writer raises a RuntimeError."""
     whole = torch.save
 
     def fails(content: Any, file: Any) -> None:

@@ -1,4 +1,4 @@
-"""The hash names a configuration, and nothing else."""
+"""The hash identifies a configuration and nothing else."""
 
 from __future__ import annotations
 
@@ -32,14 +32,14 @@ def test_hashes_are_equal_exactly_when_the_values_are(case: tuple[str, Any, Any]
     assert (changed(name, first).hash() == changed(name, second).hash()) == (first == second)
 
 
-def test_hash_survives_the_way_a_number_was_written() -> None:
+def test_hash_ignores_how_a_number_is_written() -> None:
     assert changed("optimiser.lr", "1e-4").hash() == changed("optimiser.lr", 0.0001).hash()
     table = "F 1 3 1 8 8 1  /  M 2 3 2 8 16 1"
     hashes = {tiny_config(model={"table": text}).hash() for text in (table, " ".join(table.split()))}
     assert len(hashes) == 1
 
 
-def test_hash_ignores_where_the_data_lies() -> None:
+def test_hash_ignores_the_folder_of_the_data() -> None:
     assert tiny_config(data={"dir": "/a"}).hash() == tiny_config(data={"dir": "/b", "download": True}).hash()
 
 
@@ -47,4 +47,4 @@ def test_flat_holds_every_field_once() -> None:
     flat = TrainConfig().flat()
     assert flat["optimiser.lr"] == 1e-3 and flat["random.seed"] == 0
     assert not any(isinstance(value, float) and not math.isfinite(value) for value in flat.values())
-    assert all("." in name for name in flat)  # never a name that `mlflow run` logs itself
+    assert all("." in name for name in flat)  # so that no name collides with one that `mlflow run` logs

@@ -1,4 +1,4 @@
-"""What holds on a GPU too: the same network, the loop, exact resumption, whole runs. Skipped where there is none."""
+"""A GPU: the same network outputs, the loop, exact resumption, whole runs. Skipped without a GPU."""
 
 from __future__ import annotations
 
@@ -21,12 +21,12 @@ from tests.test_training import EVERYTHING, equal, numbers, saved_after, start
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU that torch sees")
 
 ON_CUDA: dict[str, Any] = {**EVERYTHING, "execution": {"device": "cuda", "precision": "fp32"}}
-# So long that both shapes of a batch, the last of an epoch being smaller, are captured before the end.
+# Enough steps to capture both batch shapes. The last batch of an epoch is smaller.
 LONG: dict[str, Any] = {**ON_CUDA, "schedule": {"epochs": 8, "name": "cosine"}, "evaluation": {}}
 
 
 @pytest.mark.parametrize("bf16", [False, True])
-def test_network_computes_what_it_computes_on_the_cpu(bf16: bool) -> None:
+def test_the_network_gives_the_outputs_of_the_cpu(bf16: bool) -> None:
     torch.manual_seed(0)
     plain = build_model(VARIANTS["default"], 10)
     inputs = torch.rand(16, 3, 32, 32)
@@ -49,7 +49,7 @@ def test_training_follows_that_of_the_cpu() -> None:
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
-def test_graphed_steps_are_the_eager_ones_and_evaluation_is_up_to_rounding(precision: str) -> None:
+def test_graphed_steps_equal_eager_ones_and_evaluation_up_to_rounding(precision: str) -> None:
     config = tiny_config(**{**LONG, "execution": {"device": "cuda", "precision": precision}})
     dataset, state, training = start(config)
     graphed = numbers(list(training))
@@ -67,7 +67,7 @@ def test_state_saved_after_a_step_is_resumed_exactly() -> None:
     _, whole, training = start(config)
     expected = numbers(list(training))
     _, second, training = start(config)
-    second.load_state_dict(saved_after(config, whole.progress.step // 2 + 2))  # within an epoch
+    second.load_state_dict(saved_after(config, whole.progress.step // 2 + 2))  # in the middle of an epoch
     list(training)
     assert numbers(second.progress.history) == expected
     assert equal(whole.model.state_dict(), second.model.state_dict())

@@ -1,4 +1,4 @@
-"""The documentation: short and plain, up to date with the code, with links that resolve and examples that are valid."""
+"""The documentation: short, plain and up to date, with valid links and examples."""
 
 from __future__ import annotations
 
@@ -32,7 +32,8 @@ from tests.conftest import ROOT, TINY_TABLE
 README = ROOT / "README.md"
 PAGES = [README, *reference.pages()]
 RESULTS, POST = (reference.DOCS / "results" / name for name in ("README.md", "the-post.md"))
-SOURCES = sorted([*ROOT.glob("effv2/*/**/*.py"), *ROOT.glob("sweeps/*.yaml"), *ROOT.glob("effv2/**/claims.yaml")])
+CODE = [path for place in ("effv2", "tests", "benchmarks", "entry_points") for path in ROOT.glob(f"{place}/**/*.py")]
+SOURCES = sorted({*CODE, *ROOT.glob("sweeps/*.yaml"), *ROOT.glob("effv2/**/claims.yaml")} - {Path(__file__)})
 SPOKEN = {tokenize.COMMENT, tokenize.STRING, getattr(tokenize, "FSTRING_MIDDLE", tokenize.STRING)}  # since Python 3.12
 LINKED = [*PAGES, *(reference.DOCS / "results").glob("*.md")]
 MOST_LINES, MOST_WORDS, LONGEST_MEAN, LONGEST = 120, 2_000, 18, 35
@@ -86,13 +87,13 @@ def blocks(path: Path, *languages: str) -> Iterator[str]:
 
 
 def plain(path: Path) -> str:
-    """Return the words of a page: no code blocks, no addresses, and code in a line, or a list of it, as one word."""
+    """Return the words of a page without code blocks and addresses. Inline code, or a list of it, is one word."""
     text = re.sub(r"^    .*$", "", FENCE.sub("", checked_text(path)), flags=re.MULTILINE)
     return re.sub(r"`[^`]+`(?:, `[^`]+`)*", "code", re.sub(r"!?\[([^\]]*)\]\([^)]*\)", r"\1", text))
 
 
 def source_words(path: Path) -> str:
-    """Return the words of a source: its comments and texts, without names of variables and code in backticks."""
+    """Return the words of a source: its comments and strings, without code in backticks."""
     text = path.read_text()
     if path.suffix == ".py":
         tokens = list(tokenize.generate_tokens(io.StringIO(text).readline))
@@ -105,7 +106,7 @@ def words(text: str) -> list[str]:
 
 
 def sentences(path: Path) -> Iterator[str]:
-    """Return the sentences of paragraphs, items and longer cells of tables; not headings."""
+    """Return the sentences of paragraphs, items and longer cells of tables, without headings."""
     for part in re.split(r"\n\s*\n|\n(?=[ ]*[-*] |[ ]*\d+\. |#|\|)", plain(path)):
         kind = part.strip()[:1]
         cells = [cell for cell in part.split("|") if len(words(cell)) > 6] if kind == "|" else [part]
@@ -172,7 +173,7 @@ def test_links_resolve(path: Path) -> None:
 
 
 def command_lines(path: Path) -> Iterator[list[str]]:
-    """Return the commands of effv2 in the examples of a page, in blocks and in lines, as words."""
+    """Return the words of each effv2 command on a page, in blocks and in lines."""
     shell = [line for block in blocks(path, "bash") for line in block.replace("\\\n", " ").splitlines()]
     inline = [" ".join(code.split()) for code in re.findall(r"`([^`]+)`", FENCE.sub("", own_text(path)))]
     for line in [*shell, *inline]:
@@ -182,7 +183,7 @@ def command_lines(path: Path) -> Iterator[list[str]]:
 
 
 def wanted(line: list[str]) -> Iterator[list[str]]:
-    """Return the words of one command of effv2, from its name on, if the line holds one that isn't a placeholder."""
+    """Return the words of an effv2 command from its name on, if the line holds one without placeholders."""
     line = [word for number, word in enumerate(line) if not re.match(r"[A-Z_]+=", word) or number > 3]
     if "study" in line and "docker" in line:
         yield line[line.index("study") + 1 :]

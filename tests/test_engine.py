@@ -1,4 +1,4 @@
-"""The engine of studies, with its processes and its databases killed for real."""
+"""The study engine: its workers, its coordinator and its databases are really killed."""
 
 from __future__ import annotations
 
@@ -6,12 +6,10 @@ import csv
 import os
 import shutil
 import signal
-import subprocess
-import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import Any
 
@@ -19,28 +17,22 @@ import pytest
 import sqlalchemy
 import torch
 from click.testing import CliRunner
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from mlflow import MlflowClient
 from mlflow.entities import Run
-from optuna.pruners import SuccessiveHalvingPruner
-from optuna.study import StudyDirection
-from optuna.trial import FrozenTrial, TrialState
+from optuna.trial import TrialState
 
 from effv2.cli.main import ablate
-from effv2.core import processes
-from effv2.core.errors import LeaseLost, StoreAway
-from effv2.core.internals import study_id
-from effv2.core.processes import is_gone, this_process
-from effv2.studies import queue as queue_module
-from effv2.studies.queue import ERROR, MOST_LOST, NAME, OWNER, RUN, Queue
+from effv2.core.errors import StoreAway
+from effv2.core.processes import is_gone
+from effv2.studies.queue import NAME, OWNER
 from effv2.studies.storage import Database, Storage, open_storage
 from tests.conftest import OTHER_TINY_TABLE, ROOT, TINY_TABLE, running
 from tests.forks import Forked
-from tests.servers import Server, free_port
+from tests.queues import make_queue, trials
+from tests.servers import Cluster, Server, free_port
 
 EPOCHS, SEEDS = 8, [0, 1, 2, 3, 4]
-RUNS = 2 * len(SEEDS)  # more than are enqueued at a time
+RUNS = 2 * len(SEEDS)  # more than the engine enqueues at a time
 SMALL = f"""
 name: small
 config:
@@ -58,7 +50,7 @@ many_processes = pytest.mark.timeout(900)
 
 
 def accuracies(folder: Path) -> Table:
-    """Return the parent's table as a set of (arm, seed, accuracies), the figures that no clock decides."""
+    """Return the rows of the parent's table as (arm, seed, accuracies...), without times."""
     (parent,) = (run for run in runs() if "mlflow.parentRunId" not in run.data.tags)
     path = MlflowClient().download_artifacts(parent.info.run_id, "comparison.csv", str(folder))
     with Path(path).open(encoding="utf-8") as file:
@@ -74,11 +66,6 @@ def children(status: str) -> list[Run]:
     return [run for run in runs() if "mlflow.parentRunId" in run.data.tags and run.info.status == status]
 
 
-def trials(storage: Storage) -> list[FrozenTrial]:
-    (study,) = storage.optuna.get_all_studies()
-    return storage.optuna.get_all_trials(study_id(study))
-
-
 @pytest.fixture
 def study(tmp_path: Path) -> Path:
     path = tmp_path / "small.yaml"
@@ -88,7 +75,7 @@ def study(tmp_path: Path) -> Path:
 
 @pytest.fixture(scope="module")
 def undisturbed(template_database: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[[int], Table]:
-    """Return the table of the same study run in peace, on so many threads."""
+    """Return a function that gives the table of the undisturbed study on a number of threads."""
     known: dict[int, Table] = {}
 
     def table(threads: int) -> Table:
@@ -115,7 +102,7 @@ Start = Callable[[Path, str, int], Forked]
 
 @pytest.fixture
 def start() -> Iterator[Start]:
-    """Return what starts an ablation with (study, storage, workers)."""
+    """Return a function (study, storage, workers) that starts an ablation."""
     with ExitStack() as stack:
 
         def start_one(study: Path, storage: str, workers: int) -> Forked:
@@ -137,19 +124,19 @@ def start() -> Iterator[Start]:
 def wait_for(condition: Callable[[], Any], process: Forked) -> Any:
     deadline = time.monotonic() + 240
     while time.monotonic() < deadline:
-        with suppress(Exception):  # tables that aren't there yet, a database that was just killed
+        with suppress(Exception):  # missing tables, or a database that was just killed
             found = condition()
             if found:
                 return found
         if process.poll() is not None:
-            pytest.fail(f"ended too early: {process.rest()}")
+            pytest.fail(f"the process ended too early: {process.rest()}")
         time.sleep(0.1)
     process.kill()
-    pytest.fail(f"waited in vain: {process.rest()}")
+    pytest.fail(f"timed out after 240 seconds: {process.rest()}")
 
 
 def in_mid_epoch(storage: Storage, finished: int) -> int:
-    """Return the pid of a worker that lives and has begun a second epoch, once so many trials are finished."""
+    """Return the pid of a living worker after its first epoch, once `finished` trials have ended; else 0."""
     found = trials(storage)
     if sum(trial.state.is_finished() for trial in found) < finished:
         return 0
@@ -187,15 +174,15 @@ def test_a_killed_worker_and_a_killed_coordinator_cost_nothing(
     os.kill(wait_for(lambda: in_mid_epoch(storage, 2), first), signal.SIGTERM)
     wait_for(lambda: in_mid_epoch(storage, 4), first)
     first.kill()
-    first.rest()  # to the end of its workers, which share the pipe and end by themselves
-    assert children("KILLED") and not [run for run in runs() if run.info.status == "RUNNING"]
+    said = first.rest()  # waits for the end of its workers: they share the pipe and end by themselves
+    assert children("KILLED") and not [run for run in runs() if run.info.status == "RUNNING"], said
     assert f"[{RUNS}/{RUNS}]" in end(start(study, url, 2))
     check_small(storage, undisturbed(max(1, torch.get_num_threads() // 2)), tmp_path)
     storage.close()
 
 
 @many_processes
-def test_seeds_until_known_end_alike_whatever_is_killed(sqlite_store: str, study: Path, tmp_path: Path) -> None:
+def test_auto_seeds_end_the_same_whatever_is_killed(sqlite_store: str, study: Path, tmp_path: Path) -> None:
     words = ["--study", str(study), "--seeds", "auto", "--log-model", "none", "--epochs", "5", "--per-class", "12"]
     assert CliRunner().invoke(ablate, [*words, "--plan", "true"], catch_exceptions=False).exit_code == 0
     assert not runs() and not (tmp_path / "optuna.db").exists(), "a plan creates nothing"
@@ -222,34 +209,9 @@ def test_seeds_until_known_end_alike_whatever_is_killed(sqlite_store: str, study
     opened.close()
 
 
-LEASE_ALL = """
-import sys
-from optuna.trial import TrialState
-from effv2.studies.queue import Queue
-from effv2.studies.storage import open_storage
-names = {str(number): {} for number in range(24)}
-queue = Queue(open_storage(sys.argv[1]), "q", 0, lambda trials: names)
-while (lease := queue.lease()) is not None:
-    print(lease.user_attrs["slot"])
-    queue.finish(lease, TrialState.COMPLETE, 0.5, "")
-"""
-
-
-def test_processes_never_lease_the_same_trial(tmp_path: Path) -> None:
-    url = f"sqlite:///{tmp_path / 'queue.db'}"
-    storage = open_storage(url)
-    make_queue(storage, trials=24)
-    with ExitStack() as stack:
-        processes = [stack.enter_context(running("-c", LEASE_ALL, url)) for _ in range(3)]
-        leased = sorted(name for process in processes for name in process.rest().split())
-    assert leased == sorted(map(str, range(24)))
-    assert len(trials(storage)) == 24
-    storage.close()
-
-
 @pytest.fixture(scope="module")
 def cluster() -> Iterator[Cluster]:
-    """Start a PostgreSQL server of our own, as a user that may run one."""
+    """Start a PostgreSQL server as a user that may run one."""
     found = shutil.which("initdb") or next(map(str, Path("/usr/lib/postgresql").glob("*/bin/initdb")), None)
     if found is None:
         pytest.skip("PostgreSQL is not installed: no server to test with")
@@ -263,33 +225,6 @@ def cluster() -> Iterator[Cluster]:
     yield cluster
     cluster.run("pg_ctl", "-D", str(folder / "data"), "-m", "immediate", "stop")
     shutil.rmtree(folder)
-
-
-class Cluster:
-    """A PostgreSQL server on a port of its own."""
-
-    def __init__(self, programs: Path, folder: Path, user: str | None, port: int) -> None:
-        self.programs, self.folder, self.user, self.port = programs, folder, user, port
-
-    def run(self, program: str, *words: str) -> None:
-        # Output to a file: a server that inherits a pipe would keep it open.
-        with Path(tempfile.gettempdir(), f"{self.folder.name}.log").open("ab") as log:
-            command = [str(self.programs / program), *words]
-            subprocess.run(command, check=True, stdout=log, stderr=log, user=self.user, cwd=self.folder, timeout=60)
-
-    def start(self) -> None:
-        options = f"-p {self.port} -k {self.folder} -c listen_addresses=127.0.0.1 -c fsync=off"
-        self.run("pg_ctl", "-D", str(self.folder / "data"), "-w", "-o", options, "start")
-
-    def crash(self) -> None:
-        """End every process of the server at once and start it again, as after a loss of power."""
-        self.run("pg_ctl", "-D", str(self.folder / "data"), "-m", "immediate", "stop")
-        time.sleep(1)
-        self.start()
-
-    def database(self, name: str) -> str:
-        self.run("createdb", "-h", "127.0.0.1", "-p", str(self.port), "-U", "effv2", name)
-        return f"postgresql://effv2@127.0.0.1:{self.port}/{name}"
 
 
 @pytest.fixture
@@ -307,7 +242,7 @@ def server(cluster: Cluster, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
 def test_four_workers_on_postgresql_survive_whatever_is_killed(
     server: Server, cluster: Cluster, study: Path, tmp_path: Path, undisturbed: Callable[[int], Table], start: Start
 ) -> None:
-    """A worker, the MLflow server, and the database of both, one after the other."""
+    """The test kills a worker, the MLflow server and the database, one after the other."""
     url = cluster.database("optuna")
     process = start(study, url, 4)
     storage = open_storage(url)
@@ -346,160 +281,3 @@ def test_a_database_that_cannot_be_reached_is_waited_for_then_named() -> None:
     pytest.importorskip("psycopg")
     with pytest.raises(StoreAway, match="The storage has not answered for"):
         open_storage("postgresql+psycopg://nobody@127.0.0.1:1/nothing", wait=0.5)
-
-
-@pytest.fixture
-def storage(empty_queue: Path, tmp_path: Path) -> Iterator[Storage]:
-    opened = open_storage(f"sqlite:///{shutil.copy(empty_queue, tmp_path)}")
-    yield opened
-    opened.close()
-
-
-def make_queue(storage: Storage, trials: int = 3, retries: int = 1) -> Queue:
-    if "q" not in [study.study_name for study in storage.optuna.get_all_studies()]:
-        storage.optuna.create_new_study([StudyDirection.MAXIMIZE], "q")
-    return Queue(storage, "q", retries, lambda _: {str(number): {} for number in range(trials)})
-
-
-@contextmanager
-def worker(name: str, gone: set[str]) -> Iterator[None]:
-    """Be a worker of that name, for whom those in `gone` have died."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(queue_module, "this_process", lambda: name)
-        patch.setattr(queue_module, "is_gone", gone.__contains__)
-        yield
-
-
-@pytest.fixture(scope="module")
-def empty_queue(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Create the tables of a storage once; a copy takes milliseconds."""
-    path = tmp_path_factory.mktemp("queue") / "queue.db"
-    open_storage(f"sqlite:///{path}").close()
-    return path
-
-
-@settings(max_examples=25)
-@given(st.lists(st.tuples(st.integers(0, 2), st.sampled_from(["work", "fail", "release", "die"])), max_size=12))
-def test_every_trial_is_finished_exactly_once_whatever_happens(
-    empty_queue: Path, events: list[tuple[int, str]]
-) -> None:
-    """Three workers lease, fail, give back and die in any order; the rest is then worked off."""
-    gone: set[str] = set()
-    with tempfile.TemporaryDirectory() as folder, pytest.MonkeyPatch.context() as patch:
-        patch.setattr(queue_module, "MOST_LOST", 100)
-        storage = open_storage(f"sqlite:///{shutil.copy(empty_queue, folder)}")
-        queue = make_queue(storage, retries=100)
-        told: list[int] = []
-        for index, (number, event) in enumerate([*events, *[(3, "work")] * 3]):
-            with worker(f"{index}" if event == "die" else f"worker {number}", gone):
-                lease = queue.lease()
-                if event == "die":
-                    gone.add(f"{index}")
-                elif lease is not None and event == "work":
-                    queue.finish(lease, TrialState.COMPLETE, 0.5, "")
-                    told.append(lease.number)
-                elif lease is not None and event == "fail":
-                    queue.fail(lease, "for a test", final=False)
-                elif lease is not None:
-                    queue.release()
-        assert sorted(told) == [0, 1, 2]
-        assert [trial.state for trial in queue.trials().values()] == [TrialState.COMPLETE] * 3
-        assert not queue.unfinished()
-        storage.close()
-
-
-def test_a_failed_trial_is_retried_as_often_as_the_study_says(storage: Storage) -> None:
-    queue = make_queue(storage, trials=1, retries=2)
-    attempts = 0
-    while (lease := queue.lease()) is not None:
-        attempts += 1
-        queue.note_run(lease, "its run")
-        queue.report(lease, 1, 0.5)
-        queue.fail(lease, "for a test", final=False)
-    assert attempts == 3 and queue.trials()["0"].state == TrialState.FAIL
-    queue.repeat(())  # the same command again: what failed may work now
-    again = queue.lease()
-    assert again is not None and again.user_attrs[RUN] == "its run"
-    assert queue.trials()["0"].intermediate_values == {1: 0.5}
-    queue.fail(again, "diverged", final=True)
-    queue.repeat(())
-    assert queue.lease() is None
-
-
-@pytest.mark.parametrize(
-    "end",
-    [
-        pytest.param(lambda queue, lease: queue.finish(lease, TrialState.PRUNED, 0.9, ""), id="diverged"),
-        pytest.param(lambda queue, lease: queue.fail(lease, "for a test", final=True), id="failed"),
-    ],
-)
-def test_what_a_lost_trial_reached_prunes_no_other(storage: Storage, end: Callable[[Queue, FrozenTrial], None]) -> None:
-    queue, pruner = make_queue(storage), SuccessiveHalvingPruner(min_resource=1, reduction_factor=2)
-    pruned = []
-    for accuracy in (0.9, 0.8, 0.7):
-        lease = queue.lease()
-        assert lease is not None
-        pruned.append(queue.report(lease, 1, accuracy, pruner))
-        if len(pruned) == 1:
-            end(queue, lease)
-        else:
-            queue.finish(lease, TrialState.PRUNED if pruned[-1] else TrialState.COMPLETE, accuracy, "")
-    assert pruned == [False, False, True]
-
-
-def test_a_trial_that_kills_its_workers_is_given_up(storage: Storage) -> None:
-    queue = make_queue(storage, trials=1)
-    gone: set[str] = set()
-    while True:
-        with worker(f"{len(gone)}", gone):
-            if queue.lease() is None:
-                break
-        gone.add(f"{len(gone)}")
-    assert len(gone) == MOST_LOST
-    assert "its worker was gone" in queue.trials()["0"].user_attrs[ERROR]
-
-
-def test_a_worker_on_a_lost_machine_is_replaced_and_may_not_finish(
-    storage: Storage, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    queue = make_queue(storage, trials=1)
-    lease = queue.lease()
-    assert lease is not None and isinstance(storage, Database)
-    with sqlalchemy.create_engine(storage.url).begin() as connection:
-        old = "UPDATE trial_heartbeats SET heartbeat = datetime(heartbeat, '-1 day')"
-        connection.execute(sqlalchemy.text(old))
-    with worker("elsewhere", set()):
-        assert queue.lease() is None  # at first sight the database may just have been away
-        monkeypatch.setattr(queue_module, "SECOND_LOOK_SECONDS", 0)
-        taken = queue.lease()
-        assert taken is not None and taken.number == lease.number
-    with pytest.raises(LeaseLost):
-        queue.finish(lease, TrialState.COMPLETE, 0.5, "")
-    queue.fail(lease, "no longer ours to say", final=True)
-    queue.release()
-    assert queue.trials()["0"].state == TrialState.RUNNING
-
-
-@pytest.fixture(params=["linux", "macos"])
-def _processes(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Know of processes through /proc, or without it."""
-    caches = (processes.this_process, processes._where)
-    for cached in caches:
-        cached.cache_clear()
-    if request.param == "macos":
-        monkeypatch.setattr(processes, "PROC", tmp_path / "nowhere")
-    yield
-    for cached in caches:
-        cached.cache_clear()
-
-
-@pytest.mark.usefixtures("_processes")
-def test_processes_of_this_machine_are_known_to_live_or_not() -> None:
-    assert not is_gone(this_process())
-    boot, space, _, started, unique = this_process().split("/")
-    with subprocess.Popen([sys.executable, "-c", "pass"]) as process:
-        process.wait()
-    assert is_gone(f"{boot}/{space}/{process.pid}/{started}/{unique}")
-    assert is_gone(f"{boot}/{space}/{os.getpid()}/1/{unique}")  # another process had this number before
-    assert not is_gone(f"another machine/{space}/{process.pid}/{started}/{unique}")
-    assert not is_gone(unique)

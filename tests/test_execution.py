@@ -1,4 +1,4 @@
-"""Fast paths and copies for inference equal torch's layers; what `auto` means is timed once and remembered."""
+"""Fast paths and copies for inference equal torch's layers. `auto` is timed once and remembered."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ LAYERS: dict[str, Callable[[bool], nn.Module]] = {
     "depthwise, stride 2": lambda bias: nn.Conv2d(16, 16, 3, stride=2, padding=1, groups=16, bias=bias),
     "depthwise, uneven stride": lambda bias: nn.Conv2d(16, 16, 3, stride=(1, 2), padding=1, groups=16, bias=bias),
     "squeeze-excitation": lambda _: SqueezeExcitation(16, 4, activation=nn.SiLU),
-    "norm": lambda _: Conv2dNormActivation(16, 20, 1, activation_layer=None),  # 20 channels fill no whole vector
+    "norm": lambda _: Conv2dNormActivation(16, 20, 1, activation_layer=None),  # 20 channels are no multiple of a vector
     "norm, SiLU": lambda _: Conv2dNormActivation(16, 20, 1, activation_layer=nn.SiLU),
 }
 
@@ -52,9 +52,9 @@ LAYERS: dict[str, Callable[[bool], nn.Module]] = {
 def test_fast_paths_equal_torchs_layers(
     kind: str, size: tuple[int, int], bias: bool, channels_last: bool, bf16: bool, count: int
 ) -> None:
-    """Torch's layer runs in float32: in bfloat16 its own gradients of taps that only meet padding can be garbage.
+    """Torch's layer runs in float32: in bfloat16, its gradients of taps that only meet padding can be garbage.
 
-    So can they, and outputs, on maps that aren't square, which are left to torch's own and which no network here has.
+    On maps that aren't square, outputs can be garbage too. effv2 has no such maps, and leaves them to torch.
     """
     assume(not bf16 or size[0] == size[1])
     torch.manual_seed(0)
@@ -74,7 +74,7 @@ def test_fast_paths_equal_torchs_layers(
                 buffers = [buffer.clone() for buffer in layer.buffers()]
         (output.float() * torch.arange(output.numel()).view(output.shape).cos()).sum().backward()
         results.append([output, images.grad, *(parameter.grad for parameter in layer.parameters()), *buffers])
-    # Sums of up to 648 products rounded to bfloat16 are off by 0.04 (standard deviation), all together by 0.3 %.
+    # Sums of up to 648 bfloat16 products have an error of 0.04 (standard deviation), or 0.3 % over all of them.
     rtol, atol, share = (0.02, 0.3, 0.01) if bf16 else (1e-4, 1e-4, 1e-4)
     for wanted, got in zip(*results, strict=True):
         expected, found = wanted.float(), got.float()
@@ -108,7 +108,7 @@ def test_a_block_equals_its_layers_in_float64(size: int, stride: int, bf16: bool
 
 @pytest.mark.parametrize("bf16", [False, True])
 def test_a_norm_of_many_pixels_is_exact_and_has_the_same_bits_with_any_number_of_threads(bf16: bool) -> None:
-    """Against float64, on maps far from zero, whose sums are those of three blocks."""
+    """Compare with float64, on maps far from zero whose sums take three blocks."""
     torch.manual_seed(0)
     plain = Conv2dNormActivation(4, 24, 1, activation_layer=nn.SiLU)
     nn.init.normal_(plain[1].weight)
@@ -156,7 +156,7 @@ def test_truncated_norms_are_compiled_again(monkeypatch: pytest.MonkeyPatch, tmp
     assert norms._library.__wrapped__() is not None and path.read_bytes() == content
 
 
-def test_without_a_compiler_batch_norms_are_left_alone(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_without_a_compiler_batch_norms_are_left_unchanged(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("CXX", "no-such-compiler")
     monkeypatch.setenv("EFFV2_CACHE", str(tmp_path))
     monkeypatch.setattr(norms, "_library", norms._library.__wrapped__)
@@ -165,7 +165,7 @@ def test_without_a_compiler_batch_norms_are_left_alone(monkeypatch: pytest.Monke
     assert type(layer) is Conv2dNormActivation
 
 
-def test_squeeze_excitation_of_other_functions_is_left_alone() -> None:
+def test_squeeze_excitation_of_other_functions_is_left_unchanged() -> None:
     layer = SqueezeExcitation(16, 4)
     use_fast_paths(layer)
     assert type(layer) is SqueezeExcitation
@@ -207,7 +207,7 @@ def test_memory_is_faulted_in_once_unless_the_user_wants_the_systems_way() -> No
     ],
     ids=str,
 )
-def test_other_convolutions_are_left_alone(conv: nn.Conv2d) -> None:
+def test_other_convolutions_are_left_unchanged(conv: nn.Conv2d) -> None:
     use_fast_paths(conv)
     assert type(conv) is nn.Conv2d
 
@@ -224,7 +224,7 @@ def test_float32_means_float32_on_cuda_unless_bf16_is_wanted() -> None:
     before = [setting.fp32_precision for setting in settings]
     try:
         for wanted, expected, other in ((True, "tf32", "ieee"), (False, "ieee", "tf32")):
-            convolutions.fp32_precision = other  # one of its own, which need not follow cudnn's
+            convolutions.fp32_precision = other  # its own setting, which may differ from cudnn's
             Execution(torch.device("cuda"), wanted, channels_last=True).set_float32()
             assert matmul.fp32_precision == convolutions.fp32_precision == expected
     finally:
@@ -246,7 +246,7 @@ def test_a_torch_too_old_to_compile_for_a_gpu_is_named(monkeypatch: pytest.Monke
 
 @pytest.mark.slow
 def test_compiled_blocks_train_alike_and_are_kept_for_the_next_process(tmp_path: Path) -> None:
-    """Two full batches and an odd one, which runs uncompiled."""
+    """Two full batches and a smaller one, which runs uncompiled."""
     seconds, losses = [], []
     for compiled in (True, True, False):
         script = COMPILED.replace("COMPILED", str(compiled))
@@ -277,7 +277,7 @@ print(ends[0] - started, last["train/loss"])
 """
 
 
-def test_device_that_is_not_there_is_refused() -> None:
+def test_a_missing_device_is_refused() -> None:
     if torch.cuda.is_available():
         pytest.skip("this machine has CUDA")
     with pytest.raises(InputError, match=r"execution\.device cuda: not available.*cpu"):
@@ -316,13 +316,13 @@ def test_arms_of_a_study_share_the_precision(monkeypatch: pytest.MonkeyPatch) ->
 
 
 @pytest.mark.parametrize("bf16", [False, True])
-def test_a_copy_for_inference_says_what_the_network_says_and_leaves_it_alone(bf16: bool) -> None:
+def test_a_copy_for_inference_gives_the_outputs_of_the_network_and_leaves_it_unchanged(bf16: bool) -> None:
     torch.manual_seed(0)
     execution = Execution(torch.device("cpu"), bf16, channels_last=True)
     network = execution.place(build_model(parse_table("F 1 3 1 8 8 1 / M 2 3 2 8 16 2"), 5)).train()
     images = torch.rand(64, 3, 16, 16).contiguous(memory_format=torch.channels_last)
     with execution.autocast():
-        network(images)  # so that the norms have statistics
+        network(images)  # this gives the norms statistics
     before = copy.deepcopy(network.state_dict())
     copied = execution.inference_copy(network)
     with torch.inference_mode(), execution.autocast():
@@ -340,8 +340,8 @@ def counted(module: nn.Module, kind: type[nn.Module]) -> int:
     ("name", "left"),
     [("resnet18", 0), ("mobilenet_v3_small", 0), ("densenet121", 62), ("swin_t", 0)],
 )
-def test_folded_batch_norm_changes_rounding_alone(name: str, left: int) -> None:
-    """DenseNet's norms before a convolution stay; what of a network can be folded is."""
+def test_folded_batch_norm_changes_only_rounding(name: str, left: int) -> None:
+    """Everything that can be folded is folded. DenseNet's norms before a convolution stay."""
     generator = torch.manual_seed(0)
     network = models.get_model(name, weights=None).eval()
     for module in network.modules():
@@ -359,7 +359,7 @@ def test_folded_batch_norm_changes_rounding_alone(name: str, left: int) -> None:
     assert torch.allclose(before, after, atol=1e-5 * float(before.abs().max()))
 
 
-def test_a_batch_norm_whose_convolution_serves_others_too_is_left_alone() -> None:
+def test_a_batch_norm_whose_convolution_serves_others_too_is_left_unchanged() -> None:
     class Shared(nn.Module):
         def __init__(self) -> None:
             super().__init__()

@@ -1,4 +1,4 @@
-"""Runs are known again after edits that change no number, and by no edit that does."""
+"""Identity: a finished run is found after edits that change no number, and after no other edits."""
 
 from __future__ import annotations
 
@@ -86,7 +86,7 @@ def test_every_module_of_the_deciding_rooms_is_recorded_or_exempt() -> None:
         ),
     ],
 )  # fmt: skip
-def test_what_differs_is_recorded_only_with_its_version(
+def test_changed_results_are_recorded_only_with_a_new_version(
     recorded: dict[str, Any], change: dict[str, Any], said: str
 ) -> None:
     now = {key: {**value, **change.get(key, {})} for key, value in recorded.items()}
@@ -139,7 +139,7 @@ def test_edits_of_arithmetic_are_refused(old: str, new: str) -> None:
 
 @pytest.mark.parametrize("spoilt", ["", "variables", "settings", "owner"])
 def test_the_commit_and_the_changes_are_those_of_this_checkout(tmp_path: Path, spoilt: str) -> None:
-    """Whatever variables and settings of git say, and whoever owns it."""
+    """Git's variables, its settings and the owner of the folder don't matter."""
     core = tmp_path / "effv2" / "core"
     core.mkdir(parents=True)
     for path in (core / "__init__.py", core.parent / "__init__.py"):
@@ -191,7 +191,9 @@ for words in sys.argv[1:]:
 """
 
 
-def test_comments_in_every_file_leave_finished_runs_found(sqlite_store: str, tmp_path: Path, tiny_study: Path) -> None:
+def test_finished_runs_are_found_after_comments_in_every_file(
+    sqlite_store: str, tmp_path: Path, tiny_study: Path
+) -> None:
     ablate = f"ablate --study {tiny_study} --variant other --log-model none"
     assert "already finished" not in CliRunner().invoke(main, ablate.split(), catch_exceptions=False).output
     single = tmp_path / "single.yaml"
@@ -208,7 +210,7 @@ def test_comments_in_every_file_leave_finished_runs_found(sqlite_store: str, tmp
     assert "All 2 runs were already finished" in done.stdout and "Finished before" in done.stdout, done
 
 
-def test_an_entry_added_to_a_table_is_no_change_and_one_that_differs_is() -> None:
+def test_an_added_entry_of_a_table_is_no_change_but_a_different_one_is() -> None:
     table = "KINDS = {'a': 1, 'b': 2}\n@KINDS.register('c')\ndef _c(x):\n    return x\n"
     more = table.replace("'b': 2", "'b': 2, 'd': 4") + "@KINDS.register('e')\n@twice\ndef _e(x):\n    return -x\n"
     assert not changed({"": definitions(table)}, {"": definitions(more)})
@@ -234,7 +236,7 @@ def test_added_field_is_left_out_of_the_identity_at_its_default() -> None:
 
 
 def test_fields_that_every_identity_holds_are_as_they_were() -> None:
-    """Another hash of the defaults voids the finished runs of whoever takes the defaults: change it with them alone."""
+    """A new hash of the defaults voids all finished runs with defaults. It may change only with a default."""
     assert TrainConfig().hash() == "e94ea176d41059fa"
     assert set(TrainConfig().flat()) >= schema.FIRST_FIELDS
 

@@ -1,4 +1,4 @@
-"""A look at a data set: counts, what is broken, and what is there more than once."""
+"""Inspection of a data set: counts, broken images and duplicates."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ random = np.random.default_rng(0)
 
 
 def photo() -> Image.Image:
-    """Return a picture that is like no other: blurred noise."""
+    """Return a unique picture: blurred noise."""
     noise = Image.fromarray(random.integers(0, 256, (120, 90, 3), np.uint8))
     return noise.filter(ImageFilter.GaussianBlur(6))
 
@@ -35,7 +35,7 @@ def tree(tmp_path: Path) -> Path:
     return tmp_path / "set"
 
 
-def test_what_is_broken_or_there_twice_is_named(tree: Path) -> None:
+def test_broken_and_duplicate_images_are_named(tree: Path) -> None:
     assert not check(DataConfig(dataset="folder", dir=str(tree))).alike
     (tree / "test" / "dog" / "0.png").write_bytes((tree / "train" / "dog" / "3.png").read_bytes())
     with Image.open(tree / "train" / "cat" / "1.png") as image:  # the same picture, smaller and compressed
@@ -50,14 +50,14 @@ def test_what_is_broken_or_there_twice_is_named(tree: Path) -> None:
     assert {each[:2] for each in found.alike if each.identical} == {("train/dog/3.png", "test/dog/0.png")}
     assert {each[:2] for each in found.alike if not each.identical} == {("train/cat/1.png", "test/cat/again.jpg")}
     assert all(each.across for each in found.alike)
-    # Without a test part one is split off, which then holds training images; two labels of one image harm always.
+    # Without a test part, the test images are split off, so duplicates leak. Two labels of one image always harm.
     (tree / "train" / "dog" / "0.png").write_bytes((tree / "train" / "cat" / "0.png").read_bytes())
     alone = check(DataConfig(dataset="folder", dir=str(tree / "train")))
     assert alone.remedy(True) == "keep one image of each identical pair" and "split off" in " ".join(alone.sentences())
     assert "1 of these pairs are in two classes: cat/0.png and dog/0.png" in " ".join(alone.sentences())
 
 
-def test_the_command_says_it_and_ends_by_it(tree: Path, tmp_path: Path) -> None:
+def test_the_command_reports_problems_and_its_exit_code_says_so(tree: Path, tmp_path: Path) -> None:
     sheet = tmp_path / "sheet.png"
     words = ["data", "check", str(tree), "--image-size", "40"]
     sound = CliRunner().invoke(main, [*words, "--sheet", str(sheet)])
@@ -70,10 +70,24 @@ def test_the_command_says_it_and_ends_by_it(tree: Path, tmp_path: Path) -> None:
     (tree / "test" / "dog" / "1.png").write_bytes(b"no image")
     *_, advice = CliRunner().invoke(main, words).output.splitlines()
     assert advice.startswith("First repair or remove the broken images, or give --skip-broken; keep one image of")
-    assert CliRunner().invoke(main, ["data", "check", str(tmp_path / "nowhere")]).exit_code == 2
+    for wrong in ([str(tmp_path / "nowhere")], [str(tree), "--skip-broken", "true", "--sheet", "x.nothing"]):
+        assert CliRunner().invoke(main, ["data", "check", *wrong]).exit_code == 2
 
 
-def test_a_training_begins_with_the_same_in_three_lines(tree: Path) -> None:
+def test_a_training_that_would_fail_is_told_with_names_as_they_are(tmp_path: Path) -> None:
+    rows = []
+    for number, name in enumerate(("[b]", "[/b]", "\x1b[31m", "rare")):
+        for copy in range(1 if name == "rare" else 3):
+            photo().save(tmp_path / f"{number}{copy}.png")
+            rows.append(f"{number}{copy}.png,{name}")
+    (tmp_path / "labels.csv").write_text("\n".join(["file,label", *rows]))
+    found = CliRunner().invoke(main, ["data", "check", str(tmp_path), "--labels", "labels.csv"])
+    assert found.exit_code == 1 and all(name in found.output for name in ("[b]", "[/b]")) and "\x1b" not in found.output
+    *_, advice = found.output.splitlines()
+    assert advice.startswith("A training would fail: data.dir: the class 'rare' has only 1 images to split for test")
+
+
+def test_a_training_begins_with_the_same_findings_in_three_lines(tree: Path) -> None:
     config = DataConfig(dataset="folder", dir=str(tree), validation_fraction=0)
     assert in_short(load_dataset(config))[1:] == ["Sizes in pixels: all 90x120. Modes: 16 RGB."]
     with Image.open(tree / "train" / "cat" / "1.png") as image:
@@ -96,7 +110,7 @@ def test_a_contact_sheet_shows_what_enters_the_network(tree: Path) -> None:
     dataset = load_dataset(DataConfig(dataset="folder", dir=str(tree), image_size=48, validation_fraction=0))
     sheet = contact_sheet(dataset)
     left = sheet.width - COLUMNS * (48 + GAP)
-    first = np.asarray(sheet.crop((left, 48 + GAP, left + 48, 96 + GAP)))  # of the second class
+    first = np.asarray(sheet.crop((left, 48 + GAP, left + 48, 96 + GAP)))  # the first image of the second class
     assert np.array_equal(first, dataset.train.pixels[int(dataset.train.rows[4])].numpy())
     large = load_dataset(DataConfig(dataset="folder", dir=str(tree), image_size=300, validation_fraction=0))
     assert contact_sheet(large).width == left + COLUMNS * (MOST_TILE + GAP)

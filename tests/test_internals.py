@@ -1,4 +1,4 @@
-"""Every private name of another package that is used does, in the installed releases, what it is used for."""
+"""Private names of other packages that effv2 uses: they do what effv2 needs in the installed releases."""
 
 from __future__ import annotations
 
@@ -76,14 +76,14 @@ def test_optuna_names_trials_and_studies_and_misses_heartbeats(tmp_path: Path) -
         assert internals.trial_id(storage.get_trial(trial)) == trial
         storage.record_heartbeat(trial)  # type: ignore[attr-defined]
         assert internals.stale_trial_ids(storage, numbers[0]) == []
-        rdb.grace_period = -1  # as if time had passed
+        rdb.grace_period = -1  # simulates that time has passed
         assert internals.stale_trial_ids(storage, numbers[0]) == [trial]
     finally:
         rdb.remove_session()
         rdb.engine.dispose()
 
 
-def test_mlflow_tells_the_latest_steps(store: str) -> None:
+def test_mlflow_gives_the_latest_steps(store: str) -> None:
     from mlflow import MlflowClient
 
     client = MlflowClient()
@@ -104,7 +104,7 @@ def test_mlflow_names_its_experiment(sqlite_store: str, monkeypatch: pytest.Monk
     import mlflow
     from mlflow.tracking import fluent
 
-    # What set_experiment changes is as it was after the test.
+    # Undo what set_experiment changes.
     monkeypatch.setattr(fluent, "_active_experiment_id", None)
     monkeypatch.setenv("MLFLOW_EXPERIMENT_ID", "")
     monkeypatch.delenv("MLFLOW_EXPERIMENT_ID")

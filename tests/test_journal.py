@@ -1,4 +1,4 @@
-"""Studies of processes that share nothing but a folder: exactly as many trials as are wanted, whatever is killed."""
+"""Studies of processes that share only a folder: exactly as many trials as planned, whatever is killed."""
 
 from __future__ import annotations
 
@@ -23,22 +23,9 @@ from effv2.studies import journal
 from effv2.studies import queue as queue_module
 from effv2.studies.journal import LockFile, Log, LogAway
 from effv2.studies.storage import Journal, check_storage, open_storage
-from tests.conftest import ROOT, running
-from tests.test_commands import invoke
-from tests.test_engine import (
-    LEASE_ALL,
-    RUNS,
-    SMALL,
-    check_small,
-    end,
-    in_mid_epoch,
-    make_queue,
-    runs,
-    trials,
-    undisturbed,
-    wait_for,
-    worker,
-)
+from tests.conftest import ROOT, invoke, running
+from tests.queues import LEASE_ALL, make_queue, trials, worker
+from tests.test_engine import RUNS, SMALL, check_small, end, in_mid_epoch, runs, undisturbed, wait_for
 
 __all__ = ["undisturbed"]  # a fixture
 DAY = 86_400.0
@@ -54,10 +41,10 @@ def age(path: Path) -> None:
     os.utime(path, (time.time() - DAY,) * 2)
 
 
-def test_processes_that_share_a_folder_finish_a_study_of_which_one_is_killed(
+def test_processes_that_share_a_folder_finish_a_study_though_one_is_killed(
     file_store: str, url: str, tmp_path: Path, undisturbed: object
 ) -> None:
-    """Three commands: no database, no server, no process that started the others."""
+    """Three commands run without a database, a server or a coordinator."""
     study = tmp_path / "shared" / "small.yaml"
     study.write_text(SMALL)
     words: list[str | Path] = [
@@ -108,9 +95,9 @@ def test_a_machine_that_is_lost_is_replaced_and_may_not_finish(url: str, monkeyp
     lease = queue.lease()
     assert lease is not None
     with worker("elsewhere", set()):
-        assert queue.lease() is None  # it gave a sign of life
+        assert queue.lease() is None  # it sent a heartbeat
         age(Path(f"{storage.file}.alive", str(trial_id(lease))))
-        assert queue.lease() is None  # at first sight the file system may just have been away
+        assert queue.lease() is None  # at first, the file system may only have been away
         monkeypatch.setattr(queue_module, "SECOND_LOOK_SECONDS", 0)
         taken = queue.lease()
         assert taken is not None and taken.number == lease.number
@@ -118,24 +105,24 @@ def test_a_machine_that_is_lost_is_replaced_and_may_not_finish(url: str, monkeyp
         queue.finish(lease, TrialState.COMPLETE, 0.5, "")
 
 
-@pytest.mark.parametrize("owner", ["another/machine/1/1/x y", ""])  # the latter died before it had written
-def test_a_lock_of_a_silent_owner_is_taken_and_that_one_writes_no_more(tmp_path: Path, owner: str) -> None:
+@pytest.mark.parametrize("owner", ["another/machine/1/1/x y", ""])  # the empty one's owner died before it had written
+def test_the_lock_of_a_silent_owner_is_taken_and_the_owner_writes_no_more(tmp_path: Path, owner: str) -> None:
     path = tmp_path / "lock"
     lock = LockFile(path, grace=60, longer=0.3)
     path.write_text(owner)
     with pytest.raises(StoreAway, match=r"holds the lock"), lock.held(0.5):
         pass
-    assert path.read_text() == owner, "an owner that isn't silent keeps it"
+    assert path.read_text() == owner, "an owner with heartbeats keeps its lock"
     age(path)
     began = time.monotonic()
     with lock.held(5):
         assert time.monotonic() - began > 0.3 and lock.is_held()
         path.write_text("another/machine/1/1/x z")
         assert lock.is_lost()
-    assert path.exists() and [*tmp_path.iterdir()] == [path], "what is another's is not removed"
+    assert path.exists() and [*tmp_path.iterdir()] == [path], "a lock of another process is not removed"
 
 
-def test_who_lost_its_lock_changes_nothing(url: str) -> None:
+def test_a_process_that_lost_its_lock_changes_nothing(url: str) -> None:
     storage = open_storage(url)
     assert isinstance(storage, Journal) and storage.file is not None
     queue, lock = make_queue(storage, trials=1), Path(f"{storage.file}.lock")
@@ -165,8 +152,8 @@ def test_half_a_line_is_cut_off_and_a_lost_log_is_named(url: str) -> None:
         queue.lease()
 
 
-def test_what_is_no_log_is_refused_and_stays_as_it_is(sqlite_store: str, url: str, tmp_path: Path) -> None:
-    """It is before the experiment and a folder are created."""
+def test_a_file_that_is_no_log_is_refused_and_left_unchanged(sqlite_store: str, url: str, tmp_path: Path) -> None:
+    """The refusal comes before the experiment and a folder are created."""
     log = tmp_path / "shared" / "study.log"
     start = b'{"op_code":0,"worker_id":"w","study_name":"q","directions":[2]}\n'
     for text in (b"my thesis", b"my thesis\n", b'{"a": 1}', start + b"!\n" + start):
@@ -174,7 +161,7 @@ def test_what_is_no_log_is_refused_and_stays_as_it_is(sqlite_store: str, url: st
         result = invoke(main, "ablate", "--storage", url, "--experiment", "new")
         assert result.exit_code == 2 and "give another file" in result.stderr, text
         assert log.read_bytes() == text
-    for path in (log.parent, "/proc/study.log"):  # a folder, and one in which nobody can write
+    for path in (log.parent, "/proc/study.log"):  # a folder, and one without write access
         with pytest.raises(InputError, match="give another file"):
             check_storage(f"journal://{path}")
     assert MlflowClient().get_experiment_by_name("new") is None and [*log.parent.iterdir()] == [log]
@@ -199,7 +186,7 @@ def test_a_folder_that_is_away_is_named_with_what_helps(url: str) -> None:
         storage.retry(away)
 
 
-def test_of_a_long_log_the_ends_are_checked(url: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_both_ends_of_a_long_log_are_checked(url: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(journal, "CHECKED_BYTES", 500)
     log, lines = Path(url.removeprefix("journal://")), [b'{"op_code":0,"worker_id":"w","study_name":"q"}\n'] * 40
     log.write_bytes(b"".join(lines))
@@ -211,7 +198,7 @@ def test_of_a_long_log_the_ends_are_checked(url: str, monkeypatch: pytest.Monkey
 
 
 class Slept(LockFile):
-    """The lock of a process that slept after it had taken it, or, `late`, after it had made sure of it."""
+    """The process slept after it had taken its lock, or, if `late`, after it had checked it."""
 
     late = False
 
@@ -230,7 +217,7 @@ class Slept(LockFile):
         return False
 
 
-def test_who_slept_before_it_wrote_overwrites_nothing(tmp_path: Path) -> None:
+def test_a_process_that_slept_before_writing_overwrites_nothing(tmp_path: Path) -> None:
     lock = Slept(tmp_path / "lock", 60, 20)
     log = Log(tmp_path / "study.log", [lock], lambda: 1.0)
     with pytest.raises(LogAway, match="another one took its lock"):
@@ -255,9 +242,7 @@ def test_a_lock_that_a_process_keeps_is_named(url: str) -> None:
     assert queue.lease() is not None
 
 
-def test_signs_of_life_end_with_the_work_and_cost_one_look_at_the_clock(
-    url: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_heartbeats_end_with_the_work_and_cost_one_look_at_the_clock(url: str, monkeypatch: pytest.MonkeyPatch) -> None:
     storage = open_storage(url)
     queue = make_queue(storage, trials=3)
     looks: list[object] = []
@@ -272,7 +257,7 @@ def test_signs_of_life_end_with_the_work_and_cost_one_look_at_the_clock(
         with worker(name, set()):
             lease = queue.lease()
             assert lease is not None
-    assert len(looks) == 2, "one a lease while others run"
+    assert len(looks) == 2, "one per lease while others run"
     with worker("a", {"b"}):
         queue.release()
         queue.lease()

@@ -1,4 +1,4 @@
-"""A real MLflow server that is away, or fails now and then, and trainers killed with it: every metric arrives once."""
+"""Outages of a real MLflow server, and trainers killed with it: every metric arrives exactly once."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ long = [pytest.mark.slow, pytest.mark.timeout(900)]
 @pytest.fixture
 def server(template_database: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Server]:
     database = shutil.copy(template_database, tmp_path / "server.db")
-    with closing(sqlite3.connect(database)) as connection, connection:  # as a server makes its own
+    with closing(sqlite3.connect(database)) as connection, connection:  # as a server creates it
         connection.execute("UPDATE experiments SET artifact_location = 'mlflow-artifacts:/0'")
     server = Server(f"sqlite:///{database}", tmp_path)
     monkeypatch.chdir(tmp_path)
@@ -66,11 +66,11 @@ def history(name: str) -> list[Metric]:
 def wait_for_epoch(epoch: int, process: Forked) -> None:
     while len(history("train/loss")) < epoch:
         assert process.poll() is None, process.rest()
-        time.sleep(0.3)  # what asks costs the trainer and the server time
+        time.sleep(0.3)  # each request costs the trainer and the server time
 
 
 def check_complete(epochs: int) -> None:
-    """Check that every metric of every epoch is there once, and that the run has ended well."""
+    """Check that every metric of every epoch is logged once, and that the run is finished."""
     run = only_run()
     assert run is not None and run.info.status == "FINISHED"
     of_epochs = [name for name in run.data.metrics if name.startswith(("train/", "test/", "val/", "time/epoch"))]

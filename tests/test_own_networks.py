@@ -1,4 +1,4 @@
-"""Heads of the data's own classes next to ImageNet's: logged models, state dicts, and what is refused of them."""
+"""Networks with heads of the data's classes: logged models, state dicts, rankings, and what is refused."""
 
 from __future__ import annotations
 
@@ -101,7 +101,7 @@ def test_images_that_cannot_be_read_are_left_out_for_all_networks_if_asked(image
 def test_own_heads_and_published_networks_are_ranked_together(
     tmp_path: Path, sqlite_store: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """On images of ImageNet's classes under WordNet's names, each by the outputs that mean them."""
+    """The images have WordNet's names. Each network is scored on the outputs that mean their classes."""
     monkeypatch.setattr(evaluation, "FULL_BATCH_IMAGES", 2)
     monkeypatch.setattr(training_evaluation, "TIMED_PASSES", 1)
     images = make_image_tree(tmp_path / "set", ("train", "val"), classes=2)

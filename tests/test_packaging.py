@@ -1,4 +1,4 @@
-"""What people get: a wheel that runs in an empty folder, and a notebook that runs from its first cell to its last."""
+"""Packages: the wheel runs in an empty folder, and the notebook runs from its first cell to its last."""
 
 from __future__ import annotations
 
@@ -12,8 +12,7 @@ from typing import Any
 
 import pytest
 
-from tests.conftest import ROOT
-from tests.test_commands import all_runs
+from tests.conftest import ROOT, all_runs
 
 IN_GIT = ["git", "-C", str(ROOT), "ls-files"]
 SHORT = {"seeds": [0, 1, 2], "epochs": 1, "image_size": 8, "per_class": 12, "device": "cpu", "precision": "fp32"}
@@ -21,7 +20,7 @@ SHORT = {"seeds": [0, 1, 2], "epochs": 1, "image_size": 8, "per_class": 12, "dev
 
 @pytest.fixture(scope="module")
 def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Build the wheel from a copy, since setuptools leaves files where it works."""
+    """Build the wheel from a copy, since setuptools leaves files in its source."""
     pytest.importorskip("setuptools", "77")
     folder = tmp_path_factory.mktemp("wheel")
     source = folder / "source"

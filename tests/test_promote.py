@@ -1,4 +1,4 @@
-"""Only a model that is better on the same images becomes the champion; what is refused leaves no trace."""
+"""Promotion: only a model that is better on the same images becomes the champion. Refused models leave no trace."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ Log = Callable[..., tuple[str, str]]
 
 @pytest.fixture(scope="module")
 def log(template_database: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Log]:
-    """Return what logs a run with a model that is right on the first so many images; it returns both addresses."""
+    """Return a function that logs a model with a number of right answers. It returns two addresses, the run's last."""
     folder = tmp_path_factory.mktemp("promoted")
     shutil.copy(template_database, folder / "mlflow.db")
 
@@ -72,7 +72,7 @@ def log(template_database: Path, tmp_path_factory: pytest.TempPathFactory) -> It
 
 @pytest.fixture
 def name(request: pytest.FixtureRequest) -> str:
-    """Return a name that no other test registers models under."""
+    """Return a name for registered models that no other test uses."""
     return f"model {next(NUMBERS)}"
 
 
@@ -95,14 +95,14 @@ def call(*words: str) -> Result:
     return CliRunner().invoke(main.promote, words)
 
 
-def test_a_better_model_alone_moves_the_alias(log: Log, name: str) -> None:
+def test_only_a_better_model_moves_the_alias(log: Log, name: str) -> None:
     first, run = log(150)
-    assert try_out(name, run).verdict == "promoted" and champion(name) == 1  # unopposed
+    assert try_out(name, run).verdict == "promoted" and champion(name) == 1  # no champion yet
     for right, alone, theirs in ((140, 0, 10), (150, 0, 0), (155, 5, 0)):  # worse, equal, better by chance
         refused = try_out(name, log(right)[0])
         assert refused.verdict == "refused" and f"right, {alone} against {theirs} where only" in refused.reason
     assert list(held(name)) == [1] and champion(name) == 1
-    better, _ = log(156)  # six images are right here alone: p = 2 / 2^6
+    better, _ = log(156)  # six images are right only here: p = 2 / 2^6
     assert "(exact McNemar, p = 0.031)" in try_out(name, better).reason and champion(name) == 2
     version = MlflowClient().get_model_version_by_alias(name, "champion")
     assert version.description and "78.00 % against 75.00 % of 200 test images right" in version.description
@@ -154,7 +154,7 @@ def test_other_test_images_are_no_evidence(log: Log, name: str, other: dict[str,
     assert refused.verdict == "refused" and problem in refused.reason and list(held(name)) == [1]
 
 
-def test_of_models_at_one_moment_each_is_judged_by_what_became_of_those_before(
+def test_concurrent_promotions_are_judged_one_after_the_other(
     log: Log, name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """All are registered while nobody is the champion yet."""
@@ -176,10 +176,10 @@ def test_of_models_at_one_moment_each_is_judged_by_what_became_of_those_before(
     assert not any(PROMOTING in tags for _, (_, tags) in versions)
 
 
-def test_a_model_has_one_version_also_after_a_kill(log: Log, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_model_has_one_version_even_after_a_kill(log: Log, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(registry, "TURN_SECONDS", 0.1)
     address, run = log(100)
-    left = registry._register(name, registry.find_model(run)[0])  # what a kill leaves
+    left = registry._register(name, registry.find_model(run)[0])  # a kill leaves this version
     assert try_out(name, address).verdict == "promoted"
     assert champion(name) == int(left.version) and list(held(name)) == [1] and PROMOTING not in held(name)[1][1]
     worse, run = log(90)
@@ -189,16 +189,16 @@ def test_a_model_has_one_version_also_after_a_kill(log: Log, name: str, monkeypa
 
 
 def better_at_first(judge: Callable[..., Decision]) -> Callable[..., Decision]:
-    """Return what judges by itself at first that a model is better, as if the champion had come meanwhile."""
+    """Return a judge that promotes at first, as if the champion had come in the meantime."""
     looks = iter([Decision("promoted", "", [])])
     return lambda *args: next(looks, None) or judge(*args)
 
 
-def test_a_version_that_is_there_takes_its_turn(log: Log, name: str) -> None:
+def test_an_existing_version_is_judged_in_its_turn(log: Log, name: str) -> None:
     client, (address, run), (better, _) = MlflowClient(), log(100), log(150)
     client.create_registered_model(name)
     client.create_model_version(name, address, run.removeprefix("runs:/"))
-    other = registry._register(name, registry.find_model(better)[0])  # that is just being judged
+    other = registry._register(name, registry.find_model(better)[0])  # it is being judged
     with ThreadPoolExecutor(1) as pool:
         waiting = pool.submit(try_out, name, address)
         time.sleep(1)
@@ -209,7 +209,7 @@ def test_a_version_that_is_there_takes_its_turn(log: Log, name: str) -> None:
     assert champion(name) == 2 and {number: each[0] for number, each in held(name).items()} == {1: address, 2: better}
 
 
-def test_figures_of_an_earlier_promotion_go(log: Log, name: str) -> None:
+def test_figures_of_an_earlier_promotion_are_removed(log: Log, name: str) -> None:
     try_out(name, log(100)[0])
     again, _ = log(150)
     assert try_out(name, again).verdict == "promoted" and f"{PROMOTION}champion_accuracy" in held(name)[2][1]
@@ -228,7 +228,7 @@ def test_a_champion_that_is_gone_or_cannot_be_judged(log: Log, name: str) -> Non
     ):
         try_out(name, log(200)[0])
     client.delete_model_version(name, "1")
-    assert try_out(name, log(50)[0]).verdict == "promoted"  # nobody is the champion
+    assert try_out(name, log(50)[0]).verdict == "promoted"  # no version is the champion
     by_hand = client.create_model_version(name, str(Path.cwd()))
     client.set_registered_model_alias(name, "champion", str(by_hand.version))
     with pytest.raises(RunError, match="can't be judged, because it has no run"):

@@ -1,4 +1,4 @@
-"""What a run shows of its answers: its surest mistakes, its most confused classes, how sure it may be."""
+"""What a run shows of its predictions: the surest mistakes, the most confused classes, the calibration."""
 
 from __future__ import annotations
 
@@ -40,12 +40,12 @@ def test_a_run_shows_its_surest_mistakes_and_how_sure_it_may_be(sqlite_store: st
     surest = [[place for place in wrong if labels[place] == label][: MOST_WRONG // 10] for label in range(10)]
     pixels = dataset.test.pixels[dataset.test.rows[list(chain(*surest))]].numpy().astype(float)
     shown = [sheet[GAP : GAP + MOST_TILE, GAP + left : GAP + left + MOST_TILE] for left in (0, MOST_TILE + 4 * GAP)]
-    for tile, image in zip(shown, pixels, strict=False):  # in their order; of each pixel the middle, as it is a JPEG
+    for tile, image in zip(shown, pixels, strict=False):  # in this order; JPEG keeps the middle of a pixel
         middle = tile[8::16, 8::16]
         assert abs(middle - image).mean() < min(abs(middle - each).mean() for each in pixels if (each != image).any())
 
 
-def test_of_many_classes_the_most_confused_pairs_are_named() -> None:
+def test_with_many_classes_only_the_most_confused_pairs_are_named() -> None:
     classes = [f"class {number}" for number in range(100)]
     matrix = 40 * np.eye(100, dtype=int)
     for number in range(MOST_NAMED + 5):

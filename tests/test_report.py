@@ -1,4 +1,4 @@
-"""The report: what a study's end leaves, what `report` makes of an experiment, and of exports."""
+"""Reports: at the end of a study, of an experiment, and of exports."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from effv2.evidence.exports import Evidence, export, exported
 from effv2.tracking.exports import Answers, answers_of
 from effv2.tracking.read import Images, RunRecord, read_experiment
 from effv2.tracking.tags import ANSWER, REUSED, reused, reused_in
-from tests.test_commands import all_runs, invoke
+from tests.conftest import all_runs, invoke
 
 CLAIM = """
 claims:
@@ -37,13 +37,13 @@ claims:
     checks:
       - {kind: difference, metric: selected/test_accuracy, arm: other, against: default}
 """
-# A run without a study, of a small network of the variant `default`.
+# A run without a study: a small network of the variant `default`.
 OF_THE_DEFAULT = ["--depth-multiplier", "0.1", "--width-multiplier", "0.1", "--precision", "fp32"]
 OF_THE_DEFAULT += ["--image-size", "8", "--per-class", "12", "--epochs", "1", "--log-model", "none"]
 
 
 class Page(HTMLParser):
-    """What a page refers to, and whether its elements close."""
+    """The links of a page, and whether its elements are closed."""
 
     def __init__(self, text: str) -> None:
         super().__init__()
@@ -82,7 +82,7 @@ def test_a_study_ends_with_a_report_and_views(sqlite_store: str, tiny_study: Pat
     assert not Page(html).open and len(html) < 3_000_000
     assert not [
         each for each in Page(html).addresses if not each.startswith(("#", "data:"))
-    ]  # nothing comes from elsewhere
+    ]  # it loads nothing from other sites
     first = html[html.index("<section") : html.index("<table")]
     assert "other against default: 2 seeds, but a verdict needs 3." in first and "With `seeds` auto, about" in first
     assert "<svg" in first  # the forest plot
@@ -91,7 +91,7 @@ def test_a_study_ends_with_a_report_and_views(sqlite_store: str, tiny_study: Pat
     drawn = {file.path for file in MlflowClient().list_artifacts(parent.info.run_id, "figures")}
     assert set(re.findall(r"\(figures/([\w.-]+)\)", markdown)) == {path.removeprefix("figures/") for path in drawn}
     assert len(drawn) == 5 and html.count("<svg") == 5
-    # MLflow's UI: where to look comes first, in the experiment and on the run; the views are saved.
+    # In MLflow's UI, the experiment and the run begin with where to look. The views are saved.
     experiment = MlflowClient().get_experiment(parent.info.experiment_id)
     saved = {name for name in experiment.tags if name.startswith("mlflow.sharedViewState.")}
     assert saved == {f"mlflow.sharedViewState.effv2-{name}" for name in ("answers", "table", "curves")}
@@ -102,7 +102,7 @@ def test_a_study_ends_with_a_report_and_views(sqlite_store: str, tiny_study: Pat
     assert parent.data.tags[ANSWER] == "other against default: 2 seeds, but a verdict needs 3."
     state = json.loads(json.loads(experiment.tags["mlflow.sharedViewState.effv2-table"])["state"])
     assert state["orderByKey"] == "metrics.`best/test_accuracy`" and not state["orderByAsc"]
-    # A third seed joins; runs that another study finished before are reused in this one's report.
+    # A third seed joins. Runs that another study has finished are reused in the report of this one.
     MlflowClient().set_experiment_tag(experiment.experiment_id, "mlflow.note.content", "The user's own words.")
     second_study = "name: second\nbaseline: other\nshow: [seconds/to_test_accuracy_0.01]"
     tiny_study.write_text(tiny_study.read_text().replace("name: tiny", second_study))
@@ -115,7 +115,7 @@ def test_a_study_ends_with_a_report_and_views(sqlite_store: str, tiny_study: Pat
     MlflowClient().set_tag(second.info.run_id, REUSED, deleted_since)
     assert len(read_experiment(experiment.experiment_id, (), second.info.run_id)) == 3
     markdown = artifact(second.info.run_id, "report.md", tmp_path)
-    assert "## Single runs" not in markdown  # the reused ones stand in the study
+    assert "## Single runs" not in markdown  # the study lists the reused runs
     assert "| default | 3 |" in markdown and "| variant | default | other |" in markdown
     assert "| training to 1 % test accuracy, s |" in markdown
     assert "| minus other [interval] |" in markdown and "- default against other: undecided" in markdown
@@ -123,7 +123,7 @@ def test_a_study_ends_with_a_report_and_views(sqlite_store: str, tiny_study: Pat
     assert tags["mlflow.note.content"] == "The user's own words."
 
 
-def test_arms_may_be_compared_on_validation_alone(sqlite_store: str, tiny_study: Path, tmp_path: Path) -> None:
+def test_arms_may_be_compared_only_on_validation(sqlite_store: str, tiny_study: Path, tmp_path: Path) -> None:
     tiny_study.write_text(tiny_study.read_text().replace("config:", "config:\n  evaluation: {test_set: false}"))
     assert invoke(ablate, "--study", tiny_study, "--log-model", "none", "--seeds", "0,1,2").exit_code == 0
     parent, *children = all_runs()
@@ -152,22 +152,22 @@ def test_an_experiment_is_reported_exported_and_rebuilt(sqlite_store: str, tiny_
     markdown = (out / "report.md").read_text()
     verdicts = rows_of(markdown)
     assert next(iter(verdicts)) == "M1" and "not tested" not in verdicts["M1"][2]
-    assert markdown.index("## tiny") < markdown.index("## Your claims")  # one's own studies come first
-    (line,) = (line for line in markdown.splitlines() if line.startswith("Published claims that no run here is about"))
+    assert markdown.index("## tiny") < markdown.index("## Your claims")  # the user's own studies come first
+    (line,) = (line for line in markdown.splitlines() if line.startswith("Published claims without runs here"))
     assert all(f"{id_}" in line or id_ in verdicts for id_ in read_claims().claims) and "A1" in line
     assert "## Single runs" in markdown
-    # The page is on the report's own run, which the next report takes again; the study's run keeps its own report.
+    # The page is on the run of the report, which the next report reuses. The study's run keeps its own report.
     made = [run for run in all_runs() if "effv2.report" in run.data.tags]
     parent = next(run for run in all_runs() if run.data.params.get("study.kind") == "ablate")
     assert artifact(made[0].info.run_id, "report.html", tmp_path) == (out / "report.html").read_text()
     assert "<title>tiny: effv2" in artifact(parent.info.run_id, "report.html", tmp_path)
     assert len(made) == 1 and made[0].info.status == "FINISHED"
-    # Every number is there, and hashed; the report follows only from them.
+    # The export holds and hashes every number. The report follows only from them.
     hashes = json.loads((out / "data" / "manifest.json").read_text())["sha256"]
     assert (out / "data" / "manifest.json").stat().st_mode == (out / "report.md").stat().st_mode
     files = {path.relative_to(out / "data").as_posix() for path in (out / "data").rglob("*.csv")}
     files.add("claims.yaml")
-    (shared,) = (name for name in files if "predictions" in name)  # of all runs, as their images are the same
+    (shared,) = (name for name in files if "predictions" in name)  # of all runs, since their images are the same
     assert set(hashes) == files and len((out / "data" / shared).read_text().splitlines()[0].split(",")) == 2 + 2 * 7
     assert all(hashlib.sha256((out / "data" / name).read_bytes()).hexdigest() == hashes[name] for name in files)
     with (out / "data" / "metrics.csv").open(newline="") as file:
@@ -178,9 +178,9 @@ def test_an_experiment_is_reported_exported_and_rebuilt(sqlite_store: str, tiny_
     for name in ("report.html", "report.md", "data/manifest.json"):
         assert (again / name).read_bytes() == (out / name).read_bytes(), name
     assert len(all_runs()) == 9
-    # An export isn't written over itself, whatever it is called.
+    # An export isn't written over itself, by any path.
     assert invoke(report, "--from-export", moved, "--export", moved / ".." / moved.name).exit_code == 2
-    # What was changed is noticed.
+    # Changed files are noticed.
     (moved / "data" / "metrics.csv").write_text("run_id,name,value\n")
     result = invoke(report, "--from-export", moved, "--export", tmp_path / "not")
     assert result.exit_code == 2 and "metrics.csv is missing or was changed" in result.output
@@ -193,7 +193,7 @@ def test_exports_of_several_experiments_are_joined(sqlite_store: str, tmp_path: 
     assert invoke(train, *OF_THE_DEFAULT, "--experiment", "one").exit_code == 0
     assert invoke(report, "--experiment", "one", "--claims", claims, "--export", early).exit_code == 0
     (run,) = (run for run in all_runs() if "effv2.report" not in run.data.tags)
-    MlflowClient().log_metric(run.info.run_id, "test/loss", 0.5, step=2)  # it goes on
+    MlflowClient().log_metric(run.info.run_id, "test/loss", 0.5, step=2)  # the run has grown
     assert invoke(report, "--experiment", "one", "--claims", claims, "--export", late).exit_code == 0
     assert invoke(train, *OF_THE_DEFAULT, "--experiment", "other").exit_code == 0
     claims.write_text(CLAIM.replace("M1", "M2"))
@@ -202,7 +202,7 @@ def test_exports_of_several_experiments_are_joined(sqlite_store: str, tmp_path: 
     result = invoke(report, *sources, "--export", joined)
     assert result.exit_code == 2 and "claims.yaml differ" in result.output
     assert not joined.exists()
-    assert invoke(report, *sources, "--export", late).exit_code == 2  # nor over any of them
+    assert invoke(report, *sources, "--export", late).exit_code == 2  # nor over any of its sources
     result = invoke(report, *sources, "--export", joined, "--claims", claims)
     assert result.exit_code == 0, result.output
 
@@ -211,9 +211,9 @@ def test_exports_of_several_experiments_are_joined(sqlite_store: str, tmp_path: 
         return {run.run_id: (run, read.predictions(run)) for run in read.runs}
 
     assert held(joined) == held(late) | held(other)
-    assert held(early).keys() == held(late).keys() and held(early) != held(late)  # the export named last counts
+    assert held(early).keys() == held(late).keys() and held(early) != held(late)  # the last export counts
     order = [(folder / "data" / "runs.csv").read_text().splitlines()[1:] for folder in (late, other, joined)]
-    assert order[2] == order[0] + order[1]  # the oldest first
+    assert order[2] == order[0] + order[1]  # oldest first
     assert json.loads((joined / "data" / "manifest.json").read_text())["experiment"] == "other, one"
 
 
@@ -289,10 +289,10 @@ def test_empty_and_half_finished_studies_say_what_is_missing(sqlite_store: str, 
     out = tmp_path / "out"
     assert invoke(report, "--export", out).exit_code == 0
     markdown = (out / "report.md").read_text()
-    assert "mlflow run . -e ablate -P variant=drop_one" in markdown
-    assert not rows_of(markdown) and "mlflow run . -e ablate" in (out / "report.html").read_text()
+    assert "effv2 ablate --variant drop_one" in markdown
+    assert not rows_of(markdown) and "effv2 ablate --variant drop_one" in (out / "report.html").read_text()
     client = MlflowClient()
-    name = r"half $x$ | <i>é数\1"  # of a foreign run: nothing in it is taken for mathematics, markup or a pattern
+    name = r"half $x$ | <i>é数\1"  # nothing in this foreign name counts as mathematics, markup or a pattern
     run_id = client.create_run("0", run_name=name).info.run_id
     tags = {
         "effv2.planned": '["default, seed 0", "other, seed 0"]',
@@ -315,7 +315,7 @@ def test_empty_and_half_finished_studies_say_what_is_missing(sqlite_store: str, 
         and "effv2 ablate --study" in markdown
     )
     assert "<b>half" not in html and "<i>" not in html + markdown and not Page(html).open and html.count("<svg") == 3
-    # Again into the same folder: nothing is left of the report before, and what is somebody else's stays.
+    # In the same folder again: the files of the earlier report are gone, and other files stay.
     mine = [out / "data" / "mine.txt", out / "figures" / "01-overview.svg"]
     for path in mine:
         path.write_text("mine")
@@ -324,7 +324,7 @@ def test_empty_and_half_finished_studies_say_what_is_missing(sqlite_store: str, 
     assert list((out / "figures").iterdir()) == mine[1:] and {path.read_text() for path in mine} == {"mine"}
 
 
-def test_where_no_store_is_none_is_created(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_report_creates_no_store(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "sqlite:///mlflow.db")
     refused = invoke(report)
@@ -332,7 +332,7 @@ def test_where_no_store_is_none_is_created(tmp_path: Path, monkeypatch: pytest.M
     assert not list(tmp_path.iterdir())
     assert invoke(report, "--export", "out").exit_code == 0
     assert [each.name for each in tmp_path.iterdir()] == ["out"]
-    assert "that no run here is about: T1, " in (tmp_path / "out" / "report.md").read_text()
+    assert "Published claims without runs here: T1, " in (tmp_path / "out" / "report.md").read_text()
     assert invoke(report, "--from-export", "out", "--export", "again").exit_code == 0
 
 
@@ -344,7 +344,7 @@ def test_the_run_that_mlflow_opened_gets_the_report(
     assert invoke(report).exit_code == 0
     (run,) = all_runs()
     assert (run.info.run_name, run.info.status) == ("report", "FINISHED")
-    assert "that no run here is about: T1, " in artifact(opened, "report.md", tmp_path)
+    assert "Published claims without runs here: T1, " in artifact(opened, "report.md", tmp_path)
     assert run.data.tags["mlflow.note.content"].startswith("0 runs; no claim")
 
 
@@ -362,7 +362,7 @@ def test_the_run_that_mlflow_opened_gets_the_report(
         (["--experiment", "Defualt"], "no such experiment; did you mean 'Default'?"),
     ],
 )
-def test_wrong_input_is_told_before_anything_is_made(
+def test_wrong_input_is_refused_before_anything_is_created(
     sqlite_store: str, tmp_path: Path, words: list[str], said: str
 ) -> None:
     (tmp_path / "file").write_text("")

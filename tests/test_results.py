@@ -6,13 +6,12 @@ import re
 from pathlib import Path
 
 from effv2.cli.main import report
-from tests.conftest import ROOT
-from tests.test_commands import invoke
+from tests.conftest import ROOT, invoke
 
 RESULTS = ROOT / "docs" / "results"
 
 
-def test_the_published_report_follows_from_the_data_beside_it(tmp_path: Path) -> None:
+def test_the_published_report_follows_from_its_exported_data(tmp_path: Path) -> None:
     assert invoke(report, "--from-export", RESULTS, "--export", tmp_path).exit_code == 0
     published = (RESULTS / "report.md").read_text(encoding="utf-8")
     assert (tmp_path / "report.md").read_text(encoding="utf-8") == published

@@ -1,4 +1,4 @@
-"""A run that was killed is resumed in the same MLflow run and ends with the numbers of one that was not, to the bit."""
+"""A killed run is resumed in the same MLflow run, and its numbers equal those of an undisturbed one, bit for bit."""
 
 from __future__ import annotations
 
@@ -46,14 +46,14 @@ def all_runs(experiment: str) -> list[Run]:
 
 
 def histories(run: Run) -> dict[str, list[tuple[int, float]]]:
-    """Return every value of every metric that isn't a time, in the order of their logging."""
+    """Return every value of every metric except times, in the order of their logging."""
     names = [name for name in run.data.metrics if not name.startswith(TIMED)]
     client = MlflowClient()
     return {name: [(m.step, m.value) for m in client.get_metric_history(run.info.run_id, name)] for name in names}
 
 
 def weights(run: Run) -> dict[str, torch.Tensor]:
-    """Return what the model that a run logged consists of."""
+    """Return the contents of the model that a run logged."""
     folder = mlflow.artifacts.download_artifacts(model_address(run.info.run_id))
     return dict(torch.export.load(Path(folder, "artifacts", "program.pt2")).state_dict)
 
@@ -76,9 +76,9 @@ def check_equal(run: Run, expected: Run, folder: Path) -> None:
 
 
 def kill(options: list[str], folder: Path, first: str, kills: int, longest: float) -> str:
-    """Kill so many processes, each a random time after its first file of that pattern; return what they said.
+    """Kill `kills` processes in turn, each a random time after its first file that matches; return their output.
 
-    Without a pattern, after it has said that it resumes, or that its first epoch has ended.
+    Without a pattern, the time begins when it resumes or has finished its first epoch.
     """
     said = ""
     moments = random.Random(0)  # noqa: S311
@@ -100,7 +100,7 @@ def kill(options: list[str], folder: Path, first: str, kills: int, longest: floa
 def written(folder: Path, pattern: str) -> dict[Path, int]:
     found = {}
     for path in folder.glob(pattern) if pattern else ():
-        with suppress(FileNotFoundError):  # removed just now
+        with suppress(FileNotFoundError):  # the file was just removed
             found[path] = path.stat().st_mtime_ns
     return found
 
@@ -121,12 +121,12 @@ def test_kills_change_nothing(
     (expected,) = all_runs("whole")
     monkeypatch.setenv("EFFV2_CACHE", str(tmp_path / "cache"))
     options = ["--study", str(study), "--checkpoint-dir", str(tmp_path / "checkpoints"), "--checkpoint-minutes", "0"]
-    longest = 0.6 * expected.data.metrics["time/total_train_seconds"] / kills  # so that it isn't over before the last
+    longest = 0.6 * expected.data.metrics["time/total_train_seconds"] / kills  # the last kill comes before its end
     said = kill(options, tmp_path, first, kills, longest)
     result = CliRunner().invoke(train, options, catch_exceptions=False)
     assert result.exit_code == 0
     went_on = [int(epoch) for epoch in re.findall(r"resuming the run \w+ at epoch (\d+)", said + result.stderr)]
-    assert len(went_on) == kills and went_on[-1] > 1 and went_on == sorted(went_on)  # what was trained is not again
+    assert len(went_on) == kills and went_on[-1] > 1 and went_on == sorted(went_on)  # finished epochs are not repeated
     (run,) = all_runs("Default")
     check_equal(run, expected, tmp_path)
     assert not list((tmp_path / "checkpoints").iterdir())
@@ -174,10 +174,10 @@ def test_ctrl_c_while_the_model_is_logged_ends_within_seconds(
 
 
 @pytest.mark.parametrize("where", ["log_model_artifacts", "set_terminated"])
-def test_what_a_kill_at_the_end_left_is_completed(
+def test_a_run_killed_at_its_end_is_completed(
     sqlite_store: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, where: str
 ) -> None:
-    """While the model is uploaded, and when all but the status was logged."""
+    """The kill comes during the upload of the model, or when only the status is missing."""
     monkeypatch.setenv("EFFV2_CACHE", str(tmp_path / "cache"))
     study = tmp_path / "short.yaml"
     study.write_text(SHORT)
@@ -194,7 +194,7 @@ def test_what_a_kill_at_the_end_left_is_completed(
 
 
 @pytest.mark.parametrize("folders", [("one", "one"), ("one", "other")], ids=["one folder", "two folders"])
-def test_two_equal_commands_at_one_moment_train_once(
+def test_two_equal_commands_at_the_same_time_train_once(
     sqlite_store: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, folders: tuple[str, str]
 ) -> None:
     monkeypatch.setenv("EFFV2_CACHE", str(tmp_path / "cache"))
@@ -210,7 +210,7 @@ def test_two_equal_commands_at_one_moment_train_once(
     assert len([run for run in all_runs("Default") if run.data.tags["effv2.config_hash"]]) == 1
 
 
-def test_another_machine_goes_on_from_the_checkpoint_that_was_uploaded(
+def test_another_machine_resumes_from_the_uploaded_checkpoint(
     sqlite_store: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from effv2.training import loop
@@ -221,7 +221,7 @@ def test_another_machine_goes_on_from_the_checkpoint_that_was_uploaded(
     evaluations = iter(range(1, 99))
 
     def interrupted(*args: Any) -> Any:
-        if next(evaluations) in (7, 10):  # two an epoch
+        if next(evaluations) in (7, 10):  # two per epoch
             os.kill(os.getpid(), signal.SIGINT)
         return evaluate(*args)
 
@@ -237,14 +237,14 @@ def test_another_machine_goes_on_from_the_checkpoint_that_was_uploaded(
     assert run.info.status == "KILLED" and re.fullmatch(r"checkpoints/step-\d+-\w{16}\.pt", uploaded.path)
     there = invoke("there", *upload)
     assert there.exit_code == 130 and "resuming the run" in there.stderr and "at epoch 4" in there.stderr
-    # The first one has an older checkpoint of its own. It needn't upload; what was uploaded isn't needed any longer.
+    # The first machine has an older checkpoint. It uploads nothing, and the uploaded one is no longer needed.
     result = invoke("here")
     assert result.exit_code == 0 and "resuming the run" in result.stderr and "at epoch 5" in result.stderr
     (run,) = all_runs("Default")
     assert run.info.status == "FINISHED" and not MlflowClient().list_artifacts(run.info.run_id, "checkpoints")
 
 
-def test_a_run_that_ended_in_its_first_epoch_goes_on_with_its_images_elsewhere(
+def test_a_run_that_ended_in_its_first_epoch_is_resumed_with_its_images_elsewhere(
     sqlite_store: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from effv2.training import loop
@@ -268,7 +268,7 @@ def test_a_run_that_ended_in_its_first_epoch_goes_on_with_its_images_elsewhere(
 
 @pytest.fixture
 def full_disk(tmp_path: Path) -> Iterator[Path]:
-    """Mount a small file system that is full; whoever may not mount skips the test."""
+    """Mount a small full file system. Skip the test where mounting is not allowed."""
     folder = tmp_path / "full"
     folder.mkdir()
     mount = ["mount", "-t", "tmpfs", "-o", "size=4m", "tmpfs", str(folder)]

@@ -1,4 +1,4 @@
-"""Searches and hyper-parameter checks as users run them, and what happens when a command is given again."""
+"""Searches and hyper-parameter checks as users run them, and repeated commands."""
 
 from __future__ import annotations
 
@@ -22,8 +22,7 @@ from effv2.core.reporter import Reporter
 from effv2.data.dataset import load_once
 from effv2.studies.plan import make_search
 from effv2.training import loop
-from tests.conftest import TINY_TABLE, running
-from tests.test_commands import all_runs, invoke
+from tests.conftest import TINY_TABLE, all_runs, invoke, running
 
 TINY_SEARCH = f"""
 name: tiny-search
@@ -83,7 +82,7 @@ def test_search_touches_the_test_set_once_and_can_grow(sqlite_store: str, tiny_s
     assert invoke(search, "--study", tiny_search, "--trials", "8").exit_code == 0
     grown, *children = all_runs()
     assert len(children) == 8 and grown.info.run_id == parent.info.run_id
-    looks = grown.data.tags["effv2.tested_runs"].split(",")  # one, unless the search found a better one as it grew
+    looks = grown.data.tags["effv2.tested_runs"].split(",")  # one, or two if the grown search found a better one
     assert {run.info.run_id for run in touching_the_test_set(children)} == set(looks) and len(looks) <= 2
 
     best_yaml = MlflowClient().download_artifacts(parent.info.run_id, "best.yaml", str(tmp_path))
@@ -104,7 +103,7 @@ def test_hparam_check_ends_with_a_comparison(sqlite_store: str, tiny_study: Path
     ]  # fmt: skip
     assert [run.data.params["schedule.name"] for run in children] == ["none", "none", "plateau", "plateau"]
     assert artifacts(parent) >= {"report.html", "report.md", "figures", "comparison.csv"}
-    # The rest of the same study joins the same run.
+    # The other arms of the study join the same run.
     words = ["--check", "all", "--scheduler", "plateau", "--log-model", "none"]
     assert invoke(hparam_check, "--study", tiny_study, *words).exit_code == 0
     same, *children = all_runs()
@@ -133,7 +132,7 @@ def test_train_again_repeats_only_when_fresh(
     assert "Finished before" in result.output and len(all_runs()) == 1
     assert all_runs()[0].info.run_id in result.output and "without a model" not in result.output
     assert "but without a model; --fresh repeats it" in invoke(train, "--study", tiny_search).output
-    # A fresh one that ended early is what is resumed, not the older one.
+    # The interrupted fresh run is resumed, not the older one.
     with monkeypatch.context() as patch:
         patch.setattr(loop, "evaluate", lambda *_: os.kill(os.getpid(), signal.SIGINT))
         assert invoke(train, "--study", tiny_search, "--fresh").exit_code == 130
@@ -142,7 +141,7 @@ def test_train_again_repeats_only_when_fresh(
     assert {run.info.status for run in all_runs()} == {"FINISHED"}
 
 
-def test_a_study_whose_run_is_gone_begins_anew(sqlite_store: str, tiny_study: Path) -> None:
+def test_a_study_whose_run_was_deleted_begins_again(sqlite_store: str, tiny_study: Path) -> None:
     assert invoke(ablate, "--study", tiny_study, "--log-model", "none").exit_code == 0
     deleted = all_runs()[0].info.run_id
     MlflowClient().delete_run(deleted)
@@ -152,7 +151,7 @@ def test_a_study_whose_run_is_gone_begins_anew(sqlite_store: str, tiny_study: Pa
     assert [run.info.run_id != deleted and run.info.status for run in parents] == ["FINISHED"]
 
 
-def test_a_trial_whose_run_was_deleted_begins_anew(
+def test_a_trial_whose_run_was_deleted_begins_again(
     sqlite_store: str, tiny_study: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     words: tuple[str | Path, ...] = ("--study", tiny_study, "--variant", "default", "--log-model", "none")
@@ -237,10 +236,10 @@ def test_a_trial_is_pruned_after_a_quarter_of_its_epochs_at_the_earliest() -> No
 
 
 @pytest.mark.parametrize(("sound", "code", "status"), [(1, 0, "FINISHED"), (0, 1, "FAILED")])
-def test_a_diverging_trial_is_an_answer_of_a_search_unless_all_are(
+def test_a_search_counts_diverging_trials_unless_all_diverge(
     sqlite_store: str, tiny_search: Path, monkeypatch: pytest.MonkeyPatch, sound: int, code: int, status: str
 ) -> None:
-    """Trials diverge in their second epoch, except the first one if it is `sound`."""
+    """Trials diverge in their second epoch. If `sound`, the first one doesn't."""
     tiny_search.write_text(TINY_SEARCH.replace("trials: 6", "trials: 3"))
     check = loop.Training._must_be_finite
 
@@ -249,7 +248,7 @@ def test_a_diverging_trial_is_an_answer_of_a_search_unless_all_are(
         check(training, math.nan if training.state.progress.epoch and not (first and sound) else loss, name)
 
     monkeypatch.setattr(loop.Training, "_must_be_finite", must_be_finite)
-    for _ in range(2):  # said again, too
+    for _ in range(2):  # the repeated command says it too
         result = invoke(search, "--study", tiny_search, "--log-model", "none")
         parent, *children = all_runs()
         assert (result.exit_code, parent.info.status, len(children)) == (code, status, 3), result.output

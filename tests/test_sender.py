@@ -1,4 +1,4 @@
-"""What runs log reaches the tracking store once and in order, whatever happens to the store or to the run."""
+"""The sender: metrics reach the tracking store once and in order, whatever happens to the store or the run."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def quick(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 class Store:
-    """The real store behind a door that can be shut, before or after it took what was sent."""
+    """The real store behind a door. Shut, it fails before or after the store took a request."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.shut: str = ""
@@ -77,7 +77,7 @@ def test_an_outage_costs_nothing_and_is_announced_once(store: str, door: Store, 
             began = time.perf_counter()
             run.log_metrics({"loss": 4.0 - epoch, "accuracy": 0.1 * epoch}, step=epoch)
             seconds.append(time.perf_counter() - began)
-        for _ in range(2):  # the second waits for nothing: one waits already
+        for _ in range(2):  # the second one returns at once, since one already waits
             run.upload_checkpoint(tmp_path / "checkpoint")
         run.set_tags({"a": "b"})
         time.sleep(0.3)
@@ -93,7 +93,7 @@ def test_an_outage_costs_nothing_and_is_announced_once(store: str, door: Store, 
 
 
 def test_what_a_run_could_not_deliver_is_delivered_when_it_is_resumed(store: str, door: Store) -> None:
-    """Whether the last calls arrived or not: nothing is missing, and nothing is there twice."""
+    """The last calls may have arrived or not. Nothing is missing, and nothing is there twice."""
     losses = [{"loss": 1 / epoch} for epoch in (1, 2, 3)]
     opened = open_run("run", open_store(""), {}, message=print, patience=0.2)
     with pytest.raises(StoreAway, match="start it") as error, opened as run:
@@ -102,7 +102,7 @@ def test_what_a_run_could_not_deliver_is_delivered_when_it_is_resumed(store: str
         run.sender.flush(10)
         door.shut = "after"
         run.log_metrics(losses[1], step=2)
-    assert error.value.resumes  # which commands say
+    assert error.value.resumes  # the commands report it
     door.shut = ""
     with open_run("run", run.experiment_id, {}, resumes=run.run_id, message=print) as again:
         for epoch, metrics in enumerate(losses, 1):
@@ -156,7 +156,7 @@ def test_a_run_that_was_complete_ends_finished_whatever_interrupts_its_end(sqlit
 def test_a_fault_while_a_run_begins_ends_it(
     sqlite_store: str, monkeypatch: pytest.MonkeyPatch, fault: type[BaseException], status: str
 ) -> None:
-    """A signal that comes while it is created, or a thread that can't be started."""
+    """The fault is a signal during its creation, or a thread that can't start."""
     create = MlflowClient.create_run
 
     def created(*words: Any, **how: Any) -> Any:
@@ -175,8 +175,8 @@ def test_a_fault_while_a_run_begins_ends_it(
     assert [run.info.status for run in MlflowClient().search_runs([experiment])] == [status]
 
 
-def test_a_run_that_was_created_twice_is_there_once(sqlite_store: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """And none of another process is deleted, which may have begun the same in the same millisecond."""
+def test_a_run_that_was_created_twice_is_kept_once(sqlite_store: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Runs of other processes stay, even if they began the same in the same millisecond."""
     create, others = MlflowClient.create_run, list[str]()
 
     def answer_lost(client: Any, experiment: str, start_time: int | None = None, **how: Any) -> Any:
@@ -192,7 +192,7 @@ def test_a_run_that_was_created_twice_is_there_once(sqlite_store: str, monkeypat
 
 @pytest.mark.parametrize(("outcome", "status"), [({}, "KILLED"), ({OUTCOME: "complete"}, "FINISHED")])
 def test_a_run_that_a_dead_process_left_open_is_ended(sqlite_store: str, outcome: dict[str, str], status: str) -> None:
-    """By the next command; one whose process can't be seen from here is not touched."""
+    """The next command ends it. Runs of processes on other machines are not touched."""
     boot, space, _, started, unique = sender_process().split("/")
     dead = MlflowClient().create_run("0", tags={PROCESS: f"{boot}/{space}/1/not {started}/{unique}", **outcome})
     elsewhere = MlflowClient().create_run("0", tags={PROCESS: f"another/{space}/1/{started}/{unique}"})
@@ -207,7 +207,7 @@ def sender_process() -> str:
     return this_process()
 
 
-def test_a_run_that_a_living_process_works_on_is_left_alone(tmp_path: Path) -> None:
+def test_a_run_that_a_living_process_works_on_is_left_unchanged(tmp_path: Path) -> None:
     options = CheckpointOptions(checkpoint_dir=str(tmp_path))
     first, second = (Checkpointer("run", options, {}, print) for _ in range(2))
     with first.lock(), pytest.raises(RunError, match="another process works on it"), second.lock():

@@ -1,4 +1,4 @@
-"""The logged model takes images, brings its preprocessing along, and is no pickle."""
+"""The logged model takes images, contains its preprocessing, and is no pickle."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ from effv2.tracking.models import fetch_model
 from effv2.tracking.writer import model_address
 from tests.conftest import TINY_TABLE, make_image_tree, running
 
-OUTPUTS = 7  # wider than the three classes: the rest is the column `other`
+OUTPUTS = 7  # more outputs than the three classes: the rest is the column `other`
 
 
 Trained = tuple[Path, Path, list[dict[str, str]]]
@@ -48,7 +48,7 @@ Trained = tuple[Path, Path, list[dict[str, str]]]
 
 @pytest.fixture(scope="module")
 def trained(template_database: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Trained]:
-    """Train on a folder set; return its folder, that of the model, and the logged predictions."""
+    """Train on a folder of images; return that folder, the model's folder, and the logged predictions."""
     folder = tmp_path_factory.mktemp("served")
     shutil.copy(template_database, folder / "mlflow.db")
     with pytest.MonkeyPatch.context() as patch:
@@ -81,7 +81,7 @@ def train_in(folder: Path) -> Trained:
 
 @pytest.fixture(scope="module")
 def exported(trained: Trained) -> Path:
-    """Export the model of the run to a folder; return that."""
+    """Export the model of the run to a folder; return the folder."""
     folder = trained[0].with_name("onnx form")
     output = invoke(f"runs:/{only_run()}", folder)
     assert f"--model-uri {folder} --env" in output
@@ -89,7 +89,7 @@ def exported(trained: Trained) -> Path:
 
 
 def invoke(*words: str | Path, code: int = 0) -> str:
-    """Run the export with these words, which ends with this code; return what it says."""
+    """Run the export with these words, check its exit code, and return its output."""
     result = CliRunner().invoke(export, list(map(str, words)), catch_exceptions=False)
     assert result.exit_code == code, result.output
     return result.output
@@ -102,7 +102,7 @@ def only_run() -> str:
 
 @pytest.fixture(params=["torch", "onnx"])
 def server(trained: Trained, request: pytest.FixtureRequest) -> Iterator[str]:
-    """Serve the model over HTTP without the training package on its path, pickles forbidden."""
+    """Serve the model over HTTP without effv2 on its path and with pickles forbidden."""
     model = trained[1] if request.param == "torch" else request.getfixturevalue("exported")
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
@@ -169,7 +169,7 @@ def test_served_model_answers_files_as_training_saw_them(trained: Trained, serve
     assert status == 400 and "Image 1 of the request can't be read" in text and files[0] not in text
     assert ask(server, []) == (200, [])
     status, text = ask(server, [str(root / rows[0]["id"])])
-    assert status == 400  # a path is never opened for a caller
+    assert status == 400  # the server never opens a path for a client
     large = io.BytesIO()
     Image.new("1", (10_000, 8_000)).save(large, "PNG")
     began = time.monotonic()
@@ -201,7 +201,7 @@ IPTC = (
 
 
 @pytest.mark.parametrize("content", [POSTSCRIPT, IPTC], ids=["as it is", "in IPTC"])
-def test_postscript_is_run_by_nobody(tmp_path: Path, content: bytes) -> None:
+def test_postscript_is_never_executed(tmp_path: Path, content: bytes) -> None:
     (tmp_path / "program.jpg").write_bytes(content)
     with pytest.raises(ValueError, match="PostScript, a program"):
         LabelledImages.of_files([tmp_path / "program.jpg"], [0], ["program"]).open(0)
@@ -264,7 +264,7 @@ def test_the_onnx_form_answers_as_torch_does_without_it(trained: Trained, export
             assert probabilities == pytest.approx(row["probabilities"], abs=1e-5)
 
 
-def test_the_onnx_form_is_one_file_of_a_stated_opset_and_asks_for_no_torch(exported: Path) -> None:
+def test_the_onnx_form_is_one_file_of_a_stated_opset_and_needs_no_torch(exported: Path) -> None:
     import onnx
 
     assert sorted(path.name for path in (exported / "artifacts").iterdir()) == [
@@ -277,13 +277,13 @@ def test_the_onnx_form_is_one_file_of_a_stated_opset_and_asks_for_no_torch(expor
     assert [each.version for each in model.opset_import if not each.domain] == [onnx_form.OPSET]
     (images,) = model.graph.input
     assert [each.dim_param or each.dim_value for each in images.type.tensor_type.shape.dim] == ["batch", 3, 8, 8]
-    assert str(Path(torch.__file__).parent).encode() not in model.SerializeToString()  # where it was written
+    assert str(Path(torch.__file__).parent).encode() not in model.SerializeToString()  # no path of this machine
     requirements = (exported / "requirements.txt").read_text()
     assert "onnxruntime==" in requirements and "torch" not in requirements
 
 
 @pytest.mark.parametrize("form", ["torch", "onnx"])
-def test_the_most_likely_classes_are_told_the_label_first(trained: Trained, exported: Path, form: str) -> None:
+def test_the_most_likely_classes_are_listed_the_label_first(trained: Trained, exported: Path, form: str) -> None:
     import mlflow.pyfunc
 
     model = mlflow.pyfunc.load_model(str(exported if form == "onnx" else trained[1]))
@@ -320,7 +320,7 @@ def test_a_request_of_many_images_is_answered_in_parts(exported: Path) -> None:
     images = np.random.default_rng(0).integers(0, 256, (130, 9, 9, 3), dtype=np.uint8)
     answers = model.predict(list(images))
     assert len(answers) == 130
-    for at in (0, 64, 129):  # the last of the second part, and of the third
+    for at in (0, 64, 129):  # the last images of the second and third part
         (alone,) = model.predict([images[at]])
         assert alone["probabilities"] == pytest.approx(answers[at]["probabilities"], abs=1e-5)
 

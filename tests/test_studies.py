@@ -1,4 +1,4 @@
-"""Study files: the published protocols to the letter, and how arms, options and seeds combine."""
+"""Study files: the published protocols, and how arms, options and seeds combine."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def test_every_setting_of_a_published_protocol_has_one_source(name: str) -> None
     study, flat = open_study(name), TrainConfig().flat()
     sourced = [each for kind in Sources.model_fields for each in study.protocol.settings(kind)]
     assert len(sourced) == len(set(sourced))
-    assert not [each for each in sourced if "." in each and each not in flat]  # others are words, of no one setting
+    assert not [each for each in sourced if "." in each and each not in flat]  # others are sentences
     assert study.base.keys() <= set(sourced)
     assert {each for each in sourced if each in flat} >= {
         "model.dropout",
@@ -126,7 +126,7 @@ def test_one_variant_brings_its_baseline_and_all_brings_all() -> None:
     assert study.select("half_layers, drop_one") == ["default", "half_layers", "drop_one"]
     with pytest.raises(InputError, match="variant half_layer: no such variant; did you mean 'half_layers'"):
         study.select("drop_one,half_layer")
-    assert study.with_variants("half_layers,drop_one") == study  # whose queue is that of all
+    assert study.with_variants("half_layers,drop_one") == study  # all share one queue
     three = study.with_variants("drop_one,efficientnet_v2_m")
     assert three.select("drop_one,efficientnet_v2_m") == ["default", "drop_one", "efficientnet_v2_m"]
     every = study.with_variants("all,efficientnet_v2_m")
@@ -138,7 +138,7 @@ def test_one_variant_brings_its_baseline_and_all_brings_all() -> None:
     assert [*grid.trials] == [f"{name}, seed {seed}" for seed in (3, 4) for name in PUBLISHED_VARIANTS]
 
 
-def test_a_number_of_seeds_is_a_seed_and_that_is_said(capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_single_number_is_one_seed_and_a_message_says_so(capsys: pytest.CaptureFixture[str]) -> None:
     load, study, arms = load_once(Reporter()), open_study("ablate"), ["default"]
     for seeds in ("3", "0"):
         options = StudyOptions.model_validate({"seeds": seeds})
@@ -177,9 +177,9 @@ def auto(
     names: tuple[str, ...] = ("base", "arm"),
     **more: Any,
 ) -> tuple[Any, Trials]:
-    """Train what is wanted until nothing is, half of it at a time; `reached` is the accuracy of an arm's seed.
+    """Train half of the wanted runs at a time until none is wanted; `reached` gives the accuracy of an arm with a seed.
 
-    Where each seed has a split of its own, it is that of an arm's seed on the split.
+    With a split per seed, it gives the accuracy on that split.
     """
     arms, trials = dict.fromkeys(names, TrainConfig()), dict[str, FrozenTrial]()
     rule = AutoSeeds(arms, names, "base", margin=margin, most=most, **more)
@@ -224,7 +224,7 @@ def test_a_race_gives_seeds_to_what_may_be_the_best() -> None:
 
 def test_auto_seeds_of_several_splits_have_one_each_and_pair_by_split() -> None:
     noise = [0.01, -0.012, 0.003, -0.006, 0.011, -0.004, 0.008, -0.009]
-    of_split = [0.2, -0.3, 0.1, 0.3, -0.1, 0.25, -0.2, 0.0]  # which both arms share
+    of_split = [0.2, -0.3, 0.1, 0.3, -0.1, 0.25, -0.2, 0.0]  # both arms share it
 
     def value(arm: str, seed: int, split: int) -> float:
         assert seed == split
@@ -235,7 +235,7 @@ def test_auto_seeds_of_several_splits_have_one_each_and_pair_by_split() -> None:
     assert "beats base by 10.00 points" in clear.lines()[0] and clear.lines()[0].endswith("3 splits")
     near, _ = auto(lambda arm, seed, split: value(arm, seed, split) - 0.1 * (arm == "arm"), own_splits=True)
     assert near.counts == {"base": 8, "arm": 8} and "undecided" in near.lines()[0]
-    # Where splits share images, the same accuracies say less.
+    # On splits that share images, the same accuracies are weaker evidence.
     low = [auto(value, own_splits=True, overlap=each, most=3)[0].answers["arm"].interval.low for each in (0.0, 0.25)]
     assert low[1] < low[0]
 
@@ -286,7 +286,7 @@ def test_an_arm_that_opens_again_gets_more() -> None:
     ],
 )
 def test_keys_and_values_are_what_they_look_like(text: str, expected: Any, tmp_path: Path) -> None:
-    """YAML 1.1 reads on and no as truth values, 012 as ten, 1:30 as ninety."""
+    """YAML 1.1 reads on and no as booleans, 012 as ten, 1:30 as ninety."""
     path = tmp_path / "study.yaml"
     path.write_text(f"name: yes\n{text}\n")
     if isinstance(expected, str):
@@ -304,7 +304,11 @@ def test_splits_hold_the_seeds() -> None:
     grid = make(study, ["default"])
     assert [*grid.trials] == ["default, split 0, seed 0", "default, split 1, seed 0"]
     assert [grid.configuration(each).data.split_seed for each in grid.trials.values()] == [0, 1]
-    assert grid.stamps == {"study.splits": 2} and grid.definition["splits"] == 2
+    planned = {"study.max_seeds": 1, "study.looks": "once", "study.splits": 2}
+    assert grid.stamps == planned and grid.definition["splits"] == 2
+    more = make(study.model_copy(update={"seeds": (0, 1)}), ["default"])
+    with pytest.raises(InputError, match="2: the study began for one look, at 1 seed"):
+        more.resumed({name: str(value) for name, value in planned.items()}, lambda _: [])
     own = make(study.model_copy(update={"seeds": ()}), ["default"])  # the seed of each arm's configuration
     assert own.trials == grid.trials
     how: dict[str, Any] = {"load": load_once(Reporter()), "reporter": Reporter()}
@@ -319,7 +323,7 @@ def test_splits_hold_the_seeds() -> None:
     auto_grid = automatic(4)
     assert [*auto_grid.wanted({})][2:4] == ["default, split 1, seed 1", "drop_one, split 1, seed 1"]
     assert len(auto_grid.wanted({})) == 6 and auto_grid.stamps["study.max_seeds"] == 4
-    assert auto_grid.auto is not None and auto_grid.auto.overlap == pytest.approx(0.25)  # of digits' test fraction
-    with pytest.raises(InputError, match="the study began with"):
-        auto_grid.resumed({"study.splits": "4"}, lambda _: [])  # seeds were a list then
+    assert auto_grid.auto is not None and auto_grid.auto.overlap == pytest.approx(0.25)  # from digits' test fraction
+    with pytest.raises(InputError, match="the study began for one look, at 2 seeds"):
+        auto_grid.resumed({"study.max_seeds": "2", "study.looks": "once"}, lambda _: [])  # it had a list of seeds
     assert auto_grid.resumed({"study.max_seeds": "4"}, lambda _: []).auto.most == 4  # type: ignore[union-attr]

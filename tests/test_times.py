@@ -1,4 +1,4 @@
-"""Time to an accuracy: derived from the epochs, in tables, figures and claims, where not every run reaches it."""
+"""Time to an accuracy: in tables, figures and claims, also if some runs never reach it."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from effv2.evidence.judge import Verdict, judge
 from effv2.evidence.quantities import quantity
 from effv2.tracking.read import RunRecord
 from effv2.tracking.tags import SHOWN, as_tags
-from tests.test_evidence import logged, nothing, results, run, two_arms
+from tests.simulated import logged, nothing, results, run, two_arms
 
 TO_HALF = "seconds/to_test_accuracy_0.5"
 FASTER = f"{{kind: speed, metric: {TO_HALF}, arm: b, against: a, above: 1.4}}"
@@ -27,7 +27,7 @@ TOGETHER = """{kind: difference, metric: selected/test_accuracy, arm: a, against
 
 
 def trained(arm: str, seed: int, seconds: float, accuracies: Sequence[float], machine: str = "one") -> RunRecord:
-    """Return a run of as many epochs as accuracies, and the seconds of training that each takes."""
+    """Return a run with these accuracies, one per epoch, whose epochs take `seconds` each."""
     epochs = range(1, len(accuracies) + 1)
     history = {
         "test/accuracy": dict(zip(epochs, accuracies, strict=True)),
@@ -39,7 +39,7 @@ def trained(arm: str, seed: int, seconds: float, accuracies: Sequence[float], ma
 
 
 def arms(a: float = 1.0, b: float = 2.0, gain: float = 0.0, machines: str = "xx", reached: int = 5) -> list[RunRecord]:
-    """Return five runs of either arm: seconds of their epochs, by how much a is better, how many of b get to a half."""
+    """Return five runs of each arm: seconds per epoch, the gain of a, and how many runs of b reach one half."""
     return [
         trained(arm, seed, seconds + seed / 50, [0.2, 0.4, low + seed / 2000], machine)
         for arm, seconds, machine, best in (("a", a, machines[0], 0.6 + gain), ("b", b, machines[1], 0.6))
@@ -91,16 +91,16 @@ def test_times_are_compared_where_all_runs_have_them(runs: list[RunRecord], expe
     ("runs", "expected"),
     [
         (arms(), Verdict.SUPPORTED),
-        (arms(gain=-0.03), Verdict.CONTRADICTED),  # as much faster, but worse
-        (arms(b=1.1), Verdict.CONTRADICTED),  # as good, but not so much faster
+        (arms(gain=-0.03), Verdict.CONTRADICTED),  # as fast, but worse
+        (arms(b=1.1), Verdict.CONTRADICTED),  # as good, but not faster
         (arms(gain=0.0099), Verdict.UNDECIDED),
-        (arms(machines="xy"), Verdict.UNDECIDED),  # as good; times of two machines say nothing
+        (arms(machines="xy"), Verdict.UNDECIDED),  # as good, but times of two machines can't be compared
     ],
 )
 def test_as_accurate_and_faster_takes_both(runs: list[RunRecord], expected: Verdict, tmp_path: Path) -> None:
     (judgement,) = judge(two_arms(tmp_path, TOGETHER), runs, nothing)
     assert judgement.verdict == expected
-    if expected is Verdict.SUPPORTED:  # by the check that is less sure, not corrected for the other one
+    if expected is Verdict.SUPPORTED:  # the less certain check decides, without a correction for the other
         assert max(each.corrected or 0 for each in judgement.findings) == max(
             each.p or 0 for each in judgement.findings
         )
@@ -138,7 +138,7 @@ def test_tables_say_how_many_runs_reach_it_and_figures_have_intervals() -> None:
     assert (words, cells["a"][words], cells["b"][words]) in found.details
     header, *lines = found.files["comparison.csv"]  # type: ignore[misc]
     assert [line[header.index(words)] for line in lines].count(math.inf) == 1
-    # Curves over time are the mean of the runs, as long as all train, in its interval.
+    # Curves over time show the mean and its interval, as long as all runs train.
     (axes,) = found.figures["accuracy against time"].axes
     moments, means = (np.asarray(each) for each in axes.lines[0].get_data())
     edge = np.asarray(axes.collections[0].get_paths()[0].vertices)

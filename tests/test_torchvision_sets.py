@@ -1,4 +1,4 @@
-"""torchvision's data sets by name: small ones in their own file formats, read by torchvision's own classes."""
+"""torchvision's data sets by name: small ones in their file formats, read by torchvision's classes."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from effv2.data.dataset import Dataset, load_dataset
 from effv2.data.torchvision_sets import SETS
 
 random = np.random.default_rng(0)
-COUNT = 20  # images of a part
+COUNT = 20  # images per part
 
 
 def pixels(*shape: int) -> np.ndarray:
@@ -107,7 +107,7 @@ def test_a_set_is_read_by_its_name(
     parts = SETS[name]
     assert len(data.train) + len(data.test) == (COUNT if name in ("oxford_pets", "eurosat") else 2 * COUNT)
     assert (load().validation is not None) and (parts.validation is None or len(load().train) == COUNT)
-    # The image and the label of torchvision's own class, at the place of a name.
+    # Compare with the image and label that torchvision's class gives at this position.
     kind = getattr(datasets, parts.name)
     image, label = kind(tmp_path, **parts.train)[0]
     assert data.classes[data.train.labels[0]] == kind(tmp_path, **parts.train).classes[label]
@@ -115,7 +115,7 @@ def test_a_set_is_read_by_its_name(
     assert name == "eurosat" or np.array_equal(data.train.images(torch.tensor([0]))[0].permute(1, 2, 0), wanted)
 
 
-def test_a_set_that_is_not_there_is_told(tmp_path: Path) -> None:
+def test_a_missing_set_is_named(tmp_path: Path) -> None:
     for name, parts in SETS.items():
         with pytest.raises(InputError, match=rf"{parts.name} can't be read there") as caught:
             DATASETS[name](DataConfig(dataset=name, dir=str(tmp_path)))

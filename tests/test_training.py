@@ -1,4 +1,4 @@
-"""The loop: repeatable to the last bit, resumable, true to its schedules and to its stopping rule."""
+"""The loop: repeatable bit for bit, resumable, and faithful to its schedules and its stopping rule."""
 
 from __future__ import annotations
 
@@ -66,7 +66,7 @@ def start(config: TrainConfig) -> tuple[Dataset, TrainState, Training]:
 
 
 def numbers(results: Sequence[Metrics]) -> list[Metrics]:
-    """Return what must repeat: everything but the timings."""
+    """Return the numbers that must repeat: all except times."""
     timed = ("time/", "throughput/")
     return [{k: v for k, v in metrics.items() if not k.startswith(timed)} for metrics in results]
 
@@ -82,7 +82,7 @@ def equal(first: Any, second: Any) -> bool:
 
 
 def saved_after(config: TrainConfig, step: int) -> dict[str, Any]:
-    """Train until `step` has been made, and return the state as it was saved, read again."""
+    """Train up to `step`, save the state, read it again and return it."""
     file = io.BytesIO()
     _, state, training = start(config)
 
@@ -106,7 +106,7 @@ def test_same_seed_gives_the_same_bits_whatever_else_draws() -> None:
         _, state, training = start(tiny_config(**EVERYTHING))
         results = []
         for result in training:
-            torch.rand(disturbance)  # between epochs others may draw
+            torch.rand(disturbance)  # other code may draw random numbers between epochs
             results.append(result)
         runs.append((numbers(results), state.model.state_dict(), state.evaluated.state_dict()))
     assert runs[0][0] == runs[1][0]
@@ -170,7 +170,7 @@ def test_stages_rise_as_in_the_paper() -> None:
     assert [stage.image_size for stage in found] == [128, 184, 244, 300]  # the paper's table 6, on multiples of 4
     assert [stage.augment.rand_augment for stage in found] == pytest.approx([5, 25 / 3, 35 / 3, 15])
     assert [stage.dropout for stage in found] == pytest.approx([0.1, 1 / 6, 7 / 30, 0.3])
-    assert [stage.augment.crop for stage in found] == [13, 18, 24, 30]  # as large a part of the image
+    assert [stage.augment.crop for stage in found] == [13, 18, 24, 30]  # the same share of the image
     numbers_of = [stage_of(config, epoch).number for epoch in range(1, 351)]
     assert numbers_of == sorted(numbers_of) and [numbers_of.count(n) for n in (1, 2, 3, 4)] == [88, 87, 88, 87]
 
@@ -274,7 +274,7 @@ def test_batch_norm_is_estimated_from_the_same_images_and_changes_no_step() -> N
         each["train/loss"] for each in estimated
     ]
     assert plain[-1]["val/loss"] != estimated[-1]["val/loss"]
-    # The first norm sees what the first convolution makes of those images, however many a batch has.
+    # The first norm sees the outputs of the first convolution on those images, with any batch size.
     order = epoch_order(len(dataset.train), 0, 0)[:64]
     inputs = normalised(dataset.train.images(order), NORMALISATIONS["none"], channels_last=True)
     convolution, norm = state.model.features[0][0], state.model.features[0][1]
@@ -291,7 +291,7 @@ def test_diverging_loss_ends_with_an_explanation() -> None:
 
 
 def stops_at(accuracies: Sequence[float], stopping: StoppingConfig, epochs: int) -> int:
-    """Return the epoch with which a training with these test accuracies ends."""
+    """Return the epoch after which a training with these test accuracies ends."""
     progress = Progress()
     for progress.epoch, accuracy in enumerate(accuracies[:epochs], 1):
         progress.history.append({"test/accuracy": accuracy})
@@ -302,7 +302,7 @@ def stops_at(accuracies: Sequence[float], stopping: StoppingConfig, epochs: int)
 
 @given(st.lists(st.floats(0, 1), min_size=1, max_size=60), st.integers(0, 20), st.integers(1, 10), st.booleans())
 def test_stopping_follows_its_rule(accuracies: list[float], minimum: int, patience: int, late: bool) -> None:
-    """Stop at the first epoch from minimum + patience on whose last `patience` epochs brought nothing better."""
+    """Training stops at the first epoch from minimum + patience on without progress in the last `patience` epochs."""
     stopping = StoppingConfig(min_epochs=minimum, patience=patience, best_since="min_epochs" if late else "start")
     first = max(minimum, 1) - 1 if late else 0
     expected = next(
@@ -316,7 +316,7 @@ def test_stopping_follows_its_rule(accuracies: list[float], minimum: int, patien
     assert stops_at(accuracies, stopping, len(accuracies)) == expected
 
 
-def test_stopping_looks_at_evaluated_epochs_alone() -> None:
+def test_stopping_looks_only_at_evaluated_epochs() -> None:
     stopping, progress = StoppingConfig(patience=2), Progress()
     for progress.epoch, accuracy in enumerate([None, 0.1, None, 0.2, None, None, None, 0.3, None, None, 0.3, 0.4], 1):
         progress.history.append({} if accuracy is None else {"test/accuracy": accuracy})
@@ -327,7 +327,7 @@ def test_stopping_looks_at_evaluated_epochs_alone() -> None:
 
 @pytest.mark.parametrize("validation", [0, 0.2])
 def test_epochs_between_evaluations_change_no_other_number(validation: float) -> None:
-    """Also of a training that is resumed; rate and weights only follow from evaluated epochs."""
+    """This holds for resumed trainings too. Rate and weights follow only from evaluated epochs."""
     groups: dict[str, Any] = {
         "data": {"validation_fraction": validation},
         "schedule": {"epochs": 5, "name": "plateau", "plateau_patience": 0},
@@ -352,7 +352,7 @@ def test_epochs_between_evaluations_change_no_other_number(validation: float) ->
         assert equal(again.model.state_dict(), seldom.model.state_dict()) and equal(again.selected, seldom.selected)
     _, _, training = start(tiny_config(**groups, evaluation={"every": 2}))
     rates = [each["learning_rate"] for each in training]
-    assert rates[0] == rates[1] == rates[2]  # the first that was evaluated can't be worse than another
+    assert rates[0] == rates[1] == rates[2]  # the first evaluated epoch can't be worse than an earlier one
 
 
 def test_the_train_set_is_evaluated_in_every_epoch_or_in_none() -> None:
@@ -369,7 +369,7 @@ def changes(rates: Sequence[float]) -> list[int]:
     [("train-birds-128", [44, 57, 68, 79], 201), ("train-birds-32", [13, 24, 35, 46], 350)],
 )
 def test_published_birds_logs_are_replayed(study: str, reductions: list[int], length: int) -> None:
-    """The post's own test accuracies lower the rate and end the training at the epochs that its logs show."""
+    """With the post's test accuracies, the rate falls and training ends at the epochs of its logs."""
     published = published_runs()[study]["default"].history["test/accuracy"]
     accuracies = [published[epoch] for epoch in sorted(published)]
     config = open_study(study).config({})
@@ -389,7 +389,7 @@ def test_no_stopping_rule_of_the_post_gives_the_length_of_its_log_of_birds_at_32
 
 
 def test_hyper_parameter_check_counts_the_best_epoch_from_the_minimum_on() -> None:
-    """As the published figure: its curves end 50 epochs after their first highest point from epoch 151 on."""
+    """In the published figure, curves end 50 epochs after their first maximum from epoch 151 on."""
     stopping = open_study("hparam-imagenette-128").arm("default", {}).stopping
     accuracies = [0.34 if epoch == 9 else 0.29 if epoch == 154 else 0.26 for epoch in range(1, 351)]
     assert stops_at(accuracies, stopping, 350) == 204
@@ -451,7 +451,7 @@ def test_averaged_weights_trail_and_are_the_ones_evaluated() -> None:
 
 
 def test_last_batch_of_one_image_is_left_out() -> None:
-    config = tiny_config(optimiser={"batch_size": 119})  # 120 images: one would remain
+    config = tiny_config(optimiser={"batch_size": 119})  # of 120 images, one remains
     dataset, state, training = start(config)
     assert len(dataset.train) == 120
     list(training)

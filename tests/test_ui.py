@@ -1,4 +1,4 @@
-"""`effv2 ui`: the comparison of the newest study, on a server that it starts, or on the one that is there."""
+"""`effv2 ui` shows the comparison of the newest study, on a server that it starts or on a running one."""
 
 from __future__ import annotations
 
@@ -12,9 +12,8 @@ from mlflow import MlflowClient
 
 from effv2.cli.main import main
 from effv2.tracking.writer import TrackedRun, page_of, run_address
-from tests.conftest import running
+from tests.conftest import invoke, running
 from tests.servers import free_port
-from tests.test_commands import invoke
 
 
 def make_study(experiment: str = "0") -> str:
@@ -27,7 +26,7 @@ def make_study(experiment: str = "0") -> str:
 
 def test_it_serves_the_comparison_until_it_is_told_to_end(sqlite_store: str) -> None:
     study = make_study()
-    MlflowClient().create_run("0")  # a newer one, of no study
+    MlflowClient().create_run("0")  # a newer run without a study
     port = free_port()
     with running("-m", "effv2", "ui", "--port", str(port)) as process:
         address = process.until(r"http://.*\n").strip()
@@ -56,7 +55,7 @@ def test_without_runs_or_with_another_server_it_says_so(
     assert run_address("R", "7") == "http://server:5000/#/experiments/7/runs/R?workflowType=machine_learning"
 
 
-def test_a_port_that_is_none_and_a_server_that_dies_are_named(sqlite_store: str) -> None:
+def test_an_invalid_port_and_a_dead_server_are_named(sqlite_store: str) -> None:
     assert "70000 is not in the range" in invoke(main, "ui", "--port", "70000").stderr
     make_study()
     with running("-m", "effv2", "ui", "--port", str(free_port())) as process:

@@ -1,4 +1,4 @@
-"""Weights to start from: found, verified, held against the network; layers that are frozen, or learn more slowly."""
+"""Initial weights: found, verified, compared with the network. Layers that are frozen or learn more slowly."""
 
 from __future__ import annotations
 
@@ -65,8 +65,8 @@ def same(one: State, other: State) -> set[str]:
     return {name for name, value in one.items() if name in other and torch.equal(value, other[name])}
 
 
-def test_published_weights_give_what_torchvision_gives(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Before the first step, and normalised as they want it."""
+def test_published_weights_give_the_outputs_of_torchvision(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Before the first step, with the normalisation of the weights."""
     torch.manual_seed(0)
     theirs = models.efficientnet_v2_s(weights=None).eval()
     torch.save(theirs.state_dict(), tmp_path / "new.pth")
@@ -87,7 +87,7 @@ def test_published_weights_give_what_torchvision_gives(tmp_path: Path, monkeypat
         assert torch.equal(network(images), theirs(images))
     file.write_bytes(file.read_bytes()[:-1] + b"x")
     with pytest.raises(InputError, match="is not the published file"):
-        prepared("DEFAULT", model=model)  # what was found by the other names is kept
+        prepared("DEFAULT", model=model)  # the results of the other names are cached
 
 
 @pytest.mark.parametrize("kind", ["pth", "wrapped", "safetensors"])
@@ -109,7 +109,7 @@ def test_weights_of_a_file_are_known_by_their_content(tmp_path: Path, kind: str)
     assert prepared(tmp_path / "other.pth").hash() != config.hash()
 
 
-def test_a_head_of_other_classes_is_new_and_that_of_the_seed(tmp_path: Path) -> None:
+def test_a_head_of_other_classes_is_initialised_from_the_seed(tmp_path: Path) -> None:
     said = list[str]()
     config = prepared(saved(tmp_path / "w.pth", 1000), said)
     ours, seeded = copied(started(config).state.model), copied(started(tiny_config()).state.model)
@@ -151,7 +151,7 @@ def test_wrong_weights_are_refused_before_anything_begins(
 
 
 def test_frozen_layers_do_not_move_by_a_bit(tmp_path: Path) -> None:
-    """Neither by steps nor weight decay, neither their norms nor the averaged copy; then they learn."""
+    """Steps, weight decay, norms and averaging don't change them. After the frozen epochs, they learn."""
     optimiser = {"weight_decay": 0.5, "ema_decay": 0.9, "frozen_epochs": 1}
     evaluation = {"batch_norm_images": 50}
     training = started(
@@ -170,7 +170,7 @@ def test_frozen_layers_do_not_move_by_a_bit(tmp_path: Path) -> None:
 
 
 def test_a_resumed_fine_tuning_ends_as_an_undisturbed_one(tmp_path: Path) -> None:
-    """Interrupted while the body is frozen, and after."""
+    """It is interrupted while the body is frozen, and later."""
     groups: dict[str, Any] = {"optimiser": {"frozen_epochs": 1, "head_lr_factor": 5}, "schedule": {"epochs": 3}}
     config = prepared(saved(tmp_path / "w.pth", 1000), **groups)
     whole = started(config)
@@ -185,7 +185,7 @@ def test_a_resumed_fine_tuning_ends_as_an_undisturbed_one(tmp_path: Path) -> Non
 
 
 def test_a_frozen_body_learns_as_in_plain_torch(tmp_path: Path) -> None:
-    """On the fast paths the head gets the gradients of torch's own layers."""
+    """On the fast paths, the head gets the same gradients as with torch's layers."""
     config = prepared(saved(tmp_path / "w.pth"), optimiser={"frozen_epochs": -1, "clip_norm": 0.0})
     execution, dataset = make_execution(config.execution), load_dataset(config.data)
     heads = []
@@ -241,7 +241,7 @@ def test_a_search_of_other_networks_is_refused(tmp_path: Path, sqlite_store: str
     )
 
 
-def test_a_logged_run_is_started_from_and_a_name_by_what_it_means_now(sqlite_store: str) -> None:
+def test_training_starts_from_a_logged_run_and_from_what_a_name_means_now(sqlite_store: str) -> None:
     client = MlflowClient()
     assert call("--set", "data.normalise=imagenet").exit_code == 0
     (first,) = client.search_runs(["0"])
@@ -265,10 +265,10 @@ def test_a_logged_run_is_started_from_and_a_name_by_what_it_means_now(sqlite_sto
         assert (wanted.data.image_size, wanted.data.normalise) == (size, "imagenet")
 
 
-def test_weights_that_are_gone_are_missed_only_where_a_training_begins_with_them(
+def test_missing_weights_matter_only_to_a_training_that_begins_with_them(
     tmp_path: Path, sqlite_store: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Not by a run that is finished or has a checkpoint, if their hash is known in full."""
+    """A finished run, or one with a checkpoint, doesn't need them if their full hash is given."""
     path = saved(tmp_path / "a,b=c.pth", 1000)
     plain = "--set", f"optimiser.momentum=0.8,model.weights={path}"
     words = *plain, "--set", f"model.weights_sha256={sha256_of_file(path).upper()}", "--epochs", "2"
@@ -291,8 +291,8 @@ def test_weights_that_are_gone_are_missed_only_where_a_training_begins_with_them
     assert len(MlflowClient().search_runs(["0"])) == 1
 
 
-def test_a_new_study_whose_weights_are_nowhere_is_refused_before_its_run(tmp_path: Path, sqlite_store: str) -> None:
-    """Though it is known what they should be; one that was begun with them goes on, and is found finished."""
+def test_a_new_study_without_its_weights_is_refused_before_its_run(tmp_path: Path, sqlite_store: str) -> None:
+    """It is refused even with a known hash. A study that began with the weights is resumed and found finished."""
     path, study = saved(tmp_path / "w.pth"), tmp_path / "tiny.yaml"
     study.write_text(TINY_STUDY.replace("other, table: " + OTHER_TINY_TABLE, "other, table: " + TINY_TABLE))
     known = f"model.weights_sha256={sha256_of_file(path)}"

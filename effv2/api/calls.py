@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 from effv2.api.console import ConsoleReporter
 from effv2.config.layers import Layer, build
 from effv2.config.options import CHECKPOINTS, GRID, LOGGING, ONE_RUN, QUEUE, SHARED, STUDY, Options, Taken, options_for
-from effv2.config.schema import DataConfig, TrainConfig
+from effv2.config.schema import DataConfig, TrainConfig, refuse_missing_weights
 from effv2.config.studies import SWEEPS, Study, open_study
 from effv2.core.errors import InputError, nearest
 from effv2.core.processes import ending_signals, tune_allocator
@@ -115,7 +115,7 @@ def train(layer: Layer, how: Options, reporter: Reporter) -> Training:
     """
     file = open_study(how.study) if how.study else None
     config = file.config(layer) if file else build(TrainConfig, layer)
-    refuse_missing(config.data)
+    _refuse_missing(config)
 
     from effv2.api.results import Training
     from effv2.run.run import train_single
@@ -163,7 +163,7 @@ def search(layer: Layer, how: Options, reporter: Reporter) -> StudyResult:
     command again resumes an interrupted search. With more trials, it extends the search.
     """
     chosen = open_study(how.study or f"{SWEEPS}/search.yaml")
-    refuse_missing(build(TrainConfig, chosen.base | layer).data)
+    _refuse_missing(build(TrainConfig, chosen.base | layer))
 
     from effv2.studies.plan import make_search
 
@@ -190,8 +190,9 @@ def evaluate_pretrained(layer: Layer, how: Options, reporter: Reporter) -> Study
 
     from effv2.studies.comparison import make_weights
 
-    make = partial(make_weights, how.models, config, _path(how.weights_dir), progress=sys.stderr.isatty())
-    return _run(make, how, reporter)
+    where = _path(how.weights_dir)
+    make = partial(make_weights, how.models, config, where, progress=sys.stderr.isatty(), reporter=reporter)
+    return _run(lambda **_: make(), how, reporter)
 
 
 @call(Taken(("export", "from_export", "claims"), {}, ("experiment",)))
@@ -218,6 +219,14 @@ def report(layer: Layer, how: Options, reporter: Reporter) -> Report:
     return Report.of(made, address, target if how.export else None)
 
 
+def _refuse_missing(*configs: TrainConfig) -> None:
+    """Refuse folders and weights that aren't there, before anything is imported that takes seconds."""
+    for config in configs:
+        refuse_missing(config.data)
+        if not config.model.weights_sha256:  # which finds a finished run without them
+            refuse_missing_weights(config.model)
+
+
 def _path(text: str) -> Path | None:
     """Return the path that an option gave, if any. `~` is expanded if the system knows that user."""
     return Path(os.path.expanduser(text)) if text else None
@@ -227,7 +236,7 @@ def _grid(kind: str, study: Study, arms: list[str]) -> Callable[[Layer, Options,
     """Return a function that runs a grid or, with `plan`, one that forecasts it."""
 
     def run(layer: Layer, how: Options, reporter: Reporter) -> StudyResult:
-        refuse_missing(study.arm(study.baseline, layer).data)
+        _refuse_missing(*(study.arm(name, layer) for name in study.arms))
 
         from effv2.studies.grid import make_grid
 
@@ -247,8 +256,7 @@ def _plan(make: Callable[..., Any], how: Options, reporter: Reporter) -> StudyRe
     plan, there = make(load=load, reporter=reporter), None
     with suppress(InputError):  # this does not create a missing experiment
         there = open_store(how.experiment, create=False) if is_begun() else None
-    reporter.progress("timing a few steps")
-    lines, table = forecast(plan, how, load, there)
+    lines, table = forecast(plan, how, load, there, reporter)
     return StudyResult(lines, table=list(map(tuple, table)))
 
 

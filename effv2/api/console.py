@@ -123,7 +123,7 @@ def print_table(rows: Sequence[Sequence[str]]) -> None:
         while columns and sum(max(map(len, each)) + CELL_PADDING for each in (*shown, columns[0])) < console.width:
             shown.append(columns.pop(0))
         titles, *lines = zip(*shown, strict=True)
-        table = Table(titles[0], *(Column(title, justify="right") for title in titles[1:]))
+        table = Table(escape(titles[0]), *(Column(escape(title), justify="right") for title in titles[1:]))
         for line in lines:
-            table.add_row(*line)
+            table.add_row(*map(escape, line))
         console.print(table)

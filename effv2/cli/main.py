@@ -20,9 +20,11 @@ from effv2.cli import options as cli
 from effv2.config.layers import Written, build
 from effv2.config.options import DATA, Taken
 from effv2.config.schema import TrainConfig
-from effv2.core.errors import RunError, listed
+from effv2.core.errors import InputError, RunError, listed
 
 if TYPE_CHECKING:
+    from PIL.Image import Image
+
     from effv2.api.results import Result, StudyResult
 
 SHOWN_FAILURES = 5
@@ -128,21 +130,35 @@ def data_check(folder: str, sheet: str | None, given: Mapping[str, Any]) -> None
     layer = {"data.dir": Written(folder)} | ({"data.dataset": Written("folder")} if folder else {})
     config = build(TrainConfig, layer | CHECKED.read(given)[0]).data
 
+    from effv2.data.dataset import load_dataset
     from effv2.data.inspection import check, contact_sheet
 
+    fault = ""
     with ConsoleReporter() as reporter:
         found = check(config, partial(reporter.progress, "decoding images"))
-        if sheet and not found.broken:
-            from effv2.data.dataset import load_dataset
-
-            contact_sheet(load_dataset(config, partial(reporter.progress, "decoding images"))).save(sheet)
+        try:
+            dataset = load_dataset(config, partial(reporter.progress, "decoding images"))
+        except InputError as error:
+            fault = f"A training would fail: {error}"
+        else:
+            if sheet:
+                _write_sheet(contact_sheet(dataset), sheet)
     print_table(found.table())
     remedy, command = found.remedy(config.skip_broken), click.get_current_context().command
     words = {"dataset": config.dataset} | ({"data_dir": folder} if folder else {}) | dict(given)
-    advice = f"First {remedy}; then check again." if remedy else f"Train on it: {calls.command_line('train', words)}"
-    for sentence in (*found.sentences(), cli.in_options(advice, command)):
-        click.echo(sentence)
-    sys.exit(int(bool(remedy)))
+    advice = fault or f"Train on it: {calls.command_line('train', words)}"
+    written = [f"Images of each class, as the network sees them: {sheet}"] if sheet and not fault else []
+    for sentence in (*found.sentences(), *written, f"First {remedy}; then check again." if remedy else advice):
+        click.echo(cli.in_options(sentence, command))
+    sys.exit(int(bool(remedy or fault)))
+
+
+def _write_sheet(sheet: Image, path: str) -> None:
+    try:
+        sheet.save(os.path.expanduser(path))
+    except (OSError, ValueError) as error:  # the latter for an unknown extension
+        problem = f"can't be written ({error})"
+        raise InputError("sheet", path, problem, "give the path of a .png or .jpg file") from error
 
 
 @main.command(cls=cli.Command)

@@ -2,7 +2,7 @@
 
 import os
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import reduce, wraps
 from typing import Any, Literal, cast, get_args, get_origin
 
@@ -43,12 +43,13 @@ class Command(click.Command):
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
         """Read the options, without showing secrets in the process's name or in click's errors."""
         mask_command_line()
+        given = " ".join(args)
         try:
             return super().parse_args(ctx, args)
         except click.UsageError as error:
-            if masked(error.message) == error.message:
+            if masked(given) == given:
                 raise
-            raise click.UsageError(masked(error.message), ctx) from None
+            raise click.UsageError(" ".join((masked(error.message), "; ".join(_logged()))), ctx) from None
 
     def invoke(self, ctx: click.Context) -> Any:
         """Run the command."""
@@ -56,7 +57,7 @@ class Command(click.Command):
         again = "the same command without `fresh`" if ctx.params.get("fresh") == "true" else "the same command"
         with ending_signals():
             try:
-                _refuse_logged(ctx.params.get("storage") or "")
+                _refuse_logged(ctx.params)
                 return super().invoke(ctx)
             except InputError as error:
                 text, code = f"Error: {_with_options(error, self)}", 2
@@ -64,18 +65,26 @@ class Command(click.Command):
                 text, code = f"Error: {error}{f' Then {again} resumes.' if error.resumes else ''}", 1
             except (KeyboardInterrupt, Terminated) as error:
                 text, code = ("Terminated", 143) if isinstance(error, Terminated) else ("Interrupted", 130)
-                text += f"; unfinished runs end as KILLED, and {again} resumes them." if "fresh" in ctx.params else "."
+                runs = "fresh" in ctx.params and ctx.params.get("plan") != "true"
+                text += f"; unfinished runs end as KILLED, and {again} resumes them." if runs else "."
             click.echo((text if code == 2 else in_options(text, self)).replace("\n", " "), err=True)
             return leave(code)
 
 
-def _refuse_logged(storage: str) -> None:
-    """Refuse an address with a password under `mlflow run`, which has logged it as it was given."""
-    if (run_id := os.environ.get("MLFLOW_RUN_ID")) and masked(storage) != storage:
-        problem = f"`mlflow run` has logged its password in the run {run_id}"
+def _refuse_logged(params: Mapping[str, Any]) -> None:
+    """Refuse an option with a password under `mlflow run`, which has logged it as it was given."""
+    secret = ((name, text) for name, value in params.items() if masked(text := str(value or "")) != text)
+    if (logged := _logged()) and (found := next(secret, None)):
+        raise InputError(*found, *logged)
+
+
+def _logged() -> tuple[str, ...]:
+    """Return the problem that `mlflow run` has logged a password, and the remedy; nothing if it did not start this."""
+    if run_id := os.environ.get("MLFLOW_RUN_ID"):
         deleted = f"delete that by `mlflow runs delete --run-id {run_id}` and `mlflow gc --run-ids {run_id}`"
-        remedy = f"{deleted}, and give the password as PGPASSWORD or in ~/.pgpass"
-        raise InputError("storage", storage, problem, remedy)
+        remedy = f"{deleted}, and give the password in another way, such as PGPASSWORD or ~/.pgpass"
+        return f"`mlflow run` has logged its password in the run {run_id}", remedy
+    return ()
 
 
 def _options_by_name(command: click.Command) -> dict[str, str]:

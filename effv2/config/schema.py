@@ -4,6 +4,8 @@ Each field has its meaning, unit and bounds. The command line takes its help and
 no large package, because commands build their options before they import any.
 """
 
+import os
+import re
 from typing import Annotated, Any, Literal, cast
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationInfo, field_validator, model_validator
@@ -12,7 +14,7 @@ from pydantic_core import PydanticCustomError
 
 from effv2 import architecture
 from effv2.config.registry import Registry
-from effv2.core.errors import nearest
+from effv2.core.errors import InputError, nearest
 from effv2.core.provenance import sha256_of_values
 
 DATASETS = Registry("data set", "effv2.data.torchvision_sets")
@@ -303,6 +305,18 @@ FIRST_FIELDS = {
     }.items()
     for name in names.split()
 }
+
+
+def refuse_missing_weights(model: ModelConfig) -> None:
+    """Refuse initial weights that are no file, no logged model, and no published ones of the network: InputError."""
+    known = model.weights_partial or (model.variant in architecture.NETWORKS and not model.table)
+    if known and re.fullmatch(r"\w*", model.weights):  # not a path; perhaps none at all
+        return
+    is_file = os.path.isfile(os.path.expanduser(model.weights))  # noqa: PTH113 (never raises)
+    if model.weights and not is_file and not model.weights.startswith(("runs:/", "models:/")):
+        problem = f"no such file, and only {', '.join(architecture.NETWORKS)} have published weights"
+        remedy = "give a file, runs:/ID or models:/ID; model.weights_sha256 finds the runs that used them"
+        raise InputError("model.weights", model.weights, problem, remedy)
 
 
 def field_of(setting: str, config: type[Group] = TrainConfig) -> FieldInfo:

@@ -15,11 +15,13 @@ NAMED = re.compile(  # in the query of an address, or in a driver's options
 # web address may have a token in the place of a user.
 OF_WEB = re.compile(r"(https?://)(?:[^/\s]{0,2000}|[^/:@\s]{0,200}:\S{0,2000})@", re.IGNORECASE)
 OF_OTHERS = re.compile(r"(://[^/:@\s]{0,200}):\S{0,2000}@")
+OF_HEADER = re.compile(r"(\bBearer )[^\s'\"]+")
 WITHOUT_SCHEME = re.compile(r"((?:^|[\s='\"(])(?!models:/)[^\s:='\"(]{1,200}):(?!//)\S{0,2000}@")
 
 
 def masked(text: str) -> str:
     """Return an address, or a text with addresses in it, with *** instead of secrets."""
+    text = OF_HEADER.sub(r"\1***", text)
     if "@" not in text and "=" not in text:
         return text
     text = OF_OTHERS.sub(r"\1:***@", OF_WEB.sub(r"\1***@", NAMED.sub(r"\1***", text)))

@@ -26,7 +26,8 @@ ORIENTATION = 0x0112
 MEGAPIXELS = 200.0  # megapixels of an image: scans have 120, and files made to exhaust the memory many more
 FRAMES = 16  # frames that are searched for one that isn't blank
 PROGRAMS = ("EPS", "IPTC")  # formats of PostScript, or of what may hold it
-WHITES = (255, 4_095, 65_535)  # for greys of unknown depth: the first that no value exceeds
+WHITES = (255, 1_023, 4_095, 16_383, 65_535)  # for greys of unknown depth: the first that no value exceeds
+PHOTOMETRIC, SAMPLE_FORMAT = 262, 339  # tags of TIFF: 0 if 0 is white; 2 if numbers have a sign
 LONGEST = 100  # largest ratio of an image's sides, because the whole image is enlarged
 # Pillow's errors for files that aren't images or are broken, and for images with more pixels than `allow` permits.
 TOO_LARGE = (Image.DecompressionBombWarning, Image.DecompressionBombError)
@@ -88,8 +89,14 @@ def _is_blank(image: Image.Image) -> bool:
 def _frame_in_rgb(image: Image.Image) -> Image.Image:
     """Return the current frame upright in RGB, with a background behind transparent pixels."""
     image.load()
-    if image.mode in ("I", "F") or image.mode.startswith("I;"):  # Pillow would clip them at 255
-        rgb = Image.fromarray(_grey_bytes(np.asarray(image))).convert("RGB")
+    tags = getattr(image, "tag_v2", {})
+    signed = 2 in tags.get(SAMPLE_FORMAT, ())
+    if image.mode in ("I", "F") or image.mode.startswith("I;") or (signed and image.mode == "L"):
+        values = np.asarray(image)  # which Pillow would clip at 255
+        if tags and values.dtype.kind == ("u" if signed else "i"):  # it confuses 32 bits, and 8 bits with a sign
+            values = values.view(f"{'i' if signed else 'u'}{values.itemsize}")
+        grey = _grey_bytes(values)
+        rgb = Image.fromarray(255 - grey if tags.get(PHOTOMETRIC) == 0 else grey).convert("RGB")
     elif image.has_transparency_data:
         colours = image.convert("LA" if image.mode == "La" else image.mode).convert("RGBA")
         for background in ("white", "black"):  # black, if the image would be white on white

@@ -29,8 +29,11 @@ from effv2.data.part_names import (
     VERSIONS,
     are_pieces,
     hold_masks,
+    masks_among,
     part_of,
     parts_among,
+    printable,
+    spelling,
 )
 
 if TYPE_CHECKING:
@@ -212,9 +215,10 @@ def _classes(folder: Path, what: str, named: bool, left_out: Counter[str]) -> Cl
     names = _folders(folder, left_out)
     beside = len(list(_files_in(folder, left_out)))
     if len(names) < 2:
-        problem = (
-            f"holds {len(names)} class folders{f' next to {beside} images' * bool(beside)}, but at least 2 are needed"
-        )
+        others = sorted(path.name for path in folder.iterdir() if path.is_dir() and path.name not in names)
+        known = f" (not counting {joined(others)}, which are no classes by their names)" * bool(others)
+        known += f" next to {beside} images" * bool(beside)
+        problem = f"holds {len(names)} class folders{known}, but at least 2 are needed"
         remedy = f"give {what}" + ", or a CSV of labels as data.labels" * bool(beside)
         raise InputError("data.dir", folder, problem, remedy)
     if beside:
@@ -223,24 +227,28 @@ def _classes(folder: Path, what: str, named: bool, left_out: Counter[str]) -> Cl
         _refuse_versions(folder, names)
     found: Classes = {}
     for name in names:
-        found.setdefault(unicodedata.normalize("NFC", printable(name)), []).extend(_files(folder / name, left_out))
+        files = list(_files(folder / name, left_out))
+        masks = masks_among(files)
+        left_out["masks of images"] += len(masks)
+        found.setdefault(unicodedata.normalize("NFC", printable(name)), []).extend({*files} - masks)
     return found
 
 
 def _refuse_versions(folder: Path, names: list[str]) -> None:
     """Raise InputError if folders are, or contain, parts or versions of one set instead of classes."""
     inner = {name: set(_folders(folder / name)) for name in names}
-    for name, inside in inner.items():
+    for name, inside in () if are_pieces(names) else inner.items():
         if any((part := part_of(each)) and part[0] != UNLABELLED and not part[1] for each in inside):
             if all(inner.values()) and len({frozenset(each) for each in inner.values()}) == 1:
-                problem, remedy = (
-                    f"each class in it holds parts ({', '.join(sorted(inside))})",
-                    "move the parts above the",
-                )
-                raise InputError("data.dir", folder, problem, f"{remedy} classes, as {sorted(inside)[0]}/{name}")
+                problem = f"each class in it holds parts ({', '.join(sorted(inside))})"
+                remedy = f"move the parts above the classes, as {sorted(inside)[0]}/{name}"
+                raise InputError("data.dir", folder, problem, remedy)
             problem = f"{name} in it is a data set of its own, not a class"
             raise InputError("data.dir", folder, problem, "give the path of one set")
     several = {name: inside for name, inside in inner.items() if len(inside) > 1}
+    if name := next((name for name, inside in several.items() if hold_masks([*inside])), ""):
+        problem = f"{name} in it holds images and their masks ({', '.join(sorted(inner[name]))})"
+        raise InputError("data.dir", folder, problem, "move the masks to another place")
     for name, inside in several.items():
         alike = [other for other, more in several.items() if len(inside & more) > 1]
         if len(alike) > 1:
@@ -314,9 +322,10 @@ def _checked_classes(
             problem = f"the class folder {folder} holds no images{but}"
             raise InputError("data.dir", root, problem, f"fill or remove it, {or_allow}")
     classes = sorted({name for found in parts.values() for name, files in found.items() if files})
-    spelt = {name.casefold(): name for name in classes}
-    if twice := next((name for name in classes if len(name) > 1 and spelt[name.casefold()] != name), ""):
-        problem = f"the classes {twice} and {spelt[twice.casefold()]} differ only in capitals"
+    spelt = {spelling(name): name for name in classes}
+    pairs = [(name, spelt[spelling(name)]) for name in classes]
+    if twins := next((pair for pair in pairs if len(set(pair)) > 1 and max(map(len, pair)) > 1), ()):
+        problem = f"the classes {' and '.join(map(repr, twins))} look like two spellings of one name"
         raise InputError("data.dir", root, problem, "write them in the same way, or rename one")
     for part, found in parts.items():
         if lacking := [name for name in classes if not found.get(name)]:
@@ -334,8 +343,3 @@ def _images(root: Path, named: tuple[str, Path] | None, found: Classes, classes:
     ids = [path.relative_to(named[1] if named else root).as_posix() for path, _ in files]
     paths, labels = [path for path, _ in files], [label for _, label in files]
     return LabelledImages.of_files(paths, labels, [printable(f"{named[0]}/{id_}" if named else id_) for id_ in ids])
-
-
-def printable(name: str) -> str:
-    """Make a file name printable, whatever its bytes."""
-    return os.fsencode(name).decode("utf-8", "backslashreplace")

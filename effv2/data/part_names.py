@@ -1,7 +1,10 @@
 """The meaning of folders by their names: parts of a set, pieces or versions of one, or no classes at all."""
 
+import os
 import re
+import unicodedata
 from collections.abc import Sequence
+from pathlib import Path
 
 # Names of the parts of a set, in any case and with any digits, dashes and words like `set` and `data` around them.
 TRAIN, VALIDATION, TEST, UNLABELLED = "train", "validation", "test", "unlabelled"
@@ -21,6 +24,7 @@ VERSIONS = {"original", "resized", "raw", "processed", "augmented", "cropped", "
 VERSIONS |= {"grayscale", "greyscale", "segmented", "images", "masks", "labels", "annotations"}
 PIECES = f"folds?|shards?|chunks?|batch(?:es)?|{FILLER}|{'|'.join(PART_WORDS.values())}"  # before a number
 MASKS = "masks?|segmentations?|segmentation(?:class|object)|labels?|annotations?|gt|groundtruth"  # next to their images
+MASK_OF = r"(.+?)[\W_]+(?:mask|segmentation|gt|groundtruth)(?:[\W_]*\d+)?"  # the name of a mask next to its image
 
 
 def part_of(name: str) -> tuple[str, tuple[str, ...]] | None:
@@ -60,6 +64,25 @@ def hold_masks(names: list[str]) -> bool:
     words = [_words(name) for name in names]
     drawn = [each[:-1] for each in words if each and re.fullmatch(MASKS, each[-1])]
     return bool(drawn) and any(each in drawn or (each and all(re.fullmatch(FILLER, w) for w in each)) for each in words)
+
+
+def masks_among(files: Sequence[Path]) -> set[Path]:
+    """Return the files that are masks of others by their names, such as a_mask.png, or a_mask_1.png, of a.png."""
+    stems = {path.stem.casefold() for path in files}
+    return {path for path in files if (of := re.fullmatch(MASK_OF, path.stem.casefold())) and of[1] in stems}
+
+
+def spelling(name: str) -> str:
+    """Return a name without what two spellings of one name differ in: capitals, spaces, dashes, zeros, a word copy."""
+    plain = re.sub(r"(?<=[^\W_])[\s_-](?=[^\W_])", " ", unicodedata.normalize("NFKC", name).casefold()).strip()
+    plain = re.sub(r"(?<=\w)\W+copy\b\W*\d*\W*$", "", plain)
+    return found[1] if (found := re.fullmatch(r"0*(\d+?)(?:\.0+)?", plain)) else plain
+
+
+def printable(name: str) -> str:
+    """Make a file name printable, whatever its bytes: no control characters, which a terminal would obey."""
+    text = os.fsencode(name).decode("utf-8", "backslashreplace")
+    return re.sub(r"[\x00-\x1f\x7f-\x9f]", lambda found: repr(found[0])[1:-1], text)
 
 
 def _words(name: str) -> list[str]:

@@ -14,7 +14,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from effv2.config.schema import DATASETS, DataConfig
 from effv2.core.errors import InputError
 from effv2.core.internals import pet_files
-from effv2.data.folders import Source, printable
+from effv2.data.folders import Source
+from effv2.data.part_names import printable
 from effv2.data.sources import NUMERALS, folder_of, from_arrays, refuse_layout
 
 if TYPE_CHECKING:

@@ -11,7 +11,7 @@ import pandas as pd
 from effv2.config.options import RACE
 from effv2.core.errors import joined
 from effv2.core.words import counted, duration, number, points
-from effv2.evidence.protocols import SplitAndSeed, first_seeds, looks_of, overlap_of, pair_of
+from effv2.evidence.protocols import SplitAndSeed, looks_of, overlap_of, pair_of, that_count
 from effv2.evidence.quantities import EPOCH_SECONDS, TRAIN_SECONDS, Quantity, quantity
 from effv2.evidence.statistics import EVERY_LOOK, FEWEST, Estimate, Interval, Looks, Outcome, compare, seeds_for
 from effv2.tracking.read import RunRecord, decisive_accuracy
@@ -143,7 +143,7 @@ def answers(
     without values, has no answer.
     """
     pairs = {arm: other for arm, other in others.items() if other and values.get(arm) and values.get(other)}
-    both = {arm: [first_seeds(values[each], looks.most) for each in (arm, other)] for arm, other in pairs.items()}
+    both = {arm: [that_count(values[each], looks) for each in (arm, other)] for arm, other in pairs.items()}
     estimates = {arm: estimate(each, looks, paired, overlap) for arm, each in both.items()}
     found = {}
     for arm, (outcome, level) in compare(estimates, margin, len(others) - 1 if race else 0).items():

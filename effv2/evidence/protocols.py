@@ -266,12 +266,13 @@ def _differing(one: Alike, *others: Alike) -> str:
     return ", ".join(sorted({name for other in others for name, _ in one ^ other}))
 
 
-def first_seeds(values: Mapping[SplitAndSeed, T], most: int) -> dict[SplitAndSeed, T]:
-    """Return the values of the first splits, and on each of the first seeds, at most `most` of either."""
+def that_count(values: Mapping[SplitAndSeed, T], looks: Looks) -> dict[SplitAndSeed, T]:
+    """Return the values that a verdict uses: those of the first splits and, on each, of the first seeds."""
     splits: dict[str, list[SplitAndSeed]] = {}
     for pair in values:
         splits.setdefault(pair[0], []).append(pair)
-    return {pair: values[pair] for pairs in list(splits.values())[:most] for pair in pairs[:most]}
+    seeds = looks.most if looks.once or len(splits) == 1 else 1
+    return {pair: values[pair] for pairs in list(splits.values())[: looks.most_splits] for pair in pairs[:seeds]}
 
 
 def _as_planned(arms: Mapping[str, Runs], aside: list[str], known: Sequence[RunRecord]) -> Chosen:
@@ -284,7 +285,7 @@ def _as_planned(arms: Mapping[str, Runs], aside: list[str], known: Sequence[RunR
     looks = looks_of(parent, runs)
     total = Counter(split for of_arm in arms.values() for split, _ in of_arm)
     on_all = set.intersection(*({split for split, _ in of_arm} for of_arm in arms.values()))
-    shared = [split for split in total if split in on_all][: looks.most]
+    shared = [split for split in total if split in on_all][: looks.most_splits]
     if not shared:
         return Chosen({}, why="the arms have no split of the data in common")
     if 1 < len(shared) < FEWEST:
@@ -296,9 +297,9 @@ def _as_planned(arms: Mapping[str, Runs], aside: list[str], known: Sequence[RunR
         arm: {pair: run for split in shared for pair, run in of_arm.items() if pair[0] == split}
         for arm, of_arm in arms.items()
     }
-    first = {arm: first_seeds(of_arm, looks.most) for arm, of_arm in of_splits.items()}
+    first = {arm: that_count(of_arm, looks) for arm, of_arm in of_splits.items()}
     if beyond := sum(map(len, of_splits.values())) - sum(map(len, first.values())):
-        aside.append(f"{counted(beyond, 'run')} beyond {looks.most} seeds of an arm left out")
+        aside.append(f"{counted(beyond, 'run')} beyond {looks.counted(len(shared))} left out")
     overlap = overlap_of([list(each.values()) for each in first.values()]) if len(shared) > 1 else 0.0
     return Chosen(first, len(shared), overlap, looks, aside=aside, why=looks.waits(min(map(len, first.values()))))
 

@@ -39,7 +39,11 @@ class Interval(NamedTuple):
 
 
 class Looks(NamedTuple):
-    """How often a comparison is looked at: after every run, up to `most` seeds per arm, or once with all runs."""
+    """How often a comparison is looked at: after every run, up to `most` seeds per arm, or once with all runs.
+
+    If it is looked at after every run, only one seed per split counts. Further seeds on a split aren't a new sample of
+    splits, so the levels don't cover them.
+    """
 
     most: int = 30
     once: bool = False
@@ -58,6 +62,15 @@ class Looks(NamedTuple):
         planned = self.most * self.splits
         early = self.once and there < planned
         return f"{there} of {planned} planned seeds, and a verdict needs all" if early else ""
+
+    @property
+    def most_splits(self) -> int:
+        """Return the most splits that count."""
+        return self.splits if self.once else self.most
+
+    def counted(self, splits: int) -> str:
+        """Describe how many runs of an arm count."""
+        return "one seed per split" if splits > 1 and not self.once else f"{self.most} seeds of an arm"
 
     def text(self) -> str:
         """Return this in words."""

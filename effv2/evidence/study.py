@@ -15,7 +15,7 @@ from effv2.core.words import counted, percent, points
 from effv2.evidence.answers import NONE, NOTHING_YET, Arms, Held, hold
 from effv2.evidence.claims import Claims, published_runs
 from effv2.evidence.judge import FEW_IMAGES
-from effv2.evidence.protocols import RightAnswers, first_seeds, has, is_like, machine_of, pair_of, split_of
+from effv2.evidence.protocols import RightAnswers, has, is_like, machine_of, pair_of, split_of, that_count
 from effv2.evidence.quantities import CURVES, TRAIN, TRAIN_SECONDS, Quantity, over_time, quantity, shown_for
 from effv2.evidence.statistics import FEWEST, TINY, Estimate
 from effv2.tracking import tags
@@ -148,8 +148,8 @@ def _counts(study: TrackedStudy, found: Arms, held: Held) -> Iterator[str]:
             "failed": failed[arm],
             "not finished": missing[arm],
             f"without {held.what.words}": len(runs) - len(held.what.values(runs)),
-            f"beyond the {held.looks.most} that the verdict uses, and left out of it": len(values)
-            - len(first_seeds(values, held.looks.most)),
+            f"beyond {held.looks.counted(len({split for split, _ in values}))}, left out of the verdict": len(values)
+            - len(that_count(values, held.looks)),
         }
         if words := [f"{counted(count, 'run')} {why}" for why, count in counts.items() if count]:
             yield f"{arm}: {', '.join(words)}."

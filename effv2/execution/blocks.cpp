@@ -113,13 +113,13 @@ static void excited(const T *x, T *y, const float *norm, float *of_images, const
         each([&](long i, long c) {
             const Norm after(norm, channels, c);
             const T *from = x + i * shape.after() + c;
-            T *to = y + i * shape.after() + c;
+            T *to = y ? y + i * shape.after() + c : nullptr;
             float *of_image = of_images + i * channels + c;
-            const Lanes factor = lanes(of_image);
+            const Lanes factor = y ? lanes(of_image) : Lanes{};
             Lanes sum = {};
             each_pixel(shape.down, shape.across, channels, [&](long, long, long at) {
                 const Lanes value = Point(lanes(from + at, shape.after()), after).active();
-                if (y) store(to + at, value * factor, shape.after());
+                if (to) store(to + at, value * factor, shape.after());
                 sum += value;
             });
             if (!y) store(of_image, sum / float(shape.down * shape.across));

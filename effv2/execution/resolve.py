@@ -122,7 +122,7 @@ def _calibrate(config: TrainConfig, message: Message) -> Calibration:
         found = _time_steps(config)
         with suppress(OSError):
             write_atomically(path, json.dumps(asdict(found)))
-    message(f"Timed once on this processor: {found}.")
+    message(f"Timed once on this processor, to choose the precision: {found}.")
     return found
 
 

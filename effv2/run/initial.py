@@ -14,8 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from effv2.architecture import build_model
-from effv2.config.schema import ModelConfig, TrainConfig
+from effv2.architecture import NETWORKS, build_model
+from effv2.config.schema import ModelConfig, TrainConfig, refuse_missing_weights
 from effv2.core.errors import InputError
 from effv2.core.provenance import sha256_of_file
 from effv2.core.reporter import Message
@@ -27,8 +27,6 @@ from effv2.serving.export import read_program
 from effv2.tracking.models import fetch_model
 
 SETTING, PUBLISHED = "model.weights", "published"
-# torchvision's names of the networks of these tables.
-NETWORKS = {"default": "efficientnet_v2_s"} | {name: name for name in ("efficientnet_v2_m", "efficientnet_v2_l")}
 HEAD = "classifier."  # prefix of the names of its parameters
 TELLING = r"\w+|(runs|models):/.+"  # weights that know their preprocessing: published ones and logged models
 WANTED = {"image_size", "normalise"}  # settings of the data that weights choose
@@ -140,6 +138,7 @@ def fitting(initial: Initial, network: State, config: ModelConfig, classes: Sequ
 
 def find_weights(config: ModelConfig) -> Initial:
     """Return the weights that a config names; InputError, also for another hash than that of the config."""
+    refuse_missing_weights(config)
     path = os.path.expanduser(config.weights)
     written = os.stat(path).st_mtime_ns if os.path.isfile(path) else 0  # noqa: PTH113, PTH116 (as in _found)
     variant = "" if config.table else config.variant
@@ -163,10 +162,6 @@ def _found(weights: str, variant: str, _written: int) -> Initial:
         path = os.path.expanduser(weights)
         if os.path.isfile(path):  # noqa: PTH113 (pathlib raises where a folder can't be entered)
             return Initial(read_state(Path(path)), sha256_of_file(Path(path)))
-        if variant not in NETWORKS or not re.fullmatch(r"\w+", weights):  # the latter of a path
-            problem = f"no such file, and only {', '.join(NETWORKS)} have published weights"
-            remedy = "give a file, runs:/ID or models:/ID; model.weights_sha256 finds the runs that used them"
-            raise InputError(SETTING, weights, problem, remedy)
         name = NETWORKS[variant] if weights == PUBLISHED else f"{NETWORKS[variant]}:{weights}"
         (found,) = find_all_weights(parse_models(name), None, progress=False)
         wanted = _name_of(*found.normalisation), found.preparation.size

@@ -46,7 +46,7 @@ class Weights(Plan):
 
 
 def make_weights(
-    models: str, config: PretrainedConfig, folder: Path | None, *, progress: bool, load: LoadData, reporter: Reporter
+    models: str, config: PretrainedConfig, folder: Path | None, *, progress: bool, reporter: Reporter
 ) -> Weights:
     """Find images and weights and load every network, so that errors appear before the first run; resolve `auto`.
 

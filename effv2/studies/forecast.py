@@ -11,12 +11,13 @@ from scipy.optimize import brentq
 
 from effv2.config.options import StudyOptions
 from effv2.config.schema import TrainConfig
+from effv2.core.reporter import Reporter
 from effv2.core.words import duration, points
 from effv2.data.dataset import LoadData
 from effv2.evidence.protocols import FREE
 from effv2.evidence.quantities import TRAIN_SECONDS
 from effv2.evidence.statistics import EVERY_LOOK, FEWEST, LEVEL, Looks, power
-from effv2.studies.grid import MAX_SEEDS, Grid
+from effv2.studies.grid import LOOKS, MAX_SEEDS, Grid
 from effv2.tracking.read import RunRecord, decisive_accuracy, read_experiment
 from effv2.tracking.studies import complete
 from effv2.training.loop import Training
@@ -32,7 +33,7 @@ class _TimeIsUp(Exception):
 
 
 def forecast(
-    plan: Grid, options: StudyOptions, load: LoadData, experiment_id: str | None
+    plan: Grid, options: StudyOptions, load: LoadData, experiment_id: str | None, reporter: Reporter
 ) -> tuple[list[str], list[list[str]]]:
     """Forecast a grid in sentences and a table, titles first, of the differences that it would detect.
 
@@ -43,6 +44,7 @@ def forecast(
     same = {arm: [run for run in runs if _is_like(run, plan.arms[arm])] for arm in sorted(seeds)}
     seconds, timed = dict[str, float](), list[str]()
     for arm, alike in same.items():
+        reporter.progress(f"timing a few steps of {arm}")
         known = [run.metrics[TRAIN_SECONDS] for run in alike if TRAIN_SECONDS in run.metrics]
         seconds[arm] = statistics.fmean(known) if known else _timed(plan.arms[arm], load, TIMED_SECONDS / len(same))
         timed += [] if known else [arm]
@@ -62,14 +64,17 @@ def forecast(
         f"Differences from the baseline that would be detected, with a standard deviation of {points(deviation, '')} "
         f"({source}):",
     ]
-    overlap = plan.auto.overlap if plan.auto and plan.auto.own_splits else None
-    return lines, _table(Looks(most), sorted({3, 6, 10, most}), deviation, overlap)
+    once = plan.stamps.get(LOOKS) == "once"
+    if once and plan.splits > 1:  # the mean of a split's seeds counts once
+        deviation, most = deviation / math.sqrt(most), plan.splits
+    counts = [most] if once else sorted({3, 6, 10, most})
+    return lines, _table(Looks(most, once), counts, deviation, plan.overlap if plan.splits > 1 else None)
 
 
 def _table(looks: Looks, counts: Sequence[int], deviation: float, overlap: float | None) -> list[list[str]]:
     """Return the differences of one arm that a number of seeds detects with certain probabilities.
 
-    With an `overlap`, each seed has its own split, and the arms are paired by split.
+    With an `overlap`, it is a number of splits, and the arms are paired by split.
     """
     samples = 2 if overlap is None else 1
     nominal, shared = looks.nominal(LEVEL, samples), overlap or 0.0
@@ -81,7 +86,8 @@ def _table(looks: Looks, counts: Sequence[int], deviation: float, overlap: float
         return points(float(brentq(lacks, 0, LARGEST)), "") if lacks(LARGEST) > 0 else "none"
 
     rows = [[str(count), *(cell(count, chance) for chance in CHANCES)] for count in counts if count <= looks.most]
-    return [["seeds per arm", *(f"detected in {chance:.0%}" for chance in CHANCES)], *rows]
+    unit = "seeds per arm" if overlap is None else "splits"
+    return [[unit, *(f"detected in {chance:.0%}" for chance in CHANCES)], *rows]
 
 
 def _deviation(same: dict[str, list[RunRecord]]) -> tuple[float, str]:

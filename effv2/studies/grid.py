@@ -1,6 +1,7 @@
 """The grid of `ablate` or `hparam-check`: arms by seeds, on one or several splits of the images."""
 
 import math
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import product
@@ -15,6 +16,7 @@ from effv2.config.studies import Study
 from effv2.core import provenance
 from effv2.core.errors import InputError
 from effv2.core.reporter import Reporter
+from effv2.core.words import counted
 from effv2.data.dataset import Dataset, LoadData
 from effv2.evidence.protocols import overlap_of
 from effv2.evidence.statistics import EVERY_LOOK, FEWEST
@@ -34,6 +36,7 @@ class Grid(TrainingPlan):
 
     arms: Mapping[str, TrainConfig]
     splits: int = 1
+    overlap: float = 0.0  # of several splits: the ratio of test to other images, if the test images differ
     auto: AutoSeeds | None = None
     options: StudyOptions
 
@@ -56,15 +59,16 @@ class Grid(TrainingPlan):
                 was = f"with {stamped[name]}" if name in stamped else "without it"
                 problem = f"the study began {was}, which can't change after its first runs"
                 raise InputError(name.partition(".")[2], given, problem, "leave it out, or start over with `fresh`")
+        began, most = stamped.get(LOOKS, "every"), int(stamped.get(MAX_SEEDS, EVERY_LOOK.most))
+        seeds = max(Counter((each["arm"], each.get("split")) for each in self.trials.values()).values(), default=0)
+        if (self.auto and began != self.stamps[LOOKS]) or (began == "once" and seeds > most):
+            ways = {"once": f"for one look, at {counted(most, 'seed')}", RACE: "as a race"}
+            asked = self.options.seeds if self.auto else seeds
+            problem = f"the study began {ways.get(began, 'with auto seeds or a list')}"
+            raise InputError("seeds", asked, problem, "give the same again, or start over with `fresh`")
         if not self.auto:
             return self
-        began, asked = stamped.get(LOOKS, "every"), str(self.options.seeds)
-        if began != self.stamps[LOOKS] or (self.splits > 1 and MAX_SEEDS not in stamped):
-            ways = {"once": f"for one look, at {stamped.get(MAX_SEEDS)} seeds", RACE: "as a race"}
-            usual = "with auto seeds or a list" if self.splits == 1 else "with a list of seeds"
-            problem = f"the study began {ways.get(began, usual)}"
-            raise InputError("seeds", asked, problem, "give the same again, or start over with `fresh`")
-        most, margin = int(stamped.get(MAX_SEEDS, EVERY_LOOK.most)), float(stamped.get(MARGIN, 0))
+        margin = float(stamped.get(MARGIN, 0))
         before = tuple(begin(", ".join(self.auto.wanted)))
         return replace(self, auto=replace(self.auto, most=most, margin=margin, before=before))
 
@@ -113,15 +117,14 @@ def make_grid(
     identities = {arm: config.identity() for arm, config in arms.items()}
     for identity in identities.values():
         del identity["random.seed"]  # so that a study may get more
-    data = {arm: load(config.data).digest() for arm, config in arms.items()}
-    definition: dict[str, Any] = {"arms": identities, "data": data, "code": provenance.code_version()}
+    definition: dict[str, Any] = {"arms": identities, "code": provenance.code_version()}
+    definition["data"] = {arm: load(config.data).digest() for arm, config in arms.items()}
     # Later additions, unless they have the default, so that earlier studies remain the same.
     definition |= {"splits": study.splits} if study.splits > 1 else {}
     definition |= {"paired": True} if study.paired else {}
-    how: dict[str, Any] = {"budget": options.budget_hours or math.inf, "race": options.seeds == RACE}
-    if study.splits > 1:
-        how |= {"own_splits": True, "overlap": _overlap(prepared[:: len(arms)], load)}
-    auto = AutoSeeds(arms, tuple(names), study.baseline, paired=study.paired, **how)
+    overlap, race = _overlap(prepared[:: len(arms)], load) if study.splits > 1 else 0.0, options.seeds == RACE
+    how: dict[str, Any] = {"budget": options.budget_hours or math.inf, "paired": study.paired, "race": race}
+    auto = AutoSeeds(arms, tuple(names), study.baseline, own_splits=study.splits > 1, overlap=overlap, **how)
     return Grid(
         kind=kind,
         trials=_trials(arms, names, seeds, study.splits),
@@ -130,6 +133,7 @@ def make_grid(
         epochs=max(config.schedule.epochs for config in arms.values()),
         arms=arms,
         splits=study.splits,
+        overlap=overlap,
         auto=auto if isinstance(options.seeds, str) else None,
         options=options,
         stamps=stamps,
@@ -166,10 +170,12 @@ def _stamps(study: Study, names: list[str], options: StudyOptions, count: int) -
         raise InputError("budget_hours", options.budget_hours, "only applies to auto seeds", "also set `seeds` to auto")
     if most is not None and count > most:
         raise InputError("max_seeds", most, f"{count} seeds are given", "raise it, or give fewer seeds")
+    on_splits = study.splits > 1 and not auto  # more seeds on the same splits would not count
     stamps: dict[str, Any] = {}
-    if auto or most is not None:
-        looks = RACE if options.seeds == RACE else "once" if count == most else "every"
-        stamps = {MAX_SEEDS: most or limit, LOOKS: looks}
+    if auto or most is not None or on_splits:
+        planned = most or (max(count, 1) if on_splits else limit)
+        looks = RACE if options.seeds == RACE else "once" if on_splits or count == most else "every"
+        stamps = {MAX_SEEDS: planned, LOOKS: looks}
     stamps |= {MARGIN: options.margin} if options.margin is not None else {}
     stamps |= {"study.paired": "true"} if study.paired else {}
     return stamps | ({"study.splits": study.splits} if study.splits > 1 else {})

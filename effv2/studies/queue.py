@@ -127,6 +127,7 @@ class Queue:
             thread.join(LEAVING_SECONDS)
 
     @retried
+    @uninterrupted()
     def suggest(self, trial: FrozenTrial, sampler: BaseSampler | None, choose: Callable[[Trial], Params]) -> Params:
         """Let `choose` suggest the parameters of a trial. Earlier suggestions don't change."""
         study = optuna.load_study(study_name=self.study, storage=self.storage.optuna, sampler=sampler)

@@ -241,7 +241,7 @@ def check_storage(url: str) -> URL | Path:
         if isinstance(parsed, Path):
             check_log(parsed)
     except ImportError as error:
-        remedy = "install it with: pip install 'effv2[postgresql]'"
+        remedy = "write postgresql:// without a driver, and install it with: pip install 'effv2[postgresql]'"
         raise InputError("storage", url, f"needs the package {error.name}", remedy) from error
     except (exc.SQLAlchemyError, OSError, LogAway) as error:
         raise cannot_use(masked(url), error) from error
@@ -262,13 +262,16 @@ def _parsed(url: str) -> URL | Path:
         raise InputError("storage", shown, "no such kind of storage", f"use {FORMS}")
     if backend == "sqlite" and not Path(str(parsed.database)).absolute().parent.is_dir():
         raise InputError("storage", shown, "can't be used (no such folder)", "create it or correct the path")
+    if backend == "sqlite" and Path(str(parsed.database)).is_dir():
+        raise InputError("storage", shown, "is a folder", "name a file in it, as sqlite:///FOLDER/optuna.db")
     return parsed.set(drivername="postgresql+psycopg") if parsed.drivername == "postgresql" else parsed
 
 
 def cannot_use(shown: str, error: Exception) -> InputError:
     """Return the error for a database that fails before any work."""
     problem = f"can't be used ({reason(error.__cause__ or error)})"  # from the error that Optuna or SQLAlchemy wrapped
-    remedy = "give another file" if shown.startswith("journal:") else "start the database or correct the address"
+    of_file = shown.startswith(("journal:", "sqlite"))
+    remedy = "give another file" if of_file else "start the database or correct the address"
     return InputError("storage", shown, problem, remedy)
 
 

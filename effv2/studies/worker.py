@@ -66,19 +66,19 @@ class OpenedStudy:
     def leave(self, storage: Storage, status: str = "") -> None:
         """Give back the trials of this process, and end the study's run if it is open and a status is given.
 
-        This takes seconds at most, because the process ends. If the storage is away, others take the trials when their
-        heartbeat stops. No error here hides the reason for the end.
+        This takes seconds at most, because the process ends. If the storage is away or fails, others take the trials
+        when their heartbeat stops. No error here hides the reason for the end.
         """
         storage.patience = LEAVING_SECONDS
-        with suppress(Exception, LeaseLost):
-            away = True
-            with suppress(StoreAway):
+        with suppress(Exception):
+            released = False
+            with suppress(Exception, LeaseLost):
                 self.queue(storage).release()
-                away = False
+                released = True
             run = read_run(self.parent.run_id) if status and answers() else None
             if run is not None and run.status == "RUNNING":
-                with suppress(StoreAway):
-                    if not away:
+                with suppress(Exception):
+                    if released:
                         storage.retry(lambda: self.end(self.queue(storage), status))
                         return
                 self.parent.set_status(status)

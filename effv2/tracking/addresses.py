@@ -60,7 +60,10 @@ def check_address(what: str, uri: str) -> None:
     bare = uri.strip("\"' \t\r\n")
     home = re.sub(r"(^|:|/)(~\w*)", lambda found: found[1] + os.path.expanduser(found[2]), bare, count=1)
     if bare != uri:
-        raise InputError(what, uri, "has quotes or spaces around it", f"write it without them, as {bare}")
+        remedy = f"write it without them, as {bare}" if bare else "unset it"
+        raise InputError(what, uri, "has quotes or spaces around it", remedy)
+    if (variable := re.search(r"\$(\w+|\{\w+\})", uri)) and re.match(r"(sqlite|file|journal)\b.*:|[^:]*$", uri):
+        raise InputError(what, uri, f"the {variable[0]} in it is not replaced", "write the value of that variable")
     if home != bare and re.match(r"(sqlite:///|file:/*)?~", bare):
         raise InputError(what, uri, "the ~ in it is not replaced by the home folder", f"write {home}")
     if re.match(r"(\w[\w.-]*|\[[\da-fA-F:]+\]):\d+(/|$)", uri):

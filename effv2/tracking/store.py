@@ -15,10 +15,12 @@ import mlflow
 from alembic.util import CommandError
 from filelock import FileLock
 from mlflow.entities import Experiment, Run
+from mlflow.environment_variables import MLFLOW_ALLOW_FILE_STORE
 from mlflow.exceptions import MlflowException
 from mlflow.utils.credentials import get_default_host_creds
 from mlflow.utils.file_utils import local_file_uri_to_path
 from mlflow.utils.rest_utils import http_request
+from mlflow.utils.uri import is_local_uri
 from sqlalchemy.engine import make_url
 from sqlalchemy.exc import SQLAlchemyError
 
@@ -49,7 +51,12 @@ DRIVERS = {"psycopg": "'psycopg[binary]'", "psycopg2": "psycopg2-binary", "MySQL
 # Patterns of an error's code and text, each with the problem of the store and the remedy. The first match counts.
 EXPLANATIONS = (
     ("ALLOW_FILE_STORE", "MLflow wants MLFLOW_ALLOW_FILE_STORE=true for plain files", f"set it, or use {STORES}"),
-    ("unsupported URI|Can't load plugin", "no such kind of store", f"use {STORES}"),
+    ("unsupported URI|Can't load plugin|Invalid database engine", "no such kind of store", f"use {STORES}"),
+    (
+        r"unable to open database|not a database|readonly database|malformed|^ \[Errno (1|2|13|17|20|21|28|30)\]",
+        "its file can't be used ({reason})",
+        "correct its path, or give yourself access",
+    ),
     ("^OLDER_SCHEMA", "its tables are those of an older MLflow", "keep a copy, then run: mlflow db upgrade {uri}"),
     ("^NEWER_SCHEMA", "its tables are those of a newer MLflow", "install that MLflow here, or use another database"),
     ("No module named", "needs the Python package {package}", "install it with: pip install {package}"),
@@ -110,8 +117,11 @@ def open_store(experiment: str | None, create: bool = True, message: Message = l
         remedy = f"train something first, as with `effv2 ablate`, or name the store of your runs: {STORES}"
         raise InputError(TRACKING_URI, shown_uri(), "there is no such file yet", remedy)
     try:
-        # Processes that start simultaneously must not migrate a new database together: that fails.
-        with FileLock(f"{file}.lock") if file and os.access(file.parent, os.W_OK) else nullcontext():
+        if file:  # in whose name MLflow would quote spaces
+            file.parent.mkdir(parents=True, exist_ok=True)
+        here = file or _folder()
+        # Processes that start simultaneously must not create or migrate a store together: that fails.
+        with FileLock(f"{here}.lock") if here and os.access(here.parent, os.W_OK) else nullcontext():
             if file:
                 _create_database(file)
             check_database()
@@ -119,7 +129,7 @@ def open_store(experiment: str | None, create: bool = True, message: Message = l
             if experiment is None:
                 return ""
             found = _experiment(experiment, create, message)
-    except (MlflowException, SQLAlchemyError, CommandError, OSError, ImportError) as error:
+    except (MlflowException, SQLAlchemyError, CommandError, OSError, ImportError, ValueError) as error:
         if file and re.search(HALF_BUILT, str(error)) and _is_empty(file):
             problem = "its creation was interrupted, and it is empty"
             raise InputError("MLFLOW_TRACKING_URI", shown_uri(), problem, f"remove the file {file}") from error
@@ -133,8 +143,21 @@ def open_store(experiment: str | None, create: bool = True, message: Message = l
 def _database_file() -> Path | None:
     """Return the path of the tracking store's database, if it is a file; InputError as check_address."""
     uri = tracking_uri()
-    database = make_url(uri).database if uri.startswith("sqlite:") else None
-    return Path(database) if database and database != ":memory:" and not database.startswith("file:") else None
+    if not re.match("sqlite[:+]", uri):
+        return None
+    database = make_url(uri).database or ":memory:"
+    if database == ":memory:":
+        raise InputError(TRACKING_URI, uri, "names no file, so no run would be kept", f"use {STORES}")
+    if os.path.isdir(database):  # noqa: PTH112 (never raises)
+        raise InputError(TRACKING_URI, uri, "is a folder", f"name a file in it, as sqlite:///{database}/mlflow.db")
+    return None if database.startswith("file:") else Path(database)
+
+
+def _folder() -> Path | None:
+    """Return the folder of a tracking store of plain files, if MLflow takes one."""
+    uri = tracking_uri()
+    plain = MLFLOW_ALLOW_FILE_STORE.get() and is_local_uri(uri)  # type: ignore[no-untyped-call]
+    return Path(local_file_uri_to_path(uri)).absolute() if plain else None  # type: ignore[no-untyped-call]
 
 
 def _create_database(file: Path) -> None:
@@ -313,6 +336,9 @@ def _experiment(name: str, create: bool, message: Message) -> Experiment:
 
 def _explained(error: Exception, experiment: str) -> InputError:
     code, why = str(getattr(error, "error_code", "")), reason(error)
+    if isinstance(error, ValueError):
+        name = found[0] if (found := re.search(r"MLFLOW_\w+", str(error))) else "MLflow's variables"
+        return InputError(name, os.environ.get(name, ""), why, "correct or unset it")
     if code == MISSING or (code == "INVALID_PARAMETER_VALUE" and (experiment or "MLFLOW_EXPERIMENT_ID" in why)):
         return InputError("experiment", experiment[:80], f"refused ({why})", "correct the option or MLflow's variables")
     text = f"{code} {error}"

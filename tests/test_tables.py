@@ -1,0 +1,179 @@
+"""Tables, answers and figures of a study."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from scipy import stats
+
+from effv2.core.figures import bars, forest
+from effv2.evidence.quantities import quantity
+from effv2.evidence.statistics import Interval
+from effv2.evidence.study import StudyResults
+from effv2.run.records import _confusion_figure
+from effv2.tracking.read import Images, RunRecord
+from effv2.tracking.tags import COMMAND, LONGEST_TAG, LOOKS, PLANNED, as_tags, names_in
+from tests.simulated import METRIC, evidence, results, run, study, two_arms
+
+
+def tabulated(arms: int, values: Sequence[float], **params: Any) -> tuple[StudyResults, dict[str, str]]:
+    """Return the results of a study, and its tables' cells on the second arm. Each arm is a point above the last."""
+    runs = []
+    for number in range(arms):
+        for seed, value in enumerate(values):
+            epochs = {"best/test_accuracy": value + number / 100 + 0.1, "selected/test_accuracy": value + number / 100}
+            one = run(0, seed, tags={"effv2.arm": f"arm{number}"}, **params)
+            runs.append(replace(one, metrics=epochs, history={"time/epoch_seconds": {1: 30.0, 2: 60.0}}))
+    parent = replace(run(0), params={"study.kind": "ablate", "study.baseline": "arm0"}, metrics={})
+    found = results(runs, parent)
+    assert ("epochs took", f"{1.5 * len(runs):.1f} minutes, finished runs: {len(runs)}") in found.environment
+    short = dict(zip(found.table[0], found.table[2], strict=True))
+    return found, {line[0]: line[2] for line in found.details} | short
+
+
+@pytest.mark.parametrize("arms", [2, 9])
+@pytest.mark.parametrize("rules", ["published", "standard"])
+def test_tables_hold_intervals_and_differences_however_many_arms_there_are(arms: int, rules: str) -> None:
+    values = [0.5, 0.52, 0.55]
+    found, told = tabulated(arms, values, data__sampling=rules)
+    assert len(found.table) == arms + 1
+    reach = stats.t(2).ppf(0.975) * np.std(values, ddof=1) * np.sqrt(1 + 1 / 3)
+    for words, more in (("best", 0.11), ("selected", 0.01)):
+        low, high = (100 * (np.mean(values) + more + sign * reach) for sign in (-1, 1))
+        assert told[f"range of a single re-run (95 %), test accuracy, {words} epoch"] == f"{low:.2f} % to {high:.2f} %"
+    assert f"test accuracy, {'best' if rules == 'published' else 'selected'} epoch" in found.table[0]
+    assert told["minus arm0 [interval]"].startswith("+1.00 [")
+    assert len(found.answers) == arms and found.answers[-1].startswith("More seeds don't invalidate")
+    assert "arm1 against arm0: undecided, +1.00 points" in found.answers[0]
+
+
+def test_the_answer_goes_by_the_accuracy_that_decides() -> None:
+    best, selected = {"a": 0.95, "b": 0.9}, {"a": 0.8, "b": 0.9}
+    for rules, words in (("published", "is worse than a by 5.00 points"), ("standard", "beats a by 10.00 points")):
+        runs = [
+            replace(run(0, seed, data__sampling=rules, tags={"effv2.arm": arm}), metrics={**metrics})
+            for arm in "ab"
+            for seed in range(3)
+            for noise in [seed / 1000]
+            for metrics in [{"best/test_accuracy": best[arm] + noise, "selected/test_accuracy": selected[arm] + noise}]
+        ]
+        parent = replace(run(0), params={"study.kind": "ablate", "study.baseline": "a"}, metrics={})
+        assert f"b {words} [" in results(runs, parent).answers[0]
+
+
+def test_single_runs_have_a_line_each() -> None:
+    alone = [replace(run(0.5, seed, model__variant="a"), run_id=f"{seed}{'0' * 31}") for seed in range(3)]
+    found = results(alone)
+    assert [line[:2] for line in found.table[1:]] == [(f"a run, run {seed}0000000", "1") for seed in range(3)]
+    assert not found.answers and "test accuracy, selected epoch" in found.table[0]
+    timed = [replace(each, metrics=each.metrics | {"time/total_train_seconds": 9.0}) for each in alone]
+    many = [replace(timed[0], run_id=f"{number:08d}") for number in range(21)]
+    assert results(timed).figures and not results(many).figures and len(results(many).table) == 22
+
+
+def test_a_study_says_what_it_lacks_and_why() -> None:
+    error = {"effv2.error": "Diverged: no number"}
+    done, gone, open_, diverged = (
+        replace(run(0.5, 0, "selected/val_accuracy", error), name=f"trial {number}", status=status)
+        for number, status in enumerate(["FINISHED", "KILLED", "RUNNING", "FAILED"])
+    )
+    runs = [done, gone, open_, diverged]
+    tags = as_tags(PLANNED, [each.name for each in runs]) | {COMMAND: "effv2 search", LOOKS: "x,y"}
+
+    def told(kind: str, runs: Sequence[RunRecord]) -> StudyResults:
+        return results(runs, replace(run(0), params={"study.kind": kind}, tags=tags))
+
+    assert told("ablate", runs).missing == (
+        "it is in progress, or its process died; 1 run failed: trial 3 (Diverged: no number); 2 runs planned but "
+        "not finished: trial 1, trial 2. The command below resumes it."
+    )
+    finished = [replace(each, name=f"trial {number}") for number, each in enumerate([done, done, done])]
+    assert told("ablate", [*finished, diverged]).missing == "1 run failed: trial 3 (Diverged: no number)."
+    search = told("search", [*finished, diverged])
+    assert not search.missing and "2, each the best one at its time" in search.notes[-1]
+    full = replace(diverged, tags={"effv2.error": "RunError: The disk is full."})
+    assert told("search", [*finished, full]).missing.endswith(
+        "(RunError: The disk is full.). The command below resumes it."
+    )
+    assert told("search", [replace(diverged, metrics={})]).notes == ["Trials: 1 unknown."]
+
+
+@given(st.lists(st.text(min_size=1, max_size=300), max_size=60))
+def test_lists_of_any_length_are_kept_in_tags(names: list[str]) -> None:
+    tags = as_tags(PLANNED, names)
+    assert names_in({**as_tags(PLANNED, ["x" * 300] * 99), **tags}, PLANNED) == names
+    assert all(len(text) <= LONGEST_TAG for text in tags.values())
+
+
+def test_arms_are_held_against_the_baseline_under_their_own_schedule() -> None:
+    means = {"default": 0.1, "dropout": 0.12, "default_plateau": 0.3, "dropout_plateau": 0.34}
+    runs = [
+        replace(
+            run(0, seed, tags={"effv2.arm": arm}, schedule__name="plateau" if "plateau" in arm else "none"),
+            metrics={"selected/test_accuracy": mean + seed / 1000},
+        )
+        for arm, mean in means.items()
+        for seed in range(3)
+    ]
+    parent = replace(run(0), params={"study.kind": "hparam-check", "study.baseline": "default"}, metrics={})
+    answers = results(runs, parent).answers
+    assert [each.partition(" points")[0] for each in answers] == [
+        "dropout beats default by 2.00",
+        "default_plateau beats default by 20.00",
+        "dropout_plateau beats default_plateau by 4.00",
+    ]
+
+
+def test_intervals_end_where_values_do_and_equal_values_have_none(tmp_path: Path) -> None:
+    _, told = tabulated(2, [0.0, 0.3, 0.8])
+    assert told["range of a single re-run (95 %), test accuracy, selected epoch"] == "0.00 % to 100.00 %"
+    _, told = tabulated(2, [0.5, 0.5, 0.5])
+    assert not any(name.startswith("a single re-run") for name in told)
+    claims = two_arms(tmp_path, f"{{kind: level, metric: {METRIC}, arm: a, about: 0.2, within: 0.1}}")
+    assert "[0.00 % to 100.00 %], 3 runs" in evidence(claims, study({"a": [0.0, 0.3, 0.8]}))
+    gap = Interval(-0.08, -0.04)  # a metric with accuracy in its name that is no accuracy
+    assert gap.within(quantity("accuracy_gap").possible) == gap
+
+
+@pytest.mark.parametrize("accuracy", [0.51, 51.0])  # rounding makes the mean of six times 0.51 a little smaller
+def test_equal_accuracies_and_percentages_have_tables_and_figures(accuracy: float) -> None:
+    metrics = dict.fromkeys(["best/test_accuracy", "selected/test_accuracy", "time/total_train_seconds"], accuracy)
+    images = {"test": Images("folder", "", 200, ("cat", "dog"))}
+    history = {"test/accuracy": {1: accuracy}, "time/train_seconds": {1: 1.0}}
+    one = replace(run(0, tags={"effv2.arm": "a"}), metrics=metrics, images=images, history=history)
+    runs = [replace(one, params={"random.seed": str(seed)}) for seed in range(6)]
+    assert "accuracy against time" in results(runs, replace(run(0), metrics={})).figures
+
+
+def test_published_networks_have_a_line_for_unseen_images_and_one_for_all() -> None:
+    measured = {"unseen/top1_accuracy": 0.5, "unseen/images": 500.0, "seen/images": 3791.0}
+    network = replace(run(0), metrics=measured | {"eval/top1_accuracy": 0.6, "eval/images": 3925.0})
+    parent = replace(run(0), params={"study.kind": "evaluate-pretrained"}, metrics={})
+    _, *rows = results([network], parent).table
+    assert [(row[1][:7], row[3]) for row in rows] == [
+        ("50.00 %", "500 images that it was not trained on"),
+        ("60.00 %", "3,925 test images, 3,791 of which it was trained on"),
+    ]
+
+
+@pytest.mark.parametrize("count", [2, 30])
+def test_names_of_80_letters_leave_room_in_figures(count: int) -> None:
+    names = [f"{'species of a bird ' * 5}"[:77] + f"{number:03d}" for number in range(count)]
+    drawn = [
+        bars({name: [1.0, 2.0] for name in names}, "title", "unit"),
+        forest(dict.fromkeys(names, (0.1, 0.0, 0.2, True)), "title", "unit"),
+        _confusion_figure(np.ones((count, count)), names),
+    ]
+    for figure in drawn:
+        figure.draw_without_rendering()
+        (axes,) = figure.axes
+        assert axes.get_position().width > 0.35 and axes.get_position().height > 0.35
+        shown = [label.get_text() for label in axes.get_yticklabels()]
+        assert len({*shown}) == count and shown[1].startswith("species of") and shown[1].endswith("001")
