@@ -68,7 +68,10 @@ DECIDING: dict[str, dict[str, tuple[str, ...]]] = {
         "run/records.py": (),
         "run/run.py": ("attempt", "_begun", "_train"),
     },
-    "execution": {f"execution/{name}": () for name in ("device.py", "fast_paths.py", "norms.cpp", "norms.py")},
+    "execution": {
+        f"execution/{name}": ()
+        for name in ("blocks.cpp", "blocks.py", "device.py", "fast_paths.py", "norms.cpp", "norms.py")
+    },
     "evaluation": {
         **{f"pretrained/{name}.py": () for name in ("evaluation", "images", "own")},
         "run/weights.py": (),

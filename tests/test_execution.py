@@ -20,7 +20,7 @@ from torchvision.ops import Conv2dNormActivation, SqueezeExcitation
 from effv2.architecture import build_model, parse_table
 from effv2.config.schema import TrainConfig
 from effv2.core.errors import InputError
-from effv2.execution import norms
+from effv2.execution import blocks, norms
 from effv2.execution import resolve as resolving
 from effv2.execution.device import Execution, fold_batch_norm
 from effv2.execution.fast_paths import FEWEST_IMAGES, use_fast_paths
@@ -82,6 +82,28 @@ def test_fast_paths_equal_torchs_layers(
         assert (expected - found).norm() <= share * expected.norm() + atol
     with torch.no_grad(), torch.autocast("cpu", torch.bfloat16, enabled=bf16):
         assert plain(images).dtype == output.dtype
+
+
+@pytest.mark.parametrize("bf16", [False, True])
+@pytest.mark.parametrize(("size", "stride"), [(1, 1), (2, 2), (3, 1), (3, 2), (5, 2), (8, 1)])
+def test_a_block_equals_its_layers_in_float64(size: int, stride: int, bf16: bool) -> None:
+    """Nine images are two groups, whose sums are added up."""
+    torch.manual_seed(0)
+    network = build_model(parse_table(f"F 1 3 1 8 8 1 / M 4 3 {stride} 8 24 1"), 10)
+    (plain,) = (module.block for module in network.modules() if type(module) is models.efficientnet.MBConv)
+    for parameter in plain.parameters():
+        nn.init.normal_(parameter, std=0.5)
+    fast, exact, results = copy.deepcopy(plain), plain.double(), []
+    use_fast_paths(fast)
+    assert type(fast) is blocks.MBConvBlock
+    images = torch.randn(9, 8, size, size, dtype=torch.float64)
+    for block, inputs in ((fast, images.float().requires_grad_()), (exact, images.requires_grad_())):
+        with torch.autocast("cpu", torch.bfloat16, enabled=bf16 and block is fast):
+            output = block.train()(inputs.contiguous(memory_format=torch.channels_last))
+        (output.double() * torch.arange(output.numel()).view(output.shape).cos()).sum().backward()
+        results.append([output, inputs.grad, *(each.grad for each in block.parameters()), *block.buffers()])
+    for found, expected in zip(*results, strict=True):
+        assert (found.double() - expected).norm() <= (0.1 if bf16 else 1e-5) * expected.double().norm() + 1e-3 * bf16
 
 
 @pytest.mark.parametrize("bf16", [False, True])

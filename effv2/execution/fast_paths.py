@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torchvision.ops import SqueezeExcitation
 
-from effv2.execution import norms
+from effv2.execution import blocks, norms
 
 LARGEST_POINTWISE_MAP = 16
 FEWEST_IMAGES = 8  # images from which on a matrix between the pixels of 2x2 maps is worth building
@@ -85,6 +85,8 @@ def _path(layer: nn.Module) -> type[nn.Module] | None:
     if type(layer) is SqueezeExcitation:
         usual = isinstance(layer.activation, nn.SiLU) and isinstance(layer.scale_activation, nn.Sigmoid)
         return _SqueezeExcitation if usual else None
+    if blocks.applies(layer):
+        return blocks.MBConvBlock
     if norms.applies(layer):
         return norms.ConvNorm
     if type(layer) is not nn.Conv2d or layer.padding_mode != "zeros" or layer.dilation != (1, 1):
@@ -212,22 +214,18 @@ class _Excitation(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, input: Tensor, *weights: Tensor) -> Tensor:
-        weight1, bias1, weight2, bias2 = weights
-        pooled = _sum_of_pixels(input, input.shape[2] * input.shape[3]).to(weight1.dtype)
-        hidden = F.linear(pooled, weight1, bias1)
-        scale = F.linear(F.silu(hidden), weight2, bias2).sigmoid_()
-        ctx.save_for_backward(input, pooled, hidden, scale, weight1, weight2)
+        pooled = _sum_of_pixels(input, input.shape[2] * input.shape[3]).to(weights[0].dtype)
+        hidden, scale = blocks.excitation(pooled, *weights)
+        ctx.save_for_backward(input, pooled, hidden, scale, weights[0], weights[2])
         return input * scale[:, :, None, None]
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
-        input, pooled, hidden, scale, weight1, weight2 = ctx.saved_tensors
-        gradient = gradients[0]
-        of_scale = torch.ops.aten.sigmoid_backward(_sum_of_pixels(gradient * input, 1).to(scale.dtype), scale)
-        of_hidden = torch.ops.aten.silu_backward(of_scale @ weight2, hidden)
-        of_pooled = (of_hidden @ weight1) / (input.shape[2] * input.shape[3])
+        input, *saved = ctx.saved_tensors
+        gradient, scale = gradients[0], saved[2]
+        of_pooled, *weights = blocks.of_excitation(_sum_of_pixels(gradient * input, 1), *saved)
+        of_pooled /= input.shape[2] * input.shape[3]
         of_input = torch.addcmul(of_pooled.to(input.dtype)[:, :, None, None], gradient, scale[:, :, None, None])
-        weights = of_hidden.t() @ pooled, of_hidden.sum(0), of_scale.t() @ F.silu(hidden), of_scale.sum(0)
         return of_input.to(input.dtype), *weights
 
 

@@ -25,16 +25,19 @@ static inline void store(BFloat16 *to, float value) {  // to the nearest, ties t
     to->bits = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
 }
 
-// 1 / (1 + exp(-z)), within 2e-7: 2^t as 2^n times a polynomial on [-1/2, 1/2].
+// 2^f on [-1/2, 1/2], of floats or vectors.
+template <class Value> static inline Value power(Value f) {
+    Value p = f * 1.53533627e-4f + 1.33989267e-3f;
+    for (float factor : {9.61837303e-3f, 5.55033247e-2f, 2.40226462e-1f, 6.93147206e-1f, 1.f}) p = p * f + factor;
+    return p;
+}
+// 1 / (1 + exp(-z)), within 2e-7: a power of two by a whole number, times one by the rest.
 static inline float sigmoid(float z) {
-    float t = std::min(126.f, std::max(-126.f, z * -1.44269504f)), n = __builtin_rintf(t), f = t - n;
-    float p = 1.53533627e-4f;
-    for (float factor : {1.33989267e-3f, 9.61837303e-3f, 5.55033247e-2f, 2.40226462e-1f, 6.93147206e-1f, 1.f})
-        p = p * f + factor;
+    float t = std::min(126.f, std::max(-126.f, z * -1.44269504f)), n = __builtin_rintf(t);
     int32_t bits = (int32_t(n) + 127) << 23;
-    float power;
-    memcpy(&power, &bits, 4);
-    return 1.f / (1.f + p * power);
+    float whole;
+    memcpy(&whole, &bits, 4);
+    return 1.f / (1.f + power(t - n) * whole);
 }
 template <bool silu> static inline float activated(float z) { return silu ? z * sigmoid(z) : z; }
 template <bool silu> static inline float slope(float z) {
@@ -79,11 +82,12 @@ struct Maps {
 };
 #define EACH_CHANNEL _Pragma("GCC ivdep") for (long c = 0; c < width; c++)
 
-template <class T, bool silu>
-static void forward(const T *x, T *y, const float *weight, const float *bias, float *mean, float *scale,
-                    float *running_mean, float *running_var, float momentum, float eps, Maps maps) {
+// The mean of each channel and its inverse standard deviation; updates the running statistics.
+template <class T>
+static void statistics(const T *x, float *mean, float *scale, float *running_mean, float *running_var, float momentum,
+                       float eps, Maps maps) {
     const long width = maps.width, few = std::min(maps.rows, maps.step * maps.repeats);
-    Vector factor(maps.channels), shift(maps.channels);
+    Vector shift(maps.channels);
     for (long r = 0; r < few; r++)
         for (long c = 0; c < maps.channels; c++) shift[c] += load(x[r * maps.channels + c]) / few;
     Vector near = maps.repeated(shift.data());  // to the mean, so that no digits cancel
@@ -101,12 +105,38 @@ static void forward(const T *x, T *y, const float *weight, const float *bias, fl
         scale[c] = 1 / std::sqrt(var + eps);
         running_mean[c] += momentum * (mean[c] - running_mean[c]);
         running_var[c] += momentum * (float(var * n / (n - 1)) - running_var[c]);
+    }
+}
+
+template <class T, bool silu>
+static void forward(const T *x, T *y, const float *weight, const float *bias, const float *mean, const float *scale,
+                    Maps maps) {
+    const long width = maps.width;
+    Vector factor(maps.channels), shift(maps.channels);
+    for (long c = 0; c < maps.channels; c++) {
         factor[c] = weight[c] * scale[c];
         shift[c] = bias[c] - mean[c] * factor[c];
     }
     Vector factors = maps.repeated(factor.data()), shifts = maps.repeated(shift.data());
     maps.each([=, a = factors.data(), b = shifts.data()](long at) {
         EACH_CHANNEL store(y + at + c, activated<silu>(load(x[at + c]) * a[c] + b[c]));
+    });
+}
+
+// The gradient of x from that of the normalised and scaled values, and its sums: of_bias and of_weight.
+template <class T>
+static void centred(const T *x, const T *of_z, T *of_x, const float *weight, const float *mean, const float *scale,
+                    const float *of_weight, const float *of_bias, Maps maps) {
+    const long width = maps.width;
+    Vector first(maps.channels), second(maps.channels);
+    for (long c = 0; c < maps.channels; c++) first[c] = of_bias[c] / maps.rows, second[c] = of_weight[c] / maps.rows;
+    Vector firsts = maps.repeated(first.data()), seconds = maps.repeated(second.data());
+    Vector ws = maps.repeated(weight), ms = maps.repeated(mean), ss = maps.repeated(scale);
+    maps.each([=, w = ws.data(), m = ms.data(), s = ss.data(), p = firsts.data(), q = seconds.data()](long at) {
+        EACH_CHANNEL {
+            float v = (load(x[at + c]) - m[c]) * s[c];
+            store(of_x + at + c, w[c] * s[c] * (load(of_z[at + c]) - p[c] - v * q[c]));
+        }
     });
 }
 
@@ -124,28 +154,21 @@ static void backward(const T *x, const T *gradient, T *of_x, const float *weight
             second[c] += u * v;
         }
     });
-    Vector first(maps.channels), second(maps.channels);
-    for (long c = 0; c < maps.channels; c++) {
-        first[c] = (of_bias[c] = sums[c]) / maps.rows;
-        second[c] = (of_weight[c] = sums[maps.channels + c]) / maps.rows;
-    }
-    Vector firsts = maps.repeated(first.data()), seconds = maps.repeated(second.data());
-    const T *of_z = silu ? of_x : gradient;
-    maps.each([=, p = firsts.data(), q = seconds.data()](long at) {
-        EACH_CHANNEL {
-            float v = (load(x[at + c]) - m[c]) * s[c];
-            store(of_x + at + c, w[c] * s[c] * (load(of_z[at + c]) - p[c] - v * q[c]));
-        }
-    });
+    for (long c = 0; c < maps.channels; c++) of_bias[c] = sums[c], of_weight[c] = sums[maps.channels + c];
+    centred(x, silu ? of_x : gradient, of_x, weight, mean, scale, of_weight, of_bias, maps);
 }
 
 #define FORMS(type, name)                                                                                             \
-    void forward_##name(const type *x, type *y, const float *w, const float *b, float *m, float *s, float *rm,         \
-                        float *rv, float momentum, float eps, long rows, long channels, int silu) {                    \
-        (silu ? forward<type, true> : forward<type, false>)(x, y, w, b, m, s, rm, rv, momentum, eps, {rows, channels}); \
+    void statistics_##name(const type *x, float *m, float *s, float *rm, float *rv, float momentum, float eps,         \
+                           long rows, long channels) {                                                                 \
+        statistics(x, m, s, rm, rv, momentum, eps, {rows, channels});                                                  \
+    }                                                                                                                  \
+    void forward_##name(const type *x, type *y, const float *w, const float *b, const float *m, const float *s,        \
+                        long rows, long channels, long silu) {                                                         \
+        (silu ? forward<type, true> : forward<type, false>)(x, y, w, b, m, s, {rows, channels});                       \
     }                                                                                                                  \
     void backward_##name(const type *x, const type *g, type *of_x, const float *w, const float *b, const float *m,     \
-                         const float *s, float *of_w, float *of_b, long rows, long channels, int silu) {               \
+                         const float *s, float *of_w, float *of_b, long rows, long channels, long silu) {              \
         (silu ? backward<type, true> : backward<type, false>)(x, g, of_x, w, b, m, s, of_w, of_b, {rows, channels});    \
     }
 extern "C" {
