@@ -125,7 +125,7 @@ WRONG = {
     "claims: {X1: {words: x, study: ablate-mnist, checks: [{kind: difference, arm: default, against: default}]}}":
         "compared with itself",
     "claims: {X1: {words: x, study: ablate-mnist, checks: [{kind: level, arm: default, above: 5}]}}": "a fraction",
-    "claims: {X 1: {words: x, study: ablate-mnist, checks: [CHECK]}}": "should match pattern",
+    "claims: {X 1: {words: x, study: ablate-mnist, checks: [CHECK]}}": "must match the pattern",
     "claims: {X1: {words: x, protocol: nowhere, checks: [CHECK]}}": "nowhere: no such protocol",
     "claims: {X1: {words: x, study: ablate-mnist, checks: [CHECK]}}": "has no arm a",
     "claims: {A1: {words: x, study: ablate-mnist, checks: [CHECK]}}": "there is one of that name",
@@ -141,7 +141,7 @@ WRONG = {
         "nowhere: no file and no study of that name",
     "claims: {X1: {words: x, protocol: p, ignore: [data.sizes], checks: [CHECK]}}": "ignore only applies to a study",
     "claims: {X1: {words: x, checks: [CHECK]}}": "give either a study or a protocol",
-    "claims: {X1: {words: x, study: ../mine.yaml, checks: [CHECK]}}": "should match pattern",
+    "claims: {X1: {words: x, study: ../mine.yaml, checks: [CHECK]}}": "must match the pattern",
     "claims: {X1: {words: x, study: ablate-mnits, checks: [CHECK]}}": "the nearest is 'ablate-mnist'",
     "claims: {X1: {words: x, study: ablate-mnist, ignore: [data.sizes], checks: [CHECK]}}": "ignore data.sizes: is not",
 }  # fmt: skip
