@@ -50,8 +50,12 @@ def applies(layer: nn.Module) -> bool:
     settings = convolution.kernel_size, convolution.padding, convolution.dilation, convolution.padding_mode
     usual = settings == ((3, 3), (1, 1), (1, 1), "zeros") and convolution.stride in ((1, 1), (2, 2))
     depthwise = convolution.groups == convolution.in_channels == convolution.out_channels and convolution.bias is None
-    usual &= isinstance(squeeze.activation, nn.SiLU) and isinstance(squeeze.scale_activation, nn.Sigmoid)
-    return bool(usual and depthwise and convolution.in_channels % LANES == 0)
+    return usual and depthwise and has_usual_activations(squeeze) and convolution.in_channels % LANES == 0
+
+
+def has_usual_activations(squeeze: Any) -> bool:
+    """Return whether a squeeze-excitation has the activations of EfficientNet."""
+    return isinstance(squeeze.activation, nn.SiLU) and isinstance(squeeze.scale_activation, nn.Sigmoid)
 
 
 class _Middle(torch.autograd.Function):

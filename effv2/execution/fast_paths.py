@@ -83,8 +83,7 @@ def use_fast_paths(model: nn.Module) -> None:
 def _path(layer: nn.Module) -> type[nn.Module] | None:
     """Return the class with the fast path of a layer; None if there is none."""
     if type(layer) is SqueezeExcitation:
-        usual = isinstance(layer.activation, nn.SiLU) and isinstance(layer.scale_activation, nn.Sigmoid)
-        return _SqueezeExcitation if usual else None
+        return _SqueezeExcitation if blocks.has_usual_activations(layer) else None
     if blocks.applies(layer):
         return blocks.MBConvBlock
     if norms.applies(layer):
