@@ -110,6 +110,8 @@ def test_a_repeated_command_trains_nothing_unless_fresh(sqlite_store: str, tiny_
         assert invoke(ablate, *words).exit_code == 0
     assert len(all_runs()) == 2
     assert invoke(ablate, *words, "--fresh").exit_code == 0
+    names = [run.info.run_name for run in all_runs() if "effv2.seed" not in run.data.tags]
+    assert names[1] == f"{names[0]} 2"
     first, second = (run for run in all_runs() if "effv2.seed" in run.data.tags)
     timed = ("time/", "throughput/", "inference/")
     kept = [

@@ -135,7 +135,9 @@ def _open(plan: Plan, storage: Storage, experiment_id: str, options: StudyOption
                 queue = f"{name}#{1 + max((int(last) for before, _, last in numbers if before == name), default=0)}"
                 if isinstance(plan, TrainingPlan):
                     plan.check_new(experiment_id, options.fresh)
-                attributes = _create(plan, storage, queue, definition, options.fresh)
+                number = 1 + sum(each.user_attrs[DEFINITION]["experiment"] == experiment_id for each in begun)
+                title = f"{plan.name} {number}" if number > 1 else plan.name
+                attributes = _create(plan, storage, queue, definition, fresh=options.fresh, title=title)
                 for line in plan.about:
                     reporter.message(line)
     except DATABASE_ERRORS as error:
@@ -160,13 +162,15 @@ def _note_planned(study: OpenedStudy, trials: Trials) -> None:
     study.parent.set_tags(as_tags(PLANNED, planned))
 
 
-def _create(plan: Plan, storage: Storage, name: str, definition: Mapping[str, Any], fresh: bool) -> dict[str, Any]:
-    """Create the run of a study, then the study in the storage. Return the attributes of the latter."""
+def _create(
+    plan: Plan, storage: Storage, name: str, definition: Mapping[str, Any], *, fresh: bool, title: str
+) -> dict[str, Any]:
+    """Create the run of a study, called `title`, then the study in the storage. Return the attributes of the latter."""
     tags = {STUDY: plan.name, CODE_VERSION: definition["code"], QUEUE: name}
     parent = None
     try:
         with uninterrupted():
-            parent = begin_run(plan.name, definition["experiment"], tags)
+            parent = begin_run(title, definition["experiment"], tags)
         shown = ("kind", "name", "description", "baseline")
         parent.log_params({f"study.{field}": getattr(plan, field) for field in shown} | dict(plan.stamps))
         parent.log_git()
