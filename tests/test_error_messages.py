@@ -29,6 +29,7 @@ def test_wrong_options_are_answered_before_anything_heavy_is_imported(tmp_path: 
         "train --weights /nowhere.pt",
         "ablate --weights nonsense/x",
         "ablate --study {}",
+        "report --claims /nowhere.yaml",
         "ablate --storage nonsense",
         "search --storage postgresql://me:p@ss@host/db",
         "hparam-check --storage journal://study.log",

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from effv2.api.console import ConsoleReporter
-from effv2.config.layers import Layer, build
+from effv2.config.layers import Layer, build, read_document
 from effv2.config.options import CHECKPOINTS, GRID, LOGGING, ONE_RUN, QUEUE, SHARED, STUDY, Options, Taken, options_for
 from effv2.config.schema import DataConfig, TrainConfig
 from effv2.config.studies import SWEEPS, Study, open_study
@@ -197,14 +197,16 @@ def report(layer: Layer, how: Options, reporter: Reporter) -> Report:
     if sources and (not how.export or target in sources):
         problem = "the report needs a separate folder"
         raise InputError("from_export", how.from_export, problem, "name one with `export`")
+    if own := _path(how.claims):
+        read_document(own, "claims")  # an unreadable file is refused before imports that take seconds
 
     from effv2.api.results import Report
     from effv2.evidence.publication import publish, rebuild
 
     if sources:
-        made, address = rebuild(sources, _path(how.claims), target, reporter), ""
+        made, address = rebuild(sources, own, target, reporter), ""
     else:
-        made, address = publish(how.experiment, _path(how.claims), target if how.export else None, reporter)
+        made, address = publish(how.experiment, own, target if how.export else None, reporter)
     return Report.of(made, address, target if how.export else None)
 
 
