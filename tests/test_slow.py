@@ -22,6 +22,8 @@ def test_quick_default_is_quick_and_learns(sqlite_store: str) -> None:
     started = time.monotonic()
     subprocess.run([*command, "--env-manager", "local"], env=environment, check=True, timeout=600)
     seconds = time.monotonic() - started
-    runs = {run.data.tags["mlflow.runName"]: run for run in MlflowClient().search_runs(["0"])}
-    assert runs["default, seed 0"].data.metrics["selected/test_accuracy"] > 0.9
-    assert seconds < 180
+    runs = {run.data.tags["mlflow.runName"]: run.data for run in MlflowClient().search_runs(["0"])}
+    default, other = runs["default, seed 0"], runs["drop_one, seed 0"]
+    assert default.metrics["selected/test_accuracy"] > 0.9
+    assert default.params["schedule.epochs"] == "6"  # machines differ in speed, so work is limited instead of time
+    assert sum(run.metrics["time/total_train_seconds"] for run in (default, other)) > seconds / 2
