@@ -40,6 +40,8 @@ STUDY_KEYS = {
     "baseline": "The arm that the others are compared with. Default: the first.",
     "seeds": "A list such as `[0, 1, 2]`, or a single seed.",
     "splits": "Number of splits. Every seed runs on every split; `--seeds auto` gives each seed its own. Default: 1.",
+    "max_seeds": "Maximum number of seeds per arm, as `--max-seeds`. Default: 30.",
+    "margin": "Smallest difference of interest, as `--margin`. Closer arms count as equal. Default: none.",
     "paired": "`true` compares runs of equal seed with each other. Default: false.",
     "show": "Times to an accuracy that tables also show, such as `[seconds/to_test_accuracy_0.9]`.",
     "retries": "How often a failed run is tried again. Default: 1.",

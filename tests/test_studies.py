@@ -331,6 +331,18 @@ def test_a_forecast_counts_runs_that_are_older_than_a_setting(monkeypatch: pytes
     assert "Finished already: 1 run of these." in lines
 
 
+def test_options_override_the_rules_of_a_study_file(tmp_path: Path) -> None:
+    (tmp_path / "own.yaml").write_text((SWEEPS / "ablate.yaml").read_text() + "max_seeds: 5\nmargin: 0.02\n")
+    study = open_study(str(tmp_path / "own.yaml"))
+    how: dict[str, Any] = {"load": load_once(Reporter()), "reporter": Reporter()}
+    for given, most, margin in (({}, 5, 0.02), ({"max_seeds": 9, "margin": 0.1}, 9, 0.1)):
+        options = StudyOptions.model_validate({"seeds": "auto", **given})
+        grid = make_grid("ablate", study, ["default", "drop_one"], NO_OPTIONS, options, **how)
+        assert (grid.stamps["study.max_seeds"], grid.stamps["study.margin"]) == (most, margin)
+    with pytest.raises(InputError, match="max_seeds 9: the study began with 5"):
+        grid.resumed({"study.max_seeds": "5", "study.margin": "0.1"}, lambda _: [])
+
+
 def test_splits_hold_the_seeds() -> None:
     study = open_study("ablate").model_copy(update={"splits": 2, "seeds": (0,)})
     grid = make(study, ["default"])

@@ -69,10 +69,17 @@ class StudyOptions(CheckpointOptions):
         "from the baseline is decided. race: until the best arm is known.  [default: 0, or the study's]",
     )
     max_seeds: int | None = Field(
-        None, ge=3, le=50, description="Maximum number of seeds per arm, fixed before the study begins.  [default: 30]"
+        None,
+        ge=3,
+        le=50,
+        description="Maximum number of seeds per arm, fixed before the study begins.  [default: 30, or the study's]",
     )
     margin: float | None = Field(
-        None, gt=0, lt=1, description="Smallest difference of interest, 0.01 = one point. Closer arms count as equal."
+        None,
+        gt=0,
+        lt=1,
+        description="Smallest difference of interest, 0.01 = one point. Closer arms count as equal.  "
+        "[default: the study's]",
     )
     budget_hours: float | None = Field(None, gt=0, description="Maximum hours for auto seeds, summed over runs.")
     plan: bool = Field(False, description="Only print the runs and hours needed, and what the study could find.")

@@ -138,6 +138,8 @@ class Study(Group):
     arms: dict[Annotated[str, AfterValidator(_plain)], Layer] = {}
     baseline: str = ""
     seeds: Seeds = ()
+    max_seeds: int | None = Field(None, ge=3, le=50)  # as the options of these names
+    margin: float | None = Field(None, gt=0, lt=1)
     splits: int = Field(1, ge=1, le=50)  # number of splits of the images, each with every seed, or with one of `auto`
     paired: bool = False  # whether runs of equal seed have more in common than others
     retries: int = Field(1, ge=0, le=100)

@@ -112,6 +112,8 @@ def make_grid(
     `names` are those of the wanted arms. Seeds in options override those of the study, which override those of arms.
     """
     seeds = () if isinstance(options.seeds, str) else options.seeds or study.seeds
+    rules = {"max_seeds": options.max_seeds or study.max_seeds, "margin": options.margin or study.margin}
+    options = options.model_copy(update=rules)
     stamps = _stamps(study, names, options, len(seeds))
     if len(seeds) == 1 and seeds[0] > 1:
         reporter.message(f"The only seed is {seeds[0]}; for {seeds[0]} seeds give `seeds` 0-{seeds[0] - 1}.")
