@@ -43,10 +43,10 @@ STUDY_KEYS = {
     "max_seeds": "Maximum number of seeds per arm, as `--max-seeds`. Default: 30.",
     "margin": "Smallest difference of interest, as `--margin`. Closer arms count as equal. Default: none.",
     "paired": "`true` compares runs of equal seed with each other. Default: false.",
-    "show": "Times to an accuracy that tables also show, such as `[seconds/to_test_accuracy_0.9]`.",
+    "show": "More rows of the tables: the training time to an accuracy, such as `[seconds/to_test_accuracy_0.9]`.",
     "retries": "How often a failed run is tried again. Default: 1.",
     "search": "Ranges to search, instead of arms.",
-    "protocol": "Sources of the settings: `stated`, `shown`, `inferred`, `assumed`.",
+    "protocol": "How each published setting is [known](../protocols.md): `stated`, `shown`, `inferred`, `assumed`.",
     "published": "Published figures, the number of test images, and what the runs need.",
     "command": "The command that the report prints. Default: the first line of the file.",
 }

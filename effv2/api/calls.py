@@ -144,8 +144,8 @@ def ablate(layer: Layer, how: Options, reporter: Reporter) -> StudyResult:
 def hparam_check(layer: Layer, how: Options, reporter: Reporter) -> StudyResult:
     """Change one hyper-parameter at a time, with and without ReduceLROnPlateau, and compare in MLflow.
 
-    Without a study, it runs hparam-digits: the published check on scikit-learn's digits, shortened to three epochs per
-    run. The studies hparam-* have the full protocols. The same command again resumes an interrupted study.
+    Without a study, it runs hparam-digits: the changes of the published check, on scikit-learn's digits, with three
+    epochs per run. The studies hparam-* have the full protocols. The same command again resumes an interrupted study.
     """
     chosen = open_study(how.study or f"{SWEEPS}/hparam-digits.yaml").with_plateau()
     return _grid("hparam-check", chosen, chosen.select_checks(how.check, how.scheduler), layer, how, reporter=reporter)

@@ -68,13 +68,17 @@ class DataConfig(Group):
     max_megapixels: float = Field(200.0, gt=0, le=10_000, description="Maximum pixels per image, in millions.")
     download: bool = Field(False, description="Download the data set into the folder if it is missing.")
     image_size: int = Field(32, ge=8, le=1024, description="Side of the square input in pixels.")
-    per_class: int = Field(0, ge=0, description="Training images per class, 0 = all. Published sampling: train + test.")
-    sampling: Literal["standard", "published"] = Field("standard", description="The rule of sampling and splits.")
+    per_class: int = Field(0, ge=0, description="Training images per class (published sampling: all images), 0 = all.")
+    sampling: Literal["standard", "published"] = Field(
+        "standard", description="How images are drawn and split. published: the post's rule."
+    )
     test_fraction: float = Field(0.2, gt=0, lt=1, description="Share for testing, if the data set has no test part.")
     validation_fraction: Fraction = Field(0.1, description="Share of the train part for validation, 0 = none.")
     split_seed: int = Field(0, ge=0, lt=2**32, description="Seed of sampling and splits.")
     balance: bool = Field(False, description="Draw training images of all classes equally often, with replacement.")
-    normalise: Literal["none", "half", "imagenet"] = Field("none", description="Source of mean and standard deviation.")
+    normalise: Literal["none", "half", "imagenet"] = Field(
+        "none", description="Mean and deviation: none, 0.5 and 0.5, or ImageNet's."
+    )
 
 
 class AugmentConfig(Group):
@@ -222,7 +226,9 @@ class StoppingConfig(Group):
 class EvaluationConfig(Group):
     """What is evaluated, and after which epochs."""
 
-    train_set: bool = Field(False, description="Evaluate the train set after each epoch, not its training batches.")
+    train_set: bool = Field(
+        False, description="Measure train accuracy after each epoch, not on its batches in training."
+    )
     test_set: bool = Field(
         True, description="Evaluate the test set after each epoch. A search evaluates only its best trial on it."
     )

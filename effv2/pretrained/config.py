@@ -6,7 +6,9 @@ from pydantic import Field
 
 from effv2.config.schema import DATASETS, Device, Group, Precision
 
-QUICK_LOOK = "For a quick look: at most this many test images{}, and as many of ImageNet's validation set. 0 = all."
+QUICK_LOOK = (
+    "For a quick look: at most this many test images{}, and as many others of ImageNet's validation set. 0 = all."
+)
 
 
 class ImagesConfig(Group):
@@ -33,7 +35,7 @@ class ComputeConfig(Group):
         0,
         ge=0,
         le=65_536,
-        description="Images per forward pass. 0 = 128, and on a CPU as many as have the pixels of 8 at 224x224.",
+        description="Images per forward pass. 0 = 128, or on a CPU 8 at 224x224, with other sizes equally many pixels.",
     )
 
 
