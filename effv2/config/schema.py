@@ -68,7 +68,9 @@ class DataConfig(Group):
     max_megapixels: float = Field(200.0, gt=0, le=10_000, description="Maximum pixels per image, in millions.")
     download: bool = Field(False, description="Download the data set into the folder if it is missing.")
     image_size: int = Field(32, ge=8, le=1024, description="Side of the square input in pixels.")
-    per_class: int = Field(0, ge=0, description="Training images per class (published sampling: all images), 0 = all.")
+    per_class: int = Field(
+        0, ge=0, description="Training images per class, 0 = all. With published sampling, test images are included."
+    )
     sampling: Literal["standard", "published"] = Field(
         "standard", description="How images are drawn and split. published: the post's rule."
     )
@@ -171,7 +173,9 @@ class ScheduleConfig(Group):
     name: Annotated[str, SCHEDULES] = Field(
         "cosine", description="Learning rate schedule. plateau follows validation accuracy, or else test accuracy."
     )
-    epochs: int = Field(6, ge=1, le=100_000, description="Maximum epochs. Default for most sets: about 1,000 steps.")
+    epochs: int = Field(
+        6, ge=1, le=100_000, description="Maximum epochs. Unset, most sets get as many as make 1,000 steps (6 to 100)."
+    )
     warmup_epochs: int = Field(0, ge=0, description="Epochs of linear warm-up (not with onecycle).")
 
     @field_validator("warmup_epochs")

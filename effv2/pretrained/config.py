@@ -7,14 +7,14 @@ from pydantic import Field
 from effv2.config.schema import DATASETS, Device, Group, Precision
 
 QUICK_LOOK = (
-    "For a quick look: at most this many test images{}, and as many others of ImageNet's validation set. 0 = all."
+    "For a quick look: the most test images{}, and the most other images from ImageNet's validation set. 0 = all."
 )
 
 
 class ImagesConfig(Group):
     """The images."""
 
-    dataset: Annotated[str, DATASETS] = Field("imagenette", description="Its classes are ImageNet's or your networks'.")
+    dataset: Annotated[str, DATASETS] = Field("imagenette", description="With ImageNet's classes or your networks'.")
     dir: str = Field("", description="Folder of the data set.")
     download: bool = Field(False, description="Download imagenette into the folder if it is missing.")
     skip_broken: bool = Field(False, description="Leave out unreadable images. The run logs which.")
@@ -35,7 +35,7 @@ class ComputeConfig(Group):
         0,
         ge=0,
         le=65_536,
-        description="Images per forward pass. 0 = 128, or on a CPU 8 at 224x224, with other sizes equally many pixels.",
+        description="Images per forward pass. 0 = 128, or on a CPU as many as have the pixels of 8 images of 224x224.",
     )
 
 

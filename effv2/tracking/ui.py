@@ -24,7 +24,7 @@ PAGE = "report.html"  # of a study
 
 
 def comparison(experiment: str) -> str:
-    """Return the page of the newest finished study, or else of the newest run; InputError if there is no store."""
+    """Return the page of the newest finished study, else study, else run; InputError if there is no store."""
     own, client = open_store(experiment or None, create=False), MlflowClient()  # the UI would create a database
     with tracking_faults():
         ids = [own] if own else [each.experiment_id for each in client.search_experiments(ViewType.ACTIVE_ONLY)]
