@@ -70,7 +70,7 @@ def test_the_command_reports_problems_and_its_exit_code_says_so(tree: Path, tmp_
     assert leaking.exit_code == 1 and "train/dog/3.png and test/dog/0.png" in leaking.output
     (tree / "test" / "dog" / "1.png").write_bytes(b"no image")
     *_, advice = CliRunner().invoke(main, words).output.splitlines()
-    assert advice.startswith("First repair or remove the broken images, or give --skip-broken; keep one image of")
+    assert advice.startswith("First repair or remove the broken images, or give --skip-broken true; keep one image of")
     for wrong, named in (
         (["/nowhere"], "--data-dir /nowhere: no such folder"),
         (["--data-dir", "/nowhere"], "--data-dir /nowhere: no such folder"),

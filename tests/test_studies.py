@@ -27,6 +27,7 @@ from effv2.config.studies import SWEEPS, Sources, Study, open_study, read_study
 from effv2.core.errors import InputError
 from effv2.core.reporter import LineReporter, Reporter
 from effv2.data.dataset import load_once
+from effv2.studies.earlier import differing
 from effv2.studies.forecast import forecast
 from effv2.studies.grid import Grid, make_grid
 from effv2.studies.queue import NAME, Trials
@@ -328,7 +329,7 @@ def test_a_forecast_counts_runs_that_are_older_than_a_setting(monkeypatch: pytes
     monkeypatch.setattr("effv2.studies.forecast.read_experiment", lambda *_: runs)
     lines, _ = forecast(grid, StudyOptions(), load_once(Reporter()), "0", Reporter(), begun=False)
     assert lines[0].startswith("2 runs, about 2.0 hours of training in total, by finished runs.")
-    assert "Finished already: 1 run of these." in lines
+    assert "Finished already: 1 run of these, which saves 1.0 hours." in lines
 
 
 def test_options_override_the_rules_of_a_study_file(tmp_path: Path) -> None:
@@ -341,6 +342,19 @@ def test_options_override_the_rules_of_a_study_file(tmp_path: Path) -> None:
         assert (grid.stamps["study.max_seeds"], grid.stamps["study.margin"]) == (most, margin)
     with pytest.raises(InputError, match="max_seeds 9: the study began with 5"):
         grid.resumed({"study.max_seeds": "5", "study.margin": "0.1"}, lambda _: [])
+
+
+def test_a_difference_of_settings_is_named_without_its_consequences() -> None:
+    before = {"arms": {"a": {}, "b": {"model.dropout": 0.5}}, "data": {"a": "1", "b": "1"}, "code": "c"}
+    images = {"evaluation.batch_norm_images": 600}
+    now = {"arms": {"a": images, "b": before["arms"]["b"] | images}, "data": {"a": "2", "b": "2"}, "code": "c"}  # type: ignore[index]
+    assert differing(before, now) == ["evaluation.batch_norm_images was 0, is 600"]
+    assert differing(before, {**before, "data": {"a": "2", "b": "1"}}) == ["data: a was 1, is 2"]
+
+
+def test_a_list_of_seeds_says_how_its_test_could_be_less_strict() -> None:
+    assert "give `max_seeds` 3" in make(open_study("ablate"), ["default"], (0, 1, 2)).about[-1]
+    assert len(make(open_study("ablate"), ["default"], (0, 1)).about) == 1
 
 
 def test_splits_hold_the_seeds() -> None:

@@ -142,6 +142,9 @@ def test_a_study_says_what_its_arms_are() -> None:
     )
 
 
+BATCH_NORM = {"evaluation.batch_norm_images": "0"}
+
+
 def test_what_makes_a_verdict_void_stands_before_it() -> None:
     tested = {"test": Images("some", "", 1000, tuple("ab"))}
     found = results(*of_arms({"default": {}, "other": {}}, images=tested))
@@ -149,6 +152,12 @@ def test_what_makes_a_verdict_void_stands_before_it() -> None:
     assert found.short.startswith("All networks are near chance level") and "other against default" in found.short
     assert not any("chance" in each for each in found.warnings)
     (one, other), parent = of_arms({"default": {}, "other": {}}, images=tested)
+    trained = {"train/accuracy": 0.9}
+    lag = [replace(each, metrics=each.metrics | trained, params=each.params | BATCH_NORM) for each in (one, other)]
+    assert (
+        "In training they reach 90.00 %. If batch norm lags behind, `set` evaluation."
+        in results(lag, parent).answers[0]
+    )
     better = replace(other, metrics={**other.metrics, "selected/test_accuracy": 0.9})
     assert results([one, better], parent).answers[0].startswith("Near chance level, 50.00 % for 2 classes: default.")
     trial = replace(one, metrics={"selected/val_accuracy": 0.5})

@@ -11,6 +11,7 @@ import pytest
 from mlflow import MlflowClient
 
 from effv2.cli.main import main
+from effv2.tracking.ui import comparison
 from effv2.tracking.writer import TrackedRun, page_of, run_address
 from tests.conftest import invoke, running
 from tests.servers import free_port
@@ -39,6 +40,14 @@ def test_it_serves_the_comparison_until_it_is_told_to_end(sqlite_store: str) -> 
     assert process.returncode == 0
     with pytest.raises(OSError):
         urlopen(f"http://127.0.0.1:{port}/health")
+
+
+def test_a_finished_run_is_shown_and_for_one_of_a_study_its_study(sqlite_store: str) -> None:
+    study, client = make_study(), MlflowClient()
+    for tags, shown in (({"mlflow.parentRunId": study}, study), ({}, "")):
+        run = client.create_run("0", tags=tags).info.run_id
+        client.set_terminated(run)
+        assert f"/runs/{shown or run}" in comparison("")
 
 
 def test_without_runs_or_with_another_server_it_says_so(

@@ -101,7 +101,7 @@ def export(model: str, folder: str) -> None:
 @click.option("--port", default=5000, show_default=True, type=click.IntRange(1, 65535), help="The port to serve on.")
 @cli.takes(Taken(more=("experiment",)))
 def ui(port: int, given: Mapping[str, Any]) -> None:
-    """Open MLflow's UI for the current store, at the newest finished study. Ctrl-C ends it.
+    """Open MLflow's UI for the current store, at the newest finished run or its study. Ctrl-C ends it.
 
     Without a browser on this machine, it only prints the address.
     """
@@ -122,7 +122,7 @@ def data() -> None:
 def data_check(folder: str, sheet: str | None, given: Mapping[str, Any]) -> None:
     """Report the content of the data set in FOLDER, broken images and duplicates.
 
-    The exit code is 1 if training would fail, learn two labels for one image, or test on its training images.
+    The exit code is 1 if training would fail, learn two labels for one image, or test on an identical training image.
     """
     if folder and "data_dir" in given:
         raise InputError("data_dir", given["data_dir"], f"the folder {folder} is given too", "name one of them")

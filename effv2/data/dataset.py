@@ -182,7 +182,7 @@ def load_dataset(config: DataConfig, on_decoded: OnDecoded | None = None) -> Dat
     learned = set(splits["train"].labels.tolist())
     if broken and not config.allow_incomplete_classes and len(learned) < len(source.classes):
         lacking = next(name for label, name in enumerate(source.classes) if label not in learned)
-        remedy = "add images, or give data.allow_incomplete_classes"
+        remedy = "add images, or give data.allow_incomplete_classes true"
         raise InputError("data.dir", config.dir, f"no training image of the class {lacking!r} can be read", remedy)
 
     @cache
@@ -294,7 +294,7 @@ def stratified_split(
     if len(enough) < len(members) and not (allow_few and enough):
         name, count = next((name, len(each)) for name, each in zip(classes, members, strict=True) if len(each) < 2)
         problem = f"the class {name!r} has only {count} images to split for {stream}, but 2 are needed"
-        remedy = "add images" + ", remove the class, or give data.allow_incomplete_classes" * (not allow_few)
+        remedy = "add images" + ", remove the class, or give data.allow_incomplete_classes true" * (not allow_few)
         raise InputError("data.dir", "", problem, remedy)
     generator = np.random.default_rng(stream_seed(split_seed, stream))
     counts = [min(len(each) - 1, max(1, round(fraction * len(each)))) for each in enough]

@@ -304,7 +304,7 @@ def _checked_classes(
     root: Path, folders: Mapping[str, Path], parts: Mapping[str, Classes], config: DataConfig, left_out: Counter[str]
 ) -> list[str]:
     """Return the classes, sorted. InputError if a part lacks one or has no image of it, unless that is allowed."""
-    train, or_allow = parts[TRAIN], "or give data.allow_incomplete_classes"
+    train, or_allow = parts[TRAIN], "or give data.allow_incomplete_classes true"
     for part, found in () if config.allow_incomplete_classes else parts.items():
         if differing := sorted({*train} ^ {*found}):
             names = f"{folders[TRAIN].name} and {folders[part].name}"

@@ -225,7 +225,7 @@ def _refusal(images: LabelledImages, broken: Mapping[int, str], may_skip: bool) 
     named = ", ".join(f"{images.items[at]} ({why})" for at, why in broken.items())
     large = [why.startswith(LARGE) for why in broken.values()]
     remedies = {"raise data.max_megapixels": any(large), "repair or remove them": not all(large)}
-    chosen = [remedy for remedy, helps in (remedies | {"give data.skip_broken": may_skip}).items() if helps]
+    chosen = [remedy for remedy, helps in (remedies | {"give data.skip_broken true": may_skip}).items() if helps]
     return InputError("data.dir", "", f"{counted(len(broken), 'image')} can't be read ({named})", ", or ".join(chosen))
 
 

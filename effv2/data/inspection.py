@@ -86,8 +86,8 @@ class Inspection:
         yield from filter(None, (self.pairs(same, across) for same in (True, False) for across in (True, False)))
         if torn := [f"{one} and {other}" for one, other, same, _, of in self.alike if same and of[0] != of[1]]:
             yield f"Of these pairs, {len(torn):,} in two classes: {listed(torn, MOST_NAMED)}."
-        if "test" not in self.counts and any(each.identical for each in self.alike):
-            yield "A test part is split off the training part, so it will contain some of these."
+        if "test" not in self.counts and self.alike:
+            yield "A test part is split off the training part, so it may contain some of these."
 
     def remedy(self, skip_broken: bool) -> str:
         """Say what to do before a training that would fail, learn two labels for one image, or test on training images.
@@ -96,7 +96,9 @@ class Inspection:
         """
         pairs = (each for each in self.alike if each.identical)
         same = any(each.across or each.classes[0] != each.classes[1] or "test" not in self.counts for each in pairs)
-        broken = "repair or remove the broken images, or give data.skip_broken" * bool(self.broken and not skip_broken)
+        broken = "repair or remove the broken images, or give data.skip_broken true" * bool(
+            self.broken and not skip_broken
+        )
         return "; ".join(filter(None, (broken, "keep one image of each identical pair" * same)))
 
 

@@ -81,6 +81,11 @@ class Calibration:
     fp32: float
     bf16: float
 
+    @property
+    def prefers_bf16(self) -> bool:
+        """Say whether the gain of bf16 is worth its rounding."""
+        return self.fp32 >= WORTHWHILE * self.bf16
+
     def __str__(self) -> str:
         return f"a step in bf16 is {self.fp32 / self.bf16:.2f} times as fast as in fp32"
 
@@ -97,7 +102,7 @@ def _prefers_bf16(config: TrainConfig, message: Message) -> bool:
     if config.execution.device != "cpu":
         return config.execution.device == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
     timed = _calibrate(config, message) if _cpu_has_bf16() else None
-    return timed is not None and timed.fp32 >= WORTHWHILE * timed.bf16
+    return timed is not None and timed.prefers_bf16
 
 
 def _cpu_has_bf16() -> bool:
@@ -118,7 +123,8 @@ def _calibrate(config: TrainConfig, message: Message) -> Calibration:
         found = _time_steps(config)
         with suppress(OSError):
             write_atomically(path, json.dumps(asdict(found)))
-    message(f"Timed once for this network: {found}. `auto` means bf16 if it is at least {WORTHWHILE} times as fast.")
+    chosen = "bf16" if found.prefers_bf16 else "fp32"
+    message(f"Timed once for this network: {found}, so auto means {chosen} (bf16 from {WORTHWHILE} times on).")
     return found
 
 

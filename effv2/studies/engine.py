@@ -21,11 +21,10 @@ from effv2.core import provenance
 from effv2.core.errors import RunError, listed
 from effv2.core.processes import interrupts_ignored, uninterrupted
 from effv2.core.reporter import Message, Reporter
-from effv2.core.words import differences
 from effv2.data.dataset import LoadData
 from effv2.evidence.publication import publish_study, read_results
 from effv2.evidence.study import StudyResults
-from effv2.studies.earlier import DEFINITION, PARENT, earlier, named
+from effv2.studies.earlier import DEFINITION, PARENT, differing, earlier, named
 from effv2.studies.plan import Plan, TrainingPlan, best_of, progress_of, run_ids
 from effv2.studies.queue import ERROR, FINAL, RUN, Queue, Trials
 from effv2.studies.storage import DATABASE_ERRORS, OUTAGE_SECONDS, Storage, cannot_use, open_storage
@@ -126,7 +125,7 @@ def _open(plan: Plan, storage: Storage, experiment_id: str, options: StudyOption
                     text = f"Another storage has this study already, as run {elsewhere[0].run_id}."
                     reporter.message(f"{text} To share its work, stop and give that storage as `storage`.")
                 elif begun and not same:
-                    words = min((differences(each.user_attrs[DEFINITION], definition) for each in begun), key=len)
+                    words = min((differing(each.user_attrs[DEFINITION], definition) for each in begun), key=len)
                     text = f"A new study begins. It differs from an earlier {plan.name}: "
                     text += f"{listed(words, MOST_DIFFERENCES)}. To resume that one, give its values."
                     reporter.message(f"{text} Equal runs are not repeated.")

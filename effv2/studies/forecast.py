@@ -93,7 +93,8 @@ def forecast(
         hours = duration(sum(planned[arm] * seconds[arm] for arm in planned))
     first = plan.auto.trials(dict.fromkeys(seeds, FEWEST)) if plan.auto else plan.trials
     hashes = set() if options.fresh or begun else {run.tags.get(CONFIG_HASH) for run in runs}
-    reused = sum(plan.configuration(params).hash() in hashes for params in first.values())
+    reused = [params for params in first.values() if plan.configuration(params).hash() in hashes]
+    saved = duration(sum(seconds[str(params["arm"])] for params in reused))
     how = [f"a timing of a few steps of {', '.join(timed)}"] if timed else []
     how += ["finished runs"] if len(timed) < len(same) else []
     shared = f"; {options.workers} workers share the machine" if options.workers > 1 else ""
@@ -101,7 +102,7 @@ def forecast(
     lines = [
         f"{count}, about {hours} of training in total, by {' and '.join(how)}{shared}.",
         "Start-up, evaluation and logging take extra time.",
-        *([f"Finished already: {counted(reused, 'run')} of these."] if reused else []),
+        *([f"Finished already: {counted(len(reused), 'run')} of these, which saves {saved}."] if reused else []),
         f"Differences from the baseline that verdicts would find, if the standard deviation over seeds is "
         f"{points(deviation, '')} ({source}). They grow in proportion to it.",
     ]

@@ -136,7 +136,7 @@ def make_grid(
         kind=kind,
         trials=_trials(arms, names, seeds, study.splits),
         definition=definition,
-        about=list({load(config.data).summary: "" for config in arms.values()}),
+        about=[*dict.fromkeys(load(config.data).summary for config in arms.values()), *_advice(stamps, len(seeds))],
         epochs=max(config.schedule.epochs for config in arms.values()),
         arms=arms,
         chosen=[arm for arm, each in zip(study.arms, asked, strict=True) if each.execution.precision == "auto"],
@@ -147,6 +147,14 @@ def make_grid(
         stamps=stamps,
         **study.model_dump(include=ABOUT),
     )
+
+
+def _advice(stamps: Mapping[str, Any], count: int) -> list[str]:
+    """Say before the first run how a list of seeds could have a less strict test."""
+    if MAX_SEEDS in stamps or count < FEWEST:
+        return []
+    more = f"Intervals allow for seeds that you may add, up to {EVERY_LOOK.most}."
+    return [f"{more} If {count} seeds are all, stop and give `max_seeds` {count}: the intervals are then narrower."]
 
 
 def _identities(arms: Mapping[str, TrainConfig]) -> dict[str, dict[str, Any]]:

@@ -34,7 +34,7 @@ from effv2.run.initial import find_weights
 from effv2.run.records import WEIGHTS, log_network, log_test, restore
 from effv2.run.run import Attempt, RunSpec, attempt, prepare, study_text
 from effv2.studies.queue import ERROR, FINAL, NAME, RUN, Params, Trials
-from effv2.studies.seeds import ACCURACY, MEASURE, Round
+from effv2.studies.seeds import ACCURACY, ELSEWHERE, MEASURE, Round
 from effv2.tracking.models import model_address
 from effv2.tracking.read import SELECTED_TEST, find_runs, read_runs
 from effv2.tracking.tags import BEST_RUN, CONFIG_HASH, LOOKS
@@ -298,7 +298,8 @@ def progress_of(plan: Plan, trials: Trials) -> StudyProgress:
             return f"failed: {trial.user_attrs.get(ERROR, 'for an unknown reason')}"
         if trial.user_attrs.get(FINAL):
             return f"diverged: {trial.user_attrs[ERROR]}"
-        return f"{'pruned at ' * (trial.state == TrialState.PRUNED)}{plan.measured(trial)}"
+        earlier = ", finished earlier" * bool(trial.user_attrs.get(ELSEWHERE))
+        return f"{'pruned at ' * (trial.state == TrialState.PRUNED)}{plan.measured(trial)}{earlier}"
 
     names = plan.wanted(trials)
     wanted = [trial for name, trial in trials.items() if name in names]

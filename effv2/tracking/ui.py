@@ -17,6 +17,7 @@ from effv2.core.errors import InputError, RunError
 from effv2.tracking.addresses import TRACKING_URI, shown_uri, tracking_uri, ui_address
 from effv2.tracking.read import artifact_names
 from effv2.tracking.store import MlflowClient, open_store, tracking_faults
+from effv2.tracking.tags import PARENT
 from effv2.tracking.writer import page_of
 
 START_SECONDS = 120.0
@@ -24,15 +25,14 @@ PAGE = "report.html"  # of a study
 
 
 def comparison(experiment: str) -> str:
-    """Return the page of the newest finished study, else study, else run; InputError if there is no store."""
+    """Return the page of the newest finished run or of its study, else study, else run; InputError without a store."""
     own, client = open_store(experiment or None, create=False), MlflowClient()  # the UI would create a database
     with tracking_faults():
         ids = [own] if own else [each.experiment_id for each in client.search_experiments(ViewType.ACTIVE_ONLY)]
-        of_studies = "params.`study.kind` != ''"
-        for condition in (f"{of_studies} and attributes.status = 'FINISHED'", of_studies, ""):
+        for condition in ("attributes.status = 'FINISHED'", "params.`study.kind` != ''", ""):
             for run in client.search_runs(ids, condition, order_by=["attributes.start_time DESC"], max_results=1):
-                page = PAGE if PAGE in artifact_names(run.info.run_id, "") else ""
-                return page_of(run.info.experiment_id, run.info.run_id, page)
+                run_id = run.data.tags.get(PARENT, run.info.run_id)
+                return page_of(run.info.experiment_id, run_id, PAGE if PAGE in artifact_names(run_id, "") else "")
     where = ("experiment", experiment) if experiment else (TRACKING_URI, shown_uri())
     raise InputError(*where, "holds no runs yet", "name the store of your runs, or make some with `effv2 ablate`")
 
