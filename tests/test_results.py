@@ -9,7 +9,7 @@ from effv2.cli.main import report
 from tests.conftest import ROOT, invoke
 
 RESULTS = ROOT / "docs" / "results"
-NUMBERS = "none one two three four five six seven eight nine ten eleven twelve".split()
+NUMBERS = ["none", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten", "eleven", "twelve"]
 
 
 def test_the_published_report_follows_from_its_exported_data(tmp_path: Path) -> None:
