@@ -110,7 +110,7 @@ TAGS = {
     tags.QUEUE: "On a study: its name in Optuna's storage.",
     tags.PLANNED: "On a study: the names of its planned runs.",
     tags.REUSED: "On a study: finished runs that it reuses.",
-    tags.SHOWN: "On a study: the times that its tables also show.",
+    tags.SHOWN: "On a study: the extra rows of its tables, which `show` in its file names.",
     tags.ANSWER: "On a study: its answers in sentences.",
     tags.BEST_RUN: "On a search: the id of the best run.",
     tags.LOOKS: "On a search: the trials that were evaluated on the test set.",

@@ -74,7 +74,7 @@ class DataConfig(Group):
     sampling: Literal["standard", "published"] = Field(
         "standard", description="How images are drawn and split. published: the post's rule."
     )
-    test_fraction: float = Field(0.2, gt=0, lt=1, description="Share for testing, if the data set has no test part.")
+    test_fraction: float = Field(0.2, gt=0, lt=1, description="Share for testing, without a test part or if published.")
     validation_fraction: Fraction = Field(0.1, description="Share of the train part for validation, 0 = none.")
     split_seed: int = Field(0, ge=0, lt=2**32, description="Seed of sampling and splits.")
     balance: bool = Field(False, description="Draw training images of all classes equally often, with replacement.")
@@ -174,7 +174,7 @@ class ScheduleConfig(Group):
         "cosine", description="Learning rate schedule. plateau follows validation accuracy, or else test accuracy."
     )
     epochs: int = Field(
-        6, ge=1, le=100_000, description="Maximum epochs. Unset, most sets get as many as make 1,000 steps (6 to 100)."
+        6, ge=1, le=100_000, description="Maximum epochs. Unset, sets without published studies get 1,000 steps."
     )
     warmup_epochs: int = Field(0, ge=0, description="Epochs of linear warm-up (not with onecycle).")
 
@@ -220,8 +220,10 @@ class ProgressiveConfig(Group):
 class StoppingConfig(Group):
     """Early stopping on validation accuracy, or on test accuracy without a validation split."""
 
-    min_epochs: int = Field(0, ge=0, description="Epochs before a training may stop.")
-    patience: int = Field(0, ge=0, description="Epochs without gain before it stops, counted from min_epochs, 0 = off.")
+    min_epochs: int = Field(0, ge=0, description="Epoch from which patience is counted.")
+    patience: int = Field(
+        0, ge=0, description="Epochs without gain before a training stops, from min_epochs on, 0 = off."
+    )
     best_since: Literal["start", "min_epochs"] = Field(
         "start", description="The best to exceed: that of all epochs, or of those from min_epochs on."
     )
@@ -238,7 +240,7 @@ class EvaluationConfig(Group):
     )
     batch_size: int = Field(256, ge=1, le=65_536, description="Images per forward pass.")
     batch_norm_images: int = Field(
-        0, ge=0, description="Training images to re-estimate batch norm from (Wu & Johnson 2021), 0 = off."
+        0, ge=0, description="Training images to re-estimate batch norm from, 0 = off. Unset, 1,024 if steps are few."
     )
     every: int = Field(1, ge=1, description="Epochs between evaluations. The last epoch is always evaluated.")
 

@@ -6,15 +6,13 @@ from pydantic import Field
 
 from effv2.config.schema import DATASETS, Device, Group, Precision
 
-QUICK_LOOK = (
-    "For a quick look: the most test images{}, and the most other images from ImageNet's validation set. 0 = all."
-)
+QUICK_LOOK = "Maximum of test images{}, and of other images from ImageNet's validation set, for a quick look. 0 = all."
 
 
 class ImagesConfig(Group):
     """The images."""
 
-    dataset: Annotated[str, DATASETS] = Field("imagenette", description="With ImageNet's classes or your networks'.")
+    dataset: Annotated[str, DATASETS] = Field("imagenette", description="It has ImageNet's or your networks' classes.")
     dir: str = Field("", description="Folder of the data set.")
     download: bool = Field(False, description="Download imagenette into the folder if it is missing.")
     skip_broken: bool = Field(False, description="Leave out unreadable images. The run logs which.")
@@ -35,7 +33,7 @@ class ComputeConfig(Group):
         0,
         ge=0,
         le=65_536,
-        description="Images per forward pass. 0 = 128, or on a CPU as many as have the pixels of 8 images of 224x224.",
+        description="Images per forward pass. 0 = 128, or on a CPU 8 of 224x224, or more smaller ones.",
     )
 
 
