@@ -174,7 +174,7 @@ class ScheduleConfig(Group):
         "cosine", description="Learning rate schedule. plateau follows validation accuracy, or else test accuracy."
     )
     epochs: int = Field(
-        6, ge=1, le=100_000, description="Maximum epochs. Unset, sets without published studies get 1,000 steps."
+        6, ge=1, le=100_000, description="Maximum epochs. If unset, some sets get up to 100 (docs/few-images.md)."
     )
     warmup_epochs: int = Field(0, ge=0, description="Epochs of linear warm-up (not with onecycle).")
 

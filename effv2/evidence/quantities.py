@@ -128,7 +128,7 @@ ALL = (  # in the order of tables
     Quantity(LAST_TEST, "test accuracy, last epoch", percent, shown=True),
     Quantity("selected/test_ece", "calibration error, selected epoch", percent, shown=True),
     Quantity("first/test_accuracy", "test accuracy, first epoch", percent, TEST, lambda curve: curve[min(curve)]),
-    Quantity("best/train_accuracy", "train accuracy, best epoch", percent, TRAIN, lambda c: max(c.values())),
+    Quantity("best/train_accuracy", "highest train accuracy", percent, TRAIN, lambda c: max(c.values())),
     Quantity("level/train_accuracy", "train accuracy, mean of the last ten epochs", percent, TRAIN, _level),
     Quantity("level/test_accuracy", "test accuracy, mean of the last ten epochs", percent, TEST, _level),
     Quantity("gain/test_after_epoch_10", "gain in test accuracy after epoch 10", points, TEST, _gain, epochs=21),
