@@ -155,8 +155,7 @@ def test_what_makes_a_verdict_void_stands_before_it() -> None:
     trained = {"train/accuracy": 0.9}
     lag = [replace(each, metrics=each.metrics | trained, params=each.params | BATCH_NORM) for each in (one, other)]
     assert (
-        "In training they reach 90.00 %. If batch norm lags behind, `set` evaluation."
-        in results(lag, parent).answers[0]
+        "In training they reach 90.00 %. If batch norm lags behind, set evaluation." in results(lag, parent).answers[0]
     )
     better = replace(other, metrics={**other.metrics, "selected/test_accuracy": 0.9})
     assert results([one, better], parent).answers[0].startswith("Near chance level, 50.00 % for 2 classes: default.")
@@ -171,7 +170,7 @@ def test_runs_from_before_a_study_widen_its_intervals_which_is_said() -> None:
     assert not any("had begun before" in each for each in results(runs, parent).warnings)
     assert (
         "2 runs had begun before this study named its largest number of seeds, so its intervals are wider: those of "
-        "every look up to 30 seeds."
+        "every look up to 30 seeds. `fresh` repeats these runs."
     ) in results(runs, replace(parent, started=70_000)).warnings
 
 

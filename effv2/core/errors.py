@@ -64,8 +64,9 @@ class Terminated(BaseException):
 def close_names(name: str, names: Sequence[str], count: int = 3) -> str:
     """Return up to `count` of `names` that the user may have meant, for an error message; empty if none is near."""
     folded = {each.casefold(): each for each in names}
-    near = get_close_matches(name.casefold(), list(folded), n=count, cutoff=0.5)
-    return joined([repr(folded[each]) for each in near], "or")
+    near = get_close_matches(name.casefold(), list(folded), n=max(3, count), cutoff=0.5)
+    near.sort(key=lambda each: not each.startswith(name.casefold()))  # a name cut short comes first
+    return joined([repr(folded[each]) for each in near[:count]], "or")
 
 
 def listed(names: Sequence[str], most: int, separator: str = "; ") -> str:

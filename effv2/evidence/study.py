@@ -182,7 +182,7 @@ def _counts(study: TrackedStudy, found: Arms, held: Held) -> Iterator[str]:
     older = sum(run.started < study.parent.started for runs in found.values() for run in runs)
     if older and "study.max_seeds" in study.parent.params:
         begun = f"{counted(older, 'run')} had begun before this study named its largest number of seeds"
-        yield f"{begun}, so its intervals are wider: those of {held.looks.text()}."
+        yield f"{begun}, so its intervals are wider: those of {held.looks.text()}. `fresh` repeats these runs."
 
 
 def _figures(arms: Arms, title: str, published: Mapping[str, RunRecord], held: Held) -> dict[str, Figure]:
@@ -234,7 +234,7 @@ def _intervals(arms: Arms, what: Quantity) -> Rows:
 
     Equal values don't show how much they vary. Runs of several splits are not independent.
     """
-    lines = ["95 % interval of the mean"], ["range of a single re-run (95 %)"]
+    lines = ["95 % interval of the mean, at every look"], ["range of a single re-run (95 %)"]
     for runs in arms.values():
         estimate = Estimate(what.values(runs) or [math.nan])
         enough = estimate.n >= FEWEST and estimate.deviation > TINY and len(set(map(split_of, runs))) == 1
@@ -275,8 +275,8 @@ def near_chance(arms: Arms, what: Quantity) -> list[str]:
     trained = [run.metrics[LAST_TRAIN] for runs in arms.values() for run in runs if LAST_TRAIN in run.metrics]
     lags = trained and not is_near_chance(statistics.fmean(trained), 1 / min(classes), images)
     if lags and all(has(run, "evaluation.batch_norm_images", 0) for runs in arms.values() for run in runs):
-        found += f" In training they reach {percent(statistics.fmean(trained))}. If batch norm lags behind, "
-        found += "`set` evaluation.batch_norm_images=1024 corrects that (docs/few-images.md)."
+        found += f" In training they reach {percent(statistics.fmean(trained))}. If batch norm lags behind, set "
+        found += "evaluation.batch_norm_images=1024 (docs/few-images.md)."
     return [found]
 
 

@@ -63,7 +63,7 @@ def in_words(metrics: Mapping[str, float], dataset: Dataset) -> list[str]:
     few_to_select = validation is not None and len(validation) < FEW_TO_SELECT
     if validation is not None and few_to_select:
         chosen = f"{len(validation)} validation images selected epoch {metrics['selected/epoch']:.0f}"
-        found.append(f"{chosen}: too few to tell epochs apart. Add images, or give `set` data.validation_fraction=0.")
+        found.append(f"{chosen}: too few to tell epochs apart. Add images, or set data.validation_fraction=0.")
     chance = np.bincount(test.labels.numpy()).max() / len(test)
     if is_near_chance(accuracy, chance, len(test)):
         few = accuracy >= chance + NEAR_CHANCE  # so only their number makes it possible
