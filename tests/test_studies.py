@@ -9,6 +9,7 @@ import subprocess
 import sys
 import zipfile
 from collections.abc import Callable
+from dataclasses import replace
 from datetime import datetime, timedelta
 from pathlib import Path
 from typing import Any
@@ -330,6 +331,11 @@ def test_a_forecast_counts_runs_that_are_older_than_a_setting(monkeypatch: pytes
     lines, _ = forecast(grid, StudyOptions(), load_once(Reporter()), "0", Reporter(), begun=False)
     assert lines[0].startswith("2 runs, about 2.0 hours of training in total, by finished runs.")
     assert "Finished already: 1 run of these, which saves 1.0 hours." in lines
+    one_look = replace(grid, stamps={"study.max_seeds": 3, "study.looks": "once"})
+    lines, once = forecast(one_look, StudyOptions(), load_once(Reporter()), "0", Reporter(), begun=False)
+    _, later = forecast(one_look, StudyOptions(fresh=True), load_once(Reporter()), "0", Reporter(), begun=False)
+    assert "widens the intervals to those of every look up to 30 seeds" in lines[-1]
+    assert float(once[1][2].split()[0]) > 1.5 * float(later[1][2].split()[0])
 
 
 def test_options_override_the_rules_of_a_study_file(tmp_path: Path) -> None:

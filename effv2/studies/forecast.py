@@ -110,7 +110,11 @@ def forecast(
     if once and plan.splits > 1:  # the mean of a split's seeds counts once
         deviation, most = deviation / math.sqrt(most), plan.splits
     counts = [most] if once else sorted({3, 6, 10, most, *(() if plan.auto else seeds.values())} - {1, 2})
-    return lines, _table(Looks(most, once), counts, deviation, plan.overlap if plan.splits > 1 else None)
+    looks = Looks(most, once)
+    if reused and MAX_SEEDS in plan.stamps:  # these runs had begun before the maximum was named
+        looks = EVERY_LOOK
+        lines.append(f"Reusing these runs widens the intervals to those of {looks.text()}; `fresh` repeats them.")
+    return lines, _table(looks, counts, deviation, plan.overlap if plan.splits > 1 else None)
 
 
 def _table(looks: Looks, counts: Sequence[int], deviation: float, overlap: float | None) -> list[list[str]]:
