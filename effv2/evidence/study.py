@@ -28,7 +28,6 @@ from effv2.tracking.studies import NO_STUDY, TrackedStudy, arm_in, complete
 DIFFERENCES = "differences"  # the first figure
 OF_TABLES = {"model.variant", "model.table"}
 NEAR_CHANCE = 0.03  # accuracy above chance level
-LAST_TRAIN = "train/accuracy"  # of the last epoch
 MOST_DRAWN = 20  # single runs: with more, there is only the table
 Rows = list[tuple[str, ...]]  # of a table, its titles first
 
@@ -272,7 +271,7 @@ def near_chance(arms: Arms, what: Quantity) -> list[str]:
     if len(low) < len(means):
         return [f"Near chance level, {chance}: {joined(low)}."]
     found = f"All networks are near chance level, {chance}, so their differences mean little."
-    trained = [run.metrics[LAST_TRAIN] for runs in arms.values() for run in runs if LAST_TRAIN in run.metrics]
+    trained = [run.metrics[TRAIN] for runs in arms.values() for run in runs if TRAIN in run.metrics]
     lags = trained and not is_near_chance(statistics.fmean(trained), 1 / min(classes), images)
     if lags and all(has(run, "evaluation.batch_norm_images", 0) for runs in arms.values() for run in runs):
         found += f" In training they reach {percent(statistics.fmean(trained))}. If batch norm lags behind, set "
