@@ -62,11 +62,8 @@ def test_processes_that_share_a_folder_finish_a_study_though_one_is_killed(
         processes = [stack.enter_context(running(ROOT / "entry_points" / "ablate.py", *words)) for _ in range(3)]
         killed = wait_for(lambda: in_mid_epoch(storage, 1), processes[0])
         os.kill(killed, signal.SIGKILL)
-        codes: list[int] = []
-        for process in processes:
-            process.rest()
-            codes.append(process.returncode or 0)
-        assert sorted(codes) == [-signal.SIGKILL, 0, 0]
+        said = [process.rest() for process in processes]
+        assert sorted(process.returncode or 0 for process in processes) == [-signal.SIGKILL, 0, 0], "\n".join(said)
         end(stack.enter_context(running(ROOT / "entry_points" / "ablate.py", *words)))
     check_small(storage, undisturbed(1), tmp_path)  # type: ignore[operator]
     (parent,) = (run for run in runs() if "mlflow.parentRunId" not in run.data.tags)
