@@ -31,7 +31,7 @@ from effv2.core.secrets import masked
 from effv2.studies.storage import Database, open_storage
 from effv2.tracking import store
 from effv2.tracking.addresses import shown_uri
-from effv2.tracking.read import read_run
+from effv2.tracking.read import read_run, read_runs
 from effv2.tracking.run import open_experiment, open_run
 from effv2.tracking.store import open_store
 from tests.conftest import running
@@ -166,6 +166,33 @@ open_store("")
 def test_two_processes_create_a_store_of_files_together(file_store: str) -> None:
     with running("-c", SLOW_CREATION) as one, running("-c", SLOW_CREATION) as other:
         assert one.rest() + other.rest() == ""
+
+
+def test_a_kill_leaves_a_store_of_files_readable(file_store: str) -> None:
+    """MLflow alone would leave empty files, and then read no run of the experiment."""
+    open_store("")
+    logs = """
+import itertools, sys
+from mlflow import MlflowClient
+from effv2.tracking.store import configure
+configure()
+client, run = MlflowClient(), sys.argv[1]
+client.log_param(run, "first", "1")
+for number in itertools.count():
+    client.log_metric(run, f"metric/{number}", 1.0)
+    client.set_tag(run, "number", str(number))
+    client.update_run(run, name=f"run {number}")
+"""
+    client = MlflowClient()
+    for _ in range(5):
+        run_id = client.create_run("0").info.run_id
+        with running("-c", logs, run_id) as process:
+            while not read_runs([run_id])[0].metrics:  # reads while the process writes
+                assert process.poll() is None, process.rest()
+            read_runs([run_id] * 5)
+        process.wait()
+        assert read_runs([run_id])[0].tags["number"].isdecimal()
+    assert len(client.search_runs(["0"])) == 5
 
 
 def test_a_variable_of_mlflow_that_can_not_be_read_is_named(monkeypatch: pytest.MonkeyPatch) -> None:

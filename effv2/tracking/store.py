@@ -15,12 +15,10 @@ import mlflow
 from alembic.util import CommandError
 from filelock import FileLock
 from mlflow.entities import Experiment, Run, RunTag
-from mlflow.environment_variables import MLFLOW_ALLOW_FILE_STORE
 from mlflow.exceptions import MlflowException
 from mlflow.utils.credentials import get_default_host_creds
 from mlflow.utils.file_utils import local_file_uri_to_path
 from mlflow.utils.rest_utils import http_request
-from mlflow.utils.uri import is_local_uri
 from sqlalchemy.engine import make_url
 from sqlalchemy.exc import SQLAlchemyError
 
@@ -30,6 +28,7 @@ from effv2.core.processes import stop_if_told
 from effv2.core.reporter import Message
 from effv2.core.secrets import masked, masked_values
 from effv2.tracking.addresses import STORES, TRACKING_URI, check_database, read_where_typed, shown_uri, tracking_uri
+from effv2.tracking.plain_files import folder_of_files, write_whole_files
 from effv2.tracking.tags import PID
 
 PROBE_SECONDS = 4  # seconds for a server's sign of life; MLflow's own limits are minutes
@@ -117,7 +116,7 @@ def open_store(experiment: str | None, create: bool = True, message: Message = l
     try:
         if file:  # in whose name MLflow would quote spaces
             file.parent.mkdir(parents=True, exist_ok=True)
-        here = file or _folder()
+        here = file or folder_of_files()
         # Processes that start simultaneously must not create or migrate a store together: that fails.
         with FileLock(f"{here}.lock") if here and os.access(here.parent, os.W_OK) else nullcontext():
             if file:
@@ -149,13 +148,6 @@ def _database_file() -> Path | None:
     if os.path.isdir(database):  # noqa: PTH112 (never raises)
         raise InputError(TRACKING_URI, uri, "is a folder", f"name a file in it, as sqlite:///{database}/mlflow.db")
     return None if database.startswith("file:") else Path(database)
-
-
-def _folder() -> Path | None:
-    """Return the folder of a tracking store of plain files, if MLflow takes one."""
-    uri = tracking_uri()
-    plain = MLFLOW_ALLOW_FILE_STORE.get() and is_local_uri(uri)  # type: ignore[no-untyped-call]
-    return Path(local_file_uri_to_path(uri)).absolute() if plain else None  # type: ignore[no-untyped-call]
 
 
 def _create_database(file: Path) -> None:
@@ -216,6 +208,8 @@ def configure() -> None:
     os.environ.setdefault("MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT", "true")
     if os.environ.get("MLFLOW_RUN_ID"):
         read_where_typed()
+    if folder := folder_of_files():
+        write_whole_files(folder)
 
 
 def _probe() -> None:
