@@ -169,7 +169,7 @@ def test_two_processes_create_a_store_of_files_together(file_store: str) -> None
 
 
 def test_a_kill_leaves_a_store_of_files_readable(file_store: str) -> None:
-    """MLflow alone would leave empty files, and then read no run of the experiment."""
+    """MLflow itself would leave empty files, and then read no run of the experiment."""
     open_store("")
     logs = """
 import itertools, sys
