@@ -328,14 +328,19 @@ def test_a_forecast_counts_runs_that_are_older_than_a_setting(monkeypatch: pytes
     hashes = ["another", "a third", planned]
     runs = [RunRecord(each, "", "FINISHED", params, metrics, {CONFIG_HASH: each}) for each in hashes]
     monkeypatch.setattr("effv2.studies.forecast.read_experiment", lambda *_: runs)
-    lines, _ = forecast(grid, StudyOptions(), load_once(Reporter()), "0", Reporter(), begun=False)
+    lines, _ = forecast(grid, StudyOptions(), load_once(Reporter()), "0", Reporter(), begun=None)
     assert lines[0].startswith("2 runs, about 2.0 hours of training in total, by finished runs.")
     assert "Finished already: 1 run of these, which saves 1.0 hours." in lines
-    one_look = replace(grid, stamps={"study.max_seeds": 3, "study.looks": "once"})
-    lines, once = forecast(one_look, StudyOptions(), load_once(Reporter()), "0", Reporter(), begun=False)
-    _, later = forecast(one_look, StudyOptions(fresh=True), load_once(Reporter()), "0", Reporter(), begun=False)
+    rules = {"study.max_seeds": "3", "study.looks": "once"}
+    one_look = replace(grid, stamps=rules)
+    lines, once = forecast(one_look, StudyOptions(), load_once(Reporter()), "0", Reporter(), begun=None)
+    _, later = forecast(one_look, StudyOptions(fresh=True), load_once(Reporter()), "0", Reporter(), begun=None)
     assert "widens the intervals to those of every look up to 30 seeds" in lines[-1]
     assert float(once[1][2].split()[0]) > 1.5 * float(later[1][2].split()[0])
+    for started, table in ((0, later), (1, once)):  # the study began before, or after, the runs that it has (0)
+        study = RunRecord("study", "", "RUNNING", rules, {}, {}, started=started)
+        found = forecast(grid, StudyOptions(), load_once(Reporter()), "0", Reporter(), begun=study)
+        assert found[1] == table and not any("Finished already" in line for line in found[0])
 
 
 def test_options_override_the_rules_of_a_study_file(tmp_path: Path) -> None:

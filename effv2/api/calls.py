@@ -245,10 +245,10 @@ def _plan(make: Callable[..., Any], how: Options, reporter: Reporter) -> StudyRe
     except InputError as error:
         if error.what != "experiment":
             raise
-    plan, done, wanted = as_begun(plan, there, how) if there is not None else (plan, 0, 0)
+    plan, begun, done, wanted = as_begun(plan, there, how) if there is not None else (plan, None, 0, 0)
     if done and done == wanted:
         return StudyResult(["The study is complete: nothing is left to train. Leave out `plan` for the verdicts."])
-    lines, table = forecast(plan, how, load, there, reporter, begun=done > 0)
+    lines, table = forecast(plan, how, load, there, reporter, begun=begun)
     if done:
         lines.insert(0, f"The study has begun: {done} of {wanted} runs are finished. The figures below are for all.")
     return StudyResult(lines, table=list(map(tuple, table)))

@@ -169,12 +169,17 @@ def pair_of(run: RunRecord) -> SplitAndSeed:
 
 def looks_of(parent: RunRecord | None, runs: Iterable[RunRecord]) -> Looks:
     """Return the looks at a study's runs: those that its own run recorded, if it began before them; else every look."""
-    most = parent.params.get("study.max_seeds", "") if parent else ""
-    if parent is None or not re.fullmatch("[0-9]{1,6}", most) or any(run.started < parent.started for run in runs):
+    began_first = parent is not None and all(run.started >= parent.started for run in runs)
+    return planned_looks(parent.params) if parent and began_first else EVERY_LOOK
+
+
+def planned_looks(params: Mapping[str, str]) -> Looks:
+    """Return the looks that a study's own run records when it begins; every look if it names no maximum of seeds."""
+    if not re.fullmatch("[0-9]{1,6}", most := params.get("study.max_seeds", "")):
         return EVERY_LOOK
-    if parent.params.get("study.looks") != "once":
+    if params.get("study.looks") != "once":
         return Looks(min(int(most), MOST_LOOKS))
-    splits = number(parent.params.get("study.splits", "1"))
+    splits = number(params.get("study.splits", "1"))
     return Looks(int(most), once=True, splits=int(splits) if 1 <= splits <= MOST_LOOKS else 1)
 
 

@@ -4,7 +4,6 @@ import math
 import statistics
 import time
 from collections import Counter
-from collections.abc import Sequence
 from contextlib import closing, suppress
 from functools import partial
 from pathlib import Path
@@ -17,12 +16,12 @@ from effv2.config.schema import TrainConfig
 from effv2.core.reporter import Reporter
 from effv2.core.words import counted, duration, points
 from effv2.data.dataset import LoadData
-from effv2.evidence.protocols import FREE, has
+from effv2.evidence.protocols import FREE, has, looks_of, planned_looks
 from effv2.evidence.quantities import TRAIN_SECONDS
 from effv2.evidence.statistics import EVERY_LOOK, FEWEST, LEVEL, Looks, power
 from effv2.studies.earlier import DEFINITION, PARENT, earlier
 from effv2.studies.engine import deleted_runs
-from effv2.studies.grid import LOOKS, MAX_SEEDS, Grid
+from effv2.studies.grid import Grid
 from effv2.studies.plan import run_ids
 from effv2.studies.storage import check_storage, open_storage
 from effv2.studies.worker import OpenedStudy
@@ -40,15 +39,15 @@ CHANCES = 0.5, 0.8, 0.95
 LARGEST = 1.0  # differences, as fractions
 
 
-def as_begun(plan: Any, experiment_id: str, options: StudyOptions) -> tuple[Any, int, int]:
-    """Return the plan as in the study that it would resume, how many trials that has finished, and how many it wants.
+def as_begun(plan: Any, experiment_id: str, options: StudyOptions) -> tuple[Any, RunRecord | None, int, int]:
+    """Return the plan as in the study that it would resume, that study's run, and its finished and wanted trials.
 
-    This creates nothing.
+    Without such a study, there is no run and no trials. This creates nothing.
     """
     address = check_storage(options.storage)
     there = address.exists() if isinstance(address, Path) else tables_of(address) >= OF_OPTUNA
     if options.fresh or not there:
-        return plan, 0, 0
+        return plan, None, 0, 0
     with tracking_faults(), closing(open_storage(options.storage)) as storage:
         for each in earlier(plan, storage, experiment_id)[2]:
             if (run := read_run(each.user_attrs[PARENT])) is not None:
@@ -57,8 +56,8 @@ def as_begun(plan: Any, experiment_id: str, options: StudyOptions) -> tuple[Any,
                 plan, trials = plan.resumed(run.params, partial(queue.began, note=False)), queue.trials()
                 deleted, wanted = deleted_runs(trials, experiment_id), plan.wanted(trials).keys()
                 done = wanted & {name for name, run_id in run_ids(trials).items() if run_id not in deleted}
-                return plan, len(done), len(wanted)
-    return plan, 0, 0
+                return plan, run, len(done), len(wanted)
+    return plan, None, 0, 0
 
 
 class _TimeIsUp(Exception):
@@ -66,35 +65,38 @@ class _TimeIsUp(Exception):
 
 
 def forecast(
-    plan: Grid, options: StudyOptions, load: LoadData, experiment_id: str | None, reporter: Reporter, *, begun: bool
+    plan: Grid,
+    options: StudyOptions,
+    load: LoadData,
+    experiment_id: str | None,
+    reporter: Reporter,
+    *,
+    begun: RunRecord | None,
 ) -> tuple[list[str], list[list[str]]]:
     """Forecast a grid in sentences and a table, titles first, of the differences that it would find.
 
-    The basis is finished runs of the same arms in the experiment, if there are any, otherwise a short timing. If the
-    study has not `begun`, this also counts the runs that it would find finished.
+    The basis is finished runs of the same arms in the experiment, if there are any, otherwise a short timing. `begun`
+    is the run of the study that would be resumed. Without one, this also counts the runs that it would find finished.
     """
     runs = complete(read_experiment(experiment_id, ())) if experiment_id is not None else []
     seeds = Counter(str(params["arm"]) for params in plan.trials.values())
     same = {arm: [run for run in runs if _is_like(run, plan.arms[arm])] for arm in sorted(seeds)}
-    seconds, timed = dict[str, float](), list[str]()
-    for arm, alike in same.items():
+    known = {arm: [run.metrics[TRAIN_SECONDS] for run in same[arm] if TRAIN_SECONDS in run.metrics] for arm in same}
+    timed, seconds = [arm for arm in same if not known[arm]], dict[str, float]()
+    for arm, each in known.items():
         reporter.progress(f"timing a few steps of {arm}")
-        known = [run.metrics[TRAIN_SECONDS] for run in alike if TRAIN_SECONDS in run.metrics]
-        seconds[arm] = statistics.fmean(known) if known else _timed(plan.arms[arm], load, TIMED_SECONDS / len(same))
-        timed += [] if known else [arm]
-    most = int(plan.stamps.get(MAX_SEEDS, EVERY_LOOK.most))
-    if plan.auto and most > FEWEST:
-        count = f"{FEWEST * len(same)} to {most * len(same)} runs, as many as the verdicts need"
-        one = sum(seconds.values())
-        hours = f"{duration(FEWEST * one)} to {duration(most * one)}"
-    else:
-        planned = dict.fromkeys(seeds, FEWEST) if plan.auto else seeds
-        count = f"{sum(planned.values())} runs"
-        hours = duration(sum(planned[arm] * seconds[arm] for arm in planned))
+        seconds[arm] = statistics.fmean(each) if each else _timed(plan.arms[arm], load, TIMED_SECONDS / len(same))
+    planned = planned_looks(begun.params if begun else {name: str(value) for name, value in plan.stamps.items()})
     first = plan.auto.trials(dict.fromkeys(seeds, FEWEST)) if plan.auto else plan.trials
-    hashes = set() if options.fresh or begun else {run.tags.get(CONFIG_HASH) for run in runs}
-    reused = [params for params in first.values() if plan.configuration(params).hash() in hashes]
-    saved = duration(sum(seconds[str(params["arm"])] for params in reused))
+    newest = {} if options.fresh else {run.tags.get(CONFIG_HASH, ""): run for run in runs}
+    finished = {name: newest.get(plan.configuration(params).hash()) for name, params in first.items()}
+    reused = [name for name, run in finished.items() if run]
+    count, hours = f"{len(first)} runs", duration(sum(seconds[str(params["arm"])] for params in first.values()))
+    if plan.auto and planned.most > FEWEST:
+        count = f"{len(first)} to {planned.most * len(same)} runs, as many as the verdicts need"
+        hours += f" to {duration(planned.most * sum(seconds.values()))}"
+    saved = f"which saves {duration(sum(seconds[str(first[name]['arm'])] for name in reused))}"
+    there = [] if begun or not reused else [f"Finished already: {counted(len(reused), 'run')} of these, {saved}."]
     how = [f"a timing of a few steps of {', '.join(timed)}"] if timed else []
     how += ["finished runs"] if len(timed) < len(same) else []
     shared = f"; {options.workers} workers share the machine" if options.workers > 1 else ""
@@ -102,37 +104,38 @@ def forecast(
     lines = [
         f"{count}, about {hours} of training in total, by {' and '.join(how)}{shared}.",
         "Start-up, evaluation and logging take extra time.",
-        *([f"Finished already: {counted(len(reused), 'run')} of these, which saves {saved}."] if reused else []),
+        *there,
         f"Differences from the baseline that verdicts would find, if the standard deviation over seeds is "
         f"{points(deviation, '')} ({source}). They grow in proportion to it.",
     ]
-    once = plan.stamps.get(LOOKS) == "once"
-    if once and plan.splits > 1:  # the mean of a split's seeds counts once
-        deviation, most = deviation / math.sqrt(most), plan.splits
-    counts = [most] if once else sorted({3, 6, 10, most, *(() if plan.auto else seeds.values())} - {1, 2})
-    looks = Looks(most, once)
-    if reused and MAX_SEEDS in plan.stamps:  # these runs had begun before the maximum was named
-        looks = EVERY_LOOK
+    looks = looks_of(begun, filter(None, finished.values())) if begun else EVERY_LOOK if reused else planned
+    if looks != planned:
         lines.append(f"Reusing these runs widens the intervals to those of {looks.text()}; `fresh` repeats them.")
-    return lines, _table(looks, counts, deviation, plan.overlap if plan.splits > 1 else None)
+    return lines, _table(plan, planned, looks, deviation)
 
 
-def _table(looks: Looks, counts: Sequence[int], deviation: float, overlap: float | None) -> list[list[str]]:
+def _table(plan: Grid, planned: Looks, looks: Looks, deviation: float) -> list[list[str]]:
     """Return the differences of one arm that a number of seeds finds with certain probabilities.
 
-    With an `overlap`, it is a number of splits, and the arms are paired by split.
+    With several splits, it is a number of splits, and the arms are paired by split.
     """
-    samples = 2 if overlap is None else 1
-    nominal, shared = looks.nominal(LEVEL, samples), overlap or 0.0
+    most, samples, unit = planned.most, 2, "seeds per arm"
+    if plan.splits > 1:
+        samples, unit = 1, "splits"
+        if planned.once:  # the mean of a split's seeds counts once
+            deviation, most = deviation / math.sqrt(most), plan.splits
+    listed = () if plan.auto else Counter(params["arm"] for params in plan.trials.values()).values()
+    counts = {most} if planned.once else {3, 6, 10, most, *listed}
+    nominal = looks.nominal(LEVEL, samples)
 
     def cell(count: int, chance: float) -> str:
         def lacks(difference: float) -> float:
-            return power(difference, math.sqrt(2) * deviation, count, nominal, samples, overlap=shared) - chance
+            return power(difference, math.sqrt(2) * deviation, count, nominal, samples, overlap=plan.overlap) - chance
 
         return points(float(brentq(lacks, 0, LARGEST)), "") if lacks(LARGEST) > 0 else "none"
 
-    rows = [[str(count), *(cell(count, chance) for chance in CHANCES)] for count in counts if count <= looks.most]
-    unit = "seeds per arm" if overlap is None else "splits"
+    shown = sorted(each for each in counts if FEWEST <= each <= most)
+    rows = [[str(count), *(cell(count, chance) for chance in CHANCES)] for count in shown]
     return [[unit, *(f"found in {chance:.0%} of studies" for chance in CHANCES)], *rows]
 
 
