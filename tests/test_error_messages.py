@@ -98,12 +98,12 @@ ABLATE_ERRORS = {
     "--storage postgresql://u:secret@h:port/db": "--storage postgresql://u:***@h:port/db: its port is not a number",
     "--storage sqlite:////proc/nowhere/optuna.db": "optuna.db: can't be used (no such folder); create it",
     "--storage postgresql://me:secret@127.0.0.1:9/db": "--storage postgresql://me:***@127.0.0.1:9/db: can't be",
-    "--variant drop_two": "--variant drop_two: no such variant; did you mean 'drop_one'?",
+    "--variant drop_two": "--variant drop_two: no variant, and no arm of study ablate; did you mean 'drop_one'?",
     "--seeds 1,x": "such as 0,1,2 or 0-2; the option --seeds also takes auto or race.",
     "--seeds 1,1": "--seeds 1,1",
 }
 HPARAM_ERRORS = {
-    "--check drop_out": "--check drop_out: no such arm; did you mean 'dropout'?",
+    "--check drop_out": "--check drop_out: no such change in study hparam-digits; did you mean 'dropout'?",
     "--scheduler cosine": "--scheduler cosine: no arm of the study hparam-digits has it; use both",
 }
 SEARCH_ERRORS = {"--trials 0": "--trials 0: must be at least 1"}

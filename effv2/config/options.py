@@ -33,6 +33,8 @@ def _distinct_seeds(value: Any) -> Any:
 
 
 Seeds = Annotated[tuple[int, ...], BeforeValidator(_distinct_seeds)]
+MaxSeeds = Annotated[int | None, Field(ge=3, le=50)]
+Margin = Annotated[float | None, Field(gt=0, lt=1)]
 AUTO, RACE = "auto", "race"  # instead of seeds: as many as needed to decide each difference, or the best arm
 
 
@@ -68,16 +70,12 @@ class StudyOptions(CheckpointOptions):
         description="Seeds of each arm, such as 0,1,2 or 0-2. auto: three seeds, then more until each arm's difference "
         "from the baseline is decided. race: until the best arm is known.  [default: 0, or the study's]",
     )
-    max_seeds: int | None = Field(
+    max_seeds: MaxSeeds = Field(
         None,
-        ge=3,
-        le=50,
         description="Maximum number of seeds per arm, fixed before the study begins.  [default: 30, or the study's]",
     )
-    margin: float | None = Field(
+    margin: Margin = Field(
         None,
-        gt=0,
-        lt=1,
         description="Smallest difference of interest, 0.01 = one point. Closer arms count as equal.  "
         "[default: the study's]",
     )

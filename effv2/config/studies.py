@@ -18,7 +18,7 @@ from pydantic import AfterValidator, Field, model_validator
 import effv2
 from effv2.architecture import VARIANTS
 from effv2.config.layers import Layer, Written, build, read_document, validate
-from effv2.config.options import Seeds
+from effv2.config.options import Margin, MaxSeeds, Seeds
 from effv2.config.schema import Group, TrainConfig
 from effv2.core.errors import InputError, nearest
 
@@ -138,8 +138,8 @@ class Study(Group):
     arms: dict[Annotated[str, AfterValidator(_plain)], Layer] = {}
     baseline: str = ""
     seeds: Seeds = ()
-    max_seeds: int | None = Field(None, ge=3, le=50)  # as the options of these names
-    margin: float | None = Field(None, gt=0, lt=1)
+    max_seeds: MaxSeeds = None
+    margin: Margin = None
     splits: int = Field(1, ge=1, le=50)  # number of splits of the images, each with every seed, or with one of `auto`
     paired: bool = False  # whether runs of equal seed have more in common than others
     retries: int = Field(1, ge=0, le=100)
@@ -191,7 +191,7 @@ class Study(Group):
             raise InputError("study", self.name, "has no arms to compare", f"use the command {other}")
         names, known = _named(text), dict.fromkeys([*self.arms, *VARIANTS, "all"])
         if unknown := [name for name in names if name != "all" and name not in self.arms]:
-            raise InputError("variant", unknown[0], "no such variant", choices=known)
+            raise InputError("variant", unknown[0], f"no variant, and no arm of study {self.name}", choices=known)
         return [arm for arm in self.arms if arm in (self.baseline, *names) or "all" in names]
 
     def select_checks(self, name: str, scheduler: str) -> list[str]:
@@ -199,7 +199,7 @@ class Study(Group):
         plain = {arm: arm.removesuffix(PLATEAU) for arm in self.select("all")}
         checks = [*dict.fromkeys(plain.values()), "all"]
         if name not in checks:
-            raise InputError("check", name, "no such arm", choices=checks)
+            raise InputError("check", name, f"no such change in study {self.name}", choices=checks)
         wanted = [arm for arm in plain if scheduler in ("both", self._schedule(arm))]
         if not wanted:
             raise InputError("scheduler", scheduler, f"no arm of the study {self.name} has it", "use both")
