@@ -10,7 +10,7 @@ For every image size and variant, all forms take turns in one process, after a w
     compiled  the same as effv2 with compiled blocks
     post      as in the post: NCHW, float32, Adam, a DataLoader with 2 workers
     plain     channels last, float32, the images in memory
-    plain16   the same under bfloat16 autocast
+    plain16   the same under bfloat16 autocast, if the processor computes in bfloat16
     timm      timm's model of the same network in the loop of `plain` (default variant only)
     floor     forward, backward and step of effv2's network, always on the same batch
 
@@ -252,7 +252,10 @@ def make_form(name: str, case: Case, folder: Path) -> Form:
 
 def measure(case: Case, rounds: int) -> dict[str, Rates]:
     """Let all forms take turns."""
-    names = [name for name in FORMS if case.variant == "default" or name != "timm"]
+    from effv2.execution.resolve import cpu_has_bf16
+
+    without = {"" if case.variant == "default" else "timm", "" if cpu_has_bf16() else "plain16"}
+    names = [name for name in FORMS if name not in without]
     found = {name: Rates() for name in names}
     with tempfile.TemporaryDirectory() as folder:
         forms = {name: make_form(name, case, Path(folder)) for name in names}

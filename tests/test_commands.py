@@ -259,7 +259,7 @@ def test_a_run_brings_the_study_file_that_repeats_it(sqlite_store: str, tiny_stu
 def test_what_auto_chose_is_logged_with_its_reason(
     sqlite_store: str, tiny_study: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("effv2.execution.resolve._cpu_has_bf16", lambda: True)
+    monkeypatch.setattr("effv2.execution.resolve.cpu_has_bf16", lambda: True)
     study = tmp_path / "auto.yaml"
     study.write_text(tiny_study.read_text().replace("fp32", "auto").partition("arms:")[0] + TINY_MODEL)
     words = ["--study", str(study), "--log-model", "none"]

@@ -287,7 +287,7 @@ def test_a_missing_device_is_refused() -> None:
 @pytest.fixture
 def bf16_processor(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("EFFV2_CACHE", str(tmp_path))
-    monkeypatch.setattr("effv2.execution.resolve._cpu_has_bf16", lambda: True)
+    monkeypatch.setattr("effv2.execution.resolve.cpu_has_bf16", lambda: True)
 
 
 AUTO = {"device": "cpu", "precision": "auto"}

@@ -101,11 +101,12 @@ def remembered(config: TrainConfig) -> Calibration | None:
 def _prefers_bf16(config: TrainConfig, message: Message) -> bool:
     if config.execution.device != "cpu":
         return config.execution.device == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
-    timed = _calibrate(config, message) if _cpu_has_bf16() else None
+    timed = _calibrate(config, message) if cpu_has_bf16() else None
     return timed is not None and timed.prefers_bf16
 
 
-def _cpu_has_bf16() -> bool:
+def cpu_has_bf16() -> bool:
+    """Say whether the processor computes in bfloat16; otherwise this is emulated, and slow."""
     with suppress(OSError):
         return not {"avx512_bf16", "amx_bf16"}.isdisjoint(Path("/proc/cpuinfo").read_text().split())
     return False
