@@ -12,17 +12,19 @@ import pytest
 from scipy import stats
 
 from effv2.config.options import StudyOptions
+from effv2.config.schema import TrainConfig
 from effv2.config.studies import open_study
 from effv2.core.errors import InputError
 from effv2.core.reporter import Reporter
 from effv2.data.dataset import load_once
 from effv2.evidence.claims import read_claims
 from effv2.evidence.judge import Finding, Verdict, judge
+from effv2.evidence.protocols import overlap_of
 from effv2.evidence.statistics import power
 from effv2.studies.grid import make_grid
-from effv2.tracking.read import BEST_TEST, LAST_TEST, SELECTED_TEST, Images, RunRecord
+from effv2.tracking.read import BEST_TEST, LAST_TEST, SELECTED_TEST, SELECTED_VALIDATION, Images, RunRecord
 from effv2.tracking.studies import arm_in
-from tests.simulated import ABOVE, claims_of, nothing, results, study, two_arms
+from tests.simulated import ABOVE, claims_of, nothing, results, run, study, two_arms
 
 ARMS = "{a: {model.variant: a}, b: {model.variant: b}}"
 CLOSE = {"a": [0.52, 0.53, 0.525], "b": [0.50, 0.51, 0.505]}
@@ -42,6 +44,25 @@ def test_seeds_pair_runs_only_where_a_claim_says_so(tmp_path: Path) -> None:
     (alone,), (pairs,) = judge(claims, runs, nothing), judge(replace(claims, protocols=paired), runs, nothing)
     assert (alone.verdict, pairs.verdict) == (Verdict.UNDECIDED, Verdict.SUPPORTED)
     assert "5 pairs" in pairs.findings[0].evidence
+
+
+def test_runs_older_than_a_setting_count_with_newer_ones(tmp_path: Path) -> None:
+    params = {name: str(value) for name, value in TrainConfig().flat().items() if name != "random.seed"}
+    older = {name: value for name, value in params.items() if name != "optimiser.layer_decay"}
+    runs = [
+        run(value, seed, tags={"effv2.config_hash": "0"}, **(older if seed < 2 else params) | {"model.variant": arm})
+        for arm, of_arm in CLOSE.items()
+        for seed, value in enumerate(of_arm)
+    ]
+    found = findings(tmp_path, f"  X1: {{words: x, protocol: p, checks: [{ABOVE}]}}\n", runs)["X1"]
+    assert "3 and 3 runs" in found.evidence and "not used" not in found.evidence
+
+
+def test_splits_that_are_judged_on_validation_share_images_of_validation() -> None:
+    params = {"data.test_fraction": "0.2", "data.validation_fraction": "0.5"}
+    images = ({"test": Images("", "same"), "validation": Images("", digest)} for digest in "abc")
+    runs = [RunRecord("", "", "FINISHED", params, {}, {}, {}, each) for each in images]
+    assert (overlap_of([runs], SELECTED_VALIDATION), overlap_of([runs], SELECTED_TEST)) == (1.0, 0.0)
 
 
 def test_a_heavier_claim_of_a_family_is_corrected_less(tmp_path: Path) -> None:

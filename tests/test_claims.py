@@ -12,7 +12,7 @@ from effv2.config.studies import open_study
 from effv2.core.errors import InputError
 from effv2.evidence.claims import published_runs, read_claims
 from effv2.evidence.judge import CONSISTENT, INCONSISTENT, NO_FIGURES, Verdict, judge
-from effv2.evidence.protocols import FREE, Protocol, is_like
+from effv2.evidence.protocols import FREE, Protocol, has, is_like
 from effv2.evidence.quantities import TEST, quantity
 from effv2.tracking.read import Images, RunRecord
 from tests.simulated import ABOVE, claims_of, logged, nothing
@@ -129,6 +129,8 @@ WRONG = {
     "claims: {X1: {words: x, protocol: nowhere, checks: [CHECK]}}": "nowhere: no such protocol",
     "claims: {X1: {words: x, study: ablate-mnist, checks: [CHECK]}}": "has no arm a",
     "claims: {A1: {words: x, study: ablate-mnist, checks: [CHECK]}}": "there is one of that name",
+    "protocols: {D1: {arms: {a: {}}}}\nclaims: {D1: {words: x, protocol: {arms: {a: {}}}, checks: [CHECK]}}":
+        "claims.D1.protocol: there is one of that name",
     "claims:\n  X1: {words: x, study: ablate-mnist, checks: [{kind: sorcery}]}": "line 2",
     "claims:\n  X1:\n    wrods: x": "line 3",
     "claims: {X1: {words: x, study: ablate-mnist, checks: [{kind: level, arm: default}]}}": "a level needs a region",
@@ -152,6 +154,19 @@ def test_wrong_claims_name_their_line(tmp_path: Path, text: str) -> None:
     with pytest.raises(InputError) as caught:
         claims_of(tmp_path, text.replace("CHECK", ABOVE))
     assert "claims.yaml" in str(caught.value) and WRONG[text] in str(caught.value), caught.value
+
+
+def test_a_parameter_of_another_program_that_an_arm_leaves_out_is_absent() -> None:
+    protocol = Protocol.model_validate({"arms": {"plain": {}, "mine": {"my.method": "mine"}}})
+    plain, mine = (RunRecord("", "", "FINISHED", params, {}, {}) for params in ({"lr": "1"}, {"my.method": "mine"}))
+    assert [is_like(plain, protocol, arm) for arm in protocol.arms] == [True, False]
+    assert [is_like(mine, protocol, arm) for arm in protocol.arms] == [False, True]
+
+
+def test_a_number_that_yaml_reads_as_text_is_a_number() -> None:
+    config = TrainConfig.model_validate({"optimiser": {"lr": 1e-3}})
+    record = RunRecord("", "", "FINISHED", logged(config), {}, {})
+    assert [has(record, "optimiser.lr", value) for value in ("1e-3", 0.001, "1e-4")] == [True, True, False]
 
 
 def test_a_setting_that_an_arm_leaves_out_has_its_default() -> None:

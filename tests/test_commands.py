@@ -301,6 +301,7 @@ def test_auto_means_the_same_in_all_runs_of_a_study(
         pytest.param({"optimiser": {"batch_size": 2}}, 60, (48, 0), id="some"),
         pytest.param({"schedule": {"epochs": 6}}, 60, (6, 1024), id="given epochs"),
         pytest.param({"evaluation": {"batch_norm_images": 0}}, 60, (100, 0), id="given images"),
+        pytest.param({"optimiser": {"freeze_batch_norm": True}}, 60, (100, 1024), id="frozen"),
         pytest.param({"data": {"sampling": "published", "validation_fraction": 0}}, 60, (6, 0), id="published"),
         pytest.param({"data": {"dataset": "digits", "dir": ""}}, 0, (6, 0), id="digits"),
     ],
@@ -316,6 +317,8 @@ def test_few_images_get_more_epochs_and_estimates_of_batch_norm(
     found = prepare(configs, load_once(Reporter()), said.append)
     assert {(each.schedule.epochs, each.evaluation.batch_norm_images) for each in found} == {expected}
     assert bool(said) == (expected != (6, 0)) and all(f"Epochs: {expected[0]}, of " in each for each in said)
+    estimated = expected[1] > 0 and not config.optimiser.freeze_batch_norm
+    assert all(("batch norm estimated" in each) == estimated for each in said)
 
 
 def test_a_training_near_chance_level_says_so(sqlite_store: str, tmp_path: Path) -> None:

@@ -103,6 +103,7 @@ ABLATE_ERRORS = {
     "--seeds 1,1": "--seeds 1,1",
 }
 HPARAM_ERRORS = {
+    "--set schedule.name=cosine": "the check compares the schedules none and plateau; use --scheduler",
     "--check drop_out": "--check drop_out: no such change in study hparam-digits; did you mean 'dropout'?",
     "--scheduler cosine": "--scheduler cosine: no arm of the study hparam-digits has it; use both",
 }

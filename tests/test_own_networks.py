@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
 import pytest
@@ -96,6 +97,9 @@ def test_images_that_cannot_be_read_are_left_out_for_all_networks_if_asked(image
         assert Path(text).read_text().splitlines()[-1] == "test/class 1/0.jpg"
         again = evaluate(images, f"again=runs:/{each.info.run_id}", "--skip-broken")
         assert again.exit_code == 2 and "logged by an evaluation of weights" in again.stderr, again.stderr
+    shutil.rmtree(images / "test" / "class 2")
+    done = evaluate(images, f"fewer=runs:/{run.info.run_id}", "--skip-broken")
+    assert done.exit_code == 0 and "classes that test lacks, such as class 2" in done.output, done.output
 
 
 def test_own_heads_and_published_networks_are_ranked_together(

@@ -381,7 +381,7 @@ def test_a_served_model_gets_the_pixels_that_training_and_evaluation_get(
         image.save(paths[-1], exif=exif)
     network = nn.Sequential(nn.Flatten(), nn.LazyLinear(2))
     network(torch.zeros(1, 3, preparation.size, preparation.size))
-    files = write_served(tmp_path, network, NORMALISATIONS["none"], preparation, ["a", "b"])
+    files = write_served(tmp_path, network, NORMALISATIONS["none"], preparation, classes=["a", "b"], outputs=2)
     model: Any = ImageClassifier()
     model.load_context(SimpleNamespace(artifacts=files))
     images = LabelledImages.of_files(paths, [0] * len(paths), MODES)

@@ -30,7 +30,7 @@ from effv2.core.errors import InputError, RunError, what_ran_out
 from effv2.core.secrets import masked
 from effv2.studies.storage import Database, open_storage
 from effv2.tracking import store
-from effv2.tracking.addresses import shown_uri
+from effv2.tracking.addresses import shown_uri, ui_address
 from effv2.tracking.read import read_run, read_runs
 from effv2.tracking.run import open_experiment, open_run
 from effv2.tracking.store import open_store
@@ -419,6 +419,11 @@ CLEAN = (
     "https://github.com/o/r/tree@main resnet50=/a/x.pth models:/m-1 models:/a@b "
     "#/runs?a=b&viewStateShareKey=c lr=0.1 /a/b@c"
 )
+
+
+def test_links_to_a_server_name_no_user(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://u:p@127.0.0.1:5000/a@b/")
+    assert ui_address() == "http://127.0.0.1:5000/a@b"
 
 
 @pytest.mark.parametrize(

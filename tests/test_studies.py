@@ -34,7 +34,7 @@ from effv2.studies.grid import Grid, make_grid
 from effv2.studies.queue import NAME, Trials
 from effv2.studies.seeds import ACCURACY, AutoSeeds
 from effv2.tracking.read import RunRecord
-from effv2.tracking.tags import CONFIG_HASH
+from effv2.tracking.tags import DATA_DIGEST, IDENTITY
 from tests.conftest import ROOT
 
 NO_OPTIONS: Layer = {}
@@ -233,6 +233,19 @@ def test_seeds_are_added_until_the_answer_is_known() -> None:
     assert broken.counts == {"base": 3, "arm": 3} and broken.ending
 
 
+def test_no_seed_is_trained_that_could_not_count() -> None:
+    noise = [0.01, -0.012, 0.003, -0.006, 0.011, -0.004, 0.008, -0.009]
+    _, trials = auto(lambda arm, seed: 0.5 + noise[(seed + (arm == "arm")) % 8], most=6)
+    for trial in trials.values():  # they become other seeds, from before the rule
+        trial.user_attrs[NAME] = trial.user_attrs[NAME].replace("seed ", "seed 10")
+        trial.params["seed"] += 100
+    earlier = {trial.user_attrs[NAME]: trial for trial in trials.values()}
+    rule = AutoSeeds(dict.fromkeys(("base", "arm"), TrainConfig()), ("base", "arm"), "base", most=6, before=(*earlier,))
+    assert rule.rounds(earlier)[-1].counts == {"base": 0, "arm": 0} and rule.rounds(earlier)[-1].complete
+    few = {name: trial for name, trial in earlier.items() if name[-1] in "01"}  # two of each arm
+    assert replace(rule, before=(*few,)).rounds(few)[-1].counts == {"base": 3, "arm": 3}
+
+
 def test_a_race_gives_seeds_to_what_may_be_the_best() -> None:
     means = {"base": 0.5, "low": 0.4, "high": 0.7, "near": 0.701}
     noise = [0.01, -0.012, 0.003, -0.006, 0.011, -0.004, 0.008, -0.009]
@@ -326,9 +339,13 @@ def test_a_forecast_counts_runs_that_are_older_than_a_setting(monkeypatch: pytes
         name: str(value) for name, value in grid.arms["default"].flat().items() if name != "optimiser.layer_decay"
     }
     metrics = {"time/total_train_seconds": 3600.0, "selected/test_accuracy": 0.5}
-    planned = grid.configuration({"arm": "default", "seed": 6}).hash()
-    hashes = ["another", "a third", planned]
-    runs = [RunRecord(each, "", "FINISHED", params, metrics, {CONFIG_HASH: each}) for each in hashes]
+    images, code = grid.definition["data"]["default"], grid.definition["code"]
+    planned = (grid.configuration({"arm": "default", "seed": 6}).hash(), images, code)
+    identities = [("another", images, code), (planned[0], images, "older code"), planned]
+    tags = [dict(zip(IDENTITY, each, strict=True)) for each in identities]
+    runs = [RunRecord("", "", "FINISHED", params, metrics, each) for each in tags]
+    slow = {"time/total_train_seconds": 72_000.0}
+    runs.append(RunRecord("", "", "FINISHED", params, slow, tags[-1] | {DATA_DIGEST: "other images"}))
     monkeypatch.setattr("effv2.studies.forecast.read_experiment", lambda *_: runs)
     lines, _ = forecast(grid, StudyOptions(), load_once(Reporter()), "0", Reporter(), begun=None)
     assert lines[0].startswith("2 runs, about 2.0 hours of training in total, by finished runs.")

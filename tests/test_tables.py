@@ -63,6 +63,25 @@ def test_more_seeds_are_no_way_out_once_all_that_count_are_there() -> None:
     assert ["it remains undecided" in each for each in results(runs, parent).answers] == [True]
 
 
+def test_arms_on_other_images_are_compared() -> None:
+    values = {"small": [0.5, 0.51, 0.49], "large": [0.7, 0.71, 0.69]}
+    runs = [
+        run(value, seed, data__split_seed=0, tags={"effv2.arm": arm, "effv2.data_digest": arm})
+        for arm, of_arm in values.items()
+        for seed, value in enumerate(of_arm)
+    ]
+    parent = replace(run(0), params={"study.kind": "ablate", "study.baseline": "small"}, metrics={})
+    found = results(runs, parent)
+    assert found.answers[0].startswith("large beats small by 20.00 points")
+    assert any("share one split" in each for each in found.warnings)
+
+
+def test_no_other_arm_replaces_a_baseline_without_runs() -> None:
+    runs = [run(0.5 + (arm == "b") / 5 + seed / 99, seed, tags={"effv2.arm": arm}) for arm in "ab" for seed in range(3)]
+    parent = replace(run(0), params={"study.kind": "ablate", "study.baseline": "failed"}, metrics={})
+    assert results(runs, parent).answers == ["a and b against failed: nothing to compare, because a figure is missing."]
+
+
 def test_the_answer_goes_by_the_accuracy_that_decides() -> None:
     best, selected = {"a": 0.95, "b": 0.9}, {"a": 0.8, "b": 0.9}
     for rules, words in (("published", "is worse than a by 5.00 points"), ("standard", "beats a by 10.00 points")):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import hashlib
+import json
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -29,7 +30,7 @@ from effv2.data.batches import NORMALISATIONS
 from effv2.data.dataset import load_dataset, load_once
 from effv2.data.images import Square
 from effv2.execution.device import make_execution
-from effv2.run.initial import initialise
+from effv2.run.initial import FoundWeights, initialise
 from effv2.run.run import prepare
 from effv2.serving.export import as_base64, write_served
 from effv2.tracking.writer import TrackedRun
@@ -141,6 +142,7 @@ def test_networks_that_share_stages_take_what_fits_if_asked(tmp_path: Path) -> N
         ("runs:/none", {}, "there is no tracking store|no model there"),
         ("text.pth", {}, "can't be loaded"),
         ("other.pth", {}, "they belong to another network"),
+        ("two.pth", {}, "it holds several networks: model., net.; keep the parameters of one"),
         ("w.pth", {"weights_sha256": "0123456789"}, "their SHA-256 begins with"),
     ],
 )
@@ -150,6 +152,7 @@ def test_wrong_weights_are_refused_before_anything_begins(
     saved(tmp_path / "w.pth")
     (tmp_path / "text.pth").write_text("text")
     torch.save({"layer": torch.zeros(2)}, tmp_path / "other.pth")
+    torch.save({"net.layer": torch.zeros(2), "model.layer": torch.zeros(2)}, tmp_path / "two.pth")
     place = weights if weights.startswith(("/", "runs", "IMAGE")) else tmp_path / weights
     with pytest.raises(InputError, match=f"^model.weights .*({problem})"):
         prepared(place, model=model)
@@ -270,9 +273,20 @@ def test_training_starts_from_a_logged_run_and_from_what_a_name_means_now(sqlite
         assert (wanted.data.image_size, wanted.data.normalise) == (size, "imagenet")
 
 
+def test_the_output_for_everything_else_is_no_class(tmp_path: Path) -> None:
+    network = nn.Sequential(nn.Flatten(), nn.Linear(3 * 8 * 8, 11))
+    files = write_served(tmp_path, network, NORMALISATIONS["none"], Square(8), classes=[*"0123456789"], outputs=11)
+    settings = json.loads(files["settings"].read_text())
+    assert settings["names"] == [*"0123456789", "other"]
+    older = {"image_size": 8, "names": settings["names"]}
+    for outputs, stored in ((11, settings), (13, settings), (13, older)):
+        found = FoundWeights({"classifier.1.bias": torch.zeros(outputs)}, "0", settings=stored)
+        assert found.classes == tuple("0123456789")
+
+
 def test_a_logged_model_of_another_kind_is_refused(sqlite_store: str, tmp_path: Path) -> None:
     network = nn.Sequential(nn.Flatten(), nn.Linear(3 * 8 * 8, 10))
-    files = write_served(tmp_path, network, NORMALISATIONS["none"], Square(8), [*"0123456789"])
+    files = write_served(tmp_path, network, NORMALISATIONS["none"], Square(8), classes=[*"0123456789"], outputs=10)
     run = TrackedRun(MlflowClient().create_run("0").info.run_id, "0")
     run.log_model(files, as_base64(Image.new("RGB", (8, 8))))
     with pytest.raises(InputError, match=r"model\.weights .*: they belong to another network: features"):

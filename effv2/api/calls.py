@@ -147,6 +147,9 @@ def hparam_check(layer: Layer, how: Options, reporter: Reporter) -> StudyResult:
     Without a study, it runs hparam-digits: the changes of the published check, on scikit-learn's digits, with three
     epochs per run. The studies hparam-* have the full protocols. The same command again resumes an interrupted study.
     """
+    if "schedule.name" in layer:
+        problem = "the check compares the schedules none and plateau"
+        raise InputError("set", f"schedule.name={layer['schedule.name'].value}", problem, "use `scheduler`")
     chosen = open_study(how.study or f"{SWEEPS}/hparam-digits.yaml").with_plateau()
     return _grid("hparam-check", chosen, chosen.select_checks(how.check, how.scheduler), layer, how, reporter=reporter)
 

@@ -79,7 +79,9 @@ class StudyOptions(CheckpointOptions):
         description="Smallest difference of interest, 0.01 = one point. Closer arms count as equal.  "
         "[default: the study's]",
     )
-    budget_hours: float | None = Field(None, gt=0, description="Maximum hours for auto seeds, summed over runs.")
+    budget_hours: float | None = Field(
+        None, gt=0, description="Maximum hours for auto seeds, summed over runs. The first round always runs."
+    )
     plan: bool = Field(False, description="Only print the runs and hours needed, and what the study could find.")
     trials: int | None = Field(
         None, ge=1, le=100_000, description="Total trials of the search.  [default: 12, or the study's]"

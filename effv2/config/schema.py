@@ -89,7 +89,8 @@ class AugmentConfig(Group):
     crop: int = Field(0, ge=0, le=256, description="Pixels of reflected padding before a random crop, 0 = off.")
     resized_crop: Probability = Field(
         0.0,
-        description="Minimum share of the image in a resized random crop (Szegedy et al. 2015), 0 = off.",
+        description="Minimum share of the image in a resized random crop, before its sides are cut at the border "
+        "(Szegedy et al. 2015), 0 = off.",
     )
     flip: bool = Field(False, description="Mirror left and right with probability 0.5.")
     rand_augment: float = Field(

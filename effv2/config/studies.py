@@ -209,6 +209,10 @@ class Study(Group):
         """Return the study with each arm also with ReduceLROnPlateau, unless it has such arms itself."""
         if "plateau" in map(self._schedule, self.arms):
             return self
+        for layer in (self.base, *self.arms.values()):
+            if (named := layer.get("schedule.name", Written("none"))).value != "none":
+                problem = "would be replaced: the check compares the schedules none and plateau"
+                raise InputError(named.where or "study", named.value, problem, "remove it, or use the command ablate")
         plain, under = (
             {arm + end: layer | {"schedule.name": Written(name)} for arm, layer in self.arms.items()}
             for name, end in (("none", ""), ("plateau", PLATEAU))

@@ -235,13 +235,14 @@ def hold(arms: Arms, parent: RunRecord) -> Held:
     values = dict[str, Values]()
     for arm, of_arm in arms.items():
         oldest = sorted(of_arm, key=lambda run: run.started)
-        values[arm] = {pair_of(run): value for run in oldest for value in what.values([run])}
+        # Within a study, the seed of a split names it, also for arms with other images.
+        values[arm] = {pair_of(run, other_images=True): value for run in oldest for value in what.values([run])}
     own = stamps.get("study.baseline", "")
-    baseline = own if own in arms else next(iter(arms))
+    baseline = next((each for each in (own, f"{own}_plateau") if each in arms), own or next(iter(arms)))
     schedules = {arm: of_arm[0].params.get("schedule.name", "") for arm, of_arm in arms.items()}
     race = stamps.get("study.looks") == RACE and all(values.values())
     others = opponents(values, baseline, schedules, race) if parent.run_id else dict.fromkeys(arms, "")
     margin, paired = number(stamps.get("study.margin", "0")), stamps.get("study.paired") == "true"
-    overlap = overlap_of(list(arms.values()))
+    overlap = overlap_of(list(arms.values()), what.name)
     held = answers(values, others, looks, margin=margin, paired=paired, overlap=overlap, race=race)
     return Held(arms, what, looks, margin, others, held, values, leads(held) if race else "")

@@ -170,8 +170,10 @@ def _shipped() -> Claims:
 def _read(path: Path, before: Claims) -> Claims:
     document, folder = read_document(path, "claims"), path.parent
     file = validate(ClaimsFile, document.values, document.where)
-    twice = [("protocols", name) for name in file.protocols if name in before.protocols]
+    twice: list[Place] = [("protocols", name) for name in file.protocols if name in before.protocols]
     twice += [("claims", id_) for id_ in file.claims if id_ in before.claims]
+    own = (id_ for id_, claim in file.claims.items() if isinstance(claim.protocol, Protocol))  # it has the claim's name
+    twice += [("claims", id_, "protocol") for id_ in own if id_ in before.protocols.keys() | file.protocols]
     if twice:
         raise InputError(document.where(twice[0]), "", "there is one of that name", "choose another")
     protocols, files = dict(before.protocols), {EXPORTED_AS: path}

@@ -32,6 +32,7 @@ CLASSES = "data.classes"  # not a parameter, but a protocol may name it: the num
 OF_TIMES = tuple(f"{MACHINE}{name}" for name in ("processor", "accelerator", "threads"))  # tags
 PUBLISHED_OVERLAP = 0.25  # ratio of test to training images in the published split
 DEFAULTS = TrainConfig().flat()
+NEWER = {name: str(value) for name, value in DEFAULTS.items() if value != "auto"}  # settings that an old run may lack
 FEW = 2  # most settings in which a near run may differ
 SplitAndSeed = tuple[str, str]  # the split of the images, and the seed of the training
 Runs = Mapping[SplitAndSeed, RunRecord]  # of an arm
@@ -116,8 +117,8 @@ def is_like(run: RunRecord, protocol: Protocol, arm: str) -> bool:
 def _unlike(run: RunRecord, protocol: Protocol, arm: str) -> Iterator[tuple[str, Value]]:
     """Return the settings of an arm that a run doesn't have."""
     settings = protocol.runs | protocol.own(arm)
-    left_out = (protocol.varied - settings.keys() - {"model.table"}) & run.params.keys() & DEFAULTS.keys()
-    wanted = settings | {name: DEFAULTS[name] for name in sorted(left_out)}
+    left_out = (protocol.varied - settings.keys() - {"model.table"}) & run.params.keys()
+    wanted = settings | {name: DEFAULTS.get(name, "") for name in sorted(left_out)}  # others than ours have no default
     return ((name, value) for name, value in wanted.items() if not has(run, name, value))
 
 
@@ -140,13 +141,18 @@ def _logged(run: RunRecord, name: str) -> list[str]:
     """
     if name == CLASSES:
         return list(dict.fromkeys(str(len(each.classes)) for each in run.images.values() if each.classes))
-    of_ours = CONFIG_HASH in run.tags and "optimiser.name" in run.params
-    logged = run.params.get(name, DEFAULTS.get(name) if of_ours else None)
+    logged = run.params.get(name, DEFAULTS.get(name) if _is_training(run) else None)
     return [] if logged is None else [str(logged)]
+
+
+def _is_training(run: RunRecord) -> bool:
+    return CONFIG_HASH in run.tags and "optimiser.name" in run.params
 
 
 def has(run: RunRecord, name: str, value: Value) -> bool:
     """Say whether a run has a setting."""
+    if isinstance(value, str) and type(DEFAULTS.get(name)) in (int, float):
+        value = number(value)  # YAML reads 1e-3 as text
     if isinstance(value, (bool, str)):
         return str(value).lower() in map(str.lower, _logged(run, name))
     return value in map(number, _logged(run, name))
@@ -162,9 +168,10 @@ def split_of(run: RunRecord) -> str:
     return f"{run.params.get(SPLIT_SEED, '')} {run.tags.get(DATA_DIGEST, '')}".strip()
 
 
-def pair_of(run: RunRecord) -> SplitAndSeed:
-    """Return a run's split, and the seed of its training or, if none was logged, its id, which has no pair."""
-    return split_of(run), run.params.get(SEED_SETTING) or run.tags.get(SEED) or run.run_id
+def pair_of(run: RunRecord, other_images: bool = False) -> SplitAndSeed:
+    """Return a run's split (only its seed, if arms have other images), and the seed of its training, or else its id."""
+    split = run.params.get(SPLIT_SEED, "") if other_images else split_of(run)
+    return split, run.params.get(SEED_SETTING) or run.tags.get(SEED) or run.run_id
 
 
 def looks_of(parent: RunRecord | None, runs: Iterable[RunRecord]) -> Looks:
@@ -207,15 +214,14 @@ def choose(
     """
     groups: dict[Alike, dict[str, dict[SplitAndSeed, RunRecord]]] = {}
     unused: dict[str, list[tuple[Alike, str]]] = {arm: [] for arm in arms}  # settings of runs, and why they don't count
-    varies_data = any(name.startswith("data.") for name in protocol.varied)
+    other_images = any(name.startswith("data.") for name in protocol.varied)
     ended = [run for run in runs if run.status == "FAILED" or complete([run])]  # only these are counted if left out
     for arm, run in ((arm, run) for arm in arms for run in ended if is_like(run, protocol, arm)):
-        settings, (split, seed) = _left_open(run, protocol, what), pair_of(run)
+        settings, pair = _left_open(run, protocol, what), pair_of(run, other_images)
         if why := _unusable(run, what, positive):
             unused[arm].append((settings, why))
             continue
         of_arm = groups.setdefault(settings, {}).setdefault(arm, {})
-        pair = (run.params.get(SPLIT_SEED, "") if varies_data else split, seed)
         if of_arm.pop(pair, None):  # so that the last run is last
             unused[arm].append((settings, "repeated since"))
         of_arm[pair] = run
@@ -233,7 +239,7 @@ def choose(
     if count := sum(len(of_arm) for group in whole.values() for of_arm in group.values()):
         names = _differing(settings, *whole)
         aside.append(f"{counted(count, 'run')} not used, which differ from these in {names}")
-    return replace(_as_planned(most, aside, runs), paired=protocol.paired)
+    return replace(_as_planned(most, aside, runs, what.metric or what.name), paired=protocol.paired)
 
 
 def _why_none(
@@ -279,7 +285,7 @@ def that_count(values: Mapping[SplitAndSeed, T], looks: Looks) -> dict[SplitAndS
     return {pair: values[pair] for pairs in list(splits.values())[: looks.most_splits] for pair in pairs[:seeds]}
 
 
-def _as_planned(arms: Mapping[str, Runs], aside: list[str], known: Sequence[RunRecord]) -> Chosen:
+def _as_planned(arms: Mapping[str, Runs], aside: list[str], known: Sequence[RunRecord], metric: str) -> Chosen:
     """Keep the splits of all arms, because arms on other images aren't comparable, and at most the planned seeds.
 
     Fewer than three splits decide nothing, so of two only the one with more runs counts.
@@ -304,17 +310,21 @@ def _as_planned(arms: Mapping[str, Runs], aside: list[str], known: Sequence[RunR
     first = {arm: that_count(of_arm, looks) for arm, of_arm in of_splits.items()}
     if beyond := sum(map(len, of_splits.values())) - sum(map(len, first.values())):
         aside.append(f"{counted(beyond, 'run')} beyond {looks.counted(len(shared))} left out")
-    overlap = overlap_of([list(each.values()) for each in first.values()]) if len(shared) > 1 else 0.0
+    overlap = overlap_of([list(each.values()) for each in first.values()], metric) if len(shared) > 1 else 0.0
     return Chosen(first, len(shared), overlap, looks, aside=aside, why=looks.waits(min(map(len, first.values()))))
 
 
-def overlap_of(arms: Collection[Sequence[RunRecord]]) -> float:
-    """Return the ratio of test to other images if splits share images; 0 if each arm has one test set."""
+def overlap_of(arms: Collection[Sequence[RunRecord]], metric: str) -> float:
+    """Return the ratio of judged to other images if splits share images; 0 if each arm is judged on one set.
+
+    A metric with `val` in its name is judged on validation images, another one on test images.
+    """
     found = [run for runs in arms for run in runs]
-    tests = [{run.images.get("test") for run in runs} for runs in arms]
-    if all(len(each) == 1 and None not in each for each in tests):
+    judged = "validation" if "val" in re.split("[/_]", metric) else "test"
+    sets = [{run.images.get(judged) for run in runs} for runs in arms]
+    if all(len(each) == 1 and None not in each for each in sets):
         return 0.0
-    share = number(found[0].params.get("data.test_fraction", ""))
+    share = number(found[0].params.get(f"data.{judged}_fraction", ""))
     return share / (1 - share) if 0 < share < 1 else PUBLISHED_OVERLAP
 
 
@@ -329,7 +339,8 @@ def _left_open(run: RunRecord, protocol: Protocol, what: Quantity) -> Alike:
     if "model.variant" in named:
         named.add("model.table")  # under that name
     ours = CONFIG_HASH in run.tags
-    found = {name: value for name, value in run.params.items() if name not in named and ("." in name or not ours)}
+    logged = (NEWER if _is_training(run) else {}) | run.params
+    found = {name: value for name, value in logged.items() if name not in named and ("." in name or not ours)}
     if "model.weights" not in protocol.varied and (sha256 := run.params.get(WEIGHTS_HASH)):
         found[WEIGHTS_HASH] = sha256
     found |= {f"{context} images": f"{each.name}: {', '.join(each.classes)}" for context, each in run.images.items()}

@@ -133,7 +133,7 @@ def shared_settings(runs: Sequence[RunRecord]) -> dict[str, str]:
 def _what_arms_are(arms: Arms, held: Held) -> str:
     """Name the stages and settings of each arm that the baseline has not, in one sentence."""
     baseline = next(arm for arm, other in held.others.items() if not other)
-    base, said = shared_settings(arms[baseline]), list[str]()
+    base, said = shared_settings(arms.get(baseline, ())), list[str]()
     for arm, own in ((arm, shared_settings(runs)) for arm, runs in arms.items()):
         texts = [one.get("model.table") or VARIANTS.get(one.get("model.variant", "")) for one in (own, base)]
         words = unlike(*(parse_table(str(text)) for text in texts)) if all(texts) else []
@@ -284,7 +284,7 @@ def _warnings(arms: Arms, what: Quantity) -> Iterator[str]:
     runs = [run for of_arm in arms.values() for run in of_arm]
     tests = [each for run in runs if (each := run.images.get("test"))]
     means = [statistics.fmean(values) for values in values_of(arms, what.name).values()]
-    if len(set(map(split_of, runs))) == 1 < len(runs):
+    if len({pair_of(run, other_images=True)[0] for run in runs}) == 1 < len(runs):
         yield "All runs share one split of the images, so the answers only hold for that split."
     if (machines := len(set(map(machine_of, runs)))) > 1:
         yield f"The runs are from {machines} machines. Times and rates are only comparable on the same machine."

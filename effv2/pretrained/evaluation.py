@@ -29,7 +29,7 @@ from effv2.pretrained.own import load_network, outputs_of
 from effv2.run.records import write_predictions
 from effv2.run.run import Attempt, RunSpec, find_earlier
 from effv2.run.weights import Requested
-from effv2.serving.export import as_base64, output_names, write_served
+from effv2.serving.export import as_base64, write_served
 from effv2.tracking.tags import run_tags
 from effv2.tracking.writer import TrackedRun
 from effv2.training.evaluation import median_seconds
@@ -200,8 +200,8 @@ def log_network(evaluation: Evaluation, run: TrackedRun) -> None:
     requested = evaluation.requested
     module, statistics = load_network(requested), requested.normalisation
     with tempfile.TemporaryDirectory() as folder:
-        names = output_names(requested.classes or class_names(), requested.outputs)
-        files = write_served(Path(folder), module, statistics, requested.preparation, names)
+        served, classes = (module, statistics, requested.preparation), requested.classes or class_names()
+        files = write_served(Path(folder), *served, classes=classes, outputs=requested.outputs)
         with evaluation.images.part.open(0) as image:
             run.log_model(files, as_base64(image))
 

@@ -145,7 +145,8 @@ def choose_images(config: ImagesConfig, imagenet: bool = True, own: bool = False
     With a limit, as many of each are drawn. InputError if the set is missing or, for networks of `imagenet`, its
     classes aren't ImageNet's. If networks were trained on the data's `own` classes, the training part is left out.
     """
-    source = open_source(DataConfig(dataset=config.dataset, dir=config.dir, download=config.download))
+    there = {"dir": config.dir, "download": config.download}
+    source = open_source(DataConfig(dataset=config.dataset, allow_incomplete_classes=True, **there))
     outputs = outputs_of(source.classes, config) if imagenet else np.array([], dtype=np.int64)
     test = source.train if source.test is None else source.test
     images = test if source.test is None else test.join(source.train)

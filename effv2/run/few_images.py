@@ -11,6 +11,7 @@ from effv2.data.batches import batch_count
 from effv2.data.dataset import Dataset, LoadData
 from effv2.evidence.statistics import wilson
 from effv2.evidence.study import NEAR_CHANCE, is_near_chance
+from effv2.training.stages import norms_are_frozen
 
 FIRST_DATASETS = ("digits", "imagenette", "mnist", "birds")
 # A training has at least this many steps, unless its epochs are given or the maximum of epochs is fewer. With less, the
@@ -41,7 +42,8 @@ def with_length(configs: Sequence[TrainConfig], load: LoadData, message: Message
     found = [settled(each) if may else each for each, may in zip(configs, free, strict=True)]
     if found != list(configs):
         now = found[free.index(True)]
-        images = now.evaluation.batch_norm_images
+        frozen = norms_are_frozen(now.optimiser, now.schedule.epochs)
+        images = 0 if frozen else now.evaluation.batch_norm_images
         estimated = f", evaluated with batch norm estimated from training images, {images:,} at most"
         length = f"Epochs: {now.schedule.epochs}, of {steps} steps each{estimated if images else ''}"
         message(f"{length} (docs/few-images.md).")

@@ -65,9 +65,12 @@ class FoundWeights:
 
     @property
     def classes(self) -> tuple[str, ...]:
-        """Return the classes of a logged model. If the head is wider, the last name stands for all other outputs."""
+        """Return the classes of a logged model. If the head is wider, a last name stands for all other outputs.
+
+        Older models don't say whether it does. It did if the head has more outputs than there are names.
+        """
         names = tuple(self.settings.get("names", ()))
-        return names if len(names) == self.outputs else names[:-1]
+        return names[: self.settings.get("classes", len(names) - (len(names) < self.outputs))]
 
 
 class OtherWeights(InputError):

@@ -211,7 +211,7 @@ def log_network(run: TrackedRun, training: Training) -> None:
     first = dataset.test.images(torch.tensor([0]))[0].permute(1, 2, 0).contiguous().cpu().numpy()
     statistics, square = NORMALISATIONS[config.data.normalise], Square(config.data.image_size)
     with tempfile.TemporaryDirectory() as folder:
-        files = write_served(Path(folder), own, statistics, square, output_names(classes, outputs))
+        files = write_served(Path(folder), own, statistics, square, classes=classes, outputs=outputs)
         run.log_model(files, as_base64(Image.fromarray(first)))
 
 

@@ -79,11 +79,21 @@ class _Served(Normalised):
 
 
 def write_served(
-    folder: Path, network: nn.Module, statistics: Statistics, preparation: Preparation, names: Sequence[str]
+    folder: Path,
+    network: nn.Module,
+    statistics: Statistics,
+    preparation: Preparation,
+    *,
+    classes: Sequence[str],
+    outputs: int,
 ) -> dict[str, Path]:
-    """Write the served model's other files, without a pickle; its columns are `names`. Return them by their names."""
+    """Write the served model's other files, without a pickle. The network has `outputs`, the first of `classes`.
+
+    Returns the files by their names.
+    """
+    names = output_names(classes, outputs)
     files = {"program": folder / "program.pt2", "settings": folder / "settings.json", "decoder": Path(decoder.__file__)}
-    settings: dict[str, Any] = {"image_size": preparation.size, "names": list(names)}
+    settings: dict[str, Any] = {"image_size": preparation.size, "names": names, "classes": len(classes)}
     if isinstance(preparation, CentreCrop):
         settings |= {"shorter_side": preparation.resize, "interpolation": preparation.interpolation.upper()}
     files["settings"].write_text(json.dumps(settings), encoding="utf-8")

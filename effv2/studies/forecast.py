@@ -4,6 +4,7 @@ import math
 import statistics
 import time
 from collections import Counter
+from collections.abc import Mapping, Sequence
 from contextlib import closing, suppress
 from functools import partial
 from pathlib import Path
@@ -23,13 +24,14 @@ from effv2.studies.earlier import DEFINITION, PARENT, earlier
 from effv2.studies.engine import deleted_runs
 from effv2.studies.grid import Grid
 from effv2.studies.plan import run_ids
+from effv2.studies.queue import Params
 from effv2.studies.storage import check_storage, open_storage
 from effv2.studies.worker import OpenedStudy
 from effv2.tracking.addresses import OF_OPTUNA, tables_of
 from effv2.tracking.read import RunRecord, decisive_accuracy, read_experiment, read_run
 from effv2.tracking.store import tracking_faults
 from effv2.tracking.studies import complete
-from effv2.tracking.tags import CONFIG_HASH
+from effv2.tracking.tags import DATA_DIGEST, IDENTITY
 from effv2.tracking.writer import TrackedRun
 from effv2.training.loop import Training
 
@@ -78,33 +80,31 @@ def forecast(
     The basis is finished runs of the same arms in the experiment, if there are any, otherwise a short timing. `begun`
     is the run of the study that would be resumed. Without one, this also counts the runs that it would find finished.
     """
+
     runs = complete(read_experiment(experiment_id, ())) if experiment_id is not None else []
     seeds = Counter(str(params["arm"]) for params in plan.trials.values())
+    digests = {_identity(plan, load, params)[1] for params in plan.trials.values()}
+    runs = [run for run in runs if run.tags.get(DATA_DIGEST) in digests]
     same = {arm: [run for run in runs if _is_like(run, plan.arms[arm])] for arm in sorted(seeds)}
-    known = {arm: [run.metrics[TRAIN_SECONDS] for run in same[arm] if TRAIN_SECONDS in run.metrics] for arm in same}
-    timed, seconds = [arm for arm in same if not known[arm]], dict[str, float]()
-    for arm, each in known.items():
-        reporter.progress(f"timing a few steps of {arm}")
-        seconds[arm] = statistics.fmean(each) if each else _timed(plan.arms[arm], load, TIMED_SECONDS / len(same))
+    seconds, how = _seconds(plan, load, same, reporter)
     planned = planned_looks(begun.params if begun else {name: str(value) for name, value in plan.stamps.items()})
     first = plan.auto.trials(dict.fromkeys(seeds, FEWEST)) if plan.auto else plan.trials
-    newest = {} if options.fresh else {run.tags.get(CONFIG_HASH, ""): run for run in runs}
-    finished = {name: newest.get(plan.configuration(params).hash()) for name, params in first.items()}
+    newest = {} if options.fresh else {tuple(run.tags.get(tag, "") for tag in IDENTITY): run for run in runs}
+    finished = {name: newest.get(_identity(plan, load, params)) for name, params in first.items()}
     reused = [name for name, run in finished.items() if run]
-    count, hours = f"{len(first)} runs", duration(sum(seconds[str(params["arm"])] for params in first.values()))
+    took = {name: seconds[str(params["arm"])] for name, params in first.items()}
+    count, hours = f"{len(first)} runs", duration(sum(took.values()))
     if plan.auto and planned.most > FEWEST:
         count = f"{len(first)} to {planned.most * len(same)} runs, as many as the verdicts need"
         hours += f" to {duration(planned.most * sum(seconds.values()))}"
-    saved = f"which saves {duration(sum(seconds[str(first[name]['arm'])] for name in reused))}"
-    there = [] if begun or not reused else [f"Finished already: {counted(len(reused), 'run')} of these, {saved}."]
-    how = [f"a timing of a few steps of {', '.join(timed)}"] if timed else []
-    how += ["finished runs"] if len(timed) < len(same) else []
+    saved = duration(sum(took[name] for name in reused))
+    already = [f"Finished already: {counted(len(reused), 'run')} of these, which saves {saved}."] if reused else []
     shared = f"; {options.workers} workers share the machine" if options.workers > 1 else ""
     deviation, source = _deviation(same)
     lines = [
-        f"{count}, about {hours} of training in total, by {' and '.join(how)}{shared}.",
+        f"{count}, about {hours} of training in total, by {how}{shared}.",
         "Start-up, evaluation and logging take extra time.",
-        *there,
+        *([] if begun else already),
         f"Differences from the baseline that verdicts would find, if the standard deviation over seeds is "
         f"{points(deviation, '')} ({source}). They grow in proportion to it.",
     ]
@@ -112,6 +112,26 @@ def forecast(
     if looks != planned:
         lines.append(f"Reusing these runs widens the intervals to those of {looks.text()}; `fresh` repeats them.")
     return lines, _table(plan, planned, looks, deviation)
+
+
+def _seconds(
+    plan: Grid, load: LoadData, same: Mapping[str, Sequence[RunRecord]], reporter: Reporter
+) -> tuple[dict[str, float], str]:
+    """Return the seconds of a training of each arm, from the same runs or a short timing, and which of these."""
+    known = {arm: [each.metrics[TRAIN_SECONDS] for each in same[arm] if TRAIN_SECONDS in each.metrics] for arm in same}
+    seconds = {arm: statistics.fmean(each) for arm, each in known.items() if each}
+    timed = [arm for arm in same if arm not in seconds]
+    for arm in timed:
+        reporter.progress(f"timing a few steps of {arm}")
+        seconds[arm] = _timed(plan.arms[arm], load, TIMED_SECONDS / len(same))
+    how = [f"a timing of a few steps of {', '.join(timed)}"] if timed else []
+    return seconds, " and ".join([*how, *(["finished runs"] if len(timed) < len(same) else [])])
+
+
+def _identity(plan: Grid, load: LoadData, params: Params) -> tuple[str, str, str]:
+    """Return what the tags IDENTITY of a trial's run are, or will be."""
+    config = plan.configuration(params)
+    return config.hash(), load(config.data).digest(), plan.definition["code"]
 
 
 def _table(plan: Grid, planned: Looks, looks: Looks, deviation: float) -> list[list[str]]:
@@ -122,8 +142,8 @@ def _table(plan: Grid, planned: Looks, looks: Looks, deviation: float) -> list[l
     most, samples, unit = planned.most, 2, "seeds per arm"
     if plan.splits > 1:
         samples, unit = 1, "splits"
-        if planned.once:  # the mean of a split's seeds counts once
-            deviation, most = deviation / math.sqrt(most), plan.splits
+        if planned.once:  # then the mean of a split's seeds counts once, otherwise its first seed
+            deviation, most = deviation / math.sqrt(most if looks.once else 1), plan.splits
     listed = () if plan.auto else Counter(params["arm"] for params in plan.trials.values()).values()
     counts = {most} if planned.once else {3, 6, 10, most, *listed}
     nominal = looks.nominal(LEVEL, samples)

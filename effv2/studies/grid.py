@@ -24,7 +24,7 @@ from effv2.run.run import prepare
 from effv2.studies.plan import ABOUT, TrainingPlan
 from effv2.studies.queue import Params, Trials
 from effv2.studies.seeds import ACCURACY, MEASURE, AutoSeeds, Round, named_trial
-from effv2.tracking.read import Images, RunRecord, decisive_accuracy
+from effv2.tracking.read import SELECTED_TEST, SELECTED_VALIDATION, Images, RunRecord, decisive_accuracy
 
 MAX_SEEDS, MARGIN, LOOKS = "study.max_seeds", "study.margin", "study.looks"  # params of a study's run
 FEWEST_ARMS = 2  # that a comparison can have
@@ -173,9 +173,10 @@ def _overlap(configs: Sequence[TrainConfig], load: LoadData) -> float:
     """Return the ratio of test to other images of the splits of one arm, by the rule for its runs."""
     runs = []
     for config in configs:
-        images = {"test": Images("", load(config.data).test.digest)} if config.evaluation.test_set else {}
-        runs.append(RunRecord("", "", "", {"data.test_fraction": str(config.data.test_fraction)}, {}, {}, {}, images))
-    return overlap_of([runs])
+        settings = {name: str(value) for name, value in config.flat().items()}
+        images = {part: Images("", each.digest) for part, each in load(config.data).splits.items()}
+        runs.append(RunRecord("", "", "", settings, {}, {}, {}, images))
+    return overlap_of([runs], SELECTED_TEST if configs[0].evaluation.test_set else SELECTED_VALIDATION)
 
 
 def _stamps(study: Study, names: list[str], options: StudyOptions, count: int) -> dict[str, Any]:

@@ -5,6 +5,7 @@ the finished trials. Each round uses the trials that it used when it was first d
 """
 
 import math
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -86,7 +87,9 @@ class AutoSeeds:
         No arm gets more than the maximum. An arm with a failed run gets none, and neither do arms compared with it.
         """
         finished = {name: trial for name, trial in trials.items() if trial.state.is_finished()}
-        counts, found = dict.fromkeys(self.wanted, FEWEST), list[Round]()
+        before = Counter(str(finished[name].params.get("arm")) for name in self.before if name in finished)
+        counts = {arm: FEWEST if before[arm] < self.most else 0 for arm in self.wanted}
+        found = list[Round]()
         while True:
             names = self.trials(counts)
             if not names.keys() <= finished.keys():
@@ -98,7 +101,8 @@ class AutoSeeds:
             undecided = [each for each in said.values() if each.outcome is Outcome.OPEN]
             left = [each for each in undecided if each.arm in counts and not {each.arm, each.other} & failed]
             growing = {arm for each in left for arm in (each.arm, each.other)}
-            after = {arm: count + (arm in growing and count < most) for arm, count in counts.items()}
+            there = Counter(trial.params.get("arm") for trial in used.values())
+            after = {arm: count + (arm in growing and there[arm] < most) for arm, count in counts.items()}
             spent = [_hours(trial) for trial in used.values() if not trial.user_attrs.get(ELSEWHERE)]
             hours, more = sum(spent), sum(after.values()) - sum(counts.values())
             ending = ""

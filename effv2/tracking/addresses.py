@@ -37,8 +37,8 @@ def shown_uri() -> str:
 
 
 def ui_address() -> str:
-    """Return the address of the server's pages; empty if the tracking store is not a server."""
-    uri = shown_uri()
+    """Return the address of the server's pages, without a user; empty if the tracking store is not a server."""
+    uri = re.sub("^(https?://)[^/]*@", r"\1", shown_uri())
     return uri.rstrip("/") if uri.startswith("http") else ""
 
 
