@@ -3,6 +3,7 @@
     python benchmarks/verdicts.py claims    # no effect: claims are judged after every seed
     python benchmarks/verdicts.py power     # two arms: how often is a difference found, with how many seeds?
     python benchmarks/verdicts.py auto      # --seeds auto: five variants against a baseline, with margins
+    python benchmarks/verdicts.py later     # no effect: --seeds auto for one variant after the other
     python benchmarks/verdicts.py race      # seeds=race: the best of six
     python benchmarks/verdicts.py splits    # no effect: several splits, planned or growing in number or in seeds
     python benchmarks/verdicts.py level     # a level: three runs in ten learn, the others stay low
@@ -107,26 +108,31 @@ def found(effect: float, ratio: float, seed: int) -> int:
     return 0
 
 
-def automatic(effects: tuple[float, ...], margin: float, race: bool, seed: int) -> tuple[int, bool]:
+def automatic(
+    effects: tuple[float, ...], margin: float, race: bool, seed: int, one_by_one: bool = False
+) -> tuple[int, bool]:
     """Return the number of runs of --seeds auto, or of a race, and whether it ever says something wrong.
 
-    Workers end the runs of a round in any order, and want more after every few.
+    Workers end the runs of a round in any order, and want more after every few. The commands name all variants, or one
+    each.
     """
     random = np.random.default_rng(seed)
     drawn = {str(k): effect + random.standard_normal(MOST) for k, effect in enumerate((0.0, *effects))}
-    plan = AutoSeeds(dict.fromkeys(drawn, TrainConfig()), tuple(drawn), "0", most=MOST, margin=margin, race=race)
-    trials: dict[str, FrozenTrial] = {}
-    while missing := {n: p for n, p in plan.trials(plan.rounds(trials)[-1].counts).items() if n not in trials}:
-        for name in random.permutation(list(missing))[:WORKERS]:
-            arm, index = missing[name]["arm"], missing[name]["seed"]
-            trials[name] = finished(len(trials), missing[name], float(drawn[arm][index]))
-    wrong = False
-    for arm, each in ((arm, each) for of_round in plan.rounds(trials) for arm, each in of_round.answers.items()):
-        difference = (0.0, *effects)[int(arm)] - (0.0, *effects)[int(each.other)]
-        outcome = each.outcome
-        wrong |= outcome is Outcome.BETTER and difference <= 0
-        wrong |= outcome is Outcome.WORSE and difference >= 0
-        wrong |= outcome is Outcome.EQUIVALENT and abs(difference) >= margin
+    first, *others = drawn
+    trials, wrong = dict[str, FrozenTrial](), False
+    for names in [(first, each) for each in others] if one_by_one else [tuple(drawn)]:
+        rules: dict[str, Any] = {"margin": margin, "race": race, "before": tuple(trials)}
+        plan = AutoSeeds(dict.fromkeys(drawn, TrainConfig()), names, first, most=MOST, **rules)
+        while missing := {n: p for n, p in plan.trials(plan.rounds(trials)[-1].counts).items() if n not in trials}:
+            for name in random.permutation(list(missing))[:WORKERS]:
+                arm, index = missing[name]["arm"], missing[name]["seed"]
+                trials[name] = finished(len(trials), missing[name], float(drawn[arm][index]))
+        for arm, each in ((arm, each) for of_round in plan.rounds(trials) for arm, each in of_round.answers.items()):
+            difference = (0.0, *effects)[int(arm)] - (0.0, *effects)[int(each.other)]
+            outcome = each.outcome
+            wrong |= outcome is Outcome.BETTER and difference <= 0
+            wrong |= outcome is Outcome.WORSE and difference >= 0
+            wrong |= outcome is Outcome.EQUIVALENT and abs(difference) >= margin
     return len(trials), wrong
 
 
@@ -198,6 +204,11 @@ def lines(kind: str, count: int) -> Iterator[str]:
         yield "| runs | false verdicts |\n|---|---|"
         for runs in (3, 5, 6, 8, 10, 15, 20):
             yield f"| {runs} | {np.mean(drawn(partial(misjudged, runs), count)):.3f} |"
+    elif kind == "later":
+        yield "| variants | false verdicts |\n|---|---|"
+        for variants in (1, 2, 5):
+            later = partial(automatic, (0.0,) * variants, 0.0, False, one_by_one=True)
+            yield f"| {variants} | {np.mean([wrong for _, wrong in drawn(later, count)]):.3f} |"
     else:
         yield "| variants differ from the baseline by | margin | mean runs | most runs | wrong |\n|---|---|---|---|---|"
         steps = ((1.0, 2.0, 3.0, 4.0, 5.0), (2.0, 0.0, 0.0, 0.0, 0.0), (0.0,) * 5)
@@ -209,7 +220,7 @@ def lines(kind: str, count: int) -> Iterator[str]:
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("kind", choices=("claims", "power", "auto", "race", "splits", "level"))
+    parser.add_argument("kind", choices=("claims", "power", "auto", "later", "race", "splits", "level"))
     parser.add_argument("--studies", type=int, default=1000)
     given = parser.parse_args()
     for line in lines(given.kind, given.studies):
