@@ -9,6 +9,7 @@ from functools import partial
 import pandas as pd
 
 from effv2.config.options import RACE
+from effv2.config.studies import PLATEAU
 from effv2.core.errors import joined
 from effv2.core.words import counted, duration, number, points
 from effv2.evidence.protocols import SplitAndSeed, looks_of, overlap_of, pair_of, that_count
@@ -238,7 +239,7 @@ def hold(arms: Arms, parent: RunRecord) -> Held:
         # Within a study, the seed of a split names it, also for arms with other images.
         values[arm] = {pair_of(run, other_images=True): value for run in oldest for value in what.values([run])}
     own = stamps.get("study.baseline", "")
-    baseline = next((each for each in (own, f"{own}_plateau") if each in arms), own or next(iter(arms)))
+    baseline = next((each for each in (own, own + PLATEAU) if each in arms), own or next(iter(arms)))
     schedules = {arm: of_arm[0].params.get("schedule.name", "") for arm, of_arm in arms.items()}
     race = stamps.get("study.looks") == RACE and all(values.values())
     others = opponents(values, baseline, schedules, race) if parent.run_id else dict.fromkeys(arms, "")

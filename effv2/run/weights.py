@@ -28,10 +28,13 @@ from effv2.run.early import LOGGED
 OUTPUTS = 1000
 WRAPPERS = ("state_dict", "model_state_dict", "model", "net", "network")  # keys of whole checkpoints
 HOLDERS = ("module.", "_orig_mod.", "model.", "net.", "network.")  # prefixes of the names of parameters
-SEVERAL = "it holds several networks"
 LONGEST_STEM = 60  # characters of a file name in a label, which becomes part of the names of metrics
 OR_THERE = ", or into the folder `weights_dir`"
 SILENT_SECONDS = 20  # seconds without an answer after which a download fails
+
+
+class SeveralNetworks(ValueError):
+    """A file of weights holds more than one network."""
 
 
 @dataclass(frozen=True)
@@ -236,22 +239,22 @@ def _unwrapped(state: Any) -> Any:
     """Return the parameters of a network from the checkpoint of a training program.
 
     They are in Lightning's `state_dict` or torchvision's `model`, next to the optimiser's state. DataParallel,
-    Lightning and torch.compile add prefixes to their names. ValueError if different prefixes name several networks.
+    Lightning and torch.compile add prefixes to their names. SeveralNetworks if different prefixes name several.
     """
     if not isinstance(state, Mapping):
         return {}
     state = next((state[key] for key in WRAPPERS if isinstance(state.get(key), Mapping)), state)
     while held := [each for each in HOLDERS if any(name.startswith(each) for name in state)]:
         if len(held) > 1:
-            raise ValueError(f"{SEVERAL}: {', '.join(held)}")
+            raise SeveralNetworks(f"it holds several networks: {', '.join(held)}; keep the parameters of one")
         state = {name.removeprefix(held[0]): value for name, value in state.items() if name.startswith(held[0])}
     return state
 
 
 def in_short(error: Exception) -> str:
     """Shorten a long error message of torch."""
-    if str(error).startswith(SEVERAL):
-        return f"{error}; keep the parameters of one"
+    if isinstance(error, SeveralNetworks):
+        return str(error)
     text = f"{type(error).__name__}: {error}"
     if any(mark in text for mark in ("UnpicklingError", "KeyError", "weights_only")):
         return "it holds something other than tensors, or is damaged"
