@@ -1,12 +1,18 @@
 // The middle of an MBConv block in training: norm, SiLU, depthwise 3x3 convolution, norm, SiLU, squeeze-excitation. Only
-// the maps before each norm are stored. The rest is computed again where it is needed, 16 channels at a time, in float32.
-// A norm is four rows: weight, bias, mean, inverse standard deviation. Sums are of groups of images, added up in order.
+// the maps before each norm are stored. The rest is computed again where it is needed, in float32, as many channels at a
+// time as a register holds. A norm is four rows: weight, bias, mean, inverse standard deviation. Sums are of groups of
+// images, added up in order.
 #include "norms.cpp"
 
-typedef float Lanes __attribute__((vector_size(64)));
-typedef uint32_t Words __attribute__((vector_size(64)));
-typedef uint16_t Halves __attribute__((vector_size(32)));
-const long LANES = 16, GROUP = 8;
+#ifdef __AVX512F__
+const long LANES = 16;
+#else
+const long LANES = 8;
+#endif
+const long GROUP = 8;
+typedef float Lanes __attribute__((vector_size(4 * LANES)));
+typedef uint32_t Words __attribute__((vector_size(4 * LANES)));
+typedef uint16_t Halves __attribute__((vector_size(2 * LANES)));
 
 // `next` is how far away the same values of the next image are, which are fetched meanwhile.
 static inline Lanes lanes(const float *from, long next = 0) {
@@ -43,7 +49,7 @@ struct Shape {  // of maps before the convolution (height, width) and after it (
     long images, channels, height, width, down, across, stride;
     long before() const { return height * width * channels; }
     long after() const { return down * across * channels; }
-    // Calls `group` with its number and a function that calls another one for each 16 channels of each of its images.
+    // Calls `group` with its number and a function that calls another one for each of its images and LANES channels.
     template <class Group> void in_groups(Group group) const {
 #pragma omp parallel for schedule(static) if (images > GROUP)
         for (long g = 0; g < (images + GROUP - 1) / GROUP; g++)
@@ -66,7 +72,7 @@ struct Point {  // what a norm and a SiLU make of values: normalised, and activa
     Lanes active() const { return y * s; }
     Lanes slope() const { return s * (1.f + y * (1.f - s)); }
 };
-struct Padded {  // a map of 16 channels with a border of zeros
+struct Padded {  // a map of LANES channels with a border of zeros
     long row;
     std::vector<Lanes> values;
     Padded(const Shape &shape) : row(shape.width + 2), values((shape.height + 2) * row) {}
