@@ -1,4 +1,4 @@
-"""Wrong input to commands: one sentence and exit code 2, before a run is created."""
+"""One sentence for wrong input to commands, with exit code 2 before a run is created, and for exhausted resources."""
 
 from __future__ import annotations
 
@@ -6,12 +6,15 @@ import re
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from effv2.cli.main import ablate, hparam_check, search, train
+from effv2.core.errors import RunError, what_ran_out
 from tests.conftest import ROOT, all_runs, invoke, make_image_tree
 
 
@@ -222,3 +225,38 @@ def test_tracking_store_that_does_not_answer(
 def test_wrong_names_are_found_by_the_nearest(empty_store: str) -> None:
     result = invoke(train, "--lrr", "3")
     assert result.exit_code == 2 and "Did you mean '--lr'?" in result.stderr and not all_runs()
+
+
+def full_disk_of_torch() -> None:
+    try:
+        raise OSError(28, "No space left on device", "/data/weights.pt")
+    except OSError:
+        raise RuntimeError("unexpected pos 64 vs 0")  # noqa: B904
+
+
+def no_memory_on_the_device() -> None:
+    raise torch.OutOfMemoryError("CUDA out of memory")
+
+
+def no_memory_on_the_host() -> None:
+    torch.empty(2**60)
+
+
+@pytest.mark.parametrize(
+    ("runs_out", "sentence"),
+    [
+        (no_memory_on_the_device, "memory is full; lower optimiser.batch_size or data.image_size"),
+        (no_memory_on_the_host, "memory is full; lower optimiser.batch_size or data.image_size"),
+        (full_disk_of_torch, "disk is full at /data/weights.pt; free space"),
+    ],
+)
+def test_an_exhausted_resource_is_one_sentence(runs_out: Callable[[], None], sentence: str) -> None:
+    with pytest.raises(RunError, match=sentence), what_ran_out():
+        runs_out()
+
+
+def test_other_faults_are_unchanged() -> None:
+    with pytest.raises(ZeroDivisionError), what_ran_out():
+        _ = 1 / 0
+    with pytest.raises(RuntimeError, match="shape"), what_ran_out():
+        raise RuntimeError("shape")
