@@ -288,7 +288,7 @@ def test_auto_means_the_same_in_all_runs_of_a_study(
     if command is ablate:
         assert "The study is complete: nothing is left to train" in invoke(ablate, *words, second, "--plan").output
         planned = invoke(ablate, *words, "--seeds=0-2", "--plan").output
-        assert "4 of 6 runs are finished" in planned and "by finished runs" in planned
+        assert "4 of 6 runs are finished" in planned and "estimated from finished runs" in planned
     monkeypatch.setattr("effv2.execution.resolve._prefers_bf16", lambda *_: True)
     done = invoke(command, *words, second, "--storage", f"sqlite:///{tiny_study.parent}/other.db")
     assert "Another storage has this study already" in done.output

@@ -348,7 +348,7 @@ def test_a_forecast_counts_runs_that_are_older_than_a_setting(monkeypatch: pytes
     runs.append(RunRecord("", "", "FINISHED", params, slow, tags[-1] | {DATA_DIGEST: "other images"}))
     monkeypatch.setattr("effv2.studies.forecast.read_experiment", lambda *_: runs)
     lines, _ = forecast(grid, StudyOptions(), load_once(Reporter()), "0", Reporter(), begun=None)
-    assert lines[0].startswith("2 runs, about 2.0 hours of training in total, by finished runs.")
+    assert lines[0].startswith("2 runs, about 2.0 hours of training in total, estimated from finished runs.")
     assert "Finished already: 1 run of these, which saves 1.0 hours." in lines
     rules = {"study.max_seeds": "3", "study.looks": "once"}
     one_look = replace(grid, stamps=rules)

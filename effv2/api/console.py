@@ -30,8 +30,8 @@ class Left(ProgressColumn):
 class ConsoleReporter(LineReporter):
     """Shows a study, a run's epochs and what is done now; a context manager, so that the terminal is left tidy.
 
-    `in_words` names in a message what its reader knows under another name. Without `lines` only messages are printed
-    where there is neither a terminal nor a notebook.
+    `in_words` replaces names in messages, for example by a command's options. Without `lines`, only messages are
+    printed where there is neither a terminal nor a notebook.
     """
 
     def __init__(self, in_words: Callable[[str], str] = str, lines: bool = True) -> None:

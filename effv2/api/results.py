@@ -36,12 +36,15 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, repr=False)
 class Result:
-    """The result of a call: the sentences that the command prints, and its place in MLflow."""
+    """The result of a call: what the command prints, in this order, and its place in MLflow."""
 
     answers: Sequence[str] = ()
+    table: Rows = field(default_factory=list)
+    notes: Sequence[str] = ()
     address: str = ""
     run_id: str = ""
     experiment_id: str = ""
+    trouble: str = ""  # a sentence about failed runs of a study
     networks: Mapping[str, Requested] = field(default_factory=dict)  # published ones, by the names of their runs
 
     def __repr__(self) -> str:
@@ -102,7 +105,7 @@ class Result:
         if not chosen:
             choices = dict.fromkeys(arm or run_name for _, run_name, arm in named.values())
             raise InputError("model", name, "no such run", choices=choices or ["there are no runs yet"])
-        for run in sorted(chosen, key=lambda run: reached_accuracy(run.metrics), reverse=True):
+        for run in sorted(chosen, key=reached_accuracy, reverse=True):
             if run.name in self.networks:
                 return open_network(self.networks[run.name])
             if address := model_address(run.run_id):
@@ -128,28 +131,39 @@ class Training(Result):
         if BEST_TEST in metrics:
             selected = f"{metrics['selected/test_accuracy']:.2%} at the selected epoch {metrics['selected/epoch']:.0f}"
             answers.append(f"test accuracy {selected}, {metrics[BEST_TEST]:.2%} at its best epoch")
-        where = run_address(run.run_id, run.experiment_id), run.run_id, run.experiment_id
-        return cls(answers, *where, {}, metrics, address, ended.found is not None)
+        return cls(
+            answers,
+            notes=[f"model {address}"] if address else [],
+            address=run_address(run.run_id, run.experiment_id),
+            run_id=run.run_id,
+            experiment_id=run.experiment_id,
+            metrics=metrics,
+            model_address=address,
+            was_finished=ended.found is not None,
+        )
 
 
 @dataclass(frozen=True, repr=False)
 class StudyResult(Result):
-    """A study, or a forecast of one. By run, `failed` holds errors, and `models` the addresses of models."""
+    """A study, or a forecast of one. `failed` holds errors by run."""
 
-    table: Rows = field(default_factory=list)
-    warnings: Sequence[str] = ()
-    models: Mapping[str, str] = field(default_factory=dict)
     failed: Mapping[str, str] = field(default_factory=dict)
-    trouble: str = ""  # a sentence about failed runs
 
     @classmethod
     def of(cls, plan: Plan, end: StudyEnd) -> StudyResult:
         """Return the result of a study."""
         run, found = end.parent, end.results
-        networks = {name: each.requested for name, each in getattr(plan, "evaluations", {}).items()}
-        where = run_address(run.run_id, run.experiment_id), run.run_id, run.experiment_id, networks
-        said = found.table, found.warnings
-        result = cls(found.answers, *where, *said, end.models, end.failed, end.trouble)
+        result = cls(
+            [*found.answers, *filter(None, [found.description])],
+            found.table,
+            [*found.warnings, *filter(None, [end.model])],
+            run_address(run.run_id, run.experiment_id),
+            run.run_id,
+            run.experiment_id,
+            end.trouble,
+            {name: each.requested for name, each in getattr(plan, "evaluations", {}).items()},
+            end.failed,
+        )
         result.__dict__["studies"] = [found]  # as it was published
         return result
 
@@ -175,7 +189,7 @@ class Report(Result):
     def of(cls, made: publication.Report, address: str, target: Path | None) -> Report:
         """Return the result of a report."""
         file, answers = target and target / "report.html", [*made.answers, *made.own, made.summary]
-        result = cls(answers, address, file=file, made=made)
+        result = cls(answers, notes=[str(file)] if file else [], address=address, file=file, made=made)
         result.__dict__.update(records=made.runs, studies=made.studies)
         return result
 

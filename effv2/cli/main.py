@@ -6,7 +6,6 @@ import atexit
 import gc
 import os
 import sys
-from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -25,7 +24,7 @@ from effv2.core.errors import InputError, RunError
 if TYPE_CHECKING:
     from PIL.Image import Image
 
-    from effv2.api.results import Result, StudyResult
+    from effv2.api.results import Result
 
 CHECKED = Taken(settings=DATA, defaults={"dataset": "folder"})
 if sys.version_info < (3, 14):  # since then, triton would list its objects as leaked
@@ -38,48 +37,39 @@ def main() -> None:
     """Train, ablate and compare EfficientNetV2 on small images, tracked in MLflow."""
 
 
-def _command(call: calls.Call, show: Callable[[Any], None]) -> click.Command:
+def _command(call: calls.Call) -> click.Command:
     """Make the command of a function of the API. The command shows the result."""
 
-    @cli.takes(call.taken)
-    def command(given: Mapping[str, Any]) -> None:
+    def command(**given: Any) -> None:
         named = partial(cli.in_options, command=click.get_current_context().command, settings=False)
         with ConsoleReporter(named) as reporter:
             result = call(**given, reporter=reporter)
-        show(result)
+        _show(result)
 
     name = call.function.__name__.replace("_", "-")
-    made = click.command(name, cls=cli.Command, help=call.help)(command)
+    made = click.command(name, cls=cli.Command, help=call.help, taken=call.taken)(command)
     main.add_command(made)
     return made
 
 
 def _show(result: Result) -> None:
-    """Print the result of a training or a report."""
-    model, file = getattr(result, "model_address", ""), getattr(result, "file", None)
+    """Print a result and where to see it; RunError if runs of a study failed."""
     command = click.get_current_context().command
-    for line in filter(None, (*result.answers, model and f"model {model}", file, result.address)):
-        click.echo(cli.in_options(str(line), command, settings=False))
-
-
-def _show_study(result: StudyResult) -> None:
-    """Print the results of a study and where to see them; RunError if runs failed."""
-    said = [*result.answers, *(study.description for study in result.studies if study.description)]
-    click.echo(cli.in_options("\n".join(said), click.get_current_context().command, settings=False))
+    for line in result.answers:
+        click.echo(cli.in_options(line, command, settings=False))
     print_table(result.table)
-    models = [f"model of {name}: {address}" for name, address in result.models.items()]
-    for line in filter(None, (*result.warnings, *models, result.address)):
+    for line in filter(None, (*result.notes, result.address)):
         click.echo(line)
     if result.trouble:
         raise RunError(result.trouble)
 
 
-train = _command(calls.train, _show)
-ablate = _command(calls.ablate, _show_study)
-hparam_check = _command(calls.hparam_check, _show_study)
-search = _command(calls.search, _show_study)
-evaluate_pretrained = _command(calls.evaluate_pretrained, _show_study)
-report = _command(calls.report, _show)
+train = _command(calls.train)
+ablate = _command(calls.ablate)
+hparam_check = _command(calls.hparam_check)
+search = _command(calls.search)
+evaluate_pretrained = _command(calls.evaluate_pretrained)
+report = _command(calls.report)
 
 
 @main.command(cls=cli.Command)
@@ -97,17 +87,16 @@ def export(model: str, folder: str) -> None:
     click.echo(f"serve it with: mlflow models serve --model-uri {target} --env-manager local")
 
 
-@main.command(cls=cli.Command)
+@main.command(cls=cli.Command, taken=Taken(more=("experiment",)))
 @click.option("--port", default=5000, show_default=True, type=click.IntRange(1, 65535), help="The port to serve on.")
-@cli.takes(Taken(more=("experiment",)))
-def ui(port: int, given: Mapping[str, Any]) -> None:
+def ui(port: int, experiment: str | None) -> None:
     """Open MLflow's UI for the current store, at the newest finished run or its study. Ctrl-C ends it.
 
     Without a browser on this machine, it only prints the address.
     """
     from effv2.tracking.ui import open_ui
 
-    open_ui(given.get("experiment", ""), port, click.echo, browse=sys.stdout.isatty())
+    open_ui(experiment or "", port, click.echo, browse=sys.stdout.isatty())
 
 
 @main.group()
@@ -115,18 +104,18 @@ def data() -> None:
     """Check data sets before training."""
 
 
-@data.command("check", cls=cli.Command)
+@data.command("check", cls=cli.Command, taken=CHECKED)
 @click.argument("folder", default="")
 @click.option("--sheet", metavar="FILE", help="Write some images of each class here, as the network sees them.")
-@cli.takes(CHECKED)
-def data_check(folder: str, sheet: str | None, given: Mapping[str, Any]) -> None:
+def data_check(folder: str, sheet: str | None, **options: Any) -> None:
     """Report the content of the data set in FOLDER, broken images and duplicates.
 
     The exit code is 1 if training would fail, learn two labels for one image, or test on an identical training image.
     """
+    given = {name: value for name, value in options.items() if value}
     if folder and "data_dir" in given:
         raise InputError("data_dir", given["data_dir"], f"the folder {folder} is given too", "name one of them")
-    given = ({"data_dir": folder} if folder else {}) | dict(given)
+    given = ({"data_dir": folder} if folder else {}) | given
     own = {"data.dataset": Written("folder")} if "data_dir" in given else {}
     config = build(TrainConfig, own | CHECKED.read(given)[0]).data
 

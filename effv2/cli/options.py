@@ -2,9 +2,8 @@
 
 import os
 import re
-from collections.abc import Callable, Mapping
-from functools import reduce, wraps
-from typing import Any, Literal, cast, get_args, get_origin
+from collections.abc import Mapping
+from typing import Any, Literal, get_args, get_origin
 
 import click
 from pydantic.fields import FieldInfo
@@ -15,8 +14,6 @@ from effv2.core.errors import InputError, RunError, Terminated
 from effv2.core.processes import ending_signals, leave, work_where_typed
 from effv2.core.secrets import mask_command_line, masked
 
-Function = Callable[..., Any]
-Decorator = Callable[[Function], Function]
 TRUE = ("true", "t", "1", "yes", "y", "on")  # as pydantic reads them
 
 
@@ -34,11 +31,16 @@ class Option(click.Option):
 
 
 class Command(click.Command):
-    """A command that ends with one sentence and exit code 2, 1, 130 or 143 after wrong input, a fault or a signal."""
+    """A command that ends with one sentence and exit code 2, 1, 130 or 143 after wrong input, a fault or a signal.
 
-    def __init__(self, name: str, **about: Any) -> None:
+    Its options are those of `taken`, after its own.
+    """
+
+    def __init__(self, name: str, taken: Taken | None = None, **about: Any) -> None:
         # Options may be spelt with underscores, like the parameters of `mlflow run`.
         about["context_settings"] = {"token_normalize_func": lambda token: token.replace("_", "-")}
+        options = [_option(each, field, taken) for each, field in taken.fields.items()] if taken else []
+        about["params"] = [*about.get("params", ()), *options]
         super().__init__(name, short_help=about["help"].partition("\n\n")[0], **about)  # whole: click would cut it
 
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
@@ -108,28 +110,13 @@ def _with_options(error: InputError, command: click.Command) -> InputError:
     return InputError(what, error.value, in_options(error.problem, command), in_options(error.remedy, command))
 
 
-def takes(taken: Taken) -> Decorator:
-    """Add options. The command gets those with a value as `given`."""
-
-    def decorate(function: Function) -> Function:
-        @wraps(function)
-        def command(**values: Any) -> Any:
-            given = {name: value for name in taken.fields if (value := values.pop(name))}
-            return function(given=given, **values)
-
-        options = (_option(name, field, taken) for name, field in reversed(taken.fields.items()))
-        return reduce(lambda decorated, each: each(decorated), options, cast(Function, command))
-
-    return decorate
-
-
-def _option(name: str, field: FieldInfo, taken: Taken) -> Decorator:
+def _option(name: str, field: FieldInfo, taken: Taken) -> Option:
     about: dict[str, Any] = {"help": _help(field, taken.default(name)), "metavar": field.title or _metavar(field)}
     if field.annotation is bool:
         about |= {"is_flag": False, "flag_value": "true"}
     option = f"--{name.replace('_', '-')}"
     setting = taken.settings.get(name, "")
-    return click.option(option, cls=Option, setting=setting, multiple=field.annotation == tuple[str, ...], **about)
+    return Option([option], setting=setting, multiple=field.annotation == tuple[str, ...], **about)
 
 
 def _metavar(field: FieldInfo) -> str:

@@ -8,8 +8,8 @@ import sys
 import threading
 import time
 import uuid
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager, suppress
 from functools import cache
 from pathlib import Path
 from typing import Any, NoReturn
@@ -82,19 +82,9 @@ class _Ending:
 
 
 @contextmanager
-def ending_signals(repeated: bool = True) -> Iterator[None]:
-    """Raise KeyboardInterrupt or Terminated at the first of Ctrl-C, SIGTERM and a lost terminal.
-
-    If `repeated`, a second one ends the process at once. Otherwise it is ignored, because it would interrupt the
-    marking of runs. A signal that was ignored before remains ignored, as nohup and background jobs require. Nothing
-    changes if a caller already raises them, or outside the main thread, where Python allows no handlers.
-    """
-    if _ending() is not None or not _in_main_thread():
-        yield
-        return
-    heard = [number for number in ENDING_SIGNALS if signal.getsignal(number) is not signal.SIG_IGN]
-    ending = _Ending(repeated)
-    before = {number: signal.signal(number, ending) for number in heard}
+def handlers(wanted: Mapping[int, Any]) -> Iterator[None]:
+    """Set handlers of signals while inside. Nothing changes outside the main thread, where Python allows none."""
+    before = {number: signal.signal(number, wanted[number]) for number in wanted if _in_main_thread()}
     try:
         yield
     finally:
@@ -102,17 +92,15 @@ def ending_signals(repeated: bool = True) -> Iterator[None]:
             signal.signal(number, handler)
 
 
-@contextmanager
-def interrupts_ignored() -> Iterator[None]:
-    """Ignore Ctrl-C, as processes that start inside then do; not outside the main thread, where Python can't."""
-    if not _in_main_thread():
-        yield
-        return
-    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGINT, before)
+def ending_signals(repeated: bool = True) -> AbstractContextManager[None]:
+    """Raise KeyboardInterrupt or Terminated at the first of Ctrl-C, SIGTERM and a lost terminal.
+
+    If `repeated`, a second one ends the process at once. Otherwise it is ignored, because it would interrupt the
+    marking of runs. A signal that was ignored before remains ignored, as nohup and background jobs require. Nothing
+    changes if a caller already raises them, or outside the main thread.
+    """
+    heard = [number for number in ENDING_SIGNALS if signal.getsignal(number) is not signal.SIG_IGN]
+    return handlers({} if _ending() else dict.fromkeys(heard, _Ending(repeated)))
 
 
 def _in_main_thread() -> bool:

@@ -34,16 +34,14 @@ class Comparison(Plan):
         """Evaluate a network."""
         return evaluation.evaluate(self.evaluations[spec.name], spec)
 
-    def conclude(self, trials: Trials, parent: TrackedRun, log_model: LogModel, load: LoadData) -> dict[str, str]:
+    def conclude(self, trials: Trials, parent: TrackedRun, log_model: LogModel, load: LoadData) -> None:
         """Log the wanted networks to the runs that evaluated them, unless these have one."""
-        best, models = best_of(trials.values()), dict[str, str]()
+        best = best_of(trials.values())
         for name, run_id in run_ids(trials).items() if log_model != "none" else ():
             run = TrackedRun(run_id, parent.experiment_id)
             wanted = log_model == "all" or (best is not None and best.user_attrs[NAME] == name)
             if wanted and not model_address(run_id):
                 evaluation.log_network(self.evaluations[name], run)
-                models[name] = model_address(run_id)
-        return models
 
 
 def make_comparison(

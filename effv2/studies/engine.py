@@ -2,6 +2,7 @@
 
 import multiprocessing
 import os
+import signal
 import sys
 import time
 from collections import Counter
@@ -19,14 +20,14 @@ from optuna.trial import TrialState
 from effv2.config.options import StudyOptions
 from effv2.core import provenance
 from effv2.core.errors import RunError, listed
-from effv2.core.processes import interrupts_ignored, uninterrupted
+from effv2.core.processes import handlers, uninterrupted
 from effv2.core.reporter import Message, Reporter
 from effv2.data.dataset import LoadData
 from effv2.evidence.publication import publish_study, read_results
 from effv2.evidence.study import StudyResults
 from effv2.studies.earlier import DEFINITION, PARENT, differing, earlier, named
 from effv2.studies.plan import Plan, TrainingPlan, best_of, progress_of, run_ids
-from effv2.studies.queue import ERROR, FINAL, RUN, Queue, Trials
+from effv2.studies.queue import ERROR, FINAL, NAME, RUN, Queue, Trials
 from effv2.studies.storage import DATABASE_ERRORS, OUTAGE_SECONDS, Storage, cannot_use, open_storage
 from effv2.studies.worker import AWAY, OpenedStudy, Worker, worker_process
 from effv2.tracking import store
@@ -47,12 +48,12 @@ MOST_DIFFERENCES, MOST_FAILURES = 4, 5  # that a message names
 
 @dataclass(frozen=True)
 class StudyEnd:
-    """The run of a study, its results, and by trial: the errors of failed runs and the models to use."""
+    """The run of a study, its results, and the errors of failed runs by trial."""
 
     parent: TrackedRun
     results: StudyResults
     failed: Mapping[str, str]
-    models: Mapping[str, str]
+    model: str  # name and address of the best run's model, if that is of interest
     trouble: str  # a sentence about the failed runs
 
 
@@ -195,7 +196,6 @@ def deleted_runs(trials: Trials, experiment_id: str) -> set[str]:
 def _publish(study: OpenedStudy, queue: Queue, load: LoadData, reporter: Reporter) -> StudyEnd:
     """Publish the study unless another process just did, and end its run unless other processes work on it."""
     storage, plan, log_model = queue.storage, study.plan, study.options.log_model
-    models: Mapping[str, str] = {}
     with storage.lock(f"publish {study.name}", long=True):
         trials = queue.trials()
         wanted = plan.wanted(trials)
@@ -207,13 +207,17 @@ def _publish(study: OpenedStudy, queue: Queue, load: LoadData, reporter: Reporte
             results = read_results(study.parent)
         else:
             _note_planned(study, trials)
-            models, used = plan.conclude(trials, study.parent, log_model, load), run_ids(trials)
+            plan.conclude(trials, study.parent, log_model, load)
+            used = run_ids(trials)
             results = publish_study(study.parent, used, plan.dataset(load))
             storage.optuna.set_study_user_attr(queue.study_id, PUBLISHED, stands)
             if log_model == "all" and (without := [run for run in used.values() if not model_address(run)]):
                 text = f"{len(without)} runs were already finished, without a model; `fresh` repeats them with a model."
                 reporter.message(text)
-        in_vain = plan.searches and best_of(trials.values()) is None  # then diverged runs count as failed
+        best = best_of(trials.values())
+        address = model_address(best.user_attrs[RUN]) if best and (log_model == "best" or plan.searches) else ""
+        model = f"model of {best.user_attrs[NAME]}: {address}" if best and address else ""
+        in_vain = plan.searches and best is None  # then diverged runs count as failed
         failed = {
             name: str(each.user_attrs.get(ERROR))
             for name, each in trials.items()
@@ -225,7 +229,7 @@ def _publish(study: OpenedStudy, queue: Queue, load: LoadData, reporter: Reporte
     if failed or in_vain:
         errors = listed([f"{name}: {error}" for name, error in failed.items()], MOST_FAILURES)
         trouble += f"{len(failed)} of {len(wanted)} runs failed. {errors}"
-    return StudyEnd(study.parent, results, failed, models, trouble)
+    return StudyEnd(study.parent, results, failed, model, trouble)
 
 
 def _supervise(study: OpenedStudy, queue: Queue, message: Message, show: Callable[[], None]) -> None:
@@ -242,7 +246,8 @@ def _supervise(study: OpenedStudy, queue: Queue, message: Message, show: Callabl
         main = sys.modules["__main__"]
         sys.modules["__main__"] = ModuleType("__main__")  # workers must not run the calling script again
         try:
-            with interrupts_ignored():  # workers inherit this: Ctrl-C reaches all, and this process ends them in order
+            # Workers inherit this. Ctrl-C reaches all processes, and this one ends them in order.
+            with handlers({signal.SIGINT: signal.SIG_IGN}):
                 process.start()
         finally:
             sys.modules["__main__"] = main

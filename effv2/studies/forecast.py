@@ -62,10 +62,6 @@ def as_begun(plan: Any, experiment_id: str, options: StudyOptions) -> tuple[Any,
     return plan, None, 0, 0
 
 
-class _TimeIsUp(Exception):
-    """Ends a training after its timing."""
-
-
 def forecast(
     plan: Grid,
     options: StudyOptions,
@@ -102,7 +98,7 @@ def forecast(
     shared = f"; {options.workers} workers share the machine" if options.workers > 1 else ""
     deviation, source = _deviation(same)
     lines = [
-        f"{count}, about {hours} of training in total, by {how}{shared}.",
+        f"{count}, about {hours} of training in total, estimated from {how}{shared}.",
         "Start-up, evaluation and logging take extra time.",
         *([] if begun else already),
         f"Differences from the baseline that verdicts would find, if the standard deviation over seeds is "
@@ -184,9 +180,9 @@ def _timed(config: TrainConfig, load: LoadData, limit: float) -> float:
         ends.append(time.perf_counter())
         steps_of_all = steps * config.schedule.epochs
         if len(ends) > 1 and ends[-1] - ends[0] > limit:
-            raise _TimeIsUp
+            raise TimeoutError
 
     training.on_step = on_step
-    with suppress(_TimeIsUp):
+    with suppress(TimeoutError):
         next(iter(training))
     return (ends[-1] - ends[0]) / max(1, len(ends) - 1) * steps_of_all

@@ -42,7 +42,7 @@ class Grid(TrainingPlan):
     shows_best: ClassVar[bool] = False  # one run is no answer
 
     def dataset(self, load: LoadData) -> Dataset | None:
-        """Return the images of the first arm. All arms have the same test images."""
+        """Return the images of the first arm, which the report shows."""
         return load(next(iter(self.arms.values())).data)
 
     def wanted(self, trials: Trials) -> Mapping[str, Params]:

@@ -121,8 +121,8 @@ class Plan(ABC):
         """Work on a trial, in a run of the same name. The run may already be finished, or interrupted."""
 
     @abstractmethod
-    def conclude(self, trials: Trials, parent: TrackedRun, log_model: LogModel, load: LoadData) -> Mapping[str, str]:
-        """Make the computations that need all trials; return addresses of their models, by trial. Repeatable."""
+    def conclude(self, trials: Trials, parent: TrackedRun, log_model: LogModel, load: LoadData) -> None:
+        """Make the computations that need all trials. Repeatable."""
 
     def dataset(self, load: LoadData) -> Dataset | None:
         """Return the data set that all trials share, if any."""
@@ -162,11 +162,11 @@ class TrainingPlan(Plan):
         config = self.configuration(params)
         return attempt(config, load(config.data), spec)
 
-    def conclude(self, trials: Trials, parent: TrackedRun, log_model: LogModel, load: LoadData) -> Mapping[str, str]:
+    def conclude(self, trials: Trials, parent: TrackedRun, log_model: LogModel, load: LoadData) -> None:
         """Log the model of the best run if only that is wanted, and test the best run of a search."""
         best = best_of(trials.values())
         if best is None or not (log_model == "best" or self.searches):
-            return {}
+            return
         run, config = TrackedRun(best.user_attrs[RUN], parent.experiment_id), self.configuration(best.params)
         records = {record.run_id: record for record in read_runs(run_ids(trials).values())}
         model = log_model == "best" and not model_address(run.run_id)
@@ -180,8 +180,6 @@ class TrainingPlan(Plan):
         for record in records.values():
             if record.parent == parent.run_id:  # the study's own runs keep their weights until the best run is known
                 TrackedRun(record.run_id, parent.experiment_id).discard(WEIGHTS)
-        address = model_address(run.run_id)
-        return {best.user_attrs[NAME]: address} if address else {}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -225,10 +223,10 @@ class Search(TrainingPlan):
         """Return the base with some settings changed."""
         return build(TrainConfig, {name: Written(value) for name, value in {**self.base.flat(), **params}.items()})
 
-    def conclude(self, trials: Trials, parent: TrackedRun, log_model: LogModel, load: LoadData) -> Mapping[str, str]:
+    def conclude(self, trials: Trials, parent: TrackedRun, log_model: LogModel, load: LoadData) -> None:
         """Also log the configuration of the best trial and Optuna's figures to the parent."""
-        models, best = super().conclude(trials, parent, log_model, load), best_of(trials.values())
-        if best is not None:
+        super().conclude(trials, parent, log_model, load)
+        if (best := best_of(trials.values())) is not None:
             own, tested = read_runs([parent.run_id, best.user_attrs[RUN]])
             looks = [*filter(None, own.tags.get(LOOKS, "").split(",")), tested.run_id]
             parent.set_tags({BEST_RUN: tested.run_id, LOOKS: ",".join(dict.fromkeys(looks))})
@@ -236,7 +234,6 @@ class Search(TrainingPlan):
                 config = self.configuration(best.params | {"evaluation.test_set": True})
                 (folder / "best.yaml").write_text(study_text(config, f"{self.name}-best"), encoding="utf-8")
                 _draw(trials, folder)
-        return models
 
 
 def _draw(trials: Trials, folder: Path) -> None:

@@ -22,7 +22,7 @@ from optuna.trial import TrialState
 from sqlalchemy import exc
 from sqlalchemy.engine import URL
 
-from effv2.core.errors import InputError, StoreAway, listed
+from effv2.core.errors import InputError, StoreAway
 from effv2.core.internals import stale_trial_ids, trial_id
 from effv2.core.processes import stop_if_told
 from effv2.core.secrets import masked
@@ -70,8 +70,8 @@ class Storage(ABC):
     def lock(self, name: str, long: bool = False) -> AbstractContextManager[None]:
         """Hold the lock of that name, perhaps for `long`. It is not reentrant.
 
-        In a file, all names share one lock, and all long ones another. StoreAway if another process holds a lock that
-        isn't long for longer than this process waits for the storage.
+        In a file, all names share one lock, and all long ones another. A long lock is awaited without limit. StoreAway
+        if another process holds the other one for longer than `patience`.
         """
 
     @abstractmethod
@@ -82,8 +82,7 @@ class Storage(ABC):
     def stale(self, study: int) -> list[int]:
         """Return the running trials without a heartbeat for GRACE_SECONDS."""
 
-    @abstractmethod
-    def close(self) -> None:
+    def close(self) -> None:  # noqa: B027 (a log has none)
         """Close the connections of this thread."""
 
     def retry(self, operation: Callable[[], R]) -> R:
@@ -207,9 +206,6 @@ class Journal(Storage):
             return os.fstat(file.fileno()).st_mtime
         return 0.0
 
-    def close(self) -> None:  # noqa: D102
-        pass
-
 
 def open_storage(url: str, wait: float = 0) -> Storage:
     """Open a storage and create its tables if they are missing; InputError if it can't be used.
@@ -243,12 +239,6 @@ def check_storage(url: str) -> URL | Path:
     except (exc.SQLAlchemyError, OSError, LogAway) as error:
         raise cannot_use(masked(url), error) from error
     return parsed
-
-
-def waiting(names: list[str]) -> str:
-    """Say that other processes have the trials of these names, and how long it takes if they are gone."""
-    text = f"Waiting for {listed(names, 5)}, which another process has. If that process is gone"
-    return f"{text}, this one takes over in at most {TAKEOVER_SECONDS} seconds."
 
 
 def cannot_use(shown: str, error: Exception) -> InputError:

@@ -17,7 +17,7 @@ import torch
 from optuna.trial import FrozenTrial, TrialState
 
 from effv2.config.options import StudyOptions
-from effv2.core.errors import Diverged, InputError, LeaseLost, RunError, StoreAway, Terminated
+from effv2.core.errors import Diverged, InputError, LeaseLost, RunError, StoreAway, Terminated, listed
 from effv2.core.processes import ending_signals, leave, tune_allocator
 from effv2.core.reporter import LineReporter, Reporter
 from effv2.data.dataset import LoadData, load_once
@@ -25,7 +25,7 @@ from effv2.run.run import Attempt, RunSpec
 from effv2.studies.plan import Plan, best_of
 from effv2.studies.queue import ERROR, FINAL, NAME, RUN, Params, Queue
 from effv2.studies.seeds import ELSEWHERE
-from effv2.studies.storage import LEAVING_SECONDS, OUTAGE_SECONDS, Storage, open_storage, waiting
+from effv2.studies.storage import LEAVING_SECONDS, OUTAGE_SECONDS, TAKEOVER_SECONDS, Storage, open_storage
 from effv2.tracking.read import find_runs, read_history, read_run
 from effv2.tracking.run import end_left_open
 from effv2.tracking.store import answers, configure, outage_passed
@@ -107,7 +107,8 @@ class Worker:
                 self.changed()
             elif left := self.queue.unfinished():
                 if self.study.options.workers == 1 and not said.issuperset(left):  # not for workers of one command
-                    self.reporter.message(waiting(left))
+                    text = f"Waiting for {listed(left, 5)}, which another process has. If that process is gone"
+                    self.reporter.message(f"{text}, this one takes over in at most {TAKEOVER_SECONDS} seconds.")
                     said |= set(left)
                 time.sleep(POLL_SECONDS * random.uniform(0.5, 1.5))  # noqa: S311
             else:
