@@ -178,6 +178,17 @@ def test_a_fault_while_a_run_begins_ends_it(
     assert [run.info.status for run in MlflowClient().search_runs([experiment])] == [status]
 
 
+def test_a_resumed_run_does_not_keep_the_error_of_its_failed_attempt(sqlite_store: str) -> None:
+    experiment = open_store("")
+    with pytest.raises(ZeroDivisionError), open_run("run", experiment, {}, message=print) as run:
+        raise ZeroDivisionError("a fault")
+    assert "a fault" in MlflowClient().get_run(run.run_id).data.tags["effv2.error"]
+    with open_run("run", experiment, {}, resumes=run.run_id, message=print) as run:
+        run.complete()
+    ended = MlflowClient().get_run(run.run_id)
+    assert ended.info.status == "FINISHED" and not ended.data.tags["effv2.error"]
+
+
 def test_a_run_that_was_created_twice_is_kept_once(sqlite_store: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Runs of other processes stay, even if they began the same in the same millisecond."""
     create, others = MlflowClient.create_run, list[str]()

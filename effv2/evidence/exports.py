@@ -8,7 +8,7 @@ from pathlib import Path
 from effv2.evidence.claims import EXPORTED_AS
 from effv2.evidence.quantities import HISTORIES
 from effv2.tracking.addresses import ui_address
-from effv2.tracking.exports import Answers, Manifest, Predictions, answers_of, read_export, write_export
+from effv2.tracking.exports import Manifest, Predictions, answers_of, read_export, write_export
 from effv2.tracking.read import READERS, RunRecord, experiment_name, read_artifacts, read_experiment
 
 # Predictions of a run. The last ones of a published network are those of images that it wasn't trained on, as far as
@@ -31,9 +31,8 @@ class Evidence:
         """Return by image whether a run was right, for published networks on images not trained on, if known."""
         if run.run_id not in self.answers:
             files = self.predictions(run)
-            found = next((files[name] for name in reversed(PREDICTIONS) if name in files), Answers((), []))
-            said = zip(found.images, found.predicted, strict=True)
-            self.answers[run.run_id] = {image: true == predicted for (image, true), (predicted, _) in said}
+            found = next((files[name] for name in reversed(PREDICTIONS) if name in files), ())
+            self.answers[run.run_id] = {image: true == predicted for image, true, predicted, _ in found}
         return self.answers[run.run_id]
 
 
@@ -68,7 +67,7 @@ def exported(folders: Sequence[Path]) -> Evidence:
     """
     exports = list(map(read_export, folders))
     held = {run.run_id: (run, each) for each in exports for run in each.runs}
-    claims = {text: each.folder / EXPORTED_AS for each in exports if (text := each.text(EXPORTED_AS)) is not None}
+    claims = {sha: each.folder / EXPORTED_AS for each in exports if (sha := each.manifest.sha256.get(EXPORTED_AS))}
     return Evidence(
         experiment=", ".join(dict.fromkeys(name for each in exports for name in each.manifest.experiment.split(", "))),
         ui=exports[0].manifest.ui if len(exports) == 1 else "",

@@ -71,7 +71,7 @@ def promote(address: str, name: str, *, dry_run: bool = False, **limits: float |
 def _judged(run_id: str | None) -> tuple[RunRecord, dict[str, tuple[str, str]]]:
     """Return a run and its answers; InputError if it has none for a judgement."""
     run, problem = read_run(run_id) if run_id else None, "it has no run, or its run was deleted"
-    found = Answers((), [])
+    found: Answers = ()
     if run is not None and "weights.name" in run.params:
         problem = "its run evaluated weights, on images that they may have been trained on"
     elif run is not None and (run.status != "FINISHED" or run.tags.get(OUTCOME) != "complete"):
@@ -79,9 +79,8 @@ def _judged(run_id: str | None) -> tuple[RunRecord, dict[str, tuple[str, str]]]:
     elif run is not None:
         found = predictions_of(run).get(PREDICTIONS[0], found)
         problem = "its run has no predictions of test images, or several for one image"
-    said = zip(found.images, found.predicted, strict=True)
-    answers = {image: (true, predicted) for (image, true), (predicted, _) in said}
-    if run is None or not answers or len(answers) < len(found.images):
+    answers = {image: (true, predicted) for image, true, predicted, _ in found}
+    if run is None or not answers or len(answers) < len(found):
         raise InputError("model", f"of the run {run_id}", problem, "give one that can be judged")
     return run, answers
 

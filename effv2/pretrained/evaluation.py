@@ -30,6 +30,7 @@ from effv2.run.records import write_predictions
 from effv2.run.run import Attempt, RunSpec, find_earlier
 from effv2.run.weights import Requested
 from effv2.serving.export import as_base64, write_served
+from effv2.tracking.read import reached_accuracy
 from effv2.tracking.tags import run_tags
 from effv2.tracking.writer import TrackedRun
 from effv2.training.evaluation import median_seconds
@@ -40,7 +41,6 @@ CPU_BATCH_PIXELS = 8 * 224**2
 FULL_BATCH_IMAGES = 128
 COMPARED_IMAGES = 512  # images on which bf16 is compared with float32
 Progress = Callable[[int], None]  # called with the number of finished images
-RANKING = ("evaluation.ranked_on", "evaluation.ranked_origin")  # params
 CODE = provenance.code_version(provenance.OF_EVALUATION)  # versions of the parts that decide an evaluation
 
 
@@ -126,16 +126,14 @@ class Evaluation:
 def evaluate(evaluation: Evaluation, spec: RunSpec) -> Attempt:
     """Find the finished run of a task, or evaluate from the beginning: this is too fast to need resuming."""
     images, requested, params = evaluation.images, evaluation.requested, evaluation.params()
-    decoded, judged_by = evaluation.decode(spec.reporter), f"{params['evaluation.ranked_on']}/top1_accuracy"
+    decoded = evaluation.decode(spec.reporter)
     machine = [provenance.machine()[name] for name in ("processor", "accelerator", "threads")]  # speeds count, too
     deciding = provenance.sha256_of_values(evaluation.definition() | {"machine": machine})[:16]
     digest = evaluation.data_digest(decoded)
     tags = run_tags(deciding, digest, CODE, requested.network, evaluation.config.data.seed)
     done = find_earlier(tags, spec)
     if done is not None and done.status == "FINISHED":
-        run = TrackedRun(done.run_id, spec.experiment_id)
-        run.log_params({name: params[name] for name in RANKING if name not in done.params})  # missing in an older run
-        return Attempt(run, done.metrics, done.metrics[judged_by], found=done)
+        return Attempt(TrackedRun(done.run_id, spec.experiment_id), done.metrics, reached_accuracy(done), found=done)
     with spec.open_run(tags) as run, what_ran_out("execution.batch_size"):
         spec.run_opened(run.run_id)
         run.log_params(params)
@@ -146,7 +144,7 @@ def evaluate(evaluation: Evaluation, spec: RunSpec) -> Attempt:
         run.sender.check()
         metrics = _measure(evaluation, decoded, run, spec.reporter)
         run.complete()
-    return Attempt(run, metrics, metrics[judged_by])
+    return Attempt(run, metrics, metrics[f"{params['evaluation.ranked_on']}/top1_accuracy"])
 
 
 def _measure(evaluation: Evaluation, decoded: Decoded, run: TrackedRun, reporter: Reporter) -> dict[str, float]:

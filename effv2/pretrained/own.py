@@ -12,7 +12,7 @@ from effv2.architecture import build_model
 from effv2.config.layers import validate
 from effv2.config.schema import ModelConfig
 from effv2.core.errors import InputError, listed
-from effv2.data.images import CentreCrop, Labels, Preparation, Square
+from effv2.data.images import Labels, Square
 from effv2.pretrained.images import EvaluationImages, class_names
 from effv2.run import weights
 from effv2.run.initial import FoundWeights, read_served
@@ -86,14 +86,9 @@ def _logged(requested: Requested) -> Requested:
     """Return the description in a logged model: its place, its classes, its preprocessing."""
     served = _read(requested)
     name = run.params.get("weights.name", "") if (run := read_run(served.run_id)) else ""
-    if name or not served.outputs:
-        problem = f"it was logged by an evaluation of weights ({name or 'which is gone'}), not by a training"
+    if name or not served.outputs or "shorter_side" in served.settings:  # also if the evaluation's run was deleted
+        problem = f"it was logged by an evaluation of weights{name and f' ({name})'}, not by a training"
         raise InputError("models", requested.text, problem, "name these weights or their file instead")
-    settings = served.settings
-    size = settings["image_size"]
-    preparation: Preparation = Square(size)
-    if "shorter_side" in settings:
-        preparation = CentreCrop(size, settings["shorter_side"], settings["interpolation"].lower())
     return replace(
         requested,
         address=served.address,
@@ -101,7 +96,7 @@ def _logged(requested: Requested) -> Requested:
         sha256=served.sha256,
         outputs=served.outputs,
         classes=served.classes,
-        brings=(preparation, served.statistics),
+        brings=(Square(served.settings["image_size"]), served.statistics),
     )
 
 

@@ -18,7 +18,7 @@ def refuse_missing_weights(model: ModelConfig) -> None:
         return
     if model.weights and not model.weights.startswith(LOGGED) and not is_file(model.weights):
         problem = f"no such file, and only {', '.join(NETWORKS)} have published weights"
-        remedy = "give a file, runs:/ID or models:/ID; model.weights_sha256 finds the runs that used them"
+        remedy = "give a file, runs:/ID or models:/ID; model.weights_sha256 finds finished runs without the file"
         raise InputError("model.weights", model.weights, problem, remedy)
 
 

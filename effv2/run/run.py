@@ -133,7 +133,7 @@ def attempt(config: TrainConfig, dataset: Dataset, spec: RunSpec) -> Attempt:
         if earlier.status == "FINISHED":
             checkpointer.remove()  # if only the status was missing
             pruned = earlier.tags.get(tag.OUTCOME) == "pruned"
-            return Attempt(there, earlier.metrics, reached_accuracy(earlier.metrics), pruned, earlier)
+            return Attempt(there, earlier.metrics, reached_accuracy(earlier), pruned, earlier)
         _compare_norms(earlier, tags, spec.reporter)
     elif config.model.weights:
         tags[tag.WEIGHTS] = origin(config, dataset.classes)  # before the run is created: it may fail
@@ -243,9 +243,9 @@ def study_text(config: TrainConfig, name: str = "again") -> str:
 def find_earlier(tags: Mapping[str, str], spec: RunSpec) -> RunRecord | None:
     """Return the run of this identity from earlier commands: a finished one, or an unfinished one to resume.
 
-    For a trial with an earlier attempt, it is the run of that attempt, which is ended if a dead process left it open;
-    not while a live process works on it. Without a queue, it is the last interrupted run outside of any study, unless
-    another run finished after that one began. A fresh study only counts its own finished runs.
+    For a trial with an earlier attempt, it is the run of that attempt, which is ended if a dead process left it open. A
+    run that a live process works on is not touched. Without a queue, it is the last interrupted run outside of any
+    study, unless another run finished after that one began. A fresh study only counts its own finished runs.
     """
     if spec.fresh and spec.previous is None:
         return None

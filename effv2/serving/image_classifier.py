@@ -1,6 +1,6 @@
 """The served model, as MLflow loads it (models from code): this file, its decoder, a network, settings.
 
-The network is a torch.export program, or an equal ONNX file, which needs no torch. The existing artifact is used.
+The network is a torch.export program, or an equal ONNX file, which needs no torch: whichever of the two is there.
 
 The decoder is the file that also decodes images for training. Settings (JSON): image_size in pixels, and names of the
 columns. If the shorter side is resized and the central square is cropped: shorter_side in pixels, and Pillow's name of
@@ -44,13 +44,6 @@ class Refused(MlflowException):
     message = property(lambda self: self._text, lambda self, _: None)
 
 
-class BadImage(Refused):
-    """An input that is not an image."""
-
-    def __init__(self, position: int, reason: str) -> None:
-        super().__init__(f"Image {position} of the request can't be read: {reason}.")
-
-
 class ImageClassifier(PythonModel):
     """Images of any size and mode to class names and probabilities."""
 
@@ -90,7 +83,7 @@ class ImageClassifier(PythonModel):
         return {"label": names[column], "probability": row[column], "probabilities": probabilities}
 
     def pixels(self, item: Any, position: int = 0) -> Any:
-        """Return an image as the network's bytes (size, size, 3); BadImage if it can't be read."""
+        """Return an image as the network's bytes (size, size, 3); Refused if it can't be read."""
         how = [self.settings[name] for name in ("shorter_side", "interpolation") if name in self.settings]
         self.decoder.allow(MOST["pixels"] / 1e6)
         try:
@@ -99,7 +92,7 @@ class ImageClassifier(PythonModel):
                 return self.decoder.prepare(self._open(item), self.settings["image_size"], *how)
         except (*self.decoder.BROKEN, *self.decoder.TOO_LARGE) as error:
             reason = PLAINLY.get(type(error)) or str(error).rstrip(".") or type(error).__name__
-            raise BadImage(position, reason) from None
+            raise Refused(f"Image {position} of the request can't be read: {reason}.") from None
 
     def _must_fit(self, items: list[Any]) -> None:
         """Refuse a request that would take too long or too much memory, before any decoding."""

@@ -12,7 +12,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path, PurePath
-from typing import Annotated, Any, NamedTuple
+from typing import Annotated, Any
 
 from pydantic import BaseModel, Field
 
@@ -50,13 +50,7 @@ class Manifest(BaseModel):
     sha256: dict[str, str] = {}
 
 
-class Answers(NamedTuple):
-    """The predictions of a run: images as pairs of id and true class, and as many pairs of class and probability."""
-
-    images: tuple[tuple[str, str], ...]
-    predicted: Sequence[tuple[str, str]]
-
-
+Answers = Sequence[tuple[str, ...]]  # for each image its id, true and predicted class, and probability
 Predictions = Mapping[str, Answers]  # of a run, by the names of its files
 
 
@@ -69,19 +63,14 @@ class Export:
     runs: Sequence[RunRecord]
     predictions: Mapping[str, Predictions]
 
-    def text(self, name: str) -> str | None:
-        """Return the text of one of its files; None if it has no file of that name."""
-        there = name in self.manifest.sha256
-        return (self.folder / name).read_text(encoding="utf-8", errors="replace") if there else None
-
 
 def answers_of(text: str) -> Answers | None:
     """Return the predictions in a file of a run; None for another table."""
     with suppress(csv.Error):
         rows = [[row.get(name) for name in ANSWERS] for row in csv.DictReader(io.StringIO(text))]
-        cells = [[from_cell(cell or "") for cell in row] for row in rows if None not in row[:-1]]
+        cells = [tuple(from_cell(cell or "") for cell in row) for row in rows if None not in row[:-1]]
         if cells and len(cells) == len(rows):  # the probability may be missing
-            return Answers(tuple((row[0], row[1]) for row in cells), [(row[2], row[3]) for row in cells])
+            return cells
     return None
 
 
@@ -121,9 +110,8 @@ def _shared(predictions: Mapping[str, Predictions]) -> dict[str, Iterable[tuple[
     columns: dict[str, list[tuple[str, ...]]] = {}
     for run_id, files in predictions.items():
         for file, answers in files.items():
-            name = f"{file.removesuffix('.csv')}-{sha256_of_values(answers.images)[:12]}.csv"
-            ids, true = zip(*answers.images, strict=True)
-            predicted, probability = zip(*answers.predicted, strict=True)
+            ids, true, predicted, probability = zip(*answers, strict=True)
+            name = f"{file.removesuffix('.csv')}-{sha256_of_values([*zip(ids, true, strict=True)])[:12]}.csv"
             columns.setdefault(name, [("id", *ids), ("true", *true)])
             columns[name] += [(f"{run_id} predicted", *predicted), (f"{run_id} probability", *probability)]
     return {name: zip(*each, strict=True) for name, each in columns.items()}
@@ -212,9 +200,8 @@ def _read_predictions(folder: Path, manifest: Manifest) -> dict[str, dict[str, A
             with (folder / name).open(newline="", encoding="utf-8") as table:
                 rows = [[from_cell(text) for text in row] for row in csv.reader(table)]
             (_, *ids), (_, *true), *said = zip(*rows, strict=True)
-            images = tuple(zip(ids, true, strict=True))
             for (title, *predicted), (_, *probability) in zip(said[::2], said[1::2], strict=True):
-                answers = Answers(images, list(zip(predicted, probability, strict=True)))
+                answers = list(zip(ids, true, predicted, probability, strict=True))
                 found[title.split()[0]]["".join(file.groups())] = answers
     return found
 

@@ -45,14 +45,10 @@ def write_whole_files(folder: Path) -> None:
         else:
             write_to(path, text)
 
-    def write_yaml(root: str, file_name: str, data: Any, overwrite: bool = False) -> None:
+    def write_yaml(root: str, file_name: str, data: Any, **_: object) -> None:
         path = Path(root, file_name)
-        if path.exists() and not overwrite:
-            raise FileExistsError(path)
         whole(path, lambda part: yaml_utils.write_yaml(folder, Path(part).name, data))  # type: ignore[no-untyped-call]
 
-    def overwrite_yaml(root: str, file_name: str, data: Any) -> None:
-        write_yaml(root, file_name, data, overwrite=True)
-
-    for function in (write_to, append_to, write_yaml, overwrite_yaml):
-        setattr(file_store, function.__name__, function)
+    ours = {"write_to": write_to, "append_to": append_to, "write_yaml": write_yaml, "overwrite_yaml": write_yaml}
+    for name, function in ours.items():
+        setattr(file_store, name, function)

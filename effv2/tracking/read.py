@@ -20,7 +20,6 @@ from effv2.tracking.tags import DATA_CONTEXT, PARENT, reused_in
 # Accuracies on the test set: at its best epoch, at the selected one (the best on validation, or the last), at the last.
 BEST_TEST, SELECTED_TEST, LAST_TEST = "best/test_accuracy", "selected/test_accuracy", "final/test_accuracy"
 SELECTED_VALIDATION = "selected/val_accuracy"
-JUDGED_BY = (SELECTED_VALIDATION, BEST_TEST, "eval/top1_accuracy")  # the first that a run has decides which is best
 OF_TRIALS = "val/accuracy"  # the metric whose epochs are read for the trials of a search
 T = TypeVar("T")
 READERS = 8  # simultaneous requests for histories: a server answers each in milliseconds, but with a delay
@@ -60,9 +59,13 @@ class RunRecord:
         return self.tags.get(PARENT, "")
 
 
-def reached_accuracy(metrics: Mapping[str, float]) -> float:
-    """Return the accuracy by which the best of several finished runs is chosen: on validation, if they have that."""
-    return next((metrics[name] for name in JUDGED_BY if name in metrics), 0.0)
+def reached_accuracy(run: RunRecord) -> float:
+    """Return the accuracy that decides which of several finished runs is best: on validation, if they have that.
+
+    For published networks it is that on the images by which they are ranked.
+    """
+    names = SELECTED_VALIDATION, BEST_TEST, f"{run.params.get('evaluation.ranked_on', 'eval')}/top1_accuracy"
+    return next((run.metrics[name] for name in names if name in run.metrics), 0.0)
 
 
 def decisive_accuracy(runs: Sequence[RunRecord]) -> str:

@@ -156,7 +156,8 @@ def begin_run(
         return TrackedRun(_create_run(experiment_id, name, known), experiment_id)
     if adopted and GENERATED_NAME.fullmatch(client.get_run(adopted).info.run_name or ""):  # the user gave no name
         tags = {**tags, RUN_NAME: name}
-    run.set_tags(tags)  # otherwise it would be RUNNING for a process that is gone
+    ended = dict.fromkeys((OUTCOME, ERROR), "") if resumes else {}  # of the attempt before
+    run.set_tags({**ended, **tags})  # otherwise it would be RUNNING for a process that is gone
     client.update_run(run.run_id, "RUNNING")
     return run
 
@@ -209,5 +210,4 @@ def open_report_run(experiment_id: str, message: Message) -> AbstractContextMana
     """Open the run for the report of an experiment: the one that `mlflow run` opened, the last one, or a new one."""
     known = MlflowClient().search_runs([experiment_id], f"tags.`{REPORT}` = 'true'", max_results=1)
     last = known[0].info.run_id if known and not os.environ.get("MLFLOW_RUN_ID") else ""
-    tags = {REPORT: "true"} | (dict.fromkeys((OUTCOME, ERROR), "") if last else {})  # those of this report
-    return open_run("report", experiment_id, tags, resumes=last, message=message)
+    return open_run("report", experiment_id, {REPORT: "true"}, resumes=last, message=message)

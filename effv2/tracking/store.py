@@ -75,7 +75,7 @@ EXPLANATIONS = (
 
 
 class MlflowClient(mlflow.MlflowClient):
-    """MLflow's client, which repeats calls whose answer was cut. `create_run` and `create_logged_model` differ."""
+    """MLflow's client, which repeats calls whose answer was cut. Callers delete what a repeated creation made twice."""
 
     def __getattribute__(self, name: str) -> Any:
         """Return an attribute. A method repeats its calls."""

@@ -39,7 +39,7 @@ class TrackedStudy:
     def missing(self) -> str:
         """Describe its missing runs, failed or unfinished. For a search, a diverged run is a valid result."""
         there = {run.name for run in self.runs if run.status == "FINISHED"}
-        failed = {run.name: run.tags.get(tags.ERROR, "unknown reason") for run in self.runs if run.status == "FAILED"}
+        failed = {run.name: run.tags.get(tags.ERROR) or "unknown reason" for run in self.runs if run.status == "FAILED"}
         lacking = [name for name in self.planned if name not in there | failed.keys()]
         diverged = {name for name, error in failed.items() if error.startswith("Diverged:")}
         hidden = there | (diverged if self.kind == "search" else set())
