@@ -153,7 +153,9 @@ def test_skipping_may_not_leave_a_part_or_a_class_empty(
         load_folder(root, skip_broken=True, validation_fraction=0)
 
 
-def test_broken_images_are_skipped_if_requested(tmp_path: Path, own_cache: Path) -> None:
+def test_broken_images_are_skipped_if_requested(
+    tmp_path: Path, own_cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     root = write_tree(tmp_path / "set", *within("train", "test"))
     (root / "train" / "ant" / "ant1.png").write_bytes(b"no image")
     (root / "test" / "cow" / "cow0.png").write_bytes((root / "train" / "bee" / "bee0.png").read_bytes())
@@ -164,6 +166,7 @@ def test_broken_images_are_skipped_if_requested(tmp_path: Path, own_cache: Path)
         assert dataset.notes[1].endswith("as images of train: test/cow/cow0.png is train/bee/bee0.png.")
         with pytest.raises(InputError, match=r"1 image can't be read .*ant1.*or give data\.skip_broken"):
             load_folder(root)
+        monkeypatch.setattr(LabelledImages, "digest", lambda _: pytest.fail("all files were read again"))
 
 
 def test_valid_files_of_many_pixels_and_with_long_texts_are_taken(tmp_path: Path, own_cache: Path) -> None:

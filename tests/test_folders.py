@@ -150,7 +150,7 @@ def test_parts_are_known_in_all_usual_spellings(tmp_path: Path, folders: tuple[s
         (("ant_hill", "ant hill", "bee"), "'ant hill' and 'ant_hill' look like two spellings"),
         (("1", "01", "2"), "'01' and '1' look like two spellings"),
         (("ant", "ant - Copy (2)", "bee"), "'ant' and 'ant - Copy .2.' look like two spellings"),
-        (("logs", "planks"), r"holds 1 class folders \(not counting logs, which"),
+        (("logs", "planks"), r"holds 1 class folder \(not counting logs, which"),
     ],
     ids=lambda value: "" if isinstance(value, str) else " ".join(value[::3]),
 )

@@ -12,7 +12,7 @@ from PIL import Image, ImageFilter
 from effv2.cli.main import main
 from effv2.config.schema import DataConfig
 from effv2.data.dataset import load_dataset
-from effv2.data.inspection import COLUMNS, GAP, MOST_TILE, NEAR_BITS, check, contact_sheet, in_short, near
+from effv2.data.inspection import COLUMNS, GAP, LINE, NEAR_BITS, TILE, check, contact_sheet, in_short, near
 
 random = np.random.default_rng(0)
 
@@ -128,10 +128,10 @@ def test_near_hashes_are_all_found() -> None:
 
 
 def test_a_contact_sheet_shows_what_enters_the_network(tree: Path) -> None:
-    dataset = load_dataset(DataConfig(dataset="folder", dir=str(tree), image_size=48, validation_fraction=0))
-    sheet = contact_sheet(dataset)
-    left = sheet.width - COLUMNS * (48 + GAP)
-    first = np.asarray(sheet.crop((left, 48 + GAP, left + 48, 96 + GAP)))  # the first image of the second class
-    assert np.array_equal(first, dataset.train.pixels[int(dataset.train.rows[4])].numpy())
-    large = load_dataset(DataConfig(dataset="folder", dir=str(tree), image_size=300, validation_fraction=0))
-    assert contact_sheet(large).width == left + COLUMNS * (MOST_TILE + GAP)
+    dataset = load_dataset(DataConfig(dataset="folder", dir=str(tree), image_size=TILE, validation_fraction=0))
+    sheet, labels = contact_sheet(dataset), dataset.train.labels.tolist()
+    each = min(COLUMNS, *(labels.count(label) for label in set(labels)))  # images per class
+    width, height = TILE + 4 * GAP, TILE + LINE + 4 * GAP
+    left, top = each % COLUMNS * width + GAP, each // COLUMNS * height + GAP  # of the first image of the second class
+    first = np.asarray(sheet.crop((left, top, left + TILE, top + TILE)))
+    assert np.array_equal(first, dataset.train.pixels[int(dataset.train.rows[labels.index(1)])].numpy())

@@ -13,7 +13,7 @@ from PIL import Image
 
 from effv2.core.calibration import calibration_error
 from effv2.data.dataset import load_dataset
-from effv2.data.inspection import COLUMNS, GAP, MOST_TILE
+from effv2.data.inspection import COLUMNS, GAP, TILE
 from effv2.run.records import MOST_NAMED, MOST_WRONG, _confusion_figure, log_test
 from effv2.tracking.writer import TrackedRun
 from effv2.training.loop import Training
@@ -33,13 +33,13 @@ def test_a_run_shows_its_surest_mistakes_and_how_sure_it_may_be(sqlite_store: st
     assert metrics["selected/test_ece"] == pytest.approx(calibration_error(sure, right), abs=1e-5)
     assert (folder / "reliability.png").is_file()
     sheet = np.asarray(Image.open(folder / "wrong.jpg"), float)
-    assert sheet.shape[1] == COLUMNS * (MOST_TILE + 4 * GAP) and (right == 0).sum() > MOST_WRONG
+    assert sheet.shape[1] == COLUMNS * (TILE + 4 * GAP) and (right == 0).sum() > MOST_WRONG
     wrong = [place for place in np.argsort(-sure, kind="stable") if not right[place]]
     labels = dataset.test.labels.tolist()
     assert {labels[place] for place in wrong} == set(range(10))
     surest = [[place for place in wrong if labels[place] == label][: MOST_WRONG // 10] for label in range(10)]
     pixels = dataset.test.pixels[dataset.test.rows[list(chain(*surest))]].numpy().astype(float)
-    shown = [sheet[GAP : GAP + MOST_TILE, GAP + left : GAP + left + MOST_TILE] for left in (0, MOST_TILE + 4 * GAP)]
+    shown = [sheet[GAP : GAP + TILE, GAP + left : GAP + left + TILE] for left in (0, TILE + 4 * GAP)]
     for tile, image in zip(shown, pixels, strict=False):  # in this order; JPEG keeps the middle of a pixel
         middle = tile[8::16, 8::16]
         assert abs(middle - image).mean() < min(abs(middle - each).mean() for each in pixels if (each != image).any())

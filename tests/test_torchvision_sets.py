@@ -86,7 +86,8 @@ def dtd(root: Path, _: pytest.MonkeyPatch) -> None:
         (labels / f"{part}1.txt").write_text("\n".join(names))
 
 
-def eurosat(root: Path, _: pytest.MonkeyPatch) -> None:
+def eurosat(root: Path, patch: pytest.MonkeyPatch) -> None:
+    patch.setitem(SETS, "eurosat", SETS["eurosat"]._replace(images=COUNT))
     for index in range(COUNT):
         jpeg(root / "eurosat" / "2750" / ("Forest", "River")[index % 2] / f"{index}.jpg")
 

@@ -38,7 +38,7 @@ class Reporter:
         """Report that a run begins, and its largest number of epochs."""
 
     def step(self, epoch: int, step: int, steps: int, images_per_second: float) -> None:
-        """Report a step of an epoch, both counted from 1, and how fast the epoch is; end here if a signal was lost."""
+        """Report a step of an epoch, both counted from 1, and how fast it is. Raise a signal that Python lost."""
         stop_if_told()
 
     def epoch(self, epoch: int, metrics: Mapping[str, float], best: float) -> None:

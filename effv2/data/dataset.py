@@ -176,7 +176,7 @@ def load_dataset(config: DataConfig, on_decoded: OnDecoded | None = None) -> Dat
     load = _load_published if config.sampling == "published" else _load_standard
     splits = load(config, source, decoded)
     if len(splits["train"]) < 2:  # batch norm can't train on one
-        raise InputError("data.dir", config.dir, "less than 2 images are left to train on", "add images")
+        raise InputError("data.dir", config.dir, "fewer than 2 images are left to train on", "add images")
     if empty := [name for name, split in splits.items() if not len(split)]:
         raise InputError("data.dir", config.dir, f"no image of the {empty[0]} part can be read", "add images")
     learned = set(splits["train"].labels.tolist())

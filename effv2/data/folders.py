@@ -211,7 +211,7 @@ def _classes(folder: Path, what: str, named: bool, left_out: Counter[str]) -> Cl
         others = sorted(path.name for path in folder.iterdir() if path.is_dir() and path.name not in names)
         known = f" (not counting {joined(others)}, which are no classes by their names)" * bool(others)
         known += f" next to {beside} images" * bool(beside)
-        problem = f"holds {len(names)} class folders{known}, but at least 2 are needed"
+        problem = f"holds {counted(len(names), 'class folder')}{known}, but at least 2 are needed"
         remedy = f"give {what}" + ", or a CSV of labels as data.labels" * bool(beside)
         raise InputError("data.dir", folder, problem, remedy)
     if beside:
@@ -323,7 +323,7 @@ def _checked_classes(
         if lacking := [name for name in classes if not found.get(name)]:
             left_out[f"classes that {part} lacks, such as {lacking[0]}"] = len(lacking)
     if len(classes) < 2 or not any(train.values()):
-        raise InputError("data.dir", root, "less than 2 classes with images are left", "add images")
+        raise InputError("data.dir", root, "fewer than 2 classes with images are left", "add images")
     return classes
 
 

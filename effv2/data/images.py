@@ -214,7 +214,7 @@ def decode(
         remedy = "free space there or set EFFV2_CACHE to another folder"
         raise InputError("EFFV2_CACHE", folder, problem, remedy) from error
     with suppress(OSError):  # a read-only cache is also of use
-        if not found.broken:  # unreadable files may be allowed, and no stamp shows these
+        if all(os.access(images.items[at], os.R_OK) for at in found.broken):  # no stamp shows permissions
             pointer.parent.mkdir(parents=True, exist_ok=True)
             write_atomically(pointer, entry.name)
     return sound(found)

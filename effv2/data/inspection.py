@@ -26,7 +26,7 @@ LARGEST_GROUP = 4_000  # images with an equal band that are compared with each o
 LEAST_SIDE = 32  # pixels: the hashes of smaller images are not meaningful
 MOST_HASHED = 20_000  # images that the start of a training hashes: a few seconds
 MOST_NAMED = 5
-ROWS, COLUMNS, LEAST_TILE, MOST_TILE, GAP = 40, 8, 48, 128, 2  # of a contact sheet: classes, images per class, pixels
+ROWS, COLUMNS, TILE, GAP = 40, 8, 128, 2  # at most, of a sheet of images; the last two in pixels
 WRONG = "wrong.jpg"  # artifact of a run: the gallery of its most confident mistakes
 LINE, LONGEST_LINE = 13, 21  # of a caption: pixels, characters
 
@@ -204,21 +204,10 @@ def near(hashes: NDArray[np.uint64]) -> list[tuple[int, int]]:
 
 
 def contact_sheet(dataset: Dataset) -> Image.Image:
-    """Return a few training images per class, one row per class, as they enter the network without augmentation.
-
-    Small images are enlarged and large images are reduced.
-    """
-    labels, side = dataset.train.labels, dataset.train.pixels.shape[1]
-    tile = min(side * max(1, -(-LEAST_TILE // side)), MOST_TILE)
-    names, step = dataset.classes[:ROWS], tile + GAP
-    left = 8 * min(24, max(map(len, names)))
-    sheet = Image.new("RGB", (left + COLUMNS * step, len(names) * step), "white")
-    for row, name in enumerate(names):
-        _write(sheet, name[:24], (GAP, row * step + tile // 2 - 6))
-        shown = torch.nonzero(labels == row).flatten()[:COLUMNS]
-        for column, image in enumerate(dataset.train.images(shown)):
-            sheet.paste(_scaled(image, tile), (left + column * step, row * step))
-    return sheet
+    """Return training images of each class, 320 at most, as they enter the network without augmentation."""
+    labels = dataset.train.labels.tolist()
+    chosen = of_each_class(range(len(labels)), labels, COLUMNS * min(ROWS, len(dataset.classes)))
+    return gallery(dataset.train.images(torch.tensor(chosen)), [[dataset.classes[labels[at]]] for at in chosen])
 
 
 def of_each_class(places: Sequence[int], labels: Sequence[int], most: int) -> list[int]:
@@ -232,22 +221,15 @@ def of_each_class(places: Sequence[int], labels: Sequence[int], most: int) -> li
 
 def gallery(images: torch.Tensor, captions: Sequence[Sequence[str]]) -> Image.Image:
     """Return images (N, 3, side, side) of bytes, each above the lines of its caption. Long lines show both ends."""
-    width, height = MOST_TILE + 4 * GAP, MOST_TILE + LINE * len(captions[0]) + 4 * GAP
+    width, height = TILE + 4 * GAP, TILE + LINE * len(captions[0]) + 4 * GAP
     columns = min(COLUMNS, len(images))
     sheet = Image.new("RGB", (columns * width, -(-len(images) // columns) * height), "white")
     for place, (image, caption) in enumerate(zip(images, captions, strict=True)):
         left, top = place % columns * width + GAP, place // columns * height + GAP
-        sheet.paste(_scaled(image, MOST_TILE), (left, top))
+        tile = Image.fromarray(image.permute(1, 2, 0).cpu().numpy())
+        sheet.paste(tile.resize((TILE, TILE), Image.Resampling.NEAREST), (left, top))
         for number, line in enumerate(caption):
             text = line if len(line) <= LONGEST_LINE else f"{line[:8]}..{line[10 - LONGEST_LINE :]}"
-            _write(sheet, text, (left, top + MOST_TILE + LINE * number))
+            text = text.encode("ascii", "replace").decode()
+            ImageDraw.Draw(sheet).text((left, top + TILE + LINE * number), text, fill="black")
     return sheet
-
-
-def _scaled(image: torch.Tensor, tile: int) -> Image.Image:
-    pixels = image.permute(1, 2, 0).cpu().numpy()
-    return Image.fromarray(pixels).resize((tile, tile), Image.Resampling.NEAREST)
-
-
-def _write(sheet: Image.Image, text: str, at: tuple[int, int]) -> None:
-    ImageDraw.Draw(sheet).text(at, text.encode("ascii", "replace").decode(), fill="black")

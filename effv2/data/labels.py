@@ -130,7 +130,7 @@ def _rows(path: Path) -> list[tuple[str, str, str]]:
 
 
 def _read(path: Path) -> tuple[list[str], list[list[str]]]:
-    """Return the first line of a table, and the others, which are as long; without spaces around the cells."""
+    """Return the titles of a table, and its rows, filled up to as many cells, without spaces around them."""
     if not path.is_file():
         raise InputError("data.labels", path, "no such file", "give a CSV with a column of files and one of labels")
     try:

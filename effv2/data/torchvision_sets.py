@@ -24,10 +24,14 @@ PUBLISHED_IMAGES = 20_000  # images of MNIST's training part in the post's proto
 
 
 class Parts(NamedTuple):
-    """A class of torchvision, with its arguments for each part. Without a test part, one is split off."""
+    """A class of torchvision, with its arguments for each part. Without a test part, one is split off.
+
+    `images` is the number of images, for a class that doesn't notice missing files, as after a killed download.
+    """
 
     name: str
     arguments: Mapping[str, Mapping[str, Any]]
+    images: int = 0
 
 
 FLAG = {"train": {"train": True}, "test": {"train": False}}
@@ -47,7 +51,7 @@ SETS = {
     "flowers102": Parts("Flowers102", SPLIT | VALIDATION),
     "dtd": Parts("DTD", SPLIT | VALIDATION),
     "fgvc_aircraft": Parts("FGVCAircraft", SPLIT | VALIDATION),
-    "eurosat": Parts("EuroSAT", {"train": {}}),
+    "eurosat": Parts("EuroSAT", {"train": {}}, 27_000),
 }
 
 
@@ -63,6 +67,8 @@ def _read(name: str, config: DataConfig) -> Source:
     try:
         found = {part: kind(root, download=config.download, **how, **own) for part, own in parts.arguments.items()}
         images: dict[str, Any] = {part: _images(each, root, part) for part, each in found.items()}
+        if parts.images and (count := sum(map(len, images.values()))) != parts.images:
+            raise RuntimeError(f"it has {count:,} of {parts.images:,} images; remove it first")
     except (RuntimeError, OSError, ValueError, AssertionError, KeyError, EOFError) as error:
         problem = f"{parts.name} can't be read there ({str(error).strip() or type(error).__name__})"
         remedy = f"give the folder with the files that torchvision.datasets.{parts.name} needs, or data.download"

@@ -62,7 +62,10 @@ class Execution:
         return network
 
     def inference_factory(self, model: nn.Module, statistics: Statistics) -> Callable[[], Forward]:
-        """Return a function for `logits` of `model`. Call this after each change of weights; only the last is valid."""
+        """Return a function that returns `logits` of `model`.
+
+        Call it after each change of weights. Only its latest result is valid.
+        """
         if not self.cuda_graphs:
             return lambda: partial(self.logits, self.inference_copy(model), statistics)
         network = sharing_copy(model).eval()
