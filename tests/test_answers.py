@@ -165,7 +165,10 @@ def test_one_look_waits_for_all_seeds_on_all_splits() -> None:
     ]
     answer = results(runs, parent).answers[0]
     assert answer.startswith("b beats a by 20.") and answer.endswith("3 splits.")
-    assert "11 of 12 planned seeds" in results(runs[:-1], parent).answers[0]
+    assert "11 of 12 planned runs" in results(runs[:-1], parent).answers[0]
+    alike = [replace(each, metrics=dict.fromkeys(each.metrics, 0.5 + at % 5 / 100)) for at, each in enumerate(runs)]
+    (undecided,) = results(alike, parent).answers
+    assert undecided.endswith("the maximum of 3 splits is reached, so it remains undecided.")
 
 
 def test_a_race_is_held_against_the_best_arm() -> None:

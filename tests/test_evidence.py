@@ -172,7 +172,7 @@ def test_a_plan_counts_only_if_it_was_made_before_the_runs(tmp_path: Path) -> No
     found = evidence(claims, [plan, *runs])
     assert "4 and 4 runs, one look, at 4 seeds" in found and "2 runs beyond 4 seeds of an arm left out" in found
     early = judged(claims, [plan, *(each for each in runs if each.params["random.seed"] in "012")])
-    assert early.verdict == Verdict.UNDECIDED and "3 of 4 planned seeds" in early.findings[0].lacking
+    assert early.verdict == Verdict.UNDECIDED and "3 of 4 planned runs" in early.findings[0].lacking
     assert "one look" not in evidence(claims, [replace(plan, started=6), *runs])  # made after the runs
 
 

@@ -19,7 +19,7 @@ from effv2.cli.main import ablate, report, train
 from effv2.core.errors import InputError
 from effv2.evidence.claims import read_claims
 from effv2.evidence.exports import Evidence, export, exported
-from effv2.tracking.exports import Answers, Manifest, answers_of, read_export, write_export
+from effv2.tracking.exports import Manifest, answers_of, read_export, write_export
 from effv2.tracking.read import Images, RunRecord, read_experiment
 from effv2.tracking.tags import ANSWER, REUSED, reused, reused_in
 from tests.conftest import all_runs, invoke
@@ -84,7 +84,7 @@ def test_a_study_ends_with_a_report_and_views(sqlite_store: str, tiny_study: Pat
         each for each in Page(html).addresses if not each.startswith(("#", "data:"))
     ]  # it loads nothing from other sites
     first = html[html.index("<section") : html.index("<table")]
-    assert "other against default: 2 seeds, but a verdict needs 3." in first and "With `seeds` auto, about" in first
+    assert "other against default: 2 seeds, but a verdict needs 3." in first and "With `seeds` auto" in first
     assert "<svg" in first  # the forest plot
     assert "laims</h2>" not in html and "no claim" not in html and "Not complete" not in html
     assert f"effv2 ablate --study {tiny_study} --seeds 0,1 --log-model none" in html
@@ -99,7 +99,7 @@ def test_a_study_ends_with_a_report_and_views(sqlite_store: str, tiny_study: Pat
         "viewStateShareKey=effv2-curves" in tags["mlflow.note.content"] for tags in (experiment.tags, parent.data.tags)
     )
     above = parent.data.tags["mlflow.note.content"].partition("| variant")[0].splitlines()  # a warning may come first
-    assert any(line.startswith("other against default: 2 seeds") for line in above[:3])
+    assert any(line.startswith("- other against default: 2 seeds") for line in above[:3])
     assert parent.data.tags[ANSWER].endswith("other against default: 2 seeds, but a verdict needs 3.")
     state = json.loads(json.loads(experiment.tags["mlflow.sharedViewState.effv2-table"])["state"])
     assert state["orderByKey"] == "metrics.`best/test_accuracy`" and not state["orderByAsc"]
@@ -235,7 +235,7 @@ NAMED = RunRecord(
 
 
 def export_one(folder: Path) -> Path:
-    answers = Answers((("=1.png", "=a"), ("'2.png", "b")), [("=a", "0.5"), ("=a", "0.5")])
+    answers = [("=1.png", "=a", "=a", "0.5"), ("'2.png", "b", "=a", "0.5")]
     predictions = {"predictions.csv": answers, "unseen/predictions.csv": answers}
     export(Evidence("mine", "", [NAMED], lambda _: predictions), folder / "data", {})
     return folder / "data"
@@ -263,7 +263,7 @@ def test_an_export_names_no_place_of_files(tmp_path: Path) -> None:
 
 
 def test_predictions_with_other_columns_are_read_and_damaged_ones_are_not() -> None:
-    assert answers_of("note,predicted,id,true\nx,a,1.png,b\n") == Answers((("1.png", "b"),), [("a", "")])
+    assert answers_of("note,predicted,id,true\nx,a,1.png,b\n") == [("1.png", "b", "a", "")]
     for text in (
         "",
         "id,true,predicted\n",

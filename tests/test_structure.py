@@ -34,7 +34,7 @@ OPTION = re.compile(r"(?<![\w-])--[a-z][a-z-]+(?![\w-])")
 OPTIONS = {name for command in main.commands.values() for each in command.params for name in each.opts}
 # Lines are a cost. Real folders, environments, kills and verdicts raised the first number from 10,000.
 # The compiled middle of a block, 1.1 times faster steps at 48 to 128 pixels, took 115 more.
-MOST_LINES, LONGEST_MODULE, LONGEST_FUNCTION = 16_399, 350, 50
+MOST_LINES, LONGEST_MODULE, LONGEST_FUNCTION = 16_313, 350, 50
 MODULES = sorted(path for path in PACKAGE.rglob("*.py"))
 
 

@@ -178,7 +178,8 @@ def test_what_makes_a_verdict_void_stands_before_it() -> None:
     )
     better = replace(other, metrics={**other.metrics, "selected/test_accuracy": 0.9})
     assert results([one, better], parent).answers[0].startswith("Near chance level, 50.00 % for 2 classes: default.")
-    trial = replace(one, metrics={"selected/val_accuracy": 0.5})
+    validation = {"validation": Images("some", "", 100, tuple("ab"))}
+    trial = replace(one, metrics={"selected/val_accuracy": 0.5}, images=validation)
     searched = results([trial], replace(parent, params={"study.kind": "search"})).answers
     assert searched[0].startswith("All networks are near chance level") and "No trial was chosen" in searched[1]
 

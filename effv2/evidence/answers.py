@@ -11,14 +11,13 @@ import pandas as pd
 from effv2.config.options import RACE
 from effv2.config.studies import PLATEAU
 from effv2.core.errors import joined
-from effv2.core.words import counted, duration, number, points
+from effv2.core.words import counted, number, points
 from effv2.evidence.protocols import SplitAndSeed, looks_of, overlap_of, pair_of, that_count
-from effv2.evidence.quantities import EPOCH_SECONDS, TRAIN_SECONDS, Quantity, quantity
-from effv2.evidence.statistics import EVERY_LOOK, FEWEST, Estimate, Interval, Looks, Outcome, compare, seeds_for
+from effv2.evidence.quantities import Quantity, quantity
+from effv2.evidence.statistics import EVERY_LOOK, FEWEST, Estimate, Interval, Looks, Outcome, compare
 from effv2.tracking.read import RunRecord, decisive_accuracy
 
 NOTHING_YET, NONE = "No accuracies yet.", "none"  # in a cell: the runs don't have the figure
-FEW_SEEDS, LARGE = 6, 2.0  # assumptions before a verdict: number of seeds, and a difference in standard deviations
 signed = partial(points, unit="")  # writes a difference of accuracies without its unit, percentage points
 Arms = Mapping[str, Sequence[RunRecord]]
 Values = Mapping[SplitAndSeed, float]  # of the runs of an arm
@@ -42,17 +41,16 @@ def estimate(values: Sequence[Values], looks: Looks, paired: bool = False, overl
 
 def outlook(found: Estimate, level: float, edge: float = 0.0, unit: str = "seeds", nothing: str = "") -> str:
     """Estimate how many seeds distinguish a mean, or a difference, from an edge. If `nothing` is true, none do."""
-    most = found.looks.most
+    most = found.n if found.looks.once else found.looks.most  # no more are planned
     if found.n >= most:
         return f"the maximum of {most} {unit} is reached, so it remains undecided"
     about, few, many = found.seeds_to_decide(edge, level)
     if about is None:
-        return f"if the true difference is as seen, even {most} {unit} decide in fewer than 80 % of studies"
+        return f"if the truth is as seen, even {most} {unit} decide in fewer than 80 % of studies"
     about, few = max(about, found.n + 1), max(few or most, found.n + 1)
     ends = f"{few} to {max(many, few) if many else f'over {most}'}"
-    rest = f"; if {nothing}, no number of {unit} is" if nothing else ""
-    about_that = f"{about} {unit} (80 % interval {ends})"
-    return f"if the true difference is as seen, {about_that} are enough in 80 % of studies{rest}"
+    rest = f"; no number is enough if {nothing}" if nothing else ""
+    return f"if the truth is as seen, {about} {unit} (80 % interval {ends}) are enough in 80 % of studies{rest}"
 
 
 @dataclass(frozen=True)
@@ -125,7 +123,7 @@ def leads(held: Mapping[str, Answer]) -> str:
     if not left:
         return f"{best} is the best of {len(held) + 1}."
     alike = set(left.values()) == {Outcome.EQUIVALENT}
-    words = "no better or worse than it by more than the margin" if alike else "may be better"
+    words = "equal to it within the margin" if alike else "may be better"
     return f"{best} leads; {words}: {', '.join(left)}."
 
 
@@ -196,14 +194,13 @@ class Held:
             arm, mean = next(iter(self.arms)), self.what.text(statistics.fmean(values))
             found = [f"{arm}: {mean} {self.what.words}, {counted(len(values), 'run')}, and nothing to compare it with"]
         lines = [*filter(None, [self.leads]), *(f"{each}." for each in found)]
-        few = [each for each in self.answers.values() if each.waits and not self.looks.once]
-        more = [self._cost(few)] if few else []
-        open_ = [each for each in self.answers.values() if each.outlook() and each.estimate.n < self.looks.most]
-        for unit in sorted({each.unit for each in open_}):
-            more.append(
-                f"The test stays valid if you add {unit}s. To show that there is no difference, give a `margin`."
-            )
-        return [*lines, *([] if short else more)] or [NOTHING_YET]
+        more, open_ = [], [each for each in self.answers.values() if each.outcome is Outcome.OPEN]
+        if any(each.waits for each in self.answers.values()):
+            more = ["With `seeds` auto, seeds are added until this is decided. `plan` estimates what that costs."]
+        if any(each.estimate.n < self.looks.most for each in open_):
+            valid = f"The test stays valid if you add {open_[0].unit}s."
+            more.append(f"{valid} To show that there is no difference, give a `margin`.")
+        return [*lines, *([] if short or self.looks.once else more)] or [NOTHING_YET]
 
     def cell(self, arm: str) -> str:
         """Return the difference of an arm and, with enough runs, its interval; empty for the baseline."""
@@ -211,22 +208,6 @@ class Held:
             return NONE if self.others[arm] else ""
         interval = "" if answer.waits else f" [{answer.interval.text(signed)}]"
         return f"{signed(answer.estimate.mean)}{interval}"
-
-    def _cost(self, few: Sequence[Answer]) -> str:
-        """Estimate how many seeds a verdict on some arms needs, and their training time."""
-        spreads = [statistics.variance(found.values()) for found in self.values.values() if len(found) > 1]
-        seeds, seconds, guess = FEW_SEEDS, 0.0, ""
-        if spreads:
-            seeds = seeds_for(LARGE, math.sqrt(2), self.looks) or self.looks.most
-            size = points(LARGE * math.sqrt(statistics.fmean(spreads)), "")
-            guess = f", if the true difference is twice the standard deviation between seeds (here {size})"
-        for arm in {name for each in few for name in (each.arm, each.other)}:
-            took = statistics.fmean(
-                sum(run.history.get(EPOCH_SECONDS, {}).values()) or run.metrics.get(TRAIN_SECONDS, 0)
-                for run in self.arms[arm]
-            )
-            seconds += took * max(0, seeds - len(self.values[arm]))
-        return f"With `seeds` auto, about {seeds} seeds per arm would be needed, {duration(seconds)} more{guess}."
 
 
 def hold(arms: Arms, parent: RunRecord) -> Held:

@@ -125,7 +125,7 @@ def judge(claims: Claims, runs: Sequence[RunRecord], right: RightAnswers) -> lis
 
 
 def _corrected(claims: Claims, found: Mapping[str, Sequence[Finding]]) -> dict[str, list[Finding]]:
-    """Return the findings by claim. Their p-values are below the level of tests if they decide at that of the claim.
+    """Return the findings by claim, with corrected p-values: those below LEVEL decide.
 
     A user's claims don't belong to a published family. Claims without a family are judged by themselves.
     """
@@ -289,7 +289,8 @@ def _beside(contrast: Contrast, what: Quantity, chosen: Chosen, right: RightAnsw
         last = quantity("level/test_accuracy" if long else LAST_TEST)
         if len(last.values(runs)) == len(runs) and (not contrast.ratio or min(last.values(runs)) > 0):
             yield f"{last.words}: {_estimate(contrast, last, chosen)[1]}"
-    few = all("test" in run.images and 0 < run.images["test"].images < FEW_IMAGES for run in runs)
+    images = [run.images["test"].images if "test" in run.images else 0 for run in runs]
+    few = chosen.splits == 1 and all(0 < count < FEW_IMAGES for count in images)
     counts = [len(of_arm) for of_arm in chosen.arms.values()]
     if few and not contrast.ratio and min(counts) >= FEWEST and what.name in (BEST_TEST, SELECTED_TEST, LAST_TEST):
         correct, text = statistics.right_on_shared(list(map(right, runs))), _writing(contrast, what)[-1]

@@ -28,7 +28,7 @@ from effv2.evidence.judge import Finding, Judgement, Verdict, judge
 from effv2.evidence.quantities import CURVES, EXPORTED, HISTORIES
 from effv2.evidence.results import results_of
 from effv2.evidence.statistics import p_text
-from effv2.evidence.study import StudyResults, images_apart
+from effv2.evidence.study import StudyResults, cell, images_apart, ruled
 from effv2.tracking.read import RunRecord, download, read_experiment
 from effv2.tracking.run import open_experiment, open_report_run
 from effv2.tracking.store import is_begun, open_store, tracking_faults
@@ -221,7 +221,14 @@ def make_report(
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters |= {"cell": _cell, "drawing": svg_part, "why": why, "numbers": _numbers, "slug": _slug}
+    environment.filters |= {
+        "cell": cell,
+        "ruled": ruled,
+        "drawing": svg_part,
+        "why": why,
+        "numbers": _numbers,
+        "slug": _slug,
+    }
     of_study = galleries is not None
     values = {
         "evidence": evidence,
@@ -258,11 +265,6 @@ def _slug(text: str) -> str:
     return re.sub(r"[^a-z0-9]+", "-", text.lower()).strip("-")
 
 
-def _cell(text: object) -> str:
-    """Write a text for a cell of a Markdown table."""
-    return " ".join(re.sub(r"<(?=[A-Za-z/!?])", "&lt;", re.sub(r"(\||(?<=\])\()", r"\\\1", str(text))).split())
-
-
 def why(judgement: Judgement) -> str:
     """Explain the verdict in one sentence."""
     findings = judgement.findings
@@ -283,4 +285,4 @@ def _numbers(finding: Finding) -> str:
 def _estimated(finding: Finding) -> str:
     written = list(dict.fromkeys(p_text(p) for p in (finding.p, finding.corrected) if p is not None))
     holm = [f"({p} after Holm for {finding.tests} tests)" for p in written[1:]]
-    return ", ".join(filter(None, (finding.evidence, " ".join([*written[:1], *holm]))))
+    return "; ".join(filter(None, (finding.evidence, " ".join([*written[:1], *holm]))))

@@ -125,8 +125,8 @@ def search_results(study: TrackedStudy) -> StudyResults:
     void = near_chance({run.name: [run] for run in ranked[:1]}, quantity(SELECTED_VALIDATION))
     trials: list[tuple[Any, ...]] = [("trial", "state", "validation accuracy", "epochs", *searched, "run_id")]
     for run in runs:
-        state, epochs = run.tags.get(tags.OUTCOME, run.status.lower()), max(run.history.get(VALIDATION, ()), default=0)
-        accuracy = run.metrics.get(SELECTED_VALIDATION)
+        state, accuracy = run.tags.get(tags.OUTCOME) or run.status.lower(), run.metrics.get(SELECTED_VALIDATION)
+        epochs = max(run.history.get(VALIDATION, ()), default=0)
         trials.append((run.name, state, accuracy, epochs, *map(run.params.get, searched), run.run_id))
     return StudyResults(
         answers=[*void, sentence],
@@ -147,8 +147,8 @@ def _notes_on_trials(study: TrackedStudy, any_ranked: bool) -> list[str]:
         return [f"Trials: {words}."] if words else []
     if parent.status == "FINISHED" and parent.ended > parent.started:
         words += f"; {duration((parent.ended - parent.started) / 1000)} from its first start to its end"
-    looks = len(parent.tags.get(tags.LOOKS, "").split(","))
-    seen = "only the best one" if looks == 1 else f"{looks}, each the best one at its time"
+    looks = len([*filter(None, parent.tags.get(tags.LOOKS, "").split(","))]) or int(tags.BEST_RUN in parent.tags)
+    seen = ("none yet", "only the best one")[looks] if looks < 2 else f"{looks}, each the best one at its time"
     how = f"Trials are chosen on validation. Evaluated on the test set, after the choice: {seen}."
     return [f"Trials: {words}.", how]
 
@@ -192,18 +192,13 @@ def _ranking(runs: Mapping[str, RunRecord], ranked: Ranked, title: str) -> tuple
 
 
 def _rank(runs: Mapping[str, RunRecord], right: RightAnswers) -> tuple[Ranked, str, str]:
-    """Rank networks by the predictions of their runs, all for the same images.
-
-    Older runs don't record these images and their origin: for them, the number of images decides.
-    """
+    """Rank networks by the predictions of their runs, all for the same images; return also these, and their origin."""
     answers = {label: found for label, run in runs.items() if (found := right(run))}
     if not answers:
         return {}, "eval", "unknown"
     correct = right_on_shared(answers.values())
-    first = runs[next(iter(answers))]
-    fitting = [name for name in SETS if first.metrics.get(f"{name}/images") == correct.shape[1]]
-    images = first.params.get("evaluation.ranked_on", (*fitting, "eval")[0])
-    origin = first.params.get("evaluation.ranked_origin", images if images in IMAGES else "unknown")
+    params = runs[next(iter(answers))].params
+    images, origin = params.get("evaluation.ranked_on", "eval"), params.get("evaluation.ranked_origin", "unknown")
     return dict(sorted(zip(answers, correct, strict=True), key=lambda item: -int(item[1].sum()))), images, origin
 
 

@@ -61,7 +61,7 @@ class Looks(NamedTuple):
         """Explain why this number of runs per arm allows no verdict yet; empty if it may allow one."""
         planned = self.most * self.splits
         early = self.once and there < planned
-        return f"{there} of {planned} planned seeds, and a verdict needs all" if early else ""
+        return f"{there} of {planned} planned runs, and a verdict needs all" if early else ""
 
     @property
     def most_splits(self) -> int:
@@ -188,9 +188,14 @@ class Estimate:
 
         As if the mean seen were the true one. The ends are those of the standard deviation (chi-square).
         """
-        ends = self.degrees / stats.chi2.ppf([0.5, 0.9, 0.1], self.degrees)
-        found = partial(seeds_for, self.mean - edge, looks=self.looks, level=level, overlap=self.overlap)
-        return tuple(found(max(each, TINY), samples=len(self.samples)) for each in np.sqrt(ends) * self.deviation)
+        ends, samples = self.degrees / stats.chi2.ppf([0.5, 0.9, 0.1], self.degrees), len(self.samples)
+        nominal, possible = self.looks.nominal(level, samples), range(FEWEST, self.looks.most + 1)
+        found: list[int | None] = []
+        for deviation in np.maximum(np.sqrt(ends) * self.deviation, TINY):
+            of = partial(power, self.mean - edge, deviation, level=nominal, samples=samples, overlap=self.overlap)
+            place = bisect_left(possible, POWER, key=of)
+            found.append(possible[place] if place < len(possible) else None)
+        return tuple(found)
 
 
 def over_images(right: Sequence[np.ndarray], looks: Looks = EVERY_LOOK) -> tuple[float, Interval]:
@@ -250,15 +255,6 @@ def power(
     degrees = samples * (n - 1)
     limit, shift = -special.stdtrit(degrees, level / 2), abs(effect) / (deviation * math.sqrt(1 / n + overlap))
     return float(sum(stats.nct.sf(limit, degrees, [shift, -shift])))  # the cdf is NaN for many shifts
-
-
-def seeds_for(
-    effect: float, deviation: float, looks: Looks, level: float = LEVEL, samples: int = 2, *, overlap: float = 0.0
-) -> int | None:
-    """Return the seeds per arm with which 80 % of studies find an effect; None if that is more than the looks allow."""
-    nominal, possible = looks.nominal(level, samples), range(looks.most if looks.once else FEWEST, looks.most + 1)
-    place = bisect_left(possible, POWER, key=lambda n: power(effect, deviation, n, nominal, samples, overlap=overlap))
-    return possible[place] if place < len(possible) else None
 
 
 def p_text(p: float) -> str:

@@ -1,6 +1,7 @@
 """The results of a study from tracked runs: the runs that it uses, missing runs, and its arms side by side."""
 
 import math
+import re
 import statistics
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
@@ -54,11 +55,23 @@ class StudyResults:
     held: Held | None = None  # the arms against their baseline, if there are any
 
     def markdown(self, links: str = "") -> str:
-        """Write answers, links, description, tables and remarks on them as Markdown."""
-        ruled = [rows and [rows[0], ("---",) * len(rows[0]), *rows[1:]] for rows in (self.table, self.details)]
-        table, details = ("\n".join(f"| {' | '.join(cells)} |" for cells in rows) for rows in ruled)
-        parts = (*self.answers, links, self.description, table, *self.warnings, details, *self.notes)
-        return "\n\n".join(filter(None, parts))
+        """Write answers, links, description, tables, remarks on them, and commands as Markdown."""
+        answers = "\n".join(f"- {cell(each)}" for each in self.answers)
+        missing = f"**Not complete:** {cell(self.missing)}" if self.missing else ""
+        first = answers, links, cell(self.description), ruled(self.table), missing, *map(cell, self.warnings)
+        commands = (f"    {' '.join(command.split())}" for command in self.commands)
+        return "\n\n".join(filter(None, (*first, ruled(self.details), *map(cell, self.notes), *commands)))
+
+
+def ruled(rows: Rows) -> str:
+    """Write a table in Markdown."""
+    rows = [*rows[:1], *(("---",) * len(titles) for titles in rows[:1]), *rows[1:]]
+    return "\n".join(f"| {' | '.join(map(cell, row))} |" for row in rows)
+
+
+def cell(text: object) -> str:
+    """Write a text for a cell of a table, or a line, in Markdown."""
+    return " ".join(re.sub(r"<(?=[A-Za-z/!?])", "&lt;", re.sub(r"(\||(?<=\])\()", r"\\\1", str(text))).split())
 
 
 def values_of(groups: Mapping[str, Sequence[RunRecord]], name: str) -> dict[str, list[float]]:
@@ -260,7 +273,8 @@ def is_near_chance(accuracy: float, chance: float, images: float) -> bool:
 
 def near_chance(arms: Arms, what: Quantity) -> list[str]:
     """Warn of networks that have learned nothing."""
-    tests = [each for runs in arms.values() for run in runs if (each := run.images.get("test")) and each.classes]
+    part = "validation" if what.name == SELECTED_VALIDATION else "test"
+    tests = [each for runs in arms.values() for run in runs if (each := run.images.get(part)) and each.classes]
     classes, images = {len(each.classes) for each in tests}, min((each.images or math.inf for each in tests), default=0)
     means = {arm: statistics.fmean(values) for arm, values in values_of(arms, what.name).items()}
     one = len(classes) == 1
@@ -310,9 +324,8 @@ def _notes(arms: Arms, protocol: str, held: Held) -> Iterator[str]:
     if sum(map(len, arms.values())) > len(arms):
         yield "± is the standard deviation over runs."
     if held.answers:
-        yield (
-            f"Differences are in percentage points. In at most 5 % of studies, any of their intervals misses the truth "
-            f"({held.looks.text()})."
-        )
+        level = f"the level of its arm's test ({'Bonferroni' if held.leads else 'Holm'}, {held.looks.text()})"
+        twice = ", or twice that level if the arm is equal within the margin" if held.margin else ""
+        yield f"Differences are in percentage points. Each interval has {level}{twice}."
     if protocol:
         yield f"Dotted: the post's own curves ({protocol}), one run per arm."
