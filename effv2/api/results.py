@@ -154,15 +154,15 @@ class StudyResult(Result):
         """Return the result of a study."""
         run, found = end.parent, end.results
         result = cls(
-            [*found.answers, *filter(None, [found.description])],
-            found.table,
-            [*found.warnings, *filter(None, [end.model])],
-            run_address(run.run_id, run.experiment_id),
-            run.run_id,
-            run.experiment_id,
-            end.trouble,
-            {name: each.requested for name, each in getattr(plan, "evaluations", {}).items()},
-            end.failed,
+            [*filter(None, (*found.answers, found.description))],
+            table=found.table,
+            notes=[*filter(None, (*found.warnings, end.model))],
+            address=run_address(run.run_id, run.experiment_id),
+            run_id=run.run_id,
+            experiment_id=run.experiment_id,
+            trouble=end.trouble,
+            networks={name: each.requested for name, each in getattr(plan, "evaluations", {}).items()},
+            failed=end.failed,
         )
         result.__dict__["studies"] = [found]  # as it was published
         return result
