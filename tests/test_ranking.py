@@ -26,7 +26,7 @@ from effv2.pretrained.images import (
     choose_images,
     origin,
 )
-from effv2.tracking.read import RunRecord
+from effv2.tracking.read import RunRecord, reached_accuracy
 from effv2.tracking.studies import NO_STUDY, TrackedStudy
 
 
@@ -182,3 +182,9 @@ def test_a_limit_draws_as_many_unseen_images(tmp_path: Path) -> None:
         each = choose_images(ImagesConfig(dataset="folder", dir=str(tmp_path / "set"), per_class=2, seed=seed))
         assert np.bincount(each.part.labels[: each.tests]).tolist() == [2, 2]
         assert np.bincount(each.part.labels[each.tests :]).tolist() == [2, 2]
+
+
+def test_the_best_of_published_networks_is_chosen_on_the_images_that_rank_them() -> None:
+    metrics = {"eval/top1_accuracy": 0.9, "unseen/top1_accuracy": 0.6}
+    run = RunRecord("1", "one", "FINISHED", {"evaluation.ranked_on": "unseen"}, metrics, {})
+    assert reached_accuracy(run) == 0.6

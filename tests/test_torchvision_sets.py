@@ -117,6 +117,14 @@ def test_a_set_is_read_by_its_name(
     assert name == "eurosat" or np.array_equal(data.train.images(torch.tensor([0]))[0].permute(1, 2, 0), wanted)
 
 
+def test_a_set_without_all_its_images_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """torchvision takes EuroSAT's folder as complete, also after a killed download."""
+    eurosat(tmp_path, monkeypatch)
+    (tmp_path / "eurosat" / "2750" / "Forest" / "0.jpg").unlink()
+    with pytest.raises(InputError, match=f"it has {COUNT - 1} of {COUNT} images; remove it first"):
+        DATASETS["eurosat"](DataConfig(dataset="eurosat", dir=str(tmp_path)))
+
+
 def test_a_missing_set_is_named(tmp_path: Path) -> None:
     for name, parts in SETS.items():
         with pytest.raises(InputError, match=rf"{parts.name} can't be read there") as caught:

@@ -14,7 +14,7 @@ from torchvision.ops import Conv2dNormActivation, SqueezeExcitation
 from effv2.execution import norms
 from effv2.execution.norms import call, fits, statistics
 
-LANES = 16
+LANES = 16  # a multiple of those in blocks.cpp
 
 
 class MBConvBlock(nn.Sequential):
